@@ -1,0 +1,69 @@
+"""The ledger of a run: an append-only record, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Events, and the fields each carries beside time, event and stage:
+#   submitting  token                        about to call sbatch
+#   submitted   token, job_id                sbatch answered
+#   started     attempt, job_id, restart, ranks, host
+#   resumed     attempt, step
+#   saved       attempt, step, seconds
+#   stopping    attempt, step, reason        all ranks agreed to stop
+#   requeued    attempt, step, reason
+#   interrupted attempt, step                stopped by a person, here, to be run again
+#   failed      attempt, message
+#   finished    attempt, step, seconds
+#   cancelled   job_id
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Appends events, and reads them back.
+
+    Every line is written by one ``write`` to a file opened for append, so that lines of several
+    writers never mix on a POSIX file system.
+    """
+
+    path: Path
+
+    def append(self, event: str, stage: str | None = None, **fields: Any) -> None:
+        record: dict[str, Any] = {"time": round(time.time(), 3), "event": event}
+        if stage is not None:
+            record["stage"] = stage
+        line = json.dumps({**record, **fields}, ensure_ascii=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(fd, line.encode())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def events(self, stage: str | None = None) -> Iterator[dict[str, Any]]:
+        """The events in the order written; a torn last line is passed over."""
+        try:
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return
+        for line in text.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and (stage is None or record.get("stage") == stage):
+                yield record
+
+    def last(self, event: str, stage: str | None = None) -> dict[str, Any] | None:
+        found = None
+        for record in self.events(stage):
+            if record.get("event") == event:
+                found = record
+        return found

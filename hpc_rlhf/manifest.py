@@ -1,0 +1,95 @@
+"""A manifest proves that a directory is whole: it lists every file with its size and SHA-256, and is written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+
+NAME = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory entry to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write(folder: Path, facts: dict[str, Any]) -> None:
+    """Flush every file below ``folder`` and write the manifest over them, atomically and last."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME):
+        fsync_path(path)
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    partial = folder / f".{NAME}.partial"
+    partial.write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True))
+    fsync_path(partial)
+    partial.rename(folder / NAME)
+    for path in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
+        fsync_path(path)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, or None where there is none that parses."""
+    try:
+        facts = json.loads((folder / NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else None
+
+
+def defect(folder: Path, deep: bool = True) -> str | None:
+    """What is wrong with a folder, or None when it is whole.
+
+    Args:
+        folder: the directory that a manifest should prove.
+        deep: also compare each file's SHA-256, not only its size.
+    """
+    facts = read(folder)
+    if facts is None:
+        return "it has no valid manifest" if folder.exists() else "it does not exist"
+    for name, expected in facts["files"].items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != expected["bytes"]:
+            return f"{name} has {size} bytes instead of {expected['bytes']}"
+        if deep and sha256(path) != expected["sha256"]:
+            return f"{name} differs from its SHA-256"
+    return None
+
+
+def require(folder: Path, what: str) -> dict[str, Any]:
+    """The manifest of a whole folder.
+
+    Raises:
+        HpcRlhfError: the folder is not whole; the message says why.
+    """
+    reason = defect(folder)
+    if reason is not None:
+        raise HpcRlhfError(
+            f"{what} is not complete: {reason}",
+            where=str(folder),
+            hint="let the stage that makes it finish first; this one refuses to train on less",
+            exit_code=RUN_FAILED,
+        )
+    facts = read(folder)
+    assert facts is not None
+    return facts

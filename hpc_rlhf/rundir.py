@@ -1,0 +1,90 @@
+"""The layout of a run directory: the only place that names a file of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """The files of one stage of a run."""
+
+    path: Path
+
+    @property
+    def hostfile(self) -> Path:
+        return self.path / "hostfile"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The artifact handed on; complete once its manifest verifies."""
+        return self.path / "model"
+
+    @property
+    def ema_model(self) -> Path:
+        return self.model / "ema"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory on the shared file system."""
+
+    path: Path
+
+    @property
+    def job_yaml(self) -> Path:
+        """The spec as resolved at submission: defaults filled in, variables expanded."""
+        return self.path / "job.yaml"
+
+    @property
+    def plan_json(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def submit_lock(self) -> Path:
+        return self.path / ".submit.lock"
+
+    @property
+    def scripts(self) -> Path:
+        return self.path / "scripts"
+
+    def sbatch(self, stage: str) -> Path:
+        return self.scripts / f"{stage}.sbatch"
+
+    def ds_config(self, stage: str) -> Path:
+        return self.scripts / f"{stage}.ds_config.json"
+
+    def hostfile_template(self, stage: str) -> Path:
+        return self.scripts / f"{stage}.hostfile.in"
+
+    def stage(self, stage: str) -> StageDir:
+        return StageDir(self.path / "stages" / stage)
