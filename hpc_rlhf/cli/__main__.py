@@ -1,0 +1,9 @@
+"""Lets `python -m hpc_rlhf.cli` stand in for the hpc-rlhf command."""
+
+from __future__ import annotations
+
+import sys
+
+from hpc_rlhf.cli import main
+
+sys.exit(main())
