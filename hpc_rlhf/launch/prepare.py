@@ -1,0 +1,132 @@
+"""Make a run directory ready to be launched: the resolved spec, the plan and the scripts, the same for `submit` and `run`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import render
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import dump_spec, read_spec
+from hpc_rlhf.spec.model import STAGE_NAMES, JobSpec
+
+# Slurm settings that decide how many ranks share a step: a checkpoint only fits the ranks it was written by.
+_SIZE = {"nodes", "gpus_per_node", "ranks_per_node"}
+_MAX_LISTED = 12
+
+
+def prepare(spec: JobSpec, beside: Path | None = None, live: bool = False) -> RunDir:
+    """Create the run directory of a spec, or bring an existing one up to date.
+
+    What a run was trained with must not change under it, so a directory that has trained takes only other
+    Slurm settings of the same size, and one whose jobs are queued or running takes no change at all.
+
+    Args:
+        spec: the job spec.
+        beside: folder of the job file; templates in its ``templates/`` win over ours.
+        live: jobs of this run are queued or running.
+
+    Raises:
+        HpcRlhfError: the directory belongs to a different spec, or cannot be written.
+    """
+    run = RunDir(Path(spec.run_dir))
+    if run.job_yaml.exists():
+        _refuse_changes(run, spec, live)
+    elif run.path.exists() and any(run.path.iterdir()):
+        raise HpcRlhfError(
+            "run_dir exists and is not a run directory",
+            where=str(run.path),
+            hint="choose an empty or a new folder as run_dir",
+        )
+    try:
+        for folder in (run.path, run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
+            _private_folder(folder)
+        render(spec, run.scripts, beside)
+        _write(run.plan_json, make_plan(spec).to_json())
+        _write(run.job_yaml, dump_spec(spec))
+    except OSError as error:
+        raise HpcRlhfError(
+            f"cannot write the run directory: {error.strerror}",
+            where=str(error.filename or run.path),
+            hint="set run_dir to a folder you may write to",
+        ) from error
+    return run
+
+
+def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, Any, Any]]:
+    """Fields that differ, each as (dotted path, old value, new value).
+
+    A stage's Slurm settings are the top-level ones with its own over them, so the top-level ones are
+    compared only where a stage uses them.
+    """
+    exclude = {"slurm", "run_dir"}
+    return list(
+        _walk("", old.model_dump(mode="json", exclude=exclude), new.model_dump(mode="json", exclude=exclude))
+    )
+
+
+def _walk(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _walk(f"{path}.{key}" if path else key, old.get(key), new.get(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from _walk(f"{path}.{index}", *pair)
+    elif old != new:
+        yield path, old, new
+
+
+def _refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
+    changes = differences(read_spec(run.job_yaml), spec)
+    if live:
+        hint = f"stop its jobs first (hpc-rlhf cancel {run.path}), or choose another run_dir"
+    elif _has_trained(run):
+        changes = [change for change in changes if not _harmless(change[0])]
+        hint = "undo the changes, or choose another run_dir"
+    else:
+        return
+    if not changes:
+        return
+    lines = [f"  {path}: {_shown(old)} -> {_shown(new)}" for path, old, new in changes[:_MAX_LISTED]]
+    if len(changes) > _MAX_LISTED:
+        lines.append(f"  and {len(changes) - _MAX_LISTED} more")
+    raise HpcRlhfError(
+        "this run directory belongs to a different spec:\n" + "\n".join(lines), where=str(run.path), hint=hint
+    )
+
+
+def _has_trained(run: RunDir) -> bool:
+    """Whether any stage has left something that depends on the spec; logs and the hostfile do not."""
+    kept = [
+        (run.stage(name).metrics, run.stage(name).data, run.stage(name).checkpoints, run.stage(name).model)
+        for name in STAGE_NAMES
+    ]
+    return any(path.exists() for paths in kept for path in paths)
+
+
+def _harmless(path: str) -> bool:
+    """Whether a field may change between two attempts of a stage."""
+    parts = path.split(".")
+    return parts[0] == "stages" and parts[2:3] == ["slurm"] and parts[3] not in _SIZE
+
+
+def _shown(value: Any) -> str:
+    text = "unset" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _private_folder(folder: Path) -> None:
+    """Create a folder that only its owner may enter; folders above it get the usual mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a job that reads it never sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
