@@ -1,0 +1,143 @@
+"""One launcher at a time on a run directory, on any file system that several machines share.
+
+The lock is a file that names its owner, made by ``link``, which is atomic where ``flock`` may not be (NFS). A lock
+is stale, and taken over, when its owner is a process of this machine that has ended, or when it is another
+machine's and nobody has touched it for `SILENCE`; whoever holds it for long calls `Lock.touch`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+
+SILENCE = 900.0
+_TOUCH_EVERY = 60.0
+_ATTEMPTS = 5
+
+
+@dataclass
+class Lock:
+    """A lock that this process holds."""
+
+    path: Path
+    touched: float
+
+    def touch(self) -> None:
+        """Show other machines that the owner is alive; cheap enough to call in a loop."""
+        if time.monotonic() - self.touched > _TOUCH_EVERY:
+            self.touched = time.monotonic()
+            with suppress(OSError):
+                os.utime(self.path)
+
+
+@contextmanager
+def hold(path: Path, doing: str) -> Iterator[Lock]:
+    """Hold the lock at ``path`` for as long as the block runs.
+
+    Args:
+        path: the lock file; its folder exists.
+        doing: what the owner does, for the message that others get, such as ``hpc-rlhf submit``.
+
+    Raises:
+        HpcRlhfError: somebody else holds it.
+    """
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "doing": doing}
+    text = json.dumps({**owner, "token": uuid.uuid4().hex})
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    draft.write_text(text)
+    try:
+        _acquire(path, draft)
+    finally:
+        draft.unlink()
+    try:
+        yield Lock(path, time.monotonic())
+    finally:
+        with suppress(OSError):
+            if path.read_text() == text:
+                path.unlink()
+
+
+def _acquire(path: Path, draft: Path) -> None:
+    for _ in range(_ATTEMPTS):
+        try:
+            os.link(draft, path)
+            return
+        except FileExistsError:
+            pass
+        try:
+            # The draft was written a moment ago: its time is the file server's now, whatever our clock says.
+            held, silence = path.read_text(), draft.stat().st_mtime - path.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        if not _is_stale(held, silence):
+            raise _refusal(path, held)
+        _set_aside(path, held)
+    raise HpcRlhfError(
+        "the lock changes hands too fast", where=str(path), hint="try again", exit_code=RUN_FAILED
+    )
+
+
+def _set_aside(path: Path, stale: str) -> None:
+    """Remove a stale lock; puts back what turns out to be another one, taken in the meantime."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+        if aside.read_text() != stale:
+            with suppress(FileExistsError):
+                os.link(aside, path)
+        aside.unlink()
+
+
+def _is_stale(held: str, silence: float) -> bool:
+    owner = _owner(held)
+    if owner.get("host") != socket.gethostname():
+        return silence > SILENCE
+    born = _born(int(owner["pid"]))
+    return born is None or born != owner.get("born")
+
+
+def _owner(held: str) -> dict[str, Any]:
+    try:
+        owner = json.loads(held)
+        return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else {}
+    except ValueError:
+        return {}
+
+
+def _born(pid: int) -> str | None:
+    """When a process of this machine started, which tells it from a later one with its id; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
+    except FileNotFoundError:
+        pass
+    if Path("/proc/self").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "unknown"
+
+
+def _refusal(path: Path, held: str) -> HpcRlhfError:
+    owner = _owner(held)
+    who = f"`{owner['doing']}` (process {owner['pid']} on {owner['host']})" if owner else "another process"
+    return HpcRlhfError(
+        f"{who} is at work on this run directory",
+        where=str(path.parent),
+        hint=f"wait for it to end; if that machine is gone for good, remove {path}",
+        exit_code=RUN_FAILED,
+    )
