@@ -1,0 +1,95 @@
+"""The configuration files of the throw-away cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+NODES = 4
+GPUS = 2
+# Long enough to save in; a stage that requeues itself does not wait for its end.
+GRACE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Ports:
+    """TCP ports of the daemons; MariaDB and munge talk over sockets in the folder."""
+
+    slurmctld: int
+    slurmdbd: int
+    slurmd: int  # of the first node; the others follow
+
+
+def slurm_conf(folder: Path, host: str, ports: Ports) -> str:
+    last = ports.slurmd + NODES - 1
+    return f"""\
+ClusterName=throwaway
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports.slurmctld}
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdSpoolDir={folder}/spool/%n
+SlurmdPidFile={folder}/spool/%n.pid
+SlurmdLogFile={folder}/log/slurmd.%n.log
+
+AuthType=auth/munge
+# cred_expire cuts the two minutes that a requeued job otherwise waits for its old credential to expire.
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={ports.slurmdbd}
+AccountingStoragePass={folder}/munge.socket
+# squeue's and sacct's comments carry the tokens by which submit finds its jobs again.
+AccountingStoreFlags=job_comment
+JobAcctGatherType=jobacct_gather/none
+
+# All nodes are this host: no cgroups, and sizes as written here instead of as found.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+MailProg=/bin/true
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmdTimeout=15
+KillWait=5
+
+# Everything a user waits minutes for in production happens at once.
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+
+GresTypes=gpu
+NodeName=node[1-{NODES}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports.slurmd}-{last}] CPUs=8 RealMemory=20000 Gres=gpu:{GPUS}
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=1
+PartitionName=gpu Default=YES PreemptMode=OFF
+PartitionName=low PreemptMode=REQUEUE GraceTime={GRACE_SECONDS}
+PartitionName=low-cancel PreemptMode=CANCEL GraceTime={GRACE_SECONDS}
+PartitionName=high PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def gres_conf(folder: Path) -> str:
+    return f"NodeName=node[1-{NODES}] Name=gpu File={folder}/dev/gpu[0-{GPUS - 1}]\n"
+
+
+def slurmdbd_conf(folder: Path, ports: Ports) -> str:
+    return f"""\
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={ports.slurmdbd}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+LogFile={folder}/log/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm_acct
+"""

@@ -1,0 +1,76 @@
+"""Processes by identity: a pid and its start time, so that a pid used again is never taken for the old process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that was seen; it may be gone by now."""
+
+    pid: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """The process that has this pid now; a zombie counts as gone."""
+        fields = _stat(pid)
+        return None if fields is None or fields[0] in "ZX" else cls(pid, int(fields[19]))
+
+    @property
+    def alive(self) -> bool:
+        return Process.of(self.pid) == self
+
+    def environ(self) -> set[str]:
+        """The NAME=VALUE pairs it was started with; empty where they cannot be read."""
+        return set(_read(self.pid, "environ").split("\0"))
+
+    def command(self) -> str:
+        return _read(self.pid, "cmdline").replace("\0", " ").strip()
+
+    def kill(self) -> None:
+        if self.alive:
+            try:
+                os.kill(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def find(wanted: Callable[[Process], bool]) -> list[Process]:
+    """Every process but this one for which ``wanted`` holds."""
+    return [process for process in _all() if process.pid != os.getpid() and wanted(process)]
+
+
+def kill_and_wait(processes: Iterable[Process], timeout: float = 10) -> list[Process]:
+    """Kill; return those that did not go in time."""
+    left = list(processes)
+    for process in left:
+        process.kill()
+    deadline = time.monotonic() + timeout
+    while (left := [process for process in left if process.alive]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _all() -> Iterator[Process]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (process := Process.of(int(entry.name))) is not None:
+            yield process
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat after the command's name, which may itself hold spaces and brackets."""
+    return _read(pid, "stat").rpartition(")")[2].split() or None
+
+
+def _read(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except OSError:
+        return ""
