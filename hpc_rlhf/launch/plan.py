@@ -1,0 +1,94 @@
+"""From a spec to a plan: the jobs of a run, what each needs, and how its batches are shared out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.batch import Batch, derive_batch
+from hpc_rlhf.spec.model import JobSpec, SlurmSpec
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """One stage as one Slurm job.
+
+    Attributes:
+        stage: the stage's name.
+        job_name: what Slurm shows.
+        needs: stages whose artifacts it starts from.
+        slurm: where and how it runs.
+        batch: how the samples of a step are shared out over its ranks.
+    """
+
+    stage: str
+    job_name: str
+    needs: tuple[str, ...]
+    slurm: SlurmSpec
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs of a run; every job comes after the jobs it needs."""
+
+    name: str
+    run: RunDir
+    jobs: tuple[PlannedJob, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "run_dir": str(self.run.path),
+            "jobs": [_job_dict(job) for job in self.jobs],
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n"
+
+
+def make_plan(spec: JobSpec) -> Plan:
+    """The plan of a spec.
+
+    Raises:
+        HpcRlhfError: a stage's batch does not come out even, or Slurm could not use run_dir as it is.
+    """
+    run = RunDir(Path(spec.run_dir))
+    jobs = []
+    for stage in spec.stage_names:
+        slurm = spec.stage(stage).slurm
+        _refuse_special_characters(run, slurm)
+        try:
+            batch = derive_batch(spec.stage(stage), stage)
+        except ValueError as error:
+            raise HpcRlhfError(str(error), where=f"stages.{stage}.global_batch") from error
+        jobs.append(PlannedJob(stage, f"{spec.name}.{stage}", spec.needs(stage), slurm, batch))
+    return Plan(spec.name, run, tuple(jobs))
+
+
+def _refuse_special_characters(run: RunDir, slurm: SlurmSpec) -> None:
+    """Slurm fills in log paths at %x, and a container's mounts end at a comma or a colon."""
+    special = "%\\" if slurm.container is None else "%\\,:"
+    found = sorted(set(special) & set(str(run.path)))
+    if found:
+        raise HpcRlhfError(
+            f"run_dir must not contain {' or '.join(found)}: these mean something else to Slurm or a container",
+            where=str(run.path),
+            hint="choose another run_dir",
+        )
+
+
+def _job_dict(job: PlannedJob) -> dict[str, Any]:
+    batch = asdict(job.batch)
+    return {
+        "stage": job.stage,
+        "job_name": job.job_name,
+        "needs": list(job.needs),
+        "ranks": job.slurm.ranks,
+        "batch": {"global" if key == "global_" else key: value for key, value in batch.items()},
+        "slurm": job.slurm.model_dump(mode="json", exclude_defaults=True),
+    }

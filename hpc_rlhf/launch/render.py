@@ -1,0 +1,127 @@
+"""From a plan to text: an sbatch script, a DeepSpeed config and a hostfile template for every stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.plan import Plan, PlannedJob, make_plan
+from hpc_rlhf.spec.model import JobSpec, StageSpec
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_PACKAGE = Path(__file__).parents[1]
+# A wheel carries the templates inside the package; a checkout has them beside it.
+_OURS = (_PACKAGE / "_templates", _PACKAGE.parent / "templates")
+
+
+class Templates:
+    """Our templates, and the user's own, which win over ours file by file."""
+
+    def __init__(self, beside: Path | None = None) -> None:
+        """Args: beside: folder of the job file; its ``templates/`` is searched first."""
+        folders = (*_OURS, *(() if beside is None else (beside / "templates",)))
+        self._folders = [folder for folder in reversed(folders) if folder.is_dir()]
+        self._environment = _environment(self._folders)
+
+    def script(self, plan: Plan, job: PlannedJob, command: str) -> str:
+        """The sbatch script of a job; ``command`` is a shell command that runs one rank."""
+        return self._render(
+            "stage.sbatch.j2",
+            plan=plan,
+            job=job,
+            slurm=job.slurm,
+            run=plan.run,
+            logs=plan.run.stage(job.stage).logs,
+            hostfile=plan.run.stage(job.stage).hostfile,
+            hostfile_template=plan.run.hostfile_template(job.stage),
+            command=command,
+        )
+
+    def hostfile(self, plan: Plan, job: PlannedJob) -> str:
+        """The hostfile's line for one node, which the script fills in with the allocation's nodes."""
+        return self._render("hostfile.j2", plan=plan, job=job, slurm=job.slurm)
+
+    def ds_config(self, job: PlannedJob, stage: StageSpec) -> str:
+        """The DeepSpeed config of a stage."""
+        text = self._render("ds_config.json.j2", job=job, batch=job.batch, stage=stage)
+        try:
+            json.loads(text)
+        except ValueError as error:
+            raise HpcRlhfError(
+                f"ds_config.json.j2 does not render to JSON: {error}", where=f"stages.{job.stage}"
+            ) from error
+        return text
+
+    def _render(self, template: str, **values: object) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._environment.get_template(template).render(**values)
+        except TemplateError as error:
+            place = getattr(error, "filename", None) or template
+            line = getattr(error, "lineno", None)
+            raise HpcRlhfError(
+                f"the template does not render: {error.message or type(error).__name__}",
+                where=f"{place}:{line}" if line else str(place),
+                hint="templates are looked for in " + ", then ".join(map(str, self._folders)),
+            ) from error
+
+
+def render(spec: JobSpec, out_dir: Path, beside: Path | None = None) -> list[Path]:
+    """Write everything that would be sent, and return the files written.
+
+    Args:
+        spec: the job spec.
+        out_dir: where to write; created when missing.
+        beside: folder of the job file, whose ``templates/`` win over ours.
+    """
+    plan, templates = make_plan(spec), Templates(beside)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    texts: dict[Path, str] = {}
+    for job in plan.jobs:
+        script = templates.script(plan, job, rank_command(plan, job))
+        texts[out_dir / plan.run.sbatch(job.stage).name] = script
+        texts[out_dir / plan.run.ds_config(job.stage).name] = templates.ds_config(job, spec.stage(job.stage))
+        texts[out_dir / plan.run.hostfile_template(job.stage).name] = templates.hostfile(plan, job)
+    for path, text in texts.items():
+        # Replaced in one step: ranks of a job that is starting may be reading the old file.
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    return list(texts)
+
+
+def rank_python(job: PlannedJob) -> str:
+    """The Python that runs a rank: this one, or in a container the image's own ``python3``."""
+    return shlex.quote(sys.executable) if job.slurm.container is None else "python3"
+
+
+def rank_command(plan: Plan, job: PlannedJob) -> str:
+    """The command that submitit gives our executor; a test holds the two together."""
+    logs = shlex.quote(str(plan.run.stage(job.stage).logs))
+    return f"{rank_python(job)} -u -m submitit.core._submit {logs}"
+
+
+def _environment(folders: list[Path]) -> Environment:
+    """Sandboxed, since templates beside a job file may come from somebody else."""
+    from jinja2 import FileSystemLoader, StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(folders),
+        undefined=StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["bash"] = lambda value: shlex.quote(str(value))
+    environment.filters["json"] = json.dumps
+    return environment
