@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.lock import Lock, hold
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.rundir import RunDir
@@ -19,42 +21,55 @@ _SIZE = {"nodes", "gpus_per_node", "ranks_per_node"}
 _MAX_LISTED = 12
 
 
-def prepare(spec: JobSpec, beside: Path | None = None, live: bool = False) -> RunDir:
-    """Create the run directory of a spec, or bring an existing one up to date.
+@contextmanager
+def claim(spec: JobSpec, doing: str) -> Iterator[tuple[RunDir, Lock]]:
+    """Create the run directory of a spec if need be, and be the only launcher at work on it.
+
+    Args:
+        spec: the job spec.
+        doing: what others are told when they come too late, such as ``hpc-rlhf submit``.
+
+    Raises:
+        HpcRlhfError: somebody else is at work on it, it holds other things, or it cannot be written.
+    """
+    run = RunDir(Path(spec.run_dir))
+    with _write_errors(run):
+        _private_folder(run.path)
+        strangers = [path.name for path in run.path.iterdir() if not _is_ours(path, run)]
+    if strangers and not run.job_yaml.exists():
+        raise HpcRlhfError(
+            f"run_dir is not a run directory: it holds {sorted(strangers)[0]}",
+            where=str(run.path),
+            hint="choose an empty or a new folder as run_dir",
+        )
+    with hold(run.submit_lock, doing) as lock:
+        yield run, lock
+
+
+def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool = False) -> None:
+    """Write the resolved spec, the plan and the scripts into a run directory that the caller has claimed.
 
     What a run was trained with must not change under it, so a directory that has trained takes only other
     Slurm settings of the same size, and one whose jobs are queued or running takes no change at all.
 
     Args:
         spec: the job spec.
+        run: its run directory.
         beside: folder of the job file; templates in its ``templates/`` win over ours.
         live: jobs of this run are queued or running.
 
     Raises:
         HpcRlhfError: the directory belongs to a different spec, or cannot be written.
     """
-    run = RunDir(Path(spec.run_dir))
     if run.job_yaml.exists():
         _refuse_changes(run, spec, live)
-    elif run.path.exists() and any(run.path.iterdir()):
-        raise HpcRlhfError(
-            "run_dir exists and is not a run directory",
-            where=str(run.path),
-            hint="choose an empty or a new folder as run_dir",
-        )
-    try:
-        for folder in (run.path, run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
+    plan = make_plan(spec)
+    with _write_errors(run):
+        for folder in (run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
             _private_folder(folder)
         render(spec, run.scripts, beside)
-        _write(run.plan_json, make_plan(spec).to_json())
+        _write(run.plan_json, plan.to_json())
         _write(run.job_yaml, dump_spec(spec))
-    except OSError as error:
-        raise HpcRlhfError(
-            f"cannot write the run directory: {error.strerror}",
-            where=str(error.filename or run.path),
-            hint="set run_dir to a folder you may write to",
-        ) from error
-    return run
 
 
 def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, Any, Any]]:
@@ -117,6 +132,27 @@ def _harmless(path: str) -> bool:
 def _shown(value: Any) -> str:
     text = "unset" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _is_ours(path: Path, run: RunDir) -> bool:
+    """Whether a claim that came to nothing may have left this, before there was a job.yaml."""
+    return path.name.startswith(run.submit_lock.name) or path in (
+        run.ledger,
+        run.scripts,
+        run.path / "stages",
+    )
+
+
+@contextmanager
+def _write_errors(run: RunDir) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HpcRlhfError(
+            f"cannot write the run directory: {error.strerror}",
+            where=str(error.filename or run.path),
+            hint="set run_dir to a folder you may write to",
+        ) from error
 
 
 def _private_folder(folder: Path) -> None:
