@@ -1,5 +1,5 @@
 """A real, throw-away Slurm on this host: four nodes with two fake GPUs each, accounting included."""
 
-from tests.cluster.cluster import Cluster, ClusterError, why_not, wait_until
+from tests.cluster.cluster import Cluster, ClusterError, wait_until, why_not
 
 __all__ = ["Cluster", "ClusterError", "wait_until", "why_not"]
