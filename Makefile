@@ -1,0 +1,59 @@
+# The commands of this project; `make help` lists them. Everything is installed into .venv.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+# The first Python that the project supports; choose another by `make PYTHON=...`.
+PYTHON ?= $(firstword $(foreach name,python3 python3.11 python3.12 python3.13 python3.10,$(shell \
+	$(name) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $(name))))
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+# Where `make cluster` puts a Slurm cluster; its sockets need a short path.
+CLUSTER ?= /tmp/hpc-rlhf-cluster
+# Tests to run, such as `make test TESTS="tests/spec -k position"`.
+TESTS ?=
+
+.PHONY: help install demo test lint cluster cluster-down clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+install: .venv/.installed-dev  ## Install into .venv, with what development needs
+
+# Two stamps: the demo needs no development tools.
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one by make PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed  ## Make a tiny chat model on this machine, in a new folder under runs/
+	$(BIN)/hpc-rlhf run jobs/tiny.yaml --set run_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: .venv/.installed-dev  ## Run all tests, on a real Slurm where one can be started
+	scripts/install-slurm.sh
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup $(TESTS)
+
+lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests/conftest.py tests/cluster
+	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run scripts/*.sh
+
+cluster: .venv/.installed-dev  ## Start a Slurm cluster of four nodes on this machine; says how to use it
+	scripts/install-slurm.sh
+	@$(BIN)/python -m tests.cluster up $(CLUSTER)
+
+cluster-down:  ## Stop that cluster and remove all of it
+	$(BIN)/python -m tests.cluster down $(CLUSTER)
+
+clean:  ## Remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find hpc_rlhf tests -name __pycache__ -prune -exec rm -rf {} +
