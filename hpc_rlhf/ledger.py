@@ -13,6 +13,7 @@ from typing import Any
 # Events, and the fields each carries beside time, event and stage:
 #   submitting  token                        about to call sbatch
 #   submitted   token, job_id                sbatch answered
+#   refused     token, message               sbatch said no
 #   started     attempt, job_id, restart, ranks, host
 #   resumed     attempt, step
 #   saved       attempt, step, seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -122,6 +123,15 @@ def _environment(folders: list[Path]) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["sbatch"] = _quote_for_sbatch
     environment.filters["bash"] = lambda value: shlex.quote(str(value))
     environment.filters["json"] = json.dumps
     return environment
+
+
+def _quote_for_sbatch(value: object) -> str:
+    """Quote a value of a ``#SBATCH`` line. Unlike bash, sbatch takes backslashes in any quotes."""
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text):
+        return text
+    return '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'

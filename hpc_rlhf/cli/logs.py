@@ -1,0 +1,28 @@
+"""hpc-rlhf logs: print the log of a stage."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from hpc_rlhf.cli.run_argument import find_run
+from hpc_rlhf.observe.logs import LogReader, latest_stage
+
+
+@click.command
+@click.argument("run")
+@click.argument("stage", required=False)
+@click.option(
+    "--follow", "-f", is_flag=True, help="Go on as the log grows, across requeues, until the stage ends."
+)
+@click.option("--rank", default=0, show_default=True, type=click.IntRange(min=0), help="Whose log.")
+def command(run: str, stage: str | None, follow: bool, rank: int) -> None:
+    """Print the log of a STAGE of RUN, a run directory or job file; without STAGE, of the one that wrote last."""
+    run_dir = find_run(run)
+    reader = LogReader(run_dir, stage or latest_stage(run_dir), rank)
+    for path, text in reader.follow() if follow else reader.read():
+        if path is not None:
+            click.echo(f"==> {path} <==", err=True)
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -1,0 +1,25 @@
+"""hpc-rlhf render: write what would be submitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hpc_rlhf.launch.render import render
+from hpc_rlhf.spec.load import load_spec
+
+
+@click.command
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to."
+)
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a field of the spec.")
+def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
+    """Write the sbatch script, DeepSpeed config and hostfile template of every stage of FILE.
+
+    Templates in a folder `templates` beside FILE win over the built-in ones.
+    """
+    for path in render(load_spec(file, sets), out, file.parent):
+        click.echo(str(path))

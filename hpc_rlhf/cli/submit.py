@@ -1,0 +1,68 @@
+"""hpc-rlhf submit: submit a spec's stages to Slurm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hpc_rlhf.cli.plan import echo_plan
+from hpc_rlhf.cli.table import echo_table
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.submit import Outcome, preview, submit
+from hpc_rlhf.spec.load import load_spec
+from hpc_rlhf.spec.model import JobSpec
+
+
+@click.command
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a field of the spec.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done. Needs no Slurm, writes nothing.")
+def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
+    """Submit the stages of FILE to Slurm.
+
+    Submitting again attaches to what is there: stages that are done, queued or running are left alone.
+    """
+    spec = load_spec(file, sets)
+    if dry_run:
+        _echo_preview(spec, file.parent)
+        return
+    outcomes = submit(spec, file.parent)
+    echo_table(
+        ("stage", "job", ""), [(outcome.stage, outcome.job_id or "-", _said(outcome)) for outcome in outcomes]
+    )
+    if not any(outcome.did == "submitted" for outcome in outcomes):
+        click.echo("attached to the run that is there; nothing was submitted", err=True)
+    click.echo(_next_commands(spec.run_dir), err=True)
+
+
+def _said(outcome: Outcome) -> str:
+    return {
+        "submitted": "submitted",
+        "live": f"already there: {outcome.detail}",
+        "done": "done already",
+    }[outcome.did]
+
+
+def _next_commands(run_dir: str) -> str:
+    from shlex import quote
+
+    run = quote(run_dir)
+    return f"\nnext:\n  hpc-rlhf status {run}\n  hpc-rlhf logs -f {run}\n  hpc-rlhf cancel {run}"
+
+
+def _echo_preview(spec: JobSpec, beside: Path) -> None:
+    plan = make_plan(spec)
+    commands = preview(spec, beside)
+    echo_plan(plan)
+    click.echo(f"\nwould write {plan.run.job_yaml}, {plan.run.plan_json} and, in {plan.run.scripts}:")
+    for job in plan.jobs:
+        files = (
+            plan.run.sbatch(job.stage),
+            plan.run.ds_config(job.stage),
+            plan.run.hostfile_template(job.stage),
+        )
+        click.echo("  " + "  ".join(path.name for path in files))
+    click.echo("\nwould submit:")
+    for job in plan.jobs:
+        click.echo(f"  {commands.get(job.stage, f'{job.stage}: done already')}")

@@ -1,0 +1,90 @@
+"""The submitit executor that sends our rendered script, with its dependencies and its token."""
+
+from __future__ import annotations
+
+import os
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
+from submitit.slurm.slurm import SlurmExecutor
+
+from hpc_rlhf import slurm
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.jobs import submission_options
+from hpc_rlhf.launch.plan import Plan, PlannedJob
+from hpc_rlhf.launch.render import Templates, rank_python
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.task import StageTask
+
+# submitit's own signal handler, in place until the stage installs ours, gives up on a job that it thinks has used
+# up its time, and requeues any other. With this many minutes it always requeues.
+_NEVER_TIMED_OUT_MIN = 10**7
+_REQUEUES = 10**6
+
+
+class StageExecutor(SlurmExecutor):
+    """Submits one stage.
+
+    Of submitit it uses the pickle, the files' names and the ranks' entry point; the script is ours.
+    """
+
+    def __init__(
+        self, plan: Plan, job: PlannedJob, templates: Templates, token: str, after: tuple[str, ...]
+    ) -> None:
+        """
+        Args:
+            plan: the run's plan.
+            job: the stage's job.
+            templates: what its script is made of.
+            token: marks this very submission in the job's comment.
+            after: ids of jobs that must end well first.
+        """
+        logs = plan.run.stage(job.stage).logs
+        super().__init__(logs, max_num_timeout=_REQUEUES, python=rank_python(job))
+        self.update_parameters(
+            time=_NEVER_TIMED_OUT_MIN, nodes=job.slurm.nodes, ntasks_per_node=job.slurm.tasks_per_node
+        )
+        self._plan, self._job, self._templates = plan, job, templates
+        self._options = submission_options(job, token, after)
+
+    def send(self) -> str:
+        """Submit the stage and return its job id.
+
+        Raises:
+            HpcRlhfError: sbatch refused it; the message is sbatch's.
+        """
+        try:
+            with redirect_stderr(StringIO()):  # submitit prints there what the exception holds too
+                return str(self.submit(StageTask(str(self._plan.run.path), self._job.stage)).job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise HpcRlhfError(
+                f"sbatch refused the job: {_plain(str(error))}",
+                where=f"stages.{self._job.stage}",
+                hint="change the stage's slurm settings and submit again",
+            ) from error
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._templates.script(self._plan, self._job, command)
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        """sbatch, without what the environment says about the job that we may ourselves be part of."""
+        unset = [f"--unset={name}" for name in slurm.foreign_variables(os.environ)]
+        return ["env", *unset, "sbatch", *self._options, str(submission_file_path)]
+
+
+def ensure_pickle(run: RunDir, stage: str, job_id: str) -> None:
+    """Write what the ranks of a job will load, if a crash came between sbatch and that."""
+    path = JobPaths(run.stage(stage).logs, job_id=job_id).submitted_pickle
+    if not path.exists():
+        delayed = DelayedSubmission(StageTask(str(run.path), stage))
+        delayed.set_timeout(_NEVER_TIMED_OUT_MIN, _REQUEUES)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        delayed.dump(partial)
+        partial.replace(path)
+
+
+def _plain(text: str) -> str:
+    """sbatch's words without its name before each line."""
+    return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines())

@@ -1,0 +1,200 @@
+"""How the stages of a run are getting on: what Slurm says, and what is on disk, which outranks it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf import manifest, slurm
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.slurm import PastJob, QueuedJob
+
+_TAIL = 1 << 16
+# `hpc-rlhf run` touches the run's lock every minute while it is at work.
+_LOCK_SILENCE = 180.0
+_REASONS = {
+    "Priority": "other jobs go first",
+    "Resources": "waits for free nodes",
+    "BeginTime": "Slurm lets a requeued job wait a little",
+    "JobHeldUser": "held by its owner; scontrol release lets it go",
+    "JobHeldAdmin": "held by an administrator",
+    "launch_failed_requeued_held": "a node failed to launch it; scontrol release lets it go",
+    "PartitionDown": "the partition is down",
+    "PartitionTimeLimit": "time is longer than the partition allows",
+    "PartitionNodeLimit": "more nodes than the partition has",
+    "ReqNodeNotAvail": "a node that it needs is not available",
+    "Reservation": "waits for its reservation",
+}
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """How one stage is getting on.
+
+    Attributes:
+        stage: the stage.
+        state: in a word: not started, waiting, pending, starting, running, requeued, stuck, done, failed, …
+        why: more about the state; may be empty.
+        job_id: its latest Slurm job, or None.
+        attempts: how often it has started.
+        step: steps done, or None before the first.
+        total_steps: steps in all.
+        metric: name of the number that tells most: loss, or PPO's reward.
+        value: its latest value.
+        updated: when the latest step was done, in Unix seconds.
+    """
+
+    stage: str
+    state: str
+    why: str = ""
+    job_id: str | None = None
+    attempts: int = 0
+    step: int | None = None
+    total_steps: int | None = None
+    metric: str | None = None
+    value: float | None = None
+    updated: float | None = None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known about the state of a stage."""
+
+    done: bool
+    needs: tuple[str, ...]
+    events: tuple[dict[str, Any], ...]
+    job_id: str | None
+    queued: QueuedJob | None
+    past: PastJob | None
+    at_work_here: bool
+
+
+def read_status(run: RunDir) -> list[StageStatus]:
+    """The status of every stage of a run, in the order of its plan."""
+    plan = json.loads(run.plan_json.read_text(encoding="utf-8"))
+    events: dict[str, list[dict[str, Any]]] = {job["stage"]: [] for job in plan["jobs"]}
+    for event in Ledger(run.ledger).events():
+        if event.get("stage") in events:
+            events[event["stage"]].append(event)
+    jobs = {stage: _latest_job(events[stage]) for stage in events}
+    queue, past, silence = _ask_slurm([job_id for job_id in jobs.values() if job_id is not None])
+    at_work = _launcher_at_work(run)
+    statuses = []
+    for planned in plan["jobs"]:
+        stage = planned["stage"]
+        job_id = jobs[stage]
+        evidence = Evidence(
+            done=manifest.defect(run.stage(stage).model, deep=False) is None,
+            needs=tuple(planned["needs"]),
+            events=tuple(events[stage]),
+            job_id=job_id,
+            queued=queue.get(job_id or ""),
+            past=past.get(job_id or ""),
+            at_work_here=at_work,
+        )
+        state, why = judge(evidence)
+        if silence and job_id is not None and not evidence.done:
+            why = silence
+        attempts = sum(event["event"] == "started" for event in events[stage])
+        statuses.append(
+            StageStatus(stage, state, why, job_id, attempts, **_progress(run.stage(stage).metrics, stage))
+        )
+    return statuses
+
+
+def judge(evidence: Evidence) -> tuple[str, str]:
+    """The state of a stage in a word, and why. A whole artifact outranks Slurm, and Slurm what was last written."""
+    if evidence.done:
+        return "done", ""
+    if evidence.queued is not None and evidence.queued.live:
+        return _judge_live(evidence.queued, evidence)
+    last = evidence.events[-1] if evidence.events else {"event": "none"}
+    name, message = last["event"], str(last.get("message", ""))
+    if name in ("failed", "refused", "cancelled"):
+        return name, message
+    if name == "interrupted":
+        return "interrupted", "run it again to go on"
+    ended = evidence.queued or evidence.past
+    if ended is not None and not (isinstance(ended, PastJob) and ended.state not in slurm.ENDED):
+        state = "cancelled" if ended.state == "CANCELLED" else "failed"
+        return state, f"Slurm says {ended.state}; submit again to go on"
+    if evidence.job_id is not None:
+        return "unknown", f"Slurm knows no job {evidence.job_id} now; submit again to go on"
+    if name == "submitting":
+        return "unknown", "submit was cut off here; submit again finds the job"
+    if name != "none":
+        return ("running", "") if evidence.at_work_here else ("stopped", "run it again to go on")
+    return "not started", ""
+
+
+def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
+    if job.state == "RUNNING":
+        last = evidence.events[-1]["event"] if evidence.events else ""
+        return ("starting" if last in ("submitted", "requeued") else "running"), ""
+    if job.state != "PENDING":
+        return job.state.lower(), job.reason
+    if job.reason == "DependencyNeverSatisfied":
+        return "stuck", "a stage that it needs ended badly; submit again to mend it"
+    if job.reason == "Dependency":
+        return "waiting", f"for {' and '.join(evidence.needs)}"
+    started = any(event["event"] == "started" for event in evidence.events)
+    words = _REASONS.get(job.reason)
+    return "requeued" if started else "pending", f"{job.reason}: {words}" if words else job.reason
+
+
+def _latest_job(events: list[dict[str, Any]]) -> str | None:
+    ids = [str(event["job_id"]) for event in events if event["event"] == "submitted"]
+    return ids[-1] if ids else None
+
+
+def _ask_slurm(job_ids: list[str]) -> tuple[Mapping[str, QueuedJob], Mapping[str, PastJob], str]:
+    """What Slurm knows of jobs, and what is wrong when it does not answer."""
+    if not job_ids:
+        return {}, {}, ""
+    try:
+        queue = slurm.queue()
+    except HpcRlhfError as error:
+        return {}, {}, f"no word from Slurm ({error.message})"
+    return queue, slurm.history([job_id for job_id in job_ids if job_id not in queue]), ""
+
+
+def _launcher_at_work(run: RunDir) -> bool:
+    try:
+        return time.time() - run.submit_lock.stat().st_mtime < _LOCK_SILENCE
+    except OSError:
+        return False
+
+
+def _progress(metrics: Path, stage: str) -> dict[str, Any]:
+    """What the last training line of a metrics file says."""
+    name = "reward" if stage == "ppo" else "loss"
+    for line in reversed(_tail(metrics).splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("kind") == "train":
+            return {
+                "step": row["step"],
+                "total_steps": row["total_steps"],
+                "metric": name if name in row else None,
+                "value": row.get(name),
+                "updated": row.get("time"),
+            }
+    return {}
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""

@@ -1,0 +1,154 @@
+"""The Slurm commands that both wings use, and their answers parsed. Light: the ranks import it too."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+
+# squeue shows a finished job for a few minutes (MinJobAge); in these states it has ended for good.
+ENDED = frozenset(
+    [
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    ]
+)
+_TIMEOUT = 60
+# What selects the cluster and proves who we are; everything else of these names is about some other job, or a
+# default that would quietly outweigh the spec.
+_KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"})
+_PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_")
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job as squeue shows it.
+
+    Attributes:
+        job_id: its number.
+        state: Slurm's word, such as PENDING.
+        reason: why it is pending or ended; empty otherwise.
+        comment: its comment.
+    """
+
+    job_id: str
+    state: str
+    reason: str
+    comment: str
+
+    @property
+    def live(self) -> bool:
+        return self.state not in ENDED
+
+
+@dataclass(frozen=True)
+class PastJob:
+    """A job as sacct remembers it: the state and exit code of its latest attempt."""
+
+    job_id: str
+    state: str
+    exit_code: str
+
+
+def available() -> bool:
+    """Whether Slurm's commands are here."""
+    return all(shutil.which(program) for program in ("sbatch", "squeue", "scontrol", "scancel"))
+
+
+def foreign_variables(environ: Mapping[str, str]) -> list[str]:
+    """Variables that say something about another job, or are a default for one of Slurm's commands."""
+    return sorted(name for name in environ if name.startswith(_PREFIXES) and name not in _KEPT)
+
+
+def queue() -> dict[str, QueuedJob]:
+    """This user's jobs that Slurm's controller knows, just finished ones too, by job id."""
+    text = _run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%k"])
+    jobs = {}
+    for line in text.splitlines():
+        job_id, state, reason, comment = line.split("|", 3)
+        jobs[job_id] = QueuedJob(
+            job_id,
+            state,
+            "" if reason == "None" else reason,
+            "" if comment == "(null)" else comment,
+        )
+    return jobs
+
+
+def history(job_ids: Sequence[str]) -> dict[str, PastJob]:
+    """What accounting remembers of jobs. Empty where a cluster keeps no accounts; a new job may be missing."""
+    if not job_ids or shutil.which("sacct") is None:
+        return {}
+    command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,ExitCode"]
+    try:
+        text = _run([*command, f"--jobs={','.join(job_ids)}"])
+    except HpcRlhfError:
+        return {}
+    jobs = {}
+    for line in text.splitlines():
+        job_id, state, exit_code = line.split("|")
+        # "CANCELLED by 1000"
+        jobs[job_id] = PastJob(job_id, state.split()[0], exit_code)
+    return jobs
+
+
+def requeue(job_id: str) -> None:
+    """Put a running or finished job back in the queue under its own id."""
+    _run(["scontrol", "requeue", job_id])
+
+
+def set_dependency(job_id: str, needs: Sequence[str]) -> None:
+    """Let a pending job wait for others to end well; for none, let it go."""
+    dependency = f"afterok:{':'.join(needs)}" if needs else ""
+    _run(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency}"])
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """Cancel jobs for good. A stage that is told to stop requeues itself, so that is forbidden first."""
+    for job_id in job_ids:
+        try:
+            _run(["scontrol", "update", f"JobId={job_id}", "Requeue=0"])
+        except HpcRlhfError:
+            continue  # it has just ended; scancel passes over those
+    if job_ids:
+        _run(["scancel", *job_ids])
+
+
+def _run(command: list[str]) -> str:
+    """What a Slurm command prints.
+
+    Raises:
+        HpcRlhfError: it is not here, fails or does not answer; the message is its own.
+    """
+    foreign = set(foreign_variables(os.environ))
+    environ = {name: value for name, value in os.environ.items() if name not in foreign}
+    try:
+        done = subprocess.run(
+            command, env=environ, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+        )
+    except FileNotFoundError:
+        raise HpcRlhfError(
+            f"{command[0]} is not on PATH", hint="run this where Slurm's commands are", exit_code=RUN_FAILED
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise HpcRlhfError(
+            f"{command[0]} gave no answer in {_TIMEOUT} s",
+            hint="the cluster's controller may be busy; try again",
+            exit_code=RUN_FAILED,
+        ) from None
+    if done.returncode:
+        said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise HpcRlhfError(f"{' '.join(command[:2])}: {said}", exit_code=RUN_FAILED)
+    return done.stdout
