@@ -7,25 +7,50 @@ from typing import Annotated, Any, Literal
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # a third of pydantic's start-up time
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    model_validator,
+)
+
+from hpc_rlhf.spec.sbatch import refuse_owned, time_limit
 
 STAGE_NAMES = ("sft", "reward", "ppo")
 
-# Text that ends up in a shell script or a `#SBATCH` line: no control characters anywhere.
-FreeText = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*$", max_length=4096)]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]+$", max_length=128)]
+_NO_CONTROLS = r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*$"
+_NAME = r"^[A-Za-z0-9._-]+$"
 # What Slurm's own values are made of. Letters that a shell would act on are left out, except those that
 # Slurm's node lists and constraints need; the scripts quote these.
-SlurmValue = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9_.][A-Za-z0-9_.,:/=+@%&|*()\[\]-]*$", max_length=1024)
-]
-SlurmTime = Annotated[
-    str, StringConstraints(pattern=r"^(\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+|\d+-\d+:\d\d|\d+-\d+:\d\d:\d\d)$")
-]
-SlurmMemory = Annotated[str, StringConstraints(pattern=r"^\d+[KMGT]?$")]
+_SLURM_VALUE = r"^[A-Za-z0-9_.][A-Za-z0-9_.,:/=+@%&|*()\[\]-]*$"
+_SLURM_TIME = r"^([0-9]{1,9}(:[0-9]{2}){0,2}|[0-9]{1,6}-[0-9]{1,2}(:[0-9]{2}){0,2})$"
+_SLURM_MEMORY = r"^[0-9]{1,12}[KMGT]?$"
+
+# What each pattern asks for, for the messages.
+PATTERN_WORDS = {
+    _NO_CONTROLS: "must be one line without control characters",
+    _NAME: "may hold only letters, digits and . _ -",
+    _SLURM_VALUE: "may hold only letters, digits and _ . , : / = + @ % & | * ( ) [ ] -, and start with a letter, digit, _ or .",
+    _SLURM_TIME: "must be a time limit as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS",
+    _SLURM_MEMORY: "must be a size such as 900G",
+}
+
+# Text that ends up in a shell script or a `#SBATCH` line: no control characters anywhere.
+FreeText = Annotated[str, StringConstraints(pattern=_NO_CONTROLS, max_length=4096)]
+# An account or a time limit may be a number; YAML then reads it as one.
+_NumberAsText = BeforeValidator(lambda raw: str(raw) if type(raw) is int else raw)
+Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=128), _NumberAsText]
+SlurmValue = Annotated[str, StringConstraints(pattern=_SLURM_VALUE, max_length=1024), _NumberAsText]
+SlurmTime = Annotated[str, StringConstraints(pattern=_SLURM_TIME), _NumberAsText]
+SlurmMemory = Annotated[str, StringConstraints(pattern=_SLURM_MEMORY), _NumberAsText]
+SbatchOption = Annotated[str, AfterValidator(refuse_owned)]
 PathText = Annotated[FreeText, StringConstraints(min_length=1)]
 Command = Annotated[FreeText, StringConstraints(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -102,7 +127,7 @@ class SlurmSpec(Model):
         description="Shell lines run on the first node before the ranks start, such as `module load cuda` or `source venv/bin/activate`.",
     )
     container: ContainerSpec | None = Field(default=None, description="A container that every rank runs in.")
-    extra: dict[str, SlurmValue | bool] = Field(
+    extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(
         default_factory=dict,
         description="Further sbatch options without their dashes, such as {switches: 1}; true for a bare flag. Options that have a field of their own are refused.",
     )
@@ -116,6 +141,15 @@ class SlurmSpec(Model):
     def ranks(self) -> int:
         """Ranks of the whole job."""
         return self.nodes * self.tasks_per_node
+
+    @model_validator(mode="after")
+    def _has_time_to_save(self) -> SlurmSpec:
+        limit = time_limit(self.time)
+        if limit is not None and limit <= self.signal_seconds:
+            raise ValueError(
+                f"time {self.time} is {limit} s, and signal_seconds would tell the stage to stop {self.signal_seconds} s before its end: at once"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_ranks(self) -> SlurmSpec:

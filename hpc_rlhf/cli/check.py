@@ -1,0 +1,45 @@
+"""hpc-rlhf check: list everything wrong in job specs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from hpc_rlhf.cli.options import json_option, set_option
+from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True)
+@set_option
+@json_option
+@click.pass_context
+def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
+    """Check job specs and list everything wrong in them.
+
+    Each problem is a line FILE:LINE:COLUMN: FIELD: WHAT (HINT). Ends with 2 when there is one.
+    """
+    problems = {file: _problems(file, sets) for file in files}
+    bad = sum(1 for found in problems.values() if found)
+    if as_json:
+        click.echo(
+            json.dumps({file: [asdict(one) for one in found] for file, found in problems.items()}, indent=2)
+        )
+    else:
+        for file, found in problems.items():
+            click.echo("\n".join(map(str, found)) if found else f"{file}: ok")
+    if bad:
+        click.echo(f"{bad} of {len(problems)} spec{'s' * (len(problems) > 1)} cannot run", err=True)
+        ctx.exit(INPUT_WRONG)
+
+
+def _problems(file: str, sets: tuple[str, ...]) -> tuple[Problem, ...]:
+    from hpc_rlhf.spec.load import load_spec
+
+    try:
+        load_spec(file, sets)
+    except SpecError as error:
+        return error.problems
+    return ()

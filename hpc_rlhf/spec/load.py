@@ -1,0 +1,124 @@
+"""Loads a job spec, or raises every error in it; and writes and reads it back as a run directory keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from hpc_rlhf.errors import Problem, SpecError
+from hpc_rlhf.spec.batch import derive_batch
+from hpc_rlhf.spec.layers import read_layers
+from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.paths import resolve_paths
+from hpc_rlhf.spec.problems import problems_of
+from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
+
+_PAIRLESS = ("instruction", "text")  # formats that hold no rejected answer
+
+
+def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
+    """Load a user's spec.
+
+    Args:
+        path: the spec file.
+        sets: options `a.b.c=VALUE` laid over it, the last one uppermost.
+
+    Raises:
+        SpecError: all that is wrong with it, each with its place.
+    """
+    root, problems = resolve_paths(read_layers(Path(path), sets))
+    root = _inherit_slurm(root)
+    try:
+        spec = JobSpec.model_validate(root.plain(), strict=True)
+    except ValidationError as error:
+        raise SpecError(_sorted(problems + problems_of(error, root))) from None
+    problems += _cross_check(spec, root)
+    if problems:
+        raise SpecError(_sorted(problems))
+    return spec
+
+
+def read_spec(path: Path) -> JobSpec:
+    """Read a spec that `dump_spec` wrote."""
+    root = read_yaml(path, str(path))
+    try:
+        return JobSpec.model_validate(root.plain(), strict=True)
+    except ValidationError as error:
+        raise SpecError(_sorted(problems_of(error, root))) from None
+
+
+def dump_spec(spec: JobSpec) -> str:
+    """The spec as YAML, every default written out."""
+    return yaml.dump(
+        spec.model_dump(),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=False,
+        width=110,
+    )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes no aliases, and quotes whatever this project's reader or any other would not read as text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+
+
+def _inherit_slurm(root: Node) -> Node:
+    """Lay each stage's slurm over the top-level one, as the model does, so that places are known there too."""
+    base, stages = root.get("slurm"), root.get("stages")
+    if (
+        base is None
+        or stages is None
+        or not isinstance(base.value, dict)
+        or not isinstance(stages.value, dict)
+    ):
+        return root
+    assert isinstance(root.value, dict)
+    new = dict(stages.value)
+    for name, stage in stages.value.items():
+        own = stage.get("slurm")
+        if not isinstance(stage.value, dict) or (own is not None and not isinstance(own.value, dict)):
+            continue
+        slurm = base if own is None else replace(own, value={**base.value, **own.value})  # type: ignore[dict-item]
+        new[name] = replace(stage, value={**stage.value, "slurm": slurm})
+    return replace(root, value={**root.value, "stages": replace(stages, value=new)})
+
+
+def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
+    """What is wrong between fields that are each right."""
+
+    def problem(path: str, what: str, hint: str | None = None) -> Problem:
+        keys = path.split(".")
+        while (node := root.get(*keys)) is None:  # a default: point at the mapping that it would stand in
+            keys = keys[:-1]
+        by_key = node.key if isinstance(node.value, dict | list) else None
+        return (by_key or node.mark).problem(what, hint, path)
+
+    problems = []
+    for name in spec.stage_names:
+        try:
+            derive_batch(spec.stage(name), name)
+        except ValueError as error:
+            problems.append(problem(f"stages.{name}.global_batch", str(error)))
+        if getattr(spec.data.split, name) == 0:
+            problems.append(problem(f"data.split.{name}", f"leaves the {name} stage without data"))
+    if spec.stages.reward and all(source.format in _PAIRLESS for source in spec.data.sources):
+        problems.append(
+            problem("data.sources", "none holds pairs of answers, which the reward stage trains on")
+        )
+    return problems
+
+
+def _sorted(problems: list[Problem]) -> list[Problem]:
+    return sorted(problems, key=lambda problem: (problem.source, problem.line, problem.column))

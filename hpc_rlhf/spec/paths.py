@@ -1,0 +1,106 @@
+"""Resolves the path-like fields of a spec: `${VAR}`, `~`, and relative paths, which start at the working directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+from hpc_rlhf.errors import Problem
+from hpc_rlhf.spec.yaml_source import Node
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_FILE = re.compile(r".*\.(json|jsonl|csv|parquet)(\.gz)?|.*\.gz")
+_IMAGE_FILE = re.compile(r".*\.(sif|sqsh|img)")
+
+
+def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
+    """The tree with every path-like field resolved, and what was wrong with some of them."""
+    problems: list[Problem] = []
+    for pattern, resolve in _PATHS:
+        root = _rewrite(root, pattern, (), resolve, problems)
+    return root, problems
+
+
+def _rewrite(
+    node: Node,
+    pattern: tuple[str, ...],
+    path: tuple[str, ...],
+    resolve: Callable[[str], str],
+    problems: list[Problem],
+) -> Node:
+    """The node with each text that the pattern leads to resolved; `*` is any key or index."""
+    if not pattern:
+        if not isinstance(node.value, str) or not node.value or "\0" in node.value:
+            return node  # the model says what is wrong
+        try:
+            return replace(node, value=resolve(_expand(node.value)))
+        except ValueError as error:
+            problems.append(node.mark.problem(str(error), path=".".join(path)))
+            return node
+    step, rest = pattern[0], pattern[1:]
+    if isinstance(node.value, dict):
+        steps = [key for key in node.value if step in ("*", key)]
+        new = {key: _rewrite(node.value[key], rest, (*path, key), resolve, problems) for key in steps}
+        return replace(node, value={**node.value, **new}) if new else node
+    if isinstance(node.value, list) and step == "*":
+        items = [_rewrite(n, rest, (*path, str(i)), resolve, problems) for i, n in enumerate(node.value)]
+        return replace(node, value=items)
+    return node
+
+
+def _expand(text: str) -> str:
+    """The text with variables and a leading `~` filled in."""
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name) or default
+        if found is None:
+            raise ValueError(
+                f"the variable {name} is not set; set it, or give a default: ${{{name}:-default}}"
+            )
+        return found
+
+    if "$" in _VARIABLE.sub("", text):
+        raise ValueError(f"{text!r} holds a $ that is not ${{NAME}} or ${{NAME:-default}}")
+    text = _VARIABLE.sub(value, text)
+    return os.path.expanduser(text) if text.startswith("~") else text
+
+
+def _is_local(text: str) -> bool:
+    """Whether a path is written as one, and not as a hub id."""
+    return text.startswith(("/", "./", "../", "~")) or text in (".", "..")
+
+
+def _local_or_hub(text: str) -> str:
+    """A local file or folder, made absolute, or a hub id as it is."""
+    if os.path.exists(text):
+        return os.path.abspath(text)
+    if _is_local(text) or _FILE.fullmatch(text):
+        raise ValueError(f"there is no file or folder {os.path.abspath(text)!r}")
+    if not _HUB_ID.fullmatch(text):
+        raise ValueError(f"{text!r} is neither a file or folder here nor a hub id such as facebook/opt-1.3b")
+    return text
+
+
+def _image(text: str) -> str:
+    return os.path.abspath(text) if _is_local(text) or _IMAGE_FILE.fullmatch(text) else text
+
+
+def _mount(text: str) -> str:
+    source, colon, target = text.partition(":")
+    return os.path.abspath(source) + colon + target
+
+
+_PATHS: tuple[tuple[tuple[str, ...], Callable[[str], str]], ...] = (
+    (("run_dir",), os.path.abspath),
+    (("data", "sources", "*", "path"), _local_or_hub),
+    (("stages", "ppo", "ptx", "path"), _local_or_hub),
+    (("models", "*"), _local_or_hub),
+    (("slurm", "container", "image"), _image),
+    (("slurm", "container", "mounts", "*"), _mount),
+    (("stages", "*", "slurm", "container", "image"), _image),
+    (("stages", "*", "slurm", "container", "mounts", "*"), _mount),
+)

@@ -1,0 +1,179 @@
+"""Turns pydantic's errors into problems in plain words, each at the place where the user wrote the mistake."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from hpc_rlhf.errors import Problem
+from hpc_rlhf.spec.model import PATTERN_WORDS, JobSpec
+from hpc_rlhf.spec.yaml_source import Mark, Node
+
+_KINDS = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a mapping of fields",
+    "model_type": "a mapping of fields",
+}
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "more than"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "less than"),
+}
+
+
+class _Found:
+    """One pydantic error, and where its location leads in the user's tree."""
+
+    def __init__(self, error: Any, root: Node) -> None:
+        self.type: str = error["type"]
+        self.context: dict[str, Any] = error.get("ctx", {})
+        self.message: str = error["msg"]
+        self.path: tuple[str | int, ...] = ()
+        self.unions: set[tuple[str | int, ...]] = set()  # where pydantic tried several types
+        self.node = root
+        self.at_key = False
+        for step in error["loc"]:
+            below = _below(self.node, step)
+            if below is not None:
+                self.node = below
+                self.path += (step,)
+            elif step == "[key]":
+                self.at_key = True
+            elif self.type == "missing" and step == error["loc"][-1]:
+                self.path += (step,)
+            else:
+                self.unions.add(self.path)
+
+    @property
+    def is_other_kind(self) -> bool:
+        """Whether a union's branch was simply not meant."""
+        return self.type in _KINDS and self.path in self.unions
+
+    @property
+    def mark(self) -> Mark:
+        by_key = self.at_key or self.type == "extra_forbidden" or isinstance(self.node.value, dict | list)
+        return self.node.key if by_key and self.node.key else self.node.mark
+
+    def problem(self, kinds: list[str]) -> Problem:
+        what, hint = self._words(kinds)
+        return self.mark.problem(what, hint, ".".join(_shown_key(step) for step in self.path))
+
+    def _words(self, kinds: list[str]) -> tuple[str, str | None]:
+        value = self.node.value
+        if self.type == "missing":
+            return "is missing", _description(self.path)
+        if self.type == "extra_forbidden":
+            return _unknown_field(self.path)
+        if self.type in _KINDS:
+            hint = None
+            if "text" in kinds and isinstance(value, bool | int | float):
+                hint = "put it in quotes"
+            return f"must be {' or '.join(kinds)}, not {_shown(value)}", hint
+        if self.type in _BOUNDS:
+            key, words = _BOUNDS[self.type]
+            return f"must be {words} {self.context[key]}, not {_shown(value)}", None
+        if self.type == "string_pattern_mismatch":
+            return f"{_shown(value)} {PATTERN_WORDS[self.context['pattern']]}", None
+        if self.type == "literal_error":
+            expected = self.context["expected"]
+            close = get_close_matches(str(value), re.findall(r"[\w-]+", expected), 1)
+            return f"must be {expected}, not {_shown(value)}", f"did you mean {close[0]}?" if close else None
+        if self.type == "value_error":
+            return str(self.context["error"]), None
+        if self.type in ("too_short", "string_too_short"):
+            return "must not be empty", None
+        if self.type == "too_long":
+            return f"has more than {self.context['max_length']} entries", None
+        if self.type == "string_too_long":
+            return f"has more than {self.context['max_length']} characters", None
+        if self.type == "finite_number":
+            return "must be a finite number", None
+        return self.message[0].lower() + self.message[1:], None
+
+
+def problems_of(error: ValidationError, root: Node) -> list[Problem]:
+    """Every problem once, in the order of the file."""
+    found = [_Found(one, root) for one in error.errors(include_url=False, include_input=False)]
+    problems: dict[tuple[Mark | str, str], Problem] = {}
+    for one in found:
+        kinds = [_KINDS.get(one.type, "")]
+        if one.is_other_kind:
+            siblings = [other for other in found if one.path in other.unions]
+            if not all(other.is_other_kind and other.path == one.path for other in siblings):
+                continue  # another branch of the union was meant, and says what is wrong
+            kinds = list(dict.fromkeys(_KINDS[other.type] for other in siblings))
+        problem = one.problem(kinds)
+        # Stages inherit slurm, and with it what is wrong there.
+        inherited = one.type == "value_error" and one.path[-1:] == ("slurm",)
+        problems.setdefault(("slurm" if inherited else one.mark, problem.what), problem)
+    return list(problems.values())
+
+
+def _below(node: Node, step: str | int) -> Node | None:
+    if isinstance(node.value, dict) and isinstance(step, str):
+        return node.value.get(step)
+    if isinstance(node.value, list) and isinstance(step, int) and step < len(node.value):
+        return node.value[step]
+    return None
+
+
+def _unknown_field(path: tuple[str | int, ...]) -> tuple[str, str | None]:
+    model = _model_at(path[:-1])
+    fields = list(model.model_fields) if model else []
+    wrong = str(path[-1]).replace("-", "_").lower()
+    close = [name for name in fields if wrong in name.split("_")] or get_close_matches(wrong, fields, 1)
+    if close:
+        return "is not a field", f"did you mean {' or '.join(close)}?"
+    return "is not a field", f"the fields here are {', '.join(fields)}" if fields else None
+
+
+def _description(path: tuple[str | int, ...]) -> str | None:
+    model = _model_at(path[:-1])
+    field = model.model_fields.get(str(path[-1])) if model else None
+    return field.description.split(". ")[0].rstrip(".") if field and field.description else None
+
+
+def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """The model that holds the fields at a path."""
+    model: type[BaseModel] | None = JobSpec
+    for step in path:
+        if isinstance(step, int):
+            continue  # a list's entries are of the model found in its annotation
+        field = model.model_fields.get(step) if model else None
+        model = _model_in(field.annotation) if field else None
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: short, and with nothing in it that a terminal would act on."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _shown_key(step: str | int) -> str:
+    text = str(step)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 60 else text[:57] + "…"

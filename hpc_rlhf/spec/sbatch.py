@@ -1,0 +1,92 @@
+"""What this tool knows of sbatch: the options it owns, and how a time limit is written."""
+
+from __future__ import annotations
+
+import re
+
+# Options that may not be passed through `slurm.extra`, because they have a field of their own or because the
+# tool needs them for itself, and what to do instead.
+_OWNED = {
+    "account": "use slurm.account",
+    "array": "a stage is one job",
+    "chdir": "every path of a run is absolute",
+    "clusters": "a run stays on the cluster that it is submitted to",
+    "comment": "use slurm.comment",
+    "constraint": "use slurm.constraint",
+    "container": "use slurm.container",
+    "cpus-per-gpu": "use slurm.cpus_per_gpu",
+    "cpus-per-task": "use slurm.cpus_per_gpu",
+    "dependency": "the stages depend on each other as `hpc-rlhf plan` shows",
+    "error": "logs are in the run directory; `hpc-rlhf logs` shows them",
+    "exclude": "use slurm.exclude",
+    "exclusive": "use slurm.exclusive",
+    "export": "the ranks need the environment; use slurm.setup to change it",
+    "export-file": "use slurm.setup",
+    "gpus": "use slurm.nodes and slurm.gpus_per_node",
+    "gpus-per-node": "use slurm.gpus_per_node",
+    "gpus-per-task": "use slurm.gpus_per_node",
+    "gres": "use slurm.gres",
+    "help": "it makes sbatch print and not submit",
+    "hold": "use `scontrol hold` on the submitted job",
+    "input": "a stage reads no input",
+    "job-name": "use name",
+    "kill-on-invalid-dep": "the chain decides what happens to a stage whose input failed",
+    "licenses": "use slurm.licenses",
+    "mail-type": "use slurm.mail_type",
+    "mail-user": "use slurm.mail_user",
+    "mem": "use slurm.mem",
+    "no-kill": "a stage ends when one of its ranks does",
+    "no-requeue": "a stage survives preemption by being requeued",
+    "nodefile": "use slurm.nodelist",
+    "nodelist": "use slurm.nodelist",
+    "nodes": "use slurm.nodes",
+    "ntasks": "use slurm.nodes and slurm.ranks_per_node",
+    "ntasks-per-gpu": "use slurm.ranks_per_node",
+    "ntasks-per-node": "use slurm.ranks_per_node",
+    "open-mode": "logs are always appended to, since a requeued stage goes on writing them",
+    "output": "logs are in the run directory; `hpc-rlhf logs` shows them",
+    "parsable": "the tool reads sbatch's answer",
+    "partition": "use slurm.partition",
+    "qos": "use slurm.qos",
+    "quiet": "the tool reads sbatch's answer",
+    "requeue": "stages are always requeueable; slurm.max_requeues bounds it",
+    "reservation": "use slurm.reservation",
+    "signal": "use slurm.signal_seconds",
+    "test-only": "use `hpc-rlhf submit --dry-run`",
+    "time": "use slurm.time",
+    "usage": "it makes sbatch print and not submit",
+    "verbose": "the tool reads sbatch's answer",
+    "version": "it makes sbatch print and not submit",
+    "wait": "the tool reads sbatch's answer",
+    "wrap": "the tool writes the script",
+}
+
+
+def refuse_owned(option: str) -> str:
+    """A long sbatch option that may be passed through.
+
+    Raises:
+        ValueError: it is not written as one, or the tool owns it; the text says what to do instead.
+    """
+    if not re.fullmatch("[a-z][a-z0-9]*(-[a-z0-9]+)*", option) or len(option) == 1:
+        raise ValueError(
+            "give the long name of an sbatch option without its leading dashes, such as `switches`"
+        )
+    for owned, instead in _OWNED.items():
+        if owned.startswith(option):  # sbatch takes the beginning of an option for the whole
+            raise ValueError(f"hpc-rlhf owns sbatch's --{owned}: {instead}")
+    return option
+
+
+def time_limit(text: str) -> int | None:
+    """Seconds in a Slurm time limit, or None for no limit."""
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:  # D-HH, D-HH:MM, D-HH:MM:SS
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # MM, MM:SS
+        hours, minutes, seconds = 0, parts[0], (*parts, 0)[1]
+    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return total or None
