@@ -30,12 +30,27 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def write(folder: Path, facts: dict[str, Any]) -> None:
-    """Flush every file below ``folder`` and write the manifest over them, atomically and last."""
+def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """Flush the files below a folder, and tell each one's size and SHA-256.
+
+    Args:
+        share: (rank, size) to do only every size-th file, beginning with number rank.
+    """
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)[share[0] :: share[1]]:
         fsync_path(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return files
+
+
+def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+    """Write the manifest over every file below a folder: atomically, last, and flushed to disk.
+
+    Args:
+        facts: what else it says.
+        files: of ``describe``, where the ranks shared it.
+    """
+    files = describe(folder) if files is None else files
     partial = folder / f".{NAME}.partial"
     partial.write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True))
     fsync_path(partial)
@@ -53,17 +68,18 @@ def read(folder: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else None
 
 
-def defect(folder: Path, deep: bool = True) -> str | None:
+def defect(folder: Path, deep: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a folder, or None when it is whole.
 
     Args:
         folder: the directory that a manifest should prove.
         deep: also compare each file's SHA-256, not only its size.
+        share: (rank, size) to look only at every size-th file, beginning with number rank.
     """
     facts = read(folder)
     if facts is None:
         return "it has no valid manifest" if folder.exists() else "it does not exist"
-    for name, expected in facts["files"].items():
+    for name, expected in sorted(facts["files"].items())[share[0] :: share[1]]:
         path = folder / name
         try:
             size = path.stat().st_size

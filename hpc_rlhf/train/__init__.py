@@ -1,0 +1,1 @@
+"""Compute node: one process per GPU. Torch lives here and nowhere else."""

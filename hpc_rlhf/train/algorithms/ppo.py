@@ -1,0 +1,106 @@
+"""Proximal policy optimisation on answers of a language model: rewards, advantages, losses.
+
+Tensors of shape (batch, answer) run over the tokens of the answers, padded on the right. Masks are bool,
+True on real answer tokens, the end-of-sequence token included. The state before token t has value
+``values[:, t]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kl_shaped_rewards(
+    log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, mask: Tensor, kl_coef: float, score_clip: float
+) -> Tensor:
+    """Per-token rewards (InstructGPT, arXiv 2203.02155, equation 2, with the k1 estimator of the KL).
+
+    ``-kl_coef * (log_probs - ref_log_probs)`` at every answer token, plus the clipped score at exactly
+    the last one.
+
+    Args:
+        log_probs, ref_log_probs: (batch, answer), of the sampled tokens.
+        scores: (batch,), the reward model's.
+        mask: (batch, answer).
+
+    Returns:
+        (batch, answer), 0 outside the mask.
+    """
+    rewards = -kl_coef * (log_probs - ref_log_probs) * mask
+    last = mask.sum(dim=1) - 1
+    rewards[torch.arange(len(rewards), device=rewards.device), last] += scores.clamp(-score_clip, score_clip)
+    return rewards
+
+
+def generalized_advantages(
+    values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, equation 16) on finished episodes.
+
+    Args:
+        values, rewards, mask: (batch, answer). Whatever stands outside the mask takes no part.
+
+    Returns:
+        Advantages and returns (advantage + value), (batch, answer), 0 outside the mask.
+    """
+    values, rewards = values * mask, rewards * mask
+    advantages = torch.zeros_like(rewards)
+    carried = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(carried)
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        carried = (delta + gamma * lam * carried) * mask[:, t]
+        advantages[:, t] = carried
+        next_value = values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss_sum(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The clipped surrogate (arXiv 1707.06347, equation 7), to be minimised.
+
+    Args:
+        log_probs, old_log_probs, advantages, mask: (batch, answer).
+
+    Returns:
+        The loss, the number of clipped tokens and the probability ratios, each summed over the mask.
+    """
+    ratio = torch.exp((log_probs - old_log_probs) * mask)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    return (
+        (torch.maximum(unclipped, clipped) * mask).sum(),
+        ((clipped > unclipped) & mask).sum(),
+        (ratio * mask).sum(),
+    )
+
+
+def value_loss_sum(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float
+) -> tuple[Tensor, Tensor]:
+    """Half the larger of the clipped and unclipped squared errors (OpenAI baselines' PPO2).
+
+    Args:
+        values, old_values, returns, mask: (batch, answer).
+
+    Returns:
+        The loss and the number of clipped tokens, each summed over the mask.
+    """
+    held = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    unclipped, clipped = (values - returns) ** 2, (held - returns) ** 2
+    return 0.5 * (torch.maximum(unclipped, clipped) * mask).sum(), ((clipped > unclipped) & mask).sum()
+
+
+def k3_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(policy || reference): unbiased, never negative, little variance.
+
+    Args:
+        log_probs, ref_log_probs, mask: (batch, answer), of tokens sampled from the policy.
+
+    Returns:
+        (batch,), summed over each answer, in nats.
+    """
+    log_ratio = (ref_log_probs - log_probs) * mask
+    return ((torch.exp(log_ratio) - 1 - log_ratio) * mask).sum(dim=1)

@@ -1,0 +1,23 @@
+"""Learning-rate schedules as factors of the peak rate."""
+
+from __future__ import annotations
+
+import math
+
+
+def factor(schedule: str, step: int, warmup: int, total: int) -> float:
+    """What the peak learning rate is multiplied with at an optimizer step.
+
+    Args:
+        schedule: ``cosine`` or ``linear`` (both end at 0), or ``constant``.
+        step: optimizer steps done so far.
+        warmup: steps over which the factor rises linearly from 0 to 1; cut to the total.
+        total: optimizer steps in all.
+    """
+    warmup = min(warmup, total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,155 @@
+"""The checkpoints of a stage: each one a transaction that is there whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf import manifest
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.train.world import World
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that verified.
+
+    Attributes:
+        state: what the stage itself put into the manifest.
+    """
+
+    step: int
+    folder: Path
+    state: dict[str, Any]
+
+
+class CheckpointStore:
+    """Saves and finds a stage's checkpoints on the shared file system. All its methods are collective.
+
+    Every rank writes into a temporary folder; rank 0 commits it by its manifest and a rename, unless
+    another attempt has claimed the stage since.
+    """
+
+    def __init__(self, folder: Path, attempt: str, keep: int, world: World) -> None:
+        self.folder = folder
+        self.attempt = attempt
+        self.keep = keep
+        self.world = world
+
+    @property
+    def _owner(self) -> Path:
+        return self.folder / "owner"
+
+    def claim(self) -> None:
+        """Make this attempt the stage's owner. From now on, an earlier attempt cannot commit."""
+
+        def write() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f".owner-{self.attempt}"
+            partial.write_text(self.attempt)
+            manifest.fsync_path(partial)
+            partial.rename(self._owner)
+            for left in self.folder.glob("tmp-*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+        self.world.on_main(write)
+
+    def check_owner(self) -> None:
+        """Raises HpcRlhfError where another attempt has claimed the stage."""
+        owner = self._owner.read_text()
+        if owner != self.attempt:
+            raise HpcRlhfError(
+                f"attempt {self.attempt} no longer owns this stage: {owner} does",
+                where=str(self.folder),
+                hint="nothing is lost; the other attempt goes on",
+                exit_code=RUN_FAILED,
+            )
+
+    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+        """Save a checkpoint, if there is none of this step yet.
+
+        Args:
+            step: steps done.
+            write: writes this rank's part into the folder it is given; collective.
+            state: JSON that comes back with the checkpoint.
+
+        Raises:
+            HpcRlhfError: another attempt owns the stage, or the disk refuses.
+        """
+        target = self.folder / f"step-{step:08d}"
+        if self.world.on_main(target.exists):
+            return
+        partial = self.folder / f"tmp-{step:08d}-{self.attempt}"
+        self.world.on_main(lambda: partial.mkdir(parents=True))
+        write(partial)
+        self.world.barrier()
+        shares = self.world.gather(manifest.describe(partial, (self.world.rank, self.world.size)))
+
+        def commit() -> None:
+            files = {name: fact for share in shares for name, fact in share.items()}
+            facts = {"step": step, "attempt": self.attempt, "world_size": self.world.size, "state": state}
+            manifest.write(partial, facts, files)
+            self.check_owner()
+            partial.rename(target)
+            manifest.fsync_path(self.folder)
+            self._prune()
+
+        self.world.on_main(commit)
+
+    def _prune(self) -> None:
+        for folder in self._steps()[self.keep :]:
+            (folder / manifest.NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _steps(self) -> list[Path]:
+        """The folders of checkpoints, newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((p for p in self.folder.iterdir() if STEP_FOLDER.fullmatch(p.name)), reverse=True)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies; torn ones are set aside. None where a stage has none yet.
+
+        Raises:
+            HpcRlhfError: there are checkpoints and none of them is whole, or they belong to another
+                number of ranks.
+        """
+        found = self.world.on_main(self._steps)
+        for folder in found:
+            mine = manifest.defect(folder, share=(self.world.rank, self.world.size))
+            defects = [defect for defect in self.world.gather(mine) if defect]
+            if not defects:
+                return self._opened(folder)
+            self.world.on_main(lambda folder=folder: _set_aside(folder))  # type: ignore[misc]
+        if found:
+            raise HpcRlhfError(
+                f"none of the {len(found)} checkpoints is whole",
+                where=str(self.folder),
+                hint="they are kept as torn-*; restore one from a backup, or remove the folder to start the stage anew",
+                exit_code=RUN_FAILED,
+            )
+        return None
+
+    def _opened(self, folder: Path) -> Checkpoint:
+        facts = manifest.read(folder)
+        assert facts is not None
+        if facts["world_size"] != self.world.size:
+            raise HpcRlhfError(
+                f"the checkpoint was made by {facts['world_size']} ranks and this attempt has {self.world.size}",
+                where=str(folder),
+                hint="submit with the same nodes and GPUs as before",
+                exit_code=RUN_FAILED,
+            )
+        return Checkpoint(step=facts["step"], folder=folder, state=facts["state"])
+
+
+def _set_aside(folder: Path) -> None:
+    target = folder.with_name(f"torn-{folder.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)

@@ -1,0 +1,49 @@
+"""Which sample comes when: a pure function of seed and position, the same on any number of ranks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from hpc_rlhf.train import seeds
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, purpose: str, epoch: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.PCG64(seeds.derive(seed, purpose, "order", epoch)))
+    return generator.permutation(count)
+
+
+def sample_at(position: int, count: int, seed: int, purpose: str) -> int:
+    """The index of the sample at a position of the endless, per-epoch reshuffled stream.
+
+    Args:
+        position: 0 is the first sample of epoch 0; epoch e starts at ``e * count``.
+        count: samples in an epoch.
+        seed, purpose: of the run and of the stream, so that two streams differ.
+    """
+    epoch, place = divmod(position, count)
+    return int(_epoch_order(count, seed, purpose, epoch)[place])
+
+
+def total_steps(count: int, epochs: int, per_step: int, max_steps: int | None) -> int:
+    """Steps of a stage: whole steps in its epochs, at least one, at most max_steps."""
+    steps = max(1, count * epochs // per_step)
+    return min(steps, max_steps) if max_steps else steps
+
+
+def micro_batches(step: int, micro: int, accumulation: int, rank: int, size: int) -> list[range]:
+    """The stream positions of one rank's micro-batches in a step.
+
+    The step's global batch is one block of the stream; micro-batch m of rank r is its slice number
+    ``m * size + r``. So the ranks together see the same samples whatever their number.
+
+    Args:
+        step: counted from 0.
+    """
+    start = step * micro * accumulation * size
+    return [
+        range(begin, begin + micro)
+        for begin in (start + (m * size + rank) * micro for m in range(accumulation))
+    ]

@@ -1,0 +1,124 @@
+"""From sources to samples: files and hub data sets read, split among the stages, blended by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.spec.model import JobSpec, SourceSpec
+from hpc_rlhf.train import seeds
+from hpc_rlhf.train.data import demo
+from hpc_rlhf.train.data.rows import Sample, read_row
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def _builder(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst", ".bz2", ".xz")]
+    return BUILDERS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def _load(source: SourceSpec) -> Iterable[dict[str, Any]]:
+    """The rows of a source that has a path."""
+    import datasets
+
+    assert source.path is not None
+    path = Path(source.path)
+    try:
+        if path.is_dir():
+            files = sorted(str(file) for file in path.iterdir() if _builder(file))
+            if files:
+                return datasets.load_dataset(_builder(Path(files[0])), data_files=files, split="train")  # type: ignore[no-any-return]
+        elif path.exists():
+            builder = _builder(path)
+            if builder is None:
+                raise HpcRlhfError(
+                    f"cannot tell what kind of file this is from its name {path.name}",
+                    where=source.path,
+                    hint="use .json, .jsonl, .csv or .parquet, compressed or not",
+                )
+            return datasets.load_dataset(builder, data_files=str(path), split="train")  # type: ignore[no-any-return]
+        elif path.is_absolute():
+            raise HpcRlhfError("no such data file or folder", where=source.path)
+        return datasets.load_dataset(source.path, source.subset, split=source.split)  # type: ignore[no-any-return]
+    except HpcRlhfError:
+        raise
+    except Exception as error:  # datasets raises a dozen kinds, most of them the user's to mend
+        raise HpcRlhfError(
+            f"the data could not be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            where=source.path,
+            hint="check the path or hub id, and that this node reaches it",
+            exit_code=RUN_FAILED,
+        ) from error
+
+
+def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
+    """The samples of a source, each as often as its weight says."""
+    where = source.path or "demo"
+    rows: Iterable[dict[str, Any]] = demo.dialogues(source.demo, seed) if source.demo else _load(source)
+    kind = source.format or "prompt-chosen-rejected"
+    whole, part = divmod(source.weight, 1.0)
+    for number, row in enumerate(rows):
+        sample = read_row(row, kind, f"{where}, row {number}")
+        if sample["prompt"] is None or sample["chosen"] is None:
+            continue
+        for _ in range(int(whole) + (seeds.unit(seed, where, number, "weight") < part)):
+            yield sample
+
+
+def stage_of(prompt: str, spec: JobSpec) -> str:
+    """The stage that trains on a prompt: drawn by the hash of the prompt, so all its rows go the same way."""
+    shares = {name: getattr(spec.data.split, name) for name in spec.stage_names}
+    place = seeds.unit(spec.seed, prompt, "stage") * sum(shares.values())
+    for name, share in shares.items():
+        if place < share:
+            return name
+        place -= share
+    return spec.stage_names[-1]
+
+
+def is_held_out(prompt: str, spec: JobSpec) -> bool:
+    return seeds.unit(spec.seed, prompt, "held out") < spec.data.held_out
+
+
+def stage_samples(spec: JobSpec, stage: str) -> tuple[list[Sample], list[Sample]]:
+    """A stage's samples for training and for evaluation. Neither shares a prompt with the other or with
+    another stage. The reward model gets pairs only; PPO gets each prompt once, and no plain text.
+
+    Raises:
+        HpcRlhfError: nothing is left to train on.
+    """
+    train: list[Sample] = []
+    held_out: list[Sample] = []
+    seen: set[str] = set()
+    for source in spec.data.sources:
+        for sample in read(source, spec.seed):
+            key = sample["prompt"] or sample["chosen"] or ""
+            if stage_of(key, spec) != stage:
+                continue
+            if stage == "reward" and sample["rejected"] in (None, sample["chosen"]):
+                continue
+            if stage == "ppo" and (not sample["prompt"] or key in seen):
+                continue
+            seen.add(key)
+            (held_out if is_held_out(key, spec) else train).append(sample)
+    if not train:
+        needed = {"sft": "prompts with answers", "reward": "pairs of answers", "ppo": "prompts"}[stage]
+        raise HpcRlhfError(
+            f"the data has no {needed} for this stage",
+            where=f"stage {stage}",
+            hint="look at data.sources, their formats and data.split",
+            exit_code=RUN_FAILED,
+        )
+    return train, held_out
+
+
+def texts(spec: JobSpec) -> Iterator[str]:
+    """All text of the sources: what a tokenizer made on the spot is trained on."""
+    for source in spec.data.sources:
+        for sample in read(source, spec.seed):
+            yield f"{sample['prompt']}{sample['chosen']}"
+            if sample["rejected"]:
+                yield str(sample["rejected"])

@@ -1,0 +1,73 @@
+"""Metrics of a stage: one JSON object a line, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Writes on rank 0, nothing elsewhere.
+
+    Args:
+        path: metrics.jsonl.
+        tensorboard: folder of the event files.
+        step: the step the stage resumes from. Lines of later steps, made by an attempt whose work was
+            lost, are taken out, so that every step stands once.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path, step: int, is_main: bool) -> None:
+        self.path = path
+        self._writer: Any = None
+        if not is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_until(path, step)
+        self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
+
+    def log(self, step: int, total_steps: int, kind: str, values: dict[str, float]) -> None:
+        """Add a line. A value that is not finite is written as null."""
+        if self._writer is None:
+            return
+        finite = {key: round(v, 8) if math.isfinite(v) else None for key, v in values.items()}
+        record = {
+            "step": step,
+            "total_steps": total_steps,
+            "time": round(time.time(), 3),
+            "kind": kind,
+            **finite,
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+        for key, value in values.items():
+            self._writer.add_scalar(f"{kind}/{key}", value, step)
+
+    def sync(self) -> None:
+        """Flush to disk: called before a checkpoint commits, so that no committed step is missing here."""
+        if self._writer is not None and self.path.exists():
+            self._writer.flush()
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Take the lines of later steps out of a JSONL file, atomically."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.rename(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

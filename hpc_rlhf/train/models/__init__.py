@@ -1,0 +1,1 @@
+"""Loading, adapting, averaging and exporting models, whole or sharded."""

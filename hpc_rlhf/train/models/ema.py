@@ -1,0 +1,71 @@
+"""An exponential moving average of a model's weights, in float32, each rank keeping a share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averages the trained parameters: ``average = beta * average + (1 - beta) * weight``.
+
+    Under ZeRO-3 a rank averages its own shard of every parameter; otherwise parameter i belongs to rank
+    ``i % size``. So all ranks together keep the average once. Float32 throughout: in bfloat16 an update of
+    1 - beta = 0.8 % is lost to rounding.
+    """
+
+    def __init__(self, model: nn.Module, beta: float, rank: int, size: int) -> None:
+        self.beta = beta
+        self.rank = rank
+        self.size = size
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.averages = {i: self._weight(p).float().clone() for i, p in self._owned()}
+
+    @staticmethod
+    def _weight(parameter: Any) -> Tensor:
+        return parameter.ds_tensor.detach() if hasattr(parameter, "ds_id") else parameter.detach()
+
+    def _owned(self) -> Iterator[tuple[int, nn.Parameter]]:
+        for i, parameter in enumerate(self.parameters):
+            if hasattr(parameter, "ds_id") or i % self.size == self.rank:
+                yield i, parameter
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after an optimizer step."""
+        for i, parameter in self._owned():
+            self.averages[i].lerp_(self._weight(parameter).float(), 1 - self.beta)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within it the model has the averaged weights. Collective."""
+        kept = [self._weight(parameter).to("cpu", copy=True) for parameter in self.parameters]
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters):
+                weight = self._weight(parameter)
+                if i in self.averages:
+                    weight.copy_(self.averages[i])
+                if not hasattr(parameter, "ds_id"):
+                    dist.broadcast(weight, src=i % self.size)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, weight in zip(self.parameters, kept, strict=True):
+                    self._weight(parameter).copy_(weight)
+
+    def save(self, folder: Path) -> None:
+        torch.save(self.averages, folder / f"ema-{self.rank:05d}.pt")
+
+    def load(self, folder: Path) -> None:
+        self.averages = torch.load(
+            folder / f"ema-{self.rank:05d}.pt",
+            weights_only=True,
+            map_location=self._weight(self.parameters[0]).device,
+        )

@@ -1,0 +1,110 @@
+"""DeepSpeed engines: a model with its optimizer and schedule, or a frozen one sharded for inference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpc_rlhf.spec.model import StageSpec
+from hpc_rlhf.train.algorithms import schedule
+
+
+@contextmanager
+def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, transformers loads models in ZeRO-3 shards, if that is the configured stage."""
+    if ds_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(copy.deepcopy(ds_config))  # transformers holds it by a weak reference only
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep_alive
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters, matrices with weight decay and vectors without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def dimensions(parameter: Any) -> int:
+        return len(getattr(parameter, "ds_shape", parameter.shape))  # a ZeRO-3 shard is flat
+
+    groups = [
+        {"params": [p for p in trained if dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if dimensions(p) < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def training_engine(
+    model: nn.Module, ds_config: dict[str, Any], spec: StageSpec, lr: float, total: int
+) -> Any:
+    """A DeepSpeed engine with AdamW and the stage's learning-rate schedule.
+
+    Args:
+        model: loaded within ``sharded_loading``.
+        total: optimizer steps in all.
+    """
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, spec.weight_decay), lr=lr, betas=spec.betas, fused=torch.cuda.is_available()
+    )
+    rate = partial(_rate, spec.schedule, min(spec.warmup, total), total)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, rate),
+        config=copy.deepcopy(ds_config),
+    )
+    return engine
+
+
+def _rate(name: str, warmup: int, total: int, step: int) -> float:
+    return schedule.factor(name, step, warmup, total)
+
+
+def frozen_engine(model: nn.Module, ds_config: dict[str, Any], device: torch.device) -> Any:
+    """A model for inference only: sharded under ZeRO-3, whole otherwise."""
+    model.eval().requires_grad_(False)
+    if ds_config["zero_optimization"]["stage"] != 3:
+        return model.to(device)
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=copy.deepcopy(ds_config))
+    engine.eval()
+    return engine
+
+
+def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> None:
+    """One optimizer step on the sum of several losses' gradients.
+
+    The accumulation boundary is set by hand, so that the number of losses may differ from the configured
+    accumulation, as with a pretraining mixture.
+
+    Args:
+        losses: each makes its loss when called, and is called in order.
+    """
+    for number, loss in enumerate(losses, 1):
+        engine.set_gradient_accumulation_boundary(number == len(losses))
+        engine.backward(loss())
+        engine.step()
+
+
+def learning_rate(engine: Any) -> float:
+    return float(engine.optimizer.param_groups[0]["lr"])
+
+
+def gradient_norm(engine: Any) -> float:
+    """Norm of the last step's gradient, before it was clipped; 0 where DeepSpeed does not know it."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else 0.0

@@ -1,0 +1,173 @@
+"""Transformers models from a hub id, a folder or a configuration, whole or sharded by ZeRO-3."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.spec.model import FromScratch, ModelRef
+from hpc_rlhf.train import seeds
+from hpc_rlhf.train.models.weights import gathered
+from hpc_rlhf.train.world import World
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# What the architectures call their dropout rates.
+DROPOUT_FIELDS = (
+    "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "classifier_dropout",
+    "embd_pdrop", "resid_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob",
+)  # fmt: skip
+
+
+def make_from_scratch(ref: FromScratch, tokenizer: Any, seed: int, folder: Path, world: World) -> None:
+    """Write a freshly initialised model, once, so that all ranks and every ZeRO stage start from the same."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make() -> None:
+        if (folder / "config.json").exists():
+            return
+        fields = dict(ref.from_scratch)
+        kind = str(fields.pop("model_type"))
+        ids = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        try:
+            config = AutoConfig.for_model(kind, **{**fields, **ids})
+            seeds.reseed(seed, "from scratch", kind)
+            model = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # an architecture may object to its configuration in any way
+            raise HpcRlhfError(
+                f"no {kind} model can be made of this configuration ({type(error).__name__}: {error})",
+                where="from_scratch",
+                hint="use the names of the architecture's configuration in transformers",
+            ) from error
+        model.save_pretrained(str(folder))
+
+    world.on_main(make)
+
+
+def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kwargs: Any) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, **kwargs)
+        for field in DROPOUT_FIELDS:
+            if hasattr(config, field):
+                setattr(config, field, dropout)
+        if hasattr(config, "layerdrop"):
+            config.layerdrop = 0.0
+        return auto_class.from_pretrained(source, config=config, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise HpcRlhfError(
+            f"the model could not be loaded ({str(error).splitlines()[0]})",
+            where=source,
+            hint="give a hub id that this node can reach or has cached, or a model's folder",
+            exit_code=RUN_FAILED,
+        ) from error
+
+
+def load_causal(source: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
+    """A causal language model.
+
+    Raises:
+        HpcRlhfError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, source, dtype, dropout)
+
+
+def check_fits(config: Any, tokenizer: Any, longest: int, source: str) -> None:
+    """Refuse a model that the tokens do not fit.
+
+    Raises:
+        HpcRlhfError: its vocabulary or its longest sequence is too small.
+    """
+    if config.vocab_size < len(tokenizer):
+        raise HpcRlhfError(
+            f"the model has {config.vocab_size} tokens where the actor's tokenizer has {len(tokenizer)}",
+            where=source,
+            hint="actor and reward model must share a tokenizer",
+        )
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise HpcRlhfError(
+            f"the model takes {limit} tokens where prompt and answer may have {longest}",
+            where=source,
+            hint="lower data.max_prompt_tokens or data.max_answer_tokens",
+        )
+
+
+class RewardModel(nn.Module):
+    """A language model's body with a linear head without bias: one value for each token.
+
+    It wraps transformers' sequence classification model with one label, so that its folder loads with
+    ``AutoModelForSequenceClassification``.
+    """
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """Values (batch, length) of token ids (batch, length); a mask that is True on real tokens."""
+        body = self.classifier.base_model
+        hidden = call(body, input_ids, attention_mask, position_ids).last_hidden_state
+        return self.classifier.score(hidden).squeeze(-1)  # type: ignore[no-any-return]
+
+
+def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: float = 0.0) -> RewardModel:
+    """A reward model from any causal language model, or from a trained reward model.
+
+    Args:
+        seed: draws a new head; None keeps the head that the folder holds.
+
+    Raises:
+        HpcRlhfError: it cannot be loaded, or transformers has no such architecture with a head.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    classifier = _load(AutoModelForSequenceClassification, source, dtype, dropout, num_labels=1)
+    if not isinstance(getattr(classifier, "score", None), nn.Linear):
+        raise HpcRlhfError("this architecture has no linear score head in transformers", where=source)
+    if seed is not None:
+        weight = classifier.score.weight
+        with gathered([weight]), torch.no_grad():
+            generator = torch.Generator().manual_seed(seeds.derive(seed, "score head"))
+            spread = 1 / math.sqrt(weight.shape[1] + 1)
+            weight.copy_(torch.empty(weight.shape).normal_(0, spread, generator=generator))
+    return RewardModel(classifier)
+
+
+def call(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
+    """A forward pass with position ids, for architectures that take them.
+
+    Args:
+        input_ids, attention_mask, position_ids: (batch, length); positions come from ``positions``.
+    """
+    module = getattr(model, "module", model)
+    if "position_ids" in inspect.signature(module.forward).parameters:
+        kwargs["position_ids"] = position_ids
+    kwargs.setdefault("use_cache", False)
+    return model(input_ids=input_ids, attention_mask=attention_mask.long(), **kwargs)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids that count real tokens, so that padding on the left changes nothing.
+
+    Args:
+        mask: (batch, length), bool; True on real tokens.
+
+    Returns:
+        (batch, length), int64; 0 on padding at the left.
+    """
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def folder_or_id(ref: ModelRef, made: Path) -> str:
+    """Where a model loads from: what the spec names, or the folder it was made in."""
+    return str(made) if isinstance(ref, FromScratch) else ref

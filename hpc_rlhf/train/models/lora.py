@@ -1,0 +1,73 @@
+"""Low-rank adaptation of linear layers (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.model import LoraSpec
+from hpc_rlhf.train import seeds
+
+
+class LoraLinear(nn.Module):
+    """``base(x) + alpha / rank * x A^T B^T`` with the base weight frozen; B starts at 0."""
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, seed: int) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = alpha / rank
+        if isinstance(base, Conv1D):
+            inner, outer = base.nx, base.nf
+        else:
+            inner, outer = base.in_features, base.out_features
+        generator = torch.Generator().manual_seed(seed)
+        bound = 1 / math.sqrt(inner)
+        start = torch.empty(rank, inner).uniform_(-bound, bound, generator=generator)
+        self.lora_a = nn.Parameter(start.to(base.weight.dtype))
+        self.lora_b = nn.Parameter(torch.zeros(outer, rank, dtype=base.weight.dtype))
+        base.weight.requires_grad = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+
+    def merged_weight(self) -> Tensor:
+        """The base weight with the adapter folded in, computed in float32."""
+        update = (self.lora_b.float() @ self.lora_a.float()) * self.scale
+        if isinstance(self.base, Conv1D):
+            update = update.T
+        return (self.base.weight.float() + update).to(self.base.weight.dtype)
+
+
+def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
+    """Replace a model's linear layers, its output head excepted, by adapted ones, in place.
+
+    Raises:
+        HpcRlhfError: none of the targets is in the model.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear | Conv1D)
+        and child is not head
+        and name != "score"
+        and (lora.targets is None or name in lora.targets)
+    ]
+    if not found:
+        raise HpcRlhfError(
+            f"the model has no linear layer called {', '.join(lora.targets or ())}",
+            where="lora.targets",
+            hint="leave lora.targets out to adapt every linear layer",
+        )
+    if lora.only:
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+    for number, (parent, name, child) in enumerate(found):
+        adapted = LoraLinear(child, lora.rank, lora.alpha or lora.rank, seeds.derive(seed, "lora", number))
+        setattr(parent, name, adapted)

@@ -1,0 +1,71 @@
+"""The tokenizer of a run: the actor's own, or a BPE trained on the run's data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.spec.model import FromScratch, ModelRef
+from hpc_rlhf.train.world import World
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer with tokens of its own for padding, beginning and end of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+
+
+def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: World) -> Any:
+    """The tokenizer that belongs to a model.
+
+    Padding never stands in a mask by its id, so a tokenizer without a padding token may pad with EOS.
+
+    Args:
+        ref: the actor, as the spec names it.
+        texts: what to train on where the model is made from scratch.
+        folder: where a trained tokenizer is kept from one attempt to the next.
+
+    Raises:
+        HpcRlhfError: there is no such tokenizer, or it has no EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    if isinstance(ref, FromScratch):
+        size = int(ref.from_scratch["vocab_size"])
+
+        def make() -> None:
+            if not (folder / "tokenizer.json").exists():
+                train_bpe(texts, size).save_pretrained(str(folder))
+
+        world.on_main(make)
+    source = str(folder) if isinstance(ref, FromScratch) else ref
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise HpcRlhfError(
+            f"no tokenizer could be loaded ({str(error).splitlines()[0]})",
+            where=f"models.actor {source}",
+            hint="give a hub id that this node can reach or has cached, or a folder with a tokenizer",
+            exit_code=RUN_FAILED,
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise HpcRlhfError("the tokenizer has no end-of-sequence token", where=f"models.actor {source}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Generating answers from a model in training."""

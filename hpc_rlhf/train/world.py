@@ -1,0 +1,133 @@
+"""The ranks of a stage: who they are, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+
+T = TypeVar("T")
+
+# How launchers name a rank, the number of ranks, and the rank within its node.
+LAUNCHER_VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID"),
+)
+# One rank may tokenise a large data set while the others wait for it.
+CONTROL_TIMEOUT = timedelta(hours=12)
+
+
+def launcher_ranks() -> tuple[int, int, int]:
+    """Rank, number of ranks and local rank, as this process's launcher says; (0, 1, 0) without one."""
+    order = LAUNCHER_VARIABLES
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # may itself run inside a Slurm allocation
+        order = (LAUNCHER_VARIABLES[2],)
+    for names in order:
+        if all(name in os.environ for name in names):
+            rank, size, local = (int(os.environ[name]) for name in names)
+            return rank, size, local
+    return 0, 1, 0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks.
+
+    Attributes:
+        rank: 0 <= rank < size.
+        device: where this rank's tensors live.
+        control: a gloo group for small messages, which works on CPU tensors under any backend.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: Any
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def max(self, number: int) -> int:
+        """The largest of all ranks' numbers."""
+        tensor = torch.tensor([number])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return int(tensor.item())
+
+    def sums(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Each number summed over all ranks, in float64; every rank gives the same keys."""
+        tensor = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return dict(zip(numbers, tensor.tolist(), strict=True))
+
+    def gather(self, thing: T) -> list[T]:
+        """Every rank's thing, in rank order, on every rank."""
+        things: list[Any] = [None] * self.size
+        dist.all_gather_object(things, thing, group=self.control)
+        return things
+
+    def on_main(self, make: Callable[[], T]) -> T:
+        """Rank 0's result, on every rank. An error of the user's is raised on every rank."""
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = make()
+            except HpcRlhfError as error:
+                answer[1] = (error.message, error.where, error.hint, error.exit_code)
+        dist.broadcast_object_list(answer, src=0, group=self.control)
+        if answer[1] is not None:
+            raise HpcRlhfError(*answer[1])
+        return answer[0]  # type: ignore[no-any-return]
+
+
+def join(expected_ranks: int) -> World:
+    """Join the process group that the launcher started.
+
+    Raises:
+        HpcRlhfError: the launcher started another number of ranks than the plan has.
+    """
+    rank, size, local_rank = launcher_ranks()
+    if size != expected_ranks:
+        raise HpcRlhfError(
+            f"{size} ranks were started where the plan has {expected_ranks}",
+            where=socket.gethostname(),
+            hint="submit again, so that the plan and the allocation agree",
+            exit_code=RUN_FAILED,
+        )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        # Slurm may show a task only its own GPU, or all of its node.
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
+        control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
+    )
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
