@@ -20,6 +20,10 @@ class StageDir:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    def log(self, job_id: str, rank: int, stream: str) -> Path:
+        """A rank's log, named as submitit names it; ``stream`` is out or err."""
+        return self.logs / f"{job_id}_{rank}_log.{stream}"
+
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"

@@ -116,11 +116,10 @@ def _refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
 
 def _has_trained(run: RunDir) -> bool:
     """Whether any stage has left something that depends on the spec; logs and the hostfile do not."""
-    kept = [
-        (run.stage(name).metrics, run.stage(name).data, run.stage(name).checkpoints, run.stage(name).model)
-        for name in STAGE_NAMES
-    ]
-    return any(path.exists() for paths in kept for path in paths)
+    for stage in map(run.stage, STAGE_NAMES):
+        if stage.path.exists() and set(stage.path.iterdir()) - {stage.logs, stage.hostfile}:
+            return True
+    return False
 
 
 def _harmless(path: str) -> bool:

@@ -1,0 +1,48 @@
+"""hpc-rlhf run: run a spec's stages without Slurm."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+
+@click.command("run")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Change a field of the spec.")
+@click.option(
+    "--hostfile",
+    type=click.Path(path_type=Path),
+    help="Run over the machines of this file through DeepSpeed's launcher, instead of on this machine alone.",
+)
+def command(file: Path, sets: tuple[str, ...], hostfile: Path | None) -> None:
+    """Run a spec's stages on this machine, without Slurm.
+
+    As many ranks start as the spec asks for, all of them here. Ctrl-C saves; the same command goes on. Finished
+    stages are not run again.
+    """
+    from rich.console import Console
+
+    from hpc_rlhf.launch.hostfile import read_hostfile
+    from hpc_rlhf.launch.local import LocalRun, refuse_live_jobs
+    from hpc_rlhf.launch.prepare import claim, prepare
+    from hpc_rlhf.observe.progress import progress
+    from hpc_rlhf.observe.summary import print_summary
+    from hpc_rlhf.spec.load import load_spec
+
+    spec = load_spec(file, sets)
+    hosts = read_hostfile(hostfile) if hostfile is not None else None
+    with claim(spec, "hpc-rlhf run") as (run, lock):
+        refuse_live_jobs(run)
+        prepare(spec, run, file.parent)
+        with progress(run) as watcher:
+            LocalRun(spec, run, hosts, lock, watcher, _again(file, sets, hostfile)).run_stages()
+    print_summary(run, Console(highlight=False))
+
+
+def _again(file: Path, sets: tuple[str, ...], hostfile: Path | None) -> str:
+    words = ["hpc-rlhf", "run", str(file)]
+    for change in sets:
+        words += ["--set", change]
+    return shlex.join(words if hostfile is None else [*words, "--hostfile", str(hostfile)])

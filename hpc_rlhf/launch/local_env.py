@@ -1,0 +1,55 @@
+"""The environment of ranks that run without Slurm: threads, rendezvous, GPUs."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+# Said by another launcher about another job, perhaps one that we are part of. The ranks would take its word
+# for who they are, and requeue that job when they are told to stop.
+_FOREIGN = ("SLURM_", "SBATCH_", "SUBMITIT_", "OMPI_", "PMI_")
+_FOREIGN_NAMES = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK"})
+
+
+def environment(inherited: Mapping[str, str], ranks_here: int) -> dict[str, str]:
+    """What the ranks of one attempt get.
+
+    Args:
+        inherited: this process's environment.
+        ranks_here: ranks that share a machine's cores.
+    """
+    env = {
+        name: value
+        for name, value in inherited.items()
+        if not name.startswith(_FOREIGN) and name not in _FOREIGN_NAMES
+    }
+    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks_here)))
+    env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    return env
+
+
+def visible_gpus(env: Mapping[str, str]) -> int:
+    """How many NVIDIA GPUs a rank would see, without loading torch."""
+    chosen = env.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    """A free port below those that the kernel hands out, so that it is still free when the ranks take it."""
+    while True:
+        port = random.randrange(20000, 30000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -1,0 +1,1 @@
+"""Reads a run directory and shows what it finds; changes nothing."""

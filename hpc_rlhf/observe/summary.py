@@ -1,0 +1,130 @@
+"""What a finished run came to: a table of its stages, a few answers side by side, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpc_rlhf import manifest
+from hpc_rlhf.observe.words import duration, number
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.model import STAGE_NAMES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_QUESTIONS = 3
+_LONGEST = 400  # characters of an answer that are shown
+
+
+def stage_facts(run: RunDir) -> dict[str, dict[str, Any]]:
+    """The manifests of the stages that have one, by stage."""
+    found = {stage: manifest.read(run.stage(stage).model) for stage in STAGE_NAMES}
+    return {stage: facts for stage, facts in found.items() if facts is not None}
+
+
+def final_samples(run: RunDir) -> list[dict[str, Any]]:
+    """PPO's answers to held-out prompts at its end, each with the SFT model's; one for every prompt."""
+    try:
+        lines = run.stage("ppo").samples.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    rows: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row.get("kind") == "final":
+            rows[row["prompt"]] = row
+    return list(rows.values())
+
+
+def outcome(stage: str, metrics: dict[str, Any]) -> str:
+    """What a stage achieved, in words."""
+    value = {key: number(metrics.get(key)) for key in metrics}
+    if stage == "sft":
+        return f"held-out perplexity {_from_to(value, 'perplexity_before', 'perplexity_after')}"
+    if stage == "reward":
+        return f"held-out accuracy {value.get('accuracy', '-')}"
+    spread = f" (first batch's deviation {value['reward_first_std']})" if "reward_first_std" in value else ""
+    return f"reward {_from_to(value, 'reward_first', 'reward_last')}{spread}, KL {_from_to(value, 'kl_first', 'kl_last')}"
+
+
+def print_summary(run: RunDir, console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage")
+    table.add_column("steps", justify="right")
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("result")
+    facts = stage_facts(run)
+    for stage, fact in facts.items():
+        seconds = fact.get("seconds")
+        took = "-" if seconds is None else duration(seconds)
+        table.add_row(stage, str(fact.get("step", "-")), took, outcome(stage, fact.get("metrics", {})))
+    console.print(table)
+    _print_answers(final_samples(run)[:_QUESTIONS], console)
+    last = [stage for stage in facts if stage != "reward"]
+    if last:
+        _print_next(run, last[-1], console)
+
+
+def _from_to(value: dict[str, str], before: str, after: str) -> str:
+    return f"{value.get(before, '-')} → {value.get(after, '-')}"
+
+
+def _print_answers(samples: list[dict[str, Any]], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    for sample in samples:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+        for column in ("after SFT", "after PPO"):
+            table.add_column(column, ratio=1, overflow="fold")
+        table.add_row(
+            Text(_shortened(sample.get("sft_answer", "-"))), Text(_shortened(sample.get("answer", "-")))
+        )
+        table.add_row(
+            f"reward {number(sample.get('sft_reward'))}",
+            f"reward {number(sample.get('reward'))}",
+            style="dim",
+        )
+        console.print(Text(question(sample["prompt"]), style="bold"))
+        console.print(table)
+
+
+def question(prompt: str) -> str:
+    """The last thing that the person says in a prompt."""
+    return _shortened(prompt.rpartition("Human:")[2].partition("\n\nAssistant:")[0])
+
+
+def _print_next(run: RunDir, stage: str, console: Console) -> None:
+    folder = _short_path(run.path)
+    commands = {
+        "talk to it": f"hpc-rlhf chat {folder}",
+        "see how it went": f"hpc-rlhf status {folder}",
+        "see the curves": f"tensorboard --logdir {_short_path(run.path / 'stages')}",
+    }
+    console.print("Next:")
+    for what, command in commands.items():
+        console.print(f"  {what:<16} {command}", markup=False, highlight=False, soft_wrap=True)
+    where = _short_path(run.stage(stage).model)
+    console.print(f"  {'the model':<16} {where}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _shortened(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _LONGEST else flat[: _LONGEST - 1] + "…"
+
+
+def _short_path(path: Path) -> str:
+    """As one would type it: relative where that is shorter, and quoted where the shell needs it."""
+    relative = os.path.relpath(path)
+    return shlex.quote(min(str(path), relative, key=len))

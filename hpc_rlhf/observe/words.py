@@ -1,0 +1,20 @@
+"""Numbers and times in the words of a table or a progress line."""
+
+from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """Such as 58 s, 4 min 10 s, 9 h 2 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def number(value: float | None) -> str:
+    """Three digits that matter; a dash for a value that is not there, or that was not finite."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
