@@ -1,0 +1,19 @@
+"""hpc-rlhf schema: the JSON Schema of a job spec."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+def command() -> None:
+    """Print the JSON Schema of a job spec, for editors.
+
+    Save it, and put `# yaml-language-server: $schema=PATH` at the top of a spec: an editor with the YAML
+    language server then completes fields, shows what they mean, and marks mistakes.
+    """
+    from hpc_rlhf.spec.schema import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))

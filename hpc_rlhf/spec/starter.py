@@ -1,0 +1,120 @@
+"""Writes a commented job spec for a model and a machine, to start from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpc_rlhf.spec.model import STAGE_NAMES
+from hpc_rlhf.spec.recipes import Recipe
+from hpc_rlhf.spec.yaml_source import Mark, parse_yaml
+
+_COMMENTS = {
+    "sft": "1. Supervised fine-tuning of the actor on the chosen answers.",
+    "reward": "2. The reward model learns from pairs which answer is better. Runs beside SFT: it needs nothing from it.",
+    "ppo": "3. PPO: the actor answers prompts, the reward model scores the answers, the actor learns. Waits for both.",
+}
+
+_HEAD = """\
+# {title}
+# {origin}
+#
+#   hpc-rlhf check {file}     lists everything wrong in it
+#   hpc-rlhf plan {file}      shows the jobs that it makes
+#   hpc-rlhf submit {file}    hands them to Slurm
+name: {name}
+# On a file system that all nodes share. A relative path starts where the command is run.
+run_dir: ${{SCRATCH:-.}}/runs/{folder}
+seed: 1234
+
+slurm:
+  # What your site asks for; left out, the cluster's defaults hold.
+  # partition: gpu
+  # account: my-project
+  # qos: normal
+  nodes: {nodes}
+  gpus_per_node: {gpus}
+  cpus_per_gpu: 8
+  # Of one attempt: a stage that needs longer saves, requeues itself and goes on.
+  time: "12:00:00"
+  # Run on the first node before the ranks start.
+  # setup: [module load cuda, source /path/to/venv/bin/activate]
+  # container: {{runtime: apptainer, image: /path/to/image.sif}}
+
+data:
+  sources:
+    - {{path: Dahoas/rm-static, format: prompt-chosen-rejected}}
+  # Shares of the prompts; no prompt is in two stages.
+  split: {{sft: 2, reward: 4, ppo: 4}}
+  max_prompt_tokens: 256
+  max_answer_tokens: 256
+
+models:
+  actor: {actor}
+  # Also the critic's start. It must share the actor's tokenizer.
+  reward: {reward}
+
+stages:
+"""
+
+_FIELD_COMMENTS = {
+    "global_batch": "samples in a step; the gradients of several passes are summed",
+    "zero": "what DeepSpeed shards over the GPUs: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights",
+    "lora": "train low-rank adapters in place of all weights",
+    "ema": "also export a moving average of the actor",
+    "activation_checkpointing": "less memory, about a third more time",
+}
+
+
+def write_starter(
+    recipe: Recipe, *, actor: str, reward: str, name: str, title: str, origin: str, file: str
+) -> str:
+    """The text of a job spec.
+
+    Args:
+        recipe: the numbers.
+        actor: hub id or folder of the model to make a chat model of.
+        reward: the same for the reward model and the critic.
+        name: of the run.
+        title: first line of the header.
+        origin: where the numbers come from, for the header.
+        file: what the spec will be called, for the header.
+    """
+    text = _HEAD.format(
+        title=title,
+        origin=origin,
+        file=file,
+        name=_scalar(name),
+        folder=name,
+        nodes=recipe.nodes,
+        gpus=recipe.gpus_per_node,
+        actor=_scalar(actor),
+        reward=_scalar(reward),
+    )
+    explained: set[str] = set()
+    blocks = [_stage(stage, getattr(recipe, stage), explained) for stage in STAGE_NAMES]
+    return text + "\n".join(blocks)
+
+
+def _stage(stage: str, fields: dict[str, Any], explained: set[str]) -> str:
+    lines = [f"  # {_COMMENTS[stage]}", f"  {stage}:"]
+    for key, value in fields.items():
+        comment = _FIELD_COMMENTS.get(key) if key not in explained else None
+        explained.add(key)
+        line = f"    {key}: {_scalar(value)}"
+        lines.append(f"{line:<36}# {comment}" if comment else line)
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    """A value as a person writes it in YAML."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_scalar(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value < 0.01:
+        digits, _, power = f"{value:.6e}".partition("e")
+        # With a dot, since others' YAML readers take 5e-5 for text.
+        return f"{float(digits)}e{int(power)}"
+    if isinstance(value, str) and parse_yaml(value, Mark("")).value != value:
+        return f'"{value}"'  # such as `no`, which YAML reads as false
+    return str(value)
