@@ -25,6 +25,7 @@ ENDED = frozenset(
         "TIMEOUT",
     ]
 )
+_NOTHING = ("None", "(null)")
 _TIMEOUT = 60
 # What selects the cluster and proves who we are; everything else of these names is about some other job, or a
 # default that would quietly outweigh the spec.
@@ -38,12 +39,14 @@ class QueuedJob:
 
     Attributes:
         job_id: its number.
+        name: its name.
         state: Slurm's word, such as PENDING.
         reason: why it is pending or ended; empty otherwise.
         comment: its comment.
     """
 
     job_id: str
+    name: str
     state: str
     reason: str
     comment: str
@@ -51,6 +54,10 @@ class QueuedJob:
     @property
     def live(self) -> bool:
         return self.state not in ENDED
+
+    def is_of(self, stage: str) -> bool:
+        """Whether it can be a stage's job: another cluster's job may have the same number."""
+        return self.name.endswith(f".{stage}")
 
 
 @dataclass(frozen=True)
@@ -74,16 +81,13 @@ def foreign_variables(environ: Mapping[str, str]) -> list[str]:
 
 def queue() -> dict[str, QueuedJob]:
     """This user's jobs that Slurm's controller knows, just finished ones too, by job id."""
-    text = _run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%k"])
+    text = _run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%j|%k"])
     jobs = {}
     for line in text.splitlines():
-        job_id, state, reason, comment = line.split("|", 3)
-        jobs[job_id] = QueuedJob(
-            job_id,
-            state,
-            "" if reason == "None" else reason,
-            "" if comment == "(null)" else comment,
-        )
+        fields = line.split("|", 4)
+        if len(fields) == 5:  # another job's name or comment may have broken its line
+            job_id, state, reason, name, comment = ("" if field in _NOTHING else field for field in fields)
+            jobs[job_id] = QueuedJob(job_id, name, state, reason, comment)
     return jobs
 
 

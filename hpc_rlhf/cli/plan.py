@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from hpc_rlhf.cli.options import json_option, set_option
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.spec.load import load_spec
@@ -13,8 +14,8 @@ from hpc_rlhf.spec.load import load_spec
 
 @click.command
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a field of the spec.")
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@set_option
+@json_option
 def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     """Show the jobs that FILE makes."""
     plan = make_plan(load_spec(file, sets))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from hpc_rlhf.cli.options import set_option
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.spec.load import load_spec
 
@@ -15,7 +16,7 @@ from hpc_rlhf.spec.load import load_spec
 @click.option(
     "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to."
 )
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a field of the spec.")
+@set_option
 def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
     """Write the sbatch script, DeepSpeed config and hostfile template of every stage of FILE.
 

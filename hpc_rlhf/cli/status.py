@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import click
 
+from hpc_rlhf.cli.options import json_option
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.observe.status import StageStatus, read_status
@@ -14,7 +15,7 @@ from hpc_rlhf.observe.status import StageStatus, read_status
 
 @click.command
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
+@json_option
 def command(run: str, as_json: bool) -> None:
     """Show how the stages of RUN, a run directory or job file, are getting on."""
     run_dir = find_run(run)

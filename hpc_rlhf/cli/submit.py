@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from hpc_rlhf.cli.options import set_option
 from hpc_rlhf.cli.plan import echo_plan
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.plan import make_plan
@@ -16,7 +17,7 @@ from hpc_rlhf.spec.model import JobSpec
 
 @click.command
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a field of the spec.")
+@set_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be done. Needs no Slurm, writes nothing.")
 def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
     """Submit the stages of FILE to Slurm.

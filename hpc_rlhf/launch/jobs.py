@@ -45,7 +45,8 @@ def find_live(run: RunDir) -> dict[str, QueuedJob]:
         if job is not None:
             adopt(run, stage, token, job.job_id)
             ids[job.job_id] = stage
-    return {stage: queue[job_id] for job_id, stage in ids.items() if job_id in queue and queue[job_id].live}
+    found = ((stage, queue[job_id]) for job_id, stage in ids.items() if job_id in queue)
+    return {stage: job for stage, job in found if job.live and job.is_of(stage)}
 
 
 def adopt(run: RunDir, stage: str, token: str, job_id: str) -> None:

@@ -89,12 +89,13 @@ def read_status(run: RunDir) -> list[StageStatus]:
     for planned in plan["jobs"]:
         stage = planned["stage"]
         job_id = jobs[stage]
+        queued = queue.get(job_id or "")
         evidence = Evidence(
             done=manifest.defect(run.stage(stage).model, deep=False) is None,
             needs=tuple(planned["needs"]),
             events=tuple(events[stage]),
             job_id=job_id,
-            queued=queue.get(job_id or ""),
+            queued=queued if queued is not None and queued.is_of(stage) else None,
             past=past.get(job_id or ""),
             at_work_here=at_work,
         )

@@ -1,0 +1,81 @@
+"""plan, render and submit --dry-run, as a person calls them: no Slurm needed, nothing heavy loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+JOB = """
+name: demo
+run_dir: {run}
+slurm: {{partition: gpu, gpus_per_node: 2, nodes: 2}}
+data: {{sources: [{{demo: 100}}]}}
+models: {{actor: facebook/opt-125m}}
+stages: {{sft: {{}}, reward: {{}}, ppo: {{}}}}
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "demo.yaml"
+    path.write_text(JOB.format(run=tmp_path / "my run"))
+    return path
+
+
+def cli(*args: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hpc_rlhf.cli", *map(str, args)]
+    return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True)
+
+
+def test_plan_as_a_table_and_as_json(job: Path) -> None:
+    table = cli("plan", job).stdout.splitlines()
+    assert table[3].split()[:6] == ["ppo", "sft,", "reward", "2", "4", "4"]
+    plan = json.loads(cli("plan", job, "--json", "--set", "stages.sft.micro_batch=7").stdout)
+    assert plan["jobs"][0]["batch"]["global"] == 28
+
+
+def test_render_writes_what_it_names(job: Path, tmp_path: Path) -> None:
+    done = cli("render", job, "--out", tmp_path / "out dir")
+    names = done.stdout.splitlines()
+    assert len(names) == 9
+    assert all(Path(name).is_file() for name in names)
+
+
+def test_dry_run_needs_no_slurm_touches_nothing_and_shows_the_commands(job: Path, tmp_path: Path) -> None:
+    done = cli("submit", "--dry-run", job, PATH="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert f"sbatch '--comment=hpc-rlhf:<token>' '{tmp_path}/my run/scripts/sft.sbatch'" in done.stdout
+    assert "'--dependency=afterok:<sft>:<reward>'" in done.stdout
+    assert list(tmp_path.iterdir()) == [job]
+
+
+def test_submit_without_slurm_points_to_run(job: Path, tmp_path: Path) -> None:
+    done = cli("submit", job, PATH="/nowhere")
+    assert done.returncode == 2
+    assert "hpc-rlhf run" in done.stderr
+    assert list(tmp_path.iterdir()) == [job]
+
+
+def test_broken_template_is_found_before_anything_is_written(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates/stage.sbatch.j2").write_text("{{ nothing }}")
+    done = cli("submit", "--dry-run", job)
+    assert done.returncode == 2
+    assert "'nothing' is undefined" in done.stderr
+    assert not (tmp_path / "my run").exists()
+
+
+@pytest.mark.parametrize("verb", [["plan"], ["render", "--out", "{out}"], ["submit", "--dry-run"]])
+def test_login_node_verbs_load_nothing_heavy(verb: list[str], job: Path, tmp_path: Path) -> None:
+    words = [word.format(out=tmp_path / "out") for word in verb]
+    command = [sys.executable, "-X", "importtime", "-m", "hpc_rlhf.cli", words[0], str(job), *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "hpc_rlhf" in loaded
+    assert loaded.isdisjoint({"torch", "deepspeed", "transformers", "datasets", "submitit", "rich", "numpy"})

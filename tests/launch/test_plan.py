@@ -1,0 +1,51 @@
+"""From a spec to its jobs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.plan import make_plan
+from tests.launch.specs import make_spec
+
+
+def test_sft_and_reward_stand_side_by_side_and_ppo_waits_for_both() -> None:
+    plan = make_plan(make_spec("/scratch/demo"))
+    assert {job.stage: job.needs for job in plan.jobs} == {"sft": (), "reward": (), "ppo": ("sft", "reward")}
+    seen: set[str] = set()
+    for job in plan.jobs:
+        assert set(job.needs) <= seen
+        seen.add(job.stage)
+
+
+def test_json_form_holds_the_batches_and_each_stages_own_settings() -> None:
+    spec = make_spec(
+        "/scratch/demo",
+        sft={"micro_batch": 2, "global_batch": 16, "slurm": {"nodes": 2}},
+        reward={"slurm": {"partition": "small"}},
+    )
+    plan = json.loads(make_plan(spec).to_json())
+    sft, reward = plan["jobs"]
+    assert sft["batch"] == {"micro": 2, "accumulation": 2, "ranks": 4, "global": 16}
+    assert (sft["job_name"], sft["ranks"], reward["ranks"]) == ("demo.sft", 4, 2)
+    assert reward["slurm"]["partition"] == "small"
+
+
+def test_uneven_batch_is_refused_with_the_stage_named() -> None:
+    with pytest.raises(HpcRlhfError, match=r"stages\.sft\.global_batch.*multiple of 8") as caught:
+        make_plan(make_spec("/scratch/demo", sft={"global_batch": 9}))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("run_dir", ["/scratch/100%j", "/scratch/back\\slash"])
+def test_run_dir_that_slurm_would_change_is_refused(run_dir: str) -> None:
+    with pytest.raises(HpcRlhfError, match="run_dir must not contain"):
+        make_plan(make_spec(run_dir))
+
+
+def test_run_dir_that_would_end_a_mount_is_refused_only_with_a_container() -> None:
+    make_plan(make_spec("/scratch/a:b,c"))
+    with pytest.raises(HpcRlhfError, match="run_dir must not contain , or :"):
+        make_plan(make_spec("/scratch/a:b,c", {"container": {"runtime": "pyxis", "image": "/x.sqsh"}}))

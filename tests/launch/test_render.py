@@ -1,0 +1,218 @@
+"""What the rendered scripts say, and do when bash runs them. Slurm's commands are stubs here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import Templates, render
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.model import JobSpec
+from tests.launch.specs import make_spec
+
+SCONTROL = """#!/bin/bash
+case "$*" in
+  "show hostnames "*) printf 'n1\\nn2\\n' ;;
+  "--oneliner show node n1") echo "NodeName=n1 Arch=x NodeAddr=10.0.0.1 NodeHostName=n1" ;;
+  *) exit 9 ;;
+esac
+"""
+# Writes its arguments, one a line, and what the ranks would find in their environment.
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" >"$STUB_OUT/args"
+env >"$STUB_OUT/env"
+exit "${STUB_EXIT:-0}"
+"""
+# Each of these would leave a file behind if a shell acted on it.
+HOSTILE = [
+    "$(touch x)",
+    "`touch x`",
+    "; touch x",
+    "a'; touch x; '",
+    'a"; touch x; "',
+    "&& touch x #",
+    "ü ñ 模",
+]
+
+
+def run_script(spec: JobSpec, stage: str, tmp_path: Path, **environ: str) -> tuple[int, Path, str]:
+    """Run a rendered script under bash in an empty folder, which must stay empty."""
+    run = RunDir(Path(spec.run_dir))
+    run.stage(stage).logs.mkdir(parents=True, exist_ok=True)
+    render(spec, run.scripts)
+    stubs, out, cwd = tmp_path / "stubs", tmp_path / "out", tmp_path / "cwd"
+    for folder in (stubs, out, cwd):
+        folder.mkdir(exist_ok=True)
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN}.items():
+        (stubs / name).write_text(text)
+        (stubs / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[1-2]", "STUB_OUT": str(out)}
+    path = f"{stubs}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(run.sbatch(stage))],
+        cwd=cwd,
+        env={"PATH": path, "HOME": str(tmp_path), **slurm, **environ},
+        capture_output=True,
+        text=True,
+    )
+    assert list(cwd.iterdir()) == []
+    return done.returncode, out, done.stderr
+
+
+def options(spec: JobSpec, stage: str = "sft") -> list[str]:
+    plan = make_plan(spec)
+    job = next(job for job in plan.jobs if job.stage == stage)
+    script = Templates().script(plan, job, "true")
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+
+
+def test_every_slurm_setting_becomes_its_option() -> None:
+    slurm: dict[str, Any] = {
+        "partition": "gpu", "account": "nlp", "qos": "high", "time": "1-00:00:00", "nodes": 2, "gpus_per_node": 4,
+        "cpus_per_gpu": 12, "mem": "900G", "constraint": "a100&nvlink", "exclude": "n[1-3]", "nodelist": "n9",
+        "reservation": "r", "exclusive": True, "licenses": "x:1", "mail_type": "END", "mail_user": "me@x.org",
+        "comment": "it's mine", "signal_seconds": 240, "extra": {"switches": "1", "spread-job": True, "nice": False},
+    }  # fmt: skip
+    assert options(make_spec("/scratch/my runs", slurm)) == [
+        "--job-name=demo.sft",
+        '--comment="it\'s mine"',
+        "--partition=gpu",
+        "--account=nlp",
+        "--qos=high",
+        "--reservation=r",
+        "--time=1-00:00:00",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--gpus-per-node=4",
+        "--cpus-per-task=12",
+        "--mem=900G",
+        '--constraint="a100&nvlink"',
+        '--exclude="n[1-3]"',
+        "--nodelist=n9",
+        "--licenses=x:1",
+        "--mail-type=END",
+        "--mail-user=me@x.org",
+        "--exclusive",
+        "--switches=1",
+        "--spread-job",
+        "--signal=USR2@240",
+        "--requeue",
+        "--open-mode=append",
+        '--output="/scratch/my runs/stages/sft/logs/%j_batch.log"',
+    ]
+
+
+def test_gres_stands_in_for_gpus_and_cpu_jobs_ask_for_none() -> None:
+    with_gres = options(make_spec("/scratch/demo", {"gres": "gpu:a100:2"}))
+    assert "--gres=gpu:a100:2" in with_gres
+    assert not any("--gpus" in option for option in with_gres)
+    without = options(make_spec("/scratch/demo", {"gpus_per_node": 0, "ranks_per_node": 3}))
+    assert "--ntasks-per-node=3" in without
+    assert not any("gpu" in option or "gres" in option for option in without)
+
+
+def test_script_finds_the_ranks_meeting_place_and_hands_on_sruns_exit_code(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "my run's", {"nodes": 2, "cpus_per_gpu": 3})
+    code, out, _ = run_script(spec, "sft", tmp_path, STUB_EXIT="7", SLURM_RESTART_COUNT="2")
+    assert code == 7
+    stage = RunDir(Path(spec.run_dir)).stage("sft")
+    assert stage.hostfile.read_text() == "n1 slots=2\nn2 slots=2\n"
+    environ = dict(line.split("=", 1) for line in (out / "env").read_text().splitlines() if "=" in line)
+    assert environ["MASTER_ADDR"] == "10.0.0.1"
+    assert environ["MASTER_PORT"] == str(20000 + (4711 * 101 + 2) % 10000)
+    assert (environ["SRUN_CPUS_PER_TASK"], environ["OMP_NUM_THREADS"]) == ("3", "3")
+    assert environ["SUBMITIT_EXECUTOR"] == "slurm"
+    args = (out / "args").read_text().splitlines()
+    assert f"--output={stage.logs}/%j_%t_log.out" in args
+    assert {"--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"} <= set(args)
+    assert args[-3:] == ["-m", "submitit.core._submit", str(stage.logs)]
+
+
+def test_two_jobs_and_two_attempts_meet_at_different_ports(tmp_path: Path) -> None:
+    spec, ports = make_spec(tmp_path / "run"), set()
+    for job_id, restart in (("1", "0"), ("1", "1"), ("2", "0"), ("99999999", "0")):
+        _, out, _ = run_script(spec, "sft", tmp_path, SLURM_JOB_ID=job_id, SLURM_RESTART_COUNT=restart)
+        ports.update(line for line in (out / "env").read_text().splitlines() if "MASTER_PORT" in line)
+    assert len(ports) == 4
+    assert all(20000 <= int(port.partition("=")[2]) < 30000 for port in ports)
+
+
+def test_what_the_submitting_shell_says_of_other_jobs_does_not_reach_srun(tmp_path: Path) -> None:
+    leaked = {"SBATCH_PARTITION": "x", "SLURM_CPU_BIND_TYPE": "x", "SLURM_STEP_ID": "3"}
+    _, out, _ = run_script(make_spec(tmp_path / "run"), "sft", tmp_path, **leaked)
+    names = {line.partition("=")[0] for line in (out / "env").read_text().splitlines()}
+    assert names.isdisjoint(leaked)
+    assert {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"} <= names
+
+
+def test_setup_may_use_unset_variables_and_its_failure_ends_the_job(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "run", {"setup": ["export SEEN=a$NOT_SET", "false || true"]})
+    code, out, _ = run_script(spec, "sft", tmp_path)
+    assert code == 0
+    assert "SEEN=a\n" in (out / "env").read_text()
+    spec = make_spec(tmp_path / "other", {"setup": ["export A=1", "ls /no/such/folder", "export B=2"]})
+    (out / "args").unlink()
+    code, out, stderr = run_script(spec, "sft", tmp_path)
+    assert code == 2
+    assert "setup failed at: ls /no/such/folder" in stderr
+    assert not (out / "args").exists()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_inert(text: str, tmp_path: Path) -> None:
+    spec = make_spec(
+        tmp_path / f"run {text}",
+        {
+            "comment": text,
+            "container": {"runtime": "apptainer", "image": f"/img/{text}.sif", "mounts": [f"/data/{text}"]},
+        },
+    )
+    code, out, stderr = run_script(spec, "sft", tmp_path)
+    assert (code, stderr) == (0, "")
+    args = (out / "args").read_text().splitlines()
+    assert args[args.index("apptainer") :] == [
+        *("apptainer", "exec", "--nv", "--bind", spec.run_dir, "--bind", f"/data/{text}", f"/img/{text}.sif"),
+        *("python3", "-u", "-m", "submitit.core._submit", f"{spec.run_dir}/stages/sft/logs"),
+    ]
+
+
+def test_pyxis_mounts_the_run_directory(tmp_path: Path) -> None:
+    container = {"runtime": "pyxis", "image": "nvcr.io#x", "mounts": ["/data:/data:ro"]}
+    spec = make_spec(tmp_path / "run", {"container": container})
+    _, out, _ = run_script(spec, "sft", tmp_path)
+    args = (out / "args").read_text().splitlines()
+    assert "--container-image=nvcr.io#x" in args
+    assert f"--container-mounts={spec.run_dir}:{spec.run_dir},/data:/data:ro" in args
+    assert args[-5] == "python3"
+
+
+def test_users_template_wins_file_by_file(tmp_path: Path) -> None:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates/hostfile.j2").write_text("@NODE@ slots={{ slurm.tasks_per_node }} # mine\n")
+    files = {path.name: path for path in render(make_spec("/scratch/demo"), tmp_path / "out", tmp_path)}
+    assert files["sft.hostfile.in"].read_text() == "@NODE@ slots=2 # mine\n"
+    assert files["sft.sbatch"].read_text().startswith("#!/bin/bash\n")
+    assert len(files) == 9
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ no_such }}", "'no_such' is undefined"),
+        ("{% if %}", "ds_config.json.j2:1"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{not json", "does not render to JSON"),
+    ],
+)
+def test_broken_template_is_one_clear_error(template: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates/ds_config.json.j2").write_text(template)
+    with pytest.raises(HpcRlhfError, match=expected):
+        render(make_spec("/scratch/demo"), tmp_path / "out", tmp_path)
+    assert not any((tmp_path / "out").iterdir())

@@ -1,0 +1,136 @@
+"""What status makes of what Slurm says and what is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf import manifest
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.observe.status import Evidence, judge, read_status
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.slurm import PastJob, QueuedJob
+from tests.launch.specs import make_spec
+
+
+def queued(state: str, reason: str = "") -> QueuedJob:
+    return QueuedJob("7", "demo.ppo", state, reason, "")
+
+
+def evidence(*events: str, **known: Any) -> Evidence:
+    facts: dict[str, Any] = {"done": False, "needs": ("sft", "reward"), "queued": None, "past": None}
+    records = tuple({"event": event, "message": f"why it {event}"} for event in events)
+    return Evidence(**{**facts, "job_id": None, "at_work_here": False, "events": records, **known})
+
+
+@pytest.mark.parametrize(
+    ("known", "state", "why"),
+    [
+        (evidence(), "not started", ""),
+        (evidence("failed", done=True, queued=queued("FAILED")), "done", ""),
+        (evidence("submitted", queued=queued("PENDING", "Dependency")), "waiting", "for sft and reward"),
+        (evidence("submitted", queued=queued("PENDING", "Priority")), "pending", "Priority: other jobs"),
+        (evidence("submitted", queued=queued("PENDING", "QOSMaxJobs")), "pending", "QOSMaxJobs"),
+        (
+            evidence("submitted", queued=queued("PENDING", "DependencyNeverSatisfied")),
+            "stuck",
+            "submit again",
+        ),
+        (evidence("started", "requeued", queued=queued("PENDING", "BeginTime")), "requeued", "BeginTime: "),
+        (evidence("submitted", queued=queued("RUNNING")), "starting", ""),
+        (evidence("started", "requeued", queued=queued("RUNNING")), "starting", ""),
+        (evidence("started", "resumed", queued=queued("RUNNING")), "running", ""),
+        (evidence("started", queued=queued("SUSPENDED")), "suspended", ""),
+        (evidence("started", "failed", queued=queued("FAILED"), job_id="7"), "failed", "why it failed"),
+        (evidence("refused"), "refused", "why it refused"),
+        (evidence("started", "interrupted"), "interrupted", "run it again"),
+        (evidence("started", queued=queued("TIMEOUT"), job_id="7"), "failed", "Slurm says TIMEOUT"),
+        (evidence("started", past=PastJob("7", "NODE_FAIL", "0:0"), job_id="7"), "failed", "NODE_FAIL"),
+        (evidence("started", past=PastJob("7", "CANCELLED", "0:0"), job_id="7"), "cancelled", ""),
+        (evidence("started", past=PastJob("7", "COMPLETED", "0:0"), job_id="7"), "failed", "COMPLETED"),
+        (evidence("submitted", past=PastJob("7", "PENDING", "0:0"), job_id="7"), "unknown", "no job 7"),
+        (evidence("submitted", job_id="7"), "unknown", "no job 7"),
+        (evidence("submitting"), "unknown", "submit again finds the job"),
+        (evidence("started", at_work_here=True), "running", ""),
+        (evidence("started"), "stopped", "run it again"),
+    ],
+)
+def test_state_and_why(known: Evidence, state: str, why: str) -> None:
+    found = judge(known)
+    assert found[0] == state
+    assert why in found[1]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run directory in which SFT is done, the reward model has made some steps, and PPO has not begun."""
+    spec = make_spec(tmp_path / "run")
+    run = RunDir(Path(spec.run_dir))
+    for stage in spec.stage_names:
+        run.stage(stage).logs.mkdir(parents=True)
+    run.plan_json.write_text(make_plan(spec).to_json())
+    run.job_yaml.write_text("")
+    ledger = Ledger(run.ledger)
+    for stage in ("sft", "reward"):
+        ledger.append("started", stage, attempt="1", restart=0)
+    ledger.append("resumed", "reward", attempt="2", step=40)
+    ledger.append("started", "reward", attempt="2", restart=1)
+    run.stage("sft").model.mkdir()
+    (run.stage("sft").model / "config.json").write_text("{}")
+    manifest.write(run.stage("sft").model, {"step": 9})
+    rows = [
+        {"step": step, "total_steps": 90, "time": 1.0 * step, "kind": "train", "loss": 1 / step}
+        for step in (1, 50)
+    ]
+    rows.append({"step": 50, "total_steps": 90, "time": 51.0, "kind": "eval", "accuracy": 0.5})
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 51, "tot'
+    run.stage("reward").metrics.write_text(text)
+    return run
+
+
+def test_status_reads_progress_from_disk_alone(run: RunDir) -> None:
+    sft, reward, ppo = read_status(run)
+    assert (sft.state, sft.attempts) == ("done", 1)
+    assert (reward.state, reward.attempts, reward.step, reward.total_steps) == ("stopped", 2, 50, 90)
+    assert (reward.metric, reward.value, reward.updated) == ("loss", 0.02, 50.0)
+    assert (ppo.state, ppo.step, ppo.value) == ("not started", None, None)
+
+
+def test_torn_model_is_not_done(run: RunDir) -> None:
+    (run.stage("sft").model / "config.json").write_text("longer than it was")
+    assert read_status(run)[0].state != "done"
+
+
+def test_status_verb_without_slurm(run: RunDir, tmp_path: Path) -> None:
+    """A submitted run can be looked at where Slurm is not, and says so."""
+    Ledger(run.ledger).append("submitted", "ppo", token="t", job_id="12")
+
+    def status(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(run.path), *args]
+        environ = {**os.environ, "PATH": str(tmp_path)}
+        return subprocess.run(command, env=environ, capture_output=True, text=True)
+
+    table = status()
+    assert table.returncode == 0
+    lines = table.stdout.splitlines()
+    assert lines[0].split() == ["stage", "state", "job", "step", "last", "attempts", "why"]
+    assert lines[2].split()[:6] == ["reward", "stopped", "-", "50/90", "loss", "0.02"]
+    assert "no word from Slurm (squeue is not on PATH)" in lines[3]
+    stages = json.loads(status("--json").stdout)["stages"]
+    assert [stage["state"] for stage in stages] == ["done", "stopped", "unknown"]
+
+
+def test_status_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
+    for argument, expected in ((tmp_path, "it has no job.yaml"), (tmp_path / "no", "does not exist")):
+        command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(argument)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
