@@ -1,0 +1,89 @@
+"""The contract with submitit: it sends our script, and the script says what submitit would run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.executor import StageExecutor, ensure_pickle
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import Templates, render
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.task import StageTask
+from tests.launch.specs import make_spec
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Puts stubs of srun and sbatch on PATH. The latter writes its arguments and environment, and answers."""
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    (stubs / "srun").write_text("#!/bin/sh\n")
+    (stubs / "sbatch").write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" >{stubs}/args\nenv >{stubs}/env\necho Submitted batch job 12\n'
+    )
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stubs}:{os.environ['PATH']}")
+    return stubs
+
+
+def send(spec: JobSpec, stage: str, *after: str) -> str:
+    plan = make_plan(spec)
+    job = next(job for job in plan.jobs if job.stage == stage)
+    return StageExecutor(plan, job, Templates(), "t0ken", after).send()
+
+
+@pytest.mark.parametrize("container", [None, {"runtime": "pyxis", "image": "x"}])
+def test_submitit_sends_the_rendered_script(
+    container: dict[str, str] | None, sbatch: Path, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path / "my run", {"container": container, "comment": "mine"})
+    run = RunDir(Path(spec.run_dir))
+    render(spec, run.scripts)
+    assert send(spec, "ppo", "10", "11") == "12"
+    logs = run.stage("ppo").logs
+    assert (logs / "12_submission.sh").read_text() == run.sbatch("ppo").read_text()
+    args = (sbatch / "args").read_text().splitlines()
+    assert args[:2] == ["--comment=hpc-rlhf:t0ken mine", "--dependency=afterok:10:11"]
+    with (logs / "12_submitted.pkl").open("rb") as file:
+        assert pickle.load(file).function == StageTask(spec.run_dir, "ppo")
+
+
+def test_sbatch_hears_of_its_cluster_and_of_no_other_job(
+    sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SBATCH_ACCOUNT", "SRUN_CPUS_PER_TASK", "SLURM_CONF", "HOME_OF_MINE"):
+        monkeypatch.setenv(name, "x")
+    send(make_spec(tmp_path / "run"), "sft")
+    names = {line.partition("=")[0] for line in (sbatch / "env").read_text().splitlines()}
+    assert {"SLURM_CONF", "HOME_OF_MINE"} <= names
+    assert names.isdisjoint({"SLURM_JOB_ID", "SBATCH_ACCOUNT", "SRUN_CPUS_PER_TASK"})
+
+
+def test_refusal_is_told_once(sbatch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (sbatch / "sbatch").write_text(
+        "#!/bin/sh\necho 'sbatch: error: No such account' >&2\necho 'sbatch: error: Sorry' >&2\nexit 1\n"
+    )
+    with pytest.raises(HpcRlhfError, match=r"stages\.sft: sbatch refused the job: No such account; Sorry"):
+        send(make_spec(tmp_path / "run"), "sft")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_missing_pickle_is_made_up_for_and_a_present_one_kept(sbatch: Path, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "run")
+    run = RunDir(Path(spec.run_dir))
+    send(spec, "sft")
+    path = run.stage("sft").logs / "12_submitted.pkl"
+    sent = path.read_bytes()
+    ensure_pickle(run, "sft", "12")
+    assert path.read_bytes() == sent
+    path.unlink()
+    ensure_pickle(run, "sft", "12")
+    made, original = pickle.loads(path.read_bytes()), pickle.loads(sent)
+    assert vars(made) == vars(original)
