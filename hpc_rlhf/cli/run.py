@@ -16,7 +16,8 @@ import click
     type=click.Path(path_type=Path),
     help="Run over the machines of this file through DeepSpeed's launcher, instead of on this machine alone.",
 )
-def command(file: Path, sets: tuple[str, ...], hostfile: Path | None) -> None:
+@click.pass_context
+def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile: Path | None) -> None:
     """Run a spec's stages on this machine, without Slurm.
 
     As many ranks start as the spec asks for, all of them here. Ctrl-C saves; the same command goes on. Finished
@@ -27,6 +28,7 @@ def command(file: Path, sets: tuple[str, ...], hostfile: Path | None) -> None:
     from hpc_rlhf.launch.hostfile import read_hostfile
     from hpc_rlhf.launch.local import LocalRun, refuse_live_jobs
     from hpc_rlhf.launch.prepare import claim, prepare
+    from hpc_rlhf.launch.stopping import Interrupted
     from hpc_rlhf.observe.progress import progress
     from hpc_rlhf.observe.summary import print_summary
     from hpc_rlhf.spec.load import load_spec
@@ -36,8 +38,12 @@ def command(file: Path, sets: tuple[str, ...], hostfile: Path | None) -> None:
     with claim(spec, "hpc-rlhf run") as (run, lock):
         refuse_live_jobs(run)
         prepare(spec, run, file.parent)
-        with progress(run) as watcher:
-            LocalRun(spec, run, hosts, lock, watcher, _again(file, sets, hostfile)).run_stages()
+        try:
+            with progress(run) as watcher:
+                LocalRun(spec, run, hosts, lock, watcher, _again(file, sets, hostfile)).run_stages()
+        except Interrupted as stop:  # asked for, so no error
+            click.echo(str(stop), err=True)
+            context.exit(stop.exit_code)
     print_summary(run, Console(highlight=False))
 
 

@@ -15,6 +15,7 @@ from hpc_rlhf.spec.model import STAGE_NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 _QUESTIONS = 3
 _LONGEST = 400  # characters of an answer that are shown
@@ -49,8 +50,9 @@ def outcome(stage: str, metrics: dict[str, Any]) -> str:
     if stage == "sft":
         return f"held-out perplexity {_from_to(value, 'perplexity_before', 'perplexity_after')}"
     if stage == "reward":
-        return f"held-out accuracy {value.get('accuracy', '-')}"
-    spread = f" (first batch's deviation {value['reward_first_std']})" if "reward_first_std" in value else ""
+        accuracy = metrics.get("accuracy")
+        return "held-out accuracy " + ("-" if accuracy is None else f"{accuracy:.3f}")
+    spread = f" (first std {value['reward_first_std']})" if "reward_first_std" in value else ""
     return f"reward {_from_to(value, 'reward_first', 'reward_last')}{spread}, KL {_from_to(value, 'kl_first', 'kl_last')}"
 
 
@@ -84,20 +86,22 @@ def _print_answers(samples: list[dict[str, Any]], console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if not samples:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True, expand=True)
+    for column, ratio in (("held-out question", 3), ("after SFT", 4), ("after PPO", 4)):
+        table.add_column(column, ratio=ratio, overflow="fold")
     for sample in samples:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
-        for column in ("after SFT", "after PPO"):
-            table.add_column(column, ratio=1, overflow="fold")
-        table.add_row(
-            Text(_shortened(sample.get("sft_answer", "-"))), Text(_shortened(sample.get("answer", "-")))
-        )
-        table.add_row(
-            f"reward {number(sample.get('sft_reward'))}",
-            f"reward {number(sample.get('reward'))}",
-            style="dim",
-        )
-        console.print(Text(question(sample["prompt"]), style="bold"))
-        console.print(table)
+        table.add_row(Text(question(sample["prompt"])), _judged(sample, "sft_"), _judged(sample, ""))
+    console.print(table)
+
+
+def _judged(sample: dict[str, Any], whose: str) -> Text:
+    """An answer, and below it what the reward model gives for it."""
+    from rich.text import Text
+
+    answer = _shortened(sample.get(f"{whose}answer") or "-")
+    return Text(f"{answer}\n").append(f"reward {number(sample.get(f'{whose}reward'))}", style="dim")
 
 
 def question(prompt: str) -> str:

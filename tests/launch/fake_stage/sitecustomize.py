@@ -1,0 +1,101 @@
+"""Puts a stage without torch in place of the real one, in every process that has this folder on PYTHONPATH.
+
+FAKE_<STAGE> says what the stage does; see the functions below. Each rank of a stage runs the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+heard: list[int] = []
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SUBMITIT_LOCAL_GLOBALID", "0")))
+
+
+def run_stage(run_dir: str, stage: str) -> None:
+    from hpc_rlhf.ledger import Ledger
+    from hpc_rlhf.rundir import RunDir
+
+    run = RunDir(Path(run_dir))
+    facts = {**os.environ, "pid": os.getpid()}
+    (run.path / f"seen-{stage}-{rank()}.json").write_text(json.dumps(facts))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: heard.append(number))
+    if rank() == 0:
+        Ledger(run.ledger).append("started", stage)
+    globals()[os.environ.get(f"FAKE_{stage.upper()}", "finish")](run, stage)
+
+
+def finish(run, stage) -> None:
+    """Ends well at once."""
+    if rank():
+        return
+    from hpc_rlhf import manifest
+
+    for step in range(1, 21):
+        line = {"step": step, "total_steps": 20, "time": time.time(), "kind": "train", "loss": 1 / step}
+        with run.stage(stage).metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    folder = run.stage(stage).model
+    folder.mkdir()
+    (folder / "weights").write_text("w")
+    manifest.write(folder, {"step": 20, "seconds": 3, "stage": stage, "metrics": {"accuracy": 0.97}})
+
+
+def until_told(run, stage) -> None:
+    """Goes on until it is told to stop; takes longer to save than submitit's controller would allow."""
+    from hpc_rlhf.ledger import Ledger
+
+    while not heard:
+        time.sleep(0.05)
+    time.sleep(2.5)
+    if rank() == 0:
+        Ledger(run.ledger).append("saved", stage, step=7)
+        Ledger(run.ledger).append("interrupted", stage, step=7)
+    sys.exit(75)
+
+
+def deaf(run, stage) -> None:
+    """Hears every signal and stays."""
+    while True:
+        time.sleep(1)
+
+
+def one_killed(run, stage) -> None:
+    """Rank 1 is killed; the others wait for it."""
+    if rank() == 1:
+        print("the last words of rank 1", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    deaf(run, stage)
+
+
+def mistaken(run, stage) -> None:
+    """Finds a mistake of the user's, as the real stages report one."""
+    from hpc_rlhf.ledger import Ledger
+
+    if rank() == 0:
+        Ledger(run.ledger).append("failed", stage, message="data.json: no such file", exit_code=2)
+    sys.exit(2)
+
+
+def stranded(run, stage) -> None:
+    """Rank 1 fails; rank 0 loses touch with it a little later."""
+    from hpc_rlhf.ledger import Ledger
+
+    time.sleep(0.5 if rank() == 0 else 0)
+    message = "RuntimeError: connection closed" if rank() == 0 else "OSError: disk full"
+    Ledger(run.ledger).append("failed", stage, message=message, exit_code=1)
+    raise RuntimeError(message)
+
+
+module = types.ModuleType("hpc_rlhf.train.entry")
+module.run_stage = run_stage  # type: ignore[attr-defined]
+sys.modules["hpc_rlhf.train.entry"] = module

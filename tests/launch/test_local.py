@@ -1,0 +1,245 @@
+"""Running without Slurm: order, environment, stopping, failing. The stages are fakes that need no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.launch.local_env import environment, visible_gpus
+from hpc_rlhf.launch.stopping import StopRequests
+from hpc_rlhf.ledger import Ledger
+
+FAKES = Path(__file__).parent / "fake_stage"
+SPEC = """\
+name: t
+run_dir: run
+slurm: {gpus_per_node: 2}
+data: {sources: [{demo: 100}], max_prompt_tokens: 16, max_answer_tokens: 16}
+models: {actor: {from_scratch: {model_type: llama, vocab_size: 300}}}
+stages:
+  sft: {}
+  reward: {}
+  ppo: {}
+"""
+
+
+@dataclass
+class Here:
+    """A folder with job.yaml in it, and hpc-rlhf started there."""
+
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
+        """In a process group of its own, as a terminal's foreground job is."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "hpc_rlhf.cli", *words],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(FAKES), **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, *words: str, **env: str) -> tuple[int, str, str]:
+        process = self.start(*words, **env)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def events(self, *kinds: str) -> list[tuple[str, str]]:
+        events = Ledger(self.run / "ledger.jsonl").events()
+        return [(event["event"], event["stage"]) for event in events if event["event"] in kinds]
+
+    def seen(self, stage: str, rank: int) -> dict[str, Any]:
+        """The environment of a rank, and its pid."""
+        path = self.run / f"seen-{stage}-{rank}.json"
+        wait_for(path.exists)
+        wait_for(lambda: path.read_text().endswith("}"))
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+    def await_ranks(self, stage: str = "sft") -> list[int]:
+        return [self.seen(stage, rank)["pid"] for rank in range(2)]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Here:
+    (tmp_path / "job.yaml").write_text(SPEC)
+    return Here(tmp_path)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_stages_run_in_order_and_are_not_run_again(here: Here) -> None:
+    code, out, err = here.finish("run", "job.yaml")
+    assert code == 0, err
+    assert here.events("started") == [("started", "sft"), ("started", "reward"), ("started", "ppo")]
+    assert "0.970" in out
+    assert "hpc-rlhf chat run" in out
+    assert "sft: step 20/20" in err
+
+    code, out, err = here.finish("run", "job.yaml")
+    assert code == 0
+    assert err.splitlines() == [f"{stage}: already finished" for stage in ("sft", "reward", "ppo")]
+    assert len(here.events("started")) == 3
+
+
+def test_ranks_know_who_they_are_and_nothing_of_a_job_around_them(here: Here) -> None:
+    around = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "RANK": "5", "SUBMITIT_EXECUTOR": "slurm"}
+    code, _, err = here.finish("run", "job.yaml", "--set", "slurm.nodes=2", **around)
+    assert code == 0, err
+    seen = [here.seen("sft", rank) for rank in range(4)]
+    assert [env["SUBMITIT_LOCAL_LOCALID"] for env in seen] == ["0", "1", "2", "3"]
+    assert {env["SUBMITIT_LOCAL_NTASKS"] for env in seen} == {"4"}
+    assert {env["SUBMITIT_EXECUTOR"] for env in seen} == {"local"}
+    assert {env["MASTER_ADDR"] for env in seen} == {"127.0.0.1"}
+    assert len({env["MASTER_PORT"] for env in seen}) == 1
+    assert not [name for env in seen for name in env if name.startswith("SLURM_") or name == "RANK"]
+    logs = {path.name.partition("_")[2] for path in (here.run / "stages/sft/logs").glob("*_log.*")}
+    assert logs == {f"{rank}_log.{stream}" for rank in range(4) for stream in ("out", "err")}
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_told_to_stop_it_lets_the_ranks_save_and_says_how_to_go_on(
+    here: Here, number: int, code: int
+) -> None:
+    process = here.start("run", "job.yaml", "--set", "seed=5", FAKE_SFT="until_told")
+    ranks = here.await_ranks()
+    os.killpg(process.pid, number)  # what a terminal does at Ctrl-C
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "saving; press Ctrl-C again to stop at once" in err
+    assert "sft is saved at step 7" in err
+    assert "go on with: hpc-rlhf run job.yaml --set seed=5" in err
+    assert "error" not in err
+    assert here.events("interrupted") == [("interrupted", "sft")]
+    assert not any(map(is_alive, ranks))
+
+    code, _, err = here.finish("run", "job.yaml", "--set", "seed=5")
+    assert code == 0, err
+    assert here.events("started")[1:] == [("started", "sft"), ("started", "reward"), ("started", "ppo")]
+
+
+def test_told_twice_it_ends_ranks_that_do_not_listen(here: Here) -> None:
+    process = here.start("run", "job.yaml", FAKE_SFT="deaf")
+    ranks = here.await_ranks()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stderr is not None
+    wait_for(lambda: "press Ctrl-C again" in process.stderr.readline())
+    assert all(map(is_alive, ranks))
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "sft was stopped without saving; it had no checkpoint yet" in err
+    wait_for(lambda: not any(map(is_alive, ranks)))
+
+
+def test_killed_itself_it_leaves_ranks_that_save_and_end(here: Here) -> None:
+    process = here.start("run", "job.yaml", FAKE_SFT="until_told")
+    ranks = here.await_ranks()
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(is_alive, ranks)))
+    assert here.events("interrupted") == [("interrupted", "sft")]
+    code, _, err = here.finish("run", "job.yaml")  # and the lock it left is no hindrance
+    assert code == 0, err
+
+
+def test_a_killed_rank_ends_the_others_and_is_named(here: Here) -> None:
+    code, _, err = here.finish("run", "job.yaml", FAKE_SFT="one_killed")
+    assert code == 1
+    assert "error: sft: rank 1 was ended by SIGKILL; the machine may have run out of memory" in err
+    assert "the last words of rank 1" in err
+    assert not any(map(is_alive, here.await_ranks()))
+    assert here.events("started") == [("started", "sft")]
+    assert here.events("failed") == [("failed", "sft")]
+
+
+def test_a_mistake_found_by_a_stage_is_told_in_its_words(here: Here) -> None:
+    code, _, err = here.finish("run", "job.yaml", FAKE_REWARD="mistaken")
+    assert code == 2
+    assert "error: reward: data.json: no such file\n" in err
+    assert here.events("started") == [("started", "sft"), ("started", "reward")]
+    assert "Traceback" not in err
+
+
+def test_the_first_failure_is_told_not_what_followed_from_it(here: Here) -> None:
+    code, _, err = here.finish("run", "job.yaml", FAKE_SFT="stranded")
+    assert code == 1
+    assert "error: sft: OSError: disk full\n" in err
+
+
+def test_a_second_run_of_the_same_directory_is_refused(here: Here) -> None:
+    first = here.start("run", "job.yaml", FAKE_SFT="until_told")
+    here.await_ranks()
+    code, _, err = here.finish("run", "job.yaml")
+    assert code == 1
+    assert f"`hpc-rlhf run` (process {first.pid} on " in err
+    first.terminate()
+    first.communicate(timeout=30)
+    assert here.events("started") == [("started", "sft")]
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequests().listening() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.count == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (stop.count, stop.number) == (1, signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_cores_are_shared_out_unless_the_user_said_how() -> None:
+    assert environment({"OMP_NUM_THREADS": "3"}, 2)["OMP_NUM_THREADS"] == "3"
+    cores = len(os.sched_getaffinity(0))
+    assert environment({}, 1)["OMP_NUM_THREADS"] == str(cores)
+    assert environment({}, 10 * cores)["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"), [("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("GPU-8f2, MIG-1a", 2)]
+)
+def test_gpus_are_counted_as_the_ranks_would_see_them(chosen: str, count: int) -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": chosen}) == count
+
+
+def test_gpus_that_do_not_suffice_are_left_alone(here: Here) -> None:
+    _, _, err = here.finish("run", "job.yaml", CUDA_VISIBLE_DEVICES="4")
+    assert "sft: 2 ranks but 1 GPUs here, so it runs on the CPU" in err
+    assert here.seen("sft", 1)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_gpus_that_suffice_are_all_shown(here: Here) -> None:
+    here.finish("run", "job.yaml", CUDA_VISIBLE_DEVICES="4,6")
+    assert here.seen("sft", 1)["CUDA_VISIBLE_DEVICES"] == "4,6"
