@@ -1,0 +1,121 @@
+"""A run of hpc-rlhf on the test cluster, driven by its command line and watched through its run directory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf import manifest
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.rundir import RunDir
+from tests.cluster.cluster import CHECKOUT, Cluster, ClusterError, wait_until
+
+# Each rank imports torch and DeepSpeed anew, some 10 s of CPU time, and the other half of the tests runs beside it.
+STAGE_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One run: its spec, its directory and the overrides it is submitted with."""
+
+    cluster: Cluster
+    spec: Path
+    path: Path
+    sets: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.path)
+
+    def cli(
+        self, verb: str, *args: str | Path, check: bool = True, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Call hpc-rlhf in a process of its own, against the cluster."""
+        done = subprocess.run(
+            [sys.executable, "-m", "hpc_rlhf.cli", verb, *map(str, args)],
+            env=self.cluster.env if env is None else env,
+            cwd=CHECKOUT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if check and done.returncode != 0:
+            raise AssertionError(f"{verb} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def submit(
+        self, check: bool = True, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        sets = [word for each in (f"run_dir={self.path}", *self.sets) for word in ("--set", each)]
+        return self.cli("submit", self.spec, *sets, check=check, env=env)
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """`hpc-rlhf status --json`, by stage."""
+        stages = json.loads(self.cli("status", self.path, "--json").stdout)["stages"]
+        return {stage["stage"]: stage for stage in stages}
+
+    # What the run directory says ------------------------------------------------------------------
+
+    def events(self, event: str, stage: str) -> list[dict[str, Any]]:
+        return [record for record in Ledger(self.run.ledger).events(stage) if record["event"] == event]
+
+    def job_id(self, stage: str) -> str:
+        return str(self.events("submitted", stage)[-1]["job_id"])
+
+    def steps(self, stage: str) -> list[int]:
+        """The training steps in the stage's metrics, in the order written."""
+        try:
+            lines = self.run.stage(stage).metrics.read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [row["step"] for row in rows if row["kind"] == "train"]
+
+    def is_done(self, stage: str) -> bool:
+        return manifest.defect(self.run.stage(stage).model) is None
+
+    # Waiting --------------------------------------------------------------------------------------
+
+    def wait_step(self, stage: str, step: int) -> None:
+        self._wait(stage, lambda: max(self.steps(stage), default=0) >= step, f"{stage} is at step {step}")
+
+    def wait_done(self, stage: str) -> None:
+        self._wait(stage, lambda: self.is_done(stage), f"{stage} is done")
+
+    def wait_event(self, event: str, stage: str) -> dict[str, Any]:
+        self._wait(stage, lambda: self.events(event, stage), f"the ledger says {event} of {stage}", event)
+        return self.events(event, stage)[-1]
+
+    def _wait(self, stage: str, holds: Callable[[], object], what: str, event: str = "") -> None:
+        """Wait, but not on when it can no longer come about; then show what is known."""
+
+        def holds_or_never() -> bool:
+            if holds():
+                return True
+            failed = [record for record in Ledger(self.run.ledger).events() if record["event"] == "failed"]
+            if failed and event != "failed":
+                raise ClusterError(f"a stage failed before {what}")
+            if self.events("finished", stage) and not holds():
+                raise ClusterError(f"{stage} is over and it never came that {what}")
+            return False
+
+        try:
+            wait_until(holds_or_never, STAGE_SECONDS, what, every=0.1)
+        except ClusterError as error:
+            queue = self.cluster.run("squeue", "--format=%i %j %T %r").stdout
+            raise ClusterError(
+                f"{error}\n{queue}\n{self.run.ledger.read_text()}\n{self.log_tails(stage)}"
+            ) from None
+
+    def log_tails(self, stage: str) -> str:
+        logs = sorted(self.run.stage(stage).logs.glob("*_log.*"))
+        return "\n".join(
+            f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            for log in logs
+        )

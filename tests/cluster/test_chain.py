@@ -1,0 +1,246 @@
+"""The whole chain on a real Slurm: it runs to a model that answers, survives preemption and time limits, is submitted
+once however often it is submitted, and refuses to train on an incomplete input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf import manifest
+from tests.cluster import Cluster, config, wait_until
+from tests.cluster.chain import Chain
+from tests.cluster.cluster import CHECKOUT
+
+STAGES = ("sft", "reward", "ppo")
+CHAIN = CHECKOUT / "tests/cluster/jobs/chain.yaml"
+NewChain = Callable[..., Chain]
+
+
+@pytest.fixture
+def new_chain(idle_cluster: Cluster, tmp_path: Path) -> NewChain:
+    """Makes the chain of a test; its jobs are gone from the cluster when the test is over."""
+    return lambda *sets, spec=CHAIN: Chain(idle_cluster, spec, tmp_path / "run", sets)
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The demo as on a cluster, four ranks over two nodes and fewer steps, run to its end."""
+    limits = [f"stages.{stage}.max_steps={steps}" for stage, steps in zip(STAGES, (20, 10, 3), strict=True)]
+    setup = 'slurm.setup=["export OMP_NUM_THREADS=1"]'
+    run = tmp_path_factory.mktemp("chain") / "run"
+    chain = Chain(cluster, CHECKOUT / "jobs/tiny.yaml", run, ("slurm.nodes=2", setup, *limits))
+    chain.submit()
+    for stage in STAGES:
+        chain.wait_done(stage)
+    cluster.wait_state(chain.job_id("ppo"), "COMPLETED")
+    return chain
+
+
+def test_sft_and_reward_run_side_by_side_and_ppo_after_both(finished: Chain) -> None:
+    def spans() -> dict[str, tuple[str, str]]:
+        jobs = ",".join(finished.job_id(stage) for stage in STAGES)
+        rows = finished.cluster.run("sacct", "-n", "-X", "-P", "-j", jobs, "-o", "JobName,Start,End,State")
+        split = [row.split("|") for row in rows.stdout.splitlines()]
+        return {
+            name.split(".")[-1]: (start, end) for name, start, end, state in split if state == "COMPLETED"
+        }
+
+    wait_until(lambda: set(spans()) == set(STAGES), 20, "sacct has all three stages as COMPLETED")
+    times = spans()
+    assert times["sft"][0] < times["reward"][1]
+    assert times["reward"][0] < times["sft"][1]
+    assert times["ppo"][0] >= max(times["sft"][1], times["reward"][1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_four_ranks_over_two_nodes(finished: Chain, stage: str) -> None:
+    lines = finished.run.stage(stage).hostfile.read_text().splitlines()
+    hosts = [line.split() for line in lines if line and not line.startswith("#")]
+    assert [slots for _, slots in hosts] == ["slots=2", "slots=2"]
+    assert len({host for host, _ in hosts}) == 2
+    assert finished.events("started", stage)[-1]["ranks"] == 4
+
+
+def test_the_final_model_loads_and_generates(finished: Chain) -> None:
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokens = tokenizer('What is the capital of France?', return_tensors='pt')\n"
+        "print(model.generate(**tokens, max_new_tokens=8, min_new_tokens=8).shape[1] - tokens.input_ids.shape[1])"
+    )
+    command = [sys.executable, "-c", code, str(finished.run.stage("ppo").model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split()[-1:] == ["8"], done.stderr
+
+
+def test_a_finished_run_says_so_and_is_not_submitted_again(finished: Chain) -> None:
+    assert {stage: facts["state"] for stage, facts in finished.status().items()} == dict.fromkeys(
+        STAGES, "done"
+    )
+    before = finished.run.ledger.read_text()
+    assert "done already" in finished.submit().stdout
+    assert finished.run.ledger.read_text() == before
+
+
+@pytest.mark.parametrize("partition", ["low", "low-cancel"])
+def test_a_preempted_chain_goes_on_and_ends_well(new_chain: NewChain, partition: str) -> None:
+    """In mid-SFT and in mid-PPO, where preemption requeues a job and where it cancels it."""
+    chain = new_chain(f"slurm.partition={partition}")
+    chain.submit()
+    for stage in ("sft", "ppo"):
+        chain.wait_step(stage, 5)
+        preempt_all(chain.cluster)
+        assert chain.events("requeued", stage)[-1]["reason"] == "preempted"
+        chain.wait_done(stage)
+    chain.wait_done("reward")
+    for stage in ("sft", "ppo"):
+        assert_went_on(chain, stage)
+    # PPO began with both of its inputs complete.
+    ends = [chain.events("finished", stage)[-1]["time"] for stage in ("sft", "reward")]
+    assert chain.events("started", "ppo")[0]["time"] > max(ends)
+
+
+def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
+    chain = new_chain("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=1500")
+    chain.submit()
+    job = chain.job_id("sft")
+    chain.wait_step("sft", 5)
+    # The limit comes near in mid-stage, however long the ranks took to start.
+    chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=1")
+    assert chain.wait_event("requeued", "sft")["reason"] == "time limit"
+    chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=10")
+    chain.wait_done("sft")
+    assert_went_on(chain, "sft")
+
+
+def test_a_stage_refuses_an_input_without_a_manifest(finished: Chain) -> None:
+    """Slurm may start PPO after an SFT that was preempted and exited 0: the manifest is what counts."""
+    ppo, sft = finished.run.stage("ppo"), finished.run.stage("sft")
+    (ppo.model / manifest.NAME).unlink()
+    whole = (sft.model / manifest.NAME).read_text()
+    with held(finished.cluster):
+        finished.submit()
+        (sft.model / manifest.NAME).write_text(whole[: len(whole) // 2])
+    try:
+        message = finished.wait_event("failed", "ppo")["message"]
+        assert "the model of stage sft is not complete" in message
+        finished.cluster.wait_state(finished.job_id("ppo"), "FAILED")
+        assert "not complete" in finished.status()["ppo"]["why"]
+        assert not finished.is_done("ppo")
+    finally:
+        (sft.model / manifest.NAME).write_text(whole)
+
+
+def test_submitting_twice_attaches(new_chain: NewChain) -> None:
+    chain = new_chain()
+    with held(chain.cluster):
+        chain.submit()
+        jobs = queued(chain)
+        again = chain.submit()
+        assert sorted(jobs) == ["chain.ppo", "chain.reward", "chain.sft"]
+        assert queued(chain) == jobs
+        assert again.stdout.count("already there") == 3
+        chain.cli("cancel", chain.path)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_submit_killed_at_its_second_sbatch_leaves_no_orphan(
+    new_chain: NewChain, tmp_path: Path, after: bool
+) -> None:
+    """Killed before sbatch was called, and after Slurm took the job but before submit could note its id."""
+    chain = new_chain()
+    with held(chain.cluster):
+        killed = chain.submit(check=False, env=killing_sbatch(chain.cluster, tmp_path, after))
+        assert killed.returncode == -signal.SIGKILL
+        assert len(queued(chain)) == (2 if after else 1)
+        before = queued(chain)
+        chain.submit()
+        jobs = queued(chain)
+        assert sorted(jobs) == ["chain.ppo", "chain.reward", "chain.sft"]
+        assert {name: jobs[name] for name in before} == before
+        parents = chain.cluster.field(jobs["chain.ppo"][0], "Dependency")
+        for need in ("chain.sft", "chain.reward"):
+            assert f"afterok:{jobs[need][0]}" in parents
+        chain.cli("cancel", chain.path)
+
+
+def test_a_live_chain_is_shown_and_cancelled(new_chain: NewChain) -> None:
+    chain = new_chain()
+    chain.submit()
+    chain.wait_step("sft", 1)
+    status = chain.status()
+    assert status["sft"]["job_id"] == chain.job_id("sft")
+    assert status["sft"]["step"] >= 1
+    assert status["sft"]["state"] == "running"
+    assert status["ppo"]["state"] == "waiting"
+    assert chain.cli("logs", chain.path, "sft").stdout
+    chain.cli("cancel", chain.path)
+    wait_until(lambda: not queued(chain), 30, "no job of the chain is left")
+    assert chain.events("cancelled", "ppo")
+    assert {facts["state"] for facts in chain.status().values()} <= {"cancelled", "done"}
+
+
+def preempt_all(cluster: Cluster) -> None:
+    """Take every node for a moment."""
+    options = ("--partition=high", f"--nodes={config.NODES}", f"--gpus-per-node={config.GPUS}")
+    job = cluster.sbatch(*options, "--output=/dev/null", "--wrap=true")
+    cluster.wait_state(job, "COMPLETED", timeout=120)
+
+
+def assert_went_on(chain: Chain, stage: str) -> None:
+    """The same job came back, took up its checkpoint and left out no step and did none twice."""
+    starts = chain.events("started", stage)
+    assert {start["job_id"] for start in starts} == {chain.job_id(stage)}
+    assert [start["restart"] for start in starts] == list(range(len(starts)))
+    requeued, resumed = chain.events("requeued", stage), chain.events("resumed", stage)
+    assert len(starts) > 1
+    assert [event["step"] for event in resumed] == [event["step"] for event in requeued]
+    assert all(event["step"] >= 5 for event in resumed)
+    facts = manifest.require(chain.run.stage(stage).model, stage)
+    assert chain.steps(stage) == list(range(1, facts["step"] + 1))
+
+
+def queued(chain: Chain) -> dict[str, list[str]]:
+    """The ids of the jobs in the queue, by name."""
+    jobs: dict[str, list[str]] = {}
+    for line in chain.cluster.run("squeue", "--noheader", "--format=%i %j").stdout.splitlines():
+        job_id, name = line.split()
+        jobs.setdefault(name, []).append(job_id)
+    return jobs
+
+
+@contextmanager
+def held(cluster: Cluster) -> Iterator[None]:
+    """Let no job start."""
+    cluster.run("scontrol", "update", "PartitionName=gpu", "State=DOWN")
+    try:
+        yield
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=gpu", "State=UP")
+
+
+def killing_sbatch(cluster: Cluster, folder: Path, after: bool) -> dict[str, str]:
+    """An environment whose sbatch, when called a second time, kills its caller before or after it does its work."""
+    calls, kill = folder / "calls", "kill -KILL $PPID"
+    script = folder / "bin/sbatch"
+    script.parent.mkdir()
+    lines = (
+        "#!/bin/bash",
+        f"echo >>'{calls}'",
+        f"second() {{ [[ $(wc -l <'{calls}') == 2 ]]; }}",
+        "" if after else f"second && {{ {kill}; exit 1; }}",
+        '/usr/bin/sbatch "$@"',
+        f"second && {kill}" if after else "",
+        "exit 0",
+    )
+    script.write_text("\n".join(lines))
+    script.chmod(0o755)
+    return {**cluster.env, "PATH": f"{script.parent}:{os.environ['PATH']}"}
