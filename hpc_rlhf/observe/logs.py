@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.observe.turns import ENDINGS, last_turn
 from hpc_rlhf.rundir import RunDir
 
 _POLL = 0.5
-_ENDINGS = frozenset({"finished", "failed", "interrupted", "cancelled", "refused"})
 _BLOCK = 1 << 16
 
 
@@ -73,10 +73,8 @@ class LogReader:
                     self._shown = path
 
     def _has_ended(self) -> bool:
-        last = None
-        for event in Ledger(self._run.ledger).events(self._stage):
-            last = event["event"]
-        return last in _ENDINGS
+        turn = last_turn(Ledger(self._run.ledger).events(self._stage))
+        return turn is not None and turn["event"] in ENDINGS
 
 
 def latest_stage(run: RunDir) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from hpc_rlhf import manifest, slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.observe.turns import last_turn
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.slurm import PastJob, QueuedJob
 
@@ -115,8 +116,8 @@ def judge(evidence: Evidence) -> tuple[str, str]:
         return "done", ""
     if evidence.queued is not None and evidence.queued.live:
         return _judge_live(evidence.queued, evidence)
-    last = evidence.events[-1] if evidence.events else {"event": "none"}
-    name, message = last["event"], str(last.get("message", ""))
+    turn = last_turn(evidence.events) or {"event": "none"}
+    name, message = turn["event"], str(turn.get("message", ""))
     if name in ("failed", "refused", "cancelled"):
         return name, message
     if name == "interrupted":

@@ -49,6 +49,7 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (evidence("started", "resumed", queued=queued("RUNNING")), "running", ""),
         (evidence("started", queued=queued("SUSPENDED")), "suspended", ""),
         (evidence("started", "failed", queued=queued("FAILED"), job_id="7"), "failed", "why it failed"),
+        (evidence("started", "cancelled", "saved", "requeued", queued=queued("CANCELLED")), "cancelled", ""),
         (evidence("refused"), "refused", "why it refused"),
         (evidence("started", "interrupted"), "interrupted", "run it again"),
         (evidence("started", queued=queued("TIMEOUT"), job_id="7"), "failed", "Slurm says TIMEOUT"),
