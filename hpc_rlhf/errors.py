@@ -38,7 +38,7 @@ class Problem:
     """One thing wrong in a job spec.
 
     Attributes:
-        source: the file's name as the user gave it, or ``--set``.
+        source: the file's name as the user gave it, or ``--set a.b.c``.
         line: 1-based line, 0 when the problem has no place in a file.
         column: 1-based column, 0 when the problem has no place in a file.
         path: dotted path of the field, such as ``stages.ppo.lr``; empty for the whole file.
@@ -55,7 +55,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.source}:{self.line}:{self.column}" if self.line else self.source
-        text = f"{place}: {self.path}: {self.what}" if self.path else f"{place}: {self.what}"
+        named = not self.path or place == f"--set {self.path}"
+        text = f"{place}: {self.what}" if named else f"{place}: {self.path}: {self.what}"
         return f"{text} ({self.hint})" if self.hint else text
 
 

@@ -1,0 +1,38 @@
+"""Batches divide exactly, or the error names values that do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_rlhf.spec.batch import Batch, derive_batch
+from hpc_rlhf.spec.model import SftSpec
+
+
+def stage(micro: int, ranks: int, total: int | None) -> SftSpec:
+    return SftSpec.model_validate({"micro_batch": micro, "global_batch": total, "slurm": {"nodes": ranks}})
+
+
+def test_global_batch_follows_from_micro_batch() -> None:
+    assert derive_batch(stage(4, 3, None), "sft") == Batch(micro=4, accumulation=1, ranks=3, global_=12)
+    assert derive_batch(stage(4, 3, 36), "sft") == Batch(micro=4, accumulation=3, ranks=3, global_=36)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 5000))
+def test_every_fix_named_works(micro: int, ranks: int, total: int) -> None:
+    if total % (micro * ranks) == 0:
+        batch = derive_batch(stage(micro, ranks, total), "sft")
+        assert batch.micro * batch.accumulation * batch.ranks == batch.global_ == total
+        return
+    with pytest.raises(ValueError, match="is not a multiple of") as caught:
+        derive_batch(stage(micro, ranks, total), "sft")
+    fixes = re.findall(r"(global_batch|micro_batch): (\d+)", str(caught.value))
+    assert fixes
+    for field, value in fixes:
+        fixed = (
+            stage(micro, ranks, int(value)) if field == "global_batch" else stage(int(value), ranks, total)
+        )
+        derive_batch(fixed, "sft")
