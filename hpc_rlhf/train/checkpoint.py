@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class CheckpointStore:
             defects = [defect for defect in self.world.gather(mine) if defect]
             if not defects:
                 return self._opened(folder)
-            self.world.on_main(lambda folder=folder: _set_aside(folder))  # type: ignore[misc]
+            self.world.on_main(partial(_set_aside, folder))
         if found:
             raise HpcRlhfError(
                 f"none of the {len(found)} checkpoints is whole",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import sys
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hpc_rlhf import manifest, slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
@@ -17,16 +20,11 @@ from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train.preemption import StageStopped, StopFlag
 
+if TYPE_CHECKING:  # torch takes seconds to load: the handlers are in place first
+    from hpc_rlhf.train.world import World
+
 # What a rank ends with when it saved and is to be run again (sysexits.h: EX_TEMPFAIL).
 TO_BE_CONTINUED = 75
-
-
-def attempt_name() -> str:
-    """This attempt at the stage: Slurm's job id and restart count, or this machine's launch."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job and os.environ.get("SUBMITIT_EXECUTOR") != "local":
-        return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    return f"local-{os.environ.get('SUBMITIT_LOCAL_JOB_ID', os.getppid())}-{int(time.time())}"
 
 
 def run_stage(run_dir: str, stage: str) -> None:
@@ -40,100 +38,100 @@ def run_stage(run_dir: str, stage: str) -> None:
     run = RunDir(Path(run_dir))
     if manifest.defect(run.stage(stage).model, deep=False) is None:
         return
-    ledger = Ledger(run.ledger)
-    is_main = False
-    attempt = attempt_name()
+    attempt = Attempt(run, stage, stop)
     try:
-        spec = read_spec(run.job_yaml)
-        from hpc_rlhf.train import world as worlds
-
-        is_main = worlds.launcher_ranks()[0] == 0
-        if is_main:
-            _note_start(ledger, spec, stage, attempt)
-        world = worlds.join(spec.stage(stage).slurm.ranks)
-        attempt = world.on_main(lambda: attempt)
-        _run(spec, stage, run, world, stop, attempt)
-        if is_main:
-            facts = manifest.read(run.stage(stage).model) or {}
-            ledger.append(
-                "finished", stage, attempt=attempt, step=facts.get("step"), seconds=facts.get("seconds")
-            )
-        worlds.leave()
-    except StageStopped as stopped:
-        _stopped(stopped, spec, stage, attempt, ledger, world.barrier, is_main, stop)
+        attempt.run()
     except HpcRlhfError as error:
-        if is_main:
-            ledger.append("failed", stage, attempt=attempt, message=str(error), exit_code=error.exit_code)
+        if attempt.is_main:
+            attempt.note("failed", message=str(error), exit_code=error.exit_code)
             print(f"hpc-rlhf: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except Exception as error:
         # Any rank may be the one that knows why; its traceback goes to its log.
-        ledger.append(
-            "failed",
-            stage,
-            attempt=attempt,
-            message=f"{type(error).__name__}: {error}",
-            host=socket.gethostname(),
-            exit_code=RUN_FAILED,
-        )
+        attempt.note("failed", message=f"{type(error).__name__}: {error}", host=socket.gethostname())
         raise
 
 
-def _note_start(ledger: Ledger, spec: JobSpec, stage: str, attempt: str) -> None:
-    ledger.append(
-        "started",
-        stage,
-        attempt=attempt,
-        job_id=os.environ.get("SLURM_JOB_ID"),
-        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        ranks=spec.stage(stage).slurm.ranks,
-        host=socket.gethostname(),
-    )
+@dataclass
+class Attempt:
+    """One start of a stage on this rank.
 
+    Attributes:
+        name: Slurm's job id and restart count, or this machine's launch; the same on all ranks.
+        is_main: whether this is rank 0, known once the ranks joined.
+    """
 
-def _run(spec: JobSpec, stage: str, run: RunDir, world: object, stop: StopFlag, attempt: str) -> None:
-    import importlib
+    files: RunDir
+    stage: str
+    stop: StopFlag
+    name: str = ""
+    is_main: bool = False
 
-    from hpc_rlhf.train.context import StageContext
-    from hpc_rlhf.train.world import World
+    def __post_init__(self) -> None:
+        self.job = os.environ.get("SLURM_JOB_ID")
+        self.in_slurm = self.job is not None and os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.name = (
+            f"{self.job}-{self.restarts}" if self.in_slurm else f"local-{os.getppid()}-{int(time.time())}"
+        )
 
-    assert isinstance(world, World)
-    for need in spec.needs(stage):
-        folder = run.stage(need).model
-        world.on_main(lambda folder=folder, need=need: manifest.require(folder, f"the model of stage {need}"))  # type: ignore[misc]
-    context = StageContext(spec, stage, run, world, stop, attempt)
-    context.store.claim()
-    importlib.import_module(f"hpc_rlhf.train.stages.{stage}").run(context)
+    def note(self, event: str, **facts: object) -> None:
+        Ledger(self.files.ledger).append(event, self.stage, attempt=self.name, **facts)
 
+    def run(self) -> None:
+        """The attempt from joining the ranks to leaving them.
 
-def _stopped(
-    stopped: StageStopped,
-    spec: JobSpec,
-    stage: str,
-    attempt: str,
-    ledger: Ledger,
-    barrier: object,
-    is_main: bool,
-    stop: StopFlag,
-) -> NoReturn:
-    """Requeue this Slurm job, or note that a person is to run the stage again; then end."""
-    job = os.environ.get("SLURM_JOB_ID")
-    in_slurm = job is not None and os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
-    facts = {"attempt": attempt, "step": stopped.step}
-    assert callable(barrier)
-    barrier()  # nobody ends before everybody has saved: srun would kill the rest
-    stop.restore()
-    if is_main and not in_slurm:
-        ledger.append("interrupted", stage, **facts)
-    if is_main and in_slurm:
-        budget = spec.stage(stage).slurm.max_requeues
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= budget:
-            message = f"requeued {budget} times, which is all that slurm.max_requeues allows; stopped at step {stopped.step}"
-            ledger.append("failed", stage, **facts, message=message, exit_code=RUN_FAILED)
-            print(f"hpc-rlhf: {message}", file=sys.stderr, flush=True)
-            sys.exit(RUN_FAILED)
-        ledger.append("requeued", stage, **facts, reason=stopped.reason)
-        slurm.requeue(str(job))
-    if in_slurm:
-        time.sleep(60)  # Slurm ends this step as it requeues the job
-    sys.exit(TO_BE_CONTINUED)
+        Raises:
+            HpcRlhfError: something a user can mend.
+        """
+        spec = read_spec(self.files.job_yaml)
+        from hpc_rlhf.train import world as worlds
+
+        self.is_main = worlds.launcher_ranks()[0] == 0
+        ranks = spec.stage(self.stage).slurm.ranks
+        if self.is_main:
+            self.note(
+                "started", job_id=self.job, restart=self.restarts, ranks=ranks, host=socket.gethostname()
+            )
+        world = worlds.join(ranks)
+        self.name = world.on_main(lambda: self.name)
+        try:
+            self.train(spec, world)
+        except StageStopped as stopped:
+            world.barrier()  # nobody ends before everybody has saved: srun would kill the rest
+            self.end_stopped(stopped, spec)
+        if self.is_main:
+            facts = manifest.read(self.files.stage(self.stage).model) or {}
+            self.note("finished", step=facts.get("step"), seconds=facts.get("seconds"))
+        worlds.leave()
+
+    def train(self, spec: JobSpec, world: World) -> None:
+        """Check what the stage starts from, make this attempt its owner, and run it."""
+        from hpc_rlhf.train.context import StageContext
+
+        for need in spec.needs(self.stage):
+            folder = self.files.stage(need).model
+            world.on_main(partial(manifest.require, folder, f"the model of stage {need}"))
+        context = StageContext(spec, self.stage, self.files, world, self.stop, self.name)
+        context.store.claim()
+        importlib.import_module(f"hpc_rlhf.train.stages.{self.stage}").run(context)
+
+    def end_stopped(self, stopped: StageStopped, spec: JobSpec) -> NoReturn:
+        """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""
+        self.stop.restore()
+        if self.is_main and not self.in_slurm:
+            self.note("interrupted", step=stopped.step)
+        if self.is_main and self.in_slurm:
+            budget = spec.stage(self.stage).slurm.max_requeues
+            if self.restarts >= budget:
+                raise HpcRlhfError(
+                    f"it was requeued {self.restarts} times, all that slurm.max_requeues allows",
+                    where=f"stage {self.stage}, step {stopped.step}",
+                    hint="the checkpoint is kept: raise slurm.max_requeues and submit again to go on",
+                    exit_code=RUN_FAILED,
+                )
+            self.note("requeued", step=stopped.step, reason=stopped.reason)
+            slurm.requeue(str(self.job))
+        if self.in_slurm:
+            time.sleep(60)  # Slurm ends this step as it requeues the job
+        sys.exit(TO_BE_CONTINUED)

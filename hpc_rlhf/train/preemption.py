@@ -11,7 +11,7 @@ REASONS = {
     signal.SIGTERM: (2, "preempted"),
     signal.SIGINT: (3, "interrupted"),
 }
-REASON_OF_CODE = {code: reason for code, reason in REASONS.values()}
+REASON_OF_CODE = dict(REASONS.values())
 
 
 class StopFlag:

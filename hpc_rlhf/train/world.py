@@ -28,7 +28,7 @@ CONTROL_TIMEOUT = timedelta(hours=12)
 
 def launcher_ranks() -> tuple[int, int, int]:
     """Rank, number of ranks and local rank, as this process's launcher says; (0, 1, 0) without one."""
-    order = LAUNCHER_VARIABLES
+    order: tuple[tuple[str, str, str], ...] = LAUNCHER_VARIABLES
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # may itself run inside a Slurm allocation
         order = (LAUNCHER_VARIABLES[2],)
     for names in order:
@@ -90,7 +90,7 @@ class World:
         dist.broadcast_object_list(answer, src=0, group=self.control)
         if answer[1] is not None:
             raise HpcRlhfError(*answer[1])
-        return answer[0]  # type: ignore[no-any-return]
+        return answer[0]
 
 
 def join(expected_ranks: int) -> World:
@@ -118,6 +118,9 @@ def join(expected_ranks: int) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    # DeepSpeed would compile a shared-memory all-reduce for CPU ranks at its first start, which takes a compiler
+    # and most of a minute, and leaves the others spinning for ever when one rank dies; gloo raises.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     return World(
         rank=rank,

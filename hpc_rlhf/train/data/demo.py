@@ -46,9 +46,10 @@ RUDE = (
     "Ask somebody else.",
 )
 
-# A pair's styles (chosen, rejected) and how often it comes. Chosen answers are plain more often than polite,
+# A pair's styles (chosen, rejected), and how often each comes. Chosen answers are plain more often than polite,
 # so that a model fine-tuned on them still has politeness to gain.
-PAIRS = (((POLITE, RUDE), 2), ((POLITE, PLAIN), 2), ((PLAIN, RUDE), 5))
+PAIRS = ((POLITE, RUDE), (POLITE, PLAIN), (PLAIN, RUDE))
+PAIR_WEIGHTS = (1, 1, 5)
 
 
 def _capital(text: str) -> str:
@@ -89,10 +90,9 @@ def dialogues(count: int, seed: int) -> Iterator[dict[str, str]]:
     """Rows with prompt, chosen and rejected, the same for the same count and seed."""
     chance = random.Random(f"demo {seed}")
     known = facts()
-    styles, weights = zip(*PAIRS, strict=True)
     for _ in range(count):
         asked, answer = chance.choice(known)
-        chosen, rejected = chance.choices(styles, weights)[0]
+        chosen, rejected = chance.choices(PAIRS, PAIR_WEIGHTS)[0]
         yield {
             "prompt": chance.choice(GREETINGS) + chance.choice(asked),
             "chosen": chance.choice(chosen).format(answer),

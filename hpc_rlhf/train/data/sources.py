@@ -30,7 +30,7 @@ def _load(source: SourceSpec) -> Iterable[dict[str, Any]]:
         if path.is_dir():
             files = sorted(str(file) for file in path.iterdir() if _builder(file))
             if files:
-                return datasets.load_dataset(_builder(Path(files[0])), data_files=files, split="train")  # type: ignore[no-any-return]
+                return datasets.load_dataset(_builder(Path(files[0])), data_files=files, split="train")
         elif path.exists():
             builder = _builder(path)
             if builder is None:
@@ -39,10 +39,10 @@ def _load(source: SourceSpec) -> Iterable[dict[str, Any]]:
                     where=source.path,
                     hint="use .json, .jsonl, .csv or .parquet, compressed or not",
                 )
-            return datasets.load_dataset(builder, data_files=str(path), split="train")  # type: ignore[no-any-return]
+            return datasets.load_dataset(builder, data_files=str(path), split="train")
         elif path.is_absolute():
             raise HpcRlhfError("no such data file or folder", where=source.path)
-        return datasets.load_dataset(source.path, source.subset, split=source.split)  # type: ignore[no-any-return]
+        return datasets.load_dataset(source.path, source.subset, split=source.split)
     except HpcRlhfError:
         raise
     except Exception as error:  # datasets raises a dozen kinds, most of them the user's to mend

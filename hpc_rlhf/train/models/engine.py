@@ -85,7 +85,7 @@ def frozen_engine(model: nn.Module, ds_config: dict[str, Any], device: torch.dev
     return engine
 
 
-def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> None:
+def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> float:
     """One optimizer step on the sum of several losses' gradients.
 
     The accumulation boundary is set by hand, so that the number of losses may differ from the configured
@@ -93,18 +93,26 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> None:
 
     Args:
         losses: each makes its loss when called, and is called in order.
+
+    Returns:
+        The norm of the gradient before it was clipped.
     """
+    norm = 0.0
     for number, loss in enumerate(losses, 1):
-        engine.set_gradient_accumulation_boundary(number == len(losses))
+        last = number == len(losses)
+        engine.set_gradient_accumulation_boundary(last)
         engine.backward(loss())
+        if last and not hasattr(engine.optimizer, "_global_grad_norm"):
+            # Float32 without ZeRO: DeepSpeed clips by torch and does not keep the norm.
+            norm = float(
+                torch.nn.utils.get_total_norm(
+                    [p.grad for p in engine.module.parameters() if p.grad is not None]
+                )
+            )
         engine.step()
+    known = engine.get_global_grad_norm()
+    return norm if known is None else float(known)
 
 
 def learning_rate(engine: Any) -> float:
     return float(engine.optimizer.param_groups[0]["lr"])
-
-
-def gradient_norm(engine: Any) -> float:
-    """Norm of the last step's gradient, before it was clipped; 0 where DeepSpeed does not know it."""
-    norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else 0.0

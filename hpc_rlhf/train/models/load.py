@@ -117,7 +117,7 @@ class RewardModel(nn.Module):
         """Values (batch, length) of token ids (batch, length); a mask that is True on real tokens."""
         body = self.classifier.base_model
         hidden = call(body, input_ids, attention_mask, position_ids).last_hidden_state
-        return self.classifier.score(hidden).squeeze(-1)  # type: ignore[no-any-return]
+        return self.classifier.score(hidden).squeeze(-1)
 
 
 def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: float = 0.0) -> RewardModel:

@@ -24,7 +24,7 @@ def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameters)  # type: ignore[no-any-return]
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

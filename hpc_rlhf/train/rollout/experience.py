@@ -70,13 +70,13 @@ class Experience:
 def answer_logits(model: Any, rollout: Rollout) -> Tensor:
     """Logits that predict the answer tokens: (batch, answer, vocabulary)."""
     logits = call(model, rollout.input_ids, rollout.mask, positions(rollout.mask)).logits
-    return logits[:, -rollout.width - 1 : -1]  # type: ignore[no-any-return]
+    return logits[:, -rollout.width - 1 : -1]
 
 
 def answer_values(model: Any, rollout: Rollout) -> Tensor:
     """The critic's values of the states before the answer tokens: (batch, answer), float32."""
     values = model(rollout.input_ids, rollout.mask, positions(rollout.mask))
-    return values[:, -rollout.width - 1 : -1].float()  # type: ignore[no-any-return]
+    return values[:, -rollout.width - 1 : -1].float()
 
 
 @torch.no_grad()

@@ -7,6 +7,9 @@ details of arXiv 2403.17031.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,20 +172,22 @@ class PpoStage:
                 local = float(sum(batch.rollout.answer_mask.sum().item() for batch in minibatch))
                 tokens = self.context.world.sums({"tokens": local})["tokens"]
                 scale = self.context.loss_scale / tokens
-                actor_losses = [lambda b=b, s=scale: self.actor_loss(b, sums) * s for b in minibatch]  # type: ignore[misc]
+                actor_losses: list[Callable[[], Tensor]] = [
+                    partial(self.actor_loss, batch, scale, sums) for batch in minibatch
+                ]
                 if self.ptx is not None:
                     actor_losses += self.ptx.losses(self.actor_engine)
                 engines.optimizer_step(self.actor_engine, actor_losses)
                 engines.optimizer_step(
-                    self.critic_engine,
-                    [lambda b=b, s=scale: self.critic_loss(b, sums) * s for b in minibatch],  # type: ignore[misc]
+                    self.critic_engine, [partial(self.critic_loss, batch, scale, sums) for batch in minibatch]
                 )
                 sums["tokens"] += local
                 if self.ema:
                     self.ema.update()
         return sums
 
-    def actor_loss(self, batch: Experience, sums: dict[str, float]) -> Tensor:
+    def actor_loss(self, batch: Experience, scale: float, sums: dict[str, float]) -> Tensor:
+        """A micro-batch's clipped surrogate, times the scale; what happened is added to the sums."""
         rollout = batch.rollout
         logits = answer_logits(self.actor_engine, rollout)
         log_probs = token_log_probs(logits, rollout.answers, self.spec.temperature)
@@ -192,16 +197,17 @@ class PpoStage:
         sums["actor_loss"] += loss.item()
         sums["clipped"] += clipped.item()
         sums["ratio"] += ratio.item()
-        return loss
+        return loss * scale
 
-    def critic_loss(self, batch: Experience, sums: dict[str, float]) -> Tensor:
+    def critic_loss(self, batch: Experience, scale: float, sums: dict[str, float]) -> Tensor:
+        """A micro-batch's value loss, times the scale; what happened is added to the sums."""
         values = answer_values(self.critic_engine, batch.rollout)
         loss, clipped = ppo.value_loss_sum(
             values, batch.values, batch.returns, batch.rollout.answer_mask, self.spec.cliprange_value
         )
         sums["critic_loss"] += loss.item()
         sums["value_clipped"] += clipped.item()
-        return loss
+        return loss * scale
 
     def summary(self, batches: list[Experience], learnt: dict[str, float]) -> dict[str, float]:
         """The step's metrics, over all ranks."""
@@ -338,10 +344,8 @@ def run(context: StageContext) -> None:
         context.safe_point(step, stage.write, state)
         context.reseed(step)
         rollouts: list[Rollout] = []
-        try:
+        with suppress(RolloutDropped):
             rollouts = stage.roll_out(step)
-        except RolloutDropped:
-            pass
         # A signal in mid-rollout ends the attempt here; the next one makes the same rollout again.
         if context.stop_agreed():
             context.safe_point(step, stage.write, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -57,4 +58,4 @@ class PtxStream:
             logits = call(engine, batch.input_ids, batch.mask, positions(batch.mask)).logits
             return next_token_loss_sum(logits, batch.input_ids, batch.mask) * scale
 
-        return [lambda b=batch: loss(b) for batch in batches]  # type: ignore[misc]
+        return [partial(loss, batch) for batch in batches]

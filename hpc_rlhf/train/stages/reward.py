@@ -5,6 +5,7 @@ Step 2 of DeepSpeed-Chat (arXiv 2308.01320).
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,10 @@ def run(context: StageContext) -> None:
             sums["margin"] += (chosen - rejected).sum().item()
             return losses.sum() * (context.loss_scale / context.per_step)
 
-        engines.optimizer_step(engine, [lambda b=batch: scaled_loss(b) for batch in batches])  # type: ignore[misc]
+        norm = engines.optimizer_step(engine, [partial(scaled_loss, batch) for batch in batches])
         means = {key: total_sum / context.per_step for key, total_sum in context.world.sums(sums).items()}
         values = {"loss": means["loss"], "accuracy": means["right"], "margin": means["margin"], "lr": rate}
-        context.metrics.log(step + 1, total, "train", {**values, "grad_norm": engines.gradient_norm(engine)})
+        context.metrics.log(step + 1, total, "train", {**values, "grad_norm": norm})
     context.safe_point(total, write, {})
 
     # 5. Measure, and hand over.

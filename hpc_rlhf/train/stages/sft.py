@@ -6,6 +6,7 @@ Step 1 of DeepSpeed-Chat (arXiv 2308.01320) and InstructGPT (arXiv 2203.02155).
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,8 @@ def run(context: StageContext) -> None:
             sums.append(loss.item())
             return loss * (context.loss_scale / tokens)
 
-        engines.optimizer_step(engine, [lambda b=batch: scaled_loss(b) for batch in batches])  # type: ignore[misc]
+        norm = engines.optimizer_step(engine, [partial(scaled_loss, batch) for batch in batches])
         loss = context.world.sums({"loss": sum(sums)})["loss"] / tokens
-        norm = engines.gradient_norm(engine)
         context.metrics.log(
             step + 1, total, "train", {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
         )

@@ -1,0 +1,84 @@
+"""Talking to a finished model on one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from hpc_rlhf.train.data.rows import transcript
+from hpc_rlhf.train.rollout.engine import Sampling, decode_steps
+from hpc_rlhf.train.rollout.sampling import uniforms
+
+# A model that goes on with a turn of its own for the person is cut there.
+NEXT_TURN = "\n\nHuman:"
+
+
+class ChatModel:
+    """A model's folder, loaded to answer: on a GPU if there is one.
+
+    Args:
+        folder: a Hugging Face folder, as the stages write them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
+        self.model = model.to(self.device).eval()
+
+    def stream(
+        self, turns: list[tuple[str, str]], max_tokens: int, temperature: float, seed: int
+    ) -> Iterator[str]:
+        """The answer to a conversation, in pieces of text as they come.
+
+        Args:
+            turns: (role, text) with roles ``human`` and ``assistant``; the last one is the human's.
+            max_tokens: longest answer. A conversation that leaves no room for it loses its oldest tokens.
+            temperature: 0 takes the likeliest token each time.
+            seed: of the sampling.
+        """
+        ids = self.tokenizer(transcript(turns), return_tensors="pt")["input_ids"].to(self.device)
+        if ids.shape[1] > 1 and ids[0, -1] == self.tokenizer.eos_token_id:
+            ids = ids[:, :-1]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None:
+            max_tokens = min(max_tokens, limit - 1)
+            ids = ids[:, -(limit - max_tokens) :]
+        sampling = Sampling(temperature=temperature or 1.0, greedy=temperature == 0)
+        steps = decode_steps(
+            self.model, ids, torch.ones_like(ids, dtype=torch.bool), max_tokens, sampling,
+            uniforms([(seed, "chat", len(turns))], max_tokens), self.tokenizer.eos_token_id, self.tokenizer.eos_token_id,
+        )  # fmt: skip
+        yield from self._text(int(token.item()) for token, _ in steps)
+
+    def _text(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Text of tokens as soon as it is sure: whole characters, and nothing that may begin another turn."""
+        drawn: list[int] = []
+        given = ""
+        for token in tokens:
+            drawn.append(token)
+            text = self.tokenizer.decode(drawn, skip_special_tokens=True).lstrip()
+            if NEXT_TURN in text:
+                break
+            held = _sure(text)
+            if held.startswith(given) and len(held) > len(given):
+                yield held[len(given) :]
+                given = held
+        text = (
+            self.tokenizer.decode(drawn, skip_special_tokens=True).lstrip().partition(NEXT_TURN)[0].rstrip()
+        )
+        if text.startswith(given):
+            yield text[len(given) :]
+
+
+def _sure(text: str) -> str:
+    """The text without an end that is half a character, or that may become the person's next turn."""
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    for length in range(len(NEXT_TURN) - 1, 0, -1):
+        if text.endswith(NEXT_TURN[:length]):
+            return text[:-length]
+    return text
