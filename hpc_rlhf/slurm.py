@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -113,6 +114,20 @@ def requeue(job_id: str) -> None:
     _run(["scontrol", "requeue", job_id])
 
 
+def was_cancelled(job_id: str) -> bool:
+    """Whether a job whose ranks have been told to stop was cancelled by a person.
+
+    The ranks hear the same signal when a job is preempted or out of time, and then it should be requeued. A job
+    that somebody cancelled must not be: Slurm would run it again.
+    """
+    words = (word.partition("=") for word in _run(["scontrol", "--oneliner", "show", "job", job_id]).split())
+    fields = {name: value for name, _, value in words}
+    if fields.get("JobState") in ("RUNNING", "PENDING"):
+        return False  # in the grace before a preemption, before the time limit, or requeued already
+    preempted = fields.get("PreemptTime", "None")[:1].isdigit()
+    return not preempted and _seconds(fields["RunTime"]) < _seconds(fields["TimeLimit"])
+
+
 def set_dependency(job_id: str, needs: Sequence[str]) -> None:
     """Let a pending job wait for others to end well; for none, let it go."""
     dependency = f"afterok:{':'.join(needs)}" if needs else ""
@@ -156,3 +171,12 @@ def _run(command: list[str]) -> str:
         said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise HpcRlhfError(f"{' '.join(command[:2])}: {said}", exit_code=RUN_FAILED)
     return done.stdout
+
+
+def _seconds(time: str) -> float:
+    """A span as scontrol writes it, D-HH:MM:SS or HH:MM:SS; without end where it is a word."""
+    if not time[:1].isdigit():
+        return math.inf
+    days, _, clock = time.rpartition("-")
+    hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

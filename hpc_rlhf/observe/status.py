@@ -151,8 +151,12 @@ def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
 
 
 def _latest_job(events: list[dict[str, Any]]) -> str | None:
-    ids = [str(event["job_id"]) for event in events if event["event"] == "submitted"]
-    return ids[-1] if ids else None
+    """The stage's Slurm job; None when it was not submitted, or was started without Slurm since."""
+    job_id = None
+    for event in events:
+        if event["event"] == "submitted" or (event["event"] == "started" and event.get("job_id") != job_id):
+            job_id = event.get("job_id") if event["event"] == "submitted" else None
+    return job_id
 
 
 def _ask_slurm(job_ids: list[str]) -> tuple[Mapping[str, QueuedJob], Mapping[str, PastJob], str]:

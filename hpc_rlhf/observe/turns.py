@@ -10,9 +10,10 @@ _TURNS = ENDINGS | {"submitting", "submitted", "started"}
 
 
 def last_turn(events: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The latest turn of one stage's events. What a cancelled job still writes while it saves is none."""
+    """The latest turn of one stage's events. However the last ranks of a cancelled job end, it is cancelled."""
     turn = None
     for event in events:
-        if event["event"] in _TURNS:
+        cancelled = turn is not None and turn["event"] == "cancelled"
+        if event["event"] in _TURNS and not (cancelled and event["event"] in ENDINGS):
             turn = event
     return turn

@@ -104,6 +104,17 @@ def test_status_reads_progress_from_disk_alone(run: RunDir) -> None:
     assert (ppo.state, ppo.step, ppo.value) == ("not started", None, None)
 
 
+def test_stage_run_here_after_its_slurm_job_was_cancelled_is_no_slurm_job(run: RunDir) -> None:
+    ledger = Ledger(run.ledger)
+    ledger.append("submitted", "ppo", token="t", job_id="12")
+    ledger.append("cancelled", "ppo", job_id="12")
+    ledger.append("started", "ppo", attempt="local-1", job_id=None, restart=0)
+    ppo = read_status(run)[2]
+    assert (ppo.job_id, ppo.state) == (None, "stopped")
+    run.submit_lock.touch()  # as `hpc-rlhf run` does every minute
+    assert read_status(run)[2].state == "running"
+
+
 def test_torn_model_is_not_done(run: RunDir) -> None:
     (run.stage("sft").model / "config.json").write_text("longer than it was")
     assert read_status(run)[0].state != "done"

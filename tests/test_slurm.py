@@ -1,0 +1,85 @@
+"""What Slurm's answers are taken to mean, on a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf import slurm
+from hpc_rlhf.errors import HpcRlhfError
+from tests.cluster import Cluster, wait_until
+
+# A step that, when told to stop, asks why, and writes the answer.
+STEP = f"""#!/bin/bash
+srun {sys.executable} -c '
+import os, signal, sys, time
+from hpc_rlhf import slurm
+def stop(number, frame):
+    open(sys.argv[1], "w").write(str(slurm.was_cancelled(os.environ["SLURM_JOB_ID"])))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(100)
+' "$ANSWER"
+"""
+
+
+@pytest.mark.parametrize("why", ["cancelled", "preempted"])
+@pytest.mark.parametrize("partition", ["low", "low-cancel"])
+def test_cancelled_and_preempted_are_told_apart(
+    why: str, partition: str, idle_cluster: Cluster, tmp_path: Path
+) -> None:
+    script, answer, log = tmp_path / "step.sh", tmp_path / "answer", tmp_path / "log"
+    script.write_text(STEP)
+    job_id = idle_cluster.sbatch(
+        f"--partition={partition}", f"--output={log}", f"--export=ALL,ANSWER={answer}", script
+    )
+    wait_until(lambda: log.exists() and "ready" in log.read_text(), 30, "the step runs")
+    if why == "cancelled":
+        idle_cluster.run("scancel", job_id)
+    else:
+        everything = ("--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        idle_cluster.sbatch("--partition=high", *everything)
+    wait_until(lambda: answer.exists() and answer.read_text(), 30, "the step was told to stop")
+    assert answer.read_text() == str(why == "cancelled")
+
+
+def test_queue_and_history_see_a_job_from_its_start_to_its_end(
+    idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in idle_cluster.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SQUEUE_PARTITION", "low")  # a default of the user's own must not hide jobs
+    odd = "--comment=a | b\nnew line"
+    job_id = idle_cluster.sbatch("--job-name=x|y.sft", odd, "--output=/dev/null", "--wrap=sleep 2; exit 3")
+    wait_until(lambda: slurm.queue()[job_id].state == "RUNNING", 30, "the job runs")
+    assert slurm.queue()[job_id].live
+    wait_until(lambda: not slurm.queue()[job_id].live, 30, "the job ends")
+    assert slurm.queue()[job_id].state == "FAILED"
+    wait_until(lambda: slurm.history([job_id])[job_id].state == "FAILED", 30, "accounting knows")
+    assert slurm.history([job_id])[job_id].exit_code == "3:0"
+    assert slurm.history([]) == {}
+
+
+def test_slurms_own_words_reach_the_user(idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in idle_cluster.env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(HpcRlhfError, match="scontrol requeue: Invalid job id specified"):
+        slurm.requeue("999999")
+
+
+@pytest.mark.parametrize(
+    ("run_time", "limit", "expected"),
+    [("00:01:00", "00:10:00", True), ("00:10:03", "00:10:00", False), ("1-00:00:00", "UNLIMITED", True)],
+)
+def test_job_out_of_time_was_not_cancelled(
+    run_time: str, limit: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = f"JobId=7 JobState=COMPLETING RunTime={run_time} TimeLimit={limit} PreemptTime=None"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert slurm.was_cancelled("7") is expected
