@@ -25,6 +25,11 @@ class StageDir:
         return self.logs / f"{job_id}_{rank}_log.{stream}"
 
     @property
+    def requeue_request(self) -> Path:
+        """Left by a stage that wants to be requeued and cannot reach Slurm from inside its container."""
+        return self.path / "requeue-request"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

@@ -41,6 +41,7 @@ class Templates:
             run=plan.run,
             logs=plan.run.stage(job.stage).logs,
             hostfile=plan.run.stage(job.stage).hostfile,
+            request=plan.run.stage(job.stage).requeue_request,
             hostfile_template=plan.run.hostfile_template(job.stage),
             command=command,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import socket
 import sys
 import time
@@ -119,19 +120,29 @@ class Attempt:
     def end_stopped(self, stopped: StageStopped, spec: JobSpec) -> NoReturn:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""
         self.stop.restore()
-        if self.is_main and not self.in_slurm:
-            self.note("interrupted", step=stopped.step)
         if self.is_main and self.in_slurm:
-            budget = spec.stage(self.stage).slurm.max_requeues
-            if self.restarts >= budget:
-                raise HpcRlhfError(
-                    f"it was requeued {self.restarts} times, all that slurm.max_requeues allows",
-                    where=f"stage {self.stage}, step {stopped.step}",
-                    hint="the checkpoint is kept: raise slurm.max_requeues and submit again to go on",
-                    exit_code=RUN_FAILED,
-                )
-            self.note("requeued", step=stopped.step, reason=stopped.reason)
-            slurm.requeue(str(self.job))
+            self.requeue(stopped, spec)
+        elif self.is_main:
+            self.note("interrupted", step=stopped.step)
         if self.in_slurm:
             time.sleep(60)  # Slurm ends this step as it requeues the job
         sys.exit(TO_BE_CONTINUED)
+
+    def requeue(self, stopped: StageStopped, spec: JobSpec) -> None:
+        """Have this Slurm job run again, unless a person cancelled it or it was requeued too often."""
+        reachable = shutil.which("scontrol") is not None
+        if reachable and slurm.was_cancelled(str(self.job)):
+            self.note("cancelled", job_id=self.job)
+            sys.exit(TO_BE_CONTINUED)
+        if self.restarts >= spec.stage(self.stage).slurm.max_requeues:
+            raise HpcRlhfError(
+                f"it was requeued {self.restarts} times, all that slurm.max_requeues allows",
+                where=f"stage {self.stage}, step {stopped.step}",
+                hint="the checkpoint is kept: raise slurm.max_requeues and submit again to go on",
+                exit_code=RUN_FAILED,
+            )
+        self.note("requeued", step=stopped.step, reason=stopped.reason)
+        if not reachable:  # from inside a container; the batch script outside sees the request
+            self.files.stage(self.stage).requeue_request.touch()
+            sys.exit(TO_BE_CONTINUED)
+        slurm.requeue(str(self.job))

@@ -19,6 +19,7 @@ from tests.launch.specs import make_spec
 SCONTROL = """#!/bin/bash
 case "$*" in
   "show hostnames "*) printf 'n1\\nn2\\n' ;;
+  "requeue "*) echo "$*" >"$STUB_OUT/requeue" ;;
   "--oneliner show node n1") echo "NodeName=n1 Arch=x NodeAddr=10.0.0.1 NodeHostName=n1" ;;
   *) exit 9 ;;
 esac
@@ -27,6 +28,7 @@ esac
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >"$STUB_OUT/args"
 env >"$STUB_OUT/env"
+[ -z "$STUB_TOUCH" ] || touch "$STUB_TOUCH"
 exit "${STUB_EXIT:-0}"
 """
 # Each of these would leave a file behind if a shell acted on it.
@@ -190,6 +192,21 @@ def test_pyxis_mounts_the_run_directory(tmp_path: Path) -> None:
     assert "--container-image=nvcr.io#x" in args
     assert f"--container-mounts={spec.run_dir}:{spec.run_dir},/data:/data:ro" in args
     assert args[-5] == "python3"
+
+
+def test_script_requeues_a_stage_that_asks_for_it_from_inside_a_container(tmp_path: Path) -> None:
+    container = {"runtime": "apptainer", "image": "/img/x.sif"}
+    spec = make_spec(tmp_path / "my run", {"container": container})
+    request = RunDir(Path(spec.run_dir)).stage("sft").requeue_request
+    request.parent.mkdir(parents=True)
+    request.touch()  # left by an attempt that was killed before its script saw it
+    code, out, _ = run_script(spec, "sft", tmp_path, STUB_EXIT="1")
+    assert code == 1
+    assert not (out / "requeue").exists()
+    code, out, _ = run_script(spec, "sft", tmp_path, STUB_EXIT="75", STUB_TOUCH=str(request))
+    assert code == 75
+    assert (out / "requeue").read_text() == "requeue 4711\n"
+    assert not request.exists()
 
 
 def test_users_template_wins_file_by_file(tmp_path: Path) -> None:
