@@ -136,7 +136,7 @@ def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: floa
         raise HpcRlhfError("this architecture has no linear score head in transformers", where=source)
     if seed is not None:
         weight = classifier.score.weight
-        with gathered([weight]), torch.no_grad():
+        with gathered([weight], to_change=True), torch.no_grad():
             generator = torch.Generator().manual_seed(seeds.derive(seed, "score head"))
             spread = 1 / math.sqrt(weight.shape[1] + 1)
             weight.copy_(torch.empty(weight.shape).normal_(0, spread, generator=generator))

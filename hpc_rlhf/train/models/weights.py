@@ -18,13 +18,17 @@ def is_sharded(parameters: list[nn.Parameter]) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
-def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Within it, the parameters are whole on every rank. A collective operation under ZeRO-3."""
+def gathered(parameters: list[nn.Parameter], to_change: bool = False) -> AbstractContextManager[Any]:
+    """Within it, the parameters are whole on every rank. A collective operation under ZeRO-3.
+
+    Args:
+        to_change: keep what rank 0 writes into them; otherwise changes are lost.
+    """
     if not is_sharded(parameters):
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if to_change else None)
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

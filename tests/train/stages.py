@@ -1,0 +1,128 @@
+"""Runs stages as real ranks of this machine, and stops them where a test wants it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.launch.prepare import claim, prepare
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.model import JobSpec
+
+DEADLINE = 240.0
+
+
+def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpec:
+    """The demo in a few steps. Stage fields given are laid over those of every stage named."""
+    base: dict[str, dict[str, Any]] = {
+        "sft": {"lr": 1e-3, "max_steps": 6},
+        "reward": {"lr": 1e-3, "max_steps": 4},
+        "ppo": {"actor_lr": 1e-3, "critic_lr": 1e-3, "max_steps": 3, "warmup": 1},
+    }
+    return JobSpec.model_validate(
+        {
+            "name": "test",
+            "run_dir": str(run_dir),
+            "seed": 7,
+            "slurm": {"gpus_per_node": 0, "ranks_per_node": ranks},
+            "data": {
+                "sources": [{"demo": 400}], "max_prompt_tokens": 48, "max_answer_tokens": 16, "held_out": 0.1,
+            },
+            "models": {
+                "actor": {
+                    "from_scratch": {
+                        "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
+                        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+                    }
+                }
+            },
+            "stages": {
+                name: {"micro_batch": 4, "global_batch": 16, "precision": "fp32", **fields, **stages.get(name, {})}
+                for name, fields in base.items()
+                if not stages or name in stages
+            },
+        }
+    )  # fmt: skip
+
+
+def make_run(spec: JobSpec) -> RunDir:
+    with claim(spec, "a test") as (run, _):
+        prepare(spec, run)
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(run: RunDir, stage: str, ranks: int) -> list[subprocess.Popen[bytes]]:
+    log = run.stage(stage).logs
+    log.mkdir(parents=True, exist_ok=True)
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "hpc_rlhf.task", str(run.path), stage],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=(log / f"test_{rank}.out").open("ab"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def metrics(run: RunDir, stage: str) -> list[dict[str, Any]]:
+    path = run.stage(stage).metrics
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_stage(run: RunDir, stage: str, ranks: int, stop_after: int | None = None) -> list[int]:
+    """Run a stage; with ``stop_after``, send SIGTERM to one rank as soon as that step is in the metrics.
+
+    Returns:
+        The exit code of each rank.
+    """
+    processes = launch(run, stage, ranks)
+    deadline = time.time() + DEADLINE
+    try:
+        while any(process.poll() is None for process in processes):
+            if time.time() > deadline:
+                raise TimeoutError(f"stage {stage} did not end; see {run.stage(stage).logs}")
+            if stop_after is not None and any(line["step"] >= stop_after for line in metrics(run, stage)):
+                processes[-1].send_signal(signal.SIGTERM)
+                stop_after = None
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return [process.returncode for process in processes]
+
+
+def log_tail(run: RunDir, stage: str) -> str:
+    return "\n".join(path.read_text()[-3000:] for path in sorted(run.stage(stage).logs.glob("test_*.out")))
+
+
+def weights_digest(run: RunDir, stage: str) -> str:
+    """SHA-256 over every weight file of a stage's model."""
+    digest = hashlib.sha256()
+    for path in sorted(run.stage(stage).model.rglob("*.safetensors")):
+        digest.update(path.relative_to(run.stage(stage).model).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
