@@ -121,4 +121,7 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
 
 
 def _sorted(problems: list[Problem]) -> list[Problem]:
-    return sorted(problems, key=lambda problem: (problem.source, problem.line, problem.column))
+    """In the order of the files; what has no place in one comes last."""
+    return sorted(
+        problems, key=lambda problem: (not problem.line, problem.source, problem.line, problem.column)
+    )

@@ -22,12 +22,20 @@ _KINDS = {
     "dict_type": "a mapping of fields",
     "model_type": "a mapping of fields",
 }
-_BOUNDS = {
-    "greater_than_equal": ("ge", "at least"),
-    "greater_than": ("gt", "more than"),
-    "less_than_equal": ("le", "at most"),
-    "less_than": ("lt", "less than"),
+_SENTENCES = {
+    "greater_than_equal": "must be at least {ge}, not {value}",
+    "greater_than": "must be more than {gt}, not {value}",
+    "less_than_equal": "must be at most {le}, not {value}",
+    "less_than": "must be less than {lt}, not {value}",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}, not {value}",
+    "too_short": "must not be empty",
+    "too_long": "has more than {max_length} entries",
+    "string_too_short": "must not be empty",
+    "string_too_long": "has more than {max_length} characters",
+    "value_error": "{error}",
 }
+_MOST = 500  # errors looked at; nobody reads more, and a hostile file could hold a hundred thousand
 
 
 class _Found:
@@ -59,6 +67,11 @@ class _Found:
         return self.type in _KINDS and self.path in self.unions
 
     @property
+    def is_echo(self) -> bool:
+        """Whether a list is called too short only because of the mistakes in its entries."""
+        return self.type == "too_short" and bool(self.node.value)
+
+    @property
     def mark(self) -> Mark:
         by_key = self.at_key or self.type == "extra_forbidden" or isinstance(self.node.value, dict | list)
         return self.node.key if by_key and self.node.key else self.node.mark
@@ -72,37 +85,29 @@ class _Found:
         if self.type == "missing":
             return "is missing", _description(self.path)
         if self.type == "extra_forbidden":
-            return _unknown_field(self.path)
+            return "is not a field", _close_fields(self.path)
         if self.type in _KINDS:
-            hint = None
-            if "text" in kinds and isinstance(value, bool | int | float):
-                hint = "put it in quotes"
-            return f"must be {' or '.join(kinds)}, not {_shown(value)}", hint
-        if self.type in _BOUNDS:
-            key, words = _BOUNDS[self.type]
-            return f"must be {words} {self.context[key]}, not {_shown(value)}", None
+            quotes = "text" in kinds and isinstance(value, bool | int | float)
+            return (
+                f"must be {' or '.join(kinds)}, not {_shown(value)}",
+                "put it in quotes" if quotes else None,
+            )
         if self.type == "string_pattern_mismatch":
             return f"{_shown(value)} {PATTERN_WORDS[self.context['pattern']]}", None
+        hint = None
         if self.type == "literal_error":
-            expected = self.context["expected"]
-            close = get_close_matches(str(value), re.findall(r"[\w-]+", expected), 1)
-            return f"must be {expected}, not {_shown(value)}", f"did you mean {close[0]}?" if close else None
-        if self.type == "value_error":
-            return str(self.context["error"]), None
-        if self.type in ("too_short", "string_too_short"):
-            return "must not be empty", None
-        if self.type == "too_long":
-            return f"has more than {self.context['max_length']} entries", None
-        if self.type == "string_too_long":
-            return f"has more than {self.context['max_length']} characters", None
-        if self.type == "finite_number":
-            return "must be a finite number", None
-        return self.message[0].lower() + self.message[1:], None
+            close = get_close_matches(str(value), re.findall(r"[\w-]+", self.context["expected"]), 1)
+            hint = f"did you mean {close[0]}?" if close else None
+        sentence = _SENTENCES.get(self.type)
+        if sentence is None:
+            return self.message[0].lower() + self.message[1:], None
+        return sentence.format(value=_shown(value), **self.context), hint
 
 
-def problems_of(error: ValidationError, root: Node) -> list[Problem]:
-    """Every problem once, in the order of the file."""
-    found = [_Found(one, root) for one in error.errors(include_url=False, include_input=False)]
+def problems_of(invalid: ValidationError, root: Node) -> list[Problem]:
+    """Every problem once."""
+    errors = invalid.errors(include_url=False, include_input=False)
+    found = [one for one in (_Found(error, root) for error in errors[:_MOST]) if not one.is_echo]
     problems: dict[tuple[Mark | str, str], Problem] = {}
     for one in found:
         kinds = [_KINDS.get(one.type, "")]
@@ -115,6 +120,8 @@ def problems_of(error: ValidationError, root: Node) -> list[Problem]:
         # Stages inherit slurm, and with it what is wrong there.
         inherited = one.type == "value_error" and one.path[-1:] == ("slurm",)
         problems.setdefault(("slurm" if inherited else one.mark, problem.what), problem)
+    if len(errors) > _MOST:
+        problems[root.mark, ""] = Mark(root.mark.source).problem("has more mistakes than these")
     return list(problems.values())
 
 
@@ -126,14 +133,15 @@ def _below(node: Node, step: str | int) -> Node | None:
     return None
 
 
-def _unknown_field(path: tuple[str | int, ...]) -> tuple[str, str | None]:
+def _close_fields(path: tuple[str | int, ...]) -> str | None:
+    """The fields that an unknown one may have meant."""
     model = _model_at(path[:-1])
     fields = list(model.model_fields) if model else []
     wrong = str(path[-1]).replace("-", "_").lower()
     close = [name for name in fields if wrong in name.split("_")] or get_close_matches(wrong, fields, 1)
     if close:
-        return "is not a field", f"did you mean {' or '.join(close)}?"
-    return "is not a field", f"the fields here are {', '.join(fields)}" if fields else None
+        return f"did you mean {' or '.join(close)}?"
+    return f"the fields here are {', '.join(fields)}" if fields else None
 
 
 def _description(path: tuple[str | int, ...]) -> str | None:

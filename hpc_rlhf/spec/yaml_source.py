@@ -17,7 +17,7 @@ import yaml
 from hpc_rlhf.errors import Problem, SpecError
 
 MAX_BYTES = 1 << 20
-MAX_NODES = 50_000  # counted after aliases are followed
+MAX_VALUES = 50_000
 MAX_DEPTH = 40
 
 # The C parser is ten times as fast and reports the same places.
@@ -56,14 +56,12 @@ class Node:
         value: a scalar, a dict of nodes or a list of nodes.
         mark: where the value starts.
         key: where its key is written, for a value in a mapping.
-        size: nodes in the tree, aliases followed.
         height: levels of the tree, aliases followed.
     """
 
     value: Scalar | dict[str, Node] | list[Node]
     mark: Mark
     key: Mark | None = None
-    size: int = field(default=1, repr=False)
     height: int = field(default=1, repr=False)
 
     def plain(self) -> Any:
@@ -143,7 +141,9 @@ class _Builder:
     def __init__(self, text: str, origin: Mark) -> None:
         self._loader = _Loader(text)
         self._origin = origin
-        self._anchors: dict[str, Node | None] = {}  # None while the anchored value is still being read
+        self._count = 0  # values so far, aliases followed
+        # Each anchored value and how many values it holds; None while it is still being read.
+        self._anchors: dict[str, tuple[Node, int] | None] = {}
 
     def document(self) -> Node:
         self._loader.get_event()  # stream start
@@ -161,6 +161,8 @@ class _Builder:
     def _node(self, event: Any, depth: int) -> Node:
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event)
+        before = self._count
+        self._add(1, event)
         if depth > MAX_DEPTH:
             raise self._error(event, f"is nested more than {MAX_DEPTH} levels deep")
         if event.anchor is not None:
@@ -171,31 +173,34 @@ class _Builder:
             node = self._sequence(event, depth)
         else:
             node = self._mapping(event, depth)
-        if node.size > MAX_NODES:
-            raise self._error(event, f"holds more than {MAX_NODES} values once its aliases are followed")
         if node.height > MAX_DEPTH:
             raise self._error(
                 event, f"is nested more than {MAX_DEPTH} levels deep once its aliases are followed"
             )
         if event.anchor is not None:
-            self._anchors[event.anchor] = node
+            self._anchors[event.anchor] = node, self._count - before
         return node
 
+    def _add(self, values: int, event: Any) -> None:
+        self._count += values
+        if self._count > MAX_VALUES:
+            raise self._error(event, f"holds more than {MAX_VALUES} values, aliases followed")
+
     def _alias(self, event: Any) -> Node:
-        node = self._anchors.get(event.anchor)
-        if node is None:
+        anchored = self._anchors.get(event.anchor)
+        if anchored is None:
             known = "stands inside its own value" if event.anchor in self._anchors else "names no anchor"
             raise self._error(event, f"the alias *{event.anchor} {known}")
+        node, values = anchored
+        self._add(values, event)
         return replace(node, mark=self._mark(event)) if not isinstance(node.value, dict | list) else node
 
     def _sequence(self, event: Any, depth: int) -> Node:
         self._check_tag(event, "seq")
         items: list[Node] = []
-        size = 1
         while not isinstance(entry := self._loader.get_event(), yaml.SequenceEndEvent):
             items.append(self._node(entry, depth + 1))
-            size += items[-1].size
-        return Node(items, self._mark(event), size=size, height=1 + max((n.height for n in items), default=0))
+        return Node(items, self._mark(event), height=1 + max((n.height for n in items), default=0))
 
     def _mapping(self, event: Any, depth: int) -> Node:
         self._check_tag(event, "map")
@@ -216,9 +221,8 @@ class _Builder:
                 )
             fields[key] = value
         fields = merged | fields
-        size = 1 + sum(node.size for node in fields.values())
         height = 1 + max((node.height for node in fields.values()), default=0)
-        return Node(fields, self._mark(event), size=size, height=height)
+        return Node(fields, self._mark(event), height=height)
 
     def _key(self, event: Any) -> str:
         if isinstance(event, yaml.ScalarEvent):
