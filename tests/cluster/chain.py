@@ -101,7 +101,7 @@ class Chain:
             failed = [record for record in Ledger(self.run.ledger).events() if record["event"] == "failed"]
             if failed and event != "failed":
                 raise ClusterError(f"a stage failed before {what}")
-            if self.events("finished", stage) and not holds():
+            if self.is_done(stage) and not holds():
                 raise ClusterError(f"{stage} is over and it never came that {what}")
             return False
 

@@ -124,8 +124,10 @@ def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
 def test_a_stage_refuses_an_input_without_a_manifest(finished: Chain) -> None:
     """Slurm may start PPO after an SFT that was preempted and exited 0: the manifest is what counts."""
     ppo, sft = finished.run.stage("ppo"), finished.run.stage("sft")
-    (ppo.model / manifest.NAME).unlink()
+    ppo_manifest = ppo.model / manifest.NAME
     whole = (sft.model / manifest.NAME).read_text()
+    made = ppo_manifest.read_text()
+    ppo_manifest.unlink()
     with held(finished.cluster):
         finished.submit()
         (sft.model / manifest.NAME).write_text(whole[: len(whole) // 2])
@@ -137,6 +139,7 @@ def test_a_stage_refuses_an_input_without_a_manifest(finished: Chain) -> None:
         assert not finished.is_done("ppo")
     finally:
         (sft.model / manifest.NAME).write_text(whole)
+        ppo_manifest.write_text(made)
 
 
 def test_submitting_twice_attaches(new_chain: NewChain) -> None:
