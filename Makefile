@@ -45,7 +45,7 @@ lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
 	$(BIN)/mypy
 	$(BIN)/mypy tests/conftest.py tests/cluster
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck .ci/run scripts/*.sh
+	$(BIN)/shellcheck .ci/run scripts/*.sh tests/golden/*/*.sbatch
 
 cluster: .venv/.installed-dev  ## Start a Slurm cluster of four nodes on this machine; says how to use it
 	scripts/install-slurm.sh
