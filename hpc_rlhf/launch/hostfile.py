@@ -1,21 +1,29 @@
-"""Machines without Slurm: a hostfile read and checked, and the DeepSpeed command that starts a stage on them."""
+"""Machines without Slurm: a hostfile read and checked, and the commands that start a stage on them."""
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import re
-import shutil
+import shlex
 import socket
+import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 
 _LINE = re.compile(
     r"([A-Za-z0-9_][\w.@-]*)\s+slots=(\d+)\s*(#.*)?"
 )  # what DeepSpeed's own parser takes, and no more
+
+
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30")
+# What a rank on another machine needs of this environment. Not all of it: it is seen in ssh's arguments.
+_SENT = ("NCCL_", "GLOO_", "UCX_", "PYTHON", "DS_", "OMP_")
 
 
 @dataclass(frozen=True)
@@ -34,33 +42,66 @@ class Hostfile:
     def ranks(self) -> int:
         return sum(self.slots.values())
 
-    @property
-    def is_here(self) -> bool:
-        """Whether it names this machine only, so that no ssh is needed."""
-        here = {"localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn()}
-        return len(self.slots) == 1 and self.slots.keys() <= here
+    def first_rank(self, host: str) -> int:
+        """The first of the ranks on a machine."""
+        return sum(list(self.slots.values())[: list(self.slots).index(host)])
 
-    def command(self, run_dir: Path, stage: str, port: int) -> list[str]:
-        """The command that runs a stage with one rank on every slot."""
+    def master_address(self) -> str:
+        """An address of the first machine that the others can reach.
+
+        Raises:
+            HpcRlhfError: it does not say.
+        """
+        first = next(iter(self.slots))
+        if len(self.slots) == 1 and is_here(first):
+            return "127.0.0.1"
+        ask = ["hostname", "-I"]
+        answer = subprocess.run(
+            ask if is_here(first) else [*_SSH, first, *ask], capture_output=True, text=True
+        )
+        if answer.returncode or not answer.stdout.split():
+            raise HpcRlhfError(
+                f"cannot find the address of {first}: {answer.stderr.strip() or 'no answer'}",
+                where=str(self.path),
+                hint="it must be reached by ssh without a password; or set MASTER_ADDR to its address",
+                exit_code=RUN_FAILED,
+            )
+        return answer.stdout.split()[0]
+
+    def launcher(self, host: str, run_dir: Path, stage: str, env: Mapping[str, str]) -> list[str]:
+        """DeepSpeed's launcher of one machine's ranks, which its own runner would start through pdsh.
+
+        The runner is left out because it stops by killing every DeepSpeed job that the user has on these
+        machines.
+        """
+        world = {name: list(range(slots)) for name, slots in self.slots.items()}
+        options = [
+            f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
+            f"--node_rank={list(self.slots).index(host)}",
+            f"--master_addr={env['MASTER_ADDR']}",
+            f"--master_port={env['MASTER_PORT']}",
+        ]
         task = ["--module", "hpc_rlhf.task", str(run_dir), stage]
-        if not self.is_here:
-            # --force_multi: without it a single other machine is taken for this one.
-            runner = ["--hostfile", str(self.path), "--master_port", str(port), "--force_multi"]
-            return [sys.executable, "-m", "deepspeed.launcher.runner", *runner, *task]
-        # What the runner would start. It is not started itself, because it ends at once when it is told to
-        # stop and leaves this process to itself.
-        world = {host: list(range(slots)) for host, slots in self.slots.items()}
-        info = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
-        node = [f"--world_info={info}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        return [sys.executable, "-m", "deepspeed.launcher.launch", *node, *task]
+        return [sys.executable, "-m", "deepspeed.launcher.launch", *options, *task]
+
+
+def is_here(host: str) -> bool:
+    return host in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
+
+
+def on_host(host: str, command: list[str], env: Mapping[str, str]) -> list[str]:
+    """A command as it is started on one of the machines, in this folder and with what it needs of ``env``."""
+    if is_here(host):
+        return command
+    sent = [f"{name}={value}" for name, value in env.items() if name.startswith(_SENT)]
+    return [*_SSH, host, f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *sent, *command])}"]
 
 
 def read_hostfile(path: Path) -> Hostfile:
     """Read a hostfile: lines of ``machine slots=N``, with comments and empty lines between.
 
     Raises:
-        HpcRlhfError: it cannot be read, has a bad line or no machine, or names machines that cannot be reached
-            from here.
+        HpcRlhfError: it cannot be read, has a bad line, or no machine.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -84,11 +125,4 @@ def read_hostfile(path: Path) -> Hostfile:
         slots[match[1]] = int(match[2])
     if not slots:
         raise HpcRlhfError("the hostfile names no machine", where=str(path), hint="add: localhost slots=1")
-    hostfile = Hostfile(path.absolute(), slots)
-    if not hostfile.is_here and shutil.which("pdsh") is None:
-        raise HpcRlhfError(
-            "DeepSpeed reaches other machines through pdsh, which is not installed here",
-            where=str(path),
-            hint="install pdsh, and set up ssh to these machines without a password",
-        )
-    return hostfile
+    return Hostfile(path.absolute(), slots)

@@ -14,12 +14,13 @@ _FOREIGN = ("SLURM_", "SBATCH_", "SUBMITIT_", "OMPI_", "PMI_")
 _FOREIGN_NAMES = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK"})
 
 
-def environment(inherited: Mapping[str, str], ranks_here: int) -> dict[str, str]:
+def environment(inherited: Mapping[str, str], ranks_here: int, address: str = "127.0.0.1") -> dict[str, str]:
     """What the ranks of one attempt get.
 
     Args:
         inherited: this process's environment.
         ranks_here: ranks that share a machine's cores.
+        address: of the machine that rank 0 is on.
     """
     env = {
         name: value
@@ -27,7 +28,7 @@ def environment(inherited: Mapping[str, str], ranks_here: int) -> dict[str, str]
         if not name.startswith(_FOREIGN) and name not in _FOREIGN_NAMES
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks_here)))
-    env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    env.update(MASTER_ADDR=address, MASTER_PORT=str(_free_port()))
     return env
 
 

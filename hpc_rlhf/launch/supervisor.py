@@ -1,13 +1,18 @@
 """Keeps the processes of one stage on this machine: starts them, stops them together, leaves none behind.
 
-``python -m hpc_rlhf.launch.supervisor RUN STAGE WHAT COPIES COMMAND…`` leads a session of its own, so the terminal's
-Ctrl-C does not reach the ranks in mid-step. It takes the place of submitit's own local controller, which
-gives ranks a second to save, and waits for ever when one of them has died.
+``python -m hpc_rlhf.launch.supervisor RUN STAGE WHAT FIRST COPIES COMMAND…`` leads a session of its own, so the
+terminal's Ctrl-C does not reach the ranks in mid-step. Whoever started it, here or through ssh, holds its
+standard input: ``stop`` lets the ranks save and end, ``kill`` ends them at once, and the end of the input, which
+comes when the starter dies or the connection breaks, is ``stop``.
+
+It takes the place of submitit's own local controller, which gives ranks a second to save, and waits for ever
+when one of them has died.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -33,13 +38,16 @@ class Supervisor:
 
     Attributes:
         what: what one of its processes is called in a message, such as rank.
+        first: number of the first process, in messages and log names.
     """
 
     run: RunDir
     stage: str
     what: str
+    first: int
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
     asked: bool = False
+    deserted: bool = False
     first_bad: int | None = None
     started: float = field(default_factory=time.time)
 
@@ -65,15 +73,14 @@ class Supervisor:
 
     def wait(self) -> int:
         """Wait for all ranks to end, see to it that they do, and return the stage's exit code."""
-        parent = os.getppid()
         stop_at = first_end = signalled = None
         while None in (codes := [rank.poll() for rank in self.ranks]):
             now = time.monotonic()
-            if self.asked or os.getppid() != parent:  # nobody is left to ask: save, and go
+            if self.asked:
                 stop_at = stop_at or now
                 if signalled is None or now - signalled > _REPEAT:
                     signalled = now
-                    os.killpg(0, signal.SIGINT)
+                    os.killpg(0, signal.SIGINT)  # this process too, where it only sets `asked` again
             if any(code is not None for code in codes):
                 first_end = first_end or now
             self._note_first_bad(codes)
@@ -81,13 +88,24 @@ class Supervisor:
                 self._kill(codes, f"the ranks did not save within {SAVING / 60:.0f} minutes")
             if first_end and now - first_end > (AFTER_END if self.first_bad is None else AFTER_DEATH):
                 self._kill(codes, "some ranks went on when others had ended")
-            time.sleep(_POLL)
+            self._listen()
         self._note_first_bad(codes)
         if self.first_bad is None:
             return INTERRUPTED if INTERRUPTED in codes else 0
         if stop_at is None:
             self._explain(codes, "")
         return INPUT_WRONG if INPUT_WRONG in codes else RUN_FAILED
+
+    def _listen(self) -> None:
+        """Wait a moment for word on standard input."""
+        if self.deserted:
+            time.sleep(_POLL)
+        elif select.select([sys.stdin], [], [], _POLL)[0]:
+            word = os.read(sys.stdin.fileno(), 64)
+            if b"kill" in word:
+                os.killpg(0, signal.SIGKILL)
+            self.deserted = not word
+            self.asked = True
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -113,9 +131,10 @@ class Supervisor:
         message = (
             why
             if self.first_bad is None
-            else f"{self.what} {self.first_bad} {_ending(codes[self.first_bad])}"
+            else f"{self.what} {self.first + self.first_bad} {_ending(codes[self.first_bad])}"
         )
-        ledger.append("failed", self.stage, attempt=str(os.getpid()), message=message, rank=self.first_bad)
+        log = str(self.run.stage(self.stage).log(str(os.getpid()), self.first + (self.first_bad or 0), "err"))
+        ledger.append("failed", self.stage, attempt=str(os.getpid()), message=message, log=log)
 
 
 def _ending(code: int | None) -> str:
@@ -126,8 +145,10 @@ def _ending(code: int | None) -> str:
     return f"was ended by {name}{memory}"
 
 
-def main(run: str, stage: str, what: str, copies: str, *command: str) -> int:
-    supervisor = Supervisor(RunDir(Path(run)), stage, what)
+def main(run: str, stage: str, what: str, first: str, copies: str, *command: str) -> int:
+    if os.getpgrp() != os.getpid():
+        os.setsid()
+    supervisor = Supervisor(RunDir(Path(run)), stage, what, int(first))
     supervisor.start(int(copies), list(command))
     return supervisor.wait()
 

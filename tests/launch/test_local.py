@@ -2,97 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hpc_rlhf.launch.local_env import environment, visible_gpus
 from hpc_rlhf.launch.stopping import StopRequests
-from hpc_rlhf.ledger import Ledger
-
-FAKES = Path(__file__).parent / "fake_stage"
-SPEC = """\
-name: t
-run_dir: run
-slurm: {gpus_per_node: 2}
-data: {sources: [{demo: 100}], max_prompt_tokens: 16, max_answer_tokens: 16}
-models: {actor: {from_scratch: {model_type: llama, vocab_size: 300}}}
-stages:
-  sft: {}
-  reward: {}
-  ppo: {}
-"""
-
-
-@dataclass
-class Here:
-    """A folder with job.yaml in it, and hpc-rlhf started there."""
-
-    folder: Path
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
-
-    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
-        """In a process group of its own, as a terminal's foreground job is."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "hpc_rlhf.cli", *words],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(FAKES), **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def finish(self, *words: str, **env: str) -> tuple[int, str, str]:
-        process = self.start(*words, **env)
-        out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
-
-    def events(self, *kinds: str) -> list[tuple[str, str]]:
-        events = Ledger(self.run / "ledger.jsonl").events()
-        return [(event["event"], event["stage"]) for event in events if event["event"] in kinds]
-
-    def seen(self, stage: str, rank: int) -> dict[str, Any]:
-        """The environment of a rank, and its pid."""
-        path = self.run / f"seen-{stage}-{rank}.json"
-        wait_for(path.exists)
-        wait_for(lambda: path.read_text().endswith("}"))
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
-
-    def await_ranks(self, stage: str = "sft") -> list[int]:
-        return [self.seen(stage, rank)["pid"] for rank in range(2)]
+from tests.launch.fakes import Here, is_alive, wait_for
 
 
 @pytest.fixture
 def here(tmp_path: Path) -> Here:
-    (tmp_path / "job.yaml").write_text(SPEC)
-    return Here(tmp_path)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return Here.new(tmp_path)
 
 
 def test_stages_run_in_order_and_are_not_run_again(here: Here) -> None:
