@@ -1,0 +1,107 @@
+"""A run directory made ready: private, whole, and true to what it was trained with."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.prepare import claim, differences, prepare
+from hpc_rlhf.spec.load import load_spec, read_spec
+from hpc_rlhf.spec.model import JobSpec
+from tests.launch.fakes import SPEC
+
+
+def spec_with(tmp_path: Path, *sets: str) -> JobSpec:
+    (tmp_path / "job.yaml").write_text(SPEC)
+    return load_spec(tmp_path / "job.yaml", (f"run_dir={tmp_path / 'run'}", *sets))
+
+
+def prepared(spec: JobSpec, live: bool = False) -> Path:
+    with claim(spec, "a test") as (run, _):
+        prepare(spec, run, live=live)
+    return run.path
+
+
+def test_a_new_directory_is_whole_and_nobody_elses(tmp_path: Path) -> None:
+    spec = spec_with(tmp_path)
+    run = prepared(spec)
+    assert stat.S_IMODE(run.stat().st_mode) == 0o700
+    assert read_spec(run / "job.yaml") == spec
+    assert [job["stage"] for job in json.loads((run / "plan.json").read_text())["jobs"]] == [
+        "sft",
+        "reward",
+        "ppo",
+    ]
+    assert json.loads((run / "scripts/ppo.ds_config.json").read_text())["train_micro_batch_size_per_gpu"] == 4
+    assert sorted(path.name for path in run.iterdir()) == ["job.yaml", "plan.json", "scripts", "stages"]
+
+
+def test_before_anything_was_trained_the_spec_may_change(tmp_path: Path) -> None:
+    run = prepared(spec_with(tmp_path))
+    (run / "stages/sft/logs/1_0_log.err").write_text("it failed at once")
+    prepared(spec_with(tmp_path, "stages.sft.lr=1e-3"))
+    assert read_spec(run / "job.yaml").stages.sft.lr == 1e-3  # type: ignore[union-attr]
+
+
+def test_what_has_trained_keeps_its_spec(tmp_path: Path) -> None:
+    run = prepared(spec_with(tmp_path))
+    (run / "stages/sft/metrics.jsonl").touch()
+    before = (run / "job.yaml").read_text()
+    changed = spec_with(tmp_path, "stages.sft.lr=1e-3", "data.sources.0.demo=200", "slurm.nodes=2")
+    with pytest.raises(HpcRlhfError) as caught:
+        prepared(changed)
+    message = str(caught.value)
+    assert "  stages.sft.lr: 9.65e-06 -> 0.001\n" in message
+    assert "  data.sources.0.demo: 100 -> 200\n" in message
+    assert "  stages.ppo.slurm.nodes: 1 -> 2\n" in message
+    assert (run / "job.yaml").read_text() == before
+    prepared(spec_with(tmp_path))
+
+
+def test_what_has_trained_may_move_to_another_partition(tmp_path: Path) -> None:
+    run = prepared(spec_with(tmp_path))
+    (run / "stages/sft/checkpoints").mkdir()
+    prepared(spec_with(tmp_path, "slurm.partition=night", "stages.ppo.slurm.time=2-00"))
+    assert "--partition=night" in (run / "scripts/sft.sbatch").read_text()
+
+
+def test_while_jobs_live_nothing_changes(tmp_path: Path) -> None:
+    run = prepared(spec_with(tmp_path))
+    prepared(spec_with(tmp_path), live=True)
+    with pytest.raises(HpcRlhfError, match=r"(?s)slurm.partition: unset -> night.*hpc-rlhf cancel"):
+        prepared(spec_with(tmp_path, "slurm.partition=night"), live=True)
+    assert "night" not in (run / "job.yaml").read_text()
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("years of work")
+    with pytest.raises(HpcRlhfError, match=r"not a run directory: it holds thesis\.tex"):
+        prepared(spec_with(tmp_path))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_claim_that_came_to_nothing_does_not_stop_the_next(tmp_path: Path) -> None:
+    spec = spec_with(tmp_path)
+    templates = tmp_path / "templates"
+    templates.mkdir()
+    (templates / "hostfile.j2").write_text("{{ nonsense }}")
+    with pytest.raises(HpcRlhfError, match="template"), claim(spec, "a test") as (run, _):
+        prepare(spec, run, beside=tmp_path)
+    assert not run.job_yaml.exists()
+    prepared(spec)
+
+
+def test_a_place_that_is_no_folder_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(HpcRlhfError, match="cannot write the run directory"):
+        prepared(spec_with(tmp_path))
+
+
+def test_settings_of_the_top_level_count_only_where_a_stage_uses_them(tmp_path: Path) -> None:
+    own = [f"stages.{stage}.slurm.partition=gpu" for stage in ("sft", "reward", "ppo")]
+    assert not differences(spec_with(tmp_path, *own), spec_with(tmp_path, "slurm.partition=gpu"))
