@@ -30,7 +30,8 @@ class Ledger:
     """Appends events, and reads them back.
 
     Every line is written by one ``write`` to a file opened for append, so that lines of several
-    writers never mix on a POSIX file system.
+    writers never mix on a POSIX file system. A line that a crash or a full disk cut short is closed
+    before the next one, which would otherwise be lost with it.
     """
 
     path: Path
@@ -39,22 +40,24 @@ class Ledger:
         record: dict[str, Any] = {"time": round(time.time(), 3), "event": event}
         if stage is not None:
             record["stage"] = stage
-        line = json.dumps({**record, **fields}, ensure_ascii=False) + "\n"
+        line = json.dumps({**record, **fields}) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(fd, line.encode())
+            size = os.fstat(fd).st_size
+            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+            os.write(fd, ("\n" * torn + line).encode())
             os.fsync(fd)
         finally:
             os.close(fd)
 
     def events(self, stage: str | None = None) -> Iterator[dict[str, Any]]:
-        """The events in the order written; a torn last line is passed over."""
+        """The events in the order written; a torn line is passed over."""
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return
-        for line in text.splitlines():
+        for line in text.split("\n"):
             try:
                 record = json.loads(line)
             except ValueError:

@@ -1,4 +1,7 @@
-"""A manifest proves that a directory is whole: it lists every file with its size and SHA-256, and is written last."""
+"""A manifest proves that a directory is whole: it lists every file with its size and SHA-256, and is written last.
+
+It also holds the SHA-256 of what it says itself.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,10 @@ def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     return files
 
 
+def _seal(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = None) -> None:
     """Write the manifest over every file below a folder: atomically, last, and flushed to disk.
 
@@ -52,7 +59,8 @@ def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = No
     """
     files = describe(folder) if files is None else files
     partial = folder / f".{NAME}.partial"
-    partial.write_text(json.dumps({**facts, "files": files}, indent=1, sort_keys=True))
+    content = {**facts, "files": files}
+    partial.write_text(json.dumps({**content, "seal": _seal(content)}, indent=1, sort_keys=True))
     fsync_path(partial)
     partial.rename(folder / NAME)
     for path in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
@@ -60,12 +68,14 @@ def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = No
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, or None where there is none that parses."""
+    """The manifest of a folder, or None where there is none as it was written."""
     try:
         facts = json.loads((folder / NAME).read_text())
     except (OSError, ValueError):
         return None
-    return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else None
+    if not isinstance(facts, dict) or facts.pop("seal", None) != _seal(facts):
+        return None
+    return facts
 
 
 def defect(folder: Path, deep: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
