@@ -406,7 +406,7 @@ class JobSpec(Model):
 
     name: Name = Field(description="Name of the run; Slurm jobs are called name.stage.")
     run_dir: PathText = Field(
-        description="Folder of everything the run writes, on a file system that all nodes share. ${VAR} is expanded."
+        description="Folder of everything the run writes, on a file system that all nodes share. ${VAR} and ${VAR:-default} are filled in; a relative path starts where the command is run. The same holds for all paths of a spec."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=1234, description="Seed of everything random."

@@ -93,8 +93,9 @@ def test_problem_is_placed(tmp_path: Path, old: str, new: str, expected: str) ->
         (b"a: " + b"x" * (1 << 20), ": is larger than 1 MiB"),
         (b"[" * 100_000, ":1:41: is nested more than 40 levels deep"),
         (b"a: &a [x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 8)) for c in b"bcdefghi"), ":6:8: holds more than 50000 values, aliases followed"),
+        (b"a: &a {" + b"".join(b"k%d: 1," % i for i in range(10_000)) + b"}\n" + b"".join(b"m%d: {<<: *a}\n" % i for i in range(3000)), ":5:10: holds more than 50000 values, aliases followed"),
     ],
-    ids=["empty", "comment", "list", "words", "not-utf8", "binary", "large", "deep", "alias-bomb"],
+    ids=["empty", "comment", "list", "words", "not-utf8", "binary", "large", "deep", "alias-bomb", "merge-bomb"],
 )  # fmt: skip
 def test_file_that_is_no_spec(tmp_path: Path, content: bytes, expected: str) -> None:
     path = write(tmp_path, content)
@@ -123,6 +124,13 @@ def test_everything_wrong_is_reported_at_once_in_the_order_of_the_file(tmp_path:
         (17, "stages.sft.lr"),
         (22, "stages.ppo.slurm.nodes"),
     ]
+
+
+def test_hostile_number_of_mistakes_is_cut(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "".join(f"k{i}: 1\n" for i in range(5000)))
+    found = problems_in(path)
+    assert len(found) == 501
+    assert str(found[-1]) == f"{path}: has more mistakes than these"
 
 
 def test_mistake_in_the_shared_slurm_is_reported_once(tmp_path: Path) -> None:
