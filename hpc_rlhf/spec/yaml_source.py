@@ -33,6 +33,14 @@ FLOAT = re.compile(
 _TRUE = ("yes", "true", "on")
 _TAG = "tag:yaml.org,2002:"
 
+# What a mistake that the parser words in its own terms mostly is.
+_YAML_HINTS = {
+    "cannot start any token": "indent with spaces, not tabs; quote text that starts with a special character",
+    "tab character": "indent with spaces, not tabs",
+    "mapping values are not allowed": "indent the fields of a mapping alike; quote text that holds a colon and a space",
+    "did not find expected key": "indent the fields of a mapping alike",
+}
+
 Scalar = str | int | float | bool | None
 
 
@@ -129,10 +137,9 @@ def parse_yaml(text: str, origin: Mark) -> Node:
         place = origin
         if origin.line and error.problem_mark is not None:
             place = replace(origin, line=error.problem_mark.line + 1, column=error.problem_mark.column + 1)
-        hint = None
-        if "cannot start any token" in (error.problem or ""):
-            hint = "indent with spaces, not tabs; quote text that starts with a special character"
-        raise SpecError([place.problem(f"is not YAML: {error.problem or error.context}", hint)]) from error
+        what = error.problem or error.context or "it does not parse"
+        hint = next((hint for words, hint in _YAML_HINTS.items() if words in what), None)
+        raise SpecError([place.problem(f"is not YAML: {what}", hint)]) from error
 
 
 class _Builder:
