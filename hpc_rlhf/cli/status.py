@@ -39,5 +39,5 @@ def _row(stage: StageStatus) -> tuple[str, ...]:
         step,
         last,
         str(stage.attempts or "-"),
-        stage.why,
+        stage.why.partition("\n")[0],
     )
