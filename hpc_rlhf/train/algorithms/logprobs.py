@@ -35,7 +35,7 @@ def next_token_loss_sum(logits: Tensor, input_ids: Tensor, loss_mask: Tensor) ->
         A scalar, to be divided by the number of tokens learnt over all ranks.
     """
     log_probs = token_log_probs(logits[:, :-1], input_ids[:, 1:])
-    return -(log_probs * loss_mask[:, 1:]).sum()
+    return -log_probs.where(loss_mask[:, 1:], 0.0).sum()
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:

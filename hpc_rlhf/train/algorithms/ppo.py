@@ -1,8 +1,8 @@
 """Proximal policy optimisation on answers of a language model: rewards, advantages, losses.
 
 Tensors of shape (batch, answer) run over the tokens of the answers, padded on the right. Masks are bool,
-True on real answer tokens, the end-of-sequence token included. The state before token t has value
-``values[:, t]``.
+True on real answer tokens, the end-of-sequence token included, at least one in each row. The state before
+token t has value ``values[:, t]``. Whatever stands outside a mask takes no part, not even NaN.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def kl_shaped_rewards(
     Returns:
         (batch, answer), 0 outside the mask.
     """
-    rewards = -kl_coef * (log_probs - ref_log_probs) * mask
+    rewards = (-kl_coef * (log_probs - ref_log_probs)).where(mask, 0.0)
     last = mask.sum(dim=1) - 1
     rewards[torch.arange(len(rewards), device=rewards.device), last] += scores.clamp(-score_clip, score_clip)
     return rewards
@@ -39,12 +39,12 @@ def generalized_advantages(
     """Generalised advantage estimation (arXiv 1506.02438, equation 16) on finished episodes.
 
     Args:
-        values, rewards, mask: (batch, answer). Whatever stands outside the mask takes no part.
+        values, rewards, mask: (batch, answer).
 
     Returns:
         Advantages and returns (advantage + value), (batch, answer), 0 outside the mask.
     """
-    values, rewards = values * mask, rewards * mask
+    values, rewards = values.where(mask, 0.0), rewards.where(mask, 0.0)
     advantages = torch.zeros_like(rewards)
     carried = torch.zeros_like(rewards[:, 0])
     next_value = torch.zeros_like(carried)
@@ -67,14 +67,11 @@ def policy_loss_sum(
     Returns:
         The loss, the number of clipped tokens and the probability ratios, each summed over the mask.
     """
-    ratio = torch.exp((log_probs - old_log_probs) * mask)
+    ratio = torch.exp((log_probs - old_log_probs).where(mask, 0.0))
+    advantages = advantages.where(mask, 0.0)
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    return (
-        (torch.maximum(unclipped, clipped) * mask).sum(),
-        ((clipped > unclipped) & mask).sum(),
-        (ratio * mask).sum(),
-    )
+    return torch.maximum(unclipped, clipped).sum(), (clipped > unclipped).sum(), (ratio * mask).sum()
 
 
 def value_loss_sum(
@@ -88,9 +85,10 @@ def value_loss_sum(
     Returns:
         The loss and the number of clipped tokens, each summed over the mask.
     """
+    values, old_values, returns = (x.where(mask, 0.0) for x in (values, old_values, returns))
     held = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     unclipped, clipped = (values - returns) ** 2, (held - returns) ** 2
-    return 0.5 * (torch.maximum(unclipped, clipped) * mask).sum(), ((clipped > unclipped) & mask).sum()
+    return 0.5 * torch.maximum(unclipped, clipped).sum(), (clipped > unclipped).sum()
 
 
 def k3_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -102,5 +100,5 @@ def k3_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (batch,), summed over each answer, in nats.
     """
-    log_ratio = (ref_log_probs - log_probs) * mask
-    return ((torch.exp(log_ratio) - 1 - log_ratio) * mask).sum(dim=1)
+    log_ratio = (ref_log_probs - log_probs).where(mask, 0.0)
+    return (torch.exp(log_ratio) - 1 - log_ratio).sum(dim=1)

@@ -1,0 +1,184 @@
+"""Rewards, advantages and losses of PPO against closed forms and sums written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpc_rlhf.train.algorithms.ppo import (
+    generalized_advantages,
+    k3_kl,
+    kl_shaped_rewards,
+    policy_loss_sum,
+    value_loss_sum,
+)
+
+LENGTHS = (5, 1, 3, 6)
+WIDTH = 6
+MASK = torch.arange(WIDTH).unsqueeze(0) < torch.tensor(LENGTHS).unsqueeze(1)
+
+
+def ragged() -> Tensor:
+    return torch.randn(len(LENGTHS), WIDTH)
+
+
+def soiled(tensor: Tensor, junk: float) -> Tensor:
+    """The same inside the mask, junk outside."""
+    return torch.where(MASK, tensor, junk)
+
+
+def test_the_reward_is_the_kl_penalty_at_each_token_and_the_clipped_score_at_the_last() -> None:
+    log_probs, ref_log_probs, scores = ragged(), ragged(), torch.tensor([2.0, -9.0, 7.0, 0.5])
+    rewards = kl_shaped_rewards(log_probs, ref_log_probs, scores, MASK, kl_coef=0.1, score_clip=5.0)
+    for row, length in enumerate(LENGTHS):
+        for t in range(WIDTH):
+            expected = 0.0
+            if t < length:
+                expected = -0.1 * (log_probs[row, t] - ref_log_probs[row, t]).item()
+            if t == length - 1:
+                expected += [2.0, -5.0, 5.0, 0.5][row]
+            assert rewards[row, t].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_policies_pay_no_penalty_at_all() -> None:
+    log_probs = ragged()
+    rewards = kl_shaped_rewards(log_probs, log_probs.clone(), torch.zeros(4), MASK, 0.1, 5.0)
+    assert (rewards == 0).all()
+    assert (k3_kl(log_probs, log_probs.clone(), MASK) == 0).all()
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0)])
+def test_advantages_equal_the_double_sum_on_ragged_lengths(gamma: float, lam: float) -> None:
+    values, rewards = ragged(), ragged()
+    advantages, returns = generalized_advantages(values, rewards, MASK, gamma, lam)
+    for row, length in enumerate(LENGTHS):
+        for t in range(WIDTH):
+            if t >= length:
+                assert advantages[row, t] == 0
+                assert returns[row, t] == 0
+                continue
+            expected = 0.0
+            for k in range(t, length):
+                following = values[row, k + 1].item() if k + 1 < length else 0.0
+                delta = rewards[row, k].item() + gamma * following - values[row, k].item()
+                expected += (gamma * lam) ** (k - t) * delta
+            assert advantages[row, t].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            assert returns[row, t].item() == pytest.approx(
+                expected + values[row, t].item(), rel=1e-4, abs=1e-5
+            )
+
+
+def test_with_lambda_one_returns_are_the_discounted_rewards_to_come() -> None:
+    rewards = ragged()
+    _, returns = generalized_advantages(ragged(), rewards, MASK, gamma=0.9, lam=1.0)
+    expected = sum(0.9**k * rewards[0, k].item() for k in range(LENGTHS[0]))
+    assert returns[0, 0].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("junk", [1e30, -1e30, torch.inf, torch.nan])
+def test_what_stands_outside_the_mask_changes_nothing(junk: float) -> None:
+    a, b, c, d = ragged(), ragged(), ragged(), ragged()
+    e, f, g, h = (soiled(tensor, junk) for tensor in (a, b, c, d))
+    scores = torch.randn(4)
+    clean = [
+        kl_shaped_rewards(a, b, scores, MASK, 0.1, 5.0),
+        *generalized_advantages(a, b, MASK, 1.0, 0.95),
+        *policy_loss_sum(a, b, c, MASK, 0.2),
+        *value_loss_sum(a, b, d, MASK, 0.2),
+        k3_kl(a, b, MASK),
+    ]
+    dirty = [
+        kl_shaped_rewards(e, f, scores, MASK, 0.1, 5.0),
+        *generalized_advantages(e, f, MASK, 1.0, 0.95),
+        *policy_loss_sum(e, f, g, MASK, 0.2),
+        *value_loss_sum(e, f, h, MASK, 0.2),
+        k3_kl(e, f, MASK),
+    ]
+    for expected, found in zip(clean, dirty, strict=True):
+        assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("junk", [1e30, torch.nan])
+def test_what_stands_outside_the_mask_gets_no_gradient(junk: float) -> None:
+    for loss in (policy_loss_sum, value_loss_sum):
+        inner = soiled(ragged(), junk).requires_grad_()
+        loss(inner, soiled(ragged(), junk), soiled(ragged(), junk), MASK, 10.0)[0].backward()
+        assert inner.grad is not None
+        assert (inner.grad[~MASK] == 0).all()
+        assert (inner.grad[MASK] != 0).all()
+
+
+def test_the_ratio_of_the_first_minibatch_is_exactly_one() -> None:
+    log_probs, advantages = ragged() * 20, ragged()
+    loss, clipped, ratio = policy_loss_sum(log_probs, log_probs.clone(), advantages, MASK, 0.2)
+    assert ratio.item() == MASK.sum().item()
+    assert clipped.item() == 0
+    torch.testing.assert_close(loss, -advantages[MASK].sum())
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.5, 2.0, -1.2 * 2.0, 1),  # better, and already more likely: held at 1 + cliprange
+        (1.5, -2.0, 1.5 * 2.0, 0),  # worse, and more likely: pushed back in full
+        (0.5, 2.0, -0.5 * 2.0, 0),  # better, and less likely: pushed back in full
+        (0.5, -2.0, 0.8 * 2.0, 1),  # worse, and already less likely: held at 1 - cliprange
+        (1.1, 2.0, -1.1 * 2.0, 0),
+        (0.9, -2.0, 0.9 * 2.0, 0),
+    ],
+)
+def test_the_clipped_surrogate_in_its_six_cases(
+    ratio: float, advantage: float, loss: float, clipped: int
+) -> None:
+    log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    found, count, ratios = policy_loss_sum(
+        log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.tensor([[True]]), 0.2
+    )
+    assert found.item() == pytest.approx(loss)
+    assert count.item() == clipped
+    assert ratios.item() == pytest.approx(ratio)
+    found.backward()
+    assert log_probs.grad is not None
+    assert log_probs.grad.item() == pytest.approx(0.0 if clipped else -advantage * ratio)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "loss", "clipped"),
+    [
+        (1.0, 1.0, 3.0, 0.5 * 4.0, 0),
+        (2.0, 1.0, 3.0, 0.5 * (1.2 - 3.0) ** 2, 1),  # moved towards the return by more than the range
+        (2.0, 1.0, 0.0, 0.5 * 4.0, 0),  # moved away from it: the full error counts
+        (1.1, 1.0, 3.0, 0.5 * (1.1 - 3.0) ** 2, 0),
+        (0.0, 1.0, -1.0, 0.5 * (0.8 + 1.0) ** 2, 1),
+    ],
+)
+def test_the_value_loss_is_half_the_larger_error(
+    value: float, old: float, target: float, loss: float, clipped: int
+) -> None:
+    found, count = value_loss_sum(
+        torch.tensor([[value]]), torch.tensor([[old]]), torch.tensor([[target]]), torch.tensor([[True]]), 0.2
+    )
+    assert found.item() == pytest.approx(loss)
+    assert count.item() == clipped
+
+
+def test_k3_is_never_negative_and_its_mean_is_the_kl() -> None:
+    policy, reference = torch.randn(7).log_softmax(0), torch.randn(7).log_softmax(0)
+    exact = (policy.exp() * (policy - reference)).sum()
+    each = torch.stack(
+        [k3_kl(policy[t].view(1, 1), reference[t].view(1, 1), torch.tensor([[True]]))[0] for t in range(7)]
+    )
+    assert (each >= 0).all()
+    assert exact > 0.1
+    torch.testing.assert_close((policy.exp() * each).sum(), exact)
+
+
+def test_k3_adds_up_over_an_answer() -> None:
+    log_probs, ref_log_probs = ragged(), ragged()
+    found = k3_kl(log_probs, ref_log_probs, MASK)
+    for row, length in enumerate(LENGTHS):
+        gaps = (ref_log_probs - log_probs)[row, :length].tolist()
+        assert found[row].item() == pytest.approx(sum(math.exp(gap) - 1 - gap for gap in gaps), rel=1e-4)

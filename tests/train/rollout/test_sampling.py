@@ -1,0 +1,111 @@
+"""Drawing tokens: the right distribution, the right set, and nothing but the row's own seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpc_rlhf.train.rollout.sampling import draw, uniforms
+
+DRAWS = 20_000
+# 99.9 % points of the chi-square distribution by degrees of freedom.
+CHI_SQUARE = {5: 20.52}
+JUST_BELOW_ONE = 1 - 2**-53
+LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.0, -0.4])
+
+
+def drawn(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """How often each token comes in DRAWS draws."""
+    uniform = uniforms([("draws",)], DRAWS)[0]
+    tokens = draw(logits.expand(DRAWS, -1), uniform, temperature, top_p, top_k)
+    return torch.bincount(tokens, minlength=len(logits))
+
+
+def chi_square(counts: Tensor, probabilities: Tensor) -> float:
+    expected = probabilities.double() * DRAWS
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_tokens_come_as_often_as_their_probability_says(temperature: float) -> None:
+    probabilities = torch.softmax(LOGITS / temperature, dim=0)
+    assert chi_square(drawn(LOGITS, temperature), probabilities) < CHI_SQUARE[5]
+
+
+def test_the_test_of_the_distribution_notices_a_wrong_temperature() -> None:
+    assert chi_square(drawn(LOGITS, 1.1), torch.softmax(LOGITS, dim=0)) > CHI_SQUARE[5]
+
+
+@pytest.mark.parametrize("top_k", range(1, 8))
+def test_top_k_keeps_exactly_the_k_likeliest(top_k: int) -> None:
+    counts = drawn(LOGITS, top_k=top_k)
+    likeliest = LOGITS.argsort(descending=True)[:top_k]
+    assert set(counts.nonzero().flatten().tolist()) == set(likeliest.tolist())
+    kept = torch.softmax(LOGITS[likeliest], dim=0)
+    assert torch.allclose(counts[likeliest] / DRAWS, kept, atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.01, {0}), (0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2}), (0.9, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})],
+)  # fmt: skip
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    counts = drawn(probabilities.log(), top_p=top_p)
+    assert set(counts.nonzero().flatten().tolist()) == kept
+
+
+def test_top_p_is_taken_of_what_top_k_left() -> None:
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    # Of the two kept, the likelier has 4/7 = 0.571 of the probability.
+    assert drawn(probabilities.log(), top_k=2, top_p=0.57).nonzero().flatten().tolist() == [0]
+    assert drawn(probabilities.log(), top_k=2, top_p=0.58).nonzero().flatten().tolist() == [0, 1]
+
+
+def test_without_a_uniform_the_likeliest_token_is_taken() -> None:
+    logits = torch.randn(9, 30)
+    assert torch.equal(draw(logits, None, 0.3, 0.1, 2), logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (1.0, 3), (0.7, 5)])
+@pytest.mark.parametrize("uniform", [0.0, JUST_BELOW_ONE])
+def test_the_ends_of_the_unit_interval_give_tokens_that_are_kept(
+    uniform: float, top_p: float, top_k: int
+) -> None:
+    for seed in range(20):
+        logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(seed)) * 5
+        logits[:, 100:] = -torch.inf  # the last tokens of the order are impossible
+        tokens = draw(logits, torch.full((4,), uniform, dtype=torch.float64), 1.0, top_p, top_k)
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        rank = (order == tokens.unsqueeze(1)).long().argmax(dim=1)
+        assert (logits.gather(1, tokens.unsqueeze(1)) > -torch.inf).all()
+        assert (rank == 0).all() if uniform == 0 else (rank < (top_k or 100)).all()
+
+
+def test_a_row_does_not_depend_on_the_batch_it_stands_in() -> None:
+    logits, uniform = torch.randn(16, 50), uniforms([("row", i) for i in range(16)], 1)[:, 0]
+    together = draw(logits, uniform, 1.0, 0.9, 20)
+    alone = [draw(logits[i : i + 1], uniform[i : i + 1], 1.0, 0.9, 20).item() for i in range(16)]
+    assert together.tolist() == alone
+    assert len(set(alone)) > 5
+
+
+def test_uniforms_are_a_pure_function_of_their_seed_parts() -> None:
+    first = uniforms([(7, "rollout", 3), (7, "rollout", 4)], 6)
+    torch.manual_seed(99)
+    torch.rand(5)
+    again = uniforms([(7, "rollout", 4), (8, "rollout", 4), (7, "rollout", 3)], 9)
+    assert torch.equal(first[0], again[2, :6])
+    assert torch.equal(first[1], again[0, :6])
+    assert not torch.equal(again[0], again[1])
+    assert first.dtype == torch.float64
+    assert ((first >= 0) & (first < 1)).all()
+
+
+def test_uniforms_leave_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    uniforms([("a",)], 10)
+    assert torch.equal(torch.rand(4), expected)

@@ -1,0 +1,69 @@
+"""Models of the four architectures, small enough for float32 on one thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+KINDS = ("llama", "opt", "gpt2", "qwen2")
+VOCABULARY = 96
+PAD, BOS, EOS = 0, 1, 2
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64,
+    },
+    "opt": {
+        "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "word_embed_proj_dim": 24, "max_position_embeddings": 64, "dropout": 0.0,
+    },
+    "gpt2": {
+        "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+        "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
+    },
+    "qwen2": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+def config(kind: str, **fields: Any) -> Any:
+    from transformers import AutoConfig
+
+    ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+    return AutoConfig.for_model(kind, **{"vocab_size": VOCABULARY, **ids, **SIZES[kind], **fields})
+
+
+def causal(kind: str, seed: int = 0, **fields: Any) -> Any:
+    """A language model in eval mode, its weights spread widely, so that it says different things."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    return _spread(AutoModelForCausalLM.from_config(config(kind, **fields)))
+
+
+def classifier(kind: str, seed: int = 0, **fields: Any) -> Any:
+    """A sequence classification model with one label, in eval mode."""
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    return _spread(AutoModelForSequenceClassification.from_config(config(kind, num_labels=1, **fields)))
+
+
+def _spread(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.2)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def tokenizer(vocab_size: int = 300) -> Any:
+    """A byte-level BPE tokenizer, trained on a few sentences."""
+    from hpc_rlhf.train.models.tokenizers import train_bpe
+
+    return train_bpe(iter(["\n\nHuman: What colour is grass?\n\nAssistant: Grass is green."] * 3), vocab_size)
