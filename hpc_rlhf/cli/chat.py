@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ def command(
     folder = finished_model(find_run(run), stage)
     if sys.stderr.isatty():
         click.echo(f"loading {folder} …", err=True)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from hpc_rlhf.train.chat import ChatModel
 
     talk = Conversation(ChatModel(folder), max_tokens, temperature, seed)
@@ -90,10 +92,7 @@ class Conversation:
         self.turns.append(("human", question))
         said: list[str] = []
         try:
-            # Another seed each turn, or a question asked again would always get the same answer.
-            for piece in self.model.stream(
-                self.turns.copy(), self.max_tokens, self.temperature, self.seed + len(self.turns)
-            ):
+            for piece in self.model.stream(self.turns.copy(), self.max_tokens, self.temperature, self.seed):
                 said.append(piece)
                 yield piece
         finally:
@@ -127,8 +126,9 @@ def _converse(talk: Conversation) -> None:
 def _print_answer(pieces: Iterator[str], stoppable: bool = False) -> None:
     """Print an answer as it comes; Ctrl-C in a conversation ends the answer, not the conversation."""
     try:
-        for number, piece in enumerate(pieces):
-            click.echo(piece if number else piece.lstrip(), nl=False)
+        for piece in pieces:
+            # Whatever a model says, a terminal is not to act on it.
+            click.echo("".join(char for char in piece if char.isprintable() or char in "\n\t"), nl=False)
             sys.stdout.flush()
     except KeyboardInterrupt:
         if not stoppable:

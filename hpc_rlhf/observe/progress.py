@@ -38,6 +38,9 @@ class StageView:
     _inode: int = 0
     _ledger_read: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._events_before = len(list(Ledger(self.run.ledger).events(self.stage)))
+
     def update(self) -> None:
         self._read_metrics()
         if not self._first and time.monotonic() - self._ledger_read > _LEDGER_EVERY:
@@ -62,7 +65,8 @@ class StageView:
         if steps > 0 and seconds > 0:
             rate = steps / seconds
             words.append(f"{number(rate)} steps/s" if rate >= 1 else f"{number(1 / rate)} s a step")
-            words.append(f"{duration((self.last['total_steps'] - self.step) / rate)} left")
+            if self.step < self.last["total_steps"]:
+                words.append(f"{duration((self.last['total_steps'] - self.step) / rate)} left")
         return ", ".join(words)
 
     def _read_metrics(self) -> None:
@@ -89,12 +93,11 @@ class StageView:
 
     def _phase(self) -> str:
         phase = f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"
-        for record in Ledger(self.run.ledger).events(self.stage):
-            if record["time"] >= self.began:
-                if record["event"] == "started":
-                    phase = "loading data and model"
-                elif record["event"] == "resumed":
-                    phase = f"going on from step {record['step']}"
+        for record in list(Ledger(self.run.ledger).events(self.stage))[self._events_before :]:
+            if record["event"] == "started":
+                phase = "loading data and model"
+            elif record["event"] == "resumed":
+                phase = f"going on from step {record['step']}"
         return phase
 
 

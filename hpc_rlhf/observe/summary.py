@@ -124,7 +124,8 @@ def _print_next(run: RunDir, stage: str, console: Console) -> None:
 
 
 def _shortened(text: str) -> str:
-    flat = " ".join(text.split())
+    # Whatever a model says, a terminal is not to act on it.
+    flat = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return flat if len(flat) <= _LONGEST else flat[: _LONGEST - 1] + "…"
 
 

@@ -1,0 +1,90 @@
+"""hpc-rlhf chat, with a model that answers with what it was given. The real one talks in test_run_for_real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf import manifest
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import dump_spec
+from tests.launch.specs import make_spec
+
+FAKE = Path(__file__).parent / "fake_chat"
+
+
+def make_run(tmp_path: Path, *finished: str) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.job_yaml.write_text(dump_spec(make_spec(run.path)))
+    for stage in finished:
+        run.stage(stage).model.mkdir(parents=True)
+        manifest.write(run.stage(stage).model, {"stage": stage})
+    return run
+
+
+def chat(run: RunDir, *words: str, typed: str = "") -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_rlhf.cli", "chat", str(run.path), *words],
+        env={**os.environ, "PYTHONPATH": str(FAKE)},
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_one_shot_prints_the_answer_and_nothing_else(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "sft", "reward", "ppo")
+    options = ("--max-tokens", "9", "--temperature", "0", "--seed", "4")
+    assert chat(run, "--prompt", "Hi", *options) == (0, "ppo 9 0 4 after human: Hi\n", "")
+
+
+def test_a_conversation_is_remembered_until_it_is_reset(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "sft")
+    code, out, err = chat(run, typed="one\n\ntwo\n/nonsense\n/reset\nthree\n/quit\nfour\n")
+    first = "sft 256 0.7 0 after human: one"
+    assert code == 0
+    assert out.splitlines() == [
+        first,
+        f"sft 256 0.7 0 after human: one | assistant: {first} | human: two",
+        "sft 256 0.7 0 after human: three",
+    ]
+    assert "no such command: /nonsense" in err
+
+
+def test_the_stage_can_be_chosen(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "sft", "reward", "ppo")
+    assert chat(run, "--stage", "sft", "--prompt", "Hi")[1].startswith("sft ")
+
+
+def test_until_ppo_is_finished_the_sft_model_talks(tmp_path: Path) -> None:
+    assert chat(make_run(tmp_path, "sft", "reward"), "--prompt", "Hi")[1].startswith("sft ")
+
+
+@pytest.mark.parametrize(
+    ("finished", "words", "code", "said"),
+    [
+        ((), (), 1, "there is no model to talk to yet: ppo and sft are not finished"),
+        (("sft",), ("--stage", "ppo"), 1, "ppo is not finished"),
+        (("sft",), ("--stage", "reward"), 2, "'reward' is not one of"),
+        (("sft",), ("--temperature", "-1"), 2, "-1.0 is not in the range"),
+    ],
+)
+def test_what_cannot_talk_is_told(
+    tmp_path: Path, finished: tuple[str, ...], words: tuple[str, ...], code: int, said: str
+) -> None:
+    got, out, err = chat(make_run(tmp_path, *finished), *words, "--prompt", "Hi")
+    assert (got, out) == (code, "")
+    assert said in err
+
+
+def test_a_run_that_is_not_there_is_told(tmp_path: Path) -> None:
+    code, _, err = chat(RunDir(tmp_path / "nowhere"), "--prompt", "Hi")
+    assert code == 2
+    assert "does not exist" in err
