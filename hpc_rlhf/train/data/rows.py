@@ -52,13 +52,15 @@ def _from_pair(row: Row) -> Sample:
         prompt = "\n\n" + prompt.lstrip()
     return {
         "prompt": prompt,
-        "chosen": _answer(row.get("chosen") or row.get("response")),
+        "chosen": _answer(row["chosen"] if "chosen" in row else row["response"]),
         "rejected": _answer(row.get("rejected")),
     }
 
 
 def _from_hh(row: Row) -> Sample:
-    chosen_prompt, _, chosen = row["chosen"].rpartition(ASSISTANT)
+    chosen_prompt, found, chosen = row["chosen"].rpartition(ASSISTANT)
+    if not found:
+        raise ValueError("chosen has no turn of the Assistant")
     rejected_prompt, _, rejected = (row.get("rejected") or "").rpartition(ASSISTANT)
     same = chosen_prompt == rejected_prompt
     return {
@@ -75,7 +77,7 @@ def _from_messages(row: Row) -> Sample:
         turns = [(message["role"], message["content"]) for message in messages[:-1]]
         return transcript(turns), messages[-1]["content"]
 
-    prompt, chosen = split(row.get("messages") or row.get("chosen"))
+    prompt, chosen = split(row["messages"] if "messages" in row else row["chosen"])
     rejected_prompt, rejected = split(row.get("rejected"))
     return {
         "prompt": prompt,
@@ -110,7 +112,7 @@ def read_row(row: Row, format: str, where: str) -> Sample:
     """
     try:
         return READERS[format](row)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise HpcRlhfError(
             f"a row does not fit the format {format} ({type(error).__name__}: {error}); it has {sorted(row)}",
             where=where,

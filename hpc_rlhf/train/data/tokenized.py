@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf import manifest
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import stage_samples
@@ -26,7 +27,8 @@ class StageData:
     """A stage's token data sets, memory-mapped.
 
     Rows have ``prompt`` and ``prompt_ids``; for SFT and the reward model also ``chosen_ids``, and
-    for the reward model ``rejected_ids``. Answer ids end with EOS unless they were cut.
+    for the reward model ``rejected_ids``. Answer ids end with EOS unless they were cut. Nothing may be
+    held out.
     """
 
     train: Any
@@ -65,6 +67,27 @@ def _fingerprint(spec: JobSpec, stage: str, tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _write(spec: JobSpec, stage: str, tokenizer: Any, folder: Path) -> dict[str, int]:
+    """Write a stage's token data sets, and tell how many rows each has. One without rows is left out."""
+    import datasets
+
+    counts = {}
+    for name, samples in zip(("train", "held_out"), stage_samples(spec, stage), strict=True):
+        encoded = (encode_sample(sample, tokenizer, spec, stage) for sample in samples)
+        rows = [row for row in encoded if row is not None]
+        if name == "train" and not rows:
+            raise HpcRlhfError(
+                f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}",
+                where=f"stage {stage}",
+                hint="raise data.max_prompt_tokens",
+                exit_code=RUN_FAILED,
+            )
+        if rows:  # datasets cannot load an empty one
+            datasets.Dataset.from_list(rows).save_to_disk(str(folder / name))
+        counts[name] = len(rows)
+    return counts
+
+
 def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: World) -> StageData:
     """Tokenise a stage's data once (rank 0 writes, the others wait), or find it from an earlier attempt.
 
@@ -75,21 +98,16 @@ def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: Worl
 
     target = folder / _fingerprint(spec, stage, tokenizer)
 
-    def make() -> None:
-        if manifest.defect(target) is None:
-            return
-        shutil.rmtree(target, ignore_errors=True)
-        train, held_out = stage_samples(spec, stage)
-        for name, samples in (("train", train), ("held_out", held_out)):
-            encoded = (encode_sample(sample, tokenizer, spec, stage) for sample in samples)
-            rows = [row for row in encoded if row is not None]
-            datasets.Dataset.from_list(rows).save_to_disk(str(target / name))
-        manifest.write(target, {"stage": stage, "train": len(train), "held_out": len(held_out)})
+    def make() -> dict[str, Any]:
+        if manifest.defect(target) is not None:
+            shutil.rmtree(target, ignore_errors=True)
+            manifest.write(target, {"stage": stage, "rows": _write(spec, stage, tokenizer, target)})
+        return manifest.require(target, "the tokenised data")
 
-    world.on_main(make)
+    rows = world.on_main(make)["rows"]
     return StageData(
         train=datasets.load_from_disk(str(target / "train")),
-        held_out=datasets.load_from_disk(str(target / "held_out")),
+        held_out=datasets.load_from_disk(str(target / "held_out")) if rows["held_out"] else [],
     )
 
 

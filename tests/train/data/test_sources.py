@@ -1,0 +1,221 @@
+"""Sources: files are read, prompts never leak, weights count."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.model import JobSpec, SourceSpec
+from hpc_rlhf.train.data.rows import Sample
+from hpc_rlhf.train.data.sources import is_held_out, read, stage_of, stage_samples, texts
+from tests.train.data.specs import spec_of
+
+STAGES = ("sft", "reward", "ppo")
+HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf" / "harmless-base.jsonl.gz"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the copies that datasets makes of files out of the home folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def pair(number: int, answer: str = "yes") -> dict[str, str]:
+    return {"prompt": f"Question {number}?", "chosen": answer, "rejected": f"not {answer}"}
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+def source(path: str | Path, **fields: Any) -> dict[str, Any]:
+    return {"path": str(path), "format": "prompt-chosen-rejected", **fields}
+
+
+def all_samples(spec: JobSpec) -> dict[tuple[str, str], list[Sample]]:
+    found = {}
+    for stage in spec.stage_names:
+        found[stage, "train"], found[stage, "held out"] = stage_samples(spec, stage)
+    return found
+
+
+# Files
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [pair(number) for number in range(4)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl.gz", rows)
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "e.parquet"))
+    folder = tmp_path / "f"
+    folder.mkdir()
+    write_jsonl(folder / "1.jsonl", rows[:1])
+    write_jsonl(folder / "2.jsonl", rows[1:])
+    (folder / "README.md").write_text("not data")
+
+    expected = [
+        {"prompt": f"\n\nHuman: Question {n}?\n\nAssistant:", "chosen": " yes", "rejected": " not yes"}
+        for n in range(4)
+    ]
+    for name in ("a.jsonl", "b.jsonl.gz", "c.json", "d.csv", "e.parquet", "f"):
+        assert list(read(SourceSpec.model_validate(source(tmp_path / name)), 0)) == expected, name
+
+
+def test_rows_without_an_answer_are_left_out(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [pair(1), {**pair(2), "chosen": " "}, pair(3)])
+    prompts = [sample["prompt"] for sample in read(SourceSpec.model_validate(source(path)), 0)]
+    assert len(prompts) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("none.jsonl", None, "no such data file or folder"),
+        ("data.xlsx", "x", "cannot tell what kind of file this is"),
+        ("broken.jsonl", '{"prompt": "a", "chosen"', "the data could not be read"),
+        ("broken.parquet", "PAR1 not", "the data could not be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_clear_error(
+    tmp_path: Path, name: str, content: str | None, says: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(HpcRlhfError, match=says) as caught:
+        list(read(SourceSpec.model_validate(source(tmp_path / name)), 0))
+    assert caught.value.where == str(tmp_path / name)
+
+
+def test_a_wrong_row_is_named_by_file_and_number(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(HpcRlhfError) as caught:
+        list(read(SourceSpec.model_validate(source(path)), 0))
+    assert caught.value.where == f"{path}, row 0"
+
+
+def test_the_hh_transcripts_are_read_whole() -> None:
+    if not HH.exists():
+        pytest.skip(f"no HH-RLHF data at {HH}")
+    samples = list(read(SourceSpec.model_validate({"path": str(HH), "format": "hh"}), 0))
+    pairs = [sample for sample in samples if sample["rejected"]]
+    assert len(samples) > 1700
+    assert len(pairs) > 1700
+    for sample in samples:
+        assert sample["prompt"].startswith("\n\nHuman:")  # type: ignore[union-attr]
+        assert sample["prompt"].endswith("\n\nAssistant:")  # type: ignore[union-attr]
+        assert "\n\nAssistant:" not in str(sample["chosen"])
+        assert str(sample["chosen"]).startswith(" ")
+
+
+# The split
+
+
+def test_no_prompt_is_in_two_stages_or_on_both_sides(tmp_path: Path) -> None:
+    """Prompts come twice within a source, and again in another one."""
+    first = write_jsonl(tmp_path / "a.jsonl", [pair(n % 150, f"a{n}") for n in range(300)])
+    second = write_jsonl(tmp_path / "b.jsonl", [pair(n, "b") for n in range(100, 250)])
+    parts = all_samples(spec_of(source(first), source(second, weight=2.0), held_out=0.2))
+    prompts = {name: {sample["prompt"] for sample in samples} for name, samples in parts.items()}
+    assert all(prompts.values())
+    for name, mine in prompts.items():
+        for other, theirs in prompts.items():
+            assert name == other or not mine & theirs, (name, other)
+    assert len(set().union(*prompts.values())) == 250
+
+    rows = Counter(sample["prompt"] for samples in parts.values() for sample in samples if sample["chosen"])
+    in_sft = next(
+        iter(prompts["sft", "train"] & {f"\n\nHuman: Question {n}?\n\nAssistant:" for n in range(100, 150)})
+    )
+    assert rows[in_sft] == 4, "two rows of the first source, one of weight 2 of the second"
+
+
+def test_ppo_gets_every_prompt_once(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [pair(n % 60, f"a{n}") for n in range(240)])
+    train, held_out = stage_samples(spec_of(source(path), source(path, weight=3.0), held_out=0.3), "ppo")
+    prompts = [sample["prompt"] for sample in train + held_out]
+    assert len(prompts) == len(set(prompts)) > 5
+
+
+def test_the_reward_model_gets_pairs_that_differ_only(tmp_path: Path) -> None:
+    rows = [
+        pair(n) if n % 3 else {**pair(n), "rejected": None if n % 2 else "yes"} for n in range(120)
+    ]  # fmt: skip
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    train, held_out = stage_samples(spec_of(source(path)), "reward")
+    assert train
+    assert all(sample["rejected"] not in (None, sample["chosen"]) for sample in train + held_out)
+
+
+def test_prompts_are_shared_out_as_the_split_says() -> None:
+    spec = spec_of({"demo": 10}, split={"sft": 2, "reward": 3, "ppo": 5}, held_out=0.1)
+    counts = Counter(stage_of(f"prompt {n}", spec) for n in range(10_000))
+    assert [counts[stage] / 10_000 for stage in STAGES] == pytest.approx([0.2, 0.3, 0.5], abs=0.02)
+    kept = [n for n in range(10_000) if is_held_out(f"prompt {n}", spec)]
+    assert len(kept) / 10_000 == pytest.approx(0.1, abs=0.01)
+    # Being held out does not depend on the stage.
+    held = Counter(stage_of(f"prompt {n}", spec) for n in kept)
+    assert held["ppo"] / len(kept) == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_stage_that_does_not_run_takes_no_prompts() -> None:
+    spec = spec_of({"demo": 10}, stages=("sft",))
+    assert {stage_of(f"prompt {n}", spec) for n in range(500)} == {"sft"}
+    none_for_sft = spec_of({"demo": 10}, split={"sft": 0, "reward": 1, "ppo": 1})
+    assert {stage_of(f"prompt {n}", none_for_sft) for n in range(500)} == {"reward", "ppo"}
+
+
+def test_plain_text_is_for_fine_tuning_alone(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"Story {n}."} for n in range(60)])
+    texts_only = source(path, format="text")
+    spec = spec_of(texts_only)
+    train, _ = stage_samples(spec, "sft")
+    assert train
+    assert all(sample["prompt"] == "" for sample in train)
+    for stage, needed in (("reward", "pairs of answers"), ("ppo", "prompts")):
+        with pytest.raises(HpcRlhfError, match=f"the data has no {needed} for this stage") as caught:
+            stage_samples(spec, stage)
+        assert caught.value.where == f"stage {stage}"
+
+
+# Weights
+
+
+def test_weights_say_how_often_a_row_comes(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [pair(n) for n in range(2000)])
+    for weight, counts in ((2.0, {2: 2000}), (1.0, {1: 2000})):
+        seen = Counter(s["prompt"] for s in read(SourceSpec.model_validate(source(path, weight=weight)), 5))
+        assert Counter(seen.values()) == counts
+    half = Counter(s["prompt"] for s in read(SourceSpec.model_validate(source(path, weight=0.5)), 5))
+    assert set(half.values()) == {1}
+    assert len(half) == pytest.approx(1000, abs=90)
+    more = Counter(s["prompt"] for s in read(SourceSpec.model_validate(source(path, weight=1.5)), 5))
+    assert len(more) == 2000
+    assert Counter(more.values())[2] == pytest.approx(1000, abs=90)
+    assert {prompt for prompt, times in more.items() if times == 2} == set(half), "drawn by row and seed"
+    other = Counter(s["prompt"] for s in read(SourceSpec.model_validate(source(path, weight=0.5)), 6))
+    assert other != half
+
+
+def test_a_tokenizer_is_trained_on_all_the_text(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [pair(1), {"prompt": "Q?", "chosen": "A."}])
+    assert list(texts(spec_of(source(path)))) == [
+        "\n\nHuman: Question 1?\n\nAssistant: yes", " not yes", "\n\nHuman: Q?\n\nAssistant: A.",
+    ]  # fmt: skip
