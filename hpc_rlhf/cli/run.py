@@ -7,10 +7,12 @@ from pathlib import Path
 
 import click
 
+from hpc_rlhf.cli.options import set_option
+
 
 @click.command("run")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--set", "sets", metavar="FIELD=VALUE", multiple=True, help="Change a field of the spec.")
+@set_option
 @click.option(
     "--hostfile",
     type=click.Path(path_type=Path),
