@@ -14,7 +14,7 @@ from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.jobs import submission_options
 from hpc_rlhf.launch.plan import Plan, PlannedJob
-from hpc_rlhf.launch.render import Templates, rank_python
+from hpc_rlhf.launch.render import Templates, rank_command, rank_python
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.task import StageTask
 
@@ -64,6 +64,11 @@ class StageExecutor(SlurmExecutor):
                 where=f"stages.{self._job.stage}",
                 hint="change the stage's slurm settings and submit again",
             ) from error
+
+    @property
+    def _submitit_command_str(self) -> str:
+        """submitit's own entry point, behind ours."""
+        return rank_command(self._plan, self._job)
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._templates.script(self._plan, self._job, command)

@@ -106,9 +106,9 @@ def rank_python(job: PlannedJob) -> str:
 
 
 def rank_command(plan: Plan, job: PlannedJob) -> str:
-    """The command that submitit gives our executor; a test holds the two together."""
+    """What runs one rank: loads the stage's task from the folder that submitit left it in."""
     logs = shlex.quote(str(plan.run.stage(job.stage).logs))
-    return f"{rank_python(job)} -u -m submitit.core._submit {logs}"
+    return f"{rank_python(job)} -u -m hpc_rlhf.rank {logs}"
 
 
 def _environment(folders: list[Path]) -> Environment:

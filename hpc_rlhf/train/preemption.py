@@ -28,6 +28,7 @@ class StopFlag:
         """Take over SIGUSR2 (Slurm's --signal), SIGTERM (preemption) and SIGINT in the main thread."""
         for number in REASONS:
             signal.signal(number, self._heard)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REASONS)  # held back since the rank started
 
     def restore(self) -> None:
         """Let the signals end the process again."""

@@ -133,7 +133,7 @@ def test_script_finds_the_ranks_meeting_place_and_hands_on_sruns_exit_code(tmp_p
     args = (out / "args").read_text().splitlines()
     assert f"--output={stage.logs}/%j_%t_log.out" in args
     assert {"--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"} <= set(args)
-    assert args[-3:] == ["-m", "submitit.core._submit", str(stage.logs)]
+    assert args[-3:] == ["-m", "hpc_rlhf.rank", str(stage.logs)]
 
 
 def test_two_jobs_and_two_attempts_meet_at_different_ports(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_hostile_text_is_inert(text: str, tmp_path: Path) -> None:
     args = (out / "args").read_text().splitlines()
     assert args[args.index("apptainer") :] == [
         *("apptainer", "exec", "--nv", "--bind", spec.run_dir, "--bind", f"/data/{text}", f"/img/{text}.sif"),
-        *("python3", "-u", "-m", "submitit.core._submit", f"{spec.run_dir}/stages/sft/logs"),
+        *("python3", "-u", "-m", "hpc_rlhf.rank", f"{spec.run_dir}/stages/sft/logs"),
     ]
 
 

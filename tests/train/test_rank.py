@@ -1,0 +1,49 @@
+"""A signal in a rank's first moments is not lost, and does not end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from submitit.core.utils import DelayedSubmission, JobPaths
+
+
+class Listens:
+    """Stands for a stage: installs the stop flag, and says what it has heard by then."""
+
+    def __call__(self) -> int:
+        from hpc_rlhf.train.preemption import StopFlag
+
+        flag = StopFlag()
+        flag.install()
+        return flag.code
+
+
+def test_a_signal_before_the_stage_listens_is_heard_when_it_does(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    paths = JobPaths(logs, job_id="7", task_id=0)
+    environment = {
+        **os.environ, "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PYTHONPATH": str(Path(__file__).parents[2]),
+    }  # fmt: skip
+    rank = subprocess.Popen(
+        [sys.executable, "-u", "-m", "hpc_rlhf.rank", str(logs)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert rank.stdout is not None
+    rank.stdout.readline()  # submitit's first words: it waits for the pickle now
+    rank.send_signal(signal.SIGTERM)
+    delayed = DelayedSubmission(Listens())
+    delayed.set_timeout(10**7, 10**6)
+    delayed.dump(paths.submitted_pickle)
+    rank.communicate(timeout=60)
+    assert rank.returncode == 0
+    from submitit.core.utils import pickle_load
+
+    assert pickle_load(paths.result_pickle) == ("success", 2)
