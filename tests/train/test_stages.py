@@ -1,0 +1,167 @@
+"""The stages on real ranks: they agree whatever the sharding, resume exactly, and refuse what they must."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf import manifest
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.rundir import RunDir
+from tests.train.stages import log_tail, make_run, metrics, run_stage, tiny_spec, weights_digest
+
+pytestmark = pytest.mark.train
+STAGES = ("sft", "reward", "ppo")
+
+# Every feature that a checkpoint must carry: sharded weights, adapters, moving average, pretraining mixture.
+EVERYTHING: dict[str, Any] = {
+    "zero": 3, "precision": "bf16", "lora": {"rank": 4, "only": False}, "activation_checkpointing": True,
+}  # fmt: skip
+PPO_EVERYTHING = {
+    **EVERYTHING, "ema": True, "ptx": {"demo": 50}, "ppo_epochs": 2, "minibatches": 2, "top_p": 0.9, "top_k": 50,
+}  # fmt: skip
+
+
+def run_chain(run: RunDir, stop_after: int | None = None, ranks: int = 2) -> None:
+    for stage in STAGES:
+        if stop_after is not None:
+            assert run_stage(run, stage, ranks, stop_after) == [75] * ranks, log_tail(run, stage)
+        assert run_stage(run, stage, ranks) == [0] * ranks, log_tail(run, stage)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A chain without any sharding, in float32: what the others are held against."""
+    run = make_run(tiny_spec(tmp_path_factory.mktemp("plain") / "run"))
+    run_chain(run)
+    return run
+
+
+def train_lines(run: RunDir, stage: str) -> list[dict[str, Any]]:
+    return [line for line in metrics(run, stage) if line["kind"] == "train"]
+
+
+def assert_same_curves(run: RunDir, other: RunDir, tolerance: float) -> None:
+    for stage, name in (("sft", "loss"), ("reward", "loss"), ("ppo", "kl")):
+        ours, theirs = train_lines(run, stage), train_lines(other, stage)
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        assert [line[name] for line in ours] == pytest.approx(
+            [line[name] for line in theirs], rel=tolerance, abs=tolerance
+        )
+
+
+def test_a_chain_hands_over_models_that_load(plain: RunDir) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    for stage in STAGES:
+        facts = manifest.require(plain.stage(stage).model, stage)
+        assert facts["step"] == train_lines(plain, stage)[-1]["total_steps"]
+    tokenizer = AutoTokenizer.from_pretrained(plain.stage("ppo").model)
+    actor = AutoModelForCausalLM.from_pretrained(plain.stage("ppo").model)
+    ids = tokenizer("\n\nHuman: What does a cow say?\n\nAssistant:", return_tensors="pt")["input_ids"]
+    assert actor.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+    assert AutoModelForSequenceClassification.from_pretrained(plain.stage("reward").model).num_labels == 1
+
+
+def test_the_first_ppo_step_starts_from_the_reference(plain: RunDir) -> None:
+    """Dropout off and nothing learnt yet: the actor is the reference, and every ratio is 1."""
+    first = train_lines(plain, "ppo")[0]
+    assert (first["kl"], first["ratio"], first["clipfrac"]) == (0.0, 1.0, 0.0)
+    assert train_lines(plain, "ppo")[-1]["kl"] > 0
+
+
+def test_samples_stand_once_and_end_side_by_side(plain: RunDir) -> None:
+    rows = [json.loads(line) for line in plain.stage("ppo").samples.read_text().splitlines()]
+    rollouts = [row["step"] for row in rows if row["kind"] == "rollout"]
+    assert rollouts == sorted(rollouts)
+    final = [row for row in rows if row["kind"] == "final"]
+    assert final
+    assert {"prompt", "answer", "reward", "sft_answer", "sft_reward"} <= set(final[0])
+
+
+def test_zero_3_follows_the_unsharded_run(plain: RunDir, tmp_path: Path) -> None:
+    sharded = {"zero": 3}
+    run = make_run(tiny_spec(tmp_path / "run", sft=sharded, reward=sharded, ppo=sharded))
+    run_chain(run)
+    assert_same_curves(run, plain, tolerance=1e-4)
+
+
+def test_four_ranks_without_accumulation_follow_two_with(plain: RunDir, tmp_path: Path) -> None:
+    run = make_run(tiny_spec(tmp_path / "run", ranks=4))
+    run_chain(run, ranks=4)
+    assert_same_curves(run, plain, tolerance=1e-4)
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(1, "fp16"), (2, "bf16")])
+def test_half_precision_follows_float32(plain: RunDir, tmp_path: Path, zero: int, precision: str) -> None:
+    fields = {"zero": zero, "precision": precision}
+    run = make_run(tiny_spec(tmp_path / "run", sft=fields, reward={}, ppo={}))
+    assert run_stage(run, "sft", 2) == [0, 0], log_tail(run, "sft")
+    ours = [line["loss"] for line in train_lines(run, "sft")]
+    assert ours == pytest.approx([line["loss"] for line in train_lines(plain, "sft")], rel=5e-3)
+
+
+def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
+    """Stopped in every stage and gone on with, a chain is bit for bit the chain that nobody stopped."""
+
+    def make(name: str) -> RunDir:
+        return make_run(tiny_spec(tmp_path / name, sft=EVERYTHING, reward=EVERYTHING, ppo=PPO_EVERYTHING))
+
+    whole, stopped = make("whole"), make("stopped")
+    run_chain(whole)
+    run_chain(stopped, stop_after=1)
+    for stage in STAGES:
+        assert weights_digest(stopped, stage) == weights_digest(whole, stage), stage
+        resumed = Ledger(stopped.ledger).last("resumed", stage)
+        assert resumed is not None
+        assert resumed["step"] >= 1
+        numbers = [{k: v for k, v in line.items() if k != "time"} for line in metrics(stopped, stage)]
+        assert numbers == [{k: v for k, v in line.items() if k != "time"} for line in metrics(whole, stage)]
+    assert (whole.stage("ppo").ema_model / "model.safetensors").read_bytes() != (
+        whole.stage("ppo").model / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_finished_stage_ends_at_once(plain: RunDir) -> None:
+    before = list(Ledger(plain.ledger).events())
+    assert run_stage(plain, "sft", 2) == [0, 0]
+    assert list(Ledger(plain.ledger).events()) == before
+
+
+def test_a_stage_refuses_incomplete_inputs(plain: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(plain.path, copy.path)
+    shutil.rmtree(copy.stage("ppo").path)
+    weights = copy.stage("reward").model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert run_stage(copy, "ppo", 2) == [1, 1]
+    failed = Ledger(copy.ledger).last("failed", "ppo")
+    assert failed is not None
+    assert "the model of stage reward is not complete" in failed["message"]
+    assert not copy.stage("ppo").checkpoints.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"data": {"sources": [{"path": "/nowhere/pairs.jsonl", "format": "hh"}]}}, "no such data file"),
+        ({"models": {"actor": "/nowhere/model"}}, "no tokenizer could be loaded"),
+        ({"slurm": {"gpus_per_node": 0, "ranks_per_node": 2}}, "1 ranks were started where the plan has 2"),
+    ],
+)
+def test_mistakes_found_on_the_node_are_told_in_a_sentence(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    base = tiny_spec(tmp_path / "run", ranks=1, sft={}).model_dump(mode="json")
+    base["stages"]["sft"].pop("slurm")
+    run = make_run(type(tiny_spec(tmp_path / "run")).model_validate({**base, **change}))
+    (code,) = run_stage(run, "sft", 1)
+    failed = Ledger(run.ledger).last("failed", "sft")
+    assert failed is not None
+    assert code == failed["exit_code"] in (1, 2)
+    assert said in failed["message"]
+    assert "Traceback" not in log_tail(run, "sft")
