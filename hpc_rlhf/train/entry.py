@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ def run_stage(run_dir: str, stage: str) -> None:
     """
     stop = StopFlag()
     stop.install()
+    keep_log_readable()
     run = RunDir(Path(run_dir))
     if manifest.defect(run.stage(stage).model, deep=False) is None:
         return
@@ -51,6 +53,13 @@ def run_stage(run_dir: str, stage: str) -> None:
         # Any rank may be the one that knows why; its traceback goes to its log.
         attempt.note("failed", message=f"{type(error).__name__}: {error}", host=socket.gethostname())
         raise
+
+
+def keep_log_readable() -> None:
+    """No progress bars in a log file, and no notes that one library has for another."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers heeds it too
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 @dataclass
