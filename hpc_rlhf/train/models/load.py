@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.model import FromScratch, ModelRef
 from hpc_rlhf.train import seeds
@@ -30,7 +31,7 @@ def make_from_scratch(ref: FromScratch, tokenizer: Any, seed: int, folder: Path,
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def make() -> None:
-        if (folder / "config.json").exists():
+        if manifest.defect(folder) is None:
             return
         fields = dict(ref.from_scratch)
         kind = str(fields.pop("model_type"))
@@ -46,11 +47,13 @@ def make_from_scratch(ref: FromScratch, tokenizer: Any, seed: int, folder: Path,
                 hint="use the names of the architecture's configuration in transformers",
             ) from error
         model.save_pretrained(str(folder))
+        manifest.write(folder, {"from_scratch": ref.from_scratch})
 
     world.on_main(make)
 
 
 def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kwargs: Any) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     try:
@@ -61,7 +64,7 @@ def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kw
         if hasattr(config, "layerdrop"):
             config.layerdrop = 0.0
         return auto_class.from_pretrained(source, config=config, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise HpcRlhfError(
             f"the model could not be loaded ({str(error).splitlines()[0]})",
             where=source,

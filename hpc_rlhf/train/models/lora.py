@@ -46,6 +46,8 @@ class LoraLinear(nn.Module):
 def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
     """Replace a model's linear layers, its output head excepted, by adapted ones, in place.
 
+    A reward model's score head, which starts from nothing, is always trained in full.
+
     Raises:
         HpcRlhfError: none of the targets is in the model.
     """
@@ -66,8 +68,8 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
             hint="leave lora.targets out to adapt every linear layer",
         )
     if lora.only:
-        for parameter in model.parameters():
-            parameter.requires_grad = False
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = "score" in name.split(".")
     for number, (parent, name, child) in enumerate(found):
         adapted = LoraLinear(child, lora.rank, lora.alpha or lora.rank, seeds.derive(seed, "lora", number))
         setattr(parent, name, adapted)

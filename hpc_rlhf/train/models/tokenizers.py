@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.model import FromScratch, ModelRef
 from hpc_rlhf.train.world import World
@@ -50,8 +51,9 @@ def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: Wor
         size = int(ref.from_scratch["vocab_size"])
 
         def make() -> None:
-            if not (folder / "tokenizer.json").exists():
+            if manifest.defect(folder) is not None:
                 train_bpe(texts, size).save_pretrained(str(folder))
+                manifest.write(folder, {"vocab_size": size})
 
         world.on_main(make)
     source = str(folder) if isinstance(ref, FromScratch) else ref

@@ -318,7 +318,8 @@ def _check_same_tokenizer(context: StageContext) -> None:
         from transformers import AutoTokenizer
 
         other = AutoTokenizer.from_pretrained(str(context.run.stage(need).model))
-        if other.get_vocab() != context.tokenizer.get_vocab():
+        # transformers may add a token of its own as it loads a folder (Qwen2's does).
+        if not context.tokenizer.get_vocab().items() <= other.get_vocab().items():
             raise HpcRlhfError(
                 f"the tokenizer of stage {need} differs from the actor's",
                 where=f"stage {context.stage}",

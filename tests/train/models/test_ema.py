@@ -1,0 +1,96 @@
+"""The moving average: the closed form in float32, and the model's own weights back afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_rlhf.train.models.ema import Ema
+from hpc_rlhf.train.world import World
+
+BETA = 0.992
+
+
+def model_of(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).to(dtype)
+    model[0].bias.requires_grad = False
+    return model
+
+
+def step(model: nn.Module, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_is_its_closed_form_in_float32(dtype: torch.dtype) -> None:
+    model = model_of(dtype)
+    ema = Ema(model, BETA, rank=0, size=1)
+    history = [model[0].weight.detach().double().clone()]
+    for number in range(50):
+        step(model, number)
+        ema.update()
+        history.append(model[0].weight.detach().double().clone())
+    expected = BETA**50 * history[0]
+    for number, weight in enumerate(history[1:], 1):
+        expected = expected + (1 - BETA) * BETA ** (50 - number) * weight
+    assert ema.averages[0].dtype == torch.float32
+    torch.testing.assert_close(ema.averages[0].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_updates_of_less_than_a_hundredth_are_not_lost() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.constant_(model.weight, 1.0)
+    ema = Ema(model, BETA, rank=0, size=1)
+    with torch.no_grad():
+        model.weight.fill_(1.0 + 2**-7)  # the next number after 1 that bfloat16 has
+    in_bfloat16 = torch.ones(1, dtype=torch.bfloat16)
+    for _ in range(100):
+        ema.update()
+        in_bfloat16.lerp_(model.weight.detach()[0], 1 - BETA)
+    moved = (ema.averages[0].item() - 1) / 2**-7
+    assert moved == pytest.approx(1 - BETA**100, rel=1e-3)
+    assert in_bfloat16.item() == 1.0, "which is what the average in bfloat16 would have been"
+
+
+def test_swapping_in_gives_the_averages_and_then_the_own_weights_back(world: World) -> None:
+    model = model_of(torch.bfloat16)
+    ema = Ema(model, 0.5, world.rank, world.size)
+    step(model, 1)
+    ema.update()
+    own = [parameter.detach().clone() for parameter in model.parameters()]
+    with ema.swapped_in():
+        assert torch.equal(model[0].weight, ema.averages[0].bfloat16())
+        assert not torch.equal(model[0].weight, own[0])
+        assert torch.equal(model[0].bias, own[1]), "not trained, so not averaged"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
+    with pytest.raises(KeyError), ema.swapped_in():
+        raise KeyError
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
+
+
+def test_ranks_keep_every_average_once() -> None:
+    model = model_of(torch.float32)
+    kept = [set(Ema(model, BETA, rank, 2).averages) for rank in range(2)]
+    assert kept[0] | kept[1] == {0, 1, 2}
+    assert not kept[0] & kept[1]
+
+
+def test_averages_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    model = model_of(torch.bfloat16)
+    ema = Ema(model, BETA, rank=0, size=1)
+    step(model, 1)
+    ema.update()
+    ema.save(tmp_path)
+    other = Ema(model, BETA, rank=0, size=1)
+    assert not torch.equal(other.averages[0], ema.averages[0])
+    other.load(tmp_path)
+    assert other.averages.keys() == ema.averages.keys()
+    assert all(torch.equal(other.averages[i], ema.averages[i]) for i in ema.averages)

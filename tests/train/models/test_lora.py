@@ -1,0 +1,138 @@
+"""Adapters: nothing changes at the start, and what they learn is whole in the exported weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.model import LoraSpec
+from hpc_rlhf.train.models.lora import LoraLinear, adapt
+from hpc_rlhf.train.models.weights import full_weights
+from tests.train import tiny
+
+IDS = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+LORA = LoraSpec(rank=4, alpha=12.0)
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def learn(model: Any) -> None:
+    """Move everything trained, as an optimizer would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@torch.no_grad()
+def test_at_the_start_the_adapted_model_is_the_base_exactly(kind: str) -> None:
+    model = tiny.causal(kind)
+    before = model(input_ids=IDS).logits
+    adapt(model, LORA, seed=1)
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("only", [True, False])
+def test_the_merged_weights_say_what_the_adapted_model_says(kind: str, only: bool) -> None:
+    model = tiny.causal(kind)
+    with torch.no_grad():
+        base = model(input_ids=IDS).logits
+    adapt(model, LoraSpec(rank=4, alpha=12.0, only=only), seed=1)
+    learn(model)
+    with torch.no_grad():
+        adapted = model(input_ids=IDS).logits
+    assert (adapted - base).abs().mean() > 0.1
+    merged = tiny.causal(kind, seed=9)
+    weights = {name: weight.clone() for name, weight in full_weights(model)}
+    missing, unexpected = merged.load_state_dict(weights, strict=False)
+    assert unexpected == []
+    assert all("lm_head" in name for name in missing), "a tied head is not listed"
+    merged.tie_weights()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=IDS).logits, adapted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_only_the_adapters_train_or_all_that_is_not_adapted(kind: str) -> None:
+    everything = trained(tiny.causal(kind))
+    only = tiny.causal(kind)
+    adapt(only, LORA, seed=1)
+    assert trained(only)
+    assert all(".lora_a" in name or ".lora_b" in name for name in trained(only))
+
+    also = tiny.causal(kind)
+    adapt(also, LoraSpec(rank=4, only=False), seed=1)
+    adapted = {name for name, module in also.named_modules() if isinstance(module, LoraLinear)}
+    frozen = {f"{name}.weight" for name in adapted}
+    expected = {
+        name.replace(".bias", ".base.bias") if name.rpartition(".")[0] in adapted else name
+        for name in everything - frozen
+    }
+    assert trained(also) - {f"{n}.lora_{side}" for n in adapted for side in "ab"} == expected
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_linear_layer_is_adapted_but_not_the_head(kind: str) -> None:
+    model = tiny.causal(kind)
+    adapt(model, LORA, seed=1)
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoraLinear)}
+    expected = {
+        "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"},
+        "gpt2": {"c_attn", "c_proj", "c_fc"},
+        "qwen2": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    }
+    assert names == expected[kind]
+
+
+def test_targets_name_the_layers_and_a_wrong_name_is_refused() -> None:
+    model = tiny.causal("llama")
+    adapt(model, LoraSpec(rank=2, targets=("q_proj", "v_proj")), seed=1)
+    assert {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoraLinear)} == {
+        "q_proj", "v_proj",
+    }  # fmt: skip
+    before = trained(tiny.causal("gpt2"))
+    other = tiny.causal("gpt2")
+    with pytest.raises(HpcRlhfError, match="no linear layer called q_proj, v_proj") as caught:
+        adapt(other, LoraSpec(rank=2, targets=("q_proj", "v_proj")), seed=1)
+    assert caught.value.where == "lora.targets"
+    assert trained(other) == before, "a refused model is left as it was"
+
+
+def test_a_reward_models_head_learns_in_full_beside_the_adapters() -> None:
+    model = tiny.classifier("llama")
+    adapt(model, LORA, seed=1)
+    assert isinstance(model.score, nn.Linear)
+    assert {name for name in trained(model) if ".lora_" not in name} == {"score.weight"}
+
+
+def test_the_update_is_scaled_by_alpha_over_rank() -> None:
+    base = nn.Linear(6, 5, bias=False)
+    layer = LoraLinear(base, rank=2, alpha=8.0, seed=1)
+    with torch.no_grad():
+        layer.lora_b.normal_()
+    x = torch.randn(3, 6)
+    expected = x @ base.weight.T + 4.0 * (x @ layer.lora_a.T @ layer.lora_b.T)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(x @ layer.merged_weight().T, expected)
+
+
+def test_adapters_start_from_the_seed_and_differ_by_layer() -> None:
+    def starts(seed: int) -> list[torch.Tensor]:
+        model = tiny.causal("llama")
+        torch.manual_seed(seed * 100)  # the global generator has no say
+        adapt(model, LORA, seed)
+        return [m.lora_a.detach() for m in model.modules() if isinstance(m, LoraLinear)]
+
+    first, again, other = starts(1), starts(1), starts(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[0], first[3])

@@ -1,0 +1,129 @@
+"""Tokenizers made on the spot: the same everywhere, and text comes back from them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.model import FromScratch
+from hpc_rlhf.train.data.demo import dialogues
+from hpc_rlhf.train.models.tokenizers import load_tokenizer, train_bpe
+from hpc_rlhf.train.models.weights import export
+from hpc_rlhf.train.stages.ppo import _check_same_tokenizer
+from hpc_rlhf.train.world import World
+from tests.train import tiny
+
+TEXTS = [" ".join(row.values()) for row in dialogues(300, 1)]
+STRANGE = [
+    "\n\nHuman: Was ist 3+4?\r\n\tSieben — 七 \U0001f600 e\u0301 é",
+    "  two  spaces ",
+    "x" * 50,
+    "\x00\x1f",
+]
+REF = FromScratch(from_scratch={"model_type": "llama", "vocab_size": 400})
+TRAIN = """
+import hashlib
+from hpc_rlhf.train.models.tokenizers import train_bpe
+from tests.train.models.test_tokenizers import TEXTS
+made = train_bpe(iter(TEXTS), 500).backend_tokenizer.to_str()
+print(hashlib.sha256(made.encode()).hexdigest())
+"""
+
+
+def test_training_gives_the_same_in_every_process() -> None:
+    trained = [
+        subprocess.run(
+            [sys.executable, "-c", TRAIN],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert trained[0] == trained[1]
+    assert len(trained[0].split()[-1]) == 64
+
+
+def test_any_text_comes_back() -> None:
+    tokenizer = train_bpe(iter(TEXTS), 500)
+    assert len(tokenizer) == 500
+    for text in TEXTS[:20] + STRANGE:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer(TEXTS[0])["input_ids"]) < len(TEXTS[0]) / 2, "words are learnt, not only bytes"
+
+
+def test_padding_beginning_and_end_have_tokens_of_their_own() -> None:
+    tokenizer = train_bpe(iter(TEXTS), 400)
+    ids = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert len(ids) == 3
+    assert not ids & set(tokenizer(" ".join(TEXTS))["input_ids"])
+
+
+def test_a_tokenizer_is_trained_once_and_again_if_that_was_cut_short(tmp_path: Path, world: World) -> None:
+    asked: list[int] = []
+
+    def texts() -> Any:
+        asked.append(1)
+        yield from TEXTS
+
+    first = load_tokenizer(REF, texts(), tmp_path / "tokenizer", world)
+    again = load_tokenizer(REF, texts(), tmp_path / "tokenizer", world)
+    assert first.get_vocab() == again.get_vocab()
+    assert len(asked) == 1
+    # What a job that ends in mid-write leaves.
+    (tmp_path / "tokenizer" / "manifest.json").unlink()
+    whole = (tmp_path / "tokenizer" / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(whole[:100])
+    mended = load_tokenizer(REF, texts(), tmp_path / "tokenizer", world)
+    assert mended.get_vocab() == first.get_vocab()
+    assert len(asked) == 2
+
+
+def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path: Path, world: World) -> None:
+    with pytest.raises(HpcRlhfError, match="no tokenizer could be loaded") as caught:
+        load_tokenizer(str(tmp_path), iter(()), tmp_path / "made", world)
+    assert str(tmp_path) in str(caught.value.where)
+
+
+def test_a_tokenizer_without_eos_is_refused_and_one_without_padding_pads_with_eos(
+    tmp_path: Path, world: World
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    backend = train_bpe(iter(TEXTS), 400).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "none")
+    with pytest.raises(HpcRlhfError, match="no end-of-sequence token"):
+        load_tokenizer(str(tmp_path / "none"), iter(()), tmp_path, world)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "eos")
+    loaded = load_tokenizer(str(tmp_path / "eos"), iter(()), tmp_path, world)
+    assert loaded.pad_token_id == loaded.eos_token_id
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_the_tokenizer_in_a_models_folder_is_the_one_it_was_trained_with(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = train_bpe(iter(TEXTS), 400)
+    run = RunDir(tmp_path)
+    export(tiny.causal(kind), tokenizer, run.stage("sft").model, is_main=True)
+    loaded = AutoTokenizer.from_pretrained(run.stage("sft").model)
+    # transformers loads a Qwen2 folder with that family's own class, whatever the folder says: it composes accents
+    # and splits numbers, and is else the same.
+    for text in TEXTS if kind == "qwen2" else TEXTS + STRANGE:
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+    context: Any = SimpleNamespace(
+        spec=SimpleNamespace(needs=lambda stage: ("sft",)), run=run, stage="ppo", tokenizer=tokenizer
+    )
+    _check_same_tokenizer(context)
+    context.tokenizer = train_bpe(iter(TEXTS[:5]), 400)
+    with pytest.raises(HpcRlhfError, match="the tokenizer of stage sft differs"):
+        _check_same_tokenizer(context)

@@ -1,0 +1,126 @@
+"""Exported folders hold the model whole, for transformers to load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_rlhf.spec.model import LoraSpec
+from hpc_rlhf.train.data.tokenized import pad_right
+from hpc_rlhf.train.models.load import RewardModel, load_causal, load_reward, positions
+from hpc_rlhf.train.models.lora import adapt
+from hpc_rlhf.train.models.weights import export, full_weights
+from tests.train import tiny
+
+IDS = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return tiny.tokenizer()
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_language_model_comes_back_from_its_folder_bit_for_bit(
+    kind: str, tied: bool, dtype: torch.dtype, tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny.causal(kind, tie_word_embeddings=tied)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # and no buffer, as DeepSpeed does
+    export(model, tokenizer, tmp_path / "model", is_main=True)
+    assert list((tmp_path / "model").glob("*.safetensors"))
+    assert not list((tmp_path / "model").glob("*.bin")), "no pickle"
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").eval()
+    assert back.dtype == dtype
+    assert (back.get_input_embeddings().weight is back.get_output_embeddings().weight) == tied
+    for (name, weight), (found, other) in zip(
+        model.state_dict().items(), back.state_dict().items(), strict=True
+    ):
+        assert name == found
+        assert torch.equal(weight, other), name
+    torch.testing.assert_close(back(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_weights_are_the_parameters_by_their_names_each_once(kind: str, tied: bool) -> None:
+    model = tiny.causal(kind, tie_word_embeddings=tied)
+    found = list(full_weights(model))
+    assert [name for name, _ in found] == [name for name, _ in model.named_parameters()]
+    for (_, weight), parameter in zip(found, model.parameters(), strict=True):
+        assert torch.equal(weight, parameter)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_adapters_are_folded_in_on_export_and_leave_the_model_as_it_is(
+    kind: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny.causal(kind)
+    adapt(model, LoraSpec(rank=4), seed=1)
+    for name, parameter in model.named_parameters():
+        if ".lora_b" in name:
+            parameter.normal_(0, 0.1)
+    expected = model(input_ids=IDS).logits
+    export(model, tokenizer, tmp_path, is_main=True)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not [name for name, _ in back.named_parameters() if "lora" in name or ".base." in name]
+    torch.testing.assert_close(back(input_ids=IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_only_the_main_rank_writes(tokenizer: Any, tmp_path: Path) -> None:
+    export(tiny.causal("gpt2"), tokenizer, tmp_path / "model", is_main=False)
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@torch.no_grad()
+def test_a_reward_model_gives_the_same_scores_in_transformers(
+    kind: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = RewardModel(tiny.classifier(kind))
+    rows = [[5, 6, 7, tiny.EOS], [9], [8, 30, 31, 32, 33, 34, tiny.EOS]]
+    batch = pad_right([[]] * 3, rows, tiny.PAD)
+    values = model(batch.input_ids, batch.mask, positions(batch.mask))
+    export(model.classifier, tokenizer, tmp_path, is_main=True)
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert back.config.num_labels == 1
+    scores = back(input_ids=batch.input_ids, attention_mask=batch.mask.long()).logits.squeeze(-1)
+    lasts = torch.tensor([len(row) - 1 for row in rows])
+    torch.testing.assert_close(values[torch.arange(3), lasts], scores, atol=1e-5, rtol=1e-5)
+
+    again = load_reward(str(tmp_path), torch.float32, seed=None).eval()
+    assert torch.equal(again(batch.input_ids, batch.mask, positions(batch.mask)), values)
+
+
+@torch.no_grad()
+def test_a_language_model_folder_starts_a_reward_model_with_a_head_of_the_seed(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny.causal("opt")
+    export(model, tokenizer, tmp_path, is_main=True)
+    torch.manual_seed(1)
+    first = load_reward(str(tmp_path), torch.float32, seed=5)
+    torch.manual_seed(2)
+    again = load_reward(str(tmp_path), torch.float32, seed=5)
+    other = load_reward(str(tmp_path), torch.float32, seed=6)
+    head = first.classifier.score
+    assert head.bias is None
+    assert torch.equal(head.weight, again.classifier.score.weight)
+    assert not torch.equal(head.weight, other.classifier.score.weight)
+    body = load_causal(str(tmp_path), torch.float32).base_model.state_dict()
+    for name, weight in first.classifier.base_model.state_dict().items():
+        assert torch.equal(weight, body[name]), name
