@@ -72,7 +72,7 @@ class CheckpointStore:
                 exit_code=RUN_FAILED,
             )
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
+    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> bool:
         """Save a checkpoint, if there is none of this step yet.
 
         Args:
@@ -80,12 +80,15 @@ class CheckpointStore:
             write: writes this rank's part into the folder it is given; collective.
             state: JSON that comes back with the checkpoint.
 
+        Returns:
+            Whether there was none yet.
+
         Raises:
             HpcRlhfError: another attempt owns the stage, or the disk refuses.
         """
         target = self.folder / f"step-{step:08d}"
         if self.world.on_main(target.exists):
-            return
+            return False
         partial = self.folder / f"tmp-{step:08d}-{self.attempt}"
         self.world.on_main(lambda: partial.mkdir(parents=True))
         write(partial)
@@ -102,6 +105,7 @@ class CheckpointStore:
             self._prune()
 
         self.world.on_main(commit)
+        return True
 
     def _prune(self) -> None:
         for folder in self._steps()[self.keep :]:

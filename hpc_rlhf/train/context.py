@@ -135,8 +135,8 @@ class StageContext:
         """Save a checkpoint. Collective."""
         began = time.time()
         self.metrics.sync()
-        self.store.save(step, write, {**state, "seconds": self.seconds})
-        if self.world.is_main:
+        written = self.store.save(step, write, {**state, "seconds": self.seconds})
+        if written and self.world.is_main:
             spent = round(time.time() - began, 3)
             self.ledger.append("saved", self.stage, attempt=self.attempt, step=step, seconds=spent)
 

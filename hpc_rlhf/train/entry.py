@@ -128,11 +128,11 @@ class Attempt:
 
     def end_stopped(self, stopped: StageStopped, spec: JobSpec) -> NoReturn:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""
+        if self.is_main and not self.in_slurm:
+            self.note("interrupted", step=stopped.step)
         self.stop.restore()
         if self.is_main and self.in_slurm:
             self.requeue(stopped, spec)
-        elif self.is_main:
-            self.note("interrupted", step=stopped.step)
         if self.in_slurm:
             time.sleep(60)  # Slurm ends this step as it requeues the job
         sys.exit(TO_BE_CONTINUED)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,23 @@ class MetricsLog:
         keep_until(path, step)
         self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
-    def log(self, step: int, total_steps: int, kind: str, values: dict[str, float]) -> None:
-        """Add a line. A value that is not finite is written as null."""
+    def log(self, step: int, total_steps: int, kind: str, values: Mapping[str, float | None]) -> None:
+        """Add a line. A value that is missing or not finite is written as null."""
         if self._writer is None:
             return
-        finite = {key: round(v, 8) if math.isfinite(v) else None for key, v in values.items()}
+        finite = {key: v for key, v in values.items() if v is not None and math.isfinite(v)}
         record = {
             "step": step,
             "total_steps": total_steps,
             "time": round(time.time(), 3),
             "kind": kind,
-            **finite,
+            **dict.fromkeys(values),
+            **{key: round(value, 8) for key, value in finite.items()},
         }
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
-        for key, value in values.items():
+        for key, value in finite.items():
             self._writer.add_scalar(f"{kind}/{key}", value, step)
 
     def sync(self) -> None:

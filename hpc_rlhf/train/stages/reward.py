@@ -50,7 +50,8 @@ def run(context: StageContext) -> None:
         chosen, rejected = values.chunk(2)
         return pairwise_loss(chosen, rejected, *batch.input_ids.chunk(2), *batch.mask.chunk(2))
 
-    def accuracy() -> float:
+    def accuracy() -> float | None:
+        """Of the held-out pairs; None where there are none."""
         engine.eval()
         sums = {"right": 0.0, "pairs": 0.0}
         with torch.no_grad():
@@ -61,7 +62,7 @@ def run(context: StageContext) -> None:
                     sums["pairs"] += len(rows)
         engine.train()
         sums = context.world.sums(sums)
-        return sums["right"] / max(1.0, sums["pairs"])
+        return sums["right"] / sums["pairs"] if sums["pairs"] else None
 
     # 3. Resume.
     found = context.resume(load_engines({"engine": engine}))

@@ -53,7 +53,8 @@ def run(context: StageContext) -> None:
         logits = call(engine, batch.input_ids, batch.mask, positions(batch.mask)).logits
         return next_token_loss_sum(logits, batch.input_ids, learnt(batch))
 
-    def perplexity() -> float:
+    def perplexity() -> float | None:
+        """Of the held-out samples; None where there are none."""
         engine.eval()
         sums = {"loss": 0.0, "tokens": 0.0}
         with torch.no_grad():
@@ -65,7 +66,7 @@ def run(context: StageContext) -> None:
                     sums["tokens"] += learnt(batch).sum().item()
         engine.train()
         sums = context.world.sums(sums)
-        return math.exp(min(50.0, sums["loss"] / max(1.0, sums["tokens"])))
+        return math.exp(min(50.0, sums["loss"] / sums["tokens"])) if sums["tokens"] else None
 
     # 3. Resume, or measure where it starts.
     state: dict[str, Any] = {}
