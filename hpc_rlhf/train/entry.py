@@ -128,13 +128,13 @@ class Attempt:
 
     def end_stopped(self, stopped: StageStopped, spec: JobSpec) -> NoReturn:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""
-        if self.is_main and not self.in_slurm:
-            self.note("interrupted", step=stopped.step)
-        self.stop.restore()
         if self.is_main and self.in_slurm:
             self.requeue(stopped, spec)
+        elif self.is_main:
+            self.note("interrupted", step=stopped.step)
+        self.stop.restore()
         if self.in_slurm:
-            time.sleep(60)  # Slurm ends this step as it requeues the job
+            time.sleep(10)  # rank 0 is requeueing the job, and Slurm then ends this step
         sys.exit(TO_BE_CONTINUED)
 
     def requeue(self, stopped: StageStopped, spec: JobSpec) -> None:
