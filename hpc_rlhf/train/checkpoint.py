@@ -84,13 +84,21 @@ class CheckpointStore:
             Whether there was none yet.
 
         Raises:
-            HpcRlhfError: another attempt owns the stage, or the disk refuses.
+            HpcRlhfError: another attempt owns the stage, or the file system refuses. Older checkpoints
+                are as they were.
         """
         target = self.folder / f"step-{step:08d}"
-        if self.world.on_main(target.exists):
-            return False
         partial = self.folder / f"tmp-{step:08d}-{self.attempt}"
-        self.world.on_main(lambda: partial.mkdir(parents=True))
+
+        def begin() -> bool:
+            self.check_owner()
+            if target.exists():
+                return False
+            partial.mkdir(parents=True)
+            return True
+
+        if not self.world.on_main(begin):
+            return False
         write(partial)
         self.world.barrier()
         shares = self.world.gather(manifest.describe(partial, (self.world.rank, self.world.size)))
@@ -122,21 +130,21 @@ class CheckpointStore:
         """The newest checkpoint that verifies; torn ones are set aside. None where a stage has none yet.
 
         Raises:
-            HpcRlhfError: there are checkpoints and none of them is whole, or they belong to another
-                number of ranks.
+            HpcRlhfError: there are checkpoints, or were, and none of them is whole; or they belong to
+                another number of ranks.
         """
-        found = self.world.on_main(self._steps)
-        for folder in found:
+        for folder in self.world.on_main(self._steps):
             mine = manifest.defect(folder, share=(self.world.rank, self.world.size))
             defects = [defect for defect in self.world.gather(mine) if defect]
             if not defects:
                 return self._opened(folder)
             self.world.on_main(partial(_set_aside, folder))
-        if found:
+        torn = self.world.on_main(lambda: len(list(self.folder.glob("torn-*"))))
+        if torn:
             raise HpcRlhfError(
-                f"none of the {len(found)} checkpoints is whole",
+                f"none of the {torn} checkpoints is whole",
                 where=str(self.folder),
-                hint="they are kept as torn-*; restore one from a backup, or remove the folder to start the stage anew",
+                hint="they are kept as torn-*: restore one under its old name, or remove them to start the stage anew",
                 exit_code=RUN_FAILED,
             )
         return None

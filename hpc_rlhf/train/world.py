@@ -80,13 +80,16 @@ class World:
         return things
 
     def on_main(self, make: Callable[[], T]) -> T:
-        """Rank 0's result, on every rank. An error of the user's is raised on every rank."""
+        """Rank 0's result, on every rank. An error that a person can mend is raised on every rank."""
         answer: list[Any] = [None, None]
         if self.is_main:
             try:
                 answer[0] = make()
             except HpcRlhfError as error:
                 answer[1] = (error.message, error.where, error.hint, error.exit_code)
+            except OSError as error:
+                hint = "mend it, or make room, and run the stage again"
+                answer[1] = (f"the file system refused: {error}", socket.gethostname(), hint, RUN_FAILED)
         dist.broadcast_object_list(answer, src=0, group=self.control)
         if answer[1] is not None:
             raise HpcRlhfError(*answer[1])
