@@ -61,24 +61,21 @@ class ChatModel:
         given = ""
         for token in tokens:
             drawn.append(token)
-            text = self.tokenizer.decode(drawn, skip_special_tokens=True).lstrip()
-            if NEXT_TURN in text:
-                break
-            held = _sure(text)
-            if held.startswith(given) and len(held) > len(given):
-                yield held[len(given) :]
-                given = held
-        text = (
-            self.tokenizer.decode(drawn, skip_special_tokens=True).lstrip().partition(NEXT_TURN)[0].rstrip()
-        )
-        if text.startswith(given):
-            yield text[len(given) :]
+            whole = self.tokenizer.decode(drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text, next_turn, _ = whole.partition(NEXT_TURN)
+            sure = _sure(text).lstrip()
+            if len(sure) > len(given) and sure.startswith(given):
+                yield sure[len(given) :]
+                given = sure
+            if next_turn:
+                return
 
 
 def _sure(text: str) -> str:
-    """The text without an end that is half a character, or that may become the person's next turn."""
+    """The text without an end that is half a character, space, or what may become the person's next turn."""
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     for length in range(len(NEXT_TURN) - 1, 0, -1):
         if text.endswith(NEXT_TURN[:length]):
-            return text[:-length]
-    return text
+            text = text[:-length]
+            break
+    return text.rstrip()

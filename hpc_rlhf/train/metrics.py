@@ -43,7 +43,7 @@ class MetricsLog:
             "time": round(time.time(), 3),
             "kind": kind,
             **dict.fromkeys(values),
-            **{key: round(value, 8) for key, value in finite.items()},
+            **{key: float(f"{value:.10g}") for key, value in finite.items()},  # a late learning rate is 1e-10
         }
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -62,9 +62,10 @@ class MetricsLog:
 def keep_until(path: Path, step: int) -> None:
     """Take the lines of later steps out of a JSONL file, atomically."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines(True) if _step_of(line) <= step]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        kept = [line + "\n" for line in lines if _step_of(line) <= step]
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
+        partial.write_text("".join(kept), encoding="utf-8")
         partial.rename(path)
 
 

@@ -1,0 +1,98 @@
+"""Answers come in pieces: whole characters, nothing of the next turn, and together the whole answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_rlhf.train.chat import NEXT_TURN, ChatModel
+from hpc_rlhf.train.data.rows import transcript
+from hpc_rlhf.train.models.weights import export
+from tests.train import tiny
+
+HI = [("human", "What colour is grass?")]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny.causal("llama", vocab_size=300, max_position_embeddings=96)
+    export(model, tiny.tokenizer(), folder, is_main=True)
+    return ChatModel(Path(folder))
+
+
+def pieces_of(chat: ChatModel, text: str, cut: int = 0) -> list[str]:
+    """What is streamed when the model says a text, without its last tokens."""
+    tokens = chat.tokenizer(text)["input_ids"]
+    return list(chat._text(iter(tokens[: len(tokens) - cut])))
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (" Grass is green.", "Grass is green."),
+        (" Grün — 七 \U0001f600!", "Grün — 七 \U0001f600!"),
+        (" One\n\nTwo \n Three\n\n", "One\n\nTwo \n Three"),
+        (f" Green.{NEXT_TURN} And snow?\n\nAssistant: White.", "Green."),
+        (f" Green. \n{NEXT_TURN}", "Green."),
+        (NEXT_TURN, ""),
+        ("  \n ", ""),
+        (" Human: is what I am", "Human: is what I am"),
+        (" Dear\n\nHumans: hello", "Dear\n\nHumans: hello"),
+        (" Green.\n\nHuma", "Green."),
+        (" Green.</s>", "Green."),
+    ],
+)
+def test_pieces_make_up_the_answer_without_the_next_turn(chat: ChatModel, said: str, answer: str) -> None:
+    pieces = pieces_of(chat, said)
+    assert "".join(pieces) == answer
+    assert all(pieces), "no empty piece"
+    assert len(pieces) > 1 or len(answer) < 2, "it streams"
+
+
+def test_at_no_time_has_half_a_character_or_part_of_the_next_turn_been_shown(chat: ChatModel) -> None:
+    said = " Grün 七 \U0001f600\U0001f600 ok.\n\nHuman: more"
+    answer = "Grün 七 \U0001f600\U0001f600 ok."
+    for cut in range(len(chat.tokenizer(said)["input_ids"])):
+        for shown in ("".join(pieces_of(chat, said, cut)[:count]) for count in range(40)):
+            assert answer.startswith(shown), f"{shown!r} without the last {cut} tokens"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_is_the_whole_answer_of_the_model(chat: ChatModel, temperature: float) -> None:
+    pieces = list(chat.stream(HI, 40, temperature, seed=1))
+    answer = "".join(pieces)
+    assert len(pieces) > 3
+    assert list(chat.stream(HI, 40, temperature, seed=1)) == pieces
+    other = "".join(chat.stream(HI, 40, temperature, seed=2))
+    assert (other == answer) == (temperature == 0)
+    if temperature == 0:
+        ids = torch.tensor([chat.tokenizer(transcript(HI))["input_ids"]])
+        tokens = chat.model.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
+        whole = chat.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert answer == whole.partition(NEXT_TURN)[0].rstrip("\N{REPLACEMENT CHARACTER}").strip()
+
+
+def test_an_answer_has_at_most_so_many_tokens(chat: ChatModel) -> None:
+    drawn: list[int] = []
+
+    def count(tokens: Any) -> Any:
+        drawn.extend(tokens)
+        return iter(())
+
+    chat_text, chat._text = chat._text, count  # type: ignore[method-assign]
+    try:
+        list(chat.stream(HI, 7, 0.0, seed=1))
+    finally:
+        chat._text = chat_text  # type: ignore[method-assign]
+    assert 0 < len(drawn) <= 7
+
+
+def test_a_long_conversation_loses_its_oldest_tokens_and_goes_on(chat: ChatModel) -> None:
+    turns = [("human", "word " * 60), ("assistant", "Yes."), ("human", "Why?")]
+    assert len(chat.tokenizer(transcript(turns))["input_ids"]) > 96
+    assert "".join(chat.stream(turns, 30, 0.0, seed=1))
+    assert "".join(chat.stream(turns, 1000, 0.0, seed=1)), "more tokens than the model has places"
