@@ -108,6 +108,20 @@ def test_a_preempted_chain_goes_on_and_ends_well(new_chain: NewChain, partition:
     assert chain.events("started", "ppo")[0]["time"] > max(ends)
 
 
+def test_a_stage_preempted_while_it_loads_is_requeued(new_chain: NewChain) -> None:
+    """The signal comes when Python is hardly up; without care the rank dies of it, and the chain with it."""
+    chain = new_chain(
+        "slurm.partition=low", "stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=3"
+    )
+    chain.submit()
+    job = chain.job_id("sft")
+    chain.cluster.wait_state(job, "RUNNING", timeout=60)
+    preempt_all(chain.cluster)
+    chain.wait_done("sft")
+    chain.cluster.wait_state(job, "COMPLETED", timeout=60)
+    assert int(chain.cluster.field(job, "Restarts")) >= 1
+
+
 def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
     chain = new_chain("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=1500")
     chain.submit()
