@@ -43,6 +43,7 @@ PAIRS: dict[str, tuple[list[int], list[int]]] = {
     "different from the start": ([3, 4], [5, 6, 7]),
     "chosen is the beginning of rejected": ([5, 6], [5, 6, 7]),
     "rejected ends where chosen goes on": ([5, EOS, 7], [5, EOS]),
+    "rejected is chosen with its eos": ([5, 6], [5, 6, EOS]),
     "equal": ([5, 6, EOS], [5, 6, EOS]),
     "one token": ([5], [6]),
 }

@@ -69,7 +69,9 @@ def test_without_a_uniform_the_likeliest_token_is_taken() -> None:
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (1.0, 3), (0.7, 5)])
-@pytest.mark.parametrize("uniform", [0.0, JUST_BELOW_ONE])
+@pytest.mark.parametrize(
+    "uniform", [0.0, JUST_BELOW_ONE, 1.0]
+)  # 1: where a sum in parallel rounds another way
 def test_the_ends_of_the_unit_interval_give_tokens_that_are_kept(
     uniform: float, top_p: float, top_k: int
 ) -> None:
@@ -81,6 +83,11 @@ def test_the_ends_of_the_unit_interval_give_tokens_that_are_kept(
         rank = (order == tokens.unsqueeze(1)).long().argmax(dim=1)
         assert (logits.gather(1, tokens.unsqueeze(1)) > -torch.inf).all()
         assert (rank == 0).all() if uniform == 0 else (rank < (top_k or 100)).all()
+
+
+def test_each_token_has_its_half_open_part_of_the_unit_interval() -> None:
+    uniform = torch.tensor([0.0, 0.25, 0.5, 0.75, JUST_BELOW_ONE], dtype=torch.float64)
+    assert draw(torch.zeros(5, 4), uniform, 1.0, 1.0, 0).tolist() == [0, 1, 2, 3, 3]
 
 
 def test_a_row_does_not_depend_on_the_batch_it_stands_in() -> None:
