@@ -19,7 +19,8 @@ HI = [("human", "What colour is grass?")]
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
     folder = tmp_path_factory.mktemp("model")
-    model = tiny.causal("llama", vocab_size=300, max_position_embeddings=96)
+    # Its positions are learnt, so that it cannot go beyond them.
+    model = tiny.causal("gpt2", vocab_size=300, n_positions=96)
     export(model, tiny.tokenizer(), folder, is_main=True)
     return ChatModel(Path(folder))
 
@@ -51,6 +52,12 @@ def test_pieces_make_up_the_answer_without_the_next_turn(chat: ChatModel, said: 
     assert "".join(pieces) == answer
     assert all(pieces), "no empty piece"
     assert len(pieces) > 1 or len(answer) < 2, "it streams"
+
+
+def test_no_token_is_drawn_once_the_next_turn_begins(chat: ChatModel) -> None:
+    tokens = iter(chat.tokenizer(f" Green.{NEXT_TURN} And snow?")["input_ids"])
+    assert "".join(chat._text(tokens)) == "Green."
+    assert chat.tokenizer.decode(list(tokens)) == " And snow?"
 
 
 def test_at_no_time_has_half_a_character_or_part_of_the_next_turn_been_shown(chat: ChatModel) -> None:
