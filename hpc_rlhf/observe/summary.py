@@ -30,7 +30,7 @@ def stage_facts(run: RunDir) -> dict[str, dict[str, Any]]:
 def final_samples(run: RunDir) -> list[dict[str, Any]]:
     """PPO's answers to held-out prompts at its end, each with the SFT model's; one for every prompt."""
     try:
-        lines = run.stage("ppo").samples.read_text(encoding="utf-8").splitlines()
+        lines = run.stage("ppo").samples.read_text(encoding="utf-8").split("\n")
     except OSError:
         return []
     rows: dict[str, dict[str, Any]] = {}

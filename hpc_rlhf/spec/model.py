@@ -221,7 +221,7 @@ class FromScratch(Model):
     """A model made on the spot instead of a pretrained one."""
 
     from_scratch: dict[str, int | float | bool | str] = Field(
-        description="The model's configuration: model_type (llama, opt, gpt2, qwen2, …) and that architecture's own fields. "
+        description="The model's configuration: model_type (llama, opt, gpt2, qwen3, …) and that architecture's own fields. "
         "A BPE tokenizer of vocab_size is trained on the data."
     )
 

@@ -60,17 +60,22 @@ class MetricsLog:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Take the lines of later steps out of a JSONL file, atomically."""
+    """Take the lines of later steps out of a JSONL file, atomically.
+
+    What a stage measures after its last step goes too: an attempt that resumes there measures it again.
+    """
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")
-        kept = [line + "\n" for line in lines if _step_of(line) <= step]
+        kept = [line + "\n" for line in lines if _place(line) <= (step, step == 0)]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.rename(path)
 
 
-def _step_of(line: str) -> float:
+def _place(line: str) -> tuple[float, bool]:
+    """A line's step, and whether it was written after that step's own checkpoint."""
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        return float(record["step"]), record.get("kind") in ("eval", "final")
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, True

@@ -85,3 +85,15 @@ def test_text_with_any_line_end_and_torn_lines(tmp_path: Path) -> None:
     assert path.read_text() == ""
     keep_until(tmp_path / "none.jsonl", 1)
     assert [p.name for p in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_what_is_measured_after_the_last_step_is_measured_again(tmp_path: Path) -> None:
+    """A stage that resumes from the checkpoint of its last step evaluates anew; at step 0 it does not."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 0, "kind": "eval"}, {"step": 1, "kind": "train"}, {"step": 2, "kind": "train"}]
+    ending = [{"step": 2, "kind": "eval"}, {"step": 2, "kind": "final"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines + ending))
+    keep_until(path, 2)
+    assert rows(path) == lines
+    keep_until(path, 0)
+    assert rows(path) == lines[:1]

@@ -262,7 +262,7 @@ class PpoStage:
         )
 
     def keep_samples(self, records: list[dict[str, Any]]) -> None:
-        with self.context.files.samples.open("a") as file:
+        with self.context.files.samples.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def keep_rollouts(self, step: int, batch: Experience) -> None:
