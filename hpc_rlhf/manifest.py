@@ -102,13 +102,16 @@ def defect(folder: Path, deep: bool = True, share: tuple[int, int] = (0, 1)) -> 
     return None
 
 
-def require(folder: Path, what: str) -> dict[str, Any]:
+def require(folder: Path, what: str, deep: bool = True) -> dict[str, Any]:
     """The manifest of a whole folder.
+
+    Args:
+        deep: compare each file's SHA-256 too.
 
     Raises:
         HpcRlhfError: the folder is not whole; the message says why.
     """
-    reason = defect(folder)
+    reason = defect(folder, deep)
     if reason is not None:
         raise HpcRlhfError(
             f"{what} is not complete: {reason}",

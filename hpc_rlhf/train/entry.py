@@ -110,10 +110,16 @@ class Attempt:
         except StageStopped as stopped:
             world.barrier()  # nobody ends before everybody has saved: srun would kill the rest
             self.end_stopped(stopped, spec)
+        facts = manifest.require(
+            self.files.stage(self.stage).model, f"the model of stage {self.stage}", deep=False
+        )
         if self.is_main:
-            facts = manifest.read(self.files.stage(self.stage).model) or {}
-            self.note("finished", step=facts.get("step"), seconds=facts.get("seconds"))
+            self.note("finished", step=facts["step"], seconds=facts["seconds"])
         worlds.leave()
+        if self.is_main and self.in_slurm and self.stop.preempted:
+            # Slurm may record a job that ends while it is preempted as PREEMPTED, and then its dependents never
+            # start. Run again, it finds its model complete, ends at once, and is COMPLETED.
+            self.requeue(int(facts["step"]), "preempted")
 
     def train(self, spec: JobSpec, world: World) -> None:
         """Check what the stage starts from, make this attempt its owner, and run it."""
@@ -129,7 +135,14 @@ class Attempt:
     def end_stopped(self, stopped: StageStopped, spec: JobSpec) -> NoReturn:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""
         if self.is_main and self.in_slurm:
-            self.requeue(stopped, spec)
+            if self.restarts >= spec.stage(self.stage).slurm.max_requeues:
+                raise HpcRlhfError(
+                    f"it was requeued {self.restarts} times, all that slurm.max_requeues allows",
+                    where=f"stage {self.stage}, step {stopped.step}",
+                    hint="the checkpoint is kept: raise slurm.max_requeues and submit again to go on",
+                    exit_code=RUN_FAILED,
+                )
+            self.requeue(stopped.step, stopped.reason)
         elif self.is_main:
             self.note("interrupted", step=stopped.step)
         self.stop.restore()
@@ -137,20 +150,13 @@ class Attempt:
             time.sleep(10)  # rank 0 is requeueing the job, and Slurm then ends this step
         sys.exit(TO_BE_CONTINUED)
 
-    def requeue(self, stopped: StageStopped, spec: JobSpec) -> None:
-        """Have this Slurm job run again, unless a person cancelled it or it was requeued too often."""
+    def requeue(self, step: int, reason: str) -> None:
+        """Have this Slurm job run again, unless a person cancelled it."""
         reachable = shutil.which("scontrol") is not None
         if reachable and slurm.was_cancelled(str(self.job)):
             self.note("cancelled", job_id=self.job)
             sys.exit(TO_BE_CONTINUED)
-        if self.restarts >= spec.stage(self.stage).slurm.max_requeues:
-            raise HpcRlhfError(
-                f"it was requeued {self.restarts} times, all that slurm.max_requeues allows",
-                where=f"stage {self.stage}, step {stopped.step}",
-                hint="the checkpoint is kept: raise slurm.max_requeues and submit again to go on",
-                exit_code=RUN_FAILED,
-            )
-        self.note("requeued", step=stopped.step, reason=stopped.reason)
+        self.note("requeued", step=step, reason=reason)
         if not reachable:  # from inside a container; the batch script outside sees the request
             self.files.stage(self.stage).requeue_request.touch()
             sys.exit(TO_BE_CONTINUED)

@@ -24,6 +24,10 @@ class StopFlag:
     def __init__(self) -> None:
         self.code = 0
 
+    @property
+    def preempted(self) -> bool:
+        return self.code == REASONS[signal.SIGTERM][0]
+
     def install(self) -> None:
         """Take over SIGUSR2 (Slurm's --signal), SIGTERM (preemption) and SIGINT in the main thread."""
         for number in REASONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,15 @@ def test_two_jobs_and_two_attempts_meet_at_different_ports(tmp_path: Path) -> No
         ports.update(line for line in (out / "env").read_text().splitlines() if "MASTER_PORT" in line)
     assert len(ports) == 4
     assert all(20000 <= int(port.partition("=")[2]) < 30000 for port in ports)
+
+
+def test_a_port_that_somebody_listens_at_is_passed_over(tmp_path: Path) -> None:
+    taken = 20000 + 7 * 101
+    with socket.create_server(("", taken)):
+        _, out, _ = run_script(
+            make_spec(tmp_path / "run"), "sft", tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0"
+        )
+    assert f"MASTER_PORT={taken + 1}" in (out / "env").read_text().splitlines()
 
 
 def test_what_the_submitting_shell_says_of_other_jobs_does_not_reach_srun(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""How an attempt ends under Slurm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf import manifest, slurm
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.train.entry import Attempt
+from hpc_rlhf.train.preemption import StopFlag
+from hpc_rlhf.train.world import World
+from tests.train.stages import make_run, tiny_spec
+
+TIME_LIMIT, PREEMPTED = 1, 2
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The job ids that were requeued; the test runs as rank 0 of job 9."""
+    jobs: list[str] = []
+    for name, value in {
+        "SLURM_JOB_ID": "9",
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_RESTART_COUNT": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(slurm, "was_cancelled", lambda job: False)
+    monkeypatch.setattr(slurm, "requeue", jobs.append)
+    return jobs
+
+
+def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt whose stage ends well, and that has heard a signal after its last safe point."""
+    monkeypatch.setattr("hpc_rlhf.train.world.join", lambda ranks: world)
+    monkeypatch.setattr("hpc_rlhf.train.world.leave", lambda: None)
+    stop = StopFlag()
+
+    def train(attempt: Attempt, *_: object) -> None:
+        run.stage("sft").model.mkdir(parents=True, exist_ok=True)
+        manifest.write(run.stage("sft").model, {"step": 6, "seconds": 1.0})
+        attempt.stop.code = code
+
+    monkeypatch.setattr(Attempt, "train", train)
+    Attempt(run, "sft", stop).run()
+
+
+def test_a_stage_that_ends_while_it_is_preempted_runs_once_more(
+    tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm may call it PREEMPTED although it is done; the next start ends at once, and is COMPLETED."""
+    run = make_run(tiny_spec(tmp_path / "run", ranks=1))
+    finish(run, PREEMPTED, world, monkeypatch)
+    assert requeued == ["9"]
+    assert [event["event"] for event in Ledger(run.ledger).events("sft")] == [
+        "started",
+        "finished",
+        "requeued",
+    ]
+
+
+@pytest.mark.parametrize("code", [0, TIME_LIMIT])
+def test_a_stage_that_ends_in_its_time_is_done(
+    tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    run = make_run(tiny_spec(tmp_path / "run", ranks=1))
+    finish(run, code, world, monkeypatch)
+    assert requeued == []
+    assert [event["event"] for event in Ledger(run.ledger).events("sft")] == ["started", "finished"]
