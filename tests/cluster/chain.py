@@ -16,7 +16,7 @@ from hpc_rlhf.rundir import RunDir
 from tests.cluster.cluster import CHECKOUT, Cluster, ClusterError, wait_until
 
 # Each rank imports torch and DeepSpeed anew, some 10 s of CPU time, and the other half of the tests runs beside it.
-STAGE_SECONDS = 240
+STAGE_SECONDS = 360
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_a_stage_preempted_while_it_loads_is_requeued(new_chain: NewChain) -> No
 
 
 def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
-    chain = new_chain("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=1500")
+    chain = new_chain("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=4000")
     chain.submit()
     job = chain.job_id("sft")
     chain.wait_step("sft", 5)
