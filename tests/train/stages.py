@@ -65,24 +65,28 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def rank_environment(ranks: int, port: int) -> list[dict[str, str]]:
+    """The environment of each of the ranks of a process group on this machine."""
+    common = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    return [{**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 def launch(run: RunDir, stage: str, ranks: int) -> list[subprocess.Popen[bytes]]:
     log = run.stage(stage).logs
     log.mkdir(parents=True, exist_ok=True)
-    common = {
-        **os.environ,
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
     return [
         subprocess.Popen(
             [sys.executable, "-m", "hpc_rlhf.task", str(run.path), stage],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=environment,
             stdout=(log / f"test_{rank}.out").open("ab"),
             stderr=subprocess.STDOUT,
         )
-        for rank in range(ranks)
+        for rank, environment in enumerate(rank_environment(ranks, free_port()))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from hpc_rlhf.train.models.load import call, positions
 from hpc_rlhf.train.models.weights import full_weights, is_sharded
 from hpc_rlhf.train.rollout.sampling import draw
+from hpc_rlhf.train.world import World
 
 
 class RolloutDropped(Exception):
@@ -36,15 +38,16 @@ class Sampling:
 
 def decode_steps(
     model: Any, prompt_ids: Tensor, prompt_mask: Tensor, max_tokens: int, sampling: Sampling,
-    uniforms: Tensor | None, eos_id: int, pad_id: int,
+    uniforms: Tensor | None, eos_id: int, pad_id: int, going: Callable[[bool], bool] = bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Answers to prompts, a token at a time, each answer ended at its first EOS.
 
     Args:
-        model: a causal language model in eval mode, whole on this rank.
+        model: a causal language model in eval mode.
         prompt_ids, prompt_mask: (batch, prompt), padded on the left; True on real tokens.
         max_tokens: longest answer.
         uniforms: (batch, max_tokens) of ``sampling.uniforms``; not needed when greedy.
+        going: told after each step whether an answer is unfinished; says whether to take another.
 
     Yields:
         The tokens drawn (batch,), and which of them are real: True up to and including EOS.
@@ -65,7 +68,7 @@ def decode_steps(
             token = torch.where(alive, token, pad_id)
         yield token, alive
         alive = alive & (token != eos_id)
-        if not alive.any():
+        if not going(bool(alive.any())):
             return
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         ids, position = token.unsqueeze(1), position[:, -1:] + 1
@@ -86,7 +89,9 @@ def decode(*args: Any, stopped: Callable[[], bool] = lambda: False, **kwargs: An
         masks.append(alive)
         if stopped():
             raise RolloutDropped
-    return torch.stack(tokens, dim=1), torch.stack(masks, dim=1)
+    mask = torch.stack(masks, dim=1)
+    width = int(mask.any(dim=0).sum())  # other ranks' answers may have been longer
+    return torch.stack(tokens, dim=1)[:, :width], mask[:, :width]
 
 
 def _last_only(model: Any) -> dict[str, int]:
@@ -94,25 +99,51 @@ def _last_only(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+def _bytes(model: nn.Module) -> int:
+    """Memory of a model's weights when none of them is sharded."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
+
+
+def _memory(device: torch.device) -> float:
+    """A device's memory in bytes; without end where it is the machine's own."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+
+
 class RolloutEngine:
     """Makes a model in training generate fast.
 
     A model whole on every rank generates as it is. One sharded by ZeRO-3 is gathered once for a rollout,
-    its adapters folded in, into a twin that no hook slows down; afterwards that memory is given back.
+    its adapters folded in, into a twin that no hook slows down; afterwards that memory is given back. One too
+    large for that generates sharded, all ranks taking every decode step together, which is slow.
 
     Args:
         model: the transformers model inside the training engine.
+        share: the largest share of a GPU's memory that a gathered model may take.
+
+    Attributes:
+        together: every decode step is collective.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, world: World, share: float = 0.5) -> None:
         self.model = model
+        self.world = world
         self._twin: Any = None
-        if is_sharded(list(model.parameters())):
+        sharded = is_sharded(list(model.parameters()))
+        self.together = sharded and bool(world.max(_bytes(model) > share * _memory(world.device)))
+        if sharded and not self.together:
             from accelerate import init_empty_weights
 
             with init_empty_weights(include_buffers=False):
                 self._twin = type(model)(model.config).eval()
             self._empty = dict(self._twin.named_parameters())
+
+    def going(self, more: bool) -> bool:
+        """Whether to take another decode step, for ``decode_steps``."""
+        return bool(self.world.max(more)) if self.together else more
+
+    def stopped(self, code: int) -> bool:
+        """Whether a stop flag's code drops the rollout. Collective when the decode steps are."""
+        return bool(self.world.max(code) if self.together else code)
 
     @contextmanager
     def ready(self) -> Iterator[nn.Module]:

@@ -94,7 +94,7 @@ class PpoStage:
         self.ref_model = ref
         self.ref = engines.frozen_engine(ref, config, self.device)
         self.reward = engines.frozen_engine(reward, config, self.device)
-        self.rollouts = RolloutEngine(self.actor)
+        self.rollouts = RolloutEngine(self.actor, context.world)
         rank, size = context.world.rank, context.world.size
         self.ema = Ema(self.actor, spec.ema_beta, rank, size) if spec.ema else None
         self.ptx = PtxStream(context, spec) if spec.ptx is not None else None
@@ -137,7 +137,7 @@ class PpoStage:
                 drawn = uniforms([(seed, "rollout", position) for position in block], limit)
                 answers, answer_mask = decode(
                     model, ids, mask, limit, self.sampling, drawn, self.eos_id, self.pad_id,
-                    stopped=lambda: self.context.stop.code != 0,
+                    going=self.rollouts.going, stopped=lambda: self.rollouts.stopped(self.context.stop.code),
                 )  # fmt: skip
                 made.append(Rollout.join(ids, mask, answers, answer_mask))
         return made
@@ -284,9 +284,22 @@ class PpoStage:
         ids, mask = ids.to(self.device), mask.to(self.device)
         limit = self.context.spec.data.max_answer_tokens
         answers: dict[str, list[tuple[str, float]]] = {}
-        for name, engine in (("sft", RolloutEngine(self.ref_model)), ("ppo", self.rollouts)):
+        for name, engine in (
+            ("sft", RolloutEngine(self.ref_model, self.context.world)),
+            ("ppo", self.rollouts),
+        ):
             with engine.ready() as model:
-                made = decode(model, ids, mask, limit, Sampling(greedy=True), None, self.eos_id, self.pad_id)
+                made = decode(
+                    model,
+                    ids,
+                    mask,
+                    limit,
+                    Sampling(greedy=True),
+                    None,
+                    self.eos_id,
+                    self.pad_id,
+                    going=engine.going,
+                )
             rollout = Rollout.join(ids, mask, *made)
             scores = answer_scores(self.reward, rollout).tolist()
             answers[name] = [(self.texts(rollout, row)[1], round(scores[row], 4)) for row in range(len(rows))]

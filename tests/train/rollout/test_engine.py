@@ -11,6 +11,7 @@ from torch import Tensor
 from hpc_rlhf.train.data.tokenized import pad_left
 from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling, decode, decode_steps
 from hpc_rlhf.train.rollout.sampling import uniforms
+from hpc_rlhf.train.world import World
 from tests.train import tiny
 
 NO_EOS = tiny.VOCABULARY  # a token that is never drawn
@@ -128,16 +129,16 @@ def test_tokens_come_one_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("was_training", [True, False])
-def test_the_engine_generates_in_eval_mode_and_puts_the_mode_back(was_training: bool) -> None:
+def test_the_engine_generates_in_eval_mode_and_puts_the_mode_back(was_training: bool, world: World) -> None:
     model = tiny.causal("gpt2", resid_pdrop=0.5).train(was_training)
     expected, _ = greedy(tiny.causal("gpt2"), prompts())
-    with RolloutEngine(model).ready() as ready:
+    with RolloutEngine(model, world).ready() as ready:
         assert greedy(ready, prompts())[0].tolist() == expected.tolist()
     assert model.training is was_training
 
 
-def test_the_engine_puts_the_mode_back_after_a_dropped_rollout() -> None:
+def test_the_engine_puts_the_mode_back_after_a_dropped_rollout(world: World) -> None:
     model = tiny.causal("gpt2").train()
-    with pytest.raises(RolloutDropped), RolloutEngine(model).ready():
+    with pytest.raises(RolloutDropped), RolloutEngine(model, world).ready():
         raise RolloutDropped
     assert model.training
