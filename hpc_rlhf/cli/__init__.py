@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -29,6 +30,9 @@ VERBS = {
     "cancel": "Cancel a run's jobs.",
     "chat": "Talk to the finished model.",
 }
+
+# What a machine does to any program.
+_NO_BUGS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 INTERRUPTED = 128 + 2  # as a shell reports a process ended by SIGINT
 
@@ -62,13 +66,12 @@ def group() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
+    _open_closed_streams()
     try:
-        if sys.stdout is not None:
-            # A file name that the terminal's encoding cannot show must not end a verb.
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        # A file name that the terminal's encoding cannot show must not end a verb.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         code = group.main(args=args, prog_name="hpc-rlhf", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except HpcRlhfError as error:
         # A SpecError's lines stay as they are, `file:line:col: …`, for editors that jump to them.
@@ -80,26 +83,53 @@ def main(args: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone; point stdout elsewhere so that the interpreter's last flush is quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has gone
         return RUN_FAILED
     except Exception as error:
         return _report_bug(error)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without standard streams (`>&-`) empty ones, so that no file it opens is one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  for as long as the process
+
+
+def _drop_output() -> None:
+    """Point stdout elsewhere, so that the interpreter's last flush is quiet."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _report_bug(error: Exception) -> int:
     if os.environ.get("HPC_RLHF_DEBUG") == "1":
         traceback.print_exception(error)
         return RUN_FAILED
-    if isinstance(error, OSError) and error.filename is not None:
-        click.echo(f"error: {error.filename}: {error.strerror}", err=True)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _NO_BUGS):
+        place = "" if error.filename is None else f"{error.filename}: "
+        click.echo(f"error: {place}{error.strerror}", err=True)
+        if error.filename is None:
+            _drop_output()  # what is left of it would not fit either
         return RUN_FAILED
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="hpc-rlhf-bug-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
-    ) as file:
-        traceback.print_exception(error, file=file)
     click.echo(
-        f"error: this is a bug in hpc-rlhf ({type(error).__name__}: {error}); please report it with {file.name}",
+        f"error: this is a bug in hpc-rlhf ({type(error).__name__}: {error}); please report it with {_traceback(error)}",
         err=True,
     )
     return RUN_FAILED
+
+
+def _traceback(error: Exception) -> str:
+    """Where an error's traceback can be had."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w",
+            prefix="hpc-rlhf-bug-",
+            suffix=".txt",
+            delete=False,
+            encoding="utf-8",
+            errors="backslashreplace",
+        ) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return "what HPC_RLHF_DEBUG=1 shows"
+    return file.name

@@ -87,6 +87,33 @@ def test_file_that_cannot_be_used_is_no_bug(failing, capsys) -> None:  # type: i
     assert capsys.readouterr().err == "error: /x/y: Permission denied\n"
 
 
+def test_bug_is_one_line_where_no_file_can_be_written(failing, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("tempfile.tempdir", "/dev/null")
+    failing(ZeroDivisionError("oh"))
+    assert main(["check"]) == RUN_FAILED
+    assert capsys.readouterr().err.endswith("; please report it with what HPC_RLHF_DEBUG=1 shows\n")
+
+
+@pytest.mark.parametrize("words", ["--help", "schema", "check nothing.yaml"])
+def test_full_device_is_no_bug(words: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {words} >/dev/full', "x", *CLI], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (RUN_FAILED, "error: No space left on device\n")
+
+
+def test_closed_streams_are_as_good_as_none(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", '"$@" init --actor a/b --deployment single_gpu <&- >&- 2>&-', "x", *CLI], cwd=tmp_path
+    )
+    assert done.returncode == 0
+    assert "wrote" not in (tmp_path / "b.yaml").read_text()
+    plan = subprocess.run(
+        ["bash", "-c", '"$@" plan b.yaml >&-', "x", *CLI], cwd=tmp_path, capture_output=True
+    )
+    assert (plan.returncode, plan.stdout) == (0, b"")
+
+
 @pytest.mark.parametrize("verb", ["--help", "schema"])
 def test_reader_that_leaves_early_is_no_error(verb: str) -> None:
     done = subprocess.run(
