@@ -55,31 +55,18 @@ def make_plan(spec: JobSpec) -> Plan:
     """The plan of a spec.
 
     Raises:
-        HpcRlhfError: a stage's batch does not come out even, or Slurm could not use run_dir as it is.
+        HpcRlhfError: a stage's batch does not come out even.
     """
     run = RunDir(Path(spec.run_dir))
     jobs = []
     for stage in spec.stage_names:
         slurm = spec.stage(stage).slurm
-        _refuse_special_characters(run, slurm)
         try:
             batch = derive_batch(spec.stage(stage), stage)
         except ValueError as error:
             raise HpcRlhfError(str(error), where=f"stages.{stage}.global_batch") from error
         jobs.append(PlannedJob(stage, f"{spec.name}.{stage}", spec.needs(stage), slurm, batch))
     return Plan(spec.name, run, tuple(jobs))
-
-
-def _refuse_special_characters(run: RunDir, slurm: SlurmSpec) -> None:
-    """Slurm fills in log paths at %x, and a container's mounts end at a comma or a colon."""
-    special = "%\\" if slurm.container is None else "%\\,:"
-    found = sorted(set(special) & set(str(run.path)))
-    if found:
-        raise HpcRlhfError(
-            f"run_dir must not contain {' or '.join(found)}: these mean something else to Slurm or a container",
-            where=str(run.path),
-            hint="choose another run_dir",
-        )
 
 
 def _job_dict(job: PlannedJob) -> dict[str, Any]:

@@ -106,6 +106,11 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
         return (by_key or node.mark).problem(what, hint, path)
 
     problems = []
+    special = _special_characters(spec)
+    if special:
+        problems.append(
+            problem("run_dir", f"must not contain {' or '.join(special)}, which Slurm or a container acts on")
+        )
     for name in spec.stage_names:
         try:
             derive_batch(spec.stage(name), name)
@@ -118,6 +123,12 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             problem("data.sources", "none holds pairs of answers, which the reward stage trains on")
         )
     return problems
+
+
+def _special_characters(spec: JobSpec) -> list[str]:
+    """What run_dir holds that is no mere letter: Slurm fills in log paths at %x, and a mount ends at a comma or colon."""
+    contained = any(spec.stage(name).slurm.container for name in spec.stage_names)
+    return sorted(set("%\\,:" if contained else "%\\") & set(spec.run_dir))
 
 
 def _sorted(problems: list[Problem]) -> list[Problem]:

@@ -48,7 +48,7 @@ SlurmValue = Annotated[str, StringConstraints(pattern=_SLURM_VALUE, max_length=1
 SlurmTime = Annotated[str, StringConstraints(pattern=_SLURM_TIME), _NumberAsText]
 SlurmMemory = Annotated[str, StringConstraints(pattern=_SLURM_MEMORY), _NumberAsText]
 SbatchOption = Annotated[str, AfterValidator(refuse_owned)]
-PathText = Annotated[FreeText, StringConstraints(min_length=1)]
+PathText = Annotated[FreeText, StringConstraints(min_length=1, max_length=1024)]
 Command = Annotated[FreeText, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]

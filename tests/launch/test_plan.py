@@ -37,15 +37,3 @@ def test_uneven_batch_is_refused_with_the_stage_named() -> None:
     with pytest.raises(HpcRlhfError, match=r"stages\.sft\.global_batch.*multiple of 8") as caught:
         make_plan(make_spec("/scratch/demo", sft={"global_batch": 9}))
     assert caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize("run_dir", ["/scratch/100%j", "/scratch/back\\slash"])
-def test_run_dir_that_slurm_would_change_is_refused(run_dir: str) -> None:
-    with pytest.raises(HpcRlhfError, match="run_dir must not contain"):
-        make_plan(make_spec(run_dir))
-
-
-def test_run_dir_that_would_end_a_mount_is_refused_only_with_a_container() -> None:
-    make_plan(make_spec("/scratch/a:b,c"))
-    with pytest.raises(HpcRlhfError, match="run_dir must not contain , or :"):
-        make_plan(make_spec("/scratch/a:b,c", {"container": {"runtime": "pyxis", "image": "/x.sqsh"}}))

@@ -27,7 +27,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ("${WORK:-/other}/${EMPTY:-y}", "/big/disk/y"),
         ("${NONE:-.}/x", "{here}/x"),
         ("~/x", "/home/me/x"),
-        ("/a/../b with space/%j", "/b with space/%j"),
+        ("/a/../b with space/#j", "/b with space/#j"),
     ],
 )
 def test_run_dir(tmp_path: Path, written: str, resolved: str) -> None:
