@@ -6,7 +6,6 @@ details of arXiv 2403.17031.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -40,13 +39,13 @@ from hpc_rlhf.train.rollout.experience import (
     whiten,
 )
 from hpc_rlhf.train.rollout.sampling import uniforms
+from hpc_rlhf.train.rollout.summary import summarize
 from hpc_rlhf.train.stages.common import adapted, commit, load_engines, save_engines
 from hpc_rlhf.train.stages.ptx import PtxStream
+from hpc_rlhf.train.stages.samples import SampleLog
 
 # Held-out prompts answered at the end by the SFT model and by the trained one.
 SHOWN = 16
-# Prompts of each step whose answers are kept in samples.jsonl.
-KEPT = 2
 
 
 class PpoStage:
@@ -64,6 +63,7 @@ class PpoStage:
         self.count = len(self.data.train)
         per_rollout = context.per_step * self.spec.minibatches
         self.total = total_steps(self.count, self.spec.epochs, per_rollout, self.spec.max_steps)
+        self.samples = SampleLog(context.files.samples, context.tokenizer)
         self._load_models()
 
     def _load_models(self) -> None:
@@ -209,72 +209,6 @@ class PpoStage:
         sums["value_clipped"] += clipped.item()
         return loss * scale
 
-    def summary(self, batches: list[Experience], learnt: dict[str, float]) -> dict[str, float]:
-        """The step's metrics, over all ranks."""
-        local = dict.fromkeys(
-            ("answers", "tokens", "score", "score2", "kl", "entropy", "ended", "ret", "ret2", "err", "err2"),
-            0.0,
-        )
-        for batch in batches:
-            mask = batch.rollout.answer_mask
-            local["answers"] += len(batch.scores)
-            local["tokens"] += mask.sum().item()
-            local["score"] += batch.scores.sum().item()
-            local["score2"] += (batch.scores.double() ** 2).sum().item()
-            local["kl"] += ppo.k3_kl(batch.log_probs, batch.ref_log_probs, mask).sum().item()
-            local["entropy"] += (batch.entropies * mask).sum().item()
-            local["ended"] += ((batch.rollout.answers == self.eos_id) & mask).any(dim=1).sum().item()
-            returns, errors = batch.returns[mask].double(), (batch.returns - batch.values)[mask].double()
-            local["ret"] += returns.sum().item()
-            local["ret2"] += (returns**2).sum().item()
-            local["err"] += errors.sum().item()
-            local["err2"] += (errors**2).sum().item()
-        s = self.context.world.sums({**local, **{f"learnt_{key}": v for key, v in learnt.items()}})
-        n, tokens, learnt_tokens = s["answers"], s["tokens"], s["learnt_tokens"]
-        mean = s["score"] / n
-        variance = s["ret2"] / tokens - (s["ret"] / tokens) ** 2
-        unexplained = s["err2"] / tokens - (s["err"] / tokens) ** 2
-        return {
-            "reward": mean,
-            "reward_std": max(s["score2"] / n - mean**2, 0.0) ** 0.5,
-            "kl": s["kl"] / n,
-            "entropy": s["entropy"] / tokens,
-            "ratio": s["learnt_ratio"] / learnt_tokens,
-            "clipfrac": s["learnt_clipped"] / learnt_tokens,
-            "value_clipfrac": s["learnt_value_clipped"] / learnt_tokens,
-            "eos_rate": s["ended"] / n,
-            "answer_tokens": tokens / n,
-            "actor_loss": s["learnt_actor_loss"] / learnt_tokens,
-            "critic_loss": s["learnt_critic_loss"] / learnt_tokens,
-            "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
-        }
-
-    # Samples
-
-    def texts(self, rollout: Rollout, row: int) -> tuple[str, str]:
-        """Prompt and answer of a row, as text."""
-        tokenizer, width = self.context.tokenizer, rollout.width
-        prompt = rollout.input_ids[row, :-width][rollout.mask[row, :-width]]
-        answer = rollout.answers[row][rollout.answer_mask[row]]
-        return (
-            tokenizer.decode(prompt, skip_special_tokens=True),
-            tokenizer.decode(answer, skip_special_tokens=True),
-        )
-
-    def keep_samples(self, records: list[dict[str, Any]]) -> None:
-        with self.context.files.samples.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-    def keep_rollouts(self, step: int, batch: Experience) -> None:
-        records = []
-        for row in range(min(KEPT, len(batch.scores))):
-            prompt, answer = self.texts(batch.rollout, row)
-            reward = round(batch.scores[row].item(), 4)
-            records.append(
-                {"step": step, "kind": "rollout", "prompt": prompt, "answer": answer, "reward": reward}
-            )
-        self.keep_samples(records)
-
     def compare(self) -> None:
         """Answer held-out prompts with the SFT model and with the trained one, and keep both. Collective."""
         rows = [self.data.held_out[i] for i in range(min(SHOWN, len(self.data.held_out)))]
@@ -290,21 +224,16 @@ class PpoStage:
         ):
             with engine.ready() as model:
                 made = decode(
-                    model,
-                    ids,
-                    mask,
-                    limit,
-                    Sampling(greedy=True),
-                    None,
-                    self.eos_id,
-                    self.pad_id,
+                    model, ids, mask, limit, Sampling(greedy=True), None, self.eos_id, self.pad_id,
                     going=engine.going,
-                )
+                )  # fmt: skip
             rollout = Rollout.join(ids, mask, *made)
             scores = answer_scores(self.reward, rollout).tolist()
-            answers[name] = [(self.texts(rollout, row)[1], round(scores[row], 4)) for row in range(len(rows))]
+            answers[name] = [
+                (self.samples.texts(rollout, i)[1], round(scores[i], 4)) for i in range(len(rows))
+            ]
         if self.context.world.is_main:
-            self.keep_samples(
+            self.samples.keep(
                 [
                     {
                         "step": self.total, "kind": "final", "prompt": row["prompt"],
@@ -372,7 +301,7 @@ def run(context: StageContext) -> None:
         learnt = stage.learn(batches)
 
         # 6. Metrics and samples.
-        values = stage.summary(batches, learnt)
+        values = summarize(batches, learnt, stage.eos_id, world.sums)
         context.metrics.log(step + 1, total, "train", {**values, "actor_lr": rate})
         if step == 0:
             state.update(
@@ -380,7 +309,7 @@ def run(context: StageContext) -> None:
             )
         state.update(reward_last=values["reward"], kl_last=values["kl"])
         if world.is_main:
-            stage.keep_rollouts(step + 1, batches[0])
+            stage.samples.keep_rollouts(step + 1, batches[0])
     context.safe_point(total, stage.write, state)
 
     # 7. Answers side by side, and the models.
