@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import click
 
 from hpc_rlhf.cli.run_argument import find_run
-from hpc_rlhf.observe.logs import LogReader, latest_stage
+from hpc_rlhf.observe.logs import POLL, LogReader, has_log_to_come, latest_stage
 
 
 @click.command
@@ -20,6 +21,10 @@ from hpc_rlhf.observe.logs import LogReader, latest_stage
 def command(run: str, stage: str | None, follow: bool, rank: int) -> None:
     """Print the log of a STAGE of RUN, a run directory or job file; without STAGE, of the one that wrote last."""
     run_dir = find_run(run)
+    if follow and stage is None and has_log_to_come(run_dir):
+        click.echo("no stage has a log yet; waiting for the first", err=True)
+        while has_log_to_come(run_dir):
+            time.sleep(POLL)
     reader = LogReader(run_dir, stage or latest_stage(run_dir), rank)
     for path, text in reader.follow() if follow else reader.read():
         if path is not None:

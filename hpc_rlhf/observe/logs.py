@@ -12,7 +12,7 @@ from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe.turns import ENDINGS, last_turn
 from hpc_rlhf.rundir import RunDir
 
-_POLL = 0.5
+POLL = 0.5
 _BLOCK = 1 << 16
 
 
@@ -24,7 +24,7 @@ class LogReader:
 
     def __init__(self, run: RunDir, stage: str, rank: int = 0) -> None:
         """Raises HpcRlhfError: the run has no such stage."""
-        if not run.stage(stage).path.is_dir():
+        if stage not in _stages(run):
             raise HpcRlhfError(f"the run has no stage {stage}", where=str(run.path))
         self._run, self._stage, self._rank = run, stage, rank
         self._read: dict[Path, tuple[int, codecs.IncrementalDecoder]] = {}
@@ -60,7 +60,7 @@ class LogReader:
             yield from self._news()
             if ended:
                 return
-            time.sleep(_POLL)
+            time.sleep(POLL)
 
     def _news(self) -> Iterator[tuple[Path | None, str]]:
         for path in self.files():
@@ -83,7 +83,7 @@ def latest_stage(run: RunDir) -> str:
     Raises:
         HpcRlhfError: none has written one.
     """
-    logs = list((run.path / "stages").glob("*/logs/*_*log*"))
+    logs = _logs(run)
     if not logs:
         raise HpcRlhfError(
             "no stage has a log yet",
@@ -92,6 +92,23 @@ def latest_stage(run: RunDir) -> str:
             exit_code=RUN_FAILED,
         )
     return max(logs, key=_written).parents[1].name
+
+
+def has_log_to_come(run: RunDir) -> bool:
+    """Whether no stage has a log yet, but one that was sent off and has not ended may still write one."""
+    if _logs(run):
+        return False
+    events = list(Ledger(run.ledger).events())
+    turns = (last_turn(e for e in events if e.get("stage") == stage) for stage in _stages(run))
+    return any(turn is not None and turn["event"] not in ENDINGS for turn in turns)
+
+
+def _stages(run: RunDir) -> set[str]:
+    return {path.name for path in (run.path / "stages").glob("*")}
+
+
+def _logs(run: RunDir) -> list[Path]:
+    return list((run.path / "stages").glob("*/logs/*_*log*"))
 
 
 def _written(path: Path) -> float:

@@ -54,6 +54,8 @@ def test_stage_that_wrote_last_is_the_one_meant(run: RunDir) -> None:
 def test_missing_stage_and_missing_log_are_told_apart(run: RunDir) -> None:
     with pytest.raises(HpcRlhfError, match="the run has no stage reward"):
         LogReader(run, "reward")
+    with pytest.raises(HpcRlhfError, match=r"the run has no stage \.\./stages/ppo"):
+        LogReader(run, "../stages/ppo")
     with pytest.raises(HpcRlhfError, match="stage ppo has no log of rank 0 yet"):
         list(LogReader(run, "ppo").read())
 
@@ -73,3 +75,21 @@ def test_follow_goes_on_across_a_requeue_and_a_new_job_until_the_stage_ends(run:
         Ledger(run.ledger).append("finished", "sft")
         assert follower.stdout.read() == "last words\n"
         assert follower.wait(10) == 0
+
+
+def test_follow_waits_for_the_first_log_while_one_is_to_come(run: RunDir) -> None:
+    command = [sys.executable, "-u", "-m", "hpc_rlhf.cli", "logs", "-f", str(run.path)]
+    assert subprocess.run(command, capture_output=True).returncode == 1  # nothing was submitted
+    Ledger(run.ledger).append("submitted", "sft", token="t", job_id="5")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as follower:
+        assert follower.stdout is not None
+        assert follower.stderr is not None
+        assert follower.stderr.readline() == "no stage has a log yet; waiting for the first\n"
+        write(run, "sft", "5_0_log.out", "step 1\n")
+        assert follower.stdout.readline() == "step 1\n"
+        Ledger(run.ledger).append("finished", "sft")
+        assert follower.wait(10) == 0
+    (run.stage("sft").logs / "5_0_log.out").unlink()
+    Ledger(run.ledger).append("cancelled", "sft", job_id="5")
+    assert subprocess.run(command, capture_output=True).returncode == 1  # it ended without a log
