@@ -47,16 +47,25 @@ def submit(spec: JobSpec, beside: Path | None = None) -> list[Outcome]:
     Raises:
         HpcRlhfError: there is no Slurm here, Slurm refused a job, or the run directory belongs to another spec.
     """
-    if not slurm.available():
-        raise HpcRlhfError(
-            "Slurm's commands are not on PATH",
-            hint="submit from a login node of the cluster, or run it here without Slurm: hpc-rlhf run FILE",
-        )
+    _require_slurm()
     plan, templates = make_plan(spec), Templates(beside)
     with claim(spec, "hpc-rlhf submit") as (run, _):
         live = find_live(run)
         prepare(spec, run, beside, live=bool(live))
         return _Submission(plan, templates, live).send()
+
+
+def _require_slurm() -> None:
+    """Raise HpcRlhfError unless Slurm answers: a job announced to a Slurm that is not there would be looked for ever after."""
+    hint = "submit from a login node of the cluster, or run it here without Slurm: hpc-rlhf run FILE"
+    if not slurm.available():
+        raise HpcRlhfError("Slurm's commands are not on PATH", hint=hint)
+    try:
+        slurm.queue()
+    except HpcRlhfError as error:
+        raise HpcRlhfError(
+            f"Slurm does not answer: {error.message}", hint=hint, exit_code=error.exit_code
+        ) from error
 
 
 def preview(spec: JobSpec, beside: Path | None = None) -> dict[str, str]:

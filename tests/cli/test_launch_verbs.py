@@ -61,6 +61,19 @@ def test_submit_without_slurm_points_to_run(job: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [job]
 
 
+def test_submit_to_a_slurm_that_does_not_answer_leaves_nothing(job: Path, tmp_path: Path) -> None:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name in ("sbatch", "squeue", "scontrol", "scancel"):
+        (commands / name).write_text("#!/bin/sh\necho 'no controller' >&2\nexit 1\n")
+        (commands / name).chmod(0o755)
+    done = cli("submit", job, PATH=f"{commands}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert "Slurm does not answer: squeue --me: no controller" in done.stderr
+    assert "hpc-rlhf run" in done.stderr
+    assert sorted(tmp_path.iterdir()) == [commands, job]
+
+
 def test_broken_template_is_found_before_anything_is_written(job: Path, tmp_path: Path) -> None:
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates/stage.sbatch.j2").write_text("{{ nothing }}")
