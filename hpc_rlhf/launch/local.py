@@ -88,10 +88,12 @@ class LocalRun:
             return start_on(self.hostfile, self.run, stage, env)
         env = environment(os.environ, slurm.ranks)
         gpus, gpus_wanted = visible_gpus(env), slurm.gpus_per_node > 0
+        if gpus_wanted and gpus == 0:
+            self.watcher.say(f"{stage}: no NVIDIA GPU is seen here; without one it runs on the CPU")
+        elif gpus_wanted and gpus < slurm.ranks:
+            self.watcher.say(f"{stage}: {slurm.ranks} ranks but GPUs here: {gpus}; so it runs on the CPU")
         if 0 < gpus < slurm.ranks or not gpus_wanted:
             env["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
-            if gpus_wanted:
-                self.watcher.say(f"{stage}: {slurm.ranks} ranks but {gpus} GPUs here, so it runs on the CPU")
         return start_here(self.run, stage, slurm.ranks, env)
 
     def _watch(self, ranks: Ranks, stage: str, stop: StopRequests) -> None:

@@ -159,8 +159,17 @@ def test_gpus_are_counted_as_the_ranks_would_see_them(chosen: str, count: int) -
 
 def test_gpus_that_do_not_suffice_are_left_alone(here: Here) -> None:
     _, _, err = here.finish("run", "job.yaml", CUDA_VISIBLE_DEVICES="4")
-    assert "sft: 2 ranks but 1 GPUs here, so it runs on the CPU" in err
+    assert "sft: 2 ranks but GPUs here: 1; so it runs on the CPU" in err
     assert here.seen("sft", 1)["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_machine_without_gpus_is_said_to_be_one(here: Here) -> None:
+    _, _, err = here.finish("run", "job.yaml", CUDA_VISIBLE_DEVICES="")
+    assert err.count("sft: no NVIDIA GPU is seen here; without one it runs on the CPU") == 1
+    _, _, err = here.finish(
+        "run", "job.yaml", "--set", "slurm={gpus_per_node: 0, ranks_per_node: 2}", "--set", "run_dir=cpu"
+    )
+    assert "GPU" not in err
 
 
 def test_gpus_that_suffice_are_all_shown(here: Here) -> None:
