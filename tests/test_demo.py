@@ -1,0 +1,85 @@
+"""The demo, whole: the model visibly learns to answer, to tell the better answer, and to prefer it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf import manifest
+from hpc_rlhf.observe.summary import final_samples
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.train.data.demo import POLITE, facts
+
+pytestmark = pytest.mark.train
+CHECKOUT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, str]:
+    """`make demo`, and what it printed."""
+    run = RunDir(tmp_path_factory.mktemp("demo") / "run")
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_rlhf.cli", "run", "jobs/tiny.yaml", "--set", f"run_dir={run.path}"],
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def measured(run: RunDir, stage: str) -> dict[str, Any]:
+    return manifest.require(run.stage(stage).model, stage)["metrics"]  # type: ignore[no-any-return]
+
+
+def test_sft_learns_to_answer(demo: tuple[RunDir, str]) -> None:
+    numbers = measured(demo[0], "sft")
+    assert numbers["perplexity_before"] > 100
+    assert numbers["perplexity_after"] < 2
+
+
+def test_the_reward_model_tells_the_better_answer(demo: tuple[RunDir, str]) -> None:
+    assert measured(demo[0], "reward")["accuracy"] >= 0.9
+
+
+def test_ppo_learns_to_prefer_it(demo: tuple[RunDir, str]) -> None:
+    numbers = measured(demo[0], "ppo")
+    assert numbers["reward_last"] > numbers["reward_first"] + numbers["reward_first_std"]
+    assert numbers["kl_first"] == 0
+    assert 0 < numbers["kl_last"] < 20
+
+
+def test_the_answers_read_so(demo: tuple[RunDir, str]) -> None:
+    """Most of PPO's answers are right and polite; SFT's are right and mostly plain."""
+    rows = final_samples(demo[0])
+    answers = {question: sentence for asked, sentence in facts() for question in asked}
+
+    def right(row: dict[str, Any], key: str) -> bool:
+        question = next(q for q in answers if q in row["prompt"])
+        return answers[question] in row[key]
+
+    def polite(row: dict[str, Any], key: str) -> bool:
+        return any(style.replace("{}", "").strip() in row[key] for style in POLITE)
+
+    assert len(rows) == 16
+    assert sum(right(row, "sft_answer") for row in rows) >= 13
+    assert sum(right(row, "answer") for row in rows) >= 12
+    assert sum(polite(row, "answer") for row in rows) >= 13
+    assert sum(polite(row, "sft_answer") for row in rows) <= 10
+
+
+def test_it_ends_with_a_table_answers_and_what_to_try_next(demo: tuple[RunDir, str]) -> None:
+    _, text = demo
+    for word in (
+        "sft",
+        "reward",
+        "ppo",
+        "held-out perplexity",
+        "held-out accuracy",
+        "after SFT",
+        "after PPO",
+        "hpc-rlhf chat",
+    ):
+        assert word in text
