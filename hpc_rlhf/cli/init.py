@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from hpc_rlhf.cli.out_option import writing
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.recipes import DEPLOYMENTS, Recipe, billions_in, nearest
 
@@ -47,7 +48,8 @@ def command(actor: str, reward: str | None, deployment: str, name: str | None, o
     if out == "-":
         click.echo(text, nl=False)
         return
-    _write_new(Path(file), text)
+    with writing(Path(file)), Path(file).open("x", encoding="utf-8") as new:
+        new.write(text)
     click.echo(f"wrote {file}; next: hpc-rlhf check {file}", err=True)
 
 
@@ -60,15 +62,3 @@ def _origin(recipe: Recipe, billions: float | None) -> str:
     if not 1 / 1.6 <= billions / recipe.billions <= 1.6:
         return f"{origin}\n# They are not proven for {billions:g} billion: see that memory and learning rates suit it."
     return origin
-
-
-def _write_new(path: Path, text: str) -> None:
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise HpcRlhfError(
-            "there is a file already", where=str(path), hint="choose another with --out, or remove it"
-        ) from None
-    except OSError as error:
-        raise HpcRlhfError(f"cannot write it: {error.strerror}", where=str(path)) from error

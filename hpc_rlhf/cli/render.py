@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hpc_rlhf.cli.options import set_option
+from hpc_rlhf.cli.out_option import writing
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.spec.load import load_spec
 
@@ -22,5 +23,7 @@ def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
 
     Templates in a folder `templates` beside FILE win over the built-in ones.
     """
-    for path in render(load_spec(file, sets), out, file.parent):
-        click.echo(str(path))
+    spec = load_spec(file, sets)
+    with writing(out):
+        paths = render(spec, out, file.parent)
+    click.echo("\n".join(map(str, paths)))

@@ -46,6 +46,11 @@ def test_render_writes_what_it_names(job: Path, tmp_path: Path) -> None:
     assert all(Path(name).is_file() for name in names)
 
 
+def test_render_to_what_is_no_folder_is_the_users_mistake(job: Path, tmp_path: Path) -> None:
+    done = cli("render", job, "--out", job / "below")
+    assert (done.returncode, done.stderr) == (2, f"error: {job}/below: cannot write it: Not a directory\n")
+
+
 def test_dry_run_needs_no_slurm_touches_nothing_and_shows_the_commands(job: Path, tmp_path: Path) -> None:
     done = cli("submit", "--dry-run", job, PATH="/nowhere")
     assert done.returncode == 0, done.stderr
