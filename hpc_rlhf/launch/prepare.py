@@ -147,8 +147,9 @@ def _write_errors(run: RunDir) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         raise HpcRlhfError(
-            f"cannot write the run directory: {error.strerror}",
+            f"cannot write the run directory: {'it is no folder' if in_the_way else error.strerror}",
             where=str(error.filename or run.path),
             hint="set run_dir to a folder you may write to",
         ) from error

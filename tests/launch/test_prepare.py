@@ -98,7 +98,7 @@ def test_a_claim_that_came_to_nothing_does_not_stop_the_next(tmp_path: Path) -> 
 
 def test_a_place_that_is_no_folder_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(HpcRlhfError, match="cannot write the run directory"):
+    with pytest.raises(HpcRlhfError, match="cannot write the run directory: it is no folder"):
         prepared(spec_with(tmp_path))
 
 
