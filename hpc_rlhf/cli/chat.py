@@ -37,7 +37,7 @@ HELP = "/reset forgets the conversation, /quit ends it."
 def command(
     run: str, stage: str | None, prompt: str | None, max_tokens: int, temperature: float, seed: int
 ) -> None:
-    """Talk to the finished model of RUN, a run directory or a job file."""
+    """Talk to the finished model of RUN, a run directory or job file."""
     folder = finished_model(find_run(run), stage)
     if sys.stderr.isatty():
         click.echo(f"loading {folder} …", err=True)

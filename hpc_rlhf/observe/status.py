@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf import manifest, slurm
-from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe.turns import last_turn
 from hpc_rlhf.rundir import RunDir
@@ -77,8 +77,12 @@ class Evidence:
 
 
 def read_status(run: RunDir) -> list[StageStatus]:
-    """The status of every stage of a run, in the order of its plan."""
-    plan = json.loads(run.plan_json.read_text(encoding="utf-8"))
+    """The status of every stage of a run, in the order of its plan.
+
+    Raises:
+        HpcRlhfError: the plan cannot be read.
+    """
+    plan = _read_plan(run)
     events: dict[str, list[dict[str, Any]]] = {job["stage"]: [] for job in plan["jobs"]}
     for event in Ledger(run.ledger).events():
         if event.get("stage") in events:
@@ -108,6 +112,21 @@ def read_status(run: RunDir) -> list[StageStatus]:
             StageStatus(stage, state, why, job_id, attempts, **_progress(run.stage(stage).metrics, stage))
         )
     return statuses
+
+
+def _read_plan(run: RunDir) -> dict[str, Any]:
+    try:
+        plan = json.loads(run.plan_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise HpcRlhfError(
+            f"cannot read the plan: {reason}",
+            where=str(run.plan_json),
+            hint="submit and run write it anew",
+            exit_code=RUN_FAILED,
+        ) from error
+    assert isinstance(plan, dict)
+    return plan
 
 
 def judge(evidence: Evidence) -> tuple[str, str]:

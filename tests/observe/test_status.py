@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf import manifest
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe.status import Evidence, judge, read_status
@@ -146,3 +147,13 @@ def test_status_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_run_directory_without_a_whole_plan_is_one_clear_error(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.job_yaml.write_text("")
+    with pytest.raises(HpcRlhfError, match="cannot read the plan: No such file"):
+        read_status(run)
+    run.plan_json.write_text("")
+    with pytest.raises(HpcRlhfError, match="cannot read the plan: it is damaged"):
+        read_status(run)
