@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ CHAT_STAGES = ("ppo", "sft")  # the latest first
 HELP = "/reset forgets the conversation, /quit ends it."
 
 
+def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number.", context, option)
+    return value
+
+
 @click.command("chat", epilog=f"In a conversation: {HELP}")
 @click.argument("run", metavar="RUN")
 @click.option(
@@ -31,7 +38,12 @@ HELP = "/reset forgets the conversation, /quit ends it."
 @click.option("--prompt", metavar="TEXT", help="Answer this once, print the answer alone, and end.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.7, show_default=True, help="0 is not random."
+    "--temperature",
+    type=click.FloatRange(min=0),
+    callback=_finite,
+    default=0.7,
+    show_default=True,
+    help="0 is not random.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 def command(

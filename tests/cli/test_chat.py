@@ -73,6 +73,7 @@ def test_until_ppo_is_finished_the_sft_model_talks(tmp_path: Path) -> None:
         ((), (), 1, "there is no model to talk to yet: ppo and sft are not finished"),
         (("sft",), ("--stage", "ppo"), 1, "ppo is not finished"),
         (("sft",), ("--stage", "reward"), 2, "'reward' is not one of"),
+        (("sft",), ("--temperature", "nan"), 2, "nan is not a finite number"),
         (("sft",), ("--temperature", "-1"), 2, "-1.0 is not in the range"),
     ],
 )
