@@ -61,8 +61,7 @@ def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool =
     Raises:
         HpcRlhfError: the directory belongs to a different spec, or cannot be written.
     """
-    if run.job_yaml.exists():
-        _refuse_changes(run, spec, live)
+    refuse_changes(run, spec, live)
     plan = make_plan(spec)
     with _write_errors(run):
         for folder in (run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
@@ -95,7 +94,10 @@ def _walk(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
         yield path, old, new
 
 
-def _refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
+def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
+    """Raise HpcRlhfError when a run directory belongs to a different spec. Touches nothing."""
+    if not run.job_yaml.exists():
+        return
     changes = differences(read_spec(run.job_yaml), spec)
     if live:
         hint = f"stop its jobs first (hpc-rlhf cancel {run.path}), or choose another run_dir"

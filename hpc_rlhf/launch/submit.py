@@ -12,7 +12,7 @@ from hpc_rlhf import manifest, slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.jobs import adopt, find_live, submission_options, with_token
 from hpc_rlhf.launch.plan import Plan, PlannedJob, make_plan
-from hpc_rlhf.launch.prepare import claim, prepare
+from hpc_rlhf.launch.prepare import claim, prepare, refuse_changes
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
@@ -69,8 +69,13 @@ def _require_slurm() -> None:
 
 
 def preview(spec: JobSpec, beside: Path | None = None) -> dict[str, str]:
-    """The sbatch command of every stage that submit would send, were none of the run's jobs live. Touches nothing."""
+    """The sbatch command of every stage that submit would send, were none of the run's jobs live. Touches nothing.
+
+    Raises:
+        HpcRlhfError: submit would refuse, because the run directory belongs to another spec.
+    """
     plan, templates = make_plan(spec), Templates(beside)
+    refuse_changes(plan.run, spec, live=False)
     commands = {}
     for job in plan.jobs:
         templates.script(plan, job, "true")

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import dump_spec, load_spec
+
 JOB = """
 name: demo
 run_dir: {run}
@@ -57,6 +60,16 @@ def test_dry_run_needs_no_slurm_touches_nothing_and_shows_the_commands(job: Path
     assert f"sbatch '--comment=hpc-rlhf:<token>' '{tmp_path}/my run/scripts/sft.sbatch'" in done.stdout
     assert "'--dependency=afterok:<sft>:<reward>'" in done.stdout
     assert list(tmp_path.iterdir()) == [job]
+
+
+def test_dry_run_refuses_what_submit_would(job: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "my run")
+    run.stage("sft").checkpoints.mkdir(parents=True)
+    run.job_yaml.write_text(dump_spec(load_spec(job)))
+    assert cli("submit", "--dry-run", job).returncode == 0
+    done = cli("submit", "--dry-run", job, "--set", "stages.sft.lr=0.5")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "stages.sft.lr: 9.65e-06 -> 0.5" in done.stderr
 
 
 def test_submit_without_slurm_points_to_run(job: Path, tmp_path: Path) -> None:
