@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,16 +63,13 @@ class Templates:
         return text
 
     def _render(self, template: str, **values: object) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self._environment.get_template(template).render(**values)
-        except TemplateError as error:
-            place = getattr(error, "filename", None) or template
-            line = getattr(error, "lineno", None)
+        except Exception as error:  # a user's template can raise anything
+            why = getattr(error, "message", None) or str(error) or type(error).__name__
             raise HpcRlhfError(
-                f"the template does not render: {error.message or type(error).__name__}",
-                where=f"{place}:{line}" if line else str(place),
+                f"the template does not render: {why}",
+                where=_place(error, template),
                 hint="templates are looked for in " + ", then ".join(map(str, self._folders)),
             ) from error
 
@@ -128,6 +126,15 @@ def _environment(folders: list[Path]) -> Environment:
     environment.filters["bash"] = lambda value: shlex.quote(str(value))
     environment.filters["json"] = json.dumps
     return environment
+
+
+def _place(error: Exception, template: str) -> str:
+    """File and line where a template went wrong: Jinja's syntax errors know, and it puts templates into tracebacks."""
+    file, line = getattr(error, "filename", None) or template, getattr(error, "lineno", None)
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename.endswith(".j2"):
+            file, line = frame.filename, frame.lineno
+    return f"{file}:{line}" if line else str(file)
 
 
 def _quote_for_sbatch(value: object) -> str:

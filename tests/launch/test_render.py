@@ -231,7 +231,11 @@ def test_users_template_wins_file_by_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("{{ no_such }}", "'no_such' is undefined"),
+        ("\n{{ no_such }}", "ds_config.json.j2:2: .*'no_such' is undefined"),
+        ("\n{{ 1 // 0 }}", "ds_config.json.j2:2: .*by zero"),
+        ("{{ 1 + 'x' }}", "ds_config.json.j2:1: .*unsupported operand"),
+        ("{% for n in range(10 ** 9) %}{% endfor %}", "ds_config.json.j2:1: .*Range too big"),
+        ("{% include 'none.j2' %}", "none.j2"),
         ("{% if %}", "ds_config.json.j2:1"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{not json", "does not render to JSON"),
