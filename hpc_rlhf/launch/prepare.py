@@ -14,7 +14,8 @@ from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import dump_spec, read_spec
-from hpc_rlhf.spec.model import STAGE_NAMES, JobSpec
+from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.stages import STAGE_NAMES
 
 # Slurm settings that decide how many ranks share a step: a checkpoint only fits the ranks it was written by.
 _SIZE = {"nodes", "gpus_per_node", "ranks_per_node"}

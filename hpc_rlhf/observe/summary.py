@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_rlhf import manifest
 from hpc_rlhf.observe.words import duration, number
 from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import STAGE_NAMES
+from hpc_rlhf.spec.stages import STAGE_NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpc_rlhf.spec.model import StageSpec
+from hpc_rlhf.spec.stages import StageSpec
 
 
 @dataclass(frozen=True)

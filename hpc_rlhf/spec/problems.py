@@ -9,7 +9,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from hpc_rlhf.errors import Problem
-from hpc_rlhf.spec.model import PATTERN_WORDS, JobSpec
+from hpc_rlhf.spec.fields import PATTERN_WORDS
+from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.yaml_source import Mark, Node
 
 _KINDS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_rlhf.spec.model import STAGE_NAMES
 from hpc_rlhf.spec.recipes import Recipe
+from hpc_rlhf.spec.stages import STAGE_NAMES
 from hpc_rlhf.spec.yaml_source import Mark, parse_yaml
 
 _COMMENTS = {

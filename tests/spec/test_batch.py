@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_rlhf.spec.batch import Batch, derive_batch
-from hpc_rlhf.spec.model import SftSpec
+from hpc_rlhf.spec.stages import SftSpec
 
 
 def stage(micro: int, ranks: int, total: int | None) -> SftSpec:

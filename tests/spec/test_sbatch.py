@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from hpc_rlhf.spec.model import JobSpec, SlurmSpec
+from hpc_rlhf.spec.cluster import SlurmSpec
+from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.sbatch import refuse_owned, time_limit
 
 

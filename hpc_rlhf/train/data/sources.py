@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.spec.model import JobSpec, SourceSpec
+from hpc_rlhf.spec.data import SourceSpec
+from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train import seeds
 from hpc_rlhf.train.data import demo
 from hpc_rlhf.train.data.rows import Sample, read_row

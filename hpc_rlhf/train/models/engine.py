@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc_rlhf.spec.model import StageSpec
+from hpc_rlhf.spec.stages import StageSpec
 from hpc_rlhf.train.algorithms import schedule
 
 

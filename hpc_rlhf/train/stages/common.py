@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf import manifest
-from hpc_rlhf.spec.model import StageSpec
+from hpc_rlhf.spec.stages import StageSpec
 from hpc_rlhf.train.checkpoint import Checkpoint
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import lora

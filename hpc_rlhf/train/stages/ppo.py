@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.model import PpoSpec
+from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.algorithms.logprobs import token_log_probs
 from hpc_rlhf.train.checkpoint import Checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.spec.model import PpoSpec
+from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.algorithms.logprobs import next_token_loss_sum
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data import sources

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_rlhf.spec.model import RewardSpec
+from hpc_rlhf.spec.stages import RewardSpec
 from hpc_rlhf.train.algorithms.reward import pairwise_loss
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import micro_batches, sample_at, total_steps

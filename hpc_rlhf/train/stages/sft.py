@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_rlhf.spec.model import SftSpec
+from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.algorithms.logprobs import next_token_loss_sum
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import micro_batches, sample_at, total_steps

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_rlhf.spec.model import LoraSpec
+from hpc_rlhf.spec.stages import LoraSpec
 from hpc_rlhf.train.data.tokenized import pad_right
 from hpc_rlhf.train.models.load import RewardModel, load_causal, load_reward, positions
 from hpc_rlhf.train.models.lora import adapt

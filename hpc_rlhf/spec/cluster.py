@@ -1,0 +1,118 @@
+"""Where and how a stage runs: the Slurm settings of a spec."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StrictBool, model_validator
+
+from hpc_rlhf.spec.fields import (
+    Command,
+    FreeText,
+    Model,
+    PathText,
+    Positive,
+    SbatchOption,
+    SlurmMemory,
+    SlurmTime,
+    SlurmValue,
+)
+from hpc_rlhf.spec.sbatch import time_limit
+
+
+class ContainerSpec(Model):
+    """A container that every rank runs in."""
+
+    runtime: Literal["apptainer", "pyxis"] = Field(
+        description="What starts the container: apptainer, or pyxis (srun --container-image)."
+    )
+    image: PathText = Field(description="The image: a .sif or .sqsh file, or a registry reference.")
+    mounts: tuple[PathText, ...] = Field(
+        default=(),
+        description="Folders to mount, each `source` or `source:target`. The run directory is always mounted.",
+    )
+
+
+class SlurmSpec(Model):
+    """Where and how a stage's job runs. Under `hpc-rlhf run` only nodes and ranks per node count."""
+
+    partition: SlurmValue | None = Field(
+        default=None, description="Partition(s) to submit to; the cluster's default when left out."
+    )
+    account: SlurmValue | None = Field(default=None, description="Account to charge.")
+    qos: SlurmValue | None = Field(default=None, description="Quality of service.")
+    time: SlurmTime = Field(
+        default="12:00:00",
+        description="Time limit of one attempt, as Slurm writes it (minutes, H:MM:SS, D-HH:MM:SS). A stage that needs longer saves, requeues and goes on.",
+    )
+    nodes: Positive = Field(default=1, description="Nodes of the job.")
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=1,
+        description="GPUs asked for on each node; one rank runs on each. 0 asks for none: then set ranks_per_node.",
+    )
+    ranks_per_node: Positive | None = Field(
+        default=None, description="Ranks on each node; one per GPU when left out."
+    )
+    gres: SlurmValue | None = Field(
+        default=None,
+        description="Asked for in place of --gpus-per-node, such as gpu:a100:8; gpus_per_node still says how many ranks run on a node.",
+    )
+    cpus_per_gpu: Positive | None = Field(default=None, description="CPU cores for each rank.")
+    mem: SlurmMemory | None = Field(
+        default=None, description="Memory per node, such as 900G; 0 asks for all of it."
+    )
+    constraint: SlurmValue | None = Field(
+        default=None, description="Node features wanted, such as a100&nvlink."
+    )
+    exclude: SlurmValue | None = Field(default=None, description="Nodes not to use.")
+    nodelist: SlurmValue | None = Field(default=None, description="Nodes to use.")
+    reservation: SlurmValue | None = Field(default=None, description="Reservation to run in.")
+    exclusive: bool = Field(default=False, description="Share the nodes with no other job.")
+    licenses: SlurmValue | None = Field(default=None, description="Licences wanted.")
+    mail_type: SlurmValue | None = Field(
+        default=None, description="When Slurm sends mail: END, FAIL, REQUEUE, …"
+    )
+    mail_user: SlurmValue | None = Field(default=None, description="Who gets the mail.")
+    comment: FreeText | None = Field(default=None, description="A comment shown by squeue and sacct.")
+    signal_seconds: Annotated[int, Field(ge=10, le=65535)] = Field(
+        default=180,
+        description="Seconds before the time limit at which the stage is told to save and requeue.",
+    )
+    max_requeues: Annotated[int, Field(ge=0)] = Field(
+        default=100,
+        description="How often a stage may be requeued before the chain stops and asks for a person.",
+    )
+    setup: tuple[Command, ...] = Field(
+        default=(),
+        description="Shell lines run on the first node before the ranks start, such as `module load cuda` or `source venv/bin/activate`.",
+    )
+    container: ContainerSpec | None = Field(default=None, description="A container that every rank runs in.")
+    extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(
+        default_factory=dict,
+        description="Further sbatch options without their dashes, such as {switches: 1}; true for a bare flag. Options that have a field of their own are refused.",
+    )
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks on each node."""
+        return self.ranks_per_node or self.gpus_per_node
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the whole job."""
+        return self.nodes * self.tasks_per_node
+
+    @model_validator(mode="after")
+    def _has_time_to_save(self) -> SlurmSpec:
+        limit = time_limit(self.time)
+        if limit is not None and limit <= self.signal_seconds:
+            raise ValueError(
+                f"time {self.time} is {limit} s, and signal_seconds would tell the stage to stop {self.signal_seconds} s before its end: at once"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_ranks(self) -> SlurmSpec:
+        if self.tasks_per_node < 1:
+            raise ValueError("gpus_per_node is 0, so ranks_per_node must say how many ranks run on a node")
+        return self

@@ -1,0 +1,49 @@
+"""The types of a spec's fields, and what they are checked for."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # a third of pydantic's start-up time
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+from hpc_rlhf.spec.sbatch import refuse_owned
+
+_NO_CONTROLS = r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*$"
+_NAME = r"^[A-Za-z0-9._-]+$"
+# What Slurm's own values are made of. Letters that a shell would act on are left out, except those that
+# Slurm's node lists and constraints need; the scripts quote these.
+_SLURM_VALUE = r"^[A-Za-z0-9_.][A-Za-z0-9_.,:/=+@%&|*()\[\]-]*$"
+_SLURM_TIME = r"^([0-9]{1,9}(:[0-9]{2}){0,2}|[0-9]{1,6}-[0-9]{1,2}(:[0-9]{2}){0,2})$"
+_SLURM_MEMORY = r"^[0-9]{1,12}[KMGT]?$"
+
+# What each pattern asks for, for the messages.
+PATTERN_WORDS = {
+    _NO_CONTROLS: "must be one line without control characters",
+    _NAME: "may hold only letters, digits and . _ -",
+    _SLURM_VALUE: "may hold only letters, digits and _ . , : / = + @ % & | * ( ) [ ] -, and start with a letter, digit, _ or .",
+    _SLURM_TIME: "must be a time limit as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS",
+    _SLURM_MEMORY: "must be a size such as 900G",
+}
+
+# Text that ends up in a shell script or a `#SBATCH` line: no control characters anywhere.
+FreeText = Annotated[str, StringConstraints(pattern=_NO_CONTROLS, max_length=4096)]
+# An account or a time limit may be a number; YAML then reads it as one.
+_NumberAsText = BeforeValidator(lambda raw: str(raw) if type(raw) is int else raw)
+Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=128), _NumberAsText]
+SlurmValue = Annotated[str, StringConstraints(pattern=_SLURM_VALUE, max_length=1024), _NumberAsText]
+SlurmTime = Annotated[str, StringConstraints(pattern=_SLURM_TIME), _NumberAsText]
+SlurmMemory = Annotated[str, StringConstraints(pattern=_SLURM_MEMORY), _NumberAsText]
+SbatchOption = Annotated[str, AfterValidator(refuse_owned)]
+PathText = Annotated[FreeText, StringConstraints(min_length=1, max_length=1024)]
+Command = Annotated[FreeText, StringConstraints(min_length=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")

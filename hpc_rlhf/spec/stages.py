@@ -1,0 +1,162 @@
+"""The stages of a run, and every number in them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hpc_rlhf.spec.cluster import SlurmSpec
+from hpc_rlhf.spec.data import SourceSpec
+from hpc_rlhf.spec.fields import Fraction, Model, Name, NonNegative, Positive, Rate
+
+STAGE_NAMES = ("sft", "reward", "ppo")
+
+
+class LoraSpec(Model):
+    """Low-rank adaptation of the linear layers (arXiv 2106.09685). Merged into the weights on export."""
+
+    rank: Positive = Field(description="Rank of the update.")
+    alpha: Rate | None = Field(
+        default=None, description="The update is scaled by alpha / rank; alpha is the rank when left out."
+    )
+    targets: tuple[Name, ...] | None = Field(
+        default=None,
+        description="Names of the linear modules to adapt, such as q_proj; all but the output head when left out.",
+    )
+    only: bool = Field(
+        default=True,
+        description="Train only the adapters. False also trains every weight that is not adapted.",
+    )
+
+
+class StageSpec(Model):
+    """What all stages have in common."""
+
+    epochs: Positive = Field(default=1, description="Passes over the stage's data.")
+    max_steps: Positive | None = Field(
+        default=None, description="Stop after this many steps even if epochs are left."
+    )
+    micro_batch: Positive = Field(
+        default=4, description="Samples in one forward and backward pass on one GPU."
+    )
+    global_batch: Positive | None = Field(
+        default=None,
+        description="Samples in one optimizer step over all GPUs; micro_batch times ranks when left out. Accumulation follows from it.",
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Optimizer steps over which the learning rate rises from 0."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate goes on after the warm-up."
+    )
+    weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")
+    clip_grad: Rate = Field(default=1.0, description="Largest norm of the gradient.")
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=0,
+        description="DeepSpeed's ZeRO stage: what is sharded over the ranks. 0 nothing, 1 optimizer, 2 and gradients, 3 and weights. Higher needs less memory and more traffic.",
+    )
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        default="bf16", description="Precision of the forward and backward passes."
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Keep fewer activations and compute them again in the backward pass: less memory, about a third more time.",
+    )
+    dropout: Fraction = Field(default=0.0, description="Dropout while training.")
+    lora: LoraSpec | None = Field(
+        default=None,
+        description="Train low-rank adapters in place of the whole model (in PPO: of the actor).",
+    )
+    checkpoint_every: Positive = Field(
+        default=100,
+        description="Steps between checkpoints. One is also written whenever the stage is told to stop.",
+    )
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Checkpoints kept.")
+    slurm: SlurmSpec = Field(
+        default=SlurmSpec(), description="Slurm settings of this stage, over those of the top-level slurm."
+    )
+
+
+class SftSpec(StageSpec):
+    """Supervised fine-tuning on prompts and chosen answers."""
+
+    lr: Rate = Field(default=9.65e-6, description="Peak learning rate.")
+    answer_only: bool = Field(default=False, description="Learn the answers' tokens only, not the prompts'.")
+
+
+class RewardSpec(StageSpec):
+    """The reward model, trained on pairs of a chosen and a rejected answer. A sample is a pair."""
+
+    lr: Rate = Field(default=5.0e-5, description="Peak learning rate.")
+
+
+class PpoSpec(StageSpec):
+    """Proximal policy optimisation (arXiv 1707.06347) of the actor against the reward model.
+
+    One step is one rollout of global_batch x minibatches prompts and the optimizer steps on it.
+    """
+
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="Optimizer steps over which the learning rates rise from 0."
+    )
+    actor_lr: Rate = Field(default=9.65e-6, description="Peak learning rate of the actor.")
+    critic_lr: Rate = Field(default=5.0e-6, description="Peak learning rate of the critic.")
+    ppo_epochs: Positive = Field(default=1, description="Passes over each rollout's experience.")
+    minibatches: Positive = Field(default=1, description="Optimizer steps in one pass over the experience.")
+    temperature: Rate = Field(
+        default=1.0, description="Sampling temperature; log-probabilities are taken at the same one."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Sample from the smallest set of tokens with this probability; 1 samples from all.",
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Sample from the k likeliest tokens; 0 samples from all."
+    )
+    kl_coef: NonNegative = Field(
+        default=0.1, description="Weight of the KL penalty against the SFT model in the reward."
+    )
+    score_clip: Rate = Field(default=5.0, description="Reward scores are clipped to plus or minus this.")
+    missing_eos_penalty: NonNegative = Field(
+        default=0.0, description="Taken off the score of an answer that does not end."
+    )
+    cliprange: Rate = Field(default=0.2, description="Clip range of the actor's probability ratio.")
+    cliprange_value: Rate = Field(default=0.2, description="Clip range of the critic's values.")
+    gamma: Fraction = Field(default=1.0, description="Discount.")
+    lam: Fraction = Field(
+        default=0.95, description="Lambda of generalised advantage estimation (arXiv 1506.02438)."
+    )
+    whiten_advantages: bool = Field(
+        default=True,
+        description="Bring the advantages of a rollout to mean 0 and variance 1, over all ranks.",
+    )
+    ema: bool = Field(
+        default=False,
+        description="Keep an exponential moving average of the actor, and export it as a second model.",
+    )
+    ema_beta: Fraction = Field(
+        default=0.992, description="Decay of the moving average at each optimizer step."
+    )
+    ptx: SourceSpec | None = Field(
+        default=None,
+        description="Pretraining text mixed into the actor's optimizer steps (InstructGPT's PPO-ptx), or null.",
+    )
+    ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
+
+
+class StagesSpec(Model):
+    """The stages to run. PPO starts from the SFT model, if there is one, and needs a reward model."""
+
+    sft: SftSpec | None = Field(default=None, description="Supervised fine-tuning.")
+    reward: RewardSpec | None = Field(default=None, description="Reward model.")
+    ppo: PpoSpec | None = Field(default=None, description="PPO.")
+
+    @model_validator(mode="after")
+    def _sound(self) -> StagesSpec:
+        if self.sft is None and self.reward is None and self.ppo is None:
+            raise ValueError("name at least one stage: sft, reward or ppo")
+        if self.ppo is not None and self.reward is None:
+            raise ValueError("ppo needs the reward stage")
+        return self
