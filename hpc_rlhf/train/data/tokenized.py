@@ -19,8 +19,6 @@ from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import stage_samples
 from hpc_rlhf.train.world import World
 
-IGNORED = -100
-
 
 @dataclass(frozen=True)
 class StageData:

@@ -250,7 +250,12 @@ class PpoStage:
         export(self.actor, context.tokenizer, partial, context.world.is_main)
         if self.ema:
             with self.ema.swapped_in():
-                export(self.actor, context.tokenizer, partial / "ema", context.world.is_main)
+                export(
+                    self.actor,
+                    context.tokenizer,
+                    partial / context.files.ema_model.name,
+                    context.world.is_main,
+                )
         commit(context, partial, self.total, metrics)
 
 
