@@ -106,12 +106,12 @@ class LocalRun:
             self.watcher.tick()
             self.lock.touch()
             if stop.count > told:
-                if told == 0:
+                told += 1  # one at a time: the second may come while the first is being answered
+                if told == 1:
                     self.watcher.say(f"{stage}: saving; press Ctrl-C again to stop at once")
                     ranks.stop()
                 else:
                     ranks.kill()
-                told = stop.count
             time.sleep(_POLL)
         ranks.sweep()  # what a rank that died may have left, such as its data workers
         self.watcher.tick()
