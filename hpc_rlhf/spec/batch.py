@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpc_rlhf.spec.stages import StageSpec
+from hpc_rlhf.spec.stages import StageSpec, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ def derive_batch(stage: StageSpec, name: str) -> Batch:
     """
     micro, ranks = stage.micro_batch, stage.slurm.ranks
     unit = micro * ranks
-    wanted = unit if stage.global_batch is None else stage.global_batch
+    asked = stage.global_batch if isinstance(stage, TrainingSpec) else None
+    wanted = unit if asked is None else asked
     if wanted % unit == 0:
         return Batch(micro, wanted // unit, ranks, wanted)
     below = wanted // unit * unit

@@ -33,12 +33,27 @@ class LoraSpec(Model):
 class StageSpec(Model):
     """What all stages have in common."""
 
+    micro_batch: Positive = Field(
+        default=4, description="Samples in one forward and backward pass on one GPU."
+    )
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=0,
+        description="DeepSpeed's ZeRO stage: what is sharded over the ranks. 0 nothing, 1 optimizer, 2 and gradients, 3 and weights. Higher needs less memory and more traffic.",
+    )
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        default="bf16", description="Precision of the forward and backward passes."
+    )
+    slurm: SlurmSpec = Field(
+        default=SlurmSpec(), description="Slurm settings of this stage, over those of the top-level slurm."
+    )
+
+
+class TrainingSpec(StageSpec):
+    """What all stages that train have in common."""
+
     epochs: Positive = Field(default=1, description="Passes over the stage's data.")
     max_steps: Positive | None = Field(
         default=None, description="Stop after this many steps even if epochs are left."
-    )
-    micro_batch: Positive = Field(
-        default=4, description="Samples in one forward and backward pass on one GPU."
     )
     global_batch: Positive | None = Field(
         default=None,
@@ -53,13 +68,6 @@ class StageSpec(Model):
     weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")
     clip_grad: Rate = Field(default=1.0, description="Largest norm of the gradient.")
-    zero: Literal[0, 1, 2, 3] = Field(
-        default=0,
-        description="DeepSpeed's ZeRO stage: what is sharded over the ranks. 0 nothing, 1 optimizer, 2 and gradients, 3 and weights. Higher needs less memory and more traffic.",
-    )
-    precision: Literal["bf16", "fp16", "fp32"] = Field(
-        default="bf16", description="Precision of the forward and backward passes."
-    )
     activation_checkpointing: bool = Field(
         default=False,
         description="Keep fewer activations and compute them again in the backward pass: less memory, about a third more time.",
@@ -74,25 +82,22 @@ class StageSpec(Model):
         description="Steps between checkpoints. One is also written whenever the stage is told to stop.",
     )
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Checkpoints kept.")
-    slurm: SlurmSpec = Field(
-        default=SlurmSpec(), description="Slurm settings of this stage, over those of the top-level slurm."
-    )
 
 
-class SftSpec(StageSpec):
+class SftSpec(TrainingSpec):
     """Supervised fine-tuning on prompts and chosen answers."""
 
     lr: Rate = Field(default=9.65e-6, description="Peak learning rate.")
     answer_only: bool = Field(default=False, description="Learn the answers' tokens only, not the prompts'.")
 
 
-class RewardSpec(StageSpec):
+class RewardSpec(TrainingSpec):
     """The reward model, trained on pairs of a chosen and a rejected answer. A sample is a pair."""
 
     lr: Rate = Field(default=5.0e-5, description="Peak learning rate.")
 
 
-class PpoSpec(StageSpec):
+class PpoSpec(TrainingSpec):
     """Proximal policy optimisation (arXiv 1707.06347) of the actor against the reward model.
 
     One step is one rollout of global_batch x minibatches prompts and the optimizer steps on it.

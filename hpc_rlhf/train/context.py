@@ -15,7 +15,7 @@ import torch
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir, StageDir
 from hpc_rlhf.spec.model import FromScratch, JobSpec, ModelRef
-from hpc_rlhf.spec.stages import StageSpec
+from hpc_rlhf.spec.stages import StageSpec, TrainingSpec
 from hpc_rlhf.train import seeds
 from hpc_rlhf.train.checkpoint import Checkpoint, CheckpointStore
 from hpc_rlhf.train.data import sources
@@ -51,9 +51,10 @@ class StageContext:
         self.stage_spec: StageSpec = self.spec.stage(self.stage)
         self.files: StageDir = self.run.stage(self.stage)
         self.ds_config: dict[str, Any] = json.loads(self.run.ds_config(self.stage).read_text())
-        self.store = CheckpointStore(
-            self.files.checkpoints, self.attempt, self.stage_spec.keep_checkpoints, self.world
-        )
+        self.checkpoint_every, keep = 1, 2  # where nothing is trained, a checkpoint is small
+        if isinstance(self.stage_spec, TrainingSpec):
+            self.checkpoint_every, keep = self.stage_spec.checkpoint_every, self.stage_spec.keep_checkpoints
+        self.store = CheckpointStore(self.files.checkpoints, self.attempt, keep, self.world)
 
     # Batches and types
 
@@ -149,7 +150,7 @@ class StageContext:
         """
         reason = self.stop_agreed()
         if reason is None:
-            if step and step % self.stage_spec.checkpoint_every == 0:
+            if step and step % self.checkpoint_every == 0:
                 self.save(step, write, state)
             return
         if self.world.is_main:
