@@ -47,6 +47,7 @@ class SplitSpec(Model):
     sft: NonNegative = Field(default=2, description="Share of supervised fine-tuning.")
     reward: NonNegative = Field(default=4, description="Share of the reward model.")
     ppo: NonNegative = Field(default=4, description="Share of PPO.")
+    dpo: NonNegative = Field(default=4, description="Share of DPO.")
 
 
 class DataSpec(Model):
@@ -58,6 +59,12 @@ class DataSpec(Model):
     split: SplitSpec = Field(default=SplitSpec(), description="How prompts are shared out among the stages.")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.05, description="Fraction of each stage's prompts kept for evaluation."
+    )
+    template: Literal["auto", "plain"] = Field(
+        default="auto",
+        description="How dialogues are written. auto: by the chat template of the actor's tokenizer, which a model that "
+        "chats already expects; where it has none, as plain turns of Human: and Assistant:. plain: always as plain turns, "
+        "as DeepSpeed-Chat does.",
     )
     max_prompt_tokens: Positive = Field(
         default=256,

@@ -18,7 +18,7 @@ from hpc_rlhf.spec.model import FromScratch, JobSpec, ModelRef
 from hpc_rlhf.spec.stages import StageSpec, TrainingSpec
 from hpc_rlhf.train import seeds
 from hpc_rlhf.train.checkpoint import Checkpoint, CheckpointStore
-from hpc_rlhf.train.data import sources
+from hpc_rlhf.train.data import dialogues, sources
 from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
 from hpc_rlhf.train.models.load import DTYPES, folder_or_id, make_from_scratch
@@ -92,9 +92,10 @@ class StageContext:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(
+        tokenizer = load_tokenizer(
             self.spec.models.actor, sources.texts(self.spec), self.files.path / "tokenizer", self.world
         )
+        return dialogues.follow(tokenizer, self.spec.data.template)
 
     def data(self) -> StageData:
         return prepare(self.spec, self.stage, self.tokenizer, self.files.data, self.world)

@@ -6,25 +6,45 @@ each. A prompt ends with ``Assistant:``; an answer starts with a space.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 
 ASSISTANT = "\n\nAssistant:"
-ROLE_NAMES = {
-    "user": "Human",
-    "human": "Human",
-    "prompter": "Human",
-    "assistant": "Assistant",
-    "gpt": "Assistant",
+MARKER = re.compile(r"\n\n(Human|Assistant):")
+ROLES = {
+    "system": "system",
+    "user": "human",
+    "human": "human",
+    "prompter": "human",
+    "assistant": "assistant",
+    "gpt": "assistant",
 }
 
 Row = Mapping[str, Any]
-Sample = dict[str, str | None]
+Turn = tuple[str, str]
 
 
-def transcript(turns: list[tuple[str, str]]) -> str:
+@dataclass(frozen=True)
+class Sample:
+    """A dialogue and its next turn.
+
+    Attributes:
+        turns: (role, text) of what was said, with roles system, human and assistant; none for plain text.
+        prompt: the same as a transcript that asks for the next answer, as the row has it; empty for plain text.
+        chosen, rejected: answers as they follow the transcript; empty where there is none.
+    """
+
+    turns: tuple[Turn, ...]
+    prompt: str
+    chosen: str
+    rejected: str = ""
+
+
+def transcript(turns: Sequence[Turn]) -> str:
     """Turns of (role, text) as a prompt that asks for the next answer.
 
     Raises:
@@ -32,29 +52,37 @@ def transcript(turns: list[tuple[str, str]]) -> str:
     """
     parts = []
     for role, text in turns:
-        if role == "system":
-            parts.append(f"\n\n{text.strip()}")
-        else:
-            parts.append(f"\n\n{ROLE_NAMES[role.lower()]}: {text.strip()}")
+        known = ROLES[role.lower()]
+        said = text.strip()
+        parts.append(f"\n\n{said}" if known == "system" else f"\n\n{known.capitalize()}: {said}")
     return "".join(parts) + ASSISTANT
 
 
-def _answer(text: str | None) -> str | None:
+def turns_of(prompt: str) -> tuple[Turn, ...]:
+    """The turns of a transcript that asks for the next answer; what stands before the first is the system's."""
+    before, *rest = MARKER.split(prompt.removesuffix(ASSISTANT))
+    said = [(role.lower(), text.strip()) for role, text in zip(rest[::2], rest[1::2], strict=True)]
+    return tuple(turn for turn in [("system", before.strip()), *said] if turn[1]) or (("human", ""),)
+
+
+def _answer(text: str | None) -> str:
     stripped = (text or "").strip()
-    return f" {stripped}" if stripped else None
+    return f" {stripped}" if stripped else ""
+
+
+def _asked(turns: Sequence[Turn], chosen: str | None, rejected: str | None = None) -> Sample:
+    named = tuple((ROLES[role.lower()], text.strip()) for role, text in turns)
+    return Sample(named, transcript(named), _answer(chosen), _answer(rejected))
 
 
 def _from_pair(row: Row) -> Sample:
     prompt = row["prompt"].rstrip()
+    chosen, rejected = row["chosen"] if "chosen" in row else row["response"], row.get("rejected")
     if not prompt.endswith("Assistant:"):
-        prompt = transcript([("human", prompt)])
-    elif not prompt.startswith("\n\n"):
+        return _asked([("human", prompt)], chosen, rejected)
+    if not prompt.startswith("\n\n"):
         prompt = "\n\n" + prompt.lstrip()
-    return {
-        "prompt": prompt,
-        "chosen": _answer(row["chosen"] if "chosen" in row else row["response"]),
-        "rejected": _answer(row.get("rejected")),
-    }
+    return Sample(turns_of(prompt), prompt, _answer(chosen), _answer(rejected))
 
 
 def _from_hh(row: Row) -> Sample:
@@ -63,36 +91,30 @@ def _from_hh(row: Row) -> Sample:
         raise ValueError("chosen has no turn of the Assistant")
     rejected_prompt, _, rejected = (row.get("rejected") or "").rpartition(ASSISTANT)
     same = chosen_prompt == rejected_prompt
-    return {
-        "prompt": chosen_prompt + ASSISTANT,
-        "chosen": _answer(chosen),
-        "rejected": _answer(rejected) if same else None,
-    }
+    prompt = chosen_prompt + ASSISTANT
+    return Sample(turns_of(prompt), prompt, _answer(chosen), _answer(rejected) if same else "")
 
 
-def _from_messages(row: Row) -> Sample:
-    def split(messages: list[dict[str, str]] | None) -> tuple[str | None, str | None]:
-        if not messages or ROLE_NAMES.get(messages[-1]["role"].lower()) != "Assistant":
+def _from_messages(row: Row) -> Sample | None:
+    def split(messages: list[dict[str, str]] | None) -> tuple[list[Turn] | None, str | None]:
+        if not messages or ROLES.get(messages[-1]["role"].lower()) != "assistant":
             return None, None
-        turns = [(message["role"], message["content"]) for message in messages[:-1]]
-        return transcript(turns), messages[-1]["content"]
+        return [(message["role"], message["content"]) for message in messages[:-1]], messages[-1]["content"]
 
-    prompt, chosen = split(row["messages"] if "messages" in row else row["chosen"])
-    rejected_prompt, rejected = split(row.get("rejected"))
-    return {
-        "prompt": prompt,
-        "chosen": _answer(chosen),
-        "rejected": _answer(rejected) if rejected_prompt == prompt else None,
-    }
+    turns, chosen = split(row["messages"] if "messages" in row else row["chosen"])
+    rejected_turns, rejected = split(row.get("rejected"))
+    if turns is None:
+        return None
+    return _asked(turns, chosen, rejected if rejected_turns == turns else None)
 
 
 def _from_instruction(row: Row) -> Sample:
     question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return {"prompt": transcript([("human", question)]), "chosen": _answer(row["output"]), "rejected": None}
+    return _asked([("human", question)], row["output"])
 
 
 def _from_text(row: Row) -> Sample:
-    return {"prompt": "", "chosen": row["text"].strip() or None, "rejected": None}
+    return Sample((), "", row["text"].strip())
 
 
 READERS = {
@@ -104,14 +126,14 @@ READERS = {
 }
 
 
-def read_row(row: Row, format: str, where: str) -> Sample:
-    """One row as a sample: the prompt (empty for plain text), the chosen and the rejected answer, or None.
+def read_row(row: Row, format: str, where: str) -> Sample | None:
+    """One row as a sample; None where no answer ends it.
 
     Raises:
         HpcRlhfError: the row does not have what its format needs.
     """
     try:
-        return READERS[format](row)
+        sample = READERS[format](row)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise HpcRlhfError(
             f"a row does not fit the format {format} ({type(error).__name__}: {error}); it has {sorted(row)}",
@@ -119,3 +141,4 @@ def read_row(row: Row, format: str, where: str) -> Sample:
             hint="choose the format that fits these columns: " + ", ".join(READERS),
             exit_code=RUN_FAILED,
         ) from error
+    return sample if sample is not None and sample.chosen else None

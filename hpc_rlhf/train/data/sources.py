@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from hpc_rlhf.train import seeds
 from hpc_rlhf.train.data import demo
 from hpc_rlhf.train.data.rows import Sample, read_row
 
+# Stages that learn which of two answers is the better one.
+PAIRED = ("reward", "dpo")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -63,7 +66,7 @@ def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
     whole, part = divmod(source.weight, 1.0)
     for number, row in enumerate(rows):
         sample = read_row(row, kind, f"{where}, row {number}")
-        if sample["prompt"] is None or sample["chosen"] is None:
+        if sample is None:
             continue
         for _ in range(int(whole) + (seeds.unit(seed, where, number, "weight") < part)):
             yield sample
@@ -71,7 +74,7 @@ def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
 
 def stage_of(prompt: str, spec: JobSpec) -> str:
     """The stage that trains on a prompt: drawn by the hash of the prompt, so all its rows go the same way."""
-    shares = {name: getattr(spec.data.split, name) for name in spec.stage_names}
+    shares = {name: getattr(spec.data.split, name, 0.0) for name in spec.stage_names}
     place = seeds.unit(spec.seed, prompt, "stage") * sum(shares.values())
     for name, share in shares.items():
         if place < share:
@@ -84,42 +87,31 @@ def is_held_out(prompt: str, spec: JobSpec) -> bool:
     return seeds.unit(spec.seed, prompt, "held out") < spec.data.held_out
 
 
-def stage_samples(spec: JobSpec, stage: str) -> tuple[list[Sample], list[Sample]]:
-    """A stage's samples for training and for evaluation. Neither shares a prompt with the other or with
-    another stage. The reward model gets pairs only; PPO gets each prompt once, and no plain text.
-
-    Raises:
-        HpcRlhfError: nothing is left to train on.
+def stage_samples(spec: JobSpec, stage: str) -> Iterator[tuple[bool, Sample]]:
+    """A stage's samples, and whether each is held out for evaluation. Nothing held out shares a prompt with what is
+    trained on, nor a stage with another. Stages that learn from pairs get pairs only; PPO gets each prompt once,
+    and no plain text.
     """
-    train: list[Sample] = []
-    held_out: list[Sample] = []
-    seen: set[str] = set()
+    seen: set[bytes] = set()
     for source in spec.data.sources:
         for sample in read(source, spec.seed):
-            key = sample["prompt"] or sample["chosen"] or ""
+            key = sample.prompt or sample.chosen
             if stage_of(key, spec) != stage:
                 continue
-            if stage == "reward" and sample["rejected"] in (None, sample["chosen"]):
+            if stage in PAIRED and sample.rejected in ("", sample.chosen):
                 continue
-            if stage == "ppo" and (not sample["prompt"] or key in seen):
-                continue
-            seen.add(key)
-            (held_out if is_held_out(key, spec) else train).append(sample)
-    if not train:
-        needed = {"sft": "prompts with answers", "reward": "pairs of answers", "ppo": "prompts"}[stage]
-        raise HpcRlhfError(
-            f"the data has no {needed} for this stage",
-            where=f"stage {stage}",
-            hint="look at data.sources, their formats and data.split",
-            exit_code=RUN_FAILED,
-        )
-    return train, held_out
+            if stage == "ppo":
+                digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+                if not sample.prompt or digest in seen:
+                    continue
+                seen.add(digest)
+            yield is_held_out(key, spec), sample
 
 
 def texts(spec: JobSpec) -> Iterator[str]:
     """All text of the sources: what a tokenizer made on the spot is trained on."""
     for source in spec.data.sources:
         for sample in read(source, spec.seed):
-            yield f"{sample['prompt']}{sample['chosen']}"
-            if sample["rejected"]:
-                yield str(sample["rejected"])
+            yield sample.prompt + sample.chosen
+            if sample.rejected:
+                yield sample.rejected

@@ -5,53 +5,78 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.train.data.dialogues import encode
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import stage_samples
 from hpc_rlhf.train.world import World
 
+# Samples tokenised, and rows written, at a time: all that is in memory.
+CHUNK = 1024
+
+# The answers that each stage is given; PPO's is what its own answers may be held against.
+ANSWERS = {
+    "sft": ("chosen",),
+    "reward": ("chosen", "rejected"),
+    "dpo": ("chosen", "rejected"),
+    "ppo": ("chosen",),
+}
+NEEDED = {
+    "sft": "prompts with answers",
+    "reward": "pairs of answers",
+    "dpo": "pairs of answers",
+    "ppo": "prompts",
+}
+PARTS = ("train", "held_out")
+
 
 @dataclass(frozen=True)
 class StageData:
-    """A stage's token data sets, memory-mapped.
+    """A stage's token data sets, memory-mapped: each a ``datasets.Dataset``.
 
-    Rows have ``prompt`` and ``prompt_ids``; for SFT and the reward model also ``chosen_ids``, and
-    for the reward model ``rejected_ids``. Answer ids end with EOS unless they were cut. Nothing may be
-    held out.
+    Rows have ``prompt``, a transcript, ``prompt_ids`` and ``chosen_ids``; those of pairs also ``rejected_ids``.
+    Answer ids end with EOS unless they were cut. Nothing may be held out.
     """
 
     train: Any
     held_out: Any
 
 
-def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> dict[str, Any] | None:
-    """One sample as token ids, or None where PPO's prompt is too long to be cut.
+def encoded(
+    samples: Iterable[Sample], tokenizer: Any, spec: JobSpec, stage: str
+) -> Iterator[dict[str, Any] | None]:
+    """Samples as rows of token ids, a few at a time; None where PPO's prompt is too long to be cut.
 
     A long prompt is cut at the left; a long answer at the right, and then has no EOS.
     """
-    limit = spec.data.max_prompt_tokens
-    prompt_ids = tokenizer(sample["prompt"])["input_ids"] if sample["prompt"] else []
-    if not sample["prompt"] and tokenizer.bos_token_id is not None:
-        prompt_ids = [tokenizer.bos_token_id]
-    # Some tokenizers put EOS behind every text; a prompt goes on.
-    if len(prompt_ids) > 1 and prompt_ids[-1] == tokenizer.eos_token_id:
-        prompt_ids = prompt_ids[:-1]
-    if stage == "ppo" and len(prompt_ids) > limit:
-        return None
-    row: dict[str, Any] = {"prompt": sample["prompt"], "prompt_ids": prompt_ids[-limit:]}
-    for key in {"sft": ("chosen",), "reward": ("chosen", "rejected"), "ppo": ()}[stage]:
-        ids = tokenizer(sample[key], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        row[f"{key}_ids"] = ids[: spec.data.max_answer_tokens]
-    return row
+    longest, answers = spec.data.max_prompt_tokens, ANSWERS[stage]
+    waiting = iter(samples)
+    while chunk := list(islice(waiting, CHUNK)):
+        for sample, (prompt_ids, *answer_ids) in zip(chunk, encode(chunk, tokenizer, *answers), strict=True):
+            if stage == "ppo" and len(prompt_ids) > longest:
+                yield None
+                continue
+            row = {"prompt": sample.prompt, "prompt_ids": prompt_ids[-longest:]}
+            for name, ids in zip(answers, answer_ids, strict=True):
+                row[f"{name}_ids"] = ids[: spec.data.max_answer_tokens]
+            yield row
+
+
+def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> dict[str, Any] | None:
+    return next(encoded([sample], tokenizer, spec, stage))
 
 
 def _fingerprint(spec: JobSpec, stage: str, tokenizer: Any) -> str:
@@ -61,28 +86,72 @@ def _fingerprint(spec: JobSpec, stage: str, tokenizer: Any) -> str:
         "seed": spec.seed,
         "stage": stage,
         "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "template": tokenizer.chat_template,
+        "eos": tokenizer.eos_token,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _write(spec: JobSpec, stage: str, tokenizer: Any, folder: Path) -> dict[str, int]:
-    """Write a stage's token data sets, and tell how many rows each has. One without rows is left out."""
-    import datasets
+class _RowFile:
+    """An Arrow file that rows are appended to, a chunk at a time."""
 
-    counts = {}
-    for name, samples in zip(("train", "held_out"), stage_samples(spec, stage), strict=True):
-        encoded = (encode_sample(sample, tokenizer, spec, stage) for sample in samples)
-        rows = [row for row in encoded if row is not None]
-        if name == "train" and not rows:
-            raise HpcRlhfError(
-                f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}",
-                where=f"stage {stage}",
-                hint="raise data.max_prompt_tokens",
-                exit_code=RUN_FAILED,
-            )
-        if rows:  # datasets cannot load an empty one
-            datasets.Dataset.from_list(rows).save_to_disk(str(folder / name))
-        counts[name] = len(rows)
+    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+        import pyarrow as pa
+
+        ids = pa.list_(pa.int32())
+        self.schema = pa.schema({"prompt": pa.string(), **{f"{name}_ids": ids for name in columns}})
+        self.writer = pa.ipc.new_stream(str(path), self.schema)
+        self.waiting: list[dict[str, Any]] = []
+        self.rows = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.waiting.append(row)
+        self.rows += 1
+        if len(self.waiting) == CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self.writer.write_batch(pa.RecordBatch.from_pylist(self.waiting, schema=self.schema))
+        self.waiting = []
+
+    def close(self) -> int:
+        if self.waiting:
+            self._flush()
+        self.writer.close()
+        return self.rows
+
+
+def _write(spec: JobSpec, stage: str, tokenizer: Any, folder: Path) -> dict[str, int]:
+    """Write a stage's token data sets as they are read, and tell how many rows each has."""
+    held: deque[bool] = deque()  # of the samples that are being tokenised
+
+    def samples() -> Iterator[Sample]:
+        for held_out, sample in stage_samples(spec, stage):
+            held.append(held_out)
+            yield sample
+
+    folder.mkdir(parents=True)
+    files = [_RowFile(folder / f"{part}.arrow", ("prompt", *ANSWERS[stage])) for part in PARTS]
+    found = 0
+    for row in encoded(samples(), tokenizer, spec, stage):
+        held_out = held.popleft()
+        found += not held_out
+        if row is not None:
+            files[held_out].add(row)
+    counts = dict(zip(PARTS, [file.close() for file in files], strict=True))
+    if not counts["train"]:
+        raise HpcRlhfError(
+            f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}"
+            if found
+            else f"the data has no {NEEDED[stage]} for this stage",
+            where=f"stage {stage}",
+            hint="raise data.max_prompt_tokens"
+            if found
+            else "look at data.sources, their formats and data.split",
+            exit_code=RUN_FAILED,
+        )
     return counts
 
 
@@ -96,17 +165,31 @@ def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: Worl
 
     target = folder / _fingerprint(spec, stage, tokenizer)
 
-    def make() -> dict[str, Any]:
+    def make() -> None:
         if manifest.defect(target) is not None:
             shutil.rmtree(target, ignore_errors=True)
             manifest.write(target, {"stage": stage, "rows": _write(spec, stage, tokenizer, target)})
-        return manifest.require(target, "the tokenised data")
 
-    rows = world.on_main(make)["rows"]
-    return StageData(
-        train=datasets.load_from_disk(str(target / "train")),
-        held_out=datasets.load_from_disk(str(target / "held_out")) if rows["held_out"] else [],
-    )
+    world.on_main(make)
+    train, held_out = (datasets.Dataset.from_file(str(target / f"{part}.arrow")) for part in PARTS)
+    return StageData(train, held_out)
+
+
+def token_lengths(rows: Any, *columns: str) -> np.ndarray:
+    """Tokens of each row of a data set, summed over columns of token ids, without reading the tokens.
+
+    Args:
+        rows: a ``datasets.Dataset``.
+
+    Returns:
+        (rows,), int64.
+    """
+    import pyarrow.compute as pc
+
+    total = np.zeros(len(rows), dtype=np.int64)
+    for column in columns:
+        total += pc.list_value_length(rows.data.table[column]).to_numpy()
+    return total
 
 
 @dataclass(frozen=True)

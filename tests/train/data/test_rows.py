@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.train.data.rows import read_row, transcript
+from hpc_rlhf.train.data.rows import Sample, Turn, read_row, transcript, turns_of
 
 HI = "\n\nHuman: Hi\n\nAssistant:"
 TWO_TURNS = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Who?\n\nAssistant:"
@@ -21,51 +21,91 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+ASKED = (("human", "Hi"),)
+ASKED_TWICE = (("human", "Hi"), ("assistant", "Hello"), ("human", "Who?"))
+
+
 @pytest.mark.parametrize(
-    ("format", "row", "prompt", "chosen", "rejected"),
+    ("format", "row", "turns", "prompt", "chosen", "rejected"),
     [
-        ("prompt-chosen-rejected", {"prompt": HI, "chosen": " Yes.", "rejected": " No."}, HI, " Yes.", " No."),
-        ("prompt-chosen-rejected", {"prompt": "Hi ", "chosen": "Yes.\n", "rejected": None}, HI, " Yes.", None),
-        ("prompt-chosen-rejected", {"prompt": "Human: Hi\n\nAssistant: ", "response": "Yes."}, HI, " Yes.", None),
-        ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": "", "rejected": "No."}, HI, None, " No."),
-        ("hh", {"chosen": f"{TWO_TURNS} Me.", "rejected": f"{TWO_TURNS} You."}, TWO_TURNS, " Me.", " You."),
-        ("hh", {"chosen": f"{HI} Me.", "rejected": f"{TWO_TURNS} You."}, HI, " Me.", None),
-        ("hh", {"chosen": f"{HI} Me."}, HI, " Me.", None),
-        ("hh", {"chosen": f"{HI} ", "rejected": f"{HI} You."}, HI, None, " You."),
-        ("messages", {"messages": [user("Hi"), assistant("Yes.")]}, HI, " Yes.", None),
+        ("prompt-chosen-rejected", {"prompt": HI, "chosen": " Yes.", "rejected": " No."}, ASKED, HI, " Yes.", " No."),
+        ("prompt-chosen-rejected", {"prompt": TWO_TURNS, "chosen": " Me."}, ASKED_TWICE, TWO_TURNS, " Me.", ""),
+        ("prompt-chosen-rejected", {"prompt": "Hi ", "chosen": "Yes.\n", "rejected": None}, ASKED, HI, " Yes.", ""),
+        ("prompt-chosen-rejected", {"prompt": "Human: Hi\n\nAssistant: ", "response": "Yes."}, ASKED, HI, " Yes.", ""),
+        ("hh", {"chosen": f"{TWO_TURNS} Me.", "rejected": f"{TWO_TURNS} You."}, ASKED_TWICE, TWO_TURNS, " Me.", " You."),
+        ("hh", {"chosen": f"{HI} Me.", "rejected": f"{TWO_TURNS} You."}, ASKED, HI, " Me.", ""),
+        ("hh", {"chosen": f"{HI} Me."}, ASKED, HI, " Me.", ""),
+        ("messages", {"messages": [user("Hi"), assistant("Yes.")]}, ASKED, HI, " Yes.", ""),
         (
             "messages",
             {"messages": [user("Hi"), assistant("Hello"), user("Who?"), assistant("Me.")]},
-            TWO_TURNS, " Me.", None,
+            ASKED_TWICE, TWO_TURNS, " Me.", "",
         ),
         (
             "messages",
             {"messages": [{"role": "system", "content": "Be brief. "}, user("Hi"), assistant("Yes.")]},
-            f"\n\nBe brief.{HI}", " Yes.", None,
+            (("system", "Be brief."), ("human", "Hi")), f"\n\nBe brief.{HI}", " Yes.", "",
+        ),
+        (
+            "messages",
+            {"messages": [user(TWO_TURNS), assistant("Yes.")]},
+            (("human", TWO_TURNS.strip()),), f"\n\nHuman: {TWO_TURNS.strip()}\n\nAssistant:", " Yes.", "",
         ),
         (
             "messages",
             {"chosen": [user("Hi"), assistant("Yes.")], "rejected": [user("Hi"), assistant("No.")]},
-            HI, " Yes.", " No.",
+            ASKED, HI, " Yes.", " No.",
         ),
         (
             "messages",
             {"chosen": [user("Hi"), assistant("Yes.")], "rejected": [user("Ho"), assistant("No.")]},
-            HI, " Yes.", None,
+            ASKED, HI, " Yes.", "",
         ),
-        ("messages", {"messages": [user("Hi"), assistant("Yes."), user("Bye")]}, None, None, None),
-        ("messages", {"messages": []}, None, None, None),
-        ("instruction", {"instruction": "Hi", "output": "Yes."}, HI, " Yes.", None),
-        ("instruction", {"instruction": "Add.", "input": "1 2", "output": "3"}, transcript([("human", "Add.\n1 2")]), " 3", None),
-        ("instruction", {"instruction": "Hi", "input": None, "output": None}, HI, None, None),
-        ("text", {"text": " Once upon. "}, "", "Once upon.", None),
-        ("text", {"text": "  "}, "", None, None),
+        ("instruction", {"instruction": "Hi", "output": "Yes."}, ASKED, HI, " Yes.", ""),
+        (
+            "instruction",
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            (("human", "Add.\n1 2"),), transcript([("human", "Add.\n1 2")]), " 3", "",
+        ),
+        ("text", {"text": " Once upon. "}, (), "", "Once upon.", ""),
     ],
 )  # fmt: skip
 def test_rows_become_samples(
-    format: str, row: dict[str, Any], prompt: str | None, chosen: str | None, rejected: str | None
+    format: str, row: dict[str, Any], turns: tuple[Turn, ...], prompt: str, chosen: str, rejected: str
 ) -> None:
-    assert read_row(row, format, "here") == {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert read_row(row, format, "here") == Sample(turns, prompt, chosen, rejected)
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": "", "rejected": "No."}),
+        ("hh", {"chosen": f"{HI} ", "rejected": f"{HI} You."}),
+        ("messages", {"messages": [user("Hi"), assistant("Yes."), user("Bye")]}),
+        ("messages", {"messages": []}),
+        ("instruction", {"instruction": "Hi", "input": None, "output": None}),
+        ("text", {"text": "  "}),
+    ],
+)
+def test_rows_without_an_answer_are_no_samples(format: str, row: dict[str, Any]) -> None:
+    assert read_row(row, format, "here") is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turns"),
+    [
+        (HI, ASKED),
+        (TWO_TURNS, ASKED_TWICE),
+        (f"Be kind.\nAlways.{HI}", (("system", "Be kind.\nAlways."), ("human", "Hi"))),
+        (
+            "\n\nHuman: One\n\nTwo Human: x \n\nHuman:Three\n\nAssistant:",
+            (("human", "One\n\nTwo Human: x"), ("human", "Three")),
+        ),
+        ("\n\nHuman: \n\nAssistant:", (("human", ""),)),
+    ],
+)
+def test_a_transcript_is_taken_apart_into_turns(prompt: str, turns: tuple[Turn, ...]) -> None:
+    assert turns_of(prompt) == turns
 
 
 @pytest.mark.parametrize(

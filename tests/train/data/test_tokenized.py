@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,27 @@ import pytest
 import torch
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train.data import tokenized
-from hpc_rlhf.train.data.tokenized import encode_sample, pad_left, pad_right, prepare
+from hpc_rlhf.train.data.rows import Sample
+from hpc_rlhf.train.data.sources import stage_samples
+from hpc_rlhf.train.data.tokenized import encoded, pad_left, pad_right, prepare, token_lengths
 from hpc_rlhf.train.world import World
 from tests.train import tiny
 from tests.train.data.specs import spec_of
 
-SAMPLE = {"prompt": "\n\nHuman: abcdefgh?\n\nAssistant:", "chosen": " one two three", "rejected": " four"}
+PROMPT, CHOSEN, REJECTED = "\n\nHuman: abcdefgh?\n\nAssistant:", " one two three", " four"
+SAMPLE = Sample((("human", "abcdefgh?"),), PROMPT, CHOSEN, REJECTED)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return tiny.tokenizer()
+
+
+def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> dict[str, Any] | None:
+    (row,) = encoded([sample], tokenizer, spec, stage)
+    return row
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -31,27 +41,28 @@ def test_answers_end_with_eos_and_prompts_do_not(tokenizer: Any) -> None:
     spec = spec_of({"demo": 10})
     row = encode_sample(SAMPLE, tokenizer, spec, "reward")
     assert row == {
-        "prompt": SAMPLE["prompt"],
-        "prompt_ids": ids_of(tokenizer, SAMPLE["prompt"]),
-        "chosen_ids": [*ids_of(tokenizer, SAMPLE["chosen"]), tokenizer.eos_token_id],
-        "rejected_ids": [*ids_of(tokenizer, SAMPLE["rejected"]), tokenizer.eos_token_id],
+        "prompt": PROMPT,
+        "prompt_ids": ids_of(tokenizer, PROMPT),
+        "chosen_ids": [*ids_of(tokenizer, CHOSEN), tokenizer.eos_token_id],
+        "rejected_ids": [*ids_of(tokenizer, REJECTED), tokenizer.eos_token_id],
     }
     assert set(encode_sample(SAMPLE, tokenizer, spec, "sft") or ()) == {"prompt", "prompt_ids", "chosen_ids"}
-    assert set(encode_sample(SAMPLE, tokenizer, spec, "ppo") or ()) == {"prompt", "prompt_ids"}
+    assert encode_sample(SAMPLE, tokenizer, spec, "ppo") == encode_sample(SAMPLE, tokenizer, spec, "sft")
+    assert encode_sample(SAMPLE, tokenizer, spec, "dpo") == row
 
 
 def test_long_prompts_are_cut_at_the_left_and_long_answers_at_the_right_without_eos(tokenizer: Any) -> None:
     spec = spec_of({"demo": 10}, max_prompt_tokens=5, max_answer_tokens=4)
     row = encode_sample(SAMPLE, tokenizer, spec, "sft")
     assert row is not None
-    assert row["prompt_ids"] == ids_of(tokenizer, SAMPLE["prompt"])[-5:]
-    assert row["chosen_ids"] == ids_of(tokenizer, SAMPLE["chosen"])[:4]
+    assert row["prompt_ids"] == ids_of(tokenizer, PROMPT)[-5:]
+    assert row["chosen_ids"] == ids_of(tokenizer, CHOSEN)[:4]
     assert tokenizer.eos_token_id not in row["chosen_ids"]
     assert encode_sample(SAMPLE, tokenizer, spec, "ppo") is None, "PPO leaves long prompts out"
 
 
 def test_an_answer_that_just_fits_keeps_its_eos(tokenizer: Any) -> None:
-    length = len(ids_of(tokenizer, SAMPLE["chosen"]))
+    length = len(ids_of(tokenizer, CHOSEN))
     whole = encode_sample(SAMPLE, tokenizer, spec_of({"demo": 10}, max_answer_tokens=length + 1), "sft")
     cut = encode_sample(SAMPLE, tokenizer, spec_of({"demo": 10}, max_answer_tokens=length), "sft")
     assert whole is not None
@@ -61,22 +72,11 @@ def test_an_answer_that_just_fits_keeps_its_eos(tokenizer: Any) -> None:
 
 
 def test_plain_text_starts_with_bos_so_that_its_first_token_is_learnt(tokenizer: Any) -> None:
-    sample = {"prompt": "", "chosen": "Once upon.", "rejected": None}
+    sample = Sample((), "", "Once upon.")
     row = encode_sample(sample, tokenizer, spec_of({"demo": 10}), "sft")
     assert row is not None
     assert row["prompt_ids"] == [tokenizer.bos_token_id]
     assert row["chosen_ids"] == [*ids_of(tokenizer, "Once upon."), tokenizer.eos_token_id]
-
-
-def test_an_eos_that_a_tokenizer_puts_behind_every_text_does_not_end_the_prompt(tokenizer: Any) -> None:
-    def ending(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": ids_of(tokenizer, text) + [tiny.EOS] * add_special_tokens}
-
-    ending.eos_token_id, ending.bos_token_id = tiny.EOS, tiny.BOS  # type: ignore[attr-defined]
-    row = encode_sample(SAMPLE, ending, spec_of({"demo": 10}), "sft")
-    assert row is not None
-    assert row["prompt_ids"] == ids_of(tokenizer, SAMPLE["prompt"])
-    assert row["chosen_ids"].count(tiny.EOS) == 1
 
 
 def test_padding_on_the_right() -> None:
@@ -104,23 +104,60 @@ def test_data_is_made_once_and_again_when_it_is_torn_or_another(
         made.append("made")
         return stage_samples(*args)
 
-    stage_samples = tokenized.stage_samples
     monkeypatch.setattr(tokenized, "stage_samples", counted)
+    monkeypatch.setattr(tokenized, "CHUNK", 8)
     spec = spec_of({"demo": 60}, held_out=0.2)
     first = prepare(spec, "sft", tokenizer, tmp_path, world)
-    train, held_out = stage_samples(spec, "sft")
-    assert (len(first.train), len(first.held_out)) == (len(train), len(held_out))
-    assert first.train[0] == encode_sample(train[0], tokenizer, spec, "sft")
+    samples = list(stage_samples(spec, "sft"))
+    for rows, held_out in ((first.train, False), (first.held_out, True)):
+        own = [sample for held, sample in samples if held == held_out]
+        assert list(rows) == [encode_sample(sample, tokenizer, spec, "sft") for sample in own]
+        assert own
     again = prepare(spec, "sft", tokenizer, tmp_path, world)
     assert list(again.train) == list(first.train)
     assert len(made) == 1
 
     (folder,) = tmp_path.iterdir()
-    (folder / "train" / "dataset_info.json").unlink()
-    assert list(prepare(spec, "sft", tokenizer, tmp_path, world).train) == list(first.train)
+    whole = (folder / "train.arrow").read_bytes()
+    (folder / "train.arrow").unlink()
+    (folder / "train.arrow").write_bytes(whole[:-1])
+    assert list(prepare(spec, "sft", tokenizer, tmp_path, world).train) == list(again.train)
     assert len(made) == 2
     prepare(spec_of({"demo": 60}, held_out=0.2, max_prompt_tokens=9), "sft", tokenizer, tmp_path, world)
     assert len(made) == 3
+
+
+def test_memory_does_not_grow_with_the_rows(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenized, "CHUNK", 32)
+    peaks = []
+    for count in (20, 200, 1600):  # the first loads what is loaded once
+        tracemalloc.start()
+        rows = tokenized._write(
+            spec_of({"demo": count}, stages=("sft",)), "sft", tokenizer, tmp_path / str(count)
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert rows["train"] > 0.8 * count
+    assert peaks[2] < 1.5 * peaks[1]
+
+
+def test_lengths_are_known_without_reading_rows(tokenizer: Any, tmp_path: Path, world: World) -> None:
+    data = prepare(spec_of({"demo": 200}), "reward", tokenizer, tmp_path, world)
+    lengths = token_lengths(data.train, "prompt_ids", "rejected_ids")
+    assert lengths.tolist() == [len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in data.train]
+
+
+@pytest.mark.parametrize(("stage", "needed"), [("reward", "pairs of answers"), ("ppo", "prompts")])
+def test_data_that_holds_nothing_for_a_stage_is_one_clear_error(
+    tokenizer: Any, tmp_path: Path, world: World, stage: str, needed: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "Once upon a time."}\n' * 5)
+    spec = spec_of({"path": str(tmp_path / "a.jsonl"), "format": "text"})
+    with pytest.raises(HpcRlhfError, match=f"the data has no {needed} for this stage") as caught:
+        prepare(spec, stage, tokenizer, tmp_path / "data", world)
+    assert caught.value.where == f"stage {stage}"
 
 
 def test_a_stage_needs_nothing_held_out(tokenizer: Any, tmp_path: Path, world: World) -> None:

@@ -1,0 +1,132 @@
+"""Dialogues as tokens: as a template writes them, ended once by the token that ends a turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.train.data.dialogues import encode, follow, prompt_text
+from hpc_rlhf.train.data.rows import Sample, transcript
+from tests.train import chatty, tiny
+
+TURNS = (("human", "What colour is grass?"), ("assistant", "Green."), ("human", "And snow?"))
+SAMPLE = Sample(TURNS, transcript(TURNS), " Snow is white.", " Ask somebody else.")
+MESSAGES = [
+    {"role": "user", "content": "What colour is grass?"},
+    {"role": "assistant", "content": "Green."},
+    {"role": "user", "content": "And snow?"},
+    {"role": "assistant", "content": "Snow is white."},
+]
+
+
+def only(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
+    ((prompt, chosen),) = encode([sample], tokenizer, "chosen")
+    return prompt, chosen
+
+
+@pytest.mark.parametrize("kind", chatty.TEMPLATES)
+def test_prompt_and_answer_are_the_templates_own_tokens(kind: str) -> None:
+    tokenizer = follow(chatty.tokenizer(kind), "auto")
+    prompt, chosen = only(SAMPLE, tokenizer)
+    asking = tokenizer.apply_chat_template(MESSAGES[:3], add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template(MESSAGES, return_dict=False)
+    newline = tokenizer("\n")["input_ids"]
+    assert prompt == asking, "what a rollout is asked is what a chat is asked"
+    assert prompt + chosen in (whole, whole[: -len(newline)])
+    assert chosen[-1] == tokenizer.convert_tokens_to_ids(chatty.ENDS[kind])
+    assert chosen.count(tokenizer.eos_token_id) == 1
+    said = tokenizer.decode(chosen, skip_special_tokens=True)
+    assert said.endswith("Snow is white.")
+    assert said.startswith("<think>") == (kind == "thoughts")
+
+
+@pytest.mark.parametrize("kind", chatty.TEMPLATES)
+def test_eos_is_what_ends_a_turn_also_once_it_is_saved(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = follow(chatty.tokenizer(kind), "auto")
+    assert tokenizer.eos_token == chatty.ENDS[kind]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.eos_token == chatty.ENDS[kind]
+    assert prompt_text(loaded, TURNS) == prompt_text(tokenizer, TURNS)
+
+
+def test_plain_takes_no_template(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = follow(chatty.tokenizer("chatml"), "plain")
+    assert tokenizer.eos_token == "<|endoftext|>"
+    prompt, chosen = only(SAMPLE, tokenizer)
+    assert tokenizer.decode(prompt) == SAMPLE.prompt
+    assert tokenizer.decode(chosen) == " Snow is white.<|endoftext|>"
+    tokenizer.save_pretrained(tmp_path)
+    assert prompt_text(AutoTokenizer.from_pretrained(tmp_path), TURNS) == SAMPLE.prompt
+
+
+def test_both_answers_of_a_pair_follow_the_same_prompt() -> None:
+    tokenizer = follow(chatty.tokenizer("headers"), "auto")
+    ((prompt, chosen, rejected),) = encode([SAMPLE], tokenizer, "chosen", "rejected")
+    assert (prompt, chosen) == only(SAMPLE, tokenizer)
+    assert tokenizer.decode(rejected) == "Ask somebody else.<|eot_id|>"
+
+
+def test_what_a_role_says_in_a_row_is_one_message() -> None:
+    tokenizer = follow(chatty.tokenizer("chatml"), "auto")
+    turns = (("human", "Hi"), ("human", "Anybody?"))
+    assert (
+        prompt_text(tokenizer, turns) == "<|im_start|>user\nHi\n\nAnybody?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_without_a_system_has_its_words_before_the_persons() -> None:
+    tokenizer = follow(chatty.tokenizer("brackets"), "auto")
+    assert (
+        prompt_text(tokenizer, (("system", "Be kind."), ("human", "Hi")))
+        == "<s>[INST] Be kind.\n\nHi [/INST]"
+    )
+    kept = follow(chatty.tokenizer("chatml"), "auto")
+    assert prompt_text(kept, (("system", "Be kind."), ("human", "Hi"))).startswith(
+        "<|im_start|>system\nBe kind.<|im_end|>\n"
+    )
+
+
+def test_a_template_that_refuses_a_dialogue_is_one_clear_error() -> None:
+    tokenizer = chatty.tokenizer("chatml")
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(HpcRlhfError, match=r"refuses a dialogue of user .*never") as caught:
+        prompt_text(tokenizer, (("human", "Hi"),))
+    assert "data.template: plain" in str(caught.value.hint)
+
+
+def test_an_answer_that_holds_the_end_of_a_turn_ends_there() -> None:
+    tokenizer = follow(chatty.tokenizer("chatml"), "auto")
+    _, chosen = only(Sample((("human", "Hi"),), "x", "One.<|im_end|>Two."), tokenizer)
+    assert tokenizer.decode(chosen) == "One.<|im_end|>"
+
+
+def test_an_eos_that_a_tokenizer_puts_behind_every_text_ends_no_prompt() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tokenizer()
+    plain_prompt, plain_chosen = only(SAMPLE, tokenizer)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", tiny.BOS), ("</s>", tiny.EOS)]
+    )
+    assert tokenizer("x")["input_ids"][-1] == tiny.EOS
+    prompt, chosen = only(SAMPLE, tokenizer)
+    assert prompt == [tiny.BOS, *plain_prompt]
+    assert chosen == plain_chosen
+
+
+def test_a_token_that_would_reach_over_into_the_answer_is_not_in_the_prompt() -> None:
+    """A rollout is given the prompt's own tokens; the answer then is tokenised by itself."""
+    tokenizer = tiny.tokenizer()
+    green = Sample((("human", "x"),), "What colour is gr", "ass?", "")
+    prompt, chosen = only(green, tokenizer)
+    assert prompt == tokenizer(green.prompt)["input_ids"]
+    assert tokenizer(green.prompt + green.chosen)["input_ids"][: len(prompt)] != prompt, "it does reach over"
+    assert chosen == [*tokenizer(green.chosen)["input_ids"], tiny.EOS]
