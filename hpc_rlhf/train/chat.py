@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from hpc_rlhf.train.data.rows import transcript
+from hpc_rlhf.train.data.dialogues import prompt_text, token_ids
 from hpc_rlhf.train.rollout.engine import Sampling, decode_steps
 from hpc_rlhf.train.rollout.sampling import uniforms
 
-# A model that goes on with a turn of its own for the person is cut there.
+# A model without a chat template that goes on with a turn of its own for the person is cut there.
 NEXT_TURN = "\n\nHuman:"
 
 
@@ -41,9 +41,7 @@ class ChatModel:
             temperature: 0 takes the likeliest token each time.
             seed: of the sampling.
         """
-        ids = self.tokenizer(transcript(turns), return_tensors="pt")["input_ids"].to(self.device)
-        if ids.shape[1] > 1 and ids[0, -1] == self.tokenizer.eos_token_id:
-            ids = ids[:, :-1]
+        ids = torch.tensor(token_ids(self.tokenizer, [prompt_text(self.tokenizer, turns)])).to(self.device)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None:
             max_tokens = min(max_tokens, limit - 1)
@@ -62,7 +60,9 @@ class ChatModel:
         for token in tokens:
             drawn.append(token)
             whole = self.tokenizer.decode(drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            text, next_turn, _ = whole.partition(NEXT_TURN)
+            text, next_turn, _ = (
+                (whole, "", "") if self.tokenizer.chat_template else whole.partition(NEXT_TURN)
+            )
             sure = _sure(text).lstrip()
             if len(sure) > len(given) and sure.startswith(given):
                 yield sure[len(given) :]

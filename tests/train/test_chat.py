@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from hpc_rlhf.train.chat import NEXT_TURN, ChatModel
+from hpc_rlhf.train.data.dialogues import follow
 from hpc_rlhf.train.data.rows import transcript
 from hpc_rlhf.train.models.weights import export
-from tests.train import tiny
+from tests.train import chatty, tiny
 
 HI = [("human", "What colour is grass?")]
 
@@ -103,3 +104,26 @@ def test_a_long_conversation_loses_its_oldest_tokens_and_goes_on(chat: ChatModel
     assert len(chat.tokenizer(transcript(turns))["input_ids"]) > 96
     assert "".join(chat.stream(turns, 30, 0.0, seed=1))
     assert "".join(chat.stream(turns, 1000, 0.0, seed=1)), "more tokens than the model has places"
+
+
+def test_a_model_with_a_chat_template_is_asked_by_it_and_ends_by_its_turn(
+    chat: ChatModel, tmp_path: Path
+) -> None:
+    tokenizer = follow(chatty.tokenizer("chatml"), "auto")
+    export(tiny.causal("gpt2", vocab_size=310, n_positions=96), tokenizer, tmp_path, is_main=True)
+    model = ChatModel(tmp_path)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": HI[0][1]}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=False,
+    )
+    said = model.model.generate(asked, do_sample=False, max_new_tokens=24, pad_token_id=0)[
+        0, asked.shape[1] :
+    ]
+    expected = tokenizer.decode(said, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}").strip()
+    assert "".join(model.stream(HI, 24, 0.0, seed=1)) == expected
+    assert pieces_of(model, f" Green.{NEXT_TURN} x") == pieces_of(model, f" Green.{NEXT_TURN} x<|im_end|>")
+    assert "".join(pieces_of(model, f" Green.{NEXT_TURN} x")) == f"Green.{NEXT_TURN} x", (
+        "plain turns are text here"
+    )

@@ -74,5 +74,16 @@ def export(model: Any, tokenizer: Any, folder: Path, is_main: bool) -> None:
     if is_main:
         state.update({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in buffers.items()})
         folder.mkdir(parents=True, exist_ok=True)
+        _stop_at(getattr(model, "generation_config", None), tokenizer.eos_token_id)
         model.save_pretrained(str(folder), state_dict=state)
         tokenizer.save_pretrained(str(folder))
+
+
+def _stop_at(generation: Any, eos_id: int) -> None:
+    """Let ``generate`` end answers where training did, which need not be where the base model ended documents."""
+    if generation is None:
+        return
+    known = generation.eos_token_id
+    others = known if isinstance(known, list) else [known]
+    ids = [eos_id, *(number for number in others if number not in (None, eos_id))]
+    generation.eos_token_id = ids if len(ids) > 1 else eos_id
