@@ -22,6 +22,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
         "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
     },
+    "mistral": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64,
+    },
+    "cohere": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64,
+    },
     "qwen2": {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64,

@@ -1,52 +1,125 @@
-"""Token log-probabilities and next-token loss."""
+"""Log-probabilities of tokens, from logits or, never holding all logits, from hidden states."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Float32 logits held at a time: 64 MiB.
+LOGITS = 16 * 2**20
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability of each token, in float32.
 
     Args:
-        logits: (batch, length, vocabulary); ``logits[:, t]`` predicts ``tokens[:, t]``.
-        tokens: (batch, length), int64.
+        logits: (…, vocabulary), each row predicting the token of the same place.
+        tokens: (…), int64.
         temperature: what the logits are divided by, as in sampling.
 
     Returns:
-        (batch, length), float32.
+        (…), float32.
     """
     scaled = logits.float() / temperature
     chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - torch.logsumexp(scaled, dim=-1)
 
 
-def next_token_loss_sum(logits: Tensor, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-    """Summed negative log-probability of the tokens to be learnt.
-
-    Args:
-        logits: (batch, length, vocabulary), from ``input_ids``.
-        input_ids: (batch, length), int64.
-        loss_mask: (batch, length), bool; True where the token at that position is to be predicted
-            from those before it. Position 0 is never predicted.
-
-    Returns:
-        A scalar, to be divided by the number of tokens learnt over all ranks.
-    """
-    log_probs = token_log_probs(logits[:, :-1], input_ids[:, 1:])
-    return -log_probs.where(loss_mask[:, 1:], 0.0).sum()
-
-
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy of each next-token distribution, in nats.
 
     Args:
-        logits: (batch, length, vocabulary).
+        logits: (…, vocabulary).
 
     Returns:
-        (batch, length), float32.
+        (…), float32.
     """
     scaled = logits.float() / temperature
     log_probs = scaled - torch.logsumexp(scaled, dim=-1, keepdim=True)
     return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def head_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    temperature: float,
+    with_entropies: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens from the hidden states that predict them, a chunk of the logits at a time.
+
+    The backward pass makes the logits again. What stands in float32 is at most LOGITS numbers, whatever the
+    number of tokens.
+
+    Args:
+        hidden: (n, hidden).
+        weight, bias: the output head's, (vocabulary, hidden) and (vocabulary,).
+        tokens: (n,), int64.
+        temperature: what the logits are divided by.
+
+    Returns:
+        Log-probabilities (n,), float32, and the distributions' entropies (n,), float32, in nats and without a
+        gradient; (0,) where they are not asked for.
+    """
+    made: tuple[Tensor, Tensor] = _HeadLogProbs.apply(
+        hidden, weight, bias, tokens, temperature, with_entropies
+    )
+    return made
+
+
+class _HeadLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor,
+        temperature: float, with_entropies: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        chunk = max(1, LOGITS // weight.shape[0])
+        log_probs, normalizers, entropies = [], [], []
+        for part, chosen in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
+            logits = F.linear(part, weight, bias).float()
+            if temperature != 1:
+                logits /= temperature
+            normalizer = logits.logsumexp(dim=-1)
+            normalizers.append(normalizer)
+            log_probs.append(logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - normalizer)
+            if with_entropies:
+                logits -= normalizer.unsqueeze(1)
+                entropies.append(-(logits.exp() * logits).sum(dim=-1))
+        ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(normalizers))
+        ctx.temperature, ctx.chunk = temperature, chunk
+        entropy = torch.cat(entropies) if with_entropies else log_probs[0].new_empty(0)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(log_probs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+        hidden, weight, bias, tokens, normalizers = ctx.saved_tensors
+        to_weight = to_bias = None
+        to_hidden = []
+        parts = (x.split(ctx.chunk) for x in (hidden, tokens, normalizers, grad / ctx.temperature))
+        for part, chosen, normalizer, share in zip(*parts, strict=True):
+            logits = F.linear(part, weight, bias).float()
+            if ctx.temperature != 1:
+                logits /= ctx.temperature
+            # d log p(token) / d logits = one-hot(token) - p
+            slope = logits.sub_(normalizer.unsqueeze(1)).exp_().mul_(-share.unsqueeze(1))
+            slope.scatter_add_(1, chosen.unsqueeze(1), share.unsqueeze(1))
+            low = slope.to(weight.dtype)
+            if ctx.needs_input_grad[0]:
+                to_hidden.append(low @ weight)
+            if ctx.needs_input_grad[1]:
+                own = low.T @ part
+                to_weight = own if to_weight is None else to_weight.float().add_(own)
+            if bias is not None and ctx.needs_input_grad[2]:
+                own = slope.sum(dim=0)
+                to_bias = own if to_bias is None else to_bias + own
+        return (
+            torch.cat(to_hidden) if to_hidden else None,
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None if to_bias is None else to_bias.to(weight.dtype),
+            None, None, None,
+        )  # fmt: skip

@@ -31,19 +31,3 @@ def total_steps(count: int, epochs: int, per_step: int, max_steps: int | None) -
     """Steps of a stage: whole steps in its epochs, at least one, at most max_steps."""
     steps = max(1, count * epochs // per_step)
     return min(steps, max_steps) if max_steps else steps
-
-
-def micro_batches(step: int, micro: int, accumulation: int, rank: int, size: int) -> list[range]:
-    """The stream positions of one rank's micro-batches in a step.
-
-    The step's global batch is one block of the stream; micro-batch m of rank r is its slice number
-    ``m * size + r``. So the ranks together see the same samples whatever their number.
-
-    Args:
-        step: counted from 0.
-    """
-    start = step * micro * accumulation * size
-    return [
-        range(begin, begin + micro)
-        for begin in (start + (m * size + rank) * micro for m in range(accumulation))
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.model import FromScratch, ModelRef
 from hpc_rlhf.train import seeds
+from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models.forward import hidden_states
 from hpc_rlhf.train.models.weights import gathered
 from hpc_rlhf.train.world import World
 
@@ -81,7 +82,9 @@ def load_causal(source: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, source, dtype, dropout)
+    model = _load(AutoModelForCausalLM, source, dtype, dropout)
+    packed.enable(model)
+    return model
 
 
 def check_fits(config: Any, tokenizer: Any, longest: int, source: str) -> None:
@@ -116,11 +119,16 @@ class RewardModel(nn.Module):
         super().__init__()
         self.classifier = classifier
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Values (batch, length) of token ids (batch, length); a mask that is True on real tokens."""
-        body = self.classifier.base_model
-        hidden = call(body, input_ids, attention_mask, position_ids).last_hidden_state
-        return self.classifier.score(hidden).squeeze(-1)
+    def forward(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Values (tokens,) of sequences laid end to end.
+
+        Args:
+            ids: (tokens,), int64.
+            lengths: tokens of each sequence.
+        """
+        hidden = hidden_states(self.classifier.base_model, ids, lengths)
+        values: Tensor = self.classifier.score(hidden).squeeze(-1)
+        return values
 
 
 def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: float = 0.0) -> RewardModel:
@@ -143,32 +151,8 @@ def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: floa
             generator = torch.Generator().manual_seed(seeds.derive(seed, "score head"))
             spread = 1 / math.sqrt(weight.shape[1] + 1)
             weight.copy_(torch.empty(weight.shape).normal_(0, spread, generator=generator))
+    packed.enable(classifier)
     return RewardModel(classifier)
-
-
-def call(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
-    """A forward pass with position ids, for architectures that take them.
-
-    Args:
-        input_ids, attention_mask, position_ids: (batch, length); positions come from ``positions``.
-    """
-    module = getattr(model, "module", model)
-    if "position_ids" in inspect.signature(module.forward).parameters:
-        kwargs["position_ids"] = position_ids
-    kwargs.setdefault("use_cache", False)
-    return model(input_ids=input_ids, attention_mask=attention_mask.long(), **kwargs)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position ids that count real tokens, so that padding on the left changes nothing.
-
-    Args:
-        mask: (batch, length), bool; True on real tokens.
-
-    Returns:
-        (batch, length), int64; 0 on padding at the left.
-    """
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def folder_or_id(ref: ModelRef, made: Path) -> str:

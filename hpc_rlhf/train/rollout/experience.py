@@ -1,55 +1,54 @@
-"""Experience: sampled answers with all that PPO learns from, one micro-batch at a time."""
+"""Experience: sampled answers with all that PPO learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import ppo
-from hpc_rlhf.train.algorithms.logprobs import entropy, token_log_probs
-from hpc_rlhf.train.algorithms.reward import score
-from hpc_rlhf.train.models.load import call, positions
+from hpc_rlhf.train.ragged import Ragged
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts and sampled answers.
+    """Prompts and sampled answers, as token ids; an answer ends with EOS unless it was cut, and is never empty."""
 
-    Attributes:
-        input_ids: (batch, prompt + answer), int64; prompts padded on the left, answers on the right.
-        mask: (batch, prompt + answer), bool; True on real tokens.
-        answer_mask: (batch, answer), bool; True on real answer tokens, EOS included.
-    """
+    prompts: list[list[int]]
+    answers: list[list[int]]
 
-    input_ids: Tensor
-    mask: Tensor
-    answer_mask: Tensor
+    def __len__(self) -> int:
+        return len(self.answers)
 
     @property
-    def width(self) -> int:
-        """Positions of the answers."""
-        return self.answer_mask.shape[1]
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt with its answer."""
+        return [len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
 
-    @property
-    def answers(self) -> Tensor:
-        return self.input_ids[:, -self.width :]
+    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Ragged, Tensor]:
+        """Some rows end to end, and the indices of their answer tokens: (answer tokens,), int64."""
+        batch = Ragged.of([self.prompts[row] + self.answers[row] for row in rows], device)
+        return batch, batch.tail([len(self.answers[row]) for row in rows])
 
-    @classmethod
-    def join(cls, prompt_ids: Tensor, prompt_mask: Tensor, answers: Tensor, answer_mask: Tensor) -> Rollout:
-        return cls(
-            torch.cat([prompt_ids, answers], dim=1), torch.cat([prompt_mask, answer_mask], dim=1), answer_mask
-        )
+    def mask(self, device: torch.device) -> Tensor:
+        """(batch, answer), bool; True on real answer tokens, EOS included."""
+        return ragged.mask([len(answer) for answer in self.answers], device)
+
+    def ended(self, eos_id: int, device: torch.device) -> Tensor:
+        """(batch,), bool; True where an answer came to its end by itself."""
+        return torch.tensor([answer[-1] == eos_id for answer in self.answers], device=device)
 
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout as PPO learns from it; all but the scores are (batch, answer), float32.
+    """A rollout as PPO learns from it; all but the scores are (batch, answer), float32, 0 behind an answer's end.
 
     Attributes:
+        mask: (batch, answer), bool; True on real answer tokens, EOS included.
         log_probs, ref_log_probs: of the sampled tokens, by the actor that sampled them and by the reference.
         values: of the state before each token.
         scores: (batch,), the reward model's.
@@ -58,6 +57,7 @@ class Experience:
     """
 
     rollout: Rollout
+    mask: Tensor
     log_probs: Tensor
     ref_log_probs: Tensor
     values: Tensor
@@ -65,25 +65,6 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     entropies: Tensor
-
-
-def answer_logits(model: Any, rollout: Rollout) -> Tensor:
-    """Logits that predict the answer tokens: (batch, answer, vocabulary)."""
-    logits = call(model, rollout.input_ids, rollout.mask, positions(rollout.mask)).logits
-    return logits[:, -rollout.width - 1 : -1]
-
-
-def answer_values(model: Any, rollout: Rollout) -> Tensor:
-    """The critic's values of the states before the answer tokens: (batch, answer), float32."""
-    values = model(rollout.input_ids, rollout.mask, positions(rollout.mask))
-    return values[:, -rollout.width - 1 : -1].float()
-
-
-@torch.no_grad()
-def answer_scores(model: Any, rollout: Rollout) -> Tensor:
-    """The reward model's scores of whole sequences: (batch,), float32."""
-    values = model(rollout.input_ids, rollout.mask, positions(rollout.mask))
-    return score(values.float(), rollout.mask)
 
 
 @dataclass(frozen=True)
@@ -99,46 +80,60 @@ class Rewarding:
 
 
 @torch.no_grad()
+def scores(reward: Any, rollout: Rollout, plan: list[list[int]], device: torch.device) -> Tensor:
+    """The reward model's scores of whole sequences: (batch,), float32; for the plan see ``experience``."""
+    found = torch.zeros(len(rollout), device=device)
+    for rows in plan:
+        batch, _ = rollout.batch(rows or [0], device)
+        ends = batch.tail([1] * len(batch.lengths))
+        values = reward(batch.ids, batch.lengths)[ends].float()
+        found[rows or [0]] = values
+    return found
+
+
+@torch.no_grad()
 def experience(
-    rollout: Rollout, actor: Any, critic: Any, ref: Any, reward: Any, rewarding: Rewarding, eos_id: int
-) -> Experience:
-    """Everything PPO needs of a rollout. The models are in eval mode; each makes one forward pass."""
-    logits = answer_logits(actor, rollout)
-    log_probs = token_log_probs(logits, rollout.answers, rewarding.temperature)
-    entropies = entropy(logits, rewarding.temperature)
-    del logits
-    ref_log_probs = token_log_probs(answer_logits(ref, rollout), rollout.answers, rewarding.temperature)
-    values = answer_values(critic, rollout)
-    scores = answer_scores(reward, rollout)
-    ended = ((rollout.answers == eos_id) & rollout.answer_mask).any(dim=1)
+    rollout: Rollout, plan: list[list[int]], actor: Any, critic: Any, ref: Any, reward: Any,
+    rewarding: Rewarding, eos_id: int, device: torch.device,
+) -> Experience:  # fmt: skip
+    """Everything PPO needs of a rollout. The models are in eval mode; each makes one forward pass a micro-batch.
+
+    Args:
+        plan: the rows of each micro-batch, together each row once. An empty one only keeps step with other
+            ranks. Every rank has as many.
+    """
+    parts: dict[int, Tensor] = {}
+    for rows in plan:
+        batch, answer = rollout.batch(rows or [0], device)
+        log_probs, entropies = actor(batch.ids, batch.lengths, answer, rewarding.temperature, True)
+        ref_log_probs, _ = ref(batch.ids, batch.lengths, answer, rewarding.temperature)
+        values = critic(batch.ids, batch.lengths)[answer - 1].float()
+        found = torch.stack([log_probs, ref_log_probs, values, entropies], dim=1)
+        sizes = [len(rollout.answers[row]) for row in rows or [0]]
+        parts.update(zip(rows or [0], found.split(sizes), strict=True))
+    mask = rollout.mask(device)
+    ordered = torch.nn.utils.rnn.pad_sequence([parts[row] for row in range(len(rollout))], batch_first=True)
+    log_probs, ref_log_probs, values, entropies = ordered.unbind(dim=2)
+    found_scores = scores(reward, rollout, plan, device)
     rewards = ppo.kl_shaped_rewards(
-        log_probs, ref_log_probs, scores - rewarding.missing_eos_penalty * ~ended,
-        rollout.answer_mask, rewarding.kl_coef, rewarding.score_clip,
+        log_probs, ref_log_probs,
+        found_scores - rewarding.missing_eos_penalty * ~rollout.ended(eos_id, device),
+        mask, rewarding.kl_coef, rewarding.score_clip,
     )  # fmt: skip
-    advantages, returns = ppo.generalized_advantages(
-        values, rewards, rollout.answer_mask, rewarding.gamma, rewarding.lam
+    advantages, returns = ppo.generalized_advantages(values, rewards, mask, rewarding.gamma, rewarding.lam)
+    return Experience(
+        rollout, mask, log_probs, ref_log_probs, values, found_scores, advantages, returns, entropies
     )
-    return Experience(rollout, log_probs, ref_log_probs, values, scores, advantages, returns, entropies)
 
 
-def whiten(
-    batches: list[Experience], sums: Callable[[dict[str, float]], dict[str, float]]
-) -> list[Experience]:
+def whiten(made: Experience, sums: Callable[[dict[str, float]], dict[str, float]]) -> Experience:
     """Bring the advantages over all ranks to mean 0 and variance 1.
 
     Args:
         sums: adds numbers up over the ranks.
     """
-    local = {"count": 0.0, "sum": 0.0, "squares": 0.0}
-    for batch in batches:
-        real = batch.advantages[batch.rollout.answer_mask].double()
-        local["count"] += real.numel()
-        local["sum"] += real.sum().item()
-        local["squares"] += (real**2).sum().item()
-    total = sums(local)
+    real = made.advantages[made.mask].double()
+    total = sums({"count": real.numel(), "sum": real.sum().item(), "squares": (real**2).sum().item()})
     mean = total["sum"] / total["count"]
     spread = max(total["squares"] / total["count"] - mean**2, 0.0) ** 0.5
-    return [
-        replace(batch, advantages=(batch.advantages - mean) / (spread + 1e-8) * batch.rollout.answer_mask)
-        for batch in batches
-    ]
+    return replace(made, advantages=(made.advantages - mean) / (spread + 1e-8) * made.mask)

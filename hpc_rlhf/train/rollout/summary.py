@@ -12,7 +12,7 @@ LEARNT = ("actor_loss", "critic_loss", "ratio", "clipped", "value_clipped", "tok
 
 
 def summarize(
-    batches: list[Experience],
+    made: Experience,
     learnt: dict[str, float],
     eos_id: int,
     sums: Callable[[dict[str, float]], dict[str, float]],
@@ -20,7 +20,7 @@ def summarize(
     """A step's metrics, over all ranks.
 
     Args:
-        batches: this rank's experience.
+        made: this rank's experience.
         learnt: this rank's sums, by the names in LEARNT.
         sums: adds numbers up over the ranks.
 
@@ -29,23 +29,21 @@ def summarize(
         value_clipfrac over the tokens learnt from; eos_rate, the share of answers that end; answer_tokens, their
         mean length; actor_loss and critic_loss, means over tokens; explained_variance of the returns by the values.
     """
-    local = dict.fromkeys(
-        ("answers", "tokens", "score", "score2", "kl", "entropy", "ended", "ret", "ret2", "err", "err2"), 0.0
-    )
-    for batch in batches:
-        mask = batch.rollout.answer_mask
-        local["answers"] += len(batch.scores)
-        local["tokens"] += mask.sum().item()
-        local["score"] += batch.scores.sum().item()
-        local["score2"] += (batch.scores.double() ** 2).sum().item()
-        local["kl"] += ppo.k3_kl(batch.log_probs, batch.ref_log_probs, mask).sum().item()
-        local["entropy"] += batch.entropies[mask].sum().item()
-        local["ended"] += ((batch.rollout.answers == eos_id) & mask).any(dim=1).sum().item()
-        returns, errors = batch.returns[mask].double(), (batch.returns - batch.values)[mask].double()
-        local["ret"] += returns.sum().item()
-        local["ret2"] += (returns**2).sum().item()
-        local["err"] += errors.sum().item()
-        local["err2"] += (errors**2).sum().item()
+    mask = made.mask
+    returns, errors = made.returns[mask].double(), (made.returns - made.values)[mask].double()
+    local = {
+        "answers": float(len(made.scores)),
+        "tokens": float(returns.numel()),
+        "score": made.scores.double().sum().item(),
+        "score2": (made.scores.double() ** 2).sum().item(),
+        "kl": ppo.k3_kl(made.log_probs, made.ref_log_probs, mask).sum().item(),
+        "entropy": made.entropies[mask].sum().item(),
+        "ended": made.rollout.ended(eos_id, mask.device).sum().item(),
+        "ret": returns.sum().item(),
+        "ret2": (returns**2).sum().item(),
+        "err": errors.sum().item(),
+        "err2": (errors**2).sum().item(),
+    }
     total = sums({**local, **{f"learnt_{name}": learnt[name] for name in LEARNT}})
     answers, tokens, learnt_tokens = total["answers"], total["tokens"], total["learnt_tokens"]
     mean = total["score"] / answers

@@ -1,4 +1,4 @@
-"""What the stages share: adapters, evaluation batches, engines in checkpoints, and the artifact."""
+"""What the stages share: adapters, steps as micro-batches, engines in checkpoints, and the artifact."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpc_rlhf import manifest
-from hpc_rlhf.spec.stages import StageSpec
+from hpc_rlhf.spec.stages import TrainingSpec
 from hpc_rlhf.train.checkpoint import Checkpoint
 from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.models.weights import export
+from hpc_rlhf.train.ragged import plan_step
 
 # Held-out samples looked at: enough for a standard error of 1.6 % on an accuracy.
 EVALUATED = 1024
 
 
-def adapted(model: Any, spec: StageSpec, seed: int) -> None:
+def adapted(model: Any, spec: TrainingSpec, seed: int) -> None:
     """Prepare a model for training as the spec says: adapters, activation checkpointing."""
     if spec.lora is not None:
         lora.adapt(model, spec.lora, seed)
@@ -26,20 +30,36 @@ def adapted(model: Any, spec: StageSpec, seed: int) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def evaluation_batches(held_out: Any, context: StageContext) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """This rank's micro-batches of the held-out samples, and whether they are real.
+class Batches:
+    """The micro-batches of this rank: as many whole sequences as fit the tokens of a micro-batch.
 
-    Every rank gets the same number, because a forward pass is collective under ZeRO-3; those that are not
-    real only keep step.
+    Args:
+        purpose: of the stream of samples, so that two streams differ.
+        lengths: (rows,), tokens of each row.
+        budget: tokens of a micro-batch.
     """
-    count = min(len(held_out), EVALUATED)
-    starts = range(0, count, context.micro)
-    size, rank = context.world.size, context.world.rank
-    for turn in range(0, len(starts), size):
-        mine = turn + rank
-        start = starts[mine if mine < len(starts) else 0]
-        rows = [held_out[i] for i in range(start, min(start + context.micro, count))]
-        yield rows, mine < len(starts)
+
+    def __init__(self, context: StageContext, purpose: str, lengths: np.ndarray, budget: int) -> None:
+        self.context = context
+        self.purpose = purpose
+        self.lengths = lengths
+        self.budget = budget
+
+    def indices(self, step: int) -> list[int]:
+        """The rows of a step over all ranks, the same on any number of them."""
+        count, seed, size = len(self.lengths), self.context.spec.seed, self.context.per_step
+        return [sample_at(p, count, seed, self.purpose) for p in range(step * size, (step + 1) * size)]
+
+    def of(self, indices: list[int]) -> Iterator[tuple[list[int], bool]]:
+        """This rank's micro-batches of some rows, and whether they are real.
+
+        Every rank gets the same number, because passes are collective under ZeRO-3; those that are not real only
+        keep step.
+        """
+        world = self.context.world
+        lengths = [int(self.lengths[i]) for i in indices]
+        for chosen in plan_step(lengths, world.size, self.budget)[world.rank]:
+            yield [indices[i] for i in chosen or [0]], bool(chosen)
 
 
 def save_engines(folder: Path, named: dict[str, Any]) -> None:

@@ -9,17 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hpc_rlhf.spec.stages import RewardSpec
+from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.reward import pairwise_loss
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.data.sampler import micro_batches, sample_at, total_steps
-from hpc_rlhf.train.data.tokenized import TokenBatch, pad_right
+from hpc_rlhf.train.data.sampler import total_steps
+from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.load import check_fits, load_reward, positions
-from hpc_rlhf.train.stages.common import adapted, evaluation_batches, finish, load_engines, save_engines
+from hpc_rlhf.train.models.load import check_fits, load_reward
+from hpc_rlhf.train.ragged import Ragged
+from hpc_rlhf.train.stages.common import EVALUATED, Batches, adapted, finish, load_engines, save_engines
+
+
+def pair_lengths(rows: Any) -> np.ndarray:
+    """Tokens of both sequences of each pair: (pairs,)."""
+    return token_lengths(rows, "prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
 
 
 def run(context: StageContext) -> None:
@@ -28,14 +36,9 @@ def run(context: StageContext) -> None:
 
     # 1. Data.
     data = context.data()
-    count = len(data.train)
-    total = total_steps(count, spec.epochs, context.per_step, spec.max_steps)
-
-    def batch_of(rows: list[dict[str, Any]]) -> TokenBatch:
-        """The chosen ones, then the rejected ones: (2 * pairs, length)."""
-        prompts = [row["prompt_ids"] for row in rows] * 2
-        answers = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
-        return pad_right(prompts, answers, context.tokenizer.pad_token_id).to(context.world.device)
+    total = total_steps(len(data.train), spec.epochs, context.per_step, spec.max_steps)
+    budget = 2 * context.micro * context.longest
+    batches = Batches(context, "reward", pair_lengths(data.train), budget)
 
     # 2. Model.
     source = context.start_model(context.spec.models.reward or context.spec.models.actor)
@@ -45,24 +48,33 @@ def run(context: StageContext) -> None:
     adapted(model.classifier, spec, context.spec.seed)
     engine = engines.training_engine(model, context.ds_config, spec, spec.lr, total)
 
-    def compare(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
-        values = engine(batch.input_ids, batch.mask, positions(batch.mask))
-        chosen, rejected = values.chunk(2)
-        return pairwise_loss(chosen, rejected, *batch.input_ids.chunk(2), *batch.mask.chunk(2))
+    def compare(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, and scores of the chosen and the rejected: (pairs,) each."""
+        answers = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+        prompts = [row["prompt_ids"] for row in rows] * 2
+        sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        batch = Ragged.of(sequences, context.world.device)
+        values = ragged.pad(engine(batch.ids, batch.lengths), batch.lengths).chunk(2)
+        ids = ragged.pad(batch.ids, batch.lengths).chunk(2)
+        return pairwise_loss(*values, *ids, *ragged.mask(batch.lengths, batch.ids.device).chunk(2))
 
     def accuracy() -> float | None:
         """Of the held-out pairs; None where there are none."""
+        rows = data.held_out
+        if not len(rows):
+            return None
         engine.eval()
         sums = {"right": 0.0, "pairs": 0.0}
+        some = Batches(context, "held out", pair_lengths(rows), budget)
         with torch.no_grad():
-            for rows, real in evaluation_batches(data.held_out, context):
-                _, chosen, rejected = compare(batch_of(rows))
+            for indices, real in some.of(list(range(min(len(rows), EVALUATED)))):
+                _, chosen, rejected = compare([rows[i] for i in indices])
                 if real:
                     sums["right"] += (chosen > rejected).sum().item()
-                    sums["pairs"] += len(rows)
+                    sums["pairs"] += len(indices)
         engine.train()
         sums = context.world.sums(sums)
-        return sums["right"] / sums["pairs"] if sums["pairs"] else None
+        return sums["right"] / sums["pairs"]
 
     # 3. Resume.
     found = context.resume(load_engines({"engine": engine}))
@@ -75,25 +87,23 @@ def run(context: StageContext) -> None:
     for step in range(first, total):
         context.safe_point(step, write, {})
         context.reseed(step)
-        stream = micro_batches(
-            step, context.micro, context.accumulation, context.world.rank, context.world.size
-        )
-        indices = [[sample_at(p, count, context.spec.seed, "reward") for p in block] for block in stream]
-        batches = [batch_of([data.train[i] for i in block]) for block in indices]
+        micro_batches = [
+            ([data.train[i] for i in chosen], real) for chosen, real in batches.of(batches.indices(step))
+        ]
         rate = engines.learning_rate(engine)
-        sums = {"loss": 0.0, "right": 0.0, "margin": 0.0}
+        seen: list[Tensor] = []
 
-        def scaled_loss(batch: TokenBatch, sums: dict[str, float] = sums) -> Tensor:
-            losses, chosen, rejected = compare(batch)
-            sums["loss"] += losses.sum().item()
-            sums["right"] += (chosen > rejected).sum().item()
-            sums["margin"] += (chosen - rejected).sum().item()
-            return losses.sum() * (context.loss_scale / context.per_step)
+        def scaled_loss(rows: list[dict[str, Any]], real: bool, seen: list[Tensor] = seen) -> Tensor:
+            losses, chosen, rejected = compare(rows)
+            facts = (losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum())
+            seen.append(torch.stack(facts).detach() * real)
+            return losses.sum() * (real * context.loss_scale / context.per_step)
 
-        norm = engines.optimizer_step(engine, [partial(scaled_loss, batch) for batch in batches])
-        means = {key: total_sum / context.per_step for key, total_sum in context.world.sums(sums).items()}
-        values = {"loss": means["loss"], "accuracy": means["right"], "margin": means["margin"], "lr": rate}
-        context.metrics.log(step + 1, total, "train", {**values, "grad_norm": norm})
+        norm = engines.optimizer_step(engine, [partial(scaled_loss, *batch) for batch in micro_batches])
+        names = ("loss", "accuracy", "margin")
+        sums = context.world.sums(dict(zip(names, torch.stack(seen).sum(dim=0).tolist(), strict=True)))
+        means = {name: sums[name] / context.per_step for name in names}
+        context.metrics.log(step + 1, total, "train", {**means, "lr": rate, "grad_norm": norm})
     context.safe_point(total, write, {})
 
     # 5. Measure, and hand over.

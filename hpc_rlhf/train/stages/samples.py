@@ -21,24 +21,21 @@ class SampleLog:
 
     def texts(self, rollout: Rollout, row: int) -> tuple[str, str]:
         """Prompt and answer of a row of a rollout."""
-        width = rollout.width
-        prompt = rollout.input_ids[row, :-width][rollout.mask[row, :-width]]
-        answer = rollout.answers[row][rollout.answer_mask[row]]
         return (
-            self.tokenizer.decode(prompt, skip_special_tokens=True),
-            self.tokenizer.decode(answer, skip_special_tokens=True),
+            self.tokenizer.decode(rollout.prompts[row], skip_special_tokens=True),
+            self.tokenizer.decode(rollout.answers[row], skip_special_tokens=True),
         )
 
     def keep(self, records: list[dict[str, Any]]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    def keep_rollouts(self, step: int, batch: Experience) -> None:
+    def keep_rollouts(self, step: int, made: Experience) -> None:
         """Keep a few answers of a step."""
         records = []
-        for row in range(min(KEPT, len(batch.scores))):
-            prompt, answer = self.texts(batch.rollout, row)
-            reward = round(batch.scores[row].item(), 4)
+        for row in range(min(KEPT, len(made.scores))):
+            prompt, answer = self.texts(made.rollout, row)
+            reward = round(made.scores[row].item(), 4)
             records.append(
                 {"step": step, "kind": "rollout", "prompt": prompt, "answer": answer, "reward": reward}
             )

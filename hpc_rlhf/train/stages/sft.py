@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.spec.stages import SftSpec
-from hpc_rlhf.train.algorithms.logprobs import next_token_loss_sum
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.data.sampler import micro_batches, sample_at, total_steps
-from hpc_rlhf.train.data.tokenized import TokenBatch, pad_right
+from hpc_rlhf.train.data.sampler import total_steps
+from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.load import call, check_fits, load_causal, positions
-from hpc_rlhf.train.stages.common import adapted, evaluation_batches, finish, load_engines, save_engines
+from hpc_rlhf.train.models.language import LanguageModel
+from hpc_rlhf.train.models.load import check_fits, load_causal
+from hpc_rlhf.train.ragged import Ragged
+from hpc_rlhf.train.stages.common import EVALUATED, Batches, adapted, finish, load_engines, save_engines
 
 
 def run(context: StageContext) -> None:
@@ -29,17 +30,14 @@ def run(context: StageContext) -> None:
 
     # 1. Data.
     data = context.data()
-    count = len(data.train)
-    total = total_steps(count, spec.epochs, context.per_step, spec.max_steps)
+    total = total_steps(len(data.train), spec.epochs, context.per_step, spec.max_steps)
+    budget = context.micro * context.longest
+    batches = Batches(context, "sft", token_lengths(data.train, "prompt_ids", "chosen_ids"), budget)
 
-    def batch_of(rows: list[dict[str, Any]]) -> TokenBatch:
-        prompts, answers = [row["prompt_ids"] for row in rows], [row["chosen_ids"] for row in rows]
-        return pad_right(prompts, answers, context.tokenizer.pad_token_id).to(context.world.device)
-
-    def learnt(batch: TokenBatch) -> Tensor:
-        mask = (batch.answer_mask if spec.answer_only else batch.mask).clone()
-        mask[:, 0] = False
-        return mask
+    def learnt(row: dict[str, Any]) -> int:
+        """Tokens at a row's end that are learnt; its first one cannot be predicted."""
+        answer, whole = len(row["chosen_ids"]), len(row["prompt_ids"]) + len(row["chosen_ids"])
+        return min(answer if spec.answer_only else whole, whole - 1)
 
     # 2. Model.
     source = context.start_model(context.spec.models.actor)
@@ -47,26 +45,30 @@ def run(context: StageContext) -> None:
         model = load_causal(source, context.dtype, spec.dropout)
     check_fits(model.config, context.tokenizer, context.longest, source)
     adapted(model, spec, context.spec.seed)
-    engine = engines.training_engine(model, context.ds_config, spec, spec.lr, total)
+    engine = engines.training_engine(LanguageModel(model), context.ds_config, spec, spec.lr, total)
 
-    def loss_sum(batch: TokenBatch) -> Tensor:
-        logits = call(engine, batch.input_ids, batch.mask, positions(batch.mask)).logits
-        return next_token_loss_sum(logits, batch.input_ids, learnt(batch))
+    def loss_sum(rows: list[dict[str, Any]]) -> Tensor:
+        batch = Ragged.of([row["prompt_ids"] + row["chosen_ids"] for row in rows], context.world.device)
+        log_probs, _ = engine(batch.ids, batch.lengths, batch.tail([learnt(row) for row in rows]))
+        return -log_probs.sum()
 
     def perplexity() -> float | None:
         """Of the held-out samples; None where there are none."""
+        rows = data.held_out
+        if not len(rows):
+            return None
         engine.eval()
         sums = {"loss": 0.0, "tokens": 0.0}
+        some = Batches(context, "held out", token_lengths(rows, "prompt_ids", "chosen_ids"), budget)
         with torch.no_grad():
-            for rows, real in evaluation_batches(data.held_out, context):
-                batch = batch_of(rows)
-                loss = loss_sum(batch)
+            for chosen, real in some.of(list(range(min(len(rows), EVALUATED)))):
+                loss = loss_sum([rows[i] for i in chosen])
                 if real:
                     sums["loss"] += loss.item()
-                    sums["tokens"] += learnt(batch).sum().item()
+                    sums["tokens"] += sum(learnt(rows[i]) for i in chosen)
         engine.train()
         sums = context.world.sums(sums)
-        return math.exp(min(50.0, sums["loss"] / sums["tokens"])) if sums["tokens"] else None
+        return math.exp(min(50.0, sums["loss"] / sums["tokens"]))
 
     # 3. Resume, or measure where it starts.
     state: dict[str, Any] = {}
@@ -84,22 +86,23 @@ def run(context: StageContext) -> None:
     for step in range(first, total):
         context.safe_point(step, write, state)
         context.reseed(step)
-        stream = micro_batches(
-            step, context.micro, context.accumulation, context.world.rank, context.world.size
-        )
-        indices = [[sample_at(p, count, context.spec.seed, "sft") for p in block] for block in stream]
-        batches = [batch_of([data.train[i] for i in block]) for block in indices]
-        tokens = context.world.sums({"tokens": float(sum(learnt(b).sum().item() for b in batches))})["tokens"]
+        micro_batches = [
+            ([data.train[i] for i in chosen], real) for chosen, real in batches.of(batches.indices(step))
+        ]
+        local = float(sum(learnt(row) for rows, real in micro_batches if real for row in rows))
+        tokens = context.world.sums({"tokens": local})["tokens"]
         rate = engines.learning_rate(engine)
-        sums: list[float] = []
+        losses: list[Tensor] = []
 
-        def scaled_loss(batch: TokenBatch, tokens: float = tokens, sums: list[float] = sums) -> Tensor:
-            loss = loss_sum(batch)
-            sums.append(loss.item())
+        def scaled_loss(
+            rows: list[dict[str, Any]], real: bool, tokens: float = tokens, losses: list[Tensor] = losses
+        ) -> Tensor:
+            loss = loss_sum(rows) * real
+            losses.append(loss.detach())
             return loss * (context.loss_scale / tokens)
 
-        norm = engines.optimizer_step(engine, [partial(scaled_loss, batch) for batch in batches])
-        loss = context.world.sums({"loss": sum(sums)})["loss"] / tokens
+        norm = engines.optimizer_step(engine, [partial(scaled_loss, *batch) for batch in micro_batches])
+        loss = context.world.sums({"loss": torch.stack(losses).sum().item()})["loss"] / tokens
         context.metrics.log(
             step + 1, total, "train", {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
         )

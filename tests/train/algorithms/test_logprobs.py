@@ -1,4 +1,4 @@
-"""Log-probabilities, next-token loss and entropy against sums written out."""
+"""Log-probabilities and entropy against sums written out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from hpc_rlhf.train.algorithms.logprobs import entropy, next_token_loss_sum, token_log_probs
+from hpc_rlhf.train.algorithms import logprobs
+from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_probs, token_log_probs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
@@ -38,39 +39,54 @@ def test_large_logits_do_not_overflow() -> None:
     assert entropy(logits).item() == 0.0
 
 
-def test_next_token_loss_predicts_each_learnt_token_from_those_before_it() -> None:
-    logits, ids = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
-    mask = torch.tensor([[True, True, False, True, True], [False, False, True, True, False]])
-    expected = 0.0
-    for row in range(2):
-        for t in range(1, 5):
-            if mask[row, t]:
-                expected -= torch.log_softmax(logits[row, t - 1], dim=0)[ids[row, t]].item()
-    assert next_token_loss_sum(logits, ids, mask).item() == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("chunk", [1, 3, 100], ids=lambda rows: f"{rows} rows a chunk")
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_from_hidden_states_it_is_the_same_with_the_same_gradients(
+    chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "LOGITS", chunk * 11)
+    hidden, weight, bias = torch.randn(8, 5), torch.randn(11, 5), torch.randn(11) if with_bias else None
+    tokens, temperature, weights = torch.randint(11, (8,)), 0.6, torch.randn(8)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    found, entropies = head_log_probs(hidden, weight, bias, tokens, temperature, True)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    expected = token_log_probs(logits, tokens, temperature)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(entropies, entropy(logits, temperature).detach())
+    ours = torch.autograd.grad((found * weights).sum(), leaves)
+    theirs = torch.autograd.grad((expected * weights).sum(), leaves)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
-def test_what_is_not_learnt_has_no_part_in_the_loss_or_its_gradient() -> None:
-    logits, ids = torch.randn(1, 5, 7), torch.tensor([[3, 1, 4, 1, 5]])
-    mask = torch.tensor([[True, True, True, False, False]])
-    expected = next_token_loss_sum(logits, ids, mask)
-    soiled, other_ids = logits.clone(), ids.clone()
-    soiled[:, 2:] = torch.nan
-    other_ids[:, 3:] = 6
-    assert next_token_loss_sum(soiled, other_ids, mask) == expected
+def test_a_chunked_gradient_in_bfloat16_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, tokens = (
+        torch.randn(512, 8).bfloat16(),
+        torch.randn(16, 8).bfloat16(),
+        torch.arange(512) % 16,
+    )
+    grads = []
+    for rows in (512, 1):
+        monkeypatch.setattr(logprobs, "LOGITS", rows * 16)
+        leaf = weight.clone().requires_grad_()
+        head_log_probs(hidden, leaf, None, tokens, 1.0, False)[0].sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], grads[0], atol=0.1, rtol=0.02)
 
-    logits.requires_grad_()
-    next_token_loss_sum(logits, ids, mask).backward()
-    assert logits.grad is not None
-    assert (logits.grad[:, :2] != 0).any(dim=-1).all()
-    assert (logits.grad[:, 2:] == 0).all()
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(4, 5, requires_grad=True), torch.randn(7, 5)
+    head_log_probs(hidden, weight, None, torch.tensor([1, 2, 3, 4]), 1.0, False)[0].sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
 
 
-def test_the_loss_of_a_batch_is_the_sum_over_its_micro_batches() -> None:
-    logits, ids, mask = torch.randn(6, 9, 11), torch.randint(11, (6, 9)), torch.rand(6, 9) < 0.6
-    whole = next_token_loss_sum(logits, ids, mask)
-    for size in (1, 2, 3):
-        parts = zip(logits.split(size), ids.split(size), mask.split(size), strict=True)
-        torch.testing.assert_close(torch.stack([next_token_loss_sum(*part) for part in parts]).sum(), whole)
+def test_half_of_the_gradient_is_not_needed_when_nothing_below_learns() -> None:
+    weight = torch.randn(7, 5, requires_grad=True)
+    head_log_probs(torch.randn(4, 5), weight, None, torch.tensor([1, 2, 3, 4]), 1.0, False)[
+        0
+    ].sum().backward()
+    assert weight.grad is not None
 
 
 def test_entropy_of_known_distributions() -> None:

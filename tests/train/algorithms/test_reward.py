@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.reward import last_positions, pairwise_loss, score
-from hpc_rlhf.train.data.tokenized import pad_right
+from hpc_rlhf.train.ragged import Ragged
 
 EOS = 2
 
@@ -32,8 +33,10 @@ def by_hand(
 
 def padded(chosen: list[list[int]], rejected: list[list[int]], pad_id: int) -> tuple[Tensor, ...]:
     """Ids and masks of chosen and rejected, of one length."""
-    batch = pad_right([[]] * 2 * len(chosen), chosen + rejected, pad_id)
-    return (*batch.input_ids.chunk(2), *batch.mask.chunk(2))
+    rows = chosen + rejected
+    mask = ragged.mask([len(row) for row in rows], torch.device("cpu"))
+    ids = torch.full(mask.shape, pad_id).masked_scatter(mask, Ragged.of(rows).ids)
+    return (*ids.chunk(2), *mask.chunk(2))
 
 
 PAIRS: dict[str, tuple[list[int], list[int]]] = {
@@ -103,9 +106,9 @@ def test_what_both_share_gets_no_gradient() -> None:
 @pytest.mark.parametrize("pad_id", [0, EOS], ids=["pad", "pad is eos"])
 def test_the_score_is_that_of_exactly_the_last_real_token(pad_id: int) -> None:
     rows = [[5, 6, EOS], [5, EOS], [5, 6, 7, 8], [9, 9, 9, EOS]]
-    batch = pad_right([[]] * len(rows), rows, pad_id)
+    _, _, *masks = padded(rows[:2], rows[2:], pad_id)
     values = torch.arange(16.0).reshape(4, 4)
-    assert score(values, batch.mask).tolist() == [2.0, 5.0, 11.0, 15.0]
+    assert score(values, torch.cat(masks)).tolist() == [2.0, 5.0, 11.0, 15.0]
 
 
 def test_the_last_real_token_is_found_with_padding_on_either_side() -> None:

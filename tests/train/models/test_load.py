@@ -17,7 +17,6 @@ from hpc_rlhf.train.models.load import (
     load_causal,
     load_reward,
     make_from_scratch,
-    positions,
 )
 from hpc_rlhf.train.world import World
 from tests.train import tiny
@@ -46,8 +45,7 @@ def test_a_model_that_was_saved_with_dropout_trains_without_it(kind: str, tmp_pa
     evaluated = model.eval()(input_ids=IDS).logits
     assert torch.equal(model.train()(input_ids=IDS).logits, evaluated)
     critic = load_reward(str(tmp_path), torch.float32, seed=1).train()
-    mask = torch.ones_like(IDS, dtype=torch.bool)
-    first, second = (critic(IDS, mask, positions(mask)) for _ in range(2))
+    first, second = (critic(IDS.flatten(), (9, 9)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -141,11 +139,6 @@ def test_a_configuration_that_makes_no_model_is_one_clear_error(
             FromScratch(from_scratch={**TINY_LLAMA, **fields}), tokenizer, 1, tmp_path / "m", world
         )
     assert caught.value.where == "from_scratch"
-
-
-def test_positions_count_real_tokens() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    assert positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 1, 2, 3, 4]]
 
 
 def test_what_a_model_loads_from(tmp_path: Path) -> None:

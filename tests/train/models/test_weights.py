@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from hpc_rlhf.spec.stages import LoraSpec
-from hpc_rlhf.train.data.tokenized import pad_right
-from hpc_rlhf.train.models.load import RewardModel, load_causal, load_reward, positions
+from hpc_rlhf.train.data.dialogues import follow
+from hpc_rlhf.train.models.load import RewardModel, load_causal, load_reward
 from hpc_rlhf.train.models.lora import adapt
 from hpc_rlhf.train.models.weights import export, full_weights
-from tests.train import tiny
+from hpc_rlhf.train.ragged import Ragged
+from tests.train import chatty, tiny
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -93,17 +94,16 @@ def test_a_reward_model_gives_the_same_scores_in_transformers(
 
     model = RewardModel(tiny.classifier(kind))
     rows = [[5, 6, 7, tiny.EOS], [9], [8, 30, 31, 32, 33, 34, tiny.EOS]]
-    batch = pad_right([[]] * 3, rows, tiny.PAD)
-    values = model(batch.input_ids, batch.mask, positions(batch.mask))
+    batch = Ragged.of(rows)
+    values = model(batch.ids, batch.lengths)
     export(model.classifier, tokenizer, tmp_path, is_main=True)
     back = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert back.config.num_labels == 1
-    scores = back(input_ids=batch.input_ids, attention_mask=batch.mask.long()).logits.squeeze(-1)
-    lasts = torch.tensor([len(row) - 1 for row in rows])
-    torch.testing.assert_close(values[torch.arange(3), lasts], scores, atol=1e-5, rtol=1e-5)
+    scores = torch.cat([back(input_ids=torch.tensor([row])).logits[0] for row in rows])
+    torch.testing.assert_close(values[batch.tail([1, 1, 1])], scores, atol=1e-5, rtol=1e-5)
 
     again = load_reward(str(tmp_path), torch.float32, seed=None).eval()
-    assert torch.equal(again(batch.input_ids, batch.mask, positions(batch.mask)), values)
+    torch.testing.assert_close(again(batch.ids, batch.lengths), values, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -124,3 +124,15 @@ def test_a_language_model_folder_starts_a_reward_model_with_a_head_of_the_seed(
     body = load_causal(str(tmp_path), torch.float32).base_model.state_dict()
     for name, weight in first.classifier.base_model.state_dict().items():
         assert torch.equal(weight, body[name]), name
+
+
+def test_a_saved_model_stops_at_the_end_of_a_turn_too(tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    model, chatml = tiny.causal("qwen2", vocab_size=310), follow(chatty.tokenizer("chatml"), "auto")
+    document_end = model.generation_config.eos_token_id = chatml.convert_tokens_to_ids("<|endoftext|>")
+    export(model, chatml, tmp_path / "once", is_main=True)
+    export(model, chatml, tmp_path / "twice", is_main=True)
+    for name in ("once", "twice"):
+        saved = GenerationConfig.from_pretrained(tmp_path / name)
+        assert saved.eos_token_id == [chatml.convert_tokens_to_ids("<|im_end|>"), document_end]

@@ -14,14 +14,11 @@ EOS = 2
 def two_answers() -> Experience:
     """Answers of 3 tokens, ended, and of 2, cut off; whatever is behind a mask must not count."""
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    rollout = Rollout(
-        input_ids=torch.tensor([[9, 5, 6, EOS], [9, 7, 8, EOS]]),
-        mask=torch.cat([torch.ones(2, 1, dtype=torch.bool), mask], dim=1),
-        answer_mask=mask,
-    )
+    rollout = Rollout([[9], [9]], [[5, 6, EOS], [7, 8]])
     nan = float("nan")
     return Experience(
         rollout=rollout,
+        mask=mask,
         log_probs=torch.tensor([[-1.0, -2.0, -0.5], [-1.0, -1.0, nan]]),
         ref_log_probs=torch.tensor([[-1.0, -1.0, -0.5], [-1.0, -1.0, nan]]),
         values=torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, nan]]),
@@ -34,7 +31,7 @@ def two_answers() -> Experience:
 
 def test_every_number_is_over_real_tokens_and_all_answers() -> None:
     learnt = dict(zip(LEARNT, (10.0, 20.0, 9.0, 1.0, 2.0, 10.0), strict=True))
-    got = summarize([two_answers()], learnt, EOS, lambda numbers: numbers)
+    got = summarize(two_answers(), learnt, EOS, lambda numbers: numbers)
     returns = torch.tensor([1.0, 2.0, 4.0, 4.0, 9.0])
     errors = torch.tensor([0.0, 0.0, 1.0, 0.0, 4.0])
     assert got == pytest.approx(
@@ -58,6 +55,6 @@ def test_every_number_is_over_real_tokens_and_all_answers() -> None:
 def test_it_is_the_same_however_the_answers_are_shared_out() -> None:
     """Two ranks with the same answers log what one rank logs."""
     learnt = dict.fromkeys(LEARNT, 4.0)
-    once = summarize([two_answers()], learnt, EOS, lambda numbers: numbers)
-    twice = summarize([two_answers()], learnt, EOS, lambda numbers: {k: 2 * v for k, v in numbers.items()})
+    once = summarize(two_answers(), learnt, EOS, lambda numbers: numbers)
+    twice = summarize(two_answers(), learnt, EOS, lambda numbers: {k: 2 * v for k, v in numbers.items()})
     assert twice == pytest.approx(once)

@@ -1,0 +1,80 @@
+"""A causal language model that gives log-probabilities of tokens, never holding the logits of all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpc_rlhf.train import ragged
+from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_probs, token_log_probs
+from hpc_rlhf.train.models.forward import call, hidden_states
+
+# Logits that are not just the head's output.
+OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class LogProbHead(nn.Linear):
+    """An output head that, given tokens, returns their log-probabilities in place of the logits.
+
+    It is the head's own forward pass, so that ZeRO-3 has the weight there when it is needed.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropies: bool = False,
+    ) -> Any:
+        if tokens is None:
+            return super().forward(hidden)
+        return head_log_probs(hidden, self.weight, self.bias, tokens, temperature, with_entropies)
+
+
+class LanguageModel(nn.Module):
+    """A transformers causal language model as training uses it: sequences in, log-probabilities of tokens out.
+
+    Attributes:
+        causal: the transformers model.
+    """
+
+    def __init__(self, causal: Any) -> None:
+        super().__init__()
+        self.causal = causal
+        head = causal.get_output_embeddings()
+        self.chunked = type(head) is nn.Linear and not any(
+            getattr(causal.config, field, None) for field in OWN_LOGITS
+        )
+        if self.chunked:
+            head.__class__ = LogProbHead
+
+    def forward(
+        self, ids: Tensor, lengths: tuple[int, ...], predicted: Tensor, temperature: float = 1.0,
+        with_entropies: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Log-probabilities of tokens, given those before them in their sequence.
+
+        Args:
+            ids: (tokens,), int64; sequences laid end to end.
+            lengths: tokens of each sequence.
+            predicted: (n,), int64; indices into ids, none of them the first of a sequence.
+            temperature: what the logits are divided by.
+            with_entropies: give the entropies of the distributions, too.
+
+        Returns:
+            Log-probabilities (n,), float32; entropies (n,), float32, in nats and without gradient, or (0,).
+        """
+        if self.chunked:
+            hidden = hidden_states(self.causal.base_model, ids, lengths)[predicted - 1]
+            made: tuple[Tensor, Tensor] = self.causal.get_output_embeddings()(
+                hidden, ids[predicted], temperature, with_entropies
+            )
+            return made
+        real = ragged.mask(lengths, ids.device)
+        padded = ragged.pad(ids, lengths)
+        places = torch.arange(padded.shape[1], device=ids.device).expand_as(padded)
+        logits = call(self.causal, padded, real, places).logits[real][predicted - 1]
+        log_probs = token_log_probs(logits, ids[predicted], temperature)
+        return log_probs, entropy(logits.detach(), temperature) if with_entropies else log_probs.new_empty(0)

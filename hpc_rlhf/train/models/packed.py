@@ -1,0 +1,95 @@
+"""Attention over sequences laid end to end, each attending to itself only, as a transformers attention."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "hpc_rlhf_packed"
+
+# Attention that scaled_dot_product_attention does not compute.
+OWN_ATTENTION = ("attn_logit_softcapping", "logit_soft_cap", "alibi")
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, packed_lengths: tuple[int, ...] | None = None,
+    sliding_window: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention in transformers' interface.
+
+    Args:
+        query: (batch, heads, queries, dim).
+        key, value: (batch, key heads, keys, dim).
+        attention_mask: (batch, 1, queries, keys), True where a query may look; None for plain causal attention.
+        packed_lengths: the batch is one row of sequences of these lengths, and the mask is of no account.
+        sliding_window: keys that a query sees, itself included, where sequences are packed.
+
+    Returns:
+        (batch, queries, heads, dim), and no weights.
+    """
+    if packed_lengths is not None:
+        return _packed(query, key, value, packed_lengths, dropout, scaling, sliding_window), None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.shape[2] == 1:
+        # Queries of a group stand as rows before their shared key: nothing is copied.
+        grouped = query.view(query.shape[0], key.shape[1], groups, query.shape[3])
+        out = F.scaled_dot_product_attention(grouped, key, value, attention_mask, dropout, scale=scaling)
+        return out.reshape(query.shape).transpose(1, 2), None
+    key, value = _shared(key, groups), _shared(value, groups)
+    causal = attention_mask is None and query.shape[2] > 1
+    out = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, is_causal=causal, scale=scaling
+    )
+    return out.transpose(1, 2), None
+
+
+def _shared(heads: Tensor, groups: int) -> Tensor:
+    return heads if groups == 1 else heads.repeat_interleave(groups, dim=1)
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], dropout: float,
+    scaling: float | None, window: int | None,
+) -> Tensor:  # fmt: skip
+    groups = query.shape[1] // key.shape[1]
+    key, value = _shared(key, groups), _shared(value, groups)
+    parts = []
+    sizes = list(lengths)
+    for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
+        band = _band(q.shape[2], window, q.device)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q, k, v, band, dropout, is_causal=band is None and q.shape[2] > 1, scale=scaling
+            ).transpose(1, 2)
+        )
+    return torch.cat(parts, dim=1)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """A causal mask in which a query sees ``window`` keys; None where that is all of them."""
+    if window is None or length <= window:
+        return None
+    place = torch.arange(length, device=device)
+    back = place.unsqueeze(1) - place
+    return (back >= 0) & (back < window)
+
+
+def enable(model: Any) -> None:
+    """Let a model take packed rows, if its architecture allows it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    body = model.base_model
+    parameters = inspect.signature(body.forward).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    own = any(getattr(model.config, field, None) for field in OWN_ATTENTION)
+    if not (getattr(model, "_supports_sdpa", False) and takes_all and "position_ids" in parameters) or own:
+        return
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)

@@ -1,0 +1,142 @@
+"""Sequences of different lengths laid end to end, and which of them a rank takes in which micro-batch."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Token sequences without padding.
+
+    Attributes:
+        ids: (tokens,), int64; one sequence behind the other.
+        lengths: tokens of each sequence.
+    """
+
+    ids: Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], device: torch.device | None = None) -> Ragged:
+        flat = np.fromiter((token for row in rows for token in row), dtype=np.int64)
+        return cls(torch.from_numpy(flat).to(device or torch.device("cpu")), tuple(len(row) for row in rows))
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each sequence begins in ``ids``."""
+        return [0, *accumulate(self.lengths)][:-1]
+
+    def tail(self, sizes: Sequence[int]) -> Tensor:
+        """Indices into ``ids`` of the last tokens of each sequence.
+
+        Args:
+            sizes: how many of each.
+
+        Returns:
+            (sum of sizes,), int64.
+        """
+        ends = accumulate(self.lengths)
+        spans = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        return torch.from_numpy(np.concatenate(spans)).to(self.ids.device)
+
+
+def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Position of each token in its own sequence: (tokens,), int64."""
+    return torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
+
+
+def pad(flat: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Rows of a flat tensor, padded with 0 on the right.
+
+    Args:
+        flat: (sum of lengths, …).
+
+    Returns:
+        (batch, longest, …).
+    """
+    return torch.nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True)
+
+
+def mask(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(batch, longest), bool; True on the real tokens of rows padded on the right."""
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Pack sequences into as few micro-batches as first-fit-decreasing finds.
+
+    Args:
+        budget: tokens of a micro-batch; a longer sequence has one of its own.
+
+    Returns:
+        Indices of the sequences in each micro-batch, the longest first.
+    """
+    bins: list[list[int]] = []
+    left: list[int] = []
+    for index in _longest_first(lengths):
+        place = next((b for b, room in enumerate(left) if room >= lengths[index]), len(bins))
+        if place == len(bins):
+            bins.append([])
+            left.append(budget)
+        bins[place].append(index)
+        left[place] -= lengths[index]
+    return bins
+
+
+def evened(bins: list[list[int]], count: int) -> list[list[int]]:
+    """The same micro-batches, split until there are as many as every rank has; empty ones where that is too few."""
+    bins = list(bins)
+    while len(bins) < count:
+        largest = max(range(len(bins)), key=lambda b: len(bins[b]), default=None)
+        if largest is None or len(bins[largest]) < 2:
+            bins.append([])
+            continue
+        whole = bins[largest]
+        bins[largest] = whole[::2]
+        bins.append(whole[1::2])
+    return bins
+
+
+def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Share sequences out among the ranks, each next longest one to the rank with the fewest tokens."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
+    for index in _longest_first(lengths):
+        tokens, rank = heapq.heappop(loads)
+        shares[rank].append(index)
+        heapq.heappush(loads, (tokens + lengths[index], rank))
+    return shares
+
+
+def plan_step(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
+    """Which rank takes which sequences of an optimizer step, in which micro-batch.
+
+    A pure function, so that all ranks know the whole plan. Every rank has the same number of micro-batches,
+    because passes are collective under ZeRO; one without sequences only keeps step.
+
+    Args:
+        lengths: tokens of each sequence of the step.
+        budget: tokens of a micro-batch.
+
+    Returns:
+        For each rank, for each micro-batch, indices into lengths. Together each index once.
+    """
+    shares = deal(lengths, ranks)
+    filled = [
+        [[share[i] for i in chosen] for chosen in fill([lengths[i] for i in share], budget)]
+        for share in shares
+    ]
+    count = max(len(bins) for bins in filled)
+    return [evened(bins, count) for bins in filled]

@@ -1,0 +1,82 @@
+"""The four models of PPO, as engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.spec.stages import PpoSpec
+from hpc_rlhf.train.checkpoint import Checkpoint
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models.ema import Ema
+from hpc_rlhf.train.models.language import LanguageModel
+from hpc_rlhf.train.models.load import DTYPES, check_fits, load_causal, load_reward
+from hpc_rlhf.train.rollout.engine import RolloutEngine
+from hpc_rlhf.train.stages.common import adapted, load_engines, save_engines
+from hpc_rlhf.train.world import World
+
+
+@dataclass(frozen=True)
+class Start:
+    """What PPO's models are made of.
+
+    Attributes:
+        actor, reward: folders or hub ids.
+        ds_config: DeepSpeed's.
+        longest: tokens of the longest prompt with its answer.
+        updates: optimizer steps in all.
+    """
+
+    actor: str
+    reward: str
+    ds_config: dict[str, Any]
+    longest: int
+    updates: int
+    seed: int
+
+
+class PpoModels:
+    """Actor and reference from the SFT model, critic and reward model from the reward model.
+
+    Attributes:
+        actor, critic: DeepSpeed engines in training.
+        ref, reward: frozen.
+        policy, ref_policy: the transformers models inside actor and ref.
+        rollouts: makes the actor generate.
+        ema: the actor's moving average, or None.
+    """
+
+    def __init__(self, spec: PpoSpec, start: Start, tokenizer: Any, world: World) -> None:
+        dtype, config = DTYPES[spec.precision], start.ds_config
+        with engines.sharded_loading(config):
+            self.policy = load_causal(start.actor, dtype, spec.dropout)
+            critic = load_reward(start.reward, dtype, None, spec.dropout)
+            self.ref_policy = load_causal(start.actor, dtype)
+            reward = load_reward(start.reward, dtype, None)
+        check_fits(self.policy.config, tokenizer, start.longest, start.actor)
+        check_fits(critic.classifier.config, tokenizer, start.longest, start.reward)
+        adapted(self.policy, spec, start.seed)
+        if spec.activation_checkpointing:
+            critic.classifier.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        self.actor = engines.training_engine(
+            LanguageModel(self.policy), config, spec, spec.actor_lr, start.updates
+        )
+        self.critic = engines.training_engine(critic, config, spec, spec.critic_lr, start.updates)
+        self.ref = engines.frozen_engine(LanguageModel(self.ref_policy), config, world.device)
+        self.reward = engines.frozen_engine(reward, config, world.device)
+        self.rollouts = RolloutEngine(self.policy, world)
+        self.ema = Ema(self.policy, spec.ema_beta, world.rank, world.size) if spec.ema else None
+
+    def write(self, folder: Path) -> None:
+        """Save what training changes. Collective."""
+        save_engines(folder, {"actor": self.actor, "critic": self.critic})
+        if self.ema:
+            self.ema.save(folder)
+
+    def load(self, found: Checkpoint) -> None:
+        load_engines({"actor": self.actor, "critic": self.critic})(found)
+        if self.ema:
+            self.ema.load(found.folder)

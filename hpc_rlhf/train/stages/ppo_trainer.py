@@ -1,0 +1,161 @@
+"""The steps of PPO on given prompts: answers, what they are worth, and learning from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpc_rlhf.spec.stages import PpoSpec
+from hpc_rlhf.train import ragged
+from hpc_rlhf.train.algorithms import ppo
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.ragged import evened, fill
+from hpc_rlhf.train.rollout.engine import Sampling
+from hpc_rlhf.train.rollout.experience import Experience, Rewarding, Rollout, experience, whiten
+from hpc_rlhf.train.rollout.summary import LEARNT
+from hpc_rlhf.train.stages.ppo_models import PpoModels
+from hpc_rlhf.train.world import World
+
+# More losses for an optimizer step of the actor, made from its engine.
+Mixture = Callable[[Any], list[Callable[[], Tensor]]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much at a time.
+
+    Attributes:
+        budget: tokens of a micro-batch.
+        answer: tokens of the longest answer.
+        rows: answers in the making at a time.
+        loss_scale: what a loss divided by the global token count is multiplied with; see StageContext.
+    """
+
+    budget: int
+    answer: int
+    rows: int
+    loss_scale: float
+
+
+class PpoTrainer:
+    """What ``stages.ppo`` does in each step."""
+
+    def __init__(self, spec: PpoSpec, models: PpoModels, tokenizer: Any, sizes: Sizes, world: World) -> None:
+        self.spec = spec
+        self.models = models
+        self.sizes = sizes
+        self.world = world
+        self.pad_id: int = tokenizer.pad_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+
+    def roll_out(
+        self, prompts: list[list[int]], keys: list[tuple[object, ...]], stopped: Callable[[], bool]
+    ) -> Rollout:
+        """Sample an answer to each of this rank's prompts. Collective.
+
+        Args:
+            keys: what seeds each answer.
+            stopped: asked between decode steps.
+
+        Raises:
+            RolloutDropped: ``stopped`` said so.
+        """
+        sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
+        sizes = self.sizes
+        answers = self.models.rollouts.generate(
+            prompts, keys, sizes.answer, sampling, self.eos_id, self.pad_id, sizes.rows, stopped
+        )
+        return Rollout(prompts, answers)
+
+    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Sequences as micro-batches, as many as every other rank has. Collective."""
+        bins = fill(lengths, self.sizes.budget)
+        return evened(bins, self.world.max(len(bins)))
+
+    def minibatches(self, rollout: Rollout) -> list[list[list[int]]]:
+        """The rows of each micro-batch of each minibatch. Collective."""
+        share = len(rollout) // self.spec.minibatches
+        return [
+            [[first + row for row in rows] for rows in self.plan(rollout.lengths[first : first + share])]
+            for first in range(0, len(rollout), share)
+        ]
+
+    def evaluate(self, rollout: Rollout) -> Experience:
+        """Scores, log-probabilities, values and advantages of a rollout. Collective.
+
+        It goes by the same micro-batches as learning, so that before the first update a token's log-probability
+        is the same to the last bit.
+        """
+        spec, models = self.spec, self.models
+        rewarding = Rewarding(
+            spec.temperature, spec.kl_coef, spec.score_clip, spec.missing_eos_penalty, spec.gamma, spec.lam
+        )
+        models.actor.eval()
+        models.critic.eval()
+        made = experience(
+            rollout, [rows for plan in self.minibatches(rollout) for rows in plan],
+            models.actor, models.critic, models.ref, models.reward, rewarding, self.eos_id, self.world.device,
+        )  # fmt: skip
+        models.actor.train()
+        models.critic.train()
+        return whiten(made, self.world.sums) if spec.whiten_advantages else made
+
+    def learn(self, made: Experience, mixture: Mixture | None = None) -> dict[str, float]:
+        """All optimizer steps on a rollout's experience; gives the sums of what happened in them. Collective."""
+        sums = {name: torch.zeros((), device=self.world.device) for name in LEARNT}
+        minibatches = []
+        for plan in self.minibatches(made.rollout):
+            local = float(sum(len(made.rollout.answers[row]) for rows in plan for row in rows))
+            minibatches.append((plan, local, self.world.sums({"tokens": local})["tokens"]))
+        for _ in range(self.spec.ppo_epochs):
+            for plan, local, tokens in minibatches:
+                scale = self.sizes.loss_scale / tokens
+                losses = [partial(self._actor_loss, made, rows, scale, sums) for rows in plan]
+                more = mixture(self.models.actor) if mixture else []
+                engines.optimizer_step(self.models.actor, [*losses, *more])
+                engines.optimizer_step(
+                    self.models.critic, [partial(self._critic_loss, made, rows, scale, sums) for rows in plan]
+                )
+                sums["tokens"] += local
+                if self.models.ema:
+                    self.models.ema.update()
+        return {name: value.item() for name, value in sums.items()}
+
+    def _actor_loss(self, made: Experience, rows: list[int], scale: float, sums: dict[str, Tensor]) -> Tensor:
+        """A micro-batch's clipped surrogate, times the scale; what happened is added to the sums."""
+        chosen, weight = rows or [0], bool(rows)
+        batch, answer = made.rollout.batch(chosen, self.world.device)
+        flat, _ = self.models.actor(batch.ids, batch.lengths, answer, self.spec.temperature)
+        log_probs, (old, advantages, mask) = _rows(
+            made, chosen, flat, made.log_probs, made.advantages, made.mask
+        )
+        loss, clipped, ratio = ppo.policy_loss_sum(log_probs, old, advantages, mask, self.spec.cliprange)
+        for name, value in (("actor_loss", loss), ("clipped", clipped), ("ratio", ratio)):
+            sums[name] += value.detach() * weight
+        return loss * (scale * weight)
+
+    def _critic_loss(
+        self, made: Experience, rows: list[int], scale: float, sums: dict[str, Tensor]
+    ) -> Tensor:
+        """A micro-batch's value loss, times the scale; what happened is added to the sums."""
+        chosen, weight = rows or [0], bool(rows)
+        batch, answer = made.rollout.batch(chosen, self.world.device)
+        flat = self.models.critic(batch.ids, batch.lengths)[answer - 1].float()
+        values, (old, returns, mask) = _rows(made, chosen, flat, made.values, made.returns, made.mask)
+        loss, clipped = ppo.value_loss_sum(values, old, returns, mask, self.spec.cliprange_value)
+        for name, value in (("critic_loss", loss), ("value_clipped", clipped)):
+            sums[name] += value.detach() * weight
+        return loss * (scale * weight)
+
+
+def _rows(
+    made: Experience, rows: list[int], flat: Tensor, *wholes: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Numbers of some rows' answer tokens as (rows, answer), and the same rows of whole tensors."""
+    padded = ragged.pad(flat, [len(made.rollout.answers[row]) for row in rows])
+    return padded, tuple(whole[rows, : padded.shape[1]] for whole in wholes)

@@ -1,0 +1,112 @@
+"""Packed sequences: no log-probability, value or gradient knows what else stands in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models.forward import positions
+from hpc_rlhf.train.models.language import LanguageModel
+from hpc_rlhf.train.models.load import RewardModel
+from hpc_rlhf.train.ragged import Ragged
+from tests.train import tiny
+
+ROWS = [torch.randint(3, tiny.VOCABULARY, (n,)).tolist() for n in (7, 1, 19, 4)]
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+KINDS = (*tiny.KINDS, "mistral")
+
+
+def made(kind: str, way: str, make: Callable[..., Any] = tiny.causal) -> Any:
+    """A model that runs packed, or one that pads."""
+    # Mistral with a window shorter than the longest row.
+    model = make(kind, **({"sliding_window": 5} if kind == "mistral" else {}))
+    if way == "packed":
+        packed.enable(model)
+        assert model.config._attn_implementation == packed.NAME
+    return model
+
+
+def alone(model: Any, row: list[int], temperature: float) -> tuple[Tensor, Tensor]:
+    """What transformers says of one sequence by itself: log-probabilities and entropies of its second token and on."""
+    logits = model(input_ids=torch.tensor([row])).logits[0, :-1] / temperature
+    log_probs = logits.log_softmax(dim=-1)
+    chosen = log_probs.gather(1, torch.tensor(row[1:], dtype=torch.long).unsqueeze(1)).squeeze(1)
+    return chosen, -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["packed", "padded"])
+def test_a_token_has_the_log_probability_that_it_has_alone(kind: str, way: str) -> None:
+    model, plain = LanguageModel(made(kind, way)), made(kind, "plain")
+    batch = Ragged.of(ROWS)
+    predicted = batch.tail([len(row) - 1 for row in ROWS])
+    log_probs, entropies = model(batch.ids, batch.lengths, predicted, 0.7, with_entropies=True)
+    expected = [alone(plain, row, 0.7) for row in ROWS]
+    torch.testing.assert_close(log_probs, torch.cat([each[0] for each in expected]), **CLOSE)
+    torch.testing.assert_close(entropies, torch.cat([each[1] for each in expected]), **CLOSE)
+    assert not entropies.requires_grad
+
+    # And it moves the weights as it would alone.
+    weights = torch.randn(len(log_probs))
+    (log_probs * weights).sum().backward()
+    (torch.cat([each[0] for each in expected]) * weights).sum().backward()
+    for (name, found), wanted in zip(model.causal.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_token_has_the_value_that_it_has_alone(kind: str) -> None:
+    model = RewardModel(made(kind, "packed", tiny.classifier))
+    plain = made(kind, "plain", tiny.classifier)
+    batch = Ragged.of(ROWS)
+    expected = [plain.score(plain.base_model(torch.tensor([row])).last_hidden_state)[0, :, 0] for row in ROWS]
+    torch.testing.assert_close(model(batch.ids, batch.lengths), torch.cat(expected), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_checkpointed_activations_change_nothing(kind: str) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = LanguageModel(made(kind, "packed")).train()
+        if checkpointing:
+            model.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        batch = Ragged.of(ROWS)
+        model(batch.ids, batch.lengths, batch.tail([2, 0, 9, 3]))[0].sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_packed_model_still_takes_padded_rows(kind: str) -> None:
+    """transformers' own generate goes on working on it."""
+    model, plain = made(kind, "packed"), made(kind, "plain")
+    ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    asked = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": tiny.PAD}
+    assert torch.equal(model.generate(ids, **asked), plain.generate(ids, **asked))
+
+
+def test_attention_of_its_own_is_left_alone() -> None:
+    model = tiny.causal("llama")
+    model.config.attn_logit_softcapping = 30.0
+    packed.enable(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_head_with_more_than_a_matrix_uses_the_models_own_logits() -> None:
+    model = tiny.causal("cohere", logit_scale=0.5)
+    language = LanguageModel(model)
+    batch = Ragged.of(ROWS)
+    found, _ = language(batch.ids, batch.lengths, batch.tail([len(row) - 1 for row in ROWS]))
+    torch.testing.assert_close(found, torch.cat([alone(model, row, 1.0)[0] for row in ROWS]), **CLOSE)
+
+
+def test_positions_count_real_tokens() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    assert positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 1, 2, 3, 4]]
