@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hpc_rlhf.train.models.load import call, positions
+from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models.forward import call, positions
 from hpc_rlhf.train.models.weights import full_weights, is_sharded
-from hpc_rlhf.train.rollout.sampling import draw
+from hpc_rlhf.train.rollout import decoding
+from hpc_rlhf.train.rollout.sampling import Sampling, draw, uniforms
 from hpc_rlhf.train.world import World
 
 
 class RolloutDropped(Exception):
     """Generation was told to stop; what it made is to be made again."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Attributes:
-        greedy: take the likeliest token, whatever the rest says.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    greedy: bool = False
 
 
 def decode_steps(
@@ -128,13 +116,14 @@ class RolloutEngine:
         self.model = model
         self.world = world
         self._twin: Any = None
-        sharded = is_sharded(list(model.parameters()))
-        self.together = sharded and bool(world.max(_bytes(model) > share * _memory(world.device)))
-        if sharded and not self.together:
+        self.sharded = is_sharded(list(model.parameters()))
+        self.together = self.sharded and bool(world.max(_bytes(model) > share * _memory(world.device)))
+        if not self.together:
             from accelerate import init_empty_weights
 
             with init_empty_weights(include_buffers=False):
-                self._twin = type(model)(model.config).eval()
+                self._twin = type(model)(copy.deepcopy(model.config)).eval()
+            packed.enable(self._twin)
             self._empty = dict(self._twin.named_parameters())
 
     def going(self, more: bool) -> bool:
@@ -155,7 +144,9 @@ class RolloutEngine:
                 yield self.model
                 return
             for name, tensor in full_weights(self.model):
-                self._twin.load_state_dict({name: tensor.clone()}, strict=False, assign=True)
+                # A whole weight is shared, one gathered lasts only until the next.
+                held = tensor.clone() if self.sharded else tensor
+                self._twin.load_state_dict({name: held}, strict=False, assign=True)
             self._twin.tie_weights()
             buffers = dict(self.model.named_buffers())
             for name, buffer in self._twin.named_buffers():
@@ -166,3 +157,43 @@ class RolloutEngine:
                 self._twin.load_state_dict(self._empty, strict=False, assign=True)
                 self._twin.tie_weights()  # else a tied head would keep its memory
             self.model.train(was_training)
+
+    def generate(
+        self, prompts: list[list[int]], keys: list[tuple[object, ...]] | None, max_tokens: int,
+        sampling: Sampling, eos_id: int, pad_id: int, rows: int, stopped: Callable[[], int] = int,
+    ) -> list[list[int]]:  # fmt: skip
+        """Answers to prompts, EOS included where one was drawn.
+
+        The same whatever the batch: a prompt's answer depends on its key. Collective under ZeRO-3.
+
+        Args:
+            prompts: token ids, none empty.
+            keys: what seeds the sampling of each prompt; None when greedy.
+            max_tokens: longest answer.
+            rows: prompts that are answered at the same time, at most.
+            stopped: asked between decode steps whether to drop the rollout.
+
+        Raises:
+            RolloutDropped: ``stopped`` said so, on any rank if the decode steps are collective.
+        """
+        drawn = None if sampling.greedy or keys is None else uniforms(keys, max_tokens)
+        answers: list[list[int]] = [[] for _ in prompts]
+
+        def agree(work: int) -> int:
+            code = 2 if stopped() else work
+            code = self.world.max(code) if self.together else code
+            if code == 2:
+                raise RolloutDropped
+            return code
+
+        with self.ready() as model:
+            steps = decoding.decode(
+                model, prompts, drawn, max_tokens, sampling, eos_id, rows, lambda: bool(agree(1))
+            )
+            for said in steps:
+                for number, token in said:
+                    answers[number].append(token)
+            while self.together and agree(0):  # others are not done yet, and need this rank's weights
+                with torch.no_grad():
+                    model(input_ids=torch.tensor([[pad_id]], device=self.world.device))
+        return answers

@@ -1,0 +1,171 @@
+"""The rows of a batch that is being decoded: their keys and values, and the forward passes that add to them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from hpc_rlhf.train import ragged
+from hpc_rlhf.train.models import packed
+
+# Attention goes over a multiple of so many columns, those past a row's end masked, so that shapes seldom change.
+COLUMN_STEP = 32
+
+
+def _round_up(columns: int) -> int:
+    return -(-columns // COLUMN_STEP) * COLUMN_STEP
+
+
+class Rows(Protocol):
+    """Rows 0, 1, … of a batch, each a prompt and the tokens drawn for it."""
+
+    def begin(self, first: int, prompts: list[list[int]]) -> Tensor:
+        """Put prompts into rows from ``first`` on; gives the logits of their next tokens (prompts, vocabulary)."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Add a token (rows,) to each of the first rows; gives the logits of the next ones (rows, vocabulary)."""
+
+    def move(self, source: int, target: int) -> None:
+        """Put a row in the place of another."""
+
+
+def make_rows(model: Any, rows: int, columns: int) -> Rows:
+    """Room for so many rows of at most so many tokens of a model in eval mode."""
+    if model.config._attn_implementation == packed.NAME:
+        return BatchedRows(model, rows, columns)
+    return SingleRows(model)
+
+
+class BatchedRows:
+    """Rows that share every forward pass.
+
+    A row's tokens lie in columns 0, 1, … of one buffer a layer, so that a new prompt may take the place of a
+    finished row, whatever the others' lengths. Prompts go through the model laid end to end, without padding.
+    """
+
+    def __init__(self, model: Any, rows: int, columns: int) -> None:
+        self.model = model
+        self.sizes = [0] * rows  # tokens in each row
+        self.columns = _round_up(columns)
+        self.mask = torch.full((rows, self.columns), -torch.inf, dtype=model.dtype, device=model.device)
+        self.visible = self.mask.new_zeros(())
+        self.keys: list[Tensor] = []  # (rows, columns, heads, dim) of each layer
+        self.values: list[Tensor] = []
+        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def begin(self, first: int, prompts: list[list[int]]) -> Tensor:
+        batch = ragged.Ragged.of(prompts, self.model.device)
+        tokens = torch.tensor(batch.lengths, device=self.model.device)
+        last = tokens.cumsum(0) - 1
+        rows = torch.arange(first, first + len(prompts), device=self.model.device).repeat_interleave(tokens)
+        places = ragged.positions(batch.lengths, self.model.device)
+        self.sizes[first : first + len(prompts)] = batch.lengths
+        self.mask[first : first + len(prompts)] = -torch.inf
+        self.mask.index_put_((rows, places), self.visible)
+        logits = self.model(
+            input_ids=batch.ids.unsqueeze(0), position_ids=places.unsqueeze(0), use_cache=True,
+            past_key_values=_PromptCache(self, rows, places), packed_lengths=batch.lengths,
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=places.device),  # unused
+            **({"logits_to_keep": last} if self.keeps else {}),
+        ).logits[0]  # fmt: skip
+        return logits if self.keeps else logits[last]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        live = len(tokens)
+        rows = torch.arange(live, device=tokens.device)
+        places = torch.tensor(self.sizes[:live], device=tokens.device)
+        self.sizes[:live] = [size + 1 for size in self.sizes[:live]]
+        width = _round_up(max(self.sizes[:live]))
+        self.mask.index_put_((rows, places), self.visible)
+        cache = _StepCache(
+            [keys[:live, :width] for keys in self.keys], [values[:live, :width] for values in self.values],
+            rows, places,
+        )  # fmt: skip
+        logits: Tensor = self.model(
+            input_ids=tokens.unsqueeze(1), position_ids=places.unsqueeze(1), past_key_values=cache,
+            attention_mask=self.mask[:live, None, None, :width], use_cache=True,
+            **({"logits_to_keep": 1} if self.keeps else {}),
+        ).logits[:, -1]  # fmt: skip
+        return logits
+
+    def move(self, source: int, target: int) -> None:
+        self.sizes[target] = self.sizes[source]
+        for buffer in (*self.keys, *self.values, self.mask):
+            buffer[target] = buffer[source]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, at: tuple[Tensor, Tensor]) -> None:
+        """Keep a layer's keys and values (1, heads, tokens, dim) of prompts, in rows and columns ``at``."""
+        if layer == len(self.keys):
+            for buffers, made in ((self.keys, keys), (self.values, values)):
+                buffers.append(made.new_zeros(len(self.sizes), self.columns, made.shape[1], made.shape[3]))
+        self.keys[layer].index_put_(at, keys[0].transpose(0, 1))
+        self.values[layer].index_put_(at, values[0].transpose(0, 1))
+
+
+class _PromptCache(Cache):
+    """What a layer hands its keys and values of prompts to; the prompts attend to themselves."""
+
+    def __init__(self, target: BatchedRows, rows: Tensor, columns: Tensor) -> None:
+        super().__init__(layers=[])
+        self.target = target
+        self.at = (rows, columns)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.target.write(layer_idx, key_states, value_states, self.at)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class _StepCache(Cache):
+    """What a layer adds a token of each row to, and attends over; (rows, columns, heads, dim) each."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], rows: Tensor, columns: Tensor) -> None:
+        super().__init__(layers=[])
+        self.keys, self.values = keys, values
+        self.at = (rows, columns)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys.index_put_(self.at, key_states[:, :, 0])
+        values.index_put_(self.at, value_states[:, :, 0])
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class SingleRows:
+    """Rows that go through the model one by one: for architectures whose attention is not that of ``packed``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.caches: dict[int, Any] = {}
+
+    def begin(self, first: int, prompts: list[list[int]]) -> Tensor:
+        logits = []
+        for row, prompt in enumerate(prompts, first):
+            self.caches[row] = DynamicCache(config=self.model.config)
+            logits.append(self._call(row, torch.tensor(prompt, device=self.model.device)))
+        return torch.cat(logits)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return torch.cat([self._call(row, tokens[row : row + 1]) for row in range(len(tokens))])
+
+    def move(self, source: int, target: int) -> None:
+        self.caches[target] = self.caches.pop(source)
+
+    def _call(self, row: int, tokens: Tensor) -> Tensor:
+        output = self.model(input_ids=tokens.unsqueeze(0), past_key_values=self.caches[row], use_cache=True)
+        logits: Tensor = output.logits[:, -1]
+        return logits
