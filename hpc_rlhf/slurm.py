@@ -120,12 +120,30 @@ def was_cancelled(job_id: str) -> bool:
     The ranks hear the same signal when a job is preempted or out of time, and then it should be requeued. A job
     that somebody cancelled must not be: Slurm would run it again.
     """
-    words = (word.partition("=") for word in _run(["scontrol", "--oneliner", "show", "job", job_id]).split())
-    fields = {name: value for name, _, value in words}
+    fields = _job_fields(job_id)
     if fields.get("JobState") in ("RUNNING", "PENDING"):
         return False  # in the grace before a preemption, before the time limit, or requeued already
-    preempted = fields.get("PreemptTime", "None")[:1].isdigit()
-    return not preempted and _seconds(fields["RunTime"]) < _seconds(fields["TimeLimit"])
+    return not _preempted(fields) and _seconds(fields["RunTime"]) < _seconds(fields["TimeLimit"])
+
+
+def was_preempted(job_id: str) -> bool:
+    """Whether a job has been preempted since it last started. False where Slurm gives no answer."""
+    try:
+        return _preempted(_job_fields(job_id))
+    except HpcRlhfError:
+        return False
+
+
+def _job_fields(job_id: str) -> dict[str, str]:
+    """What Slurm's controller knows of a job."""
+    words = (word.partition("=") for word in _run(["scontrol", "--oneliner", "show", "job", job_id]).split())
+    return {name: value for name, _, value in words}
+
+
+def _preempted(fields: Mapping[str, str]) -> bool:
+    """A requeued job may still carry the time at which its attempt before was preempted."""
+    time = fields.get("PreemptTime", "None")
+    return time[:1].isdigit() and time >= fields.get("StartTime", "")
 
 
 def set_dependency(job_id: str, needs: Sequence[str]) -> None:

@@ -71,6 +71,19 @@ def test_slurms_own_words_reach_the_user(idle_cluster: Cluster, monkeypatch: pyt
         slurm.requeue("999999")
 
 
+@pytest.mark.parametrize(("preempted", "expected"), [("12:00:00", True), ("11:59:59", False), (None, False)])
+def test_a_preemption_before_the_last_start_is_over(
+    preempted: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer Slurm keeps the time on a job that requeued itself: it would be requeued for ever."""
+    time = f"2026-01-02T{preempted}" if preempted else "None"
+    show = f"JobId=7 JobState=RUNNING StartTime=2026-01-02T12:00:00 PreemptTime={time}"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert slurm.was_preempted("7") is expected
+
+
 @pytest.mark.parametrize(
     ("run_time", "limit", "expected"),
     [("00:01:00", "00:10:00", True), ("00:10:03", "00:10:00", False), ("1-00:00:00", "UNLIMITED", True)],

@@ -103,6 +103,8 @@ class Attempt:
             self.note(
                 "started", job_id=self.job, restart=self.restarts, ranks=ranks, host=socket.gethostname()
             )
+        if self.is_main and self.in_slurm and slurm.was_preempted(str(self.job)):
+            self.stop.preempt()
         world = worlds.join(ranks)
         self.name = world.on_main(lambda: self.name)
         try:

@@ -39,7 +39,11 @@ class StopFlag:
         for number in REASONS:
             signal.signal(number, signal.SIG_DFL)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def preempt(self) -> None:
+        """Take it as preempted: Slurm sent the signal when there was no rank yet to hear it."""
+        self._heard(signal.SIGTERM)
+
+    def _heard(self, number: int, frame: FrameType | None = None) -> None:
         self.code = max(self.code, REASONS[signal.Signals(number)][0])
 
 

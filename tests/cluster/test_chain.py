@@ -3,6 +3,7 @@ once however often it is submitted, and refuses to train on an incomplete input.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,14 @@ from tests.cluster.cluster import CHECKOUT
 STAGES = ("sft", "reward", "ppo")
 CHAIN = CHECKOUT / "tests/cluster/jobs/chain.yaml"
 NewChain = Callable[..., Chain]
+SHORT_SFT = ("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=3")
+# Makes Python itself slow in a job's first attempt.
+SLOW_START = """
+import os, time
+if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+    open("{started}-" + os.environ["SLURM_PROCID"], "w").close()
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -108,18 +117,38 @@ def test_a_preempted_chain_goes_on_and_ends_well(new_chain: NewChain, partition:
     assert chain.events("started", "ppo")[0]["time"] > max(ends)
 
 
-def test_a_stage_preempted_while_it_loads_is_requeued(new_chain: NewChain) -> None:
-    """The signal comes when Python is hardly up; without care the rank dies of it, and the chain with it."""
-    chain = new_chain(
-        "slurm.partition=low", "stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=3"
+def test_a_stage_preempted_before_its_ranks_hear_signals_is_requeued(
+    new_chain: NewChain, tmp_path: Path
+) -> None:
+    """The signal comes when Python is hardly up, as from a slow file system: the ranks die of it, the chain does not."""
+    slow = tmp_path / "slow/sitecustomize.py"
+    slow.parent.mkdir()
+    slow.write_text(SLOW_START.format(started=tmp_path / "started"))
+    chain = new_chain("slurm.partition=low", *SHORT_SFT, f'slurm.setup=["export PYTHONPATH={slow.parent}"]')
+    chain.submit()
+    wait_until(lambda: len(list(tmp_path.glob("started-*"))) == 2, 60, "both ranks have started")
+    preempt_all(chain.cluster)
+    chain.wait_done("sft")
+    job = chain.job_id("sft")
+    chain.cluster.wait_state(job, "COMPLETED", timeout=60)
+    assert chain.cluster.field(job, "Restarts") == "1"
+    assert (
+        "preempted before the ranks were up" in (chain.run.stage("sft").logs / f"{job}_batch.log").read_text()
     )
+
+
+def test_a_stage_preempted_before_it_has_ranks_is_requeued(new_chain: NewChain) -> None:
+    """The signal goes to nobody; where preemption cancels, the job would be killed at the end of its grace."""
+    preempted = "scontrol show job $SLURM_JOB_ID | grep -q PreemptTime=2"
+    wait = f"until [[ -n ${{SLURM_RESTART_COUNT:-}} ]] || {preempted}; do sleep 0.1; done"
+    chain = new_chain("slurm.partition=low-cancel", *SHORT_SFT, f"slurm.setup={json.dumps([wait])}")
     chain.submit()
     job = chain.job_id("sft")
     chain.cluster.wait_state(job, "RUNNING", timeout=60)
     preempt_all(chain.cluster)
     chain.wait_done("sft")
     chain.cluster.wait_state(job, "COMPLETED", timeout=60)
-    assert int(chain.cluster.field(job, "Restarts")) >= 1
+    assert [event["reason"] for event in chain.events("requeued", "sft")] == ["preempted"]
 
 
 def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:

@@ -21,6 +21,7 @@ SCONTROL = """#!/bin/bash
 case "$*" in
   "show hostnames "*) printf 'n1\\nn2\\n' ;;
   "requeue "*) echo "$*" >"$STUB_OUT/requeue" ;;
+  "--oneliner show job 4711") echo "$STUB_JOB" ;;
   "--oneliner show node n1") echo "NodeName=n1 Arch=x NodeAddr=10.0.0.1 NodeHostName=n1" ;;
   *) exit 9 ;;
 esac
@@ -217,6 +218,29 @@ def test_script_requeues_a_stage_that_asks_for_it_from_inside_a_container(tmp_pa
     assert code == 75
     assert (out / "requeue").read_text() == "requeue 4711\n"
     assert not request.exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "preempted", "restarts", "requeued"),
+    [
+        ("143", "RUNNING", "2026-01-02T12:00:00", "0", True),
+        ("1", "RUNNING", "2026-01-02T12:00:00", "0", False),  # a failure stays one
+        ("143", "RUNNING", "None", "0", False),  # srun stopped the others when one rank failed
+        ("143", "RUNNING", "2026-01-02T11:59:59", "0", False),  # an earlier attempt was preempted
+        ("143", "CANCELLED", "2026-01-02T12:00:00", "0", False),
+        ("143", "RUNNING", "2026-01-02T12:00:00", "3", False),  # all that max_requeues allows
+    ],
+)
+def test_script_requeues_a_job_whose_ranks_died_of_a_preemption(
+    code: str, state: str, preempted: str, restarts: str, requeued: bool, tmp_path: Path
+) -> None:
+    shown = f"JobId=4711 JobState={state} StartTime=2026-01-02T12:00:00 PreemptTime={preempted} "
+    spec = make_spec(tmp_path / "run", {"max_requeues": 3})
+    environ = {"STUB_EXIT": code, "STUB_JOB": shown, "SLURM_RESTART_COUNT": restarts}
+    ended, out, said = run_script(spec, "sft", tmp_path, **environ)
+    assert ended == int(code)
+    assert (out / "requeue").exists() is requeued
+    assert ("requeued" in said) is requeued
 
 
 def test_users_template_wins_file_by_file(tmp_path: Path) -> None:
