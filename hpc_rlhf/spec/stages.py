@@ -68,6 +68,14 @@ class TrainingSpec(StageSpec):
     weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")
     clip_grad: Rate = Field(default=1.0, description="Largest norm of the gradient.")
+    optimizer: Literal["adamw", "onebit-adam"] = Field(
+        default="adamw",
+        description="onebit-adam sends about a thirtieth of AdamW's bytes between ranks (arXiv 2102.02888), for nodes on a slow network; it takes 4 more bytes of memory a weight, and zero: 0.",
+    )
+    onebit_warmup: Positive = Field(
+        default=100,
+        description="Steps that onebit-adam is AdamW before it freezes the variance: past the learning rate's warm-up, and about a seventh of all.",
+    )
     activation_checkpointing: bool = Field(
         default=False,
         description="Keep fewer activations and compute them again in the backward pass: less memory, about a third more time.",
@@ -82,6 +90,15 @@ class TrainingSpec(StageSpec):
         description="Steps between checkpoints. One is also written whenever the stage is told to stop.",
     )
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Checkpoints kept.")
+
+    @model_validator(mode="after")
+    def _onebit_whole(self) -> TrainingSpec:
+        if self.optimizer == "onebit-adam" and self.zero != 0:
+            raise ValueError(
+                "onebit-adam needs zero: 0, because every rank compresses the momentum of all weights, and "
+                "ZeRO leaves it only a share of them"
+            )
+        return self
 
 
 class SftSpec(TrainingSpec):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpc_rlhf.spec.stages import StageSpec
+from hpc_rlhf.spec.stages import TrainingSpec
 from hpc_rlhf.train.algorithms import schedule
+from hpc_rlhf.train.models.onebit import OneBitAdam
 
 
 @contextmanager
@@ -46,9 +50,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def training_engine(
-    model: nn.Module, ds_config: dict[str, Any], spec: StageSpec, lr: float, total: int
+    model: nn.Module, ds_config: dict[str, Any], spec: TrainingSpec, lr: float, total: int
 ) -> Any:
-    """A DeepSpeed engine with AdamW and the stage's learning-rate schedule.
+    """A DeepSpeed engine with the stage's optimizer and learning-rate schedule.
 
     Args:
         model: loaded within ``sharded_loading``.
@@ -56,16 +60,23 @@ def training_engine(
     """
     import deepspeed
 
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, spec.weight_decay), lr=lr, betas=spec.betas, fused=torch.cuda.is_available()
-    )
+    config, groups = copy.deepcopy(ds_config), parameter_groups(model, spec.weight_decay)
+    optimizer: torch.optim.Optimizer
+    if spec.optimizer == "onebit-adam":
+        optimizer = OneBitAdam(groups, lr, spec.betas, spec.clip_grad, spec.onebit_warmup)
+        config["gradient_clipping"] = 0.0  # it clips by the norm of the average, which DeepSpeed does not see
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=spec.betas, fused=torch.cuda.is_available())
     rate = partial(_rate, spec.schedule, min(spec.warmup, total), total)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, rate),
-        config=copy.deepcopy(ds_config),
+        config=config,
     )
+    if isinstance(optimizer, OneBitAdam):
+        optimizer.start()
+        engine.enable_backward_allreduce = False
     return engine
 
 
@@ -97,11 +108,11 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> float
     Returns:
         The norm of the gradient before it was clipped.
     """
-    norm = 0.0
+    norm, scale = 0.0, _unapplied_scale(engine)
     for number, loss in enumerate(losses, 1):
         last = number == len(losses)
         engine.set_gradient_accumulation_boundary(last)
-        engine.backward(loss())
+        engine.backward(loss() * scale)
         if last and not hasattr(engine.optimizer, "_global_grad_norm"):
             # Float32 without ZeRO: DeepSpeed clips by torch and does not keep the norm.
             norm = float(
@@ -110,9 +121,48 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> float
                 )
             )
         engine.step()
+    if isinstance(engine.basic_optimizer, OneBitAdam):
+        overflow = getattr(engine.optimizer, "overflow", False)
+        return math.inf if overflow else engine.basic_optimizer.grad_norm
     known = engine.get_global_grad_norm()
-    return norm if known is None else float(known)
+    return norm if known is None else float(known) / scale
+
+
+def _unapplied_scale(engine: Any) -> float:
+    """What float16 losses are to be multiplied with by hand.
+
+    Without ZeRO, DeepSpeed 0.19 takes the loss scale out of the gradients in its step, but its engine never put
+    it in: small gradients would be lost, and those that are left too small for Adam's epsilon and for clipping.
+    """
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    return float(engine.optimizer.loss_scale) if isinstance(engine.optimizer, FP16_UnfusedOptimizer) else 1.0
 
 
 def learning_rate(engine: Any) -> float:
     return float(engine.optimizer.param_groups[0]["lr"])
+
+
+def traffic(engines: Sequence[Any]) -> dict[str, float]:
+    """Bytes that this rank sent for optimizer steps since this was last asked; only 1-bit Adam counts them."""
+    ours = [engine.basic_optimizer for engine in engines if isinstance(engine.basic_optimizer, OneBitAdam)]
+    return {"bytes_sent": sum(optimizer.take_bytes_sent() for optimizer in ours)} if ours else {}
+
+
+def save(engine: Any, folder: Path, name: str) -> None:
+    """Write an engine's state into a checkpoint's folder. Collective."""
+    engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+    if isinstance(engine.basic_optimizer, OneBitAdam):
+        engine.basic_optimizer.save_own(_own(folder, name))
+
+
+def load(engine: Any, folder: Path, name: str) -> None:
+    """Put back what ``save`` wrote. Collective."""
+    path, _ = engine.load_checkpoint(str(folder), tag=name)
+    assert path is not None, f"DeepSpeed found no {name} in {folder}"
+    if isinstance(engine.basic_optimizer, OneBitAdam):
+        engine.basic_optimizer.load_own(_own(folder, name))
+
+
+def _own(folder: Path, name: str) -> Path:
+    return folder / name / f"onebit-{dist.get_rank():05d}.pt"

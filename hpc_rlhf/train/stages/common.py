@@ -14,6 +14,7 @@ from hpc_rlhf.spec.stages import TrainingSpec
 from hpc_rlhf.train.checkpoint import Checkpoint
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at
+from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.models.weights import export
 from hpc_rlhf.train.ragged import plan_step
@@ -65,7 +66,7 @@ class Batches:
 def save_engines(folder: Path, named: dict[str, Any]) -> None:
     """Every rank writes its part of each DeepSpeed engine's state."""
     for name, engine in named.items():
-        engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+        engines.save(engine, folder, name)
 
 
 def load_engines(named: dict[str, Any]) -> Callable[[Checkpoint], None]:
@@ -73,8 +74,7 @@ def load_engines(named: dict[str, Any]) -> Callable[[Checkpoint], None]:
 
     def load(found: Checkpoint) -> None:
         for name, engine in named.items():
-            path, _ = engine.load_checkpoint(str(found.folder), tag=name)
-            assert path is not None, f"DeepSpeed found no {name} in {found.folder}"
+            engines.load(engine, found.folder, name)
 
     return load
 

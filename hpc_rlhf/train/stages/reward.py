@@ -103,7 +103,8 @@ def run(context: StageContext) -> None:
         names = ("loss", "accuracy", "margin")
         sums = context.world.sums(dict(zip(names, torch.stack(seen).sum(dim=0).tolist(), strict=True)))
         means = {name: sums[name] / context.per_step for name in names}
-        context.metrics.log(step + 1, total, "train", {**means, "lr": rate, "grad_norm": norm})
+        values = {**means, "lr": rate, "grad_norm": norm, **engines.traffic([engine])}
+        context.metrics.log(step + 1, total, "train", values)
     context.safe_point(total, write, {})
 
     # 5. Measure, and hand over.

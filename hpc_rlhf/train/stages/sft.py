@@ -103,9 +103,8 @@ def run(context: StageContext) -> None:
 
         norm = engines.optimizer_step(engine, [partial(scaled_loss, *batch) for batch in micro_batches])
         loss = context.world.sums({"loss": torch.stack(losses).sum().item()})["loss"] / tokens
-        context.metrics.log(
-            step + 1, total, "train", {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
-        )
+        values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
+        context.metrics.log(step + 1, total, "train", {**values, **engines.traffic([engine])})
     context.safe_point(total, write, state)
 
     # 5. Measure where it ends, and hand over.
