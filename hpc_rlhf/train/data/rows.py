@@ -75,14 +75,20 @@ def _asked(turns: Sequence[Turn], chosen: str | None, rejected: str | None = Non
     return Sample(named, transcript(named), _answer(chosen), _answer(rejected))
 
 
-def _from_pair(row: Row) -> Sample:
-    prompt = row["prompt"].rstrip()
-    chosen, rejected = row["chosen"] if "chosen" in row else row["response"], row.get("rejected")
+def asked(prompt: str) -> tuple[tuple[Turn, ...], str]:
+    """The turns and the transcript of a prompt: a transcript that ends with ``Assistant:``, or a question."""
+    prompt = prompt.rstrip()
     if not prompt.endswith("Assistant:"):
-        return _asked([("human", prompt)], chosen, rejected)
+        turns = (("human", prompt.strip()),)
+        return turns, transcript(turns)
     if not prompt.startswith("\n\n"):
         prompt = "\n\n" + prompt.lstrip()
-    return Sample(turns_of(prompt), prompt, _answer(chosen), _answer(rejected))
+    return turns_of(prompt), prompt
+
+
+def _from_pair(row: Row) -> Sample:
+    chosen = row["chosen"] if "chosen" in row else row["response"]
+    return Sample(*asked(row["prompt"]), _answer(chosen), _answer(row.get("rejected")))
 
 
 def _from_hh(row: Row) -> Sample:

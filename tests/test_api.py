@@ -1,0 +1,110 @@
+"""PPO by DeepSpeed-Chat's names: the README's program runs, and it is the stage's own steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train import tiny
+from tests.train.stages import free_port
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.train
+
+MISTAKES = """
+import json, sys
+from hpc_rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
+from hpc_rlhf.errors import HpcRlhfError
+
+sft, reward = "runs/tiny/stages/sft/model", "runs/tiny/stages/reward/model"
+said = []
+
+def mistake(make):
+    try:
+        make()
+    except HpcRlhfError as error:
+        said.append(str(error))
+
+mistake(lambda: DeepSpeedRLHFEngine(sft, reward, args={"lr": 1e-5}))
+mistake(lambda: DeepSpeedRLHFEngine(sft, reward, args={"max_steps": 5}))
+mistake(lambda: DeepSpeedRLHFEngine("/nowhere", reward))
+mistake(lambda: DeepSpeedRLHFEngine(sft, sft))
+engine = DeepSpeedRLHFEngine(
+    sft, reward, args={"minibatches": 2, "micro_batch": 2, "precision": "fp32", "actor_lr": 1e-3, "warmup": 0},
+    max_prompt_tokens=24, max_answer_tokens=8, num_total_iters=2,
+)
+trainer = DeepSpeedPPOTrainer(engine=engine)
+mistake(lambda: trainer.generate_experience(["one"]))
+questions = ["Hi?", "\\n\\nHuman: Hi?\\n\\nAssistant:", engine.tokenizer("\\n\\nHuman: Hi?\\n\\nAssistant:")["input_ids"], "?" * 99]
+experience = trainer.generate_experience(questions)
+trainer.train_rlhf(experience)
+first = dict(trainer.metrics)
+trainer.train_rlhf(trainer.generate_experience(questions))
+print(json.dumps([said, experience.rollout.prompts, experience.rollout.answers, first, trainer.metrics]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run has left its fine-tuned model and its reward model."""
+    from hpc_rlhf.train.models.weights import export
+
+    folder = tmp_path_factory.mktemp("program")
+    stages, tokenizer = folder / "runs" / "tiny" / "stages", tiny.tokenizer()
+    fields = {"vocab_size": 300, "max_position_embeddings": 512}
+    export(tiny.causal("llama", **fields), tokenizer, stages / "sft" / "model", is_main=True)
+    export(tiny.classifier("llama", **fields), tokenizer, stages / "reward" / "model", is_main=True)
+    return folder
+
+
+def run(program: str, folder: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_readmes_program_runs(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line.split() for line in run(program, folder).splitlines() if line]
+    numbers = [list(map(float, line)) for line in lines if len(line) == 4]
+    assert len(numbers) == 2
+    assert abs(numbers[0][3]) < 1e-3, "the actor starts as the reference"
+    AutoModelForCausalLM.from_pretrained(folder / "actor")
+
+
+def test_mistakes_are_told_in_a_sentence_and_prompts_come_in_three_ways(folder: Path) -> None:
+    said, prompts, answers, first, second = json.loads(run(MISTAKES, folder).splitlines()[-1])
+    for text, words in zip(
+        said,
+        ["args: lr: Extra inputs", "max_steps is for the ppo stage", "no tokenizer could be loaded",
+         "is no reward model", "1 prompts are no equal minibatches"],
+        strict=True,
+    ):  # fmt: skip
+        assert words in text
+    assert prompts[0] == prompts[1] == prompts[2]
+    assert len(prompts[3]) == 24
+    assert all(0 < len(answer) <= 8 for answer in answers)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    assert second["kl"] > 1e-6, "it learns"
+    assert {"reward", "actor_loss", "critic_loss", "clipfrac", "explained_variance"} <= set(first)
+
+
+def test_the_package_itself_loads_no_torch() -> None:
+    code = "import sys, hpc_rlhf; hpc_rlhf.__version__; assert not {'torch', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
