@@ -51,12 +51,22 @@ class StageDir:
 
     @property
     def model(self) -> Path:
-        """The artifact handed on; complete once its manifest verifies."""
+        """The artifact handed on; complete once its manifest verifies. The evaluation's is its report."""
         return self.path / "model"
 
     @property
     def ema_model(self) -> Path:
         return self.model / "ema"
+
+    @property
+    def report(self) -> Path:
+        """What the evaluation found."""
+        return self.model / "report.json"
+
+    @property
+    def answers(self) -> Path:
+        """The answers that the evaluation compared."""
+        return self.model / "answers.jsonl"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ VERBS = {
     "render": "Write the scripts and configs that would be submitted.",
     "submit": "Submit a spec's stages to Slurm.",
     "run": "Run a spec's stages on this machine, without Slurm.",
+    "eval": "Compare a run's models on held-out data.",
     "status": "Show how a run is getting on.",
     "logs": "Print the log of a stage.",
     "cancel": "Cancel a run's jobs.",

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,17 +52,21 @@ class LocalRun:
     watcher: Watcher
     again: str
 
-    def run_stages(self) -> None:
-        """Run every stage whose model is not complete, in an order in which each follows its needs.
+    def run_stages(self, stages: Sequence[str] | None = None) -> None:
+        """Run every stage whose artifact is not complete, in an order in which each follows its needs.
+
+        Args:
+            stages: those to run; all when left out.
 
         Raises:
             HpcRlhfError: a stage failed; the later ones were not started.
             Interrupted: the run was asked to stop; everything is saved.
         """
-        for stage in self.spec.stage_names:
+        stages = self.spec.stage_names if stages is None else stages
+        for stage in stages:
             self._check_hostfile(stage)
         with StopRequests().listening() as stop:
-            for stage in self.spec.stage_names:
+            for stage in stages:
                 if stop.count:
                     raise self._interrupted(f"stopped before {stage}", stop)
                 if is_done(self.run, stage):

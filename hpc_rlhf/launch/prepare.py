@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,8 @@ def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool =
     """Write the resolved spec, the plan and the scripts into a run directory that the caller has claimed.
 
     What a run was trained with must not change under it, so a directory that has trained takes only other
-    Slurm settings of the same size, and one whose jobs are queued or running takes no change at all.
+    Slurm settings of the same size, and one whose jobs are queued or running takes no change at all. It may be
+    evaluated in another way; what was found in the old one is removed.
 
     Args:
         spec: the job spec.
@@ -65,6 +67,8 @@ def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool =
     refuse_changes(run, spec, live)
     plan = make_plan(spec)
     with _write_errors(run):
+        if evaluated_otherwise(run, spec):
+            shutil.rmtree(run.stage("eval").path, ignore_errors=True)
         for folder in (run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
             _private_folder(folder)
         render(spec, run.scripts, beside)
@@ -117,6 +121,14 @@ def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
     )
 
 
+def evaluated_otherwise(run: RunDir, spec: JobSpec) -> bool:
+    """Whether a spec asks for another evaluation than the one that a run directory is for."""
+    if spec.stages.eval is None or not run.job_yaml.exists():
+        return False
+    changed = [path for path, _, _ in differences(read_spec(run.job_yaml), spec)]
+    return any(_is_evaluation(path) and not _is_placing(path) for path in changed)
+
+
 def _has_trained(run: RunDir) -> bool:
     """Whether any stage has left something that depends on the spec; logs and the hostfile do not."""
     for stage in map(run.stage, STAGE_NAMES):
@@ -126,9 +138,18 @@ def _has_trained(run: RunDir) -> bool:
 
 
 def _harmless(path: str) -> bool:
+    """Whether a field may change after a run has trained."""
+    return _is_placing(path) or _is_evaluation(path)
+
+
+def _is_placing(path: str) -> bool:
     """Whether a field may change between two attempts of a stage."""
     parts = path.split(".")
     return parts[0] == "stages" and parts[2:3] == ["slurm"] and parts[3] not in _SIZE
+
+
+def _is_evaluation(path: str) -> bool:
+    return path.split(".")[:2] == ["stages", "eval"]
 
 
 def _shown(value: Any) -> str:

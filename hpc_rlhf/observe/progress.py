@@ -11,14 +11,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe.words import duration, number
+from hpc_rlhf.observe.words import duration, number, step_kind
 from hpc_rlhf.rundir import RunDir
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
 # The numbers that tell how a stage is doing.
-TELLING = {"sft": ("loss",), "reward": ("loss", "accuracy"), "ppo": ("reward", "kl")}
+TELLING = {
+    "sft": ("loss",),
+    "reward": ("loss", "accuracy"),
+    "ppo": ("reward", "kl"),
+    "eval": ("perplexity", "accuracy"),
+}
 _LINE_EVERY = 600.0  # a plain line at least this often
 _LEDGER_EVERY = 1.0
 
@@ -87,7 +92,7 @@ class StageView:
                 record = json.loads(line)
             except ValueError:
                 continue
-            if record.get("kind") == "train" and record["time"] >= self.began:
+            if record.get("kind") == step_kind(self.stage) and record["time"] >= self.began:
                 self._first = self._first or record
                 self.last = record
 

@@ -13,6 +13,7 @@ from hpc_rlhf import manifest, slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe.turns import last_turn
+from hpc_rlhf.observe.words import step_kind
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.slurm import PastJob, QueuedJob
 
@@ -197,18 +198,19 @@ def _launcher_at_work(run: RunDir) -> bool:
 
 
 def _progress(metrics: Path, stage: str) -> dict[str, Any]:
-    """What the last training line of a metrics file says."""
-    name = "reward" if stage == "ppo" else "loss"
+    """What the last step's line of a metrics file says."""
+    telling = {"ppo": ("reward",), "eval": ("perplexity", "accuracy")}.get(stage, ("loss",))
     for line in reversed(_tail(metrics).splitlines()):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and row.get("kind") == "train":
+        if isinstance(row, dict) and row.get("kind") == step_kind(stage):
+            name = next((name for name in telling if name in row), None)
             return {
                 "step": row["step"],
                 "total_steps": row["total_steps"],
-                "metric": name if name in row else None,
+                "metric": name,
                 "value": row.get(name),
                 "updated": row.get("time"),
             }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf import manifest
+from hpc_rlhf.observe.evaluation import print_report, read_report
 from hpc_rlhf.observe.words import duration, number
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.stages import STAGE_NAMES
@@ -52,6 +53,10 @@ def outcome(stage: str, metrics: dict[str, Any]) -> str:
     if stage == "reward":
         accuracy = metrics.get("accuracy")
         return "held-out accuracy " + ("-" if accuracy is None else f"{accuracy:.3f}")
+    if stage == "eval":
+        won = metrics.get("win_rates", {}).items()
+        said = ", ".join(f"{name} wins {rate:.0%} against {metrics['base']}" for name, rate in won)
+        return said or f"{metrics.get('prompts', 0)} held-out prompts answered"
     spread = f" (first std {value['reward_first_std']})" if "reward_first_std" in value else ""
     return f"reward {_from_to(value, 'reward_first', 'reward_last')}{spread}, KL {_from_to(value, 'kl_first', 'kl_last')}"
 
@@ -71,8 +76,10 @@ def print_summary(run: RunDir, console: Console) -> None:
         took = "-" if seconds is None else duration(seconds)
         table.add_row(stage, str(fact.get("step", "-")), took, outcome(stage, fact.get("metrics", {})))
     console.print(table)
+    if "eval" in facts:
+        print_report(read_report(run), console)
     _print_answers(final_samples(run)[:_QUESTIONS], console)
-    last = [stage for stage in facts if stage != "reward"]
+    last = [stage for stage in facts if stage not in ("reward", "eval")]
     if last:
         _print_next(run, last[-1], console)
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from hpc_rlhf.errors import Problem, SpecError
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.layers import read_layers
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.model import EVALUATED_LIKE, JobSpec, last_trained
 from hpc_rlhf.spec.paths import resolve_paths
 from hpc_rlhf.spec.problems import problems_of
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
@@ -32,7 +32,7 @@ def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
         SpecError: all that is wrong with it, each with its place.
     """
     root, problems = resolve_paths(read_layers(Path(path), sets))
-    root = _inherit_slurm(root)
+    root = _inherit_slurm(_evaluate_like_training(root))
     try:
         spec = JobSpec.model_validate(root.plain(), strict=True)
     except ValidationError as error:
@@ -95,6 +95,23 @@ def _inherit_slurm(root: Node) -> Node:
     return replace(root, value={**root.value, "stages": replace(stages, value=new)})
 
 
+def _evaluate_like_training(root: Node) -> Node:
+    """Give the evaluation what it takes from the last stage that trains, as the model does, with its places."""
+    stages = root.get("stages")
+    evaluation = root.get("stages", "eval")
+    if stages is None or evaluation is None or not isinstance(evaluation.value, dict):
+        return root
+    assert isinstance(root.value, dict)
+    assert isinstance(stages.value, dict)
+    last = last_trained({name: stage.value for name, stage in stages.value.items()})
+    fields = stages.value[last].value if last else None
+    if not isinstance(fields, dict):
+        return root
+    taken = {key: fields[key] for key in EVALUATED_LIKE if key in fields}
+    new = {**stages.value, "eval": replace(evaluation, value={**taken, **evaluation.value})}
+    return replace(root, value={**root.value, "stages": replace(stages, value=new)})
+
+
 def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     """What is wrong between fields that are each right."""
 
@@ -116,8 +133,10 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             derive_batch(spec.stage(name), name)
         except ValueError as error:
             problems.append(problem(f"stages.{name}.global_batch", str(error)))
-        if getattr(spec.data.split, name) == 0:
+        if getattr(spec.data.split, name, 1) == 0:
             problems.append(problem(f"data.split.{name}", f"leaves the {name} stage without data"))
+    if spec.stages.eval and spec.data.held_out == 0:
+        problems.append(problem("data.held_out", "leaves the eval stage without data"))
     if spec.stages.reward and all(source.format in _PAIRLESS for source in spec.data.sources):
         problems.append(
             problem("data.sources", "none holds pairs of answers, which the reward stage trains on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -47,6 +48,15 @@ class ModelsSpec(Model):
     )
 
 
+# What the evaluation takes from the last stage that trains, where it does not say.
+EVALUATED_LIKE = ("micro_batch", "zero", "precision", "slurm")
+
+
+def last_trained(stages: Mapping[str, Any]) -> str | None:
+    """The last of the stages named that trains."""
+    return next((name for name in reversed(STAGE_NAMES[:-1]) if stages.get(name) is not None), None)
+
+
 class JobSpec(Model):
     """A whole run: data, models, stages and where they run."""
 
@@ -77,10 +87,28 @@ class JobSpec(Model):
             stages[stage] = {**fields, "slurm": {**base, **own}} if isinstance(own, dict) else fields
         return {**raw, "stages": stages}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _evaluate_like_training(cls, raw: Any) -> Any:
+        """Evaluate in the way and on the nodes that the last stage was trained, where the spec does not say."""
+        stages = raw.get("stages") if isinstance(raw, dict) else None
+        if not isinstance(stages, dict) or not isinstance(stages.get("eval"), dict):
+            return raw
+        last = stages.get(last_trained(stages) or "")
+        if not isinstance(last, dict):
+            return raw
+        taken = {key: last[key] for key in EVALUATED_LIKE if key in last}
+        return {**raw, "stages": {**stages, "eval": {**taken, **stages["eval"]}}}
+
     @property
     def stage_names(self) -> tuple[str, ...]:
         """The stages asked for, in an order in which every stage follows its needs."""
         return tuple(name for name in STAGE_NAMES if getattr(self.stages, name) is not None)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The stages asked for that train, each on data of its own."""
+        return tuple(name for name in self.stage_names if name != "eval")
 
     def stage(self, name: str) -> StageSpec:
         spec = getattr(self.stages, name)
@@ -89,4 +117,6 @@ class JobSpec(Model):
 
     def needs(self, name: str) -> tuple[str, ...]:
         """The stages whose artifacts a stage starts from."""
+        if name == "eval":
+            return self.trained
         return tuple(need for need in ("sft", "reward") if need in self.stage_names) if name == "ppo" else ()

@@ -10,7 +10,7 @@ from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.fields import Fraction, Model, Name, NonNegative, Positive, Rate
 
-STAGE_NAMES = ("sft", "reward", "ppo")
+STAGE_NAMES = ("sft", "reward", "ppo", "eval")
 
 
 class LoraSpec(Model):
@@ -168,12 +168,39 @@ class PpoSpec(TrainingSpec):
     ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
 
 
+class EvalSpec(StageSpec):
+    """Evaluation of the models that the other stages make, on what data.held_out keeps from them.
+
+    Left out, micro_batch, zero, precision and slurm are those of the last stage that trains.
+    """
+
+    prompts: Positive = Field(
+        default=512,
+        description="Held-out prompts that every model answers, at most. The interval of a win rate is about plus or minus 100 % / sqrt(prompts) wide: 4 % at 512.",
+    )
+    temperature: NonNegative = Field(
+        default=1.0,
+        description="Sampling temperature of the answers. 1 shows the models as they are, which the KL is an estimate of; 0 takes the likeliest token each time, and there is no KL then.",
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0,
+        description="Sample from the smallest set of tokens with this probability; 1 samples from all.",
+    )
+    top_k: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Sample from the k likeliest tokens; 0 samples from all."
+    )
+
+
 class StagesSpec(Model):
     """The stages to run. PPO starts from the SFT model, if there is one, and needs a reward model."""
 
     sft: SftSpec | None = Field(default=None, description="Supervised fine-tuning.")
     reward: RewardSpec | None = Field(default=None, description="Reward model.")
     ppo: PpoSpec | None = Field(default=None, description="PPO.")
+    eval: EvalSpec | None = Field(
+        default=None,
+        description="Evaluation of all models on held-out data, once the other stages are done. {} takes all defaults.",
+    )
 
     @model_validator(mode="after")
     def _sound(self) -> StagesSpec:

@@ -91,7 +91,9 @@ def write_starter(
         reward=_scalar(reward),
     )
     explained: set[str] = set()
-    blocks = [_stage(stage, getattr(recipe, stage), explained) for stage in STAGE_NAMES]
+    blocks = [
+        _stage(stage, getattr(recipe, stage), explained) for stage in STAGE_NAMES if hasattr(recipe, stage)
+    ]
     return text + "\n".join(blocks)
 
 

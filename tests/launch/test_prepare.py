@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.prepare import claim, differences, prepare
+from hpc_rlhf.launch.prepare import claim, differences, evaluated_otherwise, prepare
+from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import load_spec, read_spec
 from hpc_rlhf.spec.model import JobSpec
 from tests.launch.fakes import SPEC
@@ -105,3 +106,23 @@ def test_a_place_that_is_no_folder_is_told_so(tmp_path: Path) -> None:
 def test_settings_of_the_top_level_count_only_where_a_stage_uses_them(tmp_path: Path) -> None:
     own = [f"stages.{stage}.slurm.partition=gpu" for stage in ("sft", "reward", "ppo")]
     assert not differences(spec_with(tmp_path, *own), spec_with(tmp_path, "slurm.partition=gpu"))
+
+
+def test_a_run_may_be_evaluated_in_another_way_which_is_found_anew(tmp_path: Path) -> None:
+    run = RunDir(prepared(spec_with(tmp_path)))
+    run.stage("sft").metrics.touch()
+    prepared(spec_with(tmp_path, "stages.eval={}"))
+    run.stage("eval").metrics.touch()
+    spec = spec_with(tmp_path, "stages.eval={slurm: {partition: other}}")
+    assert not evaluated_otherwise(run, spec)
+    prepared(spec)
+    assert run.stage("eval").metrics.exists()
+    spec = spec_with(tmp_path, "stages.eval={prompts: 7}")
+    assert evaluated_otherwise(run, spec)
+    prepared(spec)
+    assert not run.stage("eval").metrics.exists()
+    assert run.stage("sft").metrics.exists()
+    assert read_spec(run.job_yaml).stages.eval == spec.stages.eval
+    run.stage("eval").metrics.touch()
+    prepared(spec_with(tmp_path))  # asked for no longer, and kept
+    assert run.stage("eval").metrics.exists()

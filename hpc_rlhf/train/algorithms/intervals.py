@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+CONFIDENCE = 0.95
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -21,7 +23,7 @@ class Interval:
     high: float
 
 
-def share(successes: float, count: int, confidence: float = 0.95) -> Interval:
+def share(successes: float, count: int, confidence: float = CONFIDENCE) -> Interval:
     """Wilson's interval of a share (JASA 22, 1927, page 209), which is right for few samples and near 0 and 1 too.
 
     Args:
@@ -41,7 +43,7 @@ def share(successes: float, count: int, confidence: float = 0.95) -> Interval:
     return Interval(rate, max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half)))
 
 
-def mean(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Student's interval of a mean (Biometrika 6, 1908); of paired samples when the values are their differences.
 
     Raises:

@@ -74,13 +74,13 @@ def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
 
 def stage_of(prompt: str, spec: JobSpec) -> str:
     """The stage that trains on a prompt: drawn by the hash of the prompt, so all its rows go the same way."""
-    shares = {name: getattr(spec.data.split, name, 0.0) for name in spec.stage_names}
+    shares = {name: getattr(spec.data.split, name) for name in spec.trained}
     place = seeds.unit(spec.seed, prompt, "stage") * sum(shares.values())
     for name, share in shares.items():
         if place < share:
             return name
         place -= share
-    return spec.stage_names[-1]
+    return spec.trained[-1]
 
 
 def is_held_out(prompt: str, spec: JobSpec) -> bool:

@@ -82,7 +82,7 @@ def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> 
 def _fingerprint(spec: JobSpec, stage: str, tokenizer: Any) -> str:
     facts = {
         "data": spec.data.model_dump(mode="json"),
-        "stages": spec.stage_names,
+        "stages": spec.trained,
         "seed": spec.seed,
         "stage": stage,
         "vocabulary": sorted(tokenizer.get_vocab().items()),

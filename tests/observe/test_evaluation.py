@@ -1,0 +1,64 @@
+"""The table of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.observe.evaluation import print_report, read_report, table_rows
+from hpc_rlhf.rundir import RunDir
+
+REPORT: dict[str, Any] = {
+    "base": "sft",
+    "prompts": 400,
+    "confidence": 0.95,
+    "sampling": {"temperature": 0.7, "top_p": 0.9, "top_k": 0},
+    "reward_accuracy": {"value": 0.912, "low": 0.88, "high": 0.941, "pairs": 300},
+    "models": {
+        "sft": {
+            "perplexity": 3.456, "reward": {"value": 0.5, "low": 0.25, "high": 0.75},
+            "answer_tokens": {"value": 120.0, "low": 100.0, "high": 140.0}, "ended": 0.985, "bleu": 12.345,
+        },
+        "ppo": {
+            "perplexity": 4.0, "reward": {"value": 2.5, "low": None, "high": None},
+            "win_rate": {"value": 0.875, "low": 0.84, "high": 0.905},
+            "answer_tokens": {"value": 130.0, "low": 110.0, "high": 150.0}, "ended": 1.0, "bleu": 11.0,
+        },
+    },
+}  # fmt: skip
+
+
+def test_models_stand_side_by_side_with_their_intervals() -> None:
+    assert table_rows(REPORT) == [
+        ("", "sft", "ppo"),
+        ("perplexity", "3.46", "4"),
+        ("reward", "0.5 ± 0.25", "2.5"),  # of a single prompt, whose interval has no end
+        ("wins against sft", "-", "88% (84–90)"),
+        ("tokens", "120 ± 20", "130 ± 20"),
+        ("ended", "98%", "100%"),
+        ("BLEU", "12.3", "11"),
+    ]
+
+
+def test_it_says_what_was_compared() -> None:
+    out = StringIO()
+    print_report(REPORT, Console(file=out, width=80))
+    text = out.getvalue()
+    assert "prefers the chosen answer in 91% (88–94) of 300 held-out pairs" in text
+    assert "400 held-out prompts, the same for all: sampled at temperature 0.7, top_p 0.9." in text
+    print_report({**REPORT, "models": {}, "prompts": 0}, Console(file=out, width=80))
+
+
+def test_a_missing_report_is_told(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(HpcRlhfError, match="cannot read the evaluation: No such file"):
+        read_report(run)
+    run.stage("eval").report.parent.mkdir(parents=True)
+    run.stage("eval").report.write_text(json.dumps(REPORT))
+    assert read_report(run) == REPORT

@@ -1,0 +1,51 @@
+"""The evaluation in a spec: it waits for every other stage, and runs like the last of them where it does not say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf.errors import SpecError
+from hpc_rlhf.spec.load import dump_spec, load_spec, read_spec
+from hpc_rlhf.spec.model import JobSpec
+from tests.spec.texts import GOOD, problems_in, write
+
+PPO = "ppo: {zero: 3, precision: fp32, micro_batch: 2, slurm: {nodes: 4}}"
+
+
+def loaded(tmp_path: Path, evaluation: str, ppo: str = PPO) -> JobSpec:
+    head, _, _ = GOOD.partition("  ppo:")
+    return load_spec(write(tmp_path, f"{head}  {ppo}\n  eval: {evaluation}\n"))
+
+
+def test_it_waits_for_all_and_takes_after_the_last(tmp_path: Path) -> None:
+    spec = loaded(tmp_path, "{}")
+    assert spec.needs("eval") == spec.trained == ("sft", "reward", "ppo")
+    evaluation = spec.stage("eval")
+    assert (evaluation.zero, evaluation.precision, evaluation.micro_batch) == (3, "fp32", 2)
+    assert evaluation.slurm == spec.stage("ppo").slurm
+    own = loaded(tmp_path, "{zero: 0, slurm: {nodes: 1}}").stage("eval")
+    assert (own.zero, own.precision, own.slurm.nodes, own.slurm.partition) == (0, "fp32", 1, "gpu")
+
+
+def test_it_is_kept_as_it_was_resolved(tmp_path: Path) -> None:
+    spec = loaded(tmp_path, "{}")
+    (tmp_path / "kept.yaml").write_text(dump_spec(spec))
+    assert read_spec(tmp_path / "kept.yaml") == spec == JobSpec.model_validate(spec.model_dump())
+
+
+def test_a_mistake_that_it_inherits_is_told_once(tmp_path: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        loaded(tmp_path, "{}", ppo="ppo: {zero: 7}")
+    (problem,) = caught.value.problems
+    assert problem.path == "stages.ppo.zero"
+
+
+def test_it_needs_something_to_evaluate(tmp_path: Path) -> None:
+    alone = write(tmp_path, GOOD.partition("stages:")[0] + "stages: {eval: {}}\n")
+    assert any("name at least one stage" in problem.what for problem in problems_in(alone))
+    dry = write(tmp_path, GOOD.replace("data:\n", "data:\n  held_out: 0\n") + "  eval: {}\n")
+    assert [str(problem).partition(": ")[2] for problem in problems_in(dry)] == [
+        "data.held_out: leaves the eval stage without data"
+    ]
