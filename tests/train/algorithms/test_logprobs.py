@@ -44,7 +44,7 @@ def test_large_logits_do_not_overflow() -> None:
 def test_from_hidden_states_it_is_the_same_with_the_same_gradients(
     chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "LOGITS", chunk * 11)
+    monkeypatch.setitem(logprobs.LOGITS, "cpu", chunk * 11)
     hidden, weight, bias = torch.randn(8, 5), torch.randn(11, 5), torch.randn(11) if with_bias else None
     tokens, temperature, weights = torch.randint(11, (8,)), 0.6, torch.randn(8)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
@@ -67,7 +67,7 @@ def test_a_chunked_gradient_in_bfloat16_is_summed_in_float32(monkeypatch: pytest
     )
     grads = []
     for rows in (512, 1):
-        monkeypatch.setattr(logprobs, "LOGITS", rows * 16)
+        monkeypatch.setitem(logprobs.LOGITS, "cpu", rows * 16)
         leaf = weight.clone().requires_grad_()
         head_log_probs(hidden, leaf, None, tokens, 1.0, False)[0].sum().backward()
         grads.append(leaf.grad)
