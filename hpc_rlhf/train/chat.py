@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from hpc_rlhf.train.data.dialogues import prompt_text, token_ids
-from hpc_rlhf.train.rollout.engine import Sampling, decode_steps
-from hpc_rlhf.train.rollout.sampling import uniforms
+from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.rollout.decoding import decode
+from hpc_rlhf.train.rollout.sampling import Sampling, uniforms
 
 # A model without a chat template that goes on with a turn of its own for the person is cut there.
 NEXT_TURN = "\n\nHuman:"
@@ -29,6 +30,7 @@ class ChatModel:
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
         self.model = model.to(self.device).eval()
+        packed.enable(self.model)
 
     def stream(
         self, turns: list[tuple[str, str]], max_tokens: int, temperature: float, seed: int
@@ -41,17 +43,15 @@ class ChatModel:
             temperature: 0 takes the likeliest token each time.
             seed: of the sampling.
         """
-        ids = torch.tensor(token_ids(self.tokenizer, [prompt_text(self.tokenizer, turns)])).to(self.device)
+        (ids,) = token_ids(self.tokenizer, [prompt_text(self.tokenizer, turns)])
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None:
             max_tokens = min(max_tokens, limit - 1)
-            ids = ids[:, -(limit - max_tokens) :]
+            ids = ids[-(limit - max_tokens) :]
         sampling = Sampling(temperature=temperature or 1.0, greedy=temperature == 0)
-        steps = decode_steps(
-            self.model, ids, torch.ones_like(ids, dtype=torch.bool), max_tokens, sampling,
-            uniforms([(seed, "chat", len(turns))], max_tokens), self.tokenizer.eos_token_id, self.tokenizer.eos_token_id,
-        )  # fmt: skip
-        yield from self._text(int(token.item()) for token, _ in steps)
+        drawn = uniforms([(seed, "chat", len(turns))], max_tokens)
+        steps = decode(self.model, [ids], drawn, max_tokens, sampling, self.tokenizer.eos_token_id, rows=1)
+        yield from self._text(token for said in steps for _, token in said)
 
     def _text(self, tokens: Iterator[int]) -> Iterator[str]:
         """Text of tokens as soon as it is sure: whole characters, and nothing that may begin another turn."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hpc_rlhf.train.models.lora import LoraLinear
+
+# Bytes of shards that are made whole at once: many small weights share a collective, and memory is spared.
+GATHERED_AT_ONCE = 2**26
 
 
 def is_sharded(parameters: list[nn.Parameter]) -> bool:
@@ -31,30 +35,80 @@ def gathered(parameters: list[nn.Parameter], to_change: bool = False) -> Abstrac
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if to_change else None)
 
 
+def size(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of parameters when none of them is sharded."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The parameters that a module holds itself, an adapted layer with its adapter.
+
+    Attributes:
+        name: the module's.
+    """
+
+    name: str
+    module: nn.Module
+    parameters: list[nn.Parameter]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights by their Hugging Face names, the adapter folded in. They must be whole."""
+        prefix = f"{self.name}." if self.name else ""
+        if isinstance(self.module, LoraLinear):
+            yield f"{prefix}weight", self.module.merged_weight()
+            if self.module.base.bias is not None:
+                yield f"{prefix}bias", self.module.base.bias.detach()
+            return
+        own = set(map(id, self.parameters))
+        for name, parameter in self.module.named_parameters(recurse=False):
+            if id(parameter) in own:
+                yield prefix + name, parameter.detach()
+
+
+def parts(model: nn.Module, prefix: str = "") -> list[Part]:
+    """All parts of a model in the order of its modules. Tied parameters come once."""
+    seen: set[int] = set()
+    found = []
+    for name, module in model.named_modules(prefix=prefix):
+        deep = isinstance(module, LoraLinear)
+        own = [p for p in module.parameters(recurse=deep) if id(p) not in seen]
+        seen.update(map(id, own))
+        if own:
+            found.append(Part(name, module, own))
+    return found
+
+
+@contextmanager
+def whole(found: Sequence[Part]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Within it, all weights of the parts by their Hugging Face names. Collective under ZeRO-3."""
+    with gathered([p for part in found for p in part.parameters]), torch.no_grad():
+        yield [weight for part in found for weight in part.weights()]
+
+
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of a model by its Hugging Face name, whole and with adapters folded in.
 
-    A collective operation under ZeRO-3, one module at a time: every rank must iterate to the end. A tensor
+    A collective operation under ZeRO-3, some parts at a time: every rank must iterate to the end. A tensor
     may be a view of the parameter and is good only until the next one is asked for. Tied parameters
     come once.
     """
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            own = [parameter for parameter in module.parameters() if id(parameter) not in seen]
-            with gathered(own), torch.no_grad():
-                yield f"{prefix}.weight", module.merged_weight()
-                if module.base.bias is not None:
-                    yield f"{prefix}.bias", module.base.bias.detach()
-            seen.update(map(id, own))
-            continue
-        named = [(n, p) for n, p in module.named_parameters(recurse=False) if id(p) not in seen]
-        if not named:
-            continue
-        with gathered([parameter for _, parameter in named]):
-            for name, parameter in named:
-                yield f"{prefix}.{name}" if prefix else name, parameter.detach()
-        seen.update(id(parameter) for _, parameter in named)
+    return in_turn(parts(model))
+
+
+def in_turn(found: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of ``full_weights``, of these parts."""
+    waiting: list[Part] = []
+    bytes_waiting = 0
+    for part in found:
+        if waiting and bytes_waiting + size(part.parameters) > GATHERED_AT_ONCE:
+            with whole(waiting) as weights:
+                yield from weights
+            waiting, bytes_waiting = [], 0
+        waiting.append(part)
+        bytes_waiting += size(part.parameters)
+    with whole(waiting) as weights:
+        yield from weights
 
 
 def export(model: Any, tokenizer: Any, folder: Path, is_main: bool) -> None:

@@ -36,11 +36,10 @@ def uniforms(seed_parts: list[tuple[object, ...]], length: int) -> Tensor:
     Returns:
         (batch, length), float64, in [0, 1).
     """
-    rows = []
-    for parts in seed_parts:
-        generator = torch.Generator().manual_seed(seeds.derive(*parts))
-        rows.append(torch.rand(length, generator=generator, dtype=torch.float64))
-    return torch.stack(rows)
+    rows = torch.empty(len(seed_parts), length, dtype=torch.float64)
+    for row, parts in zip(rows, seed_parts, strict=True):
+        torch.rand(length, generator=torch.Generator().manual_seed(seeds.derive(*parts)), out=row)
+    return rows
 
 
 def draw(logits: Tensor, uniform: Tensor | None, temperature: float, top_p: float, top_k: int) -> Tensor:

@@ -44,8 +44,8 @@ class Questions:
             made = rollouts.generate(
                 [prompts[i] for i in share], [(context.spec.seed, "eval", i) for i in share],
                 context.spec.data.max_answer_tokens, sampling,
-                tokenizer.eos_token_id, tokenizer.pad_token_id, ROWS,
-                lambda: rollouts.stopped(context.stop.code),
+                tokenizer.eos_token_id, ROWS,
+                lambda: bool(context.stop.code),
             )  # fmt: skip
         self.pause()
         return self._together(dict(zip(share, made, strict=True)))

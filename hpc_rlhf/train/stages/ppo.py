@@ -76,9 +76,8 @@ class PpoStage:
         ]
         rows = [self.data.train[sample_at(place, len(self.data.train), seed, "ppo")] for place in places]
         keys: list[tuple[object, ...]] = [(seed, "rollout", place) for place in places]
-        rollouts = self.models.rollouts
         return self.trainer.roll_out(
-            [row["prompt_ids"] for row in rows], keys, lambda: rollouts.stopped(context.stop.code)
+            [row["prompt_ids"] for row in rows], keys, lambda: bool(context.stop.code)
         )
 
     def compare(self) -> None:
@@ -99,7 +98,6 @@ class PpoStage:
                 trainer.sizes.answer,
                 Sampling(greedy=True),
                 trainer.eos_id,
-                trainer.pad_id,
                 ROWS,
             )
             rollout = Rollout(prompts, made)

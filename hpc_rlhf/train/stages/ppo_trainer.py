@@ -50,7 +50,6 @@ class PpoTrainer:
         self.models = models
         self.sizes = sizes
         self.world = world
-        self.pad_id: int = tokenizer.pad_token_id
         self.eos_id: int = tokenizer.eos_token_id
 
     def roll_out(
@@ -68,7 +67,7 @@ class PpoTrainer:
         sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
         sizes = self.sizes
         answers = self.models.rollouts.generate(
-            prompts, keys, sizes.answer, sampling, self.eos_id, self.pad_id, sizes.rows, stopped
+            prompts, keys, sizes.answer, sampling, self.eos_id, sizes.rows, stopped
         )
         return Rollout(prompts, answers)
 

@@ -1,4 +1,4 @@
-"""Generating answers: what transformers would say, ended at the first EOS, whatever batch a prompt stands in."""
+"""Generating answers: what transformers would say, ended at the first EOS, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,44 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from hpc_rlhf.spec.stages import LoraSpec
 from hpc_rlhf.train.data.tokenized import pad_left
-from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling, decode, decode_steps
+from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models.lora import LoraLinear, adapt
+from hpc_rlhf.train.rollout import engine as engines
+from hpc_rlhf.train.rollout.decoding import decode
+from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling
 from hpc_rlhf.train.rollout.sampling import uniforms
 from hpc_rlhf.train.world import World
 from tests.train import tiny
 
 NO_EOS = tiny.VOCABULARY  # a token that is never drawn
-LENGTHS = (7, 1, 12, 4)
+LENGTHS = (7, 1, 12, 4, 12, 2, 40)
 LIMIT = 14
+SAMPLING = Sampling(1.0, 0.95, 40)
+GREEDY = Sampling(greedy=True)
+# Its scores have a soft cap, which keeps it from running on sequences laid end to end.
+UNPACKED = "gemma2"
 
 
-@pytest.fixture(scope="module", params=tiny.KINDS)
+@pytest.fixture(scope="module", params=[*tiny.KINDS, UNPACKED])
 def model(request: pytest.FixtureRequest) -> Any:
+    if request.param == UNPACKED:
+        return unpacked()
     return tiny.causal(request.param, tie_word_embeddings=False)  # tied ones soon repeat themselves
+
+
+def unpacked() -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        UNPACKED, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=tiny.VOCABULARY, initializer_range=0.2,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
 def prompts(seed: int = 0) -> list[list[int]]:
@@ -29,116 +51,200 @@ def prompts(seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, tiny.VOCABULARY, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def greedy(
-    model: Any, rows: list[list[int]], eos_id: int = NO_EOS, limit: int = LIMIT
-) -> tuple[Tensor, Tensor]:
-    return decode(model, *pad_left(rows, tiny.PAD), limit, Sampling(greedy=True), None, eos_id, tiny.PAD)
-
-
 def sampled(
-    model: Any, rows: list[list[int]], names: list[int], eos_id: int = NO_EOS
-) -> tuple[Tensor, Tensor]:
-    drawn = uniforms([("prompt", name) for name in names], LIMIT)
-    return decode(model, *pad_left(rows, tiny.PAD), LIMIT, Sampling(1.0, 0.95, 40), drawn, eos_id, tiny.PAD)
+    engine: RolloutEngine, names: list[int], eos_id: int = NO_EOS, rows: int = 3, **how: Any
+) -> list[list[int]]:
+    """Answers to the prompts of these numbers, each with its own key."""
+    every = prompts()
+    keys: list[tuple[object, ...]] = [("prompt", name) for name in names]
+    return engine.generate([every[name] for name in names], keys, LIMIT, SAMPLING, eos_id, rows, **how)
 
 
-def test_greedy_answers_are_those_of_transformers_token_for_token(model: Any) -> None:
+def frequent(engine: RolloutEngine) -> int:
+    """A token that ends answers to the prompts at different lengths."""
+    answers = sampled(engine, list(range(len(LENGTHS))))
+    lengths = {
+        token: {answer.index(token) for answer in answers if token in answer[1:]}
+        for token in range(tiny.VOCABULARY)
+    }
+    return max(lengths, key=lambda token: len(lengths[token]))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_greedy_answers_are_those_of_transformers_token_for_token(
+    model: Any, world: World, rows: int
+) -> None:
+    engine = RolloutEngine(model, world)
     for seed in range(3):
         ids, mask = pad_left(prompts(seed), tiny.PAD)
         expected = model.generate(
             ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=LIMIT, eos_token_id=None,
             pad_token_id=tiny.PAD,
         )[:, ids.shape[1] :]  # fmt: skip
-        answers, real = greedy(model, prompts(seed))
-        assert answers.tolist() == expected.tolist()
-        assert real.all()
+        assert engine.generate(prompts(seed), None, LIMIT, GREEDY, NO_EOS, rows) == expected.tolist()
         assert len(expected.unique()) > 8, "a model that always says the same proves nothing"
 
 
-def test_a_prompt_gets_the_same_answer_in_any_batch(model: Any) -> None:
-    rows = prompts()
-    together, _ = sampled(model, rows, [0, 1, 2, 3])
-    turned, _ = sampled(model, rows[::-1], [3, 2, 1, 0])
-    assert turned.flip(0).tolist() == together.tolist()
-    for i, row in enumerate(rows):
-        alone, _ = sampled(model, [row], [i])
-        assert alone.tolist() == together[i : i + 1].tolist()
-    other, _ = sampled(model, rows, [4, 5, 6, 7])
-    assert all(other[i].tolist() != together[i].tolist() for i in range(len(rows)))
+def test_the_architectures_take_the_ways_they_are_meant_to(model: Any, world: World) -> None:
+    way = RolloutEngine(model, world).twin.module.config._attn_implementation
+    assert (way == packed.NAME) == (model.config.model_type != UNPACKED)
 
 
-def test_an_answer_ends_with_its_first_eos_and_pads_follow(model: Any) -> None:
-    rows = prompts()
-    free, _ = sampled(model, rows, [0, 1, 2, 3])
+def test_a_prompt_gets_the_same_answer_in_any_batch(model: Any, world: World) -> None:
+    engine = RolloutEngine(model, world)
+    names = list(range(len(LENGTHS)))
+    eos_id = frequent(engine)  # so that rows are refilled at different times
+    together = sampled(engine, names, eos_id, rows=len(names))
+    assert len({len(answer) for answer in together}) > 2
+    for rows in (1, 2, 3):
+        assert sampled(engine, names, eos_id, rows) == together
+    assert sampled(engine, names[::-1], eos_id) == together[::-1]
+    for name in names:
+        assert sampled(engine, [name], eos_id) == [together[name]]
+    other = engine.generate(prompts(), [("other", n) for n in names], LIMIT, SAMPLING, eos_id, 3)
+    assert all(one != another for one, another in zip(other, together, strict=True))
+
+
+def test_an_answer_ends_with_its_first_eos(model: Any, world: World) -> None:
+    engine = RolloutEngine(model, world)
+    names = list(range(len(LENGTHS)))
+    free = sampled(engine, names)
+    assert all(len(answer) == LIMIT for answer in free)
     ends = set()
-    for eos_id in free[:, 2:9].flatten().unique()[::3].tolist():
-        answers, real = sampled(model, rows, [0, 1, 2, 3], eos_id)
-        assert real.dtype == torch.bool
-        longest = 0
-        for row, drawn in enumerate(free.tolist()):
+    for eos_id in sorted({token for answer in free for token in answer[2:9]})[::6]:
+        for answer, drawn in zip(sampled(engine, names, eos_id), free, strict=True):
             length = drawn.index(eos_id) + 1 if eos_id in drawn else LIMIT
-            longest = max(longest, length)
+            assert answer == drawn[:length]
             ends.add(length)
-            width = answers.shape[1]
-            assert answers[row, :length].tolist() == drawn[:length]
-            assert real[row].tolist() == [True] * length + [False] * (width - length)
-            assert (answers[row, length:] == tiny.PAD).all()
-        assert answers.shape[1] == longest, "no step is made once all answers have ended"
     assert len(ends) > 3
 
 
-def test_padding_with_eos_still_counts_eos_once(model: Any) -> None:
-    rows = prompts()
-    free, _ = sampled(model, rows, [0, 1, 2, 3])
-    eos_id = free[0, 3].item()
-    drawn = uniforms([("prompt", i) for i in range(4)], LIMIT)
-    answers, real = decode(
-        model, *pad_left(rows, eos_id), LIMIT, Sampling(1.0, 0.95, 40), drawn, eos_id, eos_id
-    )
-    other, other_real = sampled(model, rows, [0, 1, 2, 3], eos_id)
-    assert torch.equal(real, other_real)
-    assert torch.equal(answers[real], other[real])
-    assert ((answers == eos_id) & real).sum(dim=1).max() == 1
+def test_sampled_answers_have_the_distribution_of_the_model(world: World) -> None:
+    """Pairs of tokens over a vocabulary of five, against the probabilities of whole forward passes."""
+    model = tiny.causal("llama", vocab_size=5, tie_word_embeddings=False)
+    prompt, count = [3, 4, 3], 6000
+    keys: list[tuple[object, ...]] = [(11, number) for number in range(count)]
+    pairs = RolloutEngine(model, world).generate([prompt] * count, keys, 2, Sampling(1.5), NO_EOS, 1000)
+    after = torch.tensor([[*prompt, token] for token in range(5)])
+    with torch.no_grad():
+        probabilities = torch.softmax(model(after).logits.double() / 1.5, dim=-1)
+    expected = (
+        probabilities[0, len(prompt) - 1].unsqueeze(1) * probabilities[:, len(prompt)]
+    ).flatten() * count
+    counts = torch.bincount(torch.tensor([5 * first + second for first, second in pairs]), minlength=25)
+    common = expected > 5
+    chi_square = float(((counts - expected) ** 2 / expected)[common].sum())
+    assert common.sum() >= 15
+    assert chi_square < 51.2  # the 99.9 % point for 24 degrees of freedom
 
 
-def test_a_stop_drops_the_rollout_between_two_tokens() -> None:
-    model, asked = tiny.causal("llama"), []
-
-    def stopped() -> bool:
-        asked.append(1)
-        return len(asked) == 3
-
-    with pytest.raises(RolloutDropped):
-        decode(
-            model, *pad_left(prompts(), tiny.PAD), LIMIT, Sampling(greedy=True), None, NO_EOS, tiny.PAD,
-            stopped=stopped,
-        )  # fmt: skip
-    assert len(asked) == 3
-
-
-def test_tokens_come_one_at_a_time() -> None:
-    model = tiny.causal("llama")
-    whole, _ = greedy(model, prompts())
-    steps = decode_steps(
-        model, *pad_left(prompts(), tiny.PAD), LIMIT, Sampling(greedy=True), None, NO_EOS, tiny.PAD
-    )
-    token, alive = next(steps)
-    assert torch.equal(token, whole[:, 0])
-    assert alive.all()
-    assert torch.equal(next(steps)[0], whole[:, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rollout_dropped_at_any_step_is_made_again_bit_for_bit(world: World, dtype: torch.dtype) -> None:
+    model = tiny.causal("opt").to(dtype)
+    engine = RolloutEngine(model, world)
+    names = list(range(len(LENGTHS)))
+    eos_id = frequent(engine)
+    seen: list[torch.Tensor] = []
+    model_forward = engine.twin.module.forward
+    engine.twin.module.register_forward_hook(lambda *args: seen.append(args[-1].logits.clone()))
+    expected = sampled(engine, names, eos_id)
+    undisturbed, steps = list(seen), len(seen)
+    assert steps > 20
+    for step in range(0, steps, 5):
+        calls = iter(range(steps))
+        with pytest.raises(RolloutDropped):
+            sampled(engine, names, eos_id, stopped=lambda calls=calls, step=step: next(calls) == step)
+        seen.clear()
+        assert sampled(engine, names, eos_id) == expected
+        assert all(torch.equal(one, other) for one, other in zip(seen, undisturbed, strict=True))
+    assert engine.twin.module.forward == model_forward
 
 
-@pytest.mark.parametrize("was_training", [True, False])
-def test_the_engine_generates_in_eval_mode_and_puts_the_mode_back(was_training: bool, world: World) -> None:
-    model = tiny.causal("gpt2", resid_pdrop=0.5).train(was_training)
-    expected, _ = greedy(tiny.causal("gpt2"), prompts())
-    with RolloutEngine(model, world).ready() as ready:
-        assert greedy(ready, prompts())[0].tolist() == expected.tolist()
-    assert model.training is was_training
-
-
-def test_the_engine_puts_the_mode_back_after_a_dropped_rollout(world: World) -> None:
-    model = tiny.causal("gpt2").train()
-    with pytest.raises(RolloutDropped), RolloutEngine(model, world).ready():
-        raise RolloutDropped
+def test_the_model_and_its_mode_are_left_alone_and_dropout_is_off(world: World) -> None:
+    model = tiny.causal("gpt2", resid_pdrop=0.5).train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    engine = RolloutEngine(model, world)
+    expected = sampled(RolloutEngine(tiny.causal("gpt2"), world), [0, 1, 2])
+    assert sampled(engine, [0, 1, 2]) == expected
     assert model.training
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert sum(weight.numel() for weight in engine.twin.module.parameters()) == 0
+
+
+def test_what_training_changes_the_next_rollout_says(world: World) -> None:
+    model = tiny.causal("opt")
+    engine = RolloutEngine(model, world)
+    first = sampled(engine, [0, 1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    second = sampled(engine, [0, 1])
+    assert second != first
+    assert second == sampled(RolloutEngine(model, world), [0, 1])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_adapters_are_folded_in(kind: str, world: World) -> None:
+    model = tiny.causal(kind, tie_word_embeddings=False)
+    plain = RolloutEngine(model, world).generate(prompts(), None, LIMIT, GREEDY, NO_EOS, 3)
+    adapt(model, LoraSpec(rank=4), 1)
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_b, 0, 0.1)
+    engine = RolloutEngine(model, world)
+    assert not any(isinstance(module, LoraLinear) for module in engine.twin.module.modules())
+    answers = engine.generate(prompts(), None, LIMIT, GREEDY, NO_EOS, 3)
+    expected = [
+        model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=LIMIT, eos_token_id=None)
+        for prompt in prompts()
+    ]
+    assert answers == [row[0, len(p) :].tolist() for row, p in zip(expected, prompts(), strict=True)]
+    assert answers != plain
+
+
+def test_no_more_rows_are_live_than_memory_holds(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.causal("qwen2")
+    # 2 layers x 2 of 4 heads share keys and values x 8 numbers x 4 bytes, keys and values: 256 bytes a token.
+    tokens = max(LENGTHS) + LIMIT
+    asked: list[int] = []
+
+    def spy(*args: Any) -> Any:
+        asked.append(args[6])
+        return decode(*args)
+
+    monkeypatch.setattr(engines, "decode", spy)
+    for room, rows in ((1.5, 1), (2.5, 2), (0.5, 1), (99.0, 4)):
+        memory = int(room * 256 * tokens / engines.CACHE_SHARE)
+        sampled(RolloutEngine(model, world, memory), list(range(len(LENGTHS))), rows=4)
+        assert asked.pop() == rows
+
+
+def test_a_step_costs_no_more_than_its_live_rows(world: World) -> None:
+    """Rows that end with nothing waiting leave the batch; those of refilled prompts do not."""
+    model = tiny.causal("llama", tie_word_embeddings=False)
+    engine = RolloutEngine(model, world)
+    names = list(range(len(LENGTHS)))
+    eos_id = frequent(engine)
+    shapes: list[tuple[int, ...]] = []
+    engine.twin.module.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    answers = sampled(engine, names, eos_id, rows=4)
+    prompt_tokens = sum(tokens for rows, tokens in shapes if rows == 1 and tokens > 1)
+    stepped = sum(rows for rows, tokens in shapes if tokens == 1)
+    # A prompt of one token goes through the model like any other: a row of one.
+    assert prompt_tokens + stepped == sum(LENGTHS) + sum(len(answer) - 1 for answer in answers)
+    assert max(rows for rows, _ in shapes) == 4
+
+
+def test_tokens_come_as_they_are_drawn() -> None:
+    model = tiny.causal("llama")
+    packed.enable(model)
+    drawn = uniforms([("a",), ("b",)], LIMIT)
+    steps = decode(model, [[5, 6], [7]], drawn, LIMIT, Sampling(), NO_EOS, rows=2)
+    assert [number for number, _ in next(steps)] == [0, 1]
+    assert len(list(steps)) == LIMIT - 1
+
+
+def test_nothing_is_answered_to_nothing(world: World) -> None:
+    assert RolloutEngine(tiny.causal("llama"), world).generate([], [], LIMIT, SAMPLING, NO_EOS, 4) == []

@@ -1,4 +1,4 @@
-"""Rollouts of a model sharded by ZeRO-3 over two real ranks: gathered or not, the tokens are the unsharded model's."""
+"""Rollouts of a model sharded by ZeRO-3 over real ranks: gathered or not, the tokens are the unsharded model's."""
 
 from __future__ import annotations
 
@@ -17,66 +17,86 @@ pytestmark = pytest.mark.train
 RANK = """
 import json, sys, torch
 from hpc_rlhf.train.world import join
-world = join(2)
-from hpc_rlhf.train.data.tokenized import pad_left
+folder, ranks = sys.argv[1], int(sys.argv[2])
+world = join(ranks)
+from hpc_rlhf.spec.stages import LoraSpec
 from hpc_rlhf.train.models.engine import frozen_engine, sharded_loading
 from hpc_rlhf.train.models.load import load_causal
-from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling, decode
-from hpc_rlhf.train.rollout.sampling import uniforms
+from hpc_rlhf.train.models.lora import LoraLinear, adapt
+from hpc_rlhf.train.models.weights import gathered, size
+from hpc_rlhf.train.rollout.engine import WEIGHTS_SHARE, RolloutDropped, RolloutEngine, Sampling
 
 config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-prompts = [[5, 6, 7], [9], [8, 7, 6, 5, 4]] if world.rank else [[11, 12]]
-drawn = uniforms([(world.rank, row) for row in range(len(prompts))], 12)
-eos, pad, sampling = -1, 0, Sampling(temperature=0.7)
+every = [[11, 12], [5, 6, 7], [9], [8, 7, 6, 5, 4], [3, 4], [44, 3], [12, 13, 14]]
+prompts = every[:1] if world.rank == 0 else every[world.rank : 2 * world.rank + 3]
+keys = [(world.rank, row) for row in range(len(prompts))]
+eos = -1
 
 def answers(engine, **how):
-    with engine.ready() as model:
-        tokens, mask = decode(model, *pad_left(prompts, pad), 12, sampling, drawn, eos, pad, going=engine.going, **how)
-    return [row[real].tolist() for row, real in zip(tokens, mask)]
+    return engine.generate(prompts, keys, 12, Sampling(temperature=0.7), eos, 2, **how)
 
-plain = load_causal(sys.argv[1], torch.float32).eval()
-if not world.rank:  # its answer ends early, and it takes part in the other's steps from then on
+def adapted(model):
+    adapt(model, LoraSpec(rank=4), 5)
+    for number, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
+        with gathered([layer.lora_b], to_change=True), torch.no_grad():
+            made = torch.empty(layer.lora_b.shape).normal_(0, 0.2, generator=torch.Generator().manual_seed(number))
+            layer.lora_b.copy_(made)
+    return model
+
+plain = load_causal(folder, torch.float32).eval()
+total, layer = size(plain.parameters()), size(plain.model.layers[0].parameters())
+if world.rank == 0:  # its answer ends early, and others still need its shards
     eos = answers(RolloutEngine(plain, world))[0][2]
 seen = {"plain": answers(RolloutEngine(plain, world))}
 with sharded_loading(config):
-    model = load_causal(sys.argv[1], torch.float32)
-engine = frozen_engine(model, config, world.device)
-gathered = RolloutEngine(model, world)
-seen["gathered"], seen["again"] = answers(gathered), answers(gathered)
-seen["left"] = sum(parameter.numel() for parameter in model.parameters())
-together = RolloutEngine(model, world, share=-1.0)
-seen["together"] = answers(together)
-seen["is_together"] = [gathered.together, together.together]
-try:  # one rank alone is told to stop, and both do
-    calls = iter(range(100))
-    answers(together, stopped=lambda: together.stopped(2 if world.rank and next(calls) == 3 else 0))
+    model, other = load_causal(folder, torch.float32), load_causal(folder, torch.float32)
+frozen_engine(model, config, world.device)
+roomy = RolloutEngine(model, world)
+seen["gathered"], seen["again"] = answers(roomy), answers(roomy)
+for room in (0, 1, 2, 3):
+    engine = RolloutEngine(model, world, memory=int((total - 4 * layer + room * layer + 9) / WEIGHTS_SHARE))
+    seen[f"room for {room}"] = [len(engine.twin.streamed), answers(engine)]
+seen["left"] = sum(
+    weight.numel() for one in (model, roomy.twin.module, engine.twin.module) for weight in one.parameters()
+)
+calls = iter(range(100))
+try:  # one rank alone is told to stop, and all do
+    answers(engine, stopped=lambda: world.rank == 1 and next(calls) == 3)
 except RolloutDropped:
-    seen["dropped"] = True
+    seen["dropped"] = answers(engine)
+seen["adapted"] = answers(RolloutEngine(adapted(plain), world))
+frozen_engine(adapted(other), config, world.device)
+seen["adapted and gathered"] = answers(RolloutEngine(other, world))
+seen["adapted in its turn"] = answers(RolloutEngine(other, world, memory=0 if world.size > 2 else 9))
 print(json.dumps(seen))
 """
 
 
-def test_sharded_rollouts_are_those_of_the_whole_model(tmp_path: Path) -> None:
-    model = tiny.causal("llama")
-    model.save_pretrained(tmp_path)
-    ranks = [
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_rollouts_are_those_of_the_whole_model(tmp_path: Path, ranks: int) -> None:
+    tiny.causal("llama", num_hidden_layers=4, tie_word_embeddings=False).save_pretrained(tmp_path)
+    running = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path)],
+            [sys.executable, "-c", RANK, str(tmp_path), str(ranks)],
             stdout=subprocess.PIPE, text=True, env=environment,
         )
-        for environment in rank_environment(2, free_port())
+        for environment in rank_environment(ranks, free_port())
     ]  # fmt: skip
     try:
-        seen = [json.loads(rank.communicate(timeout=240)[0].splitlines()[-1]) for rank in ranks]
+        seen = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in running]
     finally:
-        for rank in ranks:
+        for rank in running:
             rank.kill()
             rank.wait()
     for one in seen:
         assert one["gathered"] == one["plain"]
         assert one["again"] == one["plain"]
-        assert one["together"] == one["plain"]
-        assert one["is_together"] == [False, True]
-        assert one["dropped"]
-        assert one["left"] == 0, "the gathered weights were not given back"
+        # Room for one layer is that of the one in use.
+        for room, streamed in enumerate((4, 4, 3, 2)):
+            assert one[f"room for {room}"] == [streamed, one["plain"]]
+        assert one["left"] == 0, "gathered weights were not given back"
+        assert one["dropped"] == one["plain"]
+        assert one["adapted"] != one["plain"]
+        assert one["adapted and gathered"] == one["adapted"]
+        assert one["adapted in its turn"] == one["adapted"]
     assert len(seen[0]["plain"][0]) < len(seen[1]["plain"][0])
