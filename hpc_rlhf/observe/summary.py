@@ -47,16 +47,16 @@ def final_samples(run: RunDir) -> list[dict[str, Any]]:
 
 def outcome(stage: str, metrics: dict[str, Any]) -> str:
     """What a stage achieved, in words."""
+    if stage == "eval":
+        won = metrics["win_rates"].items()
+        said = ", ".join(f"{name} wins {rate:.0%} against {metrics['base']}" for name, rate in won)
+        return said or f"{metrics['prompts']} held-out prompts answered"
     value = {key: number(metrics.get(key)) for key in metrics}
     if stage == "sft":
         return f"held-out perplexity {_from_to(value, 'perplexity_before', 'perplexity_after')}"
     if stage == "reward":
         accuracy = metrics.get("accuracy")
         return "held-out accuracy " + ("-" if accuracy is None else f"{accuracy:.3f}")
-    if stage == "eval":
-        won = metrics.get("win_rates", {}).items()
-        said = ", ".join(f"{name} wins {rate:.0%} against {metrics['base']}" for name, rate in won)
-        return said or f"{metrics.get('prompts', 0)} held-out prompts answered"
     spread = f" (first std {value['reward_first_std']})" if "reward_first_std" in value else ""
     return f"reward {_from_to(value, 'reward_first', 'reward_last')}{spread}, KL {_from_to(value, 'kl_first', 'kl_last')}"
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hpc_rlhf import manifest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.evaluation import print_report, read_report, table_rows
+from hpc_rlhf.observe.summary import print_summary
 from hpc_rlhf.rundir import RunDir
 
 REPORT: dict[str, Any] = {
@@ -62,3 +64,19 @@ def test_a_missing_report_is_told(tmp_path: Path) -> None:
     run.stage("eval").report.parent.mkdir(parents=True)
     run.stage("eval").report.write_text(json.dumps(REPORT))
     assert read_report(run) == REPORT
+
+
+def test_a_run_ends_with_it(tmp_path: Path) -> None:
+    run, out = RunDir(tmp_path), StringIO()
+    metrics = {"prompts": 400, "base": "sft", "win_rates": {"ppo": 0.875}}
+    for stage in ("sft", "eval"):
+        run.stage(stage).model.mkdir(parents=True)
+        if stage == "eval":
+            run.stage(stage).report.write_text(json.dumps(REPORT))
+        facts = {"step": 3, "seconds": 8.0, "metrics": metrics if stage == "eval" else {}}
+        manifest.write(run.stage(stage).model, facts)
+    print_summary(run, Console(file=out, width=100))
+    text = out.getvalue()
+    assert "ppo wins 88% against sft" in text
+    assert "wins against sft" in text
+    assert "stages/sft/model" in text.splitlines()[-1]  # a report is no model

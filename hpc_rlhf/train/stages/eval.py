@@ -135,7 +135,8 @@ class Evaluation:
             with (partial / files.answers.name).open("w", encoding="utf-8") as file:
                 for line in lines(self.found, self.held, self.base, context.tokenizer):
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        won = {name: one["win_rate"]["value"] for name, one in report["models"].items() if "win_rate" in one}
+        models = {name: report["models"][name] for name in self.sources}
+        won = {name: one["win_rate"]["value"] for name, one in models.items() if "win_rate" in one}
         commit(context, partial, total, {"prompts": report["prompts"], "base": self.base, "win_rates": won})
 
 
