@@ -24,6 +24,10 @@ class Sampling:
     greedy: bool = False
 
 
+# How many of the likeliest tokens are looked at for top_p, before all are.
+NUCLEUS = 512
+
+
 def uniforms(seed_parts: list[tuple[object, ...]], length: int) -> Tensor:
     """The numbers that the answers of a batch are drawn with, each row from a seed of its own.
 
@@ -57,18 +61,44 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float, top_p: floa
     """
     if uniform is None:
         return logits.argmax(dim=-1)
-    probabilities, tokens = torch.softmax(logits.float() / temperature, dim=-1).sort(
-        dim=-1, descending=True, stable=True
-    )
-    if top_k:
-        probabilities[:, top_k:] = 0
-    cumulative = probabilities.double().cumsum(dim=-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    if not top_k and top_p >= 1:
+        return _invert(probabilities, uniform).squeeze(1)
+    likeliest, tokens = _likeliest(probabilities, top_p, top_k)
+    return tokens.gather(1, _invert(likeliest, uniform)).squeeze(1)
+
+
+def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Where each row's cumulative distribution first exceeds a share of its whole: (batch, 1), int64.
+
+    Args:
+        probabilities: (batch, n), up to a factor.
+        uniform: (batch,), the shares; one that rounding puts at the end gives the last that is possible.
+    """
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    whole = cumulative[:, -1:]
+    below = torch.nextafter(whole, torch.zeros_like(whole))
+    return torch.searchsorted(cumulative, torch.minimum(uniform.unsqueeze(1) * whole, below), right=True)
+
+
+def _likeliest(probabilities: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row, equal ones in the order of the vocabulary.
+
+    Returns:
+        Probabilities (batch, n), 0 where a token is not kept, and tokens (batch, n).
+    """
+    found, tokens = probabilities.topk(min(top_k or NUCLEUS, probabilities.shape[1]), dim=-1)
+    whole = (found if top_k else probabilities).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    # Of those as likely as the last one found, others may be left.
+    surely = found.double().where(found > found[:, -1:], 0.0).sum(dim=-1, keepdim=True)
+    if top_k or bool((surely > (top_p + 1e-6) * whole).all()):
+        tokens, order = tokens.sort(dim=-1)
+        found, order = found.gather(1, order).sort(dim=-1, descending=True, stable=True)
+        tokens = tokens.gather(1, order)
+    else:
+        found, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     if top_p < 1:
         # A token stays if those before it do not reach top_p yet.
-        probabilities[(cumulative - probabilities.double()) >= top_p * cumulative[:, -1:]] = 0
-        cumulative = probabilities.double().cumsum(dim=-1)
-    target = uniform.unsqueeze(1) * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True)
-    # Rounding may put the target on the end of the distribution: the last kept token then.
-    kept = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    return tokens.gather(1, torch.minimum(place, kept)).squeeze(1)
+        before = found.cumsum(dim=-1, dtype=torch.float64) - found.double()
+        found = found.where(before < top_p * whole, 0.0)
+    return found, tokens

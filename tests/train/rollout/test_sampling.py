@@ -63,6 +63,46 @@ def test_top_p_is_taken_of_what_top_k_left() -> None:
     assert drawn(probabilities.log(), top_k=2, top_p=0.58).nonzero().flatten().tolist() == [0, 1]
 
 
+def plain_draw(logits: Tensor, uniform: float, top_p: float, top_k: int) -> int:
+    """The same for one row, token by token."""
+    probabilities = torch.softmax(logits.double(), dim=0).tolist()
+    order = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))
+    order = order[: top_k or None]
+    whole, kept = sum(probabilities[token] for token in order), []
+    for token in order:
+        if sum(probabilities[one] for one in kept) >= top_p * whole:
+            break
+        kept.append(token)
+    target, below = uniform * sum(probabilities[token] for token in kept), 0.0
+    for token in kept:
+        below += probabilities[token]
+        if below > target:
+            return token
+    return kept[-1]
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.5, 0), (0.99, 700), (1.0, 20)])
+@pytest.mark.parametrize(
+    "spread", [0.1, 1.0, 4.0]
+)  # flat, where a nucleus holds most of the vocabulary, to steep
+def test_a_cut_distribution_is_that_of_the_definition(top_p: float, top_k: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(6, 1500, generator=generator) * spread
+    uniform = torch.rand(6, generator=generator, dtype=torch.float64)
+    expected = [plain_draw(*row, top_p, top_k) for row in zip(logits, uniform.tolist(), strict=True)]
+    assert draw(logits, uniform, 1.0, top_p, top_k).tolist() == expected
+
+
+def test_equal_tokens_do_not_make_a_row_depend_on_its_batch() -> None:
+    """Half precision has few different logits; a flat row in the batch has all of the vocabulary looked at."""
+    generator = torch.Generator().manual_seed(5)
+    steep = (torch.randn(20, 3000, generator=generator) * 3).bfloat16()
+    uniform = torch.rand(21, generator=generator, dtype=torch.float64)
+    alone = draw(steep, uniform[:20], 1.0, 0.9, 0)
+    together = draw(torch.cat([steep, torch.zeros(1, 3000).bfloat16()]), uniform, 1.0, 0.9, 0)
+    assert torch.equal(together[:20], alone)
+
+
 def test_without_a_uniform_the_likeliest_token_is_taken() -> None:
     logits = torch.randn(9, 30)
     assert torch.equal(draw(logits, None, 0.3, 0.1, 2), logits.argmax(dim=-1))
@@ -79,10 +119,13 @@ def test_the_ends_of_the_unit_interval_give_tokens_that_are_kept(
         logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(seed)) * 5
         logits[:, 100:] = -torch.inf  # the last tokens of the order are impossible
         tokens = draw(logits, torch.full((4,), uniform, dtype=torch.float64), 1.0, top_p, top_k)
-        order = logits.argsort(dim=-1, descending=True, stable=True)
-        rank = (order == tokens.unsqueeze(1)).long().argmax(dim=1)
+        cut = top_k or top_p < 1
+        order = (
+            logits.argsort(dim=-1, descending=True, stable=True) if cut else torch.arange(5000).expand(4, -1)
+        )
+        place = (order == tokens.unsqueeze(1)).long().argmax(dim=1)
         assert (logits.gather(1, tokens.unsqueeze(1)) > -torch.inf).all()
-        assert (rank == 0).all() if uniform == 0 else (rank < (top_k or 100)).all()
+        assert (place == 0).all() if uniform == 0 else (place < (top_k or 100)).all()
 
 
 def test_each_token_has_its_half_open_part_of_the_unit_interval() -> None:
