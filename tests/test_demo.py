@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf import manifest
+from hpc_rlhf.observe.evaluation import read_report
 from hpc_rlhf.observe.summary import final_samples
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.train.data.demo import POLITE, facts
@@ -51,9 +52,22 @@ def test_ppo_learns_to_prefer_it(demo: tuple[RunDir, str]) -> None:
     assert 0 < numbers["kl_last"] < 20
 
 
+def test_the_evaluation_finds_it_better_beyond_chance(demo: tuple[RunDir, str]) -> None:
+    """On held-out prompts, sampled: the reward rises although the model stays near SFT's."""
+    report = read_report(demo[0])
+    sft, ppo = report["models"]["sft"], report["models"]["ppo"]
+    assert sft["perplexity"] < 2
+    assert report["reward_accuracy"]["low"] > 0.8
+    assert ppo["reward_gain"]["low"] > 1
+    assert ppo["win_rate"]["low"] > 0.5
+    assert 0 < ppo["kl"]["value"] < 20
+    assert sft["bleu"] > 40  # plain answers, as the data's mostly are
+    assert "wins against sft" in demo[1]
+
+
 def test_the_answers_read_so(demo: tuple[RunDir, str]) -> None:
     """Most of PPO's answers are right and polite; SFT's are right and mostly plain."""
-    rows = final_samples(demo[0])
+    rows = final_samples(demo[0], "ppo")
     answers = {question: sentence for asked, sentence in facts() for question in asked}
 
     def right(row: dict[str, Any], key: str) -> bool:

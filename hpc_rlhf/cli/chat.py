@@ -20,7 +20,7 @@ from hpc_rlhf.rundir import RunDir
 if TYPE_CHECKING:
     from hpc_rlhf.train.chat import ChatModel
 
-CHAT_STAGES = ("ppo", "sft")  # the latest first
+CHAT_STAGES = ("dpo", "ppo", "sft")  # the latest first
 HELP = "/reset forgets the conversation, /quit ends it."
 
 
@@ -79,7 +79,7 @@ def finished_model(run: RunDir, stage: str | None) -> Path:
         if manifest.defect(run.stage(name).model, deep=False) is None:
             return run.stage(name).model
     if not wanted:
-        raise HpcRlhfError("this run makes no chat model: it has neither sft nor ppo", where=str(run.path))
+        raise HpcRlhfError("this run makes no chat model: it has none of sft, ppo and dpo", where=str(run.path))
     raise HpcRlhfError(
         f"there is no model to talk to yet: {' and '.join(wanted)} "
         + ("is not finished" if len(wanted) == 1 else "are not finished"),

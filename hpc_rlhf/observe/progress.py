@@ -22,6 +22,7 @@ TELLING = {
     "sft": ("loss",),
     "reward": ("loss", "accuracy"),
     "ppo": ("reward", "kl"),
+    "dpo": ("loss", "accuracy"),
     "eval": ("perplexity", "accuracy"),
 }
 _LINE_EVERY = 600.0  # a plain line at least this often

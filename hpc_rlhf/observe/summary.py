@@ -28,10 +28,10 @@ def stage_facts(run: RunDir) -> dict[str, dict[str, Any]]:
     return {stage: facts for stage, facts in found.items() if facts is not None}
 
 
-def final_samples(run: RunDir) -> list[dict[str, Any]]:
-    """PPO's answers to held-out prompts at its end, each with the SFT model's; one for every prompt."""
+def final_samples(run: RunDir, stage: str) -> list[dict[str, Any]]:
+    """A stage's answers to held-out prompts at its end, each with the SFT model's; one for every prompt."""
     try:
-        lines = run.stage("ppo").samples.read_text(encoding="utf-8").split("\n")
+        lines = run.stage(stage).samples.read_text(encoding="utf-8").split("\n")
     except OSError:
         return []
     rows: dict[str, dict[str, Any]] = {}
@@ -54,7 +54,7 @@ def outcome(stage: str, metrics: dict[str, Any]) -> str:
     value = {key: number(metrics.get(key)) for key in metrics}
     if stage == "sft":
         return f"held-out perplexity {_from_to(value, 'perplexity_before', 'perplexity_after')}"
-    if stage == "reward":
+    if stage in ("reward", "dpo"):
         accuracy = metrics.get("accuracy")
         return "held-out accuracy " + ("-" if accuracy is None else f"{accuracy:.3f}")
     spread = f" (first std {value['reward_first_std']})" if "reward_first_std" in value else ""
@@ -78,7 +78,8 @@ def print_summary(run: RunDir, console: Console) -> None:
     console.print(table)
     if "eval" in facts:
         print_report(read_report(run), console)
-    _print_answers(final_samples(run)[:_QUESTIONS], console)
+    for stage in ("ppo", "dpo"):
+        _print_answers(final_samples(run, stage)[:_QUESTIONS], stage, console)
     last = [stage for stage in facts if stage not in ("reward", "eval")]
     if last:
         _print_next(run, last[-1], console)
@@ -88,7 +89,7 @@ def _from_to(value: dict[str, str], before: str, after: str) -> str:
     return f"{value.get(before, '-')} → {value.get(after, '-')}"
 
 
-def _print_answers(samples: list[dict[str, Any]], console: Console) -> None:
+def _print_answers(samples: list[dict[str, Any]], stage: str, console: Console) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -96,7 +97,7 @@ def _print_answers(samples: list[dict[str, Any]], console: Console) -> None:
     if not samples:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True, expand=True)
-    for column, ratio in (("held-out question", 3), ("after SFT", 4), ("after PPO", 4)):
+    for column, ratio in (("held-out question", 3), ("after SFT", 4), (f"after {stage.upper()}", 4)):
         table.add_column(column, ratio=ratio, overflow="fold")
     for sample in samples:
         table.add_row(Text(question(sample["prompt"])), _judged(sample, "sft_"), _judged(sample, ""))
@@ -104,11 +105,13 @@ def _print_answers(samples: list[dict[str, Any]], console: Console) -> None:
 
 
 def _judged(sample: dict[str, Any], whose: str) -> Text:
-    """An answer, and below it what the reward model gives for it."""
+    """An answer, and below it what the reward model gives for it, where there is one."""
     from rich.text import Text
 
-    answer = _shortened(sample.get(f"{whose}answer") or "-")
-    return Text(f"{answer}\n").append(f"reward {number(sample.get(f'{whose}reward'))}", style="dim")
+    answer = Text(_shortened(sample.get(f"{whose}answer") or "-"))
+    if f"{whose}reward" in sample:
+        answer.append(f"\nreward {number(sample[f'{whose}reward'])}", style="dim")
+    return answer
 
 
 def question(prompt: str) -> str:

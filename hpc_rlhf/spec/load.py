@@ -137,9 +137,10 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             problems.append(problem(f"data.split.{name}", f"leaves the {name} stage without data"))
     if spec.stages.eval and spec.data.held_out == 0:
         problems.append(problem("data.held_out", "leaves the eval stage without data"))
-    if spec.stages.reward and all(source.format in _PAIRLESS for source in spec.data.sources):
+    paired = next((name for name in ("reward", "dpo") if name in spec.stage_names), None)
+    if paired and all(source.format in _PAIRLESS for source in spec.data.sources):
         problems.append(
-            problem("data.sources", "none holds pairs of answers, which the reward stage trains on")
+            problem("data.sources", f"none holds pairs of answers, which the {paired} stage trains on")
         )
     return problems
 

@@ -119,4 +119,5 @@ class JobSpec(Model):
         """The stages whose artifacts a stage starts from."""
         if name == "eval":
             return self.trained
-        return tuple(need for need in ("sft", "reward") if need in self.stage_names) if name == "ppo" else ()
+        needed = {"ppo": ("sft", "reward"), "dpo": ("sft",)}.get(name, ())
+        return tuple(need for need in needed if need in self.stage_names)

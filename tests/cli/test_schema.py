@@ -46,8 +46,8 @@ def test_job_specs_use_only_its_fields(schema: dict[str, Any]) -> None:
     for path in JOBS.glob("*.yaml"):
         spec = yaml.safe_load(path.read_text())
         assert spec.keys() <= schema["properties"].keys()
-        for stage, model in (("sft", "SftSpec"), ("reward", "RewardSpec"), ("ppo", "PpoSpec")):
-            assert spec["stages"][stage].keys() <= schema["$defs"][model]["properties"].keys()
+        for stage, fields in spec["stages"].items():
+            assert fields.keys() <= schema["$defs"][f"{stage.capitalize()}Spec"]["properties"].keys()
 
 
 def test_spec_that_extends_another_need_not_be_whole(schema: dict[str, Any]) -> None:

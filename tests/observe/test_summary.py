@@ -29,6 +29,7 @@ METRICS: dict[str, dict[str, float]] = {
         "kl_first": 0,
         "kl_last": 0.31,
     },
+    "dpo": {"accuracy": 0.6},
 }
 
 
@@ -53,7 +54,7 @@ def shown(run: RunDir, width: int = 80, colour: bool = False) -> str:
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
-    for stage in METRICS:
+    for stage in ("sft", "reward", "ppo"):
         finish(run, stage)
     for row in range(4):
         prompt = f"\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Question {row}?\n\nAssistant:"
@@ -74,6 +75,18 @@ def test_three_questions_stand_beside_both_answers(run: RunDir) -> None:
         line = next(line for line in lines if f"Question {row}?" in line)
         assert line.split() == ["Question", f"{row}?", "plain", str(row), "polite", str(row)]
     assert not any("Question 3?" in line for line in lines)
+
+
+def test_dpos_answers_stand_there_without_a_reward(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    finish(run, "dpo")
+    row = {"step": 40, "kind": "final", "prompt": "Human: Who?", "answer": "polite", "sft_answer": "plain"}
+    run.stage("dpo").samples.write_text(json.dumps(row))
+    text = shown(run, 120)
+    assert "held-out accuracy 0.6" in text
+    assert "after DPO" in text
+    assert next(line for line in text.splitlines() if "Who?" in line).split() == ["Who?", "plain", "polite"]
+    assert "reward" not in text
 
 
 def test_the_next_commands_are_quoted_for_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,12 @@ DEADLINE = 240.0
 
 
 def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpec:
-    """The demo in a few steps. Stage fields given are laid over those of every stage named."""
+    """The demo's SFT, reward model and PPO in a few steps; or the stages named, with the fields given laid over."""
     base: dict[str, dict[str, Any]] = {
         "sft": {"lr": 1e-3, "max_steps": 6},
         "reward": {"lr": 1e-3, "max_steps": 4},
         "ppo": {"actor_lr": 1e-3, "critic_lr": 1e-3, "max_steps": 3, "warmup": 1},
+        "dpo": {"lr": 1e-3, "max_steps": 4},
     }
     return JobSpec.model_validate(
         {
@@ -47,7 +48,7 @@ def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpe
             "stages": {
                 name: {"micro_batch": 4, "global_batch": 16, "precision": "fp32", **fields, **stages.get(name, {})}
                 for name, fields in base.items()
-                if not stages or name in stages
+                if name in (stages or ("sft", "reward", "ppo"))
             },
         }
     )  # fmt: skip

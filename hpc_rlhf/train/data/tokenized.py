@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train.data.dialogues import encode
 from hpc_rlhf.train.data.rows import Sample
+from hpc_rlhf.train.data.sources import read as read_source
 from hpc_rlhf.train.data.sources import stage_samples
 from hpc_rlhf.train.world import World
 
@@ -75,21 +77,13 @@ def encoded(
             yield row
 
 
-def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> dict[str, Any] | None:
-    return next(encoded([sample], tokenizer, spec, stage))
-
-
-def _fingerprint(spec: JobSpec, stage: str, tokenizer: Any) -> str:
-    facts = {
-        "data": spec.data.model_dump(mode="json"),
-        "stages": spec.trained,
-        "seed": spec.seed,
-        "stage": stage,
+def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
+    written = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "template": tokenizer.chat_template,
         "eos": tokenizer.eos_token,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps({**facts, **written}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _RowFile:
@@ -123,56 +117,102 @@ class _RowFile:
         return self.rows
 
 
-def _write(spec: JobSpec, stage: str, tokenizer: Any, folder: Path) -> dict[str, int]:
-    """Write a stage's token data sets as they are read, and tell how many rows each has."""
+def _write(
+    samples: Iterable[tuple[bool, Sample]], tokenizer: Any, spec: JobSpec, stage: str, folder: Path
+) -> tuple[dict[str, int], int]:
+    """Write token data sets as samples are read.
+
+    Args:
+        samples: each after whether it is held out.
+
+    Returns:
+        How many rows each data set has, and how many samples there were to train on.
+    """
     held: deque[bool] = deque()  # of the samples that are being tokenised
 
-    def samples() -> Iterator[Sample]:
-        for held_out, sample in stage_samples(spec, stage):
+    def read() -> Iterator[Sample]:
+        for held_out, sample in samples:
             held.append(held_out)
             yield sample
 
     folder.mkdir(parents=True)
     files = [_RowFile(folder / f"{part}.arrow", ("prompt", *ANSWERS[stage])) for part in PARTS]
     found = 0
-    for row in encoded(samples(), tokenizer, spec, stage):
+    for row in encoded(read(), tokenizer, spec, stage):
         held_out = held.popleft()
         found += not held_out
         if row is not None:
             files[held_out].add(row)
-    counts = dict(zip(PARTS, [file.close() for file in files], strict=True))
-    if not counts["train"]:
-        raise HpcRlhfError(
-            f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}"
-            if found
-            else f"the data has no {NEEDED[stage]} for this stage",
-            where=f"stage {stage}",
-            hint="raise data.max_prompt_tokens"
-            if found
-            else "look at data.sources, their formats and data.split",
-            exit_code=RUN_FAILED,
-        )
-    return counts
+    return dict(zip(PARTS, [file.close() for file in files], strict=True)), found
 
 
-def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: World) -> StageData:
-    """Tokenise a stage's data once (rank 0 writes, the others wait), or find it from an earlier attempt.
-
-    Raises:
-        HpcRlhfError: the data cannot be read, or holds nothing for this stage.
-    """
+def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World) -> StageData:
+    """What is in a folder, written first if it is not there whole: by rank 0, while the others wait."""
     import datasets
-
-    target = folder / _fingerprint(spec, stage, tokenizer)
 
     def make() -> None:
         if manifest.defect(target) is not None:
             shutil.rmtree(target, ignore_errors=True)
-            manifest.write(target, {"stage": stage, "rows": _write(spec, stage, tokenizer, target)})
+            manifest.write(target, write())
 
     world.on_main(make)
     train, held_out = (datasets.Dataset.from_file(str(target / f"{part}.arrow")) for part in PARTS)
     return StageData(train, held_out)
+
+
+def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: World) -> StageData:
+    """Tokenise a stage's data once, or find it from an earlier attempt. Collective.
+
+    Raises:
+        HpcRlhfError: the data cannot be read, or holds nothing for this stage.
+    """
+    facts = {
+        "data": spec.data.model_dump(mode="json"), "stages": spec.trained, "seed": spec.seed, "stage": stage,
+    }  # fmt: skip
+    target = folder / _fingerprint(tokenizer, facts)
+
+    def write() -> dict[str, Any]:
+        rows, found = _write(stage_samples(spec, stage), tokenizer, spec, stage, target)
+        if not found:
+            raise HpcRlhfError(
+                f"the data has no {NEEDED[stage]} for this stage",
+                where=f"stage {stage}",
+                hint="look at data.sources, their formats and data.split",
+                exit_code=RUN_FAILED,
+            )
+        if not rows["train"]:
+            raise HpcRlhfError(
+                f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}",
+                where=f"stage {stage}",
+                hint="raise data.max_prompt_tokens",
+                exit_code=RUN_FAILED,
+            )
+        return {"stage": stage, "rows": rows}
+
+    return _stored(target, write, world)
+
+
+def prepare_mixture(source: SourceSpec, spec: JobSpec, tokenizer: Any, folder: Path, world: World) -> Any:
+    """Tokenise all of a source that is mixed into a stage, as SFT would: a data set with rows as SFT's. Collective.
+
+    Raises:
+        HpcRlhfError: the source cannot be read, or holds nothing.
+    """
+    facts = {
+        "source": source.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json"),
+        "seed": spec.seed,
+    }
+    target = folder / f"mixture-{_fingerprint(tokenizer, facts)}"
+
+    def write() -> dict[str, Any]:
+        samples = ((False, sample) for sample in read_source(source, spec.seed))
+        rows, found = _write(samples, tokenizer, spec, "sft", target)
+        if not found:
+            raise HpcRlhfError("there is no text in it", where="stages.ppo.ptx", exit_code=RUN_FAILED)
+        return {"rows": rows}
+
+    return _stored(target, write, world).train
 
 
 def token_lengths(rows: Any, *columns: str) -> np.ndarray:

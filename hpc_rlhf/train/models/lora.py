@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,17 @@ from hpc_rlhf.train import seeds
 
 
 class LoraLinear(nn.Module):
-    """``base(x) + alpha / rank * x A^T B^T`` with the base weight frozen; B starts at 0."""
+    """``base(x) + alpha / rank * x A^T B^T`` with the base weight frozen; B starts at 0.
+
+    Attributes:
+        on: whether the adapter takes part.
+    """
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, seed: int) -> None:
         super().__init__()
         self.base = base
         self.scale = alpha / rank
+        self.on = True
         if isinstance(base, Conv1D):
             inner, outer = base.nx, base.nf
         else:
@@ -33,10 +40,14 @@ class LoraLinear(nn.Module):
         base.weight.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.on:
+            return self.base(x)
         return self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
 
     def merged_weight(self) -> Tensor:
-        """The base weight with the adapter folded in, computed in float32."""
+        """The base weight with the adapter folded in, computed in float32; the base weight alone where it is off."""
+        if not self.on:
+            return self.base.weight.detach()
         update = (self.lora_b.float() @ self.lora_a.float()) * self.scale
         if isinstance(self.base, Conv1D):
             update = update.T
@@ -73,3 +84,16 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
     for number, (parent, name, child) in enumerate(found):
         adapted = LoraLinear(child, lora.rank, lora.alpha or lora.rank, seeds.derive(seed, "lora", number))
         setattr(parent, name, adapted)
+
+
+@contextmanager
+def off(model: nn.Module) -> Iterator[None]:
+    """Within it a model is what it was before it was adapted, if only adapters are trained."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    for layer in layers:
+        layer.on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.on = True

@@ -14,6 +14,7 @@ from hpc_rlhf.spec.stages import TrainingSpec
 from hpc_rlhf.train.checkpoint import Checkpoint
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at
+from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.models.weights import export
@@ -29,6 +30,11 @@ def adapted(model: Any, spec: TrainingSpec, seed: int) -> None:
         lora.adapt(model, spec.lora, seed)
     if spec.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def pair_lengths(rows: Any) -> np.ndarray:
+    """Tokens of both sequences of each pair: (pairs,)."""
+    return token_lengths(rows, "prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
 
 
 class Batches:

@@ -6,14 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.data import sources
-from hpc_rlhf.train.data.tokenized import encode_sample
+from hpc_rlhf.train.data.tokenized import prepare_mixture, token_lengths
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.stages.common import Batches
 
@@ -29,25 +26,23 @@ class PtxStream:
         assert spec.ptx is not None
         self.context = context
         self.coefficient = spec.ptx_coef
-        encoded = (
-            encode_sample(sample, context.tokenizer, context.spec, "sft")
-            for sample in sources.read(spec.ptx, context.spec.seed)
+        self.rows = prepare_mixture(
+            spec.ptx, context.spec, context.tokenizer, context.files.data, context.world
         )
-        texts = (row["prompt_ids"] + row["chosen_ids"] for row in encoded if row is not None)
-        self.texts = [text for text in texts if len(text) > 1]
-        if not self.texts:
-            raise HpcRlhfError("there is no text in it", where="stages.ppo.ptx", exit_code=RUN_FAILED)
-        lengths = np.array([len(text) for text in self.texts])
+        lengths = token_lengths(self.rows, "prompt_ids", "chosen_ids")
         self.batches = Batches(context, "ptx", lengths, context.micro * context.longest)
 
     def losses(self, engine: Any) -> list[Callable[[], Tensor]]:
         """The losses of the next optimizer step, scaled to be added to PPO's. Collective."""
         indices = self.batches.indices(engine.global_steps)
-        tokens = sum(len(self.texts[i]) - 1 for i in indices)
+        tokens = sum(int(self.batches.lengths[i]) - 1 for i in indices)
         scale = self.coefficient * self.context.loss_scale / tokens
 
         def loss(chosen: list[int], real: bool) -> Tensor:
-            batch = Ragged.of([self.texts[i] for i in chosen], self.context.world.device)
+            rows = [self.rows[i] for i in chosen]
+            batch = Ragged.of(
+                [row["prompt_ids"] + row["chosen_ids"] for row in rows], self.context.world.device
+            )
             log_probs, _ = engine(
                 batch.ids, batch.lengths, batch.tail([length - 1 for length in batch.lengths])
             )

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,16 +17,18 @@ from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.reward import pairwise_loss
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
-from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.load import check_fits, load_reward
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.stages.common import EVALUATED, Batches, adapted, finish, load_engines, save_engines
-
-
-def pair_lengths(rows: Any) -> np.ndarray:
-    """Tokens of both sequences of each pair: (pairs,)."""
-    return token_lengths(rows, "prompt_ids", "chosen_ids", "prompt_ids", "rejected_ids")
+from hpc_rlhf.train.stages.common import (
+    EVALUATED,
+    Batches,
+    adapted,
+    finish,
+    load_engines,
+    pair_lengths,
+    save_engines,
+)
 
 
 def run(context: StageContext) -> None:

@@ -10,11 +10,19 @@ import pytest
 import torch
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train.data import tokenized
 from hpc_rlhf.train.data.rows import Sample
-from hpc_rlhf.train.data.sources import stage_samples
-from hpc_rlhf.train.data.tokenized import encoded, pad_left, pad_right, prepare, token_lengths
+from hpc_rlhf.train.data.sources import read, stage_samples
+from hpc_rlhf.train.data.tokenized import (
+    encoded,
+    pad_left,
+    pad_right,
+    prepare,
+    prepare_mixture,
+    token_lengths,
+)
 from hpc_rlhf.train.world import World
 from tests.train import tiny
 from tests.train.data.specs import spec_of
@@ -134,9 +142,8 @@ def test_memory_does_not_grow_with_the_rows(
     peaks = []
     for count in (20, 200, 1600):  # the first loads what is loaded once
         tracemalloc.start()
-        rows = tokenized._write(
-            spec_of({"demo": count}, stages=("sft",)), "sft", tokenizer, tmp_path / str(count)
-        )
+        spec = spec_of({"demo": count}, stages=("sft",))
+        rows, _ = tokenized._write(stage_samples(spec, "sft"), tokenizer, spec, "sft", tmp_path / str(count))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert rows["train"] > 0.8 * count
@@ -158,6 +165,21 @@ def test_data_that_holds_nothing_for_a_stage_is_one_clear_error(
     with pytest.raises(HpcRlhfError, match=f"the data has no {needed} for this stage") as caught:
         prepare(spec, stage, tokenizer, tmp_path / "data", world)
     assert caught.value.where == f"stage {stage}"
+
+
+def test_a_mixture_is_all_of_its_source_and_made_once(tokenizer: Any, tmp_path: Path, world: World) -> None:
+    spec, source = spec_of({"demo": 10}), SourceSpec.model_validate({"demo": 50, "weight": 2.0})
+    rows = prepare_mixture(source, spec, tokenizer, tmp_path, world)
+    assert len(rows) == 100
+    assert list(rows) == list(encoded(read(source, spec.seed), tokenizer, spec, "sft"))
+    (folder,) = tmp_path.iterdir()
+    before = (folder / "train.arrow").stat().st_mtime_ns
+    prepare_mixture(source, spec, tokenizer, tmp_path, world)
+    assert (folder / "train.arrow").stat().st_mtime_ns == before
+    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
+    empty = SourceSpec.model_validate({"path": str(tmp_path / "empty.jsonl"), "format": "text"})
+    with pytest.raises(HpcRlhfError, match="there is no text in it"):
+        prepare_mixture(empty, spec, tokenizer, tmp_path / "data", world)
 
 
 def test_a_stage_needs_nothing_held_out(tokenizer: Any, tmp_path: Path, world: World) -> None:

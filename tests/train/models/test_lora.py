@@ -10,7 +10,7 @@ from torch import nn
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.stages import LoraSpec
-from hpc_rlhf.train.models.lora import LoraLinear, adapt
+from hpc_rlhf.train.models.lora import LoraLinear, adapt, off
 from hpc_rlhf.train.models.weights import full_weights
 from tests.train import tiny
 
@@ -58,6 +58,20 @@ def test_the_merged_weights_say_what_the_adapted_model_says(kind: str, only: boo
     merged.tie_weights()
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=IDS).logits, adapted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@torch.no_grad()
+def test_switched_off_adapters_leave_the_base_exactly(kind: str) -> None:
+    model = tiny.causal(kind)
+    before = model(input_ids=IDS).logits
+    weights = {name: weight.clone() for name, weight in full_weights(model)}
+    adapt(model, LORA, seed=1)
+    learn(model)
+    with off(model):
+        assert torch.equal(model(input_ids=IDS).logits, before)
+        assert all(torch.equal(weight, weights[name]) for name, weight in full_weights(model))
+    assert not torch.equal(model(input_ids=IDS).logits, before)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -1,0 +1,59 @@
+"""Stages and what they need: PPO a reward model, DPO neither that nor fine-tuning before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf.errors import SpecError
+from hpc_rlhf.spec.load import load_spec
+
+HEAD = "name: x\nrun_dir: run\nmodels: {actor: facebook/opt-125m}\n"
+PAIRS = "data: {sources: [{demo: 100}]}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(HEAD + text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("stages", "needs"),
+    [
+        ("dpo: {}", {"dpo": ()}),
+        ("dpo: {}, sft: {}", {"sft": (), "dpo": ("sft",)}),
+        (
+            "sft: {}, dpo: {}, ppo: {}, reward: {}",
+            {"sft": (), "reward": (), "ppo": ("sft", "reward"), "dpo": ("sft",)},
+        ),
+    ],
+)
+def test_what_a_stage_starts_from(tmp_path: Path, stages: str, needs: dict[str, tuple[str, ...]]) -> None:
+    spec = load_spec(write(tmp_path, f"{PAIRS}stages: {{{stages}}}\n"))
+    assert {name: spec.needs(name) for name in spec.stage_names} == needs
+    assert spec.stage_names == tuple(needs)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (
+            "data: {sources: [{path: a.jsonl, format: text}]}",
+            "none holds pairs of answers, which the dpo stage",
+        ),
+        (
+            "data: {sources: [{demo: 100}], split: {dpo: 0}}",
+            "data.split.dpo: leaves the dpo stage without data",
+        ),
+    ],
+)
+def test_dpo_needs_pairs(tmp_path: Path, data: str, says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        load_spec(write(tmp_path, f"{data}\nstages: {{dpo: {{}}}}\n"))
+
+
+def test_more_than_half_of_the_labels_cannot_be_wrong(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"stages\.dpo\.label_smoothing: .*less than 0\.5"):
+        load_spec(write(tmp_path, f"{PAIRS}stages: {{dpo: {{label_smoothing: 0.5}}}}\n"))
