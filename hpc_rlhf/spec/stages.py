@@ -10,7 +10,7 @@ from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.fields import Fraction, Model, Name, NonNegative, Positive, Rate
 
-STAGE_NAMES = ("sft", "reward", "ppo", "dpo", "eval")
+STAGE_NAMES = ("sft", "reward", "ppo", "eval")
 
 
 class LoraSpec(Model):
@@ -140,9 +140,29 @@ class PpoSpec(TrainingSpec):
     kl_coef: NonNegative = Field(
         default=0.1, description="Weight of the KL penalty against the SFT model in the reward."
     )
+    kl_target: Rate | None = Field(
+        default=None,
+        description="KL from the SFT model, in nats an answer, towards which kl_coef is steered from rollout to rollout (arXiv 1909.08593); null leaves kl_coef as it is. For when one knows how far the model may go, but not what that takes.",
+    )
+    kl_horizon: Positive = Field(
+        default=10_000,
+        description="Answers over which kl_coef changes by the relative error of the KL, at most 20 %, where there is a kl_target.",
+    )
+    normalize_scores: bool = Field(
+        default=False,
+        description="Count scores from their running mean in running standard deviations (arXiv 2307.04964), so that the other numbers here fit any reward model. score_clip and missing_eos_penalty are then in standard deviations.",
+    )
     score_clip: Rate = Field(default=5.0, description="Reward scores are clipped to plus or minus this.")
     missing_eos_penalty: NonNegative = Field(
         default=0.0, description="Taken off the score of an answer that does not end."
+    )
+    whiten_rewards: bool = Field(
+        default=False,
+        description="Bring the per-token rewards of a rollout to variance 1 around their mean, over all ranks, as the code of arXiv 1909.08593 does. It also rescales the KL penalty, so leave it off unless a recipe was tuned with it.",
+    )
+    stop_kl: Rate | None = Field(
+        default=None,
+        description="Leave out the remaining optimizer steps of a rollout once the actor's KL from the one that sampled is above this, in nats a token; about 0.02, where several ppo_epochs make the actor drift.",
     )
     cliprange: Rate = Field(default=0.2, description="Clip range of the actor's probability ratio.")
     cliprange_value: Rate = Field(default=0.2, description="Clip range of the critic's values.")
@@ -167,26 +187,13 @@ class PpoSpec(TrainingSpec):
     )
     ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
 
-
-class DpoSpec(TrainingSpec):
-    """Direct preference optimisation (arXiv 2305.18290) on pairs, in place of the reward model and PPO. A sample is a pair.
-
-    It starts from the SFT model, if there is one. That is also the reference; with lora.only the adapters switched
-    off are, and no second model takes memory.
-    """
-
-    lr: Rate = Field(
-        default=1.0e-6,
-        description="Peak learning rate. Far below that of fine-tuning: both answers soon become unlikely at a higher one.",
-    )
-    beta: Rate = Field(
-        default=0.1,
-        description="What a departure from the reference costs: a higher one keeps the model closer to it.",
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        default=0.0,
-        description="Share of the pairs thought to be the wrong way round; above 0 where the preferences are noisy.",
-    )
+    @model_validator(mode="after")
+    def _steerable(self) -> PpoSpec:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError(
+                "kl_target needs a kl_coef above 0 to start from, because steering multiplies it"
+            )
+        return self
 
 
 class EvalSpec(StageSpec):
@@ -213,15 +220,11 @@ class EvalSpec(StageSpec):
 
 
 class StagesSpec(Model):
-    """The stages to run. PPO and DPO start from the SFT model, if there is one; PPO needs a reward model."""
+    """The stages to run. PPO starts from the SFT model, if there is one, and needs a reward model."""
 
     sft: SftSpec | None = Field(default=None, description="Supervised fine-tuning.")
     reward: RewardSpec | None = Field(default=None, description="Reward model.")
     ppo: PpoSpec | None = Field(default=None, description="PPO.")
-    dpo: DpoSpec | None = Field(
-        default=None,
-        description="DPO: learn from pairs without a reward model and without sampling. Less memory and time than PPO, and nothing to tune but lr and beta; PPO goes further where the reward model is good.",
-    )
     eval: EvalSpec | None = Field(
         default=None,
         description="Evaluation of all models on held-out data, once the other stages are done. {} takes all defaults.",
@@ -229,8 +232,8 @@ class StagesSpec(Model):
 
     @model_validator(mode="after")
     def _sound(self) -> StagesSpec:
-        if not any((self.sft, self.reward, self.ppo, self.dpo)):
-            raise ValueError("name at least one stage: sft, reward, ppo or dpo")
+        if self.sft is None and self.reward is None and self.ppo is None:
+            raise ValueError("name at least one stage: sft, reward or ppo")
         if self.ppo is not None and self.reward is None:
             raise ValueError("ppo needs the reward stage")
         return self

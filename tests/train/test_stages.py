@@ -23,6 +23,7 @@ EVERYTHING: dict[str, Any] = {
 }  # fmt: skip
 PPO_EVERYTHING = {
     **EVERYTHING, "ema": True, "ptx": {"demo": 50}, "ppo_epochs": 2, "minibatches": 2, "top_p": 0.9, "top_k": 50,
+    "kl_target": 1e-3, "kl_horizon": 100, "normalize_scores": True, "whiten_rewards": True, "stop_kl": 1e-6,
 }  # fmt: skip
 
 

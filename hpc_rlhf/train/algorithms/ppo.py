@@ -33,6 +33,20 @@ def kl_shaped_rewards(
     return rewards
 
 
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, answers: float) -> float:
+    """The KL penalty's weight for the next rollout (arXiv 1909.08593, section 2.2).
+
+    It grows where the KL is above the target and shrinks where it is below, by the relative error, held within
+    20 %, for each ``horizon`` answers.
+
+    Args:
+        kl: of the rollout, in nats an answer.
+        answers: in the rollout, over all ranks.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * answers / horizon)
+
+
 def generalized_advantages(
     values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:

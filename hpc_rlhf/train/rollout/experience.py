@@ -13,6 +13,9 @@ from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.ragged import Ragged
 
+# Adds numbers up over the ranks.
+Sums = Callable[[dict[str, float]], dict[str, float]]
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -69,7 +72,12 @@ class Experience:
 
 @dataclass(frozen=True)
 class Rewarding:
-    """How scores become rewards and advantages; the fields are those of PpoSpec."""
+    """How scores become rewards and advantages; the numbers are those of PpoSpec.
+
+    Attributes:
+        standardized: brings scores (batch,) to the scale on which they are clipped. Collective.
+        reward_sums: given where per-token rewards are to be whitened.
+    """
 
     temperature: float
     kl_coef: float
@@ -77,6 +85,8 @@ class Rewarding:
     missing_eos_penalty: float
     gamma: float
     lam: float
+    standardized: Callable[[Tensor], Tensor] | None = None
+    reward_sums: Sums | None = None
 
 
 @torch.no_grad()
@@ -115,25 +125,30 @@ def experience(
     ordered = torch.nn.utils.rnn.pad_sequence([parts[row] for row in range(len(rollout))], batch_first=True)
     log_probs, ref_log_probs, values, entropies = ordered.unbind(dim=2)
     found_scores = scores(reward, rollout, plan, device)
+    earned = rewarding.standardized(found_scores) if rewarding.standardized else found_scores
     rewards = ppo.kl_shaped_rewards(
         log_probs, ref_log_probs,
-        found_scores - rewarding.missing_eos_penalty * ~rollout.ended(eos_id, device),
+        earned - rewarding.missing_eos_penalty * ~rollout.ended(eos_id, device),
         mask, rewarding.kl_coef, rewarding.score_clip,
     )  # fmt: skip
+    if rewarding.reward_sums:
+        mean, spread = _moments(rewards[mask], rewarding.reward_sums)
+        rewards = ((rewards - mean) / (spread + 1e-8) + mean) * mask
     advantages, returns = ppo.generalized_advantages(values, rewards, mask, rewarding.gamma, rewarding.lam)
     return Experience(
         rollout, mask, log_probs, ref_log_probs, values, found_scores, advantages, returns, entropies
     )
 
 
-def whiten(made: Experience, sums: Callable[[dict[str, float]], dict[str, float]]) -> Experience:
-    """Bring the advantages over all ranks to mean 0 and variance 1.
+def whiten(made: Experience, sums: Sums) -> Experience:
+    """Bring the advantages over all ranks to mean 0 and variance 1."""
+    mean, spread = _moments(made.advantages[made.mask], sums)
+    return replace(made, advantages=(made.advantages - mean) / (spread + 1e-8) * made.mask)
 
-    Args:
-        sums: adds numbers up over the ranks.
-    """
-    real = made.advantages[made.mask].double()
+
+def _moments(real: Tensor, sums: Sums) -> tuple[float, float]:
+    """Mean and standard deviation of numbers over all ranks."""
+    real = real.double()
     total = sums({"count": real.numel(), "sum": real.sum().item(), "squares": (real**2).sum().item()})
     mean = total["sum"] / total["count"]
-    spread = max(total["squares"] / total["count"] - mean**2, 0.0) ** 0.5
-    return replace(made, advantages=(made.advantages - mean) / (spread + 1e-8) * made.mask)
+    return mean, max(total["squares"] / total["count"] - mean**2, 0.0) ** 0.5

@@ -8,7 +8,7 @@ from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.rollout.experience import Experience
 
 # Sums over the answer tokens of all optimizer steps of a rollout; ``tokens`` counts them.
-LEARNT = ("actor_loss", "critic_loss", "ratio", "clipped", "value_clipped", "tokens")
+LEARNT = ("actor_loss", "critic_loss", "ratio", "approx_kl", "clipped", "value_clipped", "tokens")
 
 
 def summarize(
@@ -25,9 +25,10 @@ def summarize(
         sums: adds numbers up over the ranks.
 
     Returns:
-        reward and reward_std of the scores; kl (k3, nats an answer); entropy (nats a token); ratio, clipfrac and
-        value_clipfrac over the tokens learnt from; eos_rate, the share of answers that end; answer_tokens, their
-        mean length; actor_loss and critic_loss, means over tokens; explained_variance of the returns by the values.
+        reward and reward_std of the scores; kl (k3, nats an answer); entropy (nats a token); ratio, approx_kl (k3
+        from the actor that sampled, nats a token), clipfrac and value_clipfrac over the tokens learnt from; passes
+        over the experience that were made; eos_rate, the share of answers that end; answer_tokens, their mean
+        length; actor_loss and critic_loss, means over tokens; explained_variance of the returns by the values.
     """
     mask = made.mask
     returns, errors = made.returns[mask].double(), (made.returns - made.values)[mask].double()
@@ -55,8 +56,10 @@ def summarize(
         "kl": total["kl"] / answers,
         "entropy": total["entropy"] / tokens,
         "ratio": total["learnt_ratio"] / learnt_tokens,
+        "approx_kl": total["learnt_approx_kl"] / learnt_tokens,
         "clipfrac": total["learnt_clipped"] / learnt_tokens,
         "value_clipfrac": total["learnt_value_clipped"] / learnt_tokens,
+        "passes": learnt_tokens / tokens,
         "eos_rate": total["ended"] / answers,
         "answer_tokens": tokens / answers,
         "actor_loss": total["learnt_actor_loss"] / learnt_tokens,

@@ -151,7 +151,8 @@ def run(context: StageContext) -> None:
     # 2. Resume.
     found = context.resume(stage.models.load)
     first = found.step if found else 0
-    state: dict[str, Any] = dict(found.state) if found else {}
+    state: dict[str, Any] = dict(found.state) if found else {"trainer": stage.trainer.state}
+    stage.trainer.state = state["trainer"]
     if world.is_main:
         keep_until(context.files.samples, first if found else -1)
 
@@ -167,6 +168,7 @@ def run(context: StageContext) -> None:
             context.safe_point(step, write, state)
 
         # 4. What the answers are worth, token by token.
+        kl_coef = stage.trainer.kl_coef
         made = stage.trainer.evaluate(rollout)
 
         # 5. The optimizer steps, with the pretraining mixture and the moving average.
@@ -175,17 +177,20 @@ def run(context: StageContext) -> None:
 
         # 6. Metrics and samples.
         values = summarize(made, learnt, stage.trainer.eos_id, world.sums)
-        context.metrics.log(step + 1, total, "train", {**values, "actor_lr": rate})
+        values.update(actor_lr=rate, kl_coef=kl_coef)
+        values.update(engines.traffic([stage.models.actor, stage.models.critic]))
+        context.metrics.log(step + 1, total, "train", values)
         if step == 0:
             state.update(
                 reward_first=values["reward"], reward_first_std=values["reward_std"], kl_first=values["kl"]
             )
-        state.update(reward_last=values["reward"], kl_last=values["kl"])
+        state.update(reward_last=values["reward"], kl_last=values["kl"], trainer=stage.trainer.state)
         if world.is_main:
             stage.samples.keep_rollouts(step + 1, made)
     context.safe_point(total, write, state)
 
     # 7. Answers side by side, and the models.
     stage.compare()
-    state.pop("seconds", None)
+    for name in ("seconds", "trainer"):
+        state.pop(name, None)
     stage.hand_over(state)

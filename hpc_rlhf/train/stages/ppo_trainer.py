@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import ppo
+from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.ragged import evened, fill
 from hpc_rlhf.train.rollout.engine import Sampling
@@ -43,7 +44,11 @@ class Sizes:
 
 
 class PpoTrainer:
-    """What ``stages.ppo`` does in each step."""
+    """What ``stages.ppo`` does in each step.
+
+    Attributes:
+        kl_coef: weight of the KL penalty in the next rollout's rewards.
+    """
 
     def __init__(self, spec: PpoSpec, models: PpoModels, tokenizer: Any, sizes: Sizes, world: World) -> None:
         self.spec = spec
@@ -51,6 +56,17 @@ class PpoTrainer:
         self.sizes = sizes
         self.world = world
         self.eos_id: int = tokenizer.eos_token_id
+        self.kl_coef = spec.kl_coef
+        self._scores = Moments()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What goes on from rollout to rollout, besides the models."""
+        return {"kl_coef": self.kl_coef, "scores": astuple(self._scores)}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.kl_coef, self._scores = state["kl_coef"], Moments(*state["scores"])
 
     def roll_out(
         self, prompts: list[list[int]], keys: list[tuple[object, ...]], stopped: Callable[[], bool]
@@ -92,8 +108,10 @@ class PpoTrainer:
         """
         spec, models = self.spec, self.models
         rewarding = Rewarding(
-            spec.temperature, spec.kl_coef, spec.score_clip, spec.missing_eos_penalty, spec.gamma, spec.lam
-        )
+            spec.temperature, self.kl_coef, spec.score_clip, spec.missing_eos_penalty, spec.gamma, spec.lam,
+            self._standardized if spec.normalize_scores else None,
+            self.world.sums if spec.whiten_rewards else None,
+        )  # fmt: skip
         models.actor.eval()
         models.critic.eval()
         made = experience(
@@ -102,7 +120,23 @@ class PpoTrainer:
         )  # fmt: skip
         models.actor.train()
         models.critic.train()
+        if spec.kl_target is not None:
+            kl = ppo.k3_kl(made.log_probs, made.ref_log_probs, made.mask).sum().item()
+            total = self.world.sums({"kl": kl, "answers": float(len(rollout))})
+            self.kl_coef = ppo.adapted_kl_coef(
+                self.kl_coef,
+                total["kl"] / total["answers"],
+                spec.kl_target,
+                spec.kl_horizon,
+                total["answers"],
+            )
         return whiten(made, self.world.sums) if spec.whiten_advantages else made
+
+    def _standardized(self, scores: Tensor) -> Tensor:
+        """Scores from the mean of all so far, these included, in standard deviations. Collective."""
+        for part in self.world.gather(Moments.of(scores)):
+            self._scores = self._scores.merged(part)
+        return self._scores.standardized(scores)
 
     def learn(self, made: Experience, mixture: Mixture | None = None) -> dict[str, float]:
         """All optimizer steps on a rollout's experience; gives the sums of what happened in them. Collective."""
@@ -113,7 +147,7 @@ class PpoTrainer:
             minibatches.append((plan, local, self.world.sums({"tokens": local})["tokens"]))
         for _ in range(self.spec.ppo_epochs):
             for plan, local, tokens in minibatches:
-                scale = self.sizes.loss_scale / tokens
+                scale, moved = self.sizes.loss_scale / tokens, sums["approx_kl"].clone()
                 losses = [partial(self._actor_loss, made, rows, scale, sums) for rows in plan]
                 more = mixture(self.models.actor) if mixture else []
                 engines.optimizer_step(self.models.actor, [*losses, *more])
@@ -123,7 +157,14 @@ class PpoTrainer:
                 sums["tokens"] += local
                 if self.models.ema:
                     self.models.ema.update()
+                if self._too_far(sums["approx_kl"] - moved, tokens):
+                    return {name: value.item() for name, value in sums.items()}
         return {name: value.item() for name, value in sums.items()}
+
+    def _too_far(self, kl: Tensor, tokens: float) -> bool:
+        """Whether the actor had left the one that sampled by more than allowed, as a step began. Collective."""
+        limit = self.spec.stop_kl
+        return limit is not None and self.world.sums({"kl": kl.item()})["kl"] / tokens > limit
 
     def _actor_loss(self, made: Experience, rows: list[int], scale: float, sums: dict[str, Tensor]) -> Tensor:
         """A micro-batch's clipped surrogate, times the scale; what happened is added to the sums."""
@@ -134,7 +175,9 @@ class PpoTrainer:
             made, chosen, flat, made.log_probs, made.advantages, made.mask
         )
         loss, clipped, ratio = ppo.policy_loss_sum(log_probs, old, advantages, mask, self.spec.cliprange)
-        for name, value in (("actor_loss", loss), ("clipped", clipped), ("ratio", ratio)):
+        facts = {"actor_loss": loss, "clipped": clipped, "ratio": ratio}
+        facts["approx_kl"] = ppo.k3_kl(old, log_probs.detach(), mask).sum()
+        for name, value in facts.items():
             sums[name] += value.detach() * weight
         return loss * (scale * weight)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.train.algorithms.ppo import (
+    adapted_kl_coef,
     generalized_advantages,
     k3_kl,
     kl_shaped_rewards,
@@ -41,6 +42,29 @@ def test_the_reward_is_the_kl_penalty_at_each_token_and_the_clipped_score_at_the
             if t == length - 1:
                 expected += [2.0, -5.0, 5.0, 0.5][row]
             assert rewards[row, t].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kl", "answers", "expected"),
+    [
+        (6.0, 100, 0.1),  # on the target
+        (6.6, 100, 0.1 * (1 + 0.1 * 0.01)),
+        (5.4, 100, 0.1 * (1 - 0.1 * 0.01)),
+        (60.0, 100, 0.1 * (1 + 0.2 * 0.01)),  # far off: held at 20 %
+        (0.0, 500, 0.1 * (1 - 0.2 * 0.05)),
+    ],
+)
+def test_the_kl_weight_follows_the_relative_error_within_its_bounds(
+    kl: float, answers: int, expected: float
+) -> None:
+    assert adapted_kl_coef(0.1, kl, 6.0, 10_000, answers) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_kl_weight_brings_a_kl_that_answers_to_it_to_the_target() -> None:
+    coefficient = 0.01
+    for _ in range(2000):
+        coefficient = adapted_kl_coef(coefficient, 1 / coefficient, 8.0, 1000, 64)
+    assert 1 / coefficient == pytest.approx(8.0, rel=0.01)
 
 
 def test_equal_policies_pay_no_penalty_at_all() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,6 +101,41 @@ def test_eos_is_rewarded_and_an_answer_without_it_pays() -> None:
     assert ROLLOUT.ended(tiny.EOS, CPU).tolist() == [True, False, True, True]
     lasts = fined.mask.sum(dim=1) - 1
     assert (fined.advantages[torch.arange(4), lasts] != 0).all(), "EOS takes part in learning"
+
+
+def test_scores_are_brought_to_their_scale_before_the_penalty_and_the_clip() -> None:
+    rewarding = replace(
+        REWARDING, kl_coef=0.0, score_clip=2.0, missing_eos_penalty=0.25, lam=1.0,
+        standardized=lambda scores: torch.tensor([1.0, 2.0, -7.0, 0.5]),
+    )  # fmt: skip
+    made = made_of("llama", [[0, 1, 2, 3]], rewarding)
+    expected = torch.tensor([1.0, 1.75, -2.0, 0.5])  # the second one has no EOS
+    torch.testing.assert_close(made.returns[:, 0], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(made.scores, made_of("llama", [[0, 1, 2, 3]]).scores), (
+        "the scores told are as they came"
+    )
+
+
+def test_whitened_rewards_have_variance_1_around_their_mean_over_all_ranks() -> None:
+    heard: list[dict[str, float]] = []
+    rewarding = replace(REWARDING, score_clip=50.0, lam=1.0, kl_coef=0.0)
+    plain = made_of("llama", [[0, 1, 2, 3]], rewarding).returns[:, 0]  # without KL, what each answer earned
+    made = made_of(
+        "llama", [[0, 1, 2, 3]],
+        replace(rewarding, reward_sums=lambda local: heard.append(local) or adding(OTHER_RANK)(local)),
+    )  # fmt: skip
+    tokens = sum(map(len, ANSWERS))
+    each = torch.cat([plain, torch.zeros(tokens - len(plain)), torch.tensor([3.0, -1.0])]).double()
+    mean, spread = each.mean(), each.std(correction=0)
+    assert heard[0]["count"] == tokens
+    for row, answer in enumerate(ANSWERS):
+        earned = [0.0] * (len(answer) - 1) + [plain[row].item()]
+        expected = sum((reward - mean) / spread + mean for reward in earned)
+        torch.testing.assert_close(made.returns[row, 0].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+# What another rank adds up of its rewards, 3 and -1.
+OTHER_RANK = {"count": 2.0, "sum": 2.0, "squares": 10.0}
 
 
 def fake(advantages: list[list[float]], lengths: list[int]) -> Experience:

@@ -30,7 +30,7 @@ def two_answers() -> Experience:
 
 
 def test_every_number_is_over_real_tokens_and_all_answers() -> None:
-    learnt = dict(zip(LEARNT, (10.0, 20.0, 9.0, 1.0, 2.0, 10.0), strict=True))
+    learnt = dict(zip(LEARNT, (10.0, 20.0, 9.0, 0.5, 1.0, 2.0, 10.0), strict=True))
     got = summarize(two_answers(), learnt, EOS, lambda numbers: numbers)
     returns = torch.tensor([1.0, 2.0, 4.0, 4.0, 9.0])
     errors = torch.tensor([0.0, 0.0, 1.0, 0.0, 4.0])
@@ -41,8 +41,10 @@ def test_every_number_is_over_real_tokens_and_all_answers() -> None:
             "kl": (torch.e - 1 - 1) / 2,  # one token's log-ratio is 1: e - 1 - 1
             "entropy": 3.5 / 5,
             "ratio": 0.9,
+            "approx_kl": 0.05,
             "clipfrac": 0.1,
             "value_clipfrac": 0.2,
+            "passes": 2.0,
             "eos_rate": 0.5,
             "answer_tokens": 2.5,
             "actor_loss": 1.0,
