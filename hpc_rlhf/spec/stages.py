@@ -10,7 +10,7 @@ from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.fields import Fraction, Model, Name, NonNegative, Positive, Rate
 
-STAGE_NAMES = ("sft", "reward", "ppo", "eval")
+STAGE_NAMES = ("sft", "reward", "ppo", "dpo", "eval")
 
 
 class LoraSpec(Model):
@@ -34,7 +34,8 @@ class StageSpec(Model):
     """What all stages have in common."""
 
     micro_batch: Positive = Field(
-        default=4, description="Samples in one forward and backward pass on one GPU."
+        default=4,
+        description="Samples of the greatest length that one forward and backward pass on one GPU has memory for. Shorter ones are laid end to end without padding, so that a pass holds more of them.",
     )
     zero: Literal[0, 1, 2, 3] = Field(
         default=0,
@@ -196,6 +197,27 @@ class PpoSpec(TrainingSpec):
         return self
 
 
+class DpoSpec(TrainingSpec):
+    """Direct preference optimisation (arXiv 2305.18290) on pairs, in place of the reward model and PPO. A sample is a pair.
+
+    It starts from the SFT model, if there is one. That is also the reference; with lora.only the adapters switched
+    off are, and no second model takes memory.
+    """
+
+    lr: Rate = Field(
+        default=1.0e-6,
+        description="Peak learning rate. Far below that of fine-tuning: both answers soon become unlikely at a higher one.",
+    )
+    beta: Rate = Field(
+        default=0.1,
+        description="What a departure from the reference costs: a higher one keeps the model closer to it.",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.0,
+        description="Share of the pairs thought to be the wrong way round; above 0 where the preferences are noisy.",
+    )
+
+
 class EvalSpec(StageSpec):
     """Evaluation of the models that the other stages make, on what data.held_out keeps from them.
 
@@ -220,11 +242,15 @@ class EvalSpec(StageSpec):
 
 
 class StagesSpec(Model):
-    """The stages to run. PPO starts from the SFT model, if there is one, and needs a reward model."""
+    """The stages to run. PPO and DPO start from the SFT model, if there is one; PPO needs a reward model."""
 
     sft: SftSpec | None = Field(default=None, description="Supervised fine-tuning.")
     reward: RewardSpec | None = Field(default=None, description="Reward model.")
     ppo: PpoSpec | None = Field(default=None, description="PPO.")
+    dpo: DpoSpec | None = Field(
+        default=None,
+        description="DPO: learn from pairs without a reward model and without sampling. Less memory and time than PPO, and nothing to tune but lr and beta; PPO goes further where the reward model is good.",
+    )
     eval: EvalSpec | None = Field(
         default=None,
         description="Evaluation of all models on held-out data, once the other stages are done. {} takes all defaults.",
@@ -232,8 +258,8 @@ class StagesSpec(Model):
 
     @model_validator(mode="after")
     def _sound(self) -> StagesSpec:
-        if self.sft is None and self.reward is None and self.ppo is None:
-            raise ValueError("name at least one stage: sft, reward or ppo")
+        if not any((self.sft, self.reward, self.ppo, self.dpo)):
+            raise ValueError("name at least one stage: sft, reward, ppo or dpo")
         if self.ppo is not None and self.reward is None:
             raise ValueError("ppo needs the reward stage")
         return self
