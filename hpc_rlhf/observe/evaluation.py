@@ -18,13 +18,14 @@ _ROWS = {
     "reward": "reward",
     "reward_gain": "gain over {base}",
     "win_rate": "wins against {base}",
+    "pair_accuracy": "right pairs",
     "kl": "KL from {base}",
     "answer_tokens": "tokens",
     "ended": "ended",
     "distinct": "distinct",
     "bleu": "BLEU",
 }
-_SHARES = ("win_rate", "ended", "distinct")
+_SHARES = ("win_rate", "pair_accuracy", "ended", "distinct")
 
 
 def read_report(run: RunDir) -> dict[str, Any]:

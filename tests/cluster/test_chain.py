@@ -46,9 +46,9 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chai
     run = tmp_path_factory.mktemp("chain") / "run"
     chain = Chain(cluster, CHECKOUT / "jobs/tiny.yaml", run, ("slurm.nodes=2", setup, *limits))
     chain.submit()
-    for stage in STAGES:
+    for stage in (*STAGES, "eval"):
         chain.wait_done(stage)
-    cluster.wait_state(chain.job_id("ppo"), "COMPLETED")
+    cluster.wait_state(chain.job_id("eval"), "COMPLETED")
     return chain
 
 
@@ -92,7 +92,7 @@ def test_the_final_model_loads_and_generates(finished: Chain) -> None:
 
 def test_a_finished_run_says_so_and_is_not_submitted_again(finished: Chain) -> None:
     assert {stage: facts["state"] for stage, facts in finished.status().items()} == dict.fromkeys(
-        STAGES, "done"
+        (*STAGES, "eval"), "done"
     )
     before = finished.run.ledger.read_text()
     assert "done already" in finished.submit().stdout

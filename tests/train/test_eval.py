@@ -15,14 +15,18 @@ from hpc_rlhf import manifest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.tokenized import prepare
 from hpc_rlhf.train.metrics import MetricsLog
 from hpc_rlhf.train.preemption import StageStopped, StopFlag
 from hpc_rlhf.train.rollout.engine import RolloutEngine
+from hpc_rlhf.train.rollout.experience import Rollout
 from hpc_rlhf.train.stages import eval as evaluation
-from hpc_rlhf.train.stages.eval_report import Found
+from hpc_rlhf.train.stages.eval_data import HeldOut
+from hpc_rlhf.train.stages.eval_report import Found, Measured, make_report
 from hpc_rlhf.train.world import World
+from tests.train import tiny
 from tests.train.finished import as_if_trained
 from tests.train.stages import log_tail, make_run, run_stage, tiny_spec
 
@@ -205,6 +209,7 @@ def test_greedy_answers_have_no_kl_and_a_prompt_is_asked_once(
         (("sft",), ["sft", "reference"]),
         (("reward",), []),
         (("reward", "ppo"), ["start", "ppo", "reference"]),
+        (("sft", "dpo"), ["sft", "dpo", "reference"]),
     ],
 )
 def test_what_was_not_trained_is_not_asked_for(
@@ -220,8 +225,21 @@ def test_what_was_not_trained_is_not_asked_for(
     assert list(report["models"]) == models
     assert (report["reward_accuracy"] is not None) == ("reward" in stages)
     assert all(("reward" in one) == ("reward" in stages) for one in report["models"].values())
+    assert [name for name, one in report["models"].items() if "pair_accuracy" in one] == (
+        ["dpo"] if "dpo" in stages else []
+    )
     against = {name for name, one in report["models"].items() if "win_rate" in one}
     assert against == (set(models) - {"start"} if "reward" in stages else set())
+
+
+def test_dpo_tells_pairs_apart_where_it_moved_towards_the_chosen() -> None:
+    """Three pairs: it moved towards the chosen answer, away from it, and not at all, which counts half."""
+    held = HeldOut([], Rollout([], []), Rollout([], []), (Rollout([], []), Rollout([], [])))
+    found = Found(
+        {"dpo": Measured(preferences=[1.0, -2.0, 0.5]), "sft": Measured(preferences=[0.5, -1.0, 0.5])}
+    )
+    report = make_report(found, held, "sft", EvalSpec(), tiny.tokenizer())
+    assert report["models"]["dpo"]["pair_accuracy"]["value"] == 0.5
 
 
 def test_nothing_held_out_is_told(done: tuple[RunDir, JobSpec], world: World) -> None:

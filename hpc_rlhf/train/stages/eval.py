@@ -99,6 +99,9 @@ class Evaluation:
         if len(told):
             loss = -math.fsum(ask.likelihoods(engine, told)) / sum(map(len, told.answers))
             mine.perplexity = math.exp(min(50.0, loss))
+        if name in ("dpo", self.base) and "dpo" in self.trained:
+            chosen, rejected = (ask.likelihoods(engine, part) for part in self.held.pairs)
+            mine.preferences = [c - r for c, r in zip(chosen, rejected, strict=True)]
         mine.answers = ask.answers(RolloutEngine(model, context.world), prompts)
         mine.log_probs = ask.log_probs(engine, Rollout(prompts, mine.answers))
         for other in self.found.models.values() if name == self.base else ():

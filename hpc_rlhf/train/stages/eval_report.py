@@ -26,6 +26,8 @@ class Measured:
         answers: the model's own, as token ids.
         log_probs: of each answer's tokens, by the model itself.
         base_log_probs: of the same tokens by the model that the others are held against; empty for that one itself.
+        preferences: how much likelier, in nats, the model takes the chosen answer of each held-out pair to be than the
+            rejected one; of DPO's model and of the one it is held against, otherwise empty.
         rewards: the reward model's scores; empty without one.
     """
 
@@ -33,6 +35,7 @@ class Measured:
     answers: list[list[int]] = field(default_factory=list)
     log_probs: list[list[float]] = field(default_factory=list)
     base_log_probs: list[list[float]] = field(default_factory=list)
+    preferences: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
 
@@ -58,10 +61,7 @@ class Found:
 
     def accuracy(self) -> dict[str, Any] | None:
         """Share of pairs in which the chosen answer has the higher score; None without pairs."""
-        if not self.chosen:
-            return None
-        right = sum(c > r for c, r in zip(self.chosen, self.rejected, strict=True))
-        return {**bounded(intervals.share(right, len(self.chosen))), "pairs": len(self.chosen)}
+        return {**above(self.chosen, self.rejected), "pairs": len(self.chosen)} if self.chosen else None
 
     def in_order(self, base: str) -> dict[str, Measured]:
         """The models, the one that the others are held against first."""
@@ -74,8 +74,14 @@ def bounded(interval: Interval) -> dict[str, float | None]:
     return {key: round(value, 6) if math.isfinite(value) else None for key, value in numbers.items()}
 
 
+def above(ours: list[float], theirs: list[float]) -> dict[str, float | None]:
+    """How often the one number of a pair is above the other; a tie counts half."""
+    won = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))
+    return bounded(intervals.share(won, len(ours)))
+
+
 def rewarded(rewards: list[float], base: list[float] | None) -> dict[str, Any]:
-    """The mean reward; and against other answers to the same prompts the gain, and the share won, a tie as half.
+    """The mean reward; and against other answers to the same prompts the gain, and the share won.
 
     Args:
         base: the other answers' rewards.
@@ -85,9 +91,8 @@ def rewarded(rewards: list[float], base: list[float] | None) -> dict[str, Any]:
     numbers: dict[str, Any] = {"reward": bounded(intervals.mean(rewards))}
     if base is not None:
         gains = [mine - other for mine, other in zip(rewards, base, strict=True)]
-        won = sum((gain > 0) + 0.5 * (gain == 0) for gain in gains)
         numbers["reward_gain"] = bounded(intervals.mean(gains))
-        numbers["win_rate"] = bounded(intervals.share(won, len(gains)))
+        numbers["win_rate"] = above(rewards, base)
     return numbers
 
 
@@ -133,6 +138,8 @@ def make_report(found: Found, held: HeldOut, base: str, spec: EvalSpec, tokenize
     models: dict[str, dict[str, Any]] = {}
     for name, one in found.in_order(base).items():
         models[name] = {"perplexity": one.perplexity}
+        if against and name != base and one.preferences:
+            models[name]["pair_accuracy"] = above(one.preferences, against.preferences)
         if not one.answers:
             continue
         models[name] |= rewarded(one.rewards, against.rewards if against and name != base else None)
