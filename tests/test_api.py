@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.train import tiny
-from tests.train.stages import free_port
+from tests.train.stages import free_port, rank_environment
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.train
@@ -47,6 +47,30 @@ trainer.train_rlhf(experience)
 first = dict(trainer.metrics)
 trainer.train_rlhf(trainer.generate_experience(questions))
 print(json.dumps([said, experience.rollout.prompts, experience.rollout.answers, first, trainer.metrics]))
+"""
+
+
+TWO_RANKS = """
+import json, os
+from hpc_rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
+from hpc_rlhf.errors import HpcRlhfError
+
+engine = DeepSpeedRLHFEngine(
+    "runs/tiny/stages/sft/model", "runs/tiny/stages/reward/model",
+    args={"zero": 3, "micro_batch": 2, "precision": "fp32", "warmup": 0, "ema": True, "lora": {"rank": 4}},
+    max_answer_tokens=8, num_total_iters=2,
+)
+trainer = DeepSpeedPPOTrainer(engine=engine)
+rank = engine.world.rank
+refused = ""
+try:
+    trainer.generate_experience(["Hi?"] * (1 + rank))
+except HpcRlhfError as error:
+    refused = error.message
+experience = trainer.generate_experience(["Hi?", f"Who is {rank}?"])
+losses = trainer.train_rlhf(experience)
+engine.save_pretrained("two")
+print(json.dumps([refused, losses, experience.rollout.answers[0]]))
 """
 
 
@@ -103,6 +127,28 @@ def test_mistakes_are_told_in_a_sentence_and_prompts_come_in_three_ways(folder: 
     assert first["kl"] == pytest.approx(0, abs=1e-6)
     assert second["kl"] > 1e-6, "it learns"
     assert {"reward", "actor_loss", "critic_loss", "clipfrac", "explained_variance"} <= set(first)
+
+
+def test_two_ranks_learn_together(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for environment in rank_environment(2, free_port())
+    ]
+    try:
+        said = [json.loads(process.communicate(timeout=240)[0].splitlines()[-1]) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    (refused, losses, answer), (also_refused, other_losses, other_answer) = said
+    assert refused == also_refused == "1 and 2 prompts are no equal minibatches for every rank"
+    assert losses == other_losses, "they are over all ranks"
+    assert answer != other_answer, "the same prompt is sampled anew on every rank"
+    for name in ("two", "two/ema"):
+        AutoModelForCausalLM.from_pretrained(folder / name)
 
 
 def test_the_package_itself_loads_no_torch() -> None:
