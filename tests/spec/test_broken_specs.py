@@ -35,6 +35,7 @@ BROKEN = [
     ("model made from nothing", "model_type: llama, ", "", "13:3: models.reward: from_scratch needs model_type"),
     ("neither path nor demo", "demo: 300", "weight: 2", "10:7: data.sources.1: give exactly one of path and demo"),
     ("batch that does not divide", "micro_batch: 4\n    slurm", "micro_batch: 4\n    global_batch: 30\n    slurm", "22:19: stages.ppo.global_batch: ppo's global_batch 30 is not a multiple of 16 (micro_batch 4 x 4 ranks); use global_batch: 16 or global_batch: 32"),
+    ("steered from nothing", "micro_batch: 4\n    slurm", "micro_batch: 4\n    kl_target: 6\n    kl_coef: 0\n    slurm", "20:3: stages.ppo: kl_target needs a kl_coef above 0 to start from"),
     ("compressed momenta of sharded weights", "lr: 1e-4", "lr: 1e-4\n    optimizer: onebit-adam\n    zero: 1", "16:3: stages.sft: onebit-adam needs zero: 0, because every rank compresses the momentum of all weights"),
     ("no data for a stage", "data:\n", "data:\n  split: {ppo: 0}\n", "8:16: data.split.ppo: leaves the ppo stage without data"),
     ("owned sbatch option", "partition: gpu", "extra: {job-name: x}", "4:11: slurm.extra.job-name: hpc-rlhf owns sbatch's --job-name: use name"),
