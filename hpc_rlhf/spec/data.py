@@ -63,7 +63,7 @@ class DataSpec(Model):
     template: Literal["auto", "plain"] = Field(
         default="auto",
         description="How dialogues are written. auto: by the chat template of the actor's tokenizer, which a model that "
-        "chats already expects; where it has none, as plain turns of Human: and Assistant:. plain: always as plain turns, "
+        "chats already expects, and without thoughts; where it has none, as plain turns of Human: and Assistant:. plain: always as plain turns, "
         "as DeepSpeed-Chat does.",
     )
     max_prompt_tokens: Positive = Field(

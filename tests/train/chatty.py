@@ -23,11 +23,12 @@ BRACKETS = (
     "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
-# As Qwen3's: an answer that is given starts with an empty thought.
+# As Qwen3's: the last answer starts with its thought, and who is asked not to think has had an empty one.
+THOUGHT = "<think>\n\n</think>\n\n"
 THOUGHTS = CHATML.replace(
     "{{ m.content }}",
-    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
-)
+    f"{{% if loop.last and m.role == 'assistant' %}}{THOUGHT}{{% endif %}}{{{{ m.content }}}}",
+).replace("assistant\n", f"assistant\n{{% if enable_thinking is false %}}{THOUGHT}{{% endif %}}")
 TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "brackets": BRACKETS, "thoughts": THOUGHTS}
 MARKS = {
     "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],

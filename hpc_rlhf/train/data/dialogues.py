@@ -30,8 +30,11 @@ def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], ask: bool) -> str:
+    """Messages as the template writes them. Answers are learnt without thoughts, so one that knows them asks for none."""
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=ask, enable_thinking=False
+        )
     except Exception as error:  # a template is a program
         if messages[0]["role"] == "system" and len(messages) > 1:  # some know no system
             return _rendered(tokenizer, _without_system(messages), ask)
