@@ -11,6 +11,7 @@ from hpc_rlhf.train.data.dialogues import prompt_text, token_ids
 from hpc_rlhf.train.models import packed
 from hpc_rlhf.train.rollout.decoding import decode
 from hpc_rlhf.train.rollout.sampling import Sampling, uniforms
+from hpc_rlhf.train.rollout.step import DecodeStep
 
 # A model without a chat template that goes on with a turn of its own for the person is cut there.
 NEXT_TURN = "\n\nHuman:"
@@ -50,7 +51,9 @@ class ChatModel:
             ids = ids[-(limit - max_tokens) :]
         sampling = Sampling(temperature=temperature or 1.0, greedy=temperature == 0)
         drawn = uniforms([(seed, "chat", len(turns))], max_tokens)
-        steps = decode(self.model, [ids], drawn, max_tokens, sampling, self.tokenizer.eos_token_id, rows=1)
+        steps = decode(
+            DecodeStep(self.model), [ids], drawn, max_tokens, sampling, self.tokenizer.eos_token_id, rows=1
+        )
         yield from self._text(token for said in steps for _, token in said)
 
     def _text(self, tokens: Iterator[int]) -> Iterator[str]:

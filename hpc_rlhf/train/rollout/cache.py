@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models.forward import ALIGNED
+from hpc_rlhf.train.rollout.step import DecodeStep
 
 # Attention goes over a multiple of so many columns, those past a row's end masked, so that shapes seldom change.
 COLUMN_STEP = 32
-
-
-def _round_up(columns: int) -> int:
-    return -(-columns // COLUMN_STEP) * COLUMN_STEP
 
 
 class Rows(Protocol):
@@ -34,11 +32,11 @@ class Rows(Protocol):
         """Put a row in the place of another."""
 
 
-def make_rows(model: Any, rows: int, columns: int) -> Rows:
-    """Room for so many rows of at most so many tokens of a model in eval mode."""
-    if model.config._attn_implementation == packed.NAME:
-        return BatchedRows(model, rows, columns)
-    return SingleRows(model)
+def make_rows(step: DecodeStep, rows: int, columns: int) -> Rows:
+    """Room for so many rows of at most so many tokens."""
+    if step.model.config._attn_implementation == packed.NAME:
+        return BatchedRows(step, rows, columns)
+    return SingleRows(step.model)
 
 
 class BatchedRows:
@@ -48,15 +46,16 @@ class BatchedRows:
     finished row, whatever the others' lengths. Prompts go through the model laid end to end, without padding.
     """
 
-    def __init__(self, model: Any, rows: int, columns: int) -> None:
-        self.model = model
+    def __init__(self, step: DecodeStep, rows: int, columns: int) -> None:
+        self.decode_step = step
+        self.model = step.model
         self.sizes = [0] * rows  # tokens in each row
         self.columns = _round_up(columns)
-        self.mask = torch.full((rows, self.columns), -torch.inf, dtype=model.dtype, device=model.device)
+        shape, device = (rows, self.columns), self.model.device
+        self.mask = torch.full(shape, -torch.inf, dtype=self.model.dtype, device=device)
         self.visible = self.mask.new_zeros(())
         self.keys: list[Tensor] = []  # (rows, columns, heads, dim) of each layer
         self.values: list[Tensor] = []
-        self.keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def begin(self, first: int, prompts: list[list[int]]) -> Tensor:
         batch = ragged.Ragged.of(prompts, self.model.device)
@@ -67,13 +66,15 @@ class BatchedRows:
         self.sizes[first : first + len(prompts)] = batch.lengths
         self.mask[first : first + len(prompts)] = -torch.inf
         self.mask.index_put_((rows, places), self.visible)
+        spare = -len(batch.ids) % ALIGNED  # one more sequence, which is not kept
         logits = self.model(
-            input_ids=batch.ids.unsqueeze(0), position_ids=places.unsqueeze(0), use_cache=True,
-            past_key_values=_PromptCache(self, rows, places), packed_lengths=batch.lengths,
+            input_ids=F.pad(batch.ids, (0, spare)).unsqueeze(0), position_ids=F.pad(places, (0, spare)).unsqueeze(0),
+            past_key_values=_PromptCache(self, rows, places), use_cache=True,
+            packed_lengths=(*batch.lengths, spare) if spare else batch.lengths,
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=places.device),  # unused
-            **({"logits_to_keep": last} if self.keeps else {}),
+            **({"logits_to_keep": last} if self.decode_step.last_only else {}),
         ).logits[0]  # fmt: skip
-        return logits if self.keeps else logits[last]
+        return logits if self.decode_step.last_only else logits[last]
 
     def step(self, tokens: Tensor) -> Tensor:
         live = len(tokens)
@@ -82,16 +83,8 @@ class BatchedRows:
         self.sizes[:live] = [size + 1 for size in self.sizes[:live]]
         width = _round_up(max(self.sizes[:live]))
         self.mask.index_put_((rows, places), self.visible)
-        cache = _StepCache(
-            [keys[:live, :width] for keys in self.keys], [values[:live, :width] for values in self.values],
-            rows, places,
-        )  # fmt: skip
-        logits: Tensor = self.model(
-            input_ids=tokens.unsqueeze(1), position_ids=places.unsqueeze(1), past_key_values=cache,
-            attention_mask=self.mask[:live, None, None, :width], use_cache=True,
-            **({"logits_to_keep": 1} if self.keeps else {}),
-        ).logits[:, -1]  # fmt: skip
-        return logits
+        buffers = [buffer[:live, :width] for buffer in (*self.keys, *self.values)]
+        return self.decode_step.take(tokens, rows, places, self.mask[:live, :width], *buffers)
 
     def move(self, source: int, target: int) -> None:
         self.sizes[target] = self.sizes[source]
@@ -100,11 +93,14 @@ class BatchedRows:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, at: tuple[Tensor, Tensor]) -> None:
         """Keep a layer's keys and values (1, heads, tokens, dim) of prompts, in rows and columns ``at``."""
-        if layer == len(self.keys):
-            for buffers, made in ((self.keys, keys), (self.values, values)):
+        for buffers, made in ((self.keys, keys), (self.values, values)):
+            if layer == len(buffers):
                 buffers.append(made.new_zeros(len(self.sizes), self.columns, made.shape[1], made.shape[3]))
-        self.keys[layer].index_put_(at, keys[0].transpose(0, 1))
-        self.values[layer].index_put_(at, values[0].transpose(0, 1))
+            buffers[layer].index_put_(at, made[0, :, : len(at[0])].transpose(0, 1))
+
+
+def _round_up(columns: int) -> int:
+    return -(-columns // COLUMN_STEP) * COLUMN_STEP
 
 
 class _PromptCache(Cache):
@@ -120,26 +116,6 @@ class _PromptCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         self.target.write(layer_idx, key_states, value_states, self.at)
         return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
-class _StepCache(Cache):
-    """What a layer adds a token of each row to, and attends over; (rows, columns, heads, dim) each."""
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], rows: Tensor, columns: Tensor) -> None:
-        super().__init__(layers=[])
-        self.keys, self.values = keys, values
-        self.at = (rows, columns)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys.index_put_(self.at, key_states[:, :, 0])
-        values.index_put_(self.at, value_states[:, :, 0])
-        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpc_rlhf.train.rollout.cache import make_rows
 from hpc_rlhf.train.rollout.sampling import Sampling, draw
+from hpc_rlhf.train.rollout.step import DecodeStep
 
 # Prompt tokens that go through the model at once, so that their activations stay small.
 PROMPT_TOKENS = 8192
@@ -18,7 +18,7 @@ PROMPT_TOKENS = 8192
 
 @torch.no_grad()
 def decode(
-    model: Any, prompts: list[list[int]], uniforms: Tensor | None, max_tokens: int, sampling: Sampling,
+    step: DecodeStep, prompts: list[list[int]], uniforms: Tensor | None, max_tokens: int, sampling: Sampling,
     eos_id: int, rows: int, before: Callable[[], object] = lambda: None,
 ) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """Answers to prompts as they grow, each ended by its first EOS or at its longest.
@@ -28,7 +28,7 @@ def decode(
     place is dropped from the batch.
 
     Args:
-        model: a causal language model in eval mode.
+        step: of a causal language model in eval mode.
         prompts: token ids, none empty.
         uniforms: (prompts, max_tokens) of ``sampling.uniforms``; not needed when greedy.
         max_tokens: longest answer, EOS included.
@@ -39,10 +39,10 @@ def decode(
         What a forward pass gave: pairs of a prompt's number and its next token.
     """
     waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)))
-    batch = make_rows(model, min(rows, len(prompts)), max(map(len, prompts), default=0) + max_tokens)
+    batch = make_rows(step, min(rows, len(prompts)), max(map(len, prompts), default=0) + max_tokens)
     live: list[int] = []  # which prompt each row answers
     drawn: list[int] = []  # tokens drawn in each row
-    last = torch.empty(0, dtype=torch.int64, device=model.device)  # the latest in each row
+    last = torch.empty(0, dtype=torch.int64, device=step.model.device)  # the latest in each row
     while waiting or live:
         before()
         first = len(live)

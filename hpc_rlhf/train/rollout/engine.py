@@ -10,6 +10,7 @@ import torch
 
 from hpc_rlhf.train.rollout.decoding import decode
 from hpc_rlhf.train.rollout.sampling import Sampling, uniforms
+from hpc_rlhf.train.rollout.step import DecodeStep
 from hpc_rlhf.train.rollout.twin import Twin
 from hpc_rlhf.train.world import World
 
@@ -42,6 +43,7 @@ class RolloutEngine:
         self.world = world
         self.memory = _memory(world.device) if memory is None else memory
         self.twin = Twin(model, int(WEIGHTS_SHARE * self.memory))
+        self.step = DecodeStep(self.twin.module, may_trace=not self.twin.streamed)
 
     def generate(
         self, prompts: list[list[int]], keys: list[tuple[object, ...]] | None, max_tokens: int,
@@ -74,9 +76,9 @@ class RolloutEngine:
                 raise RolloutDropped
             return state
 
-        with self.twin.filled() as model:
+        with self.twin.filled():
             for said in decode(
-                model, prompts, drawn, max_tokens, sampling, eos_id, rows, lambda: agreed(MORE)
+                self.step, prompts, drawn, max_tokens, sampling, eos_id, rows, lambda: agreed(MORE)
             ):
                 for number, token in said:
                     answers[number].append(token)

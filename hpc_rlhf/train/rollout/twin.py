@@ -77,8 +77,8 @@ class Twin:
                 pass
 
     @contextmanager
-    def filled(self) -> Iterator[Any]:
-        """The twin with its weights, whose memory is given back afterwards. Collective under ZeRO-3."""
+    def filled(self) -> Iterator[None]:
+        """Within it, the twin has its weights, whose memory is given back afterwards. Collective under ZeRO-3."""
         try:
             for name, tensor in in_turn(self.held):
                 # What was gathered lasts only until the next; what lies whole in the model is shared.
@@ -86,7 +86,7 @@ class Twin:
             buffers = dict(self.model.named_buffers())
             for name, buffer in self.module.named_buffers():
                 buffer.data = buffers[name].data if name in buffers else buffer.data
-            yield self.module
+            yield
         finally:
             self._borrowed.close()
             for weight in self.weights.values():

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from hpc_rlhf.spec.stages import LoraSpec
-from hpc_rlhf.train.data.tokenized import pad_left
 from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models.forward import ALIGNED
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
 from hpc_rlhf.train.rollout import engine as engines
 from hpc_rlhf.train.rollout.decoding import decode
 from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling
 from hpc_rlhf.train.rollout.sampling import uniforms
+from hpc_rlhf.train.rollout.step import ON_TRIAL, TRACED_AFTER, DecodeStep
 from hpc_rlhf.train.world import World
 from tests.train import tiny
 
@@ -76,7 +77,7 @@ def test_greedy_answers_are_those_of_transformers_token_for_token(
 ) -> None:
     engine = RolloutEngine(model, world)
     for seed in range(3):
-        ids, mask = pad_left(prompts(seed), tiny.PAD)
+        ids, mask = tiny.pad_left(prompts(seed))
         expected = model.generate(
             ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=LIMIT, eos_token_id=None,
             pad_token_id=tiny.PAD,
@@ -140,24 +141,74 @@ def test_sampled_answers_have_the_distribution_of_the_model(world: World) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rollout_dropped_at_any_step_is_made_again_bit_for_bit(world: World, dtype: torch.dtype) -> None:
-    model = tiny.causal("opt").to(dtype)
-    engine = RolloutEngine(model, world)
+    """Also where decode steps are traced from then on."""
+    engine = RolloutEngine(tiny.causal("opt").to(dtype), world)
     names = list(range(len(LENGTHS)))
     eos_id = frequent(engine)
     seen: list[torch.Tensor] = []
-    model_forward = engine.twin.module.forward
-    engine.twin.module.register_forward_hook(lambda *args: seen.append(args[-1].logits.clone()))
+    take = engine.step.take
+
+    def spy(*inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(take(*inputs))
+        return seen[-1]
+
+    engine.step.take = spy  # type: ignore[method-assign]
+    engine.step.steps_to_trace = TRACED_AFTER
     expected = sampled(engine, names, eos_id)
-    undisturbed, steps = list(seen), len(seen)
-    assert steps > 20
-    for step in range(0, steps, 5):
-        calls = iter(range(steps))
+    undisturbed, forwards = list(seen), len(seen) + 2
+    assert len(undisturbed) > 12
+    assert not engine.step.made
+    for step in range(0, forwards, 3):
+        calls = iter(range(forwards))
         with pytest.raises(RolloutDropped):
             sampled(engine, names, eos_id, stopped=lambda calls=calls, step=step: next(calls) == step)
         seen.clear()
         assert sampled(engine, names, eos_id) == expected
         assert all(torch.equal(one, other) for one, other in zip(seen, undisturbed, strict=True))
-    assert engine.twin.module.forward == model_forward
+    assert engine.step.made
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_traced_step_gives_the_same_bits_for_other_rows_and_other_weights(
+    world: World, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.causal(kind).to(dtype)
+    engine, plain = RolloutEngine(model, world), RolloutEngine(model, world)
+    engine.step.steps_to_trace, plain.step.steps_to_trace = 2, -1
+    seen: dict[int, list[torch.Tensor]] = {id(engine.step): [], id(plain.step): []}
+    take = DecodeStep.take
+
+    def spy(step: DecodeStep, *inputs: torch.Tensor) -> torch.Tensor:
+        seen[id(step)].append(take(step, *inputs))
+        return seen[id(step)][-1]
+
+    monkeypatch.setattr(DecodeStep, "take", spy)
+    for rows in (2, 3, 4):
+        for one in (engine, plain):
+            sampled(one, list(range(len(LENGTHS))), rows=rows)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    assert all(torch.equal(*pair) for pair in zip(*seen.values(), strict=True))
+    assert engine.step.made
+    assert engine.step.on_trial == 0
+    assert not plain.step.made
+
+
+def test_a_step_that_a_trace_does_not_follow_is_not_traced(world: World) -> None:
+    """A branch on what the tokens are is fixed by a trace; the model goes on by itself."""
+    engine = RolloutEngine(tiny.causal("llama"), world)
+    layer = engine.twin.module.model.layers[0]
+    forward = layer.forward
+    layer.forward = lambda hidden, *args, **how: (
+        forward(hidden, *args, **how) * (1 if hidden.sum() > 0 else 2)
+    )
+    expected = sampled(engine, [0, 1, 2])
+    engine.step.steps_to_trace = 2
+    assert sampled(engine, [0, 1, 2]) == expected
+    assert engine.step.on_trial < ON_TRIAL, "it looked the same at first"
+    assert not engine.step.made
 
 
 def test_the_model_and_its_mode_are_left_alone_and_dropout_is_off(world: World) -> None:
@@ -230,10 +281,9 @@ def test_a_step_costs_no_more_than_its_live_rows(world: World) -> None:
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     answers = sampled(engine, names, eos_id, rows=4)
-    prompt_tokens = sum(tokens for rows, tokens in shapes if rows == 1 and tokens > 1)
     stepped = sum(rows for rows, tokens in shapes if tokens == 1)
-    # A prompt of one token goes through the model like any other: a row of one.
-    assert prompt_tokens + stepped == sum(LENGTHS) + sum(len(answer) - 1 for answer in answers)
+    assert stepped == sum(len(answer) - 1 for answer in answers)
+    assert all(rows == 1 and tokens % ALIGNED == 0 for rows, tokens in shapes if tokens > 1)
     assert max(rows for rows, _ in shapes) == 4
 
 
@@ -241,7 +291,7 @@ def test_tokens_come_as_they_are_drawn() -> None:
     model = tiny.causal("llama")
     packed.enable(model)
     drawn = uniforms([("a",), ("b",)], LIMIT)
-    steps = decode(model, [[5, 6], [7]], drawn, LIMIT, Sampling(), NO_EOS, rows=2)
+    steps = decode(DecodeStep(model), [[5, 6], [7]], drawn, LIMIT, Sampling(), NO_EOS, rows=2)
     assert [number for number, _ in next(steps)] == [0, 1]
     assert len(list(steps)) == LIMIT - 1
 

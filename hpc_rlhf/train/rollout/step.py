@@ -1,0 +1,123 @@
+"""A decode step: one token of each row through a model, over the keys and values of those before."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+# Decode steps after which one is traced, and those that the trace then has to give the same bits for.
+TRACED_AFTER = 64
+ON_TRIAL = 32
+CHANGING_ROPE = ("dynamic", "longrope")
+
+
+class DecodeStep(nn.Module):
+    """A model's decode step as a function of tensors alone.
+
+    On a CPU it is traced, in time: a small model's step takes less time for its arithmetic than Python does to come to
+    it. The trace is used once it has given the same bits as the model for some steps, and not at all if it does not.
+
+    Args:
+        model: a causal language model that takes a mask of four dimensions.
+        may_trace: the model runs no Python that a trace would leave out.
+    """
+
+    def __init__(self, model: Any, may_trace: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if keeps else {}
+        # Rotary positions that change their ways at some length would be fixed to one.
+        fixed = not any(kind in str(getattr(model.config, "rope_parameters", "")) for kind in CHANGING_ROPE)
+        self.steps_to_trace = TRACED_AFTER if may_trace and fixed else -1
+        self.on_trial = ON_TRIAL
+        self.made: list[Callable[..., Tensor]] = []  # in a list, so as not to be a part of this module
+
+    def forward(self, tokens: Tensor, rows: Tensor, places: Tensor, mask: Tensor, *buffers: Tensor) -> Tensor:
+        """Logits of the next tokens: (rows, vocabulary).
+
+        Args:
+            tokens: (rows,), int64.
+            rows, places: (rows,), int64; where in the buffers the tokens' keys and values go. A place is a position.
+            mask: (rows, columns), 0 where a row may look, its own place included, and -inf elsewhere.
+            buffers: (rows, columns, heads, dim); the keys of all layers, then their values.
+        """
+        output = self.model(
+            input_ids=tokens.unsqueeze(1), position_ids=places.unsqueeze(1), attention_mask=mask[:, None, None],
+            past_key_values=_StepCache(buffers, rows, places), use_cache=True, **self.last_only,
+        )  # fmt: skip
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def take(self, *inputs: Tensor) -> Tensor:
+        """The same as ``forward``, traced or not."""
+        if self.steps_to_trace == 0 and inputs[0].device.type == "cpu":
+            self._trace(inputs)
+        self.steps_to_trace -= 1
+        if not self.made:
+            return self.forward(*inputs)
+        with torch.jit.optimized_execution(False):  # which would change the arithmetic after some calls
+            logits = self.made[0](*inputs)
+        if self.on_trial > 0:
+            self.on_trial -= 1
+            by_model = self.forward(*inputs)
+            if not torch.equal(logits, by_model):
+                self.made.clear()
+            return by_model
+        return logits
+
+    def _trace(self, inputs: Sequence[Tensor]) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what a trace fixes, which is tried out below
+                traced = torch.jit.trace(self, _example(inputs, 2, 1), check_trace=False)
+            with torch.jit.optimized_execution(False):
+                for rows, place in ((1, 0), (3, inputs[4].shape[1] - 1), (2, 40)):
+                    example = _example(inputs, rows, min(place, int(inputs[2].max())))
+                    if not torch.equal(traced(*example), self.forward(*example)):
+                        return
+        except RuntimeError:  # the model does what a trace cannot follow
+            return
+        self.made.append(traced)
+
+
+def _example(inputs: Sequence[Tensor], rows: int, place: int) -> tuple[Tensor, ...]:
+    """Inputs of the same kinds for so many rows that are as long as ``place``."""
+    tokens, _, _, mask, *buffers = inputs
+    columns = place + 1
+    return (
+        torch.arange(rows) + tokens.min(),
+        torch.arange(rows),
+        torch.full((rows,), place),
+        mask.new_zeros(rows, columns),
+        *[
+            torch.linspace(-1, 1, rows * columns * b[0, 0].numel()).view(rows, columns, *b.shape[2:]).to(b)
+            for b in buffers
+        ],
+    )
+
+
+class _StepCache(Cache):
+    """What a layer adds a token of each row to, and attends over."""
+
+    def __init__(self, buffers: Sequence[Tensor], rows: Tensor, columns: Tensor) -> None:
+        super().__init__(layers=[])
+        self.keys, self.values = buffers[: len(buffers) // 2], buffers[len(buffers) // 2 :]
+        self.at = (rows, columns)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys.index_put_(self.at, key_states[:, :, 0])
+        values.index_put_(self.at, value_states[:, :, 0])
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
