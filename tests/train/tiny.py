@@ -75,3 +75,10 @@ def tokenizer(vocab_size: int = 300) -> Any:
     from hpc_rlhf.train.models.tokenizers import train_bpe
 
     return train_bpe(iter(["\n\nHuman: What colour is grass?\n\nAssistant: Grass is green."] * 3), vocab_size)
+
+
+def pad_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as transformers generates from them, and their mask: (batch, longest) each, True on real tokens."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    return ids, torch.arange(width) >= width - torch.tensor([[len(row)] for row in rows])

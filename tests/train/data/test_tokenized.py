@@ -1,4 +1,4 @@
-"""Samples as tokens: where they are cut, where EOS stands, how they are padded, and that they are made once."""
+"""Samples as tokens: where they are cut, where EOS stands, and that they are made once, as they are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.data import SourceSpec
@@ -17,8 +16,6 @@ from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read, stage_samples
 from hpc_rlhf.train.data.tokenized import (
     encoded,
-    pad_left,
-    pad_right,
     prepare,
     prepare_mixture,
     token_lengths,
@@ -85,22 +82,6 @@ def test_plain_text_starts_with_bos_so_that_its_first_token_is_learnt(tokenizer:
     assert row is not None
     assert row["prompt_ids"] == [tokenizer.bos_token_id]
     assert row["chosen_ids"] == [*ids_of(tokenizer, "Once upon."), tokenizer.eos_token_id]
-
-
-def test_padding_on_the_right() -> None:
-    batch = pad_right([[5, 6], [7]], [[8, 2], [9, 9, 9, 2]], pad_id=0)
-    assert batch.input_ids.tolist() == [[5, 6, 8, 2, 0], [7, 9, 9, 9, 2]]
-    assert batch.mask.tolist() == [[True] * 4 + [False], [True] * 5]
-    assert batch.answer_mask.tolist() == [[False, False, True, True, False], [False, True, True, True, True]]
-    with_eos = pad_right([[5, 6], [7]], [[8, 2], [9, 9, 9, 2]], pad_id=2)
-    assert torch.equal(with_eos.mask, batch.mask), "a mask never comes from a token's id"
-    assert torch.equal(with_eos.answer_mask, batch.answer_mask)
-
-
-def test_padding_on_the_left() -> None:
-    ids, mask = pad_left([[5, 6, 7], [0], [8, 9]], pad_id=0)
-    assert ids.tolist() == [[5, 6, 7], [0, 0, 0], [0, 8, 9]]
-    assert mask.tolist() == [[True] * 3, [False, False, True], [False, True, True]]
 
 
 def test_data_is_made_once_and_again_when_it_is_torn_or_another(
