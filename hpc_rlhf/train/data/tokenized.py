@@ -1,4 +1,4 @@
-"""A stage's samples as tokens on disk, and batches of them as tensors."""
+"""A stage's samples as tokens on disk."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-
 from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.data import SourceSpec
@@ -230,44 +227,3 @@ def token_lengths(rows: Any, *columns: str) -> np.ndarray:
     for column in columns:
         total += pc.list_value_length(rows.data.table[column]).to_numpy()
     return total
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Token sequences padded to the longest of them.
-
-    Attributes:
-        input_ids: (batch, length), int64.
-        mask: (batch, length), bool; True on real tokens.
-        answer_mask: (batch, length), bool; True on answer tokens, EOS included.
-    """
-
-    input_ids: Tensor
-    mask: Tensor
-    answer_mask: Tensor
-
-    def to(self, device: torch.device) -> TokenBatch:
-        return TokenBatch(self.input_ids.to(device), self.mask.to(device), self.answer_mask.to(device))
-
-
-def pad_right(prompts: list[list[int]], answers: list[list[int]], pad_id: int) -> TokenBatch:
-    """Prompts with their answers, padded on the right."""
-    lengths = [len(p) + len(a) for p, a in zip(prompts, answers, strict=True)]
-    shape = (len(prompts), max(lengths))
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    answer_mask = torch.zeros(shape, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        input_ids[row, : lengths[row]] = torch.tensor(prompt + answer, dtype=torch.int64)
-        answer_mask[row, len(prompt) : lengths[row]] = True
-    mask = torch.arange(shape[1]).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
-    return TokenBatch(input_ids, mask, answer_mask)
-
-
-def pad_left(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Prompts padded on the left, and their mask: (batch, length) int64 and bool, True on real tokens."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-    lengths = torch.tensor([len(prompt) for prompt in prompts]).unsqueeze(1)
-    return ids, torch.arange(width).unsqueeze(0) >= width - lengths
