@@ -18,6 +18,9 @@ from hpc_rlhf.train.rollout.step import DecodeStep
 # Attention goes over a multiple of so many columns, those past a row's end masked, so that shapes seldom change.
 COLUMN_STEP = 32
 
+# What bounds how far back some layers look.
+WINDOWS = ("sliding_window", "attention_chunk_size")
+
 
 class Rows(Protocol):
     """Rows 0, 1, … of a batch, each a prompt and the tokens drawn for it."""
@@ -34,7 +37,9 @@ class Rows(Protocol):
 
 def make_rows(step: DecodeStep, rows: int, columns: int) -> Rows:
     """Room for so many rows of at most so many tokens."""
-    if step.model.config._attn_implementation == packed.NAME:
+    config = step.model.config.get_text_config()
+    windows = [getattr(config, field, None) or columns for field in WINDOWS]
+    if step.model.config._attn_implementation == packed.NAME and columns <= min(windows):
         return BatchedRows(step, rows, columns)
     return SingleRows(step.model)
 
@@ -122,7 +127,8 @@ class _PromptCache(Cache):
 
 
 class SingleRows:
-    """Rows that go through the model one by one: for architectures whose attention is not that of ``packed``."""
+    """Rows that go through the model one by one: for attention that is not that of ``packed``, or that does
+    not look back to the beginning."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

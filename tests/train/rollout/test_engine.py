@@ -28,21 +28,27 @@ GREEDY = Sampling(greedy=True)
 UNPACKED = "gemma2"
 
 
-@pytest.fixture(scope="module", params=[*tiny.KINDS, UNPACKED])
+# Its layers look back over less than the prompts and answers here.
+WINDOWED = "mistral"
+
+
+@pytest.fixture(scope="module", params=[*tiny.KINDS, UNPACKED, WINDOWED])
 def model(request: pytest.FixtureRequest) -> Any:
     if request.param == UNPACKED:
-        return unpacked()
+        return other(UNPACKED, head_dim=8)
+    if request.param == WINDOWED:
+        return other(WINDOWED, sliding_window=9)
     return tiny.causal(request.param, tie_word_embeddings=False)  # tied ones soon repeat themselves
 
 
-def unpacked() -> Any:
+def other(kind: str, **fields: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        UNPACKED, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, vocab_size=tiny.VOCABULARY, initializer_range=0.2,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        kind, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=tiny.VOCABULARY, initializer_range=0.2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, tie_word_embeddings=False, **fields,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
