@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from hpc_rlhf.train.world import World
+
+if TYPE_CHECKING:
+    from tests.train.ppo_trainers import Steps
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +29,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
     yield World(0, 1, 0, torch.device("cpu"), dist.group.WORLD)
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Steps]:
+    """Puts plain optimizer steps with a learning rate in the place of DeepSpeed's."""
+    from hpc_rlhf.train.models import engine as engines
+    from tests.train.ppo_trainers import Steps
+
+    def put(lr: float) -> Steps:
+        made = Steps(lr)
+        monkeypatch.setattr(engines, "optimizer_step", made)
+        return made
+
+    return put

@@ -3,103 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.algorithms.moments import Moments
-from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models import packed
-from hpc_rlhf.train.models.language import LanguageModel
-from hpc_rlhf.train.models.load import RewardModel
-from hpc_rlhf.train.rollout.experience import Rollout
-from hpc_rlhf.train.stages.ppo_trainer import PpoTrainer, Sizes
-from tests.train import tiny
-
-PROMPTS = [[5, 9, 11, 30, 7], [8], [40, 41, 42, 43, 44, 45, 46, 47, 48], [3, 4], [6, 6], [90, 12, 13]]
-ANSWERS = [
-    [10, 20, tiny.EOS], [31, 32, 33, 34, 35, 36], [tiny.EOS], [50, 51, 52, 53, 54, tiny.EOS],
-    [60, tiny.EOS], [61, 62, 63, 64],
-]  # fmt: skip
-ROLLOUT = Rollout(PROMPTS, ANSWERS)
-TOKENS = sum(map(len, ANSWERS))
-
-
-class Alone(SimpleNamespace):
-    """A world of one rank, or of more that a test speaks for.
-
-    Attributes:
-        others: added to every number summed over the ranks, by its name.
-        parts: what the other ranks give to a gather.
-    """
-
-    def __init__(self, others: dict[str, float] | None = None, parts: list[Any] | None = None) -> None:
-        super().__init__(device=torch.device("cpu"), others=others or {}, parts=parts or [])
-
-    def sums(self, numbers: dict[str, float]) -> dict[str, float]:
-        return {name: value + self.others.get(name, 0.0) for name, value in numbers.items()}
-
-    def gather(self, thing: Any) -> list[Any]:
-        return [thing, *self.parts]
-
-    def max(self, number: int) -> int:
-        return number
-
-
-def language(seed: int = 0) -> LanguageModel:
-    model = tiny.causal("llama", seed)
-    packed.enable(model)
-    return LanguageModel(model)
-
-
-def rewarding(seed: int = 1) -> RewardModel:
-    model = tiny.classifier("llama", seed)
-    packed.enable(model)
-    return RewardModel(model)
-
-
-def trainer_of(world: Any = None, budget: int = 1000, ref_seed: int = 0, **fields: Any) -> PpoTrainer:
-    models = SimpleNamespace(
-        actor=language(), critic=rewarding(), ref=language(ref_seed), reward=rewarding(), ema=None
-    )
-    tokenizer = SimpleNamespace(eos_token_id=tiny.EOS)
-    sizes = Sizes(budget=budget, answer=8, rows=4, loss_scale=1.0)
-    return PpoTrainer(PpoSpec(**fields), models, tokenizer, sizes, world or Alone())  # type: ignore[arg-type]
-
-
-class Steps:
-    """Optimizer steps by plain Adam, in the place of DeepSpeed's."""
-
-    def __init__(self, lr: float) -> None:
-        self.lr = lr
-        self.count = 0
-        self.gradients: list[Tensor] = []
-        self._adams: dict[int, torch.optim.Adam] = {}
-
-    def __call__(self, model: Any, losses: list[Callable[[], Tensor]]) -> float:
-        adam = self._adams.setdefault(id(model), torch.optim.Adam(model.parameters(), self.lr, (0.9, 0.95)))
-        adam.zero_grad()
-        for loss in losses:
-            loss().backward()
-        self.gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        adam.step()
-        self.count += 1
-        return 0.0
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Steps]]:
-    def put(lr: float) -> Steps:
-        made = Steps(lr)
-        monkeypatch.setattr(engines, "optimizer_step", made)
-        return made
-
-    return put
+from tests.train.ppo_trainers import ANSWERS, ROLLOUT, TOKENS, Alone, Steps, trainer_of
 
 
 def test_while_nothing_is_learnt_the_actor_is_exactly_the_one_that_sampled(
@@ -107,7 +18,7 @@ def test_while_nothing_is_learnt_the_actor_is_exactly_the_one_that_sampled(
 ) -> None:
     """Evaluating and learning see the same micro-batches without dropout: the ratio is 1 to the last bit."""
     steps(0.0)
-    trainer = trainer_of(budget=30, ppo_epochs=3, minibatches=2)
+    trainer = trainer_of(budget=30, ppo_epochs=3, minibatches=2, temperature=0.7)
     learnt = trainer.learn(trainer.evaluate(ROLLOUT))
     assert learnt["tokens"] == 3 * TOKENS
     assert learnt["ratio"] == 3 * TOKENS
