@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.data import SourceSpec
