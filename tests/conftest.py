@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.cluster import Cluster, why_not
 from tests.cluster.processes import Process, find, kill_and_wait
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 REQUIRE_SLURM = "HPC_RLHF_REQUIRE_SLURM"
 # Every process that a test starts inherits this, jobs on the cluster included.
