@@ -99,6 +99,28 @@ def test_attention_of_its_own_is_left_alone() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_attention_in_half_precision_learns_what_single_does() -> None:
+    lengths, scaling = (5, 1, 33), 0.25
+    heads = [torch.randn(1, 2, sum(lengths), 16).bfloat16().requires_grad_() for _ in range(3)]
+    weight = torch.randn(1, sum(lengths), 2, 16)
+    found, _ = packed.attention(None, *heads, None, scaling=scaling, packed_lengths=lengths)
+    grads = torch.autograd.grad((found * weight).sum(), heads)
+    single = [tensor.detach().float().requires_grad_() for tensor in heads]
+    parts = zip(*[tensor.split(lengths, 2) for tensor in single], strict=True)
+    expected = torch.cat([softmax_attention(*part, scaling).transpose(1, 2) for part in parts], dim=1)
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.01)
+    for grad, right in zip(grads, torch.autograd.grad((expected * weight).sum(), single), strict=True):
+        assert grad.dtype == torch.bfloat16
+        torch.testing.assert_close(grad.float(), right, atol=0.03, rtol=0.02)
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention by its formula."""
+    scores = query @ key.transpose(2, 3) * scaling
+    ahead = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(ahead, -torch.inf).softmax(dim=-1) @ value
+
+
 def test_a_head_with_more_than_a_matrix_uses_the_models_own_logits() -> None:
     model = tiny.causal("cohere", logit_scale=0.5)
     language = LanguageModel(model)
