@@ -82,17 +82,17 @@ class DecodeStep(nn.Module):
                     example = _example(inputs, rows, min(place, int(inputs[2].max())))
                     if not torch.equal(traced(*example), self.forward(*example)):
                         return
-        except RuntimeError:  # the model does what a trace cannot follow
+        except Exception:  # of whatever kind: the model does what a trace cannot follow
             return
         self.made.append(traced)
 
 
 def _example(inputs: Sequence[Tensor], rows: int, place: int) -> tuple[Tensor, ...]:
     """Inputs of the same kinds for so many rows that are as long as ``place``."""
-    tokens, _, _, mask, *buffers = inputs
+    mask, buffers = inputs[3], inputs[4:]
     columns = place + 1
     return (
-        torch.arange(rows) + tokens.min(),
+        torch.arange(1, rows + 1),
         torch.arange(rows),
         torch.full((rows,), place),
         mask.new_zeros(rows, columns),

@@ -24,7 +24,8 @@ class Twin:
 
     Args:
         model: the transformers model inside the training engine.
-        budget: bytes that gathered weights may take, the same on all ranks. Embeddings, head and one layer are gathered in any case.
+        budget: bytes that gathered weights may take, the same on all ranks. Embeddings, head and one layer are
+            gathered in any case.
 
     Attributes:
         module: the twin, in eval mode.

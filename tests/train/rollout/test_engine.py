@@ -213,7 +213,23 @@ def test_a_step_that_a_trace_does_not_follow_is_not_traced(world: World) -> None
     expected = sampled(engine, [0, 1, 2])
     engine.step.steps_to_trace = 2
     assert sampled(engine, [0, 1, 2]) == expected
-    assert engine.step.on_trial < ON_TRIAL, "it looked the same at first"
+    assert engine.step.steps_to_trace < 0
+    assert not engine.step.made
+
+
+def test_a_trace_that_goes_wrong_later_is_dropped(world: World) -> None:
+    engine = RolloutEngine(tiny.causal("llama"), world)
+    layer = engine.twin.module.model.layers[0]
+    forward, long = layer.forward, 30
+    layer.forward = lambda hidden, *args, **how: (
+        forward(hidden, *args, **how) * (1 if int(how["position_ids"].max()) < long else 2)
+    )
+    expected = sampled(engine, [6], rows=1)  # a prompt of 40 tokens
+    engine.step.steps_to_trace = 2
+    sampled(engine, [0, 1, 2, 3])  # of 12 at most
+    assert engine.step.made
+    assert 0 < engine.step.on_trial < ON_TRIAL
+    assert sampled(engine, [6], rows=1) == expected
     assert not engine.step.made
 
 
