@@ -58,16 +58,19 @@ def generalized_advantages(
     Returns:
         Advantages and returns (advantage + value), (batch, answer), 0 outside the mask.
     """
-    values, rewards = values.where(mask, 0.0), rewards.where(mask, 0.0)
+    values, rewards = (
+        values.where(mask, 0.0),
+        rewards.where(mask, 0.0),
+    )  # so nothing comes from behind the end
     advantages = torch.zeros_like(rewards)
     carried = torch.zeros_like(rewards[:, 0])
     next_value = torch.zeros_like(carried)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        carried = (delta + gamma * lam * carried) * mask[:, t]
+        carried = delta + gamma * lam * carried
         advantages[:, t] = carried
         next_value = values[:, t]
-    return advantages, (advantages + values) * mask
+    return advantages, advantages + values
 
 
 def policy_loss_sum(
