@@ -58,10 +58,8 @@ def generalized_advantages(
     Returns:
         Advantages and returns (advantage + value), (batch, answer), 0 outside the mask.
     """
-    values, rewards = (
-        values.where(mask, 0.0),
-        rewards.where(mask, 0.0),
-    )  # so nothing comes from behind the end
+    # Zeros behind an answer's end, so that nothing comes from there.
+    values, rewards = values.where(mask, 0.0), rewards.where(mask, 0.0)
     advantages = torch.zeros_like(rewards)
     carried = torch.zeros_like(rewards[:, 0])
     next_value = torch.zeros_like(carried)
