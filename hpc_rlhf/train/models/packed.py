@@ -25,7 +25,8 @@ def attention(
     Args:
         query: (batch, heads, queries, dim).
         key, value: (batch, key heads, keys, dim).
-        attention_mask: (batch, 1, queries, keys), True where a query may look; None for plain causal attention.
+        attention_mask: (batch, 1, queries, keys), True where a query may look, or what is added to its scores; None
+            for plain causal attention.
         packed_lengths: the batch is one row of sequences of these lengths, and the mask is of no account.
         sliding_window: keys that a query sees, itself included, where sequences are packed.
 

@@ -15,6 +15,9 @@ from hpc_rlhf.train.rollout.step import DecodeStep
 # Prompt tokens that go through the model at once, so that their activations stay small.
 PROMPT_TOKENS = 8192
 
+# Rows wait for new prompts until one in so many is free, so that the prompts share a forward pass.
+REFILLED = 8
+
 
 @torch.no_grad()
 def decode(
@@ -46,7 +49,7 @@ def decode(
     while waiting or live:
         before()
         first = len(live)
-        if waiting and first < rows:
+        if waiting and rows - first >= max(1, rows // REFILLED):
             live += _next(waiting, prompts, rows - first)
             drawn += [0] * (len(live) - first)
             logits = batch.begin(first, [prompts[number] for number in live[first:]])

@@ -309,6 +309,24 @@ def test_a_step_costs_no_more_than_its_live_rows(world: World) -> None:
     assert max(rows for rows, _ in shapes) == 4
 
 
+def test_prompts_that_wait_share_a_forward_pass(world: World) -> None:
+    engine = RolloutEngine(tiny.causal("llama", tie_word_embeddings=False), world)
+    one, few = [[5, 6, 7]] * 60, Sampling(temperature=2.0)
+    keys: list[tuple[object, ...]] = [(number,) for number in range(60)]
+    eos_id = engine.generate(one[:1], keys[:1], LIMIT, few, NO_EOS, 1)[0][3]
+    begun: list[int] = []
+    engine.twin.module.register_forward_pre_hook(
+        lambda module, args, how: begun.append(len(how.get("packed_lengths", ()))), with_kwargs=True
+    )
+    answers = engine.generate(one, keys, LIMIT, few, eos_id, 32)
+    begun = [prompts - 1 for prompts in begun if prompts]  # one fills up the row of tokens
+    assert begun[0] == 32
+    assert sum(begun) == 60
+    assert len(begun) > 3
+    assert all(prompts >= 4 for prompts in begun[1:-1])
+    assert answers == engine.generate(one, keys, LIMIT, few, eos_id, 60)
+
+
 def test_tokens_come_as_they_are_drawn() -> None:
     model = tiny.causal("llama")
     packed.enable(model)
