@@ -101,7 +101,9 @@ class DeepSpeedRLHFEngine:
         start = Start(
             actor=actor_model_name_or_path,
             reward=critic_model_name_or_path,
-            ds_config=json.loads(Templates().ds_config(job, self.spec)),
+            ds_configs={
+                model: json.loads(text) for model, text in Templates().ds_configs(job, self.spec).items()
+            },
             longest=max_prompt_tokens + max_answer_tokens,
             updates=num_total_iters,
             seed=seed,

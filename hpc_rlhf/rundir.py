@@ -99,8 +99,9 @@ class RunDir:
     def sbatch(self, stage: str) -> Path:
         return self.scripts / f"{stage}.sbatch"
 
-    def ds_config(self, stage: str) -> Path:
-        return self.scripts / f"{stage}.ds_config.json"
+    def ds_config(self, stage: str, model: str = "") -> Path:
+        """Of one of a stage's models, as ``StageSpec.strategies`` names them."""
+        return self.scripts / ".".join(filter(None, (stage, model, "ds_config.json")))
 
     def hostfile_template(self, stage: str) -> Path:
         return self.scripts / f"{stage}.hostfile.in"

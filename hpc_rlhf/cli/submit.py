@@ -60,7 +60,7 @@ def _echo_preview(spec: JobSpec, beside: Path) -> None:
     for job in plan.jobs:
         files = (
             plan.run.sbatch(job.stage),
-            plan.run.ds_config(job.stage),
+            *(plan.run.ds_config(job.stage, model) for model in spec.stage(job.stage).strategies),
             plan.run.hostfile_template(job.stage),
         )
         click.echo("  " + "  ".join(path.name for path in files))

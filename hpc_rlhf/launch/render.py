@@ -52,8 +52,11 @@ class Templates:
         """The hostfile's line for one node, which the script fills in with the allocation's nodes."""
         return self._render("hostfile.j2", plan=plan, job=job, slurm=job.slurm)
 
-    def ds_config(self, job: PlannedJob, stage: StageSpec) -> str:
-        """The DeepSpeed config of a stage."""
+    def ds_configs(self, job: PlannedJob, stage: StageSpec) -> dict[str, str]:
+        """The DeepSpeed config of each of a stage's models, as ``StageSpec.strategies`` names them."""
+        return {model: self._ds_config(job, strategy) for model, strategy in stage.strategies.items()}
+
+    def _ds_config(self, job: PlannedJob, stage: StageSpec) -> str:
         text = self._render("ds_config.json.j2", job=job, batch=job.batch, stage=stage)
         try:
             json.loads(text)
@@ -89,7 +92,8 @@ def render(spec: JobSpec, out_dir: Path, beside: Path | None = None) -> list[Pat
     for job in plan.jobs:
         script = templates.script(plan, job, rank_command(plan, job))
         texts[out_dir / plan.run.sbatch(job.stage).name] = script
-        texts[out_dir / plan.run.ds_config(job.stage).name] = templates.ds_config(job, spec.stage(job.stage))
+        for model, text in templates.ds_configs(job, spec.stage(job.stage)).items():
+            texts[out_dir / plan.run.ds_config(job.stage, model).name] = text
         texts[out_dir / plan.run.hostfile_template(job.stage).name] = templates.hostfile(plan, job)
     for path, text in texts.items():
         # Replaced in one step: ranks of a job that is starting may be reading the old file.

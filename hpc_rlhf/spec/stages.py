@@ -48,6 +48,11 @@ class StageSpec(Model):
         default=SlurmSpec(), description="Slurm settings of this stage, over those of the top-level slurm."
     )
 
+    @property
+    def strategies(self) -> dict[str, StageSpec]:
+        """How each of the stage's models is held in memory, by the model's name; the one trained has none."""
+        return {"": self}
+
 
 class TrainingSpec(StageSpec):
     """What all stages that train have in common."""
@@ -77,6 +82,14 @@ class TrainingSpec(StageSpec):
         default=100,
         description="Steps that onebit-adam is AdamW before it freezes the variance: past the learning rate's warm-up, and about a seventh of all.",
     )
+    offload_optimizer: bool = Field(
+        default=False,
+        description="Keep the optimizer's state, 12 bytes a weight, in CPU memory and update the weights there. For a model that does not fit the GPUs otherwise: a step waits for the CPU. Needs zero: 1 or more.",
+    )
+    offload_params: bool = Field(
+        default=False,
+        description="Keep the weights in CPU memory and bring each layer to the GPU when it is its turn. For a model whose shards alone do not fit the GPUs: every pass waits for the bus. Needs zero: 3.",
+    )
     activation_checkpointing: bool = Field(
         default=False,
         description="Keep fewer activations and compute them again in the backward pass: less memory, about a third more time.",
@@ -93,13 +106,23 @@ class TrainingSpec(StageSpec):
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Checkpoints kept.")
 
     @model_validator(mode="after")
-    def _onebit_whole(self) -> TrainingSpec:
+    def _strategy_sound(self) -> TrainingSpec:
+        self.check_strategy()
+        return self
+
+    def check_strategy(self) -> None:
+        """Raises ValueError where settings of optimizer, ZeRO and offload do not go together."""
         if self.optimizer == "onebit-adam" and self.zero != 0:
             raise ValueError(
                 "onebit-adam needs zero: 0, because every rank compresses the momentum of all weights, and "
                 "ZeRO leaves it only a share of them"
             )
-        return self
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError(
+                "offload_optimizer needs zero: 1 or more, because it is ZeRO's share of the optimizer that is moved"
+            )
+        if self.offload_params and self.zero != 3:
+            raise ValueError("offload_params needs zero: 3, which alone fetches weights layer by layer")
 
 
 class SftSpec(TrainingSpec):
@@ -115,7 +138,44 @@ class RewardSpec(TrainingSpec):
     lr: Rate = Field(default=5.0e-5, description="Peak learning rate.")
 
 
-class PpoSpec(TrainingSpec):
+class ReferredSpec(TrainingSpec):
+    """What stages have in common that hold the model in training against frozen ones."""
+
+    offload_frozen: bool = Field(
+        default=False,
+        description="Keep the weights of frozen models, the reference and the reward model, in CPU memory, sharded over the ranks, and bring them to the GPU layer by layer. They are asked but once for each answer; their memory goes to larger micro-batches.",
+    )
+
+    @property
+    def of_frozen(self) -> StageSpec:
+        """This spec as the frozen counterpart of the model in training takes it."""
+        offload = {"zero": 3, "offload_params": True} if self.offload_frozen else {}
+        return self.model_copy(update={"offload_optimizer": False, **offload})
+
+
+class CriticSpec(Model):
+    """How the critic is trained, where that differs from the actor. What is left out is the actor's."""
+
+    zero: Literal[0, 1, 2, 3] | None = Field(
+        default=None,
+        description="DeepSpeed's ZeRO stage of the critic and of the reward model. A critic much smaller than the actor is faster with less sharding.",
+    )
+    offload_optimizer: bool | None = Field(
+        default=None, description="Keep the state of the critic's optimizer in CPU memory."
+    )
+    offload_params: bool | None = Field(
+        default=None, description="Keep the critic's weights in CPU memory; needs its zero to be 3."
+    )
+    activation_checkpointing: bool | None = Field(
+        default=None, description="Compute the critic's activations again in the backward pass."
+    )
+    lora: LoraSpec | None = Field(
+        default=None,
+        description="Train low-rank adapters of the critic. Left out, all of it is trained, also where the actor has adapters.",
+    )
+
+
+class PpoSpec(ReferredSpec):
     """Proximal policy optimisation (arXiv 1707.06347) of the actor against the reward model.
 
     One step is one rollout of global_batch x minibatches prompts and the optimizer steps on it.
@@ -187,6 +247,34 @@ class PpoSpec(TrainingSpec):
         description="Pretraining text mixed into the actor's optimizer steps (InstructGPT's PPO-ptx), or null.",
     )
     ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
+    critic: CriticSpec = Field(
+        default=CriticSpec(), description="How the critic is trained, where that differs from the actor."
+    )
+
+    @model_validator(mode="after")
+    def _critic_sound(self) -> PpoSpec:
+        try:
+            self.of_critic.check_strategy()
+        except ValueError as error:
+            raise ValueError(f"critic: {error}") from None
+        return self
+
+    @property
+    def of_critic(self) -> PpoSpec:
+        """This spec with the critic's own settings in place of the actor's."""
+        own = {name: value for name, value in self.critic if value is not None}
+        zero = own.get("zero", self.zero)
+        followed = {
+            "offload_optimizer": self.offload_optimizer and zero > 0,
+            "offload_params": self.offload_params and zero == 3,
+            "lora": None,
+        }
+        return self.model_copy(update={**followed, **own})
+
+    @property
+    def strategies(self) -> dict[str, StageSpec]:
+        critic = self.of_critic
+        return {"": self, "critic": critic, "ref": self.of_frozen, "reward": critic.of_frozen}
 
     @model_validator(mode="after")
     def _steerable(self) -> PpoSpec:
@@ -197,7 +285,7 @@ class PpoSpec(TrainingSpec):
         return self
 
 
-class DpoSpec(TrainingSpec):
+class DpoSpec(ReferredSpec):
     """Direct preference optimisation (arXiv 2305.18290) on pairs, in place of the reward model and PPO. A sample is a pair.
 
     It starts from the SFT model, if there is one. That is also the reference; with lora.only the adapters switched
@@ -216,6 +304,10 @@ class DpoSpec(TrainingSpec):
         default=0.0,
         description="Share of the pairs thought to be the wrong way round; above 0 where the preferences are noisy.",
     )
+
+    @property
+    def strategies(self) -> dict[str, StageSpec]:
+        return {"": self, "ref": self.of_frozen}
 
 
 class EvalSpec(StageSpec):

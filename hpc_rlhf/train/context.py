@@ -50,13 +50,21 @@ class StageContext:
         self.ledger = Ledger(self.run.ledger)
         self.stage_spec: StageSpec = self.spec.stage(self.stage)
         self.files: StageDir = self.run.stage(self.stage)
-        self.ds_config: dict[str, Any] = json.loads(self.run.ds_config(self.stage).read_text())
+        self.ds_configs: dict[str, dict[str, Any]] = {
+            model: json.loads(self.run.ds_config(self.stage, model).read_text())
+            for model in self.stage_spec.strategies
+        }
         self.checkpoint_every, keep = 1, 2  # where nothing is trained, a checkpoint is small
         if isinstance(self.stage_spec, TrainingSpec):
             self.checkpoint_every, keep = self.stage_spec.checkpoint_every, self.stage_spec.keep_checkpoints
         self.store = CheckpointStore(self.files.checkpoints, self.attempt, keep, self.world)
 
     # Batches and types
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        """DeepSpeed's, of the model that the stage trains."""
+        return self.ds_configs[""]
 
     @property
     def micro(self) -> int:

@@ -1,4 +1,4 @@
-"""The stages on real ranks: they agree whatever the sharding, resume exactly, and refuse what they must."""
+"""The stages on real ranks: they resume exactly, and refuse what they must."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ STAGES = ("sft", "reward", "ppo")
 EVERYTHING: dict[str, Any] = {
     "zero": 3, "precision": "bf16", "lora": {"rank": 4, "only": False}, "activation_checkpointing": True,
 }  # fmt: skip
+OFFLOADED = {**EVERYTHING, "offload_optimizer": True, "offload_params": True}
 PPO_EVERYTHING = {
-    **EVERYTHING, "ema": True, "ptx": {"demo": 50}, "ppo_epochs": 2, "minibatches": 2, "top_p": 0.9, "top_k": 50,
+    **OFFLOADED, "offload_frozen": True, "critic": {"zero": 2, "offload_optimizer": False},
+    "ema": True, "ptx": {"demo": 50}, "ppo_epochs": 2, "minibatches": 2, "top_p": 0.9, "top_k": 50,
     "kl_target": 1e-3, "kl_horizon": 100, "normalize_scores": True, "whiten_rewards": True, "stop_kl": 1e-6,
 }  # fmt: skip
 
@@ -44,15 +46,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 def train_lines(run: RunDir, stage: str) -> list[dict[str, Any]]:
     return [line for line in metrics(run, stage) if line["kind"] == "train"]
-
-
-def assert_same_curves(run: RunDir, other: RunDir, tolerance: float) -> None:
-    for stage, name in (("sft", "loss"), ("reward", "loss"), ("ppo", "kl")):
-        ours, theirs = train_lines(run, stage), train_lines(other, stage)
-        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-        assert [line[name] for line in ours] == pytest.approx(
-            [line[name] for line in theirs], rel=tolerance, abs=tolerance
-        )
 
 
 def test_a_chain_hands_over_models_that_load(plain: RunDir) -> None:
@@ -94,33 +87,11 @@ def test_samples_stand_once_and_end_side_by_side(plain: RunDir) -> None:
     assert {"prompt", "answer", "reward", "sft_answer", "sft_reward"} <= set(final[0])
 
 
-def test_zero_3_follows_the_unsharded_run(plain: RunDir, tmp_path: Path) -> None:
-    sharded = {"zero": 3}
-    run = make_run(tiny_spec(tmp_path / "run", sft=sharded, reward=sharded, ppo=sharded))
-    run_chain(run)
-    assert_same_curves(run, plain, tolerance=1e-4)
-
-
-def test_four_ranks_without_accumulation_follow_two_with(plain: RunDir, tmp_path: Path) -> None:
-    run = make_run(tiny_spec(tmp_path / "run", ranks=4))
-    run_chain(run, ranks=4)
-    assert_same_curves(run, plain, tolerance=1e-4)
-
-
-@pytest.mark.parametrize(("zero", "precision"), [(1, "fp16"), (2, "bf16")])
-def test_half_precision_follows_float32(plain: RunDir, tmp_path: Path, zero: int, precision: str) -> None:
-    fields = {"zero": zero, "precision": precision}
-    run = make_run(tiny_spec(tmp_path / "run", sft=fields, reward={}, ppo={}))
-    assert run_stage(run, "sft", 2) == [0, 0], log_tail(run, "sft")
-    ours = [line["loss"] for line in train_lines(run, "sft")]
-    assert ours == pytest.approx([line["loss"] for line in train_lines(plain, "sft")], rel=5e-3)
-
-
 def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
     """Stopped in every stage and gone on with, a chain is bit for bit the chain that nobody stopped."""
 
     def make(name: str) -> RunDir:
-        return make_run(tiny_spec(tmp_path / name, sft=EVERYTHING, reward=EVERYTHING, ppo=PPO_EVERYTHING))
+        return make_run(tiny_spec(tmp_path / name, sft=EVERYTHING, reward=OFFLOADED, ppo=PPO_EVERYTHING))
 
     whole, stopped = make("whole"), make("stopped")
     run_chain(whole)

@@ -66,7 +66,7 @@ def training_engine(
         optimizer = OneBitAdam(groups, lr, spec.betas, spec.clip_grad, spec.onebit_warmup)
         config["gradient_clipping"] = 0.0  # it clips by the norm of the average, which DeepSpeed does not see
     else:
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=spec.betas, fused=torch.cuda.is_available())
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=spec.betas, fused=True)
     rate = partial(_rate, spec.schedule, min(spec.warmup, total), total)
     engine, *_ = deepspeed.initialize(
         model=model,

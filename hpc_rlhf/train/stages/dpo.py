@@ -51,22 +51,25 @@ class DpoModels:
     """
 
     def __init__(self, context: StageContext, spec: DpoSpec, total: int) -> None:
-        config, world = context.ds_config, context.world
+        configs, world = context.ds_configs, context.world
         source = (
             str(context.run.stage("sft").model)
             if "sft" in context.spec.needs("dpo")
             else context.start_model(context.spec.models.actor)
         )
         self.own_ref = spec.lora is None or not spec.lora.only
-        with engines.sharded_loading(config):
+        with engines.sharded_loading(configs[""]):
             self.policy = load_causal(source, context.dtype, spec.dropout)
+        with engines.sharded_loading(configs["ref"]):
             ref = load_causal(source, context.dtype) if self.own_ref else None
         check_fits(self.policy.config, context.tokenizer, context.longest, source)
         adapted(self.policy, spec, context.spec.seed)
-        self.engine = engines.training_engine(LanguageModel(self.policy), config, spec, spec.lr, total)
+        self.engine = engines.training_engine(LanguageModel(self.policy), configs[""], spec, spec.lr, total)
         self.ref_policy = self.policy if ref is None else ref
         self.ref = (
-            self.engine if ref is None else engines.frozen_engine(LanguageModel(ref), config, world.device)
+            self.engine
+            if ref is None
+            else engines.frozen_engine(LanguageModel(ref), configs["ref"], world.device)
         )
 
     @contextmanager

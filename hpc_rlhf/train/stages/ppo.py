@@ -47,7 +47,7 @@ class PpoStage:
             if "sft" in context.spec.needs("ppo")
             else context.start_model(context.spec.models.actor),
             reward=str(context.run.stage("reward").model),
-            ds_config=context.ds_config,
+            ds_configs=context.ds_configs,
             longest=context.longest,
             updates=self.total * self.spec.ppo_epochs * self.spec.minibatches,
             seed=context.spec.seed,

@@ -23,14 +23,14 @@ class Start:
 
     Attributes:
         actor, reward: folders or hub ids.
-        ds_config: DeepSpeed's.
+        ds_configs: DeepSpeed's, by the names of ``PpoSpec.strategies``.
         longest: tokens of the longest prompt with its answer.
         updates: optimizer steps in all.
     """
 
     actor: str
     reward: str
-    ds_config: dict[str, Any]
+    ds_configs: dict[str, dict[str, Any]]
     longest: int
     updates: int
     seed: int
@@ -48,25 +48,27 @@ class PpoModels:
     """
 
     def __init__(self, spec: PpoSpec, start: Start, tokenizer: Any, world: World) -> None:
-        dtype, config = DTYPES[spec.precision], start.ds_config
-        with engines.sharded_loading(config):
+        dtype, configs = DTYPES[spec.precision], start.ds_configs
+        with engines.sharded_loading(configs[""]):
             self.policy = load_causal(start.actor, dtype, spec.dropout)
+        with engines.sharded_loading(configs["critic"]):
             critic = load_reward(start.reward, dtype, None, spec.dropout)
+        with engines.sharded_loading(configs["ref"]):
             self.ref_policy = load_causal(start.actor, dtype)
+        with engines.sharded_loading(configs["reward"]):
             reward = load_reward(start.reward, dtype, None)
         check_fits(self.policy.config, tokenizer, start.longest, start.actor)
         check_fits(critic.classifier.config, tokenizer, start.longest, start.reward)
         adapted(self.policy, spec, start.seed)
-        if spec.activation_checkpointing:
-            critic.classifier.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+        adapted(critic.classifier, spec.of_critic, start.seed)
         self.actor = engines.training_engine(
-            LanguageModel(self.policy), config, spec, spec.actor_lr, start.updates
+            LanguageModel(self.policy), configs[""], spec, spec.actor_lr, start.updates
         )
-        self.critic = engines.training_engine(critic, config, spec, spec.critic_lr, start.updates)
-        self.ref = engines.frozen_engine(LanguageModel(self.ref_policy), config, world.device)
-        self.reward = engines.frozen_engine(reward, config, world.device)
+        self.critic = engines.training_engine(
+            critic, configs["critic"], spec.of_critic, spec.critic_lr, start.updates
+        )
+        self.ref = engines.frozen_engine(LanguageModel(self.ref_policy), configs["ref"], world.device)
+        self.reward = engines.frozen_engine(reward, configs["reward"], world.device)
         self.rollouts = RolloutEngine(self.policy, world)
         self.ema = Ema(self.policy, spec.ema_beta, world.rank, world.size) if spec.ema else None
 

@@ -1,0 +1,53 @@
+"""How each of a stage's models is held in memory: what is not said follows the actor, as far as it can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.spec.stages import DpoSpec, PpoSpec, SftSpec
+
+EVERYTHING = {"zero": 3, "offload_optimizer": True, "offload_params": True, "activation_checkpointing": True}
+LORA = {"rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("critic", "expected"),
+    [
+        ({}, EVERYTHING),
+        ({"zero": 2}, {**EVERYTHING, "zero": 2, "offload_params": False}),
+        ({"zero": 0}, {"zero": 0, "offload_optimizer": False, "offload_params": False}),
+        ({"offload_optimizer": False}, {**EVERYTHING, "offload_optimizer": False}),
+        ({"activation_checkpointing": False}, {**EVERYTHING, "activation_checkpointing": False}),
+    ],
+)
+def test_critic_follows_the_actor_in_what_it_leaves_out(
+    critic: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    made = PpoSpec.model_validate({**EVERYTHING, "lora": LORA, "critic": critic}).of_critic
+    assert {name: getattr(made, name) for name in expected} == expected
+    assert made.lora is None
+
+
+def test_critic_has_adapters_of_its_own() -> None:
+    spec = PpoSpec.model_validate({"lora": LORA, "critic": {"lora": {"rank": 8}}})
+    assert spec.of_critic.lora is not None
+    assert (spec.lora and spec.lora.rank, spec.of_critic.lora.rank) == (4, 8)
+
+
+def test_frozen_models_are_held_like_their_counterparts_or_in_cpu_memory() -> None:
+    def held(spec: PpoSpec | DpoSpec) -> dict[str, tuple[int, bool]]:
+        strategies = spec.strategies.items()
+        return {name: (each.zero, each.offload_params) for name, each in strategies}  # type: ignore[attr-defined]
+
+    apart: dict[str, Any] = {"zero": 3, "critic": {"zero": 0}}
+    whole = {"": (3, False), "critic": (0, False)}
+    assert held(PpoSpec(**apart)) == {**whole, "ref": (3, False), "reward": (0, False)}
+    assert held(PpoSpec(**apart, offload_frozen=True)) == {**whole, "ref": (3, True), "reward": (3, True)}
+    assert held(DpoSpec(zero=1, offload_frozen=True)) == {"": (1, False), "ref": (3, True)}
+
+
+def test_a_stage_with_one_model_has_one_strategy() -> None:
+    spec = SftSpec(zero=2)
+    assert spec.strategies == {"": spec}

@@ -1,0 +1,58 @@
+"""Runs chains of stages one after the other on ranks that start but once; loading DeepSpeed takes longer than the stages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import read_spec
+from tests.train.stages import free_port, rank_environment
+
+DEADLINE = 600.0
+
+
+def run_chains(runs: Sequence[RunDir], ranks: int) -> None:
+    """Run all stages of each run on the same ranks.
+
+    Raises:
+        AssertionError: a rank failed; it holds the ends of their logs.
+    """
+    logs = [runs[0].path.parent / f"ranks-{ranks}.{rank}.log" for rank in range(ranks)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.train.grid", *(str(run.path) for run in runs)],
+            env=environment,
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for environment, log in zip(rank_environment(ranks, free_port()), logs, strict=True)
+    ]
+    try:
+        codes = [process.wait(DEADLINE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def main() -> None:
+    """One rank."""
+    from hpc_rlhf.train import world as worlds
+    from hpc_rlhf.train.entry import Attempt
+    from hpc_rlhf.train.preemption import StopFlag
+
+    world = worlds.join(worlds.launcher_ranks()[1])
+    for path in sys.argv[1:]:
+        run = RunDir(Path(path))
+        spec = read_spec(run.job_yaml)
+        for stage in spec.stage_names:
+            Attempt(run, stage, StopFlag(), name="grid").train(spec, world)
+    worlds.leave()
+
+
+if __name__ == "__main__":
+    main()
