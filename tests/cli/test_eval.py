@@ -12,6 +12,7 @@ import pytest
 from hpc_rlhf import manifest
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import dump_spec
 from tests.cli.test_startup import TRAINING, loaded_by
 from tests.observe.test_evaluation import REPORT
 from tests.train.finished import as_if_trained
@@ -73,8 +74,11 @@ def test_a_run_without_the_stage_is_evaluated_by_its_defaults(tmp_path: Path) ->
         "started",
         "finished",
     ]
-    repeated = cli("eval", run.path, "--prompts", "5", "--json")
-    assert json.loads(repeated.stdout) == report
+    job = tmp_path / "job.yaml"  # a person's own, without the stage
+    job.write_text(dump_spec(spec))
+    for words in ((run.path, "--prompts", "5"), (run.path,), (job,)):
+        repeated = cli("eval", *words, "--json")
+        assert json.loads(repeated.stdout) == report, repeated.stderr
     assert list(Ledger(run.ledger).events("eval")) == events  # found, not made again
     status = json.loads(cli("status", run.path, "--json").stdout)["stages"][-1]
     assert (status["stage"], status["state"], status["step"], status["metric"]) == (
