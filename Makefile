@@ -13,8 +13,10 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CLUSTER ?= /tmp/hpc-rlhf-cluster
 # Tests to run, such as `make test TESTS="tests/spec -k position"`.
 TESTS ?=
+# How long to measure: full, or short.
+BENCH ?= full
 
-.PHONY: help install demo test lint cluster cluster-down clean
+.PHONY: help install demo test bench lint cluster cluster-down clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -32,12 +34,21 @@ install: .venv/.installed-dev  ## Install into .venv, with what development need
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
+# TRL's newest, and beside it 1.12, the last with a PPO: a package cannot be installed in two versions.
+.venv/.installed-bench: .venv/.installed-dev
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/trl-ppo trl==1.12.0
+	@touch $@
+
 demo: .venv/.installed  ## Make a tiny chat model on this machine, in a new folder under runs/
 	$(BIN)/hpc-rlhf run jobs/tiny.yaml --set run_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/.installed-dev  ## Run all tests, on a real Slurm where one can be started
 	scripts/install-slurm.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup $(TESTS)
+
+bench: .venv/.installed-bench  ## Time ours and its peers on this machine; BENCH=short takes less long
+	BENCH=$(BENCH) $(BIN)/python -m tests.benchmarks
 
 lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Ours and peers on the same model, data and device: ``make bench``."""

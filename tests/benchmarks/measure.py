@@ -1,0 +1,83 @@
+"""What each side measures in its own process: the seconds of its steps, and its memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+
+def _peak_mib() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@dataclass
+class Result:
+    """One run of one side.
+
+    Attributes:
+        seconds: of each step after the warm-up.
+        samples, tokens: of all those steps together; tokens are real ones, no padding.
+        cpu: seconds that the process's threads worked in them: what to look at where the machine is not quiet.
+        peak_mib: largest resident memory of the process, or of the GPU where there is one.
+        facts: what shows that the sides did the same, such as the last loss.
+    """
+
+    seconds: list[float]
+    samples: int
+    tokens: int
+    cpu: float
+    facts: dict[str, float | None]
+    peak_mib: float = field(default_factory=_peak_mib)
+
+
+class Clock:
+    """The end of each step, by the clock and in work of the process."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.worked: list[float] = []
+
+    def step(self) -> None:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+        self.worked.append(time.process_time())
+
+    def result(self, warm_up: int, samples: int, tokens: int, **facts: float | None) -> Result:
+        """What was timed.
+
+        Args:
+            warm_up: steps that are not counted, one at least.
+            samples, tokens: of the steps timed.
+        """
+        ends = self.ends[warm_up - 1 :]
+        seconds = [after - before for before, after in pairwise(ends)]
+        return Result(seconds, samples, tokens, self.worked[-1] - self.worked[warm_up - 1], facts)
+
+
+def main(sides: Mapping[str, Callable[[argparse.Namespace], Result]]) -> None:
+    """Run one side as ``python -m tests.benchmarks.<file> <task> --work …`` and write its result."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("task", choices=sorted(sides))
+    parser.add_argument("--work", type=Path, required=True, help="folder of the workload")
+    parser.add_argument("--run", type=Path, required=True, help="folder of this run's own files")
+    parser.add_argument("--samples", type=int, required=True, help="of an optimizer step")
+    parser.add_argument("--steps", type=int, required=True, help="with those that warm up")
+    parser.add_argument("--warm-up", type=int, required=True, help="steps that are not counted")
+    options = parser.parse_args()
+    result = sides[options.task](options)
+    if os.environ.get("RANK", "0") == "0":
+        (options.run / "result.json").write_text(json.dumps(asdict(result)))

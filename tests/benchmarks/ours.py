@@ -1,0 +1,77 @@
+"""Our side: the stages as ``hpc-rlhf run`` runs them, timed by the lines of their metrics."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+
+from hpc_rlhf import manifest
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.train import context
+from hpc_rlhf.train.data.sampler import sample_at
+from hpc_rlhf.train.entry import run_stage
+from hpc_rlhf.train.metrics import MetricsLog
+from tests.benchmarks import workload
+from tests.benchmarks.measure import Clock, Result, main
+from tests.train.stages import free_port, make_run
+
+
+class _Ticking(MetricsLog):
+    """The stage's own metrics; each training step's line stops the clock."""
+
+    clock = Clock()
+    last: Mapping[str, float | None] = {}
+
+    def log(self, step: int, total_steps: int, kind: str, values: Mapping[str, float | None]) -> None:
+        super().log(step, total_steps, kind, values)
+        if kind == "train":
+            self.clock.step()
+            type(self).last = values
+
+
+def _run(options: Namespace) -> RunDir:
+    """Run a stage to its end in this process."""
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    context.MetricsLog = _Ticking  # type: ignore[misc]
+    fields = workload.job(options.work, options.run / "run", options.task, options.samples, options.steps)
+    run = make_run(JobSpec.model_validate(fields))
+    if options.task == "ppo":
+        _hand_over(options.work / "reward", run.stage("reward").model)
+    run_stage(str(run.path), options.task)
+    return run
+
+
+def _hand_over(made: Path, target: Path) -> None:
+    """Let a folder with a reward model stand for the model of the reward stage."""
+    shutil.copytree(made, target)
+    manifest.write(target, {"stage": "reward", "step": 1, "seconds": 0, "metrics": {}})
+
+
+def _tokens(run: RunDir, options: Namespace) -> int:
+    """Real tokens of the timed steps, by the rows that the sampler drew."""
+    (path,) = run.stage(options.task).data.glob("*/train.arrow")
+    rows = datasets.Dataset.from_file(str(path))
+    tokens = 0
+    for place in range(options.warm_up * options.samples, options.steps * options.samples):
+        row = rows[sample_at(place, len(rows), workload.SEED, options.task)]
+        answers = [len(row[f"{name}_ids"]) for name in ("chosen", "rejected") if row.get(f"{name}_ids")]
+        answers = [workload.ANSWER] if options.task == "ppo" else answers
+        tokens += sum(len(row["prompt_ids"]) + answer for answer in answers)
+    return tokens
+
+
+def stage(options: Namespace) -> Result:
+    run = _run(options)
+    facts = {name: _Ticking.last[name] for name in ("loss", "answer_tokens") if name in _Ticking.last}
+    samples = options.samples * (options.steps - options.warm_up)
+    return _Ticking.clock.result(options.warm_up, samples, _tokens(run, options), **facts)
+
+
+if __name__ == "__main__":
+    main({"sft": stage, "reward": stage, "ppo": stage})

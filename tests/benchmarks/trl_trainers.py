@@ -1,0 +1,157 @@
+"""TRL's trainers, each with the settings that made it fastest here.
+
+SFT and the reward model by the newest TRL, PPO by 1.12, the last release seen that has it (``make bench`` puts it into a
+folder of its own). Weights in bfloat16 were faster than float32 and than autocast in all three. SFT packs by best fit
+with attention kept inside each sample; of 1, 2, 4 and 8 rows of 512 in a pass, 1 was the fastest on a CPU, because the
+mask of a pass is as large as its rows squared.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from tests.benchmarks import workload
+from tests.benchmarks.measure import Clock, Result, main
+
+# Rows of 512 that SFT packs into one pass.
+PACKED_ROWS = 1
+
+
+class _Ticks(TrainerCallback):
+    """A clock that stops at the end of every optimizer step."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.clock.step()
+
+
+def _arguments(options: Namespace, **more: Any) -> dict[str, Any]:
+    import torch
+
+    return {
+        "output_dir": str(options.run / "trl"), "max_steps": options.steps, "learning_rate": 1e-3,
+        "per_device_train_batch_size": options.samples, "use_cpu": not torch.cuda.is_available(),
+        "bf16": False, "gradient_checkpointing": False, "max_grad_norm": 1.0, "save_strategy": "no",
+        "report_to": [], "logging_steps": 10**6, "disable_tqdm": True, "adam_beta2": 0.95,
+        "lr_scheduler_type": "cosine", "optim": "adamw_torch_fused", "dataloader_num_workers": 0, **more,
+    }  # fmt: skip
+
+
+def _tokenizer(work: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(work / "model")
+
+
+def _model(kind: str, folder: Path, **more: Any) -> Any:
+    import torch
+    import transformers
+
+    return getattr(transformers, kind).from_pretrained(folder, dtype=torch.bfloat16, **more)
+
+
+def _counted(trainer: Any) -> list[int]:
+    """Real tokens of each batch that the trainer makes, as they come."""
+    tokens: list[int] = []
+    collate = trainer.data_collator
+
+    def counting(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = collate(examples)
+        mask = batch.get("attention_mask")
+        tokens.append(int(batch["input_ids"].numel() if mask is None else mask.sum()))
+        return batch
+
+    trainer.data_collator = counting
+    return tokens
+
+
+def sft(options: Namespace) -> Result:
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [row["prompt_ids"] + row["chosen_ids"] for row in workload.rows(options.work, "sft")]
+    data = datasets.Dataset.from_dict({"input_ids": rows})
+    mean = sum(map(len, rows)) / len(rows)
+    packs = max(1, round(options.samples * mean / workload.LONGEST))  # as many samples a step as the others
+    at_once = min(PACKED_ROWS, packs)
+    clock = Clock()
+    trainer = SFTTrainer(
+        _model("AutoModelForCausalLM", options.work / "model"),
+        SFTConfig(
+            **_arguments(
+                options, per_device_train_batch_size=at_once, gradient_accumulation_steps=packs // at_once
+            ),
+            packing=True, max_length=workload.LONGEST, shuffle_dataset=True,
+        ),
+        train_dataset=data, processing_class=_tokenizer(options.work), callbacks=[_Ticks(clock)],
+    )  # fmt: skip
+    counts = _counted(trainer)
+    loss = trainer.train().training_loss
+    passes = counts[options.warm_up * (packs // at_once) : options.steps * (packs // at_once)]
+    return clock.result(options.warm_up, round(sum(passes) / mean), sum(passes), loss=loss)
+
+
+def reward(options: Namespace) -> Result:
+    import datasets
+    from trl import RewardConfig, RewardTrainer
+
+    rows = [
+        {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")}
+        for row in workload.rows(options.work, "reward")
+    ]
+    clock = Clock()
+    trainer = RewardTrainer(
+        _model("AutoModelForSequenceClassification", options.work / "model", num_labels=1),
+        RewardConfig(**_arguments(options), max_length=workload.LONGEST),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=_tokenizer(options.work),
+        callbacks=[_Ticks(clock)],
+    )  # fmt: skip
+    counts = _counted(trainer)
+    loss = trainer.train().training_loss
+    tokens = sum(counts[options.warm_up : options.steps])
+    return clock.result(
+        options.warm_up, options.samples * (options.steps - options.warm_up), tokens, loss=loss
+    )
+
+
+def ppo(options: Namespace) -> Result:
+    import datasets
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    tokenizer = _tokenizer(options.work)
+    tokenizer.padding_side = "left"
+    prompts = [row["prompt_ids"] for row in workload.rows(options.work, "ppo")]
+    clock = Clock()
+    scorers = [
+        _model("AutoModelForSequenceClassification", options.work / "reward", num_labels=1) for _ in range(2)
+    ]
+    arguments = _arguments(options, learning_rate=1e-5)
+    del arguments["max_steps"]
+    trainer = PPOTrainer(
+        args=PPOConfig(
+            **arguments, total_episodes=options.samples * options.steps, num_ppo_epochs=1,
+            response_length=workload.ANSWER, temperature=1.0, num_sample_generations=0,
+            local_rollout_forward_batch_size=options.samples,
+        ),
+        processing_class=tokenizer,
+        model=_model("AutoModelForCausalLM", options.work / "model"),
+        ref_model=_model("AutoModelForCausalLM", options.work / "model"),
+        reward_model=scorers[0], value_model=scorers[1],
+        train_dataset=datasets.Dataset.from_dict({"input_ids": prompts}),
+        eval_dataset=datasets.Dataset.from_dict({"input_ids": prompts[:8]}),
+        callbacks=[_Ticks(clock)],
+    )  # fmt: skip
+    mean = sum(map(len, prompts)) / len(prompts) + workload.ANSWER
+    trainer.train()
+    samples = options.samples * (options.steps - options.warm_up)
+    return clock.result(options.warm_up, samples, round(samples * mean), answer_tokens=workload.ANSWER)
+
+
+if __name__ == "__main__":
+    main({"sft": sft, "reward": reward, "ppo": ppo})

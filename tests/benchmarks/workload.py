@@ -1,0 +1,135 @@
+"""What every side trains: one model, one tokenizer, the same rows of token ids, made once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.train.stages import free_port, make_run
+
+HH = "harmless-base.jsonl.gz"
+SHAPE: dict[str, Any] = {
+    "model_type": "opt", "vocab_size": 4096, "hidden_size": 256, "ffn_dim": 1024, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "word_embed_proj_dim": 256, "max_position_embeddings": 512, "dropout": 0.0,
+}  # fmt: skip
+LONGEST = 512  # tokens of a sequence in SFT and the reward model
+PROMPT = ANSWER = 128  # tokens of PPO's longest prompt, and of each of its answers
+SEED = 1234
+# How far EOS lies below every other token, so that each answer has all its tokens on every side.
+AGAINST_EOS = 6.0
+
+
+def source(work: Path) -> dict[str, Any]:
+    """The data as a source of a job spec: HH pairs where they are, else dialogues made to their lengths."""
+    for folder in (os.environ.get("HH_RLHF"), Path(__file__).parents[3] / "shared/data/hh-rlhf"):
+        if folder and (Path(folder) / HH).exists():
+            return {"path": str(Path(folder) / HH), "format": "hh"}
+    path = work / "made.jsonl"
+    if not path.exists():
+        print(f"NO HH DATA: set HH_RLHF to a folder with {HH}. Made dialogues of the same lengths stand in.")
+        path.write_text("".join(json.dumps(row) + "\n" for row in _made(1712)))
+    return {"path": str(path), "format": "hh"}
+
+
+def _made(count: int) -> list[dict[str, str]]:
+    """Pairs of transcripts; words in an answer and a prompt are as long-tailed as in HH (median 140 tokens)."""
+    draw = random.Random(SEED)
+    words = ["".join(draw.choices("abcdefghijklmnoprstuvwy", k=draw.randint(2, 7))) for _ in range(3000)]
+
+    def said(size: float) -> str:
+        return " ".join(draw.choices(words, k=max(2, round(draw.lognormvariate(size, 0.8)))))
+
+    rows = []
+    for _ in range(count):
+        asked = f"\n\nHuman: {said(3.6)}\n\nAssistant:"
+        rows.append({"chosen": f"{asked} {said(3.4)}", "rejected": f"{asked} {said(3.4)}"})
+    return rows
+
+
+def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int = 1) -> dict[str, Any]:
+    """The job spec of our side, for one stage at a time.
+
+    Args:
+        samples: of an optimizer step. A micro-batch has the tokens of eight of the longest.
+    """
+    longest = PROMPT if stage == "ppo" else LONGEST // 2
+    common = {"micro_batch": min(8, samples), "global_batch": samples, "max_steps": steps, "epochs": 100}
+    rates = {"actor_lr": 1e-5, "critic_lr": 1e-5} if stage == "ppo" else {"lr": 1e-3}
+    stages = {stage: {**common, **rates, "precision": "bf16", "zero": 0, "checkpoint_every": 10**6}}
+    if stage == "ppo":
+        stages["ppo"]["ema"] = False
+        stages["reward"] = {**common, "max_steps": 1, "lr": 1e-3}
+    return {
+        "name": "bench", "run_dir": str(run), "seed": SEED,
+        "slurm": {"gpus_per_node": 0, "ranks_per_node": ranks},
+        "data": {
+            "sources": [source(work)], "held_out": 0,
+            "max_prompt_tokens": longest, "max_answer_tokens": LONGEST - longest if stage != "ppo" else ANSWER,
+        },
+        "models": {"actor": str(work / "model")},
+        "stages": stages,
+    }  # fmt: skip
+
+
+def make(work: Path) -> None:
+    """Write the tokenizer and the model that every side starts from, and the rows that peers are given."""
+    from transformers import AutoModelForSequenceClassification
+
+    from hpc_rlhf.spec.model import JobSpec
+    from hpc_rlhf.train.context import StageContext
+    from hpc_rlhf.train.data import sources
+    from hpc_rlhf.train.models.tokenizers import train_bpe
+    from hpc_rlhf.train.preemption import StopFlag
+    from hpc_rlhf.train.world import join, leave
+
+    world = join(1)
+    texts = sources.texts(JobSpec.model_validate(job(work, work / "none", "sft", 8, 1)))
+    tokenizer = train_bpe(texts, SHAPE["vocab_size"])
+    tokenizer.save_pretrained(str(work / "model"))
+    _model(tokenizer).save_pretrained(str(work / "model"))
+    scorer = AutoModelForSequenceClassification.from_pretrained(str(work / "model"), num_labels=1)
+    scorer.save_pretrained(str(work / "reward"))
+    tokenizer.save_pretrained(str(work / "reward"))
+    for stage in ("sft", "reward", "ppo"):
+        spec = JobSpec.model_validate(job(work, work / f"rows-{stage}", stage, 8, 1))
+        context = StageContext(spec, stage, make_run(spec), world, StopFlag(), "bench")
+        rows = list(context.data().train)
+        random.Random(SEED).shuffle(rows)
+        kept = [{k: v for k, v in row.items() if k.endswith("_ids")} for row in rows]
+        (work / f"{stage}.json").write_text(json.dumps(kept))
+    leave()
+
+
+def _model(tokenizer: Any) -> Any:
+    """A fresh OPT that never ends an answer: its last layer norm points away from EOS."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(SEED)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE, **ids))
+    with torch.no_grad():
+        direction = torch.zeros(SHAPE["hidden_size"])
+        direction[0] = 1.0
+        model.model.decoder.final_layer_norm.bias += AGAINST_EOS * direction
+        head = model.get_output_embeddings().weight
+        head[:, 0] = 0
+        for token in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+            head[token] = -AGAINST_EOS * direction
+    return model
+
+
+def rows(work: Path, stage: str) -> list[dict[str, list[int]]]:
+    """Rows with ``prompt_ids`` and, but for PPO, ``chosen_ids`` and ``rejected_ids``, in an order drawn once."""
+    made: list[dict[str, list[int]]] = json.loads((work / f"{stage}.json").read_text())
+    return made
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    make(Path(sys.argv[1]))
