@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from hpc_rlhf.errors import Problem, SpecError
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.layers import read_layers
-from hpc_rlhf.spec.model import EVALUATED_LIKE, JobSpec, last_trained
+from hpc_rlhf.spec.model import JobSpec, last_trained, taken_from
 from hpc_rlhf.spec.paths import resolve_paths
 from hpc_rlhf.spec.problems import problems_of
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
@@ -107,8 +107,8 @@ def _evaluate_like_training(root: Node) -> Node:
     fields = stages.value[last].value if last else None
     if not isinstance(fields, dict):
         return root
-    taken = {key: fields[key] for key in EVALUATED_LIKE if key in fields}
-    new = {**stages.value, "eval": replace(evaluation, value={**taken, **evaluation.value})}
+    value = {**taken_from(fields, evaluation.value), **evaluation.value}
+    new = {**stages.value, "eval": replace(evaluation, value=value)}
     return replace(root, value={**root.value, "stages": replace(stages, value=new)})
 
 

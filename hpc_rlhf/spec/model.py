@@ -49,7 +49,13 @@ class ModelsSpec(Model):
 
 
 # What the evaluation takes from the last stage that trains, where it does not say.
-EVALUATED_LIKE = ("micro_batch", "zero", "precision", "slurm")
+EVALUATED_LIKE = ("micro_batch", "zero", "offload_params", "precision", "slurm")
+
+
+def taken_from(last: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What the evaluation takes from the fields of the last stage that trains, where its own say nothing of it."""
+    said = {*own, *(("offload_params",) if "zero" in own else ())}
+    return {key: last[key] for key in EVALUATED_LIKE if key in last and key not in said}
 
 
 def last_trained(stages: Mapping[str, Any]) -> str | None:
@@ -97,8 +103,8 @@ class JobSpec(Model):
         last = stages.get(last_trained(stages) or "")
         if not isinstance(last, dict):
             return raw
-        taken = {key: last[key] for key in EVALUATED_LIKE if key in last}
-        return {**raw, "stages": {**stages, "eval": {**taken, **stages["eval"]}}}
+        evaluation = {**taken_from(last, stages["eval"]), **stages["eval"]}
+        return {**raw, "stages": {**stages, "eval": evaluation}}
 
     @property
     def stage_names(self) -> tuple[str, ...]:

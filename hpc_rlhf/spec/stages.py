@@ -44,9 +44,23 @@ class StageSpec(Model):
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16", description="Precision of the forward and backward passes."
     )
+    offload_params: bool = Field(
+        default=False,
+        description="Keep the weights in CPU memory and bring each layer to the GPU when it is its turn. For a model whose shards alone do not fit the GPUs: every pass waits for the bus. Needs zero: 3.",
+    )
     slurm: SlurmSpec = Field(
         default=SlurmSpec(), description="Slurm settings of this stage, over those of the top-level slurm."
     )
+
+    @model_validator(mode="after")
+    def _strategy_sound(self) -> StageSpec:
+        self.check_strategy()
+        return self
+
+    def check_strategy(self) -> None:
+        """Raises ValueError where settings of optimizer, ZeRO and offload do not go together."""
+        if self.offload_params and self.zero != 3:
+            raise ValueError("offload_params needs zero: 3, which alone fetches weights layer by layer")
 
     @property
     def strategies(self) -> dict[str, StageSpec]:
@@ -86,10 +100,6 @@ class TrainingSpec(StageSpec):
         default=False,
         description="Keep the optimizer's state, 12 bytes a weight, in CPU memory and update the weights there. For a model that does not fit the GPUs otherwise: a step waits for the CPU. Needs zero: 1 or more.",
     )
-    offload_params: bool = Field(
-        default=False,
-        description="Keep the weights in CPU memory and bring each layer to the GPU when it is its turn. For a model whose shards alone do not fit the GPUs: every pass waits for the bus. Needs zero: 3.",
-    )
     activation_checkpointing: bool = Field(
         default=False,
         description="Keep fewer activations and compute them again in the backward pass: less memory, about a third more time.",
@@ -105,13 +115,8 @@ class TrainingSpec(StageSpec):
     )
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Checkpoints kept.")
 
-    @model_validator(mode="after")
-    def _strategy_sound(self) -> TrainingSpec:
-        self.check_strategy()
-        return self
-
     def check_strategy(self) -> None:
-        """Raises ValueError where settings of optimizer, ZeRO and offload do not go together."""
+        super().check_strategy()
         if self.optimizer == "onebit-adam" and self.zero != 0:
             raise ValueError(
                 "onebit-adam needs zero: 0, because every rank compresses the momentum of all weights, and "
@@ -121,8 +126,6 @@ class TrainingSpec(StageSpec):
             raise ValueError(
                 "offload_optimizer needs zero: 1 or more, because it is ZeRO's share of the optimizer that is moved"
             )
-        if self.offload_params and self.zero != 3:
-            raise ValueError("offload_params needs zero: 3, which alone fetches weights layer by layer")
 
 
 class SftSpec(TrainingSpec):
@@ -313,7 +316,7 @@ class DpoSpec(ReferredSpec):
 class EvalSpec(StageSpec):
     """Evaluation of the models that the other stages make, on what data.held_out keeps from them.
 
-    Left out, micro_batch, zero, precision and slurm are those of the last stage that trains.
+    Left out, micro_batch, zero, offload_params, precision and slurm are those of the last stage that trains.
     """
 
     prompts: Positive = Field(

@@ -11,7 +11,7 @@ from hpc_rlhf.spec.load import dump_spec, load_spec, read_spec
 from hpc_rlhf.spec.model import JobSpec
 from tests.spec.texts import GOOD, problems_in, write
 
-PPO = "ppo: {zero: 3, precision: fp32, micro_batch: 2, slurm: {nodes: 4}}"
+PPO = "ppo: {zero: 3, offload_params: true, precision: fp32, micro_batch: 2, slurm: {nodes: 4}}"
 
 
 def loaded(tmp_path: Path, evaluation: str, ppo: str = PPO) -> JobSpec:
@@ -23,10 +23,17 @@ def test_it_waits_for_all_and_takes_after_the_last(tmp_path: Path) -> None:
     spec = loaded(tmp_path, "{}")
     assert spec.needs("eval") == spec.trained == ("sft", "reward", "ppo")
     evaluation = spec.stage("eval")
-    assert (evaluation.zero, evaluation.precision, evaluation.micro_batch) == (3, "fp32", 2)
+    assert (evaluation.zero, evaluation.offload_params) == (3, True)
+    assert (evaluation.precision, evaluation.micro_batch) == ("fp32", 2)
     assert evaluation.slurm == spec.stage("ppo").slurm
     own = loaded(tmp_path, "{zero: 0, slurm: {nodes: 1}}").stage("eval")
-    assert (own.zero, own.precision, own.slurm.nodes, own.slurm.partition) == (0, "fp32", 1, "gpu")
+    assert (own.zero, own.offload_params, own.precision, own.slurm.nodes, own.slurm.partition) == (
+        0,
+        False,
+        "fp32",
+        1,
+        "gpu",
+    )
 
 
 def test_it_is_kept_as_it_was_resolved(tmp_path: Path) -> None:
@@ -40,6 +47,11 @@ def test_a_mistake_that_it_inherits_is_told_once(tmp_path: Path) -> None:
         loaded(tmp_path, "{}", ppo="ppo: {zero: 7}")
     (problem,) = caught.value.problems
     assert problem.path == "stages.ppo.zero"
+
+
+def test_it_offloads_only_what_is_sharded(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="offload_params needs zero: 3"):
+        loaded(tmp_path, "{zero: 2, offload_params: true}")
 
 
 def test_it_needs_something_to_evaluate(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_the_answers_can_be_read(done: tuple[RunDir, JobSpec]) -> None:
 
 @pytest.mark.train
 def test_two_sharded_ranks_find_the_same(done: tuple[RunDir, JobSpec], tmp_path: Path) -> None:
-    run, _ = again(done, tmp_path, ranks=2, zero=3, micro_batch=1)
+    run, _ = again(done, tmp_path, ranks=2, zero=3, offload_params=True, micro_batch=1)
     assert run_stage(run, "eval", 2) == [0, 0], log_tail(run, "eval")
     ours, theirs = found_in(run), found_in(done[0])
     assert {name: one.answers for name, one in ours.models.items()} == {
