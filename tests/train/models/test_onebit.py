@@ -32,6 +32,13 @@ from hpc_rlhf.train.models.onebit import OneBitAdam
 from transformers import AutoModelForCausalLM
 from tests.train import tiny
 
+all_reduce, reduced = dist.all_reduce, []
+
+def noted(tensor, *args, **kwargs):
+    reduced.append(tensor.nbytes)
+    return all_reduce(tensor, *args, **kwargs)
+
+dist.all_reduce = noted
 folder, warmup, steps = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 WORDS = 256
 follows = torch.randint(0, WORDS, (WORDS, 4), generator=torch.Generator().manual_seed(1))
@@ -64,6 +71,7 @@ def make(optimizer, precision="fp32", accumulation=1, clip=1.0, decay=0.0):
 def train(engine, places):
     accumulation = engine.gradient_accumulation_steps()
     lines = []
+    reduced.clear()
     for place in places:
         losses = []
         def loss(part):
@@ -73,7 +81,8 @@ def train(engine, places):
             return losses[-1]
         norm = engines.optimizer_step(engine, [lambda part=part: loss(part) for part in range(accumulation)])
         mean = world.sums({"loss": float(sum(losses))})["loss"] / world.size / accumulation
-        lines.append({"loss": mean, "norm": norm, **engines.traffic([engine])})
+        lines.append({"loss": mean, "norm": norm, "reduced": sum(reduced), **engines.traffic([engine])})
+        reduced.clear()
     return lines
 
 def digest(engine):
@@ -163,6 +172,9 @@ def test_ranks_send_a_tenth_of_adams_bytes_and_end_within_two_hundredths_of_its_
     in_bfloat16 = round_the_ranks * 2 * one["weights"]
     assert in_bfloat16 / max(sent[WARMUP:]) > 10
     assert len({tuple(of(rank["onebit"], "bytes_sent")) for rank in seen}) == 1
+    # Nobody averages whole gradients beside it.
+    assert min(of(one["adam"], "reduced")) >= 4 * one["weights"]
+    assert max(of(one["onebit"], "reduced")[WARMUP:]) < 0.1 * one["weights"]
 
     ours, adams = of(one["onebit"], "loss"), of(one["adam"], "loss")
     assert sum(ours[-10:]) == pytest.approx(sum(adams[-10:]), rel=0.02)
