@@ -83,7 +83,7 @@ def test_sharded_rollouts_are_those_of_the_whole_model(tmp_path: Path, ranks: in
         for environment in rank_environment(ranks, free_port())
     ]  # fmt: skip
     try:
-        seen = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in running]
+        seen = [json.loads(rank.communicate(timeout=240)[0].splitlines()[-1]) for rank in running]
     finally:
         for rank in running:
             rank.kill()
