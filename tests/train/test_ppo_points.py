@@ -49,7 +49,7 @@
 12. The loss does not change with micro-batches, accumulation or ranks.
     test_ppo_trainer.py::test_the_gradient_is_the_same_in_any_micro_batches
     test_ppo_trainer.py::test_the_loss_is_divided_by_the_tokens_of_all_ranks
-    test_stages.py::test_four_ranks_without_accumulation_follow_two_with
+    test_agreement.py::test_curves_agree
 13. Several epochs of minibatches stay stable.
     test_ppo_trainer.py::test_several_epochs_of_minibatches_learn_and_stay_near
     test_ppo_trainer.py::test_steps_are_left_out_once_the_actor_has_gone_too_far
@@ -171,9 +171,10 @@ def models(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Ppo
     monkeypatch.setattr(engines, "training_engine", lambda model, *_: model)
     monkeypatch.setattr(engines, "save", lambda *_: None)
     monkeypatch.setattr(engines, "load", lambda *_: None)
-    config = {"zero_optimization": {"stage": 0}}
-    start = Start(str(tmp_path / "sft"), str(tmp_path / "reward"), config, longest=32, updates=1, seed=1)
-    return PpoModels(PpoSpec(precision="fp32", ema=True, ema_beta=0.5), start, range(tiny.VOCABULARY), world)
+    spec = PpoSpec(precision="fp32", ema=True, ema_beta=0.5)
+    configs = {name: {"zero_optimization": {"stage": 0}} for name in spec.strategies}
+    start = Start(str(tmp_path / "sft"), str(tmp_path / "reward"), configs, longest=32, updates=1, seed=1)
+    return PpoModels(spec, start, range(tiny.VOCABULARY), world)
 
 
 def test_the_critic_starts_as_the_reward_model_and_the_reference_as_the_actor(
