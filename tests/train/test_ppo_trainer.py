@@ -18,11 +18,15 @@ def test_while_nothing_is_learnt_the_actor_is_exactly_the_one_that_sampled(
 ) -> None:
     """Evaluating and learning see the same micro-batches without dropout: the ratio is 1 to the last bit."""
     steps(0.0)
-    trainer = trainer_of(budget=30, ppo_epochs=3, minibatches=2, temperature=0.7)
+    trainer = trainer_of(budget=16, ppo_epochs=3, minibatches=2, temperature=0.7)
+    seen: list[tuple[int, ...]] = []
+    trainer.models.actor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     learnt = trainer.learn(trainer.evaluate(ROLLOUT))
     assert learnt["tokens"] == 3 * TOKENS
     assert learnt["ratio"] == 3 * TOKENS
     assert (learnt["approx_kl"], learnt["clipped"]) == (0.0, 0.0)
+    assert len(seen) > 8
+    assert seen == seen[: len(seen) // 4] * 4
 
 
 def test_the_gradient_is_the_same_in_any_micro_batches(steps: Callable[[float], Steps]) -> None:

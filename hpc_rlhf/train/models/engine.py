@@ -109,11 +109,12 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> float
         The norm of the gradient before it was clipped.
     """
     norm, scale = 0.0, _unapplied_scale(engine)
+    onebit = engine.basic_optimizer if isinstance(engine.basic_optimizer, OneBitAdam) else None
     for number, loss in enumerate(losses, 1):
         last = number == len(losses)
         engine.set_gradient_accumulation_boundary(last)
         engine.backward(loss() * scale)
-        if last and not hasattr(engine.optimizer, "_global_grad_norm"):
+        if last and not onebit and not hasattr(engine.optimizer, "_global_grad_norm"):
             # Float32 without ZeRO: DeepSpeed clips by torch and does not keep the norm.
             norm = float(
                 torch.nn.utils.get_total_norm(
@@ -121,9 +122,8 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> float
                 )
             )
         engine.step()
-    if isinstance(engine.basic_optimizer, OneBitAdam):
-        overflow = getattr(engine.optimizer, "overflow", False)
-        return math.inf if overflow else engine.basic_optimizer.grad_norm
+    if onebit:
+        return math.inf if getattr(engine.optimizer, "overflow", False) else onebit.grad_norm
     known = engine.get_global_grad_norm()
     return norm if known is None else float(known) / scale
 
