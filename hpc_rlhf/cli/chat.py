@@ -79,7 +79,9 @@ def finished_model(run: RunDir, stage: str | None) -> Path:
         if manifest.defect(run.stage(name).model, deep=False) is None:
             return run.stage(name).model
     if not wanted:
-        raise HpcRlhfError("this run makes no chat model: it has none of sft, ppo and dpo", where=str(run.path))
+        raise HpcRlhfError(
+            "this run makes no chat model: it has none of sft, ppo and dpo", where=str(run.path)
+        )
     raise HpcRlhfError(
         f"there is no model to talk to yet: {' and '.join(wanted)} "
         + ("is not finished" if len(wanted) == 1 else "are not finished"),
