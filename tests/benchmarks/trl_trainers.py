@@ -1,9 +1,8 @@
-"""TRL's trainers, each with the settings that made it fastest here.
+"""TRL's trainers, without what costs them time by default: checkpointed activations, autocast, logging.
 
 SFT and the reward model by the newest TRL, PPO by 1.12, the last release seen that has it (``make bench`` puts it into a
-folder of its own). Weights in bfloat16 were faster than float32 and than autocast in all three. SFT packs by best fit
-with attention kept inside each sample; of 1, 2, 4 and 8 rows of 512 in a pass, 1 was the fastest on a CPU, because the
-mask of a pass is as large as its rows squared.
+folder of its own). Weights are in bfloat16, AdamW is fused. SFT packs by best fit, which keeps attention inside each
+sample, one row of 512 in a pass: its mask of a pass is as large as all its rows squared.
 """
 
 from __future__ import annotations
