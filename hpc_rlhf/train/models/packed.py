@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ def attention(
     """
     if packed_lengths is not None:
         return _packed(query, key, value, packed_lengths, dropout, scaling, sliding_window), None
+    if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
+        raise RuntimeError(f"{type(module).__name__} was not told how long the packed sequences are")
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.shape[2] == 1:
         # Queries of a group stand as rows before their shared key: nothing is copied.
@@ -115,17 +117,45 @@ def _band(length: int, window: int | None, device: torch.device) -> Tensor | Non
     return (back >= 0) & (back < window)
 
 
+class _Heard(Exception):
+    """Attention was told the lengths."""
+
+
+def _probe(*_: Any, packed_lengths: tuple[int, ...] | None = None, **__: Any) -> tuple[Tensor, None]:
+    raise _Heard if packed_lengths else RuntimeError
+
+
+def _hands_lengths_on(model: Any) -> bool:
+    """Whether an architecture hands the lengths on to its attention; tried out on a layer without weights."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(f"{NAME}_probe", _probe)
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = f"{NAME}_probe"
+    if hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = 1
+    try:
+        with torch.device("meta"):
+            ids, unused = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+            body = type(model)(config).base_model
+            body(
+                input_ids=ids, attention_mask=unused, position_ids=ids, use_cache=False, packed_lengths=(3, 1)
+            )
+    except _Heard:
+        return True
+    except Exception:  # of whatever kind: it is not one of those that take packed rows
+        return False
+    return False
+
+
 def enable(model: Any) -> None:
     """Let a model take packed rows, if its architecture allows it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    body = model.base_model
-    parameters = inspect.signature(body.forward).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     own = any(getattr(model.config, field, None) for field in OWN_ATTENTION)
-    if not (getattr(model, "_supports_sdpa", False) and takes_all and "position_ids" in parameters) or own:
-        return
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    if own or not getattr(model, "_supports_sdpa", False) or not _hands_lengths_on(model):
+        return
     model.set_attn_implementation(NAME)

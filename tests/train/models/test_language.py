@@ -19,6 +19,8 @@ from tests.train import tiny
 ROWS = [torch.randint(3, tiny.VOCABULARY, (n,)).tolist() for n in (7, 1, 19, 4)]
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 KINDS = (*tiny.KINDS, "mistral")
+# Architectures whose layers do not hand on what they do not know.
+SILENT = ("stablelm", "nemotron")
 
 
 def made(kind: str, way: str, make: Callable[..., Any] = tiny.causal) -> Any:
@@ -90,6 +92,23 @@ def test_a_packed_model_still_takes_padded_rows(kind: str) -> None:
     ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     asked = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": tiny.PAD}
     assert torch.equal(model.generate(ids, **asked), plain.generate(ids, **asked))
+
+
+@pytest.mark.parametrize("kind", SILENT)
+def test_an_architecture_that_would_not_hear_of_the_lengths_runs_padded(kind: str) -> None:
+    model, plain = tiny.causal(kind), tiny.causal(kind)
+    packed.enable(model)
+    assert model.config._attn_implementation == "sdpa"
+    batch = Ragged.of(ROWS)
+    found, _ = LanguageModel(model)(batch.ids, batch.lengths, batch.tail([len(row) - 1 for row in ROWS]))
+    torch.testing.assert_close(found, torch.cat([alone(plain, row, 1.0)[0] for row in ROWS]), **CLOSE)
+
+
+def test_attention_that_was_not_told_the_lengths_refuses() -> None:
+    model = tiny.causal("llama")
+    packed.enable(model)
+    with pytest.raises(RuntimeError, match="was not told how long the packed sequences are"):
+        model(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
 
 def test_attention_of_its_own_is_left_alone() -> None:
