@@ -23,6 +23,8 @@ class StageTask:
 
 
 if __name__ == "__main__":
+    from hpc_rlhf.rank import end_after
+
     # DeepSpeed's launcher puts --local_rank=N in front; world.py reads the rank from the environment.
     run_dir, stage = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
-    StageTask(run_dir, stage)()
+    end_after(StageTask(run_dir, stage))

@@ -100,6 +100,11 @@ class SupervisedExecutor(LocalExecutor):
         self._start = (run, stage, ranks, env)
         self.supervisor: subprocess.Popen[bytes] | None = None
 
+    @property
+    def _submitit_command_str(self) -> str:
+        """submitit's own entry point, behind ours."""
+        return shlex.join([sys.executable, "-u", "-m", "hpc_rlhf.rank", str(self.folder)])
+
     def _submit_command(self, command: str) -> LocalJob[Any]:
         run, stage, ranks, env = self._start
         env = {

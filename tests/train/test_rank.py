@@ -1,4 +1,4 @@
-"""A signal in a rank's first moments is not lost, and does not end it."""
+"""A signal in a rank's first moments is not lost and does not end it; and what a rank ends with is its own word."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 
@@ -47,3 +48,16 @@ def test_a_signal_before_the_stage_listens_is_heard_when_it_does(tmp_path: Path)
     from submitit.core.utils import pickle_load
 
     assert pickle_load(paths.result_pickle) == ("success", 2)
+
+
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [("print('done', end='')", 0), ("sys.exit(75)", 75), ("sys.exit('no')", 1), ("1 / 0", 1)],
+)
+def test_a_rank_ends_with_its_own_code_whatever_goes_wrong_as_python_winds_down(work: str, code: int) -> None:
+    program = f"import atexit, os, sys\natexit.register(os.abort)\ndef main(): {work}\n"
+    end = "from hpc_rlhf.rank import end_after\nend_after(main)"
+    done = subprocess.run([sys.executable, "-c", program + end], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout == ("done" if code == 0 else "")
+    assert ("ZeroDivisionError" in done.stderr) == ("/" in work)
