@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
@@ -111,7 +113,8 @@ def history(job_ids: Sequence[str]) -> dict[str, PastJob]:
 
 def requeue(job_id: str) -> None:
     """Put a running or finished job back in the queue under its own id."""
-    _run(["scontrol", "requeue", job_id])
+    with _unheard():
+        _run(["scontrol", "requeue", job_id])
 
 
 def was_cancelled(job_id: str) -> bool:
@@ -134,9 +137,25 @@ def was_preempted(job_id: str) -> bool:
         return False
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Within it, a command of ours does not hear the signals that stop a job's step.
+
+    They go to every process of the step. The one that asks for a requeue may still be there when Slurm, having
+    agreed, ends the step; ended by that, it would look refused.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _job_fields(job_id: str) -> dict[str, str]:
     """What Slurm's controller knows of a job."""
-    words = (word.partition("=") for word in _run(["scontrol", "--oneliner", "show", "job", job_id]).split())
+    with _unheard():
+        said = _run(["scontrol", "--oneliner", "show", "job", job_id])
+    words = (word.partition("=") for word in said.split())
     return {name: value for name, _, value in words}
 
 

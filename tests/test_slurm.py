@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -96,3 +98,30 @@ def test_job_out_of_time_was_not_cancelled(
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert slurm.was_cancelled("7") is expected
+
+
+# Slurm agrees to a requeue and ends the step, the command that asked for it too.
+REQUEUES = """#!/usr/bin/python3
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGUSR2)
+open(sys.argv[0] + ".done", "w").write(" ".join(sys.argv[1:]))
+"""
+
+
+def test_a_command_lives_through_the_signals_that_it_brings_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(REQUEUES.replace("/usr/bin/python3", sys.executable))
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    heard: list[int] = []
+    kept = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        slurm.requeue("7")
+        assert (tmp_path / "scontrol.done").read_text() == "requeue 7"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM], "this process hears again"
+    finally:
+        signal.signal(signal.SIGTERM, kept)
