@@ -19,9 +19,9 @@ from hpc_rlhf.train.data.dialogues import follow, prompt_text, token_ids
 from hpc_rlhf.train.data.rows import asked
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.models.weights import export
+from hpc_rlhf.train.rollout.engine import ROWS
 from hpc_rlhf.train.rollout.experience import Experience
 from hpc_rlhf.train.rollout.summary import summarize
-from hpc_rlhf.train.stages.ppo import ROWS
 from hpc_rlhf.train.stages.ppo_models import PpoModels, Start
 from hpc_rlhf.train.stages.ppo_trainer import PpoTrainer, Sizes
 

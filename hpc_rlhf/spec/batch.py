@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpc_rlhf.spec.stages import StageSpec, TrainingSpec
+from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.fields import Model, Name, PathText
-from hpc_rlhf.spec.stages import STAGE_NAMES, StageSpec, StagesSpec
+from hpc_rlhf.spec.stages import STAGE_NAMES, StagesSpec
+from hpc_rlhf.spec.training import StageSpec
 
 
 class FromScratch(Model):

@@ -15,7 +15,7 @@ import torch
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir, StageDir
 from hpc_rlhf.spec.model import FromScratch, JobSpec, ModelRef
-from hpc_rlhf.spec.stages import StageSpec, TrainingSpec
+from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 from hpc_rlhf.train import seeds
 from hpc_rlhf.train.checkpoint import Checkpoint, CheckpointStore
 from hpc_rlhf.train.data import dialogues, sources

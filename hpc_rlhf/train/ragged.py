@@ -29,11 +29,6 @@ class Ragged:
         flat = np.fromiter((token for row in rows for token in row), dtype=np.int64)
         return cls(torch.from_numpy(flat).to(device or torch.device("cpu")), tuple(len(row) for row in rows))
 
-    @property
-    def starts(self) -> list[int]:
-        """Where each sequence begins in ``ids``."""
-        return [0, *accumulate(self.lengths)][:-1]
-
     def tail(self, sizes: Sequence[int]) -> Tensor:
         """Indices into ``ids`` of the last tokens of each sequence.
 

@@ -1,4 +1,4 @@
-"""Models of the four architectures, small enough for float32 on one thread."""
+"""Models of the four architectures, and of some with ways of their own, small enough for float32 on one thread."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 KINDS = ("llama", "opt", "gpt2", "qwen2")
 VOCABULARY = 96
 PAD, BOS, EOS = 0, 1, 2
+_LIKE_LLAMA: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64,
-    },
+    **dict.fromkeys(("llama", "qwen2", "mistral", "cohere", "stablelm"), _LIKE_LLAMA),
+    "nemotron": {**_LIKE_LLAMA, "head_dim": 8},
     "opt": {
         "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "word_embed_proj_dim": 24, "max_position_embeddings": 64, "dropout": 0.0,
@@ -21,26 +23,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {
         "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
         "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0,
-    },
-    "mistral": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64,
-    },
-    "stablelm": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64,
-    },
-    "nemotron": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 8,
-    },
-    "cohere": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64,
-    },
-    "qwen2": {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64,
     },
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpc_rlhf.spec.stages import TrainingSpec
+from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.algorithms import schedule
 from hpc_rlhf.train.models.onebit import OneBitAdam
 

@@ -21,29 +21,21 @@ from hpc_rlhf.train.models import packed
 ALIGNED = 64
 
 
-def call(model: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
-    """A forward pass with position ids, for architectures that take them.
+def padded(model: Any, ids: Tensor, lengths: tuple[int, ...]) -> tuple[Any, Tensor]:
+    """A forward pass over sequences as rows padded on the right, with position ids where the architecture takes them.
 
     Args:
-        input_ids, attention_mask, position_ids: (batch, length); positions come from ``positions``.
-    """
-    module = getattr(model, "module", model)
-    if "position_ids" in inspect.signature(module.forward).parameters:
-        kwargs["position_ids"] = position_ids
-    kwargs.setdefault("use_cache", False)
-    return model(input_ids=input_ids, attention_mask=attention_mask.long(), **kwargs)
-
-
-def positions(mask: Tensor) -> Tensor:
-    """Position ids that count real tokens, so that padding on the left changes nothing.
-
-    Args:
-        mask: (batch, length), bool; True on real tokens.
+        ids: (tokens,), int64; the sequences laid end to end.
+        lengths: tokens of each sequence.
 
     Returns:
-        (batch, length), int64; 0 on padding at the left.
+        transformers' output, and (batch, longest), bool, True on real tokens.
     """
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    rows, real = ragged.pad(ids, lengths), ragged.mask(lengths, ids.device)
+    places = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        places["position_ids"] = torch.arange(rows.shape[1], device=ids.device).expand_as(rows)
+    return model(input_ids=rows, attention_mask=real.long(), use_cache=False, **places), real
 
 
 def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -67,10 +59,8 @@ def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
             input_ids=filled.unsqueeze(0), attention_mask=unused, position_ids=places.unsqueeze(0),
             use_cache=False, packed_lengths=sizes,
         )  # fmt: skip
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden[: len(ids)]
-    real = ragged.mask(lengths, ids.device)
-    padded = ragged.pad(ids, lengths)
-    places = torch.arange(padded.shape[1], device=ids.device).expand_as(padded)
-    hidden = call(body, padded, real, places).last_hidden_state
-    return hidden[real]
+        packed_hidden: Tensor = output.last_hidden_state[0, : len(ids)]
+        return packed_hidden
+    output, real = padded(body, ids, lengths)
+    hidden: Tensor = output.last_hidden_state[real]
+    return hidden

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_probs, token_log_probs
-from hpc_rlhf.train.models.forward import call, hidden_states
+from hpc_rlhf.train.models.forward import hidden_states, padded
 
 # Logits that are not just the head's output.
 OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -72,9 +70,7 @@ class LanguageModel(nn.Module):
                 hidden, ids[predicted], temperature, with_entropies
             )
             return made
-        real = ragged.mask(lengths, ids.device)
-        padded = ragged.pad(ids, lengths)
-        places = torch.arange(padded.shape[1], device=ids.device).expand_as(padded)
-        logits = call(self.causal, padded, real, places).logits[real][predicted - 1]
+        output, real = padded(self.causal, ids, lengths)
+        logits = output.logits[real][predicted - 1]
         log_probs = token_log_probs(logits, ids[predicted], temperature)
         return log_probs, entropy(logits.detach(), temperature) if with_entropies else log_probs.new_empty(0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.stages import LoraSpec
+from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train import seeds
 
 

@@ -18,6 +18,9 @@ from hpc_rlhf.train.world import World
 WEIGHTS_SHARE = 0.5
 CACHE_SHARE = 0.2
 
+# Answers in the making at a time, at most, where memory is not short.
+ROWS = 64
+
 # What ranks tell each other where they make forward passes together; the largest counts.
 DONE, MORE, STOP = range(3)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hpc_rlhf import manifest
-from hpc_rlhf.spec.stages import TrainingSpec
+from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.checkpoint import Checkpoint
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at
@@ -56,6 +56,17 @@ class Batches:
         """The rows of a step over all ranks, the same on any number of them."""
         count, seed, size = len(self.lengths), self.context.spec.seed, self.context.per_step
         return [sample_at(p, count, seed, self.purpose) for p in range(step * size, (step + 1) * size)]
+
+    def step(self, data: Any, step: int) -> list[tuple[list[dict[str, Any]], bool]]:
+        """This rank's micro-batches of a step, and whether they are real."""
+        return self._rows(data, self.indices(step))
+
+    def held_out(self, data: Any) -> list[tuple[list[dict[str, Any]], bool]]:
+        """This rank's micro-batches of the first samples, as many as are EVALUATED, and whether they are real."""
+        return self._rows(data, list(range(min(len(data), EVALUATED))))
+
+    def _rows(self, data: Any, indices: list[int]) -> list[tuple[list[dict[str, Any]], bool]]:
+        return [([data[i] for i in chosen], real) for chosen, real in self.of(indices)]
 
     def of(self, indices: list[int]) -> Iterator[tuple[list[int], bool]]:
         """This rank's micro-batches of some rows, and whether they are real.

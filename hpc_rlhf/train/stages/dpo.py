@@ -165,10 +165,7 @@ def run(context: StageContext) -> None:
         engine.eval()
         seen = []
         with torch.no_grad():
-            for indices, real in Batches(context, "held out", pair_lengths(rows), budget).of(
-                list(range(count))
-            ):
-                pairs = [rows[i] for i in indices]
+            for pairs, real in Batches(context, "held out", pair_lengths(rows), budget).held_out(rows):
                 seen.append(compare(pairs, reference(pairs))[1] * real)
         engine.train()
         return totals(seen, count)
@@ -186,9 +183,7 @@ def run(context: StageContext) -> None:
     for step in range(first, total):
         context.safe_point(step, write, {})
         context.reseed(step)
-        micro_batches = [
-            ([data.train[i] for i in chosen], real) for chosen, real in batches.of(batches.indices(step))
-        ]
+        micro_batches = batches.step(data.train, step)
         refs = [reference(rows) for rows, _ in micro_batches]
         rate = engines.learning_rate(engine)
         seen: list[Tensor] = []

@@ -12,12 +12,9 @@ from torch import Tensor
 from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.ragged import Ragged, deal, plan_step
-from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine
+from hpc_rlhf.train.rollout.engine import ROWS, RolloutDropped, RolloutEngine
 from hpc_rlhf.train.rollout.experience import Rollout
 from hpc_rlhf.train.rollout.sampling import Sampling
-
-# Answers in the making at a time, at most.
-ROWS = 64
 
 
 class Questions:

@@ -16,7 +16,7 @@ from hpc_rlhf.train.data.sampler import sample_at, total_steps
 from hpc_rlhf.train.metrics import keep_until
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.weights import export
-from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.engine import ROWS, RolloutDropped, RolloutEngine, Sampling
 from hpc_rlhf.train.rollout.experience import Rollout, scores
 from hpc_rlhf.train.rollout.summary import summarize
 from hpc_rlhf.train.stages.common import commit
@@ -27,9 +27,6 @@ from hpc_rlhf.train.stages.samples import SampleLog
 
 # Held-out prompts answered at the end by the SFT model and by the trained one.
 SHOWN = 16
-
-# Answers in the making at a time, at most.
-ROWS = 64
 
 
 class PpoStage:

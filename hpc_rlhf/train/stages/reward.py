@@ -21,7 +21,6 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.load import check_fits, load_reward
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.stages.common import (
-    EVALUATED,
     Batches,
     adapted,
     finish,
@@ -68,11 +67,11 @@ def run(context: StageContext) -> None:
         sums = {"right": 0.0, "pairs": 0.0}
         some = Batches(context, "held out", pair_lengths(rows), budget)
         with torch.no_grad():
-            for indices, real in some.of(list(range(min(len(rows), EVALUATED)))):
-                _, chosen, rejected = compare([rows[i] for i in indices])
+            for pairs, real in some.held_out(rows):
+                _, chosen, rejected = compare(pairs)
                 if real:
                     sums["right"] += (chosen > rejected).sum().item()
-                    sums["pairs"] += len(indices)
+                    sums["pairs"] += len(pairs)
         engine.train()
         sums = context.world.sums(sums)
         return sums["right"] / sums["pairs"]
@@ -88,9 +87,7 @@ def run(context: StageContext) -> None:
     for step in range(first, total):
         context.safe_point(step, write, {})
         context.reseed(step)
-        micro_batches = [
-            ([data.train[i] for i in chosen], real) for chosen, real in batches.of(batches.indices(step))
-        ]
+        micro_batches = batches.step(data.train, step)
         rate = engines.learning_rate(engine)
         seen: list[Tensor] = []
 

@@ -21,7 +21,7 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language import LanguageModel
 from hpc_rlhf.train.models.load import check_fits, load_causal
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.stages.common import EVALUATED, Batches, adapted, finish, load_engines, save_engines
+from hpc_rlhf.train.stages.common import Batches, adapted, finish, load_engines, save_engines
 
 
 def run(context: StageContext) -> None:
@@ -61,11 +61,11 @@ def run(context: StageContext) -> None:
         sums = {"loss": 0.0, "tokens": 0.0}
         some = Batches(context, "held out", token_lengths(rows, "prompt_ids", "chosen_ids"), budget)
         with torch.no_grad():
-            for chosen, real in some.of(list(range(min(len(rows), EVALUATED)))):
-                loss = loss_sum([rows[i] for i in chosen])
+            for chosen, real in some.held_out(rows):
+                loss = loss_sum(chosen)
                 if real:
                     sums["loss"] += loss.item()
-                    sums["tokens"] += sum(learnt(rows[i]) for i in chosen)
+                    sums["tokens"] += sum(learnt(row) for row in chosen)
         engine.train()
         sums = context.world.sums(sums)
         return math.exp(min(50.0, sums["loss"] / sums["tokens"]))
@@ -86,9 +86,7 @@ def run(context: StageContext) -> None:
     for step in range(first, total):
         context.safe_point(step, write, state)
         context.reseed(step)
-        micro_batches = [
-            ([data.train[i] for i in chosen], real) for chosen, real in batches.of(batches.indices(step))
-        ]
+        micro_batches = batches.step(data.train, step)
         local = float(sum(learnt(row) for rows, real in micro_batches if real for row in rows))
         tokens = context.world.sums({"tokens": local})["tokens"]
         rate = engines.learning_rate(engine)

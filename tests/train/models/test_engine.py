@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_rlhf.spec.stages import LoraSpec
+from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.engine import parameter_groups
 from hpc_rlhf.train.models.lora import adapt
 from tests.train import tiny

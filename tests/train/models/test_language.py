@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.train.models import packed
-from hpc_rlhf.train.models.forward import positions
 from hpc_rlhf.train.models.language import LanguageModel
 from hpc_rlhf.train.models.load import RewardModel
 from hpc_rlhf.train.ragged import Ragged
@@ -146,8 +145,3 @@ def test_a_head_with_more_than_a_matrix_uses_the_models_own_logits() -> None:
     batch = Ragged.of(ROWS)
     found, _ = language(batch.ids, batch.lengths, batch.tail([len(row) - 1 for row in ROWS]))
     torch.testing.assert_close(found, torch.cat([alone(model, row, 1.0)[0] for row in ROWS]), **CLOSE)
-
-
-def test_positions_count_real_tokens() -> None:
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    assert positions(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 1, 2, 3, 4]]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.stages import LoraSpec
+from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.lora import LoraLinear, adapt, off
 from hpc_rlhf.train.models.weights import full_weights
 from tests.train import tiny

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_rlhf.spec.stages import LoraSpec
+from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.data.dialogues import follow
 from hpc_rlhf.train.models.load import RewardModel, load_causal, load_reward
 from hpc_rlhf.train.models.lora import adapt

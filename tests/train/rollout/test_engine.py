@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_rlhf.spec.stages import LoraSpec
+from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models import packed
 from hpc_rlhf.train.models.forward import ALIGNED
 from hpc_rlhf.train.models.lora import LoraLinear, adapt

@@ -19,7 +19,7 @@ import json, sys, torch
 from hpc_rlhf.train.world import join
 folder, ranks = sys.argv[1], int(sys.argv[2])
 world = join(ranks)
-from hpc_rlhf.spec.stages import LoraSpec
+from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.engine import frozen_engine, sharded_loading
 from hpc_rlhf.train.models.load import load_causal
 from hpc_rlhf.train.models.lora import LoraLinear, adapt

@@ -1,0 +1,140 @@
+"""What stages have in common: how a model is trained, and how it is held in memory."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hpc_rlhf.spec.cluster import SlurmSpec
+from hpc_rlhf.spec.fields import Fraction, Model, Name, NonNegative, Positive, Rate
+
+
+class LoraSpec(Model):
+    """Low-rank adaptation of the linear layers (arXiv 2106.09685). Merged into the weights on export."""
+
+    rank: Positive = Field(description="Rank of the update.")
+    alpha: Rate | None = Field(
+        default=None, description="The update is scaled by alpha / rank; alpha is the rank when left out."
+    )
+    targets: tuple[Name, ...] | None = Field(
+        default=None,
+        description="Names of the linear modules to adapt, such as q_proj; all but the output head when left out.",
+    )
+    only: bool = Field(
+        default=True,
+        description="Train only the adapters. False also trains every weight that is not adapted.",
+    )
+
+
+class StageSpec(Model):
+    """What all stages have in common."""
+
+    micro_batch: Positive = Field(
+        default=4,
+        description="Samples of the greatest length that one forward and backward pass on one GPU has memory for. Shorter ones are laid end to end without padding, so that a pass holds more of them.",
+    )
+    zero: Literal[0, 1, 2, 3] = Field(
+        default=0,
+        description="DeepSpeed's ZeRO stage: what is sharded over the ranks. 0 nothing, 1 optimizer, 2 and gradients, 3 and weights. Higher needs less memory and more traffic.",
+    )
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        default="bf16", description="Precision of the forward and backward passes."
+    )
+    offload_params: bool = Field(
+        default=False,
+        description="Keep the weights in CPU memory and bring each layer to the GPU when it is its turn. For a model whose shards alone do not fit the GPUs: every pass waits for the bus. Needs zero: 3.",
+    )
+    slurm: SlurmSpec = Field(
+        default=SlurmSpec(), description="Slurm settings of this stage, over those of the top-level slurm."
+    )
+
+    @model_validator(mode="after")
+    def _strategy_sound(self) -> StageSpec:
+        self.check_strategy()
+        return self
+
+    def check_strategy(self) -> None:
+        """Raises ValueError where settings of optimizer, ZeRO and offload do not go together."""
+        if self.offload_params and self.zero != 3:
+            raise ValueError("offload_params needs zero: 3, which alone fetches weights layer by layer")
+
+    @property
+    def strategies(self) -> dict[str, StageSpec]:
+        """How each of the stage's models is held in memory, by the model's name; the one trained has none."""
+        return {"": self}
+
+
+class TrainingSpec(StageSpec):
+    """What all stages that train have in common."""
+
+    epochs: Positive = Field(default=1, description="Passes over the stage's data.")
+    max_steps: Positive | None = Field(
+        default=None, description="Stop after this many steps even if epochs are left."
+    )
+    global_batch: Positive | None = Field(
+        default=None,
+        description="Samples in one optimizer step over all GPUs; micro_batch times ranks when left out. Accumulation follows from it.",
+    )
+    warmup: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Optimizer steps over which the learning rate rises from 0."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="How the learning rate goes on after the warm-up."
+    )
+    weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")
+    clip_grad: Rate = Field(default=1.0, description="Largest norm of the gradient.")
+    optimizer: Literal["adamw", "onebit-adam"] = Field(
+        default="adamw",
+        description="onebit-adam sends about a thirtieth of AdamW's bytes between ranks (arXiv 2102.02888), for nodes on a slow network; it takes 4 more bytes of memory a weight, and zero: 0.",
+    )
+    onebit_warmup: Positive = Field(
+        default=100,
+        description="Steps that onebit-adam is AdamW before it freezes the variance: past the learning rate's warm-up, and about a seventh of all.",
+    )
+    offload_optimizer: bool = Field(
+        default=False,
+        description="Keep the optimizer's state, 12 bytes a weight, in CPU memory and update the weights there. For a model that does not fit the GPUs otherwise: a step waits for the CPU. Needs zero: 1 or more.",
+    )
+    activation_checkpointing: bool = Field(
+        default=False,
+        description="Keep fewer activations and compute them again in the backward pass: less memory, about a third more time.",
+    )
+    dropout: Fraction = Field(default=0.0, description="Dropout while training.")
+    lora: LoraSpec | None = Field(
+        default=None,
+        description="Train low-rank adapters in place of the whole model (in PPO: of the actor).",
+    )
+    checkpoint_every: Positive = Field(
+        default=100,
+        description="Steps between checkpoints. One is also written whenever the stage is told to stop.",
+    )
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Checkpoints kept.")
+
+    def check_strategy(self) -> None:
+        super().check_strategy()
+        if self.optimizer == "onebit-adam" and self.zero != 0:
+            raise ValueError(
+                "onebit-adam needs zero: 0, because every rank compresses the momentum of all weights, and "
+                "ZeRO leaves it only a share of them"
+            )
+        if self.offload_optimizer and self.zero == 0:
+            raise ValueError(
+                "offload_optimizer needs zero: 1 or more, because it is ZeRO's share of the optimizer that is moved"
+            )
+
+
+class ReferredSpec(TrainingSpec):
+    """What stages have in common that hold the model in training against frozen ones."""
+
+    offload_frozen: bool = Field(
+        default=False,
+        description="Keep the weights of frozen models, the reference and the reward model, in CPU memory, sharded over the ranks, and bring them to the GPU layer by layer. They are asked but once for each answer; their memory goes to larger micro-batches.",
+    )
+
+    @property
+    def of_frozen(self) -> StageSpec:
+        """This spec as the frozen counterpart of the model in training takes it."""
+        offload = {"zero": 3, "offload_params": True} if self.offload_frozen else {}
+        return self.model_copy(update={"offload_optimizer": False, **offload})
