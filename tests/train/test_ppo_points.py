@@ -7,7 +7,7 @@
 2.  What a sequence is batched with changes no log-probability; positions begin anew with each.
     models/test_language.py::test_a_token_has_the_log_probability_that_it_has_alone
     models/test_language.py::test_a_token_has_the_value_that_it_has_alone
-    models/test_language.py::test_positions_count_real_tokens
+    models/test_language.py::test_a_packed_model_still_takes_padded_rows
     rollout/test_engine.py::test_greedy_answers_are_those_of_transformers_token_for_token
 3.  An answer ends at its first EOS before it is scored; one without EOS can be made to pay.
     rollout/test_engine.py::test_an_answer_ends_with_its_first_eos
