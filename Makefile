@@ -16,7 +16,7 @@ TESTS ?=
 # How long to measure: full, or short.
 BENCH ?= full
 
-.PHONY: help install demo test bench lint cluster cluster-down clean
+.PHONY: help install demo test fuzz bench lint cluster cluster-down clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -46,6 +46,9 @@ demo: .venv/.installed  ## Make a tiny chat model on this machine, in a new fold
 test: .venv/.installed-dev  ## Run all tests, on a real Slurm where one can be started
 	scripts/install-slurm.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup $(TESTS)
+
+fuzz: .venv/.installed-dev  ## Break 10,000 specs at random, and try to break out by more than 1,000
+	HPC_RLHF_FUZZ=1 $(BIN)/pytest tests/spec/test_mutations.py tests/launch/test_hostile.py
 
 bench: .venv/.installed-bench  ## Time ours and its peers on this machine; BENCH=short takes less long
 	BENCH=$(BENCH) $(BIN)/python -m tests.benchmarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import subprocess
 import sys
@@ -93,8 +94,8 @@ def variants(mutate: Callable[[str, random.Random], str], seed: int, count: int)
 def test_mutated_specs_load_or_are_refused(
     tmp_path: Path, mutate: Callable[[str, random.Random], str]
 ) -> None:
-    loaded = 0
-    for text in variants(mutate, seed=7, count=1000):
+    loaded, count = 0, 5000 if os.environ.get("HPC_RLHF_FUZZ") else 1000
+    for text in variants(mutate, seed=7, count=count):
         path = write(tmp_path, text)
         result = outcome(path)
         if isinstance(result, SpecError):
@@ -106,7 +107,7 @@ def test_mutated_specs_load_or_are_refused(
         # What is taken is sound: it plans, and it reads back the same.
         make_plan(result)
         assert read_spec(write(tmp_path, dump_spec(result), "dump.yaml")) == result, text
-    assert 20 < loaded < 800  # both kinds were met
+    assert count / 50 < loaded < 0.8 * count  # both kinds were met
 
 
 def test_check_takes_a_folder_of_them(tmp_path: Path) -> None:
