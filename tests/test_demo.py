@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from hpc_rlhf.train.data.demo import POLITE, facts
 
 pytestmark = pytest.mark.train
 CHECKOUT = Path(__file__).parents[1]
+SECRET = "hf_0s3cr3t0ofthehub"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, str]:
     run = RunDir(tmp_path_factory.mktemp("demo") / "run")
     done = subprocess.run(
         [sys.executable, "-m", "hpc_rlhf.cli", "run", "jobs/tiny.yaml", "--set", f"run_dir={run.path}"],
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL,
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL, env={**os.environ, "HF_TOKEN": SECRET},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return run, done.stdout
@@ -97,3 +99,10 @@ def test_it_ends_with_a_table_answers_and_what_to_try_next(demo: tuple[RunDir, s
         "hpc-rlhf chat",
     ):
         assert word in text
+
+
+def test_a_secret_of_the_environment_is_in_no_file_of_the_run(demo: tuple[RunDir, str]) -> None:
+    files = [path for path in demo[0].path.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert SECRET not in demo[1]

@@ -21,6 +21,8 @@ from tests.cluster.cluster import CHECKOUT
 
 STAGES = ("sft", "reward", "ppo")
 CHAIN = CHECKOUT / "tests/cluster/jobs/chain.yaml"
+# What a login shell may hold; jobs get it as part of their environment.
+SECRETS = {"HF_TOKEN": "hf_0s3cr3t0ofthehub", "WANDB_API_KEY": "0s3cr3t0ofthetracker"}
 NewChain = Callable[..., Chain]
 SHORT_SFT = ("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=3")
 # Makes Python itself slow in a job's first attempt.
@@ -45,7 +47,7 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chai
     setup = 'slurm.setup=["export OMP_NUM_THREADS=1"]'
     run = tmp_path_factory.mktemp("chain") / "run"
     chain = Chain(cluster, CHECKOUT / "jobs/tiny.yaml", run, ("slurm.nodes=2", setup, *limits))
-    chain.submit()
+    chain.submit(env={**cluster.env, **SECRETS})
     for stage in (*STAGES, "eval"):
         chain.wait_done(stage)
     cluster.wait_state(chain.job_id("eval"), "COMPLETED")
@@ -75,6 +77,19 @@ def test_four_ranks_over_two_nodes(finished: Chain, stage: str) -> None:
     assert [slots for _, slots in hosts] == ["slots=2", "slots=2"]
     assert len({host for host, _ in hosts}) == 2
     assert finished.events("started", stage)[-1]["ranks"] == 4
+
+
+def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_in_no_record_of_slurm(
+    finished: Chain,
+) -> None:
+    files = [path for path in finished.run.path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".pkl" for path in files)
+    assert not [path for path in files if any(s.encode() in path.read_bytes() for s in SECRETS.values())]
+    jobs = ",".join(finished.job_id(stage) for stage in STAGES)
+    said = finished.cluster.run("sacct", "-P", "-j", jobs, "-o", "ALL").stdout
+    said += finished.cluster.run("scontrol", "show", "job").stdout
+    assert finished.job_id("ppo") in said
+    assert not any(secret in said for secret in SECRETS.values())
 
 
 def test_the_final_model_loads_and_generates(finished: Chain) -> None:
