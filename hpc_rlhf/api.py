@@ -96,7 +96,9 @@ class DeepSpeedRLHFEngine:
             tokenizer = load_tokenizer(source, iter(()), Path(source), self.world)
         self.tokenizer = follow(tokenizer, "auto")
         _check_reward_model(critic_model_name_or_path)
-        batch = Batch(self.spec.micro_batch, 1, self.world.size, self.spec.micro_batch * self.world.size)
+        batch = Batch(
+            self.spec.micro_batch, 1, self.world.data_size, self.spec.micro_batch * self.world.data_size
+        )
         job = PlannedJob("ppo", "ppo", (), self.spec.slurm, batch)
         start = Start(
             actor=actor_model_name_or_path,
@@ -130,7 +132,9 @@ class DeepSpeedPPOTrainer:
     def __init__(self, engine: DeepSpeedRLHFEngine) -> None:
         self.engine = engine
         world, longest = engine.world, engine.max_prompt_tokens + engine.max_answer_tokens
-        sizes = Sizes(engine.spec.micro_batch * longest, engine.max_answer_tokens, ROWS, float(world.size))
+        sizes = Sizes(
+            engine.spec.micro_batch * longest, engine.max_answer_tokens, ROWS, float(world.data_size)
+        )
         self._steps = PpoTrainer(engine.spec, engine.models, engine.tokenizer, sizes, world)
         self._batches = 0
         self.metrics: dict[str, float] = {}
@@ -155,7 +159,7 @@ class DeepSpeedPPOTrainer:
                 hint=f"give every rank the same number, a multiple of minibatches, {engine.spec.minibatches}",
             )
         keys: list[tuple[object, ...]] = [
-            (engine.seed, "rollout", self._batches, world.rank, row) for row in range(len(prompts))
+            (engine.seed, "rollout", self._batches, world.data_rank, row) for row in range(len(prompts))
         ]
         self._batches += 1
         return self._steps.evaluate(self._steps.roll_out(prompts, keys, lambda: False))

@@ -79,7 +79,7 @@ class StageContext:
     @property
     def per_step(self) -> int:
         """Samples of an optimizer step over all ranks."""
-        return self.micro * self.accumulation * self.world.size
+        return self.micro * self.accumulation * self.world.data_size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +89,7 @@ class StageContext:
     def loss_scale(self) -> float:
         """What a loss that is divided by the global token count is multiplied with, because DeepSpeed
         divides gradients by the number of ranks and losses by the number of micro-batches."""
-        return float(self.world.size * self.accumulation)
+        return float(self.world.data_size * self.accumulation)
 
     @property
     def longest(self) -> int:
@@ -118,8 +118,8 @@ class StageContext:
     # Steps
 
     def reseed(self, step: int) -> None:
-        """Make whatever is random in a step a function of the step and the rank."""
-        seeds.reseed(self.spec.seed, self.stage, step, self.world.rank)
+        """Make whatever is random in a step a function of the step and the group of ranks."""
+        seeds.reseed(self.spec.seed, self.stage, step, self.world.data_rank)
 
     def resume(self, load: Callable[[Checkpoint], None]) -> Checkpoint | None:
         """Load the newest checkpoint, if there is one, and open the metrics at its step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -42,10 +42,15 @@ def launcher_ranks() -> tuple[int, int, int]:
 class World:
     """This process among the ranks.
 
+    Neighbouring ranks that share every layer (tensor parallelism) are a group; without it each rank is one. A group
+    has the same samples and random numbers on all its ranks, so what goes by samples goes by ``data_rank`` and
+    ``data_size``.
+
     Attributes:
         rank: 0 <= rank < size.
         device: where this rank's tensors live.
         control: a gloo group for small messages, which works on CPU tensors under any backend.
+        tensor_parallel: ranks of a group.
     """
 
     rank: int
@@ -53,10 +58,40 @@ class World:
     local_rank: int
     device: torch.device
     control: Any
+    tensor_parallel: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's group."""
+        return self.rank // self.tensor_parallel
+
+    @property
+    def data_size(self) -> int:
+        """Number of groups."""
+        return self.size // self.tensor_parallel
+
+    @property
+    def tensor_rank(self) -> int:
+        """This rank's place in its group."""
+        return self.rank % self.tensor_parallel
+
+    def grouped(self, tensor_parallel: int) -> World:
+        """The same ranks in groups that share layers.
+
+        Raises:
+            HpcRlhfError: they do not come out even.
+        """
+        if self.size % tensor_parallel:
+            raise HpcRlhfError(
+                f"{self.size} ranks are no whole groups of {tensor_parallel}",
+                where="tensor_parallel",
+                hint="start a multiple of tensor_parallel ranks",
+            )
+        return replace(self, tensor_parallel=tensor_parallel)
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -68,8 +103,8 @@ class World:
         return int(tensor.item())
 
     def sums(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Each number summed over all ranks, in float64; every rank gives the same keys."""
-        tensor = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        """Each number summed over all samples, those of a group counted once, in float64; every rank gives the same keys."""
+        tensor = torch.tensor(list(numbers.values()), dtype=torch.float64) * (self.tensor_rank == 0)
         dist.all_reduce(tensor, group=self.control)
         return dict(zip(numbers, tensor.tolist(), strict=True))
 
@@ -78,6 +113,15 @@ class World:
         things: list[Any] = [None] * self.size
         dist.all_gather_object(things, thing, group=self.control)
         return things
+
+    def gather_data(self, thing: T) -> list[T]:
+        """Every group's thing, in the groups' order, on every rank."""
+        return self.gather(thing)[:: self.tensor_parallel]
+
+    def gather_group(self, thing: T) -> list[T]:
+        """What each rank of this rank's group has, in rank order. Collective over all ranks."""
+        first = self.data_rank * self.tensor_parallel
+        return self.gather(thing)[first : first + self.tensor_parallel]
 
     def on_main(self, make: Callable[[], T]) -> T:
         """Rank 0's result, on every rank. An error that a person can mend is raised on every rank."""

@@ -40,7 +40,7 @@ class Alone(SimpleNamespace):
     def sums(self, numbers: dict[str, float]) -> dict[str, float]:
         return {name: value + self.others.get(name, 0.0) for name, value in numbers.items()}
 
-    def gather(self, thing: Any) -> list[Any]:
+    def gather_data(self, thing: Any) -> list[Any]:
         return [thing, *self.parts]
 
     def max(self, number: int) -> int:

@@ -98,6 +98,13 @@ seen = {
     "main": world.on_main(lambda: f"from {rank}"),
 }
 
+# Both in one group: they have the same samples, which count once.
+both = world.grouped(2)
+seen["both"] = [
+    both.data_rank, both.data_size, both.tensor_rank, both.sums({"a": 3.0}), both.gather_data(rank), both.gather_group(rank)
+]
+seen["apart"] = [world.gather_data(rank), world.gather_group(rank)]
+
 def fail():
     raise HpcRlhfError("wrong", where="here")
 try:
@@ -161,4 +168,5 @@ def test_two_ranks_agree_save_and_go_back_together(tmp_path: Path) -> None:
         "ema": [2.0, 3.0],
         "own": [3.0, 5.0],
     }
-    assert answers == [expected, expected]
+    groups = [{"both": [0, 1, rank, {"a": 3.0}, [0], [0, 1]], "apart": [[0, 1], [rank]]} for rank in range(2)]
+    assert answers == [{**expected, **own} for own in groups]

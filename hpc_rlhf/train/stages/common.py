@@ -76,7 +76,7 @@ class Batches:
         """
         world = self.context.world
         lengths = [int(self.lengths[i]) for i in indices]
-        for chosen in plan_step(lengths, world.size, self.budget)[world.rank]:
+        for chosen in plan_step(lengths, world.data_size, self.budget)[world.data_rank]:
             yield [indices[i] for i in chosen or [0]], bool(chosen)
 
 

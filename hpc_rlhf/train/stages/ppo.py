@@ -64,8 +64,8 @@ class PpoStage:
             RolloutDropped: this rank was told to stop.
         """
         context, world, seed = self.context, self.context.world, self.context.spec.seed
-        share = context.per_step // world.size
-        first = step * context.per_step * self.spec.minibatches + world.rank * share
+        share = context.per_step // world.data_size
+        first = step * context.per_step * self.spec.minibatches + world.data_rank * share
         places = [
             first + minibatch * context.per_step + i
             for minibatch in range(self.spec.minibatches)

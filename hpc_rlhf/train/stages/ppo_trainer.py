@@ -134,7 +134,7 @@ class PpoTrainer:
 
     def _standardized(self, scores: Tensor) -> Tensor:
         """Scores from the mean of all so far, these included, in standard deviations. Collective."""
-        for part in self.world.gather(Moments.of(scores)):
+        for part in self.world.gather_data(Moments.of(scores)):
             self._scores = self._scores.merged(part)
         return self._scores.standardized(scores)
 
