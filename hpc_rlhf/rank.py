@@ -1,4 +1,5 @@
-"""A rank's first and last steps: hold back the signals until the stage can act on them, hand over to submitit, and end.
+"""A rank's first and last steps: hold back the signals until the stage can act on them, see that what it loads is its
+owner's, hand over to submitit, and end.
 
 Without the first, a job preempted in the second in which Python and submitit load would die of the signal, be recorded
 as failed, and take the stages after it along. Held back, the signal is heard as soon as the stage listens.
@@ -11,7 +12,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+from hpc_rlhf import ownership
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.rundir import RunDir
 
 HELD_BACK = (signal.SIGTERM, signal.SIGUSR2)
 
@@ -35,8 +41,24 @@ def end_after(main: Callable[[], object]) -> NoReturn:
     os._exit(code)
 
 
-if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+def refuse_foreign(run: RunDir, stage: str) -> None:
+    """End this rank where somebody else could have written what it is about to load."""
+    try:
+        ownership.check(run, stage)
+    except HpcRlhfError as error:
+        print(f"hpc-rlhf: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Run what submitit pickled into a stage's folder of logs, the command's argument."""
+    stage = Path(sys.argv[1]).parent
+    refuse_foreign(RunDir(stage.parents[1]), stage.name)
     from submitit.core.submission import submitit_main
 
-    end_after(submitit_main)
+    submitit_main()
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+    end_after(main)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,14 @@ class StageTask:
 
 
 if __name__ == "__main__":
-    from hpc_rlhf.rank import end_after
+    from hpc_rlhf.rank import end_after, refuse_foreign
+    from hpc_rlhf.rundir import RunDir
 
     # DeepSpeed's launcher puts --local_rank=N in front; world.py reads the rank from the environment.
     run_dir, stage = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
-    end_after(StageTask(run_dir, stage))
+
+    def main() -> None:
+        refuse_foreign(RunDir(Path(run_dir)), stage)
+        StageTask(run_dir, stage)()
+
+    end_after(main)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf import ownership
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.lock import Lock, hold
 from hpc_rlhf.launch.plan import make_plan
@@ -32,11 +33,13 @@ def claim(spec: JobSpec, doing: str) -> Iterator[tuple[RunDir, Lock]]:
         doing: what others are told when they come too late, such as ``hpc-rlhf submit``.
 
     Raises:
-        HpcRlhfError: somebody else is at work on it, it holds other things, or it cannot be written.
+        HpcRlhfError: somebody else is at work on it or could have written to it, it holds other things, or it cannot
+            be written.
     """
     run = RunDir(Path(spec.run_dir))
     with _write_errors(run):
         _private_folder(run.path)
+        ownership.check(run)
         strangers = [path.name for path in run.path.iterdir() if not _is_ours(path, run)]
     if strangers and not run.job_yaml.exists():
         raise HpcRlhfError(

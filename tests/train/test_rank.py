@@ -24,8 +24,8 @@ class Listens:
 
 
 def test_a_signal_before_the_stage_listens_is_heard_when_it_does(tmp_path: Path) -> None:
-    logs = tmp_path / "logs"
-    logs.mkdir()
+    logs = tmp_path / "run/stages/sft/logs"
+    logs.mkdir(parents=True)
     paths = JobPaths(logs, job_id="7", task_id=0)
     environment = {
         **os.environ, "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",
@@ -42,7 +42,8 @@ def test_a_signal_before_the_stage_listens_is_heard_when_it_does(tmp_path: Path)
     rank.send_signal(signal.SIGTERM)
     delayed = DelayedSubmission(Listens())
     delayed.set_timeout(10**7, 10**6)
-    delayed.dump(paths.submitted_pickle)
+    delayed.dump(tmp_path / "pickle")
+    (tmp_path / "pickle").rename(paths.submitted_pickle)
     rank.communicate(timeout=60)
     assert rank.returncode == 0
     from submitit.core.utils import pickle_load
