@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import HpcRlhfError
 
 ASSISTANT = "\n\nAssistant:"
 MARKER = re.compile(r"\n\n(Human|Assistant):")
@@ -123,6 +123,12 @@ def _from_text(row: Row) -> Sample:
     return Sample((), "", row["text"].strip())
 
 
+def _misfit(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error} is missing, or is no role that is known"
+    return str(error) if isinstance(error, ValueError) else f"text was expected ({error})"
+
+
 READERS = {
     "prompt-chosen-rejected": _from_pair,
     "hh": _from_hh,
@@ -142,9 +148,8 @@ def read_row(row: Row, format: str, where: str) -> Sample | None:
         sample = READERS[format](row)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise HpcRlhfError(
-            f"a row does not fit the format {format} ({type(error).__name__}: {error}); it has {sorted(row)}",
+            f"the row does not fit the format {format}: {_misfit(error)}; it has the columns {', '.join(sorted(row))}",
             where=where,
-            hint="choose the format that fits these columns: " + ", ".join(READERS),
-            exit_code=RUN_FAILED,
+            hint="mend the row, or choose the format that fits: " + ", ".join(READERS),
         ) from error
     return sample if sample is not None and sample.chosen else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,12 +52,36 @@ def _load(source: SourceSpec) -> Iterable[dict[str, Any]]:
     except HpcRlhfError:
         raise
     except Exception as error:  # datasets raises a dozen kinds, most of them the user's to mend
+        _explain(path)
         raise HpcRlhfError(
             f"the data could not be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
             where=source.path,
             hint="check the path or hub id, and that this node reaches it",
             exit_code=RUN_FAILED,
         ) from error
+
+
+def _explain(path: Path) -> None:
+    """Raises HpcRlhfError with what is wrong in a local file that datasets cannot read, where that can be told."""
+    if not path.is_file():
+        return
+    if path.stat().st_size == 0:
+        raise HpcRlhfError("the data file is empty", where=str(path), hint="write one row a line into it")
+    if ".jsonl" not in path.suffixes:
+        return
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                whole = not line.strip() or isinstance(json.loads(line), dict)
+            except ValueError:
+                whole = False
+            if not whole:
+                raise HpcRlhfError(
+                    f"the line is not a JSON object: {line.strip()[:60]!r}",
+                    where=f"{path}:{number}",
+                    hint='each line of a .jsonl file is one row, such as {"prompt": "…", "chosen": "…"}',
+                )
 
 
 def read(source: SourceSpec, seed: int) -> Iterator[Sample]:

@@ -127,7 +127,7 @@ def test_a_transcript_is_taken_apart_into_turns(prompt: str, turns: tuple[Turn, 
             {"messages": [user("Hi"), {"role": "tool", "content": "{}"}, assistant("Yes.")]},
             "tool",
         ),
-        ("messages", {"messages": "Hi"}, "TypeError"),
+        ("messages", {"messages": "Hi"}, "text was expected"),
         ("instruction", {"prompt": "Hi", "output": "Yes."}, "instruction"),
         ("instruction", {"instruction": "Hi", "response": "Yes."}, "output"),
         ("text", {"content": "Once upon."}, "text"),
@@ -137,8 +137,9 @@ def test_a_transcript_is_taken_apart_into_turns(prompt: str, turns: tuple[Turn, 
 def test_a_row_that_does_not_fit_is_one_clear_error(format: str, row: dict[str, Any], says: str) -> None:
     with pytest.raises(HpcRlhfError) as caught:
         read_row(row, format, "data.jsonl, row 3")
-    assert str(caught.value).startswith("data.jsonl, row 3: a row does not fit the format " + format)
+    assert str(caught.value).startswith("data.jsonl, row 3: the row does not fit the format " + format)
     assert says in caught.value.message
+    assert caught.value.exit_code == 2
     assert all(column in caught.value.message for column in row)
     assert "prompt-chosen-rejected" in str(caught.value.hint)
 

@@ -97,7 +97,8 @@ def test_rows_without_an_answer_are_left_out(tmp_path: Path) -> None:
     [
         ("none.jsonl", None, "no such data file or folder"),
         ("data.xlsx", "x", "cannot tell what kind of file this is"),
-        ("broken.jsonl", '{"prompt": "a", "chosen"', "the data could not be read"),
+        ("broken.json", '{"prompt": "a", "chosen"', "the data could not be read"),
+        ("empty.jsonl", "", "the data file is empty"),
         ("broken.parquet", "PAR1 not", "the data could not be read"),
     ],
 )
@@ -109,6 +110,17 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(
     with pytest.raises(HpcRlhfError, match=says) as caught:
         list(read(SourceSpec.model_validate(source(tmp_path / name)), 0))
     assert caught.value.where == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, name: str) -> None:
+    text = json.dumps(pair(1)) + '\n\n{"prompt": "a", "cho\n' + json.dumps(pair(2)) + "\n"
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    with pytest.raises(
+        HpcRlhfError, match='the line is not a JSON object: \'{"prompt": "a", "cho\''
+    ) as caught:
+        list(read(SourceSpec.model_validate(source(tmp_path / name)), 0))
+    assert (caught.value.where, caught.value.exit_code) == (f"{tmp_path / name}:3", 2)
 
 
 def test_a_wrong_row_is_named_by_file_and_number(tmp_path: Path) -> None:
