@@ -116,9 +116,7 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(
 def test_a_line_that_is_no_row_is_named(tmp_path: Path, name: str) -> None:
     text = json.dumps(pair(1)) + '\n\n{"prompt": "a", "cho\n' + json.dumps(pair(2)) + "\n"
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-    with pytest.raises(
-        HpcRlhfError, match='the line is not a JSON object: \'{"prompt": "a", "cho\''
-    ) as caught:
+    with pytest.raises(HpcRlhfError, match="the line is not a JSON object") as caught:
         list(read(SourceSpec.model_validate(source(tmp_path / name)), 0))
     assert (caught.value.where, caught.value.exit_code) == (f"{tmp_path / name}:3", 2)
 
