@@ -55,21 +55,26 @@ class BatchedRows:
         self.decode_step = step
         self.model = step.model
         self.sizes = [0] * rows  # tokens in each row
+        self.ends = torch.zeros(rows, dtype=torch.int64, device=self.model.device)  # the same
+        self.rows = torch.arange(rows, device=self.model.device)
         self.columns = _round_up(columns)
         shape, device = (rows, self.columns), self.model.device
         self.mask = torch.full(shape, -torch.inf, dtype=self.model.dtype, device=device)
         self.visible = self.mask.new_zeros(())
         self.keys: list[Tensor] = []  # (rows, columns, heads, dim) of each layer
         self.values: list[Tensor] = []
+        self._shown: list[Tensor] = []  # the part of mask, keys and values that a step sees
 
     def begin(self, first: int, prompts: list[list[int]]) -> Tensor:
         batch = ragged.Ragged.of(prompts, self.model.device)
         tokens = torch.tensor(batch.lengths, device=self.model.device)
         last = tokens.cumsum(0) - 1
-        rows = torch.arange(first, first + len(prompts), device=self.model.device).repeat_interleave(tokens)
+        began = slice(first, first + len(prompts))
+        rows = self.rows[began].repeat_interleave(tokens)
         places = ragged.positions(batch.lengths, self.model.device)
-        self.sizes[first : first + len(prompts)] = batch.lengths
-        self.mask[first : first + len(prompts)] = -torch.inf
+        self.sizes[began] = batch.lengths
+        self.ends[began] = tokens
+        self.mask[began] = -torch.inf
         self.mask.index_put_((rows, places), self.visible)
         spare = -len(batch.ids) % ALIGNED  # one more sequence, which is not kept
         logits = self.model(
@@ -83,17 +88,19 @@ class BatchedRows:
 
     def step(self, tokens: Tensor) -> Tensor:
         live = len(tokens)
-        rows = torch.arange(live, device=tokens.device)
-        places = torch.tensor(self.sizes[:live], device=tokens.device)
         self.sizes[:live] = [size + 1 for size in self.sizes[:live]]
-        width = _round_up(max(self.sizes[:live]))
-        self.mask.index_put_((rows, places), self.visible)
-        buffers = [buffer[:live, :width] for buffer in (*self.keys, *self.values)]
-        return self.decode_step.take(tokens, rows, places, self.mask[:live, :width], *buffers)
+        shape = (live, _round_up(max(self.sizes[:live])))
+        if not self._shown or self._shown[0].shape != shape:
+            self._shown = [whole[:live, : shape[1]] for whole in (self.mask, *self.keys, *self.values)]
+        rows, ends = self.rows[:live], self.ends[:live]
+        self.mask.index_put_((rows, ends), self.visible)
+        logits = self.decode_step.take(tokens, rows, ends, *self._shown)
+        ends += 1
+        return logits
 
     def move(self, source: int, target: int) -> None:
         self.sizes[target] = self.sizes[source]
-        for buffer in (*self.keys, *self.values, self.mask):
+        for buffer in (*self.keys, *self.values, self.mask, self.ends):
             buffer[target] = buffer[source]
 
     def write(self, layer: int, keys: Tensor, values: Tensor, at: tuple[Tensor, Tensor]) -> None:

@@ -46,32 +46,36 @@ def decode(
     live: list[int] = []  # which prompt each row answers
     drawn: list[int] = []  # tokens drawn in each row
     last = torch.empty(0, dtype=torch.int64, device=step.model.device)  # the latest in each row
-    while waiting or live:
-        before()
-        first = len(live)
-        if waiting and rows - first >= max(1, rows // REFILLED):
-            live += _next(waiting, prompts, rows - first)
-            drawn += [0] * (len(live) - first)
-            logits = batch.begin(first, [prompts[number] for number in live[first:]])
-        else:
-            first = 0
-            logits = batch.step(last)
-        uniform = None if uniforms is None else uniforms[live[first:], drawn[first:]].to(logits.device)
-        tokens = draw(
-            logits, None if sampling.greedy else uniform, sampling.temperature, sampling.top_p, sampling.top_k
-        )
-        last = torch.cat([last[:first], tokens])
-        said = tokens.tolist()
-        yield list(zip(live[first:], said, strict=True))
-        for row in reversed(range(first, len(live))):
-            drawn[row] += 1
-            if said[row - first] == eos_id or drawn[row] == max_tokens:
-                end = len(live) - 1
-                if row < end:
-                    batch.move(end, row)
-                    live[row], drawn[row], last[row] = live[end], drawn[end], last[end]
-                del live[end], drawn[end]
-        last = last[: len(live)]
+    chances = None if uniforms is None or sampling.greedy else uniforms.to(last.device).flatten()
+    chance = last  # where in them each row's next one is
+    with step.ready():
+        while waiting or live:
+            before()
+            first = len(live)
+            if waiting and rows - first >= max(1, rows // REFILLED):
+                live += _next(waiting, prompts, rows - first)
+                drawn += [0] * (len(live) - first)
+                chance = torch.cat([chance, max_tokens * torch.tensor(live[first:], device=last.device)])
+                logits = batch.begin(first, [prompts[number] for number in live[first:]])
+            else:
+                first = 0
+                logits = batch.step(last)
+            uniform = None if chances is None else chances.take(chance[first:])
+            tokens = draw(logits, uniform, sampling.temperature, sampling.top_p, sampling.top_k)
+            chance[first:] += 1
+            last = torch.cat([last[:first], tokens]) if first else tokens
+            said = tokens.tolist()
+            yield list(zip(live[first:], said, strict=True))
+            for row in reversed(range(first, len(live))):
+                drawn[row] += 1
+                if said[row - first] == eos_id or drawn[row] == max_tokens:
+                    end = len(live) - 1
+                    if row < end:
+                        batch.move(end, row)
+                        live[row], drawn[row] = live[end], drawn[end]
+                        last[row], chance[row] = last[end], chance[end]
+                    del live[end], drawn[end]
+            last, chance = last[: len(live)], chance[: len(live)]
 
 
 def _next(waiting: deque[int], prompts: list[list[int]], free: int) -> list[int]:

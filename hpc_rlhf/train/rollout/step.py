@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+
+from hpc_rlhf.train.rollout.on_cpu import Matrix, Place, matrices, places, traced
 
 # Decode steps after which one is traced, and those that the trace then has to give the same bits for.
 TRACED_AFTER = 64
@@ -20,12 +22,12 @@ CHANGING_ROPE = ("dynamic", "longrope")
 class DecodeStep(nn.Module):
     """A model's decode step as a function of tensors alone.
 
-    On a CPU it is traced, in time: a small model's step takes less time for its arithmetic than Python does to come to
-    it. The trace is used once it has given the same bits as the model for some steps, and not at all if it does not.
+    On a CPU it takes the ways of ``on_cpu``. A trace is used once it has given the same bits as the model for some
+    steps, and not at all if it does not.
 
     Args:
         model: a causal language model that takes a mask of four dimensions.
-        may_trace: the model runs no Python that a trace would leave out.
+        may_trace: the model runs no Python that a trace would leave out, and has its weights as long as ``ready``.
     """
 
     def __init__(self, model: Any, may_trace: bool = False) -> None:
@@ -33,11 +35,28 @@ class DecodeStep(nn.Module):
         self.model = model
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.last_only = {"logits_to_keep": 1} if keeps else {}
+        self.may_trace = may_trace
         # Rotary positions that change their ways at some length would be fixed to one.
         fixed = not any(kind in str(getattr(model.config, "rope_parameters", "")) for kind in CHANGING_ROPE)
         self.steps_to_trace = TRACED_AFTER if may_trace and fixed else -1
         self.on_trial = ON_TRIAL
+        self.matrices: list[Matrix] | None = None  # not looked for yet
+        self.places: list[Place] = []  # of what the trace takes besides
         self.made: list[Callable[..., Tensor]] = []  # in a list, so as not to be a part of this module
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within it, the model's weights stay as they are, and steps may be taken."""
+        on_cpu = self.may_trace and self.model.device.type == "cpu"
+        if on_cpu and self.matrices is None:
+            self.matrices = matrices(self.model)
+        try:
+            for matrix in self.matrices or []:
+                matrix.fill()
+            yield
+        finally:
+            for matrix in self.matrices or []:
+                matrix.drop()
 
     def forward(self, tokens: Tensor, rows: Tensor, places: Tensor, mask: Tensor, *buffers: Tensor) -> Tensor:
         """Logits of the next tokens: (rows, vocabulary).
@@ -62,8 +81,7 @@ class DecodeStep(nn.Module):
         self.steps_to_trace -= 1
         if not self.made:
             return self.forward(*inputs)
-        with torch.jit.optimized_execution(False):  # which would change the arithmetic after some calls
-            logits = self.made[0](*inputs)
+        logits = self._by_trace(self.made[0], inputs)
         if self.on_trial > 0:
             self.on_trial -= 1
             by_model = self.forward(*inputs)
@@ -72,19 +90,20 @@ class DecodeStep(nn.Module):
             return by_model
         return logits
 
+    def _by_trace(self, trace: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        return trace(*inputs, *[holder[name] for holder, name in self.places])
+
     def _trace(self, inputs: Sequence[Tensor]) -> None:
+        self.places = places(self.model, self.matrices or [])
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what a trace fixes, which is tried out below
-                traced = torch.jit.trace(self, _example(inputs, 2, 1), check_trace=False)
-            with torch.jit.optimized_execution(False):
-                for rows, place in ((1, 0), (3, inputs[4].shape[1] - 1), (2, 40)):
-                    example = _example(inputs, rows, min(place, int(inputs[2].max())))
-                    if not torch.equal(traced(*example), self.forward(*example)):
-                        return
+            made = traced(self.forward, _example(inputs, 2, 1), self.places)
+            for rows, place in ((1, 0), (3, inputs[4].shape[1] - 1), (2, 40)):
+                example = _example(inputs, rows, min(place, int(inputs[2].max())))
+                if not torch.equal(self._by_trace(made, example), self.forward(*example)):
+                    return
         except Exception:  # of whatever kind: the model does what a trace cannot follow
             return
-        self.made.append(traced)
+        self.made.append(made)
 
 
 def _example(inputs: Sequence[Tensor], rows: int, place: int) -> tuple[Tensor, ...]:
