@@ -14,7 +14,7 @@ from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train.world import World
 
-STEP_FOLDER = re.compile(r"step-(\d{8})")
+STEP_FOLDER = re.compile(r"step-\d{8}(-\d{4})?")
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,15 @@ class Checkpoint:
     """A checkpoint that verified.
 
     Attributes:
+        step: steps done.
         state: what the stage itself put into the manifest.
+        part: parts done of the step after those.
     """
 
     step: int
     folder: Path
     state: dict[str, Any]
+    part: int = 0
 
 
 class CheckpointStore:
@@ -72,13 +75,14 @@ class CheckpointStore:
                 exit_code=RUN_FAILED,
             )
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> bool:
-        """Save a checkpoint, if there is none of this step yet.
+    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any], part: int = 0) -> bool:
+        """Save a checkpoint, if there is none of this place yet.
 
         Args:
             step: steps done.
-            write: writes this rank's part into the folder it is given; collective.
+            write: writes this rank's share into the folder it is given; collective.
             state: JSON that comes back with the checkpoint.
+            part: parts done of the step after those.
 
         Returns:
             Whether there was none yet.
@@ -87,8 +91,9 @@ class CheckpointStore:
             HpcRlhfError: another attempt owns the stage, or the file system refuses. Older checkpoints
                 are as they were.
         """
-        target = self.folder / f"step-{step:08d}"
-        partial = self.folder / f"tmp-{step:08d}-{self.attempt}"
+        name = f"{step:08d}-{part:04d}" if part else f"{step:08d}"
+        target = self.folder / f"step-{name}"
+        partial = self.folder / f"tmp-{name}-{self.attempt}"
 
         def begin() -> bool:
             self.check_owner()
@@ -105,7 +110,9 @@ class CheckpointStore:
 
         def commit() -> None:
             files = {name: fact for share in shares for name, fact in share.items()}
-            facts = {"step": step, "attempt": self.attempt, "world_size": self.world.size, "state": state}
+            facts = {
+                "step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size, "state": state,
+            }  # fmt: skip
             manifest.write(partial, facts, files)
             self.check_owner()
             partial.rename(target)
@@ -159,7 +166,7 @@ class CheckpointStore:
                 hint="submit with the same nodes and GPUs as before",
                 exit_code=RUN_FAILED,
             )
-        return Checkpoint(step=facts["step"], folder=folder, state=facts["state"])
+        return Checkpoint(facts["step"], folder, facts["state"], facts.get("part", 0))
 
 
 def _set_aside(folder: Path) -> None:

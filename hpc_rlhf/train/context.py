@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir, StageDir
@@ -23,8 +24,22 @@ from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
 from hpc_rlhf.train.models.load import DTYPES, folder_or_id, make_from_scratch
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
+from hpc_rlhf.train.polls import Polls
 from hpc_rlhf.train.preemption import REASON_OF_CODE, StageStopped, StopFlag
 from hpc_rlhf.train.world import World
+
+# Writes this rank's share of a checkpoint into a folder. Collective.
+Write = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place from which a stage can go on: what is to be saved there."""
+
+    step: int
+    write: Write
+    state: dict[str, Any]
+    part: int = 0
 
 
 @dataclass
@@ -58,6 +73,8 @@ class StageContext:
         if isinstance(self.stage_spec, TrainingSpec):
             self.checkpoint_every, keep = self.stage_spec.checkpoint_every, self.stage_spec.keep_checkpoints
         self.store = CheckpointStore(self.files.checkpoints, self.attempt, keep, self.world)
+        self.polls = Polls(self.world)
+        self.point: Point | None = None  # the last safe point; before the first there is nothing to save
 
     # Batches and types
 
@@ -117,9 +134,9 @@ class StageContext:
 
     # Steps
 
-    def reseed(self, step: int) -> None:
-        """Make whatever is random in a step a function of the step and the group of ranks."""
-        seeds.reseed(self.spec.seed, self.stage, step, self.world.data_rank)
+    def reseed(self, step: int, *part: int) -> None:
+        """Make whatever is random in a step, or in a part of it, a function of that and the group of ranks."""
+        seeds.reseed(self.spec.seed, self.stage, step, self.world.data_rank, *part)
 
     def resume(self, load: Callable[[Checkpoint], None]) -> Checkpoint | None:
         """Load the newest checkpoint, if there is one, and open the metrics at its step."""
@@ -128,7 +145,7 @@ class StageContext:
             load(found)
             self.seconds_before = float(found.state.get("seconds", 0.0))
             if self.world.is_main:
-                self.ledger.append("resumed", self.stage, attempt=self.attempt, step=found.step)
+                self.ledger.append("resumed", self.stage, attempt=self.attempt, **_place(found))
         step = found.step if found else -1
         self.metrics = MetricsLog(self.files.metrics, self.files.tensorboard, step, self.world.is_main)
         return found
@@ -138,31 +155,75 @@ class StageContext:
         """Time spent on the steps that are kept, over all attempts."""
         return self.seconds_before + time.time() - self.started
 
-    def stop_agreed(self) -> str | None:
-        """Why to stop, if any rank was told to. Collective: every rank gets the same answer."""
-        return REASON_OF_CODE.get(self.world.max(self.stop.code))
+    def safe_point(self, step: int, write: Write, state: dict[str, Any], part: int = 0) -> None:
+        """Between steps, or parts of a step: save where it is due, and stop where all ranks agree to. Collective.
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
-        """Save a checkpoint. Collective."""
-        began = time.time()
-        self.metrics.sync()
-        written = self.store.save(step, write, {**state, "seconds": self.seconds})
-        if written and self.world.is_main:
-            spent = round(time.time() - began, 3)
-            self.ledger.append("saved", self.stage, attempt=self.attempt, step=step, seconds=spent)
-
-    def safe_point(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> None:
-        """Between steps: save where one is due, and stop where all ranks agree to.
+        Args:
+            step: steps done.
+            write: writes this rank's share of what is to be saved; collective. It may be called until the next safe
+                point, if by then only ``pause`` and what can be dropped came.
+            state: JSON that comes back with the checkpoint.
+            part: parts done of the step after those.
 
         Raises:
             StageStopped: after saving.
         """
-        reason = self.stop_agreed()
-        if reason is None:
-            if step and step % self.checkpoint_every == 0:
-                self.save(step, write, state)
-            return
+        self.point = Point(step, write, state, part)
+        (code,) = self.polls.now([self.stop.code])
+        if code:
+            self._stop(code)
+        if step and not part and step % self.checkpoint_every == 0:
+            self._save(self.point)
+
+    def pause(self, kind: str) -> None:
+        """Between pieces of work that can be dropped: stop where all ranks agree to. Collective.
+
+        What is then saved is the last safe point, so weights and optimizers must be as they were there.
+
+        Args:
+            kind: of the work, whose pieces take about the same time each.
+
+        Raises:
+            StageStopped: after saving, if there is anything to save.
+        """
+        said = self.polls.between(kind, [self.stop.code])
+        if said and said[0]:
+            self._stop(said[0])
+
+    def pausing(self, losses: Sequence[Callable[[], Tensor]]) -> list[Callable[[], Tensor]]:
+        """The losses of an optimizer step, with a pause before each: a stop drops the gradients of those before."""
+
+        def paused(loss: Callable[[], Tensor]) -> Tensor:
+            self.pause("micro-batch")
+            return loss()
+
+        return [partial(paused, loss) for loss in losses]
+
+    def stop_if_told(self) -> None:
+        """Stop where any rank was told to, at once. Collective; see ``pause``."""
+        (code,) = self.polls.now([self.stop.code])
+        if code:
+            self._stop(code)
+
+    def _stop(self, code: int) -> NoReturn:
+        reason, point = REASON_OF_CODE[code], self.point
         if self.world.is_main:
-            self.ledger.append("stopping", self.stage, attempt=self.attempt, step=step, reason=reason)
-        self.save(step, write, state)
-        raise StageStopped(reason, step)
+            place = _place(point) if point else {"step": 0}
+            self.ledger.append("stopping", self.stage, attempt=self.attempt, **place, reason=reason)
+        if point:
+            self._save(point)
+        raise StageStopped(reason, point.step if point else 0)
+
+    def _save(self, point: Point) -> None:
+        began = time.time()
+        self.metrics.sync()
+        state = {**point.state, "seconds": self.seconds}
+        written = self.store.save(point.step, point.write, state, point.part)
+        if written and self.world.is_main:
+            spent = round(time.time() - began, 3)
+            self.ledger.append("saved", self.stage, attempt=self.attempt, **_place(point), seconds=spent)
+
+
+def _place(point: Point | Checkpoint) -> dict[str, int]:
+    """Where it is, as the ledger says it."""
+    return {"step": point.step, **({"part": point.part} if point.part else {})}

@@ -209,3 +209,16 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_one(
     found = later.latest()
     assert found is not None
     assert found.step == 10
+
+
+def test_a_part_of_a_step_stands_between_the_steps(store: CheckpointStore, folder: Path) -> None:
+    store.save(10, writing("a"), {})
+    store.save(10, writing("b"), {}, part=3)
+    found = store.latest()
+    assert found is not None
+    assert (found.step, found.part) == (10, 3)
+    store.save(11, writing("c"), {})
+    found = store.latest()
+    assert found is not None
+    assert (found.step, found.part) == (11, 0)
+    assert names(folder) == ["step-00000010-0003", "step-00000011"]

@@ -77,6 +77,7 @@ def training_engine(
     if isinstance(optimizer, OneBitAdam):
         optimizer.start()
         engine.enable_backward_allreduce = False
+    engine.train()  # transformers loads models in eval mode: no dropout, no activation checkpointing
     return engine
 
 

@@ -195,10 +195,11 @@ class OneBitAdam(torch.optim.Optimizer):
         return [self.momentum, self.worker_error, self.server_error]
 
     def save_own(self, path: Path) -> None:
-        """Keep what only this rank has: its momentum, and what its compressions have left out."""
-        torch.save(self._own(), path)
+        """Keep what only this rank has: its momentum, what its compressions have left out, and what it has sent."""
+        torch.save([*self._own(), torch.tensor(self._bytes_sent, dtype=torch.float64)], path)
 
     def load_own(self, path: Path) -> None:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        *saved, sent = torch.load(path, weights_only=True, map_location="cpu")
         for own, kept in zip(self._own(), saved, strict=True):
             own.copy_(kept)
+        self._bytes_sent = float(sent)

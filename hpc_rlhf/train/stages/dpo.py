@@ -193,10 +193,8 @@ def run(context: StageContext) -> None:
             seen.append(measured * real)
             return loss * (real * context.loss_scale / context.per_step)
 
-        norm = engines.optimizer_step(
-            engine,
-            [partial(scaled_loss, *batch, ref) for batch, ref in zip(micro_batches, refs, strict=True)],
-        )
+        losses = [partial(scaled_loss, *batch, ref) for batch, ref in zip(micro_batches, refs, strict=True)]
+        norm = engines.optimizer_step(engine, context.pausing(losses))
         values = {**totals(seen, context.per_step), "lr": rate, "grad_norm": norm}
         context.metrics.log(step + 1, total, "train", {**values, **engines.traffic([engine])})
     context.safe_point(total, write, {})

@@ -49,9 +49,8 @@ class Evaluation:
         self.held = held_out(context, self.spec.prompts)
         self.base = "sft" if "sft" in self.trained else "start"
         self.sources = self._sources()
-        self.questions = Questions(context, self.spec, self.pause)
+        self.questions = Questions(context, self.spec)
         self.found = Found()
-        self.step = 0
 
     def _sources(self) -> dict[str, str]:
         run, ppo = self.context.run, self.context.spec.stages.ppo
@@ -73,11 +72,6 @@ class Evaluation:
 
     def load(self, found: Checkpoint) -> None:
         self.found = Found.read(json.loads((found.folder / FOUND).read_text()))
-
-    def pause(self) -> None:
-        """Stop here if all ranks agree to; the steps done are kept. Collective."""
-        if self.context.stop_agreed():
-            self.context.safe_point(self.step, self.write, {})
 
     # The steps
 
@@ -152,7 +146,6 @@ def run(context: StageContext) -> None:
 
     # 2. The models one after the other, so that only one is in memory; what they said is judged at the end.
     for number in range(first, len(steps)):
-        work.step = number
         context.safe_point(number, work.write, {})
         context.metrics.log(number + 1, len(steps), "eval", steps[number]())
         gc.collect()

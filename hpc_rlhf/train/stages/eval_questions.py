@@ -20,14 +20,12 @@ from hpc_rlhf.train.rollout.sampling import Sampling
 class Questions:
     """All answers are the same on any number of ranks, and known to every rank. All methods are collective.
 
-    Args:
-        pause: called between pieces of work; may end the attempt. Collective.
+    The attempt may end between pieces of work.
     """
 
-    def __init__(self, context: StageContext, spec: EvalSpec, pause: Callable[[], None]) -> None:
+    def __init__(self, context: StageContext, spec: EvalSpec) -> None:
         self.context = context
         self.spec = spec
-        self.pause = pause
 
     def answers(self, rollouts: RolloutEngine, prompts: list[list[int]]) -> list[list[int]]:
         """A model's answers to prompts; each is drawn with random numbers of its own, the same for all models."""
@@ -44,7 +42,7 @@ class Questions:
                 tokenizer.eos_token_id, ROWS,
                 lambda: bool(context.stop.code),
             )  # fmt: skip
-        self.pause()
+        context.stop_if_told()
         return self._together(dict(zip(share, made, strict=True)))
 
     def log_probs(self, engine: Any, rollout: Rollout) -> list[list[float]]:
@@ -88,7 +86,7 @@ class Questions:
         found: dict[int, Any] = {}
         plan = plan_step(rollout.lengths, world.size, self.context.micro * self.context.longest)
         for rows in plan[world.rank]:
-            self.pause()
+            self.context.pause("evaluation")
             batch, answers = rollout.batch(rows or [0], world.device)
             made = of(batch, answers, [len(rollout.answers[row]) for row in rows or [0]])
             if rows:  # else only to keep step with the others

@@ -6,7 +6,9 @@ details of arXiv 2403.17031.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
@@ -21,6 +23,7 @@ from hpc_rlhf.train.rollout.experience import Rollout, scores
 from hpc_rlhf.train.rollout.summary import summarize
 from hpc_rlhf.train.stages.common import commit
 from hpc_rlhf.train.stages.ppo_models import PpoModels, Start
+from hpc_rlhf.train.stages.ppo_progress import Progress
 from hpc_rlhf.train.stages.ppo_trainer import PpoTrainer, Sizes
 from hpc_rlhf.train.stages.ptx import PtxStream
 from hpc_rlhf.train.stages.samples import SampleLog
@@ -54,6 +57,7 @@ class PpoStage:
             context.micro * context.longest, context.spec.data.max_answer_tokens, ROWS, context.loss_scale
         )
         self.trainer = PpoTrainer(self.spec, self.models, context.tokenizer, sizes, context.world)
+        self.trainer.pause = context.pause
         self.ptx = PtxStream(context, self.spec) if self.spec.ptx is not None else None
         self.samples = SampleLog(context.files.samples, context.tokenizer)
 
@@ -76,6 +80,20 @@ class PpoStage:
         return self.trainer.roll_out(
             [row["prompt_ids"] for row in rows], keys, lambda: bool(context.stop.code)
         )
+
+    def before_each(self, step: int, state: dict[str, Any]) -> Callable[[Progress], None]:
+        """What comes before each of a step's optimizer steps: a safe point, and random numbers of its own."""
+        context = self.context
+
+        def before(progress: Progress) -> None:
+            def write(folder: Path) -> None:
+                self.models.write(folder)
+                progress.save(folder, context.world.rank)
+
+            context.safe_point(step, write, state, progress.done + 1)
+            context.reseed(step, progress.done)
+
+        return before
 
     def compare(self) -> None:
         """Answer held-out prompts with the SFT model and with the trained one, and keep both. Collective."""
@@ -145,43 +163,50 @@ def run(context: StageContext) -> None:
     stage = PpoStage(context)
     world, total, write = context.world, stage.total, stage.models.write
 
-    # 2. Resume.
+    # 2. Resume, perhaps between the optimizer steps on an experience.
     found = context.resume(stage.models.load)
     first = found.step if found else 0
     state: dict[str, Any] = dict(found.state) if found else {"trainer": stage.trainer.state}
     stage.trainer.state = state["trainer"]
+    begun: Progress | None = None
+    if found and found.part:
+        begun = Progress.load(found.folder, world.rank, found.part - 1, world.device)
     if world.is_main:
         keep_until(context.files.samples, first if found else -1)
 
     for step in range(first, total):
-        # 3. A safe point; then answers to the step's prompts.
-        context.safe_point(step, write, state)
-        context.reseed(step)
-        rollout = Rollout([], [])
-        with suppress(RolloutDropped):
-            rollout = stage.roll_out(step)
-        # A signal in mid-rollout ends the attempt here; the next one makes the same rollout again.
-        if context.stop_agreed():
+        if begun is None:
+            # 3. A safe point; then answers to the step's prompts. A signal ends the attempt here or below; the
+            # next one makes the same rollout again.
             context.safe_point(step, write, state)
+            context.reseed(step)
+            before = {"kl_coef": stage.trainer.kl_coef, "actor_lr": engines.learning_rate(stage.models.actor)}
+            rollout = Rollout([], [])
+            with suppress(RolloutDropped):
+                rollout = stage.roll_out(step)
+            context.stop_if_told()
 
-        # 4. What the answers are worth, token by token.
-        kl_coef = stage.trainer.kl_coef
-        made = stage.trainer.evaluate(rollout)
+            # 4. What the answers are worth, token by token.
+            begun = Progress.begin(stage.trainer.evaluate(rollout))
+            state = {**state, "trainer": stage.trainer.state, "before": before}
 
-        # 5. The optimizer steps, with the pretraining mixture and the moving average.
-        rate = engines.learning_rate(stage.models.actor)
-        learnt = stage.trainer.learn(made, stage.ptx.losses if stage.ptx else None)
+        # 5. The optimizer steps, with the pretraining mixture and the moving average. Before each is a safe point,
+        # which keeps the experience.
+        made = begun.made
+        learnt = stage.trainer.learn(
+            begun, stage.ptx.losses if stage.ptx else None, stage.before_each(step, state)
+        )
+        begun = None
 
         # 6. Metrics and samples.
-        values = summarize(made, learnt, stage.trainer.eos_id, world.sums)
-        values.update(actor_lr=rate, kl_coef=kl_coef)
+        values = {**summarize(made, learnt, stage.trainer.eos_id, world.sums), **state.pop("before")}
         values.update(engines.traffic([stage.models.actor, stage.models.critic]))
         context.metrics.log(step + 1, total, "train", values)
         if step == 0:
             state.update(
                 reward_first=values["reward"], reward_first_std=values["reward_std"], kl_first=values["kl"]
             )
-        state.update(reward_last=values["reward"], kl_last=values["kl"], trainer=stage.trainer.state)
+        state.update(reward_last=values["reward"], kl_last=values["kl"])
         if world.is_main:
             stage.samples.keep_rollouts(step + 1, made)
     context.safe_point(total, write, state)

@@ -7,7 +7,6 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hpc_rlhf.spec.stages import PpoSpec
@@ -18,8 +17,8 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.ragged import evened, fill
 from hpc_rlhf.train.rollout.engine import Sampling
 from hpc_rlhf.train.rollout.experience import Experience, Rewarding, Rollout, experience, whiten
-from hpc_rlhf.train.rollout.summary import LEARNT
 from hpc_rlhf.train.stages.ppo_models import PpoModels
+from hpc_rlhf.train.stages.ppo_progress import Progress
 from hpc_rlhf.train.world import World
 
 # More losses for an optimizer step of the actor, made from its engine.
@@ -48,6 +47,7 @@ class PpoTrainer:
 
     Attributes:
         kl_coef: weight of the KL penalty in the next rollout's rewards.
+        pause: called between passes over micro-batches with what they are for; it may raise. Collective.
     """
 
     def __init__(self, spec: PpoSpec, models: PpoModels, tokenizer: Any, sizes: Sizes, world: World) -> None:
@@ -57,6 +57,7 @@ class PpoTrainer:
         self.world = world
         self.eos_id: int = tokenizer.eos_token_id
         self.kl_coef = spec.kl_coef
+        self.pause: Callable[[str], None] = lambda kind: None
         self._scores = Moments()
 
     @property
@@ -138,28 +139,56 @@ class PpoTrainer:
             self._scores = self._scores.merged(part)
         return self._scores.standardized(scores)
 
-    def learn(self, made: Experience, mixture: Mixture | None = None) -> dict[str, float]:
-        """All optimizer steps on a rollout's experience; gives the sums of what happened in them. Collective."""
-        sums = {name: torch.zeros((), device=self.world.device) for name in LEARNT}
+    def learn(
+        self, made: Experience | Progress, mixture: Mixture | None = None,
+        before: Callable[[Progress], None] = lambda progress: None,
+    ) -> dict[str, float]:  # fmt: skip
+        """All optimizer steps on a rollout's experience; gives the sums of what happened in them. Collective.
+
+        Args:
+            made: or how far an earlier attempt came with one, whose other steps are then made.
+            before: called before each optimizer step with how far this has come.
+        """
+        progress = made if isinstance(made, Progress) else Progress.begin(made)
         minibatches = []
-        for plan in self.minibatches(made.rollout):
-            local = float(sum(len(made.rollout.answers[row]) for rows in plan for row in rows))
+        for plan in self.minibatches(progress.made.rollout):
+            local = float(sum(len(progress.made.rollout.answers[row]) for rows in plan for row in rows))
             minibatches.append((plan, local, self.world.sums({"tokens": local})["tokens"]))
-        for _ in range(self.spec.ppo_epochs):
-            for plan, local, tokens in minibatches:
-                scale, moved = self.sizes.loss_scale / tokens, sums["approx_kl"].clone()
-                losses = [partial(self._actor_loss, made, rows, scale, sums) for rows in plan]
-                more = mixture(self.models.actor) if mixture else []
-                engines.optimizer_step(self.models.actor, [*losses, *more])
-                engines.optimizer_step(
-                    self.models.critic, [partial(self._critic_loss, made, rows, scale, sums) for rows in plan]
-                )
+        sums = progress.sums
+        while progress.done < 2 * self.spec.ppo_epochs * len(minibatches):
+            before(progress.copy())
+            number, critics = divmod(progress.done, 2)
+            plan, local, tokens = minibatches[number % len(minibatches)]
+            if not critics:
+                progress.moved = sums["approx_kl"].clone()
+            self._update(bool(critics), progress, plan, self.sizes.loss_scale / tokens, mixture)
+            progress.done += 1
+            if critics:
                 sums["tokens"] += local
                 if self.models.ema:
                     self.models.ema.update()
-                if self._too_far(sums["approx_kl"] - moved, tokens):
-                    return {name: value.item() for name, value in sums.items()}
+                if self._too_far(sums["approx_kl"] - progress.moved, tokens):
+                    break
         return {name: value.item() for name, value in sums.items()}
+
+    def _update(
+        self, critics: bool, progress: Progress, plan: list[list[int]], scale: float, mixture: Mixture | None
+    ) -> None:
+        """An optimizer step of the actor or of the critic on a minibatch. Collective."""
+        engine, loss = (
+            (self.models.critic, self._critic_loss) if critics else (self.models.actor, self._actor_loss)
+        )
+        losses: list[Callable[[], Tensor]] = [
+            partial(loss, progress.made, rows, scale, progress.sums) for rows in plan
+        ]
+        if mixture and not critics:
+            losses += mixture(engine)
+        kind = "the critic's micro-batches" if critics else "the actor's micro-batches"
+        engines.optimizer_step(engine, [partial(self._after_a_pause, kind, loss) for loss in losses])
+
+    def _after_a_pause(self, kind: str, loss: Callable[[], Tensor]) -> Tensor:
+        self.pause(kind)
+        return loss()
 
     def _too_far(self, kl: Tensor, tokens: float) -> bool:
         """Whether the actor had left the one that sampled by more than allowed, as a step began. Collective."""

@@ -97,7 +97,8 @@ def run(context: StageContext) -> None:
             seen.append(torch.stack(facts).detach() * real)
             return losses.sum() * (real * context.loss_scale / context.per_step)
 
-        norm = engines.optimizer_step(engine, [partial(scaled_loss, *batch) for batch in micro_batches])
+        scaled = [partial(scaled_loss, *batch) for batch in micro_batches]
+        norm = engines.optimizer_step(engine, context.pausing(scaled))
         names = ("loss", "accuracy", "margin")
         sums = context.world.sums(dict(zip(names, torch.stack(seen).sum(dim=0).tolist(), strict=True)))
         means = {name: sums[name] / context.per_step for name in names}

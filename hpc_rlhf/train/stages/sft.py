@@ -99,7 +99,8 @@ def run(context: StageContext) -> None:
             losses.append(loss.detach())
             return loss * (context.loss_scale / tokens)
 
-        norm = engines.optimizer_step(engine, [partial(scaled_loss, *batch) for batch in micro_batches])
+        scaled = [partial(scaled_loss, *batch) for batch in micro_batches]
+        norm = engines.optimizer_step(engine, context.pausing(scaled))
         loss = context.world.sums({"loss": torch.stack(losses).sum().item()})["loss"] / tokens
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
         context.metrics.log(step + 1, total, "train", {**values, **engines.traffic([engine])})

@@ -1,0 +1,80 @@
+"""Runs stages on ranks that start but once, and stops each attempt after a number of the rounds in which ranks agree."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import read_spec
+from tests.train.stages import free_port, rank_environment
+
+DEADLINE = 240.0
+TIME_LIMIT = 1
+
+
+def run_stopping(work: Sequence[tuple[RunDir, str, list[int]]], ranks: int) -> None:
+    """Run stages, each with stops: its attempts' numbers of rounds before they are told to stop.
+
+    The attempt after the last of those goes on to the end.
+
+    Raises:
+        AssertionError: a rank failed; it holds the ends of their logs.
+    """
+    logs = [work[0][0].path.parent / f"ranks.{rank}.log" for rank in range(ranks)]
+    tasks = json.dumps([(str(run.path), stage, stops) for run, stage, stops in work])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.train.stopping", tasks],
+            env=environment,
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for environment, log in zip(rank_environment(ranks, free_port()), logs, strict=True)
+    ]
+    try:
+        codes = [process.wait(DEADLINE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def main() -> None:
+    """One rank."""
+    from hpc_rlhf.train import polls
+    from hpc_rlhf.train import world as worlds
+    from hpc_rlhf.train.entry import Attempt
+    from hpc_rlhf.train.preemption import StageStopped, StopFlag
+
+    world = worlds.join(worlds.launcher_ranks()[1])
+    polls.BETWEEN = 0.0  # a round between all pieces of work
+    ask = polls.Polls.now
+
+    for path, stage, stops in json.loads(sys.argv[1]):
+        run = RunDir(Path(path))
+        spec = read_spec(run.job_yaml)
+        for number, stop in enumerate([*stops, None]):
+            rounds = count(1)
+
+            def now(self: Any, numbers: Any, stop: Any = stop, rounds: Any = rounds) -> list[int]:
+                told = next(rounds) == stop and world.rank == world.size - 1
+                return ask(self, [TIME_LIMIT, *numbers[1:]] if told else numbers)
+
+            polls.Polls.now = now  # type: ignore[method-assign]
+            try:
+                Attempt(run, stage, StopFlag(), name=f"attempt-{number}").train(spec, world)
+            except StageStopped:
+                continue
+            break
+    worlds.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Ranks agree at a bounded cost."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from hpc_rlhf.train import polls
+from hpc_rlhf.train.polls import Polls
+from hpc_rlhf.train.world import World
+
+
+class Clock:
+    """Time goes on by what each piece of work takes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(polls, "time", made)
+    return made
+
+
+def rounds(asked: Polls, clock: Clock, pieces: int, seconds: float, kind: str = "work") -> list[int]:
+    """The pieces of work before which there was a round."""
+    found = []
+    for piece in range(pieces):
+        if asked.between(kind, [piece]) is not None:
+            found.append(piece)
+        clock.now += seconds
+    return found
+
+
+def test_between_short_pieces_most_rounds_are_left_out(world: World, clock: Clock) -> None:
+    found = rounds(Polls(world), clock, 1000, 0.01)
+    assert found[:6] == [0, 1, 3, 7, 15, 31], "at first their number doubles"
+    gaps = {later - earlier for earlier, later in pairwise(found[6:])}
+    assert gaps <= {24, 25}, "then a quarter of a second goes by"
+
+
+def test_between_long_pieces_there_is_always_one(world: World, clock: Clock) -> None:
+    assert rounds(Polls(world), clock, 20, 1.0) == list(range(20))
+
+
+def test_work_of_another_kind_is_not_kept_waiting(world: World, clock: Clock) -> None:
+    asked = Polls(world)
+    rounds(asked, clock, 1000, 0.001)
+    assert rounds(asked, clock, 3, 30.0, "long") == [0, 1, 2]
+
+
+def test_the_largest_of_each_number_comes_back(world: World) -> None:
+    assert Polls(world).now([3, 0, 7]) == [3, 0, 7]
+    assert Polls(world).between("work", [2, 1]) == [2, 1]

@@ -1,0 +1,105 @@
+"""A stage stopped anywhere goes on as if nothing had been: in mid-window, between minibatches, in any precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.rundir import RunDir
+from tests.train.stages import make_run, metrics, tiny_spec, weights_digest
+from tests.train.stopping import run_stopping
+
+pytestmark = pytest.mark.train
+
+# All are stopped in mid-window, of four micro-batches.
+WINDOWS: dict[str, dict[str, Any]] = {
+    "zero 1, bf16": {"zero": 1, "precision": "bf16", "dropout": 0.1},
+    "zero 2, fp16": {"zero": 2, "precision": "fp16", "lora": {"rank": 4}},
+    "zero 3, bf16": {"zero": 3, "precision": "bf16", "lora": {"rank": 4, "only": False}},
+    "zero 0, fp16": {"precision": "fp16"},
+    "1-bit Adam, bf16": {"optimizer": "onebit-adam", "onebit_warmup": 2, "precision": "bf16"},
+}
+PPO: dict[str, dict[str, Any]] = {
+    "zero 0": {
+        "ema": True, "ptx": {"demo": 50}, "kl_target": 1e-3, "kl_horizon": 100, "normalize_scores": True,
+        "ppo_epochs": 2, "minibatches": 2, "dropout": 0.1,
+    },
+    "zero 3": {
+        "zero": 3, "precision": "bf16", "lora": {"rank": 4, "only": False}, "ema": True, "minibatches": 2,
+        "critic": {"zero": 2}, "stop_kl": 1e-6,
+    },
+}  # fmt: skip
+
+
+def told(run: RunDir, stage: str) -> list[dict[str, Any]]:
+    """Metrics, and samples, without their times."""
+    lines = metrics(run, stage)
+    samples = run.stage(stage).samples
+    if samples.exists():
+        lines += [json.loads(line) for line in samples.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def same(stopped: RunDir, whole: RunDir, stage: str) -> None:
+    assert weights_digest(stopped, stage) == weights_digest(whole, stage)
+    assert told(stopped, stage) == told(whole, stage)
+
+
+def stops(run: RunDir, stage: str) -> list[tuple[int, int]]:
+    return [
+        (e["step"], e.get("part", 0)) for e in Ledger(run.ledger).events(stage) if e["event"] == "stopping"
+    ]
+
+
+def test_a_stop_in_an_accumulation_window_leaves_no_trace(tmp_path: Path) -> None:
+    """The window's gradients are dropped, and it is made again whole."""
+    fields = {"micro_batch": 1, "global_batch": 8, "max_steps": 3, "warmup": 2}
+    pairs = {
+        name: [
+            make_run(tiny_spec(tmp_path / f"{number}-{how}", sft={**fields, **field}))
+            for how in ("whole", "stopped")
+        ]
+        for number, (name, field) in enumerate(WINDOWS.items())
+    }
+    work = []
+    for whole, stopped in pairs.values():
+        work += [(whole, "sft", []), (stopped, "sft", [8, 9])]
+    run_stopping(work, 2)
+    for name, (whole, stopped) in pairs.items():
+        assert stops(stopped, "sft") == [(1, 0), (2, 0)], name
+        same(stopped, whole, "sft")
+
+
+def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None:
+    """Stopped between optimizer steps or in one, the rollout is not made again, and nothing drifts."""
+    base, short = {"micro_batch": 2, "global_batch": 8, "max_steps": 2}, {"max_steps": 2}
+
+    def make(name: str, fields: dict[str, Any]) -> RunDir:
+        return make_run(tiny_spec(tmp_path / name, sft=short, reward=short, ppo={**base, **fields}))
+
+    first, *others = [
+        make(f"{name.replace(' ', '-')}-{how}", fields)
+        for name, fields in PPO.items()
+        for how in ("whole", "stopped")
+    ]
+    run_stopping([(first, "sft", []), (first, "reward", [])], 2)
+    for run in others:
+        for need in ("sft", "reward"):
+            shutil.copytree(first.stage(need).path, run.stage(need).path, dirs_exist_ok=True)
+    one, one_stopped, three, three_stopped = first, *others
+    work = [
+        (one, "ppo", []),
+        (one_stopped, "ppo", [5, 13, 3]),
+        (three, "ppo", []),
+        (three_stopped, "ppo", [6, 9]),
+    ]
+    run_stopping(work, 2)
+    assert stops(one_stopped, "ppo") == [(0, 1), (0, 3), (0, 3)]
+    assert stops(three_stopped, "ppo") == [(0, 2), (0, 4)]
+    same(one_stopped, one, "ppo")
+    same(three_stopped, three, "ppo")
