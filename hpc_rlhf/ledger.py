@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # Events, and the fields each carries beside time, event and stage:
-#   submitting  token                        about to call sbatch
+#   submitting  token, by                    about to call sbatch; by heal, or a person where it does not say
 #   submitted   token, job_id                sbatch answered
 #   refused     token, message               sbatch said no
 #   started     attempt, job_id, restart, ranks, host
@@ -22,7 +22,11 @@ from typing import Any
 #   interrupted attempt, step                stopped by a person, here, to be run again
 #   failed      attempt, message
 #   finished    attempt, step, seconds
-#   cancelled   job_id
+#   cancelled   job_id                       by hpc-rlhf cancel; with attempt, by hand, as a rank found
+#   ended       job_id, reason, message, node, step, progress     how an attempt ended that is not finished
+#   retried     job_id, delay, without       heal sent it off again, after so many seconds, without these nodes
+#   stopped     message                      heal leaves it to a person
+#   anew        -                            a person lets it go on; what failed before counts no more
 
 
 @dataclass(frozen=True)

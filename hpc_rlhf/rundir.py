@@ -99,6 +99,10 @@ class RunDir:
     def sbatch(self, stage: str) -> Path:
         return self.scripts / f"{stage}.sbatch"
 
+    def sentinel(self, stage: str) -> Path:
+        """The script of the job that mends the chain when the stage ends badly."""
+        return self.scripts / f"{stage}.sentinel.sbatch"
+
     def ds_config(self, stage: str, model: str = "") -> Path:
         """Of one of a stage's models, as ``StageSpec.strategies`` names them."""
         return self.scripts / ".".join(filter(None, (stage, model, "ds_config.json")))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 
@@ -46,6 +48,7 @@ class QueuedJob:
         state: Slurm's word, such as PENDING.
         reason: why it is pending or ended; empty otherwise.
         comment: its comment.
+        dependency: what it waits for, as squeue writes it; empty when for no other job.
     """
 
     job_id: str
@@ -53,10 +56,16 @@ class QueuedJob:
     state: str
     reason: str
     comment: str
+    dependency: str = ""
 
     @property
     def live(self) -> bool:
         return self.state not in ENDED
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The ids of the jobs that it waits for."""
+        return frozenset(re.findall(r":(\d+)", self.dependency))
 
     def is_of(self, stage: str) -> bool:
         """Whether it can be a stage's job: another cluster's job may have the same number."""
@@ -65,11 +74,25 @@ class QueuedJob:
 
 @dataclass(frozen=True)
 class PastJob:
-    """A job as sacct remembers it: the state and exit code of its latest attempt."""
+    """The latest attempt of a job as Slurm remembers it.
+
+    Attributes:
+        exit_code: the batch script's exit code and the signal that ended it, such as 1:0.
+        nodes: a host list, such as node[1-2].
+        failed_node: the node that Slurm gave up on; empty where it does not say.
+        excluded: a host list of the nodes that it may not use.
+        requeueable: the controller still has it, and would requeue it.
+        bereft: cancelled by Slurm, because a job that it waited for ended badly (``kill_invalid_depend``).
+    """
 
     job_id: str
     state: str
     exit_code: str
+    nodes: str = ""
+    failed_node: str = ""
+    excluded: str = ""
+    requeueable: bool = False
+    bereft: bool = False
 
 
 def available() -> bool:
@@ -84,13 +107,15 @@ def foreign_variables(environ: Mapping[str, str]) -> list[str]:
 
 def queue() -> dict[str, QueuedJob]:
     """This user's jobs that Slurm's controller knows, just finished ones too, by job id."""
-    text = _run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%j|%k"])
+    text = _run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%E|%j|%k"])
     jobs = {}
     for line in text.splitlines():
-        fields = line.split("|", 4)
-        if len(fields) == 5:  # another job's name or comment may have broken its line
-            job_id, state, reason, name, comment = ("" if field in _NOTHING else field for field in fields)
-            jobs[job_id] = QueuedJob(job_id, name, state, reason, comment)
+        fields = line.split("|", 5)
+        if len(fields) == 6:  # another job's name or comment may have broken its line
+            job_id, state, reason, dependency, name, comment = (
+                "" if field in _NOTHING else field for field in fields
+            )
+            jobs[job_id] = QueuedJob(job_id, name, state, reason, comment, dependency)
     return jobs
 
 
@@ -98,17 +123,49 @@ def history(job_ids: Sequence[str]) -> dict[str, PastJob]:
     """What accounting remembers of jobs. Empty where a cluster keeps no accounts; a new job may be missing."""
     if not job_ids or shutil.which("sacct") is None:
         return {}
-    command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State,ExitCode"]
+    command = [
+        "sacct",
+        "--allocations",
+        "--noheader",
+        "--parsable2",
+        "--format=JobID,State,ExitCode,NodeList",
+    ]
     try:
         text = _run([*command, f"--jobs={','.join(job_ids)}"])
     except HpcRlhfError:
         return {}
     jobs = {}
     for line in text.splitlines():
-        job_id, state, exit_code = line.split("|")
-        # "CANCELLED by 1000"
-        jobs[job_id] = PastJob(job_id, state.split()[0], exit_code)
+        job_id, state, exit_code, nodes = line.split("|")
+        # "CANCELLED by 1000" where somebody did it
+        nodes = "" if nodes.startswith("None") else nodes
+        jobs[job_id] = PastJob(job_id, state.split()[0], exit_code, nodes, bereft=state == "CANCELLED")
     return jobs
+
+
+def remembered(job_id: str) -> PastJob | None:
+    """All that the controller knows of a job, or else what accounting does; None where neither knows it.
+
+    Raises:
+        HpcRlhfError: the controller gives no answer.
+    """
+    try:
+        fields = _job_fields(job_id)
+    except HpcRlhfError as error:
+        if "Invalid job id" not in error.message:
+            raise
+        return history([job_id]).get(job_id)
+    told = {name: "" if value in _NOTHING else value for name, value in fields.items()}
+    return PastJob(
+        job_id,
+        told["JobState"],
+        told.get("ExitCode", ""),
+        told.get("NodeList", ""),
+        told.get("FailedNode", ""),
+        told.get("ExcNodeList", ""),
+        told.get("Requeue") == "1",
+        told["JobState"] == "CANCELLED" and told.get("Reason") == "DependencyNeverSatisfied",
+    )
 
 
 def requeue(job_id: str) -> None:
@@ -155,14 +212,38 @@ def _job_fields(job_id: str) -> dict[str, str]:
     """What Slurm's controller knows of a job."""
     with _unheard():
         said = _run(["scontrol", "--oneliner", "show", "job", job_id])
-    words = (word.partition("=") for word in said.split())
-    return {name: value for name, _, value in words}
+    fields: dict[str, str] = {}
+    for word in said.split():
+        name, _, value = word.partition("=")
+        fields.setdefault(name, value)  # a comment, which is further on, may hold anything
+    return fields
 
 
 def _preempted(fields: Mapping[str, str]) -> bool:
     """A requeued job may still carry the time at which its attempt before was preempted."""
     time = fields.get("PreemptTime", "None")
     return time[:1].isdigit() and time >= fields.get("StartTime", "")
+
+
+def submit(script: Path, options: Sequence[str]) -> str:
+    """Submit a script, and return its job id."""
+    return _run(["sbatch", "--parsable", *options, str(script)]).split(";")[0].strip()
+
+
+def put_off(job_id: str, seconds: int, excluded: str) -> None:
+    """Let a pending job start only after a while, and not on some nodes.
+
+    Args:
+        excluded: a host list in place of the one that the job has; empty leaves that.
+    """
+    changes = [f"StartTime=now+{seconds}"] * (seconds > 0) + [f"ExcNodeList={excluded}"] * bool(excluded)
+    if changes:
+        _run(["scontrol", "update", f"JobId={job_id}", *changes])
+
+
+def release(job_id: str) -> None:
+    """Let a held job go."""
+    _run(["scontrol", "release", job_id])
 
 
 def set_dependency(job_id: str, needs: Sequence[str]) -> None:

@@ -29,6 +29,7 @@ VERBS = {
     "status": "Show how a run is getting on.",
     "logs": "Print the log of a stage.",
     "cancel": "Cancel a run's jobs.",
+    "heal": "Let a chain that broke go on.",
     "chat": "Talk to the finished model.",
 }
 

@@ -9,8 +9,9 @@ import click
 from hpc_rlhf.cli.options import set_option
 from hpc_rlhf.cli.plan import echo_plan
 from hpc_rlhf.cli.table import echo_table
+from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.launch.submit import Outcome, preview, submit
+from hpc_rlhf.launch.submit import preview, submit
 from hpc_rlhf.spec.load import load_spec
 from hpc_rlhf.spec.model import JobSpec
 
@@ -60,6 +61,7 @@ def _echo_preview(spec: JobSpec, beside: Path) -> None:
     for job in plan.jobs:
         files = (
             plan.run.sbatch(job.stage),
+            *([plan.run.sentinel(job.stage)] if job.slurm.heal.enabled else []),
             *(plan.run.ds_config(job.stage, model) for model in spec.stage(job.stage).strategies),
             plan.run.hostfile_template(job.stage),
         )
@@ -67,3 +69,5 @@ def _echo_preview(spec: JobSpec, beside: Path) -> None:
     click.echo("\nwould submit:")
     for job in plan.jobs:
         click.echo(f"  {commands.get(job.stage, f'{job.stage}: done already')}")
+        if job.stage in commands and job.slurm.heal.enabled:
+            click.echo(f"  and {plan.run.sentinel(job.stage).name}, to start if that job ends badly")

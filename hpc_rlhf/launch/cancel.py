@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from hpc_rlhf import slurm
-from hpc_rlhf.launch.jobs import find_live
+from hpc_rlhf.launch.jobs import find_jobs
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.slurm import QueuedJob
 
+# A sentinel at work is soon done.
+_PATIENCE = 30.0
+
 
 def cancel(run: RunDir) -> dict[str, QueuedJob]:
-    """Cancel every job of a run that is queued or running, and return them by stage."""
-    with hold(run.submit_lock, "hpc-rlhf cancel"):
-        live = find_live(run)
-        slurm.cancel([job.job_id for job in live.values()])
-        for stage, job in live.items():
+    """Cancel every job of a run that is queued or running, and return those of stages."""
+    with hold(run.submit_lock, "hpc-rlhf cancel", _PATIENCE):
+        jobs = find_jobs(run)
+        # The sentinels first, or they would start, since their stages end badly.
+        slurm.cancel([job.job_id for job in jobs.sentinels])
+        slurm.cancel([job.job_id for job in jobs.live.values()])
+        for stage, job in jobs.live.items():
             Ledger(run.ledger).append("cancelled", stage, job_id=job.job_id)
-    return live
+    return jobs.live

@@ -12,9 +12,8 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.jobs import submission_options
 from hpc_rlhf.launch.plan import Plan, PlannedJob
-from hpc_rlhf.launch.render import Templates, rank_command, rank_python
+from hpc_rlhf.launch.render import rank_command, rank_python
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.task import StageTask
 
@@ -25,29 +24,24 @@ _REQUEUES = 10**6
 
 
 class StageExecutor(SlurmExecutor):
-    """Submits one stage.
+    """Submits a stage.
 
     Of submitit it uses the pickle, the files' names and the ranks' entry point; the script is ours.
     """
 
-    def __init__(
-        self, plan: Plan, job: PlannedJob, templates: Templates, token: str, after: tuple[str, ...]
-    ) -> None:
+    def __init__(self, plan: Plan, job: PlannedJob, options: list[str]) -> None:
         """
         Args:
             plan: the run's plan.
-            job: the stage's job.
-            templates: what its script is made of.
-            token: marks this very submission in the job's comment.
-            after: ids of jobs that must end well first.
+            job: the stage's job; its script is in the run directory.
+            options: of sbatch, for this submission alone.
         """
         logs = plan.run.stage(job.stage).logs
         super().__init__(logs, max_num_timeout=_REQUEUES, python=rank_python(job))
         self.update_parameters(
             time=_NEVER_TIMED_OUT_MIN, nodes=job.slurm.nodes, ntasks_per_node=job.slurm.tasks_per_node
         )
-        self._plan, self._job, self._templates = plan, job, templates
-        self._options = submission_options(job, token, after)
+        self._plan, self._job, self._options = plan, job, options
 
     def send(self) -> str:
         """Submit the stage and return its job id.
@@ -71,7 +65,8 @@ class StageExecutor(SlurmExecutor):
         return rank_command(self._plan, self._job)
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
-        return self._templates.script(self._plan, self._job, command)
+        """The script as it was rendered into the run directory; it has the same command in it."""
+        return self._plan.run.sbatch(self._job.stage).read_text(encoding="utf-8")
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         """sbatch, without what the environment says about the job that we may ourselves be part of."""

@@ -1,4 +1,4 @@
-"""Which of a run's jobs are alive, told from the ledger and Slurm together.
+"""Which jobs a run has and which of them are alive, told from the ledger and Slurm together.
 
 Every call of sbatch is announced in the ledger with a token that the job carries in its comment. So a job whose
 id was never written down, because the submitting process died, is still found, and taken on.
@@ -7,8 +7,10 @@ id was never written down, because the submitting process died, is still found, 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from hpc_rlhf import slurm
+from hpc_rlhf import sentinel, slurm
 from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
@@ -18,25 +20,57 @@ from hpc_rlhf.slurm import QueuedJob
 _STILL_ON_ITS_WAY = 10.0
 
 
-def submission_options(job: PlannedJob, token: str, after: tuple[str, ...]) -> list[str]:
+@dataclass(frozen=True)
+class RunJobs:
+    """A run's jobs.
+
+    Attributes:
+        live: those of stages that are queued or running, by stage.
+        latest: the id of each stage's latest job, live or not.
+        tokens: the token by which each job was announced, by job id.
+        queue: all jobs that Slurm showed.
+    """
+
+    live: dict[str, QueuedJob] = field(default_factory=dict)
+    latest: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    queue: dict[str, QueuedJob] = field(default_factory=dict)
+
+    @property
+    def sentinels(self) -> list[QueuedJob]:
+        """Those that wait or run."""
+        return sentinel.living(self.queue, self.tokens.values())
+
+
+def submission_options(
+    job: PlannedJob, token: str, after: tuple[str, ...], delay: int = 0, without: Sequence[str] = ()
+) -> list[str]:
     """sbatch options that belong to one submission. They stay out of the script, which is the same every time.
 
     Args:
         job: the stage's job.
         token: marks this very submission in the job's comment.
         after: ids of jobs that must end well first.
+        delay: seconds before which it may not start.
+        without: nodes it may not use, beside those that the spec excludes.
     """
     words = [_mark(token), *([job.slurm.comment] if job.slurm.comment else [])]
-    dependency = [f"--dependency=afterok:{':'.join(after)}"] if after else []
-    return [f"--comment={' '.join(words)}", *dependency]
+    options = [f"--comment={' '.join(words)}"]
+    if after:
+        options.append(f"--dependency=afterok:{':'.join(after)}")
+    if delay:
+        options.append(f"--begin=now+{delay}")
+    if without:
+        options.append(f"--exclude={','.join(filter(None, (job.slurm.exclude, *without)))}")
+    return options
 
 
-def find_live(run: RunDir) -> dict[str, QueuedJob]:
-    """The run's jobs that are queued or running, by stage. Takes on those whose id was never written down."""
+def find_jobs(run: RunDir) -> RunJobs:
+    """The run's jobs. Takes on those whose id was never written down."""
     ledger = Ledger(run.ledger)
-    ids, unanswered = _submissions(ledger)
-    if not ids and not unanswered:
-        return {}
+    submitted, unanswered = _submissions(ledger)
+    if not submitted and not unanswered:
+        return RunJobs()
     queue = slurm.queue()
     for token, (stage, announced) in unanswered.items():
         while (job := with_token(queue, token)) is None and time.time() < announced + _STILL_ON_ITS_WAY:
@@ -44,9 +78,11 @@ def find_live(run: RunDir) -> dict[str, QueuedJob]:
             queue = slurm.queue()
         if job is not None:
             adopt(run, stage, token, job.job_id)
-            ids[job.job_id] = stage
-    found = ((stage, queue[job_id]) for job_id, stage in ids.items() if job_id in queue)
-    return {stage: job for stage, job in found if job.live and job.is_of(stage)}
+            submitted[job.job_id] = (stage, token)
+    latest = {stage: job_id for job_id, (stage, _) in submitted.items()}
+    found = ((stage, queue[job_id]) for job_id, (stage, _) in submitted.items() if job_id in queue)
+    live = {stage: job for stage, job in found if job.live and job.is_of(stage)}
+    return RunJobs(live, latest, {job_id: token for job_id, (_, token) in submitted.items()}, queue)
 
 
 def adopt(run: RunDir, stage: str, token: str, job_id: str) -> None:
@@ -66,16 +102,16 @@ def _mark(token: str) -> str:
     return f"hpc-rlhf:{token}"
 
 
-def _submissions(ledger: Ledger) -> tuple[dict[str, str], dict[str, tuple[str, float]]]:
-    """The stage of every known job id, and the stage and time of every token that has no answer."""
-    ids: dict[str, str] = {}
+def _submissions(ledger: Ledger) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, float]]]:
+    """The stage and token of every known job id, and the stage and time of every token that has no answer."""
+    submitted: dict[str, tuple[str, str]] = {}
     unanswered: dict[str, tuple[str, float]] = {}
     for event in ledger.events():
         if event["event"] == "submitting":
             unanswered[event["token"]] = (event["stage"], event["time"])
         elif event["event"] == "submitted":
             unanswered.pop(event["token"], None)
-            ids[event["job_id"]] = event["stage"]
+            submitted[event["job_id"]] = (event["stage"], event["token"])
         elif event["event"] == "refused":
             unanswered.pop(event["token"], None)
-    return ids, unanswered
+    return submitted, unanswered

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.launch.chain import is_done
 from hpc_rlhf.launch.hostfile import Hostfile
-from hpc_rlhf.launch.jobs import find_live
+from hpc_rlhf.launch.jobs import find_jobs
 from hpc_rlhf.launch.local_env import environment, visible_gpus
 from hpc_rlhf.launch.lock import Lock
 from hpc_rlhf.launch.ranks import Ranks, start_here, start_on
 from hpc_rlhf.launch.stopping import Interrupted, StopRequests
-from hpc_rlhf.launch.submit import is_done
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
@@ -173,7 +173,7 @@ def refuse_live_jobs(run: RunDir) -> None:
     Raises:
         HpcRlhfError: Slurm jobs of this run are queued or running.
     """
-    live = find_live(run)
+    live = find_jobs(run).live
     if live:
         names = ", ".join(f"{stage} (job {job.job_id}, {job.state})" for stage, job in live.items())
         raise HpcRlhfError(

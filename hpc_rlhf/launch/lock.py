@@ -23,6 +23,7 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 SILENCE = 900.0
 _TOUCH_EVERY = 60.0
 _ATTEMPTS = 5
+_AGAIN = 0.5
 
 
 @dataclass
@@ -41,12 +42,13 @@ class Lock:
 
 
 @contextmanager
-def hold(path: Path, doing: str) -> Iterator[Lock]:
+def hold(path: Path, doing: str, patience: float = 0.0) -> Iterator[Lock]:
     """Hold the lock at ``path`` for as long as the block runs.
 
     Args:
         path: the lock file; its folder exists.
         doing: what the owner does, for the message that others get, such as ``hpc-rlhf submit``.
+        patience: seconds to wait for somebody else who holds it.
 
     Raises:
         HpcRlhfError: somebody else holds it.
@@ -54,9 +56,17 @@ def hold(path: Path, doing: str) -> Iterator[Lock]:
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "doing": doing}
     text = json.dumps({**owner, "token": uuid.uuid4().hex})
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    draft.write_text(text)
+    deadline = time.monotonic() + patience
     try:
-        _acquire(path, draft)
+        while True:
+            draft.write_text(text)  # its time is what a lock's silence is measured by
+            try:
+                _acquire(path, draft)
+                break
+            except HpcRlhfError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_AGAIN)
     finally:
         draft.unlink()
     try:

@@ -1,4 +1,4 @@
-"""From a plan to text: an sbatch script, a DeepSpeed config and a hostfile template for every stage."""
+"""From a plan to text: sbatch scripts, DeepSpeed configs and a hostfile template for every stage."""
 
 from __future__ import annotations
 
@@ -48,6 +48,21 @@ class Templates:
             command=command,
         )
 
+    def sentinel(self, plan: Plan, job: PlannedJob) -> str:
+        """The sbatch script of the small job that mends the chain when ``job`` ends badly."""
+        heal = job.slurm.heal
+        return self._render(
+            "sentinel.sbatch.j2",
+            plan=plan,
+            job=job,
+            slurm=job.slurm,
+            heal=heal,
+            setup=job.slurm.setup if heal.setup is None else heal.setup,
+            run=plan.run,
+            logs=plan.run.stage(job.stage).logs,
+            python=shlex.quote(sys.executable),
+        )
+
     def hostfile(self, plan: Plan, job: PlannedJob) -> str:
         """The hostfile's line for one node, which the script fills in with the allocation's nodes."""
         return self._render("hostfile.j2", plan=plan, job=job, slurm=job.slurm)
@@ -92,6 +107,8 @@ def render(spec: JobSpec, out_dir: Path, beside: Path | None = None) -> list[Pat
     for job in plan.jobs:
         script = templates.script(plan, job, rank_command(plan, job))
         texts[out_dir / plan.run.sbatch(job.stage).name] = script
+        if job.slurm.heal.enabled:
+            texts[out_dir / plan.run.sentinel(job.stage).name] = templates.sentinel(plan, job)
         for model, text in templates.ds_configs(job, spec.stage(job.stage)).items():
             texts[out_dir / plan.run.ds_config(job.stage, model).name] = text
         texts[out_dir / plan.run.hostfile_template(job.stage).name] = templates.hostfile(plan, job)

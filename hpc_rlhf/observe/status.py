@@ -16,8 +16,8 @@ from hpc_rlhf.observe.turns import last_turn
 from hpc_rlhf.observe.words import step_kind
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.slurm import PastJob, QueuedJob
+from hpc_rlhf.tail import read_tail
 
-_TAIL = 1 << 16
 # `hpc-rlhf run` touches the run's lock every minute while it is at work.
 _LOCK_SILENCE = 180.0
 _REASONS = {
@@ -140,14 +140,18 @@ def judge(evidence: Evidence) -> tuple[str, str]:
     name, message = turn["event"], str(turn.get("message", ""))
     if name in ("failed", "refused", "cancelled"):
         return name, message
+    if name == "stopped":
+        return name, f"{message}; once that is mended, hpc-rlhf heal goes on"
+    if name == "ended":
+        return "failed", _how_it_ended(evidence)
     if name == "interrupted":
         return "interrupted", "run it again to go on"
     ended = evidence.queued or evidence.past
     if ended is not None and not (isinstance(ended, PastJob) and ended.state not in slurm.ENDED):
         state = "cancelled" if ended.state == "CANCELLED" else "failed"
-        return state, f"Slurm says {ended.state}; submit again to go on"
+        return state, f"Slurm says {ended.state}; hpc-rlhf heal goes on"
     if evidence.job_id is not None:
-        return "unknown", f"Slurm knows no job {evidence.job_id} now; submit again to go on"
+        return "unknown", f"Slurm knows no job {evidence.job_id} now; hpc-rlhf heal goes on"
     if name == "submitting":
         return "unknown", "submit was cut off here; submit again finds the job"
     if name != "none":
@@ -158,16 +162,26 @@ def judge(evidence: Evidence) -> tuple[str, str]:
 def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
     if job.state == "RUNNING":
         last = evidence.events[-1]["event"] if evidence.events else ""
-        return ("starting" if last in ("submitted", "requeued") else "running"), ""
+        return ("starting" if last in ("submitted", "requeued", "retried") else "running"), ""
     if job.state != "PENDING":
         return job.state.lower(), job.reason
     if job.reason == "DependencyNeverSatisfied":
-        return "stuck", "a stage that it needs ended badly; submit again to mend it"
+        return "stuck", "a stage that it needs ended badly; hpc-rlhf heal mends it"
     if job.reason == "Dependency":
         return "waiting", f"for {' and '.join(evidence.needs)}"
+    turn = last_turn(evidence.events)
+    if turn is not None and turn["event"] == "retried":
+        return "requeued", f"tried again after {_how_it_ended(evidence)}"
     started = any(event["event"] == "started" for event in evidence.events)
     words = _REASONS.get(job.reason)
     return "requeued" if started else "pending", f"{job.reason}: {words}" if words else job.reason
+
+
+def _how_it_ended(evidence: Evidence) -> str:
+    """The reason and the line of a stage's last ending that was judged."""
+    ended = [event for event in evidence.events if event["event"] == "ended"]
+    words = (ended[-1].get("reason"), ended[-1].get("message")) if ended else ("what it needs came again",)
+    return ": ".join(str(word) for word in words if word)
 
 
 def _latest_job(events: list[dict[str, Any]]) -> str | None:
@@ -200,7 +214,7 @@ def _launcher_at_work(run: RunDir) -> bool:
 def _progress(metrics: Path, stage: str) -> dict[str, Any]:
     """What the last step's line of a metrics file says."""
     telling = {"ppo": ("reward",), "eval": ("perplexity", "accuracy")}.get(stage, ("loss",))
-    for line in reversed(_tail(metrics).splitlines()):
+    for line in reversed(read_tail(metrics).splitlines()):
         try:
             row = json.loads(line)
         except ValueError:
@@ -215,13 +229,3 @@ def _progress(metrics: Path, stage: str) -> dict[str, Any]:
                 "updated": row.get("time"),
             }
     return {}
-
-
-def _tail(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL))
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-ENDINGS = frozenset({"finished", "failed", "interrupted", "cancelled", "refused"})
-_TURNS = ENDINGS | {"submitting", "submitted", "started"}
+ENDINGS = frozenset({"finished", "failed", "interrupted", "cancelled", "refused", "ended", "stopped"})
+_TURNS = ENDINGS | {"submitting", "submitted", "started", "retried", "anew"}
 
 
 def last_turn(events: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

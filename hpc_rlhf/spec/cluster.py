@@ -33,6 +33,42 @@ class ContainerSpec(Model):
     )
 
 
+class HealSpec(Model):
+    """How a chain mends itself: beside each stage waits a sentinel, a small job that starts when the stage ends badly."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Whether stages get sentinels. Without, a chain that broke waits for `hpc-rlhf heal`; turn it off where jobs may not be submitted from jobs, or where every queued job counts.",
+    )
+    partition: SlurmValue | None = Field(
+        default=None,
+        description="The sentinel's partition; the stage's when left out. Choose another where that one takes no jobs without GPUs, or gives whole nodes only.",
+    )
+    account: SlurmValue | None = Field(
+        default=None,
+        description="The account that pays for the sentinel's minute; the stage's when left out.",
+    )
+    qos: SlurmValue | None = Field(
+        default=None,
+        description="The sentinel's quality of service; the stage's when left out. One that starts small jobs soon mends soon.",
+    )
+    mem: SlurmMemory | None = Field(
+        default=None,
+        description="The sentinel's memory; the partition's default when left out. It needs about 200M.",
+    )
+    setup: tuple[Command, ...] | None = Field(
+        default=None,
+        description="Shell lines before `hpc-rlhf heal` in the sentinel; slurm.setup when left out. Give your own where those need a GPU or take long.",
+    )
+    extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(
+        default_factory=dict, description="Further sbatch options of the sentinel, as in slurm.extra."
+    )
+    backoff_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
+        default=30,
+        description="How long the first attempt after one without progress waits; each further one waits four times as long, an hour at most. More where what fails, such as a file system, takes long to come back.",
+    )
+
+
 class SlurmSpec(Model):
     """Where and how a stage's job runs. Under `hpc-rlhf run` only nodes and ranks per node count."""
 
@@ -87,6 +123,9 @@ class SlurmSpec(Model):
         description="Shell lines run on the first node before the ranks start, such as `module load cuda` or `source venv/bin/activate`.",
     )
     container: ContainerSpec | None = Field(default=None, description="A container that every rank runs in.")
+    heal: HealSpec = Field(
+        default_factory=HealSpec, description="How a stage that ended badly is tried again without a person."
+    )
     extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(
         default_factory=dict,
         description="Further sbatch options without their dashes, such as {switches: 1}; true for a bare flag. Options that have a field of their own are refused.",

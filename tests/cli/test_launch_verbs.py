@@ -45,7 +45,7 @@ def test_plan_as_a_table_and_as_json(job: Path) -> None:
 def test_render_writes_what_it_names(job: Path, tmp_path: Path) -> None:
     done = cli("render", job, "--out", tmp_path / "out dir")
     names = done.stdout.splitlines()
-    assert len(names) == 12
+    assert len(names) == 15
     assert all(Path(name).is_file() for name in names)
 
 

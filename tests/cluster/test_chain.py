@@ -270,10 +270,12 @@ def assert_went_on(chain: Chain, stage: str) -> None:
 
 
 def queued(chain: Chain) -> dict[str, list[str]]:
-    """The ids of the jobs in the queue, by name."""
+    """The ids of the stages' jobs in the queue, by name."""
     jobs: dict[str, list[str]] = {}
     for line in chain.cluster.run("squeue", "--noheader", "--format=%i %j").stdout.splitlines():
         job_id, name = line.split()
+        if name.endswith(".sentinel"):
+            continue
         jobs.setdefault(name, []).append(job_id)
     return jobs
 

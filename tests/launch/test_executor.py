@@ -10,8 +10,9 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.executor import StageExecutor, ensure_pickle
+from hpc_rlhf.launch.jobs import submission_options
 from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.launch.render import Templates, render
+from hpc_rlhf.launch.render import render
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.task import StageTask
@@ -35,8 +36,9 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def send(spec: JobSpec, stage: str, *after: str) -> str:
     plan = make_plan(spec)
+    render(spec, plan.run.scripts)
     job = next(job for job in plan.jobs if job.stage == stage)
-    return StageExecutor(plan, job, Templates(), "t0ken", after).send()
+    return StageExecutor(plan, job, submission_options(job, "t0ken", after)).send()
 
 
 @pytest.mark.parametrize("container", [None, {"runtime": "pyxis", "image": "x"}])
@@ -45,7 +47,6 @@ def test_submitit_sends_the_rendered_script(
 ) -> None:
     spec = make_spec(tmp_path / "my run", {"container": container, "comment": "mine"})
     run = RunDir(Path(spec.run_dir))
-    render(spec, run.scripts)
     assert send(spec, "ppo", "10", "11") == "12"
     logs = run.stage("ppo").logs
     assert (logs / "12_submission.sh").read_text() == run.sbatch("ppo").read_text()

@@ -249,7 +249,7 @@ def test_users_template_wins_file_by_file(tmp_path: Path) -> None:
     files = {path.name: path for path in render(make_spec("/scratch/demo"), tmp_path / "out", tmp_path)}
     assert files["sft.hostfile.in"].read_text() == "@NODE@ slots=2 # mine\n"
     assert files["sft.sbatch"].read_text().startswith("#!/bin/bash\n")
-    assert len(files) == 12
+    assert len(files) == 15
 
 
 @pytest.mark.parametrize(

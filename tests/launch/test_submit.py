@@ -53,8 +53,9 @@ class Bench:
         return {event["stage"]: event["job_id"] for event in events if event["event"] == "submitted"}
 
     def names(self) -> list[str]:
-        """The names of all jobs that wait or run."""
-        return sorted(self.cluster.run("squeue", "--noheader", "--format=%j").stdout.split())
+        """The names of all stages' jobs that wait or run."""
+        names = self.cluster.run("squeue", "--noheader", "--format=%j").stdout.split()
+        return sorted(name for name in names if not name.endswith(".sentinel"))
 
     def wrap_sbatch(self, script: str) -> str:
         """A PATH on which sbatch is a script of ours; $REAL is the real one."""
@@ -84,7 +85,8 @@ def test_graph_is_submitted_with_its_needs_and_tokens(bench: Bench) -> None:
     assert bench.cluster.field(ids["sft"], "Dependency") == "(null)"
     comments = bench.cluster.run("squeue", "--noheader", "--format=%k").stdout.splitlines()
     tokens = [event["token"] for event in Ledger(bench.run.ledger).events() if event["event"] == "submitting"]
-    assert sorted(comments) == sorted(f"hpc-rlhf:{token} it's mine" for token in tokens)
+    marks = [(f"hpc-rlhf:{token} it's mine", f"hpc-rlhf-sentinel:{token}") for token in tokens]
+    assert sorted(comments) == sorted(mark for both in marks for mark in both)
     assert stat.S_IMODE(bench.run.path.stat().st_mode) == 0o700
     for stage, job_id in ids.items():
         logs = bench.run.stage(stage).logs

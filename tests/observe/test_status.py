@@ -42,7 +42,7 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (
             evidence("submitted", queued=queued("PENDING", "DependencyNeverSatisfied")),
             "stuck",
-            "submit again",
+            "hpc-rlhf heal",
         ),
         (evidence("started", "requeued", queued=queued("PENDING", "BeginTime")), "requeued", "BeginTime: "),
         (evidence("submitted", queued=queued("RUNNING")), "starting", ""),
@@ -52,6 +52,18 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (evidence("started", "failed", queued=queued("FAILED"), job_id="7"), "failed", "why it failed"),
         (evidence("started", "cancelled", "saved", "requeued", queued=queued("CANCELLED")), "cancelled", ""),
         (evidence("refused"), "refused", "why it refused"),
+        (
+            evidence("started", "failed", "ended", "stopped", queued=queued("FAILED")),
+            "stopped",
+            "why it stopped; once that is mended, hpc-rlhf heal goes on",
+        ),
+        (
+            evidence("started", "ended", "retried", queued=queued("PENDING", "BeginTime")),
+            "requeued",
+            "tried again after why it ended",
+        ),
+        (evidence("started", "ended", "retried", queued=queued("RUNNING")), "starting", ""),
+        (evidence("started", "cancelled", "ended", "stopped", queued=queued("CANCELLED")), "cancelled", ""),
         (evidence("started", "interrupted"), "interrupted", "run it again"),
         (evidence("started", queued=queued("TIMEOUT"), job_id="7"), "failed", "Slurm says TIMEOUT"),
         (evidence("started", past=PastJob("7", "NODE_FAIL", "0:0"), job_id="7"), "failed", "NODE_FAIL"),

@@ -1,0 +1,45 @@
+"""hpc-rlhf heal: mend a chain of Slurm jobs that broke."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from hpc_rlhf.cli.options import json_option
+from hpc_rlhf.cli.run_argument import find_run
+from hpc_rlhf.cli.table import echo_table
+from hpc_rlhf.launch.chain import Outcome
+from hpc_rlhf.launch.heal import heal
+
+
+@click.command
+@click.argument("run")
+@json_option
+@click.option("--sentinel", is_flag=True, hidden=True, help="Stop where another attempt would not help.")
+def command(run: str, as_json: bool, sentinel: bool) -> None:
+    """Let the chain of RUN, a run directory or job file, go on after a stage of it ended badly.
+
+    Stages go on from their last checkpoints. The jobs that sit beside each stage do this by themselves; this is for
+    when they stopped and said why, and the cause is mended.
+    """
+    outcomes = heal(find_run(run), by_sentinel=sentinel)
+    if as_json:
+        click.echo(json.dumps([asdict(outcome) for outcome in outcomes], indent=1, ensure_ascii=False))
+        return
+    echo_table(("stage", "job", ""), [(each.stage, each.job_id or "-", _said(each)) for each in outcomes])
+    if all(each.did in ("done", "live") for each in outcomes):
+        click.echo("nothing had to be tried again", err=True)
+
+
+def _said(outcome: Outcome) -> str:
+    words = {
+        "submitted": "submitted anew",
+        "requeued": "requeued",
+        "live": "",
+        "done": "done already",
+        "stopped": "stopped",
+        "waits": "waits",
+    }[outcome.did]
+    return ": ".join(filter(None, (words, outcome.detail)))

@@ -1,0 +1,187 @@
+"""How an attempt at a stage ended, told from the ledger, from Slurm's word on the job and from the logs. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hpc_rlhf.errors import INPUT_WRONG
+from hpc_rlhf.slurm import PastJob
+
+Event = Mapping[str, Any]
+
+PREEMPTED, TIME_LIMIT, NODE_FAILURE = "preempted", "time limit", "node failure"
+OUT_OF_MEMORY, KILLED_FOR_MEMORY, KILLED = "out of memory", "killed for memory", "killed"
+NETWORK, HANG, FAILED, LAUNCH_FAILURE = "NCCL or gloo error", "hang", "failed", "launch failure"
+USER_ERROR, PAST_DEADLINE = "user error", "past its deadline"
+CANCELLED_BY_TOOL, CANCELLED_BY_HAND = "cancelled by hpc-rlhf", "cancelled by hand"
+REQUEUED_BY_HAND = "requeued by hand"
+
+# Another attempt would end the same way.
+FINAL = frozenset({USER_ERROR, PAST_DEADLINE, CANCELLED_BY_TOOL, CANCELLED_BY_HAND})
+# What the cluster did says nothing about whether the stage can go on.
+BLAMELESS = frozenset({PREEMPTED, NODE_FAILURE, LAUNCH_FAILURE, REQUEUED_BY_HAND})
+# A node on which these come again and again is to be left out.
+ON_A_NODE = frozenset(
+    {NODE_FAILURE, LAUNCH_FAILURE, KILLED, KILLED_FOR_MEMORY, OUT_OF_MEMORY, NETWORK, HANG, FAILED}
+)
+
+_STATES = {
+    "PREEMPTED": PREEMPTED,
+    "TIMEOUT": TIME_LIMIT,
+    "NODE_FAIL": NODE_FAILURE,
+    "BOOT_FAIL": NODE_FAILURE,
+    "OUT_OF_MEMORY": KILLED_FOR_MEMORY,
+    "DEADLINE": PAST_DEADLINE,
+    "CANCELLED": CANCELLED_BY_HAND,
+}
+# The words of slurmstepd, for a job that Slurm has forgotten.
+_DUE_TO = {"PREEMPTION": PREEMPTED, "TIME LIMIT": TIME_LIMIT, "NODE FAILURE": NODE_FAILURE}
+_BEGINS = frozenset({"started", "submitted", "retried", "requeued"})
+_MEMORY = re.compile(
+    r"out of memory|outofmemory|cannot allocate memory|can't allocate memory|bad_alloc|MemoryError", re.I
+)
+_OTHER_RANK = re.compile(
+    r"nccl|gloo|DistBackendError|DistNetworkError|DistStoreError|TCPStore|"
+    r"connection (was )?(reset|closed|refused)|broken pipe|socket timeout",
+    re.I,
+)
+_TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)")
+_LONGEST = 300
+
+
+class Logs(Protocol):
+    """The logs of one attempt."""
+
+    @property
+    def batch(self) -> str:
+        """What the batch script, srun and slurmstepd said."""
+
+    def last_line(self, rank: int) -> str:
+        """The last words of a rank; empty where it said nothing."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended.
+
+    Attributes:
+        reason: one of the reasons above.
+        message: the line that matters, of the ledger or of the logs.
+        node: the node on which it began, where that is known.
+        step: the last step done; 0 before the first.
+        progress: whether a new step was saved since the ending before.
+    """
+
+    reason: str
+    message: str
+    node: str = ""
+    step: int = 0
+    progress: bool = False
+
+
+def latest_attempt(events: Sequence[Event]) -> Sequence[Event]:
+    """A stage's events since its latest attempt began."""
+    begins = [index for index, event in enumerate(events) if event["event"] in _BEGINS]
+    return events[begins[-1] :] if begins else events
+
+
+def progressed(events: Sequence[Event]) -> bool:
+    """Whether a later step was saved since the ending before than ever before it."""
+    ends = [index for index, event in enumerate(events) if event["event"] == "ended"]
+    since = ends[-1] if ends else 0
+    before, after = (
+        max((event["step"] for event in part if event["event"] == "saved"), default=0)
+        for part in (events[:since], events[since:])
+    )
+    return after > before
+
+
+def judge(events: Sequence[Event], job: PastJob | None, logs: Logs, step: int) -> Ending:
+    """How the latest attempt at a stage without a whole artifact ended.
+
+    Args:
+        events: the stage's, in the order written.
+        job: what Slurm knows of the ended job; None where it knows nothing.
+        logs: of the same attempt.
+        step: the last step that the stage's metrics have.
+    """
+    attempt = latest_attempt(events)
+    reason, message, node = _by_ledger(attempt) or _by_state(job, logs) or _by_logs(attempt, job, logs)
+    if not node and job is not None:
+        node = job.failed_node or ("" if re.search(r"[\[,]", job.nodes) else job.nodes)
+    return Ending(reason, shorten(message), node, step, progressed(events))
+
+
+def _by_ledger(attempt: Sequence[Event]) -> tuple[str, str, str] | None:
+    """What nothing outweighs: a cancellation, a hang that was seen, a mistake that was named."""
+    for event in attempt:
+        if event["event"] == "cancelled":
+            # A rank that finds its job cancelled says in which attempt; `hpc-rlhf cancel` knows of none.
+            by_tool = any(e["event"] == "cancelled" and "attempt" not in e for e in attempt)
+            return (CANCELLED_BY_TOOL if by_tool else CANCELLED_BY_HAND), "", ""
+    for event in attempt:
+        if event["event"] == "hang":
+            return HANG, str(event.get("message", "")), str(event.get("host", ""))
+        if event["event"] == "failed" and event.get("exit_code") == INPUT_WRONG:
+            return USER_ERROR, str(event["message"]), ""
+    return None
+
+
+def _by_state(job: PastJob | None, logs: Logs) -> tuple[str, str, str] | None:
+    """Slurm's own word, where it is more than that the job ended so or so."""
+    if job is not None and job.state in _STATES:
+        return _STATES[job.state], "", job.failed_node
+    if job is None:
+        for words, reason in _DUE_TO.items():
+            line = _line_with(f"DUE TO {words}", logs.batch)
+            if line:
+                return reason, line, ""
+    line = _line_with("Node failure on", logs.batch)
+    return (NODE_FAILURE, line, line.split("Node failure on ")[-1].split()[0]) if line else None
+
+
+def _by_logs(attempt: Sequence[Event], job: PastJob | None, logs: Logs) -> tuple[str, str, str]:
+    """A failure: of what ranks said of themselves, the cause; else how srun saw the first one end."""
+    failed = [event for event in attempt if event["event"] == "failed"]
+    for event in failed:
+        message, host = str(event["message"]), str(event.get("host", ""))
+        if _MEMORY.search(message):
+            return OUT_OF_MEMORY, message, host
+        if not _OTHER_RANK.search(message):
+            return FAILED, message, host
+    memory = _line_with("oom_kill", logs.batch) or _line_with("oom-kill", logs.batch)
+    if memory:
+        return KILLED_FOR_MEMORY, memory, ""
+    task = _TASK.search(logs.batch)
+    if task is not None and task["how"].startswith("Killed"):
+        return KILLED, task[0], task["node"]
+    if failed:
+        return NETWORK, str(failed[0]["message"]), str(failed[0].get("host", ""))
+    if task is not None:
+        said = logs.last_line(int(task["rank"]))
+        reason = OUT_OF_MEMORY if _MEMORY.search(said) else FAILED
+        return reason, said if said and "exit code" in task["how"] else task[0], task["node"]
+    if job is not None and job.exit_code.endswith(":9"):
+        return KILLED, f"exit code {job.exit_code}", ""
+    said = _last_line(logs.batch)
+    if said:
+        return FAILED, said, ""
+    return FAILED, f"Slurm says {job.state}" if job else "it left no word, and Slurm knows it no more", ""
+
+
+def _line_with(words: str, text: str) -> str:
+    return next((line for line in text.splitlines() if words in line), "")
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("hpc-rlhf: attempt ")]
+    return lines[-1] if lines else ""
+
+
+def shorten(message: str) -> str:
+    """On one line, and not too long for a table."""
+    line = " ".join(message.split())
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"

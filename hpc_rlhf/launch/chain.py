@@ -1,0 +1,167 @@
+"""The jobs of a run as one chain: found, sent, tied together by their dependencies, each with its sentinel."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hpc_rlhf import manifest, sentinel, slurm
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.jobs import RunJobs, adopt, submission_options, with_token
+from hpc_rlhf.launch.plan import Plan, PlannedJob
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done about a stage.
+
+    Attributes:
+        stage: the stage.
+        did: submitted it, requeued it under its own id, found it live, found it done, left it stopped for a person,
+            or left it to wait for a stage that is.
+        job_id: its job; None where it has none now.
+        detail: Slurm's word on a live job, or why.
+    """
+
+    stage: str
+    did: Literal["submitted", "requeued", "live", "done", "stopped", "waits"]
+    job_id: str | None = None
+    detail: str = ""
+
+
+def is_done(run: RunDir, stage: str) -> bool:
+    """Whether a stage's artifact is whole. By its files' sizes: hashing a large model is left to the compute nodes,
+    which do so before they train on it."""
+    return manifest.defect(run.stage(stage).model, deep=False) is None
+
+
+def require_slurm() -> None:
+    """Raise HpcRlhfError unless Slurm answers: a job announced to a Slurm that is not there would be looked for ever after."""
+    hint = "submit from a login node of the cluster, or run it here without Slurm: hpc-rlhf run FILE"
+    if not slurm.available():
+        raise HpcRlhfError("Slurm's commands are not on PATH", hint=hint)
+    try:
+        slurm.queue()
+    except HpcRlhfError as error:
+        raise HpcRlhfError(
+            f"Slurm does not answer: {error.message}", hint=hint, exit_code=error.exit_code
+        ) from error
+
+
+@dataclass
+class Chain:
+    """A run's jobs, in the hands of whoever holds the run's lock.
+
+    Attributes:
+        plan: the run's plan; its scripts are in the run directory.
+        jobs: those found.
+        by: who sends jobs, for the ledger: a person, or heal.
+        ids: the live job of each stage, those that were sent or requeued since included.
+        sent: the jobs sent since, by stage.
+        posted: the sentinels sent since.
+    """
+
+    plan: Plan
+    jobs: RunJobs
+    by: Literal["person", "heal"]
+    ids: dict[str, str] = field(default_factory=dict)
+    sent: dict[str, str] = field(default_factory=dict)
+    posted: list[str] = field(default_factory=list)
+    _requeued: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.run = self.plan.run
+        self.ledger = Ledger(self.run.ledger)
+        self.ids = {stage: job.job_id for stage, job in self.jobs.live.items()}
+        self._tokens = dict(self.jobs.tokens)
+
+    def after(self, job: PlannedJob) -> tuple[str, ...]:
+        """The jobs that must end well before a stage's own can start."""
+        return tuple(self.ids[need] for need in job.needs if not is_done(self.run, need))
+
+    def attach(self, job: PlannedJob) -> Outcome:
+        """Leave a live job alone, except that one which waits for a dead job waits for the right one instead."""
+        queued, after = self.jobs.live[job.stage], self.after(job)
+        moved = any(need in self.sent or need in self._requeued for need in job.needs)
+        stale = queued.reason == "DependencyNeverSatisfied" or moved or set(after) - queued.needs
+        if queued.state == "PENDING" and stale:
+            slurm.set_dependency(queued.job_id, after)
+            now = f"now waits for {' and '.join(after)}" if after else "now free to start"
+            return Outcome(job.stage, "live", queued.job_id, f"PENDING, {now}")
+        detail = f"{queued.state}, {queued.reason}" if queued.state == "PENDING" else queued.state
+        return Outcome(job.stage, "live", queued.job_id, detail)
+
+    def send(self, job: PlannedJob, delay: int = 0, without: Sequence[str] = ()) -> Outcome:
+        """Submit a stage.
+
+        Args:
+            delay: seconds before which it may not start.
+            without: nodes it may not use, beside those that the spec excludes.
+
+        Raises:
+            HpcRlhfError: sbatch refused it.
+        """
+        from hpc_rlhf.launch.executor import StageExecutor
+
+        token = uuid.uuid4().hex[:16]
+        options = submission_options(job, token, self.after(job), delay, without)
+        executor = StageExecutor(self.plan, job, options)
+        self.ledger.append("submitting", job.stage, token=token, by=self.by)
+        try:
+            job_id = executor.send()
+        except HpcRlhfError as error:
+            # sbatch may give up waiting for an answer to a job that the controller has accepted.
+            accepted = with_token(slurm.queue(), token)
+            if accepted is None:
+                self.ledger.append("refused", job.stage, token=token, message=error.message)
+                raise
+            job_id = accepted.job_id
+            adopt(self.run, job.stage, token, job_id)
+        else:
+            self.ledger.append("submitted", job.stage, token=token, job_id=job_id)
+        self.ids[job.stage] = self.sent[job.stage] = job_id
+        self._tokens[job_id] = token
+        return Outcome(job.stage, "submitted", job_id)
+
+    def requeue(self, job: PlannedJob, job_id: str, delay: int, excluded: str) -> Outcome:
+        """Put a finished job back in the queue under its own id.
+
+        Args:
+            delay: seconds before which it may not start.
+            excluded: a host list of all nodes that it may not use.
+
+        Raises:
+            HpcRlhfError: Slurm refuses.
+        """
+        slurm.requeue(job_id)
+        self.ids[job.stage] = job_id
+        self._requeued.add(job.stage)
+        if after := self.after(job):
+            slurm.set_dependency(job_id, after)
+        slurm.put_off(job_id, delay, excluded)
+        return Outcome(job.stage, "requeued", job_id)
+
+    def guard(self, job: PlannedJob) -> None:
+        """See to it that a live stage has a sentinel.
+
+        Raises:
+            HpcRlhfError: sbatch refused it.
+        """
+        job_id = self.ids.get(job.stage)
+        if not job.slurm.heal.enabled or job_id is None:
+            return
+        token = self._tokens[job_id]
+        if sentinel.waits(self.jobs.queue, token):
+            return
+        try:
+            self.posted.append(sentinel.post(self.run, job.stage, token, job_id))
+        except HpcRlhfError as error:
+            raise HpcRlhfError(
+                f"the sentinel was refused: {error.message}",
+                where=f"stages.{job.stage}.slurm.heal",
+                hint="give it a partition, account or qos that takes a job of one CPU, or set slurm.heal.enabled to false",
+            ) from error

@@ -1,0 +1,208 @@
+"""Mend a chain: judge how stages ended, try those again that another attempt can help, and tie the chain together anew."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hpc_rlhf import endings, ownership, slurm
+from hpc_rlhf.endings import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, Event
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.chain import Chain, Outcome, is_done, require_slurm
+from hpc_rlhf.launch.evidence import AttemptLogs, last_step
+from hpc_rlhf.launch.jobs import RunJobs, find_jobs
+from hpc_rlhf.launch.lock import SILENCE, hold
+from hpc_rlhf.launch.plan import PlannedJob, make_plan
+from hpc_rlhf.launch.policy import Again, Stop, decide, since_a_person
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.slurm import PastJob, QueuedJob
+from hpc_rlhf.spec.load import read_spec
+
+# A sentinel has nothing better to do than to wait, even for the lock of a machine that is gone.
+_PATIENCE = SILENCE + 60
+_COMPLETING = 30.0  # seconds that the end of a job may take, with its epilog
+_HELD = ("launch_failed_requeued_held", "launch failed requeued held")
+_RESTS = frozenset({"stopped", "anew", "retried", "submitting", "started"})
+
+
+def heal(run: RunDir, by_sentinel: bool = False) -> list[Outcome]:
+    """Do for every stage of a run what it needs to go on, in the order of the plan.
+
+    A stage whose model is whole is done, whatever Slurm says, and what waits for it is let go. One that is queued or
+    running is left, with a sentinel and the right dependencies. One that ended without its model is tried again,
+    under its own job id where Slurm still has it.
+
+    Args:
+        run: a run that was submitted.
+        by_sentinel: stop where another attempt would help no more. A person's word is a new start instead: what failed
+            before counts no more.
+
+    Raises:
+        HpcRlhfError: there is no Slurm here, the run was never submitted, or somebody else is at work on it.
+    """
+    require_slurm()
+    ownership.check(run)
+    plan = make_plan(read_spec(run.job_yaml))
+    with hold(run.submit_lock, "hpc-rlhf heal", _PATIENCE if by_sentinel else 0.0):
+        jobs = _settled(run)
+        if not jobs.latest:
+            raise HpcRlhfError(
+                "this run was never submitted, so there is no chain to mend",
+                where=str(run.path),
+                hint="hpc-rlhf submit FILE sends it to Slurm; hpc-rlhf run FILE goes on here",
+            )
+        chain = Chain(plan, jobs, "heal")
+        outcomes = [_Mending(chain, job, by_sentinel).mend() for job in plan.jobs]
+        return [_guarded(chain, job, outcome) for job, outcome in zip(plan.jobs, outcomes, strict=True)]
+
+
+def _settled(run: RunDir) -> RunJobs:
+    """The run's jobs, once none is on the point of ending."""
+    deadline = time.monotonic() + _COMPLETING
+    while True:
+        jobs = find_jobs(run)
+        if time.monotonic() > deadline or all(job.state != "COMPLETING" for job in jobs.live.values()):
+            return jobs
+        time.sleep(0.5)
+
+
+def _guarded(chain: Chain, job: PlannedJob, outcome: Outcome) -> Outcome:
+    """The outcome, after a look at the stage's sentinel. Without one the stage can still end well."""
+    try:
+        chain.guard(job)
+    except HpcRlhfError as error:
+        return replace(outcome, detail="; ".join(filter(None, (outcome.detail, error.message))))
+    return outcome
+
+
+class _Mending:
+    """What one stage needs."""
+
+    def __init__(self, chain: Chain, job: PlannedJob, by_sentinel: bool) -> None:
+        self._chain, self._job, self._by_sentinel = chain, job, by_sentinel
+        self._stage = job.stage
+
+    def mend(self) -> Outcome:
+        chain, stage = self._chain, self._stage
+        if is_done(chain.run, stage):
+            return Outcome(stage, "done")
+        live = chain.jobs.live.get(stage)
+        blocked = [need for need in self._job.needs if not is_done(chain.run, need) and need not in chain.ids]
+        if blocked:
+            return Outcome(
+                stage, "waits", live.job_id if live else None, f"for {' and '.join(blocked)} to be mended"
+            )
+        if live:
+            return self._attach(live)
+        job_id = chain.jobs.latest.get(stage)
+        if job_id is None:
+            return self._chain.send(self._job)
+        return self._go_on(job_id, slurm.remembered(job_id))
+
+    def _attach(self, queued: QueuedJob) -> Outcome:
+        if queued.state != "PENDING" or queued.reason not in _HELD:
+            return self._chain.attach(self._job)
+        past = slurm.remembered(queued.job_id)
+        reason, node = endings.LAUNCH_FAILURE, past.failed_node if past else ""
+        self._note("ended", job_id=queued.job_id, reason=reason, message=queued.reason, node=node, step=0,
+                   progress=False)  # fmt: skip
+        verdict = self._verdict()
+        if isinstance(verdict, Stop):
+            return self._stop(verdict, queued.job_id)
+        slurm.put_off(queued.job_id, verdict.delay, self._excluded(past, verdict))
+        slurm.release(queued.job_id)
+        return self._retried(
+            Outcome(self._stage, "requeued", queued.job_id, "a node failed to launch it; let go"), verdict
+        )
+
+    def _go_on(self, job_id: str, past: PastJob | None) -> Outcome:
+        """Decide about a job that ended without its stage's model, and act on that."""
+        ended = self._ended(job_id, past)
+        cancelled = ended["reason"] in (CANCELLED_BY_TOOL, CANCELLED_BY_HAND)
+        bereft = past is not None and past.bereft and ended["reason"] == CANCELLED_BY_HAND
+        waits = bool(self._chain.after(self._job))
+        if bereft or (waits and not cancelled):
+            # It ended because what it needs was not there; that is being mended.
+            return self._put_back(job_id, past, Again(0), "what it needs comes again")
+        verdict = self._verdict()
+        if isinstance(verdict, Stop):
+            return self._stop(verdict, job_id)
+        return self._put_back(job_id, past, verdict, _told(ended))
+
+    def _ended(self, job_id: str, past: PastJob | None) -> Event:
+        """The ledger's event of how the latest attempt ended; written now, unless it was before."""
+        events = self._events()
+        attempt = endings.latest_attempt(events)
+        before = next((event for event in reversed(attempt) if event["event"] == "ended"), None)
+        if before is not None:
+            return before
+        files = self._chain.run.stage(self._stage)
+        logs = AttemptLogs(files, job_id, attempt[0]["time"] if attempt else 0.0)
+        ending = endings.judge(events, past, logs, last_step(files))
+        bereft = past is not None and past.bereft and ending.reason == CANCELLED_BY_HAND
+        facts = {"job_id": job_id, "message": ending.message, "node": ending.node, "step": ending.step}
+        if not bereft:
+            self._note("ended", **facts, reason=ending.reason, progress=ending.progress)
+        return {"event": "ended", **facts, "reason": ending.reason}
+
+    def _verdict(self) -> Again | Stop:
+        if not self._by_sentinel:
+            self._note("anew")
+            return Again(0)
+        window = since_a_person(self._events())
+        if not any(event["event"] == "ended" for event in window):
+            return Again(0)  # a person let it go on, and was cut off there
+        settings = self._job.slurm
+        return decide(window, settings.max_requeues, settings.heal.backoff_seconds)
+
+    def _stop(self, verdict: Stop, job_id: str) -> Outcome:
+        rests = [event["event"] for event in self._events() if event["event"] in _RESTS]
+        if rests[-1:] != ["stopped"]:
+            self._note("stopped", message=verdict.why)
+        return Outcome(self._stage, "stopped", job_id, verdict.why)
+
+    def _put_back(self, job_id: str, past: PastJob | None, verdict: Again, why: str) -> Outcome:
+        outcome = self._requeued(job_id, past, verdict)
+        if outcome is None:
+            try:
+                outcome = self._chain.send(self._job, verdict.delay, verdict.without)
+            except HpcRlhfError as error:
+                return self._stop(Stop(error.message), job_id)
+        return self._retried(replace(outcome, detail=why), verdict)
+
+    def _requeued(self, job_id: str, past: PastJob | None, verdict: Again) -> Outcome | None:
+        """Requeue the job under its own id, so that what waits for it need not be told; None where that cannot be."""
+        if past is None or not past.requeueable or past.state == "CANCELLED":
+            return None
+        try:
+            return self._chain.requeue(self._job, job_id, verdict.delay, self._excluded(past, verdict))
+        except HpcRlhfError:
+            queued = slurm.queue().get(job_id)
+            if queued is None or not queued.live:
+                return None
+            return Outcome(self._stage, "requeued", job_id)
+
+    def _excluded(self, past: PastJob | None, verdict: Again) -> str:
+        """A host list of what the job may not use already and of the verdict's nodes; empty where those are none."""
+        kept = past.excluded if past is not None else ""
+        return ",".join(filter(None, (kept, *verdict.without))) if verdict.without else ""
+
+    def _retried(self, outcome: Outcome, verdict: Again) -> Outcome:
+        self._note("retried", job_id=outcome.job_id, delay=verdict.delay, without=list(verdict.without))
+        words = [outcome.detail]
+        if verdict.delay:
+            words.append(f"not before {verdict.delay} s from now")
+        if verdict.without:
+            words.append(f"not on {', '.join(verdict.without)}")
+        return replace(outcome, detail="; ".join(filter(None, words)))
+
+    def _events(self) -> Sequence[Event]:
+        return list(self._chain.ledger.events(self._stage))
+
+    def _note(self, event: str, **facts: object) -> None:
+        self._chain.ledger.append(event, self._stage, **facts)
+
+
+def _told(ended: Event) -> str:
+    return f"{ended['reason']}: {ended['message']}" if ended["message"] else str(ended["reason"])

@@ -1,0 +1,108 @@
+"""Whether a stage that ended badly is tried again, when and where, decided from what its ledger says. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hpc_rlhf.endings import BLAMELESS, FINAL, ON_A_NODE, Event
+
+_GROWS = 4
+_LONGEST_WAIT = 3600
+_TRIES = 2
+
+
+@dataclass(frozen=True)
+class Again:
+    """Try again.
+
+    Attributes:
+        delay: seconds to wait first.
+        without: nodes not to use.
+    """
+
+    delay: int
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Leave it to a person; ``why`` in a sentence."""
+
+    why: str
+
+
+def decide(window: Sequence[Event], max_requeues: int, backoff: int) -> Again | Stop:
+    """What to do about the last of a stage's endings.
+
+    Args:
+        window: the stage's events since a person last sent it off (`since_a_person`); the last ``ended`` is judged.
+        max_requeues: how often a stage may come back.
+        backoff: seconds to wait after the first attempt without progress.
+    """
+    endings = [event for event in window if event["event"] == "ended"]
+    last = endings[-1]
+    if last["reason"] in FINAL:
+        return Stop(_sentence(last))
+    blamed = [ending for ending in endings if ending["reason"] not in BLAMELESS]
+    if last["reason"] not in BLAMELESS and len(blamed) > 1 and _same(blamed[-2], last):
+        return Stop(_sentence(last, f"twice at step {last['step']}"))
+    if last["reason"] not in BLAMELESS and _in_vain(blamed) >= _TRIES:
+        return Stop(
+            f"two attempts in a row saved no new step; the last one ended at step {last['step']} by: {_sentence(last)}"
+        )
+    if returns(window) >= max_requeues:
+        return Stop(
+            f"it was requeued {returns(window)} times, all that slurm.max_requeues allows; the last attempt ended by: {_sentence(last)}"
+        )
+    tries = _in_vain(endings)
+    delay = min(backoff * _GROWS ** (tries - 1), _LONGEST_WAIT) if tries else 0
+    return Again(delay, _bad_nodes(endings))
+
+
+def since_a_person(events: Sequence[Event]) -> Sequence[Event]:
+    """A stage's events since a person sent it off, or told it to go on; what came before counts no more."""
+    by_person = [
+        index
+        for index, event in enumerate(events)
+        if event["event"] == "anew" or (event["event"] == "submitting" and event.get("by") != "heal")
+    ]
+    return events[by_person[-1] :] if by_person else events
+
+
+def returns(events: Sequence[Event]) -> int:
+    """How often a stage came back, counted so that an attempt that never came to its first word counts too."""
+    kinds = Counter(event["event"] for event in events)
+    return max(kinds["started"] - 1, kinds["requeued"] + kinds["retried"])
+
+
+def _in_vain(endings: Sequence[Event]) -> int:
+    """How many attempts in a row have ended without progress."""
+    count = 0
+    for ending in reversed(endings):
+        if ending["progress"]:
+            break
+        count += 1
+    return count
+
+
+def _same(one: Event, other: Event) -> bool:
+    return all(one[key] == other[key] for key in ("reason", "step")) and _gist(one) == _gist(other)
+
+
+def _gist(ending: Event) -> str:
+    """A message without what differs from attempt to attempt: numbers, addresses, the node."""
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", ending["message"].replace(ending["node"] or "\0", ""))
+
+
+def _bad_nodes(endings: Sequence[Event]) -> tuple[str, ...]:
+    """Nodes on which attempts ended more than once, for a reason that may lie in the node."""
+    nodes = Counter(ending["node"] for ending in endings if ending["reason"] in ON_A_NODE and ending["node"])
+    return tuple(sorted(node for node, times in nodes.items() if times > 1))
+
+
+def _sentence(ending: Event, when: str = "") -> str:
+    how = f"{ending['reason']} {when}".strip()
+    return f"{how}: {ending['message']}" if ending["message"] else how
