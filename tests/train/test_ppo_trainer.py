@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from hpc_rlhf.train.algorithms.moments import Moments
-from tests.train.ppo_trainers import ANSWERS, ROLLOUT, TOKENS, Alone, Steps, trainer_of
+from hpc_rlhf.train.rollout.experience import Rollout
+from tests.train.ppo_trainers import ANSWERS, PROMPTS, ROLLOUT, TOKENS, Alone, Steps, trainer_of
 
 
 def test_while_nothing_is_learnt_the_actor_is_exactly_the_one_that_sampled(
@@ -27,6 +29,31 @@ def test_while_nothing_is_learnt_the_actor_is_exactly_the_one_that_sampled(
     assert (learnt["approx_kl"], learnt["clipped"]) == (0.0, 0.0)
     assert len(seen) > 8
     assert seen == seen[: len(seen) // 4] * 4
+
+
+@pytest.mark.parametrize("ppo_epochs", [1, 2])
+def test_the_passes_of_an_evaluation_are_learnt_from_once(
+    steps: Callable[[float], Steps], ppo_epochs: int
+) -> None:
+    """They give the same bits as passes made anew, and those of a rollout are of no use once another was learnt from."""
+    passes: list[int] = []
+    seen: list[list[Tensor]] = []
+    for fresh in (False, True):
+        made = steps(1e-3)
+        trainer = trainer_of(ref_seed=5, ppo_epochs=ppo_epochs)
+        for model in (trainer.models.actor, trainer.models.critic):
+            model.register_forward_pre_hook(lambda *_: passes.append(1))
+        for order in ((0,), (1, 0), (0, 1)):
+            rollouts = [Rollout(ROLLOUT.prompts, ROLLOUT.answers) for _ in order]
+            evaluated = [trainer.evaluate(rollout) for rollout in rollouts]
+            for one in order:
+                if fresh:
+                    evaluated[one] = replace(evaluated[one], rollout=Rollout(PROMPTS, ANSWERS))
+                trainer.learn(evaluated[one])
+        seen.append(made.gradients)
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+    # Spared: both models' first passes where the rollout evaluated last is the first that is learnt from, twice.
+    assert len(passes) == 2 * 2 * (5 + 5 * ppo_epochs) - 2 * 2
 
 
 def test_the_gradient_is_the_same_in_any_micro_batches(steps: Callable[[float], Steps]) -> None:

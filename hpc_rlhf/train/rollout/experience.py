@@ -106,25 +106,26 @@ def experience(
     rollout: Rollout, plan: list[list[int]], actor: Any, critic: Any, ref: Any, reward: Any,
     rewarding: Rewarding, eos_id: int, device: torch.device,
 ) -> Experience:  # fmt: skip
-    """Everything PPO needs of a rollout. The models are in eval mode; each makes one forward pass a micro-batch.
+    """Everything PPO needs of a rollout. The models are in eval mode; each makes one forward pass a micro-batch, the
+    actor the last.
 
     Args:
         plan: the rows of each micro-batch, together each row once. An empty one only keeps step with other
             ranks. Every rank has as many.
     """
     parts: dict[int, Tensor] = {}
+    found_scores = scores(reward, rollout, plan, device)
     for rows in plan:
         batch, answer = rollout.batch(rows or [0], device)
-        log_probs, entropies = actor(batch.ids, batch.lengths, answer, rewarding.temperature, True)
         ref_log_probs, _ = ref(batch.ids, batch.lengths, answer, rewarding.temperature)
         values = critic(batch.ids, batch.lengths)[answer - 1].float()
+        log_probs, entropies = actor(batch.ids, batch.lengths, answer, rewarding.temperature, True)
         found = torch.stack([log_probs, ref_log_probs, values, entropies], dim=1)
         sizes = [len(rollout.answers[row]) for row in rows or [0]]
         parts.update(zip(rows or [0], found.split(sizes), strict=True))
     mask = rollout.mask(device)
     ordered = torch.nn.utils.rnn.pad_sequence([parts[row] for row in range(len(rollout))], batch_first=True)
     log_probs, ref_log_probs, values, entropies = ordered.unbind(dim=2)
-    found_scores = scores(reward, rollout, plan, device)
     earned = rewarding.standardized(found_scores) if rewarding.standardized else found_scores
     rewards = ppo.kl_shaped_rewards(
         log_probs, ref_log_probs,

@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpc_rlhf.spec.stages import PpoSpec
@@ -59,6 +60,8 @@ class PpoTrainer:
         self.kl_coef = spec.kl_coef
         self.pause: Callable[[str], None] = lambda kind: None
         self._scores = Moments()
+        self._kept: dict[Any, Any] = {}  # what a model gave in evaluating, to learn from
+        self._kept_of: Rollout | None = None
 
     @property
     def state(self) -> dict[str, Any]:
@@ -115,9 +118,10 @@ class PpoTrainer:
         )  # fmt: skip
         models.actor.eval()
         models.critic.eval()
+        plan = [rows for minibatch in self.minibatches(rollout) for rows in minibatch]
         made = experience(
-            rollout, [rows for plan in self.minibatches(rollout) for rows in plan],
-            models.actor, models.critic, models.ref, models.reward, rewarding, self.eos_id, self.world.device,
+            rollout, plan, *self._keeping(rollout, plan), models.ref, models.reward, rewarding, self.eos_id,
+            self.world.device,
         )  # fmt: skip
         models.actor.train()
         models.critic.train()
@@ -132,6 +136,31 @@ class PpoTrainer:
                 total["answers"],
             )
         return whiten(made, self.world.sums) if spec.whiten_advantages else made
+
+    def _keeping(self, rollout: Rollout, plan: list[list[int]]) -> tuple[Any, Any]:
+        """Actor and critic, to evaluate with.
+
+        Where the rollout is one micro-batch, the first update starts with the very passes that are evaluated here.
+        They keep what their backward passes need: the actor's, made last, needs no memory that learning would not;
+        the critic's stands beside it, which is all right on a CPU.
+        """
+        self._kept, self._kept_of = {}, rollout
+        actor, critic = self.models.actor, self.models.critic
+        if len(plan) > 1 or self.spec.dropout:
+            return actor, critic
+        return self._kept_pass(actor), self._kept_pass(critic) if self.world.device.type == "cpu" else critic
+
+    def _kept_pass(self, model: Any) -> Callable[..., Any]:
+        def evaluated(*inputs: Any) -> Any:
+            with torch.enable_grad():
+                made = self._kept[model] = model(*inputs)
+            return tuple(part.detach() for part in made) if isinstance(made, tuple) else made.detach()
+
+        return evaluated
+
+    def _pass(self, model: Any, *inputs: Any) -> Any:
+        """A model's pass to learn from: the one that was kept, if any, or a new one."""
+        return self._kept.pop(model) if model in self._kept else model(*inputs)
 
     def _standardized(self, scores: Tensor) -> Tensor:
         """Scores from the mean of all so far, these included, in standard deviations. Collective."""
@@ -150,6 +179,8 @@ class PpoTrainer:
             before: called before each optimizer step with how far this has come.
         """
         progress = made if isinstance(made, Progress) else Progress.begin(made)
+        if progress.made.rollout is not self._kept_of:
+            self._kept = {}
         minibatches = []
         for plan in self.minibatches(progress.made.rollout):
             local = float(sum(len(progress.made.rollout.answers[row]) for rows in plan for row in rows))
@@ -199,7 +230,7 @@ class PpoTrainer:
         """A micro-batch's clipped surrogate, times the scale; what happened is added to the sums."""
         chosen, weight = rows or [0], bool(rows)
         batch, answer = made.rollout.batch(chosen, self.world.device)
-        flat, _ = self.models.actor(batch.ids, batch.lengths, answer, self.spec.temperature)
+        flat, _ = self._pass(self.models.actor, batch.ids, batch.lengths, answer, self.spec.temperature)
         log_probs, (old, advantages, mask) = _rows(
             made, chosen, flat, made.log_probs, made.advantages, made.mask
         )
@@ -216,7 +247,7 @@ class PpoTrainer:
         """A micro-batch's value loss, times the scale; what happened is added to the sums."""
         chosen, weight = rows or [0], bool(rows)
         batch, answer = made.rollout.batch(chosen, self.world.device)
-        flat = self.models.critic(batch.ids, batch.lengths)[answer - 1].float()
+        flat = self._pass(self.models.critic, batch.ids, batch.lengths)[answer - 1].float()
         values, (old, returns, mask) = _rows(made, chosen, flat, made.values, made.returns, made.mask)
         loss, clipped = ppo.value_loss_sum(values, old, returns, mask, self.spec.cliprange_value)
         for name, value in (("critic_loss", loss), ("value_clipped", clipped)):
