@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,8 +38,13 @@ _STATES = {
     "DEADLINE": PAST_DEADLINE,
     "CANCELLED": CANCELLED_BY_HAND,
 }
-# The words of slurmstepd, for a job that Slurm has forgotten.
-_DUE_TO = {"PREEMPTION": PREEMPTED, "TIME LIMIT": TIME_LIMIT, "NODE FAILURE": NODE_FAILURE}
+# The words of slurmstepd.
+_DUE_TO = {
+    "PREEMPTION": PREEMPTED,
+    "TIME LIMIT": TIME_LIMIT,
+    "NODE FAILURE": NODE_FAILURE,
+    "JOB REQUEUE": REQUEUED_BY_HAND,
+}
 _BEGINS = frozenset({"started", "submitted", "retried", "requeued"})
 _MEMORY = re.compile(
     r"out of memory|outofmemory|cannot allocate memory|can't allocate memory|bad_alloc|MemoryError", re.I
@@ -88,6 +94,22 @@ def latest_attempt(events: Sequence[Event]) -> Sequence[Event]:
     return events[begins[-1] :] if begins else events
 
 
+def since_a_person(events: Sequence[Event]) -> Sequence[Event]:
+    """A stage's events since a person sent it off, or told it to go on; what came before counts no more."""
+    by_person = [
+        index
+        for index, event in enumerate(events)
+        if event["event"] == "anew" or (event["event"] == "submitting" and event.get("by") != "heal")
+    ]
+    return events[by_person[-1] :] if by_person else events
+
+
+def returns(events: Sequence[Event]) -> int:
+    """How often a stage came back, counted so that an attempt that never came to its first word counts too."""
+    kinds = Counter(event["event"] for event in events)
+    return max(kinds["started"] - 1, kinds["requeued"] + kinds["retried"])
+
+
 def progressed(events: Sequence[Event]) -> bool:
     """Whether a later step was saved since the ending before than ever before it."""
     ends = [index for index, event in enumerate(events) if event["event"] == "ended"]
@@ -115,6 +137,18 @@ def judge(events: Sequence[Event], job: PastJob | None, logs: Logs, step: int) -
     return Ending(reason, shorten(message), node, step, progressed(events))
 
 
+def judge_requeued(events: Sequence[Event], logs: Logs, step: int) -> Ending:
+    """How an attempt ended whose job Slurm requeued by itself; it does so for no fault of the job.
+
+    Args:
+        events: the stage's before the attempt that came after.
+        logs: of the attempt that ended.
+        step: the last step that the stage's metrics have.
+    """
+    reason, message, node = _by_slurmstepd(logs) or (NODE_FAILURE, "", "")
+    return Ending(reason, shorten(message), node, step, progressed(events))
+
+
 def _by_ledger(attempt: Sequence[Event]) -> tuple[str, str, str] | None:
     """What nothing outweighs: a cancellation, a hang that was seen, a mistake that was named."""
     for event in attempt:
@@ -134,13 +168,17 @@ def _by_state(job: PastJob | None, logs: Logs) -> tuple[str, str, str] | None:
     """Slurm's own word, where it is more than that the job ended so or so."""
     if job is not None and job.state in _STATES:
         return _STATES[job.state], "", job.failed_node
-    if job is None:
-        for words, reason in _DUE_TO.items():
-            line = _line_with(f"DUE TO {words}", logs.batch)
-            if line:
-                return reason, line, ""
-    line = _line_with("Node failure on", logs.batch)
-    return (NODE_FAILURE, line, line.split("Node failure on ")[-1].split()[0]) if line else None
+    return _by_slurmstepd(logs)
+
+
+def _by_slurmstepd(logs: Logs) -> tuple[str, str, str] | None:
+    """What Slurm's own programs put into the log as they ended the job."""
+    for words, reason in _DUE_TO.items():
+        line = _line_with(f"DUE TO {words}", logs.batch)
+        if line:
+            return reason, line, ""
+    line = _line_with("Node failure on ", logs.batch)
+    return (NODE_FAILURE, line, line.split("Node failure on ")[1].split()[0]) if line else None
 
 
 def _by_logs(attempt: Sequence[Event], job: PastJob | None, logs: Logs) -> tuple[str, str, str]:

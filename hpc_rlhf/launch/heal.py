@@ -9,12 +9,12 @@ from dataclasses import replace
 from hpc_rlhf import endings, ownership, slurm
 from hpc_rlhf.endings import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, Event
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.evidence import AttemptLogs, last_step
 from hpc_rlhf.launch.chain import Chain, Outcome, is_done, require_slurm
-from hpc_rlhf.launch.evidence import AttemptLogs, last_step
 from hpc_rlhf.launch.jobs import RunJobs, find_jobs
 from hpc_rlhf.launch.lock import SILENCE, hold
 from hpc_rlhf.launch.plan import PlannedJob, make_plan
-from hpc_rlhf.launch.policy import Again, Stop, decide, since_a_person
+from hpc_rlhf.launch.policy import Again, Stop, decide
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.slurm import PastJob, QueuedJob
 from hpc_rlhf.spec.load import read_spec
@@ -150,7 +150,7 @@ class _Mending:
         if not self._by_sentinel:
             self._note("anew")
             return Again(0)
-        window = since_a_person(self._events())
+        window = endings.since_a_person(self._events())
         if not any(event["event"] == "ended" for event in window):
             return Again(0)  # a person let it go on, and was cut off there
         settings = self._job.slurm

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpc_rlhf.endings import BLAMELESS, FINAL, ON_A_NODE, Event
+from hpc_rlhf.endings import BLAMELESS, FINAL, ON_A_NODE, Event, returns
 
 _GROWS = 4
 _LONGEST_WAIT = 3600
@@ -60,22 +60,6 @@ def decide(window: Sequence[Event], max_requeues: int, backoff: int) -> Again | 
     tries = _in_vain(endings)
     delay = min(backoff * _GROWS ** (tries - 1), _LONGEST_WAIT) if tries else 0
     return Again(delay, _bad_nodes(endings))
-
-
-def since_a_person(events: Sequence[Event]) -> Sequence[Event]:
-    """A stage's events since a person sent it off, or told it to go on; what came before counts no more."""
-    by_person = [
-        index
-        for index, event in enumerate(events)
-        if event["event"] == "anew" or (event["event"] == "submitting" and event.get("by") != "heal")
-    ]
-    return events[by_person[-1] :] if by_person else events
-
-
-def returns(events: Sequence[Event]) -> int:
-    """How often a stage came back, counted so that an attempt that never came to its first word counts too."""
-    kinds = Counter(event["event"] for event in events)
-    return max(kinds["started"] - 1, kinds["requeued"] + kinds["retried"])
 
 
 def _in_vain(endings: Sequence[Event]) -> int:

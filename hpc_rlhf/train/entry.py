@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hpc_rlhf import manifest, slurm
+from hpc_rlhf import endings, manifest, slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.train import arrival
 from hpc_rlhf.train.preemption import StageStopped, StopFlag
 
 if TYPE_CHECKING:  # torch takes seconds to load: the handlers are in place first
@@ -51,7 +52,7 @@ def run_stage(run_dir: str, stage: str) -> None:
         sys.exit(error.exit_code)
     except Exception as error:
         # Any rank may be the one that knows why; its traceback goes to its log.
-        attempt.note("failed", message=f"{type(error).__name__}: {error}", host=socket.gethostname())
+        attempt.note("failed", message=f"{type(error).__name__}: {error}", host=attempt.host)
         raise
 
 
@@ -81,6 +82,7 @@ class Attempt:
         self.job = os.environ.get("SLURM_JOB_ID")
         self.in_slurm = self.job is not None and os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self.name = (
             f"{self.job}-{self.restarts}" if self.in_slurm else f"local-{os.getppid()}-{int(time.time())}"
         )
@@ -99,12 +101,15 @@ class Attempt:
 
         self.is_main = worlds.launcher_ranks()[0] == 0
         ranks = spec.stage(self.stage).slurm.ranks
+        if self.is_main and self.in_slurm:
+            arrival.note_ending_before(self.files, self.stage, str(self.job), self.restarts)
         if self.is_main:
-            self.note(
-                "started", job_id=self.job, restart=self.restarts, ranks=ranks, host=socket.gethostname()
-            )
-        if self.is_main and self.in_slurm and slurm.was_preempted(str(self.job)):
-            self.stop.preempt()
+            self.note("started", job_id=self.job, restart=self.restarts, ranks=ranks, host=self.host)
+        if self.is_main and self.in_slurm:
+            if slurm.was_preempted(str(self.job)):
+                self.stop.preempt()
+            if spec.stage(self.stage).slurm.heal.enabled and slurm.available():
+                arrival.put_sentinel_back(self.files, self.stage, str(self.job))
         world = worlds.join(ranks)
         self.name = world.on_main(lambda: self.name)
         try:
@@ -137,11 +142,13 @@ class Attempt:
     def end_stopped(self, stopped: StageStopped, spec: JobSpec) -> NoReturn:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""
         if self.is_main and self.in_slurm:
-            if self.restarts >= spec.stage(self.stage).slurm.max_requeues:
+            events = list(Ledger(self.files.ledger).events(self.stage))
+            returns = endings.returns(endings.since_a_person(events))
+            if returns >= spec.stage(self.stage).slurm.max_requeues:
                 raise HpcRlhfError(
-                    f"it was requeued {self.restarts} times, all that slurm.max_requeues allows",
+                    f"stopped by: {stopped.reason}, and none is left of the requeues that slurm.max_requeues allows",
                     where=f"stage {self.stage}, step {stopped.step}",
-                    hint="the checkpoint is kept: raise slurm.max_requeues and submit again to go on",
+                    hint="the checkpoint is kept: hpc-rlhf heal goes on, with as many again",
                     exit_code=RUN_FAILED,
                 )
             self.requeue(stopped.step, stopped.reason)

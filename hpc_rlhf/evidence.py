@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,28 +11,34 @@ from hpc_rlhf.rundir import StageDir
 from hpc_rlhf.tail import read_tail
 
 # What the batch script says first; a requeued job goes on in the same file.
-_ATTEMPT = "hpc-rlhf: attempt "
+_ATTEMPT = re.compile(r"^hpc-rlhf: attempt (\d+) ", re.M)
 _CLOCKS_DIFFER = 5.0
 
 
 @dataclass(frozen=True)
 class AttemptLogs:
-    """The logs of the latest attempt of a job.
+    """The logs of one attempt of a job.
 
     Attributes:
         files: the stage's.
         job_id: the job's.
         since: when the attempt began, in Unix seconds; what was last written before is another's.
+        restart: how often the job had been requeued before this attempt; the last attempt when None.
     """
 
     files: StageDir
     job_id: str
     since: float
+    restart: int | None = None
 
     @property
     def batch(self) -> str:
         said = self._read(self.files.logs / f"{self.job_id}_batch.log")
-        return said[said.rfind(_ATTEMPT) :] if _ATTEMPT in said else said
+        _, *parts = _ATTEMPT.split(said)  # after each number what that attempt said
+        said_by = dict(zip(parts[::2], parts[1::2], strict=True))
+        if not said_by:
+            return said
+        return said_by.get(str(self.restart), "") if self.restart is not None else parts[-1]
 
     def last_line(self, rank: int) -> str:
         said = self._read(self.files.log(self.job_id, rank, "err"))
