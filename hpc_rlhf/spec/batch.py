@@ -14,7 +14,7 @@ class Batch:
     Attributes:
         micro: samples in one forward and backward pass on one rank.
         accumulation: passes whose gradients are summed before a step.
-        ranks: ranks that share a step.
+        ranks: ranks that share a step, each with samples of its own; under tensor parallelism, groups of ranks.
         global_: samples in one step; always micro * accumulation * ranks.
     """
 
@@ -24,14 +24,31 @@ class Batch:
     global_: int
 
 
+def data_ranks(stage: StageSpec, name: str) -> int:
+    """Ranks of a stage with samples of their own: groups of ranks under tensor parallelism.
+
+    Raises:
+        ValueError: a node's ranks are no whole groups; the text names the values of tensor_parallel that would do.
+    """
+    group = stage.tensor_parallel if isinstance(stage, TrainingSpec) else 1
+    here = stage.slurm.tasks_per_node
+    if here % group:
+        fits = [str(d) for d in range(1, here + 1) if here % d == 0]
+        raise ValueError(
+            f"{name}'s tensor_parallel {group} does not divide the {here} ranks of a node, within which layers are "
+            f"shared; use tensor_parallel: {' or '.join(fits)}"
+        )
+    return stage.slurm.ranks // group
+
+
 def derive_batch(stage: StageSpec, name: str) -> Batch:
     """The batch of a stage.
 
     Raises:
-        ValueError: global_batch is not a whole number of passes over all ranks; the text names the values
+        ValueError: see ``data_ranks``; or global_batch is not a whole number of passes over all ranks; the text names the values
             of global_batch, and of micro_batch, that would do.
     """
-    micro, ranks = stage.micro_batch, stage.slurm.ranks
+    micro, ranks = stage.micro_batch, data_ranks(stage, name)
     unit = micro * ranks
     asked = stage.global_batch if isinstance(stage, TrainingSpec) else None
     wanted = unit if asked is None else asked
@@ -42,7 +59,8 @@ def derive_batch(stage: StageSpec, name: str) -> Batch:
     if wanted % ranks == 0:
         share = wanted // ranks
         fixes.append(f"micro_batch: {max(d for d in range(1, min(micro, share) + 1) if share % d == 0)}")
+    sharers = "ranks" if ranks == stage.slurm.ranks else "groups of ranks"
     raise ValueError(
-        f"{name}'s global_batch {wanted} is not a multiple of {unit} (micro_batch {micro} x {ranks} ranks); "
+        f"{name}'s global_batch {wanted} is not a multiple of {unit} (micro_batch {micro} x {ranks} {sharers}); "
         f"use {' or '.join(fixes)}"
     )

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpc_rlhf.errors import Problem, SpecError
-from hpc_rlhf.spec.batch import derive_batch
+from hpc_rlhf.spec.batch import data_ranks, derive_batch
 from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.model import JobSpec, last_trained, taken_from
 from hpc_rlhf.spec.paths import resolve_paths
@@ -129,10 +129,13 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             problem("run_dir", f"must not contain {' or '.join(special)}, which Slurm or a container acts on")
         )
     for name in spec.stage_names:
-        try:
-            derive_batch(spec.stage(name), name)
-        except ValueError as error:
-            problems.append(problem(f"stages.{name}.global_batch", str(error)))
+        derivations = {"tensor_parallel": data_ranks, "global_batch": derive_batch}
+        for field, derive in derivations.items():
+            try:
+                derive(spec.stage(name), name)
+            except ValueError as error:
+                problems.append(problem(f"stages.{name}.{field}", str(error)))
+                break
         if getattr(spec.data.split, name, 1) == 0:
             problems.append(problem(f"data.split.{name}", f"leaves the {name} stage without data"))
     if spec.stages.eval and spec.data.held_out == 0:

@@ -85,6 +85,10 @@ class TrainingSpec(StageSpec):
     weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")
     clip_grad: Rate = Field(default=1.0, description="Largest norm of the gradient.")
+    tensor_parallel: Positive = Field(
+        default=1,
+        description="Neighbouring ranks of a node that share every layer of a model (DeepSpeed's AutoTP) and work on the same samples. For a model that does not fit a GPU on a node whose GPUs are linked fast: a layer's parts are never gathered, as ZeRO-3 has to, but all ranks of a group wait for each other twice a layer. Fewer ranks then have samples of their own. Needs zero: 0, 1 or 2, and heads that it divides. Embeddings, head and an evaluation's models stay whole.",
+    )
     optimizer: Literal["adamw", "onebit-adam"] = Field(
         default="adamw",
         description="onebit-adam sends about a thirtieth of AdamW's bytes between ranks (arXiv 2102.02888), for nodes on a slow network; it takes 4 more bytes of memory a weight, and zero: 0.",
@@ -119,6 +123,15 @@ class TrainingSpec(StageSpec):
                 "onebit-adam needs zero: 0, because every rank compresses the momentum of all weights, and "
                 "ZeRO leaves it only a share of them"
             )
+        if self.tensor_parallel > 1 and self.zero == 3:
+            raise ValueError(
+                "tensor_parallel needs zero: 0, 1 or 2, because ZeRO-3 shards the same layers; use one of them"
+            )
+        if self.tensor_parallel > 1 and self.optimizer == "onebit-adam":
+            raise ValueError(
+                "tensor_parallel needs optimizer: adamw, because onebit-adam averages momenta over all ranks, which then "
+                "have different parts of the layers"
+            )
         if self.offload_optimizer and self.zero == 0:
             raise ValueError(
                 "offload_optimizer needs zero: 1 or more, because it is ZeRO's share of the optimizer that is moved"
@@ -132,6 +145,14 @@ class ReferredSpec(TrainingSpec):
         default=False,
         description="Keep the weights of frozen models, the reference and the reward model, in CPU memory, sharded over the ranks, and bring them to the GPU layer by layer. They are asked but once for each answer; their memory goes to larger micro-batches.",
     )
+
+    def check_strategy(self) -> None:
+        super().check_strategy()
+        if self.tensor_parallel > 1 and self.offload_frozen:
+            raise ValueError(
+                "offload_frozen needs tensor_parallel: 1, because it shards the frozen models by ZeRO-3; tensor_parallel "
+                "takes from their memory, too"
+            )
 
     @property
     def of_frozen(self) -> StageSpec:

@@ -72,6 +72,7 @@ class StageContext:
         self.checkpoint_every, keep = 1, 2  # where nothing is trained, a checkpoint is small
         if isinstance(self.stage_spec, TrainingSpec):
             self.checkpoint_every, keep = self.stage_spec.checkpoint_every, self.stage_spec.keep_checkpoints
+            self.world = self.world.grouped(self.stage_spec.tensor_parallel)
         self.store = CheckpointStore(self.files.checkpoints, self.attempt, keep, self.world)
         self.polls = Polls(self.world)
         self.point: Point | None = None  # the last safe point; before the first there is nothing to save

@@ -21,6 +21,16 @@ def test_global_batch_follows_from_micro_batch() -> None:
     assert derive_batch(stage(4, 3, 36), "sft") == Batch(micro=4, accumulation=3, ranks=3, global_=36)
 
 
+def test_ranks_that_share_layers_have_the_same_samples() -> None:
+    fields = {"micro_batch": 4, "tensor_parallel": 2, "slurm": {"nodes": 3, "gpus_per_node": 4}}
+    spec = SftSpec.model_validate(fields)
+    assert derive_batch(spec, "sft") == Batch(micro=4, accumulation=1, ranks=6, global_=24)
+    with pytest.raises(ValueError, match=r"not a multiple of 24 \(micro_batch 4 x 6 groups of ranks\)"):
+        derive_batch(SftSpec.model_validate({**fields, "global_batch": 30}), "sft")
+    with pytest.raises(ValueError, match=r"does not divide the 4 ranks of a node.*: 1 or 2 or 4"):
+        derive_batch(SftSpec.model_validate({**fields, "tensor_parallel": 3}), "sft")
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 5000))
 def test_every_fix_named_works(micro: int, ranks: int, total: int) -> None:
     if total % (micro * ranks) == 0:

@@ -129,7 +129,7 @@ seen["resumed"] = store.latest().step
 model = nn.Linear(2, 2)
 nn.init.constant_(model.weight, 1.0)
 nn.init.constant_(model.bias, 1.0)
-ema = Ema(model, 0.5, rank, 2)
+ema = Ema(model, 0.5, world)
 with torch.no_grad():
     model.weight.fill_(3.0)
     model.bias.fill_(5.0)

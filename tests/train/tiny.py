@@ -14,7 +14,7 @@ _LIKE_LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 SIZES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("llama", "qwen2", "mistral", "cohere", "stablelm"), _LIKE_LLAMA),
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "cohere", "stablelm"), _LIKE_LLAMA),
     "nemotron": {**_LIKE_LLAMA, "head_dim": 8},
     "opt": {
         "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -11,19 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpc_rlhf.train.models.cut import replicas
+from hpc_rlhf.train.world import World
+
 
 class Ema:
     """Averages the trained parameters: ``average = beta * average + (1 - beta) * weight``.
 
     Under ZeRO-3 a rank averages its own shard of every parameter; otherwise parameter i belongs to rank
-    ``i % size``. So all ranks together keep the average once. Float32 throughout: in bfloat16 an update of
-    1 - beta = 0.8 % is lost to rounding.
+    ``i % size`` of those that have the same parts of layers. So all ranks together keep the average once. Float32
+    throughout: in bfloat16 an update of 1 - beta = 0.8 % is lost to rounding.
     """
 
-    def __init__(self, model: nn.Module, beta: float, rank: int, size: int) -> None:
+    def __init__(self, model: nn.Module, beta: float, world: World) -> None:
         self.beta = beta
-        self.rank = rank
-        self.size = size
+        self.world = world
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averages = {i: self._weight(p).float().clone() for i, p in self._owned()}
 
@@ -31,9 +33,12 @@ class Ema:
     def _weight(parameter: Any) -> Tensor:
         return parameter.ds_tensor.detach() if hasattr(parameter, "ds_id") else parameter.detach()
 
+    def _owner(self, i: int) -> int:
+        return i % self.world.data_size
+
     def _owned(self) -> Iterator[tuple[int, nn.Parameter]]:
         for i, parameter in enumerate(self.parameters):
-            if hasattr(parameter, "ds_id") or i % self.size == self.rank:
+            if hasattr(parameter, "ds_id") or self._owner(i) == self.world.data_rank:
                 yield i, parameter
 
     @torch.no_grad()
@@ -45,6 +50,7 @@ class Ema:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within it the model has the averaged weights. Collective."""
+        group = replicas(self.world.tensor_parallel)
         kept = [self._weight(parameter).to("cpu", copy=True) for parameter in self.parameters]
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):
@@ -52,7 +58,7 @@ class Ema:
                 if i in self.averages:
                     weight.copy_(self.averages[i])
                 if not hasattr(parameter, "ds_id"):
-                    dist.broadcast(weight, src=i % self.size)
+                    dist.broadcast(weight, group=group, group_src=self._owner(i))
         try:
             yield
         finally:
@@ -61,11 +67,14 @@ class Ema:
                     self._weight(parameter).copy_(weight)
 
     def save(self, folder: Path) -> None:
-        torch.save(self.averages, folder / f"ema-{self.rank:05d}.pt")
+        torch.save(self.averages, self._file(folder))
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"ema-{self.world.rank:05d}.pt"
 
     def load(self, folder: Path) -> None:
         self.averages = torch.load(
-            folder / f"ema-{self.rank:05d}.pt",
+            self._file(folder),
             weights_only=True,
             map_location=self._weight(self.parameters[0]).device,
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.algorithms import schedule
+from hpc_rlhf.train.models.cut import cut, is_cut, mark
 from hpc_rlhf.train.models.onebit import OneBitAdam
 
 
@@ -55,7 +56,7 @@ def training_engine(
     """A DeepSpeed engine with the stage's optimizer and learning-rate schedule.
 
     Args:
-        model: loaded within ``sharded_loading``.
+        model: loaded within ``sharded_loading``, and cut if the spec says so.
         total: optimizer steps in all.
     """
     import deepspeed
@@ -67,6 +68,7 @@ def training_engine(
         config["gradient_clipping"] = 0.0  # it clips by the norm of the average, which DeepSpeed does not see
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=spec.betas, fused=True)
+    model.ds_autotp_parsed = True  # type: ignore[assignment]  # by ``cut``, before adapters were laid over the layers
     rate = partial(_rate, spec.schedule, min(spec.warmup, total), total)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -74,6 +76,11 @@ def training_engine(
         lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, rate),
         config=config,
     )
+    _forget_first_step(engine)
+    if hasattr(engine.optimizer, "overflow_checker"):
+        # Half precision without ZeRO: DeepSpeed skips a step whose norm is not finite, and has looked for that in every
+        # gradient by itself before.
+        engine.optimizer.overflow_checker.check = bool
     if isinstance(optimizer, OneBitAdam):
         optimizer.start()
         engine.enable_backward_allreduce = False
@@ -81,12 +88,31 @@ def training_engine(
     return engine
 
 
+def _forget_first_step(engine: Any) -> None:
+    """Half precision without ZeRO: begin where the optimizer was made.
+
+    DeepSpeed 0.19 has the state allocated by a step on gradients of 0. It decays weights, and Adam counts it: its
+    averages would be taken for further on than they are, and the first updates be a quarter too small.
+    """
+    if isinstance(engine.optimizer, _wrapper()):
+        engine.optimizer.optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
+
+
+def _wrapper() -> Any:
+    """What DeepSpeed lays around an optimizer for half precision without ZeRO."""
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    return FP16_UnfusedOptimizer
+
+
 def _rate(name: str, warmup: int, total: int, step: int) -> float:
     return schedule.factor(name, step, warmup, total)
 
 
 def frozen_engine(model: nn.Module, ds_config: dict[str, Any], device: torch.device) -> Any:
-    """A model for inference only: sharded under ZeRO-3, whole otherwise."""
+    """A model for inference only: sharded under ZeRO-3, cut under tensor parallelism, whole otherwise."""
+    cut(model, ds_config.get("tensor_parallel", {}).get("autotp_size", 1))
     model.eval().requires_grad_(False)
     if ds_config["zero_optimization"]["stage"] != 3:
         return model.to(device)
@@ -117,16 +143,29 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> float
         engine.backward(loss() * scale)
         if last and not onebit and not hasattr(engine.optimizer, "_global_grad_norm"):
             # Float32 without ZeRO: DeepSpeed clips by torch and does not keep the norm.
-            norm = float(
-                torch.nn.utils.get_total_norm(
-                    [p.grad for p in engine.module.parameters() if p.grad is not None]
-                )
-            )
+            norm = _gradient_norm(engine)
+        if last and isinstance(engine.optimizer, _wrapper()):
+            # It asks the gradients themselves whether this rank has but a part, for their norm.
+            for parameter in filter(is_cut, engine.module.parameters()):
+                if parameter.grad is not None:
+                    mark(parameter.grad)
         engine.step()
     if onebit:
         return math.inf if getattr(engine.optimizer, "overflow", False) else onebit.grad_norm
     known = engine.get_global_grad_norm()
     return norm if known is None else float(known) / scale
+
+
+def _gradient_norm(engine: Any) -> float:
+    """Of all gradients, of which those of cut layers are shared out over a group."""
+    found = [p for p in engine.module.parameters() if p.grad is not None]
+    if engine.mpu is None:
+        return float(torch.nn.utils.get_total_norm([p.grad for p in found]))
+    group = engine.mpu.get_tensor_model_parallel_group()
+    counted = [p.grad for p in found if is_cut(p) or dist.get_rank(group) == 0]
+    square = torch.nn.utils.get_total_norm(counted).square()
+    dist.all_reduce(square, group=group)
+    return float(square.sqrt())
 
 
 def _unapplied_scale(engine: Any) -> float:
@@ -135,9 +174,7 @@ def _unapplied_scale(engine: Any) -> float:
     Without ZeRO, DeepSpeed 0.19 takes the loss scale out of the gradients in its step, but its engine never put
     it in: small gradients would be lost, and those that are left too small for Adam's epsilon and for clipping.
     """
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-
-    return float(engine.optimizer.loss_scale) if isinstance(engine.optimizer, FP16_UnfusedOptimizer) else 1.0
+    return float(engine.optimizer.loss_scale) if isinstance(engine.optimizer, _wrapper()) else 1.0
 
 
 def learning_rate(engine: Any) -> float:

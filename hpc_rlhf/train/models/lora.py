@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,44 +15,63 @@ from transformers.pytorch_utils import Conv1D
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train import seeds
+from hpc_rlhf.train.models import cut
 
 
 class LoraLinear(nn.Module):
     """``base(x) + alpha / rank * x A^T B^T`` with the base weight frozen; B starts at 0.
 
+    Of a layer that is cut, the factor at the cut is cut with it: B along the outputs, or A along the inputs.
+
     Attributes:
         on: whether the adapter takes part.
     """
 
-    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, seed: int) -> None:
+    def __init__(self, base: Any, rank: int, alpha: float, seed: int) -> None:
         super().__init__()
         self.base = base
         self.scale = alpha / rank
         self.on = True
-        if isinstance(base, Conv1D):
-            inner, outer = base.nx, base.nf
-        else:
-            inner, outer = base.in_features, base.out_features
+        self.bridge, along = cut.bridge(base), cut.along(base)
+        inner, outer = _sizes(base)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(inner)
         start = torch.empty(rank, inner).uniform_(-bound, bound, generator=generator)
+        if along == 1:
+            start = cut.own_part(base, start, 1)
         self.lora_a = nn.Parameter(start.to(base.weight.dtype))
         self.lora_b = nn.Parameter(torch.zeros(outer, rank, dtype=base.weight.dtype))
+        if along is not None:
+            cut.mark(self.lora_b if along == 0 else self.lora_a)
         base.weight.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.on:
             return self.base(x)
-        return self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+        inner = F.linear(x, self.lora_a)
+        return self.base(x) + F.linear(self.bridge(inner) if self.bridge else inner, self.lora_b) * self.scale
 
     def merged_weight(self) -> Tensor:
-        """The base weight with the adapter folded in, computed in float32; the base weight alone where it is off."""
+        """The base weight with the adapter folded in, computed in float32; the base weight alone where it is off.
+
+        Of a layer that is cut, this rank's part.
+        """
         if not self.on:
             return self.base.weight.detach()
         update = (self.lora_b.float() @ self.lora_a.float()) * self.scale
         if isinstance(self.base, Conv1D):
             update = update.T
         return (self.base.weight.float() + update).to(self.base.weight.dtype)
+
+
+def _sizes(base: Any) -> tuple[int, int]:
+    """Inputs of a layer, those on other ranks included, and outputs on this rank."""
+    if isinstance(base, Conv1D):
+        return base.nx, base.nf
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    outer, inner = base.weight.shape
+    return inner * (base.weight.cut_into if cut.along(base) == 1 else 1), outer
 
 
 def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
@@ -67,7 +87,7 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, nn.Linear | Conv1D)
+        if (isinstance(child, nn.Linear | Conv1D) or cut.along(child) is not None)
         and child is not head
         and name != "score"
         and (lora.targets is None or name in lora.targets)

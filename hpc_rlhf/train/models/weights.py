@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpc_rlhf.train.models import cut
 from hpc_rlhf.train.models.lora import LoraLinear
 
 # Bytes of shards that are made whole at once: many small weights share a collective, and memory is spared.
@@ -36,8 +37,10 @@ def gathered(parameters: list[nn.Parameter], to_change: bool = False) -> Abstrac
 
 
 def size(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of parameters when none of them is sharded."""
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
+    """Bytes of parameters when none of them is sharded or cut."""
+    return sum(
+        getattr(p, "ds_numel", p.numel()) * getattr(p, "cut_into", 1) * p.element_size() for p in parameters
+    )
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,25 @@ class Part:
     parameters: list[nn.Parameter]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights by their Hugging Face names, the adapter folded in. They must be whole."""
+        """Weights by their Hugging Face names, the adapter folded in. They must not be sharded by ZeRO-3.
+
+        Collective in the group where they are cut.
+        """
         prefix = f"{self.name}." if self.name else ""
+        layer = self.module.base if isinstance(self.module, LoraLinear) else self.module
+        for name, tensor in self._own():
+            yield prefix + name, cut.joined(layer, name, tensor)
+
+    def _own(self) -> Iterator[tuple[str, Tensor]]:
         if isinstance(self.module, LoraLinear):
-            yield f"{prefix}weight", self.module.merged_weight()
+            yield "weight", self.module.merged_weight()
             if self.module.base.bias is not None:
-                yield f"{prefix}bias", self.module.base.bias.detach()
+                yield "bias", self.module.base.bias.detach()
             return
         own = set(map(id, self.parameters))
         for name, parameter in self.module.named_parameters(recurse=False):
             if id(parameter) in own:
-                yield prefix + name, parameter.detach()
+                yield name, parameter.detach()
 
 
 def parts(model: nn.Module, prefix: str = "") -> list[Part]:
@@ -81,7 +92,7 @@ def parts(model: nn.Module, prefix: str = "") -> list[Part]:
 
 @contextmanager
 def whole(found: Sequence[Part]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Within it, all weights of the parts by their Hugging Face names. Collective under ZeRO-3."""
+    """Within it, all weights of the parts by their Hugging Face names. Collective under ZeRO-3 and where cut."""
     with gathered([p for part in found for p in part.parameters]), torch.no_grad():
         yield [weight for part in found for weight in part.weights()]
 
@@ -89,7 +100,7 @@ def whole(found: Sequence[Part]) -> Iterator[list[tuple[str, Tensor]]]:
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of a model by its Hugging Face name, whole and with adapters folded in.
 
-    A collective operation under ZeRO-3, some parts at a time: every rank must iterate to the end. A tensor
+    A collective operation under ZeRO-3 and where layers are cut, some parts at a time: every rank must iterate to the end. A tensor
     may be a view of the parameter and is good only until the next one is asked for. Tied parameters
     come once.
     """

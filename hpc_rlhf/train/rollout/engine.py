@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class RolloutEngine:
     """Makes a model in training generate fast.
 
     For a rollout, the model's weights are put into a twin, its adapters folded in: shared where they are whole,
-    gathered once where ZeRO-3 shards them. Afterwards that memory is given back. Of a model too large for that, some
+    gathered once where ZeRO-3 shards them or they are cut. Afterwards that memory is given back. Of a model too large for that, some
     layers are gathered in every forward pass, which all ranks then make together.
 
     Args:
@@ -52,7 +53,9 @@ class RolloutEngine:
         self, prompts: list[list[int]], keys: list[tuple[object, ...]] | None, max_tokens: int,
         sampling: Sampling, eos_id: int, rows: int, stopped: Callable[[], bool] = bool,
     ) -> list[list[int]]:  # fmt: skip
-        """Answers to prompts, EOS included where one was drawn. Collective under ZeRO-3.
+        """Answers to prompts, EOS included where one was drawn. Collective under ZeRO-3 and tensor parallelism.
+
+        The ranks of a group have the same prompts, and share the work.
 
         Up to rounding, an answer depends on its prompt and key alone; the same prompts in the same order get the
         same answers bit for bit.
@@ -65,8 +68,29 @@ class RolloutEngine:
             stopped: asked before each forward pass whether to drop the rollout.
 
         Raises:
-            RolloutDropped: ``stopped`` said so, on any rank where the forward passes are made together.
+            RolloutDropped: ``stopped`` said so, on any rank of the group, or where the forward passes are made
+                together on any rank.
         """
+        world = self.world
+        if world.tensor_parallel == 1:
+            return self._decoded(prompts, keys, max_tokens, sampling, eos_id, rows, stopped)
+        mine = slice(world.tensor_rank, None, world.tensor_parallel)
+        made: list[list[int]] | None = None
+        with suppress(RolloutDropped):
+            made = self._decoded(
+                prompts[mine], keys and keys[mine], max_tokens, sampling, eos_id, rows, stopped
+            )
+        answers: list[list[int]] = [[] for _ in prompts]
+        for place, share in enumerate(world.gather_group(made)):
+            if share is None:
+                raise RolloutDropped
+            answers[place :: world.tensor_parallel] = share
+        return answers
+
+    def _decoded(
+        self, prompts: list[list[int]], keys: list[tuple[object, ...]] | None, max_tokens: int,
+        sampling: Sampling, eos_id: int, rows: int, stopped: Callable[[], bool],
+    ) -> list[list[int]]:  # fmt: skip
         drawn = None if sampling.greedy or keys is None else uniforms(keys, max_tokens)
         answers: list[list[int]] = [[] for _ in prompts]
         longest = max(map(len, prompts), default=0) + max_tokens

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models.cut import is_cut
 from hpc_rlhf.train.models.weights import Part, in_turn, is_sharded, parts, size, whole
 
 
 class Twin:
-    """A model without hooks and adapters, which borrows another's weights or gathers its shards.
+    """A model without hooks and adapters, which borrows another's weights or gathers its shards or parts.
 
     Of a model that is not to be gathered as a whole, as many layers are as the budget allows; each of the others is
     gathered whenever a forward pass comes to it.
@@ -47,7 +48,8 @@ class Twin:
         self.weights = dict(self.module.named_parameters())
         self.held = parts(model)
         self.streamed: list[list[Part]] = []
-        if self.sharded and size(model.parameters()) > budget:
+        apart = self.sharded or any(map(is_cut, model.parameters()))
+        if apart and size(model.parameters()) > budget:
             self._stream(budget)
 
     def _stream(self, budget: int) -> None:
@@ -79,7 +81,7 @@ class Twin:
 
     @contextmanager
     def filled(self) -> Iterator[None]:
-        """Within it, the twin has its weights, whose memory is given back afterwards. Collective under ZeRO-3."""
+        """Within it, the twin has its weights, whose memory is given back afterwards. Collective under ZeRO-3 and where cut."""
         try:
             for name, tensor in in_turn(self.held):
                 # What was gathered lasts only until the next; what lies whole in the model is shared.

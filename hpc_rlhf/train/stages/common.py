@@ -17,6 +17,7 @@ from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import lora
+from hpc_rlhf.train.models.cut import cut
 from hpc_rlhf.train.models.weights import export
 from hpc_rlhf.train.ragged import plan_step
 
@@ -25,7 +26,8 @@ EVALUATED = 1024
 
 
 def adapted(model: Any, spec: TrainingSpec, seed: int) -> None:
-    """Prepare a model for training as the spec says: adapters, activation checkpointing."""
+    """Prepare a model for training as the spec says: its part of each layer, adapters, activation checkpointing."""
+    cut(model, spec.tensor_parallel)
     if spec.lora is not None:
         lora.adapt(model, spec.lora, seed)
     if spec.activation_checkpointing:

@@ -70,7 +70,7 @@ class PpoModels:
         self.ref = engines.frozen_engine(LanguageModel(self.ref_policy), configs["ref"], world.device)
         self.reward = engines.frozen_engine(reward, configs["reward"], world.device)
         self.rollouts = RolloutEngine(self.policy, world)
-        self.ema = Ema(self.policy, spec.ema_beta, world.rank, world.size) if spec.ema else None
+        self.ema = Ema(self.policy, spec.ema_beta, world) if spec.ema else None
 
     def write(self, folder: Path) -> None:
         """Save what training changes. Collective."""

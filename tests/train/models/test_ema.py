@@ -12,6 +12,7 @@ from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.world import World
 
 BETA = 0.992
+ALONE = World(0, 1, 0, torch.device("cpu"), None)
 
 
 def model_of(dtype: torch.dtype) -> nn.Module:
@@ -32,7 +33,7 @@ def step(model: nn.Module, number: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_average_is_its_closed_form_in_float32(dtype: torch.dtype) -> None:
     model = model_of(dtype)
-    ema = Ema(model, BETA, rank=0, size=1)
+    ema = Ema(model, BETA, ALONE)
     history = [model[0].weight.detach().double().clone()]
     for number in range(50):
         step(model, number)
@@ -48,7 +49,7 @@ def test_the_average_is_its_closed_form_in_float32(dtype: torch.dtype) -> None:
 def test_updates_of_less_than_a_hundredth_are_not_lost() -> None:
     model = nn.Linear(1, 1, bias=False).bfloat16()
     nn.init.constant_(model.weight, 1.0)
-    ema = Ema(model, BETA, rank=0, size=1)
+    ema = Ema(model, BETA, ALONE)
     with torch.no_grad():
         model.weight.fill_(1.0 + 2**-7)  # the next number after 1 that bfloat16 has
     in_bfloat16 = torch.ones(1, dtype=torch.bfloat16)
@@ -62,7 +63,7 @@ def test_updates_of_less_than_a_hundredth_are_not_lost() -> None:
 
 def test_swapping_in_gives_the_averages_and_then_the_own_weights_back(world: World) -> None:
     model = model_of(torch.bfloat16)
-    ema = Ema(model, 0.5, world.rank, world.size)
+    ema = Ema(model, 0.5, world)
     step(model, 1)
     ema.update()
     own = [parameter.detach().clone() for parameter in model.parameters()]
@@ -78,18 +79,18 @@ def test_swapping_in_gives_the_averages_and_then_the_own_weights_back(world: Wor
 
 def test_ranks_keep_every_average_once() -> None:
     model = model_of(torch.float32)
-    kept = [set(Ema(model, BETA, rank, 2).averages) for rank in range(2)]
+    kept = [set(Ema(model, BETA, World(rank, 2, rank, torch.device("cpu"), None)).averages) for rank in range(2)]
     assert kept[0] | kept[1] == {0, 1, 2}
     assert not kept[0] & kept[1]
 
 
 def test_averages_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     model = model_of(torch.bfloat16)
-    ema = Ema(model, BETA, rank=0, size=1)
+    ema = Ema(model, BETA, ALONE)
     step(model, 1)
     ema.update()
     ema.save(tmp_path)
-    other = Ema(model, BETA, rank=0, size=1)
+    other = Ema(model, BETA, ALONE)
     assert not torch.equal(other.averages[0], ema.averages[0])
     other.load(tmp_path)
     assert other.averages.keys() == ema.averages.keys()

@@ -1,0 +1,151 @@
+"""Layers cut over real ranks: outputs, gradients, weights and rollouts are those of the whole model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.train.models.cut import ARCHITECTURES
+from tests.train.stages import free_port, rank_environment
+
+pytestmark = pytest.mark.train
+
+RANK = """
+import json, sys, torch
+from types import SimpleNamespace
+from hpc_rlhf.train.world import join
+world = join(2).grouped(2)
+from deepspeed.utils import groups
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.training import LoraSpec
+from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models.cut import along, cut
+from hpc_rlhf.train.models.engine import _gradient_norm
+from hpc_rlhf.train.models.language import LanguageModel
+from hpc_rlhf.train.models.lora import LoraLinear, adapt
+from hpc_rlhf.train.models.weights import full_weights, size
+from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling
+from tests.train import tiny
+
+torch.set_num_threads(1)
+lengths = (7, 4, 12)
+ids = torch.randint(3, tiny.VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(1))
+learnt = torch.tensor([4, 5, 6, 9, 10, 15, 22])
+prompts, keys = [[11, 12], [5, 6, 7], [9], [8, 7, 6, 5, 4], [3, 4]], [(3, row) for row in range(5)]
+
+def adapted(model, only):
+    adapt(model, LoraSpec(rank=4, alpha=6, only=only), 5)
+    for number, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
+        parts = 2 if along(layer.base) == 0 else 1
+        whole = torch.empty(len(layer.lora_b) * parts, 4).normal_(0, 0.2, generator=torch.Generator().manual_seed(number))
+        layer.lora_b.data = whole.chunk(parts)[world.rank % parts].clone()
+
+def learn(model, mpu):
+    language = LanguageModel(model)
+    log_probs, _ = language(ids, lengths, learnt)
+    log_probs.sum().backward()
+    norm = _gradient_norm(SimpleNamespace(module=language, mpu=mpu))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.01 * parameter.grad
+    return log_probs.detach(), norm
+
+def far(one, other):
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+def answers(model, world, memory=None, **how):
+    engine = RolloutEngine(model.eval(), world, memory)
+    return engine.generate(prompts, keys, 12, Sampling(temperature=0.7), tiny.EOS, 3, **how)
+
+def compare(kind, adapters):
+    whole, part = tiny.causal(kind), tiny.causal(kind)
+    everything = size(whole.parameters())
+    cut(part, 2)
+    seen = {"share": sum(p.numel() for p in part.parameters()) * 4 / everything, "size": size(part.parameters()) - everything}
+    for model in (whole, part):
+        packed.enable(model)
+        if adapters:
+            adapted(model, adapters == "only")
+    (expected, norm), (found, own_norm) = learn(whole, None), learn(part, groups)
+    seen["outputs"], seen["norm"] = far(found, expected), abs(own_norm / norm - 1)
+    theirs, ours = dict(full_weights(whole)), {name: weight.clone() for name, weight in full_weights(part)}
+    assert theirs.keys() == ours.keys()
+    seen["weights"] = max(far(ours[name], theirs[name]) for name in theirs)
+    seen["moved"] = far(dict(full_weights(tiny.causal(kind)))[name := "model.layers.0.mlp.up_proj.weight" if kind != "opt" else "model.decoder.layers.0.fc1.weight"], theirs[name])
+    drawn = [answers(whole, world.grouped(1)), answers(part, world), answers(part, world, memory=9)]
+    seen["answers"] = drawn[0] == drawn[1] == drawn[2] and len(drawn[0][0])
+    return seen, part
+
+seen = {"compared": {}, "refused": {}}
+for name in sys.argv[1:]:
+    seen["compared"][name], part = compare(*name.split(" "))
+calls = iter(range(100))
+try:  # one rank of the group is told to stop, and both do
+    answers(part, world, stopped=lambda: world.rank == 1 and next(calls) == 3)
+except RolloutDropped:
+    seen["dropped"] = True
+for name, model in {
+    "gpt2": tiny.causal("gpt2"), "heads": tiny.causal("llama", num_attention_heads=5, num_key_value_heads=5, hidden_size=40),
+    "shared": tiny.causal("llama", num_key_value_heads=1), "width": tiny.causal("opt", ffn_dim=49),
+}.items():
+    try:
+        cut(model, 2)
+    except HpcRlhfError as error:
+        seen["refused"][name] = str(error)
+print(json.dumps(seen))
+"""
+
+
+# Architectures, without adapters or with those alone in training, or with all weights.
+COMPARED = [f"{kind} {adapters}" for kind in ARCHITECTURES for adapters in ("", "only")] + ["qwen3 also"]
+
+
+@pytest.fixture(scope="module")
+def seen() -> list[dict[str, Any]]:
+    """What two ranks that share every layer saw."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, *COMPARED], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        for environment in rank_environment(2, free_port())
+    ]
+    try:
+        said = [rank.communicate(timeout=240)[0].splitlines() for rank in running]
+        return [json.loads(next(line for line in lines if line.startswith("{"))) for lines in said]
+    finally:
+        for rank in running:
+            rank.kill()
+            rank.wait()
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_cut_model_is_the_whole_one(seen: list[dict[str, Any]], name: str) -> None:
+    for rank in seen:
+        one = rank["compared"][name]
+        assert one["share"] < 0.8, "this rank has no less than all"
+        assert one["size"] == 0
+        assert one["outputs"] < 1e-5
+        assert one["norm"] < 1e-5
+        assert one["weights"] < 1e-5
+        assert one["moved"] > 1e-3, "nothing was learnt"
+        assert one["answers"] > 1
+
+
+def test_a_rollout_is_dropped_by_the_whole_group(seen: list[dict[str, Any]]) -> None:
+    assert all(rank["dropped"] for rank in seen)
+
+
+def test_what_cannot_be_cut_evenly_is_refused(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        refused = rank["refused"]
+        assert refused.keys() == {"gpt2", "heads", "shared", "width"}
+        assert "cannot cut the layers of gpt2" in refused["gpt2"]
+        assert "zero: 3" in refused["gpt2"]
+        assert "5 attention heads" in refused["heads"]
+        assert "1 key and value heads" in refused["shared"]
+        assert "49 feed-forward units" in refused["width"]
