@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 # Float32 logits held at a time: 64 MiB keep a GPU busy; 4 MiB stay in a CPU's cache.
 LOGITS = {"cuda": 16 * 2**20, "cpu": 2**20}
+# Rows of a chunk are a multiple of so many: matrix kernels are made anew, and kept, for every other height.
+ALIGNED = 64
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
@@ -52,8 +55,8 @@ def head_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens from the hidden states that predict them, a chunk of the logits at a time.
 
-    The backward pass makes the logits again. What stands in float32 is at most LOGITS numbers, whatever the
-    number of tokens.
+    The backward pass makes the logits again. What stands in float32 is at most LOGITS numbers, or the logits of
+    ALIGNED tokens, whatever the number of tokens.
 
     Args:
         hidden: (n, hidden).
@@ -71,15 +74,22 @@ def head_log_probs(
     return made
 
 
+def _chunks(rows: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Tensors a chunk of rows at a time; the last one is filled up with zeros to a multiple of ALIGNED."""
+    for parts in zip(*[tensor.split(rows) for tensor in tensors], strict=True):
+        spare = -len(parts[0]) % ALIGNED
+        yield [F.pad(part, (*[0, 0] * (part.dim() - 1), 0, spare)) if spare else part for part in parts]
+
+
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor,
         temperature: float, with_entropies: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        chunk = max(1, LOGITS.get(weight.device.type, LOGITS["cuda"]) // weight.shape[0])
+        chunk = max(1, LOGITS.get(weight.device.type, LOGITS["cuda"]) // weight.shape[0] // ALIGNED) * ALIGNED
         log_probs, normalizers, entropies = [], [], []
-        for part, chosen in zip(hidden.split(chunk), tokens.split(chunk), strict=True):
+        for part, chosen in _chunks(chunk, hidden, tokens):
             logits = F.linear(part, weight, bias).float()
             if temperature != 1:
                 logits /= temperature
@@ -89,19 +99,19 @@ class _HeadLogProbs(torch.autograd.Function):
             if with_entropies:
                 logits -= normalizer.unsqueeze(1)
                 entropies.append(-(logits.exp() * logits).sum(dim=-1))
-        ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(normalizers))
+        ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(normalizers)[: len(tokens)])
         ctx.temperature, ctx.chunk = temperature, chunk
-        entropy = torch.cat(entropies) if with_entropies else log_probs[0].new_empty(0)
+        entropy = torch.cat(entropies)[: len(tokens)] if with_entropies else log_probs[0].new_empty(0)
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(log_probs), entropy
+        return torch.cat(log_probs)[: len(tokens)], entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         hidden, weight, bias, tokens, normalizers = ctx.saved_tensors
         to_weight = to_bias = None
         to_hidden = []
-        parts = (x.split(ctx.chunk) for x in (hidden, tokens, normalizers, grad / ctx.temperature))
-        for part, chosen, normalizer, share in zip(*parts, strict=True):
+        slopes = grad / ctx.temperature
+        for part, chosen, normalizer, share in _chunks(ctx.chunk, hidden, tokens, normalizers, slopes):
             logits = F.linear(part, weight, bias).float()
             if ctx.temperature != 1:
                 logits /= ctx.temperature
@@ -118,7 +128,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 own = slope.sum(dim=0)
                 to_bias = own if to_bias is None else to_bias + own
         return (
-            torch.cat(to_hidden) if to_hidden else None,
+            torch.cat(to_hidden)[: len(tokens)] if to_hidden else None,
             None if to_weight is None else to_weight.to(weight.dtype),
             None if to_bias is None else to_bias.to(weight.dtype),
             None, None, None,

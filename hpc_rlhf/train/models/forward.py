@@ -16,9 +16,21 @@ from torch import Tensor
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.models import packed
 
-# Rows of so many tokens are a multiple of so many, by one more sequence at the end that nothing looks at: matrix
-# kernels are made anew for every height, and are fastest at even ones.
+# Rows of so many tokens are a multiple of so many: matrix kernels are fastest there.
 ALIGNED = 64
+
+
+def _filling(tokens: int, device: torch.device) -> tuple[int, ...]:
+    """Lengths of sequences that nothing looks at, which give a row of tokens an even height.
+
+    A CPU's matrix kernels are made anew for every height and kept, each some 0.8 MiB: its rows have one of eight heights
+    between a power of two and the next.
+    """
+    step = ALIGNED
+    if device.type == "cpu":
+        step = max(step, 1 << max(0, tokens.bit_length() - 4))
+    whole, rest = divmod(-tokens % step, ALIGNED)
+    return (ALIGNED,) * whole + ((rest,) if rest else ())
 
 
 def padded(model: Any, ids: Tensor, lengths: tuple[int, ...]) -> tuple[Any, Tensor]:
@@ -47,19 +59,19 @@ def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         lengths: tokens of each sequence.
 
     Returns:
-        (tokens, hidden).
+        (tokens or more, hidden); rows after those of the sequences mean nothing.
     """
     if body.config._attn_implementation == packed.NAME:
         # transformers hands a mask of four dimensions on as it is, and so builds none of its own.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-        spare = -len(ids) % ALIGNED
-        filled, sizes = (F.pad(ids, (0, spare)), (*lengths, spare)) if spare else (ids, lengths)
+        filling = _filling(len(ids), ids.device)
+        filled, sizes = F.pad(ids, (0, sum(filling))), (*lengths, *filling)
         places = ragged.positions(sizes, ids.device)
         output = body(
             input_ids=filled.unsqueeze(0), attention_mask=unused, position_ids=places.unsqueeze(0),
             use_cache=False, packed_lengths=sizes,
         )  # fmt: skip
-        packed_hidden: Tensor = output.last_hidden_state[0, : len(ids)]
+        packed_hidden: Tensor = output.last_hidden_state[0]
         return packed_hidden
     output, real = padded(body, ids, lengths)
     hidden: Tensor = output.last_hidden_state[real]

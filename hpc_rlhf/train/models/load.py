@@ -127,7 +127,7 @@ class RewardModel(nn.Module):
             lengths: tokens of each sequence.
         """
         hidden = hidden_states(self.classifier.base_model, ids, lengths)
-        values: Tensor = self.classifier.score(hidden).squeeze(-1)
+        values: Tensor = self.classifier.score(hidden)[: len(ids)].squeeze(-1)
         return values
 
 

@@ -39,11 +39,13 @@ def test_large_logits_do_not_overflow() -> None:
     assert entropy(logits).item() == 0.0
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 100], ids=lambda rows: f"{rows} rows a chunk")
+@pytest.mark.parametrize(("chunk", "aligned"), [(1, 1), (3, 3), (100, 64)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_from_hidden_states_it_is_the_same_with_the_same_gradients(
-    chunk: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+    chunk: int, aligned: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the last chunk is filled up."""
+    monkeypatch.setattr(logprobs, "ALIGNED", aligned)
     monkeypatch.setitem(logprobs.LOGITS, "cpu", chunk * 11)
     hidden, weight, bias = torch.randn(8, 5), torch.randn(11, 5), torch.randn(11) if with_bias else None
     tokens, temperature, weights = torch.randint(11, (8,)), 0.6, torch.randn(8)
@@ -66,6 +68,7 @@ def test_a_chunked_gradient_in_bfloat16_is_summed_in_float32(monkeypatch: pytest
         torch.arange(512) % 16,
     )
     grads = []
+    monkeypatch.setattr(logprobs, "ALIGNED", 1)
     for rows in (512, 1):
         monkeypatch.setitem(logprobs.LOGITS, "cpu", rows * 16)
         leaf = weight.clone().requires_grad_()
@@ -97,3 +100,19 @@ def test_entropy_of_known_distributions() -> None:
     # At temperature 1/2 the probabilities are squared and normalised: 2/3, 1/6, 1/6.
     expected = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 6))
     assert entropy(skewed, temperature=0.5).item() == pytest.approx(expected)
+
+
+def test_matrix_kernels_are_made_for_few_heights(monkeypatch: pytest.MonkeyPatch) -> None:
+    heights, linear = set(), torch.nn.functional.linear
+
+    def recorded(part: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        heights.add(len(part))
+        return linear(part, *rest)
+
+    monkeypatch.setattr(logprobs.F, "linear", recorded)
+    monkeypatch.setitem(logprobs.LOGITS, "cpu", 130 * 4)
+    for n in range(1, 400, 7):
+        head_log_probs(
+            torch.ones(n, 2), torch.ones(4, 2), None, torch.zeros(n, dtype=torch.int64), 1.0, False
+        )
+    assert heights == {64, 128}

@@ -139,6 +139,20 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float)
     return scores.masked_fill(ahead, -torch.inf).softmax(dim=-1) @ value
 
 
+def test_rows_of_many_lengths_have_few_heights() -> None:
+    """A CPU keeps kernels for each; and what fills a row up needs no position that the model does not have."""
+    model = LanguageModel(made("opt", "packed"))
+    heights = set()
+    model.causal.base_model.register_forward_hook(
+        lambda module, args, output: heights.add(output.last_hidden_state.shape[1])
+    )
+    for tokens in range(1000, 2100, 29):
+        batch = Ragged.of([[3] * 20] * (tokens // 20) + [[3] * (tokens % 20 + 1)])
+        with torch.no_grad():
+            model(batch.ids, batch.lengths, batch.tail([1] * len(batch.lengths)))
+    assert len(heights) <= 10
+
+
 def test_a_head_with_more_than_a_matrix_uses_the_models_own_logits() -> None:
     model = tiny.causal("cohere", logit_scale=0.5)
     language = LanguageModel(model)
