@@ -18,14 +18,12 @@ from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import encode
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read as read_source
 from hpc_rlhf.train.data.sources import stage_samples
 from hpc_rlhf.train.world import World
-
-# Samples tokenised, and rows written, at a time: all that is in memory.
-CHUNK = 1024
 
 # The answers that each stage is given; PPO's is what its own answers may be held against.
 ANSWERS = {
@@ -45,14 +43,14 @@ PARTS = ("train", "held_out")
 
 @dataclass(frozen=True)
 class StageData:
-    """A stage's token data sets, memory-mapped: each a ``datasets.Dataset``.
+    """A stage's token data sets.
 
     Rows have ``prompt``, a transcript, ``prompt_ids`` and ``chosen_ids``; those of pairs also ``rejected_ids``.
     Answer ids end with EOS unless they were cut. Nothing may be held out.
     """
 
-    train: Any
-    held_out: Any
+    train: Rows
+    held_out: Rows
 
 
 def encoded(
@@ -84,37 +82,6 @@ def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**facts, **written}, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _RowFile:
-    """An Arrow file that rows are appended to, a chunk at a time."""
-
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        import pyarrow as pa
-
-        ids = pa.list_(pa.int32())
-        self.schema = pa.schema({"prompt": pa.string(), **{f"{name}_ids": ids for name in columns}})
-        self.writer = pa.ipc.new_stream(str(path), self.schema)
-        self.waiting: list[dict[str, Any]] = []
-        self.rows = 0
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.waiting.append(row)
-        self.rows += 1
-        if len(self.waiting) == CHUNK:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        self.writer.write_batch(pa.RecordBatch.from_pylist(self.waiting, schema=self.schema))
-        self.waiting = []
-
-    def close(self) -> int:
-        if self.waiting:
-            self._flush()
-        self.writer.close()
-        return self.rows
-
-
 def _write(
     samples: Iterable[tuple[bool, Sample]], tokenizer: Any, spec: JobSpec, stage: str, folder: Path
 ) -> tuple[dict[str, int], int]:
@@ -134,7 +101,7 @@ def _write(
             yield sample
 
     folder.mkdir(parents=True)
-    files = [_RowFile(folder / f"{part}.arrow", ("prompt", *ANSWERS[stage])) for part in PARTS]
+    files = [RowFile(folder / f"{part}.arrow", ("prompt", *ANSWERS[stage])) for part in PARTS]
     found = 0
     for row in encoded(read(), tokenizer, spec, stage):
         held_out = held.popleft()
@@ -146,7 +113,6 @@ def _write(
 
 def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World) -> StageData:
     """What is in a folder, written first if it is not there whole: by rank 0, while the others wait."""
-    import datasets
 
     def make() -> None:
         if manifest.defect(target) is not None:
@@ -154,8 +120,7 @@ def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World) -> 
             manifest.write(target, write())
 
     world.on_main(make)
-    train, held_out = (datasets.Dataset.from_file(str(target / f"{part}.arrow")) for part in PARTS)
-    return StageData(train, held_out)
+    return StageData(*[Rows(target / f"{part}.arrow") for part in PARTS])
 
 
 def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: World) -> StageData:
@@ -190,7 +155,7 @@ def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: Worl
     return _stored(target, write, world)
 
 
-def prepare_mixture(source: SourceSpec, spec: JobSpec, tokenizer: Any, folder: Path, world: World) -> Any:
+def prepare_mixture(source: SourceSpec, spec: JobSpec, tokenizer: Any, folder: Path, world: World) -> Rows:
     """Tokenise all of a source that is mixed into a stage, as SFT would: a data set with rows as SFT's. Collective.
 
     Raises:
@@ -213,11 +178,11 @@ def prepare_mixture(source: SourceSpec, spec: JobSpec, tokenizer: Any, folder: P
     return _stored(target, write, world).train
 
 
-def token_lengths(rows: Any, *columns: str) -> np.ndarray:
+def token_lengths(rows: Rows, *columns: str) -> np.ndarray:
     """Tokens of each row of a data set, summed over columns of token ids, without reading the tokens.
 
     Args:
-        rows: a ``datasets.Dataset``.
+        rows: a data set.
 
     Returns:
         (rows,), int64.
@@ -226,5 +191,5 @@ def token_lengths(rows: Any, *columns: str) -> np.ndarray:
 
     total = np.zeros(len(rows), dtype=np.int64)
     for column in columns:
-        total += pc.list_value_length(rows.data.table[column]).to_numpy()
+        total += pc.list_value_length(rows.table[column]).to_numpy()
     return total

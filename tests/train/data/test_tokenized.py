@@ -11,7 +11,7 @@ import pytest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.model import JobSpec
-from hpc_rlhf.train.data import tokenized
+from hpc_rlhf.train.data import arrow, tokenized
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read, stage_samples
 from hpc_rlhf.train.data.tokenized import (
@@ -94,7 +94,8 @@ def test_data_is_made_once_and_again_when_it_is_torn_or_another(
         return stage_samples(*args)
 
     monkeypatch.setattr(tokenized, "stage_samples", counted)
-    monkeypatch.setattr(tokenized, "CHUNK", 8)
+    for module in (tokenized, arrow):
+        monkeypatch.setattr(module, "CHUNK", 8)
     spec = spec_of({"demo": 60}, held_out=0.2)
     first = prepare(spec, "sft", tokenizer, tmp_path, world)
     samples = list(stage_samples(spec, "sft"))
@@ -119,7 +120,8 @@ def test_data_is_made_once_and_again_when_it_is_torn_or_another(
 def test_memory_does_not_grow_with_the_rows(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenized, "CHUNK", 32)
+    for module in (tokenized, arrow):
+        monkeypatch.setattr(module, "CHUNK", 32)
     peaks = []
     for count in (20, 200, 1600):  # the first loads what is loaded once
         tracemalloc.start()
