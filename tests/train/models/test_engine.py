@@ -1,6 +1,9 @@
-"""What the optimizer gets: matrices decay, vectors do not, frozen weights are left out."""
+"""What the optimizer gets: matrices decay, vectors do not, frozen weights are left out, nor is a step without end made."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 
@@ -8,6 +11,7 @@ from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.engine import parameter_groups
 from hpc_rlhf.train.models.lora import adapt
 from tests.train import tiny
+from tests.train.stages import free_port, rank_environment
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -28,3 +32,43 @@ def test_frozen_weights_are_left_out() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert group["params"]
     assert all(".lora_" in names[id(parameter)] for parameter in group["params"])
+
+
+RANK = """
+import math, torch
+from hpc_rlhf.train.world import join
+join(1)
+from hpc_rlhf.spec.stages import SftSpec
+from hpc_rlhf.train.models.engine import optimizer_step, training_engine
+from hpc_rlhf.train.models.language import LanguageModel
+from tests.train import tiny
+
+config = {
+    "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 0},
+}
+model = tiny.causal("llama").bfloat16()
+engine = training_engine(LanguageModel(model), config, SftSpec(precision="bf16"), 1e-2, 10)
+
+def step(factor):
+    return optimizer_step(
+        engine, [lambda: engine(torch.tensor([5, 6, 7]), (3,), torch.tensor([1, 2]))[0].sum() * factor]
+    )
+
+def weights():
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+before = weights().clone()
+assert step(math.inf) == math.inf
+assert torch.equal(weights(), before)
+assert 0 < step(1.0) < math.inf
+assert weights().isfinite().all() and not torch.equal(weights(), before)
+"""
+
+
+@pytest.mark.train
+def test_a_step_without_a_finite_gradient_changes_nothing() -> None:
+    """DeepSpeed's own look at every gradient is left out; the norm tells."""
+    (environment,) = rank_environment(1, free_port())
+    ended = subprocess.run([sys.executable, "-c", RANK], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
