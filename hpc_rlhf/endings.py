@@ -107,7 +107,8 @@ def since_a_person(events: Sequence[Event]) -> Sequence[Event]:
 def returns(events: Sequence[Event]) -> int:
     """How often a stage came back, counted so that an attempt that never came to its first word counts too."""
     kinds = Counter(event["event"] for event in events)
-    return max(kinds["started"] - 1, kinds["requeued"] + kinds["retried"])
+    by_person = 1 if events and events[0]["event"] == "anew" else 0  # that is one of those retried
+    return max(kinds["started"] - 1, kinds["requeued"] + kinds["retried"] - by_person)
 
 
 def progressed(events: Sequence[Event]) -> bool:

@@ -146,13 +146,13 @@ class Chain:
         return Outcome(job.stage, "requeued", job_id)
 
     def guard(self, job: PlannedJob) -> None:
-        """See to it that a live stage has a sentinel.
+        """See to it that a live stage which is not done has a sentinel.
 
         Raises:
             HpcRlhfError: sbatch refused it.
         """
         job_id = self.ids.get(job.stage)
-        if not job.slurm.heal.enabled or job_id is None:
+        if not job.slurm.heal.enabled or job_id is None or is_done(self.run, job.stage):
             return
         token = self._tokens[job_id]
         if sentinel.waits(self.jobs.queue, token):

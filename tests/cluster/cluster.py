@@ -183,8 +183,20 @@ class Cluster:
             raise ClusterError(f"{error}; it is {seen}") from None
         return seen
 
+    def kill_node(self, name: str) -> None:
+        """Let a node fall silent. What runs on it goes on, as on a node that has lost its network."""
+        kill_and_wait([self.daemons()[name]])
+
+    def start_node(self, name: str) -> None:
+        """Start a node that was killed, and return once Slurm has cleared it and taken it back."""
+        self._spawn(name, "slurmd", "-D", "-N", name)
+        states = ("sinfo", "--noheader", f"--nodes={name}", "--partition=gpu", "--format=%T")
+        wait_until(lambda: self.run(*states).stdout.strip() in ("idle", "mixed"), 60, f"{name} is back")
+
     def clear(self) -> None:
         """Cancel every job and wait until all nodes are idle again."""
+        # First those that wait: a run's sentinels would start as its stages end.
+        self.run("scancel", "--user=root", "--state=PENDING")
         self.run("scancel", "--user=root", "--full", "--signal=KILL", check=False)
         self.run("scancel", "--user=root")
         wait_until(

@@ -1,0 +1,298 @@
+"""What heal does to a chain, on a Slurm that is made up: one that makes records which ours does not."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf import manifest, slurm
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.chain import Outcome
+from hpc_rlhf.launch.executor import StageExecutor
+from hpc_rlhf.launch.heal import heal
+from hpc_rlhf.launch.lock import hold
+from hpc_rlhf.launch.prepare import claim, prepare
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.slurm import PastJob, QueuedJob
+from tests.launch.specs import make_spec
+
+STUCK = "DependencyNeverSatisfied"
+
+
+@dataclass
+class FakeSlurm:
+    """Slurm's records, and the commands that change them."""
+
+    jobs: dict[str, QueuedJob] = field(default_factory=dict)
+    past: dict[str, PastJob] = field(default_factory=dict)
+    did: list[tuple[Any, ...]] = field(default_factory=list)
+    ids: Any = field(default_factory=lambda: itertools.count(100))
+
+    def put(
+        self, job_id: str, name: str, state: str, reason: str = "", after: str = "", **known: Any
+    ) -> None:
+        comment = f"hpc-rlhf:t{job_id}"
+        self.jobs[job_id] = QueuedJob(job_id, name, state, reason, comment, after)
+        self.past[job_id] = PastJob(job_id, state, known.pop("code", "1:0"), **{"requeueable": True, **known})
+
+    def forget(self, job_id: str) -> None:
+        del self.jobs[job_id], self.past[job_id]
+
+    def requeue(self, job_id: str) -> None:
+        self.did.append(("requeue", job_id))
+        self.jobs[job_id] = replace(self.jobs[job_id], state="PENDING", reason="BeginTime")
+
+    def set_dependency(self, job_id: str, needs: tuple[str, ...]) -> None:
+        self.did.append(("depend", job_id, *needs))
+
+    def put_off(self, job_id: str, seconds: int, excluded: str) -> None:
+        if seconds or excluded:
+            self.did.append(("put off", job_id, seconds, excluded))
+
+    def release(self, job_id: str) -> None:
+        self.did.append(("release", job_id))
+
+    def submit(self, script: Path, options: list[str]) -> str:
+        """A sentinel."""
+        job_id = str(next(self.ids))
+        after = options[1].partition("=")[2]
+        self.did.append(("sentinel", script.name.partition(".")[0], after))
+        comment = options[0].partition("=")[2]
+        self.jobs[job_id] = QueuedJob(job_id, "x.sentinel", "PENDING", "Dependency", comment, after)
+        return job_id
+
+    def send(self, executor: StageExecutor) -> str:
+        job_id = str(next(self.ids))
+        self.did.append(("send", executor._job.stage, *executor._options[1:]))
+        name = executor._job.job_name
+        comment = executor._options[0].partition("=")[2]
+        self.jobs[job_id] = QueuedJob(job_id, name, "PENDING", "Priority", comment)
+        return job_id
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    made = FakeSlurm()
+    monkeypatch.setattr(slurm, "available", lambda: True)
+    monkeypatch.setattr(slurm, "queue", lambda: dict(made.jobs))
+    monkeypatch.setattr(slurm, "remembered", made.past.get)
+    for name in ("requeue", "set_dependency", "put_off", "release", "submit"):
+        monkeypatch.setattr(slurm, name, getattr(made, name))
+    monkeypatch.setattr(StageExecutor, "__init__", lambda self, plan, job, options: self.__dict__.update(_job=job, _options=options))  # fmt: skip
+    monkeypatch.setattr(StageExecutor, "send", lambda executor: made.send(executor))
+    return made
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run whose jobs 1 (SFT), 2 (reward) and 3 (PPO) were submitted; SFT and reward have started."""
+    spec = make_spec(tmp_path / "run", {"heal": {"backoff_seconds": 10}, "exclude": "bad1"})
+    with claim(spec, "test") as (run, _):
+        prepare(spec, run)
+    ledger = Ledger(run.ledger)
+    for job_id, stage in (("1", "sft"), ("2", "reward"), ("3", "ppo")):
+        ledger.append("submitting", stage, token=f"t{job_id}")
+        ledger.append("submitted", stage, token=f"t{job_id}", job_id=job_id)
+    for stage in ("sft", "reward"):
+        ledger.append("started", stage, attempt="-")
+    return run
+
+
+def finish(run: RunDir, *stages: str) -> None:
+    for stage in stages:
+        model = run.stage(stage).model
+        model.mkdir()
+        (model / "weights").write_text("w")
+        manifest.write(model, {"step": 9})
+
+
+def watched(fake: FakeSlurm, *job_ids: str) -> None:
+    """Each of the jobs has a sentinel that waits."""
+    for job_id in job_ids:
+        after = f"afternotok:{job_id}(unfulfilled)"
+        mark = f"hpc-rlhf-sentinel:t{job_id}"
+        fake.jobs[f"9{job_id}"] = QueuedJob(f"9{job_id}", "s", "PENDING", "Dependency", mark, after)
+
+
+def kinds(outcomes: list[Outcome]) -> list[str]:
+    return [outcome.did for outcome in outcomes]
+
+
+def events(run: RunDir, stage: str) -> list[str]:
+    return [event["event"] for event in Ledger(run.ledger).events(stage)]
+
+
+def test_a_failed_stage_is_requeued_and_its_dependents_wait_for_it_again(
+    fake: FakeSlurm, run: RunDir
+) -> None:
+    fake.put("1", "demo.sft", "FAILED", code="1:0", nodes="n1")
+    fake.put("2", "demo.reward", "RUNNING")
+    fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed),afterok:2(unfulfilled)")
+    watched(fake, "2", "3")
+    outcomes = heal(run, by_sentinel=True)
+    assert kinds(outcomes) == ["requeued", "live", "live"]
+    assert fake.did == [
+        ("requeue", "1"), ("put off", "1", 10, ""), ("depend", "3", "1", "2"), ("sentinel", "sft", "afternotok:1"),
+    ]  # fmt: skip
+    assert events(run, "sft")[-2:] == ["ended", "retried"]
+    again = heal(run, by_sentinel=True)
+    assert kinds(again) == ["live", "live", "live"]
+    assert [did for did in fake.did[4:] if did[0] != "depend"] == [], "a second one finds nothing to do"
+
+
+def test_a_finished_stage_that_slurm_calls_preempted_frees_its_dependents(
+    fake: FakeSlurm, run: RunDir
+) -> None:
+    """Slurm 25 records a stage that requeued itself while it was preempted so, whatever it did then."""
+    finish(run, "sft")
+    fake.put("1", "demo.sft", "PREEMPTED", code="0:0")
+    fake.put("2", "demo.reward", "RUNNING")
+    fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed),afterok:2(unfulfilled)")
+    watched(fake, "2", "3")
+    assert kinds(heal(run, by_sentinel=True)) == ["done", "live", "live"]
+    assert fake.did == [("depend", "3", "2")]
+    finish(run, "reward")
+    fake.put("2", "demo.reward", "PREEMPTED", code="0:0")
+    fake.did.clear()
+    heal(run, by_sentinel=True)
+    assert fake.did == [("depend", "3")]
+    assert "ended" not in events(run, "sft"), "it ended well"
+
+
+def test_a_finished_stage_that_slurm_started_again_is_left_to_end(fake: FakeSlurm, run: RunDir) -> None:
+    finish(run, "sft", "reward")
+    fake.put("1", "demo.sft", "RUNNING")
+    fake.put("3", "demo.ppo", "PENDING", "Dependency", "afterok:1(unfulfilled)")
+    watched(fake, "3")
+    assert kinds(heal(run, by_sentinel=True)) == ["done", "done", "live"]
+    assert fake.did == []
+
+
+def test_a_job_that_slurm_forgot_is_submitted_anew_without_the_bad_node(fake: FakeSlurm, run: RunDir) -> None:
+    """And the dependent that the site's kill_invalid_depend removed comes again too."""
+    finish(run, "reward")
+    ledger = Ledger(run.ledger)
+    for step in (3, 5):
+        ledger.append("saved", "sft", step=step)
+        ledger.append("ended", "sft", reason="node failure", node="n7", message="", step=step, progress=True)
+        ledger.append("started", "sft", attempt="-")
+    fake.past["3"] = PastJob("3", "CANCELLED", "0:0", bereft=True)
+    assert kinds(heal(run, by_sentinel=True)) == ["submitted", "done", "submitted"]
+    assert fake.did == [
+        ("send", "sft", "--begin=now+10", "--exclude=bad1,n7"),
+        ("send", "ppo", "--dependency=afterok:100"),
+        ("sentinel", "sft", "afternotok:100"),
+        ("sentinel", "ppo", "afternotok:101"),
+    ]
+    assert "ended" not in events(run, "ppo")
+
+
+def test_what_stopped_stays_stopped_until_a_person_heals(fake: FakeSlurm, run: RunDir) -> None:
+    finish(run, "reward")
+    Ledger(run.ledger).append("failed", "sft", attempt="-", message="no such file", exit_code=2)
+    fake.put("1", "demo.sft", "FAILED", code="2:0")
+    fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed)")
+    watched(fake, "3")
+    for _ in range(2):
+        outcomes = heal(run, by_sentinel=True)
+        assert kinds(outcomes) == ["stopped", "done", "waits"]
+        assert outcomes[0].detail == "user error: no such file"
+    assert events(run, "sft").count("stopped") == events(run, "sft").count("ended") == 1
+    assert fake.did == []
+    assert kinds(heal(run)) == ["requeued", "done", "live"]
+    assert events(run, "sft")[-2:] == ["anew", "retried"]
+
+
+def test_a_person_cut_off_in_mid_heal_is_taken_at_their_word(fake: FakeSlurm, run: RunDir) -> None:
+    finish(run, "reward")
+    ledger = Ledger(run.ledger)
+    ledger.append("ended", "sft", reason="user error", node="", message="", step=0, progress=False)
+    ledger.append("stopped", "sft", message="user error")
+    ledger.append("anew", "sft")
+    fake.put("1", "demo.sft", "FAILED")
+    fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed)")
+    watched(fake, "3")
+    assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "live"]
+
+
+@pytest.mark.parametrize("by_tool", [False, True])
+def test_what_was_cancelled_comes_back_at_a_persons_word_only(
+    fake: FakeSlurm, run: RunDir, by_tool: bool
+) -> None:
+    finish(run, "reward")
+    if by_tool:
+        Ledger(run.ledger).append("cancelled", "sft", job_id="1")
+    fake.put("1", "demo.sft", "CANCELLED", requeueable=not by_tool)
+    fake.put("3", "demo.ppo", "CANCELLED", requeueable=not by_tool)
+    assert kinds(heal(run, by_sentinel=True)) == ["stopped", "done", "waits"]
+    assert kinds(heal(run)) == ["submitted", "done", "submitted"]
+
+
+def test_a_dependent_that_a_person_cancelled_stays_so_when_its_need_is_mended(
+    fake: FakeSlurm, run: RunDir
+) -> None:
+    finish(run, "reward")
+    fake.put("1", "demo.sft", "FAILED")
+    fake.put("3", "demo.ppo", "CANCELLED")
+    assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "stopped"]
+
+
+def test_a_dependent_that_ran_too_early_waits_again(fake: FakeSlurm, run: RunDir) -> None:
+    """Its input's job was COMPLETED, and had left no model."""
+    finish(run, "reward")
+    ledger = Ledger(run.ledger)
+    ledger.append("started", "ppo", attempt="-")
+    ledger.append("failed", "ppo", attempt="-", message="the model of stage sft is not complete", exit_code=1)
+    fake.put("1", "demo.sft", "COMPLETED", code="0:0")
+    fake.put("3", "demo.ppo", "FAILED")
+    assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "requeued"]
+    assert fake.did[:4] == [
+        ("requeue", "1"),
+        ("put off", "1", 10, ""),
+        ("requeue", "3"),
+        ("depend", "3", "1"),
+    ]
+
+
+def test_a_launch_that_slurm_holds_is_let_go(fake: FakeSlurm, run: RunDir) -> None:
+    finish(run, "reward")
+    fake.put("1", "demo.sft", "PENDING", "launch_failed_requeued_held", failed_node="n4")
+    fake.put("3", "demo.ppo", "PENDING", "Dependency", "afterok:1(unfulfilled)")
+    watched(fake, "1", "3")
+    assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "live"]
+    assert fake.did == [("put off", "1", 10, ""), ("release", "1")]
+    ended = Ledger(run.ledger).last("ended", "sft")
+    assert ended is not None
+    assert (ended["reason"], ended["node"]) == ("launch failure", "n4")
+
+
+def test_a_sentinel_that_is_refused_breaks_nothing(
+    fake: FakeSlurm, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(script: Path, options: list[str]) -> str:
+        raise HpcRlhfError("sbatch: no")
+
+    monkeypatch.setattr(slurm, "submit", refuse)
+    fake.put("1", "demo.sft", "FAILED")
+    fake.put("2", "demo.reward", "RUNNING")
+    fake.put("3", "demo.ppo", "PENDING", STUCK)
+    outcomes = heal(run, by_sentinel=True)
+    assert kinds(outcomes) == ["requeued", "live", "live"]
+    assert "the sentinel was refused: sbatch: no" in outcomes[0].detail
+
+
+def test_two_at_once_and_a_run_without_a_chain_are_refused(
+    fake: FakeSlurm, run: RunDir, tmp_path: Path
+) -> None:
+    with hold(run.submit_lock, "hpc-rlhf submit"), pytest.raises(HpcRlhfError, match="`hpc-rlhf submit`"):
+        heal(run)
+    spec = make_spec(tmp_path / "local")
+    with claim(spec, "test") as (other, _):
+        prepare(spec, other)
+    with pytest.raises(HpcRlhfError, match="never submitted"):
+        heal(other)
