@@ -20,6 +20,20 @@ FEW_ROWS = 8
 # Layers inside one module that are given the same input: one matrix.
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+# A rectifier after a matrix, and in it, which gives the same bits.
+RELU_AFTER = (
+    """
+    graph(%x, %weight, %bias, %none, %scalars, %algorithm):
+      %linear = mkldnn::_linear_pointwise(%x, %weight, %bias, %none, %scalars, %algorithm)
+      %made = aten::relu(%linear)
+      return (%made)""",
+    """
+    graph(%x, %weight, %bias, %none, %scalars, %algorithm):
+      %relu : str = prim::Constant[value="relu"]()
+      %made = mkldnn::_linear_pointwise(%x, %weight, %bias, %relu, %scalars, %algorithm)
+      return (%made)""",
+)
+
 # Where a tensor stands that a model reads: what holds it by which name.
 Place = tuple[dict[str, Any], str]
 
@@ -145,11 +159,6 @@ def traced(
         graph = torch.jit.trace(run, (*example, *held), check_trace=False).graph
     for tidy in ("inline", "erase_shape_information", "constant_propagation", "cse", "dce"):
         getattr(torch._C, f"_jit_pass_{tidy}")(graph)
-    function = torch._C._create_function_from_graph("step", graph)
-
-    def call(*inputs: Tensor) -> Tensor:
-        with torch.jit.optimized_execution(False):  # which would change the arithmetic after some calls
-            made: Tensor = function(*inputs)
-        return made
-
-    return call
+    torch._C._jit_pass_custom_pattern_based_rewrite_graph(*RELU_AFTER, graph)
+    made: Callable[..., Tensor] = torch._C._create_function_from_graph("step", graph)
+    return made

@@ -24,6 +24,9 @@ class Sampling:
     greedy: bool = False
 
 
+# The largest share of a whole that rounding leaves below it.
+ALL_BUT_NOTHING = 1 - 2**-52
+
 # How many of the likeliest tokens are looked at for top_p, before all are.
 NUCLEUS = 512
 
@@ -61,7 +64,9 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float, top_p: floa
     """
     if uniform is None:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    probabilities = torch.softmax(
+        logits.float() if temperature == 1 else logits.float() / temperature, dim=-1
+    )
     if not top_k and top_p >= 1:
         return _invert(probabilities, uniform).squeeze(1)
     likeliest, tokens = _likeliest(probabilities, top_p, top_k)
@@ -73,12 +78,11 @@ def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         probabilities: (batch, n), up to a factor.
-        uniform: (batch,), the shares; one that rounding puts at the end gives the last that is possible.
+        uniform: (batch,), the shares; one at the very end gives the last that is possible.
     """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    whole = cumulative[:, -1:]
-    below = torch.nextafter(whole, torch.zeros_like(whole))
-    return torch.searchsorted(cumulative, torch.minimum(uniform.unsqueeze(1) * whole, below), right=True)
+    shares = uniform.clamp(max=ALL_BUT_NOTHING).unsqueeze(1)
+    return torch.searchsorted(cumulative, shares * cumulative[:, -1:], right=True)
 
 
 def _likeliest(probabilities: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:

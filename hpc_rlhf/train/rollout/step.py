@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hpc_rlhf.train.rollout.on_cpu import Matrix, Place, matrices, places, traced
@@ -19,7 +19,7 @@ ON_TRIAL = 32
 CHANGING_ROPE = ("dynamic", "longrope")
 
 
-class DecodeStep(nn.Module):
+class DecodeStep:
     """A model's decode step as a function of tensors alone.
 
     On a CPU it takes the ways of ``on_cpu``. A trace is used once it has given the same bits as the model for some
@@ -31,7 +31,6 @@ class DecodeStep(nn.Module):
     """
 
     def __init__(self, model: Any, may_trace: bool = False) -> None:
-        super().__init__()
         self.model = model
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.last_only = {"logits_to_keep": 1} if keeps else {}
@@ -41,21 +40,27 @@ class DecodeStep(nn.Module):
         self.steps_to_trace = TRACED_AFTER if may_trace and fixed else -1
         self.on_trial = ON_TRIAL
         self.matrices: list[Matrix] | None = None  # not looked for yet
-        self.places: list[Place] = []  # of what the trace takes besides
-        self.made: list[Callable[..., Tensor]] = []  # in a list, so as not to be a part of this module
+        self.made: list[Callable[..., Tensor]] = []  # the trace, if any
+        self.places: list[Place] = []  # of what it takes besides
+        self.weights: list[Tensor] = []  # what stands there now
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Within it, the model's weights stay as they are, and steps may be taken."""
-        on_cpu = self.may_trace and self.model.device.type == "cpu"
-        if on_cpu and self.matrices is None:
+        if not self.may_trace or self.model.device.type != "cpu":
+            yield
+            return
+        if self.matrices is None:
             self.matrices = matrices(self.model)
         try:
-            for matrix in self.matrices or []:
+            for matrix in self.matrices:
                 matrix.fill()
-            yield
+            self.weights = [holder[name] for holder, name in self.places]
+            with torch.jit.optimized_execution(False):  # which would change a trace's arithmetic after some calls
+                yield
         finally:
-            for matrix in self.matrices or []:
+            self.weights = []
+            for matrix in self.matrices:
                 matrix.drop()
 
     def forward(self, tokens: Tensor, rows: Tensor, places: Tensor, mask: Tensor, *buffers: Tensor) -> Tensor:
@@ -81,7 +86,7 @@ class DecodeStep(nn.Module):
         self.steps_to_trace -= 1
         if not self.made:
             return self.forward(*inputs)
-        logits = self._by_trace(self.made[0], inputs)
+        logits = self.made[0](*inputs, *self.weights)
         if self.on_trial > 0:
             self.on_trial -= 1
             by_model = self.forward(*inputs)
@@ -90,16 +95,14 @@ class DecodeStep(nn.Module):
             return by_model
         return logits
 
-    def _by_trace(self, trace: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-        return trace(*inputs, *[holder[name] for holder, name in self.places])
-
     def _trace(self, inputs: Sequence[Tensor]) -> None:
         self.places = places(self.model, self.matrices or [])
+        self.weights = [holder[name] for holder, name in self.places]
         try:
             made = traced(self.forward, _example(inputs, 2, 1), self.places)
             for rows, place in ((1, 0), (3, inputs[4].shape[1] - 1), (2, 40)):
                 example = _example(inputs, rows, min(place, int(inputs[2].max())))
-                if not torch.equal(self._by_trace(made, example), self.forward(*example)):
+                if not torch.equal(made(*example, *self.weights), self.forward(*example)):
                     return
         except Exception:  # of whatever kind: the model does what a trace cannot follow
             return
