@@ -93,12 +93,16 @@ class _HeadLogProbs(torch.autograd.Function):
             logits = F.linear(part, weight, bias).float()
             if temperature != 1:
                 logits /= temperature
-            normalizer = logits.logsumexp(dim=-1)
+            # Passes over the logits are what takes time: few, and in place.
+            said, peak = logits.gather(1, chosen.unsqueeze(1)), logits.amax(dim=-1, keepdim=True)
+            logits -= peak
+            shares = logits.exp() if with_entropies else logits.exp_()
+            total = shares.sum(dim=-1)
+            normalizer = peak.squeeze(1) + total.log()
             normalizers.append(normalizer)
-            log_probs.append(logits.gather(1, chosen.unsqueeze(1)).squeeze(1) - normalizer)
+            log_probs.append(said.squeeze(1) - normalizer)
             if with_entropies:
-                logits -= normalizer.unsqueeze(1)
-                entropies.append(-(logits.exp() * logits).sum(dim=-1))
+                entropies.append(total.log() - torch.linalg.vecdot(shares, logits) / total)
         ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(normalizers)[: len(tokens)])
         ctx.temperature, ctx.chunk = temperature, chunk
         entropy = torch.cat(entropies)[: len(tokens)] if with_entropies else log_probs[0].new_empty(0)
@@ -108,7 +112,7 @@ class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         hidden, weight, bias, tokens, normalizers = ctx.saved_tensors
-        to_weight = to_bias = None
+        to_weight = to_bias = wide = None
         to_hidden = []
         slopes = grad / ctx.temperature
         for part, chosen, normalizer, share in _chunks(ctx.chunk, hidden, tokens, normalizers, slopes):
@@ -122,8 +126,11 @@ class _HeadLogProbs(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 to_hidden.append(low @ weight)
             if ctx.needs_input_grad[1]:
-                own = low.T @ part
-                to_weight = own if to_weight is None else to_weight.float().add_(own)
+                if to_weight is None:
+                    to_weight = (low.T @ part).float()
+                else:
+                    wide = torch.empty_like(to_weight) if wide is None else wide
+                    to_weight += wide.copy_(low.T @ part)
             if bias is not None and ctx.needs_input_grad[2]:
                 own = slope.sum(dim=0)
                 to_bias = own if to_bias is None else to_bias + own
