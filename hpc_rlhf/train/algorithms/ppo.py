@@ -8,6 +8,7 @@ token t has value ``values[:, t]``. Whatever stands outside a mask takes no part
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,14 +61,12 @@ def generalized_advantages(
     """
     # Zeros behind an answer's end, so that nothing comes from there.
     values, rewards = values.where(mask, 0.0), rewards.where(mask, 0.0)
-    advantages = torch.zeros_like(rewards)
-    carried = torch.zeros_like(rewards[:, 0])
-    next_value = torch.zeros_like(carried)
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
+    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    carried, backwards = torch.zeros_like(rewards[:, 0]), []
+    for delta in reversed(deltas.unbind(dim=1)):
         carried = delta + gamma * lam * carried
-        advantages[:, t] = carried
-        next_value = values[:, t]
+        backwards.append(carried)
+    advantages = torch.stack(backwards[::-1], dim=1)
     return advantages, advantages + values
 
 
