@@ -90,7 +90,7 @@ class DeepSpeedRLHFEngine:
     ) -> None:  # fmt: skip
         self.spec = _settings(args or {})
         self.max_prompt_tokens, self.max_answer_tokens, self.seed = max_prompt_tokens, max_answer_tokens, seed
-        self.world = worlds.join(worlds.launcher_ranks()[1])
+        self.world = worlds.join(worlds.launcher_ranks()[1]).grouped(self.spec.tensor_parallel)
         if tokenizer is None or isinstance(tokenizer, str):
             source = tokenizer or actor_model_name_or_path
             tokenizer = load_tokenizer(source, iter(()), Path(source), self.world)
@@ -144,10 +144,12 @@ class DeepSpeedPPOTrainer:
 
         Args:
             prompt_batch: this rank's prompts, as many as every other rank's: questions or transcripts that end with
-                ``Assistant:``, or token ids. A longer one than max_prompt_tokens is cut at the left.
+                ``Assistant:``, or token ids. A longer one than max_prompt_tokens is cut at the left. Under
+                tensor_parallel, the ranks of a group give the same ones.
 
         Raises:
-            HpcRlhfError: not a whole number of prompts for each of the minibatches, or not on every rank.
+            HpcRlhfError: not a whole number of prompts for each of the minibatches, or not on every rank, or ranks
+                that share layers have different ones.
         """
         engine, world = self.engine, self.engine.world
         prompts = [self._prompt_ids(prompt) for prompt in prompt_batch]
@@ -157,6 +159,12 @@ class DeepSpeedPPOTrainer:
                 f"{' and '.join(map(str, sorted(counts)))} prompts are no equal minibatches for every rank",
                 where="prompt_batch",
                 hint=f"give every rank the same number, a multiple of minibatches, {engine.spec.minibatches}",
+            )
+        if any(other != prompts for other in world.gather_group(prompts)):
+            raise HpcRlhfError(
+                "ranks that share layers have different prompts",
+                where="prompt_batch",
+                hint=f"give each {world.tensor_parallel} neighbouring ranks, a tensor_parallel group, the same",
             )
         keys: list[tuple[object, ...]] = [
             (engine.seed, "rollout", self._batches, world.data_rank, row) for row in range(len(prompts))

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hpc_rlhf.rundir import RunDir
 from tests.train.grid import run_chains
@@ -141,6 +143,19 @@ def test_curves_agree(chains: dict[str, RunDir], name: str) -> None:
             ours, theirs = curve(chains[name], stage, number), curve(chains[way.like], stage, number)
             assert len(ours) == STEPS[stage]
             assert ours == pytest.approx(theirs, rel=way.tolerance, abs=way.tolerance), (stage, number)
+
+
+@pytest.mark.parametrize("name", ["tensor parallel", "tensor parallel of two groups, ZeRO-2, offloaded"])
+def test_models_of_cut_layers_are_exported_whole(chains: dict[str, RunDir], name: str) -> None:
+    for stage in CURVES:
+        ours, theirs = (
+            load_file(chains[way].stage(stage).model / "model.safetensors") for way in (name, "plain")
+        )
+        assert {key: weight.shape for key, weight in ours.items()} == {
+            key: weight.shape for key, weight in theirs.items()
+        }
+        for key, weight in theirs.items():
+            torch.testing.assert_close(ours[key], weight, atol=1e-5, rtol=1e-4)
 
 
 def test_adapters_learn_something_else_than_all_weights(chains: dict[str, RunDir]) -> None:

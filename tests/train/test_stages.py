@@ -12,6 +12,7 @@ import pytest
 from hpc_rlhf import manifest
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
+from tests.train.grid import run_chains
 from tests.train.stages import log_tail, make_run, metrics, run_stage, tiny_spec, weights_digest
 
 pytestmark = pytest.mark.train
@@ -26,6 +27,10 @@ PPO_EVERYTHING = {
     **OFFLOADED, "offload_frozen": True, "critic": {"zero": 2, "offload_optimizer": False},
     "ema": True, "ptx": {"demo": 50}, "ppo_epochs": 2, "minibatches": 2, "top_p": 0.9, "top_k": 50,
     "kl_target": 1e-3, "kl_horizon": 100, "normalize_scores": True, "whiten_rewards": True, "stop_kl": 1e-6,
+}  # fmt: skip
+CUT = {
+    **PPO_EVERYTHING, "zero": 1, "tensor_parallel": 2, "offload_params": False, "offload_frozen": False,
+    "critic": {"zero": 2, "offload_optimizer": False},
 }  # fmt: skip
 
 
@@ -106,6 +111,25 @@ def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
     assert (whole.stage("ppo").ema_model / "model.safetensors").read_bytes() != (
         whole.stage("ppo").model / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_stage_of_cut_layers_resumes_exactly(tmp_path: Path) -> None:
+    whole, stopped = (
+        make_run(tiny_spec(tmp_path / "whole", ppo=CUT, sft={}, reward={})),
+        RunDir(tmp_path / "stopped"),
+    )
+    run_chains([whole], 2)
+    shutil.copytree(whole.path, stopped.path)
+    shutil.rmtree(stopped.stage("ppo").path)
+    assert run_stage(stopped, "ppo", 2, stop_after=1) == [75, 75], log_tail(stopped, "ppo")
+    assert run_stage(stopped, "ppo", 2) == [0, 0], log_tail(stopped, "ppo")
+    assert weights_digest(stopped, "ppo") == weights_digest(whole, "ppo")
+    averaged, own = (
+        whole.stage("ppo").ema_model / "model.safetensors",
+        whole.stage("ppo").model / "model.safetensors",
+    )
+    assert averaged.read_bytes() != own.read_bytes()
+    assert averaged.stat().st_size == own.stat().st_size
 
 
 def test_a_finished_stage_ends_at_once(plain: RunDir) -> None:
