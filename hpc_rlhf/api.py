@@ -27,7 +27,7 @@ from hpc_rlhf.train.stages.ppo_trainer import PpoTrainer, Sizes
 
 # Fields of a ppo stage that say how long it goes on, what it keeps and where it runs: here the program does.
 PROGRAM_SAYS = (
-    "epochs", "max_steps", "global_batch", "checkpoint_every", "keep_checkpoints", "slurm", "ptx", "ptx_coef",
+    "epochs", "max_steps", "global_batch", "checkpoint_every", "mttf", "keep_checkpoints", "slurm", "ptx", "ptx_coef",
 )  # fmt: skip
 
 

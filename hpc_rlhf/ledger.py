@@ -15,9 +15,9 @@ from typing import Any
 #   submitted   token, job_id                sbatch answered
 #   refused     token, message               sbatch said no
 #   started     attempt, job_id, restart, ranks, host
-#   resumed     attempt, step
-#   saved       attempt, step, seconds
-#   stopping    attempt, step, reason        all ranks agreed to stop
+#   resumed     attempt, step, part          part: of the step after those, if some of it is done
+#   saved       attempt, step, part, seconds, stall     how long it took, and how long training stood still for it
+#   stopping    attempt, step, part, reason  all ranks agreed to stop
 #   requeued    attempt, step, reason
 #   interrupted attempt, step                stopped by a person, here, to be run again
 #   failed      attempt, message

@@ -8,8 +8,9 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,6 +193,14 @@ def was_preempted(job_id: str) -> bool:
         return _preempted(_job_fields(job_id))
     except HpcRlhfError:
         return False
+
+
+def end_time(job_id: str) -> float:
+    """When a running job's time is up, in seconds since the epoch; without end where Slurm does not say."""
+    with suppress(HpcRlhfError, ValueError):
+        said = _job_fields(job_id).get("EndTime", "")
+        return time.mktime(time.strptime(said, "%Y-%m-%dT%H:%M:%S"))
+    return math.inf
 
 
 @contextmanager

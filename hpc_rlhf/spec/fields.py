@@ -19,6 +19,8 @@ _SLURM_VALUE = r"^[A-Za-z0-9_.][A-Za-z0-9_.,:/=+@%&|*()\[\]-]*$"
 _SLURM_TIME = r"^([0-9]{1,9}(:[0-9]{2}){0,2}|[0-9]{1,6}-[0-9]{1,2}(:[0-9]{2}){0,2})$"
 _SLURM_MEMORY = r"^[0-9]{1,12}[KMGT]?$"
 
+SPAN = r"^[0-9]{1,9}(\.[0-9]{1,9})? ?(s|min|h|d)$"
+
 # What each pattern asks for, for the messages.
 PATTERN_WORDS = {
     _NO_CONTROLS: "must be one line without control characters",
@@ -26,6 +28,7 @@ PATTERN_WORDS = {
     _SLURM_VALUE: "may hold only letters, digits and _ . , : / = + @ % & | * ( ) [ ] -, and start with a letter, digit, _ or .",
     _SLURM_TIME: "must be a time limit as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS",
     _SLURM_MEMORY: "must be a size such as 900G",
+    SPAN: "must be a time such as 90 s, 10 min, 4 h or 2 d",
 }
 
 # Text that ends up in a shell script or a `#SBATCH` line: no control characters anywhere.
@@ -37,6 +40,7 @@ SlurmValue = Annotated[str, StringConstraints(pattern=_SLURM_VALUE, max_length=1
 SlurmTime = Annotated[str, StringConstraints(pattern=_SLURM_TIME), _NumberAsText]
 SlurmMemory = Annotated[str, StringConstraints(pattern=_SLURM_MEMORY), _NumberAsText]
 SbatchOption = Annotated[str, AfterValidator(refuse_owned)]
+Span = Annotated[str, StringConstraints(pattern=SPAN)]
 PathText = Annotated[FreeText, StringConstraints(min_length=1, max_length=1024)]
 Command = Annotated[FreeText, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -47,3 +51,9 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def seconds(span: str) -> float:
+    """A ``Span`` in seconds."""
+    number = span.rstrip("smindh ")
+    return float(number) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[span[len(number) :].strip()]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from hpc_rlhf.spec.cluster import SlurmSpec
-from hpc_rlhf.spec.fields import Fraction, Model, Name, NonNegative, Positive, Rate
+from hpc_rlhf.spec.fields import SPAN, Fraction, Model, Name, NonNegative, Positive, Rate, Span
+
+
+def _cadence(raw: Any) -> Any:
+    if isinstance(raw, int) and not isinstance(raw, bool) and 1 <= raw < 2**31:
+        return raw
+    if raw == "auto" or (isinstance(raw, str) and re.fullmatch(SPAN, raw)):
+        return raw
+    raise ValueError("must be a number of steps, a time such as 10 min, or auto")
 
 
 class LoraSpec(Model):
@@ -110,9 +119,13 @@ class TrainingSpec(StageSpec):
         default=None,
         description="Train low-rank adapters in place of the whole model (in PPO: of the actor).",
     )
-    checkpoint_every: Positive = Field(
-        default=100,
-        description="Steps between checkpoints. One is also written whenever the stage is told to stop.",
+    checkpoint_every: Annotated[int | str, BeforeValidator(_cadence)] = Field(
+        default="auto",
+        description="How often to save: a number of steps, a time such as 10 min, or auto: as often as loses the least time at the mttf, by what a checkpoint is measured to cost (Young and Daly: the root of 2 * cost * mttf). One is also written whenever the stage is told to stop.",
+    )
+    mttf: Span = Field(
+        default="24 h",
+        description="Mean time between ends that nobody announces: a node or a process dies, for checkpoint_every: auto. Preemptions and time limits are announced, so a day suits a few nodes; give a few hours for hundreds of GPUs or an unreliable cluster.",
     )
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Checkpoints kept.")
 

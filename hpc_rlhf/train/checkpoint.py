@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +14,15 @@ from typing import Any
 
 from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.world import World
 
+# Puts a rank's share of a checkpoint into a snapshot. Collective.
+Take = Callable[[Snapshot], None]
+
 STEP_FOLDER = re.compile(r"step-\d{8}(-\d{4})?")
+# Bytes left free beside a checkpoint: for its manifest, logs and metrics.
+SPARE = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -33,18 +41,39 @@ class Checkpoint:
     part: int = 0
 
 
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint that is being written.
+
+    Attributes:
+        files: this rank's, once they are written.
+    """
+
+    folder: Path
+    target: Path
+    facts: dict[str, Any]
+    files: Future[dict[str, Any]]
+
+
 class CheckpointStore:
-    """Saves and finds a stage's checkpoints on the shared file system. All its methods are collective.
+    """Saves and finds a stage's checkpoints on the shared file system. Its methods are collective.
 
     Every rank writes into a temporary folder; rank 0 commits it by its manifest and a rename, unless
     another attempt has claimed the stage since.
+
+    Args:
+        neighbours: ranks that share a machine's memory.
     """
 
-    def __init__(self, folder: Path, attempt: str, keep: int, world: World) -> None:
+    def __init__(self, folder: Path, attempt: str, keep: int, world: World, neighbours: int = 1) -> None:
         self.folder = folder
         self.attempt = attempt
         self.keep = keep
         self.world = world
+        self.neighbours = neighbours
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: _Writing | None = None
+        self._pruning: Future[None] | None = None
 
     @property
     def _owner(self) -> Path:
@@ -75,52 +104,120 @@ class CheckpointStore:
                 exit_code=RUN_FAILED,
             )
 
-    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any], part: int = 0) -> bool:
-        """Save a checkpoint, if there is none of this place yet.
+    def save(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> bool:
+        """``begin`` and ``finish`` in one: nothing is copied, so this is for when training stands still."""
+        if not self.begin(step, take, state, part, apart=False):
+            return False
+        self.finish()
+        return True
+
+    def begin(self, step: int, take: Take, state: dict[str, Any], part: int = 0, apart: bool = True) -> bool:
+        """Take a checkpoint of a place, if there is none yet, and begin to write it.
 
         Args:
             step: steps done.
-            write: writes this rank's share into the folder it is given; collective.
+            take: puts this rank's share into the snapshot it is given; collective.
             state: JSON that comes back with the checkpoint.
             part: parts done of the step after those.
+            apart: write a copy, in the background.
 
         Returns:
-            Whether there was none yet.
+            Whether there was none yet. Then ``finish`` has to follow.
 
         Raises:
-            HpcRlhfError: another attempt owns the stage, or the file system refuses. Older checkpoints
-                are as they were.
+            HpcRlhfError: another attempt owns the stage, or the file system refuses or has no room. Older
+                checkpoints are as they were.
         """
+        assert self._writing is None
         name = f"{step:08d}-{part:04d}" if part else f"{step:08d}"
         target = self.folder / f"step-{name}"
         partial = self.folder / f"tmp-{name}-{self.attempt}"
 
-        def begin() -> bool:
+        def make_folder() -> bool:
             self.check_owner()
             if target.exists():
                 return False
             partial.mkdir(parents=True)
             return True
 
-        if not self.world.on_main(begin):
+        if not self.world.on_main(make_folder):
             return False
-        write(partial)
-        self.world.barrier()
-        shares = self.world.gather(manifest.describe(partial, (self.world.rank, self.world.size)))
+        snapshot = Snapshot(partial, apart, self.neighbours)
+        take(snapshot)
+        self._check_room(sum(self.world.gather(snapshot.size)), target)
+        facts = {"step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size}
+        self._writing = _Writing(
+            partial, target, {**facts, "state": state}, self._writer.submit(snapshot.write)
+        )
+        if snapshot.live:
+            wait([self._writing.files])
+        return True
+
+    def _check_room(self, size: int, target: Path) -> None:
+        def check() -> None:
+            free = shutil.disk_usage(self.folder).free
+            if size * 1.01 + SPARE > free:
+                raise HpcRlhfError(
+                    f"the checkpoint takes {_gigabytes(size)} and there are {_gigabytes(free)} free",
+                    where=str(target),
+                    hint="make room and run the stage again; it goes on from the checkpoint before",
+                    exit_code=RUN_FAILED,
+                )
+
+        self.world.on_main(check)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint was begun and is not there yet; the same on all ranks."""
+        return self._writing is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._writing is None or self._writing.files.done()
+
+    def finish(self) -> None:
+        """Wait until every rank has written, and make the checkpoint be there.
+
+        Raises:
+            HpcRlhfError: the file system has refused, on any rank, or another attempt owns the stage.
+        """
+        writing, self._writing = self._writing, None
+        assert writing is not None
+        refused, files = None, {}
+        try:
+            files = writing.files.result()
+        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
+            refused = f"rank {self.world.rank} on {socket.gethostname()}: {_cause(error)}"
+        shares = self.world.gather((files, refused))
+        errors = [error for _, error in shares if error]
+        if errors:
+            self.world.on_main(lambda: shutil.rmtree(writing.folder, ignore_errors=True))
+            raise HpcRlhfError(
+                f"the checkpoint could not be written: {errors[0]}",
+                where=str(writing.target),
+                hint="mend it, or make room, and run the stage again; it goes on from the checkpoint before",
+                exit_code=RUN_FAILED,
+            )
 
         def commit() -> None:
-            files = {name: fact for share in shares for name, fact in share.items()}
-            facts = {
-                "step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size, "state": state,
-            }  # fmt: skip
-            manifest.write(partial, facts, files)
+            manifest.write(
+                writing.folder, writing.facts, {k: f for share, _ in shares for k, f in share.items()}
+            )
             self.check_owner()
-            partial.rename(target)
+            writing.folder.rename(writing.target)
             manifest.fsync_path(self.folder)
-            self._prune()
 
         self.world.on_main(commit)
-        return True
+        if self.world.is_main:
+            self._pruning = self._writer.submit(self._prune)
+
+    def settle(self) -> None:
+        """Bring to its end what has been begun. Collective."""
+        if self._writing is not None:
+            self.finish()
+        if self._pruning is not None:
+            wait([self._pruning])
 
     def _prune(self) -> None:
         for folder in self._steps()[self.keep :]:
@@ -167,6 +264,17 @@ class CheckpointStore:
                 exit_code=RUN_FAILED,
             )
         return Checkpoint(facts["step"], folder, facts["state"], facts.get("part", 0))
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The file system's own word, where torch raises one of its own on top."""
+    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__ or error
+    return error
 
 
 def _set_aside(folder: Path) -> None:

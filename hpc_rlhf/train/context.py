@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -15,21 +15,20 @@ from torch import Tensor
 
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir, StageDir
+from hpc_rlhf.spec.fields import seconds
 from hpc_rlhf.spec.model import FromScratch, JobSpec, ModelRef
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 from hpc_rlhf.train import seeds
-from hpc_rlhf.train.checkpoint import Checkpoint, CheckpointStore
+from hpc_rlhf.train.cadence import Cadence, Deadline
+from hpc_rlhf.train.checkpoint import Checkpoint, CheckpointStore, Take
 from hpc_rlhf.train.data import dialogues, sources
 from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
 from hpc_rlhf.train.models.load import DTYPES, folder_or_id, make_from_scratch
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.polls import Polls
-from hpc_rlhf.train.preemption import REASON_OF_CODE, StageStopped, StopFlag
+from hpc_rlhf.train.preemption import REASON_OF_CODE, TIME_LIMIT, Interrupted, StageStopped, StopFlag
 from hpc_rlhf.train.world import World
-
-# Writes this rank's share of a checkpoint into a folder. Collective.
-Write = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,30 @@ class Point:
     """A place from which a stage can go on: what is to be saved there."""
 
     step: int
-    write: Write
+    take: Take
     state: dict[str, Any]
     part: int = 0
+
+
+@dataclass
+class _Saving:
+    """A checkpoint that is being written.
+
+    Attributes:
+        began: when it was begun.
+        stall: seconds that training stood still for it so far.
+    """
+
+    point: Point
+    began: float
+    stall: float
+
+
+def _cadence(spec: TrainingSpec) -> Cadence:
+    every = spec.checkpoint_every
+    if isinstance(every, int):
+        return Cadence(steps=every)
+    return Cadence(mttf=seconds(spec.mttf)) if every == "auto" else Cadence(seconds=seconds(every))
 
 
 @dataclass
@@ -69,13 +89,21 @@ class StageContext:
             model: json.loads(self.run.ds_config(self.stage, model).read_text())
             for model in self.stage_spec.strategies
         }
-        self.checkpoint_every, keep = 1, 2  # where nothing is trained, a checkpoint is small
+        self.cadence, keep = Cadence(steps=1), 2  # where nothing is trained, a checkpoint is small
         if isinstance(self.stage_spec, TrainingSpec):
-            self.checkpoint_every, keep = self.stage_spec.checkpoint_every, self.stage_spec.keep_checkpoints
+            self.cadence, keep = _cadence(self.stage_spec), self.stage_spec.keep_checkpoints
             self.world = self.world.grouped(self.stage_spec.tensor_parallel)
-        self.store = CheckpointStore(self.files.checkpoints, self.attempt, keep, self.world)
+        self.store = CheckpointStore(
+            self.files.checkpoints, self.attempt, keep, self.world, self.stage_spec.slurm.tasks_per_node
+        )
+        self.deadline = Deadline()
         self.polls = Polls(self.world)
         self.point: Point | None = None  # the last safe point; before the first there is nothing to save
+        self.resumed = 0
+        self._saving: _Saving | None = None
+        before = self.ledger.last("saved", self.stage) or {}
+        self.cadence.cost = float(before.get("stall", self.cadence.cost))
+        self.deadline.save = float(before.get("seconds", 0.0))
 
     # Batches and types
 
@@ -124,7 +152,8 @@ class StageContext:
         return dialogues.follow(tokenizer, self.spec.data.template)
 
     def data(self) -> StageData:
-        return prepare(self.spec, self.stage, self.tokenizer, self.files.data, self.world)
+        with self.dropped():
+            return prepare(self.spec, self.stage, self.tokenizer, self.files.data, self.world, self.told)
 
     def start_model(self, ref: ModelRef) -> str:
         """Where the model that the spec names loads from; made first, if it is to be made."""
@@ -141,10 +170,12 @@ class StageContext:
 
     def resume(self, load: Callable[[Checkpoint], None]) -> Checkpoint | None:
         """Load the newest checkpoint, if there is one, and open the metrics at its step."""
+        self.stop_if_told()
         found = self.store.latest()
         if found is not None:
             load(found)
             self.seconds_before = float(found.state.get("seconds", 0.0))
+            self.resumed = found.step
             if self.world.is_main:
                 self.ledger.append("resumed", self.stage, attempt=self.attempt, **_place(found))
         step = found.step if found else -1
@@ -156,25 +187,33 @@ class StageContext:
         """Time spent on the steps that are kept, over all attempts."""
         return self.seconds_before + time.time() - self.started
 
-    def safe_point(self, step: int, write: Write, state: dict[str, Any], part: int = 0) -> None:
+    def safe_point(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> None:
         """Between steps, or parts of a step: save where it is due, and stop where all ranks agree to. Collective.
 
         Args:
             step: steps done.
-            write: writes this rank's share of what is to be saved; collective. It may be called until the next safe
-                point, if by then only ``pause`` and what can be dropped came.
+            take: puts this rank's share of what is to be saved into a snapshot; collective. It may be called until
+                the next safe point, if by then only ``pause`` and what can be dropped came.
             state: JSON that comes back with the checkpoint.
             part: parts done of the step after those.
 
         Raises:
             StageStopped: after saving.
         """
-        self.point = Point(step, write, state, part)
-        (code,) = self.polls.now([self.stop.code])
+        self.point = Point(step, take, state, part)
+        code, due = self.stop.code, 0
+        if self.world.is_main:
+            code = max(code, TIME_LIMIT * self.deadline.at(part))
+            waits = self.store.pending and self.cadence.steps is None
+            due = int(self.cadence.due(step, part) and not waits)
+        code, due, writing = self.polls.now([code, due, not self.store.written])
         if code:
             self._stop(code)
-        if step and not part and step % self.checkpoint_every == 0:
-            self._save(self.point)
+        if self.store.pending and (due or not writing):
+            self.commit()
+        if due:
+            self._begin(self.point, apart=True)
+        self.deadline.went_on()
 
     def pause(self, kind: str) -> None:
         """Between pieces of work that can be dropped: stop where all ranks agree to. Collective.
@@ -200,29 +239,56 @@ class StageContext:
 
         return [partial(paused, loss) for loss in losses]
 
+    def told(self) -> bool:
+        """Whether this rank knows of a stop. The others learn of it within a second, wherever they are."""
+        return self.stop.code > 0
+
     def stop_if_told(self) -> None:
         """Stop where any rank was told to, at once. Collective; see ``pause``."""
         (code,) = self.polls.now([self.stop.code])
         if code:
             self._stop(code)
 
+    @contextmanager
+    def dropped(self) -> Iterator[None]:
+        """Around work that is dropped by ``Interrupted`` where there is to be a stop. Collective; see ``pause``."""
+        with suppress(Interrupted):
+            yield
+        self.stop_if_told()
+
     def _stop(self, code: int) -> NoReturn:
         reason, point = REASON_OF_CODE[code], self.point
         if self.world.is_main:
-            place = _place(point) if point else {"step": 0}
+            place = _place(point) if point else {"step": self.resumed}
             self.ledger.append("stopping", self.stage, attempt=self.attempt, **place, reason=reason)
+        self.commit()
         if point:
-            self._save(point)
-        raise StageStopped(reason, point.step if point else 0)
+            self._begin(point, apart=False)
+            self.commit()
+        raise StageStopped(reason, point.step if point else self.resumed)
 
-    def _save(self, point: Point) -> None:
-        began = time.time()
+    def _begin(self, point: Point, apart: bool) -> None:
+        """Begin to save, if that place is not saved yet. Collective."""
+        began = time.monotonic()
         self.metrics.sync()
         state = {**point.state, "seconds": self.seconds}
-        written = self.store.save(point.step, point.write, state, point.part)
-        if written and self.world.is_main:
-            spent = round(time.time() - began, 3)
-            self.ledger.append("saved", self.stage, attempt=self.attempt, **_place(point), seconds=spent)
+        if self.store.begin(point.step, point.take, state, point.part, apart):
+            self._saving = _Saving(point, began, time.monotonic() - began)
+
+    def commit(self) -> None:
+        """Bring to its end what is being saved, if anything is. Collective."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        before = time.monotonic()
+        self.store.finish()
+        now = time.monotonic()
+        stall, spent = saving.stall + now - before, now - saving.began
+        self.cadence.saved(stall)
+        self.deadline.save = max(self.deadline.save, spent)
+        if self.world.is_main:
+            facts = {**_place(saving.point), "seconds": round(spent, 3), "stall": round(stall, 3)}
+            self.ledger.append("saved", self.stage, attempt=self.attempt, **facts)
 
 
 def _place(point: Point | Checkpoint) -> dict[str, int]:

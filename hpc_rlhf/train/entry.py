@@ -131,13 +131,20 @@ class Attempt:
     def train(self, spec: JobSpec, world: World) -> None:
         """Check what the stage starts from, make this attempt its owner, and run it."""
         from hpc_rlhf.train.context import StageContext
+        from hpc_rlhf.train.watch import Watch
 
         for need in spec.needs(self.stage):
             folder = self.files.stage(need).model
             world.on_main(partial(manifest.require, folder, f"the model of stage {need}"))
         context = StageContext(spec, self.stage, self.files, world, self.stop, self.name)
-        context.store.claim()
-        importlib.import_module(f"hpc_rlhf.train.stages.{self.stage}").run(context)
+        if self.is_main and self.in_slurm:
+            said = os.environ.get("SLURM_JOB_END_TIME", "")  # newer than 22.05
+            context.deadline.end = float(said) if said.isdigit() else slurm.end_time(str(self.job))
+        with Watch(self.stop, self.name, lambda: context.deadline.passed):
+            context.store.claim()
+            importlib.import_module(f"hpc_rlhf.train.stages.{self.stage}").run(context)
+            context.commit()
+            context.store.settle()
 
     def end_stopped(self, stopped: StageStopped, spec: JobSpec) -> NoReturn:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""

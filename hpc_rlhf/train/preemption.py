@@ -12,17 +12,25 @@ REASONS = {
     signal.SIGINT: (3, "interrupted"),
 }
 REASON_OF_CODE = dict(REASONS.values())
+TIME_LIMIT = REASONS[signal.SIGUSR2][0]
 
 
 class StopFlag:
     """Remembers the weightiest signal heard.
 
     Attributes:
-        code: 0 while nothing asks to stop, else a key of REASON_OF_CODE.
+        heard: by this rank itself: 0 while nothing asks to stop, else a key of REASON_OF_CODE.
+        heard_of: from other ranks, or the clock. Apart, because a signal may come between reading and writing.
     """
 
     def __init__(self) -> None:
-        self.code = 0
+        self.heard = 0
+        self.heard_of = 0
+
+    @property
+    def code(self) -> int:
+        """The weightiest of all: 0, or a key of REASON_OF_CODE."""
+        return max(self.heard, self.heard_of)
 
     @property
     def preempted(self) -> bool:
@@ -43,8 +51,20 @@ class StopFlag:
         """Take it as preempted: Slurm sent the signal when there was no rank yet to hear it."""
         self._heard(signal.SIGTERM)
 
+    def time_is_up(self) -> None:
+        """Take it as told that the time limit is near, though no signal says so."""
+        self.hear_of(TIME_LIMIT)
+
+    def hear_of(self, code: int) -> None:
+        """Take it as told what somebody else was."""
+        self.heard_of = max(self.heard_of, code)
+
     def _heard(self, number: int, frame: FrameType | None = None) -> None:
-        self.code = max(self.code, REASONS[signal.Signals(number)][0])
+        self.heard = max(self.heard, REASONS[signal.Signals(number)][0])
+
+
+class Interrupted(Exception):
+    """A piece of work was dropped because of a stop."""
 
 
 class StageStopped(Exception):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.train.preemption import Interrupted
 
 T = TypeVar("T")
 
@@ -124,17 +125,21 @@ class World:
         return self.gather(thing)[first : first + self.tensor_parallel]
 
     def on_main(self, make: Callable[[], T]) -> T:
-        """Rank 0's result, on every rank. An error that a person can mend is raised on every rank."""
+        """Rank 0's result, on every rank. Interrupted, or an error that a person can mend, is raised on every rank."""
         answer: list[Any] = [None, None]
         if self.is_main:
             try:
                 answer[0] = make()
+            except Interrupted:
+                answer[1] = ()
             except HpcRlhfError as error:
                 answer[1] = (error.message, error.where, error.hint, error.exit_code)
             except OSError as error:
                 hint = "mend it, or make room, and run the stage again"
                 answer[1] = (f"the file system refused: {error}", socket.gethostname(), hint, RUN_FAILED)
         dist.broadcast_object_list(answer, src=0, group=self.control)
+        if answer[1] == ():
+            raise Interrupted
         if answer[1] is not None:
             raise HpcRlhfError(*answer[1])
         return answer[0]

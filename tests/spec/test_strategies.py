@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from hpc_rlhf.spec.fields import seconds
 from hpc_rlhf.spec.stages import DpoSpec, PpoSpec, SftSpec
 
 EVERYTHING = {"zero": 3, "offload_optimizer": True, "offload_params": True, "activation_checkpointing": True}
@@ -51,3 +53,18 @@ def test_frozen_models_are_held_like_their_counterparts_or_in_cpu_memory() -> No
 def test_a_stage_with_one_model_has_one_strategy() -> None:
     spec = SftSpec(zero=2)
     assert spec.strategies == {"": spec}
+
+
+@pytest.mark.parametrize("every", [1, 500, "auto", "90 s", "10 min", "1.5h"])
+def test_checkpoints_come_by_steps_by_time_or_by_what_they_cost(every: int | str) -> None:
+    assert SftSpec.model_validate({"checkpoint_every": every}).checkpoint_every == every
+
+
+@pytest.mark.parametrize("every", [0, -1, 2**31, True, 1.5, "10 minutes", "often", "min", None])
+def test_what_is_no_time_and_no_number_of_steps_is_refused(every: object) -> None:
+    with pytest.raises(ValidationError, match="a number of steps, a time such as 10 min, or auto"):
+        SftSpec.model_validate({"checkpoint_every": every})
+
+
+def test_times_are_read_in_their_units() -> None:
+    assert [seconds(span) for span in ("90 s", "10min", "1.5 h", "2 d")] == [90, 600, 5400, 172800]

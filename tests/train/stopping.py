@@ -14,7 +14,7 @@ from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import read_spec
 from tests.train.stages import free_port, rank_environment
 
-DEADLINE = 240.0
+DEADLINE = 600.0
 TIME_LIMIT = 1
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.train import snapshot as snapshots
 from hpc_rlhf.train.checkpoint import CheckpointStore
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.world import World
 
 
@@ -27,16 +35,16 @@ def store(folder: Path, world: World) -> CheckpointStore:
 
 
 def writing(text: str) -> Any:
-    def write(folder: Path) -> None:
-        (folder / "engine").mkdir()
-        (folder / "engine" / "weights.pt").write_text(text)
+    def take(snapshot: Snapshot) -> None:
+        snapshot.data("engine/weights.pt", text.encode())
 
-    return write
+    return take
 
 
 def save(store: CheckpointStore, *steps: int) -> None:
     for step in steps:
         store.save(step, writing(f"weights of {step}"), {"loss": step / 2})
+    store.settle()
 
 
 def names(folder: Path) -> list[str]:
@@ -142,7 +150,7 @@ def test_only_the_newest_are_kept_and_strangers_left_alone(store: CheckpointStor
 def test_a_step_saved_before_is_not_saved_again(store: CheckpointStore) -> None:
     assert store.save(10, writing("first"), {"loss": 5.0})
 
-    def never(folder: Path) -> None:
+    def never(snapshot: Snapshot) -> None:
         pytest.fail("written again")
 
     assert not store.save(10, never, {"loss": 99.0})
@@ -173,12 +181,12 @@ def test_an_attempt_that_loses_the_stage_while_it_writes_does_not_commit(
     save(store, 10)
     newer = CheckpointStore(folder, "1-1", keep=2, world=world)
 
-    def write(partial: Path) -> None:
-        writing("stale")(partial)
+    def take(snapshot: Snapshot) -> None:
+        writing("stale")(snapshot)
         (folder / "owner").write_text("1-1")  # a claim whose cleaning did not see this folder yet
 
     with pytest.raises(HpcRlhfError, match="no longer owns"):
-        store.save(20, write, {})
+        store.save(20, take, {})
     found = newer.latest()
     assert found is not None
     assert found.step == 10
@@ -187,28 +195,115 @@ def test_an_attempt_that_loses_the_stage_while_it_writes_does_not_commit(
 
 
 @pytest.mark.parametrize("when", ["writing", "committing"])
-def test_a_full_disk_leaves_the_older_checkpoint_and_no_half_one(
-    store: CheckpointStore, folder: Path, world: World, when: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_file_system_that_refuses_leaves_the_older_checkpoint_and_no_half_one(
+    store: CheckpointStore, folder: Path, world: World, when: str, error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(store, 10)
 
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def refuse(*_: Any) -> None:
+        raise OSError(error, os.strerror(error))
 
     if when == "committing":
-        monkeypatch.setattr(manifest, "write", full)
-        with pytest.raises(HpcRlhfError, match=r"the file system refused: .*No space left on device"):
-            save(store, 20)
-        monkeypatch.undo()
+        monkeypatch.setattr(manifest, "write", refuse)
     else:
-        with pytest.raises(OSError, match="No space left"):
-            store.save(20, full, {})
+        monkeypatch.setattr("hpc_rlhf.train.snapshot.os.fsync", refuse)
+    with pytest.raises(HpcRlhfError, match=os.strerror(error)) as caught:
+        save(store, 20)
+    assert caught.value.exit_code == RUN_FAILED
+    monkeypatch.undo()
     later = CheckpointStore(folder, "1-1", keep=2, world=world)
     later.claim()
     assert names(folder) == ["step-00000010"]
     found = later.latest()
     assert found is not None
     assert found.step == 10
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_what_does_not_fit_is_not_begun(small_disk: Path, world: World) -> None:
+    store = CheckpointStore(small_disk / "checkpoints", "1-0", keep=2, world=world)
+    store.claim()
+    state = {"weights": torch.zeros(1024, 1024)}
+    store.save(1, lambda snapshot: snapshot.state("a.pt", state), {})
+    state["more"] = torch.zeros(4 * 1024, 1024)
+    with pytest.raises(HpcRlhfError, match=r"takes .* and there are .* free"):
+        store.save(2, lambda snapshot: snapshot.state("a.pt", state), {})
+    found = store.latest()
+    assert found is not None
+    assert found.step == 1
+
+
+def test_a_disk_that_fills_up_as_it_is_written_gives_the_room_back(
+    small_disk: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpc_rlhf.train.checkpoint.CheckpointStore._check_room", lambda *_: None)
+    store = CheckpointStore(small_disk / "checkpoints", "1-0", keep=2, world=world)
+    store.claim()
+    state = {"weights": torch.zeros(1024, 1024)}
+    store.save(1, lambda snapshot: snapshot.state("a.pt", state), {})
+    large = {"weights": torch.zeros(8 * 1024, 1024)}
+    with pytest.raises(
+        HpcRlhfError, match=r"could not be written: rank 0 on .*No space left on device"
+    ) as caught:
+        store.save(2, lambda snapshot: snapshot.state("a.pt", large), {})
+    assert "make room" in str(caught.value)
+    assert names(small_disk / "checkpoints") == ["step-00000001"]
+    found = store.latest()
+    assert found is not None
+    assert torch.load(found.folder / "a.pt")["weights"].shape == (1024, 1024)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(store: CheckpointStore) -> None:
+    """What comes back is what was there as it was taken, whatever training made of it meanwhile."""
+    weights = torch.ones(1000)
+    tied = weights.view(10, 100)
+    may_write = threading.Event()
+
+    def take(snapshot: Snapshot) -> None:
+        snapshot.state("engine.pt", {"weights": weights, "again": weights, "tied": tied, "scaler": Scaler(8)})
+        files = snapshot.write
+        snapshot.write = lambda: may_write.wait() and files()  # type: ignore[method-assign]
+
+    assert store.begin(7, take, {"at": 7})
+    assert not store.written
+    assert store.pending
+    weights.zero_()
+    may_write.set()
+    store.finish()
+    assert not store.pending
+    found = store.latest()
+    assert found is not None
+    saved = torch.load(found.folder / "engine.pt", weights_only=False)
+    assert saved["weights"].sum() == saved["tied"].sum() == 1000
+    assert saved["again"].data_ptr() == saved["weights"].data_ptr(), "the same is written once"
+    assert saved["scaler"].scale == 8
+
+
+class Scaler:
+    def __init__(self, scale: int) -> None:
+        self.scale = scale
+
+
+def test_where_memory_is_short_training_waits_for_the_writing(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "free_memory", lambda: 1000.0)
+    state = {"weights": torch.ones(1000)}
+    assert store.begin(7, lambda snapshot: snapshot.state("engine.pt", state), {})
+    assert store.written, "before training goes on"
+    store.finish()
 
 
 def test_a_part_of_a_step_stands_between_the_steps(store: CheckpointStore, folder: Path) -> None:
@@ -221,4 +316,23 @@ def test_a_part_of_a_step_stands_between_the_steps(store: CheckpointStore, folde
     found = store.latest()
     assert found is not None
     assert (found.step, found.part) == (11, 0)
+    store.settle()
     assert names(folder) == ["step-00000010-0003", "step-00000011"]
+
+
+def test_tensors_of_every_type_and_shape_come_back(tmp_path: Path) -> None:
+    whole = torch.arange(12, dtype=torch.float32)
+    tensors = {
+        "views": whole[2:5], "turned": whole.view(3, 4).t(), "one": torch.tensor(2.5), "none": torch.empty(0, 3),
+        "tokens": torch.tensor([1, 2]), "mask": torch.tensor([[True], [False]]), "half": whole.bfloat16(),
+    }  # fmt: skip
+    snapshot = Snapshot(tmp_path)
+    snapshot.tensors("a/b.safetensors", tensors)
+    facts = snapshot.write()
+    assert facts == manifest.describe(tmp_path)
+    assert snapshot.size == sum(tensor.nbytes for tensor in tensors.values())
+    found = load_file(tmp_path / "a" / "b.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+        assert found[name].dtype == tensor.dtype

@@ -44,7 +44,7 @@ def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch
     def train(attempt: Attempt, *_: object) -> None:
         run.stage("sft").model.mkdir(parents=True, exist_ok=True)
         manifest.write(run.stage("sft").model, {"step": 6, "seconds": 1.0})
-        attempt.stop.code = code
+        attempt.stop.heard = code
 
     monkeypatch.setattr(Attempt, "train", train)
     Attempt(run, "sft", stop).run()

@@ -48,6 +48,7 @@ def evaluate(
     context = StageContext(spec, "eval", run, world, stop or StopFlag(), attempt)
     context.store.claim()
     evaluation.run(context)
+    context.commit()
 
 
 def report_of(run: RunDir) -> dict[str, Any]:
@@ -168,10 +169,10 @@ def test_a_stopped_evaluation_goes_on_with_the_next_model(
 
     def log_and_stop(self: MetricsLog, *args: Any) -> None:
         log(self, *args)
-        stop.code = 2 if where == "after a model" else 0
+        stop.heard = 2 if where == "after a model" else 0
 
     def generate_and_stop(self: RolloutEngine, *args: Any) -> list[list[int]]:
-        stop.code = 2 if len(measured) == 2 and where == "between two tokens" else stop.code
+        stop.heard = 2 if len(measured) == 2 and where == "between two tokens" else stop.heard
         return generate(self, *args)
 
     def count(self: evaluation.Evaluation, name: str, source: str) -> dict[str, float | None]:
@@ -184,7 +185,7 @@ def test_a_stopped_evaluation_goes_on_with_the_next_model(
     with pytest.raises(StageStopped) as stopped:
         evaluate(run, spec, world, "first", stop)
     assert stopped.value.step == 1
-    stop.code = 0
+    stop.heard = 0
     monkeypatch.setattr(MetricsLog, "log", log)
     monkeypatch.setattr(RolloutEngine, "generate", generate)
     evaluate(run, spec, world, "second", stop)

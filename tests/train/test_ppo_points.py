@@ -82,6 +82,7 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.load import load_reward
 from hpc_rlhf.train.rollout.experience import Rollout
 from hpc_rlhf.train.rollout.sampling import Sampling
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.stages.ppo_models import PpoModels, Start
 from hpc_rlhf.train.world import World
 from tests.train import tiny
@@ -210,8 +211,9 @@ def test_the_moving_average_is_in_the_checkpoint(models: PpoModels, tmp_path: Pa
     kept = {number: average.clone() for number, average in models.ema.averages.items()}
     assert all(average.dtype == torch.float32 for average in kept.values())
     folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    models.write(folder)
+    snapshot = Snapshot(folder)
+    models.take(snapshot)
+    snapshot.write()
     for average in models.ema.averages.values():
         average.zero_()
     models.load(Checkpoint(1, folder, {}))

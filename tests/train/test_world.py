@@ -116,7 +116,7 @@ except HpcRlhfError as error:
 store = CheckpointStore(folder / "checkpoints", "1-0", keep=2, world=world)
 store.claim()
 for step in (10, 20):
-    store.save(step, lambda partial: (partial / f"rank-{rank}").write_text(f"{rank} at {step}"), {"step": step})
+    store.save(step, lambda snapshot: snapshot.data(f"rank-{rank}", f"{rank} at {step}".encode()), {"step": step})
 found = store.latest()
 seen["saved"] = [found.step, sorted(manifest.read(found.folder)["files"])]
 # A part of rank 1 is torn: both go back together.

@@ -23,6 +23,7 @@ from hpc_rlhf.train.data.dialogues import encode
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read as read_source
 from hpc_rlhf.train.data.sources import stage_samples
+from hpc_rlhf.train.preemption import Interrupted
 from hpc_rlhf.train.world import World
 
 # The answers that each stage is given; PPO's is what its own answers may be held against.
@@ -83,20 +84,31 @@ def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
 
 
 def _write(
-    samples: Iterable[tuple[bool, Sample]], tokenizer: Any, spec: JobSpec, stage: str, folder: Path
+    samples: Iterable[tuple[bool, Sample]],
+    tokenizer: Any,
+    spec: JobSpec,
+    stage: str,
+    folder: Path,
+    told: Callable[[], bool] = bool,
 ) -> tuple[dict[str, int], int]:
     """Write token data sets as samples are read.
 
     Args:
         samples: each after whether it is held out.
+        told: asked before each whether to drop it all.
 
     Returns:
         How many rows each data set has, and how many samples there were to train on.
+
+    Raises:
+        Interrupted: ``told`` said so.
     """
     held: deque[bool] = deque()  # of the samples that are being tokenised
 
     def read() -> Iterator[Sample]:
         for held_out, sample in samples:
+            if told():
+                raise Interrupted
             held.append(held_out)
             yield sample
 
@@ -123,10 +135,16 @@ def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World) -> 
     return StageData(*[Rows(target / f"{part}.arrow") for part in PARTS])
 
 
-def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: World) -> StageData:
+def prepare(
+    spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: World, told: Callable[[], bool] = bool
+) -> StageData:
     """Tokenise a stage's data once, or find it from an earlier attempt. Collective.
 
+    Args:
+        told: asked on rank 0 from time to time whether to stop.
+
     Raises:
+        Interrupted: ``told`` said so; nothing is kept.
         HpcRlhfError: the data cannot be read, or holds nothing for this stage.
     """
     facts = {
@@ -135,7 +153,7 @@ def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: Worl
     target = folder / _fingerprint(tokenizer, facts)
 
     def write() -> dict[str, Any]:
-        rows, found = _write(stage_samples(spec, stage), tokenizer, spec, stage, target)
+        rows, found = _write(stage_samples(spec, stage), tokenizer, spec, stage, target, told)
         if not found:
             raise HpcRlhfError(
                 f"the data has no {NEEDED[stage]} for this stage",
@@ -155,10 +173,17 @@ def prepare(spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: Worl
     return _stored(target, write, world)
 
 
-def prepare_mixture(source: SourceSpec, spec: JobSpec, tokenizer: Any, folder: Path, world: World) -> Rows:
+def prepare_mixture(
+    source: SourceSpec, spec: JobSpec, tokenizer: Any, folder: Path, world: World,
+    told: Callable[[], bool] = bool,
+) -> Rows:  # fmt: skip
     """Tokenise all of a source that is mixed into a stage, as SFT would: a data set with rows as SFT's. Collective.
 
+    Args:
+        told: asked on rank 0 from time to time whether to stop.
+
     Raises:
+        Interrupted: ``told`` said so; nothing is kept.
         HpcRlhfError: the source cannot be read, or holds nothing.
     """
     facts = {
@@ -170,7 +195,7 @@ def prepare_mixture(source: SourceSpec, spec: JobSpec, tokenizer: Any, folder: P
 
     def write() -> dict[str, Any]:
         samples = ((False, sample) for sample in read_source(source, spec.seed))
-        rows, found = _write(samples, tokenizer, spec, "sft", target)
+        rows, found = _write(samples, tokenizer, spec, "sft", target, told)
         if not found:
             raise HpcRlhfError("there is no text in it", where="stages.ppo.ptx", exit_code=RUN_FAILED)
         return {"rows": rows}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpc_rlhf.train.models.cut import replicas
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.world import World
 
 
@@ -66,15 +67,15 @@ class Ema:
                 for parameter, weight in zip(self.parameters, kept, strict=True):
                     self._weight(parameter).copy_(weight)
 
-    def save(self, folder: Path) -> None:
-        torch.save(self.averages, self._file(folder))
+    def save(self, snapshot: Snapshot) -> None:
+        snapshot.state(self._file(), self.averages)
 
-    def _file(self, folder: Path) -> Path:
-        return folder / f"ema-{self.world.rank:05d}.pt"
+    def _file(self) -> str:
+        return f"ema-{self.world.rank:05d}.pt"
 
     def load(self, folder: Path) -> None:
         self.averages = torch.load(
-            self._file(folder),
+            folder / self._file(),
             weights_only=True,
             map_location=self._weight(self.parameters[0]).device,
         )

@@ -18,6 +18,7 @@ from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.algorithms import schedule
 from hpc_rlhf.train.models.cut import cut, is_cut, mark
 from hpc_rlhf.train.models.onebit import OneBitAdam
+from hpc_rlhf.train.snapshot import Snapshot
 
 
 @contextmanager
@@ -187,11 +188,44 @@ def traffic(engines: Sequence[Any]) -> dict[str, float]:
     return {"bytes_sent": sum(optimizer.take_bytes_sent() for optimizer in ours)} if ours else {}
 
 
-def save(engine: Any, folder: Path, name: str) -> None:
-    """Write an engine's state into a checkpoint's folder. Collective."""
-    engine.save_checkpoint(str(folder), tag=name, save_latest=False)
+def save(engine: Any, snapshot: Snapshot, name: str) -> None:
+    """Put an engine's state into a snapshot. Collective."""
+    own, engine.checkpoint_engine = engine.checkpoint_engine, _Taking(snapshot)
+    engine._copy_recovery_script = lambda folder: None  # DeepSpeed's own, which could not be hashed
+    try:
+        engine.save_checkpoint(str(snapshot.folder), tag=name, save_latest=False)
+    finally:
+        engine.checkpoint_engine = own
     if isinstance(engine.basic_optimizer, OneBitAdam):
-        engine.basic_optimizer.save_own(_own(folder, name))
+        snapshot.state(str(_own(Path(), name)), engine.basic_optimizer.own())
+
+
+class _Taking:
+    """Stands in for what DeepSpeed writes files with: they go into a snapshot."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.snapshot.state(str(Path(path).relative_to(self.snapshot.folder)), state_dict)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """The snapshot makes them as it is written."""
+
+    def create(self, info: Any) -> None:
+        """Nothing comes before the files."""
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def preserves_storage_sharing(self) -> bool:
+        return True  # so that DeepSpeed clones what is a part of something larger
 
 
 def load(engine: Any, folder: Path, name: str) -> None:

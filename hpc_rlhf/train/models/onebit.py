@@ -194,11 +194,12 @@ class OneBitAdam(torch.optim.Optimizer):
     def _own(self) -> list[Tensor]:
         return [self.momentum, self.worker_error, self.server_error]
 
-    def save_own(self, path: Path) -> None:
-        """Keep what only this rank has: its momentum, what its compressions have left out, and what it has sent."""
-        torch.save([*self._own(), torch.tensor(self._bytes_sent, dtype=torch.float64)], path)
+    def own(self) -> list[Tensor]:
+        """What only this rank has: its momentum, what its compressions have left out, and what it has sent."""
+        return [*self._own(), torch.tensor(self._bytes_sent, dtype=torch.float64)]
 
     def load_own(self, path: Path) -> None:
+        """Take what ``own`` gave, from a file."""
         *saved, sent = torch.load(path, weights_only=True, map_location="cpu")
         for own, kept in zip(self._own(), saved, strict=True):
             own.copy_(kept)

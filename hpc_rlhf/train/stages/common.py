@@ -20,6 +20,7 @@ from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.models.cut import cut
 from hpc_rlhf.train.models.weights import export
 from hpc_rlhf.train.ragged import plan_step
+from hpc_rlhf.train.snapshot import Snapshot
 
 # Held-out samples looked at: enough for a standard error of 1.6 % on an accuracy.
 EVALUATED = 1024
@@ -82,10 +83,10 @@ class Batches:
             yield [indices[i] for i in chosen or [0]], bool(chosen)
 
 
-def save_engines(folder: Path, named: dict[str, Any]) -> None:
-    """Every rank writes its part of each DeepSpeed engine's state."""
+def save_engines(snapshot: Snapshot, named: dict[str, Any]) -> None:
+    """Every rank adds its part of each DeepSpeed engine's state."""
     for name, engine in named.items():
-        engines.save(engine, folder, name)
+        engines.save(engine, snapshot, name)
 
 
 def load_engines(named: dict[str, Any]) -> Callable[[Checkpoint], None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from hpc_rlhf.train.models.language import LanguageModel
 from hpc_rlhf.train.models.load import check_fits, load_causal
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.rollout.engine import RolloutEngine, Sampling
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.stages.common import (
     EVALUATED,
     Batches,
@@ -176,12 +176,12 @@ def run(context: StageContext) -> None:
     if world.is_main:
         keep_until(context.files.samples, first if found else -1)
 
-    def write(folder: Path) -> None:
-        save_engines(folder, {"engine": engine})
+    def take(snapshot: Snapshot) -> None:
+        save_engines(snapshot, {"engine": engine})
 
     # 4. Train.
     for step in range(first, total):
-        context.safe_point(step, write, {})
+        context.safe_point(step, take, {})
         context.reseed(step)
         micro_batches = batches.step(data.train, step)
         refs = [reference(rows) for rows, _ in micro_batches]
@@ -197,7 +197,7 @@ def run(context: StageContext) -> None:
         norm = engines.optimizer_step(engine, context.pausing(losses))
         values = {**totals(seen, context.per_step), "lr": rate, "grad_norm": norm}
         context.metrics.log(step + 1, total, "train", {**values, **engines.traffic([engine])})
-    context.safe_point(total, write, {})
+    context.safe_point(total, take, {})
 
     # 5. Measure, show answers side by side, and hand over.
     after = evaluate()

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -25,6 +24,7 @@ from hpc_rlhf.train.models.language import LanguageModel
 from hpc_rlhf.train.models.load import check_fits, load_causal, load_reward
 from hpc_rlhf.train.rollout.engine import RolloutEngine
 from hpc_rlhf.train.rollout.experience import Rollout
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.stages.common import commit
 from hpc_rlhf.train.stages.eval_data import held_out
 from hpc_rlhf.train.stages.eval_questions import Questions
@@ -66,9 +66,9 @@ class Evaluation:
 
     # What is kept where the evaluation stops
 
-    def write(self, folder: Path) -> None:
+    def take(self, snapshot: Snapshot) -> None:
         if self.context.world.is_main:
-            (folder / FOUND).write_text(json.dumps(asdict(self.found)))
+            snapshot.data(FOUND, json.dumps(asdict(self.found)).encode())
 
     def load(self, found: Checkpoint) -> None:
         self.found = Found.read(json.loads((found.folder / FOUND).read_text()))
@@ -146,12 +146,12 @@ def run(context: StageContext) -> None:
 
     # 2. The models one after the other, so that only one is in memory; what they said is judged at the end.
     for number in range(first, len(steps)):
-        context.safe_point(number, work.write, {})
+        context.safe_point(number, work.take, {})
         context.metrics.log(number + 1, len(steps), "eval", steps[number]())
         gc.collect()
         if context.world.device.type == "cuda":
             torch.cuda.empty_cache()
-    context.safe_point(len(steps), work.write, {})
+    context.safe_point(len(steps), work.take, {})
 
     # 3. The report.
     work.hand_over(len(steps))

@@ -46,7 +46,10 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         for stage in stages:
             if stage in trained:
                 folder = context.run.stage(stage).data
-                return prepare(context.spec, stage, context.tokenizer, folder, context.world).held_out
+                with context.dropped():
+                    return prepare(
+                        context.spec, stage, context.tokenizer, folder, context.world, context.told
+                    ).held_out
         return []
 
     def rollout(chosen: list[dict[str, Any]], answer: str) -> Rollout:

@@ -40,7 +40,7 @@ class Questions:
                 [prompts[i] for i in share], [(context.spec.seed, "eval", i) for i in share],
                 context.spec.data.max_answer_tokens, sampling,
                 tokenizer.eos_token_id, ROWS,
-                lambda: bool(context.stop.code),
+                context.told,
             )  # fmt: skip
         context.stop_if_told()
         return self._together(dict(zip(share, made, strict=True)))

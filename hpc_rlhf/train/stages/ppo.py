@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
@@ -21,6 +20,7 @@ from hpc_rlhf.train.models.weights import export
 from hpc_rlhf.train.rollout.engine import ROWS, RolloutDropped, RolloutEngine, Sampling
 from hpc_rlhf.train.rollout.experience import Rollout, scores
 from hpc_rlhf.train.rollout.summary import summarize
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.stages.common import commit
 from hpc_rlhf.train.stages.ppo_models import PpoModels, Start
 from hpc_rlhf.train.stages.ppo_progress import Progress
@@ -77,20 +77,18 @@ class PpoStage:
         ]
         rows = [self.data.train[sample_at(place, len(self.data.train), seed, "ppo")] for place in places]
         keys: list[tuple[object, ...]] = [(seed, "rollout", place) for place in places]
-        return self.trainer.roll_out(
-            [row["prompt_ids"] for row in rows], keys, lambda: bool(context.stop.code)
-        )
+        return self.trainer.roll_out([row["prompt_ids"] for row in rows], keys, context.told)
 
     def before_each(self, step: int, state: dict[str, Any]) -> Callable[[Progress], None]:
         """What comes before each of a step's optimizer steps: a safe point, and random numbers of its own."""
         context = self.context
 
         def before(progress: Progress) -> None:
-            def write(folder: Path) -> None:
-                self.models.write(folder)
-                progress.save(folder, context.world.rank)
+            def take(snapshot: Snapshot) -> None:
+                self.models.take(snapshot)
+                progress.save(snapshot, context.world.rank)
 
-            context.safe_point(step, write, state, progress.done + 1)
+            context.safe_point(step, take, state, progress.done + 1)
             context.reseed(step, progress.done)
 
         return before
@@ -161,7 +159,7 @@ def run(context: StageContext) -> None:
     # 1. Data and models.
     _check_same_tokenizer(context)
     stage = PpoStage(context)
-    world, total, write = context.world, stage.total, stage.models.write
+    world, total, take = context.world, stage.total, stage.models.take
 
     # 2. Resume, perhaps between the optimizer steps on an experience.
     found = context.resume(stage.models.load)
@@ -178,7 +176,7 @@ def run(context: StageContext) -> None:
         if begun is None:
             # 3. A safe point; then answers to the step's prompts. A signal ends the attempt here or below; the
             # next one makes the same rollout again.
-            context.safe_point(step, write, state)
+            context.safe_point(step, take, state)
             context.reseed(step)
             before = {"kl_coef": stage.trainer.kl_coef, "actor_lr": engines.learning_rate(stage.models.actor)}
             rollout = Rollout([], [])
@@ -209,7 +207,7 @@ def run(context: StageContext) -> None:
         state.update(reward_last=values["reward"], kl_last=values["kl"])
         if world.is_main:
             stage.samples.keep_rollouts(step + 1, made)
-    context.safe_point(total, write, state)
+    context.safe_point(total, take, state)
 
     # 7. Answers side by side, and the models.
     stage.compare()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.spec.stages import PpoSpec
@@ -13,6 +12,7 @@ from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.models.language import LanguageModel
 from hpc_rlhf.train.models.load import DTYPES, check_fits, load_causal, load_reward
 from hpc_rlhf.train.rollout.engine import RolloutEngine
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.stages.common import adapted, load_engines, save_engines
 from hpc_rlhf.train.world import World
 
@@ -72,11 +72,11 @@ class PpoModels:
         self.rollouts = RolloutEngine(self.policy, world)
         self.ema = Ema(self.policy, spec.ema_beta, world) if spec.ema else None
 
-    def write(self, folder: Path) -> None:
-        """Save what training changes. Collective."""
-        save_engines(folder, {"actor": self.actor, "critic": self.critic})
+    def take(self, snapshot: Snapshot) -> None:
+        """Add what training changes. Collective."""
+        save_engines(snapshot, {"actor": self.actor, "critic": self.critic})
         if self.ema:
-            self.ema.save(folder)
+            self.ema.save(snapshot)
 
     def load(self, found: Checkpoint) -> None:
         load_engines({"actor": self.actor, "critic": self.critic})(found)

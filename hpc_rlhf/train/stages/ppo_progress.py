@@ -8,11 +8,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hpc_rlhf.train.rollout.experience import Experience, Rollout
 from hpc_rlhf.train.rollout.summary import LEARNT
+from hpc_rlhf.train.snapshot import Snapshot
 
 _TENSORS = [field.name for field in fields(Experience) if field.name != "rollout"]
 
@@ -41,21 +42,21 @@ class Progress:
         """It as it is now."""
         return Progress(self.made, {name: s.clone() for name, s in self.sums.items()}, self.moved, self.done)
 
-    def save(self, folder: Path, rank: int) -> None:
-        """Write it into a checkpoint's folder; ``done`` is to be kept elsewhere."""
+    def save(self, snapshot: Snapshot, rank: int) -> None:
+        """Add it to a checkpoint; ``done`` is to be kept elsewhere."""
         rollout = self.made.rollout
-        tensors = {name: getattr(self.made, name).contiguous() for name in _TENSORS}
+        tensors = {name: getattr(self.made, name) for name in _TENSORS}
         for name, rows in (("prompts", rollout.prompts), ("answers", rollout.answers)):
             tensors[name] = torch.tensor([token for row in rows for token in row])
             tensors[f"{name}.lengths"] = torch.tensor([len(row) for row in rows])
         tensors["sums"] = torch.stack([self.sums[name] for name in LEARNT])
         tensors["moved"] = self.moved
-        save_file(tensors, _path(folder, rank))
+        snapshot.tensors(_name(rank), tensors)
 
     @classmethod
     def load(cls, folder: Path, rank: int, done: int, device: torch.device) -> Progress:
         """Read back what ``save`` wrote."""
-        tensors = load_file(_path(folder, rank), str(device))
+        tensors = load_file(folder / _name(rank), str(device))
         rollout = Rollout(
             *(_rows(tensors[name], tensors[f"{name}.lengths"].tolist()) for name in ("prompts", "answers"))
         )
@@ -69,5 +70,5 @@ def _rows(flat: Tensor, lengths: Sequence[int]) -> list[list[int]]:
     return [tokens[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
 
 
-def _path(folder: Path, rank: int) -> Path:
-    return folder / f"experience-{rank:05d}.safetensors"
+def _name(rank: int) -> str:
+    return f"experience-{rank:05d}.safetensors"

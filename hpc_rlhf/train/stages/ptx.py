@@ -26,9 +26,10 @@ class PtxStream:
         assert spec.ptx is not None
         self.context = context
         self.coefficient = spec.ptx_coef
-        self.rows = prepare_mixture(
-            spec.ptx, context.spec, context.tokenizer, context.files.data, context.world
-        )
+        with context.dropped():
+            self.rows = prepare_mixture(
+                spec.ptx, context.spec, context.tokenizer, context.files.data, context.world, context.told
+            )
         lengths = token_lengths(self.rows, "prompt_ids", "chosen_ids")
         self.batches = Batches(context, "ptx", lengths, context.micro * context.longest)
 

@@ -6,7 +6,6 @@ Step 2 of DeepSpeed-Chat (arXiv 2308.01320).
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.load import check_fits, load_reward
 from hpc_rlhf.train.ragged import Ragged
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.stages.common import (
     Batches,
     adapted,
@@ -80,12 +80,12 @@ def run(context: StageContext) -> None:
     found = context.resume(load_engines({"engine": engine}))
     first = found.step if found else 0
 
-    def write(folder: Path) -> None:
-        save_engines(folder, {"engine": engine})
+    def take(snapshot: Snapshot) -> None:
+        save_engines(snapshot, {"engine": engine})
 
     # 4. Train.
     for step in range(first, total):
-        context.safe_point(step, write, {})
+        context.safe_point(step, take, {})
         context.reseed(step)
         micro_batches = batches.step(data.train, step)
         rate = engines.learning_rate(engine)
@@ -104,7 +104,7 @@ def run(context: StageContext) -> None:
         means = {name: sums[name] / context.per_step for name in names}
         values = {**means, "lr": rate, "grad_norm": norm, **engines.traffic([engine])}
         context.metrics.log(step + 1, total, "train", values)
-    context.safe_point(total, write, {})
+    context.safe_point(total, take, {})
 
     # 5. Measure, and hand over.
     after = accuracy()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language import LanguageModel
 from hpc_rlhf.train.models.load import check_fits, load_causal
 from hpc_rlhf.train.ragged import Ragged
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.stages.common import Batches, adapted, finish, load_engines, save_engines
 
 
@@ -79,12 +79,12 @@ def run(context: StageContext) -> None:
         state, first = {"perplexity_before": perplexity()}, 0
         context.metrics.log(0, total, "eval", {"perplexity": state["perplexity_before"]})
 
-    def write(folder: Path) -> None:
-        save_engines(folder, {"engine": engine})
+    def take(snapshot: Snapshot) -> None:
+        save_engines(snapshot, {"engine": engine})
 
     # 4. Train.
     for step in range(first, total):
-        context.safe_point(step, write, state)
+        context.safe_point(step, take, state)
         context.reseed(step)
         micro_batches = batches.step(data.train, step)
         local = float(sum(learnt(row) for rows, real in micro_batches if real for row in rows))
@@ -104,7 +104,7 @@ def run(context: StageContext) -> None:
         loss = context.world.sums({"loss": torch.stack(losses).sum().item()})["loss"] / tokens
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
         context.metrics.log(step + 1, total, "train", {**values, **engines.traffic([engine])})
-    context.safe_point(total, write, state)
+    context.safe_point(total, take, state)
 
     # 5. Measure where it ends, and hand over.
     after = perplexity()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hpc_rlhf.train.models.ema import Ema
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.world import World
 
 BETA = 0.992
@@ -79,7 +80,9 @@ def test_swapping_in_gives_the_averages_and_then_the_own_weights_back(world: Wor
 
 def test_ranks_keep_every_average_once() -> None:
     model = model_of(torch.float32)
-    kept = [set(Ema(model, BETA, World(rank, 2, rank, torch.device("cpu"), None)).averages) for rank in range(2)]
+    kept = [
+        set(Ema(model, BETA, World(rank, 2, rank, torch.device("cpu"), None)).averages) for rank in range(2)
+    ]
     assert kept[0] | kept[1] == {0, 1, 2}
     assert not kept[0] & kept[1]
 
@@ -89,7 +92,9 @@ def test_averages_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> Non
     ema = Ema(model, BETA, ALONE)
     step(model, 1)
     ema.update()
-    ema.save(tmp_path)
+    snapshot = Snapshot(tmp_path)
+    ema.save(snapshot)
+    snapshot.write()
     other = Ema(model, BETA, ALONE)
     assert not torch.equal(other.averages[0], ema.averages[0])
     other.load(tmp_path)

@@ -28,6 +28,7 @@ torch.set_num_threads(1)
 import torch.distributed as dist
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.models.onebit import OneBitAdam
 from transformers import AutoModelForCausalLM
 from tests.train import tiny
@@ -106,7 +107,9 @@ for precision in ("fp32", "bf16", "fp16"):
     seen[f"{precision} size"] = float(sum(s["exp_avg"].norm() for s in engine.basic_optimizer.state.values()))
     engine = make("onebit-adam", **how)
     first = train(engine, range(12))
-    engines.save(engine, folder, precision)
+    snapshot = Snapshot(folder)
+    engines.save(engine, snapshot, precision)
+    snapshot.write()
     seen[f"{precision} onebit"] = first + train(engine, range(12, 16))
     seen[f"{precision} digest"] = digest(engine)
     again = make("onebit-adam", **how)

@@ -1,0 +1,146 @@
+"""A rank's share of a checkpoint: taken at once, written and hashed while training goes on."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+# What safetensors calls the types that are saved.
+_SAFETENSORS = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Snapshot:
+    """What is to be written into a folder.
+
+    Args:
+        apart: copy tensors into host memory, as far as there is room, so that training may change them.
+        neighbours: ranks that share this machine's memory.
+
+    Attributes:
+        live: some tensors are those in training: they must not change until all is written.
+        size: bytes to be written, about.
+    """
+
+    def __init__(self, folder: Path, apart: bool = False, neighbours: int = 1) -> None:
+        self.folder = folder
+        self.live = not apart
+        self.size = 0
+        self._neighbours = neighbours
+        self._files: list[tuple[str, Callable[[BinaryIO], object]]] = []
+
+    def state(self, name: str, state: Any) -> None:
+        """A file of anything that ``torch.save`` takes."""
+        self._add(name, state, torch.save)
+
+    def _add(self, name: str, state: Any, put: Callable[[Any, BinaryIO], object]) -> None:
+        tensors = list(_tensors(state))
+        size = sum(tensor.nbytes for tensor in tensors)
+        if not self.live and size * self._neighbours * 1.1 > free_memory():
+            self.live = True
+        kept = state if self.live else _copied(state, tensors)
+        self.size += size
+        self._files.append((name, partial(put, kept)))
+
+    def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """A safetensors file of tensors, which may be views of one memory."""
+        self._add(name, tensors, _put_safetensors)
+
+    def data(self, name: str, data: bytes) -> None:
+        """A file of bytes."""
+        self.size += len(data)
+        self._files.append((name, lambda file: file.write(data)))
+
+    def write(self) -> dict[str, Any]:
+        """Write all files, flushed to disk; gives each one's size and SHA-256, as ``manifest.describe`` does."""
+        facts = {}
+        for name, put in self._files:
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as raw:
+                file = _Hashed(raw)
+                put(file)  # type: ignore[arg-type]
+                raw.flush()
+                os.fsync(raw.fileno())
+            facts[name] = {"bytes": file.size, "sha256": file.digest.hexdigest()}
+        self._files = []  # the copies are large
+        return facts
+
+
+class _Hashed:
+    """A file that is hashed as it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        written = self.file.write(data)
+        self.digest.update(data)
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _put_safetensors(tensors: dict[str, Tensor], file: BinaryIO) -> None:
+    """Write them one after the other: safetensors' own writers take a file's name, or need all in memory twice."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        dtype, shape = _SAFETENSORS[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _tensors(value)
+
+
+def _copied(state: Any, tensors: list[Tensor]) -> Any:
+    """The same in memory of its own; tensors in host memory, those that are the same once."""
+    memo: dict[int, Any] = {}
+    places: dict[tuple[object, ...], Tensor] = {}
+    for tensor in tensors:
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if place not in places or not tensor.numel():
+            places[place] = tensor.detach().to("cpu", copy=True)
+        memo[id(tensor)] = places[place]
+    return copy.deepcopy(state, memo)
+
+
+def free_memory() -> float:
+    """Bytes of memory that may still be taken: of the machine, and of the control group this process is in."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    free = 1024.0 * next(int(words[1]) for words in lines if words[0] == "MemAvailable:")
+    try:
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().strip().rpartition("::/")[2]
+        most, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        return min(free, float(most) - float(used))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return free

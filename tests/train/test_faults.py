@@ -1,0 +1,34 @@
+"""A save killed at any call that touches the disk leaves a run that goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).with_name("faults.c")
+
+
+def test_a_save_may_be_killed_at_each_of_its_calls(tmp_path: Path) -> None:
+    """All of them: folders made, files opened, each write cut in half, flushed, renamed, and the old ones removed."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler: a save is not killed at each of its calls")
+    library = tmp_path / "faults.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.train.faults", str(tmp_path)],
+        env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["wrong"] == []
+    assert found["killed"] == found["calls"] > 25
