@@ -8,18 +8,23 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from tests.train.stages import free_port
 
 OUT = Path("bench.json")
+REPOSITORY = Path(__file__).parents[2]
 ROUNDS = {"full": 3, "short": 1}
 # TRL 1.12, the last with a PPO, beside the newest.
 TRL_PPO = Path(sys.prefix) / "trl-ppo"
-DEADLINE = 1800.0
+# Seconds until a side that has not ended has failed.
+DEADLINE = 900.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Case:
     Attributes:
         samples: of an optimizer step, or of a rollout on each rank.
         steps: timed, in a full and a short run.
-        warm_up: steps before those: kernels are made anew for every new number of tokens, which takes our side some
-            forty steps, and the others few.
+        warm_up: steps of every side before those. Ours takes the longest to warm up on a CPU: matrix kernels are made
+            for every new height.
         ranks: processes of each side.
     """
 
@@ -47,7 +52,7 @@ class Case:
     sides: tuple[Side, ...]
     samples: int
     steps: dict[str, int]
-    warm_up: int = 5
+    warm_up: int
     ranks: int = 1
 
 
@@ -57,27 +62,31 @@ def _sides(task: str, *peers: str) -> tuple[Side, ...]:
 
 
 CASES = (
-    Case("SFT, 8 samples a step", _sides("sft", "DeepSpeed-Chat"), 8, {"full": 40, "short": 20}, warm_up=40),
-    Case("SFT, 24 samples a step", _sides("sft", "TRL"), 24, {"full": 20, "short": 10}, warm_up=20),
-    Case("Reward model, 8 pairs a step", _sides("reward", "DeepSpeed-Chat", "TRL"), 8, {"full": 25, "short": 12}, warm_up=25),
-    Case("PPO, 8 samples a step", _sides("ppo", "DeepSpeed-Chat", "TRL"), 8, {"full": 12, "short": 5}),
+    Case("SFT, 8 samples a step", _sides("sft", "DeepSpeed-Chat"), 8, {"full": 30, "short": 15}, warm_up=30),
+    Case("SFT, 24 samples a step", _sides("sft", "TRL"), 24, {"full": 15, "short": 8}, warm_up=15),
+    Case("Reward model, 8 pairs a step", _sides("reward", "DeepSpeed-Chat", "TRL"), 8, {"full": 20, "short": 10}, warm_up=20),
+    Case("PPO, 8 samples a step", _sides("ppo", "DeepSpeed-Chat", "TRL"), 8, {"full": 12, "short": 5}, warm_up=5),
     Case(
-        "Rollout, ZeRO-3, two ranks",
+        "Rollout, ZeRO-3",
         (
             Side("ours", "rollouts", "ours"),
             Side("HybridEngineRollout", "rollouts", "hybrid-engine"),
             Side("generate", "rollouts", "generate"),
         ),
-        8, {"full": 4, "short": 2}, warm_up=2, ranks=2,
+        8, {"full": 3, "short": 1}, warm_up=2, ranks=2,
     ),
 )  # fmt: skip
 
 
+class SideFailed(Exception):
+    """A side ended badly, or not at all; the end of its log says how."""
+
+
 def run_side(case: Case, side: Side, work: Path, run: Path, length: str) -> dict[str, Any]:
-    """One run of one side; gives its result.
+    """One run of one side; gives its result, rank 0's.
 
     Raises:
-        SystemExit: it failed; its log is shown.
+        SideFailed: it gave none.
     """
     run.mkdir(parents=True)
     cores = len(os.sched_getaffinity(0))
@@ -99,25 +108,70 @@ def run_side(case: Case, side: Side, work: Path, run: Path, length: str) -> dict
         ranks = [
             subprocess.Popen(
                 command, env=common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if case.ranks > 1 else {}),
-                stdout=file, stderr=subprocess.STDOUT,
+                stdout=file, stderr=subprocess.STDOUT, cwd=REPOSITORY,
             )
             for rank in range(case.ranks)
         ]  # fmt: skip
         try:
-            codes = [rank.wait(DEADLINE) for rank in ranks]
+            good = _all_end_well(ranks)
         finally:
             for rank in ranks:
                 rank.kill()
-    if any(codes):
-        sys.exit(f"{case.name} of {side.name} failed:\n{log.read_text()[-3000:]}")
+                rank.wait()
+    if not good:
+        raise SideFailed(f"{case.name}: {side.name} failed:\n{log.read_text()[-3000:]}")
     result: dict[str, Any] = json.loads((run / "result.json").read_text())
     result["rate"] = result["tokens"] / sum(result["seconds"])
     result["cpu_rate"] = result["tokens"] / result["cpu"]
     return result
 
 
+def _all_end_well(ranks: list[subprocess.Popen[bytes]]) -> bool:
+    """Wait until all have ended, or one badly, or the time is up."""
+    until = time.monotonic() + DEADLINE
+    while time.monotonic() < until:
+        codes = [rank.poll() for rank in ranks]
+        if any(codes) or None not in codes:
+            return not any(codes)
+        time.sleep(0.1)
+    return False
+
+
+def measure(case: Case, work: Path, length: str, failures: list[str]) -> list[dict[str, dict[str, Any]]]:
+    """What each side made of a case, round by round. A peer that fails is left out from then on.
+
+    Args:
+        failures: what went wrong is added to these.
+
+    Raises:
+        SideFailed: our side failed.
+    """
+    rounds: list[dict[str, dict[str, Any]]] = []
+    sides = list(case.sides)
+    for number in range(ROUNDS[length]):
+        made: dict[str, dict[str, Any]] = {}
+        for side in tuple(sides):
+            run = work / "runs" / f"{side.module}-{side.task}-{case.samples}-{number}"
+            try:
+                result = made[side.name] = run_side(case, side, work, run, length)
+            except SideFailed as failure:
+                if side is case.sides[0]:
+                    raise
+                failures.append(str(failure))
+                print(failure, flush=True)
+                sides.remove(side)
+                continue
+            print(
+                f"{case.name}: {side.name} {result['rate']:,.0f} real tokens/s, {result['peak_mib']:,.0f} MiB, "
+                f"{result['dtype']} on {result['device']}",
+                flush=True,
+            )
+        rounds.append(made)
+    return rounds
+
+
 def compared(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A line for each peer: medians over the rounds, and the median of the rounds' ratios."""
+    """A line for each peer that ran in every round: medians over the rounds, and the median of the rounds' ratios."""
 
     def middle(side: str, key: str) -> float:
         return round(median(made[side][key] for made in rounds), 1)
@@ -125,24 +179,30 @@ def compared(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> list[dict[s
     def ratio(peer: str, key: str) -> float:
         return round(median(made["ours"][key] / made[peer][key] for made in rounds), 2)
 
+    def used(side: str) -> str:
+        return f"{rounds[0][side]['dtype']} on {rounds[0][side]['device']}"
+
     return [
         {
             "name": case.name, "against": side.name, "unit": "real tokens/s" + (" a rank" if case.ranks > 1 else ""),
             "ours": middle("ours", "rate"), "peer": middle(side.name, "rate"), "ratio": ratio(side.name, "rate"),
             "ratio_of_cpu_time": ratio(side.name, "cpu_rate"),
-            "ours_mib": middle("ours", "peak_mib"), "peer_mib": middle(side.name, "peak_mib"),
+            "ours_peak_mib": middle("ours", "peak_mib"), "peer_peak_mib": middle(side.name, "peak_mib"),
+            "ours_used": used("ours"), "peer_used": used(side.name), "ranks": case.ranks,
+            "steps": len(rounds[0]["ours"]["seconds"]), "warm_up": case.warm_up,
             "rounds": [{name: made[name] for name in ("ours", side.name)} for made in rounds],
         }
         for side in case.sides[1:]
+        if all({"ours", side.name} <= made.keys() for made in rounds)
     ]  # fmt: skip
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    head = ("", "against", "ours", "peer", "real tokens/s: ratio", "ours MiB", "peer MiB")
+    head = ("real tokens/s", "against", "ours", "peer", "ratio", "ours, peak MiB", "peer, peak MiB")
     rows = [
         (
             line["name"], line["against"], f"{line['ours']:,.0f}", f"{line['peer']:,.0f}", f"{line['ratio']:.2f}x",
-            f"{line['ours_mib']:,.0f}", f"{line['peer_mib']:,.0f}",
+            f"{line['ours_peak_mib']:,.0f}", f"{line['peer_peak_mib']:,.0f}",
         )
         for line in lines
     ]  # fmt: skip
@@ -159,28 +219,30 @@ def main() -> None:
     length = os.environ.get("BENCH") or "full"
     if length not in ROUNDS:
         sys.exit(f"BENCH={length}: it is one of {', '.join(ROUNDS)}")
+    gpus = torch.cuda.device_count()
+    machine = f"{platform.machine()}, cores: {len(os.sched_getaffinity(0))}, GPUs: {gpus}"
     lines: list[dict[str, Any]] = []
+    failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         work = Path(folder)
-        subprocess.run([sys.executable, "-m", "tests.benchmarks.workload", str(work)], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.workload", str(work)], check=True, cwd=REPOSITORY
+        )
         for case in CASES:
-            rounds = []
-            for number in range(ROUNDS[length]):
-                made = {}
-                for side in case.sides:
-                    run = work / "runs" / f"{side.module}-{side.task}-{case.samples}-{number}"
-                    made[side.name] = run_side(case, side, work, run, length)
-                    print(
-                        f"{case.name}: {side.name} {made[side.name]['rate']:,.0f} real tokens/s", flush=True
-                    )
-                rounds.append(made)
-            lines += compared(case, rounds)
-            OUT.write_text(
-                json.dumps({"machine": platform.processor(), "length": length, "lines": lines}, indent=1)
-            )
+            case = replace(case, ranks=min(case.ranks, gpus or case.ranks))
+            try:
+                lines += compared(case, measure(case, work, length, failures))
+            except SideFailed as failure:
+                failures.append(str(failure))
+                print(failure, flush=True)
+            OUT.write_text(json.dumps({"machine": machine, "length": length, "lines": lines}, indent=1))
     print()
     show(lines)
-    print(f"\nEvery run is in {OUT}.")
+    print(
+        f"\nMedians of {ROUNDS[length]} rounds on {machine}. Peak memory is rank 0's. Every run is in {OUT}."
+    )
+    if failures:
+        sys.exit(f"{len(failures)} runs failed; see above.")
 
 
 if __name__ == "__main__":

@@ -95,6 +95,11 @@ def _samples(options: Namespace) -> int:
     return int(options.samples * (options.steps - options.warm_up))
 
 
+def _dtype(engine: Any) -> torch.dtype:
+    dtype: torch.dtype = next(engine.module.parameters()).dtype
+    return dtype
+
+
 def sft(options: Namespace) -> Result:
     _join()
     engine = _trained(_causal(options), options.samples, options.steps, 1e-3)
@@ -108,7 +113,7 @@ def sft(options: Namespace) -> Result:
         engine.step()
         clock.step()
         tokens += sum(map(len, rows)) * (step >= options.warm_up)
-    return clock.result(options.warm_up, _samples(options), tokens, loss=float(loss.detach()))
+    return clock.result(options.warm_up, _samples(options), tokens, _dtype(engine), loss=float(loss.detach()))
 
 
 class Scorer(nn.Module):
@@ -176,7 +181,7 @@ def reward(options: Namespace) -> Result:
         engine.step()
         clock.step()
         tokens += sum(map(len, rows)) * (step >= options.warm_up)
-    return clock.result(options.warm_up, _samples(options), tokens, loss=float(loss.detach()))
+    return clock.result(options.warm_up, _samples(options), tokens, _dtype(engine), loss=float(loss.detach()))
 
 
 def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
@@ -280,7 +285,8 @@ def ppo(options: Namespace) -> Result:
         length = int(made["real"].sum())
         tokens += length * (step >= options.warm_up)
     answer = (length - int(mask.sum())) / options.samples
-    return clock.result(options.warm_up, _samples(options), tokens, loss=loss, answer_tokens=answer)
+    dtype = _dtype(trainer.actor)
+    return clock.result(options.warm_up, _samples(options), tokens, dtype, loss=loss, answer_tokens=answer)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,14 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, threads: {torch.get_num_threads()}"
+
+
 @dataclass
 class Result:
     """One run of one side.
@@ -29,24 +37,29 @@ class Result:
         seconds: of each step after the warm-up.
         samples, tokens: of all those steps together; tokens are real ones, no padding.
         cpu: seconds that the process's threads worked in them: what to look at where the machine is not quiet.
-        peak_mib: largest resident memory of the process, or of the GPU where there is one.
+        dtype: of the weights that are trained, or that generate.
         facts: what shows that the sides did the same, such as the last loss.
+        peak_mib: largest resident memory of the process from its start, with all that it imports, to the end of the
+            last step; or of the GPU's tensors where there is one.
     """
 
     seconds: list[float]
     samples: int
     tokens: int
     cpu: float
+    dtype: str
     facts: dict[str, float | None]
-    peak_mib: float = field(default_factory=_peak_mib)
+    peak_mib: float
+    device: str = field(default_factory=_device)
 
 
 class Clock:
-    """The end of each step, by the clock and in work of the process."""
+    """The end of each step, by the clock and in work of the process, and the memory it took until then."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
         self.worked: list[float] = []
+        self.peak_mib = 0.0
 
     def step(self) -> None:
         import torch
@@ -55,17 +68,20 @@ class Clock:
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
         self.worked.append(time.process_time())
+        self.peak_mib = _peak_mib()
 
-    def result(self, warm_up: int, samples: int, tokens: int, **facts: float | None) -> Result:
+    def result(self, warm_up: int, samples: int, tokens: int, dtype: object, **facts: float | None) -> Result:
         """What was timed.
 
         Args:
             warm_up: steps that are not counted, one at least.
             samples, tokens: of the steps timed.
+            dtype: torch's, or its name.
         """
         ends = self.ends[warm_up - 1 :]
         seconds = [after - before for before, after in pairwise(ends)]
-        return Result(seconds, samples, tokens, self.worked[-1] - self.worked[warm_up - 1], facts)
+        cpu = self.worked[-1] - self.worked[warm_up - 1]
+        return Result(seconds, samples, tokens, cpu, str(dtype).removeprefix("torch."), facts, self.peak_mib)
 
 
 def main(sides: Mapping[str, Callable[[argparse.Namespace], Result]]) -> None:

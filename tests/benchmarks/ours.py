@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-import datasets
-
 from hpc_rlhf import manifest
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train import context
+from hpc_rlhf.train.data.arrow import Rows
 from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.entry import run_stage
 from hpc_rlhf.train.metrics import MetricsLog
@@ -36,11 +36,13 @@ class _Ticking(MetricsLog):
 
 
 def _run(options: Namespace) -> RunDir:
-    """Run a stage to its end in this process."""
+    """Run a stage to its end in this process, on tokens that were made before, as the peers'."""
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     context.MetricsLog = _Ticking  # type: ignore[misc]
     fields = workload.job(options.work, options.run / "run", options.task, options.samples, options.steps)
     run = make_run(JobSpec.model_validate(fields))
+    made = RunDir(workload.tokens(options.work, options.task)).stage(options.task).data
+    shutil.copytree(made, run.stage(options.task).data)
     if options.task == "ppo":
         _hand_over(options.work / "reward", run.stage("reward").model)
     run_stage(str(run.path), options.task)
@@ -56,7 +58,7 @@ def _hand_over(made: Path, target: Path) -> None:
 def _tokens(run: RunDir, options: Namespace) -> int:
     """Real tokens of the timed steps, by the rows that the sampler drew."""
     (path,) = run.stage(options.task).data.glob("*/train.arrow")
-    rows = datasets.Dataset.from_file(str(path))
+    rows = Rows(path)
     tokens = 0
     for place in range(options.warm_up * options.samples, options.steps * options.samples):
         row = rows[sample_at(place, len(rows), workload.SEED, options.task)]
@@ -70,7 +72,9 @@ def stage(options: Namespace) -> Result:
     run = _run(options)
     facts = {name: _Ticking.last[name] for name in ("loss", "answer_tokens") if name in _Ticking.last}
     samples = options.samples * (options.steps - options.warm_up)
-    return _Ticking.clock.result(options.warm_up, samples, _tokens(run, options), **facts)
+    config = json.loads((run.stage(options.task).model / "config.json").read_text())
+    tokens = _tokens(run, options)
+    return _Ticking.clock.result(options.warm_up, samples, tokens, config["dtype"], **facts)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Sharded:
     def load(cls, options: Namespace, ours: bool) -> Sharded:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        ranks = int(os.environ["WORLD_SIZE"])
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
         world = join(ranks)
         fields = workload.job(options.work, options.run / "run", "ppo", options.samples * ranks, 1, ranks)
         fields["stages"]["ppo"]["zero"] = 3
@@ -81,6 +81,7 @@ def _timed(options: Namespace, sharded: Sharded, roll_out: Any) -> Result:
         options.warm_up,
         options.samples * (options.steps - options.warm_up),
         tokens,
+        next(sharded.model.parameters()).dtype,
         answer_tokens=length,
     )
     leave()

@@ -93,7 +93,9 @@ def sft(options: Namespace) -> Result:
     counts = _counted(trainer)
     loss = trainer.train().training_loss
     passes = counts[options.warm_up * (packs // at_once) : options.steps * (packs // at_once)]
-    return clock.result(options.warm_up, round(sum(passes) / mean), sum(passes), loss=loss)
+    return clock.result(
+        options.warm_up, round(sum(passes) / mean), sum(passes), trainer.model.dtype, loss=loss
+    )
 
 
 def reward(options: Namespace) -> Result:
@@ -115,7 +117,11 @@ def reward(options: Namespace) -> Result:
     loss = trainer.train().training_loss
     tokens = sum(counts[options.warm_up : options.steps])
     return clock.result(
-        options.warm_up, options.samples * (options.steps - options.warm_up), tokens, loss=loss
+        options.warm_up,
+        options.samples * (options.steps - options.warm_up),
+        tokens,
+        trainer.model.dtype,
+        loss=loss,
     )
 
 
@@ -149,7 +155,8 @@ def ppo(options: Namespace) -> Result:
     mean = sum(map(len, prompts)) / len(prompts) + workload.ANSWER
     trainer.train()
     samples = options.samples * (options.steps - options.warm_up)
-    return clock.result(options.warm_up, samples, round(samples * mean), answer_tokens=workload.ANSWER)
+    dtype = trainer.policy_model.dtype
+    return clock.result(options.warm_up, samples, round(samples * mean), dtype, answer_tokens=workload.ANSWER)
 
 
 if __name__ == "__main__":

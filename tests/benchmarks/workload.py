@@ -76,12 +76,13 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
 
 
 def make(work: Path) -> None:
-    """Write the tokenizer and the model that every side starts from, and the rows that peers are given."""
+    """Write the tokenizer and the model that every side starts from, and the tokens for each."""
     from transformers import AutoModelForSequenceClassification
 
     from hpc_rlhf.spec.model import JobSpec
     from hpc_rlhf.train.context import StageContext
     from hpc_rlhf.train.data import sources
+    from hpc_rlhf.train.data.sampler import sample_at
     from hpc_rlhf.train.models.tokenizers import train_bpe
     from hpc_rlhf.train.preemption import StopFlag
     from hpc_rlhf.train.world import join, leave
@@ -95,11 +96,11 @@ def make(work: Path) -> None:
     scorer.save_pretrained(str(work / "reward"))
     tokenizer.save_pretrained(str(work / "reward"))
     for stage in ("sft", "reward", "ppo"):
-        spec = JobSpec.model_validate(job(work, work / f"rows-{stage}", stage, 8, 1))
+        spec = JobSpec.model_validate(job(work, tokens(work, stage), stage, 8, 1))
         context = StageContext(spec, stage, make_run(spec), world, StopFlag(), "bench")
-        rows = list(context.data().train)
-        random.Random(SEED).shuffle(rows)
-        kept = [{k: v for k, v in row.items() if k.endswith("_ids")} for row in rows]
+        rows = context.data().train
+        drawn = [rows[sample_at(place, len(rows), SEED, stage)] for place in range(len(rows))]
+        kept = [{k: v for k, v in row.items() if k.endswith("_ids")} for row in drawn]
         (work / f"{stage}.json").write_text(json.dumps(kept))
     leave()
 
@@ -123,8 +124,16 @@ def _model(tokenizer: Any) -> Any:
     return model
 
 
+def tokens(work: Path, stage: str) -> Path:
+    """The run directory that holds a stage's tokens for our side."""
+    return work / f"rows-{stage}"
+
+
 def rows(work: Path, stage: str) -> list[dict[str, list[int]]]:
-    """Rows with ``prompt_ids`` and, but for PPO, ``chosen_ids`` and ``rejected_ids``, in an order drawn once."""
+    """The same rows for the peers, in the order in which our side draws them.
+
+    They have ``prompt_ids``, ``chosen_ids`` and, for the reward model, ``rejected_ids``.
+    """
     made: list[dict[str, list[int]]] = json.loads((work / f"{stage}.json").read_text())
     return made
 
