@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train.world import LAUNCHER_VARIABLES, World, join, launcher_ranks
@@ -170,3 +171,8 @@ def test_two_ranks_agree_save_and_go_back_together(tmp_path: Path) -> None:
     }
     groups = [{"both": [0, 1, rank, {"a": 3.0}, [0], [0, 1]], "apart": [[0, 1], [rank]]} for rank in range(2)]
     assert answers == [{**expected, **own} for own in groups]
+
+
+def test_ranks_that_are_no_whole_groups_are_refused() -> None:
+    with pytest.raises(HpcRlhfError, match="3 ranks are no whole groups of 2"):
+        World(0, 3, 0, torch.device("cpu"), None).grouped(2)
