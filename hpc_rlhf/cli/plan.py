@@ -44,4 +44,6 @@ def echo_plan(plan: Plan) -> None:
             )
         )
     echo_table(header, rows)
-    click.echo(f"batch = micro batch x accumulation x ranks; run directory {plan.run.path}", err=True)
+    grouped = any(job.batch.ranks < job.slurm.ranks for job in plan.jobs)
+    sharers = "ranks, or groups of tensor_parallel ranks" if grouped else "ranks"
+    click.echo(f"batch = micro batch x accumulation x {sharers}; run directory {plan.run.path}", err=True)
