@@ -161,8 +161,8 @@ class Attempt:
             self.requeue(stopped.step, stopped.reason)
         elif self.is_main:
             self.note("interrupted", step=stopped.step)
-        self.stop.restore()
         if self.in_slurm:
+            self.stop.restore()
             time.sleep(10)  # rank 0 is requeueing the job, and Slurm then ends this step
         sys.exit(TO_BE_CONTINUED)
 

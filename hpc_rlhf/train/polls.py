@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from hpc_rlhf.train.world import World
 
-# Seconds between two rounds, about, where the pieces of work are shorter.
-BETWEEN = 0.25
+# Seconds between two rounds, about, where the pieces of work are shorter: the least and the most.
+BETWEEN, MOST = 0.25, 2.0
+# Share of the time that rounds may take, within those bounds.
+SHARE = 0.01
 
 
 @dataclass
@@ -23,13 +25,14 @@ class _Pace:
     every: int = 1
     left: int = 1
     asked: float = -math.inf
+    cost: float = 0.0
 
 
 class Polls:
     """Rounds in which every rank tells some numbers, and learns the largest of each.
 
     Ranks do the same pieces of work in the same order, so they also count them alike. A round settles how many pieces
-    go by until the next one, by the rank that is slowest; that number at most doubles from one round to the next.
+    go by until the next one, by the rank that wishes for the fewest; that number at most doubles from one round to the next.
     """
 
     def __init__(self, world: World) -> None:
@@ -53,8 +56,11 @@ class Polls:
         if pace.left:
             return None
         seconds = max(1e-6, (time.monotonic() - pace.asked) / pace.every)
-        wish = max(1, min(2 * pace.every, int(BETWEEN / seconds)))
+        gap = min(MOST, max(BETWEEN, pace.cost / SHARE))
+        wish = max(1, min(2 * pace.every, int(gap / seconds)))
+        began = time.monotonic()
         *largest, fewest = self.now([*numbers, -wish])
         pace.every = pace.left = -fewest
         pace.asked = time.monotonic()
+        pace.cost = pace.asked - began  # with waiting for the others, of which the last to come has none
         return largest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train import snapshot as snapshots
 from hpc_rlhf.train.checkpoint import CheckpointStore
+from hpc_rlhf.train.preemption import StopFlag
 from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.world import World
 
@@ -336,3 +338,32 @@ def test_tensors_of_every_type_and_shape_come_back(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert torch.equal(found[name], tensor), name
         assert found[name].dtype == tensor.dtype
+
+
+def test_more_signals_in_a_save_do_no_harm(store: CheckpointStore) -> None:
+    """The first one has begun it; that it is said again, and louder, changes nothing."""
+    signals = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in signals}
+    flag = StopFlag()
+    flag.install()
+
+    def take(snapshot: Snapshot) -> None:
+        snapshot.state("a.pt", {"weights": torch.ones(1000)})
+        files = snapshot.write
+
+        def write() -> dict[str, Any]:
+            for number in signals:
+                os.kill(os.getpid(), number)
+            return files()
+
+        snapshot.write = write  # type: ignore[method-assign]
+
+    try:
+        store.save(5, take, {})
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert flag.code == 3
+    found = store.latest()
+    assert found is not None
+    assert found.step == 5

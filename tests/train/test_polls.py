@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -43,6 +44,22 @@ def test_between_short_pieces_most_rounds_are_left_out(world: World, clock: Cloc
     assert found[:6] == [0, 1, 3, 7, 15, 31], "at first their number doubles"
     gaps = {later - earlier for earlier, later in pairwise(found[6:])}
     assert gaps <= {24, 25}, "then a quarter of a second goes by"
+
+
+def test_where_a_round_costs_much_there_are_fewer(
+    world: World, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Polls.now
+
+    def slow(self: Polls, numbers: Sequence[int]) -> list[int]:
+        clock.now += 0.01
+        return ask(self, numbers)
+
+    monkeypatch.setattr(Polls, "now", slow)
+    found = rounds(Polls(world), clock, 1000, 0.05)
+    gaps = [later - earlier for earlier, later in pairwise(found[8:])]
+    assert min(gaps) >= 18, "a hundredth of the time"
+    assert max(gaps) <= 21
 
 
 def test_between_long_pieces_there_is_always_one(world: World, clock: Clock) -> None:
