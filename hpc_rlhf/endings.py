@@ -45,6 +45,8 @@ _DUE_TO = {
     "NODE FAILURE": NODE_FAILURE,
     "JOB REQUEUE": REQUEUED_BY_HAND,
 }
+# Those of the batch script, which requeues the job of ranks that were not up yet.
+_PREEMPTED_EARLY = "hpc-rlhf: preempted"
 _BEGINS = frozenset({"started", "submitted", "retried", "requeued"})
 _MEMORY = re.compile(
     r"out of memory|outofmemory|cannot allocate memory|can't allocate memory|bad_alloc|MemoryError", re.I
@@ -69,6 +71,15 @@ class Logs(Protocol):
         """The last words of a rank; empty where it said nothing."""
 
 
+class NoLogs:
+    """For an attempt of which the ledger says all that is known."""
+
+    batch = ""
+
+    def last_line(self, rank: int) -> str:
+        return ""
+
+
 @dataclass(frozen=True)
 class Ending:
     """How an attempt ended.
@@ -90,8 +101,13 @@ class Ending:
 
 def latest_attempt(events: Sequence[Event]) -> Sequence[Event]:
     """A stage's events since its latest attempt began."""
-    begins = [index for index, event in enumerate(events) if event["event"] in _BEGINS]
-    return events[begins[-1] :] if begins else events
+    begin = max((index for index, event in enumerate(events) if event["event"] in _BEGINS), default=0)
+    # A rank may have failed before rank 0 came to its first word.
+    while (
+        begin and events[begin]["event"] in ("started", "failed") and events[begin - 1]["event"] == "failed"
+    ):
+        begin -= 1
+    return events[begin:]
 
 
 def since_a_person(events: Sequence[Event]) -> Sequence[Event]:
@@ -120,6 +136,18 @@ def progressed(events: Sequence[Event]) -> bool:
         for part in (events[:since], events[since:])
     )
     return after > before
+
+
+def first_cause(attempt: Sequence[Event]) -> Event | None:
+    """The first failure of an attempt that is not a rank's losing touch with others, which follows from theirs; that one
+    where there is no other; None where no rank and no launcher told of a failure."""
+    failed = [event for event in attempt if event["event"] == "failed"]
+    causes = [
+        event
+        for event in failed
+        if _MEMORY.search(event["message"]) or not _OTHER_RANK.search(event["message"])
+    ]
+    return next(iter(causes or failed), None)
 
 
 def judge(events: Sequence[Event], job: PastJob | None, logs: Logs, step: int) -> Ending:
@@ -178,27 +206,28 @@ def _by_slurmstepd(logs: Logs) -> tuple[str, str, str] | None:
         line = _line_with(f"DUE TO {words}", logs.batch)
         if line:
             return reason, line, ""
+    line = _line_with(_PREEMPTED_EARLY, logs.batch)
+    if line:
+        return PREEMPTED, line, ""
     line = _line_with("Node failure on ", logs.batch)
     return (NODE_FAILURE, line, line.split("Node failure on ")[1].split()[0]) if line else None
 
 
 def _by_logs(attempt: Sequence[Event], job: PastJob | None, logs: Logs) -> tuple[str, str, str]:
     """A failure: of what ranks said of themselves, the cause; else how srun saw the first one end."""
-    failed = [event for event in attempt if event["event"] == "failed"]
-    for event in failed:
-        message, host = str(event["message"]), str(event.get("host", ""))
-        if _MEMORY.search(message):
-            return OUT_OF_MEMORY, message, host
-        if not _OTHER_RANK.search(message):
-            return FAILED, message, host
+    failed = first_cause(attempt)
+    message = str(failed["message"]) if failed is not None else ""
+    if failed is not None and (_MEMORY.search(message) or not _OTHER_RANK.search(message)):
+        raised = OUT_OF_MEMORY if _MEMORY.search(message) else FAILED
+        return (KILLED if failed.get("killed") else raised), message, str(failed.get("host", ""))
     memory = _line_with("oom_kill", logs.batch) or _line_with("oom-kill", logs.batch)
     if memory:
         return KILLED_FOR_MEMORY, memory, ""
     task = _TASK.search(logs.batch)
     if task is not None and task["how"].startswith("Killed"):
         return KILLED, task[0], task["node"]
-    if failed:
-        return NETWORK, str(failed[0]["message"]), str(failed[0].get("host", ""))
+    if failed is not None:
+        return NETWORK, message, str(failed.get("host", ""))
     if task is not None:
         said = logs.last_line(int(task["rank"]))
         reason = OUT_OF_MEMORY if _MEMORY.search(said) else FAILED
@@ -208,7 +237,7 @@ def _by_logs(attempt: Sequence[Event], job: PastJob | None, logs: Logs) -> tuple
     said = _last_line(logs.batch)
     if said:
         return FAILED, said, ""
-    return FAILED, f"Slurm says {job.state}" if job else "it left no word, and Slurm knows it no more", ""
+    return FAILED, f"Slurm says {job.state}" if job else "it left no word", ""
 
 
 def _line_with(words: str, text: str) -> str:

@@ -80,6 +80,9 @@ STARTED = event("started", attempt="7-0")
         ([STARTED, failed(GLOO)], FAILED,
          Said("srun: error: node2: task 1: Killed\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n"),
          "killed for memory", "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.", ""),
+        # a launcher saw it
+        ([STARTED, failed(GLOO), failed("rank 1 was ended by SIGKILL", killed=True)], None, Said(), "killed",
+         "rank 1 was ended by SIGKILL", ""),
         # ranks that could say nothing
         ([event("submitted")], FAILED, Said("srun: error: node2: tasks 1-3: Exited with exit code 1", {1: "No module named x"}),
          "failed", "No module named x", "node2"),
@@ -89,7 +92,9 @@ STARTED = event("started", attempt="7-0")
         ([event("submitted")], FAILED, Said("hpc-rlhf: setup failed at: module load cuda\n"),
          "failed", "hpc-rlhf: setup failed at: module load cuda", ""),
         ([STARTED], ended_as("COMPLETED", exit_code="0:0"), Said(), "failed", "Slurm says COMPLETED", ""),
-        ([STARTED], None, Said(), "failed", "it left no word, and Slurm knows it no more", ""),
+        ([STARTED], None, Said(), "failed", "it left no word", ""),
+        # rank 1 failed before rank 0 came to its first word
+        ([event("retried"), failed("OSError: disk full"), STARTED, failed(GLOO)], FAILED, Said(), "failed", "OSError: disk full", ""),
         # an attempt before is over and done with
         ([STARTED, failed("old", 2), event("requeued", step=3)], ended_as("PREEMPTED"), Said(), "preempted", "", ""),
     ],
@@ -110,7 +115,7 @@ def test_a_long_message_is_one_line_of_a_table() -> None:
 
 @pytest.mark.parametrize(
     ("said", "reason"),
-    [("DUE TO PREEMPTION ***", "preempted"), ("DUE TO JOB REQUEUE ***", "requeued by hand"), ("", "node failure")],
+    [("DUE TO PREEMPTION ***", "preempted"), ("hpc-rlhf: preempted before the ranks were up: requeued", "preempted"), ("DUE TO JOB REQUEUE ***", "requeued by hand"), ("", "node failure")],
 )  # fmt: skip
 def test_what_slurm_requeued_by_itself_failed_for_no_fault_of_its_own(said: str, reason: str) -> None:
     assert judge_requeued([STARTED, failed(GLOO)], Said(said), 3).reason == reason

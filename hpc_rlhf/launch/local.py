@@ -7,16 +7,19 @@ import shlex
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from hpc_rlhf.endings import NoLogs, first_cause, judge
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.evidence import last_step
 from hpc_rlhf.launch.chain import is_done
 from hpc_rlhf.launch.hostfile import Hostfile
 from hpc_rlhf.launch.jobs import find_jobs
 from hpc_rlhf.launch.local_env import environment, visible_gpus
 from hpc_rlhf.launch.lock import Lock
+from hpc_rlhf.launch.policy import Stop, decide
 from hpc_rlhf.launch.ranks import Ranks, start_here, start_on
 from hpc_rlhf.launch.stopping import Interrupted, StopRequests
 from hpc_rlhf.ledger import Ledger
@@ -75,15 +78,42 @@ class LocalRun:
                 self._run_stage(stage, stop)
 
     def _run_stage(self, stage: str, stop: StopRequests) -> None:
-        before = len(self._events(stage))
-        self.watcher.started(stage, self.spec.stage(stage).slurm.ranks)
-        ranks = self._start(stage)
-        self._watch(ranks, stage, stop)
-        if not is_done(self.run, stage):
-            raise self._ending(stage, ranks, self._events(stage)[before:], stop)
+        sent_off = len(self._events(stage))
+        while True:
+            before = len(self._events(stage))
+            self.watcher.started(stage, self.spec.stage(stage).slurm.ranks)
+            ranks = self._start(stage)
+            self._watch(ranks, stage, stop)
+            if is_done(self.run, stage):
+                break
+            error = self._ending(stage, ranks, self._events(stage)[before:], stop)
+            if isinstance(error, Interrupted) or not self._to_be_tried_again(stage, sent_off, stop):
+                raise error
         self.watcher.finished(stage)
         if stop.count:
             raise self._interrupted(f"stopped after {stage}, which is finished", stop)
+
+    def _to_be_tried_again(self, stage: str, sent_off: int, stop: StopRequests) -> bool:
+        """Write down how an attempt ended, and wait until it is time for the next, if there is to be one.
+
+        Args:
+            sent_off: how many events the stage had when a person sent it off.
+        """
+        settings, ledger = self.spec.stage(stage).slurm, Ledger(self.run.ledger)
+        ending = judge(self._events(stage)[sent_off:], None, NoLogs(), last_step(self.run.stage(stage)))
+        ledger.append("ended", stage, **asdict(ending))
+        verdict = decide(self._events(stage)[sent_off:], settings.max_requeues, settings.heal.backoff_seconds)
+        if isinstance(verdict, Stop) or not settings.heal.enabled:
+            return False
+        self.watcher.say(f"{stage}: {ending.reason}: {ending.message}; tried again in {verdict.delay} s")
+        due = time.monotonic() + verdict.delay
+        while time.monotonic() < due and not stop.count:
+            self.lock.touch()
+            time.sleep(_POLL)
+        if stop.count:
+            raise self._interrupted(f"stopped before another attempt at {stage}", stop)
+        ledger.append("retried", stage, delay=verdict.delay)
+        return True
 
     def _start(self, stage: str) -> Ranks:
         slurm = self.spec.stage(stage).slurm
@@ -125,8 +155,7 @@ class LocalRun:
         self, stage: str, ranks: Ranks, events: list[dict[str, Any]], stop: StopRequests
     ) -> HpcRlhfError:
         """Why a stage ended without its model: it was asked to, or it failed."""
-        # The first failure is the cause; those of the other ranks, that they lost touch with it, follow from it.
-        failed = next((event for event in events if event["event"] == "failed"), None)
+        failed = first_cause(events)
         saved = next((event for event in events if event["event"] == "interrupted"), None)
         if saved:
             return self._interrupted(f"{stage} is saved at step {saved['step']}", stop)

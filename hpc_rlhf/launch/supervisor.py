@@ -112,9 +112,9 @@ class Supervisor:
 
     def _note_first_bad(self, codes: list[int | None]) -> None:
         if self.first_bad is None:
-            self.first_bad = next(
-                (rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)), None
-            )
+            bad = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+            # One that was killed comes before those that lost touch with it.
+            self.first_bad = min(bad, key=lambda rank: ((codes[rank] or 0) > 0, rank), default=None)
 
     def _kill(self, codes: list[int | None], why: str) -> None:
         self._explain(codes, why)
@@ -125,16 +125,17 @@ class Supervisor:
         from hpc_rlhf.ledger import Ledger
 
         ledger = Ledger(self.run.ledger)
+        code = None if self.first_bad is None else codes[self.first_bad]
+        killed = code is not None and code < 0
         said = ledger.last("failed", self.stage)
-        if said is not None and said["time"] >= self.started:
+        if said is not None and said["time"] >= self.started and not killed:
             return
         message = (
-            why
-            if self.first_bad is None
-            else f"{self.what} {self.first + self.first_bad} {_ending(codes[self.first_bad])}"
+            why if self.first_bad is None else f"{self.what} {self.first + self.first_bad} {_ending(code)}"
         )
         log = str(self.run.stage(self.stage).log(str(os.getpid()), self.first + (self.first_bad or 0), "err"))
-        ledger.append("failed", self.stage, attempt=str(os.getpid()), message=message, log=log)
+        facts = {"killed": True} if killed else {}
+        ledger.append("failed", self.stage, attempt=str(os.getpid()), message=message, log=log, **facts)
 
 
 def _ending(code: int | None) -> str:

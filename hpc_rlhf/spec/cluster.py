@@ -34,11 +34,11 @@ class ContainerSpec(Model):
 
 
 class HealSpec(Model):
-    """How a chain mends itself: beside each stage waits a sentinel, a small job that starts when the stage ends badly."""
+    """How a chain mends itself. On Slurm a sentinel waits beside each stage: a small job that starts when it ends badly."""
 
     enabled: bool = Field(
         default=True,
-        description="Whether stages get sentinels. Without, a chain that broke waits for `hpc-rlhf heal`; turn it off where jobs may not be submitted from jobs, or where every queued job counts.",
+        description="Whether a stage that ended badly is tried again without a person. Turn it off on a cluster where jobs may not be submitted from jobs, or where every queued job counts: then there are no sentinels, and a chain that broke waits for `hpc-rlhf heal`.",
     )
     partition: SlurmValue | None = Field(
         default=None,

@@ -18,7 +18,7 @@ FAKES = Path(__file__).parent / "fake_stage"
 SPEC = """\
 name: t
 run_dir: run
-slurm: {gpus_per_node: 2}
+slurm: {gpus_per_node: 2, heal: {enabled: false, backoff_seconds: 0}}
 data: {sources: [{demo: 100}], max_prompt_tokens: 16, max_answer_tokens: 16}
 models: {actor: {from_scratch: {model_type: llama, vocab_size: 300}}}
 stages:

@@ -105,6 +105,18 @@ def test_a_killed_rank_ends_the_others_and_is_named(here: Here) -> None:
     assert here.events("failed") == [("failed", "sft")]
 
 
+def test_what_failed_is_tried_again_but_not_when_it_fails_alike(here: Here) -> None:
+    heal = ("--set", "slurm.heal.enabled=true")
+    code, _, err = here.finish("run", "job.yaml", *heal, FAKE_SFT="killed_once", FAKE_REWARD="stranded")
+    assert code == 1
+    assert "sft: killed: rank 1 was ended by SIGKILL" in err
+    assert "reward: failed: OSError: disk full; tried again" in err
+    assert "error: reward: OSError: disk full" in err
+    turns = here.events("started", "ended", "retried")
+    tried = ["started", "ended", "retried", "started"]
+    assert turns == [*((turn, "sft") for turn in tried), *((turn, "reward") for turn in (*tried, "ended"))]
+
+
 def test_a_mistake_found_by_a_stage_is_told_in_its_words(here: Here) -> None:
     code, _, err = here.finish("run", "job.yaml", FAKE_REWARD="mistaken")
     assert code == 2
