@@ -56,9 +56,8 @@ class DecodeStep:
             for matrix in self.matrices:
                 matrix.fill()
             self.weights = [holder[name] for holder, name in self.places]
-            with torch.jit.optimized_execution(
-                False
-            ):  # which would change a trace's arithmetic after some calls
+            # Optimizing would change a trace's arithmetic after some calls.
+            with torch.jit.optimized_execution(False):
                 yield
         finally:
             self.weights = []
