@@ -18,6 +18,7 @@ from typing import Any
 #   resumed     attempt, step, part          part: of the step after those, if some of it is done
 #   saved       attempt, step, part, seconds, stall     how long it took, and how long training stood still for it
 #   stopping    attempt, step, part, reason  all ranks agreed to stop
+#   hang        attempt, message, host       a rank did not move any more; all wrote down where they were
 #   requeued    attempt, step, reason
 #   interrupted attempt, step                stopped by a person, here, to be run again
 #   failed      attempt, message

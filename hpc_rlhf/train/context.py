@@ -28,6 +28,7 @@ from hpc_rlhf.train.models.load import DTYPES, folder_or_id, make_from_scratch
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.polls import Polls
 from hpc_rlhf.train.preemption import REASON_OF_CODE, TIME_LIMIT, Interrupted, StageStopped, StopFlag
+from hpc_rlhf.train.watch import Pulse
 from hpc_rlhf.train.world import World
 
 
@@ -100,6 +101,7 @@ class StageContext:
         self.polls = Polls(self.world)
         self.point: Point | None = None  # the last safe point; before the first there is nothing to save
         self.resumed = 0
+        self.pulse = Pulse()
         self._saving: _Saving | None = None
         before = self.ledger.last("saved", self.stage) or {}
         self.cadence.cost = float(before.get("stall", self.cadence.cost))
@@ -201,6 +203,7 @@ class StageContext:
             StageStopped: after saving.
         """
         self.point = Point(step, take, state, part)
+        self.pulse.beat()
         code, due = self.stop.code, 0
         if self.world.is_main:
             code = max(code, TIME_LIMIT * self.deadline.at(part))
@@ -226,6 +229,7 @@ class StageContext:
         Raises:
             StageStopped: after saving, if there is anything to save.
         """
+        self.pulse.beat()
         said = self.polls.between(kind, [self.stop.code])
         if said and said[0]:
             self._stop(said[0])
@@ -241,6 +245,7 @@ class StageContext:
 
     def told(self) -> bool:
         """Whether this rank knows of a stop. The others learn of it within a second, wherever they are."""
+        self.pulse.beat()
         return self.stop.code > 0
 
     def stop_if_told(self) -> None:

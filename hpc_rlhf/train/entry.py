@@ -140,7 +140,10 @@ class Attempt:
         if self.is_main and self.in_slurm:
             said = os.environ.get("SLURM_JOB_END_TIME", "")  # newer than 22.05
             context.deadline.end = float(said) if said.isdigit() else slurm.end_time(str(self.job))
-        with Watch(self.stop, self.name, lambda: context.deadline.passed):
+        with Watch(
+            self.stop, self.name, lambda: context.deadline.passed, context.pulse,
+            lambda message: self.note("hang", message=message, host=self.host),
+        ):  # fmt: skip
             context.store.claim()
             importlib.import_module(f"hpc_rlhf.train.stages.{self.stage}").run(context)
             context.commit()

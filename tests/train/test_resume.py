@@ -68,7 +68,7 @@ def test_a_stop_in_an_accumulation_window_leaves_no_trace(tmp_path: Path) -> Non
     }
     work = []
     for whole, stopped in pairs.values():
-        work += [(whole, "sft", []), (stopped, "sft", [10])]
+        work += [(whole, "sft", []), (stopped, "sft", [8])]
     run_stopping(work, 2)
     for name, (whole, stopped) in pairs.items():
         assert stops(stopped, "sft") == [(1, 0)], name
@@ -94,9 +94,9 @@ def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None
     one, one_stopped, three, three_stopped = first, *others
     work = [
         (one, "ppo", []),
-        (one_stopped, "ppo", [8, 16, 6]),
+        (one_stopped, "ppo", [5, 13, 3]),
         (three, "ppo", []),
-        (three_stopped, "ppo", [8, 11]),
+        (three_stopped, "ppo", [6, 9]),
     ]
     run_stopping(work, 2)
     assert stops(one_stopped, "ppo") == [(0, 1), (0, 3), (0, 3)]

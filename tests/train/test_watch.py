@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from hpc_rlhf.train import watch
 from hpc_rlhf.train.data.tokenized import prepare
 from hpc_rlhf.train.preemption import REASON_OF_CODE, Interrupted, StopFlag
-from hpc_rlhf.train.watch import Watch
+from hpc_rlhf.train.watch import Pulse, Watch
 from hpc_rlhf.train.world import World
 from tests.train import tiny
 from tests.train.stages import tiny_spec
@@ -44,9 +46,9 @@ def test_the_end_of_the_time_is_a_stop_for_all(world: World, request: pytest.Fix
 def test_the_thread_hears_while_the_rank_is_busy(world: World, request: pytest.FixtureRequest) -> None:
     told, other = StopFlag(), StopFlag()
     told.heard = 2
-    with Watch(told, request.node.name), Watch(other, request.node.name) as watch:
+    with Watch(told, request.node.name), Watch(other, request.node.name) as second:
         for _ in range(600):
-            if other.code or watch._over.wait(0.05):
+            if other.code or second._over.wait(0.05):
                 break
     assert other.code == 2
 
@@ -58,3 +60,57 @@ def test_preparing_data_ends_and_leaves_nothing_that_counts(tmp_path: Path, worl
         prepare(spec, "sft", tokenizer, tmp_path, world, lambda: next(asked) > 50)
     assert next(asked) == 52
     assert len(prepare(spec, "sft", tokenizer, tmp_path, world).train) > 100
+
+
+class Ended(Exception):
+    pass
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Time that stands still unless it is moved, and ranks that raise where they would end."""
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    made = SimpleNamespace(now=1000.0, sleep=lambda _: None)
+    made.monotonic = lambda: made.now
+    monkeypatch.setattr(watch, "time", made)
+    monkeypatch.setattr(watch.os, "_exit", end)
+    return made
+
+
+def test_a_rank_that_stops_moving_ends_all_and_says_so_once(
+    world: World, clock: SimpleNamespace, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    pulses = Pulse(), Pulse()
+    ranks = [Watch(StopFlag(), request.node.name, pulse=pulse, hangs=said.append) for pulse in pulses]
+    for seconds in (0, 30, 400):
+        clock.now += seconds
+        for pulse in pulses:
+            pulse.beat()
+    clock.now += 3900
+    for rank in ranks:
+        rank.look()
+    pulses[1].beat()
+    clock.now += 200
+    with pytest.raises(Ended):
+        ranks[0].look()
+    with pytest.raises(Ended):  # it moves, but the other does not
+        ranks[1].look()
+    assert said == ["rank 0 has not moved for 4100 s; the longest that it took before is 400 s"]
+    assert capfd.readouterr().err.count("test_a_rank_that_stops_moving") == 2, "both say where they are"
+
+
+def test_short_steps_do_not_make_for_haste_nor_does_loading(clock: SimpleNamespace) -> None:
+    pulse = Pulse()
+    clock.now += 10**6
+    assert pulse.silence is None, "nothing is known before the first move"
+    for _ in range(3):
+        pulse.beat()
+        clock.now += 1
+    clock.now += watch.LEAST - 2
+    assert pulse.silence is None
+    clock.now += 2
+    assert pulse.silence is not None

@@ -166,6 +166,7 @@ def run(context: StageContext) -> None:
         seen = []
         with torch.no_grad():
             for pairs, real in Batches(context, "held out", pair_lengths(rows), budget).held_out(rows):
+                context.pause("evaluation")
                 seen.append(compare(pairs, reference(pairs))[1] * real)
         engine.train()
         return totals(seen, count)

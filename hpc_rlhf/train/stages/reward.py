@@ -68,6 +68,7 @@ def run(context: StageContext) -> None:
         some = Batches(context, "held out", pair_lengths(rows), budget)
         with torch.no_grad():
             for pairs, real in some.held_out(rows):
+                context.pause("evaluation")
                 _, chosen, rejected = compare(pairs)
                 if real:
                     sums["right"] += (chosen > rejected).sum().item()

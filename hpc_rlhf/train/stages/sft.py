@@ -62,6 +62,7 @@ def run(context: StageContext) -> None:
         some = Batches(context, "held out", token_lengths(rows, "prompt_ids", "chosen_ids"), budget)
         with torch.no_grad():
             for chosen, real in some.held_out(rows):
+                context.pause("evaluation")
                 loss = loss_sum(chosen)
                 if real:
                     sums["loss"] += loss.item()
