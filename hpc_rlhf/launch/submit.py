@@ -43,6 +43,7 @@ def preview(spec: JobSpec, beside: Path | None = None) -> dict[str, str]:
     commands = {}
     for job in plan.jobs:
         templates.script(plan, job, "true")
+        templates.sentinel(plan, job)
         templates.ds_configs(job, spec.stage(job.stage))
         if not is_done(plan.run, job.stage):
             after = tuple(f"<{need}>" for need in job.needs if not is_done(plan.run, need))

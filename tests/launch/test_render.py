@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +272,47 @@ def test_broken_template_is_one_clear_error(template: str, expected: str, tmp_pa
     with pytest.raises(HpcRlhfError, match=expected):
         render(make_spec("/scratch/demo"), tmp_path / "out", tmp_path)
     assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_a_sentinel_heals_its_run_whatever_its_name_and_setup(hostile: str, tmp_path: Path) -> None:
+    """Setup lines that fail on a small node do not keep it from that."""
+    heal = {
+        "partition": "cpu",
+        "mem": "1G",
+        "setup": ["false", "export HEALING=1", "cd $UNSET/nowhere"],
+        "extra": {"nice": 5},
+    }
+    slurm = {"partition": "gpu", "account": "nlp", "reservation": "r1", "setup": ["exit 1"], "heal": heal}
+    spec = make_spec(tmp_path / f"run {hostile}".replace("/", ""), slurm)
+    run = RunDir(Path(spec.run_dir))
+    render(spec, run.scripts)
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$HEALING" "${{SBATCH_X-unset}}" "$@" >{tmp_path}/args\numask >>{tmp_path}/args\n'
+    )
+    python.chmod(0o755)
+    script = run.sentinel("sft").read_text()
+    for line in (
+        "partition=cpu",
+        "account=nlp",
+        "reservation=r1",
+        "mem=1G",
+        "nice=5",
+        "job-name=demo.sft.sentinel",
+    ):
+        assert f"\n#SBATCH --{line}\n" in script
+    assert "exit 1" not in script
+    (tmp_path / "cwd").mkdir()
+    here = tmp_path / "script.sh"
+    here.write_text(script.replace(sys.executable, str(python)))
+    subprocess.run(
+        ["bash", here],
+        cwd=tmp_path / "cwd",
+        env={**os.environ, "SBATCH_X": "1"},
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    said = (tmp_path / "args").read_text().splitlines()
+    assert said == ["1", "unset", "-m", "hpc_rlhf.cli", "heal", "--sentinel", str(run.path), "0077"]
+    assert not list((tmp_path / "cwd").iterdir())

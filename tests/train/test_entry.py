@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf import manifest, slurm
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.train.entry import Attempt
-from hpc_rlhf.train.preemption import StopFlag
+from hpc_rlhf.train.preemption import StageStopped, StopFlag
 from hpc_rlhf.train.world import World
 from tests.train.stages import make_run, tiny_spec
 
@@ -62,6 +63,35 @@ def test_a_stage_that_ends_while_it_is_preempted_runs_once_more(
         "finished",
         "requeued",
     ]
+
+
+@pytest.mark.parametrize(("by_person", "goes_on"), [(False, False), (True, True)])
+def test_requeues_are_counted_over_all_jobs_and_from_a_persons_word(
+    tmp_path: Path,
+    world: World,
+    requeued: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    by_person: bool,
+    goes_on: bool,
+) -> None:
+    """Slurm counts those of one job only, and this is the first attempt of the second."""
+    run = make_run(tiny_spec(tmp_path / "run", ranks=1, sft={"slurm": {"max_requeues": 2}}))
+    ledger = Ledger(run.ledger)
+    for event in ("started", "requeued", "started", "retried"):
+        ledger.append(event, "sft", job_id="8", step=3, reason="preempted")
+    if by_person:
+        ledger.append("anew", "sft")
+    monkeypatch.setattr("hpc_rlhf.train.world.join", lambda ranks: world)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def stop(attempt: Attempt, *_: object) -> None:
+        raise StageStopped("preempted", 5)
+
+    monkeypatch.setattr(Attempt, "train", stop)
+    expected = SystemExit if goes_on else HpcRlhfError
+    with pytest.raises(expected, match=None if goes_on else "none is left of the requeues"):
+        Attempt(run, "sft", StopFlag()).run()
+    assert requeued == (["9"] if goes_on else [])
 
 
 @pytest.mark.parametrize("code", [0, TIME_LIMIT])
