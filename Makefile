@@ -16,10 +16,10 @@ TESTS ?=
 # How long to measure: full, or short.
 BENCH ?= full
 
-.PHONY: help install demo test fuzz bench lint cluster cluster-down clean
+.PHONY: help install demo test fuzz bench bench-learning lint cluster cluster-down clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 install: .venv/.installed-dev  ## Install into .venv, with what development needs
 
@@ -52,6 +52,9 @@ fuzz: .venv/.installed-dev  ## Break 10,000 specs at random, and try to break ou
 
 bench: .venv/.installed-bench  ## Time ours and its peers on this machine; BENCH=short takes less long
 	BENCH=$(BENCH) $(BIN)/python -m tests.benchmarks
+
+bench-learning: .venv/.installed-bench  ## See what ours and its peers learn on HH data; takes an hour
+	$(BIN)/python -m tests.benchmarks.learning --work runs/learning
 
 lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
 	$(BIN)/ruff check .

@@ -1,0 +1,156 @@
+"""What learns beside our stages: DeepSpeed-Chat's loop and TRL's trainer on given samples, and the judge of them all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import workload
+
+SAMPLES, STEPS = 8, 200
+PEERS = {"sft": ("DeepSpeed-Chat",), "reward": ("DeepSpeed-Chat", "TRL")}
+ANSWERS = {"sft": ("chosen_ids",), "reward": ("chosen_ids", "rejected_ids")}
+
+Row = dict[str, list[int]]
+
+
+def whole(samples: list[Row], stage: str) -> list[list[int]]:
+    """Prompts with their answers: all chosen ones, then, for pairs, all rejected ones."""
+    return [row["prompt_ids"] + row[name] for name in ANSWERS[stage] for row in samples]
+
+
+def batches(samples: list[Row], stage: str) -> Iterator[tuple[Any, Any]]:
+    """Ids and mask of each step, padded to the longest."""
+    from tests.benchmarks.deepspeed_chat import _padded
+
+    for first in range(0, len(samples), SAMPLES):
+        sequences = whole(samples[first : first + SAMPLES], stage)
+        yield _padded(sequences, pad=0, width=max(map(len, sequences)))
+
+
+def _loaded(kind: str, folder: Path, **more: Any) -> Any:
+    import torch
+    import transformers
+
+    return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32, **more)
+
+
+def deepspeed_chat(stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path) -> None:
+    """Its loop: its loss and its engine. The head of its reward model is drawn as it draws it."""
+    import deepspeed
+    import torch
+    from transformers import get_scheduler
+
+    from tests.benchmarks.deepspeed_chat import PairLoss, Scorer, _config, _join
+
+    _join()
+    torch.manual_seed(seed)
+    model = _loaded("AutoModelForCausalLM", start)
+    net: Any = model if stage == "sft" else PairLoss(Scorer(model.model).float(), model.config.pad_token_id)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    config = {**_config(SAMPLES), "bf16": {"enabled": False}}
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    losses = []
+    for ids, mask in batches(samples, stage):
+        if stage == "sft":
+            labels = ids.masked_fill(mask == 0, -100)
+            loss = engine(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        else:
+            loss = engine(ids, mask)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    if stage == "reward":
+        scorer = net.scorer
+        model = _loaded("AutoModelForSequenceClassification", start, num_labels=1)
+        model.model.load_state_dict(scorer.body.state_dict())
+        model.score.load_state_dict(scorer.v_head.state_dict())
+    _keep(model, losses, target)
+
+
+def trl(stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path) -> None:
+    """Its reward trainer, given the pairs in order."""
+    import datasets
+    import torch
+    from transformers import AutoTokenizer
+    from trl import RewardConfig, RewardTrainer
+
+    assert stage == "reward"
+    torch.manual_seed(seed)
+    pairs = [{name: row["prompt_ids"] + row[name] for name in ANSWERS[stage]} for row in samples]
+    trainer = RewardTrainer(
+        _loaded("AutoModelForSequenceClassification", start, num_labels=1),
+        RewardConfig(
+            output_dir=str(target / "trl"), max_steps=STEPS, learning_rate=lr, lr_scheduler_type="cosine",
+            per_device_train_batch_size=SAMPLES, adam_beta2=0.95, max_grad_norm=1.0, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, train_sampling_strategy="sequential", max_length=workload.LONGEST,
+            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(pairs),
+        processing_class=AutoTokenizer.from_pretrained(start.with_name("tokenizer")),
+    )  # fmt: skip
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    _keep(trainer.model, losses, target)
+
+
+TRAIN: dict[str, Callable[..., None]] = {"DeepSpeed-Chat": deepspeed_chat, "TRL": trl}
+
+
+def _keep(model: Any, losses: list[float], target: Path) -> None:
+    model.save_pretrained(target)
+    (target / "losses.json").write_text(json.dumps(losses))
+
+
+def _logged(side: str, log: Path, *arguments: Any) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    TRAIN[side](*arguments)
+
+
+def train(
+    side: str, stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path
+) -> list[float]:
+    """Train a peer in a process of its own, or find that it was; gives the loss of each step.
+
+    Args:
+        start: folder of the model to start from, beside that of the tokenizer.
+        samples: of all steps, in order.
+        target: folder for the model.
+    """
+    losses = target / "losses.json"
+    if losses.exists():
+        return list(json.loads(losses.read_text()))
+    target.mkdir(exist_ok=True)
+    arguments = (stage, start, samples, lr, seed, target)
+    log = target.with_suffix(".log")
+    process = multiprocessing.get_context("spawn").Process(target=_logged, args=(side, log, *arguments))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{side} ended with {process.exitcode}:\n{log.read_text()[-3000:]}")
+    return list(json.loads(losses.read_text()))
+
+
+def judged(stage: str, folder: Path, held: list[Row]) -> list[float]:
+    """Of each held-out sample the log-probability of its tokens; of each pair whether the chosen scores higher."""
+    import torch
+
+    kind = {"sft": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}[stage]
+    model, found = _loaded(kind, folder).eval(), []
+    with torch.no_grad():
+        for ids, mask in batches(held, stage):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            if stage == "sft":
+                each = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+                found += (each * mask[:, 1:]).sum(1).tolist()
+            else:
+                chosen, rejected = logits.squeeze(-1).chunk(2)
+                found += (chosen > rejected).float().tolist()
+    return found
