@@ -231,18 +231,31 @@ class CheckpointStore:
         return sorted((p for p in self.folder.iterdir() if STEP_FOLDER.fullmatch(p.name)), reverse=True)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies; torn ones are set aside. None where a stage has none yet.
+        """The newest checkpoint that verifies and that these ranks can go on from; torn ones are set aside. None where a
+        stage has none yet.
+
+        Between steps any number of ranks can; in the middle of one, as many as saved it.
 
         Raises:
-            HpcRlhfError: there are checkpoints, or were, and none of them is whole; or they belong to
-                another number of ranks.
+            HpcRlhfError: there are checkpoints, or were, and none of them will do.
         """
+        halfway = None
         for folder in self.world.on_main(self._steps):
             mine = manifest.defect(folder, share=(self.world.rank, self.world.size))
-            defects = [defect for defect in self.world.gather(mine) if defect]
-            if not defects:
-                return self._opened(folder)
-            self.world.on_main(partial(_set_aside, folder))
+            if any(self.world.gather(mine)):
+                self.world.on_main(partial(_set_aside, folder))
+                continue
+            facts = manifest.require(folder, "the checkpoint", deep=False)
+            if facts["world_size"] == self.world.size or not facts["part"]:
+                return Checkpoint(facts["step"], folder, facts["state"], facts["part"])
+            halfway = halfway or facts["world_size"]
+        if halfway is not None:
+            raise HpcRlhfError(
+                f"the last checkpoints were made by {halfway} ranks in the middle of a step",
+                where=str(self.folder),
+                hint=f"run it on {halfway} ranks until the step is done; then it goes on with any number",
+                exit_code=RUN_FAILED,
+            )
         torn = self.world.on_main(lambda: len(list(self.folder.glob("torn-*"))))
         if torn:
             raise HpcRlhfError(
@@ -252,18 +265,6 @@ class CheckpointStore:
                 exit_code=RUN_FAILED,
             )
         return None
-
-    def _opened(self, folder: Path) -> Checkpoint:
-        facts = manifest.read(folder)
-        assert facts is not None
-        if facts["world_size"] != self.world.size:
-            raise HpcRlhfError(
-                f"the checkpoint was made by {facts['world_size']} ranks and this attempt has {self.world.size}",
-                where=str(folder),
-                hint="submit with the same nodes and GPUs as before",
-                exit_code=RUN_FAILED,
-            )
-        return Checkpoint(facts["step"], folder, facts["state"], facts.get("part", 0))
 
 
 def _gigabytes(size: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -132,15 +133,29 @@ def test_when_all_are_torn_no_attempt_starts_anew(
     assert store.latest() is None, "once they are out of the way, as the hint says"
 
 
-def test_one_of_another_number_of_ranks_is_refused(store: CheckpointStore, folder: Path) -> None:
+def test_between_steps_any_number_of_ranks_can_go_on(store: CheckpointStore, folder: Path) -> None:
     save(store, 10)
-    target = folder / "step-00000010"
-    facts = manifest.require(target, "it")
-    manifest.write(target, {**facts, "world_size": 4})
-    with pytest.raises(HpcRlhfError, match="made by 4 ranks and this attempt has 1") as caught:
+    made_by(4, folder / "step-00000010")
+    found = store.latest()
+    assert found is not None
+    assert found.step == 10
+
+
+def test_in_the_middle_of_a_step_only_those_that_saved_it_can(store: CheckpointStore, folder: Path) -> None:
+    save(store, 10)
+    assert store.save(10, writing("later"), {"loss": 1.0}, part=1)
+    made_by(4, folder / "step-00000010-0001")
+    found = store.latest()
+    assert found is not None
+    assert (found.step, found.part) == (10, 0)
+    shutil.rmtree(folder / "step-00000010")
+    with pytest.raises(HpcRlhfError, match="made by 4 ranks in the middle of a step"):
         store.latest()
-    assert caught.value.where == str(target)
-    assert names(folder) == ["step-00000010"], "it is whole, and kept"
+    assert names(folder) == ["step-00000010-0001"], "it is whole, and kept"
+
+
+def made_by(ranks: int, target: Path) -> None:
+    manifest.write(target, {**manifest.require(target, "it"), "world_size": ranks})
 
 
 def test_only_the_newest_are_kept_and_strangers_left_alone(store: CheckpointStore, folder: Path) -> None:

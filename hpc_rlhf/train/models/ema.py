@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hpc_rlhf.train import pieces
 from hpc_rlhf.train.models.cut import replicas
+from hpc_rlhf.train.pieces import Piece
 from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.world import World
 
@@ -67,15 +69,19 @@ class Ema:
                 for parameter, weight in zip(self.parameters, kept, strict=True):
                     self._weight(parameter).copy_(weight)
 
-    def save(self, snapshot: Snapshot) -> None:
-        snapshot.state(self._file(), self.averages)
-
-    def _file(self) -> str:
-        return f"ema-{self.world.rank:05d}.pt"
+    def save(self, snapshot: Snapshot, name: str) -> None:
+        """Put the averages into a snapshot's folder, for any number of ranks to go on from. Collective."""
+        pieces.write(snapshot, name, self._pieces(), {}, self.world)
 
     def load(self, folder: Path) -> None:
-        self.averages = torch.load(
-            folder / self._file(),
-            weights_only=True,
-            map_location=self._weight(self.parameters[0]).device,
-        )
+        """Put back what ``save`` wrote."""
+        pieces.read(folder, list(self._pieces()), self.world)
+
+    def _pieces(self) -> Iterator[Piece]:
+        for i, average in self.averages.items():
+            parameter: Any = self.parameters[i]
+            start, count = 0, average.numel()
+            if hasattr(parameter, "ds_id"):  # the last rank's shard may be padded
+                start = self.world.rank * count
+                count = max(0, min(count, parameter.ds_numel - start))
+            yield Piece(str(i), start, average.view(-1)[:count])

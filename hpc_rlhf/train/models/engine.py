@@ -15,10 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpc_rlhf.spec.training import TrainingSpec
+from hpc_rlhf.train import pieces
 from hpc_rlhf.train.algorithms import schedule
+from hpc_rlhf.train.models import state
 from hpc_rlhf.train.models.cut import cut, is_cut, mark
 from hpc_rlhf.train.models.onebit import OneBitAdam
 from hpc_rlhf.train.snapshot import Snapshot
+from hpc_rlhf.train.world import World
 
 
 @contextmanager
@@ -78,13 +81,13 @@ def training_engine(
         config=config,
     )
     _forget_first_step(engine)
-    if hasattr(engine.optimizer, "overflow_checker"):
-        # Half precision without ZeRO: DeepSpeed skips a step whose norm is not finite, and has looked for that in every
-        # gradient by itself before.
-        engine.optimizer.overflow_checker.check = bool
     if isinstance(optimizer, OneBitAdam):
         optimizer.start()
         engine.enable_backward_allreduce = False
+    elif hasattr(engine.optimizer, "overflow_checker"):
+        # Half precision without ZeRO: DeepSpeed skips a step whose norm is not finite, and has looked for that in every
+        # gradient by itself before. The norm is the same on all ranks, where their gradients have been averaged.
+        engine.optimizer.overflow_checker.check = bool
     engine.train()  # transformers loads models in eval mode: no dropout, no activation checkpointing
     return engine
 
@@ -188,53 +191,17 @@ def traffic(engines: Sequence[Any]) -> dict[str, float]:
     return {"bytes_sent": sum(optimizer.take_bytes_sent() for optimizer in ours)} if ours else {}
 
 
-def save(engine: Any, snapshot: Snapshot, name: str) -> None:
-    """Put an engine's state into a snapshot. Collective."""
-    own, engine.checkpoint_engine = engine.checkpoint_engine, _Taking(snapshot)
-    engine._copy_recovery_script = lambda folder: None  # DeepSpeed's own, which could not be hashed
-    try:
-        engine.save_checkpoint(str(snapshot.folder), tag=name, save_latest=False)
-    finally:
-        engine.checkpoint_engine = own
-    if isinstance(engine.basic_optimizer, OneBitAdam):
-        snapshot.state(str(_own(Path(), name)), engine.basic_optimizer.own())
+def save(engine: Any, snapshot: Snapshot, name: str, world: World) -> None:
+    """Put an engine's state into a snapshot's folder, for any number of ranks to go on from. Collective."""
+    pieces.write(snapshot, name, state.pieces(engine, world), state.facts(engine, world), world)
 
 
-class _Taking:
-    """Stands in for what DeepSpeed writes files with: they go into a snapshot."""
+def load(engine: Any, folder: Path, world: World) -> None:
+    """Put back what ``save`` wrote. Collective.
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self.snapshot.state(str(Path(path).relative_to(self.snapshot.folder)), state_dict)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """The snapshot makes them as it is written."""
-
-    def create(self, info: Any) -> None:
-        """Nothing comes before the files."""
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        return dp_rank == 0
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def preserves_storage_sharing(self) -> bool:
-        return True  # so that DeepSpeed clones what is a part of something larger
-
-
-def load(engine: Any, folder: Path, name: str) -> None:
-    """Put back what ``save`` wrote. Collective."""
-    path, _ = engine.load_checkpoint(str(folder), tag=name)
-    assert path is not None, f"DeepSpeed found no {name} in {folder}"
-    if isinstance(engine.basic_optimizer, OneBitAdam):
-        engine.basic_optimizer.load_own(_own(folder, name))
-
-
-def _own(folder: Path, name: str) -> Path:
-    return folder / name / f"onebit-{dist.get_rank():05d}.pt"
+    Raises:
+        HpcRlhfError: it was written for another model, or cannot be read by this number of ranks.
+    """
+    state.prepare(engine, pieces.read_facts(folder), folder, world)
+    pieces.read(folder, state.pieces(engine, world), world)
+    state.settle(engine)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from hpc_rlhf.train import seeds
 from hpc_rlhf.train.algorithms.compression import BLOCK, decode, encode, unpack_bits
+from hpc_rlhf.train.pieces import Piece
 
 # Sums of a sketch of the gradient: its norm comes out within 2 % (one over the root of twice this).
 SKETCH = 1024
@@ -44,7 +44,9 @@ class OneBitAdam(torch.optim.Optimizer):
         warmup: steps before the variance is frozen.
 
     Attributes:
+        steps: made so far.
         grad_norm: of the last step's averaged gradient, before it was clipped.
+        bytes_sent: by this rank since ``take_bytes_sent``.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class OneBitAdam(torch.optim.Optimizer):
         self.betas, self.eps, self.clip_grad, self.warmup = betas, eps, clip_grad, warmup
         self.steps = 0
         self.grad_norm = 0.0
-        self._bytes_sent = 0.0
+        self.bytes_sent = 0.0
         self._started = False
 
     def start(self) -> None:
@@ -173,34 +175,18 @@ class OneBitAdam(torch.optim.Optimizer):
     def _count_sent(self, size: float) -> None:
         """Count what a rank sends of something that goes round all ranks, less its own part."""
         ranks = dist.get_world_size()
-        self._bytes_sent += size * (ranks - 1) / ranks
+        self.bytes_sent += size * (ranks - 1) / ranks
 
     def take_bytes_sent(self) -> float:
         """Bytes that this rank has sent since this was last asked."""
-        sent, self._bytes_sent = self._bytes_sent, 0.0
+        sent, self.bytes_sent = self.bytes_sent, 0.0
         return sent
 
     # Checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is the same on every rank."""
-        return {**super().state_dict(), "steps": self.steps, "variance": self.variance}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self.steps = state_dict["steps"]
-        self.variance.copy_(state_dict["variance"])
-
-    def _own(self) -> list[Tensor]:
-        return [self.momentum, self.worker_error, self.server_error]
-
-    def own(self) -> list[Tensor]:
-        """What only this rank has: its momentum, what its compressions have left out, and what it has sent."""
-        return [*self._own(), torch.tensor(self._bytes_sent, dtype=torch.float64)]
-
-    def load_own(self, path: Path) -> None:
-        """Take what ``own`` gave, from a file."""
-        *saved, sent = torch.load(path, weights_only=True, map_location="cpu")
-        for own, kept in zip(self._own(), saved, strict=True):
-            own.copy_(kept)
-        self._bytes_sent = float(sent)
+    def pieces(self) -> Iterator[Piece]:
+        """What a checkpoint keeps of it. A rank's momentum, and what its compressions have left out, are its own."""
+        rank = dist.get_rank()
+        yield Piece("variance", 0, self.variance, mine=rank == 0)
+        for name in ("momentum", "worker_error", "server_error"):
+            yield Piece(f"{name} of rank {rank}", 0, getattr(self, name))

@@ -21,6 +21,7 @@ from hpc_rlhf.train.models.cut import cut
 from hpc_rlhf.train.models.weights import export
 from hpc_rlhf.train.ragged import plan_step
 from hpc_rlhf.train.snapshot import Snapshot
+from hpc_rlhf.train.world import World
 
 # Held-out samples looked at: enough for a standard error of 1.6 % on an accuracy.
 EVALUATED = 1024
@@ -83,18 +84,18 @@ class Batches:
             yield [indices[i] for i in chosen or [0]], bool(chosen)
 
 
-def save_engines(snapshot: Snapshot, named: dict[str, Any]) -> None:
-    """Every rank adds its part of each DeepSpeed engine's state."""
+def save_engines(snapshot: Snapshot, named: dict[str, Any], world: World) -> None:
+    """Put the state of DeepSpeed engines into a snapshot. Collective."""
     for name, engine in named.items():
-        engines.save(engine, snapshot, name)
+        engines.save(engine, snapshot, name, world)
 
 
-def load_engines(named: dict[str, Any]) -> Callable[[Checkpoint], None]:
+def load_engines(named: dict[str, Any], world: World) -> Callable[[Checkpoint], None]:
     """A function that puts a checkpoint's state into the engines."""
 
     def load(found: Checkpoint) -> None:
         for name, engine in named.items():
-            engines.load(engine, found.folder, name)
+            engines.load(engine, found.folder / name, world)
 
     return load
 

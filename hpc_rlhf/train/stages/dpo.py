@@ -172,13 +172,13 @@ def run(context: StageContext) -> None:
         return totals(seen, count)
 
     # 3. Resume.
-    found = context.resume(load_engines({"engine": engine}))
+    found = context.resume(load_engines({"engine": engine}, context.world))
     first = found.step if found else 0
     if world.is_main:
         keep_until(context.files.samples, first if found else -1)
 
     def take(snapshot: Snapshot) -> None:
-        save_engines(snapshot, {"engine": engine})
+        save_engines(snapshot, {"engine": engine}, context.world)
 
     # 4. Train.
     for step in range(first, total):

@@ -48,7 +48,7 @@ class PpoModels:
     """
 
     def __init__(self, spec: PpoSpec, start: Start, tokenizer: Any, world: World) -> None:
-        dtype, configs = DTYPES[spec.precision], start.ds_configs
+        self.world, dtype, configs = world, DTYPES[spec.precision], start.ds_configs
         with engines.sharded_loading(configs[""]):
             self.policy = load_causal(start.actor, dtype, spec.dropout)
         with engines.sharded_loading(configs["critic"]):
@@ -74,11 +74,11 @@ class PpoModels:
 
     def take(self, snapshot: Snapshot) -> None:
         """Add what training changes. Collective."""
-        save_engines(snapshot, {"actor": self.actor, "critic": self.critic})
+        save_engines(snapshot, {"actor": self.actor, "critic": self.critic}, self.world)
         if self.ema:
-            self.ema.save(snapshot)
+            self.ema.save(snapshot, "ema")
 
     def load(self, found: Checkpoint) -> None:
-        load_engines({"actor": self.actor, "critic": self.critic})(found)
+        load_engines({"actor": self.actor, "critic": self.critic}, self.world)(found)
         if self.ema:
-            self.ema.load(found.folder)
+            self.ema.load(found.folder / "ema")

@@ -78,11 +78,11 @@ def run(context: StageContext) -> None:
         return sums["right"] / sums["pairs"]
 
     # 3. Resume.
-    found = context.resume(load_engines({"engine": engine}))
+    found = context.resume(load_engines({"engine": engine}, context.world))
     first = found.step if found else 0
 
     def take(snapshot: Snapshot) -> None:
-        save_engines(snapshot, {"engine": engine})
+        save_engines(snapshot, {"engine": engine}, context.world)
 
     # 4. Train.
     for step in range(first, total):

@@ -73,7 +73,7 @@ def run(context: StageContext) -> None:
 
     # 3. Resume, or measure where it starts.
     state: dict[str, Any] = {}
-    found = context.resume(load_engines({"engine": engine}))
+    found = context.resume(load_engines({"engine": engine}, context.world))
     if found is not None:
         state, first = found.state, found.step
     else:
@@ -81,7 +81,7 @@ def run(context: StageContext) -> None:
         context.metrics.log(0, total, "eval", {"perplexity": state["perplexity_before"]})
 
     def take(snapshot: Snapshot) -> None:
-        save_engines(snapshot, {"engine": engine})
+        save_engines(snapshot, {"engine": engine}, context.world)
 
     # 4. Train.
     for step in range(first, total):

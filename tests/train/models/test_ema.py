@@ -87,16 +87,16 @@ def test_ranks_keep_every_average_once() -> None:
     assert not kept[0] & kept[1]
 
 
-def test_averages_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+def test_averages_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path, world: World) -> None:
     model = model_of(torch.bfloat16)
-    ema = Ema(model, BETA, ALONE)
+    ema = Ema(model, BETA, world)
     step(model, 1)
     ema.update()
     snapshot = Snapshot(tmp_path)
-    ema.save(snapshot)
+    ema.save(snapshot, "ema")
     snapshot.write()
-    other = Ema(model, BETA, ALONE)
+    other = Ema(model, BETA, world)
     assert not torch.equal(other.averages[0], ema.averages[0])
-    other.load(tmp_path)
+    other.load(tmp_path / "ema")
     assert other.averages.keys() == ema.averages.keys()
     assert all(torch.equal(other.averages[i], ema.averages[i]) for i in ema.averages)

@@ -1,0 +1,134 @@
+"""What an engine has learnt comes back on as many ranks bit for bit, and on any other number as the same training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.stages import free_port, rank_environment
+
+pytestmark = pytest.mark.train
+# ZeRO stage, precision, optimizer in CPU memory.
+WAYS = [
+    "0 fp32 no",
+    "0 bf16 no",
+    "0 fp16 no",
+    "1 fp32 no",
+    "2 fp16 no",
+    "2 bf16 yes",
+    "3 fp32 no",
+    "3 bf16 yes",
+]
+
+RANK = """
+import json, sys
+from pathlib import Path
+import torch
+from hpc_rlhf.spec.stages import SftSpec
+from hpc_rlhf.train import world as worlds
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models import state
+from hpc_rlhf.train.models.language import LanguageModel
+from hpc_rlhf.train.models.load import DTYPES, load_causal
+from hpc_rlhf.train.ragged import Ragged
+from hpc_rlhf.train.snapshot import Snapshot
+
+source, folder, ways = sys.argv[1], Path(sys.argv[2]), sys.argv[4:]
+world = worlds.join(int(sys.argv[3]))
+batch = Ragged.of([[5, 6, 7, 8, 9, 10, 3], [11, 12, 13, 4]])
+
+def made(zero, precision, offload):
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
+        "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": zero},
+    }
+    if zero == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    if offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    if precision == "fp16":  # its first steps are skipped
+        config["fp16"] = {"enabled": True, "initial_scale_power": 17, "loss_scale_window": 100}
+    spec = SftSpec.model_validate({"zero": zero, "precision": precision, "warmup": 2})
+    with engines.sharded_loading(config):
+        model = load_causal(source, DTYPES[precision], 0.0)
+    return engines.training_engine(LanguageModel(model), config, spec, 1e-3, 50)
+
+def train(engine, steps):
+    losses = []
+    def loss():
+        log_probs, _ = engine(batch.ids, batch.lengths, batch.tail([6, 3]))
+        losses.append(float(-log_probs.mean()))
+        return -log_probs.mean()
+    for _ in range(steps):
+        engines.optimizer_step(engine, [loss])
+    return losses
+
+def end(engine):
+    learnt = {p.key: p.tensor.double().sum().item() for p in state.pieces(engine, world) if p.mine}
+    return learnt, state.facts(engine, world)
+
+seen = {}
+for way in ways:
+    zero, precision, offload = way.split()
+    engine = made(int(zero), precision, offload == "yes")
+    kept = folder / way.replace(" ", "-")
+    if not kept.exists():
+        train(engine, 5)
+        world.barrier()
+        snapshot = Snapshot(kept)
+        engines.save(engine, snapshot, "engine", world)
+        snapshot.write()
+    else:
+        engines.load(engine, kept / "engine", world)
+    world.barrier()
+    losses = train(engine, 4)
+    shares = world.gather(end(engine)[0])
+    sums = {key: sum(share.get(key, 0.0) for share in shares) for key in sorted({k for s in shares for k in s})}
+    seen[way] = {"losses": losses, "sums": sums, "facts": end(engine)[1]}
+print(json.dumps(seen)) if world.is_main else None
+worlds.leave()
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Checkpoints of two ranks, and what came of going on without a break."""
+    from tests.train import tiny
+
+    folder = tmp_path_factory.mktemp("state")
+    tiny.causal("llama").save_pretrained(folder / "model")
+    return folder, ranks(folder, 2)
+
+
+def ranks(folder: Path, count: int) -> dict[str, Any]:
+    command = [sys.executable, "-c", RANK, str(folder / "model"), str(folder / "kept"), str(count), *WAYS]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for environment in rank_environment(count, free_port())
+    ]
+    ended = [(process.communicate(timeout=300), process.returncode) for process in processes]
+    assert [code for _, code in ended] == [0] * count, ended[0][0][1][-2000:]
+    found: dict[str, Any] = json.loads(ended[0][0][0].splitlines()[-1])
+    return found
+
+
+def test_as_many_ranks_go_on_bit_for_bit(saved: tuple[Path, dict[str, Any]]) -> None:
+    assert ranks(saved[0], 2) == saved[1]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_other_ranks_go_on_with_the_same_training(saved: tuple[Path, dict[str, Any]], count: int) -> None:
+    for way, found in ranks(saved[0], count).items():
+        whole = saved[1][way]
+        tolerance = 1e-5 if "fp32" in way else 5e-3
+        assert found["losses"] == pytest.approx(whole["losses"], rel=tolerance), way
+        assert found["sums"].keys() == whole["sums"].keys(), way
+        for name in ("optimizer", "schedule", "scale"):
+            assert found["facts"][name] == whole["facts"][name], way
