@@ -15,12 +15,14 @@ from hpc_rlhf.launch.lock import Lock, hold
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.load import dump_spec, read_spec
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.stages import STAGE_NAMES
 
-# Slurm settings that decide how many ranks share a step: a checkpoint only fits the ranks it was written by.
+# Settings that decide how many ranks share a step: Slurm's, and the stage's own.
 _SIZE = {"nodes", "gpus_per_node", "ranks_per_node"}
+_SHARES = {"micro_batch", "global_batch"}
 _MAX_LISTED = 12
 
 
@@ -55,7 +57,8 @@ def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool =
     """Write the resolved spec, the plan and the scripts into a run directory that the caller has claimed.
 
     What a run was trained with must not change under it, so a directory that has trained takes only other
-    Slurm settings of the same size, and one whose jobs are queued or running takes no change at all. It may be
+    Slurm settings, which may share the same steps among another number of ranks, and one whose jobs are queued or
+    running takes no change at all. It may be
     evaluated in another way; what was found in the old one is removed.
 
     Args:
@@ -106,12 +109,13 @@ def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
     """Raise HpcRlhfError when a run directory belongs to a different spec. Touches nothing."""
     if not run.job_yaml.exists():
         return
-    changes = differences(read_spec(run.job_yaml), spec)
+    old = read_spec(run.job_yaml)
+    changes = differences(old, spec)
     if live:
         hint = f"stop its jobs first (hpc-rlhf cancel {run.path}), or choose another run_dir"
     elif _has_trained(run):
-        changes = [change for change in changes if not _harmless(change[0])]
-        hint = "undo the changes, or choose another run_dir"
+        changes = [c for c in changes if not _harmless(c[0]) and not _shared_otherwise(c[0], old, spec)]
+        hint = "undo the changes, or choose another run_dir" + _same_steps(changes, old)
     else:
         return
     if not changes:
@@ -143,6 +147,29 @@ def _has_trained(run: RunDir) -> bool:
 def _harmless(path: str) -> bool:
     """Whether a field may change after a run has trained."""
     return _is_placing(path) or _is_evaluation(path)
+
+
+def _shared_otherwise(path: str, old: JobSpec, new: JobSpec) -> bool:
+    """Whether a field only says how many ranks share a stage's steps, which have as many samples as before."""
+    if not _is_sharing(path):
+        return False
+    stage = path.split(".")[1]
+    return derive_batch(old.stage(stage), stage).global_ == derive_batch(new.stage(stage), stage).global_
+
+
+def _is_sharing(path: str) -> bool:
+    parts = path.split(".")
+    sized = parts[2:3] == ["slurm"] and parts[3] in _SIZE
+    return parts[0] == "stages" and (sized or (len(parts) == 3 and parts[2] in _SHARES))
+
+
+def _same_steps(changes: list[tuple[str, Any, Any]], old: JobSpec) -> str:
+    """How a stage may go on with another number of ranks."""
+    stages = sorted({path.split(".")[1] for path, _, _ in changes if _is_sharing(path)})
+    wanted = [
+        f"stages.{stage}.global_batch: {derive_batch(old.stage(stage), stage).global_}" for stage in stages
+    ]
+    return f"; other ranks may share the same steps, with {' and '.join(wanted)}" if wanted else ""
 
 
 def _is_placing(path: str) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,22 +39,14 @@ class Snapshot:
         self._neighbours = neighbours
         self._files: list[tuple[str, Callable[[BinaryIO], object]]] = []
 
-    def state(self, name: str, state: Any) -> None:
-        """A file of anything that ``torch.save`` takes."""
-        self._add(name, state, torch.save)
-
-    def _add(self, name: str, state: Any, put: Callable[[Any, BinaryIO], object]) -> None:
-        tensors = list(_tensors(state))
-        size = sum(tensor.nbytes for tensor in tensors)
-        if not self.live and size * self._neighbours * 1.1 > free_memory():
-            self.live = True
-        kept = state if self.live else _copied(state, tensors)
-        self.size += size
-        self._files.append((name, partial(put, kept)))
-
     def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """A safetensors file of tensors, which may be views of one memory."""
-        self._add(name, tensors, _put_safetensors)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if not self.live and size * self._neighbours * 1.1 > free_memory():
+            self.live = True
+        kept = tensors if self.live else {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
+        self.size += size
+        self._files.append((name, partial(_put_safetensors, kept)))
 
     def data(self, name: str, data: bytes) -> None:
         """A file of bytes."""
@@ -108,30 +99,6 @@ def _put_safetensors(tensors: dict[str, Tensor], file: BinaryIO) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors.values():
         file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors in nested dicts, lists and tuples."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from _tensors(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _tensors(value)
-
-
-def _copied(state: Any, tensors: list[Tensor]) -> Any:
-    """The same in memory of its own; tensors in host memory, those that are the same once."""
-    memo: dict[int, Any] = {}
-    places: dict[tuple[object, ...], Tensor] = {}
-    for tensor in tensors:
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if place not in places or not tensor.numel():
-            places[place] = tensor.detach().to("cpu", copy=True)
-        memo[id(tensor)] = places[place]
-    return copy.deepcopy(state, memo)
 
 
 def free_memory() -> float:

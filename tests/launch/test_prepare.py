@@ -11,6 +11,7 @@ import pytest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.prepare import claim, differences, evaluated_otherwise, prepare
 from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.load import load_spec, read_spec
 from hpc_rlhf.spec.model import JobSpec
 from tests.launch.fakes import SPEC
@@ -68,6 +69,20 @@ def test_what_has_trained_may_move_to_another_partition(tmp_path: Path) -> None:
     (run / "stages/sft/checkpoints").mkdir()
     prepared(spec_with(tmp_path, "slurm.partition=night", "stages.ppo.slurm.time=2-00"))
     assert "--partition=night" in (run / "scripts/sft.sbatch").read_text()
+
+
+def test_what_has_trained_may_go_on_with_other_ranks_that_share_the_same_steps(tmp_path: Path) -> None:
+    run = prepared(spec_with(tmp_path, "stages.sft.micro_batch=4", "slurm.nodes=2"))
+    (run / "stages/sft/checkpoints").mkdir()
+    whole = derive_batch(read_spec(run / "job.yaml").stage("sft"), "sft").global_
+    with pytest.raises(HpcRlhfError, match=rf"the same steps, with .*stages.sft.global_batch: {whole}"):
+        prepared(spec_with(tmp_path, "stages.sft.micro_batch=4"))
+    same = [
+        f"stages.{s}.global_batch={derive_batch(read_spec(run / 'job.yaml').stage(s), s).global_}"
+        for s in ("sft", "reward", "ppo")
+    ]
+    prepared(spec_with(tmp_path, "stages.sft.micro_batch=2", *same))
+    assert derive_batch(read_spec(run / "job.yaml").stage("sft"), "sft").global_ == whole
 
 
 def test_while_jobs_live_nothing_changes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.train.checkpoint import Checkpoint
@@ -53,12 +54,12 @@ def train(run: RunDir, attempt: str, faults: Any, fatal: int) -> int:
     weights = {"a": torch.arange(2000, dtype=torch.float64), "b": torch.ones(3)}
 
     def take(snapshot: Snapshot) -> None:
-        snapshot.state("engine/a.pt", {"a": weights["a"]})
-        snapshot.state("engine/b.pt", {"b": weights["b"]})
+        snapshot.tensors("engine/a.safetensors", {"a": weights["a"]})
+        snapshot.tensors("engine/b.safetensors", {"b": weights["b"]})
 
     def load(found: Checkpoint) -> None:
         for name in ("a", "b"):
-            weights[name].copy_(torch.load(found.folder / "engine" / f"{name}.pt")[name])
+            weights[name].copy_(load_file(found.folder / "engine" / f"{name}.safetensors")[name])
 
     found = context.resume(load)
     calls = 0

@@ -11,7 +11,7 @@ import pytest
 
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
-from tests.train.stages import make_run, metrics, tiny_spec, weights_digest
+from tests.train.stages import make_run, metrics, run_stage, tiny_spec, weights_digest
 from tests.train.stopping import run_stopping
 
 pytestmark = pytest.mark.train
@@ -103,3 +103,29 @@ def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None
     assert stops(three_stopped, "ppo") == [(0, 2), (0, 4)]
     same(one_stopped, one, "ppo")
     same(three_stopped, three, "ppo")
+
+
+def test_a_stage_goes_on_with_other_ranks_that_share_the_same_steps(tmp_path: Path) -> None:
+    """Two ranks, then one, then two: the losses are those of two throughout, and no sample is seen twice."""
+    fields: dict[str, Any] = {
+        "micro_batch": 2,
+        "global_batch": 16,
+        "max_steps": 9,
+        "zero": 2,
+        "precision": "fp32",
+        "lr": 1e-3,
+    }
+    whole = make_run(tiny_spec(tmp_path / "whole", 2, sft=fields))
+    assert run_stage(whole, "sft", 2) == [0] * 2
+    for ranks, stop_after in ((2, 3), (1, 6), (2, None)):
+        run = make_run(tiny_spec(tmp_path / "moved", ranks, sft=fields))
+        codes = run_stage(run, "sft", ranks, stop_after)
+        assert codes == [75 if stop_after else 0] * ranks
+    began = [event["ranks"] for event in Ledger(run.ledger).events("sft") if event["event"] == "started"]
+    assert began == [2, 1, 2]
+    found, expected = metrics(run, "sft"), metrics(whole, "sft")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(found, expected, strict=True):
+        if line["kind"] == "train":
+            assert line["tokens"] == other["tokens"]
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
