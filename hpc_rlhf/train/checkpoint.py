@@ -187,8 +187,8 @@ class CheckpointStore:
         refused, files = None, {}
         try:
             files = writing.files.result()
-        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
-            refused = f"rank {self.world.rank} on {socket.gethostname()}: {_cause(error)}"
+        except OSError as error:
+            refused = f"rank {self.world.rank} on {socket.gethostname()}: {error}"
         shares = self.world.gather((files, refused))
         errors = [error for _, error in shares if error]
         if errors:
@@ -269,13 +269,6 @@ class CheckpointStore:
 
 def _gigabytes(size: float) -> str:
     return f"{size / 1e9:.3g} GB"
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The file system's own word, where torch raises one of its own on top."""
-    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__ or error
-    return error
 
 
 def _set_aside(folder: Path) -> None:

@@ -68,21 +68,17 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield path
 
 
-def with_value(tree: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, Any]:
+def changed(
+    tree: dict[str, Any], path: tuple[Any, ...], value: Any = None, name: str | None = None
+) -> dict[str, Any]:
+    """The tree with another value at a path, or with another name for what is there."""
     tree = copy.deepcopy(tree)
     inside: Any = tree
     for key in path[:-1]:
         inside = inside[key]
-    inside[path[-1]] = value
-    return tree
-
-
-def with_key(tree: dict[str, Any], path: tuple[Any, ...], name: str) -> dict[str, Any]:
-    tree = copy.deepcopy(tree)
-    inside: Any = tree
-    for key in path[:-1]:
-        inside = inside[key]
-    if isinstance(inside, dict):
+    if name is None:
+        inside[path[-1]] = value
+    elif isinstance(inside, dict):
         inside[name] = inside.pop(path[-1])
     return tree
 
@@ -92,10 +88,10 @@ def hostile_texts(run_dir: str) -> list[str]:
     good = whole_spec(run_dir)
     texts = []
     for path in places(good):
-        texts += [json.dumps(with_value(good, path, payload)) for payload in PAYLOADS]
-        marked = yaml.safe_dump(with_value(good, path, "PLACE"), allow_unicode=True)
+        texts += [json.dumps(changed(good, path, payload)) for payload in PAYLOADS]
+        marked = yaml.safe_dump(changed(good, path, "PLACE"), allow_unicode=True)
         texts += [marked.replace("PLACE", raw, 1) for raw in RAW]
-        texts += [json.dumps(with_key(good, path, payload)) for payload in PAYLOADS[:4]]
+        texts += [json.dumps(changed(good, path, name=payload)) for payload in PAYLOADS[:4]]
     return texts
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import read_spec
-from tests.train.stages import free_port, rank_environment
-
-DEADLINE = 600.0
+from tests.train.stages import run_ranks
 
 
 def run_chains(runs: Sequence[RunDir], ranks: int) -> None:
@@ -21,22 +18,7 @@ def run_chains(runs: Sequence[RunDir], ranks: int) -> None:
         AssertionError: a rank failed; it holds the ends of their logs.
     """
     logs = [runs[0].path.parent / f"ranks-{ranks}.{rank}.log" for rank in range(ranks)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.grid", *(str(run.path) for run in runs)],
-            env=environment,
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for environment, log in zip(rank_environment(ranks, free_port()), logs, strict=True)
-    ]
-    try:
-        codes = [process.wait(DEADLINE) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks("tests.train.grid", [str(run.path) for run in runs], logs)
 
 
 def main() -> None:

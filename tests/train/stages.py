@@ -18,6 +18,7 @@ from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
 
 DEADLINE = 240.0
+ONCE_DEADLINE = 600.0  # of ranks that run many stages
 
 
 def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpec:
@@ -64,6 +65,30 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def run_ranks(module: str, args: list[str], logs: list[Path]) -> None:
+    """Run a module's ``main`` on ranks that start but once, each with a log.
+
+    Raises:
+        AssertionError: a rank failed; it holds the ends of their logs.
+    """
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *args],
+            env=environment,
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for environment, log in zip(rank_environment(len(logs), free_port()), logs, strict=True)
+    ]
+    try:
+        codes = [process.wait(ONCE_DEADLINE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
 
 
 def rank_environment(ranks: int, port: int) -> list[dict[str, str]]:

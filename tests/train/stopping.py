@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import count
@@ -12,9 +11,8 @@ from typing import Any
 
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import read_spec
-from tests.train.stages import free_port, rank_environment
+from tests.train.stages import run_ranks
 
-DEADLINE = 600.0
 TIME_LIMIT = 1
 
 
@@ -28,22 +26,7 @@ def run_stopping(work: Sequence[tuple[RunDir, str, list[int]]], ranks: int) -> N
     """
     logs = [work[0][0].path.parent / f"ranks.{rank}.log" for rank in range(ranks)]
     tasks = json.dumps([(str(run.path), stage, stops) for run, stage, stops in work])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.stopping", tasks],
-            env=environment,
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for environment, log in zip(rank_environment(ranks, free_port()), logs, strict=True)
-    ]
-    try:
-        codes = [process.wait(DEADLINE) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks("tests.train.stopping", [tasks], logs)
 
 
 def main() -> None:

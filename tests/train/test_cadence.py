@@ -8,17 +8,7 @@ import pytest
 
 from hpc_rlhf.train import cadence
 from hpc_rlhf.train.cadence import SLACK, Cadence, Deadline, daly
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return self.now
+from tests.train.clock import Clock
 
 
 @pytest.fixture

@@ -10,16 +10,7 @@ import pytest
 from hpc_rlhf.train import polls
 from hpc_rlhf.train.polls import Polls
 from hpc_rlhf.train.world import World
-
-
-class Clock:
-    """Time goes on by what each piece of work takes."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
+from tests.train.clock import Clock
 
 
 @pytest.fixture
