@@ -184,9 +184,9 @@ def test_a_stage_whose_node_died_goes_on_elsewhere(chains: dict[str, StandIn]) -
     lost = next(name for name, daemon in chain.cluster.daemons().items() if not daemon.alive)
     wait_until(lambda: len(chain.events("started", "sft")) == 2, 90, "the job has started again")
     assert chain.cluster.field(chain.job_id("sft"), "NodeList") != lost
+    wait_until(chain.sentinels, 10, "a sentinel watches over the new attempt")
     chain.cluster.start_node(lost)  # ends what still runs there
     chain.fault.unlink()
     chain.await_end()
     assert chain.endings() == [("node failure", 5)]
     assert chain.events("ended", "sft")[0]["node"] == lost
-    assert chain.sentinels()

@@ -120,6 +120,7 @@ for step in (10, 20):
     store.save(step, lambda snapshot: snapshot.data(f"rank-{rank}", f"{rank} at {step}".encode()), {"step": step})
 found = store.latest()
 seen["saved"] = [found.step, sorted(manifest.read(found.folder)["files"])]
+world.barrier()
 # A part of rank 1 is torn: both go back together.
 if world.is_main:
     (folder / "checkpoints" / "step-00000020" / "rank-1").write_text("x")
