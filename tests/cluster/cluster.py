@@ -193,6 +193,15 @@ class Cluster:
         states = ("sinfo", "--noheader", f"--nodes={name}", "--partition=gpu", "--format=%T")
         wait_until(lambda: self.run(*states).stdout.strip() in ("idle", "mixed"), 60, f"{name} is back")
 
+    def kill_controller(self) -> None:
+        """Let slurmctld be gone at once; jobs run on."""
+        kill_and_wait([self.daemons()["slurmctld"]])
+
+    def start_controller(self) -> None:
+        """Start slurmctld again from what it last wrote down, and return once it answers."""
+        self._spawn("slurmctld", "slurmctld", "-D")
+        wait_until(lambda: self._answers("scontrol", "ping"), 60, "slurmctld answers again")
+
     def clear(self) -> None:
         """Cancel every job and wait until all nodes are idle again."""
         # First those that wait: a run's sentinels would start as its stages end.
