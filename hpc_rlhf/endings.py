@@ -232,7 +232,7 @@ def _by_logs(attempt: Sequence[Event], job: PastJob | None, logs: Logs) -> tuple
         said = logs.last_line(int(task["rank"]))
         reason = OUT_OF_MEMORY if _MEMORY.search(said) else FAILED
         return reason, said if said and "exit code" in task["how"] else task[0], task["node"]
-    if job is not None and job.exit_code.endswith(":9"):
+    if job is not None and (job.exit_code.endswith(":9") or job.exit_code.startswith("137:")):  # of the script, or of srun
         return KILLED, f"exit code {job.exit_code}", ""
     said = _last_line(logs.batch)
     if said:

@@ -81,7 +81,6 @@ class PastJob:
         exit_code: the batch script's exit code and the signal that ended it, such as 1:0.
         nodes: a host list, such as node[1-2].
         failed_node: the node that Slurm gave up on; empty where it does not say.
-        excluded: a host list of the nodes that it may not use.
         requeueable: the controller still has it, and would requeue it.
         bereft: cancelled by Slurm, because a job that it waited for ended badly (``kill_invalid_depend``).
     """
@@ -91,7 +90,6 @@ class PastJob:
     exit_code: str
     nodes: str = ""
     failed_node: str = ""
-    excluded: str = ""
     requeueable: bool = False
     bereft: bool = False
 
@@ -163,7 +161,6 @@ def remembered(job_id: str) -> PastJob | None:
         told.get("ExitCode", ""),
         told.get("NodeList", ""),
         told.get("FailedNode", ""),
-        told.get("ExcNodeList", ""),
         told.get("Requeue") == "1",
         told["JobState"] == "CANCELLED" and told.get("Reason") == "DependencyNeverSatisfied",
     )
@@ -239,13 +236,14 @@ def submit(script: Path, options: Sequence[str]) -> str:
     return _run(["sbatch", "--parsable", *options, str(script)]).split(";")[0].strip()
 
 
-def put_off(job_id: str, seconds: int, excluded: str) -> None:
+def put_off(job_id: str, seconds: int, excluded: str | None) -> None:
     """Let a pending job start only after a while, and not on some nodes.
 
     Args:
-        excluded: a host list in place of the one that the job has; empty leaves that.
+        excluded: a host list in place of the one that the job has; None leaves that.
     """
-    changes = [f"StartTime=now+{seconds}"] * (seconds > 0) + [f"ExcNodeList={excluded}"] * bool(excluded)
+    changes = [f"StartTime=now+{seconds}"] * (seconds > 0)
+    changes += [] if excluded is None else [f"ExcNodeList={excluded}"]
     if changes:
         _run(["scontrol", "update", f"JobId={job_id}", *changes])
 

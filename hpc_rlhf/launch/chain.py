@@ -127,12 +127,12 @@ class Chain:
         self._tokens[job_id] = token
         return Outcome(job.stage, "submitted", job_id)
 
-    def requeue(self, job: PlannedJob, job_id: str, delay: int, excluded: str) -> Outcome:
+    def requeue(self, job: PlannedJob, job_id: str, delay: int, excluded: str | None) -> Outcome:
         """Put a finished job back in the queue under its own id.
 
         Args:
             delay: seconds before which it may not start.
-            excluded: a host list of all nodes that it may not use.
+            excluded: a host list of all nodes that it may not use; None leaves those that it has.
 
         Raises:
             HpcRlhfError: Slurm refuses.

@@ -110,7 +110,7 @@ class _Mending:
         verdict = self._verdict()
         if isinstance(verdict, Stop):
             return self._stop(verdict, queued.job_id)
-        slurm.put_off(queued.job_id, verdict.delay, self._excluded(past, verdict))
+        slurm.put_off(queued.job_id, verdict.delay, self._excluded(verdict))
         slurm.release(queued.job_id)
         return self._retried(
             Outcome(self._stage, "requeued", queued.job_id, "a node failed to launch it; let go"), verdict
@@ -176,17 +176,20 @@ class _Mending:
         if past is None or not past.requeueable or past.state == "CANCELLED":
             return None
         try:
-            return self._chain.requeue(self._job, job_id, verdict.delay, self._excluded(past, verdict))
+            return self._chain.requeue(self._job, job_id, verdict.delay, self._excluded(verdict))
         except HpcRlhfError:
             queued = slurm.queue().get(job_id)
             if queued is None or not queued.live:
                 return None
             return Outcome(self._stage, "requeued", job_id)
 
-    def _excluded(self, past: PastJob | None, verdict: Again) -> str:
-        """A host list of what the job may not use already and of the verdict's nodes; empty where those are none."""
-        kept = past.excluded if past is not None else ""
-        return ",".join(filter(None, (kept, *verdict.without))) if verdict.without else ""
+    def _excluded(self, verdict: Again) -> str | None:
+        """A host list of the spec's nodes and of the verdict's that the job may not use; None where that is as before."""
+        retried = [event for event in self._events() if event["event"] == "retried"]
+        before = retried[-1]["without"] if retried else []
+        if list(verdict.without) == before:
+            return None
+        return ",".join(filter(None, (self._job.slurm.exclude, *verdict.without)))
 
     def _retried(self, outcome: Outcome, verdict: Again) -> Outcome:
         self._note("retried", job_id=outcome.job_id, delay=verdict.delay, without=list(verdict.without))

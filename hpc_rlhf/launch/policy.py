@@ -12,6 +12,7 @@ from hpc_rlhf.endings import BLAMELESS, FINAL, ON_A_NODE, Event, returns
 _GROWS = 4
 _LONGEST_WAIT = 3600
 _TRIES = 2
+_LATELY = 4  # endings
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,12 @@ def _gist(ending: Event) -> str:
 
 
 def _bad_nodes(endings: Sequence[Event]) -> tuple[str, ...]:
-    """Nodes on which attempts ended more than once, for a reason that may lie in the node."""
-    nodes = Counter(ending["node"] for ending in endings if ending["reason"] in ON_A_NODE and ending["node"])
-    return tuple(sorted(node for node, times in nodes.items() if times > 1))
+    """Nodes on which attempts lately ended more than once, for a reason that may lie in the node.
+
+    Lately: over a long run every node has its turn, and a stage that may use none of them does not start.
+    """
+    blamed = [ending["node"] for ending in endings if ending["reason"] in ON_A_NODE and ending["node"]]
+    return tuple(sorted(node for node, times in Counter(blamed[-_LATELY:]).items() if times > 1))
 
 
 def _sentence(ending: Event, when: str = "") -> str:

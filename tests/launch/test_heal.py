@@ -50,8 +50,8 @@ class FakeSlurm:
     def set_dependency(self, job_id: str, needs: tuple[str, ...]) -> None:
         self.did.append(("depend", job_id, *needs))
 
-    def put_off(self, job_id: str, seconds: int, excluded: str) -> None:
-        if seconds or excluded:
+    def put_off(self, job_id: str, seconds: int, excluded: str | None) -> None:
+        if seconds or excluded is not None:
             self.did.append(("put off", job_id, seconds, excluded))
 
     def release(self, job_id: str) -> None:
@@ -137,7 +137,7 @@ def test_a_failed_stage_is_requeued_and_its_dependents_wait_for_it_again(
     outcomes = heal(run, by_sentinel=True)
     assert kinds(outcomes) == ["requeued", "live", "live"]
     assert fake.did == [
-        ("requeue", "1"), ("put off", "1", 10, ""), ("depend", "3", "1", "2"), ("sentinel", "sft", "afternotok:1"),
+        ("requeue", "1"), ("put off", "1", 10, None), ("depend", "3", "1", "2"), ("sentinel", "sft", "afternotok:1"),
     ]  # fmt: skip
     assert events(run, "sft")[-2:] == ["ended", "retried"]
     again = heal(run, by_sentinel=True)
@@ -253,7 +253,7 @@ def test_a_dependent_that_ran_too_early_waits_again(fake: FakeSlurm, run: RunDir
     assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "requeued"]
     assert fake.did[:4] == [
         ("requeue", "1"),
-        ("put off", "1", 10, ""),
+        ("put off", "1", 10, None),
         ("requeue", "3"),
         ("depend", "3", "1"),
     ]
@@ -265,7 +265,7 @@ def test_a_launch_that_slurm_holds_is_let_go(fake: FakeSlurm, run: RunDir) -> No
     fake.put("3", "demo.ppo", "PENDING", "Dependency", "afterok:1(unfulfilled)")
     watched(fake, "1", "3")
     assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "live"]
-    assert fake.did == [("put off", "1", 10, ""), ("release", "1")]
+    assert fake.did == [("put off", "1", 10, None), ("release", "1")]
     ended = Ledger(run.ledger).last("ended", "sft")
     assert ended is not None
     assert (ended["reason"], ended["node"]) == ("launch failure", "n4")

@@ -32,6 +32,7 @@ LOST = ended("node failure", node="n1")
         ([ended("preempted"), ended("preempted"), ended("preempted")], Again(160)),  # no fault of the stage
         ([LOST, ended("killed for memory", 3, node="n1")], Again(40, ("n1",))),
         ([LOST, ended("node failure", node="n2")], Again(40)),
+        ([LOST, LOST, *(ended("killed", n, True, f"n{n}") for n in (2, 3, 4))], Again(0)),  # that was long ago
         ([ended("time limit", 3, node="n1"), ended("failed", 9, True, "n1")], Again(0)),  # limits are no node's
         ([ended("preempted")] * 9, Again(3600)),
         # the same twice at the same step; but at another, or in another way, it may be chance
