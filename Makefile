@@ -15,8 +15,11 @@ CLUSTER ?= /tmp/hpc-rlhf-cluster
 TESTS ?=
 # How long to measure: full, or short.
 BENCH ?= full
+# How many faults a storm has, and the seeds of the storms.
+FAULTS ?= 200
+SEED ?= 1
 
-.PHONY: help install demo test fuzz bench bench-learning lint cluster cluster-down clean
+.PHONY: help install demo test fuzz bench bench-learning chaos lint cluster cluster-down clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -55,6 +58,10 @@ bench: .venv/.installed-bench  ## Time ours and its peers on this machine; BENCH
 
 bench-learning: .venv/.installed-bench  ## See what ours and its peers learn on HH data; takes an hour
 	$(BIN)/python -m tests.benchmarks.learning --work runs/learning
+
+chaos: .venv/.installed-dev  ## Run a chain through a storm of FAULTS faults for each SEED; 200 take an hour
+	scripts/install-slurm.sh
+	$(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED)
 
 lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
 	$(BIN)/ruff check .

@@ -56,6 +56,7 @@ _OTHER_RANK = re.compile(
     r"connection (was )?(reset|closed|refused)|broken pipe|socket timeout",
     re.I,
 )
+_PEER_GONE = re.compile(r"connection (was )?(reset|closed)|broken pipe", re.I)
 _TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)")
 _LONGEST = 300
 
@@ -226,6 +227,11 @@ def _by_logs(attempt: Sequence[Event], job: PastJob | None, logs: Logs) -> tuple
     task = _TASK.search(logs.batch)
     if task is not None and task["how"].startswith("Killed"):
         return KILLED, task[0], task["node"]
+    killed = [task for task in _TASK.finditer(logs.batch) if task["how"].startswith("Killed")]
+    if killed and _PEER_GONE.search(message):
+        # srun heard first of a rank that lost a killed one, and then killed the others itself.
+        nodes = {task["node"] for task in killed}
+        return KILLED, killed[0][0], nodes.pop() if len(nodes) == 1 else ""
     if failed is not None:
         return NETWORK, message, str(failed.get("host", ""))
     if task is not None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 
@@ -172,16 +173,17 @@ def requeue(job_id: str) -> None:
         _run(["scontrol", "requeue", job_id])
 
 
-def was_cancelled(job_id: str) -> bool:
-    """Whether a job whose ranks have been told to stop was cancelled by a person.
+def why_ended(job_id: str) -> Literal["cancelled", "time limit", ""]:
+    """What ended a job whose ranks have been told to stop: a person, its time limit, or neither.
 
     The ranks hear the same signal when a job is preempted or out of time, and then it should be requeued. A job
     that somebody cancelled must not be: Slurm would run it again.
     """
     fields = _job_fields(job_id)
-    if fields.get("JobState") in ("RUNNING", "PENDING"):
-        return False  # in the grace before a preemption, before the time limit, or requeued already
-    return not _preempted(fields) and _seconds(fields["RunTime"]) < _seconds(fields["TimeLimit"])
+    if fields.get("JobState") in ("RUNNING", "PENDING") or _preempted(fields):
+        return ""  # in the grace before a preemption, before the time limit, or requeued already
+    out_of_time = fields.get("Reason") == "TimeLimit" or _seconds(fields["RunTime"]) >= _seconds(fields["TimeLimit"])  # fmt: skip
+    return "time limit" if out_of_time else "cancelled"
 
 
 def was_preempted(job_id: str) -> bool:

@@ -73,10 +73,13 @@ STARTED = event("started", attempt="7-0")
         ([STARTED, failed(NCCL)], FAILED, Said(), "NCCL or gloo error", NCCL, ""),
         ([STARTED, failed(GLOO, host="node1")], FAILED, Said("srun: error: node2: task 1: Killed\n"), "killed",
          "srun: error: node2: task 1: Killed", "node2"),
-        # srun kills the others when one has failed
+        # srun kills the others when one has failed; but a connection that the other end closed tells of a rank that died before
+        ([STARTED, failed(NCCL)], FAILED,
+         Said("srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node2: task 1: Killed\n"),
+         "NCCL or gloo error", NCCL, ""),
         ([STARTED, failed(GLOO)], FAILED,
          Said("srun: error: node1: task 0: Exited with exit code 1\nsrun: error: node2: task 1: Killed\n"),
-         "NCCL or gloo error", GLOO, ""),
+         "killed", "srun: error: node2: task 1: Killed", "node2"),
         ([STARTED, failed(GLOO)], FAILED,
          Said("srun: error: node2: task 1: Killed\nslurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n"),
          "killed for memory", "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.", ""),

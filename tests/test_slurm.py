@@ -20,7 +20,7 @@ srun {sys.executable} -c '
 import os, signal, sys, time
 from hpc_rlhf import slurm
 def stop(number, frame):
-    open(sys.argv[1], "w").write(str(slurm.was_cancelled(os.environ["SLURM_JOB_ID"])))
+    open(sys.argv[1], "w").write(repr(slurm.why_ended(os.environ["SLURM_JOB_ID"])))
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
@@ -29,9 +29,9 @@ time.sleep(100)
 """
 
 
-@pytest.mark.parametrize("why", ["cancelled", "preempted"])
+@pytest.mark.parametrize("why", ["cancelled", "time limit", ""])
 @pytest.mark.parametrize("partition", ["low", "low-cancel"])
-def test_cancelled_and_preempted_are_told_apart(
+def test_cancelled_preempted_and_out_of_time_are_told_apart(
     why: str, partition: str, idle_cluster: Cluster, tmp_path: Path
 ) -> None:
     script, answer, log = tmp_path / "step.sh", tmp_path / "answer", tmp_path / "log"
@@ -42,11 +42,13 @@ def test_cancelled_and_preempted_are_told_apart(
     wait_until(lambda: log.exists() and "ready" in log.read_text(), 30, "the step runs")
     if why == "cancelled":
         idle_cluster.run("scancel", job_id)
+    elif why == "time limit":
+        idle_cluster.run("scontrol", "update", f"job={job_id}", "EndTime=now+1")
     else:
         everything = ("--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         idle_cluster.sbatch("--partition=high", *everything)
     wait_until(lambda: answer.exists() and answer.read_text(), 30, "the step was told to stop")
-    assert answer.read_text() == str(why == "cancelled")
+    assert answer.read_text() == repr(why)
 
 
 def test_queue_and_history_see_a_job_from_its_start_to_its_end(
@@ -88,16 +90,20 @@ def test_a_preemption_before_the_last_start_is_over(
 
 @pytest.mark.parametrize(
     ("run_time", "limit", "expected"),
-    [("00:01:00", "00:10:00", True), ("00:10:03", "00:10:00", False), ("1-00:00:00", "UNLIMITED", True)],
+    [
+        ("00:01:00", "00:10:00", "cancelled"),
+        ("00:10:03", "00:10:00", "time limit"),
+        ("1-00:00:00", "UNLIMITED", "cancelled"),
+    ],
 )
 def test_job_out_of_time_was_not_cancelled(
-    run_time: str, limit: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_time: str, limit: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = f"JobId=7 JobState=COMPLETING RunTime={run_time} TimeLimit={limit} PreemptTime=None"
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert slurm.was_cancelled("7") is expected
+    assert slurm.why_ended("7") == expected
 
 
 # Slurm agrees to a requeue and ends the step, the command that asked for it too.

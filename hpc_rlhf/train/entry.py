@@ -172,10 +172,11 @@ class Attempt:
     def requeue(self, step: int, reason: str) -> None:
         """Have this Slurm job run again, unless a person cancelled it."""
         reachable = shutil.which("scontrol") is not None
-        if reachable and slurm.was_cancelled(str(self.job)):
+        why = slurm.why_ended(str(self.job)) if reachable else ""
+        if why == "cancelled":
             self.note("cancelled", job_id=self.job)
             sys.exit(TO_BE_CONTINUED)
-        self.note("requeued", step=step, reason=reason)
+        self.note("requeued", step=step, reason=why or reason)
         if not reachable:  # from inside a container; the batch script outside sees the request
             self.files.stage(self.stage).requeue_request.touch()
             sys.exit(TO_BE_CONTINUED)

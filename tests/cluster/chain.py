@@ -49,11 +49,16 @@ class Chain:
             raise AssertionError(f"{verb} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
         return done
 
+    @property
+    def submission(self) -> list[str]:
+        """What `hpc-rlhf submit` is called with."""
+        sets = [word for each in (f"run_dir={self.path}", *self.sets) for word in ("--set", each)]
+        return [str(self.spec), *sets]
+
     def submit(
         self, check: bool = True, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        sets = [word for each in (f"run_dir={self.path}", *self.sets) for word in ("--set", each)]
-        return self.cli("submit", self.spec, *sets, check=check, env=env)
+        return self.cli("submit", *self.submission, check=check, env=env)
 
     def status(self) -> dict[str, dict[str, Any]]:
         """`hpc-rlhf status --json`, by stage."""

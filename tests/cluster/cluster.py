@@ -193,9 +193,15 @@ class Cluster:
         states = ("sinfo", "--noheader", f"--nodes={name}", "--partition=gpu", "--format=%T")
         wait_until(lambda: self.run(*states).stdout.strip() in ("idle", "mixed"), 60, f"{name} is back")
 
-    def kill_controller(self) -> None:
-        """Let slurmctld be gone at once; jobs run on."""
-        kill_and_wait([self.daemons()["slurmctld"]])
+    def stop_controller(self) -> None:
+        """Let slurmctld be gone; jobs run on.
+
+        It writes down what it knows. Killed, it would forget the last seconds, and think a job that ended then alive
+        until the node's next registration, minutes later.
+        """
+        controller = self.daemons()["slurmctld"]
+        os.kill(controller.pid, signal.SIGTERM)
+        wait_until(lambda: not controller.alive, 30, "slurmctld has ended")
 
     def start_controller(self) -> None:
         """Start slurmctld again from what it last wrote down, and return once it answers."""

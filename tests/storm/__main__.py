@@ -1,0 +1,50 @@
+"""``python -m tests.storm --faults 200 --seed 1``: a chain in peace, then the same chain in a storm, and what it cost."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.cluster import Cluster
+from tests.storm.run import Weather, weather
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.storm", description=__doc__)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, nargs="+", default=[1])
+    parser.add_argument("--keep", type=Path, help="a folder for copies of the runs")
+    parser.add_argument("--peace", type=Path, help="the run in peace that was kept, in place of a new one")
+    args = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="hpc-rlhf-storm-") as folder,
+        Cluster(Path(folder) / "slurm", owner=os.getpid()) as cluster,
+        weather(cluster, Path(folder), args.faults) as sky,
+    ):
+        try:
+            began = time.monotonic()
+            sky.peace(args.peace)
+            print(f"in peace: {time.monotonic() - began:.0f} s", file=sys.stderr)
+            return 0 if min([report(sky, seed) for seed in args.seed]) else 1
+        finally:
+            if args.keep:
+                for run in Path(folder).glob("*/run"):
+                    shutil.copytree(run, args.keep / run.parent.name, dirs_exist_ok=True)
+
+
+def report(sky: Weather, seed: int) -> bool:
+    began = time.monotonic()
+    outcome = sky.storm(seed)
+    print(f"\nseed {seed}: {time.monotonic() - began:.0f} s\n{outcome.table}")
+    print(f"a person had to heal: {len(outcome.healed)}", *outcome.healed, sep="\n  ")
+    print("not as in peace, or not explained:", *(outcome.wrong or ["nothing"]), sep="\n  ", flush=True)
+    return not outcome.wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""A storm over a chain on the test cluster: one strike after the other at each stage that is under way, until all are spent."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpc_rlhf import endings
+from hpc_rlhf.ledger import Ledger
+from tests.cluster import ClusterError
+from tests.cluster.chain import Chain
+from tests.storm import strikes
+from tests.storm.strikes import FAULTS, Fault, Victim
+
+STAGES = ("sft", "reward", "ppo")
+SPAN = 10.0  # seconds of an attempt within which it is struck
+EFFECT = 90.0  # seconds that a strike may take to show
+ALONE = 15.0  # seconds without a job and a sentinel after which a person looks
+STILL = 300.0  # seconds without a word in the ledger after which nothing comes any more
+MINUTES = "60"  # the time limit that the spec gives
+
+
+@dataclass
+class Struck:
+    """A strike that was done.
+
+    Attributes:
+        attempt: the number of the stage's attempt, from 1.
+        reasons: for which the attempt may then end.
+    """
+
+    fault: str
+    stage: str
+    attempt: int
+    time: float
+    reasons: frozenset[str]
+
+
+@dataclass
+class Storm:
+    """What comes over a chain.
+
+    Attributes:
+        faults: how many strikes there are to be.
+        kinds: of faults.
+        folder: where each stage's shim looks for its orders, in a folder by the stage's name.
+        every: seconds of an attempt after which it is struck, in place of a random moment.
+        struck: those done.
+        healed: what status said each time that a person had to heal.
+    """
+
+    chain: Chain
+    folder: Path
+    random: random.Random
+    faults: int
+    kinds: Sequence[Fault] = FAULTS
+    every: float | None = None
+    struck: list[Struck] = field(default_factory=list)
+    healed: list[str] = field(default_factory=list)
+    _alone: dict[str, float] = field(default_factory=dict)
+    _looked: float = 0.0
+    _fronts: list[Front] = field(default_factory=list)
+
+    def rage(self) -> None:
+        """Strike until all strikes are spent, and let the chain come to its end.
+
+        Raises:
+            ClusterError: the chain stands still.
+        """
+        fronts = self._fronts = [Front(self, stage) for stage in STAGES]
+        size, moved = 0, time.monotonic()
+        while any(not front.over for front in fronts):
+            for front in fronts:
+                front.look()
+            self._look_after()
+            now = self.chain.run.ledger.stat().st_size
+            if now != size:
+                size, moved = now, time.monotonic()
+            elif time.monotonic() - moved > STILL:
+                raise ClusterError(f"nothing happens any more:\n{self._scene()}")
+            time.sleep(0.1)
+
+    def hit(self, front: Front, fault: Fault, reasons: frozenset[str]) -> None:
+        """Note a strike at a stage, or at all that are under way."""
+        fronts = [each for each in self._fronts if each is front or (fault.wide and each.under_way)]
+        self.struck += [Struck(fault.name, each.stage, each.attempt, time.time(), reasons) for each in fronts]
+        for each in fronts:
+            each.await_effect(self.struck[-1])
+        told = ", ".join(f"{each.stage} attempt {each.attempt}" for each in fronts)
+        print(f"{len(self.struck):4} {fault.name}: {told}", file=sys.stderr, flush=True)
+
+    def is_fair(self, front: Front, fault: Fault) -> bool:
+        """Two attempts without progress end in a stop: that is not on trial here."""
+        fronts = [each for each in self._fronts if each is front or (fault.wide and each.under_way)]
+        return not fault.blamed or all(each.made_progress() for each in fronts)
+
+    def _look_after(self) -> None:
+        """Be the person who finds a chain that mends itself no more, as after its sentinel was cancelled."""
+        if time.monotonic() - self._looked < 3:
+            return
+        self._looked = time.monotonic()
+        done = self.chain.cluster.run("squeue", "--noheader", "--format=%j|%T|%r", check=False)
+        if done.returncode:
+            return
+        jobs = [line.split("|") for line in done.stdout.splitlines()]
+        alive = {name for name, _, reason in jobs if reason != "DependencyNeverSatisfied"}
+        for stage in STAGES:
+            names = {
+                f"{self.chain.path.parent.name}.{stage}",
+                f"{self.chain.path.parent.name}.{stage}.sentinel",
+            }
+            if self.chain.is_done(stage) or names & alive:
+                self._alone.pop(stage, None)
+            elif time.monotonic() - self._alone.setdefault(stage, time.monotonic()) > ALONE:
+                status = self.chain.status()
+                if any(status[need]["state"] not in ("done", "failed", "stopped") for need in ("sft", "reward") if stage == "ppo"):  # fmt: skip
+                    continue  # it waits for them, in vain for now
+                self.healed.append(f"{stage} {status[stage]['state']}: {status[stage]['why']}")
+                self.chain.cli("heal", self.chain.path)
+                self._alone.clear()
+
+    def _scene(self) -> str:
+        queue = self.chain.cluster.run("squeue", "--states=all", "--format=%i %j %T %r %E %N").stdout
+        ledger = self.chain.run.ledger.read_text().splitlines()[-40:]
+        return "\n".join([queue, *ledger, *map(str, self.struck[-6:])])
+
+
+class Front:
+    """The storm over one stage.
+
+    Attributes:
+        attempt: the number of its latest attempt, from 1; 0 before the first.
+    """
+
+    def __init__(self, storm: Storm, stage: str) -> None:
+        self.storm, self.stage, self.chain = storm, stage, storm.chain
+        self.over = False
+        self.attempt = 0
+        self._fault: Fault | None = None
+        self._moment = 0.0
+        self._awaited: Struck | None = None
+        self._lost_since: float | None = None
+
+    def look(self) -> None:
+        """Strike, where it is time to."""
+        if self.over:
+            return
+        if self.chain.is_done(self.stage):
+            self.restore()
+            self.over = True
+            return
+        starts = self.chain.events("started", self.stage)
+        if not starts:
+            return
+        if len(starts) > self.attempt:
+            self.attempt = len(starts)
+            self._plan()
+        fault = self._fault
+        if self._awaited is not None:
+            self._see_to(self._awaited, str(starts[-1]["job_id"]))
+        elif fault is not None and time.monotonic() >= self._moment and self.storm.is_fair(self, fault):
+            self._strike(str(starts[-1]["job_id"]), fault)
+        self._bring_back()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it has an attempt that nothing was done to yet."""
+        return self.attempt > 0 and not self.over and self._awaited is None
+
+    def made_progress(self) -> bool:
+        """Whether a later step was saved since the last ending that is held against the stage."""
+        events = list(Ledger(self.chain.run.ledger).events(self.stage))
+        blamed = [
+            index
+            for index, event in enumerate(events)
+            if event["event"] == "ended" and event["reason"] not in endings.BLAMELESS
+        ]
+        if not blamed:
+            return True
+        before, after = (
+            max((event["step"] for event in part if event["event"] == "saved"), default=0)
+            for part in (events[: blamed[-1]], events[blamed[-1] :])
+        )
+        return after > before
+
+    def await_effect(self, struck: Struck) -> None:
+        """Strike no more until the next attempt, if this is to be the end of the one."""
+        if struck.reasons:
+            self._fault, self._awaited, self._moment = None, struck, time.monotonic()
+        else:
+            self._plan()
+
+    def restore(self) -> None:
+        """Take back what strikes have left."""
+        (self._orders / "aim").unlink(missing_ok=True)
+        self._lost_since = self._lost_since and -math.inf
+        self._bring_back()
+
+    @property
+    def _orders(self) -> Path:
+        return self.storm.folder / self.stage
+
+    def _plan(self) -> None:
+        storm = self.storm
+        (self._orders / "aim").unlink(missing_ok=True)
+        self._fault = self._awaited = None
+        if len(storm.struck) < storm.faults:
+            self._fault = storm.random.choices(storm.kinds, [fault.weight for fault in storm.kinds])[0]
+            self._moment = time.monotonic() + (storm.every or storm.random.uniform(0, SPAN))
+
+    def _strike(self, job: str, fault: Fault) -> None:
+        victim = Victim(self.chain, self.stage, job, self.storm.random, self._orders)
+        try:
+            reasons = fault.strike(victim)
+        except ClusterError as error:
+            print(f"     {fault.name} could not be done: {error}", file=sys.stderr, flush=True)
+            reasons = None
+        if reasons is None:
+            self._plan()
+            return
+        if fault.strike is strikes.lose_a_node:
+            self._lost_since = time.monotonic()
+        self.storm.hit(self, fault, reasons)
+
+    def _see_to(self, struck: Struck, job: str) -> None:
+        """Undo what a strike has left, until the next attempt starts."""
+        if struck.reasons == {endings.TIME_LIMIT}:
+            options = (f"--jobs={job}", "--states=all", "--noheader", "--format=%T")
+            if self.chain.cluster.run("squeue", *options, check=False).stdout.strip() == "PENDING":
+                self.chain.cluster.run("scontrol", "update", f"job={job}", f"TimeLimit={MINUTES}", check=False)  # fmt: skip
+        last = list(Ledger(self.chain.run.ledger).events(self.stage))[-1]["event"]
+        if time.monotonic() - self._moment > EFFECT and last in ("saved", "resumed", "started"):
+            self._plan()  # it had none, as an order to die at a call that never came
+
+    def _bring_back(self) -> None:
+        """Let lost nodes come back a while after the stage went on elsewhere."""
+        if self._lost_since is None or time.monotonic() - self._lost_since < (60 if self._awaited else 20):
+            return
+        for name, daemon in self.chain.cluster.daemons().items():
+            if name.startswith("node") and not daemon.alive:
+                self.chain.cluster.start_node(name)
+        self._lost_since = None

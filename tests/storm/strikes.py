@@ -1,0 +1,283 @@
+"""What a storm does to an attempt at a stage, each with the reasons that the ledger may then give for its end."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_rlhf import endings
+from hpc_rlhf.rundir import StageDir
+from tests.cluster import Cluster, config
+from tests.cluster.chain import Chain
+from tests.cluster.processes import Process, find
+
+# Disk calls of a save to die at, and after how many of them; the manifest is the last file written and renamed.
+AIMS = (("mkdir", 2), ("open", 8), ("write", 20), ("fsync", 12), ("rename", 2), ("unlink", 6))
+DISK_FULL, AWAY = (1.0, 6.0), (1.0, 8.0)  # seconds
+SKEWS = (-86400, -3600, 300, 3600, 86400)  # seconds
+NOTHING: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Victim:
+    """An attempt at a stage that is under way.
+
+    Attributes:
+        storm: where what steers the shim of this stage lies.
+    """
+
+    chain: Chain
+    stage: str
+    job: str
+    random: random.Random
+    storm: Path
+
+    @property
+    def cluster(self) -> Cluster:
+        return self.chain.cluster
+
+    @property
+    def files(self) -> StageDir:
+        return self.chain.run.stage(self.stage)
+
+    @property
+    def nodes(self) -> list[str]:
+        names = self.cluster.field(self.job, "NodeList")
+        return self.cluster.run("scontrol", "show", "hostnames", names).stdout.split()
+
+    @property
+    def partition(self) -> str:
+        return self.cluster.field(self.job, "Partition")
+
+    def ranks(self) -> list[Process]:
+        """Its ranks that run on nodes that Slurm has not given up."""
+        job = f"SLURM_JOB_ID={self.job}"
+
+        def is_rank(process: Process) -> bool:
+            pairs, command = process.environ(), process.command()
+            ours = job in pairs and any(pair.startswith("SLURM_PROCID=") for pair in pairs)
+            return ours and "-m hpc_rlhf" in command and not command.startswith("srun")
+
+        return find(is_rank)
+
+
+Strike = Callable[[Victim], frozenset[str] | None]
+"""Does it; gives the reasons for which the attempt may end now, none where it goes on, None where it could not be done."""
+
+
+def kill_a_rank(victim: Victim) -> frozenset[str] | None:
+    ranks = victim.ranks()
+    if not ranks:
+        return None
+    victim.random.choice(sorted(ranks, key=lambda process: process.pid)).kill()
+    return frozenset({endings.KILLED})
+
+
+def aim(victim: Victim) -> frozenset[str]:
+    call, most = victim.random.choice(AIMS)
+    return _aim(victim, call, victim.random.randint(0, most), endings.KILLED)
+
+
+def fail_a_flush(victim: Victim) -> frozenset[str]:
+    return _aim(victim, "eio", victim.random.randint(0, 4), endings.FAILED)
+
+
+def _aim(victim: Victim, call: str, skip: int, reason: str) -> frozenset[str]:
+    # Not in the model's folder: its last rename is the end of the stage, and what comes after is no interruption.
+    draft = victim.storm / "aim.draft"
+    draft.write_text(f"{call} {skip} /{victim.stage}/checkpoints/\n")
+    draft.rename(victim.storm / "aim")
+    return frozenset({reason})
+
+
+def preempt(victim: Victim) -> frozenset[str]:
+    """With the grace in which a stage saves."""
+    _take_nodes(victim)
+    return frozenset({endings.PREEMPTED})
+
+
+def preempt_and_kill_in_the_save(victim: Victim) -> frozenset[str]:
+    aim(victim)
+    _take_nodes(victim)
+    return frozenset({endings.PREEMPTED, endings.KILLED})
+
+
+def preempt_at_once(victim: Victim) -> frozenset[str]:
+    """Without a grace."""
+    partition = victim.partition
+    victim.cluster.run("scontrol", "update", f"PartitionName={partition}", "GraceTime=0")
+    try:
+        _take_nodes(victim)
+    finally:
+        victim.cluster.run("scontrol", "update", f"PartitionName={partition}", f"GraceTime={config.GRACE_SECONDS}")  # fmt: skip
+    return frozenset({endings.PREEMPTED})
+
+
+def _take_nodes(victim: Victim) -> None:
+    nodes = victim.nodes
+    options = ("--partition=high", f"--nodelist={','.join(nodes)}", f"--nodes={len(nodes)}", f"--gpus-per-node={config.GPUS}")  # fmt: skip
+    job = victim.cluster.sbatch(*options, "--output=/dev/null", "--job-name=intruder", "--wrap=sleep 1")
+    victim.cluster.wait_state(job, ("RUNNING", "COMPLETED"), timeout=120)
+
+
+def run_out_of_time(victim: Victim) -> frozenset[str]:
+    """Told by a signal; the next attempt has as long as the first."""
+    minutes = int(_seconds(victim.cluster.field(victim.job, "RunTime")) // 60) + 1
+    victim.cluster.run("scontrol", "update", f"job={victim.job}", f"TimeLimit={minutes}")
+    return frozenset({endings.TIME_LIMIT})
+
+
+def cut_off_at_the_limit(victim: Victim) -> frozenset[str]:
+    """Without having been told before."""
+    victim.cluster.run("scontrol", "update", f"job={victim.job}", "EndTime=now+1")
+    return frozenset({endings.TIME_LIMIT})
+
+
+def lose_a_node(victim: Victim) -> frozenset[str]:
+    """Its slurmd dies, and the ranks there go on as if nothing were; it comes back after the storm has seen the end."""
+    victim.cluster.kill_node(victim.random.choice(victim.nodes))
+    return frozenset({endings.NODE_FAILURE})
+
+
+def requeue_from_outside(victim: Victim) -> frozenset[str]:
+    victim.cluster.run("scontrol", "requeue", victim.job)
+    return frozenset({endings.REQUEUED_BY_HAND})
+
+
+def restart_the_controller(victim: Victim) -> frozenset[str]:
+    victim.cluster.stop_controller()
+    time.sleep(victim.random.uniform(*AWAY))
+    victim.cluster.start_controller()
+    return NOTHING
+
+
+def kill_while_the_controller_is_away(victim: Victim) -> frozenset[str] | None:
+    victim.cluster.stop_controller()
+    try:
+        reasons = kill_a_rank(victim)
+        time.sleep(victim.random.uniform(*AWAY))
+    finally:
+        victim.cluster.start_controller()
+    return reasons
+
+
+def cancel_the_sentinel(victim: Victim) -> frozenset[str] | None:
+    lines = victim.cluster.run("squeue", "-h", "-t", "PD", "--format=%i %j").stdout.splitlines()
+    found = [line.split()[0] for line in lines if line.endswith(f".{victim.stage}.sentinel")]
+    if not found:
+        return None
+    victim.cluster.run("scancel", *found)
+    return NOTHING
+
+
+def call_twice(victim: Victim) -> frozenset[str]:
+    """Two people heal at the same moment, and a third submits again."""
+    command = [sys.executable, "-m", "hpc_rlhf.cli"]
+    calls = [
+        ["heal", str(victim.chain.path)],
+        ["heal", str(victim.chain.path)],
+        ["submit", *victim.chain.submission],
+    ]
+    started = [
+        subprocess.Popen([*command, *call], env=victim.cluster.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for call in calls
+    ]  # fmt: skip
+    for process in started:
+        process.wait(120)
+    return NOTHING
+
+
+def spoil_a_checkpoint(victim: Victim) -> frozenset[str] | None:
+    """Cut a file of the last one short, or flip a bit in it; then kill."""
+    steps = sorted(victim.files.checkpoints.glob("step-*"), reverse=True)
+    if len(steps) < 2:
+        return None
+    files = sorted(path for path in steps[0].rglob("*") if path.is_file())
+    reasons = kill_a_rank(victim)
+    if reasons is None or not files:
+        return reasons
+    path = victim.random.choice(files)
+    try:
+        content = bytearray(path.read_bytes())
+        place = victim.random.randrange(len(content))
+        if victim.random.random() < 0.5:
+            del content[place:]
+        else:
+            content[place] ^= 1 << victim.random.randrange(8)
+        path.write_bytes(content)
+    except OSError:
+        pass  # pruned in the meantime
+    return reasons
+
+
+def fill_the_disk(victim: Victim) -> frozenset[str]:
+    """For a while; the run is on a small file system of its own."""
+    ballast = victim.chain.path.parent / "ballast"
+    try:
+        with ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 20)) == 1 << 20:
+                pass
+    except OSError:
+        pass
+    try:
+        time.sleep(victim.random.uniform(*DISK_FULL))
+    finally:
+        ballast.unlink()
+    return frozenset({endings.FAILED, ""})
+
+
+def put_the_clock_wrong(victim: Victim) -> frozenset[str] | None:
+    """For the next attempt."""
+    (victim.storm / "clock").write_text(str(victim.random.choice(SKEWS)))
+    return kill_a_rank(victim)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A strike and its weight in a storm.
+
+    Attributes:
+        blamed: whether the policy holds it against the stage, so that two without progress end in a stop.
+        wide: whether it strikes all stages that are under way.
+    """
+
+    strike: Strike
+    weight: float
+    blamed: bool = False
+    wide: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.strike.__name__.replace("_", " ")
+
+
+FAULTS = (
+    Fault(kill_a_rank, 3, blamed=True),
+    Fault(aim, 4, blamed=True),
+    Fault(fail_a_flush, 1, blamed=True),
+    Fault(preempt, 3),
+    Fault(preempt_and_kill_in_the_save, 1.5, blamed=True),
+    Fault(preempt_at_once, 2),
+    Fault(run_out_of_time, 1),
+    Fault(cut_off_at_the_limit, 1.5, blamed=True),
+    Fault(lose_a_node, 0.7),
+    Fault(requeue_from_outside, 1.5),
+    Fault(restart_the_controller, 1),
+    Fault(kill_while_the_controller_is_away, 1, blamed=True),
+    Fault(cancel_the_sentinel, 1),
+    Fault(call_twice, 1),
+    Fault(spoil_a_checkpoint, 1.5, blamed=True),
+    Fault(fill_the_disk, 1, blamed=True, wide=True),
+    Fault(put_the_clock_wrong, 1, blamed=True),
+)
+
+
+def _seconds(span: str) -> float:
+    days, _, clock = span.rpartition("-")
+    hours, minutes, seconds = (int(part) for part in clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -1,0 +1,112 @@
+"""Whether a storm has cost a run anything: its models and metrics against those of a run in peace, its ledger against the strikes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpc_rlhf.ledger import Ledger
+from tests.cluster.chain import Chain
+from tests.storm.storm import STAGES, Storm, Struck
+from tests.train.stages import weights_digest
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """How an attempt ended that did not finish its stage.
+
+    Attributes:
+        attempt: the number of the stage's attempt, from 1.
+        lost: steps done and not saved.
+    """
+
+    stage: str
+    attempt: int
+    reason: str
+    message: str
+    lost: int
+
+
+def interruptions(chain: Chain, stage: str) -> list[Interruption]:
+    """One for each attempt with another after it, in order; of one without a word the reason is empty."""
+    attempts: list[list[dict[str, Any]]] = []
+    for event in Ledger(chain.run.ledger).events(stage):
+        if event["event"] == "started":
+            attempts.append([])
+        if attempts:
+            attempts[-1].append(event)
+    found = []
+    for number, events in enumerate(attempts, 1):
+        if any(event["event"] == "finished" for event in events) or number == len(attempts):
+            continue
+        told = [event for event in events if event["event"] in ("requeued", "ended", "interrupted")]
+        last = told[-1] if told else {}
+        later = [event for events in attempts[number:] for event in events]
+        resumed = next((event["step"] for event in later if event["event"] == "resumed"), 0)
+        lost = max(0, int(last.get("step", 0)) - resumed)
+        found.append(
+            Interruption(stage, number, str(last.get("reason", "")), str(last.get("message", "")), lost)
+        )
+    return found
+
+
+def differences(chain: Chain, peace: Chain) -> list[str]:
+    """What is not as in the run that nothing disturbed."""
+    wrong = []
+    for stage in STAGES:
+        if weights_digest(chain.run, stage) != weights_digest(peace.run, stage):
+            wrong.append(f"{stage}: the weights differ")
+        ours, theirs = _rows(chain, stage), _rows(peace, stage)
+        if ours != theirs:
+            steps = [row["step"] for row in ours]
+            first = next(
+                (i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other), None
+            )
+            at = f"first at {ours[first]} for {theirs[first]}" if first is not None else "they only go on"
+            wrong.append(f"{stage}: the metrics differ, {len(steps)} rows for {len(theirs)}, {at}")
+    return wrong
+
+
+def _rows(chain: Chain, stage: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in chain.run.stage(stage).metrics.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+
+
+def unexplained(storm: Storm) -> list[str]:
+    """Interruptions whose reason is not that of the strike, or that no strike explains."""
+    struck: dict[tuple[str, int], list[Struck]] = defaultdict(list)
+    for each in storm.struck:
+        struck[each.stage, each.attempt].append(each)
+    wrong = []
+    for stage in STAGES:
+        for ended in interruptions(storm.chain, stage):
+            those = struck[stage, ended.attempt]
+            if not any(ended.reason in each.reasons for each in those):
+                names = ", ".join(each.fault for each in those) or "nothing"
+                wrong.append(f"{stage} attempt {ended.attempt}: {ended.reason or 'no word'} ({ended.message}), struck by: {names}")  # fmt: skip
+    return wrong
+
+
+def table(storm: Storm) -> str:
+    """How many of each fault there were, how many of them interrupted a stage, and what that cost."""
+    ended = {(stage, each.attempt): each for stage in STAGES for each in interruptions(storm.chain, stage)}
+    lines = [
+        f"{'fault':<40}{'struck':>8}{'interrupted':>13}{'steps lost':>12}{'most':>6}  reasons in the ledger"
+    ]
+    for fault in sorted({each.fault for each in storm.struck}):
+        those = [each for each in storm.struck if each.fault == fault]
+        hits = [
+            ended[each.stage, each.attempt]
+            for each in those
+            if each.reasons and (each.stage, each.attempt) in ended
+        ]
+        reasons = Counter(hit.reason or "no word" for hit in hits)
+        said = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        lost: Sequence[int] = [hit.lost for hit in hits] or [0]
+        lines.append(f"{fault:<40}{len(those):>8}{len(hits):>13}{sum(lost):>12}{max(lost):>6}  {said}")
+    lost = [each.lost for each in ended.values()]
+    lines.append(f"{'all':<40}{len(storm.struck):>8}{len(ended):>13}{sum(lost):>12}{max(lost, default=0):>6}")
+    return "\n".join(lines)
