@@ -173,15 +173,19 @@ def requeue(job_id: str) -> None:
         _run(["scontrol", "requeue", job_id])
 
 
-def why_ended(job_id: str) -> Literal["cancelled", "time limit", ""]:
+def why_ended(job_id: str, restarts: int) -> Literal["cancelled", "time limit", ""]:
     """What ended a job whose ranks have been told to stop: a person, its time limit, or neither.
 
     The ranks hear the same signal when a job is preempted or out of time, and then it should be requeued. A job
     that somebody cancelled must not be: Slurm would run it again.
+
+    Args:
+        restarts: how often it had been requeued when it started.
     """
     fields = _job_fields(job_id)
-    if fields.get("JobState") in ("RUNNING", "PENDING") or _preempted(fields):
-        return ""  # in the grace before a preemption, before the time limit, or requeued already
+    requeued = int(fields.get("Restarts", 0)) > restarts
+    if fields.get("JobState") in ("RUNNING", "PENDING") or requeued or _preempted(fields):
+        return ""  # in the grace before a preemption, before the time limit, or requeued by somebody else
     out_of_time = fields.get("Reason") == "TimeLimit" or _seconds(fields["RunTime"]) >= _seconds(fields["TimeLimit"])  # fmt: skip
     return "time limit" if out_of_time else "cancelled"
 

@@ -20,7 +20,7 @@ srun {sys.executable} -c '
 import os, signal, sys, time
 from hpc_rlhf import slurm
 def stop(number, frame):
-    open(sys.argv[1], "w").write(repr(slurm.why_ended(os.environ["SLURM_JOB_ID"])))
+    open(sys.argv[1], "w").write(repr(slurm.why_ended(os.environ["SLURM_JOB_ID"], 0)))
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
@@ -29,7 +29,7 @@ time.sleep(100)
 """
 
 
-@pytest.mark.parametrize("why", ["cancelled", "time limit", ""])
+@pytest.mark.parametrize("why", ["cancelled", "requeued", "time limit", ""])
 @pytest.mark.parametrize("partition", ["low", "low-cancel"])
 def test_cancelled_preempted_and_out_of_time_are_told_apart(
     why: str, partition: str, idle_cluster: Cluster, tmp_path: Path
@@ -42,13 +42,15 @@ def test_cancelled_preempted_and_out_of_time_are_told_apart(
     wait_until(lambda: log.exists() and "ready" in log.read_text(), 30, "the step runs")
     if why == "cancelled":
         idle_cluster.run("scancel", job_id)
+    elif why == "requeued":
+        idle_cluster.run("scontrol", "requeue", job_id)
     elif why == "time limit":
         idle_cluster.run("scontrol", "update", f"job={job_id}", "EndTime=now+1")
     else:
         everything = ("--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         idle_cluster.sbatch("--partition=high", *everything)
     wait_until(lambda: answer.exists() and answer.read_text(), 30, "the step was told to stop")
-    assert answer.read_text() == repr(why)
+    assert answer.read_text() == repr(why.replace("requeued", ""))
 
 
 def test_queue_and_history_see_a_job_from_its_start_to_its_end(
@@ -103,7 +105,7 @@ def test_job_out_of_time_was_not_cancelled(
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert slurm.why_ended("7") == expected
+    assert slurm.why_ended("7", 0) == expected
 
 
 # Slurm agrees to a requeue and ends the step, the command that asked for it too.

@@ -172,7 +172,7 @@ class Attempt:
     def requeue(self, step: int, reason: str) -> None:
         """Have this Slurm job run again, unless a person cancelled it."""
         reachable = shutil.which("scontrol") is not None
-        why = slurm.why_ended(str(self.job)) if reachable else ""
+        why = slurm.why_ended(str(self.job), self.restarts) if reachable else ""
         if why == "cancelled":
             self.note("cancelled", job_id=self.job)
             sys.exit(TO_BE_CONTINUED)

@@ -19,18 +19,42 @@ from tests.cluster.cluster import CHECKOUT, Cluster, ClusterError, wait_until
 STAGE_SECONDS = 360
 
 
+class Watched:
+    """A run as its directory shows it."""
+
+    path: Path
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.path)
+
+    def events(self, event: str, stage: str) -> list[dict[str, Any]]:
+        return [record for record in Ledger(self.run.ledger).events(stage) if record["event"] == event]
+
+    def job_id(self, stage: str) -> str:
+        return str(self.events("submitted", stage)[-1]["job_id"])
+
+    def steps(self, stage: str) -> list[int]:
+        """The training steps in the stage's metrics, in the order written."""
+        try:
+            lines = self.run.stage(stage).metrics.read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [row["step"] for row in rows if row["kind"] == "train"]
+
+    def is_done(self, stage: str) -> bool:
+        return manifest.defect(self.run.stage(stage).model) is None
+
+
 @dataclass(frozen=True)
-class Chain:
-    """One run: its spec, its directory and the overrides it is submitted with."""
+class Chain(Watched):
+    """A run on the cluster: its spec, its directory and the overrides it is submitted with."""
 
     cluster: Cluster
     spec: Path
     path: Path
     sets: tuple[str, ...] = ()
-
-    @property
-    def run(self) -> RunDir:
-        return RunDir(self.path)
 
     def cli(
         self, verb: str, *args: str | Path, check: bool = True, env: dict[str, str] | None = None
@@ -64,26 +88,6 @@ class Chain:
         """`hpc-rlhf status --json`, by stage."""
         stages = json.loads(self.cli("status", self.path, "--json").stdout)["stages"]
         return {stage["stage"]: stage for stage in stages}
-
-    # What the run directory says ------------------------------------------------------------------
-
-    def events(self, event: str, stage: str) -> list[dict[str, Any]]:
-        return [record for record in Ledger(self.run.ledger).events(stage) if record["event"] == event]
-
-    def job_id(self, stage: str) -> str:
-        return str(self.events("submitted", stage)[-1]["job_id"])
-
-    def steps(self, stage: str) -> list[int]:
-        """The training steps in the stage's metrics, in the order written."""
-        try:
-            lines = self.run.stage(stage).metrics.read_text().splitlines(keepends=True)
-        except FileNotFoundError:
-            return []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [row["step"] for row in rows if row["kind"] == "train"]
-
-    def is_done(self, stage: str) -> bool:
-        return manifest.defect(self.run.stage(stage).model) is None
 
     # Waiting --------------------------------------------------------------------------------------
 

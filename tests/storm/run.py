@@ -8,13 +8,13 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from tests.cluster import Cluster, wait_until
-from tests.cluster.chain import Chain
-from tests.storm.storm import STAGES, Storm
-from tests.storm.strikes import FAULTS, Fault
+from tests.cluster.chain import Chain, Watched
+from tests.storm.here import Here
+from tests.storm.storm import STAGES, ClusterStorm, LocalStorm, Storm
+from tests.storm.strikes import FAULTS, LOCAL_FAULTS, Fault
 from tests.storm.verdict import differences, table, unexplained
 
 HERE = Path(__file__).parent
@@ -38,68 +38,81 @@ class Outcome:
     table: str
 
 
+@dataclass(frozen=True)
+class Kept(Watched):
+    """A run that is over."""
+
+    path: Path
+
+
 @dataclass
 class Weather:
-    """Chains on a cluster.
+    """Chains on a cluster, or here without one.
 
     Attributes:
         faults: strikes of a storm; the chains are as long as it takes to receive them.
         library: the shim.
     """
 
-    cluster: Cluster
+    cluster: Cluster | None
     folder: Path
     faults: int
     library: Path
 
-    def peace(self, kept: Path | None = None) -> Chain:
+    def peace(self, kept: Path | None = None) -> None:
         """Run the chain undisturbed, unless it was kept from another time."""
-        chain = Chain(self.cluster, HERE / "storm.yaml", kept) if kept else self._chain("peace")
-        if not kept:
-            chain.submit()
-        for stage in STAGES:
-            wait_until(partial(chain.is_done, stage), 3600, f"{stage} is done")
-        self._peace = chain
-        return chain
+        peace = self._peace = Kept(kept or self._started("peace").path)
+        wait_until(lambda: all(peace.is_done(stage) for stage in STAGES), 7200, "the run in peace is done")
 
-    def storm(self, seed: int, kinds: Sequence[Fault] = FAULTS, every: float | None = None) -> Outcome:
+    def storm(self, seed: int, kinds: Sequence[Fault] | None = None, every: float | None = None) -> Outcome:
         """Run it in a storm."""
         name = f"storm-{seed}"
-        chain = self._chain(name)
-        storm = Storm(chain, self.folder / f"{name}-orders", random.Random(seed), self.faults, kinds, every)
-        chain.submit()
+        chain = self._started(name)
+        arguments = (self.folder / f"{name}-orders", random.Random(seed), self.faults)
+        storm: Storm
+        if isinstance(chain, Chain):
+            storm = ClusterStorm(chain, *arguments, kinds or FAULTS, every)
+        else:
+            storm = LocalStorm(chain, *arguments, kinds or LOCAL_FAULTS, every)
         storm.rage()
         wrong = [*differences(chain, self._peace), *unexplained(storm)]
         if len(storm.struck) < self.faults:
             wrong.append(f"the chain was over after {len(storm.struck)} strikes")
         return Outcome(storm, wrong, storm.healed, table(storm))
 
-    def _chain(self, name: str) -> Chain:
-        place = self.folder / name
+    def _started(self, name: str) -> Chain | Here:
+        place, orders = self.folder / name, self.folder / f"{name}-orders"
         place.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", place], check=True)
         sets = [f"name={name}"]
         for stage, (each, least) in STEPS.items():
-            orders = self.folder / f"{name}-orders" / stage
-            orders.mkdir(parents=True)
-            setup = f'["export OMP_NUM_THREADS=1 STORM={orders} LD_PRELOAD={self.library}"]'
+            (orders / stage).mkdir(parents=True)
+            setup = f"export OMP_NUM_THREADS=1 STORM={orders / stage} LD_PRELOAD={self.library}"
             steps = max(least, each * self.faults // len(STEPS))
-            sets += [f"stages.{stage}.max_steps={steps}", f"stages.{stage}.slurm.setup={setup}"]
-        return Chain(self.cluster, HERE / "storm.yaml", place / "run", tuple(sets))
+            sets += [f"stages.{stage}.max_steps={steps}", f'stages.{stage}.slurm.setup=["{setup}"]']
+        chain: Chain | Here
+        if self.cluster is not None:
+            chain = Chain(self.cluster, HERE / "storm.yaml", place / "run", tuple(sets))
+            chain.submit()
+        else:
+            env = {"OMP_NUM_THREADS": "1", "STORM": str(orders), "LD_PRELOAD": str(self.library)}
+            chain = Here(HERE / "storm.yaml", place / "run", tuple(sets), env)
+            chain.start()
+        return chain
 
 
 @contextmanager
-def weather(cluster: Cluster, folder: Path, faults: int) -> Iterator[Weather]:
-    """Chains on a cluster; their file systems are gone afterwards."""
+def weather(cluster: Cluster | None, folder: Path, faults: int) -> Iterator[Weather]:
+    """Chains on a cluster, or here; their file systems are gone afterwards."""
     library = folder / "shim.so"
     compiler = shutil.which("cc")
     assert compiler is not None, "a storm needs a C compiler for its shim"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "shim.c", "-ldl"], check=True)
-    sky = Weather(cluster, folder, faults, library)
     try:
-        yield sky
+        yield Weather(cluster, folder, faults, library)
     finally:
-        cluster.clear()
+        if cluster is not None:
+            cluster.clear()
         for place in folder.iterdir():
             if place.is_mount():
-                subprocess.run(["umount", place], check=True)
+                subprocess.run(["umount", "--lazy", place], check=True)

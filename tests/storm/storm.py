@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from hpc_rlhf.ledger import Ledger
 from tests.cluster import ClusterError
 from tests.cluster.chain import Chain
 from tests.storm import strikes
+from tests.storm.here import Here
 from tests.storm.strikes import FAULTS, Fault, Victim
 
 STAGES = ("sft", "reward", "ppo")
@@ -54,7 +56,7 @@ class Storm:
         healed: what status said each time that a person had to heal.
     """
 
-    chain: Chain
+    chain: Chain | Here
     folder: Path
     random: random.Random
     faults: int
@@ -62,8 +64,6 @@ class Storm:
     every: float | None = None
     struck: list[Struck] = field(default_factory=list)
     healed: list[str] = field(default_factory=list)
-    _alone: dict[str, float] = field(default_factory=dict)
-    _looked: float = 0.0
     _fronts: list[Front] = field(default_factory=list)
 
     def rage(self) -> None:
@@ -99,6 +99,27 @@ class Storm:
         fronts = [each for each in self._fronts if each is front or (fault.wide and each.under_way)]
         return not fault.blamed or all(each.made_progress() for each in fronts)
 
+    def orders(self, stage: str) -> Path:
+        """Where a stage's shim looks for its orders."""
+        return self.folder / stage
+
+    def _look_after(self) -> None:
+        """Do what the person does whose run it is."""
+        raise NotImplementedError
+
+    def _scene(self) -> str:
+        """What is known, for one that has to find out why nothing happens any more."""
+        return "\n".join([*self.chain.run.ledger.read_text().splitlines()[-40:], *map(str, self.struck[-6:])])
+
+
+@dataclass
+class ClusterStorm(Storm):
+    """A storm over a chain of Slurm jobs."""
+
+    chain: Chain
+    _alone: dict[str, float] = field(default_factory=dict)
+    _looked: float = 0.0
+
     def _look_after(self) -> None:
         """Be the person who finds a chain that mends itself no more, as after its sentinel was cancelled."""
         if time.monotonic() - self._looked < 3:
@@ -126,8 +147,28 @@ class Storm:
 
     def _scene(self) -> str:
         queue = self.chain.cluster.run("squeue", "--states=all", "--format=%i %j %T %r %E %N").stdout
-        ledger = self.chain.run.ledger.read_text().splitlines()[-40:]
-        return "\n".join([queue, *ledger, *map(str, self.struck[-6:])])
+        return f"{queue}\n{super()._scene()}"
+
+
+@dataclass
+class LocalStorm(Storm):
+    """A storm over a run without Slurm."""
+
+    chain: Here
+
+    def orders(self, stage: str) -> Path:
+        return self.folder
+
+    def _look_after(self) -> None:
+        """Start the run again whenever its launcher has ended."""
+        code = self.chain.launcher.poll()
+        if code is None or self.chain.is_done(STAGES[-1]):
+            return
+        said = (self.chain.path.parent / "launcher.log").read_text().splitlines()[-1:]
+        if code not in (-signal.SIGKILL, 128 + signal.SIGINT):
+            self.healed.append(f"exit code {code}: {' '.join(said)}")
+        time.sleep(1)
+        self.chain.start()
 
 
 class Front:
@@ -203,7 +244,7 @@ class Front:
 
     @property
     def _orders(self) -> Path:
-        return self.storm.folder / self.stage
+        return self.storm.orders(self.stage)
 
     def _plan(self) -> None:
         storm = self.storm
@@ -229,7 +270,7 @@ class Front:
 
     def _see_to(self, struck: Struck, job: str) -> None:
         """Undo what a strike has left, until the next attempt starts."""
-        if struck.reasons == {endings.TIME_LIMIT}:
+        if struck.reasons == {endings.TIME_LIMIT} and isinstance(self.chain, Chain):
             options = (f"--jobs={job}", "--states=all", "--noheader", "--format=%T")
             if self.chain.cluster.run("squeue", *options, check=False).stdout.strip() == "PENDING":
                 self.chain.cluster.run("scontrol", "update", f"job={job}", f"TimeLimit={MINUTES}", check=False)  # fmt: skip
@@ -241,6 +282,7 @@ class Front:
         """Let lost nodes come back a while after the stage went on elsewhere."""
         if self._lost_since is None or time.monotonic() - self._lost_since < (60 if self._awaited else 20):
             return
+        assert isinstance(self.chain, Chain)
         for name, daemon in self.chain.cluster.daemons().items():
             if name.startswith("node") and not daemon.alive:
                 self.chain.cluster.start_node(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from hpc_rlhf.rundir import StageDir
 from tests.cluster import Cluster, config
 from tests.cluster.chain import Chain
 from tests.cluster.processes import Process, find
+from tests.storm.here import Here
 
 # Disk calls of a save to die at, and after how many of them; the manifest is the last file written and renamed.
 AIMS = (("mkdir", 2), ("open", 8), ("write", 20), ("fsync", 12), ("rename", 2), ("unlink", 6))
@@ -28,10 +31,11 @@ class Victim:
     """An attempt at a stage that is under way.
 
     Attributes:
+        job: its Slurm job; empty where there is no Slurm.
         storm: where what steers the shim of this stage lies.
     """
 
-    chain: Chain
+    chain: Chain | Here
     stage: str
     job: str
     random: random.Random
@@ -39,7 +43,14 @@ class Victim:
 
     @property
     def cluster(self) -> Cluster:
+        assert isinstance(self.chain, Chain)
         return self.chain.cluster
+
+    @property
+    def launcher(self) -> int:
+        """The process of `hpc-rlhf run`."""
+        assert isinstance(self.chain, Here)
+        return self.chain.launcher.pid
 
     @property
     def files(self) -> StageDir:
@@ -55,13 +66,13 @@ class Victim:
         return self.cluster.field(self.job, "Partition")
 
     def ranks(self) -> list[Process]:
-        """Its ranks that run on nodes that Slurm has not given up."""
-        job = f"SLURM_JOB_ID={self.job}"
+        """Its processes that train."""
+        mine = f"STORM={self.storm}"
 
         def is_rank(process: Process) -> bool:
             pairs, command = process.environ(), process.command()
-            ours = job in pairs and any(pair.startswith("SLURM_PROCID=") for pair in pairs)
-            return ours and "-m hpc_rlhf" in command and not command.startswith("srun")
+            numbered = any(pair.startswith(("SLURM_PROCID=", "SUBMITIT_LOCAL_GLOBALID=")) for pair in pairs)
+            return mine in pairs and numbered and "-m hpc_rlhf" in command and not command.startswith("srun")
 
         return find(is_rank)
 
@@ -177,6 +188,7 @@ def cancel_the_sentinel(victim: Victim) -> frozenset[str] | None:
 
 def call_twice(victim: Victim) -> frozenset[str]:
     """Two people heal at the same moment, and a third submits again."""
+    assert isinstance(victim.chain, Chain)
     command = [sys.executable, "-m", "hpc_rlhf.cli"]
     calls = [
         ["heal", str(victim.chain.path)],
@@ -237,6 +249,17 @@ def put_the_clock_wrong(victim: Victim) -> frozenset[str] | None:
     return kill_a_rank(victim)
 
 
+def interrupt(victim: Victim) -> frozenset[str]:
+    """As by Ctrl-C."""
+    os.kill(victim.launcher, signal.SIGINT)
+    return frozenset({"interrupted"})
+
+
+def kill_the_launcher(victim: Victim) -> frozenset[str]:
+    os.kill(victim.launcher, signal.SIGKILL)
+    return frozenset({"interrupted"})
+
+
 @dataclass(frozen=True)
 class Fault:
     """A strike and its weight in a storm.
@@ -274,6 +297,18 @@ FAULTS = (
     Fault(spoil_a_checkpoint, 1.5, blamed=True),
     Fault(fill_the_disk, 1, blamed=True, wide=True),
     Fault(put_the_clock_wrong, 1, blamed=True),
+)
+
+# Without Slurm.
+LOCAL_FAULTS = (
+    *(
+        fault
+        for fault in FAULTS
+        if fault.strike in (kill_a_rank, aim, fail_a_flush, spoil_a_checkpoint, put_the_clock_wrong)
+    ),
+    Fault(fill_the_disk, 1, blamed=True),
+    Fault(interrupt, 2),
+    Fault(kill_the_launcher, 2),
 )
 
 

@@ -16,7 +16,10 @@ FAULTS, SEED = 8, 5
 
 @pytest.fixture
 def sky(idle_cluster: Cluster) -> Iterator[Weather]:
-    with tempfile.TemporaryDirectory(prefix="hpc-rlhf-") as folder, weather(idle_cluster, Path(folder), FAULTS) as sky:
+    with (
+        tempfile.TemporaryDirectory(prefix="hpc-rlhf-") as folder,
+        weather(idle_cluster, Path(folder), FAULTS) as sky,
+    ):
         yield sky
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpc_rlhf.ledger import Ledger
-from tests.cluster.chain import Chain
+from tests.cluster.chain import Watched
 from tests.storm.storm import STAGES, Storm, Struck
 from tests.train.stages import weights_digest
 
@@ -30,7 +30,7 @@ class Interruption:
     lost: int
 
 
-def interruptions(chain: Chain, stage: str) -> list[Interruption]:
+def interruptions(chain: Watched, stage: str) -> list[Interruption]:
     """One for each attempt with another after it, in order; of one without a word the reason is empty."""
     attempts: list[list[dict[str, Any]]] = []
     for event in Ledger(chain.run.ledger).events(stage):
@@ -48,12 +48,18 @@ def interruptions(chain: Chain, stage: str) -> list[Interruption]:
         resumed = next((event["step"] for event in later if event["event"] == "resumed"), 0)
         lost = max(0, int(last.get("step", 0)) - resumed)
         found.append(
-            Interruption(stage, number, str(last.get("reason", "")), str(last.get("message", "")), lost)
+            Interruption(
+                stage,
+                number,
+                str(last.get("reason", "interrupted" if last else "")),
+                str(last.get("message", "")),
+                lost,
+            )
         )
     return found
 
 
-def differences(chain: Chain, peace: Chain) -> list[str]:
+def differences(chain: Watched, peace: Watched) -> list[str]:
     """What is not as in the run that nothing disturbed."""
     wrong = []
     for stage in STAGES:
@@ -70,7 +76,7 @@ def differences(chain: Chain, peace: Chain) -> list[str]:
     return wrong
 
 
-def _rows(chain: Chain, stage: str) -> list[dict[str, Any]]:
+def _rows(chain: Watched, stage: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in chain.run.stage(stage).metrics.read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "time"} for row in rows]
 

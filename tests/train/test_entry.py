@@ -31,7 +31,7 @@ def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(slurm, "why_ended", lambda job: "")
+    monkeypatch.setattr(slurm, "why_ended", lambda job, restarts: "")
     monkeypatch.setattr(slurm, "requeue", jobs.append)
     return jobs
 
