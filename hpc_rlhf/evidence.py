@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpc_rlhf.rundir import StageDir
 from hpc_rlhf.tail import read_tail
@@ -54,11 +55,20 @@ class AttemptLogs:
 
 def last_step(files: StageDir) -> int:
     """The last step in a stage's metrics; 0 before the first."""
+    return int(_last_row(files).get("step", 0))
+
+
+def last_seen(files: StageDir) -> float | None:
+    """When the last line of a stage's metrics was written, in Unix seconds; None before the first."""
+    return _last_row(files).get("time")
+
+
+def _last_row(files: StageDir) -> dict[str, Any]:
     for line in reversed(read_tail(files.metrics).splitlines()):
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            return int(row["step"])
-    return 0
+            return row
+    return {}

@@ -14,17 +14,19 @@ from typing import Any
 #   submitting  token, by                    about to call sbatch; by heal, or a person where it does not say
 #   submitted   token, job_id                sbatch answered
 #   refused     token, message               sbatch said no
-#   started     attempt, job_id, restart, ranks, host
+#   started     attempt, job_id, restart, ranks, host, age    age: seconds since rank 0's process began
 #   resumed     attempt, step, part          part: of the step after those, if some of it is done
+#   ready       attempt, step, part          all is loaded: the attempt's first step, or part of one, begins
 #   saved       attempt, step, part, seconds, stall     how long it took, and how long training stood still for it
-#   stopping    attempt, step, part, reason  all ranks agreed to stop
+#   stopping    attempt, step, part, reason, dropped   all ranks agreed to stop; seconds of work after that point
 #   hang        attempt, message, host       a rank did not move any more; all wrote down where they were
 #   requeued    attempt, step, reason
 #   interrupted attempt, step                stopped by a person, here, to be run again
 #   failed      attempt, message
 #   finished    attempt, step, seconds
 #   cancelled   job_id                       by hpc-rlhf cancel; with attempt, by hand, as a rank found
-#   ended       job_id, reason, message, node, step, progress     how an attempt ended that is not finished
+#   ended       job_id, reason, message, node, step, progress, seen   how an attempt ended that is not finished; when
+#                                            it wrote its last step, by its own clock
 #   retried     job_id, delay, without       heal sent it off again, after so many seconds, without these nodes
 #   stopped     message                      heal leaves it to a person
 #   anew        -                            a person lets it go on; what failed before counts no more

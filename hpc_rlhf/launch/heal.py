@@ -9,7 +9,7 @@ from dataclasses import replace
 from hpc_rlhf import endings, ownership, slurm
 from hpc_rlhf.endings import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, Event
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.evidence import AttemptLogs, last_step
+from hpc_rlhf.evidence import AttemptLogs, last_seen, last_step
 from hpc_rlhf.launch.chain import Chain, Outcome, is_done, require_slurm
 from hpc_rlhf.launch.jobs import RunJobs, find_jobs
 from hpc_rlhf.launch.lock import SILENCE, hold
@@ -143,7 +143,8 @@ class _Mending:
         bereft = past is not None and past.bereft and ending.reason == CANCELLED_BY_HAND
         facts = {"job_id": job_id, "message": ending.message, "node": ending.node, "step": ending.step}
         if not bereft:
-            self._note("ended", **facts, reason=ending.reason, progress=ending.progress)
+            judged = {"reason": ending.reason, "progress": ending.progress, "seen": last_seen(files)}
+            self._note("ended", **facts, **judged)
         return {"event": "ended", **facts, "reason": ending.reason}
 
     def _verdict(self) -> Again | Stop:

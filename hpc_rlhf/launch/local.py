@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from hpc_rlhf.endings import NoLogs, first_cause, judge
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.evidence import last_step
+from hpc_rlhf.evidence import last_seen, last_step
 from hpc_rlhf.launch.chain import is_done
 from hpc_rlhf.launch.hostfile import Hostfile
 from hpc_rlhf.launch.jobs import find_jobs
@@ -101,7 +101,7 @@ class LocalRun:
         """
         settings, ledger = self.spec.stage(stage).slurm, Ledger(self.run.ledger)
         ending = judge(self._events(stage)[sent_off:], None, NoLogs(), last_step(self.run.stage(stage)))
-        ledger.append("ended", stage, **asdict(ending))
+        ledger.append("ended", stage, **asdict(ending), seen=last_seen(self.run.stage(stage)))
         verdict = decide(self._events(stage)[sent_off:], settings.max_requeues, settings.heal.backoff_seconds)
         if isinstance(verdict, Stop) or not settings.heal.enabled:
             return False

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from hpc_rlhf import endings, sentinel, slurm
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.evidence import AttemptLogs, last_step
+from hpc_rlhf.evidence import AttemptLogs, last_seen, last_step
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
 
@@ -29,7 +29,7 @@ def note_ending_before(run: RunDir, stage: str, job_id: str, restarts: int) -> N
     files = run.stage(stage)
     logs = AttemptLogs(files, job_id, attempt[0]["time"], restarts - 1)
     ending = endings.judge_requeued(events, logs, last_step(files))
-    ledger.append("ended", stage, job_id=job_id, **asdict(ending))
+    ledger.append("ended", stage, job_id=job_id, **asdict(ending), seen=last_seen(files))
 
 
 def put_sentinel_back(run: RunDir, stage: str, job_id: str) -> None:

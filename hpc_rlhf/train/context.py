@@ -100,6 +100,7 @@ class StageContext:
         self.deadline = Deadline()
         self.polls = Polls(self.world)
         self.point: Point | None = None  # the last safe point; before the first there is nothing to save
+        self._point_at = 0.0
         self.resumed = 0
         self.pulse = Pulse()
         self._saving: _Saving | None = None
@@ -202,8 +203,12 @@ class StageContext:
         Raises:
             StageStopped: after saving.
         """
+        first = self.point is None
         self.point = Point(step, take, state, part)
+        self._point_at = time.monotonic()
         self.pulse.beat()
+        if first and self.world.is_main:
+            self.ledger.append("ready", self.stage, attempt=self.attempt, **_place(self.point))
         code, due = self.stop.code, 0
         if self.world.is_main:
             code = max(code, TIME_LIMIT * self.deadline.at(part))
@@ -265,7 +270,9 @@ class StageContext:
         reason, point = REASON_OF_CODE[code], self.point
         if self.world.is_main:
             place = _place(point) if point else {"step": self.resumed}
-            self.ledger.append("stopping", self.stage, attempt=self.attempt, **place, reason=reason)
+            dropped = round(time.monotonic() - self._point_at, 3) if point else 0.0
+            facts = {**place, "reason": reason, "dropped": dropped}
+            self.ledger.append("stopping", self.stage, attempt=self.attempt, **facts)
         self.commit()
         if point:
             self._begin(point, apart=False)

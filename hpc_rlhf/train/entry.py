@@ -56,6 +56,16 @@ def run_stage(run_dir: str, stage: str) -> None:
         raise
 
 
+def process_age() -> float:
+    """Seconds since this process began, most of which its imports took; 0 where the system does not tell."""
+    try:
+        after_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - after_boot / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return 0.0
+    return round(max(0.0, age), 3)
+
+
 def keep_log_readable() -> None:
     """No progress bars in a log file, and no notes that one library has for another."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers heeds it too
@@ -104,7 +114,8 @@ class Attempt:
         if self.is_main and self.in_slurm:
             arrival.note_ending_before(self.files, self.stage, str(self.job), self.restarts)
         if self.is_main:
-            self.note("started", job_id=self.job, restart=self.restarts, ranks=ranks, host=self.host)
+            where = {"restart": self.restarts, "ranks": ranks, "host": self.host}
+            self.note("started", job_id=self.job, **where, age=process_age())
         if self.is_main and self.in_slurm:
             if slurm.was_preempted(str(self.job)):
                 self.stop.preempt()
