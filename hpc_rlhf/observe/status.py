@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hpc_rlhf import manifest, slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.observe import goodput
+from hpc_rlhf.observe.spans import Goodput
 from hpc_rlhf.observe.turns import last_turn
 from hpc_rlhf.observe.words import step_kind
 from hpc_rlhf.rundir import RunDir
@@ -20,6 +22,8 @@ from hpc_rlhf.tail import read_tail
 
 # `hpc-rlhf run` touches the run's lock every minute while it is at work.
 _LOCK_SILENCE = 180.0
+_AT_WORK = frozenset({"running", "completing", "stopping", "suspended", "signaling", "stage_out"})
+_QUEUED = frozenset({"pending", "waiting", "requeued", "starting", "configuring", "requeue_hold"})
 _REASONS = {
     "Priority": "other jobs go first",
     "Resources": "waits for free nodes",
@@ -50,6 +54,7 @@ class StageStatus:
         metric: name of the number that tells most: loss, or PPO's reward.
         value: its latest value.
         updated: when the latest step was done, in Unix seconds.
+        goodput: what became of its time, and what interrupted it.
     """
 
     stage: str
@@ -62,6 +67,7 @@ class StageStatus:
     metric: str | None = None
     value: float | None = None
     updated: float | None = None
+    goodput: Goodput = field(default_factory=Goodput)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def read_status(run: RunDir) -> list[StageStatus]:
     """
     plan = _read_plan(run)
     events: dict[str, list[dict[str, Any]]] = {job["stage"]: [] for job in plan["jobs"]}
-    for event in Ledger(run.ledger).events():
+    ledger = list(Ledger(run.ledger).events())
+    for event in ledger:
         if event.get("stage") in events:
             events[event["stage"]].append(event)
     jobs = {stage: _latest_job(events[stage]) for stage in events}
@@ -112,7 +119,20 @@ def read_status(run: RunDir) -> list[StageStatus]:
         statuses.append(
             StageStatus(stage, state, why, job_id, attempts, **_progress(run.stage(stage).metrics, stage))
         )
-    return statuses
+    return _with_goodput(statuses, ledger, plan)
+
+
+def _with_goodput(
+    statuses: list[StageStatus], ledger: list[dict[str, Any]], plan: dict[str, Any]
+) -> list[StageStatus]:
+    measured = goodput.measure(
+        ledger,
+        {job["stage"]: job["needs"] for job in plan["jobs"]},
+        at_work={status.stage for status in statuses if status.state in _AT_WORK},
+        queued={status.stage for status in statuses if status.state in _QUEUED},
+        now=time.time(),
+    )
+    return [replace(status, goodput=measured[status.stage]) for status in statuses]
 
 
 def _read_plan(run: RunDir) -> dict[str, Any]:

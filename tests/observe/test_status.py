@@ -152,6 +152,39 @@ def test_status_verb_without_slurm(run: RunDir, tmp_path: Path) -> None:
     assert [stage["state"] for stage in stages] == ["done", "stopped", "unknown"]
 
 
+def test_status_verb_tells_what_interrupted_a_run_and_where_its_time_went(run: RunDir) -> None:
+    for event in (
+        {"time": 10, "event": "started", "attempt": "1", "age": 0},
+        {"time": 20, "event": "ready", "attempt": "1", "step": 0},
+        {"time": 25, "event": "ended", "reason": "node failure", "job_id": "7", "seen": 24, "node": "node2"},
+        {"time": 30, "event": "started", "attempt": "2", "age": 0},
+        {"time": 40, "event": "ready", "attempt": "2", "step": 0},
+        {"time": 100, "event": "finished", "attempt": "2", "step": 9},
+    ):
+        with run.ledger.open("w" if event["time"] == 10 else "a") as file:
+            file.write(json.dumps({**event, "stage": "sft"}) + "\n")
+    command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(run.path)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[4:] == [
+        "",
+        "sft: 1 interruption: node failure",
+        "",
+        "ETTR 0.71 of 1 min 24 s in the allocation: productive 1 min 0 s, starting 20 s, lost 4 s, saving 0 s; "
+        "outside it: queued 6 s, waiting 0 s",
+    ]
+    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
+    sft = told["stages"][0]["goodput"]
+    assert sft.pop("interruptions") == [
+        {"reason": "node failure", "time": 24, "node": "node2", "step": 0, "lost": 4, "starting": 10}
+    ]
+    assert sft == {
+        "waiting": 0, "queued": 6, "starting": 20, "productive": 60, "lost": 4, "saving": 0, "wall": 90,
+        "ettr": 0.7143,
+    }  # fmt: skip
+    assert told["goodput"] == {**sft, "interruptions": told["goodput"]["interruptions"]}
+    assert told["stages"][2]["goodput"]["ettr"] is None
+
+
 def test_status_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
     for argument, expected in ((tmp_path, "it has no job.yaml"), (tmp_path / "no", "does not exist")):
         command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(argument)]

@@ -1,0 +1,99 @@
+"""Where the time of a stage or a run went, and what interrupted it.
+
+ETTR, the effective training time ratio, is that of Meta's "Revisiting Reliability in Large-Scale Machine Learning
+Research Clusters" (arXiv 2410.21680): productive time / wall-clock in the allocation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where the seconds went. Every moment from the first ``submitted`` or ``started`` on is in one span.
+
+    Attributes:
+        waiting: it could not run: a stage that it needs was not done, or it was stopped until a person sent it off again.
+        queued: it could run, and no attempt was at work.
+        starting: from the start of rank 0's process until the attempt's first step begins; with the measurements that a
+            stage makes before its first step.
+        productive: work on steps that were kept, and on handing the model over.
+        lost: work that was done again, or will be: what came after the place that the next attempt went on from, or,
+            where there is none yet, after the last place saved.
+        saving: training stood still for a checkpoint, or for the last one before a stop.
+    """
+
+    waiting: float = 0.0
+    queued: float = 0.0
+    starting: float = 0.0
+    productive: float = 0.0
+    lost: float = 0.0
+    saving: float = 0.0
+
+    @property
+    def allocated(self) -> float:
+        """Seconds in which attempts held their nodes."""
+        return self.starting + self.productive + self.lost + self.saving
+
+    @property
+    def wall(self) -> float:
+        """All of them."""
+        return self.waiting + self.queued + self.allocated
+
+    @property
+    def ettr(self) -> float | None:
+        """Productive time / time in the allocation; None before the first attempt."""
+        return self.productive / self.allocated if self.allocated > 0 else None
+
+    def __add__(self, other: Spans) -> Spans:
+        return Spans(*(getattr(self, name) + getattr(other, name) for name in SPANS))
+
+
+SPANS = tuple(Spans.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """An attempt that ended without finishing its stage.
+
+    Attributes:
+        reason: as the attempt itself said; else as it was judged; else what is known.
+        time: when, in Unix seconds.
+        node: on which it began, or which failed; empty where that is not known.
+        step: the last step it did.
+        lost: seconds of work that were, or will be, done again.
+        starting: seconds that the attempt after it took until its first step.
+    """
+
+    reason: str
+    time: float
+    node: str
+    step: int
+    lost: float = 0.0
+    starting: float = 0.0
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """What became of a stage's time. Of a run: the sums over its stages, which may run side by side."""
+
+    spans: Spans = Spans()
+    interruptions: tuple[Interruption, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `status --json` shows it."""
+        spans = {name: round(getattr(self.spans, name), 3) for name in SPANS}
+        ettr = self.spans.ettr
+        return {
+            **spans,
+            "wall": round(self.spans.wall, 3),
+            "ettr": None if ettr is None else round(ettr, 4),
+            "interruptions": [_rounded(each) for each in self.interruptions],
+        }
+
+
+def _rounded(each: Interruption) -> dict[str, Any]:
+    facts = {"reason": each.reason, "time": round(each.time, 3), "node": each.node, "step": each.step}
+    return {**facts, "lost": round(each.lost, 3), "starting": round(each.starting, 3)}
