@@ -62,6 +62,7 @@ bench-learning: .venv/.installed-bench  ## See what ours and its peers learn on 
 chaos: .venv/.installed-dev  ## Run a chain through a storm of FAULTS faults for each SEED; 200 take an hour
 	scripts/install-slurm.sh
 	$(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED)
+	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --here
 
 lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from tests.cluster import Cluster
@@ -20,12 +21,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, nargs="+", default=[1])
     parser.add_argument("--keep", type=Path, help="a folder for copies of the runs")
     parser.add_argument("--peace", type=Path, help="the run in peace that was kept, in place of a new one")
+    parser.add_argument("--here", action="store_true", help="without Slurm: hpc-rlhf run in place of submit")
     args = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory(prefix="hpc-rlhf-storm-") as folder,
-        Cluster(Path(folder) / "slurm", owner=os.getpid()) as cluster,
-        weather(cluster, Path(folder), args.faults) as sky,
-    ):
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hpc-rlhf-storm-")))
+        cluster = None if args.here else stack.enter_context(Cluster(folder / "slurm", owner=os.getpid()))
+        sky = stack.enter_context(weather(cluster, folder, args.faults))
         try:
             began = time.monotonic()
             sky.peace(args.peace)
@@ -33,7 +34,7 @@ def main() -> int:
             return 0 if min([report(sky, seed) for seed in args.seed]) else 1
         finally:
             if args.keep:
-                for run in Path(folder).glob("*/run"):
+                for run in folder.glob("*/run"):
                     shutil.copytree(run, args.keep / run.parent.name, dirs_exist_ok=True)
 
 

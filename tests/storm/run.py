@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.cluster import Cluster, wait_until
 from tests.cluster.chain import Chain, Watched
+from tests.cluster.processes import find, kill_and_wait
 from tests.storm.here import Here
 from tests.storm.storm import STAGES, ClusterStorm, LocalStorm, Storm
 from tests.storm.strikes import FAULTS, LOCAL_FAULTS, Fault
@@ -113,6 +114,8 @@ def weather(cluster: Cluster | None, folder: Path, faults: int) -> Iterator[Weat
     finally:
         if cluster is not None:
             cluster.clear()
+        orders = f"STORM={folder}/"
+        kill_and_wait(find(lambda process: any(pair.startswith(orders) for pair in process.environ())))
         for place in folder.iterdir():
             if place.is_mount():
                 subprocess.run(["umount", "--lazy", place], check=True)

@@ -78,7 +78,8 @@ class Storm:
             for front in fronts:
                 front.look()
             self._look_after()
-            now = self.chain.run.ledger.stat().st_size
+            ledger = self.chain.run.ledger
+            now = ledger.stat().st_size if ledger.exists() else 0
             if now != size:
                 size, moved = now, time.monotonic()
             elif time.monotonic() - moved > STILL:
