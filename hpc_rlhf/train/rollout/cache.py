@@ -57,6 +57,7 @@ class BatchedRows:
         self.sizes = [0] * rows  # tokens in each row
         self.ends = torch.zeros(rows, dtype=torch.int64, device=self.model.device)  # the same
         self.rows = torch.arange(rows, device=self.model.device)
+        self.tokens = torch.zeros_like(self.rows)  # where a recorded step finds them
         self.columns = _round_up(columns)
         shape, device = (rows, self.columns), self.model.device
         self.mask = torch.full(shape, -torch.inf, dtype=self.model.dtype, device=device)
@@ -89,14 +90,21 @@ class BatchedRows:
     def step(self, tokens: Tensor) -> Tensor:
         live = len(tokens)
         self.sizes[:live] = [size + 1 for size in self.sizes[:live]]
-        shape = (live, _round_up(max(self.sizes[:live])))
+        recorded = self.decode_step.recorded
+        taken = live if recorded is None else recorded.rows(live, len(self.sizes))
+        if recorded is not None:
+            self.tokens[:live] = tokens
+            tokens = self.tokens[:taken]
+            # Rows that nothing lives in are as long as one token: what it leaves there, a prompt's first replaces.
+            self.ends[live:taken] = 0
+        shape = (taken, _round_up(max(self.sizes[:live])))
         if not self._shown or self._shown[0].shape != shape:
-            self._shown = [whole[:live, : shape[1]] for whole in (self.mask, *self.keys, *self.values)]
-        rows, ends = self.rows[:live], self.ends[:live]
+            self._shown = [whole[:taken, : shape[1]] for whole in (self.mask, *self.keys, *self.values)]
+        rows, ends = self.rows[:taken], self.ends[:taken]
         self.mask.index_put_((rows, ends), self.visible)
         logits = self.decode_step.take(tokens, rows, ends, *self._shown)
-        ends += 1
-        return logits
+        ends[:live] += 1
+        return logits[:live]
 
     def move(self, source: int, target: int) -> None:
         self.sizes[target] = self.sizes[source]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hpc_rlhf.train.rollout import on_cuda
 from hpc_rlhf.train.rollout.on_cpu import Matrix, Place, matrices, places, traced
 
 # Decode steps after which one is traced, and those that the trace then has to give the same bits for.
@@ -23,7 +24,7 @@ class DecodeStep:
     """A model's decode step as a function of tensors alone.
 
     On a CPU it takes the ways of ``on_cpu``. A trace is used once it has given the same bits as the model for some
-    steps, and not at all if it does not.
+    steps, and not at all if it does not. On a GPU it takes those of ``on_cuda``.
 
     Args:
         model: a causal language model that takes a mask of four dimensions.
@@ -38,6 +39,8 @@ class DecodeStep:
         # Rotary positions that change their ways at some length would be fixed to one.
         fixed = not any(kind in str(getattr(model.config, "rope_parameters", "")) for kind in CHANGING_ROPE)
         self.steps_to_trace = TRACED_AFTER if may_trace and fixed else -1
+        self.may_record = may_trace and fixed
+        self.recorded: on_cuda.RecordedSteps | None = None  # of this rollout
         self.on_trial = ON_TRIAL
         self.matrices: list[Matrix] | None = None  # not looked for yet
         self.made: list[Callable[..., Tensor]] = []  # the trace, if any
@@ -47,6 +50,11 @@ class DecodeStep:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Within it, the model's weights stay as they are, and steps may be taken."""
+        recorder = on_cuda.recorder(self.model.device) if self.may_record else None
+        if recorder is not None:
+            with self._recording(recorder):
+                yield
+            return
         if not self.may_trace or self.model.device.type != "cpu":
             yield
             return
@@ -63,6 +71,16 @@ class DecodeStep:
             self.weights = []
             for matrix in self.matrices:
                 matrix.drop()
+
+    @contextmanager
+    def _recording(self, recorder: on_cuda.Recorder) -> Iterator[None]:
+        self.recorded = on_cuda.RecordedSteps(self.forward, recorder)
+        try:
+            yield
+        finally:
+            self.may_record = not self.recorded.failed
+            self.recorded.close()
+            self.recorded = None
 
     def forward(self, tokens: Tensor, rows: Tensor, places: Tensor, mask: Tensor, *buffers: Tensor) -> Tensor:
         """Logits of the next tokens: (rows, vocabulary).
@@ -81,7 +99,9 @@ class DecodeStep:
         return logits
 
     def take(self, *inputs: Tensor) -> Tensor:
-        """The same as ``forward``, traced or not."""
+        """The same as ``forward``, traced or recorded or not."""
+        if self.recorded is not None:
+            return self.recorded.take(*inputs)
         if self.steps_to_trace == 0 and inputs[0].device.type == "cpu":
             self._trace(inputs)
         self.steps_to_trace -= 1
