@@ -198,12 +198,22 @@ def was_preempted(job_id: str) -> bool:
         return False
 
 
-def end_time(job_id: str) -> float:
-    """When a running job's time is up, in seconds since the epoch; without end where Slurm does not say."""
+def start_and_end(job_id: str) -> tuple[float, float]:
+    """When a running job started, and when its time is up, in seconds since the epoch by the controller's clock.
+
+    Without end where Slurm does not say.
+    """
+    said = [os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END")]  # newer than 22.05
+    if all(text.isdigit() for text in said):
+        return float(said[0]), float(said[1])
     with suppress(HpcRlhfError, ValueError):
-        said = _job_fields(job_id).get("EndTime", "")
-        return time.mktime(time.strptime(said, "%Y-%m-%dT%H:%M:%S"))
-    return math.inf
+        fields = _job_fields(job_id)
+        start, end = (
+            time.mktime(time.strptime(fields.get(name, ""), "%Y-%m-%dT%H:%M:%S"))
+            for name in ("StartTime", "EndTime")
+        )
+        return start, end
+    return 0.0, math.inf
 
 
 @contextmanager

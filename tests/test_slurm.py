@@ -133,3 +133,17 @@ def test_a_command_lives_through_the_signals_that_it_brings_about(
         assert heard == [signal.SIGTERM], "this process hears again"
     finally:
         signal.signal(signal.SIGTERM, kept)
+
+
+def test_a_jobs_start_and_end_are_both_by_the_controllers_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = "JobId=7 JobState=RUNNING StartTime=2026-01-01T10:00:00 EndTime=2026-01-01T10:30:00"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    start, end = slurm.start_and_end("7")
+    assert end - start == 1800
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "100")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "160")
+    assert slurm.start_and_end("7") == (100.0, 160.0)

@@ -12,6 +12,8 @@ LEAST_COST = 0.1
 FIRST_COST = 1.0
 # Seconds left for asking to be requeued, and for a save that takes longer than those before.
 SLACK = 15.0
+# Seconds that a job may have been there before its script, as for a prolog.
+_BEFORE_SCRIPT = 120.0
 
 
 def daly(cost: float, mttf: float) -> float:
@@ -22,6 +24,20 @@ def daly(cost: float, mttf: float) -> float:
         mttf: mean seconds to a failure that comes unannounced.
     """
     return math.sqrt(2 * max(cost, LEAST_COST) * mttf)
+
+
+def time_used(start: float, now: float, script: float | None) -> float:
+    """Seconds of a job's time that are gone, whether or not the node's clock agrees with the controller's.
+
+    Args:
+        start: of the job, by the controller's clock.
+        now: by the node's clock.
+        script: seconds since the job's script began, by no clock; None where that is not known.
+    """
+    used = now - start
+    if script is None or 0 <= used - script <= _BEFORE_SCRIPT:
+        return used
+    return script
 
 
 @dataclass
@@ -57,7 +73,7 @@ class Deadline:
     """The end of an attempt's time, as rank 0 sees it.
 
     Attributes:
-        end: seconds since the epoch; without end where nobody limits it.
+        end: by ``time.monotonic``, which no change of the clock moves; without end where nobody limits it.
         save: seconds that the longest save took.
         longest: seconds from each kind of safe point to the next, by the parts of a step that are done there.
     """
@@ -90,4 +106,4 @@ class Deadline:
         return self._left() <= 0
 
     def _left(self) -> float:
-        return self.end - time.time() - self.save - SLACK
+        return self.end - time.monotonic() - self.save - SLACK

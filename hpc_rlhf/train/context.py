@@ -69,7 +69,7 @@ class StageContext:
 
     Attributes:
         attempt: names this attempt in the ledger and on checkpoints.
-        started: seconds since the epoch at which the attempt began.
+        started: by ``time.monotonic``, when the attempt began.
         seconds_before: seconds that earlier attempts spent on the steps kept.
     """
 
@@ -79,7 +79,7 @@ class StageContext:
     world: World
     stop: StopFlag
     attempt: str
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
 
     def __post_init__(self) -> None:
@@ -188,7 +188,7 @@ class StageContext:
     @property
     def seconds(self) -> float:
         """Time spent on the steps that are kept, over all attempts."""
-        return self.seconds_before + time.time() - self.started
+        return self.seconds_before + time.monotonic() - self.started
 
     def safe_point(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> None:
         """Between steps, or parts of a step: save where it is due, and stop where all ranks agree to. Collective.

@@ -66,6 +66,16 @@ def process_age() -> float:
     return round(max(0.0, age), 3)
 
 
+def script_age() -> float | None:
+    """Seconds since the batch script began, on the same machine; None where that cannot be told."""
+    try:
+        up = float(Path("/proc/uptime").read_text().split()[0])
+        age = up - float(os.environ["HPC_RLHF_SCRIPT_BEGAN"])
+    except (OSError, KeyError, ValueError):
+        return None
+    return age if age >= 0 else None
+
+
 def keep_log_readable() -> None:
     """No progress bars in a log file, and no notes that one library has for another."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers heeds it too
@@ -141,6 +151,7 @@ class Attempt:
 
     def train(self, spec: JobSpec, world: World) -> None:
         """Check what the stage starts from, make this attempt its owner, and run it."""
+        from hpc_rlhf.train.cadence import time_used
         from hpc_rlhf.train.context import StageContext
         from hpc_rlhf.train.watch import Watch
 
@@ -149,8 +160,10 @@ class Attempt:
             world.on_main(partial(manifest.require, folder, f"the model of stage {need}"))
         context = StageContext(spec, self.stage, self.files, world, self.stop, self.name)
         if self.is_main and self.in_slurm:
-            said = os.environ.get("SLURM_JOB_END_TIME", "")  # newer than 22.05
-            context.deadline.end = float(said) if said.isdigit() else slurm.end_time(str(self.job))
+            start, end = slurm.start_and_end(str(self.job))
+            context.deadline.end = (
+                time.monotonic() + end - start - time_used(start, time.time(), script_age())
+            )
         with Watch(
             self.stop, self.name, lambda: context.deadline.passed, context.pulse,
             lambda message: self.note("hang", message=message, host=self.host),

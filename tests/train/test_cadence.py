@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hpc_rlhf.train import cadence
-from hpc_rlhf.train.cadence import SLACK, Cadence, Deadline, daly
+from hpc_rlhf.train.cadence import SLACK, Cadence, Deadline, daly, time_used
 from tests.train.clock import Clock
 
 
@@ -93,3 +93,22 @@ def test_out_of_time_anywhere(clock: Clock) -> None:
     clock.now += 70 - SLACK
     assert deadline.passed
     assert not Deadline(end=math.inf, save=30).passed
+
+
+@pytest.mark.parametrize("wrong_by", [-90000, -3600, 0, 3600, 90000])
+def test_a_node_whose_clock_is_wrong_knows_how_much_time_is_used(wrong_by: int) -> None:
+    started, script = 50_000.0, 600.0  # the script began after a prolog of 40 s
+    used = time_used(started, started + 640 + wrong_by, script)
+    assert used == (640 if wrong_by == 0 else 600)
+
+
+def test_without_the_scripts_word_the_clock_has_to_be_believed() -> None:
+    assert time_used(50_000.0, 50_640.0, None) == 640
+
+
+def test_a_clock_that_is_set_in_the_meantime_ends_nothing(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadline = Deadline(end=clock.now + 1000)
+    monkeypatch.setattr(clock, "time", lambda: clock.now + 3600)
+    assert not deadline.passed
