@@ -59,6 +59,8 @@ _OTHER_RANK = re.compile(
 _PEER_GONE = re.compile(r"connection (was )?(reset|closed)|broken pipe", re.I)
 _TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)")
 _LONGEST = 300
+STEP_TOO_LONG = "two attempts in a row came to the time limit before they could save anything new"
+MORE_TIME = "raise slurm.time, or make a step shorter: a smaller global batch, shorter answers, or more GPUs"
 
 
 class Logs(Protocol):
@@ -126,6 +128,30 @@ def returns(events: Sequence[Event]) -> int:
     kinds = Counter(event["event"] for event in events)
     by_person = 1 if events and events[0]["event"] == "anew" else 0  # that is one of those retried
     return max(kinds["started"] - 1, kinds["requeued"] + kinds["retried"] - by_person)
+
+
+def out_of_time_in_vain(events: Sequence[Event]) -> int:
+    """How many attempts in a row came to the time limit with nothing new saved, whoever sent the stage off again.
+
+    Those that ended otherwise are passed over, but what they saved counts.
+    """
+    count, told = 0, False
+    furthest = mark = (0, 0)  # saved so far, and when the attempt before ended
+    for event in events:
+        kind, place = event["event"], (event.get("step", 0), event.get("part", 0))
+        if kind == "saved":
+            furthest = max(furthest, place)
+        elif kind == "resumed":
+            mark, furthest = max(mark, place), max(furthest, place)
+        elif kind == "started":
+            told = False
+        elif kind in ("requeued", "ended"):
+            if furthest > mark or event.get("progress"):
+                count = 0
+            elif event["reason"] == TIME_LIMIT and not told:
+                count += 1
+            mark, told = furthest, kind == "requeued"
+    return count
 
 
 def progressed(events: Sequence[Event]) -> bool:
@@ -238,7 +264,9 @@ def _by_logs(attempt: Sequence[Event], job: PastJob | None, logs: Logs) -> tuple
         said = logs.last_line(int(task["rank"]))
         reason = OUT_OF_MEMORY if _MEMORY.search(said) else FAILED
         return reason, said if said and "exit code" in task["how"] else task[0], task["node"]
-    if job is not None and (job.exit_code.endswith(":9") or job.exit_code.startswith("137:")):  # of the script, or of srun
+    if job is not None and (
+        job.exit_code.endswith(":9") or job.exit_code.startswith("137:")
+    ):  # of the script, or of srun
         return KILLED, f"exit code {job.exit_code}", ""
     said = _last_line(logs.batch)
     if said:

@@ -7,7 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpc_rlhf.endings import BLAMELESS, FINAL, ON_A_NODE, Event, returns
+from hpc_rlhf.endings import (
+    BLAMELESS,
+    FINAL,
+    MORE_TIME,
+    ON_A_NODE,
+    STEP_TOO_LONG,
+    TIME_LIMIT,
+    Event,
+    out_of_time_in_vain,
+    returns,
+)
 
 _GROWS = 4
 _LONGEST_WAIT = 3600
@@ -47,10 +57,13 @@ def decide(window: Sequence[Event], max_requeues: int, backoff: int) -> Again | 
     last = endings[-1]
     if last["reason"] in FINAL:
         return Stop(_sentence(last))
+    if last["reason"] == TIME_LIMIT and out_of_time_in_vain(window) >= _TRIES:
+        return Stop(f"{STEP_TOO_LONG}, the last one at step {last['step']}: {MORE_TIME}")
     blamed = [ending for ending in endings if ending["reason"] not in BLAMELESS]
     if last["reason"] not in BLAMELESS and len(blamed) > 1 and _same(blamed[-2], last):
         return Stop(_sentence(last, f"twice at step {last['step']}"))
-    if last["reason"] not in BLAMELESS and _in_vain(blamed) >= _TRIES:
+    in_vain = [ending for ending in endings[len(endings) - _in_vain(endings) :] if ending in blamed]
+    if last["reason"] not in BLAMELESS and len(in_vain) >= _TRIES:
         return Stop(
             f"two attempts in a row saved no new step; the last one ended at step {last['step']} by: {_sentence(last)}"
         )

@@ -177,7 +177,15 @@ class Attempt:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""
         if self.is_main and self.in_slurm:
             events = list(Ledger(self.files.ledger).events(self.stage))
-            returns = endings.returns(endings.since_a_person(events))
+            stop_now: endings.Event = {"event": "requeued", "step": stopped.step, "reason": stopped.reason}
+            window = endings.since_a_person(events)
+            if stopped.reason == endings.TIME_LIMIT and endings.out_of_time_in_vain([*window, stop_now]) > 1:
+                raise HpcRlhfError(
+                    endings.STEP_TOO_LONG,
+                    where=f"stage {self.stage}, step {stopped.step}",
+                    hint=endings.MORE_TIME,
+                )
+            returns = endings.returns(window)
             if returns >= spec.stage(self.stage).slurm.max_requeues:
                 raise HpcRlhfError(
                     f"stopped by: {stopped.reason}, and none is left of the requeues that slurm.max_requeues allows",

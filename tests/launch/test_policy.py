@@ -43,7 +43,14 @@ LOST = ended("node failure", node="n1")
         ([ended("killed", 7, True), ended("killed", 8)], Again(10)),
         # in vain
         ([ended("time limit", 5), ended("time limit", 6)],
-         "two attempts in a row saved no new step; the last one ended at step 6 by: time limit: how it time limit"),
+         "two attempts in a row came to the time limit before they could save anything new, the last one at step 6: "
+         "raise slurm.time, or make a step shorter: a smaller global batch, shorter answers, or more GPUs"),
+        ([ended("time limit", 5), ended("preempted", 5), ended("time limit", 5)],
+         "two attempts in a row came to the time limit before they could save anything new, the last one at step 5: "
+         "raise slurm.time, or make a step shorter: a smaller global batch, shorter answers, or more GPUs"),
+        ([ended("time limit", 5), ended("preempted", 6, True), ended("time limit", 6)], Again(10)),
+        ([ended("killed", 5), ended("hang", 6)],
+         "two attempts in a row saved no new step; the last one ended at step 6 by: hang: how it hang"),
         ([ended("time limit", 5), ended("time limit", 9, True), ended("time limit", 10)], Again(10)),
         # what no other attempt would change
         ([ended("user error", message="data.json: no such file")], "user error: data.json: no such file"),

@@ -102,3 +102,44 @@ def test_a_stage_that_ends_in_its_time_is_done(
     finish(run, code, world, monkeypatch)
     assert requeued == []
     assert [event["event"] for event in Ledger(run.ledger).events("sft")] == ["started", "finished"]
+
+
+@pytest.mark.parametrize(
+    ("before", "stops"),
+    [
+        ([("requeued", 3, "time limit")], True),
+        ([("requeued", 3, "time limit"), ("started", 0, ""), ("requeued", 3, "preempted")], True),
+        ([("ended", 3, "time limit")], True),  # cut off, and sent off again by heal
+        ([("requeued", 3, "preempted")], False),
+        ([("requeued", 3, "time limit"), ("started", 0, ""), ("saved", 4, "")], False),
+        ([("requeued", 3, "time limit"), ("anew", 0, "")], False),  # a person says that it has time now
+    ],
+)
+def test_a_step_that_never_fits_the_time_limit_is_not_tried_for_ever(
+    tmp_path: Path,
+    world: World,
+    requeued: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    before: list[tuple[str, int, str]],
+    stops: bool,
+) -> None:
+    run = make_run(tiny_spec(tmp_path / "run", ranks=1, sft={"slurm": {"max_requeues": 9}}))
+    ledger = Ledger(run.ledger)
+    ledger.append("saved", "sft", step=3)
+    ledger.append("requeued", "sft", step=3, reason="preempted")
+    ledger.append("started", "sft")
+    ledger.append("resumed", "sft", step=3, part=0)
+    for event, step, reason in before:
+        ledger.append(event, "sft", step=step, reason=reason, progress=False)
+    monkeypatch.setattr("hpc_rlhf.train.world.join", lambda ranks: world)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def stop(attempt: Attempt, *_: object) -> None:
+        raise StageStopped("time limit", 3)
+
+    monkeypatch.setattr(Attempt, "train", stop)
+    with pytest.raises(
+        HpcRlhfError if stops else SystemExit, match="came to the time limit" if stops else None
+    ):
+        Attempt(run, "sft", StopFlag()).run()
+    assert requeued == ([] if stops else ["9"])
