@@ -19,7 +19,7 @@ BENCH ?= full
 FAULTS ?= 200
 SEED ?= 1
 
-.PHONY: help install demo test fuzz bench bench-learning chaos lint cluster cluster-down clean
+.PHONY: help install demo test fuzz bench bench-learning chaos ettr lint cluster cluster-down clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -63,6 +63,10 @@ chaos: .venv/.installed-dev  ## Run a chain through a storm of FAULTS faults for
 	scripts/install-slurm.sh
 	$(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED)
 	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --here
+
+ettr: .venv/.installed-dev  ## See what preemptions every two minutes leave of a chain's time; takes half an hour
+	scripts/install-slurm.sh
+	$(BIN)/python -m tests.storm.ettr
 
 lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
 	$(BIN)/ruff check .

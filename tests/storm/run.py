@@ -20,8 +20,10 @@ from tests.storm.verdict import differences, table, unexplained
 
 HERE = Path(__file__).parent
 DISK = "256m"
-# Steps that a stage makes in the time in which a storm has one strike, and at least.
-STEPS = {"sft": (60, 40), "reward": (60, 40), "ppo": (6, 12)}
+# Steps that a stage makes in a second, about; and the seconds of work for each of its strikes.
+RATES = {"sft": 20.0, "reward": 20.0, "ppo": 1.0}
+WORK = {"sft": 3.0, "reward": 3.0, "ppo": 6.0}
+LEAST = {"sft": 40, "reward": 40, "ppo": 12}
 
 
 @dataclass(frozen=True)
@@ -53,43 +55,50 @@ class Weather:
     Attributes:
         faults: strikes of a storm; the chains are as long as it takes to receive them.
         library: the shim.
+        every: seconds of an attempt after which it is struck, in place of a random moment.
     """
 
     cluster: Cluster | None
     folder: Path
     faults: int
     library: Path
+    every: float | None = None
 
     def peace(self, kept: Path | None = None) -> None:
         """Run the chain undisturbed, unless it was kept from another time."""
         peace = self._peace = Kept(kept or self._started("peace").path)
         wait_until(lambda: all(peace.is_done(stage) for stage in STAGES), 7200, "the run in peace is done")
 
-    def storm(self, seed: int, kinds: Sequence[Fault] | None = None, every: float | None = None) -> Outcome:
+    def storm(self, seed: int, kinds: Sequence[Fault] | None = None) -> Outcome:
+        """Run it in a storm, and compare."""
+        storm = self.rage(seed, kinds)
+        wrong = [*differences(storm.chain, self._peace), *unexplained(storm)]
+        if len(storm.struck) < self.faults:
+            wrong.append(f"the chain was over after {len(storm.struck)} strikes")
+        return Outcome(storm, wrong, storm.healed, table(storm))
+
+    def rage(self, seed: int, kinds: Sequence[Fault] | None = None) -> Storm:
         """Run it in a storm."""
         name = f"storm-{seed}"
         chain = self._started(name)
         arguments = (self.folder / f"{name}-orders", random.Random(seed), self.faults)
         storm: Storm
         if isinstance(chain, Chain):
-            storm = ClusterStorm(chain, *arguments, kinds or FAULTS, every)
+            storm = ClusterStorm(chain, *arguments, kinds or FAULTS, self.every)
         else:
-            storm = LocalStorm(chain, *arguments, kinds or LOCAL_FAULTS, every)
+            storm = LocalStorm(chain, *arguments, kinds or LOCAL_FAULTS, self.every)
         storm.rage()
-        wrong = [*differences(chain, self._peace), *unexplained(storm)]
-        if len(storm.struck) < self.faults:
-            wrong.append(f"the chain was over after {len(storm.struck)} strikes")
-        return Outcome(storm, wrong, storm.healed, table(storm))
+        return storm
 
     def _started(self, name: str) -> Chain | Here:
         place, orders = self.folder / name, self.folder / f"{name}-orders"
         place.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", place], check=True)
         sets = [f"name={name}"]
-        for stage, (each, least) in STEPS.items():
+        for stage, rate in RATES.items():
             (orders / stage).mkdir(parents=True)
             setup = f"export OMP_NUM_THREADS=1 STORM={orders / stage} LD_PRELOAD={self.library}"
-            steps = max(least, each * self.faults // len(STEPS))
+            steps = max(LEAST[stage], int(rate * (self.every or WORK[stage]) * self.faults / len(RATES)))
             sets += [f"stages.{stage}.max_steps={steps}", f'stages.{stage}.slurm.setup=["{setup}"]']
         chain: Chain | Here
         if self.cluster is not None:
@@ -103,14 +112,16 @@ class Weather:
 
 
 @contextmanager
-def weather(cluster: Cluster | None, folder: Path, faults: int) -> Iterator[Weather]:
+def weather(
+    cluster: Cluster | None, folder: Path, faults: int, every: float | None = None
+) -> Iterator[Weather]:
     """Chains on a cluster, or here; their file systems are gone afterwards."""
     library = folder / "shim.so"
     compiler = shutil.which("cc")
     assert compiler is not None, "a storm needs a C compiler for its shim"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "shim.c", "-ldl"], check=True)
     try:
-        yield Weather(cluster, folder, faults, library)
+        yield Weather(cluster, folder, faults, library, every)
     finally:
         if cluster is not None:
             cluster.clear()
