@@ -1,0 +1,132 @@
+"""The SFT stage with a real DeepSpeed engine, killed at each call of a save that touches the disk, and run again.
+
+``python -m tests.train.faults_engine FOLDER``, with the library of ``faults.c`` loaded before all others. One process
+imports, prepares the data and makes the engine, once; every run is a fork of it. So it is one rank, and its process
+group one without threads, which a fork would not have.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.preemption import StopFlag
+from hpc_rlhf.train.stages import common, sft
+from hpc_rlhf.train.world import World
+from tests.train.faults import forked
+from tests.train.stages import make_run, metrics, tiny_spec, weights_digest
+
+STEPS = 3
+STRUCK = 2  # by the save after this step an older checkpoint is pruned
+
+
+class Alone(World):
+    """One rank, whose messages are to itself."""
+
+    def on_main(self, make: Any) -> Any:
+        return make()
+
+    def gather(self, thing: Any) -> list[Any]:
+        return [thing]
+
+    def sums(self, numbers: dict[str, float]) -> dict[str, float]:
+        return dict(numbers)
+
+    def max(self, number: int) -> int:
+        return number
+
+    def barrier(self) -> None:
+        pass
+
+
+def train(run: RunDir, attempt: str, world: World, faults: Any, fatal: int) -> None:
+    """The stage, every step saved; what the struck save is made of is left in a file."""
+    context = StageContext(read_spec(run.job_yaml), "sft", run, world, StopFlag(), attempt)
+    context.polls.now = lambda numbers: [int(number) for number in numbers]  # type: ignore[method-assign]
+    context.polls.between = lambda kind, numbers: []  # type: ignore[method-assign]
+    context.store.claim()
+    begin = context.safe_point
+
+    def safe_point(step: int, *rest: Any) -> None:
+        if step == STRUCK:
+            faults.fault_arm(fatal)
+        begin(step, *rest)
+        context.commit()
+        context.store.settle()
+        if step == STRUCK:
+            (run.path / "calls").write_text(str(faults.fault_disarm()))
+
+    context.safe_point = safe_point  # type: ignore[method-assign, assignment]
+    sft.run(context)
+
+
+def told(run: RunDir) -> dict[str, Any]:
+    """What is left of a run: its weights, its metrics, and the checkpoints that are kept."""
+    rows = [{key: value for key, value in row.items() if key != "time"} for row in metrics(run, "sft")]
+    kept = sorted(path.name for path in run.stage("sft").checkpoints.glob("*-*") if path.name[0] != ".")
+    return {"weights": weights_digest(run, "sft"), "metrics": rows, "kept": kept}
+
+
+def make_once(run: RunDir, world: World) -> None:
+    """Data, model and engine, which the stage then finds made."""
+    context = StageContext(read_spec(run.job_yaml), "sft", run, world, StopFlag(), "before")
+    data, tokenizer = context.data(), context.tokenizer
+    model = sft.load_causal(context.start_model(context.spec.models.actor), context.dtype, 0.0)
+    spec: Any = context.stage_spec
+    engine = engines.training_engine(sft.LanguageModel(model), context.ds_config, spec, spec.lr, STEPS)
+    sft.load_causal = lambda *_: model
+    sft.engines.training_engine = lambda *_: engine  # type: ignore[assignment]
+    StageContext.data = lambda _: data  # type: ignore[method-assign]
+    StageContext.tokenizer = tokenizer
+
+
+def main(folder: Path) -> dict[str, Any]:
+    import torch.utils.tensorboard
+
+    torch.utils.tensorboard.SummaryWriter = lambda *_, **__: SimpleNamespace(  # type: ignore[misc]
+        add_scalar=lambda *_: None, flush=lambda: None
+    )
+    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as ``hpc_rlhf.train.world.join`` does
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    world = Alone(0, 1, 0, torch.device("cpu"), dist.group.WORLD)
+    common.EVALUATED = 4  # what is held out is not what this is about
+    faults = ctypes.CDLL(None)
+    fields = {"checkpoint_every": 1, "max_steps": STEPS, "zero": 1}
+    whole = make_run(tiny_spec(folder / "whole", 1, sft=fields))
+    make_once(whole, world)
+    assert forked(lambda: train(whole, "whole", world, faults, 0)) == 0
+    calls, expected = int((whole.path / "calls").read_text()), told(whole)
+    found: dict[str, Any] = {"calls": calls, "killed": 0, "wrong": []}
+    job = whole.job_yaml.read_text()
+    for number in range(1, calls + 1):
+        run = RunDir(folder / f"at-{number}")
+        run.path.mkdir()
+        run.job_yaml.write_text(job)
+        run.scripts.symlink_to(whole.scripts)
+        code = forked(lambda run=run, number=number: train(run, "first", world, faults, number))
+        found["killed"] += code == -9
+        again = forked(lambda run=run: train(run, "second", world, faults, -1))
+        left = told(run) if again == 0 else {}
+        if code != -9 or left != expected:
+            found["wrong"].append((number, code, again, left))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))
