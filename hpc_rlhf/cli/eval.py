@@ -87,12 +87,12 @@ def _evaluate(context: click.Context, spec: JobSpec, folder: RunDir, file: Path,
     from hpc_rlhf.launch.stopping import Interrupted
     from hpc_rlhf.observe.progress import progress
 
-    with claim(spec, "hpc-rlhf eval") as (run, lock):
+    with claim(spec, "hpc-rlhf eval") as run:
         refuse_live_jobs(run)
         prepare(spec, run, None if file == folder.job_yaml else file.parent)
         try:
             with progress(run) as watcher:
-                LocalRun(spec, run, None, lock, watcher, again).run_stages(("eval",))
+                LocalRun(spec, run, None, watcher, again).run_stages(("eval",))
         except Interrupted as stop:  # asked for, so no error
             click.echo(str(stop), err=True)
             context.exit(stop.exit_code)

@@ -37,12 +37,12 @@ def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile:
 
     spec = load_spec(file, sets)
     hosts = read_hostfile(hostfile) if hostfile is not None else None
-    with claim(spec, "hpc-rlhf run") as (run, lock):
+    with claim(spec, "hpc-rlhf run") as run:
         refuse_live_jobs(run)
         prepare(spec, run, file.parent)
         try:
             with progress(run) as watcher:
-                LocalRun(spec, run, hosts, lock, watcher, _again(file, sets, hostfile)).run_stages()
+                LocalRun(spec, run, hosts, watcher, _again(file, sets, hostfile)).run_stages()
         except Interrupted as stop:  # asked for, so no error
             click.echo(str(stop), err=True)
             context.exit(stop.exit_code)

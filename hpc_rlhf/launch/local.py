@@ -18,7 +18,6 @@ from hpc_rlhf.launch.chain import is_done
 from hpc_rlhf.launch.hostfile import Hostfile
 from hpc_rlhf.launch.jobs import find_jobs
 from hpc_rlhf.launch.local_env import environment, visible_gpus
-from hpc_rlhf.launch.lock import Lock
 from hpc_rlhf.launch.policy import Stop, decide
 from hpc_rlhf.launch.ranks import Ranks, start_here, start_on
 from hpc_rlhf.launch.stopping import Interrupted, StopRequests
@@ -51,7 +50,6 @@ class LocalRun:
     spec: JobSpec
     run: RunDir
     hostfile: Hostfile | None
-    lock: Lock
     watcher: Watcher
     again: str
 
@@ -108,7 +106,6 @@ class LocalRun:
         self.watcher.say(f"{stage}: {ending.reason}: {ending.message}; tried again in {verdict.delay} s")
         due = time.monotonic() + verdict.delay
         while time.monotonic() < due and not stop.count:
-            self.lock.touch()
             time.sleep(_POLL)
         if stop.count:
             raise self._interrupted(f"stopped before another attempt at {stage}", stop)
@@ -139,7 +136,6 @@ class LocalRun:
         told = 0
         while not ranks.ended():
             self.watcher.tick()
-            self.lock.touch()
             if stop.count > told:
                 told += 1  # one at a time: the second may come while the first is being answered
                 if told == 1:

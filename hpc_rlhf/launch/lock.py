@@ -2,7 +2,8 @@
 
 The lock is a file that names its owner, made by ``link``, which is atomic where ``flock`` may not be (NFS). A lock
 is stale, and taken over, when its owner is a process of this machine that has ended, or when it is another
-machine's and nobody has touched it for `SILENCE`; whoever holds it for long calls `Lock.touch`.
+machine's and nobody has touched it for `SILENCE`. A thread of the owner touches it, so that no step of the owner's has
+to be short; a machine that died is silent.
 """
 
 from __future__ import annotations
@@ -10,39 +11,25 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 
-SILENCE = 900.0
-_TOUCH_EVERY = 60.0
+# Twice the time for which NFS may show what a file was, and a touch or two that failed.
+SILENCE = 180.0
+_TOUCH_EVERY = 20.0
 _ATTEMPTS = 5
 _AGAIN = 0.5
 
 
-@dataclass
-class Lock:
-    """A lock that this process holds."""
-
-    path: Path
-    touched: float
-
-    def touch(self) -> None:
-        """Show other machines that the owner is alive; cheap enough to call in a loop."""
-        if time.monotonic() - self.touched > _TOUCH_EVERY:
-            self.touched = time.monotonic()
-            with suppress(OSError):
-                os.utime(self.path)
-
-
 @contextmanager
-def hold(path: Path, doing: str, patience: float = 0.0) -> Iterator[Lock]:
+def hold(path: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock at ``path`` for as long as the block runs.
 
     Args:
@@ -69,12 +56,25 @@ def hold(path: Path, doing: str, patience: float = 0.0) -> Iterator[Lock]:
                 time.sleep(_AGAIN)
     finally:
         draft.unlink()
+    done = threading.Event()
+    toucher = threading.Thread(target=_touch_until, args=(done, path, text), daemon=True)
+    toucher.start()
     try:
-        yield Lock(path, time.monotonic())
+        yield
     finally:
+        done.set()
+        toucher.join()
         with suppress(OSError):
             if path.read_text() == text:
                 path.unlink()
+
+
+def _touch_until(done: threading.Event, path: Path, text: str) -> None:
+    """Show other machines that the owner is alive, for as long as the lock is the owner's."""
+    while not done.wait(_TOUCH_EVERY):
+        with suppress(OSError):
+            if path.read_text() == text:
+                os.utime(path)
 
 
 def _acquire(path: Path, draft: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hpc_rlhf import ownership
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.lock import Lock, hold
+from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.rundir import RunDir
@@ -27,7 +27,7 @@ _MAX_LISTED = 12
 
 
 @contextmanager
-def claim(spec: JobSpec, doing: str) -> Iterator[tuple[RunDir, Lock]]:
+def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
     """Create the run directory of a spec if need be, and be the only launcher at work on it.
 
     Args:
@@ -49,8 +49,8 @@ def claim(spec: JobSpec, doing: str) -> Iterator[tuple[RunDir, Lock]]:
             where=str(run.path),
             hint="choose an empty or a new folder as run_dir",
         )
-    with hold(run.submit_lock, doing) as lock:
-        yield run, lock
+    with hold(run.submit_lock, doing):
+        yield run
 
 
 def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool = False) -> None:

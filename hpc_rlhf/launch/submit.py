@@ -26,7 +26,7 @@ def submit(spec: JobSpec, beside: Path | None = None) -> list[Outcome]:
         HpcRlhfError: there is no Slurm here, Slurm refused a job, or the run directory belongs to another spec.
     """
     require_slurm()
-    with claim(spec, "hpc-rlhf submit") as (run, _):
+    with claim(spec, "hpc-rlhf submit") as run:
         jobs = find_jobs(run)
         prepare(spec, run, beside, live=bool(jobs.live))
         return _send_missing(Chain(make_plan(spec), jobs, "person"))

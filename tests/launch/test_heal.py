@@ -92,7 +92,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 def run(tmp_path: Path) -> RunDir:
     """A run whose jobs 1 (SFT), 2 (reward) and 3 (PPO) were submitted; SFT and reward have started."""
     spec = make_spec(tmp_path / "run", {"heal": {"backoff_seconds": 10}, "exclude": "bad1"})
-    with claim(spec, "test") as (run, _):
+    with claim(spec, "test") as run:
         prepare(spec, run)
     ledger = Ledger(run.ledger)
     for job_id, stage in (("1", "sft"), ("2", "reward"), ("3", "ppo")):
@@ -292,7 +292,7 @@ def test_two_at_once_and_a_run_without_a_chain_are_refused(
     with hold(run.submit_lock, "hpc-rlhf submit"), pytest.raises(HpcRlhfError, match="`hpc-rlhf submit`"):
         heal(run)
     spec = make_spec(tmp_path / "local")
-    with claim(spec, "test") as (other, _):
+    with claim(spec, "test") as other:
         prepare(spec, other)
     with pytest.raises(HpcRlhfError, match="never submitted"):
         heal(other)

@@ -90,3 +90,21 @@ def test_of_many_that_find_a_stale_lock_one_wins(tmp_path: Path) -> None:
     ]
     said = sorted(racer.communicate()[0].strip() for racer in racers)
     assert said == ["lost", "lost", "lost", "won"]
+
+
+def test_whoever_works_for_long_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine sees only when the file was last touched."""
+    path = tmp_path / ".lock"
+    monkeypatch.setattr(lock, "_TOUCH_EVERY", 0.01)
+    with lock.hold(path, "me"):
+        os.utime(path, (1, 1))
+        until = time.monotonic() + 10
+        while path.stat().st_mtime == 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert path.stat().st_mtime > 1
+        write_owner(path, host="elsewhere")  # that took it over: theirs is not kept alive by us
+        os.utime(path, (1, 1))
+        time.sleep(0.1)
+        assert path.stat().st_mtime == 1

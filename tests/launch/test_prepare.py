@@ -23,7 +23,7 @@ def spec_with(tmp_path: Path, *sets: str) -> JobSpec:
 
 
 def prepared(spec: JobSpec, live: bool = False) -> Path:
-    with claim(spec, "a test") as (run, _):
+    with claim(spec, "a test") as run:
         prepare(spec, run, live=live)
     return run.path
 
@@ -106,7 +106,7 @@ def test_a_claim_that_came_to_nothing_does_not_stop_the_next(tmp_path: Path) -> 
     templates = tmp_path / "templates"
     templates.mkdir()
     (templates / "hostfile.j2").write_text("{{ nonsense }}")
-    with pytest.raises(HpcRlhfError, match="template"), claim(spec, "a test") as (run, _):
+    with pytest.raises(HpcRlhfError, match="template"), claim(spec, "a test") as run:
         prepare(spec, run, beside=tmp_path)
     assert not run.job_yaml.exists()
     prepared(spec)

@@ -124,7 +124,7 @@ def test_stage_run_here_after_its_slurm_job_was_cancelled_is_no_slurm_job(run: R
     ledger.append("started", "ppo", attempt="local-1", job_id=None, restart=0)
     ppo = read_status(run)[2]
     assert (ppo.job_id, ppo.state) == (None, "stopped")
-    run.submit_lock.touch()  # as `hpc-rlhf run` does every minute
+    run.submit_lock.touch()  # as a launcher does
     assert read_status(run)[2].state == "running"
 
 

@@ -56,7 +56,7 @@ def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpe
 
 
 def make_run(spec: JobSpec) -> RunDir:
-    with claim(spec, "a test") as (run, _):
+    with claim(spec, "a test") as run:
         prepare(spec, run)
     return run
 
