@@ -141,7 +141,7 @@ def test_script_finds_the_ranks_meeting_place_and_hands_on_sruns_exit_code(tmp_p
 
 def test_two_jobs_and_two_attempts_meet_at_different_ports(tmp_path: Path) -> None:
     spec, ports = make_spec(tmp_path / "run"), set()
-    for job_id, restart in (("1", "0"), ("1", "1"), ("2", "0"), ("99999999", "0")):
+    for job_id, restart in (("5000", "0"), ("5000", "1"), ("6000", "0"), ("99999999", "0")):
         _, out, _ = run_script(spec, "sft", tmp_path, SLURM_JOB_ID=job_id, SLURM_RESTART_COUNT=restart)
         ports.update(line for line in (out / "env").read_text().splitlines() if "MASTER_PORT" in line)
     assert len(ports) == 4
@@ -149,10 +149,10 @@ def test_two_jobs_and_two_attempts_meet_at_different_ports(tmp_path: Path) -> No
 
 
 def test_a_port_that_somebody_listens_at_is_passed_over(tmp_path: Path) -> None:
-    taken = 20000 + 7 * 101
+    taken = 20000 + 5007 * 101 % 10000  # no job of the tests' own cluster comes that far
     with socket.create_server(("", taken)):
         _, out, _ = run_script(
-            make_spec(tmp_path / "run"), "sft", tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="0"
+            make_spec(tmp_path / "run"), "sft", tmp_path, SLURM_JOB_ID="5007", SLURM_RESTART_COUNT="0"
         )
     assert f"MASTER_PORT={taken + 1}" in (out / "env").read_text().splitlines()
 
@@ -283,7 +283,7 @@ def test_a_sentinel_heals_its_run_whatever_its_name_and_setup(hostile: str, tmp_
         "setup": ["false", "export HEALING=1", "cd $UNSET/nowhere"],
         "extra": {"nice": 5},
     }
-    slurm = {"partition": "gpu", "account": "nlp", "reservation": "r1", "setup": ["exit 1"], "heal": heal}
+    slurm = {"partition": "gpu", "account": "nlp", "reservation": "r1", "setup": ["exit 3"], "heal": heal}
     spec = make_spec(tmp_path / f"run {hostile}".replace("/", ""), slurm)
     run = RunDir(Path(spec.run_dir))
     render(spec, run.scripts)
@@ -302,7 +302,7 @@ def test_a_sentinel_heals_its_run_whatever_its_name_and_setup(hostile: str, tmp_
         "job-name=demo.sft.sentinel",
     ):
         assert f"\n#SBATCH --{line}\n" in script
-    assert "exit 1" not in script
+    assert "exit 3" not in script
     (tmp_path / "cwd").mkdir()
     here = tmp_path / "script.sh"
     here.write_text(script.replace(sys.executable, str(python)))
