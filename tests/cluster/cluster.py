@@ -62,7 +62,8 @@ class Cluster:
     """A Slurm cluster of four nodes on this host.
 
     Partitions: ``gpu`` (default, never preempted), ``low`` and ``low-cancel`` (preempted by requeue and by
-    cancel, after a grace) and ``high`` (preempts those two), each over all nodes.
+    cancel, after a grace), ``low-now`` and ``low-cancel-now`` (without one) and ``high`` (preempts those four), each
+    over all nodes; ``first`` and ``last`` over two nodes each, never preempted.
 
     Args:
         folder: where all state goes; absent or empty before start(), removed by stop().

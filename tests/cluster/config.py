@@ -70,7 +70,11 @@ PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=60 PriorityTier=1
 PartitionName=gpu Default=YES PreemptMode=OFF
 PartitionName=low PreemptMode=REQUEUE GraceTime={GRACE_SECONDS}
 PartitionName=low-cancel PreemptMode=CANCEL GraceTime={GRACE_SECONDS}
+PartitionName=low-now PreemptMode=REQUEUE
+PartitionName=low-cancel-now PreemptMode=CANCEL
 PartitionName=high PriorityTier=10 PreemptMode=OFF
+PartitionName=first Nodes=node[1-2] PreemptMode=OFF
+PartitionName=last Nodes=node[3-4] PreemptMode=OFF
 """
 
 
