@@ -107,10 +107,19 @@ def latest_attempt(events: Sequence[Event]) -> Sequence[Event]:
     begin = max((index for index, event in enumerate(events) if event["event"] in _BEGINS), default=0)
     # A rank may have failed before rank 0 came to its first word.
     while (
-        begin and events[begin]["event"] in ("started", "failed") and events[begin - 1]["event"] == "failed"
+        begin
+        and events[begin]["event"] in ("started", "failed")
+        and _failed_with(events[begin - 1], events[begin])
     ):
         begin -= 1
     return events[begin:]
+
+
+def _failed_with(before: Event, event: Event) -> bool:
+    """Whether an event is a failure in the same attempt as another. Without Slurm ranks name theirs to the second at first."""
+    names = [str(each.get("attempt", "")) for each in (before, event)]
+    same = names[0] == names[1] or all(name.startswith("local-") for name in names)
+    return before["event"] == "failed" and same
 
 
 def since_a_person(events: Sequence[Event]) -> Sequence[Event]:

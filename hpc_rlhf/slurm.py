@@ -168,13 +168,17 @@ def remembered(job_id: str) -> PastJob | None:
 
 
 def requeue(job_id: str) -> None:
-    """Put a running or finished job back in the queue under its own id."""
-    with _unheard():
-        _run(["scontrol", "requeue", job_id])
+    """Put a running or finished job back in the queue under its own id, if nobody else has."""
+    try:
+        with _unheard():
+            _run(["scontrol", "requeue", job_id])
+    except HpcRlhfError as error:
+        if "Job is pending execution" not in error.message:
+            raise
 
 
-def why_ended(job_id: str, restarts: int) -> Literal["cancelled", "time limit", ""]:
-    """What ended a job whose ranks have been told to stop: a person, its time limit, or neither.
+def why_ended(job_id: str, restarts: int) -> Literal["cancelled", "requeued", "time limit", ""]:
+    """What ended a job whose ranks have been told to stop: a person, somebody who requeued it, its time limit, or nothing yet.
 
     The ranks hear the same signal when a job is preempted or out of time, and then it should be requeued. A job
     that somebody cancelled must not be: Slurm would run it again.
@@ -183,9 +187,10 @@ def why_ended(job_id: str, restarts: int) -> Literal["cancelled", "time limit", 
         restarts: how often it had been requeued when it started.
     """
     fields = _job_fields(job_id)
-    requeued = int(fields.get("Restarts", 0)) > restarts
-    if fields.get("JobState") in ("RUNNING", "PENDING") or requeued or _preempted(fields):
-        return ""  # in the grace before a preemption, before the time limit, or requeued by somebody else
+    if int(fields.get("Restarts", 0)) > restarts:
+        return "requeued"
+    if fields.get("JobState") in ("RUNNING", "PENDING") or _preempted(fields):
+        return ""  # in the grace before a preemption, or before the time limit
     out_of_time = fields.get("Reason") == "TimeLimit" or _seconds(fields["RunTime"]) >= _seconds(fields["TimeLimit"])  # fmt: skip
     return "time limit" if out_of_time else "cancelled"
 

@@ -98,6 +98,9 @@ STARTED = event("started", attempt="7-0")
         ([STARTED], None, Said(), "failed", "it left no word", ""),
         # rank 1 failed before rank 0 came to its first word
         ([event("retried"), failed("OSError: disk full"), STARTED, failed(GLOO)], FAILED, Said(), "failed", "OSError: disk full", ""),
+        # a failure of the attempt before is none of this one's
+        ([event("requeued", attempt="7-0"), failed("scontrol: refused"), event("started", attempt="7-1")], FAILED, Said(), "failed",
+         "Slurm says FAILED", ""),
         # an attempt before is over and done with
         ([STARTED, failed("old", 2), event("requeued", step=3)], ended_as("PREEMPTED"), Said(), "preempted", "", ""),
     ],

@@ -202,11 +202,12 @@ class Attempt:
         sys.exit(TO_BE_CONTINUED)
 
     def requeue(self, step: int, reason: str) -> None:
-        """Have this Slurm job run again, unless a person cancelled it."""
+        """Have this Slurm job run again, unless a person cancelled it, or it will anyway."""
         reachable = shutil.which("scontrol") is not None
         why = slurm.why_ended(str(self.job), self.restarts) if reachable else ""
         if why == "cancelled":
             self.note("cancelled", job_id=self.job)
+        if why in ("cancelled", "requeued"):  # the next attempt tells who requeued it
             sys.exit(TO_BE_CONTINUED)
         self.note("requeued", step=step, reason=why or reason)
         if not reachable:  # from inside a container; the batch script outside sees the request
