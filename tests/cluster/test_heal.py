@@ -1,51 +1,71 @@
 """Chains that break on a real Slurm, and mend themselves, or stop and say why. Their stages only seem to train.
 
-All of them are sent off at once, each with a fault in store, and then looked at one by one.
+All of them are sent off at once, each with faults in store and with a thread that does to it what is to be done, and
+then looked at one by one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, ClusterError, wait_until
+from tests.cluster import Cluster, ClusterError, config, wait_until
 from tests.cluster.chain import Chain
 from tests.cluster.cluster import CHECKOUT
+from tests.cluster.processes import Process, find
 
 SPEC = CHECKOUT / "tests/cluster/jobs/stand-in.yaml"
 STAND_IN = CHECKOUT / "tests/launch/stand_in"
-# Other tests wait as long for a busy machine as this; a quiet one needs a few seconds.
+# As long as a very busy machine may take over anything; a quiet one needs some seconds.
 PATIENCE = 240
 ALONE = ("stages.reward=null", "stages.ppo=null")
-# One chain has the last two nodes to itself, because it loses them.
+FOLLOWED = (*ALONE, "stages.dpo={}")
 HERE = ("slurm.partition=first",)
-PREEMPTABLE = (
-    "slurm.partition=low-cancel-now",
-    "slurm.exclude=node[3-4]",
-    "slurm.gpus_per_node=2",
-    "slurm.heal.partition=first",
-)
+# One chain has the last two nodes to itself, because it loses them.
 LOSABLE = ("slurm.partition=last", "slurm.heal.partition=first")
+
+
+def preemptable(partition: str, node: int) -> tuple[str, ...]:
+    """On one node, so that one intruder strikes both chains that are there."""
+    others = ",".join(f"node{each}" for each in range(1, config.NODES + 1) if each != node)
+    return (f"slurm.partition={partition}", f"slurm.exclude={others}", "slurm.gpus_per_node=1", "slurm.heal.partition=first")  # fmt: skip
+
+
 # What is in store for each chain, as the stand-in reads it, and its settings.
-FAULTS: dict[str, tuple[str, tuple[str, ...]]] = {
+CHAINS: dict[str, tuple[str, tuple[str, ...]]] = {
     "raises": ("sft 6 raise device-side assert", HERE),
     "mistaken": ("sft 2 mistake data.json: no such file", (*ALONE, *HERE)),
-    "preempted": ("sft 6 wait", (*ALONE, *PREEMPTABLE)),
-    "out-of-time": ("sft 6 wait", (*ALONE, *HERE)),
-    "cancelled": ("sft 6 wait", (*ALONE, *HERE)),
-    "requeued": ("sft 6 wait", (*ALONE, *HERE)),
-    "killed": ("sft 6 die", (*ALONE, *HERE)),
-    "node-lost": ("sft 6 wait", (*ALONE, *LOSABLE)),
+    "cancelled": ("sft 6 deaf", (*ALONE, *HERE)),
+    "node-lost": ("sft 6 deaf", (*FOLLOWED, *LOSABLE)),
+    "limit-told": ("sft 6 wait", (*FOLLOWED, *HERE)),
+    "limit-cut": ("sft 6 deaf", (*FOLLOWED, *HERE)),
+    "requeue-grace": ("sft 6 wait", (*FOLLOWED, *preemptable("low", 1))),
+    "cancel-grace": ("sft 6 wait", (*FOLLOWED, *preemptable("low-cancel", 1))),
+    "requeue-now": ("sft 6 deaf", (*FOLLOWED, *preemptable("low-now", 2))),
+    "cancel-now": ("sft 6 deaf", (*FOLLOWED, *preemptable("low-cancel-now", 2))),
+    "by-hand": ("sft 6 deaf", (*FOLLOWED, *HERE)),
+    "exception": ("sft 6 raise-once one\nsft 10 raise-once two", (*FOLLOWED, *HERE)),
+    "killed": ("sft 6 die\nsft 10 die", (*FOLLOWED, *HERE)),
+    "memory": ("sft 6 memory\nsft 10 memory", (*FOLLOWED, *HERE)),
+    "controller": ("sft 6 deaf", (*FOLLOWED, *HERE)),
 }
+AT = (5, 9)  # the last steps before the faults
+SAVED = (4, 8)
 
 
 @dataclass(frozen=True)
 class StandIn(Chain):
     """A chain of stand-ins."""
+
+    given_up: threading.Event = field(default_factory=threading.Event)
 
     @property
     def fault(self) -> Path:
@@ -55,33 +75,42 @@ class StandIn(Chain):
     def env(self) -> dict[str, str]:
         return {**self.cluster.env, "PYTHONPATH": str(STAND_IN), "STAND_IN_FAULT": str(self.fault)}
 
-    def await_fault(self) -> str:
+    def store(self, fault: str) -> None:
+        """Put a fault in store in place of the one before, in one go: a stage reads it over and over."""
+        draft = self.fault.with_suffix(".draft")
+        draft.write_text(fault)
+        draft.rename(self.fault)
+
+    def await_fault(self, step: int = AT[0]) -> str:
         """Wait until SFT has come to its fault, and return its job."""
-        self.await_that(lambda: self.steps("sft")[-1:] == [5], "SFT is at its fault")
+        self.await_that(lambda: self.steps("sft")[-1:] == [step], f"SFT is at step {step}")
         return self.job_id("sft")
 
     def await_end(self, stage: str = "sft") -> None:
         self.await_that(lambda: self.is_done(stage), f"{stage} is done")
 
-    def await_event(self, event: str, times: int = 1) -> None:
-        self.await_that(lambda: len(self.events(event, "sft")) >= times, f"the ledger says {event} of sft")
+    def await_endings(self, times: int) -> None:
+        self.await_that(lambda: len(self.endings()) >= times, f"{times} attempts have ended")
 
     def await_stop(self) -> str:
         """What status says once the chain has stopped."""
         self.await_that(lambda: self.events("stopped", "sft"), "the chain has stopped")
         return str(self.status()["sft"]["why"])
 
-    def endings(self) -> list[tuple[str, int]]:
-        """How SFT's attempts ended, and after which steps."""
-        return [(event["reason"], event["step"]) for event in self.events("ended", "sft")]
-
     def await_that(self, holds: Callable[[], object], what: str) -> None:
         try:
-            wait_until(holds, PATIENCE, what)
+            wait_until(lambda: self.given_up.is_set() or holds(), PATIENCE, what)
         except ClusterError as error:
-            queue = self.cluster.run("squeue", "--states=all", "--format=%i %j %T %r %E").stdout
+            queue = self.cluster.run("squeue", "--states=all", "--format=%i %j %T %r %E", check=False).stdout
             logs = "".join(log.read_text() for log in self.path.glob("stages/*/logs/*.out"))
             raise ClusterError(f"{error}\n{queue}\n{self.run.ledger.read_text()}\n{logs}") from None
+        if self.given_up.is_set():
+            raise ClusterError("given up")
+
+    def endings(self) -> list[tuple[str, int]]:
+        """How SFT's attempts ended that are not finished, and after which steps."""
+        events = sorted(self.events("ended", "sft") + self.events("requeued", "sft"), key=lambda e: e["time"])
+        return [(event["reason"], event["step"]) for event in events]
 
     def sentinels(self) -> list[str]:
         """The ids of SFT's sentinels that wait."""
@@ -89,49 +118,170 @@ class StandIn(Chain):
         lines = self.cluster.run("squeue", "-h", "-t", "PD", "--format=%i %k").stdout.splitlines()
         return [line.split()[0] for line in lines if line.endswith(f"hpc-rlhf-sentinel:{token}")]
 
+    def left_running(self) -> list[Process]:
+        """Processes that have to do with this run and are not of a job."""
+
+        def loose(process: Process) -> bool:
+            if str(self.path) not in process.command():
+                return False
+            return not any(pair.startswith("SLURM_JOB_ID=") for pair in process.environ())
+
+        return find(loose)
+
+
+# What is done to chains -------------------------------------------------------------------------------
+
+
+def strike_twice(
+    blow: Callable[..., object], mend: Callable[[StandIn], object] | None, chains: Sequence[StandIn]
+) -> None:
+    """Wait until all are at their fault and strike; when they went on with some steps once more; then see them through.
+
+    Args:
+        mend: what must be done after a blow before a chain can go on.
+    """
+    for count, (step, after) in enumerate(zip(AT, ("sft 10", ""), strict=True), 1):
+        for chain in chains:
+            chain.await_fault(step)
+        blow(*chains)
+        for chain in chains:
+            chain.await_endings(count)
+            if mend is not None:
+                mend(chain)
+            kind = chain.fault.read_text().split(" ")[2]
+            chain.store(f"{after} {kind}" if after else "")
+    see_through(chains)
+
+
+def see_through(chains: Sequence[StandIn]) -> None:
+    for chain in chains:
+        chain.await_end("sft")
+        chain.await_end("dpo")
+
+
+def intrude(*chains: StandIn) -> None:
+    """Take the node on which they all are."""
+    cluster = chains[0].cluster
+    (node,) = {cluster.field(chain.job_id("sft"), "NodeList") for chain in chains}
+    options = ("--partition=high", f"--nodelist={node}", f"--gpus-per-node={config.GPUS}")
+    cluster.sbatch(*options, "--output=/dev/null", "--wrap=true")
+
+
+def requeue_by_hand(chain: StandIn) -> None:
+    chain.cluster.run("scontrol", "requeue", chain.job_id("sft"))
+
+
+def lose_node(chain: StandIn) -> None:
+    chain.cluster.kill_node(chain.cluster.field(chain.job_id("sft"), "NodeList"))
+
+
+def dead_nodes(cluster: Cluster) -> list[str]:
+    return [
+        name for name, daemon in cluster.daemons().items() if name.startswith("node") and not daemon.alive
+    ]
+
+
+def bring_node_back(chain: StandIn) -> None:
+    (lost,) = dead_nodes(chain.cluster)
+    assert chain.cluster.field(chain.job_id("sft"), "NodeList") != lost
+    chain.await_that(chain.sentinels, "a sentinel watches over the new attempt")
+    chain.cluster.start_node(lost)  # ends what still runs there
+
+
+def run_out_of_time(chain: StandIn) -> None:
+    """So that the time is near at which Slurm says so."""
+    job = chain.job_id("sft")
+    minutes = chain.cluster.field(job, "RunTime").split(":")[1]
+    chain.cluster.run("scontrol", "update", f"job={job}", f"TimeLimit={int(minutes) + 2}")
+
+
+def cut_off(chain: StandIn) -> None:
+    chain.cluster.run("scontrol", "update", f"job={chain.job_id('sft')}", "EndTime=now+1")
+
+
+def give_time(chain: StandIn) -> None:
+    """As soon as Slurm lets us: not while the job is being requeued."""
+    change = ("scontrol", "update", f"job={chain.job_id('sft')}", "TimeLimit=10")
+    chain.await_that(
+        lambda: chain.cluster.run(*change, check=False).returncode == 0, "the next attempt has time"
+    )
+
+
+@contextmanager
+def controller_away(cluster: Cluster) -> Iterator[None]:
+    cluster.stop_controller()
+    try:
+        yield
+    finally:
+        cluster.start_controller()
+
+
+STRIKES: dict[tuple[str, ...], Callable[[Sequence[StandIn]], None]] = {
+    ("node-lost",): partial(strike_twice, lose_node, bring_node_back),
+    ("limit-told",): partial(strike_twice, run_out_of_time, give_time),
+    ("limit-cut",): partial(strike_twice, cut_off, give_time),
+    ("requeue-grace", "cancel-grace"): partial(strike_twice, intrude, None),
+    ("requeue-now", "cancel-now"): partial(strike_twice, intrude, None),
+    ("by-hand",): partial(strike_twice, requeue_by_hand, None),
+    ("exception",): see_through,
+    ("killed",): see_through,
+    ("memory",): see_through,
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All chains, and what is being done to them."""
+
+    chains: dict[str, StandIn]
+    strikes: dict[str, Future[None]]
+    left_by_submit: list[str]
+
+    def __getitem__(self, name: str) -> StandIn:
+        return self.chains[name]
+
+    def seen_through(self, name: str) -> StandIn:
+        """A chain to which everything was done."""
+        self.strikes[name].result()
+        return self.chains[name]
+
 
 @pytest.fixture(scope="module")
-def chains(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, StandIn]]:
-    folder = tmp_path_factory.mktemp("mend")
-    made = {}
-    for name, (fault, sets) in FAULTS.items():
-        made[name] = chain = StandIn(cluster, SPEC, folder / name, (f"name={name}", *sets))
-        chain.fault.write_text(fault)
-        chain.submit(env=chain.env)
-    lost = cluster.field(made["node-lost"].await_fault(), "NodeList")
-    cluster.kill_node(lost)  # Slurm takes half a minute to see that; meanwhile the other tests run
-    yield made
-    if not cluster.daemons()[lost].alive:
-        cluster.start_node(lost)
+def scene(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    folder, given_up = tmp_path_factory.mktemp("mend"), threading.Event()
+    scene = Scene({}, {}, [])
+    with ThreadPoolExecutor(len(STRIKES)) as pool:
+        try:
+            for name, (fault, sets) in CHAINS.items():
+                sets = (f"name={name}", *sets)
+                scene.chains[name] = chain = StandIn(cluster, SPEC, folder / name, sets, given_up)
+                chain.store(fault)
+                chain.submit(env=chain.env)
+                scene.left_by_submit.extend(process.command() for process in chain.left_running())
+                for names, strike in STRIKES.items():
+                    if name == names[-1]:
+                        struck = pool.submit(strike, [scene.chains[each] for each in names])
+                        scene.strikes.update(dict.fromkeys(names, struck))
+            yield scene
+        finally:
+            given_up.set()
+    for name in dead_nodes(cluster):
+        cluster.start_node(name)
     cluster.clear()
 
 
-def test_a_preempted_job_that_was_killed_at_once_goes_on(chains: dict[str, StandIn]) -> None:
-    chain = chains["preempted"]
-    job = chain.await_fault()
-    node = chain.cluster.field(job, "NodeList")
-    chain.cluster.sbatch("--partition=high", f"--nodelist={node}", "--gpus-per-node=2", "--output=/dev/null", "--wrap=true")  # fmt: skip
-    chain.await_event("ended")
-    chain.fault.unlink()
-    chain.await_end()
-    assert chain.endings() == [("preempted", 5)]
-    assert chain.job_id("sft") == job
-    assert chain.steps("sft") == [*range(1, 6), *range(5, 13)]
+# What became of them ----------------------------------------------------------------------------------
 
 
-def test_a_job_cut_at_its_limit_without_a_signal_goes_on(chains: dict[str, StandIn]) -> None:
-    chain = chains["out-of-time"]
-    job = chain.await_fault()
-    chain.cluster.run("scontrol", "update", f"job={job}", "EndTime=now+1")
-    chain.await_event("retried")
-    chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=10")
-    chain.fault.unlink()
-    chain.await_end()
-    assert chain.endings() == [("time limit", 5)]
+def test_a_users_mistake_is_not_tried_again(scene: Scene) -> None:
+    chain = scene["mistaken"]
+    why = chain.await_stop()
+    assert why == "user error: data.json: no such file; once that is mended, hpc-rlhf heal goes on"
+    assert len(chain.events("started", "sft")) == 1
 
 
-def test_what_a_person_cancelled_stays_so_until_a_person_says_otherwise(chains: dict[str, StandIn]) -> None:
-    chain = chains["cancelled"]
+def test_what_a_person_cancelled_stays_so_until_a_person_says_otherwise(scene: Scene) -> None:
+    chain = scene["cancelled"]
     job = chain.await_fault()
     chain.cluster.run("scancel", job)
     assert chain.await_stop() == "cancelled by hand; once that is mended, hpc-rlhf heal goes on"
@@ -139,65 +289,95 @@ def test_what_a_person_cancelled_stays_so_until_a_person_says_otherwise(chains: 
     chain.fault.unlink()
     chain.cli("heal", chain.path, env=chain.env)
     chain.await_end()
-    assert chain.events("resumed", "sft")[-1]["step"] == 4
+    assert chain.events("resumed", "sft")[-1]["step"] == SAVED[0]
 
 
-def test_a_requeue_from_outside_is_told_and_a_cancelled_sentinel_comes_back(
-    chains: dict[str, StandIn],
-) -> None:
-    chain = chains["requeued"]
-    job = chain.await_fault()
-    chain.cluster.run("scancel", *chain.sentinels())
-    chain.await_that(lambda: not chain.sentinels(), "the sentinel is gone")
-    chain.cluster.run("scontrol", "requeue", job)
-    chain.await_event("started", 2)
-    chain.await_that(chain.sentinels, "the sentinel is back")
-    chain.fault.unlink()
-    chain.await_end()
-    assert chain.endings() == [("requeued by hand", 5)]
-
-
-def test_a_killed_rank_is_tried_again(chains: dict[str, StandIn]) -> None:
-    chain = chains["killed"]
-    chain.await_end()
-    assert chain.endings() == [("killed", 5)]
-    assert "Killed" in chain.events("ended", "sft")[0]["message"]
-    assert len(chain.events("started", "sft")) == 2
-
-
-def test_a_users_mistake_is_not_tried_again(chains: dict[str, StandIn]) -> None:
-    chain = chains["mistaken"]
-    why = chain.await_stop()
-    assert why == "user error: data.json: no such file; once that is mended, hpc-rlhf heal goes on"
-    assert len(chain.events("started", "sft")) == 1
-
-
-def test_a_stage_that_fails_twice_alike_stops_and_goes_on_when_it_is_mended(
-    chains: dict[str, StandIn],
-) -> None:
-    chain = chains["raises"]
+def test_a_stage_that_fails_twice_alike_stops_and_goes_on_when_it_is_mended(scene: Scene) -> None:
+    chain = scene["raises"]
     why = chain.await_stop()
     assert why.startswith("failed twice at step 5: RuntimeError: device-side assert;")
     assert len(chain.events("started", "sft")) == 2
     chain.await_end("reward")
-    chain.await_that(lambda: chain.status()["ppo"]["state"] == "stuck", "status shows that PPO cannot start")
+    chain.await_that(lambda: chain.status()["ppo"]["state"] == "stuck", "status says that PPO cannot start")
     chain.fault.unlink()
     told = json.loads(chain.cli("heal", chain.path, "--json", env=chain.env).stdout)
     assert [each["did"] for each in told] == ["requeued", "done", "live"]
     for stage in ("sft", "ppo"):
         chain.await_end(stage)
-    assert chain.events("resumed", "sft")[-1]["step"] == 4
+    assert chain.events("resumed", "sft")[-1]["step"] == SAVED[0]
     chain.await_that(lambda: not chain.sentinels(), "no sentinel is left")
 
 
-def test_a_stage_whose_node_died_goes_on_elsewhere(chains: dict[str, StandIn]) -> None:
-    chain = chains["node-lost"]
-    lost = next(name for name, daemon in chain.cluster.daemons().items() if not daemon.alive)
-    chain.await_event("started", 2)
-    assert chain.cluster.field(chain.job_id("sft"), "NodeList") != lost
-    chain.await_that(chain.sentinels, "a sentinel watches over the new attempt")
-    chain.cluster.start_node(lost)  # ends what still runs there
-    chain.fault.unlink()
-    chain.await_end()
-    assert chain.endings() == [("node failure", 5)]
-    assert chain.events("ended", "sft")[0]["node"] == lost
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("exception", "failed"),
+        ("killed", "killed"),
+        ("memory", "out of memory"),
+        ("by-hand", "requeued by hand"),
+        ("requeue-now", "preempted"),
+        ("cancel-now", "preempted"),
+        ("limit-cut", "time limit"),
+        ("node-lost", "node failure"),
+    ],
+)
+def test_a_stage_cut_down_twice_goes_on_from_its_saves_and_so_does_what_waits_for_it(
+    scene: Scene, name: str, reason: str
+) -> None:
+    chain = scene.seen_through(name)
+    assert chain.endings() == [(reason, step) for step in AT]
+    assert chain.steps("sft") == [*range(1, 6), *range(5, 10), *range(9, 13)]
+    for stage in ("sft", "dpo"):
+        assert len(chain.events("submitted", stage)) == 1, "it goes on under its own job id"
+    assert chain.steps("dpo") == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("requeue-grace", "preempted"), ("cancel-grace", "preempted"), ("limit-told", "time limit")],
+)
+def test_a_stage_told_to_stop_twice_loses_no_step_and_its_dependent_follows(
+    scene: Scene, name: str, reason: str
+) -> None:
+    chain = scene.seen_through(name)
+    assert chain.endings() == [(reason, step) for step in AT]
+    assert chain.steps("sft") == chain.steps("dpo") == list(range(1, 13))
+    for stage in ("sft", "dpo"):
+        assert len(chain.events("submitted", stage)) == 1
+
+
+def test_how_killed_ranks_were_killed_is_told(scene: Scene) -> None:
+    for event in scene.seen_through("killed").events("ended", "sft"):
+        assert "Killed" in event["message"]
+    for event in scene.seen_through("memory").events("ended", "sft"):
+        assert event["message"] == "MemoryError:"
+
+
+def test_a_controller_that_is_away_twice_costs_nothing_but_time(scene: Scene) -> None:
+    """The first time the stage trains on meanwhile; the second time a rank is killed, and nobody is there to hear so.
+
+    On the way, the sentinel that somebody cancelled comes back with the next attempt.
+    """
+    chain = scene["controller"]
+    chain.await_fault()
+    wait(scene.strikes.values())  # they could not be done without a controller
+    with controller_away(chain.cluster):
+        chain.store("sft 10 deaf")
+        chain.await_fault(AT[1])
+    chain.cluster.run("scancel", *chain.sentinels())
+    chain.await_that(lambda: not chain.sentinels(), "the sentinel is gone")
+    requeue_by_hand(chain)
+    chain.await_endings(1)
+    chain.await_that(chain.sentinels, "the sentinel is back")
+    with controller_away(chain.cluster):
+        chain.store("sft 10 die")
+        chain.await_that(lambda: not chain.fault.read_text(), "the rank is killed")
+    see_through([chain])
+    assert chain.endings() == [("requeued by hand", AT[1]), ("killed", AT[1])]
+    assert chain.steps("sft") == [*range(1, 10), 9, *range(9, 13)]
+
+
+def test_nothing_stays_on_the_login_node(scene: Scene) -> None:
+    assert not scene.left_by_submit
+    wait(scene.strikes.values())
+    assert not [process.command() for chain in scene.chains.values() for process in chain.left_running()]

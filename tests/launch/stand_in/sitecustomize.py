@@ -1,11 +1,13 @@
-"""Puts a stage that trains nothing in place of the real one, in every process that has this folder on PYTHONPATH.
+"""Puts training that learns nothing in place of the real one, in every process that has this folder on PYTHONPATH.
 
-It makes steps, saves some and resumes from them as real stages do, with one rank, in a fraction of their time. What is to
-go wrong is in the file that STAND_IN_FAULT names, as `STAGE STEP WHAT [TEXT]`, for as long as that is there; see stumble().
+All else that an attempt does is the real thing: how it begins, hears signals, requeues its job and ends. With one rank,
+without torch, it makes steps, saves some and resumes from them as real stages do, in a fraction of their time. What is
+to go wrong is in the file that STAND_IN_FAULT names, a line `STAGE STEP WHAT [TEXT]` each; see stumble().
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -14,71 +16,108 @@ import time
 import types
 from pathlib import Path
 
+NAME = "hpc_rlhf.train.entry"
 STEPS, SAVE_EVERY, SECONDS = 12, 4, 0.05
 
 
 def run_stage(run_dir: str, stage: str) -> None:
-    from hpc_rlhf import manifest
-    from hpc_rlhf.ledger import Ledger
-    from hpc_rlhf.rundir import RunDir
+    del sys.modules[NAME]
+    entry = importlib.import_module(NAME)
+    entry.Attempt.run = run
+    entry.run_stage(run_dir, stage)
+
+
+def run(self) -> None:
+    from hpc_rlhf import manifest, slurm
+    from hpc_rlhf.spec.load import read_spec
     from hpc_rlhf.train import arrival
 
-    run = RunDir(Path(run_dir))
-    files, ledger = run.stage(stage), Ledger(run.ledger)
-    job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    attempt = f"{job}-{restarts}"
+    spec = read_spec(self.files.job_yaml)
+    self.is_main = True
+    arrival.note_ending_before(self.files, self.stage, self.job, self.restarts)
+    self.note("started", job_id=self.job, restart=self.restarts, ranks=1, host=self.host, age=0)
+    if slurm.was_preempted(self.job):
+        self.stop.preempt()
+    arrival.put_sentinel_back(self.files, self.stage, self.job)
+    for need in spec.needs(self.stage):
+        manifest.require(self.files.stage(need).model, f"the model of stage {need}")
+    train(self, spec)
+    files = self.files.stage(self.stage)
+    files.model.mkdir(exist_ok=True)
+    (files.model / "weights").write_text("w")
+    manifest.write(files.model, {"step": STEPS, "seconds": 1})
+    self.note("finished", step=STEPS, seconds=1)
+    if self.stop.preempted:
+        self.requeue(STEPS, "preempted")
 
-    def note(event: str, **facts) -> None:
-        ledger.append(event, stage, attempt=attempt, **facts)
 
-    if manifest.defect(files.model) is None:
-        return
-    arrival.note_ending_before(run, stage, job, restarts)
-    note("started", job_id=job, restart=restarts)
-    arrival.put_sentinel_back(run, stage, job)
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, lambda number, frame: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR2))
+def train(self, spec) -> None:
+    """The steps after the last saved one. Raises what a stage raises that was told to stop, once that is saved."""
+    from hpc_rlhf.train.preemption import REASON_OF_CODE, StageStopped
+
+    files = self.files.stage(self.stage)
     kept = files.path / "kept"
+
+    def save(step: int) -> None:
+        kept.write_text(str(step))
+        self.note("saved", step=step, seconds=0)
+
     done = int(kept.read_text()) if kept.exists() else 0
     if done:
-        note("resumed", step=done)
+        self.note("resumed", step=done)
     for step in range(done + 1, STEPS + 1):
         time.sleep(SECONDS)
-        stumble(stage, step, note)
+        stumble(self, step)
+        if self.stop.code:
+            save(step - 1)
+            self.end_stopped(StageStopped(REASON_OF_CODE[self.stop.code], step - 1), spec)
         line = {"step": step, "total_steps": STEPS, "time": time.time(), "kind": "train", "loss": 1 / step}
         with files.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if step % SAVE_EVERY == 0:
-            kept.write_text(str(step))
-            note("saved", step=step, seconds=0)
-    files.model.mkdir(exist_ok=True)
-    (files.model / "weights").write_text("w")
-    manifest.write(files.model, {"step": STEPS, "seconds": 1})
-    note("finished", step=STEPS, seconds=1)
+            save(step)
 
 
-def stumble(stage, step, note) -> None:
+def stumble(self, step: int) -> None:
     """Do what is in store for this step."""
-    fault = Path(os.environ["STAND_IN_FAULT"])
-    if not fault.exists():
-        return
-    where, when, what, *text = fault.read_text().split(" ", 3)
-    if (where, int(when)) != (stage, step):
-        return
-    if what == "raise":
-        note("failed", message=f"RuntimeError: {text[0]}", host=os.environ["SLURMD_NODENAME"])
-        sys.exit(1)
-    if what == "mistake":
-        note("failed", message=text[0], exit_code=2)
-        sys.exit(2)
-    if what == "die":  # once
-        fault.unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
-    while fault.exists():  # for a test to do something to the job
-        time.sleep(0.05)
+    from hpc_rlhf.errors import HpcRlhfError
+
+    while fault := in_store(self.stage, step):
+        what, *text = fault.split(" ", 3)[2:]
+        if what == "raise":
+            raise RuntimeError(text[0])
+        if what == "mistake":
+            raise HpcRlhfError(text[0])
+        if what in ("raise-once", "die", "memory"):
+            forget(fault)
+        if what == "raise-once":
+            raise RuntimeError(text[0])
+        if what == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "memory":
+            bytearray(1 << 60)
+        if what == "wait" and self.stop.code:  # for a test to do something to the job
+            return
+        time.sleep(SECONDS)  # so for a "deaf" one, which hears no signal
 
 
-module = types.ModuleType("hpc_rlhf.train.entry")
+def in_store(stage: str, step: int) -> str:
+    """The line of the fault at a step; empty where none is."""
+    return next((line for line in faults() if line.split(" ")[:2] == [stage, str(step)]), "")
+
+
+def forget(fault: str) -> None:
+    """It happens once. No test writes the file of such a fault at the same time."""
+    Path(os.environ["STAND_IN_FAULT"]).write_text("".join(f"{line}\n" for line in faults() if line != fault))
+
+
+def faults() -> list[str]:
+    try:
+        return Path(os.environ["STAND_IN_FAULT"]).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+module = types.ModuleType(NAME)
 module.run_stage = run_stage  # type: ignore[attr-defined]
-sys.modules["hpc_rlhf.train.entry"] = module
+sys.modules[NAME] = module
