@@ -11,46 +11,44 @@ from typing import Any
 from hpc_rlhf.rundir import StageDir
 from hpc_rlhf.tail import read_tail
 
-# What the batch script says first; a requeued job goes on in the same file.
-_ATTEMPT = re.compile(r"^hpc-rlhf: attempt (\d+) ", re.M)
-_CLOCKS_DIFFER = 5.0
+# What the batch script says first, and puts into the logs of the ranks of attempts before; a requeued job goes on in
+# the same files.
+_ATTEMPT = re.compile(r"^hpc-rlhf: attempt (\d+) .*\n?", re.M)
 
 
 @dataclass(frozen=True)
 class AttemptLogs:
-    """The logs of one attempt of a job.
+    """The logs of one attempt of a job, told from those of others by marks in them: clocks of two machines may differ.
 
     Attributes:
         files: the stage's.
         job_id: the job's.
-        since: when the attempt began, in Unix seconds; what was last written before is another's.
-        restart: how often the job had been requeued before this attempt; the last attempt when None.
+        restart: how often the job had been requeued before this attempt; the last attempt that came to its script when None.
     """
 
     files: StageDir
     job_id: str
-    since: float
     restart: int | None = None
 
     @property
     def batch(self) -> str:
-        said = self._read(self.files.logs / f"{self.job_id}_batch.log")
-        _, *parts = _ATTEMPT.split(said)  # after each number what that attempt said
-        said_by = dict(zip(parts[::2], parts[1::2], strict=True))
-        if not said_by:
-            return said
-        return said_by.get(str(self.restart), "") if self.restart is not None else parts[-1]
+        return self._own(self.files.logs / f"{self.job_id}_batch.log")
 
     def last_line(self, rank: int) -> str:
-        said = self._read(self.files.log(self.job_id, rank, "err"))
+        if not self.batch:  # no rank of it was started, so that what its log says is another's
+            return ""
+        said = self._own(self.files.log(self.job_id, rank, "err"))
         return next((line for line in reversed(said.splitlines()) if line.strip()), "")
 
-    def _read(self, path: Path) -> str:
-        try:
-            recent = path.stat().st_mtime >= self.since - _CLOCKS_DIFFER
-        except OSError:
-            return ""
-        return read_tail(path) if recent else ""
+    def _own(self, path: Path) -> str:
+        """What was said after this attempt's mark; or before all marks, if the next attempt has the first."""
+        head, *parts = _ATTEMPT.split(read_tail(path))  # after each number what that attempt said
+        if self.restart is None:
+            return parts[-1] if parts else head
+        said_by = dict(zip(map(int, parts[::2]), parts[1::2], strict=True))
+        if self.restart in said_by:
+            return said_by[self.restart]
+        return head if all(number > self.restart for number in said_by) else ""
 
 
 def last_step(files: StageDir) -> int:

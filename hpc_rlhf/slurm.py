@@ -84,6 +84,7 @@ class PastJob:
         failed_node: the node that Slurm gave up on; empty where it does not say.
         requeueable: the controller still has it, and would requeue it.
         bereft: cancelled by Slurm, because a job that it waited for ended badly (``kill_invalid_depend``).
+        restarts: how often it was requeued; None where Slurm does not say.
     """
 
     job_id: str
@@ -93,6 +94,7 @@ class PastJob:
     failed_node: str = ""
     requeueable: bool = False
     bereft: bool = False
+    restarts: int | None = None
 
 
 def available() -> bool:
@@ -164,6 +166,7 @@ def remembered(job_id: str) -> PastJob | None:
         told.get("FailedNode", ""),
         told.get("Requeue") == "1",
         told["JobState"] == "CANCELLED" and told.get("Reason") == "DependencyNeverSatisfied",
+        int(told["Restarts"]) if told.get("Restarts", "").isdigit() else None,
     )
 
 

@@ -138,7 +138,7 @@ class _Mending:
         if before is not None:
             return before
         files = self._chain.run.stage(self._stage)
-        logs = AttemptLogs(files, job_id, attempt[0]["time"] if attempt else 0.0)
+        logs = AttemptLogs(files, job_id, past.restarts if past else None)
         ending = endings.judge(events, past, logs, last_step(files))
         bereft = past is not None and past.bereft and ending.reason == CANCELLED_BY_HAND
         facts = {"job_id": job_id, "message": ending.message, "node": ending.node, "step": ending.step}

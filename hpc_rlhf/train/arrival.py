@@ -27,7 +27,7 @@ def note_ending_before(run: RunDir, stage: str, job_id: str, restarts: int) -> N
     if attempt[0].get("job_id") != job_id or any(e["event"] in ("ended", "finished") for e in attempt):
         return
     files = run.stage(stage)
-    logs = AttemptLogs(files, job_id, attempt[0]["time"], restarts - 1)
+    logs = AttemptLogs(files, job_id, restarts - 1)
     ending = endings.judge_requeued(events, logs, last_step(files))
     ledger.append("ended", stage, job_id=job_id, **asdict(ending), seen=last_seen(files))
 

@@ -165,6 +165,19 @@ def test_what_the_submitting_shell_says_of_other_jobs_does_not_reach_srun(tmp_pa
     assert {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"} <= names
 
 
+def test_logs_that_a_requeued_job_goes_on_in_are_marked(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "my run")
+    logs = RunDir(Path(spec.run_dir)).stage("sft").logs
+    logs.mkdir(parents=True)
+    for name in ("4711_0_log.err", "4711_1_log.err", "471_0_log.err"):
+        (logs / name).write_text("cut off")
+    run_script(spec, "sft", tmp_path, SLURM_RESTART_COUNT="2")
+    for name in ("4711_0_log.err", "4711_1_log.err"):
+        assert (logs / name).read_text() == "cut off\nhpc-rlhf: attempt 2 of job 4711 on n[1-2]\n"
+    assert (logs / "471_0_log.err").read_text() == "cut off"
+    assert len(list(logs.glob("*_log.*"))) == 3
+
+
 def test_setup_may_use_unset_variables_and_its_failure_ends_the_job(tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "run", {"setup": ["export SEEN=a$NOT_SET", "false || true"]})
     code, out, _ = run_script(spec, "sft", tmp_path)
