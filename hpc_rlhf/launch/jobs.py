@@ -72,8 +72,10 @@ def find_jobs(run: RunDir) -> RunJobs:
     if not submitted and not unanswered:
         return RunJobs()
     queue = slurm.queue()
-    for token, (stage, announced) in unanswered.items():
-        while (job := with_token(queue, token)) is None and time.time() < announced + _STILL_ON_ITS_WAY:
+    # Counted from now: when it was announced, only the clock of that machine says.
+    deadline = time.monotonic() + _STILL_ON_ITS_WAY
+    for token, (stage, latest_of_stage) in unanswered.items():
+        while (job := with_token(queue, token)) is None and latest_of_stage and time.monotonic() < deadline:
             time.sleep(1)
             queue = slurm.queue()
         if job is not None:
@@ -102,13 +104,17 @@ def _mark(token: str) -> str:
     return f"hpc-rlhf:{token}"
 
 
-def _submissions(ledger: Ledger) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, float]]]:
-    """The stage and token of every known job id, and the stage and time of every token that has no answer."""
+def _submissions(ledger: Ledger) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, bool]]]:
+    """The stage and token of every known job id; and of every token without an answer the stage, and whether it is the
+    stage's latest: whoever announced another has waited for it."""
     submitted: dict[str, tuple[str, str]] = {}
-    unanswered: dict[str, tuple[str, float]] = {}
+    unanswered: dict[str, tuple[str, bool]] = {}
     for event in ledger.events():
         if event["event"] == "submitting":
-            unanswered[event["token"]] = (event["stage"], event["time"])
+            for token, (stage, _) in unanswered.items():
+                if stage == event["stage"]:
+                    unanswered[token] = (stage, False)
+            unanswered[event["token"]] = (event["stage"], True)
         elif event["event"] == "submitted":
             unanswered.pop(event["token"], None)
             submitted[event["job_id"]] = (event["stage"], event["token"])

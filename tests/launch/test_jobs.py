@@ -1,0 +1,77 @@
+"""Finding a job whose submitter died before it heard the job's id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf import slurm
+from hpc_rlhf.launch import executor, jobs
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.slurm import QueuedJob
+
+
+class Waiting:
+    """Time that passes only when somebody sleeps; a job comes into the queue after a while."""
+
+    def __init__(self, arrives: float) -> None:
+        self.now, self._arrives = 0.0, arrives
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def queue(self) -> dict[str, QueuedJob]:
+        job = QueuedJob("7", "t.sft", "PENDING", "Priority", "hpc-rlhf:mine")
+        return {"7": job} if self.now >= self._arrives else {}
+
+
+def find(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arrives: float, *announced: tuple[str, float]
+) -> tuple[jobs.RunJobs, float]:
+    """The jobs of a run whose sft was announced by tokens, each at a time by its submitter's clock; and how long it
+    took to find them."""
+    run = RunDir(folder)
+    lines = [
+        {"time": time, "event": "submitting", "stage": "sft", "token": token} for token, time in announced
+    ]
+    run.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    waiting = Waiting(arrives)
+    monkeypatch.setattr(jobs, "time", waiting)
+    monkeypatch.setattr(slurm, "queue", waiting.queue)
+    monkeypatch.setattr(executor, "ensure_pickle", lambda *_: None)
+    return jobs.find_jobs(run), waiting.now
+
+
+FUTURE, PAST = 4e9, 1.0
+
+
+@pytest.mark.parametrize("time", [FUTURE, PAST])
+def test_a_job_on_its_way_is_waited_for_whatever_the_clock_of_its_submitter_said(
+    time: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = find(tmp_path, monkeypatch, 5, ("mine", time))
+    assert found.latest == {"sft": "7"}
+    assert found.tokens == {"7": "mine"}
+
+
+@pytest.mark.parametrize("time", [FUTURE, PAST])
+def test_one_that_never_came_is_not_waited_for_long(
+    time: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, waited = find(tmp_path, monkeypatch, 1e6, ("mine", time))
+    assert (found.latest, waited) == ({}, 10)
+
+
+def test_only_the_latest_of_a_stage_is_waited_for_but_an_earlier_one_that_is_there_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who announced the later one had waited for the earlier."""
+    found, waited = find(tmp_path, monkeypatch, 0, ("lost", FUTURE), ("mine", PAST))
+    assert (found.latest, waited) == ({"sft": "7"}, 0)
+    found, waited = find(tmp_path, monkeypatch, 0, ("mine", PAST), ("lost", FUTURE))
+    assert (found.latest, waited) == ({"sft": "7"}, 10)
