@@ -151,7 +151,8 @@ def test_experience_is_made_without_dropout_and_learning_goes_on_with_it() -> No
 
 
 def test_a_bfloat16_head_is_normalised_in_float32() -> None:
-    hidden, weight = torch.randn(5, 16).bfloat16(), torch.randn(1000, 16).bfloat16()
+    # Logits that bfloat16 holds exactly, so that none are rounded before.
+    hidden, weight = (torch.randint(-1, 2, (rows, 16)).bfloat16() for rows in (5, 1000))
     tokens = torch.arange(5)
     found, entropies = head_log_probs(hidden, weight, None, tokens, 1.0, True)
     logits = F.linear(hidden, weight).float().log_softmax(-1)

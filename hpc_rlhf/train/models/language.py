@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_probs, token_log_probs
+from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_prob_sum, head_log_probs, token_log_probs
 from hpc_rlhf.train.models.forward import hidden_states, padded
 
 # Logits that are not just the head's output.
@@ -25,9 +25,12 @@ class LogProbHead(nn.Linear):
         tokens: Tensor | None = None,
         temperature: float = 1.0,
         with_entropies: bool = False,
+        summed: bool = False,
     ) -> Any:
         if tokens is None:
             return super().forward(hidden)
+        if summed:
+            return head_log_prob_sum(hidden, self.weight, self.bias, tokens, temperature), hidden.new_empty(0)
         return head_log_probs(hidden, self.weight, self.bias, tokens, temperature, with_entropies)
 
 
@@ -50,7 +53,7 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, ids: Tensor, lengths: tuple[int, ...], predicted: Tensor, temperature: float = 1.0,
-        with_entropies: bool = False,
+        with_entropies: bool = False, summed: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Log-probabilities of tokens, given those before them in their sequence.
 
@@ -60,17 +63,21 @@ class LanguageModel(nn.Module):
             predicted: (n,), int64; indices into ids, none of them the first of a sequence.
             temperature: what the logits are divided by.
             with_entropies: give the entropies of the distributions, too.
+            summed: give the sum of the log-probabilities alone, which is less work: for a loss that is no more.
 
         Returns:
-            Log-probabilities (n,), float32; entropies (n,), float32, in nats and without gradient, or (0,).
+            Log-probabilities (n,), or their sum (), float32; entropies (n,), float32, in nats and without gradient,
+            or (0,).
         """
         if self.chunked:
             hidden = hidden_states(self.causal.base_model, ids, lengths)[predicted - 1]
             made: tuple[Tensor, Tensor] = self.causal.get_output_embeddings()(
-                hidden, ids[predicted], temperature, with_entropies
+                hidden, ids[predicted], temperature, with_entropies, summed
             )
             return made
         output, real = padded(self.causal, ids, lengths)
         logits = output.logits[real][predicted - 1]
         log_probs = token_log_probs(logits, ids[predicted], temperature)
+        if summed:
+            return log_probs.sum(), log_probs.new_empty(0)
         return log_probs, entropy(logits.detach(), temperature) if with_entropies else log_probs.new_empty(0)

@@ -44,9 +44,8 @@ class PtxStream:
             batch = Ragged.of(
                 [row["prompt_ids"] + row["chosen_ids"] for row in rows], self.context.world.device
             )
-            log_probs, _ = engine(
-                batch.ids, batch.lengths, batch.tail([length - 1 for length in batch.lengths])
-            )
-            return -log_probs.sum() * (scale * real)
+            predicted = batch.tail([length - 1 for length in batch.lengths])
+            log_prob: Tensor = engine(batch.ids, batch.lengths, predicted, summed=True)[0]
+            return -log_prob * (scale * real)
 
         return [partial(loss, *batch) for batch in self.batches.of(indices)]

@@ -49,8 +49,9 @@ def run(context: StageContext) -> None:
 
     def loss_sum(rows: list[dict[str, Any]]) -> Tensor:
         batch = Ragged.of([row["prompt_ids"] + row["chosen_ids"] for row in rows], context.world.device)
-        log_probs, _ = engine(batch.ids, batch.lengths, batch.tail([learnt(row) for row in rows]))
-        return -log_probs.sum()
+        predicted = batch.tail([learnt(row) for row in rows])
+        log_prob: Tensor = engine(batch.ids, batch.lengths, predicted, summed=True)[0]
+        return -log_prob
 
     def perplexity() -> float | None:
         """Of the held-out samples; None where there are none."""

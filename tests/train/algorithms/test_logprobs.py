@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpc_rlhf.train.algorithms import logprobs
-from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_probs, token_log_probs
+from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_prob_sum, head_log_probs, token_log_probs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
@@ -61,6 +61,70 @@ def test_from_hidden_states_it_is_the_same_with_the_same_gradients(
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(("chunk", "aligned"), [(1, 1), (3, 3), (100, 64)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_sum_has_its_gradients_with_it(
+    chunk: int, aligned: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "ALIGNED", aligned)
+    monkeypatch.setitem(logprobs.LOGITS, "cpu", chunk * 11)
+    hidden, weight = torch.randn(8, 5).double(), torch.randn(11, 5).double()
+    bias = torch.randn(11).double() if with_bias else None
+    tokens, temperature = torch.randint(11, (8,)), 0.6
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    found = head_log_prob_sum(hidden, weight, bias, tokens, temperature)
+    logits = torch.nn.functional.linear(hidden, weight, bias) / temperature
+    expected = logits.log_softmax(dim=-1).gather(1, tokens.unsqueeze(1)).sum()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
+    # What is made of the sum afterwards reaches the gradients, each time that it is asked.
+    for factor in (1.0, -0.3):
+        ours = torch.autograd.grad(found * factor, leaves, retain_graph=True)
+        theirs = torch.autograd.grad(expected * factor, leaves, retain_graph=True)
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", [(), (0,), (1,)])
+def test_a_sum_learns_what_its_terms_do(dtype: torch.dtype, frozen: tuple[int, ...]) -> None:
+    """Also from gradients as small as only float16's loss scale keeps, and where a part of the model is frozen."""
+    made = [(torch.randn(200, 16)).to(dtype), torch.randn(4096, 16).to(dtype)]
+    tokens, grads, values = torch.randint(4096, (200,)), [], []
+    for summed in (False, True):
+        hidden, weight = (x.clone().requires_grad_(i not in frozen) for i, x in enumerate(made))
+        if summed:
+            value = head_log_prob_sum(hidden, weight, None, tokens, 1.0)
+        else:
+            value = head_log_probs(hidden, weight, None, tokens, 1.0, False)[0].sum()
+        (value * 512).backward()
+        values.append(value)
+        grads.append([x.grad for x in (hidden, weight)])
+    torch.testing.assert_close(values[0], values[1])
+    for number, (one, other) in enumerate(zip(*grads, strict=True)):
+        assert (one is None) == (other is None) == (number in frozen)
+        if one is not None:
+            assert one.dtype == dtype
+            torch.testing.assert_close(one, other, rtol=0.02, atol=1e-3 * one.abs().max().item())
+
+
+def test_no_gradients_are_made_where_none_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs._Head, "learn", None)
+    hidden, weight = torch.randn(4, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    tokens = torch.tensor([1, 2, 3, 4])
+    with torch.no_grad():
+        head_log_prob_sum(hidden, weight, None, tokens, 1.0)
+    head_log_prob_sum(hidden.detach(), weight.detach(), None, tokens, 1.0)
+
+
+def test_matrices_are_multiplied_as_before_when_it_is_done() -> None:
+    """Products of bfloat16 are for the head's own matrices."""
+    weight = torch.randn(7, 5).bfloat16().requires_grad_()
+    said = head_log_prob_sum(torch.randn(4, 5).bfloat16(), weight, None, torch.tensor([1, 2, 3, 4]), 1.0)
+    said.backward()
+    one, other = torch.randn(64, 64), torch.randn(64, 64)
+    torch.testing.assert_close((one @ other).double(), one.double() @ other.double(), atol=1e-4, rtol=1e-4)
+
+
 def test_a_chunked_gradient_in_bfloat16_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, tokens = (
         torch.randn(512, 8).bfloat16(),
@@ -103,13 +167,13 @@ def test_entropy_of_known_distributions() -> None:
 
 
 def test_matrix_kernels_are_made_for_few_heights(monkeypatch: pytest.MonkeyPatch) -> None:
-    heights, linear = set(), torch.nn.functional.linear
+    heights, multiply = set(), torch.mm
 
-    def recorded(part: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+    def recorded(part: torch.Tensor, *rest: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         heights.add(len(part))
-        return linear(part, *rest)
+        return multiply(part, *rest, out=out)
 
-    monkeypatch.setattr(logprobs.F, "linear", recorded)
+    monkeypatch.setattr(logprobs.torch, "mm", recorded)
     monkeypatch.setitem(logprobs.LOGITS, "cpu", 130 * 4)
     for n in range(1, 400, 7):
         head_log_probs(

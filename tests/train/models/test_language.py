@@ -60,6 +60,20 @@ def test_a_token_has_the_log_probability_that_it_has_alone(kind: str, way: str) 
         torch.testing.assert_close(found.grad, wanted.grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["opt", "cohere"])
+def test_their_sum_is_the_sum_of_what_each_would_be(kind: str) -> None:
+    """With the same gradients; also where the logits are the model's own, and the head is the embedding."""
+    made_grads, batch = [], Ragged.of(ROWS)
+    for summed in (False, True):
+        model = LanguageModel(tiny.causal(kind, **({"logit_scale": 0.5} if kind == "cohere" else {})))
+        found, _ = model(batch.ids, batch.lengths, batch.tail([2, 0, 9, 3]), 0.7, summed=summed)
+        assert summed == (found.shape == ())
+        found.sum().backward()
+        made_grads.append([found.sum(), *(p.grad for p in model.parameters())])
+    for each, together in zip(*made_grads, strict=True):
+        torch.testing.assert_close(each, together, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_a_token_has_the_value_that_it_has_alone(kind: str) -> None:
