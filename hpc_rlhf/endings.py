@@ -210,7 +210,11 @@ def judge_requeued(events: Sequence[Event], logs: Logs, step: int) -> Ending:
         logs: of the attempt that ended.
         step: the last step that the stage's metrics have.
     """
-    reason, message, node = _by_slurmstepd(logs) or (NODE_FAILURE, "", "")
+    # srun, on the node of rank 0, tells of any other that is lost.
+    host = str(
+        next((event.get("host", "") for event in latest_attempt(events) if event["event"] == "started"), "")
+    )
+    reason, message, node = _by_slurmstepd(logs) or (NODE_FAILURE, "", host)
     return Ending(reason, shorten(message), node, step, progressed(events))
 
 

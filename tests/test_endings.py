@@ -124,7 +124,8 @@ def test_a_long_message_is_one_line_of_a_table() -> None:
     [("DUE TO PREEMPTION ***", "preempted"), ("hpc-rlhf: preempted before the ranks were up: requeued", "preempted"), ("DUE TO JOB REQUEUE ***", "requeued by hand"), ("", "node failure")],
 )  # fmt: skip
 def test_what_slurm_requeued_by_itself_failed_for_no_fault_of_its_own(said: str, reason: str) -> None:
-    assert judge_requeued([STARTED, failed(GLOO)], Said(said), 3).reason == reason
+    ending = judge_requeued([event("started", host="n1"), failed(GLOO)], Said(said), 3)
+    assert (ending.reason, ending.node) == (reason, "" if said else "n1")
 
 
 def saved(step: int) -> dict[str, Any]:

@@ -168,7 +168,7 @@ class Cluster:
         text = self.run("scontrol", "--oneliner", "show", "job", job_id).stdout
         return next((word.partition("=")[2] for word in text.split() if word.startswith(f"{name}=")), "")
 
-    def wait_state(self, job_id: str, states: str | Sequence[str], timeout: float = 30) -> str:
+    def wait_state(self, job_id: str, states: str | Sequence[str], timeout: float = 90) -> str:
         """Wait until a job is in one of the states; returns that one."""
         wanted = (states,) if isinstance(states, str) else tuple(states)
         seen = ""
@@ -192,7 +192,7 @@ class Cluster:
         """Start a node that was killed, and return once Slurm has cleared it and taken it back."""
         self._spawn(name, "slurmd", "-D", "-N", name)
         states = ("sinfo", "--noheader", f"--nodes={name}", "--partition=gpu", "--format=%T")
-        wait_until(lambda: self.run(*states).stdout.strip() in ("idle", "mixed"), 60, f"{name} is back")
+        wait_until(lambda: self.run(*states).stdout.strip() in ("idle", "mixed"), 180, f"{name} is back")
 
     def stop_controller(self) -> None:
         """Let slurmctld be gone; jobs run on.
@@ -202,7 +202,7 @@ class Cluster:
         """
         controller = self.daemons()["slurmctld"]
         os.kill(controller.pid, signal.SIGTERM)
-        wait_until(lambda: not controller.alive, 30, "slurmctld has ended")
+        wait_until(lambda: not controller.alive, 90, "slurmctld has ended")
 
     def start_controller(self) -> None:
         """Start slurmctld again from what it last wrote down, and return once it answers."""
@@ -216,7 +216,9 @@ class Cluster:
         self.run("scancel", "--user=root", "--full", "--signal=KILL", check=False)
         self.run("scancel", "--user=root")
         wait_until(
-            lambda: not self.run("squeue", "--noheader").stdout and self._all_idle(), 60, "all nodes are idle"
+            lambda: not self.run("squeue", "--noheader").stdout and self._all_idle(),
+            180,
+            "all nodes are idle",
         )
 
     # The parts ------------------------------------------------------------------------------------

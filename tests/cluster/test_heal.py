@@ -346,6 +346,12 @@ def test_a_stage_told_to_stop_twice_loses_no_step_and_its_dependent_follows(
         assert len(chain.events("submitted", stage)) == 1
 
 
+def test_lost_nodes_are_named(scene: Scene) -> None:
+    """Also where srun went down with the node, and nobody said so."""
+    endings = scene.seen_through("node-lost").events("ended", "sft")
+    assert sorted(event["node"] for event in endings) == ["node3", "node4"]
+
+
 def test_how_killed_ranks_were_killed_is_told(scene: Scene) -> None:
     for event in scene.seen_through("killed").events("ended", "sft"):
         assert "Killed" in event["message"]
