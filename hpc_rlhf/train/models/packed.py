@@ -88,33 +88,42 @@ class _CpuAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, sizes: list[int], scaling: float | None
     ) -> Tensor:
-        made, normalizers = [], []
-        for size, end in zip(sizes, accumulate(sizes), strict=True):
+        # Each sequence's part is written to where it stays.
+        out, normalizers = _rows_like(query, value.shape[3]), []
+        for place, end in zip(out.split(sizes, 2), accumulate(sizes), strict=True):
+            size = place.shape[2]
             # What follows a sequence fills it up: it is not looked at, and what it sees is not kept.
             whole = slice(end - size, end + -size % EVEN)
             part, normalizer = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query[:, :, whole], key[:, :, whole], value[:, :, whole], 0.0, True, scale=scaling
             )
-            made.append(part[:, :, :size].transpose(1, 2))
+            place.copy_(part[:, :, :size])
             normalizers.append(normalizer[:, :, :size])
-        out = torch.cat(made, dim=1)
         ctx.save_for_backward(query, key, value, out, *normalizers)
         ctx.sizes, ctx.scaling = sizes, scaling
-        return out
+        return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, out, *normalizers = ctx.saved_tensors
-        whole = (grad.transpose(1, 2), query, key, value, out.transpose(1, 2))
         wide = torch.promote_types(query.dtype, torch.float32)
+        whole = (grad.transpose(1, 2), query, key, value, out)
         parts = zip(*[tensor.to(wide).split(ctx.sizes, 2) for tensor in whole], normalizers, strict=True)
-        grads = [
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads = [_rows_like(tensor, tensor.shape[3]) for tensor in (query, key, value)]
+        places = zip(*[tensor.split(ctx.sizes, 2) for tensor in grads], strict=True)
+        for part, targets in zip(parts, places, strict=True):
+            made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *part, 0.0, True, scale=ctx.scaling
             )
-            for part in parts
-        ]
-        return *(torch.cat(made, dim=2).to(query.dtype) for made in zip(*grads, strict=True)), None, None
+            for target, own in zip(targets, made, strict=True):
+                target.copy_(own)
+        return *grads, None, None
+
+
+def _rows_like(heads: Tensor, dim: int) -> Tensor:
+    """Room for (batch, heads, tokens, dim), laid out as rows of tokens, which is how the layers around take it."""
+    batch, count, tokens, _ = heads.shape
+    return heads.new_empty(batch, tokens, count, dim).transpose(1, 2)
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
