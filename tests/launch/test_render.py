@@ -296,7 +296,14 @@ def test_a_sentinel_heals_its_run_whatever_its_name_and_setup(hostile: str, tmp_
         "setup": ["false", "export HEALING=1", "cd $UNSET/nowhere"],
         "extra": {"nice": 5},
     }
-    slurm = {"partition": "gpu", "account": "nlp", "reservation": "r1", "setup": ["exit 3"], "heal": heal}
+    slurm = {
+        "partition": "gpu",
+        "account": "nlp",
+        "reservation": "r1",
+        "exclude": "n7",
+        "setup": ["exit 3"],
+        "heal": heal,
+    }
     spec = make_spec(tmp_path / f"run {hostile}".replace("/", ""), slurm)
     run = RunDir(Path(spec.run_dir))
     render(spec, run.scripts)
@@ -310,6 +317,7 @@ def test_a_sentinel_heals_its_run_whatever_its_name_and_setup(hostile: str, tmp_
         "partition=cpu",
         "account=nlp",
         "reservation=r1",
+        "exclude=n7",
         "mem=1G",
         "nice=5",
         "job-name=demo.sft.sentinel",
