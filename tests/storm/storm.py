@@ -88,7 +88,7 @@ class Storm:
 
     def hit(self, front: Front, fault: Fault, reasons: frozenset[str]) -> None:
         """Note a strike at a stage, or at all that are under way."""
-        fronts = [each for each in self._fronts if each is front or (fault.wide and each.under_way)]
+        fronts = [each for each in self._fronts if each is front or (fault.wide and each.begun)]
         self.struck += [Struck(fault.name, each.stage, each.attempt, time.time(), reasons) for each in fronts]
         for each in fronts:
             each.await_effect(self.struck[-1])
@@ -97,7 +97,7 @@ class Storm:
 
     def is_fair(self, front: Front, fault: Fault) -> bool:
         """Two attempts without progress end in a stop: that is not on trial here."""
-        fronts = [each for each in self._fronts if each is front or (fault.wide and each.under_way)]
+        fronts = [each for each in self._fronts if each is front or (fault.wide and each.begun)]
         return not fault.blamed or all(each.made_progress() for each in fronts)
 
     def orders(self, stage: str) -> Path:
@@ -210,9 +210,9 @@ class Front:
         self._bring_back()
 
     @property
-    def under_way(self) -> bool:
-        """Whether it has an attempt that nothing was done to yet."""
-        return self.attempt > 0 and not self.over and self._awaited is None
+    def begun(self) -> bool:
+        """Whether it may have an attempt at work."""
+        return self.attempt > 0 and not self.over
 
     def made_progress(self) -> bool:
         """Whether a later step was saved since the last ending that is held against the stage."""
