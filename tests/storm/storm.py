@@ -251,7 +251,9 @@ class Front:
         storm = self.storm
         (self._orders / "aim").unlink(missing_ok=True)
         self._fault = self._awaited = None
-        if len(storm.struck) < storm.faults:
+        # The last stage is to have its share.
+        share = 1 if self.stage == STAGES[-1] else (len(STAGES) - 1) / len(STAGES)
+        if len(storm.struck) < storm.faults * share:
             self._fault = storm.random.choices(storm.kinds, [fault.weight for fault in storm.kinds])[0]
             self._moment = time.monotonic() + (storm.every or storm.random.uniform(0, SPAN))
 
