@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ from hypothesis import settings
 
 from tests.cluster import Cluster, why_not
 from tests.cluster.processes import Process, find, kill_and_wait
+
+# A shell that starts the tests in the background has them ignore these, and so would all that they start and interrupt.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("no deadline", deadline=None)
