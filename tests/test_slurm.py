@@ -49,7 +49,8 @@ def test_cancelled_preempted_and_out_of_time_are_told_apart(
     else:
         everything = ("--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
         idle_cluster.sbatch("--partition=high", *everything)
-    wait_until(lambda: answer.exists() and answer.read_text(), 30, "the step was told to stop")
+    # Slurm looks for jobs out of time twice a minute.
+    wait_until(lambda: answer.exists() and answer.read_text(), 120, "the step was told to stop")
     assert answer.read_text() == repr(why)
 
 

@@ -43,8 +43,13 @@ def report(sky: Weather, seed: int) -> bool:
     outcome = sky.storm(seed)
     print(f"\nseed {seed}: {time.monotonic() - began:.0f} s\n{outcome.table}")
     print(f"a person had to heal: {len(outcome.healed)}", *outcome.healed, sep="\n  ")
-    print("not as in peace, or not explained:", *(outcome.wrong or ["nothing"]), sep="\n  ", flush=True)
-    return not outcome.wrong
+    print(
+        "not as in peace, or not explained:",
+        *(outcome.differ + outcome.odd or ["nothing"]),
+        sep="\n  ",
+        flush=True,
+    )
+    return not outcome.differ + outcome.odd
 
 
 if __name__ == "__main__":

@@ -31,12 +31,14 @@ class Outcome:
     """What a storm has cost.
 
     Attributes:
-        wrong: all that is not as it should be.
+        differ: what is not as in peace.
+        odd: interruptions that have not the reason of their strike, and strikes that there was no time for.
         healed: what status said each time that a person had to heal.
     """
 
     storm: Storm
-    wrong: list[str]
+    differ: list[str]
+    odd: list[str]
     healed: list[str]
     table: str
 
@@ -72,10 +74,10 @@ class Weather:
     def storm(self, seed: int, kinds: Sequence[Fault] | None = None) -> Outcome:
         """Run it in a storm, and compare."""
         storm = self.rage(seed, kinds)
-        wrong = [*differences(storm.chain, self._peace), *unexplained(storm)]
+        differ, odd = differences(storm.chain, self._peace), unexplained(storm)
         if len(storm.struck) < self.faults:
-            wrong.append(f"the chain was over after {len(storm.struck)} strikes")
-        return Outcome(storm, wrong, storm.healed, table(storm))
+            odd.append(f"the chain was over after {len(storm.struck)} strikes")
+        return Outcome(storm, differ, odd, storm.healed, table(storm))
 
     def rage(self, seed: int, kinds: Sequence[Fault] | None = None) -> Storm:
         """Run it in a storm."""
