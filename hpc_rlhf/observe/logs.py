@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe.turns import ENDINGS, last_turn
+from hpc_rlhf.observe.fates import Fates
 from hpc_rlhf.rundir import RunDir
 
 POLL = 0.5
@@ -54,11 +54,12 @@ class LogReader:
         yield from self._news()
 
     def follow(self) -> Iterator[tuple[Path | None, str]]:
-        """The same, going on until the stage ends."""
+        """The same, going on until the stage ends and is not going to be tried again."""
+        fates = Fates(self._run)
         while True:
-            ended = self._has_ended()  # asked first, so that what is written before the end is still read
+            settled = fates.is_settled(self._stage)  # asked first, so that the last words are still read
             yield from self._news()
-            if ended:
+            if settled:
                 return
             time.sleep(POLL)
 
@@ -71,10 +72,6 @@ class LogReader:
                     self._read[path] = (file.tell(), decoder)
                     yield (path if path != self._shown else None), decoder.decode(block)
                     self._shown = path
-
-    def _has_ended(self) -> bool:
-        turn = last_turn(Ledger(self._run.ledger).events(self._stage))
-        return turn is not None and turn["event"] in ENDINGS
 
 
 def latest_stage(run: RunDir) -> str:
@@ -94,13 +91,12 @@ def latest_stage(run: RunDir) -> str:
     return max(logs, key=_written).parents[1].name
 
 
-def has_log_to_come(run: RunDir) -> bool:
-    """Whether no stage has a log yet, but one that was sent off and has not ended may still write one."""
+def has_log_to_come(run: RunDir, fates: Fates) -> bool:
+    """Whether no stage has a log yet, but one that was sent off may still write one."""
     if _logs(run):
         return False
-    events = list(Ledger(run.ledger).events())
-    turns = (last_turn(e for e in events if e.get("stage") == stage) for stage in _stages(run))
-    return any(turn is not None and turn["event"] not in ENDINGS for turn in turns)
+    sent = {event.get("stage") for event in Ledger(run.ledger).events()} & _stages(run)
+    return any(not fates.is_settled(str(stage)) for stage in sent)
 
 
 def _stages(run: RunDir) -> set[str]:

@@ -13,6 +13,7 @@ from hpc_rlhf import manifest, slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe import goodput
+from hpc_rlhf.observe.fates import latest_job, launcher_at_work
 from hpc_rlhf.observe.spans import Goodput
 from hpc_rlhf.observe.turns import last_turn
 from hpc_rlhf.observe.words import step_kind
@@ -20,8 +21,6 @@ from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.slurm import PastJob, QueuedJob
 from hpc_rlhf.tail import read_tail
 
-# `hpc-rlhf run` touches the run's lock every minute while it is at work.
-_LOCK_SILENCE = 180.0
 _AT_WORK = frozenset({"running", "completing", "stopping", "suspended", "signaling", "stage_out"})
 _QUEUED = frozenset({"pending", "waiting", "requeued", "starting", "configuring", "requeue_hold"})
 _REASONS = {
@@ -95,9 +94,9 @@ def read_status(run: RunDir) -> list[StageStatus]:
     for event in ledger:
         if event.get("stage") in events:
             events[event["stage"]].append(event)
-    jobs = {stage: _latest_job(events[stage]) for stage in events}
+    jobs = {stage: latest_job(events[stage]) for stage in events}
     queue, past, silence = _ask_slurm([job_id for job_id in jobs.values() if job_id is not None])
-    at_work = _launcher_at_work(run)
+    at_work = launcher_at_work(run)
     statuses = []
     for planned in plan["jobs"]:
         stage = planned["stage"]
@@ -204,15 +203,6 @@ def _how_it_ended(evidence: Evidence) -> str:
     return ": ".join(str(word) for word in words if word)
 
 
-def _latest_job(events: list[dict[str, Any]]) -> str | None:
-    """The stage's Slurm job; None when it was not submitted, or was started without Slurm since."""
-    job_id = None
-    for event in events:
-        if event["event"] == "submitted" or (event["event"] == "started" and event.get("job_id") != job_id):
-            job_id = event.get("job_id") if event["event"] == "submitted" else None
-    return job_id
-
-
 def _ask_slurm(job_ids: list[str]) -> tuple[Mapping[str, QueuedJob], Mapping[str, PastJob], str]:
     """What Slurm knows of jobs, and what is wrong when it does not answer."""
     if not job_ids:
@@ -222,13 +212,6 @@ def _ask_slurm(job_ids: list[str]) -> tuple[Mapping[str, QueuedJob], Mapping[str
     except HpcRlhfError as error:
         return {}, {}, f"no word from Slurm ({error.message})"
     return queue, slurm.history([job_id for job_id in job_ids if job_id not in queue]), ""
-
-
-def _launcher_at_work(run: RunDir) -> bool:
-    try:
-        return time.time() - run.submit_lock.stat().st_mtime < _LOCK_SILENCE
-    except OSError:
-        return False
 
 
 def _progress(metrics: Path, stage: str) -> dict[str, Any]:

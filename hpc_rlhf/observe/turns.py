@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 ENDINGS = frozenset({"finished", "failed", "interrupted", "cancelled", "refused", "ended", "stopped"})
+# Of these, those after which a stage may be tried again.
+BAD = frozenset({"failed", "ended"})
 _TURNS = ENDINGS | {"submitting", "submitted", "started", "retried", "anew"}
 
 

@@ -6,14 +6,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe.logs import LogReader, latest_stage
+from hpc_rlhf.observe import fates, logs
+from hpc_rlhf.observe.logs import LogReader, has_log_to_come, latest_stage
 from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.slurm import QueuedJob
 
 
 @pytest.fixture
@@ -93,3 +97,146 @@ def test_follow_waits_for_the_first_log_while_one_is_to_come(run: RunDir) -> Non
     (run.stage("sft").logs / "5_0_log.out").unlink()
     Ledger(run.ledger).append("cancelled", "sft", job_id="5")
     assert subprocess.run(command, capture_output=True).returncode == 1  # it ended without a log
+
+
+class FakeSlurm:
+    """Answers what a test says, and makes the next of a test's moves whenever the follower sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.jobs: dict[str, QueuedJob] = {}
+        self.away = False
+        self.moves: list[Callable[[], object]] = []
+        monkeypatch.setattr(slurm, "available", lambda: True)
+        monkeypatch.setattr(slurm, "queue", self.queue)
+        monkeypatch.setattr(logs.time, "sleep", lambda seconds: self.moves.pop(0)())
+        monkeypatch.setattr(fates, "EVERY", 0.0)
+
+    def queue(self) -> dict[str, QueuedJob]:
+        if self.away:
+            raise HpcRlhfError("squeue: unable to contact slurm controller")
+        return self.jobs
+
+    def show(self, stage: str = "", sentinel: str = "") -> None:
+        """The states of job 5, the stage's, and of its sentinel."""
+        job = QueuedJob("5", "demo.sft", stage, "", "hpc-rlhf:t")
+        guard = QueuedJob("9", "demo.sentinel", sentinel, "", "hpc-rlhf-sentinel:t")
+        self.jobs = {job.job_id: job for job in (job, guard) if job.state}
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return FakeSlurm(monkeypatch)
+
+
+def followed(run: RunDir) -> list[str]:
+    return [text for _, text in LogReader(run, "sft").follow()]
+
+
+def test_follow_goes_on_while_a_sentinel_is_to_try_again(run: RunDir, fake: FakeSlurm) -> None:
+    note = Ledger(run.ledger).append
+
+    def fails() -> None:
+        note("failed", "sft", message="gloo")
+        fake.show("COMPLETING", "PENDING")
+
+    def is_healed() -> None:
+        note("ended", "sft", reason="NCCL or gloo error", message="gloo")
+        note("retried", "sft", job_id="5")
+        fake.show("PENDING", "PENDING")
+
+    def goes_on() -> None:
+        note("started", "sft", job_id="5")
+        write(run, "sft", "5_0_log.out", "second\n")
+        fake.show("RUNNING", "PENDING")
+
+    def goes_away() -> None:
+        note("failed", "sft", message="gloo")
+        fake.away = True
+
+    def is_sent_anew() -> None:
+        fake.away = False
+        note("ended", "sft", reason="killed", message="")
+        note("submitting", "sft", token="u", by="heal")
+        note("submitted", "sft", token="u", job_id="6")
+        note("retried", "sft", job_id="6")
+        write(run, "sft", "6_0_log.out", "third\n", age=-1)
+        fake.jobs = {"6": QueuedJob("6", "demo.sft", "RUNNING", "", "hpc-rlhf:u")}
+
+    def is_left_to_a_person() -> None:
+        write(run, "sft", "6_0_log.out", "last words\n", age=-2)
+        note("failed", "sft", message="gloo")
+        note("ended", "sft", reason="NCCL or gloo error", message="gloo")
+        note("stopped", "sft", message="two attempts in a row saved no new step")
+
+    note("submitted", "sft", token="t", job_id="5")
+    note("started", "sft", job_id="5")
+    write(run, "sft", "5_0_log.out", "first\n")
+    fake.show("RUNNING", "PENDING")
+    fake.moves = [
+        fails,
+        lambda: fake.show("FAILED", "PENDING"),
+        lambda: fake.show("FAILED", "RUNNING"),
+        is_healed,
+        goes_on,
+        goes_away,
+        is_sent_anew,
+        is_left_to_a_person,
+    ]
+    assert followed(run) == ["first\n", "second\n", "third\n", "last words\n"]
+    assert not fake.moves
+
+
+def test_follow_ends_where_nobody_is_to_try_again(run: RunDir, fake: FakeSlurm) -> None:
+    note = Ledger(run.ledger).append
+    write(run, "sft", "5_0_log.out", "first\n")
+    note("started", "sft", job_id=None)
+    note("failed", "sft", message="no such data")
+    assert followed(run) == ["first\n"]  # without Slurm, and its launcher has ended
+    note("submitted", "sft", token="t", job_id="5")
+    note("started", "sft", job_id="5")
+    fake.show("TIMEOUT")
+    assert followed(run) == ["first\n"]  # it has no sentinel, and left no word
+    note("failed", "sft", message="gloo")
+    fake.show("FAILED", "CANCELLED")
+    assert followed(run) == ["first\n"]
+    fake.jobs = {"5": QueuedJob("5", "somebody.elses", "RUNNING", "", "")}
+    assert followed(run) == ["first\n"]
+    fake.show("FAILED", "PENDING")
+    note("cancelled", "sft", job_id="5")
+    assert followed(run) == ["first\n"]
+
+
+def test_follow_goes_on_while_the_launcher_waits_to_try_again(run: RunDir, fake: FakeSlurm) -> None:
+    note = Ledger(run.ledger).append
+    write(run, "sft", "local_0_log.out", "first\n")
+    note("started", "sft", job_id=None)
+    note("failed", "sft", message="gloo")
+    note("ended", "sft", reason="NCCL or gloo error", message="gloo")
+    run.submit_lock.write_text("held")
+
+    def gives_up() -> None:
+        note("started", "sft", job_id=None)
+        write(run, "sft", "local_0_log.out", "second\n")
+        note("failed", "sft", message="gloo")
+        run.submit_lock.unlink()
+
+    fake.moves = [lambda: note("retried", "sft", delay=60), gives_up]
+    assert followed(run) == ["first\n", "second\n"]
+    assert not fake.moves
+
+
+def test_a_verdict_that_comes_while_slurm_is_asked_is_heard(
+    run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = Ledger(run.ledger).append
+    note("submitted", "sft", token="t", job_id="5")
+    note("failed", "sft", message="it never came to its first word")
+
+    def is_healed_meanwhile() -> dict[str, QueuedJob]:
+        note("retried", "sft", job_id="5")
+        return {}
+
+    monkeypatch.setattr(slurm, "queue", is_healed_meanwhile)
+    assert has_log_to_come(run, fates.Fates(run))
+    monkeypatch.setattr(slurm, "queue", dict)
+    assert not has_log_to_come(run, fates.Fates(run))
