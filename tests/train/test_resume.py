@@ -76,7 +76,8 @@ def test_a_stop_in_an_accumulation_window_leaves_no_trace(tmp_path: Path) -> Non
 
 
 def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None:
-    """Stopped between optimizer steps or in one, the rollout is not made again, and nothing drifts."""
+    """Stopped between optimizer steps or in one, the rollout is not made again, and nothing drifts; nor does it where
+    the stop comes as the rollout is evaluated, and it is made again."""
     base, short = {"micro_batch": 2, "global_batch": 8, "max_steps": 2}, {"max_steps": 2}
 
     def make(name: str, fields: dict[str, Any]) -> RunDir:
@@ -94,13 +95,13 @@ def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None
     one, one_stopped, three, three_stopped = first, *others
     work = [
         (one, "ppo", []),
-        (one_stopped, "ppo", [5, 13, 3]),
+        (one_stopped, "ppo", [5, 13, 13, 3]),
         (three, "ppo", []),
-        (three_stopped, "ppo", [6, 9]),
+        (three_stopped, "ppo", [5, 14, 9]),
     ]
     run_stopping(work, 2)
-    assert stops(one_stopped, "ppo") == [(0, 1), (0, 3), (0, 3)]
-    assert stops(three_stopped, "ppo") == [(0, 2), (0, 4)]
+    assert stops(one_stopped, "ppo") == [(0, 0), (0, 1), (0, 3), (0, 3)]
+    assert stops(three_stopped, "ppo") == [(0, 0), (0, 2), (0, 4)]
     same(one_stopped, one, "ppo")
     same(three_stopped, three, "ppo")
 

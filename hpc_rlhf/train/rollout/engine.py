@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hpc_rlhf.train.preemption import Interrupted
 from hpc_rlhf.train.rollout.decoding import decode
 from hpc_rlhf.train.rollout.sampling import Sampling, uniforms
 from hpc_rlhf.train.rollout.step import DecodeStep
@@ -26,7 +27,7 @@ ROWS = 64
 DONE, MORE, STOP = range(3)
 
 
-class RolloutDropped(Exception):
+class RolloutDropped(Interrupted):
     """Generation was told to stop; what it made is to be made again."""
 
 

@@ -109,12 +109,15 @@ def show(context: StageContext, models: DpoModels, rows: Rows, step: int) -> Non
             Sampling(greedy=True),
             tokenizer.eos_token_id,
             len(rows),
+            context.told,
         )
         return [tokenizer.decode(answer, skip_special_tokens=True) for answer in made]
 
-    with models.as_reference():
+    before, after = list[str](), list[str]()
+    with context.dropped(), models.as_reference():
         before = answers(models.ref_policy)
-    after = answers(models.policy)
+    with context.dropped():
+        after = answers(models.policy)
     if context.world.is_main:
         SampleLog(context.files.samples, tokenizer).keep(
             [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.ragged import Ragged, deal, plan_step
-from hpc_rlhf.train.rollout.engine import ROWS, RolloutDropped, RolloutEngine
+from hpc_rlhf.train.rollout.engine import ROWS, RolloutEngine
 from hpc_rlhf.train.rollout.experience import Rollout
 from hpc_rlhf.train.rollout.sampling import Sampling
 
@@ -35,14 +34,13 @@ class Questions:
         share = deal([len(prompt) for prompt in prompts], context.world.size)[context.world.rank]
         sampling = Sampling(spec.temperature or 1.0, spec.top_p, spec.top_k, greedy=spec.temperature == 0)
         made: list[list[int]] = []
-        with suppress(RolloutDropped):
+        with context.dropped():
             made = rollouts.generate(
                 [prompts[i] for i in share], [(context.spec.seed, "eval", i) for i in share],
                 context.spec.data.max_answer_tokens, sampling,
                 tokenizer.eos_token_id, ROWS,
                 context.told,
             )  # fmt: skip
-        context.stop_if_told()
         return self._together(dict(zip(share, made, strict=True)))
 
     def log_probs(self, engine: Any, rollout: Rollout) -> list[list[float]]:

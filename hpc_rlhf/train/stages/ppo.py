@@ -7,7 +7,6 @@ details of arXiv 2403.17031.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
@@ -17,7 +16,7 @@ from hpc_rlhf.train.data.sampler import sample_at, total_steps
 from hpc_rlhf.train.metrics import keep_until
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.weights import export
-from hpc_rlhf.train.rollout.engine import ROWS, RolloutDropped, RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.engine import ROWS, RolloutEngine, Sampling
 from hpc_rlhf.train.rollout.experience import Rollout, scores
 from hpc_rlhf.train.rollout.summary import summarize
 from hpc_rlhf.train.snapshot import Snapshot
@@ -105,14 +104,17 @@ class PpoStage:
             ("sft", RolloutEngine(self.models.ref_policy, world)),
             ("ppo", self.models.rollouts),
         ):
-            made = engine.generate(
-                prompts,
-                None,
-                trainer.sizes.answer,
-                Sampling(greedy=True),
-                trainer.eos_id,
-                ROWS,
-            )
+            made: list[list[int]] = []
+            with self.context.dropped():
+                made = engine.generate(
+                    prompts,
+                    None,
+                    trainer.sizes.answer,
+                    Sampling(greedy=True),
+                    trainer.eos_id,
+                    ROWS,
+                    self.context.told,
+                )
             rollout = Rollout(prompts, made)
             found = scores(self.models.reward, rollout, trainer.plan(rollout.lengths), world.device).tolist()
             texts = [self.samples.texts(rollout, i)[1] for i in range(len(rows))]
@@ -180,9 +182,8 @@ def run(context: StageContext) -> None:
             context.reseed(step)
             before = {"kl_coef": stage.trainer.kl_coef, "actor_lr": engines.learning_rate(stage.models.actor)}
             rollout = Rollout([], [])
-            with suppress(RolloutDropped):
+            with context.dropped():
                 rollout = stage.roll_out(step)
-            context.stop_if_told()
 
             # 4. What the answers are worth, token by token.
             begun = Progress.begin(stage.trainer.evaluate(rollout))

@@ -48,7 +48,7 @@ class PpoTrainer:
 
     Attributes:
         kl_coef: weight of the KL penalty in the next rollout's rewards.
-        pause: called between passes over micro-batches with what they are for; it may raise. Collective.
+        pause: called before passes over micro-batches with what they are for; it may raise. Collective.
     """
 
     def __init__(self, spec: PpoSpec, models: PpoModels, tokenizer: Any, sizes: Sizes, world: World) -> None:
@@ -120,8 +120,10 @@ class PpoTrainer:
         models.critic.eval()
         plan = [rows for minibatch in self.minibatches(rollout) for rows in minibatch]
         made = experience(
-            rollout, plan, *self._keeping(rollout, plan), models.ref, models.reward, rewarding, self.eos_id,
-            self.world.device,
+            rollout, plan, *self._keeping(rollout, plan),
+            partial(self._after_a_pause, "experience", models.ref),
+            partial(self._after_a_pause, "scores", models.reward),
+            rewarding, self.eos_id, self.world.device,
         )  # fmt: skip
         models.actor.train()
         models.critic.train()
@@ -217,9 +219,9 @@ class PpoTrainer:
         kind = "the critic's micro-batches" if critics else "the actor's micro-batches"
         engines.optimizer_step(engine, [partial(self._after_a_pause, kind, loss) for loss in losses])
 
-    def _after_a_pause(self, kind: str, loss: Callable[[], Tensor]) -> Tensor:
+    def _after_a_pause(self, kind: str, passed: Callable[..., Any], *inputs: Any) -> Any:
         self.pause(kind)
-        return loss()
+        return passed(*inputs)
 
     def _too_far(self, kl: Tensor, tokens: float) -> bool:
         """Whether the actor had left the one that sampled by more than allowed, as a step began. Collective."""
