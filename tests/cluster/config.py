@@ -56,6 +56,9 @@ ReturnToService=2
 SlurmdTimeout=15
 KillWait=5
 
+# Jobs of two such clusters at a time have other ids, and so other ports.
+FirstJobId={ports.slurmctld}
+
 # Everything a user waits minutes for in production happens at once.
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
