@@ -24,6 +24,8 @@ from hpc_rlhf.train.checkpoint import Checkpoint, CheckpointStore, Take
 from hpc_rlhf.train.data import dialogues, sources
 from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models.asked import asking
 from hpc_rlhf.train.models.load import DTYPES, folder_or_id, make_from_scratch
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.polls import Polls
@@ -158,6 +160,26 @@ class StageContext:
         with self.dropped():
             return prepare(self.spec, self.stage, self.tokenizer, self.files.data, self.world, self.told)
 
+    @contextmanager
+    def loading(self, ds_config: dict[str, Any]) -> Iterator[None]:
+        """Around the loading of a model, in shards if DeepSpeed is configured so. Collective; see ``pause``.
+
+        A load that fails where there is to be a stop counts as dropped: what it needs may be going down with the node.
+
+        Two things are not dropped, and if they are cut off, nothing trained is lost. ZeRO-3 loads on all ranks together:
+        13B in bf16 take 13 to 26 s at 1 to 2 GB/s, and it stops before the next model. A download from a hub may
+        take minutes; files that have come are there for the next attempt.
+        """
+        self.stop_if_told()
+        together = ds_config["zero_optimization"]["stage"] == 3
+        try:
+            with engines.sharded_loading(ds_config), asking(bool if together else self._is_told):
+                yield
+        except Exception:
+            if not self._is_told():
+                raise
+        self.stop_if_told()
+
     def start_model(self, ref: ModelRef) -> str:
         """Where the model that the spec names loads from; made first, if it is to be made."""
         made = self.files.path / "initial"
@@ -239,6 +261,17 @@ class StageContext:
         if said and said[0]:
             self._stop(said[0])
 
+    def drop_if_told(self, kind: str) -> None:
+        """Between pieces of work within ``dropped``: drop it where all ranks agree to stop. Collective; see ``pause``.
+
+        Raises:
+            Interrupted: they do.
+        """
+        self.pulse.beat()
+        said = self.polls.between(kind, [self.stop.code])
+        if said and said[0]:
+            raise Interrupted
+
     def pausing(self, losses: Sequence[Callable[[], Tensor]]) -> list[Callable[[], Tensor]]:
         """The losses of an optimizer step, with a pause before each: a stop drops the gradients of those before."""
 
@@ -251,6 +284,9 @@ class StageContext:
     def told(self) -> bool:
         """Whether this rank knows of a stop. The others learn of it within a second, wherever they are."""
         self.pulse.beat()
+        return self._is_told()
+
+    def _is_told(self) -> bool:
         return self.stop.code > 0
 
     def stop_if_told(self) -> None:

@@ -14,12 +14,14 @@ from hpc_rlhf.spec.load import read_spec
 from tests.train.stages import run_ranks
 
 TIME_LIMIT = 1
+# After how many rounds an attempt is told to stop: of all from its first safe point on, or of those of one kind.
+Stop = int | tuple[str, int]
+# The kind of round in which rank 0 alone is told: as it describes a file of the artifact.
+FILES = "files"
 
 
-def run_stopping(work: Sequence[tuple[RunDir, str, list[int]]], ranks: int) -> None:
-    """Run stages, each with stops: after how many rounds its attempts are told to stop, from their first safe point on.
-
-    The attempt after the last of those goes on to the end.
+def run_stopping(work: Sequence[tuple[RunDir, str, Sequence[Stop]]], ranks: int) -> None:
+    """Run stages, each with the stops of its attempts. The attempt after the last of those goes on to the end.
 
     Raises:
         AssertionError: a rank failed; it holds the ends of their logs.
@@ -31,6 +33,7 @@ def run_stopping(work: Sequence[tuple[RunDir, str, list[int]]], ranks: int) -> N
 
 def main() -> None:
     """One rank."""
+    from hpc_rlhf import manifest
     from hpc_rlhf.train import context, polls
     from hpc_rlhf.train import world as worlds
     from hpc_rlhf.train.entry import Attempt
@@ -38,29 +41,52 @@ def main() -> None:
 
     world = worlds.join(worlds.launcher_ranks()[1])
     polls.BETWEEN = polls.MOST = 0.0  # a round between all pieces of work
-    ask, safe_point = polls.Polls.now, context.StageContext.safe_point
+    ask, between, safe_point = polls.Polls.now, polls.Polls.between, context.StageContext.safe_point
+    describe = manifest.describe
 
     for path, stage, stops in json.loads(sys.argv[1]):
         run = RunDir(Path(path))
         spec = read_spec(run.job_yaml)
         for number, stop in enumerate([*stops, None]):
-            rounds, begun = count(1), [False]
+            kind, after = stop if isinstance(stop, list) else ("", stop)
+            rounds, files, asked, flag = count(1), count(1), [""], StopFlag()
+            begun = [False]
 
             def first_point(self: Any, *args: Any, begun: Any = begun) -> None:
                 begun[0] = True
                 safe_point(self, *args)
 
+            def asking(self: Any, kind: str, numbers: Any, asked: Any = asked) -> Any:
+                asked[0] = kind
+                said = between(self, kind, numbers)
+                asked[0] = ""
+                return said
+
             def now(
-                self: Any, numbers: Any, stop: Any = stop, rounds: Any = rounds, begun: Any = begun
-            ) -> list[int]:
-                told = begun[0] and next(rounds) == stop and world.rank == world.size - 1
-                return ask(self, [TIME_LIMIT, *numbers[1:]] if told else numbers)
+                self: Any, numbers: Any, kind: Any = kind, after: Any = after, rounds: Any = rounds,
+                begun: Any = begun, asked: Any = asked, flag: Any = flag,
+            ) -> list[int]:  # fmt: skip
+                counts = begun[0] and kind in ("", asked[0])
+                if counts and next(rounds) == after and world.rank == world.size - 1:
+                    flag.time_is_up()
+                    numbers = [TIME_LIMIT, *numbers[1:]]
+                return ask(self, numbers)
+
+            def described(
+                folder: Path, *share: Any,
+                kind: Any = kind, after: Any = after, files: Any = files, flag: Any = flag,
+            ) -> Any:  # fmt: skip
+                if kind == FILES and folder.name.startswith("model-") and next(files) == after:
+                    flag.time_is_up()
+                return describe(folder, *share)
 
             context.StageContext.safe_point = first_point  # type: ignore[method-assign]
-            polls.Polls.now = now  # type: ignore[method-assign]
+            polls.Polls.now, polls.Polls.between = now, asking  # type: ignore[method-assign]
+            manifest.describe = described
             try:
-                Attempt(run, stage, StopFlag(), name=f"attempt-{number}").train(spec, world)
+                Attempt(run, stage, flag, name=f"attempt-{number}").train(spec, world)
             except StageStopped:
+                assert not run.stage(stage).model.exists()
                 continue
             break
     worlds.leave()

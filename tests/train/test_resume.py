@@ -12,10 +12,11 @@ import pytest
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
 from tests.train.stages import make_run, metrics, run_stage, tiny_spec, weights_digest
-from tests.train.stopping import run_stopping
+from tests.train.stopping import FILES, run_stopping
 
 pytestmark = pytest.mark.train
 
+WEIGHTS = "weights to be written"
 # All are stopped in mid-window, of four micro-batches.
 WINDOWS: dict[str, dict[str, Any]] = {
     "zero 1, bf16": {"zero": 1, "precision": "bf16", "dropout": 0.1},
@@ -24,6 +25,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "zero 0, fp16": {"precision": "fp16"},
     "1-bit Adam, bf16": {"optimizer": "onebit-adam", "onebit_warmup": 2, "precision": "bf16"},
 }
+# Their models have 21 weights each: a stop at the 30th comes in the moving average.
 PPO: dict[str, dict[str, Any]] = {
     "zero 0": {
         "ema": True, "ptx": {"demo": 50}, "kl_target": 1e-3, "kl_horizon": 100, "normalize_scores": True,
@@ -48,6 +50,7 @@ def told(run: RunDir, stage: str) -> list[dict[str, Any]]:
 def same(stopped: RunDir, whole: RunDir, stage: str) -> None:
     assert weights_digest(stopped, stage) == weights_digest(whole, stage)
     assert told(stopped, stage) == told(whole, stage)
+    assert not list(stopped.stage(stage).path.glob("model-*"))
 
 
 def stops(run: RunDir, stage: str) -> list[tuple[int, int]]:
@@ -77,7 +80,7 @@ def test_a_stop_in_an_accumulation_window_leaves_no_trace(tmp_path: Path) -> Non
 
 def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None:
     """Stopped between optimizer steps or in one, the rollout is not made again, and nothing drifts; nor does it where
-    the stop comes as the rollout is evaluated, and it is made again."""
+    the stop comes as the rollout is evaluated, and it is made again, or as the models are handed over."""
     base, short = {"micro_batch": 2, "global_batch": 8, "max_steps": 2}, {"max_steps": 2}
 
     def make(name: str, fields: dict[str, Any]) -> RunDir:
@@ -95,13 +98,13 @@ def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None
     one, one_stopped, three, three_stopped = first, *others
     work = [
         (one, "ppo", []),
-        (one_stopped, "ppo", [5, 13, 13, 3]),
+        (one_stopped, "ppo", [5, 13, 13, 3, (WEIGHTS, 2), (WEIGHTS, 30), (FILES, 2)]),
         (three, "ppo", []),
-        (three_stopped, "ppo", [5, 14, 9]),
+        (three_stopped, "ppo", [5, 14, 9, (WEIGHTS, 30)]),
     ]
     run_stopping(work, 2)
-    assert stops(one_stopped, "ppo") == [(0, 0), (0, 1), (0, 3), (0, 3)]
-    assert stops(three_stopped, "ppo") == [(0, 0), (0, 2), (0, 4)]
+    assert stops(one_stopped, "ppo") == [(0, 0), (0, 1), (0, 3), (0, 3), *[(2, 0)] * 3]
+    assert stops(three_stopped, "ppo") == [(0, 0), (0, 2), (0, 4), (2, 0)]
     same(one_stopped, one, "ppo")
     same(three_stopped, three, "ppo")
 

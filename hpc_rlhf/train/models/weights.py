@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from hpc_rlhf.train.models import cut
+from hpc_rlhf.train.models.asked import asking
 from hpc_rlhf.train.models.lora import LoraLinear
 
+# The largest file of weights: a second or two at a time, after which a stop is heard.
+SHARD = "2GB"
 # Bytes of shards that are made whole at once: many small weights share a collective, and memory is spared.
 GATHERED_AT_ONCE = 2**26
 
@@ -97,7 +101,7 @@ def whole(found: Sequence[Part]) -> Iterator[list[tuple[str, Tensor]]]:
         yield [weight for part in found for weight in part.weights()]
 
 
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_weights(model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
     """Every parameter of a model by its Hugging Face name, whole and with adapters folded in.
 
     A collective operation under ZeRO-3 and where layers are cut, some parts at a time: every rank must iterate to the end. A tensor
@@ -107,7 +111,7 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return in_turn(parts(model))
 
 
-def in_turn(found: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
+def in_turn(found: Sequence[Part]) -> Generator[tuple[str, Tensor], None, None]:
     """The weights of ``full_weights``, of these parts."""
     waiting: list[Part] = []
     bytes_waiting = 0
@@ -122,26 +126,51 @@ def in_turn(found: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
         yield from weights
 
 
-def export(model: Any, tokenizer: Any, folder: Path, is_main: bool) -> None:
-    """Write a Hugging Face folder that ``from_pretrained`` loads. Collective; rank 0 writes.
+def collect(model: Any, is_main: bool, between: Callable[[], object] = bool) -> dict[str, Tensor]:
+    """A copy of the weights of ``full_weights`` and of the buffers that are kept with them, in rank 0's memory; nothing
+    elsewhere. Collective.
 
     Args:
         model: the transformers model, not its DeepSpeed engine.
-        folder: made if it is not there.
+        between: called before each weight; it may raise, on all ranks alike.
     """
     # A buffer may be part of the checkpoint too (GPT-NeoX's bias, for one).
     persistent = {name for name in model.state_dict() if ".base." not in name and ".lora_" not in name}
-    buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
-    state = {}
-    for name, tensor in full_weights(model):
-        if is_main:
-            state[name] = tensor.to("cpu", copy=True).contiguous()
+    buffers = ((name, tensor) for name, tensor in model.named_buffers() if name in persistent)
+    state: dict[str, Tensor] = {}
+    with closing(full_weights(model)) as weights:
+        for name, tensor in chain(weights, buffers):
+            between()
+            if is_main:
+                state[name] = tensor.to("cpu", copy=True).contiguous()
+    return state
+
+
+def write(
+    model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path, told: Callable[[], bool] = bool
+) -> None:
+    """Write a Hugging Face folder that ``from_pretrained`` loads.
+
+    Args:
+        model: whose weights ``state`` holds; it is used up.
+        folder: made if it is not there.
+        told: asked before each file of weights, of at most SHARD or a single weight, whether to drop it all.
+
+    Raises:
+        Interrupted: ``told`` said so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _stop_at(getattr(model, "generation_config", None), tokenizer.eos_token_id)
+    with asking(told):
+        model.save_pretrained(str(folder), state_dict=state, max_shard_size=SHARD)
+    tokenizer.save_pretrained(str(folder))
+
+
+def export(model: Any, tokenizer: Any, folder: Path, is_main: bool) -> None:
+    """``collect`` and ``write`` in one. Collective; rank 0 writes."""
+    state = collect(model, is_main)
     if is_main:
-        state.update({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in buffers.items()})
-        folder.mkdir(parents=True, exist_ok=True)
-        _stop_at(getattr(model, "generation_config", None), tokenizer.eos_token_id)
-        model.save_pretrained(str(folder), state_dict=state)
-        tokenizer.save_pretrained(str(folder))
+        write(model, state, tokenizer, folder)
 
 
 def _stop_at(generation: Any, eos_id: int) -> None:

@@ -18,7 +18,8 @@ from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.models.cut import cut
-from hpc_rlhf.train.models.weights import export
+from hpc_rlhf.train.models.weights import collect, write
+from hpc_rlhf.train.preemption import Interrupted
 from hpc_rlhf.train.ragged import plan_step
 from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.world import World
@@ -103,25 +104,49 @@ def load_engines(named: dict[str, Any], world: World) -> Callable[[Checkpoint], 
 def finish(context: StageContext, step: int, models: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Write the artifact that is handed on; its manifest last. Collective.
 
+    A stop drops it, and the next attempt, which goes on from the last safe point, writes it anew.
+
     Args:
         models: transformers models by the subfolder they go to.
         metrics: what the manifest says of the model.
     """
-    target = context.files.model
-    partial = target.with_name(f"model-{context.attempt}")
-    if context.world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    for subfolder, model in models.items():
-        export(model, context.tokenizer, partial / subfolder, context.world.is_main)
+    partial = new_artifact(context)
+    with context.dropped():
+        for subfolder, model in models.items():
+            write_model(context, model, partial / subfolder)
     commit(context, partial, step, metrics)
 
 
+def new_artifact(context: StageContext) -> Path:
+    """The folder of an artifact that is to be written; what attempts before left of theirs goes. Collective."""
+    target = context.files.model
+
+    def clear() -> None:
+        context.store.check_owner()
+        for left in target.parent.glob(f"{target.name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    context.world.on_main(clear)
+    return target.with_name(f"{target.name}-{context.attempt}")
+
+
+def write_model(context: StageContext, model: Any, folder: Path) -> None:
+    """Write a transformers model into an artifact, within ``context.dropped``. Collective.
+
+    Raises:
+        Interrupted: there is to be a stop.
+    """
+    state = collect(model, context.world.is_main, lambda: context.drop_if_told("weights to be written"))
+    context.world.on_main(lambda: write(model, state, context.tokenizer, folder, context.told))
+
+
 def commit(context: StageContext, partial: Path, step: int, metrics: dict[str, Any]) -> None:
-    """Turn a written folder into the stage's artifact, in one step. Collective."""
+    """Turn a written folder into the stage's artifact, in one step. Collective; see ``context.pause``."""
     target = context.files.model
 
     def publish() -> None:
         context.store.check_owner()
+        files = _described(partial, context.told)
         shutil.rmtree(target, ignore_errors=True)
         facts = {
             "stage": context.stage,
@@ -129,8 +154,26 @@ def commit(context: StageContext, partial: Path, step: int, metrics: dict[str, A
             "seconds": round(context.seconds, 1),
             "metrics": metrics,
         }
-        manifest.write(partial, {**facts, "attempt": context.attempt, "ranks": context.world.size})
+        manifest.write(partial, {**facts, "attempt": context.attempt, "ranks": context.world.size}, files)
         partial.rename(target)
         manifest.fsync_path(target.parent)
 
-    context.world.on_main(publish)
+    try:
+        context.world.on_main(publish)
+    except Interrupted:
+        context.stop_if_told()
+
+
+def _described(folder: Path, told: Callable[[], bool]) -> dict[str, Any]:
+    """What a manifest says of the files, which are read once more for it: 2 to 4 s for each of 2 GB.
+
+    Raises:
+        Interrupted: ``told`` said so, before one of them.
+    """
+    files: dict[str, Any] = {}
+    count = sum(path.is_file() for path in folder.rglob("*"))
+    for number in range(count):
+        if told():
+            raise Interrupted
+        files |= manifest.describe(folder, (number, count))
+    return files

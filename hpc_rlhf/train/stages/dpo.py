@@ -58,9 +58,9 @@ class DpoModels:
             else context.start_model(context.spec.models.actor)
         )
         self.own_ref = spec.lora is None or not spec.lora.only
-        with engines.sharded_loading(configs[""]):
+        with context.loading(configs[""]):
             self.policy = load_causal(source, context.dtype, spec.dropout)
-        with engines.sharded_loading(configs["ref"]):
+        with context.loading(configs["ref"]):
             ref = load_causal(source, context.dtype) if self.own_ref else None
         check_fits(self.policy.config, context.tokenizer, context.longest, source)
         adapted(self.policy, spec, context.spec.seed)

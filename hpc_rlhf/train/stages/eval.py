@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -25,7 +24,7 @@ from hpc_rlhf.train.models.load import check_fits, load_causal, load_reward
 from hpc_rlhf.train.rollout.engine import RolloutEngine
 from hpc_rlhf.train.rollout.experience import Rollout
 from hpc_rlhf.train.snapshot import Snapshot
-from hpc_rlhf.train.stages.common import commit
+from hpc_rlhf.train.stages.common import commit, new_artifact
 from hpc_rlhf.train.stages.eval_data import held_out
 from hpc_rlhf.train.stages.eval_questions import Questions
 from hpc_rlhf.train.stages.eval_report import Found, Measured, lines, make_report
@@ -85,7 +84,7 @@ class Evaluation:
     def measure(self, name: str, source: str) -> dict[str, float | None]:
         """Everything that one model is needed for."""
         context, ask, mine = self.context, self.questions, Measured()
-        with engines.sharded_loading(context.ds_config):
+        with context.loading(context.ds_config):
             model = load_causal(source, context.dtype)
         check_fits(model.config, context.tokenizer, context.longest, source)
         engine = engines.frozen_engine(LanguageModel(model), context.ds_config, context.world.device)
@@ -106,7 +105,7 @@ class Evaluation:
     def judge(self) -> dict[str, float | None]:
         """Everything that the reward model is needed for."""
         context, found, source = self.context, self.found, str(self.context.run.stage("reward").model)
-        with engines.sharded_loading(context.ds_config):
+        with context.loading(context.ds_config):
             model = load_reward(source, context.dtype, None)
         check_fits(model.classifier.config, context.tokenizer, context.longest, source)
         engine = engines.frozen_engine(model, context.ds_config, context.world.device)
@@ -123,10 +122,9 @@ class Evaluation:
     def hand_over(self, total: int) -> None:
         """Write the report, and the answers for people to read. Collective."""
         context, files = self.context, self.context.files
-        partial = files.model.with_name(f"model-{context.attempt}")
+        partial = new_artifact(context)
         report = make_report(self.found, self.held, self.base, self.spec, context.tokenizer)
         if context.world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             (partial / files.report.name).write_text(json.dumps(report, indent=1) + "\n")
             with (partial / files.answers.name).open("w", encoding="utf-8") as file:

@@ -15,12 +15,11 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at, total_steps
 from hpc_rlhf.train.metrics import keep_until
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.weights import export
 from hpc_rlhf.train.rollout.engine import ROWS, RolloutEngine, Sampling
 from hpc_rlhf.train.rollout.experience import Rollout, scores
 from hpc_rlhf.train.rollout.summary import summarize
 from hpc_rlhf.train.snapshot import Snapshot
-from hpc_rlhf.train.stages.common import commit
+from hpc_rlhf.train.stages.common import commit, new_artifact, write_model
 from hpc_rlhf.train.stages.ppo_models import PpoModels, Start
 from hpc_rlhf.train.stages.ppo_progress import Progress
 from hpc_rlhf.train.stages.ppo_trainer import PpoTrainer, Sizes
@@ -50,6 +49,7 @@ class PpoStage:
             longest=context.longest,
             updates=self.total * self.spec.ppo_epochs * self.spec.minibatches,
             seed=context.spec.seed,
+            loading=context.loading,
         )
         self.models = PpoModels(self.spec, start, context.tokenizer, context.world)
         sizes = Sizes(
@@ -132,13 +132,13 @@ class PpoStage:
 
     def hand_over(self, metrics: dict[str, Any]) -> None:
         """Write the actor, and its moving average beside it. Collective."""
-        context, policy = self.context, self.models.policy
-        partial = context.files.model.with_name(f"model-{context.attempt}")
-        export(policy, context.tokenizer, partial, context.world.is_main)
-        if self.models.ema:
-            with self.models.ema.swapped_in():
-                target = partial / context.files.ema_model.name
-                export(policy, context.tokenizer, target, context.world.is_main)
+        context, models = self.context, self.models
+        partial = new_artifact(context)
+        with context.dropped():
+            write_model(context, models.policy, partial)
+            if models.ema:
+                with models.ema.swapped_in():  # a stop saves the weights as they were before
+                    write_model(context, models.policy, partial / context.files.ema_model.name)
         commit(context, partial, self.total, metrics)
 
 
@@ -212,6 +212,4 @@ def run(context: StageContext) -> None:
 
     # 7. Answers side by side, and the models.
     stage.compare()
-    for name in ("seconds", "trainer"):
-        state.pop(name, None)
-    stage.hand_over(state)
+    stage.hand_over({name: value for name, value in state.items() if name not in ("seconds", "trainer")})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ class Start:
         ds_configs: DeepSpeed's, by the names of ``PpoSpec.strategies``.
         longest: tokens of the longest prompt with its answer.
         updates: optimizer steps in all.
+        loading: around the loading of each model, for its DeepSpeed configuration.
     """
 
     actor: str
@@ -34,6 +37,7 @@ class Start:
     longest: int
     updates: int
     seed: int
+    loading: Callable[[dict[str, Any]], AbstractContextManager[None]] = engines.sharded_loading
 
 
 class PpoModels:
@@ -49,13 +53,13 @@ class PpoModels:
 
     def __init__(self, spec: PpoSpec, start: Start, tokenizer: Any, world: World) -> None:
         self.world, dtype, configs = world, DTYPES[spec.precision], start.ds_configs
-        with engines.sharded_loading(configs[""]):
+        with start.loading(configs[""]):
             self.policy = load_causal(start.actor, dtype, spec.dropout)
-        with engines.sharded_loading(configs["critic"]):
+        with start.loading(configs["critic"]):
             critic = load_reward(start.reward, dtype, None, spec.dropout)
-        with engines.sharded_loading(configs["ref"]):
+        with start.loading(configs["ref"]):
             self.ref_policy = load_causal(start.actor, dtype)
-        with engines.sharded_loading(configs["reward"]):
+        with start.loading(configs["reward"]):
             reward = load_reward(start.reward, dtype, None)
         check_fits(self.policy.config, tokenizer, start.longest, start.actor)
         check_fits(critic.classifier.config, tokenizer, start.longest, start.reward)

@@ -42,7 +42,7 @@ def run(context: StageContext) -> None:
 
     # 2. Model.
     source = context.start_model(context.spec.models.reward or context.spec.models.actor)
-    with engines.sharded_loading(context.ds_config):
+    with context.loading(context.ds_config):
         model = load_reward(source, context.dtype, context.spec.seed, spec.dropout)
     check_fits(model.classifier.config, context.tokenizer, context.longest, source)
     adapted(model.classifier, spec, context.spec.seed)

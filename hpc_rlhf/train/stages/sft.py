@@ -41,7 +41,7 @@ def run(context: StageContext) -> None:
 
     # 2. Model.
     source = context.start_model(context.spec.models.actor)
-    with engines.sharded_loading(context.ds_config):
+    with context.loading(context.ds_config):
         model = load_causal(source, context.dtype, spec.dropout)
     check_fits(model.config, context.tokenizer, context.longest, source)
     adapted(model, spec, context.spec.seed)

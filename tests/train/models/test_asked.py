@@ -1,0 +1,28 @@
+"""A model is dropped in the midst of its loading, and of its writing, as soon as there is to be a stop."""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from hpc_rlhf.train.models.asked import asking
+from hpc_rlhf.train.preemption import Interrupted
+from tests.train import tiny
+
+
+def test_loading_and_writing_are_dropped_between_two_pieces(tmp_path: Path) -> None:
+    tiny.causal("llama").save_pretrained(tmp_path / "whole", max_shard_size="20KB")
+    assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 2
+
+    with pytest.raises(Interrupted), asking(lambda asked=count(): next(asked) == 2):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    with pytest.raises(Interrupted), asking(lambda asked=count(): next(asked) == 2):
+        model.save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 2
+    assert logging.set_tqdm_hook(None) is None
