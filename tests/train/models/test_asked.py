@@ -18,11 +18,13 @@ def test_loading_and_writing_are_dropped_between_two_pieces(tmp_path: Path) -> N
     tiny.causal("llama").save_pretrained(tmp_path / "whole", max_shard_size="20KB")
     assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 2
 
-    with pytest.raises(Interrupted), asking(lambda asked=count(): next(asked) == 2):
+    asked = count()
+    with pytest.raises(Interrupted), asking(lambda: next(asked) == 2):
         AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    with pytest.raises(Interrupted), asking(lambda asked=count(): next(asked) == 2):
+    asked = count()
+    with pytest.raises(Interrupted), asking(lambda: next(asked) == 2):
         model.save_pretrained(tmp_path / "cut", max_shard_size="20KB")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) == 2
     assert logging.set_tqdm_hook(None) is None
