@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
+from hpc_rlhf.cli.options import example
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.cancel import cancel
 
 
-@click.command
+@click.command(epilog=example("hpc-rlhf cancel my-job.yaml"))
 @click.argument("run")
 def command(run: str) -> None:
     """Cancel all queued and running jobs of RUN, a run directory or job file.

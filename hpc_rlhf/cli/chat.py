@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hpc_rlhf import manifest
+from hpc_rlhf.cli.options import example
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.rundir import RunDir
@@ -30,7 +31,9 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     return value
 
 
-@click.command("chat", epilog=f"In a conversation: {HELP}")
+@click.command(
+    "chat", epilog=f"In a conversation: {HELP}\n\n{example('hpc-rlhf chat my-job.yaml --stage sft')}"
+)
 @click.argument("run", metavar="RUN")
 @click.option(
     "--stage", type=click.Choice(CHAT_STAGES), help="Whose model; the latest finished one by default."

@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 import click
 
-from hpc_rlhf.cli.options import json_option, set_option
+from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
 
 
-@click.command()
+@click.command(epilog=example("hpc-rlhf check my-job.yaml --set slurm.nodes=2"))
 @click.argument("files", nargs=-1, required=True)
 @set_option
 @json_option

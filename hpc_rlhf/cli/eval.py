@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from hpc_rlhf import manifest
-from hpc_rlhf.cli.options import json_option, set_option
+from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.rundir import RunDir
@@ -17,7 +17,7 @@ from hpc_rlhf.spec.load import load_spec, read_spec
 from hpc_rlhf.spec.model import JobSpec
 
 
-@click.command("eval")
+@click.command("eval", epilog=example("hpc-rlhf eval my-job.yaml --prompts 200"))
 @click.argument("run")
 @click.option(
     "--prompts",

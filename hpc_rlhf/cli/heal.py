@@ -7,14 +7,14 @@ from dataclasses import asdict
 
 import click
 
-from hpc_rlhf.cli.options import json_option
+from hpc_rlhf.cli.options import example, json_option
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.heal import heal
 
 
-@click.command
+@click.command(epilog=example("hpc-rlhf heal my-job.yaml"))
 @click.argument("run")
 @json_option
 @click.option("--sentinel", is_flag=True, hidden=True, help="Stop where another attempt would not help.")

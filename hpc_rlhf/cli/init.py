@@ -7,12 +7,17 @@ from pathlib import Path
 
 import click
 
+from hpc_rlhf.cli.options import example
 from hpc_rlhf.cli.out_option import writing
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.recipes import DEPLOYMENTS, Recipe, billions_in, nearest
 
 
-@click.command()
+@click.command(
+    epilog=example(
+        "hpc-rlhf init --actor facebook/opt-1.3b --reward facebook/opt-350m --deployment single_gpu"
+    )
+)
 @click.option(
     "--actor", required=True, metavar="MODEL", help="Hub id or folder of the model to make a chat model of."
 )

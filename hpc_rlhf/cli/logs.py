@@ -7,12 +7,13 @@ import time
 
 import click
 
+from hpc_rlhf.cli.options import example
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.observe.fates import Fates
 from hpc_rlhf.observe.logs import POLL, LogReader, has_log_to_come, latest_stage
 
 
-@click.command
+@click.command(epilog=example("hpc-rlhf logs my-job.yaml ppo --follow"))
 @click.argument("run")
 @click.argument("stage", required=False)
 @click.option(

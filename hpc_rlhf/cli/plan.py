@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.options import json_option, set_option
+from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.spec.load import load_spec
 
 
-@click.command
+@click.command(epilog=example("hpc-rlhf plan my-job.yaml"))
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
 @json_option

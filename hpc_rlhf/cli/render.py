@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.options import set_option
+from hpc_rlhf.cli.options import example, set_option
 from hpc_rlhf.cli.out_option import writing
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.spec.load import load_spec
 
 
-@click.command
+@click.command(epilog=example("hpc-rlhf render my-job.yaml --out look"))
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to."

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.options import set_option
+from hpc_rlhf.cli.options import example, set_option
 
 
-@click.command("run")
+@click.command(
+    "run",
+    epilog=example(
+        "hpc-rlhf run jobs/tiny.yaml", "hpc-rlhf run my-job.yaml --hostfile hostfiles/lab.hostfile"
+    ),
+)
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
 @click.option(

@@ -6,8 +6,10 @@ import json
 
 import click
 
+from hpc_rlhf.cli.options import example
 
-@click.command()
+
+@click.command(epilog=example("hpc-rlhf schema > hpc-rlhf.schema.json"))
 def command() -> None:
     """Print the JSON Schema of a job spec, for editors.
 

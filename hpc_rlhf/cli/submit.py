@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.options import set_option
+from hpc_rlhf.cli.options import example, set_option
 from hpc_rlhf.cli.plan import echo_plan
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.chain import Outcome
@@ -16,7 +16,7 @@ from hpc_rlhf.spec.load import load_spec
 from hpc_rlhf.spec.model import JobSpec
 
 
-@click.command
+@click.command(epilog=example("hpc-rlhf submit my-job.yaml --dry-run"))
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
 @click.option("--dry-run", is_flag=True, help="Only say what would be done. Needs no Slurm, writes nothing.")
