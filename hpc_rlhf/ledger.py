@@ -64,12 +64,8 @@ class Ledger:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return
-        for line in text.split("\n"):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and (stage is None or record.get("stage") == stage):
+        for record in parse_events(text):
+            if stage is None or record.get("stage") == stage:
                 yield record
 
     def last(self, event: str, stage: str | None = None) -> dict[str, Any] | None:
@@ -78,3 +74,14 @@ class Ledger:
             if record.get("event") == event:
                 found = record
         return found
+
+
+def parse_events(text: str) -> Iterator[dict[str, Any]]:
+    """The events in a ledger's text, or in the end of one; a torn line is passed over."""
+    for line in text.split("\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record

@@ -25,6 +25,8 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 REQUIRE_SLURM = "HPC_RLHF_REQUIRE_SLURM"
+# What a user's runs are noted in is not the tests' to fill.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="hpc-rlhf-state-")
 # Every process that a test starts inherits this, jobs on the cluster included.
 SESSION_MARK = "HPC_RLHF_TEST_SESSION"
 

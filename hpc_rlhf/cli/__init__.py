@@ -27,6 +27,8 @@ VERBS = {
     "run": "Run a spec's stages on this machine, without Slurm.",
     "eval": "Compare a run's models on held-out data.",
     "status": "Show how a run is getting on.",
+    "watch": "Show it on a terminal as it goes on.",
+    "list": "Show your runs, each in a line.",
     "logs": "Print the log of a stage.",
     "cancel": "Cancel a run's jobs.",
     "heal": "Let a chain that broke go on.",

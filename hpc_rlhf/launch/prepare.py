@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf import ownership
+from hpc_rlhf import known_runs, ownership
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import make_plan
@@ -80,6 +80,7 @@ def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool =
         render(spec, run.scripts, beside)
         _write(run.plan_json, plan.to_json())
         _write(run.job_yaml, dump_spec(spec))
+    known_runs.remember(run.path)
 
 
 def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, Any, Any]]:

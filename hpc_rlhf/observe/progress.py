@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -11,20 +10,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe.words import duration, number, step_kind
+from hpc_rlhf.observe.metrics import TELLING, MetricsReader
+from hpc_rlhf.observe.words import duration, number
 from hpc_rlhf.rundir import RunDir
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-# The numbers that tell how a stage is doing.
-TELLING = {
-    "sft": ("loss",),
-    "reward": ("loss", "accuracy"),
-    "ppo": ("reward", "kl"),
-    "dpo": ("loss", "accuracy"),
-    "eval": ("perplexity", "accuracy"),
-}
 _LINE_EVERY = 600.0  # a plain line at least this often
 _LEDGER_EVERY = 1.0
 
@@ -40,15 +32,17 @@ class StageView:
     last: dict[str, Any] = field(default_factory=dict)
     phase: str = ""
     _first: dict[str, Any] = field(default_factory=dict)
-    _offset: int = 0
-    _inode: int = 0
     _ledger_read: float = 0.0
 
     def __post_init__(self) -> None:
+        self._metrics = MetricsReader(self.run.stage(self.stage).metrics, self.stage)
         self._events_before = len(list(Ledger(self.run.ledger).events(self.stage)))
 
     def update(self) -> None:
-        self._read_metrics()
+        for row in self._metrics.news()[0]:
+            if row["time"] >= self.began:
+                self._first = self._first or row
+                self.last = row
         if not self._first and time.monotonic() - self._ledger_read > _LEDGER_EVERY:
             self._ledger_read = time.monotonic()
             self.phase = self._phase()
@@ -74,28 +68,6 @@ class StageView:
             if self.step < self.last["total_steps"]:
                 words.append(f"{duration((self.last['total_steps'] - self.step) / rate)} left")
         return ", ".join(words)
-
-    def _read_metrics(self) -> None:
-        path = self.run.stage(self.stage).metrics
-        try:
-            with path.open("rb") as file:
-                facts = os.fstat(file.fileno())
-                if facts.st_ino != self._inode or facts.st_size < self._offset:
-                    self._inode, self._offset = facts.st_ino, 0  # a resumed stage writes the file anew
-                file.seek(self._offset)
-                text = file.read()
-        except OSError:
-            return
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record.get("kind") == step_kind(self.stage) and record["time"] >= self.began:
-                self._first = self._first or record
-                self.last = record
 
     def _phase(self) -> str:
         phase = f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe import goodput
 from hpc_rlhf.observe.fates import latest_job, launcher_at_work
+from hpc_rlhf.observe.metrics import TELLING, seconds_a_step, step_rows
 from hpc_rlhf.observe.spans import Goodput
 from hpc_rlhf.observe.turns import last_turn
-from hpc_rlhf.observe.words import step_kind
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.slurm import PastJob, QueuedJob
 from hpc_rlhf.tail import read_tail
@@ -52,7 +52,10 @@ class StageStatus:
         total_steps: steps in all.
         metric: name of the number that tells most: loss, or PPO's reward.
         value: its latest value.
+        numbers: the latest values of all that tell, by name; null where one was not finite.
         updated: when the latest step was done, in Unix seconds.
+        left: seconds of work that the remaining steps take at the pace of the last ones, without any time in a queue;
+            None where that cannot be told, and for a stage that is done.
         goodput: what became of its time, and what interrupted it.
     """
 
@@ -65,7 +68,9 @@ class StageStatus:
     total_steps: int | None = None
     metric: str | None = None
     value: float | None = None
+    numbers: dict[str, float | None] = field(default_factory=dict)
     updated: float | None = None
+    left: float | None = None
     goodput: Goodput = field(default_factory=Goodput)
 
 
@@ -82,43 +87,80 @@ class Evidence:
     at_work_here: bool
 
 
-def read_status(run: RunDir) -> list[StageStatus]:
+# What Slurm says: the jobs that it has, those that it remembers, and what is wrong when it does not answer.
+Answer = tuple[Mapping[str, QueuedJob], Mapping[str, PastJob], str]
+
+
+def ask_slurm(job_ids: Sequence[str]) -> Answer:
+    """What Slurm knows of some jobs, in two questions at most."""
+    if not job_ids:
+        return {}, {}, ""
+    try:
+        queue = slurm.queue()
+    except HpcRlhfError as error:
+        return {}, {}, f"no word from Slurm ({error.message})"
+    return queue, slurm.history([job_id for job_id in job_ids if job_id not in queue]), ""
+
+
+def read_status(run: RunDir, ask: Callable[[Sequence[str]], Answer] = ask_slurm) -> list[StageStatus]:
     """The status of every stage of a run, in the order of its plan.
+
+    Args:
+        ask: what Slurm says of the jobs of the stages that are not done.
 
     Raises:
         HpcRlhfError: the plan cannot be read.
     """
-    plan = _read_plan(run)
-    events: dict[str, list[dict[str, Any]]] = {job["stage"]: [] for job in plan["jobs"]}
+    plan = read_plan(run)
     ledger = list(Ledger(run.ledger).events())
+    evidence, silence = gather(run, plan, ledger, ask)
+    statuses = []
+    for stage, known in evidence.items():
+        state, why = judge(known)
+        if silence and known.job_id is not None and not known.done:
+            why = silence
+        starts = [event["time"] for event in known.events if event["event"] == "started"]
+        seen = _progress(run.stage(stage).metrics, stage, starts, known.done)
+        statuses.append(StageStatus(stage, state, why, known.job_id, len(starts), **seen))
+    return _with_goodput(statuses, ledger, plan)
+
+
+def gather(
+    run: RunDir,
+    plan: Mapping[str, Any],
+    ledger: Sequence[dict[str, Any]],
+    ask: Callable[[Sequence[str]], Answer] = ask_slurm,
+) -> tuple[dict[str, Evidence], str]:
+    """What is known of every stage of a plan, and what is wrong where Slurm does not answer.
+
+    Args:
+        ledger: the run's events.
+        ask: what Slurm says of the jobs of the stages that are not done.
+    """
+    events: dict[str, list[dict[str, Any]]] = {job["stage"]: [] for job in plan["jobs"]}
     for event in ledger:
         if event.get("stage") in events:
             events[event["stage"]].append(event)
+    done = {stage: manifest.defect(run.stage(stage).model, deep=False) is None for stage in events}
     jobs = {stage: latest_job(events[stage]) for stage in events}
-    queue, past, silence = _ask_slurm([job_id for job_id in jobs.values() if job_id is not None])
+    queue, past, silence = ask(
+        [job_id for stage, job_id in jobs.items() if job_id is not None and not done[stage]]
+    )
     at_work = launcher_at_work(run)
-    statuses = []
+    evidence = {}
     for planned in plan["jobs"]:
         stage = planned["stage"]
-        job_id = jobs[stage]
-        queued = queue.get(job_id or "")
-        evidence = Evidence(
-            done=manifest.defect(run.stage(stage).model, deep=False) is None,
+        queued = queue.get(jobs[stage] or "")
+        evidence[stage] = Evidence(
+            done=done[stage],
             needs=tuple(planned["needs"]),
             events=tuple(events[stage]),
-            job_id=job_id,
+            job_id=jobs[stage],
             queued=queued if queued is not None and queued.is_of(stage) else None,
-            past=past.get(job_id or ""),
+            past=past.get(jobs[stage] or ""),
             at_work_here=at_work,
         )
-        state, why = judge(evidence)
-        if silence and job_id is not None and not evidence.done:
-            why = silence
-        attempts = sum(event["event"] == "started" for event in events[stage])
-        statuses.append(
-            StageStatus(stage, state, why, job_id, attempts, **_progress(run.stage(stage).metrics, stage))
-        )
-    return _with_goodput(statuses, ledger, plan)
+    return evidence, silence
 
 
 def _with_goodput(
@@ -134,7 +176,12 @@ def _with_goodput(
     return [replace(status, goodput=measured[status.stage]) for status in statuses]
 
 
-def _read_plan(run: RunDir) -> dict[str, Any]:
+def read_plan(run: RunDir) -> dict[str, Any]:
+    """The plan of a run.
+
+    Raises:
+        HpcRlhfError: it cannot be read.
+    """
     try:
         plan = json.loads(run.plan_json.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -174,14 +221,29 @@ def judge(evidence: Evidence) -> tuple[str, str]:
     if name == "submitting":
         return "unknown", "submit was cut off here; submit again finds the job"
     if name != "none":
-        return ("running", "") if evidence.at_work_here else ("stopped", "run it again to go on")
-    return "not started", ""
+        return _at_work(evidence) if evidence.at_work_here else ("stopped", "run it again to go on")
+    return "not started", f"comes after {' and '.join(evidence.needs)}" if evidence.needs else ""
+
+
+def _at_work(evidence: Evidence) -> tuple[str, str]:
+    """Of a stage whose job runs: what it does until its first step."""
+    for event in reversed(evidence.events):
+        if event["event"] in ("submitted", "requeued", "retried"):
+            return "starting", ""
+        if event["event"] == "stopping":
+            return "running", f"saving before it stops: {event['reason']}"
+        if event["event"] in ("ready", "saved"):
+            break
+        if event["event"] == "resumed":
+            return "running", f"going on from step {event['step']}"
+        if event["event"] == "started":
+            return "running", "loading data and model"
+    return "running", ""
 
 
 def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
     if job.state == "RUNNING":
-        last = evidence.events[-1]["event"] if evidence.events else ""
-        return ("starting" if last in ("submitted", "requeued", "retried") else "running"), ""
+        return _at_work(evidence)
     if job.state != "PENDING":
         return job.state.lower(), job.reason
     if job.reason == "DependencyNeverSatisfied":
@@ -203,32 +265,21 @@ def _how_it_ended(evidence: Evidence) -> str:
     return ": ".join(str(word) for word in words if word)
 
 
-def _ask_slurm(job_ids: list[str]) -> tuple[Mapping[str, QueuedJob], Mapping[str, PastJob], str]:
-    """What Slurm knows of jobs, and what is wrong when it does not answer."""
-    if not job_ids:
-        return {}, {}, ""
-    try:
-        queue = slurm.queue()
-    except HpcRlhfError as error:
-        return {}, {}, f"no word from Slurm ({error.message})"
-    return queue, slurm.history([job_id for job_id in job_ids if job_id not in queue]), ""
-
-
-def _progress(metrics: Path, stage: str) -> dict[str, Any]:
-    """What the last step's line of a metrics file says."""
-    telling = {"ppo": ("reward",), "eval": ("perplexity", "accuracy")}.get(stage, ("loss",))
-    for line in reversed(read_tail(metrics).splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("kind") == step_kind(stage):
-            name = next((name for name in telling if name in row), None)
-            return {
-                "step": row["step"],
-                "total_steps": row["total_steps"],
-                "metric": name,
-                "value": row.get(name),
-                "updated": row.get("time"),
-            }
-    return {}
+def _progress(metrics: Path, stage: str, starts: Sequence[float], done: bool) -> dict[str, Any]:
+    """What the last lines of a metrics file say."""
+    rows = step_rows(read_tail(metrics), stage)
+    if not rows:
+        return {}
+    row = rows[-1]
+    numbers = {name: row[name] for name in TELLING.get(stage, ()) if name in row}
+    name = next(iter(numbers), None)
+    pace = None if done else seconds_a_step(rows, starts)
+    return {
+        "step": row["step"],
+        "total_steps": row["total_steps"],
+        "metric": name,
+        "value": numbers.get(name or ""),
+        "numbers": numbers,
+        "updated": row.get("time"),
+        "left": None if pace is None else round(pace * (row["total_steps"] - row["step"]), 1),
+    }

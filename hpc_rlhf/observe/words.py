@@ -23,3 +23,11 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def ago(seconds: float) -> str:
+    """Such as: just now, 12 min ago, 3 h ago, 5 d ago. A clock that is behind has just now."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length * (2 if unit == "d" else 1):
+            return f"{int(seconds // length)} {unit} ago"
+    return "just now"

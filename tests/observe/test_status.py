@@ -15,6 +15,7 @@ from hpc_rlhf import manifest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.observe.metrics import MetricsReader, seconds_a_step
 from hpc_rlhf.observe.status import Evidence, judge, read_status
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.slurm import PastJob, QueuedJob
@@ -27,7 +28,7 @@ def queued(state: str, reason: str = "") -> QueuedJob:
 
 def evidence(*events: str, **known: Any) -> Evidence:
     facts: dict[str, Any] = {"done": False, "needs": ("sft", "reward"), "queued": None, "past": None}
-    records = tuple({"event": event, "message": f"why it {event}"} for event in events)
+    records = tuple({"event": event, "message": f"why it {event}", "step": 7} for event in events)
     return Evidence(**{**facts, "job_id": None, "at_work_here": False, "events": records, **known})
 
 
@@ -47,7 +48,9 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (evidence("started", "requeued", queued=queued("PENDING", "BeginTime")), "requeued", "BeginTime: "),
         (evidence("submitted", queued=queued("RUNNING")), "starting", ""),
         (evidence("started", "requeued", queued=queued("RUNNING")), "starting", ""),
-        (evidence("started", "resumed", queued=queued("RUNNING")), "running", ""),
+        (evidence("started", "resumed", queued=queued("RUNNING")), "running", "going on from step 7"),
+        (evidence("started", queued=queued("RUNNING")), "running", "loading data and model"),
+        (evidence("started", "ready", queued=queued("RUNNING")), "running", ""),
         (evidence("started", queued=queued("SUSPENDED")), "suspended", ""),
         (evidence("started", "failed", queued=queued("FAILED"), job_id="7"), "failed", "why it failed"),
         (evidence("started", "cancelled", "saved", "requeued", queued=queued("CANCELLED")), "cancelled", ""),
@@ -114,6 +117,7 @@ def test_status_reads_progress_from_disk_alone(run: RunDir) -> None:
     assert (sft.state, sft.attempts) == ("done", 1)
     assert (reward.state, reward.attempts, reward.step, reward.total_steps) == ("stopped", 2, 50, 90)
     assert (reward.metric, reward.value, reward.updated) == ("loss", 0.02, 50.0)
+    assert (reward.numbers, reward.left) == ({"loss": 0.02}, 40.0)  # a second a step so far
     assert (ppo.state, ppo.step, ppo.value) == ("not started", None, None)
 
 
@@ -126,6 +130,25 @@ def test_stage_run_here_after_its_slurm_job_was_cancelled_is_no_slurm_job(run: R
     assert (ppo.job_id, ppo.state) == (None, "stopped")
     run.submit_lock.touch()  # as a launcher does
     assert read_status(run)[2].state == "running"
+
+
+def test_pace_is_that_of_the_last_steps_without_the_time_between_attempts(tmp_path: Path) -> None:
+    times = [10.0, 12.0, 14.0, 1000.0, 1002.0]  # an attempt began at 900
+    rows = [{"step": step, "time": time} for step, time in enumerate(times, 1)]
+    assert seconds_a_step(rows, starts=[5.0, 900.0]) == 2.0
+    assert seconds_a_step(rows[2:4], starts=[900.0]) is None
+    assert seconds_a_step(rows[:1]) is None
+    slow_then_quick = [{"step": step, "time": 100.0 * step} for step in range(50)]
+    slow_then_quick += [{"step": 50 + step, "time": 5000.0 + step} for step in range(200)]
+    assert seconds_a_step(slow_then_quick) == 1.0
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({**row, "kind": "train"}) + "\n" for row in rows) + '{"step": 6, "ti')
+    reader = MetricsReader(path, "sft")
+    assert reader.news() == ([{**row, "kind": "train"} for row in rows], True)
+    assert reader.news() == ([], False)
+    with path.open("a") as file:
+        file.write('me": 1004.0, "kind": "train"}\n')
+    assert [row["step"] for row in reader.news()[0]] == [6]
 
 
 def test_torn_model_is_not_done(run: RunDir) -> None:
@@ -145,9 +168,22 @@ def test_status_verb_without_slurm(run: RunDir, tmp_path: Path) -> None:
     table = status()
     assert table.returncode == 0
     lines = table.stdout.splitlines()
-    assert lines[0].split() == ["stage", "state", "job", "step", "last", "attempts", "why"]
-    assert lines[2].split()[:6] == ["reward", "stopped", "-", "50/90", "loss", "0.02"]
-    assert "no word from Slurm (squeue is not on PATH)" in lines[3]
+    assert lines[0].split() == ["stage", "state", "progress", "time", "last", "attempts", "job"]
+    assert lines[2].split() == [
+        "reward",
+        "stopped",
+        "50/90",
+        "55%",
+        "40",
+        "s",
+        "left",
+        "loss",
+        "0.02",
+        "2",
+        "-",
+    ]
+    assert lines[3].split() == ["ppo", "unknown", "-", "-", "-", "-", "12"]
+    assert "ppo     no word from Slurm (squeue is not on PATH)" in lines
     stages = json.loads(status("--json").stdout)["stages"]
     assert [stage["state"] for stage in stages] == ["done", "stopped", "unknown"]
 
@@ -165,9 +201,12 @@ def test_status_verb_tells_what_interrupted_a_run_and_where_its_time_went(run: R
             file.write(json.dumps({**event, "stage": "sft"}) + "\n")
     command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(run.path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines[4:] == [
-        "",
-        "sft: 1 interruption: node failure",
+    assert lines[4] == ""
+    assert lines[5].startswith(
+        "sft  1 interruption: node failure; the last: node failure at step 0 on node2, "
+    )
+    assert lines[6:] == [
+        "ppo  comes after sft and reward",
         "",
         "ETTR 0.71 of 1 min 24 s in the allocation: productive 1 min 0 s, starting 20 s, lost 4 s, saving 0 s; "
         "outside it: queued 6 s, waiting 0 s",

@@ -1,0 +1,86 @@
+"""hpc-rlhf list: show many runs, each in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hpc_rlhf import known_runs
+from hpc_rlhf.cli.options import json_option
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.observe.listing import RunLine, find_runs, list_runs
+from hpc_rlhf.observe.words import ago, duration
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@click.command("list")
+@click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
+@json_option
+def command(folders: tuple[Path, ...], as_json: bool) -> None:
+    """Show the runs that you submitted or ran, or those in each DIR, the latest first.
+
+    A run in DIR is found up to two folders deep. Your own are noted in ~/.local/state/hpc-rlhf/runs (XDG_STATE_HOME), a
+    path a line, as they are submitted; one whose directory is gone is left out.
+
+    A run is what the stage is that tells most: what failed before what runs, and that before what waits. --json has a
+    list of runs, each with name, path, state, that stage, why, how many stages are done and there are, and the stage's
+    step, total_steps, seconds left at its pace, and when anything last happened (updated). What is not known is null.
+
+    Example: hpc-rlhf list runs
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise HpcRlhfError(
+                "is no folder", where=str(folder), hint="give folders that hold run directories"
+            )
+    lines = list_runs(find_runs(folders or known_runs.known()))
+    if as_json:
+        click.echo(json.dumps([asdict(line) for line in lines], indent=1, ensure_ascii=False))
+        return
+    if not lines:
+        where = "here" if folders else "yet; those of a folder: hpc-rlhf list DIR"
+        click.echo(f"no runs {where}", err=True)
+        return
+    from hpc_rlhf.cli.console import print_parts
+
+    print_parts(lambda width, live, plain: [_table(lines, width)])
+
+
+def _table(lines: Sequence[RunLine], width: int) -> RenderableType:
+    from hpc_rlhf.observe.board import grid, styled
+
+    table = grid()
+    for name in ("run", "state", "stages", "step", "left", "last"):
+        table.add_column(name, no_wrap=True, max_width=30 if name == "run" else None)
+    table.add_column("where", overflow="fold", no_wrap=width >= 1000)
+    now = time.time()
+    for line in lines:
+        state = styled(line.state)
+        if line.stage is not None:
+            state.append(f" {line.stage}", style="default")
+        table.add_row(
+            line.name,
+            state,
+            f"{line.done}/{line.stages}",
+            "-" if line.step is None else f"{line.step}/{line.total_steps}",
+            "-" if line.left is None else duration(line.left),
+            "-" if line.updated is None else ago(now - line.updated),
+            _short(line.path),
+        )
+    return table
+
+
+def _short(path: str) -> str:
+    """As one would type it here."""
+    home = os.path.expanduser("~")
+    tilde = f"~{path[len(home) :]}" if path.startswith(f"{home}/") else path
+    return min(path, tilde, os.path.relpath(path), key=len)
