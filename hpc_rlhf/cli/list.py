@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hpc_rlhf import known_runs
-from hpc_rlhf.cli.options import json_option
+from hpc_rlhf.cli.options import example, json_option
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.listing import RunLine, find_runs, list_runs
 from hpc_rlhf.observe.words import ago, duration
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-@click.command("list")
+@click.command("list", epilog=example("hpc-rlhf list", "hpc-rlhf list $SCRATCH/runs"))
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
 @json_option
 def command(folders: tuple[Path, ...], as_json: bool) -> None:
@@ -34,8 +34,6 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
     A run is what the stage is that tells most: what failed before what runs, and that before what waits. --json has a
     list of runs, each with name, path, state, that stage, why, how many stages are done and there are, and the stage's
     step, total_steps, seconds left at its pace, and when anything last happened (updated). What is not known is null.
-
-    Example: hpc-rlhf list runs
     """
     for folder in folders:
         if not folder.is_dir():
