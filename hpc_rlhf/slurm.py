@@ -194,7 +194,7 @@ def why_ended(job_id: str, restarts: int) -> Literal["cancelled", "requeued", "t
         return "requeued"
     if fields.get("JobState") in ("RUNNING", "PENDING") or _preempted(fields):
         return ""  # in the grace before a preemption, or before the time limit
-    out_of_time = fields.get("Reason") == "TimeLimit" or _seconds(fields["RunTime"]) >= _seconds(fields["TimeLimit"])  # fmt: skip
+    out_of_time = fields.get("Reason") == "TimeLimit" or seconds(fields["RunTime"]) >= seconds(fields["TimeLimit"])  # fmt: skip
     return "time limit" if out_of_time else "cancelled"
 
 
@@ -253,6 +253,76 @@ def _preempted(fields: Mapping[str, str]) -> bool:
     """A requeued job may still carry the time at which its attempt before was preempted."""
     time = fields.get("PreemptTime", "None")
     return time[:1].isdigit() and time >= fields.get("StartTime", "")
+
+
+def configuration() -> dict[str, str]:
+    """The cluster's settings as its controller has them; under "" the line that tells when, by the controller's clock.
+
+    Raises:
+        HpcRlhfError: the controller gives no answer.
+    """
+    lines = _run(["scontrol", "show", "config"]).splitlines()
+    pairs = (line.partition("=") for line in lines if "=" in line)
+    return {"": lines[0] if lines else "", **{name.strip(): value.strip() for name, _, value in pairs}}
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """What ``scontrol show partition`` knows of each, by name.
+
+    Raises:
+        HpcRlhfError: the controller gives no answer.
+    """
+    records = _records(_run(["scontrol", "--oneliner", "show", "partition"]))
+    return {record["PartitionName"]: record for record in records if "PartitionName" in record}
+
+
+def nodes() -> list[dict[str, str]]:
+    """What ``scontrol show node`` knows of each.
+
+    Raises:
+        HpcRlhfError: the controller gives no answer.
+    """
+    return _records(_run(["scontrol", "--oneliner", "show", "node"]))
+
+
+def hostnames(nodes: str) -> list[str]:
+    """The nodes of a host list, such as node[1-2].
+
+    Raises:
+        HpcRlhfError: scontrol gives no answer.
+    """
+    return _run(["scontrol", "show", "hostnames", nodes]).split()
+
+
+def accounting_problem() -> str | None:
+    """Why sacct does not answer; None where it does."""
+    try:
+        _run(["sacct", "--noheader", "--jobs=1"])
+    except HpcRlhfError as error:
+        return error.message
+    return None
+
+
+def test(script: Path) -> None:
+    """Let sbatch judge a script without submitting it.
+
+    Raises:
+        HpcRlhfError: it would be refused; the message is sbatch's.
+    """
+    _run(["sbatch", "--test-only", str(script)])
+
+
+def _records(text: str) -> list[dict[str, str]]:
+    """Lines of NAME=VALUE words, each as a mapping; of a name that comes twice, the first."""
+    records = []
+    for line in text.splitlines():
+        fields: dict[str, str] = {}
+        for word in line.split():
+            name, equals, value = word.partition("=")
+            if equals:
+                fields.setdefault(name, value)
+        records.append(fields)
+    return records
 
 
 def submit(script: Path, options: Sequence[str]) -> str:
@@ -322,7 +392,7 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _seconds(time: str) -> float:
+def seconds(time: str) -> float:
     """A span as scontrol writes it, D-HH:MM:SS or HH:MM:SS; without end where it is a word."""
     if not time[:1].isdigit():
         return math.inf

@@ -21,6 +21,8 @@ VERBS = {
     "init": "Write a commented job spec to start from.",
     "check": "Check job specs and list everything wrong in them.",
     "schema": "Print the JSON Schema of a job spec, for editors.",
+    "doctor": "Check what a run needs, here and on the nodes.",
+    "prefetch": "Bring models and data from the hub into the cache.",
     "plan": "Show the jobs that a spec makes.",
     "render": "Write the scripts and configs that would be submitted.",
     "submit": "Submit a spec's stages to Slurm.",

@@ -63,6 +63,21 @@ class Templates:
             python=shlex.quote(sys.executable),
         )
 
+    def doctor(self, plan: Plan, job: PlannedJob, folder: Path, command: str, unshared: int) -> str:
+        """The sbatch script of the short job that looks at the nodes of ``job``; it ends with the code ``unshared`` where
+        its first node does not see ``folder``."""
+        return self._render(
+            "doctor.sbatch.j2",
+            plan=plan,
+            job=job,
+            slurm=job.slurm,
+            run=plan.run,
+            logs=folder,
+            folder=folder,
+            command=command,
+            unshared=unshared,
+        )
+
     def hostfile(self, plan: Plan, job: PlannedJob) -> str:
         """The hostfile's line for one node, which the script fills in with the allocation's nodes."""
         return self._render("hostfile.j2", plan=plan, job=job, slurm=job.slurm)

@@ -26,7 +26,7 @@ def _builder(path: Path) -> str | None:
     return BUILDERS.get(suffixes[-1].lower()) if suffixes else None
 
 
-def _load(source: SourceSpec) -> Iterable[dict[str, Any]]:
+def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
     """The rows of a source that has a path."""
     import datasets
 
@@ -87,7 +87,7 @@ def _explain(path: Path) -> None:
 def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
     """The samples of a source, each as often as its weight says."""
     where = source.path or "demo"
-    rows: Iterable[dict[str, Any]] = demo.dialogues(source.demo, seed) if source.demo else _load(source)
+    rows: Iterable[dict[str, Any]] = demo.dialogues(source.demo, seed) if source.demo else load(source)
     kind = source.format or "prompt-chosen-rejected"
     whole, part = divmod(source.weight, 1.0)
     for number, row in enumerate(rows):

@@ -1,0 +1,86 @@
+"""The doctor: whether a run would find what it needs, here, in Slurm and on the nodes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from hpc_rlhf import slurm
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.doctor import cluster, hub, machine, packages, size, storage, visit
+from hpc_rlhf.launch.doctor.finding import Finding, error, warning
+from hpc_rlhf.launch.plan import Plan, make_plan
+from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.spec.model import JobSpec
+
+
+def examine(spec: JobSpec | None, beside: Path | None, on_cluster: bool, say: visit.Say) -> list[Finding]:
+    """Look at this machine and at Slurm; with a spec, at what it needs of them; and at the nodes it would run on.
+
+    Args:
+        beside: folder of the job file; templates in its ``templates/`` win over ours.
+        on_cluster: submit a short job that looks at the nodes, and wait for it.
+        say: is told what is waited for.
+
+    Raises:
+        HpcRlhfError: ``on_cluster`` without a spec or without Slurm, or a spec that makes no plan.
+    """
+    if on_cluster and (spec is None or not slurm.available()):
+        hint = "name a job file" if spec is None else "run it on a login node of the cluster"
+        raise HpcRlhfError("--on-cluster needs a job file, and Slurm's commands on PATH", hint=hint)
+    plan = make_plan(spec) if spec is not None else None
+    templates = Templates(beside)
+    ops = machine.ops_needed(_configs(spec, plan, templates))
+    findings = [*packages.check(), *_machine(spec, ops, trains_here=not slurm.available())]
+    if slurm.available():
+        findings += _slurm(plan, templates)
+    elif spec is not None:
+        said = "no commands of Slurm are on PATH: hpc-rlhf run will work here, hpc-rlhf submit will not"
+        findings.append(warning("slurm", said, "to submit, go to a login node of the cluster"))
+    if spec is None or plan is None:
+        return findings
+    findings += hub.check(spec)
+    findings.append(storage.check_trust(plan.run))
+    try:
+        with storage.scratch(plan.run) as folder:
+            findings += [
+                storage.check_writes(folder, plan.run),
+                storage.check_space(folder, size.run_bytes(spec)),
+            ]
+            if on_cluster and not cluster.unfit(findings):
+                findings += visit.visit(spec, plan, templates, folder, ops, say)
+    except OSError as problem:
+        findings.append(storage.refused(plan.run, problem))
+    return findings
+
+
+def _configs(spec: JobSpec | None, plan: Plan | None, templates: Templates) -> list[dict[str, object]]:
+    """The DeepSpeed config of every model of every stage."""
+    if spec is None or plan is None:
+        return []
+    texts = (templates.ds_configs(job, spec.stage(job.stage)).values() for job in plan.jobs)
+    return [json.loads(text) for of_stage in texts for text in of_stage]
+
+
+def _machine(spec: JobSpec | None, ops: list[str], trains_here: bool) -> list[Finding]:
+    facts = machine.ask(ops)
+    if isinstance(facts, Finding):
+        return [facts]
+    if spec is None or not trains_here:
+        return machine.check(facts, None, (), False)
+    stages = [spec.stage(name) for name in spec.stage_names]
+    gpus = max(stage.slurm.gpus_per_node for stage in stages)
+    spread = any(stage.slurm.ranks > 1 for stage in stages)
+    return machine.check(facts, gpus, {stage.precision for stage in stages}, spread)
+
+
+def _slurm(plan: Plan | None, templates: Templates) -> list[Finding]:
+    try:
+        return [
+            *(each.at("slurm") for each in cluster.check_settings()),
+            *(cluster.check_stages(plan, templates) if plan else []),
+        ]
+    except HpcRlhfError as problem:
+        return [
+            error("slurm", problem.message, "see whether the controller is up: scontrol ping").at("slurm")
+        ]

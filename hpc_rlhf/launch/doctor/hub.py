@@ -1,0 +1,52 @@
+"""Whether a run's models and data are in the cache, or the hub gives them."""
+
+from __future__ import annotations
+
+import os
+
+from hpc_rlhf import hub
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.hub import HubItem
+from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
+from hpc_rlhf.launch.prefetch import Unreachable, explained
+from hpc_rlhf.spec.model import JobSpec
+
+_SECONDS = 10
+
+
+def check(spec: JobSpec) -> list[Finding]:
+    """One finding for each model and data set of the hub that a spec names."""
+    items = hub.items(spec)
+    if not items:
+        return [ok("hub", "the spec takes nothing from the hub")]
+    absent = {item: why for item in items if (why := hub.missing(item))}
+    if not absent:
+        return [
+            ok("hub", f"all of {len(items)} in {hub.cache()}: jobs with this HF_HOME will not ask the hub")
+        ]
+    return [_absent(item, why) for item, why in absent.items()]
+
+
+def _absent(item: HubItem, why: str) -> Finding:
+    prefetch = (
+        "hpc-rlhf prefetch FILE brings it into the cache, on a machine with a network and the same HF_HOME"
+    )
+    if os.environ.get(hub.OFFLINE, "0").upper() not in ("0", "", "NO", "OFF", "FALSE"):
+        return error("hub", f"{item} {why}, and {hub.OFFLINE} is set", prefetch)
+    try:
+        _ask(item)
+    except Unreachable as problem:
+        return error("hub", f"{item} {why}, and the hub cannot be reached from here ({problem})", prefetch)
+    except HpcRlhfError as problem:
+        return error("hub", f"{problem.where}: {problem.message}", str(problem.hint))
+    return warning("hub", f"{item} {why}; the hub has it, and every rank would ask for it there", prefetch)
+
+
+def _ask(item: HubItem) -> None:
+    """Raise what keeps the hub from giving an item."""
+    from huggingface_hub import HfApi
+
+    with explained(item):
+        api = HfApi()
+        info = api.model_info if item.kind == "model" else api.dataset_info
+        info(item.name, timeout=_SECONDS)

@@ -1,0 +1,130 @@
+"""What torch and DeepSpeed find on a machine, against what the stages that run there need."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
+
+# Importing torch from a cold network file system takes a minute or two.
+_SECONDS = 240
+
+
+def ask(ops: Sequence[str]) -> dict[str, Any] | Finding:
+    """What ``hpc_rlhf.train.facts`` answers, in a process of its own; a finding where it gives no answer."""
+    command = [sys.executable, "-m", "hpc_rlhf.train.facts", *ops]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+    except subprocess.TimeoutExpired:
+        return error(
+            "torch",
+            f"torch and DeepSpeed do not load within {_SECONDS} s",
+            "put the environment on a faster file system, or look for a driver that hangs: nvidia-smi",
+        )
+    except ValueError:
+        facts = {}
+    if not facts:
+        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        return error(
+            "torch",
+            f"torch or DeepSpeed does not load: {said}",
+            'see it whole: python -c "import torch, deepspeed"',
+        )
+    return facts
+
+
+def ops_needed(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The DeepSpeed ops that are built or loaded for rendered DeepSpeed configs. Our own templates need none."""
+    ops = {"pin_memory"} if os.environ.get("DS_PIN_MEMORY_BACKEND") == "native" else set()
+    for config in configs:
+        zero = config.get("zero_optimization", {})
+        offloads = [zero.get(name, {}) for name in ("offload_optimizer", "offload_param")]
+        if any(offload.get("device") == "nvme" for offload in offloads):
+            ops.add("async_io")
+        if zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients"):
+            ops.add("quantizer")
+    return sorted(ops)
+
+
+def check(
+    facts: Mapping[str, Any], gpus: int | None, precisions: Iterable[str], spread: bool
+) -> list[Finding]:
+    """Judge what a machine is.
+
+    Args:
+        facts: of ``ask``.
+        gpus: that a rank should find; None where nothing is trained on this machine, as on a login node.
+        precisions: of the stages.
+        spread: whether a stage has several ranks.
+    """
+    found = len(facts["gpus"])
+    build = f"torch {facts['torch']}, {'CUDA ' + facts['cuda'] if facts['cuda'] else 'built without CUDA'}"
+    names = ", ".join(dict.fromkeys(facts["gpus"]))
+    findings = [ok("torch", f"{build}; {found} GPU{'s' * (found != 1)}{f' ({names})' if names else ''}")]
+    if gpus:
+        findings = [_gpus(facts, found, gpus, build, findings[0])]
+        if found and "bf16" in precisions and not facts["bf16"]:
+            findings.append(
+                error("precision", f"{names} does not compute in bf16", "set precision: fp16 for the stages")
+            )
+        if found and spread and facts["nccl"]:
+            findings.append(ok("nccl", facts["nccl"]))
+    findings.append(ok("deepspeed", f"{facts['deepspeed']} on accelerator {facts['accelerator']}"))
+    return [*findings, *_ops(facts["ops"])]
+
+
+def _gpus(facts: Mapping[str, Any], found: int, wanted: int, build: str, fine: Finding) -> Finding:
+    if found >= wanted:
+        return fine
+    if not facts["cuda"]:
+        return error(
+            "torch",
+            f"{build}, where each node is asked for {wanted} GPU{'s' * (wanted > 1)}: the stages would train on CPUs",
+            "install the build of torch for your CUDA driver, or set slurm.gpus_per_node: 0 and ranks_per_node",
+        )
+    return error(
+        "torch",
+        f"{build}, but it finds {found} of the {wanted} GPUs asked for",
+        "see whether nvidia-smi finds them, and that CUDA_VISIBLE_DEVICES and the driver suit this torch",
+    )
+
+
+def _ops(ops: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Ops that are neither built nor can be."""
+    to_build = sorted(name for name, state in ops.items() if not state["built"])
+    compilers = {"g++": os.environ.get("CXX") or "c++", "ninja": "ninja"}
+    if any(ops[name]["cuda"] for name in to_build):
+        compilers["nvcc"] = os.path.join(os.environ.get("CUDA_HOME", ""), "bin/nvcc") if "CUDA_HOME" in os.environ else "nvcc"  # fmt: skip
+    absent = [name for name, program in compilers.items() if shutil.which(program) is None]
+    if not to_build:
+        said = "no DeepSpeed op has to be built" + (
+            "" if not absent else f"; {' and '.join(absent)} would be missing"
+        )
+        return [ok("compiler", said)]
+    named = " and ".join(to_build)
+    if absent:
+        return [
+            error(
+                "compiler",
+                f"DeepSpeed's {named} must be built here, and {' and '.join(absent)} is missing",
+                "load a compiler in slurm.setup, such as `module load gcc cuda` (ninja: pip install ninja), "
+                f"or build before: {ops[to_build[0]]['variable']}=1 pip install --no-build-isolation deepspeed",
+            )
+        ]
+    unfit = [name for name in to_build if not ops[name]["possible"]]
+    if unfit:
+        return [
+            warning(
+                "compiler",
+                f"DeepSpeed says that {' and '.join(unfit)} cannot be built here",
+                "ask it why: ds_report",
+            )
+        ]
+    return [ok("compiler", f"there, for DeepSpeed's {named}")]

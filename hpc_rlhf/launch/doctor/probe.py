@@ -1,0 +1,59 @@
+"""``python -m hpc_rlhf.launch.doctor.probe FOLDER STAGE OP…``: what a node says of itself, left in a folder of the run directory
+as NODE.json: a list of findings."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hpc_rlhf import slurm
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.doctor import cluster, hub, machine, packages, storage
+from hpc_rlhf.launch.doctor.finding import Finding, error
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.spec.model import JobSpec
+
+
+def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list[Finding]:
+    """All that a node can tell that runs this stage."""
+    wanted = spec.stage(stage).slurm
+    findings = [storage.check_writes(folder, RunDir(Path(spec.run_dir))), *packages.check()]
+    facts = machine.ask(ops)
+    if isinstance(facts, Finding):
+        findings.append(facts)
+    else:
+        precisions = {spec.stage(name).precision for name in spec.stage_names}
+        findings += machine.check(facts, wanted.gpus_per_node, precisions, wanted.ranks > 1)
+    if slurm.available():
+        try:
+            findings.append(cluster.judge_skew(cluster.clock_skew()))
+        except HpcRlhfError as problem:
+            findings.append(
+                error("slurm", f"the controller does not answer a node: {problem.message}", _FROM_NODES)
+            )
+    elif wanted.heal.enabled and wanted.container is None:
+        findings.append(
+            error("slurm", "Slurm's commands are not on PATH, and sentinels need them", _FROM_NODES)
+        )
+    return [*findings, *hub.check(spec)]
+
+
+_FROM_NODES = "set slurm.heal.enabled: false, or have an administrator allow nodes to submit jobs"
+
+
+def main(folder: Path, stage: str, ops: Sequence[str]) -> None:
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    findings = examine(read_spec(folder / "spec.yaml"), stage, folder, ops)
+    partial = folder / f".{node}"
+    partial.write_text(json.dumps([asdict(finding) for finding in findings]), encoding="utf-8")
+    partial.replace(folder / f"{node}.json")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

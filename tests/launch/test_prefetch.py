@@ -1,0 +1,194 @@
+"""Prefetch, from a stand-in of the hub on this machine: what comes, what comes again, and that it is enough without a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models
+
+from hpc_rlhf import hub
+from hpc_rlhf.launch.prefetch import wanted
+from hpc_rlhf.spec.load import load_spec
+from tests.stand_in_hub import Hub, serve
+
+JOB = """
+name: hubbed
+run_dir: {run}
+data: {{sources: [{{path: acme/talk, format: prompt-chosen-rejected}}]}}
+models: {{actor: acme/tiny}}
+stages: {{sft: {{}}}}
+"""
+WIDTH, TOKENS = 8, 16
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    **{"model_type": "llama", "vocab_size": TOKENS, "hidden_size": WIDTH, "intermediate_size": WIDTH},
+    **{"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1},
+}
+LAYER = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    root = tmp_path_factory.mktemp("hub")
+    model, data = root / "models/acme/tiny", root / "datasets/acme/talk/data"
+    (model / "onnx").mkdir(parents=True)
+    data.mkdir(parents=True)
+    square, line = numpy.ones((WIDTH, WIDTH), "float32"), numpy.ones(WIDTH, "float32")
+    table = numpy.ones((TOKENS, WIDTH), "float32")
+    tensors = {f"model.layers.0.{name}.weight": square for name in LAYER}
+    tensors |= {f"model.layers.0.{name}_layernorm.weight": line for name in ("input", "post_attention")}
+    save_file(
+        {**tensors, "model.embed_tokens.weight": table, "model.norm.weight": line, "lm_head.weight": table},
+        model / "model.safetensors",
+        {"format": "pt"},
+    )
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    words = {f"w{number}": number for number in range(TOKENS)}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(model / "tokenizer.json"))
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w1"}
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (model / "pytorch_model.bin").write_bytes(b"the same weights once more")
+    (model / "onnx/model.onnx").write_bytes(b"and for others")
+    rows = [{"prompt": f"question {n}", "chosen": f"answer {n}", "rejected": "no"} for n in range(5)]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serve(root) as hub:
+        yield hub
+
+
+def environment(home: Path, url: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return {**kept, "HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1"}
+
+
+def prefetch(job: Path, home: Path, url: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hpc_rlhf.cli", "prefetch", str(job), *words]
+    return subprocess.run(command, env=environment(home, url), capture_output=True, text=True)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB.format(run=tmp_path / "run"))
+    return path
+
+
+LOAD = """
+import sys
+from hpc_rlhf import hub
+from hpc_rlhf.spec.load import load_spec
+spec = load_spec(sys.argv[1])
+print("offline:", hub.go_offline(spec))
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from hpc_rlhf.train.data import sources
+model = AutoModelForCausalLM.from_pretrained("acme/tiny")
+print("weights:", sum(weight.numel() for weight in model.parameters()), len(AutoTokenizer.from_pretrained("acme/tiny")))
+print("rows:", len(list(sources.read(spec.data.sources[0], 1))))
+"""
+
+
+@pytest.mark.train
+def test_what_is_prefetched_is_enough_without_a_network(job: Path, tmp_path: Path, served: Hub) -> None:
+    home = tmp_path / "home"
+    done = prefetch(job, home, served.url)
+    assert done.returncode == 0, done.stderr
+    model, data = done.stdout.splitlines()
+    assert model.startswith("model acme/tiny: 4 files, ")
+    assert data.startswith("data set acme/talk train: 2 files, ")
+    got = {path.name for path in (home / "hub/models--acme--tiny/snapshots").rglob("*")}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} < got
+    assert not got & {"pytorch_model.bin", "model.onnx"}
+
+    asked = len(served.asked)
+    again = prefetch(job, home, served.url)
+    assert [line.endswith(", there already") for line in again.stdout.splitlines()] == [True, True]
+    assert not [path for path in served.asked[asked:] if path.endswith((".safetensors", ".jsonl"))]
+
+    asked = len(served.asked)
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD, str(job)],
+        env=environment(home, served.url), capture_output=True, text=True,
+    )  # fmt: skip
+    assert loaded.stdout.splitlines() == ["offline: True", "weights: 728 16", "rows: 5"], loaded.stderr
+    assert served.asked[asked:] == [], "the hub was asked by what should be offline"
+
+
+def test_half_a_model_is_not_offline_and_is_made_whole(
+    job: Path, tmp_path: Path, served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    spec = load_spec(job, ["data.sources=[{demo: 100}]"])
+    monkeypatch.setenv("HF_HOME", str(home))
+    for name in ("HF_HUB_CACHE", hub.OFFLINE):
+        monkeypatch.delenv(name, raising=False)
+    assert not hub.go_offline(spec)
+    assert prefetch(job, home, served.url, "--set", "data.sources=[{demo: 100}]").returncode == 0
+    (item,) = hub.items(spec)
+    assert hub.missing(item) is None
+    weights = next((home / "hub").rglob("model.safetensors"))
+    weights.resolve().unlink()
+    assert "has lost" in str(hub.missing(item))
+    assert not hub.go_offline(spec)
+    assert prefetch(job, home, served.url, "--set", "data.sources=[{demo: 100}]").returncode == 0
+    assert weights.resolve().stat().st_size > 0
+    monkeypatch.setenv(hub.OFFLINE, "0")
+    assert not hub.go_offline(spec), "what the user has set must stay"
+    monkeypatch.delenv(hub.OFFLINE)
+    assert hub.go_offline(spec)
+    assert os.environ[hub.OFFLINE] == "1"
+    # Where the hub is away, what is there will do.
+    away = prefetch(job, home, "http://127.0.0.1:9", "--set", "data.sources=[{demo: 100}]")
+    assert (away.returncode, "there already" in away.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "words"),
+    [
+        ("gated", 2, ["models.actor: acme/tiny is given only to those", "hf auth login"]),
+        ("absent", 2, ["models.actor: the hub has no model acme/none", "check its id"]),
+        (
+            "away",
+            1,
+            ["models.actor: the hub cannot be reached for model acme/tiny", "machine with a network"],
+        ),
+    ],
+)
+def test_what_the_hub_does_not_give(
+    job: Path, tmp_path: Path, served: Hub, what: str, code: int, words: list[str]
+) -> None:
+    sets = ["--set", "models.actor=acme/none"] if what == "absent" else []
+    served.gated = {"acme/tiny"} if what == "gated" else set()
+    try:
+        url = "http://127.0.0.1:9" if what == "away" else served.url
+        done = prefetch(job, tmp_path / "home", url, *sets)
+    finally:
+        served.gated = set()
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"], {"consolidated.safetensors", "pytorch_model.bin"}),
+        (["model-00001-of-2.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin"],
+         {"pytorch_model.bin.index.json", "pytorch_model.bin"}),
+        (["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5", "onnx/model.onnx"],
+         {"flax_model.msgpack", "tf_model.h5", "onnx/model.onnx"}),
+        (["model.safetensors", "original/params.json", "tokenizer.model", "chat_template.jinja"], {"original/params.json"}),
+    ],
+)  # fmt: skip
+def test_only_what_loading_takes(names: list[str], left_out: set[str]) -> None:
+    every = ["config.json", "vocab.json", "merges.txt", *names]
+    assert set(wanted(every)) == set(every) - left_out
