@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hpc_rlhf import endings, manifest, slurm
+from hpc_rlhf import endings, hub, manifest, slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
@@ -117,6 +117,7 @@ class Attempt:
             HpcRlhfError: something a user can mend.
         """
         spec = read_spec(self.files.job_yaml)
+        hub.go_offline(spec)
         from hpc_rlhf.train import world as worlds
 
         self.is_main = worlds.launcher_ranks()[0] == 0
