@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from dataclasses import asdict
 
 import click
 
-from hpc_rlhf.cli.options import example
+from hpc_rlhf.cli.options import example, json_option
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.observe.fates import Fates
-from hpc_rlhf.observe.logs import POLL, LogReader, has_log_to_come, latest_stage
+from hpc_rlhf.observe.logs import POLL, LogReader, Trouble, has_log_to_come, latest_stage, trouble
 
 
 @click.command(epilog=example("hpc-rlhf logs my-job.yaml ppo --follow"))
@@ -22,18 +24,46 @@ from hpc_rlhf.observe.logs import POLL, LogReader, has_log_to_come, latest_stage
     is_flag=True,
     help="Go on as the log grows, across requeues and retries, until the stage is done or left to a person.",
 )
-@click.option("--rank", default=0, show_default=True, type=click.IntRange(min=0), help="Whose log.")
-def command(run: str, stage: str | None, follow: bool, rank: int) -> None:
-    """Print the log of a STAGE of RUN, a run directory or job file; without STAGE, of the one that wrote last."""
+@click.option(
+    "--rank",
+    type=click.IntRange(min=0),
+    help="Whose log; without it that of rank 0, or of the rank that knows why the stage failed.",
+)
+@json_option
+def command(run: str, stage: str | None, follow: bool, rank: int | None, as_json: bool) -> None:
+    """Print the log of a STAGE of RUN, a run directory or job file; without STAGE, of the one that wrote last.
+
+    Of a stage that failed, the line that matters comes last, on stderr. --json prints no log, but where it is: stage, rank,
+    files, and trouble: null, or the reason, message, rank, node and step of the failure.
+    """
     run_dir = find_run(run)
     fates = Fates(run_dir)
     if follow and stage is None and has_log_to_come(run_dir, fates):
         click.echo("no stage has a log yet; waiting for the first", err=True)
         while has_log_to_come(run_dir, fates):
             time.sleep(POLL)
-    reader = LogReader(run_dir, stage or latest_stage(run_dir), rank)
+    stage = stage or latest_stage(run_dir)
+    found = trouble(run_dir, stage)
+    if rank is None:
+        rank = found.rank if found is not None and not follow else 0
+    reader = LogReader(run_dir, stage, rank)
+    if as_json:
+        files = [str(path) for path in reader.files()]
+        facts = {"stage": stage, "rank": rank, "files": files, "trouble": found and asdict(found)}
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return
     for path, text in reader.follow() if follow else reader.read():
         if path is not None:
             click.echo(f"==> {path} <==", err=True)
         sys.stdout.write(text)
         sys.stdout.flush()
+    found = trouble(run_dir, stage)
+    if found is not None:
+        click.echo(f"==> what matters <==\n{_said(found)}", err=True)
+
+
+def _said(found: Trouble) -> str:
+    """Such as: out of memory: RuntimeError: … (rank 3, node7, after step 120)."""
+    place = [f"rank {found.rank}", found.node, "" if found.step is None else f"after step {found.step}"]
+    what = ": ".join(filter(None, (found.reason, found.message)))
+    return f"{what} ({', '.join(filter(None, place))})"

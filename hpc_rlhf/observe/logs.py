@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import codecs
+import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_rlhf.endings import first_cause, latest_attempt
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe.fates import Fates
+from hpc_rlhf.observe.turns import ENDINGS, last_turn
 from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.tail import read_tail
 
 POLL = 0.5
 _BLOCK = 1 << 16
+_TASK = re.compile(r"\btasks? (\d+)")  # as srun names a rank
+_ENOUGH = 80  # characters of a message by which a log is known
 
 
 class LogReader:
@@ -72,6 +79,55 @@ class LogReader:
                     self._read[path] = (file.tell(), decoder)
                     yield (path if path != self._shown else None), decoder.decode(block)
                     self._shown = path
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What matters in the logs of a stage that ended badly.
+
+    Attributes:
+        reason: such as out of memory; empty where nobody has judged it yet.
+        message: the line that tells most.
+        rank: whose log has it; 0 where that cannot be told.
+        node: where it began; empty where that cannot be told.
+        step: the last step done, or None.
+    """
+
+    reason: str
+    message: str
+    rank: int
+    node: str
+    step: int | None
+
+
+def trouble(run: RunDir, stage: str) -> Trouble | None:
+    """Why a stage's latest attempt ended badly, or None where it did not."""
+    events = list(Ledger(run.ledger).events(stage))
+    turn = last_turn(events)
+    if turn is None or turn["event"] not in ENDINGS - {"finished", "interrupted", "cancelled"}:
+        return None
+    attempt = latest_attempt(events)
+    ended = [event for event in attempt if event["event"] == "ended"]
+    told = ended[-1] if ended else (first_cause(attempt) or turn)
+    message = str(told.get("message", ""))
+    node = str(told.get("node") or told.get("host") or "")
+    return Trouble(
+        str(told.get("reason", "")), message, _rank_that_said(run, stage, message), node, told.get("step")
+    )
+
+
+def _rank_that_said(run: RunDir, stage: str, message: str) -> int:
+    task = _TASK.search(message)
+    if task is not None:
+        return int(task[1])
+    words = " ".join(message.split())[:_ENOUGH].rstrip("…")
+    said = [
+        path
+        for path in run.stage(stage).logs.glob("*_log.err")
+        if words and words in " ".join(read_tail(path).split())
+    ]
+    latest = max(said, key=_written, default=None)
+    return 0 if latest is None else int(latest.name.split("_")[-2])
 
 
 def latest_stage(run: RunDir) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -240,3 +241,39 @@ def test_a_verdict_that_comes_while_slurm_is_asked_is_heard(
     assert has_log_to_come(run, fates.Fates(run))
     monkeypatch.setattr(slurm, "queue", dict)
     assert not has_log_to_come(run, fates.Fates(run))
+
+
+def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir) -> None:
+    command = [sys.executable, "-m", "hpc_rlhf.cli", "logs", str(run.path), "sft"]
+    write(run, "sft", "7_0_log.err", "RuntimeError: Connection closed by peer\n")
+    write(run, "sft", "7_0_log.out", "zero\n")
+    write(run, "sft", "7_3_log.err", "Traceback …\nValueError: row 12\n  has no prompt\n")
+    ledger = Ledger(run.ledger)
+    ledger.append("started", "sft", attempt="7-0", job_id="7")
+    ledger.append(
+        "failed", "sft", attempt="7-0", message="RuntimeError: Connection closed by peer", host="n1"
+    )
+    ledger.append("failed", "sft", attempt="7-0", message="ValueError: row 12\n  has no prompt", host="n2")
+    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
+    assert (told["rank"], [Path(file).name for file in told["files"]]) == (3, ["7_3_log.err"])
+    assert told["trouble"]["message"] == "ValueError: row 12\n  has no prompt"
+    facts = {
+        "job_id": "7",
+        "reason": "failed",
+        "message": "ValueError: row 12 has no prompt",
+        "node": "n2",
+        "step": 40,
+    }
+    ledger.append("ended", "sft", **facts, progress=False, seen=None)
+    ledger.append("stopped", "sft", message="failed twice")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "has no prompt" in done.stdout
+    assert "zero" not in done.stdout
+    assert done.stderr.endswith(
+        "==> what matters <==\nfailed: ValueError: row 12 has no prompt (rank 3, n2, after step 40)\n"
+    )
+    ledger.append("anew", "sft")
+    ledger.append("started", "sft", attempt="7-1", job_id="7")
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "zero" in done.stdout
+    assert "what matters" not in done.stderr
