@@ -19,7 +19,7 @@ BENCH ?= full
 FAULTS ?= 200
 SEED ?= 1
 
-.PHONY: help install demo test fuzz bench bench-learning chaos ettr lint cluster cluster-down clean
+.PHONY: help install demo docs test fuzz bench bench-learning chaos ettr lint cluster cluster-down clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -34,7 +34,7 @@ install: .venv/.installed-dev  ## Install into .venv, with what development need
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,trackers]'
 	@touch $@
 
 # TRL's newest, and beside it 1.12, the last with a PPO: a package cannot be installed in two versions.
@@ -45,6 +45,9 @@ install: .venv/.installed-dev  ## Install into .venv, with what development need
 
 demo: .venv/.installed  ## Make a tiny chat model on this machine, in a new folder under runs/
 	$(BIN)/hpc-rlhf run jobs/tiny.yaml --set run_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+docs: .venv/.installed  ## Write the pages of docs/ that are made of the code: fields and commands
+	$(BIN)/python docs/generate.py
 
 test: .venv/.installed-dev  ## Run all tests, on a real Slurm where one can be started
 	scripts/install-slurm.sh

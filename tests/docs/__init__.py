@@ -1,0 +1,1 @@
+"""The README and docs/ are true: what they show works, and what there is, they tell of."""
