@@ -34,6 +34,11 @@ class StageDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def trackers(self) -> Path:
+        """What the stage's run is known by to trackers, and how much each has been handed."""
+        return self.path / "trackers.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

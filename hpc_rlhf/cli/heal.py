@@ -12,25 +12,40 @@ from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.heal import heal
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.rundir import RunDir
+
+# What a sentinel ends with then: its job fails, and Slurm mails whom notify.mail names.
+LEFT_TO_A_PERSON = 3
 
 
 @click.command(epilog=example("hpc-rlhf heal my-job.yaml"))
 @click.argument("run")
 @json_option
 @click.option("--sentinel", is_flag=True, hidden=True, help="Stop where another attempt would not help.")
-def command(run: str, as_json: bool, sentinel: bool) -> None:
+@click.pass_context
+def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> None:
     """Let the chain of RUN, a run directory or job file, go on after a stage of it ended badly.
 
     Stages go on from their last checkpoints. The jobs that sit beside each stage do this by themselves; this is for
     when they stopped and said why, and the cause is mended.
     """
-    outcomes = heal(find_run(run), by_sentinel=sentinel)
+    run_dir = find_run(run)
+    stops = _stops(run_dir)
+    outcomes = heal(run_dir, by_sentinel=sentinel)
     if as_json:
         click.echo(json.dumps([asdict(outcome) for outcome in outcomes], indent=1, ensure_ascii=False))
         return
     echo_table(("stage", "job", ""), [(each.stage, each.job_id or "-", _said(each)) for each in outcomes])
     if all(each.did in ("done", "live") for each in outcomes):
         click.echo("nothing had to be tried again", err=True)
+    if sentinel and _stops(run_dir) > stops:
+        context.exit(LEFT_TO_A_PERSON)
+
+
+def _stops(run: RunDir) -> int:
+    """How often a stage of the run was left to a person."""
+    return sum(event["event"] == "stopped" for event in Ledger(run.ledger).events())
 
 
 def _said(outcome: Outcome) -> str:

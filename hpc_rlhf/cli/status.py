@@ -31,8 +31,6 @@ def command(run: str, as_json: bool) -> None:
     person), queued, starting, productive (work that was kept), lost (work done again) and saving (training stood still);
     wall, their sum; ettr; and interruptions, each with its reason, time, node, step, and the seconds lost by it and spent
     on starting again. Those of the run are sums over stages, which may run side by side.
-
-    Example: hpc-rlhf status runs/tiny
     """
     run_dir = find_run(run)
     stages = read_status(run_dir)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hpc_rlhf import endings, ownership, slurm
+from hpc_rlhf import endings, notify, ownership, slurm
 from hpc_rlhf.endings import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, Event
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.evidence import AttemptLogs, last_seen, last_step
@@ -161,6 +161,11 @@ class _Mending:
         rests = [event["event"] for event in self._events() if event["event"] in _RESTS]
         if rests[-1:] != ["stopped"]:
             self._note("stopped", message=verdict.why)
+            if self._by_sentinel:
+                spent = (
+                    endings.returns(endings.since_a_person(self._events())) >= self._job.slurm.max_requeues
+                )
+                notify.send(self._chain.run, "budget spent" if spent else "stopped", self._stage, verdict.why)
         return Outcome(self._stage, "stopped", job_id, verdict.why)
 
     def _put_back(self, job_id: str, past: PastJob | None, verdict: Again, why: str) -> Outcome:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpc_rlhf.endings import NoLogs, first_cause, judge
+from hpc_rlhf import notify
+from hpc_rlhf.endings import NoLogs, first_cause, judge, returns
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.evidence import last_seen, last_step
 from hpc_rlhf.launch.chain import is_done
@@ -85,7 +86,11 @@ class LocalRun:
             if is_done(self.run, stage):
                 break
             error = self._ending(stage, ranks, self._events(stage)[before:], stop)
-            if isinstance(error, Interrupted) or not self._to_be_tried_again(stage, sent_off, stop):
+            if isinstance(error, Interrupted):
+                raise error
+            if not self._to_be_tried_again(stage, sent_off, stop):
+                spent = returns(self._events(stage)[sent_off:]) >= self.spec.stage(stage).slurm.max_requeues
+                notify.send(self.run, "budget spent" if spent else "stopped", stage, error.message)
                 raise error
         self.watcher.finished(stage)
         if stop.count:

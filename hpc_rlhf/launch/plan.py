@@ -35,11 +35,21 @@ class PlannedJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a run; every job comes after the jobs it needs."""
+    """All jobs of a run; every job comes after the jobs it needs.
+
+    Attributes:
+        mail: who gets Slurm's mail of the run's end, or None.
+    """
 
     name: str
     run: RunDir
     jobs: tuple[PlannedJob, ...]
+    mail: str | None = None
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """The stages that others start from."""
+        return frozenset(need for job in self.jobs for need in job.needs)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -67,7 +77,7 @@ def make_plan(spec: JobSpec) -> Plan:
         except ValueError as error:
             raise HpcRlhfError(str(error), where=f"stages.{stage}.global_batch") from error
         jobs.append(PlannedJob(stage, f"{spec.name}.{stage}", spec.needs(stage), slurm, batch))
-    return Plan(spec.name, run, tuple(jobs))
+    return Plan(spec.name, run, tuple(jobs), spec.notify.mail)
 
 
 def _job_dict(job: PlannedJob) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf import known_runs, ownership
+from hpc_rlhf import known_runs, notify, ownership
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import make_plan
@@ -68,9 +68,11 @@ def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool =
         live: jobs of this run are queued or running.
 
     Raises:
-        HpcRlhfError: the directory belongs to a different spec, or cannot be written.
+        HpcRlhfError: the directory belongs to a different spec, or cannot be written, or there is no address to notify.
     """
     refuse_changes(run, spec, live)
+    if spec.notify.webhook is not None:
+        notify.address(spec.notify.webhook)  # better now than at the end of the night
     plan = make_plan(spec)
     with _write_errors(run):
         if evaluated_otherwise(run, spec):
@@ -147,7 +149,7 @@ def _has_trained(run: RunDir) -> bool:
 
 def _harmless(path: str) -> bool:
     """Whether a field may change after a run has trained."""
-    return _is_placing(path) or _is_evaluation(path)
+    return _is_placing(path) or _is_evaluation(path) or path.split(".")[0] in ("trackers", "notify")
 
 
 def _shared_otherwise(path: str, old: JobSpec, new: JobSpec) -> bool:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.fields import Model, Name, PathText
+from hpc_rlhf.spec.notify import NotifySpec, TrackersSpec
 from hpc_rlhf.spec.stages import STAGE_NAMES, StagesSpec
 from hpc_rlhf.spec.training import StageSpec
 
@@ -78,6 +79,13 @@ class JobSpec(Model):
     data: DataSpec = Field(description="Training data.")
     models: ModelsSpec = Field(description="Models to start from.")
     stages: StagesSpec = Field(description="Stages to run.")
+    trackers: TrackersSpec = Field(
+        default=TrackersSpec(),
+        description="Where numbers go besides metrics.jsonl and TensorBoard, which always get them.",
+    )
+    notify: NotifySpec = Field(
+        default=NotifySpec(), description="Who hears when the run is finished, or needs a person."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -30,6 +30,7 @@ from hpc_rlhf.train.models.load import DTYPES, folder_or_id, make_from_scratch
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.polls import Polls
 from hpc_rlhf.train.preemption import REASON_OF_CODE, TIME_LIMIT, Interrupted, StageStopped, StopFlag
+from hpc_rlhf.train.trackers import Trackers
 from hpc_rlhf.train.watch import Pulse
 from hpc_rlhf.train.world import World
 
@@ -105,6 +106,7 @@ class StageContext:
         self._point_at = 0.0
         self.resumed = 0
         self.pulse = Pulse()
+        self.trackers: Trackers | None = None
         self._saving: _Saving | None = None
         before = self.ledger.last("saved", self.stage) or {}
         self.cadence.cost = float(before.get("stall", self.cadence.cost))
@@ -205,6 +207,8 @@ class StageContext:
                 self.ledger.append("resumed", self.stage, attempt=self.attempt, **_place(found))
         step = found.step if found else -1
         self.metrics = MetricsLog(self.files.metrics, self.files.tensorboard, step, self.world.is_main)
+        if self.world.is_main:
+            self.trackers = Trackers(self.spec, self.run, self.stage)
         return found
 
     @property
@@ -337,6 +341,11 @@ class StageContext:
         if self.world.is_main:
             facts = {**_place(saving.point), "seconds": round(spent, 3), "stall": round(stall, 3)}
             self.ledger.append("saved", self.stage, attempt=self.attempt, **facts)
+
+    def close(self, hurry: bool = False) -> None:
+        """Let the trackers come to their end."""
+        if self.trackers is not None:
+            self.trackers.close(hurry)
 
 
 def _place(point: Point | Checkpoint) -> dict[str, int]:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hpc_rlhf import endings, hub, manifest, slurm
+from hpc_rlhf import endings, hub, manifest, notify, slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
@@ -144,6 +144,7 @@ class Attempt:
         )
         if self.is_main:
             self.note("finished", step=facts["step"], seconds=facts["seconds"])
+            notify.send_if_finished(self.files, spec, self.stage)
         worlds.leave()
         if self.is_main and self.in_slurm and self.stop.preempted:
             # Slurm may record a job that ends while it is preempted as PREEMPTED, and then its dependents never
@@ -170,9 +171,14 @@ class Attempt:
             lambda message: self.note("hang", message=message, host=self.host),
         ):  # fmt: skip
             context.store.claim()
-            importlib.import_module(f"hpc_rlhf.train.stages.{self.stage}").run(context)
-            context.commit()
-            context.store.settle()
+            try:
+                importlib.import_module(f"hpc_rlhf.train.stages.{self.stage}").run(context)
+                context.commit()
+                context.store.settle()
+            except BaseException:
+                context.close(hurry=True)  # the grace may be short
+                raise
+            context.close()
 
     def end_stopped(self, stopped: StageStopped, spec: JobSpec) -> NoReturn:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""

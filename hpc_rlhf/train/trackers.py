@@ -1,0 +1,244 @@
+"""Hands a stage's metrics to Weights & Biases and MLflow, from a process of its own.
+
+A tracker loads slowly, starts threads and helpers, and may hang on a network. None of that is to cost a run, so the ranks
+only start this process and go on; it reads what they write into metrics.jsonl. Its input ends when rank 0 does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from hpc_rlhf import manifest
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.notify import MlflowSpec, WandbSpec
+
+_LAST_WORDS, _LAST_WORDS_IN_HURRY = 30.0, 3.0  # seconds that a stage waits at its end
+_EVERY = 1.0
+# Slurm sends these to every process of a step. The stage answers them; this process goes on until the stage has.
+_DEAF_TO = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+class Trackers:
+    """The process that feeds a stage's trackers; none where the spec names no tracker."""
+
+    def __init__(self, spec: JobSpec, run: RunDir, stage: str) -> None:
+        """Start it, once the lines of steps that were lost are out of the stage's metrics."""
+        self._process: subprocess.Popen[bytes] | None = None
+        if spec.trackers.wandb is None and spec.trackers.mlflow is None:
+            return
+        command = [sys.executable, "-m", "hpc_rlhf.train.trackers", str(run.path), stage]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _DEAF_TO)  # a child inherits it
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        except OSError as error:
+            _warn("trackers", error)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def close(self, hurry: bool = False) -> None:
+        """Let it hand on what is left, for 30 seconds at most; for 3 if there is hurry."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_LAST_WORDS_IN_HURRY if hurry else _LAST_WORDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            print(
+                "hpc-rlhf: the trackers took too long and were ended; metrics.jsonl has all", file=sys.stderr
+            )
+        self._process = None
+
+
+class Tracker(Protocol):
+    """One tracker's run of one stage; goes on with that of the stage's attempts before."""
+
+    def log(self, step: int, time: float, values: Mapping[str, float]) -> None: ...
+    def finish(self, done: bool) -> None: ...
+
+
+class Wandb:
+    def __init__(self, asked: WandbSpec, spec: JobSpec, run: RunDir, stage: str, mark: str) -> None:
+        os.environ["WANDB_SILENT"] = "true"
+        import wandb
+
+        self._run = wandb.init(
+            project=asked.project,
+            entity=asked.entity,
+            mode=asked.mode,
+            dir=run.stage(stage).path,
+            id=mark,
+            resume="allow" if asked.mode == "online" else None,
+            name=f"{spec.name}.{stage}",
+            group=spec.name,
+            job_type=stage,
+            config=_config(spec, stage),
+            settings=wandb.Settings(
+                console="off", silent=True, disable_git=True, disable_code=True, save_code=False
+            ),
+        )
+        # A step that is done again after a stop is logged again: wandb's own count of steps would refuse it.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, time: float, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def finish(self, done: bool) -> None:
+        self._run.finish(exit_code=0 if done else 1)
+
+
+class Mlflow:
+    def __init__(self, asked: MlflowSpec, spec: JobSpec, run: RunDir, stage: str, mark: str) -> None:
+        if asked.tracking_uri is None:
+            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a server can be filled from it later
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        self._metric = Metric
+        self._client = MlflowClient(asked.tracking_uri or (run.path / "mlruns").as_uri())
+        found = self._client.get_experiment_by_name(asked.experiment)
+        experiment = found.experiment_id if found else self._client.create_experiment(asked.experiment)
+        before = self._client.search_runs([experiment], f"tags.`hpc_rlhf.id` = '{mark}'")
+        if before:
+            self._id = before[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+        else:
+            tags = {"hpc_rlhf.id": mark, "hpc_rlhf.run": spec.name, "hpc_rlhf.stage": stage}
+            self._id = self._client.create_run(
+                experiment, tags=tags, run_name=f"{spec.name}.{stage}"
+            ).info.run_id
+            params = [Param(key, value) for key, value in _flat(_config(spec, stage))]
+            self._client.log_batch(self._id, params=params[:100])
+
+    def log(self, step: int, time: float, values: Mapping[str, float]) -> None:
+        stamp = int(time * 1000)
+        self._client.log_batch(
+            self._id, [self._metric(key, value, stamp, step) for key, value in values.items()]
+        )
+
+    def finish(self, done: bool) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if done else "KILLED")
+
+
+def main() -> None:
+    """Feed the trackers of the run and stage that the arguments name, until the input ends."""
+    run, stage = RunDir(Path(sys.argv[1])), sys.argv[2]
+    feeding, ended = _Feeding(read_spec(run.job_yaml), run, stage), False
+    while feeding.trackers and not ended:
+        ended = bool(select.select([sys.stdin], [], [], _EVERY)[0])  # nothing is written to it
+        feeding.go_on()
+    feeding.finish()
+
+
+class _Feeding:
+    """The trackers of a stage that work, and how many lines of its metrics each has been handed in all attempts.
+
+    A stage that goes on from a checkpoint writes what was lost anew, the same as before. So a line that was handed on is
+    not handed on again, and one that a tracker was too slow for is made up for.
+    """
+
+    def __init__(self, spec: JobSpec, run: RunDir, stage: str) -> None:
+        self._files = run.stage(stage)
+        self._state: dict[str, Any] = {"id": uuid.uuid4().hex}
+        with suppress(OSError, ValueError):
+            self._state = json.loads(self._files.trackers.read_text())
+        self._save()
+        self.trackers: dict[str, Tracker] = {}
+        wandb, mlflow, mark = spec.trackers.wandb, spec.trackers.mlflow, self._state["id"]
+        if wandb is not None:
+            self._open("wandb", lambda: Wandb(wandb, spec, run, stage, mark))
+        if mlflow is not None:
+            self._open("mlflow", lambda: Mlflow(mlflow, spec, run, stage, mark))
+
+    def go_on(self) -> None:
+        """Hand on what is new."""
+        try:
+            text = self._files.metrics.read_bytes()
+        except FileNotFoundError:
+            return
+        lines = text[: text.rfind(b"\n") + 1].splitlines()
+        for name, tracker in list(self.trackers.items()):
+            new = lines[self._state.get(name, 0) :]
+            if new and _guarded(name, partial(_hand_on, new, tracker)):
+                self._state[name] = len(lines)
+                self._save()
+            elif new:
+                del self.trackers[name]
+
+    def finish(self) -> None:
+        done = manifest.defect(self._files.model, deep=False) is None
+        for name, tracker in self.trackers.items():
+            _guarded(name, partial(tracker.finish, done))
+
+    def _open(self, name: str, make: Callable[[], Tracker]) -> None:
+        def add() -> None:
+            self.trackers[name] = make()
+
+        _guarded(name, add)
+
+    def _save(self) -> None:
+        partial_ = self._files.trackers.with_suffix(".partial")
+        partial_.write_text(json.dumps(self._state))
+        partial_.replace(self._files.trackers)
+
+
+def _hand_on(lines: Sequence[bytes], tracker: Tracker) -> None:
+    for line in lines:
+        row = json.loads(line)
+        step, kind, time = row.pop("step"), row.pop("kind"), row.pop("time")
+        del row["total_steps"]
+        tracker.log(step, time, {f"{kind}/{key}": value for key, value in row.items() if value is not None})
+
+
+def _guarded(name: str, act: Callable[[], object]) -> bool:
+    """Whether a tracker did something; one that fails says so once."""
+    try:
+        act()
+    except ModuleNotFoundError as error:
+        _warn(name, f"{error.name} is not installed where the ranks run: pip install 'hpc-rlhf[trackers]'")
+    except Exception as error:
+        _warn(name, error)
+    else:
+        return True
+    return False
+
+
+def _warn(name: str, why: object) -> None:
+    text = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
+    print(f"hpc-rlhf: no more goes to {name}; the run goes on: {text}", file=sys.stderr, flush=True)
+
+
+def _config(spec: JobSpec, stage: str) -> dict[str, Any]:
+    """What the stage is asked to do; without Slurm's settings, whose setup lines may hold anything."""
+    settings = spec.stage(stage).model_dump(mode="json", exclude={"slurm"})
+    run = spec.model_dump(mode="json", include={"name", "run_dir", "seed", "data", "models"})
+    slurm = spec.stage(stage).slurm
+    return {**run, "stage": stage, **settings, "nodes": slurm.nodes, "ranks": slurm.ranks}
+
+
+def _flat(config: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
+    pairs = []
+    for key, value in config.items():
+        name = f"{path}{key}"
+        pairs += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, str(value)[:500])]
+    return pairs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Trackers get every step once, over all attempts and offline; and what goes wrong with them costs a run nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf import manifest
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import dump_spec
+from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.notify import TrackersSpec
+from hpc_rlhf.train import trackers
+from hpc_rlhf.train.trackers import Trackers
+from tests.launch.specs import make_spec
+
+SECRET = "very-secret-key-0123456789012345678901234567"
+
+
+def prepared(path: Path, **asked: object) -> tuple[JobSpec, RunDir]:
+    spec = make_spec(path, slurm={"setup": [f"export WANDB_API_KEY={SECRET}"]})
+    spec = spec.model_copy(update={"trackers": TrackersSpec.model_validate(asked)})
+    run = RunDir(path)
+    run.stage("sft").path.mkdir(parents=True)
+    run.job_yaml.write_text(dump_spec(spec))
+    return spec, run
+
+
+def log(run: RunDir, *steps: int) -> None:
+    for step in steps:
+        row = {
+            "step": step,
+            "total_steps": 9,
+            "time": 1e9 + step,
+            "kind": "train",
+            "loss": 9.0 - step,
+            "gone": None,
+        }
+        with run.stage("sft").metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def test_attempts_go_on_in_the_same_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mlflow, _ = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
+    monkeypatch.setattr(trackers, "_LAST_WORDS", 120.0)
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    spec, run = prepared(tmp_path / "run", wandb={"project": "p"}, mlflow={"experiment": "e"})
+    first = Trackers(spec, run, "sft")
+    log(run, 1, 2)
+    first.close()
+    run.stage("sft").metrics.unlink()
+    log(run, 1)  # the second step was lost, and is done again
+    second = Trackers(spec, run, "sft")
+    log(run, 2, 3)
+    run.stage("sft").model.mkdir()
+    manifest.write(run.stage("sft").model, {"step": 3})
+    second.close()
+    assert "no more goes to" not in capfd.readouterr().err
+
+    client = mlflow.MlflowClient((run.path / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("e")
+    (found,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 8.0), (2, 7.0), (3, 6.0)]
+    assert (found.info.run_name, found.info.status) == ("demo.sft", "FINISHED")
+    assert found.data.params["epochs"]
+
+    name = json.loads(run.stage("sft").trackers.read_text())["id"]
+    files = list((run.stage("sft").path / "wandb").glob(f"offline-run-*/run-{name}.wandb"))
+    assert len(files) == 2  # of one run: `wandb sync --append` joins them
+    assert all(b"train/loss" in file.read_bytes() for file in files)
+    for path in (path for path in run.path.rglob("*") if path.is_file() and path != run.job_yaml):
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_tracker_that_is_missing_or_hangs_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for package, text in (
+        ("wandb", "raise ModuleNotFoundError(name='wandb')"),
+        ("mlflow", "import time; time.sleep(600)"),
+    ):
+        (tmp_path / f"{package}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    spec, run = prepared(tmp_path / "run", wandb={"project": "p"})
+    missing = Trackers(spec, run, "sft")
+    log(run, 1, 2)
+    monkeypatch.setattr(trackers, "_LAST_WORDS", 60.0)
+    missing.close()
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said == (
+        "hpc-rlhf: no more goes to wandb; the run goes on: "
+        "wandb is not installed where the ranks run: pip install 'hpc-rlhf[trackers]'"
+    )
+    spec, run = prepared(tmp_path / "other", mlflow={"experiment": "e"})
+    hangs = Trackers(spec, run, "sft")
+    process = hangs._process
+    assert process is not None
+    time.sleep(1)
+    monkeypatch.setattr(trackers, "_LAST_WORDS_IN_HURRY", 0.1)
+    hangs.close(hurry=True)
+    assert process.poll() == -9
+    assert "took too long" in capfd.readouterr().err
+
+
+def test_a_spec_without_trackers_starts_nothing(tmp_path: Path) -> None:
+    spec, run = prepared(tmp_path / "run")
+    none = Trackers(spec, run, "sft")
+    assert none._process is None
+    none.close()
