@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -27,6 +29,7 @@ settings.load_profile("no deadline")
 REQUIRE_SLURM = "HPC_RLHF_REQUIRE_SLURM"
 # What a user's runs are noted in is not the tests' to fill.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="hpc-rlhf-state-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 # Every process that a test starts inherits this, jobs on the cluster included.
 SESSION_MARK = "HPC_RLHF_TEST_SESSION"
 

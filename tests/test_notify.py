@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,36 +15,8 @@ from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import load_spec
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.notify import NotifySpec, WebhookSpec
+from tests.hook import SECRET, Hook
 from tests.launch.specs import make_spec
-
-SECRET = "/services/T0/B0/very-secret"
-
-
-class Hook(HTTPServer):
-    """Takes what is posted, after as many answers of 503 as a test asks for."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.answers: list[int] = []
-        self.posted: list[tuple[str, dict[str, Any]]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}{SECRET}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Hook
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        code = self.server.answers.pop(0) if self.server.answers else 200
-        self.server.posted.append((self.path, body))
-        self.send_response(code)
-        self.end_headers()
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -56,12 +24,8 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
     monkeypatch.setattr(notify, "_PAUSES", (0.01, 0.01))
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with Hook() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+    with Hook().listening() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def notifying(run_dir: Path, url: str = "${HOOK}", style: str = "json") -> tuple[JobSpec, RunDir]:

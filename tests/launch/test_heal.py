@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf import manifest, slurm
+from hpc_rlhf import manifest, notify, slurm
+from hpc_rlhf.cli import main
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.executor import StageExecutor
@@ -206,6 +207,33 @@ def test_what_stopped_stays_stopped_until_a_person_heals(fake: FakeSlurm, run: R
     assert fake.did == []
     assert kinds(heal(run)) == ["requeued", "done", "live"]
     assert events(run, "sft")[-2:] == ["anew", "retried"]
+
+
+def test_a_sentinel_tells_once_that_a_person_is_needed(
+    fake: FakeSlurm, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with 3 then, so that its job fails and Slurm sends its mail."""
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(notify, "send", lambda run, *words: told.append(words))
+    finish(run, "reward")
+    ledger = Ledger(run.ledger)
+    ledger.append("failed", "sft", attempt="-", message="no such file", exit_code=2)
+    fake.put("1", "demo.sft", "FAILED", code="2:0")
+    watched(fake, "3")
+    assert [main(["heal", "--sentinel", str(run.path)]) for _ in range(2)] == [3, 0]
+    assert told == [("stopped", "sft", "user error: no such file")]
+
+    ledger.append("anew", "sft")
+    for step in range(101):
+        ledger.append("requeued", "sft", step=step, reason="preempted")
+        ledger.append("started", "sft", attempt=f"1-{step}")
+        ledger.append("saved", "sft", attempt=f"1-{step}", step=step)
+    ledger.append("failed", "sft", attempt="1-100", message="RuntimeError: no")
+    fake.put("1", "demo.sft", "FAILED")
+    assert main(["heal", "--sentinel", str(run.path)]) == 3
+    ((news, stage, why),) = told[1:]
+    assert (news, stage) == ("budget spent", "sft")
+    assert str(why).startswith("it was requeued 100 times, all that slurm.max_requeues allows")
 
 
 def test_a_person_cut_off_in_mid_heal_is_taken_at_their_word(fake: FakeSlurm, run: RunDir) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from hpc_rlhf.launch.local_env import environment, visible_gpus
 from hpc_rlhf.launch.stopping import StopRequests
+from tests.hook import Hook
 from tests.launch.fakes import Here, is_alive, wait_for
 
 
@@ -118,7 +119,12 @@ def test_what_failed_is_tried_again_but_not_when_it_fails_alike(here: Here) -> N
 
 
 def test_a_mistake_found_by_a_stage_is_told_in_its_words(here: Here) -> None:
-    code, _, err = here.finish("run", "job.yaml", FAKE_REWARD="mistaken")
+    notify = ("--set", "notify.webhook.url=${HOOK}")
+    with Hook().listening() as hook:
+        code, _, err = here.finish("run", "job.yaml", *notify, FAKE_REWARD="mistaken", HOOK=hook.url)
+    ((_, told),) = hook.posted
+    assert (told["event"], told["stage"]) == ("stopped", "reward")
+    assert told["message"] == "data.json: no such file"
     assert code == 2
     assert "error: reward: data.json: no such file\n" in err
     assert here.events("started") == [("started", "sft"), ("started", "reward")]
