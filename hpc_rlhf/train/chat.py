@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,21 +41,30 @@ class ChatModel:
 
         Args:
             turns: (role, text) with roles ``human`` and ``assistant``; the last one is the human's.
-            max_tokens: longest answer. A conversation that leaves no room for it loses its oldest tokens.
+            max_tokens: longest answer. A conversation that leaves no room for it loses its oldest tokens; see
+                ``forgotten``.
             temperature: 0 takes the likeliest token each time.
             seed: of the sampling.
         """
         (ids,) = token_ids(self.tokenizer, [prompt_text(self.tokenizer, turns)])
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None:
-            max_tokens = min(max_tokens, limit - 1)
-            ids = ids[-(limit - max_tokens) :]
+        max_tokens = min(max_tokens, self._places - 1)
+        ids = ids[max(0, len(ids) + max_tokens - self._places) :]
         sampling = Sampling(temperature=temperature or 1.0, greedy=temperature == 0)
         drawn = uniforms([(seed, "chat", len(turns))], max_tokens)
         steps = decode(
             DecodeStep(self.model), [ids], drawn, max_tokens, sampling, self.tokenizer.eos_token_id, rows=1
         )
         yield from self._text(token for said in steps for _, token in said)
+
+    def forgotten(self, turns: list[tuple[str, str]], max_tokens: int) -> int:
+        """Tokens of a conversation that ``stream`` leaves out, the oldest, because the model has no room for them."""
+        (ids,) = token_ids(self.tokenizer, [prompt_text(self.tokenizer, turns)])
+        return max(0, len(ids) + min(max_tokens, self._places - 1) - self._places)
+
+    @property
+    def _places(self) -> int:
+        """Tokens of a conversation with its answer, at most."""
+        return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
 
     def _text(self, tokens: Iterator[int]) -> Iterator[str]:
         """Text of tokens as soon as it is sure: whole characters, and nothing that may begin another turn."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hpc_rlhf import manifest
 from hpc_rlhf.rundir import RunDir
@@ -63,6 +65,74 @@ def test_the_stage_can_be_chosen(tmp_path: Path) -> None:
     assert chat(run, "--stage", "sft", "--prompt", "Hi")[1].startswith("sft ")
 
 
+def test_the_moving_average_talks_where_there_is_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "sft", "reward", "ppo")
+    code, _, err = chat(run, "--stage", "ema", "--prompt", "Hi")
+    assert (code, "makes no moving average" in err) == (2, True)
+    fields = yaml.safe_load(run.job_yaml.read_text())
+    fields["stages"]["ppo"]["ema"] = True
+    run.job_yaml.write_text(yaml.safe_dump(fields))
+    assert chat(run, "--stage", "ema", "--prompt", "Hi")[1].startswith("ema ")
+
+
+def test_two_models_answer_the_same_each_with_a_history_of_its_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "sft", "reward", "ppo")
+    saved = tmp_path / "talk.json"
+    code, out, err = chat(run, "--compare", "sft", "ppo", typed=f"one\ntwo\n/save {saved}\n/save {saved}\n")
+    said = {name: f"{name} 256 0.7 0 after human: one" for name in ("sft", "ppo")}
+    assert code == 0
+    assert out.splitlines() == [
+        *(f"{name}: {answer}" for name, answer in said.items()),
+        *(f"{name}: {answer} | assistant: {answer} | human: two" for name, answer in said.items()),
+    ]
+    assert f"saved in {saved}" in err
+    assert f"not saved: {saved}: File exists" in err
+    talks = json.loads(saved.read_text())
+    assert [talk["stage"] for talk in talks] == ["sft", "ppo"]
+    assert talks[1]["messages"][:2] == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": said["ppo"]},
+    ]
+
+
+def test_answers_side_by_side_on_a_terminal(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "sft", "reward", "ppo")
+    command = [
+        sys.executable,
+        "-m",
+        "hpc_rlhf.cli",
+        "chat",
+        str(run.path),
+        "--compare",
+        "sft",
+        "ppo",
+        "--prompt",
+        "Hi",
+    ]
+    env = {**os.environ, "PYTHONPATH": str(FAKE), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 4096)
+        except OSError:  # its other end is closed
+            break
+    assert process.wait(60) == 0
+    os.close(ours)
+    last = shown.decode().rpartition("sft 256")
+    assert "ppo 256 0.7 0 after" in last[2].splitlines()[0]
+
+
+def test_one_shot_as_json(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "sft", "reward", "ppo")
+    code, out, err = chat(run, "--compare", "ppo", "sft", "--prompt", "too long", "--json")
+    assert code == 0
+    assert [talk["messages"][1]["content"].split()[0] for talk in json.loads(out)] == ["ppo", "sft"]
+    assert "sft no longer sees the oldest 7 tokens" in err
+
+
 def test_until_ppo_is_finished_the_sft_model_talks(tmp_path: Path) -> None:
     assert chat(make_run(tmp_path, "sft", "reward"), "--prompt", "Hi")[1].startswith("sft ")
 
@@ -73,6 +143,8 @@ def test_until_ppo_is_finished_the_sft_model_talks(tmp_path: Path) -> None:
         ((), (), 1, "there is no model to talk to yet: ppo and sft are not finished"),
         (("sft",), ("--stage", "ppo"), 1, "ppo is not finished"),
         (("sft",), ("--stage", "reward"), 2, "'reward' is not one of"),
+        (("sft",), ("--stage", "sft", "--compare", "sft", "ppo"), 2, "cannot be used together"),
+        (("sft",), ("--compare", "sft", "ppo"), 1, "ppo is not finished"),
         (("sft",), ("--temperature", "nan"), 2, "nan is not a finite number"),
         (("sft",), ("--temperature", "-1"), 2, "-1.0 is not in the range"),
     ],

@@ -102,6 +102,8 @@ def test_an_answer_has_at_most_so_many_tokens(chat: ChatModel) -> None:
 def test_a_long_conversation_loses_its_oldest_tokens_and_goes_on(chat: ChatModel) -> None:
     turns = [("human", "word " * 60), ("assistant", "Yes."), ("human", "Why?")]
     assert len(chat.tokenizer(transcript(turns))["input_ids"]) > 96
+    assert chat.forgotten(turns, 30) == len(chat.tokenizer(transcript(turns))["input_ids"]) + 30 - 96
+    assert chat.forgotten(HI, 30) == 0
     assert "".join(chat.stream(turns, 30, 0.0, seed=1))
     assert "".join(chat.stream(turns, 1000, 0.0, seed=1)), "more tokens than the model has places"
 
