@@ -1,0 +1,272 @@
+"""The doctor finds each planted fault and names its cure: here, in a real Slurm's settings, and on its nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.launch.doctor import cluster as cluster_checks
+from hpc_rlhf.launch.doctor import machine, size, storage, visit
+from hpc_rlhf.launch.doctor.finding import Finding
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.model import JobSpec
+from tests.cluster import Cluster
+from tests.launch.specs import make_spec
+
+SHIM = Path(__file__).parents[1] / "storm/shim.c"
+NO_CUDA = {
+    "torch": "2.13.0+cpu", "cuda": None, "gpus": [], "bf16": True, "nccl": None,
+    "deepspeed": "0.19.8", "accelerator": "cpu", "ops": {},
+}  # fmt: skip
+
+
+def only(findings: Sequence[Finding], check: str) -> Finding:
+    (found,) = [finding for finding in findings if finding.check == check]
+    return found
+
+
+# Here ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with not a byte left, which everybody may write to."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    (place / "run").mkdir()
+    (place / "run").chmod(0o777)
+    with suppress(OSError), (place / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.train
+def test_five_faults_of_a_machine_and_their_cures(tmp_path: Path, full_disk: Path) -> None:
+    """A package of another version, no compiler, offline without a cache, a full disk and a folder open to everybody."""
+    clash = tmp_path / "packages/click-7.0.dist-info"
+    clash.mkdir(parents=True)
+    (clash / "METADATA").write_text("Metadata-Version: 2.1\nName: click\nVersion: 7.0\n")
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"name: sick\nrun_dir: {full_disk}/run\nslurm: {{gpus_per_node: 0, ranks_per_node: 1}}\n"
+        "data: {sources: [{demo: 100}]}\nmodels: {actor: acme/tiny-1b}\nstages: {sft: {}}\n"
+    )
+    env = {
+        **os.environ,
+        "PATH": str(tmp_path / "nothing"),  # neither a compiler nor Slurm
+        "PYTHONPATH": str(clash.parent),
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "DS_PIN_MEMORY_BACKEND": "native",  # an op of DeepSpeed that must be built
+    }
+    command = [sys.executable, "-m", "hpc_rlhf.cli", "doctor", str(job), "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    answer = json.loads(done.stdout)
+    found = [Finding(**fields) for fields in answer["findings"]]
+    assert answer["errors"] == len([finding for finding in found if finding.level == "error"])
+    faults: dict[str, tuple[str, str]] = {
+        "packages": ("click is 7.0, but hpc-rlhf asks for >=8.1", 'pip install "click>=8.1"'),
+        "compiler": ("pin_memory must be built here, and g++ and ninja is missing", "module load gcc"),
+        "hub": ("model acme/tiny-1b was not brought into", "hpc-rlhf prefetch"),
+        "mode": ("everybody may write to it", "chmod o-w"),
+        "disk": ("No space left on device", "remove old runs"),
+    }
+    for check, (said, cure) in faults.items():
+        of_check = [each for each in found if each.check == check and each.level == "error"]
+        assert any(said in each.said and cure in each.cure for each in of_check), (check, of_check)
+
+
+def test_a_healthy_folder_is_left_as_it_was(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "new/run")
+    with storage.scratch(run) as folder:
+        assert storage.check_writes(folder, run).level == "ok"
+        assert storage.check_space(folder, 10).level == "ok"
+        assert storage.check_space(folder, 10**18).level == "error"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parent_that_everybody_may_write_to(tmp_path: Path) -> None:
+    open_to_all = tmp_path / "scratch"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    found = storage.check_trust(RunDir(open_to_all / "run"))
+    assert (found.level, "chmod +t" in found.cure) == ("warning", True)
+    open_to_all.chmod(0o1777)
+    assert storage.check_trust(RunDir(open_to_all / "run")).level == "ok"
+
+
+def test_gpus_that_torch_does_not_find() -> None:
+    cpu_build = machine.check(NO_CUDA, 2, {"bf16"}, True)
+    assert "would train on CPUs" in only(cpu_build, "torch").said
+    no_driver = machine.check({**NO_CUDA, "cuda": "12.8"}, 2, {"bf16"}, True)
+    assert "finds 0 of the 2 GPUs" in only(no_driver, "torch").said
+    old = machine.check({**NO_CUDA, "cuda": "12.8", "gpus": ["V100"] * 2, "bf16": False}, 2, {"bf16"}, True)
+    assert only(old, "precision").cure.startswith("set precision: fp16")
+    assert only(machine.check(NO_CUDA, None, (), False), "torch").level == "ok"
+
+
+def test_which_ops_a_spec_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DS_PIN_MEMORY_BACKEND", raising=False)
+    offloaded = make_spec(tmp_path, sft={"zero": 3, "offload_optimizer": True})
+    job = make_plan(offloaded).jobs[0]
+    ours = [json.loads(text) for text in Templates().ds_configs(job, offloaded.stage("sft")).values()]
+    assert machine.ops_needed(ours) == []
+    nvme: dict[str, Any] = {"zero_optimization": {"offload_param": {"device": "nvme"}}}
+    assert machine.ops_needed([nvme, {"zero_optimization": {"zero_quantized_weights": True}}]) == ["async_io", "quantizer"]  # fmt: skip
+
+
+def test_what_a_run_takes_on_disk(tmp_path: Path) -> None:
+    def billions(**stages: dict[str, Any]) -> float:
+        spec = make_spec(tmp_path, **stages).model_dump(mode="json")
+        spec["models"] = {"actor": "facebook/opt-1.3b", "reward": "facebook/opt-350m"}
+        return (size.run_bytes(JobSpec.model_validate(spec)) or 0) / 1e9
+
+    # Two checkpoints and one being written, of 12 bytes a weight, and a model of 2.
+    assert billions(sft={}) == pytest.approx(1.3 * (3 * 12 + 2))
+    assert billions(sft={"lora": {"rank": 8}}) < 7
+    assert billions(reward={}, ppo={}) == pytest.approx(0.35 * 38 + (1.65 * 36 + 1.3 * 2))
+
+
+# In Slurm -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_slurm(idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setenv("SLURM_CONF", str(idle_cluster.conf))
+    return idle_cluster
+
+
+def stages(spec: JobSpec, templates: Templates | None = None) -> list[Finding]:
+    return cluster_checks.check_stages(make_plan(spec), templates or Templates())
+
+
+def test_a_sound_cluster_and_settings_it_would_refuse(in_slurm: Cluster, tmp_path: Path) -> None:
+    sound = [*cluster_checks.check_settings(), *stages(make_spec(tmp_path / "run", {"partition": "low"}))]
+    assert {finding.level for finding in sound} == {"ok"}, sound
+    assert only(sound, "preemption").said == "low: REQUEUE, 60 s of grace to save in"
+
+    wrong = stages(make_spec(tmp_path, {"partition": "gppu"}))
+    assert only(wrong, "partition").said == "there is no partition gppu"
+    assert "gpu, " in only(wrong, "partition").cure
+    assert only(wrong, "partition").where == "sft, reward, ppo"
+    assert only(stages(make_spec(tmp_path, {"partition": "low-now"})), "preemption").level == "warning"
+    many = only(stages(make_spec(tmp_path, {"partition": "first", "nodes": 3})), "nodes")
+    assert many.said == "first has 2 nodes with 2 GPUs, the stage asks for 3"
+    memory = only(stages(make_spec(tmp_path, {"mem": "999G"})), "submission")
+    assert (memory.level, "sbatch would refuse the job" in memory.said) == ("error", True)
+
+
+@contextmanager
+def changed(cluster: Cluster, *changes: tuple[str, str]) -> Iterator[None]:
+    """The cluster with other settings."""
+    before = cluster.conf.read_text()
+    text = before
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    try:
+        cluster.stop_controller()
+        cluster.conf.write_text(text)
+        cluster.start_controller()
+        yield
+    finally:
+        cluster.stop_controller()
+        cluster.conf.write_text(before)
+        cluster.start_controller()
+
+
+def test_a_cluster_that_does_not_requeue_and_keeps_no_accounts(in_slurm: Cluster, tmp_path: Path) -> None:
+    settings = (
+        (
+            "AccountingStorageType=accounting_storage/slurmdbd",
+            "AccountingStorageType=accounting_storage/none",
+        ),
+        ("AccountingStoreFlags=job_comment\n", ""),
+        ("ReturnToService=2", "ReturnToService=2\nJobRequeue=0\nMinJobAge=10"),
+        ("PartitionName=first ", "PartitionName=first MaxTime=60 "),
+    )
+    (tmp_path / "templates").mkdir()
+    ours = (Path(__file__).parents[2] / "templates/_options.j2").read_text()
+    (tmp_path / "templates/_options.j2").write_text(ours.replace("#SBATCH --requeue\n", ""))
+    with changed(in_slurm, *settings):
+        found = cluster_checks.check_settings()
+        assert "keeps no accounts" in only(found, "accounting").said
+        assert "slurmdbd" in only(found, "accounting").cure
+        assert "MinJobAge to 300" in only(found, "job age").cure
+        asking = only(stages(make_spec(tmp_path / "run")), "requeue")
+        assert (asking.level, "JobRequeue=1" in asking.cure) == ("warning", True)
+        silent = only(stages(make_spec(tmp_path / "run"), Templates(tmp_path)), "requeue")
+        assert (silent.level, "#SBATCH --requeue" in silent.cure) == ("error", True)
+        long = only(stages(make_spec(tmp_path / "run", {"partition": "first"})), "time limit")
+        assert long.cure.startswith("set slurm.time to at most 01:00:00")
+
+
+# On its nodes -------------------------------------------------------------------------------------
+
+
+def test_nodes_that_do_not_share_the_folder_and_a_clock_that_is_ahead(
+    in_slurm: Cluster, short_tmp: Path
+) -> None:
+    """In a real job: node4 has another folder in the place of the run directory, node3's Python another time."""
+    shared, storm = short_tmp / "shared", short_tmp / "storm"
+    shared.mkdir()
+    storm.mkdir()
+    (storm / "clock").write_text("600")
+    library = short_tmp / "shim.so"
+    compiler = shutil.which("cc")
+    assert compiler is not None
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, SHIM, "-ldl"], check=True)
+    hidden = f"mount -t tmpfs none {shared} && exec slurmd -D -N node4"
+    in_slurm.kill_node("node4")
+    in_slurm._spawn("node4", "unshare", "--mount", "bash", "-c", hidden)
+    try:
+        setup = [f"export LD_PRELOAD={library} STORM={storm} OMP_NUM_THREADS=1"]
+        spec = make_spec(shared / "run", {"nodes": 2, "nodelist": "node[3-4]", "setup": setup}, sft={})
+        said: list[str] = []
+        with storage.scratch(RunDir(shared / "run")) as folder:
+            found = visit.visit(spec, make_plan(spec), Templates(), folder, [], said.append)
+    finally:
+        in_slurm.kill_node("node4")
+        in_slurm.start_node("node4")
+    assert any("Ctrl-C cancels it" in words for words in said)
+    on = {finding.check: finding for finding in found}
+    assert on["shared"].where == "node4"
+    assert "the run directory is not shared" in on["shared"].said
+    assert "file system that login and compute nodes share" in on["shared"].cure
+    assert on["clock"].where == "node3"
+    assert (
+        on["clock"].said == pytest.approx("600 s ahead of the controller's") or "ahead of" in on["clock"].said
+    )
+    assert "chrony" in on["clock"].cure
+    assert on["clock"].level == "error"
+    assert on["packages"].level == "ok"
+    assert "would train on CPUs" in on["torch"].said
+    assert list(shared.iterdir()) == []
+
+
+def test_a_clock_that_agrees_and_one_that_does_not(
+    in_slurm: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert abs(cluster_checks.clock_skew()) < 1
+    real = time.time
+    monkeypatch.setattr(cluster_checks.time, "time", lambda: real() - 30)
+    skew = cluster_checks.judge_skew(cluster_checks.clock_skew())
+    assert (skew.level, skew.said.endswith("behind the controller's")) == ("warning", True)
