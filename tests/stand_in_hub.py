@@ -60,9 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         repo, rest = self._api()
-        files = {path.relative_to(repo).as_posix(): path for path in repo.rglob("*") if path.is_file()}
         assert rest[0] == "paths-info", rest
-        self._json([_entry(name, files[name]) for name in body["paths"] if name in files])
+        self._json([_entry(name, repo / name) for name in body["paths"] if (repo / name).exists()])
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -86,14 +85,15 @@ class _Handler(BaseHTTPRequestHandler):
         if not repo.is_dir():
             self._refuse(404, "RepoNotFound")
             return
-        files = sorted(path for path in repo.rglob("*") if path.is_file())
-        entries = [_entry(path.relative_to(repo).as_posix(), path) for path in files]
         if rest[:1] == ["tree"]:
-            folder = "/".join(rest[2:])
-            self._json([entry for entry in entries if entry["path"].startswith(folder)])
+            recursive = "recursive=true" in self.path.lower()
+            folder = repo.joinpath(*rest[2:])
+            found = folder.rglob("*") if recursive else folder.glob("*")
+            self._json([_entry(path.relative_to(repo).as_posix(), path) for path in sorted(found)])
         else:
+            names = [path.relative_to(repo).as_posix() for path in sorted(repo.rglob("*")) if path.is_file()]
+            siblings = [{"rfilename": name} for name in names]
             name = "/".join(repo.parts[-2:])
-            siblings = [{"rfilename": entry["path"]} for entry in entries]
             self._json({"id": name, "sha": SHA, "siblings": siblings, "tags": [], "private": False})
 
     def _file(self, repo: Path, name: str) -> None:
@@ -134,4 +134,6 @@ def _id(data: bytes) -> str:
 
 
 def _entry(name: str, path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return {"type": "directory", "path": name, "size": 0, "oid": _id(name.encode())}
     return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _id(path.read_bytes())}
