@@ -21,6 +21,8 @@ from hpc_rlhf.observe.words import ago, duration
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_WIDE = 100  # columns from which on there is room for all
+
 
 @click.command("list", epilog=example("hpc-rlhf list", "hpc-rlhf list $SCRATCH/runs"))
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
@@ -57,7 +59,10 @@ def _table(lines: Sequence[RunLine], width: int) -> RenderableType:
     from hpc_rlhf.observe.board import grid, styled
 
     table = grid()
-    for name in ("run", "state", "stages", "step", "left", "last"):
+    names = ["run", "state", "step", "last"]
+    if width >= _WIDE:
+        names[2:3] = ["stages", "step", "left"]
+    for name in names:
         table.add_column(name, no_wrap=True, max_width=30 if name == "run" else None)
     table.add_column("where", overflow="fold", no_wrap=width >= 1000)
     now = time.time()
@@ -65,15 +70,15 @@ def _table(lines: Sequence[RunLine], width: int) -> RenderableType:
         state = styled(line.state)
         if line.stage is not None:
             state.append(f" {line.stage}", style="default")
-        table.add_row(
-            line.name,
-            state,
-            f"{line.done}/{line.stages}",
-            "-" if line.step is None else f"{line.step}/{line.total_steps}",
-            "-" if line.left is None else duration(line.left),
-            "-" if line.updated is None else ago(now - line.updated),
-            _short(line.path),
-        )
+        cells = {
+            "run": line.name,
+            "state": state,
+            "stages": f"{line.done}/{line.stages}",
+            "step": "-" if line.step is None else f"{line.step}/{line.total_steps}",
+            "left": "-" if line.left is None else duration(line.left),
+            "last": "-" if line.updated is None else ago(now - line.updated),
+        }
+        table.add_row(*(cells[name] for name in names), _short(line.path))
     return table
 
 

@@ -25,6 +25,7 @@ STYLES = {
     **dict.fromkeys(("failed", "refused", "stuck", "stopped", "cancelled", "interrupted", "unknown"), "red"),
 }
 _WIDE = 100  # columns from which on there is room for a bar, all numbers and the job
+_LEAST = 3  # columns of the table that are always there
 _BAR = 10
 _BARS = ("━", "─")
 _BARS_ASCII = ("#", "-")
@@ -58,21 +59,33 @@ class Board:
         return [*parts, Text(), Text(split)] if split else parts
 
     def table(self, stages: Sequence[StageStatus]) -> Table:
-        """A row for each stage."""
-        table = grid()
-        columns = ["stage", "state", "progress", "time", "last", "attempts" if self._wide else "tries", "job"]
-        for name in columns:
-            table.add_column(name, no_wrap=True, overflow="ellipsis" if name == "last" else "crop")
-        for stage in stages:
-            table.add_row(
-                stage.stage,
+        """A row for each stage. Where that is too narrow, what is left out is whole columns, from the right."""
+        from rich.text import Text
+
+        names = ("stage", "state", "progress", "time", "last", "attempts" if self._wide else "tries", "job")
+        rows = [
+            (
+                Text(stage.stage),
                 styled(stage.state),
                 self._progress(stage),
-                _time(stage),
-                self._last(stage),
-                str(stage.attempts or "-"),
-                stage.job_id or "-",
+                Text(_time(stage)),
+                Text(self._last(stage)),
+                Text(str(stage.attempts or "-")),
+                Text(stage.job_id or "-"),
             )
+            for stage in stages
+        ]
+        widths = [
+            max([len(name), *(row[column].cell_len for row in rows)]) for column, name in enumerate(names)
+        ]
+        shown = len(names)
+        while sum(widths[:shown]) + 2 * (shown - 1) > self._width and shown > _LEAST:
+            shown -= 1
+        table = grid()
+        for name in names[:shown]:
+            table.add_column(name, no_wrap=True, overflow="ellipsis")
+        for row in rows:
+            table.add_row(*row[:shown])
         return table
 
     def notes(self, stages: Sequence[StageStatus]) -> RenderableType | None:

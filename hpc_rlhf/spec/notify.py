@@ -77,4 +77,7 @@ class NotifySpec(Model):
         default=None,
         description="Who gets mail from Slurm: once when the run is finished, and when it stops and needs a person. Not at each requeue, as slurm.mail_type has it. Needs no network on the nodes.",
     )
-    webhook: WebhookSpec | None = Field(default=None, description="Post to a chat or a program.")
+    webhook: WebhookSpec | None = Field(
+        default=None,
+        description="Post to a chat or a program. Of a stop, only where sentinels wait (slurm.heal.enabled).",
+    )

@@ -52,6 +52,13 @@ def test_a_night_at_a_glance(width: int) -> None:
     assert ("━━━─────── 4200/12000 35%" in text and "accuracy 0.71" in text) == (width == 140)
 
 
+def test_what_does_not_fit_is_left_out_and_nothing_is_cut() -> None:
+    lines = drawn(50)
+    assert max(map(len, lines)) <= 50
+    assert lines[0].split() == ["stage", "state", "progress", "time"]
+    assert lines[2].split() == ["reward", "running", "4200/12000", "25", "h", "1", "min", "left"]
+
+
 def test_a_terminal_without_unicode_gets_none() -> None:
     assert "\n".join(drawn(140, plain=True)).isascii()
 
