@@ -20,6 +20,7 @@ from hpc_rlhf.observe.words import ago, duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 _WIDE = 100  # columns from which on there is room for all
 
@@ -70,7 +71,7 @@ def _table(lines: Sequence[RunLine], width: int) -> RenderableType:
         state = styled(line.state)
         if line.stage is not None:
             state.append(f" {line.stage}", style="default")
-        cells = {
+        cells: dict[str, Text | str] = {
             "run": line.name,
             "state": state,
             "stages": f"{line.done}/{line.stages}",
