@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -79,3 +80,20 @@ def test_every_event_of_the_ledger_is_documented() -> None:
     assert len(set(noted)) > 15
     for event in sorted(set(noted)):
         assert f"| `{event}` |" in page, f"docs/run-directory.md says nothing of the event {event}"
+
+
+def test_messages_are_quoted_as_the_code_says_them() -> None:
+    """Each one in the troubleshooting has a part of it, with what is filled in between, or is a part of it."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "hpc_rlhf").rglob("*.py")]
+    said = {
+        node.value.strip()
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [text for text in re.findall(r"`([^`\n]+)`", page) if len(text.split()) > 3]
+    assert len(quoted) > 25
+    for text in quoted:
+        plain = text.rstrip(" …:")
+        assert any((len(part) > 11 and part in text) or plain in part for part in said), text
