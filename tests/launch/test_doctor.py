@@ -84,7 +84,7 @@ def test_five_faults_of_a_machine_and_their_cures(tmp_path: Path, full_disk: Pat
     assert answer["errors"] == len([finding for finding in found if finding.level == "error"])
     faults: dict[str, tuple[str, str]] = {
         "packages": ("click is 7.0, but hpc-rlhf asks for >=8.1", 'pip install "click>=8.1"'),
-        "compiler": ("pin_memory must be built here, and g++ and ninja is missing", "module load gcc"),
+        "compiler": ("pin_memory must be built here, and g++ and ninja are missing", "module load gcc"),
         "hub": ("model acme/tiny-1b was not brought into", "hpc-rlhf prefetch"),
         "mode": ("everybody may write to it", "chmod o-w"),
         "disk": ("No space left on device", "remove old runs"),

@@ -47,7 +47,9 @@ def examine(spec: JobSpec | None, beside: Path | None, on_cluster: bool, say: vi
                 storage.check_writes(folder, plan.run),
                 storage.check_space(folder, size.run_bytes(spec)),
             ]
-            if on_cluster and not cluster.unfit(findings):
+            if on_cluster and cluster.unfit(findings):
+                say("no job was submitted: Slurm would refuse it")
+            elif on_cluster:
                 findings += visit.visit(spec, plan, templates, folder, ops, say)
     except OSError as problem:
         findings.append(storage.refused(plan.run, problem))

@@ -99,10 +99,13 @@ def _gpus(facts: Mapping[str, Any], found: int, wanted: int, build: str, fine: F
 def _ops(ops: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Ops that are neither built nor can be."""
     to_build = sorted(name for name, state in ops.items() if not state["built"])
-    compilers = {"g++": os.environ.get("CXX") or "c++", "ninja": "ninja"}
+    programs = {"g++": (os.environ.get("CXX") or "c++").split()[0], "ninja": "ninja"}
     if any(ops[name]["cuda"] for name in to_build):
-        compilers["nvcc"] = os.path.join(os.environ.get("CUDA_HOME", ""), "bin/nvcc") if "CUDA_HOME" in os.environ else "nvcc"  # fmt: skip
-    absent = [name for name, program in compilers.items() if shutil.which(program) is None]
+        programs["nvcc"] = "nvcc"
+    folders = os.pathsep.join(
+        (os.environ.get("PATH", ""), os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
+    )
+    absent = [name for name, program in programs.items() if shutil.which(program, path=folders) is None]
     if not to_build:
         said = "no DeepSpeed op has to be built" + (
             "" if not absent else f"; {' and '.join(absent)} would be missing"
@@ -113,7 +116,7 @@ def _ops(ops: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
         return [
             error(
                 "compiler",
-                f"DeepSpeed's {named} must be built here, and {' and '.join(absent)} is missing",
+                f"DeepSpeed's {named} must be built here, and {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing",
                 "load a compiler in slurm.setup, such as `module load gcc cuda` (ninja: pip install ninja), "
                 f"or build before: {ops[to_build[0]]['variable']}=1 pip install --no-build-isolation deepspeed",
             )
