@@ -1,13 +1,16 @@
-"""hpc-rlhf plan: show the jobs that a spec makes."""
+"""hpc-rlhf plan: show the jobs that a spec makes, and what their models take of each GPU."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
 
 from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.cli.table import echo_table
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.memory import Memory, run_memory
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.spec.load import load_spec
 
@@ -17,12 +20,15 @@ from hpc_rlhf.spec.load import load_spec
 @set_option
 @json_option
 def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
-    """Show the jobs that FILE makes."""
-    plan = make_plan(load_spec(file, sets))
+    """Show the jobs that FILE makes, and the memory that their models hold on each GPU."""
+    spec = load_spec(file, sets)
+    plan, memory = make_plan(spec), run_memory(spec)
     if as_json:
-        click.echo(plan.to_json(), nl=False)
+        facts = {stage: _memory_dict(each) for stage, each in memory.items()}
+        click.echo(json.dumps({**plan.as_dict(), "memory": facts}, indent=1, ensure_ascii=False))
     else:
         echo_plan(plan)
+        echo_memory(memory)
 
 
 def echo_plan(plan: Plan) -> None:
@@ -47,3 +53,56 @@ def echo_plan(plan: Plan) -> None:
     grouped = any(job.batch.ranks < job.slurm.ranks for job in plan.jobs)
     sharers = "ranks, or groups of tensor_parallel ranks" if grouped else "ranks"
     click.echo(f"batch = micro batch x accumulation x {sharers}; run directory {plan.run.path}", err=True)
+
+
+def echo_memory(memory: dict[str, Memory | HpcRlhfError]) -> None:
+    """Print what the models of each stage hold, a line a part, so that it fits a narrow terminal."""
+    rows, notes = [], []
+    for stage, found in memory.items():
+        if isinstance(found, HpcRlhfError):
+            notes.append(f"{stage}: no memory is planned: {found}")
+            continue
+        sizes = ", ".join(f"{model} {_billions(count)}" for model, count in found.parameters.items())
+        for number, (part, size) in enumerate(found.parts.items()):
+            rows.append(("" if number else stage, part, _gib(size)))
+        rows.append(("", "together", _gib(found.held)))
+        if found.gpu is not None and found.left is not None:
+            rows.append(
+                (
+                    "",
+                    f"left of the {_gib(found.gpu).strip()} of a GPU",
+                    _gib(found.left) + (" DOES NOT FIT" if found.left < 0 else ""),
+                )
+            )
+        notes.append(f"{stage}: parameters of {sizes}")
+    if rows:
+        click.echo()
+        echo_table(("stage", "held on each GPU", "GiB"), rows)
+    for note in notes:
+        click.echo(note, err=True)
+    if rows:
+        click.echo(
+            "not counted: activations and logits, which grow with the micro batch, and CUDA's own memory;"
+            " they need what is left",
+            err=True,
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:8.2f}"
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _memory_dict(found: Memory | HpcRlhfError) -> dict[str, object]:
+    if isinstance(found, HpcRlhfError):
+        return {"unknown": str(found)}
+    return {
+        "parameters": found.parameters,
+        "bytes_per_gpu": found.parts,
+        "held": found.held,
+        "gpu": found.gpu,
+        "left": found.left,
+    }

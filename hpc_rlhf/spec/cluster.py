@@ -9,6 +9,7 @@ from pydantic import Field, StrictBool, model_validator
 from hpc_rlhf.spec.fields import (
     Command,
     FreeText,
+    Gpu,
     Model,
     PathText,
     Positive,
@@ -85,6 +86,10 @@ class SlurmSpec(Model):
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] = Field(
         default=1,
         description="GPUs asked for on each node; one rank runs on each. 0 asks for none: then set ranks_per_node.",
+    )
+    gpu: Gpu | None = Field(
+        default=None,
+        description="What the GPUs are, such as a100-80g, or the memory of one, such as 80G. Asks Slurm for nothing: give it so that `hpc-rlhf plan` tells what the models leave of it for activations.",
     )
     ranks_per_node: Positive | None = Field(
         default=None, description="Ranks on each node; one per GPU when left out."

@@ -9,6 +9,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # a third of pydan
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from hpc_rlhf.spec.gpus import known_gpu
 from hpc_rlhf.spec.sbatch import refuse_owned
 
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*$"
@@ -39,6 +40,7 @@ Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=128), _NumberA
 SlurmValue = Annotated[str, StringConstraints(pattern=_SLURM_VALUE, max_length=1024), _NumberAsText]
 SlurmTime = Annotated[str, StringConstraints(pattern=_SLURM_TIME), _NumberAsText]
 SlurmMemory = Annotated[str, StringConstraints(pattern=_SLURM_MEMORY), _NumberAsText]
+Gpu = Annotated[str, _NumberAsText, AfterValidator(known_gpu)]
 SbatchOption = Annotated[str, AfterValidator(refuse_owned)]
 Span = Annotated[str, StringConstraints(pattern=SPAN)]
 PathText = Annotated[FreeText, StringConstraints(min_length=1, max_length=1024)]
