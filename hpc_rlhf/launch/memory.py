@@ -16,6 +16,8 @@ _ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Numbers in the buffer through which gradients are reduced under ZeRO 1 and 2, and of the weights that stand whole at
 # a time under ZeRO 3: those of templates/ds_config.json.j2.
 _BUCKET, _LIVE = 200_000_000, 30_000_000
+# DeepSpeed's own size of that buffer, which holds under ZeRO 3.
+_BUCKET_3 = 500_000_000
 # As rollout/engine.py has them: answers made at a time, and the shares of a GPU that a rollout takes at most.
 _ROWS, _WEIGHTS_SHARE, _CACHE_SHARE = 64, 0.5, 0.2
 
@@ -95,12 +97,11 @@ def _trained(model: Architecture, stage: TrainingSpec, scored: bool = False) -> 
         shard if stage.zero else trained
     )
     weights = _weights(total + adapters, stage, ranks)
-    if stage.zero in (1, 2):
-        gradients = item * (trained if stage.zero == 1 else shard) + item * _BUCKET
-    else:
-        gradients = item * (shard if stage.zero == 3 else trained)
+    wide = 4 if stage.zero == 1 else item  # ZeRO 1 adds gradients up, and sends them, in float32
+    bucket = wide * {1: _BUCKET, 2: _BUCKET, 3: _BUCKET_3}.get(stage.zero, 0)
     if stage.offload_optimizer:
-        return {"weights": weights, "gradients": item * _BUCKET if stage.zero < 3 else 0, "optimizer": 0}
+        return {"weights": weights, "gradients": bucket, "optimizer": 0}
+    gradients = bucket + wide * (trained if stage.zero < 2 else shard)
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 

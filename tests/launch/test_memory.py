@@ -23,9 +23,10 @@ def test_each_zero_stage_shares_out_one_part_more() -> None:
     none, first, second, third = (sft(zero=zero) for zero in range(4))
     assert none == {"weights": 2 * COUNT, "gradients": 2 * COUNT, "optimizer": 12 * COUNT}
     assert first["optimizer"] == second["optimizer"] == third["optimizer"] == 6 * COUNT
-    assert first["gradients"] - second["gradients"] == COUNT
+    assert first["gradients"] == 4 * (COUNT + 200_000_000)
+    assert second["gradients"] == COUNT + 2 * 200_000_000
     assert third["weights"] == COUNT + 60_000_000
-    assert third["gradients"] == COUNT
+    assert third["gradients"] == COUNT + 2 * 500_000_000
 
 
 def test_precision_offload_and_1_bit_adam_change_the_optimizers_part() -> None:
