@@ -200,6 +200,8 @@ class Front:
         if not starts:
             return
         if len(starts) > self.attempt:
+            if self._awaited is not None:
+                self._give_time(self._awaited, str(starts[-1]["job_id"]), ("PENDING", "RUNNING"))
             self.attempt = len(starts)
             self._plan()
         fault = self._fault
@@ -273,13 +275,18 @@ class Front:
 
     def _see_to(self, struck: Struck, job: str) -> None:
         """Undo what a strike has left, until the next attempt starts."""
-        if struck.reasons == {endings.TIME_LIMIT} and isinstance(self.chain, Chain):
-            options = (f"--jobs={job}", "--states=all", "--noheader", "--format=%T")
-            if self.chain.cluster.run("squeue", *options, check=False).stdout.strip() == "PENDING":
-                self.chain.cluster.run("scontrol", "update", f"job={job}", f"TimeLimit={MINUTES}", check=False)  # fmt: skip
+        self._give_time(struck, job, ("PENDING",))
         last = list(Ledger(self.chain.run.ledger).events(self.stage))[-1]["event"]
         if time.monotonic() - self._moment > EFFECT and last in ("saved", "resumed", "started"):
             self._plan()  # it had none, as an order to die at a call that never came
+
+    def _give_time(self, struck: Struck, job: str, states: Sequence[str]) -> None:
+        """Let a job whose limit was cut have its time again, in one of these states."""
+        if struck.reasons != {endings.TIME_LIMIT} or not isinstance(self.chain, Chain):
+            return
+        options = (f"--jobs={job}", "--states=all", "--noheader", "--format=%T")
+        if self.chain.cluster.run("squeue", *options, check=False).stdout.strip() in states:
+            self.chain.cluster.run("scontrol", "update", f"job={job}", f"TimeLimit={MINUTES}", check=False)
 
     def _bring_back(self) -> None:
         """Let lost nodes come back a while after the stage went on elsewhere."""
