@@ -18,6 +18,7 @@ from hpc_rlhf import manifest
 from tests.cluster import Cluster, config, wait_until
 from tests.cluster.chain import Chain
 from tests.cluster.cluster import CHECKOUT
+from tests.cluster.processes import Process, find
 
 STAGES = ("sft", "reward", "ppo")
 CHAIN = CHECKOUT / "tests/cluster/jobs/chain.yaml"
@@ -31,6 +32,20 @@ import os, time
 if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     open("{started}-" + os.environ["SLURM_PROCID"], "w").close()
     time.sleep(60)
+"""
+
+# Ranks that take a few seconds for a hang, and hear nothing from Slurm before their time is up.
+IMPATIENT_AND_DEAF = """
+import os, signal, sys, threading, time
+
+def make_impatient():
+    while not hasattr(sys.modules.get("hpc_rlhf.train.watch"), "Watch"):
+        time.sleep(0.01)
+    sys.modules["hpc_rlhf.train.watch"].LEAST = 4.0
+
+if "SLURM_PROCID" in os.environ:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    threading.Thread(target=make_impatient, daemon=True).start()
 """
 
 
@@ -181,6 +196,35 @@ def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
     assert_went_on(chain, "sft")
 
 
+def test_a_stage_that_hangs_is_ended_and_one_that_is_not_told_ends_in_time(
+    new_chain: NewChain, tmp_path: Path
+) -> None:
+    """One rank stands still in the first attempt; no signal comes in the second, which has a minute."""
+    site = tmp_path / "site/sitecustomize.py"
+    site.parent.mkdir()
+    site.write_text(IMPATIENT_AND_DEAF)
+    setup = json.dumps(["export OMP_NUM_THREADS=1", f"export PYTHONPATH={site.parent}"])
+    alone = ("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=4000")
+    minute = ("slurm.time=00:01:00", "stages.sft.checkpoint_every=5")
+    chain = new_chain(*alone, *minute, f"slurm.setup={setup}")
+    chain.submit()
+    job = chain.job_id("sft")
+    chain.wait_step("sft", 10)
+    os.kill(a_rank(job), signal.SIGSTOP)
+    assert chain.wait_event("ended", "sft")["reason"] == "hang"
+
+    chain.wait_event("requeued", "sft")
+    chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=10")
+    chain.wait_done("sft")
+    assert chain.events("ended", "sft")[1:] == []
+    requeued = chain.events("requeued", "sft")
+    assert {event["reason"] for event in requeued} == {"time limit"}
+    after_hang, *after_limit = [event["step"] for event in chain.events("resumed", "sft")]
+    assert after_hang >= 5
+    assert after_limit == [event["step"] for event in requeued]
+    assert chain.steps("sft") == list(range(1, 4001))
+
+
 def test_a_stage_refuses_an_input_without_a_manifest(finished: Chain) -> None:
     """Slurm may start PPO after an SFT that was preempted and exited 0: the manifest is what counts."""
     ppo, sft = finished.run.stage("ppo"), finished.run.stage("sft")
@@ -269,6 +313,17 @@ def assert_went_on(chain: Chain, stage: str) -> None:
     assert all(event["step"] >= 5 for event in resumed)
     facts = manifest.require(chain.run.stage(stage).model, stage)
     assert chain.steps(stage) == list(range(1, facts["step"] + 1))
+
+
+def a_rank(job: str) -> int:
+    """The process id of one of a job's ranks."""
+
+    def is_rank(process: Process) -> bool:
+        pairs, command = process.environ(), process.command()
+        mine = {f"SLURM_JOB_ID={job}", "SLURM_PROCID=1"} <= pairs
+        return mine and "-m hpc_rlhf" in command and not command.startswith("srun")
+
+    return find(is_rank)[0].pid
 
 
 def queued(chain: Chain) -> dict[str, list[str]]:
