@@ -241,14 +241,14 @@ def _by_state(job: PastJob | None, logs: Logs) -> tuple[str, str, str] | None:
 
 
 def _by_slurmstepd(logs: Logs) -> tuple[str, str, str] | None:
-    """What Slurm's own programs put into the log as they ended the job."""
+    """What Slurm's own programs, and the script that asks for a requeue itself, put into the log as the job ended."""
+    line = _line_with(_PREEMPTED_EARLY, logs.batch)
+    if line:
+        return PREEMPTED, line, ""
     for words, reason in _DUE_TO.items():
         line = _line_with(f"DUE TO {words}", logs.batch)
         if line:
             return reason, line, ""
-    line = _line_with(_PREEMPTED_EARLY, logs.batch)
-    if line:
-        return PREEMPTED, line, ""
     line = _line_with("Node failure on ", logs.batch)
     return (NODE_FAILURE, line, line.split("Node failure on ")[1].split()[0]) if line else None
 

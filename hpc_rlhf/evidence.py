@@ -12,8 +12,8 @@ from hpc_rlhf.rundir import StageDir
 from hpc_rlhf.tail import read_tail
 
 # What the batch script says first, and puts into the logs of the ranks of attempts before; a requeued job goes on in
-# the same files.
-_ATTEMPT = re.compile(r"^hpc-rlhf: attempt (\d+) .*\n?", re.M)
+# the same files. A line before it may have been cut off in its midst.
+_ATTEMPT = re.compile(r"hpc-rlhf: attempt (\d+) of job .*\n?")
 
 
 @dataclass(frozen=True)

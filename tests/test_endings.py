@@ -121,7 +121,7 @@ def test_a_long_message_is_one_line_of_a_table() -> None:
 
 @pytest.mark.parametrize(
     ("said", "reason"),
-    [("DUE TO PREEMPTION ***", "preempted"), ("hpc-rlhf: preempted before the ranks were up: requeued", "preempted"), ("DUE TO JOB REQUEUE ***", "requeued by hand"), ("", "node failure")],
+    [("DUE TO PREEMPTION ***", "preempted"), ("hpc-rlhf: preempted before the ranks were up: requeued", "preempted"), ("hpc-rlhf: preempted before the ranks were up: requeued\nCANCELLED DUE TO JOB REQUEUE ***", "preempted"), ("DUE TO JOB REQUEUE ***", "requeued by hand"), ("", "node failure")],
 )  # fmt: skip
 def test_what_slurm_requeued_by_itself_failed_for_no_fault_of_its_own(said: str, reason: str) -> None:
     ending = judge_requeued([event("started", host="n1"), failed(GLOO)], Said(said), 3)

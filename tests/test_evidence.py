@@ -43,6 +43,11 @@ def test_marks_tell_attempts_apart_whatever_the_clocks_say(
     assert (attempt.batch.strip(), attempt.last_line(0)) == (batch, rank)
 
 
+def test_a_mark_is_seen_behind_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    files = stage(tmp_path, **{BATCH: marked("one").rstrip() + marked("two", first=1)})
+    assert [AttemptLogs(files, "7", restart).batch.strip() for restart in (0, 1)] == ["one", "two"]
+
+
 def test_a_log_that_began_with_an_attempt_is_its_own(tmp_path: Path) -> None:
     """Ranks of the attempts before never came up."""
     files = stage(
