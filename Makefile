@@ -34,7 +34,7 @@ install: .venv/.installed-dev  ## Install into .venv, with what development need
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[dev,trackers]'
+	$(PIP) --editable '.[dev,serve,trackers]'
 	@touch $@
 
 # TRL's newest, and beside it 1.12, the last with a PPO: a package cannot be installed in two versions.

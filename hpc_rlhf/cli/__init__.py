@@ -35,6 +35,7 @@ VERBS = {
     "cancel": "Cancel a run's jobs.",
     "heal": "Let a chain that broke go on.",
     "chat": "Talk to the finished model.",
+    "serve": "Let programs talk to it, by OpenAI's protocol.",
 }
 
 # What a machine does to any program.

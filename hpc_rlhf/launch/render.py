@@ -78,6 +78,13 @@ class Templates:
             unshared=unshared,
         )
 
+    def serve(self, plan: Plan, job: PlannedJob, command: str) -> str:
+        """The sbatch script of a job that serves the model of ``job``'s stage."""
+        logs = plan.run.stage(job.stage).logs
+        return self._render(
+            "serve.sbatch.j2", plan=plan, job=job, slurm=job.slurm, run=plan.run, logs=logs, command=command
+        )
+
     def hostfile(self, plan: Plan, job: PlannedJob) -> str:
         """The hostfile's line for one node, which the script fills in with the allocation's nodes."""
         return self._render("hostfile.j2", plan=plan, job=job, slurm=job.slurm)

@@ -1,0 +1,119 @@
+"""Serve a finished model by OpenAI's protocol, on this machine or in a Slurm job."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from hpc_rlhf import slurm
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import Templates, rank_python
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import read_spec
+
+LOCALHOST = "127.0.0.1"
+_POLL = 0.5
+_NEEDS = ("fastapi", "uvicorn", "openai")
+
+
+def request(name: str, port: int) -> str:
+    """A command that asks the model a question."""
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    header = "-H 'Content-Type: application/json'"
+    return f"curl http://{LOCALHOST}:{port}/v1/chat/completions {header} -d {shlex.quote(body)}"
+
+
+def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[], object]) -> None:
+    """Serve until interrupted.
+
+    Args:
+        ready: called once it answers.
+
+    Raises:
+        HpcRlhfError: the server is not installed, or ended by itself.
+    """
+    missing = [module for module in _NEEDS if not find_spec(module)]
+    if missing and not find_spec("vllm"):
+        raise HpcRlhfError(
+            f"serving needs {', '.join(missing)}",
+            hint="pip install 'hpc-rlhf[serve]', or vllm on a machine with GPUs",
+        )
+    command = [sys.executable, *_arguments(name, folder, host, port)]
+    server = subprocess.Popen(command, stdout=sys.stderr)  # what it logs is no data
+    try:
+        while not _answers(host, port):
+            if server.poll() is not None:
+                break
+            time.sleep(_POLL)
+        else:
+            ready()
+        if server.wait():
+            raise HpcRlhfError(
+                f"the server ended with code {server.returncode}", where=str(folder), exit_code=RUN_FAILED,
+                hint=f"what it said stands above; if port {port} is taken, choose another by --port",
+            )  # fmt: skip
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def serve_as_job(
+    run: RunDir, name: str, stage: str, folder: Path, port: int, say: Callable[[str], object]
+) -> tuple[str, str]:
+    """Submit a job that serves on one node like those of the stage, and wait until it runs.
+
+    Args:
+        say: is told what is waited for.
+
+    Returns:
+        The job's id and its node.
+
+    Raises:
+        HpcRlhfError: Slurm refuses it, or it ended before it ran.
+    """
+    plan = make_plan(read_spec(run.job_yaml))
+    (planned,) = [job for job in plan.jobs if job.stage == stage]
+    job = replace(planned, job_name=f"{plan.name}.serve", slurm=planned.slurm.model_copy(update={"nodes": 1}))
+    command = f"{rank_python(job)} {shlex.join(_arguments(name, folder, LOCALHOST, port))}"
+    script = run.stage(stage).path / "serve.sbatch"
+    script.write_text(Templates().serve(plan, job, command), encoding="utf-8")
+    job_id = slurm.submit(script, [])
+    told = ""
+    while True:
+        queued = slurm.queue().get(job_id)
+        if queued is None or not queued.live:
+            raise HpcRlhfError(
+                f"job {job_id} ended before it served", where=str(run.stage(stage).logs / f"{job_id}_batch.log"),
+                exit_code=RUN_FAILED,
+            )  # fmt: skip
+        if queued.state == "RUNNING":
+            past = slurm.remembered(job_id)
+            return job_id, slurm.hostnames(past.nodes)[0] if past and past.nodes else ""
+        words = f"job {job_id} {queued.state.lower()}" + (f" ({queued.reason})" if queued.reason else "")
+        if words != told:
+            say(f"waiting for {words}; scancel {job_id} cancels it")
+            told = words
+        time.sleep(_POLL)
+
+
+def _arguments(name: str, folder: Path, host: str, port: int) -> list[str]:
+    return [
+        "-m", "hpc_rlhf.train.serve", str(folder), "--name", name, "--host", host, "--port", str(port),
+    ]  # fmt: skip
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
