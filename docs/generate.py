@@ -56,10 +56,10 @@ def commands_page() -> str:
 
 
 def _command(verb: str) -> str:
-    parent = click.Context(group)
+    parent = click.Context(group, info_name="hpc-rlhf", **group.context_settings)
     command = group.get_command(parent, verb)
     assert command is not None
-    context = click.Context(command, info_name=f"hpc-rlhf {verb}", terminal_width=100, max_content_width=100)
+    context = click.Context(command, parent, verb, terminal_width=100, max_content_width=100)
     return f"\n## hpc-rlhf {verb}\n\n```text\n{command.get_help(context).rstrip()}\n```"
 
 

@@ -49,9 +49,10 @@ def test_every_field_is_documented() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_ends_in_an_example_that_works(verb: str) -> None:
-    command = group.get_command(click.Context(group), verb)
+    ours = click.Context(group, info_name="hpc-rlhf", **group.context_settings)
+    command = group.get_command(ours, verb)
     assert command is not None
-    text = command.get_help(click.Context(command, info_name=f"hpc-rlhf {verb}", terminal_width=100))
+    text = command.get_help(click.Context(command, ours, verb, terminal_width=100))
     after_options = text.rpartition("Show this message and exit.")[2]
     examples = re.findall(r"^ *hpc-rlhf (.*)$", after_options, flags=re.MULTILINE)
     assert examples, (

@@ -106,9 +106,11 @@ def parses(words: list[str], place: str) -> None:
     try:
         verb, *rest = words
         if not verb.startswith("-"):
-            command = group.get_command(click.Context(group), verb)
+            # A command keeps the option for help that its first context gives it.
+            ours = click.Context(group, **group.context_settings)
+            command = group.get_command(ours, verb)
             assert command is not None
-            command.make_context(verb, rest).close()
+            command.make_context(verb, rest, parent=ours).close()
     except click.exceptions.Exit:
         pass  # --help
     except click.ClickException as error:
