@@ -28,6 +28,20 @@ LIGHT = [
     "typing_inspection",
 ]
 LIGHT += ["jinja2", "markupsafe", "rich", "pygments", "markdown_it", "mdurl", "submitit", "cloudpickle"]
+# Of the hub's library, what looks into the cache.
+LIGHT += [
+    "huggingface_hub",
+    "filelock",
+    "fsspec",
+    "packaging",
+    "tqdm",
+    "httpx2",
+    "httpcore2",
+    "anyio",
+    "h11",
+    "idna",
+    "truststore",
+]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -73,7 +87,9 @@ def venv(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "light").mkdir()
     for module in LIGHT:
-        (folder / "light" / location(module).name).symlink_to(location(module))
+        place = location(module)
+        for path in (place, *place.parent.glob(f"{module}-*.dist-info")):
+            (folder / "light" / path.name).symlink_to(path)
     (site,) = (folder / "venv/lib").glob("python*/site-packages")
     (site / "light.pth").write_text(f"{folder / 'light'}\n")
     return folder / "venv"

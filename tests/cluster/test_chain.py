@@ -34,9 +34,9 @@ if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     time.sleep(60)
 """
 
-# Ranks that take a few seconds for a hang, and hear nothing from Slurm before their time is up.
-IMPATIENT_AND_DEAF = """
-import os, signal, sys, threading, time
+# Takes a few seconds for a hang.
+IMPATIENT = """
+import os, sys, threading, time
 
 def make_impatient():
     while not hasattr(sys.modules.get("hpc_rlhf.train.watch"), "Watch"):
@@ -44,7 +44,6 @@ def make_impatient():
     sys.modules["hpc_rlhf.train.watch"].LEAST = 4.0
 
 if "SLURM_PROCID" in os.environ:
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     threading.Thread(target=make_impatient, daemon=True).start()
 """
 
@@ -196,33 +195,24 @@ def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
     assert_went_on(chain, "sft")
 
 
-def test_a_stage_that_hangs_is_ended_and_one_that_is_not_told_ends_in_time(
-    new_chain: NewChain, tmp_path: Path
-) -> None:
-    """One rank stands still in the first attempt; no signal comes in the second, which has a minute."""
+def test_a_stage_that_hangs_is_ended_and_tried_again(new_chain: NewChain, tmp_path: Path) -> None:
+    """One rank stands still in the first attempt."""
     site = tmp_path / "site/sitecustomize.py"
     site.parent.mkdir()
-    site.write_text(IMPATIENT_AND_DEAF)
+    site.write_text(IMPATIENT)
     setup = json.dumps(["export OMP_NUM_THREADS=1", f"export PYTHONPATH={site.parent}"])
-    alone = ("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=4000")
-    minute = ("slurm.time=00:01:00", "stages.sft.checkpoint_every=5")
-    chain = new_chain(*alone, *minute, f"slurm.setup={setup}")
+    alone = ("stages.reward=null", "stages.ppo=null", "stages.sft.checkpoint_every=5")
+    chain = new_chain(*alone, f"slurm.setup={setup}")
     chain.submit()
-    job = chain.job_id("sft")
     chain.wait_step("sft", 10)
-    os.kill(a_rank(job), signal.SIGSTOP)
-    assert chain.wait_event("ended", "sft")["reason"] == "hang"
-
-    chain.wait_event("requeued", "sft")
-    chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=10")
+    os.kill(a_rank(chain.job_id("sft")), signal.SIGSTOP)
+    hang = chain.wait_event("ended", "sft")
+    assert hang["reason"] == "hang"
     chain.wait_done("sft")
-    assert chain.events("ended", "sft")[1:] == []
-    requeued = chain.events("requeued", "sft")
-    assert {event["reason"] for event in requeued} == {"time limit"}
-    after_hang, *after_limit = [event["step"] for event in chain.events("resumed", "sft")]
-    assert after_hang >= 5
-    assert after_limit == [event["step"] for event in requeued]
-    assert chain.steps("sft") == list(range(1, 4001))
+    assert [event["step"] >= 5 for event in chain.events("resumed", "sft")] == [True]
+    assert chain.steps("sft") == list(range(1, 401))
+    log = chain.run.stage("sft").logs / f"{chain.job_id('sft')}_0_log.err"
+    assert "a rank hangs; this is where this one is" in log.read_text()
 
 
 def test_a_stage_refuses_an_input_without_a_manifest(finished: Chain) -> None:
