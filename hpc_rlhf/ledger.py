@@ -14,7 +14,7 @@ from typing import Any
 #   submitting  token, by                    about to call sbatch; by heal, or a person where it does not say
 #   submitted   token, job_id                sbatch answered
 #   refused     token, message               sbatch said no
-#   started     attempt, job_id, restart, ranks, host, age    age: seconds since rank 0's process began
+#   started     attempt, job_id, restart, ranks, host, age, versions    age: seconds since rank 0's process began
 #   resumed     attempt, step, part          part: of the step after those, if some of it is done
 #   ready       attempt, step, part          all is loaded: the attempt's first step, or part of one, begins
 #   saved       attempt, step, part, seconds, stall     how long it took, and how long training stood still for it

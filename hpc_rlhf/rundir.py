@@ -94,6 +94,11 @@ class RunDir:
         return self.path / "ledger.jsonl"
 
     @property
+    def report(self) -> Path:
+        """The report that people read."""
+        return self.path / "report.html"
+
+    @property
     def submit_lock(self) -> Path:
         return self.path / ".submit.lock"
 

@@ -31,6 +31,7 @@ VERBS = {
     "status": "Show how a run is getting on.",
     "watch": "Show it on a terminal as it goes on.",
     "list": "Show your runs, each in a line.",
+    "report": "Write what a run did into one HTML file.",
     "logs": "Print the log of a stage.",
     "cancel": "Cancel a run's jobs.",
     "heal": "Let a chain that broke go on.",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hpc_rlhf import endings
-from hpc_rlhf.observe.spans import SPANS, Goodput, Interruption, Spans
+from hpc_rlhf.observe.spans import SPANS, Goodput, Interruption, Spans, Stretch
 
 Event = Mapping[str, Any]
 _Place = tuple[int, int]  # steps done, and parts of the step after those
@@ -50,12 +50,17 @@ class _Work:
         place: where it led to; unknown for the last of an attempt that broke off.
         after: where it began.
         broke: number of the interruption that broke it off.
+        stretch: when that was, and whose.
     """
 
     place: _Place | None
-    seconds: float
+    stretch: Stretch
     after: _Place = (0, 0)
     broke: int = -1
+
+    @property
+    def seconds(self) -> float:
+        return self.stretch.end - self.stretch.start
 
 
 @dataclass
@@ -91,6 +96,7 @@ class StageTime:
     times: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPANS, 0.0))
     work: list[_Work] = field(default_factory=list)
     broken: list[Interruption] = field(default_factory=list)
+    stretches: list[Stretch] = field(default_factory=list)
 
     def take(self, event: Event, time: float, clock: Clock) -> None:
         """One event of this stage, at its time."""
@@ -133,7 +139,8 @@ class StageTime:
             kept = work.place is not None and (work.place <= self.kept or work.place == _END)
             self._count(work, "productive" if kept else "lost")
         self.work = []
-        return Goodput(Spans(**self.times), tuple(self.broken))
+        in_order = sorted(self.stretches, key=lambda stretch: stretch.start)
+        return Goodput(Spans(**self.times), tuple(self.broken), tuple(in_order))
 
     # Events
 
@@ -141,12 +148,9 @@ class StageTime:
         if self.phase != "wait":
             self._over(self.last, NO_WORD, {})
         self._waited(max(self._at, time - float(event.get("age", 0.0))))
+        self.phase, self.attempt = "start", str(event.get("attempt", ""))
+        self.node = str(event.get("host", ""))
         self._spend("starting", time)
-        self.phase, self.attempt, self.node = (
-            "start",
-            str(event.get("attempt", "")),
-            str(event.get("host", "")),
-        )
         self.saved = self.resumed = (0, 0)
         self.stands, self.cancelled, self.dropped = False, False, 0.0
         self.needs = set()
@@ -259,7 +263,7 @@ class StageTime:
     def _spend(self, span: str, until: float) -> float:
         """Count the time up to a moment, which may be past already, as that of a span."""
         seconds = max(0.0, until - self._at)
-        self.times[span] += seconds
+        self._add(Stretch(span, self._at, self._at + seconds, self.attempt))
         self.until = self._at + seconds
         if span == "starting" and self.broken:
             self.broken[-1] = replace(self.broken[-1], starting=self.broken[-1].starting + seconds)
@@ -284,11 +288,17 @@ class StageTime:
 
     def _worked(self, until: float, place: _Place | None) -> None:
         seconds = max(0.0, until - self._at)
-        self.until = self._at + seconds
-        self.work.append(_Work(place, seconds, self.saved, len(self.broken) if place is None else -1))
+        stretch = Stretch("productive", self._at, self._at + seconds, self.attempt)
+        self.until = stretch.end
+        self.work.append(_Work(place, stretch, self.saved, len(self.broken) if place is None else -1))
+
+    def _add(self, stretch: Stretch) -> None:
+        self.times[stretch.span] += stretch.end - stretch.start
+        if stretch.end > stretch.start:
+            self.stretches.append(stretch)
 
     def _count(self, work: _Work, span: str) -> None:
-        self.times[span] += work.seconds
+        self._add(replace(work.stretch, span=span))
         if span == "lost" and self.broken:
             why = self.broken[work.broke]
             self.broken[work.broke] = replace(why, lost=why.lost + work.seconds)
@@ -300,7 +310,7 @@ class StageTime:
         else:
             self._spend({"start": "starting", "save": "saving"}[self.phase], time)
         broken = _interruption(event, self._at, reason, self.node, self.saved[0])
-        self.broken.append(replace(broken, lost=self.dropped))
+        self.broken.append(replace(broken, lost=self.dropped, attempt=self.attempt))
         self.phase, self.judged, self.stands, self.dropped = "wait", False, False, 0.0
 
 

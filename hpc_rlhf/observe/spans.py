@@ -55,6 +55,22 @@ SPANS = tuple(Spans.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A stretch of a stage's time that went into one span.
+
+    Attributes:
+        span: a name in SPANS.
+        start, end: in Unix seconds, by clocks that never go back.
+        attempt: the attempt at work; before the first, and between two of them, the one before, or empty.
+    """
+
+    span: str
+    start: float
+    end: float
+    attempt: str
+
+
+@dataclass(frozen=True)
 class Interruption:
     """An attempt that ended without finishing its stage.
 
@@ -65,6 +81,7 @@ class Interruption:
         step: the last step it did.
         lost: seconds of work that were, or will be, done again.
         starting: seconds that the attempt after it took until its first step.
+        attempt: its name; empty where none is known.
     """
 
     reason: str
@@ -73,14 +90,20 @@ class Interruption:
     step: int
     lost: float = 0.0
     starting: float = 0.0
+    attempt: str = ""
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """What became of a stage's time. Of a run: the sums over its stages, which may run side by side."""
+    """What became of a stage's time. Of a run: the sums over its stages, which may run side by side.
+
+    Attributes:
+        stretches: of a stage, in the order of time; they add up to its spans.
+    """
 
     spans: Spans = Spans()
     interruptions: tuple[Interruption, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As `status --json` shows it."""

@@ -131,6 +131,9 @@ def _print_next(run: RunDir, stage: str, console: Console) -> None:
         console.print(f"  {what:<16} {command}", markup=False, highlight=False, soft_wrap=True)
     where = _short_path(run.stage(stage).model)
     console.print(f"  {'the model':<16} {where}", markup=False, highlight=False, soft_wrap=True)
+    if run.report.exists():
+        where = _short_path(run.report)
+        console.print(f"  {'the report':<16} {where}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _shortened(text: str) -> str:

@@ -20,7 +20,7 @@ from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.model import JobSpec
-from hpc_rlhf.train import arrival
+from hpc_rlhf.train import arrival, reporting
 from hpc_rlhf.train.preemption import StageStopped, StopFlag
 
 if TYPE_CHECKING:  # torch takes seconds to load: the handlers are in place first
@@ -126,7 +126,8 @@ class Attempt:
             arrival.note_ending_before(self.files, self.stage, str(self.job), self.restarts)
         if self.is_main:
             where = {"restart": self.restarts, "ranks": ranks, "host": self.host}
-            self.note("started", job_id=self.job, **where, age=process_age())
+            versions = reporting.versions()
+            self.note("started", job_id=self.job, **where, age=process_age(), versions=versions)
         if self.is_main and self.in_slurm:
             if slurm.was_preempted(str(self.job)):
                 self.stop.preempt()
@@ -146,6 +147,8 @@ class Attempt:
             self.note("finished", step=facts["step"], seconds=facts["seconds"])
             notify.send_if_finished(self.files, spec, self.stage)
         worlds.leave()
+        if self.is_main and not self.stop.preempted:
+            reporting.write_report(self.files)
         if self.is_main and self.in_slurm and self.stop.preempted:
             # Slurm may record a job that ends while it is preempted as PREEMPTED, and then its dependents never
             # start. Run again, it finds its model complete, ends at once, and is COMPLETED.

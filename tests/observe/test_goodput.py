@@ -259,6 +259,11 @@ def test_spans_are_never_negative_and_add_up(
         assert all(getattr(each.spans, name) >= 0 for name in SPANS)
         assert all(broken.lost >= 0 and broken.starting >= 0 for broken in each.interruptions)
         assert sum(broken.lost for broken in each.interruptions) == pytest.approx(each.spans.lost)
+        for name in SPANS:
+            lengths = [one.end - one.start for one in each.stretches if one.span == name]
+            assert sum(lengths) == pytest.approx(getattr(each.spans, name), abs=1e-6)
+        ends = [one.end for one in each.stretches]
+        assert all(end == one.start for end, one in zip(ends, each.stretches[1:], strict=False))
         mine = [event for event in events if event["stage"] == stage]
         began = next((event for event in mine if event["event"] in ("submitted", "started")), None)
         if not ordered or began is None:

@@ -1,0 +1,140 @@
+"""Puts the parts of the report together and writes the file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf import __version__
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.observe.evaluation import notes, read_report, table_rows
+from hpc_rlhf.observe.goodput import count_words, split_words, total
+from hpc_rlhf.observe.report import outcome, timeline
+from hpc_rlhf.observe.report.answers import MODELS, read_exchanges
+from hpc_rlhf.observe.report.charts import Chart, make_charts
+from hpc_rlhf.observe.report.thinning import MOST
+from hpc_rlhf.observe.status import read_plan, read_status
+from hpc_rlhf.observe.summary import stage_facts
+from hpc_rlhf.rundir import RunDir
+
+_HERE = Path(__file__).parent
+
+
+def write_report(run: RunDir, out: Path | None = None) -> Path:
+    """Write the report of a run as it is now, in one step, and return where it is.
+
+    Args:
+        out: another file than the run's own.
+
+    Raises:
+        HpcRlhfError: the run's plan cannot be read.
+        OSError: the file cannot be written.
+    """
+    path = out or run.report
+    text = make_page(run)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def make_page(run: RunDir) -> str:
+    """The report as HTML. Whatever users and models wrote is escaped, and no script runs but the report's own."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    scripts = [_read("uplot/uPlot.iife.min.js"), _read("page.js")]
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        **_content(run),
+        styles=[_read("uplot/uPlot.min.css"), _read("page.css")],
+        scripts=scripts,
+        hashes=[_hash(script) for script in scripts],
+    )
+
+
+def _content(run: RunDir) -> dict[str, Any]:
+    plan, events = read_plan(run), list(Ledger(run.ledger).events())
+    statuses = read_status(run)
+    facts, report = stage_facts(run), _evaluation(run)
+    goodput = {status.stage: status.goodput for status in statuses}
+    whole = total(goodput)
+    started = [event for event in events if event["event"] == "started"]
+    charts = {
+        job["stage"]: made
+        for job in plan["jobs"]
+        if (made := _charts(run, job, [e for e in started if e.get("stage") == job["stage"]]))
+    }
+    return {
+        "name": plan["name"],
+        "folder": str(run.path),
+        "state": outcome.state(statuses),
+        "sentence": outcome.sentence(statuses, facts, report),
+        "interruptions": count_words(whole.interruptions),
+        "split": split_words(whole.spans),
+        "statuses": statuses,
+        "timeline": timeline.make_timeline(
+            goodput,
+            {status.stage: "finished" if status.state == "done" else status.state for status in statuses},
+            {str(event.get("attempt")): str(event.get("host", "")) for event in started},
+        ),
+        "spans": timeline.WORDS,
+        "width": timeline.WIDTH,
+        "charts": charts,
+        "chart_data": [chart.to_dict() for some in charts.values() for chart in some],
+        "most": MOST,
+        "table": [] if report is None else table_rows(report),
+        "notes": [] if report is None else notes(report),
+        "models": MODELS,
+        "exchanges": read_exchanges(run),
+        "versions": _versions(started),
+        "spec": run.job_yaml.read_text(encoding="utf-8", errors="replace"),
+        "written": timeline.moment(time.time()),
+        "writer": __version__,
+    }
+
+
+def _evaluation(run: RunDir) -> dict[str, Any] | None:
+    try:
+        return read_report(run)
+    except HpcRlhfError:
+        return None
+
+
+def _charts(run: RunDir, job: dict[str, Any], started: list[dict[str, Any]]) -> list[Chart]:
+    try:
+        text = run.stage(job["stage"]).metrics.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return make_charts(text, job["stage"], job["batch"]["global"], [event["time"] for event in started])
+
+
+def _versions(started: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the attempts ran with: every version that any of them had, the latest last."""
+    found: dict[str, dict[str, None]] = {}
+    for event in started:
+        for name, version in event.get("versions", {}).items():
+            found.setdefault(name, {})[str(version)] = None
+    return [(name, ", then ".join(versions)) for name, versions in found.items()]
+
+
+def _read(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """As a Content-Security-Policy names a script that may run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

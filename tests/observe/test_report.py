@@ -1,0 +1,241 @@
+"""The report of a run as text: what it says, that it needs no other file, and that no text in it comes alive."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.cli import main
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.observe.goodput import measure
+from hpc_rlhf.observe.report.page import make_page
+from hpc_rlhf.observe.report.thinning import kept
+from hpc_rlhf.observe.report.timeline import make_timeline
+from hpc_rlhf.rundir import RunDir
+from tests.observe.report_runs import add_line, evaluate, make_reported_run
+from tests.train.stages import make_run, run_stage, tiny_spec
+
+HOSTILE = """</script></p><script>alert('x')</script><img src=x onerror="alert(1)">&lt;b&gt; {{ 7 * 7 }} \u202eabc שלום 😀"""
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and the text that is shown."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._hidden = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self._hidden = tag in ("script", "style")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden = False
+        self.text += " "
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.text += data
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    return make_reported_run(tmp_path / "run", monkeypatch, interruptions=2)
+
+
+def charts(page: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    made: list[dict[str, Any]] = json.loads(found[1])
+    return made
+
+
+def test_it_tells_what_the_run_did(run: RunDir) -> None:
+    said = Elements(make_page(run)).words
+    assert "PPO is done: reward -0.5 → 2.25, KL 0 → 0.31." in said
+    assert "2 interruptions: 2 preempted" in said
+    assert "sft 7-1 node1" in said
+    assert "preempted, at step 20" in said
+    assert "What is a bee?" in said
+    assert "An insect. reward 1.5" in said
+    assert "torch 2.13.0" in said
+    assert "commit 0123456789ab" in said
+    assert "global_batch" in said
+
+
+def test_an_evaluation_is_the_outcome_and_its_answers_are_shown(run: RunDir) -> None:
+    answers = {"sft": "plain", "ppo": "polite", "ema": "steady", "reference": "wanted"}
+    evaluate(run, "\n\nHuman: Hi\n\nAssistant:", answers)
+    said = Elements(make_page(run)).words
+    assert "PPO’s answers win against those of SFT on 70% of 100 held-out prompts (60–79%)" in said
+    assert "wins against sft – 70% (60–79)" in said
+    order = [
+        said.index(text)
+        for text in ("SFT plain", "PPO polite", "EMA of PPO steady", "the data's own answer wanted")
+    ]
+    assert order == sorted(order)
+
+
+def test_curves_hold_every_number_of_the_metrics(run: RunDir) -> None:
+    made = charts(make_page(run))
+    titles = {chart["title"] for chart in made}
+    assert {"loss", "perplexity", "accuracy", "reward", "entropy", "clip fractions", "throughput"} <= titles
+    rows = [json.loads(line) for line in run.stage("sft").metrics.read_text().splitlines()]
+    loss = made[0]
+    assert loss["steps"] == [row["step"] for row in rows]
+    assert loss["lines"]["loss"] == [pytest.approx(row["loss"], rel=1e-5) for row in rows]
+
+
+def test_throughput_leaves_interruptions_out(run: RunDir) -> None:
+    speed = next(chart for chart in charts(make_page(run)) if chart["title"] == "throughput")
+    values = speed["lines"]["throughput"]
+    batch = json.loads(run.plan_json.read_text())["jobs"][0]["batch"]["global"]
+    assert [step for step, value in zip(speed["steps"], values, strict=True) if value is None] == [1, 21, 41]
+    assert {value for value in values if value is not None} == {batch}
+
+
+def test_held_out_measurements_are_dots(run: RunDir) -> None:
+    for step, value in ((0, 400.0), (60, 2.5)):
+        add_line(run.stage("sft").metrics, step=step, total_steps=60, time=0.0, kind="eval", perplexity=value)
+    chart = next(chart for chart in charts(make_page(run)) if chart["title"] == "perplexity")
+    measured = {
+        s: v for s, v in zip(chart["steps"], chart["lines"]["held out"], strict=True) if v is not None
+    }
+    assert (measured, chart["dots"]) == ({0: 400.0, 60: 2.5}, ["held out"])
+
+
+def test_a_run_that_broke_off_is_told_as_far_as_it_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_reported_run(tmp_path / "run", monkeypatch)
+    (run.stage("ppo").model / "manifest.json").unlink()
+    run.ledger.write_text(run.ledger.read_text().rpartition('{"time"')[0])
+    Ledger(run.ledger).append("failed", "ppo", attempt="9-0", message="out of <memory>")
+    for ask in ("queue", "history"):
+        monkeypatch.setattr(f"hpc_rlhf.slurm.{ask}", lambda *_: {})  # Slurm has forgotten the job
+    page = make_page(run)
+    assert "2 of 3 stages done; ppo has failed at step 60 of 60: out of &lt;memory&gt;." in page
+    run.ledger.unlink()
+    for stage in ("sft", "reward", "ppo"):
+        (run.stage(stage).model / "manifest.json").unlink(missing_ok=True)
+        run.stage(stage).metrics.write_text('{"step": 1, "kind": "train", "los')
+    assert "0 of 3 stages done; sft has not started" in make_page(run)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_no_text_comes_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool) -> None:
+    ours = make_page(make_reported_run(tmp_path / "plain", monkeypatch))
+    run = make_reported_run(tmp_path / "run", monkeypatch, prompt=HOSTILE, answer=HOSTILE)
+    if evaluated:
+        evaluate(run, HOSTILE, {"sft": HOSTILE, "ppo": HOSTILE})
+    with run.job_yaml.open("a", encoding="utf-8") as file:
+        file.write(f"# {HOSTILE}")
+    Ledger(run.ledger).append("started", "sft", attempt=HOSTILE, host=HOSTILE, versions={HOSTILE: HOSTILE})
+    Ledger(run.ledger).append("failed", "sft", attempt=HOSTILE, message=HOSTILE)
+    page = Elements(make_page(run))
+    assert [tag for tag, _ in page.found].count("script") == [tag for tag, _ in Elements(ours).found].count(
+        "script"
+    )
+    assert not any(name.startswith("on") for _, attributes in page.found for name in attributes)
+    assert "img" not in {tag for tag, _ in page.found}
+    assert "<script>alert('x')</script>" in page.text
+    assert "{{ 7 * 7 }}" in page.text
+
+
+def test_it_needs_nothing_else(run: RunDir) -> None:
+    page = make_page(run)
+    for _, attributes in Elements(page).found:
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert not re.search(r"url\(|@import", page)
+    assert "default-src 'none'" in page
+
+
+def test_a_long_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_reported_run(tmp_path / "run", monkeypatch, steps=3000, interruptions=40)
+    page = make_page(run)
+    assert len(page.encode()) < 1_500_000
+    assert all(len(chart["steps"]) <= 1300 for chart in charts(page))
+    assert Elements(page).words.count("preempted, at step") == 40
+
+
+def test_thinning_keeps_every_peak() -> None:
+    flat = [0.0] * 10_000
+    flat[4321], flat[777] = 9.0, -9.0
+    gaps: list[float | None] = [None] * 10_000
+    gaps[5] = 1.0
+    at = kept([flat, gaps])
+    assert {0, 5, 777, 4321, 9999} <= set(at)
+    assert at == sorted(set(at))
+    assert len(at) <= 700
+    assert kept([flat[:600]]) == list(range(600))
+
+
+def test_the_bars_of_the_timeline_leave_no_gap(run: RunDir) -> None:
+    events = list(Ledger(run.ledger).events("sft"))
+    found = measure(events, {"sft": []})
+    (bar,) = make_timeline(found, {"sft": "finished"}, {}).bars
+    assert len(bar.marks) == 2
+    for before, after in zip(bar.pieces, bar.pieces[1:], strict=False):
+        assert before.left + before.width == pytest.approx(after.left, abs=0.2)
+    assert bar.pieces[-1].left + bar.pieces[-1].width == pytest.approx(10_000, abs=0.2)
+
+
+def test_the_verb_writes_it_and_says_where(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(run.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(run.report)
+    assert run.report.read_text(encoding="utf-8").startswith("<!doctype html>")
+    other = tmp_path / "other.html"
+    assert main(["report", str(run.path), "--out", str(other)]) == 0
+    assert other.exists()
+    assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_cannot_be_written_or_read_is_one_sentence(
+    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(run.path), "--out", str(tmp_path / "no/such/folder.html")]) == 2
+    assert "cannot write it: No such file or directory" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
+    run.plan_json.write_text("{")
+    assert main(["report", str(run.path)]) == 1
+    assert "cannot read the plan" in capsys.readouterr().err
+
+
+def test_it_imports_nothing_heavy(run: RunDir) -> None:
+    heavy = "torch", "deepspeed", "transformers", "datasets"
+    code = f"import sys; from hpc_rlhf.cli import main; main(['report', sys.argv[1]]); print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.train
+def test_a_stage_writes_it_and_goes_on_where_that_cannot_be(tmp_path: Path) -> None:
+    """Real ranks: a stage that is done leaves the report; one whose report cannot be written is done all the same."""
+    run = make_run(tiny_spec(tmp_path / "run", 1, sft={"max_steps": 2}, reward={"max_steps": 2}))
+    run_stage(run, "sft", 1)
+    said = Elements(run.report.read_text(encoding="utf-8")).words
+    assert "1 of 2 stages done" in said
+    assert re.search(r"torch \d+\.\d+", said)
+    run.report.unlink()
+    run.report.mkdir()
+    run_stage(run, "reward", 1)
+    assert Ledger(run.ledger).last("finished", "reward") is not None
