@@ -17,6 +17,8 @@ from hpc_rlhf.spec.load import dump_spec
 from tests.train.stages import tiny_spec
 
 VERSIONS = {"hpc-rlhf": "0.1.0", "commit": "0123456789ab", "torch": "2.13.0", "deepspeed": "0.19.8"}
+# What nobody should be able to do to a reader of the report.
+HOSTILE = """</script></p><script>alert('x')</script><img src=x onerror="alert(1)">&lt;b&gt; {{ 7 * 7 }} \u202eabc שלום 😀"""
 _BEGAN = 1_700_000_000.0
 _SUMMARIES: dict[str, dict[str, float]] = {
     "sft": {"perplexity_before": 512.3, "perplexity_after": 3.456},

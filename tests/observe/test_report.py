@@ -19,10 +19,8 @@ from hpc_rlhf.observe.report.page import make_page
 from hpc_rlhf.observe.report.thinning import kept
 from hpc_rlhf.observe.report.timeline import make_timeline
 from hpc_rlhf.rundir import RunDir
-from tests.observe.report_runs import add_line, evaluate, make_reported_run
+from tests.observe.report_runs import HOSTILE, add_line, evaluate, make_reported_run
 from tests.train.stages import make_run, run_stage, tiny_spec
-
-HOSTILE = """</script></p><script>alert('x')</script><img src=x onerror="alert(1)">&lt;b&gt; {{ 7 * 7 }} \u202eabc שלום 😀"""
 
 
 class Elements(HTMLParser):

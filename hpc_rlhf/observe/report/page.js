@@ -46,7 +46,7 @@
       cursor: { points: { size: 7 } },
       hooks: { setCursor: [(plot) => plot.cursor.idx ?? plot.setLegend({ idx: chart.steps.length - 1 })] },
       legend: { markers: { dash: (plot, at) => (chart.dots.includes(names[at - 1]) ? "dotted" : at > 1 ? "dashed" : "solid") } },
-      padding: [8, 12, 0, 0],
+      padding: [8, 24, 0, 0],
     };
   }
 

@@ -1,0 +1,141 @@
+"""The report in a real browser: it draws, fits any width, can be read by all, and runs no script but its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from hpc_rlhf.observe.report import write_report
+from tests.observe.report_runs import HOSTILE, evaluate, make_reported_run
+
+pytestmark = pytest.mark.xdist_group("browser")
+
+REQUIRE_CHROMIUM = "HPC_RLHF_REQUIRE_CHROMIUM"
+_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+
+# Texts that share a place, and those that leave their box; what scrolls in a box of its own is left out.
+_MISPLACED = """() => {
+  const boxes = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode, parent = node.parentElement;
+    if (!node.data.trim() || parent.closest("script, style, noscript, title, pre, .wide") || !parent.checkVisibility()) continue;
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    for (const box of range.getClientRects()) if (box.width > 1) boxes.push({ box, text: node.data.trim().slice(0, 40) });
+  }
+  boxes.sort((a, b) => a.box.top - b.box.top);
+  const found = [];
+  const wide = document.documentElement.clientWidth;
+  boxes.forEach(({ box, text }, at) => {
+    if (box.left < -1 || box.right > wide + 1) found.push(`out of the page: ${text}`);
+    for (const other of boxes.slice(at + 1)) {
+      if (other.box.top > box.bottom - 4) break;
+      if (other.box.left < box.right - 2 && other.box.right > box.left + 2) found.push(`${text} | ${other.text}`);
+    }
+  });
+  return found;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None and os.environ.get(REQUIRE_CHROMIUM) == "1":
+        pytest.fail(f"{REQUIRE_CHROMIUM}=1, but there is no chromium")
+    if chromium is None:
+        pytest.skip("no chromium: scripts/install-chromium.sh installs it on Debian")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=_FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of 3,000 steps and 40 interruptions, whose prompts and answers are hostile."""
+    with pytest.MonkeyPatch.context() as patch:
+        run = make_reported_run(
+            tmp_path_factory.mktemp("report") / "run", patch, steps=3000, interruptions=40
+        )
+    evaluate(run, HOSTILE, {"sft": HOSTILE, "ppo": "W" * 500, "ema": "short", "reference": ""})
+    return write_report(run)
+
+
+def opened(browser: Browser, report: Path, width: int = 1440, theme: Any = "light") -> tuple[Page, list[str]]:
+    """The report on a page, and a list that what goes wrong there is added to."""
+    page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme).new_page()
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: (wrong.append("a script ran"), dialog.dismiss()))
+    page.on("request", lambda asked: None if asked.url.startswith("file:") else wrong.append(asked.url))
+    page.goto(report.as_uri())
+    return page, wrong
+
+
+def draw_all(page: Page) -> int:
+    """Come near every chart, and tell how many were drawn."""
+    for plot in page.locator(".plot").all():
+        plot.scroll_into_view_if_needed()
+        plot.locator("canvas").wait_for()
+    return page.locator(".plot canvas").count()
+
+
+@pytest.mark.parametrize("width", [360, 768, 1440])
+def test_it_fits_every_width_and_says_nothing_to_the_console(
+    browser: Browser, report: Path, width: int
+) -> None:
+    page, wrong = opened(browser, report, width)
+    assert draw_all(page) == page.locator(".plot").count() > 20
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(_MISPLACED) == []
+    assert wrong == []
+    page.context.close()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_can_be_read_by_all(browser: Browser, report: Path, theme: str) -> None:
+    page, wrong = opened(browser, report, theme=theme)
+    draw_all(page)
+    for details in page.locator("details").all():
+        details.evaluate("one => one.open = true")
+    found = Axe().run(page).response["violations"]
+    serious = [one for one in found if one["impact"] in ("serious", "critical")]
+    assert serious == [], [(one["id"], one["nodes"][0]["html"]) for one in serious]
+    assert wrong == []
+    page.context.close()
+
+
+def test_the_theme_can_be_switched(browser: Browser, report: Path) -> None:
+    page, wrong = opened(browser, report, theme="light")
+    background = "getComputedStyle(document.body).backgroundColor"
+    seen = [page.evaluate(background)]
+    for _ in range(3):
+        page.locator("#theme").click()
+        seen.append(page.evaluate(background))
+    as_system, light, dark, again = seen
+    assert as_system == light == again != dark
+    assert wrong == []
+    page.context.close()
+
+
+def test_pointing_at_a_curve_shows_its_values(browser: Browser, report: Path) -> None:
+    page, _ = opened(browser, report)
+    plot = page.locator(".plot").first
+    plot.scroll_into_view_if_needed()
+    step = plot.locator(".u-legend .u-value").first
+    assert step.inner_text() == "3,000"
+    plot.locator(".u-over").hover(position={"x": 5, "y": 40})
+    assert 0 < int(step.inner_text().replace(",", "")) < 300
+    page.mouse.move(1, 1)
+    assert step.inner_text() == "3,000"
+    page.context.close()
