@@ -193,6 +193,19 @@ def test_the_bars_of_the_timeline_leave_no_gap(run: RunDir) -> None:
     assert bar.pieces[-1].left + bar.pieces[-1].width == pytest.approx(10_000, abs=0.2)
 
 
+def test_saves_too_short_to_be_seen_do_not_cut_the_bar() -> None:
+    begin = {"time": 0.0, "event": "ready", "stage": "sft", "attempt": "7-0", "step": 0}
+    started = {**begin, "event": "started", "host": "node1"}
+    saves = [
+        {**begin, "event": "saved", "time": 300.0 * at, "step": at, "seconds": 1.0, "stall": 0.1}
+        for at in range(1, 3000)
+    ]
+    found = measure([started, begin, *saves], {"sft": []}, at_work=["sft"], now=900_000)
+    (bar,) = make_timeline(found, {"sft": "running"}, {}).bars
+    assert [piece.span for piece in bar.pieces] == ["productive"]
+    assert bar.words["saving"] == "5 min 0 s"
+
+
 def test_the_verb_writes_it_and_says_where(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from hpc_rlhf.observe.spans import SPANS, Goodput, Interruption, Stretch
@@ -19,6 +19,7 @@ WORDS = {
 }
 # Wide enough for every moment to have its place; the picture stretches to any width.
 WIDTH = 10_000
+_SMALLEST = 0.5  # parts of WIDTH that can be seen: the save of a second in a run of days cannot
 _TICKS = 5
 _NICE = [unit * many for unit, some in ((1, (1, 2, 5, 10, 30)), (60, (1, 2, 5, 10, 30)),
          (3600, (1, 2, 4, 6, 12)), (86400, (1, 2, 5, 10, 20, 50, 100))) for many in some]  # fmt: skip
@@ -111,25 +112,23 @@ def _bar(name: str, stage: Goodput, first: float, scale: float) -> Bar:
             round(max(1.0, (each.end - each.start) * scale), 1),
             f"{WORDS[each.span]}: {duration(each.end - each.start)} from {moment(each.start)}",
         )
-        for each in _joined(stage.stretches)
+        for each in _joined(stage.stretches, _SMALLEST / scale)
     ]
     marks = [(round((each.time - first) * scale, 1), each.reason) for each in stage.interruptions]
     words = {span: _or_dash(getattr(stage.spans, span)) for span in SPANS}
     return Bar(name, pieces, marks, words)
 
 
-def _joined(stretches: Sequence[Stretch]) -> list[Stretch]:
-    """Stretches of the same span that follow each other as one."""
+def _joined(stretches: Sequence[Stretch], smallest: float) -> list[Stretch]:
+    """Stretches of the same span that follow each other as one; those of fewer than ``smallest`` seconds are left out."""
     joined: list[Stretch] = []
     for each in stretches:
-        before = joined[-1] if joined else None
-        if (
-            before
-            and before.span == each.span
-            and before.attempt == each.attempt
-            and each.start - before.end < 1e-3
-        ):
-            joined[-1] = Stretch(each.span, before.start, each.end, each.attempt)
+        if each.end - each.start < smallest:
+            continue
+        before = joined[-1] if joined else each
+        alike = (before.span, before.attempt) == (each.span, each.attempt)
+        if joined and alike and each.start - before.end < 2 * smallest:
+            joined[-1] = replace(before, end=each.end)
         else:
             joined.append(each)
     return joined
