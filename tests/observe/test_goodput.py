@@ -258,7 +258,9 @@ def test_spans_are_never_negative_and_add_up(
     for stage, each in found.items():
         assert all(getattr(each.spans, name) >= 0 for name in SPANS)
         assert all(broken.lost >= 0 and broken.starting >= 0 for broken in each.interruptions)
-        assert sum(broken.lost for broken in each.interruptions) == pytest.approx(each.spans.lost)
+        told = sum(broken.lost for broken in each.interruptions)
+        # What an attempt that is just stopping lets go of has no interruption yet.
+        assert told <= each.spans.lost + 1e-6 if work else told == pytest.approx(each.spans.lost)
         for name in SPANS:
             lengths = [one.end - one.start for one in each.stretches if one.span == name]
             assert sum(lengths) == pytest.approx(getattr(each.spans, name), abs=1e-6)
