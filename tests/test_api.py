@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rlhf.launch.local_env import free_port
 from tests.train import tiny
-from tests.train.stages import free_port, rank_environment
+from tests.train.stages import rank_environment
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.train

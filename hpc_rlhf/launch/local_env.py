@@ -28,7 +28,7 @@ def environment(inherited: Mapping[str, str], ranks_here: int, address: str = "1
         if not name.startswith(_FOREIGN) and name not in _FOREIGN_NAMES
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks_here)))
-    env.update(MASTER_ADDR=address, MASTER_PORT=str(_free_port()))
+    env.update(MASTER_ADDR=address, MASTER_PORT=str(free_port()))
     return env
 
 
@@ -44,7 +44,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A free port below those that the kernel hands out, so that it is still free when the ranks take it."""
     while True:
         port = random.randrange(20000, 30000)

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_rlhf.launch.local_env import free_port
 from tests.benchmarks import workload
 from tests.benchmarks.measure import Clock, Result, main
-from tests.train.stages import free_port
 
 
 def _device() -> torch.device:

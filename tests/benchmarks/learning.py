@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train.algorithms import intervals
@@ -26,7 +27,7 @@ from hpc_rlhf.train.algorithms.intervals import Interval
 from hpc_rlhf.train.data.sampler import sample_at
 from tests.benchmarks import learning_peers, workload
 from tests.benchmarks.learning_peers import PEERS, SAMPLES, STEPS, Row
-from tests.train.stages import free_port, make_run, metrics
+from tests.train.stages import make_run, metrics
 
 EVERY = 20
 # Of the prompts. An accuracy takes far more pairs than a perplexity takes texts.

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_rlhf import manifest
+from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train import context
@@ -19,7 +20,7 @@ from hpc_rlhf.train.entry import run_stage
 from hpc_rlhf.train.metrics import MetricsLog
 from tests.benchmarks import workload
 from tests.benchmarks.measure import Clock, Result, main
-from tests.train.stages import free_port, make_run
+from tests.train.stages import make_run
 
 
 class _Ticking(MetricsLog):

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.train.stages import free_port, make_run
+from hpc_rlhf.launch.local_env import free_port
+from tests.train.stages import make_run
 
 HH = "harmless-base.jsonl.gz"
 SHAPE: dict[str, Any] = {

@@ -108,7 +108,7 @@ class Chain(Watched):
             if holds():
                 return True
             failed = [record for record in Ledger(self.run.ledger).events() if record["event"] == "failed"]
-            if failed and event != "failed":
+            if failed and event not in ("failed", "ended"):
                 raise ClusterError(f"a stage failed before {what}")
             if self.is_done(stage) and not holds():
                 raise ClusterError(f"{stage} is over and it never came that {what}")

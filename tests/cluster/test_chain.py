@@ -34,14 +34,15 @@ if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     time.sleep(60)
 """
 
-# Takes a few seconds for a hang.
+# Ranks whose patience is short from the moment on that a file lies beside this one.
 IMPATIENT = """
-import os, sys, threading, time
+import os, pathlib, sys, threading, time
 
 def make_impatient():
-    while not hasattr(sys.modules.get("hpc_rlhf.train.watch"), "Watch"):
-        time.sleep(0.01)
-    sys.modules["hpc_rlhf.train.watch"].LEAST = 4.0
+    while not pathlib.Path(__file__).with_name("impatient").exists():
+        time.sleep(0.1)
+    watch = sys.modules["hpc_rlhf.train.watch"]
+    watch.LEAST, watch.MULTIPLE = 4.0, 2.0
 
 if "SLURM_PROCID" in os.environ:
     threading.Thread(target=make_impatient, daemon=True).start()
@@ -206,8 +207,11 @@ def test_a_stage_that_hangs_is_ended_and_tried_again(new_chain: NewChain, tmp_pa
     chain.submit()
     chain.wait_step("sft", 10)
     os.kill(a_rank(chain.job_id("sft")), signal.SIGSTOP)
-    hang = chain.wait_event("ended", "sft")
-    assert hang["reason"] == "hang"
+    impatient = site.with_name("impatient")
+    impatient.touch()
+    chain.wait_event("hang", "sft")
+    impatient.unlink()
+    assert chain.wait_event("ended", "sft")["reason"] == "hang"
     chain.wait_done("sft")
     assert [event["step"] >= 5 for event in chain.events("resumed", "sft")] == [True]
     assert chain.steps("sft") == list(range(1, 401))

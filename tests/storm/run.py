@@ -23,7 +23,7 @@ DISK = "256m"
 # Steps that a stage makes in a second, about; and the seconds of work for each of its strikes.
 RATES = {"sft": 20.0, "reward": 20.0, "ppo": 1.0}
 WORK = {"sft": 2.0, "reward": 2.0, "ppo": 4.0}
-LEAST = {"sft": 40, "reward": 40, "ppo": 12}
+LEAST = {"sft": 150, "reward": 150, "ppo": 12}
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
@@ -59,12 +59,6 @@ def make_run(spec: JobSpec) -> RunDir:
     with claim(spec, "a test") as run:
         prepare(spec, run)
     return run
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_ranks(module: str, args: list[str], logs: list[Path]) -> None:

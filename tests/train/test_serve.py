@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf import manifest
+from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import dump_spec
 from hpc_rlhf.train.chat import ChatModel
@@ -22,7 +23,6 @@ from hpc_rlhf.train.models.weights import export
 from hpc_rlhf.train.serve import plain_template
 from tests.launch.specs import make_spec
 from tests.train import tiny
-from tests.train.stages import free_port
 
 TURNS = [
     ("system", "Be brief."),

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.train.models.cut import ARCHITECTURES
-from tests.train.stages import free_port, rank_environment
+from tests.train.stages import rank_environment
 
 pytestmark = pytest.mark.train
 

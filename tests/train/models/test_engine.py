@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
+from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.engine import parameter_groups
 from hpc_rlhf.train.models.lora import adapt
 from tests.train import tiny
-from tests.train.stages import free_port, rank_environment
+from tests.train.stages import rank_environment
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.train.models.onebit import FLOOR, OneBitAdam
 from hpc_rlhf.train.world import World
-from tests.train.stages import free_port, rank_environment
+from tests.train.stages import rank_environment
 
 pytestmark = pytest.mark.train
 RANKS, WARMUP, STEPS = 4, 60, 160

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.train.stages import free_port, rank_environment
+from hpc_rlhf.launch.local_env import free_port
+from tests.train.stages import rank_environment
 
 pytestmark = pytest.mark.train
 # ZeRO stage, precision, optimizer in CPU memory.
