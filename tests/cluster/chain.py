@@ -107,8 +107,12 @@ class Chain(Watched):
         def holds_or_never() -> bool:
             if holds():
                 return True
-            failed = [record for record in Ledger(self.run.ledger).events() if record["event"] == "failed"]
-            if failed and event not in ("failed", "ended"):
+            events = list(Ledger(self.run.ledger).events())
+            hung = {
+                each["attempt"] for each in events if each["event"] == "hang"
+            }  # its peers fail, each its way
+            failed = [each for each in events if each["event"] == "failed" and each["attempt"] not in hung]
+            if failed and event != "failed":
                 raise ClusterError(f"a stage failed before {what}")
             if self.is_done(stage) and not holds():
                 raise ClusterError(f"{stage} is over and it never came that {what}")
