@@ -48,6 +48,25 @@ if "SLURM_PROCID" in os.environ:
     threading.Thread(target=make_impatient, daemon=True).start()
 """
 
+# Steps that take long in a job's first attempt, on a fast machine too.
+SLOW_STEPS = """
+import os, sys, threading, time
+
+def slow_down():
+    while not hasattr(sys.modules.get("hpc_rlhf.train.context"), "StageContext"):
+        time.sleep(0.01)
+    context = sys.modules["hpc_rlhf.train.context"].StageContext
+    safe_point = context.safe_point
+    context.safe_point = lambda *args: (time.sleep(0.5), safe_point(*args))[1]
+
+if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+    threading.Thread(target=slow_down, daemon=True).start()
+"""
+# Says that the script began so long ago that 60 of the job's 600 seconds are left, in the first attempt.
+LATE = (
+    "[ -n \"$SLURM_RESTART_COUNT\" ] || export HPC_RLHF_SCRIPT_BEGAN=$(awk '{print $1 - 540}' /proc/uptime)"
+)
+
 
 @pytest.fixture
 def new_chain(idle_cluster: Cluster, tmp_path: Path) -> NewChain:
@@ -192,6 +211,20 @@ def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
     chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=1")
     assert chain.wait_event("requeued", "sft")["reason"] == "time limit"
     chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=10")
+    chain.wait_done("sft")
+    assert_went_on(chain, "sft")
+
+
+def test_a_stage_that_nobody_tells_ends_in_time(new_chain: NewChain, tmp_path: Path) -> None:
+    """Slurm's signal would come minutes after the time that the stage has."""
+    site = tmp_path / "site/sitecustomize.py"
+    site.parent.mkdir()
+    site.write_text(SLOW_STEPS)
+    setup = json.dumps(["export OMP_NUM_THREADS=1", f"export PYTHONPATH={site.parent}", LATE])
+    alone = ("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=200")
+    chain = new_chain(*alone, f"slurm.setup={setup}")
+    chain.submit()
+    assert chain.wait_event("requeued", "sft")["reason"] == "time limit"
     chain.wait_done("sft")
     assert_went_on(chain, "sft")
 
