@@ -58,6 +58,8 @@ _OTHER_RANK = re.compile(
 )
 _PEER_GONE = re.compile(r"connection (was )?(reset|closed)|broken pipe", re.I)
 _TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)")
+# torchrun and DeepSpeed's launcher, which srun sees end instead of the rank.
+_KILLED_UNDER_LAUNCHER = re.compile(r"failed \(exitcode: -9\)|exits with return code = -9")
 _LONGEST = 300
 STEP_TOO_LONG = "two attempts in a row came to the time limit before they could save anything new"
 MORE_TIME = "raise slurm.time, or make a step shorter: a smaller global batch, shorter answers, or more GPUs"
@@ -271,6 +273,8 @@ def _by_logs(attempt: Sequence[Event], job: PastJob | None, logs: Logs) -> tuple
         # srun heard first of a rank that lost a killed one, and then killed the others itself.
         nodes = {task["node"] for task in killed}
         return KILLED, killed[0][0], nodes.pop() if len(nodes) == 1 else ""
+    if _KILLED_UNDER_LAUNCHER.search(logs.batch) and (failed is None or _PEER_GONE.search(message)):
+        return KILLED, "a rank was ended by SIGKILL", ""
     if failed is not None:
         return NETWORK, message, str(failed.get("host", ""))
     if task is not None:

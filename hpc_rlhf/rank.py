@@ -11,13 +11,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from hpc_rlhf import ownership
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.rundir import RunDir, StageDir
 
 HELD_BACK = (signal.SIGTERM, signal.SIGUSR2)
 
@@ -48,6 +48,17 @@ def refuse_foreign(run: RunDir, stage: str) -> None:
     except HpcRlhfError as error:
         print(f"hpc-rlhf: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def log_apart(stage: StageDir, env: Mapping[str, str]) -> None:
+    """Write to logs of this rank's own from here on, as srun has every task do, where a launcher between us and Slurm
+    started it. A requeued job's rank goes on in the same files."""
+    if env.get("SUBMITIT_EXECUTOR") != "slurm":
+        return
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        stream.flush()
+        with stage.log(env["SLURM_JOB_ID"], int(env["RANK"]), name).open("ab") as log:
+            os.dup2(log.fileno(), stream.fileno())
 
 
 def main() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,16 @@ class StageTask:
 
 
 if __name__ == "__main__":
-    from hpc_rlhf.rank import end_after, refuse_foreign
+    from hpc_rlhf.rank import end_after, log_apart, refuse_foreign
     from hpc_rlhf.rundir import RunDir
 
     # DeepSpeed's launcher puts --local_rank=N in front; world.py reads the rank from the environment.
     run_dir, stage = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
 
     def main() -> None:
-        refuse_foreign(RunDir(Path(run_dir)), stage)
+        run = RunDir(Path(run_dir))
+        refuse_foreign(run, stage)
+        log_apart(run.stage(stage), os.environ)
         StageTask(run_dir, stage)()
 
     end_after(main)

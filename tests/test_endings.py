@@ -71,6 +71,13 @@ STARTED = event("started", attempt="7-0")
         ([STARTED, failed(GLOO, host="node1"), failed(CUDA, host="node2")], FAILED, Said(), "out of memory", CUDA, "node2"),
         ([STARTED, failed(GLOO, host="node1")], FAILED, Said(), "NCCL or gloo error", GLOO, "node1"),
         ([STARTED, failed(NCCL)], FAILED, Said(), "NCCL or gloo error", NCCL, ""),
+        # torchrun and DeepSpeed's launcher, of which srun knows only the code that they end with.
+        ([STARTED, failed(GLOO, host="node1")], FAILED,
+         Said("failed (exitcode: -9) local_rank: 0\nsrun: error: node2: task 1: Exited with exit code 1\n"),
+         "killed", "a rank was ended by SIGKILL", ""),
+        ([STARTED], FAILED,
+         Said("exits with return code = -9\nsrun: error: node2: task 1: Exited with exit code 247\n"),
+         "killed", "a rank was ended by SIGKILL", ""),
         ([STARTED, failed(GLOO, host="node1")], FAILED, Said("srun: error: node2: task 1: Killed\n"), "killed",
          "srun: error: node2: task 1: Killed", "node2"),
         # srun kills the others when one has failed; but a connection that the other end closed tells of a rank that died before

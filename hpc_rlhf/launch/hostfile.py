@@ -68,21 +68,41 @@ class Hostfile:
             )
         return answer.stdout.split()[0]
 
-    def launcher(self, host: str, run_dir: Path, stage: str, env: Mapping[str, str]) -> list[str]:
+    def deepspeed(
+        self, host: str, task: list[str], env: Mapping[str, str], gpus: list[str] | None = None
+    ) -> list[str]:
         """DeepSpeed's launcher of one machine's ranks, which its own runner would start through pdsh.
 
         The runner is left out because it stops by killing every DeepSpeed job that the user has on these
         machines.
+
+        Args:
+            task: the module that a rank runs, and its arguments.
+            env: says where the ranks meet.
+            gpus: of this machine, as CUDA_VISIBLE_DEVICES names them; its first ones when left out.
         """
-        world = {name: list(range(slots)) for name, slots in self.slots.items()}
+        world: dict[str, list[str] | list[int]] = {name: list(range(n)) for name, n in self.slots.items()}
+        if gpus is not None and len(gpus) == self.slots[host]:
+            world[host] = gpus
         options = [
+            "--log_level=warning",
             f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
             f"--node_rank={list(self.slots).index(host)}",
             f"--master_addr={env['MASTER_ADDR']}",
             f"--master_port={env['MASTER_PORT']}",
         ]
-        task = ["--module", "hpc_rlhf.task", str(run_dir), stage]
-        return [sys.executable, "-m", "deepspeed.launcher.launch", *options, *task]
+        return [sys.executable, "-m", "deepspeed.launcher.launch", *options, "--module", *task]
+
+    def torchrun(self, host: str, task: list[str], env: Mapping[str, str]) -> list[str]:
+        """torchrun's launcher of one machine's ranks; the arguments are those of ``deepspeed``."""
+        options = [
+            f"--nnodes={len(self.slots)}",
+            f"--nproc-per-node={self.slots[host]}",
+            f"--node-rank={list(self.slots).index(host)}",
+            f"--master-addr={env['MASTER_ADDR']}",
+            f"--master-port={env['MASTER_PORT']}",
+        ]
+        return [sys.executable, "-m", "torch.distributed.run", *options, "--module", *task]
 
 
 def is_here(host: str) -> bool:

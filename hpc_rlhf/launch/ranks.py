@@ -86,7 +86,7 @@ def start_on(hostfile: Hostfile, run: RunDir, stage: str, env: Mapping[str, str]
     """Start DeepSpeed's launcher on every machine of a hostfile."""
     supervisors = {}
     for host in hostfile.slots:
-        launcher = hostfile.launcher(host, run.path, stage, env)
+        launcher = hostfile.deepspeed(host, ["hpc_rlhf.task", str(run.path), stage], env)
         command = _supervised(run, stage, "the launcher of rank", hostfile.first_rank(host), 1, launcher)
         supervisors[host] = _start(on_host(host, command, env), env)
     return Ranks(supervisors)

@@ -34,7 +34,7 @@ class Templates:
         self._environment = _environment(self._folders)
 
     def script(self, plan: Plan, job: PlannedJob, command: str) -> str:
-        """The sbatch script of a job; ``command`` is a shell command that runs one rank."""
+        """The sbatch script of a job; ``command`` is what each of srun's tasks runs."""
         return self._render(
             "stage.sbatch.j2",
             plan=plan,
@@ -148,7 +148,11 @@ def rank_python(job: PlannedJob) -> str:
 
 
 def rank_command(plan: Plan, job: PlannedJob) -> str:
-    """What runs one rank: loads the stage's task from the folder that submitit left it in."""
+    """What each of srun's tasks runs. One rank, from the task that submitit left in the stage's folder of logs; or the
+    launcher of a node's ranks."""
+    if job.slurm.launcher != "srun":
+        words = shlex.join([str(plan.run.path), job.stage, job.slurm.launcher])
+        return f"{rank_python(job)} -u -m hpc_rlhf.launch.node {words}"
     logs = shlex.quote(str(plan.run.stage(job.stage).logs))
     return f"{rank_python(job)} -u -m hpc_rlhf.rank {logs}"
 

@@ -127,6 +127,10 @@ class SlurmSpec(Model):
         default=(),
         description="Shell lines run on the first node before the ranks start, such as `module load cuda` or `source venv/bin/activate`.",
     )
+    launcher: Literal["srun", "torchrun", "deepspeed"] = Field(
+        default="srun",
+        description="What starts the ranks. srun is right for most: a Slurm task for each, and an end of the job that says which rank began it. torchrun or deepspeed start one task on each node, and that the node's ranks from the hostfile: choose one where a container should start once on a node and not once for each GPU, where Slurm would show each task its own GPU alone and NCCL could not copy between them, or where your site's own tools expect that launcher. The weights are the same.",
+    )
     container: ContainerSpec | None = Field(default=None, description="A container that every rank runs in.")
     heal: HealSpec = Field(
         default_factory=HealSpec, description="How a stage that ended badly is tried again without a person."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch import node
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates, render
 from hpc_rlhf.rundir import RunDir
@@ -137,6 +140,39 @@ def test_script_finds_the_ranks_meeting_place_and_hands_on_sruns_exit_code(tmp_p
     assert f"--output={stage.logs}/%j_%t_log.out" in args
     assert {"--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"} <= set(args)
     assert args[-3:] == ["-m", "hpc_rlhf.rank", str(stage.logs)]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_another_launcher_is_one_task_on_each_node_with_all_of_the_node(
+    tmp_path: Path, launcher: str
+) -> None:
+    slurm = {"nodes": 2, "cpus_per_gpu": 3, "launcher": launcher}
+    spec = make_spec(tmp_path / "my run's", slurm)
+    code, out, _ = run_script(spec, "sft", tmp_path, STUB_EXIT="7")
+    assert code == 7
+    args = (out / "args").read_text().splitlines()
+    assert {"--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(args)
+    assert args[-5:] == ["-m", "hpc_rlhf.launch.node", spec.run_dir, "sft", launcher]
+    environ = dict(line.split("=", 1) for line in (out / "env").read_text().splitlines() if "=" in line)
+    assert (environ["SRUN_CPUS_PER_TASK"], environ["OMP_NUM_THREADS"]) == ("6", "3")
+    assert "--ntasks-per-node=2" in options(spec)
+
+
+def test_a_launcher_takes_its_place_from_the_hostfile_and_the_gpus_from_slurm(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.stage("sft").path.mkdir(parents=True)
+    run.stage("sft").hostfile.write_text("n1 slots=2\nn2 slots=2\n")
+    env = {"SLURMD_NODENAME": "n2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "20000"}
+    torchrun = node.command(run, "sft", "torchrun", env)
+    where = {"--nnodes=2", "--nproc-per-node=2", "--node-rank=1"}
+    assert where | {"--master-addr=10.0.0.1", "--master-port=20000"} <= set(torchrun)
+    for visible, gpus in {"": [0, 1], "6,7": ["6", "7"], "6,7,8": [0, 1]}.items():
+        deepspeed = node.command(run, "sft", "deepspeed", {**env, "CUDA_VISIBLE_DEVICES": visible})
+        world = next(word.partition("=")[2] for word in deepspeed if word.startswith("--world_info="))
+        assert json.loads(base64.urlsafe_b64decode(world)) == {"n1": [0, 1], "n2": gpus}
+        assert "--node_rank=1" in deepspeed
+    for words in (torchrun, deepspeed):
+        assert words[-4:] == ["--module", "hpc_rlhf.task", str(tmp_path), "sft"]
 
 
 def test_two_jobs_and_two_attempts_meet_at_different_ports(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""Starts the ranks of one node of a Slurm job through torchrun or DeepSpeed's launcher, from the hostfile of the run.
+
+``python -m hpc_rlhf.launch.node RUN STAGE LAUNCHER`` becomes that launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpc_rlhf.launch.hostfile import read_hostfile
+from hpc_rlhf.rank import HELD_BACK
+from hpc_rlhf.rundir import RunDir
+
+
+def command(run: RunDir, stage: str, launcher: str, env: Mapping[str, str]) -> list[str]:
+    """The launcher of this node's ranks.
+
+    Raises:
+        HpcRlhfError: the hostfile cannot be read.
+    """
+    hostfile = read_hostfile(run.stage(stage).hostfile)
+    host = env["SLURMD_NODENAME"]
+    task = ["hpc_rlhf.task", str(run.path), stage]
+    if launcher == "torchrun":
+        return hostfile.torchrun(host, task, env)
+    # It would give the ranks the first GPUs of the node, and Slurm may have given this job others.
+    gpus = env.get("CUDA_VISIBLE_DEVICES")
+    return hostfile.deepspeed(host, task, env, gpus.split(",") if gpus else None)
+
+
+def main(run: str, stage: str, launcher: str) -> None:
+    """Become the launcher.
+
+    Slurm signals every process of a job. These launchers would end their ranks on what only asks them to save, so the
+    signals are held back in them for good, and in the ranks, which inherit that, until the stage listens.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+    words = command(RunDir(Path(run)), stage, launcher, os.environ)
+    os.execv(words[0], words)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
