@@ -17,6 +17,7 @@ from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train import world as worlds
 from hpc_rlhf.train.data.dialogues import follow, prompt_text, token_ids
 from hpc_rlhf.train.data.rows import asked
+from hpc_rlhf.train.launcher import launcher_ranks
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.models.weights import export
 from hpc_rlhf.train.rollout.engine import ROWS
@@ -90,7 +91,7 @@ class DeepSpeedRLHFEngine:
     ) -> None:  # fmt: skip
         self.spec = _settings(args or {})
         self.max_prompt_tokens, self.max_answer_tokens, self.seed = max_prompt_tokens, max_answer_tokens, seed
-        self.world = worlds.join(worlds.launcher_ranks()[1]).grouped(self.spec.tensor_parallel)
+        self.world = worlds.join(launcher_ranks()[1]).grouped(self.spec.tensor_parallel)
         if tokenizer is None or isinstance(tokenizer, str):
             source = tokenizer or actor_model_name_or_path
             tokenizer = load_tokenizer(source, iter(()), Path(source), self.world)

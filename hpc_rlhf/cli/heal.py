@@ -40,6 +40,9 @@ def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> 
     if all(each.did in ("done", "live") for each in outcomes):
         click.echo("nothing had to be tried again", err=True)
     if sentinel and _stops(run_dir) > stops:
+        from hpc_rlhf.observe.report import leave_report
+
+        leave_report(run_dir)
         context.exit(LEFT_TO_A_PERSON)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from hpc_rlhf.cli.options import example, set_option
+from hpc_rlhf.errors import HpcRlhfError
 
 
 @click.command(
@@ -37,20 +38,28 @@ def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile:
     from hpc_rlhf.launch.prepare import claim, prepare
     from hpc_rlhf.launch.stopping import Interrupted
     from hpc_rlhf.observe.progress import progress
+    from hpc_rlhf.observe.report import leave_report
     from hpc_rlhf.observe.summary import print_summary
     from hpc_rlhf.spec.load import load_spec
 
     spec = load_spec(file, sets)
     hosts = read_hostfile(hostfile) if hostfile is not None else None
+    stopped: HpcRlhfError | None = None
     with claim(spec, "hpc-rlhf run") as run:
         refuse_live_jobs(run)
         prepare(spec, run, file.parent)
         try:
             with progress(run) as watcher:
                 LocalRun(spec, run, hosts, watcher, _again(file, sets, hostfile)).run_stages()
-        except Interrupted as stop:  # asked for, so no error
-            click.echo(str(stop), err=True)
-            context.exit(stop.exit_code)
+        except HpcRlhfError as error:
+            stopped = error
+    if isinstance(stopped, Interrupted):  # asked for, so no error
+        click.echo(str(stopped), err=True)
+        leave_report(run)
+        context.exit(stopped.exit_code)
+    if stopped is not None:
+        leave_report(run)
+        raise stopped
     print_summary(run, Console(highlight=False))
 
 

@@ -21,6 +21,7 @@ from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train import arrival, reporting
+from hpc_rlhf.train.launcher import launcher_ranks
 from hpc_rlhf.train.preemption import StageStopped, StopFlag
 
 if TYPE_CHECKING:  # torch takes seconds to load: the handlers are in place first
@@ -41,6 +42,8 @@ def run_stage(run_dir: str, stage: str) -> None:
     keep_log_readable()
     run = RunDir(Path(run_dir))
     if manifest.defect(run.stage(stage).model, deep=False) is None:
+        if launcher_ranks()[0] == 0:  # the attempt that finished it may have had no time for that
+            reporting.write_report(run)
         return
     attempt = Attempt(run, stage, stop)
     try:
@@ -120,7 +123,7 @@ class Attempt:
         hub.go_offline(spec)
         from hpc_rlhf.train import world as worlds
 
-        self.is_main = worlds.launcher_ranks()[0] == 0
+        self.is_main = launcher_ranks()[0] == 0
         ranks = spec.stage(self.stage).slurm.ranks
         if self.is_main and self.in_slurm:
             arrival.note_ending_before(self.files, self.stage, str(self.job), self.restarts)

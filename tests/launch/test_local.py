@@ -65,6 +65,7 @@ def test_told_to_stop_it_lets_the_ranks_save_and_says_how_to_go_on(
     assert "error" not in err
     assert here.events("interrupted") == [("interrupted", "sft")]
     assert not any(map(is_alive, ranks))
+    assert "0 of 3 stages done; sft was interrupted" in (here.run / "report.html").read_text()
 
     code, _, err = here.finish("run", "job.yaml", "--set", "seed=5")
     assert code == 0, err
@@ -129,6 +130,8 @@ def test_a_mistake_found_by_a_stage_is_told_in_its_words(here: Here) -> None:
     assert "error: reward: data.json: no such file\n" in err
     assert here.events("started") == [("started", "sft"), ("started", "reward")]
     assert "Traceback" not in err
+    report = (here.run / "report.html").read_text()
+    assert "1 of 3 stages done; reward has failed: user error: data.json: no such file." in report
 
 
 def test_the_first_failure_is_told_not_what_followed_from_it(here: Here) -> None:

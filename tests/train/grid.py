@@ -25,9 +25,10 @@ def main() -> None:
     """One rank."""
     from hpc_rlhf.train import world as worlds
     from hpc_rlhf.train.entry import Attempt
+    from hpc_rlhf.train.launcher import launcher_ranks
     from hpc_rlhf.train.preemption import StopFlag
 
-    world = worlds.join(worlds.launcher_ranks()[1])
+    world = worlds.join(launcher_ranks()[1])
     for path in sys.argv[1:]:
         run = RunDir(Path(path))
         spec = read_spec(run.job_yaml)

@@ -37,9 +37,10 @@ def main() -> None:
     from hpc_rlhf.train import context, polls
     from hpc_rlhf.train import world as worlds
     from hpc_rlhf.train.entry import Attempt
+    from hpc_rlhf.train.launcher import launcher_ranks
     from hpc_rlhf.train.preemption import StageStopped, StopFlag
 
-    world = worlds.join(worlds.launcher_ranks()[1])
+    world = worlds.join(launcher_ranks()[1])
     polls.BETWEEN = polls.MOST = 0.0  # a round between all pieces of work
     ask, between, safe_point = polls.Polls.now, polls.Polls.between, context.StageContext.safe_point
     describe = manifest.describe

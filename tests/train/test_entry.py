@@ -10,7 +10,7 @@ from hpc_rlhf import manifest, slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.train.entry import Attempt
+from hpc_rlhf.train.entry import Attempt, run_stage
 from hpc_rlhf.train.preemption import StageStopped, StopFlag
 from hpc_rlhf.train.world import World
 from tests.train.stages import make_run, tiny_spec
@@ -36,6 +36,11 @@ def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return jobs
 
 
+def finished(run: RunDir) -> None:
+    run.stage("sft").model.mkdir(parents=True, exist_ok=True)
+    manifest.write(run.stage("sft").model, {"step": 6, "seconds": 1.0, "metrics": {}})
+
+
 def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt whose stage ends well, and that has heard a signal after its last safe point."""
     monkeypatch.setattr("hpc_rlhf.train.world.join", lambda ranks: world)
@@ -43,8 +48,7 @@ def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch
     stop = StopFlag()
 
     def train(attempt: Attempt, *_: object) -> None:
-        run.stage("sft").model.mkdir(parents=True, exist_ok=True)
-        manifest.write(run.stage("sft").model, {"step": 6, "seconds": 1.0})
+        finished(run)
         attempt.stop.heard = code
 
     monkeypatch.setattr(Attempt, "train", train)
@@ -63,6 +67,22 @@ def test_a_stage_that_ends_while_it_is_preempted_runs_once_more(
         "finished",
         "requeued",
     ]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_attempt_that_finds_its_stage_done_leaves_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    run = make_run(tiny_spec(tmp_path / "run", ranks=2))
+    finished(run)
+    monkeypatch.setattr(StopFlag, "install", lambda flag: None)
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    run.report.mkdir()  # it cannot be written there
+    run_stage(str(run.path), "sft")
+    run.report.rmdir()
+    run_stage(str(run.path), "sft")
+    assert run.report.exists() == (rank == "0")
 
 
 @pytest.mark.parametrize(("by_person", "goes_on"), [(False, False), (True, True)])

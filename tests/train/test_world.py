@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.train.world import LAUNCHER_VARIABLES, World, join, launcher_ranks
+from hpc_rlhf.train.launcher import LAUNCHER_VARIABLES, launcher_ranks
+from hpc_rlhf.train.world import World, join
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,13 +39,21 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
     """
     path = out or run.report
     text = make_page(run)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def leave_report(run: RunDir) -> None:
+    """Write the report of a run that has come to a stop. What goes wrong there is a line on stderr, and no more."""
+    try:
+        write_report(run)
+    except Exception as error:  # whatever it is, nobody is to be kept from the reason why the run stopped
+        print(f"hpc-rlhf: the report was not written: {error}", file=sys.stderr, flush=True)
 
 
 def make_page(run: RunDir) -> str:
