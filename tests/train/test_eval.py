@@ -140,7 +140,7 @@ def test_a_model_against_itself_is_a_draw(done: tuple[RunDir, JobSpec]) -> None:
 def test_the_answers_can_be_read(done: tuple[RunDir, JobSpec]) -> None:
     rows = [json.loads(line) for line in done[0].stage("eval").answers.read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) == PROMPTS
-    assert all(list(row["answers"]) == ["sft", "ppo", "ema", "reference"] for row in rows)
+    assert all(list(row["answers"]) == ["start", "sft", "ppo", "ema", "reference"] for row in rows)
     assert all(set(row["rewards"]) == set(row["answers"]) for row in rows)
 
 
@@ -190,7 +190,7 @@ def test_a_stopped_evaluation_goes_on_with_the_next_model(
     monkeypatch.setattr(RolloutEngine, "generate", generate)
     evaluate(run, spec, world, "second", stop)
     repeated = ["ema"] if where == "between two tokens" else []
-    assert measured == ["ppo", *repeated, "ema", "sft"]
+    assert measured == ["ppo", *repeated, "ema", "start", "sft"]
     assert report_of(run) == report_of(done[0])
 
 
@@ -203,10 +203,10 @@ def test_greedy_answers_tell_no_kl(done: tuple[RunDir, JobSpec], world: World, t
 @pytest.mark.parametrize(
     ("stages", "models"),
     [
-        (("sft",), ["sft", "reference"]),
+        (("sft",), ["start", "sft", "reference"]),
         (("reward",), []),
         (("reward", "ppo"), ["start", "ppo", "reference"]),
-        (("sft", "dpo"), ["sft", "dpo", "reference"]),
+        (("sft", "dpo"), ["start", "sft", "dpo", "reference"]),
     ],
 )
 def test_what_was_not_trained_is_not_asked_for(

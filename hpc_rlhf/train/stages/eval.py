@@ -57,10 +57,10 @@ class Evaluation:
         sources: dict[str, str] = {name: str(run.stage(name).model) for name in tuned}
         if ppo is not None and ppo.ema:
             sources["ema"] = str(run.stage("ppo").ema_model)
+        if sources or "sft" in self.trained:
+            sources["start"] = self.context.start_model(self.context.spec.models.actor)
         if "sft" in self.trained:
             sources["sft"] = str(run.stage("sft").model)
-        elif sources:
-            sources["start"] = self.context.start_model(self.context.spec.models.actor)
         return sources
 
     # What is kept where the evaluation stops

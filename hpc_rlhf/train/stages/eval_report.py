@@ -64,8 +64,11 @@ class Found:
         return {**above(self.chosen, self.rejected), "pairs": len(self.chosen)} if self.chosen else None
 
     def in_order(self, base: str) -> dict[str, Measured]:
-        """The models, the one that the others are held against first."""
-        return {name: self.models[name] for name in sorted(self.models, key=lambda name: name != base)}
+        """The models: the one before training, the one that the others are held against, and these."""
+        return {
+            name: self.models[name]
+            for name in sorted(self.models, key=lambda name: (name != "start", name != base))
+        }
 
 
 def bounded(interval: Interval) -> dict[str, float | None]:
