@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from hpc_rlhf import endings
+from hpc_rlhf.observe.clocks import Clock, Event
 from hpc_rlhf.observe.spans import SPANS, Goodput, Interruption, Spans, Stretch
 
-Event = Mapping[str, Any]
 _Place = tuple[int, int]  # steps done, and parts of the step after those
 _END: _Place = (2**62, 0)
 
 STOPPED_HERE = "stopped by a person"
 NO_WORD = "without a word"
-# Events that another process may have written a little earlier than the line above them; more is a wrong clock.
-_CLOCKS_DIFFER = 1.0
 _SENT_OFF = frozenset({"submitting", "submitted", "retried", "anew"})
 _OF_THE_ATTEMPT = frozenset({"resumed", "ready", "saved", "stopping", "requeued", "interrupted"})
-
-
-class Clock:
-    """Times that never go back, of events whose clocks may."""
-
-    def __init__(self) -> None:
-        self.now = -math.inf
-        self._behind: dict[str, float] = {}
-
-    def at(self, event: Event) -> float:
-        """When an event was, in Unix seconds; not before the one before it."""
-        writer = str(event.get("attempt", ""))
-        time = self.mended(writer, float(event["time"]))
-        if writer and time < self.now - _CLOCKS_DIFFER:
-            self._behind[writer] = self._behind.get(writer, 0.0) + self.now - time
-        self.now = max(self.now, time)
-        return self.now
-
-    def mended(self, writer: str, time: float) -> float:
-        return time + self._behind.get(writer, 0.0)
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-from hpc_rlhf.observe.accounting import Clock, Event, StageTime
+from hpc_rlhf.observe.accounting import StageTime
+from hpc_rlhf.observe.clocks import Clock, Event
 from hpc_rlhf.observe.spans import Goodput, Interruption, Spans
 from hpc_rlhf.observe.words import duration
 
@@ -19,8 +20,8 @@ def measure(
 ) -> dict[str, Goodput]:
     """What became of the time of each stage.
 
-    Clocks of machines differ, and may step. The order of the events outranks their times: where an attempt's clock is
-    behind that of an event before, the difference is added to all that the attempt writes, so no span is negative.
+    Clocks of machines differ, and may step. The order of the events outranks their times: what an attempt writes is
+    taken back or forth by as much as its clock is wrong, so no span is negative, and none a day too long.
 
     Args:
         events: the ledger's, in the order written.
@@ -30,12 +31,11 @@ def measure(
         now: Unix seconds until which the time of those two is counted; that of others ends at their last event.
     """
     stages = {stage: StageTime(set(needs[stage])) for stage in needs}
-    clock = Clock()
-    for event in events:
+    clock = Clock(events, now)
+    for event, time in clock.told():
         stage = stages.get(event.get("stage", ""))
         if stage is None:
             continue
-        time = clock.at(event)
         stage.take(event, time, clock)
         if event["event"] == "finished":
             for other in stages.values():

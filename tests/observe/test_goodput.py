@@ -214,6 +214,68 @@ def test_a_clock_behind_changes_no_span(wrong: float) -> None:
     assert (told.spans.lost, told.spans.saving) == (right.spans.lost, right.spans.saving)
 
 
+DAY = 86_400.0
+DAY_OFF = [pytest.param(DAY, id="ahead"), pytest.param(-DAY, id="behind")]
+
+
+@pytest.mark.parametrize("wrong", DAY_OFF)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_an_attempt_on_a_node_whose_clock_is_a_day_off(number: int, wrong: float) -> None:
+    """Of three: only how long it was in the queue is not to be known, and no time is longer than all of it was."""
+    third = [dict(event, time=event["time"] + 60, attempt="7-2") for event in DONE]
+    attempts = [[*FIRST[2:], at(40, "failed", "7-0", message="x")], DONE[:-1], third]
+    off = [
+        [dict(event, time=event["time"] + wrong) for event in some] if turn == number else some
+        for turn, some in enumerate(attempts)
+    ]
+    killed = at(90, "ended", job_id="7", reason="killed")  # and its last step was at 89, by its own clock
+    right, told = (
+        sft([*SENT, *some[0], *some[1], dict(killed, seen=some[1][-1]["time"] + 3), *some[2]], now=200.0)
+        for some in (attempts, off)
+    )
+    assert 100 < told.spans.wall <= 200
+    for name in ("productive", "starting", "lost", "saving"):
+        assert getattr(told.spans, name) == pytest.approx(getattr(right.spans, name), abs=5), name
+    assert all(0 <= each.start <= each.end <= 200 for each in told.stretches)
+    assert [each.reason for each in told.interruptions] == ["failed", "killed"]
+
+
+@pytest.mark.parametrize("wrong", DAY_OFF)
+def test_an_attempt_at_work_on_a_node_whose_clock_is_a_day_off(wrong: float) -> None:
+    """And another stage's beside it, on a node that is right."""
+    beside = [
+        at(12, "started", "8-0", "reward", age=2.0),
+        at(15, "ready", "8-0", "reward", step=0),
+        at(70, "saved", "8-0", "reward", step=9, seconds=1.0, stall=1.0),
+    ]
+    off = [dict(event, time=event["time"] + wrong) for event in FIRST[2:]]
+    events = [
+        *SENT,
+        at(1, "submitted", stage="reward", job_id="8"),
+        *off[:1],
+        *beside[:2],
+        *off[1:],
+        beside[2],
+    ]
+    found = measure(events, {"sft": [], "reward": []}, at_work=("sft", "reward"), now=100.0)
+    assert found["reward"].spans == Spans(queued=9, starting=5, productive=84, saving=1)
+    assert found["sft"].spans.wall == pytest.approx(100)
+    assert found["sft"].spans.productive > 80
+
+
+def test_a_reader_whose_clock_is_a_day_behind_changes_nothing() -> None:
+    assert sft([*FIRST, *DONE], now=90.0 - DAY) == sft([*FIRST, *DONE], now=90.0)
+
+
+def test_a_sentinel_on_a_node_whose_clock_is_a_day_ahead_takes_nothing_along() -> None:
+    failed = at(40, "failed", "7-0", message="x")
+    ended = [at(45, "ended", job_id="7", reason="failed"), at(46, "retried", job_id="7", delay=0)]
+    ahead = [dict(event, time=event["time"] + DAY) for event in ended]
+    told, right = (sft([*FIRST, failed, *some, *DONE]) for some in (ahead, ended))
+    assert told.spans.wall == right.spans.wall
+    assert told.spans.productive == right.spans.productive
+
+
 KINDS = (
     "submitting", "submitted", "refused", "started", "resumed", "ready", "saved", "stopping", "hang", "requeued",
     "interrupted", "failed", "finished", "cancelled", "ended", "retried", "stopped", "anew", "unheard-of",

@@ -1,0 +1,125 @@
+"""One time for events that several machines wrote, whose clocks may be wrong. Pure.
+
+The order of a ledger's lines is right, whatever their times say: a line stands below those that were there before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+Event = Mapping[str, Any]
+_Moment = tuple[str, float]  # who wrote a line, and when by their clock
+
+# Seconds. Events that another process may have written a little earlier than the line above them; more is a clock behind.
+_CLOCKS_DIFFER = 1.0
+# More than machines that ask for the time ever differ: such a clock is wrong, and it is to be found whose.
+_WRONG = 60.0
+_NOBODY = "\0"  # begins the names of those who are no attempts
+_READER = f"{_NOBODY}reader"
+
+
+class Clock:
+    """Times that never go back.
+
+    Args:
+        events: a ledger's, in the order written.
+        now: Unix seconds by the clock of the machine that reads them; 0 where that is not known.
+
+    Attributes:
+        now: the time of the last event that was told.
+    """
+
+    def __init__(self, events: Sequence[Event], now: float = 0.0) -> None:
+        self._events, self._writers = events, _writers(events)
+        times = [float(event["time"]) for event in events]
+        moments = [*zip(self._writers, times, strict=True)]
+        self._off = _corrections([*moments, (_READER, now)] if now else moments)
+        self.now = -math.inf
+
+    def told(self) -> Iterator[tuple[Event, float]]:
+        """The events in order, and when each was, in Unix seconds; not before the one before it."""
+        for event, writer in zip(self._events, self._writers, strict=True):
+            time = self.mended(writer, float(event["time"]))
+            if time < self.now - _CLOCKS_DIFFER and not writer.startswith(_NOBODY):
+                self._off[writer] = self._off.get(writer, 0.0) + self.now - time
+            self.now = max(self.now, time)
+            yield event, self.now
+
+    def mended(self, attempt: str, time: float) -> float:
+        """A time by the clock of an attempt."""
+        return time + self._off.get(attempt, 0.0)
+
+
+def _writers(events: Sequence[Event]) -> list[str]:
+    """Who wrote each: an attempt; or nobody known, who wrote the lines that follow each other."""
+    writers: list[str] = []
+    for at, event in enumerate(events):
+        name = str(event.get("attempt", ""))
+        same = bool(writers) and writers[-1].startswith(_NOBODY)
+        writers.append(name or (writers[-1] if same else f"{_NOBODY}{at}"))
+    return writers
+
+
+def _corrections(moments: Sequence[_Moment]) -> dict[str, float]:
+    """Seconds to be added to the times of those whose clock is wrong, as little as makes them fit the others'.
+
+    The clocks taken for wrong are those that contradict most others; of two that contradict only each other, the one
+    without which the run was shorter, since a day too much is likelier a wrong clock than a day of waiting.
+    """
+    off: dict[str, float] = {}
+    if all(after - before >= -_WRONG for (_, before), (_, after) in pairwise(moments)):
+        return off
+    right, wrong = list(moments), []
+    while against := _contradictions(right):
+        most = max(against.values())
+        worst = min(
+            (who for who in against if against[who] == most),
+            key=lambda who: (_length(right, who), who == _READER, not who.startswith(_NOBODY)),
+        )
+        right = [moment for moment in right if moment[0] != worst]
+        wrong.append(worst)
+    for who in reversed(wrong):
+        off[who] = _fitting(moments, who, off, [other for other in wrong if other not in off])
+    return off
+
+
+def _contradictions(moments: Sequence[_Moment]) -> Counter[str]:
+    """How many others each writer contradicts: a line of one says that it was written long before one above it."""
+    latest: dict[str, float] = {}
+    pairs: set[tuple[str, str]] = set()
+    for writer, time in moments:
+        pairs |= {(writer, who) for who, before in latest.items() if who != writer and before - time > _WRONG}
+        latest[writer] = max(time, latest.get(writer, time))
+    return Counter(who for pair in {frozenset(pair) for pair in pairs} for who in pair)
+
+
+def _length(moments: Sequence[_Moment], without: str) -> float:
+    times = [time for writer, time in moments if writer != without]
+    return max(times) - min(times)
+
+
+def _fitting(
+    moments: Sequence[_Moment], who: str, off: Mapping[str, float], unknown: Collection[str]
+) -> float:
+    """The smallest correction by which a writer's lines fit between those around them; if none does, after those above."""
+    least, most, before, after = -math.inf, math.inf, -math.inf, math.inf
+    known = [
+        (writer, time + off.get(writer, 0.0))
+        for writer, time in moments
+        if writer == who or writer not in unknown
+    ]
+    for writer, time in known:
+        if writer == who:
+            least = max(least, before - time)
+        else:
+            before = max(before, time)
+    for writer, time in reversed(known):
+        if writer == who:
+            most = min(most, after - time)
+        else:
+            after = min(after, time)
+    return max(least, min(most, 0.0))
