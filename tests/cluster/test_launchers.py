@@ -1,0 +1,86 @@
+"""A node's ranks started by torchrun and by DeepSpeed's launcher: preempted, they save, and go on to the same weights."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf import manifest
+from tests.cluster import Cluster
+from tests.cluster.chain import Chain
+from tests.cluster.cluster import CHECKOUT
+
+CHAIN = CHECKOUT / "tests/cluster/jobs/chain.yaml"
+NODES = {"torchrun": "node[1-2]", "deepspeed": "node[3-4]"}
+
+
+def run_preempted(chain: Chain, nodes: str) -> dict[str, Any]:
+    """Run a chain's SFT, preempted once on its way; returns its model's manifest."""
+    chain.submit()
+    chain.wait_step("sft", 5)
+    chain.cluster.sbatch(
+        "--partition=high", "--nodes=2", f"--nodelist={nodes}", "--gpus-per-node=2", "--output=/dev/null",
+        "--wrap=true",
+    )  # fmt: skip
+    chain.wait_done("sft")
+    chain.cluster.wait_state(chain.job_id("sft"), "COMPLETED")
+    return manifest.require(chain.run.stage("sft").model, "the model")
+
+
+@pytest.fixture(scope="module")
+def chains(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Chain]:
+    folder = tmp_path_factory.mktemp("launchers")
+    alone = ("stages.reward=null", "stages.ppo=null", "slurm.partition=low")
+    return {
+        launcher: Chain(
+            cluster,
+            CHAIN,
+            folder / launcher,
+            (*alone, f"slurm.launcher={launcher}", f"slurm.nodelist={nodes}"),
+        )
+        for launcher, nodes in NODES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def models(chains: dict[str, Chain]) -> dict[str, dict[str, Any]]:
+    """Both at once, each on its own nodes."""
+    with ThreadPoolExecutor(len(chains)) as pool:
+        done = {name: pool.submit(run_preempted, chain, NODES[name]) for name, chain in chains.items()}
+        return {name: future.result() for name, future in done.items()}
+
+
+@pytest.mark.parametrize("launcher", NODES)
+def test_preempted_ranks_save_and_go_on(
+    chains: dict[str, Chain], models: dict[str, dict[str, Any]], launcher: str
+) -> None:
+    chain = chains[launcher]
+    assert [(start["restart"], start["ranks"]) for start in chain.events("started", "sft")] == [
+        (0, 2),
+        (1, 2),
+    ]
+    (requeued,), (resumed,) = chain.events("requeued", "sft"), chain.events("resumed", "sft")
+    assert requeued["reason"] == "preempted"
+    assert resumed["step"] == requeued["step"] >= 5
+    assert chain.steps("sft") == list(range(1, models[launcher]["step"] + 1))
+
+
+@pytest.mark.parametrize("launcher", NODES)
+def test_each_rank_has_its_own_logs(
+    chains: dict[str, Chain], models: dict[str, dict[str, Any]], launcher: str
+) -> None:
+    chain = chains[launcher]
+    logs: Path = chain.run.stage("sft").logs
+    job = chain.job_id("sft")
+    assert {path.name for path in logs.glob("*_log.*")} == {
+        f"{job}_{rank}_log.{stream}" for rank in range(2) for stream in ("out", "err")
+    }
+    assert f"attempt 1 of job {job}" in (logs / f"{job}_1_log.err").read_text()
+
+
+def test_the_weights_are_the_same(models: dict[str, dict[str, Any]]) -> None:
+    digests = [model["files"]["model.safetensors"] for model in models.values()]
+    assert digests[0] == digests[1]
