@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
@@ -48,14 +49,20 @@ def read_report(run: RunDir) -> dict[str, Any]:
     return report
 
 
-def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each number that any model has, the models side by side; the first row is the header."""
+def table_rows(report: dict[str, Any], names: Mapping[str, str] | None = None) -> list[tuple[str, ...]]:
+    """A row for each number that any model has, the models side by side; the first row is the header.
+
+    Args:
+        names: what models are called; by their names in the report where it does not say.
+    """
+    names = names or {}
     models = report["models"]
-    rows: list[tuple[str, ...]] = [("", *models)] if models else []
+    rows: list[tuple[str, ...]] = [("", *(names.get(model, model) for model in models))] if models else []
+    base = "the start" if report["base"] == "start" else names.get(report["base"], report["base"])
     for key, words in _ROWS.items():
         cells = [_cell(key, one.get(key)) for one in models.values()]
         if any(cell != "-" for cell in cells):
-            rows.append((words.format(base=report["base"]), *cells))
+            rows.append((words.format(base=base), *cells))
     return rows
 
 

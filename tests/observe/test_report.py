@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_an_evaluation_is_the_outcome_and_its_answers_are_shown(run: RunDir) -> 
     evaluate(run, "\n\nHuman: Hi\n\nAssistant:", answers)
     said = Elements(make_page(run)).words
     assert "PPO’s answers win against those of SFT on 70% of 100 held-out prompts (60–79%)" in said
-    assert "wins against sft – 70% (60–79)" in said
+    assert "wins against SFT – 70% (60–79)" in said
     order = [
         said.index(text)
         for text in ("SFT plain", "PPO polite", "EMA of PPO steady", "the data's own answer wanted")
@@ -96,6 +97,15 @@ def test_curves_hold_every_number_of_the_metrics(run: RunDir) -> None:
     loss = made[0]
     assert loss["steps"] == [row["step"] for row in rows]
     assert loss["lines"]["loss"] == [pytest.approx(row["loss"], rel=1e-5) for row in rows]
+
+
+def test_a_number_that_no_chart_can_show_breaks_none(run: RunDir) -> None:
+    bad = {"loss": math.nan, "lr": math.inf, "grad_norm": -math.inf, "perplexity": math.nan}
+    for kind in ("train", "eval"):
+        add_line(run.stage("sft").metrics, step=61, total_steps=61, time=1.7e9, kind=kind, **bad)
+    page = make_page(run)
+    assert not re.search(r"\b(NaN|Infinity)\b", page.partition('id="charts">')[2].partition("</script>")[0])
+    assert charts(page)[0]["lines"]["loss"][-1] is None
 
 
 def test_throughput_leaves_interruptions_out(run: RunDir) -> None:

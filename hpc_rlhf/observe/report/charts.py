@@ -155,5 +155,6 @@ def _with_derived(rows: list[Row], samples: int, starts: list[float]) -> list[Ro
 
 
 def _value(row: Row, name: str) -> float | None:
+    """A number of a line; None where there is none, or one that no chart can show."""
     value = row.get(name)
-    return float(f"{value:.6g}") if isinstance(value, int | float) else None
+    return float(f"{value:.6g}") if isinstance(value, int | float) and math.isfinite(value) else None
