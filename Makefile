@@ -52,6 +52,7 @@ docs: .venv/.installed  ## Write the pages of docs/ that are made of the code: f
 test: .venv/.installed-dev  ## Run all tests, on a real Slurm where one can be started
 	scripts/install-slurm.sh
 	scripts/install-chromium.sh
+	scripts/install-apptainer.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup $(TESTS)
 
 fuzz: .venv/.installed-dev  ## Break 10,000 specs at random, and try to break out by more than 1,000

@@ -13,6 +13,7 @@ from typing import Any
 from hpc_rlhf import manifest
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
+from tests.cluster import config
 from tests.cluster.cluster import CHECKOUT, Cluster, ClusterError, wait_until
 
 # Each rank imports torch and DeepSpeed anew, some 10 s of CPU time, and the other half of the tests runs beside it.
@@ -132,3 +133,25 @@ class Chain(Watched):
             f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             for log in logs
         )
+
+
+def run_preempted(chain: Chain, nodes: str) -> dict[str, Any]:
+    """Run a chain's SFT on nodes of its own, from which another job drives it once; returns its model's manifest."""
+    chain.submit()
+    chain.wait_step("sft", 5)
+    whole = (f"--nodelist={nodes}", f"--gpus-per-node={config.GPUS}")
+    chain.cluster.sbatch("--partition=high", *whole, "--output=/dev/null", "--wrap=true")
+    chain.wait_done("sft")
+    chain.cluster.wait_state(chain.job_id("sft"), "COMPLETED")
+    return manifest.require(chain.run.stage("sft").model, "the model")
+
+
+def assert_went_on_once(chain: Chain, ranks: int) -> None:
+    """Its SFT was preempted once, was requeued by itself, and took up its checkpoint, with no step left out or done twice."""
+    starts = chain.events("started", "sft")
+    assert [(start["restart"], start["ranks"]) for start in starts] == [(0, ranks), (1, ranks)]
+    (requeued,), (resumed,) = chain.events("requeued", "sft"), chain.events("resumed", "sft")
+    assert requeued["reason"] == "preempted"
+    assert resumed["step"] == requeued["step"] >= 5
+    facts = manifest.require(chain.run.stage("sft").model, "the model")
+    assert chain.steps("sft") == list(range(1, facts["step"] + 1))

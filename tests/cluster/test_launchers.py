@@ -8,26 +8,12 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf import manifest
 from tests.cluster import Cluster
-from tests.cluster.chain import Chain
+from tests.cluster.chain import Chain, assert_went_on_once, run_preempted
 from tests.cluster.cluster import CHECKOUT
 
 CHAIN = CHECKOUT / "tests/cluster/jobs/chain.yaml"
 NODES = {"torchrun": "node[1-2]", "deepspeed": "node[3-4]"}
-
-
-def run_preempted(chain: Chain, nodes: str) -> dict[str, Any]:
-    """Run a chain's SFT, preempted once on its way; returns its model's manifest."""
-    chain.submit()
-    chain.wait_step("sft", 5)
-    chain.cluster.sbatch(
-        "--partition=high", "--nodes=2", f"--nodelist={nodes}", "--gpus-per-node=2", "--output=/dev/null",
-        "--wrap=true",
-    )  # fmt: skip
-    chain.wait_done("sft")
-    chain.cluster.wait_state(chain.job_id("sft"), "COMPLETED")
-    return manifest.require(chain.run.stage("sft").model, "the model")
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +43,7 @@ def models(chains: dict[str, Chain]) -> dict[str, dict[str, Any]]:
 def test_preempted_ranks_save_and_go_on(
     chains: dict[str, Chain], models: dict[str, dict[str, Any]], launcher: str
 ) -> None:
-    chain = chains[launcher]
-    assert [(start["restart"], start["ranks"]) for start in chain.events("started", "sft")] == [
-        (0, 2),
-        (1, 2),
-    ]
-    (requeued,), (resumed,) = chain.events("requeued", "sft"), chain.events("resumed", "sft")
-    assert requeued["reason"] == "preempted"
-    assert resumed["step"] == requeued["step"] >= 5
-    assert chain.steps("sft") == list(range(1, models[launcher]["step"] + 1))
+    assert_went_on_once(chains[launcher], 2)
 
 
 @pytest.mark.parametrize("launcher", NODES)
