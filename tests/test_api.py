@@ -1,4 +1,4 @@
-"""PPO by DeepSpeed-Chat's names: the README's program runs, and it is the stage's own steps."""
+"""PPO by DeepSpeed-Chat's names: the program of docs/api.md runs, and it is the stage's own steps."""
 
 from __future__ import annotations
 
@@ -102,10 +102,10 @@ def run(program: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_readmes_program_runs(folder: Path) -> None:
+def test_the_documented_program_runs(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), flags=re.DOTALL)
     lines = [line.split() for line in run(program, folder).splitlines() if line]
     numbers = [list(map(float, line)) for line in lines if len(line) == 4]
     assert len(numbers) == 2

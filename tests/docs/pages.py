@@ -6,7 +6,6 @@ itself as hpc-rlhf/. A comment on a line of its own above a snippet says what is
     <!-- needs a cluster -->         not run here; its commands are still parsed. Or another word of NEEDS.
     <!-- ends with 2 -->             its exit code
     <!-- file: my-job.yaml -->       put into that file of the folder; a spec with mistakes: <!-- file: it.yaml, with mistakes -->
-    <!-- the program of README.md --> the same as the one there, which tests/test_api.py runs
 
 YAML without a name of a run is a part of a spec, and is laid over jobs/opt-6.7b.yaml. Text below commands is what they print.
 """

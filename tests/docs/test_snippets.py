@@ -119,8 +119,8 @@ def parses(words: list[str], place: str) -> None:
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if s.language == "python"], ids=id_of)
 def test_every_program_is_run(snippet: Snippet) -> None:
-    """The README's is run by tests/test_api.py."""
-    (program,) = [s.text for s in SNIPPETS if s.language == "python" and s.page.name == "README.md"]
+    """The one of docs/api.md is, by tests/test_api.py."""
+    (program,) = [s.text for s in SNIPPETS if s.language == "python" and s.page.name == "api.md"]
     ast.parse(snippet.text)
     assert snippet.text == program or snippet.needs in NEEDS, snippet.place
 
