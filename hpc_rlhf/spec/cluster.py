@@ -20,6 +20,9 @@ from hpc_rlhf.spec.fields import (
 )
 from hpc_rlhf.spec.sbatch import time_limit
 
+# The settings that decide how many ranks a stage has.
+SIZE = frozenset({"nodes", "gpus_per_node", "ranks_per_node"})
+
 
 class ContainerSpec(Model):
     """A container that every rank runs in."""

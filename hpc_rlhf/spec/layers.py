@@ -68,18 +68,18 @@ def _apply(root: Node, option: str) -> Node:
     keys = name.split(".")
     if not equals or not all(keys):
         raise SpecError([mark.problem("is not of the form a.b.c=VALUE", "such as --set stages.ppo.epochs=2")])
-    return _put(root, keys, parse_yaml(text, mark), mark)
+    return put(root, keys, parse_yaml(text, mark), mark)
 
 
-def _put(node: Node | None, keys: Sequence[str], value: Node, mark: Mark) -> Node:
+def put(node: Node | None, keys: Sequence[str], value: Node, mark: Mark) -> Node:
     """The node with a value put at a path below it; missing and empty mappings on the way are made."""
     if not keys:
         return replace(value, key=mark)
     key, rest = keys[0], keys[1:]
     if node is None or node.value is None:
-        return Node({key: _put(None, rest, value, mark)}, mark, key=mark)
+        return Node({key: put(None, rest, value, mark)}, mark, key=mark)
     if isinstance(node.value, dict):
-        return replace(node, value={**node.value, key: _put(node.value.get(key), rest, value, mark)})
+        return replace(node, value={**node.value, key: put(node.value.get(key), rest, value, mark)})
     if isinstance(node.value, list):
         last = len(node.value) - 1
         if not key.isdecimal() or len(key) > 9 or int(key) > last:
@@ -87,6 +87,6 @@ def _put(node: Node | None, keys: Sequence[str], value: Node, mark: Mark) -> Nod
                 [mark.problem(f"{key!r} is not an index of this list", f"it goes from 0 to {last}")]
             )
         items = list(node.value)
-        items[int(key)] = _put(items[int(key)], rest, value, mark)
+        items[int(key)] = put(items[int(key)], rest, value, mark)
         return replace(node, value=items)
     raise SpecError([mark.problem(f"there is no {key!r} in {node.value!r}, which is not a mapping")])

@@ -29,17 +29,33 @@ def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
         sets: options `a.b.c=VALUE` laid over it, the last one uppermost.
 
     Raises:
+        SpecError: all that is wrong with it, each with its place; or it is that of a sweep.
+    """
+    root = read_layers(Path(path), sets)
+    sweep = root.get("sweep")
+    if sweep is not None and sweep.value is not None:
+        hint = "--set sweep=null takes the spec without it"
+        raise SpecError(
+            [(sweep.key or sweep.mark).problem("makes several runs, and this takes one", hint, "sweep")]
+        )
+    return check_tree(root)
+
+
+def check_tree(root: Node) -> JobSpec:
+    """The spec that a tree of a file's nodes is.
+
+    Raises:
         SpecError: all that is wrong with it, each with its place.
     """
-    root, problems = resolve_paths(read_layers(Path(path), sets))
+    root, problems = resolve_paths(root)
     root = _inherit_slurm(_evaluate_like_training(root))
     try:
         spec = JobSpec.model_validate(root.plain(), strict=True)
     except ValidationError as error:
-        raise SpecError(_sorted(problems + problems_of(error, root))) from None
+        raise SpecError(in_order(problems + problems_of(error, root))) from None
     problems += _cross_check(spec, root)
     if problems:
-        raise SpecError(_sorted(problems))
+        raise SpecError(in_order(problems))
     return spec
 
 
@@ -49,13 +65,13 @@ def read_spec(path: Path) -> JobSpec:
     try:
         return JobSpec.model_validate(root.plain(), strict=True)
     except ValidationError as error:
-        raise SpecError(_sorted(problems_of(error, root))) from None
+        raise SpecError(in_order(problems_of(error, root))) from None
 
 
 def dump_spec(spec: JobSpec) -> str:
     """The spec as YAML, every default written out."""
     return yaml.dump(
-        spec.model_dump(),
+        spec.model_dump(exclude={"sweep", "sweep_limit"}),
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
@@ -154,7 +170,7 @@ def _special_characters(spec: JobSpec) -> list[str]:
     return sorted(set("%\\,:" if contained else "%\\") & set(spec.run_dir))
 
 
-def _sorted(problems: list[Problem]) -> list[Problem]:
+def in_order(problems: list[Problem]) -> list[Problem]:
     """In the order of the files; what has no place in one comes last."""
     return sorted(
         problems, key=lambda problem: (not problem.line, problem.source, problem.line, problem.column)

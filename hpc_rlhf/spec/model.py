@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.data import DataSpec
-from hpc_rlhf.spec.fields import Model, Name, PathText
+from hpc_rlhf.spec.fields import Model, Name, PathText, Positive
 from hpc_rlhf.spec.notify import NotifySpec, TrackersSpec
 from hpc_rlhf.spec.stages import STAGE_NAMES, StagesSpec
 from hpc_rlhf.spec.training import StageSpec
@@ -85,6 +85,16 @@ class JobSpec(Model):
     )
     notify: NotifySpec = Field(
         default=NotifySpec(), description="Who hears when the run is finished, or needs a person."
+    )
+    sweep: (
+        Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)] | None
+    ) = Field(
+        default=None,
+        description="Values to try, by the path of their field: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2, 3]} makes six runs, each in a folder of run_dir. What they have in common is trained once: a stage is shared by all the runs in which nothing that bears on it differs.",
+    )
+    sweep_limit: Positive | None = Field(
+        default=None,
+        description="How many runs of a sweep may have jobs at work at once; null leaves that to Slurm. Set it to leave room for others, or to see the first results before the last runs start.",
     )
 
     @model_validator(mode="before")

@@ -1,0 +1,229 @@
+"""A sweep: one file that asks for several runs, and which stages these have in common."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import Problem, SpecError
+from hpc_rlhf.spec.cluster import SIZE
+from hpc_rlhf.spec.layers import put, read_layers
+from hpc_rlhf.spec.load import check_tree, in_order
+from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.stages import STAGE_NAMES
+from hpc_rlhf.spec.yaml_source import Mark, Node
+
+MOST = 200  # runs; each is a folder, and several jobs in Slurm's queue
+_FIELDS = ("sweep", "sweep_limit")
+_OWN = ("name", "run_dir", *_FIELDS, "extends")
+_LONGEST = 48  # letters of a value in a name
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep.
+
+    Attributes:
+        name: that of its folder in the sweep's, made of its values.
+        values: what it was given of each path that is swept.
+        spec: a whole spec, without the sweep.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    spec: JobSpec
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a sweep, the last path's values changing fastest.
+
+    Attributes:
+        run_dir: the folder of their run directories.
+        limit: how many runs may have jobs at work at once; None for any number.
+    """
+
+    run_dir: Path
+    limit: int | None
+    members: tuple[Member, ...]
+
+
+def load_any(path: Path | str, sets: Sequence[str] = ()) -> JobSpec | Sweep:
+    """Load a user's spec, be it of one run or of a sweep.
+
+    Args:
+        path: the spec file.
+        sets: options `a.b.c=VALUE` laid over it, the last one uppermost.
+
+    Raises:
+        SpecError: all that is wrong with it or with any of the runs, each with its place.
+    """
+    root = read_layers(Path(path), sets)
+    sweep = root.get("sweep")
+    if sweep is None or sweep.value is None:
+        return check_tree(root)
+    assert isinstance(root.value, dict)
+    axes = _axes(root, sweep)
+    limit = _limit(root)
+    base = replace(root, value={key: node for key, node in root.value.items() if key not in _FIELDS})
+    members = _members(base, axes)
+    return Sweep(Path(members[0].spec.run_dir).parent, limit, members)
+
+
+def lenders(specs: Mapping[str, JobSpec]) -> dict[tuple[str, str], str]:
+    """Which stages of which runs another run trains for them: (run, stage) -> the first run that has the same stage.
+
+    Args:
+        specs: of the runs by name, in the order in which they came to be.
+    """
+    first: dict[str, str] = {}
+    lent = {}
+    for name, spec in specs.items():
+        for stage in spec.stage_names:
+            lender = first.setdefault(_bearing(spec, stage), name)
+            if lender != name:
+                lent[name, stage] = lender
+    return lent
+
+
+def _bearing(spec: JobSpec, stage: str) -> str:
+    """All that bears on what a stage makes, as text: equal for two runs that may share it."""
+    models = {"actor", "reward"} if stage in ("reward", "ppo", "eval") else {"actor"}
+    facts = {
+        "stage": stage,
+        "fields": spec.stage(stage).model_dump(mode="json", exclude={"slurm"}),
+        "ranks": spec.stage(stage).slurm.model_dump(mode="json", include=set(SIZE)),
+        "needs": [_bearing(spec, need) for need in spec.needs(stage)],
+        "seed": spec.seed,
+        "data": spec.data.model_dump(mode="json"),
+        "models": spec.models.model_dump(mode="json", include=models),
+        "trained": spec.trained,  # they share the prompts out among themselves
+    }
+    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _axes(root: Node, sweep: Node) -> dict[str, Node]:
+    """The lists of values by path.
+
+    Raises:
+        SpecError: a path or a list is none.
+    """
+    if not isinstance(sweep.value, dict) or not sweep.value:
+        what = "must be a mapping of paths to lists of values"
+        raise SpecError([sweep.mark.problem(what, "such as {stages.ppo.kl_coef: [0.02, 0.1]}", "sweep")])
+    problems = [problem for path, node in sweep.value.items() for problem in _wrong(root, path, node)]
+    count = math.prod(len(node.value) for node in sweep.value.values() if isinstance(node.value, list))
+    if not problems and count > MOST:
+        hint = "take fewer values, or make several sweeps"
+        problems.append(
+            (sweep.key or sweep.mark).problem(f"makes {count} runs; {MOST} are the most", hint, "sweep")
+        )
+    if problems:
+        raise SpecError(in_order(problems))
+    return sweep.value
+
+
+def _wrong(root: Node, path: str, node: Node) -> Iterator[Problem]:
+    keys, key = path.split("."), node.key or node.mark
+    if not all(keys) or keys[0] in _OWN:
+        what = "is nothing that runs of a sweep can differ in"
+        yield key.problem(what, "name a field by its path, such as stages.ppo.kl_coef", f"sweep.{path}")
+    elif keys[0] == "stages" and keys[2:] and _is_absent(root, keys[1]):
+        yield key.problem(f"there is no stage {keys[1]} in this spec", None, f"sweep.{path}")
+    if not isinstance(node.value, list) or not node.value:
+        yield node.mark.problem("must be a list of values", "such as [0.02, 0.1]", f"sweep.{path}")
+
+
+def _is_absent(root: Node, stage: str) -> bool:
+    node = root.get("stages", stage)
+    return stage in STAGE_NAMES and (node is None or node.value is None)
+
+
+def _limit(root: Node) -> int | None:
+    node = root.get("sweep_limit")
+    if node is None or node.value is None:
+        return None
+    if type(node.value) is not int or node.value < 1:
+        raise SpecError([node.mark.problem("must be a whole number of at least 1", None, "sweep_limit")])
+    return node.value
+
+
+def _members(base: Node, axes: Mapping[str, Node]) -> tuple[Member, ...]:
+    """Every run of the product of all values.
+
+    Raises:
+        SpecError: all that is wrong with any of them.
+    """
+    words = _short_names(list(axes))
+    named: dict[str, dict[str, Node]] = {}
+    lists = [node.value for node in axes.values() if isinstance(node.value, list)]
+    for chosen in product(*lists):
+        by_path = dict(zip(axes, chosen, strict=True))
+        name = _cut("+".join(f"{words[path]}={_text(node.plain())}" for path, node in by_path.items()), 200)
+        if name in named:
+            hint = "give each value once, and none that differs only in signs that a name cannot have"
+            mark = next(iter(axes.values())).mark
+            raise SpecError([mark.problem(f"two runs would be in the folder {name}", hint, "sweep")])
+        named[name] = by_path
+    members, wrong = [], dict[Problem, list[str]]()
+    for name, by_path in named.items():
+        try:
+            members.append(_member(base, name, by_path, axes))
+        except SpecError as error:
+            for problem in error.problems:
+                wrong.setdefault(problem, []).append(name)
+    if wrong:
+        raise SpecError(in_order([_told(problem, names, named) for problem, names in wrong.items()]))
+    return tuple(members)
+
+
+def _member(base: Node, name: str, by_path: Mapping[str, Node], axes: Mapping[str, Node]) -> Member:
+    tree = base
+    for path, node in by_path.items():
+        tree = put(tree, path.split("."), node, axes[path].key or node.mark)
+    spec = check_tree(tree)
+    # Slurm shows the run's name, which has fewer signs to choose from.
+    shown = _cut(f"{spec.name}.{name.replace('=', '-').replace('+', '.')}", 128)
+    own = {"name": shown, "run_dir": str(Path(spec.run_dir, name))}
+    return Member(name, {path: node.plain() for path, node in by_path.items()}, spec.model_copy(update=own))
+
+
+def _told(problem: Problem, names: Sequence[str], all_: Mapping[str, Mapping[str, Node]]) -> Problem:
+    """A problem, with the runs that have it where its place does not tell that."""
+    values = {node.mark for by_path in all_.values() for node in by_path.values()}
+    if len(names) == len(all_) or Mark(problem.source, problem.line, problem.column) in values:
+        return problem
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return replace(problem, what=f"{problem.what}; so it is in the run {names[0]}{more}")
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The last words of each path, as many as tell it from the others."""
+    short = {}
+    for path in paths:
+        keys = path.split(".")
+        tails = (".".join(keys[-count:]) for count in range(1, len(keys) + 1))
+        short[path] = next(
+            tail
+            for tail in tails
+            if tail == path or not any(f".{other}".endswith(f".{tail}") for other in paths if other != path)
+        )
+    return short
+
+
+def _text(value: Any) -> str:
+    """A value as a part of a folder's name."""
+    plain = value if isinstance(value, str) else json.dumps(value)
+    return _cut(re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-") or "none", _LONGEST)
+
+
+def _cut(text: str, most: int) -> str:
+    """At most so many letters, the last ones telling apart what was cut."""
+    return text if len(text) <= most else f"{text[: most - 9]}-{sha256(text.encode()).hexdigest()[:8]}"
