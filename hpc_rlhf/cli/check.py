@@ -19,27 +19,30 @@ from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
 def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
     """Check job specs and list everything wrong in them.
 
-    Each problem is a line FILE:LINE:COLUMN: FIELD: WHAT (HINT). Ends with 2 when there is one.
+    Each problem is a line FILE:LINE:COLUMN: FIELD: WHAT (HINT). Ends with 2 when there is one. Of a sweep, every run is
+    checked.
     """
-    problems = {file: _problems(file, sets) for file in files}
+    checked = {file: _check(file, sets) for file in files}
+    problems = {file: found for file, (found, _) in checked.items()}
     bad = sum(1 for found in problems.values() if found)
     if as_json:
         click.echo(
             json.dumps({file: [asdict(one) for one in found] for file, found in problems.items()}, indent=2)
         )
     else:
-        for file, found in problems.items():
-            click.echo("\n".join(map(str, found)) if found else f"{file}: ok")
+        for file, (found, words) in checked.items():
+            click.echo("\n".join(map(str, found)) if found else f"{file}: {words}")
     if bad:
         click.echo(f"{bad} of {len(problems)} spec{'s' * (len(problems) > 1)} cannot run", err=True)
         ctx.exit(INPUT_WRONG)
 
 
-def _problems(file: str, sets: tuple[str, ...]) -> tuple[Problem, ...]:
-    from hpc_rlhf.spec.load import load_spec
+def _check(file: str, sets: tuple[str, ...]) -> tuple[tuple[Problem, ...], str]:
+    """What is wrong with a spec, and what is said of one with which nothing is."""
+    from hpc_rlhf.spec.sweep import Sweep, load_any
 
     try:
-        load_spec(file, sets)
+        spec = load_any(file, sets)
     except SpecError as error:
-        return error.problems
-    return ()
+        return error.problems, ""
+    return (), f"ok, {spec.told}" if isinstance(spec, Sweep) else "ok"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,7 +13,8 @@ from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.memory import Memory, run_memory
 from hpc_rlhf.launch.plan import Plan, make_plan
-from hpc_rlhf.spec.load import load_spec
+from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.sweep import Sweep, lenders, load_any
 
 
 @click.command(epilog=example("hpc-rlhf plan my-job.yaml"))
@@ -20,15 +22,57 @@ from hpc_rlhf.spec.load import load_spec
 @set_option
 @json_option
 def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
-    """Show the jobs that FILE makes, and the memory that their models hold on each GPU."""
-    spec = load_spec(file, sets)
-    plan, memory = make_plan(spec), run_memory(spec)
+    """Show the jobs that FILE makes, and the memory that their models hold on each GPU.
+
+    Of a sweep: which run trains which stages, and the jobs and memory of the first run. --json has all of them, as a list
+    `runs`, each with its `values` and the runs that it has stages from, by stage, as `shared`.
+    """
+    spec = load_any(file, sets)
     if as_json:
-        facts = {stage: _memory_dict(each) for stage, each in memory.items()}
-        click.echo(json.dumps({**plan.as_dict(), "memory": facts}, indent=1, ensure_ascii=False))
-    else:
-        echo_plan(plan)
-        echo_memory(memory)
+        facts = _sweep_dict(spec) if isinstance(spec, Sweep) else _plan_dict(spec)
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return
+    if isinstance(spec, Sweep):
+        echo_sweep(spec)
+        click.echo()
+        spec = spec.members[0].spec
+    echo_plan(make_plan(spec))
+    echo_memory(run_memory(spec))
+
+
+def echo_sweep(sweep: Sweep) -> None:
+    """Print which run of a sweep trains which stages."""
+    lent = lenders(sweep.specs)
+    rows = []
+    for name, spec in sweep.specs.items():
+        own = [stage for stage in spec.stage_names if (name, stage) not in lent]
+        others: dict[str, list[str]] = {}
+        for stage in spec.stage_names:
+            if (name, stage) in lent:
+                others.setdefault(lent[name, stage], []).append(stage)
+        shares = "; ".join(f"{', '.join(stages)} of {lender}" for lender, stages in others.items())
+        rows.append((name, ", ".join(own) or "-", shares or "-"))
+    echo_table(("run", "trains", "shares"), rows)
+    limit = "" if sweep.limit is None else f", at most {sweep.limit} at once"
+    click.echo(f"{sweep.told}{limit}; folder {sweep.run_dir}", err=True)
+
+
+def _plan_dict(spec: JobSpec) -> dict[str, Any]:
+    memory = {stage: _memory_dict(each) for stage, each in run_memory(spec).items()}
+    return {**make_plan(spec).as_dict(), "memory": memory}
+
+
+def _sweep_dict(sweep: Sweep) -> dict[str, Any]:
+    lent = lenders(sweep.specs)
+    runs = [
+        {
+            "values": dict(member.values),
+            "shared": {stage: lender for (name, stage), lender in lent.items() if name == member.name},
+            **_plan_dict(member.spec),
+        }
+        for member in sweep.members
+    ]
+    return {"run_dir": str(sweep.run_dir), "limit": sweep.limit, "runs": runs}
 
 
 def echo_plan(plan: Plan) -> None:

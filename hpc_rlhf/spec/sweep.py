@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -53,6 +54,24 @@ class Sweep:
     run_dir: Path
     limit: int | None
     members: tuple[Member, ...]
+
+    @property
+    def specs(self) -> dict[str, JobSpec]:
+        """The spec of each run by its name."""
+        return {member.name: member.spec for member in self.members}
+
+    @property
+    def told(self) -> str:
+        """How often each stage is trained, in words."""
+        lent = lenders(self.specs)
+        trained = Counter(
+            stage
+            for name, spec in self.specs.items()
+            for stage in spec.stage_names
+            if (name, stage) not in lent
+        )
+        times = [f"{stage} {count} time{'s' * (count > 1)}" for stage, count in trained.items()]
+        return f"a sweep of {len(self.members)} runs that trains {', '.join(times)}"
 
 
 def load_any(path: Path | str, sets: Sequence[str] = ()) -> JobSpec | Sweep:

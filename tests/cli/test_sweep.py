@@ -1,0 +1,50 @@
+"""check and plan of a sweep, as a person calls them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hpc_rlhf.cli import group
+from tests.spec.texts import GOOD, write
+
+SWEEP = GOOD + "sweep: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2, 3]}\nsweep_limit: 2\n"
+
+
+def cli(*args: object) -> Result:
+    return CliRunner().invoke(group, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write(tmp_path, SWEEP)
+
+
+def test_check_tells_how_often_each_stage_is_trained(file: Path) -> None:
+    said = cli("check", file)
+    assert said.exit_code == 0
+    assert said.stdout == (
+        f"{file}: ok, a sweep of 6 runs that trains sft 3 times, reward 3 times, ppo 6 times\n"
+    )
+
+
+def test_check_finds_what_is_wrong_with_one_run(file: Path) -> None:
+    said = cli("check", file, "--set", "sweep.seed=[1, -2]")
+    assert said.exit_code == 2
+    assert said.stdout.splitlines() == ["--set sweep.seed: seed: must be at least 0, not -2"]
+
+
+def test_plan_tells_who_trains_what_for_whom(file: Path) -> None:
+    rows = [line.split("  ") for line in cli("plan", file).stdout.splitlines()[1:7]]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert rows[0] == ["kl_coef=0.02+seed=1", "sft, reward, ppo", "-"]
+    assert rows[5] == ["kl_coef=0.1+seed=3", "ppo", "sft, reward of kl_coef=0.02+seed=3"]
+    plan = json.loads(cli("plan", file, "--json").stdout)
+    assert (plan["limit"], len(plan["runs"])) == (2, 6)
+    last = plan["runs"][5]
+    assert last["values"] == {"stages.ppo.kl_coef": 0.1, "seed": 3}
+    assert last["shared"] == dict.fromkeys(("sft", "reward"), "kl_coef=0.02+seed=3")
+    assert last["run_dir"] == f"{plan['run_dir']}/kl_coef=0.1+seed=3"
