@@ -78,7 +78,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         for column in table.columns[1:]:
             column.justify, column.no_wrap = "right", True
         console.print(table)
-    console.print("\n".join(notes(report)), markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(notes(report)), markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def notes(report: dict[str, Any]) -> list[str]:

@@ -1,0 +1,98 @@
+"""Makes the pictures of the README: of a run of the demo on this machine, its terminal and its report.
+
+    scripts/install-chromium.sh; pip install asciinema==2.4.0 termtosvg==1.1.0
+    PATH=$PWD/.venv/bin:$PATH python docs/pictures.py FOLDER
+
+FOLDER is where it runs, and is named in the report. What a run of it left there before is taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "docs" / "pictures"
+COMMAND = "hpc-rlhf run jobs/tiny.yaml"
+
+COLUMNS, ROWS = 100, 36
+PLAYED = 16.0  # seconds that the recording is made to last
+FRAME, STILL = 0.2, 5.0  # seconds, of a frame of it and of its last
+WIDTH, GAP = 1200, 16  # pixels, of the page and between its parts
+
+
+def record(cast: Path) -> None:
+    """The run, in a terminal of a fixed size."""
+    shutil.copytree(ROOT / "jobs", cast.parent / "jobs", dirs_exist_ok=True)
+    command = ["asciinema", "rec", "--quiet", "--overwrite", "--cols", str(COLUMNS), "--rows", str(ROWS),
+               "--command", COMMAND, str(cast)]  # fmt: skip
+    subprocess.run(command, cwd=cast.parent, env={**os.environ, "TERM": "xterm-256color"}, check=True)
+
+
+def hasten(cast: Path, fast: Path) -> None:
+    """The same recording in PLAYED seconds, with what is written within a frame at once."""
+    header, *lines = cast.read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    frames = {0: f"$ {COMMAND}\r\n"}
+    for time, kind, text in events:
+        if kind == "o":
+            at = int(time / events[-1][0] * PLAYED / FRAME)
+            frames[at] = frames.get(at, "") + text
+    played = [json.dumps([at * FRAME, "o", text]) for at, text in frames.items()]
+    size = {"width": COLUMNS, "height": ROWS}
+    fast.write_text("\n".join([json.dumps({**json.loads(header), **size}), *played]) + "\n")
+
+
+def draw(cast: Path, svg: Path) -> None:
+    delay = str(int(STILL * 1000))
+    subprocess.run(
+        ["termtosvg", "render", str(cast), str(svg), "-D", delay, "-t", "window_frame"], check=True
+    )
+
+
+def photograph(report: Path) -> None:
+    """The top of the report, and its curves of PPO, in both themes."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for theme in ("light", "dark"):
+            page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme=theme)
+            page.goto(report.as_uri())
+            page.locator("#time details summary").click()  # the table of attempts
+            curves = page.locator("#curves-ppo")
+            for plot in curves.locator(".plot").all():
+                plot.scroll_into_view_if_needed()
+                plot.locator("canvas").wait_for()
+            page.evaluate("scrollTo({ top: 0, behavior: 'instant' })")
+            page.mouse.move(0, 0)
+            end = page.locator("#evaluation").bounding_box()
+            assert end is not None
+            top = {"x": 0, "y": 0, "width": WIDTH, "height": end["y"] + end["height"] + GAP}
+            page.screenshot(path=PICTURES / f"report-{theme}.png", clip=top, full_page=True)
+            curves.screenshot(path=PICTURES / f"curves-{theme}.png")
+        browser.close()
+    for png in PICTURES.glob("*.png"):
+        Image.open(png).convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE).save(png, optimize=True)
+
+
+def main(folder: Path) -> None:
+    PICTURES.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    cast, fast, report = folder / "run.cast", folder / "fast.cast", folder / "runs" / "tiny" / "report.html"
+    if not report.exists() or not cast.exists():
+        record(cast)
+    hasten(cast, fast)
+    draw(fast, PICTURES / "run.svg")
+    subprocess.run(["hpc-rlhf", "report", str(report.parent)], check=True)
+    photograph(report)
+    print(*(f"{path.name}: {path.stat().st_size:,} bytes" for path in sorted(PICTURES.iterdir())), sep="\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())
