@@ -122,3 +122,34 @@ class RunDir:
 
     def stage(self, stage: str) -> StageDir:
         return StageDir(self.path / "stages" / stage)
+
+    @property
+    def stages(self) -> list[Path]:
+        """The folders of the stages that have begun, and the links to those that another run trains for this one."""
+        folder = self.path / "stages"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
+    def lender(self, stage: str) -> RunDir | None:
+        """The run of the same sweep that trains a stage for this one too; None for a stage of its own."""
+        path = self.stage(stage).path
+        return RunDir(path.resolve().parent.parent) if path.is_symlink() else None
+
+    @property
+    def sweep(self) -> SweepDir:
+        """The sweep that it would be a run of."""
+        return SweepDir(self.path.parent)
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """The folder that holds the folders of a sweep's runs."""
+
+    path: Path
+
+    @property
+    def json(self) -> Path:
+        """The names of its runs in their order, and how many may be at work at the same time."""
+        return self.path / "sweep.json"
+
+    def run(self, label: str) -> RunDir:
+        return RunDir(self.path / label)

@@ -347,10 +347,15 @@ def release(job_id: str) -> None:
     _run(["scontrol", "release", job_id])
 
 
-def set_dependency(job_id: str, needs: Sequence[str]) -> None:
-    """Let a pending job wait for others to end well; for none, let it go."""
-    dependency = f"afterok:{':'.join(needs)}" if needs else ""
-    _run(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency}"])
+def dependency(needs: Sequence[str], behind: Sequence[str] = ()) -> str:
+    """For sbatch and scontrol: to wait for some jobs to end well, and for others to end; empty for none."""
+    waits = (("afterok", needs), ("afterany", behind))
+    return ",".join(f"{kind}:{':'.join(jobs)}" for kind, jobs in waits if jobs)
+
+
+def set_dependency(job_id: str, needs: Sequence[str], behind: Sequence[str] = ()) -> None:
+    """Let a pending job wait for some to end well, and for others to end; for none, let it go."""
+    _run(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency(needs, behind)}"])
 
 
 def cancel(job_ids: Sequence[str]) -> None:

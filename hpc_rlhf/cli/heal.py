@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
 
 from hpc_rlhf.cli.options import example, json_option
-from hpc_rlhf.cli.run_argument import find_run
+from hpc_rlhf.cli.run_argument import find_runs
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.heal import heal
@@ -25,12 +26,16 @@ LEFT_TO_A_PERSON = 3
 @click.option("--sentinel", is_flag=True, hidden=True, help="Stop where another attempt would not help.")
 @click.pass_context
 def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> None:
-    """Let the chain of RUN, a run directory or job file, go on after a stage of it ended badly.
+    """Let the chain of RUN, a run directory or job file, go on after a stage of it ended badly; of a sweep, all its chains.
 
     Stages go on from their last checkpoints. The jobs that sit beside each stage do this by themselves; this is for
     when they stopped and said why, and the cause is mended.
     """
-    run_dir = find_run(run)
+    runs = find_runs(run)
+    if len(runs) > 1:
+        _heal_sweep(runs, as_json)
+        return
+    run_dir = runs[0]
     stops = _stops(run_dir)
     outcomes = heal(run_dir, by_sentinel=sentinel)
     if as_json:
@@ -44,6 +49,21 @@ def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> 
 
         leave_report(run_dir)
         context.exit(LEFT_TO_A_PERSON)
+
+
+def _heal_sweep(runs: Sequence[RunDir], as_json: bool) -> None:
+    """Heal each, those that train stages for others first."""
+    outcomes = {each.path.name: heal(each) for each in runs}
+    if as_json:
+        facts = {name: [asdict(outcome) for outcome in done] for name, done in outcomes.items()}
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return
+    rows = [
+        (name, each.stage, each.job_id or "-", _said(each))
+        for name, done in outcomes.items()
+        for each in done
+    ]
+    echo_table(("run", "stage", "job", ""), rows)
 
 
 def _stops(run: RunDir) -> int:

@@ -44,12 +44,17 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
                 "is no folder", where=str(folder), hint="give folders that hold run directories"
             )
     lines = list_runs(find_runs(folders or known_runs.known()))
-    if as_json:
-        click.echo(json.dumps([asdict(line) for line in lines], indent=1, ensure_ascii=False))
-        return
-    if not lines:
+    if not lines and not as_json:
         where = "here" if folders else "yet; those of a folder: hpc-rlhf list DIR"
         click.echo(f"no runs {where}", err=True)
+        return
+    show_runs(lines, as_json)
+
+
+def show_runs(lines: Sequence[RunLine], as_json: bool) -> None:
+    """Print runs, each in a line."""
+    if as_json:
+        click.echo(json.dumps([asdict(line) for line in lines], indent=1, ensure_ascii=False))
         return
     from hpc_rlhf.cli.console import print_parts
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from hpc_rlhf.cli.options import example, set_option
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.model import JobSpec
 
 
 @click.command(
@@ -29,8 +32,26 @@ def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile:
     """Run a spec's stages on this machine, without Slurm.
 
     As many ranks start as the spec asks for, all of them here. Ctrl-C saves; the same command goes on. Finished
-    stages are not run again.
+    stages are not run again. The runs of a sweep come one after the other.
     """
+    from hpc_rlhf.launch.sweep import lay_out
+    from hpc_rlhf.spec.sweep import Sweep, load_any
+
+    spec = load_any(file, sets)
+    again = _again(file, sets, hostfile)
+    if not isinstance(spec, Sweep):
+        _run(context, spec, file.parent, hostfile, again, {})
+        return
+    lent = lay_out(spec)
+    for number, member in enumerate(spec.members, 1):
+        click.echo(f"run {number} of {len(spec.members)}: {member.name}", err=True)
+        _run(context, member.spec, file.parent, hostfile, again, lent[member.name])
+
+
+def _run(
+    context: click.Context, spec: JobSpec, beside: Path, hostfile: Path | None, again: str,
+    lent: Mapping[str, RunDir],
+) -> None:  # fmt: skip
     from rich.console import Console
 
     from hpc_rlhf.launch.hostfile import read_hostfile
@@ -40,17 +61,15 @@ def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile:
     from hpc_rlhf.observe.progress import progress
     from hpc_rlhf.observe.report import leave_report
     from hpc_rlhf.observe.summary import print_summary
-    from hpc_rlhf.spec.load import load_spec
 
-    spec = load_spec(file, sets)
     hosts = read_hostfile(hostfile) if hostfile is not None else None
     stopped: HpcRlhfError | None = None
     with claim(spec, "hpc-rlhf run") as run:
         refuse_live_jobs(run)
-        prepare(spec, run, file.parent)
+        prepare(spec, run, beside, lent=lent)
         try:
             with progress(run) as watcher:
-                LocalRun(spec, run, hosts, watcher, _again(file, sets, hostfile)).run_stages()
+                LocalRun(spec, run, hosts, watcher, again).run_stages()
         except HpcRlhfError as error:
             stopped = error
     if isinstance(stopped, Interrupted):  # asked for, so no error

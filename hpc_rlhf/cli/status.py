@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import click
 
 from hpc_rlhf.cli.options import example, json_option
-from hpc_rlhf.cli.run_argument import find_run
+from hpc_rlhf.cli.run_argument import find_runs
 from hpc_rlhf.observe.goodput import total
 from hpc_rlhf.observe.status import StageStatus, read_status
+from hpc_rlhf.rundir import RunDir
 
 
 @click.command(epilog=example("hpc-rlhf status my-job.yaml"))
@@ -31,8 +33,14 @@ def command(run: str, as_json: bool) -> None:
     person), queued, starting, productive (work that was kept), lost (work done again) and saving (training stood still);
     wall, their sum; ettr; and interruptions, each with its reason, time, node, step, and the seconds lost by it and spent
     on starting again. Those of the run are sums over stages, which may run side by side.
+
+    The runs of a sweep are shown each in a line, and as --json what `list` prints of them.
     """
-    run_dir = find_run(run)
+    runs = find_runs(run)
+    if len(runs) > 1:
+        _show_sweep(runs, as_json)
+        return
+    run_dir = runs[0]
     stages = read_status(run_dir)
     if as_json:
         status = {
@@ -46,6 +54,15 @@ def command(run: str, as_json: bool) -> None:
     from hpc_rlhf.observe.board import Board
 
     print_parts(lambda width, live, plain: Board(width, live, plain).whole(stages))
+
+
+def _show_sweep(runs: Sequence[RunDir], as_json: bool) -> None:
+    """The runs of a sweep, each in a line, in their order."""
+    from hpc_rlhf.cli.list import show_runs
+    from hpc_rlhf.observe.listing import list_runs
+
+    order = [str(run.path) for run in runs]
+    show_runs(sorted(list_runs(runs), key=lambda line: order.index(line.path)), as_json)
 
 
 def _as_json(status: StageStatus) -> dict[str, Any]:

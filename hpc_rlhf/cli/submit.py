@@ -11,9 +11,12 @@ from hpc_rlhf.cli.plan import echo_plan
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.prepare import refuse_changes
 from hpc_rlhf.launch.submit import preview, submit
-from hpc_rlhf.spec.load import load_spec
+from hpc_rlhf.launch.sweep import shared, submit_sweep
+from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.sweep import Sweep, load_any
 
 
 @click.command(epilog=example("hpc-rlhf submit my-job.yaml --dry-run"))
@@ -23,9 +26,13 @@ from hpc_rlhf.spec.model import JobSpec
 def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
     """Submit the stages of FILE to Slurm.
 
-    Submitting again attaches to what is there: stages that are done, queued or running are left alone.
+    Submitting again attaches to what is there: stages that are done, queued or running are left alone. The runs of a
+    sweep are submitted together; a stage that several have in common is trained by one of them.
     """
-    spec = load_spec(file, sets)
+    spec = load_any(file, sets)
+    if isinstance(spec, Sweep):
+        _submit_sweep(spec, file.parent, dry_run)
+        return
     if dry_run:
         _echo_preview(spec, file.parent)
         return
@@ -38,19 +45,40 @@ def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
     click.echo(_next_commands(spec.run_dir), err=True)
 
 
+def _submit_sweep(sweep: Sweep, beside: Path, dry_run: bool) -> None:
+    if dry_run:
+        lent = shared(sweep)
+        for member in sweep.members:
+            refuse_changes(RunDir(Path(member.spec.run_dir)), member.spec, live=False)
+        plan = [
+            (member.name, stage, f"that of {lender.path.name}" if lender else "a job")
+            for member in sweep.members
+            for stage in member.spec.stage_names
+            for lender in [lent[member.name].get(stage)]
+        ]
+        echo_table(("run", "stage", ""), plan)
+        return
+    outcomes = [(name, each) for name, done in submit_sweep(sweep, beside).items() for each in done]
+    rows = [(name, each.stage, each.job_id or "-", _said(each)) for name, each in outcomes]
+    echo_table(("run", "stage", "job", ""), rows)
+    if not any(each.did == "submitted" for _, each in outcomes):
+        click.echo("attached to the runs that are there; nothing was submitted", err=True)
+    click.echo(_next_commands(str(sweep.run_dir), ("status", "compare", "cancel")), err=True)
+
+
 def _said(outcome: Outcome) -> str:
     return {
         "submitted": "submitted",
         "live": f"already there: {outcome.detail}",
         "done": "done already",
+        "waits": f"waits {outcome.detail}",
     }[outcome.did]
 
 
-def _next_commands(run_dir: str) -> str:
+def _next_commands(run_dir: str, verbs: tuple[str, ...] = ("status", "logs -f", "cancel")) -> str:
     from shlex import quote
 
-    run = quote(run_dir)
-    return f"\nnext:\n  hpc-rlhf status {run}\n  hpc-rlhf logs -f {run}\n  hpc-rlhf cancel {run}"
+    return "\n".join(("\nnext:", *(f"  hpc-rlhf {verb} {quote(run_dir)}" for verb in verbs)))
 
 
 def _echo_preview(spec: JobSpec, beside: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 from hpc_rlhf import manifest, sentinel, slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.jobs import RunJobs, adopt, submission_options, with_token
+from hpc_rlhf.launch.lanes import borrowed_jobs, jobs_before
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
@@ -60,7 +61,8 @@ class Chain:
         plan: the run's plan; its scripts are in the run directory.
         jobs: those found.
         by: who sends jobs, for the ledger: a person, or heal.
-        ids: the live job of each stage, those that were sent or requeued since included.
+        ids: the live job of each stage, those that were sent or requeued since included, and those of stages that another
+            run of a sweep trains for this one.
         sent: the jobs sent since, by stage.
         posted: the sentinels sent since.
     """
@@ -72,25 +74,52 @@ class Chain:
     sent: dict[str, str] = field(default_factory=dict)
     posted: list[str] = field(default_factory=list)
     _requeued: set[str] = field(default_factory=set)
+    _before: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         self.run = self.plan.run
         self.ledger = Ledger(self.run.ledger)
-        self.ids = {stage: job.job_id for stage, job in self.jobs.live.items()}
+        borrowed = borrowed_jobs(self.run, [job.stage for job in self.plan.jobs])
+        self.ids = {**borrowed, **{stage: job.job_id for stage, job in self.jobs.live.items()}}
         self._tokens = dict(self.jobs.tokens)
 
     def after(self, job: PlannedJob) -> tuple[str, ...]:
         """The jobs that must end well before a stage's own can start."""
         return tuple(self.ids[need] for need in job.needs if not is_done(self.run, need))
 
+    def behind(self, job: PlannedJob) -> tuple[str, ...]:
+        """The jobs of other runs that must end before a stage's own can start, because of the sweep's limit."""
+        if any(self.run.lender(need) is None for need in job.needs):
+            return ()  # it comes after a stage of its own run, which waits for them
+        if self._before is None:
+            self._before = jobs_before(self.run)
+        return self._before
+
+    def borrow(self, job: PlannedJob) -> Outcome | None:
+        """How a stage is getting on that another run of the sweep trains for this one; None for one of its own."""
+        lender = self.run.lender(job.stage)
+        if lender is None:
+            return None
+        if is_done(self.run, job.stage):
+            return Outcome(job.stage, "done")
+        job_id = self.ids.get(job.stage)
+        where = f"that of {lender.path.name}"
+        return (
+            Outcome(job.stage, "live", job_id, where)
+            if job_id
+            else Outcome(job.stage, "waits", None, f"for {where} to be mended")
+        )
+
     def attach(self, job: PlannedJob) -> Outcome:
         """Leave a live job alone, except that one which waits for a dead job waits for the right one instead."""
-        queued, after = self.jobs.live[job.stage], self.after(job)
+        queued, after, behind = self.jobs.live[job.stage], self.after(job), self.behind(job)
         moved = any(need in self.sent or need in self._requeued for need in job.needs)
-        stale = queued.reason == "DependencyNeverSatisfied" or moved or set(after) - queued.needs
+        stale = queued.reason == "DependencyNeverSatisfied" or moved or {*after, *behind} - queued.needs
         if queued.state == "PENDING" and stale:
-            slurm.set_dependency(queued.job_id, after)
-            now = f"now waits for {' and '.join(after)}" if after else "now free to start"
+            slurm.set_dependency(queued.job_id, after, behind)
+            now = (
+                f"now waits for {' and '.join((*after, *behind))}" if after or behind else "now free to start"
+            )
             return Outcome(job.stage, "live", queued.job_id, f"PENDING, {now}")
         detail = f"{queued.state}, {queued.reason}" if queued.state == "PENDING" else queued.state
         return Outcome(job.stage, "live", queued.job_id, detail)
@@ -108,7 +137,7 @@ class Chain:
         from hpc_rlhf.launch.executor import StageExecutor
 
         token = uuid.uuid4().hex[:16]
-        options = submission_options(job, token, self.after(job), delay, without)
+        options = submission_options(job, token, self.after(job), delay, without, self.behind(job))
         executor = StageExecutor(self.plan, job, options)
         self.ledger.append("submitting", job.stage, token=token, by=self.by)
         try:
@@ -152,7 +181,8 @@ class Chain:
             HpcRlhfError: sbatch refused it.
         """
         job_id = self.ids.get(job.stage)
-        if not job.slurm.heal.enabled or job_id is None or is_done(self.run, job.stage):
+        elsewhere = self.run.lender(job.stage) is not None
+        if elsewhere or not job.slurm.heal.enabled or job_id is None or is_done(self.run, job.stage):
             return
         token = self._tokens[job_id]
         if sentinel.waits(self.jobs.queue, token):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from hpc_rlhf import endings, notify, ownership, slurm
@@ -12,6 +13,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.evidence import AttemptLogs, last_seen, last_step
 from hpc_rlhf.launch.chain import Chain, Outcome, is_done, require_slurm
 from hpc_rlhf.launch.jobs import RunJobs, find_jobs
+from hpc_rlhf.launch.lanes import followers
 from hpc_rlhf.launch.lock import SILENCE, hold
 from hpc_rlhf.launch.plan import PlannedJob, make_plan
 from hpc_rlhf.launch.policy import Again, Stop, decide
@@ -42,6 +44,15 @@ def heal(run: RunDir, by_sentinel: bool = False) -> list[Outcome]:
         HpcRlhfError: there is no Slurm here, the run was never submitted, or somebody else is at work on it.
     """
     require_slurm()
+    outcomes = _mend(run, by_sentinel)
+    if any(each.did in ("submitted", "requeued", "stopped") for each in outcomes):
+        for follower in followers(run):
+            with suppress(HpcRlhfError):  # its own sentinels, or a person, see to it
+                _mend(follower, by_sentinel=True)
+    return outcomes
+
+
+def _mend(run: RunDir, by_sentinel: bool) -> list[Outcome]:
     ownership.check(run)
     plan = make_plan(read_spec(run.job_yaml))
     with hold(run.submit_lock, "hpc-rlhf heal", _PATIENCE if by_sentinel else 0.0):
@@ -85,6 +96,8 @@ class _Mending:
 
     def mend(self) -> Outcome:
         chain, stage = self._chain, self._stage
+        if (borrowed := chain.borrow(self._job)) is not None:
+            return borrowed
         if is_done(chain.run, stage):
             return Outcome(stage, "done")
         live = chain.jobs.live.get(stage)

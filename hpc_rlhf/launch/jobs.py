@@ -43,8 +43,9 @@ class RunJobs:
 
 
 def submission_options(
-    job: PlannedJob, token: str, after: tuple[str, ...], delay: int = 0, without: Sequence[str] = ()
-) -> list[str]:
+    job: PlannedJob, token: str, after: tuple[str, ...], delay: int = 0, without: Sequence[str] = (),
+    behind: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
     """sbatch options that belong to one submission. They stay out of the script, which is the same every time.
 
     Args:
@@ -53,11 +54,12 @@ def submission_options(
         after: ids of jobs that must end well first.
         delay: seconds before which it may not start.
         without: nodes it may not use, beside those that the spec excludes.
+        behind: ids of jobs that must end first, well or not.
     """
     words = [_mark(token), *([job.slurm.comment] if job.slurm.comment else [])]
     options = [f"--comment={' '.join(words)}"]
-    if after:
-        options.append(f"--dependency=afterok:{':'.join(after)}")
+    if dependency := slurm.dependency(after, behind):
+        options.append(f"--dependency={dependency}")
     if delay:
         options.append(f"--begin=now+{delay}")
     if without:

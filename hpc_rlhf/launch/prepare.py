@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.batch import derive_batch
+from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.load import dump_spec, read_spec
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.stages import STAGE_NAMES
 
-# Settings that decide how many ranks share a step: Slurm's, and the stage's own.
-_SIZE = {"nodes", "gpus_per_node", "ranks_per_node"}
+# A stage's own settings that decide how many ranks share a step, beside those of Slurm (SIZE).
 _SHARES = {"micro_batch", "global_batch"}
 _MAX_LISTED = 12
 
@@ -53,7 +53,10 @@ def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
         yield run
 
 
-def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool = False) -> None:
+def prepare(
+    spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool = False,
+    lent: Mapping[str, RunDir] | None = None,
+) -> None:  # fmt: skip
     """Write the resolved spec, the plan and the scripts into a run directory that the caller has claimed.
 
     What a run was trained with must not change under it, so a directory that has trained takes only other
@@ -66,6 +69,7 @@ def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool =
         run: its run directory.
         beside: folder of the job file; templates in its ``templates/`` win over ours.
         live: jobs of this run are queued or running.
+        lent: runs of the same sweep that train stages for this one, by stage; prepared before.
 
     Raises:
         HpcRlhfError: the directory belongs to a different spec, or cannot be written, or there is no address to notify.
@@ -77,6 +81,8 @@ def prepare(spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool =
     with _write_errors(run):
         if evaluated_otherwise(run, spec):
             shutil.rmtree(run.stage("eval").path, ignore_errors=True)
+        for stage, lender in (lent or {}).items():
+            _link(run.stage(stage).path, lender.stage(stage).path)
         for folder in (run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
             _private_folder(folder)
         render(spec, run.scripts, beside)
@@ -142,7 +148,8 @@ def evaluated_otherwise(run: RunDir, spec: JobSpec) -> bool:
 def _has_trained(run: RunDir) -> bool:
     """Whether any stage has left something that depends on the spec; logs and the hostfile do not."""
     for stage in map(run.stage, STAGE_NAMES):
-        if stage.path.exists() and set(stage.path.iterdir()) - {stage.logs, stage.hostfile}:
+        own = stage.path.exists() and not stage.path.is_symlink()
+        if own and set(stage.path.iterdir()) - {stage.logs, stage.hostfile}:
             return True
     return False
 
@@ -162,7 +169,7 @@ def _shared_otherwise(path: str, old: JobSpec, new: JobSpec) -> bool:
 
 def _is_sharing(path: str) -> bool:
     parts = path.split(".")
-    sized = parts[2:3] == ["slurm"] and parts[3] in _SIZE
+    sized = parts[2:3] == ["slurm"] and parts[3] in SIZE
     return parts[0] == "stages" and (sized or (len(parts) == 3 and parts[2] in _SHARES))
 
 
@@ -178,7 +185,7 @@ def _same_steps(changes: list[tuple[str, Any, Any]], old: JobSpec) -> str:
 def _is_placing(path: str) -> bool:
     """Whether a field may change between two attempts of a stage."""
     parts = path.split(".")
-    return parts[0] == "stages" and parts[2:3] == ["slurm"] and parts[3] not in _SIZE
+    return parts[0] == "stages" and parts[2:3] == ["slurm"] and parts[3] not in SIZE
 
 
 def _is_evaluation(path: str) -> bool:
@@ -210,6 +217,13 @@ def _write_errors(run: RunDir) -> Iterator[None]:
             where=str(error.filename or run.path),
             hint="set run_dir to a folder you may write to",
         ) from error
+
+
+def _link(path: Path, target: Path) -> None:
+    """Let a stage's folder be another run's, unless the run has one of its own, or such a link, from before."""
+    if not path.is_symlink() and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(os.path.relpath(target, path.parent))
 
 
 def _private_folder(folder: Path) -> None:

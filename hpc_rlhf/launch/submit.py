@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_rlhf import slurm
@@ -12,15 +13,19 @@ from hpc_rlhf.launch.jobs import find_jobs, submission_options
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import claim, prepare, refuse_changes
 from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
 
 
-def submit(spec: JobSpec, beside: Path | None = None) -> list[Outcome]:
+def submit(
+    spec: JobSpec, beside: Path | None = None, lent: Mapping[str, RunDir] | None = None
+) -> list[Outcome]:
     """Submit every stage that is neither done nor queued or running already.
 
     Args:
         spec: the job spec.
         beside: folder of the job file; templates in its ``templates/`` win over ours.
+        lent: runs of the same sweep that train stages for this one, by stage. They were submitted before.
 
     Raises:
         HpcRlhfError: there is no Slurm here, Slurm refused a job, or the run directory belongs to another spec.
@@ -28,7 +33,7 @@ def submit(spec: JobSpec, beside: Path | None = None) -> list[Outcome]:
     require_slurm()
     with claim(spec, "hpc-rlhf submit") as run:
         jobs = find_jobs(run)
-        prepare(spec, run, beside, live=bool(jobs.live))
+        prepare(spec, run, beside, live=bool(jobs.live), lent=lent)
         return _send_missing(Chain(make_plan(spec), jobs, "person"))
 
 
@@ -56,7 +61,9 @@ def _send_missing(chain: Chain) -> list[Outcome]:
     outcomes = []
     try:
         for job in chain.plan.jobs:
-            if is_done(chain.run, job.stage):
+            if (borrowed := chain.borrow(job)) is not None:
+                outcomes.append(borrowed)
+            elif is_done(chain.run, job.stage):
                 outcomes.append(Outcome(job.stage, "done"))
             elif job.stage in chain.jobs.live:
                 outcomes.append(chain.attach(job))

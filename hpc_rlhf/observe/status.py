@@ -141,6 +141,9 @@ def gather(
     for event in ledger:
         if event.get("stage") in events:
             events[event["stage"]].append(event)
+    for stage in events:
+        if (lender := run.lender(stage)) is not None:
+            events[stage] = list(Ledger(lender.ledger).events(stage))
     done = {stage: manifest.defect(run.stage(stage).model, deep=False) is None for stage in events}
     jobs = {stage: latest_job(events[stage]) for stage in events}
     queue, past, silence = ask(

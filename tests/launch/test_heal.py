@@ -48,7 +48,7 @@ class FakeSlurm:
         self.did.append(("requeue", job_id))
         self.jobs[job_id] = replace(self.jobs[job_id], state="PENDING", reason="BeginTime")
 
-    def set_dependency(self, job_id: str, needs: tuple[str, ...]) -> None:
+    def set_dependency(self, job_id: str, needs: tuple[str, ...], behind: tuple[str, ...] = ()) -> None:
         self.did.append(("depend", job_id, *needs))
 
     def put_off(self, job_id: str, seconds: int, excluded: str | None) -> None:

@@ -1,0 +1,71 @@
+"""Launch the runs of a sweep: what they have in common is trained by the first of them, and linked into the others."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.cancel import cancel
+from hpc_rlhf.launch.chain import Outcome
+from hpc_rlhf.launch.submit import submit
+from hpc_rlhf.rundir import RunDir, SweepDir
+from hpc_rlhf.spec.sweep import Sweep, lenders
+
+
+def submit_sweep(sweep: Sweep, beside: Path | None = None) -> dict[str, list[Outcome]]:
+    """Submit what is neither done nor queued nor running of every run, as one graph. What was done about each, by its name.
+
+    Args:
+        sweep: the sweep.
+        beside: folder of the job file; templates in its ``templates/`` win over ours.
+
+    Raises:
+        HpcRlhfError: there is no Slurm here, or a run cannot be submitted; what this call has sent of others is cancelled.
+    """
+    lent = lay_out(sweep)
+    outcomes: dict[str, list[Outcome]] = {}
+    try:
+        for member in sweep.members:
+            outcomes[member.name] = submit(member.spec, beside, lent[member.name])
+    except HpcRlhfError as error:
+        sent = [name for name, done in outcomes.items() if any(each.did == "submitted" for each in done)]
+        for name in reversed(sent):
+            cancel(SweepDir(sweep.run_dir).run(name))
+        again = f"; cancelled again: {', '.join(sent)}" if sent else ""
+        raise HpcRlhfError(f"{error.message}{again}", error.where, error.hint, error.exit_code) from error
+    return outcomes
+
+
+def lay_out(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
+    """Note the sweep in its folder; for each run, by its name, the runs that train stages for it.
+
+    Raises:
+        HpcRlhfError: the folder cannot be written.
+    """
+    folder = SweepDir(sweep.run_dir)
+    facts = {"runs": [member.name for member in sweep.members], "limit": sweep.limit}
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        partial = folder.json.with_name(f".{folder.json.name}.{os.getpid()}")
+        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder.json)
+    except OSError as error:
+        raise HpcRlhfError(
+            f"cannot write the sweep's folder: {error.strerror}",
+            where=str(error.filename or folder.path),
+            hint="set run_dir to a folder you may write to",
+        ) from error
+    return shared(sweep)
+
+
+def shared(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
+    """For each run, by its name, the runs that train stages for it. Those that are there already come first."""
+    folder = SweepDir(sweep.run_dir)
+    old_first = sorted(sweep.members, key=lambda member: not folder.run(member.name).job_yaml.exists())
+    found: dict[str, dict[str, RunDir]] = {member.name: {} for member in sweep.members}
+    for (name, stage), lender in lenders({member.name: member.spec for member in old_first}).items():
+        found[name][stage] = folder.run(lender)
+    return dict(found)

@@ -1,0 +1,143 @@
+"""A sweep of six runs on a real Slurm: what they have in common is trained once, few are at work at a time, and a
+preemption costs nothing. Their stages only seem to train."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf import manifest
+from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.rundir import RunDir
+from tests.cluster import Cluster, ClusterError, config, wait_until
+from tests.cluster.cluster import CHECKOUT
+
+STAND_IN = CHECKOUT / "tests/launch/stand_in"
+LIMIT = 2
+SPEC = """
+extends: {checkout}/tests/cluster/jobs/stand-in.yaml
+name: {name}
+run_dir: {name}
+slurm: {{partition: {partition}, gpus_per_node: 1, heal: {{backoff_seconds: 1}}}}
+sweep: {{{sweep}}}
+sweep_limit: {limit}
+"""
+PATIENCE = 240
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SweepOfStandIns:
+    """A sweep on the cluster, in a folder beside its spec."""
+
+    cluster: Cluster
+    spec: Path
+
+    @classmethod
+    def made(cls, cluster: Cluster, folder: Path, faults: str, **words: object) -> SweepOfStandIns:
+        folder.mkdir()
+        sweep = cls(cluster, folder / "sweep.yaml")
+        sweep.spec.write_text(SPEC.format(checkout=CHECKOUT, **words))
+        sweep.store(faults)
+        sweep.call("submit")
+        return sweep
+
+    @property
+    def runs(self) -> list[RunDir]:
+        return [RunDir(path) for path in sorted(self.spec.parent.glob("*/*")) if path.is_dir()]
+
+    @property
+    def owners(self) -> list[RunDir]:
+        """Those that train an SFT model."""
+        return [run for run in self.runs if run.lender("sft") is None]
+
+    def store(self, faults: str) -> None:
+        """What is to go wrong, as the stand-in reads it."""
+        self.spec.with_name("fault").write_text(faults)
+
+    def call(self, verb: str, *options: str) -> str:
+        fault = str(self.spec.with_name("fault"))
+        env = {**self.cluster.env, "PYTHONPATH": f"{STAND_IN}:{CHECKOUT}", "STAND_IN_FAULT": fault}
+        command = [sys.executable, "-m", "hpc_rlhf.cli", verb, self.spec.name, *options]
+        done = subprocess.run(
+            command, env=env, cwd=self.spec.parent, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def wait(self, holds: Callable[[], object], what: str) -> None:
+        try:
+            wait_until(holds, PATIENCE, what)
+        except ClusterError as error:
+            queue = self.cluster.run("squeue", "--states=all", "--format=%i %j %T %r %E").stdout
+            ledgers = "\n".join(f"{run.path.name}\n{run.ledger.read_text()}" for run in self.runs)
+            raise ClusterError(f"{error}\n{queue}\n{ledgers}") from None
+
+    def all_done(self) -> bool:
+        return all(manifest.defect(run.stage("ppo").model) is None for run in self.runs)
+
+
+def events(run: RunDir, event: str, stage: str | None = None) -> list[Event]:
+    return [each for each in Ledger(run.ledger).events(stage) if each["event"] == event]
+
+
+def most_at_work(runs: list[RunDir]) -> int:
+    """How many runs were at work at the same time, at most: between their first start and their last end."""
+    spans = []
+    for run in runs:
+        begin = min(each["time"] for each in events(run, "started"))
+        spans.append((begin, max(each["time"] for each in events(run, "finished"))))
+    return max(sum(begin <= start < end for begin, end in spans) for start, _ in spans)
+
+
+def test_six_runs_share_what_is_the_same_and_go_on_after_a_preemption(
+    idle_cluster: Cluster, tmp_path: Path
+) -> None:
+    """SFT of both seeds waits to be preempted, and a PPO is killed. Beside it a sweep whose SFT nobody can train."""
+    values = "stages.ppo.kl_coef: [0.02, 0.05, 0.1], seed: [1, 2]"
+    six = SweepOfStandIns.made(
+        idle_cluster, tmp_path / "six", "sft 6 wait\n", name="six", partition="low", sweep=values, limit=LIMIT
+    )
+    assert (len(six.runs), len(six.owners)) == (6, 2)
+    broken = SweepOfStandIns.made(
+        idle_cluster, tmp_path / "two", "sft 6 raise no such tensor\n", name="two", partition="first",
+        sweep="stages.ppo.kl_coef: [0.02, 0.1]", limit=1,
+    )  # fmt: skip
+
+    def at_the_fault(run: RunDir) -> bool:
+        metrics = run.stage("sft").metrics
+        return metrics.exists() and len(metrics.read_text().splitlines()) == 5
+
+    six.wait(lambda: all(map(at_the_fault, six.owners)), "both SFTs are at their fifth step")
+    six.store("sft 6 wait\nppo 6 die\n")
+    for run in six.owners:
+        (job,) = events(run, "submitted", "sft")
+        node = idle_cluster.field(str(job["job_id"]), "NodeList")
+        options = ("--partition=high", f"--nodelist={node}", f"--gpus-per-node={config.GPUS}")
+        idle_cluster.sbatch(*options, "--output=/dev/null", "--wrap=true")
+    six.wait(lambda: all(events(run, "requeued", "sft") for run in six.owners), "both SFTs were preempted")
+    six.store("ppo 6 die\n")
+
+    broken.wait(lambda: events(broken.owners[0], "stopped", "sft"), "the broken SFT is given up")
+    broken.store("")
+    broken.call("heal")
+    broken.wait(broken.all_done, "both runs of the mended sweep are done")
+    assert [len(events(run, "finished", "sft")) for run in broken.runs] == [1, 0]
+    assert most_at_work(broken.runs) == 1
+
+    six.wait(six.all_done, "all six runs are done")
+    counts = {
+        stage: sum(len(events(run, "finished", stage)) for run in six.runs)
+        for stage in ("sft", "reward", "ppo")
+    }
+    assert counts == {"sft": 2, "reward": 2, "ppo": 6}
+    assert {each["reason"] for run in six.owners for each in events(run, "requeued", "sft")} == {"preempted"}
+    assert any(events(run, "retried", "ppo") for run in six.runs)
+    assert most_at_work(six.runs) == LIMIT
+    assert [line["state"] for line in json.loads(six.call("status", "--json"))] == ["done"] * 6
+    assert "done already" in six.call("submit")
