@@ -68,7 +68,7 @@ def test_a_run_without_the_stage_is_evaluated_by_its_defaults(tmp_path: Path) ->
     done = cli("eval", run.path, "--prompts", "5", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["prompts"], list(report["models"])) == (5, ["sft", "ppo", "reference"])
+    assert (report["prompts"], list(report["models"])) == (5, ["start", "sft", "ppo", "reference"])
     events = list(Ledger(run.ledger).events("eval"))
     assert [event["event"] for event in events if event["event"] in ("started", "finished")] == [
         "started",
@@ -84,6 +84,6 @@ def test_a_run_without_the_stage_is_evaluated_by_its_defaults(tmp_path: Path) ->
     assert (status["stage"], status["state"], status["step"], status["metric"]) == (
         "eval",
         "done",
-        3,
+        4,
         "accuracy",
     )
