@@ -41,14 +41,22 @@ class AttemptLogs:
         return next((line for line in reversed(said.splitlines()) if line.strip()), "")
 
     def _own(self, path: Path) -> str:
-        """What was said after this attempt's mark; or before all marks, if the next attempt has the first."""
-        head, *parts = _ATTEMPT.split(read_tail(path))  # after each number what that attempt said
-        if self.restart is None:
-            return parts[-1] if parts else head
-        said_by = dict(zip(map(int, parts[::2]), parts[1::2], strict=True))
-        if self.restart in said_by:
-            return said_by[self.restart]
-        return head if all(number > self.restart for number in said_by) else ""
+        return own_part(read_tail(path), self.restart)
+
+
+def own_part(text: str, restart: int | None) -> str:
+    """Of a log's text what was said after an attempt's mark; or before all marks, if the next attempt has the first.
+
+    Args:
+        restart: how often the job had been requeued before the attempt; the last one when None.
+    """
+    head, *parts = _ATTEMPT.split(text)  # after each number what that attempt said
+    if restart is None:
+        return parts[-1] if parts else head
+    said_by = dict(zip(map(int, parts[::2]), parts[1::2], strict=True))
+    if restart in said_by:
+        return said_by[restart]
+    return head if all(number > restart for number in said_by) else ""
 
 
 def last_step(files: StageDir) -> int:

@@ -12,10 +12,21 @@ import click
 from hpc_rlhf.cli.options import example, json_option
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.observe.fates import Fates
-from hpc_rlhf.observe.logs import POLL, LogReader, Trouble, has_log_to_come, latest_stage, trouble
+from hpc_rlhf.observe.logs import (
+    POLL,
+    LogReader,
+    Trouble,
+    has_log_to_come,
+    latest_stage,
+    read_attempt,
+    trouble,
+)
+from hpc_rlhf.rundir import RunDir
 
 
-@click.command(epilog=example("hpc-rlhf logs my-job.yaml ppo --follow"))
+@click.command(
+    epilog=example("hpc-rlhf logs my-job.yaml ppo --follow", "hpc-rlhf logs my-job.yaml sft --attempt 2")
+)
 @click.argument("run")
 @click.argument("stage", required=False)
 @click.option(
@@ -29,14 +40,26 @@ from hpc_rlhf.observe.logs import POLL, LogReader, Trouble, has_log_to_come, lat
     type=click.IntRange(min=0),
     help="Whose log; without it that of rank 0, or of the rank that knows why the stage failed.",
 )
+@click.option(
+    "--attempt",
+    type=click.IntRange(min=1),
+    help="Which attempt at the stage, from 1, as the report lists them; the latest job's all without it.",
+)
 @json_option
-def command(run: str, stage: str | None, follow: bool, rank: int | None, as_json: bool) -> None:
+def command(
+    run: str, stage: str | None, follow: bool, rank: int | None, attempt: int | None, as_json: bool
+) -> None:
     """Print the log of a STAGE of RUN, a run directory or job file; without STAGE, of the one that wrote last.
 
     Of a stage that failed, the line that matters comes last, on stderr. --json prints no log, but where it is: stage, rank,
     files, and trouble: null, or the reason, message, rank, node and step of the failure.
     """
     run_dir = find_run(run)
+    if attempt is not None:
+        if follow or as_json:
+            raise click.UsageError("--attempt prints what an attempt left: without --follow and --json")
+        _print_attempt(run_dir, stage or latest_stage(run_dir), rank or 0, attempt)
+        return
     fates = Fates(run_dir)
     if follow and stage is None and has_log_to_come(run_dir, fates):
         click.echo("no stage has a log yet; waiting for the first", err=True)
@@ -60,6 +83,13 @@ def command(run: str, stage: str | None, follow: bool, rank: int | None, as_json
     found = trouble(run_dir, stage)
     if found is not None:
         click.echo(f"==> what matters <==\n{_said(found)}", err=True)
+
+
+def _print_attempt(run: RunDir, stage: str, rank: int, number: int) -> None:
+    for path, text in read_attempt(run, stage, rank, number):
+        click.echo(f"==> {path} <==", err=True)
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _said(found: Trouble) -> str:

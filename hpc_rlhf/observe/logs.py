@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hpc_rlhf.endings import first_cause, latest_attempt
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.evidence import own_part
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe.fates import Fates
 from hpc_rlhf.observe.turns import ENDINGS, last_turn
@@ -34,16 +35,22 @@ class LogReader:
         if stage not in _stages(run):
             raise HpcRlhfError(f"the run has no stage {stage}", where=str(run.path))
         self._run, self._stage, self._rank = run, stage, rank
+        self._names = ("batch.log", f"{rank}_log.out", f"{rank}_log.err")
         self._read: dict[Path, tuple[int, codecs.IncrementalDecoder]] = {}
         self._shown: Path | None = None
 
     def files(self) -> list[Path]:
         """The files of the newest job that exist, in the order in which they are shown."""
         jobs: dict[str, list[Path]] = {}
-        for name in ("batch.log", f"{self._rank}_log.out", f"{self._rank}_log.err"):
+        for name in self._names:
             for path in self._run.stage(self._stage).logs.glob(f"*_{name}"):
                 jobs.setdefault(path.name.removesuffix(f"_{name}"), []).append(path)
         return max(jobs.values(), key=lambda paths: max(map(_written, paths)), default=[])
+
+    def of_job(self, job_id: str) -> list[Path]:
+        """The files of one job that exist, in the same order."""
+        paths = [self._run.stage(self._stage).logs / f"{job_id}_{name}" for name in self._names]
+        return [path for path in paths if path.exists()]
 
     def read(self) -> Iterator[tuple[Path | None, str]]:
         """Pieces of the log as (file, text); the file is None where the text goes on in the same one.
@@ -79,6 +86,37 @@ class LogReader:
                     self._read[path] = (file.tell(), decoder)
                     yield (path if path != self._shown else None), decoder.decode(block)
                     self._shown = path
+
+
+def read_attempt(run: RunDir, stage: str, rank: int, number: int) -> list[tuple[Path, str]]:
+    """What the log of one attempt says, by file: of those that a requeued job shares with other attempts, its own part.
+
+    Args:
+        number: of the attempt, from 1, as `status` counts them.
+
+    Raises:
+        HpcRlhfError: the stage had no such attempt, or nothing is left of its log.
+    """
+    reader = LogReader(run, stage, rank)
+    started = [event for event in Ledger(run.ledger).events(stage) if event["event"] == "started"]
+    if number > len(started):
+        had = f"{len(started)} attempt{'s' * (len(started) != 1)}"
+        raise HpcRlhfError(f"stage {stage} had {had} so far, not {number}", where=str(run.path))
+    event = started[number - 1]
+    # Without Slurm an attempt has a job of its own, named by its launcher's process.
+    job = str(event["job_id"] or str(event["attempt"]).split("-")[1])
+    restart = int(event.get("restart") or 0) if event["job_id"] else None
+    said = [
+        (path, own_part(path.read_text(encoding="utf-8", errors="replace"), restart))
+        for path in reader.of_job(job)
+    ]
+    found = [(path, text) for path, text in said if text.strip()]
+    if not found:
+        where = str(run.stage(stage).logs)
+        raise HpcRlhfError(
+            f"no log of rank {rank} is left of attempt {number} at {stage}", where, exit_code=RUN_FAILED
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf import slurm
+from hpc_rlhf.cli import main
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe import fates, logs
@@ -277,3 +278,30 @@ def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "zero" in done.stdout
     assert "what matters" not in done.stderr
+
+
+def test_an_attempt_is_told_from_the_others_of_its_job_and_from_other_jobs(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = Ledger(run.ledger)
+    ledger.append("started", "sft", attempt="100-0", job_id="100", restart=0)
+    ledger.append("started", "sft", attempt="100-1", job_id="100", restart=1)
+    ledger.append("started", "sft", attempt="local-77-1700000000", job_id=None, restart=0)
+    write(
+        run,
+        "sft",
+        "100_batch.log",
+        "hpc-rlhf: attempt 0 of job 100 on n1\nhpc-rlhf: attempt 1 of job 100 on n2\nb\n",
+    )
+    write(run, "sft", "100_0_log.out", "first\n\nhpc-rlhf: attempt 1 of job 100 on n2\nsecond\n")
+    write(run, "sft", "77_0_log.out", "here\n")
+    for number, said in ((1, "first"), (2, "b\nsecond"), (3, "here")):
+        assert main(["logs", str(run.path), "sft", "--attempt", str(number)]) == 0
+        assert capsys.readouterr().out.strip() == said
+    for words, message in (
+        (["--attempt", "4"], "stage sft had 3 attempts so far, not 4"),
+        (["--attempt", "1", "--rank", "9"], "no log of rank 9 is left of attempt 1 at sft"),
+        (["--attempt", "1", "-f"], "without --follow"),
+    ):
+        assert main(["logs", str(run.path), "sft", *words]) != 0
+        assert message in capsys.readouterr().err
