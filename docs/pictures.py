@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 COMMAND = "hpc-rlhf run jobs/tiny.yaml"
 
-COLUMNS, ROWS = 100, 36
+COLUMNS, ROWS = 108, 36
 PLAYED = 16.0  # seconds that the recording is made to last
 FRAME, STILL = 0.2, 5.0  # seconds, of a frame of it and of its last
 WIDTH, GAP = 1200, 16  # pixels, of the page and between its parts
