@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 Event = Mapping[str, Any]
-_Moment = tuple[str, float]  # who wrote a line, and when by their clock
+_Lines = tuple[
+    str, float, float
+]  # who wrote lines that follow each other, and when by their clock: earliest and latest
 
 # Seconds. Events that another process may have written a little earlier than the line above them; more is a clock behind.
 _CLOCKS_DIFFER = 1.0
@@ -35,9 +36,8 @@ class Clock:
 
     def __init__(self, events: Sequence[Event], now: float = 0.0) -> None:
         self._events, self._writers = events, _writers(events)
-        times = [float(event["time"]) for event in events]
-        moments = [*zip(self._writers, times, strict=True)]
-        self._off = _corrections([*moments, (_READER, now)] if now else moments)
+        lines = _lines(events, self._writers)
+        self._off = _corrections([*lines, (_READER, now, now)] if now else lines)
         self.now = -math.inf
 
     def told(self) -> Iterator[tuple[Event, float]]:
@@ -64,62 +64,73 @@ def _writers(events: Sequence[Event]) -> list[str]:
     return writers
 
 
-def _corrections(moments: Sequence[_Moment]) -> dict[str, float]:
+def _lines(events: Sequence[Event], writers: Sequence[str]) -> list[_Lines]:
+    lines: list[_Lines] = []
+    for event, writer in zip(events, writers, strict=True):
+        time = float(event["time"])
+        if lines and lines[-1][0] == writer:
+            _, first, last = lines.pop()
+            lines.append((writer, min(first, time), max(last, time)))
+        else:
+            lines.append((writer, time, time))
+    return lines
+
+
+def _corrections(lines: Sequence[_Lines]) -> dict[str, float]:
     """Seconds to be added to the times of those whose clock is wrong, as little as makes them fit the others'.
 
     The clocks taken for wrong are those that contradict most others; of two that contradict only each other, the one
     without which the run was shorter, since a day too much is likelier a wrong clock than a day of waiting.
     """
     off: dict[str, float] = {}
-    if all(after - before >= -_WRONG for (_, before), (_, after) in pairwise(moments)):
-        return off
-    right, wrong = list(moments), []
+    right, wrong = list(lines), []
     while against := _contradictions(right):
         most = max(against.values())
         worst = min(
             (who for who in against if against[who] == most),
             key=lambda who: (_length(right, who), who == _READER, not who.startswith(_NOBODY)),
         )
-        right = [moment for moment in right if moment[0] != worst]
+        right = [each for each in right if each[0] != worst]
         wrong.append(worst)
     for who in reversed(wrong):
-        off[who] = _fitting(moments, who, off, [other for other in wrong if other not in off])
+        off[who] = _fitting(lines, who, off, [other for other in wrong if other not in off])
     return off
 
 
-def _contradictions(moments: Sequence[_Moment]) -> Counter[str]:
+def _contradictions(lines: Sequence[_Lines]) -> Counter[str]:
     """How many others each writer contradicts: a line of one says that it was written long before one above it."""
     latest: dict[str, float] = {}
-    pairs: set[tuple[str, str]] = set()
-    for writer, time in moments:
-        pairs |= {(writer, who) for who, before in latest.items() if who != writer and before - time > _WRONG}
-        latest[writer] = max(time, latest.get(writer, time))
-    return Counter(who for pair in {frozenset(pair) for pair in pairs} for who in pair)
+    pairs: set[frozenset[str]] = set()
+    newest = -math.inf
+    for writer, first, last in lines:
+        if newest - first > _WRONG:
+            pairs |= {
+                frozenset((writer, who))
+                for who, before in latest.items()
+                if who != writer and before - first > _WRONG
+            }
+        latest[writer] = max(last, latest.get(writer, last))
+        newest = max(newest, last)
+    return Counter(who for pair in pairs for who in pair)
 
 
-def _length(moments: Sequence[_Moment], without: str) -> float:
-    times = [time for writer, time in moments if writer != without]
-    return max(times) - min(times)
+def _length(lines: Sequence[_Lines], without: str) -> float:
+    others = [(first, last) for writer, first, last in lines if writer != without]
+    return max(last for _, last in others) - min(first for first, _ in others)
 
 
-def _fitting(
-    moments: Sequence[_Moment], who: str, off: Mapping[str, float], unknown: Collection[str]
-) -> float:
+def _fitting(lines: Sequence[_Lines], who: str, off: Mapping[str, float], unknown: Collection[str]) -> float:
     """The smallest correction by which a writer's lines fit between those around them; if none does, after those above."""
     least, most, before, after = -math.inf, math.inf, -math.inf, math.inf
-    known = [
-        (writer, time + off.get(writer, 0.0))
-        for writer, time in moments
-        if writer == who or writer not in unknown
-    ]
-    for writer, time in known:
+    known = [each for each in lines if each[0] == who or each[0] not in unknown]
+    for writer, first, last in known:
         if writer == who:
-            least = max(least, before - time)
+            least = max(least, before - first)
         else:
-            before = max(before, time)
-    for writer, time in reversed(known):
+            before = max(before, last + off.get(writer, 0.0))
+    for writer, first, last in reversed(known):
         if writer == who:
-            most = min(most, after - time)
+            most = min(most, after - last)
         else:
-            after = min(after, time)
+            after = min(after, first + off.get(writer, 0.0))
     return max(least, min(most, 0.0))
