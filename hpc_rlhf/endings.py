@@ -59,7 +59,7 @@ _OTHER_RANK = re.compile(
 _PEER_GONE = re.compile(r"connection (was )?(reset|closed)|broken pipe", re.I)
 _TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)")
 # torchrun and DeepSpeed's launcher, which srun sees end instead of the rank.
-_KILLED_UNDER_LAUNCHER = re.compile(r"failed \(exitcode: -9\)|exits with return code = -9")
+_UNDER_LAUNCHER = re.compile(r"failed \(exitcode: (?P<torch>-?\d+)\)|exits with return code = (?P<ds>-?\d+)")
 _LONGEST = 300
 STEP_TOO_LONG = "two attempts in a row came to the time limit before they could save anything new"
 MORE_TIME = "raise slurm.time, or make a step shorter: a smaller global batch, shorter answers, or more GPUs"
@@ -273,10 +273,13 @@ def _by_logs(attempt: Sequence[Event], job: PastJob | None, logs: Logs) -> tuple
         # srun heard first of a rank that lost a killed one, and then killed the others itself.
         nodes = {task["node"] for task in killed}
         return KILLED, killed[0][0], nodes.pop() if len(nodes) == 1 else ""
-    if _KILLED_UNDER_LAUNCHER.search(logs.batch) and (failed is None or _PEER_GONE.search(message)):
+    launched = [seen["torch"] or seen["ds"] for seen in _UNDER_LAUNCHER.finditer(logs.batch)]
+    if "-9" in launched and (failed is None or _PEER_GONE.search(message)):
         return KILLED, "a rank was ended by SIGKILL", ""
     if failed is not None:
         return NETWORK, message, str(failed.get("host", ""))
+    if launched:  # srun's tasks are nodes then
+        return FAILED, f"a rank ended with exit code {launched[0]}", task["node"] if task else ""
     if task is not None:
         said = logs.last_line(int(task["rank"]))
         reason = OUT_OF_MEMORY if _MEMORY.search(said) else FAILED

@@ -78,6 +78,9 @@ STARTED = event("started", attempt="7-0")
         ([STARTED], FAILED,
          Said("exits with return code = -9\nsrun: error: node2: task 1: Exited with exit code 247\n"),
          "killed", "a rank was ended by SIGKILL", ""),
+        ([STARTED], FAILED,
+         Said("failed (exitcode: 1) local_rank: 0\nsrun: error: node2: task 1: Exited with exit code 1\n", {1: "not it"}),
+         "failed", "a rank ended with exit code 1", "node2"),
         ([STARTED, failed(GLOO, host="node1")], FAILED, Said("srun: error: node2: task 1: Killed\n"), "killed",
          "srun: error: node2: task 1: Killed", "node2"),
         # srun kills the others when one has failed; but a connection that the other end closed tells of a rank that died before
