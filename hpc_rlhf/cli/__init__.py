@@ -28,6 +28,7 @@ VERBS = {
     "submit": "Submit a spec's stages to Slurm.",
     "run": "Run a spec's stages on this machine, without Slurm.",
     "eval": "Compare a run's models on held-out data.",
+    "compare": "Rank several runs by how they came out.",
     "status": "Show how a run is getting on.",
     "watch": "Show it on a terminal as it goes on.",
     "list": "Show your runs, each in a line.",

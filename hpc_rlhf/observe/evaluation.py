@@ -60,7 +60,7 @@ def table_rows(report: dict[str, Any], names: Mapping[str, str] | None = None) -
     rows: list[tuple[str, ...]] = [("", *(names.get(model, model) for model in models))] if models else []
     base = "the start" if report["base"] == "start" else names.get(report["base"], report["base"])
     for key, words in _ROWS.items():
-        cells = [_cell(key, one.get(key)) for one in models.values()]
+        cells = [cell(key, one.get(key)) for one in models.values()]
         if any(cell != "-" for cell in cells):
             rows.append((words.format(base=base), *cells))
     return rows
@@ -87,7 +87,7 @@ def notes(report: dict[str, Any]) -> list[str]:
     right = report["reward_accuracy"]
     if right is not None:
         pairs = f"{right['pairs']} held-out pairs"
-        said.append(f"The reward model prefers the chosen answer in {_cell('win_rate', right)} of {pairs}.")
+        said.append(f"The reward model prefers the chosen answer in {cell('win_rate', right)} of {pairs}.")
     if report["prompts"]:
         temperature, top_p, top_k = (report["sampling"][key] for key in ("temperature", "top_p", "top_k"))
         how = "the likeliest tokens" if not temperature else f"sampled at temperature {temperature:g}"
@@ -100,7 +100,7 @@ def notes(report: dict[str, Any]) -> list[str]:
     return said
 
 
-def _cell(key: str, value: Any) -> str:
+def cell(key: str, value: Any) -> str:
     """A number with its interval: as plus or minus for a mean, from and to for a share."""
     if isinstance(value, dict):
         low, high = value["low"], value["high"]

@@ -180,7 +180,7 @@ def _members(base: Node, axes: Mapping[str, Node]) -> tuple[Member, ...]:
     Raises:
         SpecError: all that is wrong with any of them.
     """
-    words = _short_names(list(axes))
+    words = short_names(list(axes))
     named: dict[str, dict[str, Node]] = {}
     lists = [node.value for node in axes.values() if isinstance(node.value, list)]
     for chosen in product(*lists):
@@ -223,7 +223,7 @@ def _told(problem: Problem, names: Sequence[str], all_: Mapping[str, Mapping[str
     return replace(problem, what=f"{problem.what}; so it is in the run {names[0]}{more}")
 
 
-def _short_names(paths: Sequence[str]) -> dict[str, str]:
+def short_names(paths: Sequence[str]) -> dict[str, str]:
     """The last words of each path, as many as tell it from the others."""
     short = {}
     for path in paths:

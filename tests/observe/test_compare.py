@@ -1,0 +1,148 @@
+"""compare: which run came out best, what differs, and what may not be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hpc_rlhf import manifest
+from hpc_rlhf.cli import group
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.sweep import lay_out
+from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.spec.load import dump_spec
+from hpc_rlhf.spec.sweep import Sweep, load_any
+from tests.spec.texts import GOOD, write
+
+COEFS = "sweep: {stages.ppo.kl_coef: [0.02, 0.1, 0.5]}\n"
+
+
+def make_sweep(folder: Path, sweep: str, rewards: Mapping[str, float]) -> dict[str, RunDir]:
+    """The runs of a sweep: those with a reward are done, and in the others the reward model is."""
+    found = load_any(write(folder, GOOD.replace("runs/good", str(folder / "good")) + sweep))
+    assert isinstance(found, Sweep)
+    lent = lay_out(found)
+    runs = {}
+    for member in found.members:
+        run = runs[member.name] = RunDir(Path(member.spec.run_dir))
+        (run.path / "stages").mkdir(parents=True)
+        run.job_yaml.write_text(dump_spec(member.spec))
+        run.plan_json.write_text(make_plan(member.spec).to_json())
+        for stage in ("sft", "reward"):
+            if stage in lent[member.name]:
+                run.stage(stage).path.symlink_to(lent[member.name][stage].stage(stage).path)
+            else:
+                done(run, stage)
+        if member.name in rewards:
+            done(run, "ppo")
+            score(run, 100, [rewards[member.name]] * 20)
+    return runs
+
+
+def done(run: RunDir, stage: str) -> None:
+    run.stage(stage).model.mkdir(parents=True)
+    manifest.write(run.stage(stage).model, {"step": 20})
+
+
+def score(run: RunDir, total: int, rewards: list[float]) -> None:
+    run.stage("ppo").path.mkdir(parents=True, exist_ok=True)
+    first = total - len(rewards) + 1
+    rows = [
+        {"step": step, "total_steps": total, "time": 1.0, "kind": "train", "reward": reward, "kl": 2.0}
+        for step, reward in enumerate(rewards, first)
+    ]
+    run.stage("ppo").metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def evaluate(run: RunDir, **numbers: Any) -> None:
+    text = run.job_yaml.read_text().replace("  eval: null", "  eval: {}")
+    run.job_yaml.write_text(text)
+    run.stage("eval").model.mkdir(parents=True)
+    run.stage("eval").report.write_text(json.dumps({"models": {"ppo": numbers}}))
+    manifest.write(run.stage("eval").model, {"step": 1})
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.25, "high": value + 0.25}
+
+
+def cli(*args: object) -> Result:
+    return CliRunner().invoke(group, ["compare", *map(str, args)], catch_exceptions=False)
+
+
+def rows(shown: Result) -> list[list[str]]:
+    return [line.split() for line in shown.stdout.splitlines()]
+
+
+def test_runs_of_a_sweep_are_ranked_by_the_reward_that_they_trained_to(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path, COEFS, {"kl_coef=0.02": 1.0, "kl_coef=0.1": 3.0})
+    score(runs["kl_coef=0.02"], 100, [9.0] * 10 + [1.0] * 10)  # what counts is the end
+    wanted = [
+        ["ppo.reward", "ppo.kl", "kl_coef", "state", "run"],
+        ["1", "3", "2", "0.1", "done", "kl_coef=0.1"],
+        ["2", "1", "2", "0.02", "done", "kl_coef=0.02"],
+        ["-", "-", "-", "0.5", "not", "started", "ppo", "kl_coef=0.5"],
+    ]
+    for asked in ([tmp_path / "job.yaml"], [tmp_path / "good"], [run.path for run in runs.values()]):
+        shown = cli(*asked)
+        assert rows(shown) == wanted
+        assert shown.stderr == "ranked by ppo.reward\n"
+
+
+def test_evaluations_outrank_training(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path, COEFS, {"kl_coef=0.02": 3.0, "kl_coef=0.1": 1.0, "kl_coef=0.5": 2.0})
+    evaluate(runs["kl_coef=0.02"], reward=interval(0.5), win_rate=interval(0.6), perplexity=4.0)
+    evaluate(runs["kl_coef=0.1"], reward=interval(1.5), win_rate=interval(0.7), perplexity=3.0)
+    found = json.loads(cli("--json", tmp_path / "good").stdout)
+    assert found["by"] == "reward"
+    assert [run["name"] for run in found["runs"]] == ["kl_coef=0.1", "kl_coef=0.02", "kl_coef=0.5"]
+    assert found["runs"][0]["numbers"]["reward"] == interval(1.5)
+    assert found["runs"][0]["values"]["stages.ppo.kl_coef"] == 0.1
+    by_perplexity = cli(tmp_path / "good", "--by", "perplexity")
+    assert [row[1] for row in rows(by_perplexity)[1:]] == ["3", "4", "-"]
+
+
+def test_runs_with_reward_models_of_their_own_are_ranked_by_what_compares(tmp_path: Path) -> None:
+    names = [f"kl_coef={coef}+seed={seed}" for coef in (0.02, 0.1) for seed in (1, 2)]
+    runs = make_sweep(
+        tmp_path, "sweep: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2]}\n",
+        dict(zip(names, (1.0, 30.0, 2.0, 20.0), strict=True)),
+    )  # fmt: skip
+    trained = cli(tmp_path / "good")
+    assert "the runs have 2 reward models, each with a scale of its own" in trained.stderr
+    for run, share in zip(runs.values(), (0.5, 0.6, 0.7, 0.9), strict=True):
+        evaluate(
+            run, reward=interval(1.0), win_rate={"value": share, "low": share - 0.1, "high": share + 0.1}
+        )
+    shown = cli(tmp_path / "good")
+    assert shown.stderr == "ranked by win_rate\n"
+    lines = shown.stdout.splitlines()
+    assert lines[1].startswith("1  90% (80–100)")
+    assert [row for row in rows(shown) if row[-1:] == ["0.1"] or row[-1:] == ["0.02"]] == [
+        ["1", "0.8", "0.141", "2", "0.1"],
+        ["2", "0.55", "0.0707", "2", "0.02"],
+    ]
+
+
+def test_a_stage_that_only_some_have_is_one_difference(tmp_path: Path) -> None:
+    make_sweep(tmp_path, "sweep: {stages.sft.lora: [null, {rank: 8}]}\n", {})
+    found = json.loads(cli("--json", tmp_path / "good").stdout)
+    values = [run["values"]["stages.sft.lora"] for run in found["runs"]]
+    assert values[0] is None
+    assert values[1]["rank"] == 8
+    assert list(found["runs"][0]["values"]) == ["stages.sft.lora"]
+    assert found["by"] is None
+    assert "no run has a number yet" in cli(tmp_path / "good").stderr
+
+
+def test_a_number_that_no_run_has(tmp_path: Path) -> None:
+    make_sweep(tmp_path, COEFS, {"kl_coef=0.1": 1.0})
+    with pytest.raises(HpcRlhfError, match="no run has the number 'bleu'") as caught:
+        cli(tmp_path / "good", "--by", "bleu")
+    assert caught.value.hint == "there are ppo.reward, ppo.kl"
