@@ -1,4 +1,4 @@
-"""hpc-rlhf plan: show the jobs that a spec makes, and what their models take of each GPU."""
+"""hpc-rlhf plan: show the jobs that a spec makes, what their models take of each GPU, and how long they take."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.memory import Memory, run_memory
 from hpc_rlhf.launch.plan import Plan, make_plan
+from hpc_rlhf.launch.timing import ASSUMPTIONS, StageTime, chain_seconds, run_times
+from hpc_rlhf.observe.words import duration
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.sweep import Sweep, lenders, load_any
 
@@ -22,7 +24,9 @@ from hpc_rlhf.spec.sweep import Sweep, lenders, load_any
 @set_option
 @json_option
 def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
-    """Show the jobs that FILE makes, and the memory that their models hold on each GPU.
+    """Show the jobs that FILE makes, the memory that their models hold on each GPU, and how long they take.
+
+    The time is an estimate from the FLOP/s and bandwidths of the GPU that slurm.gpu names; it tells what it assumes.
 
     Of a sweep: which run trains which stages, and the jobs and memory of the first run. --json has all of them, as a list
     `runs`, each with its `values` and the runs that it has stages from, by stage, as `shared`.
@@ -38,6 +42,7 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
         spec = spec.members[0].spec
     echo_plan(make_plan(spec))
     echo_memory(run_memory(spec))
+    echo_times(spec, run_times(spec))
 
 
 def echo_sweep(sweep: Sweep) -> None:
@@ -59,7 +64,13 @@ def echo_sweep(sweep: Sweep) -> None:
 
 def _plan_dict(spec: JobSpec) -> dict[str, Any]:
     memory = {stage: _memory_dict(each) for stage, each in run_memory(spec).items()}
-    return {**make_plan(spec).as_dict(), "memory": memory}
+    times = run_times(spec)
+    facts = {
+        "stages": {stage: _time_dict(each) for stage, each in times.items()},
+        "chain_seconds": chain_seconds(spec, times),
+        "assumed": ASSUMPTIONS,
+    }
+    return {**make_plan(spec).as_dict(), "memory": memory, "time": facts}
 
 
 def _sweep_dict(sweep: Sweep) -> dict[str, Any]:
@@ -130,6 +141,78 @@ def echo_memory(memory: dict[str, Memory | HpcRlhfError]) -> None:
             " they need what is left",
             err=True,
         )
+
+
+def echo_times(spec: JobSpec, times: dict[str, StageTime | HpcRlhfError]) -> None:
+    """Print how long each stage trains, and the chain of them."""
+    rows, notes, hours = [], [], 0.0
+    unknown: dict[str, list[str]] = {}
+    for stage, found in times.items():
+        if isinstance(found, HpcRlhfError):
+            unknown.setdefault(f"{found.message}; {found.hint}".removesuffix("; None"), []).append(stage)
+            continue
+        rows.append((stage, *_time_cells(found)))
+        hours += found.gpu_hours or 0.0
+        if (found.attempts or 1) > 1:
+            notes.append(
+                f"{stage} needs about {found.attempts} attempts of {spec.stage(stage).slurm.time}: it saves, requeues and goes on"
+            )
+    whole = chain_seconds(spec, times)
+    if whole is not None and len(rows) > 1:
+        rows.append(("together", "", "", "", _brief(whole), _hours(hours)))
+    if rows:
+        click.echo()
+        echo_table(("stage", "steps", "a step", "mostly", "time", "GPU-hours"), rows)
+        click.echo(ASSUMPTIONS, err=True)
+    notes += [f"{', '.join(stages)}: {why}" for why, stages in unknown.items()]
+    for note in notes:
+        click.echo(note, err=True)
+
+
+def _time_cells(found: StageTime) -> tuple[str, ...]:
+    longest = max(found.parts, key=lambda part: found.parts[part])
+    share = f"{longest} {found.parts[longest] / found.step_seconds:.0%}"
+    if found.steps is None or found.seconds is None or found.gpu_hours is None:
+        per_thousand = found.per_thousand
+        together = f"{_brief(per_thousand)} for 1,000 samples"
+        return "?", _brief(found.step_seconds), share, together, _hours(per_thousand * found.gpus / 3600)
+    return (
+        f"{found.steps:,}",
+        _brief(found.step_seconds),
+        share,
+        _brief(found.seconds),
+        _hours(found.gpu_hours),
+    )
+
+
+def _brief(seconds: float) -> str:
+    return (
+        f"{seconds * 1000:.0f} ms"
+        if seconds < 1
+        else f"{seconds:.1f} s"
+        if seconds < 60
+        else duration(seconds)
+    )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 0.1 else "< 0.1"
+
+
+def _time_dict(found: StageTime | HpcRlhfError) -> dict[str, object]:
+    if isinstance(found, HpcRlhfError):
+        return {"unknown": str(found)}
+    return {
+        "steps": found.steps,
+        "samples_per_step": found.samples,
+        "samples": found.expected,
+        "step_seconds": found.step_seconds,
+        "parts_of_a_step": found.parts,
+        "seconds_per_1000_samples": found.per_thousand,
+        "seconds": found.seconds,
+        "gpu_hours": found.gpu_hours,
+        "attempts": found.attempts,
+    }
 
 
 def _gib(size: int) -> str:

@@ -1,17 +1,53 @@
-"""GPUs by name, and the memory that they have."""
+"""GPUs by name, and what they can do."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from difflib import get_close_matches
 
-# GiB that a program finds on each, which is a little less than the name says.
-_GIB = {
-    "a10-24g": 22.0, "a30-24g": 23.5, "a40-48g": 44.4, "a6000-48g": 47.4, "a100-40g": 39.4, "a100-80g": 79.1,
-    "b200-180g": 178.3, "gh200-96g": 94.5, "h100-80g": 79.1, "h200-141g": 139.7, "l4-24g": 22.0, "l40s-48g": 44.4,
-    "mi250x-64g": 63.9, "mi300x-192g": 191.7, "rtx3090-24g": 23.6, "rtx4090-24g": 23.5, "v100-16g": 15.7,
-    "v100-32g": 31.7,
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, by its vendor's data sheet.
+
+    Attributes:
+        gib: memory that a program finds on it, which is a little less than the name says.
+        half: 10**12 dense operations a second in bf16 or fp16, added up in float32.
+        single: the same in float32, without tensor cores.
+        bandwidth: 10**9 bytes a second from its own memory.
+        link: 10**9 bytes a second to the other GPUs of a node, one way: NVLink or Infinity Fabric, or else PCIe.
+        bf16: calculates in bf16 as fast as in fp16.
+    """
+
+    gib: float
+    half: float
+    single: float
+    bandwidth: float
+    link: float
+    bf16: bool = True
+
+
+_GPUS = {
+    "a10-24g": Gpu(22.0, 125, 31.2, 600, 32),
+    "a30-24g": Gpu(23.5, 165, 10.3, 933, 32),
+    "a40-48g": Gpu(44.4, 149.7, 37.4, 696, 32),
+    "a6000-48g": Gpu(47.4, 154.8, 38.7, 768, 32),
+    "a100-40g": Gpu(39.4, 312, 19.5, 1555, 300),
+    "a100-80g": Gpu(79.1, 312, 19.5, 2039, 300),
+    "b200-180g": Gpu(178.3, 2250, 75, 8000, 900),
+    "gh200-96g": Gpu(94.5, 989, 67, 4000, 450),
+    "h100-80g": Gpu(79.1, 989, 67, 3350, 450),
+    "h200-141g": Gpu(139.7, 989, 67, 4800, 450),
+    "l4-24g": Gpu(22.0, 121, 30.3, 300, 32),
+    "l40s-48g": Gpu(44.4, 362, 91.6, 864, 32),
+    "mi250x-64g": Gpu(63.9, 191.5, 23.9, 1638, 100),
+    "mi300x-192g": Gpu(191.7, 1307, 163.4, 5300, 448),
+    "rtx3090-24g": Gpu(23.6, 71, 35.6, 936, 32),
+    "rtx4090-24g": Gpu(23.5, 165, 82.6, 1008, 32),
+    "v100-16g": Gpu(15.7, 125, 15.7, 900, 150, bf16=False),
+    "v100-32g": Gpu(31.7, 125, 15.7, 900, 150, bf16=False),
+}
 _UNITS = {"G": 2**30, "GiB": 2**30, "M": 2**20, "MiB": 2**20, "": 1}
 
 
@@ -21,12 +57,12 @@ def gpu_bytes(gpu: str) -> int:
     Raises:
         ValueError: there is no such name.
     """
-    if gpu in _GIB:
-        return int(_GIB[gpu] * 2**30)
+    if gpu in _GPUS:
+        return int(_GPUS[gpu].gib * 2**30)
     size = re.fullmatch(r"([1-9][0-9]{0,14})(G|GiB|M|MiB|)", gpu)
     if size is None:
-        near = get_close_matches(gpu.lower(), _GIB, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_GIB)}"
+        near = get_close_matches(gpu.lower(), _GPUS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_GPUS)}"
         raise ValueError(f"must be a known GPU or its memory, such as 80G; {hint}")
     return int(size[1]) * _UNITS[size[2]]
 
@@ -35,3 +71,13 @@ def known_gpu(gpu: str) -> str:
     """The text itself, once it is known to name a GPU. Raises ValueError where it does not."""
     gpu_bytes(gpu)
     return gpu
+
+
+def named_gpu(gpu: str | None) -> Gpu | None:
+    """What a GPU can do; None where only its memory is told, or nothing."""
+    return _GPUS.get(gpu or "")
+
+
+def gpu_names() -> tuple[str, ...]:
+    """The names that are known."""
+    return tuple(_GPUS)

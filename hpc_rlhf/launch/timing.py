@@ -1,0 +1,296 @@
+"""Seconds that a stage takes, from arithmetic, memory traffic and messages; nothing is run for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.architecture import Architecture, architecture
+from hpc_rlhf.launch.samples import expected_samples
+from hpc_rlhf.spec.batch import Batch, derive_batch
+from hpc_rlhf.spec.gpus import Gpu, gpu_names, named_gpu
+from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.sbatch import time_limit
+from hpc_rlhf.spec.stages import PpoSpec
+from hpc_rlhf.spec.training import TrainingSpec
+
+# What well-tuned training of dense models reaches of a data sheet's arithmetic: published runs lie between 0.3 and
+# 0.55 (PaLM, arXiv 2204.02311, table 3).
+MFU = 0.40
+# Decoding reads all weights for each token; small kernels and sampling leave about half of the bandwidth.
+DECODE_SHARE = 0.5
+# One adapter of 200 Gbit/s for each GPU between nodes; 16 lanes of PCIe 4 to the CPU.
+NETWORK, BUS = 25e9, 25e9
+# Twelve channels of DDR5 or two sockets of DDR4, which the ranks of a node share.
+CPU_BANDWIDTH = 200e9
+# Bytes of CPU memory that Adam reads and writes for a weight: gradient, master and two moments.
+_ADAM_TRAFFIC = 28
+# As rollout/engine.py has it: answers made at a time.
+_ROWS = 64
+ASSUMPTIONS = (
+    f"assumed: every sample of its greatest length, {MFU:.0%} of a data sheet's FLOP/s, {DECODE_SHARE:.0%} of its memory "
+    f"bandwidth while decoding, {NETWORK / 1e9:.0f} GB/s for each GPU between nodes and to the CPU, "
+    "messages and work one after the other, no time in the queue"
+)
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long a stage trains.
+
+    Attributes:
+        parts: seconds of a step by what takes them: training, messages, offload, and PPO's decoding and scoring.
+        samples: samples of a step.
+        expected: samples of all steps that the data give; None where their number is not known here.
+        steps: of the whole stage; None likewise, unless max_steps says it.
+        gpus: GPUs of its job.
+        limit: seconds that one attempt may take; None without a limit.
+    """
+
+    parts: dict[str, float]
+    samples: int
+    expected: int | None
+    steps: int | None
+    gpus: int
+    limit: int | None
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all steps, without start-up, checkpoints and the queue."""
+        return None if self.steps is None else self.steps * self.step_seconds
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return None if self.seconds is None else self.seconds * self.gpus / 3600
+
+    @property
+    def per_thousand(self) -> float:
+        """Seconds for each 1,000 samples."""
+        return 1000 * self.step_seconds / self.samples
+
+    @property
+    def attempts(self) -> int | None:
+        """How many time limits the stage fills."""
+        if self.seconds is None:
+            return None
+        return 1 if self.limit is None else max(1, -int(-self.seconds // self.limit))
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """The GPUs of a stage as one step finds them. Rates are those of one GPU, after the shares assumed."""
+
+    flops: float
+    bandwidth: float
+    link: float
+    ranks: int
+    ways: int
+    here: int
+
+    @property
+    def sharers(self) -> int:
+        return self.ranks // self.ways
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model in a step: all its parameters, those in training, and bytes of a number."""
+
+    count: int
+    learnt: int
+    item: int
+    scheme: TrainingSpec
+
+    @property
+    def frozen_inside(self) -> bool:
+        """Whether gradients of the weights themselves are mostly left out."""
+        return self.scheme.lora is not None and self.scheme.lora.only
+
+
+def stage_time(spec: JobSpec, name: str) -> StageTime:
+    """How long a stage that trains takes.
+
+    Raises:
+        HpcRlhfError: slurm.gpu names no GPU whose speed is known, or a model's configuration is not here.
+    """
+    stage = spec.stage(name)
+    assert isinstance(stage, TrainingSpec), name
+    machine = _machine(stage, name)
+    try:
+        batch = derive_batch(stage, name)
+    except ValueError as error:
+        raise HpcRlhfError(str(error), where=f"stages.{name}.global_batch") from error
+    parts = _ppo(spec, stage, batch, machine) if isinstance(stage, PpoSpec) else _plain(spec, name, batch, machine)  # fmt: skip
+    samples = batch.global_ * (stage.minibatches if isinstance(stage, PpoSpec) else 1)
+    expected = expected_samples(spec, name)
+    steps = stage.max_steps
+    if expected is not None:
+        given = max(1, expected * stage.epochs // samples)
+        steps = given if steps is None else min(given, steps)
+    gpus = stage.slurm.nodes * stage.slurm.gpus_per_node
+    told = {part: seconds for part, seconds in parts.items() if seconds}
+    return StageTime(told, samples, expected, steps, gpus, time_limit(stage.slurm.time))
+
+
+def run_times(spec: JobSpec) -> dict[str, StageTime | HpcRlhfError]:
+    """How long each stage that trains takes, or why that is not known."""
+    found: dict[str, StageTime | HpcRlhfError] = {}
+    for name in spec.trained:
+        try:
+            found[name] = stage_time(spec, name)
+        except HpcRlhfError as error:
+            found[name] = error
+    return found
+
+
+def chain_seconds(spec: JobSpec, times: dict[str, StageTime | HpcRlhfError]) -> float | None:
+    """From the first stage's start to the end of the last that trains; None where a stage's time is not known."""
+    ends: dict[str, float] = {}
+    for name in spec.trained:
+        time = times[name]
+        if isinstance(time, HpcRlhfError) or time.seconds is None:
+            return None
+        ends[name] = time.seconds + max((ends[need] for need in spec.needs(name)), default=0.0)
+    return max(ends.values())
+
+
+def _machine(stage: TrainingSpec, name: str) -> _Machine:
+    gpu = named_gpu(stage.slurm.gpu)
+    if gpu is None or not stage.slurm.gpus_per_node:
+        raise HpcRlhfError(
+            "the time is not known without the GPU's name",
+            where=f"stages.{name}.slurm.gpu",
+            hint=f"set slurm.gpu to one of {', '.join(gpu_names())}",
+        )
+    # Collectives between nodes use all adapters of a node at once, and its own links to spread what they bring.
+    outside = NETWORK * stage.slurm.tasks_per_node if stage.slurm.nodes > 1 else float("inf")
+    link = min(gpu.link * 1e9, outside)
+    return _Machine(
+        1e12 * MFU * _peak(gpu, stage), 1e9 * DECODE_SHARE * gpu.bandwidth, link,
+        stage.slurm.ranks, stage.tensor_parallel, stage.slurm.tasks_per_node,
+    )  # fmt: skip
+
+
+def _peak(gpu: Gpu, stage: TrainingSpec) -> float:
+    slow = stage.precision == "fp32" or (stage.precision == "bf16" and not gpu.bf16)
+    return gpu.single if slow else gpu.half
+
+
+def _plain(spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[str, float]:
+    """A step of SFT, or of a stage that learns from pairs."""
+    stage = cast(TrainingSpec, spec.stage(name))
+    paired = name in ("reward", "dpo")
+    tokens = (1 + paired) * batch.micro * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
+    if name == "reward":
+        model = _model(architecture(spec.models.reward or spec.models.actor, "models.reward"), stage, True)
+    else:
+        model = _model(architecture(spec.models.actor, "models.actor"), stage, False)
+    parts = _step(model, tokens, batch.accumulation, machine)
+    if name == "dpo":
+        parts["scoring"] = batch.accumulation * _pass(model, 2 * model.count, 1, tokens, machine)
+    return parts
+
+
+def _ppo(spec: JobSpec, stage: PpoSpec, batch: Batch, machine: _Machine) -> dict[str, float]:
+    """A rollout and the optimizer steps on it."""
+    body = architecture(spec.models.actor, "models.actor")
+    actor = _model(body, stage, False)
+    critic = _model(architecture(spec.models.reward or spec.models.actor, "models.reward"), stage.of_critic, True)  # fmt: skip
+    prompt, answer = spec.data.max_prompt_tokens, spec.data.max_answer_tokens
+    tokens = batch.micro * (prompt + answer)
+    parts: dict[str, float] = {}
+    updates = stage.ppo_epochs * stage.minibatches
+    for model in (actor, critic):
+        for part, seconds in _step(model, tokens, batch.accumulation, machine).items():
+            parts[part] = parts.get(part, 0.0) + updates * seconds
+    passes = batch.accumulation * stage.minibatches
+    # The actor and its reference are asked for log-probabilities, the critic and the reward model for values.
+    parts["scoring"] = 2 * passes * sum(_pass(each, 2 * each.count, 1, tokens, machine) for each in (actor, critic))  # fmt: skip
+    answers = -(-batch.micro * passes // machine.ways)
+    parts["decoding"] = _decoding(body, actor, (prompt, answer), answers, machine)
+    return parts
+
+
+def _model(body: Architecture, stage: TrainingSpec, scored: bool) -> _Model:
+    count = body.body + body.hidden if scored else body.parameters
+    adapters = 0 if stage.lora is None else body.adapters(stage.lora)
+    only = stage.lora is not None and stage.lora.only
+    learnt = adapters + (body.hidden if scored else 0) if only else count + adapters
+    return _Model(count, learnt, 4 if stage.precision == "fp32" else 2, stage)
+
+
+def _pass(model: _Model, flops: int, reads: int, tokens: int, machine: _Machine) -> float:
+    """Seconds in which a rank takes ``tokens`` through a model, at ``flops`` a token, with its weights read ``reads`` times."""
+    read = reads * model.item * model.count / machine.bandwidth
+    return (tokens * flops / machine.flops + read) / machine.ways
+
+
+def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[str, float]:
+    """Seconds of one optimizer step of a model, whose every pass has ``tokens`` on each rank.
+
+    A forward pass costs two operations a weight and token. So does each half of the backward pass, of which frozen
+    weights need only the half that goes on to the layer before; checkpointing adds a forward pass.
+    """
+    again = int(model.scheme.activation_checkpointing)
+    full = 4 if not model.frozen_inside else 2
+    work = _pass(model, (2 + full + 2 * again) * model.count, 1 + full // 2 + again, tokens, machine)
+    return {
+        "training": passes * work,
+        "messages": _messages(model, passes, machine),
+        "offload": _offloaded(model, passes, machine),
+    }
+
+
+def _messages(model: _Model, passes: int, machine: _Machine) -> float:
+    """Seconds in which a rank sends and gets a step's gradients and weights.
+
+    Once a step: an all-reduce of gradients, which is twice their bytes, under ZeRO 0; a reduction in float32 and the
+    new weights under ZeRO 1. ZeRO 2 reduces gradients in every pass; ZeRO 3 also gathers all weights twice in each.
+    """
+    sharers, item, zero = machine.sharers, model.item, model.scheme.zero
+    if sharers == 1:
+        return 0.0
+    learnt, count = model.learnt / machine.ways, model.count / machine.ways
+    sent = {
+        0: 2 * item * learnt / (30 if model.scheme.optimizer == "onebit-adam" else 1),
+        1: (4 + item) * learnt,
+        2: (passes + 1) * item * learnt,
+        3: passes * item * (learnt + 2 * count),
+    }[zero]
+    return sent * (sharers - 1) / sharers / machine.link
+
+
+def _offloaded(model: _Model, passes: int, machine: _Machine) -> float:
+    """Seconds in which a step waits for the bus and the CPU."""
+    share, seconds = 1 / machine.sharers / machine.ways, 0.0
+    if model.scheme.offload_optimizer:
+        adam = _ADAM_TRAFFIC * machine.here / CPU_BANDWIDTH
+        seconds += share * model.learnt * (2 * model.item / BUS + adam)
+    if model.scheme.offload_params:
+        seconds += 2 * passes * share * model.item * model.count / BUS
+    return seconds
+
+
+def _decoding(
+    body: Architecture, actor: _Model, lengths: tuple[int, int], answers: int, machine: _Machine
+) -> float:
+    """Seconds in which a rank makes its answers of a rollout, with the whole actor on each GPU.
+
+    Each token reads the weights, and the keys and values so far, once for all answers that are made at a time.
+    """
+    prompt, answer = lengths
+    rows = min(_ROWS, answers)
+    cache = rows * body.kv * actor.item * (prompt + answer / 2)
+    token = max(
+        (actor.item * actor.count + cache) / machine.bandwidth, 2 * actor.count * rows / machine.flops
+    )
+    prompts = 2 * actor.count * prompt * rows / machine.flops
+    gathered = (
+        actor.item * actor.count / machine.link if actor.scheme.zero == 3 and machine.sharers > 1 else 0
+    )
+    return -(-answers // rows) * (prompts + answer * token) + gathered
