@@ -24,6 +24,7 @@ from hpc_rlhf.spec.yaml_source import Mark, Node
 MOST = 200  # runs; each is a folder, and several jobs in Slurm's queue
 _FIELDS = ("sweep", "sweep_limit")
 _OWN = ("name", "run_dir", *_FIELDS, "extends")
+_TIMES = {1: "once", 2: "twice"}
 _LONGEST = 48  # letters of a value in a name
 
 
@@ -62,7 +63,7 @@ class Sweep:
 
     @property
     def told(self) -> str:
-        """How often each stage is trained, in words."""
+        """How often each stage has to be run, in words."""
         lent = lenders(self.specs)
         trained = Counter(
             stage
@@ -70,8 +71,8 @@ class Sweep:
             for stage in spec.stage_names
             if (name, stage) not in lent
         )
-        times = [f"{stage} {count} time{'s' * (count > 1)}" for stage, count in trained.items()]
-        return f"a sweep of {len(self.members)} runs that trains {', '.join(times)}"
+        often = [f"{stage} {_TIMES.get(count, f'{count} times')}" for stage, count in trained.items()]
+        return f"a sweep of {len(self.members)} runs: {', '.join(often)}"
 
 
 def load_any(path: Path | str, sets: Sequence[str] = ()) -> JobSpec | Sweep:

@@ -26,9 +26,7 @@ def file(tmp_path: Path) -> Path:
 def test_check_tells_how_often_each_stage_is_trained(file: Path) -> None:
     said = cli("check", file)
     assert said.exit_code == 0
-    assert said.stdout == (
-        f"{file}: ok, a sweep of 6 runs that trains sft 3 times, reward 3 times, ppo 6 times\n"
-    )
+    assert said.stdout == (f"{file}: ok, a sweep of 6 runs: sft 3 times, reward 3 times, ppo 6 times\n")
 
 
 def test_check_finds_what_is_wrong_with_one_run(file: Path) -> None:
