@@ -239,11 +239,12 @@ class CheckpointStore:
         Raises:
             HpcRlhfError: there are checkpoints, or were, and none of them will do.
         """
-        halfway = None
+        halfway, wrong = None, ""
         for folder in self.world.on_main(self._steps):
             mine = manifest.defect(folder, share=(self.world.rank, self.world.size))
-            if any(self.world.gather(mine)):
+            if defects := [defect for defect in self.world.gather(mine) if defect]:
                 self.world.on_main(partial(_set_aside, folder))
+                wrong = wrong or f"; of {folder.name}, {defects[0]}"
                 continue
             facts = manifest.read(folder)
             assert facts is not None
@@ -260,7 +261,7 @@ class CheckpointStore:
         torn = self.world.on_main(lambda: len(list(self.folder.glob("torn-*"))))
         if torn:
             raise HpcRlhfError(
-                f"none of the {torn} checkpoints is whole",
+                f"none of the {torn} checkpoints is whole{wrong}",
                 where=str(self.folder),
                 hint="they are kept as torn-*: restore one under its old name, or remove them to start the stage anew",
                 exit_code=RUN_FAILED,
