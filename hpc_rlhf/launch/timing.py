@@ -26,8 +26,8 @@ NETWORK, BUS = 25e9, 25e9
 CPU_BANDWIDTH = 200e9
 # Bytes of CPU memory that Adam reads and writes for a weight: gradient, master and two moments.
 _ADAM_TRAFFIC = 28
-# As rollout/engine.py has it: answers made at a time.
-_ROWS = 64
+# As rollout/engine.py has them: answers made at a time, and the share of a GPU that gathered weights take at most.
+_ROWS, _WEIGHTS_SHARE = 64, 0.5
 ASSUMPTIONS = (
     f"assumed: every sample of its greatest length, {MFU:.0%} of a data sheet's FLOP/s, {DECODE_SHARE:.0%} of its memory "
     f"bandwidth while decoding, {NETWORK / 1e9:.0f} GB/s for each GPU between nodes and to the CPU, "
@@ -85,6 +85,7 @@ class StageTime:
 class _Machine:
     """The GPUs of a stage as one step finds them. Rates are those of one GPU, after the shares assumed."""
 
+    memory: float
     flops: float
     bandwidth: float
     link: float
@@ -171,7 +172,7 @@ def _machine(stage: TrainingSpec, name: str) -> _Machine:
     outside = NETWORK * stage.slurm.tasks_per_node if stage.slurm.nodes > 1 else float("inf")
     link = min(gpu.link * 1e9, outside)
     return _Machine(
-        1e12 * MFU * _peak(gpu, stage), 1e9 * DECODE_SHARE * gpu.bandwidth, link,
+        gpu.gib * 2**30, 1e12 * MFU * _peak(gpu, stage), 1e9 * DECODE_SHARE * gpu.bandwidth, link,
         stage.slurm.ranks, stage.tensor_parallel, stage.slurm.tasks_per_node,
     )  # fmt: skip
 
@@ -279,18 +280,17 @@ def _offloaded(model: _Model, passes: int, machine: _Machine) -> float:
 def _decoding(
     body: Architecture, actor: _Model, lengths: tuple[int, int], answers: int, machine: _Machine
 ) -> float:
-    """Seconds in which a rank makes its answers of a rollout, with the whole actor on each GPU.
+    """Seconds in which a rank makes its answers of a rollout.
 
-    Each token reads the weights, and the keys and values so far, once for all answers that are made at a time.
+    Each token reads the weights, and the keys and values so far, once for all answers that are made at a time. An actor
+    that is sharded is gathered before; what is too large for that is gathered for every token.
     """
     prompt, answer = lengths
     rows = min(_ROWS, answers)
     cache = rows * body.kv * actor.item * (prompt + answer / 2)
-    token = max(
-        (actor.item * actor.count + cache) / machine.bandwidth, 2 * actor.count * rows / machine.flops
-    )
+    work = max((actor.item * actor.count + cache) / machine.bandwidth, 2 * actor.count * rows / machine.flops)
     prompts = 2 * actor.count * prompt * rows / machine.flops
-    gathered = (
-        actor.item * actor.count / machine.link if actor.scheme.zero == 3 and machine.sharers > 1 else 0
-    )
-    return -(-answers // rows) * (prompts + answer * token) + gathered
+    whole = actor.item * actor.count if actor.scheme.zero == 3 and machine.sharers > 1 else 0
+    streamed = max(0.0, whole - _WEIGHTS_SHARE * machine.memory)
+    token = work + streamed / machine.link
+    return -(-answers // rows) * (prompts + answer * token) + (whole - streamed) / machine.link

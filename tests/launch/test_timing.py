@@ -68,6 +68,25 @@ def test_decoding_is_bound_by_reading_the_weights_for_every_token() -> None:
     )
 
 
+def test_a_sharded_actor_too_large_to_gather_is_streamed_for_every_token() -> None:
+    def decoding(gpu: str) -> float:
+        slurm = {"gpu": gpu, "gpus_per_node": 2}
+        spec = make_spec("/scratch/demo", slurm, reward={}, ppo={"micro_batch": 1, "zero": 3})
+        large = spec.model_copy(
+            update={"models": spec.models.model_copy(update={"actor": "facebook/opt-30b"})}
+        )
+        return stage_time(large, "ppo").parts["decoding"]
+
+    whole = 2 * architecture("facebook/opt-30b", "models.actor").parameters
+    larger, smaller = (
+        decoding("h200-141g"),
+        decoding("h100-80g"),
+    )  # alike but for memory, of which half is used
+    streamed = whole - 79.1 * 2**30 / 2
+    read = whole * (1 / 3350e9 - 1 / 4800e9) / 0.5 * 256
+    assert smaller - larger > 0.99 * 255 * streamed / 450e9 + read
+
+
 def test_steps_follow_from_the_data_and_attempts_from_the_time_limit() -> None:
     slurm = {"gpu": "a100-80g", "gpus_per_node": 2, "time": "10:00"}
     spec = make_spec("/scratch/demo", slurm, sft={"epochs": 30_000}, reward={}, ppo={"max_steps": 3})
