@@ -140,7 +140,7 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
 
 def over_seeds(comparison: Comparison) -> list[OverSeeds]:
     """The runs that differ in their seed only, taken together; the best first. Empty where there is nothing to take together."""
-    if comparison.by is None or "seed" not in comparison.paths or len(comparison.paths) == 1:
+    if comparison.by is None or "seed" not in comparison.paths:
         return []
     by = comparison.by
 
@@ -154,7 +154,8 @@ def over_seeds(comparison: Comparison) -> list[OverSeeds]:
         numbers = [run.numbers[by].value for run in group]
         spread = stdev(numbers) if len(numbers) > 1 else None
         found.append(OverSeeds(values, len(numbers), fmean(numbers), spread))
-    return sorted(found, key=lambda group: _signed(by, group.mean))
+    together = [] if all(group.runs == 1 for group in found) else found
+    return sorted(together, key=lambda group: _signed(by, group.mean))
 
 
 def compares_scores(comparison: Comparison) -> bool:
@@ -204,10 +205,9 @@ def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Number]]:
         model = read_report(run)["models"].get(spec.trained[-1], {})
         for name in EVALUATED:
             found = model.get(name)
-            if isinstance(found, dict):
-                yield name, Number(found["value"], found["low"], found["high"])
-            elif found is not None:
-                yield name, Number(found)
+            number = Number(**found) if isinstance(found, dict) else Number(found)
+            if number.value is not None:
+                yield name, number
     for stage in spec.trained:
         text = read_tail(run.stage(stage).metrics)
         rows = step_rows(text, stage)

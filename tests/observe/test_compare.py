@@ -146,3 +146,9 @@ def test_a_number_that_no_run_has(tmp_path: Path) -> None:
     with pytest.raises(HpcRlhfError, match="no run has the number 'bleu'") as caught:
         cli(tmp_path / "good", "--by", "bleu")
     assert caught.value.hint == "there are ppo.reward, ppo.kl"
+
+
+def test_runs_that_differ_in_nothing_but_the_seed_are_taken_together(tmp_path: Path) -> None:
+    make_sweep(tmp_path, "sweep: {seed: [1, 2]}\n", {"seed=1": 1.0, "seed=2": 3.0})
+    found = json.loads(cli("--json", tmp_path / "good").stdout)
+    assert found["over_seeds"] == [{"values": {}, "runs": 2, "mean": 2.0, "std": pytest.approx(2**0.5)}]
