@@ -173,14 +173,17 @@ def _bearing(spec: JobSpec) -> dict[str, Any]:
 
 
 def _differing(facts: Sequence[dict[str, Any]]) -> list[str]:
-    """The paths of what is not the same in all; of a mapping that is not in all, its own."""
+    """The paths of what is not the same in all; of a mapping that is not in all, its own. Whether a run has been evaluated
+    is told by its numbers."""
     flat = [dict(_flat(one)) for one in facts]
     paths = dict.fromkeys(path for one in flat for path in one)
     partly = tuple(f"{path}." for path in paths if any(other.startswith(f"{path}.") for other in paths))
     return [
         path
         for path in paths
-        if not path.startswith(partly) and any(_at(one, path) != _at(facts[0], path) for one in facts)
+        if path != "stages.eval"
+        and not path.startswith(partly)
+        and any(_at(one, path) != _at(facts[0], path) for one in facts)
     ]
 
 

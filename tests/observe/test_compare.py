@@ -103,7 +103,7 @@ def test_evaluations_outrank_training(tmp_path: Path) -> None:
     assert found["by"] == "reward"
     assert [run["name"] for run in found["runs"]] == ["kl_coef=0.1", "kl_coef=0.02", "kl_coef=0.5"]
     assert found["runs"][0]["numbers"]["reward"] == interval(1.5)
-    assert found["runs"][0]["values"]["stages.ppo.kl_coef"] == 0.1
+    assert found["runs"][0]["values"] == {"stages.ppo.kl_coef": 0.1}
     by_perplexity = cli(tmp_path / "good", "--by", "perplexity")
     assert [row[1] for row in rows(by_perplexity)[1:]] == ["3", "4", "-"]
 
