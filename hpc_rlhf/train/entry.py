@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -98,7 +98,7 @@ class Attempt:
     files: RunDir
     stage: str
     stop: StopFlag
-    name: str = ""
+    name: str = field(init=False)
     is_main: bool = False
 
     def __post_init__(self) -> None:

@@ -33,7 +33,9 @@ def main() -> None:
         run = RunDir(Path(path))
         spec = read_spec(run.job_yaml)
         for stage in spec.stage_names:
-            Attempt(run, stage, StopFlag(), name="grid").train(spec, world)
+            attempt = Attempt(run, stage, StopFlag())
+            attempt.name = f"{run.path.name}-{stage}"  # the same on all ranks
+            attempt.train(spec, world)
     worlds.leave()
 
 

@@ -85,7 +85,9 @@ def main() -> None:
             polls.Polls.now, polls.Polls.between = now, asking  # type: ignore[method-assign]
             manifest.describe = described
             try:
-                Attempt(run, stage, flag, name=f"{run.path.name}-{stage}-{number}").train(spec, world)
+                attempt = Attempt(run, stage, flag)
+                attempt.name = f"{run.path.name}-{stage}-{number}"  # the same on all ranks
+                attempt.train(spec, world)
             except StageStopped:
                 assert not run.stage(stage).model.exists()
                 continue
