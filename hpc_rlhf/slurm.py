@@ -33,7 +33,7 @@ ENDED = frozenset(
     ]
 )
 _NOTHING = ("None", "(null)")
-_TIMEOUT = 60
+_TIMEOUT, _SOON = 60, 5
 # What selects the cluster and proves who we are; everything else of these names is about some other job, or a
 # default that would quietly outweigh the spec.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"})
@@ -312,6 +312,18 @@ def test(script: Path) -> None:
     _run(["sbatch", "--test-only", str(script)])
 
 
+def predicted_start(script: Path) -> str | None:
+    """When Slurm thinks that a script would start if it were submitted now, such as 2026-05-01T09:30:00 by the
+    controller's clock; None where it does not say. It submits nothing.
+
+    Raises:
+        HpcRlhfError: it would be refused, or Slurm does not answer soon.
+    """
+    said = _done(["sbatch", "--test-only", str(script)], _SOON).stderr
+    found = re.search(r"to start at (\d[\dT:-]+)", said)
+    return found[1] if found else None
+
+
 def _records(text: str) -> list[dict[str, str]]:
     """Lines of NAME=VALUE words, each as a mapping; of a name that comes twice, the first."""
     records = []
@@ -373,13 +385,22 @@ def _run(command: list[str]) -> str:
     """What a Slurm command prints.
 
     Raises:
+        HpcRlhfError: see ``_done``.
+    """
+    return _done(command, _TIMEOUT).stdout
+
+
+def _done(command: list[str], timeout: int) -> subprocess.CompletedProcess[str]:
+    """A Slurm command that has ended well in ``timeout`` seconds.
+
+    Raises:
         HpcRlhfError: it is not here, fails or does not answer; the message is its own.
     """
     foreign = set(foreign_variables(os.environ))
     environ = {name: value for name, value in os.environ.items() if name not in foreign}
     try:
         done = subprocess.run(
-            command, env=environ, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+            command, env=environ, capture_output=True, text=True, errors="replace", timeout=timeout
         )
     except FileNotFoundError:
         raise HpcRlhfError(
@@ -387,14 +408,14 @@ def _run(command: list[str]) -> str:
         ) from None
     except subprocess.TimeoutExpired:
         raise HpcRlhfError(
-            f"{command[0]} gave no answer in {_TIMEOUT} s",
+            f"{command[0]} gave no answer in {timeout} s",
             hint="the cluster's controller may be busy; try again",
             exit_code=RUN_FAILED,
         ) from None
     if done.returncode:
         said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise HpcRlhfError(f"{' '.join(command[:2])}: {said}", exit_code=RUN_FAILED)
-    return done.stdout
+    return done
 
 
 def seconds(time: str) -> float:

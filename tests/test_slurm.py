@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,19 @@ def test_a_jobs_start_and_end_are_both_by_the_controllers_clock(
     monkeypatch.setenv("SLURM_JOB_START_TIME", "100")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "160")
     assert slurm.start_and_end("7") == (100.0, 160.0)
+
+
+def test_slurm_predicts_when_a_script_would_start(
+    idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(idle_cluster.conf))
+    monkeypatch.setattr(slurm, "_SOON", 60)  # this machine may be slow
+    before, script = set(slurm.queue()), tmp_path / "script"
+    script.write_text("#!/bin/bash\n#SBATCH --partition=low\nsleep 1\n")
+    start = slurm.predicted_start(script)
+    assert start is not None
+    assert abs(time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S")) - time.time()) < 86400
+    script.write_text("#!/bin/bash\n#SBATCH --partition=nowhere\n")
+    with pytest.raises(HpcRlhfError, match="invalid partition"):
+        slurm.predicted_start(script)
+    assert set(slurm.queue()) <= before

@@ -13,6 +13,7 @@ from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.memory import Memory, run_memory
 from hpc_rlhf.launch.plan import Plan, make_plan
+from hpc_rlhf.launch.start import predicted_starts
 from hpc_rlhf.launch.timing import ASSUMPTIONS, StageTime, chain_seconds, run_times
 from hpc_rlhf.observe.words import duration
 from hpc_rlhf.spec.model import JobSpec
@@ -40,9 +41,12 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
         echo_sweep(spec)
         click.echo()
         spec = spec.members[0].spec
-    echo_plan(make_plan(spec))
+    plan = make_plan(spec)
+    echo_plan(plan)
     echo_memory(run_memory(spec))
     echo_times(spec, run_times(spec))
+    for stage, start in predicted_starts(plan, file.parent).items():
+        click.echo(f"{stage}, submitted now: {start}", err=True)
 
 
 def echo_sweep(sweep: Sweep) -> None:
