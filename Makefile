@@ -30,6 +30,7 @@ install: .venv/.installed-dev  ## Install into .venv, with what development need
 .venv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one by make PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing what is needed into .venv; the first time this takes minutes" >&2
 	$(PIP) --editable .
 	@touch $@
 
