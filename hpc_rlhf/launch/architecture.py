@@ -28,6 +28,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
         "tie_word_embeddings": True,
     },
+    "gpt_neox": {
+        "vocab_size": 50432, "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44,
+        "tie_word_embeddings": False,
+    },
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8},
     "qwen2": _QWEN,
@@ -125,7 +129,7 @@ def architecture(ref: ModelRef, where: str) -> Architecture:
     given = {key: value for key, value in config.items() if value is not None}
     fields = {**_DEFAULTS[family], **given}
     try:
-        return {"opt": _opt, "gpt2": _gpt2}.get(family, _llama)(fields)
+        return {"opt": _opt, "gpt2": _gpt2, "gpt_neox": _gpt_neox}.get(family, _llama)(fields)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise HpcRlhfError(f"its configuration cannot be counted ({error})", where=where) from error
 
@@ -206,6 +210,18 @@ def _gpt2(c: Mapping[str, Any]) -> Architecture:
         Linear("c_fc", width, inner, True), Linear("c_proj", inner, width, True),
     )  # fmt: skip
     outside = (c["vocab_size"] + c["n_positions"]) * width + 2 * width
+    head = 0 if c["tie_word_embeddings"] else c["vocab_size"] * width
+    return Architecture(layers, linears, 4 * width, outside, (), head, width, 2 * layers * width)
+
+
+def _gpt_neox(c: Mapping[str, Any]) -> Architecture:
+    width, inner, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+    bias = c.get("attention_bias", True)
+    linears = (
+        Linear("query_key_value", width, 3 * width, bias), Linear("dense", width, width, bias),
+        Linear("dense_h_to_4h", width, inner, True), Linear("dense_4h_to_h", inner, width, True),
+    )  # fmt: skip
+    outside = c["vocab_size"] * width + 2 * width
     head = 0 if c["tie_word_embeddings"] else c["vocab_size"] * width
     return Architecture(layers, linears, 4 * width, outside, (), head, width, 2 * layers * width)
 

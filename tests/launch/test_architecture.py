@@ -18,6 +18,8 @@ FAMILIES: list[dict[str, Any]] = [
     {"model_type": "opt", "vocab_size": 500, "hidden_size": 48, "ffn_dim": 100, "num_hidden_layers": 3, "num_attention_heads": 4},
     {"model_type": "opt", "vocab_size": 500, "hidden_size": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False, "ffn_dim": 100, "num_hidden_layers": 2, "num_attention_heads": 4},
     {"model_type": "gpt2", "vocab_size": 500, "n_embd": 48, "n_layer": 3, "n_head": 4},
+    {"model_type": "gpt_neox", **LLAMA},
+    {"model_type": "gpt_neox", **LLAMA, "attention_bias": False, "tie_word_embeddings": True},
     {"model_type": "llama", **LLAMA},
     {"model_type": "llama", **LLAMA, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     {"model_type": "mistral", **LLAMA, "num_key_value_heads": 2},
