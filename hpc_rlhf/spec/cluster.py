@@ -30,7 +30,9 @@ class ContainerSpec(Model):
     runtime: Literal["apptainer", "pyxis"] = Field(
         description="What starts the container: apptainer, or pyxis (srun --container-image)."
     )
-    image: PathText = Field(description="The image: a .sif or .sqsh file, or a registry reference. Its python3 must have hpc-rlhf installed.")
+    image: PathText = Field(
+        description="The image: a .sif or .sqsh file, or a registry reference. Its python3 must have hpc-rlhf installed."
+    )
     mounts: tuple[PathText, ...] = Field(
         default=(),
         description="Folders to mount, each `source` or `source:target`. The run directory is always mounted.",
