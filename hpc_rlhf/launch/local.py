@@ -157,7 +157,10 @@ class LocalRun:
     ) -> HpcRlhfError:
         """Why a stage ended without its model: it was asked to, or it failed."""
         failed = first_cause(events)
-        saved = next((event for event in events if event["event"] == "interrupted"), None)
+        # The ranks of a launcher that was killed may have their last word after ours have begun.
+        own = {event.get("attempt") for event in events if event["event"] == "started"}
+        words = (event for event in events if event["event"] == "interrupted" and event.get("attempt") in own)
+        saved = next(words, None)
         if saved:
             return self._interrupted(f"{stage} is saved at step {saved['step']}", stop)
         if stop.count:

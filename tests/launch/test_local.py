@@ -107,6 +107,12 @@ def test_a_killed_rank_ends_the_others_and_is_named(here: Here) -> None:
     assert here.events("failed") == [("failed", "sft")]
 
 
+def test_the_last_word_of_another_attempt_is_not_taken_for_ours(here: Here) -> None:
+    code, _, err = here.finish("run", "job.yaml", FAKE_SFT="killed_beside_another")
+    assert code == 1
+    assert "rank 1 was ended by SIGKILL" in err
+
+
 def test_what_failed_is_tried_again_but_not_when_it_fails_alike(here: Here) -> None:
     heal = ("--set", "slurm.heal.enabled=true")
     code, _, err = here.finish("run", "job.yaml", *heal, FAKE_SFT="killed_once", FAKE_REWARD="stranded")

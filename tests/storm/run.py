@@ -23,6 +23,7 @@ DISK = "256m"
 # Steps that a stage makes in a second, about; and the seconds of work for each of its strikes.
 RATES = {"sft": 20.0, "reward": 20.0, "ppo": 1.0}
 WORK = {"sft": 2.0, "reward": 2.0, "ppo": 4.0}
+LONGER_HERE = 3  # times: no stage queues, and so an attempt is over sooner
 LEAST = {"sft": 150, "reward": 150, "ppo": 12}
 
 
@@ -100,7 +101,8 @@ class Weather:
         for stage, rate in RATES.items():
             (orders / stage).mkdir(parents=True)
             setup = f"export OMP_NUM_THREADS=1 STORM={orders / stage} LD_PRELOAD={self.library}"
-            steps = max(LEAST[stage], int(rate * (self.every or WORK[stage]) * self.faults / len(RATES)))
+            seconds = (self.every or WORK[stage]) * (1 if self.cluster else LONGER_HERE)
+            steps = max(LEAST[stage], int(rate * seconds * self.faults / len(RATES)))
             sets += [f"stages.{stage}.max_steps={steps}", f'stages.{stage}.slurm.setup=["{setup}"]']
         chain: Chain | Here
         if self.cluster is not None:

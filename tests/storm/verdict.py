@@ -42,9 +42,14 @@ def interruptions(chain: Watched, stage: str) -> list[Interruption]:
     for number, events in enumerate(attempts, 1):
         if any(event["event"] == "finished" for event in events) or number == len(attempts):
             continue
-        told = [event for event in events if event["event"] in ("requeued", "ended", "interrupted")]
-        last = told[-1] if told else {}
         later = [event for events in attempts[number:] for event in events]
+        name = events[0]["attempt"]
+        told = [
+            event
+            for event in [*events, *(late for late in later if late.get("attempt") == name)]
+            if event["event"] in ("requeued", "ended", "interrupted") and event.get("attempt", name) == name
+        ]
+        last = told[-1] if told else {}
         resumed = next((event["step"] for event in later if event["event"] == "resumed"), 0)
         lost = max(0, int(last.get("step", 0)) - resumed)
         found.append(

@@ -77,6 +77,18 @@ def one_killed(run, stage) -> None:
     deaf(run, stage)
 
 
+def killed_beside_another(run, stage) -> None:
+    """As rank 1 is killed, the ranks of a launcher that was killed before come to their last word."""
+    from hpc_rlhf.ledger import Ledger
+
+    if rank() == 0:
+        Ledger(run.ledger).append("interrupted", stage, attempt="another", step=3)
+        (run.path / "said").touch()
+    while not (run.path / "said").exists():
+        time.sleep(0.05)
+    one_killed(run, stage)
+
+
 def killed_once(run, stage) -> None:
     """Rank 1 is killed in the first attempt."""
     first = run.path / "killed"
