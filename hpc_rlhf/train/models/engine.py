@@ -66,6 +66,7 @@ def training_engine(
     import deepspeed
 
     config, groups = copy.deepcopy(ds_config), parameter_groups(model, spec.weight_decay)
+    _fit_buckets(config["zero_optimization"], groups)
     optimizer: torch.optim.Optimizer
     if spec.optimizer == "onebit-adam":
         optimizer = OneBitAdam(groups, lr, spec.betas, spec.clip_grad, spec.onebit_warmup)
@@ -90,6 +91,14 @@ def training_engine(
         engine.optimizer.overflow_checker.check = bool
     engine.train()  # transformers loads models in eval mode: no dropout, no activation checkpointing
     return engine
+
+
+def _fit_buckets(zero: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
+    """Make no buffer for more gradients than there are; DeepSpeed allocates it whole, however small the model."""
+    trained = sum(getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"])
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        if name in zero:
+            zero[name] = min(zero[name], trained + trained % 2)  # DeepSpeed wants an even number
 
 
 def _forget_first_step(engine: Any) -> None:
