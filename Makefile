@@ -19,7 +19,7 @@ BENCH ?= full
 FAULTS ?= 200
 SEED ?= 1
 
-.PHONY: help install demo docs test fuzz bench bench-learning chaos ettr lint cluster cluster-down clean
+.PHONY: help install demo docs test fuzz bench bench-learning chaos ettr plan-check lint cluster cluster-down clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -73,6 +73,9 @@ chaos: .venv/.installed-dev  ## Run a chain through a storm of FAULTS faults for
 ettr: .venv/.installed-dev  ## See what preemptions every two minutes leave of a chain's time; takes half an hour
 	scripts/install-slurm.sh
 	$(BIN)/python -m tests.storm.ettr
+
+plan-check: .venv/.installed-dev  ## Hold the memory that plan tells against what stages take; takes minutes
+	$(BIN)/python -m tests.benchmarks.plan_peaks
 
 lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
 	$(BIN)/ruff check .

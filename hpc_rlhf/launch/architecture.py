@@ -22,15 +22,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "opt": {
         "vocab_size": 50272, "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 12, "max_position_embeddings": 2048, "tie_word_embeddings": True,
-        "do_layer_norm_before": True, "_remove_final_layer_norm": False,
+        "do_layer_norm_before": True, "_remove_final_layer_norm": False, "activation_function": "relu",
     },
     "gpt2": {
         "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": True, "activation_function": "gelu_new",
     },
     "gpt_neox": {
         "vocab_size": 50432, "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 44,
-        "tie_word_embeddings": False,
+        "num_attention_heads": 64, "tie_word_embeddings": False,
     },
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8},
@@ -77,6 +77,11 @@ class Architecture:
         head: parameters of an output head that is not tied to the embeddings.
         hidden: width.
         kv: numbers that one token leaves in the cache of keys and values, in all layers.
+        vocabulary: tokens that the head tells apart.
+        kept: numbers of each token that a block keeps for its backward pass.
+        kept_cut: the same of what tensor parallelism cuts: heads and the wide part of the MLP.
+        kept_wide: the same of what is float32 in any precision.
+        inner: width of the MLP.
     """
 
     layers: int
@@ -87,6 +92,16 @@ class Architecture:
     head: int
     hidden: int
     kv: int
+    vocabulary: int
+    kept: int
+    kept_cut: int
+    kept_wide: int
+    inner: int
+
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest matrix."""
+        return max(self.vocabulary * self.hidden, *(linear.parameters for linear in self.linears))
 
     @property
     def inside(self) -> int:
@@ -197,8 +212,13 @@ def _opt(c: Mapping[str, Any]) -> Architecture:
         Linear("project_in", embedded, width, False), Linear("project_out", width, embedded, False),
     )  # fmt: skip
     head = 0 if c["tie_word_embeddings"] else c["vocab_size"] * embedded
-    layers = c["num_hidden_layers"]
-    return Architecture(layers, linears, 2 * norm, outside, projections, head, width, 2 * layers * width)
+    layers, heads = c["num_hidden_layers"], c["num_attention_heads"]
+    # ReLU keeps but its result, which the next layer keeps too.
+    wide = inner if c["activation_function"] == "relu" else 2 * inner
+    return Architecture(
+        layers, linears, 2 * norm, outside, projections, head, width, 2 * layers * width,
+        c["vocab_size"], 4 * width, 4 * width + wide, heads, inner,
+    )  # fmt: skip
 
 
 def _gpt2(c: Mapping[str, Any]) -> Architecture:
@@ -211,7 +231,12 @@ def _gpt2(c: Mapping[str, Any]) -> Architecture:
     )  # fmt: skip
     outside = (c["vocab_size"] + c["n_positions"]) * width + 2 * width
     head = 0 if c["tie_word_embeddings"] else c["vocab_size"] * width
-    return Architecture(layers, linears, 4 * width, outside, (), head, width, 2 * layers * width)
+    # gelu_new is written out: its steps are kept one by one.
+    steps = 5 if c["activation_function"] == "gelu_new" else 2
+    return Architecture(
+        layers, linears, 4 * width, outside, (), head, width, 2 * layers * width,
+        c["vocab_size"], 4 * width, 4 * width + steps * inner, named["n_head"], inner,
+    )  # fmt: skip
 
 
 def _gpt_neox(c: Mapping[str, Any]) -> Architecture:
@@ -223,7 +248,11 @@ def _gpt_neox(c: Mapping[str, Any]) -> Architecture:
     )  # fmt: skip
     outside = c["vocab_size"] * width + 2 * width
     head = 0 if c["tie_word_embeddings"] else c["vocab_size"] * width
-    return Architecture(layers, linears, 4 * width, outside, (), head, width, 2 * layers * width)
+    # Rotated queries and keys stand beside those they were made of.
+    return Architecture(
+        layers, linears, 4 * width, outside, (), head, width, 2 * layers * width,
+        c["vocab_size"], 3 * width, 6 * width + 2 * inner, c["num_attention_heads"], inner,
+    )  # fmt: skip
 
 
 def _llama(c: Mapping[str, Any]) -> Architecture:
@@ -244,4 +273,9 @@ def _llama(c: Mapping[str, Any]) -> Architecture:
     head = 0 if c["tie_word_embeddings"] else c["vocab_size"] * width
     layers = c["num_hidden_layers"]
     outside = c["vocab_size"] * width + width
-    return Architecture(layers, linears, norms, outside, (), head, width, 2 * layers * shared * size)
+    # Norms go by float32; heads that share keys and values have copies of their own; all four products of the MLP stay.
+    normed = (heads + shared) * size if family == "qwen3" else 0
+    return Architecture(
+        layers, linears, norms, outside, (), head, width, 2 * layers * shared * size,
+        c["vocab_size"], 4 * width, 4 * heads * size + 4 * inner + normed, 2 * width + heads + normed, inner,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from hpc_rlhf.spec.gpus import Gpu, gpu_names, named_gpu
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.sbatch import time_limit
 from hpc_rlhf.spec.stages import PpoSpec
-from hpc_rlhf.spec.training import TrainingSpec
+from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # What well-tuned training of dense models reaches of a data sheet's arithmetic: published runs lie between 0.3 and
 # 0.55 (PaLM, arXiv 2204.02311, table 3).
@@ -24,7 +24,10 @@ DECODE_SHARE = 0.5
 NETWORK, BUS = 25e9, 25e9
 # Twelve channels of DDR5 or two sockets of DDR4, which the ranks of a node share.
 CPU_BANDWIDTH = 200e9
-# Bytes of CPU memory that Adam reads and writes for a weight: gradient, master and two moments.
+# Seconds in which Python launches the kernels of one layer, forward: some forty, each 5 to 8 microseconds. A GPU waits for
+# them where a pass is small.
+_LAUNCHES = 0.25e-3
+# Bytes of memory that Adam reads and writes for a weight: gradient, master and two moments.
 _ADAM_TRAFFIC = 28
 # As rollout/engine.py has them: answers made at a time, and the share of a GPU that gathered weights take at most.
 _ROWS, _WEIGHTS_SHARE = 64, 0.5
@@ -40,7 +43,7 @@ class StageTime:
     """How long a stage trains.
 
     Attributes:
-        parts: seconds of a step by what takes them: training, messages, offload, and PPO's decoding and scoring.
+        parts: seconds of a step by what takes them: training, optimizer, messages, offload, and PPO's decoding and scoring.
         samples: samples of a step.
         expected: samples of all steps that the data give; None where their number is not known here.
         steps: of the whole stage; None likewise, unless max_steps says it.
@@ -100,8 +103,9 @@ class _Machine:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model in a step: all its parameters, those in training, and bytes of a number."""
+    """A model in a step: its layers, all its parameters, those in training, and bytes of a number."""
 
+    layers: int
     count: int
     learnt: int
     item: int
@@ -119,14 +123,8 @@ def stage_time(spec: JobSpec, name: str) -> StageTime:
     Raises:
         HpcRlhfError: slurm.gpu names no GPU whose speed is known, or a model's configuration is not here.
     """
-    stage = spec.stage(name)
-    assert isinstance(stage, TrainingSpec), name
-    machine = _machine(stage, name)
-    try:
-        batch = derive_batch(stage, name)
-    except ValueError as error:
-        raise HpcRlhfError(str(error), where=f"stages.{name}.global_batch") from error
-    parts = _ppo(spec, stage, batch, machine) if isinstance(stage, PpoSpec) else _plain(spec, name, batch, machine)  # fmt: skip
+    stage, batch = _asked(spec, name)
+    parts = _parts(spec, name, stage, batch)
     samples = batch.global_ * (stage.minibatches if isinstance(stage, PpoSpec) else 1)
     expected = expected_samples(spec, name)
     steps = stage.max_steps
@@ -136,6 +134,34 @@ def stage_time(spec: JobSpec, name: str) -> StageTime:
     gpus = stage.slurm.nodes * stage.slurm.gpus_per_node
     told = {part: seconds for part, seconds in parts.items() if seconds}
     return StageTime(told, samples, expected, steps, gpus, time_limit(stage.slurm.time))
+
+
+def step_seconds(spec: JobSpec, name: str) -> float:
+    """Seconds of a step of a stage that trains, without a look at its data.
+
+    Raises:
+        HpcRlhfError: as ``stage_time``.
+    """
+    return sum(_parts(spec, name, *_asked(spec, name)).values())
+
+
+def _asked(spec: JobSpec, name: str) -> tuple[TrainingSpec, Batch]:
+    stage = spec.stage(name)
+    assert isinstance(stage, TrainingSpec), name
+    try:
+        return stage, derive_batch(stage, name)
+    except ValueError as error:
+        raise HpcRlhfError(str(error), where=f"stages.{name}.global_batch") from error
+
+
+def _parts(spec: JobSpec, name: str, stage: TrainingSpec, batch: Batch) -> dict[str, float]:
+    """Seconds of a step by what takes them."""
+    machine = _machine(stage, name)
+    return (
+        _ppo(spec, stage, batch, machine)
+        if isinstance(stage, PpoSpec)
+        else _plain(spec, name, batch, machine)
+    )
 
 
 def run_times(spec: JobSpec) -> dict[str, StageTime | HpcRlhfError]:
@@ -193,7 +219,9 @@ def _plain(spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[st
         model = _model(architecture(spec.models.actor, "models.actor"), stage, False)
     parts = _step(model, tokens, batch.accumulation, machine)
     if name == "dpo":
-        parts["scoring"] = batch.accumulation * _pass(model, 2 * model.count, 1, tokens, machine)
+        own = stage.lora is not None and stage.lora.only
+        held = stage if own else stage.strategies["ref"]
+        parts["scoring"] = batch.accumulation * _scored(model, held, tokens, machine)
     return parts
 
 
@@ -211,7 +239,10 @@ def _ppo(spec: JobSpec, stage: PpoSpec, batch: Batch, machine: _Machine) -> dict
             parts[part] = parts.get(part, 0.0) + updates * seconds
     passes = batch.accumulation * stage.minibatches
     # The actor and its reference are asked for log-probabilities, the critic and the reward model for values.
-    parts["scoring"] = 2 * passes * sum(_pass(each, 2 * each.count, 1, tokens, machine) for each in (actor, critic))  # fmt: skip
+    asked = {"": actor, "ref": actor, "critic": critic, "reward": critic}
+    parts["scoring"] = passes * sum(
+        _scored(model, stage.strategies[name], tokens, machine) for name, model in asked.items()
+    )
     answers = -(-batch.micro * passes // machine.ways)
     parts["decoding"] = _decoding(body, actor, (prompt, answer), answers, machine)
     return parts
@@ -222,13 +253,31 @@ def _model(body: Architecture, stage: TrainingSpec, scored: bool) -> _Model:
     adapters = 0 if stage.lora is None else body.adapters(stage.lora)
     only = stage.lora is not None and stage.lora.only
     learnt = adapters + (body.hidden if scored else 0) if only else count + adapters
-    return _Model(count, learnt, 4 if stage.precision == "fp32" else 2, stage)
+    return _Model(body.layers, count, learnt, 4 if stage.precision == "fp32" else 2, stage)
 
 
 def _pass(model: _Model, flops: int, reads: int, tokens: int, machine: _Machine) -> float:
-    """Seconds in which a rank takes ``tokens`` through a model, at ``flops`` a token, with its weights read ``reads`` times."""
+    """Seconds in which a rank takes ``tokens`` through a model, at ``flops`` a token, with its weights read ``reads`` times.
+
+    Each time the layers' kernels are launched, too.
+    """
     read = reads * model.item * model.count / machine.bandwidth
-    return (tokens * flops / machine.flops + read) / machine.ways
+    work = (tokens * flops / machine.flops + read) / machine.ways
+    return max(work, reads * model.layers * _LAUNCHES)
+
+
+def _scored(model: _Model, held: StageSpec, tokens: int, machine: _Machine) -> float:
+    """Seconds of a pass that nothing is learnt from, with what is fetched for it where the weights are sharded.
+
+    Args:
+        held: how the model is held in memory, which may not be how it is trained.
+    """
+    whole, fetched = model.item * model.count, 0.0
+    if held.zero == 3:
+        fetched += whole * (machine.sharers - 1) / machine.sharers / machine.link
+    if held.offload_params:
+        fetched += whole / machine.sharers / BUS
+    return _pass(model, 2 * model.count, 1, tokens, machine) + fetched
 
 
 def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[str, float]:
@@ -242,16 +291,25 @@ def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[st
     work = _pass(model, (2 + full + 2 * again) * model.count, 1 + full // 2 + again, tokens, machine)
     return {
         "training": passes * work,
+        "optimizer": _optimizer(model, machine),
         "messages": _messages(model, passes, machine),
         "offload": _offloaded(model, passes, machine),
     }
 
 
+def _optimizer(model: _Model, machine: _Machine) -> float:
+    """Seconds of Adam on a GPU: on all weights of a rank, or under ZeRO on its share of them."""
+    if model.scheme.offload_optimizer:
+        return 0.0
+    learnt = model.learnt / machine.ways / (machine.sharers if model.scheme.zero else 1)
+    return _ADAM_TRAFFIC * learnt / machine.bandwidth
+
+
 def _messages(model: _Model, passes: int, machine: _Machine) -> float:
     """Seconds in which a rank sends and gets a step's gradients and weights.
 
-    Once a step: an all-reduce of gradients, which is twice their bytes, under ZeRO 0; a reduction in float32 and the
-    new weights under ZeRO 1. ZeRO 2 reduces gradients in every pass; ZeRO 3 also gathers all weights twice in each.
+    Once a step: an all-reduce of gradients, which is twice their bytes, under ZeRO 0; and the new weights under ZeRO 1.
+    ZeRO 2 does the former in every pass; ZeRO 3 scatters gradients, and gathers all weights twice, in every pass.
     """
     sharers, item, zero = machine.sharers, model.item, model.scheme.zero
     if sharers == 1:
@@ -259,8 +317,8 @@ def _messages(model: _Model, passes: int, machine: _Machine) -> float:
     learnt, count = model.learnt / machine.ways, model.count / machine.ways
     sent = {
         0: 2 * item * learnt / (30 if model.scheme.optimizer == "onebit-adam" else 1),
-        1: (4 + item) * learnt,
-        2: (passes + 1) * item * learnt,
+        1: 3 * item * learnt,
+        2: (2 * passes + 1) * item * learnt,
         3: passes * item * (learnt + 2 * count),
     }[zero]
     return sent * (sharers - 1) / sharers / machine.link

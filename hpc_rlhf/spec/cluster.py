@@ -94,7 +94,7 @@ class SlurmSpec(Model):
     )
     gpu: Gpu | None = Field(
         default=None,
-        description="What the GPUs are, such as a100-80g, or the memory of one, such as 80G. Asks Slurm for nothing: give it so that `hpc-rlhf plan` tells what the models leave of it for activations.",
+        description="What the GPUs are, such as a100-80g, or the memory of one, such as 80G. Asks Slurm for nothing: give it so that `hpc-rlhf plan` tells whether each stage fits.",
     )
     ranks_per_node: Positive | None = Field(
         default=None, description="Ranks on each node; one per GPU when left out."

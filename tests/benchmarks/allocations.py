@@ -1,0 +1,64 @@
+"""Bytes of live tensors in this process, and their peak: what a GPU's allocator would be asked for, told on a CPU."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Allocations(TorchDispatchMode):
+    """Counts each storage that an operation of this thread makes while the mode is on, until the storage is freed.
+
+    Enter it before anything is built: what was made before counts only from when an operation returns it.
+    What an operation frees before it returns, as scratch space inside a kernel, is not seen.
+
+    Args:
+        explained: bytes from which on it is noted what lives; None for never.
+
+    Attributes:
+        live: bytes of the storages that live now.
+        peak: the most that lived at a time since it was last set back.
+        at_peak: bytes by the operation that made them, element type and shape, when most lived.
+    """
+
+    def __init__(self, explained: int | None = None) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.explained = explained
+        self.at_peak: Counter[str] = Counter()
+        self._sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, list[Any]] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            real = isinstance(value, torch.Tensor) and value.device.type != "meta"
+            if real and value.layout is torch.strided:
+                self._count(value, str(func))
+        return result
+
+    def _count(self, value: torch.Tensor, maker: str) -> None:
+        storage = value.untyped_storage()
+        size = storage.nbytes()
+        known = self._sizes.get(storage)
+        if known is None:
+            known = self._sizes[storage] = [0, maker, str(value.dtype), tuple(value.shape)]
+            weakref.finalize(storage, self._free, known)
+        self.live += size - known[0]  # a storage may have been resized
+        known[0] = size
+        if self.live > self.peak:
+            self.peak = self.live
+            if self.explained is not None and self.peak >= self.explained:
+                self.at_peak = Counter()
+                for held, *facts in list(self._sizes.values()):
+                    self.at_peak[" ".join(map(str, facts))] += held
+
+    def _free(self, known: list[Any]) -> None:
+        self.live -= known[0]

@@ -1,0 +1,21 @@
+"""The memory that ``plan`` tells against what real stages take, in a few small cases; all of them: ``make plan-check``."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.benchmarks.plan_peaks import OVER, UNDER, Case, compare
+
+pytestmark = pytest.mark.train
+
+CASES = (
+    Case("sft", "llama", 2, 128, 1024, 64, fields={"micro_batch": 4}),
+    Case("reward", "opt", 2, 128, 1024, 64, 2, {"micro_batch": 4, "zero": 2}),
+    Case("ppo", "qwen2", 2, 128, 1024, 32, fields={"micro_batch": 2, "global_batch": 4}),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_estimate_is_close_to_the_peak(case: Case) -> None:
+    (ratio,) = compare([case])
+    assert 1 - UNDER <= ratio <= 1 + OVER
