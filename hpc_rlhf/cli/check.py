@@ -39,10 +39,11 @@ def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], a
 
 def _check(file: str, sets: tuple[str, ...]) -> tuple[tuple[Problem, ...], str]:
     """What is wrong with a spec, and what is said of one with which nothing is."""
-    from hpc_rlhf.spec.sweep import Sweep, load_any
+    from hpc_rlhf.launch.auto import load
+    from hpc_rlhf.spec.sweep import Sweep
 
     try:
-        spec = load_any(file, sets)
+        spec = load(file, sets)
     except SpecError as error:
         return error.problems, ""
     return (), f"ok, {spec.told}" if isinstance(spec, Sweep) else "ok"

@@ -15,9 +15,9 @@ import click
 
 from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.errors import RUN_FAILED
+from hpc_rlhf.launch.auto import load_one
 from hpc_rlhf.launch.doctor import examine
 from hpc_rlhf.launch.doctor.finding import Finding
-from hpc_rlhf.spec.load import load_spec
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -41,7 +41,7 @@ def command(
 
     --json prints the list `findings`, each with check, level, said, cure and where, and the counts `errors` and `warnings`.
     """
-    spec = load_spec(file, sets) if file is not None else None
+    spec = load_one(file, sets) if file is not None else None
     beside = file.parent if file is not None else None
     findings = examine(spec, beside, on_cluster, lambda words: click.echo(words, err=True))
     levels = [finding.level for finding in findings]

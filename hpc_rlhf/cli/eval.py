@@ -13,7 +13,7 @@ from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.load import load_spec, read_spec
+from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.model import JobSpec
 
 
@@ -61,11 +61,13 @@ def asked_for(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[JobSpec,
         HpcRlhfError: what is asked for is wrong, or not all of the run is trained.
     """
     file = Path(run) if Path(run).is_file() else folder.job_yaml
-    if load_spec(file).stages.eval is None:
+    from hpc_rlhf.launch.auto import load_one
+
+    if load_one(file).stages.eval is None:
         # As it was asked for last time, or by the defaults.
         last = read_spec(folder.job_yaml).stages.eval
         sets = ("stages.eval=" + json.dumps(last.model_dump(mode="json") if last else {}), *sets)
-    spec = load_spec(file, sets)
+    spec = load_one(file, sets)
     missing = [
         stage
         for stage in spec.needs("eval")

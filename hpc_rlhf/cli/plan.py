@@ -1,4 +1,4 @@
-"""hpc-rlhf plan: show the jobs that a spec makes, what their models take of each GPU, and how long they take."""
+"""hpc-rlhf plan: show the jobs that a spec makes, what they take of each GPU, and how long they take."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 import click
 
+from hpc_rlhf.cli.choice import choice_dict, echo_choices
 from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.memory import Memory, run_memory
+from hpc_rlhf.launch.auto import Choice, load
+from hpc_rlhf.launch.memory import RESERVE, Memory, run_memory
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.start import predicted_starts
 from hpc_rlhf.launch.timing import ASSUMPTIONS, StageTime, chain_seconds, run_times
 from hpc_rlhf.observe.words import duration
 from hpc_rlhf.spec.model import JobSpec
-from hpc_rlhf.spec.sweep import Sweep, lenders, load_any
+from hpc_rlhf.spec.sweep import Sweep, lenders
 
 
 @click.command(epilog=example("hpc-rlhf plan my-job.yaml"))
@@ -25,16 +27,18 @@ from hpc_rlhf.spec.sweep import Sweep, lenders, load_any
 @set_option
 @json_option
 def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
-    """Show the jobs that FILE makes, the memory that their models hold on each GPU, and how long they take.
+    """Show the jobs that FILE makes, the memory that they take of each GPU, and how long they take.
 
     The time is an estimate from the FLOP/s and bandwidths of the GPU that slurm.gpu names; it tells what it assumes.
 
     Of a sweep: which run trains which stages, and the jobs and memory of the first run. --json has all of them, as a list
     `runs`, each with its `values` and the runs that it has stages from, by stage, as `shared`.
     """
-    spec = load_any(file, sets)
+    choices: list[Choice] = []
+    spec = load(file, sets, choices.append)
     if as_json:
         facts = _sweep_dict(spec) if isinstance(spec, Sweep) else _plan_dict(spec)
+        facts["auto"] = {choice.stage: choice_dict(choice) for choice in choices}
         click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
         return
     if isinstance(spec, Sweep):
@@ -43,6 +47,7 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
         spec = spec.members[0].spec
     plan = make_plan(spec)
     echo_plan(plan)
+    echo_choices(choices)
     echo_memory(run_memory(spec))
     echo_times(spec, run_times(spec))
     for stage, start in predicted_starts(plan, file.parent).items():
@@ -115,7 +120,7 @@ def echo_plan(plan: Plan) -> None:
 
 
 def echo_memory(memory: dict[str, Memory | HpcRlhfError]) -> None:
-    """Print what the models of each stage hold, a line a part, so that it fits a narrow terminal."""
+    """Print what each stage holds when it holds most, a line a part, so that it fits a narrow terminal."""
     rows, notes = [], []
     for stage, found in memory.items():
         if isinstance(found, HpcRlhfError):
@@ -124,15 +129,10 @@ def echo_memory(memory: dict[str, Memory | HpcRlhfError]) -> None:
         sizes = ", ".join(f"{model} {_billions(count)}" for model, count in found.parameters.items())
         for number, (part, size) in enumerate(found.parts.items()):
             rows.append(("" if number else stage, part, _gib(size)))
-        rows.append(("", "together", _gib(found.held)))
+        rows.append(("", f"together, in its {found.fullest}", _gib(found.held)))
         if found.gpu is not None and found.left is not None:
-            rows.append(
-                (
-                    "",
-                    f"left of the {_gib(found.gpu).strip()} of a GPU",
-                    _gib(found.left) + (" DOES NOT FIT" if found.left < 0 else ""),
-                )
-            )
+            verdict = " DOES NOT FIT" if found.left < 0 else "" if found.fits else " TIGHT"
+            rows.append(("", f"left of the {_gib(found.gpu).strip()} of a GPU", _gib(found.left) + verdict))
         notes.append(f"{stage}: parameters of {sizes}")
     if rows:
         click.echo()
@@ -141,8 +141,8 @@ def echo_memory(memory: dict[str, Memory | HpcRlhfError]) -> None:
         click.echo(note, err=True)
     if rows:
         click.echo(
-            "not counted: activations and logits, which grow with the micro batch, and CUDA's own memory;"
-            " they need what is left",
+            f"most that tensors take at a time, every sequence of its greatest length; {RESERVE:.0%} of a GPU should be "
+            "left for CUDA, NCCL and gaps between tensors",
             err=True,
         )
 
@@ -233,7 +233,9 @@ def _memory_dict(found: Memory | HpcRlhfError) -> dict[str, object]:
     return {
         "parameters": found.parameters,
         "bytes_per_gpu": found.parts,
+        "fullest": found.fullest,
         "held": found.held,
         "gpu": found.gpu,
         "left": found.left,
+        "fits": found.fits,
     }

@@ -8,8 +8,8 @@ import click
 
 from hpc_rlhf.cli.options import example, set_option
 from hpc_rlhf.cli.out_option import writing
+from hpc_rlhf.launch.auto import load_one
 from hpc_rlhf.launch.render import render
-from hpc_rlhf.spec.load import load_spec
 
 
 @click.command(epilog=example("hpc-rlhf render my-job.yaml --out look"))
@@ -23,7 +23,7 @@ def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
 
     Templates in a folder `templates` beside FILE win over the built-in ones.
     """
-    spec = load_spec(file, sets)
+    spec = load_one(file, sets)
     with writing(out):
         paths = render(spec, out, file.parent)
     click.echo("\n".join(map(str, paths)))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from hpc_rlhf.cli.choice import echo_choice
 from hpc_rlhf.cli.options import example, set_option
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.rundir import RunDir
@@ -34,10 +35,11 @@ def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile:
     As many ranks start as the spec asks for, all of them here. Ctrl-C saves; the same command goes on. Finished
     stages are not run again. The runs of a sweep come one after the other.
     """
+    from hpc_rlhf.launch.auto import load
     from hpc_rlhf.launch.sweep import lay_out
-    from hpc_rlhf.spec.sweep import Sweep, load_any
+    from hpc_rlhf.spec.sweep import Sweep
 
-    spec = load_any(file, sets)
+    spec = load(file, sets, echo_choice)
     again = _again(file, sets, hostfile)
     if not isinstance(spec, Sweep):
         _run(context, spec, file.parent, hostfile, again, {})

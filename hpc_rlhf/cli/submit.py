@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from hpc_rlhf.cli.choice import echo_choice
 from hpc_rlhf.cli.options import example, set_option
 from hpc_rlhf.cli.plan import echo_plan
 from hpc_rlhf.cli.table import echo_table
+from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import refuse_changes
@@ -16,7 +18,7 @@ from hpc_rlhf.launch.submit import preview, submit
 from hpc_rlhf.launch.sweep import shared, submit_sweep
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.model import JobSpec
-from hpc_rlhf.spec.sweep import Sweep, load_any
+from hpc_rlhf.spec.sweep import Sweep
 
 
 @click.command(epilog=example("hpc-rlhf submit my-job.yaml --dry-run"))
@@ -29,7 +31,7 @@ def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
     Submitting again attaches to what is there: stages that are done, queued or running are left alone. The runs of a
     sweep are submitted together; a stage that several have in common is trained by one of them.
     """
-    spec = load_any(file, sets)
+    spec = load(file, sets, echo_choice)
     if isinstance(spec, Sweep):
         _submit_sweep(spec, file.parent, dry_run)
         return

@@ -122,8 +122,8 @@ def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
     changes = differences(old, spec)
     if live:
         hint = f"stop its jobs first (hpc-rlhf cancel {run.path}), or choose another run_dir"
-    elif _has_trained(run):
-        changes = [c for c in changes if not _harmless(c[0]) and not _shared_otherwise(c[0], old, spec)]
+    elif has_trained(run):
+        changes = [c for c in changes if not is_harmless(c[0]) and not _shared_otherwise(c[0], old, spec)]
         hint = "undo the changes, or choose another run_dir" + _same_steps(changes, old)
     else:
         return
@@ -145,7 +145,7 @@ def evaluated_otherwise(run: RunDir, spec: JobSpec) -> bool:
     return any(_is_evaluation(path) and not _is_placing(path) for path in changed)
 
 
-def _has_trained(run: RunDir) -> bool:
+def has_trained(run: RunDir) -> bool:
     """Whether any stage has left something that depends on the spec; logs and the hostfile do not."""
     for stage in map(run.stage, STAGE_NAMES):
         own = stage.path.exists() and not stage.path.is_symlink()
@@ -154,7 +154,7 @@ def _has_trained(run: RunDir) -> bool:
     return False
 
 
-def _harmless(path: str) -> bool:
+def is_harmless(path: str) -> bool:
     """Whether a field may change after a run has trained."""
     return _is_placing(path) or _is_evaluation(path) or path.split(".")[0] in ("trackers", "notify")
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpc_rlhf.errors import Problem, SpecError
+from hpc_rlhf.spec.auto import take_out
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
 from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.model import JobSpec, last_trained, taken_from
@@ -42,13 +43,14 @@ def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
 
 
 def check_tree(root: Node) -> JobSpec:
-    """The spec that a tree of a file's nodes is.
+    """The spec that a tree of a file's nodes is. Where a stage says auto it holds the least that may stand there.
 
     Raises:
         SpecError: all that is wrong with it, each with its place.
     """
     root, problems = resolve_paths(root)
-    root = _inherit_slurm(_evaluate_like_training(root))
+    root, autos, wrong = take_out(_inherit_slurm(_evaluate_like_training(root)))
+    problems += wrong
     try:
         spec = JobSpec.model_validate(root.plain(), strict=True)
     except ValidationError as error:
@@ -56,7 +58,7 @@ def check_tree(root: Node) -> JobSpec:
     problems += _cross_check(spec, root)
     if problems:
         raise SpecError(in_order(problems))
-    return spec
+    return spec.with_autos(autos)
 
 
 def read_spec(path: Path) -> JobSpec:

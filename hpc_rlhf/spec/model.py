@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
+from hpc_rlhf.spec.auto import Autos
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.fields import Model, Name, PathText, Positive
@@ -51,13 +52,13 @@ class ModelsSpec(Model):
 
 
 # What the evaluation takes from the last stage that trains, where it does not say.
-EVALUATED_LIKE = ("micro_batch", "zero", "offload_params", "precision", "slurm")
+EVALUATED_LIKE = ("micro_batch", "zero", "offload", "offload_params", "precision", "slurm")
 
 
 def taken_from(last: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """What the evaluation takes from the fields of the last stage that trains, where its own say nothing of it."""
-    said = {*own, *(("offload_params",) if "zero" in own else ())}
-    return {key: last[key] for key in EVALUATED_LIKE if key in last and key not in said}
+    said = {*own, *(("offload", "offload_params") if "zero" in own else ())}
+    return {key: last[key] for key in EVALUATED_LIKE if last.get(key) is not None and key not in said}
 
 
 def last_trained(stages: Mapping[str, Any]) -> str | None:
@@ -97,6 +98,8 @@ class JobSpec(Model):
         description="How many runs of a sweep may have jobs at work at once; null leaves that to Slurm. Set it to leave room for others, or to see the first results before the last runs start.",
     )
 
+    _autos: Autos = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="before")
     @classmethod
     def _inherit_slurm(cls, raw: Any) -> Any:
@@ -124,6 +127,22 @@ class JobSpec(Model):
             return raw
         evaluation = {**taken_from(last, stages["eval"]), **stages["eval"]}
         return {**raw, "stages": {**stages, "eval": evaluation}}
+
+    @property
+    def autos(self) -> Autos:
+        """Where stages say auto: what stands there is yet to be chosen."""
+        return self._autos
+
+    def with_autos(self, autos: Autos) -> JobSpec:
+        """The same, whose fields at these places are yet to be chosen."""
+        marked = self.model_copy()
+        marked._autos = autos
+        return marked
+
+    def with_stages(self, **changes: Mapping[str, Any]) -> JobSpec:
+        """The same with other fields in some stages, which are not checked."""
+        stages = {name: self.stage(name).model_copy(update=dict(fields)) for name, fields in changes.items()}
+        return self.model_copy(update={"stages": self.stages.model_copy(update=stages)})
 
     @property
     def stage_names(self) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
+from hpc_rlhf.spec.auto import AUTO
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.fields import SPAN, Fraction, Model, Name, NonNegative, Positive, Rate, Span
 
@@ -17,6 +18,11 @@ def _cadence(raw: Any) -> Any:
     if raw == "auto" or (isinstance(raw, str) and re.fullmatch(SPAN, raw)):
         return raw
     raise ValueError("must be a number of steps, a time such as 10 min, or auto")
+
+
+def _or_auto(**schema: Any) -> WithJsonSchema:
+    """What a person may write of a field for which a number is chosen where they write auto."""
+    return WithJsonSchema({"anyOf": [schema, {"const": AUTO}]})
 
 
 class LoraSpec(Model):
@@ -39,13 +45,13 @@ class LoraSpec(Model):
 class StageSpec(Model):
     """What all stages have in common."""
 
-    micro_batch: Positive = Field(
+    micro_batch: Annotated[Positive, _or_auto(type="integer", minimum=1)] = Field(
         default=4,
-        description="Samples of the greatest length that one forward and backward pass on one GPU has memory for. Shorter ones are laid end to end without padding, so that a pass holds more of them.",
+        description="Samples of the greatest length that one forward and backward pass on one GPU has memory for. Shorter ones are laid end to end without padding, so that a pass holds more of them. auto chooses the fastest that fits, by the estimates of `hpc-rlhf plan`, and needs slurm.gpu and global_batch.",
     )
-    zero: Literal[0, 1, 2, 3] = Field(
+    zero: Annotated[Literal[0, 1, 2, 3], _or_auto(enum=[0, 1, 2, 3])] = Field(
         default=0,
-        description="DeepSpeed's ZeRO stage: what is sharded over the ranks. 0 nothing, 1 optimizer, 2 and gradients, 3 and weights. Higher needs less memory and more traffic.",
+        description="DeepSpeed's ZeRO stage: what is sharded over the ranks. 0 nothing, 1 optimizer, 2 and gradients, 3 and weights. Higher needs less memory and more traffic. auto chooses the fastest that fits, and needs slurm.gpu.",
     )
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16", description="Precision of the forward and backward passes."
@@ -105,6 +111,10 @@ class TrainingSpec(StageSpec):
     onebit_warmup: Positive = Field(
         default=100,
         description="Steps that onebit-adam is AdamW before it freezes the variance: past the learning rate's warm-up, and about a seventh of all.",
+    )
+    offload: Literal["auto"] | None = Field(
+        default=None,
+        description="auto chooses offload_optimizer, offload_params and offload_frozen: as little as lets the stage fit. Needs slurm.gpu; leave those three out. A run keeps what was chosen for it.",
     )
     offload_optimizer: bool = Field(
         default=False,
