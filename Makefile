@@ -74,8 +74,9 @@ ettr: .venv/.installed-dev  ## See what preemptions every two minutes leave of a
 	scripts/install-slurm.sh
 	$(BIN)/python -m tests.storm.ettr
 
-plan-check: .venv/.installed-dev  ## Hold the memory that plan tells against what stages take; takes minutes
+plan-check: .venv/.installed-dev  ## Hold what plan tells and auto chooses against measurements; takes ten minutes
 	$(BIN)/python -m tests.benchmarks.plan_peaks
+	$(BIN)/python -m tests.benchmarks.auto_search
 
 lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
 	$(BIN)/ruff check .

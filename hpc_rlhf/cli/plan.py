@@ -16,7 +16,8 @@ from hpc_rlhf.launch.auto import Choice, load
 from hpc_rlhf.launch.memory import RESERVE, Memory, run_memory
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.start import predicted_starts
-from hpc_rlhf.launch.timing import ASSUMPTIONS, StageTime, chain_seconds, run_times
+from hpc_rlhf.launch.steps import ASSUMPTIONS
+from hpc_rlhf.launch.timing import StageTime, chain_seconds, run_times
 from hpc_rlhf.observe.words import duration
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.sweep import Sweep, lenders

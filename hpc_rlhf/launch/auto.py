@@ -11,7 +11,7 @@ from typing import Any
 from hpc_rlhf.errors import HpcRlhfError, SpecError
 from hpc_rlhf.launch.memory import stage_memory
 from hpc_rlhf.launch.prepare import differences, has_trained, is_harmless
-from hpc_rlhf.launch.timing import step_seconds
+from hpc_rlhf.launch.steps import step_parts
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.auto import OFFLOADS
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
@@ -52,10 +52,10 @@ class Candidate:
         return ", ".join(said)
 
     @property
-    def burden(self) -> tuple[int, int, int]:
-        """What is simpler comes first: less sharding, fewer offloads, less memory."""
+    def burden(self) -> tuple[int, int, float]:
+        """What is simpler comes first: less sharding, fewer offloads; then what is faster."""
         offloads = sum(bool(self.fields.get(field)) for field in OFFLOADS)
-        return self.fields.get("zero", 0), offloads, self.held
+        return self.fields.get("zero", 0), offloads, self.seconds
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _measured(spec: JobSpec, name: str, words: Mapping[str, object]) -> Iterator
         except ValueError:
             continue
         memory = stage_memory(tried, name)
-        yield Candidate(fields, step_seconds(tried, name), memory.held, bool(memory.fits))
+        yield Candidate(fields, sum(step_parts(tried, name).values()), memory.held, bool(memory.fits))
 
 
 def _combinations(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.architecture import Architecture, architecture
-from hpc_rlhf.launch.passes import ITEM, Pass
+from hpc_rlhf.launch.passes import ITEM, Pass, as_trained
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes
 from hpc_rlhf.spec.model import JobSpec
@@ -277,7 +277,7 @@ def _asked(model: Architecture, stage: StageSpec, tokens: int, predicted: int) -
     gathered = _gathered(model, model.parameters, item) if stage.zero == 3 else 0
     return {
         "activations": tokens * _layer(model, item),
-        "logits": Pass(model, _as_trained(stage), tokens, predicted, with_entropies=True).logits,
+        "logits": Pass(model, as_trained(stage), tokens, predicted, with_entropies=True).logits,
         "gathered weights": gathered,
     }
 
@@ -285,12 +285,6 @@ def _asked(model: Architecture, stage: StageSpec, tokens: int, predicted: int) -
 def _layer(model: Architecture, item: int) -> int:
     """Bytes of a token while it passes a layer that keeps nothing."""
     return 3 * item * model.hidden + max(12 * model.hidden, 3 * item * model.inner)
-
-
-def _as_trained(stage: StageSpec) -> TrainingSpec:
-    if isinstance(stage, TrainingSpec):
-        return stage
-    return TrainingSpec(precision=stage.precision, slurm=stage.slurm)
 
 
 def _rollout(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpc_rlhf.launch.architecture import Architecture
-from hpc_rlhf.spec.training import TrainingSpec
+from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 # As algorithms/logprobs.py has them: float32 logits that stand at a time on a GPU and a CPU, and rows of a multiple.
@@ -91,3 +91,11 @@ class Pass:
 
 def _aligned(tokens: int) -> int:
     return -(-tokens // _ALIGNED) * _ALIGNED
+
+
+def as_trained(stage: StageSpec) -> TrainingSpec:
+    """A stage as one that trains, for what is counted alike of an evaluation: nothing adapted, nothing cut."""
+    if isinstance(stage, TrainingSpec):
+        return stage
+    alike = ("precision", "zero", "offload_params", "slurm")
+    return TrainingSpec(**{name: getattr(stage, name) for name in alike})

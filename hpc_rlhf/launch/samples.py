@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import glob
+import gzip
+import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 from hpc_rlhf.spec.data import SourceSpec
@@ -14,13 +20,13 @@ _COUNTED = 2**29
 def expected_samples(spec: JobSpec, stage: str) -> int | None:
     """Samples that a stage trains on, about: prompts are drawn to stages by their hashes, and unusable rows are left out.
 
-    None where a source is on the hub, or in files whose rows are not counted fast.
+    None where a source is on the hub and not in the cache, or in files whose rows are not counted fast.
     """
     rows = 0.0
     for source in spec.data.sources:
         try:
             count = _rows(source)
-        except OSError:
+        except (OSError, ValueError, csv.Error):  # what cannot be read is the doctor's business
             return None
         if count is None:
             return None
@@ -34,13 +40,50 @@ def _rows(source: SourceSpec) -> int | None:
     if source.demo is not None:
         return source.demo
     path = Path(source.path or "")
+    if not path.exists():
+        return _prepared(source)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    lined = [file for file in files if file.suffix == ".jsonl" and file.is_file()]
-    if not lined or len(lined) < len(files) or sum(file.stat().st_size for file in lined) > _COUNTED:
+    counters = [_counter(file) for file in files]
+    if not files or None in counters or sum(file.stat().st_size for file in files) > _COUNTED:
         return None
-    return sum(_lines(file) for file in lined)
+    return sum(count(file) for count, file in zip(counters, files, strict=True) if count)
+
+
+def _counter(path: Path) -> Callable[[Path], int] | None:
+    """What counts the rows of a file of this name; None where that takes reading it whole."""
+    suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
+    if suffix == ".parquet":
+        return _parquet_rows
+    return {".jsonl": _lines, ".csv": _records}.get(suffix) if path.is_file() else None
 
 
 def _lines(path: Path) -> int:
-    with path.open("rb") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         return sum(1 for line in file if line.strip())
+
+
+def _records(path: Path) -> int:
+    """Rows of a table whose first line has the names; text in quotes may have lines of its own."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
+        return max(0, sum(1 for record in csv.reader(file) if record) - 1)
+
+
+def _parquet_rows(path: Path) -> int:
+    from pyarrow.parquet import read_metadata
+
+    return int(read_metadata(path).num_rows)
+
+
+def _prepared(source: SourceSpec) -> int | None:
+    """Rows of a hub data set that ``prefetch`` or an earlier run has brought into the cache of datasets."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    name = (source.path or "").replace("/", "___")
+    counts = set()
+    for info in cache.glob(
+        f"{glob.escape(name)}/{glob.escape(source.subset or '') or '*'}/*/*/dataset_info.json"
+    ):
+        split = json.loads(info.read_text(encoding="utf-8")).get("splits", {}).get(source.split)
+        if split:
+            counts.add(int(split["num_examples"]))
+    return counts.pop() if len(counts) == 1 else None

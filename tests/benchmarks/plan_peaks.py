@@ -126,16 +126,26 @@ def measure(case: Case, folder: Path) -> int:
     return max(json.loads(path.read_text()) for path in run.stage(case.stage).path.glob("peak-*.json"))
 
 
+def longest_rows(size: int) -> None:
+    """Let every prompt and every answer of the data have so many tokens, in this process."""
+    from hpc_rlhf.train.data import tokenized
+
+    def encode(chunk: Sequence[Any], tokenizer: Any, *answers: str) -> Iterator[list[list[int]]]:
+        for number, _ in enumerate(chunk):
+            yield [[40 + (number * 7 + i * i) % 200 for i in range(size)] for _ in range(1 + len(answers))]
+
+    tokenized.encode = encode  # type: ignore[assignment]
+
+
 def _rank(path: str, stage: str) -> None:
     """One rank of a stage, on rows of the greatest length, with every tensor counted."""
     from hpc_rlhf.train import context
-    from hpc_rlhf.train.data import tokenized
     from hpc_rlhf.train.entry import run_stage
     from hpc_rlhf.train.metrics import MetricsLog
     from tests.benchmarks.allocations import Allocations
 
     run = RunDir(Path(path))
-    size = read_spec(run.job_yaml).data.max_prompt_tokens
+    longest_rows(read_spec(run.job_yaml).data.max_prompt_tokens)
     meter, peaks = Allocations(explained=1 if "EXPLAIN" in os.environ else None), []
 
     class Counting(MetricsLog):
@@ -148,12 +158,7 @@ def _rank(path: str, stage: str) -> None:
                     for maker, size in meter.at_peak.most_common(40):
                         print(f"{size / MIB:9.2f} {maker}", file=sys.stderr)
 
-    def longest(chunk: Sequence[Any], tokenizer: Any, *answers: str) -> Iterator[list[list[int]]]:
-        for number, _ in enumerate(chunk):
-            yield [[40 + (number * 7 + i * i) % 200 for i in range(size)] for _ in range(1 + len(answers))]
-
     context.MetricsLog = Counting  # type: ignore[misc]
-    tokenized.encode = longest  # type: ignore[assignment]
     with meter:
         run_stage(path, stage)
     (run.stage(stage).path / f"peak-{os.environ['RANK']}.json").write_text(str(max(peaks[1:], default=0)))

@@ -15,7 +15,7 @@ from hpc_rlhf.launch import auto
 from hpc_rlhf.launch.auto import Choice, choose, load, settle
 from hpc_rlhf.launch.memory import stage_memory
 from hpc_rlhf.launch.prepare import claim, prepare
-from hpc_rlhf.launch.timing import step_seconds
+from hpc_rlhf.launch.steps import step_parts
 from hpc_rlhf.spec.load import load_spec, read_spec
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.schema import json_schema
@@ -59,7 +59,7 @@ def by_hand(spec: JobSpec) -> tuple[float, dict[str, Any]]:
             continue
         tried = spec.with_stages(sft=fields)
         if stage_memory(tried, "sft").fits:
-            found.append((step_seconds(tried, "sft"), fields))
+            found.append((sum(step_parts(tried, "sft").values()), fields))
     return min(found, key=lambda pair: pair[0])
 
 
@@ -68,7 +68,7 @@ def test_it_is_what_trying_all_combinations_by_hand_finds(gpu: str, tmp_path: Pa
     file = write(tmp_path, sft=all_auto())
     spec, (choice,) = settle(load_spec(file, [f"slurm.gpu={gpu}"]))
     seconds, _ = by_hand(spec)
-    assert step_seconds(spec, "sft") <= 1.01 * seconds
+    assert sum(step_parts(spec, "sft").values()) <= 1.01 * seconds
     assert stage_memory(spec, "sft").fits
     assert len(choice.considered) == 4 * (1 + 2 + 2 + 4)
     assert spec.autos == {}
@@ -93,7 +93,7 @@ def test_a_smaller_gpu_is_never_faster(tmp_path: Path, monkeypatch: pytest.Monke
         except SpecError:
             steps.append(math.inf)
         else:
-            steps.append(step_seconds(spec, "sft"))
+            steps.append(sum(step_parts(spec, "sft").values()))
     assert all(after <= 1.01 * before for before, after in pairwise(steps))
     assert len(set(steps)) >= 4, "several sizes make a difference"
 
@@ -147,7 +147,7 @@ def test_a_run_keeps_what_it_was_prepared_with(tmp_path: Path, monkeypatch: pyte
     kept = prepared(first)
     assert kept.stages == first.stages
     # Later the estimates are others.
-    monkeypatch.setattr(auto, "step_seconds", lambda spec, name: 1.0 / (1 + spec.stage(name).zero))
+    monkeypatch.setattr(auto, "step_parts", lambda spec, name: {"": 1.0 / (1 + spec.stage(name).zero)})
     told: list[Choice] = []
     again = load(file, [], told.append)
     assert isinstance(again, JobSpec)

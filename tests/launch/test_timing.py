@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import Table
+from pyarrow.parquet import write_table
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.architecture import architecture
 from hpc_rlhf.launch.samples import expected_samples
-from hpc_rlhf.launch.timing import MFU, StageTime, chain_seconds, run_times, stage_time
+from hpc_rlhf.launch.steps import MFU
+from hpc_rlhf.launch.timing import StageTime, chain_seconds, run_times, stage_time
 from hpc_rlhf.spec.model import JobSpec
 from tests.launch.specs import make_spec
 
@@ -128,8 +133,47 @@ def test_rows_of_local_files_are_counted_and_those_of_the_hub_are_not_known(tmp_
     assert time.per_thousand == pytest.approx(1000 / 8 * time.step_seconds)
 
 
+def test_rows_are_counted_in_every_kind_of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(name: str, **fields: Any) -> int | None:
+        path = name if "/" in name else str(tmp_path / name)
+        return expected_samples(of_sources({"path": path, "format": "text", **fields}), "sft")
+
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write('{"text": "a"}\n' * 100)
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *[['a line\nand "another"']] * 100])
+    write_table(Table.from_pydict({"text": ["a"] * 100}), tmp_path / "rows.parquet")
+    assert [counted(f"rows.{kind}") for kind in ("jsonl.gz", "csv", "parquet")] == [95] * 3
+    # One list of all rows would have to be read whole.
+    (tmp_path / "rows.json").write_text("[]")
+    assert counted("rows.json") is None
+    # A hub data set is counted once it is in the cache.
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert counted("somebody/data") is None
+    folder = tmp_path / "cache/somebody___data/default/0.0.0/abc"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text('{"splits": {"train": {"num_examples": 200}}}')
+    assert counted("somebody/data") == 190
+    assert counted("somebody/data", split="test") is None
+
+
 def test_a_gpu_without_a_name_has_no_speed() -> None:
     spec = make_spec("/scratch/demo", {"gpu": "80G"}, sft={})
     with pytest.raises(HpcRlhfError, match=r"without the GPU's name") as caught:
         stage_time(spec, "sft")
     assert "a100-80g" in str(caught.value)
+
+
+def test_an_evaluation_asks_every_model_and_the_judge() -> None:
+    slurm = {"gpu": "a100-80g", "gpus_per_node": 1}
+    plain = {"micro_batch": 8}
+    spec = make_spec("/scratch/demo", slurm, sft=plain, reward=plain, ppo=plain, eval={**plain, "prompts": 8})
+    time = stage_time(spec, "eval")
+    one = 2 * COUNT * 8 * 512 / FLOPS + READ
+    # SFT, PPO and the model from before, three times each; the reward model, whose head is a little smaller, six times.
+    assert time.parts["scoring"] == pytest.approx(15 * one, rel=0.01)
+    alone = stage_time(make_spec("/scratch/demo", slurm, sft=plain, eval={**plain, "prompts": 8}), "eval")
+    assert alone.parts["decoding"] == pytest.approx(time.parts["decoding"] * 2 / 3)
+    assert (time.steps, time.samples) == (1, 8)
+    times = run_times(spec)
+    assert list(times) == ["sft", "reward", "ppo", "eval"]
