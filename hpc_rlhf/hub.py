@@ -44,8 +44,16 @@ class HubItem:
         return (self.kind, self.name, self.subset or "", self.split)
 
 
-def items(spec: JobSpec) -> tuple[HubItem, ...]:
-    """What a spec takes from the hub, each once. A path that is local was made absolute when the spec was read."""
+def items(*specs: JobSpec) -> tuple[HubItem, ...]:
+    """What specs take from the hub, each once. A path that is local was made absolute when its spec was read."""
+    found: dict[tuple[str, ...], HubItem] = {}
+    for spec in specs:
+        for item in _items(spec):
+            found.setdefault(item.key, item)
+    return tuple(found.values())
+
+
+def _items(spec: JobSpec) -> tuple[HubItem, ...]:
     found: dict[tuple[str, ...], HubItem] = {}
     for field, ref in spec.models:
         if isinstance(ref, str) and not os.path.isabs(ref):

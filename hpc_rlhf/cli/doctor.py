@@ -15,9 +15,10 @@ import click
 
 from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.errors import RUN_FAILED
-from hpc_rlhf.launch.auto import load_one
+from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.doctor import examine
 from hpc_rlhf.launch.doctor.finding import Finding
+from hpc_rlhf.spec.sweep import Sweep, specs_of
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -37,13 +38,16 @@ def command(
 
     Each line says ok, warning or error, what was looked at, where, what was found and, below, what to do about it. Looked
     at are: Python and packages, torch and DeepSpeed, Slurm's settings, the hub and the run directory. Ends with 1 when
-    there is an error.
+    there is an error. Of a sweep, what any run takes from the hub is looked for, and else what its first run needs.
 
     --json prints the list `findings`, each with check, level, said, cure and where, and the counts `errors` and `warnings`.
     """
-    spec = load_one(file, sets) if file is not None else None
+    spec = load(file, sets) if file is not None else None
+    specs = specs_of(spec) if spec is not None else ()
+    if isinstance(spec, Sweep):
+        click.echo(f"{spec.told}; {spec.members[0].name} is looked at", err=True)
     beside = file.parent if file is not None else None
-    findings = examine(spec, beside, on_cluster, lambda words: click.echo(words, err=True))
+    findings = examine(specs, beside, on_cluster, lambda words: click.echo(words, err=True))
     levels = [finding.level for finding in findings]
     errors, warnings = levels.count("error"), levels.count("warning")
     if as_json:

@@ -20,7 +20,7 @@ from hpc_rlhf.launch.steps import ASSUMPTIONS
 from hpc_rlhf.launch.timing import StageTime, chain_seconds, run_times
 from hpc_rlhf.observe.words import duration
 from hpc_rlhf.spec.model import JobSpec
-from hpc_rlhf.spec.sweep import Sweep, lenders
+from hpc_rlhf.spec.sweep import Sweep, lenders, specs_of
 
 
 @click.command(epilog=example("hpc-rlhf plan my-job.yaml"))
@@ -33,13 +33,15 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     The time is an estimate from the FLOP/s and bandwidths of the GPU that slurm.gpu names; it tells what it assumes.
 
     Of a sweep: which run trains which stages, and the jobs and memory of the first run. --json has all of them, as a list
-    `runs`, each with its `values` and the runs that it has stages from, by stage, as `shared`.
+    `runs`, each with its `values` and the runs that it has stages from, by stage, as `shared`. Where Slurm is, `starts` has what
+    it says of each stage that waits for no other; `auto` what was chosen where FILE says auto.
     """
     choices: list[Choice] = []
     spec = load(file, sets, choices.append)
     if as_json:
         facts = _sweep_dict(spec) if isinstance(spec, Sweep) else _plan_dict(spec)
         facts["auto"] = {choice.stage: choice_dict(choice) for choice in choices}
+        facts["starts"] = predicted_starts(make_plan(specs_of(spec)[0]), file.parent)
         click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
         return
     if isinstance(spec, Sweep):

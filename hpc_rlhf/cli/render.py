@@ -8,8 +8,9 @@ import click
 
 from hpc_rlhf.cli.options import example, set_option
 from hpc_rlhf.cli.out_option import writing
-from hpc_rlhf.launch.auto import load_one
+from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.render import render
+from hpc_rlhf.spec.sweep import Sweep
 
 
 @click.command(epilog=example("hpc-rlhf render my-job.yaml --out look"))
@@ -21,9 +22,10 @@ from hpc_rlhf.launch.render import render
 def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
     """Write the sbatch script, DeepSpeed config and hostfile template of every stage of FILE.
 
-    Templates in a folder `templates` beside FILE win over the built-in ones.
+    Templates in a folder `templates` beside FILE win over the built-in ones. Each run of a sweep gets a folder in --out.
     """
-    spec = load_one(file, sets)
+    spec = load(file, sets)
+    specs = {out / name: one for name, one in spec.specs.items()} if isinstance(spec, Sweep) else {out: spec}
     with writing(out):
-        paths = render(spec, out, file.parent)
+        paths = [path for folder, one in specs.items() for path in render(one, folder, file.parent)]
     click.echo("\n".join(map(str, paths)))

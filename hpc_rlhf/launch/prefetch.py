@@ -14,7 +14,6 @@ from pathlib import Path
 from hpc_rlhf import hub
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.hub import HubItem
-from hpc_rlhf.spec.model import JobSpec
 
 # What a tokenizer or a configuration may be in, beside the weights.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -38,14 +37,14 @@ class Fetched:
     before: bool
 
 
-def prefetch(spec: JobSpec) -> Iterator[Fetched]:
-    """Bring each item of a spec into the cache, and say so as soon as it is whole. What is there is not fetched again,
+def prefetch(wanted: Sequence[HubItem]) -> Iterator[Fetched]:
+    """Bring each item into the cache, and say so as soon as it is whole. What is there is not fetched again,
     and a download that broke off goes on where it stopped. Without the hub, what is there already will do.
 
     Raises:
         HpcRlhfError: the hub does not have one, does not give it, or cannot be reached.
     """
-    for item in hub.items(spec):
+    for item in wanted:
         before = hub.missing(item) is None
         try:
             files = _model(item) if item.kind == "model" else _data_set(item)

@@ -97,6 +97,11 @@ def load_any(path: Path | str, sets: Sequence[str] = ()) -> JobSpec | Sweep:
     return Sweep(Path(members[0].spec.run_dir).parent, limit, members)
 
 
+def specs_of(spec: JobSpec | Sweep) -> tuple[JobSpec, ...]:
+    """The specs of all runs that a file makes, a sweep's in its order."""
+    return (spec,) if isinstance(spec, JobSpec) else tuple(member.spec for member in spec.members)
+
+
 def lenders(specs: Mapping[str, JobSpec]) -> dict[tuple[str, str], str]:
     """Which stages of which runs another run trains for them: (run, stage) -> the first run that has the same stage.
 

@@ -38,7 +38,7 @@ def loaded_by(*args: str, cwd: Path) -> set[str]:
         (["schema"], SLOW),
         (["init", "--actor", "facebook/opt-1.3b", "--deployment", "single_gpu"], SLOW),
         (["plan", TINY], {"submitit"}),
-        (["plan", TINY, "--json"], SLOW),
+        (["plan", TINY, "--json"], {"submitit", "rich"}),
         (["render", TINY, "--out", "out"], {"submitit", "rich"}),
         (["submit", "--dry-run", TINY], set()),
         *([[verb, "--help"], SLOW] for verb in VERBS),  # a verb's help imports its module

@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hpc_rlhf.cli import group
+from hpc_rlhf.hub import items
+from hpc_rlhf.spec.sweep import load_any, specs_of
 from tests.spec.texts import GOOD, write
 
 SWEEP = GOOD + "sweep: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2, 3]}\nsweep_limit: 2\n"
@@ -46,3 +48,24 @@ def test_plan_tells_who_trains_what_for_whom(file: Path) -> None:
     assert last["values"] == {"stages.ppo.kl_coef": 0.1, "seed": 3}
     assert last["shared"] == dict.fromkeys(("sft", "reward"), "kl_coef=0.02+seed=3")
     assert last["run_dir"] == f"{plan['run_dir']}/kl_coef=0.1+seed=3"
+
+
+def test_every_run_is_rendered_into_a_folder_of_its_own(file: Path, tmp_path: Path) -> None:
+    assert cli("render", file, "--out", tmp_path / "out").exit_code == 0
+    folders = sorted((tmp_path / "out").iterdir())
+    assert len(folders) == 6
+    scripts = {(folder / "ppo.sbatch").read_text() for folder in folders}
+    assert len(scripts) == 6, "each names its own run directory"
+
+
+def test_the_doctor_and_prefetch_look_at_what_any_run_takes(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    wanted = ["facebook/opt-125m", "facebook/opt-350m"]
+    said = cli("doctor", file, "--json", "--set", f"sweep={{models.actor: {json.dumps(wanted)}}}")
+    missing = [one["said"] for one in json.loads(said.stdout)["findings"] if one["check"] == "hub"]
+    assert all(any(name in line for line in missing) for name in wanted)
+    sweep = load_any(file, [f"sweep={{models.actor: {json.dumps(wanted)}, seed: [1, 2]}}"])
+    assert [item.name for item in items(*specs_of(sweep))] == wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_rlhf import slurm
@@ -14,10 +15,12 @@ from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.model import JobSpec
 
 
-def examine(spec: JobSpec | None, beside: Path | None, on_cluster: bool, say: visit.Say) -> list[Finding]:
+def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say: visit.Say) -> list[Finding]:
     """Look at this machine and at Slurm; with a spec, at what it needs of them; and at the nodes it would run on.
 
     Args:
+        specs: of one run, of the runs of a sweep, or none. All are looked at for what they take from the hub, the first
+            for everything else.
         beside: folder of the job file; templates in its ``templates/`` win over ours.
         on_cluster: submit a short job that looks at the nodes, and wait for it.
         say: is told what is waited for.
@@ -25,6 +28,7 @@ def examine(spec: JobSpec | None, beside: Path | None, on_cluster: bool, say: vi
     Raises:
         HpcRlhfError: ``on_cluster`` without a spec or without Slurm, or a spec that makes no plan.
     """
+    spec = specs[0] if specs else None
     if on_cluster and (spec is None or not slurm.available()):
         hint = "name a job file" if spec is None else "run it on a login node of the cluster"
         raise HpcRlhfError("--on-cluster needs a job file, and Slurm's commands on PATH", hint=hint)
@@ -39,7 +43,7 @@ def examine(spec: JobSpec | None, beside: Path | None, on_cluster: bool, say: vi
         findings.append(warning("slurm", said, "to submit, go to a login node of the cluster"))
     if spec is None or plan is None:
         return findings
-    findings += hub.check(spec)
+    findings += hub.check(specs)
     findings.append(storage.check_trust(plan.run))
     try:
         with storage.scratch(plan.run) as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from hpc_rlhf import hub
 from hpc_rlhf.errors import HpcRlhfError
@@ -14,9 +15,9 @@ from hpc_rlhf.spec.model import JobSpec
 _SECONDS = 10
 
 
-def check(spec: JobSpec) -> list[Finding]:
-    """One finding for each model and data set of the hub that a spec names."""
-    items = hub.items(spec)
+def check(specs: Sequence[JobSpec]) -> list[Finding]:
+    """One finding for each model and data set of the hub that specs name."""
+    items = hub.items(*specs)
     if not items:
         return [ok("hub", "the spec takes nothing from the hub")]
     absent = {item: why for item in items if (why := hub.missing(item))}

@@ -41,7 +41,7 @@ def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list
         findings.append(
             error("slurm", "Slurm's commands are not on PATH, and sentinels need them", _FROM_NODES)
         )
-    return [*findings, *hub.check(spec)]
+    return [*findings, *hub.check([spec])]
 
 
 _FROM_NODES = "set slurm.heal.enabled: false, or have an administrator allow nodes to submit jobs"
