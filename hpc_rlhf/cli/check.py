@@ -8,6 +8,7 @@ from dataclasses import asdict
 import click
 
 from hpc_rlhf.cli.options import example, json_option, set_option
+from hpc_rlhf.cli.table import echo_words
 from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
 
 
@@ -31,7 +32,8 @@ def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], a
         )
     else:
         for file, (found, words) in checked.items():
-            click.echo("\n".join(map(str, found)) if found else f"{file}: {words}")
+            for line in map(str, found) if found else [f"{file}: {words}"]:
+                echo_words(line, err=False)
     if bad:
         click.echo(f"{bad} of {len(problems)} spec{'s' * (len(problems) > 1)} cannot run", err=True)
         ctx.exit(INPUT_WRONG)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from hpc_rlhf.cli.table import echo_table
+from hpc_rlhf.cli.table import echo_table, echo_words
 from hpc_rlhf.launch.auto import Candidate, Choice
 
 # Others that a table shows: as fast as these, and the fastest that do not fit.
@@ -16,7 +16,7 @@ _SHOWN, _TOO_LARGE = 4, 2
 
 def echo_choice(choice: Choice) -> None:
     """Print a choice in a line."""
-    click.echo(f"{choice.stage}: {choice.chosen}, {choice.why}", err=True)
+    echo_words(f"{choice.stage}: {choice.chosen}, {choice.why}")
 
 
 def echo_choices(choices: Sequence[Choice]) -> None:
@@ -28,14 +28,14 @@ def echo_choices(choices: Sequence[Choice]) -> None:
                 (
                     choice.stage if not place else "",
                     str(one),
-                    f"{one.seconds / choice.chosen.seconds:.2f}" if choice.considered else "",
+                    f"x {one.seconds / choice.chosen.seconds:.2f}" if choice.considered else "",
                     f"{one.held / 2**30:8.2f}" if choice.considered else "",
-                    "chosen" if one == choice.chosen else "" if one.fits else "does not fit",
+                    "chosen" if one == choice.chosen else "" if one.fits else "too large",
                 )
             )
     if rows:
         click.echo()
-        echo_table(("stage", "considered", "a step", "GiB", ""), rows)
+        echo_table(("stage", "considered", "time", "     GiB", ""), rows)
     for choice in choices:
         echo_choice(choice)
 

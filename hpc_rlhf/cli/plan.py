@@ -10,7 +10,7 @@ import click
 
 from hpc_rlhf.cli.choice import choice_dict, echo_choices
 from hpc_rlhf.cli.options import example, json_option, set_option
-from hpc_rlhf.cli.table import echo_table
+from hpc_rlhf.cli.table import echo_table, echo_words
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.auto import Choice, load
 from hpc_rlhf.launch.memory import RESERVE, Memory, run_memory
@@ -54,7 +54,7 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     echo_memory(run_memory(spec))
     echo_times(spec, run_times(spec))
     for stage, start in predicted_starts(plan, file.parent).items():
-        click.echo(f"{stage}, submitted now: {start}", err=True)
+        echo_words(f"{stage}, submitted now: {start}")
 
 
 def echo_sweep(sweep: Sweep) -> None:
@@ -71,7 +71,7 @@ def echo_sweep(sweep: Sweep) -> None:
         rows.append((name, ", ".join(own) or "-", shares or "-"))
     echo_table(("run", "trains", "shares"), rows)
     limit = "" if sweep.limit is None else f", at most {sweep.limit} at once"
-    click.echo(f"{sweep.told}{limit}; folder {sweep.run_dir}", err=True)
+    echo_words(f"{sweep.told}{limit}; folder {sweep.run_dir}")
 
 
 def _plan_dict(spec: JobSpec) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def echo_plan(plan: Plan) -> None:
     echo_table(header, rows)
     grouped = any(job.batch.ranks < job.slurm.ranks for job in plan.jobs)
     sharers = "ranks, or groups of tensor_parallel ranks" if grouped else "ranks"
-    click.echo(f"batch = micro batch x accumulation x {sharers}; run directory {plan.run.path}", err=True)
+    echo_words(f"batch = micro batch x accumulation x {sharers}; run directory {plan.run.path}")
 
 
 def echo_memory(memory: dict[str, Memory | HpcRlhfError]) -> None:
@@ -139,14 +139,13 @@ def echo_memory(memory: dict[str, Memory | HpcRlhfError]) -> None:
         notes.append(f"{stage}: parameters of {sizes}")
     if rows:
         click.echo()
-        echo_table(("stage", "held on each GPU", "GiB"), rows)
+        echo_table(("stage", "held on each GPU", "     GiB"), rows)
     for note in notes:
-        click.echo(note, err=True)
+        echo_words(note)
     if rows:
-        click.echo(
+        echo_words(
             f"most that tensors take at a time, every sequence of its greatest length; {RESERVE:.0%} of a GPU should be "
-            "left for CUDA, NCCL and gaps between tensors",
-            err=True,
+            "left for CUDA, NCCL and gaps between tensors"
         )
 
 
@@ -170,10 +169,12 @@ def echo_times(spec: JobSpec, times: dict[str, StageTime | HpcRlhfError]) -> Non
     if rows:
         click.echo()
         echo_table(("stage", "steps", "a step", "mostly", "time", "GPU-hours"), rows)
-        click.echo(ASSUMPTIONS, err=True)
+        if any(row[1] == "?" for row in rows):
+            echo_words("per 1,000: for each 1,000 samples, because their number is not known here")
+        echo_words(ASSUMPTIONS)
     notes += [f"{', '.join(stages)}: {why}" for why, stages in unknown.items()]
     for note in notes:
-        click.echo(note, err=True)
+        echo_words(note)
 
 
 def _time_cells(found: StageTime) -> tuple[str, ...]:
@@ -181,7 +182,7 @@ def _time_cells(found: StageTime) -> tuple[str, ...]:
     share = f"{longest} {found.parts[longest] / found.step_seconds:.0%}"
     if found.steps is None or found.seconds is None or found.gpu_hours is None:
         per_thousand = found.per_thousand
-        together = f"{_brief(per_thousand)} for 1,000 samples"
+        together = f"{_brief(per_thousand)} per 1,000"
         return "?", _brief(found.step_seconds), share, together, _hours(per_thousand * found.gpus / 3600)
     return (
         f"{found.steps:,}",

@@ -1,9 +1,11 @@
-"""Print a table: aligned columns on a terminal and in a pipe alike, never cut."""
+"""Print tables and sentences: the same in a pipe and on a terminal, where sentences are folded at words."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 import click
@@ -16,3 +18,11 @@ def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in (header, *rows):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         click.echo(line if plain or row is not header else click.style(line, bold=True))
+
+
+def echo_words(text: str, err: bool = True) -> None:
+    """Print a sentence, on a terminal in lines of its width."""
+    if (sys.stderr if err else sys.stdout).isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
+    click.echo(text, err=err)

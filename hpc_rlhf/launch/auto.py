@@ -46,9 +46,9 @@ class Candidate:
         """Its fields in words; an offload that is off goes without saying."""
         offloads = [field for field in OFFLOADS if field in self.fields]
         said = [f"{field}: {value}" for field, value in self.fields.items() if field not in OFFLOADS]
-        said += [field for field in offloads if self.fields[field]]
-        if offloads and not any(self.fields[field] for field in offloads):
-            said.append("no offload")
+        on = [field.removeprefix("offload_") for field in offloads if self.fields[field]]
+        if offloads:
+            said.append(f"offload: {' and '.join(on)}" if on else "no offload")
         return ", ".join(said)
 
     @property

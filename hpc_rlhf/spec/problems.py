@@ -36,6 +36,16 @@ _SENTENCES = {
     "string_too_long": "has more than {max_length} characters",
     "value_error": "{error}",
 }
+# What other tools, DeepSpeed-Chat's scripts among them, call some fields.
+_ELSEWHERE = {
+    "learning_rate": ("lr", "actor_lr", "critic_lr"),
+    "num_train_epochs": ("epochs",), "num_epochs": ("epochs",),
+    "batch_size": ("global_batch", "micro_batch"), "train_batch_size": ("global_batch",),
+    "per_device_train_batch_size": ("micro_batch",), "gradient_accumulation_steps": ("global_batch",),
+    "num_warmup_steps": ("warmup",), "warmup_steps": ("warmup",), "lr_scheduler_type": ("schedule",),
+    "zero_stage": ("zero",), "lora_dim": ("lora",), "gradient_checkpointing": ("activation_checkpointing",),
+    "max_grad_norm": ("clip_grad",), "model_name_or_path": ("actor",), "max_length": ("max_prompt_tokens", "max_answer_tokens"),
+}  # fmt: skip
 _MOST = 500  # errors looked at; nobody reads more, and a hostile file could hold a hundred thousand
 
 
@@ -139,7 +149,10 @@ def _close_fields(path: tuple[str | int, ...]) -> str | None:
     model = _model_at(path[:-1])
     fields = list(model.model_fields) if model else []
     wrong = str(path[-1]).replace("-", "_").lower()
-    close = [name for name in fields if wrong in name.split("_")] or get_close_matches(wrong, fields, 1)
+    close = [name for name in _ELSEWHERE.get(wrong, ()) if name in fields]
+    close = (
+        close or [name for name in fields if wrong in name.split("_")] or get_close_matches(wrong, fields, 1)
+    )
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"the fields here are {', '.join(fields)}" if fields else None

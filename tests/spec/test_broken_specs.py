@@ -16,6 +16,7 @@ from tests.spec.texts import GOOD, problems_in, write
 BROKEN = [
     ("unknown field", "partition: gpu", "partiton: gpu", "4:3: slurm.partiton: is not a field (did you mean partition?)"),
     ("unknown field, half a name", "lr: 1e-4", "clip: 1", "17:5: stages.sft.clip: is not a field (did you mean clip_grad?)"),
+    ("another tool's name for a field", "lr: 1e-4", "learning_rate: 1e-4", "17:5: stages.sft.learning_rate: is not a field (did you mean lr?)"),
     ("unknown top-level field", "name: good", "name: good\nsede: 1", "2:1: sede: is not a field (did you mean seed?)"),
     ("missing top-level field", "name: good\n", "", "1:1: name: is missing (Name of the run; Slurm jobs are called name.stage)"),
     ("missing field", "  actor: facebook/opt-125m\n", "", "11:1: models.actor: is missing"),
