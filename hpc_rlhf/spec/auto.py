@@ -30,9 +30,8 @@ def take_out(root: Node) -> tuple[Node, Autos, list[Problem]]:
         if not isinstance(stage.value, dict):
             continue
         fields = dict(stage.value)
-        if name == "eval":  # it follows the last stage that trains, whose null is no word of its own
-            inherited = fields.pop("offload", None)
-            fields |= {"offload": inherited} if inherited and inherited.value == AUTO else {}
+        if name == "eval" and "offload" in fields and fields["offload"].value is None:
+            del fields["offload"]  # that of the last stage that trains, whose field it is
         said = {word: fields[word] for word in WORDS if word in fields and fields[word].value == AUTO}
         if said:
             autos[name] = {word: node.mark for word, node in said.items()}

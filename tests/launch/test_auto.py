@@ -74,6 +74,14 @@ def test_it_is_what_trying_all_combinations_by_hand_finds(gpu: str, tmp_path: Pa
     assert spec.autos == {}
 
 
+def test_an_evaluation_that_says_nothing_of_offload_has_none(tmp_path: Path) -> None:
+    file = write(tmp_path, sft={"offload": None}, eval={})
+    assert load_spec(file).stages.eval is not None
+    file = write(tmp_path, sft={}, eval={"offload": True})
+    with pytest.raises(SpecError, match=r"stages.eval.offload: is not a field"):
+        load_spec(file)
+
+
 def test_of_equals_the_simplest_is_taken() -> None:
     spec = make_spec("/scratch/demo", {"gpu": "h100-80g", "gpus_per_node": 1}, sft={"global_batch": 8})
     chosen = choose(spec, "sft", {"zero": None, "offload": None}).chosen
