@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hpc_rlhf.rank import end_after
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language import LanguageModel
@@ -135,4 +136,4 @@ def generate(options: Namespace) -> Result:
 
 
 if __name__ == "__main__":
-    main({"ours": ours, "hybrid-engine": hybrid_engine, "generate": generate})
+    end_after(lambda: main({"ours": ours, "hybrid-engine": hybrid_engine, "generate": generate}))

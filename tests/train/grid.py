@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpc_rlhf.rank import end_after
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import read_spec
 from tests.train.stages import run_ranks
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_after(main)

@@ -19,6 +19,8 @@ from hpc_rlhf.spec.model import JobSpec
 
 DEADLINE = 240.0
 ONCE_DEADLINE = 600.0  # of ranks that run many stages
+# The last lines of a rank's script: as Python winds down, a thread of gloo that is still there may abort the process.
+END = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
 def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpec:

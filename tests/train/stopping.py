@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf.rank import end_after
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import read_spec
 from tests.train.stages import run_ranks
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_after(main)

@@ -15,6 +15,7 @@ import torch
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train.launcher import LAUNCHER_VARIABLES, launcher_ranks
 from hpc_rlhf.train.world import World, join
+from tests.train.stages import END
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
@@ -149,7 +150,7 @@ def test_two_ranks_agree_save_and_go_back_together(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path)],
+            [sys.executable, "-c", TWO_RANKS + END, str(rank), str(tmp_path)],
             stdout=subprocess.PIPE, text=True, env=environment,
         )
         for rank in range(2)

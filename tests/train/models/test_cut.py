@@ -11,7 +11,7 @@ import pytest
 
 from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.train.models.cut import ARCHITECTURES
-from tests.train.stages import rank_environment
+from tests.train.stages import END, rank_environment
 
 pytestmark = pytest.mark.train
 
@@ -111,7 +111,7 @@ def seen() -> list[dict[str, Any]]:
     """What two ranks that share every layer saw."""
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, *COMPARED], stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", RANK + END, *COMPARED], stdout=subprocess.PIPE, text=True, env=environment
         )
         for environment in rank_environment(2, free_port())
     ]

@@ -12,7 +12,7 @@ from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.engine import parameter_groups
 from hpc_rlhf.train.models.lora import adapt
 from tests.train import tiny
-from tests.train.stages import rank_environment
+from tests.train.stages import END, rank_environment
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -71,5 +71,7 @@ assert weights().isfinite().all() and not torch.equal(weights(), before)
 def test_a_step_without_a_finite_gradient_changes_nothing() -> None:
     """DeepSpeed's own look at every gradient is left out; the norm tells."""
     (environment,) = rank_environment(1, free_port())
-    ended = subprocess.run([sys.executable, "-c", RANK], env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", RANK + END], env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]

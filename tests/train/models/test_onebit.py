@@ -14,7 +14,7 @@ import torch
 from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.train.models.onebit import FLOOR, OneBitAdam
 from hpc_rlhf.train.world import World
-from tests.train.stages import rank_environment
+from tests.train.stages import END, rank_environment
 
 pytestmark = pytest.mark.train
 RANKS, WARMUP, STEPS = 4, 60, 160
@@ -149,7 +149,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("onebit")
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(WARMUP), str(STEPS)],
+            [sys.executable, "-c", RANK + END, str(folder), str(WARMUP), str(STEPS)],
             stdout=subprocess.PIPE, text=True, env=environment,
         )
         for environment in rank_environment(RANKS, free_port())

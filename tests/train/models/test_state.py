@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.launch.local_env import free_port
-from tests.train.stages import rank_environment
+from tests.train.stages import END, rank_environment
 
 pytestmark = pytest.mark.train
 # ZeRO stage, precision, optimizer in CPU memory.
@@ -109,7 +109,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 
 def ranks(folder: Path, count: int) -> dict[str, Any]:
-    command = [sys.executable, "-c", RANK, str(folder / "model"), str(folder / "kept"), str(count), *WAYS]
+    command = [
+        sys.executable,
+        "-c",
+        RANK + END,
+        str(folder / "model"),
+        str(folder / "kept"),
+        str(count),
+        *WAYS,
+    ]
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for environment in rank_environment(count, free_port())

@@ -11,7 +11,7 @@ import pytest
 
 from hpc_rlhf.launch.local_env import free_port
 from tests.train import tiny
-from tests.train.stages import rank_environment
+from tests.train.stages import END, rank_environment
 
 pytestmark = pytest.mark.train
 
@@ -78,7 +78,7 @@ def test_sharded_rollouts_are_those_of_the_whole_model(tmp_path: Path, ranks: in
     tiny.causal("llama", num_hidden_layers=4, tie_word_embeddings=False).save_pretrained(tmp_path)
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(tmp_path), str(ranks)],
+            [sys.executable, "-c", RANK + END, str(tmp_path), str(ranks)],
             stdout=subprocess.PIPE, text=True, env=environment,
         )
         for environment in rank_environment(ranks, free_port())
