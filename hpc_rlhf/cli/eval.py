@@ -60,14 +60,17 @@ def asked_for(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[JobSpec,
     Raises:
         HpcRlhfError: what is asked for is wrong, or not all of the run is trained.
     """
-    file = Path(run) if Path(run).is_file() else folder.job_yaml
     from hpc_rlhf.launch.auto import load_one
+    from hpc_rlhf.spec.sweep import Sweep, load_any
 
-    if load_one(file).stages.eval is None:
+    file = Path(run) if Path(run).is_file() else folder.job_yaml
+    # A sweep of which but one run is there yet: that run is meant.
+    source = folder.job_yaml if isinstance(load_any(file), Sweep) else file
+    if load_one(source).stages.eval is None:
         # As it was asked for last time, or by the defaults.
         last = read_spec(folder.job_yaml).stages.eval
         sets = ("stages.eval=" + json.dumps(last.model_dump(mode="json") if last else {}), *sets)
-    spec = load_one(file, sets)
+    spec = load_one(source, sets)
     missing = [
         stage
         for stage in spec.needs("eval")

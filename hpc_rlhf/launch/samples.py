@@ -44,7 +44,7 @@ def _rows(source: SourceSpec) -> int | None:
         return _prepared(source)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     counters = [_counter(file) for file in files]
-    if not files or None in counters or sum(file.stat().st_size for file in files) > _COUNTED:
+    if not files or None in counters or sum(map(_size, files)) > _COUNTED:
         return None
     return sum(count(file) for count, file in zip(counters, files, strict=True) if count)
 
@@ -55,6 +55,11 @@ def _counter(path: Path) -> Callable[[Path], int] | None:
     if suffix == ".parquet":
         return _parquet_rows
     return {".jsonl": _lines, ".csv": _records}.get(suffix) if path.is_file() else None
+
+
+def _size(path: Path) -> int:
+    """Bytes to read, about; text is a quarter as large where it is compressed, and tables of columns are not read."""
+    return 0 if path.suffix == ".parquet" else path.stat().st_size * (4 if path.suffix == ".gz" else 1)
 
 
 def _lines(path: Path) -> int:

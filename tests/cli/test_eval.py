@@ -13,8 +13,10 @@ from hpc_rlhf import manifest
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.load import dump_spec
+from hpc_rlhf.spec.sweep import load_any, specs_of
 from tests.cli.test_startup import TRAINING, loaded_by
 from tests.observe.test_evaluation import REPORT
+from tests.spec.texts import JOBS
 from tests.train.finished import as_if_trained
 from tests.train.stages import make_run, tiny_spec
 
@@ -46,6 +48,19 @@ def test_what_cannot_be_evaluated_is_told_in_a_sentence(tmp_path: Path) -> None:
     done = cli("eval", run.path, "--set", "stages.eval.prompt=3")
     assert (done.returncode, "did you mean prompts?" in done.stderr) == (2, True)
     assert not run.ds_config("eval").exists()
+
+
+def test_of_a_sweep_the_one_run_that_is_there_is_meant(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    sweep = f"extends: {JOBS / 'tiny.yaml'}\nrun_dir: {tmp_path / 'runs'}\nsweep: {{seed: [1, 2]}}\n"
+    file.write_text(sweep)
+    (first, second) = specs_of(load_any(file))
+    make_run(first)
+    said = cli("eval", file).stderr
+    assert "there is nothing to evaluate yet" in said
+    assert first.run_dir in said
+    make_run(second)
+    assert second.run_dir in cli("eval", file).stderr  # one of them is to be named
 
 
 def test_what_is_done_is_shown_without_training_code(tmp_path: Path) -> None:
