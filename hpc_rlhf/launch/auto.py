@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError, SpecError
-from hpc_rlhf.launch.memory import stage_memory
+from hpc_rlhf.launch.memory import RESERVE, stage_memory
 from hpc_rlhf.launch.prepare import differences, has_trained, is_harmless
 from hpc_rlhf.launch.steps import step_parts
 from hpc_rlhf.rundir import RunDir
 from hpc_rlhf.spec.auto import OFFLOADS
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
-from hpc_rlhf.spec.gpus import gpu_names, named_gpu
+from hpc_rlhf.spec.gpus import gpu_bytes, gpu_names, named_gpu
 from hpc_rlhf.spec.load import in_order, read_spec
 from hpc_rlhf.spec.model import JobSpec, last_trained
 from hpc_rlhf.spec.stages import PpoSpec
@@ -75,7 +75,9 @@ class Choice:
         if not self.considered:
             return "as this run was prepared with"
         fitting = sum(candidate.fits for candidate in self.considered)
-        return f"the fastest of the {fitting} combinations that fit, out of {len(self.considered)}"
+        fastest = min(one.seconds for one in self.considered if one.fits)
+        best = "the fastest" if self.chosen.seconds == fastest else "the simplest within 1 % of the fastest"
+        return f"{best} of the {fitting} combinations that fit, out of {len(self.considered)}"
 
 
 def load(
@@ -158,11 +160,16 @@ def choose(spec: JobSpec, stage: str, words: Mapping[str, object]) -> Choice:
     if not fitting:
         least = min(found, key=lambda candidate: candidate.held)
         raise HpcRlhfError(
-            f"nothing fits: {least} takes least, {least.held / 2**30:.1f} GiB of each GPU",
+            f"nothing fits: {least} takes least, {least.held / 2**30:.1f} GiB where {_room(spec, stage):.1f} may be taken",
             hint="take more or larger GPUs, shorter sequences, activation_checkpointing: true or lora",
         )
     near = [candidate for candidate in fitting if candidate.seconds <= _EQUAL * fitting[0].seconds]
     return Choice(stage, min(near, key=lambda candidate: candidate.burden), tuple(found))
+
+
+def _room(spec: JobSpec, stage: str) -> float:
+    """GiB of a stage's GPU that tensors may take."""
+    return gpu_bytes(spec.stage(stage).slurm.gpu or "") * (1 - RESERVE) / 2**30
 
 
 def _measured(spec: JobSpec, name: str, words: Mapping[str, object]) -> Iterator[Candidate]:

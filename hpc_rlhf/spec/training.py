@@ -114,7 +114,7 @@ class TrainingSpec(StageSpec):
     )
     offload: Literal["auto"] | None = Field(
         default=None,
-        description="auto chooses offload_optimizer, offload_params and offload_frozen: as little as lets the stage fit. Needs slurm.gpu; leave those three out. A run keeps what was chosen for it.",
+        description="auto chooses offload_optimizer, offload_params and offload_frozen: what is fastest of all that fits. Needs slurm.gpu; leave those three out. A run keeps what was chosen for it.",
     )
     offload_optimizer: bool = Field(
         default=False,

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.launch.doctor import cluster as cluster_checks
-from hpc_rlhf.launch.doctor import machine, size, storage, visit
+from hpc_rlhf.launch.doctor import fit, machine, size, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding
+from hpc_rlhf.launch.memory import stage_memory
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.rundir import RunDir
@@ -92,6 +93,19 @@ def test_five_faults_of_a_machine_and_their_cures(tmp_path: Path, full_disk: Pat
     for check, (said, cure) in faults.items():
         of_check = [each for each in found if each.check == check and each.level == "error"]
         assert any(said in each.said and cure in each.cure for each in of_check), (check, of_check)
+
+
+def test_what_does_not_fit_its_gpus_is_found_before_it_is_submitted(tmp_path: Path) -> None:
+    def levels(gpu: str) -> list[tuple[str, str]]:
+        found = list(fit.check(make_spec(tmp_path, {"gpu": gpu}, sft={})))
+        assert all(each.check == "memory" and (each.level == "ok") == (not each.cure) for each in found)
+        return [(each.where, each.level) for each in found]
+
+    assert levels("a100-80g") == [("sft", "ok")]
+    assert levels("1G") == [("sft", "error")]
+    held = stage_memory(make_spec(tmp_path, sft={}), "sft").held
+    assert levels(str(held + 1)) == [("sft", "warning")]
+    assert not list(fit.check(make_spec(tmp_path, sft={})))  # nobody said what the GPUs are
 
 
 def test_a_healthy_folder_is_left_as_it_was(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor import cluster, hub, machine, packages, size, storage, visit
+from hpc_rlhf.launch.doctor import cluster, fit, hub, machine, packages, size, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding, error, warning
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.render import Templates
@@ -43,7 +43,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         findings.append(warning("slurm", said, "to submit, go to a login node of the cluster"))
     if spec is None or plan is None:
         return findings
-    findings += hub.check(specs)
+    findings += [*hub.check(specs), *fit.check(spec)]
     findings.append(storage.check_trust(plan.run))
     try:
         with storage.scratch(plan.run) as folder:
