@@ -45,9 +45,12 @@ def _cores() -> int:
 
 
 def free_port() -> int:
-    """A free port below those that the kernel hands out, so that it is still free when the ranks take it."""
+    """A free port below those that the kernel hands out, so that it is still free when the ranks take it.
+
+    Two processes whose random numbers are seeded alike draw different ones.
+    """
     while True:
-        port = random.randrange(20000, 30000)
+        port = random.SystemRandom().randrange(20000, 30000)
         with socket.socket() as sock:
             try:
                 sock.bind(("127.0.0.1", port))
