@@ -18,22 +18,12 @@ from typing import Literal
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 
 # squeue shows a finished job for a few minutes (MinJobAge); in these states it has ended for good.
-ENDED = frozenset(
-    [
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-        "TIMEOUT",
-    ]
-)
+ENDED = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+})  # fmt: skip
 _NOTHING = ("None", "(null)")
-_TIMEOUT, _SOON = 60, 5
+_TIMEOUT = 60
 # What selects the cluster and proves who we are; everything else of these names is about some other job, or a
 # default that would quietly outweigh the spec.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"})
@@ -109,7 +99,7 @@ def foreign_variables(environ: Mapping[str, str]) -> list[str]:
 
 def queue() -> dict[str, QueuedJob]:
     """This user's jobs that Slurm's controller knows, just finished ones too, by job id."""
-    text = _run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%E|%j|%k"])
+    text = run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%E|%j|%k"])
     jobs = {}
     for line in text.splitlines():
         fields = line.split("|", 5)
@@ -133,7 +123,7 @@ def history(job_ids: Sequence[str]) -> dict[str, PastJob]:
         "--format=JobID,State,ExitCode,NodeList",
     ]
     try:
-        text = _run([*command, f"--jobs={','.join(job_ids)}"])
+        text = run([*command, f"--jobs={','.join(job_ids)}"])
     except HpcRlhfError:
         return {}
     jobs = {}
@@ -174,7 +164,7 @@ def requeue(job_id: str) -> None:
     """Put a running or finished job back in the queue under its own id, if nobody else has."""
     try:
         with _unheard():
-            _run(["scontrol", "requeue", job_id])
+            run(["scontrol", "requeue", job_id])
     except HpcRlhfError as error:
         if "Job is pending execution" not in error.message:
             raise
@@ -241,7 +231,7 @@ def _unheard() -> Iterator[None]:
 def _job_fields(job_id: str) -> dict[str, str]:
     """What Slurm's controller knows of a job."""
     with _unheard():
-        said = _run(["scontrol", "--oneliner", "show", "job", job_id])
+        said = run(["scontrol", "--oneliner", "show", "job", job_id])
     fields: dict[str, str] = {}
     for word in said.split():
         name, _, value = word.partition("=")
@@ -255,91 +245,18 @@ def _preempted(fields: Mapping[str, str]) -> bool:
     return time[:1].isdigit() and time >= fields.get("StartTime", "")
 
 
-def configuration() -> dict[str, str]:
-    """The cluster's settings as its controller has them; under "" the line that tells when, by the controller's clock.
-
-    Raises:
-        HpcRlhfError: the controller gives no answer.
-    """
-    lines = _run(["scontrol", "show", "config"]).splitlines()
-    pairs = (line.partition("=") for line in lines if "=" in line)
-    return {"": lines[0] if lines else "", **{name.strip(): value.strip() for name, _, value in pairs}}
-
-
-def partitions() -> dict[str, dict[str, str]]:
-    """What ``scontrol show partition`` knows of each, by name.
-
-    Raises:
-        HpcRlhfError: the controller gives no answer.
-    """
-    records = _records(_run(["scontrol", "--oneliner", "show", "partition"]))
-    return {record["PartitionName"]: record for record in records if "PartitionName" in record}
-
-
-def nodes() -> list[dict[str, str]]:
-    """What ``scontrol show node`` knows of each.
-
-    Raises:
-        HpcRlhfError: the controller gives no answer.
-    """
-    return _records(_run(["scontrol", "--oneliner", "show", "node"]))
-
-
 def hostnames(nodes: str) -> list[str]:
     """The nodes of a host list, such as node[1-2].
 
     Raises:
         HpcRlhfError: scontrol gives no answer.
     """
-    return _run(["scontrol", "show", "hostnames", nodes]).split()
-
-
-def accounting_problem() -> str | None:
-    """Why sacct does not answer; None where it does."""
-    try:
-        _run(["sacct", "--noheader", "--jobs=1"])
-    except HpcRlhfError as error:
-        return error.message
-    return None
-
-
-def test(script: Path) -> None:
-    """Let sbatch judge a script without submitting it.
-
-    Raises:
-        HpcRlhfError: it would be refused; the message is sbatch's.
-    """
-    _run(["sbatch", "--test-only", str(script)])
-
-
-def predicted_start(script: Path) -> str | None:
-    """When Slurm thinks that a script would start if it were submitted now, such as 2026-05-01T09:30:00 by the
-    controller's clock; None where it does not say. It submits nothing.
-
-    Raises:
-        HpcRlhfError: it would be refused, or Slurm does not answer soon.
-    """
-    said = _done(["sbatch", "--test-only", str(script)], _SOON).stderr
-    found = re.search(r"to start at (\d[\dT:-]+)", said)
-    return found[1] if found else None
-
-
-def _records(text: str) -> list[dict[str, str]]:
-    """Lines of NAME=VALUE words, each as a mapping; of a name that comes twice, the first."""
-    records = []
-    for line in text.splitlines():
-        fields: dict[str, str] = {}
-        for word in line.split():
-            name, equals, value = word.partition("=")
-            if equals:
-                fields.setdefault(name, value)
-        records.append(fields)
-    return records
+    return run(["scontrol", "show", "hostnames", nodes]).split()
 
 
 def submit(script: Path, options: Sequence[str]) -> str:
     """Submit a script, and return its job id."""
-    return _run(["sbatch", "--parsable", *options, str(script)]).split(";")[0].strip()
+    return run(["sbatch", "--parsable", *options, str(script)]).split(";")[0].strip()
 
 
 def put_off(job_id: str, seconds: int, excluded: str | None) -> None:
@@ -351,12 +268,12 @@ def put_off(job_id: str, seconds: int, excluded: str | None) -> None:
     changes = [f"StartTime=now+{seconds}"] * (seconds > 0)
     changes += [] if excluded is None else [f"ExcNodeList={excluded}"]
     if changes:
-        _run(["scontrol", "update", f"JobId={job_id}", *changes])
+        run(["scontrol", "update", f"JobId={job_id}", *changes])
 
 
 def release(job_id: str) -> None:
     """Let a held job go."""
-    _run(["scontrol", "release", job_id])
+    run(["scontrol", "release", job_id])
 
 
 def dependency(needs: Sequence[str], behind: Sequence[str] = ()) -> str:
@@ -367,30 +284,30 @@ def dependency(needs: Sequence[str], behind: Sequence[str] = ()) -> str:
 
 def set_dependency(job_id: str, needs: Sequence[str], behind: Sequence[str] = ()) -> None:
     """Let a pending job wait for some to end well, and for others to end; for none, let it go."""
-    _run(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency(needs, behind)}"])
+    run(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency(needs, behind)}"])
 
 
 def cancel(job_ids: Sequence[str]) -> None:
     """Cancel jobs for good. A stage that is told to stop requeues itself, so that is forbidden first."""
     for job_id in job_ids:
         try:
-            _run(["scontrol", "update", f"JobId={job_id}", "Requeue=0"])
+            run(["scontrol", "update", f"JobId={job_id}", "Requeue=0"])
         except HpcRlhfError:
             continue  # it has just ended; scancel passes over those
     if job_ids:
-        _run(["scancel", *job_ids])
+        run(["scancel", *job_ids])
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
     """What a Slurm command prints.
 
     Raises:
-        HpcRlhfError: see ``_done``.
+        HpcRlhfError: see ``done``.
     """
-    return _done(command, _TIMEOUT).stdout
+    return done(command, _TIMEOUT).stdout
 
 
-def _done(command: list[str], timeout: int) -> subprocess.CompletedProcess[str]:
+def done(command: list[str], timeout: int) -> subprocess.CompletedProcess[str]:
     """A Slurm command that has ended well in ``timeout`` seconds.
 
     Raises:
@@ -399,7 +316,7 @@ def _done(command: list[str], timeout: int) -> subprocess.CompletedProcess[str]:
     foreign = set(foreign_variables(os.environ))
     environ = {name: value for name, value in os.environ.items() if name not in foreign}
     try:
-        done = subprocess.run(
+        ended = subprocess.run(
             command, env=environ, capture_output=True, text=True, errors="replace", timeout=timeout
         )
     except FileNotFoundError:
@@ -412,10 +329,10 @@ def _done(command: list[str], timeout: int) -> subprocess.CompletedProcess[str]:
             hint="the cluster's controller may be busy; try again",
             exit_code=RUN_FAILED,
         ) from None
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+    if ended.returncode:
+        said = ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}"
         raise HpcRlhfError(f"{' '.join(command[:2])}: {said}", exit_code=RUN_FAILED)
-    return done
+    return ended
 
 
 def seconds(time: str) -> float:

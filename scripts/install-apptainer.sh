@@ -19,7 +19,7 @@ install() {
         --option "Dir::Etc::SourceList=$work/sources.list" --option Dir::Etc::SourceParts=/dev/null
         --option "Dir::State::Lists=$work/lists" --option "Dir::Cache=$work/cache"
     )
-    mkdir -p "$work"/{lists,cache/archives}/partial "$work/root/usr/lib/var/lib/apptainer/mnt/session"
+    mkdir -p "$work"/{lists,cache/archives}/partial "$work/unpacked/usr/lib/var/lib/apptainer/mnt/session"
     local mirror
     # shellcheck disable=SC2016
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Label: Debian' 'Component: main')
@@ -28,15 +28,15 @@ install() {
     "${apt[@]}" update || return
     (cd "$work" && "${apt[@]}" download apptainer libc6 libseccomp2 libsqlite3-0) || return
     for package in "$work"/*.deb; do
-        dpkg --extract "$package" "$work/root" || return
+        dpkg --extract "$package" "$work/unpacked" || return
     done
-    ln -s ../etc "$work/root/usr/etc"
+    ln -s ../etc "$work/unpacked/usr/etc"
     for program in usr/bin/apptainer usr/lib/x86_64-linux-gnu/apptainer/bin/starter; do
         patchelf --set-interpreter "$libraries/ld-linux-x86-64.so.2" --force-rpath --set-rpath "$libraries" \
-            "$work/root/$program" || return
+            "$work/unpacked/$program" || return
     done
     rm -rf "$into"
-    mv "$work/root" "$into"
+    mv "$work/unpacked" "$into"
     # Some sandboxes let nobody start a container.
     mkdir -p "$work"/image/{bin,usr}
     ln -s usr/lib "$work/image/lib"

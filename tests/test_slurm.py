@@ -13,6 +13,7 @@ import pytest
 
 from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch import start as starts
 from tests.cluster import Cluster, wait_until
 
 # A step that, when told to stop, asks why, and writes the answer.
@@ -155,13 +156,13 @@ def test_slurm_predicts_when_a_script_would_start(
     idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", str(idle_cluster.conf))
-    monkeypatch.setattr(slurm, "_SOON", 60)  # this machine may be slow
+    monkeypatch.setattr(starts, "SOON", 60)  # this machine may be slow
     before, script = set(slurm.queue()), tmp_path / "script"
     script.write_text("#!/bin/bash\n#SBATCH --partition=low\nsleep 1\n")
-    start = slurm.predicted_start(script)
+    start = starts.predicted_start(script)
     assert start is not None
     assert abs(time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S")) - time.time()) < 86400
     script.write_text("#!/bin/bash\n#SBATCH --partition=nowhere\n")
     with pytest.raises(HpcRlhfError, match="invalid partition"):
-        slurm.predicted_start(script)
+        starts.predicted_start(script)
     assert set(slurm.queue()) <= before

@@ -37,8 +37,9 @@ def command(
     """Check what a run of FILE needs, or without FILE what any run does.
 
     Each line says ok, warning or error, what was looked at, where, what was found and, below, what to do about it. Looked
-    at are: Python and packages, torch and DeepSpeed, Slurm's settings, the hub, whether the stages fit the GPUs that slurm.gpu
-    tells, and the run directory. Ends with 1 when there is an error. Of a sweep, what any run takes from the hub is looked for, and else what its first run needs.
+    at are: Python and packages, torch and DeepSpeed, Slurm's settings, the hub, whether the stages fit the GPUs that
+    slurm.gpu tells, and the run directory. Ends with 1 when there is an error. Of a sweep, what any run takes from the hub
+    is looked for, and else what its first run needs.
 
     --json prints the list `findings`, each with check, level, said, cure and where, and the counts `errors` and `warnings`.
     """

@@ -47,7 +47,7 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     if isinstance(spec, Sweep):
         echo_sweep(spec)
         click.echo()
-        spec = spec.members[0].spec
+        spec = specs_of(spec)[0]
     plan = make_plan(spec)
     echo_plan(plan)
     echo_choices(choices)

@@ -42,15 +42,6 @@ class Candidate:
     held: int
     fits: bool
 
-    def __str__(self) -> str:
-        """Its fields in words; an offload that is off goes without saying."""
-        offloads = [field for field in OFFLOADS if field in self.fields]
-        said = [f"{field}: {value}" for field, value in self.fields.items() if field not in OFFLOADS]
-        on = [field.removeprefix("offload_") for field in offloads if self.fields[field]]
-        if offloads:
-            said.append(f"offload: {' and '.join(on)}" if on else "no offload")
-        return ", ".join(said)
-
     @property
     def burden(self) -> tuple[int, int, float]:
         """What is simpler comes first: less sharding, fewer offloads; then what is faster."""
@@ -63,21 +54,32 @@ class Choice:
     """What was chosen for a stage.
 
     Attributes:
+        fields: of the stage.
         considered: all combinations, the fastest first; none where a run keeps what was chosen for it before.
     """
 
     stage: str
-    chosen: Candidate
-    considered: tuple[Candidate, ...]
+    fields: Mapping[str, Any]
+    considered: tuple[Candidate, ...] = ()
 
     @property
     def why(self) -> str:
         if not self.considered:
             return "as this run was prepared with"
-        fitting = sum(candidate.fits for candidate in self.considered)
-        fastest = min(one.seconds for one in self.considered if one.fits)
-        best = "the fastest" if self.chosen.seconds == fastest else "the simplest within 1 % of the fastest"
-        return f"{best} of the {fitting} combinations that fit, out of {len(self.considered)}"
+        fitting = [one for one in self.considered if one.fits]
+        fastest = fitting[0].fields == self.fields
+        best = "the fastest" if fastest else "the simplest within 1 % of the fastest"
+        return f"{best} of the {len(fitting)} combinations that fit, out of {len(self.considered)}"
+
+
+def told(fields: Mapping[str, Any]) -> str:
+    """A combination in words."""
+    offloads = [field for field in OFFLOADS if field in fields]
+    said = [f"{field}: {value}" for field, value in fields.items() if field not in OFFLOADS]
+    if offloads:
+        on = [field.removeprefix("offload_") for field in offloads if fields[field]]
+        said.append(f"offload: {' and '.join(on)}" if on else "no offload")
+    return ", ".join(said)
 
 
 def load(
@@ -137,7 +139,7 @@ def settle(spec: JobSpec) -> tuple[JobSpec, list[Choice]]:
         except HpcRlhfError as error:
             problems.append(mark.problem(error.message, error.hint, f"stages.{stage}.{word}"))
             continue
-        spec = spec.with_stages(**{stage: choice.chosen.fields})
+        spec = spec.with_stages(**{stage: choice.fields})
         choices.append(choice)
     if problems:
         raise SpecError(in_order(problems))
@@ -160,11 +162,12 @@ def choose(spec: JobSpec, stage: str, words: Mapping[str, object]) -> Choice:
     if not fitting:
         least = min(found, key=lambda candidate: candidate.held)
         raise HpcRlhfError(
-            f"nothing fits: {least} takes least, {least.held / 2**30:.1f} GiB where {_room(spec, stage):.1f} may be taken",
+            f"nothing fits: {told(least.fields)} takes least, {least.held / 2**30:.1f} GiB where {_room(spec, stage):.1f} may be taken",
             hint="take more or larger GPUs, shorter sequences, activation_checkpointing: true or lora",
         )
     near = [candidate for candidate in fitting if candidate.seconds <= _EQUAL * fitting[0].seconds]
-    return Choice(stage, min(near, key=lambda candidate: candidate.burden), tuple(found))
+    best = min(near, key=lambda candidate: candidate.burden)
+    return Choice(stage, best.fields, tuple(found))
 
 
 def _room(spec: JobSpec, stage: str) -> float:
@@ -245,7 +248,7 @@ def _kept(spec: JobSpec, before: JobSpec | None, name: str, words: Mapping[str, 
         _check(kept, name)
     except ValueError:
         return None
-    return Choice(name, Candidate(fields, 0.0, 0, True), ())
+    return Choice(name, fields)
 
 
 def _evaluated_alike(spec: JobSpec) -> JobSpec:

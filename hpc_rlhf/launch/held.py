@@ -12,9 +12,9 @@ from hpc_rlhf.spec.training import LoraSpec, StageSpec, TrainingSpec
 
 # Numbers in the buffer through which gradients are reduced, and of the weights that stand whole at a time under
 # ZeRO 3: those of templates/ds_config.json.j2.
-_BUCKET, _LIVE = 200_000_000, 30_000_000
+BUCKET, LIVE = 200_000_000, 30_000_000
 # DeepSpeed averages float32 gradients without ZeRO in buffers of so many numbers.
-_AVERAGED = 500_000_000
+AVERAGED = 500_000_000
 
 Parts = dict[str, int]
 
@@ -64,7 +64,7 @@ def in_training(work: Pass, batch: Batch, scored: bool = False) -> Trained:
     adapters = 0 if lora is None else -(-model.adapters(lora) // ways)
     trained = _learnt(total, adapters, lora, model.hidden if scored else 0)
     shard = -(-trained // ranks)
-    bucket = item * min(_BUCKET, trained) if zero else 0
+    bucket = item * min(BUCKET, trained) if zero else 0
     gradients = item * (trained if zero < 2 else shard)
     always = {"weights": weights(total + adapters, stage, ranks), "optimizer": 0}
     if not stage.offload_optimizer:
@@ -78,7 +78,7 @@ def in_training(work: Pass, batch: Batch, scored: bool = False) -> Trained:
         always |= {"gradients": 0 if stage.offload_optimizer else gradients, "buffers": bucket}
     gathered = gathered_weights(model, total + adapters, item) if zero == 3 else 0
     if zero == 3 and work.alternating:
-        gathered = item * (min(total + adapters, _LIVE) + model.largest)
+        gathered = item * (min(total + adapters, LIVE) + model.largest)
     waiting = gradients if batch.accumulation > 1 and zero < 3 else 0
     ended = gradients if zero < 3 else 0
     passing = {"activations": work.activations, "logits": work.logits, "gathered weights": gathered}
@@ -86,9 +86,9 @@ def in_training(work: Pass, batch: Batch, scored: bool = False) -> Trained:
     moments = {"passes": {**passing, "gradients": waiting, "buffers": held}}
     sent_at_once = bucket if zero > 1 and ranks > 1 else 0  # what a full bucket is reduced in
     moments["reduction"] = {"gathered weights": gathered, "gradients": ended, "buffers": held + sent_at_once}
-    if zero > 1 and trained > _BUCKET:
+    if zero > 1 and trained > BUCKET:
         # The first full buckets go while most activations are still there.
-        still = int(work.activations * (1 - _BUCKET / trained))
+        still = int(work.activations * (1 - BUCKET / trained))
         moments["first reduction"] = added(
             {"activations": still, "gathered weights": gathered},
             {"gradients": waiting, "buffers": held + sent_at_once},
@@ -103,7 +103,7 @@ def _step(stage: TrainingSpec, trained: int, shard: int, item: int, gradients: i
         return {"gradients": gradients}
     wide = 4 if item == 2 else 0
     if not stage.zero:
-        flat = wide * trained or item * min(trained, _AVERAGED)
+        flat = wide * trained or item * min(trained, AVERAGED)
         return {"gradients": gradients, "gradients for the step": flat}
     return {"gradients for the step": (item + wide) * shard, "buffers": held}
 
@@ -123,7 +123,7 @@ def weights(count: int, stage: StageSpec, ranks: int) -> int:
 
 def gathered_weights(model: Architecture, count: int, item: int) -> int:
     """Bytes of the weights that stand whole in a pass under ZeRO 3, with what they are gathered in."""
-    return item * (min(count, _LIVE) + min(count, max(_LIVE, model.largest)))
+    return item * (min(count, LIVE) + min(count, max(LIVE, model.largest)))
 
 
 def frozen(model: Architecture, count: int, stage: StageSpec, of: TrainingSpec) -> int:

@@ -16,15 +16,13 @@ from hpc_rlhf.launch.held import (
     scored_parameters,
     weights,
 )
-from hpc_rlhf.launch.passes import ITEM, Pass, as_trained
+from hpc_rlhf.launch.passes import CACHE_SHARE, ITEM, ROWS, WEIGHTS_SHARE, Pass, as_trained
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes
 from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.stages import EvalSpec, PpoSpec
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
-# As rollout/engine.py has them: answers made at a time, and the shares of a GPU that a rollout takes at most.
-_ROWS, _WEIGHTS_SHARE, _CACHE_SHARE = 64, 0.5, 0.2
 # Share of a GPU that CUDA, NCCL and gaps between tensors take.
 RESERVE = 0.08
 
@@ -191,10 +189,10 @@ def _rollout(
     elif ways > 1 or lora is not None:  # what is not cut or adapted is shared with the actor in training
         whole = item * actor.inside
     row = item * actor.kv * longest
-    rows = min(_ROWS, answers)
+    rows = min(ROWS, answers)
     if gpu is not None:
-        whole = min(whole, int(_WEIGHTS_SHARE * gpu))
-        rows = max(1, min(rows, int(_CACHE_SHARE * gpu) // row))
+        whole = min(whole, int(WEIGHTS_SHARE * gpu))
+        rows = max(1, min(rows, int(CACHE_SHARE * gpu) // row))
     return {
         "gathered actor": whole,
         "KV cache": rows * row,

@@ -8,8 +8,11 @@ from hpc_rlhf.launch.architecture import Architecture
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
-# As algorithms/logprobs.py has them: float32 logits that stand at a time on a GPU and a CPU, and rows of a multiple.
-_LOGITS, _LOGITS_ON_CPU, _ALIGNED = 16 * 2**20, 2 * 2**20, 64
+# What the training has, which is not loaded here. As algorithms/logprobs.py: float32 logits that stand at a time, and what
+# rows are a multiple of.
+LOGITS, ALIGNED = {"cuda": 16 * 2**20, "cpu": 2 * 2**20}, 64
+# As rollout/engine.py: answers made at a time, and the shares of a GPU that a rollout takes at most.
+ROWS, WEIGHTS_SHARE, CACHE_SHARE = 64, 0.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Pass:
             return 0
         model, item, n = self.model, self.item, _aligned(self.predicted)
         size, wide = model.vocabulary, 4 if self.on_cpu else item
-        rows = max(1, (_LOGITS_ON_CPU if self.on_cpu else _LOGITS) // size // _ALIGNED) * _ALIGNED
+        rows = max(1, LOGITS["cpu" if self.on_cpu else "cuda"] // size // ALIGNED) * ALIGNED
         chunk = min(n, rows)
         head = size * model.hidden
         trained = self.stage.lora is None or not self.stage.lora.only
@@ -90,7 +93,7 @@ class Pass:
 
 
 def _aligned(tokens: int) -> int:
-    return -(-tokens // _ALIGNED) * _ALIGNED
+    return -(-tokens // ALIGNED) * ALIGNED
 
 
 def as_trained(stage: StageSpec) -> TrainingSpec:

@@ -7,7 +7,7 @@ from typing import cast
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.architecture import Architecture, architecture
-from hpc_rlhf.launch.passes import as_trained
+from hpc_rlhf.launch.passes import ITEM, ROWS, WEIGHTS_SHARE, as_trained
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import Gpu, gpu_names, named_gpu
 from hpc_rlhf.spec.model import JobSpec
@@ -28,8 +28,6 @@ CPU_BANDWIDTH = 200e9
 _LAUNCHES = 0.25e-3
 # Bytes of memory that Adam reads and writes for a weight: gradient, master and two moments.
 _ADAM_TRAFFIC = 28
-# As rollout/engine.py has them: answers made at a time, and the share of a GPU that gathered weights take at most.
-_ROWS, _WEIGHTS_SHARE = 64, 0.5
 ASSUMPTIONS = (
     f"assumed: every sample of its greatest length, {MFU:.0%} of a data sheet's FLOP/s, {DECODE_SHARE:.0%} of its memory "
     f"bandwidth while decoding, {NETWORK / 1e9:.0f} GB/s for each GPU between nodes and to the CPU, "
@@ -190,7 +188,7 @@ def _model(body: Architecture, stage: TrainingSpec, scored: bool) -> _Model:
     adapters = 0 if stage.lora is None else body.adapters(stage.lora)
     only = stage.lora is not None and stage.lora.only
     learnt = adapters + (body.hidden if scored else 0) if only else count + adapters
-    return _Model(body.layers, count, learnt, 4 if stage.precision == "fp32" else 2, stage)
+    return _Model(body.layers, count, learnt, ITEM[stage.precision], stage)
 
 
 def _pass(model: _Model, flops: int, reads: int, tokens: int, machine: _Machine) -> float:
@@ -281,11 +279,11 @@ def _decoding(
     that is sharded is gathered before; what is too large for that is gathered for every token.
     """
     prompt, answer = lengths
-    rows = min(_ROWS, answers)
+    rows = min(ROWS, answers)
     cache = rows * body.kv * actor.item * (prompt + answer / 2)
     work = max((actor.item * actor.count + cache) / machine.bandwidth, 2 * actor.count * rows / machine.flops)
     prompts = 2 * actor.count * prompt * rows / machine.flops
     whole = actor.item * actor.count if actor.scheme.zero == 3 and machine.sharers > 1 else 0
-    streamed = max(0.0, whole - _WEIGHTS_SHARE * machine.memory)
+    streamed = max(0.0, whole - WEIGHTS_SHARE * machine.memory)
     token = work + streamed / machine.link
     return -(-answers // rows) * (prompts + answer * token) + (whole - streamed) / machine.link

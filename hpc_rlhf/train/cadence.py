@@ -6,6 +6,9 @@ import math
 import time
 from dataclasses import dataclass, field
 
+from hpc_rlhf.spec.fields import seconds
+from hpc_rlhf.spec.training import TrainingSpec
+
 # Seconds by which checkpoints cost less than can be measured.
 LEAST_COST = 0.1
 # What a checkpoint is taken to cost until one has been made, in seconds.
@@ -56,6 +59,14 @@ class Cadence:
     mttf: float = math.inf
     cost: float = FIRST_COST
     last: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, spec: TrainingSpec) -> Cadence:
+        """As a stage asks for it."""
+        every = spec.checkpoint_every
+        if isinstance(every, int):
+            return cls(steps=every)
+        return cls(mttf=seconds(spec.mttf)) if every == "auto" else cls(seconds=seconds(every))
 
     def due(self, step: int, part: int) -> bool:
         """Whether to save after so many steps, and parts of the next one."""

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.rundir import RunDir, StageDir
-from hpc_rlhf.spec.fields import seconds
 from hpc_rlhf.spec.model import FromScratch, JobSpec, ModelRef
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 from hpc_rlhf.train import seeds
@@ -59,13 +58,6 @@ class _Saving:
     stall: float
 
 
-def _cadence(spec: TrainingSpec) -> Cadence:
-    every = spec.checkpoint_every
-    if isinstance(every, int):
-        return Cadence(steps=every)
-    return Cadence(mttf=seconds(spec.mttf)) if every == "auto" else Cadence(seconds=seconds(every))
-
-
 @dataclass
 class StageContext:
     """One attempt at one stage.
@@ -95,7 +87,7 @@ class StageContext:
         }
         self.cadence, keep = Cadence(steps=1), 2  # where nothing is trained, a checkpoint is small
         if isinstance(self.stage_spec, TrainingSpec):
-            self.cadence, keep = _cadence(self.stage_spec), self.stage_spec.keep_checkpoints
+            self.cadence, keep = Cadence.of(self.stage_spec), self.stage_spec.keep_checkpoints
             self.world = self.world.grouped(self.stage_spec.tensor_parallel)
         self.store = CheckpointStore(
             self.files.checkpoints, self.attempt, keep, self.world, self.stage_spec.slurm.tasks_per_node

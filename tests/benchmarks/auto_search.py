@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.launch.auto import Choice, choose
+from hpc_rlhf.launch.auto import Choice, choose, told
 from hpc_rlhf.launch.local_env import free_port
 from hpc_rlhf.launch.memory import RESERVE
 from hpc_rlhf.launch.steps import DECODE_SHARE, MFU
@@ -128,16 +128,22 @@ def search(size: tuple[str, int, int, int, int], speeds: list[dict[str, float]])
         everything = chosen(spec, 1000, speeds)
         half = statistics.median(one.held for one in everything.considered) / (1 - RESERVE)
         choices = {"all fit": everything, "half fit": chosen(spec, half / 2**30, speeds)}
-    took = {str(one): measured(size, dict(one.fields)) for one in everything.considered}
+    took = {told(one.fields): measured(size, dict(one.fields)) for one in everything.considered}
     print(f"\n{size[0]}, {size[1]} layers of {size[2]}: measured and estimated seconds of a step, and MiB")
     for one in everything.considered:
-        print(f"  {took[str(one)]:6.3f} {one.seconds:6.3f} {one.held / 2**20:7.1f}  {one}", flush=True)
+        print(
+            f"  {took[told(one.fields)]:6.3f} {one.seconds:6.3f} {one.held / 2**20:7.1f}  {told(one.fields)}",
+            flush=True,
+        )
     good = True
     for name, choice in choices.items():
-        fastest = min((one for one in choice.considered if one.fits), key=lambda one: took[str(one)])
-        ratio = took[str(choice.chosen)] / took[str(fastest)]
+        fastest = min((one for one in choice.considered if one.fits), key=lambda one: took[told(one.fields)])
+        ratio = took[told(choice.fields)] / took[told(fastest.fields)]
         good &= ratio <= 1 + SLOWER
-        print(f"  {name}: chosen {choice.chosen}; fastest {fastest}; {ratio:.2f} of its time", flush=True)
+        print(
+            f"  {name}: chosen {told(choice.fields)}; fastest {told(fastest.fields)}; {ratio:.2f} of its time",
+            flush=True,
+        )
     return good
 
 

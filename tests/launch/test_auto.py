@@ -84,8 +84,8 @@ def test_an_evaluation_that_says_nothing_of_offload_has_none(tmp_path: Path) -> 
 
 def test_of_equals_the_simplest_is_taken() -> None:
     spec = make_spec("/scratch/demo", {"gpu": "h100-80g", "gpus_per_node": 1}, sft={"global_batch": 8})
-    chosen = choose(spec, "sft", {"zero": None, "offload": None}).chosen
-    assert chosen.fields == {"zero": 0, "offload_optimizer": False, "offload_params": False}
+    fields = choose(spec, "sft", {"zero": None, "offload": None}).fields
+    assert fields == {"zero": 0, "offload_optimizer": False, "offload_params": False}
 
 
 def test_a_smaller_gpu_is_never_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_frozen_models_go_away_before_the_trained_ones_are_cut_up(tmp_path: Path
     ppo = all_auto(lora={"rank": 64}, activation_checkpointing=True)
     file = write(tmp_path, reward={}, ppo=ppo)
     spec, (choice,) = settle(load_spec(file, ["models.actor=facebook/opt-13b", "slurm.gpu=a100-80g"]))
-    assert {"offload_optimizer", "offload_params", "offload_frozen"} < set(choice.chosen.fields)
+    assert {"offload_optimizer", "offload_params", "offload_frozen"} < set(choice.fields)
     assert stage_memory(spec, "ppo").fits
 
 

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.doctor import site
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import Templates
@@ -26,7 +27,7 @@ _CLOCK_WARNING, _CLOCK_ERROR = 5, 60
 
 def check_settings() -> list[Finding]:
     """The cluster as a whole."""
-    config = slurm.configuration()
+    config = site.configuration()
     findings = [_version(config), *_clock(config.get("", "")), _accounting(config), _job_age(config)]
     if "kill_invalid_depend" in config.get("DependencyParameters", ""):
         said = "kill_invalid_depend: Slurm cancels the stages after one that ended badly; healing submits them again"
@@ -36,7 +37,7 @@ def check_settings() -> list[Finding]:
 
 def check_stages(plan: Plan, templates: Templates) -> list[Finding]:
     """Each stage's settings against its partitions and against sbatch's own judgement; what is the same is said once."""
-    known = _Known(slurm.configuration(), slurm.partitions(), slurm.nodes())
+    known = _Known(site.configuration(), site.partitions(), site.nodes())
     stages: dict[Finding, list[str]] = {}
     for job in plan.jobs:
         for finding in _stage(job, templates.script(plan, job, "true"), known):
@@ -51,7 +52,7 @@ def clock_skew() -> float:
         HpcRlhfError: the controller gives no answer.
     """
     before = time.time()
-    said = slurm.configuration().get("", "")
+    said = site.configuration().get("", "")
     after = time.time()
     theirs = _as_of(said)
     if theirs is None:
@@ -98,7 +99,7 @@ def _accounting(config: Mapping[str, str]) -> Finding:
     if not kind or kind.endswith("/none"):
         said = "this cluster keeps no accounts: how a job ended is soon forgotten where its log does not say"
         return warning("accounting", said, cure)
-    problem = slurm.accounting_problem()
+    problem = site.accounting_problem()
     if problem:
         return warning("accounting", f"the accounts cannot be read: {problem}", cure)
     return ok("accounting", f"kept ({kind.rpartition('/')[2]})")
@@ -247,7 +248,7 @@ def _test(script: str) -> Finding:
         path = Path(folder, "script")
         path.write_text(script, encoding="utf-8")
         try:
-            slurm.test(path)
+            site.test(path)
         except HpcRlhfError as problem:
             said = problem.message.partition(": ")[2].replace("allocation failure: ", "")
             return error(
