@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from hpc_rlhf.cli import VERBS, group
-from hpc_rlhf.spec import model, schema
+from hpc_rlhf.spec import job, schema
 from hpc_rlhf.spec.fields import Model
 
 HERE = Path(__file__).parent
@@ -120,7 +120,7 @@ def _refs(facts: Schema) -> Iterator[tuple[str, str]]:
 def _section(
     name: str, title: str, parts: dict[str, Schema], classes: dict[str, type[Model]], titles: dict[str, str]
 ) -> str:
-    cls = classes.get(name, model.JobSpec)
+    cls = classes.get(name, job.JobSpec)
     # What several parts have in common is no part of the schema by itself.
     facts = parts[name] if name in parts else cls.model_json_schema()
     said, common, fields = inspect.getdoc(cls), _common(cls), facts["properties"]

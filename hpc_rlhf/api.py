@@ -14,17 +14,17 @@ from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.batch import Batch
 from hpc_rlhf.spec.stages import PpoSpec
-from hpc_rlhf.train import world as worlds
 from hpc_rlhf.train.data.dialogues import follow, prompt_text, token_ids
 from hpc_rlhf.train.data.rows import asked
-from hpc_rlhf.train.launcher import launcher_ranks
+from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
-from hpc_rlhf.train.models.weights import export
-from hpc_rlhf.train.rollout.engine import ROWS
 from hpc_rlhf.train.rollout.experience import Experience
-from hpc_rlhf.train.rollout.summary import summarize
-from hpc_rlhf.train.stages.ppo_models import PpoModels, Start
-from hpc_rlhf.train.stages.ppo_trainer import PpoTrainer, Sizes
+from hpc_rlhf.train.rollout.in_process.engine import ROWS
+from hpc_rlhf.train.runtime import world as worlds
+from hpc_rlhf.train.runtime.launcher import launcher_ranks
+from hpc_rlhf.train.stages.ppo.metrics import summarize
+from hpc_rlhf.train.stages.ppo.models import PpoModels, Start
+from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
 
 # Fields of a ppo stage that say how long it goes on, what it keeps and where it runs: here the program does.
 PROGRAM_SAYS = (

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from hpc_rlhf import ownership
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.rundir import RunDir, StageDir
+from hpc_rlhf.run import ownership
+from hpc_rlhf.run.layout import RunDir, StageDir
 
 HELD_BACK = (signal.SIGTERM, signal.SIGUSR2)
 

@@ -26,7 +26,7 @@ class StageTask:
 
 if __name__ == "__main__":
     from hpc_rlhf.rank import end_after, log_apart, refuse_foreign
-    from hpc_rlhf.rundir import RunDir
+    from hpc_rlhf.run.layout import RunDir
 
     # DeepSpeed's launcher puts --local_rank=N in front; the rank is read from the environment.
     run_dir, stage = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf.launch.local_env import free_port
+from hpc_rlhf.launch.local.environment import free_port
 from tests.train import tiny
 from tests.train.stages import rank_environment
 
@@ -78,7 +78,7 @@ print(json.dumps([refused, losses, experience.rollout.answers[0]]))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a run has left its fine-tuned model and its reward model."""
-    from hpc_rlhf.train.models.weights import export
+    from hpc_rlhf.train.models.export import export
 
     folder = tmp_path_factory.mktemp("program")
     stages, tokenizer = folder / "runs" / "tiny" / "stages", tiny.tokenizer()

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf import manifest
 from hpc_rlhf.cli.conversation import HELP, Conversation, answer, converse
 from hpc_rlhf.cli.options import example
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
 
 CHAT_STAGES = ("dpo", "ppo", "sft")  # the latest first
 MODELS = (*CHAT_STAGES, "ema")

@@ -74,7 +74,7 @@ def _parts(comparison: Comparison, together: Sequence[OverSeeds], width: int) ->
 
 
 def _table(comparison: Comparison, width: int) -> RenderableType:
-    from hpc_rlhf.observe.board import grid, styled
+    from hpc_rlhf.observe.terminal.board import grid, styled
     from hpc_rlhf.spec.sweep import short_names
 
     names = _numbers(comparison)[: _MOST_NUMBERS if width >= _WIDE else 2]
@@ -95,8 +95,8 @@ def _table(comparison: Comparison, width: int) -> RenderableType:
 
 
 def _over_seeds_table(together: Sequence[OverSeeds], by: str) -> RenderableType:
-    from hpc_rlhf.observe.board import grid
-    from hpc_rlhf.observe.words import number
+    from hpc_rlhf.observe.format import number
+    from hpc_rlhf.observe.terminal.board import grid
     from hpc_rlhf.spec.sweep import short_names
 
     paths = list(together[0].values)[:_MOST_VALUES]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf import manifest
 from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.cli.run_argument import find_run
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
-from hpc_rlhf.spec.model import JobSpec
 
 
 @click.command("eval", epilog=example("hpc-rlhf eval my-job.yaml --prompts 200"))
@@ -87,10 +87,10 @@ def asked_for(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[JobSpec,
 
 
 def _evaluate(context: click.Context, spec: JobSpec, folder: RunDir, file: Path, again: str) -> None:
-    from hpc_rlhf.launch.local import LocalRun, refuse_live_jobs
+    from hpc_rlhf.launch.local.interrupts import Interrupted
+    from hpc_rlhf.launch.local.runner import LocalRun, refuse_live_jobs
     from hpc_rlhf.launch.prepare import claim, prepare
-    from hpc_rlhf.launch.stopping import Interrupted
-    from hpc_rlhf.observe.progress import progress
+    from hpc_rlhf.observe.terminal.progress import progress
 
     with claim(spec, "hpc-rlhf eval") as run:
         refuse_live_jobs(run)

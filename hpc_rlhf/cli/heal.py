@@ -13,8 +13,8 @@ from hpc_rlhf.cli.run_argument import find_runs
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.heal import heal
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 
 # What a sentinel ends with then: its job fails, and Slurm mails whom notify.mail names.
 LEFT_TO_A_PERSON = 3

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpc_rlhf import known_runs
 from hpc_rlhf.cli.options import example, json_option
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.observe.format import ago, duration
 from hpc_rlhf.observe.listing import RunLine, find_runs, list_runs
-from hpc_rlhf.observe.words import ago, duration
+from hpc_rlhf.run import run_index
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,7 +43,7 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
             raise HpcRlhfError(
                 "is no folder", where=str(folder), hint="give folders that hold run directories"
             )
-    lines = list_runs(find_runs(folders or known_runs.known()))
+    lines = list_runs(find_runs(folders or run_index.known()))
     if not lines and not as_json:
         where = "here" if folders else "yet; those of a folder: hpc-rlhf list DIR"
         click.echo(f"no runs {where}", err=True)
@@ -62,7 +62,7 @@ def show_runs(lines: Sequence[RunLine], as_json: bool) -> None:
 
 
 def _table(lines: Sequence[RunLine], width: int) -> RenderableType:
-    from hpc_rlhf.observe.board import grid, styled
+    from hpc_rlhf.observe.terminal.board import grid, styled
 
     table = grid()
     names = ["run", "state", "step", "last"]

@@ -11,7 +11,7 @@ import click
 
 from hpc_rlhf.cli.options import example, json_option
 from hpc_rlhf.cli.run_argument import find_run
-from hpc_rlhf.observe.fates import Fates
+from hpc_rlhf.observe.liveness import Fates
 from hpc_rlhf.observe.logs import (
     POLL,
     LogReader,
@@ -21,7 +21,7 @@ from hpc_rlhf.observe.logs import (
     read_attempt,
     trouble,
 )
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 
 
 @click.command(

@@ -12,14 +12,14 @@ from hpc_rlhf.cli.choice import choice_dict, echo_choices
 from hpc_rlhf.cli.options import example, json_option, set_option
 from hpc_rlhf.cli.table import echo_table, echo_words
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.stage_memory import RESERVE, Memory, run_memory
+from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times
+from hpc_rlhf.estimate.step_time import ASSUMPTIONS
 from hpc_rlhf.launch.auto import Choice, load
-from hpc_rlhf.launch.memory import RESERVE, Memory, run_memory
 from hpc_rlhf.launch.plan import Plan, make_plan
-from hpc_rlhf.launch.start import predicted_starts
-from hpc_rlhf.launch.steps import ASSUMPTIONS
-from hpc_rlhf.launch.timing import StageTime, chain_seconds, run_times
-from hpc_rlhf.observe.words import duration
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.launch.start_estimate import predicted_starts
+from hpc_rlhf.observe.format import duration
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sweep import Sweep, lenders, specs_of
 
 

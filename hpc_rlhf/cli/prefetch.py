@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from hpc_rlhf.cli.options import example, set_option
-from hpc_rlhf.hub import cache, items
 from hpc_rlhf.launch.prefetch import prefetch
+from hpc_rlhf.spec.hub import cache, items
 from hpc_rlhf.spec.sweep import load_any, specs_of
 
 

@@ -11,8 +11,8 @@ import click
 from hpc_rlhf.cli.choice import echo_choice
 from hpc_rlhf.cli.options import example, set_option
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 
 
 @click.command(
@@ -56,13 +56,13 @@ def _run(
 ) -> None:  # fmt: skip
     from rich.console import Console
 
-    from hpc_rlhf.launch.hostfile import read_hostfile
-    from hpc_rlhf.launch.local import LocalRun, refuse_live_jobs
+    from hpc_rlhf.launch.local.hostfile import read_hostfile
+    from hpc_rlhf.launch.local.interrupts import Interrupted
+    from hpc_rlhf.launch.local.runner import LocalRun, refuse_live_jobs
     from hpc_rlhf.launch.prepare import claim, prepare
-    from hpc_rlhf.launch.stopping import Interrupted
-    from hpc_rlhf.observe.progress import progress
     from hpc_rlhf.observe.report import leave_report
     from hpc_rlhf.observe.summary import print_summary
+    from hpc_rlhf.observe.terminal.progress import progress
 
     hosts = read_hostfile(hostfile) if hostfile is not None else None
     stopped: HpcRlhfError | None = None

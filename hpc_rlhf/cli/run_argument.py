@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.rundir import RunDir, SweepDir
+from hpc_rlhf.run.layout import RunDir, SweepDir
 
 _SHOWN = 3
 

@@ -11,9 +11,9 @@ import click
 
 from hpc_rlhf.cli.options import example, json_option
 from hpc_rlhf.cli.run_argument import find_runs
-from hpc_rlhf.observe.goodput import total
+from hpc_rlhf.observe.goodput.totals import total
 from hpc_rlhf.observe.status import StageStatus, read_status
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 
 
 @click.command(epilog=example("hpc-rlhf status my-job.yaml"))
@@ -51,7 +51,7 @@ def command(run: str, as_json: bool) -> None:
         click.echo(json.dumps(status, indent=1, ensure_ascii=False))
         return
     from hpc_rlhf.cli.console import print_parts
-    from hpc_rlhf.observe.board import Board
+    from hpc_rlhf.observe.terminal.board import Board
 
     print_parts(lambda width, live, plain: Board(width, live, plain).whole(stages))
 

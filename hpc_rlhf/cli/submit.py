@@ -16,8 +16,8 @@ from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import refuse_changes
 from hpc_rlhf.launch.submit import preview, submit
 from hpc_rlhf.launch.sweep import shared, submit_sweep
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sweep import Sweep
 
 

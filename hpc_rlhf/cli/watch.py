@@ -26,6 +26,6 @@ def command(run: str) -> None:
         )
     from rich.console import Console
 
-    from hpc_rlhf.observe.watching import watch
+    from hpc_rlhf.observe.terminal.watch import watch
 
     watch(run_dir, Console(highlight=False, markup=False, emoji=False))

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError, SpecError
-from hpc_rlhf.launch.memory import RESERVE, stage_memory
+from hpc_rlhf.estimate.stage_memory import RESERVE, stage_memory
+from hpc_rlhf.estimate.step_time import step_parts
 from hpc_rlhf.launch.prepare import differences, has_trained, is_harmless
-from hpc_rlhf.launch.steps import step_parts
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.auto import OFFLOADS
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes, gpu_names, named_gpu
+from hpc_rlhf.spec.job import JobSpec, last_trained
 from hpc_rlhf.spec.load import in_order, read_spec
-from hpc_rlhf.spec.model import JobSpec, last_trained
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.spec.sweep import Sweep, load_any
 from hpc_rlhf.spec.training import ReferredSpec, TrainingSpec

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hpc_rlhf import slurm
 from hpc_rlhf.launch.jobs import find_jobs
 from hpc_rlhf.launch.lock import hold
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.slurm import QueuedJob
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm.commands import QueuedJob
 
 # A sentinel at work is soon done.
 _PATIENCE = 30.0

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hpc_rlhf import manifest, sentinel, slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.jobs import RunJobs, adopt, submission_options, with_token
-from hpc_rlhf.launch.lanes import borrowed_jobs, jobs_before
 from hpc_rlhf.launch.plan import Plan, PlannedJob
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.launch.sweep_order import borrowed_jobs, jobs_before
+from hpc_rlhf.run import manifest, sentinel
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands as slurm
 
 
 @dataclass(frozen=True)

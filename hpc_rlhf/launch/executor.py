@@ -10,11 +10,11 @@ from pathlib import Path
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
 from submitit.slurm.slurm import SlurmExecutor
 
-from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import rank_command, rank_python
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.task import StageTask
 
 # submitit's own signal handler, in place until the stage installs ours, gives up on a job that it thinks has used

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from hpc_rlhf import endings, notify, ownership, slurm
-from hpc_rlhf.endings import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, Event
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.evidence import AttemptLogs, last_seen, last_step
 from hpc_rlhf.launch.chain import Chain, Outcome, is_done, require_slurm
 from hpc_rlhf.launch.jobs import RunJobs, find_jobs
-from hpc_rlhf.launch.lanes import followers
 from hpc_rlhf.launch.lock import SILENCE, hold
 from hpc_rlhf.launch.plan import PlannedJob, make_plan
-from hpc_rlhf.launch.policy import Again, Stop, decide
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.slurm import PastJob, QueuedJob
+from hpc_rlhf.launch.retry_policy import Again, Stop, decide
+from hpc_rlhf.launch.sweep_order import followers
+from hpc_rlhf.run import failures, notify, ownership
+from hpc_rlhf.run.attempt_logs import AttemptLogs, last_seen, last_step
+from hpc_rlhf.run.failures import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, Event
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm.commands import PastJob, QueuedJob
 from hpc_rlhf.spec.load import read_spec
 
 # A sentinel has nothing better to do than to wait, even for the lock of a machine that is gone.
@@ -117,7 +118,7 @@ class _Mending:
         if queued.state != "PENDING" or queued.reason not in _HELD:
             return self._chain.attach(self._job)
         past = slurm.remembered(queued.job_id)
-        reason, node = endings.LAUNCH_FAILURE, past.failed_node if past else ""
+        reason, node = failures.LAUNCH_FAILURE, past.failed_node if past else ""
         self._note("ended", job_id=queued.job_id, reason=reason, message=queued.reason, node=node, step=0,
                    progress=False)  # fmt: skip
         verdict = self._verdict()
@@ -146,13 +147,13 @@ class _Mending:
     def _ended(self, job_id: str, past: PastJob | None) -> Event:
         """The ledger's event of how the latest attempt ended; written now, unless it was before."""
         events = self._events()
-        attempt = endings.latest_attempt(events)
+        attempt = failures.latest_attempt(events)
         before = next((event for event in reversed(attempt) if event["event"] == "ended"), None)
         if before is not None:
             return before
         files = self._chain.run.stage(self._stage)
         logs = AttemptLogs(files, job_id, past.restarts if past else None)
-        ending = endings.judge(events, past, logs, last_step(files))
+        ending = failures.judge(events, past, logs, last_step(files))
         bereft = past is not None and past.bereft and ending.reason == CANCELLED_BY_HAND
         facts = {"job_id": job_id, "message": ending.message, "node": ending.node, "step": ending.step}
         if not bereft:
@@ -164,7 +165,7 @@ class _Mending:
         if not self._by_sentinel:
             self._note("anew")
             return Again(0)
-        window = endings.since_a_person(self._events())
+        window = failures.since_a_person(self._events())
         if not any(event["event"] == "ended" for event in window):
             return Again(0)  # a person let it go on, and was cut off there
         settings = self._job.slurm
@@ -176,7 +177,7 @@ class _Mending:
             self._note("stopped", message=verdict.why)
             if self._by_sentinel:
                 spent = (
-                    endings.returns(endings.since_a_person(self._events())) >= self._job.slurm.max_requeues
+                    failures.returns(failures.since_a_person(self._events())) >= self._job.slurm.max_requeues
                 )
                 notify.send(self._chain.run, "budget spent" if spent else "stopped", self._stage, verdict.why)
         return Outcome(self._stage, "stopped", job_id, verdict.why)

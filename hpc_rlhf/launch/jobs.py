@@ -10,11 +10,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hpc_rlhf import sentinel, slurm
 from hpc_rlhf.launch.plan import PlannedJob
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.slurm import QueuedJob
+from hpc_rlhf.run import sentinel
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm.commands import QueuedJob
 
 # An sbatch whose parent was killed may still be talking to the controller; it gives up after about this long.
 _STILL_ON_ITS_WAY = 10.0

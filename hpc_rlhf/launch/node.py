@@ -11,9 +11,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpc_rlhf.launch.hostfile import read_hostfile
+from hpc_rlhf.launch.local.hostfile import read_hostfile
 from hpc_rlhf.rank import HELD_BACK
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 
 
 def command(run: RunDir, stage: str, launcher: str, env: Mapping[str, str]) -> list[str]:

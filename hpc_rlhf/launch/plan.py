@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.cluster import SlurmSpec
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_rlhf import hub
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.hub import HubItem
+from hpc_rlhf.spec import hub
+from hpc_rlhf.spec.hub import HubItem
 
 # What a tokenizer or a configuration may be in, beside the weights.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf import known_runs, notify, ownership
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import notify, ownership, run_index
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.cluster import SIZE
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec, read_spec
-from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.stages import STAGE_NAMES
 
 # A stage's own settings that decide how many ranks share a step, beside those of Slurm (SIZE).
@@ -88,7 +88,7 @@ def prepare(
         render(spec, run.scripts, beside)
         _write(run.plan_json, plan.to_json())
         _write(run.job_yaml, dump_spec(spec))
-    known_runs.remember(run.path)
+    run_index.remember(run.path)
 
 
 def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, Any, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan, PlannedJob, make_plan
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.training import StageSpec
 
 if TYPE_CHECKING:

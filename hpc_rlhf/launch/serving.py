@@ -13,11 +13,11 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from hpc_rlhf import slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates, rank_python
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.spec.load import read_spec
 
 LOCALHOST = "127.0.0.1"

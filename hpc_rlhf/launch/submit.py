@@ -6,15 +6,15 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.chain import Chain, Outcome, is_done, require_slurm
 from hpc_rlhf.launch.jobs import find_jobs, submission_options
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import claim, prepare, refuse_changes
 from hpc_rlhf.launch.render import Templates
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.spec.job import JobSpec
 
 
 def submit(

@@ -11,7 +11,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.cancel import cancel
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.submit import submit
-from hpc_rlhf.rundir import RunDir, SweepDir
+from hpc_rlhf.run.layout import RunDir, SweepDir
 from hpc_rlhf.spec.sweep import Sweep, lenders
 
 

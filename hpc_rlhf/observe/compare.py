@@ -8,16 +8,16 @@ from itertools import groupby
 from statistics import fmean, stdev
 from typing import Any
 
-from hpc_rlhf import manifest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.evaluation import read_report
 from hpc_rlhf.observe.listing import list_runs
 from hpc_rlhf.observe.metrics import TELLING, step_rows
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.tail import read_tail
 from hpc_rlhf.spec.cluster import SIZE
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
-from hpc_rlhf.spec.model import JobSpec
-from hpc_rlhf.tail import read_tail
 
 # What an evaluation says of a model.
 EVALUATED = ("reward", "reward_gain", "win_rate", "pair_accuracy", "kl", "perplexity", "answer_tokens")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.observe.words import number
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.observe.format import number
+from hpc_rlhf.run.layout import RunDir
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_rlhf.endings import first_cause, latest_attempt
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.evidence import own_part
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe.fates import Fates
+from hpc_rlhf.observe.liveness import Fates
 from hpc_rlhf.observe.turns import ENDINGS, last_turn
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.tail import read_tail
+from hpc_rlhf.run.attempt_logs import own_part
+from hpc_rlhf.run.failures import first_cause, latest_attempt
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.run.tail import read_tail
 
 POLL = 0.5
 _BLOCK = 1 << 16

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.observe.words import step_kind
+from hpc_rlhf.observe.format import step_kind
 
 Row = dict[str, Any]
 

@@ -9,17 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf import manifest, slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe import goodput
-from hpc_rlhf.observe.fates import latest_job, launcher_at_work
+from hpc_rlhf.observe.goodput import totals
+from hpc_rlhf.observe.goodput.spans import Goodput
+from hpc_rlhf.observe.liveness import latest_job, launcher_at_work
 from hpc_rlhf.observe.metrics import TELLING, seconds_a_step, step_rows
-from hpc_rlhf.observe.spans import Goodput
 from hpc_rlhf.observe.turns import last_turn
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.slurm import PastJob, QueuedJob
-from hpc_rlhf.tail import read_tail
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.run.tail import read_tail
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm.commands import PastJob, QueuedJob
 
 _AT_WORK = frozenset({"running", "completing", "stopping", "suspended", "signaling", "stage_out"})
 _QUEUED = frozenset({"pending", "waiting", "requeued", "starting", "configuring", "requeue_hold"})
@@ -169,7 +170,7 @@ def gather(
 def _with_goodput(
     statuses: list[StageStatus], ledger: list[dict[str, Any]], plan: dict[str, Any]
 ) -> list[StageStatus]:
-    measured = goodput.measure(
+    measured = totals.measure(
         ledger,
         {job["stage"]: job["needs"] for job in plan["jobs"]},
         at_work={status.stage for status in statuses if status.state in _AT_WORK},

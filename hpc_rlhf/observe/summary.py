@@ -8,10 +8,10 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_rlhf import manifest
 from hpc_rlhf.observe.evaluation import print_report, read_report
-from hpc_rlhf.observe.words import duration, number
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.observe.format import duration, number
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import STAGE_NAMES
 
 if TYPE_CHECKING:

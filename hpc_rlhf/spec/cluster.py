@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, model_validator
 
+from hpc_rlhf.slurm.sbatch import time_limit
 from hpc_rlhf.spec.fields import (
     Command,
     FreeText,
@@ -18,7 +19,6 @@ from hpc_rlhf.spec.fields import (
     SlurmTime,
     SlurmValue,
 )
-from hpc_rlhf.spec.sbatch import time_limit
 
 # The settings that decide how many ranks a stage has.
 SIZE = frozenset({"nodes", "gpus_per_node", "ranks_per_node"})

@@ -9,8 +9,8 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # a third of pydan
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from hpc_rlhf.slurm.sbatch import refuse_owned
 from hpc_rlhf.spec.gpus import known_gpu
-from hpc_rlhf.spec.sbatch import refuse_owned
 
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*$"
 _NAME = r"^[A-Za-z0-9._-]+$"

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from hpc_rlhf.errors import Problem, SpecError
 from hpc_rlhf.spec.auto import take_out
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
+from hpc_rlhf.spec.job import JobSpec, last_trained, taken_from
 from hpc_rlhf.spec.layers import read_layers
-from hpc_rlhf.spec.model import JobSpec, last_trained, taken_from
 from hpc_rlhf.spec.paths import resolve_paths
 from hpc_rlhf.spec.problems import problems_of
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml

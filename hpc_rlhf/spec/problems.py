@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from hpc_rlhf.errors import Problem
 from hpc_rlhf.spec.fields import PATTERN_WORDS
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.yaml_source import Mark, Node
 
 _KINDS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import EXTENDS
-from hpc_rlhf.spec.model import JobSpec
 
 
 def json_schema() -> dict[str, Any]:

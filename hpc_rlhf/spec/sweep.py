@@ -15,9 +15,9 @@ from typing import Any
 
 from hpc_rlhf.errors import Problem, SpecError
 from hpc_rlhf.spec.cluster import SIZE
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import put, read_layers
 from hpc_rlhf.spec.load import check_tree, in_order
-from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.stages import STAGE_NAMES
 from hpc_rlhf.spec.yaml_source import Mark, Node
 

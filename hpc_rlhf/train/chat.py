@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from hpc_rlhf.train.data.dialogues import prompt_text, token_ids
-from hpc_rlhf.train.models import packed
-from hpc_rlhf.train.rollout.decoding import decode
-from hpc_rlhf.train.rollout.sampling import Sampling, uniforms
-from hpc_rlhf.train.rollout.step import DecodeStep
+from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
+from hpc_rlhf.train.rollout.in_process.decoding import decode
+from hpc_rlhf.train.rollout.in_process.sampling import Sampling, uniforms
 
 # A model without a chat template that goes on with a turn of its own for the person is cut there.
 NEXT_TURN = "\n\nHuman:"
@@ -32,7 +32,7 @@ class ChatModel:
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
         self.model = model.to(self.device).eval()
-        packed.enable(self.model)
+        packed_attention.enable(self.model)
 
     def stream(
         self, turns: list[tuple[str, str]], max_tokens: int, temperature: float, seed: int

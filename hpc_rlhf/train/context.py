@@ -13,25 +13,31 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir, StageDir
-from hpc_rlhf.spec.model import FromScratch, JobSpec, ModelRef
+from hpc_rlhf.run.layout import RunDir, StageDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelRef
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
-from hpc_rlhf.train import seeds
-from hpc_rlhf.train.cadence import Cadence, Deadline
-from hpc_rlhf.train.checkpoint import Checkpoint, CheckpointStore, Take
+from hpc_rlhf.train.checkpoint.schedule import Cadence, Deadline
+from hpc_rlhf.train.checkpoint.store import Checkpoint, CheckpointStore, Take
 from hpc_rlhf.train.data import dialogues, sources
 from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.asked import asking
-from hpc_rlhf.train.models.load import DTYPES, folder_or_id, make_from_scratch
+from hpc_rlhf.train.models.interruptible_loading import asking
+from hpc_rlhf.train.models.loading import DTYPES, folder_or_id, make_from_scratch
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
-from hpc_rlhf.train.polls import Polls
-from hpc_rlhf.train.preemption import REASON_OF_CODE, TIME_LIMIT, Interrupted, StageStopped, StopFlag
+from hpc_rlhf.train.runtime import seeds
+from hpc_rlhf.train.runtime.consensus import Polls
+from hpc_rlhf.train.runtime.stop_signals import (
+    REASON_OF_CODE,
+    TIME_LIMIT,
+    Interrupted,
+    StageStopped,
+    StopFlag,
+)
+from hpc_rlhf.train.runtime.watchdog import Pulse
+from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.trackers import Trackers
-from hpc_rlhf.train.watch import Pulse
-from hpc_rlhf.train.world import World
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hpc_rlhf import endings, hub, manifest, notify, slurm
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import failures, manifest, notify
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.spec import hub
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
-from hpc_rlhf.spec.model import JobSpec
-from hpc_rlhf.train import arrival, reporting
-from hpc_rlhf.train.launcher import launcher_ranks
-from hpc_rlhf.train.preemption import StageStopped, StopFlag
+from hpc_rlhf.train import job_start, reporting
+from hpc_rlhf.train.runtime.launcher import launcher_ranks
+from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 
 if TYPE_CHECKING:  # torch takes seconds to load: the handlers are in place first
-    from hpc_rlhf.train.world import World
+    from hpc_rlhf.train.runtime.world import World
 
 # What a rank ends with when it saved and is to be run again (sysexits.h: EX_TEMPFAIL).
 TO_BE_CONTINUED = 75
@@ -121,12 +123,12 @@ class Attempt:
         """
         spec = read_spec(self.files.job_yaml)
         hub.go_offline(spec)
-        from hpc_rlhf.train import world as worlds
+        from hpc_rlhf.train.runtime import world as worlds
 
         self.is_main = launcher_ranks()[0] == 0
         ranks = spec.stage(self.stage).slurm.ranks
         if self.is_main and self.in_slurm:
-            arrival.note_ending_before(self.files, self.stage, str(self.job), self.restarts)
+            job_start.note_ending_before(self.files, self.stage, str(self.job), self.restarts)
         if self.is_main:
             where = {"restart": self.restarts, "ranks": ranks, "host": self.host}
             versions = reporting.versions()
@@ -135,7 +137,7 @@ class Attempt:
             if slurm.was_preempted(str(self.job)):
                 self.stop.preempt()
             if spec.stage(self.stage).slurm.heal.enabled and slurm.available():
-                arrival.put_sentinel_back(self.files, self.stage, str(self.job))
+                job_start.put_sentinel_back(self.files, self.stage, str(self.job))
         world = worlds.join(ranks)
         self.name = world.on_main(lambda: self.name)
         try:
@@ -159,9 +161,9 @@ class Attempt:
 
     def train(self, spec: JobSpec, world: World) -> None:
         """Check what the stage starts from, make this attempt its owner, and run it."""
-        from hpc_rlhf.train.cadence import time_used
+        from hpc_rlhf.train.checkpoint.schedule import time_used
         from hpc_rlhf.train.context import StageContext
-        from hpc_rlhf.train.watch import Watch
+        from hpc_rlhf.train.runtime.watchdog import Watch
 
         for need in spec.needs(self.stage):
             folder = self.files.stage(need).model
@@ -190,15 +192,18 @@ class Attempt:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""
         if self.is_main and self.in_slurm:
             events = list(Ledger(self.files.ledger).events(self.stage))
-            stop_now: endings.Event = {"event": "requeued", "step": stopped.step, "reason": stopped.reason}
-            window = endings.since_a_person(events)
-            if stopped.reason == endings.TIME_LIMIT and endings.out_of_time_in_vain([*window, stop_now]) > 1:
+            stop_now: failures.Event = {"event": "requeued", "step": stopped.step, "reason": stopped.reason}
+            window = failures.since_a_person(events)
+            if (
+                stopped.reason == failures.TIME_LIMIT
+                and failures.out_of_time_in_vain([*window, stop_now]) > 1
+            ):
                 raise HpcRlhfError(
-                    endings.STEP_TOO_LONG,
+                    failures.STEP_TOO_LONG,
                     where=f"stage {self.stage}, step {stopped.step}",
-                    hint=endings.MORE_TIME,
+                    hint=failures.MORE_TIME,
                 )
-            returns = endings.returns(window)
+            returns = failures.returns(window)
             if returns >= spec.stage(self.stage).slurm.max_requeues:
                 raise HpcRlhfError(
                     f"stopped by: {stopped.reason}, and none is left of the requeues that slurm.max_requeues allows",

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from hpc_rlhf import __version__
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 
 _TELLING = ("torch", "deepspeed", "transformers", "datasets", "submitit")
 _SOURCE = Path(__file__).parents[2]

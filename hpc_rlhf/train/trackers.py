@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from hpc_rlhf import manifest
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
-from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.notify import MlflowSpec, WandbSpec
 
 _LAST_WORDS, _LAST_WORDS_IN_HURRY = 30.0, 3.0  # seconds that a stage waits at its end

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hpc_rlhf.launch.local_env import free_port
+from hpc_rlhf.launch.local.environment import free_port
 
 OUT = Path("bench.json")
 REPOSITORY = Path(__file__).parents[2]

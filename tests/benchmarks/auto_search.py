@@ -20,14 +20,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf.estimate.stage_memory import RESERVE
+from hpc_rlhf.estimate.step_time import DECODE_SHARE, MFU
 from hpc_rlhf.launch.auto import Choice, choose, told
-from hpc_rlhf.launch.local_env import free_port
-from hpc_rlhf.launch.memory import RESERVE
-from hpc_rlhf.launch.steps import DECODE_SHARE, MFU
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.launch.local.environment import free_port
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import gpus
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
-from hpc_rlhf.spec.model import JobSpec
 from tests.benchmarks.plan_peaks import Case, longest_rows
 from tests.train.stages import make_run, rank_environment
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_rlhf.launch.local_env import free_port
+from hpc_rlhf.launch.local.environment import free_port
 from tests.benchmarks import workload
 from tests.benchmarks.measure import Clock, Result, main
 

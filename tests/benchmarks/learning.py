@@ -19,9 +19,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hpc_rlhf.launch.local_env import free_port
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.launch.local.environment import free_port
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.algorithms import intervals
 from hpc_rlhf.train.algorithms.intervals import Interval
 from hpc_rlhf.train.data.sampler import sample_at

@@ -9,10 +9,10 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-from hpc_rlhf import manifest
-from hpc_rlhf.launch.local_env import free_port
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.launch.local.environment import free_port
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train import context
 from hpc_rlhf.train.data.arrow import Rows
 from hpc_rlhf.train.data.sampler import sample_at

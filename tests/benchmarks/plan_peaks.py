@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.launch.architecture import architecture
-from hpc_rlhf.launch.local_env import free_port
-from hpc_rlhf.launch.memory import Memory, stage_memory
+from hpc_rlhf.estimate.parameters import architecture
+from hpc_rlhf.estimate.stage_memory import Memory, stage_memory
+from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.rank import end_after
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
-from hpc_rlhf.spec.model import JobSpec
 from tests.train.stages import make_run, rank_environment
 
 # How far off an estimate may be: over, and under.

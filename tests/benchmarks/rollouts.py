@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from hpc_rlhf.rank import end_after
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.language import LanguageModel
-from hpc_rlhf.train.models.load import load_causal
-from hpc_rlhf.train.rollout.engine import RolloutEngine, Sampling
-from hpc_rlhf.train.world import World, join, leave
+from hpc_rlhf.train.models.language_model import LanguageModel
+from hpc_rlhf.train.models.loading import load_causal
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine, Sampling
+from hpc_rlhf.train.runtime.world import World, join, leave
 from tests.benchmarks import workload
 from tests.benchmarks.measure import Clock, Result, main
 from tests.train.stages import make_run

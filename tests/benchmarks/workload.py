@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.launch.local_env import free_port
+from hpc_rlhf.launch.local.environment import free_port
 from tests.train.stages import make_run
 
 HH = "harmless-base.jsonl.gz"
@@ -85,13 +85,13 @@ def make(work: Path) -> None:
     """Write the tokenizer and the model that every side starts from, and the tokens for each."""
     from transformers import AutoModelForSequenceClassification
 
-    from hpc_rlhf.spec.model import JobSpec
+    from hpc_rlhf.spec.job import JobSpec
     from hpc_rlhf.train.context import StageContext
     from hpc_rlhf.train.data import sources
     from hpc_rlhf.train.data.sampler import sample_at
     from hpc_rlhf.train.models.tokenizers import train_bpe
-    from hpc_rlhf.train.preemption import StopFlag
-    from hpc_rlhf.train.world import join, leave
+    from hpc_rlhf.train.runtime.stop_signals import StopFlag
+    from hpc_rlhf.train.runtime.world import join, leave
 
     world = join(1)
     texts = sources.texts(JobSpec.model_validate(job(work, work / "none", "sft", 8, 1)))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hpc_rlhf import manifest
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import dump_spec
 from tests.launch.specs import make_spec
 

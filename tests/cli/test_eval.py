@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf import manifest
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.spec.load import dump_spec
 from hpc_rlhf.spec.sweep import load_any, specs_of
 from tests.cli.test_startup import TRAINING, loaded_by

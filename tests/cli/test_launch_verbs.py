@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import dump_spec, load_spec
 
 JOB = """

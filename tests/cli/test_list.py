@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf import known_runs, manifest, slurm
 from hpc_rlhf.cli import main
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import claim, prepare
-from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe.listing import find_runs, list_runs
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.slurm import QueuedJob
+from hpc_rlhf.run import manifest, run_index
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm.commands import QueuedJob
 from tests.launch.specs import make_spec
 
 
@@ -96,7 +97,7 @@ def test_runs_that_were_prepared_are_known_and_listed(
         spec = make_spec(tmp_path / name)
         with claim(spec, "test") as run:
             prepare(spec, run)
-    assert known_runs.known() == [tmp_path / "a", tmp_path / "b"]
+    assert run_index.known() == [tmp_path / "a", tmp_path / "b"]
     assert main(["list", "--json"]) == 0
     found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     assert {run["path"] for run in found} == {str(tmp_path / "a"), str(tmp_path / "b")}
@@ -106,5 +107,5 @@ def test_runs_that_were_prepared_are_known_and_listed(
     assert len(table) == 3
     assert main(["list", str(tmp_path / "no")]) == 2
     monkeypatch.setenv("XDG_STATE_HOME", "/proc/no")
-    known_runs.remember(tmp_path)  # a home that cannot be written costs nothing
-    assert known_runs.known() == []
+    run_index.remember(tmp_path)  # a home that cannot be written costs nothing
+    assert run_index.known() == []

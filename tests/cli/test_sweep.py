@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hpc_rlhf.cli import group
-from hpc_rlhf.hub import items
+from hpc_rlhf.spec.hub import items
 from hpc_rlhf.spec.sweep import load_any, specs_of
 from tests.spec.texts import GOOD, write
 

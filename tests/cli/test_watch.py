@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 from tests.launch.specs import make_spec
 
 

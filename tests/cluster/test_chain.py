@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf import manifest
+from hpc_rlhf.run import manifest
 from tests.cluster import Cluster, config, wait_until
 from tests.cluster.chain import Chain
 from tests.cluster.cluster import CHECKOUT
@@ -41,7 +41,7 @@ import os, pathlib, sys, threading, time
 def make_impatient():
     while not pathlib.Path(__file__).with_name("impatient").exists():
         time.sleep(0.1)
-    watch = sys.modules["hpc_rlhf.train.watch"]
+    watch = sys.modules["hpc_rlhf.train.runtime.watchdog"]
     watch.LEAST, watch.MULTIPLE = 4.0, 2.0
 
 if "SLURM_PROCID" in os.environ:

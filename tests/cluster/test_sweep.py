@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf import manifest
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from tests.cluster import Cluster, ClusterError, config, wait_until
 from tests.cluster.cluster import CHECKOUT
 

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from hpc_rlhf.cli import VERBS, group
-from hpc_rlhf.rundir import RunDir, StageDir
+from hpc_rlhf.run.layout import RunDir, StageDir
 from hpc_rlhf.spec.schema import json_schema
 from tests.docs.pages import ROOT
 from tests.docs.test_snippets import parses

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.run.ledger import Ledger
 
 FAKES = Path(__file__).parent / "fake_stage"
 SPEC = """\

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 
 
 def make_spec(run_dir: Path | str, slurm: dict[str, Any] | None = None, **stages: dict[str, Any]) -> JobSpec:

@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 from hpc_rlhf.errors import HpcRlhfError, SpecError
+from hpc_rlhf.estimate.stage_memory import stage_memory
+from hpc_rlhf.estimate.step_time import step_parts
 from hpc_rlhf.launch import auto
 from hpc_rlhf.launch.auto import Choice, choose, load, settle
-from hpc_rlhf.launch.memory import stage_memory
 from hpc_rlhf.launch.prepare import claim, prepare
-from hpc_rlhf.launch.steps import step_parts
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import load_spec, read_spec
-from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.schema import json_schema
 from hpc_rlhf.spec.sweep import Sweep
 from tests.launch.specs import make_spec

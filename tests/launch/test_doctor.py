@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 
+from hpc_rlhf.estimate import disk
+from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.launch.doctor import cluster as cluster_checks
-from hpc_rlhf.launch.doctor import fit, machine, size, storage, visit
+from hpc_rlhf.launch.doctor import fit, machine, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding
-from hpc_rlhf.launch.memory import stage_memory
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from tests.cluster import Cluster
 from tests.launch.specs import make_spec
 
@@ -151,7 +152,7 @@ def test_what_a_run_takes_on_disk(tmp_path: Path) -> None:
     def billions(**stages: dict[str, Any]) -> float:
         spec = make_spec(tmp_path, **stages).model_dump(mode="json")
         spec["models"] = {"actor": "facebook/opt-1.3b", "reward": "facebook/opt-350m"}
-        return (size.run_bytes(JobSpec.model_validate(spec)) or 0) / 1e9
+        return (disk.run_bytes(JobSpec.model_validate(spec)) or 0) / 1e9
 
     # Two checkpoints and one being written, of 12 bytes a weight, and a model of 2.
     assert billions(sft={}) == pytest.approx(1.3 * (3 * 12 + 2))

@@ -13,8 +13,8 @@ from hpc_rlhf.launch.executor import StageExecutor, ensure_pickle
 from hpc_rlhf.launch.jobs import submission_options
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.task import StageTask
 from tests.launch.specs import make_spec
 

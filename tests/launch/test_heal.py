@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf import manifest, notify, slurm
 from hpc_rlhf.cli import main
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.chain import Outcome
@@ -17,9 +16,11 @@ from hpc_rlhf.launch.executor import StageExecutor
 from hpc_rlhf.launch.heal import heal
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.prepare import claim, prepare
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.slurm import PastJob, QueuedJob
+from hpc_rlhf.run import manifest, notify
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm.commands import PastJob, QueuedJob
 from tests.launch.specs import make_spec
 
 STUCK = "DependencyNeverSatisfied"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.hostfile import read_hostfile
+from hpc_rlhf.launch.local.hostfile import read_hostfile
 from tests.launch.fakes import Here, is_alive, wait_for
 
 HOSTFILES = Path(__file__).parents[2] / "hostfiles"

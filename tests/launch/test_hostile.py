@@ -18,8 +18,8 @@ import yaml
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.submit import preview
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import load_spec
-from hpc_rlhf.spec.model import JobSpec
 from tests.launch.test_render import run_script
 
 # `LEFT` is a file that must not appear.

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf import slurm
 from hpc_rlhf.launch import executor, jobs
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.slurm import QueuedJob
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm.commands import QueuedJob
 
 
 class Waiting:

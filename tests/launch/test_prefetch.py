@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
-from hpc_rlhf import hub
 from hpc_rlhf.launch.prefetch import wanted
+from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.load import load_spec
 from tests.stand_in_hub import Hub, serve
 
@@ -85,7 +85,7 @@ def job(tmp_path: Path) -> Path:
 
 LOAD = """
 import sys
-from hpc_rlhf import hub
+from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.load import load_spec
 spec = load_spec(sys.argv[1])
 print("offline:", hub.go_offline(spec))

@@ -10,10 +10,10 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.prepare import claim, differences, evaluated_otherwise, prepare
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.batch import derive_batch
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import load_spec, read_spec
-from hpc_rlhf.spec.model import JobSpec
 from tests.launch.fakes import SPEC
 
 

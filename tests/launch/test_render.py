@@ -17,8 +17,8 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import node
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates, render
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from tests.launch.specs import make_spec
 
 SCONTROL = """#!/bin/bash

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from tests.launch.fakes import wait_for
 
 JOB = Path(__file__).parents[2] / "jobs/tiny.yaml"

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf import manifest
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from tests.cluster import Cluster, wait_until
 
 JOB = """

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf import manifest
 from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.spec.load import dump_spec
 from tests.train.stages import tiny_spec
 
@@ -47,7 +47,7 @@ def make_reported_run(
     run.plan_json.write_text(make_plan(spec).to_json())
     run.job_yaml.write_text(dump_spec(spec))
     clock = [_BEGAN]
-    monkeypatch.setattr("hpc_rlhf.ledger.time.time", lambda: clock[0])
+    monkeypatch.setattr("hpc_rlhf.run.ledger.time.time", lambda: clock[0])
     for number, stage in enumerate(_SUMMARIES, 7):
         _write_stage(run, stage, number, clock, steps, interruptions if stage == "sft" else 0)
     row = {"prompt": "\n\nHuman: What is a bee?\n\nAssistant:", "answer": " An insect.", **texts}

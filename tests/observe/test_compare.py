@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from hpc_rlhf import manifest
 from hpc_rlhf.cli import group
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.sweep import lay_out
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import dump_spec
 from hpc_rlhf.spec.sweep import Sweep, load_any
 from tests.spec.texts import GOOD, write

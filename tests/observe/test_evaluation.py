@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpc_rlhf import manifest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.evaluation import print_report, read_report, table_rows
 from hpc_rlhf.observe.summary import print_summary
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
 
 REPORT: dict[str, Any] = {
     "base": "sft",

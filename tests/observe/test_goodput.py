@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe.accounting import NO_WORD, STOPPED_HERE
-from hpc_rlhf.observe.goodput import count_words, measure, split_words, total
-from hpc_rlhf.observe.spans import SPANS, Goodput, Spans
+from hpc_rlhf.observe.goodput.accounting import NO_WORD, STOPPED_HERE
+from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Spans
+from hpc_rlhf.observe.goodput.totals import count_words, measure, split_words, total
+from hpc_rlhf.run.ledger import Ledger
 from tests.train.stages import make_run, run_stage, tiny_spec
 
 Event = dict[str, Any]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf import slurm
 from hpc_rlhf.cli import main
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe import fates, logs
+from hpc_rlhf.observe import liveness, logs
 from hpc_rlhf.observe.logs import LogReader, has_log_to_come, latest_stage
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.slurm import QueuedJob
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm.commands import QueuedJob
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ class FakeSlurm:
         monkeypatch.setattr(slurm, "available", lambda: True)
         monkeypatch.setattr(slurm, "queue", self.queue)
         monkeypatch.setattr(logs.time, "sleep", lambda seconds: self.moves.pop(0)())
-        monkeypatch.setattr(fates, "EVERY", 0.0)
+        monkeypatch.setattr(liveness, "EVERY", 0.0)
 
     def queue(self) -> dict[str, QueuedJob]:
         if self.away:
@@ -239,9 +239,9 @@ def test_a_verdict_that_comes_while_slurm_is_asked_is_heard(
         return {}
 
     monkeypatch.setattr(slurm, "queue", is_healed_meanwhile)
-    assert has_log_to_come(run, fates.Fates(run))
+    assert has_log_to_come(run, liveness.Fates(run))
     monkeypatch.setattr(slurm, "queue", dict)
-    assert not has_log_to_come(run, fates.Fates(run))
+    assert not has_log_to_come(run, liveness.Fates(run))
 
 
 def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.cli import main
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe.goodput import measure
+from hpc_rlhf.observe.goodput.totals import measure
 from hpc_rlhf.observe.report.page import make_page
 from hpc_rlhf.observe.report.thinning import kept
 from hpc_rlhf.observe.report.timeline import make_timeline
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from tests.observe.report_runs import HOSTILE, add_line, evaluate, make_reported_run
 from tests.train.stages import make_run, run_stage, tiny_spec
 
@@ -134,7 +134,7 @@ def test_a_run_that_broke_off_is_told_as_far_as_it_went(
     run.ledger.write_text(run.ledger.read_text().rpartition('{"time"')[0])
     Ledger(run.ledger).append("failed", "ppo", attempt="9-0", message="out of <memory>")
     for ask in ("queue", "history"):
-        monkeypatch.setattr(f"hpc_rlhf.slurm.{ask}", lambda *_: {})  # Slurm has forgotten the job
+        monkeypatch.setattr(f"hpc_rlhf.slurm.commands.{ask}", lambda *_: {})  # Slurm has forgotten the job
     page = make_page(run)
     assert "2 of 3 stages done; ppo has failed at step 60 of 60: out of &lt;memory&gt;." in page
     run.ledger.unlink()

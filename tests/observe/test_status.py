@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf import manifest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe.metrics import MetricsReader, seconds_a_step
 from hpc_rlhf.observe.status import Evidence, judge, read_status
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.slurm import PastJob, QueuedJob
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm.commands import PastJob, QueuedJob
 from tests.launch.specs import make_spec
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpc_rlhf import manifest
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.observe.progress import PlainProgress, StageView
+from hpc_rlhf.observe.format import duration, number
 from hpc_rlhf.observe.summary import print_summary
-from hpc_rlhf.observe.words import duration, number
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.observe.terminal.progress import PlainProgress, StageView
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 
 METRICS: dict[str, dict[str, float]] = {
     "sft": {"perplexity_before": 512.3, "perplexity_after": 3.456},

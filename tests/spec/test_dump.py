@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_rlhf.errors import SpecError
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec, load_spec, read_spec
-from hpc_rlhf.spec.model import JobSpec
 from tests.spec.texts import JOBS, write
 
 

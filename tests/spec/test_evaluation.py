@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import SpecError
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec, load_spec, read_spec
-from hpc_rlhf.spec.model import JobSpec
 from tests.spec.texts import GOOD, problems_in, write
 
 PPO = "ppo: {zero: 3, offload_params: true, precision: fp32, micro_batch: 2, slurm: {nodes: 4}}"

@@ -16,8 +16,8 @@ import yaml
 
 from hpc_rlhf.errors import SpecError
 from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec, load_spec, read_spec
-from hpc_rlhf.spec.model import JobSpec
 from tests.spec.texts import GOOD, JOBS, write
 
 ORIGINALS = [GOOD, *(path.read_text() for path in sorted(JOBS.glob("*.yaml")))]

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_rlhf import endings
-from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.run import failures
+from hpc_rlhf.run.ledger import Ledger
 from tests.cluster import ClusterError
 from tests.cluster.chain import Chain
 from tests.storm import strikes
@@ -222,7 +222,7 @@ class Front:
         blamed = [
             index
             for index, event in enumerate(events)
-            if event["event"] == "ended" and event["reason"] not in endings.BLAMELESS
+            if event["event"] == "ended" and event["reason"] not in failures.BLAMELESS
         ]
         if not blamed:
             return True
@@ -282,7 +282,7 @@ class Front:
 
     def _give_time(self, struck: Struck, job: str, states: Sequence[str]) -> None:
         """Let a job whose limit was cut have its time again, in one of these states."""
-        if struck.reasons != {endings.TIME_LIMIT} or not isinstance(self.chain, Chain):
+        if struck.reasons != {failures.TIME_LIMIT} or not isinstance(self.chain, Chain):
             return
         options = (f"--jobs={job}", "--states=all", "--noheader", "--format=%T")
         if self.chain.cluster.run("squeue", *options, check=False).stdout.strip() in states:

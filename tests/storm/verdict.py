@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hpc_rlhf.ledger import Ledger
+from hpc_rlhf.run.ledger import Ledger
 from tests.cluster.chain import Watched
 from tests.storm.storm import STAGES, Storm, Struck
 from tests.train.stages import weights_digest

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.runtime.world import World
 
 if TYPE_CHECKING:
     from tests.train.ppo_trainers import Steps

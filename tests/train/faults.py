@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.train.checkpoint import Checkpoint
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.preemption import StopFlag
-from hpc_rlhf.train.snapshot import Snapshot
+from hpc_rlhf.train.runtime.stop_signals import StopFlag
 from tests.train.stages import make_run, tiny_spec
 
 STEPS = 5

@@ -18,13 +18,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.preemption import StopFlag
+from hpc_rlhf.train.runtime.stop_signals import StopFlag
+from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages import common, sft
-from hpc_rlhf.train.world import World
 from tests.train.faults import forked
 from tests.train.stages import make_run, metrics, tiny_spec, weights_digest
 
@@ -101,7 +101,9 @@ def main(folder: Path) -> dict[str, Any]:
     os.environ.update(DS_ACCELERATOR="cpu", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as ``hpc_rlhf.train.world.join`` does
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+        False  # as ``hpc_rlhf.train.runtime.world.join`` does
+    )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     world = Alone(0, 1, 0, torch.device("cpu"), dist.group.WORLD)

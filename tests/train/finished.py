@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hpc_rlhf import manifest
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.data import sources
 from hpc_rlhf.train.models.tokenizers import train_bpe
 from tests.train import tiny

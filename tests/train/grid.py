@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_rlhf.rank import end_after
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
 from tests.train.stages import run_ranks
 
@@ -24,10 +24,10 @@ def run_chains(runs: Sequence[RunDir], ranks: int) -> None:
 
 def main() -> None:
     """One rank."""
-    from hpc_rlhf.train import world as worlds
     from hpc_rlhf.train.entry import Attempt
-    from hpc_rlhf.train.launcher import launcher_ranks
-    from hpc_rlhf.train.preemption import StopFlag
+    from hpc_rlhf.train.runtime import world as worlds
+    from hpc_rlhf.train.runtime.launcher import launcher_ranks
+    from hpc_rlhf.train.runtime.stop_signals import StopFlag
 
     world = worlds.join(launcher_ranks()[1])
     for path in sys.argv[1:]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.spec.stages import PpoSpec
-from hpc_rlhf.train.models import packed
-from hpc_rlhf.train.models.language import LanguageModel
-from hpc_rlhf.train.models.load import RewardModel
+from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models.language_model import LanguageModel
+from hpc_rlhf.train.models.loading import RewardModel
 from hpc_rlhf.train.rollout.experience import Rollout
-from hpc_rlhf.train.stages.ppo_trainer import PpoTrainer, Sizes
+from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
 from tests.train import tiny
 
 PROMPTS = [[5, 9, 11, 30, 7], [8], [40, 41, 42, 43, 44, 45, 46, 47, 48], [3, 4], [6, 6], [90, 12, 13]]
@@ -49,13 +49,13 @@ class Alone(SimpleNamespace):
 
 def language(seed: int = 0) -> LanguageModel:
     model = tiny.causal("llama", seed)
-    packed.enable(model)
+    packed_attention.enable(model)
     return LanguageModel(model)
 
 
 def rewarding(seed: int = 1) -> RewardModel:
     model = tiny.classifier("llama", seed)
-    packed.enable(model)
+    packed_attention.enable(model)
     return RewardModel(model)
 
 

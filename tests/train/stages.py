@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.launch.local_env import free_port
+from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.launch.prepare import claim, prepare
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 
 DEADLINE = 240.0
 ONCE_DEADLINE = 600.0  # of ranks that run many stages

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.rank import end_after
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
 from tests.train.stages import run_ranks
 
@@ -34,16 +34,17 @@ def run_stopping(work: Sequence[tuple[RunDir, str, Sequence[Stop]]], ranks: int)
 
 def main() -> None:
     """One rank."""
-    from hpc_rlhf import manifest
-    from hpc_rlhf.train import context, polls
-    from hpc_rlhf.train import world as worlds
+    from hpc_rlhf.run import manifest
+    from hpc_rlhf.train import context
     from hpc_rlhf.train.entry import Attempt
-    from hpc_rlhf.train.launcher import launcher_ranks
-    from hpc_rlhf.train.preemption import StageStopped, StopFlag
+    from hpc_rlhf.train.runtime import consensus
+    from hpc_rlhf.train.runtime import world as worlds
+    from hpc_rlhf.train.runtime.launcher import launcher_ranks
+    from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 
     world = worlds.join(launcher_ranks()[1])
-    polls.BETWEEN = polls.MOST = 0.0  # a round between all pieces of work
-    ask, between, safe_point = polls.Polls.now, polls.Polls.between, context.StageContext.safe_point
+    consensus.BETWEEN = consensus.MOST = 0.0  # a round between all pieces of work
+    ask, between, safe_point = consensus.Polls.now, consensus.Polls.between, context.StageContext.safe_point
     describe = manifest.describe
 
     for path, stage, stops in json.loads(sys.argv[1]):
@@ -83,7 +84,7 @@ def main() -> None:
                 return describe(folder, *share)
 
             context.StageContext.safe_point = first_point  # type: ignore[method-assign]
-            polls.Polls.now, polls.Polls.between = now, asking  # type: ignore[method-assign]
+            consensus.Polls.now, consensus.Polls.between = now, asking  # type: ignore[method-assign]
             manifest.describe = described
             try:
                 attempt = Attempt(run, stage, flag)

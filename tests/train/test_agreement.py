@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 from tests.train.grid import run_chains
 from tests.train.stages import make_run, metrics, tiny_spec
 

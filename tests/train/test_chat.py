@@ -11,7 +11,7 @@ import torch
 from hpc_rlhf.train.chat import NEXT_TURN, ChatModel
 from hpc_rlhf.train.data.dialogues import follow
 from hpc_rlhf.train.data.rows import transcript
-from hpc_rlhf.train.models.weights import export
+from hpc_rlhf.train.models.export import export
 from tests.train import chatty, tiny
 
 HI = [("human", "What colour is grass?")]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf import manifest
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
 from tests.train.stages import log_tail, make_run, metrics, run_stage, tiny_spec, weights_digest
 
 pytestmark = pytest.mark.train

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf import manifest, slurm
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.train.entry import Attempt, run_stage
-from hpc_rlhf.train.preemption import StageStopped, StopFlag
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
+from hpc_rlhf.train.runtime.world import World
 from tests.train.stages import make_run, tiny_spec
 
 TIME_LIMIT, PREEMPTED = 1, 2
@@ -43,8 +44,8 @@ def finished(run: RunDir) -> None:
 
 def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt whose stage ends well, and that has heard a signal after its last safe point."""
-    monkeypatch.setattr("hpc_rlhf.train.world.join", lambda ranks: world)
-    monkeypatch.setattr("hpc_rlhf.train.world.leave", lambda: None)
+    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
+    monkeypatch.setattr("hpc_rlhf.train.runtime.world.leave", lambda: None)
     stop = StopFlag()
 
     def train(attempt: Attempt, *_: object) -> None:
@@ -101,7 +102,7 @@ def test_requeues_are_counted_over_all_jobs_and_from_a_persons_word(
         ledger.append(event, "sft", job_id="8", step=3, reason="preempted")
     if by_person:
         ledger.append("anew", "sft")
-    monkeypatch.setattr("hpc_rlhf.train.world.join", lambda ranks: world)
+    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
     def stop(attempt: Attempt, *_: object) -> None:
@@ -151,7 +152,7 @@ def test_a_step_that_never_fits_the_time_limit_is_not_tried_for_ever(
     ledger.append("resumed", "sft", step=3, part=0)
     for event, step, reason in before:
         ledger.append(event, "sft", step=step, reason=reason, progress=False)
-    monkeypatch.setattr("hpc_rlhf.train.world.join", lambda ranks: world)
+    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
     def stop(attempt: Attempt, *_: object) -> None:

@@ -11,22 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_rlhf import manifest
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
-from hpc_rlhf.train.preemption import StageStopped, StopFlag
-from hpc_rlhf.train.rollout.engine import RolloutEngine
 from hpc_rlhf.train.rollout.experience import Rollout
-from hpc_rlhf.train.stages import eval as evaluation
-from hpc_rlhf.train.stages import eval_data
-from hpc_rlhf.train.stages.eval_data import HeldOut, held_out
-from hpc_rlhf.train.stages.eval_report import Found, Measured, make_report
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
+from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
+from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.stages.eval import data
+from hpc_rlhf.train.stages.eval import stage as evaluation
+from hpc_rlhf.train.stages.eval.data import HeldOut, held_out
+from hpc_rlhf.train.stages.eval.report import Found, Measured, make_report
 from tests.train import tiny
 from tests.train.finished import as_if_trained
 from tests.train.stages import log_tail, make_run, run_stage, tiny_spec
@@ -236,7 +236,7 @@ def test_a_prompt_is_asked_once_and_plain_text_is_not(
         return {"prompt": prompt, "prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [7, 2]}
 
     rows = [row(prompt) for prompt in ("a", "b", "", "a", "b", "c", "")]
-    monkeypatch.setattr(eval_data, "prepare", lambda *_: StageData(rows, rows))
+    monkeypatch.setattr(data, "prepare", lambda *_: StageData(rows, rows))
     context = StageContext(done[1], "eval", done[0], world, StopFlag(), "look")
     assert sorted(held_out(context, 100).questions) == ["a", "b", "c"]
     few = held_out(context, 2)

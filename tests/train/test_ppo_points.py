@@ -77,14 +77,14 @@ import torch.nn.functional as F
 
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.algorithms.logprobs import head_log_probs
-from hpc_rlhf.train.checkpoint import Checkpoint
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.load import load_reward
+from hpc_rlhf.train.models.loading import load_reward
 from hpc_rlhf.train.rollout.experience import Rollout
-from hpc_rlhf.train.rollout.sampling import Sampling
-from hpc_rlhf.train.snapshot import Snapshot
-from hpc_rlhf.train.stages.ppo_models import PpoModels, Start
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.rollout.in_process.sampling import Sampling
+from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.stages.ppo.models import PpoModels, Start
 from tests.train import tiny
 from tests.train.ppo_trainers import ANSWERS, PROMPTS, ROLLOUT, Steps, trainer_of
 

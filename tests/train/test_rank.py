@@ -16,7 +16,7 @@ class Listens:
     """Stands for a stage: installs the stop flag, and says what it has heard by then."""
 
     def __call__(self) -> int:
-        from hpc_rlhf.train.preemption import StopFlag
+        from hpc_rlhf.train.runtime.stop_signals import StopFlag
 
         flag = StopFlag()
         flag.install()

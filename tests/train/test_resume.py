@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf.ledger import Ledger
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from tests.train.stages import make_run, metrics, run_stage, tiny_spec, weights_digest
 from tests.train.stopping import FILES, run_stopping
 

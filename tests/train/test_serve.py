@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf import manifest
-from hpc_rlhf.launch.local_env import free_port
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.launch.local.environment import free_port
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import dump_spec
 from hpc_rlhf.train.chat import ChatModel
 from hpc_rlhf.train.data.dialogues import prompt_text, token_ids
-from hpc_rlhf.train.models.weights import export
+from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.serve import plain_template
 from tests.launch.specs import make_spec
 from tests.train import tiny

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.chat import ChatModel
-from hpc_rlhf.train.models.weights import export
+from hpc_rlhf.train.models.export import export
 from tests.train import chatty, tiny
 from tests.train.stages import log_tail, make_run, run_stage, tiny_spec
 

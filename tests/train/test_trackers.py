@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf import manifest
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec
-from hpc_rlhf.spec.model import JobSpec
 from hpc_rlhf.spec.notify import TrackersSpec
 from hpc_rlhf.train import trackers
 from hpc_rlhf.train.trackers import Trackers

@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor import cluster, fit, hub, machine, packages, size, storage, visit
+from hpc_rlhf.estimate import disk
+from hpc_rlhf.launch.doctor import cluster, fit, hub, machine, packages, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding, error, warning
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.render import Templates
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.spec.job import JobSpec
 
 
 def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say: visit.Say) -> list[Finding]:
@@ -49,7 +50,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         with storage.scratch(plan.run) as folder:
             findings += [
                 storage.check_writes(folder, plan.run),
-                storage.check_space(folder, size.run_bytes(spec)),
+                storage.check_space(folder, disk.run_bytes(spec)),
             ]
             if on_cluster and cluster.unfit(findings):
                 say("no job was submitted: Slurm would refuse it")

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.doctor import site
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm.sbatch import time_limit
 from hpc_rlhf.spec.cluster import SlurmSpec
-from hpc_rlhf.spec.sbatch import time_limit
 
 _TESTED = (22, 5)  # the oldest Slurm that the tests run on
 _MIN_JOB_AGE = 60  # seconds in which a sentinel has started and asked

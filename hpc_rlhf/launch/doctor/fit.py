@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.stage_memory import RESERVE, Memory, run_memory
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
-from hpc_rlhf.launch.memory import RESERVE, Memory, run_memory
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 
 _CURE = "see what takes it (hpc-rlhf plan), and raise zero, lower micro_batch, or set both to auto"
 

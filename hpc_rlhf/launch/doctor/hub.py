@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from hpc_rlhf import hub
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.hub import HubItem
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.launch.prefetch import Unreachable, explained
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec import hub
+from hpc_rlhf.spec.hub import HubItem
+from hpc_rlhf.spec.job import JobSpec
 
 _SECONDS = 10
 

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.doctor import cluster, hub, machine, packages, storage
 from hpc_rlhf.launch.doctor.finding import Finding, error
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
-from hpc_rlhf.spec.model import JobSpec
 
 
 def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list[Finding]:

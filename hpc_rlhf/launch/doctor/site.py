@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.slurm import commands as slurm
 
 
 def configuration() -> dict[str, str]:

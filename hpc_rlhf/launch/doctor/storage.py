@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hpc_rlhf import ownership
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run import ownership
+from hpc_rlhf.run.layout import RunDir
 
 # Beside what a run needs: logs, metrics, data.
 _LEAST_FREE = 10**9

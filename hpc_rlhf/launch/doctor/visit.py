@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hpc_rlhf import slurm
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import Templates, rank_python
+from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec
-from hpc_rlhf.spec.model import JobSpec
 
 _UNSHARED = 77  # the job's exit code where its first node does not see the folder
 _NODES = 2  # enough to tell whether nodes agree, and few enough to be had soon

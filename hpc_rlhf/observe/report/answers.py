@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hpc_rlhf.observe.format import number
 from hpc_rlhf.observe.summary import final_samples
-from hpc_rlhf.observe.words import number
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
 
 # In the order in which they stand side by side.
 MODELS = {

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from hpc_rlhf.observe.format import number
 from hpc_rlhf.observe.metrics import Row, step_rows
 from hpc_rlhf.observe.report.thinning import Values, kept
-from hpc_rlhf.observe.words import number
 
 _HELD_OUT = "held out"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hpc_rlhf.observe.format import duration
 from hpc_rlhf.observe.report.answers import MODELS
 from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.summary import outcome
-from hpc_rlhf.observe.words import duration
 
 _IN_HAND = frozenset({
     "running", "pending", "waiting", "requeued", "starting", "completing", "configuring", "not started", "stopping"

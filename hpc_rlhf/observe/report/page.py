@@ -13,16 +13,16 @@ from typing import Any
 
 from hpc_rlhf import __version__
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.ledger import Ledger
 from hpc_rlhf.observe.evaluation import notes, read_report, table_rows
-from hpc_rlhf.observe.goodput import count_words, split_words, total
+from hpc_rlhf.observe.goodput.totals import count_words, split_words, total
 from hpc_rlhf.observe.report import outcome, timeline
 from hpc_rlhf.observe.report.answers import MODELS, read_exchanges
 from hpc_rlhf.observe.report.charts import Chart, make_charts
 from hpc_rlhf.observe.report.thinning import MOST
 from hpc_rlhf.observe.status import read_plan, read_status
 from hpc_rlhf.observe.summary import stage_facts
-from hpc_rlhf.rundir import RunDir
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 
 _HERE = Path(__file__).parent
 

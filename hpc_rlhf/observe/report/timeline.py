@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from hpc_rlhf.observe.spans import SPANS, Goodput, Interruption, Stretch
-from hpc_rlhf.observe.words import duration
+from hpc_rlhf.observe.format import duration
+from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Interruption, Stretch
 
 WORDS = {
     "waiting": "waiting for another stage or a person",

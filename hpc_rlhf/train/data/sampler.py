@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from hpc_rlhf.train import seeds
+from hpc_rlhf.train.runtime import seeds
 
 
 @lru_cache(maxsize=2)

@@ -11,10 +11,10 @@ from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.data import SourceSpec
-from hpc_rlhf.spec.model import JobSpec
-from hpc_rlhf.train import seeds
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.data import demo
 from hpc_rlhf.train.data.rows import Sample, read_row
+from hpc_rlhf.train.runtime import seeds
 
 # Stages that learn which of two answers is the better one.
 PAIRED = ("reward", "dpo")

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.data import SourceSpec
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import encode
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read as read_source
 from hpc_rlhf.train.data.sources import stage_samples
-from hpc_rlhf.train.preemption import Interrupted
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.runtime.stop_signals import Interrupted
+from hpc_rlhf.train.runtime.world import World
 
 # The answers that each stage is given; PPO's is what its own answers may be held against.
 ANSWERS = {

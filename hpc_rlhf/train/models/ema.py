@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpc_rlhf.train import pieces
-from hpc_rlhf.train.models.cut import replicas
-from hpc_rlhf.train.pieces import Piece
-from hpc_rlhf.train.snapshot import Snapshot
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.checkpoint import shards
+from hpc_rlhf.train.checkpoint.shards import Piece
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.parallel.tensor_parallel import replicas
+from hpc_rlhf.train.runtime.world import World
 
 
 class Ema:
@@ -71,11 +71,11 @@ class Ema:
 
     def save(self, snapshot: Snapshot, name: str) -> None:
         """Put the averages into a snapshot's folder, for any number of ranks to go on from. Collective."""
-        pieces.write(snapshot, name, self._pieces(), {}, self.world)
+        shards.write(snapshot, name, self._pieces(), {}, self.world)
 
     def load(self, folder: Path) -> None:
         """Put back what ``save`` wrote."""
-        pieces.read(folder, list(self._pieces()), self.world)
+        shards.read(folder, list(self._pieces()), self.world)
 
     def _pieces(self) -> Iterator[Piece]:
         for i, average in self.averages.items():

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpc_rlhf.spec.training import TrainingSpec
-from hpc_rlhf.train import pieces
 from hpc_rlhf.train.algorithms import schedule
-from hpc_rlhf.train.models import state
-from hpc_rlhf.train.models.cut import cut, is_cut, mark
-from hpc_rlhf.train.models.onebit import OneBitAdam
-from hpc_rlhf.train.snapshot import Snapshot
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.checkpoint import shards
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.models import engine_state
+from hpc_rlhf.train.models.onebit_adam import OneBitAdam
+from hpc_rlhf.train.parallel.tensor_parallel import cut, is_cut, mark
+from hpc_rlhf.train.runtime.world import World
 
 
 @contextmanager
@@ -202,7 +202,7 @@ def traffic(engines: Sequence[Any]) -> dict[str, float]:
 
 def save(engine: Any, snapshot: Snapshot, name: str, world: World) -> None:
     """Put an engine's state into a snapshot's folder, for any number of ranks to go on from. Collective."""
-    pieces.write(snapshot, name, state.pieces(engine, world), state.facts(engine, world), world)
+    shards.write(snapshot, name, engine_state.pieces(engine, world), engine_state.facts(engine, world), world)
 
 
 def load(engine: Any, folder: Path, world: World) -> None:
@@ -211,6 +211,6 @@ def load(engine: Any, folder: Path, world: World) -> None:
     Raises:
         HpcRlhfError: it was written for another model, or cannot be read by this number of ranks.
     """
-    state.prepare(engine, pieces.read_facts(folder), folder, world)
-    pieces.read(folder, state.pieces(engine, world), world)
-    state.settle(engine)
+    engine_state.prepare(engine, shards.read_facts(folder), folder, world)
+    shards.read(folder, engine_state.pieces(engine, world), world)
+    engine_state.settle(engine)

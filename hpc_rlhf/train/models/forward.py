@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_rlhf.train import ragged
-from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models import packed_attention
 
 # Rows of so many tokens are a multiple of so many: matrix kernels are fastest there.
 ALIGNED = 64
@@ -61,7 +61,7 @@ def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     Returns:
         (tokens or more, hidden); rows after those of the sequences mean nothing.
     """
-    if body.config._attn_implementation == packed.NAME:
+    if body.config._attn_implementation == packed_attention.NAME:
         # transformers hands a mask of four dimensions on as it is, and so builds none of its own.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
         filling = _filling(len(ids), ids.device)

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
-from hpc_rlhf.train import seeds
-from hpc_rlhf.train.models import cut
+from hpc_rlhf.train.parallel import tensor_parallel
+from hpc_rlhf.train.runtime import seeds
 
 
 class LoraLinear(nn.Module):
@@ -32,17 +32,17 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.on = True
-        self.bridge, along = cut.bridge(base), cut.along(base)
+        self.bridge, along = tensor_parallel.bridge(base), tensor_parallel.along(base)
         inner, outer = _sizes(base)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(inner)
         start = torch.empty(rank, inner).uniform_(-bound, bound, generator=generator)
         if along == 1:
-            start = cut.own_part(base, start, 1)
+            start = tensor_parallel.own_part(base, start, 1)
         self.lora_a = nn.Parameter(start.to(base.weight.dtype))
         self.lora_b = nn.Parameter(torch.zeros(outer, rank, dtype=base.weight.dtype))
         if along is not None:
-            cut.mark(self.lora_b if along == 0 else self.lora_a)
+            tensor_parallel.mark(self.lora_b if along == 0 else self.lora_a)
         base.weight.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _sizes(base: Any) -> tuple[int, int]:
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     outer, inner = base.weight.shape
-    return inner * (base.weight.cut_into if cut.along(base) == 1 else 1), outer
+    return inner * (base.weight.cut_into if tensor_parallel.along(base) == 1 else 1), outer
 
 
 def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
@@ -87,7 +87,7 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if (isinstance(child, nn.Linear | Conv1D) or cut.along(child) is not None)
+        if (isinstance(child, nn.Linear | Conv1D) or tensor_parallel.along(child) is not None)
         and child is not head
         and name != "score"
         and (lora.targets is None or name in lora.targets)

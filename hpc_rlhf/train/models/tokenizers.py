@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf import manifest
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.spec.model import FromScratch, ModelRef
-from hpc_rlhf.train.world import World
+from hpc_rlhf.run import manifest
+from hpc_rlhf.spec.job import FromScratch, ModelRef
+from hpc_rlhf.train.runtime.world import World
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from hpc_rlhf import manifest
+from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.training import TrainingSpec
-from hpc_rlhf.train.checkpoint import Checkpoint
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import lora
-from hpc_rlhf.train.models.cut import cut
-from hpc_rlhf.train.models.weights import collect, write
-from hpc_rlhf.train.preemption import Interrupted
+from hpc_rlhf.train.models.export import collect, write
+from hpc_rlhf.train.parallel.tensor_parallel import cut
 from hpc_rlhf.train.ragged import plan_step
-from hpc_rlhf.train.snapshot import Snapshot
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.runtime.stop_signals import Interrupted
+from hpc_rlhf.train.runtime.world import World
 
 # Held-out samples looked at: enough for a standard error of 1.6 % on an accuracy.
 EVALUATED = 1024

@@ -16,16 +16,16 @@ from torch import Tensor
 from hpc_rlhf.spec.stages import DpoSpec
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.dpo import preference_loss
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.metrics import keep_until
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import lora
-from hpc_rlhf.train.models.language import LanguageModel
-from hpc_rlhf.train.models.load import check_fits, load_causal
+from hpc_rlhf.train.models.language_model import LanguageModel
+from hpc_rlhf.train.models.loading import check_fits, load_causal
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.rollout.engine import RolloutEngine, Sampling
-from hpc_rlhf.train.snapshot import Snapshot
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine, Sampling
 from hpc_rlhf.train.stages.common import (
     EVALUATED,
     Batches,
@@ -35,7 +35,7 @@ from hpc_rlhf.train.stages.common import (
     pair_lengths,
     save_engines,
 )
-from hpc_rlhf.train.stages.samples import SampleLog
+from hpc_rlhf.train.stages.sample_log import SampleLog
 
 # Held-out prompts answered at the end by the model that training started from and by the trained one.
 SHOWN = 16

@@ -14,12 +14,12 @@ from torch import Tensor
 from hpc_rlhf.spec.stages import RewardSpec
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.reward import pairwise_loss
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.load import check_fits, load_reward
+from hpc_rlhf.train.models.loading import check_fits, load_reward
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.stages.common import (
     Batches,
     adapted,

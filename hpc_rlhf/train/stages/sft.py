@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.spec.stages import SftSpec
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.language import LanguageModel
-from hpc_rlhf.train.models.load import check_fits, load_causal
+from hpc_rlhf.train.models.language_model import LanguageModel
+from hpc_rlhf.train.models.loading import check_fits, load_causal
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.snapshot import Snapshot
 from hpc_rlhf.train.stages.common import Batches, adapted, finish, load_engines, save_engines
 
 

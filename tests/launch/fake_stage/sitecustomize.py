@@ -21,8 +21,8 @@ def rank() -> int:
 
 
 def run_stage(run_dir: str, stage: str) -> None:
-    from hpc_rlhf.ledger import Ledger
-    from hpc_rlhf.rundir import RunDir
+    from hpc_rlhf.run.layout import RunDir
+    from hpc_rlhf.run.ledger import Ledger
 
     run = RunDir(Path(run_dir))
     facts = {**os.environ, "pid": os.getpid()}
@@ -38,7 +38,7 @@ def finish(run, stage) -> None:
     """Ends well at once."""
     if rank():
         return
-    from hpc_rlhf import manifest
+    from hpc_rlhf.run import manifest
 
     for step in range(1, 21):
         line = {"step": step, "total_steps": 20, "time": time.time(), "kind": "train", "loss": 1 / step}
@@ -52,7 +52,7 @@ def finish(run, stage) -> None:
 
 def until_told(run, stage) -> None:
     """Goes on until it is told to stop; takes longer to save than submitit's controller would allow."""
-    from hpc_rlhf.ledger import Ledger
+    from hpc_rlhf.run.ledger import Ledger
 
     while not heard:
         time.sleep(0.05)
@@ -79,7 +79,7 @@ def one_killed(run, stage) -> None:
 
 def killed_beside_another(run, stage) -> None:
     """As rank 1 is killed, the ranks of a launcher that was killed before come to their last word."""
-    from hpc_rlhf.ledger import Ledger
+    from hpc_rlhf.run.ledger import Ledger
 
     if rank() == 0:
         Ledger(run.ledger).append("interrupted", stage, attempt="another", step=3)
@@ -95,7 +95,7 @@ def killed_once(run, stage) -> None:
     if rank() == 1 and not first.exists():
         first.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    from hpc_rlhf.ledger import Ledger
+    from hpc_rlhf.run.ledger import Ledger
 
     if rank() == 0 and sum(event["event"] == "started" for event in Ledger(run.ledger).events(stage)) == 1:
         return
@@ -104,7 +104,7 @@ def killed_once(run, stage) -> None:
 
 def mistaken(run, stage) -> None:
     """Finds a mistake of the user's, as the real stages report one."""
-    from hpc_rlhf.ledger import Ledger
+    from hpc_rlhf.run.ledger import Ledger
 
     if rank() == 0:
         Ledger(run.ledger).append("failed", stage, message="data.json: no such file", exit_code=2)
@@ -113,7 +113,7 @@ def mistaken(run, stage) -> None:
 
 def stranded(run, stage) -> None:
     """Rank 1 fails; rank 0 loses touch with it a little later."""
-    from hpc_rlhf.ledger import Ledger
+    from hpc_rlhf.run.ledger import Ledger
 
     time.sleep(0.5 if rank() == 0 else 0)
     message = "RuntimeError: connection closed" if rank() == 0 else "OSError: disk full"

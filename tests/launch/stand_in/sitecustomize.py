@@ -28,17 +28,18 @@ def run_stage(run_dir: str, stage: str) -> None:
 
 
 def run(self) -> None:
-    from hpc_rlhf import manifest, slurm
+    from hpc_rlhf.run import manifest
+    from hpc_rlhf.slurm import commands as slurm
     from hpc_rlhf.spec.load import read_spec
-    from hpc_rlhf.train import arrival
+    from hpc_rlhf.train import job_start
 
     spec = read_spec(self.files.job_yaml)
     self.is_main = True
-    arrival.note_ending_before(self.files, self.stage, self.job, self.restarts)
+    job_start.note_ending_before(self.files, self.stage, self.job, self.restarts)
     self.note("started", job_id=self.job, restart=self.restarts, ranks=1, host=self.host, age=0)
     if slurm.was_preempted(self.job):
         self.stop.preempt()
-    arrival.put_sentinel_back(self.files, self.stage, self.job)
+    job_start.put_sentinel_back(self.files, self.stage, self.job)
     for need in spec.needs(self.stage):
         manifest.require(self.files.stage(need).model, f"the model of stage {need}")
     train(self, spec)
@@ -53,7 +54,7 @@ def run(self) -> None:
 
 def train(self, spec) -> None:
     """The steps after the last saved one. Raises what a stage raises that was told to stop, once that is saved."""
-    from hpc_rlhf.train.preemption import REASON_OF_CODE, StageStopped
+    from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, StageStopped
 
     files = self.files.stage(self.stage)
     kept = files.path / "kept"

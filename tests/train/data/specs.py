@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 
 
 def spec_of(

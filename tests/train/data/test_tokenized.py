@@ -10,7 +10,7 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.data import SourceSpec
-from hpc_rlhf.spec.model import JobSpec
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.data import arrow, tokenized
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read, stage_samples
@@ -20,7 +20,7 @@ from hpc_rlhf.train.data.tokenized import (
     prepare_mixture,
     token_lengths,
 )
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 from tests.train.data.specs import spec_of
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from hpc_rlhf.train.models.asked import asking
-from hpc_rlhf.train.preemption import Interrupted
+from hpc_rlhf.train.models.interruptible_loading import asking
+from hpc_rlhf.train.runtime.stop_signals import Interrupted
 from tests.train import tiny
 
 

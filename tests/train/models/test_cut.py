@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf.launch.local_env import free_port
-from hpc_rlhf.train.models.cut import ARCHITECTURES
+from hpc_rlhf.launch.local.environment import free_port
+from hpc_rlhf.train.parallel.tensor_parallel import ARCHITECTURES
 from tests.train.stages import END, rank_environment
 
 pytestmark = pytest.mark.train
@@ -18,18 +18,18 @@ pytestmark = pytest.mark.train
 RANK = """
 import json, sys, torch
 from types import SimpleNamespace
-from hpc_rlhf.train.world import join
+from hpc_rlhf.train.runtime.world import join
 world = join(2).grouped(2)
 from deepspeed.utils import groups
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models import packed
-from hpc_rlhf.train.models.cut import along, cut
+from hpc_rlhf.train.parallel.tensor_parallel import along, cut
 from hpc_rlhf.train.models.engine import _gradient_norm
-from hpc_rlhf.train.models.language import LanguageModel
+from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
-from hpc_rlhf.train.models.weights import full_weights, size
-from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling
+from hpc_rlhf.train.models.export import full_weights, size
+from hpc_rlhf.train.rollout.in_process.engine import RolloutDropped, RolloutEngine, Sampling
 from tests.train import tiny
 
 torch.set_num_threads(1)

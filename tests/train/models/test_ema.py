@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.models.ema import Ema
-from hpc_rlhf.train.snapshot import Snapshot
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.runtime.world import World
 
 BETA = 0.992
 ALONE = World(0, 1, 0, torch.device("cpu"), None)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hpc_rlhf.launch.local_env import free_port
+from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.engine import parameter_groups
 from hpc_rlhf.train.models.lora import adapt
@@ -37,11 +37,11 @@ def test_frozen_weights_are_left_out() -> None:
 
 RANK = """
 import math, torch
-from hpc_rlhf.train.world import join
+from hpc_rlhf.train.runtime.world import join
 join(1)
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.models.engine import optimizer_step, training_engine
-from hpc_rlhf.train.models.language import LanguageModel
+from hpc_rlhf.train.models.language_model import LanguageModel
 from tests.train import tiny
 
 config = {

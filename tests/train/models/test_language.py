@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpc_rlhf.train.models import packed
-from hpc_rlhf.train.models.language import LanguageModel
-from hpc_rlhf.train.models.load import RewardModel
+from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models.language_model import LanguageModel
+from hpc_rlhf.train.models.loading import RewardModel
 from hpc_rlhf.train.ragged import Ragged
 from tests.train import tiny
 
@@ -27,8 +27,8 @@ def made(kind: str, way: str, make: Callable[..., Any] = tiny.causal) -> Any:
     # Mistral with a window shorter than the longest row.
     model = make(kind, **({"sliding_window": 5} if kind == "mistral" else {}))
     if way == "packed":
-        packed.enable(model)
-        assert model.config._attn_implementation == packed.NAME
+        packed_attention.enable(model)
+        assert model.config._attn_implementation == packed_attention.NAME
     return model
 
 
@@ -110,7 +110,7 @@ def test_a_packed_model_still_takes_padded_rows(kind: str) -> None:
 @pytest.mark.parametrize("kind", SILENT)
 def test_an_architecture_that_would_not_hear_of_the_lengths_runs_padded(kind: str) -> None:
     model, plain = tiny.causal(kind), tiny.causal(kind)
-    packed.enable(model)
+    packed_attention.enable(model)
     assert model.config._attn_implementation == "sdpa"
     batch = Ragged.of(ROWS)
     found, _ = LanguageModel(model)(batch.ids, batch.lengths, batch.tail([len(row) - 1 for row in ROWS]))
@@ -119,7 +119,7 @@ def test_an_architecture_that_would_not_hear_of_the_lengths_runs_padded(kind: st
 
 def test_attention_that_was_not_told_the_lengths_refuses() -> None:
     model = tiny.causal("llama")
-    packed.enable(model)
+    packed_attention.enable(model)
     with pytest.raises(RuntimeError, match="was not told how long the packed sequences are"):
         model(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
@@ -127,7 +127,7 @@ def test_attention_that_was_not_told_the_lengths_refuses() -> None:
 def test_attention_of_its_own_is_left_alone() -> None:
     model = tiny.causal("llama")
     model.config.attn_logit_softcapping = 30.0
-    packed.enable(model)
+    packed_attention.enable(model)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -135,7 +135,7 @@ def test_attention_in_half_precision_learns_what_single_does() -> None:
     lengths, scaling = (5, 1, 33), 0.25
     heads = [torch.randn(1, 2, sum(lengths), 16).bfloat16().requires_grad_() for _ in range(3)]
     weight = torch.randn(1, sum(lengths), 2, 16)
-    found, _ = packed.attention(None, *heads, None, scaling=scaling, packed_lengths=lengths)
+    found, _ = packed_attention.attention(None, *heads, None, scaling=scaling, packed_lengths=lengths)
     grads = torch.autograd.grad((found * weight).sum(), heads)
     single = [tensor.detach().float().requires_grad_() for tensor in heads]
     parts = zip(*[tensor.split(lengths, 2) for tensor in single], strict=True)

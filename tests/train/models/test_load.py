@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_rlhf import manifest
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.model import FromScratch
-from hpc_rlhf.train.models.load import (
+from hpc_rlhf.run import manifest
+from hpc_rlhf.spec.job import FromScratch
+from hpc_rlhf.train.models.loading import (
     check_fits,
     folder_or_id,
     load_causal,
     load_reward,
     make_from_scratch,
 )
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,8 @@ from torch import nn
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
+from hpc_rlhf.train.models.export import full_weights
 from hpc_rlhf.train.models.lora import LoraLinear, adapt, off
-from hpc_rlhf.train.models.weights import full_weights
 from tests.train import tiny
 
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))

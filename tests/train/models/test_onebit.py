@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_rlhf.launch.local_env import free_port
-from hpc_rlhf.train.models.onebit import FLOOR, OneBitAdam
-from hpc_rlhf.train.world import World
+from hpc_rlhf.launch.local.environment import free_port
+from hpc_rlhf.train.models.onebit_adam import FLOOR, OneBitAdam
+from hpc_rlhf.train.runtime.world import World
 from tests.train.stages import END, rank_environment
 
 pytestmark = pytest.mark.train
@@ -23,14 +23,14 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 RANK = """
 import hashlib, json, sys, torch
 from pathlib import Path
-from hpc_rlhf.train.world import join
+from hpc_rlhf.train.runtime.world import join
 world = join(4)
 torch.set_num_threads(1)
 import torch.distributed as dist
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.snapshot import Snapshot
-from hpc_rlhf.train.models.onebit import OneBitAdam
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.models.onebit_adam import OneBitAdam
 from transformers import AutoModelForCausalLM
 from tests.train import tiny
 

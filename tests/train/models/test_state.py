@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf.launch.local_env import free_port
+from hpc_rlhf.launch.local.environment import free_port
 from tests.train.stages import END, rank_environment
 
 pytestmark = pytest.mark.train
@@ -31,13 +31,13 @@ import json, sys
 from pathlib import Path
 import torch
 from hpc_rlhf.spec.stages import SftSpec
-from hpc_rlhf.train import world as worlds
+from hpc_rlhf.train.runtime import world as worlds
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models import state
-from hpc_rlhf.train.models.language import LanguageModel
-from hpc_rlhf.train.models.load import DTYPES, load_causal
+from hpc_rlhf.train.models import engine_state as state
+from hpc_rlhf.train.models.language_model import LanguageModel
+from hpc_rlhf.train.models.loading import DTYPES, load_causal
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.snapshot import Snapshot
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 
 source, folder, ways = sys.argv[1], Path(sys.argv[2]), sys.argv[4:]
 world = worlds.join(int(sys.argv[3]))

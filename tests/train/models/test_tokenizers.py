@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.rundir import RunDir
-from hpc_rlhf.spec.model import FromScratch
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import FromScratch
 from hpc_rlhf.train.data.demo import dialogues
+from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.models.tokenizers import load_tokenizer, train_bpe
-from hpc_rlhf.train.models.weights import export
-from hpc_rlhf.train.stages.ppo import _check_same_tokenizer
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.stages.ppo.stage import _check_same_tokenizer
 from tests.train import tiny
 
 TEXTS = [" ".join(row.values()) for row in dialogues(300, 1)]

@@ -10,9 +10,9 @@ import torch
 
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.data.dialogues import follow
-from hpc_rlhf.train.models.load import RewardModel, load_causal, load_reward
+from hpc_rlhf.train.models.export import export, full_weights
+from hpc_rlhf.train.models.loading import RewardModel, load_causal, load_reward
 from hpc_rlhf.train.models.lora import adapt
-from hpc_rlhf.train.models.weights import export, full_weights
 from hpc_rlhf.train.ragged import Ragged
 from tests.train import chatty, tiny
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from hpc_rlhf.spec.training import LoraSpec
-from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models import packed_attention
 from hpc_rlhf.train.models.forward import ALIGNED
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
-from hpc_rlhf.train.rollout import engine as engines
-from hpc_rlhf.train.rollout.decoding import decode
-from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling
-from hpc_rlhf.train.rollout.sampling import uniforms
-from hpc_rlhf.train.rollout.step import ON_TRIAL, TRACED_AFTER, DecodeStep
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.rollout.in_process import engine as engines
+from hpc_rlhf.train.rollout.in_process.decode_step import ON_TRIAL, TRACED_AFTER, DecodeStep
+from hpc_rlhf.train.rollout.in_process.decoding import decode
+from hpc_rlhf.train.rollout.in_process.engine import RolloutDropped, RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.in_process.sampling import uniforms
+from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 
 NO_EOS = tiny.VOCABULARY  # a token that is never drawn
@@ -94,7 +94,7 @@ def test_greedy_answers_are_those_of_transformers_token_for_token(
 
 def test_the_architectures_take_the_ways_they_are_meant_to(model: Any, world: World) -> None:
     way = RolloutEngine(model, world).twin.module.config._attn_implementation
-    assert (way == packed.NAME) == (model.config.model_type != UNPACKED)
+    assert (way == packed_attention.NAME) == (model.config.model_type != UNPACKED)
 
 
 def test_a_prompt_gets_the_same_answer_in_any_batch(model: Any, world: World) -> None:
@@ -329,7 +329,7 @@ def test_prompts_that_wait_share_a_forward_pass(world: World) -> None:
 
 def test_tokens_come_as_they_are_drawn() -> None:
     model = tiny.causal("llama")
-    packed.enable(model)
+    packed_attention.enable(model)
     drawn = uniforms([("a",), ("b",)], LIMIT)
     steps = decode(DecodeStep(model), [[5, 6], [7]], drawn, LIMIT, Sampling(), NO_EOS, rows=2)
     assert [number for number, _ in next(steps)] == [0, 1]

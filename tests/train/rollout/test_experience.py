@@ -11,9 +11,9 @@ import torch
 
 from hpc_rlhf.train.algorithms.logprobs import entropy
 from hpc_rlhf.train.algorithms.ppo import k3_kl, policy_loss_sum
-from hpc_rlhf.train.models import packed
-from hpc_rlhf.train.models.language import LanguageModel
-from hpc_rlhf.train.models.load import RewardModel
+from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models.language_model import LanguageModel
+from hpc_rlhf.train.models.loading import RewardModel
 from hpc_rlhf.train.rollout.experience import Experience, Rewarding, Rollout, experience, whiten
 from tests.train import tiny
 
@@ -34,13 +34,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def actor_of(kind: str) -> LanguageModel:
     model = tiny.causal(kind)
-    packed.enable(model)
+    packed_attention.enable(model)
     return LanguageModel(model)
 
 
 def critic_of(kind: str) -> RewardModel:
     model = tiny.classifier(kind, seed=1)
-    packed.enable(model)
+    packed_attention.enable(model)
     return RewardModel(model)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_rlhf.train.rollout.on_cpu import matrices
+from hpc_rlhf.train.rollout.in_process.cpu_decode import matrices
 from tests.train import tiny
 
 pytestmark = pytest.mark.skipif(

@@ -10,13 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpc_rlhf.train.models import packed
-from hpc_rlhf.train.rollout import on_cuda
-from hpc_rlhf.train.rollout.cache import make_rows
-from hpc_rlhf.train.rollout.engine import RolloutDropped, RolloutEngine, Sampling
-from hpc_rlhf.train.rollout.on_cuda import ROW_STEP, RecordedSteps
-from hpc_rlhf.train.rollout.step import DecodeStep
-from hpc_rlhf.train.world import World
+from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.rollout.in_process import cuda_graphs
+from hpc_rlhf.train.rollout.in_process.cuda_graphs import ROW_STEP, RecordedSteps
+from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
+from hpc_rlhf.train.rollout.in_process.engine import RolloutDropped, RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.in_process.kv_cache import make_rows
+from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 
 NO_EOS = tiny.VOCABULARY
@@ -102,7 +102,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tape]]:
         made.append(Tape())
         return made[-1]
 
-    monkeypatch.setattr(on_cuda, "recorder", recorder)
+    monkeypatch.setattr(cuda_graphs, "recorder", recorder)
     yield made
     assert all(tape.closed for tape in made)
 
@@ -176,7 +176,7 @@ def test_a_recorded_rollout_sees_the_weights_of_its_time(world: World, tapes: li
 def test_a_long_row_that_has_ended_is_out_of_the_way_of_short_ones(tapes: list[Tape]) -> None:
     """A step takes its row along, but goes over fewer columns than it had."""
     model = tiny.causal("llama", tie_word_embeddings=False)
-    packed.enable(model)
+    packed_attention.enable(model)
     step = DecodeStep(model, may_trace=True)
     said = [5, 6]
     with step.ready():
@@ -244,9 +244,9 @@ def test_all_that_a_step_reads_and_makes_is_on_the_device(kind: str) -> None:
     rows, columns = ROW_STEP, 32
     with torch.device("meta"):
         model = tiny.causal(kind)
-        packed.enable(model)
+        packed_attention.enable(model)
         config = model.config
-        assert config._attn_implementation == packed.NAME
+        assert config._attn_implementation == packed_attention.NAME
         shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         dim = config.hidden_size // config.num_attention_heads
         buffers = [torch.zeros(rows, columns, shared, dim) for _ in range(4)]
@@ -300,13 +300,13 @@ def test_cuda_graphs_give_the_same_bits_and_their_memory_back(
         patch.setattr(RecordedSteps, "take", unrecorded)
         expected = answers(engine, SAMPLED, 11, NO_EOS)
     recorded: list[object] = []
-    record = on_cuda.CudaGraphs.record
+    record = cuda_graphs.CudaGraphs.record
 
-    def spy(graphs: on_cuda.CudaGraphs, run: Callable[[], None]) -> Callable[[], None]:
+    def spy(graphs: cuda_graphs.CudaGraphs, run: Callable[[], None]) -> Callable[[], None]:
         recorded.append(graphs)
         return record(graphs, run)
 
-    monkeypatch.setattr(on_cuda.CudaGraphs, "record", spy)
+    monkeypatch.setattr(cuda_graphs.CudaGraphs, "record", spy)
     assert answers(engine, SAMPLED, 11, NO_EOS) == expected  # makes cuBLAS's workspace, too, which stays
     before = memory()
     assert answers(engine, SAMPLED, 11, NO_EOS) == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf.launch.local_env import free_port
+from hpc_rlhf.launch.local.environment import free_port
 from tests.train import tiny
 from tests.train.stages import END, rank_environment
 
@@ -17,15 +17,15 @@ pytestmark = pytest.mark.train
 
 RANK = """
 import json, sys, torch
-from hpc_rlhf.train.world import join
+from hpc_rlhf.train.runtime.world import join
 folder, ranks = sys.argv[1], int(sys.argv[2])
 world = join(ranks)
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.engine import frozen_engine, sharded_loading
-from hpc_rlhf.train.models.load import load_causal
+from hpc_rlhf.train.models.loading import load_causal
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
-from hpc_rlhf.train.models.weights import gathered, size
-from hpc_rlhf.train.rollout.engine import WEIGHTS_SHARE, RolloutDropped, RolloutEngine, Sampling
+from hpc_rlhf.train.models.export import gathered, size
+from hpc_rlhf.train.rollout.in_process.engine import WEIGHTS_SHARE, RolloutDropped, RolloutEngine, Sampling
 
 config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 every = [[11, 12], [5, 6, 7], [9], [8, 7, 6, 5, 4], [3, 4], [44, 3], [12, 13, 14]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpc_rlhf.train.rollout.experience import Experience, Rollout
-from hpc_rlhf.train.rollout.summary import LEARNT, summarize
+from hpc_rlhf.train.stages.ppo.metrics import LEARNT, summarize
 
 EOS = 2
 

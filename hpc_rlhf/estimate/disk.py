@@ -1,0 +1,70 @@
+"""How much disk a run takes, roughly: its checkpoints, and the models that it hands on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpc_rlhf.spec import hub
+from hpc_rlhf.spec.hub import HubItem
+from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelRef
+from hpc_rlhf.spec.recipes import billions_in
+from hpc_rlhf.spec.training import StageSpec, TrainingSpec
+
+# Bytes for a weight in a checkpoint: itself and Adam's two moments, each float32.
+_TRAINED = 12
+_EXPORTED = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Adapters are a small share of the weights; this is more than a rank of 128 makes of a large model.
+_ADAPTERS = 0.05
+
+
+def run_bytes(spec: JobSpec) -> int | None:
+    """Bytes of all that a run keeps on disk at a time; None where no size of a model is known."""
+    actor = weights(spec.models.actor)
+    reward = weights(spec.models.reward) if spec.models.reward is not None else actor
+    if actor is None or reward is None:
+        return None
+    total = 0.0
+    for name in spec.trained:
+        stage = spec.stage(name)
+        assert isinstance(stage, TrainingSpec)
+        models = {"reward": [(stage, reward)], "ppo": [(stage, actor)]}.get(name, [(stage, actor)])
+        if spec.stages.ppo is stage:
+            models.append((spec.stages.ppo.of_critic, reward))
+        checkpoint = sum(count * _TRAINED * _share(each) for each, count in models)
+        copies = 2 if name == "ppo" and spec.stages.ppo is not None and spec.stages.ppo.ema else 1
+        total += (stage.keep_checkpoints + 1) * checkpoint + copies * models[0][1] * _EXPORTED[
+            stage.precision
+        ]
+    return int(total)
+
+
+def _share(stage: StageSpec) -> float:
+    """The share of its weights that a stage trains."""
+    lora = getattr(stage, "lora", None)
+    return _ADAPTERS if lora is not None and lora.only else 1.0
+
+
+def weights(ref: ModelRef) -> float | None:
+    """A model's number of weights: of its files, taking them for 16 bits each, or else of its name."""
+    if isinstance(ref, FromScratch):
+        return _from_scratch(ref)
+    size = 0
+    if Path(ref).is_absolute():
+        size = sum(file.stat().st_size for file in Path(ref).glob("*.safetensors"))
+    else:
+        files = hub.recorded(HubItem("model", ref, ""))
+        size = sum(bytes_ for name, bytes_ in files.items() if name.endswith((".safetensors", ".bin")))
+    billions = billions_in(Path(ref).name)
+    if billions is not None:
+        return billions * 1e9
+    return size / 2 if size else None
+
+
+def _from_scratch(ref: FromScratch) -> float | None:
+    """Of a transformer: twelve squares of its width in a layer, and its vocabulary."""
+    fields = ref.from_scratch
+    width = fields.get("hidden_size") or fields.get("n_embd")
+    layers = fields.get("num_hidden_layers") or fields.get("n_layer")
+    if not isinstance(width, int) or not isinstance(layers, int):
+        return None
+    return float(12 * layers * width**2 + 2 * int(fields["vocab_size"]) * width)

@@ -1,0 +1,103 @@
+"""How long stages take: their steps, by what ``steps`` says of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.sample_counts import expected_samples
+from hpc_rlhf.estimate.step_time import step_parts
+from hpc_rlhf.slurm.sbatch import time_limit
+from hpc_rlhf.spec.batch import derive_batch
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.stages import EvalSpec, PpoSpec
+from hpc_rlhf.spec.training import TrainingSpec
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """How long a stage takes.
+
+    Attributes:
+        parts: seconds of a step by what takes them: training, optimizer, messages, offload, and PPO's decoding and scoring.
+        samples: samples of a step.
+        expected: samples of all steps that the data give; None where their number is not known here.
+        steps: of the whole stage, 1 of an evaluation; None likewise, unless max_steps says it.
+        gpus: GPUs of its job.
+        limit: seconds that one attempt may take; None without a limit.
+    """
+
+    parts: dict[str, float]
+    samples: int
+    expected: int | None
+    steps: int | None
+    gpus: int
+    limit: int | None
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all steps, without start-up, checkpoints and the queue."""
+        return None if self.steps is None else self.steps * self.step_seconds
+
+    @property
+    def gpu_hours(self) -> float | None:
+        return None if self.seconds is None else self.seconds * self.gpus / 3600
+
+    @property
+    def per_thousand(self) -> float:
+        """Seconds for each 1,000 samples."""
+        return 1000 * self.step_seconds / self.samples
+
+    @property
+    def attempts(self) -> int | None:
+        """How many time limits the stage fills."""
+        if self.seconds is None:
+            return None
+        return 1 if self.limit is None else max(1, -int(-self.seconds // self.limit))
+
+
+def stage_time(spec: JobSpec, name: str) -> StageTime:
+    """How long a stage takes.
+
+    Raises:
+        HpcRlhfError: slurm.gpu names no GPU whose speed is known, or a model's configuration is not here.
+    """
+    stage, parts = spec.stage(name), step_parts(spec, name)
+    gpus, limit = stage.slurm.nodes * stage.slurm.gpus_per_node, time_limit(stage.slurm.time)
+    if isinstance(stage, EvalSpec):
+        return StageTime(parts, stage.prompts, stage.prompts, 1, gpus, limit)
+    assert isinstance(stage, TrainingSpec)
+    batch = derive_batch(stage, name)
+    samples = batch.global_ * (stage.minibatches if isinstance(stage, PpoSpec) else 1)
+    expected = expected_samples(spec, name)
+    steps = stage.max_steps
+    if expected is not None:
+        given = max(1, expected * stage.epochs // samples)
+        steps = given if steps is None else min(given, steps)
+    return StageTime(parts, samples, expected, steps, gpus, limit)
+
+
+def run_times(spec: JobSpec) -> dict[str, StageTime | HpcRlhfError]:
+    """How long each stage takes, or why that is not known."""
+    found: dict[str, StageTime | HpcRlhfError] = {}
+    for name in spec.stage_names:
+        try:
+            found[name] = stage_time(spec, name)
+        except HpcRlhfError as error:
+            found[name] = error
+    return found
+
+
+def chain_seconds(spec: JobSpec, times: dict[str, StageTime | HpcRlhfError]) -> float | None:
+    """From the first stage's start to the end of the last; None where a stage's time is not known."""
+    ends: dict[str, float] = {}
+    for name in spec.stage_names:
+        time = times[name]
+        if isinstance(time, HpcRlhfError) or time.seconds is None:
+            return None
+        ends[name] = time.seconds + max((ends[need] for need in spec.needs(name)), default=0.0)
+    return max(ends.values())

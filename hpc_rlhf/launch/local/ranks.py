@@ -1,0 +1,127 @@
+"""The ranks of one attempt at a stage as their launcher sees them: started through supervisors, told to stop, ended."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from submitit.local.local import LocalExecutor, LocalJob
+
+from hpc_rlhf.launch.local.hostfile import Hostfile, on_host
+from hpc_rlhf.launch.local.supervisor import AFTER_END
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.task import StageTask
+
+_TO_BE_KILLED = 2.0  # seconds a supervisor gets to end its ranks, before its own group is ended from here
+
+
+@dataclass
+class Ranks:
+    """The supervisors of one attempt.
+
+    Attributes:
+        supervisors: by machine; for another machine, the ssh that started it there.
+    """
+
+    supervisors: dict[str, subprocess.Popen[bytes]]
+    _first_end: float = field(default=0.0)
+
+    def ended(self) -> bool:
+        """Whether all have ended. When one machine's ranks have, the others' may not go on for long."""
+        codes = self.codes().values()
+        if None not in codes:
+            return True
+        if any(code is not None for code in codes):
+            self._first_end = self._first_end or time.monotonic()
+            if time.monotonic() - self._first_end > AFTER_END:
+                self.kill()
+        return False
+
+    def codes(self) -> dict[str, int | None]:
+        return {host: process.poll() for host, process in self.supervisors.items()}
+
+    def stop(self) -> None:
+        """Let the ranks save and end."""
+        self._tell(b"stop\n")
+
+    def kill(self) -> None:
+        """End the ranks at once."""
+        self._tell(b"kill\n")
+        deadline = time.monotonic() + _TO_BE_KILLED
+        while None in self.codes().values() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """End whatever is left here: each supervisor leads a process group, which its ranks and theirs are in."""
+        for process in self.supervisors.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _tell(self, word: bytes) -> None:
+        for process in self.supervisors.values():
+            assert process.stdin is not None
+            with suppress(OSError):  # it has just ended
+                process.stdin.write(word)
+                process.stdin.flush()
+
+
+def start_here(run: RunDir, stage: str, ranks: int, env: Mapping[str, str]) -> Ranks:
+    """Start all ranks on this machine through submitit."""
+    executor = SupervisedExecutor(run, stage, ranks, env)
+    executor.submit(StageTask(str(run.path), stage))
+    assert executor.supervisor is not None
+    return Ranks({"this machine": executor.supervisor})
+
+
+def start_on(hostfile: Hostfile, run: RunDir, stage: str, env: Mapping[str, str]) -> Ranks:
+    """Start DeepSpeed's launcher on every machine of a hostfile."""
+    supervisors = {}
+    for host in hostfile.slots:
+        launcher = hostfile.deepspeed(host, ["hpc_rlhf.task", str(run.path), stage], env)
+        command = _supervised(run, stage, "the launcher of rank", hostfile.first_rank(host), 1, launcher)
+        supervisors[host] = _start(on_host(host, command, env), env)
+    return Ranks(supervisors)
+
+
+class SupervisedExecutor(LocalExecutor):
+    """Submitit's local executor, with our supervisor in place of its controller."""
+
+    def __init__(self, run: RunDir, stage: str, ranks: int, env: Mapping[str, str]) -> None:
+        super().__init__(run.stage(stage).logs)
+        self._start = (run, stage, ranks, env)
+        self.supervisor: subprocess.Popen[bytes] | None = None
+
+    @property
+    def _submitit_command_str(self) -> str:
+        """submitit's own entry point, behind ours."""
+        return shlex.join([sys.executable, "-u", "-m", "hpc_rlhf.rank", str(self.folder)])
+
+    def _submit_command(self, command: str) -> LocalJob[Any]:
+        run, stage, ranks, env = self._start
+        env = {
+            **env,
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_NTASKS": str(ranks),
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+            "SUBMITIT_LOCAL_NODEID": "0",
+        }
+        self.supervisor = _start(_supervised(run, stage, "rank", 0, ranks, shlex.split(command)), env)
+        return LocalJob(self.folder, str(self.supervisor.pid), list(range(ranks)), self.supervisor)
+
+
+def _supervised(run: RunDir, stage: str, what: str, first: int, copies: int, command: list[str]) -> list[str]:
+    supervisor = [sys.executable, "-m", "hpc_rlhf.launch.local.supervisor", str(run.path), stage, what]
+    return [*supervisor, str(first), str(copies), *command]
+
+
+def _start(command: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)

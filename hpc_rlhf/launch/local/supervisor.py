@@ -1,0 +1,158 @@
+"""Keeps the processes of one stage on this machine: starts them, stops them together, leaves none behind.
+
+``python -m hpc_rlhf.launch.local.supervisor RUN STAGE WHAT FIRST COPIES COMMAND…`` leads a session of its own, so the
+terminal's Ctrl-C does not reach the ranks in mid-step. Whoever started it, here or through ssh, holds its
+standard input: ``stop`` lets the ranks save and end, ``kill`` ends them at once, and the end of the input, which
+comes when the starter dies or the connection breaks, is ``stop``.
+
+It takes the place of submitit's own local controller, which gives ranks a second to save, and waits for ever
+when one of them has died.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED
+from hpc_rlhf.run.layout import RunDir
+
+INTERRUPTED = 75  # a stage that saved and stopped because it was asked to
+SAVING = 600.0  # seconds that ranks told to stop may take to save
+AFTER_DEATH = 10.0  # seconds that the others may take to end by themselves when a rank has failed
+AFTER_END = 60.0  # and when one has ended well
+_REPEAT = 10.0  # a signal can be lost while Python starts, so it is sent again
+_POLL = 0.1
+
+
+@dataclass
+class Supervisor:
+    """The processes of one attempt at a stage.
+
+    Attributes:
+        what: what one of its processes is called in a message, such as rank.
+        first: number of the first process, in messages and log names.
+    """
+
+    run: RunDir
+    stage: str
+    what: str
+    first: int
+    ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    asked: bool = False
+    deserted: bool = False
+    first_bad: int | None = None
+    started: float = field(default_factory=time.time)
+
+    def start(self, copies: int, command: list[str]) -> None:
+        """Start every rank, with the variables and the log names that submitit's tasks expect."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._heard)
+        job_id = str(os.getpid())
+        for rank in range(copies):
+            env = dict(
+                os.environ,
+                SUBMITIT_LOCAL_JOB_ID=job_id,
+                SUBMITIT_LOCAL_GLOBALID=str(rank),
+                SUBMITIT_LOCAL_LOCALID=str(rank),
+            )
+            logs = self.run.stage(self.stage)
+            with (
+                logs.log(job_id, rank, "out").open("ab") as out,
+                logs.log(job_id, rank, "err").open("ab") as err,
+            ):
+                process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+            self.ranks.append(process)
+
+    def wait(self) -> int:
+        """Wait for all ranks to end, see to it that they do, and return the stage's exit code."""
+        stop_at = first_end = signalled = None
+        while None in (codes := [rank.poll() for rank in self.ranks]):
+            now = time.monotonic()
+            if self.asked:
+                stop_at = stop_at or now
+                if signalled is None or now - signalled > _REPEAT:
+                    signalled = now
+                    os.killpg(0, signal.SIGINT)  # this process too, where it only sets `asked` again
+            if any(code is not None for code in codes):
+                first_end = first_end or now
+            self._note_first_bad(codes)
+            if stop_at and now - stop_at > SAVING:
+                self._kill(codes, f"the ranks did not save within {SAVING / 60:.0f} minutes")
+            if first_end and now - first_end > (AFTER_END if self.first_bad is None else AFTER_DEATH):
+                self._kill(codes, "some ranks went on when others had ended")
+            self._listen()
+        self._note_first_bad(codes)
+        if self.first_bad is None:
+            return INTERRUPTED if INTERRUPTED in codes else 0
+        if stop_at is None:
+            self._explain(codes, "")
+        return INPUT_WRONG if INPUT_WRONG in codes else RUN_FAILED
+
+    def _listen(self) -> None:
+        """Wait a moment for word on standard input."""
+        if self.deserted:
+            time.sleep(_POLL)
+        elif select.select([sys.stdin], [], [], _POLL)[0]:
+            word = os.read(sys.stdin.fileno(), 64)
+            if b"kill" in word:
+                os.killpg(0, signal.SIGKILL)
+            self.deserted = not word
+            self.asked = True
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def _note_first_bad(self, codes: list[int | None]) -> None:
+        if self.first_bad is None:
+            bad = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+            # One that was killed comes before those that lost touch with it.
+            self.first_bad = min(bad, key=lambda rank: ((codes[rank] or 0) > 0, rank), default=None)
+
+    def _kill(self, codes: list[int | None], why: str) -> None:
+        self._explain(codes, why)
+        os.killpg(0, signal.SIGKILL)  # ends this process too; whoever waits for it reads the ledger
+
+    def _explain(self, codes: list[int | None], why: str) -> None:
+        """Leave word of a failure that no rank could write down itself."""
+        from hpc_rlhf.run.ledger import Ledger
+
+        ledger = Ledger(self.run.ledger)
+        code = None if self.first_bad is None else codes[self.first_bad]
+        killed = code is not None and code < 0
+        said = ledger.last("failed", self.stage)
+        if said is not None and said["time"] >= self.started and not killed:
+            return
+        message = (
+            why if self.first_bad is None else f"{self.what} {self.first + self.first_bad} {_ending(code)}"
+        )
+        log = str(self.run.stage(self.stage).log(str(os.getpid()), self.first + (self.first_bad or 0), "err"))
+        facts = {"killed": True} if killed else {}
+        ledger.append("failed", self.stage, attempt=str(os.getpid()), message=message, log=log, **facts)
+
+
+def _ending(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    memory = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+    return f"was ended by {name}{memory}"
+
+
+def main(run: str, stage: str, what: str, first: str, copies: str, *command: str) -> int:
+    if os.getpgrp() != os.getpid():
+        os.setsid()
+    supervisor = Supervisor(RunDir(Path(run)), stage, what, int(first))
+    supervisor.start(int(copies), list(command))
+    return supervisor.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,56 @@
+"""How the runs of a sweep hang together: which train stages for others, and which wait so that few are at work at a time.
+
+With a limit of N, a run's first jobs wait for the jobs of the N-th run before it to end, well or not, and for its sentinels,
+which may yet send it on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from hpc_rlhf.launch.jobs import find_jobs
+from hpc_rlhf.run.layout import RunDir
+
+
+def borrowed_jobs(run: RunDir, stages: Sequence[str]) -> dict[str, str]:
+    """The live jobs of the stages that other runs train for this one."""
+    lenders = {stage: lender for stage in stages if (lender := run.lender(stage)) is not None}
+    live = {lender: find_jobs(lender).live for lender in set(lenders.values())}
+    return {stage: live[lender][stage].job_id for stage, lender in lenders.items() if stage in live[lender]}
+
+
+def jobs_before(run: RunDir) -> tuple[str, ...]:
+    """The jobs that must end before a run may begin. One that can never start holds nobody up."""
+    labels, limit = _order(run)
+    place = labels.index(run.path.name) if run.path.name in labels else 0
+    if limit is None or place < limit:
+        return ()
+    jobs = find_jobs(run.sweep.run(labels[place - limit]))
+    waiting = [*jobs.live.values(), *jobs.sentinels]
+    return tuple(job.job_id for job in waiting if job.reason != "DependencyNeverSatisfied")
+
+
+def followers(run: RunDir) -> list[RunDir]:
+    """The runs that wait for jobs of this one."""
+    labels, limit = _order(run)
+    if run.path.name not in labels:
+        return []
+    place = labels.index(run.path.name)
+    found = []
+    for number, other in enumerate(map(run.sweep.run, labels)):
+        borrows = any(
+            path.is_symlink() and path.resolve().parent.parent == run.path.resolve() for path in other.stages
+        )
+        if other.job_yaml.exists() and (borrows or (limit is not None and number == place + limit)):
+            found.append(other)
+    return found
+
+
+def _order(run: RunDir) -> tuple[list[str], int | None]:
+    """The names of the runs of the sweep that a run is of, and their limit."""
+    try:
+        facts = json.loads(run.sweep.json.read_text(encoding="utf-8"))
+        return list(facts["runs"]), facts["limit"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return [], None

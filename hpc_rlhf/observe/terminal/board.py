@@ -1,0 +1,210 @@
+"""A run as a tired person reads it: a table of its stages, what each waits for or broke off by, and small curves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from hpc_rlhf.observe.format import ago, duration, number
+from hpc_rlhf.observe.goodput.totals import count_words, split_words, total
+from hpc_rlhf.observe.metrics import TELLING
+from hpc_rlhf.observe.status import StageStatus
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+# Colours only underline what the words say.
+STYLES = {
+    **dict.fromkeys(("done",), "green"),
+    **dict.fromkeys(("running", "starting", "completing", "stopping"), "cyan"),
+    **dict.fromkeys(("waiting", "pending", "requeued", "suspended", "not started"), "yellow"),
+    **dict.fromkeys(("failed", "refused", "stuck", "stopped", "cancelled", "interrupted", "unknown"), "red"),
+}
+_WIDE = 100  # columns from which on there is room for a bar, all numbers and the job
+_LEAST = 3  # columns of the table that are always there
+_BAR = 10
+_BARS = ("━", "─")
+_BARS_ASCII = ("#", "-")
+_SPARKS = "▁▂▃▄▅▆▇█"
+_SPARKS_ASCII = "_.-=+*%#"
+_SILENT = 120.0  # seconds without a step, of a stage whose steps are short, that are worth a word
+
+
+class Board:
+    """Pieces of the picture of a run, for a console of some width.
+
+    Args:
+        width: columns of the console.
+        live: whether it is a terminal, which shows bars.
+        plain: whether it shows ASCII only.
+    """
+
+    def __init__(self, width: int, live: bool, plain: bool = False) -> None:
+        self._wide = width >= _WIDE
+        self._width, self._live, self._plain = width, live, plain
+
+    def whole(self, stages: Sequence[StageStatus]) -> list[RenderableType]:
+        """The table, the notes below it, and where the time went."""
+        from rich.text import Text
+
+        parts: list[RenderableType] = [self.table(stages)]
+        notes = self.notes(stages)
+        if notes is not None:
+            parts += [Text(), notes]
+        split = split_words(total({stage.stage: stage.goodput for stage in stages}).spans)
+        return [*parts, Text(), Text(split)] if split else parts
+
+    def table(self, stages: Sequence[StageStatus]) -> Table:
+        """A row for each stage. Where that is too narrow, what is left out is whole columns, from the right."""
+        from rich.text import Text
+
+        names = ("stage", "state", "progress", "time", "last", "attempts" if self._wide else "tries", "job")
+        rows = [
+            (
+                Text(stage.stage),
+                styled(stage.state),
+                self._progress(stage),
+                Text(_time(stage)),
+                Text(self._last(stage)),
+                Text(str(stage.attempts or "-")),
+                Text(stage.job_id or "-"),
+            )
+            for stage in stages
+        ]
+        widths = [
+            max([len(name), *(row[column].cell_len for row in rows)]) for column, name in enumerate(names)
+        ]
+        shown = len(names)
+        while sum(widths[:shown]) + 2 * (shown - 1) > self._width and shown > _LEAST:
+            shown -= 1
+        table = grid()
+        for name in names[:shown]:
+            table.add_column(name, no_wrap=True, overflow="ellipsis")
+        for row in rows:
+            table.add_row(*row[:shown])
+        return table
+
+    def notes(self, stages: Sequence[StageStatus]) -> RenderableType | None:
+        """Why each stage is as it is, and what interrupted it; None where there is nothing to say."""
+        from rich.text import Text
+
+        left = {stage.stage: stage.left for stage in stages}
+        table = grid(header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for stage in stages:
+            for note in (*_why(stage, left), *_broken(stage)):
+                table.add_row(stage.stage, Text(note))
+        return table if table.row_count else None
+
+    def curves(self, values: Mapping[tuple[str, str], Sequence[float]]) -> RenderableType | None:
+        """A line for each (stage, number), from its first value to its last; None before the first step."""
+        from rich.text import Text
+
+        table = grid(header=False)
+        for justify in ("left", "left", "right", "left", "left"):
+            table.add_column(no_wrap=True, justify=justify)
+        longest = max((len(name) for _, name in values), default=0)
+        width = max(8, min(80, self._width - 6 - longest - 2 * 9 - 4 * 2))
+        shown = ""
+        for (stage, name), line in values.items():
+            if line:
+                curve = Text(self._sparks(line, width), style="cyan")
+                table.add_row(stage if stage != shown else "", name, number(line[0]), curve, number(line[-1]))
+                shown = stage
+        return table if table.row_count else None
+
+    def _progress(self, stage: StageStatus) -> Text:
+        from rich.text import Text
+
+        if stage.step is None or not stage.total_steps:
+            return Text("-")
+        count = f"{stage.step}/{stage.total_steps}"
+        if not self._wide:
+            return Text(count)
+        share = min(1.0, stage.step / stage.total_steps)
+        text = Text()
+        if self._live:
+            full, empty = _BARS_ASCII if self._plain else _BARS
+            filled = int(share * _BAR)
+            text.append(full * filled, style=STYLES.get(stage.state, "")).append(
+                empty * (_BAR - filled), style="dim"
+            ).append(" ")
+        return text.append(f"{count} {int(share * 100)}%")
+
+    def _last(self, stage: StageStatus) -> str:
+        numbers = list(stage.numbers.items())[: None if self._wide else 1]
+        return "  ".join(f"{name} {number(value)}" for name, value in numbers) or "-"
+
+    def _sparks(self, values: Sequence[float], width: int) -> str:
+        return sparks(values, width, _SPARKS_ASCII if self._plain else _SPARKS)
+
+
+def styled(state: str) -> Text:
+    """The word for a state, in its colour."""
+    from rich.text import Text
+
+    return Text(state, style=STYLES.get(state, "bold"))
+
+
+def grid(header: bool = True) -> Table:
+    """A table without lines."""
+    from rich.table import Table
+
+    return Table(box=None, show_header=header, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+
+
+def sparks(values: Sequence[float], width: int, glyphs: str = _SPARKS) -> str:
+    """A curve one character high: the mean of each of at most ``width`` equal parts, between the lowest and the highest."""
+    if not values:
+        return ""
+    cells = min(width, len(values))
+    edges = [len(values) * cell // cells for cell in range(cells + 1)]
+    means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(edges)]
+    low, high = min(means), max(means)
+    if high == low:
+        return glyphs[len(glyphs) // 2] * cells
+    return "".join(
+        glyphs[min(len(glyphs) - 1, int((mean - low) / (high - low) * len(glyphs)))] for mean in means
+    )
+
+
+def telling(stage: str) -> tuple[str, ...]:
+    """The numbers of a stage that are drawn."""
+    return TELLING.get(stage, ())
+
+
+def _time(stage: StageStatus) -> str:
+    """How long it took, or has left."""
+    if stage.state == "done":
+        allocated = stage.goodput.spans.allocated
+        return f"took {duration(allocated)}" if allocated else "-"
+    return "-" if stage.left is None else f"{duration(stage.left)} left"
+
+
+def _why(stage: StageStatus, left: Mapping[str, float | None]) -> list[str]:
+    why = stage.why.partition("\n")[0]
+    if stage.state == "waiting":
+        why = " and ".join(
+            need if left.get(need) is None else f"{need} ({duration(left[need] or 0)} left)"
+            for need in why.removeprefix("for ").split(" and ")
+        )
+        why = f"waits for {why}"
+    silent = time.time() - stage.updated if stage.updated and stage.state == "running" and not why else 0.0
+    if silent > _SILENT:
+        why = f"last step {ago(silent)}"
+    return [why] if why else []
+
+
+def _broken(stage: StageStatus) -> list[str]:
+    broken = stage.goodput.interruptions
+    if not broken:
+        return []
+    last = broken[-1]
+    where = f" on {last.node}" if last.node else ""
+    words = f"; the last: {last.reason} at step {last.step}{where}, {ago(time.time() - last.time)}"
+    return [count_words(broken) + words]

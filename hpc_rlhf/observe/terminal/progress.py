@@ -1,0 +1,189 @@
+"""Shows a run getting on: a live display on a terminal, plain lines elsewhere. Reads the run directory only."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from hpc_rlhf.observe.format import duration, number
+from hpc_rlhf.observe.metrics import TELLING, MetricsReader
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+_LINE_EVERY = 600.0  # a plain line at least this often
+_LEDGER_EVERY = 1.0
+
+
+@dataclass
+class StageView:
+    """One attempt at a stage, as far as its files tell. `update` reads what is new."""
+
+    run: RunDir
+    stage: str
+    ranks: int
+    began: float = field(default_factory=time.time)
+    last: dict[str, Any] = field(default_factory=dict)
+    phase: str = ""
+    _first: dict[str, Any] = field(default_factory=dict)
+    _ledger_read: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._metrics = MetricsReader(self.run.stage(self.stage).metrics, self.stage)
+        self._events_before = len(list(Ledger(self.run.ledger).events(self.stage)))
+
+    def update(self) -> None:
+        for row in self._metrics.news()[0]:
+            if row["time"] >= self.began:
+                self._first = self._first or row
+                self.last = row
+        if not self._first and time.monotonic() - self._ledger_read > _LEDGER_EVERY:
+            self._ledger_read = time.monotonic()
+            self.phase = self._phase()
+
+    @property
+    def step(self) -> int:
+        return int(self.last.get("step", 0))
+
+    @property
+    def total(self) -> int | None:
+        """Steps of the whole stage, once it has taken one in this attempt."""
+        return int(self.last["total_steps"]) if self._first else None
+
+    def words(self) -> str:
+        """The telling numbers, the speed and the time left; before the first step, what it is waiting for."""
+        if not self._first:
+            return self.phase
+        words = [f"{key} {number(self.last[key])}" for key in TELLING[self.stage] if key in self.last]
+        steps, seconds = self.step - self._first["step"], self.last["time"] - self._first["time"]
+        if steps > 0 and seconds > 0:
+            rate = steps / seconds
+            words.append(f"{number(rate)} steps/s" if rate >= 1 else f"{number(1 / rate)} s a step")
+            if self.step < self.last["total_steps"]:
+                words.append(f"{duration((self.last['total_steps'] - self.step) / rate)} left")
+        return ", ".join(words)
+
+    def _phase(self) -> str:
+        phase = f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"
+        for record in list(Ledger(self.run.ledger).events(self.stage))[self._events_before :]:
+            if record["event"] == "started":
+                phase = "loading data and model"
+            elif record["event"] == "resumed":
+                phase = f"going on from step {record['step']}"
+        return phase
+
+
+class PlainProgress:
+    """A line when a stage starts, at every tenth of it, and when it ends."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._view: StageView | None = None
+        self._tenth = 0
+        self._phase = ""
+        self._said = 0.0
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def skipped(self, stage: str) -> None:
+        self.say(f"{stage}: already finished")
+
+    def started(self, stage: str, ranks: int) -> None:
+        self._view, self._tenth, self._phase = StageView(self._run, stage, ranks), 0, ""
+        self.tick()
+
+    def tick(self) -> None:
+        view = self._view
+        if view is None:
+            return
+        view.update()
+        if view.total is None:
+            if view.phase != self._phase:
+                self._phase = view.phase
+                self.say(f"{view.stage}: {view.phase}")
+            return
+        tenth = view.step * 10 // view.total
+        if tenth > self._tenth or time.monotonic() - self._said > _LINE_EVERY:
+            self._tenth = tenth
+            self.say(f"{view.stage}: step {view.step}/{view.total}, {view.words()}")
+
+    def finished(self, stage: str) -> None:
+        assert self._view is not None
+        self.say(f"{stage}: finished in {duration(time.time() - self._view.began)}")
+
+    def say(self, text: str) -> None:
+        self._said = time.monotonic()
+        print(text, file=sys.stderr, flush=True)
+
+
+class LiveProgress:
+    """A bar for every stage, redrawn in place."""
+
+    def __init__(self, run: RunDir) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._run = run
+        self._progress = Progress(
+            TextColumn("{task.description:<6}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]}", markup=False),
+            TextColumn("{task.fields[words]}", markup=False),
+            console=Console(stderr=True, highlight=False),
+            refresh_per_second=5,
+        )
+        self._view: StageView | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> LiveProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def skipped(self, stage: str) -> None:
+        self._progress.add_task(stage, total=1, completed=1, count="", words="already finished")
+
+    def started(self, stage: str, ranks: int) -> None:
+        self._view = StageView(self._run, stage, ranks)
+        self._task = self._progress.add_task(stage, total=None, count="", words="")
+        self.tick()
+
+    def tick(self) -> None:
+        view = self._view
+        if view is None or self._task is None:
+            return
+        view.update()
+        count = "" if view.total is None else f"{view.step}/{view.total}"
+        self._progress.update(
+            self._task, total=view.total, completed=view.step, count=count, words=view.words()
+        )
+
+    def finished(self, stage: str) -> None:
+        assert self._view is not None
+        assert self._task is not None
+        total = self._view.total or 1
+        took = f"finished in {duration(time.time() - self._view.began)}"
+        self._progress.update(self._task, total=total, completed=total, words=took)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
+
+
+def progress(run: RunDir) -> PlainProgress | LiveProgress:
+    """What suits stderr."""
+    live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return LiveProgress(run) if live else PlainProgress(run)

@@ -1,0 +1,1 @@
+"""A run directory: its layout, ledger, manifests and logs."""

@@ -1,0 +1,140 @@
+"""What a run takes from the hub, and whether the cache holds all of it. Light: every rank asks it before it loads anything.
+
+``hpc-rlhf prefetch`` leaves a record beside the cache of the files that a model or data set consists of. Only what such a
+record vouches for counts as cached: the cache's own folders do not tell a whole model from a half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hpc_rlhf.spec.data import SourceSpec
+from hpc_rlhf.spec.job import JobSpec
+
+OFFLINE = "HF_HUB_OFFLINE"
+
+
+@dataclass(frozen=True)
+class HubItem:
+    """A model or data set of the hub.
+
+    Attributes:
+        name: its id, such as facebook/opt-1.3b.
+        where: the field of the spec that names it first.
+        subset, split: of a data set.
+    """
+
+    kind: Literal["model", "data set"]
+    name: str
+    where: str
+    subset: str | None = None
+    split: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.kind, self.name, self.subset, self.split)))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.kind, self.name, self.subset or "", self.split)
+
+
+def items(*specs: JobSpec) -> tuple[HubItem, ...]:
+    """What specs take from the hub, each once. A path that is local was made absolute when its spec was read."""
+    found: dict[tuple[str, ...], HubItem] = {}
+    for spec in specs:
+        for item in _items(spec):
+            found.setdefault(item.key, item)
+    return tuple(found.values())
+
+
+def _items(spec: JobSpec) -> tuple[HubItem, ...]:
+    found: dict[tuple[str, ...], HubItem] = {}
+    for field, ref in spec.models:
+        if isinstance(ref, str) and not os.path.isabs(ref):
+            item = HubItem("model", ref, f"models.{field}")
+            found.setdefault(item.key, item)
+    sources: dict[str, SourceSpec] = {f"data.sources.{i}": each for i, each in enumerate(spec.data.sources)}
+    if spec.stages.ppo is not None and spec.stages.ppo.ptx is not None:
+        sources["stages.ppo.ptx"] = spec.stages.ppo.ptx
+    for where, source in sources.items():
+        if source.path is not None and not os.path.isabs(source.path):
+            item = HubItem("data set", source.path, where, source.subset, source.split)
+            found.setdefault(item.key, item)
+    return tuple(found.values())
+
+
+def cache() -> Path:
+    """The folder of all that Hugging Face's libraries keep: HF_HOME, or where they put it."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or f"{base}/huggingface").expanduser()
+
+
+def _root(item: HubItem) -> Path:
+    """The part of the cache that an item's files are in."""
+    variable, name = ("HF_HUB_CACHE", "hub") if item.kind == "model" else ("HF_DATASETS_CACHE", "datasets")
+    return Path(os.environ.get(variable) or cache() / name).expanduser()
+
+
+def _record(item: HubItem) -> Path:
+    return (
+        cache()
+        / "hpc-rlhf"
+        / (re.sub(r"[^A-Za-z0-9._-]+", "--", "--".join(filter(None, item.key))) + ".json")
+    )
+
+
+def remember(item: HubItem, files: Mapping[Path, int]) -> None:
+    """Write down that an item consists of these files, with their sizes in bytes, which are all in the cache."""
+    root = _root(item).resolve()
+    text = json.dumps({os.path.relpath(path, root): size for path, size in files.items()}, indent=1)
+    record = _record(item)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_name(f".{record.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(record)
+
+
+def recorded(item: HubItem) -> dict[str, int]:
+    """The files that an item consists of, below the cache, with their sizes; none where it was never fetched."""
+    try:
+        files: dict[str, int] = json.loads(_record(item).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return files
+
+
+def missing(item: HubItem) -> str | None:
+    """Why an item cannot be taken from the cache alone; None when all of it is there."""
+    files = recorded(item)
+    if not files:
+        return f"was not brought into {cache()}"
+    root = _root(item)
+    for name, size in files.items():
+        try:
+            if (root / name).stat().st_size == size:
+                continue
+        except OSError:
+            pass
+        return f"has lost {root / name} from the cache"
+    return None
+
+
+def go_offline(spec: JobSpec) -> bool:
+    """Keep this process and its children from asking the hub, where the cache holds all that a spec needs.
+
+    To be called before anything of Hugging Face is imported. What the user has set stays as it is. Returns whether
+    the hub will not be asked because of this call.
+    """
+    if OFFLINE in os.environ:
+        return False
+    needed = items(spec)
+    if not needed or any(missing(item) for item in needed):
+        return False
+    os.environ[OFFLINE] = "1"
+    return True

@@ -1,0 +1,1 @@
+"""Checkpoints: taken, written, verified and loaded."""

@@ -1,0 +1,279 @@
+"""The checkpoints of a stage: each one a transaction that is there whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run import manifest
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.runtime.world import World
+
+# Puts a rank's share of a checkpoint into a snapshot. Collective.
+Take = Callable[[Snapshot], None]
+
+STEP_FOLDER = re.compile(r"step-\d{8}(-\d{4})?")
+# Bytes left free beside a checkpoint: for its manifest, logs and metrics.
+SPARE = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that verified.
+
+    Attributes:
+        step: steps done.
+        state: what the stage itself put into the manifest.
+        part: parts done of the step after those.
+    """
+
+    step: int
+    folder: Path
+    state: dict[str, Any]
+    part: int = 0
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint that is being written.
+
+    Attributes:
+        files: this rank's, once they are written.
+    """
+
+    folder: Path
+    target: Path
+    facts: dict[str, Any]
+    files: Future[dict[str, Any]]
+
+
+class CheckpointStore:
+    """Saves and finds a stage's checkpoints on the shared file system. Its methods are collective.
+
+    Every rank writes into a temporary folder; rank 0 commits it by its manifest and a rename, unless
+    another attempt has claimed the stage since.
+
+    Args:
+        neighbours: ranks that share a machine's memory.
+    """
+
+    def __init__(self, folder: Path, attempt: str, keep: int, world: World, neighbours: int = 1) -> None:
+        self.folder = folder
+        self.attempt = attempt
+        self.keep = keep
+        self.world = world
+        self.neighbours = neighbours
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: _Writing | None = None
+        self._pruning: Future[None] | None = None
+
+    @property
+    def _owner(self) -> Path:
+        return self.folder / "owner"
+
+    def claim(self) -> None:
+        """Make this attempt the stage's owner. From now on, an earlier attempt cannot commit."""
+
+        def write() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f".owner-{self.attempt}"
+            partial.write_text(self.attempt)
+            manifest.fsync_path(partial)
+            partial.rename(self._owner)
+            for left in self.folder.glob("tmp-*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+        self.world.on_main(write)
+
+    def check_owner(self) -> None:
+        """Raises HpcRlhfError where another attempt has claimed the stage."""
+        owner = self._owner.read_text()
+        if owner != self.attempt:
+            raise HpcRlhfError(
+                f"attempt {self.attempt} no longer owns this stage: {owner} does",
+                where=str(self.folder),
+                hint="nothing is lost; the other attempt goes on",
+                exit_code=RUN_FAILED,
+            )
+
+    def save(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> bool:
+        """``begin`` and ``finish`` in one: nothing is copied, so this is for when training stands still."""
+        if not self.begin(step, take, state, part, apart=False):
+            return False
+        self.finish()
+        return True
+
+    def begin(self, step: int, take: Take, state: dict[str, Any], part: int = 0, apart: bool = True) -> bool:
+        """Take a checkpoint of a place, if there is none yet, and begin to write it.
+
+        Args:
+            step: steps done.
+            take: puts this rank's share into the snapshot it is given; collective.
+            state: JSON that comes back with the checkpoint.
+            part: parts done of the step after those.
+            apart: write a copy, in the background.
+
+        Returns:
+            Whether there was none yet. Then ``finish`` has to follow.
+
+        Raises:
+            HpcRlhfError: another attempt owns the stage, or the file system refuses or has no room. Older
+                checkpoints are as they were.
+        """
+        assert self._writing is None
+        name = f"{step:08d}-{part:04d}" if part else f"{step:08d}"
+        target = self.folder / f"step-{name}"
+        partial = self.folder / f"tmp-{name}-{self.attempt}"
+
+        def make_folder() -> bool:
+            self.check_owner()
+            if target.exists():
+                return False
+            partial.mkdir(parents=True)
+            return True
+
+        if not self.world.on_main(make_folder):
+            return False
+        snapshot = Snapshot(partial, apart, self.neighbours)
+        take(snapshot)
+        self._check_room(sum(self.world.gather(snapshot.size)), target)
+        facts = {"step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size}
+        self._writing = _Writing(
+            partial, target, {**facts, "state": state}, self._writer.submit(snapshot.write)
+        )
+        if snapshot.live:
+            wait([self._writing.files])
+        return True
+
+    def _check_room(self, size: int, target: Path) -> None:
+        def check() -> None:
+            free = shutil.disk_usage(self.folder).free
+            if size * 1.01 + SPARE > free:
+                raise HpcRlhfError(
+                    f"the checkpoint takes {_gigabytes(size)} and there are {_gigabytes(free)} free",
+                    where=str(target),
+                    hint="make room and run the stage again; it goes on from the checkpoint before",
+                    exit_code=RUN_FAILED,
+                )
+
+        self.world.on_main(check)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint was begun and is not there yet; the same on all ranks."""
+        return self._writing is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return self._writing is None or self._writing.files.done()
+
+    def finish(self) -> None:
+        """Wait until every rank has written, and make the checkpoint be there.
+
+        Raises:
+            HpcRlhfError: the file system has refused, on any rank, or another attempt owns the stage.
+        """
+        writing, self._writing = self._writing, None
+        assert writing is not None
+        refused, files = None, {}
+        try:
+            files = writing.files.result()
+        except OSError as error:
+            refused = f"rank {self.world.rank} on {socket.gethostname()}: {error}"
+        shares = self.world.gather((files, refused))
+        errors = [error for _, error in shares if error]
+        if errors:
+            self.world.on_main(lambda: shutil.rmtree(writing.folder, ignore_errors=True))
+            raise HpcRlhfError(
+                f"the checkpoint could not be written: {errors[0]}",
+                where=str(writing.target),
+                hint="mend it, or make room, and run the stage again; it goes on from the checkpoint before",
+                exit_code=RUN_FAILED,
+            )
+
+        def commit() -> None:
+            manifest.write(
+                writing.folder, writing.facts, {k: f for share, _ in shares for k, f in share.items()}
+            )
+            self.check_owner()
+            writing.folder.rename(writing.target)
+            manifest.fsync_path(self.folder)
+
+        self.world.on_main(commit)
+        if self.world.is_main:
+            self._pruning = self._writer.submit(self._prune)
+
+    def settle(self) -> None:
+        """Bring to its end what has been begun. Collective."""
+        if self._writing is not None:
+            self.finish()
+        if self._pruning is not None:
+            wait([self._pruning])
+
+    def _prune(self) -> None:
+        for folder in self._steps()[self.keep :]:
+            (folder / manifest.NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _steps(self) -> list[Path]:
+        """The folders of checkpoints, newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((p for p in self.folder.iterdir() if STEP_FOLDER.fullmatch(p.name)), reverse=True)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies and that these ranks can go on from; torn ones are set aside. None where a
+        stage has none yet.
+
+        Between steps any number of ranks can; in the middle of one, as many as saved it.
+
+        Raises:
+            HpcRlhfError: there are checkpoints, or were, and none of them will do.
+        """
+        halfway, wrong = None, ""
+        for folder in self.world.on_main(self._steps):
+            mine = manifest.defect(folder, share=(self.world.rank, self.world.size))
+            if defects := [defect for defect in self.world.gather(mine) if defect]:
+                self.world.on_main(partial(_set_aside, folder))
+                wrong = wrong or f"; of {folder.name}, {defects[0]}"
+                continue
+            facts = manifest.read(folder)
+            assert facts is not None
+            if facts["world_size"] == self.world.size or not facts["part"]:
+                return Checkpoint(facts["step"], folder, facts["state"], facts["part"])
+            halfway = halfway or facts["world_size"]
+        if halfway is not None:
+            raise HpcRlhfError(
+                f"the last checkpoints were made by {halfway} ranks in the middle of a step",
+                where=str(self.folder),
+                hint=f"run it on {halfway} ranks until the step is done; then it goes on with any number",
+                exit_code=RUN_FAILED,
+            )
+        torn = self.world.on_main(lambda: len(list(self.folder.glob("torn-*"))))
+        if torn:
+            raise HpcRlhfError(
+                f"none of the {torn} checkpoints is whole{wrong}",
+                where=str(self.folder),
+                hint="they are kept as torn-*: restore one under its old name, or remove them to start the stage anew",
+                exit_code=RUN_FAILED,
+            )
+        return None
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"
+
+
+def _set_aside(folder: Path) -> None:
+    target = folder.with_name(f"torn-{folder.name}")
+    shutil.rmtree(target, ignore_errors=True)
+    folder.rename(target)

@@ -1,0 +1,1 @@
+"""The ranks of a stage: world, stop signals, consensus, watchdog, seeds."""

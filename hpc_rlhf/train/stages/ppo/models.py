@@ -1,0 +1,88 @@
+"""The four models of PPO, as engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from hpc_rlhf.spec.stages import PpoSpec
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.checkpoint.store import Checkpoint
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models.ema import Ema
+from hpc_rlhf.train.models.language_model import LanguageModel
+from hpc_rlhf.train.models.loading import DTYPES, check_fits, load_causal, load_reward
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
+from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.stages.common import adapted, load_engines, save_engines
+
+
+@dataclass(frozen=True)
+class Start:
+    """What PPO's models are made of.
+
+    Attributes:
+        actor, reward: folders or hub ids.
+        ds_configs: DeepSpeed's, by the names of ``PpoSpec.strategies``.
+        longest: tokens of the longest prompt with its answer.
+        updates: optimizer steps in all.
+        loading: around the loading of each model, for its DeepSpeed configuration.
+    """
+
+    actor: str
+    reward: str
+    ds_configs: dict[str, dict[str, Any]]
+    longest: int
+    updates: int
+    seed: int
+    loading: Callable[[dict[str, Any]], AbstractContextManager[None]] = engines.sharded_loading
+
+
+class PpoModels:
+    """Actor and reference from the SFT model, critic and reward model from the reward model.
+
+    Attributes:
+        actor, critic: DeepSpeed engines in training.
+        ref, reward: frozen.
+        policy, ref_policy: the transformers models inside actor and ref.
+        rollouts: makes the actor generate.
+        ema: the actor's moving average, or None.
+    """
+
+    def __init__(self, spec: PpoSpec, start: Start, tokenizer: Any, world: World) -> None:
+        self.world, dtype, configs = world, DTYPES[spec.precision], start.ds_configs
+        with start.loading(configs[""]):
+            self.policy = load_causal(start.actor, dtype, spec.dropout)
+        with start.loading(configs["critic"]):
+            critic = load_reward(start.reward, dtype, None, spec.dropout)
+        with start.loading(configs["ref"]):
+            self.ref_policy = load_causal(start.actor, dtype)
+        with start.loading(configs["reward"]):
+            reward = load_reward(start.reward, dtype, None)
+        check_fits(self.policy.config, tokenizer, start.longest, start.actor)
+        check_fits(critic.classifier.config, tokenizer, start.longest, start.reward)
+        adapted(self.policy, spec, start.seed)
+        adapted(critic.classifier, spec.of_critic, start.seed)
+        self.actor = engines.training_engine(
+            LanguageModel(self.policy), configs[""], spec, spec.actor_lr, start.updates
+        )
+        self.critic = engines.training_engine(
+            critic, configs["critic"], spec.of_critic, spec.critic_lr, start.updates
+        )
+        self.ref = engines.frozen_engine(LanguageModel(self.ref_policy), configs["ref"], world.device)
+        self.reward = engines.frozen_engine(reward, configs["reward"], world.device)
+        self.rollouts = RolloutEngine(self.policy, world)
+        self.ema = Ema(self.policy, spec.ema_beta, world) if spec.ema else None
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Add what training changes. Collective."""
+        save_engines(snapshot, {"actor": self.actor, "critic": self.critic}, self.world)
+        if self.ema:
+            self.ema.save(snapshot, "ema")
+
+    def load(self, found: Checkpoint) -> None:
+        load_engines({"actor": self.actor, "critic": self.critic}, self.world)(found)
+        if self.ema:
+            self.ema.load(found.folder / "ema")

@@ -1,0 +1,172 @@
+"""What a stage holds on each GPU, by closed forms; ``make plan-check`` holds it against what is measured."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate import activations, model_memory
+from hpc_rlhf.estimate.parameters import architecture
+from hpc_rlhf.estimate.stage_memory import Memory, run_memory, stage_memory
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.spec.gpus import gpu_bytes
+from hpc_rlhf.spec.job import JobSpec
+from tests.launch.specs import make_spec
+
+MODEL = architecture("facebook/opt-125m", "models.actor")
+COUNT = MODEL.parameters
+GPUS = {"gpus_per_node": 2}
+
+
+def sft(slurm: dict[str, Any] | None = None, **fields: Any) -> Memory:
+    return stage_memory(make_spec("/scratch/demo", {**GPUS, **(slurm or {})}, sft=fields), "sft")
+
+
+def tokens(spec: JobSpec, micro: int) -> int:
+    return micro * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
+
+
+def test_each_zero_stage_shares_out_one_part_more() -> None:
+    none, first, second, third = (sft(zero=zero) for zero in range(4))
+    assert none.always == {"weights": 2 * COUNT, "optimizer": 12 * COUNT}
+    assert first.always == second.always == {"weights": 2 * COUNT, "optimizer": 6 * COUNT}
+    assert third.always == {
+        "weights": COUNT, "optimizer": 6 * COUNT, "gradients": COUNT, "buffers": 2 * COUNT,
+    }  # fmt: skip
+
+
+def test_gradients_stand_beside_activations_only_where_passes_add_them_up() -> None:
+    once, often = sft(micro_batch=4, global_batch=8), sft(micro_batch=4, global_batch=16)
+    assert once.moments["passes"]["gradients"] == 0
+    assert often.moments["passes"]["gradients"] == 2 * COUNT
+    assert once.moments["passes"]["activations"] == often.moments["passes"]["activations"]
+
+
+def test_a_step_without_zero_makes_float32_of_all_gradients_at_once() -> None:
+    assert sum(sft().moments["steps"].values()) == (2 + 4) * COUNT
+    assert sum(sft(zero=2).moments["steps"].values()) == (2 + 4) * COUNT // 2
+    assert sum(sft(precision="fp32").moments["steps"].values()) == (4 + 4) * COUNT
+
+
+def test_a_buffer_of_gradients_is_no_larger_than_deepspeed_is_told() -> None:
+    spec = make_spec("/scratch/demo", GPUS, sft={"zero": 2})
+    models = spec.models.model_copy(update={"actor": "facebook/opt-1.3b"})
+    large = stage_memory(spec.model_copy(update={"models": models}), "sft")
+    assert large.moments["passes"]["buffers"] == 2 * 200_000_000
+    assert large.moments["first reduction"]["buffers"] == 4 * 200_000_000
+    assert sft(zero=2).moments["passes"]["buffers"] == 2 * COUNT
+
+
+def test_precision_offload_and_1_bit_adam_change_the_optimizers_part() -> None:
+    assert sft(precision="fp32").always["optimizer"] == 8 * COUNT
+    assert sft(optimizer="onebit-adam").always["optimizer"] == 16 * COUNT
+    assert sft(zero=2, offload_optimizer=True).always["optimizer"] == 0
+
+
+def test_adapters_alone_have_gradients_and_optimizer() -> None:
+    found = sft(lora={"rank": 8})
+    adapters = found.always["weights"] // 2 - COUNT
+    assert 0 < adapters < COUNT / 20
+    assert found.always["optimizer"] == 12 * adapters
+    assert found.moments["steps"] == {"gradients": 2 * adapters, "gradients for the step": 4 * adapters}
+
+
+def test_activations_grow_with_the_tokens_of_a_pass_and_checkpointing_leaves_one_layers() -> None:
+    def kept(**fields: Any) -> int:
+        return sft(**fields).moments["passes"]["activations"]
+
+    assert kept(micro_batch=8) == 2 * kept(micro_batch=4)
+    # OPT keeps two norms with their inputs, queries, keys, values, their mixture and ReLU's result of each token.
+    spec = make_spec("/scratch/demo", GPUS, sft={})
+    layer = 2 * (8 * 768 + 3072) + 4 * 12
+    per_token = kept(micro_batch=4) / tokens(spec, 4)
+    assert per_token == pytest.approx(12 * layer + 2 * 2 * 768, rel=0.02)
+    again = kept(micro_batch=4, activation_checkpointing=True) / tokens(spec, 4)
+    assert again == pytest.approx(12 * 2 * 768 + layer + 2 * 2 * 768, rel=0.2)
+
+
+def test_logits_are_never_held_whole() -> None:
+    def head(**fields: Any) -> int:
+        return sft(**fields).moments["passes"]["logits"]
+
+    whole = 4 * 50272 * tokens(make_spec("/scratch/demo", GPUS, sft={}), 64)
+    assert head(micro_batch=64) < whole / 4
+    assert head(micro_batch=64) - head(micro_batch=32) < 2 * 4 * 768 * whole / (4 * 50272)
+
+
+def test_ppo_holds_four_models_and_gathers_a_sharded_actor() -> None:
+    spec = make_spec("/scratch/demo", GPUS, reward={}, ppo={"zero": 3, "ema": True})
+    memory = stage_memory(spec, "ppo")
+    assert set(memory.always) == {
+        "weights",
+        "gradients",
+        "buffers",
+        "optimizer",
+        "ref",
+        "reward",
+        "critic",
+        "EMA",
+    }
+    assert memory.moments["rollouts"]["gathered actor"] == 2 * COUNT
+    assert memory.always["EMA"] == 2 * COUNT
+    assert {"passes", "the critic's passes", "rollouts", "scoring"} <= set(memory.moments)
+
+
+def test_an_evaluation_holds_one_model_at_a_time() -> None:
+    spec = make_spec("/scratch/demo", GPUS, sft={}, reward={}, ppo={}, eval={"prompts": 64})
+    memory = stage_memory(spec, "eval")
+    assert memory.always == {"weights": 2 * COUNT}
+    assert memory.moments["rollouts"]["KV cache"] == 32 * 2 * MODEL.kv * tokens(spec, 1)
+
+
+def test_the_sizes_are_those_of_the_training_and_of_the_template() -> None:
+    from hpc_rlhf.train.algorithms import logprobs
+    from hpc_rlhf.train.rollout.in_process import engine
+
+    assert (activations.LOGITS, activations.ALIGNED) == (logprobs.LOGITS, logprobs.ALIGNED)
+    assert (activations.ROWS, activations.WEIGHTS_SHARE, activations.CACHE_SHARE) == (
+        engine.ROWS, engine.WEIGHTS_SHARE, engine.CACHE_SHARE,
+    )  # fmt: skip
+    for zero in (1, 2, 3):
+        spec = make_spec("/scratch/demo", GPUS, sft={"zero": zero})
+        (text,) = Templates().ds_configs(make_plan(spec).jobs[0], spec.stage("sft")).values()
+        config = json.loads(text)["zero_optimization"]
+        assert config["reduce_bucket_size"] == model_memory.BUCKET
+        assert zero < 3 or config["stage3_max_live_parameters"] == model_memory.LIVE
+
+
+def test_what_is_held_is_that_of_the_fullest_moment() -> None:
+    memory = Memory(
+        {}, {"weights": 5}, {"passes": {"logits": 2, "weights": 1}, "steps": {"gradients": 2}}, 10
+    )
+    assert (memory.fullest, memory.held, memory.left) == ("passes", 8, 2)
+    assert memory.parts == {"weights": 6, "logits": 2}
+
+
+def test_what_does_not_fit_or_just_so_is_told() -> None:
+    small = sft({"gpu": "1G"})
+    assert small.left == 2**30 - small.held
+    assert small.left < 0
+    assert small.fits is False
+    assert sft({"gpu": str(small.held + 1)}).fits is False  # nothing is left for CUDA
+    assert sft({"gpu": str(small.held * 2)}).fits
+    assert sft().fits is None
+
+
+def test_an_unknown_model_leaves_the_other_stages_planned() -> None:
+    spec = make_spec("/scratch/demo", sft={}, reward={})
+    models = spec.models.model_copy(update={"reward": "nobody/knows-this"})
+    found = run_memory(spec.model_copy(update={"models": models}))
+    assert isinstance(found["reward"], HpcRlhfError)
+    assert not isinstance(found["sft"], HpcRlhfError)
+
+
+def test_gpus_are_known_by_name_or_by_their_memory() -> None:
+    assert gpu_bytes("80G") == 80 * 2**30
+    assert gpu_bytes("a100-80g") < gpu_bytes("80G")
+    with pytest.raises(ValueError, match="did you mean a100-80g"):
+        gpu_bytes("A100-80gb")

@@ -1,0 +1,179 @@
+"""How long a stage takes, by closed forms."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import Table
+from pyarrow.parquet import write_table
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.parameters import architecture
+from hpc_rlhf.estimate.sample_counts import expected_samples
+from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times, stage_time
+from hpc_rlhf.estimate.step_time import MFU
+from hpc_rlhf.spec.job import JobSpec
+from tests.launch.specs import make_spec
+
+COUNT = architecture("facebook/opt-125m", "models.actor").parameters
+FLOPS = 312e12 * MFU
+READ = 2 * COUNT / 2039e9 / 0.5  # seconds in which bf16 weights are read once
+
+
+def timed(name: str = "sft", gpus: int = 1, **fields: Any) -> dict[str, float]:
+    slurm = {"gpu": "a100-80g", "gpus_per_node": gpus}
+    return stage_time(make_spec("/scratch/demo", slurm, **{"reward": {}, name: fields}), name).parts
+
+
+def test_training_takes_six_operations_a_weight_and_token() -> None:
+    assert timed(micro_batch=8)["training"] == pytest.approx(6 * COUNT * 8 * 512 / FLOPS + 3 * READ)
+    twice = timed(micro_batch=4, global_batch=8)["training"]
+    assert twice == pytest.approx(6 * COUNT * 8 * 512 / FLOPS + 6 * READ)
+
+
+def test_small_passes_wait_for_their_kernels_to_be_launched() -> None:
+    assert timed(micro_batch=1)["training"] == pytest.approx(3 * 12 * 0.25e-3)
+
+
+def test_adam_reads_and_writes_the_share_of_a_rank() -> None:
+    whole = 28 * COUNT / 2039e9 / 0.5
+    assert [timed(gpus=4, zero=zero)["optimizer"] for zero in (0, 1)] == pytest.approx([whole, whole / 4])
+    assert "optimizer" not in timed(zero=2, offload_optimizer=True)
+
+
+def test_checkpointing_adds_a_forward_pass_and_frozen_weights_save_a_backward_half() -> None:
+    tokens = 8 * 512
+    again = timed(micro_batch=8, activation_checkpointing=True)["training"]
+    assert again == pytest.approx(8 * COUNT * tokens / FLOPS + 4 * READ)
+    lora = timed(micro_batch=8, lora={"rank": 8})["training"]
+    assert lora == pytest.approx(4 * COUNT * tokens / FLOPS + 2 * READ)
+
+
+def test_a_pair_is_two_sequences_and_dpo_asks_its_reference() -> None:
+    pairs = timed("dpo", micro_batch=4)
+    assert pairs["training"] == pytest.approx(timed(micro_batch=8)["training"])
+    assert pairs["scoring"] == pytest.approx(2 * COUNT * 8 * 512 / FLOPS + READ)
+
+
+def test_each_zero_stage_sends_what_its_sharding_costs() -> None:
+    sent = [timed(gpus=2, micro_batch=1, global_batch=8, zero=zero)["messages"] for zero in range(4)]
+    unit = COUNT * 0.5 / 300e9  # half of it goes to the other rank
+    assert sent == [pytest.approx(factor * unit) for factor in (4, 6, 18, 24)]
+
+
+def test_offload_waits_for_the_bus_and_the_cpu() -> None:
+    none = timed(zero=3)
+    offloaded = timed(zero=3, offload_optimizer=True, offload_params=True)
+    assert "offload" not in none
+    assert offloaded["offload"] == pytest.approx(COUNT * (4 / 25e9 + 28 / 200e9 + 4 / 25e9))
+
+
+def test_decoding_is_bound_by_reading_the_weights_for_every_token() -> None:
+    spec = make_spec(
+        "/scratch/demo", {"gpu": "a100-80g", "gpus_per_node": 1}, reward={}, ppo={"micro_batch": 1}
+    )
+    body = architecture("facebook/opt-125m", "models.actor")
+    cache = body.kv * 2 * (256 + 128) / 2039e9 / 0.5
+    assert stage_time(spec, "ppo").parts["decoding"] == pytest.approx(
+        256 * (READ + cache) + 2 * COUNT * 256 / FLOPS
+    )
+
+
+def test_a_sharded_actor_too_large_to_gather_is_streamed_for_every_token() -> None:
+    def decoding(gpu: str) -> float:
+        slurm = {"gpu": gpu, "gpus_per_node": 2}
+        spec = make_spec("/scratch/demo", slurm, reward={}, ppo={"micro_batch": 1, "zero": 3})
+        large = spec.model_copy(
+            update={"models": spec.models.model_copy(update={"actor": "facebook/opt-30b"})}
+        )
+        return stage_time(large, "ppo").parts["decoding"]
+
+    whole = 2 * architecture("facebook/opt-30b", "models.actor").parameters
+    larger, smaller = (
+        decoding("h200-141g"),
+        decoding("h100-80g"),
+    )  # alike but for memory, of which half is used
+    streamed = whole - 79.1 * 2**30 / 2
+    read = whole * (1 / 3350e9 - 1 / 4800e9) / 0.5 * 256
+    assert smaller - larger > 0.99 * 255 * streamed / 450e9 + read
+
+
+def test_steps_follow_from_the_data_and_attempts_from_the_time_limit() -> None:
+    slurm = {"gpu": "a100-80g", "gpus_per_node": 2, "time": "10:00"}
+    spec = make_spec("/scratch/demo", slurm, sft={"epochs": 30_000}, reward={}, ppo={"max_steps": 3})
+    times = run_times(spec)
+    sft, ppo = times["sft"], times["ppo"]
+    assert isinstance(sft, StageTime)
+    assert isinstance(ppo, StageTime)
+    assert (sft.expected, sft.steps) == (19, 19 * 30_000 // 8)
+    assert sft.seconds is not None
+    assert sft.attempts == int(sft.seconds // 600) + 1 > 1
+    assert ppo.steps == 3
+    assert sft.gpu_hours == pytest.approx(sft.seconds * 2 / 3600)
+    assert chain_seconds(spec, times) == pytest.approx(sft.seconds + 3 * ppo.step_seconds)
+
+
+def of_sources(*sources: dict[str, Any]) -> JobSpec:
+    spec = make_spec("/scratch/demo", {"gpu": "h100-80g"}, sft={})
+    return JobSpec.model_validate({**spec.model_dump(mode="json"), "data": {"sources": sources}})
+
+
+def test_rows_of_local_files_are_counted_and_those_of_the_hub_are_not_known(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n' * 50)
+    rows = {"path": str(tmp_path / "rows.jsonl"), "format": "text", "weight": 2}
+    assert expected_samples(of_sources(rows), "sft") == 190
+    assert expected_samples(of_sources({**rows, "path": str(tmp_path)}, {"demo": 100}), "sft") == 285
+    hub = of_sources(rows, {"path": "Dahoas/rm-static", "format": "prompt-chosen-rejected"})
+    time = stage_time(hub, "sft")
+    assert (time.steps, time.seconds, time.attempts) == (None, None, None)
+    assert time.per_thousand == pytest.approx(1000 / 8 * time.step_seconds)
+
+
+def test_rows_are_counted_in_every_kind_of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(name: str, **fields: Any) -> int | None:
+        path = name if "/" in name else str(tmp_path / name)
+        return expected_samples(of_sources({"path": path, "format": "text", **fields}), "sft")
+
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write('{"text": "a"}\n' * 100)
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *[['a line\nand "another"']] * 100])
+    write_table(Table.from_pydict({"text": ["a"] * 100}), tmp_path / "rows.parquet")
+    assert [counted(f"rows.{kind}") for kind in ("jsonl.gz", "csv", "parquet")] == [95] * 3
+    # One list of all rows would have to be read whole.
+    (tmp_path / "rows.json").write_text("[]")
+    assert counted("rows.json") is None
+    # A hub data set is counted once it is in the cache.
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert counted("somebody/data") is None
+    folder = tmp_path / "cache/somebody___data/default/0.0.0/abc"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text('{"splits": {"train": {"num_examples": 200}}}')
+    assert counted("somebody/data") == 190
+    assert counted("somebody/data", split="test") is None
+
+
+def test_a_gpu_without_a_name_has_no_speed() -> None:
+    spec = make_spec("/scratch/demo", {"gpu": "80G"}, sft={})
+    with pytest.raises(HpcRlhfError, match=r"without the GPU's name") as caught:
+        stage_time(spec, "sft")
+    assert "a100-80g" in str(caught.value)
+
+
+def test_an_evaluation_asks_every_model_and_the_judge() -> None:
+    slurm = {"gpu": "a100-80g", "gpus_per_node": 1}
+    plain = {"micro_batch": 8}
+    spec = make_spec("/scratch/demo", slurm, sft=plain, reward=plain, ppo=plain, eval={**plain, "prompts": 8})
+    time = stage_time(spec, "eval")
+    one = 2 * COUNT * 8 * 512 / FLOPS + READ
+    # SFT, PPO and the model from before, three times each; the reward model, whose head is a little smaller, six times.
+    assert time.parts["scoring"] == pytest.approx(15 * one, rel=0.01)
+    alone = stage_time(make_spec("/scratch/demo", slurm, sft=plain, eval={**plain, "prompts": 8}), "eval")
+    assert alone.parts["decoding"] == pytest.approx(time.parts["decoding"] * 2 / 3)
+    assert (time.steps, time.samples) == (1, 8)
+    times = run_times(spec)
+    assert list(times) == ["sft", "reward", "ppo", "eval"]

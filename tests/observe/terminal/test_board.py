@@ -1,0 +1,71 @@
+"""What status and watch draw, at the widths of real terminals."""
+
+from __future__ import annotations
+
+import time
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from hpc_rlhf.observe.goodput.spans import Goodput, Interruption, Spans
+from hpc_rlhf.observe.status import StageStatus
+from hpc_rlhf.observe.terminal.board import Board, sparks
+
+
+def drawn(width: int, plain: bool = False) -> list[str]:
+    """The board of a chain in the midst of its night, with its longest words."""
+    now = time.time()
+    broken = (
+        Interruption("preempted", now - 9000, "node1", 100),
+        Interruption("preempted", now - 7300, "node12", 4100),
+    )
+    stages = [
+        StageStatus("sft", "done", "", "4181520", 3, 12000, 12000, "loss", 1.5, {"loss": 1.5}, now,
+                    goodput=Goodput(Spans(productive=45000.0), broken)),
+        StageStatus("reward", "running", "", "4181521", 1, 4200, 12000, "loss", 0.51,
+                    {"loss": 0.51, "accuracy": 0.71}, now - 700, 90061.0),
+        StageStatus("ppo", "waiting", "for sft and reward", "4181522"),
+        StageStatus("eval", "not started"),
+    ]  # fmt: skip
+    curves = {("sft", "loss"): [9.0 / step for step in range(1, 400)], ("ppo", "reward"): []}
+    board, text = Board(width, live=True, plain=plain), StringIO()
+    console = Console(file=text, width=width, highlight=False, color_system=None)
+    for part in (*board.whole(stages), board.curves(curves)):
+        assert part is not None
+        console.print(part)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_night_at_a_glance(width: int) -> None:
+    lines = drawn(width)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    for words in ("took 12 h 30 min", "12000/12000", "4200/12000", "25 h 1 min left", "loss 0.51", "4181522"):
+        assert words in text
+    unfolded = " ".join(text.split())
+    assert "sft 2 interruptions: 2 preempted; the last: preempted at step 4100 on node12, 2 h ago" in unfolded
+    assert "ppo waits for sft and reward (25 h 1 min left)" in unfolded
+    assert "reward last step 11 min ago" in unfolded
+    assert ("━━━─────── 4200/12000 35%" in text and "accuracy 0.71" in text) == (width == 140)
+
+
+def test_what_does_not_fit_is_left_out_and_nothing_is_cut() -> None:
+    lines = drawn(50)
+    assert max(map(len, lines)) <= 50
+    assert lines[0].split() == ["stage", "state", "progress", "time"]
+    assert lines[2].split() == ["reward", "running", "4200/12000", "25", "h", "1", "min", "left"]
+
+
+def test_a_terminal_without_unicode_gets_none() -> None:
+    assert "\n".join(drawn(140, plain=True)).isascii()
+
+
+def test_a_curve_goes_through_the_means_of_equal_parts() -> None:
+    assert sparks([], 8) == ""
+    assert sparks([1.0], 8) == "▅"
+    assert sparks([3.0, 3.0], 8) == "▅▅"
+    assert sparks([0.0, 1.0, 2.0, 3.0], 8, "abcd") == "abcd"
+    assert sparks([0.0, 0.0, 0.0, 3.0, 3.0, 3.0], 2, "ab") == "ab"

@@ -1,0 +1,168 @@
+"""What Slurm's answers are taken to mean, on a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch import start_estimate as starts
+from hpc_rlhf.slurm import commands as slurm
+from tests.cluster import Cluster, wait_until
+
+# A step that, when told to stop, asks why, and writes the answer.
+STEP = f"""#!/bin/bash
+srun {sys.executable} -c '
+import os, signal, sys, time
+from hpc_rlhf import slurm
+def stop(number, frame):
+    open(sys.argv[1], "w").write(repr(slurm.why_ended(os.environ["SLURM_JOB_ID"], 0)))
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(100)
+' "$ANSWER"
+"""
+
+
+@pytest.mark.parametrize("why", ["cancelled", "requeued", "time limit", ""])
+@pytest.mark.parametrize("partition", ["low", "low-cancel"])
+def test_cancelled_preempted_and_out_of_time_are_told_apart(
+    why: str, partition: str, idle_cluster: Cluster, tmp_path: Path
+) -> None:
+    script, answer, log = tmp_path / "step.sh", tmp_path / "answer", tmp_path / "log"
+    script.write_text(STEP)
+    job_id = idle_cluster.sbatch(
+        f"--partition={partition}", f"--output={log}", f"--export=ALL,ANSWER={answer}", script
+    )
+    wait_until(lambda: log.exists() and "ready" in log.read_text(), 30, "the step runs")
+    if why == "cancelled":
+        idle_cluster.run("scancel", job_id)
+    elif why == "requeued":
+        idle_cluster.run("scontrol", "requeue", job_id)
+    elif why == "time limit":
+        idle_cluster.run("scontrol", "update", f"job={job_id}", "EndTime=now+1")
+    else:
+        everything = ("--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        idle_cluster.sbatch("--partition=high", *everything)
+    # Slurm looks for jobs out of time twice a minute.
+    wait_until(lambda: answer.exists() and answer.read_text(), 120, "the step was told to stop")
+    assert answer.read_text() == repr(why)
+
+
+def test_queue_and_history_see_a_job_from_its_start_to_its_end(
+    idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in idle_cluster.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SQUEUE_PARTITION", "low")  # a default of the user's own must not hide jobs
+    odd = "--comment=a | b\nnew line"
+    job_id = idle_cluster.sbatch("--job-name=x|y.sft", odd, "--output=/dev/null", "--wrap=sleep 2; exit 3")
+    wait_until(lambda: slurm.queue()[job_id].state == "RUNNING", 30, "the job runs")
+    assert slurm.queue()[job_id].live
+    wait_until(lambda: not slurm.queue()[job_id].live, 30, "the job ends")
+    assert slurm.queue()[job_id].state == "FAILED"
+    wait_until(lambda: slurm.history([job_id])[job_id].state == "FAILED", 30, "accounting knows")
+    assert slurm.history([job_id])[job_id].exit_code == "3:0"
+    assert slurm.history([]) == {}
+
+
+def test_slurms_own_words_reach_the_user(idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in idle_cluster.env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(HpcRlhfError, match="scontrol requeue: Invalid job id specified"):
+        slurm.requeue("999999")
+
+
+@pytest.mark.parametrize(("preempted", "expected"), [("12:00:00", True), ("11:59:59", False), (None, False)])
+def test_a_preemption_before_the_last_start_is_over(
+    preempted: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer Slurm keeps the time on a job that requeued itself: it would be requeued for ever."""
+    time = f"2026-01-02T{preempted}" if preempted else "None"
+    show = f"JobId=7 JobState=RUNNING StartTime=2026-01-02T12:00:00 PreemptTime={time}"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert slurm.was_preempted("7") is expected
+
+
+@pytest.mark.parametrize(
+    ("run_time", "limit", "expected"),
+    [
+        ("00:01:00", "00:10:00", "cancelled"),
+        ("00:10:03", "00:10:00", "time limit"),
+        ("1-00:00:00", "UNLIMITED", "cancelled"),
+    ],
+)
+def test_job_out_of_time_was_not_cancelled(
+    run_time: str, limit: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = f"JobId=7 JobState=COMPLETING RunTime={run_time} TimeLimit={limit} PreemptTime=None"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert slurm.why_ended("7", 0) == expected
+
+
+# Slurm agrees to a requeue and ends the step, the command that asked for it too.
+REQUEUES = """#!/usr/bin/python3
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGUSR2)
+open(sys.argv[0] + ".done", "w").write(" ".join(sys.argv[1:]))
+"""
+
+
+def test_a_command_lives_through_the_signals_that_it_brings_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(REQUEUES.replace("/usr/bin/python3", sys.executable))
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    heard: list[int] = []
+    kept = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        slurm.requeue("7")
+        assert (tmp_path / "scontrol.done").read_text() == "requeue 7"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM], "this process hears again"
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+
+
+def test_a_jobs_start_and_end_are_both_by_the_controllers_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = "JobId=7 JobState=RUNNING StartTime=2026-01-01T10:00:00 EndTime=2026-01-01T10:30:00"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    start, end = slurm.start_and_end("7")
+    assert end - start == 1800
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "100")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "160")
+    assert slurm.start_and_end("7") == (100.0, 160.0)
+
+
+def test_slurm_predicts_when_a_script_would_start(
+    idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(idle_cluster.conf))
+    monkeypatch.setattr(starts, "SOON", 60)  # this machine may be slow
+    before, script = set(slurm.queue()), tmp_path / "script"
+    script.write_text("#!/bin/bash\n#SBATCH --partition=low\nsleep 1\n")
+    start = starts.predicted_start(script)
+    assert start is not None
+    assert abs(time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S")) - time.time()) < 86400
+    script.write_text("#!/bin/bash\n#SBATCH --partition=nowhere\n")
+    with pytest.raises(HpcRlhfError, match="invalid partition"):
+        starts.predicted_start(script)
+    assert set(slurm.queue()) <= before

@@ -1,0 +1,181 @@
+"""Ranks find themselves under every launcher, and agree."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.train.runtime.launcher import LAUNCHER_VARIABLES, launcher_ranks
+from hpc_rlhf.train.runtime.world import World, join
+from tests.train.stages import END
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+LOCAL = {"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, (0, 1, 0)),
+        (TORCHRUN, (5, 8, 1)),
+        (SLURM, (3, 4, 1)),
+        (LOCAL, (1, 2, 0)),
+        ({**TORCHRUN, **SLURM}, (5, 8, 1)),  # torchrun inside a Slurm step
+        ({**SLURM, **LOCAL, "SUBMITIT_EXECUTOR": "local"}, (1, 2, 0)),  # a run inside somebody's allocation
+        ({**SLURM, "SUBMITIT_EXECUTOR": "slurm"}, (3, 4, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0)),  # a batch shell, not a task
+    ],
+)
+def test_a_rank_finds_itself(
+    environment: dict[str, str], ranks: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for names in LAUNCHER_VARIABLES:
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launcher_ranks() == ranks
+
+
+def test_another_number_of_ranks_than_planned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(HpcRlhfError, match="8 ranks were started where the plan has 4"):
+        join(4)
+
+
+def test_an_error_of_rank_0_keeps_all_that_it_says(world: World) -> None:
+    def fail() -> None:
+        raise HpcRlhfError("wrong", where="here", hint="mend it", exit_code=RUN_FAILED)
+
+    with pytest.raises(HpcRlhfError) as caught:
+        world.on_main(fail)
+    error = caught.value
+    assert (error.message, error.where, error.hint, error.exit_code) == (
+        "wrong",
+        "here",
+        "mend it",
+        RUN_FAILED,
+    )
+
+
+def test_a_full_disk_is_a_clear_error(world: World) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/file")
+
+    with pytest.raises(HpcRlhfError, match=r"No space left on device: '/data/file'") as caught:
+        world.on_main(fail)
+    assert caught.value.exit_code == RUN_FAILED
+
+
+# What two ranks do together; each prints what it saw.
+TWO_RANKS = """
+import json, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from torch import nn
+from hpc_rlhf.run import manifest
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.train.checkpoint.store import CheckpointStore
+from hpc_rlhf.train.models.ema import Ema
+from hpc_rlhf.train.runtime.world import World
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+world = World(rank, 2, rank, torch.device("cpu"), dist.group.WORLD)
+seen = {
+    "max": world.max(7 if rank else 3),
+    "sums": world.sums({"a": rank + 0.5, "b": 1e-9 + rank * 1e9}),
+    "gather": world.gather({"rank": rank}),
+    "main": world.on_main(lambda: f"from {rank}"),
+}
+
+# Both in one group: they have the same samples, which count once.
+both = world.grouped(2)
+seen["both"] = [
+    both.data_rank, both.data_size, both.tensor_rank, both.sums({"a": 3.0}), both.gather_data(rank), both.gather_group(rank)
+]
+seen["apart"] = [world.gather_data(rank), world.gather_group(rank)]
+
+def fail():
+    raise HpcRlhfError("wrong", where="here")
+try:
+    world.on_main(fail)
+except HpcRlhfError as error:
+    seen["error"] = str(error)
+
+# Each rank writes its part, and each part is in the manifest.
+store = CheckpointStore(folder / "checkpoints", "1-0", keep=2, world=world)
+store.claim()
+for step in (10, 20):
+    store.save(step, lambda snapshot: snapshot.data(f"rank-{rank}", f"{rank} at {step}".encode()), {"step": step})
+found = store.latest()
+seen["saved"] = [found.step, sorted(manifest.read(found.folder)["files"])]
+world.barrier()
+# A part of rank 1 is torn: both go back together.
+if world.is_main:
+    (folder / "checkpoints" / "step-00000020" / "rank-1").write_text("x")
+world.barrier()
+seen["resumed"] = store.latest().step
+
+# The average of a parameter is with one rank, and swapped in on both.
+model = nn.Linear(2, 2)
+nn.init.constant_(model.weight, 1.0)
+nn.init.constant_(model.bias, 1.0)
+ema = Ema(model, 0.5, world)
+with torch.no_grad():
+    model.weight.fill_(3.0)
+    model.bias.fill_(5.0)
+ema.update()
+with ema.swapped_in():
+    seen["ema"] = [model.weight[0, 0].item(), model.bias[0].item()]
+seen["own"] = [model.weight[0, 0].item(), model.bias[0].item()]
+print(json.dumps(seen))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_agree_save_and_go_back_together(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS + END, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        answers = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    expected = {
+        "max": 7,
+        "sums": {"a": 2.0, "b": 1e9 + 2e-9},
+        "gather": [{"rank": 0}, {"rank": 1}],
+        "main": "from 0",
+        "error": "here: wrong",
+        "saved": [20, ["rank-0", "rank-1"]],
+        "resumed": 10,
+        "ema": [2.0, 3.0],
+        "own": [3.0, 5.0],
+    }
+    groups = [{"both": [0, 1, rank, {"a": 3.0}, [0], [0, 1]], "apart": [[0, 1], [rank]]} for rank in range(2)]
+    assert answers == [{**expected, **own} for own in groups]
+
+
+def test_ranks_that_are_no_whole_groups_are_refused() -> None:
+    with pytest.raises(HpcRlhfError, match="3 ranks are no whole groups of 2"):
+        World(0, 3, 0, torch.device("cpu"), None).grouped(2)
