@@ -23,7 +23,7 @@ world = join(2).grouped(2)
 from deepspeed.utils import groups
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
-from hpc_rlhf.train.models import packed
+from hpc_rlhf.train.models import packed_attention as packed
 from hpc_rlhf.train.parallel.tensor_parallel import along, cut
 from hpc_rlhf.train.models.engine import _gradient_norm
 from hpc_rlhf.train.models.language_model import LanguageModel
