@@ -8,6 +8,7 @@ from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
 from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelRef
 from hpc_rlhf.spec.recipes import billions_in
+from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # Bytes for a weight in a checkpoint: itself and Adam's two moments, each float32.
@@ -27,14 +28,12 @@ def run_bytes(spec: JobSpec) -> int | None:
     for name in spec.trained:
         stage = spec.stage(name)
         assert isinstance(stage, TrainingSpec)
-        models = {"reward": [(stage, reward)], "ppo": [(stage, actor)]}.get(name, [(stage, actor)])
-        if spec.stages.ppo is stage:
-            models.append((spec.stages.ppo.of_critic, reward))
-        checkpoint = sum(count * _TRAINED * _share(each) for each, count in models)
-        copies = 2 if name == "ppo" and spec.stages.ppo is not None and spec.stages.ppo.ema else 1
-        total += (stage.keep_checkpoints + 1) * checkpoint + copies * models[0][1] * _EXPORTED[
-            stage.precision
-        ]
+        trained = reward if kind_of(name).makes == "reward model" else actor
+        checkpoint = trained * _TRAINED * _share(stage)
+        if "critic" in stage.strategies:
+            checkpoint += reward * _TRAINED * _share(stage.strategies["critic"])
+        exported = trained * _EXPORTED[stage.precision] * (2 if getattr(stage, "ema", False) else 1)
+        total += (stage.keep_checkpoints + 1) * checkpoint + exported
     return int(total)
 
 

@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.source import SourceSpec
 
 # Larger files are not read through to count their lines.
 _COUNTED = 2**29

@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model
 
-from hpc_rlhf.spec.fields import FreeText, Model, NonNegative, PathText, Positive, Rate
-
-
-class SourceSpec(Model):
-    """One source of training data."""
-
-    path: PathText | None = Field(
-        default=None,
-        description="A hub data set id, or a local file or folder (json, jsonl, csv, parquet; .gz too).",
-    )
-    demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = Field(
-        default=None, description="Make this many short dialogues on the spot, in place of a path."
-    )
-    format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text"] | None = Field(
-        default=None,
-        description="What a row holds. prompt-chosen-rejected: columns prompt, chosen and (optional) rejected. hh: chosen and "
-        "rejected are whole transcripts of Human/Assistant turns. messages: a list of {role, content}, or chosen and rejected "
-        "lists. instruction: instruction, input, output. text: a column of plain text.",
-    )
-    weight: Rate = Field(
-        default=1.0,
-        description="Share of the rows used: 0.5 takes half of them, 2 takes each twice an epoch.",
-    )
-    split: FreeText = Field(default="train", description="Which split of a hub data set.")
-    subset: FreeText | None = Field(default=None, description="Which configuration of a hub data set.")
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> SourceSpec:
-        if (self.path is None) == (self.demo is None):
-            raise ValueError("give exactly one of path and demo")
-        if self.path is not None and self.format is None:
-            raise ValueError("a source with a path needs a format")
-        return self
+from hpc_rlhf.spec.fields import Model, NonNegative, Positive
+from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import STAGE_KINDS, Data
 
 
-class SplitSpec(Model):
+class _Split(Model):
     """Relative shares of the prompts that each stage trains on; no prompt is in two stages."""
 
-    sft: NonNegative = Field(default=2, description="Share of supervised fine-tuning.")
-    reward: NonNegative = Field(default=4, description="Share of the reward model.")
-    ppo: NonNegative = Field(default=4, description="Share of PPO.")
-    dpo: NonNegative = Field(default=4, description="Share of DPO.")
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+if TYPE_CHECKING:
+    SplitSpec = _Split
+else:
+    SplitSpec = create_model(
+        "SplitSpec",
+        __base__=_Split,
+        __doc__=_Split.__doc__,
+        __module__=__name__,
+        **{
+            kind.name: (NonNegative, Field(default=kind.share, description=f"Share of {kind.title}."))
+            for kind in STAGE_KINDS
+            if kind.data is not Data.NONE
+        },
+    )
 
 
 class DataSpec(Model):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.source import SourceSpec
 
 OFFLINE = "HF_HUB_OFFLINE"
 

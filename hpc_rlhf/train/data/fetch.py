@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.data import SourceSpec
+from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.train.data.sources import load
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.train.data import demo
 from hpc_rlhf.train.data.rows import Sample, read_row
 from hpc_rlhf.train.runtime import seeds

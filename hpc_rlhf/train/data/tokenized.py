@@ -16,8 +16,8 @@ import numpy as np
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
-from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import encode
 from hpc_rlhf.train.data.rows import Sample

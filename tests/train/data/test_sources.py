@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import is_held_out, read, stage_of, stage_samples, texts
 from tests.train.data.specs import spec_of

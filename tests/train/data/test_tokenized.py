@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.train.data import arrow, tokenized
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read, stage_samples

@@ -1,4 +1,4 @@
-"""The stages of a run, and every number in them."""
+"""PPO."""
 
 from __future__ import annotations
 
@@ -6,34 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hpc_rlhf.spec.data import SourceSpec
 from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate
-from hpc_rlhf.spec.training import LoraSpec, ReferredSpec, StageSpec, TrainingSpec
-
-TopP = Annotated[
-    float,
-    Field(
-        gt=0,
-        le=1,
-        description="Sample from the smallest set of tokens with this probability; 1 samples from all.",
-    ),
-]
-TopK = Annotated[int, Field(ge=0, description="Sample from the k likeliest tokens; 0 samples from all.")]
-
-STAGE_NAMES = ("sft", "reward", "ppo", "dpo", "eval")
-
-
-class SftSpec(TrainingSpec):
-    """Supervised fine-tuning on prompts and chosen answers."""
-
-    lr: Rate = Field(default=9.65e-6, description="Peak learning rate.")
-    answer_only: bool = Field(default=False, description="Learn the answers' tokens only, not the prompts'.")
-
-
-class RewardSpec(TrainingSpec):
-    """The reward model, trained on pairs of a chosen and a rejected answer. A sample is a pair."""
-
-    lr: Rate = Field(default=5.0e-5, description="Peak learning rate.")
+from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages.kind import SENT, THROUGHPUT, Data, Plot, StageKind
+from hpc_rlhf.spec.stages.sampling import TopK, TopP
+from hpc_rlhf.spec.training import LoraSpec, ReferredSpec, StageSpec
 
 
 class CriticSpec(Model):
@@ -163,68 +140,37 @@ class PpoSpec(ReferredSpec):
         return self
 
 
-class DpoSpec(ReferredSpec):
-    """Direct preference optimisation (arXiv 2305.18290) on pairs, in place of the reward model and PPO. A sample is a pair.
-
-    It starts from the SFT model, if there is one. That is also the reference; with lora.only the adapters switched
-    off are, and no second model takes memory.
-    """
-
-    lr: Rate = Field(
-        default=1.0e-6,
-        description="Peak learning rate. Far below that of fine-tuning: both answers soon become unlikely at a higher one.",
-    )
-    beta: Rate = Field(
-        default=0.1,
-        description="What a departure from the reference costs: a higher one keeps the model closer to it.",
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        default=0.0,
-        description="Share of the pairs thought to be the wrong way round; above 0 where the preferences are noisy.",
-    )
-
-    @property
-    def strategies(self) -> dict[str, StageSpec]:
-        return {"": self, "ref": self.of_frozen}
-
-
-class EvalSpec(StageSpec):
-    """Evaluation of the models that the other stages make, on what data.held_out keeps from them.
-
-    Left out, micro_batch, zero, offload_params, precision and slurm are those of the last stage that trains.
-    """
-
-    prompts: Positive = Field(
-        default=512,
-        description="Held-out prompts that every model answers, at most. The interval of a win rate is about plus or minus 100 % / sqrt(prompts) wide: 4 % at 512.",
-    )
-    temperature: NonNegative = Field(
-        default=1.0,
-        description="Sampling temperature of the answers. 1 shows the models as they are, which the KL is an estimate of; 0 takes the likeliest token each time, and there is no KL then.",
-    )
-    top_p: TopP = 1.0
-    top_k: TopK = 0
-
-
-class StagesSpec(Model):
-    """The stages to run. PPO and DPO start from the SFT model, if there is one; PPO needs a reward model."""
-
-    sft: SftSpec | None = Field(default=None, description="Supervised fine-tuning.")
-    reward: RewardSpec | None = Field(default=None, description="Reward model.")
-    ppo: PpoSpec | None = Field(default=None, description="PPO.")
-    dpo: DpoSpec | None = Field(
-        default=None,
-        description="DPO: learn from pairs without a reward model and without sampling. Less memory and time than PPO, and nothing to tune but lr and beta; PPO goes further where the reward model is good.",
-    )
-    eval: EvalSpec | None = Field(
-        default=None,
-        description="Evaluation of all models on held-out data, once the other stages are done. {} takes all defaults.",
-    )
-
-    @model_validator(mode="after")
-    def _sound(self) -> StagesSpec:
-        if not any((self.sft, self.reward, self.ppo, self.dpo)):
-            raise ValueError("name at least one stage: sft, reward, ppo or dpo")
-        if self.ppo is not None and self.reward is None:
-            raise ValueError("ppo needs the reward stage")
-        return self
+PPO = StageKind(
+    name="ppo",
+    title="PPO",
+    spec=PpoSpec,
+    description="PPO.",
+    summary="PPO: the actor answers prompts, the reward model scores the answers, the actor learns. Waits for both.",
+    inputs=("sft", "reward"),
+    requires=("reward",),
+    data=Data.PROMPTS,
+    sources=("ptx",),
+    models=("actor", "reward"),
+    average="ema",
+    progress=("reward", "kl"),
+    ranking=("reward",),
+    scores=frozenset({"reward"}),
+    result="reward {reward_first} → {reward_last} (first std {reward_first_std}), KL {kl_first} → {kl_last}",
+    plots=(
+        Plot("reward", "score of an answer", {"reward": "mean"}),
+        Plot("KL from the SFT model", "nats an answer", {"kl": "KL"}),
+        Plot("entropy", "nats a token", {"entropy": "entropy"}),
+        Plot("length of answers", "tokens", {"answer_tokens": "mean"}),
+        Plot("answers that end by themselves", "share", {"eos_rate": "share"}),
+        Plot("clip fractions", "share of tokens", {"clipfrac": "actor", "value_clipfrac": "critic"}),
+        Plot("move within a step", "nats a token", {"approx_kl": "KL from the sampling actor"}),
+        Plot("spread of rewards", "standard deviation", {"reward_std": "spread"}),
+        Plot("loss of the actor", "a token", {"actor_loss": "actor"}),
+        Plot("loss of the critic", "reward squared", {"critic_loss": "critic"}),
+        Plot("explained variance", "share of the returns'", {"explained_variance": "share"}),
+        Plot("KL coefficient", "reward a nat", {"kl_coef": "coefficient"}),
+        Plot("learning rate of the actor", "a step", {"actor_lr": "learning rate"}),
+        THROUGHPUT,
+        SENT,
+    ),
+)

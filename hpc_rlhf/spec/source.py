@@ -1,0 +1,41 @@
+"""A source of training data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hpc_rlhf.spec.fields import FreeText, Model, PathText, Rate
+
+
+class SourceSpec(Model):
+    """One source of training data."""
+
+    path: PathText | None = Field(
+        default=None,
+        description="A hub data set id, or a local file or folder (json, jsonl, csv, parquet; .gz too).",
+    )
+    demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = Field(
+        default=None, description="Make this many short dialogues on the spot, in place of a path."
+    )
+    format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text"] | None = Field(
+        default=None,
+        description="What a row holds. prompt-chosen-rejected: columns prompt, chosen and (optional) rejected. hh: chosen and "
+        "rejected are whole transcripts of Human/Assistant turns. messages: a list of {role, content}, or chosen and rejected "
+        "lists. instruction: instruction, input, output. text: a column of plain text.",
+    )
+    weight: Rate = Field(
+        default=1.0,
+        description="Share of the rows used: 0.5 takes half of them, 2 takes each twice an epoch.",
+    )
+    split: FreeText = Field(default="train", description="Which split of a hub data set.")
+    subset: FreeText | None = Field(default=None, description="Which configuration of a hub data set.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceSpec:
+        if (self.path is None) == (self.demo is None):
+            raise ValueError("give exactly one of path and demo")
+        if self.path is not None and self.format is None:
+            raise ValueError("a source with a path needs a format")
+        return self

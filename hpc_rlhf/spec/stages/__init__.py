@@ -1,0 +1,88 @@
+"""The stages of a run: a file for each, and the registry that names them.
+
+To add a stage: a file here with its fields and its `StageKind`, a line in `STAGE_KINDS`, and a module of the same name
+in `train/stages` with a function `run`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, create_model, model_validator
+
+from hpc_rlhf.spec.fields import Model
+from hpc_rlhf.spec.stages.dpo import DPO, DpoSpec
+from hpc_rlhf.spec.stages.eval import EVAL, EvalSpec
+from hpc_rlhf.spec.stages.kind import Data, Plot, StageKind
+from hpc_rlhf.spec.stages.ppo import PPO, CriticSpec, PpoSpec
+from hpc_rlhf.spec.stages.reward import REWARD, RewardSpec
+from hpc_rlhf.spec.stages.sft import SFT, SftSpec
+
+__all__ = [
+    "BASE", "EVALUATION", "MODELS", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data", "DpoSpec", "EvalSpec", "Plot",
+    "PpoSpec", "RewardSpec", "SftSpec", "StageKind", "StagesSpec", "kind_of",
+]  # fmt: skip
+
+# In an order in which every stage follows its inputs.
+STAGE_KINDS: tuple[StageKind, ...] = (
+    SFT,
+    REWARD,
+    PPO,
+    DPO,
+    EVAL,
+)
+STAGE_NAMES = tuple(kind.name for kind in STAGE_KINDS)
+_BY_NAME = {kind.name: kind for kind in STAGE_KINDS}
+
+# The policy that later ones start from and are compared with.
+BASE = next(kind for kind in STAGE_KINDS if kind.makes_policy)
+EVALUATION = next(kind for kind in STAGE_KINDS if kind.makes == "report")
+# The policies that a run can make, each with the stage that makes it.
+MODELS: dict[str, StageKind] = {
+    model: kind
+    for kind in STAGE_KINDS
+    if kind.makes_policy
+    for model in (kind.name, kind.average)
+    if model is not None
+}
+
+
+def kind_of(stage: str | type) -> StageKind:
+    """The kind of a stage, by its name or by the class of its fields."""
+    if isinstance(stage, str):
+        return _BY_NAME[stage]
+    return next(kind for kind in STAGE_KINDS if kind.spec is stage)
+
+
+class _Stages(Model):
+    """The stages to run. PPO and DPO start from the SFT model, if there is one; PPO needs a reward model."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @model_validator(mode="after")
+    def _check_graph(self) -> _Stages:
+        trained = [kind.name for kind in STAGE_KINDS if kind.trains]
+        if all(getattr(self, name) is None for name in trained):
+            raise ValueError(f"name at least one stage: {', '.join(trained[:-1])} or {trained[-1]}")
+        for kind in STAGE_KINDS:
+            for required in kind.requires:
+                if getattr(self, kind.name) is not None and getattr(self, required) is None:
+                    raise ValueError(f"{kind.name} needs the {required} stage")
+        return self
+
+
+if TYPE_CHECKING:
+    StagesSpec = _Stages
+else:
+    StagesSpec = create_model(
+        "StagesSpec",
+        __base__=_Stages,
+        __doc__=_Stages.__doc__,
+        __module__=__name__,
+        **{
+            kind.name: (kind.spec | None, Field(default=None, description=kind.description))
+            for kind in STAGE_KINDS
+        },
+    )

@@ -1,0 +1,113 @@
+"""What the rest of the code knows of a stage: its `StageKind`, one per stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from hpc_rlhf.spec.training import StageSpec, TrainingSpec
+
+
+class Data(Enum):
+    """What a stage takes of the data; the value is what a message calls it."""
+
+    ANSWERS = "prompts with answers"
+    PAIRS = "pairs of answers"
+    PROMPTS = "prompts"  # each once, and none that is too long; the answers come along for comparison
+    NONE = "data"  # no share of the prompts
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The columns of answers that a row has beside its prompt."""
+        if self is Data.NONE:
+            return ()
+        return ("chosen", "rejected") if self is Data.PAIRS else ("chosen",)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart in the report.
+
+    Attributes:
+        title: heading of the chart.
+        unit: label of its y axis.
+        lines: metrics to draw, each with the label of its curve.
+        held_out: metric of the held-out measurements, drawn as dots.
+        log: the y axis is logarithmic.
+    """
+
+    title: str
+    unit: str
+    lines: dict[str, str]
+    held_out: str = ""
+    log: bool = False
+
+
+# Charts that several stages have.
+LEARNING_RATE = Plot("learning rate", "a step", {"lr": "learning rate"})
+GRADIENT = Plot("gradient", "norm before clipping", {"grad_norm": "gradient"})
+THROUGHPUT = Plot("throughput", "samples a second", {"throughput": "throughput"})
+ACCURACY = Plot("accuracy", "share of pairs", {"accuracy": "each step's"}, held_out="accuracy")
+MARGIN = Plot("margin", "reward, chosen above rejected", {"margin": "margin"})
+SENT = Plot("sent by rank 0", "bytes a step", {"bytes_sent": "sent"})
+TRAINING = (LEARNING_RATE, GRADIENT, THROUGHPUT, SENT)
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """A stage: its fields, its place in the graph, its data, its metrics, and what it makes.
+
+    Attributes:
+        name: its key in a spec, its folder in a run directory, and its module in ``train/stages``.
+        title: its name in tables and sentences.
+        spec: its fields. A subclass of ``TrainingSpec`` makes it a stage that trains.
+        description: of its key in the documentation of a spec.
+        summary: one line for starter specs.
+        inputs: stages whose artifacts it starts from when the run has them; a stage that does not train starts from
+            all that do.
+        requires: those of ``inputs`` that must be in the run.
+        data: what it takes of the data.
+        share: its default share of the prompts.
+        sources: its fields that hold a data source of their own.
+        models: the fields of the spec's ``models`` that affect its result.
+        makes: a policy is something to chat with, a reward model judges answers, a report evaluates the others.
+        average: name of the second model, a moving average, that it exports where its field ``ema`` is true.
+        progress: metrics for progress lines, the most important first.
+        ranking: metrics that compare runs; the first one available decides.
+        lower_is_better: the metrics of which less is better.
+        scores: metrics on the reward model's own scale: not comparable between runs with different reward models.
+        result: what the summary says of a finished stage, with the metrics of its manifest in braces.
+        plots: its charts in the report.
+    """
+
+    name: str
+    title: str
+    spec: type[StageSpec]
+    description: str
+    summary: str = ""
+    inputs: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    data: Data = Data.ANSWERS
+    share: float = 4
+    sources: tuple[str, ...] = ()
+    models: tuple[str, ...] = ("actor",)
+    makes: Literal["policy", "reward model", "report"] = "policy"
+    average: str | None = None
+    progress: tuple[str, ...] = ("loss",)
+    ranking: tuple[str, ...] = ("loss",)
+    lower_is_better: frozenset[str] = frozenset({"loss", "perplexity", "kl"})
+    scores: frozenset[str] = frozenset()
+    result: str = "loss {loss}"
+    plots: tuple[Plot, ...] = field(
+        default=(Plot("loss", "nats a token", {"loss": "loss"}), *TRAINING), repr=False
+    )
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trains, on a share of the prompts."""
+        return issubclass(self.spec, TrainingSpec)
+
+    @property
+    def makes_policy(self) -> bool:
+        return self.makes == "policy"

@@ -1,0 +1,33 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from hpc_rlhf.spec.fields import Rate
+from hpc_rlhf.spec.stages.kind import TRAINING, Plot, StageKind
+from hpc_rlhf.spec.training import TrainingSpec
+
+
+class SftSpec(TrainingSpec):
+    """Supervised fine-tuning on prompts and chosen answers."""
+
+    lr: Rate = Field(default=9.65e-6, description="Peak learning rate.")
+    answer_only: bool = Field(default=False, description="Learn the answers' tokens only, not the prompts'.")
+
+
+SFT = StageKind(
+    name="sft",
+    title="SFT",
+    spec=SftSpec,
+    description="Supervised fine-tuning.",
+    summary="Supervised fine-tuning of the actor on the chosen answers.",
+    share=2,
+    ranking=("perplexity", "loss"),
+    result="held-out perplexity {perplexity_before} → {perplexity_after}",
+    plots=(
+        Plot("loss", "nats a token", {"loss": "loss"}),
+        Plot("perplexity", "a token", {"perplexity": "each step's"}, held_out="perplexity", log=True),
+        *TRAINING,
+    ),
+)
