@@ -1,13 +1,13 @@
-"""The pages that a user reads, and the snippets in them.
+"""The documentation pages, and the code snippets in them.
 
-A page is a script: its snippets are run from top to bottom in one folder, which has this project's jobs and hostfiles, and
-itself as hpc-rlhf/. A comment on a line of its own above a snippet says what is special about it:
+A page works like a script: its snippets run from top to bottom in one folder, which has this project's jobs, hostfiles
+and examples, and the project itself as hpc-rlhf/. A comment on its own line above a snippet marks it:
 
-    <!-- needs a cluster -->         not run here; its commands are still parsed. Or another word of NEEDS.
-    <!-- ends with 2 -->             its exit code
-    <!-- file: my-job.yaml -->       put into that file of the folder; a spec with mistakes: <!-- file: it.yaml, with mistakes -->
+    <!-- needs a cluster -->         not run here, but its commands are parsed; one of NEEDS
+    <!-- ends with 2 -->             the expected exit code
+    <!-- file: my-job.yaml -->       written to that file; for a spec with errors: <!-- file: it.yaml, with mistakes -->
 
-YAML without a name of a run is a part of a spec, and is laid over jobs/opt-6.7b.yaml. Text below commands is what they print.
+A YAML snippet without a run name is merged over jobs/opt-6.7b.yaml. A text snippet after commands is their output.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-# What a test of a page cannot have. Minutes: other tests take them.
-NEEDS = ("a cluster", "a GPU", "a run", "a person", "minutes", "other machines", "the network")
+PAGES = (
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+)
+# What a page's test does not have. Snippets that take minutes are covered by other tests.
+NEEDS = ("a cluster", "a GPU", "a run", "a user", "minutes", "other machines", "the network")
 COMMENT = re.compile(r"<!-- (.*) -->")
-# Commands are also told by four spaces.
+# Commands can also be indented by four spaces instead of fenced.
 INDENTED = re.compile(r" {4}((?:hpc-rlhf|make|export|sinfo)\b.*)")
 
 
@@ -31,16 +34,16 @@ class Snippet:
     """A block of code.
 
     Attributes:
-        line: of the page, on which it begins.
-        language: sh, yaml, python, text or another; empty where the page does not say.
-        said: what the comment above it says; empty where there is none.
+        line: number of its first line on the page.
+        language: sh, yaml, python, text or another; empty if the page gives none.
+        marker: the comment above it; empty if there is none.
     """
 
     page: Path
     line: int
     language: str
     text: str
-    said: str = ""
+    marker: str = ""
 
     @property
     def place(self) -> str:
@@ -48,36 +51,38 @@ class Snippet:
 
     @property
     def needs(self) -> str:
-        """What running it takes that there is not here; empty where it is to be run."""
-        return self.said.removeprefix("needs ") if self.said.startswith("needs ") else ""
+        """What running it takes that is missing here; empty if it can run."""
+        return self.marker.removeprefix("needs ") if self.marker.startswith("needs ") else ""
 
     @property
     def file(self) -> str:
-        return self.said.removeprefix("file: ").partition(",")[0] if self.said.startswith("file: ") else ""
+        """The file that it is written to; empty if none."""
+        prefix = "file: "
+        return self.marker.removeprefix(prefix).partition(",")[0] if self.marker.startswith(prefix) else ""
 
 
 def snippets(page: Path) -> list[Snippet]:
-    """Those of a page, from top to bottom."""
-    found: list[Snippet] = []
+    """The snippets of a page, from top to bottom."""
+    result: list[Snippet] = []
     lines = iter(enumerate(page.read_text(encoding="utf-8").splitlines(), 1))
-    said, indented = "", False
+    marker, in_indented = "", False
     for number, line in lines:
-        match = INDENTED.fullmatch(line)
+        command = INDENTED.fullmatch(line)
         if line.startswith("```"):
             text = "\n".join(_until_fence(lines))
-            found.append(Snippet(page, number, line.removeprefix("```").strip(), text, said))
-        elif match and indented:
-            found[-1].text += f"\n{match[1]}"
+            result.append(Snippet(page, number, line.removeprefix("```").strip(), text, marker))
+        elif command and in_indented:
+            result[-1].text += f"\n{command[1]}"
             continue
-        elif match:
-            found.append(Snippet(page, number, "sh", match[1], said))
+        elif command:
+            result.append(Snippet(page, number, "sh", command[1], marker))
         elif comment := COMMENT.fullmatch(line):
-            said, indented = comment[1], False
+            marker, in_indented = comment[1], False
             continue
-        indented = bool(match)
+        in_indented = bool(command)
         if line:
-            said = ""
-    return found
+            marker = ""
+    return result
 
 
 def _until_fence(lines: Iterator[tuple[int, str]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The commands, specs and programs of the README and docs/ work as they stand there."""
+"""The commands, specs and programs in README, docs/ and examples/ work as written."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=
 
 
 def id_of(value: object) -> str:
-    return value.place if isinstance(value, Snippet) else Path(str(value)).name
+    return value.place if isinstance(value, Snippet) else str(Path(str(value)).relative_to(ROOT))
 
 
 def commands(snippet: Snippet) -> Iterator[list[str]]:
-    """Those of ours, and make's."""
+    """The snippet's hpc-rlhf and make commands."""
     for line in snippet.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words and words[0] in ("hpc-rlhf", "make"):
@@ -37,8 +37,8 @@ def commands(snippet: Snippet) -> Iterator[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where a page's snippets run: with the jobs and hostfiles of this project, a clone of it, and its command on PATH."""
-    for name in ("jobs", "hostfiles"):
+    """Where a page's snippets run: beside the project's jobs, hostfiles and examples, with hpc-rlhf on PATH."""
+    for name in ("jobs", "hostfiles", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "hpc-rlhf").symlink_to(ROOT)
     program = tmp_path / ".bin" / "hpc-rlhf"
@@ -57,60 +57,60 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=id_of)
-def test_a_page_works_from_top_to_bottom(page: Path, folder: Path) -> None:
-    printed = ""
+def test_page_runs_from_top_to_bottom(page: Path, folder: Path) -> None:
+    output = ""
     for snippet in snippets(page):
         if snippet.file:
             (folder / snippet.file).parent.mkdir(exist_ok=True, parents=True)
             (folder / snippet.file).write_text(snippet.text + "\n")
-        if snippet.language == "text" and printed and not snippet.needs:
-            assert snippet.text.rstrip() in printed, f"{snippet.place}: it printed\n{printed}"
-        printed = ""
+        if snippet.language == "text" and output and not snippet.needs:
+            assert snippet.text.rstrip() in output, f"{snippet.place}: the output was\n{output}"
+        output = ""
         if snippet.language == "sh" and not snippet.needs:
-            done = run(folder, "bash", "-euo", "pipefail", "-c", snippet.text)
-            assert done.returncode == (2 if snippet.said == "ends with 2" else 0), (
-                f"{snippet.place}: {done.stdout}\n"
-                f"where it cannot work here, put a comment above it, such as <!-- needs {NEEDS[0]} -->"
+            result = run(folder, "bash", "-euo", "pipefail", "-c", snippet.text)
+            assert result.returncode == (2 if snippet.marker == "ends with 2" else 0), (
+                f"{snippet.place}: {result.stdout}\n"
+                f"if it cannot run here, put a comment above it, such as <!-- needs {NEEDS[0]} -->"
             )
-            printed = done.stdout or "\n"
+            output = result.stdout or "\n"
         elif snippet.language == "yaml" and not snippet.needs:
             check_spec(snippet, folder)
 
 
 def check_spec(snippet: Snippet, folder: Path) -> None:
-    """A snippet that shows a mistake says so; the command below it tells of it."""
-    if snippet.said.endswith("with mistakes"):
+    """Check a spec snippet, unless it is marked as wrong: then the command below it reports the errors."""
+    if snippet.marker.endswith("with mistakes"):
         return
-    whole = re.search("^name:", snippet.text, flags=re.MULTILINE)
-    text = snippet.text if whole else f"extends: {BASE}\n{snippet.text}"
+    is_whole = re.search("^name:", snippet.text, flags=re.MULTILINE)
+    text = snippet.text if is_whole else f"extends: {BASE}\n{snippet.text}"
     (folder / ".snippet.yaml").write_text(text)
-    done = run(folder, "hpc-rlhf", "check", ".snippet.yaml")
-    assert done.returncode == 0, f"{snippet.place}: {done.stdout}"
+    result = run(folder, "hpc-rlhf", "check", ".snippet.yaml")
+    assert result.returncode == 0, f"{snippet.place}: {result.stdout}"
 
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if s.language == "sh"], ids=id_of)
-def test_every_command_is_one(snippet: Snippet) -> None:
-    assert not snippet.needs or snippet.needs in NEEDS, f"{snippet.place}: say one of {NEEDS}"
+def test_commands_exist(snippet: Snippet) -> None:
+    assert not snippet.needs or snippet.needs in NEEDS, f"{snippet.place}: use one of {NEEDS}"
     for words in commands(snippet):
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= TARGETS, snippet.place
             continue
-        parses(words[1:], snippet.place)
+        check_command(words[1:], snippet.place)
         for word in words:
-            if word.startswith(("jobs/", "hostfiles/")):
+            if word.startswith(("jobs/", "hostfiles/", "examples/")):
                 assert (ROOT / word).is_file(), snippet.place
 
 
-def parses(words: list[str], place: str) -> None:
-    """Whether the words after `hpc-rlhf` are a verb with options that it has."""
+def check_command(words: list[str], place: str) -> None:
+    """Fail unless the words after `hpc-rlhf` are a command with options that it has."""
     try:
         verb, *rest = words
         if not verb.startswith("-"):
-            # A command keeps the option for help that its first context gives it.
-            ours = click.Context(group, **group.context_settings)
-            command = group.get_command(ours, verb)
+            # A command keeps the help option that its first context gives it.
+            parent = click.Context(group, **group.context_settings)
+            command = group.get_command(parent, verb)
             assert command is not None
-            command.make_context(verb, rest, parent=ours).close()
+            command.make_context(verb, rest, parent=parent).close()
     except click.exceptions.Exit:
         pass  # --help
     except click.ClickException as error:
@@ -118,27 +118,30 @@ def parses(words: list[str], place: str) -> None:
 
 
 @pytest.mark.parametrize("snippet", [s for s in SNIPPETS if s.language == "python"], ids=id_of)
-def test_every_program_is_run(snippet: Snippet) -> None:
-    """The one of docs/api.md is, by tests/test_api.py."""
-    (program,) = [s.text for s in SNIPPETS if s.language == "python" and s.page.name == "api.md"]
+def test_python_snippets_run(snippet: Snippet) -> None:
+    """The program of docs/api.md is examples/ppo_loop.py, which tests/test_api.py runs."""
     ast.parse(snippet.text)
-    assert snippet.text == program or snippet.needs in NEEDS, snippet.place
+    if not snippet.needs:
+        assert snippet.page.name == "api.md", f"{snippet.place}: no test runs it"
+        assert snippet.text + "\n" == (ROOT / "examples" / "ppo_loop.py").read_text()
+    else:
+        assert snippet.needs in NEEDS, snippet.place
 
 
 @pytest.mark.parametrize("page", PAGES, ids=id_of)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'\bsrc(?:set)?="([^"]+)"', text):
-        file, _, anchor = target.partition("#")
-        if "://" in target:
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'\bsrc(?:set)?="([^"]+)"', text):
+        file, _, anchor = link.partition("#")
+        if "://" in link:
             continue
-        to = page.parent / file if file else page
-        assert to.exists(), f"{page.name}: {target}"
+        target = page.parent / file if file else page
+        assert target.exists(), f"{page.name}: {link}"
         if anchor:
-            assert anchor in anchors(to), f"{page.name}: {target}"
+            assert anchor in anchors(target), f"{page.name}: {link}"
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub gives them to headings."""
+    """The anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
