@@ -163,7 +163,7 @@ class Attempt:
         """Check what the stage starts from, make this attempt its owner, and run it."""
         from hpc_rlhf.train.checkpoint.schedule import time_used
         from hpc_rlhf.train.context import StageContext
-        from hpc_rlhf.train.runtime.watchdog import Watch
+        from hpc_rlhf.train.runtime.watchdog import Watchdog
 
         for need in spec.needs(self.stage):
             folder = self.files.stage(need).model
@@ -171,18 +171,18 @@ class Attempt:
         context = StageContext(spec, self.stage, self.files, world, self.stop, self.name)
         if self.is_main and self.in_slurm:
             start, end = slurm.start_and_end(str(self.job))
-            context.deadline.end = (
+            context.checkpoints.deadline.end = (
                 time.monotonic() + end - start - time_used(start, time.time(), script_age())
             )
-        with Watch(
-            self.stop, self.name, lambda: context.deadline.passed, context.pulse,
+        with Watchdog(
+            self.stop, self.name, lambda: context.checkpoints.deadline.passed, context.stop.heartbeat,
             lambda message: self.note("hang", message=message, host=self.host),
         ):  # fmt: skip
-            context.store.claim()
+            context.checkpoints.store.claim()
             try:
                 importlib.import_module(f"hpc_rlhf.train.stages.{self.stage}").run(context)
-                context.commit()
-                context.store.settle()
+                context.checkpoints.commit()
+                context.checkpoints.store.settle()
             except BaseException:
                 context.close(hurry=True)  # the grace may be short
                 raise

@@ -42,7 +42,7 @@ def make_impatient():
     while not pathlib.Path(__file__).with_name("impatient").exists():
         time.sleep(0.1)
     watch = sys.modules["hpc_rlhf.train.runtime.watchdog"]
-    watch.LEAST, watch.MULTIPLE = 4.0, 2.0
+    watch.MIN_HANG, watch.HANG_FACTOR = 4.0, 2.0
 
 if "SLURM_PROCID" in os.environ:
     threading.Thread(target=make_impatient, daemon=True).start()
@@ -53,11 +53,11 @@ SLOW_STEPS = """
 import os, sys, threading, time
 
 def slow_down():
-    while not hasattr(sys.modules.get("hpc_rlhf.train.context"), "StageContext"):
+    while not hasattr(sys.modules.get("hpc_rlhf.train.checkpoint.checkpointer"), "Checkpointer"):
         time.sleep(0.01)
-    context = sys.modules["hpc_rlhf.train.context"].StageContext
-    safe_point = context.safe_point
-    context.safe_point = lambda *args: (time.sleep(0.5), safe_point(*args))[1]
+    checkpointer = sys.modules["hpc_rlhf.train.checkpoint.checkpointer"].Checkpointer
+    safe_point = checkpointer.safe_point
+    checkpointer.safe_point = lambda *args: (time.sleep(0.5), safe_point(*args))[1]
 
 if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     threading.Thread(target=slow_down, daemon=True).start()
@@ -249,7 +249,7 @@ def test_a_stage_that_hangs_is_ended_and_tried_again(new_chain: NewChain, tmp_pa
     assert [event["step"] >= 5 for event in chain.events("resumed", "sft")] == [True]
     assert chain.steps("sft") == list(range(1, 401))
     log = chain.run.stage("sft").logs / f"{chain.job_id('sft')}_0_log.err"
-    assert "a rank hangs; this is where this one is" in log.read_text()
+    assert "a rank hangs; the stacks of this rank are" in log.read_text()
 
 
 def test_a_stage_refuses_an_input_without_a_manifest(finished: Chain) -> None:

@@ -49,8 +49,8 @@ def train(run: RunDir, attempt: str, faults: Any, fatal: int) -> int:
     from hpc_rlhf.spec.load import read_spec
 
     context = StageContext(read_spec(run.job_yaml), "sft", run, Alone(), StopFlag(), attempt)  # type: ignore[arg-type]
-    context.polls.now = lambda numbers: [int(number) for number in numbers]  # type: ignore[method-assign]
-    context.store.claim()
+    context.stop.consensus.agree = lambda numbers: [int(number) for number in numbers]  # type: ignore[method-assign]
+    context.checkpoints.store.claim()
     weights = {"a": torch.arange(2000, dtype=torch.float64), "b": torch.ones(3)}
 
     def take(snapshot: Snapshot) -> None:
@@ -66,9 +66,9 @@ def train(run: RunDir, attempt: str, faults: Any, fatal: int) -> int:
     for step in range(found.step if found else 0, STEPS + 1):
         if step == STRUCK:
             faults.fault_arm(fatal)
-        context.safe_point(step, take, {})
-        context.commit()
-        context.store.settle()
+        context.checkpoints.safe_point(step, take, {})
+        context.checkpoints.commit()
+        context.checkpoints.store.settle()
         if step == STRUCK:
             calls = faults.fault_disarm()
         if step < STEPS:

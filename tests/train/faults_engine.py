@@ -54,21 +54,21 @@ class Alone(World):
 def train(run: RunDir, attempt: str, world: World, faults: Any, fatal: int) -> None:
     """The stage, every step saved; what the struck save is made of is left in a file."""
     context = StageContext(read_spec(run.job_yaml), "sft", run, world, StopFlag(), attempt)
-    context.polls.now = lambda numbers: [int(number) for number in numbers]  # type: ignore[method-assign]
-    context.polls.between = lambda kind, numbers: []  # type: ignore[method-assign]
-    context.store.claim()
-    begin = context.safe_point
+    context.stop.consensus.agree = lambda numbers: [int(number) for number in numbers]  # type: ignore[method-assign]
+    context.stop.consensus.agree_between = lambda kind, numbers: []  # type: ignore[method-assign]
+    context.checkpoints.store.claim()
+    begin = context.checkpoints.safe_point
 
     def safe_point(step: int, *rest: Any) -> None:
         if step == STRUCK:
             faults.fault_arm(fatal)
         begin(step, *rest)
-        context.commit()
-        context.store.settle()
+        context.checkpoints.commit()
+        context.checkpoints.store.settle()
         if step == STRUCK:
             (run.path / "calls").write_text(str(faults.fault_disarm()))
 
-    context.safe_point = safe_point  # type: ignore[method-assign, assignment]
+    context.checkpoints.safe_point = safe_point  # type: ignore[method-assign, assignment]
     sft.run(context)
 
 

@@ -35,7 +35,7 @@ def run_stopping(work: Sequence[tuple[RunDir, str, Sequence[Stop]]], ranks: int)
 def main() -> None:
     """One rank."""
     from hpc_rlhf.run import manifest
-    from hpc_rlhf.train import context
+    from hpc_rlhf.train.checkpoint.checkpointer import Checkpointer
     from hpc_rlhf.train.entry import Attempt
     from hpc_rlhf.train.runtime import consensus
     from hpc_rlhf.train.runtime import world as worlds
@@ -43,8 +43,9 @@ def main() -> None:
     from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 
     world = worlds.join(launcher_ranks()[1])
-    consensus.BETWEEN = consensus.MOST = 0.0  # a round between all pieces of work
-    ask, between, safe_point = consensus.Polls.now, consensus.Polls.between, context.StageContext.safe_point
+    consensus.MIN_INTERVAL = consensus.MAX_INTERVAL = 0.0  # a round between all pieces of work
+    agree, between = consensus.Consensus.agree, consensus.Consensus.agree_between
+    safe_point = Checkpointer.safe_point
     describe = manifest.describe
 
     for path, stage, stops in json.loads(sys.argv[1]):
@@ -73,7 +74,7 @@ def main() -> None:
                 if counts and next(rounds) == after and world.rank == world.size - 1:
                     flag.time_is_up()
                     numbers = [TIME_LIMIT, *numbers[1:]]
-                return ask(self, numbers)
+                return agree(self, numbers)
 
             def described(
                 folder: Path, *share: Any,
@@ -83,8 +84,8 @@ def main() -> None:
                     flag.time_is_up()
                 return describe(folder, *share)
 
-            context.StageContext.safe_point = first_point  # type: ignore[method-assign]
-            consensus.Polls.now, consensus.Polls.between = now, asking  # type: ignore[method-assign]
+            Checkpointer.safe_point = first_point  # type: ignore[method-assign]
+            consensus.Consensus.agree, consensus.Consensus.agree_between = now, asking  # type: ignore[method-assign]
             manifest.describe = described
             try:
                 attempt = Attempt(run, stage, flag)

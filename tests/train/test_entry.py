@@ -50,7 +50,7 @@ def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch
 
     def train(attempt: Attempt, *_: object) -> None:
         finished(run)
-        attempt.stop.heard = code
+        attempt.stop.received = code
 
     monkeypatch.setattr(Attempt, "train", train)
     Attempt(run, "sft", stop).run()

@@ -46,9 +46,9 @@ def evaluate(
     run: RunDir, spec: JobSpec, world: World, attempt: str = "a", stop: StopFlag | None = None
 ) -> None:
     context = StageContext(spec, "eval", run, world, stop or StopFlag(), attempt)
-    context.store.claim()
+    context.checkpoints.store.claim()
     evaluation.run(context)
-    context.commit()
+    context.checkpoints.commit()
 
 
 def report_of(run: RunDir) -> dict[str, Any]:
@@ -169,10 +169,10 @@ def test_a_stopped_evaluation_goes_on_with_the_next_model(
 
     def log_and_stop(self: MetricsLog, *args: Any) -> None:
         log(self, *args)
-        stop.heard = 2 if where == "after a model" else 0
+        stop.received = 2 if where == "after a model" else 0
 
     def generate_and_stop(self: RolloutEngine, *args: Any) -> list[list[int]]:
-        stop.heard = 2 if len(measured) == 2 and where == "between two tokens" else stop.heard
+        stop.received = 2 if len(measured) == 2 and where == "between two tokens" else stop.received
         return generate(self, *args)
 
     def count(self: evaluation.Evaluation, name: str, source: str) -> dict[str, float | None]:
@@ -185,7 +185,7 @@ def test_a_stopped_evaluation_goes_on_with_the_next_model(
     with pytest.raises(StageStopped) as stopped:
         evaluate(run, spec, world, "first", stop)
     assert stopped.value.step == 1
-    stop.heard = 0
+    stop.received = 0
     monkeypatch.setattr(MetricsLog, "log", log)
     monkeypatch.setattr(RolloutEngine, "generate", generate)
     evaluate(run, spec, world, "second", stop)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc_rlhf.train.models.interruptible_loading import asking
+from hpc_rlhf.train.models.interruptible_loading import interruptible
 from hpc_rlhf.train.models.lora import LoraLinear
 from hpc_rlhf.train.parallel import tensor_parallel
 
@@ -161,7 +161,7 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _stop_at(getattr(model, "generation_config", None), tokenizer.eos_token_id)
-    with asking(told):
+    with interruptible(told):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=SHARD)
     tokenizer.save_pretrained(str(folder))
 

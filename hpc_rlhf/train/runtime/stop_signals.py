@@ -1,11 +1,11 @@
-"""Signals that ask a stage to stop: a handler sets a flag and does nothing else."""
+"""Signals that ask a stage to stop: the handler sets a flag and does nothing else."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
-# In rising order of weight: when ranks were told different things, the largest counts.
+# Codes rise with priority: if ranks were given different reasons, the largest wins.
 REASONS = {
     signal.SIGUSR2: (1, "time limit"),
     signal.SIGTERM: (2, "preempted"),
@@ -16,31 +16,31 @@ TIME_LIMIT = REASONS[signal.SIGUSR2][0]
 
 
 class StopFlag:
-    """Remembers the weightiest signal heard.
+    """Remembers the reason to stop with the highest priority.
 
     Attributes:
-        heard: by this rank itself: 0 while nothing asks to stop, else a key of REASON_OF_CODE.
-        heard_of: from other ranks, or the clock. Apart, because a signal may come between reading and writing.
+        received: from a signal to this rank: 0 while there is none, else a key of REASON_OF_CODE.
+        reported: by other ranks or the clock. Separate, because a signal may arrive between a read and a write.
     """
 
     def __init__(self) -> None:
-        self.heard = 0
-        self.heard_of = 0
+        self.received = 0
+        self.reported = 0
 
     @property
     def code(self) -> int:
-        """The weightiest of all: 0, or a key of REASON_OF_CODE."""
-        return max(self.heard, self.heard_of)
+        """0, or a key of REASON_OF_CODE."""
+        return max(self.received, self.reported)
 
     @property
     def preempted(self) -> bool:
         return self.code == REASONS[signal.SIGTERM][0]
 
     def install(self) -> None:
-        """Take over SIGUSR2 (Slurm's --signal), SIGTERM (preemption) and SIGINT in the main thread."""
+        """Handle SIGUSR2 (Slurm's --signal), SIGTERM (preemption) and SIGINT in the main thread."""
         for number in REASONS:
-            signal.signal(number, self._heard)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, REASONS)  # held back since the rank started
+            signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REASONS)  # blocked since the rank started
 
     def restore(self) -> None:
         """Let the signals end the process again."""
@@ -48,23 +48,23 @@ class StopFlag:
             signal.signal(number, signal.SIG_DFL)
 
     def preempt(self) -> None:
-        """Take it as preempted: Slurm sent the signal when there was no rank yet to hear it."""
-        self._heard(signal.SIGTERM)
+        """Act as if SIGTERM had arrived: Slurm sent it before this rank existed."""
+        self._handle(signal.SIGTERM)
 
     def time_is_up(self) -> None:
-        """Take it as told that the time limit is near, though no signal says so."""
-        self.hear_of(TIME_LIMIT)
+        """Act as if the signal of the time limit had arrived."""
+        self.raise_to(TIME_LIMIT)
 
-    def hear_of(self, code: int) -> None:
-        """Take it as told what somebody else was."""
-        self.heard_of = max(self.heard_of, code)
+    def raise_to(self, code: int) -> None:
+        """Take over a reason from another rank or the clock."""
+        self.reported = max(self.reported, code)
 
-    def _heard(self, number: int, frame: FrameType | None = None) -> None:
-        self.heard = max(self.heard, REASONS[signal.Signals(number)][0])
+    def _handle(self, number: int, frame: FrameType | None = None) -> None:
+        self.received = max(self.received, REASONS[signal.Signals(number)][0])
 
 
 class Interrupted(Exception):
-    """A piece of work was dropped because of a stop."""
+    """A piece of work was cancelled because the attempt is to stop."""
 
 
 class StageStopped(Exception):

@@ -1,4 +1,4 @@
-"""A thread beside training: it tells all ranks what one was told, and ends an attempt that no longer moves."""
+"""A thread beside training that spreads a stop to all ranks, and ends an attempt that hangs."""
 
 from __future__ import annotations
 
@@ -15,98 +15,100 @@ import torch.distributed as dist
 
 from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, StopFlag
 
-EVERY = 0.5  # seconds
-# An attempt hangs when a rank has not moved for so many times as long as it ever took, and for so many seconds.
-MULTIPLE, LEAST = 10.0, 1800.0
-# Seconds in which all ranks write down where they are.
+INTERVAL = 0.5  # seconds
+# An attempt hangs when a rank has made no progress for this multiple of its longest pause so far, and for at least
+# this many seconds.
+HANG_FACTOR, MIN_HANG = 10.0, 1800.0
+# Seconds for all ranks to write their stacks.
 WRITING_STACKS = 5.0
 
 
 @dataclass
-class Pulse:
-    """How a rank moves.
+class Heartbeat:
+    """The progress of a rank.
 
     Attributes:
-        last: when it last did, or None before training has begun, when loading may take long.
-        longest: seconds between two moves, at most so far.
+        last: time of the last beat, or None before training begins, because loading may take long.
+        longest: seconds between two beats, at most so far.
     """
 
     last: float | None = None
     longest: float = 0.0
 
     def beat(self) -> None:
-        """It moves."""
         now = time.monotonic()
         if self.last is not None:
             self.longest = max(self.longest, now - self.last)
         self.last = now
 
     @property
-    def silence(self) -> float | None:
-        """Seconds without a move, where that is too long."""
+    def overdue(self) -> float | None:
+        """Seconds since the last beat if that is so long that the rank must hang, else None."""
         silence = 0.0 if self.last is None else time.monotonic() - self.last
-        return silence if silence > max(LEAST, MULTIPLE * self.longest) else None
+        return silence if silence > max(MIN_HANG, HANG_FACTOR * self.longest) else None
 
 
-class Watch:
-    """Spreads a stop over the ranks, and the end of one that hangs.
+class Watchdog:
+    """Spreads a stop, and the end of a hanging attempt, over the ranks.
 
-    A signal may reach one rank only, and another may be deep in a rollout or in preparing data, where it waits for
-    nobody. Each rank looks twice a second at the key-value store in which the ranks met.
+    A signal may reach one rank only, while another is deep in a rollout or in preparing data, where it waits for
+    no other rank. Each rank therefore polls the key-value store through which the ranks met.
 
     Args:
-        attempt: names the attempt; the same on all ranks.
-        out_of_time: asked each time; whether the attempt's time is up.
-        pulse: of this rank.
-        hangs: told in a sentence of a hang, on the rank that is the first to see it.
+        attempt: the attempt's name, the same on all ranks.
+        out_of_time: called on each poll; whether the attempt's time is up.
+        heartbeat: of this rank.
+        on_hang: called with a message on the rank that is the first to notice a hang.
     """
 
     def __init__(
         self, stop: StopFlag, attempt: str, out_of_time: Callable[[], bool] = bool,
-        pulse: Pulse | None = None, hangs: Callable[[str], object] = bool,
+        heartbeat: Heartbeat | None = None, on_hang: Callable[[str], object] = bool,
     ) -> None:  # fmt: skip
         self.stop = stop
         self.out_of_time = out_of_time
-        self.pulse = pulse or Pulse()
-        self.hangs = hangs
-        self._store = dist.PrefixStore(f"told-{attempt}", dist.distributed_c10d._get_default_store())
-        self._told = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.heartbeat = heartbeat or Heartbeat()
+        self.on_hang = on_hang
+        self._store = dist.PrefixStore(f"stop-{attempt}", dist.distributed_c10d._get_default_store())
+        self._published = 0
+        self._finished = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._finished.set()
         self._thread.join()
 
     def _run(self) -> None:
-        with suppress(RuntimeError):  # the store is gone: the attempt is at its end
-            while not self._over.wait(EVERY):
-                self.look()
+        with suppress(RuntimeError):  # the store is gone: the attempt is ending
+            while not self._finished.wait(INTERVAL):
+                self.poll()
 
-    def look(self) -> None:
-        """Tell what is new here, and hear what is new elsewhere."""
+    def poll(self) -> None:
+        """Publish a stop that is new here, pick up one that is new elsewhere, and look for a hang."""
         if self.out_of_time():
             self.stop.time_is_up()
-        if self.stop.code > self._told:
-            self._told = self.stop.code
-            self._store.set(str(self._told), "told")
+        if self.stop.code > self._published:
+            self._published = self.stop.code
+            self._store.set(str(self._published), "stop")
         for code in REASON_OF_CODE:
             if code > self.stop.code and self._store.check([str(code)]):
-                self.stop.hear_of(code)
-        silence = self.pulse.silence
-        if silence is not None and self._store.add("hang", 1) == 1:
-            longest = f"the longest that it took before is {self.pulse.longest:.0f} s"
-            self.hangs(f"rank {dist.get_rank()} has not moved for {silence:.0f} s; {longest}")
-        if silence is not None or self._store.check(["hang"]):
-            self._end()
+                self.stop.raise_to(code)
+        overdue = self.heartbeat.overdue
+        if overdue is not None and self._store.add("hang", 1) == 1:
+            longest = f"its longest pause before was {self.heartbeat.longest:.0f} s"
+            self.on_hang(f"rank {dist.get_rank()} has made no progress for {overdue:.0f} s; {longest}")
+        if overdue is not None or self._store.check(["hang"]):
+            self._abort()
 
-    def _end(self) -> None:
-        """Write down where this rank is, and end it; the others do so at the same time."""
-        print("hpc-rlhf: a rank hangs; this is where this one is", file=sys.stderr, flush=True)
+    def _abort(self) -> None:
+        """Write this rank's stacks and end it; the other ranks do the same at the same time."""
+        print("hpc-rlhf: a rank hangs; the stacks of this rank are:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2)
-        time.sleep(WRITING_STACKS)  # rank 0 holds the store, and the first to end ends the others
+        time.sleep(
+            WRITING_STACKS
+        )  # rank 0 holds the store, and the first rank to end takes the others with it
         os._exit(1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.training import TrainingSpec
@@ -21,6 +23,7 @@ from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.models.export import collect, write
 from hpc_rlhf.train.parallel.tensor_parallel import cut
 from hpc_rlhf.train.ragged import plan_step
+from hpc_rlhf.train.runtime.stop_control import StopControl
 from hpc_rlhf.train.runtime.stop_signals import Interrupted
 from hpc_rlhf.train.runtime.world import World
 
@@ -101,6 +104,16 @@ def load_engines(named: dict[str, Any], world: World) -> Callable[[Checkpoint], 
     return load
 
 
+def checked(stop: StopControl, losses: Sequence[Callable[[], Tensor]]) -> list[Callable[[], Tensor]]:
+    """The losses of an optimizer step, each after a check whether to stop, which discards the gradients so far."""
+
+    def after_check(loss: Callable[[], Tensor]) -> Tensor:
+        stop.check("micro-batch")
+        return loss()
+
+    return [partial(after_check, loss) for loss in losses]
+
+
 def finish(context: StageContext, step: int, models: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Write the artifact that is handed on; its manifest last. Collective.
 
@@ -110,11 +123,11 @@ def finish(context: StageContext, step: int, models: dict[str, Any], metrics: di
         models: transformers models by the subfolder they go to.
         metrics: what the manifest says of the model.
     """
-    partial = new_artifact(context)
-    with context.dropped():
+    folder = new_artifact(context)
+    with context.stop.cancellable():
         for subfolder, model in models.items():
-            write_model(context, model, partial / subfolder)
-    commit(context, partial, step, metrics)
+            write_model(context, model, folder / subfolder)
+    commit(context, folder, step, metrics)
 
 
 def new_artifact(context: StageContext) -> Path:
@@ -122,7 +135,7 @@ def new_artifact(context: StageContext) -> Path:
     target = context.files.model
 
     def clear() -> None:
-        context.store.check_owner()
+        context.checkpoints.store.check_owner()
         for left in target.parent.glob(f"{target.name}-*"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -131,37 +144,35 @@ def new_artifact(context: StageContext) -> Path:
 
 
 def write_model(context: StageContext, model: Any, folder: Path) -> None:
-    """Write a transformers model into an artifact, within ``context.dropped``. Collective.
+    """Write a transformers model into an artifact, within ``StopControl.cancellable``. Collective.
 
     Raises:
         Interrupted: there is to be a stop.
     """
-    state = collect(model, context.world.is_main, lambda: context.drop_if_told("weights to be written"))
-    context.world.on_main(lambda: write(model, state, context.tokenizer, folder, context.told))
+    state = collect(model, context.world.is_main, lambda: context.stop.check("weights to be written"))
+    context.world.on_main(lambda: write(model, state, context.tokenizer, folder, context.stop.should_stop))
 
 
-def commit(context: StageContext, partial: Path, step: int, metrics: dict[str, Any]) -> None:
-    """Turn a written folder into the stage's artifact, in one step. Collective; see ``context.pause``."""
+def commit(context: StageContext, folder: Path, step: int, metrics: dict[str, Any]) -> None:
+    """Turn a written folder into the stage's artifact, in one step. Collective; see ``StopControl.check``."""
     target = context.files.model
 
     def publish() -> None:
-        context.store.check_owner()
-        files = _described(partial, context.told)
+        context.checkpoints.store.check_owner()
+        files = _described(folder, context.stop.should_stop)
         shutil.rmtree(target, ignore_errors=True)
         facts = {
             "stage": context.stage,
             "step": step,
-            "seconds": round(context.seconds, 1),
+            "seconds": round(context.checkpoints.seconds, 1),
             "metrics": metrics,
         }
-        manifest.write(partial, {**facts, "attempt": context.attempt, "ranks": context.world.size}, files)
-        partial.rename(target)
+        manifest.write(folder, {**facts, "attempt": context.attempt, "ranks": context.world.size}, files)
+        folder.rename(target)
         manifest.fsync_path(target.parent)
 
-    try:
+    with context.stop.cancellable():
         context.world.on_main(publish)
-    except Interrupted:
-        context.stop_if_told()
 
 
 def _described(folder: Path, told: Callable[[], bool]) -> dict[str, Any]:

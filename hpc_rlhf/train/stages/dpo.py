@@ -22,6 +22,7 @@ from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.metrics import keep_until
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import lora
+from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal
 from hpc_rlhf.train.ragged import Ragged
@@ -30,6 +31,7 @@ from hpc_rlhf.train.stages.common import (
     EVALUATED,
     Batches,
     adapted,
+    checked,
     finish,
     load_engines,
     pair_lengths,
@@ -58,9 +60,9 @@ class DpoModels:
             else context.start_model(context.spec.models.actor)
         )
         self.own_ref = spec.lora is None or not spec.lora.only
-        with context.loading(configs[""]):
+        with loading(context.stop, configs[""]):
             self.policy = load_causal(source, context.dtype, spec.dropout)
-        with context.loading(configs["ref"]):
+        with loading(context.stop, configs["ref"]):
             ref = load_causal(source, context.dtype) if self.own_ref else None
         check_fits(self.policy.config, context.tokenizer, context.longest, source)
         adapted(self.policy, spec, context.spec.seed)
@@ -109,14 +111,14 @@ def show(context: StageContext, models: DpoModels, rows: Rows, step: int) -> Non
             Sampling(greedy=True),
             tokenizer.eos_token_id,
             len(rows),
-            context.told,
+            context.stop.should_stop,
         )
         return [tokenizer.decode(answer, skip_special_tokens=True) for answer in made]
 
     before, after = list[str](), list[str]()
-    with context.dropped(), models.as_reference():
+    with context.stop.cancellable(), models.as_reference():
         before = answers(models.ref_policy)
-    with context.dropped():
+    with context.stop.cancellable():
         after = answers(models.policy)
     if context.world.is_main:
         SampleLog(context.files.samples, tokenizer).keep(
@@ -169,7 +171,7 @@ def run(context: StageContext) -> None:
         seen = []
         with torch.no_grad():
             for pairs, real in Batches(context, "held out", pair_lengths(rows), budget).held_out(rows):
-                context.pause("evaluation")
+                context.stop.check("evaluation")
                 seen.append(compare(pairs, reference(pairs))[1] * real)
         engine.train()
         return totals(seen, count)
@@ -185,7 +187,7 @@ def run(context: StageContext) -> None:
 
     # 4. Train.
     for step in range(first, total):
-        context.safe_point(step, take, {})
+        context.checkpoints.safe_point(step, take, {})
         context.reseed(step)
         micro_batches = batches.step(data.train, step)
         refs = [reference(rows) for rows, _ in micro_batches]
@@ -198,10 +200,10 @@ def run(context: StageContext) -> None:
             return loss * (real * context.loss_scale / context.per_step)
 
         losses = [partial(scaled_loss, *batch, ref) for batch, ref in zip(micro_batches, refs, strict=True)]
-        norm = engines.optimizer_step(engine, context.pausing(losses))
+        norm = engines.optimizer_step(engine, checked(context.stop, losses))
         values = {**totals(seen, context.per_step), "lr": rate, "grad_norm": norm}
         context.metrics.log(step + 1, total, "train", {**values, **engines.traffic([engine])})
-    context.safe_point(total, take, {})
+    context.checkpoints.safe_point(total, take, {})
 
     # 5. Measure, show answers side by side, and hand over.
     after = evaluate()

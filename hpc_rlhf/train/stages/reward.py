@@ -18,11 +18,13 @@ from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.loading import check_fits, load_reward
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.stages.common import (
     Batches,
     adapted,
+    checked,
     finish,
     load_engines,
     pair_lengths,
@@ -42,7 +44,7 @@ def run(context: StageContext) -> None:
 
     # 2. Model.
     source = context.start_model(context.spec.models.reward or context.spec.models.actor)
-    with context.loading(context.ds_config):
+    with loading(context.stop, context.ds_config):
         model = load_reward(source, context.dtype, context.spec.seed, spec.dropout)
     check_fits(model.classifier.config, context.tokenizer, context.longest, source)
     adapted(model.classifier, spec, context.spec.seed)
@@ -68,7 +70,7 @@ def run(context: StageContext) -> None:
         some = Batches(context, "held out", pair_lengths(rows), budget)
         with torch.no_grad():
             for pairs, real in some.held_out(rows):
-                context.pause("evaluation")
+                context.stop.check("evaluation")
                 _, chosen, rejected = compare(pairs)
                 if real:
                     sums["right"] += (chosen > rejected).sum().item()
@@ -86,7 +88,7 @@ def run(context: StageContext) -> None:
 
     # 4. Train.
     for step in range(first, total):
-        context.safe_point(step, take, {})
+        context.checkpoints.safe_point(step, take, {})
         context.reseed(step)
         micro_batches = batches.step(data.train, step)
         rate = engines.learning_rate(engine)
@@ -99,13 +101,13 @@ def run(context: StageContext) -> None:
             return losses.sum() * (real * context.loss_scale / context.per_step)
 
         scaled = [partial(scaled_loss, *batch) for batch in micro_batches]
-        norm = engines.optimizer_step(engine, context.pausing(scaled))
+        norm = engines.optimizer_step(engine, checked(context.stop, scaled))
         names = ("loss", "accuracy", "margin")
         sums = context.world.sums(dict(zip(names, torch.stack(seen).sum(dim=0).tolist(), strict=True)))
         means = {name: sums[name] / context.per_step for name in names}
         values = {**means, "lr": rate, "grad_norm": norm, **engines.traffic([engine])}
         context.metrics.log(step + 1, total, "train", values)
-    context.safe_point(total, take, {})
+    context.checkpoints.safe_point(total, take, {})
 
     # 5. Measure, and hand over.
     after = accuracy()

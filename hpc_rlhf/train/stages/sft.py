@@ -18,10 +18,11 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.stages.common import Batches, adapted, finish, load_engines, save_engines
+from hpc_rlhf.train.stages.common import Batches, adapted, checked, finish, load_engines, save_engines
 
 
 def run(context: StageContext) -> None:
@@ -41,7 +42,7 @@ def run(context: StageContext) -> None:
 
     # 2. Model.
     source = context.start_model(context.spec.models.actor)
-    with context.loading(context.ds_config):
+    with loading(context.stop, context.ds_config):
         model = load_causal(source, context.dtype, spec.dropout)
     check_fits(model.config, context.tokenizer, context.longest, source)
     adapted(model, spec, context.spec.seed)
@@ -63,7 +64,7 @@ def run(context: StageContext) -> None:
         some = Batches(context, "held out", token_lengths(rows, "prompt_ids", "chosen_ids"), budget)
         with torch.no_grad():
             for chosen, real in some.held_out(rows):
-                context.pause("evaluation")
+                context.stop.check("evaluation")
                 loss = loss_sum(chosen)
                 if real:
                     sums["loss"] += loss.item()
@@ -86,7 +87,7 @@ def run(context: StageContext) -> None:
 
     # 4. Train.
     for step in range(first, total):
-        context.safe_point(step, take, state)
+        context.checkpoints.safe_point(step, take, state)
         context.reseed(step)
         micro_batches = batches.step(data.train, step)
         local = float(sum(learnt(row) for rows, real in micro_batches if real for row in rows))
@@ -102,11 +103,11 @@ def run(context: StageContext) -> None:
             return loss * (context.loss_scale / tokens)
 
         scaled = [partial(scaled_loss, *batch) for batch in micro_batches]
-        norm = engines.optimizer_step(engine, context.pausing(scaled))
+        norm = engines.optimizer_step(engine, checked(context.stop, scaled))
         loss = context.world.sums({"loss": torch.stack(losses).sum().item()})["loss"] / tokens
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens": tokens}
         context.metrics.log(step + 1, total, "train", {**values, **engines.traffic([engine])})
-    context.safe_point(total, take, state)
+    context.checkpoints.safe_point(total, take, state)
 
     # 5. Measure where it ends, and hand over.
     after = perplexity()

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hpc_rlhf.train.checkpoint import schedule
-from hpc_rlhf.train.checkpoint.schedule import SLACK, Cadence, Deadline, daly, time_used
+from hpc_rlhf.train.checkpoint.schedule import SLACK, CheckpointSchedule, Deadline, daly, time_used
 from tests.train.clock import Clock
 
 
@@ -32,13 +32,13 @@ def test_auto_is_where_the_least_is_lost(cost: float, mttf: float) -> None:
 
 
 def test_steps_are_whole_steps() -> None:
-    every = Cadence(steps=10)
+    every = CheckpointSchedule(steps=10)
     assert [step for step in range(31) if every.due(step, 0)] == [10, 20, 30]
     assert not every.due(10, 3)
 
 
 def test_times_count_from_the_last_save(clock: Clock) -> None:
-    every = Cadence(seconds=600, last=clock.now)
+    every = CheckpointSchedule(seconds=600, last=clock.now)
     clock.now += 599
     assert not every.due(5, 0)
     clock.now += 2
@@ -48,7 +48,7 @@ def test_times_count_from_the_last_save(clock: Clock) -> None:
 
 
 def test_auto_follows_what_a_save_costs(clock: Clock) -> None:
-    every = Cadence(mttf=86400, cost=1.0, last=clock.now)
+    every = CheckpointSchedule(mttf=86400, cost=1.0, last=clock.now)
     every.saved(50.0)
     clock.now += daly(50, 86400) - 1
     assert not every.due(9, 0)
@@ -61,29 +61,29 @@ def test_an_attempt_stops_while_there_is_time_to_save(clock: Clock) -> None:
     deadline = Deadline(end=clock.now + 1000, save=20.0)
     stopped = []
     for step in range(10):
-        if deadline.at(0):
+        if deadline.reached_at(0):
             stopped.append(step)
         clock.now += 100
     assert stopped[0] == 9, "900 s are gone, and a step and a save no longer fit"
-    assert not Deadline().at(0)
+    assert not Deadline().reached_at(0)
 
 
 def test_each_part_of_a_step_has_its_own_length(clock: Clock) -> None:
     """A rollout takes 300 s and an update 10 s: updates still fit where a rollout does not."""
     deadline = Deadline(end=clock.now + 700)
     for part, seconds in ((0, 300), (1, 10), (2, 10), (0, 300), (1, 10), (2, 10)):
-        assert not deadline.at(part), part
+        assert not deadline.reached_at(part), part
         clock.now += seconds
-    assert deadline.at(0)
+    assert deadline.reached_at(0)
 
 
 def test_the_time_of_a_save_is_not_that_of_a_step(clock: Clock) -> None:
     deadline = Deadline(end=clock.now + 1000)
-    deadline.at(0)
+    deadline.reached_at(0)
     clock.now += 400
-    deadline.went_on()
+    deadline.restart_timer()
     clock.now += 10
-    deadline.at(0)
+    deadline.reached_at(0)
     assert deadline.longest == {0: 10}
 
 

@@ -1,4 +1,4 @@
-"""Signals set a flag, and the weightiest counts."""
+"""Signals set a flag, and the reason with the highest priority wins."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def flag() -> Iterator[StopFlag]:
         signal.signal(number, handler)
 
 
-def hear(number: signal.Signals) -> None:
+def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_nothing_heard_is_no_reason(flag: StopFlag) -> None:
+def test_without_a_signal_there_is_no_reason(flag: StopFlag) -> None:
     assert flag.code == 0
     assert flag.code not in REASON_OF_CODE
 
@@ -39,13 +39,13 @@ def test_nothing_heard_is_no_reason(flag: StopFlag) -> None:
 def test_a_signal_sets_the_flag_and_does_nothing_else(
     flag: StopFlag, number: signal.Signals, reason: str
 ) -> None:
-    hear(number)
+    send(number)
     assert REASON_OF_CODE[flag.code] == reason
 
 
-def test_a_lighter_signal_does_not_hide_a_weightier_one(flag: StopFlag) -> None:
-    hear(signal.SIGUSR2)
+def test_a_signal_of_lower_priority_does_not_override(flag: StopFlag) -> None:
+    send(signal.SIGUSR2)
     assert REASON_OF_CODE[flag.code] == "time limit"
-    hear(signal.SIGTERM)
-    hear(signal.SIGUSR2)
+    send(signal.SIGTERM)
+    send(signal.SIGUSR2)
     assert REASON_OF_CODE[flag.code] == "preempted"

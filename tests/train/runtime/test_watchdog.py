@@ -1,4 +1,4 @@
-"""What one rank is told, all know, and work that waits for nobody ends."""
+"""A stop spreads to all ranks, ends work that waits for no other rank, and a hanging attempt ends."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ import pytest
 from hpc_rlhf.train.data.tokenized import prepare
 from hpc_rlhf.train.runtime import watchdog
 from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, Interrupted, StopFlag
-from hpc_rlhf.train.runtime.watchdog import Pulse, Watch
+from hpc_rlhf.train.runtime.watchdog import Heartbeat, Watchdog
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 from tests.train.stages import tiny_spec
 
 
-def test_a_rank_hears_what_another_was_told(world: World, request: pytest.FixtureRequest) -> None:
-    """Two watches of one store stand for two ranks."""
-    told, other = StopFlag(), StopFlag()
-    first, second = (Watch(flag, request.node.name) for flag in (told, other))
-    first.look()
-    second.look()
+def test_a_stop_spreads_to_other_ranks(world: World, request: pytest.FixtureRequest) -> None:
+    """Two watchdogs of one store act as two ranks."""
+    flag, other = StopFlag(), StopFlag()
+    first, second = (Watchdog(each, request.node.name) for each in (flag, other))
+    first.poll()
+    second.poll()
     assert other.code == 0
-    told.heard = 1
-    first.look()
-    second.look()
+    flag.received = 1
+    first.poll()
+    second.poll()
     assert REASON_OF_CODE[other.code] == "time limit"
-    told.heard = 2
-    first.look()
-    second.look()
-    assert REASON_OF_CODE[other.code] == "preempted", "a weightier one comes after it"
+    flag.received = 2
+    first.poll()
+    second.poll()
+    assert REASON_OF_CODE[other.code] == "preempted", "a reason of higher priority follows"
     later = StopFlag()
-    Watch(later, "the next attempt").look()
+    Watchdog(later, "the next attempt").poll()
     assert later.code == 0
 
 
-def test_the_end_of_the_time_is_a_stop_for_all(world: World, request: pytest.FixtureRequest) -> None:
+def test_the_end_of_the_time_stops_all_ranks(world: World, request: pytest.FixtureRequest) -> None:
     main, other = StopFlag(), StopFlag()
-    Watch(main, request.node.name, lambda: True).look()
-    Watch(other, request.node.name).look()
+    Watchdog(main, request.node.name, lambda: True).poll()
+    Watchdog(other, request.node.name).poll()
     assert REASON_OF_CODE[main.code] == REASON_OF_CODE[other.code] == "time limit"
 
 
-def test_the_thread_hears_while_the_rank_is_busy(world: World, request: pytest.FixtureRequest) -> None:
-    told, other = StopFlag(), StopFlag()
-    told.heard = 2
-    with Watch(told, request.node.name), Watch(other, request.node.name) as second:
+def test_the_thread_polls_while_the_rank_is_busy(world: World, request: pytest.FixtureRequest) -> None:
+    flag, other = StopFlag(), StopFlag()
+    flag.received = 2
+    with Watchdog(flag, request.node.name), Watchdog(other, request.node.name) as second:
         for _ in range(600):
-            if other.code or second._over.wait(0.05):
+            if other.code or second._finished.wait(0.05):
                 break
     assert other.code == 2
 
 
-def test_preparing_data_ends_and_leaves_nothing_that_counts(tmp_path: Path, world: World) -> None:
+def test_interrupted_data_preparation_leaves_no_partial_data(tmp_path: Path, world: World) -> None:
     spec, tokenizer = tiny_spec(tmp_path / "run", 1, sft={}), tiny.tokenizer()
-    asked = iter(range(1000))
+    polls = iter(range(1000))
     with pytest.raises(Interrupted):
-        prepare(spec, "sft", tokenizer, tmp_path, world, lambda: next(asked) > 50)
-    assert next(asked) == 52
+        prepare(spec, "sft", tokenizer, tmp_path, world, lambda: next(polls) > 50)
+    assert next(polls) == 52
     assert len(prepare(spec, "sft", tokenizer, tmp_path, world).train) > 100
 
 
@@ -68,7 +68,7 @@ class Ended(Exception):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Time that stands still unless it is moved, and ranks that raise where they would end."""
+    """Time that only the test advances; ranks raise Ended instead of exiting."""
 
     def end(code: int) -> None:
         raise Ended(code)
@@ -80,37 +80,40 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return made
 
 
-def test_a_rank_that_stops_moving_ends_all_and_says_so_once(
+def test_a_hanging_rank_ends_all_ranks_and_is_reported_once(
     world: World, clock: SimpleNamespace, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[str] = []
-    pulses = Pulse(), Pulse()
-    ranks = [Watch(StopFlag(), request.node.name, pulse=pulse, hangs=said.append) for pulse in pulses]
+    messages: list[str] = []
+    heartbeats = Heartbeat(), Heartbeat()
+    ranks = [
+        Watchdog(StopFlag(), request.node.name, heartbeat=heartbeat, on_hang=messages.append)
+        for heartbeat in heartbeats
+    ]
     for seconds in (0, 30, 400):
         clock.now += seconds
-        for pulse in pulses:
-            pulse.beat()
+        for heartbeat in heartbeats:
+            heartbeat.beat()
     clock.now += 3900
     for rank in ranks:
-        rank.look()
-    pulses[1].beat()
+        rank.poll()
+    heartbeats[1].beat()
     clock.now += 200
     with pytest.raises(Ended):
-        ranks[0].look()
-    with pytest.raises(Ended):  # it moves, but the other does not
-        ranks[1].look()
-    assert said == ["rank 0 has not moved for 4100 s; the longest that it took before is 400 s"]
-    assert capfd.readouterr().err.count("test_a_rank_that_stops_moving") == 2, "both say where they are"
+        ranks[0].poll()
+    with pytest.raises(Ended):  # it makes progress, but the other does not
+        ranks[1].poll()
+    assert messages == ["rank 0 has made no progress for 4100 s; its longest pause before was 400 s"]
+    assert capfd.readouterr().err.count("test_a_hanging_rank") == 2, "both write their stacks"
 
 
-def test_short_steps_do_not_make_for_haste_nor_does_loading(clock: SimpleNamespace) -> None:
-    pulse = Pulse()
+def test_neither_short_steps_nor_loading_count_as_a_hang(clock: SimpleNamespace) -> None:
+    heartbeat = Heartbeat()
     clock.now += 10**6
-    assert pulse.silence is None, "nothing is known before the first move"
+    assert heartbeat.overdue is None, "loading may take long"
     for _ in range(3):
-        pulse.beat()
+        heartbeat.beat()
         clock.now += 1
-    clock.now += watchdog.LEAST - 2
-    assert pulse.silence is None
+    clock.now += watchdog.MIN_HANG - 2
+    assert heartbeat.overdue is None
     clock.now += 2
-    assert pulse.silence is not None
+    assert heartbeat.overdue is not None

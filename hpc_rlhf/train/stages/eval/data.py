@@ -46,9 +46,14 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         for stage in stages:
             if stage in trained:
                 folder = context.run.stage(stage).data
-                with context.dropped():
+                with context.stop.cancellable():
                     return prepare(
-                        context.spec, stage, context.tokenizer, folder, context.world, context.told
+                        context.spec,
+                        stage,
+                        context.tokenizer,
+                        folder,
+                        context.world,
+                        context.stop.should_stop,
                     ).held_out
         return []
 

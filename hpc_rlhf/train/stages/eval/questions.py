@@ -34,12 +34,12 @@ class Questions:
         share = deal([len(prompt) for prompt in prompts], context.world.size)[context.world.rank]
         sampling = Sampling(spec.temperature or 1.0, spec.top_p, spec.top_k, greedy=spec.temperature == 0)
         made: list[list[int]] = []
-        with context.dropped():
+        with context.stop.cancellable():
             made = rollouts.generate(
                 [prompts[i] for i in share], [(context.spec.seed, "eval", i) for i in share],
                 context.spec.data.max_answer_tokens, sampling,
                 tokenizer.eos_token_id, ROWS,
-                context.told,
+                context.stop.should_stop,
             )  # fmt: skip
         return self._together(dict(zip(share, made, strict=True)))
 
@@ -84,7 +84,7 @@ class Questions:
         found: dict[int, Any] = {}
         plan = plan_step(rollout.lengths, world.size, self.context.micro * self.context.longest)
         for rows in plan[world.rank]:
-            self.context.pause("evaluation")
+            self.context.stop.check("evaluation")
             batch, answers = rollout.batch(rows or [0], world.device)
             made = of(batch, answers, [len(rollout.answers[row]) for row in rows or [0]])
             if rows:  # else only to keep step with the others

@@ -20,6 +20,7 @@ from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal, load_reward
 from hpc_rlhf.train.rollout.experience import Rollout
@@ -84,7 +85,7 @@ class Evaluation:
     def measure(self, name: str, source: str) -> dict[str, float | None]:
         """Everything that one model is needed for."""
         context, ask, mine = self.context, self.questions, Measured()
-        with context.loading(context.ds_config):
+        with loading(context.stop, context.ds_config):
             model = load_causal(source, context.dtype)
         check_fits(model.config, context.tokenizer, context.longest, source)
         engine = engines.frozen_engine(LanguageModel(model), context.ds_config, context.world.device)
@@ -105,7 +106,7 @@ class Evaluation:
     def judge(self) -> dict[str, float | None]:
         """Everything that the reward model is needed for."""
         context, found, source = self.context, self.found, str(self.context.run.stage("reward").model)
-        with context.loading(context.ds_config):
+        with loading(context.stop, context.ds_config):
             model = load_reward(source, context.dtype, None)
         check_fits(model.classifier.config, context.tokenizer, context.longest, source)
         engine = engines.frozen_engine(model, context.ds_config, context.world.device)
@@ -144,12 +145,12 @@ def run(context: StageContext) -> None:
 
     # 2. The models one after the other, so that only one is in memory; what they said is judged at the end.
     for number in range(first, len(steps)):
-        context.safe_point(number, work.take, {})
+        context.checkpoints.safe_point(number, work.take, {})
         context.metrics.log(number + 1, len(steps), "eval", steps[number]())
         gc.collect()
         if context.world.device.type == "cuda":
             torch.cuda.empty_cache()
-    context.safe_point(len(steps), work.take, {})
+    context.checkpoints.safe_point(len(steps), work.take, {})
 
     # 3. The report.
     work.hand_over(len(steps))

@@ -26,9 +26,14 @@ class PtxStream:
         assert spec.ptx is not None
         self.context = context
         self.coefficient = spec.ptx_coef
-        with context.dropped():
+        with context.stop.cancellable():
             self.rows = prepare_mixture(
-                spec.ptx, context.spec, context.tokenizer, context.files.data, context.world, context.told
+                spec.ptx,
+                context.spec,
+                context.tokenizer,
+                context.files.data,
+                context.world,
+                context.stop.should_stop,
             )
         lengths = token_lengths(self.rows, "prompt_ids", "chosen_ids")
         self.batches = Batches(context, "ptx", lengths, context.micro * context.longest)

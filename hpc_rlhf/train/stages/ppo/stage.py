@@ -7,6 +7,7 @@ details of arXiv 2403.17031.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
@@ -16,6 +17,7 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at, total_steps
 from hpc_rlhf.train.metrics import keep_until
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.rollout.experience import Rollout, scores
 from hpc_rlhf.train.rollout.in_process.engine import ROWS, RolloutEngine, Sampling
 from hpc_rlhf.train.stages.common import commit, new_artifact, write_model
@@ -49,14 +51,14 @@ class PpoStage:
             longest=context.longest,
             updates=self.total * self.spec.ppo_epochs * self.spec.minibatches,
             seed=context.spec.seed,
-            loading=context.loading,
+            loading=partial(loading, context.stop),
         )
         self.models = PpoModels(self.spec, start, context.tokenizer, context.world)
         sizes = Sizes(
             context.micro * context.longest, context.spec.data.max_answer_tokens, ROWS, context.loss_scale
         )
         self.trainer = PpoTrainer(self.spec, self.models, context.tokenizer, sizes, context.world)
-        self.trainer.pause = context.pause
+        self.trainer.pause = context.stop.check
         self.ptx = PtxStream(context, self.spec) if self.spec.ptx is not None else None
         self.samples = SampleLog(context.files.samples, context.tokenizer)
 
@@ -76,7 +78,7 @@ class PpoStage:
         ]
         rows = [self.data.train[sample_at(place, len(self.data.train), seed, "ppo")] for place in places]
         keys: list[tuple[object, ...]] = [(seed, "rollout", place) for place in places]
-        return self.trainer.roll_out([row["prompt_ids"] for row in rows], keys, context.told)
+        return self.trainer.roll_out([row["prompt_ids"] for row in rows], keys, context.stop.should_stop)
 
     def before_each(self, step: int, state: dict[str, Any]) -> Callable[[Progress], None]:
         """What comes before each of a step's optimizer steps: a safe point, and random numbers of its own."""
@@ -87,7 +89,7 @@ class PpoStage:
                 self.models.take(snapshot)
                 progress.save(snapshot, context.world.rank)
 
-            context.safe_point(step, take, state, progress.done + 1)
+            context.checkpoints.safe_point(step, take, state, progress.done + 1)
             context.reseed(step, progress.done)
 
         return before
@@ -105,7 +107,7 @@ class PpoStage:
             ("ppo", self.models.rollouts),
         ):
             made: list[list[int]] = []
-            with self.context.dropped():
+            with self.context.stop.cancellable():
                 made = engine.generate(
                     prompts,
                     None,
@@ -113,7 +115,7 @@ class PpoStage:
                     Sampling(greedy=True),
                     trainer.eos_id,
                     ROWS,
-                    self.context.told,
+                    self.context.stop.should_stop,
                 )
             rollout = Rollout(prompts, made)
             found = scores(self.models.reward, rollout, trainer.plan(rollout.lengths), world.device).tolist()
@@ -133,13 +135,13 @@ class PpoStage:
     def hand_over(self, metrics: dict[str, Any]) -> None:
         """Write the actor, and its moving average beside it. Collective."""
         context, models = self.context, self.models
-        partial = new_artifact(context)
-        with context.dropped():
-            write_model(context, models.policy, partial)
+        folder = new_artifact(context)
+        with context.stop.cancellable():
+            write_model(context, models.policy, folder)
             if models.ema:
                 with models.ema.swapped_in():  # a stop saves the weights as they were before
-                    write_model(context, models.policy, partial / context.files.ema_model.name)
-        commit(context, partial, self.total, metrics)
+                    write_model(context, models.policy, folder / context.files.ema_model.name)
+        commit(context, folder, self.total, metrics)
 
 
 def _check_same_tokenizer(context: StageContext) -> None:
@@ -178,11 +180,11 @@ def run(context: StageContext) -> None:
         if begun is None:
             # 3. A safe point; then answers to the step's prompts. A signal ends the attempt here or below; the
             # next one makes the same rollout again.
-            context.safe_point(step, take, state)
+            context.checkpoints.safe_point(step, take, state)
             context.reseed(step)
             before = {"kl_coef": stage.trainer.kl_coef, "actor_lr": engines.learning_rate(stage.models.actor)}
             rollout = Rollout([], [])
-            with context.dropped():
+            with context.stop.cancellable():
                 rollout = stage.roll_out(step)
 
             # 4. What the answers are worth, token by token.
@@ -208,7 +210,7 @@ def run(context: StageContext) -> None:
         state.update(reward_last=values["reward"], kl_last=values["kl"])
         if world.is_main:
             stage.samples.keep_rollouts(step + 1, made)
-    context.safe_point(total, take, state)
+    context.checkpoints.safe_point(total, take, state)
 
     # 7. Answers side by side, and the models.
     stage.compare()

@@ -1,0 +1,165 @@
+"""Saves and resumes an attempt: safe points, when they become checkpoints, and the save that ends a stopped attempt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.train.checkpoint.schedule import CheckpointSchedule, Deadline
+from hpc_rlhf.train.checkpoint.store import Checkpoint, CheckpointStore, Take
+from hpc_rlhf.train.runtime.stop_control import StopControl
+
+
+@dataclass(frozen=True)
+class SafePoint:
+    """A place from which a stage can continue, and what to save there."""
+
+    step: int
+    take: Take
+    state: dict[str, Any]
+    part: int = 0
+
+
+@dataclass
+class _Saving:
+    """A checkpoint that is being written.
+
+    Attributes:
+        began: when it began.
+        stall: seconds for which it has stalled training so far.
+    """
+
+    point: SafePoint
+    began: float
+    stall: float
+
+
+class Checkpointer:
+    """The saving side of one attempt at a stage.
+
+    Args:
+        started: when the attempt began, by ``time.monotonic``.
+
+    Attributes:
+        resumed: the step that this attempt resumed from, 0 without a checkpoint.
+        before_save: called before a save begins. Collective.
+    """
+
+    def __init__(
+        self, store: CheckpointStore, schedule: CheckpointSchedule, stop: StopControl, ledger: Ledger,
+        stage: str, started: float,
+    ) -> None:  # fmt: skip
+        self.store = store
+        self.schedule = schedule
+        self.deadline = Deadline()
+        self.stop = stop
+        self.ledger = ledger
+        self.stage = stage
+        self.started = started
+        self.resumed = 0
+        self.before_save: Callable[[], None] = lambda: None
+        self._seconds_before = 0.0
+        self._point: SafePoint | None = None  # the last one; before the first there is nothing to save
+        self._point_time = 0.0
+        self._saving: _Saving | None = None
+        stop.save = self._save_and_record
+        last_save = ledger.last("saved", stage) or {}
+        schedule.cost = float(last_save.get("stall", schedule.cost))
+        self.deadline.save = float(last_save.get("seconds", 0.0))
+
+    @property
+    def is_main(self) -> bool:
+        return self.store.world.is_main
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the steps that are kept, over all attempts."""
+        return self._seconds_before + time.monotonic() - self.started
+
+    def resume(self, load: Callable[[Checkpoint], None]) -> Checkpoint | None:
+        """Load the newest checkpoint, if there is one. Collective."""
+        self.stop.check()
+        checkpoint = self.store.latest()
+        if checkpoint is not None:
+            load(checkpoint)
+            self._seconds_before = float(checkpoint.state.get("seconds", 0.0))
+            self.resumed = checkpoint.step
+            self._record("resumed", **_place(checkpoint))
+        return checkpoint
+
+    def safe_point(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> None:
+        """Between steps, or parts of a step: save if a checkpoint is due, and stop if any rank has to. Collective.
+
+        Args:
+            step: steps done.
+            take: puts this rank's share of the state into a snapshot; collective. Until the next safe point it may
+                be called at any ``StopControl.check``.
+            state: JSON that comes back with the checkpoint.
+            part: parts done of the next step.
+
+        Raises:
+            StageStopped: after saving.
+        """
+        first = self._point is None
+        point = self._point = SafePoint(step, take, state, part)
+        self._point_time = time.monotonic()
+        if first:
+            self._record("ready", **_place(point))
+        due = False
+        if self.is_main:
+            if self.deadline.reached_at(part):
+                self.stop.flag.time_is_up()
+            # By time, no save begins while another is being written; by steps, every rank expects one.
+            postpone = self.store.pending and self.schedule.steps is None
+            due = self.schedule.due(step, part) and not postpone
+        any_due, any_writing = self.stop.check_with([due, not self.store.written])
+        if self.store.pending and (any_due or not any_writing):
+            self.commit()
+        if any_due:
+            self._begin(point, apart=True)
+        self.deadline.restart_timer()
+
+    def commit(self) -> None:
+        """Finish the checkpoint that is being written, if there is one. Collective."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        start = time.monotonic()
+        self.store.finish()
+        end = time.monotonic()
+        stall, seconds = saving.stall + end - start, end - saving.began
+        self.schedule.saved(stall)
+        self.deadline.save = max(self.deadline.save, seconds)
+        self._record("saved", **_place(saving.point), seconds=round(seconds, 3), stall=round(stall, 3))
+
+    def _begin(self, point: SafePoint, apart: bool) -> None:
+        """Begin to save, unless that place is saved already. Collective."""
+        began = time.monotonic()
+        self.before_save()
+        state = {**point.state, "seconds": self.seconds}
+        if self.store.begin(point.step, point.take, state, point.part, apart):
+            self._saving = _Saving(point, began, time.monotonic() - began)
+
+    def _save_and_record(self, reason: str) -> int:
+        """Save the last safe point because the attempt stops; gives its step. Collective."""
+        point = self._point
+        place = _place(point) if point else {"step": self.resumed}
+        discarded = round(time.monotonic() - self._point_time, 3) if point else 0.0
+        self._record("stopping", **place, reason=reason, dropped=discarded)
+        self.commit()
+        if point:
+            self._begin(point, apart=False)
+            self.commit()
+        return place["step"]
+
+    def _record(self, event: str, **facts: Any) -> None:
+        if self.is_main:
+            self.ledger.append(event, self.stage, attempt=self.store.attempt, **facts)
+
+
+def _place(point: SafePoint | Checkpoint) -> dict[str, int]:
+    """A step and part, as in ledger events."""
+    return {"step": point.step, **({"part": point.part} if point.part else {})}
