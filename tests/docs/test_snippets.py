@@ -145,3 +145,12 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub generates for a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=id_of)
+def test_named_files_exist(page: Path) -> None:
+    """Code in backticks is a path from the project's root, or the end of a path in hpc_rlhf/ or templates/."""
+    names = re.findall(r"`([\w./-]+\.(?:py|j2|sh))`", page.read_text(encoding="utf-8"))
+    for name in names:
+        matches = [path for base in ("hpc_rlhf", "templates") for path in (ROOT / base).glob(f"**/{name}")]
+        assert matches or (ROOT / name).exists(), f"{page.name}: {name}"
