@@ -13,6 +13,7 @@ from hpc_rlhf.cli.run_argument import find_runs
 from hpc_rlhf.cli.table import echo_table
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.heal import heal
+from hpc_rlhf.run.events import Stopped
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 
@@ -67,8 +68,8 @@ def _heal_sweep(runs: Sequence[RunDir], as_json: bool) -> None:
 
 
 def _stops(run: RunDir) -> int:
-    """How often a stage of the run was left to a person."""
-    return sum(event["event"] == "stopped" for event in Ledger(run.ledger).events())
+    """How often a stage of the run was left to the user."""
+    return sum(isinstance(event, Stopped) for event in Ledger(run.ledger).events())
 
 
 def _said(outcome: Outcome) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hpc_rlhf.launch.jobs import find_jobs
 from hpc_rlhf.launch.lock import hold
+from hpc_rlhf.run.events import Cancelled
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands as slurm
@@ -21,5 +22,5 @@ def cancel(run: RunDir) -> dict[str, QueuedJob]:
         slurm.cancel([job.job_id for job in jobs.sentinels])
         slurm.cancel([job.job_id for job in jobs.live.values()])
         for stage, job in jobs.live.items():
-            Ledger(run.ledger).append("cancelled", stage, job_id=job.job_id)
+            Ledger(run.ledger).append(Cancelled(stage, job_id=job.job_id))
     return jobs.live

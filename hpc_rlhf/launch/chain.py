@@ -12,6 +12,7 @@ from hpc_rlhf.launch.jobs import RunJobs, adopt, submission_options, with_token
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.sweep_order import borrowed_jobs, jobs_before
 from hpc_rlhf.run import manifest, sentinel
+from hpc_rlhf.run.events import Refused, Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands as slurm
@@ -140,19 +141,19 @@ class Chain:
         token = uuid.uuid4().hex[:16]
         options = submission_options(job, token, self.after(job), delay, without, self.behind(job))
         executor = StageExecutor(self.plan, job, options)
-        self.ledger.append("submitting", job.stage, token=token, by=self.by)
+        self.ledger.append(Submitting(job.stage, token=token, by=self.by))
         try:
             job_id = executor.send()
         except HpcRlhfError as error:
             # sbatch may give up waiting for an answer to a job that the controller has accepted.
             accepted = with_token(slurm.queue(), token)
             if accepted is None:
-                self.ledger.append("refused", job.stage, token=token, message=error.message)
+                self.ledger.append(Refused(job.stage, token=token, message=error.message))
                 raise
             job_id = accepted.job_id
             adopt(self.run, job.stage, token, job_id)
         else:
-            self.ledger.append("submitted", job.stage, token=token, job_id=job_id)
+            self.ledger.append(Submitted(job.stage, token=token, job_id=job_id))
         self.ids[job.stage] = self.sent[job.stage] = job_id
         self._tokens[job_id] = token
         return Outcome(job.stage, "submitted", job_id)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -12,12 +11,14 @@ from hpc_rlhf.launch.chain import Chain, Outcome, is_done, require_slurm
 from hpc_rlhf.launch.jobs import RunJobs, find_jobs
 from hpc_rlhf.launch.lock import SILENCE, hold
 from hpc_rlhf.launch.plan import PlannedJob, make_plan
-from hpc_rlhf.launch.retry_policy import Again, Stop, decide
 from hpc_rlhf.launch.sweep_order import followers
 from hpc_rlhf.run import failures, notify, ownership
 from hpc_rlhf.run.attempt_logs import AttemptLogs, last_seen, last_step
-from hpc_rlhf.run.failures import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, Event
+from hpc_rlhf.run.events import Ended, Retried, RetryRequested, Stopped
+from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.reasons import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, LAUNCH_FAILURE
+from hpc_rlhf.run.retry_policy import Retry, Stop, StopKind, decide
 from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.slurm.commands import PastJob, QueuedJob
 from hpc_rlhf.spec.load import read_spec
@@ -26,7 +27,6 @@ from hpc_rlhf.spec.load import read_spec
 _PATIENCE = SILENCE + 60
 _COMPLETING = 30.0  # seconds that the end of a job may take, with its epilog
 _HELD = ("launch_failed_requeued_held", "launch failed requeued held")
-_RESTS = frozenset({"stopped", "anew", "retried", "submitting", "started"})
 
 
 def heal(run: RunDir, by_sentinel: bool = False) -> list[Outcome]:
@@ -118,9 +118,10 @@ class _Mending:
         if queued.state != "PENDING" or queued.reason not in _HELD:
             return self._chain.attach(self._job)
         past = slurm.remembered(queued.job_id)
-        reason, node = failures.LAUNCH_FAILURE, past.failed_node if past else ""
-        self._note("ended", job_id=queued.job_id, reason=reason, message=queued.reason, node=node, step=0,
-                   progress=False)  # fmt: skip
+        node = past.failed_node if past else ""
+        self._chain.ledger.append(
+            Ended(self._stage, job_id=queued.job_id, reason=LAUNCH_FAILURE, message=queued.reason, node=node)
+        )
         verdict = self._verdict()
         if isinstance(verdict, Stop):
             return self._stop(verdict, queued.job_id)
@@ -133,65 +134,59 @@ class _Mending:
     def _go_on(self, job_id: str, past: PastJob | None) -> Outcome:
         """Decide about a job that ended without its stage's model, and act on that."""
         ended = self._ended(job_id, past)
-        cancelled = ended["reason"] in (CANCELLED_BY_TOOL, CANCELLED_BY_HAND)
-        bereft = past is not None and past.bereft and ended["reason"] == CANCELLED_BY_HAND
+        cancelled = ended.reason in (CANCELLED_BY_TOOL, CANCELLED_BY_HAND)
+        bereft = past is not None and past.bereft and ended.reason == CANCELLED_BY_HAND
         waits = bool(self._chain.after(self._job))
         if bereft or (waits and not cancelled):
             # It ended because what it needs was not there; that is being mended.
-            return self._put_back(job_id, past, Again(0), "what it needs comes again")
+            return self._put_back(job_id, past, Retry(), "what it needs comes again")
         verdict = self._verdict()
         if isinstance(verdict, Stop):
             return self._stop(verdict, job_id)
-        return self._put_back(job_id, past, verdict, _told(ended))
+        return self._put_back(job_id, past, verdict, _describe(ended))
 
-    def _ended(self, job_id: str, past: PastJob | None) -> Event:
-        """The ledger's event of how the latest attempt ended; written now, unless it was before."""
-        events = self._events()
-        attempt = failures.latest_attempt(events)
-        before = next((event for event in reversed(attempt) if event["event"] == "ended"), None)
+    def _ended(self, job_id: str, past: PastJob | None) -> Ended:
+        """How the latest attempt ended: as the ledger has it, or judged and written now."""
+        history = self._history()
+        before = history.attempt.last(Ended)
         if before is not None:
             return before
         files = self._chain.run.stage(self._stage)
         logs = AttemptLogs(files, job_id, past.restarts if past else None)
-        ending = failures.judge(events, past, logs, last_step(files))
-        bereft = past is not None and past.bereft and ending.reason == CANCELLED_BY_HAND
-        facts = {"job_id": job_id, "message": ending.message, "node": ending.node, "step": ending.step}
+        judged = failures.judge(history, past, logs, last_step(files))
+        ended = replace(judged, stage=self._stage, job_id=job_id, seen=last_seen(files))
+        bereft = past is not None and past.bereft and ended.reason == CANCELLED_BY_HAND
         if not bereft:
-            judged = {"reason": ending.reason, "progress": ending.progress, "seen": last_seen(files)}
-            self._note("ended", **facts, **judged)
-        return {"event": "ended", **facts, "reason": ending.reason}
+            self._chain.ledger.append(ended)
+        return ended
 
-    def _verdict(self) -> Again | Stop:
+    def _verdict(self) -> Retry | Stop:
         if not self._by_sentinel:
-            self._note("anew")
-            return Again(0)
-        window = failures.since_a_person(self._events())
-        if not any(event["event"] == "ended" for event in window):
-            return Again(0)  # a person let it go on, and was cut off there
+            self._chain.ledger.append(RetryRequested(self._stage))
+            return Retry()
+        window = self._history().since_user
+        if window.last(Ended) is None:
+            return Retry()  # the user asked for another attempt, and healing was interrupted there
         settings = self._job.slurm
         return decide(window, settings.max_requeues, settings.heal.backoff_seconds)
 
     def _stop(self, verdict: Stop, job_id: str) -> Outcome:
-        rests = [event["event"] for event in self._events() if event["event"] in _RESTS]
-        if rests[-1:] != ["stopped"]:
-            self._note("stopped", message=verdict.why)
+        if not self._history().is_stopped:
+            self._chain.ledger.append(Stopped(self._stage, message=verdict.message))
             if self._by_sentinel:
-                spent = (
-                    failures.returns(failures.since_a_person(self._events())) >= self._job.slurm.max_requeues
-                )
-                notify.send(self._chain.run, "budget spent" if spent else "stopped", self._stage, verdict.why)
-        return Outcome(self._stage, "stopped", job_id, verdict.why)
+                notify.send_stop(self._chain.run, self._stage, verdict.kind, verdict.message)
+        return Outcome(self._stage, "stopped", job_id, verdict.message)
 
-    def _put_back(self, job_id: str, past: PastJob | None, verdict: Again, why: str) -> Outcome:
+    def _put_back(self, job_id: str, past: PastJob | None, verdict: Retry, why: str) -> Outcome:
         outcome = self._requeued(job_id, past, verdict)
         if outcome is None:
             try:
                 outcome = self._chain.send(self._job, verdict.delay, verdict.without)
             except HpcRlhfError as error:
-                return self._stop(Stop(error.message), job_id)
+                return self._stop(Stop(StopKind.REFUSED, error.message), job_id)
         return self._retried(replace(outcome, detail=why), verdict)
 
-    def _requeued(self, job_id: str, past: PastJob | None, verdict: Again) -> Outcome | None:
+    def _requeued(self, job_id: str, past: PastJob | None, verdict: Retry) -> Outcome | None:
         """Requeue the job under its own id, so that what waits for it need not be told; None where that cannot be."""
         if past is None or not past.requeueable or past.state == "CANCELLED":
             return None
@@ -203,16 +198,17 @@ class _Mending:
                 return None
             return Outcome(self._stage, "requeued", job_id)
 
-    def _excluded(self, verdict: Again) -> str | None:
+    def _excluded(self, verdict: Retry) -> str | None:
         """A host list of the spec's nodes and of the verdict's that the job may not use; None where that is as before."""
-        retried = [event for event in self._events() if event["event"] == "retried"]
-        before = retried[-1]["without"] if retried else []
-        if list(verdict.without) == before:
+        before = self._history().last(Retried)
+        if verdict.without == (before.without if before else ()):
             return None
         return ",".join(filter(None, (self._job.slurm.exclude, *verdict.without)))
 
-    def _retried(self, outcome: Outcome, verdict: Again) -> Outcome:
-        self._note("retried", job_id=outcome.job_id, delay=verdict.delay, without=list(verdict.without))
+    def _retried(self, outcome: Outcome, verdict: Retry) -> Outcome:
+        self._chain.ledger.append(
+            Retried(self._stage, job_id=outcome.job_id, delay=verdict.delay, without=verdict.without)
+        )
         words = [outcome.detail]
         if verdict.delay:
             words.append(f"not before {verdict.delay} s from now")
@@ -220,12 +216,9 @@ class _Mending:
             words.append(f"not on {', '.join(verdict.without)}")
         return replace(outcome, detail="; ".join(filter(None, words)))
 
-    def _events(self) -> Sequence[Event]:
-        return list(self._chain.ledger.events(self._stage))
-
-    def _note(self, event: str, **facts: object) -> None:
-        self._chain.ledger.append(event, self._stage, **facts)
+    def _history(self) -> StageHistory:
+        return StageHistory.read(self._chain.run, self._stage)
 
 
-def _told(ended: Event) -> str:
-    return f"{ended['reason']}: {ended['message']}" if ended["message"] else str(ended["reason"])
+def _describe(ended: Ended) -> str:
+    return f"{ended.reason}: {ended.message}" if ended.message else ended.reason

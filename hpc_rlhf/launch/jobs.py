@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.run import sentinel
+from hpc_rlhf.run.events import Refused, Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands as slurm
@@ -95,7 +96,7 @@ def adopt(run: RunDir, stage: str, token: str, job_id: str) -> None:
     from hpc_rlhf.launch.executor import ensure_pickle
 
     ensure_pickle(run, stage, job_id)
-    Ledger(run.ledger).append("submitted", stage, token=token, job_id=job_id)
+    Ledger(run.ledger).append(Submitted(stage, token=token, job_id=job_id))
 
 
 def with_token(queue: dict[str, QueuedJob], token: str) -> QueuedJob | None:
@@ -113,14 +114,14 @@ def _submissions(ledger: Ledger) -> tuple[dict[str, tuple[str, str]], dict[str, 
     submitted: dict[str, tuple[str, str]] = {}
     unanswered: dict[str, tuple[str, bool]] = {}
     for event in ledger.events():
-        if event["event"] == "submitting":
+        if isinstance(event, Submitting):
             for token, (stage, _) in unanswered.items():
-                if stage == event["stage"]:
+                if stage == event.stage:
                     unanswered[token] = (stage, False)
-            unanswered[event["token"]] = (event["stage"], True)
-        elif event["event"] == "submitted":
-            unanswered.pop(event["token"], None)
-            submitted[event["job_id"]] = (event["stage"], event["token"])
-        elif event["event"] == "refused":
-            unanswered.pop(event["token"], None)
+            unanswered[event.token] = (event.stage, True)
+        elif isinstance(event, Submitted):
+            unanswered.pop(event.token, None)
+            submitted[event.job_id] = (event.stage, event.token)
+        elif isinstance(event, Refused):
+            unanswered.pop(event.token, None)
     return submitted, unanswered

@@ -12,6 +12,7 @@ from hpc_rlhf.launch.jobs import find_jobs, submission_options
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import claim, prepare, refuse_changes
 from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.run.events import Cancelled
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.spec.job import JobSpec
@@ -82,6 +83,6 @@ def _undone(chain: Chain, error: HpcRlhfError) -> HpcRlhfError:
         return error
     slurm.cancel([*chain.posted, *chain.sent.values()])
     for stage, job_id in chain.sent.items():
-        chain.ledger.append("cancelled", stage, job_id=job_id)
+        chain.ledger.append(Cancelled(stage, job_id=job_id))
     names = " and ".join(f"{stage} (job {job_id})" for stage, job_id in chain.sent.items())
     return HpcRlhfError(f"{error.message}; cancelled {names} again", error.where, error.hint)

@@ -10,8 +10,9 @@ from typing import Any
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.metrics import seconds_a_step, step_rows
 from hpc_rlhf.observe.status import Answer, Evidence, ask_slurm, gather, judge, read_plan
+from hpc_rlhf.run.events import Event, Started, Submitted, parse
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.run.ledger import Ledger, parse_events
+from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.tail import read_tail
 
 # What a whole run is said to be is what the most telling of its stages is.
@@ -93,20 +94,20 @@ def list_runs(runs: Iterable[RunDir]) -> list[RunLine]:
     return sorted(lines, key=lambda line: -(line.updated or 0.0))
 
 
-def _read(run: RunDir) -> tuple[RunDir, dict[str, Any], list[dict[str, Any]]] | None:
+def _read(run: RunDir) -> tuple[RunDir, dict[str, Any], list[Event]] | None:
     try:
         plan = read_plan(run)
     except HpcRlhfError:
         return None
     stages = [job["stage"] for job in plan["jobs"]]
-    events = list(parse_events(read_tail(run.ledger)))
-    begun = {event.get("stage") for event in events if event["event"] in ("submitted", "started")}
+    events = list(parse(read_tail(run.ledger)))
+    begun = {event.stage for event in events if isinstance(event, (Submitted, Started))}
     if not begun.issuperset(stages):  # a long ledger's tail may lack how a stage began
         events = list(Ledger(run.ledger).events())
     return run, plan, events
 
 
-def _line(run: RunDir, plan: Mapping[str, Any], events: Sequence[dict[str, Any]], answer: Answer) -> RunLine:
+def _line(run: RunDir, plan: Mapping[str, Any], events: Sequence[Event], answer: Answer) -> RunLine:
     evidence, silence = gather(run, plan, events, lambda job_ids: answer)
     judged = {stage: judge(known) for stage, known in evidence.items()}
     open_ = [stage for stage in judged if judged[stage][0] != "done"]
@@ -117,7 +118,7 @@ def _line(run: RunDir, plan: Mapping[str, Any], events: Sequence[dict[str, Any]]
     step, total, left, seen = (
         (None, None, None, None) if stage is None else _progress(run, stage, evidence[stage])
     )
-    times = [time for time in (seen, events[-1].get("time") if events else None) if time is not None]
+    times = [time for time in (seen, events[-1].time if events else None) if time is not None]
     return RunLine(
         str(plan["name"]), str(run.path), state, stage, why.partition("\n")[0],
         len(judged) - len(open_), len(judged), step, total, left, max(times, default=None),
@@ -135,6 +136,6 @@ def _progress(
     if not rows:
         return None, None, None, None
     row = rows[-1]
-    pace = seconds_a_step(rows, [event["time"] for event in evidence.events if event["event"] == "started"])
+    pace = seconds_a_step(rows, [event.time for event in evidence.history.all(Started)])
     left = None if pace is None else round(pace * (row["total_steps"] - row["step"]), 1)
     return row["step"], row["total_steps"], left, row["time"]

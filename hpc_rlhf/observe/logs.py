@@ -11,9 +11,9 @@ from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe.liveness import Fates
-from hpc_rlhf.observe.turns import ENDINGS, last_turn
 from hpc_rlhf.run.attempt_logs import own_part
-from hpc_rlhf.run.failures import first_cause, latest_attempt
+from hpc_rlhf.run.events import Cancelled, Ended, Failed, Finished, Interrupted, Started
+from hpc_rlhf.run.history import OUTCOMES, StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.tail import read_tail
@@ -98,14 +98,14 @@ def read_attempt(run: RunDir, stage: str, rank: int, number: int) -> list[tuple[
         HpcRlhfError: the stage had no such attempt, or nothing is left of its log.
     """
     reader = LogReader(run, stage, rank)
-    started = [event for event in Ledger(run.ledger).events(stage) if event["event"] == "started"]
+    started = StageHistory.read(run, stage).all(Started)
     if number > len(started):
         had = f"{len(started)} attempt{'s' * (len(started) != 1)}"
         raise HpcRlhfError(f"stage {stage} had {had} so far, not {number}", where=str(run.path))
     event = started[number - 1]
     # Without Slurm an attempt has a job of its own, named by its launcher's process.
-    job = str(event["job_id"] or str(event["attempt"]).split("-")[1])
-    restart = int(event.get("restart") or 0) if event["job_id"] else None
+    job = event.job_id or event.attempt.split("-")[1]
+    restart = event.restart if event.job_id else None
     said = [
         (path, own_part(path.read_text(encoding="utf-8", errors="replace"), restart))
         for path in reader.of_job(job)
@@ -140,18 +140,18 @@ class Trouble:
 
 def trouble(run: RunDir, stage: str) -> Trouble | None:
     """Why a stage's latest attempt ended badly, or None where it did not."""
-    events = list(Ledger(run.ledger).events(stage))
-    turn = last_turn(events)
-    if turn is None or turn["event"] not in ENDINGS - {"finished", "interrupted", "cancelled"}:
+    history = StageHistory.read(run, stage)
+    state, attempt = history.state, history.attempt
+    if not isinstance(state, OUTCOMES) or isinstance(state, (Finished, Interrupted, Cancelled)):
         return None
-    attempt = latest_attempt(events)
-    ended = [event for event in attempt if event["event"] == "ended"]
-    told = ended[-1] if ended else (first_cause(attempt) or turn)
-    message = str(told.get("message", ""))
-    node = str(told.get("node") or told.get("host") or "")
-    return Trouble(
-        str(told.get("reason", "")), message, _rank_that_said(run, stage, message), node, told.get("step")
-    )
+    ended = attempt.last(Ended)
+    if ended is not None:
+        rank = _rank_that_said(run, stage, ended.message)
+        return Trouble(ended.reason, ended.message, rank, ended.node, ended.step)
+    cause = attempt.first_cause or state
+    message = getattr(cause, "message", "")
+    node = cause.host if isinstance(cause, Failed) else ""
+    return Trouble("", message, _rank_that_said(run, stage, message), node, None)
 
 
 def _rank_that_said(run: RunDir, stage: str, message: str) -> int:
@@ -189,8 +189,8 @@ def has_log_to_come(run: RunDir, fates: Fates) -> bool:
     """Whether no stage has a log yet, but one that was sent off may still write one."""
     if _logs(run):
         return False
-    sent = {event.get("stage") for event in Ledger(run.ledger).events()} & _stages(run)
-    return any(not fates.is_settled(str(stage)) for stage in sent)
+    sent = {event.stage for event in Ledger(run.ledger).events()} & _stages(run)
+    return any(not fates.is_settled(stage) for stage in sent)
 
 
 def _stages(run: RunDir) -> set[str]:

@@ -12,10 +12,28 @@ from typing import Any
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe.goodput import totals
 from hpc_rlhf.observe.goodput.spans import Goodput
-from hpc_rlhf.observe.liveness import latest_job, launcher_at_work
+from hpc_rlhf.observe.liveness import launcher_at_work
 from hpc_rlhf.observe.metrics import TELLING, seconds_a_step, step_rows
-from hpc_rlhf.observe.turns import last_turn
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.events import (
+    Cancelled,
+    Ended,
+    Event,
+    Failed,
+    Interrupted,
+    Ready,
+    Refused,
+    Requeued,
+    Resumed,
+    Retried,
+    Saved,
+    Started,
+    Stopped,
+    Stopping,
+    Submitted,
+    Submitting,
+)
+from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.tail import read_tail
@@ -81,7 +99,7 @@ class Evidence:
 
     done: bool
     needs: tuple[str, ...]
-    events: tuple[dict[str, Any], ...]
+    history: StageHistory
     job_id: str | None
     queued: QueuedJob | None
     past: PastJob | None
@@ -120,7 +138,7 @@ def read_status(run: RunDir, ask: Callable[[Sequence[str]], Answer] = ask_slurm)
         state, why = judge(known)
         if silence and known.job_id is not None and not known.done:
             why = silence
-        starts = [event["time"] for event in known.events if event["event"] == "started"]
+        starts = [event.time for event in known.history.all(Started)]
         seen = _progress(run.stage(stage).metrics, stage, starts, known.done)
         statuses.append(StageStatus(stage, state, why, known.job_id, len(starts), **seen))
     return _with_goodput(statuses, ledger, plan)
@@ -129,7 +147,7 @@ def read_status(run: RunDir, ask: Callable[[Sequence[str]], Answer] = ask_slurm)
 def gather(
     run: RunDir,
     plan: Mapping[str, Any],
-    ledger: Sequence[dict[str, Any]],
+    ledger: Sequence[Event],
     ask: Callable[[Sequence[str]], Answer] = ask_slurm,
 ) -> tuple[dict[str, Evidence], str]:
     """What is known of every stage of a plan, and what is wrong where Slurm does not answer.
@@ -138,15 +156,14 @@ def gather(
         ledger: the run's events.
         ask: what Slurm says of the jobs of the stages that are not done.
     """
-    events: dict[str, list[dict[str, Any]]] = {job["stage"]: [] for job in plan["jobs"]}
-    for event in ledger:
-        if event.get("stage") in events:
-            events[event["stage"]].append(event)
-    for stage in events:
-        if (lender := run.lender(stage)) is not None:
-            events[stage] = list(Ledger(lender.ledger).events(stage))
-    done = {stage: manifest.defect(run.stage(stage).model, deep=False) is None for stage in events}
-    jobs = {stage: latest_job(events[stage]) for stage in events}
+    histories = {}
+    for planned in plan["jobs"]:
+        stage = planned["stage"]
+        lender = run.lender(stage)
+        own = StageHistory([event for event in ledger if event.stage == stage])
+        histories[stage] = own if lender is None else StageHistory.read(lender, stage)
+    done = {stage: manifest.defect(run.stage(stage).model, deep=False) is None for stage in histories}
+    jobs = {stage: history.job_id for stage, history in histories.items()}
     queue, past, silence = ask(
         [job_id for stage, job_id in jobs.items() if job_id is not None and not done[stage]]
     )
@@ -158,7 +175,7 @@ def gather(
         evidence[stage] = Evidence(
             done=done[stage],
             needs=tuple(planned["needs"]),
-            events=tuple(events[stage]),
+            history=histories[stage],
             job_id=jobs[stage],
             queued=queued if queued is not None and queued.is_of(stage) else None,
             past=past.get(jobs[stage] or ""),
@@ -168,7 +185,7 @@ def gather(
 
 
 def _with_goodput(
-    statuses: list[StageStatus], ledger: list[dict[str, Any]], plan: dict[str, Any]
+    statuses: list[StageStatus], ledger: list[Event], plan: dict[str, Any]
 ) -> list[StageStatus]:
     measured = totals.measure(
         ledger,
@@ -206,43 +223,40 @@ def judge(evidence: Evidence) -> tuple[str, str]:
         return "done", ""
     if evidence.queued is not None and evidence.queued.live:
         return _judge_live(evidence.queued, evidence)
-    turn = last_turn(evidence.events) or {"event": "none"}
-    name, message = turn["event"], str(turn.get("message", ""))
-    if name in ("failed", "refused", "cancelled"):
-        return name, message
-    if name == "stopped":
-        return name, f"{message}; once that is mended, hpc-rlhf heal goes on"
-    if name == "ended":
+    state = evidence.history.state
+    if isinstance(state, (Failed, Refused)):
+        return state.name, state.message
+    if isinstance(state, Cancelled):
+        return state.name, ""
+    if isinstance(state, Stopped):
+        return state.name, f"{state.message}; once that is mended, hpc-rlhf heal goes on"
+    if isinstance(state, Ended):
         return "failed", _how_it_ended(evidence)
-    if name == "interrupted":
+    if isinstance(state, Interrupted):
         return "interrupted", "run it again to go on"
     ended = evidence.queued or evidence.past
     if ended is not None and not (isinstance(ended, PastJob) and ended.state not in slurm.ENDED):
-        state = "cancelled" if ended.state == "CANCELLED" else "failed"
-        return state, f"Slurm says {ended.state}; hpc-rlhf heal goes on"
+        name = "cancelled" if ended.state == "CANCELLED" else "failed"
+        return name, f"Slurm says {ended.state}; hpc-rlhf heal goes on"
     if evidence.job_id is not None:
         return "unknown", f"Slurm knows no job {evidence.job_id} now; hpc-rlhf heal goes on"
-    if name == "submitting":
+    if isinstance(state, Submitting):
         return "unknown", "submit was cut off here; submit again finds the job"
-    if name != "none":
+    if state is not None:
         return _at_work(evidence) if evidence.at_work_here else ("stopped", "run it again to go on")
     return "not started", f"comes after {' and '.join(evidence.needs)}" if evidence.needs else ""
 
 
 def _at_work(evidence: Evidence) -> tuple[str, str]:
     """Of a stage whose job runs: what it does until its first step."""
-    for event in reversed(evidence.events):
-        if event["event"] in ("submitted", "requeued", "retried"):
-            return "starting", ""
-        if event["event"] == "stopping":
-            return "running", f"saving before it stops: {event['reason']}"
-        if event["event"] in ("ready", "saved"):
-            break
-        if event["event"] == "resumed":
-            return "running", f"going on from step {event['step']}"
-        if event["event"] == "started":
-            return "running", "loading data and model"
-    return "running", ""
+    event = evidence.history.last(Submitted, Requeued, Retried, Stopping, Ready, Saved, Resumed, Started)
+    if isinstance(event, (Submitted, Requeued, Retried)):
+        return "starting", ""
+    if isinstance(event, Stopping):
+        return "running", f"saving before it stops: {event.reason}"
+    if isinstance(event, Resumed):
+        return "running", f"going on from step {event.step}"
+    return "running", "loading data and model" if isinstance(event, Started) else ""
 
 
 def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
@@ -254,19 +268,17 @@ def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
         return "stuck", "a stage that it needs ended badly; hpc-rlhf heal mends it"
     if job.reason == "Dependency":
         return "waiting", f"for {' and '.join(evidence.needs)}"
-    turn = last_turn(evidence.events)
-    if turn is not None and turn["event"] == "retried":
+    if isinstance(evidence.history.state, Retried):
         return "requeued", f"tried again after {_how_it_ended(evidence)}"
-    started = any(event["event"] == "started" for event in evidence.events)
     words = _REASONS.get(job.reason)
-    return "requeued" if started else "pending", f"{job.reason}: {words}" if words else job.reason
+    state = "requeued" if evidence.history.last(Started) else "pending"
+    return state, f"{job.reason}: {words}" if words else job.reason
 
 
 def _how_it_ended(evidence: Evidence) -> str:
     """The reason and the line of a stage's last ending that was judged."""
-    ended = [event for event in evidence.events if event["event"] == "ended"]
-    words = (ended[-1].get("reason"), ended[-1].get("message")) if ended else ("what it needs came again",)
-    return ": ".join(str(word) for word in words if word)
+    ended = evidence.history.last(Ended)
+    return ": ".join(filter(None, (ended.reason, ended.message))) if ended else "what it needs came again"
 
 
 def _progress(metrics: Path, stage: str, starts: Sequence[float], done: bool) -> dict[str, Any]:

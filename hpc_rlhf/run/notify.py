@@ -17,6 +17,7 @@ from typing import Any, Literal
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.retry_policy import StopKind
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.notify import WebhookSpec
@@ -44,6 +45,11 @@ def send(run: RunDir, news: News, stage: str, message: str = "") -> None:
         _warn(error.message)
     except Exception as error:  # whatever it is, the run is not to end by it
         _warn(type(error).__name__)
+
+
+def send_stop(run: RunDir, stage: str, kind: StopKind, message: str) -> None:
+    """Report that a stage was left to the user."""
+    send(run, "budget spent" if kind is StopKind.BUDGET_SPENT else "stopped", stage, message)
 
 
 def send_if_finished(run: RunDir, spec: JobSpec, stage: str) -> None:

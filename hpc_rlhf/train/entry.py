@@ -9,15 +9,28 @@ import socket
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.run import failures, manifest, notify
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run import manifest, notify
+from hpc_rlhf.run.events import (
+    AttemptEvent,
+    Cancelled,
+    Failed,
+    Finished,
+    Hang,
+    Interrupted,
+    Requeued,
+    Started,
+)
+from hpc_rlhf.run.failures import own_failure
+from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.run.retry_policy import Stop, StopKind, decide
 from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.job import JobSpec
@@ -52,12 +65,12 @@ def run_stage(run_dir: str, stage: str) -> None:
         attempt.run()
     except HpcRlhfError as error:
         if attempt.is_main:
-            attempt.note("failed", message=str(error), exit_code=error.exit_code)
+            attempt.note(Failed(message=str(error), exit_code=error.exit_code))
             print(f"hpc-rlhf: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except Exception as error:
         # Any rank may be the one that knows why; its traceback goes to its log.
-        attempt.note("failed", message=f"{type(error).__name__}: {error}", host=attempt.host)
+        attempt.note(Failed(message=f"{type(error).__name__}: {error}", host=attempt.host))
         raise
 
 
@@ -112,8 +125,9 @@ class Attempt:
             f"{self.job}-{self.restarts}" if self.in_slurm else f"local-{os.getppid()}-{int(time.time())}"
         )
 
-    def note(self, event: str, **facts: object) -> None:
-        Ledger(self.files.ledger).append(event, self.stage, attempt=self.name, **facts)
+    def note(self, event: AttemptEvent | Cancelled) -> None:
+        """Write an event of this attempt to the ledger."""
+        Ledger(self.files.ledger).append(replace(event, stage=self.stage, attempt=self.name))
 
     def run(self) -> None:
         """The attempt from joining the ranks to leaving them.
@@ -130,9 +144,8 @@ class Attempt:
         if self.is_main and self.in_slurm:
             job_start.note_ending_before(self.files, self.stage, str(self.job), self.restarts)
         if self.is_main:
-            where = {"restart": self.restarts, "ranks": ranks, "host": self.host}
-            versions = reporting.versions()
-            self.note("started", job_id=self.job, **where, age=process_age(), versions=versions)
+            started = Started(job_id=self.job, restart=self.restarts, ranks=ranks, host=self.host)
+            self.note(replace(started, age=process_age(), versions=reporting.versions()))
         if self.is_main and self.in_slurm:
             if slurm.was_preempted(str(self.job)):
                 self.stop.preempt()
@@ -149,7 +162,7 @@ class Attempt:
             self.files.stage(self.stage).model, f"the model of stage {self.stage}", deep=False
         )
         if self.is_main:
-            self.note("finished", step=facts["step"], seconds=facts["seconds"])
+            self.note(Finished(step=facts["step"], seconds=facts["seconds"]))
             notify.send_if_finished(self.files, spec, self.stage)
         worlds.leave()
         if self.is_main and not self.stop.preempted:
@@ -176,7 +189,7 @@ class Attempt:
             )
         with Watchdog(
             self.stop, self.name, lambda: context.checkpoints.deadline.passed, context.stop.heartbeat,
-            lambda message: self.note("hang", message=message, host=self.host),
+            lambda message: self.note(Hang(message=message, host=self.host)),
         ):  # fmt: skip
             context.checkpoints.store.claim()
             try:
@@ -191,29 +204,24 @@ class Attempt:
     def end_stopped(self, stopped: StageStopped, spec: JobSpec) -> NoReturn:
         """Requeue this Slurm job, or note that somebody is to run the stage again; then end."""
         if self.is_main and self.in_slurm:
-            events = list(Ledger(self.files.ledger).events(self.stage))
-            stop_now: failures.Event = {"event": "requeued", "step": stopped.step, "reason": stopped.reason}
-            window = failures.since_a_person(events)
-            if (
-                stopped.reason == failures.TIME_LIMIT
-                and failures.out_of_time_in_vain([*window, stop_now]) > 1
-            ):
+            history = StageHistory.read(self.files, self.stage)
+            if own_failure(history.attempt) is not None:
+                sys.exit(
+                    RUN_FAILED
+                )  # Slurm stopped this rank because another failed; the sentinel judges that
+            stopping = Requeued(step=stopped.step, reason=stopped.reason)
+            max_requeues = spec.stage(self.stage).slurm.max_requeues
+            verdict = decide(history.since_user, max_requeues, stopping=stopping)
+            if isinstance(verdict, Stop):
                 raise HpcRlhfError(
-                    failures.STEP_TOO_LONG,
+                    verdict.why,
                     where=f"stage {self.stage}, step {stopped.step}",
-                    hint=failures.MORE_TIME,
-                )
-            returns = failures.returns(window)
-            if returns >= spec.stage(self.stage).slurm.max_requeues:
-                raise HpcRlhfError(
-                    f"stopped by: {stopped.reason}, and none is left of the requeues that slurm.max_requeues allows",
-                    where=f"stage {self.stage}, step {stopped.step}",
-                    hint="the checkpoint is kept: hpc-rlhf heal goes on, with as many again",
-                    exit_code=RUN_FAILED,
+                    hint=verdict.hint or "the checkpoint is kept: hpc-rlhf heal continues, with a new budget",
+                    exit_code=RUN_FAILED if verdict.kind is StopKind.BUDGET_SPENT else INPUT_WRONG,
                 )
             self.requeue(stopped.step, stopped.reason)
         elif self.is_main:
-            self.note("interrupted", step=stopped.step)
+            self.note(Interrupted(step=stopped.step))
         if self.in_slurm:
             self.stop.restore()
             time.sleep(10)  # rank 0 is requeueing the job, and Slurm then ends this step
@@ -224,10 +232,10 @@ class Attempt:
         reachable = shutil.which("scontrol") is not None
         why = slurm.why_ended(str(self.job), self.restarts) if reachable else ""
         if why == "cancelled":
-            self.note("cancelled", job_id=self.job)
+            self.note(Cancelled(job_id=self.job))
         if why in ("cancelled", "requeued"):  # the next attempt tells who requeued it
             sys.exit(TO_BE_CONTINUED)
-        self.note("requeued", step=step, reason=why or reason)
+        self.note(Requeued(step=step, reason=why or reason))
         if not reachable:  # from inside a container; the batch script outside sees the request
             self.files.stage(self.stage).requeue_request.touch()
             sys.exit(TO_BE_CONTINUED)

@@ -85,7 +85,7 @@ def test_a_run_without_the_stage_is_evaluated_by_its_defaults(tmp_path: Path) ->
     report = json.loads(done.stdout)
     assert (report["prompts"], list(report["models"])) == (5, ["start", "sft", "ppo", "reference"])
     events = list(Ledger(run.ledger).events("eval"))
-    assert [event["event"] for event in events if event["event"] in ("started", "finished")] == [
+    assert [event.name for event in events if event.name in ("started", "finished")] == [
         "started",
         "finished",
     ]

@@ -13,6 +13,7 @@ from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.observe.listing import find_runs, list_runs
 from hpc_rlhf.run import manifest, run_index
+from hpc_rlhf.run.events import Failed, Ready, Started, Submitted
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands as slurm
@@ -51,17 +52,17 @@ def test_a_run_is_what_its_most_telling_stage_is(tmp_path: Path, monkeypatch: py
     finish(running, "sft")
     for run in (running, failed):
         ledger = Ledger(run.ledger)
-        ledger.append("submitted", "reward", token="t", job_id="7")
-        ledger.append("submitted", "ppo", token="u", job_id="8")
-        ledger.append("started", "reward", attempt="7-0", job_id="7")
-        ledger.append("ready", "reward", attempt="7-0")
+        ledger.append(Submitted("reward", token="t", job_id="7"))
+        ledger.append(Submitted("ppo", token="u", job_id="8"))
+        ledger.append(Started("reward", attempt="7-0", job_id="7"))
+        ledger.append(Ready("reward", attempt="7-0"))
         rows = [
             {"step": step, "total_steps": 90, "time": 1e9 + step, "kind": "train", "loss": 1}
             for step in (1, 50)
         ]
         run.stage("reward").path.mkdir(parents=True)
         run.stage("reward").metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Ledger(failed.ledger).append("failed", "sft", message="no such file\nmore")
+    Ledger(failed.ledger).append(Failed("sft", message="no such file\nmore"))
     lines = {line.name + Path(line.path).name: line for line in list_runs(find_runs([tmp_path]))}
     assert [(line.state, line.stage, line.done) for line in lines.values()] == [
         ("failed", "sft", 0), ("running", "reward", 1), ("done", None, 3),
@@ -78,8 +79,8 @@ def test_a_run_is_what_its_most_telling_stage_is(tmp_path: Path, monkeypatch: py
 def test_a_long_ledger_is_still_told_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "queue", lambda: {"7": QueuedJob("7", "demo.sft", "RUNNING", "", "")})
     run = make_run(tmp_path / "run")
-    Ledger(run.ledger).append("submitted", "sft", token="t", job_id="7")
-    Ledger(run.ledger).append("started", "sft", attempt="7-0", job_id="7")
+    Ledger(run.ledger).append(Submitted("sft", token="t", job_id="7"))
+    Ledger(run.ledger).append(Started("sft", attempt="7-0", job_id="7"))
     saved = json.dumps({"time": 1, "event": "saved", "stage": "sft", "attempt": "7-0", "step": 1}) + "\n"
     with run.ledger.open("a") as file:
         file.write(saved * 2000)

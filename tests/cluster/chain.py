@@ -29,11 +29,11 @@ class Watched:
     def run(self) -> RunDir:
         return RunDir(self.path)
 
-    def events(self, event: str, stage: str) -> list[dict[str, Any]]:
-        return [record for record in Ledger(self.run.ledger).events(stage) if record["event"] == event]
+    def events(self, event: str, stage: str) -> list[Any]:
+        return [record for record in Ledger(self.run.ledger).events(stage) if record.name == event]
 
     def job_id(self, stage: str) -> str:
-        return str(self.events("submitted", stage)[-1]["job_id"])
+        return str(self.events("submitted", stage)[-1].job_id)
 
     def steps(self, stage: str) -> list[int]:
         """The training steps in the stage's metrics, in the order written."""
@@ -98,7 +98,7 @@ class Chain(Watched):
     def wait_done(self, stage: str) -> None:
         self._wait(stage, lambda: self.is_done(stage), f"{stage} is done")
 
-    def wait_event(self, event: str, stage: str) -> dict[str, Any]:
+    def wait_event(self, event: str, stage: str) -> Any:
         self._wait(stage, lambda: self.events(event, stage), f"the ledger says {event} of {stage}", event)
         return self.events(event, stage)[-1]
 
@@ -109,10 +109,8 @@ class Chain(Watched):
             if holds():
                 return True
             events = list(Ledger(self.run.ledger).events())
-            hung = {
-                each["attempt"] for each in events if each["event"] == "hang"
-            }  # its peers fail, each its way
-            failed = [each for each in events if each["event"] == "failed" and each["attempt"] not in hung]
+            hung = {each.attempt for each in events if each.name == "hang"}  # its peers fail, each its way
+            failed = [each for each in events if each.name == "failed" and each.attempt not in hung]
             if failed and event != "failed":
                 raise ClusterError(f"a stage failed before {what}")
             if self.is_done(stage) and not holds():
@@ -149,9 +147,9 @@ def run_preempted(chain: Chain, nodes: str) -> dict[str, Any]:
 def assert_went_on_once(chain: Chain, ranks: int) -> None:
     """Its SFT was preempted once, was requeued by itself, and took up its checkpoint, with no step left out or done twice."""
     starts = chain.events("started", "sft")
-    assert [(start["restart"], start["ranks"]) for start in starts] == [(0, ranks), (1, ranks)]
+    assert [(start.restart, start.ranks) for start in starts] == [(0, ranks), (1, ranks)]
     (requeued,), (resumed,) = chain.events("requeued", "sft"), chain.events("resumed", "sft")
-    assert requeued["reason"] == "preempted"
-    assert resumed["step"] == requeued["step"] >= 5
+    assert requeued.reason == "preempted"
+    assert resumed.step == requeued.step >= 5
     facts = manifest.require(chain.run.stage("sft").model, "the model")
     assert chain.steps("sft") == list(range(1, facts["step"] + 1))

@@ -112,7 +112,7 @@ def test_four_ranks_over_two_nodes(finished: Chain, stage: str) -> None:
     hosts = [line.split() for line in lines if line and not line.startswith("#")]
     assert [slots for _, slots in hosts] == ["slots=2", "slots=2"]
     assert len({host for host, _ in hosts}) == 2
-    assert finished.events("started", stage)[-1]["ranks"] == 4
+    assert finished.events("started", stage)[-1].ranks == 4
 
 
 def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_in_no_record_of_slurm(
@@ -158,14 +158,14 @@ def test_a_preempted_chain_goes_on_and_ends_well(new_chain: NewChain, partition:
     for stage in ("sft", "ppo"):
         chain.wait_step(stage, 5)
         preempt_all(chain.cluster)
-        assert chain.events("requeued", stage)[-1]["reason"] == "preempted"
+        assert chain.events("requeued", stage)[-1].reason == "preempted"
         chain.wait_done(stage)
     chain.wait_done("reward")
     for stage in ("sft", "ppo"):
         assert_went_on(chain, stage)
     # PPO began with both of its inputs complete.
-    ends = [chain.events("finished", stage)[-1]["time"] for stage in ("sft", "reward")]
-    assert chain.events("started", "ppo")[0]["time"] > max(ends)
+    ends = [chain.events("finished", stage)[-1].time for stage in ("sft", "reward")]
+    assert chain.events("started", "ppo")[0].time > max(ends)
 
 
 def test_a_stage_preempted_before_its_ranks_hear_signals_is_requeued(
@@ -199,7 +199,7 @@ def test_a_stage_preempted_before_it_has_ranks_is_requeued(new_chain: NewChain) 
     preempt_all(chain.cluster)
     chain.wait_done("sft")
     chain.cluster.wait_state(job, "COMPLETED", timeout=60)
-    assert [event["reason"] for event in chain.events("requeued", "sft")] == ["preempted"]
+    assert [event.reason for event in chain.events("requeued", "sft")] == ["preempted"]
 
 
 def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
@@ -209,7 +209,7 @@ def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
     chain.wait_step("sft", 5)
     # The limit comes near in mid-stage, however long the ranks took to start.
     chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=1")
-    assert chain.wait_event("requeued", "sft")["reason"] == "time limit"
+    assert chain.wait_event("requeued", "sft").reason == "time limit"
     chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=10")
     chain.wait_done("sft")
     assert_went_on(chain, "sft")
@@ -224,7 +224,7 @@ def test_a_stage_that_nobody_tells_ends_in_time(new_chain: NewChain, tmp_path: P
     alone = ("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=200")
     chain = new_chain(*alone, f"slurm.setup={setup}")
     chain.submit()
-    assert chain.wait_event("requeued", "sft")["reason"] == "time limit"
+    assert chain.wait_event("requeued", "sft").reason == "time limit"
     chain.wait_done("sft")
     assert_went_on(chain, "sft")
 
@@ -244,9 +244,9 @@ def test_a_stage_that_hangs_is_ended_and_tried_again(new_chain: NewChain, tmp_pa
     impatient.touch()
     chain.wait_event("hang", "sft")
     impatient.unlink()
-    assert chain.wait_event("ended", "sft")["reason"] == "hang"
+    assert chain.wait_event("ended", "sft").reason == "hang"
     chain.wait_done("sft")
-    assert [event["step"] >= 5 for event in chain.events("resumed", "sft")] == [True]
+    assert [event.step >= 5 for event in chain.events("resumed", "sft")] == [True]
     assert chain.steps("sft") == list(range(1, 401))
     log = chain.run.stage("sft").logs / f"{chain.job_id('sft')}_0_log.err"
     assert "a rank hangs; the stacks of this rank are" in log.read_text()
@@ -263,7 +263,7 @@ def test_a_stage_refuses_an_input_without_a_manifest(finished: Chain) -> None:
         finished.submit()
         (sft.model / manifest.NAME).write_text(whole[: len(whole) // 2])
     try:
-        message = finished.wait_event("failed", "ppo")["message"]
+        message = finished.wait_event("failed", "ppo").message
         assert "the model of stage sft is not complete" in message
         finished.cluster.wait_state(finished.job_id("ppo"), "FAILED")
         assert "not complete" in finished.status()["ppo"]["why"]
@@ -332,12 +332,12 @@ def preempt_all(cluster: Cluster) -> None:
 def assert_went_on(chain: Chain, stage: str) -> None:
     """The same job came back, took up its checkpoint and left out no step and did none twice."""
     starts = chain.events("started", stage)
-    assert {start["job_id"] for start in starts} == {chain.job_id(stage)}
-    assert [start["restart"] for start in starts] == list(range(len(starts)))
+    assert {start.job_id for start in starts} == {chain.job_id(stage)}
+    assert [start.restart for start in starts] == list(range(len(starts)))
     requeued, resumed = chain.events("requeued", stage), chain.events("resumed", stage)
     assert len(starts) > 1
-    assert [event["step"] for event in resumed] == [event["step"] for event in requeued]
-    assert all(event["step"] >= 5 for event in resumed)
+    assert [event.step for event in resumed] == [event.step for event in requeued]
+    assert all(event.step >= 5 for event in resumed)
     facts = manifest.require(chain.run.stage(stage).model, stage)
     assert chain.steps(stage) == list(range(1, facts["step"] + 1))
 

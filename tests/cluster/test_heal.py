@@ -109,12 +109,12 @@ class StandIn(Chain):
 
     def endings(self) -> list[tuple[str, int]]:
         """How SFT's attempts ended that are not finished, and after which steps."""
-        events = sorted(self.events("ended", "sft") + self.events("requeued", "sft"), key=lambda e: e["time"])
-        return [(event["reason"], event["step"]) for event in events]
+        events = sorted(self.events("ended", "sft") + self.events("requeued", "sft"), key=lambda e: e.time)
+        return [(event.reason, event.step) for event in events]
 
     def sentinels(self) -> list[str]:
         """The ids of SFT's sentinels that wait."""
-        token = self.events("submitting", "sft")[-1]["token"]
+        token = self.events("submitting", "sft")[-1].token
         lines = self.cluster.run("squeue", "-h", "-t", "PD", "--format=%i %k").stdout.splitlines()
         return [line.split()[0] for line in lines if line.endswith(f"hpc-rlhf-sentinel:{token}")]
 
@@ -289,7 +289,7 @@ def test_what_a_person_cancelled_stays_so_until_a_person_says_otherwise(scene: S
     chain.fault.unlink()
     chain.cli("heal", chain.path, env=chain.env)
     chain.await_end()
-    assert chain.events("resumed", "sft")[-1]["step"] == SAVED[0]
+    assert chain.events("resumed", "sft")[-1].step == SAVED[0]
 
 
 def test_a_stage_that_fails_twice_alike_stops_and_goes_on_when_it_is_mended(scene: Scene) -> None:
@@ -304,7 +304,7 @@ def test_a_stage_that_fails_twice_alike_stops_and_goes_on_when_it_is_mended(scen
     assert [each["did"] for each in told] == ["requeued", "done", "live"]
     for stage in ("sft", "ppo"):
         chain.await_end(stage)
-    assert chain.events("resumed", "sft")[-1]["step"] == SAVED[0]
+    assert chain.events("resumed", "sft")[-1].step == SAVED[0]
     chain.await_that(lambda: not chain.sentinels(), "no sentinel is left")
 
 
@@ -349,14 +349,14 @@ def test_a_stage_told_to_stop_twice_loses_no_step_and_its_dependent_follows(
 def test_lost_nodes_are_named(scene: Scene) -> None:
     """Also where srun went down with the node, and nobody said so."""
     endings = scene.seen_through("node-lost").events("ended", "sft")
-    assert sorted(event["node"] for event in endings) == ["node3", "node4"]
+    assert sorted(event.node for event in endings) == ["node3", "node4"]
 
 
 def test_how_killed_ranks_were_killed_is_told(scene: Scene) -> None:
     for event in scene.seen_through("killed").events("ended", "sft"):
-        assert "Killed" in event["message"]
+        assert "Killed" in event.message
     for event in scene.seen_through("memory").events("ended", "sft"):
-        assert event["message"] == "MemoryError:"
+        assert event.message == "MemoryError:"
 
 
 def test_a_controller_that_is_away_twice_costs_nothing_but_time(scene: Scene) -> None:

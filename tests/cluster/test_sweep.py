@@ -28,7 +28,6 @@ sweep: {{{sweep}}}
 sweep_limit: {limit}
 """
 PATIENCE = 240
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,16 @@ class SweepOfStandIns:
         return all(manifest.defect(run.stage("ppo").model) is None for run in self.runs)
 
 
-def events(run: RunDir, event: str, stage: str | None = None) -> list[Event]:
-    return [each for each in Ledger(run.ledger).events(stage) if each["event"] == event]
+def events(run: RunDir, event: str, stage: str | None = None) -> list[Any]:
+    return [each for each in Ledger(run.ledger).events(stage) if each.name == event]
 
 
 def most_at_work(runs: list[RunDir]) -> int:
     """How many runs were at work at the same time, at most: between their first start and their last end."""
     spans = []
     for run in runs:
-        begin = min(each["time"] for each in events(run, "started"))
-        spans.append((begin, max(each["time"] for each in events(run, "finished"))))
+        begin = min(each.time for each in events(run, "started"))
+        spans.append((begin, max(each.time for each in events(run, "finished"))))
     return max(sum(begin <= start < end for begin, end in spans) for start, _ in spans)
 
 
@@ -117,7 +116,7 @@ def test_six_runs_share_what_is_the_same_and_go_on_after_a_preemption(
     six.store("sft 6 wait\nppo 6 die\n")
     for run in six.owners:
         (job,) = events(run, "submitted", "sft")
-        node = idle_cluster.field(str(job["job_id"]), "NodeList")
+        node = idle_cluster.field(str(job.job_id), "NodeList")
         options = ("--partition=high", f"--nodelist={node}", f"--gpus-per-node={config.GPUS}")
         idle_cluster.sbatch(*options, "--output=/dev/null", "--wrap=true")
     six.wait(lambda: all(events(run, "requeued", "sft") for run in six.owners), "both SFTs were preempted")
@@ -136,7 +135,7 @@ def test_six_runs_share_what_is_the_same_and_go_on_after_a_preemption(
         for stage in ("sft", "reward", "ppo")
     }
     assert counts == {"sft": 2, "reward": 2, "ppo": 6}
-    assert {each["reason"] for run in six.owners for each in events(run, "requeued", "sft")} == {"preempted"}
+    assert {each.reason for run in six.owners for each in events(run, "requeued", "sft")} == {"preempted"}
     assert any(events(run, "retried", "ppo") for run in six.runs)
     assert most_at_work(six.runs) == LIMIT
     assert [line["state"] for line in json.loads(six.call("status", "--json"))] == ["done"] * 6

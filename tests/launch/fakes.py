@@ -62,7 +62,7 @@ class Here:
 
     def events(self, *kinds: str) -> list[tuple[str, str]]:
         events = Ledger(self.run / "ledger.jsonl").events()
-        return [(event["event"], event["stage"]) for event in events if event["event"] in kinds]
+        return [(event.name, event.stage) for event in events if event.name in kinds]
 
     def seen(self, stage: str, rank: int) -> dict[str, Any]:
         """The environment of a rank, and its pid."""

@@ -17,6 +17,18 @@ from hpc_rlhf.launch.heal import heal
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.run import manifest, notify
+from hpc_rlhf.run.events import (
+    Cancelled,
+    Ended,
+    Failed,
+    Requeued,
+    RetryRequested,
+    Saved,
+    Started,
+    Stopped,
+    Submitted,
+    Submitting,
+)
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands as slurm
@@ -92,16 +104,20 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
+    return make_run(tmp_path / "run")
+
+
+def make_run(folder: Path, **slurm: Any) -> RunDir:
     """A run whose jobs 1 (SFT), 2 (reward) and 3 (PPO) were submitted; SFT and reward have started."""
-    spec = make_spec(tmp_path / "run", {"heal": {"backoff_seconds": 10}, "exclude": "bad1"})
+    spec = make_spec(folder, {"heal": {"backoff_seconds": 10}, "exclude": "bad1", **slurm})
     with claim(spec, "test") as run:
         prepare(spec, run)
     ledger = Ledger(run.ledger)
     for job_id, stage in (("1", "sft"), ("2", "reward"), ("3", "ppo")):
-        ledger.append("submitting", stage, token=f"t{job_id}")
-        ledger.append("submitted", stage, token=f"t{job_id}", job_id=job_id)
+        ledger.append(Submitting(stage, token=f"t{job_id}"))
+        ledger.append(Submitted(stage, token=f"t{job_id}", job_id=job_id))
     for stage in ("sft", "reward"):
-        ledger.append("started", stage, attempt="-")
+        ledger.append(Started(stage, attempt="-"))
     return run
 
 
@@ -126,7 +142,7 @@ def kinds(outcomes: list[Outcome]) -> list[str]:
 
 
 def events(run: RunDir, stage: str) -> list[str]:
-    return [event["event"] for event in Ledger(run.ledger).events(stage)]
+    return [event.name for event in Ledger(run.ledger).events(stage)]
 
 
 def test_a_failed_stage_is_requeued_and_its_dependents_wait_for_it_again(
@@ -180,9 +196,9 @@ def test_a_job_that_slurm_forgot_is_submitted_anew_without_the_bad_node(fake: Fa
     finish(run, "reward")
     ledger = Ledger(run.ledger)
     for step in (3, 5):
-        ledger.append("saved", "sft", step=step)
-        ledger.append("ended", "sft", reason="node failure", node="n7", message="", step=step, progress=True)
-        ledger.append("started", "sft", attempt="-")
+        ledger.append(Saved("sft", step=step))
+        ledger.append(Ended("sft", reason="node failure", node="n7", message="", step=step, progress=True))
+        ledger.append(Started("sft", attempt="-"))
     fake.past["3"] = PastJob("3", "CANCELLED", "0:0", bereft=True)
     assert kinds(heal(run, by_sentinel=True)) == ["submitted", "done", "submitted"]
     assert fake.did == [
@@ -196,7 +212,7 @@ def test_a_job_that_slurm_forgot_is_submitted_anew_without_the_bad_node(fake: Fa
 
 def test_what_stopped_stays_stopped_until_a_person_heals(fake: FakeSlurm, run: RunDir) -> None:
     finish(run, "reward")
-    Ledger(run.ledger).append("failed", "sft", attempt="-", message="no such file", exit_code=2)
+    Ledger(run.ledger).append(Failed("sft", attempt="-", message="no such file", exit_code=2))
     fake.put("1", "demo.sft", "FAILED", code="2:0")
     fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed)")
     watched(fake, "3")
@@ -218,19 +234,19 @@ def test_a_sentinel_tells_once_that_a_person_is_needed(
     monkeypatch.setattr(notify, "send", lambda run, *words: told.append(words))
     finish(run, "reward")
     ledger = Ledger(run.ledger)
-    ledger.append("failed", "sft", attempt="-", message="no such file", exit_code=2)
+    ledger.append(Failed("sft", attempt="-", message="no such file", exit_code=2))
     fake.put("1", "demo.sft", "FAILED", code="2:0")
     watched(fake, "3")
     assert [main(["heal", "--sentinel", str(run.path)]) for _ in range(2)] == [3, 0]
     assert told == [("stopped", "sft", "user error: no such file")]
     assert "user error: no such file; once that is mended" in run.report.read_text()
 
-    ledger.append("anew", "sft")
+    ledger.append(RetryRequested("sft"))
     for step in range(101):
-        ledger.append("requeued", "sft", step=step, reason="preempted")
-        ledger.append("started", "sft", attempt=f"1-{step}")
-        ledger.append("saved", "sft", attempt=f"1-{step}", step=step)
-    ledger.append("failed", "sft", attempt="1-100", message="RuntimeError: no")
+        ledger.append(Requeued("sft", step=step, reason="preempted"))
+        ledger.append(Started("sft", attempt=f"1-{step}"))
+        ledger.append(Saved("sft", attempt=f"1-{step}", step=step))
+    ledger.append(Failed("sft", attempt="1-100", message="RuntimeError: no"))
     fake.put("1", "demo.sft", "FAILED")
     assert main(["heal", "--sentinel", str(run.path)]) == 3
     ((news, stage, why),) = told[1:]
@@ -238,12 +254,26 @@ def test_a_sentinel_tells_once_that_a_person_is_needed(
     assert str(why).startswith("it was requeued 100 times, all that slurm.max_requeues allows")
 
 
+def test_a_user_error_is_not_reported_as_a_spent_budget(
+    fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[object, ...]] = []
+    monkeypatch.setattr(notify, "send", lambda run, *words: sent.append(words))
+    run = make_run(tmp_path / "run", max_requeues=0)
+    Ledger(run.ledger).append(Failed("sft", attempt="-", message="no such file", exit_code=2))
+    Ledger(run.ledger).append(Failed("reward", attempt="-", message="RuntimeError: no"))
+    fake.put("1", "demo.sft", "FAILED", code="2:0")
+    fake.put("2", "demo.reward", "FAILED")
+    heal(run, by_sentinel=True)
+    assert [(news, stage) for news, stage, _ in sent] == [("stopped", "sft"), ("budget spent", "reward")]
+
+
 def test_a_person_cut_off_in_mid_heal_is_taken_at_their_word(fake: FakeSlurm, run: RunDir) -> None:
     finish(run, "reward")
     ledger = Ledger(run.ledger)
-    ledger.append("ended", "sft", reason="user error", node="", message="", step=0, progress=False)
-    ledger.append("stopped", "sft", message="user error")
-    ledger.append("anew", "sft")
+    ledger.append(Ended("sft", reason="user error", node="", message="", step=0, progress=False))
+    ledger.append(Stopped("sft", message="user error"))
+    ledger.append(RetryRequested("sft"))
     fake.put("1", "demo.sft", "FAILED")
     fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed)")
     watched(fake, "3")
@@ -256,7 +286,7 @@ def test_what_was_cancelled_comes_back_at_a_persons_word_only(
 ) -> None:
     finish(run, "reward")
     if by_tool:
-        Ledger(run.ledger).append("cancelled", "sft", job_id="1")
+        Ledger(run.ledger).append(Cancelled("sft", job_id="1"))
     fake.put("1", "demo.sft", "CANCELLED", requeueable=not by_tool)
     fake.put("3", "demo.ppo", "CANCELLED", requeueable=not by_tool)
     assert kinds(heal(run, by_sentinel=True)) == ["stopped", "done", "waits"]
@@ -276,8 +306,8 @@ def test_a_dependent_that_ran_too_early_waits_again(fake: FakeSlurm, run: RunDir
     """Its input's job was COMPLETED, and had left no model."""
     finish(run, "reward")
     ledger = Ledger(run.ledger)
-    ledger.append("started", "ppo", attempt="-")
-    ledger.append("failed", "ppo", attempt="-", message="the model of stage sft is not complete", exit_code=1)
+    ledger.append(Started("ppo", attempt="-"))
+    ledger.append(Failed("ppo", attempt="-", message="the model of stage sft is not complete", exit_code=1))
     fake.put("1", "demo.sft", "COMPLETED", code="0:0")
     fake.put("3", "demo.ppo", "FAILED")
     assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "requeued"]
@@ -296,9 +326,9 @@ def test_a_launch_that_slurm_holds_is_let_go(fake: FakeSlurm, run: RunDir) -> No
     watched(fake, "1", "3")
     assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "live"]
     assert fake.did == [("put off", "1", 10, None), ("release", "1")]
-    ended = Ledger(run.ledger).last("ended", "sft")
+    ended = Ledger(run.ledger).last(Ended, "sft")
     assert ended is not None
-    assert (ended["reason"], ended["node"]) == ("launch failure", "n4")
+    assert (ended.reason, ended.node) == ("launch failure", "n4")
 
 
 def test_a_sentinel_that_is_refused_breaks_nothing(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rlhf.run.events import Interrupted, Resumed
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from tests.launch.fakes import wait_for
@@ -56,16 +57,16 @@ def test_run_interrupt_go_on_and_talk(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    saved = Ledger(run.ledger).last("interrupted", "sft")
+    saved = Ledger(run.ledger).last(Interrupted, "sft")
     assert saved is not None
     assert f"sft is saved at step {saved['step']}" in err
 
     process = start(words)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    resumed = Ledger(run.ledger).last("resumed", "sft")
+    resumed = Ledger(run.ledger).last(Resumed, "sft")
     assert resumed is not None
-    assert resumed["step"] == saved["step"] >= 5
+    assert resumed.step == saved.step >= 5
     assert steps(run, "sft") == list(range(1, 41))
     assert "held-out perplexity" in out
     assert "after PPO" in out

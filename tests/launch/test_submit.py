@@ -50,7 +50,7 @@ class Bench:
     def submitted(self) -> dict[str, str]:
         """Each stage's latest job."""
         events = Ledger(self.run.ledger).events()
-        return {event["stage"]: event["job_id"] for event in events if event["event"] == "submitted"}
+        return {event.stage: event.job_id for event in events if event.name == "submitted"}
 
     def names(self) -> list[str]:
         """The names of all stages' jobs that wait or run."""
@@ -84,7 +84,7 @@ def test_graph_is_submitted_with_its_needs_and_tokens(bench: Bench) -> None:
     assert needs == f"afterok:{ids['sft']}(unfulfilled),afterok:{ids['reward']}(unfulfilled)"
     assert bench.cluster.field(ids["sft"], "Dependency") == "(null)"
     comments = bench.cluster.run("squeue", "--noheader", "--format=%k").stdout.splitlines()
-    tokens = [event["token"] for event in Ledger(bench.run.ledger).events() if event["event"] == "submitting"]
+    tokens = [event.token for event in Ledger(bench.run.ledger).events() if event.name == "submitting"]
     marks = [(f"hpc-rlhf:{token} it's mine", f"hpc-rlhf-sentinel:{token}") for token in tokens]
     assert sorted(comments) == sorted(mark for both in marks for mark in both)
     assert stat.S_IMODE(bench.run.path.stat().st_mode) == 0o700
@@ -134,7 +134,7 @@ def test_refusal_is_sbatchs_own_and_leaves_nothing_behind(bench: Bench) -> None:
     assert "Traceback" not in done.stderr
     assert "cancelled sft (job " in done.stderr
     assert bench.names() == []
-    events = [(event["event"], event["stage"]) for event in Ledger(bench.run.ledger).events()]
+    events = [(event.name, event.stage) for event in Ledger(bench.run.ledger).events()]
     assert events[-3:] == [("refused", "ppo"), ("cancelled", "sft"), ("cancelled", "reward")]
     assert bench.cli("submit").returncode == 0
     assert bench.names() == ALL

@@ -11,6 +11,7 @@ import pytest
 
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.events import Finished, Ready, Requeued, Saved, Started, Stopping, Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.spec.load import dump_spec
@@ -100,27 +101,27 @@ def _write_stage(
     ledger, files = Ledger(run.ledger), run.stage(stage)
     files.path.mkdir(parents=True)
     rows: list[str] = []
-    ledger.append("submitting", stage, token=f"t{job}", by="person")
-    ledger.append("submitted", stage, token=f"t{job}", job_id=str(job))
+    ledger.append(Submitting(stage, token=f"t{job}", by="person"))
+    ledger.append(Submitted(stage, token=f"t{job}", job_id=str(job)))
     share = -(-steps // (interruptions + 1))
     for attempt in range(interruptions + 1):
         name = f"{job}-{attempt}"
         clock[0] += 30
-        ledger.append("started", stage, attempt=name, job_id=str(job), restart=attempt, ranks=2, host=f"node{attempt}",
-                      age=4.0, versions=VERSIONS)  # fmt: skip
+        ledger.append(Started(stage, attempt=name, job_id=str(job), restart=attempt, ranks=2, host=f"node{attempt}",
+                      age=4.0, versions=VERSIONS))  # fmt: skip
         clock[0] += 10
-        ledger.append("ready", stage, attempt=name, step=len(rows))
+        ledger.append(Ready(stage, attempt=name, step=len(rows)))
         for step in range(len(rows) + 1, min(steps, len(rows) + share) + 1):
             clock[0] += 1
             rows.append(json.dumps(_row(stage, step, steps, clock[0])))
         done = len(rows)
         if attempt == interruptions:
-            ledger.append("finished", stage, attempt=name, step=done, seconds=float(done))
+            ledger.append(Finished(stage, attempt=name, step=done, seconds=float(done)))
             break
-        ledger.append("stopping", stage, attempt=name, step=done, reason="preempted", dropped=0.5)
+        ledger.append(Stopping(stage, attempt=name, step=done, reason="preempted", dropped=0.5))
         clock[0] += 2
-        ledger.append("saved", stage, attempt=name, step=done, seconds=2.0, stall=2.0)
-        ledger.append("requeued", stage, attempt=name, step=done, reason="preempted")
+        ledger.append(Saved(stage, attempt=name, step=done, seconds=2.0, stall=2.0))
+        ledger.append(Requeued(stage, attempt=name, step=done, reason="preempted"))
     files.metrics.write_text("\n".join(rows) + "\n")
     finish(run, stage, steps, _SUMMARIES[stage])
 

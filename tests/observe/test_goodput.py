@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,14 @@ from hypothesis import strategies as st
 from hpc_rlhf.observe.goodput.accounting import NO_WORD, STOPPED_HERE
 from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Spans
 from hpc_rlhf.observe.goodput.totals import count_words, measure, split_words, total
+from hpc_rlhf.run.events import Event, Ready, Resumed, Started, Submitted, from_json
 from hpc_rlhf.run.ledger import Ledger
+from tests.ledger_events import event
 from tests.train.stages import make_run, run_stage, tiny_spec
 
-Event = dict[str, Any]
 
-
-def at(time: float, event: str, attempt: str | None = None, stage: str = "sft", **fields: Any) -> Event:
-    name = {} if attempt is None else {"attempt": attempt}
-    return {"time": time, "event": event, "stage": stage, **name, **fields}
+def at(time: float, name: str, attempt: str | None = None, stage: str = "sft", **fields: Any) -> Event:
+    return event(name, time=time, attempt=attempt, stage=stage, **fields)
 
 
 def sft(events: Sequence[Event], **known: Any) -> Goodput:
@@ -51,7 +51,7 @@ def test_a_stop_that_all_agreed_on_loses_nothing() -> None:
         at(32, "saved", "7-0", step=140, seconds=2.0, stall=2.0),
         at(33, "requeued", "7-0", step=140, reason="preempted"),
     ]
-    again = [dict(event, step=140) if event["event"] in ("resumed", "ready") else event for event in DONE]
+    again = [replace(event, step=140) if isinstance(event, (Resumed, Ready)) else event for event in DONE]
     found = sft([*FIRST, *stopped, *again])
     # In work: 16-30 and 66-90, but for the stalls of half a second and of one.
     assert found.spans == Spans(
@@ -70,7 +70,7 @@ def test_what_a_stop_drops_of_a_step_is_lost() -> None:
         at(36, "saved", "7-0", step=140, seconds=2.0, stall=2.0),
         at(37, "requeued", "7-0", step=140, reason="preempted"),
     ]
-    again = [dict(event, step=140) if event["event"] in ("resumed", "ready") else event for event in DONE]
+    again = [replace(event, step=140) if isinstance(event, (Resumed, Ready)) else event for event in DONE]
     found = sft([*FIRST, *stopped, *again])
     assert (found.spans.lost, found.interruptions[0].lost) == (4, 4)
     assert found.spans.productive == 13.5 + 23
@@ -100,7 +100,7 @@ def test_an_attempt_without_a_last_word_ends_with_its_last_step() -> None:
 def test_a_checkpoint_that_was_committed_unspoken_keeps_its_work() -> None:
     """The attempt was killed between the rename and the ledger's line."""
     failed = at(40, "failed", "7-0", message="killed")
-    after = [dict(event, step=150) if event["event"] in ("resumed", "ready") else event for event in DONE]
+    after = [replace(event, step=150) if isinstance(event, (Resumed, Ready)) else event for event in DONE]
     assert sft([*FIRST, failed, *after]).spans.lost == 0
 
 
@@ -207,7 +207,7 @@ def test_a_stage_waits_for_those_it_needs_and_a_run_is_their_sum() -> None:
 def test_a_clock_behind_changes_no_span(wrong: float) -> None:
     """That of the second attempt's node; the lines before and after are other machines'."""
     failed = at(40, "failed", "7-0", message="x")
-    behind = [dict(event, time=event["time"] + wrong) for event in DONE]
+    behind = [replace(event, time=event.time + wrong) for event in DONE]
     told, right = sft([*FIRST, failed, *behind]), sft([*FIRST, failed, *DONE])
     # How long it was in the queue is not to be known, all else is.
     assert told.spans.productive == right.spans.productive
@@ -222,15 +222,15 @@ DAY_OFF = [pytest.param(DAY, id="ahead"), pytest.param(-DAY, id="behind")]
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_an_attempt_on_a_node_whose_clock_is_a_day_off(number: int, wrong: float) -> None:
     """Of three: only how long it was in the queue is not to be known, and no time is longer than all of it was."""
-    third = [dict(event, time=event["time"] + 60, attempt="7-2") for event in DONE]
+    third = [replace(event, time=event.time + 60, attempt="7-2") for event in DONE]
     attempts = [[*FIRST[2:], at(40, "failed", "7-0", message="x")], DONE[:-1], third]
     off = [
-        [dict(event, time=event["time"] + wrong) for event in some] if turn == number else some
+        [replace(event, time=event.time + wrong) for event in some] if turn == number else some
         for turn, some in enumerate(attempts)
     ]
     killed = at(90, "ended", job_id="7", reason="killed")  # and its last step was at 89, by its own clock
     right, told = (
-        sft([*SENT, *some[0], *some[1], dict(killed, seen=some[1][-1]["time"] + 3), *some[2]], now=200.0)
+        sft([*SENT, *some[0], *some[1], replace(killed, seen=some[1][-1].time + 3), *some[2]], now=200.0)
         for some in (attempts, off)
     )
     assert 100 < told.spans.wall <= 200
@@ -248,7 +248,7 @@ def test_an_attempt_at_work_on_a_node_whose_clock_is_a_day_off(wrong: float) -> 
         at(15, "ready", "8-0", "reward", step=0),
         at(70, "saved", "8-0", "reward", step=9, seconds=1.0, stall=1.0),
     ]
-    off = [dict(event, time=event["time"] + wrong) for event in FIRST[2:]]
+    off = [replace(event, time=event.time + wrong) for event in FIRST[2:]]
     events = [
         *SENT,
         at(1, "submitted", stage="reward", job_id="8"),
@@ -270,7 +270,7 @@ def test_a_reader_whose_clock_is_a_day_behind_changes_nothing() -> None:
 def test_a_sentinel_on_a_node_whose_clock_is_a_day_ahead_takes_nothing_along() -> None:
     failed = at(40, "failed", "7-0", message="x")
     ended = [at(45, "ended", job_id="7", reason="failed"), at(46, "retried", job_id="7", delay=0)]
-    ahead = [dict(event, time=event["time"] + DAY) for event in ended]
+    ahead = [replace(event, time=event.time + DAY) for event in ended]
     told, right = (sft([*FIRST, failed, *some, *DONE]) for some in (ahead, ended))
     assert told.spans.wall == right.spans.wall
     assert told.spans.productive == right.spans.productive
@@ -304,16 +304,15 @@ any_event = st.fixed_dictionaries(
 @settings(max_examples=300, deadline=None)
 @given(st.lists(any_event, max_size=40), st.booleans(), st.booleans(), st.booleans())
 def test_spans_are_never_negative_and_add_up(
-    events: list[Event], ordered: bool, work: bool, queue: bool
+    records: list[dict[str, Any]], ordered: bool, work: bool, queue: bool
 ) -> None:
     """Whatever a ledger says, in whatever order; with clocks that go right, to the time since it was sent off."""
+    events = [event for record in records if (event := from_json(record)) is not None]
     if ordered:
-        events = [
-            {**event, "time": when}
-            for event, when in zip(events, sorted(event["time"] for event in events), strict=True)
-        ]
+        times = sorted(event.time for event in events)
+        events = [replace(event, time=time) for event, time in zip(events, times, strict=True)]
     stages = {"sft": (), "ppo": ("sft",)}
-    now = max((event["time"] for event in events), default=0.0) + 10
+    now = max((event.time for event in events), default=0.0) + 10
     found = measure(
         events, stages, at_work=set(stages) if work else (), queued=set(stages) if queue else (), now=now
     )
@@ -328,11 +327,11 @@ def test_spans_are_never_negative_and_add_up(
             assert sum(lengths) == pytest.approx(getattr(each.spans, name), abs=1e-6)
         ends = [one.end for one in each.stretches]
         assert all(end == one.start for end, one in zip(ends, each.stretches[1:], strict=False))
-        mine = [event for event in events if event["stage"] == stage]
-        began = next((event for event in mine if event["event"] in ("submitted", "started")), None)
+        mine = [event for event in events if event.stage == stage]
+        began = next((event for event in mine if isinstance(event, (Submitted, Started))), None)
         if not ordered or began is None:
             continue
-        first = began["time"] - (began.get("age", 0.0) if began["event"] == "started" else 0.0)
+        first = began.time - (began.age if isinstance(began, Started) else 0.0)
         lasting = each.spans.wall == pytest.approx(now - first, abs=1e-6)
         assert lasting if work and queue else each.spans.wall <= now - first + 1e-6
 
@@ -358,9 +357,8 @@ def test_real_ranks_tell_what_became_of_their_time(tmp_path: Path) -> None:
     (broken,) = found.interruptions
     assert broken.reason == STOPPED_HERE
     assert broken.step >= 3
-    ready = [event for event in events if event["event"] == "ready"]
-    assert [event["step"] for event in ready] == [0, broken.step]
-    began = next(event for event in events if event["event"] == "started")
-    assert found.spans.wall == pytest.approx(events[-1]["time"] - began["time"] + began["age"], abs=0.01)
+    assert [event.step for event in events if isinstance(event, Ready)] == [0, broken.step]
+    began = next(event for event in events if isinstance(event, Started))
+    assert found.spans.wall == pytest.approx(events[-1].time - began.time + began.age, abs=0.01)
     assert found.spans.lost < found.spans.productive  # of the step it was in
-    assert 0 < began["age"] < found.spans.starting
+    assert 0 < began.age < found.spans.starting

@@ -16,6 +16,19 @@ from hpc_rlhf.cli import main
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe import liveness, logs
 from hpc_rlhf.observe.logs import LogReader, has_log_to_come, latest_stage
+from hpc_rlhf.run.events import (
+    Cancelled,
+    Ended,
+    Failed,
+    Finished,
+    Requeued,
+    Retried,
+    RetryRequested,
+    Started,
+    Stopped,
+    Submitted,
+    Submitting,
+)
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands as slurm
@@ -72,13 +85,13 @@ def test_follow_goes_on_across_a_requeue_and_a_new_job_until_the_stage_ends(run:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as follower:
         assert follower.stdout is not None
         assert follower.stdout.readline() == "step 1\n"
-        Ledger(run.ledger).append("requeued", "sft")
+        Ledger(run.ledger).append(Requeued("sft"))
         write(run, "sft", "5_0_log.out", "step 2\n")  # requeued: the same file goes on
         assert follower.stdout.readline() == "step 2\n"
         write(run, "sft", "6_0_log.out", "step 3 ü\n", age=-1)
         assert follower.stdout.readline() == "step 3 ü\n"
         write(run, "sft", "6_0_log.out", "last words\n", age=-2)
-        Ledger(run.ledger).append("finished", "sft")
+        Ledger(run.ledger).append(Finished("sft"))
         assert follower.stdout.read() == "last words\n"
         assert follower.wait(10) == 0
 
@@ -86,7 +99,7 @@ def test_follow_goes_on_across_a_requeue_and_a_new_job_until_the_stage_ends(run:
 def test_follow_waits_for_the_first_log_while_one_is_to_come(run: RunDir) -> None:
     command = [sys.executable, "-u", "-m", "hpc_rlhf.cli", "logs", "-f", str(run.path)]
     assert subprocess.run(command, capture_output=True).returncode == 1  # nothing was submitted
-    Ledger(run.ledger).append("submitted", "sft", token="t", job_id="5")
+    Ledger(run.ledger).append(Submitted("sft", token="t", job_id="5"))
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as follower:
         assert follower.stdout is not None
@@ -94,10 +107,10 @@ def test_follow_waits_for_the_first_log_while_one_is_to_come(run: RunDir) -> Non
         assert follower.stderr.readline() == "no stage has a log yet; waiting for the first\n"
         write(run, "sft", "5_0_log.out", "step 1\n")
         assert follower.stdout.readline() == "step 1\n"
-        Ledger(run.ledger).append("finished", "sft")
+        Ledger(run.ledger).append(Finished("sft"))
         assert follower.wait(10) == 0
     (run.stage("sft").logs / "5_0_log.out").unlink()
-    Ledger(run.ledger).append("cancelled", "sft", job_id="5")
+    Ledger(run.ledger).append(Cancelled("sft", job_id="5"))
     assert subprocess.run(command, capture_output=True).returncode == 1  # it ended without a log
 
 
@@ -138,40 +151,40 @@ def test_follow_goes_on_while_a_sentinel_is_to_try_again(run: RunDir, fake: Fake
     note = Ledger(run.ledger).append
 
     def fails() -> None:
-        note("failed", "sft", message="gloo")
+        note(Failed("sft", message="gloo"))
         fake.show("COMPLETING", "PENDING")
 
     def is_healed() -> None:
-        note("ended", "sft", reason="NCCL or gloo error", message="gloo")
-        note("retried", "sft", job_id="5")
+        note(Ended("sft", reason="NCCL or gloo error", message="gloo"))
+        note(Retried("sft", job_id="5"))
         fake.show("PENDING", "PENDING")
 
     def goes_on() -> None:
-        note("started", "sft", job_id="5")
+        note(Started("sft", job_id="5"))
         write(run, "sft", "5_0_log.out", "second\n")
         fake.show("RUNNING", "PENDING")
 
     def goes_away() -> None:
-        note("failed", "sft", message="gloo")
+        note(Failed("sft", message="gloo"))
         fake.away = True
 
     def is_sent_anew() -> None:
         fake.away = False
-        note("ended", "sft", reason="killed", message="")
-        note("submitting", "sft", token="u", by="heal")
-        note("submitted", "sft", token="u", job_id="6")
-        note("retried", "sft", job_id="6")
+        note(Ended("sft", reason="killed", message=""))
+        note(Submitting("sft", token="u", by="heal"))
+        note(Submitted("sft", token="u", job_id="6"))
+        note(Retried("sft", job_id="6"))
         write(run, "sft", "6_0_log.out", "third\n", age=-1)
         fake.jobs = {"6": QueuedJob("6", "demo.sft", "RUNNING", "", "hpc-rlhf:u")}
 
     def is_left_to_a_person() -> None:
         write(run, "sft", "6_0_log.out", "last words\n", age=-2)
-        note("failed", "sft", message="gloo")
-        note("ended", "sft", reason="NCCL or gloo error", message="gloo")
-        note("stopped", "sft", message="two attempts in a row saved no new step")
+        note(Failed("sft", message="gloo"))
+        note(Ended("sft", reason="NCCL or gloo error", message="gloo"))
+        note(Stopped("sft", message="two attempts in a row saved no new step"))
 
-    note("submitted", "sft", token="t", job_id="5")
-    note("started", "sft", job_id="5")
+    note(Submitted("sft", token="t", job_id="5"))
+    note(Started("sft", job_id="5"))
     write(run, "sft", "5_0_log.out", "first\n")
     fake.show("RUNNING", "PENDING")
     fake.moves = [
@@ -191,38 +204,38 @@ def test_follow_goes_on_while_a_sentinel_is_to_try_again(run: RunDir, fake: Fake
 def test_follow_ends_where_nobody_is_to_try_again(run: RunDir, fake: FakeSlurm) -> None:
     note = Ledger(run.ledger).append
     write(run, "sft", "5_0_log.out", "first\n")
-    note("started", "sft", job_id=None)
-    note("failed", "sft", message="no such data")
+    note(Started("sft", job_id=None))
+    note(Failed("sft", message="no such data"))
     assert followed(run) == ["first\n"]  # without Slurm, and its launcher has ended
-    note("submitted", "sft", token="t", job_id="5")
-    note("started", "sft", job_id="5")
+    note(Submitted("sft", token="t", job_id="5"))
+    note(Started("sft", job_id="5"))
     fake.show("TIMEOUT")
     assert followed(run) == ["first\n"]  # it has no sentinel, and left no word
-    note("failed", "sft", message="gloo")
+    note(Failed("sft", message="gloo"))
     fake.show("FAILED", "CANCELLED")
     assert followed(run) == ["first\n"]
     fake.jobs = {"5": QueuedJob("5", "somebody.elses", "RUNNING", "", "")}
     assert followed(run) == ["first\n"]
     fake.show("FAILED", "PENDING")
-    note("cancelled", "sft", job_id="5")
+    note(Cancelled("sft", job_id="5"))
     assert followed(run) == ["first\n"]
 
 
 def test_follow_goes_on_while_the_launcher_waits_to_try_again(run: RunDir, fake: FakeSlurm) -> None:
     note = Ledger(run.ledger).append
     write(run, "sft", "local_0_log.out", "first\n")
-    note("started", "sft", job_id=None)
-    note("failed", "sft", message="gloo")
-    note("ended", "sft", reason="NCCL or gloo error", message="gloo")
+    note(Started("sft", job_id=None))
+    note(Failed("sft", message="gloo"))
+    note(Ended("sft", reason="NCCL or gloo error", message="gloo"))
     run.submit_lock.write_text("held")
 
     def gives_up() -> None:
-        note("started", "sft", job_id=None)
+        note(Started("sft", job_id=None))
         write(run, "sft", "local_0_log.out", "second\n")
-        note("failed", "sft", message="gloo")
+        note(Failed("sft", message="gloo"))
         run.submit_lock.unlink()
 
-    fake.moves = [lambda: note("retried", "sft", delay=60), gives_up]
+    fake.moves = [lambda: note(Retried("sft", delay=60)), gives_up]
     assert followed(run) == ["first\n", "second\n"]
     assert not fake.moves
 
@@ -231,11 +244,11 @@ def test_a_verdict_that_comes_while_slurm_is_asked_is_heard(
     run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note = Ledger(run.ledger).append
-    note("submitted", "sft", token="t", job_id="5")
-    note("failed", "sft", message="it never came to its first word")
+    note(Submitted("sft", token="t", job_id="5"))
+    note(Failed("sft", message="it never came to its first word"))
 
     def is_healed_meanwhile() -> dict[str, QueuedJob]:
-        note("retried", "sft", job_id="5")
+        note(Retried("sft", job_id="5"))
         return {}
 
     monkeypatch.setattr(slurm, "queue", is_healed_meanwhile)
@@ -250,11 +263,9 @@ def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir
     write(run, "sft", "7_0_log.out", "zero\n")
     write(run, "sft", "7_3_log.err", "Traceback …\nValueError: row 12\n  has no prompt\n")
     ledger = Ledger(run.ledger)
-    ledger.append("started", "sft", attempt="7-0", job_id="7")
-    ledger.append(
-        "failed", "sft", attempt="7-0", message="RuntimeError: Connection closed by peer", host="n1"
-    )
-    ledger.append("failed", "sft", attempt="7-0", message="ValueError: row 12\n  has no prompt", host="n2")
+    ledger.append(Started("sft", attempt="7-0", job_id="7"))
+    ledger.append(Failed("sft", attempt="7-0", message="RuntimeError: Connection closed by peer", host="n1"))
+    ledger.append(Failed("sft", attempt="7-0", message="ValueError: row 12\n  has no prompt", host="n2"))
     told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
     assert (told["rank"], [Path(file).name for file in told["files"]]) == (3, ["7_3_log.err"])
     assert told["trouble"]["message"] == "ValueError: row 12\n  has no prompt"
@@ -265,16 +276,16 @@ def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir
         "node": "n2",
         "step": 40,
     }
-    ledger.append("ended", "sft", **facts, progress=False, seen=None)
-    ledger.append("stopped", "sft", message="failed twice")
+    ledger.append(Ended("sft", **facts, progress=False, seen=None))
+    ledger.append(Stopped("sft", message="failed twice"))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "has no prompt" in done.stdout
     assert "zero" not in done.stdout
     assert done.stderr.endswith(
         "==> what matters <==\nfailed: ValueError: row 12 has no prompt (rank 3, n2, after step 40)\n"
     )
-    ledger.append("anew", "sft")
-    ledger.append("started", "sft", attempt="7-1", job_id="7")
+    ledger.append(RetryRequested("sft"))
+    ledger.append(Started("sft", attempt="7-1", job_id="7"))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "zero" in done.stdout
     assert "what matters" not in done.stderr
@@ -284,9 +295,9 @@ def test_an_attempt_is_told_from_the_others_of_its_job_and_from_other_jobs(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = Ledger(run.ledger)
-    ledger.append("started", "sft", attempt="100-0", job_id="100", restart=0)
-    ledger.append("started", "sft", attempt="100-1", job_id="100", restart=1)
-    ledger.append("started", "sft", attempt="local-77-1700000000", job_id=None, restart=0)
+    ledger.append(Started("sft", attempt="100-0", job_id="100", restart=0))
+    ledger.append(Started("sft", attempt="100-1", job_id="100", restart=1))
+    ledger.append(Started("sft", attempt="local-77-1700000000", job_id=None, restart=0))
     write(
         run,
         "sft",

@@ -18,6 +18,7 @@ from hpc_rlhf.observe.goodput.totals import measure
 from hpc_rlhf.observe.report.page import make_page
 from hpc_rlhf.observe.report.thinning import kept
 from hpc_rlhf.observe.report.timeline import make_timeline
+from hpc_rlhf.run.events import Failed, Finished, Ready, Saved, Started
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from tests.observe.report_runs import HOSTILE, add_line, evaluate, make_reported_run
@@ -132,7 +133,7 @@ def test_a_run_that_broke_off_is_told_as_far_as_it_went(
     run = make_reported_run(tmp_path / "run", monkeypatch)
     (run.stage("ppo").model / "manifest.json").unlink()
     run.ledger.write_text(run.ledger.read_text().rpartition('{"time"')[0])
-    Ledger(run.ledger).append("failed", "ppo", attempt="9-0", message="out of <memory>")
+    Ledger(run.ledger).append(Failed("ppo", attempt="9-0", message="out of <memory>"))
     for ask in ("queue", "history"):
         monkeypatch.setattr(f"hpc_rlhf.slurm.commands.{ask}", lambda *_: {})  # Slurm has forgotten the job
     page = make_page(run)
@@ -152,8 +153,8 @@ def test_no_text_comes_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ev
         evaluate(run, HOSTILE, {"sft": HOSTILE, "ppo": HOSTILE})
     with run.job_yaml.open("a", encoding="utf-8") as file:
         file.write(f"# {HOSTILE}")
-    Ledger(run.ledger).append("started", "sft", attempt=HOSTILE, host=HOSTILE, versions={HOSTILE: HOSTILE})
-    Ledger(run.ledger).append("failed", "sft", attempt=HOSTILE, message=HOSTILE)
+    Ledger(run.ledger).append(Started("sft", attempt=HOSTILE, host=HOSTILE, versions={HOSTILE: HOSTILE}))
+    Ledger(run.ledger).append(Failed("sft", attempt=HOSTILE, message=HOSTILE))
     page = Elements(make_page(run))
     assert [tag for tag, _ in page.found].count("script") == [tag for tag, _ in Elements(ours).found].count(
         "script"
@@ -204,13 +205,12 @@ def test_the_bars_of_the_timeline_leave_no_gap(run: RunDir) -> None:
 
 
 def test_saves_too_short_to_be_seen_do_not_cut_the_bar() -> None:
-    begin = {"time": 0.0, "event": "ready", "stage": "sft", "attempt": "7-0", "step": 0}
-    started = {**begin, "event": "started", "host": "node1"}
+    started = Started("sft", attempt="7-0", host="node1")
+    ready = Ready("sft", attempt="7-0")
     saves = [
-        {**begin, "event": "saved", "time": 300.0 * at, "step": at, "seconds": 1.0, "stall": 0.1}
-        for at in range(1, 3000)
+        Saved("sft", time=300.0 * at, attempt="7-0", step=at, seconds=1.0, stall=0.1) for at in range(1, 3000)
     ]
-    found = measure([started, begin, *saves], {"sft": []}, at_work=["sft"], now=900_000)
+    found = measure([started, ready, *saves], {"sft": []}, at_work=["sft"], now=900_000)
     (bar,) = make_timeline(found, {"sft": "running"}, {}).bars
     assert [piece.span for piece in bar.pieces] == ["productive"]
     assert bar.words["saving"] == "5 min 0 s"
@@ -259,4 +259,4 @@ def test_a_stage_writes_it_and_goes_on_where_that_cannot_be(tmp_path: Path) -> N
     run.report.unlink()
     run.report.mkdir()
     run_stage(run, "reward", 1)
-    assert Ledger(run.ledger).last("finished", "reward") is not None
+    assert Ledger(run.ledger).last(Finished, "reward") is not None

@@ -16,10 +16,13 @@ from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.observe.metrics import MetricsReader, seconds_a_step
 from hpc_rlhf.observe.status import Evidence, judge, read_status
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.events import Cancelled, Resumed, Started, Submitted
+from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm.commands import PastJob, QueuedJob
 from tests.launch.specs import make_spec
+from tests.ledger_events import event
 
 
 def queued(state: str, reason: str = "") -> QueuedJob:
@@ -28,8 +31,8 @@ def queued(state: str, reason: str = "") -> QueuedJob:
 
 def evidence(*events: str, **known: Any) -> Evidence:
     facts: dict[str, Any] = {"done": False, "needs": ("sft", "reward"), "queued": None, "past": None}
-    records = tuple({"event": event, "message": f"why it {event}", "step": 7} for event in events)
-    return Evidence(**{**facts, "job_id": None, "at_work_here": False, "events": records, **known})
+    history = StageHistory([event(name, message=f"why it {name}", step=7) for name in events])
+    return Evidence(**{**facts, "job_id": None, "at_work_here": False, "history": history, **known})
 
 
 @pytest.mark.parametrize(
@@ -96,9 +99,9 @@ def run(tmp_path: Path) -> RunDir:
     run.job_yaml.write_text("")
     ledger = Ledger(run.ledger)
     for stage in ("sft", "reward"):
-        ledger.append("started", stage, attempt="1", restart=0)
-    ledger.append("resumed", "reward", attempt="2", step=40)
-    ledger.append("started", "reward", attempt="2", restart=1)
+        ledger.append(Started(stage, attempt="1", restart=0))
+    ledger.append(Resumed("reward", attempt="2", step=40))
+    ledger.append(Started("reward", attempt="2", restart=1))
     run.stage("sft").model.mkdir()
     (run.stage("sft").model / "config.json").write_text("{}")
     manifest.write(run.stage("sft").model, {"step": 9})
@@ -123,9 +126,9 @@ def test_status_reads_progress_from_disk_alone(run: RunDir) -> None:
 
 def test_stage_run_here_after_its_slurm_job_was_cancelled_is_no_slurm_job(run: RunDir) -> None:
     ledger = Ledger(run.ledger)
-    ledger.append("submitted", "ppo", token="t", job_id="12")
-    ledger.append("cancelled", "ppo", job_id="12")
-    ledger.append("started", "ppo", attempt="local-1", job_id=None, restart=0)
+    ledger.append(Submitted("ppo", token="t", job_id="12"))
+    ledger.append(Cancelled("ppo", job_id="12"))
+    ledger.append(Started("ppo", attempt="local-1", job_id=None, restart=0))
     ppo = read_status(run)[2]
     assert (ppo.job_id, ppo.state) == (None, "stopped")
     run.submit_lock.touch()  # as a launcher does
@@ -158,7 +161,7 @@ def test_torn_model_is_not_done(run: RunDir) -> None:
 
 def test_status_verb_without_slurm(run: RunDir, tmp_path: Path) -> None:
     """A submitted run can be looked at where Slurm is not, and says so."""
-    Ledger(run.ledger).append("submitted", "ppo", token="t", job_id="12")
+    Ledger(run.ledger).append(Submitted("ppo", token="t", job_id="12"))
 
     def status(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(run.path), *args]
@@ -189,7 +192,7 @@ def test_status_verb_without_slurm(run: RunDir, tmp_path: Path) -> None:
 
 
 def test_status_verb_tells_what_interrupted_a_run_and_where_its_time_went(run: RunDir) -> None:
-    for event in (
+    for line in (
         {"time": 10, "event": "started", "attempt": "1", "age": 0},
         {"time": 20, "event": "ready", "attempt": "1", "step": 0},
         {"time": 25, "event": "ended", "reason": "node failure", "job_id": "7", "seen": 24, "node": "node2"},
@@ -197,8 +200,8 @@ def test_status_verb_tells_what_interrupted_a_run_and_where_its_time_went(run: R
         {"time": 40, "event": "ready", "attempt": "2", "step": 0},
         {"time": 100, "event": "finished", "attempt": "2", "step": 9},
     ):
-        with run.ledger.open("w" if event["time"] == 10 else "a") as file:
-            file.write(json.dumps({**event, "stage": "sft"}) + "\n")
+        with run.ledger.open("w" if line["time"] == 10 else "a") as file:
+            file.write(json.dumps({**line, "stage": "sft"}) + "\n")
     command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(run.path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[4] == ""

@@ -16,6 +16,7 @@ from hpc_rlhf.observe.format import duration, number
 from hpc_rlhf.observe.summary import print_summary
 from hpc_rlhf.observe.terminal.progress import PlainProgress, StageView
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.events import Resumed, Started
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 
@@ -159,9 +160,9 @@ def test_a_stage_tells_what_it_waits_for_then_how_it_goes(tmp_path: Path) -> Non
         return view.words()
 
     assert (words(), view.total) == ("starting 2 ranks", None)
-    Ledger(run.ledger).append("started", "sft")
+    Ledger(run.ledger).append(Started("sft"))
     assert words() == "loading data and model"
-    Ledger(run.ledger).append("resumed", "sft", step=4)
+    Ledger(run.ledger).append(Resumed("sft", step=4))
     assert words() == "going on from step 4"
     log_step(run, 5, now + 1, loss=2.0)
     assert (words(), view.step, view.total) == ("loss 2", 5, 20)

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf.run.failures import judge, judge_requeued, progressed, returns, since_a_person
+from hpc_rlhf.run.events import Event
+from hpc_rlhf.run.failures import judge, judge_requeued
+from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.slurm.commands import PastJob
+from tests.ledger_events import event
 
 GLOO = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711"
 NCCL = "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:1970, remote process exited or there was a network error"
@@ -27,11 +30,7 @@ class Said:
         return self.ranks.get(rank, "")
 
 
-def event(name: str, **facts: Any) -> dict[str, Any]:
-    return {"event": name, **facts}
-
-
-def failed(message: str, code: int = 1, **facts: Any) -> dict[str, Any]:
+def failed(message: str, code: int = 1, **facts: Any) -> Event:
     return event("failed", message=message, exit_code=code, attempt="7-0", **facts)
 
 
@@ -104,27 +103,32 @@ STARTED = event("started", attempt="7-0")
         ([STARTED], ended_as("FAILED", exit_code="0:9", nodes="node1"), Said(), "killed", "exit code 0:9", "node1"),
         ([event("submitted")], FAILED, Said("hpc-rlhf: setup failed at: module load cuda\n"),
          "failed", "hpc-rlhf: setup failed at: module load cuda", ""),
-        ([STARTED], ended_as("COMPLETED", exit_code="0:0"), Said(), "failed", "Slurm says COMPLETED", ""),
-        ([STARTED], None, Said(), "failed", "it left no word", ""),
+        ([STARTED], ended_as("COMPLETED", exit_code="0:0"), Said(), "failed", "Slurm reports COMPLETED", ""),
+        ([STARTED], None, Said(), "failed", "it left no message", ""),
         # rank 1 failed before rank 0 came to its first word
         ([event("retried"), failed("OSError: disk full"), STARTED, failed(GLOO)], FAILED, Said(), "failed", "OSError: disk full", ""),
         # a failure of the attempt before is none of this one's
         ([event("requeued", attempt="7-0"), failed("scontrol: refused"), event("started", attempt="7-1")], FAILED, Said(), "failed",
-         "Slurm says FAILED", ""),
+         "Slurm reports FAILED", ""),
+        # from Slurm 26.05 on, srun sends the other ranks the signal of a preemption when one has failed
+        ([STARTED, failed("ValueError: bad row", host="node2"), event("stopping", reason="preempted", attempt="7-0")],
+         ended_as("PREEMPTED"), Said(), "failed", "ValueError: bad row", "node2"),
+        # but ranks also lose each other as a job is preempted
+        ([STARTED, failed(GLOO, host="node2")], ended_as("PREEMPTED"), Said(), "preempted", "", ""),
         # an attempt before is over and done with
         ([STARTED, failed("old", 2), event("requeued", step=3)], ended_as("PREEMPTED"), Said(), "preempted", "", ""),
     ],
 )  # fmt: skip
 def test_reason_line_and_node(
-    events: list[dict[str, Any]], job: PastJob | None, logs: Said, reason: str, message: str, node: str
+    events: list[Event], job: PastJob | None, logs: Said, reason: str, message: str, node: str
 ) -> None:
-    ending = judge(events, job, logs, 9)
+    ending = judge(StageHistory(events), job, logs, 9)
     assert (ending.reason, ending.node, ending.step) == (reason, node, 9)
     assert ending.message == (logs.batch if message == "*" else message)
 
 
 def test_a_long_message_is_one_line_of_a_table() -> None:
-    ending = judge([STARTED, failed("first\nsecond " + "x" * 1000, 2)], None, Said(), 1)
+    ending = judge(StageHistory([STARTED, failed("first\nsecond " + "x" * 1000, 2)]), None, Said(), 1)
     assert ending.message.startswith("first second xxx")
     assert len(ending.message) == 300
 
@@ -134,35 +138,5 @@ def test_a_long_message_is_one_line_of_a_table() -> None:
     [("DUE TO PREEMPTION ***", "preempted"), ("hpc-rlhf: preempted before the ranks were up: requeued", "preempted"), ("hpc-rlhf: preempted before the ranks were up: requeued\nCANCELLED DUE TO JOB REQUEUE ***", "preempted"), ("DUE TO JOB REQUEUE ***", "requeued by hand"), ("", "node failure")],
 )  # fmt: skip
 def test_what_slurm_requeued_by_itself_failed_for_no_fault_of_its_own(said: str, reason: str) -> None:
-    ending = judge_requeued([event("started", host="n1"), failed(GLOO)], Said(said), 3)
+    ending = judge_requeued(StageHistory([event("started", host="n1"), failed(GLOO)]), Said(said), 3)
     assert (ending.reason, ending.node) == (reason, "" if said else "n1")
-
-
-def saved(step: int) -> dict[str, Any]:
-    return event("saved", step=step)
-
-
-@pytest.mark.parametrize(
-    ("events", "expected"),
-    [
-        ([STARTED], False),
-        ([STARTED, saved(5)], True),
-        ([STARTED, saved(5), event("ended"), STARTED, event("resumed", step=5)], False),
-        (
-            [STARTED, saved(5), event("ended"), STARTED, saved(5)],
-            False,
-        ),  # the newest was torn, and made again
-        ([STARTED, event("ended"), STARTED, saved(5), event("requeued"), STARTED], True),
-    ],
-)
-def test_progress_is_a_new_step_on_disk(events: list[dict[str, Any]], expected: bool) -> None:
-    assert progressed(events) is expected
-
-
-def test_requeues_are_counted_from_where_a_person_sent_it_off() -> None:
-    sent, again = event("submitting"), event("submitting", by="heal")
-    one = [sent, STARTED, event("requeued"), STARTED, event("ended"), event("retried")]
-    assert returns(since_a_person(one)) == 2  # the last has not come to its first word
-    assert returns(since_a_person([*one, again, STARTED, STARTED])) == 3  # once Slurm did it by itself
-    assert returns(since_a_person([*one, event("anew"), event("retried"), STARTED])) == 0
-    assert returns(since_a_person([*one, sent, STARTED])) == 0

@@ -6,32 +6,34 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hpc_rlhf.run.events import Failed, Finished, Started, Submitted, Submitting
 from hpc_rlhf.run.ledger import Ledger
 
 WRITER = """
 import sys
 from pathlib import Path
+from hpc_rlhf.run.events import Failed
 from hpc_rlhf.run.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 for number in range(40):
-    ledger.append("saved", "sft", writer=sys.argv[2], number=number, text=sys.argv[2] * 3000)
+    ledger.append(Failed("sft", attempt=sys.argv[2], exit_code=number, message=sys.argv[2] * 3000))
 """
 
 
 def test_events_come_back_as_written(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "run" / "ledger.jsonl")
     assert list(ledger.events()) == []
-    ledger.append("submitted", "sft", job_id="7")
-    ledger.append("submitted", "ppo", job_id="8")
-    ledger.append("finished", "sft", step=3)
-    assert [(e["event"], e["stage"]) for e in ledger.events()] == [
+    ledger.append(Submitted("sft", job_id="7"))
+    ledger.append(Submitted("ppo", job_id="8"))
+    ledger.append(Finished("sft", step=3))
+    assert [(e.name, e.stage) for e in ledger.events()] == [
         ("submitted", "sft"), ("submitted", "ppo"), ("finished", "sft"),
     ]  # fmt: skip
-    assert [event["event"] for event in ledger.events("sft")] == ["submitted", "finished"]
-    last = ledger.last("submitted")
+    assert [event.name for event in ledger.events("sft")] == ["submitted", "finished"]
+    last = ledger.last(Submitted)
     assert last is not None
-    assert last["job_id"] == "8"
-    assert ledger.last("submitted", "reward") is None
+    assert last.job_id == "8"
+    assert ledger.last(Submitted, "reward") is None
     assert ledger.path.stat().st_mode & 0o077 == 0
 
 
@@ -39,24 +41,25 @@ def test_a_message_of_any_text_stays_one_event(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     # Line ends of Unicode, and a byte of a file name that is no UTF-8.
     message = "a\nb\r\x85c\u2028d\u2029e\x0b\x0c\x1c \udcff €"
-    ledger.append("failed", "sft", message=message)
-    ledger.append("started", "sft")
+    ledger.append(Failed("sft", message=message))
+    ledger.append(Started("sft"))
     failed, started = ledger.events()
-    assert failed["message"] == message
-    assert started["event"] == "started"
+    assert isinstance(failed, Failed)
+    assert failed.message == message
+    assert isinstance(started, Started)
 
 
 def test_a_torn_last_line_is_passed_over_and_takes_no_later_event_with_it(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.append("submitting", "sft", token="a")
+    ledger.append(Submitting("sft", token="a"))
     whole = ledger.path.read_bytes()
     for length in range(1, len(whole)):
         ledger.path.write_bytes(whole + whole[:length])
-        assert next(ledger.events())["event"] == "submitting"
-        ledger.append("submitted", "sft", job_id="9")
-        last = ledger.last("submitted")
+        assert next(ledger.events()).name == "submitting"
+        ledger.append(Submitted("sft", job_id="9"))
+        last = ledger.last(Submitted)
         assert last is not None, f"the event after {length} torn bytes is lost"
-        assert last["job_id"] == "9"
+        assert last.job_id == "9"
 
 
 def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:
@@ -66,6 +69,6 @@ def test_lines_of_several_processes_never_mix(tmp_path: Path) -> None:
     events = list(Ledger(path).events())
     assert len(events) == 120
     for name in "abc":
-        mine = [event for event in events if event["writer"] == name]
-        assert [event["number"] for event in mine] == list(range(40))
-        assert all(event["text"] == name * 3000 for event in mine)
+        mine = [event for event in events if isinstance(event, Failed) and event.attempt == name]
+        assert [event.exit_code for event in mine] == list(range(40))
+        assert all(event.message == name * 3000 for event in mine)

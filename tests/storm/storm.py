@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc_rlhf.run import failures
+from hpc_rlhf.run import reasons as causes
 from hpc_rlhf.run.ledger import Ledger
 from tests.cluster import ClusterError
 from tests.cluster.chain import Chain
@@ -201,14 +201,14 @@ class Front:
             return
         if len(starts) > self.attempt:
             if self._awaited is not None:
-                self._give_time(self._awaited, str(starts[-1]["job_id"]), ("PENDING", "RUNNING"))
+                self._give_time(self._awaited, str(starts[-1].job_id), ("PENDING", "RUNNING"))
             self.attempt = len(starts)
             self._plan()
         fault = self._fault
         if self._awaited is not None:
-            self._see_to(self._awaited, str(starts[-1]["job_id"]))
+            self._see_to(self._awaited, str(starts[-1].job_id))
         elif fault is not None and time.monotonic() >= self._moment and self.storm.is_fair(self, fault):
-            self._strike(str(starts[-1]["job_id"]), fault)
+            self._strike(str(starts[-1].job_id), fault)
         self._bring_back()
 
     @property
@@ -222,12 +222,12 @@ class Front:
         blamed = [
             index
             for index, event in enumerate(events)
-            if event["event"] == "ended" and event["reason"] not in failures.BLAMELESS
+            if event.name == "ended" and event.reason not in causes.BLAMELESS
         ]
         if not blamed:
             return True
         before, after = (
-            max((event["step"] for event in part if event["event"] == "saved"), default=0)
+            max((event.step for event in part if event.name == "saved"), default=0)
             for part in (events[: blamed[-1]], events[blamed[-1] :])
         )
         return after > before
@@ -276,13 +276,13 @@ class Front:
     def _see_to(self, struck: Struck, job: str) -> None:
         """Undo what a strike has left, until the next attempt starts."""
         self._give_time(struck, job, ("PENDING",))
-        last = list(Ledger(self.chain.run.ledger).events(self.stage))[-1]["event"]
+        last = list(Ledger(self.chain.run.ledger).events(self.stage))[-1].name
         if time.monotonic() - self._moment > EFFECT and last in ("saved", "resumed", "started"):
             self._plan()  # it had none, as an order to die at a call that never came
 
     def _give_time(self, struck: Struck, job: str, states: Sequence[str]) -> None:
         """Let a job whose limit was cut have its time again, in one of these states."""
-        if struck.reasons != {failures.TIME_LIMIT} or not isinstance(self.chain, Chain):
+        if struck.reasons != {causes.TIME_LIMIT} or not isinstance(self.chain, Chain):
             return
         options = (f"--jobs={job}", "--states=all", "--noheader", "--format=%T")
         if self.chain.cluster.run("squeue", *options, check=False).stdout.strip() in states:

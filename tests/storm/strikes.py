@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_rlhf.run import failures
+from hpc_rlhf.run import reasons as causes
 from hpc_rlhf.run.layout import StageDir
 from tests.cluster import Cluster, config
 from tests.cluster.chain import Chain
@@ -86,16 +86,16 @@ def kill_a_rank(victim: Victim) -> frozenset[str] | None:
     if not ranks:
         return None
     victim.random.choice(sorted(ranks, key=lambda process: process.pid)).kill()
-    return frozenset({failures.KILLED})
+    return frozenset({causes.KILLED})
 
 
 def aim(victim: Victim) -> frozenset[str]:
     call, most = victim.random.choice(AIMS)
-    return _aim(victim, call, victim.random.randint(0, most), failures.KILLED)
+    return _aim(victim, call, victim.random.randint(0, most), causes.KILLED)
 
 
 def fail_a_flush(victim: Victim) -> frozenset[str]:
-    return _aim(victim, "eio", victim.random.randint(0, 4), failures.FAILED)
+    return _aim(victim, "eio", victim.random.randint(0, 4), causes.FAILED)
 
 
 def _aim(victim: Victim, call: str, skip: int, reason: str) -> frozenset[str]:
@@ -109,13 +109,13 @@ def _aim(victim: Victim, call: str, skip: int, reason: str) -> frozenset[str]:
 def preempt(victim: Victim) -> frozenset[str]:
     """With the grace in which a stage saves."""
     _take_nodes(victim)
-    return frozenset({failures.PREEMPTED})
+    return frozenset({causes.PREEMPTED})
 
 
 def preempt_and_kill_in_the_save(victim: Victim) -> frozenset[str]:
     aim(victim)
     _take_nodes(victim)
-    return frozenset({failures.PREEMPTED, failures.KILLED})
+    return frozenset({causes.PREEMPTED, causes.KILLED})
 
 
 def preempt_at_once(victim: Victim) -> frozenset[str]:
@@ -126,7 +126,7 @@ def preempt_at_once(victim: Victim) -> frozenset[str]:
         _take_nodes(victim)
     finally:
         victim.cluster.run("scontrol", "update", f"PartitionName={partition}", f"GraceTime={config.GRACE_SECONDS}")  # fmt: skip
-    return frozenset({failures.PREEMPTED})
+    return frozenset({causes.PREEMPTED})
 
 
 def _take_nodes(victim: Victim) -> None:
@@ -140,24 +140,24 @@ def run_out_of_time(victim: Victim) -> frozenset[str]:
     """Told by a signal; the next attempt has as long as the first."""
     minutes = int(_seconds(victim.cluster.field(victim.job, "RunTime")) // 60) + 1
     victim.cluster.run("scontrol", "update", f"job={victim.job}", f"TimeLimit={minutes}")
-    return frozenset({failures.TIME_LIMIT})
+    return frozenset({causes.TIME_LIMIT})
 
 
 def cut_off_at_the_limit(victim: Victim) -> frozenset[str]:
     """Without having been told before."""
     victim.cluster.run("scontrol", "update", f"job={victim.job}", "EndTime=now+1")
-    return frozenset({failures.TIME_LIMIT})
+    return frozenset({causes.TIME_LIMIT})
 
 
 def lose_a_node(victim: Victim) -> frozenset[str]:
     """Its slurmd dies, and the ranks there go on as if nothing were; it comes back after the storm has seen the end."""
     victim.cluster.kill_node(victim.random.choice(victim.nodes))
-    return frozenset({failures.NODE_FAILURE})
+    return frozenset({causes.NODE_FAILURE})
 
 
 def requeue_from_outside(victim: Victim) -> frozenset[str]:
     victim.cluster.run("scontrol", "requeue", victim.job)
-    return frozenset({failures.REQUEUED_BY_HAND})
+    return frozenset({causes.REQUEUED_BY_HAND})
 
 
 def restart_the_controller(victim: Victim) -> frozenset[str]:
@@ -240,7 +240,7 @@ def fill_the_disk(victim: Victim) -> frozenset[str]:
         time.sleep(victim.random.uniform(*DISK_FULL))
     finally:
         ballast.unlink()
-    return frozenset({failures.FAILED, ""})
+    return frozenset({causes.FAILED, ""})
 
 
 def put_the_clock_wrong(victim: Victim) -> frozenset[str] | None:

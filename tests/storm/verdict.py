@@ -32,32 +32,32 @@ class Interruption:
 
 def interruptions(chain: Watched, stage: str) -> list[Interruption]:
     """One for each attempt with another after it, in order; of one without a word the reason is empty."""
-    attempts: list[list[dict[str, Any]]] = []
+    attempts: list[list[Any]] = []
     for event in Ledger(chain.run.ledger).events(stage):
-        if event["event"] == "started":
+        if event.name == "started":
             attempts.append([])
         if attempts:
             attempts[-1].append(event)
     found = []
     for number, events in enumerate(attempts, 1):
-        if any(event["event"] == "finished" for event in events) or number == len(attempts):
+        if any(event.name == "finished" for event in events) or number == len(attempts):
             continue
         later = [event for events in attempts[number:] for event in events]
-        name = events[0]["attempt"]
+        name = events[0].attempt
         told = [
             event
-            for event in [*events, *(late for late in later if late.get("attempt") == name)]
-            if event["event"] in ("requeued", "ended", "interrupted") and event.get("attempt", name) == name
+            for event in [*events, *(late for late in later if getattr(late, "attempt", None) == name)]
+            if event.name in ("requeued", "ended", "interrupted") and getattr(event, "attempt", name) == name
         ]
-        last = told[-1] if told else {}
-        resumed = next((event["step"] for event in later if event["event"] == "resumed"), 0)
-        lost = max(0, int(last.get("step", 0)) - resumed)
+        last = told[-1] if told else None
+        resumed = next((event.step for event in later if event.name == "resumed"), 0)
+        lost = max(0, getattr(last, "step", 0) - resumed)
         found.append(
             Interruption(
                 stage,
                 number,
-                str(last.get("reason", "interrupted" if last else "")),
-                str(last.get("message", "")),
+                getattr(last, "reason", "interrupted" if last else ""),
+                getattr(last, "message", ""),
                 lost,
             )
         )

@@ -8,12 +8,14 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.events import Failed, Requeued, Resumed, RetryRequested, Saved, Started
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.train.entry import Attempt, run_stage
 from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 from hpc_rlhf.train.runtime.world import World
+from tests.ledger_events import event
 from tests.train.stages import make_run, tiny_spec
 
 TIME_LIMIT, PREEMPTED = 1, 2
@@ -63,7 +65,7 @@ def test_a_stage_that_ends_while_it_is_preempted_runs_once_more(
     run = make_run(tiny_spec(tmp_path / "run", ranks=1))
     finish(run, PREEMPTED, world, monkeypatch)
     assert requeued == ["9"]
-    assert [event["event"] for event in Ledger(run.ledger).events("sft")] == [
+    assert [event.name for event in Ledger(run.ledger).events("sft")] == [
         "started",
         "finished",
         "requeued",
@@ -98,10 +100,10 @@ def test_requeues_are_counted_over_all_jobs_and_from_a_persons_word(
     """Slurm counts those of one job only, and this is the first attempt of the second."""
     run = make_run(tiny_spec(tmp_path / "run", ranks=1, sft={"slurm": {"max_requeues": 2}}))
     ledger = Ledger(run.ledger)
-    for event in ("started", "requeued", "started", "retried"):
-        ledger.append(event, "sft", job_id="8", step=3, reason="preempted")
+    for name in ("started", "requeued", "started", "retried"):
+        ledger.append(event(name, stage="sft", job_id="8", step=3, reason="preempted"))
     if by_person:
-        ledger.append("anew", "sft")
+        ledger.append(RetryRequested("sft"))
     monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
@@ -110,9 +112,28 @@ def test_requeues_are_counted_over_all_jobs_and_from_a_persons_word(
 
     monkeypatch.setattr(Attempt, "train", stop)
     expected = SystemExit if goes_on else HpcRlhfError
-    with pytest.raises(expected, match=None if goes_on else "none is left of the requeues"):
+    with pytest.raises(expected, match=None if goes_on else "all that slurm.max_requeues allows"):
         Attempt(run, "sft", StopFlag()).run()
     assert requeued == (["9"] if goes_on else [])
+
+
+def test_a_stop_that_another_ranks_failure_caused_is_not_requeued_as_a_preemption(
+    tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Slurm 26.05 on, srun sends the other ranks the signal of a preemption when one has failed."""
+    run = make_run(tiny_spec(tmp_path / "run", ranks=1))
+    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def stop(attempt: Attempt, *_: object) -> None:
+        Ledger(run.ledger).append(Failed("sft", attempt=attempt.name, message="ValueError: bad row"))
+        raise StageStopped("preempted", 5)
+
+    monkeypatch.setattr(Attempt, "train", stop)
+    with pytest.raises(SystemExit) as error:
+        Attempt(run, "sft", StopFlag()).run()
+    assert (error.value.code, requeued) == (1, [])
+    assert Ledger(run.ledger).last(Requeued, "sft") is None
 
 
 @pytest.mark.parametrize("code", [0, TIME_LIMIT])
@@ -122,7 +143,7 @@ def test_a_stage_that_ends_in_its_time_is_done(
     run = make_run(tiny_spec(tmp_path / "run", ranks=1))
     finish(run, code, world, monkeypatch)
     assert requeued == []
-    assert [event["event"] for event in Ledger(run.ledger).events("sft")] == ["started", "finished"]
+    assert [event.name for event in Ledger(run.ledger).events("sft")] == ["started", "finished"]
 
 
 @pytest.mark.parametrize(
@@ -146,12 +167,12 @@ def test_a_step_that_never_fits_the_time_limit_is_not_tried_for_ever(
 ) -> None:
     run = make_run(tiny_spec(tmp_path / "run", ranks=1, sft={"slurm": {"max_requeues": 9}}))
     ledger = Ledger(run.ledger)
-    ledger.append("saved", "sft", step=3)
-    ledger.append("requeued", "sft", step=3, reason="preempted")
-    ledger.append("started", "sft")
-    ledger.append("resumed", "sft", step=3, part=0)
-    for event, step, reason in before:
-        ledger.append(event, "sft", step=step, reason=reason, progress=False)
+    ledger.append(Saved("sft", step=3))
+    ledger.append(Requeued("sft", step=3, reason="preempted"))
+    ledger.append(Started("sft"))
+    ledger.append(Resumed("sft", step=3, part=0))
+    for name, step, reason in before:
+        ledger.append(event(name, stage="sft", step=step, reason=reason))
     monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
@@ -159,8 +180,6 @@ def test_a_step_that_never_fits_the_time_limit_is_not_tried_for_ever(
         raise StageStopped("time limit", 3)
 
     monkeypatch.setattr(Attempt, "train", stop)
-    with pytest.raises(
-        HpcRlhfError if stops else SystemExit, match="came to the time limit" if stops else None
-    ):
+    with pytest.raises(HpcRlhfError if stops else SystemExit, match="hit the time limit" if stops else None):
         Attempt(run, "sft", StopFlag()).run()
     assert requeued == ([] if stops else ["9"])

@@ -54,9 +54,7 @@ def same(stopped: RunDir, whole: RunDir, stage: str) -> None:
 
 
 def stops(run: RunDir, stage: str) -> list[tuple[int, int]]:
-    return [
-        (e["step"], e.get("part", 0)) for e in Ledger(run.ledger).events(stage) if e["event"] == "stopping"
-    ]
+    return [(e.step, e.part) for e in Ledger(run.ledger).events(stage) if e.name == "stopping"]
 
 
 def test_a_stop_in_an_accumulation_window_leaves_no_trace(tmp_path: Path) -> None:
@@ -125,7 +123,7 @@ def test_a_stage_goes_on_with_other_ranks_that_share_the_same_steps(tmp_path: Pa
         run = make_run(tiny_spec(tmp_path / "moved", ranks, sft=fields))
         codes = run_stage(run, "sft", ranks, stop_after)
         assert codes == [75 if stop_after else 0] * ranks
-    began = [event["ranks"] for event in Ledger(run.ledger).events("sft") if event["event"] == "started"]
+    began = [event.ranks for event in Ledger(run.ledger).events("sft") if event.name == "started"]
     assert began == [2, 1, 2]
     found, expected = metrics(run, "sft"), metrics(whole, "sft")
     assert [line["step"] for line in found] == [line["step"] for line in expected]

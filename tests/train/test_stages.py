@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.events import Failed, Resumed
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from tests.train.grid import run_chains
@@ -103,9 +104,9 @@ def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
     run_chain(stopped, stop_after=1)
     for stage in STAGES:
         assert weights_digest(stopped, stage) == weights_digest(whole, stage), stage
-        resumed = Ledger(stopped.ledger).last("resumed", stage)
+        resumed = Ledger(stopped.ledger).last(Resumed, stage)
         assert resumed is not None
-        assert resumed["step"] >= 1
+        assert resumed.step >= 1
         numbers = [{k: v for k, v in line.items() if k != "time"} for line in metrics(stopped, stage)]
         assert numbers == [{k: v for k, v in line.items() if k != "time"} for line in metrics(whole, stage)]
     assert (whole.stage("ppo").ema_model / "model.safetensors").read_bytes() != (
@@ -145,9 +146,9 @@ def test_a_stage_refuses_incomplete_inputs(plain: RunDir, tmp_path: Path) -> Non
     weights = copy.stage("reward").model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     assert run_stage(copy, "ppo", 2) == [1, 1]
-    failed = Ledger(copy.ledger).last("failed", "ppo")
+    failed = Ledger(copy.ledger).last(Failed, "ppo")
     assert failed is not None
-    assert "the model of stage reward is not complete" in failed["message"]
+    assert "the model of stage reward is not complete" in failed.message
     assert not copy.stage("ppo").checkpoints.exists()
 
 
@@ -166,8 +167,8 @@ def test_mistakes_found_on_the_node_are_told_in_a_sentence(
     base["stages"]["sft"].pop("slurm")
     run = make_run(type(tiny_spec(tmp_path / "run")).model_validate({**base, **change}))
     (code,) = run_stage(run, "sft", 1)
-    failed = Ledger(run.ledger).last("failed", "sft")
+    failed = Ledger(run.ledger).last(Failed, "sft")
     assert failed is not None
     assert code == failed["exit_code"] in (1, 2)
-    assert said in failed["message"]
+    assert said in failed.message
     assert "Traceback" not in log_tail(run, "sft")

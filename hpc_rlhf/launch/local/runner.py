@@ -7,9 +7,9 @@ import shlex
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.chain import is_done
@@ -18,12 +18,14 @@ from hpc_rlhf.launch.local.environment import environment, visible_gpus
 from hpc_rlhf.launch.local.hostfile import Hostfile
 from hpc_rlhf.launch.local.interrupts import Interrupted, StopRequests
 from hpc_rlhf.launch.local.ranks import Ranks, start_here, start_on
-from hpc_rlhf.launch.retry_policy import Stop, decide
-from hpc_rlhf.run import notify
+from hpc_rlhf.run import events, notify
 from hpc_rlhf.run.attempt_logs import last_seen, last_step
-from hpc_rlhf.run.failures import NoLogs, first_cause, judge, returns
+from hpc_rlhf.run.events import Failed, Retried, Saved, Started
+from hpc_rlhf.run.failures import NoLogs, judge
+from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.run.retry_policy import Retry, Stop, StopKind, decide
 from hpc_rlhf.spec.job import JobSpec
 
 _POLL = 0.2
@@ -77,45 +79,50 @@ class LocalRun:
                 self._run_stage(stage, stop)
 
     def _run_stage(self, stage: str, stop: StopRequests) -> None:
-        sent_off = len(self._events(stage))
+        begin = self._event_count(stage)
         while True:
-            before = len(self._events(stage))
+            before = self._event_count(stage)
             self.watcher.started(stage, self.spec.stage(stage).slurm.ranks)
             ranks = self._start(stage)
             self._watch(ranks, stage, stop)
             if is_done(self.run, stage):
                 break
-            error = self._ending(stage, ranks, self._events(stage)[before:], stop)
+            error = self._ending(stage, ranks, self._history(stage, before), stop)
             if isinstance(error, Interrupted):
                 raise error
-            if not self._to_be_tried_again(stage, sent_off, stop):
-                spent = returns(self._events(stage)[sent_off:]) >= self.spec.stage(stage).slurm.max_requeues
-                notify.send(self.run, "budget spent" if spent else "stopped", stage, error.message)
+            verdict = self._verdict(stage, begin)
+            if isinstance(verdict, Stop):
+                notify.send_stop(self.run, stage, verdict.kind, error.message)
                 raise error
+            self._wait_for_retry(stage, verdict, stop)
         self.watcher.finished(stage)
         if stop.count:
             raise self._interrupted(f"stopped after {stage}, which is finished", stop)
 
-    def _to_be_tried_again(self, stage: str, sent_off: int, stop: StopRequests) -> bool:
-        """Write down how an attempt ended, and wait until it is time for the next, if there is to be one.
+    def _verdict(self, stage: str, begin: int) -> Retry | Stop:
+        """Record how an attempt ended, and decide whether there is another.
 
         Args:
-            sent_off: how many events the stage had when a person sent it off.
+            begin: how many events the stage had when the user started it.
         """
-        settings, ledger = self.spec.stage(stage).slurm, Ledger(self.run.ledger)
-        ending = judge(self._events(stage)[sent_off:], None, NoLogs(), last_step(self.run.stage(stage)))
-        ledger.append("ended", stage, **asdict(ending), seen=last_seen(self.run.stage(stage)))
-        verdict = decide(self._events(stage)[sent_off:], settings.max_requeues, settings.heal.backoff_seconds)
-        if isinstance(verdict, Stop) or not settings.heal.enabled:
-            return False
-        self.watcher.say(f"{stage}: {ending.reason}: {ending.message}; tried again in {verdict.delay} s")
+        files, settings = self.run.stage(stage), self.spec.stage(stage).slurm
+        ended = judge(self._history(stage, begin), None, NoLogs(), last_step(files))
+        Ledger(self.run.ledger).append(replace(ended, stage=stage, seen=last_seen(files)))
+        limits = settings.max_requeues, settings.heal.backoff_seconds
+        verdict = decide(self._history(stage, begin), *limits)
+        if isinstance(verdict, Retry) and not settings.heal.enabled:
+            return Stop(StopKind.HEALING_DISABLED, ended.message)
+        if isinstance(verdict, Retry):
+            self.watcher.say(f"{stage}: {ended.reason}: {ended.message}; retrying in {verdict.delay} s")
+        return verdict
+
+    def _wait_for_retry(self, stage: str, verdict: Retry, stop: StopRequests) -> None:
         due = time.monotonic() + verdict.delay
         while time.monotonic() < due and not stop.count:
             time.sleep(_POLL)
         if stop.count:
             raise self._interrupted(f"stopped before another attempt at {stage}", stop)
-        ledger.append("retried", stage, delay=verdict.delay)
-        return True
+        Ledger(self.run.ledger).append(Retried(stage, delay=verdict.delay))
 
     def _start(self, stage: str) -> Ranks:
         slurm = self.spec.stage(stage).slurm
@@ -152,42 +159,41 @@ class LocalRun:
         ranks.sweep()  # what a rank that died may have left, such as its data workers
         self.watcher.tick()
 
-    def _ending(
-        self, stage: str, ranks: Ranks, events: list[dict[str, Any]], stop: StopRequests
-    ) -> HpcRlhfError:
+    def _ending(self, stage: str, ranks: Ranks, attempt: StageHistory, stop: StopRequests) -> HpcRlhfError:
         """Why a stage ended without its model: it was asked to, or it failed."""
-        failed = first_cause(events)
-        # The ranks of a launcher that was killed may have their last word after ours have begun.
-        own = {event.get("attempt") for event in events if event["event"] == "started"}
-        words = (event for event in events if event["event"] == "interrupted" and event.get("attempt") in own)
-        saved = next(words, None)
+        failed = attempt.first_cause
+        # Ranks of a launcher that was killed may write their last event after ours have started.
+        own = {event.attempt for event in attempt.all(Started)}
+        saved = next((event for event in attempt.all(events.Interrupted) if event.attempt in own), None)
         if saved:
-            return self._interrupted(f"{stage} is saved at step {saved['step']}", stop)
+            return self._interrupted(f"{stage} is saved at step {saved.step}", stop)
         if stop.count:
-            last = Ledger(self.run.ledger).last("saved", stage)
-            kept = f"its last checkpoint is of step {last['step']}" if last else "it had no checkpoint yet"
-            why = f" ({failed['message']})" if failed else ""
+            last = Ledger(self.run.ledger).last(Saved, stage)
+            kept = f"its last checkpoint is of step {last.step}" if last else "it had no checkpoint yet"
+            why = f" ({failed.message})" if failed else ""
             return self._interrupted(f"{stage} was stopped without saving{why}; {kept}", stop)
         if failed is None:
             codes = ", ".join(f"{code} on {host}" for host, code in ranks.codes().items())
-            failed = {"message": f"ended without a model (exit code {codes}; 255 is ssh's own)"}
-        logs = self.run.stage(stage).logs
-        if "log" not in failed:
-            return HpcRlhfError(
-                failed["message"], stage, f"the logs are in {logs}", failed.get("exit_code", RUN_FAILED)
-            )
-        # No rank could say why itself.
-        message = failed["message"] + _tail(Path(failed["log"]))
-        return HpcRlhfError(message, stage, f"the whole log is {failed['log']}", RUN_FAILED)
+            failed = Failed(message=f"ended without a model (exit code {codes}; 255 is ssh's own)")
+        if not failed.log:
+            hint = f"the logs are in {self.run.stage(stage).logs}"
+            code = RUN_FAILED if failed.exit_code is None else failed.exit_code
+            return HpcRlhfError(failed.message, stage, hint, code)
+        # No rank could report the reason itself.
+        message = failed.message + _tail(Path(failed.log))
+        return HpcRlhfError(message, stage, f"the whole log is {failed.log}", RUN_FAILED)
 
     def _interrupted(self, what: str, stop: StopRequests) -> Interrupted:
         return Interrupted(
             what, hint=f"go on with: {self.again}", exit_code=128 + (stop.number or signal.SIGINT)
         )
 
-    def _events(self, stage: str) -> list[dict[str, Any]]:
-        """A stage's events. An attempt's own are told by counting, since machines' clocks differ."""
-        return list(Ledger(self.run.ledger).events(stage))
+    def _history(self, stage: str, begin: int) -> StageHistory:
+        """A stage's events after the first ones, which are counted because machines' clocks differ."""
+        return StageHistory.read(self.run, stage).after(begin)
+
+    def _event_count(self, stage: str) -> int:
+        return len(StageHistory.read(self.run, stage).events)
 
     def _check_hostfile(self, stage: str) -> None:
         slurm = self.spec.stage(stage).slurm

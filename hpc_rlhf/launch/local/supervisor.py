@@ -122,20 +122,20 @@ class Supervisor:
 
     def _explain(self, codes: list[int | None], why: str) -> None:
         """Leave word of a failure that no rank could write down itself."""
+        from hpc_rlhf.run.events import Failed
         from hpc_rlhf.run.ledger import Ledger
 
         ledger = Ledger(self.run.ledger)
         code = None if self.first_bad is None else codes[self.first_bad]
         killed = code is not None and code < 0
-        said = ledger.last("failed", self.stage)
-        if said is not None and said["time"] >= self.started and not killed:
+        failed = ledger.last(Failed, self.stage)
+        if failed is not None and failed.time >= self.started and not killed:
             return
         message = (
             why if self.first_bad is None else f"{self.what} {self.first + self.first_bad} {_ending(code)}"
         )
         log = str(self.run.stage(self.stage).log(str(os.getpid()), self.first + (self.first_bad or 0), "err"))
-        facts = {"killed": True} if killed else {}
-        ledger.append("failed", self.stage, attempt=str(os.getpid()), message=message, log=log, **facts)
+        ledger.append(Failed(self.stage, attempt=str(os.getpid()), message=message, log=log, killed=killed))
 
 
 def _ending(code: int | None) -> str:

@@ -4,17 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from hpc_rlhf.observe.goodput.clocks import Clock, Event
+from hpc_rlhf.observe.goodput.clocks import Clock
 from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Interruption, Spans, Stretch
-from hpc_rlhf.run import failures
+from hpc_rlhf.run import reasons
+from hpc_rlhf.run.events import (
+    Cancelled,
+    Ended,
+    Event,
+    Failed,
+    Finished,
+    Hang,
+    Interrupted,
+    Ready,
+    Refused,
+    Requeued,
+    Resumed,
+    Retried,
+    RetryRequested,
+    Saved,
+    Started,
+    Stopped,
+    Stopping,
+    Submitted,
+    Submitting,
+)
 
 _Place = tuple[int, int]  # steps done, and parts of the step after those
 _END: _Place = (2**62, 0)
 
 STOPPED_HERE = "stopped by a person"
 NO_WORD = "without a word"
-_SENT_OFF = frozenset({"submitting", "submitted", "retried", "anew"})
-_OF_THE_ATTEMPT = frozenset({"resumed", "ready", "saved", "stopping", "requeued", "interrupted"})
+# Other events of an attempt count whichever attempt writes them.
+_BY_OWNER = (Resumed, Ready, Saved, Stopping, Requeued, Interrupted)
 
 
 @dataclass
@@ -74,17 +95,54 @@ class StageTime:
     stretches: list[Stretch] = field(default_factory=list)
 
     def take(self, event: Event, time: float, clock: Clock) -> None:
-        """One event of this stage, at its time."""
-        kind = event["event"]
+        """Account for one event of this stage."""
         if self.until is None:
-            if kind not in ("submitted", "started"):
+            if not isinstance(event, (Submitted, Started)):
                 return
-            self.until = time - (float(event.get("age", 0.0)) if kind == "started" else 0.0)
-        if kind in _OF_THE_ATTEMPT and event.get("attempt", self.attempt) != self.attempt:
-            return  # of an attempt that no longer owns the stage
-        getattr(self, f"_{kind}", self._other)(event, time, clock)
+            self.until = time - (event.age if isinstance(event, Started) else 0.0)
+        if isinstance(event, _BY_OWNER) and event.attempt not in ("", self.attempt):
+            return  # written by an attempt that no longer owns the stage
+        self._take(event, time, clock)
         if self.phase != "wait":
             self.last = time
+
+    def _take(self, event: Event, time: float, clock: Clock) -> None:
+        match event:
+            case Started():
+                self._started(event, time)
+            case Cancelled():
+                self._cancelled(event, time)
+            case Ended():
+                self._ended(event, time, clock)
+            case Retried():
+                self._retried(event, time)
+            case Submitting() | Submitted() | RetryRequested() | Stopped() | Refused() if (
+                self.phase == "wait"
+            ):
+                self._waited(time)
+                self.stands = isinstance(event, (Stopped, Refused))
+            case Interrupted():
+                if self.phase != "wait":
+                    self._over(time, STOPPED_HERE, event)
+                self.stands = True
+            case _ if self.phase == "wait":
+                pass  # late events of an attempt that is over
+            case Resumed():
+                self.resumed = event.place
+            case Ready() if self.phase == "start":
+                self._begin(time, event.place)
+            case Saved():
+                self._saved(event, time)
+            case Stopping():
+                self._stopping(event, time)
+            case Requeued():
+                self._over(time, event.reason or NO_WORD, event)
+            case Failed():
+                self._over(time, reasons.FAILED, event)
+            case Hang():
+                self._over(time, reasons.HANG, event)
+            case Finished():
+                self._finished(time)
 
     def let_go(self, stage: str, time: float) -> None:
         """A stage has finished, for which this one may have waited."""
@@ -98,7 +156,7 @@ class StageTime:
         if self.until is None:
             return
         if self.phase != "wait" and not at_work:
-            self._over(self.last, failures.CANCELLED_BY_TOOL if self.cancelled else NO_WORD, {})
+            self._over(self.last, reasons.CANCELLED_BY_TOOL if self.cancelled else NO_WORD)
         if self.phase == "wait":
             if queued or at_work:
                 self._waited(now)
@@ -119,114 +177,79 @@ class StageTime:
 
     # Events
 
-    def _started(self, event: Event, time: float, clock: Clock) -> None:
+    def _started(self, event: Started, time: float) -> None:
         if self.phase != "wait":
-            self._over(self.last, NO_WORD, {})
-        self._waited(max(self._at, time - float(event.get("age", 0.0))))
-        self.phase, self.attempt = "start", str(event.get("attempt", ""))
-        self.node = str(event.get("host", ""))
+            self._over(self.last, NO_WORD)
+        self._waited(max(self._at, time - event.age))
+        self.phase, self.attempt, self.node = "start", event.attempt, event.host
         self._spend("starting", time)
         self.saved = self.resumed = (0, 0)
         self.stands, self.cancelled, self.dropped = False, False, 0.0
         self.needs = set()
 
-    def _resumed(self, event: Event, time: float, clock: Clock) -> None:
-        self.resumed = _place(event)
-
-    def _ready(self, event: Event, time: float, clock: Clock) -> None:
-        if self.phase == "start":
-            self._begin(time, _place(event))
-
-    def _saved(self, event: Event, time: float, clock: Clock) -> None:
-        place, began = _place(event), time - float(event.get("seconds", 0.0))
+    def _saved(self, event: Saved, time: float) -> None:
+        place, began = event.place, time - event.seconds
         if self.phase == "start":  # an old ledger, without `ready`
             self._begin(began, self.resumed)
         if self.phase == "work":
             self._worked(began, place)
-            self._spend("saving", min(time, self._at + float(event.get("stall", 0.0))))
-        if self.phase != "wait":
-            self.saved = self.kept = place
+            self._spend("saving", min(time, self._at + event.stall))
+        self.saved = self.kept = place
 
-    def _stopping(self, event: Event, time: float, clock: Clock) -> None:
+    def _stopping(self, event: Stopping, time: float) -> None:
         if self.phase == "start":
             self._spend("starting", time)
         elif self.phase == "work":
-            dropped = float(event.get("dropped", 0.0))
-            self._worked(time - dropped, _place(event))
+            self._worked(time - event.dropped, event.place)
             self.dropped = self._spend("lost", time)
-        if self.phase != "wait":
-            self.phase = "save"
+        self.phase = "save"
 
-    def _requeued(self, event: Event, time: float, clock: Clock) -> None:
-        if self.phase != "wait":
-            self._over(time, str(event.get("reason", NO_WORD)), event)
-
-    def _interrupted(self, event: Event, time: float, clock: Clock) -> None:
-        if self.phase != "wait":
-            self._over(time, STOPPED_HERE, event)
-        self.stands = True
-
-    def _finished(self, event: Event, time: float, clock: Clock) -> None:
+    def _finished(self, time: float) -> None:
         if self.phase == "start":
             self._spend("starting", time)
         elif self.phase == "work":
             self._worked(time, _END)
         elif self.phase == "save":
             self._spend("saving", time)
-        if self.phase != "wait":
-            self.phase, self.judged, self.stands = "wait", True, True
+        self.phase, self.judged, self.stands = "wait", True, True
 
-    def _failed(self, event: Event, time: float, clock: Clock) -> None:
-        if self.phase != "wait":
-            self._over(time, failures.FAILED, event)
-
-    def _hang(self, event: Event, time: float, clock: Clock) -> None:
-        if self.phase != "wait":
-            self._over(time, failures.HANG, event)
-
-    def _cancelled(self, event: Event, time: float, clock: Clock) -> None:
+    def _cancelled(self, event: Cancelled, time: float) -> None:
         if self.phase == "wait":
             self._waited(time)
             self.stands = True
-        elif "attempt" in event:  # by hand, unless the tool has told of it before
+        elif event.attempt:  # by hand, unless the tool has told of it before
             tool = self.cancelled
-            self._over(time, failures.CANCELLED_BY_TOOL if tool else failures.CANCELLED_BY_HAND, event)
+            self._over(time, reasons.CANCELLED_BY_TOOL if tool else reasons.CANCELLED_BY_HAND, event)
             self.stands = True
         else:
             self.cancelled = True  # the ranks may save yet
 
-    def _ended(self, event: Event, time: float, clock: Clock) -> None:
+    def _ended(self, event: Ended, time: float, clock: Clock) -> None:
         if self.phase != "wait":
-            seen = clock.mended(self.attempt, float(event.get("seen") or 0.0))
+            seen = clock.corrected(self.attempt, event.seen or 0.0)
             end = time if self.phase == "start" else min(time, max(self.last, seen))
-            self._over(end, str(event.get("reason", NO_WORD)), event)
-        elif self.judged:  # it came to no attempt
+            self._over(end, event.reason or NO_WORD, event)
+        elif self.judged:  # no attempt started
             self._waited(time)
-            self.broken.append(_interruption(event, time, str(event.get("reason", NO_WORD)), ""))
+            self.broken.append(_interruption(event, time, event.reason or NO_WORD, ""))
         else:
-            said, reason = self.broken[-1], str(event.get("reason", ""))
-            # A failure is told apart from others by its judge; what all ranks agreed on needs none.
-            better = reason if said.reason in (failures.FAILED, NO_WORD) and reason else said.reason
-            node, step = str(event.get("node", "")) or said.node, max(said.step, int(event.get("step") or 0))
-            self.broken[-1] = replace(said, reason=better, node=node, step=step)
+            last = self.broken[-1]
+            # The judgement refines a failure; what all ranks agreed on needs none.
+            better = (
+                event.reason if last.reason in (reasons.FAILED, NO_WORD) and event.reason else last.reason
+            )
+            node, step = event.node or last.node, max(last.step, event.step)
+            self.broken[-1] = replace(last, reason=better, node=node, step=step)
         self.judged = True
         self._waited(time)
-        self.stands = "job_id" not in event  # here it is tried again by `retried` alone
+        self.stands = event.job_id is None  # without Slurm only `retried` starts it again
 
-    def _retried(self, event: Event, time: float, clock: Clock) -> None:
+    def _retried(self, event: Retried, time: float) -> None:
         if self.phase == "wait":
-            if "job_id" not in event:
-                self.stands = False  # what it waited for was the time to try again
-            self._other(event, time, clock)
-
-    def _other(self, event: Event, time: float, clock: Clock) -> None:
-        """Any other event only tells how the stage goes, sends it off or leaves it to a person."""
-        if self.phase == "wait":
+            if event.job_id is None:
+                self.stands = False  # it was waiting for the delay to pass
             self._waited(time)
-            if event["event"] in _SENT_OFF:
-                self.stands = False
-            elif event["event"] in ("stopped", "refused"):
-                self.stands = True
+            self.stands = False
 
     # Time
 
@@ -278,8 +301,8 @@ class StageTime:
             why = self.broken[work.broke]
             self.broken[work.broke] = replace(why, lost=why.lost + work.seconds)
 
-    def _over(self, time: float, reason: str, event: Event) -> None:
-        """The attempt has ended without finishing."""
+    def _over(self, time: float, reason: str, event: Event | None = None) -> None:
+        """The attempt has ended without finishing; ``event`` shows that."""
         if self.phase == "work":
             self._worked(time, None)
         else:
@@ -289,10 +312,6 @@ class StageTime:
         self.phase, self.judged, self.stands, self.dropped = "wait", False, False, 0.0
 
 
-def _place(event: Event) -> _Place:
-    return int(event.get("step") or 0), int(event.get("part") or 0)
-
-
-def _interruption(event: Event, time: float, reason: str, node: str, step: int = 0) -> Interruption:
-    node = str(event.get("node") or event.get("host") or node)
-    return Interruption(reason, time, node, max(step, int(event.get("step") or 0)))
+def _interruption(event: Event | None, time: float, reason: str, node: str, step: int = 0) -> Interruption:
+    node = getattr(event, "node", "") or getattr(event, "host", "") or node
+    return Interruption(reason, time, node, max(step, getattr(event, "step", 0)))

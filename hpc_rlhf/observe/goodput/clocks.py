@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
-Event = Mapping[str, Any]
+from hpc_rlhf.run.events import Event
+
 _Lines = tuple[
     str, float, float
 ]  # who wrote lines that follow each other, and when by their clock: earliest and latest
@@ -43,13 +43,13 @@ class Clock:
     def told(self) -> Iterator[tuple[Event, float]]:
         """The events in order, and when each was, in Unix seconds; not before the one before it."""
         for event, writer in zip(self._events, self._writers, strict=True):
-            time = self.mended(writer, float(event["time"]))
+            time = self.corrected(writer, event.time)
             if time < self.now - _CLOCKS_DIFFER and not writer.startswith(_NOBODY):
                 self._off[writer] = self._off.get(writer, 0.0) + self.now - time
             self.now = max(self.now, time)
             yield event, self.now
 
-    def mended(self, attempt: str, time: float) -> float:
+    def corrected(self, attempt: str, time: float) -> float:
         """A time by the clock of an attempt."""
         return time + self._off.get(attempt, 0.0)
 
@@ -58,7 +58,7 @@ def _writers(events: Sequence[Event]) -> list[str]:
     """Who wrote each: an attempt; or nobody known, who wrote the lines that follow each other."""
     writers: list[str] = []
     for at, event in enumerate(events):
-        name = str(event.get("attempt", ""))
+        name = getattr(event, "attempt", "")
         same = bool(writers) and writers[-1].startswith(_NOBODY)
         writers.append(name or (writers[-1] if same else f"{_NOBODY}{at}"))
     return writers
@@ -67,7 +67,7 @@ def _writers(events: Sequence[Event]) -> list[str]:
 def _lines(events: Sequence[Event], writers: Sequence[str]) -> list[_Lines]:
     lines: list[_Lines] = []
     for event, writer in zip(events, writers, strict=True):
-        time = float(event["time"])
+        time = event.time
         if lines and lines[-1][0] == writer:
             _, first, last = lines.pop()
             lines.append((writer, min(first, time), max(last, time)))

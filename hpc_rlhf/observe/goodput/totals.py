@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from hpc_rlhf.observe.format import duration
 from hpc_rlhf.observe.goodput.accounting import StageTime
-from hpc_rlhf.observe.goodput.clocks import Clock, Event
+from hpc_rlhf.observe.goodput.clocks import Clock
 from hpc_rlhf.observe.goodput.spans import Goodput, Interruption, Spans
+from hpc_rlhf.run.events import Event, Finished
 
 
 def measure(
@@ -33,13 +34,13 @@ def measure(
     stages = {stage: StageTime(set(needs[stage])) for stage in needs}
     clock = Clock(events, now)
     for event, time in clock.told():
-        stage = stages.get(event.get("stage", ""))
+        stage = stages.get(event.stage)
         if stage is None:
             continue
         stage.take(event, time, clock)
-        if event["event"] == "finished":
+        if isinstance(event, Finished):
             for other in stages.values():
-                other.let_go(event["stage"], time)
+                other.let_go(event.stage, time)
     for name, stage in stages.items():
         stage.close(max(now, clock.now), name in at_work, name in queued)
     return {name: stage.goodput() for name, stage in stages.items()}

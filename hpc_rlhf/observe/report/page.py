@@ -21,6 +21,7 @@ from hpc_rlhf.observe.report.charts import Chart, make_charts
 from hpc_rlhf.observe.report.thinning import MOST
 from hpc_rlhf.observe.status import read_plan, read_status
 from hpc_rlhf.observe.summary import stage_facts
+from hpc_rlhf.run.events import Started
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 
@@ -82,11 +83,11 @@ def _content(run: RunDir) -> dict[str, Any]:
     facts, report = stage_facts(run), _evaluation(run)
     goodput = {status.stage: status.goodput for status in statuses}
     whole = total(goodput)
-    started = [event for event in events if event["event"] == "started"]
+    started = [event for event in events if isinstance(event, Started)]
     charts = {
         job["stage"]: made
         for job in plan["jobs"]
-        if (made := _charts(run, job, [e for e in started if e.get("stage") == job["stage"]]))
+        if (made := _charts(run, job, [event for event in started if event.stage == job["stage"]]))
     }
     return {
         "name": plan["name"],
@@ -99,7 +100,7 @@ def _content(run: RunDir) -> dict[str, Any]:
         "timeline": timeline.make_timeline(
             goodput,
             {status.stage: "finished" if status.state == "done" else status.state for status in statuses},
-            {str(event.get("attempt")): str(event.get("host", "")) for event in started},
+            {event.attempt: event.host for event in started},
         ),
         "spans": timeline.WORDS,
         "width": timeline.WIDTH,
@@ -123,19 +124,19 @@ def _evaluation(run: RunDir) -> dict[str, Any] | None:
         return None
 
 
-def _charts(run: RunDir, job: dict[str, Any], started: list[dict[str, Any]]) -> list[Chart]:
+def _charts(run: RunDir, job: dict[str, Any], started: list[Started]) -> list[Chart]:
     try:
         text = run.stage(job["stage"]).metrics.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return make_charts(text, job["stage"], job["batch"]["global"], [event["time"] for event in started])
+    return make_charts(text, job["stage"], job["batch"]["global"], [event.time for event in started])
 
 
-def _versions(started: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _versions(started: list[Started]) -> list[tuple[str, str]]:
     """What the attempts ran with: every version that any of them had, the latest last."""
     found: dict[str, dict[str, None]] = {}
     for event in started:
-        for name, version in event.get("versions", {}).items():
+        for name, version in event.versions.items():
             found.setdefault(name, {})[str(version)] = None
     return [(name, ", then ".join(versions)) for name, versions in found.items()]
 

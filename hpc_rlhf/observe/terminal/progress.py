@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.observe.format import duration, number
 from hpc_rlhf.observe.metrics import TELLING, MetricsReader
+from hpc_rlhf.run.events import Resumed, Started
+from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.run.ledger import Ledger
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -36,7 +37,7 @@ class StageView:
 
     def __post_init__(self) -> None:
         self._metrics = MetricsReader(self.run.stage(self.stage).metrics, self.stage)
-        self._events_before = len(list(Ledger(self.run.ledger).events(self.stage)))
+        self._events_before = len(StageHistory.read(self.run, self.stage).events)
 
     def update(self) -> None:
         for row in self._metrics.news()[0]:
@@ -71,12 +72,10 @@ class StageView:
 
     def _phase(self) -> str:
         phase = f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"
-        for record in list(Ledger(self.run.ledger).events(self.stage))[self._events_before :]:
-            if record["event"] == "started":
-                phase = "loading data and model"
-            elif record["event"] == "resumed":
-                phase = f"going on from step {record['step']}"
-        return phase
+        event = StageHistory.read(self.run, self.stage).after(self._events_before).last(Started, Resumed)
+        if isinstance(event, Resumed):
+            return f"going on from step {event.step}"
+        return phase if event is None else "loading data and model"
 
 
 class PlainProgress:

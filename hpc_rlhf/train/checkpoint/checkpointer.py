@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from hpc_rlhf.run.events import AttemptEvent, Ready, Resumed, Saved, Stopping
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.train.checkpoint.schedule import CheckpointSchedule, Deadline
 from hpc_rlhf.train.checkpoint.store import Checkpoint, CheckpointStore, Take
@@ -66,9 +67,9 @@ class Checkpointer:
         self._point_time = 0.0
         self._saving: _Saving | None = None
         stop.save = self._save_and_record
-        last_save = ledger.last("saved", stage) or {}
-        schedule.cost = float(last_save.get("stall", schedule.cost))
-        self.deadline.save = float(last_save.get("seconds", 0.0))
+        last_save = ledger.last(Saved, stage)
+        if last_save is not None:
+            schedule.cost, self.deadline.save = last_save.stall, last_save.seconds
 
     @property
     def is_main(self) -> bool:
@@ -87,7 +88,7 @@ class Checkpointer:
             load(checkpoint)
             self._seconds_before = float(checkpoint.state.get("seconds", 0.0))
             self.resumed = checkpoint.step
-            self._record("resumed", **_place(checkpoint))
+            self._record(Resumed(step=checkpoint.step, part=checkpoint.part))
         return checkpoint
 
     def safe_point(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> None:
@@ -107,7 +108,7 @@ class Checkpointer:
         point = self._point = SafePoint(step, take, state, part)
         self._point_time = time.monotonic()
         if first:
-            self._record("ready", **_place(point))
+            self._record(Ready(step=point.step, part=point.part))
         due = False
         if self.is_main:
             if self.deadline.reached_at(part):
@@ -133,7 +134,8 @@ class Checkpointer:
         stall, seconds = saving.stall + end - start, end - saving.began
         self.schedule.saved(stall)
         self.deadline.save = max(self.deadline.save, seconds)
-        self._record("saved", **_place(saving.point), seconds=round(seconds, 3), stall=round(stall, 3))
+        step, part = saving.point.step, saving.point.part
+        self._record(Saved(step=step, part=part, seconds=round(seconds, 3), stall=round(stall, 3)))
 
     def _begin(self, point: SafePoint, apart: bool) -> None:
         """Begin to save, unless that place is saved already. Collective."""
@@ -146,20 +148,15 @@ class Checkpointer:
     def _save_and_record(self, reason: str) -> int:
         """Save the last safe point because the attempt stops; gives its step. Collective."""
         point = self._point
-        place = _place(point) if point else {"step": self.resumed}
+        step, part = (point.step, point.part) if point else (self.resumed, 0)
         discarded = round(time.monotonic() - self._point_time, 3) if point else 0.0
-        self._record("stopping", **place, reason=reason, dropped=discarded)
+        self._record(Stopping(step=step, part=part, reason=reason, dropped=discarded))
         self.commit()
         if point:
             self._begin(point, apart=False)
             self.commit()
-        return place["step"]
+        return step
 
-    def _record(self, event: str, **facts: Any) -> None:
+    def _record(self, event: AttemptEvent) -> None:
         if self.is_main:
-            self.ledger.append(event, self.stage, attempt=self.store.attempt, **facts)
-
-
-def _place(point: SafePoint | Checkpoint) -> dict[str, int]:
-    """A step and part, as in ledger events."""
-    return {"step": point.step, **({"part": point.part} if point.part else {})}
+            self.ledger.append(replace(event, stage=self.stage, attempt=self.store.attempt))

@@ -21,6 +21,7 @@ def rank() -> int:
 
 
 def run_stage(run_dir: str, stage: str) -> None:
+    from hpc_rlhf.run.events import Started
     from hpc_rlhf.run.layout import RunDir
     from hpc_rlhf.run.ledger import Ledger
 
@@ -30,7 +31,7 @@ def run_stage(run_dir: str, stage: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: heard.append(number))
     if rank() == 0:
-        Ledger(run.ledger).append("started", stage)
+        Ledger(run.ledger).append(Started(stage))
     globals()[os.environ.get(f"FAKE_{stage.upper()}", "finish")](run, stage)
 
 
@@ -52,14 +53,15 @@ def finish(run, stage) -> None:
 
 def until_told(run, stage) -> None:
     """Goes on until it is told to stop; takes longer to save than submitit's controller would allow."""
+    from hpc_rlhf.run.events import Interrupted, Saved
     from hpc_rlhf.run.ledger import Ledger
 
     while not heard:
         time.sleep(0.05)
     time.sleep(2.5)
     if rank() == 0:
-        Ledger(run.ledger).append("saved", stage, step=7)
-        Ledger(run.ledger).append("interrupted", stage, step=7)
+        Ledger(run.ledger).append(Saved(stage, step=7))
+        Ledger(run.ledger).append(Interrupted(stage, step=7))
     sys.exit(75)
 
 
@@ -79,10 +81,11 @@ def one_killed(run, stage) -> None:
 
 def killed_beside_another(run, stage) -> None:
     """As rank 1 is killed, the ranks of a launcher that was killed before come to their last word."""
+    from hpc_rlhf.run.events import Interrupted
     from hpc_rlhf.run.ledger import Ledger
 
     if rank() == 0:
-        Ledger(run.ledger).append("interrupted", stage, attempt="another", step=3)
+        Ledger(run.ledger).append(Interrupted(stage, attempt="another", step=3))
         (run.path / "said").touch()
     while not (run.path / "said").exists():
         time.sleep(0.05)
@@ -97,27 +100,29 @@ def killed_once(run, stage) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     from hpc_rlhf.run.ledger import Ledger
 
-    if rank() == 0 and sum(event["event"] == "started" for event in Ledger(run.ledger).events(stage)) == 1:
+    if rank() == 0 and sum(event.name == "started" for event in Ledger(run.ledger).events(stage)) == 1:
         return
     finish(run, stage)
 
 
 def mistaken(run, stage) -> None:
     """Finds a mistake of the user's, as the real stages report one."""
+    from hpc_rlhf.run.events import Failed
     from hpc_rlhf.run.ledger import Ledger
 
     if rank() == 0:
-        Ledger(run.ledger).append("failed", stage, message="data.json: no such file", exit_code=2)
+        Ledger(run.ledger).append(Failed(stage, message="data.json: no such file", exit_code=2))
     sys.exit(2)
 
 
 def stranded(run, stage) -> None:
     """Rank 1 fails; rank 0 loses touch with it a little later."""
+    from hpc_rlhf.run.events import Failed
     from hpc_rlhf.run.ledger import Ledger
 
     time.sleep(0.5 if rank() == 0 else 0)
     message = "RuntimeError: connection closed" if rank() == 0 else "OSError: disk full"
-    Ledger(run.ledger).append("failed", stage, message=message, exit_code=1)
+    Ledger(run.ledger).append(Failed(stage, message=message, exit_code=1))
     raise RuntimeError(message)
 
 

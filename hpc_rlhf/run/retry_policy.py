@@ -1,0 +1,146 @@
+"""Decides from its history whether a stage gets another attempt, when and where. Pure.
+
+These are the only retry rules. Healing and local runs ask with the judged end of the last attempt, an attempt that
+stops by itself asks before it requeues its job.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from hpc_rlhf.run.events import Ended, Requeued
+from hpc_rlhf.run.history import StageHistory
+from hpc_rlhf.run.reasons import BLAMELESS, FINAL, ON_A_NODE, TIME_LIMIT, USER_ERROR
+
+_GROWTH = 4
+_LONGEST_DELAY = 3600
+_TRIES = 2
+_RECENT = 4  # endings
+
+
+class StopKind(Enum):
+    """Why there is no other attempt."""
+
+    USER_ERROR = auto()
+    FINAL = auto()  # cancelled, or past its deadline
+    TIME_LIMIT_IN_VAIN = auto()
+    SAME_FAILURE_TWICE = auto()
+    NO_PROGRESS = auto()
+    BUDGET_SPENT = auto()
+    REFUSED = auto()  # by sbatch
+    HEALING_DISABLED = auto()
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Try again.
+
+    Attributes:
+        delay: seconds to wait first.
+        without: nodes not to use.
+    """
+
+    delay: int = 0
+    without: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Leave the stage to the user.
+
+    Attributes:
+        why: a sentence.
+        hint: what helps, where the reason alone does not show that.
+    """
+
+    kind: StopKind
+    why: str
+    hint: str = ""
+
+    @property
+    def message(self) -> str:
+        return f"{self.why}: {self.hint}" if self.hint else self.why
+
+
+def decide(
+    window: StageHistory, max_requeues: int, backoff: int = 0, stopping: Requeued | None = None
+) -> Retry | Stop:
+    """Whether a stage gets another attempt.
+
+    Args:
+        window: the stage's events since the user last submitted it (`StageHistory.since_user`).
+        max_requeues: how often a stage may come back.
+        backoff: seconds to wait after the first attempt without progress.
+        stopping: how the attempt that asks is about to end; without it the last ``ended`` of the window is judged.
+    """
+    endings = window.all(Ended)
+    last = stopping or endings[-1]
+    if last.reason in FINAL:
+        return Stop(StopKind.USER_ERROR if last.reason == USER_ERROR else StopKind.FINAL, _sentence(last))
+    if last.reason == TIME_LIMIT:
+        events = [*window.events, stopping] if stopping else window.events
+        if StageHistory(events).timeouts_in_vain >= _TRIES:
+            return Stop(
+                StopKind.TIME_LIMIT_IN_VAIN,
+                f"two attempts in a row hit the time limit before they could save anything new, the last one at "
+                f"step {last.step}",
+                "raise slurm.time, or make a step shorter: a smaller global batch, shorter responses, or more GPUs",
+            )
+    if isinstance(last, Ended) and last.reason not in BLAMELESS:
+        blamed = [ending for ending in endings if ending.reason not in BLAMELESS]
+        if len(blamed) > 1 and _is_same(blamed[-2], last):
+            return Stop(StopKind.SAME_FAILURE_TWICE, _sentence(last, f"twice at step {last.step}"))
+        recent = endings[len(endings) - _without_progress(endings) :]
+        if sum(ending.reason not in BLAMELESS for ending in recent) >= _TRIES:
+            return Stop(
+                StopKind.NO_PROGRESS,
+                f"two attempts in a row saved no new step; the last one ended at step {last.step} by: "
+                f"{_sentence(last)}",
+            )
+    if window.requeues >= max_requeues:
+        return Stop(
+            StopKind.BUDGET_SPENT,
+            f"it was requeued {window.requeues} times, all that slurm.max_requeues allows; the last attempt ended by: "
+            f"{_sentence(last)}",
+        )
+    in_vain = _without_progress(endings)
+    delay = min(backoff * _GROWTH ** (in_vain - 1), _LONGEST_DELAY) if in_vain else 0
+    return Retry(delay, _bad_nodes(endings))
+
+
+def _without_progress(endings: Sequence[Ended]) -> int:
+    """How many attempts in a row, up to the last, ended without progress."""
+    count = 0
+    for ending in reversed(endings):
+        if ending.progress:
+            break
+        count += 1
+    return count
+
+
+def _is_same(one: Ended, other: Ended) -> bool:
+    return (one.reason, one.step, _gist(one)) == (other.reason, other.step, _gist(other))
+
+
+def _gist(ending: Ended) -> str:
+    """A message without what differs between attempts: numbers, addresses, the node."""
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", ending.message.replace(ending.node or "\0", ""))
+
+
+def _bad_nodes(endings: Sequence[Ended]) -> tuple[str, ...]:
+    """Nodes on which recent attempts ended more than once, for a reason that may lie in the node.
+
+    Only recent ones: over a long run every node fails some time, and a stage that may use none does not start.
+    """
+    blamed = [ending.node for ending in endings if ending.reason in ON_A_NODE and ending.node]
+    return tuple(sorted(node for node, times in Counter(blamed[-_RECENT:]).items() if times > 1))
+
+
+def _sentence(ending: Ended | Requeued, when: str = "") -> str:
+    how = f"{ending.reason} {when}".strip()
+    message = ending.message if isinstance(ending, Ended) else ""
+    return f"{how}: {message}" if message else how
