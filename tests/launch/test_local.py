@@ -118,7 +118,7 @@ def test_what_failed_is_tried_again_but_not_when_it_fails_alike(here: Here) -> N
     code, _, err = here.finish("run", "job.yaml", *heal, FAKE_SFT="killed_once", FAKE_REWARD="stranded")
     assert code == 1
     assert "sft: killed: rank 1 was ended by SIGKILL" in err
-    assert "reward: failed: OSError: disk full; tried again" in err
+    assert "reward: failed: OSError: disk full; retrying" in err
     assert "error: reward: OSError: disk full" in err
     turns = here.events("started", "ended", "retried")
     tried = ["started", "ended", "retried", "started"]
