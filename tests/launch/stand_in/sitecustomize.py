@@ -29,6 +29,7 @@ def run_stage(run_dir: str, stage: str) -> None:
 
 def run(self) -> None:
     from hpc_rlhf.run import manifest
+    from hpc_rlhf.run.events import Finished, Started
     from hpc_rlhf.slurm import commands as slurm
     from hpc_rlhf.spec.load import read_spec
     from hpc_rlhf.train import job_start
@@ -36,7 +37,7 @@ def run(self) -> None:
     spec = read_spec(self.files.job_yaml)
     self.is_main = True
     job_start.note_ending_before(self.files, self.stage, self.job, self.restarts)
-    self.note("started", job_id=self.job, restart=self.restarts, ranks=1, host=self.host, age=0)
+    self.note(Started(job_id=self.job, restart=self.restarts, ranks=1, host=self.host))
     if slurm.was_preempted(self.job):
         self.stop.preempt()
     job_start.put_sentinel_back(self.files, self.stage, self.job)
@@ -47,13 +48,14 @@ def run(self) -> None:
     files.model.mkdir(exist_ok=True)
     (files.model / "weights").write_text("w")
     manifest.write(files.model, {"step": STEPS, "seconds": 1})
-    self.note("finished", step=STEPS, seconds=1)
+    self.note(Finished(step=STEPS, seconds=1))
     if self.stop.preempted:
         self.requeue(STEPS, "preempted")
 
 
 def train(self, spec) -> None:
     """The steps after the last saved one. Raises what a stage raises that was told to stop, once that is saved."""
+    from hpc_rlhf.run.events import Resumed, Saved
     from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, StageStopped
 
     files = self.files.stage(self.stage)
@@ -61,11 +63,11 @@ def train(self, spec) -> None:
 
     def save(step: int) -> None:
         kept.write_text(str(step))
-        self.note("saved", step=step, seconds=0)
+        self.note(Saved(step=step))
 
     done = int(kept.read_text()) if kept.exists() else 0
     if done:
-        self.note("resumed", step=done)
+        self.note(Resumed(step=done))
     for step in range(done + 1, STEPS + 1):
         time.sleep(SECONDS)
         stumble(self, step)
