@@ -91,14 +91,14 @@ class DeepSpeedRLHFEngine:
     ) -> None:  # fmt: skip
         self.spec = _settings(args or {})
         self.max_prompt_tokens, self.max_answer_tokens, self.seed = max_prompt_tokens, max_answer_tokens, seed
-        self.world = worlds.join(launcher_ranks()[1]).grouped(self.spec.tensor_parallel)
+        self.world = worlds.join(launcher_ranks()[1]).with_tensor_parallel(self.spec.tensor_parallel)
         if tokenizer is None or isinstance(tokenizer, str):
             source = tokenizer or actor_model_name_or_path
             tokenizer = load_tokenizer(source, iter(()), Path(source), self.world)
         self.tokenizer = follow(tokenizer, "auto")
         _check_reward_model(critic_model_name_or_path)
         batch = Batch(
-            self.spec.micro_batch, 1, self.world.data_size, self.spec.micro_batch * self.world.data_size
+            self.spec.micro_batch, 1, self.world.dims.data, self.spec.micro_batch * self.world.dims.data
         )
         job = PlannedJob("ppo", "ppo", (), self.spec.slurm, batch)
         start = Start(
@@ -134,7 +134,7 @@ class DeepSpeedPPOTrainer:
         self.engine = engine
         world, longest = engine.world, engine.max_prompt_tokens + engine.max_answer_tokens
         sizes = Sizes(
-            engine.spec.micro_batch * longest, engine.max_answer_tokens, ROWS, float(world.data_size)
+            engine.spec.micro_batch * longest, engine.max_answer_tokens, ROWS, float(world.dims.data)
         )
         self._steps = PpoTrainer(engine.spec, engine.models, engine.tokenizer, sizes, world)
         self._batches = 0
@@ -161,11 +161,11 @@ class DeepSpeedPPOTrainer:
                 where="prompt_batch",
                 hint=f"give every rank the same number, a multiple of minibatches, {engine.spec.minibatches}",
             )
-        if any(other != prompts for other in world.gather_group(prompts)):
+        if any(other != prompts for other in world.gather_tensor_group(prompts)):
             raise HpcRlhfError(
                 "ranks that share layers have different prompts",
                 where="prompt_batch",
-                hint=f"give each {world.tensor_parallel} neighbouring ranks, a tensor_parallel group, the same",
+                hint=f"give each {world.dims.tensor} neighbouring ranks, a tensor_parallel group, the same",
             )
         keys: list[tuple[object, ...]] = [
             (engine.seed, "rollout", self._batches, world.data_rank, row) for row in range(len(prompts))

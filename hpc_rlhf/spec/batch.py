@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 
@@ -22,6 +24,27 @@ class Batch:
     accumulation: int
     ranks: int
     global_: int
+
+    def check_ds_config(self, config: Mapping[str, object], where: str) -> None:
+        """Check the batch sizes of a rendered DeepSpeed config.
+
+        Raises:
+            HpcRlhfError: they are not these.
+        """
+        sizes = {
+            "train_micro_batch_size_per_gpu": self.micro,
+            "gradient_accumulation_steps": self.accumulation,
+            "train_batch_size": self.global_,
+        }
+        for key, size in sizes.items():
+            default = size if key == "train_batch_size" else None
+            if config.get(key, default) != size:
+                raise HpcRlhfError(
+                    f"{key} is {config.get(key, 'missing')}, and must be {size}, as the job spec sets it",
+                    where=where,
+                    hint="render batch.micro and batch.accumulation in templates/ds_config.json.j2; "
+                    "set micro_batch and global_batch in the job spec",
+                )
 
 
 def data_ranks(stage: StageSpec, name: str) -> int:

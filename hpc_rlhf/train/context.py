@@ -13,6 +13,7 @@ import torch
 
 from hpc_rlhf.run.layout import RunDir, StageDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelRef
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 from hpc_rlhf.train.checkpoint.checkpointer import Checkpointer
@@ -53,14 +54,12 @@ class StageContext:
     def __post_init__(self) -> None:
         self.stage_spec: StageSpec = self.spec.stage(self.stage)
         self.files: StageDir = self.run.stage(self.stage)
-        self.ds_configs: dict[str, dict[str, Any]] = {
-            model: json.loads(self.run.ds_config(self.stage, model).read_text())
-            for model in self.stage_spec.strategies
-        }
+        self.batch = derive_batch(self.stage_spec, self.stage)
+        self.ds_configs = {model: self._read_ds_config(model) for model in self.stage_spec.strategies}
         schedule, keep = CheckpointSchedule(steps=1), 2  # without training, a checkpoint is small
         if isinstance(self.stage_spec, TrainingSpec):
             schedule, keep = CheckpointSchedule.of(self.stage_spec), self.stage_spec.keep_checkpoints
-            self.world = self.world.grouped(self.stage_spec.tensor_parallel)
+            self.world = self.world.with_tensor_parallel(self.stage_spec.tensor_parallel)
         store = CheckpointStore(
             self.files.checkpoints, self.attempt, keep, self.world, self.stage_spec.slurm.tasks_per_node
         )
@@ -70,27 +69,18 @@ class StageContext:
         )
         self.trackers: Trackers | None = None
 
+    def _read_ds_config(self, model: str) -> dict[str, Any]:
+        path = self.run.ds_config(self.stage, model)
+        config: dict[str, Any] = json.loads(path.read_text())
+        self.batch.check_ds_config(config, str(path))
+        return config
+
     # Batches and types
 
     @property
     def ds_config(self) -> dict[str, Any]:
         """DeepSpeed's, of the model that the stage trains."""
         return self.ds_configs[""]
-
-    @property
-    def micro(self) -> int:
-        """Samples of a micro-batch."""
-        return int(self.ds_config["train_micro_batch_size_per_gpu"])
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of an optimizer step on each rank."""
-        return int(self.ds_config["gradient_accumulation_steps"])
-
-    @property
-    def per_step(self) -> int:
-        """Samples of an optimizer step over all ranks."""
-        return self.micro * self.accumulation * self.world.data_size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +90,7 @@ class StageContext:
     def loss_scale(self) -> float:
         """Factor for a loss that is divided by the global token count: DeepSpeed divides gradients by the number of
         ranks and losses by the number of micro-batches."""
-        return float(self.world.data_size * self.accumulation)
+        return float(self.batch.ranks * self.batch.accumulation)
 
     @property
     def longest(self) -> int:

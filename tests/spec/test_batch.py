@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.stages import SftSpec
 
@@ -46,3 +47,34 @@ def test_every_fix_named_works(micro: int, ranks: int, total: int) -> None:
             stage(micro, ranks, int(value)) if field == "global_batch" else stage(int(value), ranks, total)
         )
         derive_batch(fixed, "sft")
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}, None),
+        (
+            {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3, "train_batch_size": 24},
+            None,
+        ),
+        (
+            {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 6},
+            "per_gpu is 2, and must be 4",
+        ),
+        ({"train_micro_batch_size_per_gpu": 4}, "accumulation_steps is missing, and must be 3"),
+        (
+            {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3, "train_batch_size": 12},
+            "train_batch_size is 12, and must be 24",
+        ),
+    ],
+)
+def test_a_rendered_deepspeed_config_must_have_the_specs_batch(
+    config: dict[str, int], complaint: str | None
+) -> None:
+    batch = derive_batch(stage(4, 2, 24), "sft")
+    if complaint is None:
+        batch.check_ds_config(config, "a.json")
+        return
+    with pytest.raises(HpcRlhfError, match=complaint) as caught:
+        batch.check_ds_config(config, "a.json")
+    assert caught.value.exit_code == 2

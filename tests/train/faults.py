@@ -21,6 +21,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
 from hpc_rlhf.train.runtime.stop_signals import StopFlag
 from tests.train.stages import make_run, tiny_spec
 
@@ -32,7 +33,7 @@ class Alone(SimpleNamespace):
     """A world of one rank, which can be forked."""
 
     def __init__(self) -> None:
-        super().__init__(rank=0, size=1, data_rank=0, data_size=1, tensor_parallel=1, is_main=True)
+        super().__init__(rank=0, size=1, data_rank=0, dims=ParallelDims(1), is_main=True)
 
     def on_main(self, make: Any) -> Any:
         return make()
@@ -40,7 +41,7 @@ class Alone(SimpleNamespace):
     def gather(self, thing: Any) -> list[Any]:
         return [thing]
 
-    def grouped(self, _: int) -> Alone:
+    def with_tensor_parallel(self, _: int) -> Alone:
         return self
 
 

@@ -22,6 +22,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
 from hpc_rlhf.train.runtime.stop_signals import StopFlag
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages import common, sft
@@ -106,7 +107,7 @@ def main(folder: Path) -> dict[str, Any]:
     )
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    world = Alone(0, 1, 0, torch.device("cpu"), dist.group.WORLD)
+    world = Alone(0, ParallelDims(1), 0, torch.device("cpu"), dist.group.WORLD)
     common.EVALUATED = 4  # what is held out is not what this is about
     faults = ctypes.CDLL(None)
     fields = {"checkpoint_every": 1, "max_steps": STEPS, "zero": 1}

@@ -55,7 +55,7 @@ def write(
     for rank, share in enumerate(shares):
         for key, start, count in share:
             parts.setdefault(_whole(key, rank, world), []).append((start, count, rank))
-    index = {"tensor_parallel": world.tensor_parallel, "facts": facts, "parts": parts}
+    index = {"tensor_parallel": world.dims.tensor, "facts": facts, "parts": parts}
     snapshot.data(f"{folder}/{INDEX}", json.dumps(index).encode())
 
 
@@ -74,7 +74,7 @@ def read(folder: Path, pieces: Sequence[Piece], world: World) -> None:
     from safetensors import safe_open
 
     index = json.loads((folder / INDEX).read_text())
-    if index["tensor_parallel"] != world.tensor_parallel:
+    if index["tensor_parallel"] != world.dims.tensor:
         raise _unfit(folder, f"it was made with tensor_parallel: {index['tensor_parallel']}")
     wanted: dict[int, list[tuple[Piece, int, int, int]]] = {}
     for piece in pieces:
@@ -95,7 +95,7 @@ def read(folder: Path, pieces: Sequence[Piece], world: World) -> None:
 
 def _whole(key: str, rank: int, world: World) -> str:
     """What the index calls a rank's tensor: the places of a tensor-parallel group have different ones of one name."""
-    return f"{key}@{rank % world.tensor_parallel}" if world.tensor_parallel > 1 else key
+    return f"{key}@{world.dims.coordinate('tensor', rank)}" if world.dims.tensor > 1 else key
 
 
 def _file(rank: int) -> str:

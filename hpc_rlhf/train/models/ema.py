@@ -37,7 +37,7 @@ class Ema:
         return parameter.ds_tensor.detach() if hasattr(parameter, "ds_id") else parameter.detach()
 
     def _owner(self, i: int) -> int:
-        return i % self.world.data_size
+        return i % self.world.dims.data
 
     def _owned(self) -> Iterator[tuple[int, nn.Parameter]]:
         for i, parameter in enumerate(self.parameters):
@@ -53,7 +53,7 @@ class Ema:
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within it the model has the averaged weights. Collective."""
-        group = replicas(self.world.tensor_parallel)
+        group = replicas(self.world.dims.tensor)
         kept = [self._weight(parameter).to("cpu", copy=True) for parameter in self.parameters]
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):

@@ -74,7 +74,7 @@ def _of_replicas(engine: Any, world: World) -> Iterator[Piece]:
     masters = dict(_masters(engine))
     for number, (name, parameter) in enumerate(_trained(engine)):
         master = masters[parameter]
-        mine = number % world.data_size == world.data_rank
+        mine = number % world.dims.data == world.data_rank
         yield Piece(f"weight {name}", 0, master.detach().view(-1), mine)
         for key, moment in _moments(engine, master):
             yield Piece(f"{key} {name}", 0, moment.view(-1), mine)

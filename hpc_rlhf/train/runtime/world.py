@@ -1,4 +1,4 @@
-"""The ranks of a stage: who they are, and what they tell each other."""
+"""The ranks of a stage: how they join, and how they communicate."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ import torch.distributed as dist
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
+from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
 from hpc_rlhf.train.runtime.stop_signals import Interrupted
 
 T = TypeVar("T")
 
-# One rank may tokenise a large data set while the others wait for it.
+# One rank may tokenize a large data set while the others wait for it.
 CONTROL_TIMEOUT = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks.
-
-    Neighbouring ranks that share every layer (tensor parallelism) are a group; without it each rank is one. A group
-    has the same samples and random numbers on all its ranks, so what goes by samples goes by ``data_rank`` and
-    ``data_size``.
+    """This process among the ranks: who it is, where its tensors are, and how it communicates.
 
     Attributes:
         rank: 0 <= rank < size.
-        device: where this rank's tensors live.
-        control: a gloo group for small messages, which works on CPU tensors under any backend.
-        tensor_parallel: ranks of a group.
+        dims: how the ranks are laid out.
+        device: where this rank's tensors are.
+        control: a gloo group for small messages, which takes CPU tensors under any backend.
     """
 
     rank: int
-    size: int
+    dims: ParallelDims
     local_rank: int
     device: torch.device
     control: Any
-    tensor_parallel: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.dims.size
 
     @property
     def is_main(self) -> bool:
@@ -50,32 +50,16 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        """This rank's group."""
-        return self.rank // self.tensor_parallel
+        """Which share of the samples this rank works on."""
+        return self.dims.coordinate("data", self.rank)
 
-    @property
-    def data_size(self) -> int:
-        """Number of groups."""
-        return self.size // self.tensor_parallel
-
-    @property
-    def tensor_rank(self) -> int:
-        """This rank's place in its group."""
-        return self.rank % self.tensor_parallel
-
-    def grouped(self, tensor_parallel: int) -> World:
-        """The same ranks in groups that share layers.
+    def with_tensor_parallel(self, tensor: int) -> World:
+        """The same ranks, laid out in groups that share layers.
 
         Raises:
-            HpcRlhfError: they do not come out even.
+            HpcRlhfError: they cannot be divided into such groups.
         """
-        if self.size % tensor_parallel:
-            raise HpcRlhfError(
-                f"{self.size} ranks are no whole groups of {tensor_parallel}",
-                where="tensor_parallel",
-                hint="start a multiple of tensor_parallel ranks",
-            )
-        return replace(self, tensor_parallel=tensor_parallel)
+        return replace(self, dims=ParallelDims.of(self.size, tensor))
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -87,45 +71,47 @@ class World:
         return int(tensor.item())
 
     def sums(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Each number summed over all samples, those of a group counted once, in float64; every rank gives the same keys."""
-        tensor = torch.tensor(list(numbers.values()), dtype=torch.float64) * (self.tensor_rank == 0)
+        """Each number summed over all samples, in float64. All ranks pass the same keys; each sample counts once."""
+        owner = self.rank in self.dims.sample_owners
+        tensor = torch.tensor(list(numbers.values()), dtype=torch.float64) * owner
         dist.all_reduce(tensor, group=self.control)
         return dict(zip(numbers, tensor.tolist(), strict=True))
 
-    def gather(self, thing: T) -> list[T]:
-        """Every rank's thing, in rank order, on every rank."""
-        things: list[Any] = [None] * self.size
-        dist.all_gather_object(things, thing, group=self.control)
-        return things
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
-    def gather_data(self, thing: T) -> list[T]:
-        """Every group's thing, in the groups' order, on every rank."""
-        return self.gather(thing)[:: self.tensor_parallel]
+    def gather_data(self, value: T) -> list[T]:
+        """The value of one rank for each share of the samples, in order of the shares, on every rank."""
+        values = self.gather(value)
+        return [values[rank] for rank in self.dims.sample_owners]
 
-    def gather_group(self, thing: T) -> list[T]:
-        """What each rank of this rank's group has, in rank order. Collective over all ranks."""
-        first = self.data_rank * self.tensor_parallel
-        return self.gather(thing)[first : first + self.tensor_parallel]
+    def gather_tensor_group(self, value: T) -> list[T]:
+        """The values of this rank's tensor-parallel group, in rank order. Collective over all ranks."""
+        values = self.gather(value)
+        return [values[rank] for rank in self.dims.group("tensor", self.rank)]
 
     def on_main(self, make: Callable[[], T]) -> T:
-        """Rank 0's result, on every rank. Interrupted, or an error that a person can mend, is raised on every rank."""
-        answer: list[Any] = [None, None]
+        """Rank 0's result, on every rank. Interrupted and user errors are raised on every rank, too."""
+        outcome: list[Any] = [None, None]
         if self.is_main:
             try:
-                answer[0] = make()
+                outcome[0] = make()
             except Interrupted:
-                answer[1] = ()
+                outcome[1] = ()
             except HpcRlhfError as error:
-                answer[1] = (error.message, error.where, error.hint, error.exit_code)
+                outcome[1] = (error.message, error.where, error.hint, error.exit_code)
             except OSError as error:
-                hint = "mend it, or make room, and run the stage again"
-                answer[1] = (f"the file system refused: {error}", socket.gethostname(), hint, RUN_FAILED)
-        dist.broadcast_object_list(answer, src=0, group=self.control)
-        if answer[1] == ():
+                hint = "fix it, or free some space, and run the stage again"
+                outcome[1] = (f"the file system refused: {error}", socket.gethostname(), hint, RUN_FAILED)
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] == ():
             raise Interrupted
-        if answer[1] is not None:
-            raise HpcRlhfError(*answer[1])
-        return answer[0]
+        if outcome[1] is not None:
+            raise HpcRlhfError(*outcome[1])
+        return outcome[0]
 
 
 def join(expected_ranks: int) -> World:
@@ -159,7 +145,7 @@ def join(expected_ranks: int) -> World:
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     return World(
         rank=rank,
-        size=size,
+        dims=ParallelDims(size),
         local_rank=local_rank,
         device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
         control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),

@@ -62,7 +62,7 @@ class Batches:
 
     def indices(self, step: int) -> list[int]:
         """The rows of a step over all ranks, the same on any number of them."""
-        count, seed, size = len(self.lengths), self.context.spec.seed, self.context.per_step
+        count, seed, size = len(self.lengths), self.context.spec.seed, self.context.batch.global_
         return [sample_at(p, count, seed, self.purpose) for p in range(step * size, (step + 1) * size)]
 
     def step(self, data: Any, step: int) -> list[tuple[list[dict[str, Any]], bool]]:
@@ -84,7 +84,7 @@ class Batches:
         """
         world = self.context.world
         lengths = [int(self.lengths[i]) for i in indices]
-        for chosen in plan_step(lengths, world.data_size, self.budget)[world.data_rank]:
+        for chosen in plan_step(lengths, world.dims.data, self.budget)[world.data_rank]:
             yield [indices[i] for i in chosen or [0]], bool(chosen)
 
 

@@ -135,8 +135,8 @@ def run(context: StageContext) -> None:
 
     # 1. Data.
     data = context.data()
-    total = total_steps(len(data.train), spec.epochs, context.per_step, spec.max_steps)
-    budget = 2 * context.micro * context.longest
+    total = total_steps(len(data.train), spec.epochs, context.batch.global_, spec.max_steps)
+    budget = 2 * context.batch.micro * context.longest
     batches = Batches(context, "dpo", pair_lengths(data.train), budget)
 
     # 2. The policy and its reference.
@@ -197,11 +197,11 @@ def run(context: StageContext) -> None:
         def scaled_loss(rows: Rows, real: bool, ref: Tensor, seen: list[Tensor] = seen) -> Tensor:
             loss, measured = compare(rows, ref)
             seen.append(measured * real)
-            return loss * (real * context.loss_scale / context.per_step)
+            return loss * (real * context.loss_scale / context.batch.global_)
 
         losses = [partial(scaled_loss, *batch, ref) for batch, ref in zip(micro_batches, refs, strict=True)]
         norm = engines.optimizer_step(engine, checked(context.stop, losses))
-        values = {**totals(seen, context.per_step), "lr": rate, "grad_norm": norm}
+        values = {**totals(seen, context.batch.global_), "lr": rate, "grad_norm": norm}
         context.metrics.log(step + 1, total, "train", {**values, **engines.traffic([engine])})
     context.checkpoints.safe_point(total, take, {})
 

@@ -38,8 +38,8 @@ def run(context: StageContext) -> None:
 
     # 1. Data.
     data = context.data()
-    total = total_steps(len(data.train), spec.epochs, context.per_step, spec.max_steps)
-    budget = 2 * context.micro * context.longest
+    total = total_steps(len(data.train), spec.epochs, context.batch.global_, spec.max_steps)
+    budget = 2 * context.batch.micro * context.longest
     batches = Batches(context, "reward", pair_lengths(data.train), budget)
 
     # 2. Model.
@@ -98,13 +98,13 @@ def run(context: StageContext) -> None:
             losses, chosen, rejected = compare(rows)
             facts = (losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum())
             seen.append(torch.stack(facts).detach() * real)
-            return losses.sum() * (real * context.loss_scale / context.per_step)
+            return losses.sum() * (real * context.loss_scale / context.batch.global_)
 
         scaled = [partial(scaled_loss, *batch) for batch in micro_batches]
         norm = engines.optimizer_step(engine, checked(context.stop, scaled))
         names = ("loss", "accuracy", "margin")
         sums = context.world.sums(dict(zip(names, torch.stack(seen).sum(dim=0).tolist(), strict=True)))
-        means = {name: sums[name] / context.per_step for name in names}
+        means = {name: sums[name] / context.batch.global_ for name in names}
         values = {**means, "lr": rate, "grad_norm": norm, **engines.traffic([engine])}
         context.metrics.log(step + 1, total, "train", values)
     context.checkpoints.safe_point(total, take, {})

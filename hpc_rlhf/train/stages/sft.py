@@ -31,8 +31,8 @@ def run(context: StageContext) -> None:
 
     # 1. Data.
     data = context.data()
-    total = total_steps(len(data.train), spec.epochs, context.per_step, spec.max_steps)
-    budget = context.micro * context.longest
+    total = total_steps(len(data.train), spec.epochs, context.batch.global_, spec.max_steps)
+    budget = context.batch.micro * context.longest
     batches = Batches(context, "sft", token_lengths(data.train, "prompt_ids", "chosen_ids"), budget)
 
     def learnt(row: dict[str, Any]) -> int:

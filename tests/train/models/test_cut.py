@@ -19,7 +19,7 @@ RANK = """
 import json, sys, torch
 from types import SimpleNamespace
 from hpc_rlhf.train.runtime.world import join
-world = join(2).grouped(2)
+world = join(2).with_tensor_parallel(2)
 from deepspeed.utils import groups
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
@@ -78,7 +78,7 @@ def compare(kind, adapters):
     assert theirs.keys() == ours.keys()
     seen["weights"] = max(far(ours[name], theirs[name]) for name in theirs)
     seen["moved"] = far(dict(full_weights(tiny.causal(kind)))[name := "model.layers.0.mlp.up_proj.weight" if kind != "opt" else "model.decoder.layers.0.fc1.weight"], theirs[name])
-    drawn = [answers(whole, world.grouped(1)), answers(part, world), answers(part, world, memory=9)]
+    drawn = [answers(whole, world.with_tensor_parallel(1)), answers(part, world), answers(part, world, memory=9)]
     seen["answers"] = drawn[0] == drawn[1] == drawn[2] and len(drawn[0][0])
     return seen, part
 

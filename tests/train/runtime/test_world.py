@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train.runtime.launcher import LAUNCHER_VARIABLES, launcher_ranks
@@ -89,11 +88,12 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.checkpoint.store import CheckpointStore
 from hpc_rlhf.train.models.ema import Ema
+from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
 from hpc_rlhf.train.runtime.world import World
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-world = World(rank, 2, rank, torch.device("cpu"), dist.group.WORLD)
+world = World(rank, ParallelDims(2), rank, torch.device("cpu"), dist.group.WORLD)
 seen = {
     "max": world.max(7 if rank else 3),
     "sums": world.sums({"a": rank + 0.5, "b": 1e-9 + rank * 1e9}),
@@ -102,11 +102,11 @@ seen = {
 }
 
 # Both in one group: they have the same samples, which count once.
-both = world.grouped(2)
+both = world.with_tensor_parallel(2)
 seen["both"] = [
-    both.data_rank, both.data_size, both.tensor_rank, both.sums({"a": 3.0}), both.gather_data(rank), both.gather_group(rank)
+    both.data_rank, both.sums({"a": 3.0}), both.gather_data(rank), both.gather_tensor_group(rank)
 ]
-seen["apart"] = [world.gather_data(rank), world.gather_group(rank)]
+seen["apart"] = [world.gather_data(rank), world.gather_tensor_group(rank)]
 
 def fail():
     raise HpcRlhfError("wrong", where="here")
@@ -172,10 +172,5 @@ def test_two_ranks_agree_save_and_go_back_together(tmp_path: Path) -> None:
         "ema": [2.0, 3.0],
         "own": [3.0, 5.0],
     }
-    groups = [{"both": [0, 1, rank, {"a": 3.0}, [0], [0, 1]], "apart": [[0, 1], [rank]]} for rank in range(2)]
+    groups = [{"both": [0, {"a": 3.0}, [0], [0, 1]], "apart": [[0, 1], [rank]]} for rank in range(2)]
     assert answers == [{**expected, **own} for own in groups]
-
-
-def test_ranks_that_are_no_whole_groups_are_refused() -> None:
-    with pytest.raises(HpcRlhfError, match="3 ranks are no whole groups of 2"):
-        World(0, 3, 0, torch.device("cpu"), None).grouped(2)

@@ -73,19 +73,19 @@ class RolloutEngine:
                 together on any rank.
         """
         world = self.world
-        if world.tensor_parallel == 1:
+        if world.dims.tensor == 1:
             return self._decoded(prompts, keys, max_tokens, sampling, eos_id, rows, stopped)
-        mine = slice(world.tensor_rank, None, world.tensor_parallel)
+        mine = slice(world.dims.coordinate("tensor", world.rank), None, world.dims.tensor)
         made: list[list[int]] | None = None
         with suppress(RolloutDropped):
             made = self._decoded(
                 prompts[mine], keys and keys[mine], max_tokens, sampling, eos_id, rows, stopped
             )
         answers: list[list[int]] = [[] for _ in prompts]
-        for place, share in enumerate(world.gather_group(made)):
+        for place, share in enumerate(world.gather_tensor_group(made)):
             if share is None:
                 raise RolloutDropped
-            answers[place :: world.tensor_parallel] = share
+            answers[place :: world.dims.tensor] = share
         return answers
 
     def _decoded(

@@ -82,7 +82,7 @@ class Questions:
             return []
         world = self.context.world
         found: dict[int, Any] = {}
-        plan = plan_step(rollout.lengths, world.size, self.context.micro * self.context.longest)
+        plan = plan_step(rollout.lengths, world.size, self.context.batch.micro * self.context.longest)
         for rows in plan[world.rank]:
             self.context.stop.check("evaluation")
             batch, answers = rollout.batch(rows or [0], world.device)

@@ -36,7 +36,7 @@ class PtxStream:
                 context.stop.should_stop,
             )
         lengths = token_lengths(self.rows, "prompt_ids", "chosen_ids")
-        self.batches = Batches(context, "ptx", lengths, context.micro * context.longest)
+        self.batches = Batches(context, "ptx", lengths, context.batch.micro * context.longest)
 
     def losses(self, engine: Any) -> list[Callable[[], Tensor]]:
         """The losses of the next optimizer step, scaled to be added to PPO's. Collective."""

@@ -40,7 +40,7 @@ class PpoStage:
         self.context = context
         self.spec = context.stage_spec
         self.data = context.data()
-        per_rollout = context.per_step * self.spec.minibatches
+        per_rollout = context.batch.global_ * self.spec.minibatches
         self.total = total_steps(len(self.data.train), self.spec.epochs, per_rollout, self.spec.max_steps)
         start = Start(
             actor=str(context.run.stage("sft").model)
@@ -55,7 +55,10 @@ class PpoStage:
         )
         self.models = PpoModels(self.spec, start, context.tokenizer, context.world)
         sizes = Sizes(
-            context.micro * context.longest, context.spec.data.max_answer_tokens, ROWS, context.loss_scale
+            context.batch.micro * context.longest,
+            context.spec.data.max_answer_tokens,
+            ROWS,
+            context.loss_scale,
         )
         self.trainer = PpoTrainer(self.spec, self.models, context.tokenizer, sizes, context.world)
         self.trainer.pause = context.stop.check
@@ -69,10 +72,10 @@ class PpoStage:
             RolloutDropped: this rank was told to stop.
         """
         context, world, seed = self.context, self.context.world, self.context.spec.seed
-        share = context.per_step // world.data_size
-        first = step * context.per_step * self.spec.minibatches + world.data_rank * share
+        share = context.batch.global_ // world.dims.data
+        first = step * context.batch.global_ * self.spec.minibatches + world.data_rank * share
         places = [
-            first + minibatch * context.per_step + i
+            first + minibatch * context.batch.global_ + i
             for minibatch in range(self.spec.minibatches)
             for i in range(share)
         ]
