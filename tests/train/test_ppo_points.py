@@ -5,12 +5,12 @@
     test_ppo_points.py::test_an_answer_of_eos_alone_is_learnt_from
     rollout/test_experience.py::test_each_answer_has_the_numbers_that_it_has_alone
 2.  What a sequence is batched with changes no log-probability; positions begin anew with each.
-    models/test_language.py::test_a_token_has_the_log_probability_that_it_has_alone
-    models/test_language.py::test_a_token_has_the_value_that_it_has_alone
-    models/test_language.py::test_a_packed_model_still_takes_padded_rows
-    rollout/test_engine.py::test_greedy_answers_are_those_of_transformers_token_for_token
+    models/test_language_model.py::test_a_token_has_the_log_probability_that_it_has_alone
+    models/test_language_model.py::test_a_token_has_the_value_that_it_has_alone
+    models/test_language_model.py::test_a_packed_model_still_takes_padded_rows
+    rollout/in_process/test_engine.py::test_greedy_answers_are_those_of_transformers_token_for_token
 3.  An answer ends at its first EOS before it is scored; one without EOS can be made to pay.
-    rollout/test_engine.py::test_an_answer_ends_with_its_first_eos
+    rollout/in_process/test_engine.py::test_an_answer_ends_with_its_first_eos
     rollout/test_experience.py::test_eos_is_rewarded_and_an_answer_without_it_pays
 4.  The score is that of the last real token, and is earned there.
     rollout/test_experience.py::test_each_answer_has_the_numbers_that_it_has_alone
@@ -20,9 +20,9 @@
     rollout/test_experience.py::test_each_answer_has_the_numbers_that_it_has_alone
     rollout/test_experience.py::test_against_itself_the_kl_is_exactly_zero_and_the_first_ratio_exactly_one
     test_ppo_trainer.py::test_while_nothing_is_learnt_the_actor_is_exactly_the_one_that_sampled
-    rollout/test_engine.py::test_sampled_answers_have_the_distribution_of_the_model
+    rollout/in_process/test_engine.py::test_sampled_answers_have_the_distribution_of_the_model
 6.  Without dropout the first ratio is 1, the KL from the actor that sampled 0, and nothing clipped.
-    models/test_load.py::test_a_model_that_was_saved_with_dropout_trains_without_it
+    models/test_loading.py::test_a_model_that_was_saved_with_dropout_trains_without_it
     test_ppo_points.py::test_experience_is_made_without_dropout_and_learning_goes_on_with_it
     test_ppo_trainer.py::test_while_nothing_is_learnt_the_actor_is_exactly_the_one_that_sampled
     test_stages.py::test_the_first_ppo_step_starts_from_the_reference

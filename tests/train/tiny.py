@@ -60,6 +60,16 @@ def _spread(model: Any) -> Any:
     return model.eval()
 
 
+def skip_unless_supported(precision: str) -> None:
+    """Skip a test that needs DeepSpeed to train in float16 where this device cannot."""
+    import pytest
+
+    from hpc_rlhf.train.parallel.deepspeed_internals import supports_fp16
+
+    if "fp16" in precision and not supports_fp16():
+        pytest.skip("DeepSpeed has no float16 on this device (on a CPU it needs AVX512-FP16)")
+
+
 def tokenizer(vocab_size: int = 300) -> Any:
     """A byte-level BPE tokenizer, trained on a few sentences."""
     from hpc_rlhf.train.models.tokenizers import train_bpe

@@ -1,4 +1,4 @@
-"""The whole weights of a model in training, wherever its shards lie."""
+"""The whole weights of a model in training, gathered from wherever their shards lie, and written as a folder."""
 
 from __future__ import annotations
 
@@ -15,41 +15,35 @@ from torch import Tensor, nn
 from hpc_rlhf.train.models.interruptible_loading import interruptible
 from hpc_rlhf.train.models.lora import LoraLinear
 from hpc_rlhf.train.parallel import tensor_parallel
+from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, is_zero3
 
-# The largest file of weights: a second or two at a time, after which a stop is heard.
+# Largest weights file: a second or two at a time, after which a stop can take effect.
 SHARD = "2GB"
-# Bytes of shards that are made whole at once: many small weights share a collective, and memory is spared.
+# Bytes gathered at once: small weights share a collective, and memory stays bounded.
 GATHERED_AT_ONCE = 2**26
 
 
-def is_sharded(parameters: list[nn.Parameter]) -> bool:
-    """Whether any of the parameters is partitioned by ZeRO-3."""
-    return any(hasattr(parameter, "ds_id") for parameter in parameters)
-
-
 def gathered(parameters: list[nn.Parameter], to_change: bool = False) -> AbstractContextManager[Any]:
-    """Within it, the parameters are whole on every rank. A collective operation under ZeRO-3.
+    """Within it, the parameters are whole on every rank. Collective under ZeRO-3.
 
     Args:
         to_change: keep what rank 0 writes into them; otherwise changes are lost.
     """
-    if not is_sharded(parameters):
+    if not any(map(is_zero3, parameters)):
         return nullcontext()
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if to_change else None)
 
 
-def size(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of parameters when none of them is sharded or cut."""
-    return sum(
-        getattr(p, "ds_numel", p.numel()) * getattr(p, "cut_into", 1) * p.element_size() for p in parameters
-    )
+def full_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of parameters when none of them is sharded or split."""
+    return sum(full_numel(p) * tensor_parallel.split_ways(p) * p.element_size() for p in parameters)
 
 
 @dataclass(frozen=True)
-class Part:
-    """The parameters that a module holds itself, an adapted layer with its adapter.
+class ModuleWeights:
+    """The parameters that a module holds itself; an adapted layer includes its adapter.
 
     Attributes:
         name: the module's.
@@ -60,14 +54,14 @@ class Part:
     parameters: list[nn.Parameter]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights by their Hugging Face names, the adapter folded in. They must not be sharded by ZeRO-3.
+        """Weights by their Hugging Face names, the adapter merged. ZeRO-3 shards must have been gathered.
 
-        Collective in the group where they are cut.
+        Collective in the tensor-parallel group if they are split.
         """
         prefix = f"{self.name}." if self.name else ""
         layer = self.module.base if isinstance(self.module, LoraLinear) else self.module
         for name, tensor in self._own():
-            yield prefix + name, tensor_parallel.joined(layer, name, tensor)
+            yield prefix + name, tensor_parallel.gather(layer, name, tensor)
 
     def _own(self) -> Iterator[tuple[str, Tensor]]:
         if isinstance(self.module, LoraLinear):
@@ -81,64 +75,58 @@ class Part:
                 yield name, parameter.detach()
 
 
-def parts(model: nn.Module, prefix: str = "") -> list[Part]:
-    """All parts of a model in the order of its modules. Tied parameters come once."""
+def module_weights(model: nn.Module, prefix: str = "") -> list[ModuleWeights]:
+    """A model's weights by module, in module order. Tied parameters come once."""
     seen: set[int] = set()
-    found = []
+    modules = []
     for name, module in model.named_modules(prefix=prefix):
         deep = isinstance(module, LoraLinear)
         own = [p for p in module.parameters(recurse=deep) if id(p) not in seen]
         seen.update(map(id, own))
         if own:
-            found.append(Part(name, module, own))
-    return found
+            modules.append(ModuleWeights(name, module, own))
+    return modules
 
 
 @contextmanager
-def whole(found: Sequence[Part]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Within it, all weights of the parts by their Hugging Face names. Collective under ZeRO-3 and where cut."""
-    with gathered([p for part in found for p in part.parameters]), torch.no_grad():
-        yield [weight for part in found for weight in part.weights()]
+def whole(modules: Sequence[ModuleWeights]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Within it, all weights of the modules by their Hugging Face names. Collective if sharded or split."""
+    with gathered([p for module in modules for p in module.parameters]), torch.no_grad():
+        yield [weight for module in modules for weight in module.weights()]
 
 
-def full_weights(model: nn.Module) -> Generator[tuple[str, Tensor], None, None]:
-    """Every parameter of a model by its Hugging Face name, whole and with adapters folded in.
+def full_weights(modules: Sequence[ModuleWeights]) -> Generator[tuple[str, Tensor], None, None]:
+    """Every weight of the modules by its Hugging Face name, whole and with adapters merged.
 
-    A collective operation under ZeRO-3 and where layers are cut, some parts at a time: every rank must iterate to the end. A tensor
-    may be a view of the parameter and is good only until the next one is asked for. Tied parameters
-    come once.
+    Collective if sharded or split: every rank must iterate to the end. A tensor may be a view of the parameter and
+    is valid only until the next one.
     """
-    return in_turn(parts(model))
-
-
-def in_turn(found: Sequence[Part]) -> Generator[tuple[str, Tensor], None, None]:
-    """The weights of ``full_weights``, of these parts."""
-    waiting: list[Part] = []
-    bytes_waiting = 0
-    for part in found:
-        if waiting and bytes_waiting + size(part.parameters) > GATHERED_AT_ONCE:
-            with whole(waiting) as weights:
+    batch: list[ModuleWeights] = []
+    size = 0
+    for module in modules:
+        own = full_bytes(module.parameters)
+        if batch and size + own > GATHERED_AT_ONCE:
+            with whole(batch) as weights:
                 yield from weights
-            waiting, bytes_waiting = [], 0
-        waiting.append(part)
-        bytes_waiting += size(part.parameters)
-    with whole(waiting) as weights:
+            batch, size = [], 0
+        batch.append(module)
+        size += own
+    with whole(batch) as weights:
         yield from weights
 
 
 def collect(model: Any, is_main: bool, between: Callable[[], object] = bool) -> dict[str, Tensor]:
-    """A copy of the weights of ``full_weights`` and of the buffers that are kept with them, in rank 0's memory; nothing
-    elsewhere. Collective.
+    """A copy of all weights and persistent buffers, in rank 0's memory; empty elsewhere. Collective.
 
     Args:
         model: the transformers model, not its DeepSpeed engine.
         between: called before each weight; it may raise, on all ranks alike.
     """
-    # A buffer may be part of the checkpoint too (GPT-NeoX's bias, for one).
+    # A buffer may belong to the checkpoint as well (GPT-NeoX's bias, for one).
     persistent = {name for name in model.state_dict() if ".base." not in name and ".lora_" not in name}
     buffers = ((name, tensor) for name, tensor in model.named_buffers() if name in persistent)
     state: dict[str, Tensor] = {}
-    with closing(full_weights(model)) as weights:
+    with closing(full_weights(module_weights(model))) as weights:
         for name, tensor in chain(weights, buffers):
             between()
             if is_main:
@@ -147,34 +135,34 @@ def collect(model: Any, is_main: bool, between: Callable[[], object] = bool) -> 
 
 
 def write(
-    model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path, told: Callable[[], bool] = bool
+    model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path, should_stop: Callable[[], bool] = bool
 ) -> None:
     """Write a Hugging Face folder that ``from_pretrained`` loads.
 
     Args:
-        model: whose weights ``state`` holds; it is used up.
-        folder: made if it is not there.
-        told: asked before each file of weights, of at most SHARD or a single weight, whether to drop it all.
+        model: the model whose weights ``state`` holds; its generation config is changed.
+        folder: created if missing.
+        should_stop: asked before each weights file, of at most SHARD or one weight.
 
     Raises:
-        Interrupted: ``told`` said so.
+        Interrupted: ``should_stop`` returned True.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _stop_at(getattr(model, "generation_config", None), tokenizer.eos_token_id)
-    with interruptible(told):
+    _set_eos(getattr(model, "generation_config", None), tokenizer.eos_token_id)
+    with interruptible(should_stop):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=SHARD)
     tokenizer.save_pretrained(str(folder))
 
 
 def export(model: Any, tokenizer: Any, folder: Path, is_main: bool) -> None:
-    """``collect`` and ``write`` in one. Collective; rank 0 writes."""
+    """``collect`` and ``write``. Collective; rank 0 writes."""
     state = collect(model, is_main)
     if is_main:
         write(model, state, tokenizer, folder)
 
 
-def _stop_at(generation: Any, eos_id: int) -> None:
-    """Let ``generate`` end answers where training did, which need not be where the base model ended documents."""
+def _set_eos(generation: Any, eos_id: int) -> None:
+    """Make ``generate`` end responses where training did, which may differ from where the base model ended texts."""
     if generation is None:
         return
     known = generation.eos_token_id

@@ -15,16 +15,17 @@ from transformers.pytorch_utils import Conv1D
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.parallel import tensor_parallel
+from hpc_rlhf.train.parallel.deepspeed_internals import mark_split
 from hpc_rlhf.train.runtime import seeds
 
 
 class LoraLinear(nn.Module):
     """``base(x) + alpha / rank * x A^T B^T`` with the base weight frozen; B starts at 0.
 
-    Of a layer that is cut, the factor at the cut is cut with it: B along the outputs, or A along the inputs.
+    If tensor parallelism splits the layer, it splits one factor as well: B along the outputs, or A along the inputs.
 
     Attributes:
-        on: whether the adapter takes part.
+        on: False turns the adapter off.
     """
 
     def __init__(self, base: Any, rank: int, alpha: float, seed: int) -> None:
@@ -32,29 +33,34 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.on = True
-        self.bridge, along = tensor_parallel.bridge(base), tensor_parallel.along(base)
+        self.between_factors, split_dim = (
+            tensor_parallel.between_factors(base),
+            tensor_parallel.split_dim(base),
+        )
         inner, outer = _sizes(base)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(inner)
         start = torch.empty(rank, inner).uniform_(-bound, bound, generator=generator)
-        if along == 1:
-            start = tensor_parallel.own_part(base, start, 1)
+        if split_dim == 1:
+            start = tensor_parallel.shard_of(base, start, 1)
         self.lora_a = nn.Parameter(start.to(base.weight.dtype))
         self.lora_b = nn.Parameter(torch.zeros(outer, rank, dtype=base.weight.dtype))
-        if along is not None:
-            tensor_parallel.mark(self.lora_b if along == 0 else self.lora_a)
+        if split_dim is not None:
+            mark_split(self.lora_b if split_dim == 0 else self.lora_a)
         base.weight.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.on:
             return self.base(x)
         inner = F.linear(x, self.lora_a)
-        return self.base(x) + F.linear(self.bridge(inner) if self.bridge else inner, self.lora_b) * self.scale
+        if self.between_factors:
+            inner = self.between_factors(inner)
+        return self.base(x) + F.linear(inner, self.lora_b) * self.scale
 
     def merged_weight(self) -> Tensor:
-        """The base weight with the adapter folded in, computed in float32; the base weight alone where it is off.
+        """The base weight with the adapter merged, computed in float32; the base weight alone if the adapter is off.
 
-        Of a layer that is cut, this rank's part.
+        For a split layer, this rank's shard.
         """
         if not self.on:
             return self.base.weight.detach()
@@ -65,34 +71,36 @@ class LoraLinear(nn.Module):
 
 
 def _sizes(base: Any) -> tuple[int, int]:
-    """Inputs of a layer, those on other ranks included, and outputs on this rank."""
+    """A layer's inputs, including those on other ranks, and its outputs on this rank."""
     if isinstance(base, Conv1D):
         return base.nx, base.nf
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     outer, inner = base.weight.shape
-    return inner * (base.weight.cut_into if tensor_parallel.along(base) == 1 else 1), outer
+    return inner * (
+        tensor_parallel.split_ways(base.weight) if tensor_parallel.split_dim(base) == 1 else 1
+    ), outer
 
 
 def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
-    """Replace a model's linear layers, its output head excepted, by adapted ones, in place.
+    """Wrap a model's linear layers, except its output head, in adapters, in place.
 
-    A reward model's score head, which starts from nothing, is always trained in full.
+    A reward model's score head is newly initialized and therefore always trained in full.
 
     Raises:
-        HpcRlhfError: none of the targets is in the model.
+        HpcRlhfError: the model has none of the target layers.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    found = [
+    layers = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if (isinstance(child, nn.Linear | Conv1D) or tensor_parallel.along(child) is not None)
+        if (isinstance(child, nn.Linear | Conv1D) or tensor_parallel.split_dim(child) is not None)
         and child is not head
         and name != "score"
         and (lora.targets is None or name in lora.targets)
     ]
-    if not found:
+    if not layers:
         raise HpcRlhfError(
             f"the model has no linear layer called {', '.join(lora.targets or ())}",
             where="lora.targets",
@@ -101,14 +109,14 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
     if lora.only:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = "score" in name.split(".")
-    for number, (parent, name, child) in enumerate(found):
-        adapted = LoraLinear(child, lora.rank, lora.alpha or lora.rank, seeds.derive(seed, "lora", number))
-        setattr(parent, name, adapted)
+    for number, (parent, name, child) in enumerate(layers):
+        adapter = LoraLinear(child, lora.rank, lora.alpha or lora.rank, seeds.derive(seed, "lora", number))
+        setattr(parent, name, adapter)
 
 
 @contextmanager
 def off(model: nn.Module) -> Iterator[None]:
-    """Within it a model is what it was before it was adapted, if only adapters are trained."""
+    """Within it, adapters are off: a model of which only adapters are trained is its original self."""
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for layer in layers:
         layer.on = False

@@ -1,1 +1,1 @@
-"""Layers split over ranks."""
+"""Models split over ranks, and the one file with DeepSpeed's private names."""

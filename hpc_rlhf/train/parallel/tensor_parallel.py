@@ -1,93 +1,58 @@
-"""Tensor parallelism: layers cut over the ranks of a group by DeepSpeed's AutoTP, and their weights made whole again.
+"""Tensor parallelism: layers split over the ranks of a group by DeepSpeed's AutoTP, and their weights gathered again.
 
-Attention heads and the width of the feed-forward layers are shared out; embeddings, norms and the output head stay
-whole on every rank.
+Attention heads and feed-forward units are split; embeddings, norms and the output head stay whole on every rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.train.parallel import deepspeed_internals as internals
 
-# Architectures whose layers have the names below, tried out against the whole model by the tests.
+# Architectures whose layers have the names below; tests compare each with the unsplit model.
 ARCHITECTURES = ("llama", "mistral", "opt", "qwen2", "qwen3")
-# Of these a rank has some of the outputs.
+# Split along their outputs.
 COLUMNS = "q_proj|k_proj|v_proj|gate_proj|up_proj|fc1"
-# Of these a rank has the inputs that it has the outputs of before; what comes out is summed over the group.
+# Split along their inputs, which are the outputs of the layer before; their outputs are summed over the group.
 ROWS = "o_proj|out_proj|down_proj|fc2"
-# Whole on every rank, each of which sees its own heads only: their gradients are summed over the group.
-BETWEEN = "q_norm|k_norm"
+# Whole on every rank, but each rank sees only its own heads: their gradients are summed over the group.
+REPLICATED = "q_norm|k_norm"
 
 
-def cut(model: nn.Module, tensor_parallel: int) -> None:
-    """Leave this rank its part of every layer, in place. Collective.
+def split_model(model: nn.Module, tensor_parallel: int) -> None:
+    """Replace every layer by this rank's shard of it, in place. Collective.
 
     Args:
-        model: holds a transformers model, whole and the same on all ranks.
-        tensor_parallel: neighbouring ranks that share a layer; at 1 nothing is done.
+        model: contains a transformers model, whole and the same on all ranks.
+        tensor_parallel: number of neighbouring ranks that share a layer; 1 does nothing.
 
     Raises:
-        HpcRlhfError: the architecture is none of those known, or its sizes do not come out even.
+        HpcRlhfError: the architecture is not supported, or its sizes are not divisible.
     """
     if tensor_parallel == 1:
         return
-    from deepspeed.module_inject.auto_tp import AutoTP
-    from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
-    from deepspeed.module_inject.layers import LinearLayer, TensorParallel_Layer, set_autotp_mode
-    from deepspeed.utils import groups
     from transformers import PreTrainedModel
 
     config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
     _check(config, tensor_parallel)
-
-    def layers(names: str, how: PartitionType, summed: bool = False) -> TPLayerSpec:
-        return TPLayerSpec([rf".*\.({names})\.weight$"], how, grad_allreduce=summed)
-
-    specs = [
-        layers(COLUMNS, PartitionType.COLUMN),
-        layers(ROWS, PartitionType.ROW),
-        layers(BETWEEN, PartitionType.SKIP, summed=True),
-    ]
-    groups._init_tp_mesh_device(tensor_parallel)
-    set_autotp_mode(training=True)
-    autotp = AutoTP(
-        module=model, all_reduce_linears=(), prefix="", state_dict=None, linear_layer_setting=(nn.Linear, nn.Embedding),
-        orig_layer_impl=None, partition_config=AutoTPConfig(tp_size=tensor_parallel, layer_specs=specs),
-        model_config=config, training_mode=True,
-    )  # fmt: skip
-    autotp.set_tensor_parallel_config(tensor_parallel, groups.get_tensor_model_parallel_group())
-    autotp.update_linear_policies()
-    autotp._replace_module(model)
-    autotp.register_replicated_grad_hooks(model)
-    for layer in model.modules():
-        if isinstance(layer, TensorParallel_Layer):
-            layer.cut_along = 0 if isinstance(layer, LinearLayer) else 1
-            for parameter in layer.parameters():
-                parameter.cut_into = tensor_parallel if is_cut(parameter) else 1
-
-
-def replicas(tensor_parallel: int) -> Any:
-    """The process group of the ranks that have the same parts of layers; None for all ranks."""
-    if tensor_parallel == 1:
-        return None
-    from deepspeed.utils import groups
-
-    return groups.get_data_parallel_group()
+    for layer, dim in internals.split_layers(model, config, tensor_parallel, COLUMNS, ROWS, REPLICATED):
+        layer.split_dim = dim
+        for parameter in layer.parameters():
+            parameter.split_ways = tensor_parallel if internals.is_split(parameter) else 1
 
 
 def _check(config: Any, tensor_parallel: int) -> None:
     where = config.name_or_path or config.model_type
     if config.model_type not in ARCHITECTURES:
         raise HpcRlhfError(
-            f"tensor_parallel cannot cut the layers of {config.model_type}",
+            f"tensor_parallel does not support {config.model_type} models",
             where=where,
-            hint=f"leave it out and use zero: 3, which shards any model; it can cut {', '.join(ARCHITECTURES)}",
+            hint=f"leave it out and use zero: 3, which shards any model; supported: {', '.join(ARCHITECTURES)}",
         )
     heads = config.num_attention_heads
     sizes = {
@@ -95,68 +60,59 @@ def _check(config: Any, tensor_parallel: int) -> None:
         "key and value heads": getattr(config, "num_key_value_heads", None) or heads,
         "feed-forward units": getattr(config, "intermediate_size", None) or config.ffn_dim,
     }
-    for what, count in sizes.items():
+    for name, count in sizes.items():
         if count % tensor_parallel:
             raise HpcRlhfError(
-                f"its {count} {what} cannot be shared out among tensor_parallel: {tensor_parallel} ranks",
+                f"the model's {count} {name} cannot be divided among tensor_parallel: {tensor_parallel} ranks",
                 where=where,
-                hint="give tensor_parallel a number that divides it, or leave it out and use zero: 3",
+                hint="set tensor_parallel to a divisor of it, or leave it out and use zero: 3",
             )
 
 
-def is_cut(parameter: nn.Parameter) -> bool:
-    """Whether this rank has but a part of a parameter."""
-    return bool(getattr(parameter, "tensor_model_parallel", False))
+def replica_group(tensor_parallel: int) -> Any:
+    """The process group of the ranks that hold the same shards of the layers; None for all ranks."""
+    return None if tensor_parallel == 1 else internals.replica_group()
 
 
-def along(layer: Any) -> int | None:
-    """The dimension of its weight that a layer is cut along: 0 outputs, 1 inputs; None where it is whole."""
-    return getattr(layer, "cut_along", None)
+def split_dim(layer: Any) -> int | None:
+    """The dimension of its weight that a layer is split along: 0 outputs, 1 inputs; None if it is whole."""
+    return getattr(layer, "split_dim", None)
 
 
-def joined(layer: Any, name: str, tensor: Tensor) -> Tensor:
-    """A weight or bias of a layer, whole. Collective in the group where the layer is cut.
+def split_ways(parameter: Any) -> int:
+    """The number of ranks that a parameter is split over."""
+    return int(getattr(parameter, "split_ways", 1))
+
+
+def gather(layer: Any, name: str, shard: Tensor) -> Tensor:
+    """A layer's whole weight or bias. Collective in the group if the layer is split.
 
     Args:
-        name: of the layer's parameter.
-        tensor: this rank's part of it.
+        name: the parameter's name in the layer.
+        shard: this rank's shard of it.
     """
-    dim = along(layer)
+    dim = split_dim(layer)
     if dim is None or (dim == 1 and name == "bias"):
-        return tensor
-    parts = dist.get_world_size(layer.mp_group)
-    found = tensor.new_empty(parts * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather_into_tensor(found, tensor.contiguous(), group=layer.mp_group)
-    return found if dim == 0 else found.view(parts, *tensor.shape).transpose(0, 1).flatten(1)
+        return shard
+    group = internals.layer_group(layer)
+    ranks = dist.get_world_size(group)
+    whole = shard.new_empty(ranks * shard.shape[0], *shard.shape[1:])
+    dist.all_gather_into_tensor(whole, shard.contiguous(), group=group)
+    return whole if dim == 0 else whole.view(ranks, *shard.shape).transpose(0, 1).flatten(1)
 
 
-def bridge(layer: Any) -> Callable[[Tensor], Tensor] | None:
-    """What makes a low-rank update of a layer, cut as the layer is, act as the whole one does.
+def between_factors(layer: Any) -> Callable[[Tensor], Tensor] | None:
+    """The communication between the two factors of a low-rank update of a split layer; None if it is whole.
 
-    It stands between the factors of the update: of outputs cut, the gradient is summed over the group; of inputs cut,
-    the products are. None for a layer that is whole.
+    With split outputs the gradient is summed over the group; with split inputs the products are.
     """
-    dim = along(layer)
+    dim = split_dim(layer)
     if dim is None:
         return None
-    from deepspeed.module_inject.layers import ColumnParallel, RowParallel
-
-    if dim == 0:
-        return partial(ColumnParallel.apply, layer.mp_group)
-
-    def summed(products: Tensor) -> Tensor:
-        total: Tensor = RowParallel.apply(layer.mp_group, products, False)
-        return total
-
-    return summed
+    return internals.sum_gradient(layer) if dim == 0 else internals.sum_output(layer)
 
 
-def own_part(layer: Any, tensor: Tensor, dim: int) -> Tensor:
-    """This rank's part of a tensor that is cut along a dimension as a layer is."""
-    parts, place = dist.get_world_size(layer.mp_group), dist.get_rank(layer.mp_group)
-    return tensor.chunk(parts, dim)[place].clone()
-
-
-def mark(part: Tensor) -> None:
-    """Tell DeepSpeed that this rank has but a part of a parameter or its gradient, for the gradient's norm."""
-    part.tensor_model_parallel = True  # type: ignore[attr-defined]
+def shard_of(layer: Any, tensor: Tensor, dim: int) -> Tensor:
+    """This rank's shard of a whole tensor, split along a dimension over the layer's group."""
+    group = internals.layer_group(layer)
+    return tensor.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)].clone()

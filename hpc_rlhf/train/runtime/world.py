@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.train.parallel.deepspeed_internals import disable_shared_memory_comm
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
 from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
 from hpc_rlhf.train.runtime.stop_signals import Interrupted
@@ -139,9 +140,7 @@ def join(expected_ranks: int) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    # DeepSpeed would compile a shared-memory all-reduce for CPU ranks at its first start, which takes a compiler
-    # and most of a minute, and leaves the others spinning for ever when one rank dies; gloo raises.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    disable_shared_memory_comm()
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     return World(
         rank=rank,

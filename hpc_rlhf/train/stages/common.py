@@ -21,7 +21,7 @@ from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.models.export import collect, write
-from hpc_rlhf.train.parallel.tensor_parallel import cut
+from hpc_rlhf.train.parallel.tensor_parallel import split_model
 from hpc_rlhf.train.ragged import plan_step
 from hpc_rlhf.train.runtime.stop_control import StopControl
 from hpc_rlhf.train.runtime.stop_signals import Interrupted
@@ -33,7 +33,7 @@ EVALUATED = 1024
 
 def adapted(model: Any, spec: TrainingSpec, seed: int) -> None:
     """Prepare a model for training as the spec says: its part of each layer, adapters, activation checkpointing."""
-    cut(model, spec.tensor_parallel)
+    split_model(model, spec.tensor_parallel)
     if spec.lora is not None:
         lora.adapt(model, spec.lora, seed)
     if spec.activation_checkpointing:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
-from hpc_rlhf.train.models.export import full_weights
+from hpc_rlhf.train.models.export import full_weights, module_weights
 from hpc_rlhf.train.models.lora import LoraLinear, adapt, off
 from tests.train import tiny
 
@@ -51,7 +51,7 @@ def test_the_merged_weights_say_what_the_adapted_model_says(kind: str, only: boo
         adapted = model(input_ids=IDS).logits
     assert (adapted - base).abs().mean() > 0.1
     merged = tiny.causal(kind, seed=9)
-    weights = {name: weight.clone() for name, weight in full_weights(model)}
+    weights = {name: weight.clone() for name, weight in full_weights(module_weights(model))}
     missing, unexpected = merged.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert all("lm_head" in name for name in missing), "a tied head is not listed"
@@ -65,12 +65,12 @@ def test_the_merged_weights_say_what_the_adapted_model_says(kind: str, only: boo
 def test_switched_off_adapters_leave_the_base_exactly(kind: str) -> None:
     model = tiny.causal(kind)
     before = model(input_ids=IDS).logits
-    weights = {name: weight.clone() for name, weight in full_weights(model)}
+    weights = {name: weight.clone() for name, weight in full_weights(module_weights(model))}
     adapt(model, LORA, seed=1)
     learn(model)
     with off(model):
         assert torch.equal(model(input_ids=IDS).logits, before)
-        assert all(torch.equal(weight, weights[name]) for name, weight in full_weights(model))
+        assert all(torch.equal(weight, weights[name]) for name, weight in full_weights(module_weights(model)))
     assert not torch.equal(model(input_ids=IDS).logits, before)
 
 

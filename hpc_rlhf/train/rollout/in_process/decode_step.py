@@ -11,24 +11,27 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from hpc_rlhf.train.models import cpu_kernels
+from hpc_rlhf.train.models.cpu_kernels import Place
 from hpc_rlhf.train.rollout.in_process import cuda_graphs
-from hpc_rlhf.train.rollout.in_process.cpu_decode import Matrix, Place, matrices, places, traced
+from hpc_rlhf.train.rollout.in_process.cpu_decode import PackedLinear, pack_layers, places, traced
 
-# Decode steps after which one is traced, and those that the trace then has to give the same bits for.
+# Decode steps before one is traced, and steps in which the trace must then give the model's bits.
 TRACED_AFTER = 64
-ON_TRIAL = 32
+TRIAL_STEPS = 32
+# Rotary embeddings that switch at some length; a trace would fix one choice.
 CHANGING_ROPE = ("dynamic", "longrope")
 
 
 class DecodeStep:
     """A model's decode step as a function of tensors alone.
 
-    On a CPU it takes the ways of ``on_cpu``. A trace is used once it has given the same bits as the model for some
-    steps, and not at all if it does not. On a GPU it takes those of ``on_cuda``.
+    On a CPU it uses ``cpu_decode``: a trace is used once it has given the model's bits for some steps, and never if it
+    differs. On a GPU it uses ``cuda_graphs``.
 
     Args:
-        model: a causal language model that takes a mask of four dimensions.
-        may_trace: the model runs no Python that a trace would leave out, and has its weights as long as ``ready``.
+        model: a causal language model that accepts a four-dimensional mask.
+        may_trace: no Python of the model would be lost in a trace, and its weights stay in place within ``ready``.
     """
 
     def __init__(self, model: Any, may_trace: bool = False) -> None:
@@ -36,41 +39,40 @@ class DecodeStep:
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.last_only = {"logits_to_keep": 1} if keeps else {}
         self.may_trace = may_trace
-        # Rotary positions that change their ways at some length would be fixed to one.
         fixed = not any(kind in str(getattr(model.config, "rope_parameters", "")) for kind in CHANGING_ROPE)
         self.steps_to_trace = TRACED_AFTER if may_trace and fixed else -1
         self.may_record = may_trace and fixed
         self.recorded: cuda_graphs.RecordedSteps | None = None  # of this rollout
-        self.on_trial = ON_TRIAL
-        self.matrices: list[Matrix] | None = None  # not looked for yet
-        self.made: list[Callable[..., Tensor]] = []  # the trace, if any
-        self.places: list[Place] = []  # of what it takes besides
-        self.weights: list[Tensor] = []  # what stands there now
+        self.trial_steps = TRIAL_STEPS
+        self.packed: list[PackedLinear] | None = None  # None until the first use
+        self.trace: Callable[..., Tensor] | None = None
+        self.places: list[Place] = []  # where the weights that the trace takes are kept
+        self.weights: list[Any] = []  # those weights, within ``ready``
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        """Within it, the model's weights stay as they are, and steps may be taken."""
+        """Within it, the model's weights do not change, and steps may be taken."""
         recorder = cuda_graphs.recorder(self.model.device) if self.may_record else None
         if recorder is not None:
             with self._recording(recorder):
                 yield
             return
-        if not self.may_trace or self.model.device.type != "cpu":
+        if not self.may_trace or self.model.device.type != "cpu" or not cpu_kernels.enabled():
             yield
             return
-        if self.matrices is None:
-            self.matrices = matrices(self.model)
+        if self.packed is None:
+            self.packed = pack_layers(self.model)
         try:
-            for matrix in self.matrices:
-                matrix.fill()
+            for linear in self.packed:
+                linear.fill()
             self.weights = [holder[name] for holder, name in self.places]
-            # Optimizing would change a trace's arithmetic after some calls.
+            # The optimizer would change a trace's arithmetic after some calls.
             with torch.jit.optimized_execution(False):
                 yield
         finally:
             self.weights = []
-            for matrix in self.matrices:
-                matrix.drop()
+            for linear in self.packed:
+                linear.clear()
 
     @contextmanager
     def _recording(self, recorder: cuda_graphs.Recorder) -> Iterator[None]:
@@ -87,8 +89,8 @@ class DecodeStep:
 
         Args:
             tokens: (rows,), int64.
-            rows, places: (rows,), int64; where in the buffers the tokens' keys and values go. A place is a position.
-            mask: (rows, columns), 0 where a row may look, its own place included, and -inf elsewhere.
+            rows, places: (rows,), int64; where the tokens' keys and values go in the buffers. A place is a position.
+            mask: (rows, columns), 0 where a row may attend, its own place included, and -inf elsewhere.
             buffers: (rows, columns, heads, dim); the keys of all layers, then their values.
         """
         output = self.model(
@@ -99,39 +101,39 @@ class DecodeStep:
         return logits
 
     def take(self, *inputs: Tensor) -> Tensor:
-        """The same as ``forward``, traced or recorded or not."""
+        """The same as ``forward``, by a trace or a recording if there is one."""
         if self.recorded is not None:
             return self.recorded.take(*inputs)
-        if self.steps_to_trace == 0 and inputs[0].device.type == "cpu":
+        if self.steps_to_trace == 0 and inputs[0].device.type == "cpu" and cpu_kernels.enabled():
             self._trace(inputs)
         self.steps_to_trace -= 1
-        if not self.made:
+        if self.trace is None:
             return self.forward(*inputs)
-        logits = self.made[0](*inputs, *self.weights)
-        if self.on_trial > 0:
-            self.on_trial -= 1
-            by_model = self.forward(*inputs)
-            if not torch.equal(logits, by_model):
-                self.made.clear()
-            return by_model
+        logits = self.trace(*inputs, *self.weights)
+        if self.trial_steps > 0:
+            self.trial_steps -= 1
+            expected = self.forward(*inputs)
+            if not torch.equal(logits, expected):
+                self.trace = None
+            return expected
         return logits
 
     def _trace(self, inputs: Sequence[Tensor]) -> None:
-        self.places = places(self.model, self.matrices or [])
+        self.places = places(self.model, self.packed or [])
         self.weights = [holder[name] for holder, name in self.places]
         try:
-            made = traced(self.forward, _example(inputs, 2, 1), self.places)
+            trace = traced(self.forward, _example(inputs, 2, 1), self.places)
             for rows, place in ((1, 0), (3, inputs[4].shape[1] - 1), (2, 40)):
                 example = _example(inputs, rows, min(place, int(inputs[2].max())))
-                if not torch.equal(made(*example, *self.weights), self.forward(*example)):
+                if not torch.equal(trace(*example, *self.weights), self.forward(*example)):
                     return
-        except Exception:  # of whatever kind: the model does what a trace cannot follow
+        except Exception:  # any kind: the model does something that a trace cannot follow
             return
-        self.made.append(made)
+        self.trace = trace
 
 
 def _example(inputs: Sequence[Tensor], rows: int, place: int) -> tuple[Tensor, ...]:
-    """Inputs of the same kinds for so many rows that are as long as ``place``."""
+    """Inputs of the same kinds for ``rows`` rows whose next token is at ``place``."""
     mask, buffers = inputs[3], inputs[4:]
     columns = place + 1
     return (
@@ -147,7 +149,7 @@ def _example(inputs: Sequence[Tensor], rows: int, place: int) -> tuple[Tensor, .
 
 
 class _StepCache(Cache):
-    """What a layer adds a token of each row to, and attends over."""
+    """Adds each row's token to the buffers of a layer, and gives the layer the buffers to attend over."""
 
     def __init__(self, buffers: Sequence[Tensor], rows: Tensor, columns: Tensor) -> None:
         super().__init__(layers=[])

@@ -11,7 +11,7 @@ import torch
 
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
-from hpc_rlhf.train.rollout.in_process.gathered_model import Twin
+from hpc_rlhf.train.rollout.in_process.gathered_model import GatheredModel
 from hpc_rlhf.train.rollout.in_process.sampling import Sampling, uniforms
 from hpc_rlhf.train.runtime.stop_signals import Interrupted
 from hpc_rlhf.train.runtime.world import World
@@ -47,8 +47,8 @@ class RolloutEngine:
         self.model = model
         self.world = world
         self.memory = _memory(world.device) if memory is None else memory
-        self.twin = Twin(model, int(WEIGHTS_SHARE * self.memory))
-        self.step = DecodeStep(self.twin.module, may_trace=not self.twin.streamed)
+        self.gathered = GatheredModel(model, int(WEIGHTS_SHARE * self.memory))
+        self.step = DecodeStep(self.gathered.module, may_trace=not self.gathered.streamed)
 
     def generate(
         self, prompts: list[list[int]], keys: list[tuple[object, ...]] | None, max_tokens: int,
@@ -99,19 +99,19 @@ class RolloutEngine:
 
         def agreed(state: int) -> int:
             state = STOP if stopped() else state
-            state = self.world.max(state) if self.twin.streamed else state
+            state = self.world.max(state) if self.gathered.streamed else state
             if state == STOP:
                 raise RolloutDropped
             return state
 
-        with self.twin.filled():
+        with self.gathered.filled():
             for said in decode(
                 self.step, prompts, drawn, max_tokens, sampling, eos_id, rows, lambda: agreed(MORE)
             ):
                 for number, token in said:
                     answers[number].append(token)
-            while self.twin.streamed and agreed(DONE) == MORE:
-                self.twin.walk()
+            while self.gathered.streamed and agreed(DONE) == MORE:
+                self.gathered.join_forward()
         return answers
 
 

@@ -1,4 +1,4 @@
-"""A second model of the actor's architecture that has whole weights for the time of a rollout."""
+"""A copy of the model in training that holds whole weights, gathered for the time of a rollout."""
 
 from __future__ import annotations
 
@@ -13,114 +13,114 @@ from torch import Tensor, nn
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.models import packed_attention
-from hpc_rlhf.train.models.export import Part, in_turn, is_sharded, parts, size, whole
-from hpc_rlhf.train.parallel.tensor_parallel import is_cut
+from hpc_rlhf.train.models.export import ModuleWeights, full_bytes, full_weights, module_weights, whole
+from hpc_rlhf.train.parallel.deepspeed_internals import is_split, is_zero3
 
 
-class Twin:
-    """A model without hooks and adapters, which borrows another's weights or gathers its shards or parts.
+class GatheredModel:
+    """A model without hooks and adapters that borrows another's whole weights, or gathers its sharded ones.
 
-    Of a model that is not to be gathered as a whole, as many layers are as the budget allows; each of the others is
-    gathered whenever a forward pass comes to it.
+    If the model is too large to gather whole, as many layers are gathered as the budget allows; each of the others is
+    gathered in every forward pass, just before it is used.
 
     Args:
         model: the transformers model inside the training engine.
         budget: bytes that gathered weights may take, the same on all ranks. Embeddings, head and one layer are
-            gathered in any case.
+            always gathered.
 
     Attributes:
-        module: the twin, in eval mode.
-        streamed: the layers that are gathered in every forward pass; if there are any, all ranks must make their
-            forward passes together.
+        module: the copy, in eval mode.
+        streamed: the layers gathered in every forward pass. If there are any, all ranks must make their forward
+            passes together.
     """
 
     def __init__(self, model: Any, budget: int) -> None:
         from accelerate import init_empty_weights
 
         self.model = model
-        self._borrowed = ExitStack()  # gives back the layer in use
-        self.sharded = is_sharded(list(model.parameters()))
+        self._in_use = ExitStack()  # holds the streamed layer in use
+        self.sharded = any(map(is_zero3, model.parameters()))
         with init_empty_weights(include_buffers=False):
             self.module = type(model)(copy.deepcopy(model.config)).eval()
-        self.module.tie_weights()  # taking the memory away has parted what is tied
+        self.module.tie_weights()  # the meta device has untied them
         packed_attention.enable(self.module)
-        _be_real(self.module)
+        _allocate_empty(self.module)
         self.weights = dict(self.module.named_parameters())
-        self.held = parts(model)
-        self.streamed: list[list[Part]] = []
-        apart = self.sharded or any(map(is_cut, model.parameters()))
-        if apart and size(model.parameters()) > budget:
+        self.resident = module_weights(model)
+        self.streamed: list[list[ModuleWeights]] = []
+        must_gather = self.sharded or any(map(is_split, model.parameters()))
+        if must_gather and full_bytes(model.parameters()) > budget:
             self._stream(budget)
 
     def _stream(self, budget: int) -> None:
-        """Hold as many layers as fit beside the one in use; gather the others in their turn."""
+        """Keep as many layers resident as fit beside the one in use; stream the others."""
         path, layers = _layers(self.model)
-        inside = [parts(layer, f"{path}.{number}") for number, layer in enumerate(layers)]
-        outside = [part for part in self.held if not part.name.startswith(f"{path}.")]
-        largest = max(_bytes(found) for found in inside)
-        held = max(0, (budget - _bytes(outside)) // largest - 1)
-        self.held = outside + [part for found in inside[:held] for part in found]
-        self.streamed = inside[held:]
-        for found, twin in zip(self.streamed, _layers(self.module)[1][held:], strict=True):
-            twin.register_forward_pre_hook(partial(self._borrow, found))
-            twin.register_forward_hook(self._return)
+        inside = [module_weights(layer, f"{path}.{number}") for number, layer in enumerate(layers)]
+        outside = [module for module in self.resident if not module.name.startswith(f"{path}.")]
+        largest = max(_bytes(layer) for layer in inside)
+        count = max(0, (budget - _bytes(outside)) // largest - 1)
+        self.resident = outside + [module for layer in inside[:count] for module in layer]
+        self.streamed = inside[count:]
+        for layer, copied in zip(self.streamed, _layers(self.module)[1][count:], strict=True):
+            copied.register_forward_pre_hook(partial(self._gather, layer))
+            copied.register_forward_hook(self._release)
 
-    def _borrow(self, layer: Sequence[Part], *_: Any) -> None:
-        for name, tensor in self._borrowed.enter_context(whole(layer)):
+    def _gather(self, layer: Sequence[ModuleWeights], *_: Any) -> None:
+        for name, tensor in self._in_use.enter_context(whole(layer)):
             self.weights[name].data = tensor
-            self._borrowed.callback(_drop, self.weights[name])
+            self._in_use.callback(_free, self.weights[name])
 
-    def _return(self, *_: Any) -> None:
-        self._borrowed.close()
+    def _release(self, *_: Any) -> None:
+        self._in_use.close()
 
-    def walk(self) -> None:
-        """Give this rank's shards to a forward pass that other ranks make. Collective."""
+    def join_forward(self) -> None:
+        """Give this rank's shards to a forward pass of other ranks. Collective."""
         for layer in self.streamed:
             with whole(layer):
                 pass
 
     @contextmanager
     def filled(self) -> Iterator[None]:
-        """Within it, the twin has its weights, whose memory is given back afterwards. Collective under ZeRO-3 and where cut."""
+        """Within it, the copy has its weights; their memory is freed afterwards. Collective if sharded or split."""
         try:
-            for name, tensor in in_turn(self.held):
-                # What was gathered lasts only until the next; what lies whole in the model is shared.
+            for name, tensor in full_weights(self.resident):
+                # A gathered weight is valid only until the next one; a whole one is shared with the model.
                 self.weights[name].data = tensor.clone() if self.sharded else tensor
             buffers = dict(self.model.named_buffers())
             for name, buffer in self.module.named_buffers():
                 buffer.data = buffers[name].data if name in buffers else buffer.data
             yield
         finally:
-            self._borrowed.close()
+            self._in_use.close()
             for weight in self.weights.values():
-                _drop(weight)
+                _free(weight)
 
 
-def _drop(weight: Tensor) -> None:
+def _free(weight: Tensor) -> None:
     weight.data = weight.data.new_empty(0)
 
 
-def _be_real(module: nn.Module) -> None:
-    """Empty tensors in place of a model's parameters on no device; tied ones stay tied."""
-    made: dict[int, nn.Parameter] = {}
+def _allocate_empty(module: nn.Module) -> None:
+    """Replace parameters on the meta device by empty tensors; tied ones stay tied."""
+    empty: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
-            empty = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)
-            setattr(part, name, made.setdefault(id(parameter), empty))
+            replacement = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)
+            setattr(part, name, empty.setdefault(id(parameter), replacement))
 
 
 def _layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """A model's layers, and their name."""
+    """A model's list of layers, and its name."""
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name, module
     raise HpcRlhfError(
-        "the model is too large to be gathered for a rollout, and its layers are not found",
+        "the model is too large to gather for a rollout, and its list of layers was not found",
         where=type(model).__name__,
         hint="use GPUs with more memory",
     )
 
 
-def _bytes(found: Sequence[Part]) -> int:
-    return sum(size(part.parameters) for part in found)
+def _bytes(modules: Sequence[ModuleWeights]) -> int:
+    return sum(full_bytes(module.parameters) for module in modules)

@@ -10,7 +10,7 @@ import torch
 
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.data.dialogues import follow
-from hpc_rlhf.train.models.export import export, full_weights
+from hpc_rlhf.train.models.export import export, full_weights, module_weights
 from hpc_rlhf.train.models.loading import RewardModel, load_causal, load_reward
 from hpc_rlhf.train.models.lora import adapt
 from hpc_rlhf.train.ragged import Ragged
@@ -54,7 +54,7 @@ def test_a_language_model_comes_back_from_its_folder_bit_for_bit(
 @pytest.mark.parametrize("tied", [True, False])
 def test_full_weights_are_the_parameters_by_their_names_each_once(kind: str, tied: bool) -> None:
     model = tiny.causal(kind, tie_word_embeddings=tied)
-    found = list(full_weights(model))
+    found = list(full_weights(module_weights(model)))
     assert [name for name, _ in found] == [name for name, _ in model.named_parameters()]
     for (_, weight), parameter in zip(found, model.parameters(), strict=True):
         assert torch.equal(weight, parameter)

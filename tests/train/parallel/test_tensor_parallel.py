@@ -17,18 +17,17 @@ pytestmark = pytest.mark.train
 
 RANK = """
 import json, sys, torch
-from types import SimpleNamespace
 from hpc_rlhf.train.runtime.world import join
 world = join(2).with_tensor_parallel(2)
-from deepspeed.utils import groups
+from hpc_rlhf.train.parallel.deepspeed_internals import layer_group
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models import packed_attention as packed
-from hpc_rlhf.train.parallel.tensor_parallel import along, cut
-from hpc_rlhf.train.models.engine import _gradient_norm
+from hpc_rlhf.train.parallel.tensor_parallel import split_dim, split_model
+from hpc_rlhf.train.models.engine import gradient_norm
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
-from hpc_rlhf.train.models.export import full_weights, size
+from hpc_rlhf.train.models.export import full_bytes, full_weights, module_weights
 from hpc_rlhf.train.rollout.in_process.engine import RolloutDropped, RolloutEngine, Sampling
 from tests.train import tiny
 
@@ -41,20 +40,23 @@ prompts, keys = [[11, 12], [5, 6, 7], [9], [8, 7, 6, 5, 4], [3, 4]], [(3, row) f
 def adapted(model, only):
     adapt(model, LoraSpec(rank=4, alpha=6, only=only), 5)
     for number, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
-        parts = 2 if along(layer.base) == 0 else 1
+        parts = 2 if split_dim(layer.base) == 0 else 1
         whole = torch.empty(len(layer.lora_b) * parts, 4).normal_(0, 0.2, generator=torch.Generator().manual_seed(number))
         layer.lora_b.data = whole.chunk(parts)[world.rank % parts].clone()
 
-def learn(model, mpu):
+def learn(model, group):
     language = LanguageModel(model)
     log_probs, _ = language(ids, lengths, learnt)
     log_probs.sum().backward()
-    norm = _gradient_norm(SimpleNamespace(module=language, mpu=mpu))
+    norm = gradient_norm(language, group)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter -= 0.01 * parameter.grad
     return log_probs.detach(), norm
+
+def weights(model):
+    return full_weights(module_weights(model))
 
 def far(one, other):
     return ((one - other).abs().max() / other.abs().max()).item()
@@ -65,19 +67,20 @@ def answers(model, world, memory=None, **how):
 
 def compare(kind, adapters):
     whole, part = tiny.causal(kind), tiny.causal(kind)
-    everything = size(whole.parameters())
-    cut(part, 2)
-    seen = {"share": sum(p.numel() for p in part.parameters()) * 4 / everything, "size": size(part.parameters()) - everything}
+    everything = full_bytes(whole.parameters())
+    split_model(part, 2)
+    group = layer_group(next(m for m in part.modules() if split_dim(m) is not None))
+    seen = {"share": sum(p.numel() for p in part.parameters()) * 4 / everything, "size": full_bytes(part.parameters()) - everything}
     for model in (whole, part):
         packed.enable(model)
         if adapters:
             adapted(model, adapters == "only")
-    (expected, norm), (found, own_norm) = learn(whole, None), learn(part, groups)
+    (expected, norm), (found, own_norm) = learn(whole, None), learn(part, group)
     seen["outputs"], seen["norm"] = far(found, expected), abs(own_norm / norm - 1)
-    theirs, ours = dict(full_weights(whole)), {name: weight.clone() for name, weight in full_weights(part)}
+    theirs, ours = dict(weights(whole)), {name: weight.clone() for name, weight in weights(part)}
     assert theirs.keys() == ours.keys()
     seen["weights"] = max(far(ours[name], theirs[name]) for name in theirs)
-    seen["moved"] = far(dict(full_weights(tiny.causal(kind)))[name := "model.layers.0.mlp.up_proj.weight" if kind != "opt" else "model.decoder.layers.0.fc1.weight"], theirs[name])
+    seen["moved"] = far(dict(weights(tiny.causal(kind)))[name := "model.layers.0.mlp.up_proj.weight" if kind != "opt" else "model.decoder.layers.0.fc1.weight"], theirs[name])
     drawn = [answers(whole, world.with_tensor_parallel(1)), answers(part, world), answers(part, world, memory=9)]
     seen["answers"] = drawn[0] == drawn[1] == drawn[2] and len(drawn[0][0])
     return seen, part
@@ -95,7 +98,7 @@ for name, model in {
     "shared": tiny.causal("llama", num_key_value_heads=1), "width": tiny.causal("opt", ffn_dim=49),
 }.items():
     try:
-        cut(model, 2)
+        split_model(model, 2)
     except HpcRlhfError as error:
         seen["refused"][name] = str(error)
 print(json.dumps(seen))
@@ -145,7 +148,7 @@ def test_what_cannot_be_cut_evenly_is_refused(seen: list[dict[str, Any]]) -> Non
     for rank in seen:
         refused = rank["refused"]
         assert refused.keys() == {"gpt2", "heads", "shared", "width"}
-        assert "cannot cut the layers of gpt2" in refused["gpt2"]
+        assert "does not support gpt2 models" in refused["gpt2"]
         assert "zero: 3" in refused["gpt2"]
         assert "5 attention heads" in refused["heads"]
         assert "1 key and value heads" in refused["shared"]

@@ -117,10 +117,10 @@ def test_an_architecture_that_would_not_hear_of_the_lengths_runs_padded(kind: st
     torch.testing.assert_close(found, torch.cat([alone(plain, row, 1.0)[0] for row in ROWS]), **CLOSE)
 
 
-def test_attention_that_was_not_told_the_lengths_refuses() -> None:
+def test_attention_without_the_lengths_refuses() -> None:
     model = tiny.causal("llama")
     packed_attention.enable(model)
-    with pytest.raises(RuntimeError, match="was not told how long the packed sequences are"):
+    with pytest.raises(RuntimeError, match="got no lengths for its packed sequences"):
         model(torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_rlhf.train.rollout.in_process.cpu_decode import matrices
+from hpc_rlhf.train.rollout.in_process.cpu_decode import pack_layers
 from tests.train import tiny
 
 pytestmark = pytest.mark.skipif(
@@ -20,21 +20,21 @@ def test_laid_out_matrices_give_what_their_layers_give(kind: str) -> None:
     model = tiny.causal(kind, tie_word_embeddings=False).bfloat16()
     ids = torch.randint(3, tiny.VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
-    found = matrices(model)
-    together = {len(matrix.layers) for matrix in found}
+    found = pack_layers(model)
+    together = {len(linear.layers) for linear in found}
     assert together == ({1} if kind == "gpt2" else {1, 3} if kind == "opt" else {1, 2, 3})
-    layers = [layer for matrix in found for layer in matrix.layers]
+    layers = [layer for linear in found for layer in linear.layers]
     assert {id(layer) for layer in layers} == {id(m) for m in model.modules() if type(m) is nn.Linear}
     assert len(layers) == len(set(map(id, layers)))
-    for matrix in found:
-        matrix.fill()
-    for layer in layers:  # which the matrices do not look at
+    for linear in found:
+        linear.fill()
+    for layer in layers:  # which the packed layers do not look at
         layer.weight.data = layer.weight.data.new_empty(0)
     made = model(ids).logits.float()
     assert float((made - expected).norm() / expected.float().norm()) < 0.01
-    for matrix in found:
-        matrix.drop()
-    assert all(matrix.weight is None for matrix in found)
+    for linear in found:
+        linear.clear()
+    assert all(linear.weight is None for linear in found)
 
 
 @torch.no_grad()
@@ -43,11 +43,11 @@ def test_layers_that_are_given_different_inputs_have_each_its_own_output() -> No
     attention = model.model.layers[0].self_attn
     one, other = torch.randn(2, 3, 32).bfloat16().unbind()
     expected = [attention.q_proj(one), attention.k_proj(other), attention.v_proj(one)]
-    for matrix in matrices(model):
-        matrix.fill()
+    for linear in pack_layers(model):
+        linear.fill()
     made = [attention.q_proj(one), attention.k_proj(other), attention.v_proj(one)]
     assert all(torch.allclose(*pair, rtol=0.02, atol=0.02) for pair in zip(made, expected, strict=True))
 
 
 def test_single_precision_keeps_its_layers() -> None:
-    assert matrices(tiny.causal("llama")) == []
+    assert pack_layers(tiny.causal("llama")) == []

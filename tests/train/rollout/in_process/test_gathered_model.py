@@ -24,7 +24,7 @@ from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.engine import frozen_engine, sharded_loading
 from hpc_rlhf.train.models.loading import load_causal
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
-from hpc_rlhf.train.models.export import gathered, size
+from hpc_rlhf.train.models.export import full_bytes, gathered
 from hpc_rlhf.train.rollout.in_process.engine import WEIGHTS_SHARE, RolloutDropped, RolloutEngine, Sampling
 
 config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -45,7 +45,7 @@ def adapted(model):
     return model
 
 plain = load_causal(folder, torch.float32).eval()
-total, layer = size(plain.parameters()), size(plain.model.layers[0].parameters())
+total, layer = full_bytes(plain.parameters()), full_bytes(plain.model.layers[0].parameters())
 if world.rank == 0:  # its answer ends early, and others still need its shards
     eos = answers(RolloutEngine(plain, world))[0][2]
 seen = {"plain": answers(RolloutEngine(plain, world))}
@@ -56,9 +56,9 @@ roomy = RolloutEngine(model, world)
 seen["gathered"], seen["again"] = answers(roomy), answers(roomy)
 for room in (0, 1, 2, 3):
     engine = RolloutEngine(model, world, memory=int((total - 4 * layer + room * layer + 9) / WEIGHTS_SHARE))
-    seen[f"room for {room}"] = [len(engine.twin.streamed), answers(engine)]
+    seen[f"room for {room}"] = [len(engine.gathered.streamed), answers(engine)]
 seen["left"] = sum(
-    weight.numel() for one in (model, roomy.twin.module, engine.twin.module) for weight in one.parameters()
+    weight.numel() for one in (model, roomy.gathered.module, engine.gathered.module) for weight in one.parameters()
 )
 calls = iter(range(100))
 try:  # one rank alone is told to stop, and all do

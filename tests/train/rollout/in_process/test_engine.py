@@ -12,7 +12,7 @@ from hpc_rlhf.train.models import packed_attention
 from hpc_rlhf.train.models.forward import ALIGNED
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
 from hpc_rlhf.train.rollout.in_process import engine as engines
-from hpc_rlhf.train.rollout.in_process.decode_step import ON_TRIAL, TRACED_AFTER, DecodeStep
+from hpc_rlhf.train.rollout.in_process.decode_step import TRACED_AFTER, TRIAL_STEPS, DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
 from hpc_rlhf.train.rollout.in_process.engine import RolloutDropped, RolloutEngine, Sampling
 from hpc_rlhf.train.rollout.in_process.sampling import uniforms
@@ -93,7 +93,7 @@ def test_greedy_answers_are_those_of_transformers_token_for_token(
 
 
 def test_the_architectures_take_the_ways_they_are_meant_to(model: Any, world: World) -> None:
-    way = RolloutEngine(model, world).twin.module.config._attn_implementation
+    way = RolloutEngine(model, world).gathered.module.config._attn_implementation
     assert (way == packed_attention.NAME) == (model.config.model_type != UNPACKED)
 
 
@@ -163,7 +163,7 @@ def test_a_rollout_dropped_at_any_step_is_made_again_bit_for_bit(world: World, d
     expected = sampled(engine, names, eos_id)
     undisturbed, forwards = list(seen), len(seen) + 2
     assert len(undisturbed) > 12
-    assert not engine.step.made
+    assert engine.step.trace is None
     for step in range(0, forwards, 3):
         calls = iter(range(forwards))
         with pytest.raises(RolloutDropped):
@@ -171,7 +171,7 @@ def test_a_rollout_dropped_at_any_step_is_made_again_bit_for_bit(world: World, d
         seen.clear()
         assert sampled(engine, names, eos_id) == expected
         assert all(torch.equal(one, other) for one, other in zip(seen, undisturbed, strict=True))
-    assert engine.step.made
+    assert engine.step.trace is not None
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -197,15 +197,15 @@ def test_a_traced_step_gives_the_same_bits_for_other_rows_and_other_weights(
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     assert all(torch.equal(*pair) for pair in zip(*seen.values(), strict=True))
-    assert engine.step.made
-    assert engine.step.on_trial == 0
-    assert not plain.step.made
+    assert engine.step.trace is not None
+    assert engine.step.trial_steps == 0
+    assert plain.step.trace is None
 
 
 def test_a_step_that_a_trace_does_not_follow_is_not_traced(world: World) -> None:
     """A branch on what the tokens are is fixed by a trace; the model goes on by itself."""
     engine = RolloutEngine(tiny.causal("llama"), world)
-    layer = engine.twin.module.model.layers[0]
+    layer = engine.gathered.module.model.layers[0]
     forward = layer.forward
     layer.forward = lambda hidden, *args, **how: (
         forward(hidden, *args, **how) * (1 if hidden.sum() > 0 else 2)
@@ -214,12 +214,12 @@ def test_a_step_that_a_trace_does_not_follow_is_not_traced(world: World) -> None
     engine.step.steps_to_trace = 2
     assert sampled(engine, [0, 1, 2]) == expected
     assert engine.step.steps_to_trace < 0
-    assert not engine.step.made
+    assert engine.step.trace is None
 
 
 def test_a_trace_that_goes_wrong_later_is_dropped(world: World) -> None:
     engine = RolloutEngine(tiny.causal("llama"), world)
-    layer = engine.twin.module.model.layers[0]
+    layer = engine.gathered.module.model.layers[0]
     forward, long = layer.forward, 30
     layer.forward = lambda hidden, *args, **how: (
         forward(hidden, *args, **how) * (1 if int(how["position_ids"].max()) < long else 2)
@@ -227,10 +227,10 @@ def test_a_trace_that_goes_wrong_later_is_dropped(world: World) -> None:
     expected = sampled(engine, [6], rows=1)  # a prompt of 40 tokens
     engine.step.steps_to_trace = 2
     sampled(engine, [0, 1, 2, 3])  # of 12 at most
-    assert engine.step.made
-    assert 0 < engine.step.on_trial < ON_TRIAL
+    assert engine.step.trace is not None
+    assert 0 < engine.step.trial_steps < TRIAL_STEPS
     assert sampled(engine, [6], rows=1) == expected
-    assert not engine.step.made
+    assert engine.step.trace is None
 
 
 def test_the_model_and_its_mode_are_left_alone_and_dropout_is_off(world: World) -> None:
@@ -241,7 +241,7 @@ def test_the_model_and_its_mode_are_left_alone_and_dropout_is_off(world: World) 
     assert sampled(engine, [0, 1, 2]) == expected
     assert model.training
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    assert sum(weight.numel() for weight in engine.twin.module.parameters()) == 0
+    assert sum(weight.numel() for weight in engine.gathered.module.parameters()) == 0
 
 
 def test_what_training_changes_the_next_rollout_says(world: World) -> None:
@@ -265,7 +265,7 @@ def test_adapters_are_folded_in(kind: str, world: World) -> None:
     for layer in layers:
         torch.nn.init.normal_(layer.lora_b, 0, 0.1)
     engine = RolloutEngine(model, world)
-    assert not any(isinstance(module, LoraLinear) for module in engine.twin.module.modules())
+    assert not any(isinstance(module, LoraLinear) for module in engine.gathered.module.modules())
     answers = engine.generate(prompts(), None, LIMIT, GREEDY, NO_EOS, 3)
     expected = [
         model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=LIMIT, eos_token_id=None)
@@ -299,7 +299,7 @@ def test_a_step_costs_no_more_than_its_live_rows(world: World) -> None:
     names = list(range(len(LENGTHS)))
     eos_id = frequent(engine)
     shapes: list[tuple[int, ...]] = []
-    engine.twin.module.register_forward_pre_hook(
+    engine.gathered.module.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     answers = sampled(engine, names, eos_id, rows=4)
@@ -315,7 +315,7 @@ def test_prompts_that_wait_share_a_forward_pass(world: World) -> None:
     keys: list[tuple[object, ...]] = [(number,) for number in range(60)]
     eos_id = engine.generate(one[:1], keys[:1], LIMIT, few, NO_EOS, 1)[0][3]
     begun: list[int] = []
-    engine.twin.module.register_forward_pre_hook(
+    engine.gathered.module.register_forward_pre_hook(
         lambda module, args, how: begun.append(len(how.get("packed_lengths", ()))), with_kwargs=True
     )
     answers = engine.generate(one, keys, LIMIT, few, eos_id, 32)

@@ -125,7 +125,7 @@ def plain(model: Any, world: World, sampling: Sampling, eos_id: int = NO_EOS) ->
 
 def asks(engine: RolloutEngine) -> None:
     """Let a step ask the device for a number, which changes nothing."""
-    layer = engine.twin.module.model.layers[0]
+    layer = engine.gathered.module.model.layers[0]
     forward = layer.forward
     layer.forward = lambda hidden, *args, **how: (
         forward(hidden, *args, **how) * (1 if bool(hidden.isfinite().all()) else 2)
@@ -145,7 +145,7 @@ def test_recorded_steps_say_the_same_token_for_token_when_rows_are_refilled(
     assert len({len(answer) for answer in expected}) > 2
     engine = RolloutEngine(model, world)
     calls: list[int] = []
-    engine.twin.module.register_forward_pre_hook(
+    engine.gathered.module.register_forward_pre_hook(
         lambda module, args, how: calls.append(how["input_ids"].shape[1]), with_kwargs=True
     )
     for rows in (11, 50):

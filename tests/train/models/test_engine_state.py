@@ -1,4 +1,4 @@
-"""What an engine has learnt comes back on as many ranks bit for bit, and on any other number as the same training."""
+"""An engine's state resumes bit for bit on the same number of ranks, and as the same training on any other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.launch.local.environment import free_port
+from tests.train import tiny
 from tests.train.stages import END, rank_environment
 
 pytestmark = pytest.mark.train
@@ -99,16 +100,17 @@ worlds.leave()
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Checkpoints of two ranks, and what came of going on without a break."""
-    from tests.train import tiny
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """What two ranks (2) did without a break, and what two (20), one and three did from their checkpoints."""
+    from hpc_rlhf.train.parallel.deepspeed_internals import supports_fp16
 
     folder = tmp_path_factory.mktemp("state")
     tiny.causal("llama").save_pretrained(folder / "model")
-    return folder, ranks(folder, 2)
+    ways = [way for way in WAYS if "fp16" not in way or supports_fp16()]
+    return {key: ranks(folder, count, ways) for key, count in ((2, 2), (20, 2), (1, 1), (3, 3))}
 
 
-def ranks(folder: Path, count: int) -> dict[str, Any]:
+def ranks(folder: Path, count: int, ways: list[str]) -> dict[str, Any]:
     command = [
         sys.executable,
         "-c",
@@ -116,7 +118,7 @@ def ranks(folder: Path, count: int) -> dict[str, Any]:
         str(folder / "model"),
         str(folder / "kept"),
         str(count),
-        *WAYS,
+        *ways,
     ]
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -128,16 +130,21 @@ def ranks(folder: Path, count: int) -> dict[str, Any]:
     return found
 
 
-def test_as_many_ranks_go_on_bit_for_bit(saved: tuple[Path, dict[str, Any]]) -> None:
-    assert ranks(saved[0], 2) == saved[1]
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_number_of_ranks_resumes_bit_for_bit(runs: dict[int, dict[str, Any]], way: str) -> None:
+    tiny.skip_unless_supported(way)
+    assert runs[20][way] == runs[2][way]
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("count", [1, 3])
-def test_other_ranks_go_on_with_the_same_training(saved: tuple[Path, dict[str, Any]], count: int) -> None:
-    for way, found in ranks(saved[0], count).items():
-        whole = saved[1][way]
-        tolerance = 1e-5 if "fp32" in way else 5e-3
-        assert found["losses"] == pytest.approx(whole["losses"], rel=tolerance), way
-        assert found["sums"].keys() == whole["sums"].keys(), way
-        for name in ("optimizer", "schedule", "scale"):
-            assert found["facts"][name] == whole["facts"][name], way
+def test_another_number_of_ranks_resumes_the_same_training(
+    runs: dict[int, dict[str, Any]], way: str, count: int
+) -> None:
+    tiny.skip_unless_supported(way)
+    uninterrupted, resumed = runs[2][way], runs[count][way]
+    tolerance = 1e-5 if "fp32" in way else 5e-3
+    assert resumed["losses"] == pytest.approx(uninterrupted["losses"], rel=tolerance)
+    assert resumed["sums"].keys() == uninterrupted["sums"].keys()
+    for name in ("optimizer", "schedule", "scale"):
+        assert resumed["facts"][name] == uninterrupted["facts"][name]

@@ -1,0 +1,338 @@
+"""The only file that touches DeepSpeed's private names.
+
+``tests/train/parallel/test_deepspeed_internals.py`` lists each of them and fails when DeepSpeed changes one.
+DeepSpeed's public interface (``initialize``, ``init_distributed``, an engine's ``backward``, ``step``,
+``was_step_applied``, …) is used directly elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# State of a dynamic loss scale; which of these exist depends on the scaler.
+SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+COUNTER_FIELDS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def disable_shared_memory_comm() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPU ranks when it first starts.
+
+    That needs a compiler and most of a minute, and the other ranks spin forever when one dies; gloo raises.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def supports_fp16() -> bool:
+    """True if DeepSpeed can train in float16 on this device; many CPUs cannot."""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
+# Parameters
+
+
+def is_zero3(parameter: Any) -> bool:
+    """True if ZeRO-3 partitions the parameter over the ranks."""
+    return hasattr(parameter, "ds_id")
+
+
+def local_shard(parameter: Any) -> Tensor:
+    """This rank's shard of a ZeRO-3 parameter, flat and perhaps padded; any other parameter whole."""
+    shard: Tensor = parameter.ds_tensor if is_zero3(parameter) else parameter
+    return shard.detach()
+
+
+def full_numel(parameter: Any) -> int:
+    """Elements of a parameter before ZeRO-3 partitioned it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def full_dim(parameter: Any) -> int:
+    """Dimensions of a parameter before ZeRO-3 flattened it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def mark_split(tensor: Tensor) -> None:
+    """Tell DeepSpeed that this rank holds only a shard of a parameter or gradient, for the gradient norm."""
+    tensor.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def is_split(parameter: nn.Parameter) -> bool:
+    """True if tensor parallelism splits the parameter over the ranks of a group."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
+# Layers split by AutoTP
+
+
+def split_layers(
+    model: nn.Module, config: Any, size: int, columns: str, rows: str, replicated: str
+) -> list[tuple[Any, int]]:
+    """Replace a model's linear layers by AutoTP's, in place. Collective.
+
+    Args:
+        config: transformers' configuration of the model.
+        size: ranks of a tensor-parallel group.
+        columns, rows: regular expressions for the names of layers split along their outputs or inputs.
+        replicated: the same for layers kept whole whose gradients are summed over the group.
+
+    Returns:
+        The layers that were split, each with the dimension of its weight that it was split along.
+    """
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
+    from deepspeed.module_inject.layers import LinearLayer, TensorParallel_Layer, set_autotp_mode
+    from deepspeed.utils import groups
+
+    def layers(names: str, partition: PartitionType, sum_gradients: bool = False) -> TPLayerSpec:
+        return TPLayerSpec([rf".*\.({names})\.weight$"], partition, grad_allreduce=sum_gradients)
+
+    specs = [
+        layers(columns, PartitionType.COLUMN),
+        layers(rows, PartitionType.ROW),
+        layers(replicated, PartitionType.SKIP, sum_gradients=True),
+    ]
+    groups._init_tp_mesh_device(size)
+    set_autotp_mode(training=True)
+    autotp = AutoTP(
+        module=model, all_reduce_linears=(), prefix="", state_dict=None, linear_layer_setting=(nn.Linear, nn.Embedding),
+        orig_layer_impl=None, partition_config=AutoTPConfig(tp_size=size, layer_specs=specs),
+        model_config=config, training_mode=True,
+    )  # fmt: skip
+    autotp.set_tensor_parallel_config(size, groups.get_tensor_model_parallel_group())
+    autotp.update_linear_policies()
+    autotp._replace_module(model)
+    autotp.register_replicated_grad_hooks(model)
+    split = [layer for layer in model.modules() if isinstance(layer, TensorParallel_Layer)]
+    return [(layer, 0 if isinstance(layer, LinearLayer) else 1) for layer in split]
+
+
+def skip_autotp(model: nn.Module) -> None:
+    """Tell ``deepspeed.initialize`` that the model's layers are already split, or are not to be."""
+    model.ds_autotp_parsed = True  # type: ignore[assignment]
+
+
+def layer_group(layer: Any) -> Any:
+    """The process group of the ranks that share a split layer."""
+    return layer.mp_group
+
+
+def replica_group() -> Any:
+    """The process group of the ranks that hold the same shards of the layers."""
+    from deepspeed.utils import groups
+
+    return groups.get_data_parallel_group()
+
+
+def sum_gradient(layer: Any) -> Callable[[Tensor], Tensor]:
+    """The identity, whose backward pass sums gradients over the group of a layer."""
+    from deepspeed.module_inject.layers import ColumnParallel
+
+    return partial(ColumnParallel.apply, layer.mp_group)
+
+
+def sum_output(layer: Any) -> Callable[[Tensor], Tensor]:
+    """A sum over the group of a layer, whose backward pass is the identity."""
+    from deepspeed.module_inject.layers import RowParallel
+
+    def total(products: Tensor) -> Tensor:
+        summed: Tensor = RowParallel.apply(layer.mp_group, products, False)
+        return summed
+
+    return total
+
+
+# Engines
+
+
+def has_unfused_wrapper(engine: Any) -> bool:
+    """True for half precision without ZeRO, where DeepSpeed wraps the optimizer in FP16_UnfusedOptimizer."""
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    return isinstance(engine.optimizer, FP16_UnfusedOptimizer)
+
+
+def discard_allocation_step(engine: Any) -> None:
+    """Half precision without ZeRO: undo the step on zero gradients by which DeepSpeed allocates Adam's state.
+
+    That step decays weights, and Adam counts it: the bias corrections would be one step ahead, and the first
+    updates a quarter too small.
+    """
+    if has_unfused_wrapper(engine):
+        engine.optimizer.optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
+
+
+def check_overflow_by_norm(engine: Any) -> None:
+    """Half precision without ZeRO: look for overflow in the gradient norm only, not in every gradient as well.
+
+    DeepSpeed skips a step whose norm is not finite. The norm is the same on all ranks, because their gradients
+    have been averaged.
+    """
+    if hasattr(engine.optimizer, "overflow_checker"):
+        engine.optimizer.overflow_checker.check = bool
+
+
+def disable_gradient_averaging(engine: Any) -> None:
+    """Leave each rank its own gradients; the optimizer averages them."""
+    engine.enable_backward_allreduce = False
+
+
+def inner_optimizer(engine: Any) -> Any:
+    """The optimizer that DeepSpeed wraps."""
+    return engine.basic_optimizer
+
+
+def keeps_grad_norm(engine: Any) -> bool:
+    """False for float32 without ZeRO: DeepSpeed clips by torch then and does not keep the norm."""
+    return hasattr(engine.optimizer, "_global_grad_norm")
+
+
+def tensor_parallel_group(engine: Any) -> Any:
+    """The process group of the ranks that share layers; None without tensor parallelism."""
+    return None if engine.mpu is None else engine.mpu.get_tensor_model_parallel_group()
+
+
+def unapplied_loss_scale(engine: Any) -> float:
+    """The factor that the caller must multiply float16 losses with.
+
+    Without ZeRO, DeepSpeed 0.19 divides the gradients by the loss scale in its step, but its engine never
+    multiplies the loss: small gradients would vanish, and the rest be too small for Adam's epsilon and clipping.
+    """
+    return float(engine.optimizer.loss_scale) if has_unfused_wrapper(engine) else 1.0
+
+
+# Optimizer state
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The part of a trained parameter's float32 weight that this rank's optimizer steps.
+
+    Attributes:
+        name: the parameter's name in the engine's module.
+        start: index of the fragment's first element in the flattened parameter.
+        stepped: the tensor that the inner optimizer steps and keeps its state by.
+        span: where the fragment lies in it, flattened.
+        replicated: every rank has this fragment.
+    """
+
+    name: str
+    start: int
+    stepped: Tensor
+    span: slice
+    replicated: bool = False
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The fragment's part of ``stepped``, or of a moment of the same shape: (elements,), a view."""
+        return tensor.detach().view(-1)[self.span]
+
+
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """The fragments of all trained parameters on this rank."""
+    optimizer = engine.optimizer
+    trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        yield from _zero3_fragments(optimizer, trained)
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        yield from _zero12_fragments(optimizer, trained)
+    else:
+        masters = dict(_masters(engine))
+        for name, parameter in trained:
+            yield Fragment(name, 0, masters[parameter], slice(None), replicated=True)
+
+
+def _zero3_fragments(optimizer: Any, trained: list[tuple[str, Any]]) -> Iterator[Fragment]:
+    rank = torch.distributed.get_rank()
+    for name, parameter in trained:
+        group, offset, held = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = rank * held
+        count = min(held, parameter.ds_numel - start)  # the last rank's shard may be padded
+        if count > 0:
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            yield Fragment(name, start, flat, slice(offset, offset + count))
+
+
+def _zero12_fragments(optimizer: Any, trained: list[tuple[str, Any]]) -> Iterator[Fragment]:
+    for name, parameter in trained:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            continue  # other ranks have all of it
+        flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        held = mapping.hp_fragment_address
+        span = slice(held.start, held.start + held.numel)
+        yield Fragment(name, mapping.lp_fragment_address.start, flat, span)
+
+
+def _masters(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Without ZeRO: the model's parameters, and the float32 tensors that the optimizer steps for them."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp32_groups"):
+        yield from ((p, p) for p in engine.module.parameters() if p.requires_grad)
+        return
+    for half, single in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        yield from zip(half, single, strict=True)
+
+
+def stepped_tensors(engine: Any) -> list[Tensor]:
+    """The tensors that the inner optimizer steps and keeps its state by."""
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+        if hasattr(engine.optimizer, name):
+            return list(getattr(engine.optimizer, name))
+    return [master for _, master in _masters(engine)]
+
+
+def copy_masters_to_model(engine: Any) -> None:
+    """Set the model's weights to the float32 ones that the optimizer steps. Collective."""
+    optimizer = engine.optimizer
+    with torch.no_grad():
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            optimizer.checkpoint_event_prologue()
+            groups = zip(
+                optimizer.fp32_partitioned_groups_flat,
+                optimizer.fp16_partitioned_groups_flat,
+                optimizer.fp16_partitioned_groups,
+                strict=True,
+            )
+            for single, flat, shards in groups:
+                flat.data.copy_(single.data)
+                for shard, values in zip(shards, optimizer.unflatten(flat, shards), strict=True):
+                    shard.data = values.data
+            optimizer.checkpoint_event_epilogue()
+        elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+            optimizer.update_lp_params()
+        else:
+            for parameter, master in _masters(engine):
+                parameter.copy_(master)
+
+
+def _scaler(engine: Any) -> Any:
+    config = getattr(engine.optimizer, "loss_scale_config", None)
+    return config or getattr(engine.optimizer, "loss_scaler", None)
+
+
+def scale_state(engine: Any) -> dict[str, Any]:
+    """The state of the loss scale, as JSON."""
+    scaler = _scaler(engine)
+    return {name: getattr(scaler, name) for name in SCALE_FIELDS if hasattr(scaler, name)}
+
+
+def counter_state(engine: Any) -> dict[str, int]:
+    """The engine's counters."""
+    return {name: getattr(engine, name) for name in COUNTER_FIELDS}
+
+
+def restore_numbers(engine: Any, scale: dict[str, Any], counters: dict[str, int]) -> None:
+    """Put back what ``scale_state`` and ``counter_state`` gave."""
+    for owner, numbers in ((_scaler(engine), scale), (engine, counters)):
+        for name, value in numbers.items():
+            setattr(owner, name, value)

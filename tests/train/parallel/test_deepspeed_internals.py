@@ -1,0 +1,165 @@
+"""DeepSpeed has every private name that ``deepspeed_internals`` uses; each is named here, so that a failure says which.
+
+When a test here fails after an update of DeepSpeed, change ``hpc_rlhf/train/parallel/deepspeed_internals.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hpc_rlhf.train
+from hpc_rlhf.launch.local.environment import free_port
+from tests.train.stages import END, rank_environment
+
+MODULES = {
+    "deepspeed.ops": ["__compatible_ops__"],
+    "deepspeed.module_inject.auto_tp": ["AutoTP"],
+    "deepspeed.module_inject.autotp_config": ["AutoTPConfig", "PartitionType", "TPLayerSpec"],
+    "deepspeed.module_inject.layers": [
+        "ColumnParallel", "LinearLayer", "RowParallel", "TensorParallel_Layer", "set_autotp_mode",
+    ],
+    "deepspeed.runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
+    "deepspeed.utils.groups": [
+        "_init_tp_mesh_device", "get_data_parallel_group", "get_tensor_model_parallel_group",
+    ],
+}  # fmt: skip
+METHODS = {
+    "deepspeed.module_inject.auto_tp.AutoTP": [
+        "_replace_module", "register_replicated_grad_hooks", "set_tensor_parallel_config", "update_linear_policies",
+    ],
+    "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ["refresh_fp32_params"],
+    "deepspeed.runtime.engine.DeepSpeedEngine": [
+        "get_global_grad_norm", "set_gradient_accumulation_boundary", "was_step_applied",
+    ],
+}  # fmt: skip
+ENGINE = [
+    "basic_optimizer", "enable_backward_allreduce", "lr_scheduler", "mpu",
+    "global_steps", "global_samples", "micro_steps", "skipped_steps",
+]  # fmt: skip
+# By ZeRO stage and precision: attributes of the wrapped optimizer, and of one of its parameters.
+OPTIMIZERS: dict[str, tuple[list[str], list[str]]] = {
+    "0 fp32": ([], []),
+    "0 bf16": (
+        [
+            "fp16_groups", "fp32_groups", "loss_scale", "loss_scale_config", "optimizer", "overflow",
+            "overflow_checker.check", "_global_grad_norm",
+        ],
+        [],
+    ),
+    "1 bf16": (
+        ["single_partition_of_fp32_groups", "update_lp_params", "loss_scaler", "overflow", "_global_grad_norm"],
+        [
+            "_hp_mapping.param_group_index", "_hp_mapping.hp_fragment_address.start",
+            "_hp_mapping.hp_fragment_address.numel", "_hp_mapping.lp_fragment_address.start",
+        ],
+    ),
+    "3 bf16": (
+        [
+            "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "fp16_partitioned_groups", "unflatten",
+            "grad_position", "get_param_id", "checkpoint_event_prologue", "checkpoint_event_epilogue",
+            "loss_scaler", "overflow", "_global_grad_norm",
+        ],
+        ["ds_id", "ds_numel", "ds_shape", "ds_tensor"],
+    ),
+}  # fmt: skip
+
+RANK = """
+import json, operator, sys
+import torch
+from hpc_rlhf.train.runtime.world import join
+join(1)
+from hpc_rlhf.spec.stages import SftSpec
+from hpc_rlhf.train.models.engine import sharded_loading, training_engine
+from hpc_rlhf.train.models.loading import DTYPES, load_causal
+
+def missing(owner, names):
+    found = []
+    for name in names:
+        try:
+            operator.attrgetter(name)(owner)
+        except AttributeError:
+            found.append(name)
+    return found
+
+report = {}
+for way, (optimizer, parameter) in json.loads(sys.argv[2]).items():
+    stage, precision = way.split()
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": int(stage)}}
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    with sharded_loading(config):
+        model = load_causal(sys.argv[1], DTYPES[precision])
+    engine = training_engine(model, config, SftSpec(precision=precision), 1e-3, 10)
+    report[way] = {
+        "engine": missing(engine, json.loads(sys.argv[3])), "optimizer": missing(engine.optimizer, optimizer),
+        "parameter": missing(next(model.parameters()), parameter),
+    }
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.parametrize(("module", "names"), MODULES.items())
+def test_modules_have_their_private_names(module: str, names: list[str]) -> None:
+    found = importlib.import_module(module)
+    assert [name for name in names if not hasattr(found, name)] == [], f"{module} lost them"
+
+
+@pytest.mark.parametrize(("path", "names"), METHODS.items())
+def test_classes_have_their_private_methods(path: str, names: list[str]) -> None:
+    module, name = path.rsplit(".", 1)
+    found = getattr(importlib.import_module(module), name)
+    assert [method for method in names if not hasattr(found, method)] == [], f"{path} lost them"
+
+
+def test_autotp_takes_the_arguments_it_is_given() -> None:
+    from deepspeed.module_inject.auto_tp import AutoTP
+
+    wanted = {
+        "module", "all_reduce_linears", "prefix", "state_dict", "linear_layer_setting", "orig_layer_impl",
+        "partition_config", "model_config", "training_mode",
+    }  # fmt: skip
+    assert wanted - inspect.signature(AutoTP).parameters.keys() == set()
+
+
+@pytest.mark.train
+def test_engines_have_their_private_attributes(tmp_path: Path) -> None:
+    from tests.train import tiny
+
+    tiny.causal("llama").save_pretrained(tmp_path)
+    (environment,) = rank_environment(1, free_port())
+    command = [sys.executable, "-c", RANK + END, str(tmp_path), json.dumps(OPTIMIZERS), json.dumps(ENGINE)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    report: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    assert report == {way: {"engine": [], "optimizer": [], "parameter": []} for way in OPTIMIZERS}
+
+
+def test_no_other_file_touches_a_private_name() -> None:
+    private = {name for names in MODULES.values() for name in names}
+    private |= {name for names in METHODS.values() for name in names}
+    private |= {
+        part for lists in OPTIMIZERS.values() for names in lists for name in names for part in name.split(".")
+    }
+    private |= set(ENGINE)
+    public = {
+        "get_global_grad_norm", "set_gradient_accumulation_boundary", "was_step_applied", "lr_scheduler",
+        "global_steps", "loss_scale", "optimizer", "numel", "start", "check", "unflatten",
+    }  # fmt: skip
+    folder = Path(hpc_rlhf.train.__file__).parent
+    offenders = [
+        f"{path.relative_to(folder)}:{node.lineno} {node.attr}"
+        for path in sorted(folder.rglob("*.py"))
+        if path.name != "deepspeed_internals.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in private - public
+    ]
+    assert offenders == []
