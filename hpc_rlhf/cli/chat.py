@@ -100,7 +100,7 @@ def finished_model(run: RunDir, wanted: str | None) -> tuple[str, Path]:
     names = planned if wanted is None else [wanted]
     for name in names:
         files = run.stage("ppo" if name == "ema" else name)
-        if manifest.defect(files.model, deep=False) is None:
+        if manifest.is_done(files):
             return name, files.ema_model if name == "ema" else files.model
     if not names:
         raise HpcRlhfError(

@@ -42,7 +42,7 @@ def command(
     spec, file = asked_for(
         run, folder, sets if prompts is None else (*sets, f"stages.eval.prompts={prompts}")
     )
-    done = manifest.defect(folder.stage("eval").model, deep=False) is None
+    done = manifest.is_done(folder.stage("eval"))
     if not done or evaluated_otherwise(folder, spec):
         _evaluate(context, spec, folder, file, _again(run, prompts, sets, as_json))
     report = read_report(folder)
@@ -71,11 +71,7 @@ def asked_for(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[JobSpec,
         last = read_spec(folder.job_yaml).stages.eval
         sets = ("stages.eval=" + json.dumps(last.model_dump(mode="json") if last else {}), *sets)
     spec = load_one(source, sets)
-    missing = [
-        stage
-        for stage in spec.needs("eval")
-        if manifest.defect(folder.stage(stage).model, deep=False) is not None
-    ]
+    missing = [stage for stage in spec.needs("eval") if not manifest.is_done(folder.stage(stage))]
     if missing:
         raise HpcRlhfError(
             f"there is nothing to evaluate yet: {' and '.join(missing)} "

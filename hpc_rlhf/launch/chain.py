@@ -13,7 +13,6 @@ from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.sweep_order import borrowed_jobs, jobs_before
 from hpc_rlhf.run import manifest, sentinel
 from hpc_rlhf.run.events import Refused, Submitted, Submitting
-from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands as slurm
 
@@ -34,12 +33,6 @@ class Outcome:
     did: Literal["submitted", "requeued", "live", "done", "stopped", "waits"]
     job_id: str | None = None
     detail: str = ""
-
-
-def is_done(run: RunDir, stage: str) -> bool:
-    """Whether a stage's artifact is whole. By its files' sizes: hashing a large model is left to the compute nodes,
-    which do so before they train on it."""
-    return manifest.defect(run.stage(stage).model, deep=False) is None
 
 
 def require_slurm() -> None:
@@ -87,7 +80,7 @@ class Chain:
 
     def after(self, job: PlannedJob) -> tuple[str, ...]:
         """The jobs that must end well before a stage's own can start."""
-        return tuple(self.ids[need] for need in job.needs if not is_done(self.run, need))
+        return tuple(self.ids[need] for need in job.needs if not manifest.is_done(self.run.stage(need)))
 
     def behind(self, job: PlannedJob) -> tuple[str, ...]:
         """The jobs of other runs that must end before a stage's own can start, because of the sweep's limit."""
@@ -102,7 +95,7 @@ class Chain:
         lender = self.run.lender(job.stage)
         if lender is None:
             return None
-        if is_done(self.run, job.stage):
+        if manifest.is_done(self.run.stage(job.stage)):
             return Outcome(job.stage, "done")
         job_id = self.ids.get(job.stage)
         where = f"that of {lender.path.name}"
@@ -184,7 +177,12 @@ class Chain:
         """
         job_id = self.ids.get(job.stage)
         elsewhere = self.run.lender(job.stage) is not None
-        if elsewhere or not job.slurm.heal.enabled or job_id is None or is_done(self.run, job.stage):
+        if (
+            elsewhere
+            or not job.slurm.heal.enabled
+            or job_id is None
+            or manifest.is_done(self.run.stage(job.stage))
+        ):
             return
         token = self._tokens[job_id]
         if sentinel.waits(self.jobs.queue, token):

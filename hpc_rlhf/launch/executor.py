@@ -13,6 +13,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import rank_command, rank_python
+from hpc_rlhf.run.files import replacing
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.task import StageTask
@@ -80,9 +81,8 @@ def ensure_pickle(run: RunDir, stage: str, job_id: str) -> None:
     if not path.exists():
         delayed = DelayedSubmission(StageTask(str(run.path), stage))
         delayed.set_timeout(_NEVER_TIMED_OUT_MIN, _REQUEUES)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        delayed.dump(partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            delayed.dump(partial)
 
 
 def _plain(text: str) -> str:

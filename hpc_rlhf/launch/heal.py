@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import replace
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.chain import Chain, Outcome, is_done, require_slurm
+from hpc_rlhf.launch.chain import Chain, Outcome, require_slurm
 from hpc_rlhf.launch.jobs import RunJobs, find_jobs
 from hpc_rlhf.launch.lock import SILENCE, hold
 from hpc_rlhf.launch.plan import PlannedJob, make_plan
 from hpc_rlhf.launch.sweep_order import followers
-from hpc_rlhf.run import failures, notify, ownership
+from hpc_rlhf.run import failures, manifest, notify, ownership
 from hpc_rlhf.run.attempt_logs import AttemptLogs, last_seen, last_step
 from hpc_rlhf.run.events import Ended, Retried, RetryRequested, Stopped
 from hpc_rlhf.run.history import StageHistory
@@ -99,10 +99,14 @@ class _Mending:
         chain, stage = self._chain, self._stage
         if (borrowed := chain.borrow(self._job)) is not None:
             return borrowed
-        if is_done(chain.run, stage):
+        if manifest.is_done(chain.run.stage(stage)):
             return Outcome(stage, "done")
         live = chain.jobs.live.get(stage)
-        blocked = [need for need in self._job.needs if not is_done(chain.run, need) and need not in chain.ids]
+        blocked = [
+            need
+            for need in self._job.needs
+            if not manifest.is_done(chain.run.stage(need)) and need not in chain.ids
+        ]
         if blocked:
             return Outcome(
                 stage, "waits", live.job_id if live else None, f"for {' and '.join(blocked)} to be mended"

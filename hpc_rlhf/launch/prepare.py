@@ -14,6 +14,7 @@ from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.run import notify, ownership, run_index
+from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.cluster import SIZE
@@ -86,8 +87,8 @@ def prepare(
         for folder in (run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
             _private_folder(folder)
         render(spec, run.scripts, beside)
-        _write(run.plan_json, plan.to_json())
-        _write(run.job_yaml, dump_spec(spec))
+        write_atomically(run.plan_json, plan.to_json())
+        write_atomically(run.job_yaml, dump_spec(spec))
     run_index.remember(run.path)
 
 
@@ -230,10 +231,3 @@ def _private_folder(folder: Path) -> None:
     """Create a folder that only its owner may enter; folders above it get the usual mode."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a job that reads it never sees half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan, PlannedJob, make_plan
+from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.training import StageSpec
 
@@ -135,10 +135,7 @@ def render(spec: JobSpec, out_dir: Path, beside: Path | None = None) -> list[Pat
             texts[out_dir / plan.run.ds_config(job.stage, model).name] = text
         texts[out_dir / plan.run.hostfile_template(job.stage).name] = templates.hostfile(plan, job)
     for path, text in texts.items():
-        # Replaced in one step: ranks of a job that is starting may be reading the old file.
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, text)  # ranks of a job that is starting may be reading the old file
     return list(texts)
 
 

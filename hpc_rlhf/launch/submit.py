@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.chain import Chain, Outcome, is_done, require_slurm
+from hpc_rlhf.launch.chain import Chain, Outcome, require_slurm
 from hpc_rlhf.launch.jobs import find_jobs, submission_options
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import claim, prepare, refuse_changes
 from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Cancelled
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands as slurm
@@ -51,8 +52,8 @@ def preview(spec: JobSpec, beside: Path | None = None) -> dict[str, str]:
         templates.script(plan, job, "true")
         templates.sentinel(plan, job)
         templates.ds_configs(job, spec.stage(job.stage))
-        if not is_done(plan.run, job.stage):
-            after = tuple(f"<{need}>" for need in job.needs if not is_done(plan.run, need))
+        if not manifest.is_done(plan.run.stage(job.stage)):
+            after = tuple(f"<{need}>" for need in job.needs if not manifest.is_done(plan.run.stage(need)))
             options = submission_options(job, "<token>", after)
             commands[job.stage] = shlex.join(["sbatch", *options, str(plan.run.sbatch(job.stage))])
     return commands
@@ -64,7 +65,7 @@ def _send_missing(chain: Chain) -> list[Outcome]:
         for job in chain.plan.jobs:
             if (borrowed := chain.borrow(job)) is not None:
                 outcomes.append(borrowed)
-            elif is_done(chain.run, job.stage):
+            elif manifest.is_done(chain.run.stage(job.stage)):
                 outcomes.append(Outcome(job.stage, "done"))
             elif job.stage in chain.jobs.live:
                 outcomes.append(chain.attach(job))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.cancel import cancel
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.submit import submit
+from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir, SweepDir
 from hpc_rlhf.spec.sweep import Sweep, lenders
 
@@ -49,9 +49,7 @@ def lay_out(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
     facts = {"runs": [member.name for member in sweep.members], "limit": sweep.limit}
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        partial = folder.json.with_name(f".{folder.json.name}.{os.getpid()}")
-        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder.json)
+        write_atomically(folder.json, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise HpcRlhfError(
             f"cannot write the sweep's folder: {error.strerror}",

@@ -13,8 +13,8 @@ from hpc_rlhf.observe.evaluation import read_report
 from hpc_rlhf.observe.listing import list_runs
 from hpc_rlhf.observe.metrics import TELLING, step_rows
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.run.tail import read_tail
 from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
@@ -204,7 +204,7 @@ def _at(facts: Any, path: str) -> Any:
 
 
 def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Number]]:
-    if spec.stages.eval and manifest.defect(run.stage("eval").model, deep=False) is None:
+    if spec.stages.eval and manifest.is_done(run.stage("eval")):
         model = read_report(run)["models"].get(spec.trained[-1], {})
         for name in EVALUATED:
             found = model.get(name)

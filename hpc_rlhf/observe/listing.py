@@ -10,10 +10,10 @@ from typing import Any
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.metrics import seconds_a_step, step_rows
 from hpc_rlhf.observe.status import Answer, Evidence, ask_slurm, gather, judge, read_plan
+from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.events import Event, Started, Submitted, parse
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.run.tail import read_tail
 
 # What a whole run is said to be is what the most telling of its stages is.
 _TELLING = (

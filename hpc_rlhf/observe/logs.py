@@ -11,12 +11,11 @@ from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe.liveness import Fates
-from hpc_rlhf.run.attempt_logs import own_part
+from hpc_rlhf.run.attempt_logs import own_part, read_tail
 from hpc_rlhf.run.events import Cancelled, Ended, Failed, Finished, Interrupted, Started
 from hpc_rlhf.run.history import OUTCOMES, StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.run.tail import read_tail
 
 POLL = 0.5
 _BLOCK = 1 << 16

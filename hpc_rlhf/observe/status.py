@@ -15,6 +15,7 @@ from hpc_rlhf.observe.goodput.spans import Goodput
 from hpc_rlhf.observe.liveness import launcher_at_work
 from hpc_rlhf.observe.metrics import TELLING, seconds_a_step, step_rows
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.events import (
     Cancelled,
     Ended,
@@ -36,7 +37,6 @@ from hpc_rlhf.run.events import (
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.run.tail import read_tail
 from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.slurm.commands import PastJob, QueuedJob
 
@@ -162,7 +162,7 @@ def gather(
         lender = run.lender(stage)
         own = StageHistory([event for event in ledger if event.stage == stage])
         histories[stage] = own if lender is None else StageHistory.read(lender, stage)
-    done = {stage: manifest.defect(run.stage(stage).model, deep=False) is None for stage in histories}
+    done = {stage: manifest.is_done(run.stage(stage)) for stage in histories}
     jobs = {stage: history.job_id for stage, history in histories.items()}
     queue, past, silence = ask(
         [job_id for stage, job_id in jobs.items() if job_id is not None and not done[stage]]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.run.layout import StageDir
-from hpc_rlhf.run.tail import read_tail
+
+_TAIL_BYTES = 1 << 16
 
 # What the batch script says first, and puts into the logs of the ranks of attempts before; a requeued job goes on in
 # the same files. A line before it may have been cut off in its midst.
@@ -57,6 +58,17 @@ def own_part(text: str, restart: int | None) -> str:
     if restart in said_by:
         return said_by[restart]
     return head if all(number > restart for number in said_by) else ""
+
+
+def read_tail(path: Path) -> str:
+    """The last 64 KiB of a text file, which may begin in the middle of a line; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def last_step(files: StageDir) -> int:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run.files import fsync_path, write_atomically
+from hpc_rlhf.run.layout import StageDir
 
 NAME = "manifest.json"
 
@@ -22,15 +23,6 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file or a directory entry to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
@@ -58,11 +50,9 @@ def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = No
         files: of ``describe``, where the ranks shared it.
     """
     files = describe(folder) if files is None else files
-    partial = folder / f".{NAME}.partial"
     content = {**facts, "files": files}
-    partial.write_text(json.dumps({**content, "seal": _seal(content)}, indent=1, sort_keys=True))
-    fsync_path(partial)
-    partial.rename(folder / NAME)
+    text = json.dumps({**content, "seal": _seal(content)}, indent=1, sort_keys=True)
+    write_atomically(folder / NAME, text, durable=True)
     for path in {folder, *(p for p in folder.rglob("*") if p.is_dir())}:
         fsync_path(path)
 
@@ -100,6 +90,14 @@ def defect(folder: Path, deep: bool = True, share: tuple[int, int] = (0, 1)) -> 
         if deep and sha256(path) != expected["sha256"]:
             return f"{name} differs from its SHA-256"
     return None
+
+
+def is_done(stage: StageDir) -> bool:
+    """Whether a stage's artifact is complete, by the sizes of its files.
+
+    Hashing a large model is left to the compute nodes, which do it before they train on it.
+    """
+    return defect(stage.model, deep=False) is None
 
 
 def require(folder: Path, what: str, deep: bool = True) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def send_stop(run: RunDir, stage: str, kind: StopKind, message: str) -> None:
 
 def send_if_finished(run: RunDir, spec: JobSpec, stage: str) -> None:
     """Post that the run is finished, if a stage that has just finished was the last to."""
-    if all(manifest.defect(run.stage(name).model, deep=False) is None for name in spec.stage_names):
+    if all(manifest.is_done(run.stage(name)) for name in spec.stage_names):
         send(run, "finished", stage)
 
 

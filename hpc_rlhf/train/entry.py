@@ -56,7 +56,7 @@ def run_stage(run_dir: str, stage: str) -> None:
     stop.install()
     keep_log_readable()
     run = RunDir(Path(run_dir))
-    if manifest.defect(run.stage(stage).model, deep=False) is None:
+    if manifest.is_done(run.stage(stage)):
         if launcher_ranks()[0] == 0:  # the attempt that finished it may have had no time for that
             reporting.write_report(run)
         return

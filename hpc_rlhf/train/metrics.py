@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf.run.files import write_atomically
+
 
 class MetricsLog:
     """Writes on rank 0, nothing elsewhere.
@@ -67,9 +69,7 @@ def keep_until(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")
         kept = [line + "\n" for line in lines if _place(line) <= (step, step == 0)]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.rename(path)
+        write_atomically(path, "".join(kept))
 
 
 def _place(line: str) -> tuple[float, bool]:

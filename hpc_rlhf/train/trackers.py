@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
@@ -182,7 +183,7 @@ class _Feeding:
                 del self.trackers[name]
 
     def finish(self) -> None:
-        done = manifest.defect(self._files.model, deep=False) is None
+        done = manifest.is_done(self._files)
         for name, tracker in self.trackers.items():
             _guarded(name, partial(tracker.finish, done))
 
@@ -193,9 +194,7 @@ class _Feeding:
         _guarded(name, add)
 
     def _save(self) -> None:
-        partial_ = self._files.trackers.with_suffix(".partial")
-        partial_.write_text(json.dumps(self._state))
-        partial_.replace(self._files.trackers)
+        write_atomically(self._files.trackers, json.dumps(self._state))
 
 
 def _hand_on(lines: Sequence[bytes], tracker: Tracker) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.run import manifest
+from hpc_rlhf.run import files, manifest
 
 
 @pytest.fixture
@@ -94,11 +94,11 @@ def test_an_interrupted_write_leaves_the_older_manifest(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path) -> None:
-        if path.name.endswith(".partial"):
-            raise OSError(28, "No space left on device")
+        raise OSError(28, "No space left on device")
 
     before = manifest.read(folder)
-    monkeypatch.setattr(manifest, "fsync_path", full)
+    monkeypatch.setattr(files, "fsync_path", full)
     with pytest.raises(OSError, match="No space"):
         manifest.write(folder, {"step": 121})
     assert manifest.read(folder) == before
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []

@@ -14,6 +14,7 @@ from pathlib import Path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.doctor import cluster, hub, machine, packages, storage
 from hpc_rlhf.launch.doctor.finding import Finding, error
+from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.spec.job import JobSpec
@@ -50,9 +51,7 @@ _FROM_NODES = "set slurm.heal.enabled: false, or have an administrator allow nod
 def main(folder: Path, stage: str, ops: Sequence[str]) -> None:
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     findings = examine(read_spec(folder / "spec.yaml"), stage, folder, ops)
-    partial = folder / f".{node}"
-    partial.write_text(json.dumps([asdict(finding) for finding in findings]), encoding="utf-8")
-    partial.replace(folder / f"{node}.json")
+    write_atomically(folder / f"{node}.json", json.dumps([asdict(finding) for finding in findings]))
 
 
 if __name__ == "__main__":

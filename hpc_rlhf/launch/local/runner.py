@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.launch.chain import is_done
 from hpc_rlhf.launch.jobs import find_jobs
 from hpc_rlhf.launch.local.environment import environment, visible_gpus
 from hpc_rlhf.launch.local.hostfile import Hostfile
 from hpc_rlhf.launch.local.interrupts import Interrupted, StopRequests
 from hpc_rlhf.launch.local.ranks import Ranks, start_here, start_on
-from hpc_rlhf.run import events, notify
+from hpc_rlhf.run import events, manifest, notify
 from hpc_rlhf.run.attempt_logs import last_seen, last_step
 from hpc_rlhf.run.events import Failed, Retried, Saved, Started
 from hpc_rlhf.run.failures import NoLogs, judge
@@ -73,7 +72,7 @@ class LocalRun:
             for stage in stages:
                 if stop.count:
                     raise self._interrupted(f"stopped before {stage}", stop)
-                if is_done(self.run, stage):
+                if manifest.is_done(self.run.stage(stage)):
                     self.watcher.skipped(stage)
                     continue
                 self._run_stage(stage, stop)
@@ -85,7 +84,7 @@ class LocalRun:
             self.watcher.started(stage, self.spec.stage(stage).slurm.ranks)
             ranks = self._start(stage)
             self._watch(ranks, stage, stop)
-            if is_done(self.run, stage):
+            if manifest.is_done(self.run.stage(stage)):
                 break
             error = self._ending(stage, ranks, self._history(stage, before), stop)
             if isinstance(error, Interrupted):

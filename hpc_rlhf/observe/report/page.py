@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -22,6 +20,7 @@ from hpc_rlhf.observe.report.thinning import MOST
 from hpc_rlhf.observe.status import read_plan, read_status
 from hpc_rlhf.observe.summary import stage_facts
 from hpc_rlhf.run.events import Started
+from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 
@@ -40,12 +39,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
     """
     path = out or run.report
     text = make_page(run)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
     return path
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.files import fsync_path, write_atomically
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.runtime.world import World
 
@@ -84,10 +85,7 @@ class CheckpointStore:
 
         def write() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f".owner-{self.attempt}"
-            partial.write_text(self.attempt)
-            manifest.fsync_path(partial)
-            partial.rename(self._owner)
+            write_atomically(self._owner, self.attempt, durable=True)
             for left in self.folder.glob("tmp-*"):
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -206,7 +204,7 @@ class CheckpointStore:
             )
             self.check_owner()
             writing.folder.rename(writing.target)
-            manifest.fsync_path(self.folder)
+            fsync_path(self.folder)
 
         self.world.on_main(commit)
         if self.world.is_main:

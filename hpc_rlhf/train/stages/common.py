@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.files import fsync_path
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
@@ -169,7 +170,7 @@ def commit(context: StageContext, folder: Path, step: int, metrics: dict[str, An
         }
         manifest.write(folder, {**facts, "attempt": context.attempt, "ranks": context.world.size}, files)
         folder.rename(target)
-        manifest.fsync_path(target.parent)
+        fsync_path(target.parent)
 
     with context.stop.cancellable():
         context.world.on_main(publish)

@@ -1,0 +1,41 @@
+"""Replace files in one step, so that no reader and no crash ever sees half of one."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a directory entry to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder. What is written there replaces the file when the block succeeds."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str, durable: bool = False) -> None:
+    """Replace a text file.
+
+    Args:
+        durable: flush the content to disk before it replaces the file.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+        if durable:
+            fsync_path(partial)
