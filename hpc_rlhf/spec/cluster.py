@@ -18,6 +18,7 @@ from hpc_rlhf.spec.fields import (
     SlurmMemory,
     SlurmTime,
     SlurmValue,
+    Span,
 )
 
 # The settings that decide how many ranks a stage has.
@@ -127,6 +128,10 @@ class SlurmSpec(Model):
     max_requeues: Annotated[int, Field(ge=0)] = Field(
         default=100,
         description="How often a stage may be requeued before the chain stops and asks for a person.",
+    )
+    collective_timeout: Span = Field(
+        default="2 h",
+        description="How long a collective operation may take before the attempt fails: how long a rank waits for the slowest other one, for instance in a rollout or while storage is slow. It replaces torch's and DeepSpeed's 10 minutes. A rank that makes no progress at all is found sooner.",
     )
     setup: tuple[Command, ...] = Field(
         default=(),

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -33,6 +34,7 @@ from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.retry_policy import Stop, StopKind, decide
 from hpc_rlhf.slurm import commands as slurm
 from hpc_rlhf.spec import hub
+from hpc_rlhf.spec.fields import seconds
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.train import job_start, reporting
@@ -140,18 +142,18 @@ class Attempt:
         from hpc_rlhf.train.runtime import world as worlds
 
         self.is_main = launcher_ranks()[0] == 0
-        ranks = spec.stage(self.stage).slurm.ranks
+        settings = spec.stage(self.stage).slurm
         if self.is_main and self.in_slurm:
             job_start.note_ending_before(self.files, self.stage, str(self.job), self.restarts)
         if self.is_main:
-            started = Started(job_id=self.job, restart=self.restarts, ranks=ranks, host=self.host)
+            started = Started(job_id=self.job, restart=self.restarts, ranks=settings.ranks, host=self.host)
             self.note(replace(started, age=process_age(), versions=reporting.versions()))
         if self.is_main and self.in_slurm:
             if slurm.was_preempted(str(self.job)):
                 self.stop.preempt()
-            if spec.stage(self.stage).slurm.heal.enabled and slurm.available():
+            if settings.heal.enabled and slurm.available():
                 job_start.put_sentinel_back(self.files, self.stage, str(self.job))
-        world = worlds.join(ranks)
+        world = worlds.join(settings.ranks, timedelta(seconds=seconds(settings.collective_timeout)))
         self.name = world.on_main(lambda: self.name)
         try:
             self.train(spec, world)

@@ -46,7 +46,7 @@ def finished(run: RunDir) -> None:
 
 def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt whose stage ends well, and that has heard a signal after its last safe point."""
-    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
+    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda *_: world)
     monkeypatch.setattr("hpc_rlhf.train.runtime.world.leave", lambda: None)
     stop = StopFlag()
 
@@ -104,7 +104,7 @@ def test_requeues_are_counted_over_all_jobs_and_from_a_persons_word(
         ledger.append(event(name, stage="sft", job_id="8", step=3, reason="preempted"))
     if by_person:
         ledger.append(RetryRequested("sft"))
-    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
+    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda *_: world)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
     def stop(attempt: Attempt, *_: object) -> None:
@@ -122,7 +122,7 @@ def test_a_stop_that_another_ranks_failure_caused_is_not_requeued_as_a_preemptio
 ) -> None:
     """From Slurm 26.05 on, srun sends the other ranks the signal of a preemption when one has failed."""
     run = make_run(tiny_spec(tmp_path / "run", ranks=1))
-    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
+    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda *_: world)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
     def stop(attempt: Attempt, *_: object) -> None:
@@ -173,7 +173,7 @@ def test_a_step_that_never_fits_the_time_limit_is_not_tried_for_ever(
     ledger.append(Resumed("sft", step=3, part=0))
     for name, step, reason in before:
         ledger.append(event(name, stage="sft", step=step, reason=reason))
-    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda ranks: world)
+    monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda *_: world)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
     def stop(attempt: Attempt, *_: object) -> None:

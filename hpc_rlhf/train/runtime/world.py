@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 # One rank may tokenize a large data set while the others wait for it.
 CONTROL_TIMEOUT = timedelta(hours=12)
+# Of other collective operations, where a spec sets none.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,11 @@ class World:
         return outcome[0]
 
 
-def join(expected_ranks: int) -> World:
+def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """Join the process group that the launcher started.
+
+    Args:
+        timeout: of collective operations, except those on ``World.control``.
 
     Raises:
         HpcRlhfError: the launcher started another number of ranks than the plan has.
@@ -141,7 +146,10 @@ def join(expected_ranks: int) -> World:
     import deepspeed
 
     disable_shared_memory_comm()
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    # DeepSpeed makes further groups, without a timeout; torch then takes its defaults.
+    c10d = dist.distributed_c10d
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     return World(
         rank=rank,
         dims=ParallelDims(size),

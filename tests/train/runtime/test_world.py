@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.train.runtime.launcher import LAUNCHER_VARIABLES, launcher_ranks
 from hpc_rlhf.train.runtime.world import World, join
-from tests.train.stages import END
+from tests.train.stages import END, rank_environment
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
@@ -174,3 +175,32 @@ def test_two_ranks_agree_save_and_go_back_together(tmp_path: Path) -> None:
     }
     groups = [{"both": [0, {"a": 3.0}, [0], [0, 1]], "apart": [[0, 1], [rank]]} for rank in range(2)]
     assert answers == [{**expected, **own} for own in groups]
+
+
+# A rank whose DeepSpeed engine makes groups of its own.
+TIMEOUTS = """
+import json
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from hpc_rlhf.train.runtime.world import join
+
+world = join(1, timedelta(minutes=77))
+import deepspeed
+model = torch.nn.Linear(2, 2)
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+groups = [group for group in dist.distributed_c10d._world.pg_map if group is not world.control]
+print(json.dumps([group._get_backend(world.device).options._timeout.total_seconds() / 60 for group in groups]))
+"""
+
+
+def test_every_group_of_torch_and_deepspeed_has_the_timeout_of_the_spec() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TIMEOUTS + END],
+        capture_output=True, text=True, timeout=120, env=rank_environment(1, free_port())[0],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    minutes = json.loads(done.stdout.splitlines()[-1])
+    assert len(minutes) > 1, "DeepSpeed made none of its own"
+    assert set(minutes) == {77.0}
