@@ -1,0 +1,165 @@
+"""``python -m hpc_rlhf.train.models.shapes``: the shapes of models, from their configurations alone.
+
+Reads a JSON list of configurations on stdin and prints a JSON list: for each model the fields of
+``estimate.parameters.Architecture``, or {"error": why it cannot be built}. Models are built on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models.forward import hidden_states, padded
+
+_TOKENS = 64
+
+
+def shapes(fields: dict[str, Any]) -> dict[str, Any]:
+    """The shapes of a causal language model.
+
+    Args:
+        fields: what a config.json holds.
+    """
+    # A padding id beyond a small vocabulary is refused, and training sets the tokenizer's anyway.
+    config = type(AutoConfig.for_model(fields["model_type"])).from_dict({**fields, "pad_token_id": 0})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model.tie_weights()
+    packed_attention.enable(model)
+    text, head = config.get_text_config(), model.get_output_embeddings()
+    width, layers, heads = text.hidden_size, text.num_hidden_layers, getattr(text, "num_attention_heads", 1)
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    dim = getattr(text, "head_dim", None) or width // heads
+    blocks = _blocks(model, layers)
+    inside = [layer for _, layer in _linears(blocks)]
+    inner = max((_sizes(layer)[0] for layer in inside), default=width)
+    linears = Counter((name, *_sizes(layer)) for name, layer in _linears(model) if layer is not head)
+    tied = head is None or head.weight is model.get_input_embeddings().weight
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "head": 0 if tied else sum(p.numel() for p in head.parameters()),
+        "inside": sum(p.numel() for layer in inside for p in layer.parameters()),
+        "largest": max(p.numel() for p in model.parameters()),
+        "linears": [[*layer, count] for layer, count in linears.items()],
+        "layers": layers,
+        "hidden": width,
+        "inner": inner,
+        "vocabulary": text.vocab_size,
+        "kv": 2 * layers * shared * dim,
+        "kept": _kept_by_item_size(model, blocks, inner),
+    }
+
+
+def _kept_by_item_size(model: Any, blocks: nn.ModuleList, inner: int) -> dict[int, list[float]]:
+    """What the blocks keep, as ``_kept``, by the bytes of a number: in half precision and in single."""
+    try:
+        half = _kept(model, blocks, inner)
+    except Exception:  # forward passes that depend on values do not run on the meta device
+        # Close to what is measured of the others: every linear layer's input and output, and the norms'.
+        sizes = sum(sum(_sizes(layer)) for _, layer in _linears(blocks))
+        half = [8.0 * len(blocks) * model.config.get_text_config().hidden_size, 2.0 * sizes]
+    try:
+        single = _kept(model.float(), blocks, inner)
+    except Exception:  # some kernels, such as those of experts, take half precision alone
+        single = [2 * size for size in half]
+    return {2: half, 4: single}
+
+
+def _blocks(model: nn.Module, layers: int) -> nn.ModuleList:
+    """The decoder's blocks."""
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == layers]
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | Conv1D):
+            yield name.rpartition(".")[2], layer
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+
+
+def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> list[float]:
+    """Bytes that the blocks keep of each token for the backward pass: what tensor parallelism leaves whole, and the rest.
+
+    It shards what is as wide as the MLP, and what has a dimension of heads.
+    """
+    for name in ("sdpa", packed_attention.NAME):
+        AttentionInterface.register(name, _attention)
+    weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    tensors: dict[int, Tensor] = {}
+    in_blocks = False
+
+    def switch(on: bool) -> Any:
+        def hook(*_: Any) -> None:
+            nonlocal in_blocks
+            in_blocks = on
+
+        return hook
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if in_blocks and storage not in weights:
+            tensors.setdefault(storage, tensor)
+        return tensor
+
+    hooks = [blocks[0].register_forward_pre_hook(switch(True)), blocks[-1].register_forward_hook(switch(False))]
+    ids = torch.zeros(_TOKENS, dtype=torch.int64, device="meta")
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if model.config._attn_implementation == packed_attention.NAME:
+            hidden_states(model.base_model, ids, (_TOKENS,))
+        else:
+            padded(model.base_model, ids, (_TOKENS,))
+    for hook in hooks:
+        hook.remove()
+    sharded = sum(
+        each.untyped_storage().nbytes() for each in tensors.values() if each.dim() == 4 or each.shape[-1:] == (inner,)
+    )
+    whole = sum(each.untyped_storage().nbytes() for each in tensors.values()) - sharded
+    return [whole / _TOKENS, sharded / _TOKENS]
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what flash attention keeps: queries, keys, values, outputs and normalizers."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, tokens, _ = query.shape
+        out = query.new_empty(batch, tokens, heads, value.shape[3])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, tokens, dtype=torch.float32))
+        return out
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    return _Attention.apply(query, key, value), None
+
+
+def main() -> None:
+    logging.disable()
+    answers = []
+    for fields in json.load(sys.stdin):
+        try:
+            answers.append(shapes(fields))
+        except Exception as error:  # an architecture may object to its configuration in any way
+            answers.append({"error": f"{type(error).__name__}: {error}"})
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main()
