@@ -49,18 +49,16 @@ class Pass:
     def activations(self) -> int:
         """What is kept for the backward pass, and what its first steps take beyond the memory of the logits."""
         model, item, tokens = self.model, self.item, _aligned(self.tokens)
-        layer = item * (model.kept + model.kept_cut // self.stage.tensor_parallel) + 4 * model.kept_wide
-        lora = self.stage.lora
-        if lora is not None:
-            adapted = (each for each in model.linears if lora.targets is None or each.name in lora.targets)
-            layer += item * lora.rank * sum(1 for _ in adapted)
+        whole, sharded = model.kept[item]
+        layers = whole + sharded / self.stage.tensor_parallel
+        if self.stage.lora is not None:
+            layers += item * self.stage.lora.rank * sum(each.count for each in model.adapted(self.stage.lora))
         ends = 2 * item * model.hidden  # embeddings, and what the head is given
-        layers = model.layers * layer
         if self.stage.activation_checkpointing:
-            layers = model.layers * item * model.hidden + layer
+            layers = model.layers * item * model.hidden + layers / model.layers
         # The gradients in a norm, in float32, or in the MLP.
         backward = max(20 * model.hidden, 3 * item * model.inner // self.stage.tensor_parallel)
-        return tokens * (layers + ends) + max(0, tokens * backward - self.logits)
+        return int(tokens * (layers + ends)) + max(0, tokens * backward - self.logits)
 
     @property
     def logits(self) -> int:

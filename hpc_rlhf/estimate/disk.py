@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
-from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelRef
+from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelsSpec
 from hpc_rlhf.spec.recipes import billions_in
 from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
-# Bytes for a weight in a checkpoint: itself and Adam's two moments, each float32.
+# Bytes of a weight in a checkpoint: itself and Adam's two moments, each in float32.
 _TRAINED = 12
 _EXPORTED = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Adapters are a small share of the weights; this is more than a rank of 128 makes of a large model.
@@ -20,8 +22,7 @@ _ADAPTERS = 0.05
 
 def run_bytes(spec: JobSpec) -> int | None:
     """Bytes of all that a run keeps on disk at a time; None where no size of a model is known."""
-    actor = weights(spec.models.actor)
-    reward = weights(spec.models.reward) if spec.models.reward is not None else actor
+    actor, reward = _parameters(spec.models, "actor"), _parameters(spec.models, "reward")
     if actor is None or reward is None:
         return None
     total = 0.0
@@ -43,27 +44,19 @@ def _share(stage: StageSpec) -> float:
     return _ADAPTERS if lora is not None and lora.only else 1.0
 
 
-def weights(ref: ModelRef) -> float | None:
-    """A model's number of weights: of its files, taking them for 16 bits each, or else of its name."""
+def _parameters(models: ModelsSpec, role: str) -> float | None:
+    """A model's number of parameters: by its configuration; or its files, assuming 16-bit weights; or its name."""
+    try:
+        return architecture(models, role).parameters
+    except HpcRlhfError:
+        pass
+    ref = getattr(models, role) or models.actor
     if isinstance(ref, FromScratch):
-        return _from_scratch(ref)
-    size = 0
+        return None
     if Path(ref).is_absolute():
         size = sum(file.stat().st_size for file in Path(ref).glob("*.safetensors"))
     else:
         files = hub.recorded(HubItem("model", ref, ""))
         size = sum(bytes_ for name, bytes_ in files.items() if name.endswith((".safetensors", ".bin")))
     billions = billions_in(Path(ref).name)
-    if billions is not None:
-        return billions * 1e9
-    return size / 2 if size else None
-
-
-def _from_scratch(ref: FromScratch) -> float | None:
-    """Of a transformer: twelve squares of its width in a layer, and its vocabulary."""
-    fields = ref.from_scratch
-    width = fields.get("hidden_size") or fields.get("n_embd")
-    layers = fields.get("num_hidden_layers") or fields.get("n_layer")
-    if not isinstance(width, int) or not isinstance(layers, int):
-        return None
-    return float(12 * layers * width**2 + 2 * int(fields["vocab_size"]) * width)
+    return size / 2 if size else None if billions is None else billions * 1e9

@@ -6,10 +6,10 @@ import csv
 import glob
 import gzip
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
+from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 
@@ -81,8 +81,7 @@ def _parquet_rows(path: Path) -> int:
 
 def _prepared(source: SourceSpec) -> int | None:
     """Rows of a hub data set that ``prefetch`` or an earlier run has brought into the cache of datasets."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
+    cache = hub.folder("data set")
     name = (source.path or "").replace("/", "___")
     counts = set()
     for info in cache.glob(

@@ -72,12 +72,11 @@ def stage_memory(spec: JobSpec, name: str) -> Memory:
     """What a stage holds on each of its GPUs.
 
     Raises:
-        HpcRlhfError: a model's configuration is not here, or is not of a family that is counted; or the batch does not
-            come out even.
+        HpcRlhfError: a model's configuration is not here, or transformers cannot build it; or the batch does not come out
+            even.
     """
     stage = spec.stage(name)
     gpu = None if stage.slurm.gpu is None else gpu_bytes(stage.slurm.gpu)
-    rewarding = spec.models.reward or spec.models.actor
     try:
         batch = derive_batch(stage, name)
     except ValueError as error:
@@ -85,15 +84,15 @@ def stage_memory(spec: JobSpec, name: str) -> Memory:
     lengths = (spec.data.max_prompt_tokens, spec.data.max_answer_tokens)
     if name == "reward":
         assert isinstance(stage, TrainingSpec)
-        model = architecture(rewarding, "models.reward")
+        model = architecture(spec.models, "reward")
         trained = in_training(Pass(model, stage, 2 * batch.micro * sum(lengths), 0), batch, scored=True)
         return Memory({"reward": scored_parameters(model)}, trained.always, trained.moments, gpu)
-    actor = architecture(spec.models.actor, "models.actor")
+    actor = architecture(spec.models, "actor")
     if isinstance(stage, EvalSpec):
         return _evaluation(actor, stage, batch, lengths, gpu)
     assert isinstance(stage, TrainingSpec)
     if isinstance(stage, PpoSpec):
-        return _ppo(actor, architecture(rewarding, "models.reward"), stage, batch, lengths, gpu)
+        return _ppo(actor, architecture(spec.models, "reward"), stage, batch, lengths, gpu)
     paired = 2 if name == "dpo" else 1
     tokens = paired * batch.micro * sum(lengths)
     answers_only = paired == 2 or getattr(stage, "answer_only", False)

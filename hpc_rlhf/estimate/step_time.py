@@ -118,9 +118,9 @@ def _plain(spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[st
     paired = name in ("reward", "dpo")
     tokens = (1 + paired) * batch.micro * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
     if name == "reward":
-        model = _model(architecture(spec.models.reward or spec.models.actor, "models.reward"), stage, True)
+        model = _model(architecture(spec.models, "reward"), stage, True)
     else:
-        model = _model(architecture(spec.models.actor, "models.actor"), stage, False)
+        model = _model(architecture(spec.models, "actor"), stage, False)
     parts = _step(model, tokens, batch.accumulation, machine)
     if name == "dpo":
         own = stage.lora is not None and stage.lora.only
@@ -131,9 +131,9 @@ def _plain(spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[st
 
 def _ppo(spec: JobSpec, stage: PpoSpec, batch: Batch, machine: _Machine) -> dict[str, float]:
     """A rollout and the optimizer steps on it."""
-    body = architecture(spec.models.actor, "models.actor")
+    body = architecture(spec.models, "actor")
     actor = _model(body, stage, False)
-    critic = _model(architecture(spec.models.reward or spec.models.actor, "models.reward"), stage.of_critic, True)  # fmt: skip
+    critic = _model(architecture(spec.models, "reward"), stage.of_critic, True)  # fmt: skip
     prompt, answer = spec.data.max_prompt_tokens, spec.data.max_answer_tokens
     tokens = batch.micro * (prompt + answer)
     parts: dict[str, float] = {}
@@ -157,7 +157,7 @@ def _evaluation(spec: JobSpec, stage: EvalSpec, batch: Batch, machine: _Machine)
 
     A rank's share of the prompts is taken through the models a micro-batch at a time.
     """
-    body, like = architecture(spec.models.actor, "models.actor"), as_trained(stage)
+    body, like = architecture(spec.models, "actor"), as_trained(stage)
     model = _model(body, like, False)
     prompt, answer = spec.data.max_prompt_tokens, spec.data.max_answer_tokens
     answers = -(-stage.prompts // machine.ranks)
@@ -175,7 +175,7 @@ def _evaluation(spec: JobSpec, stage: EvalSpec, batch: Batch, machine: _Machine)
     tokens = batch.micro * (prompt + answer)
     scoring = asked * passes * _scored(model, stage, tokens, machine)
     if "reward" in spec.trained:
-        judge = _model(architecture(spec.models.reward or spec.models.actor, "models.reward"), like, True)
+        judge = _model(architecture(spec.models, "reward"), like, True)
         scoring += (models + 3) * passes * _scored(judge, stage, tokens, machine)
     return {
         "scoring": scoring,

@@ -18,6 +18,7 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 
 OFFLINE = "HF_HUB_OFFLINE"
+Kind = Literal["model", "data set"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class HubItem:
         subset, split: of a data set.
     """
 
-    kind: Literal["model", "data set"]
+    kind: Kind
     name: str
     where: str
     subset: str | None = None
@@ -70,15 +71,20 @@ def _items(spec: JobSpec) -> tuple[HubItem, ...]:
 
 
 def cache() -> Path:
-    """The folder of all that Hugging Face's libraries keep: HF_HOME, or where they put it."""
+    """HF_HOME, by the rules of huggingface_hub, which reads HF_HUB_OFFLINE for good when it is imported."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or f"{base}/huggingface").expanduser()
+    return _expanded(os.environ.get("HF_HOME") or f"{base}/huggingface")
 
 
-def _root(item: HubItem) -> Path:
-    """The part of the cache that an item's files are in."""
-    variable, name = ("HF_HUB_CACHE", "hub") if item.kind == "model" else ("HF_DATASETS_CACHE", "datasets")
-    return Path(os.environ.get(variable) or cache() / name).expanduser()
+def folder(kind: Kind) -> Path:
+    """The part of the cache that models or data sets are in."""
+    names = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") if kind == "model" else ("HF_DATASETS_CACHE",)
+    own = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    return _expanded(own) if own else cache() / ("hub" if kind == "model" else "datasets")
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
 def _record(item: HubItem) -> Path:
@@ -91,7 +97,7 @@ def _record(item: HubItem) -> Path:
 
 def remember(item: HubItem, files: Mapping[Path, int]) -> None:
     """Write down that an item consists of these files, with their sizes in bytes, which are all in the cache."""
-    root = _root(item).resolve()
+    root = folder(item.kind).resolve()
     text = json.dumps({os.path.relpath(path, root): size for path, size in files.items()}, indent=1)
     record = _record(item)
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +120,7 @@ def missing(item: HubItem) -> str | None:
     files = recorded(item)
     if not files:
         return f"was not brought into {cache()}"
-    root = _root(item)
+    root = folder(item.kind)
     for name, size in files.items():
         try:
             if (root / name).stat().st_size == size:

@@ -171,7 +171,7 @@ def theirs(case: Case, folder: Path) -> int:
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     spec = case.spec(folder)
-    model = architecture(spec.models.actor, "models.actor")
+    model = architecture(spec.models, "actor")
     if case.fields.get("zero") == 3:
         _, bytes_, _ = estimate_zero3_model_states_mem_needs(
             model.parameters, model.largest, case.ranks, 1, cpu_offload=False

@@ -1,49 +1,73 @@
-"""Parameters counted from a configuration, held against transformers' own models."""
+"""Models' shapes against the models that training builds."""
 
 from __future__ import annotations
 
 import json
+import runpy
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.estimate.parameters import architecture
-from hpc_rlhf.spec.job import FromScratch
+from hpc_rlhf.estimate import parameters
+from hpc_rlhf.estimate.parameters import architecture, architectures
+from hpc_rlhf.spec.job import FromScratch, ModelsSpec
 from hpc_rlhf.spec.training import LoraSpec
 
+CASES = Path(__file__).parents[3] / "shared/cases/architectures.py"
 LLAMA = {"vocab_size": 500, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}  # fmt: skip
 FAMILIES: list[dict[str, Any]] = [
     {"model_type": "opt", "vocab_size": 500, "hidden_size": 48, "ffn_dim": 100, "num_hidden_layers": 3, "num_attention_heads": 4},
     {"model_type": "opt", "vocab_size": 500, "hidden_size": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False, "ffn_dim": 100, "num_hidden_layers": 2, "num_attention_heads": 4},
     {"model_type": "gpt2", "vocab_size": 500, "n_embd": 48, "n_layer": 3, "n_head": 4},
-    {"model_type": "gpt_neox", **LLAMA},
     {"model_type": "gpt_neox", **LLAMA, "attention_bias": False, "tie_word_embeddings": True},
     {"model_type": "llama", **LLAMA},
     {"model_type": "llama", **LLAMA, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     {"model_type": "mistral", **LLAMA, "num_key_value_heads": 2},
     {"model_type": "qwen2", **LLAMA, "num_key_value_heads": 2},
     {"model_type": "qwen3", **LLAMA, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+    {"model_type": "phi3", **LLAMA, "num_key_value_heads": 2},
+    {"model_type": "gemma2", **LLAMA, "num_key_value_heads": 2, "head_dim": 16},
+    {"model_type": "starcoder2", **LLAMA, "num_key_value_heads": 2},
+    {"model_type": "olmo2", **LLAMA, "num_key_value_heads": 2},
+    {"model_type": "bloom", "vocab_size": 500, "hidden_size": 48, "n_layer": 3, "n_head": 4},
+    {"model_type": "qwen3_moe", **LLAMA, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: str(config["model_type"]))
-def test_parameters_and_adapters_are_those_of_the_model_itself(config: dict[str, Any]) -> None:
-    from accelerate import init_empty_weights
+def check(configs: list[dict[str, Any]]) -> None:
+    """Hold shapes against models with weights, built and adapted as training does."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hpc_rlhf.train.models.lora import adapt
 
-    fields = {key: value for key, value in config.items() if key != "model_type"}
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **fields))
-    model.tie_weights()
-    counted = architecture(FromScratch(from_scratch=config), "models.actor")
-    assert counted.parameters == sum(p.numel() for p in model.parameters())
     lora = LoraSpec(rank=3)
-    adapt(model, lora, 0)
-    assert counted.adapters(lora) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for config, shapes in zip(configs, architectures(configs), strict=True):
+        assert not isinstance(shapes, str), (config, shapes)
+        fields = {key: value for key, value in config.items() if key != "model_type"}
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(config["model_type"], **{**fields, "pad_token_id": 0})
+        )
+        assert shapes.parameters == sum(p.numel() for p in model.parameters()), config
+        body = model.base_model if model.base_model is not model else None
+        if body is not None:
+            assert shapes.body == sum(p.numel() for p in body.parameters()), config
+        adapt(model, lora, 0)
+        assert shapes.adapters(lora) == sum(p.numel() for p in model.parameters() if p.requires_grad), config
+
+
+def test_parameters_and_adapters_equal_those_of_the_built_model() -> None:
+    check(FAMILIES)
+
+
+@pytest.mark.skipif(
+    not CASES.exists(), reason=f"{CASES} is not here: only the families listed above are tested"
+)
+def test_every_known_architecture_is_counted() -> None:
+    cases = runpy.run_path(str(CASES))["ARCHITECTURES"]
+    check([{"model_type": kind, **fields} for kind, fields in cases.values()])
 
 
 @pytest.mark.parametrize(("size", "billions"), [("350m", 0.331), ("1.3b", 1.316), ("66b", 65.7)])
@@ -51,13 +75,32 @@ def test_opt_is_known_without_the_hub(
     size: str, billions: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    counted = architecture(f"facebook/opt-{size}", "models.actor").parameters
+    counted = architecture(ModelsSpec(actor=f"facebook/opt-{size}"), "actor").parameters
     assert counted / 1e9 == pytest.approx(billions, rel=0.002)
 
 
-def test_what_cannot_be_counted_is_told(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
-    with pytest.raises(HpcRlhfError, match=r"models\.actor.*bloom"):
-        architecture(str(tmp_path), "models.actor")
-    with pytest.raises(HpcRlhfError, match=r"not in the cache"):
-        architecture("nobody/knows-this", "models.actor")
+def test_a_model_is_built_once_for_all_later_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    models = ModelsSpec(actor=FromScratch(from_scratch={"model_type": "llama", **LLAMA}))
+    monkeypatch.setattr(parameters, "_known", {})
+    first = architecture(models, "actor")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(parameters, "_known", {})
+    assert architecture(models, "reward") == first
+
+
+def test_an_unknown_model_is_one_clear_error(tmp_path: Path) -> None:
+    folder = ModelsSpec(actor=str(tmp_path))
+    with pytest.raises(HpcRlhfError, match=r"models\.actor.*cannot be read"):
+        architecture(folder, "actor")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-family"}))
+    with pytest.raises(HpcRlhfError, match=r"models\.actor.*cannot be built.*no-such-family"):
+        architecture(folder, "actor")
+    with pytest.raises(HpcRlhfError, match=r"models\.reward.*not in the hub cache"):
+        architecture(ModelsSpec(actor="facebook/opt-125m", reward="nobody/knows-this"), "reward")

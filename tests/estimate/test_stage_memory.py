@@ -14,10 +14,10 @@ from hpc_rlhf.estimate.stage_memory import Memory, run_memory, stage_memory
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.gpus import gpu_bytes
-from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.job import JobSpec, ModelsSpec
 from tests.launch.specs import make_spec
 
-MODEL = architecture("facebook/opt-125m", "models.actor")
+MODEL = architecture(ModelsSpec(actor="facebook/opt-125m"), "actor")
 COUNT = MODEL.parameters
 GPUS = {"gpus_per_node": 2}
 

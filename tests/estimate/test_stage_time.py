@@ -16,10 +16,10 @@ from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.sample_counts import expected_samples
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times, stage_time
 from hpc_rlhf.estimate.step_time import MFU
-from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.job import JobSpec, ModelsSpec
 from tests.launch.specs import make_spec
 
-COUNT = architecture("facebook/opt-125m", "models.actor").parameters
+COUNT = architecture(ModelsSpec(actor="facebook/opt-125m"), "actor").parameters
 FLOPS = 312e12 * MFU
 READ = 2 * COUNT / 2039e9 / 0.5  # seconds in which bf16 weights are read once
 
@@ -76,7 +76,7 @@ def test_decoding_is_bound_by_reading_the_weights_for_every_token() -> None:
     spec = make_spec(
         "/scratch/demo", {"gpu": "a100-80g", "gpus_per_node": 1}, reward={}, ppo={"micro_batch": 1}
     )
-    body = architecture("facebook/opt-125m", "models.actor")
+    body = architecture(ModelsSpec(actor="facebook/opt-125m"), "actor")
     cache = body.kv * 2 * (256 + 128) / 2039e9 / 0.5
     assert stage_time(spec, "ppo").parts["decoding"] == pytest.approx(
         256 * (READ + cache) + 2 * COUNT * 256 / FLOPS
@@ -92,7 +92,7 @@ def test_a_sharded_actor_too_large_to_gather_is_streamed_for_every_token() -> No
         )
         return stage_time(large, "ppo").parts["decoding"]
 
-    whole = 2 * architecture("facebook/opt-30b", "models.actor").parameters
+    whole = 2 * architecture(ModelsSpec(actor="facebook/opt-30b"), "actor").parameters
     larger, smaller = (
         decoding("h200-141g"),
         decoding("h100-80g"),
@@ -148,9 +148,11 @@ def test_rows_are_counted_in_every_kind_of_file(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "rows.json").write_text("[]")
     assert counted("rows.json") is None
     # A hub data set is counted once it is in the cache.
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert counted("somebody/data") is None
-    folder = tmp_path / "cache/somebody___data/default/0.0.0/abc"
+    folder = tmp_path / "cache/huggingface/datasets/somebody___data/default/0.0.0/abc"
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text('{"splits": {"train": {"num_examples": 200}}}')
     assert counted("somebody/data") == 190

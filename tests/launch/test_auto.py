@@ -201,5 +201,5 @@ def test_a_spec_that_says_nothing_of_it_is_left_alone() -> None:
 def test_an_unknown_model_is_an_error_of_its_own() -> None:
     spec = make_spec("/scratch/demo", GPU, sft={"global_batch": 16})
     models = spec.models.model_copy(update={"actor": "nobody/knows"})
-    with pytest.raises(HpcRlhfError, match="not in the cache"):
+    with pytest.raises(HpcRlhfError, match="not in the hub cache"):
         choose(spec.model_copy(update={"models": models}), "sft", {"zero": None})

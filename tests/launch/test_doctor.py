@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf.estimate import disk
 from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.launch.doctor import cluster as cluster_checks
 from hpc_rlhf.launch.doctor import fit, machine, storage, visit
@@ -146,18 +145,6 @@ def test_which_ops_a_spec_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert machine.ops_needed(ours) == []
     nvme: dict[str, Any] = {"zero_optimization": {"offload_param": {"device": "nvme"}}}
     assert machine.ops_needed([nvme, {"zero_optimization": {"zero_quantized_weights": True}}]) == ["async_io", "quantizer"]  # fmt: skip
-
-
-def test_what_a_run_takes_on_disk(tmp_path: Path) -> None:
-    def billions(**stages: dict[str, Any]) -> float:
-        spec = make_spec(tmp_path, **stages).model_dump(mode="json")
-        spec["models"] = {"actor": "facebook/opt-1.3b", "reward": "facebook/opt-350m"}
-        return (disk.run_bytes(JobSpec.model_validate(spec)) or 0) / 1e9
-
-    # Two checkpoints and one being written, of 12 bytes a weight, and a model of 2.
-    assert billions(sft={}) == pytest.approx(1.3 * (3 * 12 + 2))
-    assert billions(sft={"lora": {"rank": 8}}) < 7
-    assert billions(reward={}, ppo={}) == pytest.approx(0.35 * 38 + (1.65 * 36 + 1.3 * 2))
 
 
 # In Slurm -----------------------------------------------------------------------------------------
