@@ -13,13 +13,13 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.batch import Batch
+from hpc_rlhf.spec.sizes import ROWS
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.data.dialogues import follow, prompt_text, token_ids
 from hpc_rlhf.train.data.rows import asked
 from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.rollout.experience import Experience
-from hpc_rlhf.train.rollout.in_process.engine import ROWS
 from hpc_rlhf.train.runtime import world as worlds
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
 from hpc_rlhf.train.stages.ppo.metrics import summarize
@@ -100,13 +100,11 @@ class DeepSpeedRLHFEngine:
         batch = Batch(
             self.spec.micro_batch, 1, self.world.dims.data, self.spec.micro_batch * self.world.dims.data
         )
-        job = PlannedJob("ppo", "ppo", (), self.spec.slurm, batch)
+        job = PlannedJob("ppo", "ppo", (), self.spec, self.spec.slurm, batch)
         start = Start(
             actor=actor_model_name_or_path,
             reward=critic_model_name_or_path,
-            ds_configs={
-                model: json.loads(text) for model, text in Templates().ds_configs(job, self.spec).items()
-            },
+            ds_configs={model: json.loads(text) for model, text in Templates().ds_configs(job).items()},
             longest=max_prompt_tokens + max_answer_tokens,
             updates=num_total_iters,
             seed=seed,

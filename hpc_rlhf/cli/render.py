@@ -9,6 +9,7 @@ import click
 from hpc_rlhf.cli.options import example, set_option
 from hpc_rlhf.cli.out_option import writing
 from hpc_rlhf.launch.auto import load
+from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.spec.sweep import Sweep
 
@@ -27,5 +28,7 @@ def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
     spec = load(file, sets)
     specs = {out / name: one for name, one in spec.specs.items()} if isinstance(spec, Sweep) else {out: spec}
     with writing(out):
-        paths = [path for folder, one in specs.items() for path in render(one, folder, file.parent)]
+        paths = [
+            path for folder, one in specs.items() for path in render(make_plan(one), folder, file.parent)
+        ]
     click.echo("\n".join(map(str, paths)))

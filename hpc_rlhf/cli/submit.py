@@ -85,7 +85,7 @@ def _next_commands(run_dir: str, verbs: tuple[str, ...] = ("status", "logs -f", 
 
 def _echo_preview(spec: JobSpec, beside: Path) -> None:
     plan = make_plan(spec)
-    commands = preview(spec, beside)
+    commands = preview(plan, spec, beside)
     echo_plan(plan)
     click.echo(f"\nwould write {plan.run.job_yaml}, {plan.run.plan_json} and, in {plan.run.scripts}:")
     for job in plan.jobs:

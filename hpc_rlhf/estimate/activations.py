@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpc_rlhf.estimate.parameters import Architecture
+from hpc_rlhf.spec.sizes import ALIGNED, LOGITS
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
-# What the training has, which is not loaded here. As algorithms/logprobs.py: float32 logits that stand at a time, and what
-# rows are a multiple of.
-LOGITS, ALIGNED = {"cuda": 16 * 2**20, "cpu": 2 * 2**20}, 64
-# As rollout/engine.py: answers made at a time, and the shares of a GPU that a rollout takes at most.
-ROWS, WEIGHTS_SHARE, CACHE_SHARE = 64, 0.5, 0.2
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from hpc_rlhf.estimate.activations import ITEM, Pass
 from hpc_rlhf.estimate.parameters import Architecture
 from hpc_rlhf.spec.batch import Batch
+from hpc_rlhf.spec.sizes import BUCKET, LIVE
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.spec.training import LoraSpec, StageSpec, TrainingSpec
 
-# Numbers in the buffer through which gradients are reduced, and of the weights that stand whole at a time under
-# ZeRO 3: those of templates/ds_config.json.j2.
-BUCKET, LIVE = 200_000_000, 30_000_000
 # DeepSpeed averages float32 gradients without ZeRO in buffers of so many numbers.
 AVERAGED = 500_000_000
 

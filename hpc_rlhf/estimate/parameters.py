@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from hpc_rlhf import __version__
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.job import FromScratch, ModelRef, ModelsSpec
 from hpc_rlhf.spec.training import LoraSpec
@@ -178,9 +178,7 @@ def _write_cache(config: str, shapes: Mapping[str, Any]) -> None:
     path = _cache_file(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(shapes), encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, json.dumps(shapes))
     except OSError:  # they are read again next time
         pass
 

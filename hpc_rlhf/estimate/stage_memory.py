@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.estimate.activations import CACHE_SHARE, ITEM, ROWS, WEIGHTS_SHARE, Pass, as_trained
+from hpc_rlhf.estimate.activations import ITEM, Pass, as_trained
 from hpc_rlhf.estimate.model_memory import (
     Parts,
     added,
@@ -20,6 +20,7 @@ from hpc_rlhf.estimate.parameters import Architecture, architecture
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.sizes import CACHE_SHARE, ROWS, WEIGHTS_SHARE
 from hpc_rlhf.spec.stages import EvalSpec, PpoSpec
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 

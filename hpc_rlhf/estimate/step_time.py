@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import cast
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.estimate.activations import ITEM, ROWS, WEIGHTS_SHARE, as_trained
+from hpc_rlhf.estimate.activations import ITEM, as_trained
 from hpc_rlhf.estimate.parameters import Architecture, architecture
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import Gpu, gpu_names, named_gpu
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.sizes import ROWS, WEIGHTS_SHARE
 from hpc_rlhf.spec.stages import EvalSpec, PpoSpec
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 

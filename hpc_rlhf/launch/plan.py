@@ -12,6 +12,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.training import StageSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PlannedJob:
         stage: the stage's name.
         job_name: what Slurm shows.
         needs: stages whose artifacts it starts from.
+        spec: the stage's settings.
         slurm: where and how it runs.
         batch: how the samples of a step are shared out over its ranks.
     """
@@ -29,6 +31,7 @@ class PlannedJob:
     stage: str
     job_name: str
     needs: tuple[str, ...]
+    spec: StageSpec
     slurm: SlurmSpec
     batch: Batch
 
@@ -71,12 +74,13 @@ def make_plan(spec: JobSpec) -> Plan:
     run = RunDir(Path(spec.run_dir))
     jobs = []
     for stage in spec.stage_names:
-        slurm = spec.stage(stage).slurm
+        settings = spec.stage(stage)
         try:
-            batch = derive_batch(spec.stage(stage), stage)
+            batch = derive_batch(settings, stage)
         except ValueError as error:
             raise HpcRlhfError(str(error), where=f"stages.{stage}.global_batch") from error
-        jobs.append(PlannedJob(stage, f"{spec.name}.{stage}", spec.needs(stage), slurm, batch))
+        job_name = f"{spec.name}.{stage}"
+        jobs.append(PlannedJob(stage, job_name, spec.needs(stage), settings, settings.slurm, batch))
     return Plan(spec.name, run, tuple(jobs), spec.notify.mail)
 
 

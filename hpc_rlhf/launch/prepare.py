@@ -11,7 +11,7 @@ from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.lock import hold
-from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.run import notify, ownership, run_index
 from hpc_rlhf.run.files import write_atomically
@@ -57,8 +57,8 @@ def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
 def prepare(
     spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool = False,
     lent: Mapping[str, RunDir] | None = None,
-) -> None:  # fmt: skip
-    """Write the resolved spec, the plan and the scripts into a run directory that the caller has claimed.
+) -> Plan:  # fmt: skip
+    """Write the resolved spec, the plan and the scripts into a run directory that the caller has claimed. Return the plan.
 
     What a run was trained with must not change under it, so a directory that has trained takes only other
     Slurm settings, which may share the same steps among another number of ranks, and one whose jobs are queued or
@@ -68,7 +68,8 @@ def prepare(
     Args:
         spec: the job spec.
         run: its run directory.
-        beside: folder of the job file; templates in its ``templates/`` win over ours.
+        beside: folder of the job file; templates in its ``templates/`` win over ours. The templates that the run was
+            prepared with before, where there is none.
         live: jobs of this run are queued or running.
         lent: runs of the same sweep that train stages for this one, by stage; prepared before.
 
@@ -86,10 +87,13 @@ def prepare(
             _link(run.stage(stage).path, lender.stage(stage).path)
         for folder in (run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
             _private_folder(folder)
-        render(spec, run.scripts, beside)
+        beside = run.scripts if beside in (None, run.path) else beside
+        render(plan, run.scripts, beside)
+        _keep_templates(run, beside)
         write_atomically(run.plan_json, plan.to_json())
         write_atomically(run.job_yaml, dump_spec(spec))
     run_index.remember(run.path)
+    return plan
 
 
 def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, Any, Any]]:
@@ -225,6 +229,18 @@ def _link(path: Path, target: Path) -> None:
     if not path.is_symlink() and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(os.path.relpath(target, path.parent))
+
+
+def _keep_templates(run: RunDir, beside: Path) -> None:
+    """Copy the user's templates to where later jobs of the run, such as one that serves its model, look for them."""
+    kept = run.scripts / "templates"
+    if beside == run.scripts:
+        return
+    shutil.rmtree(kept, ignore_errors=True)
+    for template in (beside / "templates").rglob("*.j2"):
+        copy = kept / template.relative_to(beside / "templates")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(template, copy)
 
 
 def _private_folder(folder: Path) -> None:

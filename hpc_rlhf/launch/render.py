@@ -7,13 +7,15 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.plan import Plan, PlannedJob, make_plan
+from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.run.files import write_atomically
-from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec import sizes
+from hpc_rlhf.spec.batch import Batch
 from hpc_rlhf.spec.training import StageSpec
 
 if TYPE_CHECKING:
@@ -89,18 +91,32 @@ class Templates:
         """The hostfile's line for one node, which the script fills in with the allocation's nodes."""
         return self._render("hostfile.j2", plan=plan, job=job, slurm=job.slurm)
 
-    def ds_configs(self, job: PlannedJob, stage: StageSpec) -> dict[str, str]:
-        """The DeepSpeed config of each of a stage's models, as ``StageSpec.strategies`` names them."""
-        return {model: self._ds_config(job, strategy) for model, strategy in stage.strategies.items()}
+    def ds_configs(self, job: PlannedJob) -> dict[str, str]:
+        """The DeepSpeed config of each of a stage's models, as ``StageSpec.strategies`` names them.
+
+        Raises:
+            HpcRlhfError: one is not JSON, or has another batch than the plan.
+        """
+        return {model: self._ds_config(job, strategy) for model, strategy in job.spec.strategies.items()}
 
     def _ds_config(self, job: PlannedJob, stage: StageSpec) -> str:
-        text = self._render("ds_config.json.j2", job=job, batch=job.batch, stage=stage)
+        name = "ds_config.json.j2"
+        text = self._render(name, job=job, batch=job.batch, stage=stage, sizes=sizes)
+        file = self._environment.get_template(name).filename
         try:
-            json.loads(text)
+            config = json.loads(text)
         except ValueError as error:
             raise HpcRlhfError(
-                f"ds_config.json.j2 does not render to JSON: {error}", where=f"stages.{job.stage}"
+                f"the DeepSpeed config of {job.stage} is not JSON: {error}", where=file
             ) from error
+        wrong = _batch_differences(config, job.batch)
+        if wrong:
+            raise HpcRlhfError(
+                f"the DeepSpeed config of {job.stage} has another batch than the spec: {', '.join(wrong)}",
+                where=file,
+                hint="use {{ batch.micro }} and {{ batch.accumulation }} in the template, and set micro_batch and "
+                "global_batch in the spec",
+            )
         return text
 
     def _render(self, template: str, **values: object) -> str:
@@ -115,15 +131,35 @@ class Templates:
             ) from error
 
 
-def render(spec: JobSpec, out_dir: Path, beside: Path | None = None) -> list[Path]:
-    """Write everything that would be sent, and return the files written.
+def _batch_differences(config: Mapping[str, Any], batch: Batch) -> list[str]:
+    """Where a DeepSpeed config has other batch sizes, each in words. What it leaves out, DeepSpeed derives."""
+    micro, accumulation, total = (
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "train_batch_size",
+    )
+    expected = {micro: batch.micro, accumulation: batch.accumulation, total: batch.global_}
+    wrong = [
+        f"{key} is {config[key]}, expected {value}"
+        for key, value in expected.items()
+        if config.get(key, value) != value
+    ]
+    if micro not in config and not (accumulation in config and total in config):
+        wrong.append(f"{micro} is missing, expected {batch.micro}")
+    elif accumulation not in config and total not in config and batch.accumulation != 1:
+        wrong.append(f"{accumulation} is missing, expected {batch.accumulation}")
+    return wrong
+
+
+def render(plan: Plan, out_dir: Path, beside: Path | None = None) -> list[Path]:
+    """Write everything that would be submitted, and return the files written.
 
     Args:
-        spec: the job spec.
+        plan: the run's plan.
         out_dir: where to write; created when missing.
         beside: folder of the job file, whose ``templates/`` win over ours.
     """
-    plan, templates = make_plan(spec), Templates(beside)
+    templates = Templates(beside)
     out_dir.mkdir(parents=True, exist_ok=True)
     texts: dict[Path, str] = {}
     for job in plan.jobs:
@@ -131,7 +167,7 @@ def render(spec: JobSpec, out_dir: Path, beside: Path | None = None) -> list[Pat
         texts[out_dir / plan.run.sbatch(job.stage).name] = script
         if job.slurm.heal.enabled:
             texts[out_dir / plan.run.sentinel(job.stage).name] = templates.sentinel(plan, job)
-        for model, text in templates.ds_configs(job, spec.stage(job.stage)).items():
+        for model, text in templates.ds_configs(job).items():
             texts[out_dir / plan.run.ds_config(job.stage, model).name] = text
         texts[out_dir / plan.run.hostfile_template(job.stage).name] = templates.hostfile(plan, job)
     for path, text in texts.items():

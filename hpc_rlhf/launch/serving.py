@@ -85,7 +85,7 @@ def serve_as_job(
     job = replace(planned, job_name=f"{plan.name}.serve", slurm=planned.slurm.model_copy(update={"nodes": 1}))
     command = f"{rank_python(job)} {shlex.join(_arguments(name, folder, LOCALHOST, port))}"
     script = run.stage(stage).path / "serve.sbatch"
-    script.write_text(Templates().serve(plan, job, command), encoding="utf-8")
+    script.write_text(Templates(run.scripts).serve(plan, job, command), encoding="utf-8")
     job_id = slurm.submit(script, [])
     told = ""
     while True:

@@ -9,7 +9,7 @@ from pathlib import Path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.chain import Chain, Outcome, require_slurm
 from hpc_rlhf.launch.jobs import find_jobs, submission_options
-from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.plan import Plan
 from hpc_rlhf.launch.prepare import claim, prepare, refuse_changes
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.run import manifest
@@ -35,23 +35,23 @@ def submit(
     require_slurm()
     with claim(spec, "hpc-rlhf submit") as run:
         jobs = find_jobs(run)
-        prepare(spec, run, beside, live=bool(jobs.live), lent=lent)
-        return _send_missing(Chain(make_plan(spec), jobs, "person"))
+        plan = prepare(spec, run, beside, live=bool(jobs.live), lent=lent)
+        return _send_missing(Chain(plan, jobs, "person"))
 
 
-def preview(spec: JobSpec, beside: Path | None = None) -> dict[str, str]:
-    """The sbatch command of every stage that submit would send, were none of the run's jobs live. Touches nothing.
+def preview(plan: Plan, spec: JobSpec, beside: Path | None = None) -> dict[str, str]:
+    """The sbatch command of every stage that submit would send, if none of the run's jobs are live. Touches nothing.
 
     Raises:
         HpcRlhfError: submit would refuse, because the run directory belongs to another spec.
     """
-    plan, templates = make_plan(spec), Templates(beside)
+    templates = Templates(beside)
     refuse_changes(plan.run, spec, live=False)
     commands = {}
     for job in plan.jobs:
         templates.script(plan, job, "true")
         templates.sentinel(plan, job)
-        templates.ds_configs(job, spec.stage(job.stage))
+        templates.ds_configs(job)
         if not manifest.is_done(plan.run.stage(job.stage)):
             after = tuple(f"<{need}>" for need in job.needs if not manifest.is_done(plan.run.stage(need)))
             options = submission_options(job, "<token>", after)

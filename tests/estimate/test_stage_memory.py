@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.estimate import activations, model_memory
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.stage_memory import Memory, run_memory, stage_memory
-from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.gpus import gpu_bytes
 from hpc_rlhf.spec.job import JobSpec, ModelsSpec
 from tests.launch.specs import make_spec
@@ -121,22 +117,6 @@ def test_an_evaluation_holds_one_model_at_a_time() -> None:
     memory = stage_memory(spec, "eval")
     assert memory.always == {"weights": 2 * COUNT}
     assert memory.moments["rollouts"]["KV cache"] == 32 * 2 * MODEL.kv * tokens(spec, 1)
-
-
-def test_the_sizes_are_those_of_the_training_and_of_the_template() -> None:
-    from hpc_rlhf.train.algorithms import logprobs
-    from hpc_rlhf.train.rollout.in_process import engine
-
-    assert (activations.LOGITS, activations.ALIGNED) == (logprobs.LOGITS, logprobs.ALIGNED)
-    assert (activations.ROWS, activations.WEIGHTS_SHARE, activations.CACHE_SHARE) == (
-        engine.ROWS, engine.WEIGHTS_SHARE, engine.CACHE_SHARE,
-    )  # fmt: skip
-    for zero in (1, 2, 3):
-        spec = make_spec("/scratch/demo", GPUS, sft={"zero": zero})
-        (text,) = Templates().ds_configs(make_plan(spec).jobs[0], spec.stage("sft")).values()
-        config = json.loads(text)["zero_optimization"]
-        assert config["reduce_bucket_size"] == model_memory.BUCKET
-        assert zero < 3 or config["stage3_max_live_parameters"] == model_memory.LIVE
 
 
 def test_what_is_held_is_that_of_the_fullest_moment() -> None:

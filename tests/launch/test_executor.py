@@ -36,7 +36,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def send(spec: JobSpec, stage: str, *after: str) -> str:
     plan = make_plan(spec)
-    render(spec, plan.run.scripts)
+    render(plan, plan.run.scripts)
     job = next(job for job in plan.jobs if job.stage == stage)
     return StageExecutor(plan, job, submission_options(job, "t0ken", after)).send()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.spec.load import load_spec
 
@@ -24,7 +25,7 @@ def test_job_file_renders_to_its_golden_scripts(
 ) -> None:
     monkeypatch.setenv("SCRATCH", "/scratch")
     monkeypatch.setattr(sys, "executable", "/opt/hpc-rlhf/bin/python")
-    render(load_spec(job, [f"run_dir=/scratch/runs/{job.stem}"]), tmp_path, job.parent)
+    render(make_plan(load_spec(job, [f"run_dir=/scratch/runs/{job.stem}"])), tmp_path, job.parent)
     golden = GOLDEN / job.stem
     if request.config.getoption("--update-golden"):
         shutil.rmtree(golden, ignore_errors=True)

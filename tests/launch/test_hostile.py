@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.submit import preview
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import load_spec
@@ -103,7 +104,7 @@ def taken(file: Path) -> JobSpec | str:
     """The spec that submit would send, or what is said where it would not."""
     try:
         spec = load_spec(file)
-        preview(spec)
+        preview(make_plan(spec), spec)
     except HpcRlhfError as error:
         return str(error)
     return spec

@@ -53,7 +53,7 @@ def run_script(spec: JobSpec, stage: str, tmp_path: Path, **environ: str) -> tup
     """Run a rendered script under bash in an empty folder, which must stay empty."""
     run = RunDir(Path(spec.run_dir))
     run.stage(stage).logs.mkdir(parents=True, exist_ok=True)
-    render(spec, run.scripts)
+    render(make_plan(spec), run.scripts)
     stubs, out, cwd = tmp_path / "stubs", tmp_path / "out", tmp_path / "cwd"
     for folder in (stubs, out, cwd):
         folder.mkdir(exist_ok=True)
@@ -296,7 +296,9 @@ def test_script_requeues_a_job_whose_ranks_died_of_a_preemption(
 def test_users_template_wins_file_by_file(tmp_path: Path) -> None:
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates/hostfile.j2").write_text("@NODE@ slots={{ slurm.tasks_per_node }} # mine\n")
-    files = {path.name: path for path in render(make_spec("/scratch/demo"), tmp_path / "out", tmp_path)}
+    files = {
+        path.name: path for path in render(make_plan(make_spec("/scratch/demo")), tmp_path / "out", tmp_path)
+    }
     assert files["sft.hostfile.in"].read_text() == "@NODE@ slots=2 # mine\n"
     assert files["sft.sbatch"].read_text().startswith("#!/bin/bash\n")
     assert len(files) == 15
@@ -312,15 +314,44 @@ def test_users_template_wins_file_by_file(tmp_path: Path) -> None:
         ("{% include 'none.j2' %}", "none.j2"),
         ("{% if %}", "ds_config.json.j2:1"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{not json", "does not render to JSON"),
+        ("{not json", "ds_config.json.j2: the DeepSpeed config of sft is not JSON"),
     ],
 )
 def test_broken_template_is_one_clear_error(template: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates/ds_config.json.j2").write_text(template)
     with pytest.raises(HpcRlhfError, match=expected):
-        render(make_spec("/scratch/demo"), tmp_path / "out", tmp_path)
+        render(make_plan(make_spec("/scratch/demo")), tmp_path / "out", tmp_path)
     assert not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu is 8, expected 4"),
+        ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps is 3, expected 2"),
+        ({"train_batch_size": 8}, "train_batch_size is 8, expected 16"),
+        ({"gradient_accumulation_steps": None}, "gradient_accumulation_steps is missing, expected 2"),
+        ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu is missing, expected 4"),
+        ({"train_batch_size": 16, "gradient_accumulation_steps": None}, None),
+        ({"train_batch_size": 16, "train_micro_batch_size_per_gpu": None}, None),
+        ({}, None),
+    ],
+)
+def test_a_template_with_another_batch_than_the_spec_is_refused(
+    batch: dict[str, int | None], expected: str | None, tmp_path: Path
+) -> None:
+    config = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, **batch}
+    template = tmp_path / "templates/ds_config.json.j2"
+    template.parent.mkdir()
+    template.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    plan = make_plan(make_spec("/scratch/demo", sft={"micro_batch": 4, "global_batch": 16}))
+    if expected is None:
+        render(plan, tmp_path / "out", tmp_path)
+        return
+    with pytest.raises(HpcRlhfError, match=f"{template}: .*sft.*{expected}") as caught:
+        render(plan, tmp_path / "out", tmp_path)
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -342,7 +373,7 @@ def test_a_sentinel_heals_its_run_whatever_its_name_and_setup(hostile: str, tmp_
     }
     spec = make_spec(tmp_path / f"run {hostile}".replace("/", ""), slurm)
     run = RunDir(Path(spec.run_dir))
-    render(spec, run.scripts)
+    render(make_plan(spec), run.scripts)
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/bash\nprintf "%s\\n" "$HEALING" "${{SBATCH_X-unset}}" "$@" >{tmp_path}/args\numask >>{tmp_path}/args\n'

@@ -35,7 +35,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         raise HpcRlhfError("--on-cluster needs a job file, and Slurm's commands on PATH", hint=hint)
     plan = make_plan(spec) if spec is not None else None
     templates = Templates(beside)
-    ops = machine.ops_needed(_configs(spec, plan, templates))
+    ops = machine.ops_needed(_configs(plan, templates))
     findings = [*packages.check(), *_machine(spec, ops, trains_here=not slurm.available())]
     if slurm.available():
         findings += _slurm(plan, templates)
@@ -61,12 +61,10 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
     return findings
 
 
-def _configs(spec: JobSpec | None, plan: Plan | None, templates: Templates) -> list[dict[str, object]]:
+def _configs(plan: Plan | None, templates: Templates) -> list[dict[str, object]]:
     """The DeepSpeed config of every model of every stage."""
-    if spec is None or plan is None:
-        return []
-    texts = (templates.ds_configs(job, spec.stage(job.stage)).values() for job in plan.jobs)
-    return [json.loads(text) for of_stage in texts for text in of_stage]
+    jobs = () if plan is None else plan.jobs
+    return [json.loads(text) for job in jobs for text in templates.ds_configs(job).values()]
 
 
 def _machine(spec: JobSpec | None, ops: list[str], trains_here: bool) -> list[Finding]:

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Float32 logits held at a time: 64 MiB keep a GPU busy; 8 MiB a CPU's matrix kernels, near its cache.
-LOGITS = {"cuda": 16 * 2**20, "cpu": 2 * 2**20}
-# Rows of a chunk are a multiple of so many: matrix kernels are made anew, and kept, for every other height.
-ALIGNED = 64
+from hpc_rlhf.spec.sizes import ALIGNED, LOGITS
+
 # How a CPU multiplies float32 matrices; torch before 2.9 does not let one choose.
 MULTIPLYING: Any = getattr(torch.backends.mkldnn, "matmul", None)
 

@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpc_rlhf.spec.sizes import ALIGNED
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.models import packed_attention
-
-# Rows of so many tokens are a multiple of so many: matrix kernels are fastest there.
-ALIGNED = 64
 
 
 def _filling(tokens: int, device: torch.device) -> tuple[int, ...]:

@@ -9,19 +9,13 @@ from typing import Any
 
 import torch
 
+from hpc_rlhf.spec.sizes import CACHE_SHARE, WEIGHTS_SHARE
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
 from hpc_rlhf.train.rollout.in_process.gathered_model import GatheredModel
 from hpc_rlhf.train.rollout.in_process.sampling import Sampling, uniforms
 from hpc_rlhf.train.runtime.stop_signals import Interrupted
 from hpc_rlhf.train.runtime.world import World
-
-# Shares of a GPU's memory that a rollout may take: for gathered weights, and for keys and values.
-WEIGHTS_SHARE = 0.5
-CACHE_SHARE = 0.2
-
-# Answers in the making at a time, at most, where memory is not short.
-ROWS = 64
 
 # What ranks tell each other where they make forward passes together; the largest counts.
 DONE, MORE, STOP = range(3)

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from hpc_rlhf.spec.sizes import ALIGNED
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.models import packed_attention
-from hpc_rlhf.train.models.forward import ALIGNED
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 
 # Attention goes over a multiple of so many columns, those past a row's end masked, so that shapes seldom change.

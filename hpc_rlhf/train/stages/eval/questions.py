@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpc_rlhf.spec.sizes import ROWS
 from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.ragged import Ragged, deal, plan_step
 from hpc_rlhf.train.rollout.experience import Rollout
-from hpc_rlhf.train.rollout.in_process.engine import ROWS, RolloutEngine
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.rollout.in_process.sampling import Sampling
 
 

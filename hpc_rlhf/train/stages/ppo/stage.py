@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.sizes import ROWS
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.context import StageContext
@@ -19,7 +20,7 @@ from hpc_rlhf.train.metrics import keep_until
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.rollout.experience import Rollout, scores
-from hpc_rlhf.train.rollout.in_process.engine import ROWS, RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine, Sampling
 from hpc_rlhf.train.stages.common import commit, new_artifact, write_model
 from hpc_rlhf.train.stages.ppo.cursor import Progress
 from hpc_rlhf.train.stages.ppo.metrics import summarize

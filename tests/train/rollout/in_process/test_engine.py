@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_rlhf.spec.sizes import ALIGNED
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models import packed_attention
-from hpc_rlhf.train.models.forward import ALIGNED
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
 from hpc_rlhf.train.rollout.in_process import engine as engines
 from hpc_rlhf.train.rollout.in_process.decode_step import TRACED_AFTER, TRIAL_STEPS, DecodeStep

@@ -25,7 +25,8 @@ from hpc_rlhf.train.models.engine import frozen_engine, sharded_loading
 from hpc_rlhf.train.models.loading import load_causal
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
 from hpc_rlhf.train.models.export import full_bytes, gathered
-from hpc_rlhf.train.rollout.in_process.engine import WEIGHTS_SHARE, RolloutDropped, RolloutEngine, Sampling
+from hpc_rlhf.spec.sizes import WEIGHTS_SHARE
+from hpc_rlhf.train.rollout.in_process.engine import RolloutDropped, RolloutEngine, Sampling
 
 config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 every = [[11, 12], [5, 6, 7], [9], [8, 7, 6, 5, 4], [3, 4], [44, 3], [12, 13, 14]]
