@@ -7,8 +7,8 @@ from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.run.events import Cancelled
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.commands import QueuedJob
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import QueuedJob
 
 # A sentinel at work is soon done.
 _PATIENCE = 30.0
@@ -19,8 +19,8 @@ def cancel(run: RunDir) -> dict[str, QueuedJob]:
     with hold(run.submit_lock, "hpc-rlhf cancel", _PATIENCE):
         jobs = find_jobs(run)
         # The sentinels first, or they would start, since their stages end badly.
-        slurm.cancel([job.job_id for job in jobs.sentinels])
-        slurm.cancel([job.job_id for job in jobs.live.values()])
+        commands.cancel([job.job_id for job in jobs.sentinels])
+        commands.cancel([job.job_id for job in jobs.live.values()])
         for stage, job in jobs.live.items():
             Ledger(run.ledger).append(Cancelled(stage, job_id=job.job_id))
     return jobs.live

@@ -14,7 +14,7 @@ from hpc_rlhf.launch.sweep_order import borrowed_jobs, jobs_before
 from hpc_rlhf.run import manifest, sentinel
 from hpc_rlhf.run.events import Refused, Submitted, Submitting
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Outcome:
 def require_slurm() -> None:
     """Raise HpcRlhfError unless Slurm answers: a job announced to a Slurm that is not there would be looked for ever after."""
     hint = "submit from a login node of the cluster, or run it here without Slurm: hpc-rlhf run FILE"
-    if not slurm.available():
+    if not commands.available():
         raise HpcRlhfError("Slurm's commands are not on PATH", hint=hint)
     try:
-        slurm.queue()
+        commands.queue()
     except HpcRlhfError as error:
         raise HpcRlhfError(
             f"Slurm does not answer: {error.message}", hint=hint, exit_code=error.exit_code
@@ -111,7 +111,7 @@ class Chain:
         moved = any(need in self.sent or need in self._requeued for need in job.needs)
         stale = queued.reason == "DependencyNeverSatisfied" or moved or {*after, *behind} - queued.needs
         if queued.state == "PENDING" and stale:
-            slurm.set_dependency(queued.job_id, after, behind)
+            commands.set_dependency(queued.job_id, after, behind)
             now = (
                 f"now waits for {' and '.join((*after, *behind))}" if after or behind else "now free to start"
             )
@@ -139,7 +139,7 @@ class Chain:
             job_id = executor.send()
         except HpcRlhfError as error:
             # sbatch may give up waiting for an answer to a job that the controller has accepted.
-            accepted = with_token(slurm.queue(), token)
+            accepted = with_token(commands.queue(), token)
             if accepted is None:
                 self.ledger.append(Refused(job.stage, token=token, message=error.message))
                 raise
@@ -161,12 +161,12 @@ class Chain:
         Raises:
             HpcRlhfError: Slurm refuses.
         """
-        slurm.requeue(job_id)
+        commands.requeue(job_id)
         self.ids[job.stage] = job_id
         self._requeued.add(job.stage)
         if after := self.after(job):
-            slurm.set_dependency(job_id, after)
-        slurm.put_off(job_id, delay, excluded)
+            commands.set_dependency(job_id, after)
+        commands.delay_start(job_id, delay, excluded)
         return Outcome(job.stage, "requeued", job_id)
 
     def guard(self, job: PlannedJob) -> None:

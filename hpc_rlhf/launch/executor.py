@@ -15,7 +15,7 @@ from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import rank_command, rank_python
 from hpc_rlhf.run.files import replacing
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 from hpc_rlhf.task import StageTask
 
 # submitit's own signal handler, in place until the stage installs ours, gives up on a job that it thinks has used
@@ -71,7 +71,7 @@ class StageExecutor(SlurmExecutor):
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         """sbatch, without what the environment says about the job that we may ourselves be part of."""
-        unset = [f"--unset={name}" for name in slurm.foreign_variables(os.environ)]
+        unset = [f"--unset={name}" for name in commands.foreign_variables(os.environ)]
         return ["env", *unset, "sbatch", *self._options, str(submission_file_path)]
 
 

@@ -19,8 +19,8 @@ from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.reasons import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, LAUNCH_FAILURE
 from hpc_rlhf.run.retry_policy import Retry, Stop, StopKind, decide
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.commands import PastJob, QueuedJob
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
 from hpc_rlhf.spec.load import read_spec
 
 # A sentinel has nothing better to do than to wait, even for the lock of a machine that is gone.
@@ -116,12 +116,12 @@ class _Mending:
         job_id = chain.jobs.latest.get(stage)
         if job_id is None:
             return self._chain.send(self._job)
-        return self._go_on(job_id, slurm.remembered(job_id))
+        return self._go_on(job_id, commands.find_record(job_id))
 
     def _attach(self, queued: QueuedJob) -> Outcome:
         if queued.state != "PENDING" or queued.reason not in _HELD:
             return self._chain.attach(self._job)
-        past = slurm.remembered(queued.job_id)
+        past = commands.find_record(queued.job_id)
         node = past.failed_node if past else ""
         self._chain.ledger.append(
             Ended(self._stage, job_id=queued.job_id, reason=LAUNCH_FAILURE, message=queued.reason, node=node)
@@ -129,17 +129,17 @@ class _Mending:
         verdict = self._verdict()
         if isinstance(verdict, Stop):
             return self._stop(verdict, queued.job_id)
-        slurm.put_off(queued.job_id, verdict.delay, self._excluded(verdict))
-        slurm.release(queued.job_id)
+        commands.delay_start(queued.job_id, verdict.delay, self._excluded(verdict))
+        commands.release(queued.job_id)
         return self._retried(
             Outcome(self._stage, "requeued", queued.job_id, "a node failed to launch it; let go"), verdict
         )
 
-    def _go_on(self, job_id: str, past: PastJob | None) -> Outcome:
+    def _go_on(self, job_id: str, past: JobRecord | None) -> Outcome:
         """Decide about a job that ended without its stage's model, and act on that."""
         ended = self._ended(job_id, past)
         cancelled = ended.reason in (CANCELLED_BY_TOOL, CANCELLED_BY_HAND)
-        bereft = past is not None and past.bereft and ended.reason == CANCELLED_BY_HAND
+        bereft = past is not None and past.dependency_failed and ended.reason == CANCELLED_BY_HAND
         waits = bool(self._chain.after(self._job))
         if bereft or (waits and not cancelled):
             # It ended because what it needs was not there; that is being mended.
@@ -149,7 +149,7 @@ class _Mending:
             return self._stop(verdict, job_id)
         return self._put_back(job_id, past, verdict, _describe(ended))
 
-    def _ended(self, job_id: str, past: PastJob | None) -> Ended:
+    def _ended(self, job_id: str, past: JobRecord | None) -> Ended:
         """How the latest attempt ended: as the ledger has it, or judged and written now."""
         history = self._history()
         before = history.attempt.last(Ended)
@@ -159,7 +159,7 @@ class _Mending:
         logs = AttemptLogs(files, job_id, past.restarts if past else None)
         judged = failures.judge(history, past, logs, last_step(files))
         ended = replace(judged, stage=self._stage, job_id=job_id, seen=last_seen(files))
-        bereft = past is not None and past.bereft and ended.reason == CANCELLED_BY_HAND
+        bereft = past is not None and past.dependency_failed and ended.reason == CANCELLED_BY_HAND
         if not bereft:
             self._chain.ledger.append(ended)
         return ended
@@ -181,7 +181,7 @@ class _Mending:
                 notify.send_stop(self._chain.run, self._stage, verdict.kind, verdict.message)
         return Outcome(self._stage, "stopped", job_id, verdict.message)
 
-    def _put_back(self, job_id: str, past: PastJob | None, verdict: Retry, why: str) -> Outcome:
+    def _put_back(self, job_id: str, past: JobRecord | None, verdict: Retry, why: str) -> Outcome:
         outcome = self._requeued(job_id, past, verdict)
         if outcome is None:
             try:
@@ -190,14 +190,14 @@ class _Mending:
                 return self._stop(Stop(StopKind.REFUSED, error.message), job_id)
         return self._retried(replace(outcome, detail=why), verdict)
 
-    def _requeued(self, job_id: str, past: PastJob | None, verdict: Retry) -> Outcome | None:
+    def _requeued(self, job_id: str, past: JobRecord | None, verdict: Retry) -> Outcome | None:
         """Requeue the job under its own id, so that what waits for it need not be told; None where that cannot be."""
         if past is None or not past.requeueable or past.state == "CANCELLED":
             return None
         try:
             return self._chain.requeue(self._job, job_id, verdict.delay, self._excluded(verdict))
         except HpcRlhfError:
-            queued = slurm.queue().get(job_id)
+            queued = commands.queue().get(job_id)
             if queued is None or not queued.live:
                 return None
             return Outcome(self._stage, "requeued", job_id)

@@ -15,8 +15,8 @@ from hpc_rlhf.run import sentinel
 from hpc_rlhf.run.events import Refused, Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.commands import QueuedJob
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import QueuedJob
 
 # An sbatch whose parent was killed may still be talking to the controller; it gives up after about this long.
 _STILL_ON_ITS_WAY = 10.0
@@ -60,7 +60,7 @@ def submission_options(
     """
     words = [_mark(token), *([job.slurm.comment] if job.slurm.comment else [])]
     options = [f"--comment={' '.join(words)}"]
-    if dependency := slurm.dependency(after, behind):
+    if dependency := commands.dependency(after, behind):
         options.append(f"--dependency={dependency}")
     if delay:
         options.append(f"--begin=now+{delay}")
@@ -75,13 +75,13 @@ def find_jobs(run: RunDir) -> RunJobs:
     submitted, unanswered = _submissions(ledger)
     if not submitted and not unanswered:
         return RunJobs()
-    queue = slurm.queue()
+    queue = commands.queue()
     # Counted from now: when it was announced, only the clock of that machine says.
     deadline = time.monotonic() + _STILL_ON_ITS_WAY
     for token, (stage, latest_of_stage) in unanswered.items():
         while (job := with_token(queue, token)) is None and latest_of_stage and time.monotonic() < deadline:
             time.sleep(1)
-            queue = slurm.queue()
+            queue = commands.queue()
         if job is not None:
             adopt(run, stage, token, job.job_id)
             submitted[job.job_id] = (stage, token)

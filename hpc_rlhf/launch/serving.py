@@ -17,7 +17,7 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates, rank_python
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.load import read_spec
 
 LOCALHOST = "127.0.0.1"
@@ -86,18 +86,18 @@ def serve_as_job(
     command = f"{rank_python(job)} {shlex.join(_arguments(name, folder, LOCALHOST, port))}"
     script = run.stage(stage).path / "serve.sbatch"
     script.write_text(Templates(run.scripts).serve(plan, job, command), encoding="utf-8")
-    job_id = slurm.submit(script, [])
+    job_id = commands.submit(script, [])
     told = ""
     while True:
-        queued = slurm.queue().get(job_id)
+        queued = commands.queue().get(job_id)
         if queued is None or not queued.live:
             raise HpcRlhfError(
                 f"job {job_id} ended before it served", where=str(run.stage(stage).logs / f"{job_id}_batch.log"),
                 exit_code=RUN_FAILED,
             )  # fmt: skip
         if queued.state == "RUNNING":
-            past = slurm.remembered(job_id)
-            return job_id, slurm.hostnames(past.nodes)[0] if past and past.nodes else ""
+            past = commands.find_record(job_id)
+            return job_id, commands.hostnames(past.nodes)[0] if past and past.nodes else ""
         words = f"job {job_id} {queued.state.lower()}" + (f" ({queued.reason})" if queued.reason else "")
         if words != told:
             say(f"waiting for {words}; scancel {job_id} cancels it")

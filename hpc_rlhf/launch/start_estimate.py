@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 
 # Seconds that Slurm may take to answer.
 SOON = 5
@@ -53,6 +53,6 @@ def predicted_start(script: Path) -> str | None:
     Raises:
         HpcRlhfError: it would be refused, or Slurm does not answer soon.
     """
-    said = slurm.done(["sbatch", "--test-only", str(script)], SOON).stderr
+    said = commands.execute(["sbatch", "--test-only", str(script)], SOON).stderr
     found = re.search(r"to start at (\d[\dT:-]+)", said)
     return found[1] if found else None

@@ -15,7 +15,7 @@ from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Cancelled
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.job import JobSpec
 
 
@@ -82,7 +82,7 @@ def _undone(chain: Chain, error: HpcRlhfError) -> HpcRlhfError:
     """Cancel what this call has sent: a part of a graph is of no use."""
     if not chain.sent:
         return error
-    slurm.cancel([*chain.posted, *chain.sent.values()])
+    commands.cancel([*chain.posted, *chain.sent.values()])
     for stage, job_id in chain.sent.items():
         chain.ledger.append(Cancelled(stage, job_id=job_id))
     names = " and ".join(f"{stage} (job {job_id})" for stage, job_id in chain.sent.items())

@@ -10,7 +10,7 @@ from hpc_rlhf.run.events import Submitted
 from hpc_rlhf.run.history import OUTCOMES, RETRYABLE, StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 
 # Seconds between two questions to Slurm about one stage.
 EVERY = 5.0
@@ -48,10 +48,10 @@ class Fates:
         """Whether anybody is at work on a stage, or will be. Where that cannot be known, a bad ending is the end."""
         if launcher_at_work(self._run):
             return True
-        if job_id is None or not slurm.available():
+        if job_id is None or not commands.available():
             return not failed
         try:
-            queue = slurm.queue()
+            queue = commands.queue()
         except HpcRlhfError:
             return True  # the controller will be back
         job = queue.get(job_id)

@@ -37,8 +37,8 @@ from hpc_rlhf.run.events import (
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.commands import PastJob, QueuedJob
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import ENDED, JobRecord, QueuedJob
 
 _AT_WORK = frozenset({"running", "completing", "stopping", "suspended", "signaling", "stage_out"})
 _QUEUED = frozenset({"pending", "waiting", "requeued", "starting", "configuring", "requeue_hold"})
@@ -102,12 +102,12 @@ class Evidence:
     history: StageHistory
     job_id: str | None
     queued: QueuedJob | None
-    past: PastJob | None
+    past: JobRecord | None
     at_work_here: bool
 
 
 # What Slurm says: the jobs that it has, those that it remembers, and what is wrong when it does not answer.
-Answer = tuple[Mapping[str, QueuedJob], Mapping[str, PastJob], str]
+Answer = tuple[Mapping[str, QueuedJob], Mapping[str, JobRecord], str]
 
 
 def ask_slurm(job_ids: Sequence[str]) -> Answer:
@@ -115,10 +115,10 @@ def ask_slurm(job_ids: Sequence[str]) -> Answer:
     if not job_ids:
         return {}, {}, ""
     try:
-        queue = slurm.queue()
+        queue = commands.queue()
     except HpcRlhfError as error:
         return {}, {}, f"no word from Slurm ({error.message})"
-    return queue, slurm.history([job_id for job_id in job_ids if job_id not in queue]), ""
+    return queue, commands.accounting([job_id for job_id in job_ids if job_id not in queue]), ""
 
 
 def read_status(run: RunDir, ask: Callable[[Sequence[str]], Answer] = ask_slurm) -> list[StageStatus]:
@@ -235,7 +235,7 @@ def judge(evidence: Evidence) -> tuple[str, str]:
     if isinstance(state, Interrupted):
         return "interrupted", "run it again to go on"
     ended = evidence.queued or evidence.past
-    if ended is not None and not (isinstance(ended, PastJob) and ended.state not in slurm.ENDED):
+    if ended is not None and not (isinstance(ended, JobRecord) and ended.state not in ENDED):
         name = "cancelled" if ended.state == "CANCELLED" else "failed"
         return name, f"Slurm says {ended.state}; hpc-rlhf heal goes on"
     if evidence.job_id is not None:

@@ -27,7 +27,7 @@ from hpc_rlhf.run.reasons import (
     is_out_of_memory,
     is_peer_gone,
 )
-from hpc_rlhf.slurm.commands import PastJob
+from hpc_rlhf.slurm.jobs import JobRecord
 
 _BY_STATE = {
     "PREEMPTED": PREEMPTED,
@@ -81,7 +81,7 @@ class _Cause(NamedTuple):
     node: str = ""
 
 
-def judge(history: StageHistory, job: PastJob | None, logs: Logs, step: int) -> Ended:
+def judge(history: StageHistory, job: JobRecord | None, logs: Logs, step: int) -> Ended:
     """How the latest attempt at a stage without a complete artifact ended.
 
     Args:
@@ -143,7 +143,7 @@ def _by_ledger(attempt: StageHistory) -> _Cause | None:
     return None
 
 
-def _by_slurm(job: PastJob | None, logs: Logs, attempt: StageHistory) -> _Cause | None:
+def _by_slurm(job: JobRecord | None, logs: Logs, attempt: StageHistory) -> _Cause | None:
     """Slurm's reason, where it gives one.
 
     A rank's own failure outweighs a preemption: from 26.05 on, srun sends the other ranks the signal of a preemption
@@ -170,7 +170,7 @@ def _by_batch_log(logs: Logs) -> _Cause | None:
     return _Cause(NODE_FAILURE, line, line.split("Node failure on ")[1].split()[0]) if line else None
 
 
-def _by_logs(attempt: StageHistory, job: PastJob | None, logs: Logs) -> _Cause:
+def _by_logs(attempt: StageHistory, job: JobRecord | None, logs: Logs) -> _Cause:
     """A failure: what the rank that caused it reported, else how srun saw the first rank end."""
     failed = own_failure(attempt)
     if failed is not None:

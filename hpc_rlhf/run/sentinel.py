@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.commands import QueuedJob
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import QueuedJob
 
 
 def post(run: RunDir, stage: str, token: str, job_id: str) -> str:
@@ -22,10 +22,10 @@ def post(run: RunDir, stage: str, token: str, job_id: str) -> str:
     """
     options = [f"--comment={_mark(token)}", f"--dependency=afternotok:{job_id}"]
     try:
-        return slurm.submit(run.sentinel(stage), options)
+        return commands.submit(run.sentinel(stage), options)
     except HpcRlhfError:
         # sbatch may give up waiting for an answer to a job that the controller has accepted.
-        accepted = living(slurm.queue(), [token])
+        accepted = living(commands.queue(), [token])
         if not accepted:
             raise
         return accepted[-1].job_id

@@ -1,4 +1,4 @@
-"""What this tool knows of sbatch: the options it owns, and how a time limit is written."""
+"""The sbatch options that this tool owns."""
 
 from __future__ import annotations
 
@@ -76,17 +76,3 @@ def refuse_owned(option: str) -> str:
         if owned.startswith(option):  # sbatch takes the beginning of an option for the whole
             raise ValueError(f"hpc-rlhf owns sbatch's --{owned}: {instead}")
     return option
-
-
-def time_limit(text: str) -> int | None:
-    """Seconds in a Slurm time limit, or None for no limit."""
-    days, dash, rest = text.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:  # D-HH, D-HH:MM, D-HH:MM:SS
-        hours, minutes, seconds = (*parts, 0, 0)[:3]
-    elif len(parts) == 3:
-        hours, minutes, seconds = parts
-    else:  # MM, MM:SS
-        hours, minutes, seconds = 0, parts[0], (*parts, 0)[1]
-    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-    return total or None

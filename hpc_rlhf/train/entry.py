@@ -32,7 +32,7 @@ from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.retry_policy import Stop, StopKind, decide
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.fields import seconds
 from hpc_rlhf.spec.job import JobSpec
@@ -149,9 +149,9 @@ class Attempt:
             started = Started(job_id=self.job, restart=self.restarts, ranks=settings.ranks, host=self.host)
             self.note(replace(started, age=process_age(), versions=reporting.versions()))
         if self.is_main and self.in_slurm:
-            if slurm.was_preempted(str(self.job)):
+            if commands.was_preempted(str(self.job)):
                 self.stop.preempt()
-            if settings.heal.enabled and slurm.available():
+            if settings.heal.enabled and commands.available():
                 job_start.put_sentinel_back(self.files, self.stage, str(self.job))
         world = worlds.join(settings.ranks, timedelta(seconds=seconds(settings.collective_timeout)))
         self.name = world.on_main(lambda: self.name)
@@ -185,7 +185,7 @@ class Attempt:
             world.on_main(partial(manifest.require, folder, f"the model of stage {need}"))
         context = StageContext(spec, self.stage, self.files, world, self.stop, self.name)
         if self.is_main and self.in_slurm:
-            start, end = slurm.start_and_end(str(self.job))
+            start, end = commands.start_and_end(str(self.job))
             context.checkpoints.deadline.end = (
                 time.monotonic() + end - start - time_used(start, time.time(), script_age())
             )
@@ -232,7 +232,7 @@ class Attempt:
     def requeue(self, step: int, reason: str) -> None:
         """Have this Slurm job run again, unless a person cancelled it, or it will anyway."""
         reachable = shutil.which("scontrol") is not None
-        why = slurm.why_ended(str(self.job), self.restarts) if reachable else ""
+        why = commands.why_ended(str(self.job), self.restarts) if reachable else ""
         if why == "cancelled":
             self.note(Cancelled(job_id=self.job))
         if why in ("cancelled", "requeued"):  # the next attempt tells who requeued it
@@ -241,4 +241,4 @@ class Attempt:
         if not reachable:  # from inside a container; the batch script outside sees the request
             self.files.stage(self.stage).requeue_request.touch()
             sys.exit(TO_BE_CONTINUED)
-        slurm.requeue(str(self.job))
+        commands.requeue(str(self.job))

@@ -12,7 +12,7 @@ from hpc_rlhf.run.events import Ended, Finished, Started, Submitted
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 
 
 def note_ending_before(run: RunDir, stage: str, job_id: str, restarts: int) -> None:
@@ -41,7 +41,7 @@ def put_sentinel_back(run: RunDir, stage: str, job_id: str) -> None:
     if token is None:
         return
     try:
-        if not sentinel.waits(slurm.queue(), token):
+        if not sentinel.waits(commands.queue(), token):
             sentinel.post(run, stage, token, job_id)
     except HpcRlhfError as error:
         print(f"hpc-rlhf: this stage has no sentinel: {error.message}", file=sys.stderr, flush=True)

@@ -16,8 +16,8 @@ from hpc_rlhf.run import manifest, run_index
 from hpc_rlhf.run.events import Failed, Ready, Started, Submitted
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.commands import QueuedJob
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import QueuedJob
 from tests.launch.specs import make_spec
 
 
@@ -44,8 +44,8 @@ def test_a_run_is_what_its_most_telling_stage_is(tmp_path: Path, monkeypatch: py
             "8": QueuedJob("8", "demo.ppo", "PENDING", "Dependency", ""),
         }
 
-    monkeypatch.setattr(slurm, "queue", queue)
-    monkeypatch.setattr(slurm, "history", lambda job_ids: questions.append("sacct") or {})
+    monkeypatch.setattr(commands, "queue", queue)
+    monkeypatch.setattr(commands, "accounting", lambda job_ids: questions.append("sacct") or {})
     done, running, failed = (make_run(tmp_path / "all" / name) for name in ("done", "running", "failed"))
     for stage in ("sft", "reward", "ppo"):
         finish(done, stage)
@@ -77,7 +77,7 @@ def test_a_run_is_what_its_most_telling_stage_is(tmp_path: Path, monkeypatch: py
 
 
 def test_a_long_ledger_is_still_told_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "queue", lambda: {"7": QueuedJob("7", "demo.sft", "RUNNING", "", "")})
+    monkeypatch.setattr(commands, "queue", lambda: {"7": QueuedJob("7", "demo.sft", "RUNNING", "", "")})
     run = make_run(tmp_path / "run")
     Ledger(run.ledger).append(Submitted("sft", token="t", job_id="7"))
     Ledger(run.ledger).append(Started("sft", attempt="7-0", job_id="7"))

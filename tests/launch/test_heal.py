@@ -31,8 +31,8 @@ from hpc_rlhf.run.events import (
 )
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.commands import PastJob, QueuedJob
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
 from tests.launch.specs import make_spec
 
 STUCK = "DependencyNeverSatisfied"
@@ -43,7 +43,7 @@ class FakeSlurm:
     """Slurm's records, and the commands that change them."""
 
     jobs: dict[str, QueuedJob] = field(default_factory=dict)
-    past: dict[str, PastJob] = field(default_factory=dict)
+    past: dict[str, JobRecord] = field(default_factory=dict)
     did: list[tuple[Any, ...]] = field(default_factory=list)
     ids: Any = field(default_factory=lambda: itertools.count(100))
 
@@ -52,7 +52,9 @@ class FakeSlurm:
     ) -> None:
         comment = f"hpc-rlhf:t{job_id}"
         self.jobs[job_id] = QueuedJob(job_id, name, state, reason, comment, after)
-        self.past[job_id] = PastJob(job_id, state, known.pop("code", "1:0"), **{"requeueable": True, **known})
+        self.past[job_id] = JobRecord(
+            job_id, state, known.pop("code", "1:0"), **{"requeueable": True, **known}
+        )
 
     def forget(self, job_id: str) -> None:
         del self.jobs[job_id], self.past[job_id]
@@ -64,7 +66,7 @@ class FakeSlurm:
     def set_dependency(self, job_id: str, needs: tuple[str, ...], behind: tuple[str, ...] = ()) -> None:
         self.did.append(("depend", job_id, *needs))
 
-    def put_off(self, job_id: str, seconds: int, excluded: str | None) -> None:
+    def delay_start(self, job_id: str, seconds: int, excluded: str | None) -> None:
         if seconds or excluded is not None:
             self.did.append(("put off", job_id, seconds, excluded))
 
@@ -92,11 +94,11 @@ class FakeSlurm:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     made = FakeSlurm()
-    monkeypatch.setattr(slurm, "available", lambda: True)
-    monkeypatch.setattr(slurm, "queue", lambda: dict(made.jobs))
-    monkeypatch.setattr(slurm, "remembered", made.past.get)
-    for name in ("requeue", "set_dependency", "put_off", "release", "submit"):
-        monkeypatch.setattr(slurm, name, getattr(made, name))
+    monkeypatch.setattr(commands, "available", lambda: True)
+    monkeypatch.setattr(commands, "queue", lambda: dict(made.jobs))
+    monkeypatch.setattr(commands, "find_record", made.past.get)
+    for name in ("requeue", "set_dependency", "delay_start", "release", "submit"):
+        monkeypatch.setattr(commands, name, getattr(made, name))
     monkeypatch.setattr(StageExecutor, "__init__", lambda self, plan, job, options: self.__dict__.update(_job=job, _options=options))  # fmt: skip
     monkeypatch.setattr(StageExecutor, "send", lambda executor: made.send(executor))
     return made
@@ -199,7 +201,7 @@ def test_a_job_that_slurm_forgot_is_submitted_anew_without_the_bad_node(fake: Fa
         ledger.append(Saved("sft", step=step))
         ledger.append(Ended("sft", reason="node failure", node="n7", message="", step=step, progress=True))
         ledger.append(Started("sft", attempt="-"))
-    fake.past["3"] = PastJob("3", "CANCELLED", "0:0", bereft=True)
+    fake.past["3"] = JobRecord("3", "CANCELLED", "0:0", dependency_failed=True)
     assert kinds(heal(run, by_sentinel=True)) == ["submitted", "done", "submitted"]
     assert fake.did == [
         ("send", "sft", "--begin=now+10", "--exclude=bad1,n7"),
@@ -337,7 +339,7 @@ def test_a_sentinel_that_is_refused_breaks_nothing(
     def refuse(script: Path, options: list[str]) -> str:
         raise HpcRlhfError("sbatch: no")
 
-    monkeypatch.setattr(slurm, "submit", refuse)
+    monkeypatch.setattr(commands, "submit", refuse)
     fake.put("1", "demo.sft", "FAILED")
     fake.put("2", "demo.reward", "RUNNING")
     fake.put("3", "demo.ppo", "PENDING", STUCK)

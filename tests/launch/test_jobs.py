@@ -9,8 +9,8 @@ import pytest
 
 from hpc_rlhf.launch import executor, jobs
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.commands import QueuedJob
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import QueuedJob
 
 
 class Waiting:
@@ -42,7 +42,7 @@ def find(
     run.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
     waiting = Waiting(arrives)
     monkeypatch.setattr(jobs, "time", waiting)
-    monkeypatch.setattr(slurm, "queue", waiting.queue)
+    monkeypatch.setattr(commands, "queue", waiting.queue)
     monkeypatch.setattr(executor, "ensure_pickle", lambda *_: None)
     return jobs.find_jobs(run), waiting.now
 

@@ -31,8 +31,8 @@ from hpc_rlhf.run.events import (
 )
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.commands import QueuedJob
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import QueuedJob
 
 
 @pytest.fixture
@@ -121,8 +121,8 @@ class FakeSlurm:
         self.jobs: dict[str, QueuedJob] = {}
         self.away = False
         self.moves: list[Callable[[], object]] = []
-        monkeypatch.setattr(slurm, "available", lambda: True)
-        monkeypatch.setattr(slurm, "queue", self.queue)
+        monkeypatch.setattr(commands, "available", lambda: True)
+        monkeypatch.setattr(commands, "queue", self.queue)
         monkeypatch.setattr(logs.time, "sleep", lambda seconds: self.moves.pop(0)())
         monkeypatch.setattr(liveness, "EVERY", 0.0)
 
@@ -251,9 +251,9 @@ def test_a_verdict_that_comes_while_slurm_is_asked_is_heard(
         note(Retried("sft", job_id="5"))
         return {}
 
-    monkeypatch.setattr(slurm, "queue", is_healed_meanwhile)
+    monkeypatch.setattr(commands, "queue", is_healed_meanwhile)
     assert has_log_to_come(run, liveness.Fates(run))
-    monkeypatch.setattr(slurm, "queue", dict)
+    monkeypatch.setattr(commands, "queue", dict)
     assert not has_log_to_come(run, liveness.Fates(run))
 
 

@@ -134,7 +134,7 @@ def test_a_run_that_broke_off_is_told_as_far_as_it_went(
     (run.stage("ppo").model / "manifest.json").unlink()
     run.ledger.write_text(run.ledger.read_text().rpartition('{"time"')[0])
     Ledger(run.ledger).append(Failed("ppo", attempt="9-0", message="out of <memory>"))
-    for ask in ("queue", "history"):
+    for ask in ("queue", "accounting"):
         monkeypatch.setattr(f"hpc_rlhf.slurm.commands.{ask}", lambda *_: {})  # Slurm has forgotten the job
     page = make_page(run)
     assert "2 of 3 stages done; ppo has failed at step 60 of 60: out of &lt;memory&gt;." in page

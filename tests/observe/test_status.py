@@ -20,7 +20,7 @@ from hpc_rlhf.run.events import Cancelled, Resumed, Started, Submitted
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm.commands import PastJob, QueuedJob
+from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
 from tests.launch.specs import make_spec
 from tests.ledger_events import event
 
@@ -72,10 +72,10 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (evidence("started", "cancelled", "ended", "stopped", queued=queued("CANCELLED")), "cancelled", ""),
         (evidence("started", "interrupted"), "interrupted", "run it again"),
         (evidence("started", queued=queued("TIMEOUT"), job_id="7"), "failed", "Slurm says TIMEOUT"),
-        (evidence("started", past=PastJob("7", "NODE_FAIL", "0:0"), job_id="7"), "failed", "NODE_FAIL"),
-        (evidence("started", past=PastJob("7", "CANCELLED", "0:0"), job_id="7"), "cancelled", ""),
-        (evidence("started", past=PastJob("7", "COMPLETED", "0:0"), job_id="7"), "failed", "COMPLETED"),
-        (evidence("submitted", past=PastJob("7", "PENDING", "0:0"), job_id="7"), "unknown", "no job 7"),
+        (evidence("started", past=JobRecord("7", "NODE_FAIL", "0:0"), job_id="7"), "failed", "NODE_FAIL"),
+        (evidence("started", past=JobRecord("7", "CANCELLED", "0:0"), job_id="7"), "cancelled", ""),
+        (evidence("started", past=JobRecord("7", "COMPLETED", "0:0"), job_id="7"), "failed", "COMPLETED"),
+        (evidence("submitted", past=JobRecord("7", "PENDING", "0:0"), job_id="7"), "unknown", "no job 7"),
         (evidence("submitted", job_id="7"), "unknown", "no job 7"),
         (evidence("submitting"), "unknown", "submit again finds the job"),
         (evidence("started", at_work_here=True), "running", ""),

@@ -10,7 +10,7 @@ import pytest
 from hpc_rlhf.run.events import Event
 from hpc_rlhf.run.failures import judge, judge_requeued
 from hpc_rlhf.run.history import StageHistory
-from hpc_rlhf.slurm.commands import PastJob
+from hpc_rlhf.slurm.jobs import JobRecord
 from tests.ledger_events import event
 
 GLOO = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711"
@@ -34,8 +34,8 @@ def failed(message: str, code: int = 1, **facts: Any) -> Event:
     return event("failed", message=message, exit_code=code, attempt="7-0", **facts)
 
 
-def ended_as(state: str, **facts: Any) -> PastJob:
-    return PastJob("7", state, facts.pop("exit_code", "1:0"), **facts)
+def ended_as(state: str, **facts: Any) -> JobRecord:
+    return JobRecord("7", state, facts.pop("exit_code", "1:0"), **facts)
 
 
 FAILED = ended_as("FAILED", nodes="node[1-2]")
@@ -120,7 +120,7 @@ STARTED = event("started", attempt="7-0")
     ],
 )  # fmt: skip
 def test_reason_line_and_node(
-    events: list[Event], job: PastJob | None, logs: Said, reason: str, message: str, node: str
+    events: list[Event], job: JobRecord | None, logs: Said, reason: str, message: str, node: str
 ) -> None:
     ending = judge(StageHistory(events), job, logs, 9)
     assert (ending.reason, ending.node, ending.step) == (reason, node, 9)

@@ -13,16 +13,16 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import start_estimate as starts
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 from tests.cluster import Cluster, wait_until
 
 # A step that, when told to stop, asks why, and writes the answer.
 STEP = f"""#!/bin/bash
 srun {sys.executable} -c '
 import os, signal, sys, time
-from hpc_rlhf import slurm
+from hpc_rlhf.slurm import commands
 def stop(number, frame):
-    open(sys.argv[1], "w").write(repr(slurm.why_ended(os.environ["SLURM_JOB_ID"], 0)))
+    open(sys.argv[1], "w").write(repr(commands.why_ended(os.environ["SLURM_JOB_ID"], 0)))
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)
@@ -64,20 +64,20 @@ def test_queue_and_history_see_a_job_from_its_start_to_its_end(
     monkeypatch.setenv("SQUEUE_PARTITION", "low")  # a default of the user's own must not hide jobs
     odd = "--comment=a | b\nnew line"
     job_id = idle_cluster.sbatch("--job-name=x|y.sft", odd, "--output=/dev/null", "--wrap=sleep 2; exit 3")
-    wait_until(lambda: slurm.queue()[job_id].state == "RUNNING", 30, "the job runs")
-    assert slurm.queue()[job_id].live
-    wait_until(lambda: not slurm.queue()[job_id].live, 30, "the job ends")
-    assert slurm.queue()[job_id].state == "FAILED"
-    wait_until(lambda: slurm.history([job_id])[job_id].state == "FAILED", 30, "accounting knows")
-    assert slurm.history([job_id])[job_id].exit_code == "3:0"
-    assert slurm.history([]) == {}
+    wait_until(lambda: commands.queue()[job_id].state == "RUNNING", 30, "the job runs")
+    assert commands.queue()[job_id].live
+    wait_until(lambda: not commands.queue()[job_id].live, 30, "the job ends")
+    assert commands.queue()[job_id].state == "FAILED"
+    wait_until(lambda: commands.accounting([job_id])[job_id].state == "FAILED", 30, "accounting knows")
+    assert commands.accounting([job_id])[job_id].exit_code == "3:0"
+    assert commands.accounting([]) == {}
 
 
 def test_slurms_own_words_reach_the_user(idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in idle_cluster.env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(HpcRlhfError, match="scontrol requeue: Invalid job id specified"):
-        slurm.requeue("999999")
+        commands.requeue("999999")
 
 
 @pytest.mark.parametrize(("preempted", "expected"), [("12:00:00", True), ("11:59:59", False), (None, False)])
@@ -90,7 +90,7 @@ def test_a_preemption_before_the_last_start_is_over(
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert slurm.was_preempted("7") is expected
+    assert commands.was_preempted("7") is expected
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_job_out_of_time_was_not_cancelled(
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert slurm.why_ended("7", 0) == expected
+    assert commands.why_ended("7", 0) == expected
 
 
 # Slurm agrees to a requeue and ends the step, the command that asked for it too.
@@ -130,7 +130,7 @@ def test_a_command_lives_through_the_signals_that_it_brings_about(
     heard: list[int] = []
     kept = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        slurm.requeue("7")
+        commands.requeue("7")
         assert (tmp_path / "scontrol.done").read_text() == "requeue 7"
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard == [signal.SIGTERM], "this process hears again"
@@ -145,11 +145,11 @@ def test_a_jobs_start_and_end_are_both_by_the_controllers_clock(
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    start, end = slurm.start_and_end("7")
+    start, end = commands.start_and_end("7")
     assert end - start == 1800
     monkeypatch.setenv("SLURM_JOB_START_TIME", "100")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "160")
-    assert slurm.start_and_end("7") == (100.0, 160.0)
+    assert commands.start_and_end("7") == (100.0, 160.0)
 
 
 def test_slurm_predicts_when_a_script_would_start(
@@ -157,7 +157,7 @@ def test_slurm_predicts_when_a_script_would_start(
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", str(idle_cluster.conf))
     monkeypatch.setattr(starts, "SOON", 60)  # this machine may be slow
-    before, script = set(slurm.queue()), tmp_path / "script"
+    before, script = set(commands.queue()), tmp_path / "script"
     script.write_text("#!/bin/bash\n#SBATCH --partition=low\nsleep 1\n")
     start = starts.predicted_start(script)
     assert start is not None
@@ -165,4 +165,4 @@ def test_slurm_predicts_when_a_script_would_start(
     script.write_text("#!/bin/bash\n#SBATCH --partition=nowhere\n")
     with pytest.raises(HpcRlhfError, match="invalid partition"):
         starts.predicted_start(script)
-    assert set(slurm.queue()) <= before
+    assert set(commands.queue()) <= before

@@ -11,7 +11,7 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Failed, Requeued, Resumed, RetryRequested, Saved, Started
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 from hpc_rlhf.train.entry import Attempt, run_stage
 from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 from hpc_rlhf.train.runtime.world import World
@@ -34,8 +34,8 @@ def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(slurm, "why_ended", lambda job, restarts: "")
-    monkeypatch.setattr(slurm, "requeue", jobs.append)
+    monkeypatch.setattr(commands, "why_ended", lambda job, restarts: "")
+    monkeypatch.setattr(commands, "requeue", jobs.append)
     return jobs
 
 

@@ -12,7 +12,7 @@ from hpc_rlhf.launch.doctor import cluster, fit, hub, machine, packages, storage
 from hpc_rlhf.launch.doctor.finding import Finding, error, warning
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.render import Templates
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.job import JobSpec
 
 
@@ -30,14 +30,14 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         HpcRlhfError: ``on_cluster`` without a spec or without Slurm, or a spec that makes no plan.
     """
     spec = specs[0] if specs else None
-    if on_cluster and (spec is None or not slurm.available()):
+    if on_cluster and (spec is None or not commands.available()):
         hint = "name a job file" if spec is None else "run it on a login node of the cluster"
         raise HpcRlhfError("--on-cluster needs a job file, and Slurm's commands on PATH", hint=hint)
     plan = make_plan(spec) if spec is not None else None
     templates = Templates(beside)
     ops = machine.ops_needed(_configs(plan, templates))
-    findings = [*packages.check(), *_machine(spec, ops, trains_here=not slurm.available())]
-    if slurm.available():
+    findings = [*packages.check(), *_machine(spec, ops, trains_here=not commands.available())]
+    if commands.available():
         findings += _slurm(plan, templates)
     elif spec is not None:
         said = "no commands of Slurm are on PATH: hpc-rlhf run will work here, hpc-rlhf submit will not"

@@ -15,8 +15,7 @@ from hpc_rlhf.launch.doctor import site
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import Templates
-from hpc_rlhf.slurm import commands as slurm
-from hpc_rlhf.slurm.sbatch import time_limit
+from hpc_rlhf.slurm.durations import seconds, time_limit
 from hpc_rlhf.spec.cluster import SlurmSpec
 
 _TESTED = (22, 5)  # the oldest Slurm that the tests run on
@@ -181,7 +180,7 @@ def _limits(name: str, known: _Known, wanted: SlurmSpec) -> Iterator[Finding]:
     facts = known.partitions[name]
     if facts.get("State", "UP") != "UP":
         yield error("partition", f"{name} is {facts['State']}", "choose another, or ask when it is UP again")
-    limit, time_asked = slurm.seconds(facts.get("MaxTime", "UNLIMITED")), time_limit(wanted.time)
+    limit, time_asked = seconds(facts.get("MaxTime", "UNLIMITED")), time_limit(wanted.time)
     if (math.inf if time_asked is None else time_asked) > limit:
         yield error(
             "time limit",

@@ -16,7 +16,7 @@ from hpc_rlhf.launch.doctor import cluster, hub, machine, packages, storage
 from hpc_rlhf.launch.doctor.finding import Finding, error
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 
@@ -31,7 +31,7 @@ def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list
     else:
         precisions = {spec.stage(name).precision for name in spec.stage_names}
         findings += machine.check(facts, wanted.gpus_per_node, precisions, wanted.ranks > 1)
-    if slurm.available():
+    if commands.available():
         try:
             findings.append(cluster.judge_skew(cluster.clock_skew()))
         except HpcRlhfError as problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
 
 
 def configuration() -> dict[str, str]:
@@ -14,7 +14,7 @@ def configuration() -> dict[str, str]:
     Raises:
         HpcRlhfError: the controller gives no answer.
     """
-    lines = slurm.run(["scontrol", "show", "config"]).splitlines()
+    lines = commands.run(["scontrol", "show", "config"]).splitlines()
     pairs = (line.partition("=") for line in lines if "=" in line)
     return {"": lines[0] if lines else "", **{name.strip(): value.strip() for name, _, value in pairs}}
 
@@ -25,7 +25,7 @@ def partitions() -> dict[str, dict[str, str]]:
     Raises:
         HpcRlhfError: the controller gives no answer.
     """
-    records = _records(slurm.run(["scontrol", "--oneliner", "show", "partition"]))
+    records = _records(commands.run(["scontrol", "--oneliner", "show", "partition"]))
     return {record["PartitionName"]: record for record in records if "PartitionName" in record}
 
 
@@ -35,13 +35,13 @@ def nodes() -> list[dict[str, str]]:
     Raises:
         HpcRlhfError: the controller gives no answer.
     """
-    return _records(slurm.run(["scontrol", "--oneliner", "show", "node"]))
+    return _records(commands.run(["scontrol", "--oneliner", "show", "node"]))
 
 
 def accounting_problem() -> str | None:
     """Why sacct does not answer; None where it does."""
     try:
-        slurm.run(["sacct", "--noheader", "--jobs=1"])
+        commands.run(["sacct", "--noheader", "--jobs=1"])
     except HpcRlhfError as error:
         return error.message
     return None
@@ -53,7 +53,7 @@ def test(script: Path) -> None:
     Raises:
         HpcRlhfError: it would be refused; the message is sbatch's.
     """
-    slurm.run(["sbatch", "--test-only", str(script)])
+    commands.run(["sbatch", "--test-only", str(script)])
 
 
 def _records(text: str) -> list[dict[str, str]]:

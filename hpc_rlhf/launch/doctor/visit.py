@@ -13,7 +13,8 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import Templates, rank_python
-from hpc_rlhf.slurm import commands as slurm
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import JobRecord
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec
 
@@ -54,7 +55,7 @@ def visit(
             sent[job_id] = (alike, own)
         _wait(sent, say)
     except BaseException:  # the person does not want to wait any longer
-        slurm.cancel(list(sent))
+        commands.cancel(list(sent))
         raise
     for job_id, (alike, own) in sent.items():
         findings += _gather(job_id, alike, own)
@@ -83,14 +84,14 @@ def _send(
     script = folder / "script"
     script.write_text(templates.doctor(plan, small, folder, command, _UNSHARED), encoding="utf-8")
     # Where its log cannot be opened a job fails without a word.
-    return slurm.submit(script, ["--output=/dev/null"])
+    return commands.submit(script, ["--output=/dev/null"])
 
 
 def _wait(job_ids: Iterable[str], say: Say) -> None:
     """Until all jobs have ended; says what they wait for whenever that changes."""
     left, told = set(job_ids), ""
     while left:
-        queue = slurm.queue()
+        queue = commands.queue()
         live = {job_id: queue[job_id] for job_id in left if job_id in queue and queue[job_id].live}
         left &= set(live)
         words = [f"job {job.job_id} {job.state.lower()}{f' ({job.reason})' if job.reason else ''}" for job in live.values()]  # fmt: skip
@@ -104,8 +105,8 @@ def _wait(job_ids: Iterable[str], say: Say) -> None:
 
 def _gather(job_id: str, alike: list[PlannedJob], folder: Path) -> list[Finding]:
     """What the nodes of a job have found, the same of several nodes said once."""
-    past = slurm.remembered(job_id)
-    nodes = slurm.hostnames(past.nodes) if past is not None and past.nodes else []
+    past = commands.find_record(job_id)
+    nodes = commands.hostnames(past.nodes) if past is not None and past.nodes else []
     # A network file system may show a file some time after another node wrote it.
     deadline = time.monotonic() + (_UNSEEN if past is not None and past.state == "COMPLETED" else 0)
     while len(files := sorted(folder.glob("*.json"))) < len(nodes) and time.monotonic() < deadline:
@@ -131,7 +132,7 @@ def _gather(job_id: str, alike: list[PlannedJob], folder: Path) -> list[Finding]
     return findings
 
 
-def _silent(past: slurm.PastJob | None, folder: Path) -> Finding:
+def _silent(past: JobRecord | None, folder: Path) -> Finding:
     """What to say of nodes that have left nothing."""
     where = folder.parents[1]
     log = folder / "log"

@@ -30,7 +30,7 @@ def run_stage(run_dir: str, stage: str) -> None:
 def run(self) -> None:
     from hpc_rlhf.run import manifest
     from hpc_rlhf.run.events import Finished, Started
-    from hpc_rlhf.slurm import commands as slurm
+    from hpc_rlhf.slurm import commands
     from hpc_rlhf.spec.load import read_spec
     from hpc_rlhf.train import job_start
 
@@ -38,7 +38,7 @@ def run(self) -> None:
     self.is_main = True
     job_start.note_ending_before(self.files, self.stage, self.job, self.restarts)
     self.note(Started(job_id=self.job, restart=self.restarts, ranks=1, host=self.host))
-    if slurm.was_preempted(self.job):
+    if commands.was_preempted(self.job):
         self.stop.preempt()
     job_start.put_sentinel_back(self.files, self.stage, self.job)
     for need in spec.needs(self.stage):
