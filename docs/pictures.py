@@ -1,9 +1,9 @@
-"""Makes the pictures of the README: of a run of the demo on this machine, its terminal and its report.
+"""Creates the pictures in README and docs from a run of the demo: its terminal and its report.
 
     scripts/install-chromium.sh; pip install asciinema==2.4.0 termtosvg==1.1.0
     PATH=$PWD/.venv/bin:$PATH python docs/pictures.py FOLDER
 
-FOLDER is where it runs, and is named in the report. What a run of it left there before is taken as it is.
+The demo runs in FOLDER, which the report names. If FOLDER already contains a finished run, that one is used.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ PICTURES = ROOT / "docs" / "pictures"
 COMMAND = "hpc-rlhf run jobs/tiny.yaml"
 
 COLUMNS, ROWS = 108, 36
-PLAYED = 16.0  # seconds that the recording is made to last
-FRAME, STILL = 0.2, 5.0  # seconds, of a frame of it and of its last
-WIDTH, GAP = 1200, 16  # pixels, of the page and between its parts
+DURATION = 16.0  # seconds of the finished recording
+FRAME, LAST_FRAME = 0.2, 5.0  # seconds that a frame and the last frame are shown
+WIDTH, GAP = 1200, 16  # pixels: width of the page, gap between its sections
 
 
 def record(cast: Path) -> None:
-    """The run, in a terminal of a fixed size."""
+    """Record the run in a terminal of fixed size."""
     shutil.copytree(ROOT / "jobs", cast.parent / "jobs", dirs_exist_ok=True)
     command = ["asciinema", "rec", "--quiet", "--overwrite", "--cols", str(COLUMNS), "--rows", str(ROWS),
                "--command", COMMAND, str(cast)]  # fmt: skip
     subprocess.run(command, cwd=cast.parent, env={**os.environ, "TERM": "xterm-256color"}, check=True)
 
 
-def hasten(cast: Path, fast: Path) -> None:
-    """The same recording in PLAYED seconds, with what is written within a frame at once."""
+def speed_up(cast: Path, fast: Path) -> None:
+    """Compress a recording to DURATION seconds, with one event per frame."""
     header, *lines = cast.read_text().splitlines()
     events = [json.loads(line) for line in lines]
     frames = {0: f"$ {COMMAND}\r\n"}
     for time, kind, text in events:
         if kind == "o":
-            at = int(time / events[-1][0] * PLAYED / FRAME)
+            at = int(time / events[-1][0] * DURATION / FRAME)
             frames[at] = frames.get(at, "") + text
-    played = [json.dumps([at * FRAME, "o", text]) for at, text in frames.items()]
+    sped_up = [json.dumps([at * FRAME, "o", text]) for at, text in frames.items()]
     size = {"width": COLUMNS, "height": ROWS}
-    fast.write_text("\n".join([json.dumps({**json.loads(header), **size}), *played]) + "\n")
+    fast.write_text("\n".join([json.dumps({**json.loads(header), **size}), *sped_up]) + "\n")
 
 
-def draw(cast: Path, svg: Path) -> None:
-    delay = str(int(STILL * 1000))
+def render_svg(cast: Path, svg: Path) -> None:
+    delay = str(int(LAST_FRAME * 1000))
     subprocess.run(
         ["termtosvg", "render", str(cast), str(svg), "-D", delay, "-t", "window_frame"], check=True
     )
 
 
-def photograph(report: Path) -> None:
-    """The top of the report, and its curves of PPO, in both themes."""
+def take_screenshots(report: Path) -> None:
+    """Take screenshots of the top of the report and of PPO's curves, in both themes."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for theme in ("light", "dark"):
@@ -87,10 +87,10 @@ def main(folder: Path) -> None:
     cast, fast, report = folder / "run.cast", folder / "fast.cast", folder / "runs" / "tiny" / "report.html"
     if not report.exists() or not cast.exists():
         record(cast)
-    hasten(cast, fast)
-    draw(fast, PICTURES / "run.svg")
+    speed_up(cast, fast)
+    render_svg(fast, PICTURES / "run.svg")
     subprocess.run(["hpc-rlhf", "report", str(report.parent)], check=True)
-    photograph(report)
+    take_screenshots(report)
     print(*(f"{path.name}: {path.stat().st_size:,} bytes" for path in sorted(PICTURES.iterdir())), sep="\n")
 
 
