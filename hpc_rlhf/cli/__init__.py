@@ -1,4 +1,4 @@
-"""The command hpc-rlhf: finds the verb, loads only its module, and turns what goes wrong into one clear message."""
+"""The hpc-rlhf command: imports only the module of the verb and turns every error into one clear message."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ import click
 from hpc_rlhf import __version__
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError, SpecError
 
-# Each verb is a module of this package with a click command called `command`. It is imported only when
-# called, so that `--help` and the quick verbs do not pay for the slow ones.
+# Each verb is a module of this package with a click command named `command`. It is imported only when called,
+# so that `--help` and the fast verbs do not pay for the slow ones.
 VERBS = {
     "init": "Write a commented job spec to start from.",
-    "check": "Check job specs and list everything wrong in them.",
+    "check": "Check job specs and list every error.",
     "schema": "Print the JSON Schema of a job spec, for editors.",
-    "doctor": "Check what a run needs, here and on the nodes.",
-    "prefetch": "Bring models and data from the hub into the cache.",
-    "plan": "Show the jobs that a spec makes.",
-    "render": "Write the scripts and configs that would be submitted.",
+    "doctor": "Check that this machine and the cluster can run a spec.",
+    "prefetch": "Download a spec's models and data sets into the hub cache.",
+    "plan": "Show a spec's jobs, with memory and time estimates.",
+    "render": "Write the scripts and configs without submitting them.",
     "submit": "Submit a spec's stages to Slurm.",
     "run": "Run a spec's stages on this machine, without Slurm.",
-    "eval": "Compare a run's models on held-out data.",
-    "compare": "Rank several runs by how they came out.",
-    "status": "Show how a run is getting on.",
-    "watch": "Show it on a terminal as it goes on.",
-    "list": "Show your runs, each in a line.",
-    "report": "Write what a run did into one HTML file.",
-    "logs": "Print the log of a stage.",
+    "eval": "Evaluate a run's models on held-out data.",
+    "compare": "Rank runs by their results.",
+    "status": "Show a run's progress.",
+    "watch": "Show a run's progress live.",
+    "list": "List your runs.",
+    "report": "Write a run's HTML report.",
+    "logs": "Print a stage's log.",
     "cancel": "Cancel a run's jobs.",
-    "heal": "Let a chain that broke go on.",
-    "chat": "Talk to the finished model.",
-    "serve": "Let programs talk to it, by OpenAI's protocol.",
+    "heal": "Restart the failed stages of a run.",
+    "chat": "Chat with a trained model.",
+    "serve": "Serve a trained model over an OpenAI-compatible API.",
 }
 
-# What a machine does to any program.
-_NO_BUGS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+# Errors of the machine, which are no bugs of ours.
+_MACHINE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
-INTERRUPTED = 128 + 2  # as a shell reports a process ended by SIGINT
+INTERRUPTED = 128 + 2  # the exit code that a shell reports after SIGINT
 
 
 class LazyGroup(click.Group):
-    """A group that knows its verbs by name and loads one only when it is called."""
+    """A click group that imports a verb only when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -70,20 +70,20 @@ class LazyGroup(click.Group):
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def group() -> None:
-    """From one YAML file to a chat model by RLHF: SFT, reward model and PPO, on Slurm or on this machine."""
+    """Train a chat model by RLHF from one YAML file, on Slurm or on this machine."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
     _open_closed_streams()
     try:
-        # A file name that the terminal's encoding cannot show must not end a verb.
+        # A file name that the terminal's encoding cannot show must not crash a verb.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         code = group.main(args=args, prog_name="hpc-rlhf", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except HpcRlhfError as error:
-        # A SpecError's lines stay as they are, `file:line:col: …`, for editors that jump to them.
+        # Lines of a SpecError stay `file:line:col: …`, so that editors can jump to them.
         click.echo(str(error) if isinstance(error, SpecError) else f"error: {error}", err=True)
         return error.exit_code
     except click.ClickException as error:
@@ -92,21 +92,21 @@ def main(args: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except BrokenPipeError:
-        _drop_output()  # whoever read it has gone
+        _discard_output()  # the reader has gone
         return RUN_FAILED
     except Exception as error:
         return _report_bug(error)
 
 
 def _open_closed_streams() -> None:
-    """Give a process that was started without standard streams (`>&-`) empty ones, so that no file it opens is one."""
+    """Open /dev/null for standard streams that were closed (`>&-`), so that no other file takes their descriptors."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  for as long as the process
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the process ends
 
 
-def _drop_output() -> None:
-    """Point stdout elsewhere, so that the interpreter's last flush is quiet."""
+def _discard_output() -> None:
+    """Point stdout at /dev/null, so that the interpreter's final flush is quiet."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -114,21 +114,21 @@ def _report_bug(error: Exception) -> int:
     if os.environ.get("HPC_RLHF_DEBUG") == "1":
         traceback.print_exception(error)
         return RUN_FAILED
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in _NO_BUGS):
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _MACHINE_ERRORS):
         place = "" if error.filename is None else f"{error.filename}: "
         click.echo(f"error: {place}{error.strerror}", err=True)
         if error.filename is None:
-            _drop_output()  # what is left of it would not fit either
+            _discard_output()  # flushing the rest would fail too
         return RUN_FAILED
+    what = f"{type(error).__name__}: {error}"
     click.echo(
-        f"error: this is a bug in hpc-rlhf ({type(error).__name__}: {error}); please report it with {_traceback(error)}",
-        err=True,
+        f"error: this is a bug in hpc-rlhf ({what}); please report it with {_traceback(error)}", err=True
     )
     return RUN_FAILED
 
 
 def _traceback(error: Exception) -> str:
-    """Where an error's traceback can be had."""
+    """Write an error's traceback to a file and return its name, or else how to get the traceback."""
     try:
         with tempfile.NamedTemporaryFile(
             "w",
@@ -140,5 +140,5 @@ def _traceback(error: Exception) -> str:
         ) as file:
             traceback.print_exception(error, file=file)
     except OSError:
-        return "what HPC_RLHF_DEBUG=1 shows"
+        return "the traceback that HPC_RLHF_DEBUG=1 prints"
     return file.name

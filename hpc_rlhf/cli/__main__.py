@@ -1,4 +1,4 @@
-"""Lets `python -m hpc_rlhf.cli` stand in for the hpc-rlhf command."""
+"""`python -m hpc_rlhf.cli` is the hpc-rlhf command."""
 
 from __future__ import annotations
 

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import click
 
-from hpc_rlhf.cli.options import example
-from hpc_rlhf.cli.run_argument import find_runs
-from hpc_rlhf.cli.table import echo_table
+from hpc_rlhf.cli.arguments import example, find_runs
+from hpc_rlhf.cli.console import print_table
 from hpc_rlhf.launch.cancel import cancel
 
 
 @click.command(epilog=example("hpc-rlhf cancel my-job.yaml"))
 @click.argument("run")
 def command(run: str) -> None:
-    """Cancel all queued and running jobs of RUN, a run directory or job file, of all runs where it is a sweep's.
+    """Cancel all queued and running jobs of RUN, a run directory or job file.
 
-    What has been saved stays; submitting the same file again goes on from there.
+    For a sweep, the jobs of all its runs are cancelled. Checkpoints are kept: submit the same file again to resume.
     """
     runs = find_runs(run)
-    # Those that wait for others first.
+    # Later runs of a sweep may depend on earlier ones: cancel the dependents first.
     cancelled = {each.path.name: cancel(each) for each in reversed(runs)}
     rows = [
-        (*((name,) if len(runs) > 1 else ()), stage, job.job_id, job.state)
+        (name, stage, job.job_id, job.state)
         for name, jobs in cancelled.items()
         for stage, job in jobs.items()
     ]
-    if rows:
-        echo_table((*(("run",) if len(runs) > 1 else ()), "stage", "job", "was"), rows)
-    else:
+    if not rows:
         click.echo("no job of this run is queued or running on Slurm", err=True)
+    elif len(runs) > 1:
+        print_table(("run", "stage", "job", "was"), rows)
+    else:
+        print_table(("stage", "job", "was"), [row[1:] for row in rows])

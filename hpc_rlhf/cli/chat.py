@@ -1,4 +1,4 @@
-"""hpc-rlhf chat: talk to the model that a run has made."""
+"""hpc-rlhf chat: chat with a trained model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.conversation import HELP, Conversation, answer, converse
-from hpc_rlhf.cli.options import example
-from hpc_rlhf.cli.run_argument import find_run
+from hpc_rlhf.cli.arguments import example, find_run
+from hpc_rlhf.cli.conversation import HELP, Conversation, converse, respond
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
@@ -30,62 +29,67 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
 
 @click.command(
     "chat",
-    epilog=f"In a conversation: {HELP}\n\n"
+    epilog=f"Commands in a conversation: {HELP}\n\n"
     + example("hpc-rlhf chat my-job.yaml", "hpc-rlhf chat my-job.yaml --compare sft ppo --prompt Hello"),
 )
 @click.argument("run", metavar="RUN")
 @click.option(
     "--stage",
     type=click.Choice(MODELS),
-    help="Whose model, ema being the average of PPO's; the latest finished one by default.",
+    help="Model to use; ema is the moving average of PPO's weights.",
+    show_default="the latest finished",
 )
-@click.option("--compare", nargs=2, type=click.Choice(MODELS), help="Two models, side by side.")
-@click.option("--prompt", metavar="TEXT", help="Answer this once, print the answer alone, and end.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--compare", nargs=2, type=click.Choice(MODELS), help="Two models to show side by side.")
+@click.option("--prompt", metavar="TEXT", help="Print the response to this prompt and exit.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest response."
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     callback=_finite,
     default=0.7,
     show_default=True,
-    help="0 is not random.",
+    help="Sampling temperature; 0 is greedy.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="With --prompt: print JSON, one conversation a model.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Sampling seed.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="With --prompt: print JSON, one conversation per model."
+)
 def command(
     run: str, stage: str | None, compare: tuple[str, str] | None, prompt: str | None, max_tokens: int,
     temperature: float, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
-    """Talk to the finished model of RUN, a run directory or job file."""
+    """Chat with a finished model of RUN, a run directory or job file."""
     if stage and compare:
-        raise click.UsageError("--stage and --compare cannot be used together.")
+        raise click.UsageError("--stage cannot be used with --compare.")
     if as_json and prompt is None:
-        raise click.UsageError("--json needs --prompt.")
+        raise click.UsageError("--json requires --prompt.")
     folders = dict(finished_model(find_run(run), name) for name in compare or (stage,))
     if sys.stderr.isatty():
         click.echo(f"loading {', '.join(map(str, folders.values()))} …", err=True)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from hpc_rlhf.train.chat import ChatModel
 
-    talks = [
+    conversations = [
         Conversation(name, ChatModel(folder), max_tokens, temperature, seed)
         for name, folder in folders.items()
     ]
     if prompt is None:
-        converse(talks)
+        converse(conversations)
     elif as_json:
-        for talk in talks:
-            deque(talk.answer(prompt), maxlen=0)
-        click.echo(json.dumps([talk.as_dict() for talk in talks], indent=1, ensure_ascii=False))
+        for each in conversations:
+            deque(each.respond(prompt), maxlen=0)
+        click.echo(json.dumps([each.as_dict() for each in conversations], indent=1, ensure_ascii=False))
     else:
-        answer(talks, prompt)
+        respond(conversations, prompt)
 
 
 def finished_model(run: RunDir, wanted: str | None) -> tuple[str, Path]:
-    """The name and the folder of a model, or of the latest finished stage's.
+    """The name and folder of a model of a run; by default of the latest finished stage.
 
     Raises:
-        HpcRlhfError: it is not finished, or not part of the run.
+        HpcRlhfError: the model is not finished, or not part of the run.
     """
     from hpc_rlhf.spec.load import read_spec
 
@@ -94,9 +98,11 @@ def finished_model(run: RunDir, wanted: str | None) -> tuple[str, Path]:
     if wanted == "ema":
         ppo = spec.stages.ppo
         if ppo is None or not ppo.ema:
-            raise HpcRlhfError("this run makes no moving average: stages.ppo.ema", where=str(run.path))
+            raise HpcRlhfError(
+                "this run keeps no moving average: stages.ppo.ema is false", where=str(run.path)
+            )
     elif wanted is not None and wanted not in planned:
-        raise HpcRlhfError(f"this run has no stage {wanted}", where=str(run.path))
+        raise HpcRlhfError(f"this run has no {wanted} stage", where=str(run.path))
     names = planned if wanted is None else [wanted]
     for name in names:
         files = run.stage("ppo" if name == "ema" else name)
@@ -104,12 +110,12 @@ def finished_model(run: RunDir, wanted: str | None) -> tuple[str, Path]:
             return name, files.ema_model if name == "ema" else files.model
     if not names:
         raise HpcRlhfError(
-            "this run makes no chat model: it has none of sft, ppo and dpo", where=str(run.path)
+            "this run trains no chat model: it has no sft, ppo or dpo stage", where=str(run.path)
         )
     raise HpcRlhfError(
-        f"there is no model to talk to yet: {' and '.join(names)} "
+        f"there is no finished model yet: {' and '.join(names)} "
         + ("is not finished" if len(names) == 1 else "are not finished"),
         where=str(run.path),
-        hint=f"see how it is getting on: hpc-rlhf status {run.path}",
+        hint=f"to see the progress: hpc-rlhf status {run.path}",
         exit_code=RUN_FAILED,
     )

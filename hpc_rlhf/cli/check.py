@@ -1,4 +1,4 @@
-"""hpc-rlhf check: list everything wrong in job specs."""
+"""hpc-rlhf check: list every error in job specs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 import click
 
-from hpc_rlhf.cli.options import example, json_option, set_option
-from hpc_rlhf.cli.table import echo_words
+from hpc_rlhf.cli.arguments import example, json_option, set_option
+from hpc_rlhf.cli.console import print_wrapped
 from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
 
 
@@ -18,29 +18,27 @@ from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
 @json_option
 @click.pass_context
 def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
-    """Check job specs and list everything wrong in them.
+    """Check job specs and list every error.
 
-    Each problem is a line FILE:LINE:COLUMN: FIELD: WHAT (HINT). Ends with 2 when there is one. Of a sweep, every run is
-    checked.
+    Each error is one line, FILE:LINE:COLUMN: FIELD: ERROR (HINT). The exit code is 2 if there are any. All runs of a
+    sweep are checked.
     """
     checked = {file: _check(file, sets) for file in files}
-    problems = {file: found for file, (found, _) in checked.items()}
-    bad = sum(1 for found in problems.values() if found)
     if as_json:
-        click.echo(
-            json.dumps({file: [asdict(one) for one in found] for file, found in problems.items()}, indent=2)
-        )
+        facts = {file: [asdict(problem) for problem in problems] for file, (problems, _) in checked.items()}
+        click.echo(json.dumps(facts, indent=2))
     else:
-        for file, (found, words) in checked.items():
-            for line in map(str, found) if found else [f"{file}: {words}"]:
-                echo_words(line, err=False)
+        for file, (problems, verdict) in checked.items():
+            for line in map(str, problems) if problems else [f"{file}: {verdict}"]:
+                print_wrapped(line, err=False)
+    bad = sum(1 for problems, _ in checked.values() if problems)
     if bad:
-        click.echo(f"{bad} of {len(problems)} spec{'s' * (len(problems) > 1)} cannot run", err=True)
+        click.echo(f"{bad} of {len(checked)} spec{'s' * (len(checked) > 1)} cannot run", err=True)
         ctx.exit(INPUT_WRONG)
 
 
 def _check(file: str, sets: tuple[str, ...]) -> tuple[tuple[Problem, ...], str]:
-    """What is wrong with a spec, and what is said of one with which nothing is."""
+    """The errors of a spec, and the verdict if there are none."""
     from hpc_rlhf.launch.auto import load
     from hpc_rlhf.spec.sweep import Sweep
 

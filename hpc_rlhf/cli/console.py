@@ -1,8 +1,11 @@
-"""Print what is drawn with rich: to a terminal's width there, and whole lines without colour elsewhere."""
+"""Output with rich: fitted to a terminal, plain and unwrapped in a pipe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
@@ -11,23 +14,48 @@ import click
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_ANY_WIDTH = 10_000
+_UNLIMITED = 10_000
 
 
 def print_parts(draw: Callable[[int, bool, bool], Iterable[RenderableType]]) -> None:
-    """Print to stdout what ``draw(width, live, plain)`` makes; plain where only ASCII can be shown."""
+    """Print the renderables of ``draw(width, live, ascii_only)`` to stdout.
+
+    In a pipe ``width`` is practically unlimited: lines are neither wrapped, cut nor padded, and have no colour.
+    """
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False)
-    plain = not console.encoding.startswith("utf")
+    ascii_only = not console.encoding.startswith("utf")
     if console.is_terminal:
-        for part in draw(console.width, True, plain):
+        for part in draw(console.width, True, ascii_only):
             console.print(part)
         return
-    # A pipe has no width: nothing is folded, cut or filled up.
     text = StringIO()
-    into = Console(file=text, width=_ANY_WIDTH, highlight=False, markup=False, emoji=False, color_system=None)
-    for part in draw(_ANY_WIDTH, False, plain):
-        into.print(part)
+    pipe = Console(file=text, width=_UNLIMITED, highlight=False, markup=False, emoji=False, color_system=None)
+    for part in draw(_UNLIMITED, False, ascii_only):
+        pipe.print(part)
     for line in text.getvalue().splitlines():
         click.echo(line.rstrip())
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()) -> None:
+    """Print a table to stdout.
+
+    Args:
+        header: column names; a column without data worth a name has an empty one.
+        right: names of the columns that are right-aligned.
+    """
+    from hpc_rlhf.observe.terminal.tables import grid
+
+    table = grid(*header, right=right)
+    for row in rows:
+        table.add_row(*row)
+    print_parts(lambda width, live, ascii_only: [table])
+
+
+def print_wrapped(text: str, err: bool = True) -> None:
+    """Print a sentence, wrapped to the terminal's width; in a pipe as one line."""
+    if (sys.stderr if err else sys.stdout).isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
+    click.echo(text, err=err)

@@ -1,4 +1,4 @@
-"""hpc-rlhf eval: compare the models of a run on held-out data."""
+"""hpc-rlhf eval: evaluate a run's models on held-out data."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.options import example, json_option, set_option
-from hpc_rlhf.cli.run_argument import find_run
+from hpc_rlhf.cli.arguments import example, find_run, json_option, set_option
+from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
@@ -22,7 +22,7 @@ from hpc_rlhf.spec.load import read_spec
 @click.option(
     "--prompts",
     type=click.IntRange(min=1),
-    help="Held-out prompts to answer, in place of stages.eval.prompts.",
+    help="Number of held-out prompts, overriding stages.eval.prompts.",
 )
 @set_option
 @json_option
@@ -30,16 +30,16 @@ from hpc_rlhf.spec.load import read_spec
 def command(
     context: click.Context, run: str, prompts: int | None, sets: tuple[str, ...], as_json: bool
 ) -> None:
-    """Compare the models of RUN, a run directory or job file, on held-out data.
+    """Evaluate the models of RUN, a run directory or job file, on held-out data.
 
-    Runs the stage eval on this machine, unless it is done and nothing else is asked for, and prints what it found.
-    A spec without that stage is evaluated by its defaults. Ctrl-C saves; the same command goes on.
+    Runs the eval stage on this machine, unless it is already done with the same settings, and prints the results. A
+    spec without that stage is evaluated with its defaults. Ctrl-C saves and stops; the same command resumes.
     """
     from hpc_rlhf.launch.prepare import evaluated_otherwise
-    from hpc_rlhf.observe.evaluation import print_report, read_report
+    from hpc_rlhf.observe.evaluation import evaluation_parts, read_report
 
     folder = find_run(run)
-    spec, file = asked_for(
+    spec, file = evaluation_spec(
         run, folder, sets if prompts is None else (*sets, f"stages.eval.prompts={prompts}")
     )
     done = manifest.is_done(folder.stage("eval"))
@@ -49,25 +49,23 @@ def command(
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
-    from rich.console import Console
-
-    print_report(report, Console(highlight=False))
+    print_parts(lambda width, live, ascii_only: evaluation_parts(report))
 
 
-def asked_for(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[JobSpec, Path]:
-    """The spec of a run with a stage eval, and the file that it is of.
+def evaluation_spec(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[JobSpec, Path]:
+    """The spec of a run with an eval stage, and its file.
 
     Raises:
-        HpcRlhfError: what is asked for is wrong, or not all of the run is trained.
+        HpcRlhfError: the settings are wrong, or the run is not fully trained.
     """
     from hpc_rlhf.launch.auto import load_one
     from hpc_rlhf.spec.sweep import Sweep, load_any
 
     file = Path(run) if Path(run).is_file() else folder.job_yaml
-    # A sweep of which but one run is there yet: that run is meant.
+    # RUN may be a sweep of which only one run exists yet.
     source = folder.job_yaml if isinstance(load_any(file), Sweep) else file
     if load_one(source).stages.eval is None:
-        # As it was asked for last time, or by the defaults.
+        # The settings of the last evaluation, or the defaults.
         last = read_spec(folder.job_yaml).stages.eval
         sets = ("stages.eval=" + json.dumps(last.model_dump(mode="json") if last else {}), *sets)
     spec = load_one(source, sets)
@@ -77,7 +75,7 @@ def asked_for(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[JobSpec,
             f"there is nothing to evaluate yet: {' and '.join(missing)} "
             + ("is not finished" if len(missing) == 1 else "are not finished"),
             where=str(folder.path),
-            hint=f"see how it is getting on: hpc-rlhf status {shlex.quote(str(folder.path))}",
+            hint=f"to see the progress: hpc-rlhf status {shlex.quote(str(folder.path))}",
         )
     return spec, file
 
@@ -94,7 +92,7 @@ def _evaluate(context: click.Context, spec: JobSpec, folder: RunDir, file: Path,
         try:
             with progress(run) as watcher:
                 LocalRun(spec, run, None, watcher, again).run_stages(("eval",))
-        except Interrupted as stop:  # asked for, so no error
+        except Interrupted as stop:  # the user asked for it: no error
             click.echo(str(stop), err=True)
             context.exit(stop.exit_code)
 

@@ -1,4 +1,4 @@
-"""hpc-rlhf heal: mend a chain of Slurm jobs that broke."""
+"""hpc-rlhf heal: restart the failed stages of a run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from dataclasses import asdict
 
 import click
 
-from hpc_rlhf.cli.options import example, json_option
-from hpc_rlhf.cli.run_argument import find_runs
-from hpc_rlhf.cli.table import echo_table
+from hpc_rlhf.cli.arguments import example, find_runs, json_option
+from hpc_rlhf.cli.console import print_table
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.heal import heal
 from hpc_rlhf.run.events import Stopped
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 
-# What a sentinel ends with then: its job fails, and Slurm mails whom notify.mail names.
+# Exit code of a sentinel that stops: its job fails, and Slurm mails the address in notify.mail.
 LEFT_TO_A_PERSON = 3
 
 
@@ -27,10 +26,10 @@ LEFT_TO_A_PERSON = 3
 @click.option("--sentinel", is_flag=True, hidden=True, help="Stop where another attempt would not help.")
 @click.pass_context
 def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> None:
-    """Let the chain of RUN, a run directory or job file, go on after a stage of it ended badly; of a sweep, all its chains.
+    """Restart the failed stages of RUN, a run directory or job file, on Slurm.
 
-    Stages go on from their last checkpoints. The jobs that sit beside each stage do this by themselves; this is for
-    when they stopped and said why, and the cause is mended.
+    Stages resume from their last checkpoints; for a sweep, this covers all its runs. Each stage has a sentinel job
+    that does the same automatically. Use this verb after a stage has stopped for good and you have fixed the cause.
     """
     runs = find_runs(run)
     if len(runs) > 1:
@@ -42,9 +41,9 @@ def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> 
     if as_json:
         click.echo(json.dumps([asdict(outcome) for outcome in outcomes], indent=1, ensure_ascii=False))
         return
-    echo_table(("stage", "job", ""), [(each.stage, each.job_id or "-", _said(each)) for each in outcomes])
+    print_table(("stage", "job", ""), [(each.stage, each.job_id or "-", _result(each)) for each in outcomes])
     if all(each.did in ("done", "live") for each in outcomes):
-        click.echo("nothing had to be tried again", err=True)
+        click.echo("nothing had to be restarted", err=True)
     if sentinel and _stops(run_dir) > stops:
         from hpc_rlhf.observe.report import leave_report
 
@@ -53,18 +52,18 @@ def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> 
 
 
 def _heal_sweep(runs: Sequence[RunDir], as_json: bool) -> None:
-    """Heal each, those that train stages for others first."""
+    """Heal every run of a sweep, starting with those whose stages others share."""
     outcomes = {each.path.name: heal(each) for each in runs}
     if as_json:
         facts = {name: [asdict(outcome) for outcome in done] for name, done in outcomes.items()}
         click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
         return
     rows = [
-        (name, each.stage, each.job_id or "-", _said(each))
+        (name, each.stage, each.job_id or "-", _result(each))
         for name, done in outcomes.items()
         for each in done
     ]
-    echo_table(("run", "stage", "job", ""), rows)
+    print_table(("run", "stage", "job", ""), rows)
 
 
 def _stops(run: RunDir) -> int:
@@ -72,12 +71,12 @@ def _stops(run: RunDir) -> int:
     return sum(isinstance(event, Stopped) for event in Ledger(run.ledger).events())
 
 
-def _said(outcome: Outcome) -> str:
+def _result(outcome: Outcome) -> str:
     words = {
-        "submitted": "submitted anew",
+        "submitted": "submitted again",
         "requeued": "requeued",
         "live": "",
-        "done": "done already",
+        "done": "already done",
         "stopped": "stopped",
         "waits": "waits",
     }[outcome.did]

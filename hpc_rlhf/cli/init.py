@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.options import example
-from hpc_rlhf.cli.out_option import writing
+from hpc_rlhf.cli.arguments import example, writing
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.recipes import DEPLOYMENTS, Recipe, billions_in, nearest
 
@@ -18,17 +17,20 @@ from hpc_rlhf.spec.recipes import DEPLOYMENTS, Recipe, billions_in, nearest
         "hpc-rlhf init --actor facebook/opt-1.3b --reward facebook/opt-350m --deployment single_gpu"
     )
 )
+@click.option("--actor", required=True, metavar="MODEL", help="Hub id or folder of the model to train.")
 @click.option(
-    "--actor", required=True, metavar="MODEL", help="Hub id or folder of the model to make a chat model of."
+    "--reward",
+    metavar="MODEL",
+    help="Hub id or folder of the model to make the reward model of.",
+    show_default="the actor's",
 )
-@click.option("--reward", metavar="MODEL", help="The same for the reward model; the actor's when left out.")
 @click.option("--deployment", required=True, type=click.Choice(DEPLOYMENTS), help="The machine to train on.")
-@click.option("--name", help="Name of the run; made from the actor's when left out.")
-@click.option("--out", metavar="FILE", help="Where to write; NAME.yaml when left out, - for stdout.")
+@click.option("--name", help="Name of the run.", show_default="made from the actor's")
+@click.option("--out", metavar="FILE", help="File to write, - for stdout.", show_default="NAME.yaml")
 def command(actor: str, reward: str | None, deployment: str, name: str | None, out: str | None) -> None:
     """Write a commented job spec to start from.
 
-    Its numbers are those that DeepSpeed-Chat published for the nearest size of model.
+    Its hyperparameters are those that DeepSpeed-Chat published for the nearest model size.
     """
     from hpc_rlhf.spec.starter import write_starter
 
@@ -37,7 +39,10 @@ def command(actor: str, reward: str | None, deployment: str, name: str | None, o
             raise HpcRlhfError(f"{value!r} is neither a hub id nor a plain path", where=option)
     name = re.sub("[^a-z0-9._-]+", "-", Path(actor).name.lower()) if name is None else name
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise HpcRlhfError(f"{name!r} is no name: it takes letters, digits and . _ -", where="--name")
+        raise HpcRlhfError(
+            f"{name!r} is not a valid name: use letters, digits and . _ -, starting with a letter or digit",
+            where="--name",
+        )
     billions = billions_in(actor)
     recipe = nearest(deployment, billions or 1.3)
     file = f"{name}.yaml" if out is None else out
@@ -60,10 +65,10 @@ def command(actor: str, reward: str | None, deployment: str, name: str | None, o
 
 def _origin(recipe: Recipe, billions: float | None) -> str:
     origin = (
-        f"The numbers are DeepSpeed-Chat's for {recipe.billions:g} billion parameters on {recipe.machine}."
+        f"Hyperparameters from DeepSpeed-Chat, {recipe.billions:g} billion parameters on {recipe.machine}."
     )
     if billions is None:
-        return f"{origin} The model's name tells no size: see that they suit it."
+        return f"{origin} The model's name does not give its size: check that they suit it."
     if not 1 / 1.6 <= billions / recipe.billions <= 1.6:
-        return f"{origin}\n# They are not proven for {billions:g} billion: see that memory and learning rates suit it."
+        return f"{origin}\n# Untested at {billions:g} billion: check that memory and learning rates suit it."
     return origin

@@ -1,4 +1,4 @@
-"""hpc-rlhf list: show many runs, each in a line."""
+"""hpc-rlhf list: list runs, one per line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpc_rlhf.cli.options import example, json_option
+from hpc_rlhf.cli.arguments import example, json_option
+from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.format import ago, duration
 from hpc_rlhf.observe.listing import RunLine, find_runs, list_runs
@@ -22,55 +23,56 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-_WIDE = 100  # columns from which on there is room for all
+_LONGEST_NAME = 30
+_WIDE = 100  # terminal columns that have room for every column of the table
 
 
 @click.command("list", epilog=example("hpc-rlhf list", "hpc-rlhf list $SCRATCH/runs"))
 @click.argument("folders", nargs=-1, metavar="[DIR]...", type=click.Path(path_type=Path))
 @json_option
 def command(folders: tuple[Path, ...], as_json: bool) -> None:
-    """Show the runs that you submitted or ran, or those in each DIR, the latest first.
+    """List the runs that you started, or those in each DIR, the most recently active first.
 
-    A run in DIR is found up to two folders deep. Your own are noted in ~/.local/state/hpc-rlhf/runs (XDG_STATE_HOME), a
-    path a line, as they are submitted; one whose directory is gone is left out.
+    DIR is searched two folders deep. Your own runs are recorded in ~/.local/state/hpc-rlhf/runs (XDG_STATE_HOME), one
+    path per line; those whose directory is gone are left out.
 
-    A run is what the stage is that tells most: what failed before what runs, and that before what waits. --json has a
-    list of runs, each with name, path, state, that stage, why, how many stages are done and there are, and the stage's
-    step, total_steps, seconds left at its pace, and when anything last happened (updated). What is not known is null.
+    The state shown is that of the most important stage: one that failed, else one that runs, else one that waits.
+    --json prints a list of runs, each with name, path, state, stage, why, done (the number of finished stages) and
+    stages (their total); step, total_steps and left (seconds of work left) of that stage; and updated, the time of the
+    last activity. Unknown values are null.
     """
     for folder in folders:
         if not folder.is_dir():
             raise HpcRlhfError(
-                "is no folder", where=str(folder), hint="give folders that hold run directories"
+                "is not a folder", where=str(folder), hint="give folders that hold run directories"
             )
     lines = list_runs(find_runs(folders or run_index.known()))
     if not lines and not as_json:
-        where = "here" if folders else "yet; those of a folder: hpc-rlhf list DIR"
+        where = "here" if folders else "yet; to list those in a folder: hpc-rlhf list DIR"
         click.echo(f"no runs {where}", err=True)
         return
     show_runs(lines, as_json)
 
 
 def show_runs(lines: Sequence[RunLine], as_json: bool) -> None:
-    """Print runs, each in a line."""
+    """Print runs, one per line."""
     if as_json:
         click.echo(json.dumps([asdict(line) for line in lines], indent=1, ensure_ascii=False))
         return
-    from hpc_rlhf.cli.console import print_parts
-
-    print_parts(lambda width, live, plain: [_table(lines, width)])
+    print_parts(lambda width, live, ascii_only: [_table(lines, width, live)])
 
 
-def _table(lines: Sequence[RunLine], width: int) -> RenderableType:
-    from hpc_rlhf.observe.terminal.board import grid, styled
+def _table(lines: Sequence[RunLine], width: int, live: bool) -> RenderableType:
+    from hpc_rlhf.observe.terminal.tables import grid, styled
 
-    table = grid()
     names = ["run", "state", "step", "last"]
     if width >= _WIDE:
         names[2:3] = ["stages", "step", "left"]
-    for name in names:
-        table.add_column(name, no_wrap=True, max_width=30 if name == "run" else None)
-    table.add_column("where", overflow="fold", no_wrap=width >= 1000)
+    table = grid(*names, "where")
+    for column in table.columns[:-1]:
+        column.no_wrap = True
+    if live:
+        table.columns[0].max_width, table.columns[0].overflow = _LONGEST_NAME, "ellipsis"
     now = time.time()
     for line in lines:
         state = styled(line.state)
@@ -89,7 +91,7 @@ def _table(lines: Sequence[RunLine], width: int) -> RenderableType:
 
 
 def _short(path: str) -> str:
-    """As one would type it here."""
+    """The shortest way to write a path here."""
     home = os.path.expanduser("~")
     tilde = f"~{path[len(home) :]}" if path.startswith(f"{home}/") else path
     return min(path, tilde, os.path.relpath(path), key=len)

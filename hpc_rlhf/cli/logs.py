@@ -1,4 +1,4 @@
-"""hpc-rlhf logs: print the log of a stage."""
+"""hpc-rlhf logs: print a stage's log."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import asdict
 
 import click
 
-from hpc_rlhf.cli.options import example, json_option
-from hpc_rlhf.cli.run_argument import find_run
+from hpc_rlhf.cli.arguments import example, find_run, json_option
 from hpc_rlhf.observe.liveness import Fates
 from hpc_rlhf.observe.logs import (
     POLL,
@@ -33,31 +32,33 @@ from hpc_rlhf.run.layout import RunDir
     "--follow",
     "-f",
     is_flag=True,
-    help="Go on as the log grows, across requeues and retries, until the stage is done or left to a person.",
+    help="Follow the log across requeues and retries, until the stage is done or stopped for good.",
 )
 @click.option(
     "--rank",
     type=click.IntRange(min=0),
-    help="Whose log; without it that of rank 0, or of the rank that knows why the stage failed.",
+    help="Rank whose log to print.",
+    show_default="the rank that failed, else 0",
 )
 @click.option(
     "--attempt",
     type=click.IntRange(min=1),
-    help="Which attempt at the stage, from 1, as the report lists them; the latest job's all without it.",
+    help="Print one attempt, counted from 1 as in the report.",
+    show_default="all of the latest job",
 )
 @json_option
 def command(
     run: str, stage: str | None, follow: bool, rank: int | None, attempt: int | None, as_json: bool
 ) -> None:
-    """Print the log of a STAGE of RUN, a run directory or job file; without STAGE, of the one that wrote last.
+    """Print the log of a STAGE of RUN, a run directory or job file; by default of the latest stage.
 
-    Of a stage that failed, the line that matters comes last, on stderr. --json prints no log, but where it is: stage, rank,
-    files, and trouble: null, or the reason, message, rank, node and step of the failure.
+    After the log of a failed stage, the cause is printed on stderr. --json prints the location of the log instead: stage, rank,
+    files, and as trouble the reason, message, rank, node and step of the failure, or null.
     """
     run_dir = find_run(run)
     if attempt is not None:
         if follow or as_json:
-            raise click.UsageError("--attempt prints what an attempt left: without --follow and --json")
+            raise click.UsageError("--attempt cannot be used with --follow or --json.")
         _print_attempt(run_dir, stage or latest_stage(run_dir), rank or 0, attempt)
         return
     fates = Fates(run_dir)
@@ -82,7 +83,7 @@ def command(
         sys.stdout.flush()
     found = trouble(run_dir, stage)
     if found is not None:
-        click.echo(f"==> what matters <==\n{_said(found)}", err=True)
+        click.echo(f"==> cause <==\n{_said(found)}", err=True)
 
 
 def _print_attempt(run: RunDir, stage: str, rank: int, number: int) -> None:

@@ -1,4 +1,4 @@
-"""hpc-rlhf render: write what would be submitted."""
+"""hpc-rlhf render: write a spec's scripts and configs without submitting them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.options import example, set_option
-from hpc_rlhf.cli.out_option import writing
+from hpc_rlhf.cli.arguments import example, set_option, writing
 from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
@@ -23,7 +22,8 @@ from hpc_rlhf.spec.sweep import Sweep
 def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
     """Write the sbatch script, DeepSpeed config and hostfile template of every stage of FILE.
 
-    Templates in a folder `templates` beside FILE win over the built-in ones. Each run of a sweep gets a folder in --out.
+    Templates in a folder `templates` beside FILE override the built-in ones. Each run of a sweep gets its own folder
+    in --out.
     """
     spec = load(file, sets)
     specs = {out / name: one for name, one in spec.specs.items()} if isinstance(spec, Sweep) else {out: spec}

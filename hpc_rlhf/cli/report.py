@@ -1,4 +1,4 @@
-"""hpc-rlhf report: write what a run did into one HTML file."""
+"""hpc-rlhf report: write a run's HTML report."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.options import example
-from hpc_rlhf.cli.out_option import writing
-from hpc_rlhf.cli.run_argument import find_run
+from hpc_rlhf.cli.arguments import example, find_run, writing
 
 
 @click.command(epilog=example("hpc-rlhf report my-job.yaml"))
@@ -16,14 +14,15 @@ from hpc_rlhf.cli.run_argument import find_run
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File to write; RUN/report.html when left out.",
+    help="File to write.",
+    show_default="RUN/report.html",
 )
 def command(run: str, out: Path | None) -> None:
-    """Write what RUN, a run directory or job file, did into one HTML file, and print where it is.
+    """Write the report of RUN, a run directory or job file, as one HTML file and print its path.
 
-    It holds the outcome, where the time of each stage and attempt went, the curves, the evaluation, answers side by side,
-    the spec and the versions. It needs no network and no other file, so it can be mailed. A run writes it anew after
-    each stage.
+    The report has the outcome, where the time of each stage and attempt went, training curves, the evaluation,
+    responses side by side, the spec and the versions. It is self-contained and needs no network, so you can mail it.
+    A run updates its report after each stage.
     """
     from hpc_rlhf.observe.report import write_report
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.choice import echo_choice
-from hpc_rlhf.cli.options import example, set_option
+from hpc_rlhf.cli.arguments import example, set_option
+from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
@@ -26,20 +26,21 @@ from hpc_rlhf.spec.job import JobSpec
 @click.option(
     "--hostfile",
     type=click.Path(path_type=Path),
-    help="Run over the machines of this file through DeepSpeed's launcher, instead of on this machine alone.",
+    help="Run on the machines in this file through DeepSpeed's launcher, not only on this one.",
 )
 @click.pass_context
 def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile: Path | None) -> None:
     """Run a spec's stages on this machine, without Slurm.
 
-    As many ranks start as the spec asks for, all of them here. Ctrl-C saves; the same command goes on. Finished
-    stages are not run again. The runs of a sweep come one after the other.
+    All ranks that the spec asks for start here. Ctrl-C saves and stops; the same command resumes. Finished stages are
+    skipped. The runs of a sweep run one after the other.
     """
+    from hpc_rlhf.cli.plan_tables import print_choice
     from hpc_rlhf.launch.auto import load
     from hpc_rlhf.launch.sweep import lay_out
     from hpc_rlhf.spec.sweep import Sweep
 
-    spec = load(file, sets, echo_choice)
+    spec = load(file, sets, print_choice)
     again = _again(file, sets, hostfile)
     if not isinstance(spec, Sweep):
         _run(context, spec, file.parent, hostfile, again, {})
@@ -54,14 +55,12 @@ def _run(
     context: click.Context, spec: JobSpec, beside: Path, hostfile: Path | None, again: str,
     lent: Mapping[str, RunDir],
 ) -> None:  # fmt: skip
-    from rich.console import Console
-
     from hpc_rlhf.launch.local.hostfile import read_hostfile
     from hpc_rlhf.launch.local.interrupts import Interrupted
     from hpc_rlhf.launch.local.runner import LocalRun, refuse_live_jobs
     from hpc_rlhf.launch.prepare import claim, prepare
     from hpc_rlhf.observe.report import leave_report
-    from hpc_rlhf.observe.summary import print_summary
+    from hpc_rlhf.observe.summary import summary
     from hpc_rlhf.observe.terminal.progress import progress
 
     hosts = read_hostfile(hostfile) if hostfile is not None else None
@@ -74,17 +73,18 @@ def _run(
                 LocalRun(spec, run, hosts, watcher, again).run_stages()
         except HpcRlhfError as error:
             stopped = error
-    if isinstance(stopped, Interrupted):  # asked for, so no error
+    if isinstance(stopped, Interrupted):  # the user asked for it: no error
         click.echo(str(stopped), err=True)
         leave_report(run)
         context.exit(stopped.exit_code)
     if stopped is not None:
         leave_report(run)
         raise stopped
-    print_summary(run, Console(highlight=False))
+    print_parts(lambda width, live, ascii_only: summary(run, width))
 
 
 def _again(file: Path, sets: tuple[str, ...], hostfile: Path | None) -> str:
+    """The command that resumes this run."""
     words = ["hpc-rlhf", "run", str(file)]
     for change in sets:
         words += ["--set", change]

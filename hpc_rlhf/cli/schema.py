@@ -1,4 +1,4 @@
-"""hpc-rlhf schema: the JSON Schema of a job spec."""
+"""hpc-rlhf schema: print the JSON Schema of a job spec."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 
 import click
 
-from hpc_rlhf.cli.options import example
+from hpc_rlhf.cli.arguments import example
 
 
 @click.command(epilog=example("hpc-rlhf schema > hpc-rlhf.schema.json"))
 def command() -> None:
     """Print the JSON Schema of a job spec, for editors.
 
-    Save it, and put `# yaml-language-server: $schema=PATH` at the top of a spec: an editor with the YAML
-    language server then completes fields, shows what they mean, and marks mistakes.
+    Save it and put `# yaml-language-server: $schema=PATH` at the top of a spec. An editor with the YAML language
+    server then completes fields, shows their descriptions and marks errors.
     """
     from hpc_rlhf.spec.schema import json_schema
 

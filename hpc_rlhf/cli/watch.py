@@ -1,4 +1,4 @@
-"""hpc-rlhf watch: show on a terminal how a run is getting on, as it does."""
+"""hpc-rlhf watch: show a run's progress live."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import sys
 
 import click
 
-from hpc_rlhf.cli.options import example
-from hpc_rlhf.cli.run_argument import find_run
+from hpc_rlhf.cli.arguments import example, find_run
 from hpc_rlhf.errors import HpcRlhfError
 
 
 @click.command(epilog=example("hpc-rlhf watch my-job.yaml"))
 @click.argument("run")
 def command(run: str) -> None:
-    """Show how RUN, a run directory or job file, is getting on, drawn anew every two seconds; q or Ctrl-C ends it.
+    """Show the progress of RUN, a run directory or job file, live on the terminal. Press q or Ctrl-C to quit.
 
-    The curves go from each stage's first step to its last. Slurm is asked four times a minute.
+    The display has the stages and their curves from the first step to the latest. It refreshes every two seconds and
+    queries Slurm four times a minute.
     """
     run_dir = find_run(run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
-        raise HpcRlhfError(
-            "watch draws on a terminal, and this is none", hint=f"hpc-rlhf status {run} prints it once"
-        )
+        raise HpcRlhfError("watch needs a terminal", hint=f"to print the status once: hpc-rlhf status {run}")
     from rich.console import Console
 
     from hpc_rlhf.observe.terminal.watch import watch

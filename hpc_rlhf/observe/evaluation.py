@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
@@ -11,7 +11,7 @@ from hpc_rlhf.observe.format import number
 from hpc_rlhf.run.layout import RunDir
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import RenderableType
 
 # What a model's numbers are called; {base} is the model that the others are held against.
 _ROWS = {
@@ -66,19 +66,22 @@ def table_rows(report: dict[str, Any], names: Mapping[str, str] | None = None) -
     return rows
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
-    from rich import box
-    from rich.table import Table
+def evaluation_parts(report: dict[str, Any]) -> Iterator[RenderableType]:
+    """The table of an evaluation and the notes below it."""
+    from rich.text import Text
+
+    from hpc_rlhf.observe.terminal.tables import grid
 
     header, *rows = table_rows(report) or [()]
     if rows:
-        table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = grid(*header, right=header[1:])
         for row in rows:
             table.add_row(*row)
         for column in table.columns[1:]:
-            column.justify, column.no_wrap = "right", True
-        console.print(table)
-    console.print("\n".join(notes(report)), markup=False, highlight=False, soft_wrap=not console.is_terminal)
+            column.no_wrap = True
+        yield table
+    for note in notes(report):
+        yield Text(f"\n{note}")
 
 
 def notes(report: dict[str, Any]) -> list[str]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_rlhf.observe.evaluation import print_report, read_report
+from hpc_rlhf.observe.evaluation import evaluation_parts, read_report
 from hpc_rlhf.observe.format import duration, number
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import STAGE_NAMES
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import RenderableType
     from rich.text import Text
 
 _QUESTIONS = 3
 _LONGEST = 400  # characters of an answer that are shown
+_MAX_WIDTH = 160  # columns of the table of responses
 
 
 def stage_facts(run: RunDir) -> dict[str, dict[str, Any]]:
@@ -61,47 +63,49 @@ def outcome(stage: str, metrics: dict[str, Any]) -> str:
     return f"reward {_from_to(value, 'reward_first', 'reward_last')}{spread}, KL {_from_to(value, 'kl_first', 'kl_last')}"
 
 
-def print_summary(run: RunDir, console: Console) -> None:
-    from rich import box
-    from rich.table import Table
+def summary(run: RunDir, width: int) -> Iterator[RenderableType]:
+    """The results of a finished run: its stages, its evaluation, sample responses and the next commands."""
+    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("stage")
-    table.add_column("steps", justify="right")
-    table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("result")
+    from hpc_rlhf.observe.terminal.tables import grid
+
+    table = grid("stage", "steps", "time", "result", right=("steps", "time"))
+    table.columns[2].no_wrap = True
     facts = stage_facts(run)
     for stage, fact in facts.items():
         seconds = fact.get("seconds")
         took = "-" if seconds is None else duration(seconds)
         table.add_row(stage, str(fact.get("step", "-")), took, outcome(stage, fact.get("metrics", {})))
-    console.print(table)
+    yield table
     if "eval" in facts:
-        print_report(read_report(run), console)
+        yield Text()
+        yield from evaluation_parts(read_report(run))
     for stage in ("ppo", "dpo"):
-        _print_answers(final_samples(run, stage)[:_QUESTIONS], stage, console)
+        yield from _answers(final_samples(run, stage)[:_QUESTIONS], stage, width)
     last = [stage for stage in facts if stage not in ("reward", "eval")]
     if last:
-        _print_next(run, last[-1], console)
+        yield from _next(run, last[-1])
 
 
 def _from_to(value: dict[str, str], before: str, after: str) -> str:
     return f"{value.get(before, '-')} → {value.get(after, '-')}"
 
 
-def _print_answers(samples: list[dict[str, Any]], stage: str, console: Console) -> None:
-    from rich import box
-    from rich.table import Table
+def _answers(samples: list[dict[str, Any]], stage: str, width: int) -> Iterator[RenderableType]:
     from rich.text import Text
+
+    from hpc_rlhf.observe.terminal.tables import grid
 
     if not samples:
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_lines=True, expand=True)
-    for column, ratio in (("held-out question", 3), ("after SFT", 4), (f"after {stage.upper()}", 4)):
-        table.add_column(column, ratio=ratio, overflow="fold")
+    table = grid("held-out prompt", "after SFT", f"after {stage.upper()}")
+    table.width, table.padding, table.collapse_padding = min(width, _MAX_WIDTH), (0, 2, 1, 0), False
+    for column, ratio in zip(table.columns, (3, 4, 4), strict=True):
+        column.ratio = ratio
     for sample in samples:
         table.add_row(Text(question(sample["prompt"])), _judged(sample, "sft_"), _judged(sample, ""))
-    console.print(table)
+    yield Text()
+    yield table
 
 
 def _judged(sample: dict[str, Any], whose: str) -> Text:
@@ -119,21 +123,22 @@ def question(prompt: str) -> str:
     return _shortened(prompt.rpartition("Human:")[2].partition("\n\nAssistant:")[0])
 
 
-def _print_next(run: RunDir, stage: str, console: Console) -> None:
+def _next(run: RunDir, stage: str) -> Iterator[RenderableType]:
+    """The commands and files to look at next. They are not folded, so that they can be copied."""
+    from hpc_rlhf.observe.terminal.tables import grid
+
     folder = _short_path(run.path)
-    commands = {
-        "talk to it": f"hpc-rlhf chat {folder}",
-        "see how it went": f"hpc-rlhf status {folder}",
+    rows = {
+        "chat with the model": f"hpc-rlhf chat {folder}",
+        "see the progress": f"hpc-rlhf status {folder}",
         "see the curves": f"tensorboard --logdir {_short_path(run.path / 'stages')}",
+        "model": _short_path(run.stage(stage).model),
+        **({"report": _short_path(run.report)} if run.report.exists() else {}),
     }
-    console.print("Next:")
-    for what, command in commands.items():
-        console.print(f"  {what:<16} {command}", markup=False, highlight=False, soft_wrap=True)
-    where = _short_path(run.stage(stage).model)
-    console.print(f"  {'the model':<16} {where}", markup=False, highlight=False, soft_wrap=True)
-    if run.report.exists():
-        where = _short_path(run.report)
-        console.print(f"  {'the report':<16} {where}", markup=False, highlight=False, soft_wrap=True)
+    table = grid("Next:", "")
+    for what, command in rows.items():
+        table.add_row(f"  {what}", command)
+    yield table
 
 
 def _shortened(text: str) -> str:

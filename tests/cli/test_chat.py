@@ -68,7 +68,7 @@ def test_the_stage_can_be_chosen(tmp_path: Path) -> None:
 def test_the_moving_average_talks_where_there_is_one(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
     code, _, err = chat(run, "--stage", "ema", "--prompt", "Hi")
-    assert (code, "makes no moving average" in err) == (2, True)
+    assert (code, "keeps no moving average" in err) == (2, True)
     fields = yaml.safe_load(run.job_yaml.read_text())
     fields["stages"]["ppo"]["ema"] = True
     run.job_yaml.write_text(yaml.safe_dump(fields))
@@ -140,10 +140,10 @@ def test_until_ppo_is_finished_the_sft_model_talks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("finished", "words", "code", "said"),
     [
-        ((), (), 1, "there is no model to talk to yet: ppo and sft are not finished"),
+        ((), (), 1, "there is no finished model yet: ppo and sft are not finished"),
         (("sft",), ("--stage", "ppo"), 1, "ppo is not finished"),
         (("sft",), ("--stage", "reward"), 2, "'reward' is not one of"),
-        (("sft",), ("--stage", "sft", "--compare", "sft", "ppo"), 2, "cannot be used together"),
+        (("sft",), ("--stage", "sft", "--compare", "sft", "ppo"), 2, "--stage cannot be used with --compare"),
         (("sft",), ("--compare", "sft", "ppo"), 1, "ppo is not finished"),
         (("sft",), ("--temperature", "nan"), 2, "nan is not a finite number"),
         (("sft",), ("--temperature", "-1"), 2, "-1.0 is not in the range"),

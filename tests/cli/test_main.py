@@ -91,7 +91,9 @@ def test_bug_is_one_line_where_no_file_can_be_written(failing, capsys, monkeypat
     monkeypatch.setattr("tempfile.tempdir", "/dev/null")
     failing(ZeroDivisionError("oh"))
     assert main(["check"]) == RUN_FAILED
-    assert capsys.readouterr().err.endswith("; please report it with what HPC_RLHF_DEBUG=1 shows\n")
+    assert capsys.readouterr().err.endswith(
+        "; please report it with the traceback that HPC_RLHF_DEBUG=1 prints\n"
+    )
 
 
 @pytest.mark.parametrize("words", ["--help", "schema", "check nothing.yaml"])

@@ -41,7 +41,7 @@ def test_plan_tells_who_trains_what_for_whom(file: Path) -> None:
     rows = [line.split("  ") for line in cli("plan", file).stdout.splitlines()[1:7]]
     rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert rows[0] == ["kl_coef=0.02+seed=1", "sft, reward, ppo", "-"]
-    assert rows[5] == ["kl_coef=0.1+seed=3", "ppo", "sft, reward of kl_coef=0.02+seed=3"]
+    assert rows[5] == ["kl_coef=0.1+seed=3", "ppo", "sft, reward from kl_coef=0.02+seed=3"]
     plan = json.loads(cli("plan", file, "--json").stdout)
     assert (plan["limit"], len(plan["runs"])) == (2, 6)
     last = plan["runs"][5]

@@ -73,4 +73,4 @@ def test_watch_without_a_terminal_says_what_to_do(run: RunDir) -> None:
     command = [sys.executable, "-m", "hpc_rlhf.cli", "watch", str(run.path)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"hint: hpc-rlhf status {run.path} prints it once" in done.stderr
+    assert f"hint: to print the status once: hpc-rlhf status {run.path}" in done.stderr

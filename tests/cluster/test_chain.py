@@ -146,7 +146,7 @@ def test_a_finished_run_says_so_and_is_not_submitted_again(finished: Chain) -> N
         (*STAGES, "eval"), "done"
     )
     before = finished.run.ledger.read_text()
-    assert "done already" in finished.submit().stdout
+    assert "already done" in finished.submit().stdout
     assert finished.run.ledger.read_text() == before
 
 
@@ -281,7 +281,7 @@ def test_submitting_twice_attaches(new_chain: NewChain) -> None:
         again = chain.submit()
         assert sorted(jobs) == ["chain.ppo", "chain.reward", "chain.sft"]
         assert queued(chain) == jobs
-        assert again.stdout.count("already there") == 3
+        assert again.stdout.count("already submitted") == 3
         chain.cli("cancel", chain.path)
 
 

@@ -139,4 +139,4 @@ def test_six_runs_share_what_is_the_same_and_go_on_after_a_preemption(
     assert any(events(run, "retried", "ppo") for run in six.runs)
     assert most_at_work(six.runs) == LIMIT
     assert [line["state"] for line in json.loads(six.call("status", "--json"))] == ["done"] * 6
-    assert "done already" in six.call("submit")
+    assert "already done" in six.call("submit")

@@ -100,7 +100,7 @@ def test_second_submit_attaches_and_says_so(bench: Bench) -> None:
     again = bench.cli("submit")
     assert again.returncode == 0
     assert "nothing was submitted" in again.stderr
-    assert again.stdout.count("already there") == 3
+    assert again.stdout.count("already submitted") == 3
     assert (bench.submitted(), bench.names()) == (ids, ALL)
 
 
@@ -124,7 +124,7 @@ def test_done_stage_is_neither_submitted_nor_waited_for(bench: Bench) -> None:
     assert bench.names() == ["demo.ppo", "demo.reward"], done.stderr
     ids = bench.submitted()
     assert bench.cluster.field(ids["ppo"], "Dependency") == f"afterok:{ids['reward']}(unfulfilled)"
-    assert "done already" in done.stdout
+    assert "already done" in done.stdout
 
 
 def test_refusal_is_sbatchs_own_and_leaves_nothing_behind(bench: Bench) -> None:

@@ -115,7 +115,7 @@ def test_runs_with_reward_models_of_their_own_are_ranked_by_what_compares(tmp_pa
         dict(zip(names, (1.0, 30.0, 2.0, 20.0), strict=True)),
     )  # fmt: skip
     trained = cli(tmp_path / "good")
-    assert "the runs have 2 reward models, each with a scale of its own" in trained.stderr
+    assert "the runs have 2 different reward models, whose scales do not compare" in trained.stderr
     for run, share in zip(runs.values(), (0.5, 0.6, 0.7, 0.9), strict=True):
         evaluate(
             run, reward=interval(1.0), win_rate={"value": share, "low": share - 0.1, "high": share + 0.1}
@@ -138,7 +138,7 @@ def test_a_stage_that_only_some_have_is_one_difference(tmp_path: Path) -> None:
     assert values[1]["rank"] == 8
     assert list(found["runs"][0]["values"]) == ["stages.sft.lora"]
     assert found["by"] is None
-    assert "no run has a number yet" in cli(tmp_path / "good").stderr
+    assert "no run has a metric to rank by yet" in cli(tmp_path / "good").stderr
 
 
 def test_a_number_that_no_run_has(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.observe.evaluation import print_report, read_report, table_rows
-from hpc_rlhf.observe.summary import print_summary
+from hpc_rlhf.observe.evaluation import evaluation_parts, read_report, table_rows
+from hpc_rlhf.observe.summary import summary
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 
@@ -49,12 +49,10 @@ def test_models_stand_side_by_side_with_their_intervals() -> None:
 
 
 def test_it_says_what_was_compared() -> None:
-    out = StringIO()
-    print_report(REPORT, Console(file=out, width=80))
-    text = out.getvalue()
+    text = "".join(map(str, evaluation_parts(REPORT)))
     assert "prefers the chosen answer in 91% (88–94) of 300 held-out pairs" in text
     assert "400 held-out prompts, the same for all: sampled at temperature 0.7, top_p 0.9." in text
-    print_report({**REPORT, "models": {}, "prompts": 0}, Console(file=out, width=80))
+    assert len(list(evaluation_parts({**REPORT, "models": {}, "prompts": 0}))) == 1
 
 
 def test_a_missing_report_is_told(tmp_path: Path) -> None:
@@ -75,7 +73,7 @@ def test_a_run_ends_with_it(tmp_path: Path) -> None:
             run.stage(stage).report.write_text(json.dumps(REPORT))
         facts = {"step": 3, "seconds": 8.0, "metrics": metrics if stage == "eval" else {}}
         manifest.write(run.stage(stage).model, facts)
-    print_summary(run, Console(file=out, width=100))
+    Console(file=out, width=100).print(*summary(run, 100))
     text = out.getvalue()
     assert "ppo wins 88% against sft" in text
     assert "wins against sft" in text

@@ -282,13 +282,13 @@ def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir
     assert "has no prompt" in done.stdout
     assert "zero" not in done.stdout
     assert done.stderr.endswith(
-        "==> what matters <==\nfailed: ValueError: row 12 has no prompt (rank 3, n2, after step 40)\n"
+        "==> cause <==\nfailed: ValueError: row 12 has no prompt (rank 3, n2, after step 40)\n"
     )
     ledger.append(RetryRequested("sft"))
     ledger.append(Started("sft", attempt="7-1", job_id="7"))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "zero" in done.stdout
-    assert "what matters" not in done.stderr
+    assert "==> cause" not in done.stderr
 
 
 def test_an_attempt_is_told_from_the_others_of_its_job_and_from_other_jobs(

@@ -232,7 +232,7 @@ def test_what_cannot_be_written_or_read_is_one_sentence(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(run.path), "--out", str(tmp_path / "no/such/folder.html")]) == 2
-    assert "cannot write it: No such file or directory" in capsys.readouterr().err
+    assert "cannot write: No such file or directory" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
     run.plan_json.write_text("{")
     assert main(["report", str(run.path)]) == 1

@@ -68,7 +68,7 @@ def test_init_overwrites_nothing_and_says_what_is_not_proven(tmp_path: Path) -> 
     assert "not proven for 13 billion" in before
     again = init(*args)
     assert again.returncode == 2
-    assert again.stderr.startswith(f"error: {out}: there is a file already")
+    assert again.stderr.startswith(f"error: {out}: the file already exists")
     assert out.read_text() == before
 
 

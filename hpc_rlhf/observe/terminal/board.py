@@ -11,19 +11,13 @@ from hpc_rlhf.observe.format import ago, duration, number
 from hpc_rlhf.observe.goodput.totals import count_words, split_words, total
 from hpc_rlhf.observe.metrics import TELLING
 from hpc_rlhf.observe.status import StageStatus
+from hpc_rlhf.observe.terminal.tables import STYLES, grid, styled
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
     from rich.text import Text
 
-# Colours only underline what the words say.
-STYLES = {
-    **dict.fromkeys(("done",), "green"),
-    **dict.fromkeys(("running", "starting", "completing", "stopping"), "cyan"),
-    **dict.fromkeys(("waiting", "pending", "requeued", "suspended", "not started"), "yellow"),
-    **dict.fromkeys(("failed", "refused", "stuck", "stopped", "cancelled", "interrupted", "unknown"), "red"),
-}
 _WIDE = 100  # columns from which on there is room for a bar, all numbers and the job
 _LEAST = 3  # columns of the table that are always there
 _BAR = 10
@@ -81,9 +75,9 @@ class Board:
         shown = len(names)
         while sum(widths[:shown]) + 2 * (shown - 1) > self._width and shown > _LEAST:
             shown -= 1
-        table = grid()
-        for name in names[:shown]:
-            table.add_column(name, no_wrap=True, overflow="ellipsis")
+        table = grid(*names[:shown])
+        for column in table.columns:
+            column.no_wrap, column.overflow = True, "ellipsis"
         for row in rows:
             table.add_row(*row[:shown])
         return table
@@ -93,9 +87,8 @@ class Board:
         from rich.text import Text
 
         left = {stage.stage: stage.left for stage in stages}
-        table = grid(header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+        table = grid("", "")
+        table.columns[0].no_wrap = True
         for stage in stages:
             for note in (*_why(stage, left), *_broken(stage)):
                 table.add_row(stage.stage, Text(note))
@@ -105,9 +98,10 @@ class Board:
         """A line for each (stage, number), from its first value to its last; None before the first step."""
         from rich.text import Text
 
-        table = grid(header=False)
-        for justify in ("left", "left", "right", "left", "left"):
-            table.add_column(no_wrap=True, justify=justify)
+        table = grid(*[""] * 5)
+        table.columns[2].justify = "right"
+        for column in table.columns:
+            column.no_wrap = True
         longest = max((len(name) for _, name in values), default=0)
         width = max(8, min(80, self._width - 6 - longest - 2 * 9 - 4 * 2))
         shown = ""
@@ -142,20 +136,6 @@ class Board:
 
     def _sparks(self, values: Sequence[float], width: int) -> str:
         return sparks(values, width, _SPARKS_ASCII if self._plain else _SPARKS)
-
-
-def styled(state: str) -> Text:
-    """The word for a state, in its colour."""
-    from rich.text import Text
-
-    return Text(state, style=STYLES.get(state, "bold"))
-
-
-def grid(header: bool = True) -> Table:
-    """A table without lines."""
-    from rich.table import Table
-
-    return Table(box=None, show_header=header, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
 
 
 def sparks(values: Sequence[float], width: int, glyphs: str = _SPARKS) -> str:

@@ -1,0 +1,44 @@
+"""How every table looks on the terminal, and the colours of states."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+# Colours only underline what the words say.
+STYLES = {
+    **dict.fromkeys(("done", "ok"), "green"),
+    **dict.fromkeys(("running", "starting", "completing", "stopping"), "cyan"),
+    **dict.fromkeys(("waiting", "pending", "requeued", "suspended", "not started", "warning"), "yellow"),
+    **dict.fromkeys(
+        ("failed", "refused", "stuck", "stopped", "cancelled", "interrupted", "unknown", "error"), "red"
+    ),
+}
+
+
+def grid(*columns: str, right: Collection[str] = ()) -> Table:
+    """A table without rules. Long cells are folded where the terminal is too narrow.
+
+    Args:
+        columns: their names; without any name, the table has no header.
+        right: names of the columns that are right-aligned.
+    """
+    from rich.table import Table
+
+    table = Table(
+        box=None, show_header=any(columns), pad_edge=False, padding=(0, 2, 0, 0), header_style="bold"
+    )
+    for name in columns:
+        table.add_column(name, overflow="fold", justify="right" if name in right else "left")
+    return table
+
+
+def styled(state: str) -> Text:
+    """A state in its colour."""
+    from rich.text import Text
+
+    return Text(state, style=STYLES.get(state, "bold"))
