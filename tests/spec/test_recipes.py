@@ -65,7 +65,7 @@ def test_init_overwrites_nothing_and_says_what_is_not_proven(tmp_path: Path) -> 
     args = ("--actor", "a/b-13b", "--deployment", "single_gpu", "--out", str(out))
     assert init(*args).returncode == 0
     before = out.read_text()
-    assert "not proven for 13 billion" in before
+    assert "Untested at 13 billion" in before
     again = init(*args)
     assert again.returncode == 2
     assert again.stderr.startswith(f"error: {out}: the file already exists")
