@@ -312,7 +312,7 @@ def test_an_attempt_is_told_from_the_others_of_its_job_and_from_other_jobs(
     for words, message in (
         (["--attempt", "4"], "stage sft had 3 attempts so far, not 4"),
         (["--attempt", "1", "--rank", "9"], "no log of rank 9 is left of attempt 1 at sft"),
-        (["--attempt", "1", "-f"], "without --follow"),
+        (["--attempt", "1", "-f"], "cannot be used with --follow"),
     ):
         assert main(["logs", str(run.path), "sft", *words]) != 0
         assert message in capsys.readouterr().err
