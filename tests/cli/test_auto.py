@@ -1,4 +1,4 @@
-"""What a person sees where a spec says auto."""
+"""plan, submit and check of a spec that says auto."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where its relative run_dir begins
 
 
-def test_plan_shows_what_is_chosen_and_what_else_there_was() -> None:
+def test_plan_shows_the_choice_and_its_alternatives() -> None:
     said = cli("plan", JOBS / "opt-13b.yaml", *AUTO)
     chosen = next(line for line in said.stdout.splitlines() if line.endswith("chosen"))
     assert chosen.startswith("sft ")

@@ -1,4 +1,4 @@
-"""hpc-rlhf chat, with a model that answers with what it was given. The real one talks in test_run_for_real."""
+"""hpc-rlhf chat, with a fake model that echoes its input; test_run_for_real uses a real one."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def chat(run: RunDir, *words: str, typed: str = "") -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_one_shot_prints_the_answer_and_nothing_else(tmp_path: Path) -> None:
+def test_prompt_prints_only_the_response(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
     options = ("--max-tokens", "9", "--temperature", "0", "--seed", "4")
     assert chat(run, "--prompt", "Hi", *options) == (0, "ppo 9 0 4 after human: Hi\n", "")
 
 
-def test_a_conversation_is_remembered_until_it_is_reset(tmp_path: Path) -> None:
+def test_conversation_has_memory_until_it_is_reset(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft")
     code, out, err = chat(run, typed="one\n\ntwo\n/nonsense\n/reset\nthree\n/quit\nfour\n")
     first = "sft 256 0.7 0 after human: one"
@@ -60,12 +60,12 @@ def test_a_conversation_is_remembered_until_it_is_reset(tmp_path: Path) -> None:
     assert "no such command: /nonsense" in err
 
 
-def test_the_stage_can_be_chosen(tmp_path: Path) -> None:
+def test_stage_can_be_selected(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
     assert chat(run, "--stage", "sft", "--prompt", "Hi")[1].startswith("sft ")
 
 
-def test_the_moving_average_talks_where_there_is_one(tmp_path: Path) -> None:
+def test_ema_model_needs_a_run_that_keeps_one(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
     code, _, err = chat(run, "--stage", "ema", "--prompt", "Hi")
     assert (code, "keeps no moving average" in err) == (2, True)
@@ -75,7 +75,7 @@ def test_the_moving_average_talks_where_there_is_one(tmp_path: Path) -> None:
     assert chat(run, "--stage", "ema", "--prompt", "Hi")[1].startswith("ema ")
 
 
-def test_two_models_answer_the_same_each_with_a_history_of_its_own(tmp_path: Path) -> None:
+def test_compared_models_keep_separate_histories(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
     saved = tmp_path / "talk.json"
     code, out, err = chat(run, "--compare", "sft", "ppo", typed=f"one\ntwo\n/save {saved}\n/save {saved}\n")
@@ -95,7 +95,7 @@ def test_two_models_answer_the_same_each_with_a_history_of_its_own(tmp_path: Pat
     ]
 
 
-def test_answers_side_by_side_on_a_terminal(tmp_path: Path) -> None:
+def test_responses_are_side_by_side_on_a_terminal(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
     command = [
         sys.executable,
@@ -125,7 +125,7 @@ def test_answers_side_by_side_on_a_terminal(tmp_path: Path) -> None:
     assert "ppo 256 0.7 0 after" in last[2].splitlines()[0]
 
 
-def test_one_shot_as_json(tmp_path: Path) -> None:
+def test_prompt_as_json(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
     code, out, err = chat(run, "--compare", "ppo", "sft", "--prompt", "too long", "--json")
     assert code == 0
@@ -133,7 +133,7 @@ def test_one_shot_as_json(tmp_path: Path) -> None:
     assert "sft no longer sees the oldest 7 tokens" in err
 
 
-def test_until_ppo_is_finished_the_sft_model_talks(tmp_path: Path) -> None:
+def test_sft_model_is_used_until_ppo_is_finished(tmp_path: Path) -> None:
     assert chat(make_run(tmp_path, "sft", "reward"), "--prompt", "Hi")[1].startswith("sft ")
 
 
@@ -149,7 +149,7 @@ def test_until_ppo_is_finished_the_sft_model_talks(tmp_path: Path) -> None:
         (("sft",), ("--temperature", "-1"), 2, "-1.0 is not in the range"),
     ],
 )
-def test_what_cannot_talk_is_told(
+def test_unusable_requests_are_refused(
     tmp_path: Path, finished: tuple[str, ...], words: tuple[str, ...], code: int, said: str
 ) -> None:
     got, out, err = chat(make_run(tmp_path, *finished), *words, "--prompt", "Hi")
@@ -157,7 +157,7 @@ def test_what_cannot_talk_is_told(
     assert said in err
 
 
-def test_a_run_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_run_is_reported(tmp_path: Path) -> None:
     code, _, err = chat(RunDir(tmp_path / "nowhere"), "--prompt", "Hi")
     assert code == 2
     assert "does not exist" in err

@@ -1,4 +1,4 @@
-"""hpc-rlhf eval, as a person calls it."""
+"""hpc-rlhf eval as a user calls it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def finish(run: RunDir, *stages: str) -> None:
         manifest.write(folder, {"stage": stage, "step": 1, "seconds": 1.0, "metrics": {}})
 
 
-def test_what_cannot_be_evaluated_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_runs_that_cannot_be_evaluated_are_refused(tmp_path: Path) -> None:
     done = cli("eval", tmp_path / "nowhere")
     assert (done.returncode, done.stderr.splitlines()[0]) == (2, f"error: {tmp_path}/nowhere: does not exist")
     run = make_run(tiny_spec(tmp_path / "run", 1, sft={}, reward={}, ppo={}))
@@ -50,7 +50,7 @@ def test_what_cannot_be_evaluated_is_told_in_a_sentence(tmp_path: Path) -> None:
     assert not run.ds_config("eval").exists()
 
 
-def test_of_a_sweep_the_one_run_that_is_there_is_meant(tmp_path: Path) -> None:
+def test_sweep_with_one_existing_run_means_that_run(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     sweep = f"extends: {JOBS / 'tiny.yaml'}\nrun_dir: {tmp_path / 'runs'}\nsweep: {{seed: [1, 2]}}\n"
     file.write_text(sweep)
@@ -63,7 +63,7 @@ def test_of_a_sweep_the_one_run_that_is_there_is_meant(tmp_path: Path) -> None:
     assert second.run_dir in cli("eval", file).stderr  # one of them is to be named
 
 
-def test_what_is_done_is_shown_without_training_code(tmp_path: Path) -> None:
+def test_finished_evaluation_is_shown_without_training_code(tmp_path: Path) -> None:
     raw = tiny_spec(tmp_path / "run", 1, sft={}).model_dump(mode="json")
     raw["stages"]["eval"] = {}
     run = make_run(type(tiny_spec(tmp_path)).model_validate(raw))
@@ -76,7 +76,7 @@ def test_what_is_done_is_shown_without_training_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.train
-def test_a_run_without_the_stage_is_evaluated_by_its_defaults(tmp_path: Path) -> None:
+def test_run_without_the_stage_is_evaluated_with_defaults(tmp_path: Path) -> None:
     spec = tiny_spec(tmp_path / "run", 1, sft={}, reward={}, ppo={})
     run = make_run(spec)
     as_if_trained(run, spec)

@@ -1,4 +1,4 @@
-"""plan, render and submit --dry-run, as a person calls them: no Slurm needed, nothing heavy loaded."""
+"""plan, render and submit --dry-run as a user calls them, without Slurm."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def test_plan_as_a_table_and_as_json(job: Path) -> None:
     assert plan["jobs"][0]["batch"]["global"] == 28
 
 
-def test_render_writes_what_it_names(job: Path, tmp_path: Path) -> None:
+def test_render_prints_the_files_it_writes(job: Path, tmp_path: Path) -> None:
     done = cli("render", job, "--out", tmp_path / "out dir")
     names = done.stdout.splitlines()
     assert len(names) == 15
     assert all(Path(name).is_file() for name in names)
 
 
-def test_render_to_what_is_no_folder_is_the_users_mistake(job: Path, tmp_path: Path) -> None:
+def test_render_to_a_file_is_a_user_error(job: Path, tmp_path: Path) -> None:
     done = cli("render", job, "--out", job / "below")
     assert (done.returncode, done.stderr) == (2, f"error: {job}/below: cannot write: Not a directory\n")
 
 
-def test_dry_run_needs_no_slurm_touches_nothing_and_shows_the_commands(job: Path, tmp_path: Path) -> None:
+def test_dry_run_shows_commands_without_slurm_or_writes(job: Path, tmp_path: Path) -> None:
     done = cli("submit", "--dry-run", job, PATH="/nowhere")
     assert done.returncode == 0, done.stderr
     assert f"sbatch '--comment=hpc-rlhf:<token>' '{tmp_path}/my run/scripts/sft.sbatch'" in done.stdout
@@ -79,7 +79,7 @@ def test_submit_without_slurm_points_to_run(job: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [job]
 
 
-def test_submit_to_a_slurm_that_does_not_answer_leaves_nothing(job: Path, tmp_path: Path) -> None:
+def test_submit_without_a_controller_leaves_nothing_behind(job: Path, tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
     for name in ("sbatch", "squeue", "scontrol", "scancel"):

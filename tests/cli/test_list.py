@@ -1,4 +1,4 @@
-"""hpc-rlhf list: which runs it finds, and what it says of each."""
+"""hpc-rlhf list: which runs it finds, and the state of each."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def finish(run: RunDir, stage: str) -> None:
     manifest.write(run.stage(stage).model, {"step": 9})
 
 
-def test_a_run_is_what_its_most_telling_stage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_is_that_of_the_most_important_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     questions: list[str] = []
 
     def queue() -> dict[str, QueuedJob]:
@@ -76,7 +76,7 @@ def test_a_run_is_what_its_most_telling_stage_is(tmp_path: Path, monkeypatch: py
     assert questions == ["squeue", "sacct"]  # however many runs there are
 
 
-def test_a_long_ledger_is_still_told_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_ledger_is_read_correctly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "queue", lambda: {"7": QueuedJob("7", "demo.sft", "RUNNING", "", "")})
     run = make_run(tmp_path / "run")
     Ledger(run.ledger).append(Submitted("sft", token="t", job_id="7"))
@@ -88,7 +88,7 @@ def test_a_long_ledger_is_still_told_right(tmp_path: Path, monkeypatch: pytest.M
     assert (line.state, line.stage) == ("running", "sft")
 
 
-def test_runs_that_were_prepared_are_known_and_listed(
+def test_prepared_runs_are_recorded_and_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))

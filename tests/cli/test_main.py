@@ -1,4 +1,4 @@
-"""The command itself: finding verbs, and how each way of ending looks to the shell."""
+"""The command itself: lookup of verbs, and exit codes and messages for each kind of failure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> object:
-    """Makes the verb `check` raise what it is given."""
+    """Makes the verb `check` raise a given exception."""
 
     def install(error: BaseException) -> None:
         @click.command()
@@ -48,10 +48,10 @@ def test_unknown_verb_gets_a_suggestion() -> None:
     assert done.stderr.endswith("Error: No such command 'chekc'. Did you mean check?\n")
 
 
-def test_mistake_is_one_message_and_its_exit_code(failing, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
-    failing(HpcRlhfError("it broke", where="here", hint="mend it", exit_code=RUN_FAILED))
+def test_user_error_is_one_message_with_its_exit_code(failing, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    failing(HpcRlhfError("it broke", where="here", hint="fix it", exit_code=RUN_FAILED))
     assert main(["check"]) == RUN_FAILED
-    assert capsys.readouterr() == ("", "error: here: it broke\n  hint: mend it\n")
+    assert capsys.readouterr() == ("", "error: here: it broke\n  hint: fix it\n")
 
 
 def test_interrupt_is_quiet(failing, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
@@ -81,13 +81,13 @@ def test_debug_shows_the_traceback(failing, capsys, monkeypatch) -> None:  # typ
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_file_that_cannot_be_used_is_no_bug(failing, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_unusable_file_is_not_reported_as_a_bug(failing, capsys) -> None:  # type: ignore[no-untyped-def]
     failing(PermissionError(13, "Permission denied", "/x/y"))
     assert main(["check"]) == RUN_FAILED
     assert capsys.readouterr().err == "error: /x/y: Permission denied\n"
 
 
-def test_bug_is_one_line_where_no_file_can_be_written(failing, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_bug_is_one_line_if_no_file_can_be_written(failing, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr("tempfile.tempdir", "/dev/null")
     failing(ZeroDivisionError("oh"))
     assert main(["check"]) == RUN_FAILED
@@ -97,14 +97,14 @@ def test_bug_is_one_line_where_no_file_can_be_written(failing, capsys, monkeypat
 
 
 @pytest.mark.parametrize("words", ["--help", "schema", "check nothing.yaml"])
-def test_full_device_is_no_bug(words: str) -> None:
+def test_full_device_is_not_reported_as_a_bug(words: str) -> None:
     done = subprocess.run(
         ["bash", "-c", f'"$@" {words} >/dev/full', "x", *CLI], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (RUN_FAILED, "error: No space left on device\n")
 
 
-def test_closed_streams_are_as_good_as_none(tmp_path: Path) -> None:
+def test_closed_standard_streams_do_no_harm(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "-c", '"$@" init --actor a/b --deployment single_gpu <&- >&- 2>&-', "x", *CLI], cwd=tmp_path
     )
@@ -117,19 +117,19 @@ def test_closed_streams_are_as_good_as_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["--help", "schema"])
-def test_reader_that_leaves_early_is_no_error(verb: str) -> None:
+def test_reader_that_quits_early_is_no_error(verb: str) -> None:
     done = subprocess.run(
         ["bash", "-c", f'"$@" {verb} | head -c 1', "x", *CLI], capture_output=True, text=True
     )
     assert done.stderr == ""
 
 
-def test_output_that_the_terminal_cannot_show(tmp_path: Path) -> None:
+def test_output_that_the_terminal_cannot_encode(tmp_path: Path) -> None:
     done = run("check", "€.yaml", cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert (done.returncode, done.stdout) == (2, "\\u20ac.yaml: cannot read it: No such file or directory\n")
 
 
-def test_file_whose_name_is_no_text(tmp_path: Path) -> None:
+def test_file_name_that_is_not_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xff.yaml")
     (tmp_path / name).write_text("name: x\n")
     done = run("check", name, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""`hpc-rlhf schema` describes the specs that people write."""
+"""`hpc-rlhf schema` describes the specs that users write."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def test_job_specs_use_only_its_fields(schema: dict[str, Any]) -> None:
             assert fields.keys() <= schema["$defs"][f"{stage.capitalize()}Spec"]["properties"].keys()
 
 
-def test_spec_that_extends_another_need_not_be_whole(schema: dict[str, Any]) -> None:
+def test_spec_that_extends_another_may_be_incomplete(schema: dict[str, Any]) -> None:
     assert "extends" in schema["properties"]
     assert {"required": ["extends"]} in schema["anyOf"]

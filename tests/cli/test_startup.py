@@ -1,4 +1,4 @@
-"""What the verbs of the login node load: never the training stack, and no more than they need."""
+"""What login-node verbs import: never the training stack, and no more than they need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TINY = str(JOBS / "tiny.yaml")
 
 
 def loaded_by(*args: str, cwd: Path) -> set[str]:
-    """The top-level modules that a verb loads."""
+    """The top-level modules that a verb imports."""
     code = (
         "import json, sys; from hpc_rlhf.cli import main; code = main(sys.argv[1:]); sys.stdout.flush();"
         "sys.stderr.write('\\n' + json.dumps([code, sorted({name.split('.')[0] for name in sys.modules})]))"

@@ -1,4 +1,4 @@
-"""check and plan of a sweep, as a person calls them."""
+"""check, plan, render and doctor of a sweep as a user calls them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def file(tmp_path: Path) -> Path:
     return write(tmp_path, SWEEP)
 
 
-def test_check_tells_how_often_each_stage_is_trained(file: Path) -> None:
+def test_check_counts_how_often_each_stage_is_trained(file: Path) -> None:
     said = cli("check", file)
     assert said.exit_code == 0
     assert said.stdout == (f"{file}: ok, a sweep of 6 runs: sft 3 times, reward 3 times, ppo 6 times\n")
 
 
-def test_check_finds_what_is_wrong_with_one_run(file: Path) -> None:
+def test_check_finds_the_error_of_one_run(file: Path) -> None:
     said = cli("check", file, "--set", "sweep.seed=[1, -2]")
     assert said.exit_code == 2
     assert said.stdout.splitlines() == ["--set sweep.seed: seed: must be at least 0, not -2"]
 
 
-def test_plan_tells_who_trains_what_for_whom(file: Path) -> None:
+def test_plan_shows_which_run_trains_shared_stages(file: Path) -> None:
     rows = [line.split("  ") for line in cli("plan", file).stdout.splitlines()[1:7]]
     rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     assert rows[0] == ["kl_coef=0.02+seed=1", "sft, reward, ppo", "-"]
@@ -50,7 +50,7 @@ def test_plan_tells_who_trains_what_for_whom(file: Path) -> None:
     assert last["run_dir"] == f"{plan['run_dir']}/kl_coef=0.1+seed=3"
 
 
-def test_every_run_is_rendered_into_a_folder_of_its_own(file: Path, tmp_path: Path) -> None:
+def test_each_run_is_rendered_into_its_own_folder(file: Path, tmp_path: Path) -> None:
     assert cli("render", file, "--out", tmp_path / "out").exit_code == 0
     folders = sorted((tmp_path / "out").iterdir())
     assert len(folders) == 6
@@ -58,7 +58,7 @@ def test_every_run_is_rendered_into_a_folder_of_its_own(file: Path, tmp_path: Pa
     assert len(scripts) == 6, "each names its own run directory"
 
 
-def test_the_doctor_and_prefetch_look_at_what_any_run_takes(
+def test_doctor_and_prefetch_cover_all_runs(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

@@ -1,4 +1,4 @@
-"""hpc-rlhf watch on a terminal: drawn, drawn anew when its size changes, ended by a key; and told where there is none."""
+"""hpc-rlhf watch on a terminal: drawing, resizing, quitting; and without a terminal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_until(terminal: int, words: str) -> str:
 
 
 @pytest.mark.parametrize("ending", [b"q", b"\x03"], ids=["q", "ctrl-c"])
-def test_watch_draws_and_follows_the_window_until_a_key(run: RunDir, ending: bytes) -> None:
+def test_watch_redraws_on_resize_and_quits_on_a_key(run: RunDir, ending: bytes) -> None:
     mine, theirs = pty.openpty()
     resize(mine, 80)
     command = [sys.executable, "-m", "hpc_rlhf.cli", "watch", str(run.path)]
@@ -69,7 +69,7 @@ def test_watch_draws_and_follows_the_window_until_a_key(run: RunDir, ending: byt
     os.close(theirs)
 
 
-def test_watch_without_a_terminal_says_what_to_do(run: RunDir) -> None:
+def test_watch_without_a_terminal_gives_a_hint(run: RunDir) -> None:
     command = [sys.executable, "-m", "hpc_rlhf.cli", "watch", str(run.path)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

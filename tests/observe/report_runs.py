@@ -1,4 +1,4 @@
-"""Run directories for the report's tests, written as the launcher and the ranks write them."""
+"""Run directories for the report's tests, as the launcher and the ranks write them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _NAMES = {
 def make_reported_run(
     path: Path, monkeypatch: pytest.MonkeyPatch, steps: int = 60, interruptions: int = 0, **texts: str
 ) -> RunDir:
-    """A finished run of SFT, reward model and PPO, a step a second; SFT is interrupted.
+    """A finished run of SFT, reward model and PPO with a step per second; SFT is interrupted.
 
     Args:
         texts: ``prompt`` and ``answer`` of a final sample of PPO.
@@ -79,7 +79,7 @@ def finish(run: RunDir, stage: str, steps: int, metrics: dict[str, Any]) -> None
 
 
 def evaluate(run: RunDir, prompt: str, answers: dict[str, str]) -> None:
-    """The report and the answers of an evaluation."""
+    """Write the report and the responses of an evaluation."""
     between = {"value": 0.7, "low": 0.6, "high": 0.79}
     found = {
         "base": "sft",

@@ -1,4 +1,4 @@
-"""compare: which run came out best, what differs, and what may not be compared."""
+"""compare: ranking, differing fields, and metrics that do not compare."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COEFS = "sweep: {stages.ppo.kl_coef: [0.02, 0.1, 0.5]}\n"
 
 
 def make_sweep(folder: Path, sweep: str, rewards: Mapping[str, float]) -> dict[str, RunDir]:
-    """The runs of a sweep: those with a reward are done, and in the others the reward model is."""
+    """The runs of a sweep: those with a reward are finished, the others up to the reward model."""
     found = load_any(write(folder, GOOD.replace("runs/good", str(folder / "good")) + sweep))
     assert isinstance(found, Sweep)
     lent = lay_out(found)
@@ -80,7 +80,7 @@ def rows(shown: Result) -> list[list[str]]:
     return [line.split() for line in shown.stdout.splitlines()]
 
 
-def test_runs_of_a_sweep_are_ranked_by_the_reward_that_they_trained_to(tmp_path: Path) -> None:
+def test_sweep_is_ranked_by_final_training_reward(tmp_path: Path) -> None:
     runs = make_sweep(tmp_path, COEFS, {"kl_coef=0.02": 1.0, "kl_coef=0.1": 3.0})
     score(runs["kl_coef=0.02"], 100, [9.0] * 10 + [1.0] * 10)  # what counts is the end
     wanted = [
@@ -95,7 +95,7 @@ def test_runs_of_a_sweep_are_ranked_by_the_reward_that_they_trained_to(tmp_path:
         assert shown.stderr == "ranked by ppo.reward\n"
 
 
-def test_evaluations_outrank_training(tmp_path: Path) -> None:
+def test_evaluations_take_precedence_over_training(tmp_path: Path) -> None:
     runs = make_sweep(tmp_path, COEFS, {"kl_coef=0.02": 3.0, "kl_coef=0.1": 1.0, "kl_coef=0.5": 2.0})
     evaluate(runs["kl_coef=0.02"], reward=interval(0.5), win_rate=interval(0.6), perplexity=4.0)
     evaluate(runs["kl_coef=0.1"], reward=interval(1.5), win_rate=interval(0.7), perplexity=3.0)
@@ -108,7 +108,7 @@ def test_evaluations_outrank_training(tmp_path: Path) -> None:
     assert [row[1] for row in rows(by_perplexity)[1:]] == ["3", "4", "-"]
 
 
-def test_runs_with_reward_models_of_their_own_are_ranked_by_what_compares(tmp_path: Path) -> None:
+def test_different_reward_models_are_ranked_by_win_rate(tmp_path: Path) -> None:
     names = [f"kl_coef={coef}+seed={seed}" for coef in (0.02, 0.1) for seed in (1, 2)]
     runs = make_sweep(
         tmp_path, "sweep: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2]}\n",
@@ -130,7 +130,7 @@ def test_runs_with_reward_models_of_their_own_are_ranked_by_what_compares(tmp_pa
     ]
 
 
-def test_a_stage_that_only_some_have_is_one_difference(tmp_path: Path) -> None:
+def test_field_that_only_some_runs_have_is_one_difference(tmp_path: Path) -> None:
     make_sweep(tmp_path, "sweep: {stages.sft.lora: [null, {rank: 8}]}\n", {})
     found = json.loads(cli("--json", tmp_path / "good").stdout)
     values = [run["values"]["stages.sft.lora"] for run in found["runs"]]
@@ -141,14 +141,14 @@ def test_a_stage_that_only_some_have_is_one_difference(tmp_path: Path) -> None:
     assert "no run has a metric to rank by yet" in cli(tmp_path / "good").stderr
 
 
-def test_a_number_that_no_run_has(tmp_path: Path) -> None:
+def test_unknown_metric_is_refused(tmp_path: Path) -> None:
     make_sweep(tmp_path, COEFS, {"kl_coef=0.1": 1.0})
     with pytest.raises(HpcRlhfError, match="no run has the number 'bleu'") as caught:
         cli(tmp_path / "good", "--by", "bleu")
     assert caught.value.hint == "there are ppo.reward, ppo.kl"
 
 
-def test_runs_that_differ_in_nothing_but_the_seed_are_taken_together(tmp_path: Path) -> None:
+def test_runs_that_differ_only_in_seed_are_summarized(tmp_path: Path) -> None:
     make_sweep(tmp_path, "sweep: {seed: [1, 2]}\n", {"seed=1": 1.0, "seed=2": 3.0})
     found = json.loads(cli("--json", tmp_path / "good").stdout)
     assert found["over_seeds"] == [{"values": {}, "runs": 2, "mean": 2.0, "std": pytest.approx(2**0.5)}]

@@ -36,7 +36,7 @@ REPORT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_models_stand_side_by_side_with_their_intervals() -> None:
+def test_models_are_side_by_side_with_intervals() -> None:
     assert table_rows(REPORT) == [
         ("", "sft", "ppo"),
         ("perplexity", "3.46", "4"),
@@ -48,14 +48,14 @@ def test_models_stand_side_by_side_with_their_intervals() -> None:
     ]
 
 
-def test_it_says_what_was_compared() -> None:
+def test_notes_describe_the_evaluation() -> None:
     text = "".join(map(str, evaluation_parts(REPORT)))
     assert "prefers the chosen answer in 91% (88–94) of 300 held-out pairs" in text
     assert "400 held-out prompts, the same for all: sampled at temperature 0.7, top_p 0.9." in text
     assert len(list(evaluation_parts({**REPORT, "models": {}, "prompts": 0}))) == 1
 
 
-def test_a_missing_report_is_told(tmp_path: Path) -> None:
+def test_missing_evaluation_is_reported(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     with pytest.raises(HpcRlhfError, match="cannot read the evaluation: No such file"):
         read_report(run)
@@ -64,7 +64,7 @@ def test_a_missing_report_is_told(tmp_path: Path) -> None:
     assert read_report(run) == REPORT
 
 
-def test_a_run_ends_with_it(tmp_path: Path) -> None:
+def test_summary_includes_the_evaluation(tmp_path: Path) -> None:
     run, out = RunDir(tmp_path), StringIO()
     metrics = {"prompts": 400, "base": "sft", "win_rates": {"ppo": 0.875}}
     for stage in ("sft", "eval"):

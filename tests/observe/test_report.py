@@ -1,4 +1,4 @@
-"""The report of a run as text: what it says, that it needs no other file, and that no text in it comes alive."""
+"""The report as text: its content, that it is self-contained, and that no text in it can execute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.train.stages import make_run, run_stage, tiny_spec
 
 
 class Elements(HTMLParser):
-    """The elements of a page, and the text that is shown."""
+    """Collects the elements of a page and its visible text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def charts(page: str) -> list[dict[str, Any]]:
     return made
 
 
-def test_it_tells_what_the_run_did(run: RunDir) -> None:
+def test_report_describes_the_run(run: RunDir) -> None:
     said = Elements(make_page(run)).words
     assert "PPO is done: reward -0.5 → 2.25, KL 0 → 0.31." in said
     assert "2 interruptions: 2 preempted" in said
@@ -77,7 +77,7 @@ def test_it_tells_what_the_run_did(run: RunDir) -> None:
     assert "global_batch" in said
 
 
-def test_an_evaluation_is_the_outcome_and_its_answers_are_shown(run: RunDir) -> None:
+def test_evaluation_gives_the_outcome_and_the_responses(run: RunDir) -> None:
     answers = {"sft": "plain", "ppo": "polite", "ema": "steady", "reference": "wanted"}
     evaluate(run, "\n\nHuman: Hi\n\nAssistant:", answers)
     said = Elements(make_page(run)).words
@@ -90,7 +90,7 @@ def test_an_evaluation_is_the_outcome_and_its_answers_are_shown(run: RunDir) -> 
     assert order == sorted(order)
 
 
-def test_curves_hold_every_number_of_the_metrics(run: RunDir) -> None:
+def test_charts_have_every_metric(run: RunDir) -> None:
     made = charts(make_page(run))
     titles = {chart["title"] for chart in made}
     assert {"loss", "perplexity", "accuracy", "reward", "entropy", "clip fractions", "throughput"} <= titles
@@ -100,7 +100,7 @@ def test_curves_hold_every_number_of_the_metrics(run: RunDir) -> None:
     assert loss["lines"]["loss"] == [pytest.approx(row["loss"], rel=1e-5) for row in rows]
 
 
-def test_a_number_that_no_chart_can_show_breaks_none(run: RunDir) -> None:
+def test_non_finite_numbers_do_not_break_charts(run: RunDir) -> None:
     bad = {"loss": math.nan, "lr": math.inf, "grad_norm": -math.inf, "perplexity": math.nan}
     for kind in ("train", "eval"):
         add_line(run.stage("sft").metrics, step=61, total_steps=61, time=1.7e9, kind=kind, **bad)
@@ -109,7 +109,7 @@ def test_a_number_that_no_chart_can_show_breaks_none(run: RunDir) -> None:
     assert charts(page)[0]["lines"]["loss"][-1] is None
 
 
-def test_throughput_leaves_interruptions_out(run: RunDir) -> None:
+def test_throughput_excludes_interruptions(run: RunDir) -> None:
     speed = next(chart for chart in charts(make_page(run)) if chart["title"] == "throughput")
     values = speed["lines"]["throughput"]
     batch = json.loads(run.plan_json.read_text())["jobs"][0]["batch"]["global"]
@@ -127,9 +127,7 @@ def test_held_out_measurements_are_dots(run: RunDir) -> None:
     assert (measured, chart["dots"]) == ({0: 400.0, 60: 2.5}, ["held out"])
 
 
-def test_a_run_that_broke_off_is_told_as_far_as_it_went(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_run_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_reported_run(tmp_path / "run", monkeypatch)
     (run.stage("ppo").model / "manifest.json").unlink()
     run.ledger.write_text(run.ledger.read_text().rpartition('{"time"')[0])
@@ -146,7 +144,7 @@ def test_a_run_that_broke_off_is_told_as_far_as_it_went(
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
-def test_no_text_comes_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool) -> None:
+def test_hostile_text_is_inert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: bool) -> None:
     ours = make_page(make_reported_run(tmp_path / "plain", monkeypatch))
     run = make_reported_run(tmp_path / "run", monkeypatch, prompt=HOSTILE, answer=HOSTILE)
     if evaluated:
@@ -165,7 +163,7 @@ def test_no_text_comes_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ev
     assert "{{ 7 * 7 }}" in page.text
 
 
-def test_it_needs_nothing_else(run: RunDir) -> None:
+def test_report_is_self_contained(run: RunDir) -> None:
     page = make_page(run)
     for _, attributes in Elements(page).found:
         for name in ("src", "href", "srcset", "data", "action"):
@@ -174,7 +172,7 @@ def test_it_needs_nothing_else(run: RunDir) -> None:
     assert "default-src 'none'" in page
 
 
-def test_a_long_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_a_long_run_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_reported_run(tmp_path / "run", monkeypatch, steps=3000, interruptions=40)
     page = make_page(run)
     assert len(page.encode()) < 1_500_000
@@ -194,7 +192,7 @@ def test_thinning_keeps_every_peak() -> None:
     assert kept([flat[:600]]) == list(range(600))
 
 
-def test_the_bars_of_the_timeline_leave_no_gap(run: RunDir) -> None:
+def test_timeline_has_no_gaps(run: RunDir) -> None:
     events = list(Ledger(run.ledger).events("sft"))
     found = measure(events, {"sft": []})
     (bar,) = make_timeline(found, {"sft": "finished"}, {}).bars
@@ -204,7 +202,7 @@ def test_the_bars_of_the_timeline_leave_no_gap(run: RunDir) -> None:
     assert bar.pieces[-1].left + bar.pieces[-1].width == pytest.approx(10_000, abs=0.2)
 
 
-def test_saves_too_short_to_be_seen_do_not_cut_the_bar() -> None:
+def test_invisibly_short_saves_do_not_split_a_bar() -> None:
     started = Started("sft", attempt="7-0", host="node1")
     ready = Ready("sft", attempt="7-0")
     saves = [
@@ -216,7 +214,7 @@ def test_saves_too_short_to_be_seen_do_not_cut_the_bar() -> None:
     assert bar.words["saving"] == "5 min 0 s"
 
 
-def test_the_verb_writes_it_and_says_where(
+def test_verb_writes_the_report_and_prints_its_path(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(run.path)]) == 0
@@ -228,7 +226,7 @@ def test_the_verb_writes_it_and_says_where(
     assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_what_cannot_be_written_or_read_is_one_sentence(
+def test_unusable_paths_are_one_message(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(run.path), "--out", str(tmp_path / "no/such/folder.html")]) == 2
@@ -239,7 +237,7 @@ def test_what_cannot_be_written_or_read_is_one_sentence(
     assert "cannot read the plan" in capsys.readouterr().err
 
 
-def test_it_imports_nothing_heavy(run: RunDir) -> None:
+def test_report_imports_nothing_heavy(run: RunDir) -> None:
     heavy = "torch", "deepspeed", "transformers", "datasets"
     code = f"import sys; from hpc_rlhf.cli import main; main(['report', sys.argv[1]]); print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run(
@@ -249,8 +247,8 @@ def test_it_imports_nothing_heavy(run: RunDir) -> None:
 
 
 @pytest.mark.train
-def test_a_stage_writes_it_and_goes_on_where_that_cannot_be(tmp_path: Path) -> None:
-    """Real ranks: a stage that is done leaves the report; one whose report cannot be written is done all the same."""
+def test_stage_finishes_even_if_the_report_cannot_be_written(tmp_path: Path) -> None:
+    """Real ranks: a finished stage writes the report, and finishes even if it cannot be written."""
     run = make_run(tiny_spec(tmp_path / "run", 1, sft={"max_steps": 2}, reward={"max_steps": 2}))
     run_stage(run, "sft", 1)
     said = Elements(run.report.read_text(encoding="utf-8")).words

@@ -1,4 +1,4 @@
-"""The report in a real browser: it draws, fits any width, can be read by all, and runs no script but its own."""
+"""The report in a real browser: drawing, any width, accessibility, and no foreign script."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run of 3,000 steps and 40 interruptions, whose prompts and answers are hostile."""
+    """The report of a run of 3,000 steps and 40 interruptions with hostile prompts and responses."""
     with pytest.MonkeyPatch.context() as patch:
         run = make_reported_run(
             tmp_path_factory.mktemp("report") / "run", patch, steps=3000, interruptions=40
@@ -71,7 +71,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(browser: Browser, report: Path, width: int = 1440, theme: Any = "light") -> tuple[Page, list[str]]:
-    """The report on a page, and a list that what goes wrong there is added to."""
+    """The report in a page, and a list that collects the errors of the page."""
     page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme).new_page()
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text))
@@ -83,7 +83,7 @@ def opened(browser: Browser, report: Path, width: int = 1440, theme: Any = "ligh
 
 
 def draw_all(page: Page) -> int:
-    """Come near every chart, and tell how many were drawn."""
+    """Scroll to every chart and return how many were drawn."""
     for plot in page.locator(".plot").all():
         plot.scroll_into_view_if_needed()
         plot.locator("canvas").wait_for()
@@ -92,7 +92,7 @@ def draw_all(page: Page) -> int:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 768, 1440])
-def test_it_is_whole_and_can_be_read_by_all(browser: Browser, report: Path, width: int, theme: str) -> None:
+def test_report_renders_accessibly(browser: Browser, report: Path, width: int, theme: str) -> None:
     page, wrong = opened(browser, report, width, theme)
     assert draw_all(page) == page.locator(".plot").count() > 20
     page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
@@ -105,7 +105,7 @@ def test_it_is_whole_and_can_be_read_by_all(browser: Browser, report: Path, widt
     page.context.close()
 
 
-def test_the_theme_can_be_switched(browser: Browser, report: Path) -> None:
+def test_theme_can_be_switched(browser: Browser, report: Path) -> None:
     page, wrong = opened(browser, report, theme="light")
     background = "getComputedStyle(document.body).backgroundColor"
     seen = [page.evaluate(background)]

@@ -1,4 +1,4 @@
-"""What status makes of what Slurm says and what is on disk."""
+"""status: the state of each stage from Slurm and from disk."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_state_and_why(known: Evidence, state: str, why: str) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run directory in which SFT is done, the reward model has made some steps, and PPO has not begun."""
+    """A run whose SFT is done, whose reward model has some steps, and whose PPO has not started."""
     spec = make_spec(tmp_path / "run")
     run = RunDir(Path(spec.run_dir))
     for stage in spec.stage_names:
@@ -124,7 +124,7 @@ def test_status_reads_progress_from_disk_alone(run: RunDir) -> None:
     assert (ppo.state, ppo.step, ppo.value) == ("not started", None, None)
 
 
-def test_stage_run_here_after_its_slurm_job_was_cancelled_is_no_slurm_job(run: RunDir) -> None:
+def test_local_run_after_a_cancelled_job_has_no_slurm_job(run: RunDir) -> None:
     ledger = Ledger(run.ledger)
     ledger.append(Submitted("ppo", token="t", job_id="12"))
     ledger.append(Cancelled("ppo", job_id="12"))
@@ -135,7 +135,7 @@ def test_stage_run_here_after_its_slurm_job_was_cancelled_is_no_slurm_job(run: R
     assert read_status(run)[2].state == "running"
 
 
-def test_pace_is_that_of_the_last_steps_without_the_time_between_attempts(tmp_path: Path) -> None:
+def test_pace_excludes_time_between_attempts(tmp_path: Path) -> None:
     times = [10.0, 12.0, 14.0, 1000.0, 1002.0]  # an attempt began at 900
     rows = [{"step": step, "time": time} for step, time in enumerate(times, 1)]
     assert seconds_a_step(rows, starts=[5.0, 900.0]) == 2.0
@@ -154,13 +154,13 @@ def test_pace_is_that_of_the_last_steps_without_the_time_between_attempts(tmp_pa
     assert [row["step"] for row in reader.news()[0]] == [6]
 
 
-def test_torn_model_is_not_done(run: RunDir) -> None:
+def test_incomplete_model_is_not_done(run: RunDir) -> None:
     (run.stage("sft").model / "config.json").write_text("longer than it was")
     assert read_status(run)[0].state != "done"
 
 
 def test_status_verb_without_slurm(run: RunDir, tmp_path: Path) -> None:
-    """A submitted run can be looked at where Slurm is not, and says so."""
+    """The status of a submitted run can be read without Slurm, and reports that."""
     Ledger(run.ledger).append(Submitted("ppo", token="t", job_id="12"))
 
     def status(*args: str) -> subprocess.CompletedProcess[str]:
@@ -191,7 +191,7 @@ def test_status_verb_without_slurm(run: RunDir, tmp_path: Path) -> None:
     assert [stage["state"] for stage in stages] == ["done", "stopped", "unknown"]
 
 
-def test_status_verb_tells_what_interrupted_a_run_and_where_its_time_went(run: RunDir) -> None:
+def test_status_verb_shows_interruptions_and_goodput(run: RunDir) -> None:
     for line in (
         {"time": 10, "event": "started", "attempt": "1", "age": 0},
         {"time": 20, "event": "ready", "attempt": "1", "step": 0},
@@ -227,7 +227,7 @@ def test_status_verb_tells_what_interrupted_a_run_and_where_its_time_went(run: R
     assert told["stages"][2]["goodput"]["ettr"] is None
 
 
-def test_status_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
+def test_status_of_another_folder_is_one_clear_error(tmp_path: Path) -> None:
     for argument, expected in ((tmp_path, "it has no job.yaml"), (tmp_path / "no", "does not exist")):
         command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(argument)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -236,7 +236,7 @@ def test_status_of_something_else_is_one_clear_error(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_run_directory_without_a_whole_plan_is_one_clear_error(tmp_path: Path) -> None:
+def test_unreadable_plan_is_one_clear_error(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.job_yaml.write_text("")
     with pytest.raises(HpcRlhfError, match="cannot read the plan: No such file"):

@@ -1,4 +1,4 @@
-"""The table and the answers at the end of a run, and the lines on the way."""
+"""The summary at the end of a run, and its progress lines."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def test_every_stage_has_its_outcome(run: RunDir) -> None:
+def test_every_stage_has_its_result(run: RunDir) -> None:
     text = " ".join(shown(run).split())
     assert "sft 40 1 min 15 s held-out perplexity 512 → 3.46" in text
     assert "reward 40 1 min 15 s held-out accuracy 0.968" in text
     assert "ppo 40 1 min 15 s reward -0.5 → 2.25 (first std 0.8), KL 0 → 0.31" in text
 
 
-def test_three_questions_stand_beside_both_answers(run: RunDir) -> None:
+def test_three_prompts_are_shown_with_both_responses(run: RunDir) -> None:
     lines = shown(run, 120).splitlines()
     for row in range(3):
         line = next(line for line in lines if f"Question {row}?" in line)
@@ -78,7 +78,7 @@ def test_three_questions_stand_beside_both_answers(run: RunDir) -> None:
     assert not any("Question 3?" in line for line in lines)
 
 
-def test_dpos_answers_stand_there_without_a_reward(tmp_path: Path) -> None:
+def test_dpo_responses_have_no_reward(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     finish(run, "dpo")
     row = {"step": 40, "kind": "final", "prompt": "Human: Who?", "answer": "polite", "sft_answer": "plain"}
@@ -90,7 +90,7 @@ def test_dpos_answers_stand_there_without_a_reward(tmp_path: Path) -> None:
     assert "reward" not in text
 
 
-def test_the_next_commands_are_quoted_for_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_commands_are_shell_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = RunDir(tmp_path / "my run")
     finish(run, "sft")
@@ -100,7 +100,7 @@ def test_the_next_commands_are_quoted_for_a_shell(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_long_and_odd_answers_stay_within_the_page(run: RunDir, width: int) -> None:
+def test_long_and_odd_responses_fit_the_width(run: RunDir, width: int) -> None:
     run.stage("ppo").samples.unlink()
     odd = "[bold]not markup[/bold] \x07\x1b[2J " + "word " * 300 + "x" * 500
     add_sample(run, prompt="no roles at all", answer=odd, sft_answer="")
@@ -112,14 +112,14 @@ def test_long_and_odd_answers_stay_within_the_page(run: RunDir, width: int) -> N
     assert len(table.splitlines()) < 40
 
 
-def test_torn_or_missing_samples_leave_the_table(run: RunDir) -> None:
+def test_truncated_or_missing_samples_are_tolerated(run: RunDir) -> None:
     run.stage("ppo").samples.write_text('{"kind": "final", "pro')
     assert "held-out accuracy 0.968" in shown(run)
     run.stage("ppo").samples.unlink()
     assert "Next:" in shown(run)
 
 
-def test_metrics_that_are_missing_or_not_finite_show_as_dashes(tmp_path: Path) -> None:
+def test_missing_or_non_finite_metrics_are_dashes(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.stage("sft").model.mkdir(parents=True)
     manifest.write(run.stage("sft").model, {"stage": "sft", "metrics": {"perplexity_before": None}})
@@ -147,7 +147,7 @@ def log_step(run: RunDir, step: int, at: float, **values: float | None) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def test_a_stage_tells_what_it_waits_for_then_how_it_goes(tmp_path: Path) -> None:
+def test_stage_shows_its_phase_and_then_its_progress(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.stage("sft").path.mkdir(parents=True)
     log_step(run, 4, time.time() - 1000, loss=9.0)  # of an earlier attempt
@@ -173,7 +173,7 @@ def test_a_stage_tells_what_it_waits_for_then_how_it_goes(tmp_path: Path) -> Non
     assert words() == "loss -, 5 steps/s, 2 s left"
 
 
-def test_metrics_written_anew_are_read_from_their_beginning(tmp_path: Path) -> None:
+def test_rewritten_metrics_are_read_from_the_start(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.stage("sft").path.mkdir(parents=True)
     view = StageView(run, "sft", ranks=1)
@@ -188,7 +188,7 @@ def test_metrics_written_anew_are_read_from_their_beginning(tmp_path: Path) -> N
     assert (view.step, view.last["loss"]) == (6, 3.0)
 
 
-def test_plain_lines_come_at_every_tenth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_progress_prints_every_tenth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path)
     run.stage("sft").path.mkdir(parents=True)
     with PlainProgress(run) as progress:

@@ -1,4 +1,4 @@
-"""What status and watch draw, at the widths of real terminals."""
+"""What status and watch draw at common terminal widths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_rlhf.observe.terminal.board import Board, sparks
 
 
 def drawn(width: int, plain: bool = False) -> list[str]:
-    """The board of a chain in the midst of its night, with its longest words."""
+    """The board of a running chain with long values."""
     now = time.time()
     broken = (
         Interruption("preempted", now - 9000, "node1", 100),
@@ -38,7 +38,7 @@ def drawn(width: int, plain: bool = False) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_a_night_at_a_glance(width: int) -> None:
+def test_board_at_terminal_widths(width: int) -> None:
     lines = drawn(width)
     text = "\n".join(lines)
     assert max(map(len, lines)) <= width
@@ -52,18 +52,18 @@ def test_a_night_at_a_glance(width: int) -> None:
     assert ("━━━─────── 4200/12000 35%" in text and "accuracy 0.71" in text) == (width == 140)
 
 
-def test_what_does_not_fit_is_left_out_and_nothing_is_cut() -> None:
+def test_narrow_board_drops_whole_columns() -> None:
     lines = drawn(50)
     assert max(map(len, lines)) <= 50
     assert lines[0].split() == ["stage", "state", "progress", "time"]
     assert lines[2].split() == ["reward", "running", "4200/12000", "25", "h", "1", "min", "left"]
 
 
-def test_a_terminal_without_unicode_gets_none() -> None:
+def test_ascii_terminal_gets_only_ascii() -> None:
     assert "\n".join(drawn(140, plain=True)).isascii()
 
 
-def test_a_curve_goes_through_the_means_of_equal_parts() -> None:
+def test_sparkline_averages_equal_parts() -> None:
     assert sparks([], 8) == ""
     assert sparks([1.0], 8) == "▅"
     assert sparks([3.0, 3.0], 8) == "▅▅"
