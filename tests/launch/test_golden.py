@@ -203,14 +203,16 @@ def test_deepspeed_configs_use_only_keys_that_deepspeed_knows(job_folders: list[
     """DeepSpeed silently ignores an unknown key at the top level, such as zero_optimisation."""
     from deepspeed.runtime import constants
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    known = {value for value in vars(constants).values() if isinstance(value, str)} | {"zero_optimization"}
     blocks = {
         "zero_optimization": DeepSpeedZeroConfig,
         "bf16": DeepSpeedBF16Config,
         "fp16": DeepSpeedFP16Config,
+        "tensor_parallel": TPTrainingConfig,
     }
+    known = {value for value in vars(constants).values() if isinstance(value, str)} | set(blocks)
     folders = [*job_folders, *GOLDEN.iterdir()]
     configs = [path for folder in folders for path in sorted(folder.glob("*.ds_config.json"))]
     assert configs
