@@ -20,7 +20,8 @@ _UNLIMITED = 10_000
 def print_parts(draw: Callable[[int, bool, bool], Iterable[RenderableType]]) -> None:
     """Print the renderables of ``draw(width, live, ascii_only)`` to stdout.
 
-    In a pipe ``width`` is practically unlimited: lines are neither wrapped, cut nor padded, and have no colour.
+    In a pipe ``width`` is practically unlimited: lines are neither wrapped, cut nor padded, and have no colour. On a
+    terminal, text with ``no_wrap`` is left for the terminal to wrap, so that it can be copied.
     """
     from rich.console import Console
 
@@ -28,7 +29,7 @@ def print_parts(draw: Callable[[int, bool, bool], Iterable[RenderableType]]) -> 
     ascii_only = not console.encoding.startswith("utf")
     if console.is_terminal:
         for part in draw(console.width, True, ascii_only):
-            console.print(part)
+            console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
         return
     text = StringIO()
     pipe = Console(file=text, width=_UNLIMITED, highlight=False, markup=False, emoji=False, color_system=None)

@@ -124,8 +124,8 @@ def question(prompt: str) -> str:
 
 
 def _next(run: RunDir, stage: str) -> Iterator[RenderableType]:
-    """The commands and files to look at next. They are not folded, so that they can be copied."""
-    from hpc_rlhf.observe.terminal.tables import grid
+    """The next commands and the files that the run made."""
+    from rich.text import Text
 
     folder = _short_path(run.path)
     rows = {
@@ -135,10 +135,9 @@ def _next(run: RunDir, stage: str) -> Iterator[RenderableType]:
         "model": _short_path(run.stage(stage).model),
         **({"report": _short_path(run.report)} if run.report.exists() else {}),
     }
-    table = grid("Next:", "")
+    yield Text("\nNext:")
     for what, command in rows.items():
-        table.add_row(f"  {what}", command)
-    yield table
+        yield Text(f"  {what}: {command}", no_wrap=True)
 
 
 def _shortened(text: str) -> str:

@@ -73,7 +73,7 @@ def test_summary_includes_the_evaluation(tmp_path: Path) -> None:
             run.stage(stage).report.write_text(json.dumps(REPORT))
         facts = {"step": 3, "seconds": 8.0, "metrics": metrics if stage == "eval" else {}}
         manifest.write(run.stage(stage).model, facts)
-    Console(file=out, width=100).print(*summary(run, 100))
+    Console(file=out, width=100).print(*summary(run, 100), soft_wrap=True)
     text = out.getvalue()
     assert "ppo wins 88% against sft" in text
     assert "wins against sft" in text
