@@ -14,7 +14,7 @@ from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.batch import Batch
 from hpc_rlhf.spec.sizes import ROWS
-from hpc_rlhf.spec.stages import PpoSpec
+from hpc_rlhf.spec.stages import PPO, PpoSpec
 from hpc_rlhf.train.data.dialogues import follow, prompt_text, token_ids
 from hpc_rlhf.train.data.rows import asked
 from hpc_rlhf.train.models.export import export
@@ -100,7 +100,7 @@ class DeepSpeedRLHFEngine:
         batch = Batch(
             self.spec.micro_batch, 1, self.world.dims.data, self.spec.micro_batch * self.world.dims.data
         )
-        job = PlannedJob("ppo", "ppo", (), self.spec, self.spec.slurm, batch)
+        job = PlannedJob(PPO.name, PPO.name, (), self.spec, self.spec.slurm, batch)
         start = Start(
             actor=actor_model_name_or_path,
             reward=critic_model_name_or_path,

@@ -16,9 +16,7 @@ from hpc_rlhf.cli.conversation import HELP, Conversation, converse, respond
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
-
-CHAT_STAGES = ("dpo", "ppo", "sft")  # the latest first
-MODELS = (*CHAT_STAGES, "ema")
+from hpc_rlhf.spec.stages import POLICIES
 
 
 def _finite(context: click.Context, option: click.Parameter, value: float) -> float:
@@ -35,11 +33,13 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
 @click.argument("run", metavar="RUN")
 @click.option(
     "--stage",
-    type=click.Choice(MODELS),
+    type=click.Choice(tuple(POLICIES)),
     help="Model to use; ema is the moving average of PPO's weights.",
     show_default="the latest finished",
 )
-@click.option("--compare", nargs=2, type=click.Choice(MODELS), help="Two models to show side by side.")
+@click.option(
+    "--compare", nargs=2, type=click.Choice(tuple(POLICIES)), help="Two models to show side by side."
+)
 @click.option("--prompt", metavar="TEXT", help="Print the response to this prompt and exit.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest response."
@@ -94,23 +94,25 @@ def finished_model(run: RunDir, wanted: str | None) -> tuple[str, Path]:
     from hpc_rlhf.spec.load import read_spec
 
     spec = read_spec(run.job_yaml)
-    planned = [name for name in CHAT_STAGES if name in spec.stage_names]
-    if wanted == "ema":
-        ppo = spec.stages.ppo
-        if ppo is None or not ppo.ema:
-            raise HpcRlhfError(
-                "this run keeps no moving average: stages.ppo.ema is false", where=str(run.path)
-            )
-    elif wanted is not None and wanted not in planned:
-        raise HpcRlhfError(f"this run has no {wanted} stage", where=str(run.path))
-    names = planned if wanted is None else [wanted]
+    if wanted is not None and wanted not in spec.policies:
+        maker = POLICIES[wanted].name
+        what = (
+            f"has no {maker} stage"
+            if wanted == maker
+            else f"keeps no moving average: stages.{maker}.ema is false"
+        )
+        raise HpcRlhfError(f"this run {what}", where=str(run.path))
+    latest_first = [model for model, stage in reversed(spec.policies.items()) if model == stage]
+    names = latest_first if wanted is None else [wanted]
     for name in names:
-        files = run.stage("ppo" if name == "ema" else name)
+        stage = spec.policies[name]
+        files = run.stage(stage)
         if manifest.is_done(files):
-            return name, files.ema_model if name == "ema" else files.model
+            return name, files.model if name == stage else files.ema_model
     if not names:
+        makers = dict.fromkeys(kind.name for kind in POLICIES.values())
         raise HpcRlhfError(
-            "this run trains no chat model: it has no sft, ppo or dpo stage", where=str(run.path)
+            f"this run trains no chat model: it has no {' or '.join(makers)} stage", where=str(run.path)
         )
     raise HpcRlhfError(
         f"there is no finished model yet: {' and '.join(names)} "

@@ -15,6 +15,7 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.spec.stages import EVALUATION
 
 
 @click.command("eval", epilog=example("hpc-rlhf eval my-job.yaml --prompts 200"))
@@ -40,9 +41,9 @@ def command(
 
     folder = find_run(run)
     spec, file = evaluation_spec(
-        run, folder, sets if prompts is None else (*sets, f"stages.eval.prompts={prompts}")
+        run, folder, sets if prompts is None else (*sets, f"stages.{EVALUATION.name}.prompts={prompts}")
     )
-    done = manifest.is_done(folder.stage("eval"))
+    done = manifest.is_done(folder.stage(EVALUATION.name))
     if not done or evaluated_otherwise(folder, spec):
         _evaluate(context, spec, folder, file, _again(run, prompts, sets, as_json))
     report = read_report(folder)
@@ -64,12 +65,13 @@ def evaluation_spec(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[Jo
     file = Path(run) if Path(run).is_file() else folder.job_yaml
     # RUN may be a sweep of which only one run exists yet.
     source = folder.job_yaml if isinstance(load_any(file), Sweep) else file
-    if load_one(source).stages.eval is None:
+    if load_one(source).evaluation is None:
         # The settings of the last evaluation, or the defaults.
-        last = read_spec(folder.job_yaml).stages.eval
-        sets = ("stages.eval=" + json.dumps(last.model_dump(mode="json") if last else {}), *sets)
+        last = read_spec(folder.job_yaml).evaluation
+        fields = last.model_dump(mode="json") if last else {}
+        sets = (f"stages.{EVALUATION.name}={json.dumps(fields)}", *sets)
     spec = load_one(source, sets)
-    missing = [stage for stage in spec.needs("eval") if not manifest.is_done(folder.stage(stage))]
+    missing = [stage for stage in spec.needs(EVALUATION.name) if not manifest.is_done(folder.stage(stage))]
     if missing:
         raise HpcRlhfError(
             f"there is nothing to evaluate yet: {' and '.join(missing)} "
@@ -91,7 +93,7 @@ def _evaluate(context: click.Context, spec: JobSpec, folder: RunDir, file: Path,
         prepare(spec, run, None if file == folder.job_yaml else file.parent)
         try:
             with progress(run) as watcher:
-                LocalRun(spec, run, None, watcher, again).run_stages(("eval",))
+                LocalRun(spec, run, None, watcher, again).run_stages((EVALUATION.name,))
         except Interrupted as stop:  # the user asked for it: no error
             click.echo(str(stop), err=True)
             context.exit(stop.exit_code)

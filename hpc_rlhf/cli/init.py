@@ -9,7 +9,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, writing
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.recipes import DEPLOYMENTS, Recipe, billions_in, nearest
+from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, Recipe, billions_in, nearest
 
 
 @click.command(

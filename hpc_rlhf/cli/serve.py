@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from hpc_rlhf.cli.arguments import example, find_run
-from hpc_rlhf.cli.chat import MODELS, finished_model
+from hpc_rlhf.cli.chat import finished_model
+from hpc_rlhf.spec.stages import POLICIES
 
 
 @click.command(
@@ -13,7 +14,7 @@ from hpc_rlhf.cli.chat import MODELS, finished_model
 )
 @click.argument("run", metavar="RUN")
 @click.option(
-    "--stage", type=click.Choice(MODELS), help="Model to serve.", show_default="the latest finished"
+    "--stage", type=click.Choice(tuple(POLICIES)), help="Model to serve.", show_default="the latest finished"
 )
 @click.option(
     "--host",
@@ -45,9 +46,8 @@ def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> 
     if not as_job:
         serving.serve_here(name, folder, host, port, tell)
         return
-    owner = "ppo" if name == "ema" else name
     job_id, node = serving.serve_as_job(
-        found, name, owner, folder, port, lambda words: click.echo(words, err=True)
+        found, name, POLICIES[name].name, folder, port, lambda words: click.echo(words, err=True)
     )
     click.echo(
         f"job {job_id} serves {name} on {node}, ready in about a minute; to stop it: scancel {job_id}\n"

@@ -20,8 +20,11 @@ _COUNTED = 2**29
 def expected_samples(spec: JobSpec, stage: str) -> int | None:
     """Samples that a stage trains on, about: prompts are drawn to stages by their hashes, and unusable rows are left out.
 
-    None where a source is on the hub and not in the cache, or in files whose rows are not counted fast.
+    None where the stage takes no data, or a source is on the hub and not in the cache, or in files whose rows are not counted fast.
     """
+    total = sum(spec.shares.values())
+    if stage not in spec.shares or not total:
+        return None
     rows = 0.0
     for source in spec.data.sources:
         try:
@@ -31,9 +34,7 @@ def expected_samples(spec: JobSpec, stage: str) -> int | None:
         if count is None:
             return None
         rows += count * source.weight
-    shares = {name: getattr(spec.data.split, name) for name in spec.trained}
-    total = sum(shares.values())
-    return round(rows * shares[stage] / total * (1 - spec.data.held_out)) if total else None
+    return round(rows * spec.shares[stage] / total * (1 - spec.data.held_out))
 
 
 def _rows(source: SourceSpec) -> int | None:

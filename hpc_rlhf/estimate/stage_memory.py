@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import singledispatch
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.activations import ITEM, Pass, as_trained
@@ -21,7 +22,7 @@ from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sizes import CACHE_SHARE, ROWS, WEIGHTS_SHARE
-from hpc_rlhf.spec.stages import EvalSpec, PpoSpec
+from hpc_rlhf.spec.stages import Data, EvalSpec, PpoSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # Share of a GPU that CUDA, NCCL and gaps between tensors take.
@@ -82,29 +83,34 @@ def stage_memory(spec: JobSpec, name: str) -> Memory:
         batch = derive_batch(stage, name)
     except ValueError as error:
         raise HpcRlhfError(str(error), where=f"stages.{name}.global_batch") from error
-    lengths = (spec.data.max_prompt_tokens, spec.data.max_answer_tokens)
-    if name == "reward":
-        assert isinstance(stage, TrainingSpec)
+    return _memory(stage, spec, name, batch, gpu)
+
+
+def _lengths(spec: JobSpec) -> tuple[int, int]:
+    return spec.data.max_prompt_tokens, spec.data.max_answer_tokens
+
+
+@singledispatch
+def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
+    """Of a stage that trains one model, perhaps against a frozen reference; others are registered below."""
+    kind, training, lengths = kind_of(name), as_trained(stage), _lengths(spec)
+    sequences = batch.micro * (2 if kind.data is Data.PAIRS else 1)
+    tokens = sequences * sum(lengths)
+    if kind.makes == "reward model":
         model = architecture(spec.models, "reward")
-        trained = in_training(Pass(model, stage, 2 * batch.micro * sum(lengths), 0), batch, scored=True)
-        return Memory({"reward": scored_parameters(model)}, trained.always, trained.moments, gpu)
-    actor = architecture(spec.models, "actor")
-    if isinstance(stage, EvalSpec):
-        return _evaluation(actor, stage, batch, lengths, gpu)
-    assert isinstance(stage, TrainingSpec)
-    if isinstance(stage, PpoSpec):
-        return _ppo(actor, architecture(spec.models, "reward"), stage, batch, lengths, gpu)
-    paired = 2 if name == "dpo" else 1
-    tokens = paired * batch.micro * sum(lengths)
-    answers_only = paired == 2 or getattr(stage, "answer_only", False)
-    learnt = paired * batch.micro * (lengths[1] if answers_only else sum(lengths))
-    own_ref = name == "dpo" and stage.lora is not None and stage.lora.only
-    work = Pass(actor, stage, tokens, learnt, summed=paired == 1, alternating=own_ref)
-    trained = in_training(work, batch)
-    always = dict(trained.always)
-    if name == "dpo" and not own_ref:
-        always["ref"] = frozen(actor, actor.parameters, stage.strategies["ref"], stage)
-    return Memory({"actor": actor.parameters}, always, trained.moments, gpu)
+        held = in_training(Pass(model, training, tokens, 0), batch, scored=True)
+        return Memory({"reward": scored_parameters(model)}, held.always, held.moments, gpu)
+    model = architecture(spec.models, "actor")
+    answers_only = kind.data is Data.PAIRS or getattr(stage, "answer_only", False)
+    predicted = sequences * lengths[1] if answers_only else tokens
+    # With adapters only, the model with its adapters off is the reference.
+    own_ref = "ref" in stage.strategies and training.lora is not None and training.lora.only
+    work = Pass(model, training, tokens, predicted, summed=kind.data is not Data.PAIRS, alternating=own_ref)
+    held = in_training(work, batch)
+    always = dict(held.always)
+    if "ref" in stage.strategies and not own_ref:
+        always["ref"] = frozen(model, model.parameters, stage.strategies["ref"], training)
+    return Memory({"actor": model.parameters}, always, held.moments, gpu)
 
 
 def run_memory(spec: JobSpec) -> dict[str, Memory | HpcRlhfError]:
@@ -118,9 +124,13 @@ def run_memory(spec: JobSpec) -> dict[str, Memory | HpcRlhfError]:
     return found
 
 
-def _ppo(
-    actor: Architecture, reward: Architecture, stage: PpoSpec, batch: Batch, lengths: tuple[int, int], gpu: int | None
-) -> Memory:  # fmt: skip
+@_memory.register
+def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
+    actor, reward, lengths = (
+        architecture(spec.models, "actor"),
+        architecture(spec.models, "reward"),
+        _lengths(spec),
+    )
     tokens, answers = batch.micro * sum(lengths), batch.micro * lengths[1]
     # Where a rollout is one micro-batch, the pass that it is evaluated by is kept to learn from: stages/ppo_trainer.py.
     kept = batch.accumulation * stage.minibatches == 1 and not stage.dropout
@@ -136,8 +146,8 @@ def _ppo(
     if stage.ema:
         always["EMA"] = averaged(actor, stage)
     moments = dict(policy.moments)
-    for name, parts in critic.moments.items():
-        moments[f"the critic's {name}"] = parts
+    for moment, parts in critic.moments.items():
+        moments[f"the critic's {moment}"] = parts
     if kept and not stage.slurm.gpus_per_node:  # on a CPU the critic's, too
         both = {"activations": critic.moments["passes"]["activations"]}
         moments["passes"] = added(moments["passes"], both)
@@ -147,10 +157,10 @@ def _ppo(
     return Memory({"actor": actor.parameters, "critic": scored_parameters(reward)}, always, moments, gpu)
 
 
-def _evaluation(
-    actor: Architecture, stage: EvalSpec, batch: Batch, lengths: tuple[int, int], gpu: int | None
-) -> Memory:
+@_memory.register
+def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
     """One model after the other answers, and is asked for log-probabilities."""
+    actor, lengths = architecture(spec.models, "actor"), _lengths(spec)
     always = {"weights": weights(actor.parameters, stage, stage.slurm.ranks)}
     tokens = batch.micro * sum(lengths)
     answers = -(-stage.prompts // stage.slurm.ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from functools import singledispatch
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.activations import ITEM, as_trained
@@ -12,7 +12,7 @@ from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import Gpu, gpu_names, named_gpu
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sizes import ROWS, WEIGHTS_SHARE
-from hpc_rlhf.spec.stages import EvalSpec, PpoSpec
+from hpc_rlhf.spec.stages import Data, EvalSpec, PpoSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # What well-tuned training of dense models reaches of a data sheet's arithmetic: published runs lie between 0.3 and
@@ -82,12 +82,7 @@ def step_parts(spec: JobSpec, name: str) -> dict[str, float]:
         batch = derive_batch(stage, name)
     except ValueError as error:
         raise HpcRlhfError(str(error), where=f"stages.{name}.global_batch") from error
-    if isinstance(stage, PpoSpec):
-        parts = _ppo(spec, stage, batch, machine)
-    elif isinstance(stage, EvalSpec):
-        parts = _evaluation(spec, stage, batch, machine)
-    else:
-        parts = _plain(spec, name, batch, machine)
+    parts = _parts(stage, spec, name, batch, machine)
     return {part: seconds for part, seconds in parts.items() if seconds}
 
 
@@ -113,28 +108,32 @@ def _peak(gpu: Gpu, stage: StageSpec) -> float:
     return gpu.single if slow else gpu.half
 
 
-def _plain(spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[str, float]:
-    """A step of SFT, or of a stage that learns from pairs."""
-    stage = cast(TrainingSpec, spec.stage(name))
-    paired = name in ("reward", "dpo")
-    tokens = (1 + paired) * batch.micro * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
-    if name == "reward":
-        model = _model(architecture(spec.models, "reward"), stage, True)
-    else:
-        model = _model(architecture(spec.models, "actor"), stage, False)
+@singledispatch
+def _parts(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[str, float]:
+    """A step of a stage that trains one model, perhaps against a frozen reference; others are registered below."""
+    kind, training = kind_of(name), as_trained(stage)
+    sequences = batch.micro * (2 if kind.data is Data.PAIRS else 1)
+    tokens = sequences * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
+    scored = kind.makes == "reward model"
+    model = _model(
+        architecture(spec.models, "reward" if scored else "actor"),
+        training,
+        scored,
+    )
     parts = _step(model, tokens, batch.accumulation, machine)
-    if name == "dpo":
-        own = stage.lora is not None and stage.lora.only
+    if "ref" in stage.strategies:
+        own = training.lora is not None and training.lora.only
         held = stage if own else stage.strategies["ref"]
         parts["scoring"] = batch.accumulation * _scored(model, held, tokens, machine)
     return parts
 
 
-def _ppo(spec: JobSpec, stage: PpoSpec, batch: Batch, machine: _Machine) -> dict[str, float]:
+@_parts.register
+def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[str, float]:
     """A rollout and the optimizer steps on it."""
     body = architecture(spec.models, "actor")
     actor = _model(body, stage, False)
-    critic = _model(architecture(spec.models, "reward"), stage.of_critic, True)  # fmt: skip
+    critic = _model(architecture(spec.models, "reward"), stage.of_critic, True)
     prompt, answer = spec.data.max_prompt_tokens, spec.data.max_answer_tokens
     tokens = batch.micro * (prompt + answer)
     parts: dict[str, float] = {}
@@ -146,14 +145,17 @@ def _ppo(spec: JobSpec, stage: PpoSpec, batch: Batch, machine: _Machine) -> dict
     # The actor and its reference are asked for log-probabilities, the critic and the reward model for values.
     asked = {"": actor, "ref": actor, "critic": critic, "reward": critic}
     parts["scoring"] = passes * sum(
-        _scored(model, stage.strategies[name], tokens, machine) for name, model in asked.items()
+        _scored(model, stage.strategies[role], tokens, machine) for role, model in asked.items()
     )
     answers = -(-batch.micro * passes // machine.ways)
     parts["decoding"] = _decoding(body, actor, (prompt, answer), answers, machine)
     return parts
 
 
-def _evaluation(spec: JobSpec, stage: EvalSpec, batch: Batch, machine: _Machine) -> dict[str, float]:
+@_parts.register
+def _evaluation(
+    stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machine
+) -> dict[str, float]:
     """Every model answers the prompts and is asked for likelihoods, and the reward model judges; loading is left out.
 
     A rank's share of the prompts is taken through the models a micro-batch at a time.
@@ -163,19 +165,15 @@ def _evaluation(spec: JobSpec, stage: EvalSpec, batch: Batch, machine: _Machine)
     prompt, answer = spec.data.max_prompt_tokens, spec.data.max_answer_tokens
     answers = -(-stage.prompts // machine.ranks)
     passes = -(-answers // batch.micro)
-    tuned, ppo = [name for name in ("ppo", "dpo") if name in spec.trained], spec.stages.ppo
-    # Those, the average, SFT, and the model from before training.
-    models = (
-        len(tuned)
-        + (ppo is not None and ppo.ema)
-        + ("sft" in spec.trained)
-        + bool(tuned or "sft" in spec.trained)
-    )
-    # Each model by the data's answers and its own, and the one they are held against by all of theirs.
-    asked = 3 * models + (4 if "dpo" in spec.trained else 0)
+    # The policies, and the model from before training.
+    models = len(spec.policies) + bool(spec.policies)
+    # Each model by the data's answers and its own, and the one they are held against by all of theirs; pairs by a policy
+    # that learned from them and by the one it started from.
+    by_pairs = any(kind_of(each).makes_policy and kind_of(each).data is Data.PAIRS for each in spec.trained)
+    asked = 3 * models + (4 if by_pairs else 0)
     tokens = batch.micro * (prompt + answer)
     scoring = asked * passes * _scored(model, stage, tokens, machine)
-    if "reward" in spec.trained:
+    if spec.judge is not None:
         judge = _model(architecture(spec.models, "reward"), like, True)
         scoring += (models + 3) * passes * _scored(judge, stage, tokens, machine)
     return {

@@ -16,9 +16,9 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.auto import OFFLOADS
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes, gpu_names, named_gpu
-from hpc_rlhf.spec.job import JobSpec, last_trained
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import in_order, read_spec
-from hpc_rlhf.spec.stages import PpoSpec
+from hpc_rlhf.spec.stages import EVALUATION
 from hpc_rlhf.spec.sweep import Sweep, load_any
 from hpc_rlhf.spec.training import ReferredSpec, TrainingSpec
 
@@ -215,8 +215,8 @@ def _check(spec: JobSpec, name: str) -> None:
     """Raises ValueError where a stage's fields do not go together."""
     stage = spec.stage(name)
     stage.check_strategy()
-    if isinstance(stage, PpoSpec):
-        stage.of_critic.check_strategy()
+    if "critic" in stage.strategies:
+        stage.strategies["critic"].check_strategy()
     derive_batch(stage, name)
 
 
@@ -253,12 +253,12 @@ def _kept(spec: JobSpec, before: JobSpec | None, name: str, words: Mapping[str, 
 
 def _evaluated_alike(spec: JobSpec) -> JobSpec:
     """The same, with the evaluation like the last stage that trains, where it says auto or follows that."""
-    words = spec.autos.get("eval")
+    words = spec.autos.get(EVALUATION.name)
     if not words:
         return spec
-    last = spec.stage(last_trained(dict.fromkeys(spec.trained, True)) or "")
+    last = spec.stage(spec.trained[-1])
     fields = {word: getattr(last, word) for word in words if word != "offload"}
     if "offload" in words or "zero" in words:
-        zero = fields.get("zero", spec.stage("eval").zero)
+        zero = fields.get("zero", spec.stage(EVALUATION.name).zero)
         fields["offload_params"] = last.offload_params and zero == 3
-    return spec.with_stages(eval=fields)
+    return spec.with_stages(**{EVALUATION.name: fields})

@@ -20,7 +20,7 @@ from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec, read_spec
-from hpc_rlhf.spec.stages import STAGE_NAMES
+from hpc_rlhf.spec.stages import EVALUATION, STAGE_NAMES
 
 # A stage's own settings that decide how many ranks share a step, beside those of Slurm (SIZE).
 _SHARES = {"micro_batch", "global_batch"}
@@ -82,7 +82,7 @@ def prepare(
     plan = make_plan(spec)
     with _write_errors(run):
         if evaluated_otherwise(run, spec):
-            shutil.rmtree(run.stage("eval").path, ignore_errors=True)
+            shutil.rmtree(run.stage(EVALUATION.name).path, ignore_errors=True)
         for stage, lender in (lent or {}).items():
             _link(run.stage(stage).path, lender.stage(stage).path)
         for folder in (run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
@@ -144,7 +144,7 @@ def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
 
 def evaluated_otherwise(run: RunDir, spec: JobSpec) -> bool:
     """Whether a spec asks for another evaluation than the one that a run directory is for."""
-    if spec.stages.eval is None or not run.job_yaml.exists():
+    if spec.evaluation is None or not run.job_yaml.exists():
         return False
     changed = [path for path, _, _ in differences(read_spec(run.job_yaml), spec)]
     return any(_is_evaluation(path) and not _is_placing(path) for path in changed)
@@ -194,7 +194,7 @@ def _is_placing(path: str) -> bool:
 
 
 def _is_evaluation(path: str) -> bool:
-    return path.split(".")[:2] == ["stages", "eval"]
+    return path.split(".")[:2] == ["stages", EVALUATION.name]
 
 
 def _shown(value: Any) -> str:

@@ -11,28 +11,17 @@ from typing import Any
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.evaluation import read_report
 from hpc_rlhf.observe.listing import list_runs
-from hpc_rlhf.observe.metrics import TELLING, step_rows
+from hpc_rlhf.observe.metrics import held_out_rows, step_rows
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.spec.stages import EVALUATION, StageKind, kind_of
 
 # What an evaluation says of a model.
 EVALUATED = ("reward", "reward_gain", "win_rate", "pair_accuracy", "kl", "perplexity", "answer_tokens")
-# What runs are ranked by where nothing else is asked for: the first that there is; without evaluations, by their last stage.
-_BEST = ("reward", "win_rate", "pair_accuracy", "perplexity")
-_BEST_TRAINED = {
-    "ppo": ("ppo.reward",),
-    "dpo": ("dpo.accuracy", "dpo.loss"),
-    "reward": ("reward.accuracy", "reward.loss"),
-    "sft": ("sft.perplexity", "sft.loss"),
-}
-_LOW_IS_GOOD = frozenset({"loss", "perplexity", "kl"})
-_SCORES = frozenset(
-    {"reward", "reward_gain", "ppo.reward"}
-)  # on a scale that the reward model has for itself
 _LATELY = 0.1  # share of a stage's steps that its training numbers are the mean of
 _ASIDE = {"name", "run_dir", "slurm", "trackers", "notify", "sweep", "sweep_limit"}
 
@@ -123,7 +112,7 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
             {path: _at(facts[run], path) for path in differing},
             states.get(str(run.path), "unknown"),
             dict(_numbers(run, spec)),
-            str(run.stage("reward").path.resolve()) if spec.stages.reward else None,
+            str(run.stage(spec.judge).path.resolve()) if spec.judge else None,
         )
         for run, spec in specs.items()
     ]
@@ -160,7 +149,10 @@ def over_seeds(comparison: Comparison) -> list[OverSeeds]:
 
 def compares_scores(comparison: Comparison) -> bool:
     """Whether the runs are ranked by scores of reward models that are not the same."""
-    return comparison.judges > 1 and comparison.by in _SCORES
+    if comparison.judges < 2 or comparison.by is None:
+        return False
+    kind, metric = _kind_and_metric(comparison.by)
+    return metric in kind.scores
 
 
 def _bearing(spec: JobSpec) -> dict[str, Any]:
@@ -181,7 +173,7 @@ def _differing(facts: Sequence[dict[str, Any]]) -> list[str]:
     return [
         path
         for path in paths
-        if path != "stages.eval"
+        if path != f"stages.{EVALUATION.name}"
         and not path.startswith(partly)
         and any(_at(one, path) != _at(facts[0], path) for one in facts)
     ]
@@ -204,7 +196,7 @@ def _at(facts: Any, path: str) -> Any:
 
 
 def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Number]]:
-    if spec.stages.eval and manifest.is_done(run.stage("eval")):
+    if spec.evaluation and manifest.is_done(run.stage(EVALUATION.name)):
         model = read_report(run)["models"].get(spec.trained[-1], {})
         for name in EVALUATED:
             found = model.get(name)
@@ -217,10 +209,10 @@ def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Number]]:
         lately = rows[-max(1, int(_LATELY * rows[-1]["total_steps"])) :] if rows else []
         numbers = {
             name: fmean(values)
-            for name in TELLING[stage]
+            for name in kind_of(stage).progress
             if (values := [row[name] for row in lately if row.get(name) is not None])
         }
-        for row in step_rows(text, "eval"):
+        for row in held_out_rows(text):
             if row["step"] == row["total_steps"]:  # measured on held-out data, when the stage was done
                 numbers |= {
                     name: row[name] for name in ("perplexity", "accuracy") if row.get(name) is not None
@@ -230,7 +222,9 @@ def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Number]]:
 
 def _default(known: Sequence[str], judges: int, spec: JobSpec) -> str | None:
     first = ("win_rate",) if judges > 1 else ()
-    wanted = (*first, *_BEST, *_BEST_TRAINED[spec.trained[-1]], *known)
+    last = kind_of(spec.trained[-1])
+    trained = (f"{last.name}.{metric}" for metric in last.ranking)
+    wanted = (*first, *EVALUATION.ranking, *trained, *known)
     return next((name for name in wanted if name in known), None)
 
 
@@ -241,4 +235,11 @@ def _rank(run: Compared, by: str | None) -> tuple[bool, float]:
 
 def _signed(by: str, value: float) -> float:
     """Less for what is better."""
-    return value if by.rpartition(".")[2] in _LOW_IS_GOOD else -value
+    kind, metric = _kind_and_metric(by)
+    return value if metric in kind.lower_is_better else -value
+
+
+def _kind_and_metric(by: str) -> tuple[StageKind, str]:
+    """The stage and the metric of a number's name: `ppo.reward` is training's, `reward` the evaluation's."""
+    stage, _, metric = by.rpartition(".")
+    return kind_of(stage) if stage else EVALUATION, metric

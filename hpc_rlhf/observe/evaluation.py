@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe.format import number
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.stages import EVALUATION
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,7 +36,7 @@ def read_report(run: RunDir) -> dict[str, Any]:
     Raises:
         HpcRlhfError: there is none that can be read.
     """
-    path = run.stage("eval").report
+    path = run.stage(EVALUATION.name).report
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

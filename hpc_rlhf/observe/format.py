@@ -13,11 +13,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def step_kind(stage: str) -> str:
-    """The kind of the lines that a stage adds to its metrics with every step."""
-    return "eval" if stage == "eval" else "train"
-
-
 def number(value: float | None) -> str:
     """Three digits that matter; a dash for a value that is not there, or that was not finite."""
     if value is None:

@@ -10,30 +10,32 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.observe.format import step_kind
+from hpc_rlhf.spec.stages import kind_of
 
 Row = dict[str, Any]
 
-# The numbers that tell how a stage is doing, the most telling first.
-TELLING = {
-    "sft": ("loss",),
-    "reward": ("loss", "accuracy"),
-    "ppo": ("reward", "kl"),
-    "dpo": ("loss", "accuracy"),
-    "eval": ("perplexity", "accuracy"),
-}
 _LATELY = 100  # steps
 
 
 def step_rows(text: str, stage: str) -> list[Row]:
-    """The lines of a metrics file that tell of a step; those that are torn are passed over."""
+    """The lines of a metrics file that a stage adds with every step."""
+    return _rows(text, "train" if kind_of(stage).trains else "eval")
+
+
+def held_out_rows(text: str) -> list[Row]:
+    """The lines of a metrics file that hold measurements on held-out data."""
+    return _rows(text, "eval")
+
+
+def _rows(text: str, kind: str) -> list[Row]:
+    """The lines of one kind; torn lines are skipped."""
     rows = []
     for line in text.split("\n"):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and row.get("kind") == step_kind(stage):
+        if isinstance(row, dict) and row.get("kind") == kind:
             rows.append(row)
     return rows
 

@@ -13,7 +13,7 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe.goodput import totals
 from hpc_rlhf.observe.goodput.spans import Goodput
 from hpc_rlhf.observe.liveness import launcher_at_work
-from hpc_rlhf.observe.metrics import TELLING, seconds_a_step, step_rows
+from hpc_rlhf.observe.metrics import seconds_a_step, step_rows
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.events import (
@@ -39,6 +39,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import ENDED, JobRecord, QueuedJob
+from hpc_rlhf.spec.stages import kind_of
 
 _AT_WORK = frozenset({"running", "completing", "stopping", "suspended", "signaling", "stage_out"})
 _QUEUED = frozenset({"pending", "waiting", "requeued", "starting", "configuring", "requeue_hold"})
@@ -287,7 +288,7 @@ def _progress(metrics: Path, stage: str, starts: Sequence[float], done: bool) ->
     if not rows:
         return {}
     row = rows[-1]
-    numbers = {name: row[name] for name in TELLING.get(stage, ()) if name in row}
+    numbers = {name: row[name] for name in kind_of(stage).progress if name in row}
     name = next(iter(numbers), None)
     pace = None if done else seconds_a_step(rows, starts)
     return {

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.observe.evaluation import evaluation_parts, read_report
 from hpc_rlhf.observe.format import duration, number
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.spec.stages import STAGE_NAMES
+from hpc_rlhf.spec.stages import BASE, EVALUATION, STAGE_KINDS, STAGE_NAMES, kind_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,18 +51,17 @@ def final_samples(run: RunDir, stage: str) -> list[dict[str, Any]]:
 
 def outcome(stage: str, metrics: dict[str, Any]) -> str:
     """What a stage achieved, in words."""
-    if stage == "eval":
-        won = metrics["win_rates"].items()
-        said = ", ".join(f"{name} wins {rate:.0%} against {metrics['base']}" for name, rate in won)
-        return said or f"{metrics['prompts']} held-out prompts answered"
-    value = {key: number(metrics.get(key)) for key in metrics}
-    if stage == "sft":
-        return f"held-out perplexity {_from_to(value, 'perplexity_before', 'perplexity_after')}"
-    if stage in ("reward", "dpo"):
-        accuracy = metrics.get("accuracy")
-        return "held-out accuracy " + ("-" if accuracy is None else f"{accuracy:.3f}")
-    spread = f" (first std {value['reward_first_std']})" if "reward_first_std" in value else ""
-    return f"reward {_from_to(value, 'reward_first', 'reward_last')}{spread}, KL {_from_to(value, 'kl_first', 'kl_last')}"
+    if metrics.get("win_rates"):
+        rates = metrics["win_rates"].items()
+        return ", ".join(f"{name} wins {rate:.0%} against {metrics['base']}" for name, rate in rates)
+    return _Numbers().vformat(kind_of(stage).result, (), defaultdict(lambda: None, metrics))
+
+
+class _Numbers(Formatter):
+    """Writes a metric as a number with three significant digits, and a dash for one that is missing."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return format(value, format_spec) if format_spec and value is not None else number(value)
 
 
 def summary(run: RunDir, width: int) -> Iterator[RenderableType]:
@@ -77,28 +78,24 @@ def summary(run: RunDir, width: int) -> Iterator[RenderableType]:
         took = "-" if seconds is None else duration(seconds)
         table.add_row(stage, str(fact.get("step", "-")), took, outcome(stage, fact.get("metrics", {})))
     yield table
-    if "eval" in facts:
+    if EVALUATION.name in facts:
         yield Text()
         yield from evaluation_parts(read_report(run))
-    for stage in ("ppo", "dpo"):
-        yield from _answers(final_samples(run, stage)[:_QUESTIONS], stage, width)
-    last = [stage for stage in facts if stage not in ("reward", "eval")]
+    for kind in STAGE_KINDS:
+        yield from _answers(final_samples(run, kind.name)[:_QUESTIONS], kind.title, width)
+    last = [stage for stage in facts if kind_of(stage).makes_policy]
     if last:
         yield from _next(run, last[-1])
 
 
-def _from_to(value: dict[str, str], before: str, after: str) -> str:
-    return f"{value.get(before, '-')} → {value.get(after, '-')}"
-
-
-def _answers(samples: list[dict[str, Any]], stage: str, width: int) -> Iterator[RenderableType]:
+def _answers(samples: list[dict[str, Any]], title: str, width: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
     from hpc_rlhf.observe.terminal.tables import grid
 
     if not samples:
         return
-    table = grid("held-out prompt", "after SFT", f"after {stage.upper()}")
+    table = grid("held-out prompt", f"after {BASE.title}", f"after {title}")
     table.width, table.padding, table.collapse_padding = min(width, _MAX_WIDTH), (0, 2, 1, 0), False
     for column, ratio in zip(table.columns, (3, 4, 4), strict=True):
         column.ratio = ratio

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from hpc_rlhf.errors import Problem
+from hpc_rlhf.spec.fields import AUTO
+from hpc_rlhf.spec.stages import EVALUATION
 from hpc_rlhf.spec.yaml_source import Mark, Node
 
-AUTO = "auto"
 WORDS = ("zero", "micro_batch", "offload")
 OFFLOADS = ("offload_optimizer", "offload_params", "offload_frozen")
 
@@ -30,7 +31,7 @@ def take_out(root: Node) -> tuple[Node, Autos, list[Problem]]:
         if not isinstance(stage.value, dict):
             continue
         fields = dict(stage.value)
-        if name == "eval" and "offload" in fields and fields["offload"].value is None:
+        if name == EVALUATION.name and "offload" in fields and fields["offload"].value is None:
             del fields["offload"]  # that of the last stage that trains, whose field it is
         said = {word: fields[word] for word in WORDS if word in fields and fields[word].value == AUTO}
         if said:
@@ -54,7 +55,7 @@ def _wrong(name: str, fields: dict[str, Node], said: Mapping[str, Node]) -> list
     problems = []
     path = f"stages.{name}"
     whole = fields.get("global_batch")
-    if "micro_batch" in said and name != "eval" and (whole is None or whole.value is None):
+    if "micro_batch" in said and name != EVALUATION.name and (whole is None or whole.value is None):
         what = "auto needs global_batch, so that what is learnt does not depend on a GPU's memory"
         problems.append(said["micro_batch"].mark.problem(what, "set it", f"{path}.micro_batch"))
     for field in OFFLOADS if "offload" in said else ():

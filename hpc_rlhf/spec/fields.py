@@ -20,6 +20,7 @@ _SLURM_VALUE = r"^[A-Za-z0-9_.][A-Za-z0-9_.,:/=+@%&|*()\[\]-]*$"
 _SLURM_TIME = r"^([0-9]{1,9}(:[0-9]{2}){0,2}|[0-9]{1,6}-[0-9]{1,2}(:[0-9]{2}){0,2})$"
 _SLURM_MEMORY = r"^[0-9]{1,12}[KMGT]?$"
 
+AUTO = "auto"  # where a stage says so, `launch/auto.py` chooses the value
 SPAN = r"^[0-9]{1,9}(\.[0-9]{1,9})? ?(s|min|h|d)$"
 
 # What each pattern asks for, for the messages.

@@ -16,6 +16,7 @@ from typing import Literal
 
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import kind_of
 
 OFFLINE = "HF_HUB_OFFLINE"
 Kind = Literal["model", "data set"]
@@ -61,8 +62,9 @@ def _items(spec: JobSpec) -> tuple[HubItem, ...]:
             item = HubItem("model", ref, f"models.{field}")
             found.setdefault(item.key, item)
     sources: dict[str, SourceSpec] = {f"data.sources.{i}": each for i, each in enumerate(spec.data.sources)}
-    if spec.stages.ppo is not None and spec.stages.ppo.ptx is not None:
-        sources["stages.ppo.ptx"] = spec.stages.ppo.ptx
+    for name in spec.stage_names:
+        own = {f"stages.{name}.{field}": getattr(spec.stage(name), field) for field in kind_of(name).sources}
+        sources |= {where: source for where, source in own.items() if source is not None}
     for where, source in sources.items():
         if source.path is not None and not os.path.isabs(source.path):
             item = HubItem("data set", source.path, where, source.subset, source.split)

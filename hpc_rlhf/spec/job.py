@@ -11,8 +11,17 @@ from hpc_rlhf.spec.auto import Autos
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.fields import Model, Name, PathText, Positive
+from hpc_rlhf.spec.inheritance import inherit
 from hpc_rlhf.spec.notify import NotifySpec, TrackersSpec
-from hpc_rlhf.spec.stages import STAGE_NAMES, StagesSpec
+from hpc_rlhf.spec.stages import (
+    EVALUATION,
+    POLICIES,
+    STAGE_NAMES,
+    Data,
+    EvalSpec,
+    StagesSpec,
+    kind_of,
+)
 from hpc_rlhf.spec.training import StageSpec
 
 
@@ -51,21 +60,6 @@ class ModelsSpec(Model):
     )
 
 
-# What the evaluation takes from the last stage that trains, where it does not say.
-EVALUATED_LIKE = ("micro_batch", "zero", "offload", "offload_params", "precision", "slurm")
-
-
-def taken_from(last: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What the evaluation takes from the fields of the last stage that trains, where its own say nothing of it."""
-    said = {*own, *(("offload", "offload_params") if "zero" in own else ())}
-    return {key: last[key] for key in EVALUATED_LIKE if last.get(key) is not None and key not in said}
-
-
-def last_trained(stages: Mapping[str, Any]) -> str | None:
-    """The last of the stages named that trains."""
-    return next((name for name in reversed(STAGE_NAMES[:-1]) if stages.get(name) is not None), None)
-
-
 class JobSpec(Model):
     """A whole run: data, models, stages and where they run."""
 
@@ -102,31 +96,8 @@ class JobSpec(Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _inherit_slurm(cls, raw: Any) -> Any:
-        """Lay each stage's Slurm settings over the top-level ones."""
-        if not isinstance(raw, dict) or not isinstance(raw.get("stages"), dict):
-            return raw
-        base = raw.get("slurm")
-        if not isinstance(base, dict):
-            return raw
-        stages = {}
-        for stage, fields in raw["stages"].items():
-            own = fields.get("slurm", {}) if isinstance(fields, dict) else None
-            stages[stage] = {**fields, "slurm": {**base, **own}} if isinstance(own, dict) else fields
-        return {**raw, "stages": stages}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _evaluate_like_training(cls, raw: Any) -> Any:
-        """Evaluate in the way and on the nodes that the last stage was trained, where the spec does not say."""
-        stages = raw.get("stages") if isinstance(raw, dict) else None
-        if not isinstance(stages, dict) or not isinstance(stages.get("eval"), dict):
-            return raw
-        last = stages.get(last_trained(stages) or "")
-        if not isinstance(last, dict):
-            return raw
-        evaluation = {**taken_from(last, stages["eval"]), **stages["eval"]}
-        return {**raw, "stages": {**stages, "eval": evaluation}}
+    def _inherit(cls, raw: Any) -> Any:
+        return inherit(raw)
 
     @property
     def autos(self) -> Autos:
@@ -151,8 +122,37 @@ class JobSpec(Model):
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """The stages asked for that train, each on data of its own."""
-        return tuple(name for name in self.stage_names if name != "eval")
+        """The stages of the run that train."""
+        return tuple(name for name in self.stage_names if kind_of(name).trains)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The relative shares of the prompts, by the stages of the run that train on them."""
+        return {
+            name: getattr(self.data.split, name)
+            for name in self.trained
+            if kind_of(name).data is not Data.NONE
+        }
+
+    @property
+    def policies(self) -> dict[str, str]:
+        """The models that the run makes and one can chat with, in order, each with the stage that makes it."""
+        return {
+            model: kind.name
+            for model, kind in POLICIES.items()
+            if kind.name in self.stage_names
+            and (model != kind.average or getattr(self.stage(kind.name), "ema", False))
+        }
+
+    @property
+    def judge(self) -> str | None:
+        """The stage that makes the run's reward model; None where there is none."""
+        return next((name for name in self.stage_names if kind_of(name).makes == "reward model"), None)
+
+    @property
+    def evaluation(self) -> EvalSpec | None:
+        evaluation: EvalSpec | None = getattr(self.stages, EVALUATION.name)
+        return evaluation
 
     def stage(self, name: str) -> StageSpec:
         spec = getattr(self.stages, name)
@@ -161,7 +161,7 @@ class JobSpec(Model):
 
     def needs(self, name: str) -> tuple[str, ...]:
         """The stages whose artifacts a stage starts from."""
-        if name == "eval":
-            return self.trained
-        needed = {"ppo": ("sft", "reward"), "dpo": ("sft",)}.get(name, ())
-        return tuple(need for need in needed if need in self.stage_names)
+        kind = kind_of(name)
+        return (
+            tuple(need for need in kind.inputs if need in self.stage_names) if kind.trains else self.trained
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from pydantic import ValidationError
 from hpc_rlhf.errors import Problem, SpecError
 from hpc_rlhf.spec.auto import take_out
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
-from hpc_rlhf.spec.job import JobSpec, last_trained, taken_from
+from hpc_rlhf.spec.inheritance import inherit
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.paths import resolve_paths
 from hpc_rlhf.spec.problems import problems_of
+from hpc_rlhf.spec.stages import EVALUATION, Data, kind_of
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
 
 _PAIRLESS = ("instruction", "text")  # formats that hold no rejected answer
@@ -49,7 +50,7 @@ def check_tree(root: Node) -> JobSpec:
         SpecError: all that is wrong with it, each with its place.
     """
     root, problems = resolve_paths(root)
-    root, autos, wrong = take_out(_inherit_slurm(_evaluate_like_training(root)))
+    root, autos, wrong = take_out(inherit(root))
     problems += wrong
     try:
         spec = JobSpec.model_validate(root.plain(), strict=True)
@@ -92,44 +93,6 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
-def _inherit_slurm(root: Node) -> Node:
-    """Lay each stage's slurm over the top-level one, as the model does, so that places are known there too."""
-    base, stages = root.get("slurm"), root.get("stages")
-    if (
-        base is None
-        or stages is None
-        or not isinstance(base.value, dict)
-        or not isinstance(stages.value, dict)
-    ):
-        return root
-    assert isinstance(root.value, dict)
-    new = dict(stages.value)
-    for name, stage in stages.value.items():
-        own = stage.get("slurm")
-        if not isinstance(stage.value, dict) or (own is not None and not isinstance(own.value, dict)):
-            continue
-        slurm = base if own is None else replace(own, value={**base.value, **own.value})  # type: ignore[dict-item]
-        new[name] = replace(stage, value={**stage.value, "slurm": slurm})
-    return replace(root, value={**root.value, "stages": replace(stages, value=new)})
-
-
-def _evaluate_like_training(root: Node) -> Node:
-    """Give the evaluation what it takes from the last stage that trains, as the model does, with its places."""
-    stages = root.get("stages")
-    evaluation = root.get("stages", "eval")
-    if stages is None or evaluation is None or not isinstance(evaluation.value, dict):
-        return root
-    assert isinstance(root.value, dict)
-    assert isinstance(stages.value, dict)
-    last = last_trained({name: stage.value for name, stage in stages.value.items()})
-    fields = stages.value[last].value if last else None
-    if not isinstance(fields, dict):
-        return root
-    value = {**taken_from(fields, evaluation.value), **evaluation.value}
-    new = {**stages.value, "eval": replace(evaluation, value=value)}
-    return replace(root, value={**root.value, "stages": replace(stages, value=new)})
-
-
 def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     """What is wrong between fields that are each right."""
 
@@ -154,11 +117,11 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             except ValueError as error:
                 problems.append(problem(f"stages.{name}.{field}", str(error)))
                 break
-        if getattr(spec.data.split, name, 1) == 0:
+        if spec.shares.get(name, 1) == 0:
             problems.append(problem(f"data.split.{name}", f"leaves the {name} stage without data"))
-    if spec.stages.eval and spec.data.held_out == 0:
-        problems.append(problem("data.held_out", "leaves the eval stage without data"))
-    paired = next((name for name in ("reward", "dpo") if name in spec.stage_names), None)
+    if spec.evaluation and spec.data.held_out == 0:
+        problems.append(problem("data.held_out", f"leaves the {EVALUATION.name} stage without data"))
+    paired = next((name for name in spec.stage_names if kind_of(name).data is Data.PAIRS), None)
     if paired and all(source.format in _PAIRLESS for source in spec.data.sources):
         problems.append(
             problem("data.sources", f"none holds pairs of answers, which the {paired} stage trains on")

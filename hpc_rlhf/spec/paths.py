@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from hpc_rlhf.errors import Problem
+from hpc_rlhf.spec.stages import STAGE_KINDS
 from hpc_rlhf.spec.yaml_source import Node
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
@@ -97,7 +98,11 @@ def _mount(text: str) -> str:
 _PATHS: tuple[tuple[tuple[str, ...], Callable[[str], str]], ...] = (
     (("run_dir",), os.path.abspath),
     (("data", "sources", "*", "path"), _local_or_hub),
-    (("stages", "ppo", "ptx", "path"), _local_or_hub),
+    *(
+        (("stages", kind.name, field, "path"), _local_or_hub)
+        for kind in STAGE_KINDS
+        for field in kind.sources
+    ),
     (("models", "*"), _local_or_hub),
     (("slurm", "container", "image"), _image),
     (("slurm", "container", "mounts", "*"), _mount),

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_rlhf.spec.recipes import Recipe
-from hpc_rlhf.spec.stages import STAGE_NAMES
+from hpc_rlhf.spec.stages import STAGE_KINDS, StageKind
+from hpc_rlhf.spec.stages.recipes import Recipe
 from hpc_rlhf.spec.yaml_source import Mark, parse_yaml
-
-_COMMENTS = {
-    "sft": "1. Supervised fine-tuning of the actor on the chosen answers.",
-    "reward": "2. The reward model learns from pairs which answer is better. Runs beside SFT: it needs nothing from it.",
-    "ppo": "3. PPO: the actor answers prompts, the reward model scores the answers, the actor learns. Waits for both.",
-}
 
 _HEAD = """\
 # {title}
@@ -44,7 +38,7 @@ data:
   sources:
     - {{path: Dahoas/rm-static, format: prompt-chosen-rejected}}
   # Shares of the prompts; no prompt is in two stages.
-  split: {{sft: 2, reward: 4, ppo: 4}}
+  split: {split}
   max_prompt_tokens: 256
   max_answer_tokens: 256
 
@@ -79,6 +73,7 @@ def write_starter(
         origin: where the numbers come from, for the header.
         file: what the spec will be called, for the header.
     """
+    kinds = [kind for kind in STAGE_KINDS if kind.name in recipe.stages]
     text = _HEAD.format(
         title=title,
         origin=origin,
@@ -89,16 +84,17 @@ def write_starter(
         gpus=recipe.gpus_per_node,
         actor=_scalar(actor),
         reward=_scalar(reward),
+        split=_scalar({kind.name: kind.share for kind in kinds}),
     )
     explained: set[str] = set()
     blocks = [
-        _stage(stage, getattr(recipe, stage), explained) for stage in STAGE_NAMES if hasattr(recipe, stage)
+        _stage(number, kind, recipe.stages[kind.name], explained) for number, kind in enumerate(kinds, 1)
     ]
     return text + "\n".join(blocks)
 
 
-def _stage(stage: str, fields: dict[str, Any], explained: set[str]) -> str:
-    lines = [f"  # {_COMMENTS[stage]}", f"  {stage}:"]
+def _stage(number: int, kind: StageKind, fields: dict[str, Any], explained: set[str]) -> str:
+    lines = [f"  # {number}. {kind.summary}", f"  {kind.name}:"]
     for key, value in fields.items():
         comment = _FIELD_COMMENTS.get(key) if key not in explained else None
         explained.add(key)

@@ -18,7 +18,7 @@ from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import put, read_layers
 from hpc_rlhf.spec.load import check_tree, in_order
-from hpc_rlhf.spec.stages import STAGE_NAMES
+from hpc_rlhf.spec.stages import STAGE_NAMES, kind_of
 from hpc_rlhf.spec.yaml_source import Mark, Node
 
 MOST = 200  # runs; each is a folder, and several jobs in Slurm's queue
@@ -120,7 +120,6 @@ def lenders(specs: Mapping[str, JobSpec]) -> dict[tuple[str, str], str]:
 
 def _bearing(spec: JobSpec, stage: str) -> str:
     """All that bears on what a stage makes, as text: equal for two runs that may share it."""
-    models = {"actor", "reward"} if stage in ("reward", "ppo", "eval") else {"actor"}
     facts = {
         "stage": stage,
         "fields": spec.stage(stage).model_dump(mode="json", exclude={"slurm"}),
@@ -128,7 +127,7 @@ def _bearing(spec: JobSpec, stage: str) -> str:
         "needs": [_bearing(spec, need) for need in spec.needs(stage)],
         "seed": spec.seed,
         "data": spec.data.model_dump(mode="json"),
-        "models": spec.models.model_dump(mode="json", include=models),
+        "models": spec.models.model_dump(mode="json", include=set(kind_of(stage).models)),
         "trained": spec.trained,  # they share the prompts out among themselves
     }
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

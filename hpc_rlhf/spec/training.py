@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from hpc_rlhf.spec.auto import AUTO
 from hpc_rlhf.spec.cluster import SlurmSpec
-from hpc_rlhf.spec.fields import SPAN, Fraction, Model, Name, NonNegative, Positive, Rate, Span
+from hpc_rlhf.spec.fields import AUTO, SPAN, Fraction, Model, Name, NonNegative, Positive, Rate, Span
 
 
 def _cadence(raw: Any) -> Any:

@@ -8,11 +8,13 @@ depth, size) is bounded.
 from __future__ import annotations
 
 import re
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 
 from hpc_rlhf.errors import Problem, SpecError
 
@@ -20,8 +22,8 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000
 MAX_DEPTH = 40
 
-# The C parser is ten times as fast and reports the same places.
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# The C parser is ten times as fast and reports the same places. Its own composer overflows the stack on deep nesting.
+_BASES: Any = (Composer, yaml.CSafeLoader) if yaml.__with_libyaml__ else (yaml.SafeLoader,)
 
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _NULL = re.compile(r"(~|null|Null|NULL|)\Z")
@@ -32,6 +34,8 @@ FLOAT = re.compile(
 )
 _TRUE = ("yes", "true", "on")
 _TAG = "tag:yaml.org,2002:"
+_PLAIN = "plain"  # our tag of a scalar without quotes and without a tag
+_COLLECTIONS = (_TAG + "map", _TAG + "seq")
 
 # What a mistake that the parser words in its own terms mostly is.
 _YAML_HINTS = {
@@ -39,6 +43,8 @@ _YAML_HINTS = {
     "tab character": "indent with spaces, not tabs",
     "mapping values are not allowed": "indent the fields of a mapping alike; quote text that holds a colon and a space",
     "did not find expected key": "indent the fields of a mapping alike",
+    "second occurrence": "give every anchor a name of its own",
+    "found another document": "a job spec is one document: remove `---`",
 }
 
 Scalar = str | int | float | bool | None
@@ -132,138 +138,124 @@ def parse_yaml(text: str, origin: Mark) -> Node:
         place = replace(origin, line=line + 1, column=column + 1) if origin.line else origin
         raise SpecError([place.problem(f"holds the control character {bad.group()!a}")])
     try:
-        return _Builder(text, origin).document()
+        node = yaml.compose(text, Loader=_Loader)
+        return Node(None, origin) if node is None else _Converter(origin).convert(node)
     except yaml.MarkedYAMLError as error:
         place = origin
         if origin.line and error.problem_mark is not None:
             place = replace(origin, line=error.problem_mark.line + 1, column=error.problem_mark.column + 1)
         what = error.problem or error.context or "it does not parse"
+        if isinstance(error, _Refused):
+            raise SpecError([place.problem(what, error.note)]) from error
         hint = next((hint for words, hint in _YAML_HINTS.items() if words in what), None)
         raise SpecError([place.problem(f"is not YAML: {what}", hint)]) from error
 
 
-class _Builder:
-    """Builds nodes from the parser's events, one document deep first."""
+class _Refused(yaml.MarkedYAMLError):
+    """YAML that a job spec must not hold."""
 
-    def __init__(self, text: str, origin: Mark) -> None:
-        self._loader = _Loader(text)
-        self._origin = origin
-        self._count = 0  # values so far, aliases followed
-        # Each anchored value and how many values it holds; None while it is still being read.
-        self._anchors: dict[str, tuple[Node, int] | None] = {}
+    def __init__(self, at: Any, what: str, hint: str | None = None) -> None:
+        super().__init__(problem=what, problem_mark=at.start_mark, note=hint)
 
-    def document(self) -> Node:
-        self._loader.get_event()  # stream start
-        if isinstance(self._loader.get_event(), yaml.StreamEndEvent):
-            return Node(None, self._origin)
-        node = self._node(self._loader.get_event(), 1)
-        self._loader.get_event()  # document end
-        extra = self._loader.get_event()
-        if not isinstance(extra, yaml.StreamEndEvent):
-            raise self._error(
-                extra, "a second document starts here", "a job spec is one document: remove `---`"
-            )
-        return node
 
-    def _node(self, event: Any, depth: int) -> Node:
+class _Loader(*_BASES):  # type: ignore[misc]
+    """PyYAML's safe loader with two changes: depth is bounded, and an alias has its own place."""
+
+    def __init__(self, text: str) -> None:
+        _BASES[-1].__init__(self, text)
+        Composer.__init__(self)
+        self._around: list[str | None] = []  # the anchors of the nodes around the current one
+
+    def resolve(self, kind: type, value: str | None, implicit: Any) -> Any:
+        return _PLAIN if kind is yaml.ScalarNode and implicit[0] else super().resolve(kind, value, implicit)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) and event.anchor in self._around:
+            raise _Refused(event, f"the alias *{event.anchor} is inside its own value")
+        if len(self._around) == MAX_DEPTH:
+            raise _Refused(event, f"is nested more than {MAX_DEPTH} levels deep")
+        self._around.append(event.anchor)
+        node: Any = super().compose_node(parent, index)
+        self._around.pop()
         if isinstance(event, yaml.AliasEvent):
-            return self._alias(event)
-        before = self._count
-        self._add(1, event)
-        if depth > MAX_DEPTH:
-            raise self._error(event, f"is nested more than {MAX_DEPTH} levels deep")
-        if event.anchor is not None:
-            self._anchors[event.anchor] = None
-        if isinstance(event, yaml.ScalarEvent):
-            node = Node(self._scalar(event), self._mark(event))
-        elif isinstance(event, yaml.SequenceStartEvent):
-            node = self._sequence(event, depth)
-        else:
-            node = self._mapping(event, depth)
-        if node.height > MAX_DEPTH:
-            raise self._error(
-                event, f"is nested more than {MAX_DEPTH} levels deep once its aliases are followed"
-            )
-        if event.anchor is not None:
-            self._anchors[event.anchor] = node, self._count - before
+            node = copy(node)
+            node.start_mark = event.start_mark
         return node
 
-    def _add(self, values: int, event: Any) -> None:
-        self._count += values
+
+class _Converter:
+    """Turns PyYAML's nodes into ours. A value counts each time that an alias repeats it."""
+
+    def __init__(self, origin: Mark) -> None:
+        self._origin = origin
+        self._count = 0
+        self._converted: dict[
+            int, tuple[Node, int]
+        ] = {}  # collections by id, with the number of their values
+
+    def convert(self, node: Any) -> Node:
+        known = self._converted.get(id(node.value))
+        before = self._count
+        self._count += known[1] if known else 1
         if self._count > MAX_VALUES:
-            raise self._error(event, f"holds more than {MAX_VALUES} values, aliases followed")
+            raise _Refused(node, f"holds more than {MAX_VALUES} values, aliases followed")
+        if known:
+            return known[0]
+        if isinstance(node, yaml.ScalarNode):
+            return Node(self._scalar(node), self._mark(node))
+        if node.tag not in _COLLECTIONS:
+            raise _Refused(node, f"the tag {_short(node.tag)} is not allowed in a job spec")
+        value = (
+            self._mapping(node) if isinstance(node, yaml.MappingNode) else [*map(self.convert, node.value)]
+        )
+        below = value.values() if isinstance(value, dict) else value
+        height = 1 + max((each.height for each in below), default=0)
+        if height > MAX_DEPTH:
+            raise _Refused(node, f"is nested more than {MAX_DEPTH} levels deep once its aliases are followed")
+        converted = Node(value, self._mark(node), height=height)
+        self._converted[id(node.value)] = converted, self._count - before
+        return converted
 
-    def _alias(self, event: Any) -> Node:
-        anchored = self._anchors.get(event.anchor)
-        if anchored is None:
-            known = "stands inside its own value" if event.anchor in self._anchors else "names no anchor"
-            raise self._error(event, f"the alias *{event.anchor} {known}")
-        node, values = anchored
-        self._add(values, event)
-        return replace(node, mark=self._mark(event)) if not isinstance(node.value, dict | list) else node
-
-    def _sequence(self, event: Any, depth: int) -> Node:
-        self._check_tag(event, "seq")
-        items: list[Node] = []
-        while not isinstance(entry := self._loader.get_event(), yaml.SequenceEndEvent):
-            items.append(self._node(entry, depth + 1))
-        return Node(items, self._mark(event), height=1 + max((n.height for n in items), default=0))
-
-    def _mapping(self, event: Any, depth: int) -> Node:
-        self._check_tag(event, "map")
+    def _mapping(self, node: Any) -> dict[str, Node]:
         fields: dict[str, Node] = {}
         merged: dict[str, Node] = {}
-        while not isinstance(entry := self._loader.get_event(), yaml.MappingEndEvent):
-            key = self._key(entry)
-            value = replace(self._node(self._loader.get_event(), depth + 1), key=self._mark(entry))
-            if key == "<<" and not entry.style:
-                merged = self._merge(value, entry) | merged
+        for key_node, value_node in node.value:
+            key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str):
+                raise _Refused(key_node, "a key must be text", "put it in quotes")
+            value = replace(self.convert(value_node), key=self._mark(key_node))
+            if key == "<<" and key_node.tag == _PLAIN:
+                merged = self._merge(value, key_node) | merged
                 continue
             if key in fields:
                 first = fields[key].key
-                raise self._error(
-                    entry,
-                    f"the key {key!r} was already given",
-                    f"first at line {first.line}" if first and first.line else None,
-                )
+                hint = f"first at line {first.line}" if first and first.line else None
+                raise _Refused(key_node, f"the key {key!r} was already given", hint)
             fields[key] = value
-        fields = merged | fields
-        height = 1 + max((node.height for node in fields.values()), default=0)
-        return Node(fields, self._mark(event), height=height)
+        return merged | fields
 
-    def _key(self, event: Any) -> str:
-        if isinstance(event, yaml.ScalarEvent):
-            value = self._scalar(event)
-            if isinstance(value, str):
-                return value
-        raise self._error(event, "a key must be text", "put it in quotes")
-
-    def _merge(self, value: Node, event: Any) -> dict[str, Node]:
+    def _merge(self, value: Node, key_node: Any) -> dict[str, Node]:
         """The fields that `<<: *base` or `<<: [*first, *second]` brings in; earlier ones win."""
         fields: dict[str, Node] = {}
         for node in value.value if isinstance(value.value, list) else [value]:
             if not isinstance(node.value, dict):
-                raise self._error(event, "`<<` takes an alias of a mapping, or a list of them")
+                raise _Refused(key_node, "`<<` takes an alias of a mapping, or a list of them")
             fields = node.value | fields
         return fields
 
-    def _scalar(self, event: Any) -> Scalar:
-        if event.tag not in (None, "!", _TAG + "str"):
-            raise self._error(event, f"the tag {_short(event.tag)} is not allowed in a job spec")
-        unquoted = event.tag is None and event.implicit[0]
-        return _plain_scalar(event.value) if unquoted else str(event.value)
+    def _scalar(self, node: Any) -> Scalar:
+        if node.tag == _PLAIN:
+            return _plain_scalar(node.value)
+        if node.tag != _TAG + "str":
+            raise _Refused(node, f"the tag {_short(node.tag)} is not allowed in a job spec")
+        return str(node.value)
 
-    def _check_tag(self, event: Any, kind: str) -> None:
-        if event.tag not in (None, "!", _TAG + kind):
-            raise self._error(event, f"the tag {_short(event.tag)} is not allowed in a job spec")
-
-    def _mark(self, event: Any) -> Mark:
-        if not self._origin.line:
-            return self._origin
-        return Mark(self._origin.source, event.start_mark.line + 1, event.start_mark.column + 1)
-
-    def _error(self, event: Any, what: str, hint: str | None = None) -> SpecError:
-        return SpecError([self._mark(event).problem(what, hint)])
+    def _mark(self, node: Any) -> Mark:
+        start = node.start_mark
+        return (
+            Mark(self._origin.source, start.line + 1, start.column + 1) if self._origin.line else self._origin
+        )
 
 
 def _plain_scalar(text: str) -> Scalar:

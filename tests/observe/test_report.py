@@ -66,7 +66,7 @@ def charts(page: str) -> list[dict[str, Any]]:
 
 def test_report_describes_the_run(run: RunDir) -> None:
     said = Elements(make_page(run)).words
-    assert "PPO is done: reward -0.5 → 2.25, KL 0 → 0.31." in said
+    assert "PPO is done: reward -0.5 → 2.25 (first std 0.8), KL 0 → 0.31." in said
     assert "2 interruptions: 2 preempted" in said
     assert "sft 7-1 node1" in said
     assert "preempted, at step 20" in said

@@ -10,14 +10,15 @@ from typing import Any
 from hpc_rlhf.observe.format import number
 from hpc_rlhf.observe.summary import final_samples
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.stages import BASE, EVALUATION, POLICIES, STAGE_NAMES
 
 # In the order in which they stand side by side.
 MODELS = {
     "start": "before training",
-    "sft": "SFT",
-    "ppo": "PPO",
-    "ema": "EMA of PPO",
-    "dpo": "DPO",
+    **{
+        name: kind.title if name == kind.name else f"{name.upper()} of {kind.title}"
+        for name, kind in POLICIES.items()
+    },
     "reference": "the data's own answer",
 }
 SHOWN = 24
@@ -62,7 +63,7 @@ _Row = tuple[str, dict[str, str], dict[str, float]]
 
 def _evaluated(run: RunDir) -> Iterator[_Row]:
     try:
-        lines = run.stage("eval").answers.read_text(encoding="utf-8").split("\n")
+        lines = run.stage(EVALUATION.name).answers.read_text(encoding="utf-8").split("\n")
     except OSError:
         return
     for line in lines:
@@ -74,10 +75,10 @@ def _evaluated(run: RunDir) -> Iterator[_Row]:
 
 
 def _final(run: RunDir) -> Iterator[_Row]:
-    for stage in ("ppo", "dpo"):
+    for stage in STAGE_NAMES:
         for row in final_samples(run, stage):
-            said = {"sft": row.get("sft_answer"), stage: row.get("answer")}
-            rewards = {"sft": row.get("sft_reward"), stage: row.get("reward")}
+            said = {BASE.name: row.get("sft_answer"), stage: row.get("answer")}
+            rewards = {BASE.name: row.get("sft_reward"), stage: row.get("reward")}
             answers = {name: text.strip() for name, text in said.items() if text is not None}
             yield (
                 row["prompt"],

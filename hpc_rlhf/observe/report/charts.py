@@ -9,72 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 from hpc_rlhf.observe.format import number
-from hpc_rlhf.observe.metrics import Row, step_rows
+from hpc_rlhf.observe.metrics import Row, held_out_rows, step_rows
 from hpc_rlhf.observe.report.thinning import Values, kept
+from hpc_rlhf.spec.stages import Plot, kind_of
 
 _HELD_OUT = "held out"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """What a chart shows.
-
-    Attributes:
-        title: what it is of.
-        unit: of its y axis.
-        lines: names in the metrics, and what each curve is called; the name alone stands for the title.
-        held_out: the name in the lines of held-out measurements, which are drawn as dots.
-        log: whether the y axis is logarithmic.
-    """
-
-    title: str
-    unit: str
-    lines: dict[str, str]
-    held_out: str = ""
-    log: bool = False
-
-
-_RATE = Plot("learning rate", "a step", {"lr": "learning rate"})
-_GRADIENT = Plot("gradient", "norm before clipping", {"grad_norm": "gradient"})
-_THROUGHPUT = Plot("throughput", "samples a second", {"throughput": "throughput"})
-_ACCURACY = Plot("accuracy", "share of pairs", {"accuracy": "each step's"}, held_out="accuracy")
-_MARGIN = Plot("margin", "reward, chosen above rejected", {"margin": "margin"})
-_SENT = Plot("sent by rank 0", "bytes a step", {"bytes_sent": "sent"})
-
-PLOTS: dict[str, tuple[Plot, ...]] = {
-    "sft": (
-        Plot("loss", "nats a token", {"loss": "loss"}),
-        Plot("perplexity", "a token", {"perplexity": "each step's"}, held_out="perplexity", log=True),
-        _RATE, _GRADIENT, _THROUGHPUT, _SENT,
-    ),
-    "reward": (
-        Plot("loss", "nats a pair", {"loss": "loss"}),
-        _ACCURACY, _MARGIN, _RATE, _GRADIENT, _THROUGHPUT, _SENT,
-    ),
-    "ppo": (
-        Plot("reward", "score of an answer", {"reward": "mean"}),
-        Plot("KL from the SFT model", "nats an answer", {"kl": "KL"}),
-        Plot("entropy", "nats a token", {"entropy": "entropy"}),
-        Plot("length of answers", "tokens", {"answer_tokens": "mean"}),
-        Plot("answers that end by themselves", "share", {"eos_rate": "share"}),
-        Plot("clip fractions", "share of tokens", {"clipfrac": "actor", "value_clipfrac": "critic"}),
-        Plot("move within a step", "nats a token", {"approx_kl": "KL from the sampling actor"}),
-        Plot("spread of rewards", "standard deviation", {"reward_std": "spread"}),
-        Plot("loss of the actor", "a token", {"actor_loss": "actor"}),
-        Plot("loss of the critic", "reward squared", {"critic_loss": "critic"}),
-        Plot("explained variance", "share of the returns'", {"explained_variance": "share"}),
-        Plot("KL coefficient", "reward a nat", {"kl_coef": "coefficient"}),
-        Plot("learning rate of the actor", "a step", {"actor_lr": "learning rate"}),
-        _THROUGHPUT, _SENT,
-    ),
-    "dpo": (
-        Plot("loss", "nats a pair", {"loss": "loss"}),
-        _ACCURACY,
-        _MARGIN,
-        Plot("implicit rewards", "nats", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
-        _RATE, _GRADIENT, _THROUGHPUT, _SENT,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,8 +46,8 @@ def make_charts(text: str, stage: str, samples: int, starts: Iterable[float]) ->
         samples: in a step, over all ranks.
         starts: when its attempts began, in Unix seconds.
     """
-    rows, held_out = _with_derived(step_rows(text, stage), samples, list(starts)), step_rows(text, "eval")
-    charts = (_make(plot, rows, held_out) for plot in PLOTS.get(stage, ()))
+    rows, held_out = _with_derived(step_rows(text, stage), samples, list(starts)), held_out_rows(text)
+    charts = (_make(plot, rows, held_out) for plot in kind_of(stage).plots)
     return [chart for chart in charts if chart is not None]
 
 

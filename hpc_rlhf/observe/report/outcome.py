@@ -9,6 +9,7 @@ from hpc_rlhf.observe.format import duration
 from hpc_rlhf.observe.report.answers import MODELS
 from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.summary import outcome
+from hpc_rlhf.spec.stages import BASE, POLICIES, kind_of
 
 _IN_HAND = frozenset({
     "running", "pending", "waiting", "requeued", "starting", "completing", "configuring", "not started", "stopping"
@@ -50,7 +51,7 @@ def sentence(
     if open_stages:
         ahead = next((one for one in open_stages if one.state != "not started"), open_stages[0])
         return _standing(ahead, len(statuses) - len(open_stages), len(statuses))
-    for name in ("ppo", "ema", "dpo"):
+    for name in (model for model in POLICIES if model != BASE.name):
         won = (report or {}).get("models", {}).get(name, {}).get("win_rate")
         if report and won:
             base = MODELS.get(report["base"], report["base"])
@@ -62,9 +63,9 @@ def sentence(
                 f"{MODELS[name]}’s answers win against {against} on {won['value']:.0%} of "
                 f"{report['prompts']} held-out prompts ({bounds}), as the run’s own reward model judges."
             )
-    last = [stage for stage in facts if stage != "eval"][-1:] or list(facts)[-1:]
+    last = [stage for stage in facts if kind_of(stage).trains][-1:] or list(facts)[-1:]
     return " ".join(
-        f"{stage.upper()} is done: {outcome(stage, dict(facts[stage]['metrics']))}." for stage in last
+        f"{kind_of(stage).title} is done: {outcome(stage, dict(facts[stage]['metrics']))}." for stage in last
     )
 
 

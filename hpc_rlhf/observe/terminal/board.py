@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from hpc_rlhf.observe.format import ago, duration, number
 from hpc_rlhf.observe.goodput.totals import count_words, split_words, total
-from hpc_rlhf.observe.metrics import TELLING
 from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.terminal.tables import STYLES, grid, styled
+from hpc_rlhf.spec.stages import kind_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -155,7 +155,7 @@ def sparks(values: Sequence[float], width: int, glyphs: str = _SPARKS) -> str:
 
 def telling(stage: str) -> tuple[str, ...]:
     """The numbers of a stage that are drawn."""
-    return TELLING.get(stage, ())
+    return kind_of(stage).progress
 
 
 def _time(stage: StageStatus) -> str:

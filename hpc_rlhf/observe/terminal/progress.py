@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.observe.format import duration, number
-from hpc_rlhf.observe.metrics import TELLING, MetricsReader
+from hpc_rlhf.observe.metrics import MetricsReader
 from hpc_rlhf.run.events import Resumed, Started
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.stages import kind_of
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -61,7 +62,9 @@ class StageView:
         """The telling numbers, the speed and the time left; before the first step, what it is waiting for."""
         if not self._first:
             return self.phase
-        words = [f"{key} {number(self.last[key])}" for key in TELLING[self.stage] if key in self.last]
+        words = [
+            f"{key} {number(self.last[key])}" for key in kind_of(self.stage).progress if key in self.last
+        ]
         steps, seconds = self.step - self._first["step"], self.last["time"] - self._first["time"]
         if steps > 0 and seconds > 0:
             rate = steps / seconds

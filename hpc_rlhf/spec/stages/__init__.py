@@ -19,7 +19,7 @@ from hpc_rlhf.spec.stages.reward import REWARD, RewardSpec
 from hpc_rlhf.spec.stages.sft import SFT, SftSpec
 
 __all__ = [
-    "BASE", "EVALUATION", "MODELS", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data", "DpoSpec", "EvalSpec", "Plot",
+    "BASE", "EVALUATION", "POLICIES", "PPO", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data", "DpoSpec", "EvalSpec", "Plot",
     "PpoSpec", "RewardSpec", "SftSpec", "StageKind", "StagesSpec", "kind_of",
 ]  # fmt: skip
 
@@ -38,7 +38,7 @@ _BY_NAME = {kind.name: kind for kind in STAGE_KINDS}
 BASE = next(kind for kind in STAGE_KINDS if kind.makes_policy)
 EVALUATION = next(kind for kind in STAGE_KINDS if kind.makes == "report")
 # The policies that a run can make, each with the stage that makes it.
-MODELS: dict[str, StageKind] = {
+POLICIES: dict[str, StageKind] = {
     model: kind
     for kind in STAGE_KINDS
     if kind.makes_policy

@@ -30,7 +30,7 @@ class EvalSpec(StageSpec):
 
 EVAL = StageKind(
     name="eval",
-    title="the evaluation",
+    title="Evaluation",
     spec=EvalSpec,
     description="Evaluation of all models on held-out data, once the other stages are done. {} takes all defaults.",
     data=Data.NONE,

@@ -17,7 +17,7 @@ class RewardSpec(TrainingSpec):
 
 REWARD = StageKind(
     name="reward",
-    title="the reward model",
+    title="Reward model",
     spec=RewardSpec,
     description="Reward model.",
     summary="The reward model learns from pairs which answer is better. Runs beside SFT: it needs nothing from it.",

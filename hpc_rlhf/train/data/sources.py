@@ -12,12 +12,11 @@ from typing import Any
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import demo
 from hpc_rlhf.train.data.rows import Sample, read_row
 from hpc_rlhf.train.runtime import seeds
 
-# Stages that learn which of two answers is the better one.
-PAIRED = ("reward", "dpo")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -100,13 +99,13 @@ def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
 
 def stage_of(prompt: str, spec: JobSpec) -> str:
     """The stage that trains on a prompt: drawn by the hash of the prompt, so all its rows go the same way."""
-    shares = {name: getattr(spec.data.split, name) for name in spec.trained}
+    shares = spec.shares
     place = seeds.unit(spec.seed, prompt, "stage") * sum(shares.values())
     for name, share in shares.items():
         if place < share:
             return name
         place -= share
-    return spec.trained[-1]
+    return list(shares)[-1]
 
 
 def is_held_out(prompt: str, spec: JobSpec) -> bool:
@@ -119,14 +118,15 @@ def stage_samples(spec: JobSpec, stage: str) -> Iterator[tuple[bool, Sample]]:
     and no plain text.
     """
     seen: set[bytes] = set()
+    data = kind_of(stage).data
     for source in spec.data.sources:
         for sample in read(source, spec.seed):
             key = sample.prompt or sample.chosen
             if stage_of(key, spec) != stage:
                 continue
-            if stage in PAIRED and sample.rejected in ("", sample.chosen):
+            if data is Data.PAIRS and sample.rejected in ("", sample.chosen):
                 continue
-            if stage == "ppo":
+            if data is Data.PROMPTS:
                 digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
                 if not sample.prompt or digest in seen:
                     continue

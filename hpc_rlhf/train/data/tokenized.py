@@ -18,6 +18,7 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import encode
 from hpc_rlhf.train.data.rows import Sample
@@ -26,19 +27,6 @@ from hpc_rlhf.train.data.sources import stage_samples
 from hpc_rlhf.train.runtime.stop_signals import Interrupted
 from hpc_rlhf.train.runtime.world import World
 
-# The answers that each stage is given; PPO's is what its own answers may be held against.
-ANSWERS = {
-    "sft": ("chosen",),
-    "reward": ("chosen", "rejected"),
-    "dpo": ("chosen", "rejected"),
-    "ppo": ("chosen",),
-}
-NEEDED = {
-    "sft": "prompts with answers",
-    "reward": "pairs of answers",
-    "dpo": "pairs of answers",
-    "ppo": "prompts",
-}
 PARTS = ("train", "held_out")
 
 
@@ -55,17 +43,17 @@ class StageData:
 
 
 def encoded(
-    samples: Iterable[Sample], tokenizer: Any, spec: JobSpec, stage: str
+    samples: Iterable[Sample], tokenizer: Any, spec: JobSpec, data: Data
 ) -> Iterator[dict[str, Any] | None]:
     """Samples as rows of token ids, a few at a time; None where PPO's prompt is too long to be cut.
 
     A long prompt is cut at the left; a long answer at the right, and then has no EOS.
     """
-    longest, answers = spec.data.max_prompt_tokens, ANSWERS[stage]
+    longest, answers = spec.data.max_prompt_tokens, data.answers
     waiting = iter(samples)
     while chunk := list(islice(waiting, CHUNK)):
         for sample, (prompt_ids, *answer_ids) in zip(chunk, encode(chunk, tokenizer, *answers), strict=True):
-            if stage == "ppo" and len(prompt_ids) > longest:
+            if data is Data.PROMPTS and len(prompt_ids) > longest:
                 yield None
                 continue
             row = {"prompt": sample.prompt, "prompt_ids": prompt_ids[-longest:]}
@@ -87,7 +75,7 @@ def _write(
     samples: Iterable[tuple[bool, Sample]],
     tokenizer: Any,
     spec: JobSpec,
-    stage: str,
+    data: Data,
     folder: Path,
     told: Callable[[], bool] = bool,
 ) -> tuple[dict[str, int], int]:
@@ -113,9 +101,9 @@ def _write(
             yield sample
 
     folder.mkdir(parents=True)
-    files = [RowFile(folder / f"{part}.arrow", ("prompt", *ANSWERS[stage])) for part in PARTS]
+    files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers)) for part in PARTS]
     found = 0
-    for row in encoded(read(), tokenizer, spec, stage):
+    for row in encoded(read(), tokenizer, spec, data):
         held_out = held.popleft()
         found += not held_out
         if row is not None:
@@ -153,10 +141,11 @@ def prepare(
     target = folder / _fingerprint(tokenizer, facts)
 
     def write() -> dict[str, Any]:
-        rows, found = _write(stage_samples(spec, stage), tokenizer, spec, stage, target, told)
+        data = kind_of(stage).data
+        rows, found = _write(stage_samples(spec, stage), tokenizer, spec, data, target, told)
         if not found:
             raise HpcRlhfError(
-                f"the data has no {NEEDED[stage]} for this stage",
+                f"the data has no {data.value} for this stage",
                 where=f"stage {stage}",
                 hint="look at data.sources, their formats and data.split",
                 exit_code=RUN_FAILED,
@@ -174,12 +163,13 @@ def prepare(
 
 
 def prepare_mixture(
-    source: SourceSpec, spec: JobSpec, tokenizer: Any, folder: Path, world: World,
+    source: SourceSpec, where: str, spec: JobSpec, tokenizer: Any, folder: Path, world: World,
     told: Callable[[], bool] = bool,
 ) -> Rows:  # fmt: skip
     """Tokenise all of a source that is mixed into a stage, as SFT would: a data set with rows as SFT's. Collective.
 
     Args:
+        where: the field of the spec that names the source, for messages.
         told: asked on rank 0 from time to time whether to stop.
 
     Raises:
@@ -195,9 +185,9 @@ def prepare_mixture(
 
     def write() -> dict[str, Any]:
         samples = ((False, sample) for sample in read_source(source, spec.seed))
-        rows, found = _write(samples, tokenizer, spec, "sft", target, told)
+        rows, found = _write(samples, tokenizer, spec, Data.ANSWERS, target, told)
         if not found:
-            raise HpcRlhfError("there is no text in it", where="stages.ppo.ptx", exit_code=RUN_FAILED)
+            raise HpcRlhfError("there is no text in it", where=where, exit_code=RUN_FAILED)
         return {"rows": rows}
 
     return _stored(target, write, world).train

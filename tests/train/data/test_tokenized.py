@@ -11,6 +11,7 @@ import pytest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import arrow, tokenized
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read, stage_samples
@@ -34,7 +35,7 @@ def tokenizer() -> Any:
 
 
 def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> dict[str, Any] | None:
-    (row,) = encoded([sample], tokenizer, spec, stage)
+    (row,) = encoded([sample], tokenizer, spec, kind_of(stage).data)
     return row
 
 
@@ -126,7 +127,9 @@ def test_memory_does_not_grow_with_the_rows(
     for count in (20, 200, 1600):  # the first loads what is loaded once
         tracemalloc.start()
         spec = spec_of({"demo": count}, stages=("sft",))
-        rows, _ = tokenized._write(stage_samples(spec, "sft"), tokenizer, spec, "sft", tmp_path / str(count))
+        rows, _ = tokenized._write(
+            stage_samples(spec, "sft"), tokenizer, spec, Data.ANSWERS, tmp_path / str(count)
+        )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert rows["train"] > 0.8 * count
@@ -152,17 +155,17 @@ def test_data_that_holds_nothing_for_a_stage_is_one_clear_error(
 
 def test_a_mixture_is_all_of_its_source_and_made_once(tokenizer: Any, tmp_path: Path, world: World) -> None:
     spec, source = spec_of({"demo": 10}), SourceSpec.model_validate({"demo": 50, "weight": 2.0})
-    rows = prepare_mixture(source, spec, tokenizer, tmp_path, world)
+    rows = prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
     assert len(rows) == 100
-    assert list(rows) == list(encoded(read(source, spec.seed), tokenizer, spec, "sft"))
+    assert list(rows) == list(encoded(read(source, spec.seed), tokenizer, spec, Data.ANSWERS))
     (folder,) = tmp_path.iterdir()
     before = (folder / "train.arrow").stat().st_mtime_ns
-    prepare_mixture(source, spec, tokenizer, tmp_path, world)
+    prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
     assert (folder / "train.arrow").stat().st_mtime_ns == before
     (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
     empty = SourceSpec.model_validate({"path": str(tmp_path / "empty.jsonl"), "format": "text"})
     with pytest.raises(HpcRlhfError, match="there is no text in it"):
-        prepare_mixture(empty, spec, tokenizer, tmp_path / "data", world)
+        prepare_mixture(empty, "stages.ppo.ptx", spec, tokenizer, tmp_path / "data", world)
 
 
 def test_a_stage_needs_nothing_held_out(tokenizer: Any, tmp_path: Path, world: World) -> None:

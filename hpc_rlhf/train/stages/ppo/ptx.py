@@ -29,6 +29,7 @@ class PtxStream:
         with context.stop.cancellable():
             self.rows = prepare_mixture(
                 spec.ptx,
+                f"stages.{context.stage}.ptx",
                 context.spec,
                 context.tokenizer,
                 context.files.data,

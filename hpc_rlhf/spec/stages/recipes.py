@@ -19,16 +19,14 @@ class Recipe:
         deployment: the kind of machine.
         nodes: nodes of every stage's job.
         gpus_per_node: GPUs on each of them.
-        sft, reward, ppo: the fields of each stage.
+        stages: the fields of each stage.
     """
 
     billions: float
     deployment: str
     nodes: int
     gpus_per_node: int
-    sft: dict[str, Any]
-    reward: dict[str, Any]
-    ppo: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
 
     @property
     def machine(self) -> str:
@@ -47,33 +45,43 @@ _PPO_LORA = {"epochs": 1, "actor_lr": 5e-4, "critic_lr": 5e-6}
 RECIPES = (
     Recipe(
         1.3, "single_gpu", nodes=1, gpus_per_node=1,
-        sft={"epochs": 1, "lr": 1e-3, "micro_batch": 16, "global_batch": 128, "zero": 0, **_LORA},
-        reward={**_REWARD, "micro_batch": 16, "global_batch": 64},
-        ppo={**_PPO_FULL, "micro_batch": 16, "global_batch": 32, "zero": 0, **_LORA},
+        stages={
+            "sft": {"epochs": 1, "lr": 1e-3, "micro_batch": 16, "global_batch": 128, "zero": 0, **_LORA},
+            "reward": {**_REWARD, "micro_batch": 16, "global_batch": 64},
+            "ppo": {**_PPO_FULL, "micro_batch": 16, "global_batch": 32, "zero": 0, **_LORA},
+        },
     ),
     Recipe(
         1.3, "single_node", nodes=1, gpus_per_node=8,
-        sft={"epochs": 16, "lr": 9.65e-6, "micro_batch": 8, "zero": 2},
-        reward={**_REWARD, "micro_batch": 4},
-        ppo={**_PPO_FULL, "micro_batch": 4, "zero": 2, "ema": True},
+        stages={
+            "sft": {"epochs": 16, "lr": 9.65e-6, "micro_batch": 8, "zero": 2},
+            "reward": {**_REWARD, "micro_batch": 4},
+            "ppo": {**_PPO_FULL, "micro_batch": 4, "zero": 2, "ema": True},
+        },
     ),
     Recipe(
         6.7, "single_node", nodes=1, gpus_per_node=8,
-        sft={"epochs": 16, "lr": 9.65e-6, "micro_batch": 6, "zero": 3, "activation_checkpointing": True},
-        reward={**_REWARD, "micro_batch": 4},
-        ppo={**_PPO_FULL, "micro_batch": 4, "weight_decay": 0.1, "zero": 3},
+        stages={
+            "sft": {"epochs": 16, "lr": 9.65e-6, "micro_batch": 6, "zero": 3, "activation_checkpointing": True},
+            "reward": {**_REWARD, "micro_batch": 4},
+            "ppo": {**_PPO_FULL, "micro_batch": 4, "weight_decay": 0.1, "zero": 3},
+        },
     ),
     Recipe(
         13.0, "single_node", nodes=1, gpus_per_node=8,
-        sft={"epochs": 16, "lr": 1e-4, "micro_batch": 4, "zero": 3, **_LORA},
-        reward={**_REWARD, "micro_batch": 4},
-        ppo={**_PPO_LORA, "micro_batch": 16, "zero": 3, **_LORA},
+        stages={
+            "sft": {"epochs": 16, "lr": 1e-4, "micro_batch": 4, "zero": 3, **_LORA},
+            "reward": {**_REWARD, "micro_batch": 4},
+            "ppo": {**_PPO_LORA, "micro_batch": 16, "zero": 3, **_LORA},
+        },
     ),
     Recipe(
         66.0, "multi_node", nodes=8, gpus_per_node=8,
-        sft={"epochs": 2, "lr": 1e-4, "micro_batch": 4, "weight_decay": 0.1, "zero": 3, **_LORA},
-        reward={**_REWARD, "micro_batch": 2},
-        ppo={**_PPO_LORA, "micro_batch": 4, "zero": 3, **_LORA},
+        stages={
+            "sft": {"epochs": 2, "lr": 1e-4, "micro_batch": 4, "weight_decay": 0.1, "zero": 3, **_LORA},
+            "reward": {**_REWARD, "micro_batch": 2},
+            "ppo": {**_PPO_LORA, "micro_batch": 4, "zero": 3, **_LORA},
+        },
     ),
 )
 # fmt: on
