@@ -10,7 +10,7 @@ from dataclasses import asdict
 import click
 
 from hpc_rlhf.cli.arguments import example, find_run, json_option
-from hpc_rlhf.observe.liveness import Fates
+from hpc_rlhf.observe.liveness import StageWatch
 from hpc_rlhf.observe.logs import (
     POLL,
     LogReader,
@@ -61,10 +61,10 @@ def command(
             raise click.UsageError("--attempt cannot be used with --follow or --json.")
         _print_attempt(run_dir, stage or latest_stage(run_dir), rank or 0, attempt)
         return
-    fates = Fates(run_dir)
-    if follow and stage is None and has_log_to_come(run_dir, fates):
+    watch = StageWatch(run_dir)
+    if follow and stage is None and has_log_to_come(run_dir, watch):
         click.echo("no stage has a log yet; waiting for the first", err=True)
-        while has_log_to_come(run_dir, fates):
+        while has_log_to_come(run_dir, watch):
             time.sleep(POLL)
     stage = stage or latest_stage(run_dir)
     found = trouble(run_dir, stage)

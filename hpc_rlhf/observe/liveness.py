@@ -1,4 +1,4 @@
-"""Whether a stage's fate is settled, or somebody other than a person still goes on with it."""
+"""Tells whether anything but the user still works on a stage: a job, a sentinel or a launcher."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 
-# Seconds between two questions to Slurm about one stage.
+# Seconds between two queries to Slurm about one stage.
 EVERY = 5.0
-# `hpc-rlhf run` and whoever heals touch the run's lock while they are at work.
+# `hpc-rlhf run` and healing touch the run's lock while they work.
 _LOCK_SILENCE = 180.0
 
 
-class Fates:
-    """The fates of a run's stages, to be asked for again and again."""
+class StageWatch:
+    """Watches for the end of a run's stages, to be asked repeatedly."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._next: dict[str, float] = {}
 
-    def is_settled(self, stage: str) -> bool:
-        """Whether a stage ended, and only a person would try it again.
+    def is_over(self, stage: str) -> bool:
+        """Whether a stage ended and only the user would try it again.
 
-        A failure settles nothing while a sentinel waits, or a launcher that may retry is at work.
+        After a failure it is not over while a sentinel waits, or a launcher that may retry is running.
         """
         history = StageHistory.read(self._run, stage)
         state = history.state
@@ -40,12 +40,12 @@ class Fates:
         if time.monotonic() < self._next.get(stage, 0.0):
             return False
         self._next[stage] = time.monotonic() + EVERY
-        if self._in_hand(stage, history.job_id, failed):
+        if self._is_alive(stage, history.job_id, failed):
             return False
         return StageHistory.read(self._run, stage).state == state  # else it was retried while Slurm was asked
 
-    def _in_hand(self, stage: str, job_id: str | None, failed: bool) -> bool:
-        """Whether anybody is at work on a stage, or will be. Where that cannot be known, a bad ending is the end."""
+    def _is_alive(self, stage: str, job_id: str | None, failed: bool) -> bool:
+        """Whether anything works on a stage, or will. If that cannot be known, a failure is the end."""
         if launcher_at_work(self._run):
             return True
         if job_id is None or not commands.available():
@@ -63,7 +63,7 @@ class Fates:
 
 
 def launcher_at_work(run: RunDir) -> bool:
-    """Whether somebody on any machine holds the run."""
+    """Whether a process on any machine holds the run's lock."""
     try:
         return time.time() - run.submit_lock.stat().st_mtime < _LOCK_SILENCE
     except OSError:

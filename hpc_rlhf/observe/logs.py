@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.observe.liveness import Fates
+from hpc_rlhf.observe.liveness import StageWatch
 from hpc_rlhf.run.attempt_logs import own_part, read_tail
 from hpc_rlhf.run.events import Cancelled, Ended, Failed, Finished, Interrupted, Started
 from hpc_rlhf.run.history import OUTCOMES, StageHistory
@@ -68,11 +68,11 @@ class LogReader:
 
     def follow(self) -> Iterator[tuple[Path | None, str]]:
         """The same, going on until the stage ends and is not going to be tried again."""
-        fates = Fates(self._run)
+        watch = StageWatch(self._run)
         while True:
-            settled = fates.is_settled(self._stage)  # asked first, so that the last words are still read
+            over = watch.is_over(self._stage)  # asked first, so that the last words are still read
             yield from self._news()
-            if settled:
+            if over:
                 return
             time.sleep(POLL)
 
@@ -184,12 +184,12 @@ def latest_stage(run: RunDir) -> str:
     return max(logs, key=_written).parents[1].name
 
 
-def has_log_to_come(run: RunDir, fates: Fates) -> bool:
+def has_log_to_come(run: RunDir, watch: StageWatch) -> bool:
     """Whether no stage has a log yet, but one that was sent off may still write one."""
     if _logs(run):
         return False
     sent = {event.stage for event in Ledger(run.ledger).events()} & _stages(run)
-    return any(not fates.is_settled(stage) for stage in sent)
+    return any(not watch.is_over(stage) for stage in sent)
 
 
 def _stages(run: RunDir) -> set[str]:

@@ -1,4 +1,4 @@
-"""What an attempt left on disk that tells how it ended: the logs of its job, and how far its metrics go."""
+"""What an attempt left in its logs and metrics: its own part of the logs, and its last step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import Any
 from hpc_rlhf.run.layout import StageDir
 
 _TAIL_BYTES = 1 << 16
-
-# What the batch script says first, and puts into the logs of the ranks of attempts before; a requeued job goes on in
-# the same files. A line before it may have been cut off in its midst.
+# The first line of the batch script, which also adds it to the rank logs of earlier attempts: a requeued job continues in
+# the same files. The line before it may be incomplete.
 _ATTEMPT = re.compile(r"hpc-rlhf: attempt (\d+) of job .*\n?")
 
 
 @dataclass(frozen=True)
 class AttemptLogs:
-    """The logs of one attempt of a job, told from those of others by marks in them: clocks of two machines may differ.
+    """The logs of one attempt of a job, found by marks in them, because the clocks of two machines may differ.
 
     Attributes:
         files: the stage's.
         job_id: the job's.
-        restart: how often the job had been requeued before this attempt; the last attempt that came to its script when None.
+        restart: how often the job had been requeued before this attempt; None for the last attempt whose script ran.
     """
 
     files: StageDir
@@ -36,28 +35,28 @@ class AttemptLogs:
         return self._own(self.files.logs / f"{self.job_id}_batch.log")
 
     def last_line(self, rank: int) -> str:
-        if not self.batch:  # no rank of it was started, so that what its log says is another's
+        if not self.batch:  # none of its ranks started, so the rank's log belongs to another attempt
             return ""
-        said = self._own(self.files.log(self.job_id, rank, "err"))
-        return next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        lines = self._own(self.files.log(self.job_id, rank, "err")).splitlines()
+        return next((line for line in reversed(lines) if line.strip()), "")
 
     def _own(self, path: Path) -> str:
         return own_part(read_tail(path), self.restart)
 
 
 def own_part(text: str, restart: int | None) -> str:
-    """Of a log's text what was said after an attempt's mark; or before all marks, if the next attempt has the first.
+    """An attempt's part of a log: what follows its mark, or what precedes all marks if the first is a later attempt's.
 
     Args:
-        restart: how often the job had been requeued before the attempt; the last one when None.
+        restart: how often the job had been requeued before the attempt; None for the last one.
     """
-    head, *parts = _ATTEMPT.split(text)  # after each number what that attempt said
+    head, *parts = _ATTEMPT.split(text)  # each number, then that attempt's text
     if restart is None:
         return parts[-1] if parts else head
-    said_by = dict(zip(map(int, parts[::2]), parts[1::2], strict=True))
-    if restart in said_by:
-        return said_by[restart]
-    return head if all(number > restart for number in said_by) else ""
+    by_restart = dict(zip(map(int, parts[::2]), parts[1::2], strict=True))
+    if restart in by_restart:
+        return by_restart[restart]
+    return head if all(number > restart for number in by_restart) else ""
 
 
 def read_tail(path: Path) -> str:

@@ -26,7 +26,7 @@ class StageDir:
 
     @property
     def requeue_request(self) -> Path:
-        """Left by a stage that wants to be requeued and cannot reach Slurm from inside its container."""
+        """A request to requeue the job, left by a stage that cannot reach Slurm from inside its container."""
         return self.path / "requeue-request"
 
     @property
@@ -35,7 +35,7 @@ class StageDir:
 
     @property
     def trackers(self) -> Path:
-        """What the stage's run is known by to trackers, and how much each has been handed."""
+        """The ids of the stage's run at the trackers, and how far each has been sent the metrics."""
         return self.path / "trackers.json"
 
     @property
@@ -56,7 +56,7 @@ class StageDir:
 
     @property
     def model(self) -> Path:
-        """The artifact handed on; complete once its manifest verifies. The evaluation's is its report."""
+        """The stage's artifact; complete once its manifest verifies. The evaluation's is its report."""
         return self.path / "model"
 
     @property
@@ -65,12 +65,12 @@ class StageDir:
 
     @property
     def report(self) -> Path:
-        """What the evaluation found."""
+        """The results of the evaluation."""
         return self.model / "report.json"
 
     @property
     def answers(self) -> Path:
-        """The answers that the evaluation compared."""
+        """The responses that the evaluation compared."""
         return self.model / "answers.jsonl"
 
 
@@ -95,7 +95,7 @@ class RunDir:
 
     @property
     def report(self) -> Path:
-        """The report that people read."""
+        """The HTML report."""
         return self.path / "report.html"
 
     @property
@@ -110,11 +110,11 @@ class RunDir:
         return self.scripts / f"{stage}.sbatch"
 
     def sentinel(self, stage: str) -> Path:
-        """The script of the job that mends the chain when the stage ends badly."""
+        """The script of the job that repairs the chain when the stage fails."""
         return self.scripts / f"{stage}.sentinel.sbatch"
 
     def ds_config(self, stage: str, model: str = "") -> Path:
-        """Of one of a stage's models, as ``StageSpec.strategies`` names them."""
+        """The DeepSpeed config of one of a stage's models, named as in ``StageSpec.strategies``."""
         return self.scripts / ".".join(filter(None, (stage, model, "ds_config.json")))
 
     def hostfile_template(self, stage: str) -> Path:
@@ -125,18 +125,18 @@ class RunDir:
 
     @property
     def stages(self) -> list[Path]:
-        """The folders of the stages that have begun, and the links to those that another run trains for this one."""
+        """The folders of the stages that have started, and the links to those that another run trains for this one."""
         folder = self.path / "stages"
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
     def lender(self, stage: str) -> RunDir | None:
-        """The run of the same sweep that trains a stage for this one too; None for a stage of its own."""
+        """The run of the same sweep that also trains a stage for this one; None for a stage of its own."""
         path = self.stage(stage).path
         return RunDir(path.resolve().parent.parent) if path.is_symlink() else None
 
     @property
     def sweep(self) -> SweepDir:
-        """The sweep that it would be a run of."""
+        """The sweep that it belongs to, if there is one."""
         return SweepDir(self.path.parent)
 
 
@@ -148,7 +148,7 @@ class SweepDir:
 
     @property
     def json(self) -> Path:
-        """The names of its runs in their order, and how many may be at work at the same time."""
+        """The names of its runs in order, and how many may run at the same time."""
         return self.path / "sweep.json"
 
     def run(self, label: str) -> RunDir:

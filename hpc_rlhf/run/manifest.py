@@ -1,6 +1,6 @@
-"""A manifest proves that a directory is whole: it lists every file with its size and SHA-256, and is written last.
+"""A manifest proves that a folder is complete: it lists every file with its size and SHA-256, and is written last.
 
-It also holds the SHA-256 of what it says itself.
+It also contains the SHA-256 of its own content.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def sha256(path: Path) -> str:
 
 
 def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
-    """Flush the files below a folder, and tell each one's size and SHA-256.
+    """Flush the files below a folder; gives the size and SHA-256 of each.
 
     Args:
-        share: (rank, size) to do only every size-th file, beginning with number rank.
+        share: (rank, size) to take only every size-th file, starting with number rank.
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != NAME)[share[0] :: share[1]]:
@@ -43,11 +43,11 @@ def _seal(facts: dict[str, Any]) -> str:
 
 
 def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = None) -> None:
-    """Write the manifest over every file below a folder: atomically, last, and flushed to disk.
+    """Write the manifest of every file below a folder: atomically, last, and flushed to disk.
 
     Args:
-        facts: what else it says.
-        files: of ``describe``, where the ranks shared it.
+        facts: what else it contains.
+        files: the results of ``describe``, if the ranks shared that work.
     """
     files = describe(folder) if files is None else files
     content = {**facts, "files": files}
@@ -58,7 +58,7 @@ def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = No
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, or None where there is none as it was written."""
+    """The manifest of a folder; None if it is missing or was changed."""
     try:
         facts = json.loads((folder / NAME).read_text())
     except (OSError, ValueError):
@@ -69,12 +69,12 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def defect(folder: Path, deep: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a folder, or None when it is whole.
+    """What is wrong with a folder; None if it is complete.
 
     Args:
-        folder: the directory that a manifest should prove.
+        folder: the folder.
         deep: also compare each file's SHA-256, not only its size.
-        share: (rank, size) to look only at every size-th file, beginning with number rank.
+        share: (rank, size) to check only every size-th file, starting with number rank.
     """
     facts = read(folder)
     if facts is None:
@@ -101,20 +101,20 @@ def is_done(stage: StageDir) -> bool:
 
 
 def require(folder: Path, what: str, deep: bool = True) -> dict[str, Any]:
-    """The manifest of a whole folder.
+    """The manifest of a complete folder.
 
     Args:
         deep: compare each file's SHA-256 too.
 
     Raises:
-        HpcRlhfError: the folder is not whole; the message says why.
+        HpcRlhfError: the folder is not complete; the message gives the reason.
     """
     reason = defect(folder, deep)
     if reason is not None:
         raise HpcRlhfError(
             f"{what} is not complete: {reason}",
             where=str(folder),
-            hint="let the stage that makes it finish first; this one refuses to train on less",
+            hint="let the stage that produces it finish first; this one does not train on an incomplete input",
             exit_code=RUN_FAILED,
         )
     facts = read(folder)

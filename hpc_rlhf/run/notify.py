@@ -1,4 +1,4 @@
-"""Tell a person how a run ended, through the webhook of its spec. It costs the run nothing if that does not work."""
+"""Notify the user how a run ended, through the webhook of its spec. A failure to do so does not affect the run."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def send(run: RunDir, news: News, stage: str, message: str = "") -> None:
-    """Post word of a run. Takes 20 seconds at most; a failure is one line on stderr, without the address.
+    """Post news of a run. Takes 20 seconds at most; a failure is one line on stderr, without the address.
 
     Args:
-        news: it is finished, or it needs a person.
-        stage: the last to finish, or the one that stopped.
+        news: it is finished, or it needs the user.
+        stage: the one that finished last, or that stopped.
         message: why it stopped.
     """
     try:
@@ -43,7 +43,7 @@ def send(run: RunDir, news: News, stage: str, message: str = "") -> None:
             _post(address(spec.notify.webhook), _body(spec, run, news, stage, message))
     except HpcRlhfError as error:
         _warn(error.message)
-    except Exception as error:  # whatever it is, the run is not to end by it
+    except Exception as error:  # never let it end the run
         _warn(type(error).__name__)
 
 
@@ -53,16 +53,16 @@ def send_stop(run: RunDir, stage: str, kind: StopKind, message: str) -> None:
 
 
 def send_if_finished(run: RunDir, spec: JobSpec, stage: str) -> None:
-    """Post that the run is finished, if a stage that has just finished was the last to."""
+    """Post that the run is finished, if the stage that has just finished was its last."""
     if all(manifest.is_done(run.stage(name)) for name in spec.stage_names):
         send(run, "finished", stage)
 
 
 def address(webhook: WebhookSpec) -> str:
-    """The address itself.
+    """The webhook's URL.
 
     Raises:
-        HpcRlhfError: it is not where the spec says, others can read it there, or it is none.
+        HpcRlhfError: it is not where the spec says, others can read it there, or it is not a URL.
     """
     where = "notify.webhook.url"
     variable = _VARIABLE.fullmatch(webhook.url)
@@ -80,27 +80,27 @@ def address(webhook: WebhookSpec) -> str:
             shared = stat.S_IMODE(path.stat().st_mode) & 0o077
             url = path.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise HpcRlhfError(f"cannot read {path}: {reason}", where, "write the address into it") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise HpcRlhfError(f"cannot read {path}: {reason}", where, "write the URL into it") from None
         if shared:
             raise HpcRlhfError(
-                f"others can read {path}, and its address is a secret", where, f"chmod 600 {path}"
+                f"others can read {path}, and the URL in it is a secret", where, f"chmod 600 {path}"
             )
     if not re.fullmatch(r"https?://[^\s\x00-\x1f\x7f]+", url):
         raise HpcRlhfError(
-            f"{webhook.url} holds no http or https address", where, "write the whole address there"
+            f"{webhook.url} does not contain an http or https URL", where, "write the whole URL there"
         )
     return url
 
 
 def _body(spec: JobSpec, run: RunDir, news: News, stage: str, message: str) -> dict[str, Any]:
     assert spec.notify.webhook is not None
-    said = {
+    phrase = {
         "finished": "is finished",
-        "stopped": f"stopped in {stage} and needs a person",
-        "budget spent": f"stopped in {stage}: its requeues are spent",
+        "stopped": f"stopped in {stage} and needs your help",
+        "budget spent": f"stopped in {stage}: no requeues are left",
     }[news]
-    text = f"hpc-rlhf: {spec.name} {said}" + (f": {message}" if message else "") + f"\n{run.path}"
+    text = f"hpc-rlhf: {spec.name} {phrase}" + (f": {message}" if message else "") + f"\n{run.path}"
     if spec.notify.webhook.style == "slack":
         return {"text": text}
     return {
@@ -120,7 +120,10 @@ def _post(url: str, body: dict[str, Any]) -> None:
             with urllib.request.urlopen(request, timeout=_TIMEOUT):
                 return
         except urllib.error.HTTPError as error:
-            reason, lasting = f"it answered {error.code}", 400 <= error.code < 500 and error.code != 429
+            reason, lasting = (
+                f"the server answered {error.code}",
+                400 <= error.code < 500 and error.code != 429,
+            )
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
             reason, lasting = getattr(cause, "strerror", None) or type(cause).__name__, False
@@ -130,4 +133,4 @@ def _post(url: str, body: dict[str, Any]) -> None:
 
 
 def _warn(reason: str) -> None:
-    print(f"hpc-rlhf: nobody could be told through notify.webhook: {reason}", file=sys.stderr, flush=True)
+    print(f"hpc-rlhf: notify.webhook could not be reached: {reason}", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
-"""Refuses a run directory that somebody else could have put something into: ranks load pickles from it, which can run
-any code."""
+"""Refuses a run directory into which another user could have written: ranks load pickles from it, which can run any
+code."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ _PICKLES = frozenset({".pkl", ".pt", ".bin"})
 
 
 def check(run: RunDir, stage: str | None = None) -> None:
-    """Look at the folders of a run, and at the files in them that are loaded as pickles.
+    """Check the folders of a run, and the files in them that are loaded as pickles.
 
     Args:
         run: its folder may be missing.
-        stage: look at this stage only.
+        stage: check only this stage.
 
     Raises:
-        HpcRlhfError: one belongs to another user, or is a folder that everybody may write to.
+        HpcRlhfError: one belongs to another user, or is a world-writable folder.
     """
     below = run.path if stage is None else run.stage(stage).path
     for path in (run.path, *_loaded(below)):
         try:
             facts = path.stat()
         except FileNotFoundError:
-            continue  # an attempt at work removes its temporary files
+            continue  # a running attempt removes its temporary files
         if facts.st_uid != os.geteuid():
             raise HpcRlhfError(
                 f"it belongs to another user (uid {facts.st_uid}), and what is in it could run as you",
                 where=str(path),
-                hint="choose a run_dir of your own; to go on from somebody's model, name its folder under models",
+                hint="choose a run_dir of your own; to continue from another user's model, name its folder under models",
             )
         if stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_IWOTH:
             raise HpcRlhfError(
-                "everybody may write to it, and what they put there could run as you",
+                "it is world-writable, and what others put there could run as you",
                 where=str(path),
-                hint=f"see that all of it is yours, then: chmod o-w {path}",
+                hint=f"check that everything in it is yours, then: chmod o-w {path}",
             )
 
 

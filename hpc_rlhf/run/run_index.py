@@ -1,4 +1,4 @@
-"""The run directories that this user submitted or ran, so that `hpc-rlhf list` finds them wherever they are."""
+"""The run directories that this user submitted or ran, so that `hpc-rlhf list` finds them anywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def remember(run_dir: Path) -> None:
-    """Note a run directory. Never fails: a run is worth more than a note of it."""
+    """Record a run directory. Never fails, because the run matters more."""
     with suppress(OSError):
         if run_dir in known():
             return
@@ -19,7 +19,7 @@ def remember(run_dir: Path) -> None:
 
 
 def known() -> list[Path]:
-    """The run directories noted, the oldest first; some may be gone."""
+    """The recorded run directories, oldest first; some may be gone."""
     try:
         text = _index().read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:

@@ -1,7 +1,7 @@
-"""The sentinel of a stage: a small job that waits for the stage's job to end badly, and then heals the chain.
+"""The sentinel of a stage: a small job that waits for the stage's job to fail, and then heals the chain.
 
-It is known by its comment, which carries the token of the stage's own submission. So one that was never written down is
-still found, and rank 0 of the stage's next attempt can put back one that was cancelled.
+Its comment has the token of the stage's own submission. So a sentinel that was never recorded is still found, and rank 0
+of the stage's next attempt can replace one that was cancelled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def post(run: RunDir, stage: str, token: str, job_id: str) -> str:
     try:
         return commands.submit(run.sentinel(stage), options)
     except HpcRlhfError:
-        # sbatch may give up waiting for an answer to a job that the controller has accepted.
+        # sbatch may time out although the controller has accepted the job.
         accepted = living(commands.queue(), [token])
         if not accepted:
             raise
@@ -32,13 +32,13 @@ def post(run: RunDir, stage: str, token: str, job_id: str) -> str:
 
 
 def living(queue: Mapping[str, QueuedJob], tokens: Iterable[str]) -> list[QueuedJob]:
-    """The sentinels of some submissions that wait or run."""
+    """The pending and running sentinels of some submissions."""
     marks = {_mark(token) for token in tokens}
     return [job for job in queue.values() if job.live and job.comment in marks]
 
 
 def waits(queue: Mapping[str, QueuedJob], token: str) -> bool:
-    """Whether a submission has a sentinel that is still to start: one that runs is about to end."""
+    """Whether a submission has a pending sentinel: a running one is about to end."""
     return any(job.state == "PENDING" for job in living(queue, [token]))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Options that may not be passed through `slurm.extra`, because they have a field of their own or because the
-# tool needs them for itself, and what to do instead.
+# Options that may not be passed through `slurm.extra`, because they have a field of their own or because the tool
+# needs them itself, and what to do instead.
 _OWNED = {
     "account": "use slurm.account",
     "array": "a stage is one job",

@@ -87,7 +87,7 @@ def test_five_faults_of_a_machine_and_their_cures(tmp_path: Path, full_disk: Pat
         "packages": ("click is 7.0, but hpc-rlhf asks for >=8.1", 'pip install "click>=8.1"'),
         "compiler": ("pin_memory must be built here, and g++ and ninja are missing", "module load gcc"),
         "hub": ("model acme/tiny-1b was not brought into", "hpc-rlhf prefetch"),
-        "mode": ("everybody may write to it", "chmod o-w"),
+        "mode": ("it is world-writable", "chmod o-w"),
         "disk": ("No space left on device", "remove old runs"),
     }
     for check, (said, cure) in faults.items():

@@ -252,9 +252,9 @@ def test_a_verdict_that_comes_while_slurm_is_asked_is_heard(
         return {}
 
     monkeypatch.setattr(commands, "queue", is_healed_meanwhile)
-    assert has_log_to_come(run, liveness.Fates(run))
+    assert has_log_to_come(run, liveness.StageWatch(run))
     monkeypatch.setattr(commands, "queue", dict)
-    assert not has_log_to_come(run, liveness.Fates(run))
+    assert not has_log_to_come(run, liveness.StageWatch(run))
 
 
 def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir) -> None:

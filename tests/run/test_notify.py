@@ -55,7 +55,7 @@ def test_a_run_tells_when_all_of_it_is_finished_and_when_it_stops(
         "run_dir": str(run.path),
         "stage": "ppo",
         "message": "user error: no such file",
-        "text": f"hpc-rlhf: demo stopped in ppo and needs a person: user error: no such file\n{run.path}",
+        "text": f"hpc-rlhf: demo stopped in ppo and needs your help: user error: no such file\n{run.path}",
     }
     assert (finished["event"], finished["stage"]) == ("finished", "ppo")
     for path in (path for path in run.path.rglob("*") if path.is_file()):
@@ -70,13 +70,13 @@ def test_slack_gets_a_text_alone(tmp_path: Path, hook: Hook) -> None:
     with claim(spec, "test"):
         prepare(spec, run)
     notify.send(run, "budget spent", "sft", "requeued 100 times")
-    text = f"hpc-rlhf: demo stopped in sft: its requeues are spent: requeued 100 times\n{run.path}"
+    text = f"hpc-rlhf: demo stopped in sft: no requeues are left: requeued 100 times\n{run.path}"
     assert hook.posted == [(SECRET, {"text": text})]
 
 
 @pytest.mark.parametrize(
     ("answers", "tries", "reason"),
-    [([503, 429], 3, ""), ([503] * 3, 3, "it answered 503"), ([404], 1, "it answered 404"), (None, 0, "refused")],
+    [([503, 429], 3, ""), ([503] * 3, 3, "the server answered 503"), ([404], 1, "the server answered 404"), (None, 0, "refused")],
     ids=["again", "in-vain", "never", "nobody-there"],
 )  # fmt: skip
 def test_what_may_pass_is_tried_again_and_nothing_is_raised(
@@ -97,7 +97,7 @@ def test_what_may_pass_is_tried_again_and_nothing_is_raised(
     assert len(hook.posted) == tries
     said = capsys.readouterr().err
     assert reason in said
-    assert ("nobody could be told" in said) == bool(reason)
+    assert ("could not be reached" in said) == bool(reason)
     assert "very-secret" not in said
     run.job_yaml.unlink()
     notify.send(run, "stopped", "sft", "why")  # even then
@@ -114,7 +114,7 @@ def test_an_address_that_is_not_there_or_not_secret_is_told_before_the_run_start
         ("${NO_HOOK}", "the variable NO_HOOK is not set"),
         (str(tmp_path / "no"), "cannot read .*: No such file"),
         (str(shared), "others can read"),
-        ("${HOOK}", r"\$\{HOOK\} holds no http or https address"),
+        ("${HOOK}", r"\$\{HOOK\} does not contain an http or https URL"),
     ):
         spec, run = notifying(tmp_path / "run", url)
         with claim(spec, "test"), pytest.raises(HpcRlhfError, match=what) as error:

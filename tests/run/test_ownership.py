@@ -49,7 +49,7 @@ def test_what_is_ours_is_taken_and_what_is_not_there_too(run: RunDir) -> None:
 @pytest.mark.parametrize("folder", [".", "stages", "stages/sft/logs", "stages/sft/checkpoints/step-00000001"])
 def test_a_folder_that_everybody_may_write_to_is_refused(run: RunDir, folder: str) -> None:
     (run.path / folder).chmod(0o777)
-    with pytest.raises(HpcRlhfError, match="everybody may write to it") as caught:
+    with pytest.raises(HpcRlhfError, match="it is world-writable") as caught:
         ownership.check(run)
     assert caught.value.where == str(run.path / folder)
 
@@ -74,7 +74,7 @@ def test_a_log_that_another_user_owns_is_harmless(run: RunDir) -> None:
 def test_launchers_refuse_it(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run").chmod(0o777)
-    with pytest.raises(HpcRlhfError, match="everybody may write"), claim(make_spec(tmp_path / "run"), "test"):
+    with pytest.raises(HpcRlhfError, match="world-writable"), claim(make_spec(tmp_path / "run"), "test"):
         pass
 
 
@@ -90,7 +90,7 @@ def test_a_rank_refuses_it_before_it_unpickles_anything(run: RunDir, tmp_path: P
     command = [sys.executable, "-m", f"hpc_rlhf.{entry}", *args]
     refused = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **slurm})
     assert refused.returncode == 2
-    assert refused.stderr.startswith(f"hpc-rlhf: {logs}: everybody may write to it")
+    assert refused.stderr.startswith(f"hpc-rlhf: {logs}: it is world-writable")
     assert not (tmp_path / "left").exists()
     if entry == "rank":  # the pickle would have acted
         logs.chmod(0o700)
