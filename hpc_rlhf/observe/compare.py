@@ -11,9 +11,8 @@ from typing import Any
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.evaluation import read_report
 from hpc_rlhf.observe.listing import list_runs
-from hpc_rlhf.observe.metrics import held_out_rows, step_rows
+from hpc_rlhf.observe.metrics import held_out_rows, read_latest, step_rows
 from hpc_rlhf.run import manifest
-from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
@@ -204,7 +203,7 @@ def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Number]]:
             if number.value is not None:
                 yield name, number
     for stage in spec.trained:
-        text = read_tail(run.stage(stage).metrics)
+        text = read_latest(run.stage(stage).metrics, stage, _LATELY)
         rows = step_rows(text, stage)
         lately = rows[-max(1, int(_LATELY * rows[-1]["total_steps"])) :] if rows else []
         numbers = {

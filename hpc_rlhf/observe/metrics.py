@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf.run.attempt_logs import TAIL_BYTES, read_tail
 from hpc_rlhf.spec.stages import kind_of
 
 Row = dict[str, Any]
@@ -38,6 +39,20 @@ def _rows(text: str, kind: str) -> list[Row]:
         if isinstance(row, dict) and row.get("kind") == kind:
             rows.append(row)
     return rows
+
+
+def read_latest(path: Path, stage: str, share: float) -> str:
+    """The end of a metrics file, with at least the last ``share`` of the stage's steps; empty if it cannot be read."""
+    limit = TAIL_BYTES
+    text = read_tail(path, limit)
+    while True:
+        rows = step_rows(text, stage)
+        if rows and len(rows) >= share * rows[-1]["total_steps"]:
+            return text
+        limit *= 4
+        shorter, text = text, read_tail(path, limit)
+        if len(text) == len(shorter):
+            return text
 
 
 @dataclass

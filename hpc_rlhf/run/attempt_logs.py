@@ -10,7 +10,7 @@ from typing import Any
 
 from hpc_rlhf.run.layout import StageDir
 
-_TAIL_BYTES = 1 << 16
+TAIL_BYTES = 1 << 16
 # The first line of the batch script, which also adds it to the rank logs of earlier attempts: a requeued job continues in
 # the same files. The line before it may be incomplete.
 _ATTEMPT = re.compile(r"hpc-rlhf: attempt (\d+) of job .*\n?")
@@ -59,12 +59,12 @@ def own_part(text: str, restart: int | None) -> str:
     return head if all(number > restart for number in by_restart) else ""
 
 
-def read_tail(path: Path) -> str:
-    """The last 64 KiB of a text file, which may begin in the middle of a line; empty if it cannot be read."""
+def read_tail(path: Path, limit: int = TAIL_BYTES) -> str:
+    """The last bytes of a text file, which may begin in the middle of a line; empty if it cannot be read."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
+            file.seek(max(0, size - limit))
             return file.read().decode("utf-8", "replace")
     except OSError:
         return ""

@@ -276,7 +276,7 @@ def scene(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_a_users_mistake_is_not_tried_again(scene: Scene) -> None:
     chain = scene["mistaken"]
     why = chain.await_stop()
-    assert why == "user error: data.json: no such file; once that is mended, hpc-rlhf heal goes on"
+    assert why == "user error: data.json: no such file; fix the cause, then run hpc-rlhf heal"
     assert len(chain.events("started", "sft")) == 1
 
 
@@ -284,7 +284,7 @@ def test_what_a_person_cancelled_stays_so_until_a_person_says_otherwise(scene: S
     chain = scene["cancelled"]
     job = chain.await_fault()
     chain.cluster.run("scancel", job)
-    assert chain.await_stop() == "cancelled by hand; once that is mended, hpc-rlhf heal goes on"
+    assert chain.await_stop() == "cancelled by hand; fix the cause, then run hpc-rlhf heal"
     assert not chain.events("retried", "sft")
     chain.fault.unlink()
     chain.cli("heal", chain.path, env=chain.env)

@@ -241,7 +241,7 @@ def test_a_sentinel_tells_once_that_a_person_is_needed(
     watched(fake, "3")
     assert [main(["heal", "--sentinel", str(run.path)]) for _ in range(2)] == [3, 0]
     assert told == [("stopped", "sft", "user error: no such file")]
-    assert "user error: no such file; once that is mended" in run.report.read_text()
+    assert "user error: no such file; fix the cause" in run.report.read_text()
 
     ledger.append(RetryRequested("sft"))
     for step in range(101):

@@ -50,11 +50,19 @@ def done(run: RunDir, stage: str) -> None:
     manifest.write(run.stage(stage).model, {"step": 20})
 
 
-def score(run: RunDir, total: int, rewards: list[float]) -> None:
+def score(run: RunDir, total: int, rewards: list[float], **more: str) -> None:
     run.stage("ppo").path.mkdir(parents=True, exist_ok=True)
     first = total - len(rewards) + 1
     rows = [
-        {"step": step, "total_steps": total, "time": 1.0, "kind": "train", "reward": reward, "kl": 2.0}
+        {
+            "step": step,
+            "total_steps": total,
+            "time": 1.0,
+            "kind": "train",
+            "reward": reward,
+            "kl": 2.0,
+            **more,
+        }
         for step, reward in enumerate(rewards, first)
     ]
     run.stage("ppo").metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -93,6 +101,15 @@ def test_sweep_is_ranked_by_final_training_reward(tmp_path: Path) -> None:
         shown = cli(*asked)
         assert rows(shown) == wanted
         assert shown.stderr == "ranked by ppo.reward\n"
+
+
+def test_the_last_tenth_of_a_long_run_is_averaged(tmp_path: Path) -> None:
+    run = make_sweep(tmp_path, COEFS, {"kl_coef=0.1": 0.0})["kl_coef=0.1"]
+    score(
+        run, 5000, [9.0] * 4500 + [2.0] * 400 + [1.0] * 100, other="metrics" * 70
+    )  # rows as long as real ones
+    (compared,) = json.loads(cli("--json", run.path).stdout)["runs"]
+    assert compared["numbers"]["ppo.reward"]["value"] == pytest.approx(1.8)
 
 
 def test_evaluations_take_precedence_over_training(tmp_path: Path) -> None:

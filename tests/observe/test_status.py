@@ -13,8 +13,10 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.observe.gather import Evidence
+from hpc_rlhf.observe.judge import judge
 from hpc_rlhf.observe.metrics import MetricsReader, seconds_a_step
-from hpc_rlhf.observe.status import Evidence, judge, read_status
+from hpc_rlhf.observe.status import read_status
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Cancelled, Resumed, Started, Submitted
 from hpc_rlhf.run.history import StageHistory
@@ -41,7 +43,7 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (evidence(), "not started", ""),
         (evidence("failed", done=True, queued=queued("FAILED")), "done", ""),
         (evidence("submitted", queued=queued("PENDING", "Dependency")), "waiting", "for sft and reward"),
-        (evidence("submitted", queued=queued("PENDING", "Priority")), "pending", "Priority: other jobs"),
+        (evidence("submitted", queued=queued("PENDING", "Priority")), "pending", "Priority: other jobs have"),
         (evidence("submitted", queued=queued("PENDING", "QOSMaxJobs")), "pending", "QOSMaxJobs"),
         (
             evidence("submitted", queued=queued("PENDING", "DependencyNeverSatisfied")),
@@ -51,7 +53,7 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (evidence("started", "requeued", queued=queued("PENDING", "BeginTime")), "requeued", "BeginTime: "),
         (evidence("submitted", queued=queued("RUNNING")), "starting", ""),
         (evidence("started", "requeued", queued=queued("RUNNING")), "starting", ""),
-        (evidence("started", "resumed", queued=queued("RUNNING")), "running", "going on from step 7"),
+        (evidence("started", "resumed", queued=queued("RUNNING")), "running", "resuming from step 7"),
         (evidence("started", queued=queued("RUNNING")), "running", "loading data and model"),
         (evidence("started", "ready", queued=queued("RUNNING")), "running", ""),
         (evidence("started", queued=queued("SUSPENDED")), "suspended", ""),
@@ -61,23 +63,23 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (
             evidence("started", "failed", "ended", "stopped", queued=queued("FAILED")),
             "stopped",
-            "why it stopped; once that is mended, hpc-rlhf heal goes on",
+            "why it stopped; fix the cause, then run hpc-rlhf heal",
         ),
         (
             evidence("started", "ended", "retried", queued=queued("PENDING", "BeginTime")),
             "requeued",
-            "tried again after why it ended",
+            "retry after why it ended",
         ),
         (evidence("started", "ended", "retried", queued=queued("RUNNING")), "starting", ""),
         (evidence("started", "cancelled", "ended", "stopped", queued=queued("CANCELLED")), "cancelled", ""),
         (evidence("started", "interrupted"), "interrupted", "run it again"),
-        (evidence("started", queued=queued("TIMEOUT"), job_id="7"), "failed", "Slurm says TIMEOUT"),
+        (evidence("started", queued=queued("TIMEOUT"), job_id="7"), "failed", "Slurm reports TIMEOUT"),
         (evidence("started", past=JobRecord("7", "NODE_FAIL", "0:0"), job_id="7"), "failed", "NODE_FAIL"),
         (evidence("started", past=JobRecord("7", "CANCELLED", "0:0"), job_id="7"), "cancelled", ""),
         (evidence("started", past=JobRecord("7", "COMPLETED", "0:0"), job_id="7"), "failed", "COMPLETED"),
         (evidence("submitted", past=JobRecord("7", "PENDING", "0:0"), job_id="7"), "unknown", "no job 7"),
         (evidence("submitted", job_id="7"), "unknown", "no job 7"),
-        (evidence("submitting"), "unknown", "submit again finds the job"),
+        (evidence("submitting"), "unknown", "run it again to find the job"),
         (evidence("started", at_work_here=True), "running", ""),
         (evidence("started"), "stopped", "run it again"),
     ],
@@ -186,7 +188,7 @@ def test_status_verb_without_slurm(run: RunDir, tmp_path: Path) -> None:
         "-",
     ]
     assert lines[3].split() == ["ppo", "unknown", "-", "-", "-", "-", "12"]
-    assert "ppo     no word from Slurm (squeue is not on PATH)" in lines
+    assert "ppo     Slurm does not answer (squeue is not on PATH)" in lines
     stages = json.loads(status("--json").stdout)["stages"]
     assert [stage["state"] for stage in stages] == ["done", "stopped", "unknown"]
 
@@ -209,7 +211,7 @@ def test_status_verb_shows_interruptions_and_goodput(run: RunDir) -> None:
         "sft  1 interruption: node failure; the last: node failure at step 0 on node2, "
     )
     assert lines[6:] == [
-        "ppo  comes after sft and reward",
+        "ppo  runs after sft and reward",
         "",
         "ETTR 0.71 of 1 min 24 s in the allocation: productive 1 min 0 s, starting 20 s, lost 4 s, saving 0 s; "
         "outside it: queued 6 s, waiting 0 s",

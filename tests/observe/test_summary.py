@@ -165,7 +165,7 @@ def test_stage_shows_its_phase_and_then_its_progress(tmp_path: Path) -> None:
     Ledger(run.ledger).append(Started("sft"))
     assert words() == "loading data and model"
     Ledger(run.ledger).append(Resumed("sft", step=4))
-    assert words() == "going on from step 4"
+    assert words() == "resuming from step 4"
     log_step(run, 5, now + 1, loss=2.0)
     assert (words(), view.step, view.total) == ("loss 2", 5, 20)
     log_step(run, 10, now + 2, loss=None)

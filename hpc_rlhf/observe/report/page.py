@@ -12,12 +12,13 @@ from typing import Any
 from hpc_rlhf import __version__
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.evaluation import notes, read_report, table_rows
+from hpc_rlhf.observe.gather import PlannedStage, RunPlan
 from hpc_rlhf.observe.goodput.totals import count_words, split_words, total
 from hpc_rlhf.observe.report import outcome, timeline
 from hpc_rlhf.observe.report.answers import MODELS, read_exchanges
 from hpc_rlhf.observe.report.charts import Chart, make_charts
 from hpc_rlhf.observe.report.thinning import MOST
-from hpc_rlhf.observe.status import read_plan, read_status
+from hpc_rlhf.observe.status import read_status
 from hpc_rlhf.observe.summary import stage_facts
 from hpc_rlhf.run.events import Started
 from hpc_rlhf.run.files import write_atomically
@@ -72,19 +73,19 @@ def make_page(run: RunDir) -> str:
 
 
 def _content(run: RunDir) -> dict[str, Any]:
-    plan, events = read_plan(run), list(Ledger(run.ledger).events())
+    plan, events = RunPlan.read(run), list(Ledger(run.ledger).events())
     statuses = read_status(run)
     facts, report = stage_facts(run), _evaluation(run)
     goodput = {status.stage: status.goodput for status in statuses}
     whole = total(goodput)
     started = [event for event in events if isinstance(event, Started)]
-    charts = {
-        job["stage"]: made
-        for job in plan["jobs"]
-        if (made := _charts(run, job, [event for event in started if event.stage == job["stage"]]))
+    stage_charts = {
+        planned.stage: charts
+        for planned in plan.stages
+        if (charts := _charts(run, planned, [event for event in started if event.stage == planned.stage]))
     }
     return {
-        "name": plan["name"],
+        "name": plan.name,
         "folder": str(run.path),
         "state": outcome.state(statuses),
         "sentence": outcome.sentence(statuses, facts, report),
@@ -98,8 +99,8 @@ def _content(run: RunDir) -> dict[str, Any]:
         ),
         "spans": timeline.WORDS,
         "width": timeline.WIDTH,
-        "charts": charts,
-        "chart_data": [chart.to_dict() for some in charts.values() for chart in some],
+        "charts": stage_charts,
+        "chart_data": [chart.to_dict() for some in stage_charts.values() for chart in some],
         "most": MOST,
         "table": [] if report is None else table_rows(report, MODELS),
         "notes": [] if report is None else notes(report),
@@ -118,12 +119,12 @@ def _evaluation(run: RunDir) -> dict[str, Any] | None:
         return None
 
 
-def _charts(run: RunDir, job: dict[str, Any], started: list[Started]) -> list[Chart]:
+def _charts(run: RunDir, planned: PlannedStage, started: list[Started]) -> list[Chart]:
     try:
-        text = run.stage(job["stage"]).metrics.read_text(encoding="utf-8", errors="replace")
+        text = run.stage(planned.stage).metrics.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return make_charts(text, job["stage"], job["batch"]["global"], [event.time for event in started])
+    return make_charts(text, planned.stage, planned.global_batch, [event.time for event in started])
 
 
 def _versions(started: list[Started]) -> list[tuple[str, str]]:

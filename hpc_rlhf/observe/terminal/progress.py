@@ -77,7 +77,7 @@ class StageView:
         phase = f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"
         event = StageHistory.read(self.run, self.stage).after(self._events_before).last(Started, Resumed)
         if isinstance(event, Resumed):
-            return f"going on from step {event.step}"
+            return f"resuming from step {event.step}"
         return phase if event is None else "loading data and model"
 
 

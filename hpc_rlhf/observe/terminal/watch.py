@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from hpc_rlhf.observe.gather import RunPlan, SlurmReply, query_slurm
 from hpc_rlhf.observe.metrics import MetricsReader
-from hpc_rlhf.observe.status import Answer, ask_slurm, read_plan, read_status
+from hpc_rlhf.observe.status import read_status
 from hpc_rlhf.observe.terminal.board import Board, telling
 from hpc_rlhf.run.layout import RunDir
 
@@ -33,18 +34,18 @@ class Watching:
     def __init__(self, run: RunDir) -> None:
         """Raises HpcRlhfError: the plan cannot be read."""
         self._run = run
-        self._name = read_plan(run)["name"]
+        self._name = RunPlan.read(run).name
         self._readers: dict[str, MetricsReader] = {}
         self._values: dict[tuple[str, str], list[float]] = {}
-        self._asked = -math.inf
+        self._queried = -math.inf
         self._jobs: frozenset[str] = frozenset()
-        self._answer: Answer = ({}, {}, "")
+        self._reply = SlurmReply()
 
     def draw(self, width: int, plain: bool = False) -> list[RenderableType]:
         """The picture as it is now, from top to bottom."""
         from rich.text import Text
 
-        stages = read_status(self._run, self._ask)
+        stages = read_status(self._run, self._query)
         for stage in stages:
             self._read(stage.stage)
         board = Board(width, live=True, plain=plain)
@@ -54,11 +55,11 @@ class Watching:
             parts += [] if part is None else [Text(), part]
         return [*parts, Text(), Text(f"{time.strftime('%H:%M:%S')}  q ends", style="dim")]
 
-    def _ask(self, job_ids: Sequence[str]) -> Answer:
-        if time.monotonic() - self._asked > _SLURM_EVERY or not self._jobs.issuperset(job_ids):
-            self._answer = ask_slurm(job_ids)
-            self._asked, self._jobs = time.monotonic(), frozenset(job_ids)
-        return self._answer
+    def _query(self, job_ids: Sequence[str]) -> SlurmReply:
+        if time.monotonic() - self._queried > _SLURM_EVERY or not self._jobs.issuperset(job_ids):
+            self._reply = query_slurm(job_ids)
+            self._queried, self._jobs = time.monotonic(), frozenset(job_ids)
+        return self._reply
 
     def _read(self, stage: str) -> None:
         reader = self._readers.setdefault(stage, MetricsReader(self._run.stage(stage).metrics, stage))

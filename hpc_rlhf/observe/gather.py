@@ -1,0 +1,204 @@
+"""Gather what is known about a run: its plan, ledger, artifacts and metrics on disk, and its jobs in Slurm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.observe.liveness import launcher_at_work
+from hpc_rlhf.observe.metrics import seconds_a_step, step_rows
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.attempt_logs import read_tail
+from hpc_rlhf.run.events import Event, Started
+from hpc_rlhf.run.history import StageHistory
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
+from hpc_rlhf.spec.stages import kind_of
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage as planned.
+
+    Attributes:
+        needs: stages whose artifacts it starts from.
+        global_batch: samples in a step, over all ranks.
+    """
+
+    stage: str
+    needs: tuple[str, ...]
+    global_batch: int
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of a run, as read back from its directory."""
+
+    name: str
+    stages: tuple[PlannedStage, ...]
+
+    @classmethod
+    def read(cls, run: RunDir) -> RunPlan:
+        """Read a run's plan.json.
+
+        Raises:
+            HpcRlhfError: it cannot be read.
+        """
+        try:
+            plan = json.loads(run.plan_json.read_text(encoding="utf-8"))
+            jobs = [
+                PlannedStage(job["stage"], tuple(job["needs"]), job["batch"]["global"])
+                for job in plan["jobs"]
+            ]
+            return cls(str(plan["name"]), tuple(jobs))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+            raise HpcRlhfError(
+                f"cannot read the plan: {reason}",
+                where=str(run.plan_json),
+                hint="submit or run the job file again to rewrite it",
+                exit_code=RUN_FAILED,
+            ) from error
+
+
+@dataclass(frozen=True)
+class SlurmReply:
+    """What Slurm knows of some jobs.
+
+    Attributes:
+        queue: jobs in the queue, by id.
+        past: jobs in the accounting database, by id.
+        error: why Slurm does not answer; empty if it does.
+    """
+
+    queue: Mapping[str, QueuedJob] = field(default_factory=dict)
+    past: Mapping[str, JobRecord] = field(default_factory=dict)
+    error: str = ""
+
+
+def query_slurm(job_ids: Sequence[str]) -> SlurmReply:
+    """What Slurm knows of some jobs, with at most two commands."""
+    if not job_ids:
+        return SlurmReply()
+    try:
+        queue = commands.queue()
+    except HpcRlhfError as error:
+        return SlurmReply(error=f"Slurm does not answer ({error.message})")
+    return SlurmReply(queue, commands.accounting([job_id for job_id in job_ids if job_id not in queue]))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known about the state of a stage.
+
+    Attributes:
+        done: its artifact is complete.
+        needs: stages that it starts from.
+        job_id: its latest Slurm job, or None.
+        queued: that job in the queue.
+        past: that job in the accounting database.
+        at_work_here: a launcher on this or another machine holds the run.
+        slurm_error: why Slurm does not answer; empty if it does.
+    """
+
+    done: bool
+    needs: tuple[str, ...]
+    history: StageHistory
+    job_id: str | None
+    queued: QueuedJob | None
+    past: JobRecord | None
+    at_work_here: bool
+    slurm_error: str = ""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory says about its stages, without Slurm."""
+
+    run: RunDir
+    plan: RunPlan
+    events: Sequence[Event]
+    histories: Mapping[str, StageHistory]
+    done: frozenset[str]
+
+    @classmethod
+    def read(
+        cls, run: RunDir, plan: RunPlan | None = None, events: Sequence[Event] | None = None
+    ) -> RunRecord:
+        """Read a run directory.
+
+        Args:
+            plan, events: what was already read of it.
+
+        Raises:
+            HpcRlhfError: the plan cannot be read.
+        """
+        plan = RunPlan.read(run) if plan is None else plan
+        events = list(Ledger(run.ledger).events()) if events is None else events
+        histories = {}
+        for stage in (planned.stage for planned in plan.stages):
+            lender = run.lender(stage)
+            own = StageHistory([event for event in events if event.stage == stage])
+            histories[stage] = own if lender is None else StageHistory.read(lender, stage)
+        done = frozenset(stage for stage in histories if manifest.is_done(run.stage(stage)))
+        return cls(run, plan, events, histories, done)
+
+    @property
+    def job_ids(self) -> list[str]:
+        """The Slurm jobs of the stages that are not done."""
+        jobs = {stage: history.job_id for stage, history in self.histories.items()}
+        return [job_id for stage, job_id in jobs.items() if job_id is not None and stage not in self.done]
+
+    def evidence(self, reply: SlurmReply) -> dict[str, Evidence]:
+        """The evidence about each stage, in the order of the plan."""
+        at_work = launcher_at_work(self.run)
+        evidence = {}
+        for planned in self.plan.stages:
+            stage, history = planned.stage, self.histories[planned.stage]
+            queued = reply.queue.get(history.job_id or "")
+            evidence[stage] = Evidence(
+                done=stage in self.done,
+                needs=planned.needs,
+                history=history,
+                job_id=history.job_id,
+                queued=queued if queued is not None and queued.is_of(stage) else None,
+                past=reply.past.get(history.job_id or ""),
+                at_work_here=at_work,
+                slurm_error=reply.error,
+            )
+        return evidence
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage has come.
+
+    Attributes:
+        step: steps done; None before the first.
+        total_steps: steps in all.
+        updated: when the latest step was done, in Unix seconds.
+        left: seconds of work left at the pace of the latest steps, without time in a queue; None if unknown.
+        numbers: the latest values of the stage's progress metrics; null for one that was not finite.
+    """
+
+    step: int | None = None
+    total_steps: int | None = None
+    updated: float | None = None
+    left: float | None = None
+    numbers: dict[str, float | None] = field(default_factory=dict)
+
+
+def read_progress(run: RunDir, stage: str, history: StageHistory) -> Progress:
+    """The progress of a stage, from the end of its metrics."""
+    rows = step_rows(read_tail(run.stage(stage).metrics), stage)
+    if not rows:
+        return Progress()
+    row = rows[-1]
+    numbers = {name: row[name] for name in kind_of(stage).progress if name in row}
+    pace = seconds_a_step(rows, [event.time for event in history.all(Started)])
+    left = None if pace is None else round(pace * (row["total_steps"] - row["step"]), 1)
+    return Progress(row["step"], row["total_steps"], row.get("time"), left, numbers)

@@ -1,0 +1,114 @@
+"""Judge the state of a stage from what is known about it. Pure.
+
+A complete artifact outranks Slurm, and Slurm outranks what the ledger says last.
+"""
+
+from __future__ import annotations
+
+from hpc_rlhf.observe.gather import Evidence
+from hpc_rlhf.run.events import (
+    Cancelled,
+    Ended,
+    Failed,
+    Interrupted,
+    Ready,
+    Refused,
+    Requeued,
+    Resumed,
+    Retried,
+    Saved,
+    Started,
+    Stopped,
+    Stopping,
+    Submitted,
+    Submitting,
+)
+from hpc_rlhf.slurm.jobs import ENDED, JobRecord, QueuedJob
+
+# What Slurm's pending reasons mean.
+_REASONS = {
+    "Priority": "other jobs have a higher priority",
+    "Resources": "waiting for free nodes",
+    "BeginTime": "Slurm delays a requeued job",
+    "JobHeldUser": "held by its owner; to release it: scontrol release",
+    "JobHeldAdmin": "held by an administrator",
+    "launch_failed_requeued_held": "a node failed to launch it; to release it: scontrol release",
+    "PartitionDown": "the partition is down",
+    "PartitionTimeLimit": "its time limit exceeds the partition's",
+    "PartitionNodeLimit": "it needs more nodes than the partition has",
+    "ReqNodeNotAvail": "a required node is unavailable",
+    "Reservation": "waiting for its reservation",
+}
+
+
+def judge(evidence: Evidence) -> tuple[str, str]:
+    """The state of a stage, and why; the reason may be empty."""
+    state, why = _judge(evidence)
+    unknown = evidence.slurm_error and evidence.job_id is not None and not evidence.done
+    return state, evidence.slurm_error if unknown else why
+
+
+def _judge(evidence: Evidence) -> tuple[str, str]:
+    if evidence.done:
+        return "done", ""
+    if evidence.queued is not None and evidence.queued.live:
+        return _judge_live(evidence.queued, evidence)
+    state = evidence.history.state
+    if isinstance(state, (Failed, Refused)):
+        return state.name, state.message
+    if isinstance(state, Cancelled):
+        return state.name, ""
+    if isinstance(state, Stopped):
+        return state.name, f"{state.message}; fix the cause, then run hpc-rlhf heal"
+    if isinstance(state, Ended):
+        return "failed", _ending(evidence)
+    if isinstance(state, Interrupted):
+        return "interrupted", "run it again to resume"
+    job = evidence.queued or evidence.past
+    if job is not None and not (isinstance(job, JobRecord) and job.state not in ENDED):
+        name = "cancelled" if job.state == "CANCELLED" else "failed"
+        return name, f"Slurm reports {job.state}; to resume, run hpc-rlhf heal"
+    if evidence.job_id is not None:
+        return "unknown", f"Slurm has no job {evidence.job_id}; to resume, run hpc-rlhf heal"
+    if isinstance(state, Submitting):
+        return "unknown", "submit was interrupted here; run it again to find the job"
+    if state is not None:
+        return _judge_running(evidence) if evidence.at_work_here else ("stopped", "run it again to resume")
+    return "not started", f"runs after {' and '.join(evidence.needs)}" if evidence.needs else ""
+
+
+def _judge_running(evidence: Evidence) -> tuple[str, str]:
+    """The state of a stage that has its nodes, and what it does before its first step."""
+    event = evidence.history.last(Submitted, Requeued, Retried, Stopping, Ready, Saved, Resumed, Started)
+    if isinstance(event, (Submitted, Requeued, Retried)):
+        return "starting", ""
+    if isinstance(event, Stopping):
+        return "running", f"saving before it stops: {event.reason}"
+    if isinstance(event, Resumed):
+        return "running", f"resuming from step {event.step}"
+    return "running", "loading data and model" if isinstance(event, Started) else ""
+
+
+def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
+    """The state of a stage whose job is in Slurm's queue."""
+    if job.state == "RUNNING":
+        return _judge_running(evidence)
+    if job.state != "PENDING":
+        return job.state.lower(), job.reason
+    if job.reason == "DependencyNeverSatisfied":
+        return "stuck", "a stage that it needs has failed; to resume, run hpc-rlhf heal"
+    if job.reason == "Dependency":
+        return "waiting", f"for {' and '.join(evidence.needs)}"
+    if isinstance(evidence.history.state, Retried):
+        return "requeued", f"retry after {_ending(evidence)}"
+    words = _REASONS.get(job.reason)
+    state = "requeued" if evidence.history.last(Started) else "pending"
+    return state, f"{job.reason}: {words}" if words else job.reason
+
+
+def _ending(evidence: Evidence) -> str:
+    """The reason and message of the latest attempt that ended without finishing."""
+    ended = evidence.history.last(Ended)
+    if ended is None:
+        return "a stage that it needs was trained again"
+    return ": ".join(filter(None, (ended.reason, ended.message)))
