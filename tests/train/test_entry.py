@@ -34,6 +34,7 @@ def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(commands, "was_preempted", lambda job: False)
     monkeypatch.setattr(commands, "why_ended", lambda job, restarts: "")
     monkeypatch.setattr(commands, "requeue", jobs.append)
     return jobs
@@ -63,6 +64,7 @@ def test_a_stage_that_ends_while_it_is_preempted_runs_once_more(
 ) -> None:
     """Slurm may call it PREEMPTED although it is done; the next start ends at once, and is COMPLETED."""
     run = make_run(tiny_spec(tmp_path / "run", ranks=1))
+    monkeypatch.setattr(commands, "was_preempted", lambda job: True)
     finish(run, PREEMPTED, world, monkeypatch)
     assert requeued == ["9"]
     assert [event.name for event in Ledger(run.ledger).events("sft")] == [
@@ -136,7 +138,7 @@ def test_a_stop_that_another_ranks_failure_caused_is_not_requeued_as_a_preemptio
     assert Ledger(run.ledger).last(Requeued, "sft") is None
 
 
-@pytest.mark.parametrize("code", [0, TIME_LIMIT])
+@pytest.mark.parametrize("code", [0, TIME_LIMIT, PREEMPTED])  # the last without a preemption in Slurm
 def test_a_stage_that_ends_in_its_time_is_done(
     tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:

@@ -17,8 +17,8 @@ _SECONDS = 240
 
 
 def ask(ops: Sequence[str]) -> dict[str, Any] | Finding:
-    """What ``hpc_rlhf.train.facts`` answers, in a process of its own; a finding where it gives no answer."""
-    command = [sys.executable, "-m", "hpc_rlhf.train.facts", *ops]
+    """What ``hpc_rlhf.train.machine`` answers, in a process of its own; a finding where it gives no answer."""
+    command = [sys.executable, "-m", "hpc_rlhf.train.machine", *ops]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}

@@ -37,7 +37,7 @@ def run(self) -> None:
     spec = read_spec(self.files.job_yaml)
     self.is_main = True
     job_start.note_ending_before(self.files, self.stage, self.job, self.restarts)
-    self.note(Started(job_id=self.job, restart=self.restarts, ranks=1, host=self.host))
+    self.record(Started(job_id=self.job, restart=self.restarts, ranks=1, host=self.host))
     if commands.was_preempted(self.job):
         self.stop.preempt()
     job_start.put_sentinel_back(self.files, self.stage, self.job)
@@ -48,7 +48,7 @@ def run(self) -> None:
     files.model.mkdir(exist_ok=True)
     (files.model / "weights").write_text("w")
     manifest.write(files.model, {"step": STEPS, "seconds": 1})
-    self.note(Finished(step=STEPS, seconds=1))
+    self.record(Finished(step=STEPS, seconds=1))
     if self.stop.preempted:
         self.requeue(STEPS, "preempted")
 
@@ -63,17 +63,20 @@ def train(self, spec) -> None:
 
     def save(step: int) -> None:
         kept.write_text(str(step))
-        self.note(Saved(step=step))
+        self.record(Saved(step=step))
 
     done = int(kept.read_text()) if kept.exists() else 0
     if done:
-        self.note(Resumed(step=done))
+        self.record(Resumed(step=done))
     for step in range(done + 1, STEPS + 1):
         time.sleep(SECONDS)
         stumble(self, step)
         if self.stop.code:
             save(step - 1)
-            self.end_stopped(StageStopped(REASON_OF_CODE[self.stop.code], step - 1), spec)
+            self.end_stopped(
+                StageStopped(REASON_OF_CODE[self.stop.code], step - 1),
+                spec.stage(self.stage).slurm.max_requeues,
+            )
         line = {"step": step, "total_steps": STEPS, "time": time.time(), "kind": "train", "loss": 1 / step}
         with files.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
