@@ -10,15 +10,15 @@ from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import QueuedJob
 
-# A sentinel at work is soon done.
+# A running sentinel finishes soon.
 _PATIENCE = 30.0
 
 
 def cancel(run: RunDir) -> dict[str, QueuedJob]:
-    """Cancel every job of a run that is queued or running, and return those of stages."""
+    """Cancel every queued or running job of a run, and return those of stages."""
     with hold(run.submit_lock, "hpc-rlhf cancel", _PATIENCE):
         jobs = find_jobs(run)
-        # The sentinels first, or they would start, since their stages end badly.
+        # The sentinels first, or they would start when their stages are cancelled.
         commands.cancel([job.job_id for job in jobs.sentinels])
         commands.cancel([job.job_id for job in jobs.live.values()])
         for stage, job in jobs.live.items():

@@ -1,4 +1,4 @@
-"""The jobs of a run as one chain: found, sent, tied together by their dependencies, each with its sentinel."""
+"""The jobs of a run as one chain: submitted, connected by dependencies, each with a sentinel."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hpc_rlhf.slurm import commands
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was done about a stage.
+    """What was done for a stage.
 
     Attributes:
         stage: the stage.
-        did: submitted it, requeued it under its own id, found it live, found it done, left it stopped for a person,
-            or left it to wait for a stage that is.
-        job_id: its job; None where it has none now.
-        detail: Slurm's word on a live job, or why.
+        did: submitted it, requeued it under its own id, found it live, found it done, left it stopped for the user, or
+            left it to wait for a stage that is stopped.
+        job_id: its job; None if it has none now.
+        detail: Slurm's state of a live job, or the reason.
     """
 
     stage: str
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def require_slurm() -> None:
-    """Raise HpcRlhfError unless Slurm answers: a job announced to a Slurm that is not there would be looked for ever after."""
+    """Raise HpcRlhfError unless Slurm answers: a job announced without Slurm would be searched for from then on."""
     hint = "submit from a login node of the cluster, or run it here without Slurm: hpc-rlhf run FILE"
     if not commands.available():
         raise HpcRlhfError("Slurm's commands are not on PATH", hint=hint)
@@ -50,16 +50,16 @@ def require_slurm() -> None:
 
 @dataclass
 class Chain:
-    """A run's jobs, in the hands of whoever holds the run's lock.
+    """A run's jobs, for the process that holds the run's lock.
 
     Attributes:
         plan: the run's plan; its scripts are in the run directory.
-        jobs: those found.
-        by: who sends jobs, for the ledger: a person, or heal.
-        ids: the live job of each stage, those that were sent or requeued since included, and those of stages that another
+        jobs: those that exist already.
+        by: who submits jobs, for the ledger: the user (`person`) or heal.
+        ids: the live job of each stage, including jobs submitted or requeued since, and the jobs of stages that another
             run of a sweep trains for this one.
-        sent: the jobs sent since, by stage.
-        posted: the sentinels sent since.
+        sent: the jobs submitted since, by stage.
+        posted: the sentinels submitted since.
     """
 
     plan: Plan
@@ -79,19 +79,19 @@ class Chain:
         self._tokens = dict(self.jobs.tokens)
 
     def after(self, job: PlannedJob) -> tuple[str, ...]:
-        """The jobs that must end well before a stage's own can start."""
+        """The jobs that must succeed before a stage's own can start."""
         return tuple(self.ids[need] for need in job.needs if not manifest.is_done(self.run.stage(need)))
 
     def behind(self, job: PlannedJob) -> tuple[str, ...]:
         """The jobs of other runs that must end before a stage's own can start, because of the sweep's limit."""
         if any(self.run.lender(need) is None for need in job.needs):
-            return ()  # it comes after a stage of its own run, which waits for them
+            return ()  # a stage of its own run comes first, and waits for them
         if self._before is None:
             self._before = jobs_before(self.run)
         return self._before
 
     def borrow(self, job: PlannedJob) -> Outcome | None:
-        """How a stage is getting on that another run of the sweep trains for this one; None for one of its own."""
+        """The state of a stage that another run of the sweep trains for this one; None for a stage of its own."""
         lender = self.run.lender(job.stage)
         if lender is None:
             return None
@@ -102,11 +102,11 @@ class Chain:
         return (
             Outcome(job.stage, "live", job_id, where)
             if job_id
-            else Outcome(job.stage, "waits", None, f"for {where} to be mended")
+            else Outcome(job.stage, "waits", None, f"for {where} to be repaired")
         )
 
     def attach(self, job: PlannedJob) -> Outcome:
-        """Leave a live job alone, except that one which waits for a dead job waits for the right one instead."""
+        """Keep a live job. If it waits for a dead job, let it wait for the right one instead."""
         queued, after, behind = self.jobs.live[job.stage], self.after(job), self.behind(job)
         moved = any(need in self.sent or need in self._requeued for need in job.needs)
         stale = queued.reason == "DependencyNeverSatisfied" or moved or {*after, *behind} - queued.needs
@@ -123,8 +123,8 @@ class Chain:
         """Submit a stage.
 
         Args:
-            delay: seconds before which it may not start.
-            without: nodes it may not use, beside those that the spec excludes.
+            delay: seconds before it may start.
+            without: nodes to exclude, besides those that the spec excludes.
 
         Raises:
             HpcRlhfError: sbatch refused it.
@@ -138,7 +138,7 @@ class Chain:
         try:
             job_id = executor.send()
         except HpcRlhfError as error:
-            # sbatch may give up waiting for an answer to a job that the controller has accepted.
+            # sbatch may time out although the controller has accepted the job.
             accepted = with_token(commands.queue(), token)
             if accepted is None:
                 self.ledger.append(Refused(job.stage, token=token, message=error.message))
@@ -155,8 +155,8 @@ class Chain:
         """Put a finished job back in the queue under its own id.
 
         Args:
-            delay: seconds before which it may not start.
-            excluded: a host list of all nodes that it may not use; None leaves those that it has.
+            delay: seconds before it may start.
+            excluded: a host list of all nodes to exclude; None keeps the job's own.
 
         Raises:
             HpcRlhfError: Slurm refuses.
@@ -170,7 +170,7 @@ class Chain:
         return Outcome(job.stage, "requeued", job_id)
 
     def guard(self, job: PlannedJob) -> None:
-        """See to it that a live stage which is not done has a sentinel.
+        """Make sure that a live stage which is not done has a sentinel.
 
         Raises:
             HpcRlhfError: sbatch refused it.
@@ -193,5 +193,5 @@ class Chain:
             raise HpcRlhfError(
                 f"the sentinel was refused: {error.message}",
                 where=f"stages.{job.stage}.slurm.heal",
-                hint="give it a partition, account or qos that takes a job of one CPU, or set slurm.heal.enabled to false",
+                hint="give it a partition, account or qos that accepts a job of one CPU, or set slurm.heal.enabled to false",
             ) from error

@@ -1,4 +1,4 @@
-"""Mend a chain: judge how stages ended, try those again that another attempt can help, and tie the chain together anew."""
+"""Repairs a chain: judges how its stages ended, retries those that another attempt can help, and restores dependencies."""
 
 from __future__ import annotations
 
@@ -23,54 +23,54 @@ from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
 from hpc_rlhf.spec.load import read_spec
 
-# A sentinel has nothing better to do than to wait, even for the lock of a machine that is gone.
+# A sentinel can afford to wait, even for the lock of a machine that is gone.
 _PATIENCE = SILENCE + 60
-_COMPLETING = 30.0  # seconds that the end of a job may take, with its epilog
+_COMPLETING = 30.0  # seconds for the end of a job, including its epilog
 _HELD = ("launch_failed_requeued_held", "launch failed requeued held")
 
 
 def heal(run: RunDir, by_sentinel: bool = False) -> list[Outcome]:
-    """Do for every stage of a run what it needs to go on, in the order of the plan.
+    """Make every stage of a run continue, in the order of the plan.
 
-    A stage whose model is whole is done, whatever Slurm says, and what waits for it is let go. One that is queued or
-    running is left, with a sentinel and the right dependencies. One that ended without its model is tried again,
-    under its own job id where Slurm still has it.
+    A stage with a complete model is done, whatever Slurm reports, and stages that wait for it are released. A queued or
+    running one keeps its job, and gets a sentinel and the right dependencies. One that ended without its model is
+    retried, under its own job id if Slurm still has it.
 
     Args:
         run: a run that was submitted.
-        by_sentinel: stop where another attempt would help no more. A person's word is a new start instead: what failed
-            before counts no more.
+        by_sentinel: stop where another attempt would not help. The user instead makes a new start: earlier failures no
+            longer count.
 
     Raises:
-        HpcRlhfError: there is no Slurm here, the run was never submitted, or somebody else is at work on it.
+        HpcRlhfError: there is no Slurm here, the run was never submitted, or another process works on it.
     """
     require_slurm()
-    outcomes = _mend(run, by_sentinel)
+    outcomes = _repair(run, by_sentinel)
     if any(each.did in ("submitted", "requeued", "stopped") for each in outcomes):
         for follower in followers(run):
-            with suppress(HpcRlhfError):  # its own sentinels, or a person, see to it
-                _mend(follower, by_sentinel=True)
+            with suppress(HpcRlhfError):  # its own sentinels, or the user, will repair it
+                _repair(follower, by_sentinel=True)
     return outcomes
 
 
-def _mend(run: RunDir, by_sentinel: bool) -> list[Outcome]:
+def _repair(run: RunDir, by_sentinel: bool) -> list[Outcome]:
     ownership.check(run)
     plan = make_plan(read_spec(run.job_yaml))
     with hold(run.submit_lock, "hpc-rlhf heal", _PATIENCE if by_sentinel else 0.0):
         jobs = _settled(run)
         if not jobs.latest:
             raise HpcRlhfError(
-                "this run was never submitted, so there is no chain to mend",
+                "this run was never submitted, so there is no chain to repair",
                 where=str(run.path),
-                hint="hpc-rlhf submit FILE sends it to Slurm; hpc-rlhf run FILE goes on here",
+                hint="submit it with hpc-rlhf submit FILE, or continue without Slurm: hpc-rlhf run FILE",
             )
         chain = Chain(plan, jobs, "heal")
-        outcomes = [_Mending(chain, job, by_sentinel).mend() for job in plan.jobs]
+        outcomes = [_StageHealer(chain, job, by_sentinel).heal() for job in plan.jobs]
         return [_guarded(chain, job, outcome) for job, outcome in zip(plan.jobs, outcomes, strict=True)]
 
 
 def _settled(run: RunDir) -> RunJobs:
-    """The run's jobs, once none is on the point of ending."""
+    """The run's jobs, once none of them is completing."""
     deadline = time.monotonic() + _COMPLETING
     while True:
         jobs = find_jobs(run)
@@ -80,7 +80,7 @@ def _settled(run: RunDir) -> RunJobs:
 
 
 def _guarded(chain: Chain, job: PlannedJob, outcome: Outcome) -> Outcome:
-    """The outcome, after a look at the stage's sentinel. Without one the stage can still end well."""
+    """The outcome, after making sure of the stage's sentinel. The stage can succeed without one."""
     try:
         chain.guard(job)
     except HpcRlhfError as error:
@@ -88,14 +88,14 @@ def _guarded(chain: Chain, job: PlannedJob, outcome: Outcome) -> Outcome:
     return outcome
 
 
-class _Mending:
-    """What one stage needs."""
+class _StageHealer:
+    """Heals one stage."""
 
     def __init__(self, chain: Chain, job: PlannedJob, by_sentinel: bool) -> None:
         self._chain, self._job, self._by_sentinel = chain, job, by_sentinel
         self._stage = job.stage
 
-    def mend(self) -> Outcome:
+    def heal(self) -> Outcome:
         chain, stage = self._chain, self._stage
         if (borrowed := chain.borrow(self._job)) is not None:
             return borrowed
@@ -109,14 +109,14 @@ class _Mending:
         ]
         if blocked:
             return Outcome(
-                stage, "waits", live.job_id if live else None, f"for {' and '.join(blocked)} to be mended"
+                stage, "waits", live.job_id if live else None, f"for {' and '.join(blocked)} to be repaired"
             )
         if live:
             return self._attach(live)
         job_id = chain.jobs.latest.get(stage)
         if job_id is None:
             return self._chain.send(self._job)
-        return self._go_on(job_id, commands.find_record(job_id))
+        return self._restart(job_id, commands.find_record(job_id))
 
     def _attach(self, queued: QueuedJob) -> Outcome:
         if queued.state != "PENDING" or queued.reason not in _HELD:
@@ -131,23 +131,23 @@ class _Mending:
             return self._stop(verdict, queued.job_id)
         commands.delay_start(queued.job_id, verdict.delay, self._excluded(verdict))
         commands.release(queued.job_id)
-        return self._retried(
-            Outcome(self._stage, "requeued", queued.job_id, "a node failed to launch it; let go"), verdict
+        return self._record_retry(
+            Outcome(self._stage, "requeued", queued.job_id, "a node failed to launch it; released"), verdict
         )
 
-    def _go_on(self, job_id: str, past: JobRecord | None) -> Outcome:
-        """Decide about a job that ended without its stage's model, and act on that."""
+    def _restart(self, job_id: str, past: JobRecord | None) -> Outcome:
+        """Retry a job that ended without its stage's model, or stop."""
         ended = self._ended(job_id, past)
         cancelled = ended.reason in (CANCELLED_BY_TOOL, CANCELLED_BY_HAND)
-        bereft = past is not None and past.dependency_failed and ended.reason == CANCELLED_BY_HAND
+        orphaned = past is not None and past.dependency_failed and ended.reason == CANCELLED_BY_HAND
         waits = bool(self._chain.after(self._job))
-        if bereft or (waits and not cancelled):
-            # It ended because what it needs was not there; that is being mended.
-            return self._put_back(job_id, past, Retry(), "what it needs comes again")
+        if orphaned or (waits and not cancelled):
+            # It ended because its input was missing, and the stage that produces that is being repaired.
+            return self._retry(job_id, past, Retry(), "its input is being produced again")
         verdict = self._verdict()
         if isinstance(verdict, Stop):
             return self._stop(verdict, job_id)
-        return self._put_back(job_id, past, verdict, _describe(ended))
+        return self._retry(job_id, past, verdict, _describe(ended))
 
     def _ended(self, job_id: str, past: JobRecord | None) -> Ended:
         """How the latest attempt ended: as the ledger has it, or judged and written now."""
@@ -159,8 +159,8 @@ class _Mending:
         logs = AttemptLogs(files, job_id, past.restarts if past else None)
         judged = failures.judge(history, past, logs, last_step(files))
         ended = replace(judged, stage=self._stage, job_id=job_id, seen=last_seen(files))
-        bereft = past is not None and past.dependency_failed and ended.reason == CANCELLED_BY_HAND
-        if not bereft:
+        orphaned = past is not None and past.dependency_failed and ended.reason == CANCELLED_BY_HAND
+        if not orphaned:
             self._chain.ledger.append(ended)
         return ended
 
@@ -181,17 +181,17 @@ class _Mending:
                 notify.send_stop(self._chain.run, self._stage, verdict.kind, verdict.message)
         return Outcome(self._stage, "stopped", job_id, verdict.message)
 
-    def _put_back(self, job_id: str, past: JobRecord | None, verdict: Retry, why: str) -> Outcome:
-        outcome = self._requeued(job_id, past, verdict)
+    def _retry(self, job_id: str, past: JobRecord | None, verdict: Retry, why: str) -> Outcome:
+        outcome = self._requeue(job_id, past, verdict)
         if outcome is None:
             try:
                 outcome = self._chain.send(self._job, verdict.delay, verdict.without)
             except HpcRlhfError as error:
                 return self._stop(Stop(StopKind.REFUSED, error.message), job_id)
-        return self._retried(replace(outcome, detail=why), verdict)
+        return self._record_retry(replace(outcome, detail=why), verdict)
 
-    def _requeued(self, job_id: str, past: JobRecord | None, verdict: Retry) -> Outcome | None:
-        """Requeue the job under its own id, so that what waits for it need not be told; None where that cannot be."""
+    def _requeue(self, job_id: str, past: JobRecord | None, verdict: Retry) -> Outcome | None:
+        """Requeue the job under its own id, so that its dependents stay valid; None if that is impossible."""
         if past is None or not past.requeueable or past.state == "CANCELLED":
             return None
         try:
@@ -203,22 +203,22 @@ class _Mending:
             return Outcome(self._stage, "requeued", job_id)
 
     def _excluded(self, verdict: Retry) -> str | None:
-        """A host list of the spec's nodes and of the verdict's that the job may not use; None where that is as before."""
+        """The nodes that the spec and the verdict exclude, as a host list; None if they are the same as before."""
         before = self._history().last(Retried)
         if verdict.without == (before.without if before else ()):
             return None
         return ",".join(filter(None, (self._job.slurm.exclude, *verdict.without)))
 
-    def _retried(self, outcome: Outcome, verdict: Retry) -> Outcome:
+    def _record_retry(self, outcome: Outcome, verdict: Retry) -> Outcome:
         self._chain.ledger.append(
             Retried(self._stage, job_id=outcome.job_id, delay=verdict.delay, without=verdict.without)
         )
-        words = [outcome.detail]
+        details = [outcome.detail]
         if verdict.delay:
-            words.append(f"not before {verdict.delay} s from now")
+            details.append(f"not before {verdict.delay} s from now")
         if verdict.without:
-            words.append(f"not on {', '.join(verdict.without)}")
-        return replace(outcome, detail="; ".join(filter(None, words)))
+            details.append(f"not on {', '.join(verdict.without)}")
+        return replace(outcome, detail="; ".join(filter(None, details)))
 
     def _history(self) -> StageHistory:
         return StageHistory.read(self._chain.run, self._stage)

@@ -1,7 +1,7 @@
-"""Which jobs a run has and which of them are alive, told from the ledger and Slurm together.
+"""Finds a run's jobs from the ledger and Slurm together.
 
-Every call of sbatch is announced in the ledger with a token that the job carries in its comment. So a job whose
-id was never written down, because the submitting process died, is still found, and taken on.
+Every call of sbatch is announced in the ledger with a token, which the job has in its comment. So a job whose id was
+never recorded, because the submitting process died, is still found and adopted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import QueuedJob
 
-# An sbatch whose parent was killed may still be talking to the controller; it gives up after about this long.
-_STILL_ON_ITS_WAY = 10.0
+# An sbatch whose parent was killed may still be talking to the controller; it gives up after about this many seconds.
+_IN_FLIGHT = 10.0
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class RunJobs:
     """A run's jobs.
 
     Attributes:
-        live: those of stages that are queued or running, by stage.
+        live: the queued and running ones, by stage.
         latest: the id of each stage's latest job, live or not.
         tokens: the token by which each job was announced, by job id.
-        queue: all jobs that Slurm showed.
+        queue: all jobs that squeue showed.
     """
 
     live: dict[str, QueuedJob] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class RunJobs:
 
     @property
     def sentinels(self) -> list[QueuedJob]:
-        """Those that wait or run."""
+        """The pending and running sentinels."""
         return sentinel.living(self.queue, self.tokens.values())
 
 
@@ -48,18 +48,18 @@ def submission_options(
     job: PlannedJob, token: str, after: tuple[str, ...], delay: int = 0, without: Sequence[str] = (),
     behind: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
-    """sbatch options that belong to one submission. They stay out of the script, which is the same every time.
+    """sbatch options of one submission. They are not in the script, which is the same every time.
 
     Args:
         job: the stage's job.
-        token: marks this very submission in the job's comment.
-        after: ids of jobs that must end well first.
-        delay: seconds before which it may not start.
-        without: nodes it may not use, beside those that the spec excludes.
-        behind: ids of jobs that must end first, well or not.
+        token: identifies this submission in the job's comment.
+        after: ids of jobs that must succeed first.
+        delay: seconds before it may start.
+        without: nodes to exclude, besides those that the spec excludes.
+        behind: ids of jobs that must end first, successfully or not.
     """
-    words = [_mark(token), *([job.slurm.comment] if job.slurm.comment else [])]
-    options = [f"--comment={' '.join(words)}"]
+    comment = " ".join(filter(None, (_mark(token), job.slurm.comment)))
+    options = [f"--comment={comment}"]
     if dependency := commands.dependency(after, behind):
         options.append(f"--dependency={dependency}")
     if delay:
@@ -70,14 +70,14 @@ def submission_options(
 
 
 def find_jobs(run: RunDir) -> RunJobs:
-    """The run's jobs. Takes on those whose id was never written down."""
+    """The run's jobs. Adopts those whose id was never recorded."""
     ledger = Ledger(run.ledger)
     submitted, unanswered = _submissions(ledger)
     if not submitted and not unanswered:
         return RunJobs()
     queue = commands.queue()
-    # Counted from now: when it was announced, only the clock of that machine says.
-    deadline = time.monotonic() + _STILL_ON_ITS_WAY
+    # Counted from now, because the time of the announcement is by another machine's clock.
+    deadline = time.monotonic() + _IN_FLIGHT
     for token, (stage, latest_of_stage) in unanswered.items():
         while (job := with_token(queue, token)) is None and latest_of_stage and time.monotonic() < deadline:
             time.sleep(1)
@@ -86,13 +86,13 @@ def find_jobs(run: RunDir) -> RunJobs:
             adopt(run, stage, token, job.job_id)
             submitted[job.job_id] = (stage, token)
     latest = {stage: job_id for job_id, (stage, _) in submitted.items()}
-    found = ((stage, queue[job_id]) for job_id, (stage, _) in submitted.items() if job_id in queue)
-    live = {stage: job for stage, job in found if job.live and job.is_of(stage)}
+    queued = ((stage, queue[job_id]) for job_id, (stage, _) in submitted.items() if job_id in queue)
+    live = {stage: job for stage, job in queued if job.live and job.is_of(stage)}
     return RunJobs(live, latest, {job_id: token for job_id, (_, token) in submitted.items()}, queue)
 
 
 def adopt(run: RunDir, stage: str, token: str, job_id: str) -> None:
-    """Take on a job that Slurm has accepted without our having heard so."""
+    """Record a job that Slurm accepted although sbatch did not return its id."""
     from hpc_rlhf.launch.executor import ensure_pickle
 
     ensure_pickle(run, stage, job_id)
@@ -109,8 +109,8 @@ def _mark(token: str) -> str:
 
 
 def _submissions(ledger: Ledger) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, bool]]]:
-    """The stage and token of every known job id; and of every token without an answer the stage, and whether it is the
-    stage's latest: whoever announced another has waited for it."""
+    """The stage and token of every known job id; and for every token without an answer its stage, and whether it is the
+    stage's latest: whoever announces another one has waited for it."""
     submitted: dict[str, tuple[str, str]] = {}
     unanswered: dict[str, tuple[str, bool]] = {}
     for event in ledger.events():

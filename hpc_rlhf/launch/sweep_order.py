@@ -1,7 +1,7 @@
-"""How the runs of a sweep hang together: which train stages for others, and which wait so that few are at work at a time.
+"""Dependencies between the runs of a sweep: shared stages, and the limit on how many run at the same time.
 
-With a limit of N, a run's first jobs wait for the jobs of the N-th run before it to end, well or not, and for its sentinels,
-which may yet send it on.
+With a limit of N, a run's first jobs wait until the jobs of the N-th run before it have ended, successfully or not, and its
+sentinels too, which may still continue it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def borrowed_jobs(run: RunDir, stages: Sequence[str]) -> dict[str, str]:
 
 
 def jobs_before(run: RunDir) -> tuple[str, ...]:
-    """The jobs that must end before a run may begin. One that can never start holds nobody up."""
+    """The jobs that must end before a run may start, except those that can never start themselves."""
     labels, limit = _order(run)
     place = labels.index(run.path.name) if run.path.name in labels else 0
     if limit is None or place < limit:
@@ -37,18 +37,18 @@ def followers(run: RunDir) -> list[RunDir]:
     if run.path.name not in labels:
         return []
     place = labels.index(run.path.name)
-    found = []
+    result = []
     for number, other in enumerate(map(run.sweep.run, labels)):
         borrows = any(
             path.is_symlink() and path.resolve().parent.parent == run.path.resolve() for path in other.stages
         )
         if other.job_yaml.exists() and (borrows or (limit is not None and number == place + limit)):
-            found.append(other)
-    return found
+            result.append(other)
+    return result
 
 
 def _order(run: RunDir) -> tuple[list[str], int | None]:
-    """The names of the runs of the sweep that a run is of, and their limit."""
+    """The names of the runs in a run's sweep, and their limit."""
     try:
         facts = json.loads(run.sweep.json.read_text(encoding="utf-8"))
         return list(facts["runs"]), facts["limit"]
