@@ -260,12 +260,7 @@ def test_all_that_a_step_reads_and_makes_is_on_the_device(kind: str) -> None:
     assert {tensor.device.type for tensor in seen} == {"meta"}
 
 
-NEEDS_CUDA = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device, and none is here"
-)
-
-
-@NEEDS_CUDA
+@pytest.mark.gpu
 def test_a_step_that_asks_a_gpu_for_numbers_serves_as_it_is(
     world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,7 +275,7 @@ def test_a_step_that_asks_a_gpu_for_numbers_serves_as_it_is(
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-@NEEDS_CUDA
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_graphs_give_the_same_bits_and_their_memory_back(
     world: World, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
