@@ -1,36 +1,38 @@
-# The commands of this project; `make help` lists them. Everything is installed into .venv.
+# The commands of this project; `make help` lists them. Everything is installed in .venv.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
-# The first Python that the project supports; choose another by `make PYTHON=...`.
+# The first supported Python; `make PYTHON=...` chooses another.
 PYTHON ?= $(firstword $(foreach name,python3 python3.11 python3.12 python3.13 python3.10,$(shell \
 	$(name) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-# Where `make cluster` puts a Slurm cluster; its sockets need a short path.
+# The folder of `make cluster`; its sockets need a short path.
 CLUSTER ?= /tmp/hpc-rlhf-cluster
 # Tests to run, such as `make test TESTS="tests/spec -k position"`.
 TESTS ?=
-# How long to measure: full, or short.
+# The tests of `make test-fast`.
+FAST := "not slurm and not train and not slow and not gpu"
+# Length of the benchmark: full or short.
 BENCH ?= full
-# How many faults a storm has, and the seeds of the storms.
+# Number of faults in a storm, and its seed.
 FAULTS ?= 200
 SEED ?= 1
 
-.PHONY: help install demo docs test fuzz bench bench-learning chaos ettr plan-check lint cluster cluster-down clean
+.PHONY: help install demo docs test test-fast coverage fuzz bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
 
-help:  ## Show this list
+help:  ## List these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
-install: .venv/.installed-dev  ## Install into .venv, with what development needs
+install: .venv/.installed-dev  ## Install the package and the development tools in .venv
 
 # Two stamps: the demo needs no development tools.
 .venv/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; name one by make PYTHON=..." >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 to 3.13 found; set one with make PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing what is needed into .venv; the first time this takes minutes" >&2
+	@echo "installing dependencies in .venv; the first time takes several minutes" >&2
 	$(PIP) --editable .
 	@touch $@
 
@@ -38,61 +40,73 @@ install: .venv/.installed-dev  ## Install into .venv, with what development need
 	$(PIP) --editable '.[dev,serve,trackers]'
 	@touch $@
 
-# TRL's newest, and beside it 1.12, the last with a PPO: a package cannot be installed in two versions.
+# The newest TRL, and 1.12, the last with PPO, in a folder of its own.
 .venv/.installed-bench: .venv/.installed-dev
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/trl-ppo trl==1.12.0
 	@touch $@
 
-demo: .venv/.installed  ## Make a tiny chat model on this machine, in a new folder under runs/
+demo: .venv/.installed  ## Train a tiny chat model on this machine, in a new folder in runs/
 	$(BIN)/hpc-rlhf run jobs/tiny.yaml --set run_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
-docs: .venv/.installed  ## Write the pages of docs/ that are made of the code: fields and commands
+docs: .venv/.installed  ## Regenerate docs/spec.md and docs/commands.md
 	$(BIN)/python docs/generate.py
 
-test: .venv/.installed-dev  ## Run all tests, on a real Slurm where one can be started
+test: .venv/.installed-dev  ## Run all tests, on a real Slurm where possible
 	scripts/install-slurm.sh
 	scripts/install-chromium.sh
 	scripts/install-apptainer.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup $(TESTS)
 
-fuzz: .venv/.installed-dev  ## Break 10,000 specs at random, and try to break out by more than 1,000
+test-fast: .venv/.installed-dev  ## Run the tests that need no Slurm, no training and no waiting
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup -m $(FAST) $(TESTS)
+
+coverage: .venv/.installed-dev  ## Measure the coverage of test-fast and enforce its floor
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup -m $(FAST) --cov --cov-report term $(TESTS)
+
+fuzz: .venv/.installed-dev  ## Fuzz the spec loader with 10,000 random mutations and 1,000 hostile specs
 	HPC_RLHF_FUZZ=1 $(BIN)/pytest tests/spec/test_mutations.py tests/launch/test_hostile.py
 
-bench: .venv/.installed-bench  ## Time ours and its peers on this machine; BENCH=short takes less long
+bench: .venv/.installed-bench  ## Measure speed and memory against peers; BENCH=short is quicker
 	BENCH=$(BENCH) $(BIN)/python -m tests.benchmarks
 
-bench-learning: .venv/.installed-bench  ## See what ours and its peers learn on HH data; takes an hour
+bench-learning: .venv/.installed-bench  ## Compare learning on HH data with peers; takes an hour
 	$(BIN)/python -m tests.benchmarks.learning --work runs/learning
 
-chaos: .venv/.installed-dev  ## Run a chain through a storm of FAULTS faults for each SEED; 200 take an hour
+chaos: .venv/.installed-dev  ## Run a chain under FAULTS random faults; 200 take an hour
 	scripts/install-slurm.sh
 	$(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED)
 	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --here
 
-ettr: .venv/.installed-dev  ## See what preemptions every two minutes leave of a chain's time; takes half an hour
+ettr: .venv/.installed-dev  ## Measure the ETTR of a chain preempted every two minutes; takes half an hour
 	scripts/install-slurm.sh
 	$(BIN)/python -m tests.storm.ettr
 
-plan-check: .venv/.installed-dev  ## Hold what plan tells and auto chooses against measurements; takes ten minutes
+plan-check: .venv/.installed-dev  ## Compare the estimates of plan and auto with measurements; takes ten minutes
 	$(BIN)/python -m tests.benchmarks.plan_peaks
 	$(BIN)/python -m tests.benchmarks.auto_search
 
-lint: .venv/.installed-dev  ## Check style, types, layers and shell scripts
+gpu-check:  ## Check a machine with a GPU in under 8 minutes; needs no network
+	scripts/gpu-check.sh
+
+gpu-wheels: .venv/.installed-dev  ## Collect the packages that gpu-check may lack on that machine
+	scripts/gpu-wheels.sh
+
+lint: .venv/.installed-dev  ## Check style, types, import layers and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests/conftest.py tests/cluster
+	$(BIN)/mypy tests/conftest.py tests/cluster tests/gpu
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck .ci/run scripts/*.sh tests/golden/*/*.sbatch
 
-cluster: .venv/.installed-dev  ## Start a Slurm cluster of four nodes on this machine; says how to use it
+cluster: .venv/.installed-dev  ## Start a four-node Slurm cluster on this machine
 	scripts/install-slurm.sh
 	@$(BIN)/python -m tests.cluster up $(CLUSTER)
 
-cluster-down:  ## Stop that cluster and remove all of it
+cluster-down:  ## Stop that cluster and remove it
 	$(BIN)/python -m tests.cluster down $(CLUSTER)
 
-clean:  ## Remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+clean:  ## Remove .venv and caches, but not runs/
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage build dist gpu-check gpu-wheels
 	find hpc_rlhf tests -name __pycache__ -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ import pytest
 from tests.spec.texts import JOBS
 
 # Built once, however many workers there are.
-pytestmark = pytest.mark.xdist_group("wheel")
+pytestmark = [pytest.mark.xdist_group("wheel"), pytest.mark.slow]
 
 ROOT = JOBS.parent
 # What the verbs of the login node need; nothing else of this environment is there for the wheel.

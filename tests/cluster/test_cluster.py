@@ -16,6 +16,8 @@ from tests.cluster import Cluster, ClusterError, config, wait_until
 from tests.cluster.cluster import CHECKOUT, MARK
 from tests.cluster.processes import Process, find
 
+pytestmark = pytest.mark.slow
+
 # A job that says which run it is and ends on its second one.
 COUNTING = """#!/bin/bash
 #SBATCH --requeue --open-mode=append --ntasks-per-node=1 --gpus-per-node=2 --nodes={nodes}

@@ -12,6 +12,8 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.local.hostfile import read_hostfile
 from tests.launch.fakes import Here, is_alive, wait_for
 
+pytestmark = pytest.mark.slow
+
 HOSTFILES = Path(__file__).parents[2] / "hostfiles"
 # Takes this machine for any other: runs the command here, says so, and like the real one is gone at the end of the
 # connection while what it started is not.

@@ -13,6 +13,8 @@ from hpc_rlhf.launch.local.interrupts import StopRequests
 from tests.hook import Hook
 from tests.launch.fakes import Here, is_alive, wait_for
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def here(tmp_path: Path) -> Here:

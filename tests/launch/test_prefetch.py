@@ -19,6 +19,8 @@ from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.load import load_spec
 from tests.stand_in_hub import Hub, serve
 
+pytestmark = pytest.mark.slow
+
 JOB = """
 name: hubbed
 run_dir: {run}

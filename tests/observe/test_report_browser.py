@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from hpc_rlhf.observe.report import write_report
 from tests.observe.report_runs import HOSTILE, evaluate, make_reported_run
 
-pytestmark = pytest.mark.xdist_group("browser")
+pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.slow]
 
 REQUIRE_CHROMIUM = "HPC_RLHF_REQUIRE_CHROMIUM"
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

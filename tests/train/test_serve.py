@@ -24,6 +24,8 @@ from hpc_rlhf.train.serve import plain_template
 from tests.launch.specs import make_spec
 from tests.train import tiny
 
+pytestmark = pytest.mark.slow
+
 TURNS = [
     ("system", "Be brief."),
     ("human", " Hi "),

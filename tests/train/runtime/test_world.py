@@ -17,6 +17,8 @@ from hpc_rlhf.train.runtime.launcher import LAUNCHER_VARIABLES, launcher_ranks
 from hpc_rlhf.train.runtime.world import World, join
 from tests.train.stages import END, rank_environment
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
 LOCAL = {"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_LOCALID": "0"}
