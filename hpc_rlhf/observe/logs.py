@@ -1,4 +1,4 @@
-"""Find a stage's newest log, read it, and follow it across requeues."""
+"""Finds a stage's newest log, reads it, and follows it across requeues."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hpc_rlhf.run.ledger import Ledger
 
 POLL = 0.5
 _BLOCK = 1 << 16
-_TASK = re.compile(r"\btasks? (\d+)")  # as srun names a rank
-_ENOUGH = 80  # characters of a message by which a log is known
+_TASK = re.compile(r"\btasks? (\d+)")  # srun's name of a rank
+_PREFIX = 80  # characters of a message that identify its log
 
 
 class LogReader:
-    """The log of one rank in a stage's newest job: what the batch script said, then the rank's output and errors.
+    """The log of one rank in a stage's newest job: the batch script's, then the rank's output and errors.
 
-    A requeued job goes on in the same files; a job submitted anew has its own, and the newest are read.
+    A requeued job continues in the same files; a newly submitted job has its own, and the newest are read.
     """
 
     def __init__(self, run: RunDir, stage: str, rank: int = 0) -> None:
@@ -35,24 +35,24 @@ class LogReader:
             raise HpcRlhfError(f"the run has no stage {stage}", where=str(run.path))
         self._run, self._stage, self._rank = run, stage, rank
         self._names = ("batch.log", f"{rank}_log.out", f"{rank}_log.err")
-        self._read: dict[Path, tuple[int, codecs.IncrementalDecoder]] = {}
+        self._positions: dict[Path, tuple[int, codecs.IncrementalDecoder]] = {}
         self._shown: Path | None = None
 
     def files(self) -> list[Path]:
-        """The files of the newest job that exist, in the order in which they are shown."""
+        """The existing files of the newest job, in the order shown."""
         jobs: dict[str, list[Path]] = {}
         for name in self._names:
             for path in self._run.stage(self._stage).logs.glob(f"*_{name}"):
                 jobs.setdefault(path.name.removesuffix(f"_{name}"), []).append(path)
-        return max(jobs.values(), key=lambda paths: max(map(_written, paths)), default=[])
+        return max(jobs.values(), key=lambda paths: max(map(_mtime, paths)), default=[])
 
     def of_job(self, job_id: str) -> list[Path]:
-        """The files of one job that exist, in the same order."""
+        """The existing files of one job, in the same order."""
         paths = [self._run.stage(self._stage).logs / f"{job_id}_{name}" for name in self._names]
         return [path for path in paths if path.exists()]
 
     def read(self) -> Iterator[tuple[Path | None, str]]:
-        """Pieces of the log as (file, text); the file is None where the text goes on in the same one.
+        """Parts of the log as (file, text); the file is None if the text continues in the same one.
 
         Raises:
             HpcRlhfError: there is no log yet.
@@ -61,40 +61,43 @@ class LogReader:
             raise HpcRlhfError(
                 f"stage {self._stage} has no log of rank {self._rank} yet",
                 where=str(self._run.stage(self._stage).logs),
-                hint="hpc-rlhf status says what it waits for; logs -f waits for the log",
+                hint="hpc-rlhf status shows what it waits for; logs -f waits for the log",
                 exit_code=RUN_FAILED,
             )
-        yield from self._news()
+        yield from self._new_parts()
 
     def follow(self) -> Iterator[tuple[Path | None, str]]:
-        """The same, going on until the stage ends and is not going to be tried again."""
+        """The same, until the stage ends and is not going to be retried."""
         watch = StageWatch(self._run)
         while True:
-            over = watch.is_over(self._stage)  # asked first, so that the last words are still read
-            yield from self._news()
+            over = watch.is_over(self._stage)  # asked first, so that the last lines are still read
+            yield from self._new_parts()
             if over:
                 return
             time.sleep(POLL)
 
-    def _news(self) -> Iterator[tuple[Path | None, str]]:
+    def _new_parts(self) -> Iterator[tuple[Path | None, str]]:
         for path in self.files():
-            offset, decoder = self._read.get(path) or (0, codecs.getincrementaldecoder("utf-8")("replace"))
+            offset, decoder = self._positions.get(path) or (
+                0,
+                codecs.getincrementaldecoder("utf-8")("replace"),
+            )
             with path.open("rb") as file:
                 file.seek(offset)
                 while block := file.read(_BLOCK):
-                    self._read[path] = (file.tell(), decoder)
+                    self._positions[path] = (file.tell(), decoder)
                     yield (path if path != self._shown else None), decoder.decode(block)
                     self._shown = path
 
 
 def read_attempt(run: RunDir, stage: str, rank: int, number: int) -> list[tuple[Path, str]]:
-    """What the log of one attempt says, by file: of those that a requeued job shares with other attempts, its own part.
+    """One attempt's log, by file: of files that a requeued job shares with other attempts, its own part.
 
     Args:
-        number: of the attempt, from 1, as `status` counts them.
+        number: the attempt's, from 1, as `status` counts them.
 
     Raises:
-        HpcRlhfError: the stage had no such attempt, or nothing is left of its log.
+        HpcRlhfError: the stage had no such attempt, or none of its logs exist.
     """
     reader = LogReader(run, stage, rank)
     started = StageHistory.read(run, stage).all(Started)
@@ -105,28 +108,28 @@ def read_attempt(run: RunDir, stage: str, rank: int, number: int) -> list[tuple[
     # Without Slurm an attempt has a job of its own, named by its launcher's process.
     job = event.job_id or event.attempt.split("-")[1]
     restart = event.restart if event.job_id else None
-    said = [
+    texts = [
         (path, own_part(path.read_text(encoding="utf-8", errors="replace"), restart))
         for path in reader.of_job(job)
     ]
-    found = [(path, text) for path, text in said if text.strip()]
-    if not found:
+    parts = [(path, text) for path, text in texts if text.strip()]
+    if not parts:
         where = str(run.stage(stage).logs)
         raise HpcRlhfError(
-            f"no log of rank {rank} is left of attempt {number} at {stage}", where, exit_code=RUN_FAILED
+            f"attempt {number} at {stage} has no log of rank {rank}", where, exit_code=RUN_FAILED
         )
-    return found
+    return parts
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What matters in the logs of a stage that ended badly.
+    """The relevant part of the logs of a failed stage.
 
     Attributes:
-        reason: such as out of memory; empty where nobody has judged it yet.
-        message: the line that tells most.
-        rank: whose log has it; 0 where that cannot be told.
-        node: where it began; empty where that cannot be told.
+        reason: such as out of memory; empty until it has been judged.
+        message: the most informative line.
+        rank: the rank whose log has it; 0 if unknown.
+        node: where it began; empty if unknown.
         step: the last step done, or None.
     """
 
@@ -138,58 +141,58 @@ class Trouble:
 
 
 def trouble(run: RunDir, stage: str) -> Trouble | None:
-    """Why a stage's latest attempt ended badly, or None where it did not."""
+    """Why a stage's latest attempt failed; None if it did not."""
     history = StageHistory.read(run, stage)
     state, attempt = history.state, history.attempt
     if not isinstance(state, OUTCOMES) or isinstance(state, (Finished, Interrupted, Cancelled)):
         return None
     ended = attempt.last(Ended)
     if ended is not None:
-        rank = _rank_that_said(run, stage, ended.message)
+        rank = _rank_with(run, stage, ended.message)
         return Trouble(ended.reason, ended.message, rank, ended.node, ended.step)
     cause = attempt.first_cause or state
     message = getattr(cause, "message", "")
     node = cause.host if isinstance(cause, Failed) else ""
-    return Trouble("", message, _rank_that_said(run, stage, message), node, None)
+    return Trouble("", message, _rank_with(run, stage, message), node, None)
 
 
-def _rank_that_said(run: RunDir, stage: str, message: str) -> int:
+def _rank_with(run: RunDir, stage: str, message: str) -> int:
     task = _TASK.search(message)
     if task is not None:
         return int(task[1])
-    words = " ".join(message.split())[:_ENOUGH].rstrip("…")
-    said = [
+    words = " ".join(message.split())[:_PREFIX].rstrip("…")
+    logs = [
         path
         for path in run.stage(stage).logs.glob("*_log.err")
         if words and words in " ".join(read_tail(path).split())
     ]
-    latest = max(said, key=_written, default=None)
+    latest = max(logs, key=_mtime, default=None)
     return 0 if latest is None else int(latest.name.split("_")[-2])
 
 
 def latest_stage(run: RunDir) -> str:
-    """The stage that wrote a log last.
+    """The stage with the newest log.
 
     Raises:
-        HpcRlhfError: none has written one.
+        HpcRlhfError: none has a log.
     """
     logs = _logs(run)
     if not logs:
         raise HpcRlhfError(
             "no stage has a log yet",
             where=str(run.path),
-            hint="hpc-rlhf status says what it waits for",
+            hint="hpc-rlhf status shows what it waits for",
             exit_code=RUN_FAILED,
         )
-    return max(logs, key=_written).parents[1].name
+    return max(logs, key=_mtime).parents[1].name
 
 
 def has_log_to_come(run: RunDir, watch: StageWatch) -> bool:
-    """Whether no stage has a log yet, but one that was sent off may still write one."""
+    """Whether no stage has a log yet, but a submitted one may still write one."""
     if _logs(run):
         return False
-    sent = {event.stage for event in Ledger(run.ledger).events()} & _stages(run)
-    return any(not watch.is_over(stage) for stage in sent)
+    submitted = {event.stage for event in Ledger(run.ledger).events()} & _stages(run)
+    return any(not watch.is_over(stage) for stage in submitted)
 
 
 def _stages(run: RunDir) -> set[str]:
@@ -200,5 +203,5 @@ def _logs(run: RunDir) -> list[Path]:
     return list((run.path / "stages").glob("*/logs/*_*log*"))
 
 
-def _written(path: Path) -> float:
+def _mtime(path: Path) -> float:
     return path.stat().st_mtime

@@ -1,4 +1,4 @@
-"""Where a run's time went, as its ledger tells it: ledgers made by hand and at random, and one of real ranks."""
+"""Where a run's time went, computed from hand-written ledgers, random ones, and one of real ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_rlhf.observe.goodput.accounting import NO_WORD, STOPPED_HERE
+from hpc_rlhf.observe.goodput.accounting import STOPPED_BY_USER, UNKNOWN
 from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Spans
 from hpc_rlhf.observe.goodput.totals import count_words, measure, split_words, total
 from hpc_rlhf.run.events import Event, Ready, Resumed, Started, Submitted, from_json
@@ -44,8 +44,8 @@ DONE = [
 ]
 
 
-def test_a_stop_that_all_agreed_on_loses_nothing() -> None:
-    """Sent off at 0, started at 6, stepping from 16; stopped at 30 and saved by 33; the next goes on there."""
+def test_an_agreed_stop_loses_nothing() -> None:
+    """Submitted at 0, started at 6, training from 16; stopped at 30 and saved by 33; the next attempt resumes there."""
     stopped = [
         at(30, "stopping", "7-0", step=140, reason="preempted", dropped=0.0),
         at(32, "saved", "7-0", step=140, seconds=2.0, stall=2.0),
@@ -64,7 +64,7 @@ def test_a_stop_that_all_agreed_on_loses_nothing() -> None:
     assert (broken.lost, broken.starting) == (0, 10)
 
 
-def test_what_a_stop_drops_of_a_step_is_lost() -> None:
+def test_the_part_of_a_step_that_a_stop_discards_is_lost() -> None:
     stopped = [
         at(34, "stopping", "7-0", step=140, reason="preempted", dropped=4.0),
         at(36, "saved", "7-0", step=140, seconds=2.0, stall=2.0),
@@ -87,25 +87,25 @@ def test_work_after_the_last_checkpoint_of_a_killed_attempt_is_lost() -> None:
     assert (broken.lost, broken.starting) == (15.5, 10)
 
 
-def test_an_attempt_without_a_last_word_ends_with_its_last_step() -> None:
-    """Slurm requeued the job of a lost node; the next attempt finds that out, a queue later."""
+def test_an_attempt_without_a_final_event_ends_with_its_last_step() -> None:
+    """Slurm requeued the job of a lost node; the next attempt records that when it starts."""
     ended = at(60, "ended", job_id="7", reason="node failure", message="", node="node1", step=150, seen=44.0)
     found = sft([*FIRST, ended, *DONE])
     assert found.spans == Spans(queued=6 + 16, starting=10 + 6, productive=8 + 23, lost=19.5, saving=1.5)
     without = sft([*FIRST, *DONE])
-    assert without.interruptions[0].reason == NO_WORD
+    assert without.interruptions[0].reason == UNKNOWN
     assert without.spans.lost == 1.5  # all that is known of
 
 
-def test_a_checkpoint_that_was_committed_unspoken_keeps_its_work() -> None:
-    """The attempt was killed between the rename and the ledger's line."""
+def test_a_checkpoint_without_its_event_keeps_its_work() -> None:
+    """The attempt was killed after the checkpoint's rename and before the ledger's line."""
     failed = at(40, "failed", "7-0", message="killed")
     after = [replace(event, step=150) if isinstance(event, (Resumed, Ready)) else event for event in DONE]
     assert sft([*FIRST, failed, *after]).spans.lost == 0
 
 
-def test_a_checkpoint_that_is_torn_loses_the_work_of_attempts_before() -> None:
-    """Two checkpoints on, the third attempt finds only the first one whole; a part of a step counts as a place."""
+def test_a_damaged_checkpoint_loses_the_work_of_earlier_attempts() -> None:
+    """The third attempt finds only the first of two checkpoints complete; a part of a step counts as a place."""
     second = [
         at(40, "failed", "7-0", message="killed"),
         at(50, "started", "7-1", age=0.0),
@@ -122,7 +122,7 @@ def test_a_checkpoint_that_is_torn_loses_the_work_of_attempts_before() -> None:
     assert found.spans.productive == 8 + 10 + 10
 
 
-def test_what_an_attempt_that_is_over_did_not_save_is_lost_also_before_the_next() -> None:
+def test_unsaved_work_of_an_ended_attempt_is_lost_even_before_the_next_one() -> None:
     failed = at(40, "failed", "7-0", message="killed")
     found = sft([*FIRST, failed], queued={"sft"}, now=100)
     assert (found.spans.lost, found.spans.queued) == (15.5, 6 + 60)
@@ -134,14 +134,14 @@ def test_what_an_attempt_that_is_over_did_not_save_is_lost_also_before_the_next(
     assert (found.spans.lost, found.spans.saving) == (5.5, 5.5)
 
 
-def test_an_attempt_at_work_has_lost_nothing_yet() -> None:
+def test_a_running_attempt_has_lost_nothing_yet() -> None:
     found = sft(FIRST, at_work={"sft"}, now=50)
     assert found.spans == Spans(queued=6, starting=10, productive=33.5, saving=0.5)
     assert found.interruptions == ()
     assert sft(FIRST, now=50).spans.wall == 26  # but one of which nobody knows is over
 
 
-def test_here_a_pause_is_no_queue() -> None:
+def test_a_pause_without_slurm_is_not_queueing() -> None:
     """Stopped by Ctrl-C at 20, and run again at 1000."""
     events = [
         at(0, "started", "local-1", job_id=None, host="vm", age=0.0),
@@ -160,12 +160,15 @@ def test_here_a_pause_is_no_queue() -> None:
     ]
     found = sft(events)
     assert found.spans == Spans(waiting=979, queued=31, starting=13, productive=21, lost=5, saving=1)
-    assert [(each.reason, each.step) for each in found.interruptions] == [(STOPPED_HERE, 9), ("killed", 12)]
+    assert [(each.reason, each.step) for each in found.interruptions] == [
+        (STOPPED_BY_USER, 9),
+        ("killed", 12),
+    ]
     stopped = [*events[:9], at(1012, "stopped", message="no"), at(2000, "anew"), at(2000, "retried", delay=0)]
     assert sft([*stopped, at(2005, "started", "local-3")]).spans.waiting == 979 + 990
 
 
-def test_attempts_that_never_came_to_a_word_count() -> None:
+def test_attempts_that_never_started_count() -> None:
     held = at(5, "ended", job_id="7", reason="launch failure", message="held", node="node4", step=0)
     found = sft(
         [*SENT, held, at(5, "retried", job_id="7"), at(9, "started", "7-0", age=1.0)], at_work={"sft"}, now=9
@@ -183,7 +186,7 @@ def test_a_stale_attempt_and_a_second_start_after_the_end_do_not_count() -> None
     assert sft([*finished, at(40, "requeued", "7-0", step=120, reason="preempted")]) == sft(finished)
 
 
-def test_a_cancelled_run_stands_until_a_person_sends_it_off() -> None:
+def test_a_cancelled_run_waits_for_the_user() -> None:
     saved = at(30, "saved", "7-0", step=120, seconds=0.0, stall=0.0)
     for word in ([], [at(30, "cancelled", "7-0", job_id="7")]):
         found = sft([*FIRST, at(29, "cancelled", job_id="7"), saved, *word])
@@ -194,7 +197,7 @@ def test_a_cancelled_run_stands_until_a_person_sends_it_off() -> None:
     assert (by_hand.spans.waiting, by_hand.spans.queued) == (60, 6 + 5)
 
 
-def test_a_stage_waits_for_those_it_needs_and_a_run_is_their_sum() -> None:
+def test_a_stage_waits_for_its_needs_and_a_run_is_the_sum_of_its_stages() -> None:
     ppo = [at(0, "submitted", stage="ppo", job_id="9"), at(100, "started", "9-0", "ppo", age=2.0)]
     found = measure([*SENT, ppo[0], *FIRST[2:], *DONE[-1:], ppo[1]], {"sft": [], "ppo": ["sft"]})
     assert (found["ppo"].spans.waiting, found["ppo"].spans.queued) == (90, 8)
@@ -205,13 +208,13 @@ def test_a_stage_waits_for_those_it_needs_and_a_run_is_their_sum() -> None:
 
 @pytest.mark.parametrize("wrong", [-3600.0, -5.0])
 def test_a_clock_behind_changes_no_span(wrong: float) -> None:
-    """That of the second attempt's node; the lines before and after are other machines'."""
+    """The clock of the second attempt's node; the lines before and after are from other machines."""
     failed = at(40, "failed", "7-0", message="x")
     behind = [replace(event, time=event.time + wrong) for event in DONE]
-    told, right = sft([*FIRST, failed, *behind]), sft([*FIRST, failed, *DONE])
-    # How long it was in the queue is not to be known, all else is.
-    assert told.spans.productive == right.spans.productive
-    assert (told.spans.lost, told.spans.saving) == (right.spans.lost, right.spans.saving)
+    result, right = sft([*FIRST, failed, *behind]), sft([*FIRST, failed, *DONE])
+    # Only its time in the queue is unknown.
+    assert result.spans.productive == right.spans.productive
+    assert (result.spans.lost, result.spans.saving) == (right.spans.lost, right.spans.saving)
 
 
 DAY = 86_400.0
@@ -221,7 +224,7 @@ DAY_OFF = [pytest.param(DAY, id="ahead"), pytest.param(-DAY, id="behind")]
 @pytest.mark.parametrize("wrong", DAY_OFF)
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_an_attempt_on_a_node_whose_clock_is_a_day_off(number: int, wrong: float) -> None:
-    """Of three: only how long it was in the queue is not to be known, and no time is longer than all of it was."""
+    """One of three attempts. Only its time in the queue is unknown, and no span is longer than the run."""
     third = [replace(event, time=event.time + 60, attempt="7-2") for event in DONE]
     attempts = [[*FIRST[2:], at(40, "failed", "7-0", message="x")], DONE[:-1], third]
     off = [
@@ -229,20 +232,20 @@ def test_an_attempt_on_a_node_whose_clock_is_a_day_off(number: int, wrong: float
         for turn, some in enumerate(attempts)
     ]
     killed = at(90, "ended", job_id="7", reason="killed")  # and its last step was at 89, by its own clock
-    right, told = (
+    right, result = (
         sft([*SENT, *some[0], *some[1], replace(killed, seen=some[1][-1].time + 3), *some[2]], now=200.0)
         for some in (attempts, off)
     )
-    assert 100 < told.spans.wall <= 200
+    assert 100 < result.spans.wall <= 200
     for name in ("productive", "starting", "lost", "saving"):
-        assert getattr(told.spans, name) == pytest.approx(getattr(right.spans, name), abs=5), name
-    assert all(0 <= each.start <= each.end <= 200 for each in told.stretches)
-    assert [each.reason for each in told.interruptions] == ["failed", "killed"]
+        assert getattr(result.spans, name) == pytest.approx(getattr(right.spans, name), abs=5), name
+    assert all(0 <= each.start <= each.end <= 200 for each in result.stretches)
+    assert [each.reason for each in result.interruptions] == ["failed", "killed"]
 
 
 @pytest.mark.parametrize("wrong", DAY_OFF)
-def test_an_attempt_at_work_on_a_node_whose_clock_is_a_day_off(wrong: float) -> None:
-    """And another stage's beside it, on a node that is right."""
+def test_a_running_attempt_on_a_node_whose_clock_is_a_day_off(wrong: float) -> None:
+    """Beside another stage's attempt, on a node whose clock is right."""
     beside = [
         at(12, "started", "8-0", "reward", age=2.0),
         at(15, "ready", "8-0", "reward", step=0),
@@ -267,13 +270,13 @@ def test_a_reader_whose_clock_is_a_day_behind_changes_nothing() -> None:
     assert sft([*FIRST, *DONE], now=90.0 - DAY) == sft([*FIRST, *DONE], now=90.0)
 
 
-def test_a_sentinel_on_a_node_whose_clock_is_a_day_ahead_takes_nothing_along() -> None:
+def test_a_sentinel_on_a_node_whose_clock_is_a_day_ahead_changes_nothing() -> None:
     failed = at(40, "failed", "7-0", message="x")
     ended = [at(45, "ended", job_id="7", reason="failed"), at(46, "retried", job_id="7", delay=0)]
     ahead = [replace(event, time=event.time + DAY) for event in ended]
-    told, right = (sft([*FIRST, failed, *some, *DONE]) for some in (ahead, ended))
-    assert told.spans.wall == right.spans.wall
-    assert told.spans.productive == right.spans.productive
+    result, right = (sft([*FIRST, failed, *some, *DONE]) for some in (ahead, ended))
+    assert result.spans.wall == right.spans.wall
+    assert result.spans.productive == right.spans.productive
 
 
 KINDS = (
@@ -306,7 +309,7 @@ any_event = st.fixed_dictionaries(
 def test_spans_are_never_negative_and_add_up(
     records: list[dict[str, Any]], ordered: bool, work: bool, queue: bool
 ) -> None:
-    """Whatever a ledger says, in whatever order; with clocks that go right, to the time since it was sent off."""
+    """For any ledger in any order; with correct clocks the spans add up to the time since submission."""
     events = [event for record in records if (event := from_json(record)) is not None]
     if ordered:
         times = sorted(event.time for event in events)
@@ -319,9 +322,9 @@ def test_spans_are_never_negative_and_add_up(
     for stage, each in found.items():
         assert all(getattr(each.spans, name) >= 0 for name in SPANS)
         assert all(broken.lost >= 0 and broken.starting >= 0 for broken in each.interruptions)
-        told = sum(broken.lost for broken in each.interruptions)
-        # What an attempt that is just stopping lets go of has no interruption yet.
-        assert told <= each.spans.lost + 1e-6 if work else told == pytest.approx(each.spans.lost)
+        lost = sum(broken.lost for broken in each.interruptions)
+        # Work that a stopping attempt discards has no interruption yet.
+        assert lost <= each.spans.lost + 1e-6 if work else lost == pytest.approx(each.spans.lost)
         for name in SPANS:
             lengths = [one.end - one.start for one in each.stretches if one.span == name]
             assert sum(lengths) == pytest.approx(getattr(each.spans, name), abs=1e-6)
@@ -340,22 +343,22 @@ def test_words() -> None:
     found = sft([*FIRST, at(40, "failed", "7-0", message="x"), *DONE])
     assert count_words(found.interruptions) == "1 interruption: failed"
     assert count_words((*found.interruptions * 2, *sft([*FIRST, *DONE]).interruptions)) == (
-        "3 interruptions: 2 failed, without a word"
+        "3 interruptions: 2 failed, unknown cause"
     )
     assert split_words(found.spans).startswith("ETTR 0.46 of 1 min 8 s in the allocation: productive 31 s, ")
     assert split_words(Spans(queued=5)) == ""
 
 
 @pytest.mark.train
-def test_real_ranks_tell_what_became_of_their_time(tmp_path: Path) -> None:
-    """Stopped once by a signal and run again: what the ledger tells adds up, and nothing is lost."""
+def test_the_ledger_of_real_ranks_accounts_for_their_time(tmp_path: Path) -> None:
+    """Stopped once by a signal and run again: the spans add up, and nothing is lost."""
     run = make_run(tiny_spec(tmp_path / "run", 1, sft={"max_steps": 8}))
     run_stage(run, "sft", 1, stop_after=3)
     run_stage(run, "sft", 1)
     events = list(Ledger(run.ledger).events("sft"))
     found = sft(events)
     (broken,) = found.interruptions
-    assert broken.reason == STOPPED_HERE
+    assert broken.reason == STOPPED_BY_USER
     assert broken.step >= 3
     assert [event.step for event in events if isinstance(event, Ready)] == [0, broken.step]
     began = next(event for event in events if isinstance(event, Started))

@@ -51,7 +51,7 @@ def write(run: RunDir, stage: str, name: str, text: str, age: float = 0) -> None
     os.utime(path, (time.time() - age, time.time() - age))
 
 
-def test_newest_jobs_log_of_the_asked_rank_is_read(run: RunDir) -> None:
+def test_the_newest_jobs_log_of_the_requested_rank_is_read(run: RunDir) -> None:
     write(run, "sft", "99_0_log.out", "old\n", age=100)
     write(run, "sft", "100_batch.log", "batch\n", age=50)
     write(run, "sft", "100_0_log.out", "zero\n", age=50)
@@ -62,7 +62,7 @@ def test_newest_jobs_log_of_the_asked_rank_is_read(run: RunDir) -> None:
     assert [text for _, text in LogReader(run, "sft", rank=1).read()] == ["batch\n", "one\n"]
 
 
-def test_stage_that_wrote_last_is_the_one_meant(run: RunDir) -> None:
+def test_the_default_is_the_stage_with_the_newest_log(run: RunDir) -> None:
     with pytest.raises(HpcRlhfError, match="no stage has a log yet"):
         latest_stage(run)
     write(run, "ppo", "2_0_log.out", "x", age=10)
@@ -70,7 +70,7 @@ def test_stage_that_wrote_last_is_the_one_meant(run: RunDir) -> None:
     assert latest_stage(run) == "sft"
 
 
-def test_missing_stage_and_missing_log_are_told_apart(run: RunDir) -> None:
+def test_a_missing_stage_and_a_missing_log_are_different_errors(run: RunDir) -> None:
     with pytest.raises(HpcRlhfError, match="the run has no stage reward"):
         LogReader(run, "reward")
     with pytest.raises(HpcRlhfError, match=r"the run has no stage \.\./stages/ppo"):
@@ -79,7 +79,7 @@ def test_missing_stage_and_missing_log_are_told_apart(run: RunDir) -> None:
         list(LogReader(run, "ppo").read())
 
 
-def test_follow_goes_on_across_a_requeue_and_a_new_job_until_the_stage_ends(run: RunDir) -> None:
+def test_follow_continues_across_a_requeue_and_a_new_job_until_the_stage_ends(run: RunDir) -> None:
     write(run, "sft", "5_0_log.out", "step 1\n")
     command = [sys.executable, "-u", "-m", "hpc_rlhf.cli", "logs", "-f", str(run.path), "sft"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as follower:
@@ -96,7 +96,7 @@ def test_follow_goes_on_across_a_requeue_and_a_new_job_until_the_stage_ends(run:
         assert follower.wait(10) == 0
 
 
-def test_follow_waits_for_the_first_log_while_one_is_to_come(run: RunDir) -> None:
+def test_follow_waits_for_the_first_log(run: RunDir) -> None:
     command = [sys.executable, "-u", "-m", "hpc_rlhf.cli", "logs", "-f", str(run.path)]
     assert subprocess.run(command, capture_output=True).returncode == 1  # nothing was submitted
     Ledger(run.ledger).append(Submitted("sft", token="t", job_id="5"))
@@ -115,7 +115,7 @@ def test_follow_waits_for_the_first_log_while_one_is_to_come(run: RunDir) -> Non
 
 
 class FakeSlurm:
-    """Answers what a test says, and makes the next of a test's moves whenever the follower sleeps."""
+    """Answers as a test prescribes, and runs the test's next step whenever the follower sleeps."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.jobs: dict[str, QueuedJob] = {}
@@ -132,7 +132,7 @@ class FakeSlurm:
         return self.jobs
 
     def show(self, stage: str = "", sentinel: str = "") -> None:
-        """The states of job 5, the stage's, and of its sentinel."""
+        """The states of job 5, which is the stage's, and of its sentinel."""
         job = QueuedJob("5", "demo.sft", stage, "", "hpc-rlhf:t")
         guard = QueuedJob("9", "demo.sentinel", sentinel, "", "hpc-rlhf-sentinel:t")
         self.jobs = {job.job_id: job for job in (job, guard) if job.state}
@@ -147,7 +147,7 @@ def followed(run: RunDir) -> list[str]:
     return [text for _, text in LogReader(run, "sft").follow()]
 
 
-def test_follow_goes_on_while_a_sentinel_is_to_try_again(run: RunDir, fake: FakeSlurm) -> None:
+def test_follow_continues_while_a_sentinel_may_retry(run: RunDir, fake: FakeSlurm) -> None:
     note = Ledger(run.ledger).append
 
     def fails() -> None:
@@ -201,7 +201,7 @@ def test_follow_goes_on_while_a_sentinel_is_to_try_again(run: RunDir, fake: Fake
     assert not fake.moves
 
 
-def test_follow_ends_where_nobody_is_to_try_again(run: RunDir, fake: FakeSlurm) -> None:
+def test_follow_ends_if_nothing_will_retry(run: RunDir, fake: FakeSlurm) -> None:
     note = Ledger(run.ledger).append
     write(run, "sft", "5_0_log.out", "first\n")
     note(Started("sft", job_id=None))
@@ -221,7 +221,7 @@ def test_follow_ends_where_nobody_is_to_try_again(run: RunDir, fake: FakeSlurm) 
     assert followed(run) == ["first\n"]
 
 
-def test_follow_goes_on_while_the_launcher_waits_to_try_again(run: RunDir, fake: FakeSlurm) -> None:
+def test_follow_continues_while_the_launcher_waits_to_retry(run: RunDir, fake: FakeSlurm) -> None:
     note = Ledger(run.ledger).append
     write(run, "sft", "local_0_log.out", "first\n")
     note(Started("sft", job_id=None))
@@ -240,7 +240,7 @@ def test_follow_goes_on_while_the_launcher_waits_to_try_again(run: RunDir, fake:
     assert not fake.moves
 
 
-def test_a_verdict_that_comes_while_slurm_is_asked_is_heard(
+def test_an_event_written_while_slurm_is_asked_is_noticed(
     run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note = Ledger(run.ledger).append
@@ -257,7 +257,7 @@ def test_a_verdict_that_comes_while_slurm_is_asked_is_heard(
     assert not has_log_to_come(run, liveness.StageWatch(run))
 
 
-def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir) -> None:
+def test_the_log_of_a_failed_stage_is_that_of_the_failed_rank(run: RunDir) -> None:
     command = [sys.executable, "-m", "hpc_rlhf.cli", "logs", str(run.path), "sft"]
     write(run, "sft", "7_0_log.err", "RuntimeError: Connection closed by peer\n")
     write(run, "sft", "7_0_log.out", "zero\n")
@@ -266,9 +266,9 @@ def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir
     ledger.append(Started("sft", attempt="7-0", job_id="7"))
     ledger.append(Failed("sft", attempt="7-0", message="RuntimeError: Connection closed by peer", host="n1"))
     ledger.append(Failed("sft", attempt="7-0", message="ValueError: row 12\n  has no prompt", host="n2"))
-    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
-    assert (told["rank"], [Path(file).name for file in told["files"]]) == (3, ["7_3_log.err"])
-    assert told["trouble"]["message"] == "ValueError: row 12\n  has no prompt"
+    shown = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
+    assert (shown["rank"], [Path(file).name for file in shown["files"]]) == (3, ["7_3_log.err"])
+    assert shown["trouble"]["message"] == "ValueError: row 12\n  has no prompt"
     facts = {
         "job_id": "7",
         "reason": "failed",
@@ -291,7 +291,7 @@ def test_logs_of_a_failed_stage_are_those_of_the_rank_that_knows_why(run: RunDir
     assert "==> cause" not in done.stderr
 
 
-def test_an_attempt_is_told_from_the_others_of_its_job_and_from_other_jobs(
+def test_an_attempts_log_is_separated_from_other_attempts_and_jobs(
     run: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = Ledger(run.ledger)
@@ -306,12 +306,12 @@ def test_an_attempt_is_told_from_the_others_of_its_job_and_from_other_jobs(
     )
     write(run, "sft", "100_0_log.out", "first\n\nhpc-rlhf: attempt 1 of job 100 on n2\nsecond\n")
     write(run, "sft", "77_0_log.out", "here\n")
-    for number, said in ((1, "first"), (2, "b\nsecond"), (3, "here")):
+    for number, text in ((1, "first"), (2, "b\nsecond"), (3, "here")):
         assert main(["logs", str(run.path), "sft", "--attempt", str(number)]) == 0
-        assert capsys.readouterr().out.strip() == said
+        assert capsys.readouterr().out.strip() == text
     for words, message in (
         (["--attempt", "4"], "stage sft had 3 attempts so far, not 4"),
-        (["--attempt", "1", "--rank", "9"], "no log of rank 9 is left of attempt 1 at sft"),
+        (["--attempt", "1", "--rank", "9"], "attempt 1 at sft has no log of rank 9"),
         (["--attempt", "1", "-f"], "cannot be used with --follow"),
     ):
         assert main(["logs", str(run.path), "sft", *words]) != 0

@@ -1,1 +1,1 @@
-"""Where a run's time went."""
+"""Where a run's time went: productive, lost, queued, and so on."""

@@ -1,4 +1,4 @@
-"""A stage's events, one after the other, turned into the spans of its time. Pure."""
+"""Turns a stage's events, one after the other, into the spans of its time. Pure."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from hpc_rlhf.run.events import (
 _Place = tuple[int, int]  # steps done, and parts of the step after those
 _END: _Place = (2**62, 0)
 
-STOPPED_HERE = "stopped by a person"
-NO_WORD = "without a word"
-# Other events of an attempt count whichever attempt writes them.
+STOPPED_BY_USER = "stopped by the user"
+UNKNOWN = "unknown cause"
+# Events that count only if the attempt that owns the stage wrote them.
 _BY_OWNER = (Resumed, Ready, Saved, Stopping, Requeued, Interrupted)
 
 
@@ -43,16 +43,16 @@ class _Work:
     """Seconds of work.
 
     Attributes:
-        place: where it led to; unknown for the last of an attempt that broke off.
+        place: what it reached; unknown for the last work of an attempt that was interrupted.
         after: where it began.
-        broke: number of the interruption that broke it off.
-        stretch: when that was, and whose.
+        interruption: index of the interruption that ended it.
+        stretch: when it was done, and by which attempt.
     """
 
     place: _Place | None
     stretch: Stretch
     after: _Place = (0, 0)
-    broke: int = -1
+    interruption: int = -1
 
     @property
     def seconds(self) -> float:
@@ -61,25 +61,25 @@ class _Work:
 
 @dataclass
 class StageTime:
-    """A stage's time, taken event by event in the order written.
+    """A stage's time, computed event by event in the order written.
 
     Attributes:
         needs: stages that it still waits for.
-        until: up to when its time is accounted for; None before it was sent off.
-        phase: what it does since: wait (for the queue, a stage or a person), start, work, or save before a stop.
-        stands: a person has to send it off.
-        attempt: name of the attempt at work.
-        last: when that attempt last gave a sign.
-        saved: the place up to which its work is kept.
-        kept: the place from which the next attempt would go on.
-        dropped: seconds of work that it let go of as it stopped.
+        until: up to when its time is accounted for; None before it was submitted.
+        phase: what it has been doing since: wait (for the queue, a stage or the user), start, work, or save before a stop.
+        needs_user: only the user can submit it again.
+        attempt: name of the running attempt.
+        last: time of that attempt's last event.
+        saved: the last place that this attempt saved.
+        kept: the place from which the next attempt would resume.
+        dropped: seconds of work that the attempt discarded as it stopped.
         judged: whether the latest interruption has its `ended`.
     """
 
     needs: set[str]
     until: float | None = None
     phase: str = "wait"
-    stands: bool = False
+    needs_user: bool = False
     attempt: str = ""
     node: str = ""
     last: float = 0.0
@@ -91,7 +91,7 @@ class StageTime:
     judged: bool = True
     times: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SPANS, 0.0))
     work: list[_Work] = field(default_factory=list)
-    broken: list[Interruption] = field(default_factory=list)
+    interruptions: list[Interruption] = field(default_factory=list)
     stretches: list[Stretch] = field(default_factory=list)
 
     def take(self, event: Event, time: float, clock: Clock) -> None:
@@ -116,15 +116,14 @@ class StageTime:
                 self._ended(event, time, clock)
             case Retried():
                 self._retried(event, time)
-            case Submitting() | Submitted() | RetryRequested() | Stopped() | Refused() if (
-                self.phase == "wait"
-            ):
-                self._waited(time)
-                self.stands = isinstance(event, (Stopped, Refused))
+            case Submitting() | Submitted() | RetryRequested() | Stopped() | Refused():
+                if self.phase == "wait":
+                    self._waited(time)
+                    self.needs_user = isinstance(event, (Stopped, Refused))
             case Interrupted():
                 if self.phase != "wait":
-                    self._over(time, STOPPED_HERE, event)
-                self.stands = True
+                    self._over(time, STOPPED_BY_USER, event)
+                self.needs_user = True
             case _ if self.phase == "wait":
                 pass  # late events of an attempt that is over
             case Resumed():
@@ -136,7 +135,7 @@ class StageTime:
             case Stopping():
                 self._stopping(event, time)
             case Requeued():
-                self._over(time, event.reason or NO_WORD, event)
+                self._over(time, event.reason or UNKNOWN, event)
             case Failed():
                 self._over(time, reasons.FAILED, event)
             case Hang():
@@ -144,19 +143,19 @@ class StageTime:
             case Finished():
                 self._finished(time)
 
-    def let_go(self, stage: str, time: float) -> None:
-        """A stage has finished, for which this one may have waited."""
+    def need_finished(self, stage: str, time: float) -> None:
+        """A stage has finished that this one may have waited for."""
         if stage in self.needs:
             if self.phase == "wait" and self.until is not None:
                 self._waited(time)
             self.needs.discard(stage)
 
     def close(self, now: float, at_work: bool, queued: bool) -> None:
-        """The ledger is at its end; the rest of the time is known by what the stage does now."""
+        """Account for the time since the last event, from the stage's current state."""
         if self.until is None:
             return
         if self.phase != "wait" and not at_work:
-            self._over(self.last, reasons.CANCELLED_BY_TOOL if self.cancelled else NO_WORD)
+            self._over(self.last, reasons.CANCELLED_BY_TOOL if self.cancelled else UNKNOWN)
         if self.phase == "wait":
             if queued or at_work:
                 self._waited(now)
@@ -168,28 +167,28 @@ class StageTime:
             self._worked(now, _END)
 
     def goodput(self) -> Goodput:
-        for work in self.work:  # of what was not saved, and no attempt came after
+        for work in self.work:  # not saved, and no attempt has started since
             kept = work.place is not None and (work.place <= self.kept or work.place == _END)
             self._count(work, "productive" if kept else "lost")
         self.work = []
         in_order = sorted(self.stretches, key=lambda stretch: stretch.start)
-        return Goodput(Spans(**self.times), tuple(self.broken), tuple(in_order))
+        return Goodput(Spans(**self.times), tuple(self.interruptions), tuple(in_order))
 
     # Events
 
     def _started(self, event: Started, time: float) -> None:
         if self.phase != "wait":
-            self._over(self.last, NO_WORD)
+            self._over(self.last, UNKNOWN)
         self._waited(max(self._at, time - event.age))
         self.phase, self.attempt, self.node = "start", event.attempt, event.host
         self._spend("starting", time)
         self.saved = self.resumed = (0, 0)
-        self.stands, self.cancelled, self.dropped = False, False, 0.0
+        self.needs_user, self.cancelled, self.dropped = False, False, 0.0
         self.needs = set()
 
     def _saved(self, event: Saved, time: float) -> None:
         place, began = event.place, time - event.seconds
-        if self.phase == "start":  # an old ledger, without `ready`
+        if self.phase == "start":  # a ledger of an older version, without `ready`
             self._begin(began, self.resumed)
         if self.phase == "work":
             self._worked(began, place)
@@ -211,45 +210,45 @@ class StageTime:
             self._worked(time, _END)
         elif self.phase == "save":
             self._spend("saving", time)
-        self.phase, self.judged, self.stands = "wait", True, True
+        self.phase, self.judged, self.needs_user = "wait", True, True
 
     def _cancelled(self, event: Cancelled, time: float) -> None:
         if self.phase == "wait":
             self._waited(time)
-            self.stands = True
-        elif event.attempt:  # by hand, unless the tool has told of it before
-            tool = self.cancelled
-            self._over(time, reasons.CANCELLED_BY_TOOL if tool else reasons.CANCELLED_BY_HAND, event)
-            self.stands = True
+            self.needs_user = True
+        elif event.attempt:  # by hand, unless the tool has recorded it before
+            by_tool = self.cancelled
+            self._over(time, reasons.CANCELLED_BY_TOOL if by_tool else reasons.CANCELLED_BY_HAND, event)
+            self.needs_user = True
         else:
-            self.cancelled = True  # the ranks may save yet
+            self.cancelled = True  # the ranks may still save
 
     def _ended(self, event: Ended, time: float, clock: Clock) -> None:
         if self.phase != "wait":
             seen = clock.corrected(self.attempt, event.seen or 0.0)
             end = time if self.phase == "start" else min(time, max(self.last, seen))
-            self._over(end, event.reason or NO_WORD, event)
+            self._over(end, event.reason or UNKNOWN, event)
         elif self.judged:  # no attempt started
             self._waited(time)
-            self.broken.append(_interruption(event, time, event.reason or NO_WORD, ""))
+            self.interruptions.append(_interruption(event, time, event.reason or UNKNOWN, ""))
         else:
-            last = self.broken[-1]
+            last = self.interruptions[-1]
             # The judgement refines a failure; what all ranks agreed on needs none.
             better = (
-                event.reason if last.reason in (reasons.FAILED, NO_WORD) and event.reason else last.reason
+                event.reason if last.reason in (reasons.FAILED, UNKNOWN) and event.reason else last.reason
             )
             node, step = event.node or last.node, max(last.step, event.step)
-            self.broken[-1] = replace(last, reason=better, node=node, step=step)
+            self.interruptions[-1] = replace(last, reason=better, node=node, step=step)
         self.judged = True
         self._waited(time)
-        self.stands = event.job_id is None  # without Slurm only `retried` starts it again
+        self.needs_user = event.job_id is None  # without Slurm only `retried` starts it again
 
     def _retried(self, event: Retried, time: float) -> None:
         if self.phase == "wait":
             if event.job_id is None:
-                self.stands = False  # it was waiting for the delay to pass
+                self.needs_user = False  # it was waiting for the delay to pass
             self._waited(time)
-            self.stands = False
+            self.needs_user = False
 
     # Time
 
@@ -259,25 +258,27 @@ class StageTime:
         return self.until
 
     def _spend(self, span: str, until: float) -> float:
-        """Count the time up to a moment, which may be past already, as that of a span."""
+        """Add the time up to a moment, which may have passed already, to a span."""
         seconds = max(0.0, until - self._at)
         self._add(Stretch(span, self._at, self._at + seconds, self.attempt))
         self.until = self._at + seconds
-        if span == "starting" and self.broken:
-            self.broken[-1] = replace(self.broken[-1], starting=self.broken[-1].starting + seconds)
+        if span == "starting" and self.interruptions:
+            self.interruptions[-1] = replace(
+                self.interruptions[-1], starting=self.interruptions[-1].starting + seconds
+            )
         return seconds
 
     def _waited(self, until: float) -> None:
-        self._spend("waiting" if self.stands or self.needs else "queued", until)
+        self._spend("waiting" if self.needs_user or self.needs else "queued", until)
 
     def _begin(self, time: float, place: _Place) -> None:
-        """The attempt goes on from a place: work that led further is lost."""
+        """The attempt starts from a place: work beyond it is lost."""
         self._spend("starting", time)
         self.phase, self.saved, self.kept = "work", place, place
         kept = []
         for work in self.work:
             if work.place is None and place > work.after:
-                work.place = place  # it was saved there, and broke off before it could say so
+                work.place = place  # saved, but interrupted before `saved` was written
             if work.place is not None and work.place <= place:
                 kept.append(work)
             else:
@@ -288,7 +289,7 @@ class StageTime:
         seconds = max(0.0, until - self._at)
         stretch = Stretch("productive", self._at, self._at + seconds, self.attempt)
         self.until = stretch.end
-        self.work.append(_Work(place, stretch, self.saved, len(self.broken) if place is None else -1))
+        self.work.append(_Work(place, stretch, self.saved, len(self.interruptions) if place is None else -1))
 
     def _add(self, stretch: Stretch) -> None:
         self.times[stretch.span] += stretch.end - stretch.start
@@ -297,9 +298,10 @@ class StageTime:
 
     def _count(self, work: _Work, span: str) -> None:
         self._add(replace(work.stretch, span=span))
-        if span == "lost" and self.broken:
-            why = self.broken[work.broke]
-            self.broken[work.broke] = replace(why, lost=why.lost + work.seconds)
+        if span == "lost" and self.interruptions:
+            interruption = self.interruptions[work.interruption]
+            lost = interruption.lost + work.seconds
+            self.interruptions[work.interruption] = replace(interruption, lost=lost)
 
     def _over(self, time: float, reason: str, event: Event | None = None) -> None:
         """The attempt has ended without finishing; ``event`` shows that."""
@@ -307,9 +309,9 @@ class StageTime:
             self._worked(time, None)
         else:
             self._spend({"start": "starting", "save": "saving"}[self.phase], time)
-        broken = _interruption(event, self._at, reason, self.node, self.saved[0])
-        self.broken.append(replace(broken, lost=self.dropped, attempt=self.attempt))
-        self.phase, self.judged, self.stands, self.dropped = "wait", False, False, 0.0
+        interruption = _interruption(event, self._at, reason, self.node, self.saved[0])
+        self.interruptions.append(replace(interruption, lost=self.dropped, attempt=self.attempt))
+        self.phase, self.judged, self.needs_user, self.dropped = "wait", False, False, 0.0
 
 
 def _interruption(event: Event | None, time: float, reason: str, node: str, step: int = 0) -> Interruption:

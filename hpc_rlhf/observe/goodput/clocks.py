@@ -1,6 +1,6 @@
-"""One time for events that several machines wrote, whose clocks may be wrong. Pure.
+"""A common time for events that several machines wrote, whose clocks may be wrong. Pure.
 
-The order of a ledger's lines is right, whatever their times say: a line stands below those that were there before it.
+The order of a ledger's lines is right whatever their times are: a line comes after those that were there before it.
 """
 
 from __future__ import annotations
@@ -11,56 +11,55 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from hpc_rlhf.run.events import Event
 
-_Lines = tuple[
-    str, float, float
-]  # who wrote lines that follow each other, and when by their clock: earliest and latest
+# Who wrote some consecutive lines, and their earliest and latest time by that clock.
+_Lines = tuple[str, float, float]
 
-# Seconds. Events that another process may have written a little earlier than the line above them; more is a clock behind.
+# Seconds by which an event may seem to precede the line above it because two processes wrote at once.
 _CLOCKS_DIFFER = 1.0
-# More than machines that ask for the time ever differ: such a clock is wrong, and it is to be found whose.
+# Seconds. Machines with synchronized clocks never differ by this much, so one of the clocks is wrong.
 _WRONG = 60.0
-_NOBODY = "\0"  # begins the names of those who are no attempts
-_READER = f"{_NOBODY}reader"
+_NO_ATTEMPT = "\0"  # prefix of the names of other writers
+_READER = f"{_NO_ATTEMPT}reader"
 
 
 class Clock:
-    """Times that never go back.
+    """Times that never go backwards.
 
     Args:
         events: a ledger's, in the order written.
-        now: Unix seconds by the clock of the machine that reads them; 0 where that is not known.
+        now: Unix seconds by the clock of the machine that reads them; 0 if unknown.
 
     Attributes:
-        now: the time of the last event that was told.
+        now: the time of the last event that was yielded.
     """
 
     def __init__(self, events: Sequence[Event], now: float = 0.0) -> None:
-        self._events, self._writers = events, _writers(events)
+        self._ledger, self._writers = events, _writers(events)
         lines = _lines(events, self._writers)
         self._off = _corrections([*lines, (_READER, now, now)] if now else lines)
         self.now = -math.inf
 
-    def told(self) -> Iterator[tuple[Event, float]]:
-        """The events in order, and when each was, in Unix seconds; not before the one before it."""
-        for event, writer in zip(self._events, self._writers, strict=True):
+    def events(self) -> Iterator[tuple[Event, float]]:
+        """The events in order, each with its time in Unix seconds, which is not before that of the one before."""
+        for event, writer in zip(self._ledger, self._writers, strict=True):
             time = self.corrected(writer, event.time)
-            if time < self.now - _CLOCKS_DIFFER and not writer.startswith(_NOBODY):
+            if time < self.now - _CLOCKS_DIFFER and not writer.startswith(_NO_ATTEMPT):
                 self._off[writer] = self._off.get(writer, 0.0) + self.now - time
             self.now = max(self.now, time)
             yield event, self.now
 
     def corrected(self, attempt: str, time: float) -> float:
-        """A time by the clock of an attempt."""
+        """A time by an attempt's clock, corrected."""
         return time + self._off.get(attempt, 0.0)
 
 
 def _writers(events: Sequence[Event]) -> list[str]:
-    """Who wrote each: an attempt; or nobody known, who wrote the lines that follow each other."""
+    """Who wrote each event: an attempt, or one unknown writer for consecutive lines without an attempt."""
     writers: list[str] = []
     for at, event in enumerate(events):
         name = getattr(event, "attempt", "")
-        same = bool(writers) and writers[-1].startswith(_NOBODY)
-        writers.append(name or (writers[-1] if same else f"{_NOBODY}{at}"))
+        same = bool(writers) and writers[-1].startswith(_NO_ATTEMPT)
+        writers.append(name or (writers[-1] if same else f"{_NO_ATTEMPT}{at}"))
     return writers
 
 
@@ -77,10 +76,10 @@ def _lines(events: Sequence[Event], writers: Sequence[str]) -> list[_Lines]:
 
 
 def _corrections(lines: Sequence[_Lines]) -> dict[str, float]:
-    """Seconds to be added to the times of those whose clock is wrong, as little as makes them fit the others'.
+    """Seconds to add to the times of writers with a wrong clock: the smallest that make them fit the others'.
 
-    The clocks taken for wrong are those that contradict most others; of two that contradict only each other, the one
-    without which the run was shorter, since a day too much is likelier a wrong clock than a day of waiting.
+    The clocks taken to be wrong are those that contradict most others. Of two that contradict only each other, it is the
+    one without which the run is shorter, since an extra day is more likely a wrong clock than a day of waiting.
     """
     off: dict[str, float] = {}
     right, wrong = list(lines), []
@@ -88,7 +87,7 @@ def _corrections(lines: Sequence[_Lines]) -> dict[str, float]:
         most = max(against.values())
         worst = min(
             (who for who in against if against[who] == most),
-            key=lambda who: (_length(right, who), who == _READER, not who.startswith(_NOBODY)),
+            key=lambda who: (_length(right, who), who == _READER, not who.startswith(_NO_ATTEMPT)),
         )
         right = [each for each in right if each[0] != worst]
         wrong.append(worst)
@@ -98,7 +97,7 @@ def _corrections(lines: Sequence[_Lines]) -> dict[str, float]:
 
 
 def _contradictions(lines: Sequence[_Lines]) -> Counter[str]:
-    """How many others each writer contradicts: a line of one says that it was written long before one above it."""
+    """How many others each writer contradicts: its line claims to be much older than one above it."""
     latest: dict[str, float] = {}
     pairs: set[frozenset[str]] = set()
     newest = -math.inf
@@ -120,7 +119,7 @@ def _length(lines: Sequence[_Lines], without: str) -> float:
 
 
 def _fitting(lines: Sequence[_Lines], who: str, off: Mapping[str, float], unknown: Collection[str]) -> float:
-    """The smallest correction by which a writer's lines fit between those around them; if none does, after those above."""
+    """The smallest correction that fits a writer's lines between those around them; if none does, after those above."""
     least, most, before, after = -math.inf, math.inf, -math.inf, math.inf
     known = [each for each in lines if each[0] == who or each[0] not in unknown]
     for writer, first, last in known:

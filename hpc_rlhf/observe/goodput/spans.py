@@ -15,13 +15,13 @@ class Spans:
     """Where the seconds went. Every moment from the first ``submitted`` or ``started`` on is in one span.
 
     Attributes:
-        waiting: it could not run: a stage that it needs was not done, or it was stopped until a person sent it off again.
-        queued: it could run, and no attempt was at work.
-        starting: from the start of rank 0's process until the attempt's first step begins; with the measurements that a
-            stage makes before its first step.
-        productive: work on steps that were kept, and on handing the model over.
-        lost: work that was done again, or will be: what came after the place that the next attempt went on from, or,
-            where there is none yet, after the last place saved.
+        waiting: it could not run: a stage that it needs was not done, or it was stopped until the user submitted it again.
+        queued: it could run, but no attempt was running.
+        starting: from the start of rank 0's process until the attempt's first step, including a stage's measurements
+            before its first step.
+        productive: work on steps that were kept, and on exporting the model.
+        lost: work that was or will be repeated: all after the place from which the next attempt resumed, or, if there
+            is none yet, after the last place saved.
         saving: training stood still for a checkpoint, or for the last one before a stop.
     """
 
@@ -34,7 +34,7 @@ class Spans:
 
     @property
     def allocated(self) -> float:
-        """Seconds in which attempts held their nodes."""
+        """Seconds in which attempts had their nodes."""
         return self.starting + self.productive + self.lost + self.saving
 
     @property
@@ -56,12 +56,12 @@ SPANS = tuple(Spans.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of a stage's time that went into one span.
+    """A part of a stage's time that went into one span.
 
     Attributes:
         span: a name in SPANS.
-        start, end: in Unix seconds, by clocks that never go back.
-        attempt: the attempt at work; before the first, and between two of them, the one before, or empty.
+        start, end: in Unix seconds, by a clock that never goes backwards.
+        attempt: the running attempt; between two attempts the earlier one; before the first empty.
     """
 
     span: str
@@ -75,13 +75,13 @@ class Interruption:
     """An attempt that ended without finishing its stage.
 
     Attributes:
-        reason: as the attempt itself said; else as it was judged; else what is known.
+        reason: as the attempt reported it, else as it was judged.
         time: when, in Unix seconds.
-        node: on which it began, or which failed; empty where that is not known.
+        node: where it began, or which failed; empty if unknown.
         step: the last step it did.
-        lost: seconds of work that were, or will be, done again.
-        starting: seconds that the attempt after it took until its first step.
-        attempt: its name; empty where none is known.
+        lost: seconds of work that were or will be repeated.
+        starting: seconds that the next attempt took until its first step.
+        attempt: its name; empty if unknown.
     """
 
     reason: str
@@ -95,7 +95,7 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Goodput:
-    """What became of a stage's time. Of a run: the sums over its stages, which may run side by side.
+    """Where the time of a stage went, or of a run: the sums over its stages, which may run in parallel.
 
     Attributes:
         stretches: of a stage, in the order of time; they add up to its spans.

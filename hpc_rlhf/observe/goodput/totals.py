@@ -1,4 +1,4 @@
-"""What became of a run's time, told from its ledger: how much of it made steps that were kept, and what broke the rest. Pure."""
+"""Where a run's time went, from its ledger: how much produced steps that were kept, and what interrupted it. Pure."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ def measure(
     queued: Collection[str] = (),
     now: float = 0.0,
 ) -> dict[str, Goodput]:
-    """What became of the time of each stage.
+    """Where the time of each stage went.
 
-    Clocks of machines differ, and may step. The order of the events outranks their times: what an attempt writes is
-    taken back or forth by as much as its clock is wrong, so no span is negative, and none a day too long.
+    Clocks of machines differ, and may step. The order of the events outranks their times: the times of an attempt are
+    corrected by as much as its clock is wrong, so no span is negative, and none is a day too long.
 
     Args:
         events: the ledger's, in the order written.
         needs: the stages that each stage waits for.
-        at_work: stages of which an attempt is at work; that of any other stage is over.
-        queued: stages that are to run without another word of a person.
-        now: Unix seconds until which the time of those two is counted; that of others ends at their last event.
+        at_work: stages with a running attempt; that of any other stage is over.
+        queued: stages that will run without the user doing anything.
+        now: Unix seconds up to which the time of those two is counted; that of others ends at their last event.
     """
     stages = {stage: StageTime(set(needs[stage])) for stage in needs}
     clock = Clock(events, now)
-    for event, time in clock.told():
+    for event, time in clock.events():
         stage = stages.get(event.stage)
         if stage is None:
             continue
         stage.take(event, time, clock)
         if isinstance(event, Finished):
             for other in stages.values():
-                other.let_go(event.stage, time)
+                other.need_finished(event.stage, time)
     for name, stage in stages.items():
         stage.close(max(now, clock.now), name in at_work, name in queued)
     return {name: stage.goodput() for name, stage in stages.items()}
 
 
 def total(stages: Mapping[str, Goodput]) -> Goodput:
-    """Of a run: the sums over its stages, and the interruptions of all in the order of time."""
-    broken = [each for stage in stages.values() for each in stage.interruptions]
+    """The sums over a run's stages, and all their interruptions in the order of time."""
+    interruptions = [each for stage in stages.values() for each in stage.interruptions]
     spans = sum((stage.spans for stage in stages.values()), Spans())
-    return Goodput(spans, tuple(sorted(broken, key=lambda each: each.time)))
+    return Goodput(spans, tuple(sorted(interruptions, key=lambda each: each.time)))
 
 
 def count_words(interruptions: Sequence[Interruption]) -> str:
-    """Such as: 3 interruptions: 2 preempted, node failure. Empty where there was none."""
+    """For example "3 interruptions: 2 preempted, node failure"; empty if there was none."""
     if not interruptions:
         return ""
     reasons = Counter(each.reason for each in interruptions).most_common()
-    said = ", ".join(reason if times == 1 else f"{times} {reason}" for reason, times in reasons)
-    return f"{len(interruptions)} interruption{'s' * (len(interruptions) > 1)}: {said}"
+    counts = ", ".join(reason if times == 1 else f"{times} {reason}" for reason, times in reasons)
+    return f"{len(interruptions)} interruption{'s' * (len(interruptions) > 1)}: {counts}"
 
 
 def split_words(spans: Spans) -> str:
