@@ -85,7 +85,7 @@ def command(
         respond(conversations, prompt)
 
 
-def finished_model(run: RunDir, wanted: str | None) -> tuple[str, Path]:
+def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
     """The name and folder of a model of a run; by default of the latest finished stage.
 
     Raises:
@@ -94,16 +94,16 @@ def finished_model(run: RunDir, wanted: str | None) -> tuple[str, Path]:
     from hpc_rlhf.spec.load import read_spec
 
     spec = read_spec(run.job_yaml)
-    if wanted is not None and wanted not in spec.policies:
-        maker = POLICIES[wanted].name
+    if model is not None and model not in spec.policies:
+        maker = POLICIES[model].name
         what = (
             f"has no {maker} stage"
-            if wanted == maker
+            if model == maker
             else f"keeps no moving average: stages.{maker}.ema is false"
         )
         raise HpcRlhfError(f"this run {what}", where=str(run.path))
-    latest_first = [model for model, stage in reversed(spec.policies.items()) if model == stage]
-    names = latest_first if wanted is None else [wanted]
+    latest_first = [name for name, stage in reversed(spec.policies.items()) if name == stage]
+    names = latest_first if model is None else [model]
     for name in names:
         stage = spec.policies[name]
         files = run.stage(stage)

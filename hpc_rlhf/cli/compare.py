@@ -114,12 +114,14 @@ def _metrics(comparison: Comparison) -> list[str]:
 
 
 def _cell(run: Compared, name: str) -> str:
-    from hpc_rlhf.observe.evaluation import cell
+    from hpc_rlhf.observe.evaluation import Interval, cell
 
     number = run.numbers.get(name)
     if number is None:
         return "-"
-    return cell(name, number.value if number.low is None else asdict(number))
+    if number.low is None:
+        return cell(name, number.value)
+    return cell(name, Interval(value=number.value, low=number.low, high=number.high))
 
 
 def _shown(value: object) -> str:

@@ -37,7 +37,8 @@ def command(
     spec without that stage is evaluated with its defaults. Ctrl-C saves and stops; the same command resumes.
     """
     from hpc_rlhf.launch.prepare import evaluated_otherwise
-    from hpc_rlhf.observe.evaluation import evaluation_parts, read_report
+    from hpc_rlhf.observe.evaluation import read_report
+    from hpc_rlhf.observe.terminal.results import evaluation
 
     folder = find_run(run)
     spec, file = evaluation_spec(
@@ -50,7 +51,7 @@ def command(
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
-    print_parts(lambda width, live, ascii_only: evaluation_parts(report))
+    print_parts(lambda width, live, ascii_only: evaluation(report))
 
 
 def evaluation_spec(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[JobSpec, Path]:

@@ -67,13 +67,13 @@ def command(
         while has_log_to_come(run_dir, watch):
             time.sleep(POLL)
     stage = stage or latest_stage(run_dir)
-    found = trouble(run_dir, stage)
+    failure = trouble(run_dir, stage)
     if rank is None:
-        rank = found.rank if found is not None and not follow else 0
+        rank = failure.rank if failure is not None and not follow else 0
     reader = LogReader(run_dir, stage, rank)
     if as_json:
         files = [str(path) for path in reader.files()]
-        facts = {"stage": stage, "rank": rank, "files": files, "trouble": found and asdict(found)}
+        facts = {"stage": stage, "rank": rank, "files": files, "trouble": failure and asdict(failure)}
         click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
         return
     for path, text in reader.follow() if follow else reader.read():
@@ -81,9 +81,9 @@ def command(
             click.echo(f"==> {path} <==", err=True)
         sys.stdout.write(text)
         sys.stdout.flush()
-    found = trouble(run_dir, stage)
-    if found is not None:
-        click.echo(f"==> cause <==\n{_said(found)}", err=True)
+    failure = trouble(run_dir, stage)
+    if failure is not None:
+        click.echo(f"==> cause <==\n{_cause(failure)}", err=True)
 
 
 def _print_attempt(run: RunDir, stage: str, rank: int, number: int) -> None:
@@ -93,8 +93,12 @@ def _print_attempt(run: RunDir, stage: str, rank: int, number: int) -> None:
         sys.stdout.flush()
 
 
-def _said(found: Trouble) -> str:
+def _cause(failure: Trouble) -> str:
     """Such as: out of memory: RuntimeError: … (rank 3, node7, after step 120)."""
-    place = [f"rank {found.rank}", found.node, "" if found.step is None else f"after step {found.step}"]
-    what = ": ".join(filter(None, (found.reason, found.message)))
+    place = [
+        f"rank {failure.rank}",
+        failure.node,
+        "" if failure.step is None else f"after step {failure.step}",
+    ]
+    what = ": ".join(filter(None, (failure.reason, failure.message)))
     return f"{what} ({', '.join(filter(None, place))})"

@@ -23,12 +23,12 @@ def command(file: Path, sets: tuple[str, ...]) -> None:
     hub (HF_HUB_OFFLINE=1). Run it again to resume a download and to fetch updates. For a sweep, it downloads
     everything that any run needs.
     """
-    wanted = items(*specs_of(load_any(file, sets)))
-    for fetched in prefetch(wanted):
+    required = items(*specs_of(load_any(file, sets)))
+    for fetched in prefetch(required):
         size = f"{fetched.files} file{'s' * (fetched.files > 1)}, {_size(fetched.size)}"
         click.echo(f"{fetched.item}: {size}{', already in the cache' if fetched.before else ''}")
     done = f"everything is in {cache()}: jobs with this HF_HOME do not contact the hub"
-    click.echo(done if wanted else "the spec needs nothing from the hub", err=True)
+    click.echo(done if required else "the spec needs nothing from the hub", err=True)
 
 
 def _size(count: int) -> str:

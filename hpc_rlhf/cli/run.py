@@ -60,8 +60,8 @@ def _run(
     from hpc_rlhf.launch.local.runner import LocalRun, refuse_live_jobs
     from hpc_rlhf.launch.prepare import claim, prepare
     from hpc_rlhf.observe.report import leave_report
-    from hpc_rlhf.observe.summary import summary
     from hpc_rlhf.observe.terminal.progress import progress
+    from hpc_rlhf.observe.terminal.results import summary
 
     hosts = read_hostfile(hostfile) if hostfile is not None else None
     stopped: HpcRlhfError | None = None

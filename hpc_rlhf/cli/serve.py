@@ -36,18 +36,18 @@ def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> 
         raise click.UsageError(
             "--host cannot be used with --slurm: a job listens on its node's localhost only."
         )
-    found = find_run(run)
-    name, folder = finished_model(found, stage)
+    run_dir = find_run(run)
+    name, folder = finished_model(run_dir, stage)
 
-    def tell() -> None:
+    def announce() -> None:
         click.echo(f"serving {name} at http://{host}:{port}/v1; press Ctrl-C to stop", err=True)
         click.echo(serving.request(name, port))
 
     if not as_job:
-        serving.serve_here(name, folder, host, port, tell)
+        serving.serve_here(name, folder, host, port, announce)
         return
     job_id, node = serving.serve_as_job(
-        found, name, POLICIES[name].name, folder, port, lambda words: click.echo(words, err=True)
+        run_dir, name, POLICIES[name].name, folder, port, lambda words: click.echo(words, err=True)
     )
     click.echo(
         f"job {job_id} serves {name} on {node}, ready in about a minute; to stop it: scancel {job_id}\n"

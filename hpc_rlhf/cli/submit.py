@@ -37,7 +37,7 @@ def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
         _submit_sweep(spec, file.parent, dry_run)
         return
     if dry_run:
-        _echo_preview(spec, file.parent)
+        _print_preview(spec, file.parent)
         return
     outcomes = submit(spec, file.parent)
     print_table(
@@ -85,7 +85,7 @@ def _next_commands(run_dir: str, verbs: tuple[str, ...] = ("status", "logs -f", 
     return "\n".join(("\nnext:", *(f"  hpc-rlhf {verb} {quote(run_dir)}" for verb in verbs)))
 
 
-def _echo_preview(spec: JobSpec, beside: Path) -> None:
+def _print_preview(spec: JobSpec, beside: Path) -> None:
     plan = make_plan(spec)
     commands = preview(plan, spec, beside)
     print_plan(plan)

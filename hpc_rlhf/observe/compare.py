@@ -1,4 +1,4 @@
-"""Several runs side by side: what was asked of them that differs, how they came out, and which came out best."""
+"""Compare runs: the fields in which they differ, their metrics, and their ranking."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages import EVALUATION, StageKind, kind_of
 
-# What an evaluation says of a model.
+# The metrics of an evaluation that are compared.
 EVALUATED = ("reward", "reward_gain", "win_rate", "pair_accuracy", "kl", "perplexity", "answer_tokens")
-_LATELY = 0.1  # share of a stage's steps that its training numbers are the mean of
-_ASIDE = {"name", "run_dir", "slurm", "trackers", "notify", "sweep", "sweep_limit"}
+_LATEST = 0.1  # share of a stage's steps over which its training metrics are averaged
+# Fields of a spec that do not affect the results.
+_IGNORED = {"name", "run_dir", "slurm", "trackers", "notify", "sweep", "sweep_limit"}
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number, and its interval where it has one."""
+    """A metric and the bounds of its confidence interval, if it has one."""
 
     value: float
     low: float | None = None
@@ -39,13 +40,13 @@ class Compared:
     """One run.
 
     Attributes:
-        name: its folder's.
+        name: its folder's name.
         path: its directory.
-        values: its values of the fields in which the runs differ, by path; null for a stage that it has not.
-        state: done, or that of the stage that tells most, with that stage.
-        numbers: how it came out. Of its last model as evaluated: reward, win_rate, …; of a stage's training, such as
-            ppo.reward: what was measured at its end, or the mean over the last tenth of its steps.
-        judge: the folder of its reward model; None where it trains none.
+        values: its values of the fields in which the runs differ, by path; null in a stage that it does not have.
+        state: done, or the state and name of its most important stage.
+        numbers: its metrics. Those of its final model's evaluation: reward, win_rate, …; those of a stage's training,
+            such as ppo.reward: measured at its end, or averaged over the last tenth of its steps.
+        judge: the folder of its reward model; None if it trains none.
     """
 
     name: str
@@ -58,11 +59,11 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, the best first; those that have no such number come last.
+    """Runs, the best first; runs without the metric come last.
 
     Attributes:
-        by: the number that they are ranked by; None where no run has any.
-        judges: how many reward models there are; rewards of different ones do not compare.
+        by: the metric that they are ranked by; None if no run has any.
+        judges: number of different reward models, whose rewards do not compare.
     """
 
     by: str | None
@@ -77,11 +78,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """Runs that differ in their seed only.
+    """Runs that differ only in their seed.
 
     Attributes:
-        values: what they have in common of the fields in which the runs differ.
-        mean, std: of the number that the runs are ranked by; the standard deviation over runs is null for one.
+        values: their common values of the fields in which runs differ.
+        mean, std: of the metric that runs are ranked by; the standard deviation is null for a single run.
     """
 
     values: dict[str, Any]
@@ -94,14 +95,14 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
     """Compare runs.
 
     Args:
-        by: the number to rank by. Left out it is the reward of the last model as evaluated, or where the runs have
-            different reward models how often its answers win; and without evaluations what tells most of its training.
+        by: the metric to rank by. By default the evaluated reward of the final model, or its win rate if the runs have
+            different reward models; without evaluations, the main metric of training.
 
     Raises:
-        HpcRlhfError: a spec cannot be read, or no run has such a number.
+        HpcRlhfError: a spec cannot be read, or no run has the metric.
     """
     specs = {run: read_spec(run.job_yaml) for run in runs}
-    facts = {run: _bearing(spec) for run, spec in specs.items()}
+    facts = {run: _relevant(spec) for run, spec in specs.items()}
     differing = _differing(list(facts.values()))
     states = {line.path: " ".join(filter(None, (line.state, line.stage))) for line in list_runs(runs)}
     compared = [
@@ -118,16 +119,14 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
     judges = len({run.judge for run in compared} - {None})
     known = list(dict.fromkeys(name for run in compared for name in run.numbers))
     if by is not None and by not in known:
-        hint = (
-            f"there are {', '.join(known)}" if known else "none has any number yet; hpc-rlhf status tells why"
-        )
-        raise HpcRlhfError(f"no run has the number {by!r}", where="--by", hint=hint)
+        hint = f"available: {', '.join(known)}" if known else "no run has any metric yet: see hpc-rlhf status"
+        raise HpcRlhfError(f"no run has the metric {by!r}", where="--by", hint=hint)
     by = by or _default(known, judges, specs[runs[0]])
     return Comparison(by, judges, tuple(sorted(compared, key=lambda run: _rank(run, by))))
 
 
 def over_seeds(comparison: Comparison) -> list[OverSeeds]:
-    """The runs that differ in their seed only, taken together; the best first. Empty where there is nothing to take together."""
+    """Groups of runs that differ only in their seed, the best first; empty if no group has two runs."""
     if comparison.by is None or "seed" not in comparison.paths:
         return []
     by = comparison.by
@@ -136,27 +135,27 @@ def over_seeds(comparison: Comparison) -> list[OverSeeds]:
         return {path: value for path, value in run.values.items() if path != "seed"}
 
     ranked = [run for run in comparison.runs if by in run.numbers]
-    groups = groupby(sorted(ranked, key=lambda run: repr(rest(run))), key=rest)
-    found = []
-    for values, group in groups:
-        numbers = [run.numbers[by].value for run in group]
+    groups = []
+    for values, members in groupby(sorted(ranked, key=lambda run: repr(rest(run))), key=rest):
+        numbers = [run.numbers[by].value for run in members]
         spread = stdev(numbers) if len(numbers) > 1 else None
-        found.append(OverSeeds(values, len(numbers), fmean(numbers), spread))
-    together = [] if all(group.runs == 1 for group in found) else found
-    return sorted(together, key=lambda group: _signed(by, group.mean))
+        groups.append(OverSeeds(values, len(numbers), fmean(numbers), spread))
+    if all(group.runs == 1 for group in groups):
+        return []
+    return sorted(groups, key=lambda group: _signed(by, group.mean))
 
 
 def compares_scores(comparison: Comparison) -> bool:
-    """Whether the runs are ranked by scores of reward models that are not the same."""
+    """Whether the runs are ranked by scores of different reward models."""
     if comparison.judges < 2 or comparison.by is None:
         return False
     kind, metric = _kind_and_metric(comparison.by)
     return metric in kind.scores
 
 
-def _bearing(spec: JobSpec) -> dict[str, Any]:
-    """What of a spec may bear on how its run comes out."""
-    facts = spec.model_dump(mode="json", exclude=_ASIDE)
+def _relevant(spec: JobSpec) -> dict[str, Any]:
+    """The fields of a spec that may affect the results of its run."""
+    facts = spec.model_dump(mode="json", exclude=_IGNORED)
     for stage in facts["stages"].values():
         if stage is not None:
             stage["slurm"] = {key: stage["slurm"][key] for key in sorted(SIZE)}
@@ -164,8 +163,8 @@ def _bearing(spec: JobSpec) -> dict[str, Any]:
 
 
 def _differing(facts: Sequence[dict[str, Any]]) -> list[str]:
-    """The paths of what is not the same in all; of a mapping that is not in all, its own. Whether a run has been evaluated
-    is told by its numbers."""
+    """The paths of the fields that differ; a mapping that only some have is one field. Evaluation settings are left out,
+    since the metrics show whether a run was evaluated."""
     flat = [dict(_flat(one)) for one in facts]
     paths = dict.fromkeys(path for one in flat for path in one)
     partly = tuple(f"{path}." for path in paths if any(other.startswith(f"{path}.") for other in paths))
@@ -188,7 +187,7 @@ def _flat(facts: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _at(facts: Any, path: str) -> Any:
-    """What is at a path; None where there is nothing."""
+    """The value at a path; None if there is none."""
     for key in path.split("."):
         facts = facts.get(key) if isinstance(facts, dict) else None
     return facts
@@ -198,24 +197,25 @@ def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Number]]:
     if spec.evaluation and manifest.is_done(run.stage(EVALUATION.name)):
         model = read_report(run)["models"].get(spec.trained[-1], {})
         for name in EVALUATED:
-            found = model.get(name)
-            number = Number(**found) if isinstance(found, dict) else Number(found)
-            if number.value is not None:
-                yield name, number
+            metric = model.get(name)
+            if isinstance(metric, dict):
+                yield name, Number(metric["value"], metric["low"], metric["high"])
+            elif metric is not None:
+                yield name, Number(metric)
     for stage in spec.trained:
-        text = read_latest(run.stage(stage).metrics, stage, _LATELY)
+        text = read_latest(run.stage(stage).metrics, stage, _LATEST)
         rows = step_rows(text, stage)
-        lately = rows[-max(1, int(_LATELY * rows[-1]["total_steps"])) :] if rows else []
+        latest = rows[-max(1, int(_LATEST * rows[-1].total_steps)) :] if rows else []
         numbers = {
             name: fmean(values)
             for name in kind_of(stage).progress
-            if (values := [row[name] for row in lately if row.get(name) is not None])
+            if (values := [value for row in latest if (value := row.values.get(name)) is not None])
         }
         for row in held_out_rows(text):
-            if row["step"] == row["total_steps"]:  # measured on held-out data, when the stage was done
-                numbers |= {
-                    name: row[name] for name in ("perplexity", "accuracy") if row.get(name) is not None
-                }
+            if row.step == row.total_steps:  # measured when the stage was done
+                for name in ("perplexity", "accuracy"):
+                    if (value := row.values.get(name)) is not None:
+                        numbers[name] = value
         yield from ((f"{stage}.{name}", Number(value)) for name, value in numbers.items())
 
 
@@ -223,8 +223,8 @@ def _default(known: Sequence[str], judges: int, spec: JobSpec) -> str | None:
     first = ("win_rate",) if judges > 1 else ()
     last = kind_of(spec.trained[-1])
     trained = (f"{last.name}.{metric}" for metric in last.ranking)
-    wanted = (*first, *EVALUATION.ranking, *trained, *known)
-    return next((name for name in wanted if name in known), None)
+    candidates = (*first, *EVALUATION.ranking, *trained, *known)
+    return next((name for name in candidates if name in known), None)
 
 
 def _rank(run: Compared, by: str | None) -> tuple[bool, float]:
@@ -233,12 +233,12 @@ def _rank(run: Compared, by: str | None) -> tuple[bool, float]:
 
 
 def _signed(by: str, value: float) -> float:
-    """Less for what is better."""
+    """The key to sort by: smaller is better."""
     kind, metric = _kind_and_metric(by)
     return value if metric in kind.lower_is_better else -value
 
 
 def _kind_and_metric(by: str) -> tuple[StageKind, str]:
-    """The stage and the metric of a number's name: `ppo.reward` is training's, `reward` the evaluation's."""
+    """The stage and the metric of a name: `ppo.reward` is from training, `reward` from the evaluation."""
     stage, _, metric = by.rpartition(".")
     return kind_of(stage) if stage else EVALUATION, metric

@@ -1,4 +1,4 @@
-"""Numbers and times in the words of a table or a progress line."""
+"""Format numbers and times for tables and progress lines."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits that matter; a dash for a value that is not there, or that was not finite."""
+    """Three significant digits; a dash for a missing or non-finite value."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def ago(seconds: float) -> str:
-    """Such as: just now, 12 min ago, 3 h ago, 5 d ago. A clock that is behind has just now."""
+    """Such as: just now, 12 min ago, 3 h ago, 5 d ago. A negative time, from a clock that is behind, is just now."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length * (2 if unit == "d" else 1):
             return f"{int(seconds // length)} {unit} ago"

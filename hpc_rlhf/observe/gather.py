@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe.liveness import launcher_at_work
-from hpc_rlhf.observe.metrics import seconds_a_step, step_rows
+from hpc_rlhf.observe.metrics import seconds_per_step, step_rows
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.events import Event, Started
@@ -198,7 +198,7 @@ def read_progress(run: RunDir, stage: str, history: StageHistory) -> Progress:
     if not rows:
         return Progress()
     row = rows[-1]
-    numbers = {name: row[name] for name in kind_of(stage).progress if name in row}
-    pace = seconds_a_step(rows, [event.time for event in history.all(Started)])
-    left = None if pace is None else round(pace * (row["total_steps"] - row["step"]), 1)
-    return Progress(row["step"], row["total_steps"], row.get("time"), left, numbers)
+    numbers = {name: row.values[name] for name in kind_of(stage).progress if name in row.values}
+    pace = seconds_per_step(rows, [event.time for event in history.all(Started)])
+    left = None if pace is None else round(pace * (row.total_steps - row.step), 1)
+    return Progress(row.step, row.total_steps, row.time, left, numbers)

@@ -27,11 +27,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plan_shows_the_choice_and_its_alternatives() -> None:
-    said = cli("plan", JOBS / "opt-13b.yaml", *AUTO)
-    chosen = next(line for line in said.stdout.splitlines() if line.endswith("chosen"))
+    result = cli("plan", JOBS / "opt-13b.yaml", *AUTO)
+    chosen = next(line for line in result.stdout.splitlines() if line.endswith("chosen"))
     assert chosen.startswith("sft ")
     assert "x 1.00" in chosen
-    assert "combinations that fit, out of" in said.stderr
+    assert "combinations that fit, out of" in result.stderr
 
 
 def test_json_has_every_combination() -> None:
@@ -44,9 +44,9 @@ def test_json_has_every_combination() -> None:
 
 
 def test_submit_and_check_choose_too() -> None:
-    said = cli("submit", JOBS / "opt-13b.yaml", "--dry-run", *AUTO)
-    assert said.exit_code == 0
-    assert said.stderr.startswith("sft: zero: ")
+    result = cli("submit", JOBS / "opt-13b.yaml", "--dry-run", *AUTO)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("sft: zero: ")
     assert cli("check", JOBS / "opt-13b.yaml", *AUTO).stdout.endswith(": ok\n")
     wrong = cli("check", JOBS / "opt-13b.yaml", "--set", "stages.sft.zero=auto")
     assert wrong.exit_code == 2

@@ -29,9 +29,9 @@ def make_run(tmp_path: Path, *finished: str) -> RunDir:
     return run
 
 
-def chat(run: RunDir, *words: str, typed: str = "") -> tuple[int, str, str]:
+def chat(run: RunDir, *arguments: str, typed: str = "") -> tuple[int, str, str]:
     done = subprocess.run(
-        [sys.executable, "-m", "hpc_rlhf.cli", "chat", str(run.path), *words],
+        [sys.executable, "-m", "hpc_rlhf.cli", "chat", str(run.path), *arguments],
         env={**os.environ, "PYTHONPATH": str(FAKE)},
         input=typed,
         capture_output=True,
@@ -77,21 +77,21 @@ def test_ema_model_needs_a_run_that_keeps_one(tmp_path: Path) -> None:
 
 def test_compared_models_keep_separate_histories(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
-    saved = tmp_path / "talk.json"
+    saved = tmp_path / "conversation.json"
     code, out, err = chat(run, "--compare", "sft", "ppo", typed=f"one\ntwo\n/save {saved}\n/save {saved}\n")
-    said = {name: f"{name} 256 0.7 0 after human: one" for name in ("sft", "ppo")}
+    responses = {name: f"{name} 256 0.7 0 after human: one" for name in ("sft", "ppo")}
     assert code == 0
     assert out.splitlines() == [
-        *(f"{name}: {answer}" for name, answer in said.items()),
-        *(f"{name}: {answer} | assistant: {answer} | human: two" for name, answer in said.items()),
+        *(f"{name}: {answer}" for name, answer in responses.items()),
+        *(f"{name}: {answer} | assistant: {answer} | human: two" for name, answer in responses.items()),
     ]
     assert f"saved in {saved}" in err
     assert f"not saved: {saved}: File exists" in err
-    talks = json.loads(saved.read_text())
-    assert [talk["stage"] for talk in talks] == ["sft", "ppo"]
-    assert talks[1]["messages"][:2] == [
+    conversations = json.loads(saved.read_text())
+    assert [each["stage"] for each in conversations] == ["sft", "ppo"]
+    assert conversations[1]["messages"][:2] == [
         {"role": "user", "content": "one"},
-        {"role": "assistant", "content": said["ppo"]},
+        {"role": "assistant", "content": responses["ppo"]},
     ]
 
 
@@ -113,15 +113,15 @@ def test_responses_are_side_by_side_on_a_terminal(tmp_path: Path) -> None:
     ours, theirs = os.openpty()
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
-    shown = b""
+    output = b""
     while True:
         try:
-            shown += os.read(ours, 4096)
+            output += os.read(ours, 4096)
         except OSError:  # its other end is closed
             break
     assert process.wait(60) == 0
     os.close(ours)
-    last = shown.decode().rpartition("sft 256")
+    last = output.decode().rpartition("sft 256")
     assert "ppo 256 0.7 0 after" in last[2].splitlines()[0]
 
 
@@ -129,7 +129,7 @@ def test_prompt_as_json(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
     code, out, err = chat(run, "--compare", "ppo", "sft", "--prompt", "too long", "--json")
     assert code == 0
-    assert [talk["messages"][1]["content"].split()[0] for talk in json.loads(out)] == ["ppo", "sft"]
+    assert [each["messages"][1]["content"].split()[0] for each in json.loads(out)] == ["ppo", "sft"]
     assert "sft no longer sees the oldest 7 tokens" in err
 
 
@@ -138,7 +138,7 @@ def test_sft_model_is_used_until_ppo_is_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("finished", "words", "code", "said"),
+    ("finished", "arguments", "code", "message"),
     [
         ((), (), 1, "there is no finished model yet: ppo and sft are not finished"),
         (("sft",), ("--stage", "ppo"), 1, "ppo is not finished"),
@@ -150,11 +150,11 @@ def test_sft_model_is_used_until_ppo_is_finished(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_requests_are_refused(
-    tmp_path: Path, finished: tuple[str, ...], words: tuple[str, ...], code: int, said: str
+    tmp_path: Path, finished: tuple[str, ...], arguments: tuple[str, ...], code: int, message: str
 ) -> None:
-    got, out, err = chat(make_run(tmp_path, *finished), *words, "--prompt", "Hi")
-    assert (got, out) == (code, "")
-    assert said in err
+    exit_code, out, err = chat(make_run(tmp_path, *finished), *arguments, "--prompt", "Hi")
+    assert (exit_code, out) == (code, "")
+    assert message in err
 
 
 def test_missing_run_is_reported(tmp_path: Path) -> None:

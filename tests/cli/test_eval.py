@@ -43,8 +43,8 @@ def test_runs_that_cannot_be_evaluated_are_refused(tmp_path: Path) -> None:
     finish(run, "sft")
     done = cli("eval", run.path)
     assert done.returncode == 2
-    said = f"error: {run.path}: there is nothing to evaluate yet: reward and ppo are not finished"
-    assert done.stderr.splitlines()[0] == said
+    message = f"error: {run.path}: there is nothing to evaluate yet: reward and ppo are not finished"
+    assert done.stderr.splitlines()[0] == message
     done = cli("eval", run.path, "--set", "stages.eval.prompt=3")
     assert (done.returncode, "did you mean prompts?" in done.stderr) == (2, True)
     assert not run.ds_config("eval").exists()
@@ -56,9 +56,9 @@ def test_sweep_with_one_existing_run_means_that_run(tmp_path: Path) -> None:
     file.write_text(sweep)
     (first, second) = specs_of(load_any(file))
     make_run(first)
-    said = cli("eval", file).stderr
-    assert "there is nothing to evaluate yet" in said
-    assert first.run_dir in said
+    message = cli("eval", file).stderr
+    assert "there is nothing to evaluate yet" in message
+    assert first.run_dir in message
     make_run(second)
     assert second.run_dir in cli("eval", file).stderr  # one of them is to be named
 
@@ -89,12 +89,12 @@ def test_run_without_the_stage_is_evaluated_with_defaults(tmp_path: Path) -> Non
         "started",
         "finished",
     ]
-    job = tmp_path / "job.yaml"  # a person's own, without the stage
+    job = tmp_path / "job.yaml"  # the user's own, without the stage
     job.write_text(dump_spec(spec))
-    for words in ((run.path, "--prompts", "5"), (run.path,), (job,)):
-        repeated = cli("eval", *words, "--json")
+    for arguments in ((run.path, "--prompts", "5"), (run.path,), (job,)):
+        repeated = cli("eval", *arguments, "--json")
         assert json.loads(repeated.stdout) == report, repeated.stderr
-    assert list(Ledger(run.ledger).events("eval")) == events  # found, not made again
+    assert list(Ledger(run.ledger).events("eval")) == events  # not evaluated again
     status = json.loads(cli("status", run.path, "--json").stdout)["stages"][-1]
     assert (status["stage"], status["state"], status["step"], status["metric"]) == (
         "eval",

@@ -100,8 +100,8 @@ def test_prepared_runs_are_recorded_and_listed(
             prepare(spec, run)
     assert run_index.known() == [tmp_path / "a", tmp_path / "b"]
     assert main(["list", "--json"]) == 0
-    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
-    assert {run["path"] for run in found} == {str(tmp_path / "a"), str(tmp_path / "b")}
+    runs: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert {run["path"] for run in runs} == {str(tmp_path / "a"), str(tmp_path / "b")}
     assert main(["list", str(tmp_path)]) == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["run", "state", "stages", "step", "left", "last", "where"]

@@ -96,10 +96,10 @@ def test_bug_is_one_line_if_no_file_can_be_written(failing, capsys, monkeypatch)
     )
 
 
-@pytest.mark.parametrize("words", ["--help", "schema", "check nothing.yaml"])
-def test_full_device_is_not_reported_as_a_bug(words: str) -> None:
+@pytest.mark.parametrize("arguments", ["--help", "schema", "check nothing.yaml"])
+def test_full_device_is_not_reported_as_a_bug(arguments: str) -> None:
     done = subprocess.run(
-        ["bash", "-c", f'"$@" {words} >/dev/full', "x", *CLI], capture_output=True, text=True
+        ["bash", "-c", f'"$@" {arguments} >/dev/full', "x", *CLI], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (RUN_FAILED, "error: No space left on device\n")
 

@@ -26,15 +26,15 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_check_counts_how_often_each_stage_is_trained(file: Path) -> None:
-    said = cli("check", file)
-    assert said.exit_code == 0
-    assert said.stdout == (f"{file}: ok, a sweep of 6 runs: sft 3 times, reward 3 times, ppo 6 times\n")
+    result = cli("check", file)
+    assert result.exit_code == 0
+    assert result.stdout == (f"{file}: ok, a sweep of 6 runs: sft 3 times, reward 3 times, ppo 6 times\n")
 
 
 def test_check_finds_the_error_of_one_run(file: Path) -> None:
-    said = cli("check", file, "--set", "sweep.seed=[1, -2]")
-    assert said.exit_code == 2
-    assert said.stdout.splitlines() == ["--set sweep.seed: seed: must be at least 0, not -2"]
+    result = cli("check", file, "--set", "sweep.seed=[1, -2]")
+    assert result.exit_code == 2
+    assert result.stdout.splitlines() == ["--set sweep.seed: seed: must be at least 0, not -2"]
 
 
 def test_plan_shows_which_run_trains_shared_stages(file: Path) -> None:
@@ -63,9 +63,9 @@ def test_doctor_and_prefetch_cover_all_runs(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    wanted = ["facebook/opt-125m", "facebook/opt-350m"]
-    said = cli("doctor", file, "--json", "--set", f"sweep={{models.actor: {json.dumps(wanted)}}}")
-    missing = [one["said"] for one in json.loads(said.stdout)["findings"] if one["check"] == "hub"]
-    assert all(any(name in line for line in missing) for name in wanted)
-    sweep = load_any(file, [f"sweep={{models.actor: {json.dumps(wanted)}, seed: [1, 2]}}"])
-    assert [item.name for item in items(*specs_of(sweep)) if item.kind == "model"] == wanted
+    models = ["facebook/opt-125m", "facebook/opt-350m"]
+    result = cli("doctor", file, "--json", "--set", f"sweep={{models.actor: {json.dumps(models)}}}")
+    missing = [one["said"] for one in json.loads(result.stdout)["findings"] if one["check"] == "hub"]
+    assert all(any(name in line for line in missing) for name in models)
+    sweep = load_any(file, [f"sweep={{models.actor: {json.dumps(models)}, seed: [1, 2]}}"])
+    assert [item.name for item in items(*specs_of(sweep)) if item.kind == "model"] == models

@@ -56,7 +56,7 @@ def test_watch_redraws_on_resize_and_quits_on_a_key(run: RunDir, ending: bytes) 
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ, process_group=None, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     ) as watch:  # fmt: skip
-        text = read_until(mine, "q ends")
+        text = read_until(mine, "q to quit")
         assert "█" in text
         assert "tries" in text
         resize(mine, 140)

@@ -87,7 +87,7 @@ def finish(run: RunDir, stage: str, steps: int, metrics: dict[str, Any]) -> None
 def evaluate(run: RunDir, prompt: str, answers: dict[str, str]) -> None:
     """Write the report and the responses of an evaluation."""
     between = {"value": 0.7, "low": 0.6, "high": 0.79}
-    found = {
+    report = {
         "base": "sft",
         "prompts": 100,
         "confidence": 0.95,
@@ -97,7 +97,7 @@ def evaluate(run: RunDir, prompt: str, answers: dict[str, str]) -> None:
     }
     folder = run.stage("eval").model
     folder.mkdir(parents=True)
-    run.stage("eval").report.write_text(json.dumps(found))
+    run.stage("eval").report.write_text(json.dumps(report))
     add_line(run.stage("eval").answers, prompt=prompt, answers=answers, rewards=dict.fromkeys(answers, 1.0))
 
 

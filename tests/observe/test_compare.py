@@ -25,11 +25,11 @@ COEFS = "sweep: {stages.ppo.kl_coef: [0.02, 0.1, 0.5]}\n"
 
 def make_sweep(folder: Path, sweep: str, rewards: Mapping[str, float]) -> dict[str, RunDir]:
     """The runs of a sweep: those with a reward are finished, the others up to the reward model."""
-    found = load_any(write(folder, GOOD.replace("runs/good", str(folder / "good")) + sweep))
-    assert isinstance(found, Sweep)
-    lent = lay_out(found)
+    spec = load_any(write(folder, GOOD.replace("runs/good", str(folder / "good")) + sweep))
+    assert isinstance(spec, Sweep)
+    lent = lay_out(spec)
     runs = {}
-    for member in found.members:
+    for member in spec.members:
         run = runs[member.name] = RunDir(Path(member.spec.run_dir))
         (run.path / "stages").mkdir(parents=True)
         run.job_yaml.write_text(dump_spec(member.spec))
@@ -84,23 +84,23 @@ def cli(*args: object) -> Result:
     return CliRunner().invoke(group, ["compare", *map(str, args)], catch_exceptions=False)
 
 
-def rows(shown: Result) -> list[list[str]]:
-    return [line.split() for line in shown.stdout.splitlines()]
+def rows(result: Result) -> list[list[str]]:
+    return [line.split() for line in result.stdout.splitlines()]
 
 
 def test_sweep_is_ranked_by_final_training_reward(tmp_path: Path) -> None:
     runs = make_sweep(tmp_path, COEFS, {"kl_coef=0.02": 1.0, "kl_coef=0.1": 3.0})
     score(runs["kl_coef=0.02"], 100, [9.0] * 10 + [1.0] * 10)  # what counts is the end
-    wanted = [
+    expected = [
         ["ppo.reward", "ppo.kl", "kl_coef", "state", "run"],
         ["1", "3", "2", "0.1", "done", "kl_coef=0.1"],
         ["2", "1", "2", "0.02", "done", "kl_coef=0.02"],
         ["-", "-", "-", "0.5", "not", "started", "ppo", "kl_coef=0.5"],
     ]
-    for asked in ([tmp_path / "job.yaml"], [tmp_path / "good"], [run.path for run in runs.values()]):
-        shown = cli(*asked)
-        assert rows(shown) == wanted
-        assert shown.stderr == "ranked by ppo.reward\n"
+    for arguments in ([tmp_path / "job.yaml"], [tmp_path / "good"], [run.path for run in runs.values()]):
+        result = cli(*arguments)
+        assert rows(result) == expected
+        assert result.stderr == "ranked by ppo.reward\n"
 
 
 def test_the_last_tenth_of_a_long_run_is_averaged(tmp_path: Path) -> None:
@@ -116,11 +116,11 @@ def test_evaluations_take_precedence_over_training(tmp_path: Path) -> None:
     runs = make_sweep(tmp_path, COEFS, {"kl_coef=0.02": 3.0, "kl_coef=0.1": 1.0, "kl_coef=0.5": 2.0})
     evaluate(runs["kl_coef=0.02"], reward=interval(0.5), win_rate=interval(0.6), perplexity=4.0)
     evaluate(runs["kl_coef=0.1"], reward=interval(1.5), win_rate=interval(0.7), perplexity=3.0)
-    found = json.loads(cli("--json", tmp_path / "good").stdout)
-    assert found["by"] == "reward"
-    assert [run["name"] for run in found["runs"]] == ["kl_coef=0.1", "kl_coef=0.02", "kl_coef=0.5"]
-    assert found["runs"][0]["numbers"]["reward"] == interval(1.5)
-    assert found["runs"][0]["values"] == {"stages.ppo.kl_coef": 0.1}
+    comparison = json.loads(cli("--json", tmp_path / "good").stdout)
+    assert comparison["by"] == "reward"
+    assert [run["name"] for run in comparison["runs"]] == ["kl_coef=0.1", "kl_coef=0.02", "kl_coef=0.5"]
+    assert comparison["runs"][0]["numbers"]["reward"] == interval(1.5)
+    assert comparison["runs"][0]["values"] == {"stages.ppo.kl_coef": 0.1}
     by_perplexity = cli(tmp_path / "good", "--by", "perplexity")
     assert [row[1] for row in rows(by_perplexity)[1:]] == ["3", "4", "-"]
 
@@ -137,11 +137,11 @@ def test_different_reward_models_are_ranked_by_win_rate(tmp_path: Path) -> None:
         evaluate(
             run, reward=interval(1.0), win_rate={"value": share, "low": share - 0.1, "high": share + 0.1}
         )
-    shown = cli(tmp_path / "good")
-    assert shown.stderr == "ranked by win_rate\n"
-    lines = shown.stdout.splitlines()
+    result = cli(tmp_path / "good")
+    assert result.stderr == "ranked by win_rate\n"
+    lines = result.stdout.splitlines()
     assert lines[1].startswith("1  90% (80–100)")
-    assert [row for row in rows(shown) if row[-1:] == ["0.1"] or row[-1:] == ["0.02"]] == [
+    assert [row for row in rows(result) if row[-1:] == ["0.1"] or row[-1:] == ["0.02"]] == [
         ["1", "0.8", "0.141", "2", "0.1"],
         ["2", "0.55", "0.0707", "2", "0.02"],
     ]
@@ -149,23 +149,23 @@ def test_different_reward_models_are_ranked_by_win_rate(tmp_path: Path) -> None:
 
 def test_field_that_only_some_runs_have_is_one_difference(tmp_path: Path) -> None:
     make_sweep(tmp_path, "sweep: {stages.sft.lora: [null, {rank: 8}]}\n", {})
-    found = json.loads(cli("--json", tmp_path / "good").stdout)
-    values = [run["values"]["stages.sft.lora"] for run in found["runs"]]
+    comparison = json.loads(cli("--json", tmp_path / "good").stdout)
+    values = [run["values"]["stages.sft.lora"] for run in comparison["runs"]]
     assert values[0] is None
     assert values[1]["rank"] == 8
-    assert list(found["runs"][0]["values"]) == ["stages.sft.lora"]
-    assert found["by"] is None
+    assert list(comparison["runs"][0]["values"]) == ["stages.sft.lora"]
+    assert comparison["by"] is None
     assert "no run has a metric to rank by yet" in cli(tmp_path / "good").stderr
 
 
 def test_unknown_metric_is_refused(tmp_path: Path) -> None:
     make_sweep(tmp_path, COEFS, {"kl_coef=0.1": 1.0})
-    with pytest.raises(HpcRlhfError, match="no run has the number 'bleu'") as caught:
+    with pytest.raises(HpcRlhfError, match="no run has the metric 'bleu'") as caught:
         cli(tmp_path / "good", "--by", "bleu")
-    assert caught.value.hint == "there are ppo.reward, ppo.kl"
+    assert caught.value.hint == "available: ppo.reward, ppo.kl"
 
 
 def test_runs_that_differ_only_in_seed_are_summarized(tmp_path: Path) -> None:
     make_sweep(tmp_path, "sweep: {seed: [1, 2]}\n", {"seed=1": 1.0, "seed=2": 3.0})
-    found = json.loads(cli("--json", tmp_path / "good").stdout)
-    assert found["over_seeds"] == [{"values": {}, "runs": 2, "mean": 2.0, "std": pytest.approx(2**0.5)}]
+    comparison = json.loads(cli("--json", tmp_path / "good").stdout)
+    assert comparison["over_seeds"] == [{"values": {}, "runs": 2, "mean": 2.0, "std": pytest.approx(2**0.5)}]

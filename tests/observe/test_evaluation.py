@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.observe.evaluation import evaluation_parts, read_report, table_rows
-from hpc_rlhf.observe.summary import summary
+from hpc_rlhf.observe.evaluation import Report, notes, read_report, table_rows
+from hpc_rlhf.observe.terminal.results import evaluation, summary
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 
-REPORT: dict[str, Any] = {
+REPORT: Report = {
     "base": "sft",
     "prompts": 400,
     "confidence": 0.95,
@@ -49,10 +48,10 @@ def test_models_are_side_by_side_with_intervals() -> None:
 
 
 def test_notes_describe_the_evaluation() -> None:
-    text = "".join(map(str, evaluation_parts(REPORT)))
-    assert "prefers the chosen answer in 91% (88–94) of 300 held-out pairs" in text
-    assert "400 held-out prompts, the same for all: sampled at temperature 0.7, top_p 0.9." in text
-    assert len(list(evaluation_parts({**REPORT, "models": {}, "prompts": 0}))) == 1
+    text = " ".join(notes(REPORT))
+    assert "prefers the chosen response in 91% (88–94) of 300 held-out pairs" in text
+    assert "400 held-out prompts, sampled at temperature 0.7, top_p 0.9." in text
+    assert len(list(evaluation({**REPORT, "models": {}, "prompts": 0}))) == 1
 
 
 def test_missing_evaluation_is_reported(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from hpc_rlhf.cli import main
 from hpc_rlhf.observe.goodput.totals import measure
+from hpc_rlhf.observe.report.charts import thin
 from hpc_rlhf.observe.report.page import make_page
-from hpc_rlhf.observe.report.thinning import kept
 from hpc_rlhf.observe.report.timeline import make_timeline
 from hpc_rlhf.run.events import Failed, Finished, Ready, Saved, Started
 from hpc_rlhf.run.layout import RunDir
@@ -30,13 +30,13 @@ class Elements(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self._hidden = False
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
         self._hidden = tag in ("script", "style")
 
     def handle_endtag(self, tag: str) -> None:
@@ -58,44 +58,44 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 
 def charts(page: str) -> list[dict[str, Any]]:
-    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    made: list[dict[str, Any]] = json.loads(found[1])
-    return made
+    match = re.search(r'<script type="application/json" id="charts">(.*?)</script>', page, re.DOTALL)
+    assert match is not None
+    data: list[dict[str, Any]] = json.loads(match[1])
+    return data
 
 
 def test_report_describes_the_run(run: RunDir) -> None:
-    said = Elements(make_page(run)).words
-    assert "PPO is done: reward -0.5 → 2.25 (first std 0.8), KL 0 → 0.31." in said
-    assert "2 interruptions: 2 preempted" in said
-    assert "sft 7-1 node1" in said
-    assert "preempted, at step 20" in said
-    assert "What is a bee?" in said
-    assert "An insect. reward 1.5" in said
-    assert "torch 2.13.0" in said
-    assert "commit 0123456789ab" in said
-    assert "global_batch" in said
+    words = Elements(make_page(run)).words
+    assert "PPO is done: reward -0.5 → 2.25 (first std 0.8), KL 0 → 0.31." in words
+    assert "2 interruptions: 2 preempted" in words
+    assert "sft 7-1 node1" in words
+    assert "preempted, at step 20" in words
+    assert "What is a bee?" in words
+    assert "An insect. reward 1.5" in words
+    assert "torch 2.13.0" in words
+    assert "commit 0123456789ab" in words
+    assert "global_batch" in words
 
 
 def test_evaluation_gives_the_outcome_and_the_responses(run: RunDir) -> None:
-    answers = {"sft": "plain", "ppo": "polite", "ema": "steady", "reference": "wanted"}
+    answers = {"sft": "plain", "ppo": "polite", "ema": "steady", "reference": "expected"}
     evaluate(run, "\n\nHuman: Hi\n\nAssistant:", answers)
-    said = Elements(make_page(run)).words
-    assert "PPO’s answers win against those of SFT on 70% of 100 held-out prompts (60–79%)" in said
-    assert "wins against SFT – 70% (60–79)" in said
+    words = Elements(make_page(run)).words
+    assert "PPO wins against SFT on 70% (60–79) of 100 held-out prompts" in words
+    assert "wins against SFT – 70% (60–79)" in words
     order = [
-        said.index(text)
-        for text in ("SFT plain", "PPO polite", "EMA of PPO steady", "the data's own answer wanted")
+        words.index(text)
+        for text in ("SFT plain", "PPO polite", "EMA of PPO steady", "the data's own response expected")
     ]
     assert order == sorted(order)
 
 
 def test_charts_have_every_metric(run: RunDir) -> None:
-    made = charts(make_page(run))
-    titles = {chart["title"] for chart in made}
+    data = charts(make_page(run))
+    titles = {chart["title"] for chart in data}
     assert {"loss", "perplexity", "accuracy", "reward", "entropy", "clip fractions", "throughput"} <= titles
     rows = [json.loads(line) for line in run.stage("sft").metrics.read_text().splitlines()]
-    loss = made[0]
+    loss = data[0]
     assert loss["steps"] == [row["step"] for row in rows]
     assert loss["lines"]["loss"] == [pytest.approx(row["loss"], rel=1e-5) for row in rows]
 
@@ -154,18 +154,18 @@ def test_hostile_text_is_inert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     Ledger(run.ledger).append(Started("sft", attempt=HOSTILE, host=HOSTILE, versions={HOSTILE: HOSTILE}))
     Ledger(run.ledger).append(Failed("sft", attempt=HOSTILE, message=HOSTILE))
     page = Elements(make_page(run))
-    assert [tag for tag, _ in page.found].count("script") == [tag for tag, _ in Elements(ours).found].count(
-        "script"
-    )
-    assert not any(name.startswith("on") for _, attributes in page.found for name in attributes)
-    assert "img" not in {tag for tag, _ in page.found}
+    assert [tag for tag, _ in page.elements].count("script") == [
+        tag for tag, _ in Elements(ours).elements
+    ].count("script")
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert "img" not in {tag for tag, _ in page.elements}
     assert "<script>alert('x')</script>" in page.text
     assert "{{ 7 * 7 }}" in page.text
 
 
 def test_report_is_self_contained(run: RunDir) -> None:
     page = make_page(run)
-    for _, attributes in Elements(page).found:
+    for _, attributes in Elements(page).elements:
         for name in ("src", "href", "srcset", "data", "action"):
             assert (attributes.get(name) or "#").startswith("#")
     assert not re.search(r"url\(|@import", page)
@@ -185,21 +185,21 @@ def test_thinning_keeps_every_peak() -> None:
     flat[4321], flat[777] = 9.0, -9.0
     gaps: list[float | None] = [None] * 10_000
     gaps[5] = 1.0
-    at = kept([flat, gaps])
-    assert {0, 5, 777, 4321, 9999} <= set(at)
-    assert at == sorted(set(at))
-    assert len(at) <= 700
-    assert kept([flat[:600]]) == list(range(600))
+    indices = thin([flat, gaps])
+    assert {0, 5, 777, 4321, 9999} <= set(indices)
+    assert indices == sorted(set(indices))
+    assert len(indices) <= 700
+    assert thin([flat[:600]]) == list(range(600))
 
 
 def test_timeline_has_no_gaps(run: RunDir) -> None:
     events = list(Ledger(run.ledger).events("sft"))
-    found = measure(events, {"sft": []})
-    (bar,) = make_timeline(found, {"sft": "finished"}, {}).bars
+    goodput = measure(events, {"sft": []})
+    (bar,) = make_timeline(goodput, {"sft": "finished"}, {}).bars
     assert len(bar.marks) == 2
-    for before, after in zip(bar.pieces, bar.pieces[1:], strict=False):
+    for before, after in zip(bar.segments, bar.segments[1:], strict=False):
         assert before.left + before.width == pytest.approx(after.left, abs=0.2)
-    assert bar.pieces[-1].left + bar.pieces[-1].width == pytest.approx(10_000, abs=0.2)
+    assert bar.segments[-1].left + bar.segments[-1].width == pytest.approx(10_000, abs=0.2)
 
 
 def test_invisibly_short_saves_do_not_split_a_bar() -> None:
@@ -208,10 +208,10 @@ def test_invisibly_short_saves_do_not_split_a_bar() -> None:
     saves = [
         Saved("sft", time=300.0 * at, attempt="7-0", step=at, seconds=1.0, stall=0.1) for at in range(1, 3000)
     ]
-    found = measure([started, ready, *saves], {"sft": []}, at_work=["sft"], now=900_000)
-    (bar,) = make_timeline(found, {"sft": "running"}, {}).bars
-    assert [piece.span for piece in bar.pieces] == ["productive"]
-    assert bar.words["saving"] == "5 min 0 s"
+    goodput = measure([started, ready, *saves], {"sft": []}, at_work=["sft"], now=900_000)
+    (bar,) = make_timeline(goodput, {"sft": "running"}, {}).bars
+    assert [segment.span for segment in bar.segments] == ["productive"]
+    assert bar.totals["saving"] == "5 min 0 s"
 
 
 def test_verb_writes_the_report_and_prints_its_path(
@@ -251,9 +251,9 @@ def test_stage_finishes_even_if_the_report_cannot_be_written(tmp_path: Path) -> 
     """Real ranks: a finished stage writes the report, and finishes even if it cannot be written."""
     run = make_run(tiny_spec(tmp_path / "run", 1, sft={"max_steps": 2}, reward={"max_steps": 2}))
     run_stage(run, "sft", 1)
-    said = Elements(run.report.read_text(encoding="utf-8")).words
-    assert "1 of 2 stages done" in said
-    assert re.search(r"torch \d+\.\d+", said)
+    words = Elements(run.report.read_text(encoding="utf-8")).words
+    assert "1 of 2 stages done" in words
+    assert re.search(r"torch \d+\.\d+", words)
     run.report.unlink()
     run.report.mkdir()
     run_stage(run, "reward", 1)

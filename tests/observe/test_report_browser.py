@@ -77,7 +77,7 @@ def opened(browser: Browser, report: Path, width: int = 1440, theme: Any = "ligh
     page.on("console", lambda message: wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("dialog", lambda dialog: (wrong.append("a script ran"), dialog.dismiss()))
-    page.on("request", lambda asked: None if asked.url.startswith("file:") else wrong.append(asked.url))
+    page.on("request", lambda request: None if request.url.startswith("file:") else wrong.append(request.url))
     page.goto(report.as_uri())
     return page, wrong
 
@@ -98,8 +98,8 @@ def test_report_renders_accessibly(browser: Browser, report: Path, width: int, t
     page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(_MISPLACED) == []
-    found = Axe().run(page).response["violations"]
-    serious = [one for one in found if one["impact"] in ("serious", "critical")]
+    violations = Axe().run(page).response["violations"]
+    serious = [one for one in violations if one["impact"] in ("serious", "critical")]
     assert serious == [], [(one["id"], one["nodes"][0]["html"]) for one in serious]
     assert wrong == []
     page.context.close()
@@ -108,11 +108,11 @@ def test_report_renders_accessibly(browser: Browser, report: Path, width: int, t
 def test_theme_can_be_switched(browser: Browser, report: Path) -> None:
     page, wrong = opened(browser, report, theme="light")
     background = "getComputedStyle(document.body).backgroundColor"
-    seen = [page.evaluate(background)]
+    colours = [page.evaluate(background)]
     for _ in range(3):
         page.locator("#theme").click()
-        seen.append(page.evaluate(background))
-    as_system, light, dark, again = seen
+        colours.append(page.evaluate(background))
+    as_system, light, dark, again = colours
     assert as_system == light == again != dark
     assert wrong == []
     page.context.close()

@@ -15,7 +15,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.observe.gather import Evidence
 from hpc_rlhf.observe.judge import judge
-from hpc_rlhf.observe.metrics import MetricsReader, seconds_a_step
+from hpc_rlhf.observe.metrics import MetricsReader, Row, seconds_per_step
 from hpc_rlhf.observe.status import read_status
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Cancelled, Resumed, Started, Submitted
@@ -85,9 +85,9 @@ def evidence(*events: str, **known: Any) -> Evidence:
     ],
 )
 def test_state_and_why(known: Evidence, state: str, why: str) -> None:
-    found = judge(known)
-    assert found[0] == state
-    assert why in found[1]
+    judged = judge(known)
+    assert judged[0] == state
+    assert why in judged[1]
 
 
 @pytest.fixture
@@ -137,23 +137,27 @@ def test_local_run_after_a_cancelled_job_has_no_slurm_job(run: RunDir) -> None:
     assert read_status(run)[2].state == "running"
 
 
-def test_pace_excludes_time_between_attempts(tmp_path: Path) -> None:
+def test_pace_excludes_time_between_attempts() -> None:
     times = [10.0, 12.0, 14.0, 1000.0, 1002.0]  # an attempt began at 900
-    rows = [{"step": step, "time": time} for step, time in enumerate(times, 1)]
-    assert seconds_a_step(rows, starts=[5.0, 900.0]) == 2.0
-    assert seconds_a_step(rows[2:4], starts=[900.0]) is None
-    assert seconds_a_step(rows[:1]) is None
-    slow_then_quick = [{"step": step, "time": 100.0 * step} for step in range(50)]
-    slow_then_quick += [{"step": 50 + step, "time": 5000.0 + step} for step in range(200)]
-    assert seconds_a_step(slow_then_quick) == 1.0
+    rows = [Row(step, 9, time, {}) for step, time in enumerate(times, 1)]
+    assert seconds_per_step(rows, starts=[5.0, 900.0]) == 2.0
+    assert seconds_per_step(rows[2:4], starts=[900.0]) is None
+    assert seconds_per_step(rows[:1]) is None
+    slow_then_quick = [Row(step, 250, 100.0 * step, {}) for step in range(50)]
+    slow_then_quick += [Row(50 + step, 250, 5000.0 + step, {}) for step in range(200)]
+    assert seconds_per_step(slow_then_quick) == 1.0
+
+
+def test_metrics_are_read_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({**row, "kind": "train"}) + "\n" for row in rows) + '{"step": 6, "ti')
+    row = {"step": 1, "total_steps": 9, "time": 1.0, "kind": "train", "loss": None}
+    path.write_text(json.dumps(row) + '\n{"step": 2, "ti')
     reader = MetricsReader(path, "sft")
-    assert reader.news() == ([{**row, "kind": "train"} for row in rows], True)
-    assert reader.news() == ([], False)
+    assert reader.read_new() == ([Row(1, 9, 1.0, {"loss": None})], True)
+    assert reader.read_new() == ([], False)
     with path.open("a") as file:
-        file.write('me": 1004.0, "kind": "train"}\n')
-    assert [row["step"] for row in reader.news()[0]] == [6]
+        file.write('me": 2.0, "kind": "train"}\n')
+    assert [row.step for row in reader.read_new()[0]] == [2]
 
 
 def test_incomplete_model_is_not_done(run: RunDir) -> None:
@@ -207,17 +211,15 @@ def test_status_verb_shows_interruptions_and_goodput(run: RunDir) -> None:
     command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(run.path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[4] == ""
-    assert lines[5].startswith(
-        "sft  1 interruption: node failure; the last: node failure at step 0 on node2, "
-    )
+    assert lines[5].startswith("sft  1 interruption: node failure; latest: node failure at step 0 on node2, ")
     assert lines[6:] == [
         "ppo  runs after sft and reward",
         "",
         "ETTR 0.71 of 1 min 24 s in the allocation: productive 1 min 0 s, starting 20 s, lost 4 s, saving 0 s; "
         "outside it: queued 6 s, waiting 0 s",
     ]
-    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
-    sft = told["stages"][0]["goodput"]
+    status = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
+    sft = status["stages"][0]["goodput"]
     assert sft.pop("interruptions") == [
         {"reason": "node failure", "time": 24, "node": "node2", "step": 0, "lost": 4, "starting": 10}
     ]
@@ -225,8 +227,8 @@ def test_status_verb_shows_interruptions_and_goodput(run: RunDir) -> None:
         "waiting": 0, "queued": 6, "starting": 20, "productive": 60, "lost": 4, "saving": 0, "wall": 90,
         "ettr": 0.7143,
     }  # fmt: skip
-    assert told["goodput"] == {**sft, "interruptions": told["goodput"]["interruptions"]}
-    assert told["stages"][2]["goodput"]["ettr"] is None
+    assert status["goodput"] == {**sft, "interruptions": status["goodput"]["interruptions"]}
+    assert status["stages"][2]["goodput"]["ettr"] is None
 
 
 def test_status_of_another_folder_is_one_clear_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, written from what is in the run directory."""
+"""The report of a run: one self-contained HTML file, written from the run directory."""
 
 from hpc_rlhf.observe.report.page import leave_report, write_report
 

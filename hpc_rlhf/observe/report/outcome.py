@@ -1,22 +1,21 @@
-"""What a run came to, in a sentence."""
+"""The outcome of a run in a sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from hpc_rlhf.observe.evaluation import Report, cell
 from hpc_rlhf.observe.format import duration
-from hpc_rlhf.observe.report.answers import MODELS
+from hpc_rlhf.observe.report.responses import MODELS
 from hpc_rlhf.observe.status import StageStatus
-from hpc_rlhf.observe.summary import outcome
+from hpc_rlhf.observe.summary import StageResult, describe_result
 from hpc_rlhf.spec.stages import BASE, POLICIES, kind_of
 
-_IN_HAND = frozenset({
+# States of a stage that will go on without the user.
+_ACTIVE = frozenset({
     "running", "pending", "waiting", "requeued", "starting", "completing", "configuring", "not started", "stopping"
 })  # fmt: skip
-
-
-_SAID = {
+_PHRASES = {
     "failed": "has failed",
     "not started": "has not started",
     "cancelled": "was cancelled",
@@ -26,8 +25,8 @@ _SAID = {
 }
 
 
-def state(statuses: Sequence[StageStatus]) -> str:
-    """Of a run in a word: finished, running, in the queue, not started, or stopped."""
+def run_state(statuses: Sequence[StageStatus]) -> str:
+    """The state of a run: finished, running, queued, not started or stopped."""
     states = {status.state for status in statuses}
     if states == {"done"}:
         return "finished"
@@ -35,44 +34,43 @@ def state(statuses: Sequence[StageStatus]) -> str:
         return "not started"
     if states & {"running", "completing", "stopping"}:
         return "running"
-    return "in the queue" if states - {"done"} <= _IN_HAND and states - {"done", "not started"} else "stopped"
+    return "queued" if states - {"done"} <= _ACTIVE and states - {"done", "not started"} else "stopped"
 
 
 def sentence(
-    statuses: Sequence[StageStatus], facts: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any] | None
+    statuses: Sequence[StageStatus], results: Mapping[str, StageResult], report: Report | None
 ) -> str:
-    """What the run achieved; of a run that is not finished, where it stands.
+    """What the run achieved; for an unfinished run, how far it is.
 
     Args:
-        facts: the manifests of the stages that are done.
-        report: of the evaluation; None where there is none.
+        results: of the finished stages.
+        report: of the evaluation, if there is one.
     """
-    open_stages = [status for status in statuses if status.state != "done"]
-    if open_stages:
-        ahead = next((one for one in open_stages if one.state != "not started"), open_stages[0])
-        return _standing(ahead, len(statuses) - len(open_stages), len(statuses))
+    unfinished = [status for status in statuses if status.state != "done"]
+    if unfinished:
+        current = next((status for status in unfinished if status.state != "not started"), unfinished[0])
+        return _standing(current, len(statuses) - len(unfinished), len(statuses))
     for name in (model for model in POLICIES if model != BASE.name):
-        won = (report or {}).get("models", {}).get(name, {}).get("win_rate")
-        if report and won:
+        rate = report["models"].get(name, {}).get("win_rate") if report else None
+        if report and isinstance(rate, dict):
             base = MODELS.get(report["base"], report["base"])
-            against = (
-                "those of the model before training" if report["base"] == "start" else f"those of {base}"
-            )
-            bounds = f"{100 * won['low']:.0f}–{100 * won['high']:.0f}%"
+            rival = "the model before training" if report["base"] == "start" else base
             return (
-                f"{MODELS[name]}’s answers win against {against} on {won['value']:.0%} of "
-                f"{report['prompts']} held-out prompts ({bounds}), as the run’s own reward model judges."
+                f"{MODELS[name]} wins against {rival} on {cell('win_rate', rate)} of {report['prompts']} "
+                "held-out prompts, as judged by the run’s own reward model."
             )
-    last = [stage for stage in facts if kind_of(stage).trains][-1:] or list(facts)[-1:]
+    trained = [stage for stage in results if kind_of(stage).trains]
+    last = trained[-1:] or list(results)[-1:]
     return " ".join(
-        f"{kind_of(stage).title} is done: {outcome(stage, dict(facts[stage]['metrics']))}." for stage in last
+        f"{kind_of(stage).title} is done: {describe_result(stage, results[stage].metrics)}." for stage in last
     )
 
 
 def _standing(status: StageStatus, done: int, stages: int) -> str:
-    said = f"{done} of {stages} stages done; {status.stage} {_SAID.get(status.state, f'is {status.state}')}"
+    phrase = _PHRASES.get(status.state, f"is {status.state}")
+    text = f"{done} of {stages} stages done; {status.stage} {phrase}"
     if status.step is not None:
-        said += f" at step {status.step:,} of {status.total_steps:,}"
+        text += f" at step {status.step:,} of {status.total_steps:,}"
     if status.left:
-        said += f", with {duration(status.left)} of work left"
-    return f"{said}: {status.why}." if status.why else f"{said}."
+        text += f", with {duration(status.left)} of work left"
+    return f"{text}: {status.why}." if status.why else f"{text}."

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the curves in the colours of the theme, as wide as there is room, and switches the theme.
+// Draws the curves in the colours of the theme, as wide as the page, and switches the theme.
 (() => {
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const boxes = [...document.querySelectorAll(".plot")];
@@ -14,7 +14,7 @@
     if (size !== 0 && (size < 1e-4 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
     return value.toLocaleString("en", { maximumSignificantDigits: 4 });
   };
-  // A curve that is zero all along has its axis still.
+  // A curve that is zero everywhere still needs an axis.
   const range = (plot, least, most) =>
     least === 0 && most === 0 ? [0, 1] : uPlot.rangeNum(least ?? 0, most ?? 1, 0.1, true);
   const powers = (plot, splits) => splits.map((value) => (Math.abs(Math.log10(value) % 1) < 1e-6 ? value : null));
@@ -56,12 +56,12 @@
     drawn.get(box)?.destroy();
     const plot = new uPlot(options(chart, box.clientWidth, getComputedStyle(root)), data, box);
     drawn.set(box, plot);
-    plot.setLegend({ idx: chart.steps.length - 1 }); // the latest values, until a pointer asks for others
+    plot.setLegend({ idx: chart.steps.length - 1 }); // the latest values, until the pointer is over others
   }
 
-  // A chart is drawn as it comes near, so that a long report opens at once.
-  const near = new IntersectionObserver((seen) => {
-    for (const { isIntersecting, target } of seen) {
+  // Charts are drawn when they come near, so that a long report opens at once.
+  const near = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) {
       if (!isIntersecting) continue;
       near.unobserve(target);
       draw(target);
@@ -82,14 +82,14 @@
   addEventListener("beforeprint", () => boxes.filter((box) => !drawn.has(box)).forEach(draw));
 
   const button = document.getElementById("theme");
-  const WORDS = { "": "as the system", light: "light", dark: "dark" };
-  const themes = Object.keys(WORDS);
+  const LABELS = { "": "system", light: "light", dark: "dark" };
+  const themes = Object.keys(LABELS);
   let theme = "";
   const choose = (chosen) => {
     theme = chosen;
     if (theme) root.dataset.theme = theme;
     else delete root.dataset.theme;
-    button.textContent = `Theme: ${WORDS[theme]}`;
+    button.textContent = `Theme: ${LABELS[theme]}`;
     redraw();
   };
   button.hidden = false;

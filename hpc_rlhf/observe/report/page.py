@@ -1,4 +1,4 @@
-"""Puts the parts of the report together and writes the file."""
+"""Render the report and write the file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import hashlib
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from hpc_rlhf import __version__
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.observe.evaluation import notes, read_report, table_rows
+from hpc_rlhf.observe.evaluation import Report, notes, read_report, table_rows
 from hpc_rlhf.observe.gather import PlannedStage, RunPlan
 from hpc_rlhf.observe.goodput.totals import count_words, split_words, total
 from hpc_rlhf.observe.report import outcome, timeline
-from hpc_rlhf.observe.report.answers import MODELS, read_exchanges
-from hpc_rlhf.observe.report.charts import Chart, make_charts
-from hpc_rlhf.observe.report.thinning import MOST
+from hpc_rlhf.observe.report.charts import MAX_POINTS, Chart, make_charts
+from hpc_rlhf.observe.report.responses import MODELS, read_exchanges
 from hpc_rlhf.observe.status import read_status
-from hpc_rlhf.observe.summary import stage_facts
+from hpc_rlhf.observe.summary import stage_results
 from hpc_rlhf.run.events import Started
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
@@ -29,10 +27,10 @@ _HERE = Path(__file__).parent
 
 
 def write_report(run: RunDir, out: Path | None = None) -> Path:
-    """Write the report of a run as it is now, in one step, and return where it is.
+    """Write the report of a run as it is now, atomically, and return its path.
 
     Args:
-        out: another file than the run's own.
+        out: the file to write; by default the run's own.
 
     Raises:
         HpcRlhfError: the run's plan cannot be read.
@@ -45,15 +43,15 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
 
 
 def leave_report(run: RunDir) -> None:
-    """Write the report of a run that has come to a stop. What goes wrong there is a line on stderr, and no more."""
+    """Write the report of a run that has stopped. An error there is only a line on stderr."""
     try:
         write_report(run)
-    except Exception as error:  # whatever it is, nobody is to be kept from the reason why the run stopped
+    except Exception as error:  # it must not hide the reason why the run stopped
         print(f"hpc-rlhf: the report was not written: {error}", file=sys.stderr, flush=True)
 
 
 def make_page(run: RunDir) -> str:
-    """The report as HTML. Whatever users and models wrote is escaped, and no script runs but the report's own."""
+    """The report as HTML. All text from users and models is escaped, and only the report's own scripts can run."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     scripts = [_read("uplot/uPlot.iife.min.js"), _read("page.js")]
@@ -72,10 +70,10 @@ def make_page(run: RunDir) -> str:
     )
 
 
-def _content(run: RunDir) -> dict[str, Any]:
+def _content(run: RunDir) -> dict[str, object]:
     plan, events = RunPlan.read(run), list(Ledger(run.ledger).events())
     statuses = read_status(run)
-    facts, report = stage_facts(run), _evaluation(run)
+    results, report = stage_results(run), _evaluation(run)
     goodput = {status.stage: status.goodput for status in statuses}
     whole = total(goodput)
     started = [event for event in events if isinstance(event, Started)]
@@ -87,8 +85,8 @@ def _content(run: RunDir) -> dict[str, Any]:
     return {
         "name": plan.name,
         "folder": str(run.path),
-        "state": outcome.state(statuses),
-        "sentence": outcome.sentence(statuses, facts, report),
+        "state": outcome.run_state(statuses),
+        "sentence": outcome.sentence(statuses, results, report),
         "interruptions": count_words(whole.interruptions),
         "split": split_words(whole.spans),
         "statuses": statuses,
@@ -97,11 +95,11 @@ def _content(run: RunDir) -> dict[str, Any]:
             {status.stage: "finished" if status.state == "done" else status.state for status in statuses},
             {event.attempt: event.host for event in started},
         ),
-        "spans": timeline.WORDS,
+        "spans": timeline.TITLES,
         "width": timeline.WIDTH,
         "charts": stage_charts,
-        "chart_data": [chart.to_dict() for some in stage_charts.values() for chart in some],
-        "most": MOST,
+        "chart_data": [chart.to_dict() for charts in stage_charts.values() for chart in charts],
+        "most": MAX_POINTS,
         "table": [] if report is None else table_rows(report, MODELS),
         "notes": [] if report is None else notes(report),
         "exchanges": read_exchanges(run),
@@ -112,7 +110,7 @@ def _content(run: RunDir) -> dict[str, Any]:
     }
 
 
-def _evaluation(run: RunDir) -> dict[str, Any] | None:
+def _evaluation(run: RunDir) -> Report | None:
     try:
         return read_report(run)
     except HpcRlhfError:
@@ -128,12 +126,12 @@ def _charts(run: RunDir, planned: PlannedStage, started: list[Started]) -> list[
 
 
 def _versions(started: list[Started]) -> list[tuple[str, str]]:
-    """What the attempts ran with: every version that any of them had, the latest last."""
-    found: dict[str, dict[str, None]] = {}
+    """The versions that attempts ran with, the latest last."""
+    seen: dict[str, dict[str, None]] = {}
     for event in started:
         for name, version in event.versions.items():
-            found.setdefault(name, {})[str(version)] = None
-    return [(name, ", then ".join(versions)) for name, versions in found.items()]
+            seen.setdefault(name, {})[str(version)] = None
+    return [(name, ", then ".join(versions)) for name, versions in seen.items()]
 
 
 def _read(name: str) -> str:
@@ -141,5 +139,5 @@ def _read(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """As a Content-Security-Policy names a script that may run."""
+    """The hash by which the Content-Security-Policy allows a script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

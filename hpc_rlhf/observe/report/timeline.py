@@ -1,4 +1,4 @@
-"""Where each stage's time went, as bars over one common time, and each attempt as a row of a table. Pure."""
+"""The timeline of a run: each stage's time as a bar on a common axis, and each attempt as a row. Pure."""
 
 from __future__ import annotations
 
@@ -9,50 +9,51 @@ from datetime import datetime
 from hpc_rlhf.observe.format import duration
 from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Interruption, Stretch
 
-WORDS = {
-    "waiting": "waiting for another stage or a person",
+# Titles of the spans of time.
+TITLES = {
+    "waiting": "waiting for another stage or the user",
     "queued": "queued",
     "starting": "starting",
     "productive": "training",
     "saving": "saving",
-    "lost": "lost, and done again",
+    "lost": "lost, done again",
 }
-# Wide enough for every moment to have its place; the picture stretches to any width.
+# Units of the horizontal axis; the picture scales to any width.
 WIDTH = 10_000
-_SMALLEST = 0.5  # parts of WIDTH that can be seen: the save of a second in a run of days cannot
+_SMALLEST = 0.5  # units that are still visible: a save of a second in a run of days is not
 _TICKS = 5
 _NICE = [unit * many for unit, some in ((1, (1, 2, 5, 10, 30)), (60, (1, 2, 5, 10, 30)),
          (3600, (1, 2, 4, 6, 12)), (86400, (1, 2, 5, 10, 20, 50, 100))) for many in some]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a bar: its span, where it begins and how long it is in parts of WIDTH, and what it is, in words."""
+class Segment:
+    """A part of a bar: its span, its left end and width in units of WIDTH, and a description."""
 
     span: str
     left: float
     width: float
-    words: str
+    description: str
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A stage's time.
+    """The time of a stage.
 
     Attributes:
-        marks: where it was interrupted, in parts of WIDTH, and why.
-        words: where its time went, by span.
+        marks: its interruptions, each with its place in units of WIDTH and its reason.
+        totals: its time in each span.
     """
 
     stage: str
-    pieces: list[Piece]
+    segments: list[Segment]
     marks: list[tuple[float, str]]
-    words: dict[str, str]
+    totals: dict[str, str]
 
 
 @dataclass(frozen=True)
 class AttemptRow:
-    """An attempt, in the words of the table."""
+    """A row of the table of attempts."""
 
     stage: str
     attempt: str
@@ -66,11 +67,11 @@ class AttemptRow:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The picture and the table.
+    """The bars and the table of attempts.
 
     Attributes:
-        ticks: where marks of the time stand, in percent, and what they say.
-        began: when the first stage was sent off.
+        ticks: ticks of the axis, each with its place in percent and its label.
+        began: when the first stage was submitted or started.
     """
 
     bars: list[Bar]
@@ -85,9 +86,9 @@ def make_timeline(
     """The timeline of a run.
 
     Args:
-        stages: what became of each stage's time.
-        states: each stage's state in a word, for the attempt that was not interrupted.
-        hosts: where each attempt began.
+        stages: the goodput of each stage.
+        states: the state of each stage, shown for an attempt that was not interrupted.
+        hosts: the node on which each attempt began.
     """
     stretches = [each for stage in stages.values() for each in stage.stretches]
     if not stretches:
@@ -100,34 +101,34 @@ def make_timeline(
 
 
 def moment(time: float) -> str:
-    """A time by the clock of the machine that writes the report."""
+    """A time in the time zone of the machine that writes the report."""
     return datetime.fromtimestamp(time).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
 def _bar(name: str, stage: Goodput, first: float, scale: float) -> Bar:
-    pieces = [
-        Piece(
+    segments = [
+        Segment(
             each.span,
             round((each.start - first) * scale, 1),
             round(max(1.0, (each.end - each.start) * scale), 1),
-            f"{WORDS[each.span]}: {duration(each.end - each.start)} from {moment(each.start)}",
+            f"{TITLES[each.span]}: {duration(each.end - each.start)} from {moment(each.start)}",
         )
         for each in _joined(stage.stretches, _SMALLEST / scale)
     ]
     marks = [(round((each.time - first) * scale, 1), each.reason) for each in stage.interruptions]
-    words = {span: _or_dash(getattr(stage.spans, span)) for span in SPANS}
-    return Bar(name, pieces, marks, words)
+    totals = {span: _or_dash(getattr(stage.spans, span)) for span in SPANS}
+    return Bar(name, segments, marks, totals)
 
 
 def _joined(stretches: Sequence[Stretch], smallest: float) -> list[Stretch]:
-    """Stretches of the same span that follow each other as one; those of fewer than ``smallest`` seconds are left out."""
+    """Merge consecutive stretches of the same span, leaving out those shorter than ``smallest`` seconds."""
     joined: list[Stretch] = []
     for each in stretches:
         if each.end - each.start < smallest:
             continue
         before = joined[-1] if joined else each
-        alike = (before.span, before.attempt) == (each.span, each.attempt)
-        if joined and alike and each.start - before.end < 2 * smallest:
+        same = (before.span, before.attempt) == (each.span, each.attempt)
+        if joined and same and each.start - before.end < 2 * smallest:
             joined[-1] = replace(before, end=each.end)
         else:
             joined.append(each)
@@ -135,19 +136,22 @@ def _joined(stretches: Sequence[Stretch], smallest: float) -> list[Stretch]:
 
 
 def _attempts(name: str, stage: Goodput, state: str, hosts: Mapping[str, str]) -> list[AttemptRow]:
-    broken = {each.attempt: each for each in stage.interruptions}
-    own: dict[str, list[Stretch]] = {}
+    interruptions = {each.attempt: each for each in stage.interruptions}
+    stretches: dict[str, list[Stretch]] = {}
     for each in stage.stretches:
         if each.span not in ("waiting", "queued"):
-            own.setdefault(each.attempt, []).append(each)
-    return [_row(name, attempt, some, broken.get(attempt), state, hosts) for attempt, some in own.items()]
+            stretches.setdefault(each.attempt, []).append(each)
+    return [
+        _row(name, attempt, own, interruptions.get(attempt), state, hosts)
+        for attempt, own in stretches.items()
+    ]
 
 
 def _row(
     name: str,
     attempt: str,
     stretches: Sequence[Stretch],
-    broken: Interruption | None,
+    interruption: Interruption | None,
     state: str,
     hosts: Mapping[str, str],
 ) -> AttemptRow:
@@ -161,7 +165,7 @@ def _row(
         duration(last - first),
         _or_dash(spent["productive"]),
         _or_dash(spent["lost"]),
-        f"{broken.reason}, at step {broken.step:,}" if broken else state,
+        f"{interruption.reason}, at step {interruption.step:,}" if interruption else state,
     )
 
 
@@ -170,7 +174,7 @@ def _or_dash(seconds: float) -> str:
 
 
 def _ticks(seconds: float) -> list[tuple[float, str]]:
-    """About five even marks from the beginning on."""
+    """About five evenly spaced ticks."""
     step = next((nice for nice in _NICE if seconds / nice <= _TICKS), _NICE[-1])
     return [(round(100 * at / seconds, 2), _since(at)) for at in range(0, int(seconds) + 1, step)][
         : _TICKS + 1

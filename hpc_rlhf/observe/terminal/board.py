@@ -1,4 +1,4 @@
-"""A run as a tired person reads it: a table of its stages, what each waits for or broke off by, and small curves."""
+"""A run at a glance: a table of its stages, notes on what each waits for or was interrupted by, and sparklines."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-_WIDE = 100  # columns from which on there is room for a bar, all numbers and the job
-_LEAST = 3  # columns of the table that are always there
+_WIDE = 100  # terminal columns that have room for a bar, all metrics and the job
+_LEAST = 3  # columns of the table that are always shown
 _BAR = 10
 _BARS = ("━", "─")
 _BARS_ASCII = ("#", "-")
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARKS_ASCII = "_.-=+*%#"
-_SILENT = 120.0  # seconds without a step, of a stage whose steps are short, that are worth a word
+_SILENT = 120.0  # seconds without a step that are worth a note
 
 
 class Board:
-    """Pieces of the picture of a run, for a console of some width.
+    """The parts of the display, for a console of a given width.
 
     Args:
         width: columns of the console.
-        live: whether it is a terminal, which shows bars.
-        plain: whether it shows ASCII only.
+        live: it is a terminal, which shows bars.
+        ascii_only: it cannot show other characters.
     """
 
-    def __init__(self, width: int, live: bool, plain: bool = False) -> None:
+    def __init__(self, width: int, live: bool, ascii_only: bool = False) -> None:
         self._wide = width >= _WIDE
-        self._width, self._live, self._plain = width, live, plain
+        self._width, self._live, self._ascii_only = width, live, ascii_only
 
     def whole(self, stages: Sequence[StageStatus]) -> list[RenderableType]:
-        """The table, the notes below it, and where the time went."""
+        """The table, the notes and where the time went."""
         from rich.text import Text
 
         parts: list[RenderableType] = [self.table(stages)]
@@ -53,7 +53,7 @@ class Board:
         return [*parts, Text(), Text(split)] if split else parts
 
     def table(self, stages: Sequence[StageStatus]) -> Table:
-        """A row for each stage. Where that is too narrow, what is left out is whole columns, from the right."""
+        """A row for each stage. On a narrow console, whole columns are left out from the right."""
         from rich.text import Text
 
         names = ("stage", "state", "progress", "time", "last", "attempts" if self._wide else "tries", "job")
@@ -83,19 +83,19 @@ class Board:
         return table
 
     def notes(self, stages: Sequence[StageStatus]) -> RenderableType | None:
-        """Why each stage is as it is, and what interrupted it; None where there is nothing to say."""
+        """The reason for each stage's state, and its interruptions; None if there are none."""
         from rich.text import Text
 
         left = {stage.stage: stage.left for stage in stages}
         table = grid("", "")
         table.columns[0].no_wrap = True
         for stage in stages:
-            for note in (*_why(stage, left), *_broken(stage)):
+            for note in (*_why(stage, left), *_interruptions(stage)):
                 table.add_row(stage.stage, Text(note))
         return table if table.row_count else None
 
     def curves(self, values: Mapping[tuple[str, str], Sequence[float]]) -> RenderableType | None:
-        """A line for each (stage, number), from its first value to its last; None before the first step."""
+        """A sparkline for each (stage, metric), from its first value to its last; None before the first step."""
         from rich.text import Text
 
         table = grid(*[""] * 5)
@@ -123,7 +123,7 @@ class Board:
         share = min(1.0, stage.step / stage.total_steps)
         text = Text()
         if self._live:
-            full, empty = _BARS_ASCII if self._plain else _BARS
+            full, empty = _BARS_ASCII if self._ascii_only else _BARS
             filled = int(share * _BAR)
             text.append(full * filled, style=STYLES.get(stage.state, "")).append(
                 empty * (_BAR - filled), style="dim"
@@ -135,11 +135,11 @@ class Board:
         return "  ".join(f"{name} {number(value)}" for name, value in numbers) or "-"
 
     def _sparks(self, values: Sequence[float], width: int) -> str:
-        return sparks(values, width, _SPARKS_ASCII if self._plain else _SPARKS)
+        return sparks(values, width, _SPARKS_ASCII if self._ascii_only else _SPARKS)
 
 
 def sparks(values: Sequence[float], width: int, glyphs: str = _SPARKS) -> str:
-    """A curve one character high: the mean of each of at most ``width`` equal parts, between the lowest and the highest."""
+    """A sparkline: the means of at most ``width`` equal parts, scaled between their minimum and maximum."""
     if not values:
         return ""
     cells = min(width, len(values))
@@ -154,12 +154,12 @@ def sparks(values: Sequence[float], width: int, glyphs: str = _SPARKS) -> str:
 
 
 def telling(stage: str) -> tuple[str, ...]:
-    """The numbers of a stage that are drawn."""
+    """The metrics of a stage that have a sparkline."""
     return kind_of(stage).progress
 
 
 def _time(stage: StageStatus) -> str:
-    """How long it took, or has left."""
+    """How long the stage took, or has left."""
     if stage.state == "done":
         allocated = stage.goodput.spans.allocated
         return f"took {duration(allocated)}" if allocated else "-"
@@ -173,18 +173,19 @@ def _why(stage: StageStatus, left: Mapping[str, float | None]) -> list[str]:
             need if left.get(need) is None else f"{need} ({duration(left[need] or 0)} left)"
             for need in why.removeprefix("for ").split(" and ")
         )
-        why = f"waits for {why}"
-    silent = time.time() - stage.updated if stage.updated and stage.state == "running" and not why else 0.0
+        why = f"waiting for {why}"
+    is_running = stage.state == "running" and not why
+    silent = time.time() - stage.updated if stage.updated and is_running else 0.0
     if silent > _SILENT:
-        why = f"last step {ago(silent)}"
+        why = f"latest step {ago(silent)}"
     return [why] if why else []
 
 
-def _broken(stage: StageStatus) -> list[str]:
-    broken = stage.goodput.interruptions
-    if not broken:
+def _interruptions(stage: StageStatus) -> list[str]:
+    interruptions = stage.goodput.interruptions
+    if not interruptions:
         return []
-    last = broken[-1]
+    last = interruptions[-1]
     where = f" on {last.node}" if last.node else ""
-    words = f"; the last: {last.reason} at step {last.step}{where}, {ago(time.time() - last.time)}"
-    return [count_words(broken) + words]
+    latest = f"; latest: {last.reason} at step {last.step}{where}, {ago(time.time() - last.time)}"
+    return [count_words(interruptions) + latest]

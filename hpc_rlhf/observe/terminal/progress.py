@@ -1,4 +1,4 @@
-"""Shows a run getting on: a live display on a terminal, plain lines elsewhere. Reads the run directory only."""
+"""The progress of `hpc-rlhf run`: live bars on a terminal, plain lines elsewhere. Reads only the run directory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpc_rlhf.observe.format import duration, number
-from hpc_rlhf.observe.metrics import MetricsReader
+from hpc_rlhf.observe.metrics import MetricsReader, Row
 from hpc_rlhf.run.events import Resumed, Started
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
@@ -19,21 +19,21 @@ from hpc_rlhf.spec.stages import kind_of
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-_LINE_EVERY = 600.0  # a plain line at least this often
+_LINE_EVERY = 600.0  # seconds between plain lines, at most
 _LEDGER_EVERY = 1.0
 
 
 @dataclass
 class StageView:
-    """One attempt at a stage, as far as its files tell. `update` reads what is new."""
+    """The progress of one attempt at a stage, read from its files. `update` reads what is new."""
 
     run: RunDir
     stage: str
     ranks: int
     began: float = field(default_factory=time.time)
-    last: dict[str, Any] = field(default_factory=dict)
     phase: str = ""
-    _first: dict[str, Any] = field(default_factory=dict)
+    _first: Row | None = None
+    _last: Row | None = None
     _ledger_read: float = 0.0
 
     def __post_init__(self) -> None:
@@ -41,55 +41,56 @@ class StageView:
         self._events_before = len(StageHistory.read(self.run, self.stage).events)
 
     def update(self) -> None:
-        for row in self._metrics.news()[0]:
-            if row["time"] >= self.began:
+        for row in self._metrics.read_new()[0]:
+            if row.time >= self.began:
                 self._first = self._first or row
-                self.last = row
-        if not self._first and time.monotonic() - self._ledger_read > _LEDGER_EVERY:
+                self._last = row
+        if self._first is None and time.monotonic() - self._ledger_read > _LEDGER_EVERY:
             self._ledger_read = time.monotonic()
             self.phase = self._phase()
 
     @property
     def step(self) -> int:
-        return int(self.last.get("step", 0))
+        return self._last.step if self._last else 0
 
     @property
     def total(self) -> int | None:
-        """Steps of the whole stage, once it has taken one in this attempt."""
-        return int(self.last["total_steps"]) if self._first else None
+        """Steps of the whole stage, once this attempt has done one."""
+        return self._last.total_steps if self._last else None
 
     def words(self) -> str:
-        """The telling numbers, the speed and the time left; before the first step, what it is waiting for."""
-        if not self._first:
+        """The progress metrics, the speed and the time left; before the first step, the phase."""
+        first, last = self._first, self._last
+        if first is None or last is None:
             return self.phase
-        words = [
-            f"{key} {number(self.last[key])}" for key in kind_of(self.stage).progress if key in self.last
-        ]
-        steps, seconds = self.step - self._first["step"], self.last["time"] - self._first["time"]
+        metrics = {key: last.values[key] for key in kind_of(self.stage).progress if key in last.values}
+        words = [f"{key} {number(value)}" for key, value in metrics.items()]
+        steps, seconds = last.step - first.step, last.time - first.time
         if steps > 0 and seconds > 0:
             rate = steps / seconds
-            words.append(f"{number(rate)} steps/s" if rate >= 1 else f"{number(1 / rate)} s a step")
-            if self.step < self.last["total_steps"]:
-                words.append(f"{duration((self.last['total_steps'] - self.step) / rate)} left")
+            words.append(f"{number(rate)} steps/s" if rate >= 1 else f"{number(1 / rate)} s per step")
+            if last.step < last.total_steps:
+                words.append(f"{duration((last.total_steps - last.step) / rate)} left")
         return ", ".join(words)
 
     def _phase(self) -> str:
-        phase = f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"
         event = StageHistory.read(self.run, self.stage).after(self._events_before).last(Started, Resumed)
         if isinstance(event, Resumed):
             return f"resuming from step {event.step}"
-        return phase if event is None else "loading data and model"
+        if event is not None:
+            return "loading data and model"
+        return f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"
 
 
 class PlainProgress:
-    """A line when a stage starts, at every tenth of it, and when it ends."""
+    """Prints a line when a stage starts, at every tenth of it, and when it ends."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._view: StageView | None = None
         self._tenth = 0
         self._phase = ""
-        self._said = 0.0
+        self._printed = 0.0
 
     def __enter__(self) -> PlainProgress:
         return self
@@ -115,7 +116,7 @@ class PlainProgress:
                 self.say(f"{view.stage}: {view.phase}")
             return
         tenth = view.step * 10 // view.total
-        if tenth > self._tenth or time.monotonic() - self._said > _LINE_EVERY:
+        if tenth > self._tenth or time.monotonic() - self._printed > _LINE_EVERY:
             self._tenth = tenth
             self.say(f"{view.stage}: step {view.step}/{view.total}, {view.words()}")
 
@@ -124,12 +125,12 @@ class PlainProgress:
         self.say(f"{stage}: finished in {duration(time.time() - self._view.began)}")
 
     def say(self, text: str) -> None:
-        self._said = time.monotonic()
+        self._printed = time.monotonic()
         print(text, file=sys.stderr, flush=True)
 
 
 class LiveProgress:
-    """A bar for every stage, redrawn in place."""
+    """Draws a bar for each stage, in place."""
 
     def __init__(self, run: RunDir) -> None:
         from rich.console import Console
@@ -186,6 +187,6 @@ class LiveProgress:
 
 
 def progress(run: RunDir) -> PlainProgress | LiveProgress:
-    """What suits stderr."""
+    """The kind of progress that suits stderr."""
     live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     return LiveProgress(run) if live else PlainProgress(run)

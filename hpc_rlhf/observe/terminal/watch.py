@@ -1,4 +1,4 @@
-"""Watch a run on a terminal: the board redrawn in place as files and Slurm tell more, until a key ends it."""
+"""Watch a run on a terminal: the board, refreshed from files and Slurm until a key is pressed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tty
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpc_rlhf.observe.gather import RunPlan, SlurmReply, query_slurm
 from hpc_rlhf.observe.metrics import MetricsReader
@@ -24,12 +24,12 @@ from hpc_rlhf.run.layout import RunDir
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-_EVERY = 2.0  # seconds between two looks at the files
-_SLURM_EVERY = 15.0  # and between two questions to Slurm, which many others ask too
+_EVERY = 2.0  # seconds between two reads of the files
+_SLURM_EVERY = 15.0  # and between two queries to Slurm, whose controller is shared
 
 
-class Watching:
-    """What is to be seen of a run, looked up again as often as it is drawn."""
+class LiveBoard:
+    """The board of a run, read again each time that it is drawn."""
 
     def __init__(self, run: RunDir) -> None:
         """Raises HpcRlhfError: the plan cannot be read."""
@@ -41,19 +41,19 @@ class Watching:
         self._jobs: frozenset[str] = frozenset()
         self._reply = SlurmReply()
 
-    def draw(self, width: int, plain: bool = False) -> list[RenderableType]:
-        """The picture as it is now, from top to bottom."""
+    def draw(self, width: int, ascii_only: bool = False) -> list[RenderableType]:
+        """The parts of the display, from top to bottom."""
         from rich.text import Text
 
         stages = read_status(self._run, self._query)
         for stage in stages:
             self._read(stage.stage)
-        board = Board(width, live=True, plain=plain)
+        board = Board(width, live=True, ascii_only=ascii_only)
         head = Text(f"{self._name}", style="bold").append(f"  {self._run.path}", style="not bold dim")
         parts: list[RenderableType] = [head, Text(), board.table(stages)]
         for part in (board.curves(self._values), board.notes(stages)):
             parts += [] if part is None else [Text(), part]
-        return [*parts, Text(), Text(f"{time.strftime('%H:%M:%S')}  q ends", style="dim")]
+        return [*parts, Text(), Text(f"{time.strftime('%H:%M:%S')}  press q to quit", style="dim")]
 
     def _query(self, job_ids: Sequence[str]) -> SlurmReply:
         if time.monotonic() - self._queried > _SLURM_EVERY or not self._jobs.issuperset(job_ids):
@@ -63,16 +63,16 @@ class Watching:
 
     def _read(self, stage: str) -> None:
         reader = self._readers.setdefault(stage, MetricsReader(self._run.stage(stage).metrics, stage))
-        rows, anew = reader.news()
+        rows, rewritten = reader.read_new()
         for name in telling(stage):
             values = self._values.setdefault((stage, name), [])
-            if anew:
+            if rewritten:
                 values.clear()
-            values += [float(row[name]) for row in rows if row.get(name) is not None]
+            values += [value for row in rows if (value := row.values.get(name)) is not None]
 
 
 def watch(run: RunDir, console: Console) -> None:
-    """Draw a run on a terminal until q or Ctrl-C is pressed.
+    """Show a run on a terminal until q or Ctrl-C is pressed.
 
     Raises:
         HpcRlhfError: the plan cannot be read.
@@ -80,28 +80,28 @@ def watch(run: RunDir, console: Console) -> None:
     from rich.console import Group
     from rich.live import Live
 
-    watching = Watching(run)
-    plain = not console.encoding.startswith("utf")
+    board = LiveBoard(run)
+    ascii_only = not console.encoding.startswith("utf")
 
-    def picture() -> Group:
-        return Group(*watching.draw(console.width, plain))
+    def display() -> Group:
+        return Group(*board.draw(console.width, ascii_only))
 
-    with _keys() as keys, Live(picture(), console=console, screen=True, auto_refresh=False) as live:
+    with _keys() as keys, Live(display(), console=console, screen=True, auto_refresh=False) as live:
         try:
-            while not keys.ended(_EVERY):
-                live.update(picture(), refresh=True)
+            while not keys.wait(_EVERY):
+                live.update(display(), refresh=True)
         except KeyboardInterrupt:
             pass
 
 
 class _Keys:
-    """What is pressed, and that the window changed its size."""
+    """Waits for keys and for changes of the window's size."""
 
     def __init__(self, stdin: int, resized: int) -> None:
         self._stdin, self._resized = stdin, resized
 
-    def ended(self, seconds: float) -> bool:
-        """Wait, until the picture is to be drawn anew; whether it is to end instead."""
+    def wait(self, seconds: float) -> bool:
+        """Wait until the display has to be redrawn. Returns whether the user quits instead."""
         ready, _, _ = select.select([self._stdin, self._resized], [], [], seconds)
         if self._resized in ready:
             os.read(self._resized, 1024)
@@ -113,20 +113,20 @@ class _Keys:
 
 @contextmanager
 def _keys() -> Iterator[_Keys]:
-    """Keys as they are pressed, unseen; the terminal as it was afterwards."""
+    """Read keys unbuffered and without echo, and restore the terminal afterwards."""
     stdin = sys.stdin.fileno()
-    told, tell = os.pipe()
+    resize_reader, resize_writer = os.pipe()
 
     def resized(number: int, frame: FrameType | None) -> None:
-        os.write(tell, b".")
+        os.write(resize_writer, b".")
 
-    before: list[Any] = termios.tcgetattr(stdin)
+    before = termios.tcgetattr(stdin)
     handler = signal.signal(signal.SIGWINCH, resized)
     tty.setcbreak(stdin)
     try:
-        yield _Keys(stdin, told)
+        yield _Keys(stdin, resize_reader)
     finally:
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)
         signal.signal(signal.SIGWINCH, handler)
-        os.close(told)
-        os.close(tell)
+        os.close(resize_reader)
+        os.close(resize_writer)

@@ -13,7 +13,7 @@ from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.terminal.board import Board, sparks
 
 
-def drawn(width: int, plain: bool = False) -> list[str]:
+def draw(width: int, ascii_only: bool = False) -> list[str]:
     """The board of a running chain with long values."""
     now = time.time()
     broken = (
@@ -29,7 +29,7 @@ def drawn(width: int, plain: bool = False) -> list[str]:
         StageStatus("eval", "not started"),
     ]  # fmt: skip
     curves = {("sft", "loss"): [9.0 / step for step in range(1, 400)], ("ppo", "reward"): []}
-    board, text = Board(width, live=True, plain=plain), StringIO()
+    board, text = Board(width, live=True, ascii_only=ascii_only), StringIO()
     console = Console(file=text, width=width, highlight=False, color_system=None)
     for part in (*board.whole(stages), board.curves(curves)):
         assert part is not None
@@ -39,28 +39,28 @@ def drawn(width: int, plain: bool = False) -> list[str]:
 
 @pytest.mark.parametrize("width", [80, 140])
 def test_board_at_terminal_widths(width: int) -> None:
-    lines = drawn(width)
+    lines = draw(width)
     text = "\n".join(lines)
     assert max(map(len, lines)) <= width
     assert "…" not in text
     for words in ("took 12 h 30 min", "12000/12000", "4200/12000", "25 h 1 min left", "loss 0.51", "4181522"):
         assert words in text
     unfolded = " ".join(text.split())
-    assert "sft 2 interruptions: 2 preempted; the last: preempted at step 4100 on node12, 2 h ago" in unfolded
-    assert "ppo waits for sft and reward (25 h 1 min left)" in unfolded
-    assert "reward last step 11 min ago" in unfolded
+    assert "sft 2 interruptions: 2 preempted; latest: preempted at step 4100 on node12, 2 h ago" in unfolded
+    assert "ppo waiting for sft and reward (25 h 1 min left)" in unfolded
+    assert "reward latest step 11 min ago" in unfolded
     assert ("━━━─────── 4200/12000 35%" in text and "accuracy 0.71" in text) == (width == 140)
 
 
 def test_narrow_board_drops_whole_columns() -> None:
-    lines = drawn(50)
+    lines = draw(50)
     assert max(map(len, lines)) <= 50
     assert lines[0].split() == ["stage", "state", "progress", "time"]
     assert lines[2].split() == ["reward", "running", "4200/12000", "25", "h", "1", "min", "left"]
 
 
 def test_ascii_terminal_gets_only_ascii() -> None:
-    assert "\n".join(drawn(140, plain=True)).isascii()
+    assert "\n".join(draw(140, ascii_only=True)).isascii()
 
 
 def test_sparkline_averages_equal_parts() -> None:

@@ -1,33 +1,32 @@
-"""The same prompts, answered by the models of a run."""
+"""The responses of a run's models to the same prompts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from hpc_rlhf.observe.format import number
 from hpc_rlhf.observe.summary import final_samples
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import BASE, EVALUATION, POLICIES, STAGE_NAMES
 
-# In the order in which they stand side by side.
+# Titles of the models, in the order shown.
 MODELS = {
     "start": "before training",
     **{
         name: kind.title if name == kind.name else f"{name.upper()} of {kind.title}"
         for name, kind in POLICIES.items()
     },
-    "reference": "the data's own answer",
+    "reference": "the data's own response",
 }
-SHOWN = 24
-_LONGEST = 2_000  # characters of a prompt or an answer
+MAX_EXCHANGES = 24
+_MAX_CHARACTERS = 2_000  # of a prompt or response
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A model's answer, and what the reward model gives for it; empty where it was not asked."""
+class Response:
+    """A model's response and its reward; the reward is empty if there is none."""
 
     model: str
     text: str
@@ -36,28 +35,29 @@ class Answer:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A prompt and its answers."""
+    """A prompt and the responses to it."""
 
     prompt: str
-    answers: list[Answer]
+    responses: list[Response]
 
 
 def read_exchanges(run: RunDir) -> list[Exchange]:
-    """What the evaluation compared; before there is one, what PPO and DPO answered at their end."""
+    """The exchanges of the evaluation; before there is one, those at the end of the last stages."""
     rows = list(_evaluated(run)) or list(_final(run))
     return [
         Exchange(
-            _cut(_asked(prompt)),
+            _cut(_displayed(prompt)),
             [
-                Answer(words, _cut(answers[name]), number(rewards[name]) if name in rewards else "")
-                for name, words in MODELS.items()
-                if name in answers
+                Response(title, _cut(texts[name]), number(rewards[name]) if name in rewards else "")
+                for name, title in MODELS.items()
+                if name in texts
             ],
         )
-        for prompt, answers, rewards in rows[:SHOWN]
+        for prompt, texts, rewards in rows[:MAX_EXCHANGES]
     ]
 
 
+# A prompt, and the responses and rewards of each model.
 _Row = tuple[str, dict[str, str], dict[str, float]]
 
 
@@ -68,7 +68,7 @@ def _evaluated(run: RunDir) -> Iterator[_Row]:
         return
     for line in lines:
         try:
-            row: dict[str, Any] = json.loads(line)
+            row = json.loads(line)
         except ValueError:
             continue
         yield row["prompt"], row["answers"], row["rewards"]
@@ -77,23 +77,21 @@ def _evaluated(run: RunDir) -> Iterator[_Row]:
 def _final(run: RunDir) -> Iterator[_Row]:
     for stage in STAGE_NAMES:
         for row in final_samples(run, stage):
-            said = {BASE.name: row.get("sft_answer"), stage: row.get("answer")}
+            texts = {BASE.name: row.get("sft_answer"), stage: row.get("answer")}
             rewards = {BASE.name: row.get("sft_reward"), stage: row.get("reward")}
-            answers = {name: text.strip() for name, text in said.items() if text is not None}
             yield (
                 row["prompt"],
-                answers,
+                {name: text.strip() for name, text in texts.items() if text is not None},
                 {name: value for name, value in rewards.items() if value is not None},
             )
 
 
-def _asked(prompt: str) -> str:
-    """A prompt as people read it: without the call to answer, and of a single question without the speaker's name."""
-    said = prompt.strip().removesuffix("Assistant:").strip()
-    return said.removeprefix("Human:").strip() if said.count("Human:") == 1 else said
+def _displayed(prompt: str) -> str:
+    """A prompt without the marks of its format: no trailing `Assistant:`, no `Human:` before a single question."""
+    text = prompt.strip().removesuffix("Assistant:").strip()
+    return text.removeprefix("Human:").strip() if text.count("Human:") == 1 else text
 
 
 def _cut(text: str) -> str:
-    return (
-        text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text) - _LONGEST:,} more characters)"
-    )
+    hidden = len(text) - _MAX_CHARACTERS
+    return text if hidden <= 0 else f"{text[:_MAX_CHARACTERS]} … ({hidden:,} more characters)"
