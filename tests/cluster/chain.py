@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.events import Failed, Hang
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from tests.cluster import config
@@ -108,9 +109,9 @@ class Chain(Watched):
         def holds_or_never() -> bool:
             if holds():
                 return True
-            events = list(Ledger(self.run.ledger).events())
-            hung = {each.attempt for each in events if each.name == "hang"}  # its peers fail, each its way
-            failed = [each for each in events if each.name == "failed" and each.attempt not in hung]
+            history = list(Ledger(self.run.ledger).events())
+            hung = {event.attempt for event in history if isinstance(event, Hang)}  # its peers fail as well
+            failed = [event for event in history if isinstance(event, Failed) and event.attempt not in hung]
             if failed and event != "failed":
                 raise ClusterError(f"a stage failed before {what}")
             if self.is_done(stage) and not holds():
