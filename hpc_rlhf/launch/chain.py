@@ -23,8 +23,8 @@ class Outcome:
 
     Attributes:
         stage: the stage.
-        did: submitted it, requeued it under its own id, found it live, found it done, left it stopped for the user, or
-            left it to wait for a stage that is stopped.
+        did: submitted it, requeued it under its own id, found it live, found it done, left it stopped for the
+            user, or left it to wait for a stage that is stopped.
         job_id: its job; None if it has none now.
         detail: Slurm's state of a live job, or the reason.
     """
@@ -36,7 +36,7 @@ class Outcome:
 
 
 def require_slurm() -> None:
-    """Raise HpcRlhfError unless Slurm answers: a job announced without Slurm would be searched for from then on."""
+    """Raise HpcRlhfError unless Slurm answers: a job announced without it would be searched for ever after."""
     hint = "submit from a login node of the cluster, or run it here without Slurm: hpc-rlhf run FILE"
     if not commands.available():
         raise HpcRlhfError("Slurm's commands are not on PATH", hint=hint)
@@ -56,8 +56,8 @@ class Chain:
         plan: the run's plan; its scripts are in the run directory.
         jobs: those that exist already.
         by: who submits jobs, for the ledger: the user (`person`) or heal.
-        ids: the live job of each stage, including jobs submitted or requeued since, and the jobs of stages that another
-            run of a sweep trains for this one.
+        ids: the live job of each stage, including jobs submitted or requeued since, and the jobs of stages
+            that another run of a sweep trains for this one.
         sent: the jobs submitted since, by stage.
         posted: the sentinels submitted since.
     """
@@ -83,7 +83,7 @@ class Chain:
         return tuple(self.ids[need] for need in job.needs if not manifest.is_done(self.run.stage(need)))
 
     def behind(self, job: PlannedJob) -> tuple[str, ...]:
-        """The jobs of other runs that must end before a stage's own can start, because of the sweep's limit."""
+        """The jobs of other runs that must end before a stage's own, because of the sweep's limit."""
         if any(self.run.lender(need) is None for need in job.needs):
             return ()  # a stage of its own run comes first, and waits for them
         if self._before is None:
@@ -91,7 +91,7 @@ class Chain:
         return self._before
 
     def borrow(self, job: PlannedJob) -> Outcome | None:
-        """The state of a stage that another run of the sweep trains for this one; None for a stage of its own."""
+        """The state of a stage that another run of the sweep trains; None for a stage of this run's own."""
         lender = self.run.lender(job.stage)
         if lender is None:
             return None
@@ -193,5 +193,5 @@ class Chain:
             raise HpcRlhfError(
                 f"the sentinel was refused: {error.message}",
                 where=f"stages.{job.stage}.slurm.heal",
-                hint="give it a partition, account or qos that accepts a job of one CPU, or set slurm.heal.enabled to false",
+                hint="set a partition, account or qos that accepts one-CPU jobs, or slurm.heal.enabled: false",
             ) from error

@@ -1,4 +1,4 @@
-"""Repairs a chain: judges how its stages ended, retries those that another attempt can help, and restores dependencies."""
+"""Repairs a chain: judges how its stages ended, retries those worth retrying, and restores dependencies."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _HELD = ("launch_failed_requeued_held", "launch failed requeued held")
 def heal(run: RunDir, by_sentinel: bool = False) -> list[Outcome]:
     """Make every stage of a run continue, in the order of the plan.
 
-    A stage with a complete model is done, whatever Slurm reports, and stages that wait for it are released. A queued or
-    running one keeps its job, and gets a sentinel and the right dependencies. One that ended without its model is
-    retried, under its own job id if Slurm still has it.
+    A stage with a complete model is done, whatever Slurm reports, and stages that wait for it are released. A
+    queued or running one keeps its job, and gets a sentinel and the right dependencies. One that ended
+    without its model is retried, under its own job id if Slurm still has it.
 
     Args:
         run: a run that was submitted.
-        by_sentinel: stop where another attempt would not help. The user instead makes a new start: earlier failures no
-            longer count.
+        by_sentinel: stop where another attempt would not help. The user instead makes a new start: earlier
+            failures no longer count.
 
     Raises:
         HpcRlhfError: there is no Slurm here, the run was never submitted, or another process works on it.
@@ -203,7 +203,7 @@ class _StageHealer:
             return Outcome(self._stage, "requeued", job_id)
 
     def _excluded(self, verdict: Retry) -> str | None:
-        """The nodes that the spec and the verdict exclude, as a host list; None if they are the same as before."""
+        """The nodes to exclude, of the spec and the verdict, as a host list; None if they are as before."""
         before = self._history().last(Retried)
         if verdict.without == (before.without if before else ()):
             return None

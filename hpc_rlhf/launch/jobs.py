@@ -1,7 +1,7 @@
 """Finds a run's jobs from the ledger and Slurm together.
 
-Every call of sbatch is announced in the ledger with a token, which the job has in its comment. So a job whose id was
-never recorded, because the submitting process died, is still found and adopted.
+Every call of sbatch is announced in the ledger with a token, which the job has in its comment. So a job whose
+id was never recorded, because the submitting process died, is still found and adopted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import QueuedJob
 
-# An sbatch whose parent was killed may still be talking to the controller; it gives up after about this many seconds.
+# Seconds after which an sbatch that outlived its parent no longer waits for the controller.
 _IN_FLIGHT = 10.0
 
 
@@ -109,8 +109,8 @@ def _mark(token: str) -> str:
 
 
 def _submissions(ledger: Ledger) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, bool]]]:
-    """The stage and token of every known job id; and for every token without an answer its stage, and whether it is the
-    stage's latest: whoever announces another one has waited for it."""
+    """The stage and token of every known job id; and for every token without an answer its stage, and whether
+    it is the stage's latest: whoever announces another one has waited for it."""
     submitted: dict[str, tuple[str, str]] = {}
     unanswered: dict[str, tuple[str, bool]] = {}
     for event in ledger.events():

@@ -1,7 +1,7 @@
 """Dependencies between the runs of a sweep: shared stages, and the limit on how many run at the same time.
 
-With a limit of N, a run's first jobs wait until the jobs of the N-th run before it have ended, successfully or not, and its
-sentinels too, which may still continue it.
+With a limit of N, a run's first jobs wait until the jobs of the N-th run before it have ended, successfully
+or not, and its sentinels too, which may still continue it.
 """
 
 from __future__ import annotations

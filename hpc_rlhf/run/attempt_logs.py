@@ -11,19 +11,20 @@ from typing import Any
 from hpc_rlhf.run.layout import StageDir
 
 TAIL_BYTES = 1 << 16
-# The first line of the batch script, which also adds it to the rank logs of earlier attempts: a requeued job continues in
-# the same files. The line before it may be incomplete.
+# The first line of the batch script, which also adds it to the rank logs of earlier attempts: a requeued job
+# continues in the same files. The line before it may be incomplete.
 _ATTEMPT = re.compile(r"hpc-rlhf: attempt (\d+) of job .*\n?")
 
 
 @dataclass(frozen=True)
 class AttemptLogs:
-    """The logs of one attempt of a job, found by marks in them, because the clocks of two machines may differ.
+    """The logs of one attempt of a job, found by marks in them, because machines' clocks may differ.
 
     Attributes:
         files: the stage's.
         job_id: the job's.
-        restart: how often the job had been requeued before this attempt; None for the last attempt whose script ran.
+        restart: how often the job had been requeued before this attempt; None for the last attempt whose
+            script ran.
     """
 
     files: StageDir
@@ -45,7 +46,7 @@ class AttemptLogs:
 
 
 def own_part(text: str, restart: int | None) -> str:
-    """An attempt's part of a log: what follows its mark, or what precedes all marks if the first is a later attempt's.
+    """An attempt's part of a log: what follows its mark, or precedes the mark of a later one.
 
     Args:
         restart: how often the job had been requeued before the attempt; None for the last one.

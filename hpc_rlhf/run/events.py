@@ -1,8 +1,8 @@
 """The events of a run's ledger, one dataclass each, and how they turn into JSON and back.
 
-The names and fields on disk are a format: run directories of other versions are read and resumed. So a reader skips
-unknown events and unknown fields, and a missing field has its default. The first line of a docstring is the
-description in docs/run-directory.md.
+The names and fields on disk are a format: run directories of other versions are read and resumed. So a reader
+skips unknown events and unknown fields, and a missing field has its default. The docstrings of the events are
+their descriptions in docs/run-directory.md.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Cancelled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Ended(Event):
-    """how an attempt without an artifact ended; progress: it saved a new step; seen: time of its last step, by its clock"""
+    """how an unfinished attempt ended; progress: it saved a new step; seen: time of its last step"""
 
     name = "ended"
     job_id: str | None = _omitted(None)
@@ -228,8 +228,8 @@ class RetryRequested(Event):
 KINDS: dict[str, type[Event]] = {
     kind.name: kind
     for kind in (
-        Submitting, Submitted, Refused, Started, Resumed, Ready, Saved, Stopping, Requeued, Interrupted, Hang, Failed,
-        Cancelled, Finished, Ended, Retried, Stopped, RetryRequested,
+        Submitting, Submitted, Refused, Started, Resumed, Ready, Saved, Stopping, Requeued, Interrupted, Hang,
+        Failed, Cancelled, Finished, Ended, Retried, Stopped, RetryRequested,
     )
 }  # fmt: skip
 

@@ -146,8 +146,8 @@ def _by_ledger(attempt: StageHistory) -> _Cause | None:
 def _by_slurm(job: JobRecord | None, logs: Logs, attempt: StageHistory) -> _Cause | None:
     """Slurm's reason, where it gives one.
 
-    A rank's own failure outweighs a preemption: from 26.05 on, srun sends the other ranks the signal of a preemption
-    when one has failed.
+    A rank's own failure outweighs a preemption: from 26.05 on, srun sends the other ranks the signal of a
+    preemption when one has failed.
     """
     if job is not None and job.state in _BY_STATE:
         cause: _Cause | None = _Cause(_BY_STATE[job.state], node=job.failed_node)

@@ -20,7 +20,7 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder. What is written there replaces the file when the block succeeds."""
+    """A temporary path in the same folder, which replaces the file when the block succeeds."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         yield partial

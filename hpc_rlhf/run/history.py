@@ -38,7 +38,7 @@ _STATES = (*OUTCOMES, Submitting, Submitted, Started, Retried, RetryRequested)
 
 @dataclass(frozen=True)
 class StageHistory:
-    """A stage's events, or a part of them, in the order written. Their times are no order: machines' clocks differ."""
+    """A stage's events, or a part of them, in the order written, which counts more than machines' clocks."""
 
     events: Sequence[Event] = ()
 
@@ -76,7 +76,7 @@ class StageHistory:
 
     @property
     def since_user(self) -> StageHistory:
-        """The part since the user last submitted the stage or asked for another attempt; what came before no longer counts."""
+        """The part since the user last submitted the stage or asked for another attempt."""
         by_user = [
             at
             for at, event in enumerate(self.events)
@@ -88,7 +88,7 @@ class StageHistory:
 
     @property
     def state(self) -> Event | None:
-        """The last event that changed the stage's state. A cancelled job is cancelled, however its ranks end."""
+        """The last event that changed the stage's state. Late events of a cancelled job do not."""
         state: Event | None = None
         for event in self.events:
             late = isinstance(state, Cancelled) and isinstance(event, OUTCOMES)
@@ -121,7 +121,7 @@ class StageHistory:
 
     @property
     def first_cause(self) -> Failed | None:
-        """The failure that explains the others: the first that is more than a lost connection, else the first."""
+        """The failure that explains the others: the first that is not a lost connection, or just the first."""
         failures = self.all(Failed)
         causes = [failure for failure in failures if not is_consequence(failure.message)]
         return next(iter(causes or failures), None)
@@ -171,8 +171,8 @@ class StageHistory:
 
 
 def _same_attempt(before: Event, event: Event) -> bool:
-    """Whether one event is a failure in the attempt of another. Without Slurm, ranks that have not met yet may name
-    their attempt differently."""
+    """Whether one event is a failure in the attempt of another. Without Slurm, ranks that have not met yet
+    may name their attempt differently."""
     names = [getattr(each, "attempt", "") for each in (before, event)]
     same = names[0] == names[1] or all(name.startswith("local-") for name in names)
     return isinstance(before, Failed) and same

@@ -125,7 +125,7 @@ class RunDir:
 
     @property
     def stages(self) -> list[Path]:
-        """The folders of the stages that have started, and the links to those that another run trains for this one."""
+        """The folders of the stages that have started, and links to those that another run trains."""
         folder = self.path / "stages"
         return sorted(folder.iterdir()) if folder.is_dir() else []
 

@@ -20,9 +20,9 @@ E = TypeVar("E", bound=Event)
 class Ledger:
     """Appends events and reads them back.
 
-    Every line is a single ``write`` to a file opened for append, so lines of several writers never mix on a POSIX
-    file system. A line cut short by a crash or a full disk is closed before the next one, which would otherwise be
-    lost with it.
+    Every line is a single ``write`` to a file opened for append, so lines of several writers never mix on a
+    POSIX file system. A line cut short by a crash or a full disk is closed before the next one, which would
+    otherwise be lost with it.
     """
 
     path: Path

@@ -1,4 +1,5 @@
-"""A manifest proves that a folder is complete: it lists every file with its size and SHA-256, and is written last.
+"""A manifest proves that a folder is complete: it lists every file with its size and SHA-256, and is written
+last.
 
 It also contains the SHA-256 of its own content.
 """
@@ -114,7 +115,7 @@ def require(folder: Path, what: str, deep: bool = True) -> dict[str, Any]:
         raise HpcRlhfError(
             f"{what} is not complete: {reason}",
             where=str(folder),
-            hint="let the stage that produces it finish first; this one does not train on an incomplete input",
+            hint="let the stage that produces it finish first; no stage trains on an incomplete input",
             exit_code=RUN_FAILED,
         )
     facts = read(folder)

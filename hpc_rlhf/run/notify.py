@@ -1,4 +1,4 @@
-"""Notify the user how a run ended, through the webhook of its spec. A failure to do so does not affect the run."""
+"""Reports the end of a run through the webhook of its spec. A failed report does not affect the run."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def _body(spec: JobSpec, run: RunDir, news: News, stage: str, message: str) -> d
     if spec.notify.webhook.style == "slack":
         return {"text": text}
     return {
-        "event": news, "run": spec.name, "run_dir": str(run.path), "stage": stage, "message": message, "text": text,
-        "time": round(time.time(), 3),
+        "event": news, "run": spec.name, "run_dir": str(run.path), "stage": stage, "message": message,
+        "text": text, "time": round(time.time(), 3),
     }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""Refuses a run directory into which another user could have written: ranks load pickles from it, which can run any
-code."""
+"""Refuses a run directory into which another user could have written: ranks load pickles from it, which can
+run any code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check(run: RunDir, stage: str | None = None) -> None:
             raise HpcRlhfError(
                 f"it belongs to another user (uid {facts.st_uid}), and what is in it could run as you",
                 where=str(path),
-                hint="choose a run_dir of your own; to continue from another user's model, name its folder under models",
+                hint="choose your own run_dir; to start from another user's model, name its folder under models",
             )
         if stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_IWOTH:
             raise HpcRlhfError(

@@ -37,7 +37,7 @@ def is_out_of_memory(message: str) -> bool:
 
 
 def is_consequence(message: str) -> bool:
-    """Whether a rank only lost its connection to another, which usually follows from that one's own failure."""
+    """Whether a rank only lost its connection to another one, which probably failed first."""
     return _CONNECTION.search(message) is not None and not is_out_of_memory(message)
 
 

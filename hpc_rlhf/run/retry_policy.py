@@ -1,7 +1,7 @@
 """Decides from its history whether a stage gets another attempt, when and where. Pure.
 
-These are the only retry rules. Healing and local runs ask with the judged end of the last attempt, an attempt that
-stops by itself asks before it requeues its job.
+These are the only retry rules. Healing and local runs ask with the judged end of the last attempt, an attempt
+that stops by itself asks before it requeues its job.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ _GROWTH = 4
 _LONGEST_DELAY = 3600
 _TRIES = 2
 _RECENT = 4  # endings
+_MORE_TIME = (
+    "raise slurm.time, or make a step shorter: a smaller global batch, shorter responses, or more GPUs"
+)
 
 
 class StopKind(Enum):
@@ -75,7 +78,8 @@ def decide(
         window: the stage's events since the user last submitted it (`StageHistory.since_user`).
         max_requeues: how often a stage may come back.
         backoff: seconds to wait after the first attempt without progress.
-        stopping: how the attempt that asks is about to end; without it the last ``ended`` of the window is judged.
+        stopping: how the attempt that asks is about to end; without it the last ``ended`` of the window is
+            judged.
     """
     endings = window.all(Ended)
     last = stopping or endings[-1]
@@ -86,9 +90,9 @@ def decide(
         if StageHistory(events).timeouts_in_vain >= _TRIES:
             return Stop(
                 StopKind.TIME_LIMIT_IN_VAIN,
-                f"two attempts in a row hit the time limit before they could save anything new, the last one at "
-                f"step {last.step}",
-                "raise slurm.time, or make a step shorter: a smaller global batch, shorter responses, or more GPUs",
+                "two attempts in a row hit the time limit before they could save anything new, the last one "
+                f"at step {last.step}",
+                _MORE_TIME,
             )
     if isinstance(last, Ended) and last.reason not in BLAMELESS:
         blamed = [ending for ending in endings if ending.reason not in BLAMELESS]
@@ -104,8 +108,8 @@ def decide(
     if window.requeues >= max_requeues:
         return Stop(
             StopKind.BUDGET_SPENT,
-            f"it was requeued {window.requeues} times, all that slurm.max_requeues allows; the last attempt ended by: "
-            f"{_sentence(last)}",
+            f"it was requeued {window.requeues} times, all that slurm.max_requeues allows; the last attempt "
+            f"ended by: {_sentence(last)}",
         )
     in_vain = _without_progress(endings)
     delay = min(backoff * _GROWTH ** (in_vain - 1), _LONGEST_DELAY) if in_vain else 0
@@ -134,7 +138,8 @@ def _gist(ending: Ended) -> str:
 def _bad_nodes(endings: Sequence[Ended]) -> tuple[str, ...]:
     """Nodes on which recent attempts ended more than once, for a reason that may lie in the node.
 
-    Only recent ones: over a long run every node fails some time, and a stage that may use none does not start.
+    Only recent ones: over a long run every node fails some time, and a stage that may use none does not
+        start.
     """
     blamed = [ending.node for ending in endings if ending.reason in ON_A_NODE and ending.node]
     return tuple(sorted(node for node, times in Counter(blamed[-_RECENT:]).items() if times > 1))

@@ -1,7 +1,7 @@
 """The sentinel of a stage: a small job that waits for the stage's job to fail, and then heals the chain.
 
-Its comment has the token of the stage's own submission. So a sentinel that was never recorded is still found, and rank 0
-of the stage's next attempt can replace one that was cancelled.
+Its comment has the token of the stage's own submission. So a sentinel that was never recorded is still found,
+and rank 0 of the stage's next attempt can replace one that was cancelled.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from hpc_rlhf.slurm.jobs import (
 )
 
 _TIMEOUT = 60
-# What selects the cluster and authenticates the user. Every other variable of these names describes another job, or is
-# a default that would silently override the spec.
+# What selects the cluster and authenticates the user. Every other variable of these names describes another
+# job, or is a default that would silently override the spec.
 _KEPT = frozenset({"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"})
 _PREFIXES = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_")
 
@@ -82,8 +82,8 @@ def find_record(job_id: str) -> JobRecord | None:
 def why_ended(job_id: str, restarts: int) -> StopCause:
     """Why Slurm ended a job whose ranks were told to stop.
 
-    The ranks get the same signal when a job is preempted or out of time, and then it should be requeued. A job that
-    the user cancelled must not be: Slurm would run it again.
+    The ranks get the same signal when a job is preempted or out of time, and then it should be requeued. A
+    job that the user cancelled must not be: Slurm would run it again.
 
     Args:
         restarts: how often it had been requeued when it started.
@@ -100,7 +100,7 @@ def was_preempted(job_id: str) -> bool:
 
 
 def start_and_end(job_id: str) -> tuple[float, float]:
-    """When a running job started and when its time is up, in seconds since the epoch by the controller's clock.
+    """When a running job started and when its time is up, in Unix seconds by the controller's clock.
 
     The end is infinite if Slurm does not report it.
     """
@@ -140,7 +140,7 @@ def submit(script: Path, options: Sequence[str]) -> str:
 
 
 def requeue(job_id: str) -> None:
-    """Put a running or finished job back into the queue under its own id, unless that has happened already."""
+    """Put a running or finished job back into the queue under its own id, unless it is there already."""
     try:
         with _signals_blocked():
             run(["scontrol", "requeue", job_id])
@@ -173,7 +173,7 @@ def dependency(needs: Sequence[str], behind: Sequence[str] = ()) -> str:
 
 
 def set_dependency(job_id: str, needs: Sequence[str], behind: Sequence[str] = ()) -> None:
-    """Let a pending job wait until some jobs have succeeded and others have ended; without any it is free to start."""
+    """Let a pending job wait until some jobs have succeeded and others have ended; for none, release it."""
     run(["scontrol", "update", f"JobId={job_id}", f"Dependency={dependency(needs, behind)}"])
 
 
@@ -195,8 +195,8 @@ def cancel(job_ids: Sequence[str]) -> None:
 def _signals_blocked() -> Iterator[None]:
     """Protect a command from the signals that stop a job's step.
 
-    They go to every process of the step. The command that requests a requeue may still be running when Slurm, having
-    agreed, ends the step; killed by that, it would look refused.
+    They go to every process of the step. The command that requests a requeue may still be running when Slurm,
+    having agreed, ends the step; killed by that, it would look refused.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
     try:

@@ -6,7 +6,7 @@ import math
 
 
 def seconds(text: str) -> float:
-    """A span in seconds: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; infinite for a word such as UNLIMITED."""
+    """Seconds in MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; infinite for a word such as UNLIMITED."""
     if not text[:1].isdigit():
         return math.inf
     days, dash, clock = text.rpartition("-")

@@ -11,8 +11,8 @@ from hpc_rlhf.slurm.durations import seconds
 
 # squeue shows a finished job for a few minutes (MinJobAge); in these states it has ended for good.
 ENDED = frozenset({
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
-    "TIMEOUT",
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+    "REVOKED", "TIMEOUT",
 })  # fmt: skip
 _NOTHING = ("None", "(null)")
 QUEUE_FORMAT = "%i|%T|%r|%E|%j|%k"
@@ -62,7 +62,7 @@ class JobRecord:
         nodes: a host list, such as node[1-2].
         failed_node: the node that Slurm gave up on; empty if it reports none.
         requeueable: the controller still has the job and would requeue it.
-        dependency_failed: cancelled by Slurm because a job that it waited for failed (``kill_invalid_depend``).
+        dependency_failed: cancelled by Slurm because a job that it waited for failed (kill_invalid_depend).
         restarts: how often it was requeued; None if Slurm does not report it.
     """
 
@@ -122,7 +122,7 @@ def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
 
 
 def is_preempted(fields: Mapping[str, str]) -> bool:
-    """Whether a job was preempted since its last start: a requeued job may keep the PreemptTime of an earlier attempt."""
+    """Whether a job was preempted since its last start: PreemptTime may be that of an earlier attempt."""
     time = fields.get("PreemptTime", "None")
     return time[:1].isdigit() and time >= fields.get("StartTime", "")
 

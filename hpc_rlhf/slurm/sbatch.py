@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Options that may not be passed through `slurm.extra`, because they have a field of their own or because the tool
-# needs them itself, and what to do instead.
+# Options that may not be passed through `slurm.extra`, because they have a field of their own or because the
+# tool needs them itself, and what to do instead.
 _OWNED = {
     "account": "use slurm.account",
     "array": "a stage is one job",
@@ -26,7 +26,7 @@ _OWNED = {
     "gpus-per-node": "use slurm.gpus_per_node",
     "gpus-per-task": "use slurm.gpus_per_node",
     "gres": "use slurm.gres",
-    "help": "it makes sbatch print and not submit",
+    "help": "with it sbatch only prints",
     "hold": "use `scontrol hold` on the submitted job",
     "input": "a stage reads no input",
     "job-name": "use name",
@@ -43,21 +43,21 @@ _OWNED = {
     "ntasks": "use slurm.nodes and slurm.ranks_per_node",
     "ntasks-per-gpu": "use slurm.ranks_per_node",
     "ntasks-per-node": "use slurm.ranks_per_node",
-    "open-mode": "logs are always appended to, since a requeued stage goes on writing them",
+    "open-mode": "logs are always appended to, because a requeued stage continues them",
     "output": "logs are in the run directory; `hpc-rlhf logs` shows them",
-    "parsable": "the tool reads sbatch's answer",
+    "parsable": "the tool parses sbatch's output",
     "partition": "use slurm.partition",
     "qos": "use slurm.qos",
-    "quiet": "the tool reads sbatch's answer",
+    "quiet": "the tool parses sbatch's output",
     "requeue": "stages are always requeueable; slurm.max_requeues bounds it",
     "reservation": "use slurm.reservation",
     "signal": "use slurm.signal_seconds",
     "test-only": "use `hpc-rlhf submit --dry-run`",
     "time": "use slurm.time",
-    "usage": "it makes sbatch print and not submit",
-    "verbose": "the tool reads sbatch's answer",
-    "version": "it makes sbatch print and not submit",
-    "wait": "the tool reads sbatch's answer",
+    "usage": "with it sbatch only prints",
+    "verbose": "the tool parses sbatch's output",
+    "version": "with it sbatch only prints",
+    "wait": "the tool parses sbatch's output",
     "wrap": "the tool writes the script",
 }
 
@@ -66,13 +66,13 @@ def refuse_owned(option: str) -> str:
     """A long sbatch option that may be passed through.
 
     Raises:
-        ValueError: it is not written as one, or the tool owns it; the text says what to do instead.
+        ValueError: it is not a long option, or the tool owns it; the message says what to do instead.
     """
     if not re.fullmatch("[a-z][a-z0-9]*(-[a-z0-9]+)*", option) or len(option) == 1:
         raise ValueError(
             "give the long name of an sbatch option without its leading dashes, such as `switches`"
         )
     for owned, instead in _OWNED.items():
-        if owned.startswith(option):  # sbatch takes the beginning of an option for the whole
+        if owned.startswith(option):  # sbatch accepts abbreviated options
             raise ValueError(f"hpc-rlhf owns sbatch's --{owned}: {instead}")
     return option

@@ -66,7 +66,8 @@ class StageTime:
     Attributes:
         needs: stages that it still waits for.
         until: up to when its time is accounted for; None before it was submitted.
-        phase: what it has been doing since: wait (for the queue, a stage or the user), start, work, or save before a stop.
+        phase: what it has been doing since: wait (for the queue, a stage or the user), start, work, or save
+            before a stop.
         needs_user: only the user can submit it again.
         attempt: name of the running attempt.
         last: time of that attempt's last event.

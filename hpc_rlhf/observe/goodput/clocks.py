@@ -1,6 +1,7 @@
 """A common time for events that several machines wrote, whose clocks may be wrong. Pure.
 
-The order of a ledger's lines is right whatever their times are: a line comes after those that were there before it.
+The order of a ledger's lines is right whatever their times are: a line comes after those that were there
+before it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Clock:
         self.now = -math.inf
 
     def events(self) -> Iterator[tuple[Event, float]]:
-        """The events in order, each with its time in Unix seconds, which is not before that of the one before."""
+        """The events in order, each with its time in Unix seconds, which never decreases."""
         for event, writer in zip(self._ledger, self._writers, strict=True):
             time = self.corrected(writer, event.time)
             if time < self.now - _CLOCKS_DIFFER and not writer.startswith(_NO_ATTEMPT):
@@ -78,8 +79,9 @@ def _lines(events: Sequence[Event], writers: Sequence[str]) -> list[_Lines]:
 def _corrections(lines: Sequence[_Lines]) -> dict[str, float]:
     """Seconds to add to the times of writers with a wrong clock: the smallest that make them fit the others'.
 
-    The clocks taken to be wrong are those that contradict most others. Of two that contradict only each other, it is the
-    one without which the run is shorter, since an extra day is more likely a wrong clock than a day of waiting.
+    The clocks taken to be wrong are those that contradict most others. Of two that contradict only each
+    other, it is the one without which the run is shorter, since an extra day is more likely a wrong clock
+    than a day of waiting.
     """
     off: dict[str, float] = {}
     right, wrong = list(lines), []
@@ -119,7 +121,7 @@ def _length(lines: Sequence[_Lines], without: str) -> float:
 
 
 def _fitting(lines: Sequence[_Lines], who: str, off: Mapping[str, float], unknown: Collection[str]) -> float:
-    """The smallest correction that fits a writer's lines between those around them; if none does, after those above."""
+    """The smallest correction that fits a writer's lines between the others, else after those above."""
     least, most, before, after = -math.inf, math.inf, -math.inf, math.inf
     known = [each for each in lines if each[0] == who or each[0] not in unknown]
     for writer, first, last in known:

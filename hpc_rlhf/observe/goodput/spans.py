@@ -1,7 +1,7 @@
 """Where the time of a stage or a run went, and what interrupted it.
 
-ETTR, the effective training time ratio, is that of Meta's "Revisiting Reliability in Large-Scale Machine Learning
-Research Clusters" (arXiv 2410.21680): productive time / wall-clock in the allocation.
+ETTR, the effective training time ratio, is that of Meta's "Revisiting Reliability in Large-Scale Machine
+Learning Research Clusters" (arXiv 2410.21680): productive time / wall-clock in the allocation.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ class Spans:
     """Where the seconds went. Every moment from the first ``submitted`` or ``started`` on is in one span.
 
     Attributes:
-        waiting: it could not run: a stage that it needs was not done, or it was stopped until the user submitted it again.
+        waiting: it could not run: a stage that it needs was not done, or it was stopped until the user
+            submitted it again.
         queued: it could run, but no attempt was running.
-        starting: from the start of rank 0's process until the attempt's first step, including a stage's measurements
-            before its first step.
+        starting: from the start of rank 0's process until the attempt's first step, including a stage's
+            measurements before its first step.
         productive: work on steps that were kept, and on exporting the model.
-        lost: work that was or will be repeated: all after the place from which the next attempt resumed, or, if there
-            is none yet, after the last place saved.
+        lost: work that was or will be repeated: all after the place from which the next attempt resumed, or,
+            if there is none yet, after the last place saved.
         saving: training stood still for a checkpoint, or for the last one before a stop.
     """
 

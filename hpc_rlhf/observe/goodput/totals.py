@@ -1,4 +1,4 @@
-"""Where a run's time went, from its ledger: how much produced steps that were kept, and what interrupted it. Pure."""
+"""Where a run's time went, from its ledger: how much produced kept steps, and what interrupted it. Pure."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ def measure(
 ) -> dict[str, Goodput]:
     """Where the time of each stage went.
 
-    Clocks of machines differ, and may step. The order of the events outranks their times: the times of an attempt are
-    corrected by as much as its clock is wrong, so no span is negative, and none is a day too long.
+    Clocks of machines differ, and may step. The order of the events outranks their times: the times of an
+    attempt are corrected by as much as its clock is wrong, so no span is negative, and none is a day too
+    long.
 
     Args:
         events: the ledger's, in the order written.
         needs: the stages that each stage waits for.
         at_work: stages with a running attempt; that of any other stage is over.
         queued: stages that will run without the user doing anything.
-        now: Unix seconds up to which the time of those two is counted; that of others ends at their last event.
+        now: Unix seconds up to which the time of those two is counted; that of others ends at their last
+            event.
     """
     stages = {stage: StageTime(set(needs[stage])) for stage in needs}
     clock = Clock(events, now)
@@ -69,4 +71,5 @@ def split_words(spans: Spans) -> str:
     names = ("productive", "starting", "lost", "saving")
     parts = ", ".join(f"{name} {duration(getattr(spans, name))}" for name in names)
     outside = ", ".join(f"{name} {duration(getattr(spans, name))}" for name in ("queued", "waiting"))
-    return f"ETTR {spans.ettr:.2f} of {duration(spans.allocated)} in the allocation: {parts}; outside it: {outside}"
+    allocated = duration(spans.allocated)
+    return f"ETTR {spans.ettr:.2f} of {allocated} in the allocation: {parts}; outside it: {outside}"
