@@ -99,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Open /dev/null for standard streams that were closed (`>&-`), so that no other file takes their descriptors."""
+    """Open /dev/null for closed standard streams (`>&-`), so that no file takes their descriptors."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  open until the process ends

@@ -14,7 +14,8 @@ from hpc_rlhf.launch.cancel import cancel
 def command(run: str) -> None:
     """Cancel all queued and running jobs of RUN, a run directory or job file.
 
-    For a sweep, the jobs of all its runs are cancelled. Checkpoints are kept: submit the same file again to resume.
+    For a sweep, the jobs of all its runs are cancelled. Checkpoints are kept: submit the same file again to
+    resume.
     """
     runs = find_runs(run)
     # Later runs of a sweep may depend on earlier ones: cancel the dependents first.

@@ -20,8 +20,8 @@ from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
 def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
     """Check job specs and list every error.
 
-    Each error is one line, FILE:LINE:COLUMN: FIELD: ERROR (HINT). The exit code is 2 if there are any. All runs of a
-    sweep are checked.
+    Each error is one line, FILE:LINE:COLUMN: FIELD: ERROR (HINT). The exit code is 2 if there are any. All
+    runs of a sweep are checked.
     """
     checked = {file: _check(file, sets) for file in files}
     if as_json:
@@ -39,11 +39,14 @@ def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], a
 
 def _check(file: str, sets: tuple[str, ...]) -> tuple[tuple[Problem, ...], str]:
     """The errors of a spec, and the verdict if there are none."""
-    from hpc_rlhf.launch.auto import load
-    from hpc_rlhf.spec.sweep import Sweep
+    from hpc_rlhf.spec.sweep import Sweep, load_any, specs_of
 
     try:
-        spec = load(file, sets)
+        spec = load_any(file, sets)
+        if any(one.autos for one in specs_of(spec)):
+            from hpc_rlhf.launch.auto import load  # estimates are slow to import
+
+            spec = load(file, sets)
     except SpecError as error:
         return error.problems, ""
     return (), f"ok, {spec.told}" if isinstance(spec, Sweep) else "ok"

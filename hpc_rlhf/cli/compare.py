@@ -41,14 +41,15 @@ def command(runs: tuple[str, ...], by: str | None, as_json: bool) -> None:
 
     Each RUN is a run directory or a job file; a sweep stands for all its runs.
 
-    By default, runs are ranked by the evaluated reward of their final model. If they have different reward models,
-    whose scales do not compare, they are ranked by win rate. Without evaluations, they are ranked by the main training
-    metric, such as ppo.reward: measured at the end of training, or averaged over the last tenth of the steps. Runs
-    that differ only in their seed are also summarized together.
+    By default, runs are ranked by the evaluated reward of their final model. If they have different reward
+    models, whose scales do not compare, they are ranked by win rate. Without evaluations, they are ranked by
+    the main training metric, such as ppo.reward: measured at the end of training, or averaged over the last
+    tenth of the steps. Runs that differ only in their seed are also summarized together.
 
-    --json prints `by`, the metric that they are ranked by; `judges`, the number of different reward models; `runs`,
-    the best first; and `over_seeds`. A run has name, path, state, the `values` of the fields that differ, and all its
-    `numbers`, each with value, low and high. The bounds of the interval are null if unknown.
+    --json prints `by`, the metric that they are ranked by; `judges`, the number of different reward models;
+    `runs`, the best first; and `over_seeds`. A run has name, path, state, the `values` of the fields that
+    differ, and all its `numbers`, each with value, low and high. The bounds of the interval are null if
+    unknown.
     """
     folders = list({run.path: run for argument in runs for run in find_runs(argument)}.values())
     comparison = compare(folders, by)
@@ -105,7 +106,7 @@ def _over_seeds_table(groups: Sequence[OverSeeds], by: str) -> RenderableType:
 
 
 def _metrics(comparison: Comparison) -> list[str]:
-    """The metrics of the table in order: the one ranked by, then those of evaluations, then those of training."""
+    """The metrics of the table: the one ranked by first, then evaluation, then training."""
     known = dict.fromkeys(name for run in comparison.runs for name in run.numbers)
     evaluated = [name for name in EVALUATED if name in known]
     trained = [name for name in reversed(known) if name not in EVALUATED]

@@ -20,8 +20,8 @@ _UNLIMITED = 10_000
 def print_parts(draw: Callable[[int, bool, bool], Iterable[RenderableType]]) -> None:
     """Print the renderables of ``draw(width, live, ascii_only)`` to stdout.
 
-    In a pipe ``width`` is practically unlimited: lines are neither wrapped, cut nor padded, and have no colour. On a
-    terminal, text with ``no_wrap`` is left for the terminal to wrap, so that it can be copied.
+    In a pipe ``width`` is practically unlimited: lines are neither wrapped, cut nor padded, and have no
+    colour. On a terminal, text with ``no_wrap`` is left for the terminal to wrap, so that it can be copied.
     """
     from rich.console import Console
 

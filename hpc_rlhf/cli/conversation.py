@@ -44,7 +44,7 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def respond(self, prompt: str) -> Generator[str, None, None]:
-        """Stream the response. What was streamed becomes part of the conversation, even if the rest is not read."""
+        """Stream the response. What was read of it becomes part of the conversation."""
         self.turns.append(("human", prompt))
         lost = self.model.forgotten(self.turns, self.max_tokens)
         if lost:

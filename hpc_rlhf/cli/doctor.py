@@ -35,13 +35,13 @@ def command(
 ) -> None:
     """Check that this machine and the cluster can run FILE; without FILE, only what every run needs.
 
-    The checks cover Python and packages, torch and DeepSpeed, Slurm's settings, the hub, whether the stages fit the
-    GPUs that slurm.gpu names, and the run directory. Each line has a level (ok, warning or error), the check, the
-    finding and, below it, the fix. The exit code is 1 if there is an error. For a sweep, the hub is checked for all
-    runs, everything else for the first.
+    The checks cover Python and packages, torch and DeepSpeed, Slurm's settings, the hub, whether the stages
+    fit the GPUs that slurm.gpu names, and the run directory. Each line has a level (ok, warning or error),
+    the check, the finding and, below it, the fix. The exit code is 1 if there is an error. For a sweep, the
+    hub is checked for all runs, everything else for the first.
 
-    --json prints the list `findings`, each with check, level, said (the finding), cure (the fix) and where, and the
-    counts `errors` and `warnings`.
+    --json prints the list `findings`, each with check, level, said (the finding), cure (the fix) and where,
+    and the counts `errors` and `warnings`.
     """
     spec = load(file, sets) if file is not None else None
     specs = specs_of(spec) if spec is not None else ()

@@ -33,8 +33,9 @@ def command(
 ) -> None:
     """Evaluate the models of RUN, a run directory or job file, on held-out data.
 
-    Runs the eval stage on this machine, unless it is already done with the same settings, and prints the results. A
-    spec without that stage is evaluated with its defaults. Ctrl-C saves and stops; the same command resumes.
+    Runs the eval stage on this machine, unless it is already done with the same settings, and prints the
+    results. A spec without that stage is evaluated with its defaults. Ctrl-C saves and stops; the same
+    command resumes.
     """
     from hpc_rlhf.launch.prepare import evaluated_otherwise
     from hpc_rlhf.observe.evaluation import read_report

@@ -33,13 +33,13 @@ _WIDE = 100  # terminal columns that have room for every column of the table
 def command(folders: tuple[Path, ...], as_json: bool) -> None:
     """List the runs that you started, or those in each DIR, the most recently active first.
 
-    DIR is searched two folders deep. Your own runs are recorded in ~/.local/state/hpc-rlhf/runs (XDG_STATE_HOME), one
-    path per line; those whose directory is gone are left out.
+    DIR is searched two folders deep. Your own runs are recorded in ~/.local/state/hpc-rlhf/runs
+    (XDG_STATE_HOME), one path per line; those whose directory is gone are left out.
 
-    The state shown is that of the most important stage: one that failed, else one that runs, else one that waits.
-    --json prints a list of runs, each with name, path, state, stage, why, done (the number of finished stages) and
-    stages (their total); step, total_steps and left (seconds of work left) of that stage; and updated, the time of the
-    last activity. Unknown values are null.
+    The state shown is that of the most important stage: one that failed, else one that runs, else one that
+    waits. --json prints a list of runs, each with name, path, state, stage, why, done (the number of finished
+    stages) and stages (their total); step, total_steps and left (seconds of work left) of that stage; and
+    updated, the time of the last activity. Unknown values are null.
     """
     for folder in folders:
         if not folder.is_dir():

@@ -52,8 +52,9 @@ def command(
 ) -> None:
     """Print the log of a STAGE of RUN, a run directory or job file; by default of the latest stage.
 
-    After the log of a failed stage, the cause is printed on stderr. --json prints the location of the log instead: stage, rank,
-    files, and as trouble the reason, message, rank, node and step of the failure, or null.
+    After the log of a failed stage, the cause is printed on stderr. --json prints the location of the log
+    instead: stage, rank, files, and as trouble the reason, message, rank, node and step of the failure, or
+    null.
     """
     run_dir = find_run(run)
     if attempt is not None:

@@ -29,12 +29,13 @@ from hpc_rlhf.spec.sweep import Sweep, lenders, specs_of
 def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     """Show the jobs of FILE, their memory on each GPU and how long they take.
 
-    Times are estimates from the FLOP/s and bandwidths of the GPU that slurm.gpu names; the assumptions are printed
-    with them. For a sweep, it shows which run trains which stages, and the jobs, memory and times of the first run.
+    Times are estimates from the FLOP/s and bandwidths of the GPU that slurm.gpu names; the assumptions are
+    printed with them. For a sweep, it shows which run trains which stages, and the jobs, memory and times of
+    the first run.
 
-    --json also has `auto`, what was chosen where FILE says auto, and on a Slurm cluster `starts`, when Slurm expects
-    the stages without dependencies to start. For a sweep, it has the list `runs` with the plan of each, its `values`,
-    and as `shared` the runs whose stages it uses, by stage.
+    --json also has `auto`, what was chosen where FILE says auto, and on a Slurm cluster `starts`, when Slurm
+    expects the stages without dependencies to start. For a sweep, it has the list `runs` with the plan of
+    each, its `values`, and as `shared` the runs whose stages it uses, by stage.
     """
     choices: list[Choice] = []
     spec = load(file, sets, choices.append)

@@ -18,10 +18,10 @@ from hpc_rlhf.spec.sweep import load_any, specs_of
 def command(file: Path, sets: tuple[str, ...]) -> None:
     """Download the hub models and data sets of FILE into the cache.
 
-    Run it where there is a network, such as on a login node, with HF_HOME on a file system that all nodes share. Of a
-    model, only the files needed to load it are downloaded. Jobs that find everything in the cache do not contact the
-    hub (HF_HUB_OFFLINE=1). Run it again to resume a download and to fetch updates. For a sweep, it downloads
-    everything that any run needs.
+    Run it where there is a network, such as on a login node, with HF_HOME on a file system that all nodes
+    share. Of a model, only the files needed to load it are downloaded. Jobs that find everything in the cache
+    do not contact the hub (HF_HUB_OFFLINE=1). Run it again to resume a download and to fetch updates. For a
+    sweep, it downloads everything that any run needs.
     """
     required = items(*specs_of(load_any(file, sets)))
     for fetched in prefetch(required):

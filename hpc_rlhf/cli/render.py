@@ -22,8 +22,8 @@ from hpc_rlhf.spec.sweep import Sweep
 def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
     """Write the sbatch script, DeepSpeed config and hostfile template of every stage of FILE.
 
-    Templates in a folder `templates` beside FILE override the built-in ones. Each run of a sweep gets its own folder
-    in --out.
+    Templates in a folder `templates` beside FILE override the built-in ones. Each run of a sweep gets its own
+    folder in --out.
     """
     spec = load(file, sets)
     specs = {out / name: one for name, one in spec.specs.items()} if isinstance(spec, Sweep) else {out: spec}

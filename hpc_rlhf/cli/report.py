@@ -20,9 +20,9 @@ from hpc_rlhf.cli.arguments import example, find_run, writing
 def command(run: str, out: Path | None) -> None:
     """Write the report of RUN, a run directory or job file, as one HTML file and print its path.
 
-    The report has the outcome, where the time of each stage and attempt went, training curves, the evaluation,
-    responses side by side, the spec and the versions. It is self-contained and needs no network, so you can mail it.
-    A run updates its report after each stage.
+    The report has the outcome, where the time of each stage and attempt went, training curves, the
+    evaluation, responses side by side, the spec and the versions. It is self-contained and needs no network,
+    so you can mail it. A run updates its report after each stage.
     """
     from hpc_rlhf.observe.report import write_report
 

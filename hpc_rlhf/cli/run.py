@@ -32,8 +32,8 @@ from hpc_rlhf.spec.job import JobSpec
 def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile: Path | None) -> None:
     """Run a spec's stages on this machine, without Slurm.
 
-    All ranks that the spec asks for start here. Ctrl-C saves and stops; the same command resumes. Finished stages are
-    skipped. The runs of a sweep run one after the other.
+    All ranks that the spec asks for start here. Ctrl-C saves and stops; the same command resumes. Finished
+    stages are skipped. The runs of a sweep run one after the other.
     """
     from hpc_rlhf.cli.plan_tables import print_choice
     from hpc_rlhf.launch.auto import load

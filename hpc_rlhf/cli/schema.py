@@ -13,8 +13,8 @@ from hpc_rlhf.cli.arguments import example
 def command() -> None:
     """Print the JSON Schema of a job spec, for editors.
 
-    Save it and put `# yaml-language-server: $schema=PATH` at the top of a spec. An editor with the YAML language
-    server then completes fields, shows their descriptions and marks errors.
+    Save it and put `# yaml-language-server: $schema=PATH` at the top of a spec. An editor with the YAML
+    language server then completes fields, shows their descriptions and marks errors.
     """
     from hpc_rlhf.spec.schema import json_schema
 

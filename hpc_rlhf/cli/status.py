@@ -20,18 +20,19 @@ from hpc_rlhf.run.layout import RunDir
 def command(run: str, as_json: bool) -> None:
     """Show the progress of the stages of RUN, a run directory or job file.
 
-    The time left is estimated from the pace of the latest steps, without time in the queue. Below the table are what
-    each stage waits for, what interrupted it, and where the time went. ETTR, the effective training time ratio, is
-    productive time / time in the allocation, over all attempts of all stages. A sweep's runs are shown one per line,
-    as by `list`.
+    The time left is estimated from the pace of the latest steps, without time in the queue. Below the table
+    are what each stage waits for, what interrupted it, and where the time went. ETTR, the effective training
+    time ratio, is productive time / time in the allocation, over all attempts of all stages. A sweep's runs
+    are shown one per line, as by `list`.
 
-    --json prints the list `stages` and the run's total `goodput`. Each stage has `stage`, `state`, `why`, `job_id`,
-    `attempts`, `step`, `total_steps`, `left` (seconds of work left), `numbers` (latest loss, reward and so on; the
-    first of them also as `metric` and `value`) and `updated` (when the latest step was done). Unknown values are null.
-    Its `goodput` has the seconds waiting (for another stage or the user), queued, starting, productive (kept work),
-    lost (work done again) and saving (training paused); `wall`, their sum; `ettr`; and `interruptions`, each with
-    reason, time, node, step, and the seconds lost and spent restarting. The run's goodput sums over stages, which may
-    run in parallel. For a sweep, --json prints what `list --json` does.
+    --json prints the list `stages` and the run's total `goodput`. Each stage has `stage`, `state`, `why`,
+    `job_id`, `attempts`, `step`, `total_steps`, `left` (seconds of work left), `numbers` (latest loss, reward
+    and so on; the first of them also as `metric` and `value`) and `updated` (when the latest step was done).
+    Unknown values are null. Its `goodput` has the seconds waiting (for another stage or the user), queued,
+    starting, productive (kept work), lost (work done again) and saving (training paused); `wall`, their sum;
+    `ettr`; and `interruptions`, each with reason, time, node, step, and the seconds lost and spent
+    restarting. The run's goodput sums over stages, which may run in parallel. For a sweep, --json prints what
+    `list --json` does.
     """
     runs = find_runs(run)
     if len(runs) > 1:

@@ -29,8 +29,8 @@ from hpc_rlhf.spec.sweep import Sweep
 def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
     """Submit the stages of FILE to Slurm.
 
-    Submitting the same file again attaches to the run: stages that are done, queued or running are left alone. The
-    runs of a sweep are submitted together; a stage that several of them share is trained once.
+    Submitting the same file again attaches to the run: stages that are done, queued or running are left
+    alone. The runs of a sweep are submitted together; a stage that several of them share is trained once.
     """
     spec = load(file, sets, print_choice)
     if isinstance(spec, Sweep):

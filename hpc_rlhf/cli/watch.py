@@ -16,8 +16,8 @@ from hpc_rlhf.errors import HpcRlhfError
 def command(run: str) -> None:
     """Show the progress of RUN, a run directory or job file, live on the terminal. Press q or Ctrl-C to quit.
 
-    The display has the stages and their curves from the first step to the latest. It refreshes every two seconds and
-    queries Slurm four times a minute.
+    The display has the stages and their curves from the first step to the latest. It refreshes every two
+    seconds and queries Slurm four times a minute.
     """
     run_dir = find_run(run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":

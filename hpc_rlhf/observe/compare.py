@@ -42,10 +42,11 @@ class Compared:
     Attributes:
         name: its folder's name.
         path: its directory.
-        values: its values of the fields in which the runs differ, by path; null in a stage that it does not have.
+        values: its values of the fields in which the runs differ, by path; null in a stage that it does not
+            have.
         state: done, or the state and name of its most important stage.
-        numbers: its metrics. Those of its final model's evaluation: reward, win_rate, …; those of a stage's training,
-            such as ppo.reward: measured at its end, or averaged over the last tenth of its steps.
+        numbers: its metrics. Those of its final model's evaluation: reward, win_rate, …; those of a stage's
+            training, such as ppo.reward: measured at its end, or averaged over the last tenth of its steps.
         judge: the folder of its reward model; None if it trains none.
     """
 
@@ -95,8 +96,8 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
     """Compare runs.
 
     Args:
-        by: the metric to rank by. By default the evaluated reward of the final model, or its win rate if the runs have
-            different reward models; without evaluations, the main metric of training.
+        by: the metric to rank by. By default the evaluated reward of the final model, or its win rate if the
+            runs have different reward models; without evaluations, the main metric of training.
 
     Raises:
         HpcRlhfError: a spec cannot be read, or no run has the metric.
@@ -163,8 +164,8 @@ def _relevant(spec: JobSpec) -> dict[str, Any]:
 
 
 def _differing(facts: Sequence[dict[str, Any]]) -> list[str]:
-    """The paths of the fields that differ; a mapping that only some have is one field. Evaluation settings are left out,
-    since the metrics show whether a run was evaluated."""
+    """The paths of the fields that differ; a mapping that only some have is one field. Evaluation settings
+    are left out, since the metrics show whether a run was evaluated."""
     flat = [dict(_flat(one)) for one in facts]
     paths = dict.fromkeys(path for one in flat for path in one)
     partly = tuple(f"{path}." for path in paths if any(other.startswith(f"{path}.") for other in paths))

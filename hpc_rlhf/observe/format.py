@@ -21,7 +21,7 @@ def number(value: float | None) -> str:
 
 
 def ago(seconds: float) -> str:
-    """Such as: just now, 12 min ago, 3 h ago, 5 d ago. A negative time, from a clock that is behind, is just now."""
+    """Such as: just now, 12 min ago, 3 h ago, 5 d ago. Negative times (clock skew) are just now."""
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length * (2 if unit == "d" else 1):
             return f"{int(seconds // length)} {unit} ago"

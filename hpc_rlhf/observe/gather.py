@@ -1,4 +1,5 @@
-"""Gather what is known about a run: its plan, ledger, artifacts and metrics on disk, and its jobs in Slurm."""
+"""Gather what is known about a run: its plan, ledger, artifacts and metrics on disk, and its jobs in
+Slurm."""
 
 from __future__ import annotations
 

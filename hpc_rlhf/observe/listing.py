@@ -16,7 +16,8 @@ from hpc_rlhf.run.layout import RunDir
 # States of a stage, the most important first: a run has the state of its most important stage.
 _BY_IMPORTANCE = (
     "failed", "stopped", "refused", "stuck", "cancelled", "unknown", "interrupted",
-    "running", "starting", "stopping", "completing", "suspended", "requeued", "pending", "waiting", "not started",
+    "running", "starting", "stopping", "completing", "suspended", "requeued", "pending", "waiting",
+    "not started",
 )  # fmt: skip
 _DEPTH = 2  # how deep a folder is searched for runs
 
@@ -28,7 +29,8 @@ class RunLine:
     Attributes:
         name: the run's.
         path: its directory.
-        state: done, or that of its most important stage: one that failed, else one that runs, else one that waits.
+        state: done, or that of its most important stage: one that failed, else one that runs, else one that
+            waits.
         stage: that stage; None if the run is done.
         why: more about the state; may be empty.
         done: number of finished stages.

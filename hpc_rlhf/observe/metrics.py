@@ -62,7 +62,7 @@ def _rows(text: str, kind: str) -> list[Row]:
 
 
 def read_latest(path: Path, stage: str, share: float) -> str:
-    """The end of a metrics file with at least the last ``share`` of the stage's steps; empty if it cannot be read."""
+    """The end of a metrics file with at least the last ``share`` of the steps; empty if unreadable."""
     limit = TAIL_BYTES
     text = read_tail(path, limit)
     while True:

@@ -53,8 +53,8 @@ def test_watch_redraws_on_resize_and_quits_on_a_key(run: RunDir, ending: bytes) 
     environ = {name: value for name, value in environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     before = termios.tcgetattr(theirs)
     with subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ, process_group=None, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ,
+        process_group=None, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     ) as watch:  # fmt: skip
         text = read_until(mine, "q to quit")
         assert "█" in text

@@ -32,13 +32,15 @@ SETUP = ["module load cuda", "export NCCL_DEBUG=WARN"]
 CASES: dict[str, dict[str, Any]] = {
     # One GPU, every option left to the cluster, bf16 without ZeRO.
     "defaults": {"slurm": {"gpus_per_node": 1}, "stages": {"sft": {"zero": 0}}},
-    # Several nodes, ZeRO-3 with offload, a frozen model beside the trained one. No sentinels, so that failures send mail.
+    # Several nodes, ZeRO-3 with offload, a frozen model beside the trained one. No sentinels, so that
+    # failures send mail.
     "multi-node-without-heal": {
         "slurm": {"nodes": 8, "gpus_per_node": 8, "cpus_per_gpu": 8, "heal": {"enabled": False}},
         "stages": {"sft": {}, "dpo": {"zero": 3, "offload_params": True, "offload_optimizer": True}},
         "notify": {"mail": "me@example.org"},
     },
-    # Every option that a site may need, setup lines, tensor parallelism. A sentinel on its own partition sends mail.
+    # Every option that a site may need, setup lines, tensor parallelism. A sentinel on its own partition
+    # sends mail.
     "site-options": {
         "slurm": {
             **{name: f"my-{name}" for name in ("partition", "account", "qos", "reservation", "constraint")},

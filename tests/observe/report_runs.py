@@ -19,7 +19,8 @@ from tests.train.stages import tiny_spec
 
 VERSIONS = {"hpc-rlhf": "0.1.0", "commit": "0123456789ab", "torch": "2.13.0", "deepspeed": "0.19.8"}
 # What nobody should be able to do to a reader of the report.
-HOSTILE = """</script></p><script>alert('x')</script><img src=x onerror="alert(1)">&lt;b&gt; {{ 7 * 7 }} \u202eabc שלום 😀"""
+HOSTILE = """</script></p><script>alert('x')</script><img src=x onerror="alert(1)">&lt;b&gt; {{ 7 * 7 }}
+\u202eabc שלום 😀"""
 _BEGAN = 1_700_000_000.0
 _SUMMARIES: dict[str, dict[str, float]] = {
     "sft": {"perplexity_before": 512.3, "perplexity_after": 3.456},
@@ -32,8 +33,9 @@ _SUMMARIES: dict[str, dict[str, float]] = {
         "kl_last": 0.31,
     },
 }
-_PPO = ("reward", "reward_std", "kl", "entropy", "ratio", "approx_kl", "clipfrac", "value_clipfrac", "eos_rate",
-        "answer_tokens", "actor_loss", "critic_loss", "explained_variance", "kl_coef", "actor_lr")  # fmt: skip
+_PPO = ("reward", "reward_std", "kl", "entropy", "ratio", "approx_kl", "clipfrac", "value_clipfrac",
+        "eos_rate", "answer_tokens", "actor_loss", "critic_loss", "explained_variance", "kl_coef",
+        "actor_lr")  # fmt: skip
 _NAMES = {
     "sft": ("loss", "lr", "grad_norm"),
     "reward": ("loss", "accuracy", "margin", "lr", "grad_norm"),
@@ -113,8 +115,8 @@ def _write_stage(
     for attempt in range(interruptions + 1):
         name = f"{job}-{attempt}"
         clock[0] += 30
-        ledger.append(Started(stage, attempt=name, job_id=str(job), restart=attempt, ranks=2, host=f"node{attempt}",
-                      age=4.0, versions=VERSIONS))  # fmt: skip
+        ledger.append(Started(stage, attempt=name, job_id=str(job), restart=attempt, ranks=2,
+                      host=f"node{attempt}", age=4.0, versions=VERSIONS))  # fmt: skip
         clock[0] += 10
         ledger.append(Ready(stage, attempt=name, step=len(rows)))
         for step in range(len(rows) + 1, min(steps, len(rows) + share) + 1):

@@ -239,7 +239,10 @@ def test_unusable_paths_are_one_message(
 
 def test_report_imports_nothing_heavy(run: RunDir) -> None:
     heavy = "torch", "deepspeed", "transformers", "datasets"
-    code = f"import sys; from hpc_rlhf.cli import main; main(['report', sys.argv[1]]); print([m for m in {heavy!r} if m in sys.modules])"
+    code = (
+        "import sys; from hpc_rlhf.cli import main; main(['report', sys.argv[1]]); "
+        f"print([name for name in {heavy!r} if name in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=True
     )

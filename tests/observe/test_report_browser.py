@@ -27,10 +27,11 @@ _MISPLACED = """() => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode, parent = node.parentElement;
-    if (!node.data.trim() || parent.closest("script, style, noscript, title, pre, .wide") || !parent.checkVisibility()) continue;
-    const range = document.createRange();
+    if (!node.data.trim() || parent.closest("script, style, noscript, title, pre, .wide") ||
+    !parent.checkVisibility()) continue; const range = document.createRange();
     range.selectNodeContents(node);
-    for (const box of range.getClientRects()) if (box.width > 1) boxes.push({ box, text: node.data.trim().slice(0, 40) });
+    for (const box of range.getClientRects()) if (box.width > 1) boxes.push({ box, text:
+    node.data.trim().slice(0, 40) });
   }
   boxes.sort((a, b) => a.box.top - b.box.top);
   const found = [];
@@ -39,7 +40,8 @@ _MISPLACED = """() => {
     if (box.left < -1 || box.right > wide + 1) found.push(`out of the page: ${text}`);
     for (const other of boxes.slice(at + 1)) {
       if (other.box.top > box.bottom - 4) break;
-      if (other.box.left < box.right - 2 && other.box.right > box.left + 2) found.push(`${text} | ${other.text}`);
+      if (other.box.left < box.right - 2 && other.box.right > box.left + 2) found.push(`${text} |
+      ${other.text}`);
     }
   });
   return found;

@@ -215,8 +215,8 @@ def test_status_verb_shows_interruptions_and_goodput(run: RunDir) -> None:
     assert lines[6:] == [
         "ppo  runs after sft and reward",
         "",
-        "ETTR 0.71 of 1 min 24 s in the allocation: productive 1 min 0 s, starting 20 s, lost 4 s, saving 0 s; "
-        "outside it: queued 6 s, waiting 0 s",
+        "ETTR 0.71 of 1 min 24 s in the allocation: productive 1 min 0 s, starting 20 s, lost 4 s, "
+        "saving 0 s; outside it: queued 6 s, waiting 0 s",
     ]
     status = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
     sft = status["stages"][0]["goodput"]

@@ -77,10 +77,11 @@ def _make_chart(plot: Plot, rows: Sequence[Row], held_out: Sequence[Row]) -> Cha
 
 
 def thin(curves: Sequence[Values], most: int = MAX_POINTS) -> list[int]:
-    """The indices of the points to draw of curves over the same steps, in order; all if there are at most ``most``.
+    """The indices of the points to draw of curves over the same steps, in order; all if there are at most
+    ``most``.
 
-    Keeps the first and last point, and each curve's minimum and maximum in each of ``most / 2`` equal intervals, so
-    that no spike is lost.
+    Keeps the first and last point, and each curve's minimum and maximum in each of ``most / 2`` equal
+    intervals, so that no spike is lost.
     """
     length = len(curves[0]) if curves else 0
     if length <= most:

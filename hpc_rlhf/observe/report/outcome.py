@@ -13,7 +13,8 @@ from hpc_rlhf.spec.stages import BASE, POLICIES, kind_of
 
 # States of a stage that will go on without the user.
 _ACTIVE = frozenset({
-    "running", "pending", "waiting", "requeued", "starting", "completing", "configuring", "not started", "stopping"
+    "running", "pending", "waiting", "requeued", "starting", "completing", "configuring", "not started",
+    "stopping",
 })  # fmt: skip
 _PHRASES = {
     "failed": "has failed",

@@ -51,7 +51,7 @@ def leave_report(run: RunDir) -> None:
 
 
 def make_page(run: RunDir) -> str:
-    """The report as HTML. All text from users and models is escaped, and only the report's own scripts can run."""
+    """The report as HTML. Text from users and models is escaped, and only our own scripts can run."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     scripts = [_read("uplot/uPlot.iife.min.js"), _read("page.js")]

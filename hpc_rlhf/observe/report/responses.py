@@ -87,7 +87,7 @@ def _final(run: RunDir) -> Iterator[_Row]:
 
 
 def _displayed(prompt: str) -> str:
-    """A prompt without the marks of its format: no trailing `Assistant:`, no `Human:` before a single question."""
+    """A prompt without its trailing `Assistant:`, and if it has one turn, without its `Human:`."""
     text = prompt.strip().removesuffix("Assistant:").strip()
     return text.removeprefix("Human:").strip() if text.count("Human:") == 1 else text
 

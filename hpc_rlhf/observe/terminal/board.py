@@ -1,4 +1,5 @@
-"""A run at a glance: a table of its stages, notes on what each waits for or was interrupted by, and sparklines."""
+"""A run at a glance: a table of its stages, notes on what each waits for or was interrupted by, and
+sparklines."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ class Board:
         return table if table.row_count else None
 
     def curves(self, values: Mapping[tuple[str, str], Sequence[float]]) -> RenderableType | None:
-        """A sparkline for each (stage, metric), from its first value to its last; None before the first step."""
+        """A sparkline for each (stage, metric), from first to last value; None before the first step."""
         from rich.text import Text
 
         table = grid(*[""] * 5)

@@ -1,4 +1,5 @@
-"""The progress of `hpc-rlhf run`: live bars on a terminal, plain lines elsewhere. Reads only the run directory."""
+"""The progress of `hpc-rlhf run`: live bars on a terminal, plain lines elsewhere. Reads only the run
+directory."""
 
 from __future__ import annotations
 

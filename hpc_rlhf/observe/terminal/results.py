@@ -1,4 +1,5 @@
-"""The results of a finished run on the terminal: stages, evaluation, sample responses and the next commands."""
+"""The results of a finished run on the terminal: stages, evaluation, sample responses and the next
+commands."""
 
 from __future__ import annotations
 
