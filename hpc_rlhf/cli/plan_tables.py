@@ -105,7 +105,7 @@ def print_memory(estimates: dict[str, Memory | HpcRlhfError]) -> None:
             continue
         for number, (part, size) in enumerate(memory.parts.items()):
             rows.append(("" if number else stage, part, _gib(size), ""))
-        rows.append(("", f"total, in its {memory.fullest}", _gib(memory.held), ""))
+        rows.append(("", f"total at the peak ({memory.fullest})", _gib(memory.held), ""))
         if memory.gpu is not None and memory.left is not None:
             verdict = "DOES NOT FIT" if memory.left < 0 else "" if memory.fits else "TIGHT"
             rows.append(("", f"free of a GPU's {_gib(memory.gpu)}", _gib(memory.left), verdict))
