@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpc_rlhf.run import reasons as causes
+from hpc_rlhf.run.events import Ended, Saved
 from hpc_rlhf.run.ledger import Ledger
 from tests.cluster import ClusterError
 from tests.cluster.chain import Chain
@@ -222,12 +223,12 @@ class Front:
         blamed = [
             index
             for index, event in enumerate(events)
-            if event.name == "ended" and event.reason not in causes.BLAMELESS
+            if isinstance(event, Ended) and event.reason not in causes.BLAMELESS
         ]
         if not blamed:
             return True
         before, after = (
-            max((event.step for event in part if event.name == "saved"), default=0)
+            max((event.step for event in part if isinstance(event, Saved)), default=0)
             for part in (events[: blamed[-1]], events[blamed[-1] :])
         )
         return after > before

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hpc_rlhf.run.events import Ended, Finished, Interrupted, Requeued, Resumed, Started
 from hpc_rlhf.run.ledger import Ledger
 from tests.cluster.chain import Watched
 from tests.storm.storm import STAGES, Storm, Struck
@@ -34,23 +35,23 @@ def interruptions(chain: Watched, stage: str) -> list[Interruption]:
     """One for each attempt with another after it, in order; of one without a word the reason is empty."""
     attempts: list[list[Any]] = []
     for event in Ledger(chain.run.ledger).events(stage):
-        if event.name == "started":
+        if isinstance(event, Started):
             attempts.append([])
         if attempts:
             attempts[-1].append(event)
     found = []
     for number, events in enumerate(attempts, 1):
-        if any(event.name == "finished" for event in events) or number == len(attempts):
+        if any(isinstance(event, Finished) for event in events) or number == len(attempts):
             continue
         later = [event for events in attempts[number:] for event in events]
         name = events[0].attempt
         told = [
             event
             for event in [*events, *(late for late in later if getattr(late, "attempt", None) == name)]
-            if event.name in ("requeued", "ended", "interrupted") and getattr(event, "attempt", name) == name
+            if isinstance(event, Requeued | Ended | Interrupted) and getattr(event, "attempt", name) == name
         ]
         last = told[-1] if told else None
-        resumed = next((event.step for event in later if event.name == "resumed"), 0)
+        resumed = next((event.step for event in later if isinstance(event, Resumed)), 0)
         lost = max(0, getattr(last, "step", 0) - resumed)
         found.append(
             Interruption(
