@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -32,7 +31,7 @@ PROGRAM_SAYS = (
 )  # fmt: skip
 
 
-def _settings(args: Mapping[str, Any]) -> PpoSpec:
+def _settings(args: Mapping[str, object]) -> PpoSpec:
     for field in PROGRAM_SAYS:
         if field in args:
             raise HpcRlhfError(
@@ -85,8 +84,8 @@ class DeepSpeedRLHFEngine:
     """
 
     def __init__(
-        self, actor_model_name_or_path: str, critic_model_name_or_path: str, tokenizer: Any = None,
-        num_total_iters: int = 1000, args: Mapping[str, Any] | None = None, *,
+        self, actor_model_name_or_path: str, critic_model_name_or_path: str, tokenizer: object = None,
+        num_total_iters: int = 1000, args: Mapping[str, object] | None = None, *,
         max_prompt_tokens: int = 256, max_answer_tokens: int = 256, seed: int = 1234,
     ) -> None:  # fmt: skip
         self.spec = _settings(args or {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.layout import RunDir
@@ -54,7 +53,7 @@ class Plan:
         """The stages that others start from."""
         return frozenset(need for job in self.jobs for need in job.needs)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {
             "name": self.name,
             "run_dir": str(self.run.path),
@@ -84,7 +83,7 @@ def make_plan(spec: JobSpec) -> Plan:
     return Plan(spec.name, run, tuple(jobs), spec.notify.mail)
 
 
-def _job_dict(job: PlannedJob) -> dict[str, Any]:
+def _job_dict(job: PlannedJob) -> dict[str, object]:
     batch = asdict(job.batch)
     return {
         "stage": job.stage,

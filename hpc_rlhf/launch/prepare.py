@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.lock import hold
@@ -96,7 +95,7 @@ def prepare(
     return plan
 
 
-def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, Any, Any]]:
+def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, object, object]]:
     """Fields that differ, each as (dotted path, old value, new value).
 
     A stage's Slurm settings are the top-level ones with its own over them, so the top-level ones are
@@ -108,7 +107,7 @@ def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, Any, Any]]:
     )
 
 
-def _walk(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+def _walk(path: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from _walk(f"{path}.{key}" if path else key, old.get(key), new.get(key))
@@ -178,7 +177,7 @@ def _is_sharing(path: str) -> bool:
     return parts[0] == "stages" and (sized or (len(parts) == 3 and parts[2] in _SHARES))
 
 
-def _same_steps(changes: list[tuple[str, Any, Any]], old: JobSpec) -> str:
+def _same_steps(changes: list[tuple[str, object, object]], old: JobSpec) -> str:
     """How a stage may go on with another number of ranks."""
     stages = sorted({path.split(".")[1] for path, _, _ in changes if _is_sharing(path)})
     wanted = [
@@ -197,7 +196,7 @@ def _is_evaluation(path: str) -> bool:
     return path.split(".")[:2] == ["stages", EVALUATION.name]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = "unset" if value is None else str(value)
     return text if len(text) <= 60 else text[:57] + "…"
 

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan, PlannedJob
@@ -131,7 +131,7 @@ class Templates:
             ) from error
 
 
-def _batch_differences(config: Mapping[str, Any], batch: Batch) -> list[str]:
+def _batch_differences(config: Mapping[str, object], batch: Batch) -> list[str]:
     """Where a DeepSpeed config has other batch sizes, each in words. What it leaves out, DeepSpeed derives."""
     micro, accumulation, total = (
         "train_micro_batch_size_per_gpu",

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean, stdev
-from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.evaluation import read_report
@@ -52,7 +51,7 @@ class Compared:
 
     name: str
     path: str
-    values: dict[str, Any]
+    values: dict[str, object]
     state: str
     numbers: dict[str, Number]
     judge: str | None
@@ -86,7 +85,7 @@ class OverSeeds:
         mean, std: of the metric that runs are ranked by; the standard deviation is null for a single run.
     """
 
-    values: dict[str, Any]
+    values: dict[str, object]
     runs: int
     mean: float
     std: float | None
@@ -132,7 +131,7 @@ def over_seeds(comparison: Comparison) -> list[OverSeeds]:
         return []
     by = comparison.by
 
-    def rest(run: Compared) -> dict[str, Any]:
+    def rest(run: Compared) -> dict[str, object]:
         return {path: value for path, value in run.values.items() if path != "seed"}
 
     ranked = [run for run in comparison.runs if by in run.numbers]
@@ -154,7 +153,7 @@ def compares_scores(comparison: Comparison) -> bool:
     return metric in kind.scores
 
 
-def _relevant(spec: JobSpec) -> dict[str, Any]:
+def _relevant(spec: JobSpec) -> dict[str, object]:
     """The fields of a spec that may affect the results of its run."""
     facts = spec.model_dump(mode="json", exclude=_IGNORED)
     for stage in facts["stages"].values():
@@ -163,7 +162,7 @@ def _relevant(spec: JobSpec) -> dict[str, Any]:
     return facts
 
 
-def _differing(facts: Sequence[dict[str, Any]]) -> list[str]:
+def _differing(facts: Sequence[dict[str, object]]) -> list[str]:
     """The paths of the fields that differ; a mapping that only some have is one field. Evaluation settings
     are left out, since the metrics show whether a run was evaluated."""
     flat = [dict(_flat(one)) for one in facts]
@@ -178,7 +177,7 @@ def _differing(facts: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _flat(facts: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(facts: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
     for key, value in facts.items():
         below = f"{path}.{key}" if path else key
         if isinstance(value, dict) and value:
@@ -187,7 +186,7 @@ def _flat(facts: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
             yield below, value
 
 
-def _at(facts: Any, path: str) -> Any:
+def _at(facts: object, path: str) -> object:
     """The value at a path; None if there is none."""
     for key in path.split("."):
         facts = facts.get(key) if isinstance(facts, dict) else None

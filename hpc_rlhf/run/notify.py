@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
@@ -93,7 +93,7 @@ def address(webhook: WebhookSpec) -> str:
     return url
 
 
-def _body(spec: JobSpec, run: RunDir, news: News, stage: str, message: str) -> dict[str, Any]:
+def _body(spec: JobSpec, run: RunDir, news: News, stage: str, message: str) -> dict[str, object]:
     assert spec.notify.webhook is not None
     phrase = {
         "finished": "is finished",
@@ -109,7 +109,7 @@ def _body(spec: JobSpec, run: RunDir, news: News, stage: str, message: str) -> d
     }  # fmt: skip
 
 
-def _post(url: str, body: dict[str, Any]) -> None:
+def _post(url: str, body: dict[str, object]) -> None:
     for pause in (*_PAUSES, None):
         request = urllib.request.Request(
             url,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import EXTENDS
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> dict[str, object]:
     """The schema of the models, and of `extends`, which is gone once a spec is loaded."""
     schema = JobSpec.model_json_schema()
     required = schema.pop("required")

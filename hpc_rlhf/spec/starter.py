@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hpc_rlhf.spec.stages import STAGE_KINDS, StageKind
 from hpc_rlhf.spec.stages.recipes import Recipe
 from hpc_rlhf.spec.yaml_source import Mark, parse_yaml
@@ -93,7 +91,7 @@ def write_starter(
     return text + "\n".join(blocks)
 
 
-def _stage(number: int, kind: StageKind, fields: dict[str, Any], explained: set[str]) -> str:
+def _stage(number: int, kind: StageKind, fields: dict[str, object], explained: set[str]) -> str:
     lines = [f"  # {number}. {kind.summary}", f"  {kind.name}:"]
     for key, value in fields.items():
         comment = _FIELD_COMMENTS.get(key) if key not in explained else None
@@ -103,7 +101,7 @@ def _stage(number: int, kind: StageKind, fields: dict[str, Any], explained: set[
     return "\n".join(lines) + "\n"
 
 
-def _scalar(value: Any) -> str:
+def _scalar(value: object) -> str:
     """A value as a person writes it in YAML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_scalar(item)}" for key, item in value.items()) + "}"

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from hpc_rlhf.errors import Problem, SpecError
 from hpc_rlhf.spec.cluster import SIZE
@@ -39,7 +38,7 @@ class Member:
     """
 
     name: str
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     spec: JobSpec
 
 
@@ -242,7 +241,7 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
     return short
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """A value as a part of a folder's name."""
     plain = value if isinstance(value, str) else json.dumps(value)
     return _cut(re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-") or "none", _LONGEST)

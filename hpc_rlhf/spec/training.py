@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -11,7 +11,7 @@ from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.fields import AUTO, SPAN, Fraction, Model, Name, NonNegative, Positive, Rate, Span
 
 
-def _cadence(raw: Any) -> Any:
+def _cadence(raw: object) -> object:
     if isinstance(raw, int) and not isinstance(raw, bool) and 1 <= raw < 2**31:
         return raw
     if raw == "auto" or (isinstance(raw, str) and re.fullmatch(SPAN, raw)):
@@ -19,7 +19,7 @@ def _cadence(raw: Any) -> Any:
     raise ValueError("must be a number of steps, a time such as 10 min, or auto")
 
 
-def _or_auto(**schema: Any) -> WithJsonSchema:
+def _or_auto(**schema: object) -> WithJsonSchema:
     """What a person may write of a field for which a number is chosen where they write auto."""
     return WithJsonSchema({"anyOf": [schema, {"const": AUTO}]})
 

@@ -62,7 +62,7 @@ SCALES = {
     ),
     "tiny": Scale(
         {
-            "vocab_size": 128, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
+            "vocab_size": 300, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2,
             "num_attention_heads": 2, "word_embed_proj_dim": 32, "max_position_embeddings": 128,
         },
         prompts=6, new_tokens=6, rows=4, sequences=4, longest=16, steps=2, side=128,

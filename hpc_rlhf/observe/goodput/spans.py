@@ -7,7 +7,6 @@ Learning Research Clusters" (arXiv 2410.21680): productive time / wall-clock in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Goodput:
     interruptions: tuple[Interruption, ...] = ()
     stretches: tuple[Stretch, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As `status --json` shows it."""
         spans = {name: round(getattr(self.spans, name), 3) for name in SPANS}
         ettr = self.spans.ettr
@@ -118,6 +117,6 @@ class Goodput:
         }
 
 
-def _rounded(each: Interruption) -> dict[str, Any]:
+def _rounded(each: Interruption) -> dict[str, object]:
     facts = {"reason": each.reason, "time": round(each.time, 3), "node": each.node, "step": each.step}
     return {**facts, "lost": round(each.lost, 3), "starting": round(each.starting, 3)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
 
 DEPLOYMENTS = ("single_gpu", "single_node", "multi_node")
 
@@ -26,7 +25,7 @@ class Recipe:
     deployment: str
     nodes: int
     gpus_per_node: int
-    stages: dict[str, dict[str, Any]]
+    stages: dict[str, dict[str, object]]
 
     @property
     def machine(self) -> str:
