@@ -120,7 +120,7 @@ def architecture(models: ModelsSpec, role: str) -> Architecture:
 _known: dict[str, Architecture | str] = {}
 
 
-def architectures(configs: Sequence[Mapping[str, Any]]) -> list[Architecture | str]:
+def architectures(configs: Sequence[Mapping[str, object]]) -> list[Architecture | str]:
     """The shapes of models, each from this process's memory, the cache, or transformers; or why there are none."""
     keys = [json.dumps(config, sort_keys=True) for config in configs]
     for key in keys:
@@ -143,7 +143,7 @@ def _measure(configs: Sequence[str]) -> list[dict[str, Any]]:
         done = subprocess.run(
             command, input=f"[{','.join(configs)}]", capture_output=True, text=True, timeout=_SECONDS
         )
-        shapes: list[dict[str, Any]] = json.loads(done.stdout)
+        shapes: list[dict[str, object]] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return [{"error": f"transformers did not load within {_SECONDS} s"}] * len(configs)
     except ValueError:
@@ -174,7 +174,7 @@ def _read_cache(config: str) -> Architecture | None:
         return None
 
 
-def _write_cache(config: str, shapes: Mapping[str, Any]) -> None:
+def _write_cache(config: str, shapes: Mapping[str, object]) -> None:
     path = _cache_file(config)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def _write_cache(config: str, shapes: Mapping[str, Any]) -> None:
         pass
 
 
-def _config(ref: ModelRef, where: str) -> Mapping[str, Any]:
+def _config(ref: ModelRef, where: str) -> Mapping[str, object]:
     """What a model's config.json holds.
 
     Raises:
@@ -208,7 +208,7 @@ def _config(ref: ModelRef, where: str) -> Mapping[str, Any]:
     return config
 
 
-def _published(name: str, where: str) -> Mapping[str, Any]:
+def _published(name: str, where: str) -> Mapping[str, object]:
     """The configuration of an OPT model.
 
     Raises:

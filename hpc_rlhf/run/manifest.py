@@ -39,11 +39,11 @@ def describe(folder: Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
     return files
 
 
-def _seal(facts: dict[str, Any]) -> str:
+def _seal(facts: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+def write(folder: Path, facts: dict[str, object], files: dict[str, object] | None = None) -> None:
     """Write the manifest of every file below a folder: atomically, last, and flushed to disk.
 
     Args:

@@ -33,13 +33,13 @@ def inherit(spec: Any) -> Any:
     return _with_fields(spec, {**_fields(spec), "stages": _with_fields(_fields(spec)["stages"], stages)})
 
 
-def _last_trained(stages: Mapping[str, Any]) -> str | None:
+def _last_trained(stages: Mapping[str, object]) -> str | None:
     """The last of the given stages that trains."""
     trained = [kind.name for kind in STAGE_KINDS if kind.trains and _value(stages.get(kind.name)) is not None]
     return trained[-1] if trained else None
 
 
-def _with_slurm(stage: Any, base: Any) -> Any:
+def _with_slurm(stage: object, base: object) -> object:
     """A stage with its own Slurm settings over the top-level ones."""
     own = _fields(stage).get("slurm")
     if not _is_mapping(stage) or not (own is None or _is_mapping(own)):
@@ -48,7 +48,7 @@ def _with_slurm(stage: Any, base: Any) -> Any:
     return _with_fields(stage, {**_fields(stage), "slurm": slurm})
 
 
-def _from_training(last: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _from_training(last: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
     """The settings of the last stage that trains which the evaluation does not set itself."""
     settled = {*own, *(("offload", "offload_params") if "zero" in own else ())}
     return {
@@ -59,15 +59,15 @@ def _from_training(last: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str,
 # Nodes and plain values alike.
 
 
-def _value(tree: Any) -> Any:
+def _value(tree: object) -> object:
     return tree.value if isinstance(tree, Node) else tree
 
 
-def _is_mapping(tree: Any) -> bool:
+def _is_mapping(tree: object) -> bool:
     return isinstance(_value(tree), dict)
 
 
-def _fields(tree: Any) -> dict[str, Any]:
+def _fields(tree: object) -> dict[str, object]:
     value = _value(tree)
     return value if isinstance(value, dict) else {}
 

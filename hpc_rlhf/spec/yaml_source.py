@@ -8,6 +8,7 @@ depth, size) is bounded.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,17 +167,17 @@ class _Loader(*_BASES):  # type: ignore[misc]
         Composer.__init__(self)
         self._around: list[str | None] = []  # the anchors of the nodes around the current one
 
-    def resolve(self, kind: type, value: str | None, implicit: Any) -> Any:
+    def resolve(self, kind: type, value: str | None, implicit: Sequence[bool]) -> object:
         return _PLAIN if kind is yaml.ScalarNode and implicit[0] else super().resolve(kind, value, implicit)
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: object, index: object) -> yaml.Node:
         event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) and event.anchor in self._around:
             raise _Refused(event, f"the alias *{event.anchor} is inside its own value")
         if len(self._around) == MAX_DEPTH:
             raise _Refused(event, f"is nested more than {MAX_DEPTH} levels deep")
         self._around.append(event.anchor)
-        node: Any = super().compose_node(parent, index)
+        node: yaml.Node = super().compose_node(parent, index)
         self._around.pop()
         if isinstance(event, yaml.AliasEvent):
             node = copy(node)
@@ -194,7 +195,7 @@ class _Converter:
             int, tuple[Node, int]
         ] = {}  # collections by id, with the number of their values
 
-    def convert(self, node: Any) -> Node:
+    def convert(self, node: yaml.Node) -> Node:
         known = self._converted.get(id(node.value))
         before = self._count
         self._count += known[1] if known else 1
@@ -217,7 +218,7 @@ class _Converter:
         self._converted[id(node.value)] = converted, self._count - before
         return converted
 
-    def _mapping(self, node: Any) -> dict[str, Node]:
+    def _mapping(self, node: yaml.Node) -> dict[str, Node]:
         fields: dict[str, Node] = {}
         merged: dict[str, Node] = {}
         for key_node, value_node in node.value:
@@ -235,7 +236,7 @@ class _Converter:
             fields[key] = value
         return merged | fields
 
-    def _merge(self, value: Node, key_node: Any) -> dict[str, Node]:
+    def _merge(self, value: Node, key_node: yaml.Node) -> dict[str, Node]:
         """The fields that `<<: *base` or `<<: [*first, *second]` brings in; earlier ones win."""
         fields: dict[str, Node] = {}
         for node in value.value if isinstance(value.value, list) else [value]:
@@ -244,14 +245,14 @@ class _Converter:
             fields = node.value | fields
         return fields
 
-    def _scalar(self, node: Any) -> Scalar:
+    def _scalar(self, node: yaml.Node) -> Scalar:
         if node.tag == _PLAIN:
             return _plain_scalar(node.value)
         if node.tag != _TAG + "str":
             raise _Refused(node, f"the tag {_short(node.tag)} is not allowed in a job spec")
         return str(node.value)
 
-    def _mark(self, node: Any) -> Mark:
+    def _mark(self, node: yaml.Node) -> Mark:
         start = node.start_mark
         return (
             Mark(self._origin.source, start.line + 1, start.column + 1) if self._origin.line else self._origin

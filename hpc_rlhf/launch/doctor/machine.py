@@ -16,12 +16,12 @@ from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 _SECONDS = 240
 
 
-def ask(ops: Sequence[str]) -> dict[str, Any] | Finding:
+def ask(ops: Sequence[str]) -> dict[str, object] | Finding:
     """What ``hpc_rlhf.train.machine`` answers, in a process of its own; a finding where it gives no answer."""
     command = [sys.executable, "-m", "hpc_rlhf.train.machine", *ops]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-        facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+        facts: dict[str, object] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
     except subprocess.TimeoutExpired:
         return error(
             "torch",
@@ -80,7 +80,7 @@ def check(
     return [*findings, *_ops(facts["ops"])]
 
 
-def _gpus(facts: Mapping[str, Any], found: int, wanted: int, build: str, fine: Finding) -> Finding:
+def _gpus(facts: Mapping[str, object], found: int, wanted: int, build: str, fine: Finding) -> Finding:
     if found >= wanted:
         return fine
     if not facts["cuda"]:
@@ -96,7 +96,7 @@ def _gpus(facts: Mapping[str, Any], found: int, wanted: int, build: str, fine: F
     )
 
 
-def _ops(ops: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+def _ops(ops: Mapping[str, Mapping[str, object]]) -> list[Finding]:
     """Ops that are neither built nor can be."""
     to_build = sorted(name for name, state in ops.items() if not state["built"])
     programs = {"g++": (os.environ.get("CXX") or "c++").split()[0], "ninja": "ninja"}
