@@ -34,7 +34,7 @@ _LONGEST_VALUE = 28
     epilog=example("hpc-rlhf compare my-sweep.yaml", "hpc-rlhf compare runs/one runs/other --by ppo.kl")
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--by", metavar="NUMBER", help="Metric to rank by; --json lists them all.")
+@click.option("--by", metavar="METRIC", help="Metric to rank by; --json lists them all.")
 @json_option
 def command(runs: tuple[str, ...], by: str | None, as_json: bool) -> None:
     """Rank runs by their results, and show the fields in which they differ.
