@@ -17,7 +17,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 
 # Exit code of a sentinel that stops: its job fails, and Slurm mails the address in notify.mail.
-LEFT_TO_A_PERSON = 3
+STOPPED_FOR_GOOD = 3
 
 
 @click.command(epilog=example("hpc-rlhf heal my-job.yaml"))
@@ -49,7 +49,7 @@ def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> 
         from hpc_rlhf.observe.report import leave_report
 
         leave_report(run_dir)
-        context.exit(LEFT_TO_A_PERSON)
+        context.exit(STOPPED_FOR_GOOD)
 
 
 def _heal_sweep(runs: Sequence[RunDir], as_json: bool) -> None:
