@@ -91,8 +91,8 @@ def test_problem_is_reported_with_its_place(tmp_path: Path, old: str, new: str, 
     assert GOOD.count(old) == 1
     path = write(tmp_path, GOOD.replace(old, new))
     problems = [str(problem) for problem in problems_in(path)]
-    assert len(problems) == 1, found
-    assert problems[0].startswith(f"{path}:{expected}"), found
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(f"{path}:{expected}"), problems
 
 
 @pytest.mark.parametrize(
