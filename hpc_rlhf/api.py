@@ -1,4 +1,4 @@
-"""PPO in a program of one's own, by the names that DeepSpeed-Chat gave it; the steps are those of the ppo stage."""
+"""PPO in your own program, under DeepSpeed-Chat's names; the steps are those of the ppo stage."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.batch import Batch
-from hpc_rlhf.spec.sizes import ROWS
 from hpc_rlhf.spec.stages import PPO, PpoSpec
 from hpc_rlhf.train.data.dialogues import follow, prompt_text, token_ids
 from hpc_rlhf.train.data.rows import asked
 from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
+from hpc_rlhf.train.rewards.model import ModelReward
+from hpc_rlhf.train.rewards.source import RewardSource
+from hpc_rlhf.train.rollout.backend import RolloutBackend
 from hpc_rlhf.train.rollout.experience import Experience
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime import world as worlds
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
 from hpc_rlhf.train.stages.ppo.metrics import summarize
 from hpc_rlhf.train.stages.ppo.models import PpoModels, Start
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
 
-# Fields of a ppo stage that say how long it goes on, what it keeps and where it runs: here the program does.
-PROGRAM_SAYS = (
-    "epochs", "max_steps", "global_batch", "checkpoint_every", "mttf", "keep_checkpoints", "slurm", "ptx", "ptx_coef",
+# Fields of a ppo stage for its duration, checkpoints and placement, which here are up to the program.
+JOB_ONLY = (
+    "epochs", "max_steps", "global_batch", "checkpoint_every", "mttf", "keep_checkpoints", "slurm",
+    "ptx", "ptx_coef",
 )  # fmt: skip
 
 
 def _settings(args: Mapping[str, object]) -> PpoSpec:
-    for field in PROGRAM_SAYS:
+    for field in JOB_ONLY:
         if field in args:
             raise HpcRlhfError(
-                f"{field} is for the ppo stage of a job; in a program the program says that", where="args"
+                f"{field} is for the ppo stage of a job; in a program it is up to the program", where="args"
             )
     try:
         return PpoSpec.model_validate(dict(args))
@@ -47,13 +51,13 @@ def _settings(args: Mapping[str, object]) -> PpoSpec:
 
 
 def _check_reward_model(source: str) -> None:
-    """Refuse a model whose score head transformers would make on the spot."""
+    """Refuse a model whose score head transformers would initialize at random."""
     from transformers import AutoConfig
 
     try:
         names = AutoConfig.from_pretrained(source).architectures or []
     except (OSError, ValueError):
-        return  # loading it tells what is wrong
+        return  # loading it will report the error
     if not any(name.endswith("ForSequenceClassification") for name in names):
         raise HpcRlhfError(
             "it is no reward model: it has no score head",
@@ -63,24 +67,25 @@ def _check_reward_model(source: str) -> None:
 
 
 class DeepSpeedRLHFEngine:
-    """The four models of PPO, as DeepSpeed engines on this process's rank.
+    """The four models of PPO, as DeepSpeed engines on this rank.
 
-    Start the program on every rank, by ``deepspeed``, ``torchrun`` or ``srun``; alone, it is the only rank.
+    Start the program on every rank with ``deepspeed``, ``torchrun`` or ``srun``; started alone, it is the
+    only rank.
 
     Args:
-        actor_model_name_or_path: the fine-tuned model: the actor, and what it is held to.
-        critic_model_name_or_path: a trained reward model: the critic's start, and what scores the answers.
-        tokenizer: the tokenizer of both, or where it loads from; the actor's when left out.
-        num_total_iters: optimizer steps that the learning-rate schedule is for.
+        actor_model_name_or_path: the fine-tuned model: initializes the actor and is the reference.
+        critic_model_name_or_path: a trained reward model: initializes the critic and scores the responses.
+        tokenizer: the tokenizer of both, or where to load it from; by default the actor's.
+        num_total_iters: optimizer steps of the learning-rate schedule.
         args: fields of ``stages.ppo``, such as ``{"actor_lr": 1e-6, "zero": 3}``.
-        max_prompt_tokens, max_answer_tokens: longest prompt, and longest answer sampled.
-        seed: of the sampling.
+        max_prompt_tokens, max_answer_tokens: lengths of the longest prompt and response.
+        seed: for sampling.
 
     Attributes:
         models: the engines ``actor``, ``critic``, ``ref`` and ``reward``.
 
     Raises:
-        HpcRlhfError: a setting is wrong, or a model does not load.
+        HpcRlhfError: a setting is wrong, or a model cannot be loaded.
     """
 
     def __init__(
@@ -111,7 +116,7 @@ class DeepSpeedRLHFEngine:
         self.models = PpoModels(self.spec, start, self.tokenizer, self.world)
 
     def save_pretrained(self, folder: str) -> None:
-        """Write the actor for ``from_pretrained``, adapters merged; its moving average to ``ema`` in it. Collective."""
+        """Write the actor as a Hugging Face folder, and its moving average to ``ema`` in it. Collective."""
         target, models = Path(folder), self.models
         export(models.policy, self.tokenizer, target, self.world.is_main)
         if models.ema:
@@ -121,42 +126,64 @@ class DeepSpeedRLHFEngine:
 
 
 class DeepSpeedPPOTrainer:
-    """PPO's steps: answers to a batch of prompts, and what is learnt from them.
+    """PPO's steps: responses to a batch of prompts, and learning from them.
+
+    Args:
+        rewards: scores the responses; by default the engine's reward model.
+        backend: generates the responses; by default the training processes themselves.
 
     Attributes:
-        metrics: of the last step: reward, kl, entropy, clipfrac and the others of a ppo stage's metrics.jsonl.
+        metrics: of the last step: reward, kl, entropy, clipfrac and the others of a ppo stage's
+            metrics.jsonl.
     """
 
-    def __init__(self, engine: DeepSpeedRLHFEngine) -> None:
+    def __init__(
+        self,
+        engine: DeepSpeedRLHFEngine,
+        rewards: RewardSource | None = None,
+        backend: RolloutBackend | None = None,
+    ) -> None:
         self.engine = engine
         world, longest = engine.world, engine.max_prompt_tokens + engine.max_answer_tokens
-        sizes = Sizes(
-            engine.spec.micro_batch * longest, engine.max_answer_tokens, ROWS, float(world.dims.data)
+        budget = engine.spec.micro_batch * longest
+        self._trainer = PpoTrainer(
+            engine.spec,
+            engine.models,
+            backend or RolloutEngine(engine.models.policy, world),
+            rewards or ModelReward(engine.models.reward, world, budget),
+            engine.tokenizer.eos_token_id,
+            Sizes(budget, engine.max_answer_tokens, float(world.dims.data)),
+            world,
         )
-        self._steps = PpoTrainer(engine.spec, engine.models, engine.tokenizer, sizes, world)
         self._batches = 0
         self.metrics: dict[str, float] = {}
 
-    def generate_experience(self, prompt_batch: Sequence[str | Sequence[int]]) -> Experience:
-        """Sample an answer to each prompt, and find out what it is worth. Collective.
+    def generate_experience(
+        self,
+        prompt_batch: Sequence[str | Sequence[int]],
+        columns: Mapping[str, Sequence[object]] | None = None,
+    ) -> Experience:
+        """Sample a response to each prompt, and evaluate it. Collective.
 
         Args:
-            prompt_batch: this rank's prompts, as many as every other rank's: questions or transcripts that end with
-                ``Assistant:``, or token ids. A longer one than max_prompt_tokens is cut at the left. Under
-                tensor_parallel, the ranks of a group give the same ones.
+            prompt_batch: this rank's prompts, as many as on every other rank: questions, transcripts that end
+                with ``Assistant:``, or token ids. A prompt longer than max_prompt_tokens is truncated on the
+                left. Under tensor_parallel, the ranks of a group pass the same prompts.
+            columns: data for the reward source by name, with an entry per prompt, such as reference answers.
 
         Raises:
-            HpcRlhfError: not a whole number of prompts for each of the minibatches, or not on every rank, or ranks
-                that share layers have different ones.
+            HpcRlhfError: the number of prompts is not a multiple of minibatches or differs between ranks, or
+                ranks that share layers have different prompts.
         """
         engine, world = self.engine, self.engine.world
         prompts = [self._prompt_ids(prompt) for prompt in prompt_batch]
         counts = set(world.gather(len(prompts)))
         if len(counts) > 1 or not prompts or len(prompts) % engine.spec.minibatches:
             raise HpcRlhfError(
-                f"{' and '.join(map(str, sorted(counts)))} prompts are no equal minibatches for every rank",
+                f"{' and '.join(map(str, sorted(counts)))} prompts cannot be divided into "
+                "equal minibatches on every rank",
                 where="prompt_batch",
-                hint=f"give every rank the same number, a multiple of minibatches, {engine.spec.minibatches}",
+                hint=f"pass the same multiple of minibatches ({engine.spec.minibatches}) on every rank",
             )
         if any(other != prompts for other in world.gather_tensor_group(prompts)):
             raise HpcRlhfError(
@@ -168,7 +195,7 @@ class DeepSpeedPPOTrainer:
             (engine.seed, "rollout", self._batches, world.data_rank, row) for row in range(len(prompts))
         ]
         self._batches += 1
-        return self._steps.evaluate(self._steps.roll_out(prompts, keys, lambda: False))
+        return self._trainer.evaluate(self._trainer.roll_out(prompts, keys, lambda: False), columns)
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         ids = prompt
@@ -178,8 +205,8 @@ class DeepSpeedPPOTrainer:
         return [int(token) for token in ids][-self.engine.max_prompt_tokens :]
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
-        """Make the optimizer steps on an experience; gives the losses of actor and critic. Collective."""
-        learnt = self._steps.learn(experience)
+        """The optimizer steps on an experience; returns the losses of actor and critic. Collective."""
+        stats = self._trainer.learn(experience)
         engine = self.engine
-        self.metrics = summarize(experience, learnt, engine.tokenizer.eos_token_id, engine.world.sums)
+        self.metrics = summarize(experience, stats, engine.tokenizer.eos_token_id, engine.world)
         return self.metrics["actor_loss"], self.metrics["critic_loss"]

@@ -1,4 +1,4 @@
-"""PPO by DeepSpeed-Chat's names: the program of docs/api.md runs, and it is the stage's own steps."""
+"""PPO under DeepSpeed-Chat's names: the program of docs/api.md runs, and its steps are the stage's own."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ from tests.train.stages import rank_environment
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.train
 
-MISTAKES = """
+ERRORS = """
 import json, sys
 from hpc_rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
 from hpc_rlhf.errors import HpcRlhfError
 
 sft, reward = "runs/tiny/stages/sft/model", "runs/tiny/stages/reward/model"
-said = []
+errors = []
 
-def mistake(make):
+def expect_error(make):
     try:
         make()
     except HpcRlhfError as error:
-        said.append(str(error))
+        errors.append(str(error))
 
-mistake(lambda: DeepSpeedRLHFEngine(sft, reward, args={"lr": 1e-5}))
-mistake(lambda: DeepSpeedRLHFEngine(sft, reward, args={"max_steps": 5}))
-mistake(lambda: DeepSpeedRLHFEngine("/nowhere", reward))
-mistake(lambda: DeepSpeedRLHFEngine(sft, sft))
+expect_error(lambda: DeepSpeedRLHFEngine(sft, reward, args={"lr": 1e-5}))
+expect_error(lambda: DeepSpeedRLHFEngine(sft, reward, args={"max_steps": 5}))
+expect_error(lambda: DeepSpeedRLHFEngine("/nowhere", reward))
+expect_error(lambda: DeepSpeedRLHFEngine(sft, sft))
 engine = DeepSpeedRLHFEngine(
-    sft, reward, args={"minibatches": 2, "micro_batch": 2, "precision": "fp32", "actor_lr": 1e-3, "warmup": 0},
+    sft, reward,
+    args={"minibatches": 2, "micro_batch": 2, "precision": "fp32", "actor_lr": 1e-3, "warmup": 0},
     max_prompt_tokens=24, max_answer_tokens=8, num_total_iters=2,
 )
 trainer = DeepSpeedPPOTrainer(engine=engine)
-mistake(lambda: trainer.generate_experience(["one"]))
-questions = ["Hi?", "\\n\\nHuman: Hi?\\n\\nAssistant:", engine.tokenizer("\\n\\nHuman: Hi?\\n\\nAssistant:")["input_ids"], "?" * 99]
+expect_error(lambda: trainer.generate_experience(["one"]))
+text = "\\n\\nHuman: Hi?\\n\\nAssistant:"
+questions = ["Hi?", text, engine.tokenizer(text)["input_ids"], "?" * 99]
 experience = trainer.generate_experience(questions)
 trainer.train_rlhf(experience)
 first = dict(trainer.metrics)
 trainer.train_rlhf(trainer.generate_experience(questions))
-print(json.dumps([said, experience.rollout.prompts, experience.rollout.answers, first, trainer.metrics]))
+print(json.dumps([errors, experience.rollout.prompts, experience.rollout.responses, first, trainer.metrics]))
 """
 
 
@@ -71,13 +73,13 @@ except HpcRlhfError as error:
 experience = trainer.generate_experience(["Hi?", f"Who is {rank}?"])
 losses = trainer.train_rlhf(experience)
 engine.save_pretrained("two")
-print(json.dumps([refused, losses, experience.rollout.answers[0]]))
+print(json.dumps([refused, losses, experience.rollout.responses[0]]))
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a run has left its fine-tuned model and its reward model."""
+    """A folder with the fine-tuned model and the reward model of a run."""
     from hpc_rlhf.train.models.export import export
 
     folder = tmp_path_factory.mktemp("program")
@@ -113,18 +115,18 @@ def test_the_documented_program_runs(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder / "actor")
 
 
-def test_mistakes_are_told_in_a_sentence_and_prompts_come_in_three_ways(folder: Path) -> None:
-    said, prompts, answers, first, second = json.loads(run(MISTAKES, folder).splitlines()[-1])
+def test_errors_are_clear_and_prompts_have_three_forms(folder: Path) -> None:
+    errors, prompts, responses, first, second = json.loads(run(ERRORS, folder).splitlines()[-1])
     for text, words in zip(
-        said,
+        errors,
         ["args: lr: Extra inputs", "max_steps is for the ppo stage", "no tokenizer could be loaded",
-         "is no reward model", "1 prompts are no equal minibatches"],
+         "is no reward model", "1 prompts cannot be divided into equal minibatches"],
         strict=True,
     ):  # fmt: skip
         assert words in text
     assert prompts[0] == prompts[1] == prompts[2]
     assert len(prompts[3]) == 24
-    assert all(0 < len(answer) <= 8 for answer in answers)
+    assert all(0 < len(answer) <= 8 for answer in responses)
     assert first["kl"] == pytest.approx(0, abs=1e-6)
     assert second["kl"] > 1e-6, "it learns"
     assert {"reward", "actor_loss", "critic_loss", "clipfrac", "explained_variance"} <= set(first)
@@ -145,9 +147,9 @@ def test_two_ranks_learn_together(folder: Path) -> None:
         for process in processes:
             process.kill()
     (refused, losses, answer), (also_refused, other_losses, other_answer) = said
-    assert refused == also_refused == "1 and 2 prompts are no equal minibatches for every rank"
+    assert refused == also_refused == "1 and 2 prompts cannot be divided into equal minibatches on every rank"
     assert losses == other_losses, "they are over all ranks"
-    assert answer != other_answer, "the same prompt is sampled anew on every rank"
+    assert answer != other_answer, "every rank samples the same prompt with its own random numbers"
     for name in ("two", "two/ema"):
         AutoModelForCausalLM.from_pretrained(folder / name)
 

@@ -13,11 +13,11 @@ _FROM_TRAINING = ("micro_batch", "zero", "offload", "offload_params", "precision
 
 
 def inherit(spec: Any) -> Any:
-    """A spec with all inherited settings filled in.
+    """A spec with everything filled in that its stages inherit.
 
     Args:
-        spec: plain values, or the nodes of a file, which keep their places. The models report values of a wrong
-            type, which are left unchanged here.
+        spec: plain values, or the nodes of a file, whose values keep their places. What is not of the right type is left
+            for the models to report.
     """
     stages = _fields(_fields(spec).get("stages"))
     if not stages:

@@ -10,9 +10,9 @@ import torch
 
 from hpc_rlhf.train.data.dialogues import prompt_text, token_ids
 from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
-from hpc_rlhf.train.rollout.in_process.sampling import Sampling, uniforms
 
 # A model without a chat template that goes on with a turn of its own for the person is cut there.
 NEXT_TURN = "\n\nHuman:"
@@ -50,11 +50,11 @@ class ChatModel:
         max_tokens = min(max_tokens, self._places - 1)
         ids = ids[max(0, len(ids) + max_tokens - self._places) :]
         sampling = Sampling(temperature=temperature or 1.0, greedy=temperature == 0)
-        drawn = uniforms([(seed, "chat", len(turns))], max_tokens)
-        steps = decode(
-            DecodeStep(self.model), [ids], drawn, max_tokens, sampling, self.tokenizer.eos_token_id, rows=1
+        request = GenerationRequest(
+            [ids], max_tokens, self.tokenizer.eos_token_id, sampling, keys=[(seed, "chat", len(turns))]
         )
-        yield from self._text(token for said in steps for _, token in said)
+        steps = decode(DecodeStep(self.model), request)
+        yield from self._text(token for tokens in steps for _, token in tokens)
 
     def forgotten(self, turns: list[tuple[str, str]], max_tokens: int) -> int:
         """Tokens of a conversation that ``stream`` leaves out, the oldest, because the model has no room for them."""

@@ -1,4 +1,4 @@
-"""Sequences of different lengths laid end to end, and which of them a rank takes in which micro-batch."""
+"""Packed sequences of different lengths, and the plan of their ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ragged:
-    """Token sequences without padding.
+    """Packed token sequences, without padding.
 
     Attributes:
-        ids: (tokens,), int64; one sequence behind the other.
+        ids: (tokens,), int64; one sequence after the other.
         lengths: tokens of each sequence.
     """
 
@@ -28,6 +28,18 @@ class Ragged:
     def of(cls, rows: Sequence[Sequence[int]], device: torch.device | None = None) -> Ragged:
         flat = np.fromiter((token for row in rows for token in row), dtype=np.int64)
         return cls(torch.from_numpy(flat).to(device or torch.device("cpu")), tuple(len(row) for row in rows))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows(self) -> list[list[int]]:
+        """The sequences as lists."""
+        return [row.tolist() for row in self.ids.split(list(self.lengths))] if self.lengths else []
+
+    def select(self, rows: Sequence[int]) -> Ragged:
+        """Some of the sequences, in this order."""
+        parts = self.ids.split(list(self.lengths))
+        return Ragged(torch.cat([parts[row] for row in rows]), tuple(self.lengths[row] for row in rows))
 
     def tail(self, sizes: Sequence[int]) -> Tensor:
         """Indices into ``ids`` of the last tokens of each sequence.
@@ -49,7 +61,7 @@ def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def pad(flat: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Rows of a flat tensor, padded with 0 on the right.
+    """Rows of a packed tensor, padded with 0 on the right.
 
     Args:
         flat: (sum of lengths, …).
@@ -69,29 +81,29 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
-def fill(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Pack sequences into as few micro-batches as first-fit-decreasing finds.
+def pack_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Put sequences into few micro-batches by first-fit-decreasing bin packing.
 
     Args:
-        budget: tokens of a micro-batch; a longer sequence has one of its own.
+        budget: tokens of a micro-batch; a longer sequence gets one of its own.
 
     Returns:
         Indices of the sequences in each micro-batch, the longest first.
     """
     bins: list[list[int]] = []
-    left: list[int] = []
+    free: list[int] = []
     for index in _longest_first(lengths):
-        place = next((b for b, room in enumerate(left) if room >= lengths[index]), len(bins))
+        place = next((b for b, room in enumerate(free) if room >= lengths[index]), len(bins))
         if place == len(bins):
             bins.append([])
-            left.append(budget)
+            free.append(budget)
         bins[place].append(index)
-        left[place] -= lengths[index]
+        free[place] -= lengths[index]
     return bins
 
 
-def evened(bins: list[list[int]], count: int) -> list[list[int]]:
-    """The same micro-batches, split until there are as many as every rank has; empty ones where that is too few."""
+def split_to_count(bins: list[list[int]], count: int) -> list[list[int]]:
+    """Split micro-batches until there are ``count``; append empty ones if none can be split any more."""
     bins = list(bins)
     while len(bins) < count:
         largest = max(range(len(bins)), key=lambda b: len(bins[b]), default=None)
@@ -104,8 +116,8 @@ def evened(bins: list[list[int]], count: int) -> list[list[int]]:
     return bins
 
 
-def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Share sequences out among the ranks, each next longest one to the rank with the fewest tokens."""
+def balance_ranks(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Distribute sequences over ranks: the longest remaining one goes to the rank with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]
     for index in _longest_first(lengths):
@@ -116,10 +128,10 @@ def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def plan_step(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Which rank takes which sequences of an optimizer step, in which micro-batch.
+    """Which rank processes which sequences of an optimizer step, in which micro-batch.
 
-    A pure function, so that all ranks know the whole plan. Every rank has the same number of micro-batches,
-    because passes are collective under ZeRO; one without sequences only keeps step.
+    It is a pure function, so every rank knows the whole plan. Every rank gets the same number of
+    micro-batches, because passes are collective under ZeRO; empty ones only keep ranks in sync.
 
     Args:
         lengths: tokens of each sequence of the step.
@@ -128,10 +140,10 @@ def plan_step(lengths: Sequence[int], ranks: int, budget: int) -> list[list[list
     Returns:
         For each rank, for each micro-batch, indices into lengths. Together each index once.
     """
-    shares = deal(lengths, ranks)
-    filled = [
-        [[share[i] for i in chosen] for chosen in fill([lengths[i] for i in share], budget)]
+    shares = balance_ranks(lengths, ranks)
+    packed = [
+        [[share[i] for i in rows] for rows in pack_micro_batches([lengths[i] for i in share], budget)]
         for share in shares
     ]
-    count = max(len(bins) for bins in filled)
-    return [evened(bins, count) for bins in filled]
+    count = max(len(bins) for bins in packed)
+    return [split_to_count(bins, count) for bins in packed]

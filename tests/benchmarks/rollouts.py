@@ -17,7 +17,8 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import load_causal
-from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.backend import GenerationRequest
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.world import World, join, leave
 from tests.benchmarks import workload
 from tests.benchmarks.measure import Clock, Result, main
@@ -95,10 +96,10 @@ def ours(options: Namespace) -> Result:
 
     def roll_out(prompts: list[list[int]], step: int) -> int:
         keys: list[tuple[object, ...]] = [(step, sharded.world.rank, row) for row in range(len(prompts))]
-        answers = rollouts.generate(
-            prompts, keys, workload.ANSWER, Sampling(), sharded.tokenizer.eos_token_id, len(prompts)
+        request = GenerationRequest(
+            prompts, workload.ANSWER, sharded.tokenizer.eos_token_id, keys=keys, max_batch=len(prompts)
         )
-        return sum(map(len, answers))
+        return sum(rollouts.generate(request).response_lengths)
 
     return _timed(options, sharded, roll_out)
 

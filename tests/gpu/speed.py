@@ -23,7 +23,8 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.backend import GenerationRequest
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.world import World, join, leave
 from tests.train.stages import make_run
 
@@ -142,7 +143,8 @@ def rollouts(scale: Scale, world: World) -> tuple[dict[str, Any], bool]:
         engine.step.may_record = engine.step.may_record and may_record
 
         def ours(engine: RolloutEngine = engine) -> list[list[int]]:
-            return engine.generate(prompts, keys, scale.new_tokens, Sampling(), NEVER, scale.rows)
+            request = GenerationRequest(prompts, scale.new_tokens, NEVER, keys=keys, max_batch=scale.rows)
+            return engine.generate(request).responses
 
         results[side] = {"rate": tokens / seconds(ours, 2), "peak_gib": peak_gib()}
         responses.append(ours())

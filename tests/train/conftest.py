@@ -39,8 +39,8 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Steps]:
     from tests.train.ppo_trainers import Steps
 
     def put(lr: float) -> Steps:
-        made = Steps(lr)
-        monkeypatch.setattr(engines, "optimizer_step", made)
-        return made
+        fake = Steps(lr)
+        monkeypatch.setattr(engines, "optimizer_step", fake)
+        return fake
 
     return put

@@ -1,4 +1,4 @@
-"""DPO on real ranks: it starts at its reference, learns, follows the unsharded run when sharded, resumes exactly."""
+"""DPO on real ranks: it starts at its reference, learns, agrees with the unsharded run, resumes exactly."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_it_starts_at_its_reference_and_learns_the_pairs(plain: RunDir) -> None:
     assert facts["metrics"]["accuracy"] == pytest.approx(held_out["accuracy"])
 
 
-def test_its_model_loads_and_its_answers_stand_beside_those_from_before(plain: RunDir) -> None:
+def test_its_model_loads_and_its_samples_compare_before_and_after(plain: RunDir) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = plain.stage("dpo").model

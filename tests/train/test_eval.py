@@ -1,4 +1,4 @@
-"""The evaluation: its numbers are those of a plain calculation, on any number of ranks, stopped or not."""
+"""The evaluation: its numbers match a direct calculation, on any number of ranks, stopped or not."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
-from hpc_rlhf.train.rollout.experience import Rollout
+from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.eval import data
 from hpc_rlhf.train.stages.eval import stage as evaluation
 from hpc_rlhf.train.stages.eval.data import HeldOut, held_out
-from hpc_rlhf.train.stages.eval.report import Found, Measured, make_report
+from hpc_rlhf.train.stages.eval.report import Measured, Results, make_report
 from tests.train import tiny
 from tests.train.finished import as_if_trained
 from tests.train.stages import log_tail, make_run, run_stage, tiny_spec
@@ -57,10 +57,10 @@ def report_of(run: RunDir) -> dict[str, Any]:
     return report
 
 
-def found_in(run: RunDir) -> Found:
-    """All that was measured, out of the last checkpoint."""
+def results_of(run: RunDir) -> Results:
+    """The measurements in the last checkpoint."""
     last = max(run.stage("eval").checkpoints.glob("step-*"))
-    return Found.read(json.loads((last / evaluation.FOUND).read_text()))
+    return Results.read(json.loads((last / evaluation.RESULTS).read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +84,20 @@ def again(done: tuple[RunDir, JobSpec], folder: Path, **fields: Any) -> tuple[Ru
 
 @torch.no_grad()
 def plain_log_probs(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """Log-probabilities of one answer's tokens, from all logits of one sequence."""
+    """Log-probabilities of one response's tokens, from all logits of one sequence."""
     ids = torch.tensor([prompt + answer])
     log_probs = model(input_ids=ids).logits[0, :-1].double().log_softmax(dim=-1)
     return log_probs.gather(1, ids[0, 1:].unsqueeze(1)).squeeze(1)[-len(answer) :]
 
 
-def test_the_report_is_what_a_plain_calculation_gives(done: tuple[RunDir, JobSpec], world: World) -> None:
+def test_the_report_matches_a_direct_calculation(done: tuple[RunDir, JobSpec], world: World) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     run, spec = done
-    report, found = report_of(run), found_in(run)
+    report, results = report_of(run), results_of(run)
     context = StageContext(spec, "eval", run, world, StopFlag(), "look")
     held = held_out(context, PROMPTS)
-    prompts = held.asked.prompts
+    prompts = held.prompts.prompts
     assert report["prompts"] == len(prompts) == PROMPTS
     sft = AutoModelForCausalLM.from_pretrained(run.stage("sft").model)
     ppo = AutoModelForCausalLM.from_pretrained(run.stage("ppo").model)
@@ -105,11 +105,11 @@ def test_the_report_is_what_a_plain_calculation_gives(done: tuple[RunDir, JobSpe
 
     rows = prepare(spec, "sft", context.tokenizer, run.stage("sft").data, world).held_out
     for name, model in (("sft", sft), ("ppo", ppo)):
-        told = [plain_log_probs(model, row["prompt_ids"], row["chosen_ids"]) for row in rows]
-        loss = -sum(part.sum().item() for part in told) / sum(map(len, told))
+        log_probs = [plain_log_probs(model, row["prompt_ids"], row["chosen_ids"]) for row in rows]
+        loss = -sum(part.sum().item() for part in log_probs) / sum(map(len, log_probs))
         assert report["models"][name]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
-    answers = found.models["ppo"].answers
+    answers = results.models["ppo"].answers
     kls = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ratio = plain_log_probs(sft, prompt, answer) - plain_log_probs(ppo, prompt, answer)
@@ -121,23 +121,23 @@ def test_the_report_is_what_a_plain_calculation_gives(done: tuple[RunDir, JobSpe
         pairs = zip(prompts, answers, strict=True)
         return [judge(input_ids=torch.tensor([p + a])).logits.item() for p, a in pairs]
 
-    ours, theirs = judged(answers), judged(found.models["sft"].answers)
+    ours, theirs = judged(answers), judged(results.models["sft"].answers)
     won = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True)) / PROMPTS
     assert report["models"]["ppo"]["reward"]["value"] == pytest.approx(sum(ours) / PROMPTS, rel=1e-4)
     gain = (sum(ours) - sum(theirs)) / PROMPTS
     assert report["models"]["ppo"]["reward_gain"]["value"] == pytest.approx(gain, abs=1e-4)
     assert report["models"]["ppo"]["win_rate"]["value"] == pytest.approx(won, abs=1e-6)
-    assert found.references == pytest.approx(judged(held.asked.answers), rel=1e-4)
+    assert results.references == pytest.approx(judged(held.prompts.responses), rel=1e-4)
 
 
 def test_a_model_against_itself_is_a_draw(done: tuple[RunDir, JobSpec]) -> None:
-    """The same model draws the same answers, by the same random numbers."""
+    """The same model samples the same responses, with the same random numbers."""
     same = report_of(done[0])["models"]["ema"]
     assert (same["win_rate"]["value"], same["reward_gain"]["value"], same["kl"]["value"]) == (0.5, 0.0, 0.0)
     assert same["win_rate"]["low"] < 0.5 < same["win_rate"]["high"]
 
 
-def test_the_answers_can_be_read(done: tuple[RunDir, JobSpec]) -> None:
+def test_responses_are_written_as_text(done: tuple[RunDir, JobSpec]) -> None:
     rows = [json.loads(line) for line in done[0].stage("eval").answers.read_text().splitlines()]
     assert len({row["prompt"] for row in rows}) == PROMPTS
     assert all(list(row["answers"]) == ["start", "sft", "ppo", "ema", "reference"] for row in rows)
@@ -145,10 +145,10 @@ def test_the_answers_can_be_read(done: tuple[RunDir, JobSpec]) -> None:
 
 
 @pytest.mark.train
-def test_two_sharded_ranks_find_the_same(done: tuple[RunDir, JobSpec], tmp_path: Path) -> None:
+def test_two_sharded_ranks_get_the_same_results(done: tuple[RunDir, JobSpec], tmp_path: Path) -> None:
     run, _ = again(done, tmp_path, ranks=2, zero=3, offload_params=True, micro_batch=1)
     assert run_stage(run, "eval", 2) == [0, 0], log_tail(run, "eval")
-    ours, theirs = found_in(run), found_in(done[0])
+    ours, theirs = results_of(run), results_of(done[0])
     assert {name: one.answers for name, one in ours.models.items()} == {
         name: one.answers for name, one in theirs.models.items()
     }
@@ -160,7 +160,7 @@ def test_two_sharded_ranks_find_the_same(done: tuple[RunDir, JobSpec], tmp_path:
 
 
 @pytest.mark.parametrize("where", ["after a model", "between two tokens"])
-def test_a_stopped_evaluation_goes_on_with_the_next_model(
+def test_a_stopped_evaluation_resumes_with_the_next_model(
     done: tuple[RunDir, JobSpec], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     run, spec = again(done, tmp_path)
@@ -171,7 +171,7 @@ def test_a_stopped_evaluation_goes_on_with_the_next_model(
         log(self, *args)
         stop.received = 2 if where == "after a model" else 0
 
-    def generate_and_stop(self: RolloutEngine, *args: Any) -> list[list[int]]:
+    def generate_and_stop(self: RolloutEngine, *args: Any) -> Rollout:
         stop.received = 2 if len(measured) == 2 and where == "between two tokens" else stop.received
         return generate(self, *args)
 
@@ -194,7 +194,7 @@ def test_a_stopped_evaluation_goes_on_with_the_next_model(
     assert report_of(run) == report_of(done[0])
 
 
-def test_greedy_answers_tell_no_kl(done: tuple[RunDir, JobSpec], world: World, tmp_path: Path) -> None:
+def test_greedy_responses_give_no_kl(done: tuple[RunDir, JobSpec], world: World, tmp_path: Path) -> None:
     run, spec = again(done, tmp_path, temperature=0, prompts=2)
     evaluate(run, spec, world)
     assert "kl" not in report_of(run)["models"]["ppo"]
@@ -209,7 +209,7 @@ def test_greedy_answers_tell_no_kl(done: tuple[RunDir, JobSpec], world: World, t
         (("sft", "dpo"), ["start", "sft", "dpo", "reference"]),
     ],
 )
-def test_what_was_not_trained_is_not_asked_for(
+def test_only_trained_models_are_evaluated(
     world: World, tmp_path: Path, stages: tuple[str, ...], models: list[str]
 ) -> None:
     raw = tiny_spec(tmp_path, 1, **{stage: {} for stage in stages}).model_dump(mode="json")
@@ -229,7 +229,7 @@ def test_what_was_not_trained_is_not_asked_for(
     assert against == (set(models) - {"start"} if "reward" in stages else set())
 
 
-def test_a_prompt_is_asked_once_and_plain_text_is_not(
+def test_each_prompt_is_asked_once_and_plain_text_never(
     done: tuple[RunDir, JobSpec], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def row(prompt: str) -> dict[str, Any]:
@@ -240,22 +240,22 @@ def test_a_prompt_is_asked_once_and_plain_text_is_not(
     context = StageContext(done[1], "eval", done[0], world, StopFlag(), "look")
     assert sorted(held_out(context, 100).questions) == ["a", "b", "c"]
     few = held_out(context, 2)
-    assert len(few.questions) == len(few.asked) == 2
-    assert len(few.told) == len(few.pairs[0]) == len(rows)
+    assert len(few.questions) == len(few.prompts) == 2
+    assert len(few.texts) == len(few.pairs[0]) == len(rows)
 
 
-def test_dpo_tells_pairs_apart_where_it_moved_towards_the_chosen() -> None:
-    """Three pairs: it moved towards the chosen answer, away from it, and not at all, which counts half."""
-    held = HeldOut([], Rollout([], []), Rollout([], []), (Rollout([], []), Rollout([], [])))
-    found = Found(
+def test_pair_accuracy_counts_pairs_where_dpo_moved_towards_the_chosen() -> None:
+    """Three pairs: it moved towards the chosen response, away from it, and not at all, which counts half."""
+    held = HeldOut([], Rollout.of([], []), Rollout.of([], []), (Rollout.of([], []), Rollout.of([], [])))
+    results = Results(
         {"dpo": Measured(preferences=[1.0, -2.0, 0.5]), "sft": Measured(preferences=[0.5, -1.0, 0.5])}
     )
-    report = make_report(found, held, "sft", EvalSpec(), tiny.tokenizer())
+    report = make_report(results, held, "sft", EvalSpec(), tiny.tokenizer())
     assert report["models"]["dpo"]["pair_accuracy"]["value"] == 0.5
 
 
-def test_nothing_held_out_is_told(done: tuple[RunDir, JobSpec], world: World) -> None:
+def test_nothing_held_out_is_an_error(done: tuple[RunDir, JobSpec], world: World) -> None:
     run, spec = done
     none = spec.model_copy(update={"data": spec.data.model_copy(update={"held_out": 0.0})})
-    with pytest.raises(HpcRlhfError, match="not one sample is held out"):
+    with pytest.raises(HpcRlhfError, match="no samples are held out"):
         held_out(StageContext(none, "eval", run, world, StopFlag(), "none"), PROMPTS)

@@ -1,68 +1,73 @@
-"""PPO's steps on tiny models in this process: what learning sees, when it stops, and what goes on to the next rollout."""
+"""PPO's steps on tiny models in this process: what is learned from, when it stops, and what carries over."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from hpc_rlhf.train.algorithms.moments import Moments
-from hpc_rlhf.train.rollout.experience import Rollout
-from tests.train.ppo_trainers import ANSWERS, PROMPTS, ROLLOUT, TOKENS, Alone, Steps, trainer_of
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.rollout.backend import Rollout
+from hpc_rlhf.train.stages.ppo.cursor import Cursor, Network, Progress
+from tests.train.ppo_trainers import PROMPTS, RESPONSES, ROLLOUT, TOKENS, Alone, Steps, trainer_of
 
 
-def test_while_nothing_is_learnt_the_actor_is_exactly_the_one_that_sampled(
+def test_without_updates_the_ratio_is_exactly_one(
     steps: Callable[[float], Steps],
 ) -> None:
-    """Evaluating and learning see the same micro-batches without dropout: the ratio is 1 to the last bit."""
+    """Evaluation and learning use the same micro-batches without dropout: the ratio is 1 to the last bit."""
     steps(0.0)
     trainer = trainer_of(budget=16, ppo_epochs=3, minibatches=2, temperature=0.7)
     seen: list[tuple[int, ...]] = []
     trainer.models.actor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
-    learnt = trainer.learn(trainer.evaluate(ROLLOUT))
-    assert learnt["tokens"] == 3 * TOKENS
-    assert learnt["ratio"] == 3 * TOKENS
-    assert (learnt["approx_kl"], learnt["clipped"]) == (0.0, 0.0)
+    stats = trainer.learn(trainer.evaluate(ROLLOUT))
+    assert stats["tokens"] == 3 * TOKENS
+    assert stats["ratio"] == 3 * TOKENS
+    assert (stats["approx_kl"], stats["clipped"]) == (0.0, 0.0)
     assert len(seen) > 8
     assert seen == seen[: len(seen) // 4] * 4
 
 
 @pytest.mark.parametrize("ppo_epochs", [1, 2])
-def test_the_passes_of_an_evaluation_are_learnt_from_once(
+def test_forward_passes_of_an_evaluation_are_reused_once(
     steps: Callable[[float], Steps], ppo_epochs: int
 ) -> None:
-    """They give the same bits as passes made anew, and those of a rollout are of no use once another was learnt from."""
+    """They give the same bits as new passes, and are discarded once another rollout is learned from."""
     passes: list[int] = []
     seen: list[list[Tensor]] = []
     for fresh in (False, True):
-        made = steps(1e-3)
+        optimizer = steps(1e-3)
         trainer = trainer_of(ref_seed=5, ppo_epochs=ppo_epochs)
         for model in (trainer.models.actor, trainer.models.critic):
             model.register_forward_pre_hook(lambda *_: passes.append(1))
         for order in ((0,), (1, 0), (0, 1)):
-            rollouts = [Rollout(ROLLOUT.prompts, ROLLOUT.answers) for _ in order]
+            rollouts = [Rollout.of(PROMPTS, RESPONSES) for _ in order]
             evaluated = [trainer.evaluate(rollout) for rollout in rollouts]
             for one in order:
                 if fresh:
-                    evaluated[one] = replace(evaluated[one], rollout=Rollout(PROMPTS, ANSWERS))
+                    evaluated[one] = replace(evaluated[one], rollout=Rollout.of(PROMPTS, RESPONSES))
                 trainer.learn(evaluated[one])
-        seen.append(made.gradients)
+        seen.append(optimizer.gradients)
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
-    # Spared: both models' first passes where the rollout evaluated last is the first that is learnt from, twice.
+    # Saved: both models' first passes when the rollout evaluated last is learned from first, which happens
+    # twice.
     assert len(passes) == 2 * 2 * (5 + 5 * ppo_epochs) - 2 * 2
 
 
 def test_the_gradient_is_the_same_in_any_micro_batches(steps: Callable[[float], Steps]) -> None:
     seen = []
     for budget in (1, 20, 1000):
-        made = steps(0.0)
+        optimizer = steps(0.0)
         trainer = trainer_of(budget=budget, ref_seed=5)
         trainer.learn(trainer.evaluate(ROLLOUT))
-        seen.append(made.gradients)
+        seen.append(optimizer.gradients)
     for actor, critic in seen[1:]:
         torch.testing.assert_close(actor, seen[0][0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(critic, seen[0][1], atol=1e-5, rtol=1e-4)
@@ -72,26 +77,26 @@ def test_the_gradient_is_the_same_in_any_micro_batches(steps: Callable[[float], 
 def test_the_loss_is_divided_by_the_tokens_of_all_ranks(steps: Callable[[float], Steps]) -> None:
     halves = []
     for others in (0.0, float(TOKENS)):
-        made = steps(0.0)
+        optimizer = steps(0.0)
         trainer = trainer_of(whiten_advantages=False)
         experience = trainer.evaluate(ROLLOUT)
         trainer.world = Alone({"tokens": others})  # type: ignore[assignment]
         trainer.learn(experience)
-        halves.append(made.gradients[0])
+        halves.append(optimizer.gradients[0])
     torch.testing.assert_close(halves[1] * 2, halves[0])
 
 
-def test_several_epochs_of_minibatches_learn_and_stay_near(steps: Callable[[float], Steps]) -> None:
-    made = steps(1e-4)
+def test_several_epochs_of_minibatches_learn_and_stay_close(steps: Callable[[float], Steps]) -> None:
+    optimizer = steps(1e-4)
     trainer = trainer_of(ppo_epochs=4, minibatches=3)
     experience = trainer.evaluate(ROLLOUT)
-    learnt = trainer.learn(experience)
-    assert made.count == 2 * 4 * 3
-    assert all(math.isfinite(value) for value in learnt.values())
-    assert 0 < learnt["approx_kl"] / learnt["tokens"] < 0.1
-    assert 0.8 < learnt["ratio"] / learnt["tokens"] < 1.2
+    stats = trainer.learn(experience)
+    assert optimizer.count == 2 * 4 * 3
+    assert all(math.isfinite(value) for value in stats.values())
+    assert 0 < stats["approx_kl"] / stats["tokens"] < 0.1
+    assert 0.8 < stats["ratio"] / stats["tokens"] < 1.2
     after = trainer.evaluate(ROLLOUT)
-    # What had an advantage is likelier now, and the critic is nearer to the returns it was taught.
+    # Tokens with an advantage are likelier now, and the critic is closer to the returns.
     gain = ((after.log_probs - experience.log_probs) * experience.advantages)[experience.mask].sum()
     assert gain > 0
     errors = [((e.values - experience.returns)[e.mask] ** 2).mean() for e in (experience, after)]
@@ -102,24 +107,24 @@ def test_several_epochs_of_minibatches_learn_and_stay_near(steps: Callable[[floa
     ("limit", "others", "expected"),
     [
         (None, {}, 12),
-        (1e-9, {}, 2),  # the first minibatch finds the actor where it sampled; the second does not
+        (1e-9, {}, 2),  # the actor is unchanged in the first minibatch, but not in the second
         (1e9, {}, 12),
-        (1.0, {"kl": 1e6}, 1),  # another rank has gone too far: this one stops with it
+        (1.0, {"kl": 1e6}, 1),  # another rank exceeds the limit: this one stops with it
     ],
 )
-def test_steps_are_left_out_once_the_actor_has_gone_too_far(
+def test_steps_end_once_the_kl_exceeds_its_limit(
     steps: Callable[[float], Steps], limit: float | None, others: dict[str, float], expected: int
 ) -> None:
-    made = steps(1e-3)
+    optimizer = steps(1e-3)
     trainer = trainer_of(Alone(others), ppo_epochs=4, minibatches=3, stop_kl=limit)
-    learnt = trainer.learn(trainer.evaluate(ROLLOUT))
-    assert made.count == 2 * expected
-    assert learnt["tokens"] == sum(map(len, (ANSWERS * 4)[: 2 * expected]))
+    stats = trainer.learn(trainer.evaluate(ROLLOUT))
+    assert optimizer.count == 2 * expected
+    assert stats["tokens"] == sum(map(len, (RESPONSES * 4)[: 2 * expected]))
 
 
-def test_the_kl_weight_is_steered_from_rollout_to_rollout() -> None:
+def test_the_kl_coefficient_carries_over_between_rollouts() -> None:
     trainer = trainer_of(
-        Alone({"kl": 3.0, "answers": 6.0}),
+        Alone({"kl": 3.0, "responses": 6.0}),
         ref_seed=5,
         kl_target=1e-3,
         kl_horizon=60,
@@ -127,7 +132,7 @@ def test_the_kl_weight_is_steered_from_rollout_to_rollout() -> None:
         score_clip=1e-9,
     )
     first = trainer.evaluate(ROLLOUT)
-    assert trainer.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 12 / 60)), "12 answers over two ranks"
+    assert trainer.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 12 / 60)), "12 responses over two ranks"
     second = trainer.evaluate(ROLLOUT)
     torch.testing.assert_close(second.returns, first.returns * 1.04, atol=1e-5, rtol=1e-4)
     fixed = trainer_of(ref_seed=5)
@@ -135,19 +140,73 @@ def test_the_kl_weight_is_steered_from_rollout_to_rollout() -> None:
     assert fixed.kl_coef == 0.1
 
 
-def test_scores_are_counted_from_all_that_were_seen() -> None:
+def test_scores_are_standardized_by_all_so_far() -> None:
     theirs = torch.tensor([4.0, -2.0])
     trainer = trainer_of(
         Alone(parts=[Moments.of(theirs)]), normalize_scores=True, kl_coef=0.0, lam=1.0, score_clip=100.0
     )
     seen: list[Tensor] = []
     for _ in range(2):
-        made = trainer.evaluate(ROLLOUT)
-        seen += [made.scores, theirs]
+        experience = trainer.evaluate(ROLLOUT)
+        seen += [experience.scores, theirs]
         everything = torch.cat(seen).double()
-        expected = (made.scores - everything.mean()) / everything.std(correction=0)
-        torch.testing.assert_close(made.returns[:, 0], expected.float(), atol=1e-4, rtol=1e-4)
+        expected = (experience.scores - everything.mean()) / everything.std(correction=0)
+        torch.testing.assert_close(experience.returns[:, 0], expected.float(), atol=1e-4, rtol=1e-4)
     again = trainer_of(normalize_scores=True)
     again.state = trainer.state
     assert again.state == trainer.state
     assert again.state != trainer_of().state
+
+
+@pytest.mark.parametrize(
+    ("skip", "updates"),
+    [
+        (set(), [2, 4, 6]),
+        ({2}, [2, 6]),  # the actor's second step
+        ({3}, [2, 4, 6]),  # the critic's
+    ],
+)
+def test_a_skipped_step_is_counted_and_does_not_enter_the_moving_average(
+    steps: Callable[[float], Steps], skip: set[int], updates: list[int]
+) -> None:
+    optimizer = steps(1e-4)
+    optimizer.skip = skip
+    trainer = trainer_of(ppo_epochs=1, minibatches=3)
+    averaged: list[int] = []
+    trainer.models.ema = SimpleNamespace(update=lambda: averaged.append(optimizer.count))  # type: ignore[assignment]
+    stats = trainer.learn(trainer.evaluate(ROLLOUT))
+    assert stats["skipped"] == len(skip)
+    assert averaged == updates
+
+
+def test_a_skipped_step_is_remembered_in_a_checkpoint(
+    steps: Callable[[float], Steps], tmp_path: Path
+) -> None:
+    """An attempt that resumes between an actor's skipped step and the critic's keeps the average."""
+    steps(1e-4).skip = {0}
+    trainer = trainer_of(minibatches=2)
+
+    def save(progress: Progress) -> None:
+        if progress.cursor == Cursor(0, 0, Network.CRITIC):
+            snapshot = Snapshot(tmp_path / "saved")
+            progress.save(snapshot, rank=0)
+            snapshot.write()
+
+    trainer.learn(trainer.evaluate(ROLLOUT), before=save)
+    progress = Progress.load(tmp_path / "saved", 0, Cursor(0, 0, Network.CRITIC), torch.device("cpu"))
+    assert (progress.skipped, progress.actor_skipped) == (1, True)
+    assert progress.experience.rollout.prompts == PROMPTS
+    assert progress.experience.rollout.responses == RESPONSES
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_a_cursor_is_the_number_of_optimizer_steps_made(minibatches: int) -> None:
+    """Checkpoints store that number."""
+    cursor, order = Cursor(), []
+    for steps in range(4 * minibatches):
+        assert cursor.steps(minibatches) == steps
+        assert Cursor.after(steps, minibatches) == cursor
+        order.append((cursor.epoch, cursor.minibatch, cursor.network.name))
+        cursor = cursor.next(minibatches)
+    assert order == sorted(order)
+    assert cursor == Cursor(epoch=2)

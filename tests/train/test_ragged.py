@@ -1,4 +1,4 @@
-"""Sequences laid end to end, and their way to ranks and micro-batches: nothing lost, doubled or over the budget."""
+"""Packed sequences and their plan over ranks and micro-batches: none lost, repeated or over budget."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_rlhf.train import ragged
-from hpc_rlhf.train.ragged import Ragged, deal, evened, fill, plan_step
+from hpc_rlhf.train.ragged import Ragged, balance_ranks, pack_micro_batches, plan_step, split_to_count
 
 ROWS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 CPU = torch.device("cpu")
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=40)
 
 
-def test_rows_lie_end_to_end_and_come_back_padded() -> None:
+def test_rows_are_packed_and_padded_again() -> None:
     batch = Ragged.of(ROWS)
     assert batch.ids.tolist() == [5, 6, 7, 8, 9, 10, 11, 12]
     assert batch.lengths == (3, 1, 4)
@@ -36,30 +36,32 @@ def test_the_tail_is_the_end_of_each_row() -> None:
 def test_micro_batches_hold_every_sequence_once_and_keep_to_the_budget(
     lengths: list[int], budget: int
 ) -> None:
-    bins = fill(lengths, budget)
+    bins = pack_micro_batches(lengths, budget)
     assert sorted(i for rows in bins for i in rows) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in rows) <= budget for rows in bins)
-    # First fit leaves no two micro-batches that would go into one.
+    # First-fit leaves no two micro-batches that would fit into one.
     totals = sorted(sum(lengths[i] for i in rows) for rows in bins)
     assert len(totals) < 2 or totals[0] + totals[1] > budget
 
 
-def test_a_sequence_over_the_budget_stands_alone() -> None:
-    assert fill([3, 9, 4], budget=7) == [[1], [2, 0]]
+def test_a_sequence_over_the_budget_gets_its_own_micro_batch() -> None:
+    assert pack_micro_batches([3, 9, 4], budget=7) == [[1], [2, 0]]
 
 
 @given(LENGTHS, st.integers(1, 8))
-def test_splitting_loses_nothing_and_makes_empty_ones_only_at_need(lengths: list[int], more: int) -> None:
-    bins = fill(lengths, 60)
-    made = evened(bins, len(bins) + more)
-    assert len(made) == len(bins) + more
-    assert sorted(i for rows in made for i in rows) == list(range(len(lengths)))
-    assert sum(not rows for rows in made) == max(0, len(made) - len(lengths))
+def test_splitting_loses_nothing_and_adds_empty_ones_only_if_needed(lengths: list[int], more: int) -> None:
+    bins = pack_micro_batches(lengths, 60)
+    split = split_to_count(bins, len(bins) + more)
+    assert len(split) == len(bins) + more
+    assert sorted(i for rows in split for i in rows) == list(range(len(lengths)))
+    assert sum(not rows for rows in split) == max(0, len(split) - len(lengths))
 
 
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), min_size=8, max_size=40), st.sampled_from([1, 2, 4, 8]))
-def test_a_step_is_shared_out_whole_in_equally_many_micro_batches(lengths: list[int], ranks: int) -> None:
+def test_every_rank_gets_as_many_micro_batches_and_every_sequence_is_used_once(
+    lengths: list[int], ranks: int
+) -> None:
     plan = plan_step(lengths, ranks, budget=50)
     assert sorted(i for share in plan for rows in share for i in rows) == list(range(len(lengths)))
     assert len({len(share) for share in plan}) == 1
@@ -70,5 +72,5 @@ def test_a_step_is_shared_out_whole_in_equally_many_micro_batches(lengths: list[
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_equal_lengths_are_dealt_in_turn(ranks: int) -> None:
-    assert deal([7] * 6, ranks) == [list(range(rank, 6, ranks)) for rank in range(ranks)]
+def test_equal_lengths_are_distributed_in_turn(ranks: int) -> None:
+    assert balance_ranks([7] * 6, ranks) == [list(range(rank, 6, ranks)) for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""Models of the four architectures, and of some with ways of their own, small enough for float32 on one thread."""
+"""Models of the four main architectures and some special ones, small enough for float32 on one thread."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(kind: str, **fields: Any) -> Any:
 
 
 def causal(kind: str, seed: int = 0, **fields: Any) -> Any:
-    """A language model in eval mode, its weights spread widely, so that it says different things."""
+    """A language model in eval mode, with widely spread weights, so that its responses vary."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -60,13 +60,18 @@ def _spread(model: Any) -> Any:
     return model.eval()
 
 
-def skip_unless_supported(precision: str) -> None:
-    """Skip a test that needs DeepSpeed to train in float16 where this device cannot."""
-    import pytest
-
+def is_supported(precision: str) -> bool:
+    """False for anything with fp16 in its name on a device on which DeepSpeed cannot train in float16."""
     from hpc_rlhf.train.parallel.deepspeed_internals import supports_fp16
 
-    if "fp16" in precision and not supports_fp16():
+    return "fp16" not in precision or supports_fp16()
+
+
+def skip_unless_supported(precision: str) -> None:
+    """Skip a test that needs float16 where DeepSpeed cannot train in it."""
+    import pytest
+
+    if not is_supported(precision):
         pytest.skip("DeepSpeed has no float16 on this device (on a CPU it needs AVX512-FP16)")
 
 
@@ -78,7 +83,7 @@ def tokenizer(vocab_size: int = 300) -> Any:
 
 
 def pad_left(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as transformers generates from them, and their mask: (batch, longest) each, True on real tokens."""
+    """Rows padded on the left for transformers' generate, and their mask, True on real tokens."""
     width = max(map(len, rows))
     ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
     return ids, torch.arange(width) >= width - torch.tensor([[len(row)] for row in rows])

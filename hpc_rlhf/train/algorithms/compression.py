@@ -1,16 +1,16 @@
-"""Numbers as their signs: a bit for each, and one float32 for the magnitude of a whole block of them."""
+"""1-bit compression: each number as its sign, and one float32 magnitude per block."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Numbers that share a magnitude: the magnitude adds 3 % to the bits of the signs.
+# Numbers that share a magnitude, which adds 3 % to the bits of the signs.
 BLOCK = 1024
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """Eight bits to a byte, the first one lowest.
+    """Eight bits to a byte, the first in the lowest place.
 
     Args:
         bits: (…, 8 * bytes), bool.
@@ -26,16 +26,16 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor) -> Tensor:
-    """What ``pack_bits`` packed: (…, bytes), uint8, to (…, 8 * bytes), bool."""
+    """The inverse of ``pack_bits``: (…, bytes), uint8, to (…, 8 * bytes), bool."""
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> places) & 1).flatten(-2).bool()
 
 
 def encode(values: Tensor) -> Tensor:
-    """Signs and magnitudes of numbers, as the bytes that are sent.
+    """Signs and magnitudes of numbers, as bytes to send.
 
-    A block's magnitude is the mean of its absolute values, which among all that could be put before the
-    signs has the least squared error (1-bit Adam, arXiv 2102.02888).
+    A block's magnitude is the mean of its absolute values, which minimizes the squared error (1-bit Adam,
+    arXiv 2102.02888).
 
     Args:
         values: (rows, length), float32; length is a multiple of BLOCK.
@@ -48,7 +48,7 @@ def encode(values: Tensor) -> Tensor:
 
 
 def decode(encoded: Tensor) -> Tensor:
-    """The numbers that ``encode`` sent, each plus or minus its block's magnitude.
+    """The inverse of ``encode``: each number is plus or minus its block's magnitude.
 
     Args:
         encoded: (rows, bytes), uint8.

@@ -1,4 +1,4 @@
-"""The loss of direct preference optimisation."""
+"""The loss of direct preference optimization."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from torch import Tensor
 
 
 def preference_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, label_smoothing: float
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
+    label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss of DPO (arXiv 2305.18290, equation 7), for labels that may be wrong.
+    """The loss of DPO (arXiv 2305.18290, equation 7), with label smoothing.
 
-    An answer's implicit reward is ``beta * (log p(answer) - log ref(answer))``. A pair's loss is
-    ``-logsigmoid(chosen reward - rejected reward)``. With label smoothing e it is what this would be on average if a
-    share e of the labels were the wrong way round: ``(1 - e)`` of that loss and ``e`` of the other order's.
+    A response's implicit reward is ``beta * (log p(response) - log ref(response))``. A pair's loss is
+    ``-logsigmoid(chosen reward - rejected reward)``. Label smoothing e gives the expected loss if a fraction
+    e of the labels is flipped: ``(1 - e)`` times that loss plus ``e`` times the flipped pair's.
 
     Args:
-        chosen, rejected: (pairs,), float32; log-probabilities of whole answers, in nats.
+        chosen, rejected: (pairs,), float32; log-probabilities of whole responses, in nats.
         ref_chosen, ref_rejected: (pairs,), float32; the reference's.
-        beta: how much a departure from the reference must be worth.
+        beta: strength of the penalty for moving away from the reference.
         label_smoothing: 0 <= e < 0.5.
 
     Returns:
-        Losses, and implicit rewards of the chosen and of the rejected: (pairs,) each; the rewards without gradient.
+        Losses, and implicit rewards of the chosen and the rejected: (pairs,) each; the rewards without
+            gradient.
     """
     chosen_reward = beta * (chosen - ref_chosen)
     rejected_reward = beta * (rejected - ref_rejected)

@@ -12,10 +12,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate, and the bounds between which the true value lies, with the confidence asked for.
+    """An estimate with a confidence interval.
 
     Attributes:
-        low, high: infinite for the mean of a single number, which says nothing of how they spread.
+        low, high: infinite for the mean of a single number, whose spread is unknown.
     """
 
     estimate: float
@@ -24,11 +24,11 @@ class Interval:
 
 
 def share(successes: float, count: int, confidence: float = CONFIDENCE) -> Interval:
-    """Wilson's interval of a share (JASA 22, 1927, page 209), which is right for few samples and near 0 and 1 too.
+    """Wilson's interval of a proportion (JASA 22, 1927, page 209), also accurate for few samples.
 
     Args:
-        successes: of the samples; a tie may count half, which makes the interval a little too wide.
-        count: samples.
+        successes: a tie may count half, which makes the interval a little too wide.
+        count: number of samples.
 
     Raises:
         ValueError: there are no samples.
@@ -39,12 +39,12 @@ def share(successes: float, count: int, confidence: float = CONFIDENCE) -> Inter
     rate = successes / count
     middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
-    # Rounding must not leave an estimate of 0 or 1 outside.
+    # Rounding must not exclude an estimate of 0 or 1.
     return Interval(rate, max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half)))
 
 
 def mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Student's interval of a mean (Biometrika 6, 1908); of paired samples when the values are their differences.
+    """Student's interval of a mean (Biometrika 6, 1908); for paired samples, pass their differences.
 
     Raises:
         ValueError: there are no values.
@@ -61,7 +61,7 @@ def mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
 
 
 def t_quantile(confidence: float, freedom: int) -> float:
-    """The t for which Student's distribution lies between -t and t with this probability, by bisection.
+    """The t such that Student's distribution lies between -t and t with this probability, by bisection.
 
     Args:
         freedom: degrees of freedom, at least 1.

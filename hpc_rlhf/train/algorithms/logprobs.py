@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, from logits or, never holding all logits, from hidden states."""
+"""Log-probabilities of tokens, from logits, or from hidden states without holding all logits."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from hpc_rlhf.spec.sizes import ALIGNED, LOGITS
 
-# How a CPU multiplies float32 matrices; torch before 2.9 does not let one choose.
-MULTIPLYING: Any = getattr(torch.backends.mkldnn, "matmul", None)
+# The precision in which a CPU multiplies float32 matrices; torch before 2.9 has no such setting.
+MATMUL: Any = getattr(torch.backends.mkldnn, "matmul", None)
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability of each token, in float32.
 
     Args:
-        logits: (…, vocabulary), each row predicting the token of the same place.
+        logits: (…, vocabulary), each row predicting the token at the same index.
         tokens: (…), int64.
-        temperature: what the logits are divided by, as in sampling.
+        temperature: divides the logits, as in sampling.
 
     Returns:
         (…), float32.
@@ -54,125 +54,130 @@ def head_log_probs(
     temperature: float,
     with_entropies: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens from the hidden states that predict them, a chunk of the logits at a time.
+    """Log-probabilities of tokens from the hidden states that predict them, one chunk of logits at a time.
 
-    The backward pass makes the logits again. What stands in float32 is at most LOGITS numbers, or the logits of
-    ALIGNED tokens, whatever the number of tokens.
+    The backward pass computes the logits again. At most LOGITS float32 numbers exist at a time, or the logits
+    of ALIGNED tokens, whatever the number of tokens.
 
     Args:
         hidden: (n, hidden).
         weight, bias: the output head's, (vocabulary, hidden) and (vocabulary,).
         tokens: (n,), int64.
-        temperature: what the logits are divided by.
+        temperature: divides the logits.
 
     Returns:
         Log-probabilities (n,), float32, and the distributions' entropies (n,), float32, in nats and without a
-        gradient; (0,) where they are not asked for.
+        gradient; (0,) if not requested.
     """
-    made: tuple[Tensor, Tensor] = _HeadLogProbs.apply(
+    outputs: tuple[Tensor, Tensor] = _HeadLogProbs.apply(
         hidden, weight, bias, tokens, temperature, with_entropies
     )
-    return made
+    return outputs
 
 
 def head_log_prob_sum(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
 ) -> Tensor:
-    """The sum of ``head_log_probs``, for less work.
+    """The sum of ``head_log_probs``, with less work.
 
-    No token's slope waits for the loss, so the gradients are made along with the sum, while a chunk's logits are there
-    (as in Liger Kernel's fused linear cross entropy, arXiv 2410.10989), and only scaled in the backward pass. In
-    float16 they would be made without the loss scale that keeps small ones: there the logits are made twice.
+    Gradients do not depend on the loss, so they are computed along with the sum, while a chunk's logits exist
+    (as in Liger Kernel's fused linear cross entropy, arXiv 2410.10989), and the backward pass only scales
+    them. In float16 they would lack the loss scale that protects small gradients: there the logits are computed
+    twice.
 
     Returns:
         (), float32.
     """
     if weight.dtype == torch.float16:
         return head_log_probs(hidden, weight, bias, tokens, temperature, False)[0].sum()
-    made: Tensor = _HeadLogProbSum.apply(hidden, weight, bias, tokens, temperature, torch.is_grad_enabled())
-    return made
+    total: Tensor = _HeadLogProbSum.apply(hidden, weight, bias, tokens, temperature, torch.is_grad_enabled())
+    return total
 
 
 class _Head:
-    """An output head at work on one chunk after another, and the gradients of what it has seen.
+    """An output head applied chunk by chunk, and the gradients accumulated so far.
 
-    On a CPU, bfloat16 matrices are held as float32 and multiplied as bfloat16: products are summed, and given, in
-    float32, with no pass over the logits to convert them.
+    On a CPU, bfloat16 matrices are stored as float32 and multiplied as bfloat16: products are summed and
+    returned in float32, without a pass over the logits to convert them.
 
     Attributes:
         chunk: tokens at a time.
-        to_hidden: of each chunk.
-        to_weight, to_bias: float32, or None before the first chunk that they are asked of.
+        hidden_grads: gradients of the hidden states of each chunk.
+        weight_grad, bias_grad: float32; None before the first chunk, or if not needed.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
         size = LOGITS.get(weight.device.type, LOGITS["cuda"]) // weight.shape[0]
         self.chunk = max(1, size // ALIGNED) * ALIGNED
-        self.bfloat16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and bool(MULTIPLYING)
+        self.bfloat16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and bool(MATMUL)
         self.dtype = torch.float32 if self.bfloat16 else weight.dtype
         self.weight, self.bias = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
         self.temperature = temperature
-        self.room = self.weight.new_empty(0)
-        self.to_hidden: list[Tensor] = []
-        self.to_weight: Tensor | None = None
-        self.to_bias: Tensor | None = None
+        self.buffer = self.weight.new_empty(0)
+        self.hidden_grads: list[Tensor] = []
+        self.weight_grad: Tensor | None = None
+        self.bias_grad: Tensor | None = None
 
     @contextmanager
     def multiplying(self) -> Iterator[None]:
-        """Within it, the head's matrices are multiplied in the precision of the weights that it was given."""
+        """Within it, the head's matrices are multiplied in the precision of its original weights."""
         if not self.bfloat16:
             yield
             return
-        before, MULTIPLYING.fp32_precision = MULTIPLYING.fp32_precision, "bf16"
+        before, MATMUL.fp32_precision = MATMUL.fp32_precision, "bf16"
         try:
             yield
         finally:
-            MULTIPLYING.fp32_precision = before
+            MATMUL.fp32_precision = before
 
     def chunks(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
-        """Tensors a chunk of rows at a time; the last one is filled up with zeros to a multiple of ALIGNED."""
+        """Tensors one chunk of rows at a time; the last is padded with zeros to a multiple of ALIGNED."""
         for parts in zip(*[tensor.split(self.chunk) for tensor in tensors], strict=True):
             spare = -len(parts[0]) % ALIGNED
             yield [F.pad(part, (*[0, 0] * (part.dim() - 1), 0, spare)) if spare else part for part in parts]
 
     def logits(self, part: Tensor) -> Tensor:
-        """(rows, vocabulary), float32, in memory that the next chunk's take over."""
-        if len(self.room) != len(part):
-            self.room = self.weight.new_empty(len(part), len(self.weight))
+        """(rows, vocabulary), float32, in memory that the next chunk reuses."""
+        if len(self.buffer) != len(part):
+            self.buffer = self.weight.new_empty(len(part), len(self.weight))
         if self.bias is None:
-            torch.mm(part.to(self.dtype), self.weight.T, out=self.room)
+            torch.mm(part.to(self.dtype), self.weight.T, out=self.buffer)
         else:
-            torch.addmm(self.bias, part.to(self.dtype), self.weight.T, out=self.room)
-        logits = self.room.float()
+            torch.addmm(self.bias, part.to(self.dtype), self.weight.T, out=self.buffer)
+        logits = self.buffer.float()
         if self.temperature != 1:
             logits /= self.temperature
         return logits
 
-    def learn(self, slope: Tensor, part: Tensor, needed: tuple[bool, ...]) -> None:
+    def accumulate(self, slope: Tensor, part: Tensor, needed: tuple[bool, ...]) -> None:
         """Add a chunk's gradients.
 
         Args:
-            slope: (rows, vocabulary), float32: of what is learnt, by the logits.
+            slope: (rows, vocabulary), float32; the derivative of the objective by the logits.
             part: (rows, hidden).
-            needed: whether those of hidden states, weight and bias are.
+            needed: for hidden states, weight and bias, True if their gradient is needed.
         """
         low, part = slope.to(self.dtype), part.to(self.dtype)
         if needed[0]:
-            self.to_hidden.append(low @ self.weight)
+            self.hidden_grads.append(low @ self.weight)
         if needed[1]:
-            if self.to_weight is None:
-                self.to_weight = (low.T @ part).float()
+            if self.weight_grad is None:
+                self.weight_grad = (low.T @ part).float()
             elif self.dtype == torch.float32:
-                self.to_weight.addmm_(low.T, part)
+                self.weight_grad.addmm_(low.T, part)
             else:
-                self.to_weight += low.T @ part
+                self.weight_grad += low.T @ part
         if self.bias is not None and needed[2]:
             own = slope.sum(dim=0)
-            self.to_bias = own if self.to_bias is None else self.to_bias + own
+            self.bias_grad = own if self.bias_grad is None else self.bias_grad + own
 
     def gradients(self, n: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of the n hidden states, weight and bias, where they were asked for."""
-        return torch.cat(self.to_hidden)[:n] if self.to_hidden else None, self.to_weight, self.to_bias
+        """Gradients of the n hidden states, the weight and the bias; None where not needed."""
+        return (
+            torch.cat(self.hidden_grads)[:n] if self.hidden_grads else None,
+            self.weight_grad,
+            self.bias_grad,
+        )
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -186,14 +191,14 @@ class _HeadLogProbs(torch.autograd.Function):
         with head.multiplying():
             for part, chosen in head.chunks(hidden, tokens):
                 logits = head.logits(part)
-                # Passes over the logits are what takes time: few, and in place.
-                said, peak = logits.gather(1, chosen.unsqueeze(1)), logits.amax(dim=-1, keepdim=True)
+                # Passes over the logits dominate the time: few, and in place.
+                picked, peak = logits.gather(1, chosen.unsqueeze(1)), logits.amax(dim=-1, keepdim=True)
                 logits -= peak
                 shares = logits.exp() if with_entropies else logits.exp_()
                 total = shares.sum(dim=-1)
                 normalizer = peak.squeeze(1) + total.log()
                 normalizers.append(normalizer)
-                log_probs.append(said.squeeze(1) - normalizer)
+                log_probs.append(picked.squeeze(1) - normalizer)
                 if with_entropies:
                     entropies.append(total.log() - torch.linalg.vecdot(shares, logits) / total)
         ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(normalizers)[: len(tokens)])
@@ -212,37 +217,37 @@ class _HeadLogProbs(torch.autograd.Function):
                 # d log p(token) / d logits = one-hot(token) - p
                 slope = head.logits(part).sub_(normalizer.unsqueeze(1)).exp_().mul_(-share.unsqueeze(1))
                 slope.scatter_add_(1, chosen.unsqueeze(1), share.unsqueeze(1))
-                head.learn(slope, part, ctx.needs_input_grad)
-        given = zip(head.gradients(len(tokens)), (hidden, weight, bias), strict=True)
-        return *(None if made is None else made.to(leaf.dtype) for made, leaf in given), None, None, None
+                head.accumulate(slope, part, ctx.needs_input_grad)
+        grads = zip(head.gradients(len(tokens)), (hidden, weight, bias), strict=True)
+        return *(None if grad is None else grad.to(leaf.dtype) for grad, leaf in grads), None, None, None
 
 
 class _HeadLogProbSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor,
-        temperature: float, learning: bool,
+        temperature: float, grad_enabled: bool,
     ) -> Tensor:  # fmt: skip
         head = _Head(weight, bias, temperature)
-        whole = torch.zeros((), device=weight.device)
+        result = torch.zeros((), device=weight.device)
         with head.multiplying():
             for part, chosen, real in head.chunks(
                 hidden, tokens, torch.ones_like(tokens, dtype=torch.float32)
             ):
                 logits = head.logits(part)
-                said, peak = logits.gather(1, chosen.unsqueeze(1)), logits.amax(dim=-1, keepdim=True)
+                picked, peak = logits.gather(1, chosen.unsqueeze(1)), logits.amax(dim=-1, keepdim=True)
                 shares = logits.sub_(peak).exp_()
                 total = shares.sum(dim=-1, keepdim=True)
-                whole += (said - peak - total.log()).squeeze(1) @ real
-                if learning and any(ctx.needs_input_grad):
-                    weighed = real.unsqueeze(1) / temperature
-                    slope = shares.mul_(-weighed / total).scatter_add_(1, chosen.unsqueeze(1), weighed)
-                    head.learn(slope, part, ctx.needs_input_grad)
+                result += (picked - peak - total.log()).squeeze(1) @ real
+                if grad_enabled and any(ctx.needs_input_grad):
+                    weights = real.unsqueeze(1) / temperature
+                    slope = shares.mul_(-weights / total).scatter_add_(1, chosen.unsqueeze(1), weights)
+                    head.accumulate(slope, part, ctx.needs_input_grad)
         ctx.save_for_backward(*head.gradients(len(tokens)))
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
-        return whole
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        given = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if made is None else (made * grad).to(dtype) for made, dtype in given), None, None, None
+        grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if own is None else (own * grad).to(dtype) for own, dtype in grads), None, None, None

@@ -1,14 +1,13 @@
-"""Proximal policy optimisation on answers of a language model: rewards, advantages, losses.
+"""Proximal policy optimization of a language model: per-token rewards and losses.
 
-Tensors of shape (batch, answer) run over the tokens of the answers, padded on the right. Masks are bool,
-True on real answer tokens, the end-of-sequence token included, at least one in each row. The state before
-token t has value ``values[:, t]``. Whatever stands outside a mask takes no part, not even NaN.
+Tensors of shape (batch, response) run over response tokens, padded on the right. Masks are bool, True on real
+response tokens including EOS, at least one per row. The state before token t has value ``values[:, t]``.
+Nothing outside a mask takes part, not even NaN.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,16 +16,16 @@ def kl_shaped_rewards(
 ) -> Tensor:
     """Per-token rewards (InstructGPT, arXiv 2203.02155, equation 2, with the k1 estimator of the KL).
 
-    ``-kl_coef * (log_probs - ref_log_probs)`` at every answer token, plus the clipped score at exactly
-    the last one.
+    ``-kl_coef * (log_probs - ref_log_probs)`` at every response token, plus the clipped score at the last
+    one.
 
     Args:
-        log_probs, ref_log_probs: (batch, answer), of the sampled tokens.
-        scores: (batch,), the reward model's.
-        mask: (batch, answer).
+        log_probs, ref_log_probs: (batch, response), of the sampled tokens.
+        scores: (batch,), of whole responses.
+        mask: (batch, response).
 
     Returns:
-        (batch, answer), 0 outside the mask.
+        (batch, response), 0 outside the mask.
     """
     rewards = (-kl_coef * (log_probs - ref_log_probs)).where(mask, 0.0)
     last = mask.sum(dim=1) - 1
@@ -34,49 +33,27 @@ def kl_shaped_rewards(
     return rewards
 
 
-def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, answers: float) -> float:
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, responses: float) -> float:
     """The KL penalty's weight for the next rollout (arXiv 1909.08593, section 2.2).
 
-    It grows where the KL is above the target and shrinks where it is below, by the relative error, held within
-    20 %, for each ``horizon`` answers.
+    It grows if the KL is above the target and shrinks if it is below, by the relative error, clipped to 20 %,
+    per ``horizon`` responses.
 
     Args:
-        kl: of the rollout, in nats an answer.
-        answers: in the rollout, over all ranks.
+        kl: of the rollout, in nats per response.
+        responses: in the rollout, over all ranks.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * answers / horizon)
-
-
-def generalized_advantages(
-    values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, equation 16) on finished episodes.
-
-    Args:
-        values, rewards, mask: (batch, answer).
-
-    Returns:
-        Advantages and returns (advantage + value), (batch, answer), 0 outside the mask.
-    """
-    # Zeros behind an answer's end, so that nothing comes from there.
-    values, rewards = values.where(mask, 0.0), rewards.where(mask, 0.0)
-    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
-    carried, backwards = torch.zeros_like(rewards[:, 0]), []
-    for delta in reversed(deltas.unbind(dim=1)):
-        carried = delta + gamma * lam * carried
-        backwards.append(carried)
-    advantages = torch.stack(backwards[::-1], dim=1)
-    return advantages, advantages + values
+    return kl_coef * (1 + error * responses / horizon)
 
 
 def policy_loss_sum(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The clipped surrogate (arXiv 1707.06347, equation 7), to be minimised.
+    """The clipped surrogate loss (arXiv 1707.06347, equation 7).
 
     Args:
-        log_probs, old_log_probs, advantages, mask: (batch, answer).
+        log_probs, old_log_probs, advantages, mask: (batch, response).
 
     Returns:
         The loss, the number of clipped tokens and the probability ratios, each summed over the mask.
@@ -94,25 +71,25 @@ def value_loss_sum(
     """Half the larger of the clipped and unclipped squared errors (OpenAI baselines' PPO2).
 
     Args:
-        values, old_values, returns, mask: (batch, answer).
+        values, old_values, returns, mask: (batch, response).
 
     Returns:
         The loss and the number of clipped tokens, each summed over the mask.
     """
     values, old_values, returns = (x.where(mask, 0.0) for x in (values, old_values, returns))
-    held = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
-    unclipped, clipped = (values - returns) ** 2, (held - returns) ** 2
+    clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    unclipped, clipped = (values - returns) ** 2, (clipped_values - returns) ** 2
     return 0.5 * torch.maximum(unclipped, clipped).sum(), (clipped > unclipped).sum()
 
 
 def k3_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(policy || reference): unbiased, never negative, little variance.
+    """Schulman's k3 estimator of KL(policy || reference): unbiased, never negative, low variance.
 
     Args:
-        log_probs, ref_log_probs, mask: (batch, answer), of tokens sampled from the policy.
+        log_probs, ref_log_probs, mask: (batch, response), of tokens sampled from the policy.
 
     Returns:
-        (batch,), summed over each answer, in nats.
+        (batch,), summed over each response, in nats.
     """
     log_ratio = (ref_log_probs - log_probs).where(mask, 0.0)
     return (torch.exp(log_ratio) - 1 - log_ratio).sum(dim=1)

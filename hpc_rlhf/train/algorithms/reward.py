@@ -21,7 +21,7 @@ def last_positions(mask: Tensor) -> Tensor:
 
 
 def score(values: Tensor, mask: Tensor) -> Tensor:
-    """A sequence's score: the value of exactly its last real token.
+    """A sequence's score: the value of its last real token.
 
     Args:
         values: (batch, length), the reward head's output.
@@ -39,9 +39,9 @@ def pairwise_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The token-wise ranking loss of DeepSpeed-Chat (arXiv 2308.01320, step 2).
 
-    Each pair's loss is the mean of ``-logsigmoid(chosen - rejected)`` over the positions from the
-    first token in which the two differ to the end of the longer one. Where the shorter one has ended,
-    it keeps the value of its last real token, so padding never takes part. Rows are padded on the right.
+    Each pair's loss is the mean of ``-logsigmoid(chosen - rejected)`` over the positions from the first token
+    in which the two differ to the end of the longer one. After its end, the shorter one keeps the value of
+    its last real token, so padding never takes part. Rows are padded on the right.
 
     Args:
         chosen_values, rejected_values: (batch, length), float.
@@ -49,8 +49,8 @@ def pairwise_loss(
         chosen_mask, rejected_mask: (batch, length), bool; True on real tokens.
 
     Returns:
-        The loss of each pair (batch,), and the scores of the chosen and of the rejected (batch,).
-        A pair of equal sequences has a loss of 0 and no gradient.
+        The loss of each pair, and the scores of the chosen and the rejected sequences: (batch,) each. A pair
+        of equal sequences has a loss of 0 and no gradient.
     """
     positions = torch.arange(chosen_ids.shape[1], device=chosen_ids.device).unsqueeze(0)
     chosen_last, rejected_last = last_positions(chosen_mask), last_positions(rejected_mask)

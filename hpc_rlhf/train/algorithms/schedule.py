@@ -6,13 +6,13 @@ import math
 
 
 def factor(schedule: str, step: int, warmup: int, total: int) -> float:
-    """What the peak learning rate is multiplied with at an optimizer step.
+    """The factor of the peak learning rate at an optimizer step.
 
     Args:
         schedule: ``cosine`` or ``linear`` (both end at 0), or ``constant``.
         step: optimizer steps done so far.
-        warmup: steps over which the factor rises linearly from 0 to 1; cut to the total.
-        total: optimizer steps in all.
+        warmup: steps over which the factor rises linearly from 0 to 1; at most the total.
+        total: optimizer steps of the whole stage.
     """
     warmup = min(warmup, total)
     if step < warmup:

@@ -22,8 +22,8 @@ class Ema:
     """Averages the trained parameters: ``average = beta * average + (1 - beta) * weight``.
 
     Under ZeRO-3 each rank averages its own shard of every parameter. Otherwise parameter i belongs to rank
-    ``i % size`` among those with the same shards of the layers. Either way the ranks together store the average
-    once. It is in float32: in bfloat16 an update of 1 - beta = 0.8 % is lost to rounding.
+    ``i % size`` among those with the same shards of the layers. Either way the ranks together store the
+    average once. It is in float32: in bfloat16 an update of 1 - beta = 0.8 % is lost to rounding.
     """
 
     def __init__(self, model: nn.Module, beta: float, world: World) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,26 @@ def frozen_engine(model: nn.Module, ds_config: dict[str, Any], device: torch.dev
     return engine
 
 
-def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> float:
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did.
+
+    Attributes:
+        grad_norm: norm of the gradient before clipping; infinite if the step was skipped.
+        applied: False if DeepSpeed skipped the step because a gradient was not finite. Weights, Adam's
+            moments and the learning-rate schedule are then as before.
+    """
+
+    grad_norm: float
+    applied: bool
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """For the log; ``skipped`` is 1 for a skipped step."""
+        return {"grad_norm": self.grad_norm, "skipped": float(not self.applied)}
+
+
+def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
     """One optimizer step on the summed gradients of several losses.
 
     The accumulation boundary is set explicitly, so that the number of losses may differ from the configured
@@ -138,9 +158,6 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> float
 
     Args:
         losses: functions that compute a loss each; called in order.
-
-    Returns:
-        The norm of the gradient before clipping.
     """
     norm, scale = 0.0, internals.unapplied_loss_scale(engine)
     optimizer = internals.inner_optimizer(engine)
@@ -157,10 +174,12 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> float
                 if parameter.grad is not None:
                     internals.mark_split(parameter.grad)
         engine.step()
+    if not engine.was_step_applied():
+        return StepResult(math.inf, applied=False)  # DeepSpeed's norm would be an earlier step's
     if onebit:
-        return onebit.grad_norm if engine.was_step_applied() else math.inf
+        return StepResult(onebit.grad_norm, applied=True)
     known = engine.get_global_grad_norm()
-    return norm if known is None else float(known) / scale
+    return StepResult(norm if known is None else float(known) / scale, applied=True)
 
 
 def gradient_norm(module: Any, group: Any) -> float:

@@ -1,7 +1,7 @@
 """The trained state of a DeepSpeed engine, as shards that do not depend on the number of ranks.
 
-The state is the float32 weights, Adam's moments and the counters. Frozen weights are left out: they come from the
-model that the stage starts from.
+The state is the float32 weights, Adam's moments and the counters. Frozen weights are left out: they come from
+the model that the stage starts from.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def prepare(engine: Any, facts: dict[str, Any], where: Path, world: World) -> No
     if isinstance(optimizer, OneBitAdam):
         if numbers["ranks"] != world.size:
             raise HpcRlhfError(
-                f"onebit-adam keeps a momentum for each of {numbers['ranks']} ranks, but {world.size} were started",
+                f"onebit-adam keeps a momentum for each of {numbers['ranks']} ranks, "
+                f"but {world.size} were started",
                 where=str(where),
                 hint=f"resume with {numbers['ranks']} ranks",
                 exit_code=RUN_FAILED,

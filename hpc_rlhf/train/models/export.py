@@ -1,4 +1,4 @@
-"""The whole weights of a model in training, gathered from wherever their shards lie, and written as a folder."""
+"""The whole weights of a model in training, gathered from their shards and written as a folder."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def whole(modules: Sequence[ModuleWeights]) -> Iterator[list[tuple[str, Tensor]]
 def full_weights(modules: Sequence[ModuleWeights]) -> Generator[tuple[str, Tensor], None, None]:
     """Every weight of the modules by its Hugging Face name, whole and with adapters merged.
 
-    Collective if sharded or split: every rank must iterate to the end. A tensor may be a view of the parameter and
-    is valid only until the next one.
+    Collective if sharded or split: every rank must iterate to the end. A tensor may be a view of the
+    parameter and is valid only until the next one.
     """
     batch: list[ModuleWeights] = []
     size = 0
@@ -162,7 +162,7 @@ def export(model: Any, tokenizer: Any, folder: Path, is_main: bool) -> None:
 
 
 def _set_eos(generation: Any, eos_id: int) -> None:
-    """Make ``generate`` end responses where training did, which may differ from where the base model ended texts."""
+    """Make ``generate`` end responses where training did; the base model may have ended texts elsewhere."""
     if generation is None:
         return
     known = generation.eos_token_id

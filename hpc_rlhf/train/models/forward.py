@@ -1,7 +1,7 @@
-"""Forward passes of transformers models: over padded rows, and over sequences laid end to end.
+"""Forward passes of transformers models over packed sequences, or over padded rows.
 
-Laid end to end, the layers see one row of real tokens, so padding costs nothing, and attention goes sequence by
-sequence. An architecture whose attention is not that of ``packed`` runs on rows padded on the right instead.
+Packed, the layers see one row of real tokens, so nothing is spent on padding, and attention runs sequence by
+sequence. An architecture that ``packed_attention`` does not support runs on rows padded on the right instead.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from hpc_rlhf.train import ragged
 from hpc_rlhf.train.models import packed_attention
 
 
-def _filling(tokens: int, device: torch.device) -> tuple[int, ...]:
-    """Lengths of sequences that nothing looks at, which give a row of tokens an even height.
+def _padding(tokens: int, device: torch.device) -> tuple[int, ...]:
+    """Lengths of unused sequences that round a packed row up to a size that matrix kernels handle well.
 
-    A CPU's matrix kernels are made anew for every height and kept, each some 0.8 MiB: its rows have one of eight heights
-    between a power of two and the next.
+    A CPU compiles and keeps a kernel of about 0.8 MiB for every size, so there its rows have one of eight
+    sizes between a power of two and the next.
     """
     step = ALIGNED
     if device.type == "cpu":
@@ -32,24 +32,24 @@ def _filling(tokens: int, device: torch.device) -> tuple[int, ...]:
 
 
 def padded(model: Any, ids: Tensor, lengths: tuple[int, ...]) -> tuple[Any, Tensor]:
-    """A forward pass over sequences as rows padded on the right, with position ids where the architecture takes them.
+    """A forward pass over right-padded rows, with position ids if the architecture takes them.
 
     Args:
-        ids: (tokens,), int64; the sequences laid end to end.
+        ids: (tokens,), int64; packed sequences.
         lengths: tokens of each sequence.
 
     Returns:
         transformers' output, and (batch, longest), bool, True on real tokens.
     """
     rows, real = ragged.pad(ids, lengths), ragged.mask(lengths, ids.device)
-    places = {}
+    positions = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
-        places["position_ids"] = torch.arange(rows.shape[1], device=ids.device).expand_as(rows)
-    return model(input_ids=rows, attention_mask=real.long(), use_cache=False, **places), real
+        positions["position_ids"] = torch.arange(rows.shape[1], device=ids.device).expand_as(rows)
+    return model(input_ids=rows, attention_mask=real.long(), use_cache=False, **positions), real
 
 
 def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """The last hidden states of sequences laid end to end.
+    """The last hidden states of packed sequences.
 
     Args:
         body: a transformers model without its head.
@@ -57,16 +57,16 @@ def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         lengths: tokens of each sequence.
 
     Returns:
-        (tokens or more, hidden); rows after those of the sequences mean nothing.
+        (tokens or more, hidden); rows after those of the sequences are padding.
     """
     if body.config._attn_implementation == packed_attention.NAME:
-        # transformers hands a mask of four dimensions on as it is, and so builds none of its own.
+        # transformers passes a four-dimensional mask on as it is, instead of building one.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-        filling = _filling(len(ids), ids.device)
-        filled, sizes = F.pad(ids, (0, sum(filling))), (*lengths, *filling)
-        places = ragged.positions(sizes, ids.device)
+        padding = _padding(len(ids), ids.device)
+        padded_ids, sizes = F.pad(ids, (0, sum(padding))), (*lengths, *padding)
+        positions = ragged.positions(sizes, ids.device)
         output = body(
-            input_ids=filled.unsqueeze(0), attention_mask=unused, position_ids=places.unsqueeze(0),
+            input_ids=padded_ids.unsqueeze(0), attention_mask=unused, position_ids=positions.unsqueeze(0),
             use_cache=False, packed_lengths=sizes,
         )  # fmt: skip
         packed_hidden: Tensor = output.last_hidden_state[0]

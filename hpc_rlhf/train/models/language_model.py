@@ -1,4 +1,4 @@
-"""A causal language model that gives log-probabilities of tokens, never holding the logits of all of them."""
+"""A causal language model that returns log-probabilities of tokens without holding all logits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_prob_sum, head_log_probs, token_log_probs
 from hpc_rlhf.train.models.forward import hidden_states, padded
 
-# Logits that are not just the head's output.
+# Config fields of models whose logits are more than the head's output.
 OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class LogProbHead(nn.Linear):
-    """An output head that, given tokens, returns their log-probabilities in place of the logits.
+    """An output head that, given tokens, returns their log-probabilities instead of the logits.
 
-    It is the head's own forward pass, so that ZeRO-3 has the weight there when it is needed.
+    It runs inside the head's own forward pass, where ZeRO-3 has gathered the weight.
     """
 
     def forward(
@@ -35,7 +35,7 @@ class LogProbHead(nn.Linear):
 
 
 class LanguageModel(nn.Module):
-    """A transformers causal language model as training uses it: sequences in, log-probabilities of tokens out.
+    """A causal language model for training: packed sequences in, log-probabilities of tokens out.
 
     Attributes:
         causal: the transformers model.
@@ -58,23 +58,23 @@ class LanguageModel(nn.Module):
         """Log-probabilities of tokens, given those before them in their sequence.
 
         Args:
-            ids: (tokens,), int64; sequences laid end to end.
+            ids: (tokens,), int64; packed sequences.
             lengths: tokens of each sequence.
             predicted: (n,), int64; indices into ids, none of them the first of a sequence.
-            temperature: what the logits are divided by.
-            with_entropies: give the entropies of the distributions, too.
-            summed: give the sum of the log-probabilities alone, which is less work: for a loss that is no more.
+            temperature: divides the logits.
+            with_entropies: return the entropies of the distributions as well.
+            summed: return only the sum of the log-probabilities, which is less work.
 
         Returns:
-            Log-probabilities (n,), or their sum (), float32; entropies (n,), float32, in nats and without gradient,
-            or (0,).
+            Log-probabilities (n,), or their sum (), float32; entropies (n,), float32, in nats and without
+            gradient, or (0,).
         """
         if self.chunked:
             hidden = hidden_states(self.causal.base_model, ids, lengths)[predicted - 1]
-            made: tuple[Tensor, Tensor] = self.causal.get_output_embeddings()(
+            outputs: tuple[Tensor, Tensor] = self.causal.get_output_embeddings()(
                 hidden, ids[predicted], temperature, with_entropies, summed
             )
-            return made
+            return outputs
         output, real = padded(self.causal, ids, lengths)
         logits = output.logits[real][predicted - 1]
         log_probs = token_log_probs(logits, ids[predicted], temperature)

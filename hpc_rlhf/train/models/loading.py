@@ -1,4 +1,4 @@
-"""Transformers models from a hub id, a folder or a configuration, whole or sharded by ZeRO-3."""
+"""Loads transformers models from a hub id, a folder or a configuration, whole or sharded by ZeRO-3."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hpc_rlhf.train.runtime.world import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# What the architectures call their dropout rates.
+# The architectures' names for dropout rates.
 DROPOUT_FIELDS = (
     "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "classifier_dropout",
     "embd_pdrop", "resid_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob",
@@ -28,7 +28,7 @@ DROPOUT_FIELDS = (
 
 
 def make_from_scratch(ref: FromScratch, tokenizer: Any, seed: int, folder: Path, world: World) -> None:
-    """Write a freshly initialised model, once, so that all ranks and every ZeRO stage start from the same."""
+    """Write a newly initialized model once, so that all ranks and ZeRO stages start from the same weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def make() -> None:
@@ -41,11 +41,11 @@ def make_from_scratch(ref: FromScratch, tokenizer: Any, seed: int, folder: Path,
             config = AutoConfig.for_model(kind, **{**fields, **ids})
             seeds.reseed(seed, "from scratch", kind)
             model = AutoModelForCausalLM.from_config(config)
-        except Exception as error:  # an architecture may object to its configuration in any way
+        except Exception as error:  # architectures reject configurations with any exception
             raise HpcRlhfError(
-                f"no {kind} model can be made of this configuration ({type(error).__name__}: {error})",
+                f"cannot create a {kind} model from this configuration ({type(error).__name__}: {error})",
                 where="from_scratch",
-                hint="use the names of the architecture's configuration in transformers",
+                hint="use the field names of the architecture's configuration in transformers",
             ) from error
         model.save_pretrained(str(folder))
         manifest.write(folder, {"from_scratch": ref.from_scratch})
@@ -88,28 +88,28 @@ def load_causal(source: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
 
 
 def check_fits(config: Any, tokenizer: Any, longest: int, source: str) -> None:
-    """Refuse a model that the tokens do not fit.
+    """Refuse a model that is too small for the tokens.
 
     Raises:
         HpcRlhfError: its vocabulary or its longest sequence is too small.
     """
     if config.vocab_size < len(tokenizer):
         raise HpcRlhfError(
-            f"the model has {config.vocab_size} tokens where the actor's tokenizer has {len(tokenizer)}",
+            f"the model has {config.vocab_size} tokens, but the actor's tokenizer has {len(tokenizer)}",
             where=source,
             hint="actor and reward model must share a tokenizer",
         )
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise HpcRlhfError(
-            f"the model takes {limit} tokens where prompt and answer may have {longest}",
+            f"the model takes {limit} tokens, but prompt and response may have {longest}",
             where=source,
             hint="lower data.max_prompt_tokens or data.max_answer_tokens",
         )
 
 
 class RewardModel(nn.Module):
-    """A language model's body with a linear head without bias: one value for each token.
+    """A language model's body with a linear head without bias: one value per token.
 
     It wraps transformers' sequence classification model with one label, so that its folder loads with
     ``AutoModelForSequenceClassification``.
@@ -120,7 +120,7 @@ class RewardModel(nn.Module):
         self.classifier = classifier
 
     def forward(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Values (tokens,) of sequences laid end to end.
+        """Values (tokens,) of packed sequences.
 
         Args:
             ids: (tokens,), int64.
@@ -135,10 +135,11 @@ def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: floa
     """A reward model from any causal language model, or from a trained reward model.
 
     Args:
-        seed: draws a new head; None keeps the head that the folder holds.
+        seed: initializes a new head; None keeps the folder's head.
 
     Raises:
-        HpcRlhfError: it cannot be loaded, or transformers has no such architecture with a head.
+        HpcRlhfError: it cannot be loaded, or transformers has no variant of the architecture with a score
+            head.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -155,6 +156,6 @@ def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: floa
     return RewardModel(classifier)
 
 
-def folder_or_id(ref: ModelRef, made: Path) -> str:
-    """Where a model loads from: what the spec names, or the folder it was made in."""
-    return str(made) if isinstance(ref, FromScratch) else ref
+def folder_or_id(ref: ModelRef, folder: Path) -> str:
+    """Where to load a model from: what the spec names, or the folder that it was initialized in."""
+    return str(folder) if isinstance(ref, FromScratch) else ref

@@ -22,7 +22,8 @@ from hpc_rlhf.train.runtime import seeds
 class LoraLinear(nn.Module):
     """``base(x) + alpha / rank * x A^T B^T`` with the base weight frozen; B starts at 0.
 
-    If tensor parallelism splits the layer, it splits one factor as well: B along the outputs, or A along the inputs.
+    If tensor parallelism splits the layer, it splits one factor as well: B along the outputs, or A along the
+        inputs.
 
     Attributes:
         on: False turns the adapter off.
@@ -58,7 +59,7 @@ class LoraLinear(nn.Module):
         return self.base(x) + F.linear(inner, self.lora_b) * self.scale
 
     def merged_weight(self) -> Tensor:
-        """The base weight with the adapter merged, computed in float32; the base weight alone if the adapter is off.
+        """The base weight with the adapter merged, computed in float32; without it if the adapter is off.
 
         For a split layer, this rank's shard.
         """

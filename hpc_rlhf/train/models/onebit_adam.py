@@ -1,4 +1,4 @@
-"""1-bit Adam (arXiv 2102.02888): ranks send each other the signs of their momenta in place of gradients."""
+"""1-bit Adam (arXiv 2102.02888): ranks exchange the signs of their momenta instead of gradients."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ from hpc_rlhf.train.algorithms.compression import BLOCK, decode, encode, unpack_
 from hpc_rlhf.train.checkpoint.shards import Piece
 from hpc_rlhf.train.runtime import seeds
 
-# Sums of a sketch of the gradient: its norm comes out within 2 % (one over the root of twice this).
+# Sums in a sketch of the gradient: it estimates the norm within 2 % (1 / sqrt(2 * SKETCH)).
 SKETCH = 1024
-# Least root of a frozen variance, as a share of the root mean square over its tensor. Adam would raise a
-# variance that was too small; frozen, it would make every later gradient there a huge step. With a tenth, a
-# weight that had no gradient before moves about as far by its first one as under Adam.
+# Lower bound of the root of a frozen variance, relative to the root mean square over its tensor. Adam would
+# raise a variance that was too small; frozen, it would turn every later gradient there into a huge step. With
+# a tenth, the first gradient of a weight that had none before moves it about as far as under Adam.
 FLOOR = 0.1
 
 
 class OneBitAdam(torch.optim.Optimizer):
-    """AdamW whose ranks average momenta by signs, once the variance has been frozen.
+    """AdamW whose ranks average momenta by their signs once the variance is frozen.
 
-    It averages over the ranks itself: whoever makes the gradients must leave them as each rank has them.
+    It averages over the ranks itself: gradients must reach it as each rank computed them.
 
-    For ``warmup`` steps it is AdamW on gradients that are averaged in float32. Then the variance stays as it is.
-    Each step a rank takes its gradient into its own momentum, divides by the root of the variance, adds what its
-    last compression left out, and sends the signs; the owner of each part averages what came, compresses that
-    in the same way, and sends it to all.
+    For ``warmup`` steps it is AdamW on gradients averaged in float32. Then the variance is frozen. In each
+    step a rank adds its gradient to its own momentum, divides by the root of the variance, adds the error of
+    its last compression and sends the signs. The owner of each part averages what it receives, compresses
+    that in the same way, and sends it to all.
 
-    Two things differ from the paper. The division comes before the compression, not behind it: the variance is
-    the same everywhere, so the average is too, and numbers that share a magnitude are then of like size. And a
-    rank keeps its own momentum instead of the average that it got back: a momentum of averages is an average of
-    momenta, and what compression gets wrong then moves the weights once, not 1 / (1 - beta) times.
+    Two things differ from the paper. The division comes before the compression: the variance is the same on
+    all ranks, so the average is too, and numbers that share a magnitude are of similar size. And a rank keeps
+    its own momentum
+    instead of the average that it received: a momentum of averages is an average of momenta, and a
+    compression error then moves the weights once, not 1 / (1 - beta) times.
 
-    Gradients are clipped by their average's norm: known while all-reduced, afterwards estimated within 2 % from
-    random sums of each rank's gradient, which are small enough to average whole.
+    Gradients are clipped by the norm of their average: exact during warm-up, afterwards estimated within 2 %
+    from random sums of each rank's gradient, which are small enough to average whole.
 
     Args:
         clip_grad: largest norm of the averaged gradient.
         warmup: steps before the variance is frozen.
 
     Attributes:
-        steps: made so far.
-        grad_norm: of the last step's averaged gradient, before it was clipped.
-        bytes_sent: by this rank since ``take_bytes_sent``.
+        steps: number of steps so far.
+        grad_norm: norm of the last step's averaged gradient before clipping.
+        bytes_sent: by this rank since the last ``take_bytes_sent``.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class OneBitAdam(torch.optim.Optimizer):
         self._started = False
 
     def start(self) -> None:
-        """Make the state, now that the parameters are those to be stepped.
+        """Allocate the state, once the parameters are the final ones.
 
-        A step before this does nothing: DeepSpeed's wrapper for half precision puts float32 parameters in the
-        place of the model's own, and makes a step without gradients to have the state allocated.
+        A step before this does nothing: DeepSpeed's wrapper for half precision replaces the model's
+        parameters by float32 ones, and makes a step without gradients to allocate the state.
         """
         self._started = True
         parameters = self._parameters()
@@ -118,32 +119,32 @@ class OneBitAdam(torch.optim.Optimizer):
         return self.momentum / self._root()
 
     def _compressed(self, gradient: Tensor) -> Tensor:
-        """The same, of the average of the ranks' momenta, as far as their signs tell it."""
+        """The same for the average of the ranks' momenta, as far as their signs give it."""
         self._clip(gradient, self._estimated_norm(gradient))
         self.momentum.lerp_(gradient, 1 - self.betas[0])
         return self._exchange(self.momentum / self._root())
 
     def _root(self) -> Tensor:
-        """Root of the variance, its start from zero corrected."""
-        seen = min(self.steps, self.warmup)
-        return (self.variance / (1 - self.betas[1] ** seen)).sqrt_().add_(self.eps)
+        """Root of the variance, with bias correction."""
+        averaged = min(self.steps, self.warmup)
+        return (self.variance / (1 - self.betas[1] ** averaged)).sqrt_().add_(self.eps)
 
     def _freeze(self) -> None:
-        everywhere = float(self.variance.sum()) / self._count
+        overall = float(self.variance.sum()) / self._count
         for part in self.variance[: self._count].split(self._sizes):
-            part.clamp_(min=FLOOR**2 * (float(part.mean()) or everywhere))
+            part.clamp_(min=FLOOR**2 * (float(part.mean()) or overall))
 
     def _clip(self, gradient: Tensor, norm: float) -> None:
         self.grad_norm = norm
         if norm > self.clip_grad:
             gradient.mul_(self.clip_grad / norm)
 
-    # What ranks send each other
+    # Communication
 
     def _average(self, tensor: Tensor) -> None:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
-        # Each part of a ring's all-reduce goes round twice.
+        # A ring all-reduce sends each part around twice.
         self._count_sent(2 * tensor.nbytes)
 
     def _estimated_norm(self, gradient: Tensor) -> float:
@@ -154,7 +155,7 @@ class OneBitAdam(torch.optim.Optimizer):
         return float(sketch.norm())
 
     def _exchange(self, values: Tensor) -> Tensor:
-        """The ranks' average of values, compressed on the way out and on the way back."""
+        """The ranks' average of values, compressed in both directions."""
         ranks = dist.get_world_size()
         values += self.worker_error
         values[self._count :] = 0
@@ -166,26 +167,26 @@ class OneBitAdam(torch.optim.Optimizer):
 
         own = decode(received).mean(dim=0) + self.server_error
         own[max(0, self._count - dist.get_rank() * len(own)) :] = 0
-        answer = encode(own.unsqueeze(0))
-        torch.sub(own, decode(answer)[0], out=self.server_error)
-        dist.all_gather_into_tensor(parts, answer)
+        compressed = encode(own.unsqueeze(0))
+        torch.sub(own, decode(compressed)[0], out=self.server_error)
+        dist.all_gather_into_tensor(parts, compressed)
         self._count_sent(parts.nbytes)
         return decode(parts).flatten()
 
     def _count_sent(self, size: float) -> None:
-        """Count what a rank sends of something that goes round all ranks, less its own part."""
+        """Count the bytes that a rank sends of a tensor that all ranks exchange: all but its own part."""
         ranks = dist.get_world_size()
         self.bytes_sent += size * (ranks - 1) / ranks
 
     def take_bytes_sent(self) -> float:
-        """Bytes that this rank has sent since this was last asked."""
+        """Bytes that this rank has sent since the last call."""
         sent, self.bytes_sent = self.bytes_sent, 0.0
         return sent
 
     # Checkpoints
 
     def pieces(self) -> Iterator[Piece]:
-        """What a checkpoint keeps of it. A rank's momentum, and what its compressions have left out, are its own."""
+        """The state for a checkpoint. Momentum and compression errors are each rank's own."""
         rank = dist.get_rank()
         yield Piece("variance", 0, self.variance, mine=rank == 0)
         for name in ("momentum", "worker_error", "server_error"):

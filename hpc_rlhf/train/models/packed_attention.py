@@ -1,4 +1,4 @@
-"""Attention over packed sequences, each attending to itself only, as an attention function for transformers."""
+"""Attention over packed sequences, each attending only to itself, as a transformers attention function."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def attention(
     Args:
         query: (batch, heads, queries, dim).
         key, value: (batch, key heads, keys, dim).
-        attention_mask: (batch, 1, queries, keys), True where a query may attend, or numbers to add to its scores;
-            None for plain causal attention.
+        attention_mask: (batch, 1, queries, keys), True where a query may attend, or numbers to add to its
+            scores; None for plain causal attention.
         packed_lengths: the batch is one row of packed sequences of these lengths, and the mask is ignored.
         sliding_window: number of keys that a query of a packed sequence attends to, its own included.
 
@@ -96,7 +96,8 @@ class _CpuAttention(torch.autograd.Function):
         out, normalizers = _rows_like(query, value.shape[3]), []
         for target, end in zip(out.split(sizes, 2), accumulate(sizes), strict=True):
             size = target.shape[2]
-            # The tokens after a sequence pad it to a multiple: no query attends to them, and their output is discarded.
+            # The tokens after a sequence pad it to a multiple: no query attends to them, and their output is
+            # discarded.
             span = slice(end - size, end + -size % CPU_MULTIPLE)
             output, normalizer = cpu_kernels.causal_attention(
                 query[:, :, span], key[:, :, span], value[:, :, span], scaling
@@ -123,7 +124,7 @@ class _CpuAttention(torch.autograd.Function):
 
 
 def _rows_like(heads: Tensor, dim: int) -> Tensor:
-    """An empty (batch, heads, tokens, dim), with tokens outermost in memory, as the surrounding layers use it."""
+    """An empty (batch, heads, tokens, dim), with tokens outermost in memory, as the layers around it do."""
     batch, count, tokens, _ = heads.shape
     return heads.new_empty(batch, tokens, count, dim).transpose(1, 2)
 

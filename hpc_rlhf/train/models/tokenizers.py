@@ -15,7 +15,7 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer with tokens of its own for padding, beginning and end of a text."""
+    """A byte-level BPE tokenizer with separate tokens for padding and for the beginning and end of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -33,14 +33,14 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: World) -> Any:
-    """The tokenizer that belongs to a model.
+    """The tokenizer of a model. Collective.
 
-    Padding never stands in a mask by its id, so a tokenizer without a padding token may pad with EOS.
+    No mask is derived from the id of the padding token, so a tokenizer without one may pad with EOS.
 
     Args:
         ref: the actor, as the spec names it.
-        texts: what to train on where the model is made from scratch.
-        folder: where a trained tokenizer is kept from one attempt to the next.
+        texts: what to train a tokenizer on if the model is made from scratch.
+        folder: where a trained tokenizer is kept between attempts.
 
     Raises:
         HpcRlhfError: there is no such tokenizer, or it has no EOS token.
@@ -71,3 +71,21 @@ def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: Wor
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_same_tokenizer(tokenizer: Any, folder: str, stage: str) -> None:
+    """Refuse a stage's model that was trained with another tokenizer.
+
+    Raises:
+        HpcRlhfError: the tokens differ.
+    """
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(folder)
+    # transformers may add a token of its own when it loads a folder (Qwen2's does).
+    if not tokenizer.get_vocab().items() <= other.get_vocab().items():
+        raise HpcRlhfError(
+            f"the tokenizer of stage {stage} differs from the actor's",
+            where=folder,
+            hint="use models that share a tokenizer",
+        )

@@ -104,8 +104,9 @@ def split_layers(
     groups._init_tp_mesh_device(size)
     set_autotp_mode(training=True)
     autotp = AutoTP(
-        module=model, all_reduce_linears=(), prefix="", state_dict=None, linear_layer_setting=(nn.Linear, nn.Embedding),
-        orig_layer_impl=None, partition_config=AutoTPConfig(tp_size=size, layer_specs=specs),
+        module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None,
+        linear_layer_setting=(nn.Linear, nn.Embedding),
+        partition_config=AutoTPConfig(tp_size=size, layer_specs=specs),
         model_config=config, training_mode=True,
     )  # fmt: skip
     autotp.set_tensor_parallel_config(size, groups.get_tensor_model_parallel_group())
@@ -173,10 +174,10 @@ def discard_allocation_step(engine: Any) -> None:
 
 
 def check_overflow_by_norm(engine: Any) -> None:
-    """Half precision without ZeRO: look for overflow in the gradient norm only, not in every gradient as well.
+    """Half precision without ZeRO: check only the gradient norm for overflow, not every gradient as well.
 
-    DeepSpeed skips a step whose norm is not finite. The norm is the same on all ranks, because their gradients
-    have been averaged.
+    DeepSpeed skips a step whose norm is not finite. The norm is the same on all ranks, because their
+    gradients have been averaged.
     """
     if hasattr(engine.optimizer, "overflow_checker"):
         engine.optimizer.overflow_checker.check = bool
@@ -206,7 +207,8 @@ def unapplied_loss_scale(engine: Any) -> float:
     """The factor that the caller must multiply float16 losses with.
 
     Without ZeRO, DeepSpeed 0.19 divides the gradients by the loss scale in its step, but its engine never
-    multiplies the loss: small gradients would vanish, and the rest be too small for Adam's epsilon and clipping.
+    multiplies the loss: small gradients would vanish, and the rest be too small for Adam's epsilon and
+        clipping.
     """
     return float(engine.optimizer.loss_scale) if has_unfused_wrapper(engine) else 1.0
 

@@ -1,1 +1,1 @@
-"""Generating answers from a model in training."""
+"""Responses from the model in training, and the experience made of them."""

@@ -1,155 +1,129 @@
-"""Experience: sampled answers with all that PPO learns from."""
+"""Experience: a rollout with everything that PPO learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import ppo
-from hpc_rlhf.train.ragged import Ragged
+from hpc_rlhf.train.algorithms.advantages import AdvantageEstimator
+from hpc_rlhf.train.algorithms.moments import Moments
+from hpc_rlhf.train.rollout.backend import Rollout
 
-# Adds numbers up over the ranks.
-Sums = Callable[[dict[str, float]], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Prompts and sampled answers, as token ids; an answer ends with EOS unless it was cut, and is never empty."""
-
-    prompts: list[list[int]]
-    answers: list[list[int]]
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each prompt with its answer."""
-        return [len(p) + len(a) for p, a in zip(self.prompts, self.answers, strict=True)]
-
-    def batch(self, rows: Sequence[int], device: torch.device) -> tuple[Ragged, Tensor]:
-        """Some rows end to end, and the indices of their answer tokens: (answer tokens,), int64."""
-        batch = Ragged.of([self.prompts[row] + self.answers[row] for row in rows], device)
-        return batch, batch.tail([len(self.answers[row]) for row in rows])
-
-    def mask(self, device: torch.device) -> Tensor:
-        """(batch, answer), bool; True on real answer tokens, EOS included."""
-        return ragged.mask([len(answer) for answer in self.answers], device)
-
-    def ended(self, eos_id: int, device: torch.device) -> Tensor:
-        """(batch,), bool; True where an answer came to its end by itself."""
-        return torch.tensor([answer[-1] == eos_id for answer in self.answers], device=device)
+# Gathers the moments of each rank's samples.
+GatherMoments = Callable[[Moments], list[Moments]]
 
 
 @dataclass(frozen=True)
-class Experience:
-    """A rollout as PPO learns from it; all but the scores are (batch, answer), float32, 0 behind an answer's end.
+class TokenStats:
+    """The models' outputs for response tokens: (batch, response), float32, 0 after a response's end.
 
     Attributes:
-        mask: (batch, answer), bool; True on real answer tokens, EOS included.
+        mask: (batch, response), bool; True on real response tokens, EOS included.
         log_probs, ref_log_probs: of the sampled tokens, by the actor that sampled them and by the reference.
-        values: of the state before each token.
-        scores: (batch,), the reward model's.
-        advantages, returns: of generalised advantage estimation.
-        entropies: of the distributions sampled from.
+        values: the critic's value of the state before each token.
+        entropies: of the distributions that the tokens were drawn from, in nats.
     """
 
-    rollout: Rollout
     mask: Tensor
     log_probs: Tensor
     ref_log_probs: Tensor
     values: Tensor
-    scores: Tensor
-    advantages: Tensor
-    returns: Tensor
     entropies: Tensor
 
 
 @dataclass(frozen=True)
-class Rewarding:
-    """How scores become rewards and advantages; the numbers are those of PpoSpec.
+class Experience(TokenStats):
+    """A rollout as PPO learns from it.
 
     Attributes:
-        standardized: brings scores (batch,) to the scale on which they are clipped. Collective.
-        reward_sums: given where per-token rewards are to be whitened.
+        scores: (batch,), float32, the reward source's; NaN where it gave none.
+        advantages, returns: (batch, response), float32, 0 after a response's end.
     """
 
-    temperature: float
+    rollout: Rollout
+    scores: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
+class RewardShaping:
+    """How scores become per-token rewards; the fields are those of PpoSpec.
+
+    Attributes:
+        standardize: brings scores (batch,) to the scale on which they are clipped. Collective.
+        gather: given if per-token rewards are to be whitened. Collective.
+    """
+
     kl_coef: float
     score_clip: float
     missing_eos_penalty: float
-    gamma: float
-    lam: float
-    standardized: Callable[[Tensor], Tensor] | None = None
-    reward_sums: Sums | None = None
+    standardize: Callable[[Tensor], Tensor] | None = None
+    gather: GatherMoments | None = None
+
+    def __call__(self, stats: TokenStats, scores: Tensor, ended: Tensor) -> Tensor:
+        """Rewards of the tokens: (batch, response), 0 outside the mask.
+
+        Args:
+            scores: (batch,), NaN where there is none.
+            ended: (batch,), bool; True where a response ended with EOS.
+        """
+        scaled = self.standardize(scores) if self.standardize else scores
+        rewards = ppo.kl_shaped_rewards(
+            stats.log_probs, stats.ref_log_probs,
+            scaled.nan_to_num(0.0) - self.missing_eos_penalty * ~ended,
+            stats.mask, self.kl_coef, self.score_clip,
+        )  # fmt: skip
+        if self.gather is None:
+            return rewards
+        moments = Moments.merge(self.gather(Moments.of(rewards[stats.mask])))
+        return (moments.standardize(rewards) + moments.mean) * stats.mask
 
 
 @torch.no_grad()
-def scores(reward: Any, rollout: Rollout, plan: list[list[int]], device: torch.device) -> Tensor:
-    """The reward model's scores of whole sequences: (batch,), float32; for the plan see ``experience``."""
-    found = torch.zeros(len(rollout), device=device)
-    for rows in plan:
-        batch, _ = rollout.batch(rows or [0], device)
-        ends = batch.tail([1] * len(batch.lengths))
-        values = reward(batch.ids, batch.lengths)[ends].float()
-        found[rows or [0]] = values
-    return found
-
-
-@torch.no_grad()
-def experience(
-    rollout: Rollout, plan: list[list[int]], actor: Any, critic: Any, ref: Any, reward: Any,
-    rewarding: Rewarding, eos_id: int, device: torch.device,
-) -> Experience:  # fmt: skip
-    """Everything PPO needs of a rollout. The models are in eval mode; each makes one forward pass a micro-batch, the
-    actor the last.
+def evaluate_tokens(
+    rollout: Rollout, plan: list[list[int]], actor: Any, critic: Any, ref: Any, temperature: float,
+    device: torch.device,
+) -> TokenStats:  # fmt: skip
+    """One forward pass per model and micro-batch; the actor's comes last. The models are in eval mode.
 
     Args:
-        plan: the rows of each micro-batch, together each row once. An empty one only keeps step with other
-            ranks. Every rank has as many.
+        plan: the rows of each micro-batch, together each row once. Every rank has as many micro-batches; an
+            empty one only keeps ranks in sync.
     """
-    parts: dict[int, Tensor] = {}
-    found_scores = scores(reward, rollout, plan, device)
+    columns: dict[int, Tensor] = {}
     for rows in plan:
-        batch, answer = rollout.batch(rows or [0], device)
-        ref_log_probs, _ = ref(batch.ids, batch.lengths, answer, rewarding.temperature)
-        values = critic(batch.ids, batch.lengths)[answer - 1].float()
-        log_probs, entropies = actor(batch.ids, batch.lengths, answer, rewarding.temperature, True)
-        found = torch.stack([log_probs, ref_log_probs, values, entropies], dim=1)
-        sizes = [len(rollout.answers[row]) for row in rows or [0]]
-        parts.update(zip(rows or [0], found.split(sizes), strict=True))
-    mask = rollout.mask(device)
-    ordered = torch.nn.utils.rnn.pad_sequence([parts[row] for row in range(len(rollout))], batch_first=True)
-    log_probs, ref_log_probs, values, entropies = ordered.unbind(dim=2)
-    earned = rewarding.standardized(found_scores) if rewarding.standardized else found_scores
-    rewards = ppo.kl_shaped_rewards(
-        log_probs, ref_log_probs,
-        earned - rewarding.missing_eos_penalty * ~rollout.ended(eos_id, device),
-        mask, rewarding.kl_coef, rewarding.score_clip,
-    )  # fmt: skip
-    if rewarding.reward_sums:
-        mean, spread = _moments(rewards[mask], rewarding.reward_sums)
-        rewards = ((rewards - mean) / (spread + 1e-8) + mean) * mask
-    advantages, returns = ppo.generalized_advantages(values, rewards, mask, rewarding.gamma, rewarding.lam)
-    return Experience(
-        rollout, mask, log_probs, ref_log_probs, values, found_scores, advantages, returns, entropies
+        batch, response = rollout.batch(rows or [0], device)
+        ref_log_probs, _ = ref(batch.ids, batch.lengths, response, temperature)
+        values = critic(batch.ids, batch.lengths)[response - 1].float()
+        log_probs, entropies = actor(batch.ids, batch.lengths, response, temperature, True)
+        stacked = torch.stack([log_probs, ref_log_probs, values, entropies], dim=1)
+        sizes = [rollout.response_lengths[row] for row in rows or [0]]
+        columns.update(zip(rows or [0], stacked.split(sizes), strict=True))
+    ordered = [columns[row] for row in range(len(rollout))]
+    return TokenStats(
+        rollout.mask(device), *torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True).unbind(dim=2)
     )
 
 
-def whiten(made: Experience, sums: Sums) -> Experience:
+def make_experience(
+    rollout: Rollout, stats: TokenStats, scores: list[float | None], shaping: RewardShaping,
+    estimate: AdvantageEstimator, eos_id: int,
+) -> Experience:  # fmt: skip
+    """Shape the rewards of a rollout and estimate its advantages."""
+    device = stats.mask.device
+    numbers = torch.tensor([torch.nan if s is None else s for s in scores], device=device)
+    rewards = shaping(stats, numbers, rollout.ended(eos_id, device))
+    advantages, returns = estimate(rewards, stats.values, stats.mask)
+    return Experience(**vars(stats), rollout=rollout, scores=numbers, advantages=advantages, returns=returns)
+
+
+def whiten(experience: Experience, gather: GatherMoments) -> Experience:
     """Bring the advantages over all ranks to mean 0 and variance 1."""
-    mean, spread = _moments(made.advantages[made.mask], sums)
-    return replace(made, advantages=(made.advantages - mean) / (spread + 1e-8) * made.mask)
-
-
-def _moments(real: Tensor, sums: Sums) -> tuple[float, float]:
-    """Mean and standard deviation of numbers over all ranks."""
-    real = real.double()
-    total = sums({"count": real.numel(), "sum": real.sum().item(), "squares": (real**2).sum().item()})
-    mean = total["sum"] / total["count"]
-    return mean, max(total["squares"] / total["count"] - mean**2, 0.0) ** 0.5
+    moments = Moments.merge(gather(Moments.of(experience.advantages[experience.mask])))
+    return replace(experience, advantages=moments.standardize(experience.advantages) * experience.mask)

@@ -1,4 +1,4 @@
-"""What the stages share: adapters, steps as micro-batches, engines in checkpoints, and the artifact."""
+"""Code shared by the stages: preparing models, micro-batches, engines in checkpoints, and the artifact."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from hpc_rlhf.train.runtime.stop_control import StopControl
 from hpc_rlhf.train.runtime.stop_signals import Interrupted
 from hpc_rlhf.train.runtime.world import World
 
-# Held-out samples looked at: enough for a standard error of 1.6 % on an accuracy.
+# Held-out samples to evaluate: enough for a standard error of 1.6 % on an accuracy.
 EVALUATED = 1024
 
 
-def adapted(model: Any, spec: TrainingSpec, seed: int) -> None:
-    """Prepare a model for training as the spec says: its part of each layer, adapters, activation checkpointing."""
+def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:
+    """Apply the spec's tensor parallelism, adapters and activation checkpointing to a model, in place."""
     split_model(model, spec.tensor_parallel)
     if spec.lora is not None:
         lora.adapt(model, spec.lora, seed)
@@ -47,10 +47,10 @@ def pair_lengths(rows: Any) -> np.ndarray:
 
 
 class Batches:
-    """The micro-batches of this rank: as many whole sequences as fit the tokens of a micro-batch.
+    """This rank's micro-batches: as many whole sequences as fit into the token budget of each.
 
     Args:
-        purpose: of the stream of samples, so that two streams differ.
+        purpose: names the stream of samples, so that two streams differ.
         lengths: (rows,), tokens of each row.
         budget: tokens of a micro-batch.
     """
@@ -62,26 +62,26 @@ class Batches:
         self.budget = budget
 
     def indices(self, step: int) -> list[int]:
-        """The rows of a step over all ranks, the same on any number of them."""
+        """The rows of a step over all ranks, the same for any number of ranks."""
         count, seed, size = len(self.lengths), self.context.spec.seed, self.context.batch.global_
         return [sample_at(p, count, seed, self.purpose) for p in range(step * size, (step + 1) * size)]
 
     def step(self, data: Any, step: int) -> list[tuple[list[dict[str, Any]], bool]]:
-        """This rank's micro-batches of a step, and whether they are real."""
+        """This rank's micro-batches of a step, each with True if it is real; see ``plan``."""
         return self._rows(data, self.indices(step))
 
     def held_out(self, data: Any) -> list[tuple[list[dict[str, Any]], bool]]:
-        """This rank's micro-batches of the first samples, as many as are EVALUATED, and whether they are real."""
+        """This rank's micro-batches of the first EVALUATED samples, each with True if real; see ``plan``."""
         return self._rows(data, list(range(min(len(data), EVALUATED))))
 
     def _rows(self, data: Any, indices: list[int]) -> list[tuple[list[dict[str, Any]], bool]]:
-        return [([data[i] for i in chosen], real) for chosen, real in self.of(indices)]
+        return [([data[i] for i in chosen], real) for chosen, real in self.plan(indices)]
 
-    def of(self, indices: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """This rank's micro-batches of some rows, and whether they are real.
+    def plan(self, indices: list[int]) -> Iterator[tuple[list[int], bool]]:
+        """This rank's micro-batches of some rows, each with True if it is real.
 
-        Every rank gets the same number, because passes are collective under ZeRO-3; those that are not real only
-        keep step.
+        Every rank gets the same number, because passes are collective under ZeRO-3; a micro-batch that is not
+        real only keeps ranks in sync.
         """
         world = self.context.world
         lengths = [int(self.lengths[i]) for i in indices]
@@ -90,23 +90,23 @@ class Batches:
 
 
 def save_engines(snapshot: Snapshot, named: dict[str, Any], world: World) -> None:
-    """Put the state of DeepSpeed engines into a snapshot. Collective."""
+    """Add the state of DeepSpeed engines to a snapshot. Collective."""
     for name, engine in named.items():
         engines.save(engine, snapshot, name, world)
 
 
 def load_engines(named: dict[str, Any], world: World) -> Callable[[Checkpoint], None]:
-    """A function that puts a checkpoint's state into the engines."""
+    """A function that loads a checkpoint into the engines."""
 
-    def load(found: Checkpoint) -> None:
+    def load(checkpoint: Checkpoint) -> None:
         for name, engine in named.items():
-            engines.load(engine, found.folder / name, world)
+            engines.load(engine, checkpoint.folder / name, world)
 
     return load
 
 
 def checked(stop: StopControl, losses: Sequence[Callable[[], Tensor]]) -> list[Callable[[], Tensor]]:
-    """The losses of an optimizer step, each after a check whether to stop, which discards the gradients so far."""
+    """The losses of an optimizer step, each after a check for a stop, which discards the gradients so far."""
 
     def after_check(loss: Callable[[], Tensor]) -> Tensor:
         stop.check("micro-batch")
@@ -116,13 +116,13 @@ def checked(stop: StopControl, losses: Sequence[Callable[[], Tensor]]) -> list[C
 
 
 def finish(context: StageContext, step: int, models: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """Write the artifact that is handed on; its manifest last. Collective.
+    """Write the artifact that the stage hands on, its manifest last. Collective.
 
-    A stop drops it, and the next attempt, which goes on from the last safe point, writes it anew.
+    A stop discards it; the next attempt resumes at the last safe point and writes it again.
 
     Args:
         models: transformers models by the subfolder they go to.
-        metrics: what the manifest says of the model.
+        metrics: the model's metrics for the manifest.
     """
     folder = new_artifact(context)
     with context.stop.cancellable():
@@ -132,13 +132,13 @@ def finish(context: StageContext, step: int, models: dict[str, Any], metrics: di
 
 
 def new_artifact(context: StageContext) -> Path:
-    """The folder of an artifact that is to be written; what attempts before left of theirs goes. Collective."""
+    """The folder to write the artifact to; deletes what earlier attempts left of theirs. Collective."""
     target = context.files.model
 
     def clear() -> None:
         context.checkpoints.store.check_owner()
-        for left in target.parent.glob(f"{target.name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in target.parent.glob(f"{target.name}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     context.world.on_main(clear)
     return target.with_name(f"{target.name}-{context.attempt}")
@@ -148,19 +148,19 @@ def write_model(context: StageContext, model: Any, folder: Path) -> None:
     """Write a transformers model into an artifact, within ``StopControl.cancellable``. Collective.
 
     Raises:
-        Interrupted: there is to be a stop.
+        Interrupted: the attempt must stop.
     """
     state = collect(model, context.world.is_main, lambda: context.stop.check("weights to be written"))
     context.world.on_main(lambda: write(model, state, context.tokenizer, folder, context.stop.should_stop))
 
 
 def commit(context: StageContext, folder: Path, step: int, metrics: dict[str, Any]) -> None:
-    """Turn a written folder into the stage's artifact, in one step. Collective; see ``StopControl.check``."""
+    """Turn a written folder into the stage's artifact, atomically. Collective; see ``StopControl.check``."""
     target = context.files.model
 
     def publish() -> None:
         context.checkpoints.store.check_owner()
-        files = _described(folder, context.stop.should_stop)
+        files = _describe(folder, context.stop.should_stop)
         shutil.rmtree(target, ignore_errors=True)
         facts = {
             "stage": context.stage,
@@ -176,16 +176,16 @@ def commit(context: StageContext, folder: Path, step: int, metrics: dict[str, An
         context.world.on_main(publish)
 
 
-def _described(folder: Path, told: Callable[[], bool]) -> dict[str, Any]:
-    """What a manifest says of the files, which are read once more for it: 2 to 4 s for each of 2 GB.
+def _describe(folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    """The manifest's entries for the files. It reads them again: 2 to 4 s for 2 GB.
 
     Raises:
-        Interrupted: ``told`` said so, before one of them.
+        Interrupted: ``should_stop`` returned True before one of them.
     """
     files: dict[str, Any] = {}
     count = sum(path.is_file() for path in folder.rglob("*"))
     for number in range(count):
-        if told():
+        if should_stop():
             raise Interrupted
         files |= manifest.describe(folder, (number, count))
     return files

@@ -1,6 +1,6 @@
-"""DPO: learn from pairs which answer people preferred, without a reward model and without sampling.
+"""DPO: learn from pairs which response people preferred, without a reward model and without sampling.
 
-Direct preference optimisation, arXiv 2305.18290; in place of the reward model and PPO.
+Direct preference optimization (arXiv 2305.18290) replaces the reward model and PPO.
 """
 
 from __future__ import annotations
@@ -26,30 +26,27 @@ from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import (
     EVALUATED,
     Batches,
-    adapted,
     checked,
     finish,
     load_engines,
     pair_lengths,
+    prepare_model,
     save_engines,
 )
-from hpc_rlhf.train.stages.sample_log import SampleLog
-
-# Held-out prompts answered at the end by the model that training started from and by the trained one.
-SHOWN = 16
+from hpc_rlhf.train.stages.sample_log import SampleLog, greedy_responses, held_out_prompts
 
 Rows = list[dict[str, Any]]
-MEASURED = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
+METRICS = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
 
 
 class DpoModels:
-    """The policy in training and its reference: the same model as it was before.
+    """The policy in training and its reference, which is the same model before training.
 
-    Where only adapters are trained, the policy without them is the reference, and no second model is held.
+    If only adapters are trained, the policy without them is the reference, and there is no second model.
     """
 
     def __init__(self, context: StageContext, spec: DpoSpec, total: int) -> None:
@@ -65,7 +62,7 @@ class DpoModels:
         with loading(context.stop, configs["ref"]):
             ref = load_causal(source, context.dtype) if self.own_ref else None
         check_fits(self.policy.config, context.tokenizer, context.longest, source)
-        adapted(self.policy, spec, context.spec.seed)
+        prepare_model(self.policy, spec, context.spec.seed)
         self.engine = engines.training_engine(LanguageModel(self.policy), configs[""], spec, spec.lr, total)
         self.ref_policy = self.policy if ref is None else ref
         self.ref = (
@@ -76,7 +73,7 @@ class DpoModels:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within it, ``ref`` and ``ref_policy`` are the model as it was before training, dropout off."""
+        """Within it, ``ref`` and ``ref_policy`` are the model before training, with dropout off."""
         if self.own_ref:
             yield
             return
@@ -87,46 +84,34 @@ class DpoModels:
         self.engine.train(was_training)
 
 
-def answer_log_probs(model: Any, rows: Rows, device: torch.device) -> Tensor:
-    """Log-probabilities of whole answers: (2, pairs), of the chosen and of the rejected, float32, in nats."""
-    answers = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+def response_log_probs(model: Any, rows: Rows, device: torch.device) -> Tensor:
+    """Log-probabilities of whole responses: (2, pairs), chosen and rejected, float32, in nats."""
+    responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
     prompts = [row["prompt_ids"] for row in rows] * 2
-    batch = Ragged.of([p + a for p, a in zip(prompts, answers, strict=True)], device)
-    sizes = [len(answer) for answer in answers]
+    batch = Ragged.of([p + r for p, r in zip(prompts, responses, strict=True)], device)
+    sizes = [len(response) for response in responses]
     log_probs, _ = model(batch.ids, batch.lengths, batch.tail(sizes))
     return ragged.pad(log_probs, sizes).sum(dim=1).view(2, len(rows))
 
 
-def show(context: StageContext, models: DpoModels, rows: Rows, step: int) -> None:
-    """Answer held-out prompts before and after training, and keep both. Collective."""
+def compare_with_ref(context: StageContext, models: DpoModels, rows: Rows, step: int) -> None:
+    """Answer held-out prompts before and after training, and log both. Collective."""
     if not rows:
         return
-    tokenizer, limit = context.tokenizer, context.spec.data.max_answer_tokens
-
-    def answers(policy: Any) -> list[str]:
-        made = RolloutEngine(policy, context.world).generate(
-            [row["prompt_ids"] for row in rows],
-            None,
-            limit,
-            Sampling(greedy=True),
-            tokenizer.eos_token_id,
-            len(rows),
-            context.stop.should_stop,
-        )
-        return [tokenizer.decode(answer, skip_special_tokens=True) for answer in made]
-
-    before, after = list[str](), list[str]()
-    with context.stop.cancellable(), models.as_reference():
-        before = answers(models.ref_policy)
-    with context.stop.cancellable():
-        after = answers(models.policy)
+    with models.as_reference():
+        before = greedy_responses(context, RolloutEngine(models.ref_policy, context.world), rows)
+    after = greedy_responses(context, RolloutEngine(models.policy, context.world), rows)
     if context.world.is_main:
-        SampleLog(context.files.samples, tokenizer).keep(
+        samples = SampleLog(context.files.samples, context.tokenizer)
+        samples.append(
             [
-                {"step": step, "kind": "final", "prompt": row["prompt"], "answer": tuned, "sft_answer": sft}
-                for row, tuned, sft in zip(rows, after, before, strict=True)
+                {
+                    "step": step, "kind": "final", "prompt": row["prompt"],
+                    "answer": samples.text(tuned), "sft_answer": samples.text(sft),
+                }
+                for row, tuned, sft in zip(rows, after.responses, before.responses, strict=True)
             ]
-        )
+        )  # fmt: skip
 
 
 def run(context: StageContext) -> None:
@@ -144,69 +129,69 @@ def run(context: StageContext) -> None:
     engine = models.engine
 
     def reference(rows: Rows) -> Tensor:
-        """The reference's log-probabilities of both answers: (2, pairs)."""
+        """The reference's log-probabilities of both responses: (2, pairs)."""
         with torch.no_grad(), models.as_reference():
-            return answer_log_probs(models.ref, rows, world.device)
+            return response_log_probs(models.ref, rows, world.device)
 
     def compare(rows: Rows, ref: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of the pairs' losses, and the sums of what is MEASURED."""
-        log_probs = answer_log_probs(engine, rows, world.device)
+        """The sum of the pairs' losses, and the sums of the METRICS."""
+        log_probs = response_log_probs(engine, rows, world.device)
         losses, chosen, rejected = preference_loss(
             log_probs[0], log_probs[1], ref[0], ref[1], spec.beta, spec.label_smoothing
         )
         measured = (losses.detach(), (chosen > rejected).float(), chosen - rejected, chosen, rejected)
         return losses.sum(), torch.stack(measured).sum(dim=1)
 
-    def totals(seen: list[Tensor], pairs: int) -> dict[str, float]:
-        sums = world.sums(dict(zip(MEASURED, torch.stack(seen).sum(dim=0).tolist(), strict=True)))
-        return {name: sums[name] / pairs for name in MEASURED}
+    def means(measured: list[Tensor], pairs: int) -> dict[str, float]:
+        sums = world.sums(dict(zip(METRICS, torch.stack(measured).sum(dim=0).tolist(), strict=True)))
+        return {name: sums[name] / pairs for name in METRICS}
 
     def evaluate() -> Mapping[str, float | None]:
-        """The same means over the held-out pairs; nothing where there are none."""
+        """The same means over the held-out pairs, if there are any."""
         rows = data.held_out
         count = min(len(rows), EVALUATED)
         if not count:
             return {"accuracy": None}
         engine.eval()
-        seen = []
+        measured = []
         with torch.no_grad():
             for pairs, real in Batches(context, "held out", pair_lengths(rows), budget).held_out(rows):
                 context.stop.check("evaluation")
-                seen.append(compare(pairs, reference(pairs))[1] * real)
+                measured.append(compare(pairs, reference(pairs))[1] * real)
         engine.train()
-        return totals(seen, count)
+        return means(measured, count)
 
     # 3. Resume.
-    found = context.resume(load_engines({"engine": engine}, context.world))
-    first = found.step if found else 0
+    checkpoint = context.resume(load_engines({"engine": engine}, context.world))
+    first = checkpoint.step if checkpoint else 0
     if world.is_main:
-        keep_until(context.files.samples, first if found else -1)
+        keep_until(context.files.samples, first if checkpoint else -1)
 
-    def take(snapshot: Snapshot) -> None:
+    def save(snapshot: Snapshot) -> None:
         save_engines(snapshot, {"engine": engine}, context.world)
 
     # 4. Train.
     for step in range(first, total):
-        context.checkpoints.safe_point(step, take, {})
+        context.checkpoints.safe_point(step, save, {})
         context.reseed(step)
         micro_batches = batches.step(data.train, step)
         refs = [reference(rows) for rows, _ in micro_batches]
         rate = engines.learning_rate(engine)
-        seen: list[Tensor] = []
+        measured: list[Tensor] = []
 
-        def scaled_loss(rows: Rows, real: bool, ref: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            loss, measured = compare(rows, ref)
-            seen.append(measured * real)
+        def scaled_loss(rows: Rows, real: bool, ref: Tensor, measured: list[Tensor] = measured) -> Tensor:
+            loss, sums = compare(rows, ref)
+            measured.append(sums * real)
             return loss * (real * context.loss_scale / context.batch.global_)
 
         losses = [partial(scaled_loss, *batch, ref) for batch, ref in zip(micro_batches, refs, strict=True)]
-        norm = engines.optimizer_step(engine, checked(context.stop, losses))
-        values = {**totals(seen, context.batch.global_), "lr": rate, "grad_norm": norm}
+        result = engines.optimizer_step(engine, checked(context.stop, losses))
+        values = {**means(measured, context.batch.global_), "lr": rate, **result.metrics}
         context.metrics.log(step + 1, total, "train", {**values, **engines.traffic([engine])})
-    context.checkpoints.safe_point(total, take, {})
+    context.checkpoints.safe_point(total, save, {})
 
-    # 5. Measure, show answers side by side, and hand over.
+    # 5. Evaluate, compare responses with those before training, and write the artifact.
     after = evaluate()
     context.metrics.log(total, total, "eval", after)
-    show(context, models, [data.held_out[i] for i in range(min(SHOWN, len(data.held_out)))], total)
+    compare_with_ref(context, models, held_out_prompts(data.held_out), total)
     finish(context, total, {"": models.policy}, dict(after))

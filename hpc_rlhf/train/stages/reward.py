@@ -1,4 +1,4 @@
-"""The reward model: learn from pairs which answer people preferred.
+"""The reward model: learn from pairs which response people preferred.
 
 Step 2 of DeepSpeed-Chat (arXiv 2308.01320).
 """
@@ -23,11 +23,11 @@ from hpc_rlhf.train.models.loading import check_fits, load_reward
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.stages.common import (
     Batches,
-    adapted,
     checked,
     finish,
     load_engines,
     pair_lengths,
+    prepare_model,
     save_engines,
 )
 
@@ -47,29 +47,28 @@ def run(context: StageContext) -> None:
     with loading(context.stop, context.ds_config):
         model = load_reward(source, context.dtype, context.spec.seed, spec.dropout)
     check_fits(model.classifier.config, context.tokenizer, context.longest, source)
-    adapted(model.classifier, spec, context.spec.seed)
+    prepare_model(model.classifier, spec, context.spec.seed)
     engine = engines.training_engine(model, context.ds_config, spec, spec.lr, total)
 
     def compare(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses, and scores of the chosen and the rejected: (pairs,) each."""
-        answers = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+        """Losses, and scores of the chosen and the rejected responses: (pairs,) each."""
+        responses = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         prompts = [row["prompt_ids"] for row in rows] * 2
-        sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
         batch = Ragged.of(sequences, context.world.device)
         values = ragged.pad(engine(batch.ids, batch.lengths), batch.lengths).chunk(2)
         ids = ragged.pad(batch.ids, batch.lengths).chunk(2)
         return pairwise_loss(*values, *ids, *ragged.mask(batch.lengths, batch.ids.device).chunk(2))
 
     def accuracy() -> float | None:
-        """Of the held-out pairs; None where there are none."""
+        """On the held-out pairs; None if there are none."""
         rows = data.held_out
         if not len(rows):
             return None
         engine.eval()
         sums = {"right": 0.0, "pairs": 0.0}
-        some = Batches(context, "held out", pair_lengths(rows), budget)
         with torch.no_grad():
-            for pairs, real in some.held_out(rows):
+            for pairs, real in Batches(context, "held out", pair_lengths(rows), budget).held_out(rows):
                 context.stop.check("evaluation")
                 _, chosen, rejected = compare(pairs)
                 if real:
@@ -80,36 +79,36 @@ def run(context: StageContext) -> None:
         return sums["right"] / sums["pairs"]
 
     # 3. Resume.
-    found = context.resume(load_engines({"engine": engine}, context.world))
-    first = found.step if found else 0
+    checkpoint = context.resume(load_engines({"engine": engine}, context.world))
+    first = checkpoint.step if checkpoint else 0
 
-    def take(snapshot: Snapshot) -> None:
+    def save(snapshot: Snapshot) -> None:
         save_engines(snapshot, {"engine": engine}, context.world)
 
     # 4. Train.
     for step in range(first, total):
-        context.checkpoints.safe_point(step, take, {})
+        context.checkpoints.safe_point(step, save, {})
         context.reseed(step)
         micro_batches = batches.step(data.train, step)
         rate = engines.learning_rate(engine)
-        seen: list[Tensor] = []
+        measured: list[Tensor] = []
 
-        def scaled_loss(rows: list[dict[str, Any]], real: bool, seen: list[Tensor] = seen) -> Tensor:
+        def scaled_loss(rows: list[dict[str, Any]], real: bool, measured: list[Tensor] = measured) -> Tensor:
             losses, chosen, rejected = compare(rows)
-            facts = (losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum())
-            seen.append(torch.stack(facts).detach() * real)
+            numbers = (losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum())
+            measured.append(torch.stack(numbers).detach() * real)
             return losses.sum() * (real * context.loss_scale / context.batch.global_)
 
         scaled = [partial(scaled_loss, *batch) for batch in micro_batches]
-        norm = engines.optimizer_step(engine, checked(context.stop, scaled))
+        result = engines.optimizer_step(engine, checked(context.stop, scaled))
         names = ("loss", "accuracy", "margin")
-        sums = context.world.sums(dict(zip(names, torch.stack(seen).sum(dim=0).tolist(), strict=True)))
+        sums = context.world.sums(dict(zip(names, torch.stack(measured).sum(dim=0).tolist(), strict=True)))
         means = {name: sums[name] / context.batch.global_ for name in names}
-        values = {**means, "lr": rate, "grad_norm": norm, **engines.traffic([engine])}
+        values = {**means, "lr": rate, **result.metrics, **engines.traffic([engine])}
         context.metrics.log(step + 1, total, "train", values)
-    context.checkpoints.safe_point(total, take, {})
+    context.checkpoints.safe_point(total, save, {})
 
-    # 5. Measure, and hand over.
+    # 5. Evaluate, and write the artifact.
     after = accuracy()
     context.metrics.log(total, total, "eval", {"accuracy": after})
     finish(context, total, {"": model.classifier}, {"accuracy": after})

@@ -1,4 +1,4 @@
-"""The loss of DPO against its closed form, its gradient, and the policy that it is best for."""
+"""The loss of DPO: its closed form, its gradient, and its optimal policy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sigmoid(x: float) -> float:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_losses_and_rewards_are_the_papers(smoothing: float) -> None:
+def test_losses_and_rewards_match_the_paper(smoothing: float) -> None:
     given = [(-10.0, -12.0, -11.0, -11.5), (-7.0, -3.0, -6.0, -5.0), (-400.0, -1.0, -1.0, -1.0)]
     columns = [torch.tensor(column) for column in zip(*given, strict=True)]
     losses, chosen, rejected = preference_loss(*columns, beta=0.1, label_smoothing=smoothing)
@@ -41,8 +41,8 @@ def test_at_the_reference_the_loss_is_log_2_and_the_gradient_half_of_beta() -> N
     assert rejected.grad.tolist() == pytest.approx([0.15, 0.15])
 
 
-def test_its_best_policy_is_the_one_that_the_preferences_come_from() -> None:
-    """With Bradley-Terry preferences by a reward r, the best policy is ref * exp(r / beta), normalised (equation 4)."""
+def test_the_optimal_policy_is_the_one_that_generated_the_preferences() -> None:
+    """Under Bradley-Terry preferences the best policy is ref * exp(r / beta), normalized (equation 4)."""
     beta, reward = 0.5, torch.tensor([0.0, 0.7, -0.4])
     ref = torch.tensor([0.5, 0.2, 0.3]).log()
     logits = torch.zeros(3, requires_grad=True)

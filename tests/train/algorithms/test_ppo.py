@@ -1,4 +1,4 @@
-"""Rewards, advantages and losses of PPO against closed forms and sums written out."""
+"""Rewards and losses of PPO compared with closed forms and sums written out."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpc_rlhf.train.algorithms.advantages import Gae
 from hpc_rlhf.train.algorithms.ppo import (
     adapted_kl_coef,
-    generalized_advantages,
     k3_kl,
     kl_shaped_rewards,
     policy_loss_sum,
@@ -26,12 +26,12 @@ def ragged() -> Tensor:
     return torch.randn(len(LENGTHS), WIDTH)
 
 
-def soiled(tensor: Tensor, junk: float) -> Tensor:
-    """The same inside the mask, junk outside."""
+def with_junk(tensor: Tensor, junk: float) -> Tensor:
+    """The tensor with junk outside the mask."""
     return torch.where(MASK, tensor, junk)
 
 
-def test_the_reward_is_the_kl_penalty_at_each_token_and_the_clipped_score_at_the_last() -> None:
+def test_rewards_are_the_kl_penalty_and_the_clipped_score_at_the_last_token() -> None:
     log_probs, ref_log_probs, scores = ragged(), ragged(), torch.tensor([2.0, -9.0, 7.0, 0.5])
     rewards = kl_shaped_rewards(log_probs, ref_log_probs, scores, MASK, kl_coef=0.1, score_clip=5.0)
     for row, length in enumerate(LENGTHS):
@@ -50,86 +50,58 @@ def test_the_reward_is_the_kl_penalty_at_each_token_and_the_clipped_score_at_the
         (6.0, 100, 0.1),  # on the target
         (6.6, 100, 0.1 * (1 + 0.1 * 0.01)),
         (5.4, 100, 0.1 * (1 - 0.1 * 0.01)),
-        (60.0, 100, 0.1 * (1 + 0.2 * 0.01)),  # far off: held at 20 %
+        (60.0, 100, 0.1 * (1 + 0.2 * 0.01)),  # far off: clipped to 20 %
         (0.0, 500, 0.1 * (1 - 0.2 * 0.05)),
     ],
 )
-def test_the_kl_weight_follows_the_relative_error_within_its_bounds(
+def test_the_kl_coefficient_follows_the_clipped_relative_error(
     kl: float, answers: int, expected: float
 ) -> None:
     assert adapted_kl_coef(0.1, kl, 6.0, 10_000, answers) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_kl_weight_brings_a_kl_that_answers_to_it_to_the_target() -> None:
+def test_the_kl_coefficient_steers_the_kl_to_the_target() -> None:
     coefficient = 0.01
     for _ in range(2000):
         coefficient = adapted_kl_coef(coefficient, 1 / coefficient, 8.0, 1000, 64)
     assert 1 / coefficient == pytest.approx(8.0, rel=0.01)
 
 
-def test_equal_policies_pay_no_penalty_at_all() -> None:
+def test_equal_policies_have_no_penalty() -> None:
     log_probs = ragged()
     rewards = kl_shaped_rewards(log_probs, log_probs.clone(), torch.zeros(4), MASK, 0.1, 5.0)
     assert (rewards == 0).all()
     assert (k3_kl(log_probs, log_probs.clone(), MASK) == 0).all()
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.99, 0.0)])
-def test_advantages_equal_the_double_sum_on_ragged_lengths(gamma: float, lam: float) -> None:
-    values, rewards = ragged(), ragged()
-    advantages, returns = generalized_advantages(values, rewards, MASK, gamma, lam)
-    for row, length in enumerate(LENGTHS):
-        for t in range(WIDTH):
-            if t >= length:
-                assert advantages[row, t] == 0
-                assert returns[row, t] == 0
-                continue
-            expected = 0.0
-            for k in range(t, length):
-                following = values[row, k + 1].item() if k + 1 < length else 0.0
-                delta = rewards[row, k].item() + gamma * following - values[row, k].item()
-                expected += (gamma * lam) ** (k - t) * delta
-            assert advantages[row, t].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-            assert returns[row, t].item() == pytest.approx(
-                expected + values[row, t].item(), rel=1e-4, abs=1e-5
-            )
-
-
-def test_with_lambda_one_returns_are_the_discounted_rewards_to_come() -> None:
-    rewards = ragged()
-    _, returns = generalized_advantages(ragged(), rewards, MASK, gamma=0.9, lam=1.0)
-    expected = sum(0.9**k * rewards[0, k].item() for k in range(LENGTHS[0]))
-    assert returns[0, 0].item() == pytest.approx(expected, rel=1e-4)
-
-
 @pytest.mark.parametrize("junk", [1e30, -1e30, torch.inf, torch.nan])
-def test_what_stands_outside_the_mask_changes_nothing(junk: float) -> None:
+def test_values_outside_the_mask_change_nothing(junk: float) -> None:
     a, b, c, d = ragged(), ragged(), ragged(), ragged()
-    e, f, g, h = (soiled(tensor, junk) for tensor in (a, b, c, d))
+    e, f, g, h = (with_junk(tensor, junk) for tensor in (a, b, c, d))
     scores = torch.randn(4)
     clean = [
         kl_shaped_rewards(a, b, scores, MASK, 0.1, 5.0),
-        *generalized_advantages(a, b, MASK, 1.0, 0.95),
+        *Gae(1.0, 0.95)(b, a, MASK),
         *policy_loss_sum(a, b, c, MASK, 0.2),
         *value_loss_sum(a, b, d, MASK, 0.2),
         k3_kl(a, b, MASK),
     ]
     dirty = [
         kl_shaped_rewards(e, f, scores, MASK, 0.1, 5.0),
-        *generalized_advantages(e, f, MASK, 1.0, 0.95),
+        *Gae(1.0, 0.95)(f, e, MASK),
         *policy_loss_sum(e, f, g, MASK, 0.2),
         *value_loss_sum(e, f, h, MASK, 0.2),
         k3_kl(e, f, MASK),
     ]
-    for expected, found in zip(clean, dirty, strict=True):
-        assert torch.equal(expected, found)
+    for expected, actual in zip(clean, dirty, strict=True):
+        assert torch.equal(expected, actual)
 
 
 @pytest.mark.parametrize("junk", [1e30, torch.nan])
-def test_what_stands_outside_the_mask_gets_no_gradient(junk: float) -> None:
+def test_values_outside_the_mask_get_no_gradient(junk: float) -> None:
     for loss in (policy_loss_sum, value_loss_sum):
-        inner = soiled(ragged(), junk).requires_grad_()
-        loss(inner, soiled(ragged(), junk), soiled(ragged(), junk), MASK, 10.0)[0].backward()
+        inner = with_junk(ragged(), junk).requires_grad_()
+        loss(inner, with_junk(ragged(), junk), with_junk(ragged(), junk), MASK, 10.0)[0].backward()
         assert inner.grad is not None
         assert (inner.grad[~MASK] == 0).all()
         assert (inner.grad[MASK] != 0).all()
@@ -146,10 +118,10 @@ def test_the_ratio_of_the_first_minibatch_is_exactly_one() -> None:
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "clipped"),
     [
-        (1.5, 2.0, -1.2 * 2.0, 1),  # better, and already more likely: held at 1 + cliprange
+        (1.5, 2.0, -1.2 * 2.0, 1),  # better, and already more likely: clipped at 1 + cliprange
         (1.5, -2.0, 1.5 * 2.0, 0),  # worse, and more likely: pushed back in full
         (0.5, 2.0, -0.5 * 2.0, 0),  # better, and less likely: pushed back in full
-        (0.5, -2.0, 0.8 * 2.0, 1),  # worse, and already less likely: held at 1 - cliprange
+        (0.5, -2.0, 0.8 * 2.0, 1),  # worse, and already less likely: clipped at 1 - cliprange
         (1.1, 2.0, -1.1 * 2.0, 0),
         (0.9, -2.0, 0.9 * 2.0, 0),
     ],
@@ -158,13 +130,13 @@ def test_the_clipped_surrogate_in_its_six_cases(
     ratio: float, advantage: float, loss: float, clipped: int
 ) -> None:
     log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    found, count, ratios = policy_loss_sum(
+    actual, count, ratios = policy_loss_sum(
         log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.tensor([[True]]), 0.2
     )
-    assert found.item() == pytest.approx(loss)
+    assert actual.item() == pytest.approx(loss)
     assert count.item() == clipped
     assert ratios.item() == pytest.approx(ratio)
-    found.backward()
+    actual.backward()
     assert log_probs.grad is not None
     assert log_probs.grad.item() == pytest.approx(0.0 if clipped else -advantage * ratio)
 
@@ -182,10 +154,10 @@ def test_the_clipped_surrogate_in_its_six_cases(
 def test_the_value_loss_is_half_the_larger_error(
     value: float, old: float, target: float, loss: float, clipped: int
 ) -> None:
-    found, count = value_loss_sum(
+    actual, count = value_loss_sum(
         torch.tensor([[value]]), torch.tensor([[old]]), torch.tensor([[target]]), torch.tensor([[True]]), 0.2
     )
-    assert found.item() == pytest.approx(loss)
+    assert actual.item() == pytest.approx(loss)
     assert count.item() == clipped
 
 
@@ -202,7 +174,7 @@ def test_k3_is_never_negative_and_its_mean_is_the_kl() -> None:
 
 def test_k3_adds_up_over_an_answer() -> None:
     log_probs, ref_log_probs = ragged(), ragged()
-    found = k3_kl(log_probs, ref_log_probs, MASK)
+    actual = k3_kl(log_probs, ref_log_probs, MASK)
     for row, length in enumerate(LENGTHS):
         gaps = (ref_log_probs - log_probs)[row, :length].tolist()
-        assert found[row].item() == pytest.approx(sum(math.exp(gap) - 1 - gap for gap in gaps), rel=1e-4)
+        assert actual[row].item() == pytest.approx(sum(math.exp(gap) - 1 - gap for gap in gaps), rel=1e-4)

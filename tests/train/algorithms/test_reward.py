@@ -1,4 +1,4 @@
-"""Scores and the pairwise loss against plain loops; padding never takes part."""
+"""Scores and the pairwise loss compared with plain loops; padding never takes part."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ PAIRS: dict[str, tuple[list[int], list[int]]] = {
 
 
 @pytest.mark.parametrize("pad_id", [0, EOS], ids=["pad", "pad is eos"])
-def test_losses_are_those_of_a_plain_loop(pad_id: int) -> None:
+def test_losses_match_a_plain_loop(pad_id: int) -> None:
     chosen, rejected = [c for c, _ in PAIRS.values()], [r for _, r in PAIRS.values()]
     chosen_ids, rejected_ids, chosen_mask, rejected_mask = padded(chosen, rejected, pad_id)
     chosen_values, rejected_values = torch.randn(chosen_ids.shape), torch.randn(chosen_ids.shape)
@@ -95,7 +95,7 @@ def test_padding_never_matters(name: str, junk: float) -> None:
         assert bool((mine.grad != 0).any()) == (chosen != rejected)
 
 
-def test_what_both_share_gets_no_gradient() -> None:
+def test_the_shared_prefix_gets_no_gradient() -> None:
     ids_and_masks = padded([[5, 6, 7, EOS]], [[5, 6, 8, 9, EOS]], 0)
     chosen_values = torch.randn(1, 5, requires_grad=True)
     pairwise_loss(chosen_values, torch.randn(1, 5), *ids_and_masks)[0].sum().backward()  # type: ignore[call-arg, arg-type]
@@ -104,7 +104,7 @@ def test_what_both_share_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("pad_id", [0, EOS], ids=["pad", "pad is eos"])
-def test_the_score_is_that_of_exactly_the_last_real_token(pad_id: int) -> None:
+def test_the_score_is_the_last_real_tokens_value(pad_id: int) -> None:
     rows = [[5, 6, EOS], [5, EOS], [5, 6, 7, 8], [9, 9, 9, EOS]]
     _, _, *masks = padded(rows[:2], rows[2:], pad_id)
     values = torch.arange(16.0).reshape(4, 4)

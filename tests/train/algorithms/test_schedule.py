@@ -10,13 +10,13 @@ from hpc_rlhf.train.algorithms.schedule import factor
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_warm_up_rises_evenly_and_no_step_is_wasted_at_zero(name: str) -> None:
+def test_warm_up_rises_linearly_from_above_zero(name: str) -> None:
     rises = [factor(name, step, 4, 100) for step in range(5)]
     assert rises == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
-def test_without_warm_up_the_first_step_is_at_the_peak(name: str) -> None:
+def test_without_warm_up_the_first_step_has_the_peak_rate(name: str) -> None:
     assert factor(name, 0, 0, 10) == 1.0
 
 
@@ -29,11 +29,11 @@ def test_decay_in_closed_form() -> None:
 
 
 @pytest.mark.parametrize(("name", "end"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])
-def test_it_stays_at_its_end(name: str, end: float) -> None:
+def test_the_rate_stays_at_its_end(name: str, end: float) -> None:
     assert factor(name, 50, 10, 50) == pytest.approx(end)
     assert factor(name, 500, 10, 50) == pytest.approx(end)
 
 
-def test_a_warm_up_longer_than_the_stage_is_cut_to_it() -> None:
+def test_a_warm_up_longer_than_the_stage_is_shortened() -> None:
     factors = [factor("cosine", step, 100, 4) for step in range(4)]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8])

@@ -1,4 +1,4 @@
-"""The moving average: the closed form in float32, and the model's own weights back afterwards."""
+"""The moving average: its closed form in float32, and swapping it in and out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def step(model: nn.Module, number: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_average_is_its_closed_form_in_float32(dtype: torch.dtype) -> None:
+def test_the_average_matches_its_closed_form_in_float32(dtype: torch.dtype) -> None:
     model = model_of(dtype)
     ema = Ema(model, BETA, ALONE)
     history = [model[0].weight.detach().double().clone()]
@@ -63,7 +63,7 @@ def test_updates_of_less_than_a_hundredth_are_not_lost() -> None:
     assert in_bfloat16.item() == 1.0, "which is what the average in bfloat16 would have been"
 
 
-def test_swapping_in_gives_the_averages_and_then_the_own_weights_back(world: World) -> None:
+def test_swapped_in_has_the_averages_and_then_restores_the_weights(world: World) -> None:
     model = model_of(torch.bfloat16)
     ema = Ema(model, 0.5, world)
     step(model, 1)
@@ -79,7 +79,7 @@ def test_swapping_in_gives_the_averages_and_then_the_own_weights_back(world: Wor
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
 
 
-def test_ranks_keep_every_average_once() -> None:
+def test_ranks_together_keep_every_average_once() -> None:
     model = model_of(torch.float32)
     kept = [
         set(Ema(model, BETA, World(rank, ParallelDims(2), rank, torch.device("cpu"), None)).averages)
@@ -89,7 +89,7 @@ def test_ranks_keep_every_average_once() -> None:
     assert not kept[0] & kept[1]
 
 
-def test_averages_come_back_from_a_checkpoint_bit_for_bit(tmp_path: Path, world: World) -> None:
+def test_averages_resume_bit_for_bit(tmp_path: Path, world: World) -> None:
     model = model_of(torch.bfloat16)
     ema = Ema(model, BETA, world)
     step(model, 1)

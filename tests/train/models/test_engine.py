@@ -1,4 +1,4 @@
-"""What the optimizer gets: matrices decay, vectors do not, frozen weights are left out, nor is a step without end made."""
+"""Engines: which parameters decay and which are trained, and steps with an infinite gradient."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.local.environment import free_port
+from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.spec.training import LoraSpec
-from hpc_rlhf.train.models.engine import parameter_groups
+from hpc_rlhf.train.models.engine import parameter_groups, training_engine
 from hpc_rlhf.train.models.lora import adapt
+from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from tests.train import tiny
 from tests.train.stages import END, rank_environment
 
@@ -22,8 +25,8 @@ def test_every_trained_parameter_is_in_one_group_and_only_matrices_decay(kind: s
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     assert all(parameter.dim() >= 2 for parameter in decayed["params"])
     assert all(parameter.dim() == 1 for parameter in free["params"])
-    found = [id(parameter) for group in (decayed, free) for parameter in group["params"]]
-    assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
+    grouped = [id(parameter) for group in (decayed, free) for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
 
 
 def test_frozen_weights_are_left_out() -> None:
@@ -36,20 +39,22 @@ def test_frozen_weights_are_left_out() -> None:
 
 
 RANK = """
-import math, torch
+import math, sys, torch
 from hpc_rlhf.train.runtime.world import join
 join(1)
 from hpc_rlhf.spec.stages import SftSpec
-from hpc_rlhf.train.models.engine import optimizer_step, training_engine
+from hpc_rlhf.train.models.engine import learning_rate, optimizer_step, training_engine
 from hpc_rlhf.train.models.language_model import LanguageModel
 from tests.train import tiny
 
+stage, optimizer = int(sys.argv[1]), sys.argv[2]
 config = {
     "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "gradient_clipping": 1.0,
-    "zero_optimization": {"stage": 0},
+    "zero_optimization": {"stage": stage},
 }
 model = tiny.causal("llama").bfloat16()
-engine = training_engine(LanguageModel(model), config, SftSpec(precision="bf16"), 1e-2, 10)
+spec = SftSpec(precision="bf16", zero=stage, optimizer=optimizer, warmup=5)
+engine = training_engine(LanguageModel(model), config, spec, 1e-2, 10)
 
 def step(factor):
     return optimizer_step(
@@ -59,19 +64,38 @@ def step(factor):
 def weights():
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
-before = weights().clone()
-assert step(math.inf) == math.inf
+first = step(1.0)
+assert first.applied and 0 < first.grad_norm < math.inf and first.metrics["skipped"] == 0.0
+before, rate = weights().clone(), learning_rate(engine)
+skipped = step(math.inf)
+assert not skipped.applied
+# DeepSpeed's norm is still that of the step before.
+assert skipped.metrics == {"grad_norm": math.inf, "skipped": 1.0}
 assert torch.equal(weights(), before)
-assert 0 < step(1.0) < math.inf
+assert learning_rate(engine) == rate, "the schedule counts steps that were made"
+again = step(1.0)
+assert again.applied and 0 < again.grad_norm < math.inf
 assert weights().isfinite().all() and not torch.equal(weights(), before)
+assert learning_rate(engine) > rate
 """
 
 
 @pytest.mark.train
-def test_a_step_without_a_finite_gradient_changes_nothing() -> None:
-    """DeepSpeed's own look at every gradient is left out; the norm tells."""
+@pytest.mark.parametrize(
+    ("stage", "optimizer"), [("0", "adamw"), ("0", "onebit-adam"), ("1", "adamw"), ("2", "adamw")]
+)
+def test_a_step_with_an_infinite_gradient_is_skipped_and_reported(stage: str, optimizer: str) -> None:
     (environment,) = rank_environment(1, free_port())
     ended = subprocess.run(
-        [sys.executable, "-c", RANK + END], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", RANK + END, stage, optimizer], env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
+
+
+def test_float16_on_a_device_without_it_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internals, "supports_fp16", lambda: False)
+    config = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}
+    with pytest.raises(HpcRlhfError, match="cannot train in float16") as caught:
+        training_engine(tiny.causal("llama"), config, SftSpec(precision="fp16"), 1e-3, 10)
+    assert caught.value.exit_code == 2
+    assert "bf16" in str(caught.value)

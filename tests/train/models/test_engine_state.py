@@ -1,4 +1,4 @@
-"""An engine's state resumes bit for bit on the same number of ranks, and as the same training on any other."""
+"""An engine's state resumes bit for bit on as many ranks, and as the same training on any other number."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ source, folder, ways = sys.argv[1], Path(sys.argv[2]), sys.argv[4:]
 world = worlds.join(int(sys.argv[3]))
 batch = Ragged.of([[5, 6, 7, 8, 9, 10, 3], [11, 12, 13, 4]])
 
-def made(zero, precision, offload):
+def new_engine(zero, precision, offload):
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
         "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": zero},
@@ -73,13 +73,13 @@ def train(engine, steps):
     return losses
 
 def end(engine):
-    learnt = {p.key: p.tensor.double().sum().item() for p in state.pieces(engine, world) if p.mine}
-    return learnt, state.facts(engine, world)
+    sums = {p.key: p.tensor.double().sum().item() for p in state.pieces(engine, world) if p.mine}
+    return sums, state.facts(engine, world)
 
 seen = {}
 for way in ways:
     zero, precision, offload = way.split()
-    engine = made(int(zero), precision, offload == "yes")
+    engine = new_engine(int(zero), precision, offload == "yes")
     kept = folder / way.replace(" ", "-")
     if not kept.exists():
         train(engine, 5)
@@ -92,7 +92,8 @@ for way in ways:
     world.barrier()
     losses = train(engine, 4)
     shares = world.gather(end(engine)[0])
-    sums = {key: sum(share.get(key, 0.0) for share in shares) for key in sorted({k for s in shares for k in s})}
+    keys = sorted({key for share in shares for key in share})
+    sums = {key: sum(share.get(key, 0.0) for share in shares) for key in keys}
     seen[way] = {"losses": losses, "sums": sums, "facts": end(engine)[1]}
 print(json.dumps(seen)) if world.is_main else None
 worlds.leave()
@@ -102,11 +103,9 @@ worlds.leave()
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What two ranks (2) did without a break, and what two (20), one and three did from their checkpoints."""
-    from hpc_rlhf.train.parallel.deepspeed_internals import supports_fp16
-
     folder = tmp_path_factory.mktemp("state")
     tiny.causal("llama").save_pretrained(folder / "model")
-    ways = [way for way in WAYS if "fp16" not in way or supports_fp16()]
+    ways = list(filter(tiny.is_supported, WAYS))
     return {key: ranks(folder, count, ways) for key, count in ((2, 2), (20, 2), (1, 1), (3, 3))}
 
 
@@ -126,8 +125,8 @@ def ranks(folder: Path, count: int, ways: list[str]) -> dict[str, Any]:
     ]
     ended = [(process.communicate(timeout=300), process.returncode) for process in processes]
     assert [code for _, code in ended] == [0] * count, ended[0][0][1][-2000:]
-    found: dict[str, Any] = json.loads(ended[0][0][0].splitlines()[-1])
-    return found
+    report: dict[str, Any] = json.loads(ended[0][0][0].splitlines()[-1])
+    return report
 
 
 @pytest.mark.parametrize("way", WAYS)

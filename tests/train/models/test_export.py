@@ -1,4 +1,4 @@
-"""Exported folders hold the model whole, for transformers to load."""
+"""Exported folders contain the whole model and load in transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokenizer() -> Any:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_language_model_comes_back_from_its_folder_bit_for_bit(
+def test_an_exported_language_model_loads_bit_for_bit(
     kind: str, tied: bool, dtype: torch.dtype, tokenizer: Any, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -42,27 +42,27 @@ def test_a_language_model_comes_back_from_its_folder_bit_for_bit(
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").eval()
     assert back.dtype == dtype
     assert (back.get_input_embeddings().weight is back.get_output_embeddings().weight) == tied
-    for (name, weight), (found, other) in zip(
+    for (name, weight), (other_name, other) in zip(
         model.state_dict().items(), back.state_dict().items(), strict=True
     ):
-        assert name == found
+        assert name == other_name
         assert torch.equal(weight, other), name
     torch.testing.assert_close(back(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_full_weights_are_the_parameters_by_their_names_each_once(kind: str, tied: bool) -> None:
+def test_full_weights_are_all_parameters_once_by_name(kind: str, tied: bool) -> None:
     model = tiny.causal(kind, tie_word_embeddings=tied)
-    found = list(full_weights(module_weights(model)))
-    assert [name for name, _ in found] == [name for name, _ in model.named_parameters()]
-    for (_, weight), parameter in zip(found, model.parameters(), strict=True):
+    weights = list(full_weights(module_weights(model)))
+    assert [name for name, _ in weights] == [name for name, _ in model.named_parameters()]
+    for (_, weight), parameter in zip(weights, model.parameters(), strict=True):
         assert torch.equal(weight, parameter)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
-def test_adapters_are_folded_in_on_export_and_leave_the_model_as_it_is(
+def test_export_merges_adapters_and_leaves_the_model_unchanged(
     kind: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -107,7 +107,7 @@ def test_a_reward_model_gives_the_same_scores_in_transformers(
 
 
 @torch.no_grad()
-def test_a_language_model_folder_starts_a_reward_model_with_a_head_of_the_seed(
+def test_a_reward_model_from_a_language_model_has_a_head_from_the_seed(
     tokenizer: Any, tmp_path: Path
 ) -> None:
     model = tiny.causal("opt")
@@ -126,7 +126,7 @@ def test_a_language_model_folder_starts_a_reward_model_with_a_head_of_the_seed(
         assert torch.equal(weight, body[name]), name
 
 
-def test_a_saved_model_stops_at_the_end_of_a_turn_too(tmp_path: Path) -> None:
+def test_a_saved_model_also_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
     from transformers import GenerationConfig
 
     model, chatml = tiny.causal("qwen2", vocab_size=310), follow(chatty.tokenizer("chatml"), "auto")

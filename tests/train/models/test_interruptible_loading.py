@@ -1,4 +1,4 @@
-"""A model is dropped in the midst of its loading, and of its writing, as soon as there is to be a stop."""
+"""Loading and writing a model end early when the attempt must stop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_rlhf.train.runtime.stop_signals import Interrupted
 from tests.train import tiny
 
 
-def test_loading_and_writing_are_dropped_between_two_pieces(tmp_path: Path) -> None:
+def test_loading_and_writing_stop_between_two_items(tmp_path: Path) -> None:
     tiny.causal("llama").save_pretrained(tmp_path / "whole", max_shard_size="20KB")
     assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 2
 

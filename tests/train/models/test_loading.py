@@ -1,4 +1,4 @@
-"""Loading models: no dropout unless asked for, nothing too small, nothing half made."""
+"""Loading models: no dropout by default, clear errors, and no half-written models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokenizer() -> Any:
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @torch.no_grad()
-def test_a_model_that_was_saved_with_dropout_trains_without_it(kind: str, tmp_path: Path) -> None:
+def test_a_model_saved_with_dropout_trains_without_it(kind: str, tmp_path: Path) -> None:
     tiny.causal(kind, **DROPOUTS[kind]).save_pretrained(tmp_path)
     model = load_causal(str(tmp_path), torch.float32)
     assert all(getattr(model.config, field) == 0 for field in DROPOUTS[kind])
@@ -60,7 +60,7 @@ def test_dropout_is_what_the_spec_says(kind: str, tmp_path: Path) -> None:
     assert not torch.equal(model(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
-def test_the_type_is_the_one_asked_for(tmp_path: Path) -> None:
+def test_the_dtype_is_the_requested_one(tmp_path: Path) -> None:
     tiny.causal("llama").save_pretrained(tmp_path)
     assert load_causal(str(tmp_path), torch.bfloat16).dtype == torch.bfloat16
     assert load_reward(str(tmp_path), torch.float16, seed=1).classifier.score.weight.dtype == torch.float16
@@ -86,12 +86,12 @@ def test_a_folder_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path, damag
 def test_tokens_must_fit_the_model(tokenizer: Any) -> None:
     check_fits(tiny.config("llama", vocab_size=len(tokenizer)), tokenizer, 64, "here")
     with pytest.raises(
-        HpcRlhfError, match=f"the model has 96 tokens where the actor's tokenizer has {len(tokenizer)}"
+        HpcRlhfError, match=f"the model has 96 tokens, but the actor's tokenizer has {len(tokenizer)}"
     ):
         check_fits(tiny.config("llama"), tokenizer, 64, "here")
     for kind in tiny.KINDS:
         with pytest.raises(
-            HpcRlhfError, match="takes 64 tokens where prompt and answer may have 65"
+            HpcRlhfError, match="takes 64 tokens, but prompt and response may have 65"
         ) as caught:
             check_fits(tiny.config(kind, vocab_size=300), tokenizer, 65, "here")
         assert caught.value.where == "here"
@@ -109,12 +109,12 @@ def test_a_model_from_scratch_is_a_function_of_the_seed(tokenizer: Any, tmp_path
     assert a.config.hidden_size == 32
 
 
-def test_a_model_from_scratch_is_made_once_and_again_if_that_was_cut_short(
+def test_a_model_from_scratch_is_created_once_and_again_after_an_interruption(
     tokenizer: Any, tmp_path: Path, world: World
 ) -> None:
     ref, folder = FromScratch(from_scratch=TINY_LLAMA), tmp_path / "initial"
     folder.mkdir()
-    # What a job that ends between the two files leaves.
+    # What a job leaves that ends between the two files.
     tiny.config("llama").save_pretrained(folder)
     make_from_scratch(ref, tokenizer, 1, folder, world)
     assert manifest.defect(folder) is None
@@ -127,11 +127,11 @@ def test_a_model_from_scratch_is_made_once_and_again_if_that_was_cut_short(
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"model_type": "lama"}, "no lama model can be made"),
-        ({"hidden_size": 30, "num_attention_heads": 7}, "no llama model can be made"),
+        ({"model_type": "lama"}, "cannot create a lama model"),
+        ({"hidden_size": 30, "num_attention_heads": 7}, "cannot create a llama model"),
     ],
 )
-def test_a_configuration_that_makes_no_model_is_one_clear_error(
+def test_an_invalid_configuration_is_one_clear_error(
     fields: dict[str, Any], says: str, tokenizer: Any, tmp_path: Path, world: World
 ) -> None:
     with pytest.raises(HpcRlhfError, match=says) as caught:
@@ -141,6 +141,6 @@ def test_a_configuration_that_makes_no_model_is_one_clear_error(
     assert caught.value.where == "from_scratch"
 
 
-def test_what_a_model_loads_from(tmp_path: Path) -> None:
+def test_where_a_model_loads_from(tmp_path: Path) -> None:
     assert folder_or_id("facebook/opt-350m", tmp_path) == "facebook/opt-350m"
     assert folder_or_id(FromScratch(from_scratch=TINY_LLAMA), tmp_path) == str(tmp_path)

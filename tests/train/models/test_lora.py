@@ -1,4 +1,4 @@
-"""Adapters: nothing changes at the start, and what they learn is whole in the exported weights."""
+"""Adapters: they change nothing at first, and exported weights contain all they learn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def trained(model: nn.Module) -> set[str]:
 
 
 def learn(model: Any) -> None:
-    """Move everything trained, as an optimizer would."""
+    """Change all trained weights, as an optimizer would."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -32,7 +32,7 @@ def learn(model: Any) -> None:
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @torch.no_grad()
-def test_at_the_start_the_adapted_model_is_the_base_exactly(kind: str) -> None:
+def test_new_adapters_change_nothing(kind: str) -> None:
     model = tiny.causal(kind)
     before = model(input_ids=IDS).logits
     adapt(model, LORA, seed=1)
@@ -41,7 +41,7 @@ def test_at_the_start_the_adapted_model_is_the_base_exactly(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("only", [True, False])
-def test_the_merged_weights_say_what_the_adapted_model_says(kind: str, only: bool) -> None:
+def test_merged_weights_give_the_adapted_models_outputs(kind: str, only: bool) -> None:
     model = tiny.causal(kind)
     with torch.no_grad():
         base = model(input_ids=IDS).logits
@@ -62,7 +62,7 @@ def test_the_merged_weights_say_what_the_adapted_model_says(kind: str, only: boo
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @torch.no_grad()
-def test_switched_off_adapters_leave_the_base_exactly(kind: str) -> None:
+def test_switched_off_adapters_leave_the_base_model(kind: str) -> None:
     model = tiny.causal(kind)
     before = model(input_ids=IDS).logits
     weights = {name: weight.clone() for name, weight in full_weights(module_weights(model))}
@@ -75,7 +75,7 @@ def test_switched_off_adapters_leave_the_base_exactly(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_only_the_adapters_train_or_all_that_is_not_adapted(kind: str) -> None:
+def test_adapters_train_alone_or_with_all_other_weights(kind: str) -> None:
     everything = trained(tiny.causal(kind))
     only = tiny.causal(kind)
     adapt(only, LORA, seed=1)
@@ -94,7 +94,7 @@ def test_only_the_adapters_train_or_all_that_is_not_adapted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_every_linear_layer_is_adapted_but_not_the_head(kind: str) -> None:
+def test_every_linear_layer_but_the_head_is_adapted(kind: str) -> None:
     model = tiny.causal(kind)
     adapt(model, LORA, seed=1)
     names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoraLinear)}
@@ -107,7 +107,7 @@ def test_every_linear_layer_is_adapted_but_not_the_head(kind: str) -> None:
     assert names == expected[kind]
 
 
-def test_targets_name_the_layers_and_a_wrong_name_is_refused() -> None:
+def test_targets_select_layers_and_unknown_names_are_rejected() -> None:
     model = tiny.causal("llama")
     adapt(model, LoraSpec(rank=2, targets=("q_proj", "v_proj")), seed=1)
     assert {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, LoraLinear)} == {
@@ -121,7 +121,7 @@ def test_targets_name_the_layers_and_a_wrong_name_is_refused() -> None:
     assert trained(other) == before, "a refused model is left as it was"
 
 
-def test_a_reward_models_head_learns_in_full_beside_the_adapters() -> None:
+def test_a_reward_models_head_is_trained_in_full() -> None:
     model = tiny.classifier("llama")
     adapt(model, LORA, seed=1)
     assert isinstance(model.score, nn.Linear)
@@ -139,10 +139,10 @@ def test_the_update_is_scaled_by_alpha_over_rank() -> None:
     torch.testing.assert_close(x @ layer.merged_weight().T, expected)
 
 
-def test_adapters_start_from_the_seed_and_differ_by_layer() -> None:
+def test_adapters_are_initialized_from_the_seed_and_differ_by_layer() -> None:
     def starts(seed: int) -> list[torch.Tensor]:
         model = tiny.causal("llama")
-        torch.manual_seed(seed * 100)  # the global generator has no say
+        torch.manual_seed(seed * 100)  # the global generator has no effect
         adapt(model, LORA, seed)
         return [m.lora_a.detach() for m in model.modules() if isinstance(m, LoraLinear)]
 

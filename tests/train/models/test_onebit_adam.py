@@ -1,4 +1,4 @@
-"""1-bit Adam on four real ranks: the bytes and the loss against Adam's, and what must be exact is."""
+"""1-bit Adam on four real ranks: bytes and loss compared with Adam, and what must be exact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 
 from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.train.models.onebit_adam import FLOOR, OneBitAdam
-from hpc_rlhf.train.parallel.deepspeed_internals import supports_fp16
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 from tests.train.stages import END, rank_environment
@@ -83,9 +82,11 @@ def train(engine, places):
             logits = engine(input_ids=ids).logits[:, :-1].float()
             losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
             return losses[-1]
-        norm = engines.optimizer_step(engine, [lambda part=part: loss(part) for part in range(accumulation)])
+        losses_of_parts = [lambda part=part: loss(part) for part in range(accumulation)]
+        result = engines.optimizer_step(engine, losses_of_parts)
         mean = world.sums({"loss": float(sum(losses))})["loss"] / world.size / accumulation
-        lines.append({"loss": mean, "norm": norm, "reduced": sum(reduced), **engines.traffic([engine])})
+        line = {"loss": mean, "norm": result.grad_norm, "reduced": sum(reduced)}
+        lines.append({**line, **engines.traffic([engine])})
         reduced.clear()
     return lines
 
@@ -121,7 +122,7 @@ for precision in sys.argv[4:]:
     seen[f"{precision} resumed"] = train(again, range(12, 16))
     seen[f"{precision} resumed digest"] = digest(again)
 
-# What goes into the exchange comes out of it, but for the errors kept.
+# What goes into the exchange comes out of it, except for the errors kept.
 optimizer = OneBitAdam([{"params": [torch.zeros(9001)]}], 1.0, (0.9, 0.99), 1.0, 1)
 optimizer.start()
 given, got = torch.zeros(2, len(optimizer.momentum))
@@ -147,9 +148,9 @@ print("SEEN" + json.dumps(seen))
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of the ranks saw."""
+    """The report of each rank."""
     folder = tmp_path_factory.mktemp("onebit")
-    precisions = PRECISIONS if supports_fp16() else PRECISIONS[:2]
+    precisions = filter(tiny.is_supported, PRECISIONS)
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK + END, str(folder), str(WARMUP), str(STEPS), *precisions],
@@ -158,19 +159,19 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for environment in rank_environment(RANKS, free_port())
     ]  # fmt: skip
     try:
-        said = [rank.communicate(timeout=400)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    return [json.loads(text[text.rindex("SEEN") + 4 :]) for text in said]
+    return [json.loads(text[text.rindex("SEEN") + 4 :]) for text in outputs]
 
 
 def of(lines: list[dict[str, float]], name: str) -> list[float]:
     return [line[name] for line in lines]
 
 
-def test_ranks_send_a_tenth_of_adams_bytes_and_end_within_two_hundredths_of_its_loss(
+def test_it_sends_a_tenth_of_adams_bytes_and_ends_within_two_percent_of_its_loss(
     seen: list[dict[str, Any]],
 ) -> None:
     one = seen[0]
@@ -180,7 +181,7 @@ def test_ranks_send_a_tenth_of_adams_bytes_and_end_within_two_hundredths_of_its_
     in_bfloat16 = round_the_ranks * 2 * one["weights"]
     assert in_bfloat16 / max(sent[WARMUP:]) > 10
     assert len({tuple(of(rank["onebit"], "bytes_sent")) for rank in seen}) == 1
-    # Nobody averages whole gradients beside it.
+    # Nothing else averages whole gradients.
     assert min(of(one["adam"], "reduced")) >= 4 * one["weights"]
     assert max(of(one["onebit"], "reduced")[WARMUP:]) < 0.1 * one["weights"]
 
@@ -189,7 +190,7 @@ def test_ranks_send_a_tenth_of_adams_bytes_and_end_within_two_hundredths_of_its_
     assert adams[-1] < 0.3 * adams[0]
 
 
-def test_until_the_variance_is_frozen_it_is_adam(seen: list[dict[str, Any]]) -> None:
+def test_during_warmup_it_is_adam(seen: list[dict[str, Any]]) -> None:
     for name in ("loss", "norm"):
         ours, adams = of(seen[0]["onebit"], name), of(seen[0]["adam"], name)
         assert ours[: WARMUP // 2] == pytest.approx(adams[: WARMUP // 2], rel=1e-3)
@@ -202,7 +203,7 @@ def test_all_ranks_have_the_same_weights(seen: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_resumed_run_is_the_same_run(seen: list[dict[str, Any]], precision: str) -> None:
+def test_a_resumed_run_continues_bit_for_bit(seen: list[dict[str, Any]], precision: str) -> None:
     tiny.skip_unless_supported(precision)
     for rank in seen:
         assert rank[f"{precision} resumed"] == rank[f"{precision} onebit"][12:]
@@ -210,7 +211,7 @@ def test_a_resumed_run_is_the_same_run(seen: list[dict[str, Any]], precision: st
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_accumulation_clipping_and_decay_are_adams_in_every_precision(
+def test_accumulation_clipping_and_decay_match_adam_in_every_precision(
     seen: list[dict[str, Any]], precision: str
 ) -> None:
     tiny.skip_unless_supported(precision)
@@ -222,18 +223,18 @@ def test_accumulation_clipping_and_decay_are_adams_in_every_precision(
     assert min(a for a, _ in clipped) > 0.3
 
 
-def test_float16_without_zero_gives_adam_gradients_of_the_right_size(seen: list[dict[str, Any]]) -> None:
-    """DeepSpeed leaves the loss unscaled there, and takes the scale out of the gradients all the same."""
+def test_float16_without_zero_scales_gradients_correctly(seen: list[dict[str, Any]]) -> None:
+    """DeepSpeed does not scale the loss there, but divides the gradients by the scale all the same."""
     tiny.skip_unless_supported("fp16")
     assert seen[0]["fp16 size"] == pytest.approx(seen[0]["fp32 size"], rel=0.3)
 
 
-def test_what_compression_leaves_out_is_kept_and_nothing_else_is_lost(seen: list[dict[str, Any]]) -> None:
+def test_compression_errors_are_kept_and_nothing_else_is_lost(seen: list[dict[str, Any]]) -> None:
     assert seen[0]["missing"] < 1e-3
     assert seen[0]["apart"] > 0.5
 
 
-def test_the_norm_of_an_average_is_known_from_its_sketch(seen: list[dict[str, Any]]) -> None:
+def test_the_sketch_estimates_the_norm_of_the_average(seen: list[dict[str, Any]]) -> None:
     assert seen[0]["estimate"] == pytest.approx(1.0, abs=0.06)
 
 
@@ -264,8 +265,8 @@ def test_a_step_before_the_start_does_nothing(world: World) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_a_variance_too_small_to_stay_is_raised_as_it_is_frozen(world: World) -> None:
-    """Else a weight that had no gradient so far would leap at its first."""
+def test_a_tiny_variance_is_raised_when_it_is_frozen(world: World) -> None:
+    """Otherwise the first gradient of a weight that had none before would be a huge step."""
     seen, never = mine = [torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(2))]
     optimizer = OneBitAdam([{"params": mine}], 0.1, (0.9, 0.95), 100.0, 20)
     optimizer.start()

@@ -1,11 +1,10 @@
-"""Tokenizers made on the spot: the same everywhere, and text comes back from them."""
+"""Trained tokenizers are deterministic and round-trip text."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +14,8 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import FromScratch
 from hpc_rlhf.train.data.demo import dialogues
 from hpc_rlhf.train.models.export import export
-from hpc_rlhf.train.models.tokenizers import load_tokenizer, train_bpe
+from hpc_rlhf.train.models.tokenizers import check_same_tokenizer, load_tokenizer, train_bpe
 from hpc_rlhf.train.runtime.world import World
-from hpc_rlhf.train.stages.ppo.stage import _check_same_tokenizer
 from tests.train import tiny
 
 TEXTS = [" ".join(row.values()) for row in dialogues(300, 1)]
@@ -32,12 +30,12 @@ TRAIN = """
 import hashlib
 from hpc_rlhf.train.data.demo import dialogues
 from hpc_rlhf.train.models.tokenizers import train_bpe
-made = train_bpe((" ".join(row.values()) for row in dialogues(300, 1)), 500).backend_tokenizer.to_str()
-print(hashlib.sha256(made.encode()).hexdigest())
+tokenizer = train_bpe((" ".join(row.values()) for row in dialogues(300, 1)), 500).backend_tokenizer.to_str()
+print(hashlib.sha256(tokenizer.encode()).hexdigest())
 """
 
 
-def test_training_gives_the_same_in_every_process() -> None:
+def test_training_a_tokenizer_is_deterministic() -> None:
     trained = [
         subprocess.run(
             [sys.executable, "-c", TRAIN],
@@ -52,22 +50,22 @@ def test_training_gives_the_same_in_every_process() -> None:
     assert len(trained[0].split()[-1]) == 64
 
 
-def test_any_text_comes_back() -> None:
+def test_any_text_round_trips() -> None:
     tokenizer = train_bpe(iter(TEXTS), 500)
     assert len(tokenizer) == 500
     for text in TEXTS[:20] + STRANGE:
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer(TEXTS[0])["input_ids"]) < len(TEXTS[0]) / 2, "words are learnt, not only bytes"
+    assert len(tokenizer(TEXTS[0])["input_ids"]) < len(TEXTS[0]) / 2, "it learned words, not only bytes"
 
 
-def test_padding_beginning_and_end_have_tokens_of_their_own() -> None:
+def test_padding_bos_and_eos_are_separate_tokens() -> None:
     tokenizer = train_bpe(iter(TEXTS), 400)
     ids = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     assert len(ids) == 3
     assert not ids & set(tokenizer(" ".join(TEXTS))["input_ids"])
 
 
-def test_a_tokenizer_is_trained_once_and_again_if_that_was_cut_short(tmp_path: Path, world: World) -> None:
+def test_a_tokenizer_is_trained_once_and_again_after_an_interruption(tmp_path: Path, world: World) -> None:
     asked: list[int] = []
 
     def texts() -> Any:
@@ -78,7 +76,7 @@ def test_a_tokenizer_is_trained_once_and_again_if_that_was_cut_short(tmp_path: P
     again = load_tokenizer(REF, texts(), tmp_path / "tokenizer", world)
     assert first.get_vocab() == again.get_vocab()
     assert len(asked) == 1
-    # What a job that ends in mid-write leaves.
+    # What a job leaves that ends in the middle of writing.
     (tmp_path / "tokenizer" / "manifest.json").unlink()
     whole = (tmp_path / "tokenizer" / "tokenizer.json").read_text()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(whole[:100])
@@ -93,9 +91,7 @@ def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path: Path, world: 
     assert str(tmp_path) in str(caught.value.where)
 
 
-def test_a_tokenizer_without_eos_is_refused_and_one_without_padding_pads_with_eos(
-    tmp_path: Path, world: World
-) -> None:
+def test_a_tokenizer_needs_eos_and_may_pad_with_it(tmp_path: Path, world: World) -> None:
     from transformers import PreTrainedTokenizerFast
 
     backend = train_bpe(iter(TEXTS), 400).backend_tokenizer
@@ -108,22 +104,18 @@ def test_a_tokenizer_without_eos_is_refused_and_one_without_padding_pads_with_eo
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_the_tokenizer_in_a_models_folder_is_the_one_it_was_trained_with(kind: str, tmp_path: Path) -> None:
+def test_a_models_folder_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = train_bpe(iter(TEXTS), 400)
     run = RunDir(tmp_path)
     export(tiny.causal(kind), tokenizer, run.stage("sft").model, is_main=True)
     loaded = AutoTokenizer.from_pretrained(run.stage("sft").model)
-    # transformers loads a Qwen2 folder with that family's own class, whatever the folder says: it composes accents
-    # and splits numbers, and is else the same.
+    # transformers loads a Qwen2 folder with that family's own class, whatever the folder says: it composes
+    # accents and splits numbers, and is otherwise the same.
     for text in TEXTS if kind == "qwen2" else TEXTS + STRANGE:
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
-    context: Any = SimpleNamespace(
-        spec=SimpleNamespace(needs=lambda stage: ("sft",)), run=run, stage="ppo", tokenizer=tokenizer
-    )
-    _check_same_tokenizer(context)
-    context.tokenizer = train_bpe(iter(TEXTS[:5]), 400)
+    check_same_tokenizer(tokenizer, str(run.stage("sft").model), "sft")
     with pytest.raises(HpcRlhfError, match="the tokenizer of stage sft differs"):
-        _check_same_tokenizer(context)
+        check_same_tokenizer(train_bpe(iter(TEXTS[:5]), 400), str(run.stage("sft").model), "sft")

@@ -1,6 +1,7 @@
-"""DeepSpeed has every private name that ``deepspeed_internals`` uses; each is named here, so that a failure says which.
+"""DeepSpeed has every private name that ``deepspeed_internals`` uses; a failure names the missing one.
 
-When a test here fails after an update of DeepSpeed, change ``hpc_rlhf/train/parallel/deepspeed_internals.py``.
+When a test here fails after an update of DeepSpeed, change
+``hpc_rlhf/train/parallel/deepspeed_internals.py``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ MODULES = {
 }  # fmt: skip
 METHODS = {
     "deepspeed.module_inject.auto_tp.AutoTP": [
-        "_replace_module", "register_replicated_grad_hooks", "set_tensor_parallel_config", "update_linear_policies",
+        "_replace_module", "register_replicated_grad_hooks", "set_tensor_parallel_config",
+        "update_linear_policies",
     ],
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ["refresh_fp32_params"],
     "deepspeed.runtime.engine.DeepSpeedEngine": [
@@ -56,7 +58,10 @@ OPTIMIZERS: dict[str, tuple[list[str], list[str]]] = {
         [],
     ),
     "1 bf16": (
-        ["single_partition_of_fp32_groups", "update_lp_params", "loss_scaler", "overflow", "_global_grad_norm"],
+        [
+            "single_partition_of_fp32_groups", "update_lp_params", "loss_scaler", "overflow",
+            "_global_grad_norm",
+        ],
         [
             "_hp_mapping.param_group_index", "_hp_mapping.hp_fragment_address.start",
             "_hp_mapping.hp_fragment_address.numel", "_hp_mapping.lp_fragment_address.start",
@@ -64,8 +69,8 @@ OPTIMIZERS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "3 bf16": (
         [
-            "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "fp16_partitioned_groups", "unflatten",
-            "grad_position", "get_param_id", "checkpoint_event_prologue", "checkpoint_event_epilogue",
+            "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "fp16_partitioned_groups",
+            "unflatten", "grad_position", "get_param_id", "checkpoint_event_prologue", "checkpoint_event_epilogue",
             "loss_scaler", "overflow", "_global_grad_norm",
         ],
         ["ds_id", "ds_numel", "ds_shape", "ds_tensor"],

@@ -1,4 +1,4 @@
-"""Layers cut over real ranks: outputs, gradients, weights and rollouts are those of the whole model."""
+"""Layers split over real ranks give the outputs, gradients, weights and rollouts of the whole model."""
 
 from __future__ import annotations
 
@@ -28,25 +28,27 @@ from hpc_rlhf.train.models.engine import gradient_norm
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
 from hpc_rlhf.train.models.export import full_bytes, full_weights, module_weights
-from hpc_rlhf.train.rollout.in_process.engine import RolloutDropped, RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.backend import GenerationRequest, RolloutCancelled, Sampling
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from tests.train import tiny
 
 torch.set_num_threads(1)
 lengths = (7, 4, 12)
 ids = torch.randint(3, tiny.VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(1))
-learnt = torch.tensor([4, 5, 6, 9, 10, 15, 22])
+predicted = torch.tensor([4, 5, 6, 9, 10, 15, 22])
 prompts, keys = [[11, 12], [5, 6, 7], [9], [8, 7, 6, 5, 4], [3, 4]], [(3, row) for row in range(5)]
 
 def adapted(model, only):
     adapt(model, LoraSpec(rank=4, alpha=6, only=only), 5)
     for number, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
         parts = 2 if split_dim(layer.base) == 0 else 1
-        whole = torch.empty(len(layer.lora_b) * parts, 4).normal_(0, 0.2, generator=torch.Generator().manual_seed(number))
+        generator = torch.Generator().manual_seed(number)
+        whole = torch.empty(len(layer.lora_b) * parts, 4).normal_(0, 0.2, generator=generator)
         layer.lora_b.data = whole.chunk(parts)[world.rank % parts].clone()
 
 def learn(model, group):
     language = LanguageModel(model)
-    log_probs, _ = language(ids, lengths, learnt)
+    log_probs, _ = language(ids, lengths, predicted)
     log_probs.sum().backward()
     norm = gradient_norm(language, group)
     with torch.no_grad():
@@ -63,38 +65,43 @@ def far(one, other):
 
 def answers(model, world, memory=None, **how):
     engine = RolloutEngine(model.eval(), world, memory)
-    return engine.generate(prompts, keys, 12, Sampling(temperature=0.7), tiny.EOS, 3, **how)
+    request = GenerationRequest(prompts, 12, tiny.EOS, Sampling(temperature=0.7), keys, 3, **how)
+    return engine.generate(request).responses
 
 def compare(kind, adapters):
     whole, part = tiny.causal(kind), tiny.causal(kind)
     everything = full_bytes(whole.parameters())
     split_model(part, 2)
     group = layer_group(next(m for m in part.modules() if split_dim(m) is not None))
-    seen = {"share": sum(p.numel() for p in part.parameters()) * 4 / everything, "size": full_bytes(part.parameters()) - everything}
+    share = sum(p.numel() for p in part.parameters()) * 4 / everything
+    seen = {"share": share, "size": full_bytes(part.parameters()) - everything}
     for model in (whole, part):
         packed.enable(model)
         if adapters:
             adapted(model, adapters == "only")
-    (expected, norm), (found, own_norm) = learn(whole, None), learn(part, group)
-    seen["outputs"], seen["norm"] = far(found, expected), abs(own_norm / norm - 1)
+    (expected, norm), (actual, own_norm) = learn(whole, None), learn(part, group)
+    seen["outputs"], seen["norm"] = far(actual, expected), abs(own_norm / norm - 1)
     theirs, ours = dict(weights(whole)), {name: weight.clone() for name, weight in weights(part)}
     assert theirs.keys() == ours.keys()
     seen["weights"] = max(far(ours[name], theirs[name]) for name in theirs)
-    seen["moved"] = far(dict(weights(tiny.causal(kind)))[name := "model.layers.0.mlp.up_proj.weight" if kind != "opt" else "model.decoder.layers.0.fc1.weight"], theirs[name])
-    drawn = [answers(whole, world.with_tensor_parallel(1)), answers(part, world), answers(part, world, memory=9)]
-    seen["answers"] = drawn[0] == drawn[1] == drawn[2] and len(drawn[0][0])
+    name = "model.decoder.layers.0.fc1.weight" if kind == "opt" else "model.layers.0.mlp.up_proj.weight"
+    seen["moved"] = far(dict(weights(tiny.causal(kind)))[name], theirs[name])
+    alone = answers(whole, world.with_tensor_parallel(1))
+    together, streamed = answers(part, world), answers(part, world, memory=9)
+    seen["answers"] = alone == together == streamed and len(alone[0])
     return seen, part
 
 seen = {"compared": {}, "refused": {}}
 for name in sys.argv[1:]:
     seen["compared"][name], part = compare(*name.split(" "))
 calls = iter(range(100))
-try:  # one rank of the group is told to stop, and both do
-    answers(part, world, stopped=lambda: world.rank == 1 and next(calls) == 3)
-except RolloutDropped:
+try:  # one rank of the group must stop, and both do
+    answers(part, world, should_stop=lambda: world.rank == 1 and next(calls) == 3)
+except RolloutCancelled:
     seen["dropped"] = True
 for name, model in {
-    "gpt2": tiny.causal("gpt2"), "heads": tiny.causal("llama", num_attention_heads=5, num_key_value_heads=5, hidden_size=40),
+    "gpt2": tiny.causal("gpt2"),
+    "heads": tiny.causal("llama", num_attention_heads=5, num_key_value_heads=5, hidden_size=40),
     "shared": tiny.causal("llama", num_key_value_heads=1), "width": tiny.causal("opt", ffn_dim=49),
 }.items():
     try:
@@ -105,13 +112,13 @@ print(json.dumps(seen))
 """
 
 
-# Architectures, without adapters or with those alone in training, or with all weights.
+# Architectures without adapters, with adapters only, or with adapters and all weights in training.
 COMPARED = [f"{kind} {adapters}" for kind in ARCHITECTURES for adapters in ("", "only")] + ["qwen3 also"]
 
 
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
-    """What two ranks that share every layer saw."""
+    """The reports of two ranks that share every layer."""
     running = [
         subprocess.Popen(
             [sys.executable, "-c", RANK + END, *COMPARED], stdout=subprocess.PIPE, text=True, env=environment
@@ -119,8 +126,8 @@ def seen() -> list[dict[str, Any]]:
         for environment in rank_environment(2, free_port())
     ]
     try:
-        said = [rank.communicate(timeout=240)[0].splitlines() for rank in running]
-        return [json.loads(next(line for line in lines if line.startswith("{"))) for lines in said]
+        outputs = [rank.communicate(timeout=240)[0].splitlines() for rank in running]
+        return [json.loads(next(line for line in lines if line.startswith("{"))) for lines in outputs]
     finally:
         for rank in running:
             rank.kill()
@@ -128,7 +135,7 @@ def seen() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_a_cut_model_is_the_whole_one(seen: list[dict[str, Any]], name: str) -> None:
+def test_a_split_model_matches_the_whole_one(seen: list[dict[str, Any]], name: str) -> None:
     for rank in seen:
         one = rank["compared"][name]
         assert one["share"] < 0.8, "this rank has no less than all"
@@ -140,11 +147,11 @@ def test_a_cut_model_is_the_whole_one(seen: list[dict[str, Any]], name: str) -> 
         assert one["answers"] > 1
 
 
-def test_a_rollout_is_dropped_by_the_whole_group(seen: list[dict[str, Any]]) -> None:
+def test_a_rollout_is_cancelled_by_the_whole_group(seen: list[dict[str, Any]]) -> None:
     assert all(rank["dropped"] for rank in seen)
 
 
-def test_what_cannot_be_cut_evenly_is_refused(seen: list[dict[str, Any]]) -> None:
+def test_models_that_cannot_be_split_evenly_are_rejected(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         refused = rank["refused"]
         assert refused.keys() == {"gpt2", "heads", "shared", "width"}

@@ -1,7 +1,7 @@
 """Fast decode steps on a CPU: weights packed for few rows, and no Python between the operators.
 
-A small model's step takes less time for its arithmetic than Python needs to dispatch it, and oneDNN would take as long
-again to pack each weight in every step.
+A small model's step takes less time for its arithmetic than Python needs to dispatch it, and oneDNN would
+take as long again to pack each weight in every step.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def pack_layers(model: nn.Module) -> list[PackedLinear]:
 
 
 def places(model: nn.Module, packed: Sequence[PackedLinear]) -> list[Place]:
-    """Where all tensors that a model's forward pass reads are kept; packed weights stand in for their layers'."""
+    """Where the tensors that a forward pass reads are kept; packed weights stand in for their layers'."""
     in_packed: list[Place] = [(vars(linear), name) for linear in packed for name in ("weight", "bias")]
     skipped = {id(layer) for linear in packed for layer in linear.layers}
     everywhere = in_packed + cpu_kernels.tensor_places(model, skipped)

@@ -1,8 +1,8 @@
-"""What makes a decode step fast on a GPU: its kernels are recorded as a CUDA graph, and started all at once.
+"""Fast decode steps on a GPU: kernels are recorded as a CUDA graph and launched all at once.
 
-A step of few rows takes less time for its kernels than Python does to start them one by one. A graph starts the very
-kernels that were recorded, so it gives the same bits as the step itself. It knows addresses, not tensors: what a step
-reads and writes must stay where it is, and so graphs last for one rollout, as do the weights.
+With few rows, a step's kernels take less time than Python needs to launch them one by one. A graph launches
+the very kernels that were recorded, so it gives the same bits. It refers to addresses, not tensors: what a
+step reads and writes must stay in place, so graphs live for one rollout, as the weights do.
 """
 
 from __future__ import annotations
@@ -14,36 +14,33 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Rows of a step are a multiple of so many, the last ones unused, so that shapes seldom change.
+# A step has a multiple of this many rows, the last ones unused, so that shapes seldom change.
 ROW_STEP = 8
 
 
 class Recorder(Protocol):
-    """Records what a function does to tensors, to do it again without the function."""
+    """Records what a function does to tensors and replays it without calling the function."""
 
     def warm(self, run: Callable[[], None]) -> None:
-        """Call a function as it will be recorded, so that libraries make ready what they need."""
+        """Call a function as it will be recorded, so that libraries set up what they need."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """A function that does again what ``run`` does; it is not done yet."""
+        """A function that replays what ``run`` does; recording does not do it."""
 
     def close(self) -> None:
-        """Forget all that was recorded."""
+        """Discard all recordings."""
 
 
 def recorder(device: torch.device) -> Recorder | None:
-    """What records steps on a device, if anything does."""
+    """The recorder for a device, if there is one."""
     return CudaGraphs(device) if device.type == "cuda" else None
 
 
 class CudaGraphs:
-    """CUDA graphs, replayed one after the other, which share the memory that they work in.
-
-    That memory goes back to the allocator with ``close``.
-    """
+    """CUDA graphs, replayed one at a time, that share their working memory; ``close`` frees it."""
 
     def __init__(self, device: torch.device) -> None:
-        # Warmed on the stream it is recorded on, a step finds cuBLAS's workspace there, which outlives the graphs.
+        # Warming up on the recording stream allocates cuBLAS's workspace there, where it outlives the graphs.
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: list[torch.cuda.CUDAGraph] = []
@@ -57,8 +54,8 @@ class CudaGraphs:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads copy checkpoints and watch over NCCL meanwhile. Where recording fails, torch stays on its stream;
-        # the outer block leaves it.
+        # Other threads copy checkpoints and watch NCCL meanwhile. If recording fails, torch stays on its
+        # stream; the outer block leaves it.
         with (
             torch.cuda.stream(torch.cuda.current_stream(self.stream.device)),
             torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
@@ -75,32 +72,32 @@ class CudaGraphs:
 
 
 class RecordedSteps:
-    """A decode step that is recorded for each shape when it comes a second time, for one rollout.
+    """A decode step that is recorded the second time each shape occurs, for one rollout.
 
-    Where recording fails, the step goes on as it is, and one line on stderr says why.
+    If recording fails, steps run unrecorded, and one line on stderr gives the reason.
 
     Attributes:
-        failed: recording did.
+        failed: recording failed.
     """
 
     def __init__(self, forward: Callable[..., Tensor], using: Recorder) -> None:
         self.forward = forward
         self.using = using
         self.failed = False
-        self.steps: dict[tuple[object, ...], Callable[[], None] | None] = {}  # None: came once
-        self.logits: Tensor | None = None  # (rows, vocabulary), where all steps put them
+        self.steps: dict[tuple[object, ...], Callable[[], None] | None] = {}  # None: occurred once
+        self.logits: Tensor | None = None  # (rows, vocabulary), the output of all steps
 
     def rows(self, live: int, room: int) -> int:
-        """How many rows a step of so many live ones takes, where there is room for so many."""
+        """Rows of a step with ``live`` live rows, given ``room`` rows."""
         return live if self.failed else min(-(-live // ROW_STEP) * ROW_STEP, room)
 
     def take(self, *inputs: Tensor) -> Tensor:
-        """The same as ``forward``; the logits last until the next step."""
+        """The same as ``forward``; the logits are valid until the next step."""
         if self.failed:
             return self.forward(*inputs)
         rows = len(inputs[0])
         if self.logits is None or len(self.logits) < rows:
-            self.steps.clear()  # they put them elsewhere
+            self.steps.clear()  # they write elsewhere
             self.logits = self.forward(*inputs).clone()
             return self.logits
         logits = self.logits[:rows]
@@ -123,10 +120,10 @@ class RecordedSteps:
     def _recorded(self, run: Callable[[], None]) -> Callable[[], None] | None:
         try:
             return self.using.record(run)
-        except RuntimeError as error:  # what the device, its memory or the model does not allow
+        except RuntimeError as error:  # the device, its memory or the model does not allow it
             self.failed = True
             first: BaseException = error
-            while first.__context__ is not None:  # ending a recording that failed fails, too
+            while first.__context__ is not None:  # ending a failed recording fails as well
                 first = first.__context__
             reason = (str(first).strip() or type(first).__name__).splitlines()[0]
             print(

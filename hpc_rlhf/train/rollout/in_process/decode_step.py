@@ -26,12 +26,13 @@ CHANGING_ROPE = ("dynamic", "longrope")
 class DecodeStep:
     """A model's decode step as a function of tensors alone.
 
-    On a CPU it uses ``cpu_decode``: a trace is used once it has given the model's bits for some steps, and never if it
-    differs. On a GPU it uses ``cuda_graphs``.
+    On a CPU it uses ``cpu_decode``: a trace is used once it has given the model's bits for some steps, and
+    never if it differs. On a GPU it uses ``cuda_graphs``.
 
     Args:
         model: a causal language model that accepts a four-dimensional mask.
-        may_trace: no Python of the model would be lost in a trace, and its weights stay in place within ``ready``.
+        may_trace: no Python of the model would be lost in a trace, and its weights stay in place within
+            ``ready``.
     """
 
     def __init__(self, model: Any, may_trace: bool = False) -> None:
@@ -89,12 +90,14 @@ class DecodeStep:
 
         Args:
             tokens: (rows,), int64.
-            rows, places: (rows,), int64; where the tokens' keys and values go in the buffers. A place is a position.
+            rows, places: (rows,), int64; where the tokens' keys and values go in the buffers. A place is a
+                position.
             mask: (rows, columns), 0 where a row may attend, its own place included, and -inf elsewhere.
             buffers: (rows, columns, heads, dim); the keys of all layers, then their values.
         """
         output = self.model(
-            input_ids=tokens.unsqueeze(1), position_ids=places.unsqueeze(1), attention_mask=mask[:, None, None],
+            input_ids=tokens.unsqueeze(1), position_ids=places.unsqueeze(1),
+            attention_mask=mask[:, None, None],
             past_key_values=_StepCache(buffers, rows, places), use_cache=True, **self.last_only,
         )  # fmt: skip
         logits: Tensor = output.logits[:, -1]

@@ -1,40 +1,37 @@
-"""Generating answers from a model in training, sharded or not."""
+"""The in-process rollout backend: generates responses with the model in training, sharded or not."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hpc_rlhf.spec.sizes import CACHE_SHARE, WEIGHTS_SHARE
+from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutCancelled
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
 from hpc_rlhf.train.rollout.in_process.gathered_model import GatheredModel
-from hpc_rlhf.train.rollout.in_process.sampling import Sampling, uniforms
-from hpc_rlhf.train.runtime.stop_signals import Interrupted
 from hpc_rlhf.train.runtime.world import World
 
-# What ranks tell each other where they make forward passes together; the largest counts.
+# States that ranks exchange before forward passes they make together; the largest wins.
 DONE, MORE, STOP = range(3)
 
 
-class RolloutDropped(Interrupted):
-    """Generation was told to stop; what it made is to be made again."""
-
-
 class RolloutEngine:
-    """Makes a model in training generate fast.
+    """A ``RolloutBackend`` that generates fast with a model in training.
 
-    For a rollout, the model's weights are put into a twin, its adapters folded in: shared where they are whole,
-    gathered once where ZeRO-3 shards them or they are cut. Afterwards that memory is given back. Of a model too large for that, some
-    layers are gathered in every forward pass, which all ranks then make together.
+    For a rollout, the weights go into a second model with adapters merged: shared if they are whole, gathered
+    once if ZeRO-3 or tensor parallelism shards them. Their memory is freed afterwards. If the model is too
+    large for that, some layers are gathered in every forward pass, which all ranks then make together.
+
+    Up to rounding, a response depends only on its prompt and key; the same request gives the same bits.
 
     Args:
         model: the transformers model inside the training engine.
-        memory: bytes that a rollout shares out; None for those of the device, without end on a CPU.
+        memory: bytes to divide between weights and cache; None for the device's, unlimited on a CPU.
     """
 
     def __init__(self, model: Any, world: World, memory: int | None = None) -> None:
@@ -44,79 +41,68 @@ class RolloutEngine:
         self.gathered = GatheredModel(model, int(WEIGHTS_SHARE * self.memory))
         self.step = DecodeStep(self.gathered.module, may_trace=not self.gathered.streamed)
 
-    def generate(
-        self, prompts: list[list[int]], keys: list[tuple[object, ...]] | None, max_tokens: int,
-        sampling: Sampling, eos_id: int, rows: int, stopped: Callable[[], bool] = bool,
-    ) -> list[list[int]]:  # fmt: skip
-        """Answers to prompts, EOS included where one was drawn. Collective under ZeRO-3 and tensor parallelism.
+    def sync_weights(self, model: Any) -> None:
+        """Nothing to do: every rollout takes the weights from the model in training itself."""
+        assert model is self.model
 
-        The ranks of a group have the same prompts, and share the work.
+    def generate(self, request: GenerationRequest) -> Rollout:
+        """A response to each prompt. Collective under ZeRO-3 and tensor parallelism.
 
-        Up to rounding, an answer depends on its prompt and key alone; the same prompts in the same order get the
-        same answers bit for bit.
-
-        Args:
-            prompts: token ids, none empty.
-            keys: what seeds the sampling of each prompt; None when greedy.
-            max_tokens: longest answer.
-            rows: prompts that are answered at the same time, at most; fewer where memory is short.
-            stopped: asked before each forward pass whether to drop the rollout.
+        The ranks of a tensor-parallel group have the same prompts and share the work.
 
         Raises:
-            RolloutDropped: ``stopped`` said so, on any rank of the group, or where the forward passes are made
-                together on any rank.
+            RolloutCancelled: ``request.should_stop`` returned True on any rank of the group, or on any rank
+                at all if forward passes are made together.
         """
+        responses = self._responses(request)
+        return Rollout.of(request.prompts, responses, self.world.device)
+
+    def _responses(self, request: GenerationRequest) -> list[list[int]]:
         world = self.world
         if world.dims.tensor == 1:
-            return self._decoded(prompts, keys, max_tokens, sampling, eos_id, rows, stopped)
+            return self._decode(request)
         mine = slice(world.dims.coordinate("tensor", world.rank), None, world.dims.tensor)
-        made: list[list[int]] | None = None
-        with suppress(RolloutDropped):
-            made = self._decoded(
-                prompts[mine], keys and keys[mine], max_tokens, sampling, eos_id, rows, stopped
-            )
-        answers: list[list[int]] = [[] for _ in prompts]
-        for place, share in enumerate(world.gather_tensor_group(made)):
+        own: list[list[int]] | None = None
+        with suppress(RolloutCancelled):
+            keys = request.keys and request.keys[mine]
+            own = self._decode(replace(request, prompts=request.prompts[mine], keys=keys))
+        responses: list[list[int]] = [[] for _ in request.prompts]
+        for place, share in enumerate(world.gather_tensor_group(own)):
             if share is None:
-                raise RolloutDropped
-            answers[place :: world.dims.tensor] = share
-        return answers
+                raise RolloutCancelled
+            responses[place :: world.dims.tensor] = share
+        return responses
 
-    def _decoded(
-        self, prompts: list[list[int]], keys: list[tuple[object, ...]] | None, max_tokens: int,
-        sampling: Sampling, eos_id: int, rows: int, stopped: Callable[[], bool],
-    ) -> list[list[int]]:  # fmt: skip
-        drawn = None if sampling.greedy or keys is None else uniforms(keys, max_tokens)
-        answers: list[list[int]] = [[] for _ in prompts]
-        longest = max(map(len, prompts), default=0) + max_tokens
-        rows = max(1, min(rows, int(CACHE_SHARE * self.memory) // (longest * _cached_bytes(self.model))))
+    def _decode(self, request: GenerationRequest) -> list[list[int]]:
+        responses: list[list[int]] = [[] for _ in request.prompts]
+        longest = max(map(len, request.prompts), default=0) + request.max_new_tokens
+        fitting = int(CACHE_SHARE * self.memory) // (longest * _bytes_per_token(self.model))
+        request = replace(request, max_batch=max(1, min(request.max_batch, fitting)))
 
-        def agreed(state: int) -> int:
-            state = STOP if stopped() else state
+        def agree(state: int) -> int:
+            state = STOP if request.should_stop() else state
             state = self.world.max(state) if self.gathered.streamed else state
             if state == STOP:
-                raise RolloutDropped
+                raise RolloutCancelled
             return state
 
         with self.gathered.filled():
-            for said in decode(
-                self.step, prompts, drawn, max_tokens, sampling, eos_id, rows, lambda: agreed(MORE)
-            ):
-                for number, token in said:
-                    answers[number].append(token)
-            while self.gathered.streamed and agreed(DONE) == MORE:
+            for tokens in decode(self.step, request, lambda: agree(MORE)):
+                for number, token in tokens:
+                    responses[number].append(token)
+            while self.gathered.streamed and agree(DONE) == MORE:
                 self.gathered.join_forward()
-        return answers
+        return responses
 
 
 def _memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else sys.maxsize
 
 
-def _cached_bytes(model: Any) -> int:
+def _bytes_per_token(model: Any) -> int:
     """Bytes of the keys and values of one token."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * config.num_hidden_layers * shared * dim * model.dtype.itemsize
+    return 2 * config.num_hidden_layers * key_heads * dim * model.dtype.itemsize

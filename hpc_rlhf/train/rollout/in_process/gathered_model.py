@@ -20,18 +20,18 @@ from hpc_rlhf.train.parallel.deepspeed_internals import is_split, is_zero3
 class GatheredModel:
     """A model without hooks and adapters that borrows another's whole weights, or gathers its sharded ones.
 
-    If the model is too large to gather whole, as many layers are gathered as the budget allows; each of the others is
-    gathered in every forward pass, just before it is used.
+    If the model is too large to gather whole, as many layers are gathered as the budget allows; each of the
+    others is gathered in every forward pass, just before it is used.
 
     Args:
         model: the transformers model inside the training engine.
-        budget: bytes that gathered weights may take, the same on all ranks. Embeddings, head and one layer are
-            always gathered.
+        budget: bytes that gathered weights may take, the same on all ranks. Embeddings, head and one layer
+            are always gathered.
 
     Attributes:
         module: the copy, in eval mode.
-        streamed: the layers gathered in every forward pass. If there are any, all ranks must make their forward
-            passes together.
+        streamed: the layers gathered in every forward pass. If there are any, all ranks must make their
+            forward passes together.
     """
 
     def __init__(self, model: Any, budget: int) -> None:
@@ -81,7 +81,7 @@ class GatheredModel:
 
     @contextmanager
     def filled(self) -> Iterator[None]:
-        """Within it, the copy has its weights; their memory is freed afterwards. Collective if sharded or split."""
+        """Within it, the copy has its weights; afterwards they are freed. Collective if sharded or split."""
         try:
             for name, tensor in full_weights(self.resident):
                 # A gathered weight is valid only until the next one; a whole one is shared with the model.

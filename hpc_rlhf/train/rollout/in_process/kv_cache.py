@@ -1,7 +1,8 @@
-"""The rows of a batch that is being decoded: their keys and values, and the forward passes that add to them."""
+"""The rows of a batch during decoding: their keys and values, and the forward passes that add to them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,28 +16,28 @@ from hpc_rlhf.train import ragged
 from hpc_rlhf.train.models import packed_attention
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 
-# Attention goes over a multiple of so many columns, those past a row's end masked, so that shapes seldom change.
+# Attention covers a multiple of this many columns, masked past a row's end, so that shapes seldom change.
 COLUMN_STEP = 32
 
-# What bounds how far back some layers look.
+# Config fields that limit how far back some layers attend.
 WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 class Rows(Protocol):
     """Rows 0, 1, … of a batch, each a prompt and the tokens drawn for it."""
 
-    def begin(self, first: int, prompts: list[list[int]]) -> Tensor:
-        """Put prompts into rows from ``first`` on; gives the logits of their next tokens (prompts, vocabulary)."""
+    def begin(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Put prompts into rows from ``first`` on; gives the next tokens' logits (prompts, vocabulary)."""
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Add a token (rows,) to each of the first rows; gives the logits of the next ones (rows, vocabulary)."""
+        """Append a token (rows,) to each of the first rows; gives the next logits (rows, vocabulary)."""
 
     def move(self, source: int, target: int) -> None:
-        """Put a row in the place of another."""
+        """Replace a row by another."""
 
 
 def make_rows(step: DecodeStep, rows: int, columns: int) -> Rows:
-    """Room for so many rows of at most so many tokens."""
+    """Space for a number of rows of at most ``columns`` tokens."""
     config = step.model.config.get_text_config()
     windows = [getattr(config, field, None) or columns for field in WINDOWS]
     if step.model.config._attn_implementation == packed_attention.NAME and columns <= min(windows):
@@ -47,8 +48,8 @@ def make_rows(step: DecodeStep, rows: int, columns: int) -> Rows:
 class BatchedRows:
     """Rows that share every forward pass.
 
-    A row's tokens lie in columns 0, 1, … of one buffer a layer, so that a new prompt may take the place of a
-    finished row, whatever the others' lengths. Prompts go through the model laid end to end, without padding.
+    A row's tokens are in columns 0, 1, … of one buffer per layer, so that a new prompt can replace a finished
+    row, whatever the lengths of the others. Prompts go through the model packed, without padding.
     """
 
     def __init__(self, step: DecodeStep, rows: int, columns: int) -> None:
@@ -57,7 +58,7 @@ class BatchedRows:
         self.sizes = [0] * rows  # tokens in each row
         self.ends = torch.zeros(rows, dtype=torch.int64, device=self.model.device)  # the same
         self.rows = torch.arange(rows, device=self.model.device)
-        self.tokens = torch.zeros_like(self.rows)  # where a recorded step finds them
+        self.tokens = torch.zeros_like(self.rows)  # where a recorded step reads them
         self.columns = _round_up(columns)
         shape, device = (rows, self.columns), self.model.device
         self.mask = torch.full(shape, -torch.inf, dtype=self.model.dtype, device=device)
@@ -66,20 +67,21 @@ class BatchedRows:
         self.values: list[Tensor] = []
         self._shown: list[Tensor] = []  # the part of mask, keys and values that a step sees
 
-    def begin(self, first: int, prompts: list[list[int]]) -> Tensor:
+    def begin(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
         batch = ragged.Ragged.of(prompts, self.model.device)
         tokens = torch.tensor(batch.lengths, device=self.model.device)
         last = tokens.cumsum(0) - 1
-        began = slice(first, first + len(prompts))
-        rows = self.rows[began].repeat_interleave(tokens)
+        new = slice(first, first + len(prompts))
+        rows = self.rows[new].repeat_interleave(tokens)
         places = ragged.positions(batch.lengths, self.model.device)
-        self.sizes[began] = batch.lengths
-        self.ends[began] = tokens
-        self.mask[began] = -torch.inf
+        self.sizes[new] = batch.lengths
+        self.ends[new] = tokens
+        self.mask[new] = -torch.inf
         self.mask.index_put_((rows, places), self.visible)
-        spare = -len(batch.ids) % ALIGNED  # one more sequence, which is not kept
+        spare = -len(batch.ids) % ALIGNED  # padding: one more sequence, which is discarded
         logits = self.model(
-            input_ids=F.pad(batch.ids, (0, spare)).unsqueeze(0), position_ids=F.pad(places, (0, spare)).unsqueeze(0),
+            input_ids=F.pad(batch.ids, (0, spare)).unsqueeze(0),
+            position_ids=F.pad(places, (0, spare)).unsqueeze(0),
             past_key_values=_PromptCache(self, rows, places), use_cache=True,
             packed_lengths=(*batch.lengths, spare) if spare else batch.lengths,
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=places.device),  # unused
@@ -95,7 +97,7 @@ class BatchedRows:
         if recorded is not None:
             self.tokens[:live] = tokens
             tokens = self.tokens[:taken]
-            # Rows that nothing lives in are as long as one token: what it leaves there, a prompt's first replaces.
+            # Unused rows hold one token, which the first token of a prompt will overwrite.
             self.ends[live:taken] = 0
         shape = (taken, _round_up(max(self.sizes[:live])))
         if not self._shown or self._shown[0].shape != shape:
@@ -112,11 +114,11 @@ class BatchedRows:
             buffer[target] = buffer[source]
 
     def write(self, layer: int, keys: Tensor, values: Tensor, at: tuple[Tensor, Tensor]) -> None:
-        """Keep a layer's keys and values (1, heads, tokens, dim) of prompts, in rows and columns ``at``."""
-        for buffers, made in ((self.keys, keys), (self.values, values)):
+        """Store a layer's keys and values (1, heads, tokens, dim) of prompts in rows and columns ``at``."""
+        for buffers, new in ((self.keys, keys), (self.values, values)):
             if layer == len(buffers):
-                buffers.append(made.new_zeros(len(self.sizes), self.columns, made.shape[1], made.shape[3]))
-            buffers[layer].index_put_(at, made[0, :, : len(at[0])].transpose(0, 1))
+                buffers.append(new.new_zeros(len(self.sizes), self.columns, new.shape[1], new.shape[3]))
+            buffers[layer].index_put_(at, new[0, :, : len(at[0])].transpose(0, 1))
 
 
 def _round_up(columns: int) -> int:
@@ -124,7 +126,7 @@ def _round_up(columns: int) -> int:
 
 
 class _PromptCache(Cache):
-    """What a layer hands its keys and values of prompts to; the prompts attend to themselves."""
+    """Stores the prompts' keys and values of a layer; the prompts attend to themselves."""
 
     def __init__(self, target: BatchedRows, rows: Tensor, columns: Tensor) -> None:
         super().__init__(layers=[])
@@ -142,14 +144,13 @@ class _PromptCache(Cache):
 
 
 class SingleRows:
-    """Rows that go through the model one by one: for attention that is not that of ``packed``, or that does
-    not look back to the beginning."""
+    """Rows that go through the model one by one, if packed rows do not support its attention."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.caches: dict[int, Any] = {}
 
-    def begin(self, first: int, prompts: list[list[int]]) -> Tensor:
+    def begin(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
         logits = []
         for row, prompt in enumerate(prompts, first):
             self.caches[row] = DynamicCache(config=self.model.config)

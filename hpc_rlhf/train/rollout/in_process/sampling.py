@@ -1,51 +1,36 @@
-"""Drawing a token from logits, as a pure function of the logits and of one uniform number."""
+"""Drawing a token from logits, as a pure function of the logits and one uniform number."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hpc_rlhf.train.runtime import seeds
 
+# The largest fraction whose product with a sum does not round up to the sum.
+LARGEST_FRACTION = 1 - 2**-52
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn.
-
-    Attributes:
-        greedy: take the likeliest token, whatever the rest says.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    greedy: bool = False
-
-
-# The largest share of a whole that rounding leaves below it.
-ALL_BUT_NOTHING = 1 - 2**-52
-
-# How many of the likeliest tokens are looked at for top_p, before all are.
+# Number of likeliest tokens to try for top_p before sorting all.
 NUCLEUS = 512
 
 
-def uniforms(seed_parts: list[tuple[object, ...]], length: int) -> Tensor:
-    """The numbers that the answers of a batch are drawn with, each row from a seed of its own.
+def uniforms(keys: Sequence[tuple[object, ...]], length: int) -> Tensor:
+    """The numbers that a batch's responses are drawn with, each row from its own seed.
 
-    A prompt's answer so depends on its seed and on the model, not on the batch it stands in.
+    So a response depends on its key and on the model, not on the batch that its prompt is in.
 
     Args:
-        seed_parts: what seeds each row.
+        keys: what seeds each row.
         length: numbers in a row.
 
     Returns:
         (batch, length), float64, in [0, 1).
     """
-    rows = torch.empty(len(seed_parts), length, dtype=torch.float64)
-    for row, parts in zip(rows, seed_parts, strict=True):
-        torch.rand(length, generator=torch.Generator().manual_seed(seeds.derive(*parts)), out=row)
+    rows = torch.empty(len(keys), length, dtype=torch.float64)
+    for row, key in zip(rows, keys, strict=True):
+        torch.rand(length, generator=torch.Generator().manual_seed(seeds.derive(*key)), out=row)
     return rows
 
 
@@ -74,35 +59,35 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float, top_p: floa
 
 
 def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Where each row's cumulative distribution first exceeds a share of its whole: (batch, 1), int64.
+    """Where each row's cumulative distribution first exceeds a fraction of its sum: (batch, 1), int64.
 
     Args:
         probabilities: (batch, n), up to a factor.
-        uniform: (batch,), the shares; one at the very end gives the last that is possible.
+        uniform: (batch,), the fractions; 1 gives the last possible token.
     """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    shares = uniform.clamp(max=ALL_BUT_NOTHING).unsqueeze(1)
-    return torch.searchsorted(cumulative, shares * cumulative[:, -1:], right=True)
+    fractions = uniform.clamp(max=LARGEST_FRACTION).unsqueeze(1)
+    return torch.searchsorted(cumulative, fractions * cumulative[:, -1:], right=True)
 
 
 def _likeliest(probabilities: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row, equal ones in the order of the vocabulary.
+    """The likeliest tokens of each row, ties in vocabulary order.
 
     Returns:
         Probabilities (batch, n), 0 where a token is not kept, and tokens (batch, n).
     """
-    found, tokens = probabilities.topk(min(top_k or NUCLEUS, probabilities.shape[1]), dim=-1)
-    whole = (found if top_k else probabilities).sum(dim=-1, keepdim=True, dtype=torch.float64)
-    # Of those as likely as the last one found, others may be left.
-    surely = found.double().where(found > found[:, -1:], 0.0).sum(dim=-1, keepdim=True)
-    if top_k or bool((surely > (top_p + 1e-6) * whole).all()):
+    likeliest, tokens = probabilities.topk(min(top_k or NUCLEUS, probabilities.shape[1]), dim=-1)
+    total = (likeliest if top_k else probabilities).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    # More tokens may tie with the last one found.
+    certain = likeliest.double().where(likeliest > likeliest[:, -1:], 0.0).sum(dim=-1, keepdim=True)
+    if top_k or bool((certain > (top_p + 1e-6) * total).all()):
         tokens, order = tokens.sort(dim=-1)
-        found, order = found.gather(1, order).sort(dim=-1, descending=True, stable=True)
+        likeliest, order = likeliest.gather(1, order).sort(dim=-1, descending=True, stable=True)
         tokens = tokens.gather(1, order)
     else:
-        found, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+        likeliest, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     if top_p < 1:
-        # A token stays if those before it do not reach top_p yet.
-        before = found.cumsum(dim=-1, dtype=torch.float64) - found.double()
-        found = found.where(before < top_p * whole, 0.0)
-    return found, tokens
+        # A token stays if those before it do not reach top_p.
+        before = likeliest.cumsum(dim=-1, dtype=torch.float64) - likeliest.double()
+        likeliest = likeliest.where(before < top_p * total, 0.0)
+    return likeliest, tokens

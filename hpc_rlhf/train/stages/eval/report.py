@@ -1,4 +1,4 @@
-"""From what was measured of each model to the numbers that are reported, with their intervals."""
+"""The reported numbers of an evaluation, with confidence intervals, from what was measured of each model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from hpc_rlhf.train.stages.eval.data import HeldOut
 
 @dataclass
 class Measured:
-    """What was measured of one model on the held-out prompts; a list has an entry for each of them.
+    """Measurements of one model on the held-out prompts, as checkpoints keep it; lists have one entry each.
 
     Attributes:
-        perplexity: of held-out answers, given their prompts; None where there are none.
-        answers: the model's own, as token ids.
-        log_probs: of each answer's tokens, by the model itself.
-        base_log_probs: of the same tokens by the model that the others are held against; empty for that one itself.
-        preferences: how much likelier, in nats, the model takes the chosen answer of each held-out pair to be than the
-            rejected one; of DPO's model and of the one it is held against, otherwise empty.
+        perplexity: of held-out responses, given their prompts; None if there are none.
+        answers: the model's responses, as token ids.
+        log_probs: of each response's tokens, by the model itself.
+        base_log_probs: of the same tokens, by the base model; empty for the base model itself.
+        preferences: log-probability of each held-out pair's chosen response minus that of the rejected one,
+            in nats; of DPO's model and the base model, otherwise empty.
         rewards: the reward model's scores; empty without one.
     """
 
@@ -40,12 +40,12 @@ class Measured:
 
 
 @dataclass
-class Found:
-    """What an evaluation has found so far.
+class Results:
+    """Results of an evaluation so far.
 
     Attributes:
-        models: what was measured of each, the one that the others are held against last.
-        references: the reward model's scores of the data's own answers to the prompts.
+        models: measurements of each model, the base model last.
+        references: the reward model's scores of the data's own responses to the prompts.
         chosen, rejected: its scores of the pairs.
     """
 
@@ -55,16 +55,16 @@ class Found:
     rejected: list[float] = field(default_factory=list)
 
     @classmethod
-    def read(cls, facts: dict[str, Any]) -> Found:
+    def read(cls, facts: dict[str, Any]) -> Results:
         models = {name: Measured(**one) for name, one in facts["models"].items()}
         return cls(**{**facts, "models": models})
 
     def accuracy(self) -> dict[str, Any] | None:
-        """Share of pairs in which the chosen answer has the higher score; None without pairs."""
+        """Share of pairs whose chosen response has the higher score; None without pairs."""
         return {**above(self.chosen, self.rejected), "pairs": len(self.chosen)} if self.chosen else None
 
     def in_order(self, base: str) -> dict[str, Measured]:
-        """The models: the one before training, the one that the others are held against, and these."""
+        """The models: the one before training, the base model, and the others."""
         return {
             name: self.models[name]
             for name in sorted(self.models, key=lambda name: (name != "start", name != base))
@@ -72,22 +72,22 @@ class Found:
 
 
 def bounded(interval: Interval) -> dict[str, float | None]:
-    """An interval as it is written: value, low and high, with null for a bound that is infinite."""
+    """An interval for JSON: value, low and high, with null for an infinite bound."""
     numbers = {"value": interval.estimate, "low": interval.low, "high": interval.high}
     return {key: round(value, 6) if math.isfinite(value) else None for key, value in numbers.items()}
 
 
 def above(ours: list[float], theirs: list[float]) -> dict[str, float | None]:
-    """How often the one number of a pair is above the other; a tie counts half."""
-    won = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))
-    return bounded(intervals.share(won, len(ours)))
+    """How often ours is above theirs; a tie counts half."""
+    wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))
+    return bounded(intervals.share(wins, len(ours)))
 
 
 def rewarded(rewards: list[float], base: list[float] | None) -> dict[str, Any]:
-    """The mean reward; and against other answers to the same prompts the gain, and the share won.
+    """The mean reward, and compared with other responses to the same prompts the gain and the win rate.
 
     Args:
-        base: the other answers' rewards.
+        base: rewards of the other responses.
     """
     if not rewards:
         return {}
@@ -99,75 +99,75 @@ def rewarded(rewards: list[float], base: list[float] | None) -> dict[str, Any]:
     return numbers
 
 
-def divergence(mine: Measured) -> dict[str, float | None]:
-    """The KL from the model that the others are held against, in nats an answer: k3 on the model's own samples."""
-    lengths = [len(answer) for answer in mine.answers]
-    flat = torch.tensor([number for row in mine.log_probs for number in row], dtype=torch.float64)
-    base = torch.tensor([number for row in mine.base_log_probs for number in row], dtype=torch.float64)
+def divergence(measured: Measured) -> dict[str, float | None]:
+    """The KL divergence from the base model in nats per response: k3 on the model's own samples."""
+    lengths = [len(answer) for answer in measured.answers]
+    flat = torch.tensor([number for row in measured.log_probs for number in row], dtype=torch.float64)
+    base = torch.tensor([number for row in measured.base_log_probs for number in row], dtype=torch.float64)
     mask = ragged.mask(lengths, torch.device("cpu"))
     return bounded(intervals.mean(k3_kl(ragged.pad(flat, lengths), ragged.pad(base, lengths), mask).tolist()))
 
 
-def worded(
-    answers: list[list[int]], said: list[str], references: list[str] | None, eos_id: int
+def text_metrics(
+    responses: list[list[int]], as_text: list[str], references: list[str] | None, eos_id: int
 ) -> dict[str, Any]:
-    """How long the answers are, how many end by themselves, how many differ, and their BLEU.
+    """Length of the responses, how many end with EOS, how many are distinct, and their BLEU.
 
     Args:
-        said: the answers as text.
-        references: the data's own answers to the same prompts, as text; None where it is these that are told of.
+        as_text: the responses as text.
+        references: the data's own responses to the same prompts, as text; None leaves BLEU out.
     """
     from sacrebleu import corpus_bleu
 
-    count = len(answers)
+    count = len(responses)
     numbers: dict[str, Any] = {
-        "answer_tokens": bounded(intervals.mean([float(len(answer)) for answer in answers])),
-        "ended": sum(answer[-1] == eos_id for answer in answers) / count,
-        "distinct": len(set(map(tuple, answers))) / count,
+        "answer_tokens": bounded(intervals.mean([float(len(response)) for response in responses])),
+        "ended": sum(response[-1] == eos_id for response in responses) / count,
+        "distinct": len(set(map(tuple, responses))) / count,
     }
     if references is not None:
-        numbers["bleu"] = round(corpus_bleu(said, [references], force=True).score, 4)
+        numbers["bleu"] = round(corpus_bleu(as_text, [references], force=True).score, 4)
     return numbers
 
 
-def make_report(found: Found, held: HeldOut, base: str, spec: EvalSpec, tokenizer: Any) -> dict[str, Any]:
-    """All that was found, as JSON; README explains the numbers.
+def make_report(results: Results, held: HeldOut, base: str, spec: EvalSpec, tokenizer: Any) -> dict[str, Any]:
+    """The report as JSON; docs/evaluation.md explains the numbers.
 
     Args:
-        base: the model that the others are held against.
+        base: the model that the others are compared with.
     """
-    against, eos_id = found.models.get(base), tokenizer.eos_token_id
-    references = texts(held.asked.answers, tokenizer)
+    base_model, eos_id = results.models.get(base), tokenizer.eos_token_id
+    references = texts(held.prompts.responses, tokenizer)
     models: dict[str, dict[str, Any]] = {}
-    for name, one in found.in_order(base).items():
+    for name, one in results.in_order(base).items():
         models[name] = {"perplexity": one.perplexity}
-        if against and name != base and one.preferences:
-            models[name]["pair_accuracy"] = above(one.preferences, against.preferences)
+        if base_model and name != base and one.preferences:
+            models[name]["pair_accuracy"] = above(one.preferences, base_model.preferences)
         if not one.answers:
             continue
-        models[name] |= rewarded(one.rewards, against.rewards if against and name != base else None)
-        if name != base and spec.temperature > 0:  # only sampled answers tell the KL
+        models[name] |= rewarded(one.rewards, base_model.rewards if base_model and name != base else None)
+        if name != base and spec.temperature > 0:  # greedy responses are no samples to estimate it from
             models[name]["kl"] = divergence(one)
-        models[name] |= worded(one.answers, texts(one.answers, tokenizer), references, eos_id)
-    if against is not None and against.answers:
-        models["reference"] = rewarded(found.references, against.rewards)
-        models["reference"] |= worded(held.asked.answers, references, None, eos_id)
+        models[name] |= text_metrics(one.answers, texts(one.answers, tokenizer), references, eos_id)
+    if base_model is not None and base_model.answers:
+        models["reference"] = rewarded(results.references, base_model.rewards)
+        models["reference"] |= text_metrics(held.prompts.responses, references, None, eos_id)
     return {
         "base": base,
-        "prompts": len(held.asked),
+        "prompts": len(held.prompts),
         "confidence": intervals.CONFIDENCE,
         "sampling": {name: getattr(spec, name) for name in ("temperature", "top_p", "top_k")},
-        "reward_accuracy": found.accuracy(),
+        "reward_accuracy": results.accuracy(),
         "models": models,
     }
 
 
-def lines(found: Found, held: HeldOut, base: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """For each prompt, every model's answer and its reward."""
-    models = found.in_order(base)
+def lines(results: Results, held: HeldOut, base: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """For each prompt, every model's response and its reward."""
+    models = results.in_order(base)
     answers = {name: texts(one.answers, tokenizer) for name, one in models.items()}
-    answers["reference"] = texts(held.asked.answers, tokenizer)
-    rewards = {**{name: one.rewards for name, one in models.items()}, "reference": found.references}
+    answers["reference"] = texts(held.prompts.responses, tokenizer)
+    rewards = {**{name: one.rewards for name, one in models.items()}, "reference": results.references}
     for number, question in enumerate(held.questions):
         yield {
             "prompt": question,
@@ -176,5 +176,5 @@ def lines(found: Found, held: HeldOut, base: str, tokenizer: Any) -> Iterator[di
         }
 
 
-def texts(answers: list[list[int]], tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+def texts(responses: list[list[int]], tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(response, skip_special_tokens=True).strip() for response in responses]

@@ -1,7 +1,7 @@
 """Evaluation: the models of a run side by side, on data that none of them was trained on.
 
-Every model answers the same held-out prompts, drawn with the same random numbers. What the reward model gives
-for an answer, and how far the model went from where PPO and DPO started, tell what was achieved.
+Every model answers the same held-out prompts, sampled with the same random numbers. The reward model's scores
+and the KL divergence from the model that PPO and DPO started from show what training achieved.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal, load_reward
-from hpc_rlhf.train.rollout.experience import Rollout
+from hpc_rlhf.train.rewards.model import ModelReward
+from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import commit, new_artifact
 from hpc_rlhf.train.stages.eval.data import held_out
 from hpc_rlhf.train.stages.eval.questions import Questions
-from hpc_rlhf.train.stages.eval.report import Found, Measured, lines, make_report
+from hpc_rlhf.train.stages.eval.report import Measured, Results, lines, make_report
 
-FOUND = "found.json"
+RESULTS = "found.json"
 
 
 class Evaluation:
     """One attempt at the evaluation.
 
     Attributes:
-        sources: where each model loads from. The one that the others are held against, ``base``, is the last.
-        found: what the steps done have found.
+        sources: where each model loads from. The last one is ``base``, which the others are compared with.
+        results: of the steps so far.
     """
 
     def __init__(self, context: StageContext) -> None:
@@ -50,7 +51,7 @@ class Evaluation:
         self.base = "sft" if "sft" in self.trained else "start"
         self.sources = self._sources()
         self.questions = Questions(context, self.spec)
-        self.found = Found()
+        self.results = Results()
 
     def _sources(self) -> dict[str, str]:
         run, ppo = self.context.run, self.context.spec.stages.ppo
@@ -64,19 +65,19 @@ class Evaluation:
             sources["sft"] = str(run.stage("sft").model)
         return sources
 
-    # What is kept where the evaluation stops
+    # Checkpoints
 
-    def take(self, snapshot: Snapshot) -> None:
+    def save(self, snapshot: Snapshot) -> None:
         if self.context.world.is_main:
-            snapshot.data(FOUND, json.dumps(asdict(self.found)).encode())
+            snapshot.data(RESULTS, json.dumps(asdict(self.results)).encode())
 
-    def load(self, found: Checkpoint) -> None:
-        self.found = Found.read(json.loads((found.folder / FOUND).read_text()))
+    def load(self, checkpoint: Checkpoint) -> None:
+        self.results = Results.read(json.loads((checkpoint.folder / RESULTS).read_text()))
 
     # The steps
 
     def steps(self) -> list[Callable[[], dict[str, float | None]]]:
-        """A model at a time, and the judge last. Each gives its telling numbers. All are collective."""
+        """One step per model, then the reward model's. Each returns metrics to log. All are collective."""
         steps: list[Callable[[], dict[str, float | None]]] = [
             partial(self.measure, name, source) for name, source in self.sources.items()
         ]
@@ -84,73 +85,76 @@ class Evaluation:
 
     def measure(self, name: str, source: str) -> dict[str, float | None]:
         """Everything that one model is needed for."""
-        context, ask, mine = self.context, self.questions, Measured()
+        context, ask, measured = self.context, self.questions, Measured()
         with loading(context.stop, context.ds_config):
             model = load_causal(source, context.dtype)
         check_fits(model.config, context.tokenizer, context.longest, source)
         engine = engines.frozen_engine(LanguageModel(model), context.ds_config, context.world.device)
-        told, prompts = self.held.told, self.held.asked.prompts
-        if len(told):
-            loss = -math.fsum(ask.likelihoods(engine, told)) / sum(map(len, told.answers))
-            mine.perplexity = math.exp(min(50.0, loss))
+        texts, prompts = self.held.texts, self.held.prompts.prompts
+        if len(texts):
+            loss = -math.fsum(ask.likelihoods(engine, texts)) / sum(texts.response_lengths)
+            measured.perplexity = math.exp(min(50.0, loss))
         if name in ("dpo", self.base) and "dpo" in self.trained:
             chosen, rejected = (ask.likelihoods(engine, part) for part in self.held.pairs)
-            mine.preferences = [c - r for c, r in zip(chosen, rejected, strict=True)]
-        mine.answers = ask.answers(RolloutEngine(model, context.world), prompts)
-        mine.log_probs = ask.log_probs(engine, Rollout(prompts, mine.answers))
-        for other in self.found.models.values() if name == self.base else ():
-            other.base_log_probs = ask.log_probs(engine, Rollout(prompts, other.answers))
-        self.found.models[name] = mine
-        return {"perplexity": mine.perplexity}
+            measured.preferences = [c - r for c, r in zip(chosen, rejected, strict=True)]
+        measured.answers = ask.responses(RolloutEngine(model, context.world), prompts)
+        measured.log_probs = ask.log_probs(engine, Rollout.of(prompts, measured.answers))
+        for other in self.results.models.values() if name == self.base else ():
+            other.base_log_probs = ask.log_probs(engine, Rollout.of(prompts, other.answers))
+        self.results.models[name] = measured
+        return {"perplexity": measured.perplexity}
 
     def judge(self) -> dict[str, float | None]:
         """Everything that the reward model is needed for."""
-        context, found, source = self.context, self.found, str(self.context.run.stage("reward").model)
+        context, results, source = self.context, self.results, str(self.context.run.stage("reward").model)
         with loading(context.stop, context.ds_config):
             model = load_reward(source, context.dtype, None)
         check_fits(model.classifier.config, context.tokenizer, context.longest, source)
         engine = engines.frozen_engine(model, context.ds_config, context.world.device)
-        ask, asked = self.questions, self.held.asked
-        found.chosen, found.rejected = (ask.scores(engine, part) for part in self.held.pairs)
-        found.references = ask.scores(engine, asked)
-        for one in found.models.values():
-            one.rewards = ask.scores(engine, Rollout(asked.prompts, one.answers))
-        accuracy = found.accuracy()
+        ask = self.questions
+        rewards = ModelReward(engine, context.world, ask.budget, partial(context.stop.check, "evaluation"))
+        results.chosen, results.rejected = (ask.scores(rewards, part) for part in self.held.pairs)
+        results.references = ask.scores(rewards, self.held.prompts)
+        for measured in results.models.values():
+            measured.rewards = ask.scores(rewards, Rollout.of(self.held.prompts.prompts, measured.answers))
+        accuracy = results.accuracy()
         return {"accuracy": None if accuracy is None else accuracy["value"]}
 
     # The artifact
 
     def hand_over(self, total: int) -> None:
-        """Write the report, and the answers for people to read. Collective."""
+        """Write the report, and the responses for people to read. Collective."""
         context, files = self.context, self.context.files
-        partial = new_artifact(context)
-        report = make_report(self.found, self.held, self.base, self.spec, context.tokenizer)
+        folder = new_artifact(context)
+        report = make_report(self.results, self.held, self.base, self.spec, context.tokenizer)
         if context.world.is_main:
-            partial.mkdir(parents=True)
-            (partial / files.report.name).write_text(json.dumps(report, indent=1) + "\n")
-            with (partial / files.answers.name).open("w", encoding="utf-8") as file:
-                for line in lines(self.found, self.held, self.base, context.tokenizer):
+            folder.mkdir(parents=True)
+            (folder / files.report.name).write_text(json.dumps(report, indent=1) + "\n")
+            with (folder / files.answers.name).open("w", encoding="utf-8") as file:
+                for line in lines(self.results, self.held, self.base, context.tokenizer):
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         models = {name: report["models"][name] for name in self.sources}
-        won = {name: one["win_rate"]["value"] for name, one in models.items() if "win_rate" in one}
-        commit(context, partial, total, {"prompts": report["prompts"], "base": self.base, "win_rates": won})
+        win_rates = {name: one["win_rate"]["value"] for name, one in models.items() if "win_rate" in one}
+        commit(
+            context, folder, total, {"prompts": report["prompts"], "base": self.base, "win_rates": win_rates}
+        )
 
 
 def run(context: StageContext) -> None:
-    # 1. Held-out data, and what an earlier attempt found.
-    work = Evaluation(context)
-    steps = work.steps()
-    found = context.resume(work.load)
-    first = found.step if found else 0
+    # 1. Held-out data, and the results of an earlier attempt.
+    evaluation = Evaluation(context)
+    steps = evaluation.steps()
+    checkpoint = context.resume(evaluation.load)
+    first = checkpoint.step if checkpoint else 0
 
-    # 2. The models one after the other, so that only one is in memory; what they said is judged at the end.
+    # 2. The models one after the other, so that only one is in memory; their responses are scored at the end.
     for number in range(first, len(steps)):
-        context.checkpoints.safe_point(number, work.take, {})
+        context.checkpoints.safe_point(number, evaluation.save, {})
         context.metrics.log(number + 1, len(steps), "eval", steps[number]())
         gc.collect()
         if context.world.device.type == "cuda":
             torch.cuda.empty_cache()
-    context.checkpoints.safe_point(len(steps), work.take, {})
+    context.checkpoints.safe_point(len(steps), evaluation.save, {})
 
     # 3. The report.
-    work.hand_over(len(steps))
+    evaluation.hand_over(len(steps))

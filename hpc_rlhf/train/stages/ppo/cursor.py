@@ -1,10 +1,9 @@
-"""How far learning from an experience has come, and how that is kept in a checkpoint."""
+"""How far PPO's optimizer steps on an experience have come, and how a checkpoint keeps that."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, fields, replace
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -12,63 +11,98 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
-from hpc_rlhf.train.rollout.experience import Experience, Rollout
-from hpc_rlhf.train.stages.ppo.metrics import LEARNT
+from hpc_rlhf.train.ragged import Ragged
+from hpc_rlhf.train.rollout.backend import Rollout
+from hpc_rlhf.train.rollout.experience import Experience
+from hpc_rlhf.train.stages.ppo.metrics import STATS
 
 _TENSORS = [field.name for field in fields(Experience) if field.name != "rollout"]
 
 
+class Network(Enum):
+    """The networks that learn from each minibatch, in this order."""
+
+    ACTOR = 0
+    CRITIC = 1
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next optimizer step on an experience."""
+
+    epoch: int = 0
+    minibatch: int = 0
+    network: Network = Network.ACTOR
+
+    def next(self, minibatches: int) -> Cursor:
+        return Cursor.after(self.steps(minibatches) + 1, minibatches)
+
+    def steps(self, minibatches: int) -> int:
+        """Optimizer steps before this one."""
+        return len(Network) * (self.epoch * minibatches + self.minibatch) + self.network.value
+
+    @classmethod
+    def after(cls, steps: int, minibatches: int) -> Cursor:
+        """The position after a number of optimizer steps."""
+        number, network = divmod(steps, len(Network))
+        return cls(*divmod(number, minibatches), Network(network))
+
+
 @dataclass
 class Progress:
-    """A rank's experience, and what has been learnt from it.
+    """A rank's experience, and how far learning from it has come.
 
     Attributes:
-        sums: what happened so far, by the names in LEARNT; scalars, added to in place.
-        moved: ``approx_kl`` of ``sums`` before the minibatch in progress.
-        done: optimizer steps made; the actor's and the critic's count alike.
+        stats: sums over all response tokens learned from, by the names in STATS; scalars, added to in place.
+        kl_before: ``stats["approx_kl"]`` before the minibatch in progress.
+        skipped: optimizer steps of both networks that DeepSpeed skipped because a gradient was not finite.
+        actor_skipped: the actor's step on the minibatch in progress was skipped.
     """
 
-    made: Experience
-    sums: dict[str, Tensor]
-    moved: Tensor
-    done: int = 0
+    experience: Experience
+    stats: dict[str, Tensor]
+    kl_before: Tensor
+    cursor: Cursor = Cursor()
+    skipped: int = 0
+    actor_skipped: bool = False
 
     @classmethod
-    def begin(cls, made: Experience) -> Progress:
-        zero = torch.zeros((), device=made.mask.device)
-        return cls(made, {name: zero.clone() for name in LEARNT}, zero)
+    def begin(cls, experience: Experience) -> Progress:
+        zero = torch.zeros((), device=experience.mask.device)
+        return cls(experience, {name: zero.clone() for name in STATS}, zero)
 
     def copy(self) -> Progress:
-        """It as it is now."""
-        return Progress(self.made, {name: s.clone() for name, s in self.sums.items()}, self.moved, self.done)
+        """A copy that later steps do not change."""
+        return replace(self, stats={name: value.clone() for name, value in self.stats.items()})
 
     def save(self, snapshot: Snapshot, rank: int) -> None:
-        """Add it to a checkpoint; ``done`` is to be kept elsewhere."""
-        rollout = self.made.rollout
-        tensors = {name: getattr(self.made, name) for name in _TENSORS}
-        for name, rows in (("prompts", rollout.prompts), ("answers", rollout.answers)):
-            tensors[name] = torch.tensor([token for row in rows for token in row])
-            tensors[f"{name}.lengths"] = torch.tensor([len(row) for row in rows])
-        tensors["sums"] = torch.stack([self.sums[name] for name in LEARNT])
-        tensors["moved"] = self.moved
-        snapshot.tensors(_name(rank), tensors)
+        """Add it to a checkpoint, without the cursor, which is the checkpoint's part number."""
+        rollout = self.experience.rollout
+        tensors = {name: getattr(self.experience, name) for name in _TENSORS}
+        for name, rows in (("prompts", rollout.prompts), ("answers", rollout.responses)):
+            packed = Ragged.of(rows)
+            tensors[name], tensors[f"{name}.lengths"] = packed.ids, torch.tensor(packed.lengths)
+        tensors["sums"] = torch.stack([self.stats[name] for name in STATS])
+        tensors["moved"] = self.kl_before
+        tensors["skipped"] = torch.tensor([self.skipped, int(self.actor_skipped)])
+        snapshot.tensors(_file(rank), tensors)
 
     @classmethod
-    def load(cls, folder: Path, rank: int, done: int, device: torch.device) -> Progress:
-        """Read back what ``save`` wrote."""
-        tensors = load_file(folder / _name(rank), str(device))
-        rollout = Rollout(
-            *(_rows(tensors[name], tensors[f"{name}.lengths"].tolist()) for name in ("prompts", "answers"))
+    def load(cls, folder: Path, rank: int, cursor: Cursor, device: torch.device) -> Progress:
+        """Read what ``save`` wrote."""
+        tensors = load_file(folder / _file(rank), str(device))
+        prompts, responses = (
+            Ragged(tensors[name], tuple(tensors[f"{name}.lengths"].tolist())).rows()
+            for name in ("prompts", "answers")
         )
-        made = Experience(rollout, **{name: tensors[name] for name in _TENSORS})
-        sums = dict(zip(LEARNT, tensors["sums"].clone().unbind(), strict=True))
-        return cls(made, sums, tensors["moved"], done)
+        experience = Experience(
+            rollout=Rollout.of(prompts, responses, device), **{name: tensors[name] for name in _TENSORS}
+        )
+        stats = dict(zip(STATS, tensors["sums"].clone().unbind(), strict=True))
+        # Checkpoints of earlier versions have no count of skipped steps.
+        skipped, actor_skipped = tensors.get("skipped", torch.zeros(2, dtype=torch.int64)).tolist()
+        return cls(experience, stats, tensors["moved"], cursor, skipped, bool(actor_skipped))
 
 
-def _rows(flat: Tensor, lengths: Sequence[int]) -> list[list[int]]:
-    tokens = flat.tolist()
-    return [tokens[start:end] for start, end in pairwise(accumulate(lengths, initial=0))]
-
-
-def _name(rank: int) -> str:
+def _file(rank: int) -> str:
     return f"experience-{rank:05d}.safetensors"

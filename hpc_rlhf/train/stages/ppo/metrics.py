@@ -1,68 +1,71 @@
-"""What a step of PPO did, in the numbers that are logged."""
+"""The metrics of a PPO step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from hpc_rlhf.train.algorithms import ppo
+from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.rollout.experience import Experience
 
-# Sums over the answer tokens of all optimizer steps of a rollout; ``tokens`` counts them.
-LEARNT = ("actor_loss", "critic_loss", "ratio", "approx_kl", "clipped", "value_clipped", "tokens")
+# Sums over the response tokens of all optimizer steps on an experience; ``tokens`` counts them.
+STATS = ("actor_loss", "critic_loss", "ratio", "approx_kl", "clipped", "value_clipped", "tokens")
 
 
-def summarize(
-    made: Experience,
-    learnt: dict[str, float],
-    eos_id: int,
-    sums: Callable[[dict[str, float]], dict[str, float]],
-) -> dict[str, float]:
-    """A step's metrics, over all ranks.
+class Ranks(Protocol):
+    """The part of a ``World`` that metrics are reduced over."""
+
+    def sums(self, numbers: dict[str, float]) -> dict[str, float]: ...
+
+    def gather_data(self, value: list[Moments]) -> list[list[Moments]]: ...
+
+
+def summarize(experience: Experience, stats: dict[str, float], eos_id: int, ranks: Ranks) -> dict[str, float]:
+    """A step's metrics, over all ranks. Collective.
 
     Args:
-        made: this rank's experience.
-        learnt: this rank's sums, by the names in LEARNT.
-        sums: adds numbers up over the ranks.
+        experience: this rank's.
+        stats: this rank's sums, by the names in STATS, and ``skipped``.
 
     Returns:
-        reward and reward_std of the scores; kl (k3, nats an answer); entropy (nats a token); ratio, approx_kl (k3
-        from the actor that sampled, nats a token), clipfrac and value_clipfrac over the tokens learnt from; passes
-        over the experience that were made; eos_rate, the share of answers that end; answer_tokens, their mean
-        length; actor_loss and critic_loss, means over tokens; explained_variance of the returns by the values.
+        reward and reward_std of the scores; kl (k3, nats per response); entropy (nats per token); ratio,
+        approx_kl (k3 from the actor that sampled, nats per token), clipfrac and value_clipfrac over the
+        tokens learned from; passes over the experience; eos_rate, the share of responses that end with EOS;
+        answer_tokens, their mean length; actor_loss and critic_loss, means over tokens; explained_variance of
+        the returns by the values; skipped, optimizer steps that DeepSpeed skipped because a gradient was not
+        finite.
     """
-    mask = made.mask
-    returns, errors = made.returns[mask].double(), (made.returns - made.values)[mask].double()
+    mask, scores = experience.mask, experience.scores
+    returns = experience.returns[mask].double()
+    own = [
+        Moments.of(scores[~scores.isnan()]),
+        Moments.of(returns),
+        Moments.of((experience.returns - experience.values)[mask].double()),
+    ]
+    rewards, outcomes, errors = map(Moments.merge, zip(*ranks.gather_data(own), strict=True))
     local = {
-        "answers": float(len(made.scores)),
+        "responses": float(len(scores)),
         "tokens": float(returns.numel()),
-        "score": made.scores.double().sum().item(),
-        "score2": (made.scores.double() ** 2).sum().item(),
-        "kl": ppo.k3_kl(made.log_probs, made.ref_log_probs, mask).sum().item(),
-        "entropy": made.entropies[mask].sum().item(),
-        "ended": made.rollout.ended(eos_id, mask.device).sum().item(),
-        "ret": returns.sum().item(),
-        "ret2": (returns**2).sum().item(),
-        "err": errors.sum().item(),
-        "err2": (errors**2).sum().item(),
+        "kl": ppo.k3_kl(experience.log_probs, experience.ref_log_probs, mask).sum().item(),
+        "entropy": experience.entropies[mask].sum().item(),
+        "ended": experience.rollout.ended(eos_id, mask.device).sum().item(),
     }
-    total = sums({**local, **{f"learnt_{name}": learnt[name] for name in LEARNT}})
-    answers, tokens, learnt_tokens = total["answers"], total["tokens"], total["learnt_tokens"]
-    mean = total["score"] / answers
-    variance = total["ret2"] / tokens - (total["ret"] / tokens) ** 2
-    unexplained = total["err2"] / tokens - (total["err"] / tokens) ** 2
+    total = ranks.sums({**local, **{f"learned_{name}": stats[name] for name in STATS}})
+    responses, tokens, learned = total["responses"], total["tokens"], total["learned_tokens"]
     return {
-        "reward": mean,
-        "reward_std": max(total["score2"] / answers - mean**2, 0.0) ** 0.5,
-        "kl": total["kl"] / answers,
+        "reward": rewards.mean,
+        "reward_std": rewards.std,
+        "kl": total["kl"] / responses,
         "entropy": total["entropy"] / tokens,
-        "ratio": total["learnt_ratio"] / learnt_tokens,
-        "approx_kl": total["learnt_approx_kl"] / learnt_tokens,
-        "clipfrac": total["learnt_clipped"] / learnt_tokens,
-        "value_clipfrac": total["learnt_value_clipped"] / learnt_tokens,
-        "passes": learnt_tokens / tokens,
-        "eos_rate": total["ended"] / answers,
-        "answer_tokens": tokens / answers,
-        "actor_loss": total["learnt_actor_loss"] / learnt_tokens,
-        "critic_loss": total["learnt_critic_loss"] / learnt_tokens,
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+        "ratio": total["learned_ratio"] / learned,
+        "approx_kl": total["learned_approx_kl"] / learned,
+        "clipfrac": total["learned_clipped"] / learned,
+        "value_clipfrac": total["learned_value_clipped"] / learned,
+        "passes": learned / tokens,
+        "eos_rate": total["ended"] / responses,
+        "answer_tokens": tokens / responses,
+        "actor_loss": total["learned_actor_loss"] / learned,
+        "critic_loss": total["learned_critic_loss"] / learned,
+        "explained_variance": 1 - errors.variance / outcomes.variance if outcomes.variance > 0 else 0.0,
+        "skipped": stats["skipped"],
     }

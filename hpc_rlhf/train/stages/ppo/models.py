@@ -14,21 +14,20 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import DTYPES, check_fits, load_causal, load_reward
-from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.world import World
-from hpc_rlhf.train.stages.common import adapted, load_engines, save_engines
+from hpc_rlhf.train.stages.common import load_engines, prepare_model, save_engines
 
 
 @dataclass(frozen=True)
 class Start:
-    """What PPO's models are made of.
+    """What PPO's models are made from.
 
     Attributes:
         actor, reward: folders or hub ids.
         ds_configs: DeepSpeed's, by the names of ``PpoSpec.strategies``.
-        longest: tokens of the longest prompt with its answer.
-        updates: optimizer steps in all.
-        loading: around the loading of each model, for its DeepSpeed configuration.
+        longest: tokens of the longest prompt with its response.
+        updates: optimizer steps of the whole stage.
+        loading: wraps the loading of each model, given its DeepSpeed configuration.
     """
 
     actor: str
@@ -47,7 +46,6 @@ class PpoModels:
         actor, critic: DeepSpeed engines in training.
         ref, reward: frozen.
         policy, ref_policy: the transformers models inside actor and ref.
-        rollouts: makes the actor generate.
         ema: the actor's moving average, or None.
     """
 
@@ -63,8 +61,8 @@ class PpoModels:
             reward = load_reward(start.reward, dtype, None)
         check_fits(self.policy.config, tokenizer, start.longest, start.actor)
         check_fits(critic.classifier.config, tokenizer, start.longest, start.reward)
-        adapted(self.policy, spec, start.seed)
-        adapted(critic.classifier, spec.of_critic, start.seed)
+        prepare_model(self.policy, spec, start.seed)
+        prepare_model(critic.classifier, spec.of_critic, start.seed)
         self.actor = engines.training_engine(
             LanguageModel(self.policy), configs[""], spec, spec.actor_lr, start.updates
         )
@@ -73,16 +71,15 @@ class PpoModels:
         )
         self.ref = engines.frozen_engine(LanguageModel(self.ref_policy), configs["ref"], world.device)
         self.reward = engines.frozen_engine(reward, configs["reward"], world.device)
-        self.rollouts = RolloutEngine(self.policy, world)
         self.ema = Ema(self.policy, spec.ema_beta, world) if spec.ema else None
 
-    def take(self, snapshot: Snapshot) -> None:
-        """Add what training changes. Collective."""
+    def save(self, snapshot: Snapshot) -> None:
+        """Add what training changes to a snapshot. Collective."""
         save_engines(snapshot, {"actor": self.actor, "critic": self.critic}, self.world)
         if self.ema:
             self.ema.save(snapshot, "ema")
 
-    def load(self, found: Checkpoint) -> None:
-        load_engines({"actor": self.actor, "critic": self.critic}, self.world)(found)
+    def load(self, checkpoint: Checkpoint) -> None:
+        load_engines({"actor": self.actor, "critic": self.critic}, self.world)(checkpoint)
         if self.ema:
-            self.ema.load(found.folder / "ema")
+            self.ema.load(checkpoint.folder / "ema")

@@ -16,10 +16,10 @@ from hpc_rlhf.train.stages.common import Batches
 
 
 class PtxStream:
-    """Pretraining text, as many samples an optimizer step as PPO itself has.
+    """Pretraining text: as many samples per optimizer step as PPO itself has.
 
-    Where it stands in the text follows from the engine's own count of optimizer steps, so a resumed
-    run goes on with the same text.
+    The position in the text follows from the engine's own count of optimizer steps, so a resumed run
+    continues with the same text.
     """
 
     def __init__(self, context: StageContext, spec: PpoSpec) -> None:
@@ -45,8 +45,8 @@ class PtxStream:
         tokens = sum(int(self.batches.lengths[i]) - 1 for i in indices)
         scale = self.coefficient * self.context.loss_scale / tokens
 
-        def loss(chosen: list[int], real: bool) -> Tensor:
-            rows = [self.rows[i] for i in chosen]
+        def loss(micro_batch: list[int], real: bool) -> Tensor:
+            rows = [self.rows[i] for i in micro_batch]
             batch = Ragged.of(
                 [row["prompt_ids"] + row["chosen_ids"] for row in rows], self.context.world.device
             )
@@ -54,4 +54,4 @@ class PtxStream:
             log_prob: Tensor = engine(batch.ids, batch.lengths, predicted, summed=True)[0]
             return -log_prob * (scale * real)
 
-        return [partial(loss, *batch) for batch in self.batches.of(indices)]
+        return [partial(loss, *batch) for batch in self.batches.plan(indices)]

@@ -1,8 +1,8 @@
-"""The steps of PPO on given prompts: answers, what they are worth, and learning from them."""
+"""The steps of PPO on given prompts: responses, their evaluation, and learning from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
@@ -13,16 +13,24 @@ from torch import Tensor
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import ppo
+from hpc_rlhf.train.algorithms.advantages import AdvantageEstimator, Gae
 from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.ragged import evened, fill
-from hpc_rlhf.train.rollout.experience import Experience, Rewarding, Rollout, experience, whiten
-from hpc_rlhf.train.rollout.in_process.engine import Sampling
+from hpc_rlhf.train.ragged import pack_micro_batches, split_to_count
+from hpc_rlhf.train.rewards.source import RewardSource
+from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
+from hpc_rlhf.train.rollout.experience import (
+    Experience,
+    RewardShaping,
+    evaluate_tokens,
+    make_experience,
+    whiten,
+)
 from hpc_rlhf.train.runtime.world import World
-from hpc_rlhf.train.stages.ppo.cursor import Progress
+from hpc_rlhf.train.stages.ppo.cursor import Network, Progress
 from hpc_rlhf.train.stages.ppo.models import PpoModels
 
-# More losses for an optimizer step of the actor, made from its engine.
+# Further losses for an optimizer step of the actor, made from its engine.
 Mixture = Callable[[Any], list[Callable[[], Tensor]]]
 
 
@@ -32,234 +40,293 @@ class Sizes:
 
     Attributes:
         budget: tokens of a micro-batch.
-        answer: tokens of the longest answer.
-        rows: answers in the making at a time.
-        loss_scale: what a loss divided by the global token count is multiplied with; see StageContext.
+        response: tokens of the longest response.
+        loss_scale: factor for a loss that is divided by the global token count; see StageContext.
     """
 
     budget: int
-    answer: int
-    rows: int
+    response: int
     loss_scale: float
 
 
+@dataclass(frozen=True)
+class Minibatch:
+    """A minibatch of an experience.
+
+    Attributes:
+        plan: the rows of each micro-batch.
+        own_tokens: response tokens on this rank.
+        all_tokens: response tokens on all ranks.
+    """
+
+    plan: list[list[int]]
+    own_tokens: float
+    all_tokens: float
+
+
 class PpoTrainer:
-    """What ``stages.ppo`` does in each step.
+    """The algorithm of ``stages.ppo``.
+
+    Args:
+        backend: generates responses with the actor.
+        rewards: scores them.
 
     Attributes:
         kl_coef: weight of the KL penalty in the next rollout's rewards.
-        pause: called before passes over micro-batches with what they are for; it may raise. Collective.
+        estimate: turns rewards into advantages.
+        check: called before each micro-batch with the kind of work; it may raise. Collective.
     """
 
-    def __init__(self, spec: PpoSpec, models: PpoModels, tokenizer: Any, sizes: Sizes, world: World) -> None:
+    def __init__(
+        self, spec: PpoSpec, models: PpoModels, backend: RolloutBackend, rewards: RewardSource, eos_id: int,
+        sizes: Sizes, world: World,
+    ) -> None:  # fmt: skip
         self.spec = spec
         self.models = models
+        self.backend = backend
+        self.rewards = rewards
+        self.eos_id = eos_id
         self.sizes = sizes
         self.world = world
-        self.eos_id: int = tokenizer.eos_token_id
         self.kl_coef = spec.kl_coef
-        self.pause: Callable[[str], None] = lambda kind: None
+        self.estimate: AdvantageEstimator = Gae(spec.gamma, spec.lam)
+        self.check: Callable[[str], object] = lambda kind: None
         self._scores = Moments()
-        self._kept: dict[Any, Any] = {}  # what a model gave in evaluating, to learn from
-        self._kept_of: Rollout | None = None
+        self._kept: dict[Any, Any] = {}  # outputs of the models with their graphs, to learn from
+        self._kept_rollout: Rollout | None = None
 
     @property
     def state(self) -> dict[str, Any]:
-        """What goes on from rollout to rollout, besides the models."""
+        """What carries over from rollout to rollout, besides the models; JSON."""
         return {"kl_coef": self.kl_coef, "scores": astuple(self._scores)}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.kl_coef, self._scores = state["kl_coef"], Moments(*state["scores"])
 
+    # Rollout
+
     def roll_out(
-        self, prompts: list[list[int]], keys: list[tuple[object, ...]], stopped: Callable[[], bool]
-    ) -> Rollout:
-        """Sample an answer to each of this rank's prompts. Collective.
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[object, ...]],
+        should_stop: Callable[[], bool],
+    ) -> Rollout:  # fmt: skip
+        """Sample a response to each of this rank's prompts. Collective.
 
         Args:
-            keys: what seeds each answer.
-            stopped: asked between decode steps.
+            keys: what seeds each response.
+            should_stop: polled between decode steps.
 
         Raises:
-            RolloutDropped: ``stopped`` said so.
+            RolloutCancelled: ``should_stop`` returned True.
         """
         sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
-        sizes = self.sizes
-        answers = self.models.rollouts.generate(
-            prompts, keys, sizes.answer, sampling, self.eos_id, sizes.rows, stopped
+        self.backend.sync_weights(self.models.policy)
+        return self.backend.generate(
+            GenerationRequest(
+                prompts, self.sizes.response, self.eos_id, sampling, keys, should_stop=should_stop
+            )
         )
-        return Rollout(prompts, answers)
 
-    def plan(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Sequences as micro-batches, as many as every other rank has. Collective."""
-        bins = fill(lengths, self.sizes.budget)
-        return evened(bins, self.world.max(len(bins)))
+    # Evaluation
 
-    def minibatches(self, rollout: Rollout) -> list[list[list[int]]]:
-        """The rows of each micro-batch of each minibatch. Collective."""
-        share = len(rollout) // self.spec.minibatches
-        return [
-            [[first + row for row in rows] for rows in self.plan(rollout.lengths[first : first + share])]
-            for first in range(0, len(rollout), share)
-        ]
-
-    def evaluate(self, rollout: Rollout) -> Experience:
+    def evaluate(self, rollout: Rollout, columns: Mapping[str, Sequence[Any]] | None = None) -> Experience:
         """Scores, log-probabilities, values and advantages of a rollout. Collective.
 
-        It goes by the same micro-batches as learning, so that before the first update a token's log-probability
+        It uses the same micro-batches as learning, so that before the first update a token's log-probability
         is the same to the last bit.
+
+        Args:
+            columns: further columns of the data, for the reward source.
         """
         spec, models = self.spec, self.models
-        rewarding = Rewarding(
-            spec.temperature, self.kl_coef, spec.score_clip, spec.missing_eos_penalty, spec.gamma, spec.lam,
-            self._standardized if spec.normalize_scores else None,
-            self.world.sums if spec.whiten_rewards else None,
-        )  # fmt: skip
         models.actor.eval()
         models.critic.eval()
-        plan = [rows for minibatch in self.minibatches(rollout) for rows in minibatch]
-        made = experience(
-            rollout, plan, *self._keeping(rollout, plan),
-            partial(self._after_a_pause, "experience", models.ref),
-            partial(self._after_a_pause, "scores", models.reward),
-            rewarding, self.eos_id, self.world.device,
+        scores = self._score(rollout, columns or {})
+        plan = [rows for minibatch in self._plans(rollout) for rows in minibatch]
+        actor, critic = self._keeping(rollout, plan)
+        ref = partial(self._checked, "experience", models.ref)
+        stats = evaluate_tokens(rollout, plan, actor, critic, ref, spec.temperature, self.world.device)
+        shaping = RewardShaping(
+            self.kl_coef, spec.score_clip, spec.missing_eos_penalty,
+            self._standardize if spec.normalize_scores else None,
+            self.world.gather_data if spec.whiten_rewards else None,
         )  # fmt: skip
+        experience = make_experience(rollout, stats, scores, shaping, self.estimate, self.eos_id)
         models.actor.train()
         models.critic.train()
         if spec.kl_target is not None:
-            kl = ppo.k3_kl(made.log_probs, made.ref_log_probs, made.mask).sum().item()
-            total = self.world.sums({"kl": kl, "answers": float(len(rollout))})
-            self.kl_coef = ppo.adapted_kl_coef(
-                self.kl_coef,
-                total["kl"] / total["answers"],
-                spec.kl_target,
-                spec.kl_horizon,
-                total["answers"],
-            )
-        return whiten(made, self.world.sums) if spec.whiten_advantages else made
+            self._adapt_kl_coef(experience, spec.kl_target)
+        return whiten(experience, self.world.gather_data) if spec.whiten_advantages else experience
+
+    def _score(self, rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> list[float | None]:
+        """The reward source's scores, by minibatch, so that a reward model sees the same micro-batches."""
+        scores: list[float | None] = []
+        for rows in self._minibatch_rows(rollout):
+            own = {name: column[rows] for name, column in columns.items()}
+            scores += self.rewards.score(rollout.prompts[rows], rollout.responses[rows], own)
+        return scores
+
+    def _standardize(self, scores: Tensor) -> Tensor:
+        """Scores relative to all so far, these included, in standard deviations. Collective."""
+        own = Moments.of(scores[~scores.isnan()])
+        self._scores = Moments.merge([self._scores, *self.world.gather_data(own)])
+        return self._scores.standardize(scores)
+
+    def _adapt_kl_coef(self, experience: Experience, target: float) -> None:
+        kl = ppo.k3_kl(experience.log_probs, experience.ref_log_probs, experience.mask).sum().item()
+        total = self.world.sums({"kl": kl, "responses": float(len(experience.rollout))})
+        self.kl_coef = ppo.adapted_kl_coef(
+            self.kl_coef, total["kl"] / total["responses"], target, self.spec.kl_horizon, total["responses"]
+        )
 
     def _keeping(self, rollout: Rollout, plan: list[list[int]]) -> tuple[Any, Any]:
-        """Actor and critic, to evaluate with.
+        """Actor and critic for evaluation, perhaps keeping their graphs.
 
-        Where the rollout is one micro-batch, the first update starts with the very passes that are evaluated here.
-        They keep what their backward passes need: the actor's, made last, needs no memory that learning would not;
-        the critic's stands beside it, which is all right on a CPU.
+        If the rollout is one micro-batch, the first update starts with the very passes that evaluation makes,
+        so they are kept for it. The actor's comes last and needs no memory that learning would not; the
+        critic's is held beside it, which is acceptable on a CPU.
         """
-        self._kept, self._kept_of = {}, rollout
+        self._kept, self._kept_rollout = {}, rollout
         actor, critic = self.models.actor, self.models.critic
         if len(plan) > 1 or self.spec.dropout:
             return actor, critic
         return self._kept_pass(actor), self._kept_pass(critic) if self.world.device.type == "cpu" else critic
 
     def _kept_pass(self, model: Any) -> Callable[..., Any]:
-        def evaluated(*inputs: Any) -> Any:
+        def forward(*inputs: Any) -> Any:
             with torch.enable_grad():
-                made = self._kept[model] = model(*inputs)
-            return tuple(part.detach() for part in made) if isinstance(made, tuple) else made.detach()
+                output = self._kept[model] = model(*inputs)
+            return tuple(t.detach() for t in output) if isinstance(output, tuple) else output.detach()
 
-        return evaluated
+        return forward
 
-    def _pass(self, model: Any, *inputs: Any) -> Any:
-        """A model's pass to learn from: the one that was kept, if any, or a new one."""
-        return self._kept.pop(model) if model in self._kept else model(*inputs)
+    # Minibatches and micro-batches
 
-    def _standardized(self, scores: Tensor) -> Tensor:
-        """Scores from the mean of all so far, these included, in standard deviations. Collective."""
-        for part in self.world.gather_data(Moments.of(scores)):
-            self._scores = self._scores.merged(part)
-        return self._scores.standardized(scores)
+    def _minibatch_rows(self, rollout: Rollout) -> list[slice]:
+        share = len(rollout) // self.spec.minibatches
+        return [slice(first, first + share) for first in range(0, len(rollout), share)]
+
+    def _plans(self, rollout: Rollout) -> list[list[list[int]]]:
+        """The rows of each micro-batch of each minibatch, equally many on all ranks. Collective."""
+        plans = []
+        for rows in self._minibatch_rows(rollout):
+            bins = pack_micro_batches(rollout.lengths[rows], self.sizes.budget)
+            bins = split_to_count(bins, self.world.max(len(bins)))
+            plans.append([[rows.start + row for row in chosen] for chosen in bins])
+        return plans
+
+    def _minibatches(self, rollout: Rollout) -> list[Minibatch]:
+        minibatches = []
+        for plan in self._plans(rollout):
+            own = float(sum(rollout.response_lengths[row] for rows in plan for row in rows))
+            minibatches.append(Minibatch(plan, own, self.world.sums({"tokens": own})["tokens"]))
+        return minibatches
+
+    # Learning
 
     def learn(
-        self, made: Experience | Progress, mixture: Mixture | None = None,
+        self, experience: Experience | Progress, mixture: Mixture | None = None,
         before: Callable[[Progress], None] = lambda progress: None,
     ) -> dict[str, float]:  # fmt: skip
-        """All optimizer steps on a rollout's experience; gives the sums of what happened in them. Collective.
+        """All optimizer steps on an experience; returns the sums named in STATS, and ``skipped``. Collective.
 
         Args:
-            made: or how far an earlier attempt came with one, whose other steps are then made.
-            before: called before each optimizer step with how far this has come.
+            experience: or the progress of an earlier attempt, whose remaining steps are then made.
+            before: called before each optimizer step with the progress so far.
         """
-        progress = made if isinstance(made, Progress) else Progress.begin(made)
-        if progress.made.rollout is not self._kept_of:
+        progress = experience if isinstance(experience, Progress) else Progress.begin(experience)
+        rollout, stats = progress.experience.rollout, progress.stats
+        if rollout is not self._kept_rollout:
             self._kept = {}
-        minibatches = []
-        for plan in self.minibatches(progress.made.rollout):
-            local = float(sum(len(progress.made.rollout.answers[row]) for rows in plan for row in rows))
-            minibatches.append((plan, local, self.world.sums({"tokens": local})["tokens"]))
-        sums = progress.sums
-        while progress.done < 2 * self.spec.ppo_epochs * len(minibatches):
+        minibatches = self._minibatches(rollout)
+        while progress.cursor.epoch < self.spec.ppo_epochs:
             before(progress.copy())
-            number, critics = divmod(progress.done, 2)
-            plan, local, tokens = minibatches[number % len(minibatches)]
-            if not critics:
-                progress.moved = sums["approx_kl"].clone()
-            self._update(bool(critics), progress, plan, self.sizes.loss_scale / tokens, mixture)
-            progress.done += 1
-            if critics:
-                sums["tokens"] += local
-                if self.models.ema:
-                    self.models.ema.update()
-                if self._too_far(sums["approx_kl"] - progress.moved, tokens):
-                    break
-        return {name: value.item() for name, value in sums.items()}
+            network, minibatch = progress.cursor.network, minibatches[progress.cursor.minibatch]
+            progress.cursor = progress.cursor.next(len(minibatches))
+            if network is Network.ACTOR:
+                progress.kl_before = stats["approx_kl"].clone()
+                progress.actor_skipped = not self._step_actor(progress, minibatch, mixture)
+                progress.skipped += progress.actor_skipped
+                continue
+            progress.skipped += not self._step_critic(progress, minibatch)
+            stats["tokens"] += minibatch.own_tokens
+            if self.models.ema and not progress.actor_skipped:
+                self.models.ema.update()
+            if self._too_far(stats["approx_kl"] - progress.kl_before, minibatch.all_tokens):
+                break
+        return {**{name: value.item() for name, value in stats.items()}, "skipped": float(progress.skipped)}
 
-    def _update(
-        self, critics: bool, progress: Progress, plan: list[list[int]], scale: float, mixture: Mixture | None
-    ) -> None:
-        """An optimizer step of the actor or of the critic on a minibatch. Collective."""
-        engine, loss = (
-            (self.models.critic, self._critic_loss) if critics else (self.models.actor, self._actor_loss)
-        )
-        losses: list[Callable[[], Tensor]] = [
-            partial(loss, progress.made, rows, scale, progress.sums) for rows in plan
-        ]
-        if mixture and not critics:
-            losses += mixture(engine)
-        kind = "the critic's micro-batches" if critics else "the actor's micro-batches"
-        engines.optimizer_step(engine, [partial(self._after_a_pause, kind, loss) for loss in losses])
+    def _step_actor(self, progress: Progress, minibatch: Minibatch, mixture: Mixture | None) -> bool:
+        """An optimizer step of the actor; False if it was skipped. Collective."""
+        losses = self._losses(self._actor_loss, progress, minibatch)
+        losses += mixture(self.models.actor) if mixture else []
+        return self._step(self.models.actor, "the actor's micro-batches", losses)
 
-    def _after_a_pause(self, kind: str, passed: Callable[..., Any], *inputs: Any) -> Any:
-        self.pause(kind)
-        return passed(*inputs)
+    def _step_critic(self, progress: Progress, minibatch: Minibatch) -> bool:
+        """An optimizer step of the critic; False if it was skipped. Collective."""
+        losses = self._losses(self._critic_loss, progress, minibatch)
+        return self._step(self.models.critic, "the critic's micro-batches", losses)
+
+    def _losses(
+        self, loss: Callable[..., Tensor], progress: Progress, minibatch: Minibatch
+    ) -> list[Callable[[], Tensor]]:
+        scale = self.sizes.loss_scale / minibatch.all_tokens
+        return [partial(loss, progress.experience, rows, scale, progress.stats) for rows in minibatch.plan]
+
+    def _step(self, engine: Any, kind: str, losses: list[Callable[[], Tensor]]) -> bool:
+        return engines.optimizer_step(engine, [partial(self._checked, kind, loss) for loss in losses]).applied
+
+    def _checked(self, kind: str, call: Callable[..., Any], *inputs: Any) -> Any:
+        self.check(kind)
+        return call(*inputs)
 
     def _too_far(self, kl: Tensor, tokens: float) -> bool:
-        """Whether the actor had left the one that sampled by more than allowed, as a step began. Collective."""
+        """True if the actor had diverged from the one that sampled by more than allowed. Collective."""
         limit = self.spec.stop_kl
         return limit is not None and self.world.sums({"kl": kl.item()})["kl"] / tokens > limit
 
-    def _actor_loss(self, made: Experience, rows: list[int], scale: float, sums: dict[str, Tensor]) -> Tensor:
-        """A micro-batch's clipped surrogate, times the scale; what happened is added to the sums."""
-        chosen, weight = rows or [0], bool(rows)
-        batch, answer = made.rollout.batch(chosen, self.world.device)
-        flat, _ = self._pass(self.models.actor, batch.ids, batch.lengths, answer, self.spec.temperature)
-        log_probs, (old, advantages, mask) = _rows(
-            made, chosen, flat, made.log_probs, made.advantages, made.mask
+    def _forward(self, model: Any, *inputs: Any) -> Any:
+        """A model's forward pass to learn from: the kept one, if any, or a new one."""
+        return self._kept.pop(model) if model in self._kept else model(*inputs)
+
+    def _actor_loss(
+        self, experience: Experience, rows: list[int], scale: float, stats: dict[str, Tensor]
+    ) -> Tensor:
+        """A micro-batch's clipped surrogate loss, times the scale; adds to the stats."""
+        batch, response = experience.rollout.batch(rows or [0], self.world.device)
+        flat, _ = self._forward(self.models.actor, batch.ids, batch.lengths, response, self.spec.temperature)
+        log_probs, (old, advantages, mask) = _padded(
+            experience, rows, flat, experience.log_probs, experience.advantages, experience.mask
         )
         loss, clipped, ratio = ppo.policy_loss_sum(log_probs, old, advantages, mask, self.spec.cliprange)
-        facts = {"actor_loss": loss, "clipped": clipped, "ratio": ratio}
-        facts["approx_kl"] = ppo.k3_kl(old, log_probs.detach(), mask).sum()
-        for name, value in facts.items():
-            sums[name] += value.detach() * weight
-        return loss * (scale * weight)
+        kl = ppo.k3_kl(old, log_probs.detach(), mask).sum()
+        real = bool(rows)  # an empty micro-batch only keeps ranks in sync
+        for name, value in (
+            ("actor_loss", loss), ("clipped", clipped), ("ratio", ratio), ("approx_kl", kl),
+        ):  # fmt: skip
+            stats[name] += value.detach() * real
+        return loss * (scale * real)
 
     def _critic_loss(
-        self, made: Experience, rows: list[int], scale: float, sums: dict[str, Tensor]
+        self, experience: Experience, rows: list[int], scale: float, stats: dict[str, Tensor]
     ) -> Tensor:
-        """A micro-batch's value loss, times the scale; what happened is added to the sums."""
-        chosen, weight = rows or [0], bool(rows)
-        batch, answer = made.rollout.batch(chosen, self.world.device)
-        flat = self._pass(self.models.critic, batch.ids, batch.lengths)[answer - 1].float()
-        values, (old, returns, mask) = _rows(made, chosen, flat, made.values, made.returns, made.mask)
+        """A micro-batch's value loss, times the scale; adds to the stats."""
+        batch, response = experience.rollout.batch(rows or [0], self.world.device)
+        flat = self._forward(self.models.critic, batch.ids, batch.lengths)[response - 1].float()
+        values, (old, returns, mask) = _padded(
+            experience, rows, flat, experience.values, experience.returns, experience.mask
+        )
         loss, clipped = ppo.value_loss_sum(values, old, returns, mask, self.spec.cliprange_value)
+        real = bool(rows)
         for name, value in (("critic_loss", loss), ("value_clipped", clipped)):
-            sums[name] += value.detach() * weight
-        return loss * (scale * weight)
+            stats[name] += value.detach() * real
+        return loss * (scale * real)
 
 
-def _rows(
-    made: Experience, rows: list[int], flat: Tensor, *wholes: Tensor
+def _padded(
+    experience: Experience, rows: list[int], flat: Tensor, *columns: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Numbers of some rows' answer tokens as (rows, answer), and the same rows of whole tensors."""
-    padded = ragged.pad(flat, [len(made.rollout.answers[row]) for row in rows])
-    return padded, tuple(whole[rows, : padded.shape[1]] for whole in wholes)
+    """Packed numbers of some rows as (rows, response), and the same rows of (batch, response) columns."""
+    rows = rows or [0]
+    padded = ragged.pad(flat, [experience.rollout.response_lengths[row] for row in rows])
+    return padded, tuple(column[rows, : padded.shape[1]] for column in columns)

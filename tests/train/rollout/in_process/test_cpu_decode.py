@@ -1,4 +1,4 @@
-"""Matrices laid out for decode steps: the same layers, the same outputs."""
+"""Layers packed for decode steps give the same outputs."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @torch.no_grad()
-def test_laid_out_matrices_give_what_their_layers_give(kind: str) -> None:
+def test_packed_layers_give_the_outputs_of_their_layers(kind: str) -> None:
     model = tiny.causal(kind, tie_word_embeddings=False).bfloat16()
     ids = torch.randint(3, tiny.VOCABULARY, (3, 5), generator=torch.Generator().manual_seed(0))
     expected = model(ids).logits
-    found = pack_layers(model)
-    together = {len(linear.layers) for linear in found}
+    packed = pack_layers(model)
+    together = {len(linear.layers) for linear in packed}
     assert together == ({1} if kind == "gpt2" else {1, 3} if kind == "opt" else {1, 2, 3})
-    layers = [layer for linear in found for layer in linear.layers]
+    layers = [layer for linear in packed for layer in linear.layers]
     assert {id(layer) for layer in layers} == {id(m) for m in model.modules() if type(m) is nn.Linear}
     assert len(layers) == len(set(map(id, layers)))
-    for linear in found:
+    for linear in packed:
         linear.fill()
-    for layer in layers:  # which the packed layers do not look at
+    for layer in layers:  # the packed layers do not use them
         layer.weight.data = layer.weight.data.new_empty(0)
-    made = model(ids).logits.float()
-    assert float((made - expected).norm() / expected.float().norm()) < 0.01
-    for linear in found:
+    outputs = model(ids).logits.float()
+    assert float((outputs - expected).norm() / expected.float().norm()) < 0.01
+    for linear in packed:
         linear.clear()
-    assert all(linear.weight is None for linear in found)
+    assert all(linear.weight is None for linear in packed)
 
 
 @torch.no_grad()
-def test_layers_that_are_given_different_inputs_have_each_its_own_output() -> None:
+def test_fused_layers_with_different_inputs_have_their_own_outputs() -> None:
     model = tiny.causal("llama").bfloat16()
     attention = model.model.layers[0].self_attn
     one, other = torch.randn(2, 3, 32).bfloat16().unbind()
     expected = [attention.q_proj(one), attention.k_proj(other), attention.v_proj(one)]
     for linear in pack_layers(model):
         linear.fill()
-    made = [attention.q_proj(one), attention.k_proj(other), attention.v_proj(one)]
-    assert all(torch.allclose(*pair, rtol=0.02, atol=0.02) for pair in zip(made, expected, strict=True))
+    outputs = [attention.q_proj(one), attention.k_proj(other), attention.v_proj(one)]
+    assert all(torch.allclose(*pair, rtol=0.02, atol=0.02) for pair in zip(outputs, expected, strict=True))
 
 
-def test_single_precision_keeps_its_layers() -> None:
+def test_single_precision_layers_are_not_packed() -> None:
     assert pack_layers(tiny.causal("llama")) == []

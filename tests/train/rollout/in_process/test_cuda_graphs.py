@@ -1,4 +1,4 @@
-"""Recorded decode steps: what a GPU would be told once and do again, played here by a tape of tensor operations."""
+"""Recorded decode steps. On a CPU, a tape of tensor operations stands in for a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.rollout.backend import GenerationRequest, RolloutCancelled, Sampling
 from hpc_rlhf.train.rollout.in_process import cuda_graphs
 from hpc_rlhf.train.rollout.in_process.cuda_graphs import ROW_STEP, RecordedSteps
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
-from hpc_rlhf.train.rollout.in_process.engine import RolloutDropped, RolloutEngine, Sampling
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.rollout.in_process.kv_cache import make_rows
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
@@ -24,7 +25,7 @@ LIMIT = 20
 GREEDY, SAMPLED = Sampling(greedy=True), Sampling(1.0, 0.95, 40)
 LENGTHS = (7, 1, 24, 4, 12, 2, 9, 9, 3, 5, 21, 6, 2, 8, 11, 1, 3, 4, 5, 6)
 
-# Operations that a graph cannot hold: they wait for the device, or take Python's data along.
+# Operations that a graph cannot contain: they synchronize, or copy data from Python.
 ON_THE_HOST = (
     "_local_scalar_dense",
     "nonzero",
@@ -37,7 +38,7 @@ ON_THE_HOST = (
 
 
 class Operations(TorchDispatchMode):
-    """Writes down tensor operations as they are made, with the very tensors."""
+    """Records tensor operations with their tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ def storage(tensor: torch.Tensor) -> int:
 
 
 class Tape:
-    """What a CUDA graph does: the same operations on the same memory, without the Python in between."""
+    """Replays the same operations on the same memory, as a CUDA graph does, without the Python in between."""
 
     def __init__(self) -> None:
         self.recorded = self.played = self.warmed = 0
@@ -83,9 +84,9 @@ class Tape:
             assert not self.closed
             self.played += 1
             for func, args, kwargs, fresh in tape.done:
-                made = tensors(func(*args, **kwargs))
+                outputs = tensors(func(*args, **kwargs))
                 for number, tensor in fresh:
-                    tensor.copy_(made[number])
+                    tensor.copy_(outputs[number])
 
         return play
 
@@ -95,16 +96,16 @@ class Tape:
 
 @pytest.fixture
 def tapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tape]]:
-    """The tapes of all rollouts; a CPU now records."""
-    made: list[Tape] = []
+    """The tapes of all rollouts, which now also record on a CPU."""
+    all_tapes: list[Tape] = []
 
     def recorder(_: torch.device) -> Tape:
-        made.append(Tape())
-        return made[-1]
+        all_tapes.append(Tape())
+        return all_tapes[-1]
 
     monkeypatch.setattr(cuda_graphs, "recorder", recorder)
-    yield made
-    assert all(tape.closed for tape in made)
+    yield all_tapes
+    assert all(tape.closed for tape in all_tapes)
 
 
 def prompts() -> list[list[int]]:
@@ -112,19 +113,19 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, tiny.VOCABULARY, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def answers(engine: RolloutEngine, sampling: Sampling, rows: int, eos_id: int, **how: Any) -> list[list[int]]:
+def respond(engine: RolloutEngine, sampling: Sampling, rows: int, eos_id: int, **how: Any) -> list[list[int]]:
     keys: list[tuple[object, ...]] = [("prompt", name) for name in range(len(LENGTHS))]
-    return engine.generate(prompts(), keys, LIMIT, sampling, eos_id, rows, **how)
+    return engine.generate(GenerationRequest(prompts(), LIMIT, eos_id, sampling, keys, rows, **how)).responses
 
 
 def plain(model: Any, world: World, sampling: Sampling, eos_id: int = NO_EOS) -> list[list[int]]:
     engine = RolloutEngine(model, world)
     engine.step.may_record = False
-    return answers(engine, sampling, 50, eos_id)
+    return respond(engine, sampling, 50, eos_id)
 
 
-def asks(engine: RolloutEngine) -> None:
-    """Let a step ask the device for a number, which changes nothing."""
+def synchronize_in(engine: RolloutEngine) -> None:
+    """Make a step synchronize with the device, which changes no result."""
     layer = engine.gathered.module.model.layers[0]
     forward = layer.forward
     layer.forward = lambda hidden, *args, **how: (
@@ -134,7 +135,7 @@ def asks(engine: RolloutEngine) -> None:
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-def test_recorded_steps_say_the_same_token_for_token_when_rows_are_refilled(
+def test_recorded_steps_give_the_same_tokens_when_rows_are_refilled(
     kind: str, sampling: Sampling, world: World, tapes: list[Tape]
 ) -> None:
     model = tiny.causal(kind, tie_word_embeddings=False)
@@ -142,7 +143,7 @@ def test_recorded_steps_say_the_same_token_for_token_when_rows_are_refilled(
     ends = {token: {a.index(token) for a in free if token in a[1:]} for token in range(tiny.VOCABULARY)}
     eos_id = max(ends, key=lambda token: len(ends[token]))
     expected = plain(model, world, sampling, eos_id)
-    assert len({len(answer) for answer in expected}) > 2
+    assert len({len(response) for response in expected}) > 2
     engine = RolloutEngine(model, world)
     calls: list[int] = []
     engine.gathered.module.register_forward_pre_hook(
@@ -150,22 +151,22 @@ def test_recorded_steps_say_the_same_token_for_token_when_rows_are_refilled(
     )
     for rows in (11, 50):
         calls.clear()
-        assert answers(engine, sampling, rows, eos_id) == expected
+        assert respond(engine, sampling, rows, eos_id) == expected
         tape = tapes[-1]
-        # Python makes a step of a shape no more than twice, and once more for the place of the logits.
+        # Python runs a step of each shape at most twice, and once more to allocate the logits.
         assert calls.count(1) == tape.warmed + tape.recorded + 1
-        assert 0 < tape.recorded <= 6  # rows by eights and columns by 32
+        assert 0 < tape.recorded <= 6  # multiples of 8 rows and 32 columns
         assert tape.played > tape.recorded
 
 
-def test_a_recorded_rollout_sees_the_weights_of_its_time(world: World, tapes: list[Tape]) -> None:
+def test_a_recorded_rollout_uses_the_current_weights(world: World, tapes: list[Tape]) -> None:
     model = tiny.causal("qwen2", tie_word_embeddings=False)
     engine = RolloutEngine(model, world)
-    first = answers(engine, SAMPLED, 9, NO_EOS)
+    first = respond(engine, SAMPLED, 9, NO_EOS)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    second = answers(engine, SAMPLED, 9, NO_EOS)
+    second = respond(engine, SAMPLED, 9, NO_EOS)
     assert second != first
     assert second == plain(model, world, SAMPLED)
     assert len(tapes) == 2
@@ -173,24 +174,24 @@ def test_a_recorded_rollout_sees_the_weights_of_its_time(world: World, tapes: li
 
 
 @torch.no_grad()
-def test_a_long_row_that_has_ended_is_out_of_the_way_of_short_ones(tapes: list[Tape]) -> None:
-    """A step takes its row along, but goes over fewer columns than it had."""
+def test_a_finished_long_row_does_not_disturb_short_ones(tapes: list[Tape]) -> None:
+    """A step still includes its row, but covers fewer columns."""
     model = tiny.causal("llama", tie_word_embeddings=False)
     packed_attention.enable(model)
     step = DecodeStep(model, may_trace=True)
-    said = [5, 6]
+    tokens = [5, 6]
     with step.ready():
         rows = make_rows(step, ROW_STEP, 64)
-        rows.begin(0, [said, [7] * 40])
+        rows.begin(0, [tokens, [7] * 40])
         for token in (8, 9, 10, 11):
-            said.append(token)
+            tokens.append(token)
             logits = rows.step(torch.tensor([token]))
-            expected = model(torch.tensor([said])).logits[:, -1]
+            expected = model(torch.tensor([tokens])).logits[:, -1]
             assert torch.allclose(logits, expected, atol=1e-4)
     assert tapes[0].played == 2
 
 
-def test_steps_of_more_rows_than_any_before_put_all_logits_in_a_new_place() -> None:
+def test_steps_with_more_rows_than_before_get_a_new_output_buffer() -> None:
     mask, tape = torch.zeros(16, 4), Tape()
     tokens = torch.arange(16.0)
     steps = RecordedSteps(lambda tokens, *_: tokens.unsqueeze(1) * 2, tape)
@@ -203,25 +204,25 @@ def test_steps_of_more_rows_than_any_before_put_all_logits_in_a_new_place() -> N
     steps.close()
 
 
-def test_a_dropped_rollout_forgets_what_it_recorded(world: World, tapes: list[Tape]) -> None:
+def test_a_cancelled_rollout_discards_its_recordings(world: World, tapes: list[Tape]) -> None:
     engine = RolloutEngine(tiny.causal("llama"), world)
     asked = iter(range(1000))
-    with pytest.raises(RolloutDropped):
-        answers(engine, SAMPLED, 9, NO_EOS, stopped=lambda: next(asked) == 12)
+    with pytest.raises(RolloutCancelled):
+        respond(engine, SAMPLED, 9, NO_EOS, should_stop=lambda: next(asked) == 12)
     assert tapes[0].recorded
     assert tapes[0].closed
     assert engine.step.recorded is None
 
 
-def test_a_step_that_asks_for_numbers_is_not_recorded_and_serves_as_it_is(
+def test_a_step_that_synchronizes_runs_unrecorded(
     world: World, tapes: list[Tape], capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny.causal("llama", tie_word_embeddings=False)
     engine = RolloutEngine(model, world)
-    asks(engine)
+    synchronize_in(engine)
     expected = plain(model, world, SAMPLED)
     for _ in range(2):
-        assert answers(engine, SAMPLED, 9, NO_EOS) == expected
+        assert respond(engine, SAMPLED, 9, NO_EOS) == expected
     assert [tape.recorded for tape in tapes] == [1]
     assert capfd.readouterr().err.splitlines() == [
         "hpc-rlhf: decode steps run without CUDA graphs, and slower: "
@@ -229,18 +230,18 @@ def test_a_step_that_asks_for_numbers_is_not_recorded_and_serves_as_it_is(
     ]
 
 
-def test_positions_that_change_their_ways_are_not_recorded(world: World, tapes: list[Tape]) -> None:
-    """How long a row is decides how dynamic ones turn: a graph would keep to what it saw."""
+def test_length_dependent_positions_are_not_recorded(world: World, tapes: list[Tape]) -> None:
+    """Dynamic rotary embeddings depend on the length of a row; a graph would fix one length."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     engine = RolloutEngine(tiny.causal("llama", rope_parameters=rope), world)
-    answers(engine, GREEDY, 9, NO_EOS)
+    respond(engine, GREEDY, 9, NO_EOS)
     assert tapes == []
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @torch.no_grad()
-def test_all_that_a_step_reads_and_makes_is_on_the_device(kind: str) -> None:
-    """On a device without numbers, in place of a GPU: a step that asks for one, or brings one along, fails."""
+def test_a_step_reads_and_writes_only_on_the_device(kind: str) -> None:
+    """On the meta device, a step that reads a number or copies one from Python fails."""
     rows, columns = ROW_STEP, 32
     with torch.device("meta"):
         model = tiny.causal(kind)
@@ -261,15 +262,15 @@ def test_all_that_a_step_reads_and_makes_is_on_the_device(kind: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_that_asks_a_gpu_for_numbers_serves_as_it_is(
+def test_a_step_that_synchronizes_the_gpu_runs_unrecorded(
     world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny.causal("llama", tie_word_embeddings=False).cuda()
     engine = RolloutEngine(model, world)
-    expected = answers(engine, SAMPLED, 11, NO_EOS)
-    asks(engine)
+    expected = respond(engine, SAMPLED, 11, NO_EOS)
+    synchronize_in(engine)
     for _ in range(2):
-        assert answers(engine, SAMPLED, 11, NO_EOS) == expected
+        assert respond(engine, SAMPLED, 11, NO_EOS) == expected
     assert not engine.step.may_record
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert len(capfd.readouterr().err.splitlines()) == 1
@@ -277,7 +278,7 @@ def test_a_step_that_asks_a_gpu_for_numbers_serves_as_it_is(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_graphs_give_the_same_bits_and_their_memory_back(
+def test_cuda_graphs_give_the_same_bits_and_free_their_memory(
     world: World, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.causal("llama", tie_word_embeddings=False).to("cuda", dtype)
@@ -293,7 +294,7 @@ def test_cuda_graphs_give_the_same_bits_and_their_memory_back(
 
     with monkeypatch.context() as patch:
         patch.setattr(RecordedSteps, "take", unrecorded)
-        expected = answers(engine, SAMPLED, 11, NO_EOS)
+        expected = respond(engine, SAMPLED, 11, NO_EOS)
     recorded: list[object] = []
     record = cuda_graphs.CudaGraphs.record
 
@@ -302,9 +303,9 @@ def test_cuda_graphs_give_the_same_bits_and_their_memory_back(
         return record(graphs, run)
 
     monkeypatch.setattr(cuda_graphs.CudaGraphs, "record", spy)
-    assert answers(engine, SAMPLED, 11, NO_EOS) == expected  # makes cuBLAS's workspace, too, which stays
+    assert respond(engine, SAMPLED, 11, NO_EOS) == expected  # also allocates cuBLAS's workspace, which stays
     before = memory()
-    assert answers(engine, SAMPLED, 11, NO_EOS) == expected
+    assert respond(engine, SAMPLED, 11, NO_EOS) == expected
     assert recorded
     assert engine.step.may_record
     assert memory() == before

@@ -1,4 +1,4 @@
-"""Generating answers: what transformers would say, ended at the first EOS, whatever else is in the batch."""
+"""Responses match transformers, end at the first EOS, and do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hpc_rlhf.spec.sizes import ALIGNED
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models import packed_attention
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
+from hpc_rlhf.train.rollout.backend import GenerationRequest, RolloutCancelled, Sampling
 from hpc_rlhf.train.rollout.in_process import engine as engines
 from hpc_rlhf.train.rollout.in_process.decode_step import TRACED_AFTER, TRIAL_STEPS, DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
-from hpc_rlhf.train.rollout.in_process.engine import RolloutDropped, RolloutEngine, Sampling
-from hpc_rlhf.train.rollout.in_process.sampling import uniforms
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 
@@ -24,11 +24,11 @@ LENGTHS = (7, 1, 12, 4, 12, 2, 40)
 LIMIT = 14
 SAMPLING = Sampling(1.0, 0.95, 40)
 GREEDY = Sampling(greedy=True)
-# Its scores have a soft cap, which keeps it from running on sequences laid end to end.
+# Its soft-capped scores are not supported by packed attention.
 UNPACKED = "gemma2"
 
 
-# Its layers look back over less than the prompts and answers here.
+# Its attention window is shorter than the prompts and responses here.
 WINDOWED = "mistral"
 
 
@@ -38,7 +38,7 @@ def model(request: pytest.FixtureRequest) -> Any:
         return other(UNPACKED, head_dim=8)
     if request.param == WINDOWED:
         return other(WINDOWED, sliding_window=9)
-    return tiny.causal(request.param, tie_word_embeddings=False)  # tied ones soon repeat themselves
+    return tiny.causal(request.param, tie_word_embeddings=False)  # tied embeddings soon repeat themselves
 
 
 def other(kind: str, **fields: Any) -> Any:
@@ -46,9 +46,9 @@ def other(kind: str, **fields: Any) -> Any:
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        kind, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=tiny.VOCABULARY, initializer_range=0.2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, tie_word_embeddings=False, **fields,
+        kind, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=tiny.VOCABULARY, initializer_range=0.2, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **fields,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
@@ -58,29 +58,35 @@ def prompts(seed: int = 0) -> list[list[int]]:
     return [torch.randint(3, tiny.VOCABULARY, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
+def generate(
+    engine: RolloutEngine, prompts: list[list[int]], keys: list[tuple[object, ...]] | None = None,
+    sampling: Sampling = GREEDY, eos_id: int = NO_EOS, rows: int = 3, limit: int = LIMIT, **how: Any,
+) -> list[list[int]]:  # fmt: skip
+    """Responses to prompts."""
+    return engine.generate(GenerationRequest(prompts, limit, eos_id, sampling, keys, rows, **how)).responses
+
+
 def sampled(
     engine: RolloutEngine, names: list[int], eos_id: int = NO_EOS, rows: int = 3, **how: Any
 ) -> list[list[int]]:
-    """Answers to the prompts of these numbers, each with its own key."""
+    """Responses to the prompts with these numbers, each with its own key."""
     every = prompts()
     keys: list[tuple[object, ...]] = [("prompt", name) for name in names]
-    return engine.generate([every[name] for name in names], keys, LIMIT, SAMPLING, eos_id, rows, **how)
+    return generate(engine, [every[name] for name in names], keys, SAMPLING, eos_id, rows, **how)
 
 
 def frequent(engine: RolloutEngine) -> int:
-    """A token that ends answers to the prompts at different lengths."""
-    answers = sampled(engine, list(range(len(LENGTHS))))
+    """A token that ends responses to the prompts at different lengths."""
+    responses = sampled(engine, list(range(len(LENGTHS))))
     lengths = {
-        token: {answer.index(token) for answer in answers if token in answer[1:]}
+        token: {response.index(token) for response in responses if token in response[1:]}
         for token in range(tiny.VOCABULARY)
     }
     return max(lengths, key=lambda token: len(lengths[token]))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 50])
-def test_greedy_answers_are_those_of_transformers_token_for_token(
-    model: Any, world: World, rows: int
-) -> None:
+def test_greedy_responses_match_transformers_token_for_token(model: Any, world: World, rows: int) -> None:
     engine = RolloutEngine(model, world)
     for seed in range(3):
         ids, mask = tiny.pad_left(prompts(seed))
@@ -88,50 +94,50 @@ def test_greedy_answers_are_those_of_transformers_token_for_token(
             ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=LIMIT, eos_token_id=None,
             pad_token_id=tiny.PAD,
         )[:, ids.shape[1] :]  # fmt: skip
-        assert engine.generate(prompts(seed), None, LIMIT, GREEDY, NO_EOS, rows) == expected.tolist()
-        assert len(expected.unique()) > 8, "a model that always says the same proves nothing"
+        assert generate(engine, prompts(seed), rows=rows) == expected.tolist()
+        assert len(expected.unique()) > 8, "a model that repeats itself proves nothing"
 
 
-def test_the_architectures_take_the_ways_they_are_meant_to(model: Any, world: World) -> None:
+def test_architectures_use_packed_attention_if_supported(model: Any, world: World) -> None:
     way = RolloutEngine(model, world).gathered.module.config._attn_implementation
     assert (way == packed_attention.NAME) == (model.config.model_type != UNPACKED)
 
 
-def test_a_prompt_gets_the_same_answer_in_any_batch(model: Any, world: World) -> None:
+def test_a_response_does_not_depend_on_the_batch(model: Any, world: World) -> None:
     engine = RolloutEngine(model, world)
     names = list(range(len(LENGTHS)))
     eos_id = frequent(engine)  # so that rows are refilled at different times
     together = sampled(engine, names, eos_id, rows=len(names))
-    assert len({len(answer) for answer in together}) > 2
+    assert len({len(response) for response in together}) > 2
     for rows in (1, 2, 3):
         assert sampled(engine, names, eos_id, rows) == together
     assert sampled(engine, names[::-1], eos_id) == together[::-1]
     for name in names:
         assert sampled(engine, [name], eos_id) == [together[name]]
-    other = engine.generate(prompts(), [("other", n) for n in names], LIMIT, SAMPLING, eos_id, 3)
+    other = generate(engine, prompts(), [("other", n) for n in names], SAMPLING, eos_id)
     assert all(one != another for one, another in zip(other, together, strict=True))
 
 
-def test_an_answer_ends_with_its_first_eos(model: Any, world: World) -> None:
+def test_a_response_ends_with_its_first_eos(model: Any, world: World) -> None:
     engine = RolloutEngine(model, world)
     names = list(range(len(LENGTHS)))
     free = sampled(engine, names)
-    assert all(len(answer) == LIMIT for answer in free)
+    assert all(len(response) == LIMIT for response in free)
     ends = set()
-    for eos_id in sorted({token for answer in free for token in answer[2:9]})[::6]:
-        for answer, drawn in zip(sampled(engine, names, eos_id), free, strict=True):
+    for eos_id in sorted({token for response in free for token in response[2:9]})[::6]:
+        for response, drawn in zip(sampled(engine, names, eos_id), free, strict=True):
             length = drawn.index(eos_id) + 1 if eos_id in drawn else LIMIT
-            assert answer == drawn[:length]
+            assert response == drawn[:length]
             ends.add(length)
     assert len(ends) > 3
 
 
-def test_sampled_answers_have_the_distribution_of_the_model(world: World) -> None:
-    """Pairs of tokens over a vocabulary of five, against the probabilities of whole forward passes."""
+def test_sampled_responses_follow_the_models_distribution(world: World) -> None:
+    """Pairs of tokens from a vocabulary of five, compared with the probabilities of whole forward passes."""
     model = tiny.causal("llama", vocab_size=5, tie_word_embeddings=False)
     prompt, count = [3, 4, 3], 6000
     keys: list[tuple[object, ...]] = [(11, number) for number in range(count)]
-    pairs = RolloutEngine(model, world).generate([prompt] * count, keys, 2, Sampling(1.5), NO_EOS, 1000)
+    pairs = generate(RolloutEngine(model, world), [prompt] * count, keys, Sampling(1.5), rows=1000, limit=2)
     after = torch.tensor([[*prompt, token] for token in range(5)])
     with torch.no_grad():
         probabilities = torch.softmax(model(after).logits.double() / 1.5, dim=-1)
@@ -146,8 +152,8 @@ def test_sampled_answers_have_the_distribution_of_the_model(world: World) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rollout_dropped_at_any_step_is_made_again_bit_for_bit(world: World, dtype: torch.dtype) -> None:
-    """Also where decode steps are traced from then on."""
+def test_a_cancelled_rollout_repeats_bit_for_bit(world: World, dtype: torch.dtype) -> None:
+    """Also if decode steps are traced from then on."""
     engine = RolloutEngine(tiny.causal("opt").to(dtype), world)
     names = list(range(len(LENGTHS)))
     eos_id = frequent(engine)
@@ -166,8 +172,8 @@ def test_a_rollout_dropped_at_any_step_is_made_again_bit_for_bit(world: World, d
     assert engine.step.trace is None
     for step in range(0, forwards, 3):
         calls = iter(range(forwards))
-        with pytest.raises(RolloutDropped):
-            sampled(engine, names, eos_id, stopped=lambda calls=calls, step=step: next(calls) == step)
+        with pytest.raises(RolloutCancelled):
+            sampled(engine, names, eos_id, should_stop=lambda calls=calls, step=step: next(calls) == step)
         seen.clear()
         assert sampled(engine, names, eos_id) == expected
         assert all(torch.equal(one, other) for one, other in zip(seen, undisturbed, strict=True))
@@ -176,7 +182,7 @@ def test_a_rollout_dropped_at_any_step_is_made_again_bit_for_bit(world: World, d
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_traced_step_gives_the_same_bits_for_other_rows_and_other_weights(
+def test_a_traced_step_gives_the_same_bits_for_other_rows_and_weights(
     world: World, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.causal(kind).to(dtype)
@@ -202,8 +208,8 @@ def test_a_traced_step_gives_the_same_bits_for_other_rows_and_other_weights(
     assert plain.step.trace is None
 
 
-def test_a_step_that_a_trace_does_not_follow_is_not_traced(world: World) -> None:
-    """A branch on what the tokens are is fixed by a trace; the model goes on by itself."""
+def test_a_step_that_a_trace_cannot_follow_is_not_traced(world: World) -> None:
+    """A trace would fix a branch that depends on the tokens, so the model runs untraced."""
     engine = RolloutEngine(tiny.causal("llama"), world)
     layer = engine.gathered.module.model.layers[0]
     forward = layer.forward
@@ -217,7 +223,7 @@ def test_a_step_that_a_trace_does_not_follow_is_not_traced(world: World) -> None
     assert engine.step.trace is None
 
 
-def test_a_trace_that_goes_wrong_later_is_dropped(world: World) -> None:
+def test_a_trace_that_differs_later_is_discarded(world: World) -> None:
     engine = RolloutEngine(tiny.causal("llama"), world)
     layer = engine.gathered.module.model.layers[0]
     forward, long = layer.forward, 30
@@ -233,7 +239,7 @@ def test_a_trace_that_goes_wrong_later_is_dropped(world: World) -> None:
     assert engine.step.trace is None
 
 
-def test_the_model_and_its_mode_are_left_alone_and_dropout_is_off(world: World) -> None:
+def test_a_rollout_leaves_the_model_and_its_mode_alone_and_has_no_dropout(world: World) -> None:
     model = tiny.causal("gpt2", resid_pdrop=0.5).train()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     engine = RolloutEngine(model, world)
@@ -244,7 +250,7 @@ def test_the_model_and_its_mode_are_left_alone_and_dropout_is_off(world: World) 
     assert sum(weight.numel() for weight in engine.gathered.module.parameters()) == 0
 
 
-def test_what_training_changes_the_next_rollout_says(world: World) -> None:
+def test_the_next_rollout_uses_the_trained_weights(world: World) -> None:
     model = tiny.causal("opt")
     engine = RolloutEngine(model, world)
     first = sampled(engine, [0, 1])
@@ -257,32 +263,32 @@ def test_what_training_changes_the_next_rollout_says(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_adapters_are_folded_in(kind: str, world: World) -> None:
+def test_adapters_are_merged(kind: str, world: World) -> None:
     model = tiny.causal(kind, tie_word_embeddings=False)
-    plain = RolloutEngine(model, world).generate(prompts(), None, LIMIT, GREEDY, NO_EOS, 3)
+    plain = generate(RolloutEngine(model, world), prompts())
     adapt(model, LoraSpec(rank=4), 1)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLinear)]
     for layer in layers:
         torch.nn.init.normal_(layer.lora_b, 0, 0.1)
     engine = RolloutEngine(model, world)
     assert not any(isinstance(module, LoraLinear) for module in engine.gathered.module.modules())
-    answers = engine.generate(prompts(), None, LIMIT, GREEDY, NO_EOS, 3)
+    responses = generate(engine, prompts())
     expected = [
         model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=LIMIT, eos_token_id=None)
         for prompt in prompts()
     ]
-    assert answers == [row[0, len(p) :].tolist() for row, p in zip(expected, prompts(), strict=True)]
-    assert answers != plain
+    assert responses == [row[0, len(p) :].tolist() for row, p in zip(expected, prompts(), strict=True)]
+    assert responses != plain
 
 
-def test_no_more_rows_are_live_than_memory_holds(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_is_limited_by_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.causal("qwen2")
     # 2 layers x 2 of 4 heads share keys and values x 8 numbers x 4 bytes, keys and values: 256 bytes a token.
     tokens = max(LENGTHS) + LIMIT
     asked: list[int] = []
 
     def spy(*args: Any) -> Any:
-        asked.append(args[6])
+        asked.append(args[1].max_batch)
         return decode(*args)
 
     monkeypatch.setattr(engines, "decode", spy)
@@ -292,8 +298,8 @@ def test_no_more_rows_are_live_than_memory_holds(world: World, monkeypatch: pyte
         assert asked.pop() == rows
 
 
-def test_a_step_costs_no_more_than_its_live_rows(world: World) -> None:
-    """Rows that end with nothing waiting leave the batch; those of refilled prompts do not."""
+def test_a_step_computes_only_live_rows(world: World) -> None:
+    """Rows that end when no prompt is waiting leave the batch; others are refilled."""
     model = tiny.causal("llama", tie_word_embeddings=False)
     engine = RolloutEngine(model, world)
     names = list(range(len(LENGTHS)))
@@ -302,39 +308,39 @@ def test_a_step_costs_no_more_than_its_live_rows(world: World) -> None:
     engine.gathered.module.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    answers = sampled(engine, names, eos_id, rows=4)
+    responses = sampled(engine, names, eos_id, rows=4)
     stepped = sum(rows for rows, tokens in shapes if tokens == 1)
-    assert stepped == sum(len(answer) - 1 for answer in answers)
+    assert stepped == sum(len(response) - 1 for response in responses)
     assert all(rows == 1 and tokens % ALIGNED == 0 for rows, tokens in shapes if tokens > 1)
     assert max(rows for rows, _ in shapes) == 4
 
 
-def test_prompts_that_wait_share_a_forward_pass(world: World) -> None:
+def test_waiting_prompts_share_a_forward_pass(world: World) -> None:
     engine = RolloutEngine(tiny.causal("llama", tie_word_embeddings=False), world)
     one, few = [[5, 6, 7]] * 60, Sampling(temperature=2.0)
     keys: list[tuple[object, ...]] = [(number,) for number in range(60)]
-    eos_id = engine.generate(one[:1], keys[:1], LIMIT, few, NO_EOS, 1)[0][3]
+    eos_id = generate(engine, one[:1], keys[:1], few)[0][3]
     begun: list[int] = []
     engine.gathered.module.register_forward_pre_hook(
         lambda module, args, how: begun.append(len(how.get("packed_lengths", ()))), with_kwargs=True
     )
-    answers = engine.generate(one, keys, LIMIT, few, eos_id, 32)
-    begun = [prompts - 1 for prompts in begun if prompts]  # one fills up the row of tokens
+    responses = generate(engine, one, keys, few, eos_id, 32)
+    begun = [prompts - 1 for prompts in begun if prompts]  # one is padding
     assert begun[0] == 32
     assert sum(begun) == 60
     assert len(begun) > 3
     assert all(prompts >= 4 for prompts in begun[1:-1])
-    assert answers == engine.generate(one, keys, LIMIT, few, eos_id, 60)
+    assert responses == generate(engine, one, keys, few, eos_id, 60)
 
 
-def test_tokens_come_as_they_are_drawn() -> None:
+def test_tokens_are_yielded_as_they_are_drawn() -> None:
     model = tiny.causal("llama")
     packed_attention.enable(model)
-    drawn = uniforms([("a",), ("b",)], LIMIT)
-    steps = decode(DecodeStep(model), [[5, 6], [7]], drawn, LIMIT, Sampling(), NO_EOS, rows=2)
+    request = GenerationRequest([[5, 6], [7]], LIMIT, NO_EOS, keys=[("a",), ("b",)])
+    steps = decode(DecodeStep(model), request)
     assert [number for number, _ in next(steps)] == [0, 1]
     assert len(list(steps)) == LIMIT - 1
 
 
-def test_nothing_is_answered_to_nothing(world: World) -> None:
-    assert RolloutEngine(tiny.causal("llama"), world).generate([], [], LIMIT, SAMPLING, NO_EOS, 4) == []
+def test_no_prompts_give_no_responses(world: World) -> None:
+    assert generate(RolloutEngine(tiny.causal("llama"), world), [], [], SAMPLING) == []

@@ -1,4 +1,4 @@
-"""Drawing tokens: the right distribution, the right set, and nothing but the row's own seed."""
+"""Drawing tokens: the right distribution and the right set, from nothing but the row's own seed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-def test_tokens_come_as_often_as_their_probability_says(temperature: float) -> None:
+def test_tokens_are_drawn_with_their_probability(temperature: float) -> None:
     probabilities = torch.softmax(LOGITS / temperature, dim=0)
     assert chi_square(drawn(LOGITS, temperature), probabilities) < CHI_SQUARE[5]
 
 
-def test_the_test_of_the_distribution_notices_a_wrong_temperature() -> None:
+def test_the_distribution_test_detects_a_wrong_temperature() -> None:
     assert chi_square(drawn(LOGITS, 1.1), torch.softmax(LOGITS, dim=0)) > CHI_SQUARE[5]
 
 
@@ -56,7 +56,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[in
     assert set(counts.nonzero().flatten().tolist()) == kept
 
 
-def test_top_p_is_taken_of_what_top_k_left() -> None:
+def test_top_p_applies_after_top_k() -> None:
     probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
     # Of the two kept, the likelier has 4/7 = 0.571 of the probability.
     assert drawn(probabilities.log(), top_k=2, top_p=0.57).nonzero().flatten().tolist() == [0]
@@ -64,7 +64,7 @@ def test_top_p_is_taken_of_what_top_k_left() -> None:
 
 
 def plain_draw(logits: Tensor, uniform: float, top_p: float, top_k: int) -> int:
-    """The same for one row, token by token."""
+    """The definition for one row, token by token."""
     probabilities = torch.softmax(logits.double(), dim=0).tolist()
     order = sorted(range(len(probabilities)), key=lambda token: (-probabilities[token], token))
     order = order[: top_k or None]
@@ -85,7 +85,7 @@ def plain_draw(logits: Tensor, uniform: float, top_p: float, top_k: int) -> int:
 @pytest.mark.parametrize(
     "spread", [0.1, 1.0, 4.0]
 )  # flat, where a nucleus holds most of the vocabulary, to steep
-def test_a_cut_distribution_is_that_of_the_definition(top_p: float, top_k: int, spread: float) -> None:
+def test_truncated_distributions_match_their_definition(top_p: float, top_k: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(6, 1500, generator=generator) * spread
     uniform = torch.rand(6, generator=generator, dtype=torch.float64)
@@ -93,8 +93,8 @@ def test_a_cut_distribution_is_that_of_the_definition(top_p: float, top_k: int, 
     assert draw(logits, uniform, 1.0, top_p, top_k).tolist() == expected
 
 
-def test_equal_tokens_do_not_make_a_row_depend_on_its_batch() -> None:
-    """Half precision has few different logits; a flat row in the batch has all of the vocabulary looked at."""
+def test_ties_do_not_make_a_row_depend_on_its_batch() -> None:
+    """Half precision has many ties; a flat row in the batch makes the code look at the whole vocabulary."""
     generator = torch.Generator().manual_seed(5)
     steep = (torch.randn(20, 3000, generator=generator) * 3).bfloat16()
     uniform = torch.rand(21, generator=generator, dtype=torch.float64)
@@ -109,12 +109,8 @@ def test_without_a_uniform_the_likeliest_token_is_taken() -> None:
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (1.0, 3), (0.7, 5)])
-@pytest.mark.parametrize(
-    "uniform", [0.0, JUST_BELOW_ONE, 1.0]
-)  # 1: where a sum in parallel rounds another way
-def test_the_ends_of_the_unit_interval_give_tokens_that_are_kept(
-    uniform: float, top_p: float, top_k: int
-) -> None:
+@pytest.mark.parametrize("uniform", [0.0, JUST_BELOW_ONE, 1.0])  # 1: a parallel sum may round differently
+def test_the_ends_of_the_unit_interval_give_kept_tokens(uniform: float, top_p: float, top_k: int) -> None:
     for seed in range(20):
         logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(seed)) * 5
         logits[:, 100:] = -torch.inf  # the last tokens of the order are impossible
@@ -128,12 +124,12 @@ def test_the_ends_of_the_unit_interval_give_tokens_that_are_kept(
         assert (place == 0).all() if uniform == 0 else (place < (top_k or 100)).all()
 
 
-def test_each_token_has_its_half_open_part_of_the_unit_interval() -> None:
+def test_each_token_has_a_half_open_part_of_the_unit_interval() -> None:
     uniform = torch.tensor([0.0, 0.25, 0.5, 0.75, JUST_BELOW_ONE], dtype=torch.float64)
     assert draw(torch.zeros(5, 4), uniform, 1.0, 1.0, 0).tolist() == [0, 1, 2, 3, 3]
 
 
-def test_a_row_does_not_depend_on_the_batch_it_stands_in() -> None:
+def test_a_row_does_not_depend_on_its_batch() -> None:
     logits, uniform = torch.randn(16, 50), uniforms([("row", i) for i in range(16)], 1)[:, 0]
     together = draw(logits, uniform, 1.0, 0.9, 20)
     alone = [draw(logits[i : i + 1], uniform[i : i + 1], 1.0, 0.9, 20).item() for i in range(16)]
@@ -141,7 +137,7 @@ def test_a_row_does_not_depend_on_the_batch_it_stands_in() -> None:
     assert len(set(alone)) > 5
 
 
-def test_uniforms_are_a_pure_function_of_their_seed_parts() -> None:
+def test_uniforms_are_a_pure_function_of_their_keys() -> None:
     first = uniforms([(7, "rollout", 3), (7, "rollout", 4)], 6)
     torch.manual_seed(99)
     torch.rand(5)
