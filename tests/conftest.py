@@ -1,4 +1,4 @@
-"""What all tests share: the Slurm cluster, and the rule that nothing they start stays behind."""
+"""Shared fixtures: the Slurm cluster, and a check that tests leave no processes behind."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from hypothesis import settings
 from tests.cluster import Cluster, why_not
 from tests.cluster.processes import Process, find, kill_and_wait
 
-# A shell that starts the tests in the background has them ignore these, and so would all that they start and interrupt.
+# A background shell makes the tests ignore these signals, and everything they start would inherit that.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-# How long an example takes says how busy the machine is.
+# An example's duration only shows how busy the machine is.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 REQUIRE_SLURM = "HPC_RLHF_REQUIRE_SLURM"
-# What a user's runs are noted in is not the tests' to fill.
+# Keep the tests' runs out of the user's index of runs.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="hpc-rlhf-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
-# Every process that a test starts inherits this, jobs on the cluster included.
+# Inherited by every process that a test starts, including jobs on the cluster.
 SESSION_MARK = "HPC_RLHF_TEST_SESSION"
 
 
@@ -57,14 +57,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left_running() -> Iterator[None]:
-    """Fail the run when a process that its tests started is still there at its end."""
+    """Fail the session if a process that its tests started is still running at the end."""
     me = Process.of(os.getpid())
     assert me is not None
     mark = f"{me.pid}.{me.started}"
     os.environ[SESSION_MARK] = mark
 
-    def left() -> list[Process]:
-        # Python's own helper of this process; it ends with it.
+    def leftovers() -> list[Process]:
+        # The resource tracker belongs to this process and exits with it.
         return [
             process
             for process in find(lambda process: f"{SESSION_MARK}={mark}" in process.environ())
@@ -73,9 +73,9 @@ def _nothing_left_running() -> Iterator[None]:
 
     yield
     deadline = time.monotonic() + 10
-    while left() and time.monotonic() < deadline:
+    while leftovers() and time.monotonic() < deadline:
         time.sleep(0.2)
-    strays = left()
+    strays = leftovers()
     names = [f"{process.pid}: {process.command()}" for process in strays]
     kill_and_wait(strays)
     assert not names, "tests left these processes running: " + "; ".join(names)
@@ -83,7 +83,7 @@ def _nothing_left_running() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cluster(_nothing_left_running: None) -> Iterator[Cluster]:
-    """The Slurm cluster, started at first use. Jobs of other tests may be on it: see ``idle_cluster``."""
+    """The Slurm cluster, started at first use. It may still run jobs of other tests; see ``idle_cluster``."""
     reason = why_not()
     if reason is not None and os.environ.get(REQUIRE_SLURM) == "1":
         pytest.fail(f"{REQUIRE_SLURM}=1, but {reason}")
@@ -95,13 +95,13 @@ def cluster(_nothing_left_running: None) -> Iterator[Cluster]:
 
 @pytest.fixture
 def idle_cluster(cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster without jobs, and left so."""
+    """The cluster; its jobs are cancelled afterwards."""
     yield cluster
     cluster.clear()
 
 
 @pytest.fixture
 def short_tmp() -> Iterator[Path]:
-    """A temporary folder whose path is short enough for sockets; pytest's own may not be."""
+    """A temporary folder with a path short enough for sockets, unlike pytest's."""
     with tempfile.TemporaryDirectory(prefix="hpc-rlhf-") as folder:
         yield Path(folder)

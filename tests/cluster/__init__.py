@@ -1,4 +1,4 @@
-"""A real, throw-away Slurm on this host: four nodes with two fake GPUs each, accounting included."""
+"""A real, throwaway Slurm on this host: four nodes with two fake GPUs each, accounting included."""
 
 from tests.cluster.cluster import Cluster, ClusterError, wait_until, why_not
 

@@ -1,4 +1,4 @@
-"""``python -m tests.cluster up DIR | down DIR | status DIR``: a throw-away Slurm cluster for a person."""
+"""``python -m tests.cluster up DIR | down DIR | status DIR``: a throwaway Slurm cluster for manual use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main() -> int:
 
 def up(cluster: Cluster) -> None:
     if cluster.daemons():
-        print(f"already there: {cluster.folder}", file=sys.stderr)
+        print(f"already running: {cluster.folder}", file=sys.stderr)
     else:
         before = time.monotonic()
         cluster.start()
@@ -46,9 +46,9 @@ def up(cluster: Cluster) -> None:
 def status(cluster: Cluster) -> int:
     daemons = cluster.daemons()
     for name, process in daemons.items():
-        print(f"{name:<10} {process.pid:>8} {'runs' if process.alive else 'is gone'}")
+        print(f"{name:<10} {process.pid:>8} {'running' if process.alive else 'gone'}")
     if not daemons or not all(process.alive for process in daemons.values()):
-        print(f"no whole cluster in {cluster.folder}", file=sys.stderr)
+        print(f"no complete cluster in {cluster.folder}", file=sys.stderr)
         return 1
     print(cluster.run("sinfo").stdout, end="")
     return 0

@@ -17,12 +17,12 @@ from hpc_rlhf.run.ledger import Ledger
 from tests.cluster import config
 from tests.cluster.cluster import CHECKOUT, Cluster, ClusterError, wait_until
 
-# Each rank imports torch and DeepSpeed anew, some 10 s of CPU time, and the other half of the tests runs beside it.
+# Each rank spends some 10 s of CPU time importing torch and DeepSpeed, while other tests run beside it.
 STAGE_SECONDS = 360
 
 
 class Watched:
-    """A run as its directory shows it."""
+    """A run, observed through its directory."""
 
     path: Path
 
@@ -72,7 +72,7 @@ class Chain(Watched):
             timeout=120,
         )
         if check and done.returncode != 0:
-            raise AssertionError(f"{verb} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+            raise AssertionError(f"{verb} exited with {done.returncode}:\n{done.stdout}\n{done.stderr}")
         return done
 
     @property
@@ -100,13 +100,13 @@ class Chain(Watched):
         self._wait(stage, lambda: self.is_done(stage), f"{stage} is done")
 
     def wait_event(self, event: str, stage: str) -> Any:
-        self._wait(stage, lambda: self.events(event, stage), f"the ledger says {event} of {stage}", event)
+        self._wait(stage, lambda: self.events(event, stage), f"the ledger has {event} for {stage}", event)
         return self.events(event, stage)[-1]
 
     def _wait(self, stage: str, holds: Callable[[], object], what: str, event: str = "") -> None:
-        """Wait, but not on when it can no longer come about; then show what is known."""
+        """Wait, but give up once it can no longer happen; the error shows logs and queue."""
 
-        def holds_or_never() -> bool:
+        def holds_or_impossible() -> bool:
             if holds():
                 return True
             history = list(Ledger(self.run.ledger).events())
@@ -115,11 +115,11 @@ class Chain(Watched):
             if failed and event != "failed":
                 raise ClusterError(f"a stage failed before {what}")
             if self.is_done(stage) and not holds():
-                raise ClusterError(f"{stage} is over and it never came that {what}")
+                raise ClusterError(f"{stage} has finished without this: {what}")
             return False
 
         try:
-            wait_until(holds_or_never, STAGE_SECONDS, what, every=0.1)
+            wait_until(holds_or_impossible, STAGE_SECONDS, what, every=0.1)
         except ClusterError as error:
             queue = self.cluster.run("squeue", "--format=%i %j %T %r").stdout
             raise ClusterError(
@@ -135,7 +135,7 @@ class Chain(Watched):
 
 
 def run_preempted(chain: Chain, nodes: str) -> dict[str, Any]:
-    """Run a chain's SFT on nodes of its own, from which another job drives it once; returns its model's manifest."""
+    """Run a chain's SFT on its own nodes and preempt it once; returns the model's manifest."""
     chain.submit()
     chain.wait_step("sft", 5)
     whole = (f"--nodelist={nodes}", f"--gpus-per-node={config.GPUS}")
@@ -146,7 +146,7 @@ def run_preempted(chain: Chain, nodes: str) -> dict[str, Any]:
 
 
 def assert_went_on_once(chain: Chain, ranks: int) -> None:
-    """Its SFT was preempted once, was requeued by itself, and took up its checkpoint, with no step left out or done twice."""
+    """Assert that SFT was preempted once, requeued itself, and resumed without missing or repeating a step."""
     starts = chain.events("started", "sft")
     assert [(start.restart, start.ranks) for start in starts] == [(0, ranks), (1, ranks)]
     (requeued,), (resumed,) = chain.events("requeued", "sft"), chain.events("resumed", "sft")

@@ -1,4 +1,4 @@
-"""Starts, uses and stops the throw-away cluster; all its state is in one folder."""
+"""Starts, uses and stops a throwaway cluster; all its state is in one folder."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ PROGRAMS = (
     *("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd"),
     *("sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo", "sacct", "sacctmgr"),
 )
-# Every process of a cluster carries this in its environment, so that stop() finds what the daemons started.
+# Set in the environment of every process of a cluster, so that stop() finds what the daemons started.
 MARK = "HPC_RLHF_CLUSTER"
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CHECKOUT = Path(__file__).parents[2]
 
 
 class ClusterError(Exception):
-    """The cluster did not do what it should; the message says which part."""
+    """The cluster failed; the message names the part."""
 
 
 def why_not() -> str | None:
-    """Why no cluster can be started here, or None when one can."""
+    """The reason why no cluster can be started here, or None."""
     path = f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"
     missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
@@ -54,7 +54,7 @@ def wait_until(holds: Callable[[], object], timeout: float, what: str, every: fl
     deadline = time.monotonic() + timeout
     while not holds():
         if time.monotonic() > deadline:
-            raise ClusterError(f"waited {timeout:g} s in vain until {what}")
+            raise ClusterError(f"waited {timeout:g} s in vain for: {what}")
         time.sleep(every)
 
 
@@ -67,7 +67,7 @@ class Cluster:
 
     Args:
         folder: where all state goes; absent or empty before start(), removed by stop().
-        owner: a pid; when that process ends without stop(), a watchdog stops the cluster.
+        owner: a pid; if that process ends without calling stop(), a watchdog stops the cluster.
     """
 
     def __init__(self, folder: Path, owner: int | None = None) -> None:
@@ -80,7 +80,7 @@ class Cluster:
     # Life -----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start every daemon and return once all nodes are idle; clean up if that fails."""
+        """Start every daemon and wait until all nodes are idle; clean up on failure."""
         reason = why_not()
         if reason is not None:
             raise ClusterError(reason)
@@ -95,10 +95,10 @@ class Cluster:
             raise
 
     def stop(self) -> None:
-        """Kill all that belongs to the cluster and remove its folder. Nothing in it is worth a farewell."""
+        """Kill all processes of the cluster and remove its folder."""
         if not self._record.exists():
             return
-        # The record comes first: those daemons start no new processes once they are gone.
+        # Recorded daemons first: once they are gone, they start no new processes.
         left = kill_and_wait(self.daemons().values())
         while not left and (strays := self._strays()):
             left = kill_and_wait(strays)
@@ -131,7 +131,7 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment in which Slurm's commands talk to this cluster, and nothing else of Slurm leaks in."""
+        """The environment for Slurm's commands against this cluster, without any other Slurm variables."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
         return {**kept, "SLURM_CONF": str(self.conf)}
 
@@ -152,7 +152,7 @@ class Cluster:
             timeout=timeout,
         )
         if check and done.returncode != 0:
-            raise ClusterError(f"{' '.join(map(str, command))} ended with {done.returncode}: {done.stderr}")
+            raise ClusterError(f"{' '.join(map(str, command))} exited with {done.returncode}: {done.stderr}")
         return done
 
     def sbatch(self, *options: str | Path) -> str:
@@ -160,7 +160,7 @@ class Cluster:
         return self.run("sbatch", "--parsable", *options).stdout.strip()
 
     def state(self, job_id: str) -> str:
-        """A job's state as slurmctld knows it, such as RUNNING; it forgets ended jobs after five minutes."""
+        """A job's state as slurmctld knows it, such as RUNNING; slurmctld forgets finished jobs after five minutes."""
         return self.field(job_id, "JobState")
 
     def field(self, job_id: str, name: str) -> str:
@@ -173,29 +173,29 @@ class Cluster:
         wanted = (states,) if isinstance(states, str) else tuple(states)
         seen = ""
 
-        def there() -> bool:
+        def reached() -> bool:
             nonlocal seen
             seen = self.state(job_id)
             return seen in wanted
 
         try:
-            wait_until(there, timeout, f"job {job_id} is {' or '.join(wanted)}")
+            wait_until(reached, timeout, f"job {job_id} is {' or '.join(wanted)}")
         except ClusterError as error:
             raise ClusterError(f"{error}; it is {seen}") from None
         return seen
 
     def kill_node(self, name: str) -> None:
-        """Let a node fall silent. What runs on it goes on, as on a node that has lost its network."""
+        """Kill a node's slurmd. Its jobs keep running, as on a node that has lost its network."""
         kill_and_wait([self.daemons()[name]])
 
     def start_node(self, name: str) -> None:
-        """Start a node that was killed, and return once Slurm has cleared it and taken it back."""
+        """Start a killed node again and wait until Slurm has cleared it."""
         self._spawn(name, "slurmd", "-D", "-N", name)
         states = ("sinfo", "--noheader", f"--nodes={name}", "--partition=gpu", "--format=%T")
         wait_until(lambda: self.run(*states).stdout.strip() in ("idle", "mixed"), 180, f"{name} is back")
 
     def stop_controller(self) -> None:
-        """Let slurmctld be gone; jobs run on.
+        """Stop slurmctld; jobs keep running.
 
         It writes down what it knows. Killed, it would forget the last seconds, and think a job that ended then alive
         until the node's next registration, minutes later.
@@ -205,13 +205,13 @@ class Cluster:
         wait_until(lambda: not controller.alive, 90, "slurmctld has ended")
 
     def start_controller(self) -> None:
-        """Start slurmctld again from what it last wrote down, and return once it answers."""
+        """Start slurmctld again from its saved state and wait until it responds."""
         self._spawn("slurmctld", "slurmctld", "-D")
         wait_until(lambda: self._answers("scontrol", "ping"), 60, "slurmctld answers again")
 
     def clear(self) -> None:
         """Cancel every job and wait until all nodes are idle again."""
-        # First those that wait: a run's sentinels would start as its stages end.
+        # Pending jobs first: a run's sentinels would start when its stages end.
         self.run("scancel", "--user=root", "--state=PENDING")
         self.run("scancel", "--user=root", "--full", "--signal=KILL", check=False)
         self.run("scancel", "--user=root")
@@ -231,7 +231,7 @@ class Cluster:
         self._write_conf(ports)
         if self.owner is not None:
             watch = [sys.executable, "-m", "tests.cluster", "watch", str(self.folder), str(self.owner)]
-            # Not recorded: it is the one that stops the others.
+            # Not recorded: it stops the others.
             self._popens.append(subprocess.Popen(watch, cwd=CHECKOUT, start_new_session=True))
         self._start_munge()
         self._start_mariadb()
@@ -251,7 +251,7 @@ class Cluster:
         dbd.touch(mode=0o600)  # slurmdbd refuses one that others may read
         dbd.write_text(config.slurmdbd_conf(self.folder, ports))
         for index in range(config.GPUS):
-            # Slurm wants a device file for each GPU and never opens it: these are /dev/null again.
+            # Slurm wants a device file for each GPU and never opens it: these are copies of /dev/null.
             os.mknod(self.folder / f"dev/gpu{index}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
 
     def _start_munge(self) -> None:
@@ -269,7 +269,7 @@ class Cluster:
 
     def _start_mariadb(self) -> None:
         options = ["--no-defaults", f"--datadir={self.folder}/db", "--user=root"]
-        # Root by its socket alone: no password, no network.
+        # Root over the socket only: no password, no network.
         self._run_part(
             "mariadb-install-db",
             *("mariadb-install-db", *options, "--skip-test-db", "--auth-root-socket-user=root"),
@@ -296,7 +296,7 @@ class Cluster:
         self._popens.append(popen)
         process = Process.of(popen.pid)
         if process is None:
-            raise ClusterError(f"{name} ended at once:\n{self._tail(name)}")
+            raise ClusterError(f"{name} exited at once:\n{self._tail(name)}")
         record = {key: [each.pid, each.started] for key, each in self.daemons().items()}
         self._record.write_text(json.dumps({**record, name: [process.pid, process.started]}))
 
@@ -306,15 +306,15 @@ class Cluster:
                 command, env=self._daemon_env(), stdin=subprocess.DEVNULL, stdout=out, stderr=out
             ).returncode
         if code != 0:
-            raise ClusterError(f"{name} ended with {code}:\n{self._tail(name)}")
+            raise ClusterError(f"{name} exited with {code}:\n{self._tail(name)}")
 
     def _await(self, name: str, ready: Callable[[], bool]) -> None:
-        """Wait until a daemon is ready; say what it last said when it is not, or when any daemon has died."""
+        """Wait until a daemon is ready; the error shows the log's tail of a daemon that is not, or that died."""
 
         def ready_or_dead() -> bool:
             dead = [each for each, process in self.daemons().items() if not process.alive]
             if dead:
-                raise ClusterError(f"{dead[0]} ended:\n{self._tail(dead[0])}")
+                raise ClusterError(f"{dead[0]} exited:\n{self._tail(dead[0])}")
             return ready()
 
         try:
@@ -329,7 +329,7 @@ class Cluster:
         return {**self.env, **own}
 
     def _strays(self) -> list[Process]:
-        """What the daemons started: Slurm's step managers by the mark, and the jobs' own processes."""
+        """Processes that the daemons started: Slurm's step managers, found by the mark, and those of jobs."""
         mark, conf = f"{MARK}={self.folder}", f"SLURM_CONF={self.conf}"
 
         def ours(process: Process) -> bool:
@@ -353,7 +353,7 @@ class Cluster:
 
 
 def watch(folder: Path, owner: int) -> None:
-    """Wait for the owner's end, then stop what it left; end early when the cluster was stopped properly."""
+    """Wait until the owner exits, then stop its cluster; return early if the cluster was stopped properly."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     process = Process.of(owner)
     while process is not None and process.alive and folder.exists():

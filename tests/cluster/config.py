@@ -1,4 +1,4 @@
-"""The configuration files of the throw-away cluster."""
+"""The configuration files of the throwaway cluster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 NODES = 4
 GPUS = 2
-# Long enough to save in; a stage that requeues itself does not wait for its end.
+# Long enough to save; a stage that requeues itself does not use it up.
 GRACE_SECONDS = 60
 
 
@@ -36,7 +36,7 @@ SlurmdPidFile={folder}/spool/%n.pid
 SlurmdLogFile={folder}/log/slurmd.%n.log
 
 AuthType=auth/munge
-# cred_expire cuts the two minutes that a requeued job otherwise waits for its old credential to expire.
+# cred_expire avoids the two minutes that a requeued job otherwise waits for its old credential to expire.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
@@ -46,7 +46,7 @@ AccountingStoragePass={folder}/munge.socket
 AccountingStoreFlags=job_comment
 JobAcctGatherType=jobacct_gather/none
 
-# All nodes are this host: no cgroups, and sizes as written here instead of as found.
+# All nodes are this host: no cgroups, and sizes as configured here, not as detected.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
@@ -56,10 +56,10 @@ ReturnToService=2
 SlurmdTimeout=15
 KillWait=5
 
-# Jobs of two such clusters at a time have other ids, and so other ports.
+# Two clusters at a time get different job ids, and so different ports.
 FirstJobId={ports.slurmctld}
 
-# Everything a user waits minutes for in production happens at once.
+# Everything that takes minutes in production happens at once.
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 SelectType=select/cons_tres

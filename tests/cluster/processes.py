@@ -1,4 +1,4 @@
-"""Processes by identity: a pid and its start time, so that a pid used again is never taken for the old process."""
+"""Processes by identity: a pid and its start time, so that a reused pid is never mistaken for the old process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Process:
-    """A process that was seen; it may be gone by now."""
+    """A process; it may be gone by now."""
 
     pid: int
     started: int
@@ -42,12 +42,12 @@ class Process:
 
 
 def find(wanted: Callable[[Process], bool]) -> list[Process]:
-    """Every process but this one for which ``wanted`` holds."""
+    """Every process but this one for which ``wanted`` is true."""
     return [process for process in _all() if process.pid != os.getpid() and wanted(process)]
 
 
 def kill_and_wait(processes: Iterable[Process], timeout: float = 10) -> list[Process]:
-    """Kill; return those that did not go in time."""
+    """Kill processes; returns those that did not exit in time."""
     left = list(processes)
     for process in left:
         process.kill()
@@ -64,7 +64,7 @@ def _all() -> Iterator[Process]:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat after the command's name, which may itself hold spaces and brackets."""
+    """The fields of /proc/PID/stat after the command's name, which may itself contain spaces and parentheses."""
     return _read(pid, "stat").rpartition(")")[2].split() or None
 
 

@@ -1,4 +1,4 @@
-"""``python -m tests.storm --faults 200 --seed 1``: a chain in peace, then the same chain in a storm, and what it cost."""
+"""``python -m tests.storm --faults 200 --seed 1``: runs a chain undisturbed and under faults, and compares."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main() -> int:
         try:
             began = time.monotonic()
             sky.peace(args.peace)
-            print(f"in peace: {time.monotonic() - began:.0f} s", file=sys.stderr)
+            print(f"undisturbed: {time.monotonic() - began:.0f} s", file=sys.stderr)
             return 0 if min([report(sky, seed) for seed in args.seed]) else 1
         finally:
             if args.keep:
@@ -42,7 +42,7 @@ def report(sky: Weather, seed: int) -> bool:
     began = time.monotonic()
     outcome = sky.storm(seed)
     print(f"\nseed {seed}: {time.monotonic() - began:.0f} s\n{outcome.table}")
-    print(f"a person had to heal: {len(outcome.healed)}", *outcome.healed, sep="\n  ")
+    print(f"healed by the user: {len(outcome.healed)}", *outcome.healed, sep="\n  ")
     print(
         "not as in peace, or not explained:",
         *(outcome.differ + outcome.odd or ["nothing"]),

@@ -1,4 +1,4 @@
-"""``python -m tests.storm.ettr``: how much of its time in the allocation a chain makes use of that is preempted again and again.
+"""``python -m tests.storm.ettr``: the ETTR of a chain that is preempted again and again.
 
 The ideal loses no step and saves in no time, but each attempt has to start: productive / (productive + attempts x the
 time that the stage's first attempt took to its first step). ETTR as in arXiv 2410.21680.
@@ -37,7 +37,7 @@ def main() -> int:
         storm = sky.rage(1, [fault for fault in FAULTS if fault.strike is preempt])
         command = [sys.executable, "-m", "hpc_rlhf.cli", "status", str(storm.chain.path), "--json"]
         facts = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(table(storm), *(unexplained(storm) or ["every interruption has its right reason"]), sep="\n")
+        print(table(storm), *(unexplained(storm) or ["every interruption has the right reason"]), sep="\n")
     useful = ideal = actual = 0.0
     for stage in facts["stages"]:
         spent = stage["goodput"]

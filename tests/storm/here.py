@@ -1,4 +1,4 @@
-"""A run on this machine without Slurm, started again as a person would whenever its launcher has ended."""
+"""A run on this machine without Slurm, restarted whenever its launcher has exited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Here(Watched):
 
     Attributes:
         env: its environment.
-        codes: with which its launchers have ended.
+        codes: exit codes of its launchers.
     """
 
     spec: Path
@@ -29,7 +29,7 @@ class Here(Watched):
     codes: list[int] = field(default_factory=list)
 
     def start(self) -> None:
-        """Start it, or let it go on."""
+        """Start or resume it."""
         sets = [word for each in (f"run_dir={self.path}", *self.sets) for word in ("--set", each)]
         command = [sys.executable, "-m", "hpc_rlhf.cli", "run", str(self.spec), *sets]
         with (self.path.parent / "launcher.log").open("ab") as log:

@@ -1,4 +1,4 @@
-"""A chain in peace and the same chain in storms, each on a small file system of its own."""
+"""Runs a chain undisturbed and in storms, each on its own small file system."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.storm.verdict import differences, table, unexplained
 
 HERE = Path(__file__).parent
 DISK = "256m"
-# Steps that a stage makes in a second, about; and the seconds of work for each of its strikes.
+# Approximate steps per second of each stage, and seconds of work per fault.
 RATES = {"sft": 20.0, "reward": 20.0, "ppo": 1.0}
 WORK = {"sft": 2.0, "reward": 2.0, "ppo": 4.0}
 LONGER_HERE = 3  # times: no stage queues, and so an attempt is over sooner
@@ -29,12 +29,12 @@ LEAST = {"sft": 150, "reward": 150, "ppo": 12}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a storm has cost.
+    """The result of a storm.
 
     Attributes:
-        differ: what is not as in peace.
-        odd: interruptions that have not the reason of their strike, and strikes that there was no time for.
-        healed: what status said each time that a person had to heal.
+        differ: differences from the undisturbed chain.
+        odd: interruptions with the wrong reason, and faults there was no time for.
+        healed: the status each time the user had to heal.
     """
 
     storm: Storm
@@ -46,19 +46,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Kept(Watched):
-    """A run that is over."""
+    """A finished run."""
 
     path: Path
 
 
 @dataclass
 class Weather:
-    """Chains on a cluster, or here without one.
+    """Chains on a cluster, or on this machine without one.
 
     Attributes:
-        faults: strikes of a storm; the chains are as long as it takes to receive them.
+        faults: number of faults in a storm; the chains are long enough for all of them.
         library: the shim.
-        every: seconds of an attempt after which it is struck, in place of a random moment.
+        every: seconds into an attempt when a fault strikes; a random moment when left out.
     """
 
     cluster: Cluster | None
@@ -68,16 +68,16 @@ class Weather:
     every: float | None = None
 
     def peace(self, kept: Path | None = None) -> None:
-        """Run the chain undisturbed, unless it was kept from another time."""
+        """Run the chain undisturbed, unless an earlier run was kept."""
         peace = self._peace = Kept(kept or self._started("peace").path)
         wait_until(lambda: all(peace.is_done(stage) for stage in STAGES), 7200, "the run in peace is done")
 
     def storm(self, seed: int, kinds: Sequence[Fault] | None = None) -> Outcome:
-        """Run it in a storm, and compare."""
+        """Run it in a storm and compare."""
         storm = self.rage(seed, kinds)
         differ, odd = differences(storm.chain, self._peace), unexplained(storm)
         if len(storm.struck) < self.faults:
-            odd.append(f"the chain was over after {len(storm.struck)} strikes")
+            odd.append(f"the chain finished after {len(storm.struck)} faults")
         return Outcome(storm, differ, odd, storm.healed, table(storm))
 
     def rage(self, seed: int, kinds: Sequence[Fault] | None = None) -> Storm:
@@ -119,7 +119,7 @@ class Weather:
 def weather(
     cluster: Cluster | None, folder: Path, faults: int, every: float | None = None
 ) -> Iterator[Weather]:
-    """Chains on a cluster, or here; their file systems are gone afterwards."""
+    """Chains on a cluster or on this machine; their file systems are removed afterwards."""
     library = folder / "shim.so"
     compiler = shutil.which("cc")
     assert compiler is not None, "a storm needs a C compiler for its shim"

@@ -1,4 +1,4 @@
-"""A storm over a chain on the test cluster: one strike after the other at each stage that is under way, until all are spent."""
+"""A storm over a chain: injects one fault after another into each running stage until all are used."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ MINUTES = "60"  # the time limit that the spec gives
 
 @dataclass
 class Struck:
-    """A strike that was done.
+    """A fault that was injected.
 
     Attributes:
         attempt: the number of the stage's attempt, from 1.
-        reasons: for which the attempt may then end.
+        reasons: the reasons the attempt may then end with.
     """
 
     fault: str
@@ -46,15 +46,15 @@ class Struck:
 
 @dataclass
 class Storm:
-    """What comes over a chain.
+    """A series of faults over a chain.
 
     Attributes:
-        faults: how many strikes there are to be.
-        kinds: of faults.
-        folder: where each stage's shim looks for its orders, in a folder by the stage's name.
-        every: seconds of an attempt after which it is struck, in place of a random moment.
-        struck: those done.
-        healed: what status said each time that a person had to heal.
+        faults: how many faults to inject.
+        kinds: kinds of faults to draw from.
+        folder: holds a folder per stage where its shim reads its orders.
+        every: seconds into an attempt when a fault strikes; a random moment when left out.
+        struck: the faults injected.
+        healed: the status each time the user had to heal.
     """
 
     chain: Chain | Here
@@ -68,7 +68,7 @@ class Storm:
     _fronts: list[Front] = field(default_factory=list)
 
     def rage(self) -> None:
-        """Strike until all strikes are spent, and let the chain come to its end.
+        """Inject all faults, then let the chain finish.
 
         Raises:
             ClusterError: the chain stands still.
@@ -84,33 +84,33 @@ class Storm:
             if now != size:
                 size, moved = now, time.monotonic()
             elif time.monotonic() - moved > STILL:
-                raise ClusterError(f"nothing happens any more:\n{self._scene()}")
+                raise ClusterError(f"no progress any more:\n{self._scene()}")
             time.sleep(0.1)
 
     def hit(self, front: Front, fault: Fault, reasons: frozenset[str]) -> None:
-        """Note a strike at a stage, or at all that are under way."""
+        """Record a fault in a stage, or in all running ones."""
         fronts = [each for each in self._fronts if each is front or (fault.wide and each.begun)]
         self.struck += [Struck(fault.name, each.stage, each.attempt, time.time(), reasons) for each in fronts]
         for each in fronts:
             each.await_effect(self.struck[-1])
-        told = ", ".join(f"{each.stage} attempt {each.attempt}" for each in fronts)
-        print(f"{len(self.struck):4} {fault.name}: {told}", file=sys.stderr, flush=True)
+        targets = ", ".join(f"{each.stage} attempt {each.attempt}" for each in fronts)
+        print(f"{len(self.struck):4} {fault.name}: {targets}", file=sys.stderr, flush=True)
 
     def is_fair(self, front: Front, fault: Fault) -> bool:
-        """Two attempts without progress end in a stop: that is not on trial here."""
+        """Whether the fault cannot cause a second attempt without progress, which would stop the chain."""
         fronts = [each for each in self._fronts if each is front or (fault.wide and each.begun)]
         return not fault.blamed or all(each.made_progress() for each in fronts)
 
     def orders(self, stage: str) -> Path:
-        """Where a stage's shim looks for its orders."""
+        """Where a stage's shim reads its orders."""
         return self.folder / stage
 
     def _look_after(self) -> None:
-        """Do what the person does whose run it is."""
+        """Do what the run's user would do."""
         raise NotImplementedError
 
     def _scene(self) -> str:
-        """What is known, for one that has to find out why nothing happens any more."""
+        """Logs and state, to find out why there is no progress."""
         return "\n".join([*self.chain.run.ledger.read_text().splitlines()[-40:], *map(str, self.struck[-6:])])
 
 
@@ -123,7 +123,7 @@ class ClusterStorm(Storm):
     _looked: float = 0.0
 
     def _look_after(self) -> None:
-        """Be the person who finds a chain that mends itself no more, as after its sentinel was cancelled."""
+        """Heal a chain that can no longer heal itself, such as after its sentinel was cancelled."""
         if time.monotonic() - self._looked < 3:
             return
         self._looked = time.monotonic()
@@ -162,13 +162,13 @@ class LocalStorm(Storm):
         return self.folder
 
     def _look_after(self) -> None:
-        """Start the run again whenever its launcher has ended."""
+        """Restart the run whenever its launcher has exited."""
         code = self.chain.launcher.poll()
         if code is None or self.chain.is_done(STAGES[-1]):
             return
-        said = (self.chain.path.parent / "launcher.log").read_text().splitlines()[-1:]
+        last_line = (self.chain.path.parent / "launcher.log").read_text().splitlines()[-1:]
         if code not in (-signal.SIGKILL, 128 + signal.SIGINT):
-            self.healed.append(f"exit code {code}: {' '.join(said)}")
+            self.healed.append(f"exit code {code}: {' '.join(last_line)}")
         time.sleep(1)
         self.chain.start()
 
@@ -190,7 +190,7 @@ class Front:
         self._lost_since: float | None = None
 
     def look(self) -> None:
-        """Strike, where it is time to."""
+        """Inject a fault if it is due."""
         if self.over:
             return
         if self.chain.is_done(self.stage):
@@ -214,11 +214,11 @@ class Front:
 
     @property
     def begun(self) -> bool:
-        """Whether it may have an attempt at work."""
+        """Whether it may have a running attempt."""
         return self.attempt > 0 and not self.over
 
     def made_progress(self) -> bool:
-        """Whether a later step was saved since the last ending that is held against the stage."""
+        """Whether a later step was saved since the last ending that counts against the stage."""
         events = list(Ledger(self.chain.run.ledger).events(self.stage))
         blamed = [
             index
@@ -234,14 +234,14 @@ class Front:
         return after > before
 
     def await_effect(self, struck: Struck) -> None:
-        """Strike no more until the next attempt, if this is to be the end of the one."""
+        """Inject nothing until the next attempt if this fault ends the current one."""
         if struck.reasons:
             self._fault, self._awaited, self._moment = None, struck, time.monotonic()
         else:
             self._plan()
 
     def restore(self) -> None:
-        """Take back what strikes have left."""
+        """Undo what faults have left behind."""
         (self._orders / "aim").unlink(missing_ok=True)
         self._lost_since = self._lost_since and -math.inf
         self._bring_back()
@@ -254,7 +254,7 @@ class Front:
         storm = self.storm
         (self._orders / "aim").unlink(missing_ok=True)
         self._fault = self._awaited = None
-        # The last stage is to have its share.
+        # Leave a share for the last stage.
         share = 1 if self.stage == STAGES[-1] else (len(STAGES) - 1) / len(STAGES)
         if len(storm.struck) < storm.faults * share:
             self._fault = storm.random.choices(storm.kinds, [fault.weight for fault in storm.kinds])[0]
@@ -265,7 +265,7 @@ class Front:
         try:
             reasons = fault.strike(victim)
         except ClusterError as error:
-            print(f"     {fault.name} could not be done: {error}", file=sys.stderr, flush=True)
+            print(f"     {fault.name} could not be injected: {error}", file=sys.stderr, flush=True)
             reasons = None
         if reasons is None:
             self._plan()
@@ -275,14 +275,14 @@ class Front:
         self.storm.hit(self, fault, reasons)
 
     def _see_to(self, struck: Struck, job: str) -> None:
-        """Undo what a strike has left, until the next attempt starts."""
+        """Undo what a fault has left behind, until the next attempt starts."""
         self._give_time(struck, job, ("PENDING",))
         last = list(Ledger(self.chain.run.ledger).events(self.stage))[-1].name
         if time.monotonic() - self._moment > EFFECT and last in ("saved", "resumed", "started"):
             self._plan()  # it had none, as an order to die at a call that never came
 
     def _give_time(self, struck: Struck, job: str, states: Sequence[str]) -> None:
-        """Let a job whose limit was cut have its time again, in one of these states."""
+        """Restore the time limit of a job in one of these states."""
         if struck.reasons != {causes.TIME_LIMIT} or not isinstance(self.chain, Chain):
             return
         options = (f"--jobs={job}", "--states=all", "--noheader", "--format=%T")
@@ -290,7 +290,7 @@ class Front:
             self.chain.cluster.run("scontrol", "update", f"job={job}", f"TimeLimit={MINUTES}", check=False)
 
     def _bring_back(self) -> None:
-        """Let lost nodes come back a while after the stage went on elsewhere."""
+        """Bring lost nodes back a while after the stage has resumed elsewhere."""
         if self._lost_since is None or time.monotonic() - self._lost_since < (60 if self._awaited else 20):
             return
         assert isinstance(self.chain, Chain)

@@ -1,4 +1,4 @@
-"""What a storm does to an attempt at a stage, each with the reasons that the ledger may then give for its end."""
+"""The faults of a storm, each with the reasons that the ledger may then give for the attempt's end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cluster.chain import Chain
 from tests.cluster.processes import Process, find
 from tests.storm.here import Here
 
-# Disk calls of a save to die at, and after how many of them; the manifest is the last file written and renamed.
+# System calls of a save to die at, and after how many; the manifest is the last file written and renamed.
 AIMS = (("mkdir", 2), ("open", 8), ("write", 20), ("fsync", 12), ("rename", 2), ("unlink", 6))
 DISK_FULL, AWAY = (1.0, 6.0), (1.0, 8.0)  # seconds
 SKEWS = (-86400, -3600, 300, 3600, 86400)  # seconds
@@ -28,11 +28,11 @@ NOTHING: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Victim:
-    """An attempt at a stage that is under way.
+    """A running attempt at a stage.
 
     Attributes:
-        job: its Slurm job; empty where there is no Slurm.
-        storm: where what steers the shim of this stage lies.
+        job: its Slurm job; empty without Slurm.
+        storm: the folder with the orders for this stage's shim.
     """
 
     chain: Chain | Here
@@ -66,7 +66,7 @@ class Victim:
         return self.cluster.field(self.job, "Partition")
 
     def ranks(self) -> list[Process]:
-        """Its processes that train."""
+        """Its rank processes."""
         mine = f"STORM={self.storm}"
 
         def is_rank(process: Process) -> bool:
@@ -78,7 +78,7 @@ class Victim:
 
 
 Strike = Callable[[Victim], frozenset[str] | None]
-"""Does it; gives the reasons for which the attempt may end now, none where it goes on, None where it could not be done."""
+"""Injects a fault. Returns the reasons the attempt may now end with (none if it continues), or None if not possible."""
 
 
 def kill_a_rank(victim: Victim) -> frozenset[str] | None:
@@ -99,7 +99,7 @@ def fail_a_flush(victim: Victim) -> frozenset[str]:
 
 
 def _aim(victim: Victim, call: str, skip: int, reason: str) -> frozenset[str]:
-    # Not in the model's folder: its last rename is the end of the stage, and what comes after is no interruption.
+    # Not in the model's folder: its last rename finishes the stage, and nothing after that is an interruption.
     draft = victim.storm / "aim.draft"
     draft.write_text(f"{call} {skip} /{victim.stage}/checkpoints/\n")
     draft.rename(victim.storm / "aim")
@@ -107,7 +107,7 @@ def _aim(victim: Victim, call: str, skip: int, reason: str) -> frozenset[str]:
 
 
 def preempt(victim: Victim) -> frozenset[str]:
-    """With the grace in which a stage saves."""
+    """Preempt with enough grace to save."""
     _take_nodes(victim)
     return frozenset({causes.PREEMPTED})
 
@@ -119,7 +119,7 @@ def preempt_and_kill_in_the_save(victim: Victim) -> frozenset[str]:
 
 
 def preempt_at_once(victim: Victim) -> frozenset[str]:
-    """Without a grace."""
+    """Preempt without grace."""
     partition = victim.partition
     victim.cluster.run("scontrol", "update", f"PartitionName={partition}", "GraceTime=0")
     try:
@@ -137,20 +137,20 @@ def _take_nodes(victim: Victim) -> None:
 
 
 def run_out_of_time(victim: Victim) -> frozenset[str]:
-    """Told by a signal; the next attempt has as long as the first."""
+    """Reach the time limit, announced by a signal; the next attempt gets the full time again."""
     minutes = int(_seconds(victim.cluster.field(victim.job, "RunTime")) // 60) + 1
     victim.cluster.run("scontrol", "update", f"job={victim.job}", f"TimeLimit={minutes}")
     return frozenset({causes.TIME_LIMIT})
 
 
 def cut_off_at_the_limit(victim: Victim) -> frozenset[str]:
-    """Without having been told before."""
+    """Reach the time limit unannounced."""
     victim.cluster.run("scontrol", "update", f"job={victim.job}", "EndTime=now+1")
     return frozenset({causes.TIME_LIMIT})
 
 
 def lose_a_node(victim: Victim) -> frozenset[str]:
-    """Its slurmd dies, and the ranks there go on as if nothing were; it comes back after the storm has seen the end."""
+    """Kill a node's slurmd while its ranks keep running; it returns after the attempt has ended."""
     victim.cluster.kill_node(victim.random.choice(victim.nodes))
     return frozenset({causes.NODE_FAILURE})
 
@@ -179,15 +179,15 @@ def kill_while_the_controller_is_away(victim: Victim) -> frozenset[str] | None:
 
 def cancel_the_sentinel(victim: Victim) -> frozenset[str] | None:
     lines = victim.cluster.run("squeue", "-h", "-t", "PD", "--format=%i %j").stdout.splitlines()
-    found = [line.split()[0] for line in lines if line.endswith(f".{victim.stage}.sentinel")]
-    if not found:
+    sentinels = [line.split()[0] for line in lines if line.endswith(f".{victim.stage}.sentinel")]
+    if not sentinels:
         return None
-    victim.cluster.run("scancel", *found)
+    victim.cluster.run("scancel", *sentinels)
     return NOTHING
 
 
 def call_twice(victim: Victim) -> frozenset[str]:
-    """Two people heal at the same moment, and a third submits again."""
+    """Heal twice at the same moment and submit again."""
     assert isinstance(victim.chain, Chain)
     command = [sys.executable, "-m", "hpc_rlhf.cli"]
     calls = [
@@ -205,7 +205,7 @@ def call_twice(victim: Victim) -> frozenset[str]:
 
 
 def spoil_a_checkpoint(victim: Victim) -> frozenset[str] | None:
-    """Cut a file of the last one short, or flip a bit in it; then kill."""
+    """Truncate a file of the last checkpoint or flip a bit in it, then kill a rank."""
     steps = sorted(victim.files.checkpoints.glob("step-*"), reverse=True)
     if len(steps) < 2:
         return None
@@ -228,7 +228,7 @@ def spoil_a_checkpoint(victim: Victim) -> frozenset[str] | None:
 
 
 def fill_the_disk(victim: Victim) -> frozenset[str]:
-    """For a while; the run is on a small file system of its own."""
+    """Fill the run's own small file system for a while."""
     ballast = victim.chain.path.parent / "ballast"
     try:
         with ballast.open("wb", buffering=0) as file:
@@ -244,13 +244,13 @@ def fill_the_disk(victim: Victim) -> frozenset[str]:
 
 
 def put_the_clock_wrong(victim: Victim) -> frozenset[str] | None:
-    """For the next attempt."""
+    """Set a wrong clock for the next attempt."""
     (victim.storm / "clock").write_text(str(victim.random.choice(SKEWS)))
     return kill_a_rank(victim)
 
 
 def interrupt(victim: Victim) -> frozenset[str]:
-    """As by Ctrl-C."""
+    """Interrupt the launcher as Ctrl-C does."""
     os.kill(victim.launcher, signal.SIGINT)
     return frozenset({"interrupted"})
 
@@ -262,11 +262,11 @@ def kill_the_launcher(victim: Victim) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Fault:
-    """A strike and its weight in a storm.
+    """A kind of fault and its weight in a storm.
 
     Attributes:
-        blamed: whether the policy holds it against the stage, so that two without progress end in a stop.
-        wide: whether it strikes all stages that are under way.
+        blamed: whether the retry policy counts it against the stage: two without progress stop the chain.
+        wide: whether it hits all running stages.
     """
 
     strike: Strike

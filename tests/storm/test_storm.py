@@ -1,4 +1,4 @@
-"""A short storm: what `make chaos` does for long."""
+"""A short version of `make chaos`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.storm.verdict import interruptions
 
 STRIKES, SEED = 5, 5
 EVERY = 6.0  # seconds: no attempt is over by then, on a fast machine either
-# Those that end an attempt within seconds.
+# Faults that end an attempt within seconds.
 QUICK = [
     fault
     for fault in FAULTS
@@ -34,8 +34,8 @@ def sky(idle_cluster: Cluster) -> Iterator[Weather]:
         yield sky
 
 
-def test_a_chain_in_a_storm_ends_as_in_peace(sky: Weather) -> None:
-    """Its models are the same to the bit, its metrics to the last digit, and no interruption is without a reason."""
+def test_faults_change_neither_weights_nor_metrics(sky: Weather) -> None:
+    """Weights and metrics equal those of an undisturbed chain, and every interruption has the right reason."""
     sky.peace()
     outcome = sky.storm(SEED, QUICK)
     assert not outcome.differ, outcome.table

@@ -1,4 +1,4 @@
-"""Whether a storm has cost a run anything: its models and metrics against those of a run in peace, its ledger against the strikes."""
+"""Compares a run after a storm with an undisturbed one, and its ledger with the injected faults."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.train.stages import weights_digest
 
 @dataclass(frozen=True)
 class Interruption:
-    """How an attempt ended that did not finish its stage.
+    """The end of an attempt that did not finish its stage.
 
     Attributes:
         attempt: the number of the stage's attempt, from 1.
-        lost: steps done and not saved.
+        lost: steps done but not saved.
     """
 
     stage: str
@@ -32,28 +32,28 @@ class Interruption:
 
 
 def interruptions(chain: Watched, stage: str) -> list[Interruption]:
-    """One for each attempt with another after it, in order; of one without a word the reason is empty."""
+    """The interruptions in order; an attempt that left no event has an empty reason."""
     attempts: list[list[Any]] = []
     for event in Ledger(chain.run.ledger).events(stage):
         if isinstance(event, Started):
             attempts.append([])
         if attempts:
             attempts[-1].append(event)
-    found = []
+    result = []
     for number, events in enumerate(attempts, 1):
         if any(isinstance(event, Finished) for event in events) or number == len(attempts):
             continue
         later = [event for events in attempts[number:] for event in events]
         name = events[0].attempt
-        told = [
+        endings = [
             event
             for event in [*events, *(late for late in later if getattr(late, "attempt", None) == name)]
             if isinstance(event, Requeued | Ended | Interrupted) and getattr(event, "attempt", name) == name
         ]
-        last = told[-1] if told else None
+        last = endings[-1] if endings else None
         resumed = next((event.step for event in later if isinstance(event, Resumed)), 0)
         lost = max(0, getattr(last, "step", 0) - resumed)
-        found.append(
+        result.append(
             Interruption(
                 stage,
                 number,
@@ -62,11 +62,11 @@ def interruptions(chain: Watched, stage: str) -> list[Interruption]:
                 lost,
             )
         )
-    return found
+    return result
 
 
 def differences(chain: Watched, peace: Watched) -> list[str]:
-    """What is not as in the run that nothing disturbed."""
+    """The differences from the undisturbed run."""
     wrong = []
     for stage in STAGES:
         if weights_digest(chain.run, stage) != weights_digest(peace.run, stage):
@@ -77,7 +77,7 @@ def differences(chain: Watched, peace: Watched) -> list[str]:
             first = next(
                 (i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other), None
             )
-            at = f"first at {ours[first]} for {theirs[first]}" if first is not None else "they only go on"
+            at = f"first at {ours[first]} for {theirs[first]}" if first is not None else "one has more rows"
             wrong.append(f"{stage}: the metrics differ, {len(steps)} rows for {len(theirs)}, {at}")
     return wrong
 
@@ -88,7 +88,7 @@ def _rows(chain: Watched, stage: str) -> list[dict[str, Any]]:
 
 
 def unexplained(storm: Storm) -> list[str]:
-    """Interruptions whose reason is not that of the strike, or that no strike explains."""
+    """Interruptions with a reason that no injected fault explains."""
     struck: dict[tuple[str, int], list[Struck]] = defaultdict(list)
     for each in storm.struck:
         struck[each.stage, each.attempt].append(each)
@@ -98,15 +98,15 @@ def unexplained(storm: Storm) -> list[str]:
             those = struck[stage, ended.attempt]
             if not any(ended.reason in each.reasons for each in those):
                 names = ", ".join(each.fault for each in those) or "nothing"
-                wrong.append(f"{stage} attempt {ended.attempt}: {ended.reason or 'no word'} ({ended.message}), struck by: {names}")  # fmt: skip
+                wrong.append(f"{stage} attempt {ended.attempt}: {ended.reason or 'no event'} ({ended.message}), faults: {names}")  # fmt: skip
     return wrong
 
 
 def table(storm: Storm) -> str:
-    """How many of each fault there were, how many of them interrupted a stage, and what that cost."""
+    """A table of the faults: how many, how many interrupted a stage, and the steps lost."""
     ended = {(stage, each.attempt): each for stage in STAGES for each in interruptions(storm.chain, stage)}
     lines = [
-        f"{'fault':<40}{'struck':>8}{'interrupted':>13}{'steps lost':>12}{'most':>6}  reasons in the ledger"
+        f"{'fault':<40}{'injected':>9}{'interrupted':>13}{'steps lost':>12}{'most':>6}  reasons in the ledger"
     ]
     for fault in sorted({each.fault for each in storm.struck}):
         those = [each for each in storm.struck if each.fault == fault]
@@ -115,10 +115,10 @@ def table(storm: Storm) -> str:
             for each in those
             if each.reasons and (each.stage, each.attempt) in ended
         ]
-        reasons = Counter(hit.reason or "no word" for hit in hits)
-        said = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
+        reasons = Counter(hit.reason or "no event" for hit in hits)
+        causes = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         lost: Sequence[int] = [hit.lost for hit in hits] or [0]
-        lines.append(f"{fault:<40}{len(those):>8}{len(hits):>13}{sum(lost):>12}{max(lost):>6}  {said}")
+        lines.append(f"{fault:<40}{len(those):>8}{len(hits):>13}{sum(lost):>12}{max(lost):>6}  {causes}")
     lost = [each.lost for each in ended.values()]
     lines.append(f"{'all':<40}{len(storm.struck):>8}{len(ended):>13}{sum(lost):>12}{max(lost, default=0):>6}")
     return "\n".join(lines)
