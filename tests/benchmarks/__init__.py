@@ -1,1 +1,1 @@
-"""Ours and peers on the same model, data and device: ``make bench``."""
+"""Our stages and their peers on the same model, data and device: ``make bench``."""

@@ -1,4 +1,4 @@
-"""Runs ours and the peers in turn, each run in a process of its own, and tells how they compare."""
+"""Runs our side and its peers in turn, each run in its own process, and compares them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from hpc_rlhf.launch.local.environment import free_port
 OUT = Path("bench.json")
 REPOSITORY = Path(__file__).parents[2]
 ROUNDS = {"full": 3, "short": 1}
-# TRL 1.12, the last with a PPO, beside the newest.
+# TRL 1.12, the last with PPO, beside the newest.
 TRL_PPO = Path(sys.prefix) / "trl-ppo"
-# Seconds until a side that has not ended has failed.
+# A side that takes longer has failed, in seconds.
 DEADLINE = 900.0
 
 
@@ -38,14 +38,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of work, done by our side first and then by each peer, in every round.
+    """One kind of work, done by our side and then by each peer, in every round.
 
     Attributes:
-        samples: of an optimizer step, or of a rollout on each rank.
-        steps: timed, in a full and a short run.
-        warm_up: steps of every side before those. Ours takes the longest to warm up on a CPU: matrix kernels are made
-            for every new height.
-        ranks: processes of each side.
+        samples: samples per optimizer step, or per rollout on each rank.
+        steps: timed steps of a full and of a short run.
+        warm_up: steps before those, on every side. Ours warms up longest on a CPU, where it builds matrix kernels for
+            every new height.
+        ranks: processes per side.
     """
 
     name: str
@@ -79,11 +79,11 @@ CASES = (
 
 
 class SideFailed(Exception):
-    """A side ended badly, or not at all; the end of its log says how."""
+    """A side failed or ran out of time; the message holds the end of its log."""
 
 
 def run_side(case: Case, side: Side, work: Path, run: Path, length: str) -> dict[str, Any]:
-    """One run of one side; gives its result, rank 0's.
+    """Run one side once and return rank 0's result.
 
     Raises:
         SideFailed: it gave none.
@@ -127,7 +127,7 @@ def run_side(case: Case, side: Side, work: Path, run: Path, length: str) -> dict
 
 
 def _all_end_well(ranks: list[subprocess.Popen[bytes]]) -> bool:
-    """Wait until all have ended, or one badly, or the time is up."""
+    """Wait until all have finished, one has failed, or time is up."""
     until = time.monotonic() + DEADLINE
     while time.monotonic() < until:
         codes = [rank.poll() for rank in ranks]
@@ -138,10 +138,10 @@ def _all_end_well(ranks: list[subprocess.Popen[bytes]]) -> bool:
 
 
 def measure(case: Case, work: Path, length: str, failures: list[str]) -> list[dict[str, dict[str, Any]]]:
-    """What each side made of a case, round by round. A peer that fails is left out from then on.
+    """The results of each side, round by round. A peer that fails is left out from then on.
 
     Args:
-        failures: what went wrong is added to these.
+        failures: failure messages are appended here.
 
     Raises:
         SideFailed: our side failed.
@@ -171,7 +171,7 @@ def measure(case: Case, work: Path, length: str, failures: list[str]) -> list[di
 
 
 def compared(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A line for each peer that ran in every round: medians over the rounds, and the median of the rounds' ratios."""
+    """A line per peer that ran in every round: medians over the rounds, and the median of their ratios."""
 
     def middle(side: str, key: str) -> float:
         return round(median(made[side][key] for made in rounds), 1)

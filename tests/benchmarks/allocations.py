@@ -1,4 +1,4 @@
-"""Bytes of live tensors in this process, and their peak: what a GPU's allocator would be asked for, told on a CPU."""
+"""Counts live tensor bytes in this process and their peak: what a GPU's allocator would hand out, measured on a CPU."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils._pytree import tree_iter
 
 
 class Allocations(TorchDispatchMode):
-    """Counts each storage that an operation of this thread makes while the mode is on, until the storage is freed.
+    """Counts each storage that an operation of this thread creates in this mode, until the storage is freed.
 
-    Enter it before anything is built: what was made before counts only from when an operation returns it.
+    Enter it before building anything: an earlier storage counts only once an operation returns it.
     What an operation frees before it returns, as scratch space inside a kernel, is not seen.
 
     Args:
-        explained: bytes from which on it is noted what lives; None for never.
+        explained: record what is live from this many bytes on; None for never.
 
     Attributes:
-        live: bytes of the storages that live now.
-        peak: the most that lived at a time since it was last set back.
-        at_peak: bytes by the operation that made them, element type and shape, when most lived.
+        live: bytes of the live storages.
+        peak: the maximum of live since the last reset.
+        at_peak: bytes at the peak, by creating operation, element type and shape.
     """
 
     def __init__(self, explained: int | None = None) -> None:

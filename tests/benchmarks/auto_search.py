@@ -1,4 +1,4 @@
-"""The choice of ``zero: auto`` and ``micro_batch: auto`` against trying every combination, on this machine's CPU.
+"""The choice of ``zero: auto`` and ``micro_batch: auto`` against a measurement of every combination, on this machine's CPU.
 
 What a rank computes, reads and sends in a second is measured first and stands in the table of GPUs for a while, so that
 the choice is made by the same estimates as for any GPU. Then every combination trains a few steps on two ranks with a
@@ -32,7 +32,7 @@ from tests.benchmarks.plan_peaks import Case, longest_rows
 from tests.train.stages import make_run, rank_environment
 
 RANKS = 2
-# How much slower than the fastest the choice may be.
+# The choice may be this much slower than the fastest combination.
 SLOWER = 0.10
 NAME = "this-cpu"
 SIZES: tuple[tuple[str, int, int, int, int], ...] = (("llama", 4, 256, 2048, 64), ("opt", 2, 512, 8192, 64))
@@ -47,7 +47,7 @@ def case(size: tuple[str, int, int, int, int], fields: dict[str, Any]) -> Case:
 
 
 def on_ranks(*args: str) -> list[Any]:
-    """What this module's rank side prints on each of the ranks."""
+    """The output of this module's rank side on each rank."""
     command = [sys.executable, "-m", "tests.benchmarks.auto_search", "--rank", *args]
     ranks = [
         subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -60,7 +60,7 @@ def on_ranks(*args: str) -> list[Any]:
 
 
 def _speeds() -> dict[str, float]:
-    """This rank's FLOP/s and bytes a second of memory and messages, while the other measures the same."""
+    """This rank's FLOP/s and bytes per second of memory and messages, measured on both ranks at once."""
     import torch
     import torch.distributed as dist
 
@@ -81,7 +81,7 @@ def _speeds() -> dict[str, float]:
     return {
         "flops": rate(lambda: left @ right, 2 * left.numel() * right.shape[1]),
         "memory": rate(lambda: large.add_(other), 3 * 4 * large.numel()),
-        # An all-reduce sends each number to the other rank and gets the sum's other half back.
+        # An all-reduce sends each number to the other rank and receives the other half of the sum.
         "link": rate(lambda: dist.all_reduce(sent), 4 * sent.numel()),
     }
 
@@ -113,7 +113,7 @@ def measured(size: tuple[str, int, int, int, int], fields: dict[str, Any]) -> fl
 
 
 def chosen(spec: JobSpec, gib: float, speeds: list[dict[str, float]]) -> Choice:
-    """What is chosen for this machine's ranks, were each a GPU with so much memory."""
+    """The choice for this machine's ranks if each were a GPU with this much memory."""
     slow = {name: min(one[name] for one in speeds) for name in speeds[0]}
     flops, memory, link = slow["flops"] / MFU / 1e12, slow["memory"] / DECODE_SHARE / 1e9, slow["link"] / 1e9
     gpus._GPUS[NAME] = gpus.Gpu(gib, flops, flops, memory, link)

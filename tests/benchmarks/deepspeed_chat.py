@@ -1,4 +1,4 @@
-"""DeepSpeed-Chat's way of the three steps, written anew on today's transformers and DeepSpeed.
+"""DeepSpeed-Chat's three steps, rewritten for today's transformers and DeepSpeed.
 
 Held against its sources (microsoft/DeepSpeedExamples, applications/DeepSpeed-Chat): the same engines (bf16, clipping
 at 1, betas 0.9 and 0.95, cosine schedule), every sequence padded to 512, a v_head over all places and a loop over pairs,
@@ -117,7 +117,7 @@ def sft(options: Namespace) -> Result:
 
 
 class Scorer(nn.Module):
-    """A body with a head that gives every place a value."""
+    """A body with a head that returns a value per position."""
 
     def __init__(self, body: Any) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Scorer(nn.Module):
 
 
 class PairLoss(nn.Module):
-    """Step 2's loss: over each pair, the mean from the first difference to the longer one's end."""
+    """Step 2's loss: per pair, the mean from the first difference to the end of the longer one."""
 
     def __init__(self, scorer: Scorer, pad: int) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 class Ppo:
-    """Step 3 with its constants: KL 0.1, score clip 5, both clip ranges 0.2, gamma 1, lambda 0.95."""
+    """Step 3 with DeepSpeed-Chat's constants: KL 0.1, score clip 5, both clip ranges 0.2, gamma 1, lambda 0.95."""
 
     def __init__(self, options: Namespace) -> None:
         samples = options.samples

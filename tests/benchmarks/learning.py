@@ -1,4 +1,4 @@
-"""What is learnt on HH data beside the peers: from the same weights and the same samples in the same order.
+"""Compares learning on HH data with peers, from the same weights and the same samples in the same order.
 
 Held-out perplexity of SFT beside DeepSpeed-Chat's loop, held-out accuracy of the reward model beside its and TRL's, and
 PPO's reward and KL from those two models. All sides train in float32 by the same AdamW and cosine, without dropout and
@@ -30,7 +30,7 @@ from tests.benchmarks.learning_peers import PEERS, SAMPLES, STEPS, Row
 from tests.train.stages import make_run, metrics
 
 EVERY = 20
-# Of the prompts. An accuracy takes far more pairs than a perplexity takes texts.
+# Share of the prompts. An accuracy needs far more pairs than a perplexity needs texts.
 HELD_OUT = {"sft": 0.05, "reward": 0.5, "ppo": 0.25}
 PPO = {
     "actor_lr": 1e-4, "critic_lr": 3e-4, "warmup": 10, "global_batch": 16, "micro_batch": 8, "max_steps": 80,
@@ -42,7 +42,7 @@ PPO_SHOWN = (
 
 
 def job(work: Path, stage: str, seed: int, lr: float) -> dict[str, Any]:
-    """Our side's spec of a stage. PPO's names the two before it as well, which it is handed made."""
+    """Our job spec for a stage. PPO's also names the two stages before it, whose models are copied in."""
     trained = {
         "micro_batch": SAMPLES, "precision": "fp32", "max_steps": STEPS, "epochs": 100, "lr": lr,
         "checkpoint_every": STEPS,
@@ -67,7 +67,7 @@ def job(work: Path, stage: str, seed: int, lr: float) -> dict[str, Any]:
 
 
 def ours(work: Path, stage: str, seed: int, lr: float) -> RunDir:
-    """Run our side to its end, or find that it has."""
+    """Run our side unless it has already finished."""
     spec = job(work, stage, seed, lr)
     run = RunDir(work / stage)
     if not run.path.exists():
@@ -83,7 +83,7 @@ def ours(work: Path, stage: str, seed: int, lr: float) -> RunDir:
 
 
 def rows(run: RunDir, stage: str, part: str) -> Any:
-    """The samples that our stage trained on, or held out."""
+    """The samples that our stage trained on or held out."""
     import datasets
 
     (path,) = run.stage(stage).data.glob(f"*/{part}.arrow")
@@ -91,7 +91,7 @@ def rows(run: RunDir, stage: str, part: str) -> Any:
 
 
 def ordered(run: RunDir, stage: str, seed: int) -> list[Row]:
-    """The samples of all steps as our stage took them."""
+    """The samples of all steps in the order our stage took them."""
     train = rows(run, stage, "train")
     return [train[sample_at(place, len(train), seed, stage)] for place in range(SAMPLES * STEPS)]
 
@@ -107,7 +107,7 @@ def table(title: str, names: list[str], lines: list[list[str]]) -> None:
 
 
 def curves(title: str, losses: dict[str, list[float]]) -> None:
-    """The mean training loss of every so many steps."""
+    """The mean training loss over consecutive windows of steps."""
     lines = [
         [f"{first + 1}-{first + EVERY}", *[f"{fmean(loss[first : first + EVERY]):.4f}" for loss in losses.values()]]
         for first in range(0, STEPS, EVERY)
@@ -116,7 +116,7 @@ def curves(title: str, losses: dict[str, list[float]]) -> None:
 
 
 def compare(stage: str, work: Path, seeds: int, lr: float) -> None:
-    """Train and judge every side with every seed, and tell."""
+    """Train and evaluate every side with every seed, and print the results."""
     found: dict[str, list[float]] = {}
     tokens: list[int] = []
     for seed in range(1, seeds + 1):
@@ -168,9 +168,7 @@ def ppo(work: Path, lr: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", default=["sft", "reward", "ppo"])
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder of all that is made; what is there is kept"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="output folder; existing results are kept")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3, help="of SFT and of the reward model")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What learns beside our stages: DeepSpeed-Chat's loop and TRL's trainer on given samples, and the judge of them all."""
+"""The peers of our stages: DeepSpeed-Chat's loop and TRL's trainer on given samples, and the evaluation of all."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Row = dict[str, list[int]]
 
 
 def whole(samples: list[Row], stage: str) -> list[list[int]]:
-    """Prompts with their answers: all chosen ones, then, for pairs, all rejected ones."""
+    """Prompts with responses: all chosen ones, then, for pairs, all rejected ones."""
     return [row["prompt_ids"] + row[name] for name in ANSWERS[stage] for row in samples]
 
 
 def batches(samples: list[Row], stage: str) -> Iterator[tuple[Any, Any]]:
-    """Ids and mask of each step, padded to the longest."""
+    """Ids and mask per step, padded to the longest."""
     from tests.benchmarks.deepspeed_chat import _padded
 
     for first in range(0, len(samples), SAMPLES):
@@ -40,7 +40,7 @@ def _loaded(kind: str, folder: Path, **more: Any) -> Any:
 
 
 def deepspeed_chat(stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path) -> None:
-    """Its loop: its loss and its engine. The head of its reward model is drawn as it draws it."""
+    """DeepSpeed-Chat's loop, with its loss, its engine and its initialization of the reward head."""
     import deepspeed
     import torch
     from transformers import get_scheduler
@@ -74,7 +74,7 @@ def deepspeed_chat(stage: str, start: Path, samples: list[Row], lr: float, seed:
 
 
 def trl(stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path) -> None:
-    """Its reward trainer, given the pairs in order."""
+    """TRL's reward trainer, given the pairs in order."""
     import datasets
     import torch
     from transformers import AutoTokenizer
@@ -117,10 +117,10 @@ def _logged(side: str, log: Path, *arguments: Any) -> None:
 def train(
     side: str, stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path
 ) -> list[float]:
-    """Train a peer in a process of its own, or find that it was; gives the loss of each step.
+    """Train a peer in its own process unless it was trained before; returns the loss of each step.
 
     Args:
-        start: folder of the model to start from, beside that of the tokenizer.
+        start: folder of the initial model, next to that of the tokenizer.
         samples: of all steps, in order.
         target: folder for the model.
     """
@@ -139,7 +139,7 @@ def train(
 
 
 def judged(stage: str, folder: Path, held: list[Row]) -> list[float]:
-    """Of each held-out sample the log-probability of its tokens; of each pair whether the chosen scores higher."""
+    """The log-probability of each held-out sample, or whether the chosen response of each pair scores higher."""
     import torch
 
     kind = {"sft": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}[stage]

@@ -1,4 +1,4 @@
-"""What each side measures in its own process: the seconds of its steps, and its memory."""
+"""Measures the step times and memory of a side in its own process."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Result:
 
     Attributes:
         seconds: of each step after the warm-up.
-        samples, tokens: of all those steps together; tokens are real ones, no padding.
-        cpu: seconds that the process's threads worked in them: what to look at where the machine is not quiet.
-        dtype: of the weights that are trained, or that generate.
-        facts: what shows that the sides did the same, such as the last loss.
-        peak_mib: largest resident memory of the process from its start, with all that it imports, to the end of the
+        samples, tokens: totals of those steps; tokens exclude padding.
+        cpu: CPU seconds of the process in them, a better measure on a busy machine.
+        dtype: of the weights that train or generate.
+        facts: values that show that the sides did the same, such as the last loss.
+        peak_mib: peak resident memory of the process, imports included, from its start to the end of the
             last step; or of the GPU's tensors where there is one.
     """
 
@@ -54,7 +54,7 @@ class Result:
 
 
 class Clock:
-    """The end of each step, by the clock and in work of the process, and the memory it took until then."""
+    """Records wall-clock time, CPU time and peak memory at the end of each step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -71,10 +71,10 @@ class Clock:
         self.peak_mib = _peak_mib()
 
     def result(self, warm_up: int, samples: int, tokens: int, dtype: object, **facts: float | None) -> Result:
-        """What was timed.
+        """The result of the timed steps.
 
         Args:
-            warm_up: steps that are not counted, one at least.
+            warm_up: steps to skip, at least one.
             samples, tokens: of the steps timed.
             dtype: torch's, or its name.
         """

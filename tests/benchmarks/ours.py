@@ -1,4 +1,4 @@
-"""Our side: the stages as ``hpc-rlhf run`` runs them, timed by the lines of their metrics."""
+"""Our side: the stages as ``hpc-rlhf run`` runs them, timed by their metric rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.train.stages import make_run
 
 
 class _Ticking(MetricsLog):
-    """The stage's own metrics; each training step's line stops the clock."""
+    """The stage's metrics; each training row stops the clock."""
 
     clock = Clock()
     last: Mapping[str, float | None] = {}
@@ -37,7 +37,7 @@ class _Ticking(MetricsLog):
 
 
 def _run(options: Namespace) -> RunDir:
-    """Run a stage to its end in this process, on tokens that were made before, as the peers'."""
+    """Run a stage in this process on prepared tokens, as the peers do."""
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     context.MetricsLog = _Ticking  # type: ignore[misc]
     fields = workload.job(options.work, options.run / "run", options.task, options.samples, options.steps)
@@ -51,13 +51,13 @@ def _run(options: Namespace) -> RunDir:
 
 
 def _hand_over(made: Path, target: Path) -> None:
-    """Let a folder with a reward model stand for the model of the reward stage."""
+    """Use a folder with a reward model as the reward stage's model."""
     shutil.copytree(made, target)
     manifest.write(target, {"stage": "reward", "step": 1, "seconds": 0, "metrics": {}})
 
 
 def _tokens(run: RunDir, options: Namespace) -> int:
-    """Real tokens of the timed steps, by the rows that the sampler drew."""
+    """Real tokens of the timed steps, from the rows that the sampler chose."""
     (path,) = run.stage(options.task).data.glob("*/train.arrow")
     rows = Rows(path)
     tokens = 0

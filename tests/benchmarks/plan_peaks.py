@@ -1,4 +1,4 @@
-"""``make plan-check``: what ``hpc-rlhf plan`` says that stages hold, against the most that their tensors took.
+"""``make plan-check``: the memory that ``hpc-rlhf plan`` estimates, against the measured peak of the stages' tensors.
 
 Real stages train on rows of the greatest length, on this machine's CPU, and every rank counts its live tensors.
 DeepSpeed's own estimate, of weights, gradients and optimizer alone, stands beside.
@@ -26,7 +26,7 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 from tests.train.stages import make_run, rank_environment
 
-# How far off an estimate may be: over, and under.
+# Tolerated errors of an estimate: over and under.
 OVER, UNDER = 0.15, 0.05
 MIB = 2**20
 
@@ -36,10 +36,10 @@ class Case:
     """A stage to measure.
 
     Attributes:
-        kind: of model.
-        layers, width, vocabulary: of the model.
-        longest: tokens of a prompt, and of an answer.
-        fields: of the stage.
+        kind: model type.
+        layers, width, vocabulary: sizes of the model.
+        longest: tokens of a prompt, and of a response.
+        fields: fields of the stage.
     """
 
     stage: str
@@ -114,7 +114,7 @@ def estimate(case: Case, folder: Path) -> Memory:
 
 
 def measure(case: Case, folder: Path) -> int:
-    """The most bytes of tensors that a rank held in the steps after the first."""
+    """The peak bytes of tensors on a rank in the steps after the first."""
     run = make_run(case.spec(folder))
     for stage in ("reward", "ppo") if case.stage == "ppo" else (case.stage,):
         command = [sys.executable, "-m", "tests.benchmarks.plan_peaks", "--rank", str(run.path), stage]
@@ -128,7 +128,7 @@ def measure(case: Case, folder: Path) -> int:
 
 
 def longest_rows(size: int) -> None:
-    """Let every prompt and every answer of the data have so many tokens, in this process."""
+    """Make every prompt and every response of the data this long, in this process."""
     from hpc_rlhf.train.data import tokenized
 
     def encode(chunk: Sequence[Any], tokenizer: Any, *answers: str) -> Iterator[list[list[int]]]:
@@ -139,7 +139,7 @@ def longest_rows(size: int) -> None:
 
 
 def _rank(path: str, stage: str) -> None:
-    """One rank of a stage, on rows of the greatest length, with every tensor counted."""
+    """Run one rank of a stage on rows of the greatest length, counting every tensor."""
     from hpc_rlhf.train import context
     from hpc_rlhf.train.entry import run_stage
     from hpc_rlhf.train.metrics import MetricsLog
@@ -166,7 +166,7 @@ def _rank(path: str, stage: str) -> None:
 
 
 def theirs(case: Case, folder: Path) -> int:
-    """Bytes of weights, gradients and optimizer by DeepSpeed's estimators, for what is trained."""
+    """Bytes of weights, gradients and optimizer of the trained models, by DeepSpeed's estimators."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
@@ -182,7 +182,7 @@ def theirs(case: Case, folder: Path) -> int:
 
 
 def compare(cases: Sequence[Case]) -> list[float]:
-    """Print a line for each case; gives estimate / measured of each."""
+    """Print a line per case; returns estimate / measured for each."""
     ratios = []
     for case in cases:
         with tempfile.TemporaryDirectory(prefix="hpc-rlhf-plan-") as name:

@@ -1,4 +1,4 @@
-"""Rollouts of a model that ZeRO-3 shards over the ranks: ours, DeepSpeed's, and transformers' generate."""
+"""Rollouts of a model sharded by ZeRO-3: ours, DeepSpeed's, and transformers' generate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.train.stages import make_run
 
 @dataclass
 class Sharded:
-    """A model in a ZeRO-3 training engine, as PPO's actor is, and this rank's prompts of each rollout."""
+    """A model in a ZeRO-3 training engine, like PPO's actor, and this rank's prompts of each rollout."""
 
     world: World
     model: Any
@@ -71,7 +71,7 @@ class Sharded:
 
 
 def _timed(options: Namespace, sharded: Sharded, roll_out: Any) -> Result:
-    """Args: roll_out: takes prompts and the number of the rollout; gives the tokens of its answers."""
+    """Args: roll_out: takes prompts and the number of the rollout; returns the number of generated tokens."""
     clock, tokens = Clock(), 0
     for step, prompts in enumerate(sharded.prompts):
         made = roll_out(prompts, step)

@@ -1,4 +1,4 @@
-"""The meter of live tensors, held against sums that are known."""
+"""The meter of live tensors matches known sums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_what_backward_needs_lives_until_backward() -> None:
         value = torch.zeros(64, 64)
         for weight in weights:
             value = value @ weight
-        # Three weights, the input and two values between that are saved, and the last one.
+        # Three weights, the input, two saved activations and the output.
         assert meter.live == 7 * SQUARE
         value.backward(torch.ones(64, 64))
         del value

@@ -1,4 +1,4 @@
-"""The benchmark compares what it should, and its sides still run."""
+"""The benchmark compares the right figures, and its sides still run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_line_has_medians_and_the_median_ratio_of_rounds(capsys: pytest.Captur
     assert "3.00x" in capsys.readouterr().out
 
 
-def test_a_peer_that_fails_is_told_of_and_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failing_peer_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run_side(case: bench.Case, side: bench.Side, *_: Any) -> dict[str, Any]:
         if side.name == "TRL":
             raise bench.SideFailed("TRL is not there")

@@ -1,4 +1,4 @@
-"""The memory that ``plan`` tells against what real stages take, in a few small cases; all of them: ``make plan-check``."""
+"""The memory that ``plan`` estimates matches real stages in a few small cases; ``make plan-check`` runs all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's trainers, without what costs them time by default: checkpointed activations, autocast, logging.
+"""TRL's trainers, without their slow defaults: activation checkpointing, autocast, logging.
 
 SFT and the reward model by the newest TRL, PPO by 1.12, the last release seen that has it (``make bench`` puts it into a
 folder of its own). Weights are in bfloat16, AdamW is fused. SFT packs by best fit, which keeps attention inside each
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from tests.benchmarks import workload
 from tests.benchmarks.measure import Clock, Result, main
 
-# Rows of 512 that SFT packs into one pass.
+# Rows of 512 tokens that SFT packs into one pass.
 PACKED_ROWS = 1
 
 
@@ -56,7 +56,7 @@ def _model(kind: str, folder: Path, **more: Any) -> Any:
 
 
 def _counted(trainer: Any) -> list[int]:
-    """Real tokens of each batch that the trainer makes, as they come."""
+    """Counts the real tokens of each batch of the trainer."""
     tokens: list[int] = []
     collate = trainer.data_collator
 

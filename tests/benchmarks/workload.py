@@ -1,4 +1,4 @@
-"""What every side trains: one model, one tokenizer, the same rows of token ids, made once."""
+"""The workload of every side: one model, one tokenizer and the same rows of token ids, prepared once."""
 
 from __future__ import annotations
 
@@ -20,34 +20,38 @@ SHAPE: dict[str, Any] = {
 LONGEST = 512  # tokens of a sequence in SFT and the reward model
 PROMPT = ANSWER = 128  # tokens of PPO's longest prompt, and of each of its answers
 SEED = 1234
-# How far EOS lies below every other token, so that each answer has all its tokens on every side.
+# Pushes EOS below every other token, so that each response has its full length on every side.
 AGAINST_EOS = 6.0
 
 
 def source(work: Path) -> dict[str, Any]:
-    """The data as a source of a job spec: HH pairs where they are, else dialogues made to their lengths."""
+    """The data source of a job spec: HH pairs if present, else synthetic dialogues of the same lengths."""
     for folder in (os.environ.get("HH_RLHF"), Path(__file__).parents[3] / "shared/data/hh-rlhf"):
         if folder and (Path(folder) / HH).exists():
             return {"path": str(Path(folder) / HH), "format": "hh"}
     path = work / "made.jsonl"
     if not path.exists():
-        print(f"NO HH DATA: set HH_RLHF to a folder with {HH}. Made dialogues of the same lengths stand in.")
+        print(
+            f"NO HH DATA: set HH_RLHF to a folder with {HH}. Using synthetic dialogues of the same lengths."
+        )
         path.write_text("".join(json.dumps(row) + "\n" for row in _made(1712)))
     return {"path": str(path), "format": "hh"}
 
 
 def _made(count: int) -> list[dict[str, str]]:
-    """Pairs of transcripts; words in an answer and a prompt are as long-tailed as in HH (median 140 tokens)."""
+    """Synthetic pairs of transcripts; their lengths have a long tail like HH's (median 140 tokens)."""
     draw = random.Random(SEED)
     words = ["".join(draw.choices("abcdefghijklmnoprstuvwy", k=draw.randint(2, 7))) for _ in range(3000)]
 
-    def said(size: float) -> str:
+    def words_of_length(size: float) -> str:
         return " ".join(draw.choices(words, k=max(2, round(draw.lognormvariate(size, 0.8)))))
 
     rows = []
     for _ in range(count):
-        asked = f"\n\nHuman: {said(3.6)}\n\nAssistant:"
-        rows.append({"chosen": f"{asked} {said(3.4)}", "rejected": f"{asked} {said(3.4)}"})
+        prompt = f"\n\nHuman: {words_of_length(3.6)}\n\nAssistant:"
+        rows.append(
+            {"chosen": f"{prompt} {words_of_length(3.4)}", "rejected": f"{prompt} {words_of_length(3.4)}"}
+        )
     return rows
 
 
@@ -55,7 +59,7 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
     """The job spec of our side, for one stage at a time.
 
     Args:
-        samples: of an optimizer step. A micro-batch has the tokens of at most twelve of the longest.
+        samples: samples per optimizer step. A micro-batch has the tokens of at most twelve of the longest.
     """
     longest = PROMPT if stage == "ppo" else LONGEST // 2
     common = {
@@ -82,7 +86,7 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
 
 
 def make(work: Path) -> None:
-    """Write the tokenizer and the model that every side starts from, and the tokens for each."""
+    """Write the shared tokenizer, initial model and tokens."""
     from transformers import AutoModelForSequenceClassification
 
     from hpc_rlhf.spec.job import JobSpec
@@ -112,7 +116,7 @@ def make(work: Path) -> None:
 
 
 def _model(tokenizer: Any) -> Any:
-    """A fresh OPT that never ends an answer: its last layer norm points away from EOS."""
+    """A fresh OPT that never ends a response: its last layer norm points away from EOS."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -136,7 +140,7 @@ def tokens(work: Path, stage: str) -> Path:
 
 
 def rows(work: Path, stage: str) -> list[dict[str, list[int]]]:
-    """The same rows for the peers, in the order in which our side draws them.
+    """The same rows for the peers, in the order in which our side takes them.
 
     They have ``prompt_ids``, ``chosen_ids`` and, for the reward model, ``rejected_ids``.
     """
