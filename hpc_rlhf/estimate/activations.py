@@ -1,4 +1,4 @@
-"""Bytes that a pass over one micro-batch takes of a GPU besides the models: what its backward pass needs, and the head."""
+"""Memory of one forward and backward pass besides the models: activations, and the logits of the output head."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hpc_rlhf.estimate.parameters import Architecture
 from hpc_rlhf.spec.sizes import ALIGNED, LOGITS
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
+# Bytes of a number.
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -18,11 +19,11 @@ class Pass:
     Attributes:
         model: its architecture.
         stage: how it is trained.
-        tokens: of the micro-batch.
-        predicted: tokens whose log-probabilities are taken; 0 where the model has no output head.
-        summed: only their sum is, so that gradients are made along with it.
-        with_entropies: the entropies of the distributions are taken, too.
-        alternating: passes with and without adapters take turns, so that ZeRO 3 keeps no weights for the next one.
+        tokens: tokens of the micro-batch.
+        predicted: tokens whose log-probabilities are computed; 0 for a model without an output head.
+        summed: only the sum of the log-probabilities is computed, together with its gradients.
+        with_entropies: the entropies of the distributions are computed too.
+        alternating: passes with and without adapters alternate, so ZeRO 3 keeps no weights for the next pass.
     """
 
     model: Architecture
@@ -43,22 +44,22 @@ class Pass:
 
     @property
     def activations(self) -> int:
-        """What is kept for the backward pass, and what its first steps take beyond the memory of the logits."""
+        """Bytes kept for the backward pass, and what its first steps need beyond the memory of the logits."""
         model, item, tokens = self.model, self.item, _aligned(self.tokens)
         whole, sharded = model.kept[item]
         layers = whole + sharded / self.stage.tensor_parallel
         if self.stage.lora is not None:
             layers += item * self.stage.lora.rank * sum(each.count for each in model.adapted(self.stage.lora))
-        ends = 2 * item * model.hidden  # embeddings, and what the head is given
+        ends = 2 * item * model.hidden  # embeddings, and the input of the head
         if self.stage.activation_checkpointing:
             layers = model.layers * item * model.hidden + layers / model.layers
-        # The gradients in a norm, in float32, or in the MLP.
+        # Gradients inside a norm, in float32, or inside the MLP.
         backward = max(20 * model.hidden, 3 * item * model.inner // self.stage.tensor_parallel)
         return int(tokens * (layers + ends)) + max(0, tokens * backward - self.logits)
 
     @property
     def logits(self) -> int:
-        """What the output head takes: a chunk of the logits, and its gradients, at their most."""
+        """Peak bytes of the output head: one chunk of logits, and the gradients."""
         if not self.predicted:
             return 0
         model, item, n = self.model, self.item, _aligned(self.predicted)
@@ -67,23 +68,25 @@ class Pass:
         chunk = min(n, rows)
         head = size * model.hidden
         trained = self.stage.lora is None or not self.stage.lora.only
-        copied = 4 * head if self.on_cpu and item == 2 else 0  # a CPU multiplies half precision from float32
-        # A GPU has the chunk in half precision before and after its float32 logits.
-        one = 4 if item == 4 or self.on_cpu else 4 + item
-        standing = chunk * (size * one + (item + wide) * model.hidden)
-        made = n * model.hidden * wide + (4 * head if trained else 0)
+        weight_copy = (
+            4 * head if self.on_cpu and item == 2 else 0
+        )  # a CPU multiplies half precision as float32
+        # A GPU holds the chunk in half precision, before and after its float32 logits.
+        per_logit = 4 if item == 4 or self.on_cpu else 4 + item
+        chunk_bytes = chunk * (size * per_logit + (item + wide) * model.hidden)
+        gradients = n * model.hidden * wide + (4 * head if trained else 0)
         if not self.on_cpu and item == 2 and trained:
-            made += item * head  # each chunk's gradient of the weight, before it is added
-        forward = copied + standing + made
+            gradients += item * head  # each chunk's gradient of the weight, before it is added
+        forward = weight_copy + chunk_bytes + gradients
         if self.with_entropies:
-            forward = max(forward, copied + standing + 8 * chunk * size)
-        # The gradients as they are handed on: a sum's times its own, and in the weights' precision.
-        handed = made + n * model.hidden * item + (item * head if trained and item == 2 else 0)
+            forward = max(forward, weight_copy + chunk_bytes + 8 * chunk * size)
+        # Gradients on their way out: scaled by the gradient of the sum, and in the precision of the weights.
+        backward = gradients + n * model.hidden * item + (item * head if trained and item == 2 else 0)
         if self.summed:
-            handed += 4 * head if trained else 0
+            backward += 4 * head if trained else 0
         else:
-            handed += copied + n * model.hidden * wide
-        return max(forward, handed)
+            backward += weight_copy + n * model.hidden * wide
+        return max(forward, backward)
 
 
 def _aligned(tokens: int) -> int:
@@ -91,8 +94,8 @@ def _aligned(tokens: int) -> int:
 
 
 def as_trained(stage: StageSpec) -> TrainingSpec:
-    """A stage as one that trains, for what is counted alike of an evaluation: nothing adapted, nothing cut."""
+    """An evaluation as a stage that trains, without adapters or tensor parallelism, so that one formula covers both."""
     if isinstance(stage, TrainingSpec):
         return stage
-    alike = ("precision", "zero", "offload_params", "slurm")
-    return TrainingSpec(**{name: getattr(stage, name) for name in alike})
+    common = ("precision", "zero", "offload_params", "slurm")
+    return TrainingSpec(**{name: getattr(stage, name) for name in common})

@@ -10,10 +10,10 @@ from hpc_rlhf.estimate.activations import ITEM, Pass, as_trained
 from hpc_rlhf.estimate.model_memory import (
     Parts,
     added,
-    averaged,
     frozen,
     gathered_weights,
     in_training,
+    moving_average,
     scored_parameters,
     weights,
 )
@@ -144,7 +144,7 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None
         "reward": frozen(reward, scored_parameters(reward), stage.strategies["reward"], stage),
     }
     if stage.ema:
-        always["EMA"] = averaged(actor, stage)
+        always["EMA"] = moving_average(actor, stage)
     moments = dict(policy.moments)
     for moment, parts in critic.moments.items():
         moments[f"the critic's {moment}"] = parts

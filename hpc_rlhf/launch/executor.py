@@ -1,4 +1,4 @@
-"""The submitit executor that sends our rendered script, with its dependencies and its token."""
+"""A submitit executor that submits our rendered script with its dependencies and its token."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.task import StageTask
 
-# submitit's own signal handler, in place until the stage installs ours, gives up on a job that it thinks has used
-# up its time, and requeues any other. With this many minutes it always requeues.
+# submitit's own signal handler, active until the stage installs ours, gives up on a job whose time it thinks is used up,
+# and requeues any other. With this many minutes it always requeues.
 _NEVER_TIMED_OUT_MIN = 10**7
 _REQUEUES = 10**6
 
@@ -27,7 +27,7 @@ _REQUEUES = 10**6
 class StageExecutor(SlurmExecutor):
     """Submits a stage.
 
-    Of submitit it uses the pickle, the files' names and the ranks' entry point; the script is ours.
+    It uses submitit's pickle, file names and entry point of a rank; the script is ours.
     """
 
     def __init__(self, plan: Plan, job: PlannedJob, options: list[str]) -> None:
@@ -35,7 +35,7 @@ class StageExecutor(SlurmExecutor):
         Args:
             plan: the run's plan.
             job: the stage's job; its script is in the run directory.
-            options: of sbatch, for this submission alone.
+            options: sbatch options of this submission.
         """
         logs = plan.run.stage(job.stage).logs
         super().__init__(logs, max_num_timeout=_REQUEUES, python=rank_python(job))
@@ -48,35 +48,35 @@ class StageExecutor(SlurmExecutor):
         """Submit the stage and return its job id.
 
         Raises:
-            HpcRlhfError: sbatch refused it; the message is sbatch's.
+            HpcRlhfError: sbatch rejected it; the message is sbatch's.
         """
         try:
-            with redirect_stderr(StringIO()):  # submitit prints there what the exception holds too
+            with redirect_stderr(StringIO()):  # submitit prints the exception's text there too
                 return str(self.submit(StageTask(str(self._plan.run.path), self._job.stage)).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             raise HpcRlhfError(
-                f"sbatch refused the job: {_plain(str(error))}",
+                f"sbatch rejected the job: {_plain(str(error))}",
                 where=f"stages.{self._job.stage}",
                 hint="change the stage's slurm settings and submit again",
             ) from error
 
     @property
     def _submitit_command_str(self) -> str:
-        """submitit's own entry point, behind ours."""
+        """Our entry point, which calls submitit's."""
         return rank_command(self._plan, self._job)
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
-        """The script as it was rendered into the run directory; it has the same command in it."""
+        """The script that was rendered into the run directory, with the same command."""
         return self._plan.run.sbatch(self._job.stage).read_text(encoding="utf-8")
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        """sbatch, without what the environment says about the job that we may ourselves be part of."""
+        """sbatch, without the environment of a job that this process may be part of."""
         unset = [f"--unset={name}" for name in commands.foreign_variables(os.environ)]
         return ["env", *unset, "sbatch", *self._options, str(submission_file_path)]
 
 
 def ensure_pickle(run: RunDir, stage: str, job_id: str) -> None:
-    """Write what the ranks of a job will load, if a crash came between sbatch and that."""
+    """Write the pickle that a job's ranks load, if a crash came between sbatch and that."""
     path = JobPaths(run.stage(stage).logs, job_id=job_id).submitted_pickle
     if not path.exists():
         delayed = DelayedSubmission(StageTask(str(run.path), stage))
@@ -86,5 +86,5 @@ def ensure_pickle(run: RunDir, stage: str, job_id: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """sbatch's words without its name before each line."""
+    """sbatch's message without its name before each line."""
     return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines())

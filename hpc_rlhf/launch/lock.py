@@ -1,9 +1,11 @@
-"""One launcher at a time on a run directory, on any file system that several machines share.
+"""A lock that lets one launcher at a time work on a run directory, on any file system that machines share.
 
-The lock is a file that names its owner, made by ``link``, which is atomic where ``flock`` may not be (NFS). A lock
-is stale, and taken over, when its owner is a process of this machine that has ended, or when it is another
-machine's and nobody has touched it for `SILENCE`. A thread of the owner touches it, so that no step of the owner's has
-to be short; a machine that died is silent.
+The lock is a file that names its owner, created by ``link``, which is atomic where ``flock`` may not be (NFS). A lock is
+stale, and taken over, when its owner is a process of this machine that has ended, or when it belongs to another machine
+and has not been touched for `SILENCE`. A thread of the owner touches it, so the owner may work as long as it likes.
+
+Not flufl.lock: it waits out the lifetime of a dead owner's lock, takes a reused process id for the owner, compares the
+clocks of two machines, and needs Python 3.11.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 
-# Twice the time for which NFS may show what a file was, and a touch or two that failed.
+# Twice the time for which NFS may show a file's old state, and a failed touch or two.
 SILENCE = 180.0
 _TOUCH_EVERY = 20.0
 _ATTEMPTS = 5
@@ -34,11 +36,11 @@ def hold(path: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
 
     Args:
         path: the lock file; its folder exists.
-        doing: what the owner does, for the message that others get, such as ``hpc-rlhf submit``.
-        patience: seconds to wait for somebody else who holds it.
+        doing: what the owner does, for the message to others, such as ``hpc-rlhf submit``.
+        patience: seconds to wait for another holder.
 
     Raises:
-        HpcRlhfError: somebody else holds it.
+        HpcRlhfError: another process holds it.
     """
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "doing": doing}
     text = json.dumps({**owner, "token": uuid.uuid4().hex})
@@ -46,7 +48,7 @@ def hold(path: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
     deadline = time.monotonic() + patience
     try:
         while True:
-            draft.write_text(text)  # its time is what a lock's silence is measured by
+            draft.write_text(text)  # its modification time is compared with the lock's
             try:
                 _acquire(path, draft)
                 break
@@ -70,7 +72,7 @@ def hold(path: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
 
 
 def _touch_until(done: threading.Event, path: Path, text: str) -> None:
-    """Show other machines that the owner is alive, for as long as the lock is the owner's."""
+    """Show other machines that the owner is alive, while the lock belongs to the owner."""
     while not done.wait(_TOUCH_EVERY):
         with suppress(OSError):
             if path.read_text() == text:
@@ -85,7 +87,7 @@ def _acquire(path: Path, draft: Path) -> None:
         except FileExistsError:
             pass
         try:
-            # The draft was written a moment ago: its time is the file server's now, whatever our clock says.
+            # The draft was just written, so its time is the file server's current time, whatever our clock shows.
             held, silence = path.read_text(), draft.stat().st_mtime - path.stat().st_mtime
         except FileNotFoundError:
             continue
@@ -93,12 +95,12 @@ def _acquire(path: Path, draft: Path) -> None:
             raise _refusal(path, held)
         _set_aside(path, held)
     raise HpcRlhfError(
-        "the lock changes hands too fast", where=str(path), hint="try again", exit_code=RUN_FAILED
+        "the lock changes owners too fast", where=str(path), hint="try again", exit_code=RUN_FAILED
     )
 
 
 def _set_aside(path: Path, stale: str) -> None:
-    """Remove a stale lock; puts back what turns out to be another one, taken in the meantime."""
+    """Remove a stale lock; a new lock, taken in the meantime, is put back."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         path.rename(aside)
@@ -125,7 +127,7 @@ def _owner(held: str) -> dict[str, Any]:
 
 
 def _born(pid: int) -> str | None:
-    """When a process of this machine started, which tells it from a later one with its id; None if it has ended."""
+    """The start time of a process of this machine, which a later one with its id does not share; None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]
@@ -146,8 +148,8 @@ def _refusal(path: Path, held: str) -> HpcRlhfError:
     owner = _owner(held)
     who = f"`{owner['doing']}` (process {owner['pid']} on {owner['host']})" if owner else "another process"
     return HpcRlhfError(
-        f"{who} is at work on this run directory",
+        f"{who} is working on this run directory",
         where=str(path.parent),
-        hint=f"wait for it to end; if that machine is gone for good, remove {path}",
+        hint=f"wait until it ends; if that machine is gone for good, remove {path}",
         exit_code=RUN_FAILED,
     )

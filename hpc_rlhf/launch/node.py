@@ -1,4 +1,4 @@
-"""Starts the ranks of one node of a Slurm job through torchrun or DeepSpeed's launcher, from the hostfile of the run.
+"""Start the ranks of one node of a Slurm job with torchrun or DeepSpeed's launcher, from the run's hostfile.
 
 ``python -m hpc_rlhf.launch.node RUN STAGE LAUNCHER`` becomes that launcher.
 """
@@ -27,7 +27,7 @@ def command(run: RunDir, stage: str, launcher: str, env: Mapping[str, str]) -> l
     task = ["hpc_rlhf.task", str(run.path), stage]
     if launcher == "torchrun":
         return hostfile.torchrun(host, task, env)
-    # It would give the ranks the first GPUs of the node, and Slurm may have given this job others.
+    # By default it assigns the first GPUs of the node; Slurm may have given this job others.
     gpus = env.get("CUDA_VISIBLE_DEVICES")
     return hostfile.deepspeed(host, task, env, gpus.split(",") if gpus else None)
 
@@ -35,8 +35,8 @@ def command(run: RunDir, stage: str, launcher: str, env: Mapping[str, str]) -> l
 def main(run: str, stage: str, launcher: str) -> None:
     """Become the launcher.
 
-    Slurm signals every process of a job. These launchers would end their ranks on what only asks them to save, so the
-    signals are held back in them for good, and in the ranks, which inherit that, until the stage listens.
+    Slurm signals every process of a job. These launchers would end their ranks on a signal that only requests a save, so it
+    stays blocked in them for good, and in the ranks, which inherit the mask, until the stage handles it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     words = command(RunDir(Path(run)), stage, launcher, os.environ)

@@ -1,4 +1,4 @@
-"""From a spec to a plan: the jobs of a run, what each needs, and how its batches are shared out."""
+"""The plan of a run: its jobs, what each needs, and how its batches are split over ranks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class PlannedJob:
     Attributes:
         stage: the stage's name.
         job_name: what Slurm shows.
-        needs: stages whose artifacts it starts from.
+        needs: stages whose models it starts from.
         spec: the stage's settings.
         slurm: where and how it runs.
-        batch: how the samples of a step are shared out over its ranks.
+        batch: how the samples of a step are split over its ranks.
     """
 
     stage: str
@@ -37,10 +37,10 @@ class PlannedJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a run; every job comes after the jobs it needs.
+    """All jobs of a run, each after the jobs it needs.
 
     Attributes:
-        mail: who gets Slurm's mail of the run's end, or None.
+        mail: address for Slurm's mail when the run ends, or None.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def needed(self) -> frozenset[str]:
-        """The stages that others start from."""
+        """Stages that other stages need."""
         return frozenset(need for job in self.jobs for need in job.needs)
 
     def as_dict(self) -> dict[str, object]:
@@ -68,7 +68,7 @@ def make_plan(spec: JobSpec) -> Plan:
     """The plan of a spec.
 
     Raises:
-        HpcRlhfError: a stage's batch does not come out even.
+        HpcRlhfError: a stage's global batch is not a multiple of what its ranks take.
     """
     run = RunDir(Path(spec.run_dir))
     jobs = []

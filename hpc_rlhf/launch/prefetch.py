@@ -1,4 +1,4 @@
-"""Bring the models and data sets of a spec from the hub into the cache, so that its jobs need no network."""
+"""Download the models and data sets of a spec from the hub into the cache, so that its jobs need no network."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
 
-# What a tokenizer or a configuration may be in, beside the weights.
+# Files of tokenizers and configurations.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-# A later kind is taken where there is none of an earlier one, as transformers does.
+# In transformers' order of preference: prefix and suffix of weight files.
 _WEIGHTS = (("model", ".safetensors"), ("", ".safetensors"), ("pytorch_model", ".bin"), ("", ".bin"))
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What was done about an item.
+    """An item that is in the cache.
 
     Attributes:
-        files: how many it consists of.
-        size: bytes of them all.
+        files: number of its files.
+        size: bytes of all of them.
         before: whether all of it was in the cache already.
     """
 
@@ -38,11 +38,13 @@ class Fetched:
 
 
 def prefetch(wanted: Sequence[HubItem]) -> Iterator[Fetched]:
-    """Bring each item into the cache, and say so as soon as it is whole. What is there is not fetched again,
-    and a download that broke off goes on where it stopped. Without the hub, what is there already will do.
+    """Download each item into the cache, and yield it when it is complete.
+
+    Files in the cache are not downloaded again, and a partial download resumes. Without the hub, a complete item in the
+    cache is enough.
 
     Raises:
-        HpcRlhfError: the hub does not have one, does not give it, or cannot be reached.
+        HpcRlhfError: the hub does not have an item, refuses it, or cannot be reached.
     """
     for item in wanted:
         before = hub.missing(item) is None
@@ -50,7 +52,7 @@ def prefetch(wanted: Sequence[HubItem]) -> Iterator[Fetched]:
             files = _model(item) if item.kind == "model" else _data_set(item)
         except Unreachable as error:
             if not before:
-                raise error.told(item) from error
+                raise error.about(item) from error
             sizes = hub.recorded(item)
             yield Fetched(item, len(sizes), sum(sizes.values()), before)
             continue
@@ -59,8 +61,9 @@ def prefetch(wanted: Sequence[HubItem]) -> Iterator[Fetched]:
 
 
 def wanted(names: Sequence[str]) -> list[str]:
-    """The files of a model's repository that loading it takes: one kind of weights, and all that is small. Folders in it
-    hold the same model for other programs.
+    """The files of a model's repository that loading needs: one kind of weights, and all small files.
+
+    Subfolders hold the same model for other programs.
     """
     top = [name for name in names if "/" not in name]
     for start, end in _WEIGHTS:
@@ -75,13 +78,13 @@ def wanted(names: Sequence[str]) -> list[str]:
 
 
 class Unreachable(Exception):
-    """The hub gives no answer."""
+    """The hub does not respond."""
 
-    def told(self, item: HubItem) -> HpcRlhfError:
+    def about(self, item: HubItem) -> HpcRlhfError:
         return HpcRlhfError(
             f"the hub cannot be reached for {item.kind} {item.name} ({self})",
             where=item.where,
-            hint="run this on a machine with a network and the same HF_HOME; a proxy is set by https_proxy",
+            hint="run this on a machine with network access and the same HF_HOME; set a proxy with https_proxy",
             exit_code=RUN_FAILED,
         )
 
@@ -101,7 +104,7 @@ def _model(item: HubItem) -> dict[Path, int]:
 
 @contextmanager
 def explained(item: HubItem) -> Iterator[None]:
-    """Within it, what the hub objects to is put in a sentence."""
+    """Turns errors of the hub inside the block into one sentence."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -114,33 +117,31 @@ def explained(item: HubItem) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise HpcRlhfError(
-            f"{item.name} is given only to those who accepted its licence",
+            f"{item.name} is gated: its license must be accepted first",
             where=item.where,
-            hint=f"accept it on the page of {item.name}, then log in: hf auth login",
+            hint=f"accept it on the hub page of {item.name}, then log in: hf auth login",
         ) from error
     except RepositoryNotFoundError as error:
         raise HpcRlhfError(
-            f"the hub has no {item.kind} {item.name}, or not for you",
+            f"the hub has no {item.kind} {item.name} that you may read",
             where=item.where,
-            hint="check its id; for a private one, log in: hf auth login",
+            hint="check the id; if it is private, log in: hf auth login",
         ) from error
     except OfflineModeIsEnabled as error:
         raise Unreachable(f"{hub.OFFLINE} is set") from error
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise Unreachable(_first_line(error)) from error
     except OSError as error:
-        if error.errno is not None:  # of this machine, such as a full disk
+        if error.errno is not None:  # a problem of this machine, such as a full disk
             raise HpcRlhfError(
-                f"cannot keep {item.name}: {error.strerror}",
+                f"cannot store {item.name}: {error.strerror}",
                 where=str(error.filename or hub.cache()),
                 hint="free some space, or set HF_HOME to a larger disk that all nodes share",
                 exit_code=RUN_FAILED,
             ) from error
         raise Unreachable(_first_line(error)) from error
     except Exception as error:
-        if not type(error).__module__.startswith(
-            "httpx"
-        ):  # the hub's client; which one, its versions differ in
+        if not type(error).__module__.startswith("httpx"):  # the hub's HTTP client, in some of its versions
             raise
         raise Unreachable(_first_line(error)) from error
 
@@ -150,7 +151,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _data_set(item: HubItem) -> dict[Path, int]:
-    """The files of a data set in the cache, with their sizes. Read in a process of its own, by what the stages read it with."""
+    """The files of a data set in the cache, with their sizes. Loaded as the stages do, in a separate process."""
     env = dict(os.environ)
     if not sys.stderr.isatty():
         env.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
@@ -158,14 +159,14 @@ def _data_set(item: HubItem) -> dict[Path, int]:
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if not done.stdout:
         raise HpcRlhfError(
-            f"the process that reads {item} ended with {done.returncode}",
+            f"the process that loads {item} exited with {done.returncode}",
             where=item.where,
-            hint="it said why above",
+            hint="see its output above",
             exit_code=RUN_FAILED,
         )
-    answer = json.loads(done.stdout.splitlines()[-1])
-    if "unreachable" in answer:
-        raise Unreachable(answer["unreachable"])
-    if "error" in answer:
-        raise HpcRlhfError(answer["error"], where=item.where, hint=answer["hint"], exit_code=RUN_FAILED)
-    return {Path(name): int(size) for name, size in answer["files"].items()}
+    reply = json.loads(done.stdout.splitlines()[-1])
+    if "unreachable" in reply:
+        raise Unreachable(reply["unreachable"])
+    if "error" in reply:
+        raise HpcRlhfError(reply["error"], where=item.where, hint=reply["hint"], exit_code=RUN_FAILED)
+    return {Path(name): int(size) for name, size in reply["files"].items()}

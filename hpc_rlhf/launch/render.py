@@ -1,4 +1,4 @@
-"""From a plan to text: sbatch scripts, DeepSpeed configs and a hostfile template for every stage."""
+"""Renders a plan: sbatch scripts, DeepSpeed configs and a hostfile template for every stage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OURS = (_PACKAGE / "_templates", _PACKAGE.parent / "templates")
 
 
 class Templates:
-    """Our templates, and the user's own, which win over ours file by file."""
+    """The built-in templates, each of which a user's own of the same name replaces."""
 
     def __init__(self, beside: Path | None = None) -> None:
         """Args: beside: folder of the job file; its ``templates/`` is searched first."""
@@ -51,7 +51,7 @@ class Templates:
         )
 
     def sentinel(self, plan: Plan, job: PlannedJob) -> str:
-        """The sbatch script of the small job that mends the chain when ``job`` ends badly."""
+        """The sbatch script of the small job that repairs the chain when ``job`` fails."""
         heal = job.slurm.heal
         return self._render(
             "sentinel.sbatch.j2",
@@ -66,8 +66,8 @@ class Templates:
         )
 
     def doctor(self, plan: Plan, job: PlannedJob, folder: Path, command: str, unshared: int) -> str:
-        """The sbatch script of the short job that looks at the nodes of ``job``; it ends with the code ``unshared`` where
-        its first node does not see ``folder``."""
+        """The sbatch script of the short job that checks the nodes of ``job``; it exits with ``unshared`` if its first
+        node does not see ``folder``."""
         return self._render(
             "doctor.sbatch.j2",
             plan=plan,
@@ -88,14 +88,14 @@ class Templates:
         )
 
     def hostfile(self, plan: Plan, job: PlannedJob) -> str:
-        """The hostfile's line for one node, which the script fills in with the allocation's nodes."""
+        """The hostfile's line for one node; the script repeats it for every node of the allocation."""
         return self._render("hostfile.j2", plan=plan, job=job, slurm=job.slurm)
 
     def ds_configs(self, job: PlannedJob) -> dict[str, str]:
         """The DeepSpeed config of each of a stage's models, as ``StageSpec.strategies`` names them.
 
         Raises:
-            HpcRlhfError: one is not JSON, or has another batch than the plan.
+            HpcRlhfError: one is not JSON, or its batch differs from the plan.
         """
         return {model: self._ds_config(job, strategy) for model, strategy in job.spec.strategies.items()}
 
@@ -112,7 +112,7 @@ class Templates:
         wrong = _batch_differences(config, job.batch)
         if wrong:
             raise HpcRlhfError(
-                f"the DeepSpeed config of {job.stage} has another batch than the spec: {', '.join(wrong)}",
+                f"the DeepSpeed config of {job.stage} does not have the batch of the spec: {', '.join(wrong)}",
                 where=file,
                 hint="use {{ batch.micro }} and {{ batch.accumulation }} in the template, and set micro_batch and "
                 "global_batch in the spec",
@@ -123,16 +123,16 @@ class Templates:
         try:
             return self._environment.get_template(template).render(**values)
         except Exception as error:  # a user's template can raise anything
-            why = getattr(error, "message", None) or str(error) or type(error).__name__
+            reason = getattr(error, "message", None) or str(error) or type(error).__name__
             raise HpcRlhfError(
-                f"the template does not render: {why}",
+                f"the template does not render: {reason}",
                 where=_place(error, template),
-                hint="templates are looked for in " + ", then ".join(map(str, self._folders)),
+                hint="templates are searched in " + ", then ".join(map(str, self._folders)),
             ) from error
 
 
 def _batch_differences(config: Mapping[str, object], batch: Batch) -> list[str]:
-    """Where a DeepSpeed config has other batch sizes, each in words. What it leaves out, DeepSpeed derives."""
+    """Batch sizes in a DeepSpeed config that differ from the plan. DeepSpeed derives those that it leaves out."""
     micro, accumulation, total = (
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
@@ -181,8 +181,7 @@ def rank_python(job: PlannedJob) -> str:
 
 
 def rank_command(plan: Plan, job: PlannedJob) -> str:
-    """What each of srun's tasks runs. One rank, from the task that submitit left in the stage's folder of logs; or the
-    launcher of a node's ranks."""
+    """What each of srun's tasks runs: a rank, from submitit's pickle in the stage's log folder, or a node's launcher."""
     if job.slurm.launcher != "srun":
         words = shlex.join([str(plan.run.path), job.stage, job.slurm.launcher])
         return f"{rank_python(job)} -u -m hpc_rlhf.launch.node {words}"
@@ -191,7 +190,7 @@ def rank_command(plan: Plan, job: PlannedJob) -> str:
 
 
 def _environment(folders: list[Path]) -> Environment:
-    """Sandboxed, since templates beside a job file may come from somebody else."""
+    """A sandboxed Jinja environment: templates beside a job file may come from someone else."""
     from jinja2 import FileSystemLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -210,7 +209,7 @@ def _environment(folders: list[Path]) -> Environment:
 
 
 def _place(error: Exception, template: str) -> str:
-    """File and line where a template went wrong: Jinja's syntax errors know, and it puts templates into tracebacks."""
+    """File and line of a template error, from Jinja's syntax error or from the traceback, in which templates appear."""
     file, line = getattr(error, "filename", None) or template, getattr(error, "lineno", None)
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename.endswith(".j2"):
@@ -219,7 +218,7 @@ def _place(error: Exception, template: str) -> str:
 
 
 def _quote_for_sbatch(value: object) -> str:
-    """Quote a value of a ``#SBATCH`` line. Unlike bash, sbatch takes backslashes in any quotes."""
+    """Quote a value of a ``#SBATCH`` line. Unlike bash, sbatch interprets backslashes in any quotes."""
     text = str(value)
     if re.fullmatch(r"[A-Za-z0-9_@%+=:,./-]+", text):
         return text

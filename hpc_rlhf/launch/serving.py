@@ -1,4 +1,4 @@
-"""Serve a finished model by OpenAI's protocol, on this machine or in a Slurm job."""
+"""Serve a finished model over the OpenAI API, on this machine or in a Slurm job."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NEEDS = ("fastapi", "uvicorn", "openai")
 
 
 def request(name: str, port: int) -> str:
-    """A command that asks the model a question."""
+    """A command that sends the model a message."""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     header = "-H 'Content-Type: application/json'"
     return f"curl http://{LOCALHOST}:{port}/v1/chat/completions {header} -d {shlex.quote(body)}"
@@ -36,10 +36,10 @@ def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[]
     """Serve until interrupted.
 
     Args:
-        ready: called once it answers.
+        ready: called once it responds.
 
     Raises:
-        HpcRlhfError: the server is not installed, or ended by itself.
+        HpcRlhfError: the server is not installed, or exits by itself.
     """
     missing = [module for module in _NEEDS if not find_spec(module)]
     if missing and not find_spec("vllm"):
@@ -48,7 +48,7 @@ def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[]
             hint="pip install 'hpc-rlhf[serve]', or vllm on a machine with GPUs",
         )
     command = [sys.executable, *_arguments(name, folder, host, port)]
-    server = subprocess.Popen(command, stdout=sys.stderr)  # what it logs is no data
+    server = subprocess.Popen(command, stdout=sys.stderr)  # its log is not data
     try:
         while not _answers(host, port):
             if server.poll() is not None:
@@ -58,8 +58,8 @@ def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[]
             ready()
         if server.wait():
             raise HpcRlhfError(
-                f"the server ended with code {server.returncode}", where=str(folder), exit_code=RUN_FAILED,
-                hint=f"what it said stands above; if port {port} is taken, choose another by --port",
+                f"the server exited with code {server.returncode}", where=str(folder), exit_code=RUN_FAILED,
+                hint=f"its output is above; if port {port} is taken, choose another with --port",
             )  # fmt: skip
     finally:
         server.terminate()
@@ -69,16 +69,16 @@ def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[]
 def serve_as_job(
     run: RunDir, name: str, stage: str, folder: Path, port: int, say: Callable[[str], object]
 ) -> tuple[str, str]:
-    """Submit a job that serves on one node like those of the stage, and wait until it runs.
+    """Submit a job that serves on one node of the stage's kind, and wait until it runs.
 
     Args:
-        say: is told what is waited for.
+        say: called with progress messages.
 
     Returns:
         The job's id and its node.
 
     Raises:
-        HpcRlhfError: Slurm refuses it, or it ended before it ran.
+        HpcRlhfError: Slurm rejects it, or it ends before it runs.
     """
     plan = make_plan(read_spec(run.job_yaml))
     (planned,) = [job for job in plan.jobs if job.stage == stage]
@@ -87,21 +87,21 @@ def serve_as_job(
     script = run.stage(stage).path / "serve.sbatch"
     script.write_text(Templates(run.scripts).serve(plan, job, command), encoding="utf-8")
     job_id = commands.submit(script, [])
-    told = ""
+    last = ""
     while True:
         queued = commands.queue().get(job_id)
         if queued is None or not queued.live:
             raise HpcRlhfError(
-                f"job {job_id} ended before it served", where=str(run.stage(stage).logs / f"{job_id}_batch.log"),
+                f"job {job_id} ended before it started to serve", where=str(run.stage(stage).logs / f"{job_id}_batch.log"),
                 exit_code=RUN_FAILED,
             )  # fmt: skip
         if queued.state == "RUNNING":
             past = commands.find_record(job_id)
             return job_id, commands.hostnames(past.nodes)[0] if past and past.nodes else ""
-        words = f"job {job_id} {queued.state.lower()}" + (f" ({queued.reason})" if queued.reason else "")
-        if words != told:
-            say(f"waiting for {words}; scancel {job_id} cancels it")
-            told = words
+        state = f"job {job_id} {queued.state.lower()}" + (f" ({queued.reason})" if queued.reason else "")
+        if state != last:
+            say(f"waiting for {state}; scancel {job_id} cancels it")
+            last = state
         time.sleep(_POLL)
 
 

@@ -1,4 +1,4 @@
-"""When Slurm thinks that a run would start, were it submitted now."""
+"""When Slurm expects a run to start, if it were submitted now."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan
 from hpc_rlhf.slurm import commands
 
-# Seconds that Slurm may take to answer.
+# Seconds that Slurm may take to respond.
 SOON = 5
 
 
 def predicted_starts(plan: Plan, beside: Path | None = None) -> dict[str, str]:
-    """The time at which each stage that waits for no other would start, or why Slurm does not say; empty without Slurm.
+    """When each stage that needs no other would start, or why Slurm gives no time; empty without Slurm.
 
     Args:
         plan: the jobs.
@@ -25,9 +25,9 @@ def predicted_starts(plan: Plan, beside: Path | None = None) -> dict[str, str]:
     Raises:
         HpcRlhfError: a template does not render.
     """
-    found: dict[str, str] = {}
+    starts: dict[str, str] = {}
     if shutil.which("sbatch") is None:
-        return found
+        return starts
     from hpc_rlhf.launch.render import Templates
 
     templates = Templates(beside)
@@ -40,19 +40,19 @@ def predicted_starts(plan: Plan, beside: Path | None = None) -> dict[str, str]:
             try:
                 start = predicted_start(path)
             except HpcRlhfError as error:
-                found[job.stage] = f"no start is predicted: {error.message.splitlines()[-1]}"
-                break  # what Slurm has against one stage it mostly has against all
-            found[job.stage] = f"would start {start or 'at a time that Slurm does not tell'}"
-    return found
+                starts[job.stage] = f"no start time ({error.message.splitlines()[-1]})"
+                break  # the reason mostly holds for all stages
+            starts[job.stage] = f"would start at {start}" if start else "no start time (Slurm gives none)"
+    return starts
 
 
 def predicted_start(script: Path) -> str | None:
-    """When Slurm thinks that a script would start if it were submitted now, such as 2026-05-01T09:30:00 by the
-    controller's clock; None where it does not say. It submits nothing.
+    """When Slurm would start a script submitted now, such as 2026-05-01T09:30:00 by the controller's clock; None if it
+    gives no time. Submits nothing.
 
     Raises:
-        HpcRlhfError: it would be refused, or Slurm does not answer soon.
+        HpcRlhfError: it would be rejected, or Slurm does not respond soon.
     """
-    said = commands.execute(["sbatch", "--test-only", str(script)], SOON).stderr
-    found = re.search(r"to start at (\d[\dT:-]+)", said)
-    return found[1] if found else None
+    output = commands.execute(["sbatch", "--test-only", str(script)], SOON).stderr
+    start = re.search(r"to start at (\d[\dT:-]+)", output)
+    return start[1] if start else None

@@ -1,4 +1,4 @@
-"""Launch the runs of a sweep: what they have in common is trained by the first of them, and linked into the others."""
+"""Launch the runs of a sweep. Stages that they share are trained by the first of them and linked into the others."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hpc_rlhf.spec.sweep import Sweep, lenders
 
 
 def submit_sweep(sweep: Sweep, beside: Path | None = None) -> dict[str, list[Outcome]]:
-    """Submit what is neither done nor queued nor running of every run, as one graph. What was done about each, by its name.
+    """Submit the missing stages of every run as one graph. Returns the outcomes by run.
 
     Args:
         sweep: the sweep.
         beside: folder of the job file; templates in its ``templates/`` win over ours.
 
     Raises:
-        HpcRlhfError: there is no Slurm here, or a run cannot be submitted; what this call has sent of others is cancelled.
+        HpcRlhfError: there is no Slurm here, or a run cannot be submitted; the jobs that this call submitted are cancelled.
     """
     lent = lay_out(sweep)
     outcomes: dict[str, list[Outcome]] = {}
@@ -31,16 +31,16 @@ def submit_sweep(sweep: Sweep, beside: Path | None = None) -> dict[str, list[Out
         for member in sweep.members:
             outcomes[member.name] = submit(member.spec, beside, lent[member.name])
     except HpcRlhfError as error:
-        sent = [name for name, done in outcomes.items() if any(each.did == "submitted" for each in done)]
-        for name in reversed(sent):
+        submitted = [name for name, done in outcomes.items() if any(each.did == "submitted" for each in done)]
+        for name in reversed(submitted):
             cancel(SweepDir(sweep.run_dir).run(name))
-        again = f"; cancelled again: {', '.join(sent)}" if sent else ""
-        raise HpcRlhfError(f"{error.message}{again}", error.where, error.hint, error.exit_code) from error
+        cancelled = f"; cancelled {', '.join(submitted)} again" if submitted else ""
+        raise HpcRlhfError(f"{error.message}{cancelled}", error.where, error.hint, error.exit_code) from error
     return outcomes
 
 
 def lay_out(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
-    """Note the sweep in its folder; for each run, by its name, the runs that train stages for it.
+    """Write the sweep's folder. Returns, for each run by name, the runs that train stages for it.
 
     Raises:
         HpcRlhfError: the folder cannot be written.
@@ -60,10 +60,10 @@ def lay_out(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
 
 
 def shared(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
-    """For each run, by its name, the runs that train stages for it. Those that are there already come first."""
+    """For each run by name, the runs that train stages for it. Existing runs come first."""
     folder = SweepDir(sweep.run_dir)
     old_first = sorted(sweep.members, key=lambda member: not folder.run(member.name).job_yaml.exists())
-    found: dict[str, dict[str, RunDir]] = {member.name: {} for member in sweep.members}
+    lent: dict[str, dict[str, RunDir]] = {member.name: {} for member in sweep.members}
     for (name, stage), lender in lenders({member.name: member.spec for member in old_first}).items():
-        found[name][stage] = folder.run(lender)
-    return dict(found)
+        lent[name][stage] = folder.run(lender)
+    return dict(lent)

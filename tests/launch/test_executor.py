@@ -71,7 +71,7 @@ def test_refusal_is_told_once(sbatch: Path, tmp_path: Path, capfd: pytest.Captur
     (sbatch / "sbatch").write_text(
         "#!/bin/sh\necho 'sbatch: error: No such account' >&2\necho 'sbatch: error: Sorry' >&2\nexit 1\n"
     )
-    with pytest.raises(HpcRlhfError, match=r"stages\.sft: sbatch refused the job: No such account; Sorry"):
+    with pytest.raises(HpcRlhfError, match=r"stages\.sft: sbatch rejected the job: No such account; Sorry"):
         send(make_spec(tmp_path / "run"), "sft")
     assert capfd.readouterr() == ("", "")
 

@@ -65,7 +65,7 @@ def test_told_to_stop_every_machine_saves(two_machines: Here) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "sft is saved at step 7" in err
-    assert "go on with: hpc-rlhf run job.yaml --hostfile two" in err
+    assert "resume with: hpc-rlhf run job.yaml --hostfile two" in err
     wait_for(lambda: not any(map(is_alive, ranks)))
 
 

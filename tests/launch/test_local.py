@@ -63,7 +63,7 @@ def test_told_to_stop_it_lets_the_ranks_save_and_says_how_to_go_on(
     assert process.returncode == code
     assert "saving; press Ctrl-C again to stop at once" in err
     assert "sft is saved at step 7" in err
-    assert "go on with: hpc-rlhf run job.yaml --set seed=5" in err
+    assert "resume with: hpc-rlhf run job.yaml --set seed=5" in err
     assert "error" not in err
     assert here.events("interrupted") == [("interrupted", "sft")]
     assert not any(map(is_alive, ranks))
@@ -188,13 +188,13 @@ def test_gpus_are_counted_as_the_ranks_would_see_them(chosen: str, count: int) -
 
 def test_gpus_that_do_not_suffice_are_left_alone(here: Here) -> None:
     _, _, err = here.finish("run", "job.yaml", CUDA_VISIBLE_DEVICES="4")
-    assert "sft: 2 ranks but GPUs here: 1; so it runs on the CPU" in err
+    assert "sft: 2 ranks, but 1 visible GPU; running on the CPU" in err
     assert here.seen("sft", 1)["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_machine_without_gpus_is_said_to_be_one(here: Here) -> None:
     _, _, err = here.finish("run", "job.yaml", CUDA_VISIBLE_DEVICES="")
-    assert err.count("sft: no NVIDIA GPU is seen here; without one it runs on the CPU") == 1
+    assert err.count("sft: this machine has no visible NVIDIA GPU; running on the CPU") == 1
     _, _, err = here.finish(
         "run", "job.yaml", "--set", "slurm={gpus_per_node: 0, ranks_per_node: 2}", "--set", "run_dir=cpu"
     )

@@ -161,7 +161,7 @@ def test_half_a_model_is_not_offline_and_is_made_whole(
         (
             "away",
             1,
-            ["models.actor: the hub cannot be reached for model acme/tiny", "machine with a network"],
+            ["models.actor: the hub cannot be reached for model acme/tiny", "machine with network access"],
         ),
     ],
 )

@@ -22,9 +22,12 @@ def with_sbatch(monkeypatch: pytest.MonkeyPatch, folder: Path, lines: str) -> di
 def test_stages_that_wait_for_no_other_have_a_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = "sbatch: Job 7 to start at 2026-05-01T09:30:00 using 2 processors on nodes n1 in partition gpu"
     told = with_sbatch(monkeypatch, tmp_path, f'grep -q "^#SBATCH --job-name" "$2" && echo "{said}" >&2')
-    assert told == {"sft": "would start 2026-05-01T09:30:00", "reward": "would start 2026-05-01T09:30:00"}
+    assert told == {
+        "sft": "would start at 2026-05-01T09:30:00",
+        "reward": "would start at 2026-05-01T09:30:00",
+    }
 
 
 def test_what_slurm_has_against_it_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told = with_sbatch(monkeypatch, tmp_path, 'echo "sbatch: error: invalid partition" >&2; exit 1')
-    assert told == {"sft": "no start is predicted: sbatch --test-only: sbatch: error: invalid partition"}
+    assert told == {"sft": "no start time (sbatch --test-only: sbatch: error: invalid partition)"}

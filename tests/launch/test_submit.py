@@ -130,7 +130,7 @@ def test_done_stage_is_neither_submitted_nor_waited_for(bench: Bench) -> None:
 def test_refusal_is_sbatchs_own_and_leaves_nothing_behind(bench: Bench) -> None:
     done = bench.cli("submit", "--set", "stages.ppo.slurm.partition=nope")
     assert done.returncode == 2
-    assert "stages.ppo: sbatch refused the job: invalid partition specified: nope" in done.stderr
+    assert "stages.ppo: sbatch rejected the job: invalid partition specified: nope" in done.stderr
     assert "Traceback" not in done.stderr
     assert "cancelled sft (job " in done.stderr
     assert bench.names() == []
@@ -168,7 +168,7 @@ def test_two_submits_at_once_make_one_graph(bench: Bench) -> None:
     errors = [process.communicate(timeout=60)[1].decode() for process in both]
     assert bench.names() == ALL
     codes = sorted(process.returncode for process in both)
-    assert codes == [0, 0] or (codes == [0, 1] and any("is at work on this run" in error for error in errors))
+    assert codes == [0, 0] or (codes == [0, 1] and any("is working on this run" in error for error in errors))
 
 
 def test_stage_submitted_anew_frees_the_one_that_waited_for_it_in_vain(bench: Bench) -> None:

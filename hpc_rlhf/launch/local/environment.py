@@ -8,19 +8,19 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-# Said by another launcher about another job, perhaps one that we are part of. The ranks would take its word
-# for who they are, and requeue that job when they are told to stop.
+# Set by another launcher for another job, perhaps one that this process is part of. Ranks would take their rank from
+# them, and requeue that job when they are asked to stop.
 _FOREIGN = ("SLURM_", "SBATCH_", "SUBMITIT_", "OMPI_", "PMI_")
 _FOREIGN_NAMES = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK"})
 
 
 def environment(inherited: Mapping[str, str], ranks_here: int, address: str = "127.0.0.1") -> dict[str, str]:
-    """What the ranks of one attempt get.
+    """The environment of the ranks of one attempt.
 
     Args:
         inherited: this process's environment.
-        ranks_here: ranks that share a machine's cores.
-        address: of the machine that rank 0 is on.
+        ranks_here: ranks that share this machine's cores.
+        address: address of rank 0's machine.
     """
     env = {
         name: value
@@ -33,7 +33,7 @@ def environment(inherited: Mapping[str, str], ranks_here: int, address: str = "1
 
 
 def visible_gpus(env: Mapping[str, str]) -> int:
-    """How many NVIDIA GPUs a rank would see, without loading torch."""
+    """Number of NVIDIA GPUs that a rank would see, without loading torch."""
     chosen = env.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return len(list(Path("/dev").glob("nvidia[0-9]*")))
@@ -45,9 +45,9 @@ def _cores() -> int:
 
 
 def free_port() -> int:
-    """A free port below those that the kernel hands out, so that it is still free when the ranks take it.
+    """A free port below the kernel's own range, so that it is still free when the ranks bind it.
 
-    Two processes whose random numbers are seeded alike draw different ones.
+    Drawn from the system's randomness: two processes with the same seed get different ports.
     """
     while True:
         port = random.SystemRandom().randrange(20000, 30000)

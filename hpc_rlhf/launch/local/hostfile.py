@@ -1,4 +1,4 @@
-"""Machines without Slurm: a hostfile read and checked, and the commands that start a stage on them."""
+"""Machines without Slurm: reads a hostfile, and builds the commands that start a stage on its machines."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 
-_LINE = re.compile(
-    r"([A-Za-z0-9_][\w.@-]*)\s+slots=(\d+)\s*(#.*)?"
-)  # what DeepSpeed's own parser takes, and no more
-
-
+# What DeepSpeed's own parser accepts, and no more.
+_LINE = re.compile(r"([A-Za-z0-9_][\w.@-]*)\s+slots=(\d+)\s*(#.*)?")
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30")
-# What a rank on another machine needs of this environment. Not all of it: it is seen in ssh's arguments.
+# Prefixes of the variables that a rank on another machine needs. Others stay here: ssh's arguments are public.
 _SENT = ("NCCL_", "GLOO_", "UCX_", "PYTHON", "DS_", "OMP_")
 
 
@@ -32,7 +29,7 @@ class Hostfile:
 
     Attributes:
         path: where it is.
-        slots: ranks on each machine, in the file's order; rank 0 is on the first.
+        slots: ranks per machine, in the file's order; rank 0 is on the first.
     """
 
     path: Path
@@ -43,43 +40,42 @@ class Hostfile:
         return sum(self.slots.values())
 
     def first_rank(self, host: str) -> int:
-        """The first of the ranks on a machine."""
+        """The first rank of a machine."""
         return sum(list(self.slots.values())[: list(self.slots).index(host)])
 
     def master_address(self) -> str:
-        """An address of the first machine that the others can reach.
+        """An address at which the other machines reach the first.
 
         Raises:
-            HpcRlhfError: it does not say.
+            HpcRlhfError: the first machine cannot be asked.
         """
         first = next(iter(self.slots))
         if len(self.slots) == 1 and is_here(first):
             return "127.0.0.1"
-        ask = ["hostname", "-I"]
-        answer = subprocess.run(
-            ask if is_here(first) else [*_SSH, first, *ask], capture_output=True, text=True
+        query = ["hostname", "-I"]
+        reply = subprocess.run(
+            query if is_here(first) else [*_SSH, first, *query], capture_output=True, text=True
         )
-        if answer.returncode or not answer.stdout.split():
+        if reply.returncode or not reply.stdout.split():
             raise HpcRlhfError(
-                f"cannot find the address of {first}: {answer.stderr.strip() or 'no answer'}",
+                f"cannot find the address of {first}: {reply.stderr.strip() or 'no reply'}",
                 where=str(self.path),
-                hint="it must be reached by ssh without a password; or set MASTER_ADDR to its address",
+                hint="make it reachable by ssh without a password, or set MASTER_ADDR to its address",
                 exit_code=RUN_FAILED,
             )
-        return answer.stdout.split()[0]
+        return reply.stdout.split()[0]
 
     def deepspeed(
         self, host: str, task: list[str], env: Mapping[str, str], gpus: list[str] | None = None
     ) -> list[str]:
-        """DeepSpeed's launcher of one machine's ranks, which its own runner would start through pdsh.
+        """DeepSpeed's launcher for one machine's ranks, which its own runner would start through pdsh.
 
-        The runner is left out because it stops by killing every DeepSpeed job that the user has on these
-        machines.
+        The runner is not used, because it stops by killing all of the user's DeepSpeed jobs on these machines.
 
         Args:
             task: the module that a rank runs, and its arguments.
-            env: says where the ranks meet.
-            gpus: of this machine, as CUDA_VISIBLE_DEVICES names them; its first ones when left out.
+            env: with MASTER_ADDR and MASTER_PORT.
+            gpus: GPUs of this machine, as in CUDA_VISIBLE_DEVICES; the first ones if None.
         """
         world: dict[str, list[str] | list[int]] = {name: list(range(n)) for name, n in self.slots.items()}
         if gpus is not None and len(gpus) == self.slots[host]:
@@ -94,7 +90,7 @@ class Hostfile:
         return [sys.executable, "-m", "deepspeed.launcher.launch", *options, "--module", *task]
 
     def torchrun(self, host: str, task: list[str], env: Mapping[str, str]) -> list[str]:
-        """torchrun's launcher of one machine's ranks; the arguments are those of ``deepspeed``."""
+        """torchrun for one machine's ranks; the arguments are those of ``deepspeed``."""
         options = [
             f"--nnodes={len(self.slots)}",
             f"--nproc-per-node={self.slots[host]}",
@@ -110,7 +106,7 @@ def is_here(host: str) -> bool:
 
 
 def on_host(host: str, command: list[str], env: Mapping[str, str]) -> list[str]:
-    """A command as it is started on one of the machines, in this folder and with what it needs of ``env``."""
+    """A command that runs ``command`` on one of the machines, in this folder and with the variables it needs."""
     if is_here(host):
         return command
     sent = [f"{name}={value}" for name, value in env.items() if name.startswith(_SENT)]
@@ -118,10 +114,10 @@ def on_host(host: str, command: list[str], env: Mapping[str, str]) -> list[str]:
 
 
 def read_hostfile(path: Path) -> Hostfile:
-    """Read a hostfile: lines of ``machine slots=N``, with comments and empty lines between.
+    """Read a hostfile: lines of ``machine slots=N``, comments and empty lines.
 
     Raises:
-        HpcRlhfError: it cannot be read, has a bad line, or no machine.
+        HpcRlhfError: it cannot be read, has a bad line, or names no machine.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -138,7 +134,7 @@ def read_hostfile(path: Path) -> Hostfile:
             raise HpcRlhfError(
                 f"cannot read {line!r}",
                 where=f"{path}:{number}",
-                hint="a line is a machine and its number of GPUs, such as: node1 slots=8",
+                hint="a line names a machine and its number of GPUs, such as: node1 slots=8",
             )
         if match[1] in slots:
             raise HpcRlhfError(f"{match[1]} is named twice", where=f"{path}:{number}")

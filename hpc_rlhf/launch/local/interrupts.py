@@ -1,4 +1,4 @@
-"""Signals that ask a launcher to stop, counted."""
+"""Counts the signals that ask a launcher to stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpc_rlhf.errors import HpcRlhfError
 
 
 class Interrupted(HpcRlhfError):
-    """A person, or the machine, asked the run to stop."""
+    """The user or the machine asked the run to stop."""
 
 
 @dataclass
@@ -24,19 +24,19 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequests]:
-        # What is ignored stays ignored: nohup's SIGHUP, and a background job's SIGINT.
+        # Ignored signals stay ignored: nohup's SIGHUP, and a background job's SIGINT.
         numbers = [
             number
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             if signal.getsignal(number) != signal.SIG_IGN
         ]
-        before = {number: signal.signal(number, self._heard) for number in numbers}
+        before = {number: signal.signal(number, self._count) for number in numbers}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _count(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.number = number

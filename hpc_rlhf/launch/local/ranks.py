@@ -1,4 +1,4 @@
-"""The ranks of one attempt at a stage as their launcher sees them: started through supervisors, told to stop, ended."""
+"""Starts, stops and kills the ranks of one attempt at a stage, through their supervisors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hpc_rlhf.launch.local.supervisor import AFTER_END
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.task import StageTask
 
-_TO_BE_KILLED = 2.0  # seconds a supervisor gets to end its ranks, before its own group is ended from here
+_KILL_SECONDS = 2.0  # that a supervisor gets to kill its ranks, before its process group is killed from here
 
 
 @dataclass
@@ -28,14 +28,14 @@ class Ranks:
     """The supervisors of one attempt.
 
     Attributes:
-        supervisors: by machine; for another machine, the ssh that started it there.
+        supervisors: by machine; on another machine, the ssh that started it there.
     """
 
     supervisors: dict[str, subprocess.Popen[bytes]]
     _first_end: float = field(default=0.0)
 
     def ended(self) -> bool:
-        """Whether all have ended. When one machine's ranks have, the others' may not go on for long."""
+        """Whether all have ended. Once one machine's ranks have, the others' are killed after a while."""
         codes = self.codes().values()
         if None not in codes:
             return True
@@ -49,33 +49,33 @@ class Ranks:
         return {host: process.poll() for host, process in self.supervisors.items()}
 
     def stop(self) -> None:
-        """Let the ranks save and end."""
-        self._tell(b"stop\n")
+        """Ask the ranks to save and exit."""
+        self._send(b"stop\n")
 
     def kill(self) -> None:
-        """End the ranks at once."""
-        self._tell(b"kill\n")
-        deadline = time.monotonic() + _TO_BE_KILLED
+        """Kill the ranks at once."""
+        self._send(b"kill\n")
+        deadline = time.monotonic() + _KILL_SECONDS
         while None in self.codes().values() and time.monotonic() < deadline:
             time.sleep(0.05)
         self.sweep()
 
     def sweep(self) -> None:
-        """End whatever is left here: each supervisor leads a process group, which its ranks and theirs are in."""
+        """Kill what is left on this machine: each supervisor leads a process group of its ranks and their children."""
         for process in self.supervisors.values():
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def _tell(self, word: bytes) -> None:
+    def _send(self, command: bytes) -> None:
         for process in self.supervisors.values():
             assert process.stdin is not None
-            with suppress(OSError):  # it has just ended
-                process.stdin.write(word)
+            with suppress(OSError):  # it has just exited
+                process.stdin.write(command)
                 process.stdin.flush()
 
 
 def start_here(run: RunDir, stage: str, ranks: int, env: Mapping[str, str]) -> Ranks:
-    """Start all ranks on this machine through submitit."""
+    """Start all ranks on this machine with submitit."""
     executor = SupervisedExecutor(run, stage, ranks, env)
     executor.submit(StageTask(str(run.path), stage))
     assert executor.supervisor is not None
@@ -93,7 +93,7 @@ def start_on(hostfile: Hostfile, run: RunDir, stage: str, env: Mapping[str, str]
 
 
 class SupervisedExecutor(LocalExecutor):
-    """Submitit's local executor, with our supervisor in place of its controller."""
+    """submitit's local executor, with our supervisor instead of its controller."""
 
     def __init__(self, run: RunDir, stage: str, ranks: int, env: Mapping[str, str]) -> None:
         super().__init__(run.stage(stage).logs)
@@ -102,7 +102,7 @@ class SupervisedExecutor(LocalExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        """submitit's own entry point, behind ours."""
+        """Our entry point, which calls submitit's."""
         return shlex.join([sys.executable, "-u", "-m", "hpc_rlhf.rank", str(self.folder)])
 
     def _submit_command(self, command: str) -> LocalJob[Any]:

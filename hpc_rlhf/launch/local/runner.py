@@ -1,4 +1,4 @@
-"""Run the stages of a prepared run one after the other without Slurm, and stop them without losing a step."""
+"""Run the stages of a prepared run one after another without Slurm, and stop them without losing a step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LOG_LINES = 12
 
 
 class Watcher(Protocol):
-    """Whoever shows how the run is getting on."""
+    """Shows the progress of the run."""
 
     def skipped(self, stage: str) -> None: ...
     def started(self, stage: str, ranks: int) -> None: ...
@@ -43,10 +43,10 @@ class Watcher(Protocol):
 
 @dataclass
 class LocalRun:
-    """A prepared run directory, run here or on a hostfile's machines.
+    """A prepared run directory, run on this machine or on a hostfile's machines.
 
     Attributes:
-        again: the command that goes on after a stop.
+        again: the command that resumes after a stop.
     """
 
     spec: JobSpec
@@ -59,10 +59,10 @@ class LocalRun:
         """Run every stage whose artifact is not complete, in an order in which each follows its needs.
 
         Args:
-            stages: those to run; all when left out.
+            stages: stages to run; all by default.
 
         Raises:
-            HpcRlhfError: a stage failed; the later ones were not started.
+            HpcRlhfError: a stage failed; later ones were not started.
             Interrupted: the run was asked to stop; everything is saved.
         """
         stages = self.spec.stage_names if stages is None else stages
@@ -132,34 +132,36 @@ class LocalRun:
         env = environment(os.environ, slurm.ranks)
         gpus, gpus_wanted = visible_gpus(env), slurm.gpus_per_node > 0
         if gpus_wanted and gpus == 0:
-            self.watcher.say(f"{stage}: no NVIDIA GPU is seen here; without one it runs on the CPU")
+            self.watcher.say(f"{stage}: this machine has no visible NVIDIA GPU; running on the CPU")
         elif gpus_wanted and gpus < slurm.ranks:
-            self.watcher.say(f"{stage}: {slurm.ranks} ranks but GPUs here: {gpus}; so it runs on the CPU")
+            self.watcher.say(
+                f"{stage}: {slurm.ranks} ranks, but {gpus} visible GPU{'s' * (gpus > 1)}; running on the CPU"
+            )
         if 0 < gpus < slurm.ranks or not gpus_wanted:
             env["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
         return start_here(self.run, stage, slurm.ranks, env)
 
     def _watch(self, ranks: Ranks, stage: str, stop: StopRequests) -> None:
-        """Wait for the ranks to end. The first request lets them save, the second ends them at once.
+        """Wait until the ranks exit. The first stop request lets them save, the second kills them.
 
-        Should this fail, the end of this process closes the supervisors' input, and they let the ranks save.
+        If this process dies, the supervisors' input closes, and they let the ranks save.
         """
-        told = 0
+        handled = 0
         while not ranks.ended():
             self.watcher.tick()
-            if stop.count > told:
-                told += 1  # one at a time: the second may come while the first is being answered
-                if told == 1:
+            if stop.count > handled:
+                handled += 1  # one at a time: the second may arrive while the first is handled
+                if handled == 1:
                     self.watcher.say(f"{stage}: saving; press Ctrl-C again to stop at once")
                     ranks.stop()
                 else:
                     ranks.kill()
             time.sleep(_POLL)
-        ranks.sweep()  # what a rank that died may have left, such as its data workers
+        ranks.sweep()  # what a dead rank may have left behind, such as data workers
         self.watcher.tick()
 
     def _ending(self, stage: str, ranks: Ranks, attempt: StageHistory, stop: StopRequests) -> HpcRlhfError:
-        """Why a stage ended without its model: it was asked to, or it failed."""
+        """Why a stage ended without its model: it was stopped, or it failed."""
         failed = attempt.first_cause
         # Ranks of a launcher that was killed may write their last event after ours have started.
         own = {event.attempt for event in attempt.all(Started)}
@@ -168,12 +170,12 @@ class LocalRun:
             return self._interrupted(f"{stage} is saved at step {saved.step}", stop)
         if stop.count:
             last = Ledger(self.run.ledger).last(Saved, stage)
-            kept = f"its last checkpoint is of step {last.step}" if last else "it had no checkpoint yet"
+            kept = f"its last checkpoint is at step {last.step}" if last else "it had no checkpoint yet"
             why = f" ({failed.message})" if failed else ""
             return self._interrupted(f"{stage} was stopped without saving{why}; {kept}", stop)
         if failed is None:
             codes = ", ".join(f"{code} on {host}" for host, code in ranks.codes().items())
-            failed = Failed(message=f"ended without a model (exit code {codes}; 255 is ssh's own)")
+            failed = Failed(message=f"ended without a model (exit code {codes}; 255 is from ssh)")
         if not failed.log:
             hint = f"the logs are in {self.run.stage(stage).logs}"
             code = RUN_FAILED if failed.exit_code is None else failed.exit_code
@@ -184,7 +186,7 @@ class LocalRun:
 
     def _interrupted(self, what: str, stop: StopRequests) -> Interrupted:
         return Interrupted(
-            what, hint=f"go on with: {self.again}", exit_code=128 + (stop.number or signal.SIGINT)
+            what, hint=f"resume with: {self.again}", exit_code=128 + (stop.number or signal.SIGINT)
         )
 
     def _history(self, stage: str, begin: int) -> StageHistory:
@@ -206,7 +208,7 @@ class LocalRun:
 
 
 def refuse_live_jobs(run: RunDir) -> None:
-    """Two launchers must not train one run.
+    """Refuse to run what Slurm jobs are running.
 
     Raises:
         HpcRlhfError: Slurm jobs of this run are queued or running.
@@ -222,7 +224,7 @@ def refuse_live_jobs(run: RunDir) -> None:
 
 
 def _tail(log: Path) -> str:
-    """The last lines of a log that say something, indented."""
+    """The last nonempty lines of a log, indented."""
     try:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:

@@ -1,12 +1,11 @@
-"""Keeps the processes of one stage on this machine: starts them, stops them together, leaves none behind.
+"""Supervises the processes of one stage on this machine: starts them, stops them together, leaves none behind.
 
-``python -m hpc_rlhf.launch.local.supervisor RUN STAGE WHAT FIRST COPIES COMMAND…`` leads a session of its own, so the
-terminal's Ctrl-C does not reach the ranks in mid-step. Whoever started it, here or through ssh, holds its
-standard input: ``stop`` lets the ranks save and end, ``kill`` ends them at once, and the end of the input, which
-comes when the starter dies or the connection breaks, is ``stop``.
+``python -m hpc_rlhf.launch.local.supervisor RUN STAGE WHAT FIRST COPIES COMMAND…`` leads its own session, so the
+terminal's Ctrl-C does not reach the ranks in the middle of a step. Its parent, here or over ssh, writes to its standard
+input: ``stop`` lets the ranks save and exit, ``kill`` kills them at once. End of input, when the parent dies or the
+connection breaks, means ``stop``.
 
-It takes the place of submitit's own local controller, which gives ranks a second to save, and waits for ever
-when one of them has died.
+It replaces submitit's local controller, which gives ranks one second to save, and waits forever when one has died.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from types import FrameType
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED
 from hpc_rlhf.run.layout import RunDir
 
-INTERRUPTED = 75  # a stage that saved and stopped because it was asked to
-SAVING = 600.0  # seconds that ranks told to stop may take to save
-AFTER_DEATH = 10.0  # seconds that the others may take to end by themselves when a rank has failed
-AFTER_END = 60.0  # and when one has ended well
+INTERRUPTED = 75  # exit code of a stage that saved and stopped on request
+SAVING = 600.0  # seconds that ranks may take to save after a stop request
+AFTER_DEATH = 10.0  # seconds that the others may take to exit when a rank has failed
+AFTER_END = 60.0  # and when one has succeeded
 _REPEAT = 10.0  # a signal can be lost while Python starts, so it is sent again
 _POLL = 0.1
 
@@ -37,8 +36,8 @@ class Supervisor:
     """The processes of one attempt at a stage.
 
     Attributes:
-        what: what one of its processes is called in a message, such as rank.
-        first: number of the first process, in messages and log names.
+        what: what a message calls one of its processes, such as rank.
+        first: number of the first process in messages and log names.
     """
 
     run: RunDir
@@ -46,15 +45,15 @@ class Supervisor:
     what: str
     first: int
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    asked: bool = False
-    deserted: bool = False
+    should_stop: bool = False
+    input_closed: bool = False
     first_bad: int | None = None
     started: float = field(default_factory=time.time)
 
     def start(self, copies: int, command: list[str]) -> None:
-        """Start every rank, with the variables and the log names that submitit's tasks expect."""
+        """Start every rank, with the variables and log names that submitit's tasks expect."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._heard)
+            signal.signal(number, self._on_signal)
         job_id = str(os.getpid())
         for rank in range(copies):
             env = dict(
@@ -72,22 +71,24 @@ class Supervisor:
             self.ranks.append(process)
 
     def wait(self) -> int:
-        """Wait for all ranks to end, see to it that they do, and return the stage's exit code."""
+        """Wait until all ranks have exited, make sure that they do, and return the stage's exit code."""
         stop_at = first_end = signalled = None
         while None in (codes := [rank.poll() for rank in self.ranks]):
             now = time.monotonic()
-            if self.asked:
+            if self.should_stop:
                 stop_at = stop_at or now
                 if signalled is None or now - signalled > _REPEAT:
                     signalled = now
-                    os.killpg(0, signal.SIGINT)  # this process too, where it only sets `asked` again
+                    os.killpg(
+                        0, signal.SIGINT
+                    )  # reaches this process too, which only sets `should_stop` again
             if any(code is not None for code in codes):
                 first_end = first_end or now
             self._note_first_bad(codes)
             if stop_at and now - stop_at > SAVING:
                 self._kill(codes, f"the ranks did not save within {SAVING / 60:.0f} minutes")
             if first_end and now - first_end > (AFTER_END if self.first_bad is None else AFTER_DEATH):
-                self._kill(codes, "some ranks went on when others had ended")
+                self._kill(codes, "some ranks kept running after others had exited")
             self._listen()
         self._note_first_bad(codes)
         if self.first_bad is None:
@@ -97,31 +98,31 @@ class Supervisor:
         return INPUT_WRONG if INPUT_WRONG in codes else RUN_FAILED
 
     def _listen(self) -> None:
-        """Wait a moment for word on standard input."""
-        if self.deserted:
+        """Wait a moment for a command on standard input."""
+        if self.input_closed:
             time.sleep(_POLL)
         elif select.select([sys.stdin], [], [], _POLL)[0]:
-            word = os.read(sys.stdin.fileno(), 64)
-            if b"kill" in word:
+            command = os.read(sys.stdin.fileno(), 64)
+            if b"kill" in command:
                 os.killpg(0, signal.SIGKILL)
-            self.deserted = not word
-            self.asked = True
+            self.input_closed = not command
+            self.should_stop = True
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.should_stop = True
 
     def _note_first_bad(self, codes: list[int | None]) -> None:
         if self.first_bad is None:
             bad = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
-            # One that was killed comes before those that lost touch with it.
+            # A rank that was killed comes before those that lost their connection to it.
             self.first_bad = min(bad, key=lambda rank: ((codes[rank] or 0) > 0, rank), default=None)
 
     def _kill(self, codes: list[int | None], why: str) -> None:
         self._explain(codes, why)
-        os.killpg(0, signal.SIGKILL)  # ends this process too; whoever waits for it reads the ledger
+        os.killpg(0, signal.SIGKILL)  # kills this process too; its parent reads the ledger
 
     def _explain(self, codes: list[int | None], why: str) -> None:
-        """Leave word of a failure that no rank could write down itself."""
+        """Record a failure that no rank could record itself."""
         from hpc_rlhf.run.events import Failed
         from hpc_rlhf.run.ledger import Ledger
 
