@@ -40,8 +40,8 @@ def command(
     the check, the finding and, below it, the fix. The exit code is 1 if there is an error. For a sweep, the
     hub is checked for all runs, everything else for the first.
 
-    --json prints the list `findings`, each with check, level, said (the finding), cure (the fix) and where,
-    and the counts `errors` and `warnings`.
+    --json prints the list `findings`, each with check, level, message, fix and where, and the counts
+    `errors` and `warnings`.
     """
     spec = load(file, sets) if file is not None else None
     specs = specs_of(spec) if spec is not None else ()
@@ -81,7 +81,7 @@ def _blocks(findings: Sequence[Finding]) -> Iterator[RenderableType]:
         for column, width in zip(table.columns, (len("warning"), longest), strict=False):
             column.min_width, column.no_wrap = width, True
         for finding in (each for each in findings if each.where == where):
-            table.add_row(styled(finding.level), finding.check, finding.said)
-            if finding.cure:
-                table.add_row("", "", f"-> {finding.cure}")
+            table.add_row(styled(finding.level), finding.check, finding.message)
+            if finding.fix:
+                table.add_row("", "", f"-> {finding.fix}")
         yield Padding(table, (0, 0, 0, 2))

@@ -1,7 +1,7 @@
-"""What a run takes from the hub, and whether the cache holds all of it. Light: every rank asks it before it loads anything.
+"""What a run takes from the hub, and whether all of it is in the cache. Cheap to import: every rank checks before it loads.
 
-``hpc-rlhf prefetch`` leaves a record beside the cache of the files that a model or data set consists of. Only what such a
-record vouches for counts as cached: the cache's own folders do not tell a whole model from a half of one.
+``hpc-rlhf prefetch`` writes a record beside the cache, of the files that a model or data set has. Only what is in such a
+record counts as cached: the cache's own folders do not show whether a model is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class HubItem:
 
     Attributes:
         name: its id, such as facebook/opt-1.3b.
-        where: the field of the spec that names it first.
+        where: the first field of the spec that names it.
         subset, split: of a data set.
     """
 
@@ -47,20 +47,20 @@ class HubItem:
 
 
 def items(*specs: JobSpec) -> tuple[HubItem, ...]:
-    """What specs take from the hub, each once. A path that is local was made absolute when its spec was read."""
-    found: dict[tuple[str, ...], HubItem] = {}
+    """What specs take from the hub, each once. Local paths were made absolute when the spec was read."""
+    items: dict[tuple[str, ...], HubItem] = {}
     for spec in specs:
         for item in _items(spec):
-            found.setdefault(item.key, item)
-    return tuple(found.values())
+            items.setdefault(item.key, item)
+    return tuple(items.values())
 
 
 def _items(spec: JobSpec) -> tuple[HubItem, ...]:
-    found: dict[tuple[str, ...], HubItem] = {}
+    items: dict[tuple[str, ...], HubItem] = {}
     for field, ref in spec.models:
         if isinstance(ref, str) and not os.path.isabs(ref):
             item = HubItem("model", ref, f"models.{field}")
-            found.setdefault(item.key, item)
+            items.setdefault(item.key, item)
     sources: dict[str, SourceSpec] = {f"data.sources.{i}": each for i, each in enumerate(spec.data.sources)}
     for name in spec.stage_names:
         own = {f"stages.{name}.{field}": getattr(spec.stage(name), field) for field in kind_of(name).sources}
@@ -68,8 +68,8 @@ def _items(spec: JobSpec) -> tuple[HubItem, ...]:
     for where, source in sources.items():
         if source.path is not None and not os.path.isabs(source.path):
             item = HubItem("data set", source.path, where, source.subset, source.split)
-            found.setdefault(item.key, item)
-    return tuple(found.values())
+            items.setdefault(item.key, item)
+    return tuple(items.values())
 
 
 def cache() -> Path:
@@ -98,7 +98,7 @@ def _record(item: HubItem) -> Path:
 
 
 def remember(item: HubItem, files: Mapping[Path, int]) -> None:
-    """Write down that an item consists of these files, with their sizes in bytes, which are all in the cache."""
+    """Record that an item is in the cache and has these files, with their sizes in bytes."""
     root = folder(item.kind).resolve()
     text = json.dumps({os.path.relpath(path, root): size for path, size in files.items()}, indent=1)
     record = _record(item)
@@ -109,7 +109,7 @@ def remember(item: HubItem, files: Mapping[Path, int]) -> None:
 
 
 def recorded(item: HubItem) -> dict[str, int]:
-    """The files that an item consists of, below the cache, with their sizes; none where it was never fetched."""
+    """The files of an item, relative to the cache, with their sizes; empty if it was never fetched."""
     try:
         files: dict[str, int] = json.loads(_record(item).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -118,10 +118,10 @@ def recorded(item: HubItem) -> dict[str, int]:
 
 
 def missing(item: HubItem) -> str | None:
-    """Why an item cannot be taken from the cache alone; None when all of it is there."""
+    """Why an item is not completely in the cache; None if it is."""
     files = recorded(item)
     if not files:
-        return f"was not brought into {cache()}"
+        return f"is not in {cache()}"
     root = folder(item.kind)
     for name, size in files.items():
         try:
@@ -129,15 +129,15 @@ def missing(item: HubItem) -> str | None:
                 continue
         except OSError:
             pass
-        return f"has lost {root / name} from the cache"
+        return f"is incomplete: {root / name} is gone from the cache"
     return None
 
 
 def go_offline(spec: JobSpec) -> bool:
-    """Keep this process and its children from asking the hub, where the cache holds all that a spec needs.
+    """Keep this process and its children off the hub if the cache holds all that a spec needs.
 
-    To be called before anything of Hugging Face is imported. What the user has set stays as it is. Returns whether
-    the hub will not be asked because of this call.
+    Call it before importing any library of Hugging Face. The user's own setting wins. Returns whether this call turned the
+    hub off.
     """
     if OFFLINE in os.environ:
         return False

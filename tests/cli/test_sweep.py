@@ -65,7 +65,7 @@ def test_doctor_and_prefetch_cover_all_runs(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     models = ["facebook/opt-125m", "facebook/opt-350m"]
     result = cli("doctor", file, "--json", "--set", f"sweep={{models.actor: {json.dumps(models)}}}")
-    missing = [one["said"] for one in json.loads(result.stdout)["findings"] if one["check"] == "hub"]
+    missing = [one["message"] for one in json.loads(result.stdout)["findings"] if one["check"] == "hub"]
     assert all(any(name in line for line in missing) for name in models)
     sweep = load_any(file, [f"sweep={{models.actor: {json.dumps(models)}, seed: [1, 2]}}"])
     assert [item.name for item in items(*specs_of(sweep)) if item.kind == "model"] == models

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.estimate.stage_memory import stage_memory
+from hpc_rlhf.launch.doctor import clock, fit, machine, storage, visit
 from hpc_rlhf.launch.doctor import cluster as cluster_checks
-from hpc_rlhf.launch.doctor import fit, machine, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
@@ -84,21 +84,21 @@ def test_five_faults_of_a_machine_and_their_cures(tmp_path: Path, full_disk: Pat
     found = [Finding(**fields) for fields in answer["findings"]]
     assert answer["errors"] == len([finding for finding in found if finding.level == "error"])
     faults: dict[str, tuple[str, str]] = {
-        "packages": ("click is 7.0, but hpc-rlhf asks for >=8.1", 'pip install "click>=8.1"'),
-        "compiler": ("pin_memory must be built here, and g++ and ninja are missing", "module load gcc"),
-        "hub": ("model acme/tiny-1b was not brought into", "hpc-rlhf prefetch"),
+        "packages": ("click is 7.0, but hpc-rlhf requires >=8.1", 'pip install "click>=8.1"'),
+        "compiler": ("pin_memory must be built here, but g++ and ninja are missing", "module load gcc"),
+        "hub": ("model acme/tiny-1b is not in", "hpc-rlhf prefetch"),
         "mode": ("it is world-writable", "chmod o-w"),
         "disk": ("No space left on device", "remove old runs"),
     }
-    for check, (said, cure) in faults.items():
+    for check, (message, fix) in faults.items():
         of_check = [each for each in found if each.check == check and each.level == "error"]
-        assert any(said in each.said and cure in each.cure for each in of_check), (check, of_check)
+        assert any(message in each.message and fix in each.fix for each in of_check), (check, of_check)
 
 
 def test_what_does_not_fit_its_gpus_is_found_before_it_is_submitted(tmp_path: Path) -> None:
     def levels(gpu: str) -> list[tuple[str, str]]:
         found = list(fit.check(make_spec(tmp_path, {"gpu": gpu}, sft={})))
-        assert all(each.check == "memory" and (each.level == "ok") == (not each.cure) for each in found)
+        assert all(each.check == "memory" and (each.level == "ok") == (not each.fix) for each in found)
         return [(each.where, each.level) for each in found]
 
     assert levels("a100-80g") == [("sft", "ok")]
@@ -122,18 +122,18 @@ def test_a_parent_that_everybody_may_write_to(tmp_path: Path) -> None:
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     found = storage.check_trust(RunDir(open_to_all / "run"))
-    assert (found.level, "chmod +t" in found.cure) == ("warning", True)
+    assert (found.level, "chmod +t" in found.fix) == ("warning", True)
     open_to_all.chmod(0o1777)
     assert storage.check_trust(RunDir(open_to_all / "run")).level == "ok"
 
 
 def test_gpus_that_torch_does_not_find() -> None:
     cpu_build = machine.check(NO_CUDA, 2, {"bf16"}, True)
-    assert "would train on CPUs" in only(cpu_build, "torch").said
+    assert "would train on CPUs" in only(cpu_build, "torch").message
     no_driver = machine.check({**NO_CUDA, "cuda": "12.8"}, 2, {"bf16"}, True)
-    assert "finds 0 of the 2 GPUs" in only(no_driver, "torch").said
+    assert "finds 0 of the 2 requested GPUs" in only(no_driver, "torch").message
     old = machine.check({**NO_CUDA, "cuda": "12.8", "gpus": ["V100"] * 2, "bf16": False}, 2, {"bf16"}, True)
-    assert only(old, "precision").cure.startswith("set precision: fp16")
+    assert only(old, "precision").fix.startswith("set precision: fp16")
     assert only(machine.check(NO_CUDA, None, (), False), "torch").level == "ok"
 
 
@@ -163,17 +163,17 @@ def stages(spec: JobSpec, templates: Templates | None = None) -> list[Finding]:
 def test_a_sound_cluster_and_settings_it_would_refuse(in_slurm: Cluster, tmp_path: Path) -> None:
     sound = [*cluster_checks.check_settings(), *stages(make_spec(tmp_path / "run", {"partition": "low"}))]
     assert {finding.level for finding in sound} == {"ok"}, sound
-    assert only(sound, "preemption").said == "low: REQUEUE, 60 s of grace to save in"
+    assert only(sound, "preemption").message == "low: REQUEUE, with 60 s of grace time to save"
 
     wrong = stages(make_spec(tmp_path, {"partition": "gppu"}))
-    assert only(wrong, "partition").said == "there is no partition gppu"
-    assert "gpu, " in only(wrong, "partition").cure
+    assert only(wrong, "partition").message == "the cluster has no partition gppu"
+    assert "gpu, " in only(wrong, "partition").fix
     assert only(wrong, "partition").where == "sft, reward, ppo"
     assert only(stages(make_spec(tmp_path, {"partition": "low-now"})), "preemption").level == "warning"
     many = only(stages(make_spec(tmp_path, {"partition": "first", "nodes": 3})), "nodes")
-    assert many.said == "first has 2 nodes with 2 GPUs, the stage asks for 3"
+    assert many.message == "first has 2 nodes with 2 GPUs, the stage requests 3"
     memory = only(stages(make_spec(tmp_path, {"mem": "999G"})), "submission")
-    assert (memory.level, "sbatch would refuse the job" in memory.said) == ("error", True)
+    assert (memory.level, "sbatch would reject the job" in memory.message) == ("error", True)
 
 
 @contextmanager
@@ -210,15 +210,15 @@ def test_a_cluster_that_does_not_requeue_and_keeps_no_accounts(in_slurm: Cluster
     (tmp_path / "templates/_options.j2").write_text(ours.replace("#SBATCH --requeue\n", ""))
     with changed(in_slurm, *settings):
         found = cluster_checks.check_settings()
-        assert "keeps no accounts" in only(found, "accounting").said
-        assert "slurmdbd" in only(found, "accounting").cure
-        assert "MinJobAge to 300" in only(found, "job age").cure
+        assert "Slurm soon forgets" in only(found, "accounting").message
+        assert "slurmdbd" in only(found, "accounting").fix
+        assert "MinJobAge to 300" in only(found, "job age").fix
         asking = only(stages(make_spec(tmp_path / "run")), "requeue")
-        assert (asking.level, "JobRequeue=1" in asking.cure) == ("warning", True)
+        assert (asking.level, "JobRequeue=1" in asking.fix) == ("warning", True)
         silent = only(stages(make_spec(tmp_path / "run"), Templates(tmp_path)), "requeue")
-        assert (silent.level, "#SBATCH --requeue" in silent.cure) == ("error", True)
+        assert (silent.level, "#SBATCH --requeue" in silent.fix) == ("error", True)
         long = only(stages(make_spec(tmp_path / "run", {"partition": "first"})), "time limit")
-        assert long.cure.startswith("set slurm.time to at most 01:00:00")
+        assert long.fix.startswith("set slurm.time to at most 01:00:00")
 
 
 # On its nodes -------------------------------------------------------------------------------------
@@ -251,24 +251,25 @@ def test_nodes_that_do_not_share_the_folder_and_a_clock_that_is_ahead(
     assert any("Ctrl-C cancels it" in words for words in said)
     on = {finding.check: finding for finding in found}
     assert on["shared"].where == "node4"
-    assert "the run directory is not shared" in on["shared"].said
-    assert "file system that login and compute nodes share" in on["shared"].cure
+    assert "the run directory is not shared" in on["shared"].message
+    assert "file system that login and compute nodes share" in on["shared"].fix
     assert on["clock"].where == "node3"
     assert (
-        on["clock"].said == pytest.approx("600 s ahead of the controller's") or "ahead of" in on["clock"].said
+        on["clock"].message == pytest.approx("600 s ahead of the controller's")
+        or "ahead of" in on["clock"].message
     )
-    assert "chrony" in on["clock"].cure
+    assert "chrony" in on["clock"].fix
     assert on["clock"].level == "error"
     assert on["packages"].level == "ok"
-    assert "would train on CPUs" in on["torch"].said
+    assert "would train on CPUs" in on["torch"].message
     assert list(shared.iterdir()) == []
 
 
 def test_a_clock_that_agrees_and_one_that_does_not(
     in_slurm: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert abs(cluster_checks.clock_skew()) < 1
+    assert abs(clock.skew()) < 1
     real = time.time
-    monkeypatch.setattr(cluster_checks.time, "time", lambda: real() - 30)
-    skew = cluster_checks.judge_skew(cluster_checks.clock_skew())
-    assert (skew.level, skew.said.endswith("behind the controller's")) == ("warning", True)
+    monkeypatch.setattr(clock.time, "time", lambda: real() - 30)
+    skew = clock.check(clock.skew())
+    assert (skew.level, skew.message.endswith("behind the controller's")) == ("warning", True)

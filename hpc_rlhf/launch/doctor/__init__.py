@@ -1,4 +1,4 @@
-"""The doctor: whether a run would find what it needs, here, in Slurm and on the nodes."""
+"""The doctor: checks whether a run has what it needs on this machine, in Slurm and on the nodes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hpc_rlhf.spec.job import JobSpec
 
 
 def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say: visit.Say) -> list[Finding]:
-    """Look at this machine and at Slurm; with a spec, at what it needs of them; and at the nodes it would run on.
+    """Check this machine and Slurm; with a spec, what it needs of them, and the nodes it would run on.
 
     Args:
-        specs: of one run, of the runs of a sweep, or none. All are looked at for what they take from the hub, the first
-            for everything else.
+        specs: the spec of a run, of every run of a sweep, or none. All are checked for what they take from the hub, the
+            first for everything else.
         beside: folder of the job file; templates in its ``templates/`` win over ours.
-        on_cluster: submit a short job that looks at the nodes, and wait for it.
-        say: is told what is waited for.
+        on_cluster: submit a short job that checks the nodes, and wait for it.
+        say: called with progress messages.
 
     Raises:
         HpcRlhfError: ``on_cluster`` without a spec or without Slurm, or a spec that makes no plan.
@@ -40,8 +40,8 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
     if commands.available():
         findings += _slurm(plan, templates)
     elif spec is not None:
-        said = "no commands of Slurm are on PATH: hpc-rlhf run will work here, hpc-rlhf submit will not"
-        findings.append(warning("slurm", said, "to submit, go to a login node of the cluster"))
+        message = "Slurm's commands are not on PATH: hpc-rlhf run works here, hpc-rlhf submit does not"
+        findings.append(warning("slurm", message, "to submit, use a login node of the cluster"))
     if spec is None or plan is None:
         return findings
     findings += [*hub.check(specs), *fit.check(spec)]
@@ -53,7 +53,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
                 storage.check_space(folder, disk.run_bytes(spec)),
             ]
             if on_cluster and cluster.unfit(findings):
-                say("no job was submitted: Slurm would refuse it")
+                say("no job was submitted: Slurm would reject it")
             elif on_cluster:
                 findings += visit.visit(spec, plan, templates, folder, ops, say)
     except OSError as problem:
@@ -87,5 +87,7 @@ def _slurm(plan: Plan | None, templates: Templates) -> list[Finding]:
         ]
     except HpcRlhfError as problem:
         return [
-            error("slurm", problem.message, "see whether the controller is up: scontrol ping").at("slurm")
+            error("slurm", problem.message, "check with scontrol ping whether the controller is up").at(
+                "slurm"
+            )
         ]

@@ -1,4 +1,4 @@
-"""What the doctor says: one finding for each thing it looked at."""
+"""A finding of the doctor: the result of one check."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ Level = Literal["ok", "warning", "error"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one thing.
+    """The result of one check.
 
     Attributes:
-        check: what was looked at, such as requeue.
-        level: error where a run would fail or could not survive; warning where it may.
-        said: what was found, in a sentence.
-        cure: what to do about it; empty where nothing is to be done.
-        where: the machine or nodes, or the stages, that it holds for.
+        check: what was checked, such as requeue.
+        level: error if a run would fail or could not survive a preemption; warning if it might.
+        message: what was found, in one sentence.
+        fix: what to do about it; empty if nothing needs to be done.
+        where: the machine, nodes or stages that it applies to.
     """
 
     check: str
     level: Level
-    said: str
-    cure: str = ""
+    message: str
+    fix: str = ""
     where: str = "here"
 
     def at(self, where: str) -> Finding:
         return replace(self, where=where)
 
 
-def ok(check: str, said: str) -> Finding:
-    return Finding(check, "ok", said)
+def ok(check: str, message: str) -> Finding:
+    return Finding(check, "ok", message)
 
 
-def warning(check: str, said: str, cure: str) -> Finding:
-    return Finding(check, "warning", said, cure)
+def warning(check: str, message: str, fix: str) -> Finding:
+    return Finding(check, "warning", message, fix)
 
 
-def error(check: str, said: str, cure: str) -> Finding:
-    return Finding(check, "error", said, cure)
+def error(check: str, message: str, fix: str) -> Finding:
+    return Finding(check, "error", message, fix)

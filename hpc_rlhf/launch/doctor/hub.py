@@ -1,4 +1,4 @@
-"""Whether a run's models and data are in the cache, or the hub gives them."""
+"""Checks whether a run's models and data are in the cache or available on the hub."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ _SECONDS = 10
 
 
 def check(specs: Sequence[JobSpec]) -> list[Finding]:
-    """One finding for each model and data set of the hub that specs name."""
+    """Check the models and data sets that specs take from the hub."""
     items = hub.items(*specs)
     if not items:
-        return [ok("hub", "the spec takes nothing from the hub")]
+        return [ok("hub", "the spec uses nothing from the hub")]
     absent = {item: why for item in items if (why := hub.missing(item))}
     if not absent:
         return [
-            ok("hub", f"all of {len(items)} in {hub.cache()}: jobs with this HF_HOME will not ask the hub")
+            ok("hub", f"all {len(items)} in {hub.cache()}: jobs with this HF_HOME will not contact the hub")
         ]
     return [_absent(item, why) for item, why in absent.items()]
 
 
 def _absent(item: HubItem, why: str) -> Finding:
-    prefetch = (
-        "hpc-rlhf prefetch FILE brings it into the cache, on a machine with a network and the same HF_HOME"
-    )
+    prefetch = "run hpc-rlhf prefetch FILE on a machine with network access and the same HF_HOME"
     if os.environ.get(hub.OFFLINE, "0").upper() not in ("0", "", "NO", "OFF", "FALSE"):
         return error("hub", f"{item} {why}, and {hub.OFFLINE} is set", prefetch)
     try:
@@ -40,11 +38,13 @@ def _absent(item: HubItem, why: str) -> Finding:
         return error("hub", f"{item} {why}, and the hub cannot be reached from here ({problem})", prefetch)
     except HpcRlhfError as problem:
         return error("hub", f"{problem.where}: {problem.message}", str(problem.hint))
-    return warning("hub", f"{item} {why}; the hub has it, and every rank would ask for it there", prefetch)
+    return warning(
+        "hub", f"{item} {why}; the hub has it, but every rank would download it from there", prefetch
+    )
 
 
 def _ask(item: HubItem) -> None:
-    """Raise what keeps the hub from giving an item."""
+    """Raise the reason why the hub does not provide an item."""
     from huggingface_hub import HfApi
 
     with explained(item):

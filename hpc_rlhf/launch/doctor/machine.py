@@ -1,4 +1,4 @@
-"""What torch and DeepSpeed find on a machine, against what the stages that run there need."""
+"""Checks what torch and DeepSpeed find on a machine against what its stages need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECONDS = 240
 
 
 def ask(ops: Sequence[str]) -> dict[str, object] | Finding:
-    """What ``hpc_rlhf.train.machine`` answers, in a process of its own; a finding where it gives no answer."""
+    """The output of ``hpc_rlhf.train.machine``, in a separate process, or a finding if it fails."""
     command = [sys.executable, "-m", "hpc_rlhf.train.machine", *ops]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
@@ -25,23 +25,23 @@ def ask(ops: Sequence[str]) -> dict[str, object] | Finding:
     except subprocess.TimeoutExpired:
         return error(
             "torch",
-            f"torch and DeepSpeed do not load within {_SECONDS} s",
-            "put the environment on a faster file system, or look for a driver that hangs: nvidia-smi",
+            f"torch and DeepSpeed did not load within {_SECONDS} s",
+            "put the environment on a faster file system, or check with nvidia-smi whether the driver hangs",
         )
     except ValueError:
         facts = {}
     if not facts:
-        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         return error(
             "torch",
-            f"torch or DeepSpeed does not load: {said}",
-            'see it whole: python -c "import torch, deepspeed"',
+            f"torch or DeepSpeed does not load: {reason}",
+            'see the whole error with: python -c "import torch, deepspeed"',
         )
     return facts
 
 
 def ops_needed(configs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The DeepSpeed ops that are built or loaded for rendered DeepSpeed configs. Our own templates need none."""
+    """The DeepSpeed ops that rendered DeepSpeed configs need. The built-in templates need none."""
     ops = {"pin_memory"} if os.environ.get("DS_PIN_MEMORY_BACKEND") == "native" else set()
     for config in configs:
         zero = config.get("zero_optimization", {})
@@ -56,48 +56,48 @@ def ops_needed(configs: Iterable[Mapping[str, Any]]) -> list[str]:
 def check(
     facts: Mapping[str, Any], gpus: int | None, precisions: Iterable[str], spread: bool
 ) -> list[Finding]:
-    """Judge what a machine is.
+    """Judge a machine.
 
     Args:
-        facts: of ``ask``.
-        gpus: that a rank should find; None where nothing is trained on this machine, as on a login node.
-        precisions: of the stages.
+        facts: from ``ask``.
+        gpus: number that a rank should find; None if nothing trains on this machine, as on a login node.
+        precisions: precisions of the stages.
         spread: whether a stage has several ranks.
     """
-    found = len(facts["gpus"])
+    count = len(facts["gpus"])
     build = f"torch {facts['torch']}, {'CUDA ' + facts['cuda'] if facts['cuda'] else 'built without CUDA'}"
     names = ", ".join(dict.fromkeys(facts["gpus"]))
-    findings = [ok("torch", f"{build}; {found} GPU{'s' * (found != 1)}{f' ({names})' if names else ''}")]
+    findings = [ok("torch", f"{build}; {count} GPU{'s' * (count != 1)}{f' ({names})' if names else ''}")]
     if gpus:
-        findings = [_gpus(facts, found, gpus, build, findings[0])]
-        if found and "bf16" in precisions and not facts["bf16"]:
+        findings = [_gpus(facts, count, gpus, build, findings[0])]
+        if count and "bf16" in precisions and not facts["bf16"]:
             findings.append(
-                error("precision", f"{names} does not compute in bf16", "set precision: fp16 for the stages")
+                error("precision", f"{names} does not support bf16", "set precision: fp16 for the stages")
             )
-        if found and spread and facts["nccl"]:
+        if count and spread and facts["nccl"]:
             findings.append(ok("nccl", facts["nccl"]))
     findings.append(ok("deepspeed", f"{facts['deepspeed']} on accelerator {facts['accelerator']}"))
     return [*findings, *_ops(facts["ops"])]
 
 
-def _gpus(facts: Mapping[str, object], found: int, wanted: int, build: str, fine: Finding) -> Finding:
-    if found >= wanted:
-        return fine
+def _gpus(facts: Mapping[str, object], count: int, wanted: int, build: str, sound: Finding) -> Finding:
+    if count >= wanted:
+        return sound
     if not facts["cuda"]:
         return error(
             "torch",
-            f"{build}, where each node is asked for {wanted} GPU{'s' * (wanted > 1)}: the stages would train on CPUs",
-            "install the build of torch for your CUDA driver, or set slurm.gpus_per_node: 0 and ranks_per_node",
+            f"{build}, but the spec requests {wanted} GPU{'s' * (wanted > 1)} per node: the stages would train on CPUs",
+            "install the torch build for your CUDA driver, or set slurm.gpus_per_node: 0 and ranks_per_node",
         )
     return error(
         "torch",
-        f"{build}, but it finds {found} of the {wanted} GPUs asked for",
-        "see whether nvidia-smi finds them, and that CUDA_VISIBLE_DEVICES and the driver suit this torch",
+        f"{build}, but it finds {count} of the {wanted} requested GPUs",
+        "check that nvidia-smi lists them, and that CUDA_VISIBLE_DEVICES and the driver match this torch",
     )
 
 
 def _ops(ops: Mapping[str, Mapping[str, object]]) -> list[Finding]:
-    """Ops that are neither built nor can be."""
+    """Check that ops are built, or can be."""
     to_build = sorted(name for name, state in ops.items() if not state["built"])
     programs = {"g++": (os.environ.get("CXX") or "c++").split()[0], "ninja": "ninja"}
     if any(ops[name]["cuda"] for name in to_build):
@@ -107,27 +107,25 @@ def _ops(ops: Mapping[str, Mapping[str, object]]) -> list[Finding]:
     )
     absent = [name for name, program in programs.items() if shutil.which(program, path=folders) is None]
     if not to_build:
-        said = "no DeepSpeed op has to be built" + (
-            "" if not absent else f"; {' and '.join(absent)} would be missing"
-        )
-        return [ok("compiler", said)]
+        message = "no DeepSpeed op has to be built"
+        return [ok("compiler", message + (f"; {' and '.join(absent)} would be missing" if absent else ""))]
     named = " and ".join(to_build)
     if absent:
         return [
             error(
                 "compiler",
-                f"DeepSpeed's {named} must be built here, and {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing",
+                f"DeepSpeed's {named} must be built here, but {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing",
                 "load a compiler in slurm.setup, such as `module load gcc cuda` (ninja: pip install ninja), "
-                f"or build before: {ops[to_build[0]]['variable']}=1 pip install --no-build-isolation deepspeed",
+                f"or build it ahead: {ops[to_build[0]]['variable']}=1 pip install --no-build-isolation deepspeed",
             )
         ]
-    unfit = [name for name in to_build if not ops[name]["possible"]]
-    if unfit:
+    impossible = [name for name in to_build if not ops[name]["possible"]]
+    if impossible:
         return [
             warning(
                 "compiler",
-                f"DeepSpeed says that {' and '.join(unfit)} cannot be built here",
-                "ask it why: ds_report",
+                f"DeepSpeed reports that {' and '.join(impossible)} cannot be built here",
+                "see why with ds_report",
             )
         ]
-    return [ok("compiler", f"there, for DeepSpeed's {named}")]
+    return [ok("compiler", f"available to build DeepSpeed's {named}")]

@@ -1,4 +1,4 @@
-"""Whether Python and the packages here are those that hpc-rlhf, and they among themselves, ask for."""
+"""Checks the versions of Python and of all packages against what hpc-rlhf and the packages themselves require."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _NAME = "hpc-rlhf"
 
 
 def check() -> list[Finding]:
-    """Python's version, and those of all packages that hpc-rlhf needs, directly or not."""
+    """Check Python's version, and those of all direct and indirect requirements."""
     from packaging.specifiers import SpecifierSet
 
     try:
-        asked = metadata.metadata(_NAME)["Requires-Python"]
+        required = metadata.metadata(_NAME)["Requires-Python"]
     except metadata.PackageNotFoundError:
         return [
             error(
@@ -26,49 +26,51 @@ def check() -> list[Finding]:
             )
         ]
     version = platform.python_version()
-    if SpecifierSet(asked).contains(version, prereleases=True):
-        python = ok("python", f"{version}, asked for is {asked}")
+    if SpecifierSet(required).contains(version, prereleases=True):
+        python = ok("python", f"{version} ({required} is required)")
     else:
         python = error(
-            "python", f"{version}, but {asked} is asked for", f"make an environment with Python {asked}"
+            "python",
+            f"{version}, but {required} is required",
+            f"create an environment with Python {required}",
         )
     names: set[str] = set()
     clashes = list(dict.fromkeys(_clashes(names)))
     if clashes:
         return [python, *clashes]
-    return [python, ok("packages", f"{len(names)} packages, each in the versions that the others ask for")]
+    return [python, ok("packages", f"{len(names)} packages, in versions that satisfy each other")]
 
 
 def _clashes(names: set[str]) -> Iterator[Finding]:
-    """What asks for a package that is missing or of another version. Fills in the names of all that were looked at."""
+    """Packages that are missing or of a wrong version. Adds the names of all that were checked to ``names``."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     todo = [(_NAME, "")]
-    seen = set(todo)
+    known = set(todo)
     while todo:
-        asking, extra = todo.pop()
-        for line in metadata.requires(asking) or ():
+        package, extra = todo.pop()
+        for line in metadata.requires(package) or ():
             need = Requirement(line)
             if need.marker is not None and not need.marker.evaluate({"extra": extra}):
                 continue
             try:
                 version = metadata.version(need.name)
             except metadata.PackageNotFoundError:
-                yield error("packages", f"{need.name} is missing; {asking} needs it", _install(need))
+                yield error("packages", f"{need.name} is missing; {package} needs it", _install(need))
                 continue
             names.add(canonicalize_name(need.name))
             if not need.specifier.contains(version, prereleases=True):
                 yield error(
                     "packages",
-                    f"{need.name} is {version}, but {asking} asks for {need.specifier}",
+                    f"{need.name} is {version}, but {package} requires {need.specifier}",
                     _install(need),
                 )
-            new = {(canonicalize_name(need.name), each) for each in ("", *need.extras)} - seen
-            seen |= new
+            new = {(canonicalize_name(need.name), each) for each in ("", *need.extras)} - known
+            known |= new
             todo.extend(sorted(new))
 
 
 def _install(need: object) -> str:
     text = str(need).partition(";")[0].strip()
-    return f'pip install "{text}" (with -c constraints.txt, the versions that were tested)'
+    return f'pip install "{text}" (add -c constraints.txt for the tested versions)'

@@ -1,5 +1,7 @@
-"""``python -m hpc_rlhf.launch.doctor.probe FOLDER STAGE OP…``: what a node says of itself, left in a folder of the run directory
-as NODE.json: a list of findings."""
+"""``python -m hpc_rlhf.launch.doctor.probe FOLDER STAGE OP…``: check the node it runs on.
+
+Writes a list of findings to FOLDER/NODE.json, in the run directory.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor import cluster, hub, machine, packages, storage
+from hpc_rlhf.launch.doctor import clock, hub, machine, packages, storage
 from hpc_rlhf.launch.doctor.finding import Finding, error
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
@@ -22,7 +24,7 @@ from hpc_rlhf.spec.load import read_spec
 
 
 def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list[Finding]:
-    """All that a node can tell that runs this stage."""
+    """Check a node that runs a stage."""
     wanted = spec.stage(stage).slurm
     findings = [storage.check_writes(folder, RunDir(Path(spec.run_dir))), *packages.check()]
     facts = machine.ask(ops)
@@ -33,19 +35,21 @@ def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list
         findings += machine.check(facts, wanted.gpus_per_node, precisions, wanted.ranks > 1)
     if commands.available():
         try:
-            findings.append(cluster.judge_skew(cluster.clock_skew()))
+            findings.append(clock.check(clock.skew()))
         except HpcRlhfError as problem:
             findings.append(
-                error("slurm", f"the controller does not answer a node: {problem.message}", _FROM_NODES)
+                error(
+                    "slurm", f"the controller does not respond to this node: {problem.message}", _FROM_NODES
+                )
             )
     elif wanted.heal.enabled and wanted.container is None:
         findings.append(
-            error("slurm", "Slurm's commands are not on PATH, and sentinels need them", _FROM_NODES)
+            error("slurm", "Slurm's commands are not on PATH, but sentinels need them", _FROM_NODES)
         )
     return [*findings, *hub.check([spec])]
 
 
-_FROM_NODES = "set slurm.heal.enabled: false, or have an administrator allow nodes to submit jobs"
+_FROM_NODES = "set slurm.heal.enabled: false, or ask an administrator to allow nodes to submit jobs"
 
 
 def main(folder: Path, stage: str, ops: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What Slurm's controller tells of the site: its settings, partitions and nodes, and whether it would take a script."""
+"""What Slurm's controller reports: settings, partitions and nodes, and whether it would accept a script."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from hpc_rlhf.slurm import commands
 
 
 def configuration() -> dict[str, str]:
-    """The cluster's settings as its controller has them; under "" the line that tells when, by the controller's clock.
+    """The cluster's settings; under "" the first line, which has the time of the controller's clock.
 
     Raises:
-        HpcRlhfError: the controller gives no answer.
+        HpcRlhfError: the controller does not respond.
     """
     lines = commands.run(["scontrol", "show", "config"]).splitlines()
     pairs = (line.partition("=") for line in lines if "=" in line)
@@ -20,26 +20,26 @@ def configuration() -> dict[str, str]:
 
 
 def partitions() -> dict[str, dict[str, str]]:
-    """What ``scontrol show partition`` knows of each, by name.
+    """The fields of ``scontrol show partition``, by partition.
 
     Raises:
-        HpcRlhfError: the controller gives no answer.
+        HpcRlhfError: the controller does not respond.
     """
     records = _records(commands.run(["scontrol", "--oneliner", "show", "partition"]))
     return {record["PartitionName"]: record for record in records if "PartitionName" in record}
 
 
 def nodes() -> list[dict[str, str]]:
-    """What ``scontrol show node`` knows of each.
+    """The fields of ``scontrol show node``, for each node.
 
     Raises:
-        HpcRlhfError: the controller gives no answer.
+        HpcRlhfError: the controller does not respond.
     """
     return _records(commands.run(["scontrol", "--oneliner", "show", "node"]))
 
 
 def accounting_problem() -> str | None:
-    """Why sacct does not answer; None where it does."""
+    """Why sacct fails; None if it works."""
     try:
         commands.run(["sacct", "--noheader", "--jobs=1"])
     except HpcRlhfError as error:
@@ -48,16 +48,16 @@ def accounting_problem() -> str | None:
 
 
 def test(script: Path) -> None:
-    """Let sbatch judge a script without submitting it.
+    """Let sbatch check a script without submitting it.
 
     Raises:
-        HpcRlhfError: it would be refused; the message is sbatch's.
+        HpcRlhfError: it would be rejected; the message is sbatch's.
     """
     commands.run(["sbatch", "--test-only", str(script)])
 
 
 def _records(text: str) -> list[dict[str, str]]:
-    """Lines of NAME=VALUE words, each as a mapping; of a name that comes twice, the first."""
+    """Lines of NAME=VALUE words, each as a mapping; the first of repeated names counts."""
     records = []
     for line in text.splitlines():
         fields: dict[str, str] = {}

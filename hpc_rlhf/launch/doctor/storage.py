@@ -1,4 +1,4 @@
-"""Whether the run directory can be written and trusted, and has the space that checkpoints take."""
+"""Checks whether the run directory can be written and trusted, and has space for checkpoints."""
 
 from __future__ import annotations
 
@@ -15,49 +15,45 @@ from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.run import ownership
 from hpc_rlhf.run.layout import RunDir
 
-# Beside what a run needs: logs, metrics, data.
+# For logs, metrics and data, beside models and checkpoints.
 _LEAST_FREE = 10**9
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def scratch(run: RunDir) -> Iterator[Path]:
-    """A folder of its own in the run directory; afterwards all is as it was.
+    """A temporary folder in the run directory. Removes it, and any folder created for it.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
-    made = [path for path in (run.path, *run.path.parents) if not path.exists()]
+    created = [path for path in (run.path, *run.path.parents) if not path.exists()]
     folder = run.path / f".doctor-{os.getpid()}-{os.urandom(4).hex()}"
     try:
-        for path in reversed(made):
+        for path in reversed(created):
             path.mkdir(mode=0o700 if path == run.path else 0o777)
         folder.mkdir(mode=0o700)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for path in made:
+        for path in created:
             if path.exists() and not any(path.iterdir()):
                 path.rmdir()
 
 
 def refused(run: RunDir, problem: OSError) -> Finding:
-    """What to say of a run directory in which nothing can be written."""
-    said = f"{run.path} cannot be written: {problem.strerror}"
+    """The finding for a run directory that cannot be written."""
+    message = f"{run.path} cannot be written: {problem.strerror}"
     if problem.errno in _FULL:
-        return error("disk", said, _MORE_SPACE)
-    return error(
-        "run directory", said, "set run_dir to a folder that you may write to, on a disk all nodes share"
-    )
+        return error("disk", message, _MORE_SPACE)
+    return error("run directory", message, "set run_dir to a writable folder on a disk that all nodes share")
 
 
-_MORE_SPACE = (
-    "remove old runs (their checkpoints first) or ask for a larger quota, or set run_dir to another disk"
-)
+_MORE_SPACE = "remove old runs (checkpoints first), ask for a larger quota, or set run_dir to another disk"
 
 
 def check_trust(run: RunDir) -> Finding:
-    """Whether others could put something into the run directory."""
+    """Check that no one else can write to the run directory."""
     try:
         ownership.check(run)
     except HpcRlhfError as problem:
@@ -67,14 +63,14 @@ def check_trust(run: RunDir) -> Finding:
     if facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
         return warning(
             "mode",
-            f"{above}, which everybody may write to, holds the run directory: anyone could put another in its place",
+            f"{above}, which holds the run directory, is writable by everyone: others could replace the run directory",
             f"chmod +t {above}, or set run_dir below a folder of your own",
         )
-    return ok("mode", "nobody else may write to the run directory")
+    return ok("mode", "only you can write to the run directory")
 
 
 def check_writes(folder: Path, run: RunDir) -> Finding:
-    """Whether a file is written, synced and renamed over another, in a folder of a run directory, as a checkpoint is."""
+    """Check that a file can be written, synced and renamed over another, as checkpoints are."""
     old, new = folder / f"old-{os.getpid()}", folder / f"new-{os.getpid()}"
     data = os.urandom(2**20)
     try:
@@ -97,36 +93,34 @@ def check_writes(folder: Path, run: RunDir) -> Finding:
         for path in (old, new):
             path.unlink(missing_ok=True)
     if not whole:
-        return error("run directory", "a file renamed over another is not what was written", _POSIX)
+        return error("run directory", "a file renamed over another has the wrong content", _POSIX)
     if others:
-        return error(
-            "run directory", f"a folder made for its owner alone has the mode {others:03o} for others", _POSIX
-        )
-    return ok("run directory", f"{run.path}: writes, syncs and renames behave")
+        return error("run directory", f"a private folder has mode {others:03o} for others", _POSIX)
+    return ok("run directory", f"{run.path}: writing, syncing and renaming work")
 
 
 _POSIX = "set run_dir to a POSIX file system such as NFS, Lustre or GPFS, not an object store or a share without modes"
 
 
 def check_space(folder: Path, needed: int | None) -> Finding:
-    """Whether there is room for a run.
+    """Check that there is space for a run.
 
     Args:
-        folder: in the run directory.
-        needed: bytes, roughly; None where that is not known.
+        folder: a folder in the run directory.
+        needed: bytes, roughly; None if unknown.
     """
     facts = os.statvfs(folder)
     free = facts.f_bavail * facts.f_frsize
     room = f"{_gigabytes(free)} free"
     if needed is None:
-        needed, wants = 0, "the models' sizes are not known, so neither is what checkpoints take"
+        needed, use = 0, "checkpoints need an unknown amount, as the models' sizes are unknown"
     else:
-        wants = f"checkpoints and models take about {_gigabytes(needed)}"
+        use = f"checkpoints and models need about {_gigabytes(needed)}"
     if free < max(needed, _LEAST_FREE):
-        return error("disk", f"{room}; {wants}", _MORE_SPACE)
+        return error("disk", f"{room}; {use}", _MORE_SPACE)
     if free < 1.5 * needed:
-        return warning("disk", f"{room}; {wants}, which is close", _MORE_SPACE)
-    return ok("disk", f"{room}; {wants}")
+        return warning("disk", f"{room}, which is close; {use}", _MORE_SPACE)
+    return ok("disk", f"{room}; {use}")
 
 
 def _gigabytes(count: int) -> str:
