@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Install Apptainer for the test of containers (tests/cluster/), when this is Debian and this user is root; elsewhere, or
-# when that fails, the test is skipped.
-# Debian has it in its unstable suite alone, whose C library is newer than a stable system's. So it is unpacked with its
-# libraries into .venv/apptainer, and its programs are told to look for them there.
+# Install Apptainer for the container test (tests/cluster/), on Debian as root. Elsewhere, or if this fails, the test is
+# skipped.
+# Debian has it only in unstable, with a newer C library than a stable system's. So it is unpacked with its libraries
+# into .venv/apptainer, and its programs are patched to find them there.
 set -euo pipefail
 
 into=$(realpath "$(dirname "$0")/..")/.venv/apptainer
@@ -37,7 +37,7 @@ install() {
     done
     rm -rf "$into"
     mv "$work/unpacked" "$into"
-    # Some sandboxes let nobody start a container.
+    # Some sandboxes do not allow containers.
     mkdir -p "$work"/image/{bin,usr}
     ln -s usr/lib "$work/image/lib"
     ln -s usr/lib64 "$work/image/lib64"
@@ -51,4 +51,4 @@ if command -v apt-get >/dev/null && ((EUID == 0)) && [[ $(uname -m) == x86_64 ]]
     trap 'rm -rf "$work"' EXIT
     install && exit 0
 fi
-echo "Going on without Apptainer: the test of it is skipped." >&2
+echo "Continuing without Apptainer: its test is skipped." >&2

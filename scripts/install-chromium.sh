@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Install the browser that the report is tried in from Debian's packages, when this user may.
+# Install the browser for the report's tests from Debian's packages, as root.
 # Elsewhere those tests are skipped, unless HPC_RLHF_REQUIRE_CHROMIUM=1.
 set -euo pipefail
 
 command -v chromium >/dev/null && exit 0
 
 if ! command -v apt-get >/dev/null || ((EUID != 0)); then
-    echo "The report is tried in chromium, which is installed here only on Debian, by root." >&2
+    echo "The report's tests need chromium; this script installs it only on Debian, as root." >&2
     [[ ${HPC_RLHF_REQUIRE_CHROMIUM:-} != 1 ]] || exit 1
-    echo "Going on without: tests that need a browser are skipped." >&2
+    echo "Continuing without: tests that need a browser are skipped." >&2
     exit 0
 fi
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install the programs of the test cluster (tests/cluster/) from Debian's packages, when this user may.
-# Elsewhere it says what is missing and the tests that need Slurm are skipped, unless HPC_RLHF_REQUIRE_SLURM=1.
+# Install the programs of the test cluster (tests/cluster/) from Debian's packages, as root.
+# Elsewhere it prints what is missing, and tests that need Slurm are skipped, unless HPC_RLHF_REQUIRE_SLURM=1.
 set -euo pipefail
 
 PATH="$PATH:/usr/sbin:/sbin"
@@ -11,13 +11,13 @@ done
 ((${#missing[@]} == 0)) && exit 0
 
 if ! command -v apt-get >/dev/null || ((EUID != 0)); then
-    echo "The test cluster needs ${missing[*]}; they are installed here only on Debian, by root." >&2
+    echo "The test cluster needs ${missing[*]}; this script installs them only on Debian, as root." >&2
     [[ ${HPC_RLHF_REQUIRE_SLURM:-} != 1 ]] || exit 1
-    echo "Going on without: tests that need Slurm are skipped." >&2
+    echo "Continuing without: tests that need Slurm are skipped." >&2
     exit 0
 fi
 
-# The packages start their services as they are installed. The tests bring their own; keep those down.
+# The packages start their services on installation. The tests start their own, so keep those down.
 policy=/usr/sbin/policy-rc.d
 if [[ ! -e $policy ]]; then
     printf '#!/bin/sh\nexit 101\n' >"$policy"

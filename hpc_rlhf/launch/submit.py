@@ -1,4 +1,4 @@
-"""Submit a run's stages to Slurm as a graph of dependent jobs, or attach to what is already there."""
+"""Submit a run's stages to Slurm as a graph of dependent jobs, or attach to the jobs that exist already."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from hpc_rlhf.spec.job import JobSpec
 def submit(
     spec: JobSpec, beside: Path | None = None, lent: Mapping[str, RunDir] | None = None
 ) -> list[Outcome]:
-    """Submit every stage that is neither done nor queued or running already.
+    """Submit every stage that is neither finished nor queued nor running.
 
     Args:
         spec: the job spec.
         beside: folder of the job file; templates in its ``templates/`` win over ours.
-        lent: runs of the same sweep that train stages for this one, by stage. They were submitted before.
+        lent: runs of the same sweep that train stages for this one, by stage; submitted before.
 
     Raises:
-        HpcRlhfError: there is no Slurm here, Slurm refused a job, or the run directory belongs to another spec.
+        HpcRlhfError: there is no Slurm here, Slurm rejects a job, or the run directory belongs to another spec.
     """
     require_slurm()
     with claim(spec, "hpc-rlhf submit") as run:
@@ -43,7 +43,7 @@ def preview(plan: Plan, spec: JobSpec, beside: Path | None = None) -> dict[str, 
     """The sbatch command of every stage that submit would send, if none of the run's jobs are live. Touches nothing.
 
     Raises:
-        HpcRlhfError: submit would refuse, because the run directory belongs to another spec.
+        HpcRlhfError: the run directory belongs to another spec.
     """
     templates = Templates(beside)
     refuse_changes(plan.run, spec, live=False)
@@ -79,7 +79,7 @@ def _send_missing(chain: Chain) -> list[Outcome]:
 
 
 def _undone(chain: Chain, error: HpcRlhfError) -> HpcRlhfError:
-    """Cancel what this call has sent: a part of a graph is of no use."""
+    """Cancel the jobs that this call has submitted: part of a graph is useless."""
     if not chain.sent:
         return error
     commands.cancel([*chain.posted, *chain.sent.values()])

@@ -21,7 +21,7 @@ def gigabytes(actor: object) -> float:
     return (run_bytes(of_actor(actor)) or 0) / 1e9
 
 
-def test_the_files_of_a_folder_count_and_not_a_number_in_its_name(tmp_path: Path) -> None:
+def test_a_folders_files_count_before_a_number_in_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "opt-13b-distilled"
     folder.mkdir()
     assert gigabytes(str(folder)) > 300  # nothing but its name is known
@@ -30,7 +30,7 @@ def test_the_files_of_a_folder_count_and_not_a_number_in_its_name(tmp_path: Path
     assert 2 < gigabytes(str(folder)) < 10
 
 
-def test_a_configuration_counts_before_all_else(tmp_path: Path) -> None:
+def test_a_configuration_counts_first(tmp_path: Path) -> None:
     folder = tmp_path / "opt-13b-distilled"
     folder.mkdir()
     fields = '"vocab_size": 500, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4'

@@ -1,4 +1,4 @@
-"""What a stage holds on each GPU, by closed forms; ``make plan-check`` holds it against what is measured."""
+"""Memory of a stage, by closed forms. ``make plan-check`` compares it with measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokens(spec: JobSpec, micro: int) -> int:
     return micro * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
 
 
-def test_each_zero_stage_shares_out_one_part_more() -> None:
+def test_each_zero_stage_shards_one_more_part() -> None:
     none, first, second, third = (sft(zero=zero) for zero in range(4))
     assert none.always == {"weights": 2 * COUNT, "optimizer": 12 * COUNT}
     assert first.always == second.always == {"weights": 2 * COUNT, "optimizer": 6 * COUNT}
@@ -35,20 +35,20 @@ def test_each_zero_stage_shares_out_one_part_more() -> None:
     }  # fmt: skip
 
 
-def test_gradients_stand_beside_activations_only_where_passes_add_them_up() -> None:
+def test_gradients_overlap_activations_only_with_accumulation() -> None:
     once, often = sft(micro_batch=4, global_batch=8), sft(micro_batch=4, global_batch=16)
     assert once.moments["passes"]["gradients"] == 0
     assert often.moments["passes"]["gradients"] == 2 * COUNT
     assert once.moments["passes"]["activations"] == often.moments["passes"]["activations"]
 
 
-def test_a_step_without_zero_makes_float32_of_all_gradients_at_once() -> None:
+def test_a_step_without_zero_copies_all_gradients_to_float32() -> None:
     assert sum(sft().moments["steps"].values()) == (2 + 4) * COUNT
     assert sum(sft(zero=2).moments["steps"].values()) == (2 + 4) * COUNT // 2
     assert sum(sft(precision="fp32").moments["steps"].values()) == (4 + 4) * COUNT
 
 
-def test_a_buffer_of_gradients_is_no_larger_than_deepspeed_is_told() -> None:
+def test_a_gradient_buffer_has_at_most_deepspeeds_bucket_size() -> None:
     spec = make_spec("/scratch/demo", GPUS, sft={"zero": 2})
     models = spec.models.model_copy(update={"actor": "facebook/opt-1.3b"})
     large = stage_memory(spec.model_copy(update={"models": models}), "sft")
@@ -57,21 +57,21 @@ def test_a_buffer_of_gradients_is_no_larger_than_deepspeed_is_told() -> None:
     assert sft(zero=2).moments["passes"]["buffers"] == 2 * COUNT
 
 
-def test_precision_offload_and_1_bit_adam_change_the_optimizers_part() -> None:
+def test_precision_offload_and_1_bit_adam_change_the_optimizer() -> None:
     assert sft(precision="fp32").always["optimizer"] == 8 * COUNT
     assert sft(optimizer="onebit-adam").always["optimizer"] == 16 * COUNT
     assert sft(zero=2, offload_optimizer=True).always["optimizer"] == 0
 
 
-def test_adapters_alone_have_gradients_and_optimizer() -> None:
-    found = sft(lora={"rank": 8})
-    adapters = found.always["weights"] // 2 - COUNT
+def test_only_adapters_have_gradients_and_optimizer_states() -> None:
+    memory = sft(lora={"rank": 8})
+    adapters = memory.always["weights"] // 2 - COUNT
     assert 0 < adapters < COUNT / 20
-    assert found.always["optimizer"] == 12 * adapters
-    assert found.moments["steps"] == {"gradients": 2 * adapters, "gradients for the step": 4 * adapters}
+    assert memory.always["optimizer"] == 12 * adapters
+    assert memory.moments["steps"] == {"gradients": 2 * adapters, "gradients for the step": 4 * adapters}
 
 
-def test_activations_grow_with_the_tokens_of_a_pass_and_checkpointing_leaves_one_layers() -> None:
+def test_activations_grow_with_tokens_and_checkpointing_keeps_those_of_one_layer() -> None:
     def kept(**fields: Any) -> int:
         return sft(**fields).moments["passes"]["activations"]
 
@@ -85,7 +85,7 @@ def test_activations_grow_with_the_tokens_of_a_pass_and_checkpointing_leaves_one
     assert again == pytest.approx(12 * 2 * 768 + layer + 2 * 2 * 768, rel=0.2)
 
 
-def test_logits_are_never_held_whole() -> None:
+def test_logits_are_never_all_in_memory() -> None:
     def head(**fields: Any) -> int:
         return sft(**fields).moments["passes"]["logits"]
 
@@ -119,7 +119,7 @@ def test_an_evaluation_holds_one_model_at_a_time() -> None:
     assert memory.moments["rollouts"]["KV cache"] == 32 * 2 * MODEL.kv * tokens(spec, 1)
 
 
-def test_what_is_held_is_that_of_the_fullest_moment() -> None:
+def test_the_peak_is_at_the_fullest_moment() -> None:
     memory = Memory(
         {}, {"weights": 5}, {"passes": {"logits": 2, "weights": 1}, "steps": {"gradients": 2}}, 10
     )
@@ -127,7 +127,7 @@ def test_what_is_held_is_that_of_the_fullest_moment() -> None:
     assert memory.parts == {"weights": 6, "logits": 2}
 
 
-def test_what_does_not_fit_or_just_so_is_told() -> None:
+def test_a_stage_may_fit_fit_tightly_or_not_fit() -> None:
     small = sft({"gpu": "1G"})
     assert small.left == 2**30 - small.held
     assert small.left < 0
@@ -140,9 +140,9 @@ def test_what_does_not_fit_or_just_so_is_told() -> None:
 def test_an_unknown_model_leaves_the_other_stages_planned() -> None:
     spec = make_spec("/scratch/demo", sft={}, reward={})
     models = spec.models.model_copy(update={"reward": "nobody/knows-this"})
-    found = run_memory(spec.model_copy(update={"models": models}))
-    assert isinstance(found["reward"], HpcRlhfError)
-    assert not isinstance(found["sft"], HpcRlhfError)
+    memory = run_memory(spec.model_copy(update={"models": models}))
+    assert isinstance(memory["reward"], HpcRlhfError)
+    assert not isinstance(memory["sft"], HpcRlhfError)
 
 
 def test_gpus_are_known_by_name_or_by_their_memory() -> None:

@@ -1,4 +1,4 @@
-"""How long a stage takes, by closed forms."""
+"""Duration of a stage, by closed forms."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_training_takes_six_operations_a_weight_and_token() -> None:
     assert twice == pytest.approx(6 * COUNT * 8 * 512 / FLOPS + 6 * READ)
 
 
-def test_small_passes_wait_for_their_kernels_to_be_launched() -> None:
+def test_small_passes_are_bound_by_kernel_launches() -> None:
     assert timed(micro_batch=1)["training"] == pytest.approx(3 * 12 * 0.25e-3)
 
 
@@ -45,7 +45,7 @@ def test_adam_reads_and_writes_the_share_of_a_rank() -> None:
     assert "optimizer" not in timed(zero=2, offload_optimizer=True)
 
 
-def test_checkpointing_adds_a_forward_pass_and_frozen_weights_save_a_backward_half() -> None:
+def test_checkpointing_adds_a_forward_pass_and_frozen_weights_save_half_the_backward_pass() -> None:
     tokens = 8 * 512
     again = timed(micro_batch=8, activation_checkpointing=True)["training"]
     assert again == pytest.approx(8 * COUNT * tokens / FLOPS + 4 * READ)
@@ -53,13 +53,13 @@ def test_checkpointing_adds_a_forward_pass_and_frozen_weights_save_a_backward_ha
     assert lora == pytest.approx(4 * COUNT * tokens / FLOPS + 2 * READ)
 
 
-def test_a_pair_is_two_sequences_and_dpo_asks_its_reference() -> None:
+def test_a_pair_is_two_sequences_and_dpo_scores_with_its_reference() -> None:
     pairs = timed("dpo", micro_batch=4)
     assert pairs["training"] == pytest.approx(timed(micro_batch=8)["training"])
     assert pairs["scoring"] == pytest.approx(2 * COUNT * 8 * 512 / FLOPS + READ)
 
 
-def test_each_zero_stage_sends_what_its_sharding_costs() -> None:
+def test_communication_of_each_zero_stage() -> None:
     sent = [timed(gpus=2, micro_batch=1, global_batch=8, zero=zero)["messages"] for zero in range(4)]
     unit = COUNT * 0.5 / 300e9  # half of it goes to the other rank
     assert sent == [pytest.approx(factor * unit) for factor in (4, 6, 18, 24)]
@@ -122,7 +122,7 @@ def of_sources(*sources: dict[str, Any]) -> JobSpec:
     return JobSpec.model_validate({**spec.model_dump(mode="json"), "data": {"sources": sources}})
 
 
-def test_rows_of_local_files_are_counted_and_those_of_the_hub_are_not_known(tmp_path: Path) -> None:
+def test_rows_of_local_files_are_counted_and_those_of_the_hub_are_unknown(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n' * 50)
     rows = {"path": str(tmp_path / "rows.jsonl"), "format": "text", "weight": 2}
     assert expected_samples(of_sources(rows), "sft") == 190
@@ -166,7 +166,7 @@ def test_a_gpu_without_a_name_has_no_speed() -> None:
     assert "a100-80g" in str(caught.value)
 
 
-def test_an_evaluation_asks_every_model_and_the_judge() -> None:
+def test_an_evaluation_runs_every_model_and_the_judge() -> None:
     slurm = {"gpu": "a100-80g", "gpus_per_node": 1}
     plain = {"micro_batch": 8}
     spec = make_spec("/scratch/demo", slurm, sft=plain, reward=plain, ppo=plain, eval={**plain, "prompts": 8})

@@ -1,4 +1,4 @@
-"""A folder with a job in it, hpc-rlhf started there, and stages that are fakes."""
+"""A folder with a job file, hpc-rlhf started there, and fake stages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ stages:
 
 @dataclass
 class Here:
-    """A folder with job.yaml in it, and hpc-rlhf started there."""
+    """A folder with job.yaml, in which hpc-rlhf is started."""
 
     folder: Path
 
@@ -44,7 +44,7 @@ class Here:
         return self.folder / "run"
 
     def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
-        """In a process group of its own, as a terminal's foreground job is."""
+        """Start it in its own process group, like a terminal's foreground job."""
         return subprocess.Popen(
             [sys.executable, "-m", "hpc_rlhf.cli", *words],
             cwd=self.folder,
@@ -78,7 +78,7 @@ class Here:
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "condition not met in time"
         time.sleep(0.05)
 
 

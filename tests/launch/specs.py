@@ -1,4 +1,4 @@
-"""Small job specs for the tests of this folder."""
+"""Small job specs for tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hpc_rlhf.spec.job import JobSpec
 
 
 def make_spec(run_dir: Path | str, slurm: dict[str, Any] | None = None, **stages: dict[str, Any]) -> JobSpec:
-    """All three stages, two ranks each, unless told otherwise."""
+    """A spec; by default with three stages of two ranks each."""
     return JobSpec.model_validate(
         {
             "name": "demo",

@@ -1,4 +1,4 @@
-"""What stands for `auto`: the fastest combination that fits, chosen once for a run."""
+"""Resolving `auto`: the fastest combination that fits, chosen once for a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def prepared(spec: JobSpec) -> JobSpec:
 
 def by_hand(spec: JobSpec) -> tuple[float, dict[str, Any]]:
     """The fastest SFT of all that fit, by trying every combination."""
-    found = []
+    steps = []
     for zero, micro, optimizer, params in product(range(4), (1, 2, 4, 8), (False, True), (False, True)):
         fields = {
             "zero": zero,
@@ -59,12 +59,12 @@ def by_hand(spec: JobSpec) -> tuple[float, dict[str, Any]]:
             continue
         tried = spec.with_stages(sft=fields)
         if stage_memory(tried, "sft").fits:
-            found.append((sum(step_parts(tried, "sft").values()), fields))
-    return min(found, key=lambda pair: pair[0])
+            steps.append((sum(step_parts(tried, "sft").values()), fields))
+    return min(steps, key=lambda pair: pair[0])
 
 
 @pytest.mark.parametrize("gpu", ["a100-80g", "a100-40g", "a10-24g", "v100-16g"])
-def test_it_is_what_trying_all_combinations_by_hand_finds(gpu: str, tmp_path: Path) -> None:
+def test_the_choice_equals_an_exhaustive_search(gpu: str, tmp_path: Path) -> None:
     file = write(tmp_path, sft=all_auto())
     spec, (choice,) = settle(load_spec(file, [f"slurm.gpu={gpu}"]))
     seconds, _ = by_hand(spec)
@@ -74,7 +74,7 @@ def test_it_is_what_trying_all_combinations_by_hand_finds(gpu: str, tmp_path: Pa
     assert spec.autos == {}
 
 
-def test_an_evaluation_that_says_nothing_of_offload_has_none(tmp_path: Path) -> None:
+def test_an_evaluation_without_offload_has_none(tmp_path: Path) -> None:
     file = write(tmp_path, sft={"offload": None}, eval={})
     assert load_spec(file).stages.eval is not None
     file = write(tmp_path, sft={}, eval={"offload": True})
@@ -82,7 +82,7 @@ def test_an_evaluation_that_says_nothing_of_offload_has_none(tmp_path: Path) -> 
         load_spec(file)
 
 
-def test_of_equals_the_simplest_is_taken() -> None:
+def test_the_simplest_of_equal_combinations_wins() -> None:
     spec = make_spec("/scratch/demo", {"gpu": "h100-80g", "gpus_per_node": 1}, sft={"global_batch": 8})
     fields = choose(spec, "sft", {"zero": None, "offload": None}).fields
     assert fields == {"zero": 0, "offload_optimizer": False, "offload_params": False}
@@ -106,7 +106,7 @@ def test_a_smaller_gpu_is_never_faster(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(set(steps)) >= 4, "several sizes make a difference"
 
 
-def test_frozen_models_go_away_before_the_trained_ones_are_cut_up(tmp_path: Path) -> None:
+def test_frozen_models_are_offloaded_before_trained_ones_are_sharded(tmp_path: Path) -> None:
     ppo = all_auto(lora={"rank": 64}, activation_checkpointing=True)
     file = write(tmp_path, reward={}, ppo=ppo)
     spec, (choice,) = settle(load_spec(file, ["models.actor=facebook/opt-13b", "slurm.gpu=a100-80g"]))
@@ -125,7 +125,7 @@ def test_the_evaluation_follows_the_last_stage_that_trains(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("fields", "sets", "said"),
+    ("fields", "sets", "message"),
     [
         ({"zero": "auto"}, ["slurm.gpu=80G"], "stages.sft.zero: auto needs to know the GPU"),
         ({"zero": "auto"}, ["slurm.gpus_per_node=0", "slurm.ranks_per_node=2"], "stages.sft.zero: auto needs GPUs"),
@@ -137,13 +137,13 @@ def test_the_evaluation_follows_the_last_stage_that_trains(tmp_path: Path) -> No
         (all_auto(), ["data.max_prompt_tokens=500000", "slurm.gpu=v100-16g"], "nothing fits"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_chosen_is_said_at_its_place(
-    fields: dict[str, Any], sets: list[str], said: str, tmp_path: Path
+def test_an_impossible_choice_is_reported_with_its_line(
+    fields: dict[str, Any], sets: list[str], message: str, tmp_path: Path
 ) -> None:
     file = write(tmp_path, sft=fields)
     with pytest.raises(SpecError) as error:
         load(file, sets)
-    assert said in str(error.value)
+    assert message in str(error.value)
     problem = error.value.problems[0]
     assert problem.line, "it has a place in the file"
 
@@ -156,11 +156,11 @@ def test_a_run_keeps_what_it_was_prepared_with(tmp_path: Path, monkeypatch: pyte
     assert kept.stages == first.stages
     # Later the estimates are others.
     monkeypatch.setattr(auto, "step_parts", lambda spec, name: {"": 1.0 / (1 + spec.stage(name).zero)})
-    told: list[Choice] = []
-    again = load(file, [], told.append)
+    choices: list[Choice] = []
+    again = load(file, [], choices.append)
     assert isinstance(again, JobSpec)
     assert again.stages == first.stages
-    assert "prepared" in told[0].why
+    assert "prepared" in choices[0].why
     prepared(again)
     # Another run, or another spec for this one that has not trained yet, is chosen for anew.
     assert load(file, ["seed=5"]).stages != first.stages  # type: ignore[union-attr]
@@ -172,7 +172,7 @@ def test_a_run_keeps_what_it_was_prepared_with(tmp_path: Path, monkeypatch: pyte
     assert moved.stages.sft.zero == first.stages.sft.zero
 
 
-def test_every_run_of_a_sweep_has_numbers(tmp_path: Path) -> None:
+def test_auto_is_resolved_in_every_run_of_a_sweep(tmp_path: Path) -> None:
     file = write(tmp_path, sft=all_auto())
     sweep = load(file, ["sweep={stages.sft.lr: [0.1, 0.2], seed: [1, 2]}"])
     assert isinstance(sweep, Sweep)
@@ -180,25 +180,25 @@ def test_every_run_of_a_sweep_has_numbers(tmp_path: Path) -> None:
     assert len({member.spec.stage("sft").micro_batch for member in sweep.members}) == 1
 
 
-def test_a_sweep_may_try_auto_against_a_number(tmp_path: Path) -> None:
+def test_a_sweep_may_compare_auto_with_a_number(tmp_path: Path) -> None:
     file = write(tmp_path, sft=all_auto())
     sweep = load(file, ["sweep={stages.sft.zero: [auto, 3]}"])
     assert isinstance(sweep, Sweep)
     assert [member.spec.stage("sft").zero for member in sweep.members][1] == 3
 
 
-def test_the_schema_knows_the_word() -> None:
+def test_the_schema_allows_auto() -> None:
     fields = json_schema()["$defs"]["SftSpec"]["properties"]
     for name in ("zero", "micro_batch", "offload"):
         assert any(kind.get("const") == "auto" for kind in fields[name]["anyOf"]), name
 
 
-def test_a_spec_that_says_nothing_of_it_is_left_alone() -> None:
+def test_a_spec_without_auto_is_unchanged() -> None:
     spec = make_spec("/scratch/demo", sft={})
     assert settle(spec) == (spec, [])
 
 
-def test_an_unknown_model_is_an_error_of_its_own() -> None:
+def test_an_unknown_model_is_reported() -> None:
     spec = make_spec("/scratch/demo", GPU, sft={"global_batch": 16})
     models = spec.models.model_copy(update={"actor": "nobody/knows"})
     with pytest.raises(HpcRlhfError, match="not in the hub cache"):

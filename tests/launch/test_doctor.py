@@ -1,4 +1,4 @@
-"""The doctor finds each planted fault and names its cure: here, in a real Slurm's settings, and on its nodes."""
+"""The doctor finds each planted fault and its fix: on this machine, in a real Slurm's settings, and on its nodes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ NO_CUDA = {
 
 
 def only(findings: Sequence[Finding], check: str) -> Finding:
-    (found,) = [finding for finding in findings if finding.check == check]
-    return found
+    (finding,) = [finding for finding in findings if finding.check == check]
+    return finding
 
 
 # Here ---------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def only(findings: Sequence[Finding], check: str) -> Finding:
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with not a byte left, which everybody may write to."""
+    """A full file system that everyone may write to."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True)
@@ -59,8 +59,8 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.train
-def test_five_faults_of_a_machine_and_their_cures(tmp_path: Path, full_disk: Path) -> None:
-    """A package of another version, no compiler, offline without a cache, a full disk and a folder open to everybody."""
+def test_five_faults_of_a_machine_are_found_with_their_fixes(tmp_path: Path, full_disk: Path) -> None:
+    """A wrong package version, no compiler, offline without a cache, a full disk, and a folder that everyone may write to."""
     clash = tmp_path / "packages/click-7.0.dist-info"
     clash.mkdir(parents=True)
     (clash / "METADATA").write_text("Metadata-Version: 2.1\nName: click\nVersion: 7.0\n")
@@ -81,8 +81,8 @@ def test_five_faults_of_a_machine_and_their_cures(tmp_path: Path, full_disk: Pat
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     answer = json.loads(done.stdout)
-    found = [Finding(**fields) for fields in answer["findings"]]
-    assert answer["errors"] == len([finding for finding in found if finding.level == "error"])
+    findings = [Finding(**fields) for fields in answer["findings"]]
+    assert answer["errors"] == len([finding for finding in findings if finding.level == "error"])
     faults: dict[str, tuple[str, str]] = {
         "packages": ("click is 7.0, but hpc-rlhf requires >=8.1", 'pip install "click>=8.1"'),
         "compiler": ("pin_memory must be built here, but g++ and ninja are missing", "module load gcc"),
@@ -91,24 +91,24 @@ def test_five_faults_of_a_machine_and_their_cures(tmp_path: Path, full_disk: Pat
         "disk": ("No space left on device", "remove old runs"),
     }
     for check, (message, fix) in faults.items():
-        of_check = [each for each in found if each.check == check and each.level == "error"]
+        of_check = [each for each in findings if each.check == check and each.level == "error"]
         assert any(message in each.message and fix in each.fix for each in of_check), (check, of_check)
 
 
-def test_what_does_not_fit_its_gpus_is_found_before_it_is_submitted(tmp_path: Path) -> None:
+def test_a_stage_that_does_not_fit_its_gpus_is_found(tmp_path: Path) -> None:
     def levels(gpu: str) -> list[tuple[str, str]]:
-        found = list(fit.check(make_spec(tmp_path, {"gpu": gpu}, sft={})))
-        assert all(each.check == "memory" and (each.level == "ok") == (not each.fix) for each in found)
-        return [(each.where, each.level) for each in found]
+        findings = list(fit.check(make_spec(tmp_path, {"gpu": gpu}, sft={})))
+        assert all(each.check == "memory" and (each.level == "ok") == (not each.fix) for each in findings)
+        return [(each.where, each.level) for each in findings]
 
     assert levels("a100-80g") == [("sft", "ok")]
     assert levels("1G") == [("sft", "error")]
     held = stage_memory(make_spec(tmp_path, sft={}), "sft").held
     assert levels(str(held + 1)) == [("sft", "warning")]
-    assert not list(fit.check(make_spec(tmp_path, sft={})))  # nobody said what the GPUs are
+    assert not list(fit.check(make_spec(tmp_path, sft={})))  # the spec names no GPU
 
 
-def test_a_healthy_folder_is_left_as_it_was(tmp_path: Path) -> None:
+def test_checks_leave_no_files(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "new/run")
     with storage.scratch(run) as folder:
         assert storage.check_writes(folder, run).level == "ok"
@@ -117,12 +117,12 @@ def test_a_healthy_folder_is_left_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_parent_that_everybody_may_write_to(tmp_path: Path) -> None:
+def test_a_parent_folder_that_everyone_may_write_to(tmp_path: Path) -> None:
     open_to_all = tmp_path / "scratch"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
-    found = storage.check_trust(RunDir(open_to_all / "run"))
-    assert (found.level, "chmod +t" in found.fix) == ("warning", True)
+    finding = storage.check_trust(RunDir(open_to_all / "run"))
+    assert (finding.level, "chmod +t" in finding.fix) == ("warning", True)
     open_to_all.chmod(0o1777)
     assert storage.check_trust(RunDir(open_to_all / "run")).level == "ok"
 
@@ -137,7 +137,7 @@ def test_gpus_that_torch_does_not_find() -> None:
     assert only(machine.check(NO_CUDA, None, (), False), "torch").level == "ok"
 
 
-def test_which_ops_a_spec_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_deepspeed_ops_that_a_spec_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DS_PIN_MEMORY_BACKEND", raising=False)
     offloaded = make_spec(tmp_path, sft={"zero": 3, "offload_optimizer": True})
     job = make_plan(offloaded).jobs[0]
@@ -160,7 +160,7 @@ def stages(spec: JobSpec, templates: Templates | None = None) -> list[Finding]:
     return cluster_checks.check_stages(make_plan(spec), templates or Templates())
 
 
-def test_a_sound_cluster_and_settings_it_would_refuse(in_slurm: Cluster, tmp_path: Path) -> None:
+def test_a_sound_cluster_and_settings_that_it_would_reject(in_slurm: Cluster, tmp_path: Path) -> None:
     sound = [*cluster_checks.check_settings(), *stages(make_spec(tmp_path / "run", {"partition": "low"}))]
     assert {finding.level for finding in sound} == {"ok"}, sound
     assert only(sound, "preemption").message == "low: REQUEUE, with 60 s of grace time to save"
@@ -178,7 +178,7 @@ def test_a_sound_cluster_and_settings_it_would_refuse(in_slurm: Cluster, tmp_pat
 
 @contextmanager
 def changed(cluster: Cluster, *changes: tuple[str, str]) -> Iterator[None]:
-    """The cluster with other settings."""
+    """Run the block with changed cluster settings."""
     before = cluster.conf.read_text()
     text = before
     for old, new in changes:
@@ -195,7 +195,7 @@ def changed(cluster: Cluster, *changes: tuple[str, str]) -> Iterator[None]:
         cluster.start_controller()
 
 
-def test_a_cluster_that_does_not_requeue_and_keeps_no_accounts(in_slurm: Cluster, tmp_path: Path) -> None:
+def test_a_cluster_without_requeue_and_accounting(in_slurm: Cluster, tmp_path: Path) -> None:
     settings = (
         (
             "AccountingStorageType=accounting_storage/slurmdbd",
@@ -209,10 +209,10 @@ def test_a_cluster_that_does_not_requeue_and_keeps_no_accounts(in_slurm: Cluster
     ours = (Path(__file__).parents[2] / "templates/_options.j2").read_text()
     (tmp_path / "templates/_options.j2").write_text(ours.replace("#SBATCH --requeue\n", ""))
     with changed(in_slurm, *settings):
-        found = cluster_checks.check_settings()
-        assert "Slurm soon forgets" in only(found, "accounting").message
-        assert "slurmdbd" in only(found, "accounting").fix
-        assert "MinJobAge to 300" in only(found, "job age").fix
+        findings = cluster_checks.check_settings()
+        assert "Slurm soon forgets" in only(findings, "accounting").message
+        assert "slurmdbd" in only(findings, "accounting").fix
+        assert "MinJobAge to 300" in only(findings, "job age").fix
         asking = only(stages(make_spec(tmp_path / "run")), "requeue")
         assert (asking.level, "JobRequeue=1" in asking.fix) == ("warning", True)
         silent = only(stages(make_spec(tmp_path / "run"), Templates(tmp_path)), "requeue")
@@ -224,10 +224,10 @@ def test_a_cluster_that_does_not_requeue_and_keeps_no_accounts(in_slurm: Cluster
 # On its nodes -------------------------------------------------------------------------------------
 
 
-def test_nodes_that_do_not_share_the_folder_and_a_clock_that_is_ahead(
+def test_a_node_without_the_shared_folder_and_one_with_a_wrong_clock(
     in_slurm: Cluster, short_tmp: Path
 ) -> None:
-    """In a real job: node4 has another folder in the place of the run directory, node3's Python another time."""
+    """In a real job, node4 has another folder at the path of the run directory, and node3's Python another time."""
     shared, storm = short_tmp / "shared", short_tmp / "storm"
     shared.mkdir()
     storm.mkdir()
@@ -242,14 +242,14 @@ def test_nodes_that_do_not_share_the_folder_and_a_clock_that_is_ahead(
     try:
         setup = [f"export LD_PRELOAD={library} STORM={storm} OMP_NUM_THREADS=1"]
         spec = make_spec(shared / "run", {"nodes": 2, "nodelist": "node[3-4]", "setup": setup}, sft={})
-        said: list[str] = []
+        messages: list[str] = []
         with storage.scratch(RunDir(shared / "run")) as folder:
-            found = visit.visit(spec, make_plan(spec), Templates(), folder, [], said.append)
+            findings = visit.visit(spec, make_plan(spec), Templates(), folder, [], messages.append)
     finally:
         in_slurm.kill_node("node4")
         in_slurm.start_node("node4")
-    assert any("Ctrl-C cancels it" in words for words in said)
-    on = {finding.check: finding for finding in found}
+    assert any("Ctrl-C cancels it" in words for words in messages)
+    on = {finding.check: finding for finding in findings}
     assert on["shared"].where == "node4"
     assert "the run directory is not shared" in on["shared"].message
     assert "file system that login and compute nodes share" in on["shared"].fix
@@ -265,9 +265,7 @@ def test_nodes_that_do_not_share_the_folder_and_a_clock_that_is_ahead(
     assert list(shared.iterdir()) == []
 
 
-def test_a_clock_that_agrees_and_one_that_does_not(
-    in_slurm: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clocks_in_sync_and_out_of_sync(in_slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     assert abs(clock.skew()) < 1
     real = time.time
     monkeypatch.setattr(clock.time, "time", lambda: real() - 30)

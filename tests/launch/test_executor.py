@@ -1,4 +1,4 @@
-"""The contract with submitit: it sends our script, and the script says what submitit would run."""
+"""The contract with submitit: it submits our script, which runs what submitit would run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.launch.specs import make_spec
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Puts stubs of srun and sbatch on PATH. The latter writes its arguments and environment, and answers."""
+    """Put stubs of srun and sbatch on PATH. sbatch's stub records its arguments and environment."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
     (stubs / "srun").write_text("#!/bin/sh\n")
@@ -42,7 +42,7 @@ def send(spec: JobSpec, stage: str, *after: str) -> str:
 
 
 @pytest.mark.parametrize("container", [None, {"runtime": "pyxis", "image": "x"}])
-def test_submitit_sends_the_rendered_script(
+def test_submitit_submits_the_rendered_script(
     container: dict[str, str] | None, sbatch: Path, tmp_path: Path
 ) -> None:
     spec = make_spec(tmp_path / "my run", {"container": container, "comment": "mine"})
@@ -56,7 +56,7 @@ def test_submitit_sends_the_rendered_script(
         assert pickle.load(file).function == StageTask(spec.run_dir, "ppo")
 
 
-def test_sbatch_hears_of_its_cluster_and_of_no_other_job(
+def test_sbatch_gets_the_cluster_settings_and_no_variables_of_other_jobs(
     sbatch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("SLURM_JOB_ID", "SBATCH_ACCOUNT", "SRUN_CPUS_PER_TASK", "SLURM_CONF", "HOME_OF_MINE"):
@@ -67,7 +67,9 @@ def test_sbatch_hears_of_its_cluster_and_of_no_other_job(
     assert names.isdisjoint({"SLURM_JOB_ID", "SBATCH_ACCOUNT", "SRUN_CPUS_PER_TASK"})
 
 
-def test_refusal_is_told_once(sbatch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_rejection_is_reported_once(
+    sbatch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (sbatch / "sbatch").write_text(
         "#!/bin/sh\necho 'sbatch: error: No such account' >&2\necho 'sbatch: error: Sorry' >&2\nexit 1\n"
     )
@@ -76,7 +78,7 @@ def test_refusal_is_told_once(sbatch: Path, tmp_path: Path, capfd: pytest.Captur
     assert capfd.readouterr() == ("", "")
 
 
-def test_missing_pickle_is_made_up_for_and_a_present_one_kept(sbatch: Path, tmp_path: Path) -> None:
+def test_a_missing_pickle_is_written_and_a_present_one_kept(sbatch: Path, tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "run")
     run = RunDir(Path(spec.run_dir))
     send(spec, "sft")

@@ -1,4 +1,4 @@
-"""Running over the machines of a hostfile through DeepSpeed's launcher."""
+"""Running on a hostfile's machines with DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_ranks_start_on_every_machine(two_machines: Here) -> None:
     assert not (two_machines.folder / "trap").exists()
 
 
-def test_told_to_stop_every_machine_saves(two_machines: Here) -> None:
+def test_every_machine_saves_on_a_stop_request(two_machines: Here) -> None:
     process = two_machines.start("run", "job.yaml", "--hostfile", "two", FAKE_SFT="until_told")
     ranks = two_machines.await_ranks()
     os.killpg(process.pid, signal.SIGINT)
@@ -69,7 +69,7 @@ def test_told_to_stop_every_machine_saves(two_machines: Here) -> None:
     wait_for(lambda: not any(map(is_alive, ranks)))
 
 
-def test_killed_itself_it_leaves_machines_that_save_and_end(two_machines: Here) -> None:
+def test_machines_save_and_exit_when_the_launcher_is_killed(two_machines: Here) -> None:
     process = two_machines.start("run", "job.yaml", "--hostfile", "two", FAKE_SFT="until_told")
     ranks = two_machines.await_ranks()
     process.kill()
@@ -78,7 +78,7 @@ def test_killed_itself_it_leaves_machines_that_save_and_end(two_machines: Here) 
     assert two_machines.events("interrupted") == [("interrupted", "sft")]
 
 
-def test_slots_must_be_the_ranks_of_every_stage(two_machines: Here) -> None:
+def test_slots_must_equal_the_ranks_of_every_stage(two_machines: Here) -> None:
     (two_machines.folder / "three").write_text("localhost slots=3")
     code, _, err = two_machines.finish("run", "job.yaml", "--hostfile", "three")
     assert code == 2
@@ -100,7 +100,7 @@ def test_slots_must_be_the_ranks_of_every_stage(two_machines: Here) -> None:
         ("lab1 slots=2\nlab1 slots=2\n", ":2", "named twice"),
     ],
 )
-def test_a_bad_hostfile_is_refused_with_its_line(tmp_path: Path, text: str, place: str, what: str) -> None:
+def test_a_bad_hostfile_is_reported_with_its_line(tmp_path: Path, text: str, place: str, what: str) -> None:
     path = tmp_path / "hosts"
     path.write_text(text)
     with pytest.raises(HpcRlhfError, match=what) as caught:
@@ -108,14 +108,14 @@ def test_a_bad_hostfile_is_refused_with_its_line(tmp_path: Path, text: str, plac
     assert caught.value.where == f"{path}{place}"
 
 
-def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
+def test_a_binary_hostfile_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for name in ("binary", "missing", "."):
         with pytest.raises(HpcRlhfError, match="cannot read the hostfile"):
             read_hostfile(tmp_path / name)
 
 
-def test_our_own_hostfiles_are_read_as_deepspeed_reads_them() -> None:
+def test_our_hostfiles_parse_as_in_deepspeed() -> None:
     from deepspeed.launcher.runner import fetch_hostfile
 
     for path in HOSTFILES.glob("*.hostfile"):

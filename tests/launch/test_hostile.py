@@ -39,7 +39,7 @@ RAW = [
 
 
 def whole_spec(run_dir: str) -> dict[str, Any]:
-    """Every field that holds text, set to something good."""
+    """Every text field, set to a valid value."""
     container = {"runtime": "apptainer", "image": "img.sif", "mounts": ["/data:/data"]}
     slurm = {
         "partition": "gpu", "account": "a", "qos": "q", "time": "1:00:00", "gpus_per_node": 2, "gres": "gpu:2", "mem": "9G", "constraint": "c", "exclude": "n1",
@@ -72,7 +72,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def changed(
     tree: dict[str, Any], path: tuple[Any, ...], value: Any = None, name: str | None = None
 ) -> dict[str, Any]:
-    """The tree with another value at a path, or with another name for what is there."""
+    """The tree with another value at a path, or with the key there renamed."""
     tree = copy.deepcopy(tree)
     inside: Any = tree
     for key in path[:-1]:
@@ -85,7 +85,7 @@ def changed(
 
 
 def hostile_texts(run_dir: str) -> list[str]:
-    """Each payload as each field's value, and as its name; and YAML that is hostile itself."""
+    """Each payload as the value and as the name of each field; and hostile YAML."""
     good = whole_spec(run_dir)
     texts = []
     for path in places(good):
@@ -101,7 +101,7 @@ def everything_below(folder: Path) -> set[Path]:
 
 
 def taken(file: Path) -> JobSpec | str:
-    """The spec that submit would send, or what is said where it would not."""
+    """The spec that submit would submit, or its error."""
     try:
         spec = load_spec(file)
         preview(make_plan(spec), spec)

@@ -1,4 +1,4 @@
-"""Running without Slurm: order, environment, stopping, failing. The stages are fakes that need no torch."""
+"""Running without Slurm: order, environment, stops, failures. The stages are fakes that need no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def here(tmp_path: Path) -> Here:
     return Here.new(tmp_path)
 
 
-def test_stages_run_in_order_and_are_not_run_again(here: Here) -> None:
+def test_stages_run_in_order_and_only_once(here: Here) -> None:
     code, out, err = here.finish("run", "job.yaml")
     assert code == 0, err
     assert here.events("started") == [("started", "sft"), ("started", "reward"), ("started", "ppo")]
@@ -35,7 +35,7 @@ def test_stages_run_in_order_and_are_not_run_again(here: Here) -> None:
     assert len(here.events("started")) == 3
 
 
-def test_ranks_know_who_they_are_and_nothing_of_a_job_around_them(here: Here) -> None:
+def test_ranks_get_their_own_variables_and_none_of_a_surrounding_job(here: Here) -> None:
     around = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "RANK": "5", "SUBMITIT_EXECUTOR": "slurm"}
     code, _, err = here.finish("run", "job.yaml", "--set", "slurm.nodes=2", **around)
     assert code == 0, err
@@ -53,7 +53,7 @@ def test_ranks_know_who_they_are_and_nothing_of_a_job_around_them(here: Here) ->
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_told_to_stop_it_lets_the_ranks_save_and_says_how_to_go_on(
+def test_a_stop_request_lets_the_ranks_save_and_prints_how_to_resume(
     here: Here, number: int, code: int
 ) -> None:
     process = here.start("run", "job.yaml", "--set", "seed=5", FAKE_SFT="until_told")
@@ -74,7 +74,7 @@ def test_told_to_stop_it_lets_the_ranks_save_and_says_how_to_go_on(
     assert here.events("started")[1:] == [("started", "sft"), ("started", "reward"), ("started", "ppo")]
 
 
-def test_told_twice_it_ends_ranks_that_do_not_listen(here: Here) -> None:
+def test_a_second_stop_request_kills_unresponsive_ranks(here: Here) -> None:
     process = here.start("run", "job.yaml", FAKE_SFT="deaf")
     ranks = here.await_ranks()
     os.killpg(process.pid, signal.SIGINT)
@@ -88,7 +88,7 @@ def test_told_twice_it_ends_ranks_that_do_not_listen(here: Here) -> None:
     wait_for(lambda: not any(map(is_alive, ranks)))
 
 
-def test_killed_itself_it_leaves_ranks_that_save_and_end(here: Here) -> None:
+def test_ranks_save_and_exit_when_the_launcher_is_killed(here: Here) -> None:
     process = here.start("run", "job.yaml", FAKE_SFT="until_told")
     ranks = here.await_ranks()
     process.kill()
@@ -99,7 +99,7 @@ def test_killed_itself_it_leaves_ranks_that_save_and_end(here: Here) -> None:
     assert code == 0, err
 
 
-def test_a_killed_rank_ends_the_others_and_is_named(here: Here) -> None:
+def test_a_killed_rank_is_reported_and_stops_the_others(here: Here) -> None:
     code, _, err = here.finish("run", "job.yaml", FAKE_SFT="one_killed")
     assert code == 1
     assert "error: sft: rank 1 was ended by SIGKILL; the machine may have run out of memory" in err
@@ -109,13 +109,13 @@ def test_a_killed_rank_ends_the_others_and_is_named(here: Here) -> None:
     assert here.events("failed") == [("failed", "sft")]
 
 
-def test_the_last_word_of_another_attempt_is_not_taken_for_ours(here: Here) -> None:
+def test_a_late_event_of_another_attempt_is_ignored(here: Here) -> None:
     code, _, err = here.finish("run", "job.yaml", FAKE_SFT="killed_beside_another")
     assert code == 1
     assert "rank 1 was ended by SIGKILL" in err
 
 
-def test_what_failed_is_tried_again_but_not_when_it_fails_alike(here: Here) -> None:
+def test_a_failure_is_retried_unless_it_repeats(here: Here) -> None:
     heal = ("--set", "slurm.heal.enabled=true")
     code, _, err = here.finish("run", "job.yaml", *heal, FAKE_SFT="killed_once", FAKE_REWARD="stranded")
     assert code == 1
@@ -127,13 +127,13 @@ def test_what_failed_is_tried_again_but_not_when_it_fails_alike(here: Here) -> N
     assert turns == [*((turn, "sft") for turn in tried), *((turn, "reward") for turn in (*tried, "ended"))]
 
 
-def test_a_mistake_found_by_a_stage_is_told_in_its_words(here: Here) -> None:
+def test_a_user_error_found_by_a_stage_is_shown_as_is(here: Here) -> None:
     notify = ("--set", "notify.webhook.url=${HOOK}")
     with Hook().listening() as hook:
         code, _, err = here.finish("run", "job.yaml", *notify, FAKE_REWARD="mistaken", HOOK=hook.url)
-    ((_, told),) = hook.posted
-    assert (told["event"], told["stage"]) == ("stopped", "reward")
-    assert told["message"] == "data.json: no such file"
+    ((_, body),) = hook.posted
+    assert (body["event"], body["stage"]) == ("stopped", "reward")
+    assert body["message"] == "data.json: no such file"
     assert code == 2
     assert "error: reward: data.json: no such file\n" in err
     assert here.events("started") == [("started", "sft"), ("started", "reward")]
@@ -142,7 +142,7 @@ def test_a_mistake_found_by_a_stage_is_told_in_its_words(here: Here) -> None:
     assert "1 of 3 stages done; reward has failed: user error: data.json: no such file." in report
 
 
-def test_the_first_failure_is_told_not_what_followed_from_it(here: Here) -> None:
+def test_the_first_failure_is_reported_and_not_its_consequences(here: Here) -> None:
     code, _, err = here.finish("run", "job.yaml", FAKE_SFT="stranded")
     assert code == 1
     assert "error: sft: OSError: disk full\n" in err
@@ -172,7 +172,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_cores_are_shared_out_unless_the_user_said_how() -> None:
+def test_cores_are_split_over_ranks_unless_the_user_set_them() -> None:
     assert environment({"OMP_NUM_THREADS": "3"}, 2)["OMP_NUM_THREADS"] == "3"
     cores = len(os.sched_getaffinity(0))
     assert environment({}, 1)["OMP_NUM_THREADS"] == str(cores)
@@ -186,13 +186,13 @@ def test_gpus_are_counted_as_the_ranks_would_see_them(chosen: str, count: int) -
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": chosen}) == count
 
 
-def test_gpus_that_do_not_suffice_are_left_alone(here: Here) -> None:
+def test_too_few_gpus_are_not_used(here: Here) -> None:
     _, _, err = here.finish("run", "job.yaml", CUDA_VISIBLE_DEVICES="4")
     assert "sft: 2 ranks, but 1 visible GPU; running on the CPU" in err
     assert here.seen("sft", 1)["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_machine_without_gpus_is_said_to_be_one(here: Here) -> None:
+def test_a_machine_without_gpus_is_reported(here: Here) -> None:
     _, _, err = here.finish("run", "job.yaml", CUDA_VISIBLE_DEVICES="")
     assert err.count("sft: this machine has no visible NVIDIA GPU; running on the CPU") == 1
     _, _, err = here.finish(
@@ -201,6 +201,6 @@ def test_machine_without_gpus_is_said_to_be_one(here: Here) -> None:
     assert "GPU" not in err
 
 
-def test_gpus_that_suffice_are_all_shown(here: Here) -> None:
+def test_enough_gpus_are_all_visible(here: Here) -> None:
     here.finish("run", "job.yaml", CUDA_VISIBLE_DEVICES="4,6")
     assert here.seen("sft", 1)["CUDA_VISIBLE_DEVICES"] == "4,6"

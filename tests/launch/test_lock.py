@@ -35,7 +35,7 @@ def write_owner(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**owner, **changes}))
 
 
-def test_a_living_owner_is_named_and_left_alone(tmp_path: Path) -> None:
+def test_a_running_owner_keeps_the_lock_and_is_named(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
@@ -49,7 +49,7 @@ def test_a_living_owner_is_named_and_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_later_process_with_the_owners_id_does_not_hold_it(tmp_path: Path) -> None:
+def test_a_later_process_with_the_owners_id_does_not_hold_the_lock(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     write_owner(path, born="1")
     with lock.hold(path, "me"):
@@ -59,7 +59,7 @@ def test_a_later_process_with_the_owners_id_does_not_hold_it(tmp_path: Path) -> 
         pass
 
 
-def test_another_machines_lock_holds_while_it_is_touched(tmp_path: Path) -> None:
+def test_the_lock_of_another_machine_holds_while_it_is_touched(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     write_owner(path, host="elsewhere")
     with pytest.raises(HpcRlhfError, match="on elsewhere"), lock.hold(path, "me"):
@@ -70,7 +70,7 @@ def test_another_machines_lock_holds_while_it_is_touched(tmp_path: Path) -> None
         pass
 
 
-def test_a_torn_lock_file_does_not_stop_for_ever(tmp_path: Path) -> None:
+def test_a_corrupt_lock_file_expires(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     path.write_text("{")
     with pytest.raises(HpcRlhfError, match="another process"), lock.hold(path, "me"):
@@ -80,7 +80,7 @@ def test_a_torn_lock_file_does_not_stop_for_ever(tmp_path: Path) -> None:
         pass
 
 
-def test_of_many_that_find_a_stale_lock_one_wins(tmp_path: Path) -> None:
+def test_one_of_several_processes_takes_over_a_stale_lock(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     write_owner(path, born="1")
     go = time.time() + 1.5
@@ -92,10 +92,8 @@ def test_of_many_that_find_a_stale_lock_one_wins(tmp_path: Path) -> None:
     assert said == ["lost", "lost", "lost", "won"]
 
 
-def test_whoever_works_for_long_is_not_taken_for_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another machine sees only when the file was last touched."""
+def test_a_long_running_owner_keeps_its_lock_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other machines see only when the file was last touched."""
     path = tmp_path / ".lock"
     monkeypatch.setattr(lock, "_TOUCH_EVERY", 0.01)
     with lock.hold(path, "me"):

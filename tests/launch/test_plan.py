@@ -1,4 +1,4 @@
-"""From a spec to its jobs."""
+"""The plan of a spec."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpc_rlhf.launch.plan import make_plan
 from tests.launch.specs import make_spec
 
 
-def test_sft_and_reward_stand_side_by_side_and_ppo_waits_for_both() -> None:
+def test_sft_and_reward_run_in_parallel_and_ppo_needs_both() -> None:
     plan = make_plan(make_spec("/scratch/demo"))
     assert {job.stage: job.needs for job in plan.jobs} == {"sft": (), "reward": (), "ppo": ("sft", "reward")}
     seen: set[str] = set()
@@ -20,7 +20,7 @@ def test_sft_and_reward_stand_side_by_side_and_ppo_waits_for_both() -> None:
         seen.add(job.stage)
 
 
-def test_json_form_holds_the_batches_and_each_stages_own_settings() -> None:
+def test_the_json_has_each_stages_batch_and_settings() -> None:
     spec = make_spec(
         "/scratch/demo",
         sft={"micro_batch": 2, "global_batch": 16, "slurm": {"nodes": 2}},
@@ -33,7 +33,7 @@ def test_json_form_holds_the_batches_and_each_stages_own_settings() -> None:
     assert reward["slurm"]["partition"] == "small"
 
 
-def test_uneven_batch_is_refused_with_the_stage_named() -> None:
+def test_an_uneven_batch_is_refused_with_its_stage() -> None:
     with pytest.raises(HpcRlhfError, match=r"stages\.sft\.global_batch.*multiple of 8") as caught:
         make_plan(make_spec("/scratch/demo", sft={"global_batch": 9}))
     assert caught.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""Prefetch, from a stand-in of the hub on this machine: what comes, what comes again, and that it is enough without a network."""
+"""Prefetch from a fake hub on this machine: what is downloaded, and that it suffices without a network."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ print("rows:", len(list(sources.read(spec.data.sources[0], 1))))
 
 
 @pytest.mark.train
-def test_what_is_prefetched_is_enough_without_a_network(job: Path, tmp_path: Path, served: Hub) -> None:
+def test_prefetched_files_suffice_without_a_network(job: Path, tmp_path: Path, served: Hub) -> None:
     home = tmp_path / "home"
     done = prefetch(job, home, served.url)
     assert done.returncode == 0, done.stderr
@@ -125,7 +125,7 @@ def test_what_is_prefetched_is_enough_without_a_network(job: Path, tmp_path: Pat
     assert served.asked[asked:] == [], "the hub was asked by what should be offline"
 
 
-def test_half_a_model_is_not_offline_and_is_made_whole(
+def test_a_partial_model_is_not_used_offline_and_is_completed(
     job: Path, tmp_path: Path, served: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
@@ -165,7 +165,7 @@ def test_half_a_model_is_not_offline_and_is_made_whole(
         ),
     ],
 )
-def test_what_the_hub_does_not_give(
+def test_errors_of_the_hub_are_one_sentence(
     job: Path, tmp_path: Path, served: Hub, what: str, code: int, words: list[str]
 ) -> None:
     sets = ["--set", "models.actor=acme/none"] if what == "absent" else []
@@ -191,6 +191,6 @@ def test_what_the_hub_does_not_give(
         (["model.safetensors", "original/params.json", "tokenizer.model", "chat_template.jinja"], {"original/params.json"}),
     ],
 )  # fmt: skip
-def test_only_what_loading_takes(names: list[str], left_out: set[str]) -> None:
+def test_only_files_that_loading_needs_are_fetched(names: list[str], left_out: set[str]) -> None:
     every = ["config.json", "vocab.json", "merges.txt", *names]
     assert set(wanted(every)) == set(every) - left_out

@@ -1,4 +1,4 @@
-"""A run directory made ready: private, whole, and true to what it was trained with."""
+"""Preparing a run directory: private, complete, and faithful to the spec it was trained with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def prepared(spec: JobSpec, live: bool = False) -> Path:
     return run.path
 
 
-def test_a_new_directory_is_whole_and_nobody_elses(tmp_path: Path) -> None:
+def test_a_new_directory_is_complete_and_private(tmp_path: Path) -> None:
     spec = spec_with(tmp_path)
     run = prepared(spec)
     assert stat.S_IMODE(run.stat().st_mode) == 0o700
@@ -42,14 +42,14 @@ def test_a_new_directory_is_whole_and_nobody_elses(tmp_path: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == ["job.yaml", "plan.json", "scripts", "stages"]
 
 
-def test_before_anything_was_trained_the_spec_may_change(tmp_path: Path) -> None:
+def test_the_spec_may_change_before_training(tmp_path: Path) -> None:
     run = prepared(spec_with(tmp_path))
     (run / "stages/sft/logs/1_0_log.err").write_text("it failed at once")
     prepared(spec_with(tmp_path, "stages.sft.lr=1e-3"))
     assert read_spec(run / "job.yaml").stages.sft.lr == 1e-3  # type: ignore[union-attr]
 
 
-def test_what_has_trained_keeps_its_spec(tmp_path: Path) -> None:
+def test_a_trained_run_keeps_its_spec(tmp_path: Path) -> None:
     run = prepared(spec_with(tmp_path))
     (run / "stages/sft/metrics.jsonl").touch()
     before = (run / "job.yaml").read_text()
@@ -64,14 +64,14 @@ def test_what_has_trained_keeps_its_spec(tmp_path: Path) -> None:
     prepared(spec_with(tmp_path))
 
 
-def test_what_has_trained_may_move_to_another_partition(tmp_path: Path) -> None:
+def test_a_trained_run_may_move_to_another_partition(tmp_path: Path) -> None:
     run = prepared(spec_with(tmp_path))
     (run / "stages/sft/checkpoints").mkdir()
     prepared(spec_with(tmp_path, "slurm.partition=night", "stages.ppo.slurm.time=2-00"))
     assert "--partition=night" in (run / "scripts/sft.sbatch").read_text()
 
 
-def test_what_has_trained_may_go_on_with_other_ranks_that_share_the_same_steps(tmp_path: Path) -> None:
+def test_a_trained_run_may_resume_on_other_ranks_with_the_same_steps(tmp_path: Path) -> None:
     run = prepared(spec_with(tmp_path, "stages.sft.micro_batch=4", "slurm.nodes=2"))
     (run / "stages/sft/checkpoints").mkdir()
     whole = derive_batch(read_spec(run / "job.yaml").stage("sft"), "sft").global_
@@ -85,7 +85,7 @@ def test_what_has_trained_may_go_on_with_other_ranks_that_share_the_same_steps(t
     assert derive_batch(read_spec(run / "job.yaml").stage("sft"), "sft").global_ == whole
 
 
-def test_while_jobs_live_nothing_changes(tmp_path: Path) -> None:
+def test_nothing_may_change_while_jobs_are_live(tmp_path: Path) -> None:
     run = prepared(spec_with(tmp_path))
     prepared(spec_with(tmp_path), live=True)
     with pytest.raises(HpcRlhfError, match=r"(?s)slurm.partition: unset -> night.*hpc-rlhf cancel"):
@@ -93,7 +93,7 @@ def test_while_jobs_live_nothing_changes(tmp_path: Path) -> None:
     assert "night" not in (run / "job.yaml").read_text()
 
 
-def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run/thesis.tex").write_text("years of work")
     with pytest.raises(HpcRlhfError, match=r"not a run directory: it holds thesis\.tex"):
@@ -101,7 +101,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_a_claim_that_came_to_nothing_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_a_failed_claim_does_not_block_the_next(tmp_path: Path) -> None:
     spec = spec_with(tmp_path)
     templates = tmp_path / "templates"
     templates.mkdir()
@@ -112,18 +112,18 @@ def test_a_claim_that_came_to_nothing_does_not_stop_the_next(tmp_path: Path) -> 
     prepared(spec)
 
 
-def test_a_place_that_is_no_folder_is_told_so(tmp_path: Path) -> None:
+def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(HpcRlhfError, match="cannot write the run directory: it is no folder"):
         prepared(spec_with(tmp_path))
 
 
-def test_settings_of_the_top_level_count_only_where_a_stage_uses_them(tmp_path: Path) -> None:
+def test_top_level_settings_count_only_where_a_stage_uses_them(tmp_path: Path) -> None:
     own = [f"stages.{stage}.slurm.partition=gpu" for stage in ("sft", "reward", "ppo")]
     assert not differences(spec_with(tmp_path, *own), spec_with(tmp_path, "slurm.partition=gpu"))
 
 
-def test_a_run_may_be_evaluated_in_another_way_which_is_found_anew(tmp_path: Path) -> None:
+def test_a_changed_evaluation_is_computed_again(tmp_path: Path) -> None:
     run = RunDir(prepared(spec_with(tmp_path)))
     run.stage("sft").metrics.touch()
     prepared(spec_with(tmp_path, "stages.eval={}"))

@@ -1,4 +1,4 @@
-"""What the rendered scripts say, and do when bash runs them. Slurm's commands are stubs here."""
+"""What rendered scripts contain, and do when bash runs them with stubs for Slurm's commands."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def options(spec: JobSpec, stage: str = "sft") -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
 
 
-def test_every_slurm_setting_becomes_its_option() -> None:
+def test_every_slurm_setting_becomes_an_option() -> None:
     slurm: dict[str, Any] = {
         "partition": "gpu", "account": "nlp", "qos": "high", "time": "1-00:00:00", "nodes": 2, "gpus_per_node": 4,
         "cpus_per_gpu": 12, "mem": "900G", "constraint": "a100&nvlink", "exclude": "n[1-3]", "nodelist": "n9",
@@ -116,7 +116,7 @@ def test_every_slurm_setting_becomes_its_option() -> None:
     ]
 
 
-def test_gres_stands_in_for_gpus_and_cpu_jobs_ask_for_none() -> None:
+def test_gres_replaces_gpus_and_cpu_jobs_request_none() -> None:
     with_gres = options(make_spec("/scratch/demo", {"gres": "gpu:a100:2"}))
     assert "--gres=gpu:a100:2" in with_gres
     assert not any("--gpus" in option for option in with_gres)
@@ -125,7 +125,7 @@ def test_gres_stands_in_for_gpus_and_cpu_jobs_ask_for_none() -> None:
     assert not any("gpu" in option or "gres" in option for option in without)
 
 
-def test_script_finds_the_ranks_meeting_place_and_hands_on_sruns_exit_code(tmp_path: Path) -> None:
+def test_the_script_sets_the_rendezvous_and_exits_with_sruns_code(tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "my run's", {"nodes": 2, "cpus_per_gpu": 3})
     code, out, _ = run_script(spec, "sft", tmp_path, STUB_EXIT="7", SLURM_RESTART_COUNT="2")
     assert code == 7
@@ -143,7 +143,7 @@ def test_script_finds_the_ranks_meeting_place_and_hands_on_sruns_exit_code(tmp_p
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_another_launcher_is_one_task_on_each_node_with_all_of_the_node(
+def test_another_launcher_is_one_task_per_node_with_all_of_its_resources(
     tmp_path: Path, launcher: str
 ) -> None:
     slurm = {"nodes": 2, "cpus_per_gpu": 3, "launcher": launcher}
@@ -158,7 +158,7 @@ def test_another_launcher_is_one_task_on_each_node_with_all_of_the_node(
     assert "--ntasks-per-node=2" in options(spec)
 
 
-def test_a_launcher_takes_its_place_from_the_hostfile_and_the_gpus_from_slurm(tmp_path: Path) -> None:
+def test_a_launcher_takes_its_rank_from_the_hostfile_and_gpus_from_slurm(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.stage("sft").path.mkdir(parents=True)
     run.stage("sft").hostfile.write_text("n1 slots=2\nn2 slots=2\n")
@@ -175,7 +175,7 @@ def test_a_launcher_takes_its_place_from_the_hostfile_and_the_gpus_from_slurm(tm
         assert words[-4:] == ["--module", "hpc_rlhf.task", str(tmp_path), "sft"]
 
 
-def test_two_jobs_and_two_attempts_meet_at_different_ports(tmp_path: Path) -> None:
+def test_jobs_and_attempts_use_different_ports(tmp_path: Path) -> None:
     spec, ports = make_spec(tmp_path / "run"), set()
     for job_id, restart in (("5000", "0"), ("5000", "1"), ("6000", "0"), ("99999999", "0")):
         _, out, _ = run_script(spec, "sft", tmp_path, SLURM_JOB_ID=job_id, SLURM_RESTART_COUNT=restart)
@@ -184,7 +184,7 @@ def test_two_jobs_and_two_attempts_meet_at_different_ports(tmp_path: Path) -> No
     assert all(20000 <= int(port.partition("=")[2]) < 30000 for port in ports)
 
 
-def test_a_port_that_somebody_listens_at_is_passed_over(tmp_path: Path) -> None:
+def test_a_port_in_use_is_skipped(tmp_path: Path) -> None:
     taken = 20000 + 5007 * 101 % 10000  # no job of the tests' own cluster comes that far
     with socket.create_server(("", taken)):
         _, out, _ = run_script(
@@ -193,7 +193,7 @@ def test_a_port_that_somebody_listens_at_is_passed_over(tmp_path: Path) -> None:
     assert f"MASTER_PORT={taken + 1}" in (out / "env").read_text().splitlines()
 
 
-def test_what_the_submitting_shell_says_of_other_jobs_does_not_reach_srun(tmp_path: Path) -> None:
+def test_variables_of_other_jobs_do_not_reach_srun(tmp_path: Path) -> None:
     leaked = {"SBATCH_PARTITION": "x", "SLURM_CPU_BIND_TYPE": "x", "SLURM_STEP_ID": "3"}
     _, out, _ = run_script(make_spec(tmp_path / "run"), "sft", tmp_path, **leaked)
     names = {line.partition("=")[0] for line in (out / "env").read_text().splitlines()}
@@ -201,7 +201,7 @@ def test_what_the_submitting_shell_says_of_other_jobs_does_not_reach_srun(tmp_pa
     assert {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"} <= names
 
 
-def test_logs_that_a_requeued_job_goes_on_in_are_marked(tmp_path: Path) -> None:
+def test_each_attempt_is_marked_in_the_logs(tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "my run")
     logs = RunDir(Path(spec.run_dir)).stage("sft").logs
     logs.mkdir(parents=True)
@@ -255,7 +255,7 @@ def test_pyxis_mounts_the_run_directory(tmp_path: Path) -> None:
     assert args[-5] == "python3"
 
 
-def test_script_requeues_a_stage_that_asks_for_it_from_inside_a_container(tmp_path: Path) -> None:
+def test_the_script_requeues_a_stage_on_request_from_its_container(tmp_path: Path) -> None:
     container = {"runtime": "apptainer", "image": "/img/x.sif"}
     spec = make_spec(tmp_path / "my run", {"container": container})
     request = RunDir(Path(spec.run_dir)).stage("sft").requeue_request
@@ -281,19 +281,19 @@ def test_script_requeues_a_stage_that_asks_for_it_from_inside_a_container(tmp_pa
         ("143", "RUNNING", "2026-01-02T12:00:00", "3", False),  # all that max_requeues allows
     ],
 )
-def test_script_requeues_a_job_whose_ranks_died_of_a_preemption(
+def test_the_script_requeues_a_job_whose_ranks_a_preemption_killed(
     code: str, state: str, preempted: str, restarts: str, requeued: bool, tmp_path: Path
 ) -> None:
     shown = f"JobId=4711 JobState={state} StartTime=2026-01-02T12:00:00 PreemptTime={preempted} "
     spec = make_spec(tmp_path / "run", {"max_requeues": 3})
     environ = {"STUB_EXIT": code, "STUB_JOB": shown, "SLURM_RESTART_COUNT": restarts}
-    ended, out, said = run_script(spec, "sft", tmp_path, **environ)
-    assert ended == int(code)
+    exit_code, out, stderr = run_script(spec, "sft", tmp_path, **environ)
+    assert exit_code == int(code)
     assert (out / "requeue").exists() is requeued
-    assert ("requeued" in said) is requeued
+    assert ("requeued" in stderr) is requeued
 
 
-def test_users_template_wins_file_by_file(tmp_path: Path) -> None:
+def test_a_users_template_replaces_the_one_of_its_name(tmp_path: Path) -> None:
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates/hostfile.j2").write_text("@NODE@ slots={{ slurm.tasks_per_node }} # mine\n")
     files = {
@@ -338,7 +338,7 @@ def test_broken_template_is_one_clear_error(template: str, expected: str, tmp_pa
         ({}, None),
     ],
 )
-def test_a_template_with_another_batch_than_the_spec_is_refused(
+def test_a_template_whose_batch_differs_from_the_spec_is_refused(
     batch: dict[str, int | None], expected: str | None, tmp_path: Path
 ) -> None:
     config = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, **batch}
@@ -355,8 +355,8 @@ def test_a_template_with_another_batch_than_the_spec_is_refused(
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_a_sentinel_heals_its_run_whatever_its_name_and_setup(hostile: str, tmp_path: Path) -> None:
-    """Setup lines that fail on a small node do not keep it from that."""
+def test_a_sentinel_heals_its_run_with_any_name_and_setup(hostile: str, tmp_path: Path) -> None:
+    """Setup lines that fail on a small node do not prevent it."""
     heal = {
         "partition": "cpu",
         "mem": "1G",
@@ -401,6 +401,6 @@ def test_a_sentinel_heals_its_run_whatever_its_name_and_setup(hostile: str, tmp_
         check=True,
         stderr=subprocess.DEVNULL,
     )
-    said = (tmp_path / "args").read_text().splitlines()
-    assert said == ["1", "unset", "-m", "hpc_rlhf.cli", "heal", "--sentinel", str(run.path), "0077"]
+    arguments = (tmp_path / "args").read_text().splitlines()
+    assert arguments == ["1", "unset", "-m", "hpc_rlhf.cli", "heal", "--sentinel", str(run.path), "0077"]
     assert not list((tmp_path / "cwd").iterdir())

@@ -1,4 +1,4 @@
-"""The whole way without Slurm and with real training: run, interrupt, go on, talk."""
+"""End to end without Slurm and with real training: run, interrupt, resume, chat."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def steps(run: RunDir, stage: str) -> list[int]:
 
 
 @pytest.mark.train
-def test_run_interrupt_go_on_and_talk(tmp_path: Path) -> None:
+def test_run_interrupt_resume_and_chat(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     words = ["run", str(JOB), "--set", f"run_dir={run.path}"]
     for field, value in SMALL.items():

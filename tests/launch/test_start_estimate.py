@@ -1,4 +1,4 @@
-"""When Slurm thinks that a run would start."""
+"""When Slurm would start a run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tests.launch.specs import make_spec
 
 
 def with_sbatch(monkeypatch: pytest.MonkeyPatch, folder: Path, lines: str) -> dict[str, str]:
-    """What is predicted of three stages by an sbatch that runs these lines, with the script as $2."""
+    """The predicted starts of three stages, with an sbatch that runs these lines and has the script as $2."""
     (folder / "sbatch").write_text(f"#!/bin/bash\n{lines}\n")
     (folder / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     return predicted_starts(make_plan(make_spec("/scratch/demo")))
 
 
-def test_stages_that_wait_for_no_other_have_a_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    said = "sbatch: Job 7 to start at 2026-05-01T09:30:00 using 2 processors on nodes n1 in partition gpu"
-    told = with_sbatch(monkeypatch, tmp_path, f'grep -q "^#SBATCH --job-name" "$2" && echo "{said}" >&2')
-    assert told == {
+def test_stages_without_needs_have_a_start_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    message = "sbatch: Job 7 to start at 2026-05-01T09:30:00 using 2 processors on nodes n1 in partition gpu"
+    starts = with_sbatch(monkeypatch, tmp_path, f'grep -q "^#SBATCH --job-name" "$2" && echo "{message}" >&2')
+    assert starts == {
         "sft": "would start at 2026-05-01T09:30:00",
         "reward": "would start at 2026-05-01T09:30:00",
     }
 
 
-def test_what_slurm_has_against_it_is_told_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = with_sbatch(monkeypatch, tmp_path, 'echo "sbatch: error: invalid partition" >&2; exit 1')
-    assert told == {"sft": "no start time (sbatch --test-only: sbatch: error: invalid partition)"}
+def test_a_rejection_is_reported_for_one_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    starts = with_sbatch(monkeypatch, tmp_path, 'echo "sbatch: error: invalid partition" >&2; exit 1')
+    assert starts == {"sft": "no start time (sbatch --test-only: sbatch: error: invalid partition)"}

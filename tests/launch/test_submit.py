@@ -1,4 +1,4 @@
-"""Submitting to a real Slurm: the graph, attaching, crashes, refusals. The jobs never start; their begin is far off."""
+"""Submitting to a real Slurm: the graph, attaching, crashes, rejections. The jobs never start: their begin time is far off."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ stages: {{sft: {{}}, reward: {{}}, ppo: {{}}}}
 
 
 class Bench:
-    """A run directory, its job file, and the CLI set to work on them."""
+    """A run directory, its job file, and the CLI."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
@@ -94,7 +94,7 @@ def test_graph_is_submitted_with_its_needs_and_tokens(bench: Bench) -> None:
         assert (logs / f"{job_id}_submission.sh").read_text() == bench.run.sbatch(stage).read_text()
 
 
-def test_second_submit_attaches_and_says_so(bench: Bench) -> None:
+def test_a_second_submit_attaches(bench: Bench) -> None:
     bench.cli("submit")
     ids = bench.submitted()
     again = bench.cli("submit")
@@ -113,7 +113,7 @@ def test_another_spec_is_refused_while_jobs_live(bench: Bench) -> None:
     assert bench.names() == ALL
 
 
-def test_done_stage_is_neither_submitted_nor_waited_for(bench: Bench) -> None:
+def test_a_finished_stage_is_neither_submitted_nor_waited_for(bench: Bench) -> None:
     bench.cli("submit")
     bench.cli("cancel")
     model = bench.run.stage("sft").model
@@ -127,7 +127,7 @@ def test_done_stage_is_neither_submitted_nor_waited_for(bench: Bench) -> None:
     assert "already done" in done.stdout
 
 
-def test_refusal_is_sbatchs_own_and_leaves_nothing_behind(bench: Bench) -> None:
+def test_a_rejection_shows_sbatchs_message_and_leaves_nothing_behind(bench: Bench) -> None:
     done = bench.cli("submit", "--set", "stages.ppo.slurm.partition=nope")
     assert done.returncode == 2
     assert "stages.ppo: sbatch rejected the job: invalid partition specified: nope" in done.stderr
@@ -140,7 +140,7 @@ def test_refusal_is_sbatchs_own_and_leaves_nothing_behind(bench: Bench) -> None:
     assert bench.names() == ALL
 
 
-def test_submit_killed_after_sbatch_leaves_a_job_that_the_next_one_takes_on(bench: Bench) -> None:
+def test_a_job_of_a_killed_submit_is_adopted_by_the_next(bench: Bench) -> None:
     path = bench.wrap_sbatch('"$REAL" "$@" >answer; [ -e once ] && kill -9 $PPID; touch once; cat answer')
     assert bench.cli("submit", PATH=path).returncode == -9
     assert bench.names() == ["demo.reward", "demo.sft"]
@@ -152,13 +152,13 @@ def test_submit_killed_after_sbatch_leaves_a_job_that_the_next_one_takes_on(benc
     assert f"afterok:{ids['reward']}(unfulfilled)" in bench.cluster.field(ids["ppo"], "Dependency")
 
 
-def test_job_that_slurm_took_although_sbatch_failed_is_taken_on(bench: Bench) -> None:
+def test_a_job_that_slurm_accepted_although_sbatch_failed_is_adopted(bench: Bench) -> None:
     path = bench.wrap_sbatch('"$REAL" "$@" >/dev/null; echo "sbatch: error: Socket timed out" >&2; exit 1')
     done = bench.cli("submit", PATH=path)
     assert (done.returncode, bench.names(), sorted(bench.submitted())) == (0, ALL, ["ppo", "reward", "sft"])
 
 
-def test_two_submits_at_once_make_one_graph(bench: Bench) -> None:
+def test_concurrent_submits_create_one_graph(bench: Bench) -> None:
     both = [
         subprocess.Popen(
             bench.command("submit"), env=bench.env({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -171,7 +171,7 @@ def test_two_submits_at_once_make_one_graph(bench: Bench) -> None:
     assert codes == [0, 0] or (codes == [0, 1] and any("is working on this run" in error for error in errors))
 
 
-def test_stage_submitted_anew_frees_the_one_that_waited_for_it_in_vain(bench: Bench) -> None:
+def test_a_resubmitted_stage_releases_its_dependents(bench: Bench) -> None:
     bench.cli("submit")
     before = bench.submitted()
     bench.cluster.run("scancel", before["sft"])
@@ -188,7 +188,7 @@ def test_stage_submitted_anew_frees_the_one_that_waited_for_it_in_vain(bench: Be
     assert needs == f"afterok:{after['sft']}(unfulfilled),afterok:{after['reward']}(unfulfilled)"
 
 
-def test_what_the_environment_says_of_other_jobs_is_left_out(bench: Bench) -> None:
+def test_variables_of_other_jobs_are_removed(bench: Bench) -> None:
     leaked = {"SBATCH_PARTITION": "low", "SLURM_JOB_ID": "1", "SQUEUE_PARTITION": "low", "SLURM_NTASKS": "9"}
     assert bench.cli("submit", **leaked).returncode == 0
     ids = bench.submitted()
