@@ -37,7 +37,7 @@ def command(
     results. A spec without that stage is evaluated with its defaults. Ctrl-C saves and stops; the same
     command resumes.
     """
-    from hpc_rlhf.launch.prepare import evaluated_otherwise
+    from hpc_rlhf.launch.prepare import evaluation_changed
     from hpc_rlhf.observe.evaluation import read_report
     from hpc_rlhf.observe.terminal.results import evaluation
 
@@ -46,7 +46,7 @@ def command(
         run, folder, sets if prompts is None else (*sets, f"stages.{EVALUATION.name}.prompts={prompts}")
     )
     done = manifest.is_done(folder.stage(EVALUATION.name))
-    if not done or evaluated_otherwise(folder, spec):
+    if not done or evaluation_changed(folder, spec):
         _evaluate(context, spec, folder, file, _again(run, prompts, sets, as_json))
     report = read_report(folder)
     if as_json:

@@ -11,7 +11,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.stage_memory import RESERVE, Memory
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds
 from hpc_rlhf.estimate.step_time import ASSUMPTIONS
-from hpc_rlhf.launch.auto import Choice, told
+from hpc_rlhf.launch.auto import Choice, describe
 from hpc_rlhf.launch.plan import Plan
 from hpc_rlhf.observe.format import duration
 from hpc_rlhf.spec.job import JobSpec
@@ -64,7 +64,7 @@ def print_plan(plan: Plan) -> None:
 
 def print_choice(choice: Choice) -> None:
     """Print what `auto` chose for a stage, on one line."""
-    print_wrapped(f"{choice.stage}: {told(choice.fields)}, {choice.why}")
+    print_wrapped(f"{choice.stage}: {describe(choice.fields)}, {choice.why}")
 
 
 def print_choices(choices: Sequence[Choice]) -> None:
@@ -86,7 +86,7 @@ def _choice_rows(choice: Choice) -> list[tuple[str, ...]]:
     return [
         (
             "" if place else choice.stage,
-            told(one.fields),
+            describe(one.fields),
             f"x {one.seconds / chosen[0].seconds:.2f}",
             _gib(one.held),
             "" if place and one.fits else "too large" if place else "chosen",

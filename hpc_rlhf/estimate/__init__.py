@@ -1,1 +1,1 @@
-"""Memory, time and disk that a stage takes, estimated without torch."""
+"""Estimates of the memory, time and disk space of a stage, without torch in this process."""

@@ -1,4 +1,4 @@
-"""How much disk a run takes, roughly: its checkpoints, and the models that it hands on."""
+"""Disk space of a run, roughly: its checkpoints and the models that it makes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 # Bytes of a weight in a checkpoint: itself and Adam's two moments, each in float32.
 _TRAINED = 12
 _EXPORTED = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Adapters are a small share of the weights; this is more than a rank of 128 makes of a large model.
+# Adapters are a small share of the weights; even rank 128 has less than this in a large model.
 _ADAPTERS = 0.05
 
 
 def run_bytes(spec: JobSpec) -> int | None:
-    """Bytes of all that a run keeps on disk at a time; None where no size of a model is known."""
+    """Bytes that a run keeps on disk at a time; None if the size of a model is unknown."""
     actor, reward = _parameters(spec.models, "actor"), _parameters(spec.models, "reward")
     if actor is None or reward is None:
         return None

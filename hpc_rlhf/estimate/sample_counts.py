@@ -1,4 +1,4 @@
-"""How many samples a stage is going to have, where that can be told without reading the data."""
+"""How many samples a stage will have, if that can be counted without reading the data."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 
-# Larger files are not read through to count their lines.
+# Larger files are not read to count their lines.
 _COUNTED = 2**29
 
 
 def expected_samples(spec: JobSpec, stage: str) -> int | None:
-    """Samples that a stage trains on, about: prompts are drawn to stages by their hashes, and unusable rows are left out.
+    """Samples that a stage trains on, approximately: hashes assign prompts to stages, and unusable rows are skipped.
 
-    None where the stage takes no data, or a source is on the hub and not in the cache, or in files whose rows are not counted fast.
+    None if the stage takes no data, or a source is on the hub and not in the cache, or cannot be counted fast.
     """
     total = sum(spec.shares.values())
     if stage not in spec.shares or not total:
@@ -29,7 +29,7 @@ def expected_samples(spec: JobSpec, stage: str) -> int | None:
     for source in spec.data.sources:
         try:
             count = _rows(source)
-        except (OSError, ValueError, csv.Error):  # what cannot be read is the doctor's business
+        except (OSError, ValueError, csv.Error):  # unreadable files are the doctor's task
             return None
         if count is None:
             return None
@@ -51,7 +51,7 @@ def _rows(source: SourceSpec) -> int | None:
 
 
 def _counter(path: Path) -> Callable[[Path], int] | None:
-    """What counts the rows of a file of this name; None where that takes reading it whole."""
+    """A function that counts the rows of such a file; None if it would have to parse the whole file."""
     suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
     if suffix == ".parquet":
         return _parquet_rows
@@ -59,7 +59,7 @@ def _counter(path: Path) -> Callable[[Path], int] | None:
 
 
 def _size(path: Path) -> int:
-    """Bytes to read, about; text is a quarter as large where it is compressed, and tables of columns are not read."""
+    """Bytes to read, approximately. Compressed text is about a quarter of its size; parquet files are not read."""
     return 0 if path.suffix == ".parquet" else path.stat().st_size * (4 if path.suffix == ".gz" else 1)
 
 
@@ -69,7 +69,7 @@ def _lines(path: Path) -> int:
 
 
 def _records(path: Path) -> int:
-    """Rows of a table whose first line has the names; text in quotes may have lines of its own."""
+    """Rows of a table whose first line has the names; quoted text may span lines."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
         return max(0, sum(1 for record in csv.reader(file) if record) - 1)
 
@@ -81,7 +81,7 @@ def _parquet_rows(path: Path) -> int:
 
 
 def _prepared(source: SourceSpec) -> int | None:
-    """Rows of a hub data set that ``prefetch`` or an earlier run has brought into the cache of datasets."""
+    """Rows of a hub data set that ``prefetch`` or an earlier run has put into the cache of datasets."""
     cache = hub.folder("data set")
     name = (source.path or "").replace("/", "___")
     counts = set()

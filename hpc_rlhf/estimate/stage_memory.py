@@ -1,4 +1,4 @@
-"""Bytes that a stage holds on each GPU: its models all the time, and what passes, steps and rollouts add for a while."""
+"""Memory of a stage on each GPU: its models, and what passes, steps and rollouts add for a while."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from hpc_rlhf.spec.sizes import CACHE_SHARE, ROWS, WEIGHTS_SHARE
 from hpc_rlhf.spec.stages import Data, EvalSpec, PpoSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
-# Share of a GPU that CUDA, NCCL and gaps between tensors take.
+# Share of a GPU that CUDA, NCCL and fragmentation take.
 RESERVE = 0.08
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a stage holds on each GPU.
+    """The memory of a stage on each GPU.
 
     Attributes:
-        parameters: of each model, by its name.
-        always: bytes by part of what is held from the beginning to the end.
-        moments: bytes by part of what is added for a while, by what is done then.
-        gpu: bytes of a GPU; None where the spec does not say.
+        parameters: parameters of each model, by name.
+        always: bytes by part, from start to end.
+        moments: bytes by part that are added for a while, by activity.
+        gpu: bytes of a GPU; None if the spec does not name it.
     """
 
     parameters: dict[str, int]
@@ -47,12 +47,12 @@ class Memory:
 
     @property
     def fullest(self) -> str:
-        """The moment at which most is held."""
+        """The activity at which the memory peaks."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def parts(self) -> Parts:
-        """Bytes by part at that moment."""
+        """Bytes by part at the peak."""
         return {part: size for part, size in added(self.always, self.moments[self.fullest]).items() if size}
 
     @property
@@ -61,21 +61,20 @@ class Memory:
 
     @property
     def left(self) -> int | None:
-        """Bytes left for CUDA, NCCL and gaps between tensors; below 0 where the tensors alone do not fit."""
+        """Bytes left for CUDA, NCCL and fragmentation; negative if the tensors alone do not fit."""
         return None if self.gpu is None else self.gpu - self.held
 
     @property
     def fits(self) -> bool | None:
-        """Whether that is enough."""
+        """Whether enough is left."""
         return None if self.gpu is None else self.held <= self.gpu * (1 - RESERVE)
 
 
 def stage_memory(spec: JobSpec, name: str) -> Memory:
-    """What a stage holds on each of its GPUs.
+    """The memory of a stage on each of its GPUs.
 
     Raises:
-        HpcRlhfError: a model's configuration is not here, or transformers cannot build it; or the batch does not come out
-            even.
+        HpcRlhfError: a model's configuration is not here, transformers cannot build it, or the global batch is uneven.
     """
     stage = spec.stage(name)
     gpu = None if stage.slurm.gpu is None else gpu_bytes(stage.slurm.gpu)
@@ -92,36 +91,36 @@ def _lengths(spec: JobSpec) -> tuple[int, int]:
 
 @singledispatch
 def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
-    """Of a stage that trains one model, perhaps against a frozen reference; others are registered below."""
+    """A stage that trains one model, perhaps with a frozen reference. Other kinds are registered below."""
     kind, training, lengths = kind_of(name), as_trained(stage), _lengths(spec)
     sequences = batch.micro * (2 if kind.data is Data.PAIRS else 1)
     tokens = sequences * sum(lengths)
     if kind.makes == "reward model":
         model = architecture(spec.models, "reward")
-        held = in_training(Pass(model, training, tokens, 0), batch, scored=True)
-        return Memory({"reward": scored_parameters(model)}, held.always, held.moments, gpu)
+        trained = in_training(Pass(model, training, tokens, 0), batch, scored=True)
+        return Memory({"reward": scored_parameters(model)}, trained.always, trained.moments, gpu)
     model = architecture(spec.models, "actor")
     answers_only = kind.data is Data.PAIRS or getattr(stage, "answer_only", False)
     predicted = sequences * lengths[1] if answers_only else tokens
     # With adapters only, the model with its adapters off is the reference.
     own_ref = "ref" in stage.strategies and training.lora is not None and training.lora.only
     work = Pass(model, training, tokens, predicted, summed=kind.data is not Data.PAIRS, alternating=own_ref)
-    held = in_training(work, batch)
-    always = dict(held.always)
+    trained = in_training(work, batch)
+    always = dict(trained.always)
     if "ref" in stage.strategies and not own_ref:
         always["ref"] = frozen(model, model.parameters, stage.strategies["ref"], training)
-    return Memory({"actor": model.parameters}, always, held.moments, gpu)
+    return Memory({"actor": model.parameters}, always, trained.moments, gpu)
 
 
 def run_memory(spec: JobSpec) -> dict[str, Memory | HpcRlhfError]:
-    """What each stage holds, or why that is not known."""
-    found: dict[str, Memory | HpcRlhfError] = {}
+    """The memory of each stage, or why it is unknown."""
+    memory: dict[str, Memory | HpcRlhfError] = {}
     for name in spec.stage_names:
         try:
-            found[name] = stage_memory(spec, name)
+            memory[name] = stage_memory(spec, name)
         except HpcRlhfError as error:
-            found[name] = error
-    return found
+            memory[name] = error
+    return memory
 
 
 @_memory.register
@@ -131,10 +130,10 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None
         architecture(spec.models, "reward"),
         _lengths(spec),
     )
-    tokens, answers = batch.micro * sum(lengths), batch.micro * lengths[1]
-    # Where a rollout is one micro-batch, the pass that it is evaluated by is kept to learn from: stages/ppo_trainer.py.
+    tokens, responses = batch.micro * sum(lengths), batch.micro * lengths[1]
+    # If a rollout is one micro-batch, the update reuses the pass that scored it: see train/stages/ppo.
     kept = batch.accumulation * stage.minibatches == 1 and not stage.dropout
-    policy = in_training(Pass(actor, stage, tokens, answers, with_entropies=kept), batch)
+    policy = in_training(Pass(actor, stage, tokens, responses, with_entropies=kept), batch)
     of_critic = stage.of_critic
     critic = in_training(Pass(reward, of_critic, tokens, 0), batch, scored=True)
     always = {
@@ -148,31 +147,31 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None
     moments = dict(policy.moments)
     for moment, parts in critic.moments.items():
         moments[f"the critic's {moment}"] = parts
-    if kept and not stage.slurm.gpus_per_node:  # on a CPU the critic's, too
+    if kept and not stage.slurm.gpus_per_node:  # on a CPU also the critic's
         both = {"activations": critic.moments["passes"]["activations"]}
         moments["passes"] = added(moments["passes"], both)
     rollout = batch.micro * batch.accumulation * stage.minibatches
     moments["rollouts"] = _rollout(actor, stage, -(-rollout // stage.tensor_parallel), lengths, gpu)
-    moments["scoring"] = _asked(actor, stage, tokens, answers)
+    moments["scoring"] = _scoring(actor, stage, tokens, responses)
     return Memory({"actor": actor.parameters, "critic": scored_parameters(reward)}, always, moments, gpu)
 
 
 @_memory.register
 def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
-    """One model after the other answers, and is asked for log-probabilities."""
+    """One model after another generates, and computes log-probabilities."""
     actor, lengths = architecture(spec.models, "actor"), _lengths(spec)
     always = {"weights": weights(actor.parameters, stage, stage.slurm.ranks)}
     tokens = batch.micro * sum(lengths)
-    answers = -(-stage.prompts // stage.slurm.ranks)
+    responses = -(-stage.prompts // stage.slurm.ranks)
     moments = {
-        "rollouts": _rollout(actor, stage, answers, lengths, gpu),
-        "scoring": _asked(actor, stage, tokens, tokens),
+        "rollouts": _rollout(actor, stage, responses, lengths, gpu),
+        "scoring": _scoring(actor, stage, tokens, tokens),
     }
     return Memory({"each model": actor.parameters}, always, moments, gpu)
 
 
-def _asked(model: Architecture, stage: StageSpec, tokens: int, predicted: int) -> Parts:
-    """What a pass takes that nothing is learnt from: a layer at a time, and a chunk of the logits."""
+def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int) -> Parts:
+    """A pass without gradients: activations of one layer, and a chunk of logits."""
     item = ITEM[stage.precision]
     gathered = gathered_weights(model, model.parameters, item) if stage.zero == 3 else 0
     return {
@@ -183,23 +182,23 @@ def _asked(model: Architecture, stage: StageSpec, tokens: int, predicted: int) -
 
 
 def _layer(model: Architecture, item: int) -> int:
-    """Bytes of a token while it passes a layer that keeps nothing."""
+    """Bytes of a token in a layer that keeps nothing for a backward pass."""
     return 3 * item * model.hidden + max(12 * model.hidden, 3 * item * model.inner)
 
 
 def _rollout(
-    actor: Architecture, stage: StageSpec, answers: int, lengths: tuple[int, int], gpu: int | None
+    actor: Architecture, stage: StageSpec, responses: int, lengths: tuple[int, int], gpu: int | None
 ) -> Parts:
-    """What lasts as long as a rollout: the actor gathered, keys and values; and the pass over the first prompts."""
+    """A rollout: gathered weights and the KV cache, and the pass over the first prompts."""
     item, longest = ITEM[stage.precision], sum(lengths)
     ways, lora = (stage.tensor_parallel, stage.lora) if isinstance(stage, TrainingSpec) else (1, None)
     whole = 0
     if stage.zero == 3:
         whole = item * actor.parameters
-    elif ways > 1 or lora is not None:  # what is not cut or adapted is shared with the actor in training
+    elif ways > 1 or lora is not None:  # other weights are shared with the actor in training
         whole = item * actor.inside
     row = item * actor.kv * longest
-    rows = min(ROWS, answers)
+    rows = min(ROWS, responses)
     if gpu is not None:
         whole = min(whole, int(WEIGHTS_SHARE * gpu))
         rows = max(1, min(rows, int(CACHE_SHARE * gpu) // row))

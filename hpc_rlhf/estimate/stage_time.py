@@ -1,4 +1,4 @@
-"""How long stages take: their steps, by what ``steps`` says of one."""
+"""How long stages take: the number of their steps, times the estimate of ``step_time``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class StageTime:
     """How long a stage takes.
 
     Attributes:
-        parts: seconds of a step by what takes them: training, optimizer, messages, offload, and PPO's decoding and scoring.
+        parts: seconds of a step by part: training, optimizer, messages, offload, and PPO's decoding and scoring.
         samples: samples of a step.
-        expected: samples of all steps that the data give; None where their number is not known here.
-        steps: of the whole stage, 1 of an evaluation; None likewise, unless max_steps says it.
+        expected: samples that the data have for the stage; None if unknown here.
+        steps: steps of the whole stage, 1 for an evaluation; None if unknown.
         gpus: GPUs of its job.
         limit: seconds that one attempt may take; None without a limit.
     """
@@ -40,7 +40,7 @@ class StageTime:
 
     @property
     def seconds(self) -> float | None:
-        """Of all steps, without start-up, checkpoints and the queue."""
+        """Seconds of all steps, without startup, checkpoints and the queue."""
         return None if self.steps is None else self.steps * self.step_seconds
 
     @property
@@ -54,7 +54,7 @@ class StageTime:
 
     @property
     def attempts(self) -> int | None:
-        """How many time limits the stage fills."""
+        """Number of attempts that the time limit makes necessary."""
         if self.seconds is None:
             return None
         return 1 if self.limit is None else max(1, -int(-self.seconds // self.limit))
@@ -64,7 +64,7 @@ def stage_time(spec: JobSpec, name: str) -> StageTime:
     """How long a stage takes.
 
     Raises:
-        HpcRlhfError: slurm.gpu names no GPU whose speed is known, or a model's configuration is not here.
+        HpcRlhfError: the speed of slurm.gpu is unknown, or a model's configuration is not here.
     """
     stage, parts = spec.stage(name), step_parts(spec, name)
     gpus, limit = stage.slurm.nodes * stage.slurm.gpus_per_node, time_limit(stage.slurm.time)
@@ -76,24 +76,24 @@ def stage_time(spec: JobSpec, name: str) -> StageTime:
     expected = expected_samples(spec, name)
     steps = stage.max_steps
     if expected is not None:
-        given = max(1, expected * stage.epochs // samples)
-        steps = given if steps is None else min(given, steps)
+        available = max(1, expected * stage.epochs // samples)
+        steps = available if steps is None else min(available, steps)
     return StageTime(parts, samples, expected, steps, gpus, limit)
 
 
 def run_times(spec: JobSpec) -> dict[str, StageTime | HpcRlhfError]:
-    """How long each stage takes, or why that is not known."""
-    found: dict[str, StageTime | HpcRlhfError] = {}
+    """How long each stage takes, or why it is unknown."""
+    times: dict[str, StageTime | HpcRlhfError] = {}
     for name in spec.stage_names:
         try:
-            found[name] = stage_time(spec, name)
+            times[name] = stage_time(spec, name)
         except HpcRlhfError as error:
-            found[name] = error
-    return found
+            times[name] = error
+    return times
 
 
 def chain_seconds(spec: JobSpec, times: dict[str, StageTime | HpcRlhfError]) -> float | None:
-    """From the first stage's start to the end of the last; None where a stage's time is not known."""
+    """Seconds from the start of the first stage to the end of the last; None if a stage's time is unknown."""
     ends: dict[str, float] = {}
     for name in spec.stage_names:
         time = times[name]

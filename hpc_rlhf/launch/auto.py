@@ -1,4 +1,4 @@
-"""Chooses what a spec leaves to `auto`: of all combinations that fit the GPU, the one whose steps are estimated fastest."""
+"""Resolves `auto` in a spec: of all combinations that fit the GPU, the one with the fastest estimated step."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from hpc_rlhf.spec.stages import EVALUATION
 from hpc_rlhf.spec.sweep import Sweep, load_any
 from hpc_rlhf.spec.training import ReferredSpec, TrainingSpec
 
-# Estimates closer than this are as good as equal: the simpler one wins.
+# Of combinations whose estimates are closer than this, the simplest wins.
 _EQUAL = 1.01
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination of what is left to auto.
+    """One combination of the fields that are left to auto.
 
     Attributes:
-        fields: of the stage.
-        seconds: of a step, estimated.
-        held: bytes of a GPU, estimated.
-        fits: whether that leaves enough of it.
+        fields: fields of the stage.
+        seconds: estimated seconds of a step.
+        held: estimated bytes on each GPU.
+        fits: whether that leaves enough of the GPU.
     """
 
     fields: Mapping[str, Any]
@@ -43,19 +43,19 @@ class Candidate:
     fits: bool
 
     @property
-    def burden(self) -> tuple[int, int, float]:
-        """What is simpler comes first: less sharding, fewer offloads; then what is faster."""
+    def complexity(self) -> tuple[int, int, float]:
+        """Sort key: less sharding first, then fewer offloads, then faster steps."""
         offloads = sum(bool(self.fields.get(field)) for field in OFFLOADS)
         return self.fields.get("zero", 0), offloads, self.seconds
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a stage.
+    """The choice for a stage.
 
     Attributes:
-        fields: of the stage.
-        considered: all combinations, the fastest first; none where a run keeps what was chosen for it before.
+        fields: fields of the stage.
+        considered: all combinations, fastest first; empty if the run keeps an earlier choice.
     """
 
     stage: str
@@ -65,65 +65,65 @@ class Choice:
     @property
     def why(self) -> str:
         if not self.considered:
-            return "as this run was prepared with"
+            return "as this run was prepared"
         fitting = [one for one in self.considered if one.fits]
         fastest = fitting[0].fields == self.fields
         best = "the fastest" if fastest else "the simplest within 1 % of the fastest"
         return f"{best} of the {len(fitting)} combinations that fit, out of {len(self.considered)}"
 
 
-def told(fields: Mapping[str, Any]) -> str:
-    """A combination in words."""
+def describe(fields: Mapping[str, Any]) -> str:
+    """A combination as text."""
     offloads = [field for field in OFFLOADS if field in fields]
-    said = [f"{field}: {value}" for field, value in fields.items() if field not in OFFLOADS]
+    words = [f"{field}: {value}" for field, value in fields.items() if field not in OFFLOADS]
     if offloads:
         on = [field.removeprefix("offload_") for field in offloads if fields[field]]
-        said.append(f"offload: {' and '.join(on)}" if on else "no offload")
-    return ", ".join(said)
+        words.append(f"offload: {' and '.join(on)}" if on else "no offload")
+    return ", ".join(words)
 
 
 def load(
-    path: Path | str, sets: Sequence[str] = (), tell: Callable[[Choice], None] = lambda choice: None
+    path: Path | str, sets: Sequence[str] = (), on_choice: Callable[[Choice], None] = lambda choice: None
 ) -> JobSpec | Sweep:
-    """Load a user's spec, be it of one run or of a sweep, with everything chosen that it leaves to auto.
+    """Load a user's spec, of a run or a sweep, and resolve auto in it.
 
     Args:
         path, sets: as ``load_any`` takes them.
-        tell: called with each choice; of a sweep, with those of its first run.
+        on_choice: called with each choice; for a sweep, with those of its first run.
 
     Raises:
-        SpecError: all that is wrong with it, or why nothing can be chosen, each with its place.
+        SpecError: every error in it, or why nothing can be chosen, each with its line.
     """
     spec = load_any(path, sets)
     if isinstance(spec, JobSpec):
-        spec, choices = settle(spec)
+        spec, choices = resolve(spec)
     else:
-        settled = [settle(member.spec) for member in spec.members]
-        members = [replace(member, spec=one) for member, (one, _) in zip(spec.members, settled, strict=True)]
-        spec, choices = replace(spec, members=tuple(members)), settled[0][1]
+        resolved = [resolve(member.spec) for member in spec.members]
+        members = [replace(member, spec=one) for member, (one, _) in zip(spec.members, resolved, strict=True)]
+        spec, choices = replace(spec, members=tuple(members)), resolved[0][1]
     for choice in choices:
-        tell(choice)
+        on_choice(choice)
     return spec
 
 
 def load_one(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
-    """The same of a spec that makes one run.
+    """Load the spec of a single run, and resolve auto in it.
 
     Raises:
-        SpecError: as ``load``; or it is a sweep's.
+        SpecError: as ``load``, or it is a sweep.
     """
     from hpc_rlhf.spec.load import load_spec
 
-    return settle(load_spec(path, sets))[0]
+    return resolve(load_spec(path, sets))[0]
 
 
-def settle(spec: JobSpec) -> tuple[JobSpec, list[Choice]]:
-    """A spec with numbers wherever it says auto, and how they came about.
+def resolve(spec: JobSpec) -> tuple[JobSpec, list[Choice]]:
+    """A spec without auto, and the choices made.
 
-    A run keeps what it was prepared with as long as it is the same run, whatever would be chosen today.
+    A prepared run keeps its choices as long as its spec is the same otherwise.
 
     Raises:
-        SpecError: nothing can be chosen, or nothing fits; each with its place.
+        SpecError: nothing can be chosen or nothing fits, each with its line.
     """
     if not spec.autos:
         return spec, []
@@ -153,44 +153,44 @@ def choose(spec: JobSpec, stage: str, words: Mapping[str, object]) -> Choice:
         words: which of zero, micro_batch and offload are left to auto.
 
     Raises:
-        HpcRlhfError: the GPU or a model is not known, or nothing fits.
+        HpcRlhfError: the GPU or a model is unknown, or nothing fits.
     """
-    found = sorted(_measured(spec, stage, words), key=lambda candidate: candidate.seconds)
-    if not found:
-        raise HpcRlhfError("no choice goes together with the stage's other fields")
-    fitting = [candidate for candidate in found if candidate.fits]
+    candidates = sorted(_candidates(spec, stage, words), key=lambda candidate: candidate.seconds)
+    if not candidates:
+        raise HpcRlhfError("no combination is compatible with the stage's other fields")
+    fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
-        least = min(found, key=lambda candidate: candidate.held)
+        least = min(candidates, key=lambda candidate: candidate.held)
         raise HpcRlhfError(
-            f"nothing fits: {told(least.fields)} takes least, {least.held / 2**30:.1f} GiB where {_room(spec, stage):.1f} may be taken",
-            hint="take more or larger GPUs, shorter sequences, activation_checkpointing: true or lora",
+            f"nothing fits: {describe(least.fields)} needs least, {least.held / 2**30:.1f} GiB of {_room(spec, stage):.1f} usable",
+            hint="use more or larger GPUs, shorter sequences, activation_checkpointing: true or lora",
         )
     near = [candidate for candidate in fitting if candidate.seconds <= _EQUAL * fitting[0].seconds]
-    best = min(near, key=lambda candidate: candidate.burden)
-    return Choice(stage, best.fields, tuple(found))
+    best = min(near, key=lambda candidate: candidate.complexity)
+    return Choice(stage, best.fields, tuple(candidates))
 
 
 def _room(spec: JobSpec, stage: str) -> float:
-    """GiB of a stage's GPU that tensors may take."""
+    """GiB of a stage's GPU that tensors may use."""
     return gpu_bytes(spec.stage(stage).slurm.gpu or "") * (1 - RESERVE) / 2**30
 
 
-def _measured(spec: JobSpec, name: str, words: Mapping[str, object]) -> Iterator[Candidate]:
+def _candidates(spec: JobSpec, name: str, words: Mapping[str, object]) -> Iterator[Candidate]:
     stage = spec.stage(name)
     assert isinstance(stage, TrainingSpec)
     if named_gpu(stage.slurm.gpu) is None or not stage.slurm.gpus_per_node:
         raise HpcRlhfError(
-            "auto needs to know the GPU" if stage.slurm.gpus_per_node else "auto needs GPUs",
+            "auto needs the name of the GPU" if stage.slurm.gpus_per_node else "auto needs GPUs",
             hint=f"set slurm.gpu to one of {', '.join(gpu_names())}",
         )
     for fields in _combinations(stage, name, words):
-        tried = spec.with_stages(**{name: fields})
+        candidate = spec.with_stages(**{name: fields})
         try:
-            _check(tried, name)
+            _check(candidate, name)
         except ValueError:
             continue
-        memory = stage_memory(tried, name)
-        yield Candidate(fields, sum(step_parts(tried, name).values()), memory.held, bool(memory.fits))
+        memory = stage_memory(candidate, name)
+        yield Candidate(fields, sum(step_parts(candidate, name).values()), memory.held, bool(memory.fits))
 
 
 def _combinations(
@@ -212,7 +212,7 @@ def _combinations(
 
 
 def _check(spec: JobSpec, name: str) -> None:
-    """Raises ValueError where a stage's fields do not go together."""
+    """Raise ValueError if a stage's fields are incompatible."""
     stage = spec.stage(name)
     stage.check_strategy()
     if "critic" in stage.strategies:
@@ -221,15 +221,19 @@ def _check(spec: JobSpec, name: str) -> None:
 
 
 def _before(spec: JobSpec) -> JobSpec | None:
-    """The spec that the run directory holds already, of the same run."""
+    """The spec in the run directory, if it is the same run."""
     run = RunDir(Path(spec.run_dir))
     if not run.job_yaml.exists():
         return None
     old = read_spec(run.job_yaml)
     if has_trained(run):
         return old
-    left = {f"stages.{stage}.{field}" for stage, words in spec.autos.items() for field in _fields(words)}
-    changes = [path for path, _, _ in differences(old, spec) if path not in left and not is_harmless(path)]
+    open_fields = {
+        f"stages.{stage}.{field}" for stage, words in spec.autos.items() for field in _fields(words)
+    }
+    changes = [
+        path for path, _, _ in differences(old, spec) if path not in open_fields and not is_harmless(path)
+    ]
     return None if changes else old
 
 
@@ -238,7 +242,7 @@ def _fields(words: Mapping[str, object]) -> list[str]:
 
 
 def _kept(spec: JobSpec, before: JobSpec | None, name: str, words: Mapping[str, object]) -> Choice | None:
-    """What a run was prepared with, if its stage can still be that."""
+    """The choice that a run was prepared with, if it is still possible."""
     if before is None or name not in before.trained:
         return None
     old = before.stage(name)
@@ -252,7 +256,7 @@ def _kept(spec: JobSpec, before: JobSpec | None, name: str, words: Mapping[str, 
 
 
 def _evaluated_alike(spec: JobSpec) -> JobSpec:
-    """The same, with the evaluation like the last stage that trains, where it says auto or follows that."""
+    """The spec with the evaluation's auto resolved to the fields of the last stage that trains."""
     words = spec.autos.get(EVALUATION.name)
     if not words:
         return spec

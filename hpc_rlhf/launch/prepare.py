@@ -1,4 +1,4 @@
-"""Make a run directory ready to be launched: the resolved spec, the plan and the scripts, the same for `submit` and `run`."""
+"""Prepare a run directory for `submit` and `run`: the resolved spec, the plan and the scripts."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec, read_spec
 from hpc_rlhf.spec.stages import EVALUATION, STAGE_NAMES
 
-# A stage's own settings that decide how many ranks share a step, beside those of Slurm (SIZE).
+# A stage's settings that decide how its steps are split over ranks, beside those of Slurm (SIZE).
 _SHARES = {"micro_batch", "global_batch"}
 _MAX_LISTED = 12
 
 
 @contextmanager
 def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
-    """Create the run directory of a spec if need be, and be the only launcher at work on it.
+    """Create the run directory of a spec if necessary, and lock it for this launcher.
 
     Args:
         spec: the job spec.
-        doing: what others are told when they come too late, such as ``hpc-rlhf submit``.
+        doing: what this launcher does, for the message to others, such as ``hpc-rlhf submit``.
 
     Raises:
-        HpcRlhfError: somebody else is at work on it or could have written to it, it holds other things, or it cannot
-            be written.
+        HpcRlhfError: another launcher works on it, others could have written to it, it holds other files, or it cannot be
+            written.
     """
     run = RunDir(Path(spec.run_dir))
     with _write_errors(run):
         _private_folder(run.path)
         ownership.check(run)
-        strangers = [path.name for path in run.path.iterdir() if not _is_ours(path, run)]
-    if strangers and not run.job_yaml.exists():
+        foreign = [path.name for path in run.path.iterdir() if not _is_ours(path, run)]
+    if foreign and not run.job_yaml.exists():
         raise HpcRlhfError(
-            f"run_dir is not a run directory: it holds {sorted(strangers)[0]}",
+            f"run_dir is not a run directory: it holds {sorted(foreign)[0]}",
             where=str(run.path),
-            hint="choose an empty or a new folder as run_dir",
+            hint="set run_dir to an empty or a new folder",
         )
     with hold(run.submit_lock, doing):
         yield run
@@ -59,28 +59,26 @@ def prepare(
 ) -> Plan:  # fmt: skip
     """Write the resolved spec, the plan and the scripts into a run directory that the caller has claimed. Return the plan.
 
-    What a run was trained with must not change under it, so a directory that has trained takes only other
-    Slurm settings, which may share the same steps among another number of ranks, and one whose jobs are queued or
-    running takes no change at all. It may be
-    evaluated in another way; what was found in the old one is removed.
+    Once a run has trained, only its Slurm settings may change, which may split the same steps over another number of
+    ranks, and its evaluation, whose old result is then removed. While jobs are queued or running, nothing may change.
 
     Args:
         spec: the job spec.
         run: its run directory.
         beside: folder of the job file; templates in its ``templates/`` win over ours. The templates that the run was
             prepared with before, where there is none.
-        live: jobs of this run are queued or running.
+        live: whether jobs of this run are queued or running.
         lent: runs of the same sweep that train stages for this one, by stage; prepared before.
 
     Raises:
-        HpcRlhfError: the directory belongs to a different spec, or cannot be written, or there is no address to notify.
+        HpcRlhfError: the directory belongs to a different spec or cannot be written, or there is no address to notify.
     """
     refuse_changes(run, spec, live)
     if spec.notify.webhook is not None:
-        notify.address(spec.notify.webhook)  # better now than at the end of the night
+        notify.address(spec.notify.webhook)  # fail now rather than when the run ends
     plan = make_plan(spec)
     with _write_errors(run):
-        if evaluated_otherwise(run, spec):
+        if evaluation_changed(run, spec):
             shutil.rmtree(run.stage(EVALUATION.name).path, ignore_errors=True)
         for stage, lender in (lent or {}).items():
             _link(run.stage(stage).path, lender.stage(stage).path)
@@ -98,8 +96,7 @@ def prepare(
 def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, object, object]]:
     """Fields that differ, each as (dotted path, old value, new value).
 
-    A stage's Slurm settings are the top-level ones with its own over them, so the top-level ones are
-    compared only where a stage uses them.
+    A stage's Slurm settings include the top-level ones, so those are compared only where a stage uses them.
     """
     exclude = {"slurm", "run_dir"}
     return list(
@@ -119,7 +116,7 @@ def _walk(path: str, old: object, new: object) -> Iterator[tuple[str, object, ob
 
 
 def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
-    """Raise HpcRlhfError when a run directory belongs to a different spec. Touches nothing."""
+    """Raise HpcRlhfError if a run directory belongs to a different spec. Changes nothing."""
     if not run.job_yaml.exists():
         return
     old = read_spec(run.job_yaml)
@@ -127,8 +124,10 @@ def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
     if live:
         hint = f"stop its jobs first (hpc-rlhf cancel {run.path}), or choose another run_dir"
     elif has_trained(run):
-        changes = [c for c in changes if not is_harmless(c[0]) and not _shared_otherwise(c[0], old, spec)]
-        hint = "undo the changes, or choose another run_dir" + _same_steps(changes, old)
+        changes = [
+            c for c in changes if not is_harmless(c[0]) and not _same_steps_on_other_ranks(c[0], old, spec)
+        ]
+        hint = "undo the changes, or choose another run_dir" + _resume_hint(changes, old)
     else:
         return
     if not changes:
@@ -141,8 +140,8 @@ def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
     )
 
 
-def evaluated_otherwise(run: RunDir, spec: JobSpec) -> bool:
-    """Whether a spec asks for another evaluation than the one that a run directory is for."""
+def evaluation_changed(run: RunDir, spec: JobSpec) -> bool:
+    """Whether a spec's evaluation differs from that of its run directory."""
     if spec.evaluation is None or not run.job_yaml.exists():
         return False
     changed = [path for path, _, _ in differences(read_spec(run.job_yaml), spec)]
@@ -150,7 +149,7 @@ def evaluated_otherwise(run: RunDir, spec: JobSpec) -> bool:
 
 
 def has_trained(run: RunDir) -> bool:
-    """Whether any stage has left something that depends on the spec; logs and the hostfile do not."""
+    """Whether any stage has written files that depend on the spec, which logs and the hostfile do not."""
     for stage in map(run.stage, STAGE_NAMES):
         own = stage.path.exists() and not stage.path.is_symlink()
         if own and set(stage.path.iterdir()) - {stage.logs, stage.hostfile}:
@@ -163,27 +162,27 @@ def is_harmless(path: str) -> bool:
     return _is_placing(path) or _is_evaluation(path) or path.split(".")[0] in ("trackers", "notify")
 
 
-def _shared_otherwise(path: str, old: JobSpec, new: JobSpec) -> bool:
-    """Whether a field only says how many ranks share a stage's steps, which have as many samples as before."""
-    if not _is_sharing(path):
+def _same_steps_on_other_ranks(path: str, old: JobSpec, new: JobSpec) -> bool:
+    """Whether a field only changes how a stage's steps are split over ranks, with the same samples per step."""
+    if not _is_size(path):
         return False
     stage = path.split(".")[1]
     return derive_batch(old.stage(stage), stage).global_ == derive_batch(new.stage(stage), stage).global_
 
 
-def _is_sharing(path: str) -> bool:
+def _is_size(path: str) -> bool:
     parts = path.split(".")
     sized = parts[2:3] == ["slurm"] and parts[3] in SIZE
     return parts[0] == "stages" and (sized or (len(parts) == 3 and parts[2] in _SHARES))
 
 
-def _same_steps(changes: list[tuple[str, object, object]], old: JobSpec) -> str:
-    """How a stage may go on with another number of ranks."""
-    stages = sorted({path.split(".")[1] for path, _, _ in changes if _is_sharing(path)})
+def _resume_hint(changes: list[tuple[str, object, object]], old: JobSpec) -> str:
+    """How a stage may resume on another number of ranks."""
+    stages = sorted({path.split(".")[1] for path, _, _ in changes if _is_size(path)})
     wanted = [
         f"stages.{stage}.global_batch: {derive_batch(old.stage(stage), stage).global_}" for stage in stages
     ]
-    return f"; other ranks may share the same steps, with {' and '.join(wanted)}" if wanted else ""
+    return f"; to split the same steps over other ranks, set {' and '.join(wanted)}" if wanted else ""
 
 
 def _is_placing(path: str) -> bool:
@@ -202,7 +201,7 @@ def _shown(value: object) -> str:
 
 
 def _is_ours(path: Path, run: RunDir) -> bool:
-    """Whether a claim that came to nothing may have left this, before there was a job.yaml."""
+    """Whether a failed claim may have left this file, before there was a job.yaml."""
     return path.name.startswith(run.submit_lock.name) or path in (
         run.ledger,
         run.scripts,
@@ -217,14 +216,14 @@ def _write_errors(run: RunDir) -> Iterator[None]:
     except OSError as error:
         in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
         raise HpcRlhfError(
-            f"cannot write the run directory: {'it is no folder' if in_the_way else error.strerror}",
+            f"cannot write the run directory: {'it is not a folder' if in_the_way else error.strerror}",
             where=str(error.filename or run.path),
             hint="set run_dir to a folder you may write to",
         ) from error
 
 
 def _link(path: Path, target: Path) -> None:
-    """Let a stage's folder be another run's, unless the run has one of its own, or such a link, from before."""
+    """Link a stage's folder to another run's, unless the run has its own or such a link already."""
     if not path.is_symlink() and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(os.path.relpath(target, path.parent))
@@ -243,6 +242,6 @@ def _keep_templates(run: RunDir, beside: Path) -> None:
 
 
 def _private_folder(folder: Path) -> None:
-    """Create a folder that only its owner may enter; folders above it get the usual mode."""
+    """Create a folder that only its owner may enter; its parents get the usual mode."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 from hpc_rlhf.estimate.stage_memory import RESERVE
 from hpc_rlhf.estimate.step_time import DECODE_SHARE, MFU
-from hpc_rlhf.launch.auto import Choice, choose, told
+from hpc_rlhf.launch.auto import Choice, choose, describe
 from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import gpus
@@ -128,20 +128,22 @@ def search(size: tuple[str, int, int, int, int], speeds: list[dict[str, float]])
         everything = chosen(spec, 1000, speeds)
         half = statistics.median(one.held for one in everything.considered) / (1 - RESERVE)
         choices = {"all fit": everything, "half fit": chosen(spec, half / 2**30, speeds)}
-    took = {told(one.fields): measured(size, dict(one.fields)) for one in everything.considered}
+    took = {describe(one.fields): measured(size, dict(one.fields)) for one in everything.considered}
     print(f"\n{size[0]}, {size[1]} layers of {size[2]}: measured and estimated seconds of a step, and MiB")
     for one in everything.considered:
         print(
-            f"  {took[told(one.fields)]:6.3f} {one.seconds:6.3f} {one.held / 2**20:7.1f}  {told(one.fields)}",
+            f"  {took[describe(one.fields)]:6.3f} {one.seconds:6.3f} {one.held / 2**20:7.1f}  {describe(one.fields)}",
             flush=True,
         )
     good = True
     for name, choice in choices.items():
-        fastest = min((one for one in choice.considered if one.fits), key=lambda one: took[told(one.fields)])
-        ratio = took[told(choice.fields)] / took[told(fastest.fields)]
+        fastest = min(
+            (one for one in choice.considered if one.fits), key=lambda one: took[describe(one.fields)]
+        )
+        ratio = took[describe(choice.fields)] / took[describe(fastest.fields)]
         good &= ratio <= 1 + SLOWER
         print(
-            f"  {name}: chosen {told(choice.fields)}; fastest {told(fastest.fields)}; {ratio:.2f} of its time",
+            f"  {name}: chosen {describe(choice.fields)}; fastest {describe(fastest.fields)}; {ratio:.2f} of its time",
             flush=True,
         )
     return good

@@ -50,4 +50,4 @@ def test_submit_and_check_choose_too() -> None:
     assert cli("check", JOBS / "opt-13b.yaml", *AUTO).stdout.endswith(": ok\n")
     wrong = cli("check", JOBS / "opt-13b.yaml", "--set", "stages.sft.zero=auto")
     assert wrong.exit_code == 2
-    assert "auto needs to know the GPU" in wrong.stdout
+    assert "auto needs the name of the GPU" in wrong.stdout

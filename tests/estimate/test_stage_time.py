@@ -161,7 +161,7 @@ def test_rows_are_counted_in_every_kind_of_file(tmp_path: Path, monkeypatch: pyt
 
 def test_a_gpu_without_a_name_has_no_speed() -> None:
     spec = make_spec("/scratch/demo", {"gpu": "80G"}, sft={})
-    with pytest.raises(HpcRlhfError, match=r"without the GPU's name") as caught:
+    with pytest.raises(HpcRlhfError, match=r"without the name of the GPU") as caught:
         stage_time(spec, "sft")
     assert "a100-80g" in str(caught.value)
 

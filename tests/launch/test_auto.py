@@ -14,7 +14,7 @@ from hpc_rlhf.errors import HpcRlhfError, SpecError
 from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.estimate.step_time import step_parts
 from hpc_rlhf.launch import auto
-from hpc_rlhf.launch.auto import Choice, choose, load, settle
+from hpc_rlhf.launch.auto import Choice, choose, load, resolve
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import load_spec, read_spec
@@ -66,7 +66,7 @@ def by_hand(spec: JobSpec) -> tuple[float, dict[str, Any]]:
 @pytest.mark.parametrize("gpu", ["a100-80g", "a100-40g", "a10-24g", "v100-16g"])
 def test_the_choice_equals_an_exhaustive_search(gpu: str, tmp_path: Path) -> None:
     file = write(tmp_path, sft=all_auto())
-    spec, (choice,) = settle(load_spec(file, [f"slurm.gpu={gpu}"]))
+    spec, (choice,) = resolve(load_spec(file, [f"slurm.gpu={gpu}"]))
     seconds, _ = by_hand(spec)
     assert sum(step_parts(spec, "sft").values()) <= 1.01 * seconds
     assert stage_memory(spec, "sft").fits
@@ -97,7 +97,7 @@ def test_a_smaller_gpu_is_never_faster(tmp_path: Path, monkeypatch: pytest.Monke
         same = gpus._GPUS["a100-80g"].__dict__ | {"gib": float(gib)}
         monkeypatch.setitem(gpus._GPUS, "made-up", gpus.Gpu(**same))
         try:
-            spec, _ = settle(load_spec(file, ["slurm.gpu=made-up"]))
+            spec, _ = resolve(load_spec(file, ["slurm.gpu=made-up"]))
         except SpecError:
             steps.append(math.inf)
         else:
@@ -109,14 +109,14 @@ def test_a_smaller_gpu_is_never_faster(tmp_path: Path, monkeypatch: pytest.Monke
 def test_frozen_models_are_offloaded_before_trained_ones_are_sharded(tmp_path: Path) -> None:
     ppo = all_auto(lora={"rank": 64}, activation_checkpointing=True)
     file = write(tmp_path, reward={}, ppo=ppo)
-    spec, (choice,) = settle(load_spec(file, ["models.actor=facebook/opt-13b", "slurm.gpu=a100-80g"]))
+    spec, (choice,) = resolve(load_spec(file, ["models.actor=facebook/opt-13b", "slurm.gpu=a100-80g"]))
     assert {"offload_optimizer", "offload_params", "offload_frozen"} < set(choice.fields)
     assert stage_memory(spec, "ppo").fits
 
 
 def test_the_evaluation_follows_the_last_stage_that_trains(tmp_path: Path) -> None:
     file = write(tmp_path, sft=all_auto(), eval={})
-    spec, _ = settle(load_spec(file, ["models.actor=facebook/opt-13b", "slurm.gpu=a10-24g"]))
+    spec, _ = resolve(load_spec(file, ["models.actor=facebook/opt-13b", "slurm.gpu=a10-24g"]))
     assert spec.stages.sft is not None
     assert spec.stages.eval is not None
     assert spec.stages.sft.zero == 3
@@ -127,7 +127,7 @@ def test_the_evaluation_follows_the_last_stage_that_trains(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "sets", "message"),
     [
-        ({"zero": "auto"}, ["slurm.gpu=80G"], "stages.sft.zero: auto needs to know the GPU"),
+        ({"zero": "auto"}, ["slurm.gpu=80G"], "stages.sft.zero: auto needs the name of the GPU"),
         ({"zero": "auto"}, ["slurm.gpus_per_node=0", "slurm.ranks_per_node=2"], "stages.sft.zero: auto needs GPUs"),
         ({"micro_batch": "auto"}, [], "stages.sft.micro_batch: auto needs global_batch"),
         ({"offload": "auto", "offload_params": False}, [], "stages.sft.offload_params: is chosen by offload: auto"),
@@ -195,7 +195,7 @@ def test_the_schema_allows_auto() -> None:
 
 def test_a_spec_without_auto_is_unchanged() -> None:
     spec = make_spec("/scratch/demo", sft={})
-    assert settle(spec) == (spec, [])
+    assert resolve(spec) == (spec, [])
 
 
 def test_an_unknown_model_is_reported() -> None:

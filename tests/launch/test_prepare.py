@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.prepare import claim, differences, evaluated_otherwise, prepare
+from hpc_rlhf.launch.prepare import claim, differences, evaluation_changed, prepare
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.job import JobSpec
@@ -114,7 +114,7 @@ def test_a_failed_claim_does_not_block_the_next(tmp_path: Path) -> None:
 
 def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(HpcRlhfError, match="cannot write the run directory: it is no folder"):
+    with pytest.raises(HpcRlhfError, match="cannot write the run directory: it is not a folder"):
         prepared(spec_with(tmp_path))
 
 
@@ -129,11 +129,11 @@ def test_a_changed_evaluation_is_computed_again(tmp_path: Path) -> None:
     prepared(spec_with(tmp_path, "stages.eval={}"))
     run.stage("eval").metrics.touch()
     spec = spec_with(tmp_path, "stages.eval={slurm: {partition: other}}")
-    assert not evaluated_otherwise(run, spec)
+    assert not evaluation_changed(run, spec)
     prepared(spec)
     assert run.stage("eval").metrics.exists()
     spec = spec_with(tmp_path, "stages.eval={prompts: 7}")
-    assert evaluated_otherwise(run, spec)
+    assert evaluation_changed(run, spec)
     prepared(spec)
     assert not run.stage("eval").metrics.exists()
     assert run.stage("sft").metrics.exists()
