@@ -1,4 +1,4 @@
-"""Memory of one forward and backward pass besides the models: activations, and the logits of the output head."""
+"""Memory of a forward and backward pass besides the models: activations and the output head's logits."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _aligned(tokens: int) -> int:
 
 
 def as_trained(stage: StageSpec) -> TrainingSpec:
-    """An evaluation as a stage that trains, without adapters or tensor parallelism, so that one formula covers both."""
+    """A stage as one that trains. An evaluation has neither adapters nor tensor parallelism."""
     if isinstance(stage, TrainingSpec):
         return stage
     common = ("precision", "zero", "offload_params", "slurm")

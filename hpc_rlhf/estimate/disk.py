@@ -45,7 +45,7 @@ def _share(stage: StageSpec) -> float:
 
 
 def _parameters(models: ModelsSpec, role: str) -> float | None:
-    """A model's number of parameters: by its configuration; or its files, assuming 16-bit weights; or its name."""
+    """A model's parameters, from its configuration, its files (assuming 16-bit weights) or its name."""
     try:
         return architecture(models, role).parameters
     except HpcRlhfError:

@@ -23,8 +23,8 @@ class ModelMemory:
 
     Attributes:
         always: bytes by part, from start to end.
-        moments: bytes by part of what is added during passes, while gradients are reduced (at the end of a pass, or
-            before, when their buffer is full), and during optimizer steps.
+        moments: bytes by part of what is added during passes, while gradients are reduced (at the end of a
+            pass, or before, when their buffer is full), and during optimizer steps.
     """
 
     always: Parts
@@ -66,7 +66,8 @@ def in_training(work: Pass, batch: Batch, scored: bool = False) -> ModelMemory:
     gradients = item * (trained if zero < 2 else shard)
     always = {"weights": weights(total + adapters, stage, ranks), "optimizer": 0}
     if not stage.offload_optimizer:
-        # Master weights, unless the weights themselves are float32, and two moments; 1-bit Adam adds what it has not sent.
+        # Master weights, unless the weights themselves are float32, and two moments; 1-bit Adam adds what it
+        # has not sent.
         masters = 4 if item == 2 or zero else 0
         unsent = 4 if stage.optimizer == "onebit-adam" else 0
         always["optimizer"] = (masters + 8 + unsent) * (shard if zero else trained)

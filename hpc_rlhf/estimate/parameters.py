@@ -1,6 +1,7 @@
 """A model's shapes: its parameters, layers and activations, as transformers builds it from its configuration.
 
-Building takes a process with torch and a few seconds, so the result is cached beside what ``hpc-rlhf prefetch`` keeps.
+Building needs a process with torch and takes a few seconds, so the result is cached below HF_HOME, beside
+the records of ``hpc-rlhf prefetch``.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from hpc_rlhf.spec.training import LoraSpec
 # Importing torch from a cold network file system can take minutes.
 _SECONDS = 240
 
-# Layers, width and heads of the OPT models (arXiv 2205.01068, table 1): for a plan where the hub is not reached.
+# Layers, width and heads of the OPT models (arXiv 2205.01068, table 1), to plan without the hub.
 _OPT_SIZES = {
     "125m": (12, 768, 12), "1.3b": (24, 2048, 32), "2.7b": (32, 2560, 32), "6.7b": (32, 4096, 32),
     "13b": (40, 5120, 40), "30b": (48, 7168, 56), "66b": (64, 9216, 72),
 }  # fmt: skip
 _OPT_350M = {
-    "model_type": "opt", "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "word_embed_proj_dim": 512, "do_layer_norm_before": False,
+    "model_type": "opt", "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "word_embed_proj_dim": 512, "do_layer_norm_before": False,
 }  # fmt: skip
 
 
@@ -61,8 +62,8 @@ class Architecture:
         inner: width of the MLP.
         vocabulary: tokens that the head tells apart.
         kv: numbers that one token leaves in the KV cache, in all layers.
-        kept: by the bytes of a number, what all blocks keep of a token for the backward pass, in bytes: what tensor
-            parallelism leaves whole, and what it shards.
+        kept: by the bytes of a number, what all blocks keep of a token for the backward pass, in bytes: what
+            tensor parallelism leaves whole, and what it shards.
     """
 
     parameters: int
@@ -121,7 +122,7 @@ _known: dict[str, Architecture | str] = {}
 
 
 def architectures(configs: Sequence[Mapping[str, object]]) -> list[Architecture | str]:
-    """The shapes of models, each from this process's memory, the cache, or transformers; or why there are none."""
+    """The shapes of models, from memory, the cache or transformers, or why a model cannot be built."""
     keys = [json.dumps(config, sort_keys=True) for config in configs]
     for key in keys:
         if key not in _known and (cached := _read_cache(key)) is not None:

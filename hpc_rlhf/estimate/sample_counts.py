@@ -18,9 +18,9 @@ _COUNTED = 2**29
 
 
 def expected_samples(spec: JobSpec, stage: str) -> int | None:
-    """Samples that a stage trains on, approximately: hashes assign prompts to stages, and unusable rows are skipped.
+    """Approximate samples of a stage: hashes assign prompts to stages, and unusable rows are skipped.
 
-    None if the stage takes no data, or a source is on the hub and not in the cache, or cannot be counted fast.
+    None if the stage takes no data, or a source is not in the cache of the hub or cannot be counted fast.
     """
     total = sum(spec.shares.values())
     if stage not in spec.shares or not total:
@@ -59,7 +59,10 @@ def _counter(path: Path) -> Callable[[Path], int] | None:
 
 
 def _size(path: Path) -> int:
-    """Bytes to read, approximately. Compressed text is about a quarter of its size; parquet files are not read."""
+    """Bytes to read, approximately.
+
+    Compressed text is about a quarter of its size; parquet files are not read.
+    """
     return 0 if path.suffix == ".parquet" else path.stat().st_size * (4 if path.suffix == ".gz" else 1)
 
 

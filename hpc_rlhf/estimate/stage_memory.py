@@ -74,7 +74,8 @@ def stage_memory(spec: JobSpec, name: str) -> Memory:
     """The memory of a stage on each of its GPUs.
 
     Raises:
-        HpcRlhfError: a model's configuration is not here, transformers cannot build it, or the global batch is uneven.
+        HpcRlhfError: a model's configuration is not here, transformers cannot build it, or the global batch
+            is uneven.
     """
     stage = spec.stage(name)
     gpu = None if stage.slurm.gpu is None else gpu_bytes(stage.slurm.gpu)

@@ -15,24 +15,24 @@ from hpc_rlhf.spec.sizes import ROWS, WEIGHTS_SHARE
 from hpc_rlhf.spec.stages import Data, EvalSpec, PpoSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
-# Share of a data sheet's FLOP/s that well-tuned training of dense models reaches: 0.3 to 0.55 in published runs (PaLM,
-# arXiv 2204.02311, table 3).
+# Share of a data sheet's FLOP/s that well-tuned training of dense models reaches: 0.3 to 0.55 in published
+# runs (PaLM, arXiv 2204.02311, table 3).
 MFU = 0.40
-# Decoding reads all weights for each token; with small kernels and sampling it reaches about half of the bandwidth.
+# Decoding reads all weights for each token; small kernels and sampling leave about half of the bandwidth.
 DECODE_SHARE = 0.5
 # One 200 Gbit/s adapter per GPU between nodes; 16 lanes of PCIe 4 to the CPU.
 NETWORK, BUS = 25e9, 25e9
 # Twelve channels of DDR5 or two sockets of DDR4, shared by the ranks of a node.
 CPU_BANDWIDTH = 200e9
-# Seconds in which Python launches the kernels of one layer's forward pass: about forty, of 5 to 8 microseconds each. In a
-# small pass the GPU waits for them.
+# Seconds in which Python launches the kernels of one layer's forward pass: about forty, of 5 to 8
+# microseconds each. In a small pass the GPU waits for them.
 _LAUNCHES = 0.25e-3
 # Bytes that Adam reads and writes per weight: gradient, master weight and two moments.
 _ADAM_TRAFFIC = 28
 ASSUMPTIONS = (
-    f"assumptions: every sample has the maximum length; {MFU:.0%} of a data sheet's FLOP/s, and {DECODE_SHARE:.0%} of its "
-    f"memory bandwidth while decoding; {NETWORK / 1e9:.0f} GB/s per GPU between nodes and to the CPU; communication does not "
-    "overlap computation; no time in the queue"
+    f"assumptions: every sample has the maximum length; {MFU:.0%} of a data sheet's FLOP/s, and "
+    f"{DECODE_SHARE:.0%} of its memory bandwidth while decoding; {NETWORK / 1e9:.0f} GB/s per GPU between "
+    "nodes and to the CPU; communication does not overlap computation; no time in the queue"
 )
 
 
@@ -79,8 +79,8 @@ def step_parts(spec: JobSpec, name: str) -> dict[str, float]:
     """Seconds of a step of a stage, or of a whole evaluation, by part.
 
     Raises:
-        HpcRlhfError: the speed of slurm.gpu is unknown, a model's configuration is not here, or the global batch is
-            uneven.
+        HpcRlhfError: the speed of slurm.gpu is unknown, a model's configuration is not here, or the global
+            batch is uneven.
     """
     stage = spec.stage(name)
     machine = _machine(stage, name)
@@ -100,7 +100,8 @@ def _machine(stage: StageSpec, name: str) -> _Machine:
             where=f"stages.{name}.slurm.gpu",
             hint=f"set slurm.gpu to one of {', '.join(gpu_names())}",
         )
-    # Collectives between nodes use all adapters of a node at once, and the links inside it to distribute the data.
+    # Collectives between nodes use all adapters of a node at once, and the links inside it to distribute the
+    # data.
     outside = NETWORK * stage.slurm.tasks_per_node if stage.slurm.nodes > 1 else float("inf")
     link = min(gpu.link * 1e9, outside)
     return _Machine(
@@ -162,9 +163,9 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machi
 def _evaluation(
     stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machine
 ) -> dict[str, float]:
-    """Every policy responds to the prompts and computes likelihoods, and the reward model scores. Without loading.
+    """Every policy responds to the prompts and computes likelihoods, and the reward model scores.
 
-    A rank passes its share of the prompts through the models one micro-batch at a time.
+    Loading is not included. A rank passes its prompts through the models one micro-batch at a time.
     """
     body, like = architecture(spec.models, "actor"), as_trained(stage)
     model = _model(body, like, False)
@@ -173,8 +174,8 @@ def _evaluation(
     passes = -(-responses // batch.micro)
     # The policies, and the model before training.
     models = len(spec.policies) + bool(spec.policies)
-    # Each model scores the data's responses and its own, and their common reference scores all of them; pairs are scored by
-    # the policy that was trained on them and by the one it started from.
+    # Each model scores the data's responses and its own, and their common reference scores all of them; pairs
+    # are scored by the policy that was trained on them and by the one it started from.
     by_pairs = any(kind_of(each).makes_policy and kind_of(each).data is Data.PAIRS for each in spec.trained)
     passes_each = 3 * models + (4 if by_pairs else 0)
     tokens = batch.micro * (prompt + answer)
@@ -224,8 +225,9 @@ def _scored(model: _Model, held: StageSpec, tokens: int, machine: _Machine) -> f
 def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[str, float]:
     """Seconds of one optimizer step of a model, in which each pass has ``tokens`` tokens on each rank.
 
-    A forward pass costs two operations per weight and token. So does each half of the backward pass: gradients of the
-    inputs, and of the weights, which frozen weights do not need. Checkpointing adds a forward pass.
+    A forward pass costs two operations per weight and token. So does each half of the backward pass:
+    gradients of the inputs, and of the weights, which frozen weights do not need. Checkpointing adds a
+    forward pass.
     """
     again = int(model.scheme.activation_checkpointing)
     full = 4 if not model.frozen_inside else 2
@@ -249,8 +251,9 @@ def _optimizer(model: _Model, machine: _Machine) -> float:
 def _messages(model: _Model, passes: int, machine: _Machine) -> float:
     """Seconds in which a rank communicates gradients and weights in a step.
 
-    ZeRO 0 all-reduces gradients once per step, which costs twice their bytes; ZeRO 1 also gathers the new weights. ZeRO 2
-    reduces gradients in every pass. ZeRO 3 reduce-scatters gradients and gathers all weights twice in every pass.
+    ZeRO 0 all-reduces gradients once per step, which costs twice their bytes; ZeRO 1 also gathers the new
+    weights. ZeRO 2 reduces gradients in every pass. ZeRO 3 reduce-scatters gradients and gathers all weights
+    twice in every pass.
     """
     ranks, item, zero = machine.data_ranks, model.item, model.scheme.zero
     if ranks == 1:
@@ -281,8 +284,8 @@ def _decoding(
 ) -> float:
     """Seconds in which a rank generates its responses of a rollout.
 
-    Each decoding step reads the weights and the KV cache once for all rows of the batch. A sharded actor is gathered
-    beforehand; the part that does not fit is gathered for every token.
+    Each decoding step reads the weights and the KV cache once for all rows of the batch. A sharded actor is
+    gathered beforehand; the part that does not fit is gathered for every token.
     """
     prompt, answer = lengths
     rows = min(ROWS, responses)

@@ -1,4 +1,4 @@
-"""Resolves `auto` in a spec: of all combinations that fit the GPU, the one with the fastest estimated step."""
+"""Resolves `auto` in a spec: of all combinations that fit the GPU, the one estimated to be fastest."""
 
 from __future__ import annotations
 
@@ -162,7 +162,8 @@ def choose(spec: JobSpec, stage: str, words: Mapping[str, object]) -> Choice:
     if not fitting:
         least = min(candidates, key=lambda candidate: candidate.held)
         raise HpcRlhfError(
-            f"nothing fits: {describe(least.fields)} needs least, {least.held / 2**30:.1f} GiB of {_room(spec, stage):.1f} usable",
+            f"nothing fits: {describe(least.fields)} needs least, {least.held / 2**30:.1f} GiB of "
+            f"{_room(spec, stage):.1f} usable",
             hint="use more or larger GPUs, shorter sequences, activation_checkpointing: true or lora",
         )
     near = [candidate for candidate in fitting if candidate.seconds <= _EQUAL * fitting[0].seconds]

@@ -18,8 +18,8 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.task import StageTask
 
-# submitit's own signal handler, active until the stage installs ours, gives up on a job whose time it thinks is used up,
-# and requeues any other. With this many minutes it always requeues.
+# submitit's own signal handler, active until the stage installs ours, gives up on a job whose time it thinks
+# is used up, and requeues any other. With this many minutes it always requeues.
 _NEVER_TIMED_OUT_MIN = 10**7
 _REQUEUES = 10**6
 

@@ -1,11 +1,12 @@
 """A lock that lets one launcher at a time work on a run directory, on any file system that machines share.
 
-The lock is a file that names its owner, created by ``link``, which is atomic where ``flock`` may not be (NFS). A lock is
-stale, and taken over, when its owner is a process of this machine that has ended, or when it belongs to another machine
-and has not been touched for `SILENCE`. A thread of the owner touches it, so the owner may work as long as it likes.
+The lock is a file that names its owner, created by ``link``, which is atomic where ``flock`` may not be
+(NFS). A lock is stale, and taken over, when its owner is a process of this machine that has ended, or when it
+belongs to another machine and has not been touched for `SILENCE`. A thread of the owner touches it, so the
+owner may work as long as it likes.
 
-Not flufl.lock: it waits out the lifetime of a dead owner's lock, takes a reused process id for the owner, compares the
-clocks of two machines, and needs Python 3.11.
+Not flufl.lock: it waits out the lifetime of a dead owner's lock, takes a reused process id for the owner,
+compares the clocks of two machines, and needs Python 3.11.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def _acquire(path: Path, draft: Path) -> None:
         except FileExistsError:
             pass
         try:
-            # The draft was just written, so its time is the file server's current time, whatever our clock shows.
+            # The draft was just written, so its time is the file server's current time, whatever our clock
+            # shows.
             held, silence = path.read_text(), draft.stat().st_mtime - path.stat().st_mtime
         except FileNotFoundError:
             continue
@@ -127,7 +129,7 @@ def _owner(held: str) -> dict[str, Any]:
 
 
 def _born(pid: int) -> str | None:
-    """The start time of a process of this machine, which a later one with its id does not share; None if it has ended."""
+    """When a process of this machine started, to tell it from a later one with its id; None if ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] == "Z" else fields[19]

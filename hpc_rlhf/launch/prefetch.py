@@ -1,4 +1,4 @@
-"""Download the models and data sets of a spec from the hub into the cache, so that its jobs need no network."""
+"""Download a spec's models and data sets from the hub into the cache, so that its jobs need no network."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Fetched:
 def prefetch(wanted: Sequence[HubItem]) -> Iterator[Fetched]:
     """Download each item into the cache, and yield it when it is complete.
 
-    Files in the cache are not downloaded again, and a partial download resumes. Without the hub, a complete item in the
-    cache is enough.
+    Files in the cache are not downloaded again, and a partial download resumes. Without the hub, a complete
+    item in the cache is enough.
 
     Raises:
         HpcRlhfError: the hub does not have an item, refuses it, or cannot be reached.
@@ -84,7 +84,7 @@ class Unreachable(Exception):
         return HpcRlhfError(
             f"the hub cannot be reached for {item.kind} {item.name} ({self})",
             where=item.where,
-            hint="run this on a machine with network access and the same HF_HOME; set a proxy with https_proxy",
+            hint="run this on a machine with network access and the same HF_HOME; https_proxy sets a proxy",
             exit_code=RUN_FAILED,
         )
 
@@ -151,7 +151,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _data_set(item: HubItem) -> dict[Path, int]:
-    """The files of a data set in the cache, with their sizes. Loaded as the stages do, in a separate process."""
+    """The files of a data set in the cache, with their sizes.
+
+    Loaded as the stages do, in a separate process.
+    """
     env = dict(os.environ)
     if not sys.stderr.isatty():
         env.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")

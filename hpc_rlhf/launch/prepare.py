@@ -35,8 +35,8 @@ def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
         doing: what this launcher does, for the message to others, such as ``hpc-rlhf submit``.
 
     Raises:
-        HpcRlhfError: another launcher works on it, others could have written to it, it holds other files, or it cannot be
-            written.
+        HpcRlhfError: another launcher works on it, others could have written to it, it holds other files, or
+            it cannot be written.
     """
     run = RunDir(Path(spec.run_dir))
     with _write_errors(run):
@@ -57,21 +57,23 @@ def prepare(
     spec: JobSpec, run: RunDir, beside: Path | None = None, live: bool = False,
     lent: Mapping[str, RunDir] | None = None,
 ) -> Plan:  # fmt: skip
-    """Write the resolved spec, the plan and the scripts into a run directory that the caller has claimed. Return the plan.
+    """Write the resolved spec, the plan and the scripts into a claimed run directory, and return the plan.
 
-    Once a run has trained, only its Slurm settings may change, which may split the same steps over another number of
-    ranks, and its evaluation, whose old result is then removed. While jobs are queued or running, nothing may change.
+    Once a run has trained, only its Slurm settings may change, which may split the same steps over another
+    number of ranks, and its evaluation, whose old result is then removed. While jobs are queued or running,
+    nothing may change.
 
     Args:
         spec: the job spec.
         run: its run directory.
-        beside: folder of the job file; templates in its ``templates/`` win over ours. The templates that the run was
-            prepared with before, where there is none.
+        beside: folder of the job file; templates in its ``templates/`` win over ours. The templates that the
+            run was prepared with before, where there is none.
         live: whether jobs of this run are queued or running.
         lent: runs of the same sweep that train stages for this one, by stage; prepared before.
 
     Raises:
-        HpcRlhfError: the directory belongs to a different spec or cannot be written, or there is no address to notify.
+        HpcRlhfError: the directory belongs to a different spec or cannot be written, or there is no address
+            to notify.
     """
     refuse_changes(run, spec, live)
     if spec.notify.webhook is not None:
@@ -163,7 +165,7 @@ def is_harmless(path: str) -> bool:
 
 
 def _same_steps_on_other_ranks(path: str, old: JobSpec, new: JobSpec) -> bool:
-    """Whether a field only changes how a stage's steps are split over ranks, with the same samples per step."""
+    """Whether a field only changes how a stage's steps are split over ranks."""
     if not _is_size(path):
         return False
     stage = path.split(".")[1]
@@ -230,7 +232,7 @@ def _link(path: Path, target: Path) -> None:
 
 
 def _keep_templates(run: RunDir, beside: Path) -> None:
-    """Copy the user's templates to where later jobs of the run, such as one that serves its model, look for them."""
+    """Copy the user's templates into the run directory, for later jobs such as one that serves a model."""
     kept = run.scripts / "templates"
     if beside == run.scripts:
         return

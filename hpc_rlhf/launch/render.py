@@ -66,8 +66,8 @@ class Templates:
         )
 
     def doctor(self, plan: Plan, job: PlannedJob, folder: Path, command: str, unshared: int) -> str:
-        """The sbatch script of the short job that checks the nodes of ``job``; it exits with ``unshared`` if its first
-        node does not see ``folder``."""
+        """The sbatch script of the short job that checks the nodes of ``job``; it exits with ``unshared`` if
+        its first node does not see ``folder``."""
         return self._render(
             "doctor.sbatch.j2",
             plan=plan,
@@ -112,10 +112,11 @@ class Templates:
         wrong = _batch_differences(config, job.batch)
         if wrong:
             raise HpcRlhfError(
-                f"the DeepSpeed config of {job.stage} does not have the batch of the spec: {', '.join(wrong)}",
+                f"the DeepSpeed config of {job.stage} does not have the batch of the spec: "
+                f"{', '.join(wrong)}",
                 where=file,
-                hint="use {{ batch.micro }} and {{ batch.accumulation }} in the template, and set micro_batch and "
-                "global_batch in the spec",
+                hint="use {{ batch.micro }} and {{ batch.accumulation }} in the template, and set micro_batch "
+                "and global_batch in the spec",
             )
         return text
 
@@ -132,7 +133,10 @@ class Templates:
 
 
 def _batch_differences(config: Mapping[str, object], batch: Batch) -> list[str]:
-    """Batch sizes in a DeepSpeed config that differ from the plan. DeepSpeed derives those that it leaves out."""
+    """Batch sizes in a DeepSpeed config that differ from the plan.
+
+    DeepSpeed derives those that it leaves out.
+    """
     micro, accumulation, total = (
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
@@ -181,7 +185,7 @@ def rank_python(job: PlannedJob) -> str:
 
 
 def rank_command(plan: Plan, job: PlannedJob) -> str:
-    """What each of srun's tasks runs: a rank, from submitit's pickle in the stage's log folder, or a node's launcher."""
+    """What each of srun's tasks runs: a rank, from submitit's pickle, or the launcher of a node's ranks."""
     if job.slurm.launcher != "srun":
         words = shlex.join([str(plan.run.path), job.stage, job.slurm.launcher])
         return f"{rank_python(job)} -u -m hpc_rlhf.launch.node {words}"
@@ -209,7 +213,7 @@ def _environment(folders: list[Path]) -> Environment:
 
 
 def _place(error: Exception, template: str) -> str:
-    """File and line of a template error, from Jinja's syntax error or from the traceback, in which templates appear."""
+    """File and line of a template error, from Jinja's syntax error or from the traceback."""
     file, line = getattr(error, "filename", None) or template, getattr(error, "lineno", None)
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename.endswith(".j2"):

@@ -92,9 +92,10 @@ def serve_as_job(
         queued = commands.queue().get(job_id)
         if queued is None or not queued.live:
             raise HpcRlhfError(
-                f"job {job_id} ended before it started to serve", where=str(run.stage(stage).logs / f"{job_id}_batch.log"),
+                f"job {job_id} ended before it started to serve",
+                where=str(run.stage(stage).logs / f"{job_id}_batch.log"),
                 exit_code=RUN_FAILED,
-            )  # fmt: skip
+            )
         if queued.state == "RUNNING":
             past = commands.find_record(job_id)
             return job_id, commands.hostnames(past.nodes)[0] if past and past.nodes else ""

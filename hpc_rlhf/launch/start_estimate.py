@@ -47,8 +47,8 @@ def predicted_starts(plan: Plan, beside: Path | None = None) -> dict[str, str]:
 
 
 def predicted_start(script: Path) -> str | None:
-    """When Slurm would start a script submitted now, such as 2026-05-01T09:30:00 by the controller's clock; None if it
-    gives no time. Submits nothing.
+    """When Slurm would start a script submitted now, such as 2026-05-01T09:30:00 by the controller's clock;
+    None if it gives no time. Submits nothing.
 
     Raises:
         HpcRlhfError: it would be rejected, or Slurm does not respond soon.

@@ -30,7 +30,8 @@ def submit(
         lent: runs of the same sweep that train stages for this one, by stage; submitted before.
 
     Raises:
-        HpcRlhfError: there is no Slurm here, Slurm rejects a job, or the run directory belongs to another spec.
+        HpcRlhfError: there is no Slurm here, Slurm rejects a job, or the run directory belongs to another
+            spec.
     """
     require_slurm()
     with claim(spec, "hpc-rlhf submit") as run:
@@ -40,7 +41,9 @@ def submit(
 
 
 def preview(plan: Plan, spec: JobSpec, beside: Path | None = None) -> dict[str, str]:
-    """The sbatch command of every stage that submit would send, if none of the run's jobs are live. Touches nothing.
+    """The sbatch command of every stage that submit would send, if none of the run's jobs are live.
+
+    Touches nothing.
 
     Raises:
         HpcRlhfError: the run directory belongs to another spec.

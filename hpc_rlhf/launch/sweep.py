@@ -1,4 +1,7 @@
-"""Launch the runs of a sweep. Stages that they share are trained by the first of them and linked into the others."""
+"""Launch the runs of a sweep.
+
+Stages that they share are trained by the first of them and linked into the others.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ def submit_sweep(sweep: Sweep, beside: Path | None = None) -> dict[str, list[Out
         beside: folder of the job file; templates in its ``templates/`` win over ours.
 
     Raises:
-        HpcRlhfError: there is no Slurm here, or a run cannot be submitted; the jobs that this call submitted are cancelled.
+        HpcRlhfError: there is no Slurm here, or a run cannot be submitted; the jobs that this call submitted
+            are cancelled.
     """
     lent = lay_out(sweep)
     outcomes: dict[str, list[Outcome]] = {}

@@ -1,7 +1,9 @@
-"""What a run takes from the hub, and whether all of it is in the cache. Cheap to import: every rank checks before it loads.
+"""What a run takes from the hub, and whether all of it is in the cache.
 
-``hpc-rlhf prefetch`` writes a record beside the cache, of the files that a model or data set has. Only what is in such a
-record counts as cached: the cache's own folders do not show whether a model is complete.
+Cheap to import: every rank checks before it loads.
+
+``hpc-rlhf prefetch`` writes a record beside the cache, of the files that a model or data set has. Only what
+is in such a record counts as cached: the cache's own folders do not show whether a model is complete.
 """
 
 from __future__ import annotations
@@ -136,8 +138,8 @@ def missing(item: HubItem) -> str | None:
 def go_offline(spec: JobSpec) -> bool:
     """Keep this process and its children off the hub if the cache holds all that a spec needs.
 
-    Call it before importing any library of Hugging Face. The user's own setting wins. Returns whether this call turned the
-    hub off.
+    Call it before importing any library of Hugging Face. The user's own setting wins. Returns whether this
+    call turned the hub off.
     """
     if OFFLINE in os.environ:
         return False

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 # Float32 logits held at a time: 64 MiB keep a GPU busy; 8 MiB a CPU's matrix kernels, near its cache.
 LOGITS = {"cuda": 16 * 2**20, "cpu": 2 * 2**20}
-# Matrices have a multiple of this many rows: kernels are fastest there, and a CPU compiles and keeps one for every height.
+# Matrices have a multiple of this many rows: kernels are fastest there, and a CPU compiles and keeps one for
+# every height.
 ALIGNED = 64
 
 # Responses generated at a time, at most, where memory is not short.
@@ -12,5 +13,6 @@ ROWS = 64
 # Shares of a GPU's memory that a rollout may take: for gathered weights, and for keys and values.
 WEIGHTS_SHARE, CACHE_SHARE = 0.5, 0.2
 
-# Numbers in the buffer through which ZeRO reduces gradients, and parameters that ZeRO 3 keeps gathered at a time.
+# Numbers in the buffer through which ZeRO reduces gradients, and parameters that ZeRO 3 keeps gathered at a
+# time.
 BUCKET, LIVE = 200_000_000, 30_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def test_a_folders_files_count_before_a_number_in_its_name(tmp_path: Path) -> No
 def test_a_configuration_counts_first(tmp_path: Path) -> None:
     folder = tmp_path / "opt-13b-distilled"
     folder.mkdir()
-    fields = '"vocab_size": 500, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4'
-    (folder / "config.json").write_text(f'{{"model_type": "llama", {fields}}}')
+    fields = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 500, **fields}))
     assert gigabytes(str(folder)) < 0.01
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path))

@@ -76,7 +76,7 @@ def test_activations_grow_with_tokens_and_checkpointing_keeps_those_of_one_layer
         return sft(**fields).moments["passes"]["activations"]
 
     assert kept(micro_batch=8) == 2 * kept(micro_batch=4)
-    # OPT keeps two norms with their inputs, queries, keys, values, their mixture and ReLU's result of each token.
+    # OPT keeps two norms with their inputs, queries, keys, values, attention's output and ReLU's for each token.
     spec = make_spec("/scratch/demo", GPUS, sft={})
     layer = 2 * (8 * 768 + 3072) + 4 * 12
     per_token = kept(micro_batch=4) / tokens(spec, 4)

@@ -172,7 +172,7 @@ def test_an_evaluation_runs_every_model_and_the_judge() -> None:
     spec = make_spec("/scratch/demo", slurm, sft=plain, reward=plain, ppo=plain, eval={**plain, "prompts": 8})
     time = stage_time(spec, "eval")
     one = 2 * COUNT * 8 * 512 / FLOPS + READ
-    # SFT, PPO and the model from before, three times each; the reward model, whose head is a little smaller, six times.
+    # SFT, PPO and the initial model, three times each; the reward model, with a smaller head, six times.
     assert time.parts["scoring"] == pytest.approx(15 * one, rel=0.01)
     alone = stage_time(make_spec("/scratch/demo", slurm, sft=plain, eval={**plain, "prompts": 8}), "eval")
     assert alone.parts["decoding"] == pytest.approx(time.parts["decoding"] * 2 / 3)

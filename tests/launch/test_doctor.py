@@ -1,4 +1,4 @@
-"""The doctor finds each planted fault and its fix: on this machine, in a real Slurm's settings, and on its nodes."""
+"""The doctor finds planted faults and their fixes: on this machine, in a real Slurm and on its nodes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.train
 def test_five_faults_of_a_machine_are_found_with_their_fixes(tmp_path: Path, full_disk: Path) -> None:
-    """A wrong package version, no compiler, offline without a cache, a full disk, and a folder that everyone may write to."""
+    """A wrong package, no compiler, offline without a cache, a full disk, a folder open to everyone."""
     clash = tmp_path / "packages/click-7.0.dist-info"
     clash.mkdir(parents=True)
     (clash / "METADATA").write_text("Metadata-Version: 2.1\nName: click\nVersion: 7.0\n")
@@ -144,7 +144,8 @@ def test_the_deepspeed_ops_that_a_spec_needs(monkeypatch: pytest.MonkeyPatch, tm
     ours = [json.loads(text) for text in Templates().ds_configs(job).values()]
     assert machine.ops_needed(ours) == []
     nvme: dict[str, Any] = {"zero_optimization": {"offload_param": {"device": "nvme"}}}
-    assert machine.ops_needed([nvme, {"zero_optimization": {"zero_quantized_weights": True}}]) == ["async_io", "quantizer"]  # fmt: skip
+    quantized = {"zero_optimization": {"zero_quantized_weights": True}}
+    assert machine.ops_needed([nvme, quantized]) == ["async_io", "quantizer"]
 
 
 # In Slurm -----------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_a_cluster_without_requeue_and_accounting(in_slurm: Cluster, tmp_path: P
 def test_a_node_without_the_shared_folder_and_one_with_a_wrong_clock(
     in_slurm: Cluster, short_tmp: Path
 ) -> None:
-    """In a real job, node4 has another folder at the path of the run directory, and node3's Python another time."""
+    """node4 has another folder at the path of the run directory, and node3's Python another time."""
     shared, storm = short_tmp / "shared", short_tmp / "storm"
     shared.mkdir()
     storm.mkdir()

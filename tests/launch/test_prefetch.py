@@ -122,7 +122,7 @@ def test_prefetched_files_suffice_without_a_network(job: Path, tmp_path: Path, s
         env=environment(home, served.url), capture_output=True, text=True,
     )  # fmt: skip
     assert loaded.stdout.splitlines() == ["offline: True", "weights: 728 16", "rows: 5"], loaded.stderr
-    assert served.asked[asked:] == [], "the hub was asked by what should be offline"
+    assert served.asked[asked:] == [], "something that should be offline contacted the hub"
 
 
 def test_a_partial_model_is_not_used_offline_and_is_completed(
@@ -139,16 +139,16 @@ def test_a_partial_model_is_not_used_offline_and_is_completed(
     assert hub.missing(item) is None
     weights = next((home / "hub").rglob("model.safetensors"))
     weights.resolve().unlink()
-    assert "has lost" in str(hub.missing(item))
+    assert "is incomplete" in str(hub.missing(item))
     assert not hub.go_offline(spec)
     assert prefetch(job, home, served.url, "--set", "data.sources=[{demo: 100}]").returncode == 0
     assert weights.resolve().stat().st_size > 0
     monkeypatch.setenv(hub.OFFLINE, "0")
-    assert not hub.go_offline(spec), "what the user has set must stay"
+    assert not hub.go_offline(spec), "the user's setting must stay"
     monkeypatch.delenv(hub.OFFLINE)
     assert hub.go_offline(spec)
     assert os.environ[hub.OFFLINE] == "1"
-    # Where the hub is away, what is there will do.
+    # Without the hub, complete files in the cache suffice.
     away = prefetch(job, home, "http://127.0.0.1:9", "--set", "data.sources=[{demo: 100}]")
     assert (away.returncode, "there already" in away.stdout) == (0, True)
 
@@ -156,7 +156,7 @@ def test_a_partial_model_is_not_used_offline_and_is_completed(
 @pytest.mark.parametrize(
     ("what", "code", "words"),
     [
-        ("gated", 2, ["models.actor: acme/tiny is given only to those", "hf auth login"]),
+        ("gated", 2, ["models.actor: acme/tiny is gated", "hf auth login"]),
         ("absent", 2, ["models.actor: the hub has no model acme/none", "check its id"]),
         (
             "away",

@@ -1,4 +1,4 @@
-"""Submitting to a real Slurm: the graph, attaching, crashes, rejections. The jobs never start: their begin time is far off."""
+"""Submitting to a real Slurm: the graph, attaching, crashes, rejections. The jobs never start."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
     """Check this machine and Slurm; with a spec, what it needs of them, and the nodes it would run on.
 
     Args:
-        specs: the spec of a run, of every run of a sweep, or none. All are checked for what they take from the hub, the
-            first for everything else.
+        specs: the spec of a run, of every run of a sweep, or none. All are checked for what they take from
+            the hub, the first for everything else.
         beside: folder of the job file; templates in its ``templates/`` win over ours.
         on_cluster: submit a short job that checks the nodes, and wait for it.
         say: called with progress messages.

@@ -58,7 +58,7 @@ def _version(config: Mapping[str, str]) -> Finding:
 
 def _accounting(config: Mapping[str, str]) -> Finding:
     kind = config.get("AccountingStorageType", "")
-    fix = "run hpc-rlhf status while Slurm still knows the job (MinJobAge), or ask an administrator for slurmdbd"
+    fix = "run hpc-rlhf status soon after a job ends (MinJobAge), or ask an administrator for slurmdbd"
     if not kind or kind.endswith("/none"):
         message = "off: Slurm soon forgets how a job ended, unless its log shows it"
         return warning("accounting", message, fix)
@@ -74,7 +74,8 @@ def _job_age(config: Mapping[str, str]) -> Finding:
     if 0 < seconds < _MIN_JOB_AGE:
         return warning(
             "job age",
-            f"MinJobAge is {seconds} s: Slurm forgets a finished job before it can be requeued, so it is submitted again",
+            f"MinJobAge is {seconds} s: Slurm forgets a finished job before it can be requeued, so it is "
+            "submitted again",
             "ask an administrator to set MinJobAge to 300, Slurm's default",
         )
     return ok("job age", f"Slurm remembers a job for {seconds} s after its end")
@@ -128,8 +129,10 @@ def _requeue(script: str, config: Mapping[str, str]) -> Finding:
     if requested:
         return warning(
             "requeue",
-            "JobRequeue=0: only jobs with --requeue are requeued. Ours have it, but a submit plugin may remove it",
-            "check that jobs keep it with hpc-rlhf doctor --on-cluster, or ask an administrator to set JobRequeue=1",
+            "JobRequeue=0: only jobs with --requeue are requeued. Ours have it, but a submit plugin may "
+            "remove it",
+            "check that jobs keep it with hpc-rlhf doctor --on-cluster, or ask an administrator to set "
+            "JobRequeue=1",
         )
     return error(
         "requeue",
@@ -147,7 +150,8 @@ def _limits(name: str, known: _Known, wanted: SlurmSpec) -> Iterator[Finding]:
         yield error(
             "time limit",
             f"{name} allows {facts['MaxTime']}, the stage requests {wanted.time}",
-            f"set slurm.time to at most {facts['MaxTime']}; a longer stage saves, requeues itself and resumes",
+            f"set slurm.time to at most {facts['MaxTime']}; a longer stage saves, requeues itself and "
+            "resumes",
         )
     most = facts.get("MaxNodes", "UNLIMITED")
     if most.isdigit() and int(most) < wanted.nodes:
@@ -163,12 +167,14 @@ def _limits(name: str, known: _Known, wanted: SlurmSpec) -> Iterator[Finding]:
         yield error(
             "nodes",
             f"{name} has {len(having)} nodes with {per_node}, the stage requests {wanted.nodes}",
-            f"set slurm.nodes and slurm.gpus_per_node to what it has: {len(nodes)} nodes, GPUs per node {counts or 'none'}",
+            f"set slurm.nodes and slurm.gpus_per_node to what it has: {len(nodes)} nodes, GPUs per node "
+            f"{counts or 'none'}",
         )
     elif len(up) < wanted.nodes:
         yield warning(
             "nodes",
-            f"only {len(up)} of the {len(having)} suitable nodes of {name} are up, the stage requests {wanted.nodes}",
+            f"only {len(up)} of the {len(having)} suitable nodes of {name} are up, the stage requests "
+            f"{wanted.nodes}",
             "the job will wait for them; see why with sinfo -R",
         )
     else:
@@ -198,7 +204,8 @@ def _preemption(name: str, facts: Mapping[str, str], config: Mapping[str, str]) 
         return warning(
             "preemption",
             f"{name}: {mode} without grace time: work since the last checkpoint is lost",
-            "checkpoint often (checkpoint_every: auto, with mttf), or ask an administrator to set GraceTime=300",
+            "checkpoint often (checkpoint_every: auto, with mttf), or ask an administrator to set "
+            "GraceTime=300",
         )
     return ok("preemption", f"{name}: {mode}, with {grace} s of grace time to save")
 

@@ -24,7 +24,8 @@ def check(spec: JobSpec) -> Iterator[Finding]:
 
 
 def _finding(memory: Memory, gpu: int) -> Finding:
-    used = f"{memory.held / 2**30:.1f} of {gpu / 2**30:.1f} GiB on each GPU, by estimate, at the peak in its {memory.fullest}"
+    sizes = f"{memory.held / 2**30:.1f} of {gpu / 2**30:.1f} GiB on each GPU"
+    used = f"an estimated {sizes}, at the peak in its {memory.fullest}"
     if memory.held > gpu:
         return error("memory", f"does not fit: {used}", _FIX)
     if not memory.fits:

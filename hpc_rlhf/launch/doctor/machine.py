@@ -86,7 +86,8 @@ def _gpus(facts: Mapping[str, object], count: int, wanted: int, build: str, soun
     if not facts["cuda"]:
         return error(
             "torch",
-            f"{build}, but the spec requests {wanted} GPU{'s' * (wanted > 1)} per node: the stages would train on CPUs",
+            f"{build}, but the spec requests {wanted} GPU{'s' * (wanted > 1)} per node: the stages would "
+            "train on CPUs",
             "install the torch build for your CUDA driver, or set slurm.gpus_per_node: 0 and ranks_per_node",
         )
     return error(
@@ -114,9 +115,11 @@ def _ops(ops: Mapping[str, Mapping[str, object]]) -> list[Finding]:
         return [
             error(
                 "compiler",
-                f"DeepSpeed's {named} must be built here, but {' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing",
+                f"DeepSpeed's {named} must be built here, but {' and '.join(absent)} "
+                f"{'is' if len(absent) == 1 else 'are'} missing",
                 "load a compiler in slurm.setup, such as `module load gcc cuda` (ninja: pip install ninja), "
-                f"or build it ahead: {ops[to_build[0]]['variable']}=1 pip install --no-build-isolation deepspeed",
+                f"or build it ahead: {ops[to_build[0]]['variable']}=1 pip install --no-build-isolation "
+                "deepspeed",
             )
         ]
     impossible = [name for name in to_build if not ops[name]["possible"]]

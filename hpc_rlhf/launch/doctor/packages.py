@@ -1,4 +1,4 @@
-"""Checks the versions of Python and of all packages against what hpc-rlhf and the packages themselves require."""
+"""Checks the versions of Python and of all packages that hpc-rlhf requires, directly or indirectly."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def check() -> list[Finding]:
 
 
 def _clashes(names: set[str]) -> Iterator[Finding]:
-    """Packages that are missing or of a wrong version. Adds the names of all that were checked to ``names``."""
+    """Packages that are missing or of a wrong version.
+
+    Adds the names of all that were checked to ``names``.
+    """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 def visit(
     spec: JobSpec, plan: Plan, templates: Templates, folder: Path, ops: Sequence[str], say: Say
 ) -> list[Finding]:
-    """Submit a job for each kind of node that the stages run on, wait for the jobs, and collect their findings.
+    """Submit a job for each kind of node that the stages run on, wait, and collect the findings.
 
     Args:
         folder: a folder in the run directory for these jobs.
@@ -94,7 +94,10 @@ def _wait(job_ids: Iterable[str], say: Say) -> None:
         queue = commands.queue()
         live = {job_id: queue[job_id] for job_id in remaining if job_id in queue and queue[job_id].live}
         remaining &= set(live)
-        states = [f"job {job.job_id} {job.state.lower()}{f' ({job.reason})' if job.reason else ''}" for job in live.values()]  # fmt: skip
+        states = [
+            f"job {job.job_id} {job.state.lower()}{f' ({job.reason})' if job.reason else ''}"
+            for job in live.values()
+        ]
         now = ", ".join(sorted(states))
         if now and now != last:
             say(f"waiting for {now}; Ctrl-C cancels it")
@@ -118,7 +121,8 @@ def _gather(job_id: str, alike: list[PlannedJob], folder: Path) -> list[Finding]
             nodes_by_finding.setdefault(Finding(**fields), []).append(file.stem)
     findings = [finding.at(",".join(names)) for finding, names in nodes_by_finding.items()]
     silent = [node for node in nodes if node not in responded]
-    # Only the controller, whose records count restarts, knows whether the job can be requeued; accounting does not.
+    # Only the controller, whose records count restarts, knows whether the job can be requeued; accounting
+    # does not.
     if past is not None and past.restarts is not None and not past.requeueable:
         findings.append(_not_requeueable(job_id).at(_stages(alike)))
     if silent or not responded:
@@ -158,7 +162,8 @@ def _silent(past: JobRecord | None, folder: Path) -> Finding:
 def _not_requeueable(job_id: str) -> Finding:
     return error(
         "requeue",
-        f"job {job_id} was submitted with --requeue but cannot be requeued: the first preemption would end the chain",
+        f"job {job_id} was submitted with --requeue but cannot be requeued: the first preemption would end "
+        "the chain",
         "ask an administrator which submit plugin removes --requeue",
     )
 

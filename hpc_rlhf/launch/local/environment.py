@@ -8,8 +8,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-# Set by another launcher for another job, perhaps one that this process is part of. Ranks would take their rank from
-# them, and requeue that job when they are asked to stop.
+# Set by another launcher for another job, perhaps one that this process is part of. Ranks would take their
+# rank from them, and requeue that job when they are asked to stop.
 _FOREIGN = ("SLURM_", "SBATCH_", "SUBMITIT_", "OMPI_", "PMI_")
 _FOREIGN_NAMES = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK"})
 

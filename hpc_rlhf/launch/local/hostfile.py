@@ -19,7 +19,7 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 # What DeepSpeed's own parser accepts, and no more.
 _LINE = re.compile(r"([A-Za-z0-9_][\w.@-]*)\s+slots=(\d+)\s*(#.*)?")
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=30")
-# Prefixes of the variables that a rank on another machine needs. Others stay here: ssh's arguments are public.
+# Prefixes of the variables that a rank on another machine needs. Others stay: ssh's arguments are public.
 _SENT = ("NCCL_", "GLOO_", "UCX_", "PYTHON", "DS_", "OMP_")
 
 
@@ -70,7 +70,8 @@ class Hostfile:
     ) -> list[str]:
         """DeepSpeed's launcher for one machine's ranks, which its own runner would start through pdsh.
 
-        The runner is not used, because it stops by killing all of the user's DeepSpeed jobs on these machines.
+        The runner is not used, because it stops by killing all of the user's DeepSpeed jobs on these
+        machines.
 
         Args:
             task: the module that a rank runs, and its arguments.
@@ -106,7 +107,7 @@ def is_here(host: str) -> bool:
 
 
 def on_host(host: str, command: list[str], env: Mapping[str, str]) -> list[str]:
-    """A command that runs ``command`` on one of the machines, in this folder and with the variables it needs."""
+    """A command that runs ``command`` on a machine, in this folder and with the variables it needs."""
     if is_here(host):
         return command
     sent = [f"{name}={value}" for name, value in env.items() if name.startswith(_SENT)]

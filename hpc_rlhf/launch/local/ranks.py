@@ -61,7 +61,7 @@ class Ranks:
         self.sweep()
 
     def sweep(self) -> None:
-        """Kill what is left on this machine: each supervisor leads a process group of its ranks and their children."""
+        """Kill what is left on this machine. Each supervisor leads the process group of its ranks."""
         for process in self.supervisors.values():
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -203,7 +203,8 @@ class LocalRun:
                 f"the hostfile has {self.hostfile.ranks} slots, but {stage} runs on {slurm.ranks} ranks "
                 f"({slurm.nodes} nodes x {slurm.tasks_per_node})",
                 where=str(self.hostfile.path),
-                hint=f"change the slots, or slurm.nodes and slurm.{'ranks' if slurm.ranks_per_node else 'gpus'}_per_node",
+                hint="change the slots, or slurm.nodes and slurm."
+                f"{'ranks' if slurm.ranks_per_node else 'gpus'}_per_node",
             )
 
 

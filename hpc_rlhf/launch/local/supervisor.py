@@ -1,11 +1,12 @@
-"""Supervises the processes of one stage on this machine: starts them, stops them together, leaves none behind.
+"""Supervises the processes of a stage on this machine: starts them, stops them together, leaves none.
 
-``python -m hpc_rlhf.launch.local.supervisor RUN STAGE WHAT FIRST COPIES COMMAND…`` leads its own session, so the
-terminal's Ctrl-C does not reach the ranks in the middle of a step. Its parent, here or over ssh, writes to its standard
-input: ``stop`` lets the ranks save and exit, ``kill`` kills them at once. End of input, when the parent dies or the
-connection breaks, means ``stop``.
+``python -m hpc_rlhf.launch.local.supervisor RUN STAGE WHAT FIRST COPIES COMMAND…`` leads its own session, so
+the terminal's Ctrl-C does not reach the ranks in the middle of a step. Its parent, here or over ssh, writes
+to its standard input: ``stop`` lets the ranks save and exit, ``kill`` kills them at once. End of input, when
+the parent dies or the connection breaks, means ``stop``.
 
-It replaces submitit's local controller, which gives ranks one second to save, and waits forever when one has died.
+It replaces submitit's local controller, which gives ranks one second to save, and waits forever when one has
+died.
 """
 
 from __future__ import annotations

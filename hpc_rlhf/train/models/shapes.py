@@ -1,7 +1,8 @@
 """``python -m hpc_rlhf.train.models.shapes``: the shapes of models, from their configurations alone.
 
 Reads a JSON list of configurations on stdin and prints a JSON list: for each model the fields of
-``estimate.parameters.Architecture``, or {"error": why it cannot be built}. Models are built on the meta device.
+``estimate.parameters.Architecture``, or {"error": why it cannot be built}. Models are built on the meta
+device.
 """
 
 from __future__ import annotations
@@ -93,9 +94,11 @@ def _sizes(layer: Any) -> tuple[int, int]:
 
 
 def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> list[float]:
-    """Bytes that the blocks keep of each token for the backward pass: what tensor parallelism leaves whole, and the rest.
+    """Bytes per token that the blocks keep for the backward pass.
 
-    It shards what is as wide as the MLP, and what has a dimension of heads.
+    Returns:
+        Of tensors that tensor parallelism leaves whole; and of those that it shards, which are as wide as the
+        MLP or have a dimension of heads.
     """
     for name in ("sdpa", packed_attention.NAME):
         AttentionInterface.register(name, _attention)
