@@ -40,7 +40,7 @@ def two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
 
 
 def test_ranks_start_on_every_machine(two_machines: Here) -> None:
-    code, _, err = two_machines.finish("run", "job.yaml", "--hostfile", "two", FAKE_REWARD="mistaken")
+    code, _, err = two_machines.finish("run", "job.yaml", "--hostfile", "two", FAKE_REWARD="user_error")
     assert code == 2, err
     assert "error: reward: data.json: no such file" in err
     seen = [two_machines.seen("sft", rank) for rank in range(2)]
@@ -59,7 +59,7 @@ def test_ranks_start_on_every_machine(two_machines: Here) -> None:
 
 
 def test_every_machine_saves_on_a_stop_request(two_machines: Here) -> None:
-    process = two_machines.start("run", "job.yaml", "--hostfile", "two", FAKE_SFT="until_told")
+    process = two_machines.start("run", "job.yaml", "--hostfile", "two", FAKE_SFT="until_signal")
     ranks = two_machines.await_ranks()
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -70,7 +70,7 @@ def test_every_machine_saves_on_a_stop_request(two_machines: Here) -> None:
 
 
 def test_machines_save_and_exit_when_the_launcher_is_killed(two_machines: Here) -> None:
-    process = two_machines.start("run", "job.yaml", "--hostfile", "two", FAKE_SFT="until_told")
+    process = two_machines.start("run", "job.yaml", "--hostfile", "two", FAKE_SFT="until_signal")
     ranks = two_machines.await_ranks()
     process.kill()
     process.communicate()

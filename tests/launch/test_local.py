@@ -56,7 +56,7 @@ def test_ranks_get_their_own_variables_and_none_of_a_surrounding_job(here: Here)
 def test_a_stop_request_lets_the_ranks_save_and_prints_how_to_resume(
     here: Here, number: int, code: int
 ) -> None:
-    process = here.start("run", "job.yaml", "--set", "seed=5", FAKE_SFT="until_told")
+    process = here.start("run", "job.yaml", "--set", "seed=5", FAKE_SFT="until_signal")
     ranks = here.await_ranks()
     os.killpg(process.pid, number)  # what a terminal does at Ctrl-C
     _, err = process.communicate(timeout=60)
@@ -75,7 +75,7 @@ def test_a_stop_request_lets_the_ranks_save_and_prints_how_to_resume(
 
 
 def test_a_second_stop_request_kills_unresponsive_ranks(here: Here) -> None:
-    process = here.start("run", "job.yaml", FAKE_SFT="deaf")
+    process = here.start("run", "job.yaml", FAKE_SFT="ignore_signals")
     ranks = here.await_ranks()
     os.killpg(process.pid, signal.SIGINT)
     assert process.stderr is not None
@@ -89,7 +89,7 @@ def test_a_second_stop_request_kills_unresponsive_ranks(here: Here) -> None:
 
 
 def test_ranks_save_and_exit_when_the_launcher_is_killed(here: Here) -> None:
-    process = here.start("run", "job.yaml", FAKE_SFT="until_told")
+    process = here.start("run", "job.yaml", FAKE_SFT="until_signal")
     ranks = here.await_ranks()
     process.kill()
     process.communicate()
@@ -103,7 +103,7 @@ def test_a_killed_rank_is_reported_and_stops_the_others(here: Here) -> None:
     code, _, err = here.finish("run", "job.yaml", FAKE_SFT="one_killed")
     assert code == 1
     assert "error: sft: rank 1 was ended by SIGKILL; the machine may have run out of memory" in err
-    assert "the last words of rank 1" in err
+    assert "the last output of rank 1" in err
     assert not any(map(is_alive, here.await_ranks()))
     assert here.events("started") == [("started", "sft")]
     assert here.events("failed") == [("failed", "sft")]
@@ -117,7 +117,9 @@ def test_a_late_event_of_another_attempt_is_ignored(here: Here) -> None:
 
 def test_a_failure_is_retried_unless_it_repeats(here: Here) -> None:
     heal = ("--set", "slurm.heal.enabled=true")
-    code, _, err = here.finish("run", "job.yaml", *heal, FAKE_SFT="killed_once", FAKE_REWARD="stranded")
+    code, _, err = here.finish(
+        "run", "job.yaml", *heal, FAKE_SFT="killed_once", FAKE_REWARD="connection_lost"
+    )
     assert code == 1
     assert "sft: killed: rank 1 was ended by SIGKILL" in err
     assert "reward: failed: OSError: disk full; retrying" in err
@@ -130,7 +132,7 @@ def test_a_failure_is_retried_unless_it_repeats(here: Here) -> None:
 def test_a_user_error_found_by_a_stage_is_shown_as_is(here: Here) -> None:
     notify = ("--set", "notify.webhook.url=${HOOK}")
     with Hook().listening() as hook:
-        code, _, err = here.finish("run", "job.yaml", *notify, FAKE_REWARD="mistaken", HOOK=hook.url)
+        code, _, err = here.finish("run", "job.yaml", *notify, FAKE_REWARD="user_error", HOOK=hook.url)
     ((_, body),) = hook.posted
     assert (body["event"], body["stage"]) == ("stopped", "reward")
     assert body["message"] == "data.json: no such file"
@@ -143,13 +145,13 @@ def test_a_user_error_found_by_a_stage_is_shown_as_is(here: Here) -> None:
 
 
 def test_the_first_failure_is_reported_and_not_its_consequences(here: Here) -> None:
-    code, _, err = here.finish("run", "job.yaml", FAKE_SFT="stranded")
+    code, _, err = here.finish("run", "job.yaml", FAKE_SFT="connection_lost")
     assert code == 1
     assert "error: sft: OSError: disk full\n" in err
 
 
 def test_a_second_run_of_the_same_directory_is_refused(here: Here) -> None:
-    first = here.start("run", "job.yaml", FAKE_SFT="until_told")
+    first = here.start("run", "job.yaml", FAKE_SFT="until_signal")
     here.await_ranks()
     code, _, err = here.finish("run", "job.yaml")
     assert code == 1

@@ -113,7 +113,7 @@ def test_prefetched_files_suffice_without_a_network(job: Path, tmp_path: Path, s
 
     asked = len(served.asked)
     again = prefetch(job, home, served.url)
-    assert [line.endswith(", there already") for line in again.stdout.splitlines()] == [True, True]
+    assert [line.endswith(", already in the cache") for line in again.stdout.splitlines()] == [True, True]
     assert not [path for path in served.asked[asked:] if path.endswith((".safetensors", ".jsonl"))]
 
     asked = len(served.asked)
@@ -150,14 +150,14 @@ def test_a_partial_model_is_not_used_offline_and_is_completed(
     assert os.environ[hub.OFFLINE] == "1"
     # Without the hub, complete files in the cache suffice.
     away = prefetch(job, home, "http://127.0.0.1:9", "--set", "data.sources=[{demo: 100}]")
-    assert (away.returncode, "there already" in away.stdout) == (0, True)
+    assert (away.returncode, "already in the cache" in away.stdout) == (0, True)
 
 
 @pytest.mark.parametrize(
     ("what", "code", "words"),
     [
         ("gated", 2, ["models.actor: acme/tiny is gated", "hf auth login"]),
-        ("absent", 2, ["models.actor: the hub has no model acme/none", "check its id"]),
+        ("absent", 2, ["models.actor: the hub has no model acme/none", "check the id"]),
         (
             "away",
             1,

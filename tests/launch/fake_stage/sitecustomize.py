@@ -1,6 +1,6 @@
-"""Puts a stage without torch in place of the real one, in every process that has this folder on PYTHONPATH.
+"""Replaces real stages with fakes without torch, in every process that has this folder on PYTHONPATH.
 
-FAKE_<STAGE> says what the stage does; see the functions below. Each rank of a stage runs the same.
+FAKE_<STAGE> names the function below that each rank of the stage runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 import types
 from pathlib import Path
 
-heard: list[int] = []
+signals: list[int] = []
 
 
 def rank() -> int:
@@ -29,14 +29,14 @@ def run_stage(run_dir: str, stage: str) -> None:
     facts = {**os.environ, "pid": os.getpid()}
     (run.path / f"seen-{stage}-{rank()}.json").write_text(json.dumps(facts))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: heard.append(number))
+        signal.signal(number, lambda number, frame: signals.append(number))
     if rank() == 0:
         Ledger(run.ledger).append(Started(stage))
     globals()[os.environ.get(f"FAKE_{stage.upper()}", "finish")](run, stage)
 
 
 def finish(run, stage) -> None:
-    """Ends well at once."""
+    """Succeed at once."""
     if rank():
         return
     from hpc_rlhf.run import manifest
@@ -51,12 +51,12 @@ def finish(run, stage) -> None:
     manifest.write(folder, {"step": 20, "seconds": 3, "stage": stage, "metrics": {"accuracy": 0.97}})
 
 
-def until_told(run, stage) -> None:
-    """Goes on until it is told to stop; takes longer to save than submitit's controller would allow."""
+def until_signal(run, stage) -> None:
+    """Run until a signal comes; take longer to save than submitit's controller would allow."""
     from hpc_rlhf.run.events import Interrupted, Saved
     from hpc_rlhf.run.ledger import Ledger
 
-    while not heard:
+    while not signals:
         time.sleep(0.05)
     time.sleep(2.5)
     if rank() == 0:
@@ -65,8 +65,8 @@ def until_told(run, stage) -> None:
     sys.exit(75)
 
 
-def deaf(run, stage) -> None:
-    """Hears every signal and stays."""
+def ignore_signals(run, stage) -> None:
+    """Run forever, whatever signals come."""
     while True:
         time.sleep(1)
 
@@ -74,20 +74,20 @@ def deaf(run, stage) -> None:
 def one_killed(run, stage) -> None:
     """Rank 1 is killed; the others wait for it."""
     if rank() == 1:
-        print("the last words of rank 1", file=sys.stderr, flush=True)
+        print("the last output of rank 1", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-    deaf(run, stage)
+    ignore_signals(run, stage)
 
 
 def killed_beside_another(run, stage) -> None:
-    """As rank 1 is killed, the ranks of a launcher that was killed before come to their last word."""
+    """Rank 1 is killed while the ranks of an earlier, killed launcher record their last event."""
     from hpc_rlhf.run.events import Interrupted
     from hpc_rlhf.run.ledger import Ledger
 
     if rank() == 0:
         Ledger(run.ledger).append(Interrupted(stage, attempt="another", step=3))
-        (run.path / "said").touch()
-    while not (run.path / "said").exists():
+        (run.path / "recorded").touch()
+    while not (run.path / "recorded").exists():
         time.sleep(0.05)
     one_killed(run, stage)
 
@@ -105,8 +105,8 @@ def killed_once(run, stage) -> None:
     finish(run, stage)
 
 
-def mistaken(run, stage) -> None:
-    """Finds a mistake of the user's, as the real stages report one."""
+def user_error(run, stage) -> None:
+    """Report a user error as real stages do."""
     from hpc_rlhf.run.events import Failed
     from hpc_rlhf.run.ledger import Ledger
 
@@ -115,8 +115,8 @@ def mistaken(run, stage) -> None:
     sys.exit(2)
 
 
-def stranded(run, stage) -> None:
-    """Rank 1 fails; rank 0 loses touch with it a little later."""
+def connection_lost(run, stage) -> None:
+    """Rank 1 fails; rank 0 loses its connection to it a little later."""
     from hpc_rlhf.run.events import Failed
     from hpc_rlhf.run.ledger import Ledger
 
