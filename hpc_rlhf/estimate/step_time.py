@@ -130,8 +130,8 @@ def _parts(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, machine: _M
     parts = _step(model, tokens, batch.accumulation, machine)
     if "ref" in stage.strategies:
         own = training.lora is not None and training.lora.only
-        held = stage if own else stage.strategies["ref"]
-        parts["scoring"] = batch.accumulation * _scored(model, held, tokens, machine)
+        stored = stage if own else stage.strategies["ref"]
+        parts["scoring"] = batch.accumulation * _scored(model, stored, tokens, machine)
     return parts
 
 
@@ -208,16 +208,16 @@ def _pass(model: _Model, flops: int, reads: int, tokens: int, machine: _Machine)
     return max(work, reads * model.layers * _LAUNCHES)
 
 
-def _scored(model: _Model, held: StageSpec, tokens: int, machine: _Machine) -> float:
+def _scored(model: _Model, stored: StageSpec, tokens: int, machine: _Machine) -> float:
     """Seconds of a pass without gradients, and of gathering the weights for it if they are sharded.
 
     Args:
-        held: how the model is stored, which may differ from how it is trained.
+        stored: how the model is stored, which may differ from how it is trained.
     """
     whole, fetched = model.item * model.count, 0.0
-    if held.zero == 3:
+    if stored.zero == 3:
         fetched += whole * (machine.data_ranks - 1) / machine.data_ranks / machine.link
-    if held.offload_params:
+    if stored.offload_params:
         fetched += whole / machine.data_ranks / BUS
     return _pass(model, 2 * model.count, 1, tokens, machine) + fetched
 
@@ -259,13 +259,13 @@ def _messages(model: _Model, passes: int, machine: _Machine) -> float:
     if ranks == 1:
         return 0.0
     trained, count = model.trained / machine.ways, model.count / machine.ways
-    sent = {
+    volume = {
         0: 2 * item * trained / (30 if model.scheme.optimizer == "onebit-adam" else 1),
         1: 3 * item * trained,
         2: (2 * passes + 1) * item * trained,
         3: passes * item * (trained + 2 * count),
     }[zero]
-    return sent * (ranks - 1) / ranks / machine.link
+    return volume * (ranks - 1) / ranks / machine.link
 
 
 def _offloaded(model: _Model, passes: int, machine: _Machine) -> float:

@@ -90,12 +90,12 @@ def _acquire(path: Path, draft: Path) -> None:
         try:
             # The draft was just written, so its time is the file server's current time, whatever our clock
             # shows.
-            held, silence = path.read_text(), draft.stat().st_mtime - path.stat().st_mtime
+            content, silence = path.read_text(), draft.stat().st_mtime - path.stat().st_mtime
         except FileNotFoundError:
             continue
-        if not _is_stale(held, silence):
-            raise _refusal(path, held)
-        _set_aside(path, held)
+        if not _is_stale(content, silence):
+            raise _refusal(path, content)
+        _set_aside(path, content)
     raise HpcRlhfError(
         "the lock changes owners too fast", where=str(path), hint="try again", exit_code=RUN_FAILED
     )
@@ -112,17 +112,17 @@ def _set_aside(path: Path, stale: str) -> None:
         aside.unlink()
 
 
-def _is_stale(held: str, silence: float) -> bool:
-    owner = _owner(held)
+def _is_stale(content: str, silence: float) -> bool:
+    owner = _owner(content)
     if owner.get("host") != socket.gethostname():
         return silence > SILENCE
     born = _born(int(owner["pid"]))
     return born is None or born != owner.get("born")
 
 
-def _owner(held: str) -> dict[str, Any]:
+def _owner(content: str) -> dict[str, Any]:
     try:
-        owner = json.loads(held)
+        owner = json.loads(content)
         return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else {}
     except ValueError:
         return {}
@@ -146,8 +146,8 @@ def _born(pid: int) -> str | None:
     return "unknown"
 
 
-def _refusal(path: Path, held: str) -> HpcRlhfError:
-    owner = _owner(held)
+def _refusal(path: Path, content: str) -> HpcRlhfError:
+    owner = _owner(content)
     who = f"`{owner['doing']}` (process {owner['pid']} on {owner['host']})" if owner else "another process"
     return HpcRlhfError(
         f"{who} is working on this run directory",

@@ -181,10 +181,10 @@ def _is_size(path: str) -> bool:
 def _resume_hint(changes: list[tuple[str, object, object]], old: JobSpec) -> str:
     """How a stage may resume on another number of ranks."""
     stages = sorted({path.split(".")[1] for path, _, _ in changes if _is_size(path)})
-    wanted = [
+    fields = [
         f"stages.{stage}.global_batch: {derive_batch(old.stage(stage), stage).global_}" for stage in stages
     ]
-    return f"; to split the same steps over other ranks, set {' and '.join(wanted)}" if wanted else ""
+    return f"; to split the same steps over other ranks, set {' and '.join(fields)}" if fields else ""
 
 
 def _is_placing(path: str) -> bool:
@@ -233,12 +233,12 @@ def _link(path: Path, target: Path) -> None:
 
 def _keep_templates(run: RunDir, beside: Path) -> None:
     """Copy the user's templates into the run directory, for later jobs such as one that serves a model."""
-    kept = run.scripts / "templates"
+    copies = run.scripts / "templates"
     if beside == run.scripts:
         return
-    shutil.rmtree(kept, ignore_errors=True)
+    shutil.rmtree(copies, ignore_errors=True)
     for template in (beside / "templates").rglob("*.j2"):
-        copy = kept / template.relative_to(beside / "templates")
+        copy = copies / template.relative_to(beside / "templates")
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(template, copy)
 

@@ -141,40 +141,40 @@ def _requeue(script: str, config: Mapping[str, str]) -> Finding:
     )
 
 
-def _limits(name: str, known: _Known, wanted: SlurmSpec) -> Iterator[Finding]:
+def _limits(name: str, known: _Known, settings: SlurmSpec) -> Iterator[Finding]:
     facts = known.partitions[name]
     if facts.get("State", "UP") != "UP":
         yield error("partition", f"{name} is {facts['State']}", "choose another, or wait until it is UP")
-    limit, requested = seconds(facts.get("MaxTime", "UNLIMITED")), time_limit(wanted.time)
+    limit, requested = seconds(facts.get("MaxTime", "UNLIMITED")), time_limit(settings.time)
     if (math.inf if requested is None else requested) > limit:
         yield error(
             "time limit",
-            f"{name} allows {facts['MaxTime']}, the stage requests {wanted.time}",
+            f"{name} allows {facts['MaxTime']}, the stage requests {settings.time}",
             f"set slurm.time to at most {facts['MaxTime']}; a longer stage saves, requeues itself and "
             "resumes",
         )
     most = facts.get("MaxNodes", "UNLIMITED")
-    if most.isdigit() and int(most) < wanted.nodes:
+    if most.isdigit() and int(most) < settings.nodes:
         yield error(
-            "nodes", f"{name} allows {most} nodes, the stage requests {wanted.nodes}", "lower slurm.nodes"
+            "nodes", f"{name} allows {most} nodes, the stage requests {settings.nodes}", "lower slurm.nodes"
         )
     nodes = [node for node in known.nodes if name in node.get("Partitions", "").split(",")]
-    having = [node for node in nodes if _gpus(node) >= wanted.gpus_per_node]
-    up = [node for node in having if not any(word in node.get("State", "") for word in _UNUSABLE)]
-    per_node = f"{wanted.gpus_per_node} GPU{'s' * (wanted.gpus_per_node > 1)}"
-    if len(having) < wanted.nodes:
+    suitable = [node for node in nodes if _gpus(node) >= settings.gpus_per_node]
+    up = [node for node in suitable if not any(word in node.get("State", "") for word in _UNUSABLE)]
+    per_node = f"{settings.gpus_per_node} GPU{'s' * (settings.gpus_per_node > 1)}"
+    if len(suitable) < settings.nodes:
         counts = sorted({_gpus(node) for node in nodes}, reverse=True)
         yield error(
             "nodes",
-            f"{name} has {len(having)} nodes with {per_node}, the stage requests {wanted.nodes}",
+            f"{name} has {len(suitable)} nodes with {per_node}, the stage requests {settings.nodes}",
             f"set slurm.nodes and slurm.gpus_per_node to what it has: {len(nodes)} nodes, GPUs per node "
             f"{counts or 'none'}",
         )
-    elif len(up) < wanted.nodes:
+    elif len(up) < settings.nodes:
         yield warning(
             "nodes",
-            f"only {len(up)} of the {len(having)} suitable nodes of {name} are up, the stage requests "
-            f"{wanted.nodes}",
+            f"only {len(up)} of the {len(suitable)} suitable nodes of {name} are up, the stage requests "
+            f"{settings.nodes}",
             "the job will wait for them; see why with sinfo -R",
         )
     else:

@@ -25,14 +25,14 @@ from hpc_rlhf.spec.load import read_spec
 
 def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list[Finding]:
     """Check a node that runs a stage."""
-    wanted = spec.stage(stage).slurm
+    settings = spec.stage(stage).slurm
     findings = [storage.check_writes(folder, RunDir(Path(spec.run_dir))), *packages.check()]
     facts = machine.ask(ops)
     if isinstance(facts, Finding):
         findings.append(facts)
     else:
         precisions = {spec.stage(name).precision for name in spec.stage_names}
-        findings += machine.check(facts, wanted.gpus_per_node, precisions, wanted.ranks > 1)
+        findings += machine.check(facts, settings.gpus_per_node, precisions, settings.ranks > 1)
     if commands.available():
         try:
             findings.append(clock.check(clock.skew()))
@@ -42,7 +42,7 @@ def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list
                     "slurm", f"the controller does not respond to this node: {problem.message}", _FROM_NODES
                 )
             )
-    elif wanted.heal.enabled and wanted.container is None:
+    elif settings.heal.enabled and settings.container is None:
         findings.append(
             error("slurm", "Slurm's commands are not on PATH, but sentinels need them", _FROM_NODES)
         )
