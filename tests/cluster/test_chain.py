@@ -1,5 +1,5 @@
-"""The whole chain on a real Slurm: it runs to a model that answers, survives preemption and time limits, is submitted
-once however often it is submitted, and refuses to train on an incomplete input."""
+"""The whole chain on a real Slurm: it produces a model that answers, survives preemption and time limits, is
+submitted only once, and refuses to train on an incomplete input."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.cluster.processes import Process, find
 
 STAGES = ("sft", "reward", "ppo")
 CHAIN = CHECKOUT / "tests/cluster/jobs/chain.yaml"
-# What a login shell may hold; jobs get it as part of their environment.
+# Secrets of a login shell, which jobs get in their environment.
 SECRETS = {"HF_TOKEN": "hf_0s3cr3t0ofthehub", "WANDB_API_KEY": "0s3cr3t0ofthetracker"}
 NewChain = Callable[..., Chain]
 SHORT_SFT = ("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=3")
-# Makes Python itself slow in a job's first attempt.
+# Makes Python itself start slowly in a job's first attempt.
 SLOW_START = """
 import os, time
 if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
@@ -34,7 +34,7 @@ if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     time.sleep(60)
 """
 
-# Ranks whose patience is short from the moment on that a file lies beside this one.
+# Makes the watchdog impatient once a file appears beside this one.
 IMPATIENT = """
 import os, pathlib, sys, threading, time
 
@@ -48,7 +48,7 @@ if "SLURM_PROCID" in os.environ:
     threading.Thread(target=make_impatient, daemon=True).start()
 """
 
-# Steps that take long in a job's first attempt, on a fast machine too.
+# Slows down the steps of a job's first attempt, on a fast machine too.
 SLOW_STEPS = """
 import os, sys, threading, time
 
@@ -62,7 +62,8 @@ def slow_down():
 if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     threading.Thread(target=slow_down, daemon=True).start()
 """
-# Says that the script began so long ago that 60 of the job's 600 seconds are left, in the first attempt.
+# Pretends, in the first attempt, that the script started so long ago that 60 of the job's 600 seconds are
+# left.
 LATE = (
     "[ -n \"$SLURM_RESTART_COUNT\" ] || export HPC_RLHF_SCRIPT_BEGAN=$(awk '{print $1 - 540}' /proc/uptime)"
 )
@@ -70,17 +71,17 @@ LATE = (
 
 @pytest.fixture
 def new_chain(idle_cluster: Cluster, tmp_path: Path) -> NewChain:
-    """Makes the chain of a test; its jobs are gone from the cluster when the test is over."""
+    """Makes a test's chain; its jobs are removed from the cluster after the test."""
     return lambda *sets, spec=CHAIN: Chain(idle_cluster, spec, tmp_path / "run", sets)
 
 
 @pytest.fixture(scope="module")
 def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """The demo as on a cluster, four ranks over two nodes and fewer steps, run to its end."""
+    """The demo on a cluster, with four ranks on two nodes and fewer steps, run to its end."""
     limits = [f"stages.{stage}.max_steps={steps}" for stage, steps in zip(STAGES, (20, 10, 3), strict=True)]
     setup = 'slurm.setup=["export OMP_NUM_THREADS=1"]'
     run = tmp_path_factory.mktemp("chain") / "run"
-    # Tests spoil it afterwards, and it is not to mend itself then.
+    # Tests damage it afterwards, and it must not repair itself then.
     sets = ("slurm.nodes=2", "slurm.heal.enabled=false", setup, *limits)
     chain = Chain(cluster, CHECKOUT / "jobs/tiny.yaml", run, sets)
     chain.submit(env={**cluster.env, **SECRETS})
@@ -90,7 +91,7 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chai
     return chain
 
 
-def test_sft_and_reward_run_side_by_side_and_ppo_after_both(finished: Chain) -> None:
+def test_sft_and_reward_run_in_parallel_and_ppo_after_both(finished: Chain) -> None:
     def spans() -> dict[str, tuple[str, str]]:
         jobs = ",".join(finished.job_id(stage) for stage in STAGES)
         rows = finished.cluster.run("sacct", "-n", "-X", "-P", "-j", jobs, "-o", "JobName,Start,End,State")
@@ -115,17 +116,17 @@ def test_four_ranks_over_two_nodes(finished: Chain, stage: str) -> None:
     assert finished.events("started", stage)[-1].ranks == 4
 
 
-def test_a_secret_of_the_environment_is_in_no_file_of_the_run_and_in_no_record_of_slurm(
+def test_secrets_of_the_environment_are_neither_in_the_run_nor_in_slurms_records(
     finished: Chain,
 ) -> None:
     files = [path for path in finished.run.path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".pkl" for path in files)
     assert not [path for path in files if any(s.encode() in path.read_bytes() for s in SECRETS.values())]
     jobs = ",".join(finished.job_id(stage) for stage in STAGES)
-    said = finished.cluster.run("sacct", "-P", "-j", jobs, "-o", "ALL").stdout
-    said += finished.cluster.run("scontrol", "show", "job").stdout
-    assert finished.job_id("ppo") in said
-    assert not any(secret in said for secret in SECRETS.values())
+    records = finished.cluster.run("sacct", "-P", "-j", jobs, "-o", "ALL").stdout
+    records += finished.cluster.run("scontrol", "show", "job").stdout
+    assert finished.job_id("ppo") in records
+    assert not any(secret in records for secret in SECRETS.values())
 
 
 def test_the_final_model_loads_and_generates(finished: Chain) -> None:
@@ -134,14 +135,15 @@ def test_the_final_model_loads_and_generates(finished: Chain) -> None:
         "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "tokens = tokenizer('What is the capital of France?', return_tensors='pt')\n"
-        "print(model.generate(**tokens, max_new_tokens=8, min_new_tokens=8).shape[1] - tokens.input_ids.shape[1])"
+        "made = model.generate(**tokens, max_new_tokens=8, min_new_tokens=8)\n"
+        "print(made.shape[1] - tokens.input_ids.shape[1])"
     )
     command = [sys.executable, "-c", code, str(finished.run.stage("ppo").model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.split()[-1:] == ["8"], done.stderr
 
 
-def test_a_finished_run_says_so_and_is_not_submitted_again(finished: Chain) -> None:
+def test_a_finished_run_is_not_submitted_again(finished: Chain) -> None:
     assert {stage: facts["state"] for stage, facts in finished.status().items()} == dict.fromkeys(
         (*STAGES, "eval"), "done"
     )
@@ -151,8 +153,8 @@ def test_a_finished_run_says_so_and_is_not_submitted_again(finished: Chain) -> N
 
 
 @pytest.mark.parametrize("partition", ["low", "low-cancel"])
-def test_a_preempted_chain_goes_on_and_ends_well(new_chain: NewChain, partition: str) -> None:
-    """In mid-SFT and in mid-PPO, where preemption requeues a job and where it cancels it."""
+def test_a_preempted_chain_resumes_and_finishes(new_chain: NewChain, partition: str) -> None:
+    """During SFT and during PPO, where preemption requeues a job and where it cancels it."""
     chain = new_chain(f"slurm.partition={partition}")
     chain.submit()
     for stage in ("sft", "ppo"):
@@ -162,16 +164,17 @@ def test_a_preempted_chain_goes_on_and_ends_well(new_chain: NewChain, partition:
         chain.wait_done(stage)
     chain.wait_done("reward")
     for stage in ("sft", "ppo"):
-        assert_went_on(chain, stage)
+        assert_resumed(chain, stage)
     # PPO began with both of its inputs complete.
     ends = [chain.events("finished", stage)[-1].time for stage in ("sft", "reward")]
     assert chain.events("started", "ppo")[0].time > max(ends)
 
 
-def test_a_stage_preempted_before_its_ranks_hear_signals_is_requeued(
+def test_a_stage_preempted_before_its_ranks_handle_signals_is_requeued(
     new_chain: NewChain, tmp_path: Path
 ) -> None:
-    """The signal comes when Python is hardly up, as from a slow file system: the ranks die of it, the chain does not."""
+    """The signal arrives while Python starts, as on a slow file system: it kills the ranks, but not the
+    chain."""
     slow = tmp_path / "slow/sitecustomize.py"
     slow.parent.mkdir()
     slow.write_text(SLOW_START.format(started=tmp_path / "started"))
@@ -189,7 +192,7 @@ def test_a_stage_preempted_before_its_ranks_hear_signals_is_requeued(
 
 
 def test_a_stage_preempted_before_it_has_ranks_is_requeued(new_chain: NewChain) -> None:
-    """The signal goes to nobody; where preemption cancels, the job would be killed at the end of its grace."""
+    """No rank gets the signal; where preemption cancels, the job would be killed after its grace time."""
     preempted = "scontrol show job $SLURM_JOB_ID | grep -q PreemptTime=2"
     wait = f"until [[ -n ${{SLURM_RESTART_COUNT:-}} ]] || {preempted}; do sleep 0.1; done"
     chain = new_chain("slurm.partition=low-cancel", *SHORT_SFT, f"slurm.setup={json.dumps([wait])}")
@@ -202,21 +205,21 @@ def test_a_stage_preempted_before_it_has_ranks_is_requeued(new_chain: NewChain) 
     assert [event.reason for event in chain.events("requeued", "sft")] == ["preempted"]
 
 
-def test_a_stage_cut_by_its_time_limit_goes_on(new_chain: NewChain) -> None:
+def test_a_stage_at_its_time_limit_resumes(new_chain: NewChain) -> None:
     chain = new_chain("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=4000")
     chain.submit()
     job = chain.job_id("sft")
     chain.wait_step("sft", 5)
-    # The limit comes near in mid-stage, however long the ranks took to start.
+    # The limit falls into the middle of the stage, however long the ranks took to start.
     chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=1")
     assert chain.wait_event("requeued", "sft").reason == "time limit"
     chain.cluster.run("scontrol", "update", f"job={job}", "TimeLimit=10")
     chain.wait_done("sft")
-    assert_went_on(chain, "sft")
+    assert_resumed(chain, "sft")
 
 
-def test_a_stage_that_nobody_tells_ends_in_time(new_chain: NewChain, tmp_path: Path) -> None:
-    """Slurm's signal would come minutes after the time that the stage has."""
+def test_a_stage_without_a_signal_stops_in_time(new_chain: NewChain, tmp_path: Path) -> None:
+    """Slurm's signal would come minutes too late."""
     site = tmp_path / "site/sitecustomize.py"
     site.parent.mkdir()
     site.write_text(SLOW_STEPS)
@@ -226,11 +229,11 @@ def test_a_stage_that_nobody_tells_ends_in_time(new_chain: NewChain, tmp_path: P
     chain.submit()
     assert chain.wait_event("requeued", "sft").reason == "time limit"
     chain.wait_done("sft")
-    assert_went_on(chain, "sft")
+    assert_resumed(chain, "sft")
 
 
-def test_a_stage_that_hangs_is_ended_and_tried_again(new_chain: NewChain, tmp_path: Path) -> None:
-    """One rank stands still in the first attempt."""
+def test_a_stage_that_hangs_is_killed_and_retried(new_chain: NewChain, tmp_path: Path) -> None:
+    """One rank hangs in the first attempt."""
     site = tmp_path / "site/sitecustomize.py"
     site.parent.mkdir()
     site.write_text(IMPATIENT)
@@ -253,7 +256,7 @@ def test_a_stage_that_hangs_is_ended_and_tried_again(new_chain: NewChain, tmp_pa
 
 
 def test_a_stage_refuses_an_input_without_a_manifest(finished: Chain) -> None:
-    """Slurm may start PPO after an SFT that was preempted and exited 0: the manifest is what counts."""
+    """Slurm may start PPO after an SFT that was preempted and exited 0, so the manifest decides."""
     ppo, sft = finished.run.stage("ppo"), finished.run.stage("sft")
     ppo_manifest = ppo.model / manifest.NAME
     whole = (sft.model / manifest.NAME).read_text()
@@ -289,7 +292,7 @@ def test_submitting_twice_attaches(new_chain: NewChain) -> None:
 def test_a_submit_killed_at_its_second_sbatch_leaves_no_orphan(
     new_chain: NewChain, tmp_path: Path, after: bool
 ) -> None:
-    """Killed before sbatch was called, and after Slurm took the job but before submit could note its id."""
+    """Killed before sbatch was called, and after Slurm accepted the job but before submit recorded its id."""
     chain = new_chain()
     with held(chain.cluster):
         killed = chain.submit(check=False, env=killing_sbatch(chain.cluster, tmp_path, after))
@@ -323,14 +326,14 @@ def test_a_live_chain_is_shown_and_cancelled(new_chain: NewChain) -> None:
 
 
 def preempt_all(cluster: Cluster) -> None:
-    """Take every node for a moment."""
+    """Occupy every node for a moment."""
     options = ("--partition=high", f"--nodes={config.NODES}", f"--gpus-per-node={config.GPUS}")
     job = cluster.sbatch(*options, "--output=/dev/null", "--wrap=true")
     cluster.wait_state(job, "COMPLETED", timeout=120)
 
 
-def assert_went_on(chain: Chain, stage: str) -> None:
-    """The same job came back, took up its checkpoint and left out no step and did none twice."""
+def assert_resumed(chain: Chain, stage: str) -> None:
+    """The same job came back, resumed from its checkpoint, and did every step once."""
     starts = chain.events("started", stage)
     assert {start.job_id for start in starts} == {chain.job_id(stage)}
     assert [start.restart for start in starts] == list(range(len(starts)))
@@ -375,7 +378,7 @@ def held(cluster: Cluster) -> Iterator[None]:
 
 
 def killing_sbatch(cluster: Cluster, folder: Path, after: bool) -> dict[str, str]:
-    """An environment whose sbatch, when called a second time, kills its caller before or after it does its work."""
+    """An environment whose sbatch kills its caller in its second call, before or after doing its work."""
     calls, kill = folder / "calls", "kill -KILL $PPID"
     script = folder / "bin/sbatch"
     script.parent.mkdir()

@@ -1,4 +1,5 @@
-"""The cluster does what the tests of the chain rely on: GPUs, accounting, requeue, preemption, and going away."""
+"""The test cluster works as the tests of the chain need it: GPUs, accounting, requeue, preemption, and
+removal."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from tests.cluster.processes import Process, find
 
 pytestmark = pytest.mark.slow
 
-# A job that says which run it is and ends on its second one.
+# A job that prints which attempt it is, and ends in its second one.
 COUNTING = """#!/bin/bash
 #SBATCH --requeue --open-mode=append --ntasks-per-node=1 --gpus-per-node=2 --nodes={nodes}
 echo "run ${{SLURM_RESTART_COUNT:-0}}"
@@ -37,7 +38,7 @@ def test_nodes_are_idle_and_have_their_gpus(idle_cluster: Cluster) -> None:
     assert lines == [f"node{index} idle gpu:2 8" for index in range(1, 5)]
 
 
-def test_ranks_over_two_nodes_are_told_apart(idle_cluster: Cluster) -> None:
+def test_ranks_on_two_nodes_have_different_ids(idle_cluster: Cluster) -> None:
     show = "echo $SLURM_PROCID $SLURMD_NODENAME $SLURM_LOCALID $CUDA_VISIBLE_DEVICES"
     done = idle_cluster.run(
         *("srun", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--gpus-per-task=1", "--label"),
@@ -51,7 +52,7 @@ def test_ranks_over_two_nodes_are_told_apart(idle_cluster: Cluster) -> None:
     assert len({(node, device) for _, node, _, device in ranks}) == 4
 
 
-def test_accounting_remembers_a_job_and_its_comment(idle_cluster: Cluster, tmp_path: Path) -> None:
+def test_accounting_has_a_job_and_its_comment(idle_cluster: Cluster, tmp_path: Path) -> None:
     job = idle_cluster.sbatch("--wrap=exit 3", "--comment=token-1", f"--output={tmp_path}/%j.out")
     command = ("sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode,Comment")
     wait_until(
@@ -70,7 +71,8 @@ def test_requeue_keeps_the_id_and_is_quick(idle_cluster: Cluster, tmp_path: Path
 
 @pytest.mark.parametrize(("partition", "end"), [("low", "COMPLETED"), ("low-cancel", "PREEMPTED")])
 def test_a_high_job_preempts(idle_cluster: Cluster, tmp_path: Path, partition: str, end: str) -> None:
-    """By requeue or by cancel, as the partition says, when the job does not end within its grace."""
+    """By requeueing or cancelling, as the partition is configured, if the job does not end within its grace
+    time."""
     script = tmp_path / "stubborn.sh"
     script.write_text(
         "#!/bin/bash\n"
@@ -87,7 +89,7 @@ def test_a_high_job_preempts(idle_cluster: Cluster, tmp_path: Path, partition: s
         assert idle_cluster.wait_state(low, ("COMPLETED", "PREEMPTED"), timeout=60) == end
 
 
-def test_two_clusters_live_side_by_side(cluster: Cluster, short_tmp: Path) -> None:
+def test_two_clusters_run_in_parallel(cluster: Cluster, short_tmp: Path) -> None:
     with Cluster(short_tmp / "second") as second:
         assert second.run("squeue", "-h").returncode == 0
         assert second.conf != cluster.conf
@@ -112,7 +114,7 @@ def test_stop_leaves_nothing(short_tmp: Path) -> None:
     assert Path("/proc/mounts").read_text() == mounts
 
 
-def test_a_start_that_fails_says_why_and_leaves_nothing(
+def test_a_failed_start_has_a_reason_and_leaves_nothing(
     short_tmp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config, "slurmdbd_conf", lambda folder, ports: "Nonsense=1\n")
@@ -124,7 +126,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(
 
 
 def test_the_cluster_ends_with_its_owner(short_tmp: Path) -> None:
-    """Also when the owner is killed outright."""
+    """Also if the owner is killed with SIGKILL."""
     folder = short_tmp / "orphan"
     code = (
         "import os, pathlib, signal\nfrom tests.cluster import Cluster\n"
@@ -138,7 +140,7 @@ def test_the_cluster_ends_with_its_owner(short_tmp: Path) -> None:
 
 @contextmanager
 def graces_of(cluster: Cluster, seconds: int) -> Iterator[None]:
-    """Shorten the grace of the preemptible partitions, for jobs that use all of it."""
+    """Shorten the grace time of the preemptible partitions, for jobs that use all of it."""
 
     def set_to(grace: int) -> None:
         for partition in ("low", "low-cancel"):

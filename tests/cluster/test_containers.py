@@ -1,6 +1,7 @@
-"""Stages in containers on the real Slurm: under Apptainer, where there is one, and under a stand-in for pyxis.
+"""Stages in containers on the real Slurm: under Apptainer, if installed, and under a stand-in for pyxis.
 
-From inside the image Slurm's commands cannot be reached, so a stage that is preempted leaves a request to be requeued.
+From inside the image Slurm's commands cannot be reached, so a stage that is preempted leaves a request to be
+requeued.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.cluster.cluster import CHECKOUT
 CHAIN = CHECKOUT / "tests/cluster/jobs/chain.yaml"
 STAND_IN = CHECKOUT / "tests/cluster/stand_in"
 APPTAINER = shutil.which("apptainer", path=f"{os.environ['PATH']}:{CHECKOUT}/.venv/apptainer/usr/bin")
-# Of the host: its libraries, and this Python with all that is installed into it.
+# The host's libraries, and this Python with everything installed into it.
 MOUNTS = sorted(
     {str(folder) for folder in ("/usr/lib", "/usr/lib64", CHECKOUT, sys.prefix) if Path(folder).exists()}
     | {sys.base_prefix if sys.base_prefix != "/usr" else str(Path(sys.executable).resolve())}
@@ -34,7 +35,7 @@ NODES = {"apptainer": "node1", "pyxis": "node2"}
 
 
 def make_image(image: Path) -> Path:
-    """A folder with a shell and places for what is mounted; its python3 is this one."""
+    """A folder with a shell and mount points; its python3 is this one."""
     for folder in ("bin", "etc", "proc", "sys", "dev", "tmp", "usr", ".singularity.d/env"):
         (image / folder).mkdir(parents=True)
     for link in ("lib", "lib64"):
@@ -52,7 +53,7 @@ def make_image(image: Path) -> Path:
 def in_container(cluster: Cluster, folder: Path, runtime: str) -> Chain:
     image = make_image(folder / "image")
     container = {"runtime": runtime, "image": str(image), "mounts": MOUNTS}
-    # Some sandboxes withhold capabilities from root, and Apptainer then cannot hand on all of them.
+    # Some sandboxes withhold capabilities from root, and Apptainer then cannot pass on all of them.
     setup = [
         "export OMP_NUM_THREADS=1 APPTAINER_NO_PRIVS=1",
         f"export PATH={shlex.quote(str(PROGRAMS[runtime]))}:$PATH",
@@ -67,7 +68,7 @@ def in_container(cluster: Cluster, folder: Path, runtime: str) -> Chain:
 
 @pytest.fixture(scope="module")
 def chains(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Chain]:
-    """One in each kind of container that is to be had, both at once, preempted once and run to its end."""
+    """One in each available kind of container, all at once, preempted once and run to the end."""
     chains = {
         runtime: in_container(cluster, tmp_path_factory.mktemp(runtime), runtime)
         for runtime, programs in PROGRAMS.items()
@@ -79,7 +80,7 @@ def chains(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.mark.parametrize("runtime", PROGRAMS)
-def test_a_preempted_stage_goes_on(chains: dict[str, Chain], runtime: str) -> None:
+def test_a_preempted_stage_resumes(chains: dict[str, Chain], runtime: str) -> None:
     if runtime not in chains:
         pytest.skip("no apptainer (scripts/install-apptainer.sh installs it on Debian)")
     assert_went_on_once(chains[runtime], 1)

@@ -1,7 +1,8 @@
-"""Chains that break on a real Slurm, and mend themselves, or stop and say why. Their stages only seem to train.
+"""Chains that break on a real Slurm, and repair themselves or stop with a reason. Their stages only simulate
+training.
 
-All of them are sent off at once, each with faults in store and with a thread that does to it what is to be done, and
-then looked at one by one.
+All chains are submitted at once, each with prepared faults and a thread that attacks it, and are then checked
+one by one.
 """
 
 from __future__ import annotations
@@ -24,22 +25,23 @@ from tests.cluster.processes import Process, find
 
 SPEC = CHECKOUT / "tests/cluster/jobs/stand-in.yaml"
 STAND_IN = CHECKOUT / "tests/launch/stand_in"
-# As long as a very busy machine may take over anything; a quiet one needs some seconds.
+# Seconds that anything may take on a very busy machine; an idle one needs a few.
 PATIENCE = 240
 ALONE = ("stages.reward=null", "stages.ppo=null")
 FOLLOWED = (*ALONE, "stages.dpo={}")
 HERE = ("slurm.partition=first",)
-# One chain has the last two nodes to itself, because it loses them.
+# One chain has the last two nodes for itself, because it loses them.
 LOSABLE = ("slurm.partition=last", "slurm.heal.partition=first")
 
 
 def preemptable(partition: str, node: int) -> tuple[str, ...]:
-    """On one node, so that one intruder strikes both chains that are there."""
+    """On one node, so that one intruder preempts both chains there."""
     others = ",".join(f"node{each}" for each in range(1, config.NODES + 1) if each != node)
-    return (f"slurm.partition={partition}", f"slurm.exclude={others}", "slurm.gpus_per_node=1", "slurm.heal.partition=first")  # fmt: skip
+    where = (f"slurm.partition={partition}", f"slurm.exclude={others}", "slurm.heal.partition=first")
+    return (*where, "slurm.gpus_per_node=1")
 
 
-# What is in store for each chain, as the stand-in reads it, and its settings.
+# The faults of each chain, as the stand-in reads them, and its settings.
 CHAINS: dict[str, tuple[str, tuple[str, ...]]] = {
     "raises": ("sft 6 raise device-side assert", HERE),
     "mistaken": ("sft 2 mistake data.json: no such file", (*ALONE, *HERE)),
@@ -76,13 +78,13 @@ class StandIn(Chain):
         return {**self.cluster.env, "PYTHONPATH": str(STAND_IN), "STAND_IN_FAULT": str(self.fault)}
 
     def store(self, fault: str) -> None:
-        """Put a fault in store in place of the one before, in one go: a stage reads it over and over."""
+        """Replace the prepared fault atomically, because a stage reads it repeatedly."""
         draft = self.fault.with_suffix(".draft")
         draft.write_text(fault)
         draft.rename(self.fault)
 
     def await_fault(self, step: int = AT[0]) -> str:
-        """Wait until SFT has come to its fault, and return its job."""
+        """Wait until SFT has reached its fault, and return its job."""
         self.await_that(lambda: self.steps("sft")[-1:] == [step], f"SFT is at step {step}")
         return self.job_id("sft")
 
@@ -93,7 +95,7 @@ class StandIn(Chain):
         self.await_that(lambda: len(self.endings()) >= times, f"{times} attempts have ended")
 
     def await_stop(self) -> str:
-        """What status says once the chain has stopped."""
+        """The reason that status shows once the chain has stopped."""
         self.await_that(lambda: self.events("stopped", "sft"), "the chain has stopped")
         return str(self.status()["sft"]["why"])
 
@@ -108,18 +110,18 @@ class StandIn(Chain):
             raise ClusterError("given up")
 
     def endings(self) -> list[tuple[str, int]]:
-        """How SFT's attempts ended that are not finished, and after which steps."""
+        """How SFT's unfinished attempts ended, and after which steps."""
         events = sorted(self.events("ended", "sft") + self.events("requeued", "sft"), key=lambda e: e.time)
         return [(event.reason, event.step) for event in events]
 
     def sentinels(self) -> list[str]:
-        """The ids of SFT's sentinels that wait."""
+        """The ids of SFT's pending sentinels."""
         token = self.events("submitting", "sft")[-1].token
         lines = self.cluster.run("squeue", "-h", "-t", "PD", "--format=%i %k").stdout.splitlines()
         return [line.split()[0] for line in lines if line.endswith(f"hpc-rlhf-sentinel:{token}")]
 
     def left_running(self) -> list[Process]:
-        """Processes that have to do with this run and are not of a job."""
+        """Processes of this run that do not belong to a job."""
 
         def loose(process: Process) -> bool:
             if str(self.path) not in process.command():
@@ -129,16 +131,17 @@ class StandIn(Chain):
         return find(loose)
 
 
-# What is done to chains -------------------------------------------------------------------------------
+# Attacks on chains
 
 
 def strike_twice(
-    blow: Callable[..., object], mend: Callable[[StandIn], object] | None, chains: Sequence[StandIn]
+    blow: Callable[..., object], repair: Callable[[StandIn], object] | None, chains: Sequence[StandIn]
 ) -> None:
-    """Wait until all are at their fault and strike; when they went on with some steps once more; then see them through.
+    """Wait until all chains are at their fault and strike; strike again some steps later; then wait for their
+    end.
 
     Args:
-        mend: what must be done after a blow before a chain can go on.
+        repair: what must be done after a blow before a chain can continue.
     """
     for count, (step, after) in enumerate(zip(AT, ("sft 10", ""), strict=True), 1):
         for chain in chains:
@@ -146,8 +149,8 @@ def strike_twice(
         blow(*chains)
         for chain in chains:
             chain.await_endings(count)
-            if mend is not None:
-                mend(chain)
+            if repair is not None:
+                repair(chain)
             kind = chain.fault.read_text().split(" ")[2]
             chain.store(f"{after} {kind}" if after else "")
     see_through(chains)
@@ -160,7 +163,7 @@ def see_through(chains: Sequence[StandIn]) -> None:
 
 
 def intrude(*chains: StandIn) -> None:
-    """Take the node on which they all are."""
+    """Preempt them on the node that they share."""
     cluster = chains[0].cluster
     (node,) = {cluster.field(chain.job_id("sft"), "NodeList") for chain in chains}
     options = ("--partition=high", f"--nodelist={node}", f"--gpus-per-node={config.GPUS}")
@@ -184,12 +187,12 @@ def dead_nodes(cluster: Cluster) -> list[str]:
 def bring_node_back(chain: StandIn) -> None:
     (lost,) = dead_nodes(chain.cluster)
     assert chain.cluster.field(chain.job_id("sft"), "NodeList") != lost
-    chain.await_that(chain.sentinels, "a sentinel watches over the new attempt")
+    chain.await_that(chain.sentinels, "the new attempt has a sentinel")
     chain.cluster.start_node(lost)  # ends what still runs there
 
 
 def run_out_of_time(chain: StandIn) -> None:
-    """So that the time is near at which Slurm says so."""
+    """Shorten the time limit, so that Slurm soon signals its end."""
     job = chain.job_id("sft")
     minutes = chain.cluster.field(job, "RunTime").split(":")[1]
     chain.cluster.run("scontrol", "update", f"job={job}", f"TimeLimit={int(minutes) + 2}")
@@ -200,7 +203,7 @@ def cut_off(chain: StandIn) -> None:
 
 
 def give_time(chain: StandIn) -> None:
-    """As soon as Slurm lets us: not while the job is being requeued."""
+    """As soon as Slurm allows it, which it does not while the job is being requeued."""
     change = ("scontrol", "update", f"job={chain.job_id('sft')}", "TimeLimit=10")
     chain.await_that(
         lambda: chain.cluster.run(*change, check=False).returncode == 0, "the next attempt has time"
@@ -231,7 +234,7 @@ STRIKES: dict[tuple[str, ...], Callable[[Sequence[StandIn]], None]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """All chains, and what is being done to them."""
+    """All chains, and the attacks on them."""
 
     chains: dict[str, StandIn]
     strikes: dict[str, Future[None]]
@@ -241,14 +244,14 @@ class Scene:
         return self.chains[name]
 
     def seen_through(self, name: str) -> StandIn:
-        """A chain to which everything was done."""
+        """A chain after all attacks."""
         self.strikes[name].result()
         return self.chains[name]
 
 
 @pytest.fixture(scope="module")
 def scene(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    folder, given_up = tmp_path_factory.mktemp("mend"), threading.Event()
+    folder, given_up = tmp_path_factory.mktemp("heal"), threading.Event()
     scene = Scene({}, {}, [])
     with ThreadPoolExecutor(len(STRIKES)) as pool:
         try:
@@ -270,17 +273,17 @@ def scene(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     cluster.clear()
 
 
-# What became of them ----------------------------------------------------------------------------------
+# Results
 
 
-def test_a_users_mistake_is_not_tried_again(scene: Scene) -> None:
+def test_a_user_error_is_not_retried(scene: Scene) -> None:
     chain = scene["mistaken"]
     why = chain.await_stop()
     assert why == "user error: data.json: no such file; fix the cause, then run hpc-rlhf heal"
     assert len(chain.events("started", "sft")) == 1
 
 
-def test_what_a_person_cancelled_stays_so_until_a_person_says_otherwise(scene: Scene) -> None:
+def test_a_cancelled_stage_stays_cancelled_until_the_user_heals(scene: Scene) -> None:
     chain = scene["cancelled"]
     job = chain.await_fault()
     chain.cluster.run("scancel", job)
@@ -292,7 +295,7 @@ def test_what_a_person_cancelled_stays_so_until_a_person_says_otherwise(scene: S
     assert chain.events("resumed", "sft")[-1].step == SAVED[0]
 
 
-def test_a_stage_that_fails_twice_alike_stops_and_goes_on_when_it_is_mended(scene: Scene) -> None:
+def test_a_stage_that_fails_twice_alike_stops_and_continues_after_a_fix(scene: Scene) -> None:
     chain = scene["raises"]
     why = chain.await_stop()
     assert why.startswith("failed twice at step 5: RuntimeError: device-side assert;")
@@ -300,8 +303,8 @@ def test_a_stage_that_fails_twice_alike_stops_and_goes_on_when_it_is_mended(scen
     chain.await_end("reward")
     chain.await_that(lambda: chain.status()["ppo"]["state"] == "stuck", "status says that PPO cannot start")
     chain.fault.unlink()
-    told = json.loads(chain.cli("heal", chain.path, "--json", env=chain.env).stdout)
-    assert [each["did"] for each in told] == ["requeued", "done", "live"]
+    outcomes = json.loads(chain.cli("heal", chain.path, "--json", env=chain.env).stdout)
+    assert [each["did"] for each in outcomes] == ["requeued", "done", "live"]
     for stage in ("sft", "ppo"):
         chain.await_end(stage)
     assert chain.events("resumed", "sft")[-1].step == SAVED[0]
@@ -321,14 +324,14 @@ def test_a_stage_that_fails_twice_alike_stops_and_goes_on_when_it_is_mended(scen
         ("node-lost", "node failure"),
     ],
 )
-def test_a_stage_cut_down_twice_goes_on_from_its_saves_and_so_does_what_waits_for_it(
+def test_a_stage_that_was_killed_twice_resumes_and_its_dependent_follows(
     scene: Scene, name: str, reason: str
 ) -> None:
     chain = scene.seen_through(name)
     assert chain.endings() == [(reason, step) for step in AT]
     assert chain.steps("sft") == [*range(1, 6), *range(5, 10), *range(9, 13)]
     for stage in ("sft", "dpo"):
-        assert len(chain.events("submitted", stage)) == 1, "it goes on under its own job id"
+        assert len(chain.events("submitted", stage)) == 1, "it continues under its own job id"
     assert chain.steps("dpo") == list(range(1, 13))
 
 
@@ -336,7 +339,7 @@ def test_a_stage_cut_down_twice_goes_on_from_its_saves_and_so_does_what_waits_fo
     ("name", "reason"),
     [("requeue-grace", "preempted"), ("cancel-grace", "preempted"), ("limit-told", "time limit")],
 )
-def test_a_stage_told_to_stop_twice_loses_no_step_and_its_dependent_follows(
+def test_a_stage_that_was_stopped_twice_loses_no_step_and_its_dependent_follows(
     scene: Scene, name: str, reason: str
 ) -> None:
     chain = scene.seen_through(name)
@@ -346,24 +349,22 @@ def test_a_stage_told_to_stop_twice_loses_no_step_and_its_dependent_follows(
         assert len(chain.events("submitted", stage)) == 1
 
 
-def test_lost_nodes_are_named(scene: Scene) -> None:
-    """Also where srun went down with the node, and nobody said so."""
+def test_lost_nodes_are_recorded(scene: Scene) -> None:
+    """Also if srun was lost with the node and nothing reported that."""
     endings = scene.seen_through("node-lost").events("ended", "sft")
     assert sorted(event.node for event in endings) == ["node3", "node4"]
 
 
-def test_how_killed_ranks_were_killed_is_told(scene: Scene) -> None:
+def test_the_cause_of_killed_ranks_is_recorded(scene: Scene) -> None:
     for event in scene.seen_through("killed").events("ended", "sft"):
         assert "Killed" in event.message
     for event in scene.seen_through("memory").events("ended", "sft"):
         assert event.message == "MemoryError:"
 
 
-def test_a_controller_that_is_away_twice_costs_nothing_but_time(scene: Scene) -> None:
-    """The first time the stage trains on meanwhile; the second time a rank is killed, and nobody is there to hear so.
-
-    On the way, the sentinel that somebody cancelled comes back with the next attempt.
-    """
+def test_a_controller_that_is_away_twice_only_costs_time(scene: Scene) -> None:
+    """The first time the stage keeps training; the second time a rank is killed meanwhile. In between, an
+    attempt replaces its cancelled sentinel."""
     chain = scene["controller"]
     chain.await_fault()
     wait(scene.strikes.values())  # they could not be done without a controller

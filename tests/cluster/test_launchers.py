@@ -1,4 +1,5 @@
-"""A node's ranks started by torchrun and by DeepSpeed's launcher: preempted, they save, and go on to the same weights."""
+"""Ranks started by torchrun and by DeepSpeed's launcher save when preempted, and resume to the same
+weights."""
 
 from __future__ import annotations
 
@@ -33,14 +34,14 @@ def chains(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture(scope="module")
 def models(chains: dict[str, Chain]) -> dict[str, dict[str, Any]]:
-    """Both at once, each on its own nodes."""
+    """The results of both, run at once on separate nodes."""
     with ThreadPoolExecutor(len(chains)) as pool:
         done = {name: pool.submit(run_preempted, chain, NODES[name]) for name, chain in chains.items()}
         return {name: future.result() for name, future in done.items()}
 
 
 @pytest.mark.parametrize("launcher", NODES)
-def test_preempted_ranks_save_and_go_on(
+def test_preempted_ranks_save_and_resume(
     chains: dict[str, Chain], models: dict[str, dict[str, Any]], launcher: str
 ) -> None:
     assert_went_on_once(chains[launcher], 2)

@@ -1,5 +1,5 @@
-"""A sweep of six runs on a real Slurm: what they have in common is trained once, few are at work at a time, and a
-preemption costs nothing. Their stages only seem to train."""
+"""A sweep of six runs on a real Slurm: shared stages are trained once, the limit of runs at a time holds, and
+a preemption costs nothing. Their stages only simulate training."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class SweepOfStandIns:
 
     @property
     def owners(self) -> list[RunDir]:
-        """Those that train an SFT model."""
+        """The runs that train an SFT model."""
         return [run for run in self.runs if run.lender("sft") is None]
 
     def store(self, faults: str) -> None:
-        """What is to go wrong, as the stand-in reads it."""
+        """Prepare faults, as the stand-in reads them."""
         self.spec.with_name("fault").write_text(faults)
 
     def call(self, verb: str, *options: str) -> str:
@@ -85,8 +85,8 @@ def events(run: RunDir, event: str, stage: str | None = None) -> list[Any]:
     return [each for each in Ledger(run.ledger).events(stage) if each.name == event]
 
 
-def most_at_work(runs: list[RunDir]) -> int:
-    """How many runs were at work at the same time, at most: between their first start and their last end."""
+def most_at_once(runs: list[RunDir]) -> int:
+    """The largest number of runs in progress at a time: between their first start and their last end."""
     spans = []
     for run in runs:
         begin = min(each.time for each in events(run, "started"))
@@ -94,10 +94,11 @@ def most_at_work(runs: list[RunDir]) -> int:
     return max(sum(begin <= start < end for begin, end in spans) for start, _ in spans)
 
 
-def test_six_runs_share_what_is_the_same_and_go_on_after_a_preemption(
+def test_six_runs_share_equal_stages_and_resume_after_a_preemption(
     idle_cluster: Cluster, tmp_path: Path
 ) -> None:
-    """SFT of both seeds waits to be preempted, and a PPO is killed. Beside it a sweep whose SFT nobody can train."""
+    """The SFTs of both seeds are preempted, and a PPO is killed. Another sweep has an SFT that always
+    fails."""
     values = "stages.ppo.kl_coef: [0.02, 0.05, 0.1], seed: [1, 2]"
     six = SweepOfStandIns.made(
         idle_cluster, tmp_path / "six", "sft 6 wait\n", name="six", partition="low", sweep=values, limit=LIMIT
@@ -125,9 +126,9 @@ def test_six_runs_share_what_is_the_same_and_go_on_after_a_preemption(
     broken.wait(lambda: events(broken.owners[0], "stopped", "sft"), "the broken SFT is given up")
     broken.store("")
     broken.call("heal")
-    broken.wait(broken.all_done, "both runs of the mended sweep are done")
+    broken.wait(broken.all_done, "both runs of the repaired sweep are done")
     assert [len(events(run, "finished", "sft")) for run in broken.runs] == [1, 0]
-    assert most_at_work(broken.runs) == 1
+    assert most_at_once(broken.runs) == 1
 
     six.wait(six.all_done, "all six runs are done")
     counts = {
@@ -137,6 +138,6 @@ def test_six_runs_share_what_is_the_same_and_go_on_after_a_preemption(
     assert counts == {"sft": 2, "reward": 2, "ppo": 6}
     assert {each.reason for run in six.owners for each in events(run, "requeued", "sft")} == {"preempted"}
     assert any(events(run, "retried", "ppo") for run in six.runs)
-    assert most_at_work(six.runs) == LIMIT
+    assert most_at_once(six.runs) == LIMIT
     assert [line["state"] for line in json.loads(six.call("status", "--json"))] == ["done"] * 6
     assert "already done" in six.call("submit")

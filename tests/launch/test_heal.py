@@ -1,9 +1,10 @@
-"""What heal does to a chain, on a Slurm that is made up: one that makes records which ours does not."""
+"""What heal does to a chain, on a fake Slurm with records that a real one rarely has."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 from hpc_rlhf.cli import main
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.chain import Outcome
-from hpc_rlhf.launch.executor import StageExecutor
 from hpc_rlhf.launch.heal import heal
 from hpc_rlhf.launch.lock import hold
+from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.run import manifest, notify
 from hpc_rlhf.run.events import (
@@ -82,26 +83,34 @@ class FakeSlurm:
         self.jobs[job_id] = QueuedJob(job_id, "x.sentinel", "PENDING", "Dependency", comment, after)
         return job_id
 
-    def send(self, executor: StageExecutor) -> str:
-        job_id = str(next(self.ids))
-        self.did.append(("send", executor._job.stage, *executor._options[1:]))
-        name = executor._job.job_name
-        comment = executor._options[0].partition("=")[2]
-        self.jobs[job_id] = QueuedJob(job_id, name, "PENDING", "Priority", comment)
+
+@dataclass
+class FakeExecutor:
+    """Submits a stage to the fake Slurm."""
+
+    fake: FakeSlurm
+    plan: Plan
+    job: PlannedJob
+    options: list[str]
+
+    def send(self) -> str:
+        job_id = str(next(self.fake.ids))
+        self.fake.did.append(("send", self.job.stage, *self.options[1:]))
+        comment = self.options[0].partition("=")[2]
+        self.fake.jobs[job_id] = QueuedJob(job_id, self.job.job_name, "PENDING", "Priority", comment)
         return job_id
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    made = FakeSlurm()
+    slurm = FakeSlurm()
     monkeypatch.setattr(commands, "available", lambda: True)
-    monkeypatch.setattr(commands, "queue", lambda: dict(made.jobs))
-    monkeypatch.setattr(commands, "find_record", made.past.get)
+    monkeypatch.setattr(commands, "queue", lambda: dict(slurm.jobs))
+    monkeypatch.setattr(commands, "find_record", slurm.past.get)
     for name in ("requeue", "set_dependency", "delay_start", "release", "submit"):
-        monkeypatch.setattr(commands, name, getattr(made, name))
-    monkeypatch.setattr(StageExecutor, "__init__", lambda self, plan, job, options: self.__dict__.update(_job=job, _options=options))  # fmt: skip
-    monkeypatch.setattr(StageExecutor, "send", lambda executor: made.send(executor))
-    return made
+        monkeypatch.setattr(commands, name, getattr(slurm, name))
+    monkeypatch.setattr("hpc_rlhf.launch.executor.StageExecutor", partial(FakeExecutor, slurm))
+    return slurm
 
 
 @pytest.fixture
@@ -131,8 +140,8 @@ def finish(run: RunDir, *stages: str) -> None:
         manifest.write(model, {"step": 9})
 
 
-def watched(fake: FakeSlurm, *job_ids: str) -> None:
-    """Each of the jobs has a sentinel that waits."""
+def add_sentinels(fake: FakeSlurm, *job_ids: str) -> None:
+    """Give each of the jobs a pending sentinel."""
     for job_id in job_ids:
         after = f"afternotok:{job_id}(unfulfilled)"
         mark = f"hpc-rlhf-sentinel:t{job_id}"
@@ -153,12 +162,15 @@ def test_a_failed_stage_is_requeued_and_its_dependents_wait_for_it_again(
     fake.put("1", "demo.sft", "FAILED", code="1:0", nodes="n1")
     fake.put("2", "demo.reward", "RUNNING")
     fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed),afterok:2(unfulfilled)")
-    watched(fake, "2", "3")
+    add_sentinels(fake, "2", "3")
     outcomes = heal(run, by_sentinel=True)
     assert kinds(outcomes) == ["requeued", "live", "live"]
     assert fake.did == [
-        ("requeue", "1"), ("put off", "1", 10, None), ("depend", "3", "1", "2"), ("sentinel", "sft", "afternotok:1"),
-    ]  # fmt: skip
+        ("requeue", "1"),
+        ("put off", "1", 10, None),
+        ("depend", "3", "1", "2"),
+        ("sentinel", "sft", "afternotok:1"),
+    ]
     assert events(run, "sft")[-2:] == ["ended", "retried"]
     again = heal(run, by_sentinel=True)
     assert kinds(again) == ["live", "live", "live"]
@@ -168,12 +180,12 @@ def test_a_failed_stage_is_requeued_and_its_dependents_wait_for_it_again(
 def test_a_finished_stage_that_slurm_calls_preempted_frees_its_dependents(
     fake: FakeSlurm, run: RunDir
 ) -> None:
-    """Slurm 25 records a stage that requeued itself while it was preempted so, whatever it did then."""
+    """Slurm 25 always records a stage that requeued itself while it was preempted as PREEMPTED."""
     finish(run, "sft")
     fake.put("1", "demo.sft", "PREEMPTED", code="0:0")
     fake.put("2", "demo.reward", "RUNNING")
     fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed),afterok:2(unfulfilled)")
-    watched(fake, "2", "3")
+    add_sentinels(fake, "2", "3")
     assert kinds(heal(run, by_sentinel=True)) == ["done", "live", "live"]
     assert fake.did == [("depend", "3", "2")]
     finish(run, "reward")
@@ -188,13 +200,15 @@ def test_a_finished_stage_that_slurm_started_again_is_left_to_end(fake: FakeSlur
     finish(run, "sft", "reward")
     fake.put("1", "demo.sft", "RUNNING")
     fake.put("3", "demo.ppo", "PENDING", "Dependency", "afterok:1(unfulfilled)")
-    watched(fake, "3")
+    add_sentinels(fake, "3")
     assert kinds(heal(run, by_sentinel=True)) == ["done", "done", "live"]
     assert fake.did == []
 
 
-def test_a_job_that_slurm_forgot_is_submitted_anew_without_the_bad_node(fake: FakeSlurm, run: RunDir) -> None:
-    """And the dependent that the site's kill_invalid_depend removed comes again too."""
+def test_a_job_that_slurm_forgot_is_submitted_again_without_the_bad_node(
+    fake: FakeSlurm, run: RunDir
+) -> None:
+    """So is the dependent that the site's kill_invalid_depend removed."""
     finish(run, "reward")
     ledger = Ledger(run.ledger)
     for step in (3, 5):
@@ -212,12 +226,12 @@ def test_a_job_that_slurm_forgot_is_submitted_anew_without_the_bad_node(fake: Fa
     assert "ended" not in events(run, "ppo")
 
 
-def test_what_stopped_stays_stopped_until_a_person_heals(fake: FakeSlurm, run: RunDir) -> None:
+def test_a_stopped_stage_stays_stopped_until_the_user_heals(fake: FakeSlurm, run: RunDir) -> None:
     finish(run, "reward")
     Ledger(run.ledger).append(Failed("sft", attempt="-", message="no such file", exit_code=2))
     fake.put("1", "demo.sft", "FAILED", code="2:0")
     fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed)")
-    watched(fake, "3")
+    add_sentinels(fake, "3")
     for _ in range(2):
         outcomes = heal(run, by_sentinel=True)
         assert kinds(outcomes) == ["stopped", "done", "waits"]
@@ -228,19 +242,19 @@ def test_what_stopped_stays_stopped_until_a_person_heals(fake: FakeSlurm, run: R
     assert events(run, "sft")[-2:] == ["anew", "retried"]
 
 
-def test_a_sentinel_tells_once_that_a_person_is_needed(
+def test_a_sentinel_notifies_the_user_once(
     fake: FakeSlurm, run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends with 3 then, so that its job fails and Slurm sends its mail."""
-    told: list[tuple[object, ...]] = []
-    monkeypatch.setattr(notify, "send", lambda run, *words: told.append(words))
+    """It then exits with 3, so that its job fails and Slurm sends its mail."""
+    sent: list[tuple[object, ...]] = []
+    monkeypatch.setattr(notify, "send", lambda run, *news: sent.append(news))
     finish(run, "reward")
     ledger = Ledger(run.ledger)
     ledger.append(Failed("sft", attempt="-", message="no such file", exit_code=2))
     fake.put("1", "demo.sft", "FAILED", code="2:0")
-    watched(fake, "3")
+    add_sentinels(fake, "3")
     assert [main(["heal", "--sentinel", str(run.path)]) for _ in range(2)] == [3, 0]
-    assert told == [("stopped", "sft", "user error: no such file")]
+    assert sent == [("stopped", "sft", "user error: no such file")]
     assert "user error: no such file; fix the cause" in run.report.read_text()
 
     ledger.append(RetryRequested("sft"))
@@ -251,7 +265,7 @@ def test_a_sentinel_tells_once_that_a_person_is_needed(
     ledger.append(Failed("sft", attempt="1-100", message="RuntimeError: no"))
     fake.put("1", "demo.sft", "FAILED")
     assert main(["heal", "--sentinel", str(run.path)]) == 3
-    ((news, stage, why),) = told[1:]
+    ((news, stage, why),) = sent[1:]
     assert (news, stage) == ("budget spent", "sft")
     assert str(why).startswith("it was requeued 100 times, all that slurm.max_requeues allows")
 
@@ -260,7 +274,7 @@ def test_a_user_error_is_not_reported_as_a_spent_budget(
     fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[tuple[object, ...]] = []
-    monkeypatch.setattr(notify, "send", lambda run, *words: sent.append(words))
+    monkeypatch.setattr(notify, "send", lambda run, *news: sent.append(news))
     run = make_run(tmp_path / "run", max_requeues=0)
     Ledger(run.ledger).append(Failed("sft", attempt="-", message="no such file", exit_code=2))
     Ledger(run.ledger).append(Failed("reward", attempt="-", message="RuntimeError: no"))
@@ -270,7 +284,7 @@ def test_a_user_error_is_not_reported_as_a_spent_budget(
     assert [(news, stage) for news, stage, _ in sent] == [("stopped", "sft"), ("budget spent", "reward")]
 
 
-def test_a_person_cut_off_in_mid_heal_is_taken_at_their_word(fake: FakeSlurm, run: RunDir) -> None:
+def test_a_heal_that_was_interrupted_still_retries(fake: FakeSlurm, run: RunDir) -> None:
     finish(run, "reward")
     ledger = Ledger(run.ledger)
     ledger.append(Ended("sft", reason="user error", node="", message="", step=0, progress=False))
@@ -278,14 +292,12 @@ def test_a_person_cut_off_in_mid_heal_is_taken_at_their_word(fake: FakeSlurm, ru
     ledger.append(RetryRequested("sft"))
     fake.put("1", "demo.sft", "FAILED")
     fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed)")
-    watched(fake, "3")
+    add_sentinels(fake, "3")
     assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "live"]
 
 
 @pytest.mark.parametrize("by_tool", [False, True])
-def test_what_was_cancelled_comes_back_at_a_persons_word_only(
-    fake: FakeSlurm, run: RunDir, by_tool: bool
-) -> None:
+def test_a_cancelled_stage_is_only_restarted_by_the_user(fake: FakeSlurm, run: RunDir, by_tool: bool) -> None:
     finish(run, "reward")
     if by_tool:
         Ledger(run.ledger).append(Cancelled("sft", job_id="1"))
@@ -295,7 +307,7 @@ def test_what_was_cancelled_comes_back_at_a_persons_word_only(
     assert kinds(heal(run)) == ["submitted", "done", "submitted"]
 
 
-def test_a_dependent_that_a_person_cancelled_stays_so_when_its_need_is_mended(
+def test_a_dependent_that_the_user_cancelled_stays_cancelled_when_its_need_is_repaired(
     fake: FakeSlurm, run: RunDir
 ) -> None:
     finish(run, "reward")
@@ -305,7 +317,7 @@ def test_a_dependent_that_a_person_cancelled_stays_so_when_its_need_is_mended(
 
 
 def test_a_dependent_that_ran_too_early_waits_again(fake: FakeSlurm, run: RunDir) -> None:
-    """Its input's job was COMPLETED, and had left no model."""
+    """Its input's job was COMPLETED but left no model."""
     finish(run, "reward")
     ledger = Ledger(run.ledger)
     ledger.append(Started("ppo", attempt="-"))
@@ -321,11 +333,11 @@ def test_a_dependent_that_ran_too_early_waits_again(fake: FakeSlurm, run: RunDir
     ]
 
 
-def test_a_launch_that_slurm_holds_is_let_go(fake: FakeSlurm, run: RunDir) -> None:
+def test_a_job_that_slurm_holds_after_a_failed_launch_is_released(fake: FakeSlurm, run: RunDir) -> None:
     finish(run, "reward")
     fake.put("1", "demo.sft", "PENDING", "launch_failed_requeued_held", failed_node="n4")
     fake.put("3", "demo.ppo", "PENDING", "Dependency", "afterok:1(unfulfilled)")
-    watched(fake, "1", "3")
+    add_sentinels(fake, "1", "3")
     assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "live"]
     assert fake.did == [("put off", "1", 10, None), ("release", "1")]
     ended = Ledger(run.ledger).last(Ended, "sft")

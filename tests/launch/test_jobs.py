@@ -1,4 +1,4 @@
-"""Finding a job whose submitter died before it heard the job's id."""
+"""Finding a job whose submitter died before it learned the job's id."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_rlhf.slurm.jobs import QueuedJob
 
 
 class Waiting:
-    """Time that passes only when somebody sleeps; a job comes into the queue after a while."""
+    """A clock that advances only during sleep; a job appears in the queue after a while."""
 
     def __init__(self, arrives: float) -> None:
         self.now, self._arrives = 0.0, arrives
@@ -33,8 +33,8 @@ class Waiting:
 def find(
     folder: Path, monkeypatch: pytest.MonkeyPatch, arrives: float, *announced: tuple[str, float]
 ) -> tuple[jobs.RunJobs, float]:
-    """The jobs of a run whose sft was announced by tokens, each at a time by its submitter's clock; and how long it
-    took to find them."""
+    """The jobs of a run whose sft was announced with tokens, each at a time by its submitter's clock, and how
+    long it took to find them."""
     run = RunDir(folder)
     lines = [
         {"time": time, "event": "submitting", "stage": "sft", "token": token} for token, time in announced
@@ -51,27 +51,27 @@ FUTURE, PAST = 4e9, 1.0
 
 
 @pytest.mark.parametrize("time", [FUTURE, PAST])
-def test_a_job_on_its_way_is_waited_for_whatever_the_clock_of_its_submitter_said(
+def test_a_job_in_flight_is_waited_for_whatever_its_submitters_clock(
     time: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, _ = find(tmp_path, monkeypatch, 5, ("mine", time))
-    assert found.latest == {"sft": "7"}
-    assert found.tokens == {"7": "mine"}
+    jobs_found, _ = find(tmp_path, monkeypatch, 5, ("mine", time))
+    assert jobs_found.latest == {"sft": "7"}
+    assert jobs_found.tokens == {"7": "mine"}
 
 
 @pytest.mark.parametrize("time", [FUTURE, PAST])
-def test_one_that_never_came_is_not_waited_for_long(
+def test_a_job_that_never_arrives_is_not_waited_for_long(
     time: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, waited = find(tmp_path, monkeypatch, 1e6, ("mine", time))
-    assert (found.latest, waited) == ({}, 10)
+    jobs_found, waited = find(tmp_path, monkeypatch, 1e6, ("mine", time))
+    assert (jobs_found.latest, waited) == ({}, 10)
 
 
-def test_only_the_latest_of_a_stage_is_waited_for_but_an_earlier_one_that_is_there_counts(
+def test_only_the_latest_job_of_a_stage_is_waited_for_but_an_earlier_one_in_the_queue_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who announced the later one had waited for the earlier."""
-    found, waited = find(tmp_path, monkeypatch, 0, ("lost", FUTURE), ("mine", PAST))
-    assert (found.latest, waited) == ({"sft": "7"}, 0)
-    found, waited = find(tmp_path, monkeypatch, 0, ("mine", PAST), ("lost", FUTURE))
-    assert (found.latest, waited) == ({"sft": "7"}, 10)
+    """Whoever announced the later one had waited for the earlier one."""
+    jobs_found, waited = find(tmp_path, monkeypatch, 0, ("lost", FUTURE), ("mine", PAST))
+    assert (jobs_found.latest, waited) == ({"sft": "7"}, 0)
+    jobs_found, waited = find(tmp_path, monkeypatch, 0, ("mine", PAST), ("lost", FUTURE))
+    assert (jobs_found.latest, waited) == ({"sft": "7"}, 10)

@@ -1,4 +1,4 @@
-"""Which words of a job's logs are an attempt's own."""
+"""Which part of a job's logs belongs to an attempt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RANK = "7_0_log.err"
 
 
 def stage(folder: Path, **logs: str) -> StageDir:
-    """A stage with logs that are as old as a file can be, by this machine's clock."""
+    """A stage with logs that are as old as possible, by this machine's clock."""
     files = RunDir(folder).stage("sft")
     files.logs.mkdir(parents=True)
     for name, text in logs.items():
@@ -24,9 +24,9 @@ def stage(folder: Path, **logs: str) -> StageDir:
     return files
 
 
-def marked(*said: str, first: int = 0) -> str:
+def marked(*texts: str, first: int = 0) -> str:
     return "".join(
-        f"hpc-rlhf: attempt {number} of job 7 on n1\n{text}\n" for number, text in enumerate(said, first)
+        f"hpc-rlhf: attempt {number} of job 7 on n1\n{text}\n" for number, text in enumerate(texts, first)
     )
 
 
@@ -34,22 +34,22 @@ def marked(*said: str, first: int = 0) -> str:
     ("restart", "batch", "rank"),
     [(0, "one", "first"), (1, "two", "second"), (2, "three", ""), (3, "", ""), (None, "three", "")],
 )
-def test_marks_tell_attempts_apart_whatever_the_clocks_say(
+def test_marks_separate_attempts_whatever_the_clocks_say(
     restart: int | None, batch: str, rank: str, tmp_path: Path
 ) -> None:
-    """The rank of the third had no words, and the fourth never came to its script."""
+    """The third attempt's rank logged nothing, and the fourth attempt's script never ran."""
     logs = {BATCH: marked("one", "two", "three"), RANK: "first\n\n" + marked("second", "", first=1)}
     attempt = AttemptLogs(stage(tmp_path, **logs), "7", restart)
     assert (attempt.batch.strip(), attempt.last_line(0)) == (batch, rank)
 
 
-def test_a_mark_is_seen_behind_a_line_that_was_cut_off(tmp_path: Path) -> None:
+def test_a_mark_is_found_after_an_incomplete_line(tmp_path: Path) -> None:
     files = stage(tmp_path, **{BATCH: marked("one").rstrip() + marked("two", first=1)})
     assert [AttemptLogs(files, "7", restart).batch.strip() for restart in (0, 1)] == ["one", "two"]
 
 
-def test_a_log_that_began_with_an_attempt_is_its_own(tmp_path: Path) -> None:
-    """Ranks of the attempts before never came up."""
+def test_a_log_that_began_with_an_attempt_belongs_to_it(tmp_path: Path) -> None:
+    """The ranks of earlier attempts never started."""
     files = stage(
         tmp_path, **{BATCH: marked("one", "two", "three"), RANK: "mine\n" + marked("later", first=2)}
     )
@@ -58,7 +58,7 @@ def test_a_log_that_began_with_an_attempt_is_its_own(tmp_path: Path) -> None:
     assert AttemptLogs(files, "7", 3).last_line(0) == ""
 
 
-def test_what_is_said_before_the_script_begins_counts_and_no_log_says_nothing(tmp_path: Path) -> None:
+def test_text_before_the_script_counts_and_a_missing_log_is_empty(tmp_path: Path) -> None:
     files = stage(tmp_path, **{BATCH: "slurmstepd: error: execve(): no such file\n"})
     assert "execve" in AttemptLogs(files, "7", 0).batch
     assert AttemptLogs(files, "8", 0).batch == AttemptLogs(files, "8").last_line(0) == ""

@@ -24,7 +24,7 @@ def saved(step: int) -> Event:
         (
             [STARTED, saved(5), event("ended"), STARTED, saved(5)],
             False,
-        ),  # the newest was torn, and made again
+        ),  # the newest was damaged, and saved again
         ([STARTED, event("ended"), STARTED, saved(5), event("requeued"), STARTED], True),
     ],
 )
@@ -35,9 +35,9 @@ def test_progress_is_a_new_step_on_disk(events: list[Event], expected: bool) -> 
 def test_requeues_are_counted_since_the_user_last_submitted() -> None:
     sent, again = event("submitting"), event("submitting", by="heal")
     one = [sent, STARTED, event("requeued"), STARTED, event("ended"), event("retried")]
-    assert StageHistory(one).since_user.requeues == 2  # the last has not come to its first word
+    assert StageHistory(one).since_user.requeues == 2  # the last has not started yet
     assert (
         StageHistory([*one, again, STARTED, STARTED]).since_user.requeues == 3
-    )  # once Slurm did it by itself
+    )  # once Slurm requeued it by itself
     assert StageHistory([*one, event("anew"), event("retried"), STARTED]).since_user.requeues == 0
     assert StageHistory([*one, sent, STARTED]).since_user.requeues == 0

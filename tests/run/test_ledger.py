@@ -1,4 +1,4 @@
-"""The ledger keeps every line whole, whoever writes and whatever was cut short."""
+"""The ledger keeps every line intact, with several writers and after interrupted writes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_events_come_back_as_written(tmp_path: Path) -> None:
 
 def test_a_message_of_any_text_stays_one_event(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    # Line ends of Unicode, and a byte of a file name that is no UTF-8.
+    # Unicode line ends, and a byte of a file name that is not UTF-8.
     message = "a\nb\r\x85c\u2028d\u2029e\x0b\x0c\x1c \udcff €"
     ledger.append(Failed("sft", message=message))
     ledger.append(Started("sft"))
@@ -49,7 +49,7 @@ def test_a_message_of_any_text_stays_one_event(tmp_path: Path) -> None:
     assert isinstance(started, Started)
 
 
-def test_a_torn_last_line_is_passed_over_and_takes_no_later_event_with_it(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_skipped_without_losing_the_next_event(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.append(Submitting("sft", token="a"))
     whole = ledger.path.read_bytes()

@@ -1,4 +1,4 @@
-"""A manifest notices whatever happened to a folder since it was written."""
+"""A manifest detects every change to a folder since it was written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_a_whole_folder_verifies_and_tells_its_facts(folder: Path) -> None:
+def test_a_complete_folder_verifies_and_has_its_facts(folder: Path) -> None:
     assert manifest.defect(folder) is None
     facts = manifest.require(folder, "the model")
     assert facts["step"] == 120
@@ -45,7 +45,7 @@ def test_a_missing_longer_or_shorter_file_is_named(folder: Path, name: str) -> N
     assert manifest.defect(folder, deep=False) == f"{name} is missing"
 
 
-def test_a_flipped_bit_of_a_file_is_found_by_the_deep_check_only(folder: Path) -> None:
+def test_only_the_deep_check_finds_a_flipped_bit(folder: Path) -> None:
     content = bytearray((folder / "weights.bin").read_bytes())
     content[77] ^= 1
     (folder / "weights.bin").write_bytes(content)
@@ -53,7 +53,7 @@ def test_a_flipped_bit_of_a_file_is_found_by_the_deep_check_only(folder: Path) -
     assert manifest.defect(folder, deep=False) is None
 
 
-def test_a_flipped_bit_or_a_cut_anywhere_in_the_manifest_itself_is_found(folder: Path) -> None:
+def test_a_flipped_bit_or_a_truncation_of_the_manifest_itself_is_found(folder: Path) -> None:
     path = folder / manifest.NAME
     content = path.read_bytes()
     whole = manifest.read(folder)
@@ -65,13 +65,13 @@ def test_a_flipped_bit_or_a_cut_anywhere_in_the_manifest_itself_is_found(folder:
         assert manifest.read(folder) is None, f"cut at {place}"
 
 
-def test_no_manifest_and_no_folder_are_told_apart(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_manifest_and_a_missing_folder_are_different_errors(folder: Path, tmp_path: Path) -> None:
     (folder / manifest.NAME).unlink()
     assert manifest.defect(folder) == "it has no valid manifest"
     assert manifest.defect(tmp_path / "nothing") == "it does not exist"
 
 
-def test_require_says_what_is_torn_and_where(folder: Path) -> None:
+def test_require_names_the_defect_and_the_folder(folder: Path) -> None:
     (folder / "weights.bin").unlink()
     with pytest.raises(
         HpcRlhfError, match=r"the model of stage sft is not complete: weights\.bin is missing"
@@ -81,7 +81,7 @@ def test_require_says_what_is_torn_and_where(folder: Path) -> None:
     assert caught.value.exit_code == RUN_FAILED
 
 
-def test_shares_of_the_ranks_add_up_to_the_whole(folder: Path) -> None:
+def test_the_ranks_shares_add_up_to_all_files(folder: Path) -> None:
     parts = [manifest.describe(folder, (rank, 2)) for rank in range(2)]
     assert {**parts[0], **parts[1]} == manifest.describe(folder)
     assert not set(parts[0]) & set(parts[1])

@@ -1,4 +1,4 @@
-"""Word of a run's end: posted once, tried again, never with its address where others see it, and never at a run's cost."""
+"""News of a run's end: posted once, retried, never with its secret URL in sight, never failing the run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def notifying(run_dir: Path, url: str = "${HOOK}", style: str = "json") -> tuple
     return spec.model_copy(update={"notify": NotifySpec(webhook=webhook)}), RunDir(run_dir)
 
 
-def test_a_run_tells_when_all_of_it_is_finished_and_when_it_stops(
+def test_a_run_posts_when_it_is_finished_and_when_it_stops(
     tmp_path: Path, hook: Hook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOOK", hook.url)
@@ -46,7 +46,7 @@ def test_a_run_tells_when_all_of_it_is_finished_and_when_it_stops(
         run.stage(stage).model.mkdir(parents=True)
         manifest.write(run.stage(stage).model, {"step": 9})
         notify.send_if_finished(run, spec, stage)
-    (path, stopped), (_, finished) = hook.posted  # one for all stages
+    (path, stopped), (_, finished) = hook.posted  # once for all stages
     assert path == SECRET
     assert isinstance(stopped.pop("time"), float)
     assert stopped == {
@@ -62,7 +62,7 @@ def test_a_run_tells_when_all_of_it_is_finished_and_when_it_stops(
         assert b"very-secret" not in path.read_bytes(), path
 
 
-def test_slack_gets_a_text_alone(tmp_path: Path, hook: Hook) -> None:
+def test_slack_gets_only_a_text(tmp_path: Path, hook: Hook) -> None:
     secret = tmp_path / "hook"
     secret.write_text(f"{hook.url}\n")
     secret.chmod(0o600)
@@ -76,10 +76,15 @@ def test_slack_gets_a_text_alone(tmp_path: Path, hook: Hook) -> None:
 
 @pytest.mark.parametrize(
     ("answers", "tries", "reason"),
-    [([503, 429], 3, ""), ([503] * 3, 3, "the server answered 503"), ([404], 1, "the server answered 404"), (None, 0, "refused")],
+    [
+        ([503, 429], 3, ""),
+        ([503] * 3, 3, "the server answered 503"),
+        ([404], 1, "the server answered 404"),
+        (None, 0, "refused"),
+    ],
     ids=["again", "in-vain", "never", "nobody-there"],
-)  # fmt: skip
-def test_what_may_pass_is_tried_again_and_nothing_is_raised(
+)
+def test_temporary_errors_are_retried_and_nothing_is_raised(
     tmp_path: Path,
     hook: Hook,
     monkeypatch: pytest.MonkeyPatch,
@@ -95,15 +100,15 @@ def test_what_may_pass_is_tried_again_and_nothing_is_raised(
         prepare(spec, run)
     notify.send(run, "stopped", "sft", "why")
     assert len(hook.posted) == tries
-    said = capsys.readouterr().err
-    assert reason in said
-    assert ("could not be reached" in said) == bool(reason)
-    assert "very-secret" not in said
+    message = capsys.readouterr().err
+    assert reason in message
+    assert ("could not be reached" in message) == bool(reason)
+    assert "very-secret" not in message
     run.job_yaml.unlink()
     notify.send(run, "stopped", "sft", "why")  # even then
 
 
-def test_an_address_that_is_not_there_or_not_secret_is_told_before_the_run_starts(
+def test_a_missing_or_exposed_url_is_refused_before_the_run_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = tmp_path / "shared"
@@ -122,7 +127,7 @@ def test_an_address_that_is_not_there_or_not_secret_is_told_before_the_run_start
         assert "very-secret" not in str(error.value)
 
 
-def test_a_spec_takes_no_secrets(tmp_path: Path) -> None:
+def test_a_spec_refuses_secrets(tmp_path: Path) -> None:
     spec = tmp_path / "job.yaml"
     spec.write_text("extends: tiny.yaml\n")
     (tmp_path / "tiny.yaml").write_text((Path(__file__).parents[2] / "jobs/tiny.yaml").read_text())
@@ -140,11 +145,13 @@ def test_a_spec_takes_no_secrets(tmp_path: Path) -> None:
     assert loaded.notify.webhook is not None
     assert loaded.notify.webhook.url == "${HOOK}"
     assert {path for path, _, _ in differences(load_spec(spec), loaded)} == {
-        "notify.mail", "notify.webhook", "trackers.wandb",
-    }  # fmt: skip
+        "notify.mail",
+        "notify.webhook",
+        "trackers.wandb",
+    }
 
 
-def test_mail_comes_from_the_last_stage_and_from_sentinels_alone(tmp_path: Path) -> None:
+def test_only_the_last_stage_and_the_sentinels_send_mail(tmp_path: Path) -> None:
     from hpc_rlhf.launch.render import Templates
 
     spec = make_spec(tmp_path / "run").model_copy(update={"notify": NotifySpec(mail="me@x.org")})

@@ -1,4 +1,4 @@
-"""A run directory that somebody else could have written to is refused, before anything in it is loaded."""
+"""A run directory that another user could have written to is refused before anything in it is loaded."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def test_what_is_ours_is_taken_and_what_is_not_there_too(run: RunDir) -> None:
+def test_own_and_missing_folders_are_accepted(run: RunDir) -> None:
     ownership.check(run)
     ownership.check(RunDir(run.path / "no such"))
 
 
 @pytest.mark.parametrize("folder", [".", "stages", "stages/sft/logs", "stages/sft/checkpoints/step-00000001"])
-def test_a_folder_that_everybody_may_write_to_is_refused(run: RunDir, folder: str) -> None:
+def test_a_world_writable_folder_is_refused(run: RunDir, folder: str) -> None:
     (run.path / folder).chmod(0o777)
-    with pytest.raises(HpcRlhfError, match="it is world-writable") as caught:
+    with pytest.raises(HpcRlhfError, match="it is world-writable") as error:
         ownership.check(run)
-    assert caught.value.where == str(run.path / folder)
+    assert error.value.where == str(run.path / folder)
 
 
 @as_root
 @pytest.mark.parametrize(
     "file", [".", "stages/sft/logs/7_submitted.pkl", "stages/sft/checkpoints/step-00000001/optim.pt"]
 )
-def test_what_another_user_owns_is_refused(run: RunDir, file: str) -> None:
+def test_a_file_of_another_user_is_refused(run: RunDir, file: str) -> None:
     os.chown(run.path / file, NOBODY, -1)
-    with pytest.raises(HpcRlhfError, match="belongs to another user") as caught:
+    with pytest.raises(HpcRlhfError, match="belongs to another user") as error:
         ownership.check(run)
-    assert caught.value.where == str(run.path / file)
+    assert error.value.where == str(run.path / file)
 
 
 @as_root
@@ -84,15 +84,20 @@ def test_a_rank_refuses_it_before_it_unpickles_anything(run: RunDir, tmp_path: P
     logs.chmod(0o777)
     args = [str(logs)] if entry == "rank" else [str(run.path), "sft"]
     slurm = {
-        "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0",
-        "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
-    }  # fmt: skip
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+    }
     command = [sys.executable, "-m", f"hpc_rlhf.{entry}", *args]
     refused = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **slurm})
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"hpc-rlhf: {logs}: it is world-writable")
     assert not (tmp_path / "left").exists()
-    if entry == "rank":  # the pickle would have acted
+    if entry == "rank":  # with safe permissions the pickle is loaded
         logs.chmod(0o700)
         subprocess.run(command, capture_output=True, env={**os.environ, **slurm})
         assert (tmp_path / "left").exists()

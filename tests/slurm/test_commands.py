@@ -1,4 +1,4 @@
-"""What Slurm's answers are taken to mean, on a real Slurm."""
+"""How Slurm's answers are understood, on a real Slurm."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ time.sleep(100)
 
 @pytest.mark.parametrize("why", ["cancelled", "requeued", "time limit", ""])
 @pytest.mark.parametrize("partition", ["low", "low-cancel"])
-def test_cancelled_preempted_and_out_of_time_are_told_apart(
+def test_cancellation_preemption_and_time_limit_are_distinguished(
     why: str, partition: str, idle_cluster: Cluster, tmp_path: Path
 ) -> None:
     script, answer, log = tmp_path / "step.sh", tmp_path / "answer", tmp_path / "log"
@@ -56,12 +56,12 @@ def test_cancelled_preempted_and_out_of_time_are_told_apart(
     assert answer.read_text() == repr(why)
 
 
-def test_queue_and_history_see_a_job_from_its_start_to_its_end(
+def test_queue_and_accounting_follow_a_job_to_its_end(
     idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in idle_cluster.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("SQUEUE_PARTITION", "low")  # a default of the user's own must not hide jobs
+    monkeypatch.setenv("SQUEUE_PARTITION", "low")  # the user's own default must not hide jobs
     odd = "--comment=a | b\nnew line"
     job_id = idle_cluster.sbatch("--job-name=x|y.sft", odd, "--output=/dev/null", "--wrap=sleep 2; exit 3")
     wait_until(lambda: commands.queue()[job_id].state == "RUNNING", 30, "the job runs")
@@ -73,7 +73,7 @@ def test_queue_and_history_see_a_job_from_its_start_to_its_end(
     assert commands.accounting([]) == {}
 
 
-def test_slurms_own_words_reach_the_user(idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurms_own_message_reaches_the_user(idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in idle_cluster.env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(HpcRlhfError, match="scontrol requeue: Invalid job id specified"):
@@ -81,10 +81,10 @@ def test_slurms_own_words_reach_the_user(idle_cluster: Cluster, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("preempted", "expected"), [("12:00:00", True), ("11:59:59", False), (None, False)])
-def test_a_preemption_before_the_last_start_is_over(
+def test_a_preemption_before_the_last_start_does_not_count(
     preempted: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Newer Slurm keeps the time on a job that requeued itself: it would be requeued for ever."""
+    """Newer Slurm keeps PreemptTime on a job that requeued itself, which would then be requeued for ever."""
     time = f"2026-01-02T{preempted}" if preempted else "None"
     show = f"JobId=7 JobState=RUNNING StartTime=2026-01-02T12:00:00 PreemptTime={time}"
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
@@ -101,7 +101,7 @@ def test_a_preemption_before_the_last_start_is_over(
         ("1-00:00:00", "UNLIMITED", "cancelled"),
     ],
 )
-def test_job_out_of_time_was_not_cancelled(
+def test_a_job_at_its_time_limit_was_not_cancelled(
     run_time: str, limit: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = f"JobId=7 JobState=COMPLETING RunTime={run_time} TimeLimit={limit} PreemptTime=None"
@@ -120,25 +120,25 @@ open(sys.argv[0] + ".done", "w").write(" ".join(sys.argv[1:]))
 """
 
 
-def test_a_command_lives_through_the_signals_that_it_brings_about(
+def test_a_command_survives_the_signals_that_it_causes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(REQUEUES.replace("/usr/bin/python3", sys.executable))
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    heard: list[int] = []
-    kept = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    received: list[int] = []
+    kept = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
         commands.requeue("7")
         assert (tmp_path / "scontrol.done").read_text() == "requeue 7"
         os.kill(os.getpid(), signal.SIGTERM)
-        assert heard == [signal.SIGTERM], "this process hears again"
+        assert received == [signal.SIGTERM], "signals are unblocked again"
     finally:
         signal.signal(signal.SIGTERM, kept)
 
 
-def test_a_jobs_start_and_end_are_both_by_the_controllers_clock(
+def test_a_jobs_start_and_end_are_by_the_controllers_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = "JobId=7 JobState=RUNNING StartTime=2026-01-01T10:00:00 EndTime=2026-01-01T10:30:00"

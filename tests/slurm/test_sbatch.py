@@ -20,10 +20,36 @@ def test_free_option_passes(option: str) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        "job-name", "output", "error", "dependency", "nodes", "ntasks", "time", "partition", "requeue", "open-mode", "signal",
-        "comment", "gres", "gpus", "wrap", "array", "depend", "part", "J", "n", "", "-x", "--x", "a b", "a=b", "a\n", "Nodes", "ünits",
+        "job-name",
+        "output",
+        "error",
+        "dependency",
+        "nodes",
+        "ntasks",
+        "time",
+        "partition",
+        "requeue",
+        "open-mode",
+        "signal",
+        "comment",
+        "gres",
+        "gpus",
+        "wrap",
+        "array",
+        "depend",
+        "part",
+        "J",
+        "n",
+        "",
+        "-x",
+        "--x",
+        "a b",
+        "a=b",
+        "a\n",
+        "Nodes",
+        "ünits",
     ],
-)  # fmt: skip
+)
 def test_owned_or_malformed_option_is_refused(option: str) -> None:
     with pytest.raises(ValueError, match=r"hpc-rlhf owns sbatch's --|give the long name"):
         refuse_owned(option)
@@ -40,8 +66,16 @@ def test_owned_options_name_real_fields() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30", 1800), ("1:30", 90), ("12:00:00", 43200), ("2-1", 176400), ("1-0:30", 88200), ("1-00:00:01", 86401), ("0", None)],
-)  # fmt: skip
+    [
+        ("30", 1800),
+        ("1:30", 90),
+        ("12:00:00", 43200),
+        ("2-1", 176400),
+        ("1-0:30", 88200),
+        ("1-00:00:01", 86401),
+        ("0", None),
+    ],
+)
 def test_time_limit(text: str, seconds: int | None) -> None:
     assert SlurmSpec(time=text, signal_seconds=10).time == text
     assert time_limit(text) == seconds
