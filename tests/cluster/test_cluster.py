@@ -130,7 +130,8 @@ def test_the_cluster_ends_with_its_owner(short_tmp: Path) -> None:
     folder = short_tmp / "orphan"
     code = (
         "import os, pathlib, signal\nfrom tests.cluster import Cluster\n"
-        f"Cluster(pathlib.Path({str(folder)!r}), owner=os.getpid()).start()\nos.kill(os.getpid(), signal.SIGKILL)"
+        f"Cluster(pathlib.Path({str(folder)!r}), owner=os.getpid()).start()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
     )
     owner = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, env=os.environ)
     assert owner.returncode == -signal.SIGKILL
