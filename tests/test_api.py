@@ -115,6 +115,14 @@ def test_the_documented_program_runs(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder / "actor")
 
 
+def test_a_program_brings_its_own_reward(folder: Path) -> None:
+    printed = run((ROOT / "examples" / "own_reward.py").read_text(), folder)
+    numbers = [list(map(float, line.split())) for line in printed.splitlines() if len(line.split()) == 2]
+    assert len(numbers) == 2
+    for reward, tokens in numbers:
+        assert reward == pytest.approx(1 - tokens / 256)
+
+
 def test_errors_are_clear_and_prompts_have_three_forms(folder: Path) -> None:
     errors, prompts, responses, first, second = json.loads(run(ERRORS, folder).splitlines()[-1])
     for text, words in zip(
