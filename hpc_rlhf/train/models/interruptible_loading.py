@@ -15,7 +15,8 @@ from hpc_rlhf.train.runtime.stop_signals import Interrupted
 def interruptible(should_stop: Callable[[], bool]) -> Iterator[None]:
     """Within it, transformers stops loading or writing a model as soon as ``should_stop`` is true.
 
-    transformers reports progress through a hook that sees each tensor or file; a version without it is not interrupted.
+    transformers reports progress through a hook that sees each tensor or file; a version without it is not
+    interrupted.
 
     Raises:
         Interrupted: ``should_stop`` was true.
@@ -50,12 +51,12 @@ def interruptible(should_stop: Callable[[], bool]) -> Iterator[None]:
 def loading(stop: StopControl, ds_config: dict[str, Any]) -> Iterator[None]:
     """Load a model, sharded if DeepSpeed is configured so. Collective; see ``StopControl.check``.
 
-    A load that fails while this rank has to stop counts as cancelled: the files it needs may be going down with the
-    node.
+    A load that fails while this rank has to stop counts as cancelled: the files it needs may be going down
+    with the node.
 
-    Two kinds of loading are not interrupted; if they are killed, no training is lost. ZeRO-3 loads on all ranks
-    together (13B in bf16 take 13 to 26 s at 1 to 2 GB/s) and stops before the next model. A download from a hub may
-    take minutes; files that are complete are kept for the next attempt.
+    Two kinds of loading are not interrupted; if they are killed, no training is lost. ZeRO-3 loads on all
+    ranks together (13B in bf16 take 13 to 26 s at 1 to 2 GB/s) and stops before the next model. A download
+    from a hub may take minutes; files that are complete are kept for the next attempt.
     """
     stop.check()
 
