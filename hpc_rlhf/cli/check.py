@@ -49,4 +49,4 @@ def _check(file: str, sets: tuple[str, ...]) -> tuple[tuple[Problem, ...], str]:
             spec = load(file, sets)
     except SpecError as error:
         return error.problems, ""
-    return (), f"ok, {spec.told}" if isinstance(spec, Sweep) else "ok"
+    return (), f"ok, {spec.summary}" if isinstance(spec, Sweep) else "ok"

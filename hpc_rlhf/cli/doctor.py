@@ -46,7 +46,7 @@ def command(
     spec = load(file, sets) if file is not None else None
     specs = specs_of(spec) if spec is not None else ()
     if isinstance(spec, Sweep):
-        click.echo(f"{spec.told}; checking {spec.members[0].name}", err=True)
+        click.echo(f"{spec.summary}; checking {spec.members[0].name}", err=True)
     beside = file.parent if file is not None else None
     findings = examine(specs, beside, on_cluster, lambda words: click.echo(words, err=True))
     levels = [finding.level for finding in findings]

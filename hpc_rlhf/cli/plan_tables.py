@@ -35,7 +35,7 @@ def print_sweep(sweep: Sweep) -> None:
         rows.append((name, ", ".join(own) or "-", sources or "-"))
     print_table(("run", "trains", "uses"), rows)
     limit = "" if sweep.limit is None else f", at most {sweep.limit} at once"
-    print_wrapped(f"{sweep.told}{limit}; folder {sweep.run_dir}")
+    print_wrapped(f"{sweep.summary}{limit}; folder {sweep.run_dir}")
 
 
 def print_plan(plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""The word `auto` in a stage: taken out of a spec's tree, so that models hold numbers; `launch/auto.py` chooses them."""
+"""Fields of stages set to `auto`: replaced by numbers before validation, chosen later by `launch/auto.py`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hpc_rlhf.spec.yaml_source import Mark, Node
 WORDS = ("zero", "micro_batch", "offload")
 OFFLOADS = ("offload_optimizer", "offload_params", "offload_frozen")
 
-# Where a spec says auto: the places, by stage and field.
+# The fields set to auto, with their places, by stage and field.
 Autos = Mapping[str, Mapping[str, Mark]]
 
 
-def take_out(root: Node) -> tuple[Node, Autos, list[Problem]]:
-    """A spec's tree with numbers that may stand wherever a stage says auto, where that was, and what is wrong with it."""
+def extract_autos(root: Node) -> tuple[Node, Autos, list[Problem]]:
+    """The tree with valid numbers in place of auto, the fields that were set to it, and the problems."""
     stages = root.get("stages")
     if stages is None or not isinstance(stages.value, dict):
         return root, {}, []
@@ -32,34 +32,34 @@ def take_out(root: Node) -> tuple[Node, Autos, list[Problem]]:
             continue
         fields = dict(stage.value)
         if name == EVALUATION.name and "offload" in fields and fields["offload"].value is None:
-            del fields["offload"]  # that of the last stage that trains, whose field it is
-        said = {word: fields[word] for word in WORDS if word in fields and fields[word].value == AUTO}
-        if said:
-            autos[name] = {word: node.mark for word, node in said.items()}
-            problems += _wrong(name, fields, said)
-        new[name] = replace(stage, value=_without(fields, said))
+            del fields["offload"]  # null keeps it from being inherited; the evaluation has no such field
+        marked = {word: fields[word] for word in WORDS if word in fields and fields[word].value == AUTO}
+        if marked:
+            autos[name] = {word: node.mark for word, node in marked.items()}
+            problems += _problems(name, fields, marked)
+        new[name] = replace(stage, value=_without(fields, marked))
     tree = replace(root, value={**root.value, "stages": replace(stages, value=new)})
     return tree, autos, problems
 
 
-def _without(fields: dict[str, Node], said: Mapping[str, Node]) -> dict[str, Node]:
-    """A stage's fields with the least in place of auto that goes together with the others."""
+def _without(fields: dict[str, Node], marked: Mapping[str, Node]) -> dict[str, Node]:
+    """A stage's fields with the smallest numbers in place of auto that are compatible with the others."""
     needed = {"offload_optimizer": 1, "offload_params": 3}
-    least = [zero for field, zero in needed.items() if field in fields and fields[field].value is True]
-    numbers: dict[str, Any] = {"zero": max(least, default=0), "micro_batch": 1}
-    kept = {key: node for key, node in fields.items() if key not in said}
-    return {**kept, **{key: replace(said[key], value=numbers[key]) for key in numbers if key in said}}
+    required = [zero for field, zero in needed.items() if field in fields and fields[field].value is True]
+    numbers: dict[str, Any] = {"zero": max(required, default=0), "micro_batch": 1}
+    kept = {key: node for key, node in fields.items() if key not in marked}
+    return {**kept, **{key: replace(marked[key], value=numbers[key]) for key in numbers if key in marked}}
 
 
-def _wrong(name: str, fields: dict[str, Node], said: Mapping[str, Node]) -> list[Problem]:
+def _problems(name: str, fields: dict[str, Node], marked: Mapping[str, Node]) -> list[Problem]:
     problems = []
     path = f"stages.{name}"
     whole = fields.get("global_batch")
-    if "micro_batch" in said and name != EVALUATION.name and (whole is None or whole.value is None):
-        what = "auto needs global_batch, so that what is learnt does not depend on a GPU's memory"
-        problems.append(said["micro_batch"].mark.problem(what, "set it", f"{path}.micro_batch"))
-    for field in OFFLOADS if "offload" in said else ():
+    if "micro_batch" in marked and name != EVALUATION.name and (whole is None or whole.value is None):
+        what = "auto needs global_batch, so that the result does not depend on the GPU's memory"
+        problems.append(marked["micro_batch"].mark.problem(what, "set it", f"{path}.micro_batch"))
+    for field in OFFLOADS if "offload" in marked else ():
         if field in fields:
-            what = "is chosen by offload: auto; take one of them out"
+            what = "is chosen by offload: auto; remove one of them"
             problems.append((fields[field].key or fields[field].mark).problem(what, None, f"{path}.{field}"))
     return problems

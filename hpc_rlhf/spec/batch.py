@@ -11,13 +11,13 @@ from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 @dataclass(frozen=True)
 class Batch:
-    """How the samples of one optimizer step are shared out.
+    """How the samples of an optimizer step are divided.
 
     Attributes:
-        micro: samples in one forward and backward pass on one rank.
-        accumulation: passes whose gradients are summed before a step.
-        ranks: ranks that share a step, each with samples of its own; under tensor parallelism, groups of ranks.
-        global_: samples in one step; always micro * accumulation * ranks.
+        micro: samples per forward and backward pass on a rank.
+        accumulation: passes whose gradients are accumulated before a step.
+        ranks: data-parallel ranks; under tensor parallelism, groups of ranks.
+        global_: samples per step; always micro * accumulation * ranks.
     """
 
     micro: int
@@ -48,18 +48,18 @@ class Batch:
 
 
 def data_ranks(stage: StageSpec, name: str) -> int:
-    """Ranks of a stage with samples of their own: groups of ranks under tensor parallelism.
+    """Data-parallel ranks of a stage: groups of ranks under tensor parallelism.
 
     Raises:
-        ValueError: a node's ranks are no whole groups; the text names the values of tensor_parallel that would do.
+        ValueError: tensor_parallel does not divide a node's ranks; the message lists the values that do.
     """
     group = stage.tensor_parallel if isinstance(stage, TrainingSpec) else 1
-    here = stage.slurm.tasks_per_node
-    if here % group:
-        fits = [str(d) for d in range(1, here + 1) if here % d == 0]
+    ranks_per_node = stage.slurm.tasks_per_node
+    if ranks_per_node % group:
+        fits = [str(d) for d in range(1, ranks_per_node + 1) if ranks_per_node % d == 0]
         raise ValueError(
-            f"{name}'s tensor_parallel {group} does not divide the {here} ranks of a node, within which layers are "
-            f"shared; use tensor_parallel: {' or '.join(fits)}"
+            f"{name}'s tensor_parallel {group} does not divide the {ranks_per_node} ranks of a node; "
+            f"use tensor_parallel: {' or '.join(fits)}"
         )
     return stage.slurm.ranks // group
 
@@ -68,22 +68,23 @@ def derive_batch(stage: StageSpec, name: str) -> Batch:
     """The batch of a stage.
 
     Raises:
-        ValueError: see ``data_ranks``; or global_batch is not a whole number of passes over all ranks; the text names the values
-            of global_batch, and of micro_batch, that would do.
+        ValueError: see ``data_ranks``; or global_batch is not a whole number of passes over all ranks; the
+            message suggests values that are.
     """
     micro, ranks = stage.micro_batch, data_ranks(stage, name)
     unit = micro * ranks
-    asked = stage.global_batch if isinstance(stage, TrainingSpec) else None
-    wanted = unit if asked is None else asked
-    if wanted % unit == 0:
-        return Batch(micro, wanted // unit, ranks, wanted)
-    below = wanted // unit * unit
+    requested = stage.global_batch if isinstance(stage, TrainingSpec) else None
+    total = unit if requested is None else requested
+    if total % unit == 0:
+        return Batch(micro, total // unit, ranks, total)
+    below = total // unit * unit
     fixes = [f"global_batch: {value}" for value in (below, below + unit) if value]
-    if wanted % ranks == 0:
-        share = wanted // ranks
+    if total % ranks == 0:
+        share = total // ranks
         fixes.append(f"micro_batch: {max(d for d in range(1, min(micro, share) + 1) if share % d == 0)}")
     sharers = "ranks" if ranks == stage.slurm.ranks else "groups of ranks"
     raise ValueError(
-        f"{name}'s global_batch {wanted} is not a multiple of {unit} (micro_batch {micro} x {ranks} {sharers}); "
+        f"{name}'s global_batch {total} is not a multiple of {unit} (micro_batch {micro} x {ranks} "
+        f"{sharers}); "
         f"use {' or '.join(fixes)}"
     )

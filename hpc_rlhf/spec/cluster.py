@@ -1,4 +1,4 @@
-"""Where and how a stage runs: the Slurm settings of a spec."""
+"""The Slurm settings of a spec: where and how a stage runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field, StrictBool, model_validator
 from hpc_rlhf.slurm.durations import time_limit
 from hpc_rlhf.spec.fields import (
     Command,
+    Duration,
     FreeText,
     Gpu,
     Model,
@@ -18,10 +19,9 @@ from hpc_rlhf.spec.fields import (
     SlurmMemory,
     SlurmTime,
     SlurmValue,
-    Span,
 )
 
-# The settings that decide how many ranks a stage has.
+# The settings that determine the number of ranks.
 SIZE = frozenset({"nodes", "gpus_per_node", "ranks_per_node"})
 
 
@@ -29,125 +29,146 @@ class ContainerSpec(Model):
     """A container that every rank runs in."""
 
     runtime: Literal["apptainer", "pyxis"] = Field(
-        description="What starts the container: apptainer, or pyxis (srun --container-image)."
+        description="The container runtime: apptainer, or pyxis (srun --container-image)."
     )
     image: PathText = Field(
-        description="The image: a .sif or .sqsh file, or a registry reference. Its python3 must have hpc-rlhf installed."
+        description="The image: a .sif or .sqsh file, or a registry reference. Its python3 must have "
+        "hpc-rlhf installed."
     )
     mounts: tuple[PathText, ...] = Field(
         default=(),
-        description="Folders to mount, each `source` or `source:target`. The run directory is always mounted.",
+        description="Folders to mount, each `source` or `source:target`. The run directory is always "
+        "mounted.",
     )
 
 
 class HealSpec(Model):
-    """How a chain mends itself. On Slurm a sentinel waits beside each stage: a small job that starts when it ends badly."""
+    """How a chain repairs itself. On Slurm each stage has a sentinel, a small job that starts if it fails."""
 
     enabled: bool = Field(
         default=True,
-        description="Whether a stage that ended badly is tried again without a person. Turn it off on a cluster where jobs may not be submitted from jobs, or where every queued job counts: then there are no sentinels, and a chain that broke waits for `hpc-rlhf heal`.",
+        description="Retry failed stages automatically. Turn it off if your cluster does not allow jobs to "
+        "submit jobs or limits the number of queued jobs: there are no sentinels then, and a "
+        "broken chain waits for `hpc-rlhf heal`.",
     )
     partition: SlurmValue | None = Field(
         default=None,
-        description="The sentinel's partition; the stage's when left out. Choose another where that one takes no jobs without GPUs, or gives whole nodes only.",
+        description="The sentinel's partition; defaults to the stage's. Choose another one if the stage's "
+        "rejects jobs without GPUs or allocates only whole nodes.",
     )
     account: SlurmValue | None = Field(
         default=None,
-        description="The account that pays for the sentinel's minute; the stage's when left out.",
+        description="The account charged for the sentinel, which runs for about a minute; defaults to the "
+        "stage's.",
     )
     qos: SlurmValue | None = Field(
         default=None,
-        description="The sentinel's quality of service; the stage's when left out. One that starts small jobs soon mends soon.",
+        description="The sentinel's quality of service; defaults to the stage's. The sooner it starts "
+        "small jobs, the sooner the chain is repaired.",
     )
     mem: SlurmMemory | None = Field(
         default=None,
-        description="The sentinel's memory; the partition's default when left out. It needs about 200M.",
+        description="The sentinel's memory; defaults to the partition's. It needs about 200M.",
     )
     setup: tuple[Command, ...] | None = Field(
         default=None,
-        description="Shell lines before `hpc-rlhf heal` in the sentinel; slurm.setup when left out. Give your own where those need a GPU or take long.",
+        description="Shell commands that the sentinel runs before `hpc-rlhf heal`; defaults to "
+        "slurm.setup. Set it if those commands need a GPU or take long.",
     )
     extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(
-        default_factory=dict, description="Further sbatch options of the sentinel, as in slurm.extra."
+        default_factory=dict, description="More sbatch options for the sentinel, as in slurm.extra."
     )
     backoff_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
         default=30,
-        description="How long the first attempt after one without progress waits; each further one waits four times as long, an hour at most. More where what fails, such as a file system, takes long to come back.",
+        description="Delay before the first retry after an attempt without progress. It is multiplied by "
+        "four for every further one, up to an hour. Increase it if the cause, such as a file "
+        "system, takes long to recover.",
     )
 
 
 class SlurmSpec(Model):
-    """Where and how a stage's job runs. Under `hpc-rlhf run` only nodes and ranks per node count."""
+    """Where and how a stage's job runs. `hpc-rlhf run` uses only the numbers of nodes and ranks."""
 
     partition: SlurmValue | None = Field(
-        default=None, description="Partition(s) to submit to; the cluster's default when left out."
+        default=None, description="Partitions to submit to; defaults to the cluster's default partition."
     )
     account: SlurmValue | None = Field(default=None, description="Account to charge.")
     qos: SlurmValue | None = Field(default=None, description="Quality of service.")
     time: SlurmTime = Field(
         default="12:00:00",
-        description="Time limit of one attempt, as Slurm writes it (minutes, H:MM:SS, D-HH:MM:SS). A stage that needs longer saves, requeues and goes on.",
+        description="Time limit of one attempt in Slurm's format (minutes, H:MM:SS, D-HH:MM:SS). A stage "
+        "that needs longer saves, requeues itself and resumes.",
     )
     nodes: Positive = Field(default=1, description="Nodes of the job.")
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] = Field(
         default=1,
-        description="GPUs asked for on each node; one rank runs on each. 0 asks for none: then set ranks_per_node.",
+        description="GPUs requested on each node, with one rank per GPU. With 0, set ranks_per_node.",
     )
     gpu: Gpu | None = Field(
         default=None,
-        description="What the GPUs are, such as a100-80g, or the memory of one, such as 80G. Asks Slurm for nothing: give it so that `hpc-rlhf plan` tells whether each stage fits.",
+        description="Type of the GPUs, such as a100-80g, or the memory of one, such as 80G. It requests "
+        "nothing from Slurm: `hpc-rlhf plan` uses it to estimate whether each stage fits.",
     )
     ranks_per_node: Positive | None = Field(
-        default=None, description="Ranks on each node; one per GPU when left out."
+        default=None, description="Ranks on each node; defaults to one per GPU."
     )
     gres: SlurmValue | None = Field(
         default=None,
-        description="Asked for in place of --gpus-per-node, such as gpu:a100:8; gpus_per_node still says how many ranks run on a node.",
+        description="Requested instead of --gpus-per-node, such as gpu:a100:8. gpus_per_node still sets "
+        "the number of ranks on a node.",
     )
     cpus_per_gpu: Positive | None = Field(default=None, description="CPU cores for each rank.")
     mem: SlurmMemory | None = Field(
-        default=None, description="Memory per node, such as 900G; 0 asks for all of it."
+        default=None, description="Memory per node, such as 900G; 0 requests all of it."
     )
     constraint: SlurmValue | None = Field(
-        default=None, description="Node features wanted, such as a100&nvlink."
+        default=None, description="Required node features, such as a100&nvlink."
     )
     exclude: SlurmValue | None = Field(default=None, description="Nodes not to use.")
     nodelist: SlurmValue | None = Field(default=None, description="Nodes to use.")
     reservation: SlurmValue | None = Field(default=None, description="Reservation to run in.")
-    exclusive: bool = Field(default=False, description="Share the nodes with no other job.")
-    licenses: SlurmValue | None = Field(default=None, description="Licences wanted.")
+    exclusive: bool = Field(default=False, description="Do not share the nodes with other jobs.")
+    licenses: SlurmValue | None = Field(default=None, description="Licenses to request.")
     mail_type: SlurmValue | None = Field(
-        default=None, description="When Slurm sends mail: END, FAIL, REQUEUE, …"
+        default=None, description="Events for which Slurm sends mail: END, FAIL, REQUEUE, …"
     )
-    mail_user: SlurmValue | None = Field(default=None, description="Who gets the mail.")
-    comment: FreeText | None = Field(default=None, description="A comment shown by squeue and sacct.")
+    mail_user: SlurmValue | None = Field(default=None, description="Recipient of the mail.")
+    comment: FreeText | None = Field(default=None, description="Comment shown by squeue and sacct.")
     signal_seconds: Annotated[int, Field(ge=10, le=65535)] = Field(
         default=180,
-        description="Seconds before the time limit at which the stage is told to save and requeue.",
+        description="Seconds before the time limit at which the stage saves and requeues itself.",
     )
     max_requeues: Annotated[int, Field(ge=0)] = Field(
         default=100,
-        description="How often a stage may be requeued before the chain stops and asks for a person.",
+        description="How often a stage may be requeued before the chain stops and waits for the user.",
     )
-    collective_timeout: Span = Field(
+    collective_timeout: Duration = Field(
         default="2 h",
-        description="How long a collective operation may take before the attempt fails: how long a rank waits for the slowest other one, for instance in a rollout or while storage is slow. It replaces torch's and DeepSpeed's 10 minutes. A rank that makes no progress at all is found sooner.",
+        description="How long a collective operation may take before the attempt fails: how long a rank "
+        "waits for the slowest other one, for instance in a rollout or while storage is slow. "
+        "It replaces torch's and DeepSpeed's 10 minutes. A rank that makes no progress at all "
+        "is found sooner.",
     )
     setup: tuple[Command, ...] = Field(
         default=(),
-        description="Shell lines run on the first node before the ranks start, such as `module load cuda` or `source venv/bin/activate`.",
+        description="Shell commands that run on the first node before the ranks start, such as `module "
+        "load cuda` or `source venv/bin/activate`.",
     )
     launcher: Literal["srun", "torchrun", "deepspeed"] = Field(
         default="srun",
-        description="What starts the ranks. srun is right for most: a Slurm task for each, and an end of the job that says which rank began it. torchrun or deepspeed start one task on each node, and that the node's ranks from the hostfile: choose one where a container should start once on a node and not once for each GPU, where Slurm would show each task its own GPU alone and NCCL could not copy between them, or where your site's own tools expect that launcher. The weights are the same.",
+        description="What starts the ranks. srun, the right choice for most clusters, starts one Slurm "
+        "task per rank and records which rank failed first. torchrun and deepspeed start one "
+        "task per node, which then starts the ranks of that node. Choose one of them if a "
+        "container should start once per node rather than once per GPU, if Slurm restricts "
+        "each task to its own GPU so that NCCL cannot copy between them, or if your site's "
+        "tools expect that launcher. The resulting weights are the same.",
     )
     container: ContainerSpec | None = Field(default=None, description="A container that every rank runs in.")
-    heal: HealSpec = Field(
-        default_factory=HealSpec, description="How a stage that ended badly is tried again without a person."
-    )
+    heal: HealSpec = Field(default_factory=HealSpec, description="How failed stages are retried.")
     extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(
         default_factory=dict,
-        description="Further sbatch options without their dashes, such as {switches: 1}; true for a bare flag. Options that have a field of their own are refused.",
+        description="More sbatch options without their dashes, such as {switches: 1}; true for a flag "
+        "without a value. Options with their own field are rejected.",
     )
 
     @property
@@ -161,16 +182,17 @@ class SlurmSpec(Model):
         return self.nodes * self.tasks_per_node
 
     @model_validator(mode="after")
-    def _has_time_to_save(self) -> SlurmSpec:
+    def _check_time_to_save(self) -> SlurmSpec:
         limit = time_limit(self.time)
         if limit is not None and limit <= self.signal_seconds:
             raise ValueError(
-                f"time {self.time} is {limit} s, and signal_seconds would tell the stage to stop {self.signal_seconds} s before its end: at once"
+                f"time {self.time} is {limit} s, but signal_seconds is {self.signal_seconds} s: the stage "
+                "would have to stop at once"
             )
         return self
 
     @model_validator(mode="after")
-    def _has_ranks(self) -> SlurmSpec:
+    def _check_ranks(self) -> SlurmSpec:
         if self.tasks_per_node < 1:
-            raise ValueError("gpus_per_node is 0, so ranks_per_node must say how many ranks run on a node")
+            raise ValueError("gpus_per_node is 0, so ranks_per_node must set the number of ranks on a node")
         return self

@@ -1,4 +1,4 @@
-"""What a run trains on."""
+"""The training data of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpc_rlhf.spec.stages import STAGE_KINDS, Data
 
 
 class _Split(Model):
-    """Relative shares of the prompts that each stage trains on; no prompt is in two stages."""
+    """Relative shares of the prompts that the stages train on. No prompt is used by two stages."""
 
     if TYPE_CHECKING:
 
@@ -44,20 +44,22 @@ class DataSpec(Model):
     sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)] = Field(
         description="Sources, blended by weight."
     )
-    split: SplitSpec = Field(default=SplitSpec(), description="How prompts are shared out among the stages.")
+    split: SplitSpec = Field(default=SplitSpec(), description="How prompts are divided among the stages.")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        default=0.05, description="Fraction of each stage's prompts kept for evaluation."
+        default=0.05, description="Fraction of each stage's prompts held out for evaluation."
     )
     template: Literal["auto", "plain"] = Field(
         default="auto",
-        description="How dialogues are written. auto: by the chat template of the actor's tokenizer, which a model that "
-        "chats already expects, and without thoughts; where it has none, as plain turns of Human: and Assistant:. plain: always as plain turns, "
-        "as DeepSpeed-Chat does.",
+        description="How dialogues are formatted. auto: with the chat template of the actor's tokenizer, "
+        "without thinking; if it has "
+        "none, as plain turns of Human: and Assistant:. plain: always as plain turns, as in DeepSpeed-Chat.",
     )
     max_prompt_tokens: Positive = Field(
         default=256,
-        description="Longest prompt; longer ones are left out of PPO and cut at the left elsewhere.",
+        description="Maximum length of a prompt. PPO skips longer prompts; other stages truncate them on "
+        "the left.",
     )
     max_answer_tokens: Positive = Field(
-        default=256, description="Longest answer, given or generated; longer given ones are cut at the right."
+        default=256,
+        description="Maximum length of a response. Longer responses in the data are truncated on the right.",
     )

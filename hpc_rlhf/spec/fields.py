@@ -1,4 +1,4 @@
-"""The types of a spec's fields, and what they are checked for."""
+"""The types of a spec's fields, with their checks."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from hpc_rlhf.spec.gpus import known_gpu
 
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*$"
 _NAME = r"^[A-Za-z0-9._-]+$"
-# What Slurm's own values are made of. Letters that a shell would act on are left out, except those that
-# Slurm's node lists and constraints need; the scripts quote these.
+# Values passed to Slurm. Characters with a meaning in a shell are excluded, except those that Slurm's node
+# lists and constraints need; the scripts quote the values.
 _SLURM_VALUE = r"^[A-Za-z0-9_.][A-Za-z0-9_.,:/=+@%&|*()\[\]-]*$"
 _SLURM_TIME = r"^([0-9]{1,9}(:[0-9]{2}){0,2}|[0-9]{1,6}-[0-9]{1,2}(:[0-9]{2}){0,2})$"
 _SLURM_MEMORY = r"^[0-9]{1,12}[KMGT]?$"
 
 AUTO = "auto"  # where a stage says so, `launch/auto.py` chooses the value
-SPAN = r"^[0-9]{1,9}(\.[0-9]{1,9})? ?(s|min|h|d)$"
+DURATION = r"^[0-9]{1,9}(\.[0-9]{1,9})? ?(s|min|h|d)$"
 
-# What each pattern asks for, for the messages.
+# The messages for values that do not match.
 PATTERN_WORDS = {
     _NO_CONTROLS: "must be one line without control characters",
     _NAME: "may hold only letters, digits and . _ -",
-    _SLURM_VALUE: "may hold only letters, digits and _ . , : / = + @ % & | * ( ) [ ] -, and start with a letter, digit, _ or .",
-    _SLURM_TIME: "must be a time limit as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS",
+    _SLURM_VALUE: "may hold only letters, digits and _ . , : / = + @ % & | * ( ) [ ] -, "
+    "and start with a letter, digit, _ or .",
+    _SLURM_TIME: "must be a time limit in Slurm's format: minutes, H:MM:SS or D-HH:MM:SS",
     _SLURM_MEMORY: "must be a size such as 900G",
-    SPAN: "must be a time such as 90 s, 10 min, 4 h or 2 d",
+    DURATION: "must be a duration such as 90 s, 10 min, 4 h or 2 d",
 }
 
 # Text that ends up in a shell script or a `#SBATCH` line: no control characters anywhere.
 FreeText = Annotated[str, StringConstraints(pattern=_NO_CONTROLS, max_length=4096)]
-# An account or a time limit may be a number; YAML then reads it as one.
+# YAML reads an account or a time limit that consists of digits as a number.
 _NumberAsText = BeforeValidator(lambda raw: str(raw) if type(raw) is int else raw)
 Name = Annotated[str, StringConstraints(pattern=_NAME, max_length=128), _NumberAsText]
 SlurmValue = Annotated[str, StringConstraints(pattern=_SLURM_VALUE, max_length=1024), _NumberAsText]
@@ -43,7 +44,7 @@ SlurmTime = Annotated[str, StringConstraints(pattern=_SLURM_TIME), _NumberAsText
 SlurmMemory = Annotated[str, StringConstraints(pattern=_SLURM_MEMORY), _NumberAsText]
 Gpu = Annotated[str, _NumberAsText, AfterValidator(known_gpu)]
 SbatchOption = Annotated[str, AfterValidator(refuse_owned)]
-Span = Annotated[str, StringConstraints(pattern=SPAN)]
+Duration = Annotated[str, StringConstraints(pattern=DURATION)]
 PathText = Annotated[FreeText, StringConstraints(min_length=1, max_length=1024)]
 Command = Annotated[FreeText, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
@@ -56,7 +57,7 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def seconds(span: str) -> float:
-    """A ``Span`` in seconds."""
-    number = span.rstrip("smindh ")
-    return float(number) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[span[len(number) :].strip()]
+def seconds(duration: str) -> float:
+    """A ``Duration`` in seconds."""
+    number = duration.rstrip("smindh ")
+    return float(number) * {"s": 1, "min": 60, "h": 3600, "d": 86400}[duration[len(number) :].strip()]

@@ -1,4 +1,4 @@
-"""GPUs by name, and what they can do."""
+"""GPUs by name, with their data sheets."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from difflib import get_close_matches
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, by its vendor's data sheet.
+    """The data sheet of a GPU.
 
     Attributes:
-        gib: memory that a program finds on it, which is a little less than the name says.
-        half: 10**12 dense operations a second in bf16 or fp16, added up in float32.
-        single: the same in float32, without tensor cores.
-        bandwidth: 10**9 bytes a second from its own memory.
-        link: 10**9 bytes a second to the other GPUs of a node, one way: NVLink or Infinity Fabric, or else PCIe.
-        bf16: calculates in bf16 as fast as in fp16.
+        gib: usable memory, a little less than the nominal size.
+        half: TFLOP/s in bf16 or fp16, dense, accumulated in float32.
+        single: TFLOP/s in float32, without tensor cores.
+        bandwidth: memory bandwidth in GB/s.
+        link: GB/s to the other GPUs of a node, one way: NVLink, Infinity Fabric or PCIe.
+        bf16: whether bf16 is as fast as fp16.
     """
 
     gib: float
@@ -52,10 +52,10 @@ _UNITS = {"G": 2**30, "GiB": 2**30, "M": 2**20, "MiB": 2**20, "": 1}
 
 
 def gpu_bytes(gpu: str) -> int:
-    """Bytes of a GPU: by its name, or as said, such as 80G (of 2**30 bytes) or 85899345920.
+    """The memory of a GPU in bytes: by its name, or from a size such as 80G (of 2**30 bytes) or 85899345920.
 
     Raises:
-        ValueError: there is no such name.
+        ValueError: it is neither a known name nor a size.
     """
     if gpu in _GPUS:
         return int(_GPUS[gpu].gib * 2**30)
@@ -63,21 +63,21 @@ def gpu_bytes(gpu: str) -> int:
     if size is None:
         near = get_close_matches(gpu.lower(), _GPUS, 1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_GPUS)}"
-        raise ValueError(f"must be a known GPU or its memory, such as 80G; {hint}")
+        raise ValueError(f"must be a known GPU, or its memory such as 80G; {hint}")
     return int(size[1]) * _UNITS[size[2]]
 
 
 def known_gpu(gpu: str) -> str:
-    """The text itself, once it is known to name a GPU. Raises ValueError where it does not."""
+    """Return the text if it names a GPU; raise ValueError otherwise."""
     gpu_bytes(gpu)
     return gpu
 
 
 def named_gpu(gpu: str | None) -> Gpu | None:
-    """What a GPU can do; None where only its memory is told, or nothing."""
+    """The data sheet of a GPU; None if only its memory is given, or nothing."""
     return _GPUS.get(gpu or "")
 
 
 def gpu_names() -> tuple[str, ...]:
-    """The names that are known."""
+    """The known names."""
     return tuple(_GPUS)

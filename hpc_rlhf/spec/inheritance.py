@@ -1,4 +1,4 @@
-"""What a stage inherits: Slurm settings from the top level, and the evaluation's strategy from the last stage that trains."""
+"""Inherited settings: top-level Slurm settings, and the evaluation's from the last stage that trains."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _FROM_TRAINING = ("micro_batch", "zero", "offload", "offload_params", "precision
 
 
 def inherit(spec: Any) -> Any:
-    """A spec with everything filled in that its stages inherit.
+    """A spec with all inherited settings filled in.
 
     Args:
-        spec: plain values, or the nodes of a file, whose values keep their places. What is not of the right type is left
-            for the models to report.
+        spec: plain values, or the nodes of a file, which keep their places. Values of a wrong type are left
+            unchanged for the models to report.
     """
     stages = _fields(_fields(spec).get("stages"))
     if not stages:

@@ -1,4 +1,4 @@
-"""The job spec as frozen models: every field, its type, its default and what it means."""
+"""The job spec as frozen models: every field with its type, default and documentation."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from hpc_rlhf.spec.training import StageSpec
 
 
 class FromScratch(Model):
-    """A model made on the spot instead of a pretrained one."""
+    """A new model with random weights instead of a pretrained one."""
 
     from_scratch: dict[str, int | float | bool | str] = Field(
-        description="The model's configuration: model_type (llama, opt, gpt2, qwen3, …) and that architecture's own fields. "
-        "A BPE tokenizer of vocab_size is trained on the data."
+        description="The model's configuration: model_type (llama, opt, gpt2, qwen3, …) and the fields of "
+        "that architecture. "
+        "A BPE tokenizer with vocab_size entries is trained on the data."
     )
 
     @model_validator(mode="after")
-    def _named(self) -> FromScratch:
+    def _check_fields(self) -> FromScratch:
         for key in ("model_type", "vocab_size"):
             if key not in self.from_scratch:
                 raise ValueError(f"from_scratch needs {key}")
@@ -52,23 +53,27 @@ class ModelsSpec(Model):
     """The models that the stages start from."""
 
     actor: ModelRef = Field(
-        description="Hub id or local folder of the language model to make a chat model of, or {from_scratch: …}."
+        description="Hub id or local folder of the language model to turn into a chat model, or "
+        "{from_scratch: …}."
     )
     reward: ModelRef | None = Field(
         default=None,
-        description="The same for the reward model and the critic; the actor's when left out. It must share the actor's tokenizer.",
+        description="The same for the reward model and the critic; defaults to the actor. It must have the "
+        "actor's tokenizer.",
     )
 
 
 class JobSpec(Model):
-    """A whole run: data, models, stages and where they run."""
+    """A complete run: data, models, stages and where they run."""
 
     name: Name = Field(description="Name of the run; Slurm jobs are called name.stage.")
     run_dir: PathText = Field(
-        description="Folder of everything the run writes, on a file system that all nodes share. ${VAR} and ${VAR:-default} are filled in; a relative path starts where the command is run. The same holds for all paths of a spec."
+        description="Folder for everything that the run writes, on a file system that all nodes share. In "
+        "this and all other paths of a spec, ${VAR} and ${VAR:-default} are expanded, and "
+        "relative paths start at the working directory."
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=1234, description="Seed of everything random."
+        default=1234, description="Seed of all random numbers."
     )
     slurm: SlurmSpec = Field(default=SlurmSpec(), description="Slurm settings of all stages.")
     data: DataSpec = Field(description="Training data.")
@@ -76,20 +81,24 @@ class JobSpec(Model):
     stages: StagesSpec = Field(description="Stages to run.")
     trackers: TrackersSpec = Field(
         default=TrackersSpec(),
-        description="Where numbers go besides metrics.jsonl and TensorBoard, which always get them.",
+        description="Where metrics are logged in addition to metrics.jsonl and TensorBoard.",
     )
     notify: NotifySpec = Field(
-        default=NotifySpec(), description="Who hears when the run is finished, or needs a person."
+        default=NotifySpec(), description="Who is notified when the run has finished or needs the user."
     )
     sweep: (
         Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)] | None
     ) = Field(
         default=None,
-        description="Values to try, by the path of their field: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2, 3]} makes six runs, each in a folder of run_dir. What they have in common is trained once: a stage is shared by all the runs in which nothing that bears on it differs.",
+        description="Values to try, by the path of the field: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, "
+        "2, 3]} makes six runs, each in its own folder in run_dir. Shared work is done once: a "
+        "stage is trained once for all runs in which everything that affects it is the same.",
     )
     sweep_limit: Positive | None = Field(
         default=None,
-        description="How many runs of a sweep may have jobs at work at once; null leaves that to Slurm. Set it to leave room for others, or to see the first results before the last runs start.",
+        description="How many runs of a sweep may have running jobs at the same time; null sets no limit. "
+        "Use it to leave room for others, or to see the first results before the last runs "
+        "start.",
     )
 
     _autos: Autos = PrivateAttr(default_factory=dict)
@@ -101,23 +110,23 @@ class JobSpec(Model):
 
     @property
     def autos(self) -> Autos:
-        """Where stages say auto: what stands there is yet to be chosen."""
+        """The fields set to auto, whose values are still to be chosen."""
         return self._autos
 
     def with_autos(self, autos: Autos) -> JobSpec:
-        """The same, whose fields at these places are yet to be chosen."""
+        """A copy with these fields still to be chosen."""
         marked = self.model_copy()
         marked._autos = autos
         return marked
 
     def with_stages(self, **changes: Mapping[str, Any]) -> JobSpec:
-        """The same with other fields in some stages, which are not checked."""
+        """A copy with other fields in some stages. They are not validated."""
         stages = {name: self.stage(name).model_copy(update=dict(fields)) for name, fields in changes.items()}
         return self.model_copy(update={"stages": self.stages.model_copy(update=stages)})
 
     @property
     def stage_names(self) -> tuple[str, ...]:
-        """The stages asked for, in an order in which every stage follows its needs."""
+        """The stages of the run, each after its inputs."""
         return tuple(name for name in STAGE_NAMES if getattr(self.stages, name) is not None)
 
     @property
@@ -136,7 +145,7 @@ class JobSpec(Model):
 
     @property
     def policies(self) -> dict[str, str]:
-        """The models that the run makes and one can chat with, in order, each with the stage that makes it."""
+        """The chat models that the run makes, in order, each with the stage that makes it."""
         return {
             model: kind.name
             for model, kind in POLICIES.items()
@@ -146,7 +155,7 @@ class JobSpec(Model):
 
     @property
     def judge(self) -> str | None:
-        """The stage that makes the run's reward model; None where there is none."""
+        """The stage that trains the run's reward model, if any."""
         return next((name for name in self.stage_names if kind_of(name).makes == "reward model"), None)
 
     @property

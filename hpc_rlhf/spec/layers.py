@@ -1,4 +1,4 @@
-"""Lays a spec's files and `--set` options over one another: `extends: base.yaml`, then the file, then each `--set`."""
+"""Merges the layers of a spec: the file that it `extends`, the file itself, then each `--set`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXTENDS = "extends"
 
 
 def read_layers(path: Path, sets: Sequence[str]) -> Node:
-    """The tree of a spec file, what it extends and the `--set` options; every node keeps its own place.
+    """The merged tree of a spec file, what it extends and the `--set` options. Nodes keep their places.
 
     Raises:
         SpecError: a file cannot be read, or an option cannot be applied.
@@ -32,7 +32,7 @@ def read_layers(path: Path, sets: Sequence[str]) -> Node:
 
 
 def _read_chain(path: Path, shown: str, above: tuple[Path, ...]) -> Node:
-    """A file laid over what it extends, and so on."""
+    """A file merged over the one that it extends, recursively."""
     root = read_yaml(path, shown)
     assert isinstance(root.value, dict)
     base = root.value.get(EXTENDS)
@@ -42,7 +42,7 @@ def _read_chain(path: Path, shown: str, above: tuple[Path, ...]) -> Node:
         raise SpecError([base.mark.problem("must be the name of a file", path=EXTENDS)])
     below = path.parent / base.value
     if not os.path.isfile(below):  # unlike Path.is_file, false for any name that cannot be one
-        hint = f"it is looked for beside {shown}"
+        hint = f"it is looked for in the folder of {shown}"
         raise SpecError([base.mark.problem(f"there is no file {base.value!r}", hint, path=EXTENDS)])
     chain = (*above, path.resolve())
     if below.resolve() in chain:
@@ -52,7 +52,7 @@ def _read_chain(path: Path, shown: str, above: tuple[Path, ...]) -> Node:
 
 
 def _merge(base: Node, over: Node) -> Node:
-    """Mappings are merged, everything else is replaced."""
+    """Merge mappings and replace everything else."""
     if not (isinstance(base.value, dict) and isinstance(over.value, dict)):
         return over
     fields = dict(base.value)
@@ -62,17 +62,19 @@ def _merge(base: Node, over: Node) -> Node:
 
 
 def _apply(root: Node, option: str) -> Node:
-    """The tree with one `a.b.c=VALUE` in place."""
+    """The tree with one `a.b.c=VALUE` applied."""
     name, equals, text = option.partition("=")
     mark = Mark(f"--set {name}")
     keys = name.split(".")
     if not equals or not all(keys):
-        raise SpecError([mark.problem("is not of the form a.b.c=VALUE", "such as --set stages.ppo.epochs=2")])
+        raise SpecError(
+            [mark.problem("does not have the form a.b.c=VALUE", "such as --set stages.ppo.epochs=2")]
+        )
     return put(root, keys, parse_yaml(text, mark), mark)
 
 
 def put(node: Node | None, keys: Sequence[str], value: Node, mark: Mark) -> Node:
-    """The node with a value put at a path below it; missing and empty mappings on the way are made."""
+    """The node with a value at a path below it. Missing and empty mappings on the way are created."""
     if not keys:
         return replace(value, key=mark)
     key, rest = keys[0], keys[1:]
@@ -84,7 +86,7 @@ def put(node: Node | None, keys: Sequence[str], value: Node, mark: Mark) -> Node
         last = len(node.value) - 1
         if not key.isdecimal() or len(key) > 9 or int(key) > last:
             raise SpecError(
-                [mark.problem(f"{key!r} is not an index of this list", f"it goes from 0 to {last}")]
+                [mark.problem(f"{key!r} is not an index of this list", f"valid ones are 0 to {last}")]
             )
         items = list(node.value)
         items[int(key)] = put(items[int(key)], rest, value, mark)

@@ -1,4 +1,4 @@
-"""Loads a job spec, or raises every error in it; and writes and reads it back as a run directory keeps it."""
+"""Loads a job spec, or raises every error in it; writes and reads the copy in a run directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpc_rlhf.errors import Problem, SpecError
-from hpc_rlhf.spec.auto import take_out
+from hpc_rlhf.spec.auto import extract_autos
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
 from hpc_rlhf.spec.inheritance import inherit
 from hpc_rlhf.spec.job import JobSpec
@@ -20,7 +20,7 @@ from hpc_rlhf.spec.problems import problems_of
 from hpc_rlhf.spec.stages import EVALUATION, Data, kind_of
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
 
-_PAIRLESS = ("instruction", "text")  # formats that hold no rejected answer
+_PAIRLESS = ("instruction", "text")  # formats without a rejected response
 
 
 def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
@@ -28,29 +28,33 @@ def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
 
     Args:
         path: the spec file.
-        sets: options `a.b.c=VALUE` laid over it, the last one uppermost.
+        sets: options `a.b.c=VALUE` to apply, in order.
 
     Raises:
-        SpecError: all that is wrong with it, each with its place; or it is that of a sweep.
+        SpecError: every problem with its place; or the spec is a sweep.
     """
     root = read_layers(Path(path), sets)
     sweep = root.get("sweep")
     if sweep is not None and sweep.value is not None:
-        hint = "--set sweep=null takes the spec without it"
+        hint = "--set sweep=null loads the spec without it"
         raise SpecError(
-            [(sweep.key or sweep.mark).problem("makes several runs, and this takes one", hint, "sweep")]
+            [
+                (sweep.key or sweep.mark).problem(
+                    "makes several runs, but this command takes one", hint, "sweep"
+                )
+            ]
         )
     return check_tree(root)
 
 
 def check_tree(root: Node) -> JobSpec:
-    """The spec that a tree of a file's nodes is. Where a stage says auto it holds the least that may stand there.
+    """The spec of a tree of nodes. Fields set to auto hold the smallest valid number.
 
     Raises:
-        SpecError: all that is wrong with it, each with its place.
+        SpecError: every problem with its place.
     """
     root, problems = resolve_paths(root)
-    root, autos, wrong = take_out(inherit(root))
+    root, autos, wrong = extract_autos(inherit(root))
     problems += wrong
     try:
         spec = JobSpec.model_validate(root.plain(), strict=True)
@@ -84,7 +88,7 @@ def dump_spec(spec: JobSpec) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes no aliases, and quotes whatever this project's reader or any other would not read as text."""
+    """Writes no aliases, and quotes text that this or another YAML reader would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -94,11 +98,11 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+01234567
 
 
 def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
-    """What is wrong between fields that are each right."""
+    """Problems between fields that are valid on their own."""
 
     def problem(path: str, what: str, hint: str | None = None) -> Problem:
         keys = path.split(".")
-        while (node := root.get(*keys)) is None:  # a default: point at the mapping that it would stand in
+        while (node := root.get(*keys)) is None:  # a default: point at the mapping that would contain it
             keys = keys[:-1]
         by_key = node.key if isinstance(node.value, dict | list) else None
         return (by_key or node.mark).problem(what, hint, path)
@@ -107,7 +111,10 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     special = _special_characters(spec)
     if special:
         problems.append(
-            problem("run_dir", f"must not contain {' or '.join(special)}, which Slurm or a container acts on")
+            problem(
+                "run_dir",
+                f"must not contain {' or '.join(special)}, which have a meaning for Slurm or a container",
+            )
         )
     for name in spec.stage_names:
         derivations = {"tensor_parallel": data_ranks, "global_batch": derive_batch}
@@ -124,19 +131,19 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     paired = next((name for name in spec.stage_names if kind_of(name).data is Data.PAIRS), None)
     if paired and all(source.format in _PAIRLESS for source in spec.data.sources):
         problems.append(
-            problem("data.sources", f"none holds pairs of answers, which the {paired} stage trains on")
+            problem("data.sources", f"none contains pairs of responses, which the {paired} stage trains on")
         )
     return problems
 
 
 def _special_characters(spec: JobSpec) -> list[str]:
-    """What run_dir holds that is no mere letter: Slurm fills in log paths at %x, and a mount ends at a comma or colon."""
+    """Special characters in run_dir: Slurm expands % in log paths; commas and colons separate mounts."""
     contained = any(spec.stage(name).slurm.container for name in spec.stage_names)
     return sorted(set("%\\,:" if contained else "%\\") & set(spec.run_dir))
 
 
 def in_order(problems: list[Problem]) -> list[Problem]:
-    """In the order of the files; what has no place in one comes last."""
+    """The problems in the order of the files; those without a line come last."""
     return sorted(
         problems, key=lambda problem: (not problem.line, problem.source, problem.line, problem.column)
     )

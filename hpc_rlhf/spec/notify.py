@@ -1,4 +1,4 @@
-"""Who is told how a run goes: the trackers that get its numbers, and where word of its end is sent."""
+"""Trackers that log the metrics of a run, and notifications about its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from hpc_rlhf.spec.fields import FreeText, Model, PathText, SlurmValue
 def _without_password(uri: str) -> str:
     if "@" in urlsplit(uri).netloc:
         raise ValueError(
-            "must hold no user and password, which others could read here; put them into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            "must not contain a user and password, which others could read here; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
         )
     return uri
 
@@ -21,7 +22,8 @@ def _without_password(uri: str) -> str:
 def _no_address(text: str) -> str:
     if "://" in text:
         raise ValueError(
-            "must not be the address itself, which is a secret; put it into a file that only you can read, or into a variable, and give ~/FILE or ${NAME}"
+            "must not be the address itself, which is a secret; put it in an environment variable or in a "
+            "file that only you can read, and write ${NAME} or ~/FILE"
         )
     return text
 
@@ -30,12 +32,16 @@ class WandbSpec(Model):
     """Weights & Biases."""
 
     project: Annotated[FreeText, StringConstraints(min_length=1, max_length=128)] = Field(
-        description="Project that the runs belong to; each stage is a run in it, in a group of the spec's name."
+        description="Project for the runs. Each stage is a run, in a group with the spec's name."
     )
-    entity: FreeText | None = Field(default=None, description="Team or user; your default one when left out.")
+    entity: FreeText | None = Field(
+        default=None, description="Team or user; defaults to your default entity."
+    )
     mode: Literal["offline", "online"] = Field(
         default="offline",
-        description="offline writes below RUN/stages/*/wandb, for `wandb sync --append` from a machine with a network; choose online where compute nodes have one and WANDB_API_KEY is in the jobs' environment.",
+        description="offline writes to RUN/stages/*/wandb, for `wandb sync --append` from a machine with "
+        "network access. Choose online if compute nodes have network access and WANDB_API_KEY "
+        "is in the jobs' environment.",
     )
 
 
@@ -43,41 +49,49 @@ class MlflowSpec(Model):
     """MLflow."""
 
     experiment: Annotated[FreeText, StringConstraints(min_length=1, max_length=128)] = Field(
-        description="Experiment that the runs belong to; each stage is a run in it."
+        description="Experiment for the runs. Each stage is a run."
     )
     tracking_uri: Annotated[PathText, AfterValidator(_without_password)] | None = Field(
         default=None,
-        description="Server to log to, where compute nodes reach one; files in RUN/mlruns when left out. What it asks to log in with goes into MLFLOW_TRACKING_TOKEN, or …_USERNAME and …_PASSWORD, never in here.",
+        description="Server to log to, if compute nodes can reach it; defaults to files in RUN/mlruns. Put "
+        "credentials in MLFLOW_TRACKING_TOKEN, or …_USERNAME and …_PASSWORD, never here.",
     )
 
 
 class TrackersSpec(Model):
-    """Where numbers go besides metrics.jsonl and TensorBoard. `pip install hpc-rlhf[trackers]` brings what they need."""
+    """Trackers that log metrics in addition to metrics.jsonl and TensorBoard.
+
+    `pip install hpc-rlhf[trackers]` installs the required packages.
+    """
 
     wandb: WandbSpec | None = Field(default=None, description="Log to Weights & Biases.")
     mlflow: MlflowSpec | None = Field(default=None, description="Log to MLflow.")
 
 
 class WebhookSpec(Model):
-    """An address that word is posted to, from the node that knows: compute nodes need a way there, or a proxy (HTTPS_PROXY)."""
+    """An address to post notifications to, which compute nodes must reach, if need be by HTTPS_PROXY."""
 
     url: Annotated[PathText, AfterValidator(_no_address)] = Field(
-        description="Where the address is, which is a secret: ${NAME}, a variable of the environment that you submit from, or a file that only you can read (chmod 600)."
+        description="Where to find the address, which is a secret: ${NAME}, a variable of the environment "
+        "that you submit from, or a file that only you can read (chmod 600)."
     )
     style: Literal["json", "slack"] = Field(
         default="json",
-        description="json posts event, run, run_dir, stage, message and text; slack posts what Slack, Mattermost and others take.",
+        description="json posts event, run, run_dir, stage, message and text; slack posts the format of "
+        "Slack, Mattermost and others.",
     )
 
 
 class NotifySpec(Model):
-    """Who hears that a run is finished, or stopped and needs a person, because of an error or a spent budget of requeues."""
+    """Who is notified when a run has finished, or has stopped and needs the user."""
 
     mail: SlurmValue | None = Field(
         default=None,
-        description="Who gets mail from Slurm: once when the run is finished, and when it stops and needs a person. Not at each requeue, as slurm.mail_type has it. Needs no network on the nodes.",
+        description="Recipient of mail from Slurm when the run has finished, and when it has stopped and "
+        "needs the user. Unlike slurm.mail_type, it sends none for requeues. Needs no network "
+        "on the nodes.",
     )
     webhook: WebhookSpec | None = Field(
         default=None,
-        description="Post to a chat or a program. Of a stop, only where sentinels wait (slurm.heal.enabled).",
+        description="Post to a chat or a program. Stops are posted only with sentinels (slurm.heal.enabled).",
     )

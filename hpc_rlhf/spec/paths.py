@@ -1,4 +1,4 @@
-"""Resolves the path-like fields of a spec: `${VAR}`, `~`, and relative paths, which start at the working directory."""
+"""Resolves the paths in a spec: `${VAR}`, `~`, and relative paths, which start at the working directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _IMAGE_FILE = re.compile(r".*\.(sif|sqsh|img)")
 
 
 def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
-    """The tree with every path-like field resolved, and what was wrong with some of them."""
+    """The tree with all paths resolved, and the problems."""
     problems: list[Problem] = []
     for pattern, resolve in _PATHS:
         root = _rewrite(root, pattern, (), resolve, problems)
@@ -32,10 +32,10 @@ def _rewrite(
     resolve: Callable[[str], str],
     problems: list[Problem],
 ) -> Node:
-    """The node with each text that the pattern leads to resolved; `*` is any key or index."""
+    """The node with every text that matches the pattern resolved; `*` matches any key or index."""
     if not pattern:
         if not isinstance(node.value, str) or not node.value or "\0" in node.value:
-            return node  # the model says what is wrong
+            return node  # the model reports it
         try:
             return replace(node, value=resolve(_expand(node.value)))
         except ValueError as error:
@@ -53,36 +53,38 @@ def _rewrite(
 
 
 def _expand(text: str) -> str:
-    """The text with variables and a leading `~` filled in."""
+    """The text with variables and a leading `~` expanded."""
 
     def value(match: re.Match[str]) -> str:
         name, default = match.groups()
-        found = os.environ.get(name) or default
-        if found is None:
+        expanded = os.environ.get(name) or default
+        if expanded is None:
             raise ValueError(
-                f"the variable {name} is not set; set it, or give a default: ${{{name}:-default}}"
+                f"the variable {name} is not set; set it, or write a default: ${{{name}:-default}}"
             )
-        return found
+        return expanded
 
     if "$" in _VARIABLE.sub("", text):
-        raise ValueError(f"{text!r} holds a $ that is not ${{NAME}} or ${{NAME:-default}}")
+        raise ValueError(f"{text!r} contains a $ that is not ${{NAME}} or ${{NAME:-default}}")
     text = _VARIABLE.sub(value, text)
     return os.path.expanduser(text) if text.startswith("~") else text
 
 
 def _is_local(text: str) -> bool:
-    """Whether a path is written as one, and not as a hub id."""
+    """Whether the text is written as a path rather than a hub id."""
     return text.startswith(("/", "./", "../", "~")) or text in (".", "..")
 
 
 def _local_or_hub(text: str) -> str:
-    """A local file or folder, made absolute, or a hub id as it is."""
+    """The absolute path of a local file or folder, or a hub id unchanged."""
     if os.path.exists(text):
         return os.path.abspath(text)
     if _is_local(text) or _FILE.fullmatch(text):
         raise ValueError(f"there is no file or folder {os.path.abspath(text)!r}")
     if not _HUB_ID.fullmatch(text):
-        raise ValueError(f"{text!r} is neither a file or folder here nor a hub id such as facebook/opt-1.3b")
+        raise ValueError(
+            f"{text!r} is neither an existing file or folder nor a hub id such as facebook/opt-1.3b"
+        )
     return text
 
 

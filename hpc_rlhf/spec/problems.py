@@ -1,4 +1,4 @@
-"""Turns pydantic's errors into problems in plain words, each at the place where the user wrote the mistake."""
+"""Turns pydantic's errors into plain messages, each at the place of the mistake in the user's file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SENTENCES = {
     "string_too_long": "has more than {max_length} characters",
     "value_error": "{error}",
 }
-# What other tools, DeepSpeed-Chat's scripts among them, call some fields.
+# Names of fields in other tools, such as DeepSpeed-Chat's scripts.
 _ELSEWHERE = {
     "learning_rate": ("lr", "actor_lr", "critic_lr"),
     "num_train_epochs": ("epochs",), "num_epochs": ("epochs",),
@@ -44,13 +44,14 @@ _ELSEWHERE = {
     "per_device_train_batch_size": ("micro_batch",), "gradient_accumulation_steps": ("global_batch",),
     "num_warmup_steps": ("warmup",), "warmup_steps": ("warmup",), "lr_scheduler_type": ("schedule",),
     "zero_stage": ("zero",), "lora_dim": ("lora",), "gradient_checkpointing": ("activation_checkpointing",),
-    "max_grad_norm": ("clip_grad",), "model_name_or_path": ("actor",), "max_length": ("max_prompt_tokens", "max_answer_tokens"),
+    "max_grad_norm": ("clip_grad",), "model_name_or_path": ("actor",),
+    "max_length": ("max_prompt_tokens", "max_answer_tokens"),
 }  # fmt: skip
-_MOST = 500  # errors looked at; nobody reads more, and a hostile file could hold a hundred thousand
+_MOST = 500  # errors reported; a hostile file could hold a hundred thousand
 
 
-class _Found:
-    """One pydantic error, and where its location leads in the user's tree."""
+class _Error:
+    """A pydantic error and its node in the user's tree."""
 
     def __init__(self, error: Any, root: Node) -> None:
         self.type: str = error["type"]
@@ -74,12 +75,12 @@ class _Found:
 
     @property
     def is_other_kind(self) -> bool:
-        """Whether a union's branch was simply not meant."""
+        """Whether it is about a branch of a union that the user did not choose."""
         return self.type in _KINDS and self.path in self.unions
 
     @property
     def is_echo(self) -> bool:
-        """Whether a list is called too short only because of the mistakes in its entries."""
+        """Whether it calls a list too short only because of errors in its entries."""
         return self.type == "too_short" and bool(self.node.value)
 
     @property
@@ -116,22 +117,22 @@ class _Found:
 
 
 def problems_of(invalid: ValidationError, root: Node) -> list[Problem]:
-    """Every problem once."""
-    errors = invalid.errors(include_url=False, include_input=False)
-    found = [one for one in (_Found(error, root) for error in errors[:_MOST]) if not one.is_echo]
+    """The problems of a spec, without duplicates."""
+    raw = invalid.errors(include_url=False, include_input=False)
+    errors = [error for error in (_Error(each, root) for each in raw[:_MOST]) if not error.is_echo]
     problems: dict[tuple[Mark | str, str], Problem] = {}
-    for one in found:
-        kinds = [_KINDS.get(one.type, "")]
-        if one.is_other_kind:
-            siblings = [other for other in found if one.path in other.unions]
-            if not all(other.is_other_kind and other.path == one.path for other in siblings):
-                continue  # another branch of the union was meant, and says what is wrong
+    for error in errors:
+        kinds = [_KINDS.get(error.type, "")]
+        if error.is_other_kind:
+            siblings = [other for other in errors if error.path in other.unions]
+            if not all(other.is_other_kind and other.path == error.path for other in siblings):
+                continue  # the user chose another branch, which reports the problem
             kinds = list(dict.fromkeys(_KINDS[other.type] for other in siblings))
-        problem = one.problem(kinds)
-        # Stages inherit slurm, and with it what is wrong there.
-        inherited = one.type == "value_error" and one.path[-1:] == ("slurm",)
-        problems.setdefault(("slurm" if inherited else one.mark, problem.what), problem)
-    if len(errors) > _MOST:
+        problem = error.problem(kinds)
+        # Stages inherit slurm, with its problems.
+        inherited = error.type == "value_error" and error.path[-1:] == ("slurm",)
+        problems.setdefault(("slurm" if inherited else error.mark, problem.what), problem)
+    if len(raw) > _MOST:
         problems[root.mark, ""] = Mark(root.mark.source).problem("has more mistakes than these")
     return list(problems.values())
 
@@ -145,7 +146,7 @@ def _below(node: Node, step: str | int) -> Node | None:
 
 
 def _close_fields(path: tuple[str | int, ...]) -> str | None:
-    """The fields that an unknown one may have meant."""
+    """Suggestions for an unknown field."""
     model = _model_at(path[:-1])
     fields = list(model.model_fields) if model else []
     wrong = str(path[-1]).replace("-", "_").lower()
@@ -165,11 +166,11 @@ def _description(path: tuple[str | int, ...]) -> str | None:
 
 
 def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The model that holds the fields at a path."""
+    """The model at a path."""
     model: type[BaseModel] | None = JobSpec
     for step in path:
         if isinstance(step, int):
-            continue  # a list's entries are of the model found in its annotation
+            continue  # the entries of a list have the model in its annotation
         field = model.model_fields.get(step) if model else None
         model = _model_in(field.annotation) if field else None
     return model
@@ -178,11 +179,11 @@ def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:
 def _model_in(annotation: object) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)
 
 
 def _shown(value: object) -> str:
-    """A value as a message shows it: short, and with nothing in it that a terminal would act on."""
+    """A value for a message: short, and without control characters."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list):

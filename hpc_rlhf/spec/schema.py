@@ -1,4 +1,4 @@
-"""The JSON Schema of a job spec as a person writes it."""
+"""The JSON Schema of a job spec as users write it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from hpc_rlhf.spec.layers import EXTENDS
 
 
 def json_schema() -> dict[str, object]:
-    """The schema of the models, and of `extends`, which is gone once a spec is loaded."""
+    """The schema of the models plus `extends`, which is resolved while loading."""
     schema = JobSpec.model_json_schema()
     required = schema.pop("required")
     schema["properties"] = {
         EXTENDS: {
             "type": "string",
             "minLength": 1,
-            "description": "Another spec, beside this one, that this one is laid over: mappings are merged, everything else is replaced.",
+            "description": "Another spec, relative to this one, to merge this one over: mappings are merged, "
+            "everything else is replaced.",
         },
         **schema["properties"],
     }
@@ -22,5 +23,5 @@ def json_schema() -> dict[str, object]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
         "title": "hpc-rlhf job spec",
-        "anyOf": [{"required": required}, {"required": [EXTENDS]}],  # what is extended may hold the rest
+        "anyOf": [{"required": required}, {"required": [EXTENDS]}],  # the extended spec may contain the rest
     }

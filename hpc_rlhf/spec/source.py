@@ -14,23 +14,26 @@ class SourceSpec(Model):
 
     path: PathText | None = Field(
         default=None,
-        description="A hub data set id, or a local file or folder (json, jsonl, csv, parquet; .gz too).",
+        description="A dataset id on the hub, or a local file or folder (json, jsonl, csv or parquet, "
+        "optionally .gz).",
     )
     demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = Field(
-        default=None, description="Make this many short dialogues on the spot, in place of a path."
+        default=None, description="Generate this many short dialogues, instead of reading a path."
     )
     format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text"] | None = Field(
         default=None,
-        description="What a row holds. prompt-chosen-rejected: columns prompt, chosen and (optional) rejected. hh: chosen and "
-        "rejected are whole transcripts of Human/Assistant turns. messages: a list of {role, content}, or chosen and rejected "
+        description="Format of the rows. prompt-chosen-rejected: columns prompt, chosen and (optional) "
+        "rejected. hh: chosen and "
+        "rejected are whole transcripts of Human/Assistant turns. messages: a list of {role, content}, or "
+        "chosen and rejected "
         "lists. instruction: instruction, input, output. text: a column of plain text.",
     )
     weight: Rate = Field(
         default=1.0,
-        description="Share of the rows used: 0.5 takes half of them, 2 takes each twice an epoch.",
+        description="How often each row is used per epoch: 0.5 uses half of the rows, 2 uses each row twice.",
     )
-    split: FreeText = Field(default="train", description="Which split of a hub data set.")
-    subset: FreeText | None = Field(default=None, description="Which configuration of a hub data set.")
+    split: FreeText = Field(default="train", description="Split of a hub dataset.")
+    subset: FreeText | None = Field(default=None, description="Configuration of a hub dataset.")
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceSpec:

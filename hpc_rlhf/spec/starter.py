@@ -1,4 +1,4 @@
-"""Writes a commented job spec for a model and a machine, to start from."""
+"""Writes a commented job spec for a model and a machine as a starting point."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ _HEAD = """\
 # {title}
 # {origin}
 #
-#   hpc-rlhf check {file}     lists everything wrong in it
-#   hpc-rlhf plan {file}      shows the jobs that it makes
-#   hpc-rlhf submit {file}    hands them to Slurm
+#   hpc-rlhf check {file}     lists every error in it
+#   hpc-rlhf plan {file}      shows the jobs
+#   hpc-rlhf submit {file}    submits them to Slurm
 name: {name}
-# On a file system that all nodes share. A relative path starts where the command is run.
+# On a file system that all nodes share. A relative path starts at the working directory.
 run_dir: ${{SCRATCH:-.}}/runs/{folder}
 seed: 1234
 
 slurm:
-  # What your site asks for; left out, the cluster's defaults hold.
+  # As your site requires; without them, the cluster's defaults apply.
   # partition: gpu
   # account: my-project
   # qos: normal
   nodes: {nodes}
   gpus_per_node: {gpus}
   cpus_per_gpu: 8
-  # Of one attempt: a stage that needs longer saves, requeues itself and goes on.
+  # Of one attempt: a stage that needs longer saves, requeues itself and resumes.
   time: "12:00:00"
   # Run on the first node before the ranks start.
   # setup: [module load cuda, source /path/to/venv/bin/activate]
@@ -35,23 +35,23 @@ slurm:
 data:
   sources:
     - {{path: Dahoas/rm-static, format: prompt-chosen-rejected}}
-  # Shares of the prompts; no prompt is in two stages.
+  # Shares of the prompts; no prompt is used by two stages.
   split: {split}
   max_prompt_tokens: 256
   max_answer_tokens: 256
 
 models:
   actor: {actor}
-  # Also the critic's start. It must share the actor's tokenizer.
+  # Also the initial critic. It must have the actor's tokenizer.
   reward: {reward}
 
 stages:
 """
 
 _FIELD_COMMENTS = {
-    "global_batch": "samples in a step; the gradients of several passes are summed",
-    "zero": "what DeepSpeed shards over the GPUs: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights",
-    "lora": "train low-rank adapters in place of all weights",
+    "global_batch": "samples per step; the gradients of several passes are accumulated",
+    "zero": "what is sharded over the GPUs: 0 nothing, 1 optimizer, 2 also gradients, 3 also weights",
+    "lora": "train low-rank adapters instead of all weights",
     "ema": "also export a moving average of the actor",
     "activation_checkpointing": "less memory, about a third more time",
 }
@@ -60,16 +60,16 @@ _FIELD_COMMENTS = {
 def write_starter(
     recipe: Recipe, *, actor: str, reward: str, name: str, title: str, origin: str, file: str
 ) -> str:
-    """The text of a job spec.
+    """The text of a starter spec.
 
     Args:
         recipe: the numbers.
-        actor: hub id or folder of the model to make a chat model of.
+        actor: hub id or folder of the model to turn into a chat model.
         reward: the same for the reward model and the critic.
-        name: of the run.
+        name: name of the run.
         title: first line of the header.
         origin: where the numbers come from, for the header.
-        file: what the spec will be called, for the header.
+        file: name of the spec's file, for the header.
     """
     kinds = [kind for kind in STAGE_KINDS if kind.name in recipe.stages]
     text = _HEAD.format(
@@ -102,14 +102,14 @@ def _stage(number: int, kind: StageKind, fields: dict[str, object], explained: s
 
 
 def _scalar(value: object) -> str:
-    """A value as a person writes it in YAML."""
+    """A value in readable YAML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_scalar(item)}" for key, item in value.items()) + "}"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value < 0.01:
         digits, _, power = f"{value:.6e}".partition("e")
-        # With a dot, since others' YAML readers take 5e-5 for text.
+        # With a dot, because other YAML readers take 5e-5 for text.
         return f"{float(digits)}e{int(power)}"
     if isinstance(value, str) and parse_yaml(value, Mark("")).value != value:
         return f'"{value}"'  # such as `no`, which YAML reads as false

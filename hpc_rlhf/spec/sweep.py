@@ -1,4 +1,4 @@
-"""A sweep: one file that asks for several runs, and which stages these have in common."""
+"""A sweep: one spec that describes several runs, and the stages that these share."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from hpc_rlhf.spec.load import check_tree, in_order
 from hpc_rlhf.spec.stages import STAGE_NAMES, kind_of
 from hpc_rlhf.spec.yaml_source import Mark, Node
 
-MOST = 200  # runs; each is a folder, and several jobs in Slurm's queue
+MAX_RUNS = 200  # each is a folder and several queued jobs
 _FIELDS = ("sweep", "sweep_limit")
 _OWN = ("name", "run_dir", *_FIELDS, "extends")
 _TIMES = {1: "once", 2: "twice"}
-_LONGEST = 48  # letters of a value in a name
+_MAX_VALUE = 48  # characters of a value in a name
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Member:
     """One run of a sweep.
 
     Attributes:
-        name: that of its folder in the sweep's, made of its values.
-        values: what it was given of each path that is swept.
-        spec: a whole spec, without the sweep.
+        name: name of its folder in the sweep's, made of its values.
+        values: its value of each swept path.
+        spec: a complete spec, without the sweep.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of a sweep, the last path's values changing fastest.
+    """The runs of a sweep; the last path varies fastest.
 
     Attributes:
-        run_dir: the folder of their run directories.
-        limit: how many runs may have jobs at work at once; None for any number.
+        run_dir: folder of their run directories.
+        limit: maximum number of runs with running jobs at a time; None for no limit.
     """
 
     run_dir: Path
@@ -61,28 +61,28 @@ class Sweep:
         return {member.name: member.spec for member in self.members}
 
     @property
-    def told(self) -> str:
-        """How often each stage has to be run, in words."""
-        lent = lenders(self.specs)
-        trained = Counter(
+    def summary(self) -> str:
+        """How often each stage has to run, in words."""
+        shared = lenders(self.specs)
+        runs_per_stage = Counter(
             stage
             for name, spec in self.specs.items()
             for stage in spec.stage_names
-            if (name, stage) not in lent
+            if (name, stage) not in shared
         )
-        often = [f"{stage} {_TIMES.get(count, f'{count} times')}" for stage, count in trained.items()]
-        return f"a sweep of {len(self.members)} runs: {', '.join(often)}"
+        counts = [f"{stage} {_TIMES.get(count, f'{count} times')}" for stage, count in runs_per_stage.items()]
+        return f"a sweep of {len(self.members)} runs: {', '.join(counts)}"
 
 
 def load_any(path: Path | str, sets: Sequence[str] = ()) -> JobSpec | Sweep:
-    """Load a user's spec, be it of one run or of a sweep.
+    """Load a user's spec, of a single run or a sweep.
 
     Args:
         path: the spec file.
-        sets: options `a.b.c=VALUE` laid over it, the last one uppermost.
+        sets: options `a.b.c=VALUE` to apply, in order.
 
     Raises:
-        SpecError: all that is wrong with it or with any of the runs, each with its place.
+        SpecError: every problem in it or in any of the runs, with its place.
     """
     root = read_layers(Path(path), sets)
     sweep = root.get("sweep")
@@ -97,69 +97,69 @@ def load_any(path: Path | str, sets: Sequence[str] = ()) -> JobSpec | Sweep:
 
 
 def specs_of(spec: JobSpec | Sweep) -> tuple[JobSpec, ...]:
-    """The specs of all runs that a file makes, a sweep's in its order."""
+    """The specs of all runs of a file, in order."""
     return (spec,) if isinstance(spec, JobSpec) else tuple(member.spec for member in spec.members)
 
 
 def lenders(specs: Mapping[str, JobSpec]) -> dict[tuple[str, str], str]:
-    """Which stages of which runs another run trains for them: (run, stage) -> the first run that has the same stage.
+    """The stages that another run trains: (run, stage) -> the first run with the same stage.
 
     Args:
-        specs: of the runs by name, in the order in which they came to be.
+        specs: specs of the runs by name, in order of creation.
     """
     first: dict[str, str] = {}
-    lent = {}
+    shared = {}
     for name, spec in specs.items():
         for stage in spec.stage_names:
-            lender = first.setdefault(_bearing(spec, stage), name)
+            lender = first.setdefault(_fingerprint(spec, stage), name)
             if lender != name:
-                lent[name, stage] = lender
-    return lent
+                shared[name, stage] = lender
+    return shared
 
 
-def _bearing(spec: JobSpec, stage: str) -> str:
-    """All that bears on what a stage makes, as text: equal for two runs that may share it."""
-    facts = {
+def _fingerprint(spec: JobSpec, stage: str) -> str:
+    """A hash of everything that affects the result of a stage: equal for runs that can share it."""
+    inputs = {
         "stage": stage,
         "fields": spec.stage(stage).model_dump(mode="json", exclude={"slurm"}),
         "ranks": spec.stage(stage).slurm.model_dump(mode="json", include=set(SIZE)),
-        "needs": [_bearing(spec, need) for need in spec.needs(stage)],
+        "needs": [_fingerprint(spec, need) for need in spec.needs(stage)],
         "seed": spec.seed,
         "data": spec.data.model_dump(mode="json"),
         "models": spec.models.model_dump(mode="json", include=set(kind_of(stage).models)),
-        "trained": spec.trained,  # they share the prompts out among themselves
+        "trained": spec.trained,  # the prompts are divided among them
     }
-    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def _axes(root: Node, sweep: Node) -> dict[str, Node]:
     """The lists of values by path.
 
     Raises:
-        SpecError: a path or a list is none.
+        SpecError: a path or a list is invalid.
     """
     if not isinstance(sweep.value, dict) or not sweep.value:
-        what = "must be a mapping of paths to lists of values"
+        what = "must map paths to lists of values"
         raise SpecError([sweep.mark.problem(what, "such as {stages.ppo.kl_coef: [0.02, 0.1]}", "sweep")])
-    problems = [problem for path, node in sweep.value.items() for problem in _wrong(root, path, node)]
+    problems = [problem for path, node in sweep.value.items() for problem in _problems(root, path, node)]
     count = math.prod(len(node.value) for node in sweep.value.values() if isinstance(node.value, list))
-    if not problems and count > MOST:
-        hint = "take fewer values, or make several sweeps"
+    if not problems and count > MAX_RUNS:
+        hint = "use fewer values, or several sweeps"
         problems.append(
-            (sweep.key or sweep.mark).problem(f"makes {count} runs; {MOST} are the most", hint, "sweep")
+            (sweep.key or sweep.mark).problem(f"makes {count} runs; the maximum is {MAX_RUNS}", hint, "sweep")
         )
     if problems:
         raise SpecError(in_order(problems))
     return sweep.value
 
 
-def _wrong(root: Node, path: str, node: Node) -> Iterator[Problem]:
+def _problems(root: Node, path: str, node: Node) -> Iterator[Problem]:
     keys, key = path.split("."), node.key or node.mark
     if not all(keys) or keys[0] in _OWN:
-        what = "is nothing that runs of a sweep can differ in"
+        what = "cannot differ between the runs of a sweep"
         yield key.problem(what, "name a field by its path, such as stages.ppo.kl_coef", f"sweep.{path}")
     elif keys[0] == "stages" and keys[2:] and _is_absent(root, keys[1]):
-        yield key.problem(f"there is no stage {keys[1]} in this spec", None, f"sweep.{path}")
+        yield key.problem(f"this spec has no {keys[1]} stage", None, f"sweep.{path}")
     if not isinstance(node.value, list) or not node.value:
         yield node.mark.problem("must be a list of values", "such as [0.02, 0.1]", f"sweep.{path}")
 
@@ -179,31 +179,33 @@ def _limit(root: Node) -> int | None:
 
 
 def _members(base: Node, axes: Mapping[str, Node]) -> tuple[Member, ...]:
-    """Every run of the product of all values.
+    """The runs for all combinations of values.
 
     Raises:
-        SpecError: all that is wrong with any of them.
+        SpecError: every problem in any of them.
     """
-    words = short_names(list(axes))
+    labels = short_names(list(axes))
     named: dict[str, dict[str, Node]] = {}
     lists = [node.value for node in axes.values() if isinstance(node.value, list)]
     for chosen in product(*lists):
         by_path = dict(zip(axes, chosen, strict=True))
-        name = _cut("+".join(f"{words[path]}={_text(node.plain())}" for path, node in by_path.items()), 200)
+        name = _truncate(
+            "+".join(f"{labels[path]}={_text(node.plain())}" for path, node in by_path.items()), 200
+        )
         if name in named:
-            hint = "give each value once, and none that differs only in signs that a name cannot have"
+            hint = "give each value once; values must differ in characters that are allowed in names"
             mark = next(iter(axes.values())).mark
-            raise SpecError([mark.problem(f"two runs would be in the folder {name}", hint, "sweep")])
+            raise SpecError([mark.problem(f"two runs would have the folder {name}", hint, "sweep")])
         named[name] = by_path
-    members, wrong = [], dict[Problem, list[str]]()
+    members, problems = [], dict[Problem, list[str]]()
     for name, by_path in named.items():
         try:
             members.append(_member(base, name, by_path, axes))
         except SpecError as error:
             for problem in error.problems:
-                wrong.setdefault(problem, []).append(name)
-    if wrong:
-        raise SpecError(in_order([_told(problem, names, named) for problem, names in wrong.items()]))
+                problems.setdefault(problem, []).append(name)
+    if problems:
+        raise SpecError(in_order([_with_runs(problem, runs, named) for problem, runs in problems.items()]))
     return tuple(members)
 
 
@@ -212,23 +214,23 @@ def _member(base: Node, name: str, by_path: Mapping[str, Node], axes: Mapping[st
     for path, node in by_path.items():
         tree = put(tree, path.split("."), node, axes[path].key or node.mark)
     spec = check_tree(tree)
-    # Slurm shows the run's name, which has fewer signs to choose from.
-    shown = _cut(f"{spec.name}.{name.replace('=', '-').replace('+', '.')}", 128)
+    # Slurm shows the run's name, which allows fewer characters than the folder.
+    shown = _truncate(f"{spec.name}.{name.replace('=', '-').replace('+', '.')}", 128)
     own = {"name": shown, "run_dir": str(Path(spec.run_dir, name))}
     return Member(name, {path: node.plain() for path, node in by_path.items()}, spec.model_copy(update=own))
 
 
-def _told(problem: Problem, names: Sequence[str], all_: Mapping[str, Mapping[str, Node]]) -> Problem:
-    """A problem, with the runs that have it where its place does not tell that."""
+def _with_runs(problem: Problem, names: Sequence[str], all_: Mapping[str, Mapping[str, Node]]) -> Problem:
+    """The problem, with the runs that have it unless its place makes that clear."""
     values = {node.mark for by_path in all_.values() for node in by_path.values()}
     if len(names) == len(all_) or Mark(problem.source, problem.line, problem.column) in values:
         return problem
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return replace(problem, what=f"{problem.what}; so it is in the run {names[0]}{more}")
+    return replace(problem, what=f"{problem.what} (in the run {names[0]}{more})")
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """The last words of each path, as many as tell it from the others."""
+    """The shortest suffix of each path that identifies it."""
     short = {}
     for path in paths:
         keys = path.split(".")
@@ -242,11 +244,11 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _text(value: object) -> str:
-    """A value as a part of a folder's name."""
+    """A value as part of a folder name."""
     plain = value if isinstance(value, str) else json.dumps(value)
-    return _cut(re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-") or "none", _LONGEST)
+    return _truncate(re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-") or "none", _MAX_VALUE)
 
 
-def _cut(text: str, most: int) -> str:
-    """At most so many letters, the last ones telling apart what was cut."""
-    return text if len(text) <= most else f"{text[: most - 9]}-{sha256(text.encode()).hexdigest()[:8]}"
+def _truncate(text: str, length: int) -> str:
+    """The text truncated to a length, with a hash at its end to keep it unique."""
+    return text if len(text) <= length else f"{text[: length - 9]}-{sha256(text.encode()).hexdigest()[:8]}"

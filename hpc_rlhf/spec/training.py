@@ -1,4 +1,4 @@
-"""What stages have in common: how a model is trained, and how it is held in memory."""
+"""Settings that stages share: how a model is trained, and how it is held in memory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from hpc_rlhf.spec.cluster import SlurmSpec
-from hpc_rlhf.spec.fields import AUTO, SPAN, Fraction, Model, Name, NonNegative, Positive, Rate, Span
+from hpc_rlhf.spec.fields import AUTO, DURATION, Duration, Fraction, Model, Name, NonNegative, Positive, Rate
 
 
-def _cadence(raw: object) -> object:
+def _checkpoint_interval(raw: object) -> object:
     if isinstance(raw, int) and not isinstance(raw, bool) and 1 <= raw < 2**31:
         return raw
-    if raw == "auto" or (isinstance(raw, str) and re.fullmatch(SPAN, raw)):
+    if raw == "auto" or (isinstance(raw, str) and re.fullmatch(DURATION, raw)):
         return raw
-    raise ValueError("must be a number of steps, a time such as 10 min, or auto")
+    raise ValueError("must be a number of steps, a duration such as 10 min, or auto")
 
 
 def _or_auto(**schema: object) -> WithJsonSchema:
-    """What a person may write of a field for which a number is chosen where they write auto."""
+    """The JSON Schema of a field that also takes the word auto."""
     return WithJsonSchema({"anyOf": [schema, {"const": AUTO}]})
 
 
@@ -29,155 +29,193 @@ class LoraSpec(Model):
 
     rank: Positive = Field(description="Rank of the update.")
     alpha: Rate | None = Field(
-        default=None, description="The update is scaled by alpha / rank; alpha is the rank when left out."
+        default=None, description="The update is scaled by alpha / rank. Defaults to the rank."
     )
     targets: tuple[Name, ...] | None = Field(
         default=None,
-        description="Names of the linear modules to adapt, such as q_proj; all but the output head when left out.",
+        description="Names of the linear modules to adapt, such as q_proj; by default, all except the "
+        "output head.",
     )
     only: bool = Field(
         default=True,
-        description="Train only the adapters. False also trains every weight that is not adapted.",
+        description="Train only the adapters. false also trains all weights without adapters.",
     )
 
 
 class StageSpec(Model):
-    """What all stages have in common."""
+    """Settings of all stages."""
 
     micro_batch: Annotated[Positive, _or_auto(type="integer", minimum=1)] = Field(
         default=4,
-        description="Samples of the greatest length that one forward and backward pass on one GPU has memory for. Shorter ones are laid end to end without padding, so that a pass holds more of them. auto chooses the fastest that fits, by the estimates of `hpc-rlhf plan`, and needs slurm.gpu and global_batch.",
+        description="Samples of maximum length that one GPU processes in a forward and backward pass. "
+        "Shorter samples are packed without padding, so a pass holds more of them. auto "
+        "chooses the fastest size that fits, based on the estimates of `hpc-rlhf plan`; it "
+        "needs slurm.gpu and global_batch.",
     )
     zero: Annotated[Literal[0, 1, 2, 3], _or_auto(enum=[0, 1, 2, 3])] = Field(
         default=0,
-        description="DeepSpeed's ZeRO stage: what is sharded over the ranks. 0 nothing, 1 optimizer, 2 and gradients, 3 and weights. Higher needs less memory and more traffic. auto chooses the fastest that fits, and needs slurm.gpu.",
+        description="DeepSpeed's ZeRO stage, which sets what is sharded over the ranks: 0 nothing, 1 the "
+        "optimizer state, 2 also the gradients, 3 also the weights. Higher stages need less "
+        "memory and more communication. auto chooses the fastest that fits; it needs slurm.gpu.",
     )
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         default="bf16", description="Precision of the forward and backward passes."
     )
     offload_params: bool = Field(
         default=False,
-        description="Keep the weights in CPU memory and bring each layer to the GPU when it is its turn. For a model whose shards alone do not fit the GPUs: every pass waits for the bus. Needs zero: 3.",
+        description="Keep the weights in CPU memory and copy each layer to the GPU when it is needed. For "
+        "models whose shards alone do not fit on the GPUs; every pass waits for the transfers. "
+        "Needs zero: 3.",
     )
     slurm: SlurmSpec = Field(
-        default=SlurmSpec(), description="Slurm settings of this stage, over those of the top-level slurm."
+        default=SlurmSpec(), description="Slurm settings of this stage. They override the top-level slurm."
     )
 
     @model_validator(mode="after")
-    def _strategy_sound(self) -> StageSpec:
+    def _check_strategy(self) -> StageSpec:
         self.check_strategy()
         return self
 
     def check_strategy(self) -> None:
-        """Raises ValueError where settings of optimizer, ZeRO and offload do not go together."""
+        """Raise ValueError if the optimizer, ZeRO and offload settings are incompatible."""
         if self.offload_params and self.zero != 3:
-            raise ValueError("offload_params needs zero: 3, which alone fetches weights layer by layer")
+            raise ValueError(
+                "offload_params needs zero: 3, because only ZeRO-3 fetches weights layer by layer"
+            )
 
     @property
     def strategies(self) -> dict[str, StageSpec]:
-        """How each of the stage's models is held in memory, by the model's name; the one trained has none."""
+        """How each model of the stage is held in memory, by role; the one in training has the empty name."""
         return {"": self}
 
 
 class TrainingSpec(StageSpec):
-    """What all stages that train have in common."""
+    """Settings of all stages that train."""
 
     epochs: Positive = Field(default=1, description="Passes over the stage's data.")
     max_steps: Positive | None = Field(
-        default=None, description="Stop after this many steps even if epochs are left."
+        default=None, description="Stop after this many steps, even if epochs remain."
     )
     global_batch: Positive | None = Field(
         default=None,
-        description="Samples in one optimizer step over all GPUs; micro_batch times ranks when left out. Accumulation follows from it.",
+        description="Samples per optimizer step over all GPUs; defaults to micro_batch times ranks. "
+        "Gradient accumulation follows from it.",
     )
     warmup: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Optimizer steps over which the learning rate rises from 0."
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate goes on after the warm-up."
+        default="cosine", description="Learning rate schedule after the warm-up."
     )
     weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")
-    clip_grad: Rate = Field(default=1.0, description="Largest norm of the gradient.")
+    clip_grad: Rate = Field(default=1.0, description="Gradients are clipped to this norm.")
     tensor_parallel: Positive = Field(
         default=1,
-        description="Neighbouring ranks of a node that share every layer of a model (DeepSpeed's AutoTP) and work on the same samples. For a model that does not fit a GPU on a node whose GPUs are linked fast: a layer's parts are never gathered, as ZeRO-3 has to, but all ranks of a group wait for each other twice a layer. Fewer ranks then have samples of their own. Needs zero: 0, 1 or 2, and heads that it divides. Embeddings, head and an evaluation's models stay whole.",
+        description="Size of the groups of neighboring ranks on a node that split every layer (DeepSpeed's "
+        "AutoTP) and process the same samples. For models that do not fit on one GPU, on nodes "
+        "with fast links between GPUs: unlike ZeRO-3, no weights are gathered, but the ranks "
+        "of a group synchronize twice per layer. Needs zero: 0, 1 or 2, and a number of "
+        "attention heads that it divides. Embeddings, the output head and the models of an "
+        "evaluation are not split.",
     )
     optimizer: Literal["adamw", "onebit-adam"] = Field(
         default="adamw",
-        description="onebit-adam sends about a thirtieth of AdamW's bytes between ranks (arXiv 2102.02888), for nodes on a slow network; it takes 4 more bytes of memory a weight, and zero: 0.",
+        description="onebit-adam (arXiv 2102.02888) sends about a thirtieth of AdamW's bytes between "
+        "ranks, for slow networks. It takes 4 more bytes of memory per weight and needs zero: "
+        "0.",
     )
     onebit_warmup: Positive = Field(
         default=100,
-        description="Steps that onebit-adam is AdamW before it freezes the variance: past the learning rate's warm-up, and about a seventh of all.",
+        description="Steps during which onebit-adam runs as AdamW before it freezes the variance. Choose "
+        "more than the learning rate's warm-up, about a seventh of all steps.",
     )
     offload: Literal["auto"] | None = Field(
         default=None,
-        description="auto chooses offload_optimizer, offload_params and offload_frozen: what is fastest of all that fits. Needs slurm.gpu; leave those three out. A run keeps what was chosen for it.",
+        description="auto chooses offload_optimizer, offload_params and offload_frozen: the fastest "
+        "combination that fits. Needs slurm.gpu, and these three must not be set. A run keeps "
+        "the choice.",
     )
     offload_optimizer: bool = Field(
         default=False,
-        description="Keep the optimizer's state, 12 bytes a weight, in CPU memory and update the weights there. For a model that does not fit the GPUs otherwise: a step waits for the CPU. Needs zero: 1 or more.",
+        description="Keep the optimizer state, 12 bytes per weight, in CPU memory and update the weights "
+        "there. For models that do not fit otherwise; every step waits for the CPU. Needs "
+        "zero: 1 or higher.",
     )
     activation_checkpointing: bool = Field(
         default=False,
-        description="Keep fewer activations and compute them again in the backward pass: less memory, about a third more time.",
+        description="Recompute activations in the backward pass: less memory, about a third more time.",
     )
-    dropout: Fraction = Field(default=0.0, description="Dropout while training.")
+    dropout: Fraction = Field(default=0.0, description="Dropout during training.")
     lora: LoraSpec | None = Field(
         default=None,
-        description="Train low-rank adapters in place of the whole model (in PPO: of the actor).",
+        description="Train low-rank adapters instead of all weights (in PPO: of the actor).",
     )
-    checkpoint_every: Annotated[int | str, BeforeValidator(_cadence)] = Field(
+    checkpoint_every: Annotated[int | str, BeforeValidator(_checkpoint_interval)] = Field(
         default="auto",
-        description="How often to save: a number of steps, a time such as 10 min, or auto: as often as loses the least time at the mttf, by what a checkpoint is measured to cost (Young and Daly: the root of 2 * cost * mttf). One is also written whenever the stage is told to stop.",
+        description="How often to save: a number of steps, a duration such as 10 min, or auto. auto "
+        "minimizes the time lost, using the measured cost of a checkpoint (Young and Daly: the "
+        "square root of 2 * cost * mttf). A checkpoint is also written whenever the stage has "
+        "to stop.",
     )
-    mttf: Span = Field(
+    mttf: Duration = Field(
         default="24 h",
-        description="Mean time between ends that nobody announces: a node or a process dies, for checkpoint_every: auto. Preemptions and time limits are announced, so a day suits a few nodes; give a few hours for hundreds of GPUs or an unreliable cluster.",
+        description="Mean time between failures without warning, such as the loss of a node or process; "
+        "for checkpoint_every: auto. Preemptions and time limits come with a warning and do "
+        "not count. A day suits a few nodes; use a few hours for hundreds of GPUs or an "
+        "unreliable cluster.",
     )
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Checkpoints kept.")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="Number of checkpoints to keep."
+    )
 
     def check_strategy(self) -> None:
         super().check_strategy()
         if self.optimizer == "onebit-adam" and self.zero != 0:
             raise ValueError(
                 "onebit-adam needs zero: 0, because every rank compresses the momentum of all weights, and "
-                "ZeRO leaves it only a share of them"
+                "under ZeRO "
+                "a rank has only a shard of them"
             )
         if self.tensor_parallel > 1 and self.zero == 3:
             raise ValueError(
-                "tensor_parallel needs zero: 0, 1 or 2, because ZeRO-3 shards the same layers; use one of them"
+                "tensor_parallel needs zero: 0, 1 or 2, because ZeRO-3 shards the same layers; use one or "
+                "the other"
             )
         if self.tensor_parallel > 1 and self.optimizer == "onebit-adam":
             raise ValueError(
-                "tensor_parallel needs optimizer: adamw, because onebit-adam averages momenta over all ranks, which then "
-                "have different parts of the layers"
+                "tensor_parallel needs optimizer: adamw, because onebit-adam averages momenta over all "
+                "ranks, which hold "
+                "different parts of the layers"
             )
         if self.offload_optimizer and self.zero == 0:
             raise ValueError(
-                "offload_optimizer needs zero: 1 or more, because it is ZeRO's share of the optimizer that is moved"
+                "offload_optimizer needs zero: 1 or higher, because it moves ZeRO's shard of the optimizer "
+                "state"
             )
 
 
 class ReferredSpec(TrainingSpec):
-    """What stages have in common that hold the model in training against frozen ones."""
+    """Settings of stages that compare the model in training with frozen models."""
 
     offload_frozen: bool = Field(
         default=False,
-        description="Keep the weights of frozen models, the reference and the reward model, in CPU memory, sharded over the ranks, and bring them to the GPU layer by layer. They are asked but once for each answer; their memory goes to larger micro-batches.",
+        description="Keep the weights of the frozen models (reference and reward model) in CPU memory, "
+        "sharded over the ranks, and copy them to the GPU layer by layer. They are used only "
+        "once per response, and the freed memory allows larger micro-batches.",
     )
 
     def check_strategy(self) -> None:
         super().check_strategy()
         if self.tensor_parallel > 1 and self.offload_frozen:
             raise ValueError(
-                "offload_frozen needs tensor_parallel: 1, because it shards the frozen models by ZeRO-3; tensor_parallel "
-                "takes from their memory, too"
+                "offload_frozen needs tensor_parallel: 1, because it shards the frozen models with ZeRO-3; "
+                "tensor_parallel "
+                "also reduces their memory"
             )
 
     @property
     def of_frozen(self) -> StageSpec:
-        """This spec as the frozen counterpart of the model in training takes it."""
+        """The settings of a frozen copy of the model in training."""
         offload = {"zero": 3, "offload_params": True} if self.offload_frozen else {}
         return self.model_copy(update={"offload_optimizer": False, **offload})

@@ -1,8 +1,8 @@
-"""YAML text to a tree of nodes that know their place, with the semantics of `yaml.safe_load`, made safer.
+"""Parses YAML into nodes with places. A stricter and safer `yaml.safe_load`.
 
-The differences: a duplicate key is an error; `1e-4` is a number; what has another face than its number (`0123`,
-`0x1f`, `1_000`, `12:00:00`) and dates are text; keys are text; and what could blow up (aliases of aliases,
-depth, size) is bounded.
+The differences: a duplicate key is an error; `1e-4` is a number; dates and numbers in unusual notations
+(`0123`, `0x1f`, `1_000`, `12:00:00`) are text; keys must be text; size, depth and expansion of aliases are
+limited.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000
 MAX_DEPTH = 40
 
-# The C parser is ten times as fast and reports the same places. Its own composer overflows the stack on deep nesting.
+# The C parser is ten times as fast and reports the same places. Its composer overflows on deep nesting.
 _BASES: Any = (Composer, yaml.CSafeLoader) if yaml.__with_libyaml__ else (yaml.SafeLoader,)
 
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -38,11 +38,11 @@ _TAG = "tag:yaml.org,2002:"
 _PLAIN = "plain"  # our tag of a scalar without quotes and without a tag
 _COLLECTIONS = (_TAG + "map", _TAG + "seq")
 
-# What a mistake that the parser words in its own terms mostly is.
+# Likely causes of the parser's messages.
 _YAML_HINTS = {
     "cannot start any token": "indent with spaces, not tabs; quote text that starts with a special character",
     "tab character": "indent with spaces, not tabs",
-    "mapping values are not allowed": "indent the fields of a mapping alike; quote text that holds a colon and a space",
+    "mapping values are not allowed": "indent fields alike; quote text with a colon and a space",
     "did not find expected key": "indent the fields of a mapping alike",
     "second occurrence": "give every anchor a name of its own",
     "found another document": "a job spec is one document: remove `---`",
@@ -53,7 +53,7 @@ Scalar = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Mark:
-    """A place: a file with line and column from 1, or a `--set` with neither."""
+    """A place: a file with line and column from 1, or a `--set` option without them."""
 
     source: str
     line: int = 0
@@ -65,13 +65,13 @@ class Mark:
 
 @dataclass(frozen=True)
 class Node:
-    """A value of a spec and where it was written.
+    """A value of a spec and its place.
 
     Attributes:
         value: a scalar, a dict of nodes or a list of nodes.
-        mark: where the value starts.
-        key: where its key is written, for a value in a mapping.
-        height: levels of the tree, aliases followed.
+        mark: place of the value.
+        key: place of its key, if it is in a mapping.
+        height: levels of the tree, with aliases expanded.
     """
 
     value: Scalar | dict[str, Node] | list[Node]
@@ -80,7 +80,7 @@ class Node:
     height: int = field(default=1, repr=False)
 
     def plain(self) -> Any:
-        """The value without places; sequences become tuples, as the models hold them."""
+        """The value without places; sequences become tuples, as in the models."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
@@ -96,14 +96,14 @@ class Node:
 
 
 def read_yaml(path: Path, shown: str) -> Node:
-    """Read a file whose top is a mapping.
+    """Read a file that contains a mapping.
 
     Args:
         path: the file.
         shown: its name in messages.
 
     Raises:
-        SpecError: it cannot be read, or is no such YAML.
+        SpecError: the file cannot be read, or is not such YAML.
     """
     mark = Mark(shown)
     try:
@@ -114,7 +114,7 @@ def read_yaml(path: Path, shown: str) -> Node:
     except ValueError as error:  # a NUL in the name
         raise SpecError([mark.problem(f"cannot read it: {error}")]) from error
     if len(raw) > MAX_BYTES:
-        raise SpecError([mark.problem(f"is larger than {MAX_BYTES >> 20} MiB; a job spec is not")])
+        raise SpecError([mark.problem(f"is larger than {MAX_BYTES >> 20} MiB, too large for a job spec")])
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -126,18 +126,18 @@ def read_yaml(path: Path, shown: str) -> Node:
         raise SpecError([mark.problem("is empty", "`hpc-rlhf init` writes a spec to start from")])
     if not isinstance(node.value, dict):
         raise SpecError(
-            [node.mark.problem("must be a mapping, with fields such as `name: my-run` at its top")]
+            [node.mark.problem("must be a mapping, with top-level fields such as `name: my-run`")]
         )
     return node
 
 
 def parse_yaml(text: str, origin: Mark) -> Node:
-    """Parse one YAML document; places are relative to `origin`, or all `origin` when it has no line."""
+    """Parse one YAML document. Places are relative to `origin`, or equal to it if it has no line."""
     if bad := _UNPRINTABLE.search(text):
         line = text.count("\n", 0, bad.start())
         column = bad.start() - (text.rfind("\n", 0, bad.start()) + 1)
         place = replace(origin, line=line + 1, column=column + 1) if origin.line else origin
-        raise SpecError([place.problem(f"holds the control character {bad.group()!a}")])
+        raise SpecError([place.problem(f"contains the control character {bad.group()!a}")])
     try:
         node = yaml.compose(text, Loader=_Loader)
         return Node(None, origin) if node is None else _Converter(origin).convert(node)
@@ -153,7 +153,7 @@ def parse_yaml(text: str, origin: Mark) -> Node:
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """YAML that a job spec must not hold."""
+    """YAML that is not allowed in a job spec."""
 
     def __init__(self, at: Any, what: str, hint: str | None = None) -> None:
         super().__init__(problem=what, problem_mark=at.start_mark, note=hint)
@@ -200,7 +200,7 @@ class _Converter:
         before = self._count
         self._count += known[1] if known else 1
         if self._count > MAX_VALUES:
-            raise _Refused(node, f"holds more than {MAX_VALUES} values, aliases followed")
+            raise _Refused(node, f"contains more than {MAX_VALUES} values with aliases expanded")
         if known:
             return known[0]
         if isinstance(node, yaml.ScalarNode):
@@ -213,7 +213,7 @@ class _Converter:
         below = value.values() if isinstance(value, dict) else value
         height = 1 + max((each.height for each in below), default=0)
         if height > MAX_DEPTH:
-            raise _Refused(node, f"is nested more than {MAX_DEPTH} levels deep once its aliases are followed")
+            raise _Refused(node, f"is nested more than {MAX_DEPTH} levels deep with aliases expanded")
         converted = Node(value, self._mark(node), height=height)
         self._converted[id(node.value)] = converted, self._count - before
         return converted
@@ -237,7 +237,7 @@ class _Converter:
         return merged | fields
 
     def _merge(self, value: Node, key_node: yaml.Node) -> dict[str, Node]:
-        """The fields that `<<: *base` or `<<: [*first, *second]` brings in; earlier ones win."""
+        """The fields merged by `<<: *base` or `<<: [*first, *second]`; earlier ones win."""
         fields: dict[str, Node] = {}
         for node in value.value if isinstance(value.value, list) else [value]:
             if not isinstance(node.value, dict):
@@ -260,7 +260,7 @@ class _Converter:
 
 
 def _plain_scalar(text: str) -> Scalar:
-    """What an unquoted scalar means."""
+    """The value of an unquoted scalar."""
     if _NULL.match(text):
         return None
     if _BOOL.match(text):

@@ -1,4 +1,4 @@
-"""Batches divide exactly, or the error names values that do."""
+"""Batches divide evenly, or the error suggests values that do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_global_batch_follows_from_micro_batch() -> None:
     assert derive_batch(stage(4, 3, 36), "sft") == Batch(micro=4, accumulation=3, ranks=3, global_=36)
 
 
-def test_ranks_that_share_layers_have_the_same_samples() -> None:
+def test_tensor_parallel_ranks_share_samples() -> None:
     fields = {"micro_batch": 4, "tensor_parallel": 2, "slurm": {"nodes": 3, "gpus_per_node": 4}}
     spec = SftSpec.model_validate(fields)
     assert derive_batch(spec, "sft") == Batch(micro=4, accumulation=1, ranks=6, global_=24)
@@ -33,7 +33,7 @@ def test_ranks_that_share_layers_have_the_same_samples() -> None:
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 5000))
-def test_every_fix_named_works(micro: int, ranks: int, total: int) -> None:
+def test_every_suggested_fix_works(micro: int, ranks: int, total: int) -> None:
     if total % (micro * ranks) == 0:
         batch = derive_batch(stage(micro, ranks, total), "sft")
         assert batch.micro * batch.accumulation * batch.ranks == batch.global_ == total

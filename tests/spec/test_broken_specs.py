@@ -1,4 +1,4 @@
-"""Every kind of mistake in a spec is reported in plain words at the place where it was made."""
+"""Every kind of mistake in a spec is reported in plain words with its place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hpc_rlhf.errors import SpecError
 from hpc_rlhf.spec.load import load_spec
 from tests.spec.texts import GOOD, problems_in, write
 
-# What breaks the good spec, and the problem that it makes: (name, old text, new text, place and words).
+# Changes that break the good spec, and the resulting problem: (name, old text, new text, place and message).
 BROKEN = [
     ("unknown field", "partition: gpu", "partiton: gpu", "4:3: slurm.partiton: is not a field (did you mean partition?)"),
     ("unknown field, half a name", "lr: 1e-4", "clip: 1", "17:5: stages.sft.clip: is not a field (did you mean clip_grad?)"),
@@ -36,9 +36,9 @@ BROKEN = [
     ("model made from nothing", "model_type: llama, ", "", "13:3: models.reward: from_scratch needs model_type"),
     ("neither path nor demo", "demo: 300", "weight: 2", "10:7: data.sources.1: give exactly one of path and demo"),
     ("batch that does not divide", "micro_batch: 4\n    slurm", "micro_batch: 4\n    global_batch: 30\n    slurm", "22:19: stages.ppo.global_batch: ppo's global_batch 30 is not a multiple of 16 (micro_batch 4 x 4 ranks); use global_batch: 16 or global_batch: 32"),
-    ("steered from nothing", "micro_batch: 4\n    slurm", "micro_batch: 4\n    kl_target: 6\n    kl_coef: 0\n    slurm", "20:3: stages.ppo: kl_target needs a kl_coef above 0 to start from"),
+    ("steered from nothing", "micro_batch: 4\n    slurm", "micro_batch: 4\n    kl_target: 6\n    kl_coef: 0\n    slurm", "20:3: stages.ppo: kl_target needs a kl_coef above 0"),
     ("compressed momenta of sharded weights", "lr: 1e-4", "lr: 1e-4\n    optimizer: onebit-adam\n    zero: 1", "16:3: stages.sft: onebit-adam needs zero: 0, because every rank compresses the momentum of all weights"),
-    ("whole optimizer offloaded", "lr: 1e-4", "lr: 1e-4\n    offload_optimizer: true", "16:3: stages.sft: offload_optimizer needs zero: 1 or more"),
+    ("whole optimizer offloaded", "lr: 1e-4", "lr: 1e-4\n    offload_optimizer: true", "16:3: stages.sft: offload_optimizer needs zero: 1 or higher"),
     ("whole weights offloaded", "lr: 1e-4", "lr: 1e-4\n    zero: 2\n    offload_params: true", "16:3: stages.sft: offload_params needs zero: 3"),
     ("critic's weights offloaded", "micro_batch: 4\n    slurm", "micro_batch: 4\n    zero: 3\n    critic: {zero: 1, offload_params: true}\n    slurm", "20:3: stages.ppo: critic: offload_params needs zero: 3"),
     ("layers shared over nodes", "micro_batch: 4\n    slurm", "micro_batch: 4\n    tensor_parallel: 3\n    slurm", "22:22: stages.ppo.tensor_parallel: ppo's tensor_parallel 3 does not divide the 2 ranks of a node"),
@@ -50,33 +50,33 @@ BROKEN = [
     ("owned sbatch option", "partition: gpu", "extra: {job-name: x}", "4:11: slurm.extra.job-name: hpc-rlhf owns sbatch's --job-name: use name"),
     ("short owned sbatch option", "partition: gpu", "extra: {p: x}", "4:11: slurm.extra.p: give the long name of an sbatch option"),
     ("sbatch option cut short", "partition: gpu", "extra: {depend: x}", "4:11: slurm.extra.depend: hpc-rlhf owns sbatch's --dependency"),
-    ("time in words", '"12:00:00"', "a while", "6:9: slurm.time: 'a while' must be a time limit as Slurm writes it"),
-    ("no time to save", '"12:00:00"', "2", "3:1: slurm: time 2 is 120 s, and signal_seconds would"),
-    ("no ranks", "gpus_per_node: 2", "gpus_per_node: 0", "3:1: slurm: gpus_per_node is 0, so ranks_per_node must say"),
+    ("time in words", '"12:00:00"', "a while", "6:9: slurm.time: 'a while' must be a time limit in Slurm's format"),
+    ("no time to save", '"12:00:00"', "2", "3:1: slurm: time 2 is 120 s, but signal_seconds is 180 s"),
+    ("no ranks", "gpus_per_node: 2", "gpus_per_node: 0", "3:1: slurm: gpus_per_node is 0, so ranks_per_node must set"),
     ("newline in a comment", "partition: gpu", 'comment: "a\\n#SBATCH --wrap=x"', "4:12: slurm.comment: 'a\\n#SBATCH --wrap=x' must be one line"),
     ("shell in a name", "name: good", "name: $(touch x)", "1:7: name: '$(touch x)' may hold only letters, digits and . _ -"),
     ("shell in an account", "partition: gpu", "account: nlp; rm -rf ~", "4:12: slurm.account: 'nlp; rm -rf ~' may hold only"),
     ("leading dash", "partition: gpu", "partition: --wrap=x", "4:14: slurm.partition: '--wrap=x' may hold only"),
-    ("run_dir that Slurm would fill in", "runs/good", "runs/100%j\\", "2:10: run_dir: must not contain % or \\, which Slurm"),
+    ("run_dir that Slurm would fill in", "runs/good", "runs/100%j\\", "2:10: run_dir: must not contain % or \\, which have a meaning for Slurm"),
     ("run_dir that would end a mount", "runs/good\nslurm:", 'runs/a:b,c\nslurm:\n  container: {runtime: pyxis, image: /x.sqsh}', "2:10: run_dir: must not contain , or :, which"),
     ("run_dir too long", "runs/good", "a/" * 600, "2:10: run_dir: has more than 1024 characters"),
     ("unset variable", "runs/good", "${NO_SUCH_VARIABLE}/x", "2:10: run_dir: the variable NO_SUCH_VARIABLE is not set"),
-    ("variable without braces", "runs/good", "$HOME/x", "2:10: run_dir: '$HOME/x' holds a $ that is not ${NAME}"),
+    ("variable without braces", "runs/good", "$HOME/x", "2:10: run_dir: '$HOME/x' contains a $ that is not ${NAME}"),
     ("missing file", "path: Dahoas/rm-static", "path: ./rows.jsonl", "9:14: data.sources.0.path: there is no file or folder"),
-    ("neither file nor hub id", "facebook/opt-125m", "out/sft/model", "12:10: models.actor: 'out/sft/model' is neither a file or folder here nor a hub id"),
+    ("neither file nor hub id", "facebook/opt-125m", "out/sft/model", "12:10: models.actor: 'out/sft/model' is neither an existing file or folder nor a hub id"),
     ("duplicate key", "  partition: gpu", "  partition: gpu\n  nodes: 1\n  partition: cpu", "6:3: the key 'partition' was already given (first at line 4)"),
     ("tab", "  partition: gpu", "\tpartition: gpu", "4:1: is not YAML: found character that cannot start any token (indent with spaces, not tabs"),
     ("unclosed bracket", "slurm: {nodes: 2}", "slurm: {nodes: 2", "23:1: is not YAML: did not find expected ',' or '}'"),
-    ("control character", "partition: gpu", "partition: g\x1bpu", "4:15: holds the control character '\\x1b'"),
+    ("control character", "partition: gpu", "partition: g\x1bpu", "4:15: contains the control character '\\x1b'"),
     ("tag", "partition: gpu", "partition: !!python/object:os.system x", "4:14: the tag !!python/object:os.system is not allowed in a job spec"),
     ("second document", "stages:", "---\nstages:", "15:1: is not YAML: but found another document (a job spec is one document"),
     ("unknown alias", "partition: gpu", "partition: *gpu", "4:14: is not YAML: found undefined alias"),
     ("alias of itself", "  sources:", "  sources: &a [*a]\n  other:", "8:16: the alias *a is inside its own value"),
     ("key that is no text", "partition: gpu", "12: gpu", "4:3: a key must be text (put it in quotes)"),
-    ("base that is not there", "name: good", "extends: base.yaml", "1:10: extends: there is no file 'base.yaml' (it is looked for beside"),
+    ("base that is not there", "name: good", "extends: base.yaml", "1:10: extends: there is no file 'base.yaml' (it is looked for in the folder of"),
     ("extends itself", "name: good", "extends: job.yaml", "1:10: extends: 'job.yaml' extends this file again"),
-    ("no pairs", "format: prompt-chosen-rejected}\n    - demo: 300", "format: text}", "8:3: data.sources: none holds pairs of answers"),
-    ("no stage", GOOD[GOOD.index("stages:") :], "stages: {sft: null}", "15:1: stages: name at least one stage"),
+    ("no pairs", "format: prompt-chosen-rejected}\n    - demo: 300", "format: text}", "8:3: data.sources: none contains pairs of responses"),
+    ("no stage", GOOD[GOOD.index("stages:") :], "stages: {sft: null}", "15:1: stages: set at least one stage"),
 ]  # fmt: skip
 
 
@@ -87,12 +87,12 @@ def test_good_spec_is_good(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
 )
-def test_problem_is_placed(tmp_path: Path, old: str, new: str, expected: str) -> None:
+def test_problem_is_reported_with_its_place(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert GOOD.count(old) == 1
     path = write(tmp_path, GOOD.replace(old, new))
-    found = [str(problem) for problem in problems_in(path)]
-    assert len(found) == 1, found
-    assert found[0].startswith(f"{path}:{expected}"), found
+    problems = [str(problem) for problem in problems_in(path)]
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(f"{path}:{expected}"), problems
 
 
 @pytest.mark.parametrize(
@@ -103,15 +103,15 @@ def test_problem_is_placed(tmp_path: Path, old: str, new: str, expected: str) ->
         (b"- a\n- b\n", ":1:1: must be a mapping"),
         (b"just words\n", ":1:1: must be a mapping"),
         (b"name: a\nrun_dir: \xff\xfe\n", ":2:10: is not UTF-8 text"),
-        (b"\x7fELF\x02\x01\x01\x00\x00", ":1:1: holds the control character '\\x7f'"),
+        (b"\x7fELF\x02\x01\x01\x00\x00", ":1:1: contains the control character '\\x7f'"),
         (b"a: " + b"x" * (1 << 20), ": is larger than 1 MiB"),
         (b"[" * 100_000, ":1:41: is nested more than 40 levels deep"),
-        (b"a: &a [x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 8)) for c in b"bcdefghi"), ":6:8: holds more than 50000 values, aliases followed"),
-        (b"a: &a {" + b"".join(b"k%d: 1," % i for i in range(10_000)) + b"}\n" + b"".join(b"m%d: {<<: *a}\n" % i for i in range(3000)), ":5:10: holds more than 50000 values, aliases followed"),
+        (b"a: &a [x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 8)) for c in b"bcdefghi"), ":6:8: contains more than 50000 values with aliases expanded"),
+        (b"a: &a {" + b"".join(b"k%d: 1," % i for i in range(10_000)) + b"}\n" + b"".join(b"m%d: {<<: *a}\n" % i for i in range(3000)), ":5:10: contains more than 50000 values with aliases expanded"),
     ],
     ids=["empty", "comment", "list", "words", "not-utf8", "binary", "large", "deep", "alias-bomb", "merge-bomb"],
 )  # fmt: skip
-def test_file_that_is_no_spec(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_file_that_is_not_a_spec(tmp_path: Path, content: bytes, expected: str) -> None:
     path = write(tmp_path, content)
     (problem,) = problems_in(path)
     assert str(problem).startswith(f"{path}{expected}")
@@ -124,7 +124,7 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert str(problems_in(tmp_path)[0]).endswith("cannot read it: Is a directory")
 
 
-def test_everything_wrong_is_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+def test_all_problems_are_reported_in_file_order(tmp_path: Path) -> None:
     text = (
         GOOD.replace("runs/good", "${NOPE}/x")
         .replace("gpu\n", "[]\n")
@@ -140,14 +140,14 @@ def test_everything_wrong_is_reported_at_once_in_the_order_of_the_file(tmp_path:
     ]
 
 
-def test_hostile_number_of_mistakes_is_cut(tmp_path: Path) -> None:
+def test_number_of_reported_problems_is_limited(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "".join(f"k{i}: 1\n" for i in range(5000)))
-    found = problems_in(path)
-    assert len(found) == 501
-    assert str(found[-1]) == f"{path}: has more mistakes than these"
+    problems = problems_in(path)
+    assert len(problems) == 501
+    assert str(problems[-1]) == f"{path}: has more mistakes than these"
 
 
-def test_mistake_in_the_shared_slurm_is_reported_once(tmp_path: Path) -> None:
+def test_problem_in_inherited_slurm_settings_is_reported_once(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD.replace("partition: gpu", "partition: 'a b'"))
     assert [problem.path for problem in problems_in(path)] == ["slurm.partition"]
     path = write(tmp_path, GOOD.replace('"12:00:00"', "1"))
@@ -160,13 +160,13 @@ def test_stage_overrides_shared_slurm(tmp_path: Path) -> None:
     assert spec.stage("sft").slurm == spec.slurm
 
 
-def test_message_cannot_drive_a_terminal(tmp_path: Path) -> None:
+def test_messages_have_no_control_characters(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD.replace("partition: gpu", '"\\e[31m\\nx": "\\e[32m"'))
     (problem,) = problems_in(path)
     assert str(problem).isprintable()
 
 
-def test_check_prints_them_and_ends_with_2(tmp_path: Path) -> None:
+def test_check_prints_problems_and_exits_with_2(tmp_path: Path) -> None:
     good, bad = write(tmp_path, GOOD, "good.yaml"), write(tmp_path, GOOD.replace("gpu\n", "[]\n"), "bad.yaml")
     done = subprocess.run(
         [sys.executable, "-m", "hpc_rlhf.cli", "check", str(good), str(bad)], capture_output=True, text=True
@@ -179,7 +179,7 @@ def test_check_prints_them_and_ends_with_2(tmp_path: Path) -> None:
     assert done.stderr == "1 of 2 specs cannot run\n"
 
 
-def test_spec_error_holds_one_line_a_problem(tmp_path: Path) -> None:
+def test_spec_error_has_one_line_per_problem(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         load_spec(write(tmp_path, GOOD), ["slurm.nodes=0", "seed=x"])
     assert len(str(caught.value).splitlines()) == 2

@@ -28,12 +28,12 @@ def read_back(spec: JobSpec) -> JobSpec:
 def test_job_specs_round_trip(path: Path) -> None:
     spec = load_spec(path)
     assert read_back(spec) == spec
-    # Other tools read it too, and there are no aliases in a person's way.
+    # Other tools can read it, and it has no aliases.
     assert "&id" not in dump_spec(spec)
     assert yaml.safe_load(dump_spec(spec))["name"] == spec.name
 
 
-# Text that looks like something else in one YAML or another.
+# Text that some YAML readers take for other types.
 ODD = st.sampled_from(["no", "1e-4", "1E5", "0123", "12:00:00", "~", "null", "2024-01-01", "=", "<<", ".5", "1_0", "- a", "a: b", "# x", "'", '"', "é😀", "${A}", "*a", "!x", "%a", " a ", "\\n"])  # fmt: skip
 TEXT = ODD | st.text(st.characters(blacklist_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=30)
 NUMBER = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
@@ -46,7 +46,7 @@ NUMBER = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinit
     setup=st.lists(TEXT, max_size=3),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_anything_that_is_valid_round_trips(
+def test_any_valid_spec_round_trips(
     texts: list[str], numbers: list[float], config: dict[str, Any], setup: list[str], seed: int
 ) -> None:
     spec = JobSpec.model_validate(
@@ -63,7 +63,7 @@ def test_anything_that_is_valid_round_trips(
     assert read_back(spec) == spec
 
 
-def test_job_yaml_that_was_edited_wrongly_is_refused_with_a_place(tmp_path: Path) -> None:
+def test_invalid_edit_of_job_yaml_is_reported_with_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, dump_spec(load_spec(JOBS / "tiny.yaml")).replace("seed: 1234", "seed: x"))
     with pytest.raises(SpecError, match=r"job.yaml:3:7: seed: must be a whole number"):
         read_spec(path)

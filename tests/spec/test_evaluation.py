@@ -1,4 +1,4 @@
-"""The evaluation in a spec: it waits for every other stage, and runs like the last of them where it does not say."""
+"""The evaluation in a spec: it depends on all other stages and inherits settings from the last one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def loaded(tmp_path: Path, evaluation: str, ppo: str = PPO) -> JobSpec:
     return load_spec(write(tmp_path, f"{head}  {ppo}\n  eval: {evaluation}\n"))
 
 
-def test_it_waits_for_all_and_takes_after_the_last(tmp_path: Path) -> None:
+def test_evaluation_waits_for_all_stages_and_inherits_from_the_last(tmp_path: Path) -> None:
     spec = loaded(tmp_path, "{}")
     assert spec.needs("eval") == spec.trained == ("sft", "reward", "ppo")
     evaluation = spec.stage("eval")
@@ -36,27 +36,27 @@ def test_it_waits_for_all_and_takes_after_the_last(tmp_path: Path) -> None:
     )
 
 
-def test_it_is_kept_as_it_was_resolved(tmp_path: Path) -> None:
+def test_inherited_settings_round_trip(tmp_path: Path) -> None:
     spec = loaded(tmp_path, "{}")
     (tmp_path / "kept.yaml").write_text(dump_spec(spec))
     assert read_spec(tmp_path / "kept.yaml") == spec == JobSpec.model_validate(spec.model_dump())
 
 
-def test_a_mistake_that_it_inherits_is_told_once(tmp_path: Path) -> None:
+def test_inherited_mistake_is_reported_once(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         loaded(tmp_path, "{}", ppo="ppo: {zero: 7}")
     (problem,) = caught.value.problems
     assert problem.path == "stages.ppo.zero"
 
 
-def test_it_offloads_only_what_is_sharded(tmp_path: Path) -> None:
+def test_evaluation_offload_needs_sharding(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="offload_params needs zero: 3"):
         loaded(tmp_path, "{zero: 2, offload_params: true}")
 
 
-def test_it_needs_something_to_evaluate(tmp_path: Path) -> None:
+def test_evaluation_needs_a_trained_stage_and_held_out_data(tmp_path: Path) -> None:
     alone = write(tmp_path, GOOD.partition("stages:")[0] + "stages: {eval: {}}\n")
-    assert any("name at least one stage" in problem.what for problem in problems_in(alone))
+    assert any("set at least one stage" in problem.what for problem in problems_in(alone))
     dry = write(tmp_path, GOOD.replace("data:\n", "data:\n  held_out: 0\n") + "  eval: {}\n")
     assert [str(problem).partition(": ")[2] for problem in problems_in(dry)] == [
         "data.held_out: leaves the eval stage without data"

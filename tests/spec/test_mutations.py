@@ -1,4 +1,4 @@
-"""Thousands of specs broken at random: each one loads, or ends in a SpecError that can be printed."""
+"""Randomly mutated specs: each one loads or raises a printable SpecError."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def mutate_text(text: str, rng: random.Random) -> str:
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container of a tree with every key in it."""
+    """Every container in a tree, with each of its keys."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
     return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
 
@@ -91,7 +91,7 @@ def variants(mutate: Callable[[str, random.Random], str], seed: int, count: int)
 
 
 @pytest.mark.parametrize("mutate", [mutate_text, mutate_tree])
-def test_mutated_specs_load_or_are_refused(
+def test_mutated_specs_load_or_raise_spec_error(
     tmp_path: Path, mutate: Callable[[str, random.Random], str]
 ) -> None:
     loaded, count = 0, 5000 if os.environ.get("HPC_RLHF_FUZZ") else 1000
@@ -104,13 +104,13 @@ def test_mutated_specs_load_or_are_refused(
             assert len(str(result).splitlines()) == len(result.problems), text
             continue
         loaded += 1
-        # What is taken is sound: it plans, and it reads back the same.
+        # A spec that loads can be planned, and round-trips.
         make_plan(result)
         assert read_spec(write(tmp_path, dump_spec(result), "dump.yaml")) == result, text
     assert count / 50 < loaded < 0.8 * count  # both kinds were met
 
 
-def test_check_takes_a_folder_of_them(tmp_path: Path) -> None:
+def test_check_handles_many_mutated_specs(tmp_path: Path) -> None:
     texts = variants(mutate_text, 1, 100) + variants(mutate_tree, 2, 100)
     files = [str(write(tmp_path, text, f"{i}.yaml")) for i, text in enumerate(texts)]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Path-like fields are resolved once, when a spec is loaded."""
+"""Paths are resolved once, when a spec is loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_run_dir(tmp_path: Path, written: str, resolved: str) -> None:
     assert spec.run_dir == resolved.format(here=tmp_path / "here")
 
 
-def test_local_names_win_over_hub_ids(tmp_path: Path) -> None:
+def test_local_paths_take_precedence_over_hub_ids(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     (tmp_path / "here/facebook/opt-125m").mkdir(parents=True)
     (tmp_path / "here/rows.jsonl").touch()
@@ -58,7 +58,7 @@ def test_container(tmp_path: Path) -> None:
     assert ppo.image == "nvcr.io#nvidia/pytorch:25.01-py3"
 
 
-def test_variables_mean_nothing_elsewhere(tmp_path: Path) -> None:
+def test_variables_are_expanded_only_in_paths(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path, GOOD), ["slurm.setup=['export A=${WORK}']", "slurm.comment='${WORK}'"])
     assert (spec.slurm.setup, spec.slurm.comment) == (("export A=${WORK}",), "${WORK}")
 
@@ -66,14 +66,12 @@ def test_variables_mean_nothing_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "written", ["${}", "${A", "a$", "${A:-${WORK}}", "$(pwd)", "${1}", "${EMPTY}", "${A-b}"]
 )
-def test_variable_that_is_wrong(tmp_path: Path, written: str) -> None:
+def test_invalid_variable_is_rejected(tmp_path: Path, written: str) -> None:
     (problem,) = problems_in(write(tmp_path, GOOD.replace("runs/good", f'"{written}"')))
     assert (problem.line, problem.path) == (2, "run_dir")
 
 
-def test_hostile_variable_is_refused_like_the_text_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_expanded_values_are_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORK", "/x\n#SBATCH --wrap=evil")
     (problem,) = problems_in(write(tmp_path, GOOD.replace("runs/good", "${WORK}/x")))
     assert problem.what.endswith("must be one line without control characters")

@@ -1,4 +1,4 @@
-"""The specs in jobs/ are what `hpc-rlhf init` writes, and every spec that it writes is right."""
+"""The specs in jobs/ are the output of `hpc-rlhf init`, which always writes valid specs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_job_is_what_init_writes(job: str, actor: str, reward: str, deployment: 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
 @pytest.mark.parametrize("actor", ["gpt2", "a/b-0.1b", "a/b-7b", "a/b-70b", "/models/opt-13b", "no", "1e5"])
-def test_every_starter_is_right(
+def test_every_starter_spec_is_valid(
     tmp_path: Path, deployment: str, actor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -56,11 +56,11 @@ def test_every_starter_is_right(
     ("name", "billions"),
     [("facebook/opt-1.3b", 1.3), ("opt-350m", 0.35), ("Qwen/Qwen3-8B-Base", 8), ("Mixtral-8x7B", 56), ("gpt2", None), ("a-0b", None), ("web-b2", None)],
 )  # fmt: skip
-def test_size_in_a_name(name: str, billions: float | None) -> None:
+def test_parameters_from_a_model_name(name: str, billions: float | None) -> None:
     assert billions_in(name) == billions
 
 
-def test_init_overwrites_nothing_and_says_what_is_not_proven(tmp_path: Path) -> None:
+def test_init_does_not_overwrite_and_marks_untested_sizes(tmp_path: Path) -> None:
     out = tmp_path / "mine.yaml"
     args = ("--actor", "a/b-13b", "--deployment", "single_gpu", "--out", str(out))
     assert init(*args).returncode == 0
@@ -75,6 +75,6 @@ def test_init_overwrites_nothing_and_says_what_is_not_proven(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "args", [("--actor", "a b"), ("--actor", "a\nb: c"), ("--actor", "x", "--name", "..")]
 )
-def test_init_refuses_hostile_names(args: tuple[str, ...]) -> None:
+def test_init_rejects_invalid_names(args: tuple[str, ...]) -> None:
     done = init(*args, "--deployment", "single_gpu", "--out", "-")
     assert (done.returncode, done.stdout) == (2, "")

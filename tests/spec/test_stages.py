@@ -1,4 +1,4 @@
-"""Stages and what they need: PPO a reward model, DPO neither that nor fine-tuning before it."""
+"""The inputs of stages: PPO needs a reward model, DPO needs neither that nor fine-tuning."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def write(folder: Path, text: str) -> Path:
         ),
     ],
 )
-def test_what_a_stage_starts_from(tmp_path: Path, stages: str, needs: dict[str, tuple[str, ...]]) -> None:
+def test_inputs_of_stages(tmp_path: Path, stages: str, needs: dict[str, tuple[str, ...]]) -> None:
     spec = load_spec(write(tmp_path, f"{PAIRS}stages: {{{stages}}}\n"))
     assert {name: spec.needs(name) for name in spec.stage_names} == needs
     assert spec.stage_names == tuple(needs)
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (
             "data: {sources: [{path: a.jsonl, format: text}]}",
-            "none holds pairs of answers, which the dpo stage",
+            "none contains pairs of responses, which the dpo stage",
         ),
         (
             "data: {sources: [{demo: 100}], split: {dpo: 0}}",
@@ -49,11 +49,11 @@ def test_what_a_stage_starts_from(tmp_path: Path, stages: str, needs: dict[str, 
         ),
     ],
 )
-def test_dpo_needs_pairs(tmp_path: Path, data: str, says: str) -> None:
-    with pytest.raises(SpecError, match=says):
+def test_dpo_needs_pairs(tmp_path: Path, data: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
         load_spec(write(tmp_path, f"{data}\nstages: {{dpo: {{}}}}\n"))
 
 
-def test_more_than_half_of_the_labels_cannot_be_wrong(tmp_path: Path) -> None:
+def test_label_smoothing_is_below_a_half(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"stages\.dpo\.label_smoothing: .*less than 0\.5"):
         load_spec(write(tmp_path, f"{PAIRS}stages: {{dpo: {{label_smoothing: 0.5}}}}\n"))

@@ -1,4 +1,4 @@
-"""How each of a stage's models is held in memory: what is not said follows the actor, as far as it can."""
+"""How the models of a stage are held in memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LORA = {"rank": 4}
         ({"activation_checkpointing": False}, {**EVERYTHING, "activation_checkpointing": False}),
     ],
 )
-def test_critic_follows_the_actor_in_what_it_leaves_out(
+def test_critic_inherits_unset_fields_from_the_actor(
     critic: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     made = PpoSpec.model_validate({**EVERYTHING, "lora": LORA, "critic": critic}).of_critic
@@ -32,13 +32,13 @@ def test_critic_follows_the_actor_in_what_it_leaves_out(
     assert made.lora is None
 
 
-def test_critic_has_adapters_of_its_own() -> None:
+def test_critic_has_its_own_adapters() -> None:
     spec = PpoSpec.model_validate({"lora": LORA, "critic": {"lora": {"rank": 8}}})
     assert spec.of_critic.lora is not None
     assert (spec.lora and spec.lora.rank, spec.of_critic.lora.rank) == (4, 8)
 
 
-def test_frozen_models_are_held_like_their_counterparts_or_in_cpu_memory() -> None:
+def test_frozen_models_use_their_counterparts_strategy_or_cpu_memory() -> None:
     def held(spec: PpoSpec | DpoSpec) -> dict[str, tuple[int, bool]]:
         strategies = spec.strategies.items()
         return {name: (each.zero, each.offload_params) for name, each in strategies}  # type: ignore[attr-defined]
@@ -56,15 +56,15 @@ def test_a_stage_with_one_model_has_one_strategy() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 500, "auto", "90 s", "10 min", "1.5h"])
-def test_checkpoints_come_by_steps_by_time_or_by_what_they_cost(every: int | str) -> None:
+def test_checkpoint_every_takes_steps_durations_and_auto(every: int | str) -> None:
     assert SftSpec.model_validate({"checkpoint_every": every}).checkpoint_every == every
 
 
 @pytest.mark.parametrize("every", [0, -1, 2**31, True, 1.5, "10 minutes", "often", "min", None])
-def test_what_is_no_time_and_no_number_of_steps_is_refused(every: object) -> None:
-    with pytest.raises(ValidationError, match="a number of steps, a time such as 10 min, or auto"):
+def test_checkpoint_every_rejects_other_values(every: object) -> None:
+    with pytest.raises(ValidationError, match="a number of steps, a duration such as 10 min, or auto"):
         SftSpec.model_validate({"checkpoint_every": every})
 
 
-def test_times_are_read_in_their_units() -> None:
+def test_duration_units() -> None:
     assert [seconds(span) for span in ("90 s", "10min", "1.5 h", "2 d")] == [90, 600, 5400, 172800]

@@ -1,4 +1,4 @@
-"""A sweep makes a run of every combination of its values, and a stage is shared where nothing that bears on it differs."""
+"""A sweep makes a run for every combination of values. Runs share a stage if everything that affects it is the same."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def problems(folder: Path, sweep: str) -> list[str]:
     return [str(problem).partition("job.yaml:")[2] for problem in caught.value.problems]
 
 
-def test_every_combination_is_a_whole_spec_of_its_own(tmp_path: Path) -> None:
+def test_every_combination_is_a_complete_spec(tmp_path: Path) -> None:
     sweep = load_sweep(tmp_path, SIX, "sweep_limit=2")
     assert [member.name for member in sweep.members] == [
         f"kl_coef={coef}+seed={seed}" for coef in (0.02, 0.1) for seed in (1, 2, 3)
@@ -46,18 +46,18 @@ def test_every_combination_is_a_whole_spec_of_its_own(tmp_path: Path) -> None:
     assert len({member.spec.name for member in sweep.members}) == 6
 
 
-def test_a_spec_without_a_sweep_is_one_run(tmp_path: Path) -> None:
+def test_spec_without_a_sweep_is_a_single_run(tmp_path: Path) -> None:
     one = load_spec(write(tmp_path, GOOD))
     assert load_any(write(tmp_path, GOOD)) == one
     assert load_any(write(tmp_path, GOOD + SIX), ["sweep=null"]) == one
 
 
-def test_who_wants_one_run_is_told_where_the_sweep_is(tmp_path: Path) -> None:
+def test_loading_a_single_run_reports_the_sweep(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"job.yaml:23:1: sweep: makes several runs"):
         load_spec(write(tmp_path, GOOD + SIX))
 
 
-def test_first_run_with_the_same_seed_trains_what_two_have_in_common(tmp_path: Path) -> None:
+def test_first_run_trains_shared_stages(tmp_path: Path) -> None:
     assert lent(load_sweep(tmp_path, SIX)) == {
         (f"kl_coef=0.1+seed={seed}", stage): f"kl_coef=0.02+seed={seed}"
         for seed in (1, 2, 3)
@@ -79,12 +79,12 @@ def test_first_run_with_the_same_seed_trains_what_two_have_in_common(tmp_path: P
         ("stages.eval", "[{}, {prompts: 64}]", {"sft", "reward", "ppo"}),
     ],
 )
-def test_what_bears_on_a_stage(tmp_path: Path, path: str, values: str, shared: set[str]) -> None:
+def test_which_fields_affect_which_stages(tmp_path: Path, path: str, values: str, shared: set[str]) -> None:
     sweep = load_sweep(tmp_path, f"sweep: {{{path}: {values}}}\n", "stages.eval={}")
     assert {stage for (_, stage) in lent(sweep)} - {"eval"} == shared
 
 
-def test_names_are_safe_short_and_tell_alike_paths_apart(tmp_path: Path) -> None:
+def test_run_names_are_safe_short_and_unique(tmp_path: Path) -> None:
     sweep = load_sweep(
         tmp_path,
         "sweep: {stages.sft.lr: [1e-6], stages.reward.lr: [1e-5], models.actor: [org/ab], "
@@ -98,7 +98,7 @@ def test_names_are_safe_short_and_tell_alike_paths_apart(tmp_path: Path) -> None
     assert len(member.spec.name) <= 128
 
 
-def test_mistakes_stand_where_they_were_made(tmp_path: Path) -> None:
+def test_problems_have_their_places(tmp_path: Path) -> None:
     wrong = "sweep: {stages.ppo.kl_coeff: [1, 2], seed: [4, -1]}\n"
     assert problems(tmp_path, wrong) == [
         "23:9: stages.ppo.kl_coeff: is not a field (did you mean kl_coef?)",
@@ -108,7 +108,7 @@ def test_mistakes_stand_where_they_were_made(tmp_path: Path) -> None:
     assert [line.partition(" ")[0] for line in problems(tmp_path, wrong)] == ["23:9:", "23:31:", "23:51:"]
 
 
-def test_mistake_of_some_combinations_names_a_run_that_has_it(tmp_path: Path) -> None:
+def test_problem_of_some_combinations_names_a_run(tmp_path: Path) -> None:
     text = (
         GOOD.replace("    slurm: {nodes: 2}", "    global_batch: 32")
         + "sweep: {stages.ppo.micro_batch: [4, 3]}\n"
@@ -117,20 +117,20 @@ def test_mistake_of_some_combinations_names_a_run_that_has_it(tmp_path: Path) ->
         load_any(write(tmp_path, text))
     (problem,) = caught.value.problems
     assert (problem.line, problem.path) == (22, "stages.ppo.global_batch")
-    assert problem.what.endswith("; so it is in the run micro_batch=3")
+    assert problem.what.endswith("(in the run micro_batch=3)")
 
 
 @pytest.mark.parametrize(
-    ("sweep", "said"),
+    ("sweep", "message"),
     [
-        ("sweep: {seed: [1, 1]}", "two runs would be in the folder seed=1"),
+        ("sweep: {seed: [1, 1]}", "two runs would have the folder seed=1"),
         ("sweep: {seed: []}", "must be a list of values"),
-        ("sweep: {}", "must be a mapping"),
-        ("sweep: [1]", "must be a mapping"),
-        (f"sweep: {{seed: {list(range(201))}}}", "makes 201 runs; 200 are the most"),
+        ("sweep: {}", "must map paths to lists"),
+        ("sweep: [1]", "must map paths to lists"),
+        (f"sweep: {{seed: {list(range(201))}}}", "makes 201 runs; the maximum is 200"),
         ("sweep: {seed: [1]}\nsweep_limit: 0", "must be a whole number of at least 1"),
     ],
 )
-def test_no_sweep(tmp_path: Path, sweep: str, said: str) -> None:
+def test_invalid_sweep_is_reported(tmp_path: Path, sweep: str, message: str) -> None:
     (line,) = problems(tmp_path, sweep + "\n")
-    assert said in line
+    assert message in line

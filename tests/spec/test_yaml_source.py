@@ -1,4 +1,4 @@
-"""The YAML reader agrees with `yaml.safe_load` except where it promises not to."""
+"""The YAML reader agrees with `yaml.safe_load` except for the documented differences."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_same_as_safe_load(text: str) -> None:
         ("1_000", "1_000"),
     ],
 )
-def test_differs_from_safe_load_as_promised(text: str, value: object) -> None:
+def test_documented_differences_from_safe_load(text: str, value: object) -> None:
     assert plain(text) == value
 
 
-def test_nan_stays_a_word_that_no_field_takes() -> None:
+def test_nan_is_not_a_number() -> None:
     assert not isinstance(plain(".nan"), float) or math.isnan(plain(".nan"))
 
 
@@ -89,7 +89,7 @@ def test_every_node_knows_its_place() -> None:
         check(parse_yaml(text, HERE), text.splitlines())
 
 
-def test_option_has_one_place() -> None:
+def test_values_of_an_option_have_its_place() -> None:
     mark = Mark("--set a.b")
     node = parse_yaml("{c: [1]}", mark)
     below = node.get("c")
@@ -102,6 +102,6 @@ def test_option_has_one_place() -> None:
         alphabet=st.sampled_from("ab:-#&*!|>'\"%@`{}[],? \n\t\\~=<.0123e+_\x00\x85\ufeff\ud800"), max_size=60
     )
 )
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_parses_or_raises_spec_error(text: str) -> None:
     with contextlib.suppress(SpecError):
         parse_yaml(text, HERE)

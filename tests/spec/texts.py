@@ -1,4 +1,4 @@
-"""A right spec for the tests to break, and a short way to load one."""
+"""A valid spec for the tests to break, and a helper to load broken ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(folder: Path, text: str | bytes, name: str = "job.yaml") -> Path:
 
 
 def problems_in(path: Path, *sets: str) -> tuple[Problem, ...]:
-    """What is wrong with a spec, which must be something."""
+    """The problems of an invalid spec."""
     with pytest.raises(SpecError) as caught:
         load_spec(path, sets)
     assert caught.value.problems

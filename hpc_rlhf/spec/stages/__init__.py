@@ -1,7 +1,7 @@
-"""The stages of a run: a file for each, and the registry that names them.
+"""The stages of a run: one file per stage, and the registry.
 
-To add a stage: a file here with its fields and its `StageKind`, a line in `STAGE_KINDS`, and a module of the same name
-in `train/stages` with a function `run`.
+To add a stage, write a file here with its fields and its `StageKind`, add it to `STAGE_KINDS`, and write a
+module of the same name in `train/stages` with a function `run`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hpc_rlhf.spec.stages.reward import REWARD, RewardSpec
 from hpc_rlhf.spec.stages.sft import SFT, SftSpec
 
 __all__ = [
-    "BASE", "EVALUATION", "POLICIES", "PPO", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data", "DpoSpec", "EvalSpec", "Plot",
-    "PpoSpec", "RewardSpec", "SftSpec", "StageKind", "StagesSpec", "kind_of",
+    "BASE", "EVALUATION", "POLICIES", "PPO", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data", "DpoSpec",
+    "EvalSpec", "Plot", "PpoSpec", "RewardSpec", "SftSpec", "StageKind", "StagesSpec", "kind_of",
 ]  # fmt: skip
 
-# In an order in which every stage follows its inputs.
+# Each stage after its inputs.
 STAGE_KINDS: tuple[StageKind, ...] = (
     SFT,
     REWARD,
@@ -37,7 +37,7 @@ _BY_NAME = {kind.name: kind for kind in STAGE_KINDS}
 # The policy that later ones start from and are compared with.
 BASE = next(kind for kind in STAGE_KINDS if kind.makes_policy)
 EVALUATION = next(kind for kind in STAGE_KINDS if kind.makes == "report")
-# The policies that a run can make, each with the stage that makes it.
+# The chat models that a run can make, each with the stage that makes it.
 POLICIES: dict[str, StageKind] = {
     model: kind
     for kind in STAGE_KINDS
@@ -65,7 +65,7 @@ class _Stages(Model):
     def _check_graph(self) -> _Stages:
         trained = [kind.name for kind in STAGE_KINDS if kind.trains]
         if all(getattr(self, name) is None for name in trained):
-            raise ValueError(f"name at least one stage: {', '.join(trained[:-1])} or {trained[-1]}")
+            raise ValueError(f"set at least one stage: {', '.join(trained[:-1])} or {trained[-1]}")
         for kind in STAGE_KINDS:
             for required in kind.requires:
                 if getattr(self, kind.name) is not None and getattr(self, required) is None:

@@ -1,4 +1,4 @@
-"""What the rest of the code knows of a stage: its `StageKind`, one per stage."""
+"""`StageKind`: what the rest of the code knows about a stage."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 
 class Data(Enum):
-    """What a stage takes of the data; the value is what a message calls it."""
+    """The data that a stage takes. The values are for messages."""
 
-    ANSWERS = "prompts with answers"
-    PAIRS = "pairs of answers"
-    PROMPTS = "prompts"  # each once, and none that is too long; the answers come along for comparison
+    ANSWERS = "prompts with responses"
+    PAIRS = "pairs of responses"
+    PROMPTS = "prompts"  # each prompt once and never truncated; chosen responses are kept for comparison
     NONE = "data"  # no share of the prompts
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The columns of answers that a row has beside its prompt."""
+        """The columns with responses that a row has besides its prompt."""
         if self is Data.NONE:
             return ()
         return ("chosen", "rejected") if self is Data.PAIRS else ("chosen",)
@@ -45,18 +45,18 @@ class Plot:
 
 
 # Charts that several stages have.
-LEARNING_RATE = Plot("learning rate", "a step", {"lr": "learning rate"})
-GRADIENT = Plot("gradient", "norm before clipping", {"grad_norm": "gradient"})
-THROUGHPUT = Plot("throughput", "samples a second", {"throughput": "throughput"})
-ACCURACY = Plot("accuracy", "share of pairs", {"accuracy": "each step's"}, held_out="accuracy")
-MARGIN = Plot("margin", "reward, chosen above rejected", {"margin": "margin"})
-SENT = Plot("sent by rank 0", "bytes a step", {"bytes_sent": "sent"})
+LEARNING_RATE = Plot("learning rate", "per step", {"lr": "learning rate"})
+GRADIENT = Plot("gradient norm", "before clipping", {"grad_norm": "gradient"})
+THROUGHPUT = Plot("throughput", "samples per second", {"throughput": "throughput"})
+ACCURACY = Plot("accuracy", "fraction of pairs", {"accuracy": "training"}, held_out="accuracy")
+MARGIN = Plot("margin", "reward, chosen minus rejected", {"margin": "margin"})
+SENT = Plot("sent by rank 0", "bytes per step", {"bytes_sent": "sent"})
 TRAINING = (LEARNING_RATE, GRADIENT, THROUGHPUT, SENT)
 
 
 @dataclass(frozen=True)
 class StageKind:
-    """A stage: its fields, its place in the graph, its data, its metrics, and what it makes.
+    """A stage: its fields, inputs, data and metrics, and what it makes.
 
     Attributes:
         name: its key in a spec, its folder in a run directory, and its module in ``train/stages``.
@@ -64,20 +64,20 @@ class StageKind:
         spec: its fields. A subclass of ``TrainingSpec`` makes it a stage that trains.
         description: of its key in the documentation of a spec.
         summary: one line for starter specs.
-        inputs: stages whose artifacts it starts from when the run has them; a stage that does not train starts from
-            all that do.
+        inputs: stages whose artifacts it starts from when the run has them; all that train, if it does not
+            train itself.
         requires: those of ``inputs`` that must be in the run.
-        data: what it takes of the data.
+        data: the data that it takes.
         share: its default share of the prompts.
         sources: its fields that hold a data source of their own.
         models: the fields of the spec's ``models`` that affect its result.
-        makes: a policy is something to chat with, a reward model judges answers, a report evaluates the others.
-        average: name of the second model, a moving average, that it exports where its field ``ema`` is true.
+        makes: a policy (a model to chat with), a reward model, or a report on the other models.
+        average: name of the moving average that it exports as a second model if its field ``ema`` is true.
         progress: metrics for progress lines, the most important first.
         ranking: metrics that compare runs; the first one available decides.
-        lower_is_better: the metrics of which less is better.
-        scores: metrics on the reward model's own scale: not comparable between runs with different reward models.
-        result: what the summary says of a finished stage, with the metrics of its manifest in braces.
+        lower_is_better: metrics for which lower values are better.
+        scores: metrics on the reward model's scale: not comparable across different reward models.
+        result: the summary of a finished stage, with metrics of its manifest in braces.
         plots: its charts in the report.
     """
 
@@ -100,7 +100,7 @@ class StageKind:
     scores: frozenset[str] = frozenset()
     result: str = "loss {loss}"
     plots: tuple[Plot, ...] = field(
-        default=(Plot("loss", "nats a token", {"loss": "loss"}), *TRAINING), repr=False
+        default=(Plot("loss", "nats per token", {"loss": "loss"}), *TRAINING), repr=False
     )
 
     @property

@@ -1,4 +1,4 @@
-"""Settings that are known to work: DeepSpeed-Chat's published numbers, by size of the actor and by machine."""
+"""Proven settings: DeepSpeed-Chat's published numbers, by actor size and machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEPLOYMENTS = ("single_gpu", "single_node", "multi_node")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Numbers proven for one size of actor on one kind of machine.
+    """Proven settings for one actor size on one kind of machine.
 
     Attributes:
         billions: parameters of the actor.
@@ -61,7 +61,9 @@ RECIPES = (
     Recipe(
         6.7, "single_node", nodes=1, gpus_per_node=8,
         stages={
-            "sft": {"epochs": 16, "lr": 9.65e-6, "micro_batch": 6, "zero": 3, "activation_checkpointing": True},
+            "sft": {
+                "epochs": 16, "lr": 9.65e-6, "micro_batch": 6, "zero": 3, "activation_checkpointing": True,
+            },
             "reward": {**_REWARD, "micro_batch": 4},
             "ppo": {**_PPO_FULL, "micro_batch": 4, "weight_decay": 0.1, "zero": 3},
         },
@@ -87,7 +89,7 @@ RECIPES = (
 
 
 def billions_in(name: str) -> float | None:
-    """The billions of parameters that a model's name tells, such as 1.3 of `facebook/opt-1.3b`."""
+    """The billions of parameters according to a model's name, such as 1.3 for `facebook/opt-1.3b`."""
     sizes = re.findall(r"(?<![A-Za-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name.lower())
     if not sizes:
         return None
@@ -96,6 +98,6 @@ def billions_in(name: str) -> float | None:
 
 
 def nearest(deployment: str, billions: float) -> Recipe:
-    """The recipe for a machine whose actor is nearest in size."""
+    """The recipe for this kind of machine with the closest actor size."""
     fitting = [recipe for recipe in RECIPES if recipe.deployment == deployment]
     return min(fitting, key=lambda recipe: abs(math.log(recipe.billions / billions)))

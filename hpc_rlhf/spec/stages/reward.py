@@ -10,7 +10,7 @@ from hpc_rlhf.spec.training import TrainingSpec
 
 
 class RewardSpec(TrainingSpec):
-    """The reward model, trained on pairs of a chosen and a rejected answer. A sample is a pair."""
+    """The reward model, trained on pairs of a chosen and a rejected response. A sample is a pair."""
 
     lr: Rate = Field(default=5.0e-5, description="Peak learning rate.")
 
@@ -20,12 +20,12 @@ REWARD = StageKind(
     title="Reward model",
     spec=RewardSpec,
     description="Reward model.",
-    summary="The reward model learns from pairs which answer is better. Runs beside SFT: it needs nothing from it.",
+    summary="The reward model learns from pairs which response is better. Runs in parallel with SFT.",
     data=Data.PAIRS,
     models=("actor", "reward"),
     makes="reward model",
     progress=("loss", "accuracy"),
     ranking=("accuracy", "loss"),
     result="held-out accuracy {accuracy:.3f}",
-    plots=(Plot("loss", "nats a pair", {"loss": "loss"}), ACCURACY, MARGIN, *TRAINING),
+    plots=(Plot("loss", "nats per pair", {"loss": "loss"}), ACCURACY, MARGIN, *TRAINING),
 )

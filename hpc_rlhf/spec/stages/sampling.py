@@ -11,7 +11,10 @@ TopP = Annotated[
     Field(
         gt=0,
         le=1,
-        description="Sample from the smallest set of tokens with this probability; 1 samples from all.",
+        description="Sample from the smallest set of tokens with this total probability; 1 samples from "
+        "all tokens.",
     ),
 ]
-TopK = Annotated[int, Field(ge=0, description="Sample from the k likeliest tokens; 0 samples from all.")]
+TopK = Annotated[
+    int, Field(ge=0, description="Sample from the k most likely tokens; 0 samples from all tokens.")
+]

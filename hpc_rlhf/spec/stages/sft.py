@@ -10,10 +10,12 @@ from hpc_rlhf.spec.training import TrainingSpec
 
 
 class SftSpec(TrainingSpec):
-    """Supervised fine-tuning on prompts and chosen answers."""
+    """Supervised fine-tuning on prompts and chosen responses."""
 
     lr: Rate = Field(default=9.65e-6, description="Peak learning rate.")
-    answer_only: bool = Field(default=False, description="Learn the answers' tokens only, not the prompts'.")
+    answer_only: bool = Field(
+        default=False, description="Train only on the tokens of the responses, not of the prompts."
+    )
 
 
 SFT = StageKind(
@@ -21,13 +23,13 @@ SFT = StageKind(
     title="SFT",
     spec=SftSpec,
     description="Supervised fine-tuning.",
-    summary="Supervised fine-tuning of the actor on the chosen answers.",
+    summary="Supervised fine-tuning of the actor on the chosen responses.",
     share=2,
     ranking=("perplexity", "loss"),
     result="held-out perplexity {perplexity_before} → {perplexity_after}",
     plots=(
-        Plot("loss", "nats a token", {"loss": "loss"}),
-        Plot("perplexity", "a token", {"perplexity": "each step's"}, held_out="perplexity", log=True),
+        Plot("loss", "nats per token", {"loss": "loss"}),
+        Plot("perplexity", "per token", {"perplexity": "training"}, held_out="perplexity", log=True),
         *TRAINING,
     ),
 )

@@ -142,7 +142,7 @@ def test_lengths_are_known_without_reading_rows(tokenizer: Any, tmp_path: Path, 
     assert lengths.tolist() == [len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in data.train]
 
 
-@pytest.mark.parametrize(("stage", "needed"), [("reward", "pairs of answers"), ("ppo", "prompts")])
+@pytest.mark.parametrize(("stage", "needed"), [("reward", "pairs of responses"), ("ppo", "prompts")])
 def test_data_that_holds_nothing_for_a_stage_is_one_clear_error(
     tokenizer: Any, tmp_path: Path, world: World, stage: str, needed: str
 ) -> None:
