@@ -13,8 +13,8 @@ from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.batch import Batch
 from hpc_rlhf.spec.stages import PPO, PpoSpec
-from hpc_rlhf.train.data.dialogues import follow, prompt_text, token_ids
-from hpc_rlhf.train.data.rows import asked
+from hpc_rlhf.train.data.dialogues import configure_tokenizer, prompt_text, token_ids
+from hpc_rlhf.train.data.rows import parse_prompt
 from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.rewards.model import ModelReward
@@ -99,7 +99,7 @@ class DeepSpeedRLHFEngine:
         if tokenizer is None or isinstance(tokenizer, str):
             source = tokenizer or actor_model_name_or_path
             tokenizer = load_tokenizer(source, iter(()), Path(source), self.world)
-        self.tokenizer = follow(tokenizer, "auto")
+        self.tokenizer = configure_tokenizer(tokenizer, "auto")
         _check_reward_model(critic_model_name_or_path)
         batch = Batch(
             self.spec.micro_batch, 1, self.world.dims.data, self.spec.micro_batch * self.world.dims.data
@@ -201,7 +201,7 @@ class DeepSpeedPPOTrainer:
         ids = prompt
         if isinstance(prompt, str):
             tokenizer = self.engine.tokenizer
-            (ids,) = token_ids(tokenizer, [prompt_text(tokenizer, *asked(prompt))])
+            (ids,) = token_ids(tokenizer, [prompt_text(tokenizer, *parse_prompt(prompt))])
         return [int(token) for token in ids][-self.engine.max_prompt_tokens :]
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:

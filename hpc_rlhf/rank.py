@@ -1,8 +1,9 @@
-"""A rank's first and last steps: hold back the signals until the stage can act on them, see that what it loads is its
-owner's, hand over to submitit, and end.
+"""A rank's first and last steps: block signals until the stage can handle them, check the owner of what it
+loads, hand over to submitit, and exit.
 
-Without the first, a job preempted in the second in which Python and submitit load would die of the signal, be recorded
-as failed, and take the stages after it along. Held back, the signal is heard as soon as the stage listens.
+A job that is preempted in the second in which Python and submitit load would otherwise die of the signal, be
+recorded as failed, and take the stages after it with it. A blocked signal is delivered as soon as the stage
+unblocks it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import ownership
 from hpc_rlhf.run.layout import RunDir, StageDir
 
-HELD_BACK = (signal.SIGTERM, signal.SIGUSR2)
+BLOCKED = (signal.SIGTERM, signal.SIGUSR2)
 
 
-def end_after(main: Callable[[], object]) -> NoReturn:
-    """Do a rank's work, and end the process at once with the exit code of that.
+def exit_after(main: Callable[[], object]) -> NoReturn:
+    """Run a rank's work, and exit at once with its exit code.
 
-    As Python winds down, a thread of gloo, NCCL or Arrow that is still there may abort the process. A rank that had
-    saved, or had told what is wrong, would count as crashed.
+    While Python shuts down, a remaining thread of gloo, NCCL or Arrow may abort the process. A rank that had
+    saved, or had reported an error, would then count as crashed.
     """
     code = 0
     try:
@@ -42,7 +43,7 @@ def end_after(main: Callable[[], object]) -> NoReturn:
 
 
 def refuse_foreign(run: RunDir, stage: str) -> None:
-    """End this rank where somebody else could have written what it is about to load."""
+    """Exit if somebody else could have written what this rank is about to load."""
     try:
         ownership.check(run, stage)
     except HpcRlhfError as error:
@@ -50,9 +51,9 @@ def refuse_foreign(run: RunDir, stage: str) -> None:
         sys.exit(error.exit_code)
 
 
-def log_apart(stage: StageDir, env: Mapping[str, str]) -> None:
-    """Write to logs of this rank's own from here on, as srun has every task do, where a launcher between us and Slurm
-    started it. A requeued job's rank goes on in the same files."""
+def log_per_rank(stage: StageDir, env: Mapping[str, str]) -> None:
+    """Write to this rank's own logs, as under srun, if another launcher between it and Slurm started it. The
+    rank of a requeued job appends to the same files."""
     if env.get("SUBMITIT_EXECUTOR") != "slurm":
         return
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
@@ -62,7 +63,7 @@ def log_apart(stage: StageDir, env: Mapping[str, str]) -> None:
 
 
 def main() -> None:
-    """Run what submitit pickled into a stage's folder of logs, the command's argument."""
+    """Run what submitit pickled into a stage's log folder, which is the command's argument."""
     stage = Path(sys.argv[1]).parent
     refuse_foreign(RunDir(stage.parents[1]), stage.name)
     from submitit.core.submission import submitit_main
@@ -71,5 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
-    end_after(main)
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    exit_after(main)

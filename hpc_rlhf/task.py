@@ -1,4 +1,4 @@
-"""What submitit pickles: a run directory and a stage's name. Everything else is read from disk when called.
+"""What submitit pickles: a run directory and a stage name. Everything else is read from disk when it runs.
 
 ``python -m hpc_rlhf.task RUN STAGE`` runs the same task as one rank under any other launcher.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class StageTask:
-    """One stage of a run, to be called on every rank."""
+    """One stage of a run, called on every rank."""
 
     run_dir: str
     stage: str
@@ -25,16 +25,16 @@ class StageTask:
 
 
 if __name__ == "__main__":
-    from hpc_rlhf.rank import end_after, log_apart, refuse_foreign
+    from hpc_rlhf.rank import exit_after, log_per_rank, refuse_foreign
     from hpc_rlhf.run.layout import RunDir
 
-    # DeepSpeed's launcher puts --local_rank=N in front; the rank is read from the environment.
+    # DeepSpeed's launcher prepends --local_rank=N; the rank is read from the environment.
     run_dir, stage = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
 
     def main() -> None:
         run = RunDir(Path(run_dir))
         refuse_foreign(run, stage)
-        log_apart(run.stage(stage), os.environ)
+        log_per_rank(run.stage(stage), os.environ)
         StageTask(run_dir, stage)()
 
-    end_after(main)
+    exit_after(main)

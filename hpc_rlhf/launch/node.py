@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_rlhf.launch.local.hostfile import read_hostfile
-from hpc_rlhf.rank import HELD_BACK
+from hpc_rlhf.rank import BLOCKED
 from hpc_rlhf.run.layout import RunDir
 
 
@@ -39,7 +39,7 @@ def main(run: str, stage: str, launcher: str) -> None:
     a save, so it stays blocked in them for good, and in the ranks, which inherit the mask, until the stage
     handles it.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     words = command(RunDir(Path(run)), stage, launcher, os.environ)
     os.execv(words[0], words)
 

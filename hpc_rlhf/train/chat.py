@@ -1,4 +1,4 @@
-"""Talking to a finished model on one machine."""
+"""Chat with a finished model on one machine."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
 
-# A model without a chat template that goes on with a turn of its own for the person is cut there.
+# The response of a model without a chat template ends where it writes a turn for the user.
 NEXT_TURN = "\n\nHuman:"
 
 
 class ChatModel:
-    """A model's folder, loaded to answer: on a GPU if there is one.
+    """A model loaded for chat, on a GPU if there is one.
 
     Args:
-        folder: a Hugging Face folder, as the stages write them.
+        folder: in Hugging Face format, as the stages write it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,18 +37,18 @@ class ChatModel:
     def stream(
         self, turns: list[tuple[str, str]], max_tokens: int, temperature: float, seed: int
     ) -> Iterator[str]:
-        """The answer to a conversation, in pieces of text as they come.
+        """The response in a conversation, streamed in pieces of text.
 
         Args:
             turns: (role, text) with roles ``human`` and ``assistant``; the last one is the human's.
-            max_tokens: longest answer. A conversation that leaves no room for it loses its oldest tokens; see
-                ``forgotten``.
-            temperature: 0 takes the likeliest token each time.
-            seed: of the sampling.
+            max_tokens: longest response. A conversation that leaves no room for it loses its oldest tokens;
+                see ``forgotten``.
+            temperature: 0 always takes the most likely token.
+            seed: for sampling.
         """
         (ids,) = token_ids(self.tokenizer, [prompt_text(self.tokenizer, turns)])
-        max_tokens = min(max_tokens, self._places - 1)
-        ids = ids[max(0, len(ids) + max_tokens - self._places) :]
+        max_tokens = min(max_tokens, self._context_length - 1)
+        ids = ids[max(0, len(ids) + max_tokens - self._context_length) :]
         sampling = Sampling(temperature=temperature or 1.0, greedy=temperature == 0)
         request = GenerationRequest(
             [ids], max_tokens, self.tokenizer.eos_token_id, sampling, keys=[(seed, "chat", len(turns))]
@@ -57,35 +57,40 @@ class ChatModel:
         yield from self._text(token for tokens in steps for _, token in tokens)
 
     def forgotten(self, turns: list[tuple[str, str]], max_tokens: int) -> int:
-        """Tokens of a conversation that ``stream`` leaves out, the oldest, because the model has no room for them."""
+        """The number of a conversation's oldest tokens that ``stream`` leaves out because the model's context
+        is too short."""
         (ids,) = token_ids(self.tokenizer, [prompt_text(self.tokenizer, turns)])
-        return max(0, len(ids) + min(max_tokens, self._places - 1) - self._places)
+        return max(0, len(ids) + min(max_tokens, self._context_length - 1) - self._context_length)
 
     @property
-    def _places(self) -> int:
-        """Tokens of a conversation with its answer, at most."""
+    def _context_length(self) -> int:
+        """Maximum tokens of a conversation with its response."""
         return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
 
     def _text(self, tokens: Iterator[int]) -> Iterator[str]:
-        """Text of tokens as soon as it is sure: whole characters, and nothing that may begin another turn."""
-        drawn: list[int] = []
-        given = ""
+        """The text of tokens, as soon as it is final: whole characters, and nothing that may begin another
+        turn."""
+        received: list[int] = []
+        sent = ""
         for token in tokens:
-            drawn.append(token)
-            whole = self.tokenizer.decode(drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            received.append(token)
+            whole = self.tokenizer.decode(
+                received, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
             text, next_turn, _ = (
                 (whole, "", "") if self.tokenizer.chat_template else whole.partition(NEXT_TURN)
             )
-            sure = _sure(text).lstrip()
-            if len(sure) > len(given) and sure.startswith(given):
-                yield sure[len(given) :]
-                given = sure
+            final = _final_part(text).lstrip()
+            if len(final) > len(sent) and final.startswith(sent):
+                yield final[len(sent) :]
+                sent = final
             if next_turn:
                 return
 
 
-def _sure(text: str) -> str:
-    """The text without an end that is half a character, space, or what may become the person's next turn."""
+def _final_part(text: str) -> str:
+    """The text without an end that is half a character, white space, or the possible start of the user's next
+    turn."""
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     for length in range(len(NEXT_TURN) - 1, 0, -1):
         if text.endswith(NEXT_TURN[:length]):

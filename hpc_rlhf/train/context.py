@@ -88,8 +88,8 @@ class StageContext:
 
     @property
     def loss_scale(self) -> float:
-        """Factor for a loss that is divided by the global token count: DeepSpeed divides gradients by the number of
-        ranks and losses by the number of micro-batches."""
+        """Factor for a loss that is divided by the global token count: DeepSpeed divides gradients by the
+        number of ranks and losses by the number of micro-batches."""
         return float(self.batch.ranks * self.batch.accumulation)
 
     @property
@@ -104,7 +104,7 @@ class StageContext:
         tokenizer = load_tokenizer(
             self.spec.models.actor, sources.texts(self.spec), self.files.path / "tokenizer", self.world
         )
-        return dialogues.follow(tokenizer, self.spec.data.template)
+        return dialogues.configure_tokenizer(tokenizer, self.spec.data.template)
 
     def data(self) -> StageData:
         with self.stop.cancellable():
@@ -113,7 +113,8 @@ class StageContext:
             )
 
     def start_model(self, ref: ModelRef) -> str:
-        """Where to load the model that the spec names, which is first created if the spec defines it from scratch."""
+        """Where to load the model that the spec names, which is first created if the spec defines it from
+        scratch."""
         folder = self.files.path / "initial"
         if isinstance(ref, FromScratch):
             make_from_scratch(ref, self.tokenizer, self.spec.seed, folder, self.world)

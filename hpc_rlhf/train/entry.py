@@ -48,7 +48,8 @@ if TYPE_CHECKING:  # torch takes seconds to load, and the signal handlers have t
 
 # Exit code of a rank that saved and is to be run again (sysexits.h: EX_TEMPFAIL).
 TO_BE_CONTINUED = 75
-# Seconds for writing the report: srun kills a rank that ends a minute after the first, and the stage would fail.
+# Seconds for writing the report: srun kills a rank that ends a minute after the first, and the stage would
+# fail.
 _REPORT_TIMEOUT = 20.0
 # Seconds between looks for a failure that rank 0 records, and how many of them.
 _LOOK_INTERVAL, _LOOKS = 0.2, 10
@@ -57,8 +58,8 @@ _LOOK_INTERVAL, _LOOKS = 0.2, 10
 def run_stage(run_dir: str, stage: str) -> None:
     """Run one stage on this rank, to its end or to the next safe point after a signal.
 
-    Returns when the stage is done, at once if it already was. Otherwise the process exits: with 75 after an agreed
-    stop, or with the code of an HpcRlhfError.
+    Returns when the stage is done, at once if it already was. Otherwise the process exits: with 75 after an
+    agreed stop, or with the code of an HpcRlhfError.
     """
     stop = StopFlag()
     stop.install()
@@ -90,7 +91,8 @@ def keep_log_readable() -> None:
 
 
 def write_report(run: RunDir) -> None:
-    """Write the run's report, in a process of its own: an error or a hang there is logged and costs the run nothing."""
+    """Write the run's report, in a process of its own: an error or a hang there is logged and costs the run
+    nothing."""
     command = [sys.executable, "-m", "hpc_rlhf.cli", "report", str(run.path)]
     try:
         subprocess.run(
@@ -131,8 +133,8 @@ class Attempt:
     def is_recorded_by_main(self, error: HpcRlhfError) -> bool:
         """Whether rank 0 records an error of this rank, because it has the same one, as for most user errors.
 
-        If only this rank has it, for instance because a file is missing on its node, the other ranks merely lose
-        their connection to it, and nobody else knows why.
+        If only this rank has it, for instance because a file is missing on its node, the other ranks merely
+        lose their connection to it, and nobody else knows why.
         """
         if self.is_main:
             return False
@@ -174,21 +176,21 @@ class Attempt:
         if self.is_main and not self.stop.preempted:
             write_report(self.files)
         if self.is_main and self.in_slurm and self.is_preempted():
-            # Slurm may record a job that ends while it is preempted as PREEMPTED, and then its dependents never
-            # start. Run again, it finds its model complete, ends at once, and is COMPLETED.
+            # Slurm may record a job that ends while it is preempted as PREEMPTED, and then its dependents
+            # never start. Run again, it finds its model complete, ends at once, and is COMPLETED.
             self.requeue(int(facts["step"]), "preempted")
 
     def start(self, settings: SlurmSpec) -> None:
         """Record the start, and what rank 0 of a Slurm job does before its stage begins."""
         if self.in_slurm:
-            job_start.note_ending_before(self.files, self.stage, str(self.job), self.restarts)
+            job_start.record_previous_end(self.files, self.stage, str(self.job), self.restarts)
         started = Started(job_id=self.job, restart=self.restarts, ranks=settings.ranks, host=self.host)
         self.record(replace(started, age=machine.process_age(), versions=machine.versions()))
         if self.in_slurm:
             if commands.was_preempted(str(self.job)):
                 self.stop.preempt()
             if settings.heal.enabled and commands.available():
-                job_start.put_sentinel_back(self.files, self.stage, str(self.job))
+                job_start.restore_sentinel(self.files, self.stage, str(self.job))
 
     def train(self, spec: JobSpec, world: World) -> None:
         """Check what the stage starts from, make this attempt its owner, and run it."""
@@ -214,7 +216,7 @@ class Attempt:
             try:
                 importlib.import_module(f"hpc_rlhf.train.stages.{self.stage}").run(context)
                 context.checkpoints.commit()
-                context.checkpoints.store.settle()
+                context.checkpoints.store.wait_until_idle()
             except BaseException:
                 context.close(hurry=True)  # the grace period may be short
                 raise
@@ -244,8 +246,8 @@ class Attempt:
         sys.exit(TO_BE_CONTINUED)
 
     def is_preempted(self) -> bool:
-        """Whether Slurm is preempting this job. Its signal alone does not show that: from 26.05 on, srun sends the
-        same to the other ranks when one fails."""
+        """Whether Slurm is preempting this job. Its signal alone does not show that: from 26.05 on, srun
+        sends the same to the other ranks when one fails."""
         return self.stop.preempted and (not self._reaches_slurm or commands.was_preempted(str(self.job)))
 
     def requeue(self, step: int, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What rank 0 of a Slurm job sees to for the chain before its stage begins."""
+"""What rank 0 of a Slurm job does for the chain before its stage begins."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 
 
-def note_ending_before(run: RunDir, stage: str, job_id: str, restarts: int) -> None:
-    """Write down how the job's attempt before ended, where that could not: Slurm requeued it.
+def record_previous_end(run: RunDir, stage: str, job_id: str, restarts: int) -> None:
+    """Record how the job's previous attempt ended, if Slurm requeued it before it could do so itself.
 
     Args:
         restarts: how often the job has been requeued.
@@ -35,8 +35,9 @@ def note_ending_before(run: RunDir, stage: str, job_id: str, restarts: int) -> N
     Ledger(run.ledger).append(replace(ended, stage=stage, job_id=job_id, seen=last_seen(files)))
 
 
-def put_sentinel_back(run: RunDir, stage: str, job_id: str) -> None:
-    """Submit the stage's sentinel anew, if somebody cancelled it. A stage can end well without, so nothing is raised."""
+def restore_sentinel(run: RunDir, stage: str, job_id: str) -> None:
+    """Submit the stage's sentinel again if somebody cancelled it. The stage can succeed without it, so
+    nothing is raised."""
     token = StageHistory.read(run, stage).token(job_id)
     if token is None:
         return

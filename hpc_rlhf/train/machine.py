@@ -1,7 +1,7 @@
 """The software and hardware that a rank runs on.
 
-``python -m hpc_rlhf.train.machine OP…`` prints, as a line of JSON, what torch and DeepSpeed find on this machine, and
-whether each DeepSpeed op is built or could be.
+``python -m hpc_rlhf.train.machine OP…`` prints, as a line of JSON, what torch and DeepSpeed find on this
+machine, and whether each DeepSpeed op is built or could be.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _commit() -> str:
 
 
 def process_age() -> float:
-    """Seconds since this process began, most of which its imports took; 0 if the system does not provide it."""
+    """Seconds since this process began, most of which its imports took; 0 if the system does not provide
+    it."""
     try:
         after_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - after_boot / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""Metrics of a stage: one JSON object a line, and TensorBoard."""
+"""The metrics of a stage: one JSON object per line, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class MetricsLog:
     Args:
         path: metrics.jsonl.
         tensorboard: folder of the event files.
-        step: the step the stage resumes from. Lines of later steps, made by an attempt whose work was
-            lost, are taken out, so that every step stands once.
+        step: the step that the stage resumes from. Lines of later steps, whose work was lost, are removed, so
+            that every step appears once.
     """
 
     def __init__(self, path: Path, tensorboard: Path, step: int, is_main: bool) -> None:
@@ -35,7 +35,7 @@ class MetricsLog:
         self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def log(self, step: int, total_steps: int, kind: str, values: Mapping[str, float | None]) -> None:
-        """Add a line. A value that is missing or not finite is written as null."""
+        """Append a line. A value that is missing or not finite becomes null."""
         if self._writer is None:
             return
         finite = {key: v for key, v in values.items() if v is not None and math.isfinite(v)}
@@ -54,7 +54,7 @@ class MetricsLog:
             self._writer.add_scalar(f"{kind}/{key}", value, step)
 
     def sync(self) -> None:
-        """Flush to disk: called before a checkpoint commits, so that no committed step is missing here."""
+        """Flush to disk, before a checkpoint is committed, so that no committed step is missing here."""
         if self._writer is not None and self.path.exists():
             self._writer.flush()
             with self.path.open("a") as file:
@@ -62,17 +62,18 @@ class MetricsLog:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Take the lines of later steps out of a JSONL file, atomically.
+    """Remove the lines of later steps from a JSONL file, atomically.
 
-    What a stage measures after its last step goes too: an attempt that resumes there measures it again.
+    What a stage measures after its last step is removed, too: an attempt that resumes there measures it
+    again.
     """
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")
-        kept = [line + "\n" for line in lines if _place(line) <= (step, step == 0)]
+        kept = [line + "\n" for line in lines if _position(line) <= (step, step == 0)]
         write_atomically(path, "".join(kept))
 
 
-def _place(line: str) -> tuple[float, bool]:
+def _position(line: str) -> tuple[float, bool]:
     """A line's step, and whether it was written after that step's own checkpoint."""
     try:
         record = json.loads(line)

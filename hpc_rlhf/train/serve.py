@@ -1,6 +1,7 @@
-"""``python -m hpc_rlhf.train.serve FOLDER --name NAME --host HOST --port PORT``: answer OpenAI's protocol with a finished model.
+"""Serves a finished model with an OpenAI-compatible API.
 
-The server is vLLM's where that is installed, else that of transformers.
+``python -m hpc_rlhf.train.serve FOLDER --name NAME --host HOST --port PORT`` uses vLLM's server if it is
+installed, else that of transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Plain turns as a chat template, for tokenizers without one: servers know dialogues by templates only. See rows.transcript.
+# The transcript format (see rows.transcript) as a chat template, for tokenizers without one: servers need a
+# template.
 PLAIN = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{ '\\n\\n' + message['content'] | trim }}"
@@ -32,17 +34,17 @@ def main() -> None:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", required=True)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="hpc-rlhf-serve-") as made:
-        # No other model is offered than this one.
-        os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=made)
+    with tempfile.TemporaryDirectory(prefix="hpc-rlhf-serve-") as scratch:
+        # Offer no model but this one.
+        os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_CACHE=scratch)
         folder = args.folder.resolve()
-        os.chdir(made)
-        put_in_place(folder, Path(args.name))
+        os.chdir(scratch)
+        link_model(folder, Path(args.name))
         serve(args.name, args.host, args.port)
 
 
-def put_in_place(folder: Path, place: Path) -> None:
-    """Make the model found at ``place``, with a chat template where its tokenizer has none."""
+def link_model(folder: Path, place: Path) -> None:
+    """Link the model at ``place``, adding a chat template if its tokenizer has none."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -57,14 +59,14 @@ def put_in_place(folder: Path, place: Path) -> None:
 
 
 def plain_template(tokenizer: Any) -> str:
-    """``PLAIN``, with BOS before it where the tokenizer puts that before a text: templates write it themselves."""
+    """``PLAIN``, after BOS if the tokenizer starts texts with it, because templates write BOS themselves."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     return ("{{- bos_token -}}" if bos else "") + PLAIN
 
 
 def serve(name: str, host: str, port: str) -> None:
-    """Serve the model in the folder of this name, until told to stop."""
+    """Serve the model in the folder of this name until terminated."""
     where = ["--host", host, "--port", port]
     if find_spec("vllm"):
         from runpy import run_module

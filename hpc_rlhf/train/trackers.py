@@ -1,7 +1,7 @@
-"""Hands a stage's metrics to Weights & Biases and MLflow, from a process of its own.
+"""Sends a stage's metrics to Weights & Biases and MLflow, from a separate process.
 
-A tracker loads slowly, starts threads and helpers, and may hang on a network. None of that is to cost a run, so the ranks
-only start this process and go on; it reads what they write into metrics.jsonl. Its input ends when rank 0 does.
+A tracker loads slowly, starts threads and helpers, and may hang on the network. To keep that out of training,
+rank 0 only starts this process, which follows metrics.jsonl until its standard input is closed.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.notify import MlflowSpec, WandbSpec
 
-_LAST_WORDS, _LAST_WORDS_IN_HURRY = 30.0, 3.0  # seconds that a stage waits at its end
-_EVERY = 1.0
-# Slurm sends these to every process of a step. The stage answers them; this process goes on until the stage has.
-_DEAF_TO = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+_CLOSE_TIMEOUT, _HURRIED_CLOSE_TIMEOUT = 30.0, 3.0  # seconds that a stage waits at its end
+_INTERVAL = 1.0
+# Slurm sends these to every process of a step. The stage handles them; this process runs until the stage
+# ends.
+_IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
 class Trackers:
-    """The process that feeds a stage's trackers; none where the spec names no tracker."""
+    """The process that feeds a stage's trackers; none if the spec has no tracker."""
 
     def __init__(self, spec: JobSpec, run: RunDir, stage: str) -> None:
-        """Start it, once the lines of steps that were lost are out of the stage's metrics."""
+        """Start it. Lines of lost steps must have been removed from the stage's metrics before."""
         self._process: subprocess.Popen[bytes] | None = None
         if spec.trackers.wandb is None and spec.trackers.mlflow is None:
             return
         command = [sys.executable, "-m", "hpc_rlhf.train.trackers", str(run.path), stage]
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _DEAF_TO)  # a child inherits it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)  # a child inherits it
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         except OSError as error:
@@ -50,41 +51,42 @@ class Trackers:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self, hurry: bool = False) -> None:
-        """Let it hand on what is left, for 30 seconds at most; for 3 if there is hurry."""
+        """Let it send what is left, for at most 30 seconds, or 3 in a hurry."""
         if self._process is None:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            self._process.wait(_LAST_WORDS_IN_HURRY if hurry else _LAST_WORDS)
+            self._process.wait(_HURRIED_CLOSE_TIMEOUT if hurry else _CLOSE_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
             print(
-                "hpc-rlhf: the trackers took too long and were ended; metrics.jsonl has all", file=sys.stderr
+                "hpc-rlhf: the trackers took too long and were stopped; metrics.jsonl is complete",
+                file=sys.stderr,
             )
         self._process = None
 
 
 class Tracker(Protocol):
-    """One tracker's run of one stage; goes on with that of the stage's attempts before."""
+    """One tracker's run of one stage; continues the run of the stage's earlier attempts."""
 
     def log(self, step: int, time: float, values: Mapping[str, float]) -> None: ...
     def finish(self, done: bool) -> None: ...
 
 
 class Wandb:
-    def __init__(self, asked: WandbSpec, spec: JobSpec, run: RunDir, stage: str, mark: str) -> None:
+    def __init__(self, settings: WandbSpec, spec: JobSpec, run: RunDir, stage: str, run_id: str) -> None:
         os.environ["WANDB_SILENT"] = "true"
         import wandb
 
         self._run = wandb.init(
-            project=asked.project,
-            entity=asked.entity,
-            mode=asked.mode,
+            project=settings.project,
+            entity=settings.entity,
+            mode=settings.mode,
             dir=run.stage(stage).path,
-            id=mark,
-            resume="allow" if asked.mode == "online" else None,
+            id=run_id,
+            resume="allow" if settings.mode == "online" else None,
             name=f"{spec.name}.{stage}",
             group=spec.name,
             job_type=stage,
@@ -93,7 +95,7 @@ class Wandb:
                 console="off", silent=True, disable_git=True, disable_code=True, save_code=False
             ),
         )
-        # A step that is done again after a stop is logged again: wandb's own count of steps would refuse it.
+        # A step that is repeated after a stop is logged again, which wandb's own step counter would reject.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -105,22 +107,22 @@ class Wandb:
 
 
 class Mlflow:
-    def __init__(self, asked: MlflowSpec, spec: JobSpec, run: RunDir, stage: str, mark: str) -> None:
-        if asked.tracking_uri is None:
-            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # a server can be filled from it later
+    def __init__(self, settings: MlflowSpec, spec: JobSpec, run: RunDir, stage: str, run_id: str) -> None:
+        if settings.tracking_uri is None:
+            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # it can be imported into a server later
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
         self._metric = Metric
-        self._client = MlflowClient(asked.tracking_uri or (run.path / "mlruns").as_uri())
-        found = self._client.get_experiment_by_name(asked.experiment)
-        experiment = found.experiment_id if found else self._client.create_experiment(asked.experiment)
-        before = self._client.search_runs([experiment], f"tags.`hpc_rlhf.id` = '{mark}'")
-        if before:
-            self._id = before[0].info.run_id
+        self._client = MlflowClient(settings.tracking_uri or (run.path / "mlruns").as_uri())
+        known = self._client.get_experiment_by_name(settings.experiment)
+        experiment = known.experiment_id if known else self._client.create_experiment(settings.experiment)
+        earlier = self._client.search_runs([experiment], f"tags.`hpc_rlhf.id` = '{run_id}'")
+        if earlier:
+            self._id = earlier[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            tags = {"hpc_rlhf.id": mark, "hpc_rlhf.run": spec.name, "hpc_rlhf.stage": stage}
+            tags = {"hpc_rlhf.id": run_id, "hpc_rlhf.run": spec.name, "hpc_rlhf.stage": stage}
             self._id = self._client.create_run(
                 experiment, tags=tags, run_name=f"{spec.name}.{stage}"
             ).info.run_id
@@ -140,18 +142,19 @@ class Mlflow:
 def main() -> None:
     """Feed the trackers of the run and stage that the arguments name, until the input ends."""
     run, stage = RunDir(Path(sys.argv[1])), sys.argv[2]
-    feeding, ended = _Feeding(read_spec(run.job_yaml), run, stage), False
-    while feeding.trackers and not ended:
-        ended = bool(select.select([sys.stdin], [], [], _EVERY)[0])  # nothing is written to it
-        feeding.go_on()
-    feeding.finish()
+    feed, ended = _Feed(read_spec(run.job_yaml), run, stage), False
+    while feed.trackers and not ended:
+        ended = bool(select.select([sys.stdin], [], [], _INTERVAL)[0])  # nothing is written to it
+        feed.send_new()
+    feed.finish()
 
 
-class _Feeding:
-    """The trackers of a stage that work, and how many lines of its metrics each has been handed in all attempts.
+class _Feed:
+    """The working trackers of a stage, and how many lines of its metrics each has been sent over all
+    attempts.
 
-    A stage that goes on from a checkpoint writes what was lost anew, the same as before. So a line that was handed on is
-    not handed on again, and one that a tracker was too slow for is made up for.
+    A stage that resumes from a checkpoint writes lost lines again, the same as before. So a line that was
+    sent is not sent again, and one that a tracker was too slow for is sent later.
     """
 
     def __init__(self, spec: JobSpec, run: RunDir, stage: str) -> None:
@@ -161,14 +164,14 @@ class _Feeding:
             self._state = json.loads(self._files.trackers.read_text())
         self._save()
         self.trackers: dict[str, Tracker] = {}
-        wandb, mlflow, mark = spec.trackers.wandb, spec.trackers.mlflow, self._state["id"]
+        wandb, mlflow, run_id = spec.trackers.wandb, spec.trackers.mlflow, self._state["id"]
         if wandb is not None:
-            self._open("wandb", lambda: Wandb(wandb, spec, run, stage, mark))
+            self._open("wandb", lambda: Wandb(wandb, spec, run, stage, run_id))
         if mlflow is not None:
-            self._open("mlflow", lambda: Mlflow(mlflow, spec, run, stage, mark))
+            self._open("mlflow", lambda: Mlflow(mlflow, spec, run, stage, run_id))
 
-    def go_on(self) -> None:
-        """Hand on what is new."""
+    def send_new(self) -> None:
+        """Send the lines that are new."""
         try:
             text = self._files.metrics.read_bytes()
         except FileNotFoundError:
@@ -176,7 +179,7 @@ class _Feeding:
         lines = text[: text.rfind(b"\n") + 1].splitlines()
         for name, tracker in list(self.trackers.items()):
             new = lines[self._state.get(name, 0) :]
-            if new and _guarded(name, partial(_hand_on, new, tracker)):
+            if new and _guarded(name, partial(_send, new, tracker)):
                 self._state[name] = len(lines)
                 self._save()
             elif new:
@@ -197,7 +200,7 @@ class _Feeding:
         write_atomically(self._files.trackers, json.dumps(self._state))
 
 
-def _hand_on(lines: Sequence[bytes], tracker: Tracker) -> None:
+def _send(lines: Sequence[bytes], tracker: Tracker) -> None:
     for line in lines:
         row = json.loads(line)
         step, kind, time = row.pop("step"), row.pop("kind"), row.pop("time")
@@ -206,7 +209,7 @@ def _hand_on(lines: Sequence[bytes], tracker: Tracker) -> None:
 
 
 def _guarded(name: str, act: Callable[[], object]) -> bool:
-    """Whether a tracker did something; one that fails says so once."""
+    """Run a tracker's action; False, with a warning, if it fails."""
     try:
         act()
     except ModuleNotFoundError as error:
@@ -220,11 +223,11 @@ def _guarded(name: str, act: Callable[[], object]) -> bool:
 
 def _warn(name: str, why: object) -> None:
     text = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
-    print(f"hpc-rlhf: no more goes to {name}; the run goes on: {text}", file=sys.stderr, flush=True)
+    print(f"hpc-rlhf: nothing more is sent to {name}; the run continues: {text}", file=sys.stderr, flush=True)
 
 
 def _config(spec: JobSpec, stage: str) -> dict[str, Any]:
-    """What the stage is asked to do; without Slurm's settings, whose setup lines may hold anything."""
+    """The stage's settings, without those of Slurm, whose setup lines may contain anything."""
     settings = spec.stage(stage).model_dump(mode="json", exclude={"slurm"})
     run = spec.model_dump(mode="json", include={"name", "run_dir", "seed", "data", "models"})
     slurm = spec.stage(stage).slurm

@@ -20,7 +20,7 @@ from typing import Any
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.stage_memory import Memory, stage_memory
 from hpc_rlhf.launch.local.environment import free_port
-from hpc_rlhf.rank import end_after
+from hpc_rlhf.rank import exit_after
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
@@ -206,7 +206,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases, from 0")
     args = parser.parse_args()
     if args.rank:
-        end_after(lambda: _rank(*args.rank))
+        exit_after(lambda: _rank(*args.rank))
     print("MiB: estimate, measured, ratio, DeepSpeed's estimate")
     ratios = compare([CASES[number] for number in args.only] if args.only else CASES)
     wrong = [ratio for ratio in ratios if not 1 - UNDER <= ratio <= 1 + OVER]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hpc_rlhf.rank import end_after
+from hpc_rlhf.rank import exit_after
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
@@ -137,4 +137,4 @@ def generate(options: Namespace) -> Result:
 
 
 if __name__ == "__main__":
-    end_after(lambda: main({"ours": ours, "hybrid-engine": hybrid_engine, "generate": generate}))
+    exit_after(lambda: main({"ours": ours, "hybrid-engine": hybrid_engine, "generate": generate}))

@@ -11,19 +11,19 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Llama 3's: BOS first, headers, content trimmed, nothing behind the end of a turn.
+# Llama 3's: BOS first, headers, content trimmed, nothing after the end of a turn.
 HEADERS = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
     "{{ m.content | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-# Older ones: no special tokens for turns, EOS behind an answer, and no system.
+# Older ones: no special tokens for turns, EOS after a response, and no system message.
 BRACKETS = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
     "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
 )
-# As Qwen3's: the last answer starts with its thought, and who is asked not to think has had an empty one.
+# Like Qwen3's: the last response starts with its thinking, which is empty if thinking is turned off.
 THOUGHT = "<think>\n\n</think>\n\n"
 THOUGHTS = CHATML.replace(
     "{{ m.content }}",

@@ -1,10 +1,10 @@
-"""A clock that goes on only where a test says so."""
+"""A clock that only the test advances."""
 
 from __future__ import annotations
 
 
 class Clock:
-    """Stands for the module ``time``."""
+    """Replaces the module ``time``."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -1,4 +1,4 @@
-"""What the tests of training in this process share: one thread, and a world of one rank."""
+"""Fixtures for training in this process: one thread, and a world of one rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Steps]:
-    """Puts plain optimizer steps with a learning rate in the place of DeepSpeed's."""
+    """Replaces DeepSpeed's optimizer steps by plain ones with a learning rate."""
     from hpc_rlhf.train.models import engine as engines
     from tests.train.ppo_trainers import Steps
 

@@ -1,7 +1,7 @@
 """A rank of a light stage, of which rank 1 fails in a given way while rank 0 works on its own, as in a rollout.
 
-``python -m tests.train.failing_task RUN FAULT`` under the environment of a Slurm task. ``run_as_srun`` starts the ranks and
-does what srun of Slurm 26.05 does when one of them fails.
+``python -m tests.train.failing_task RUN FAULT`` under the environment of a Slurm task. ``run_as_srun`` starts
+the ranks and does what srun of Slurm 26.05 does when one of them fails.
 """
 
 from __future__ import annotations
@@ -130,6 +130,6 @@ def main(path: str, fault: str) -> None:
 
 
 if __name__ == "__main__":
-    from hpc_rlhf.rank import end_after
+    from hpc_rlhf.rank import exit_after
 
-    end_after(lambda: main(*sys.argv[1:]))
+    exit_after(lambda: main(*sys.argv[1:]))

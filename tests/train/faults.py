@@ -1,7 +1,7 @@
-"""A stage with next to no training in it, killed at a call that touches the disk, and run again.
+"""A stage with almost no training, killed at a call that touches the disk, and run again.
 
-``python -m tests.train.faults FOLDER``, with the library of ``faults.c`` loaded before all others, prints as JSON the
-calls of a save and what became of a run that was killed at each of them.
+``python -m tests.train.faults FOLDER``, with the library of ``faults.c`` loaded before all others, prints as
+JSON the calls of a save, and the results of a run that was killed at each of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hpc_rlhf.train.runtime.stop_signals import StopFlag
 from tests.train.stages import make_run, tiny_spec
 
 STEPS = 5
-STRUCK = 4  # the save after this step is the one killed; by then an older checkpoint is pruned with it
+KILL_STEP = 4  # the save after this step is killed; it also prunes an older checkpoint
 
 
 class Alone(SimpleNamespace):
@@ -46,7 +46,7 @@ class Alone(SimpleNamespace):
 
 
 def train(run: RunDir, attempt: str, faults: Any, fatal: int) -> int:
-    """A stage of a few steps, each saved; gives the calls of the save that is struck."""
+    """A stage of a few steps, each saved; returns the number of calls in the save that is killed."""
     from hpc_rlhf.spec.load import read_spec
 
     context = StageContext(read_spec(run.job_yaml), "sft", run, Alone(), StopFlag(), attempt)  # type: ignore[arg-type]
@@ -65,12 +65,12 @@ def train(run: RunDir, attempt: str, faults: Any, fatal: int) -> int:
     found = context.resume(load)
     calls = 0
     for step in range(found.step if found else 0, STEPS + 1):
-        if step == STRUCK:
+        if step == KILL_STEP:
             faults.fault_arm(fatal)
         context.checkpoints.safe_point(step, take, {})
         context.checkpoints.commit()
-        context.checkpoints.store.settle()
-        if step == STRUCK:
+        context.checkpoints.store.wait_until_idle()
+        if step == KILL_STEP:
             calls = faults.fault_disarm()
         if step < STEPS:
             for tensor in weights.values():
@@ -79,8 +79,8 @@ def train(run: RunDir, attempt: str, faults: Any, fatal: int) -> int:
     return calls
 
 
-def told(run: RunDir) -> dict[str, Any]:
-    """What is left of a run: its last checkpoint's hashes, its metrics, and the checkpoints that are kept."""
+def outputs(run: RunDir) -> dict[str, Any]:
+    """The results of a run: its last checkpoint's hashes, its metrics, and the checkpoints that are kept."""
     checkpoints = run.stage("sft").checkpoints
     last = json.loads((checkpoints / f"step-{STEPS:08d}" / "manifest.json").read_text())
     lines = [json.loads(line) for line in run.stage("sft").metrics.read_text().splitlines()]
@@ -94,7 +94,7 @@ def told(run: RunDir) -> dict[str, Any]:
 
 
 def forked(work: Any) -> int:
-    """Do something in a process of its own; gives its exit status."""
+    """Run a function in a forked process; returns its exit status."""
     child = os.fork()
     if child == 0:
         try:
@@ -118,7 +118,7 @@ def main(folder: Path) -> dict[str, Any]:
     whole = make_run(tiny_spec(folder / "whole", 1, sft={"checkpoint_every": 1}))
     calls = train(whole, "whole", faults, 0)
     found: dict[str, Any] = {"calls": calls, "killed": 0, "wrong": []}
-    expected = told(whole)
+    expected = outputs(whole)
     job, configs = whole.job_yaml.read_text(), whole.scripts
     for number in range(1, calls + 1):
         run = RunDir(folder / f"at-{number}")
@@ -128,9 +128,9 @@ def main(folder: Path) -> dict[str, Any]:
         code = forked(lambda run=run, number=number: train(run, "first", faults, number))
         found["killed"] += code == -9
         again = forked(lambda run=run: train(run, "second", faults, -1))
-        left = told(run) if again == 0 else {}
-        if code != -9 or left != expected:
-            found["wrong"].append((number, code, again, left))
+        results = outputs(run) if again == 0 else {}
+        if code != -9 or results != expected:
+            found["wrong"].append((number, code, again, results))
     return found
 
 

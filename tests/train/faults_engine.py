@@ -1,8 +1,8 @@
 """The SFT stage with a real DeepSpeed engine, killed at each call of a save that touches the disk, and run again.
 
-``python -m tests.train.faults_engine FOLDER``, with the library of ``faults.c`` loaded before all others. One process
-imports, prepares the data and makes the engine, once; every run is a fork of it. So it is one rank, and its process
-group one without threads, which a fork would not have.
+``python -m tests.train.faults_engine FOLDER``, with the library of ``faults.c`` loaded before all others. One
+process imports, prepares the data and makes the engine, once; every run is a fork of it. So it is one rank,
+and its process group one without threads, which a fork would not have.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from tests.train.faults import forked
 from tests.train.stages import make_run, metrics, tiny_spec, weights_digest
 
 STEPS = 3
-STRUCK = 2  # by the save after this step an older checkpoint is pruned
+KILL_STEP = 2  # by the save after this step an older checkpoint is pruned
 
 
 class Alone(World):
-    """One rank, whose messages are to itself."""
+    """One rank, which communicates with itself."""
 
     def on_main(self, make: Any) -> Any:
         return make()
@@ -53,7 +53,7 @@ class Alone(World):
 
 
 def train(run: RunDir, attempt: str, world: World, faults: Any, fatal: int) -> None:
-    """The stage, every step saved; what the struck save is made of is left in a file."""
+    """Run the stage with every step saved; the number of calls in the save that is killed goes to a file."""
     context = StageContext(read_spec(run.job_yaml), "sft", run, world, StopFlag(), attempt)
     context.stop.consensus.agree = lambda numbers: [int(number) for number in numbers]  # type: ignore[method-assign]
     context.stop.consensus.agree_between = lambda kind, numbers: []  # type: ignore[method-assign]
@@ -61,27 +61,27 @@ def train(run: RunDir, attempt: str, world: World, faults: Any, fatal: int) -> N
     begin = context.checkpoints.safe_point
 
     def safe_point(step: int, *rest: Any) -> None:
-        if step == STRUCK:
+        if step == KILL_STEP:
             faults.fault_arm(fatal)
         begin(step, *rest)
         context.checkpoints.commit()
-        context.checkpoints.store.settle()
-        if step == STRUCK:
+        context.checkpoints.store.wait_until_idle()
+        if step == KILL_STEP:
             (run.path / "calls").write_text(str(faults.fault_disarm()))
 
     context.checkpoints.safe_point = safe_point  # type: ignore[method-assign, assignment]
     sft.run(context)
 
 
-def told(run: RunDir) -> dict[str, Any]:
-    """What is left of a run: its weights, its metrics, and the checkpoints that are kept."""
+def outputs(run: RunDir) -> dict[str, Any]:
+    """The results of a run: its weights, its metrics, and the checkpoints that are kept."""
     rows = [{key: value for key, value in row.items() if key != "time"} for row in metrics(run, "sft")]
     kept = sorted(path.name for path in run.stage("sft").checkpoints.glob("*-*") if path.name[0] != ".")
     return {"weights": weights_digest(run, "sft"), "metrics": rows, "kept": kept}
 
 
 def make_once(run: RunDir, world: World) -> None:
-    """Data, model and engine, which the stage then finds made."""
+    """Create data, model and engine once, for all runs of the stage."""
     context = StageContext(read_spec(run.job_yaml), "sft", run, world, StopFlag(), "before")
     data, tokenizer = context.data(), context.tokenizer
     model = sft.load_causal(context.start_model(context.spec.models.actor), context.dtype, 0.0)
@@ -108,13 +108,13 @@ def main(folder: Path) -> dict[str, Any]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     world = Alone(0, ParallelDims(1), 0, torch.device("cpu"), dist.group.WORLD)
-    common.EVALUATED = 4  # what is held out is not what this is about
+    common.EVALUATED = 4  # evaluation is not tested here
     faults = ctypes.CDLL(None)
     fields = {"checkpoint_every": 1, "max_steps": STEPS, "zero": 1}
     whole = make_run(tiny_spec(folder / "whole", 1, sft=fields))
     make_once(whole, world)
     assert forked(lambda: train(whole, "whole", world, faults, 0)) == 0
-    calls, expected = int((whole.path / "calls").read_text()), told(whole)
+    calls, expected = int((whole.path / "calls").read_text()), outputs(whole)
     found: dict[str, Any] = {"calls": calls, "killed": 0, "wrong": []}
     job = whole.job_yaml.read_text()
     for number in range(1, calls + 1):
@@ -125,9 +125,9 @@ def main(folder: Path) -> dict[str, Any]:
         code = forked(lambda run=run, number=number: train(run, "first", world, faults, number))
         found["killed"] += code == -9
         again = forked(lambda run=run: train(run, "second", world, faults, -1))
-        left = told(run) if again == 0 else {}
-        if code != -9 or left != expected:
-            found["wrong"].append((number, code, again, left))
+        results = outputs(run) if again == 0 else {}
+        if code != -9 or results != expected:
+            found["wrong"].append((number, code, again, results))
     return found
 
 

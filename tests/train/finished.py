@@ -1,4 +1,4 @@
-"""A run whose stages are done, without the training: models with weights that are drawn."""
+"""A run whose stages are done without training: models with random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs chains of stages one after the other on ranks that start but once; loading DeepSpeed takes longer than the stages."""
+"""Runs chains of stages one after another on the same ranks: loading DeepSpeed takes longer than the stages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_rlhf.rank import end_after
+from hpc_rlhf.rank import exit_after
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
 from tests.train.stages import run_ranks
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end_after(main)
+    exit_after(main)

@@ -1,4 +1,4 @@
-"""Runs stages as real ranks of this machine, and stops them where a test wants it."""
+"""Runs stages on real ranks on this machine, and stops them at given steps."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 
 DEADLINE = 240.0
-ONCE_DEADLINE = 600.0  # of ranks that run many stages
-# The last lines of a rank's script: as Python winds down, a thread of gloo that is still there may abort the process.
+MANY_DEADLINE = 600.0  # for ranks that run many stages
+# The last lines of a rank's script: while Python shuts down, a thread of gloo may abort the process.
 END = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
 def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpec:
-    """The demo's SFT, reward model and PPO in a few steps; or the stages named, with the fields given laid over."""
+    """The demo's SFT, reward model and PPO in a few steps, or the named stages with the given fields."""
     base: dict[str, dict[str, Any]] = {
         "sft": {"lr": 1e-3, "max_steps": 6},
         "reward": {"lr": 1e-3, "max_steps": 4},
@@ -64,10 +64,10 @@ def make_run(spec: JobSpec) -> RunDir:
 
 
 def run_ranks(module: str, args: list[str], logs: list[Path]) -> None:
-    """Run a module's ``main`` on ranks that start but once, each with a log.
+    """Run a module's ``main`` on ranks, each with a log.
 
     Raises:
-        AssertionError: a rank failed; it holds the ends of their logs.
+        AssertionError: a rank failed; it contains the ends of their logs.
     """
     processes = [
         subprocess.Popen(
@@ -79,7 +79,7 @@ def run_ranks(module: str, args: list[str], logs: list[Path]) -> None:
         for environment, log in zip(rank_environment(len(logs), free_port()), logs, strict=True)
     ]
     try:
-        codes = [process.wait(ONCE_DEADLINE) for process in processes]
+        codes = [process.wait(MANY_DEADLINE) for process in processes]
     finally:
         for process in processes:
             process.kill()

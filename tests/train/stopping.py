@@ -1,4 +1,4 @@
-"""Runs stages on ranks that start but once, and stops each attempt after a number of the rounds in which ranks agree."""
+"""Runs many stages on the same ranks, and stops each attempt after a number of the rounds in which ranks agree."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.rank import end_after
+from hpc_rlhf.rank import exit_after
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
 from tests.train.stages import run_ranks
 
 TIME_LIMIT = 1
-# After how many rounds an attempt is told to stop: of all from its first safe point on, or of those of one kind.
+# After how many rounds an attempt should stop: of all from its first safe point on, or of those of one kind.
 Stop = int | tuple[str, int]
-# The kind of round in which rank 0 alone is told: as it describes a file of the artifact.
+# The kind of round in which rank 0 alone should stop: while it hashes a file of the artifact.
 FILES = "files"
 
 
 def run_stopping(work: Sequence[tuple[RunDir, str, Sequence[Stop]]], ranks: int) -> None:
-    """Run stages, each with the stops of its attempts. The attempt after the last of those goes on to the end.
+    """Run stages, each with the stops of its attempts. The attempt after the last of those runs to the end.
 
     Raises:
-        AssertionError: a rank failed; it holds the ends of their logs.
+        AssertionError: a rank failed; it contains the ends of their logs.
     """
     logs = [work[0][0].path.parent / f"ranks.{rank}.log" for rank in range(ranks)]
     tasks = json.dumps([(str(run.path), stage, stops) for run, stage, stops in work])
@@ -53,24 +53,24 @@ def main() -> None:
         spec = read_spec(run.job_yaml)
         for number, stop in enumerate([*stops, None]):
             kind, after = stop if isinstance(stop, list) else ("", stop)
-            rounds, files, asked, flag = count(1), count(1), [""], StopFlag()
-            begun = [False]
+            rounds, files, round_kind, flag = count(1), count(1), [""], StopFlag()
+            started = [False]
 
-            def first_point(self: Any, *args: Any, begun: Any = begun) -> None:
-                begun[0] = True
+            def first_point(self: Any, *args: Any, started: Any = started) -> None:
+                started[0] = True
                 safe_point(self, *args)
 
-            def asking(self: Any, kind: str, numbers: Any, asked: Any = asked) -> Any:
-                asked[0] = kind
-                said = between(self, kind, numbers)
-                asked[0] = ""
-                return said
+            def agree_between(self: Any, kind: str, numbers: Any, round_kind: Any = round_kind) -> Any:
+                round_kind[0] = kind
+                largest = between(self, kind, numbers)
+                round_kind[0] = ""
+                return largest
 
-            def now(
+            def agree_now(
                 self: Any, numbers: Any, kind: Any = kind, after: Any = after, rounds: Any = rounds,
-                begun: Any = begun, asked: Any = asked, flag: Any = flag,
+                started: Any = started, round_kind: Any = round_kind, flag: Any = flag,
             ) -> list[int]:  # fmt: skip
-                counts = begun[0] and kind in ("", asked[0])
+                counts = started[0] and kind in ("", round_kind[0])
                 if counts and next(rounds) == after and world.rank == world.size - 1:
                     flag.time_is_up()
                     numbers = [TIME_LIMIT, *numbers[1:]]
@@ -85,7 +85,7 @@ def main() -> None:
                 return describe(folder, *share)
 
             Checkpointer.safe_point = first_point  # type: ignore[method-assign]
-            consensus.Consensus.agree, consensus.Consensus.agree_between = now, asking  # type: ignore[method-assign]
+            consensus.Consensus.agree, consensus.Consensus.agree_between = agree_now, agree_between  # type: ignore[method-assign]
             manifest.describe = described
             try:
                 attempt = Attempt(run, stage, flag)
@@ -99,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end_after(main)
+    exit_after(main)

@@ -30,13 +30,13 @@ CURVES = {
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to run the chain.
+class Setup:
+    """A setup in which the chain is run.
 
     Attributes:
-        like: the way whose curves it should have.
+        like: the setup whose curves it should have.
         fields, ppo: of all stages, and of PPO alone.
-        curves: of each stage that is run, the numbers that are compared.
+        curves: for each stage that is run, the metrics that are compared.
     """
 
     ranks: int
@@ -72,62 +72,63 @@ DPO = {"dpo": ("loss", "grad_norm", "margin")}
 TENSOR = {"tensor_parallel": 2}
 HALF: dict[str, Any] = {"like": "SFT alone", "tolerance": 1e-3, "curves": {"sft": ("loss",)}}
 HALF_NORMS: dict[str, Any] = {"like": "SFT alone", "tolerance": 5e-3, "curves": {"sft": ("grad_norm",)}}
-WAYS = {
-    "plain": Way(1, 1),
-    "plain, accumulated": Way(1, 4),
-    "four ranks": Way(4, 1),
-    "ZeRO-1": Way(2, 4, {"zero": 1}),
-    "ZeRO-2": Way(4, 1, {"zero": 2}),
-    "ZeRO-2, accumulated": Way(2, 4, {"zero": 2}),
-    "ZeRO-3": Way(2, 1, {"zero": 3}),
-    "ZeRO-3, accumulated": Way(4, 4, {"zero": 3}),
-    "ZeRO-1, optimizer offloaded": Way(2, 4, {"zero": 1, "offload_optimizer": True}),
-    "ZeRO-2, optimizer offloaded": Way(2, 1, {"zero": 2, "offload_optimizer": True}, {"offload_frozen": True}),
-    "ZeRO-3, weights offloaded": Way(2, 1, {"zero": 3, "offload_params": True}),
-    "all offloaded": Way(2, 4, BOTH, {"offload_frozen": True}),
-    "all offloaded on one rank": Way(1, 1, BOTH),
-    "actor and critic apart": Way(2, 1, BOTH, {"critic": {"zero": 0}}),
-    "LoRA": Way(1, 1, LORA),
-    "LoRA, ZeRO-1": Way(2, 1, {**LORA, "zero": 1}, like="LoRA"),
-    "LoRA, ZeRO-2, offloaded": Way(2, 4, {**LORA, "zero": 2, "offload_optimizer": True}, like="LoRA"),
-    "LoRA, ZeRO-3": Way(4, 1, {**LORA, "zero": 3}, like="LoRA"),
-    "LoRA, all offloaded": Way(2, 4, {**LORA, **BOTH}, {"offload_frozen": True}, like="LoRA"),
-    "LoRA and all weights": Way(1, 4, LORA_AND_ALL, {"critic": LORA_AND_ALL}),
-    "LoRA and all weights, ZeRO-3": Way(
+SETUPS = {
+    "plain": Setup(1, 1),
+    "plain, accumulated": Setup(1, 4),
+    "four ranks": Setup(4, 1),
+    "ZeRO-1": Setup(2, 4, {"zero": 1}),
+    "ZeRO-2": Setup(4, 1, {"zero": 2}),
+    "ZeRO-2, accumulated": Setup(2, 4, {"zero": 2}),
+    "ZeRO-3": Setup(2, 1, {"zero": 3}),
+    "ZeRO-3, accumulated": Setup(4, 4, {"zero": 3}),
+    "ZeRO-1, optimizer offloaded": Setup(2, 4, {"zero": 1, "offload_optimizer": True}),
+    "ZeRO-2, optimizer offloaded": Setup(2, 1, {"zero": 2, "offload_optimizer": True}, {"offload_frozen": True}),
+    "ZeRO-3, weights offloaded": Setup(2, 1, {"zero": 3, "offload_params": True}),
+    "all offloaded": Setup(2, 4, BOTH, {"offload_frozen": True}),
+    "all offloaded on one rank": Setup(1, 1, BOTH),
+    "actor and critic apart": Setup(2, 1, BOTH, {"critic": {"zero": 0}}),
+    "LoRA": Setup(1, 1, LORA),
+    "LoRA, ZeRO-1": Setup(2, 1, {**LORA, "zero": 1}, like="LoRA"),
+    "LoRA, ZeRO-2, offloaded": Setup(2, 4, {**LORA, "zero": 2, "offload_optimizer": True}, like="LoRA"),
+    "LoRA, ZeRO-3": Setup(4, 1, {**LORA, "zero": 3}, like="LoRA"),
+    "LoRA, all offloaded": Setup(2, 4, {**LORA, **BOTH}, {"offload_frozen": True}, like="LoRA"),
+    "LoRA and all weights": Setup(1, 4, LORA_AND_ALL, {"critic": LORA_AND_ALL}),
+    "LoRA and all weights, ZeRO-3": Setup(
         2, 1, {**LORA_AND_ALL, "zero": 3}, {"critic": {**LORA_AND_ALL, "zero": 2}}, like="LoRA and all weights"
     ),
-    "DPO": Way(1, 1, curves=DPO),
-    "DPO, ZeRO-2, reference offloaded": Way(
+    "DPO": Setup(1, 1, curves=DPO),
+    "DPO, ZeRO-2, reference offloaded": Setup(
         2, 4, {"zero": 2, "offload_optimizer": True, "offload_frozen": True}, like="DPO", curves=DPO
     ),
-    "tensor parallel": Way(2, 1, TENSOR),
-    "tensor parallel, ZeRO-1": Way(2, 4, {**TENSOR, "zero": 1}),
-    "tensor parallel of two groups": Way(4, 1, TENSOR),
-    "tensor parallel of two groups, ZeRO-2, offloaded": Way(4, 4, {**TENSOR, "zero": 2, "offload_optimizer": True}),
-    "LoRA, tensor parallel of two groups, ZeRO-1": Way(4, 1, {**TENSOR, **LORA, "zero": 1}, like="LoRA"),
-    "DPO, tensor parallel": Way(2, 1, {**TENSOR, "activation_checkpointing": True}, like="DPO", curves=DPO),
-    # Half precision rounds weights to three digits; PPO draws other answers then, and fp16 leaves out steps that overflow.
-    "SFT alone": Way(1, 1, curves={"sft": CURVES["sft"]}),
-    "bf16": Way(2, 1, {"zero": 2, "precision": "bf16"}, **HALF),
-    "bf16, all offloaded": Way(2, 4, {**BOTH, "precision": "bf16"}, **HALF),
-    "bf16, not sharded": Way(1, 1, {"precision": "bf16"}, **HALF),
-    "bf16, tensor parallel": Way(2, 1, {**TENSOR, "precision": "bf16"}, **HALF_NORMS),
-    "fp16, tensor parallel, ZeRO-1": Way(2, 1, {**TENSOR, "zero": 1, "precision": "fp16"}, **HALF_NORMS),
-    "fp16": Way(2, 4, {"zero": 1, "precision": "fp16"}, **HALF),
-    "fp16, optimizer offloaded": Way(2, 1, {"zero": 2, "precision": "fp16", "offload_optimizer": True}, **HALF),
+    "tensor parallel": Setup(2, 1, TENSOR),
+    "tensor parallel, ZeRO-1": Setup(2, 4, {**TENSOR, "zero": 1}),
+    "tensor parallel of two groups": Setup(4, 1, TENSOR),
+    "tensor parallel of two groups, ZeRO-2, offloaded": Setup(4, 4, {**TENSOR, "zero": 2, "offload_optimizer": True}),
+    "LoRA, tensor parallel of two groups, ZeRO-1": Setup(4, 1, {**TENSOR, **LORA, "zero": 1}, like="LoRA"),
+    "DPO, tensor parallel": Setup(2, 1, {**TENSOR, "activation_checkpointing": True}, like="DPO", curves=DPO),
+    # Half precision rounds weights to three digits; PPO then samples other responses, and fp16 skips steps
+    # that overflow.
+    "SFT alone": Setup(1, 1, curves={"sft": CURVES["sft"]}),
+    "bf16": Setup(2, 1, {"zero": 2, "precision": "bf16"}, **HALF),
+    "bf16, all offloaded": Setup(2, 4, {**BOTH, "precision": "bf16"}, **HALF),
+    "bf16, not sharded": Setup(1, 1, {"precision": "bf16"}, **HALF),
+    "bf16, tensor parallel": Setup(2, 1, {**TENSOR, "precision": "bf16"}, **HALF_NORMS),
+    "fp16, tensor parallel, ZeRO-1": Setup(2, 1, {**TENSOR, "zero": 1, "precision": "fp16"}, **HALF_NORMS),
+    "fp16": Setup(2, 4, {"zero": 1, "precision": "fp16"}, **HALF),
+    "fp16, optimizer offloaded": Setup(2, 1, {"zero": 2, "precision": "fp16", "offload_optimizer": True}, **HALF),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
-    """The chain, run in every way."""
+    """The chain, run in every setup."""
     folder = tmp_path_factory.mktemp("chains")
-    runs = {name: way.make(folder / f"{number}") for number, (name, way) in enumerate(WAYS.items())}
+    runs = {name: setup.make(folder / f"{number}") for number, (name, setup) in enumerate(SETUPS.items())}
     for ranks in (1, 2, 4):
-        # DeepSpeed keeps its groups of ranks for as long as a process lives.
+        # DeepSpeed keeps its process groups for the lifetime of a process.
         names = sorted(
-            (name for name in WAYS if WAYS[name].ranks == ranks and tiny.is_supported(name)),
-            key=lambda name: WAYS[name].group,
+            (name for name in SETUPS if SETUPS[name].ranks == ranks and tiny.is_supported(name)),
+            key=lambda name: SETUPS[name].group,
         )
         run_chains([runs[name] for name in names], ranks)
     return runs
@@ -137,22 +138,24 @@ def curve(run: RunDir, stage: str, name: str) -> list[float]:
     return [line[name] for line in metrics(run, stage) if line["kind"] == "train"]
 
 
-@pytest.mark.parametrize("name", [name for name in WAYS if name not in {way.like for way in WAYS.values()}])
+@pytest.mark.parametrize(
+    "name", [name for name in SETUPS if name not in {setup.like for setup in SETUPS.values()}]
+)
 def test_curves_agree(chains: dict[str, RunDir], name: str) -> None:
     tiny.skip_unless_supported(name)
-    way = WAYS[name]
-    for stage, numbers in way.curves.items():
+    setup = SETUPS[name]
+    for stage, numbers in setup.curves.items():
         for number in numbers:
-            ours, theirs = curve(chains[name], stage, number), curve(chains[way.like], stage, number)
+            ours, theirs = curve(chains[name], stage, number), curve(chains[setup.like], stage, number)
             assert len(ours) == STEPS[stage]
-            assert ours == pytest.approx(theirs, rel=way.tolerance, abs=way.tolerance), (stage, number)
+            assert ours == pytest.approx(theirs, rel=setup.tolerance, abs=setup.tolerance), (stage, number)
 
 
 @pytest.mark.parametrize("name", ["tensor parallel", "tensor parallel of two groups, ZeRO-2, offloaded"])
-def test_models_of_cut_layers_are_exported_whole(chains: dict[str, RunDir], name: str) -> None:
+def test_tensor_parallel_models_are_exported_completely(chains: dict[str, RunDir], name: str) -> None:
     for stage in CURVES:
         ours, theirs = (
-            load_file(chains[way].stage(stage).model / "model.safetensors") for way in (name, "plain")
+            load_file(chains[setup].stage(stage).model / "model.safetensors") for setup in (name, "plain")
         )
         assert {key: weight.shape for key, weight in ours.items()} == {
             key: weight.shape for key, weight in theirs.items()
@@ -161,7 +164,7 @@ def test_models_of_cut_layers_are_exported_whole(chains: dict[str, RunDir], name
             torch.testing.assert_close(ours[key], weight, atol=1e-5, rtol=1e-4)
 
 
-def test_adapters_learn_something_else_than_all_weights(chains: dict[str, RunDir]) -> None:
+def test_adapters_train_differently_from_all_weights(chains: dict[str, RunDir]) -> None:
     ends = [curve(chains[name], "sft", "loss")[-1] for name in ("plain", "LoRA", "LoRA and all weights")]
     starts = [curve(chains[name], "sft", "loss")[0] for name in ("plain", "LoRA", "LoRA and all weights")]
     assert len(set(ends)) == 3

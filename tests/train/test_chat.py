@@ -1,4 +1,4 @@
-"""Answers come in pieces: whole characters, nothing of the next turn, and together the whole answer."""
+"""Responses are streamed: whole characters, nothing of the next turn, and complete in the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc_rlhf.train.chat import NEXT_TURN, ChatModel
-from hpc_rlhf.train.data.dialogues import follow
+from hpc_rlhf.train.data.dialogues import configure_tokenizer
 from hpc_rlhf.train.data.rows import transcript
 from hpc_rlhf.train.models.export import export
 from tests.train import chatty, tiny
@@ -20,14 +20,14 @@ HI = [("human", "What colour is grass?")]
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
     folder = tmp_path_factory.mktemp("model")
-    # Its positions are learnt, so that it cannot go beyond them.
+    # Its positions are learned, so that it cannot go beyond them.
     model = tiny.causal("gpt2", vocab_size=300, n_positions=96)
     export(model, tiny.tokenizer(), folder, is_main=True)
     return ChatModel(Path(folder))
 
 
 def pieces_of(chat: ChatModel, text: str, cut: int = 0) -> list[str]:
-    """What is streamed when the model says a text, without its last tokens."""
+    """What is streamed if the model generates a text, without its last tokens."""
     tokens = chat.tokenizer(text)["input_ids"]
     return list(chat._text(iter(tokens[: len(tokens) - cut])))
 
@@ -48,20 +48,20 @@ def pieces_of(chat: ChatModel, text: str, cut: int = 0) -> list[str]:
         (" Green.</s>", "Green."),
     ],
 )
-def test_pieces_make_up_the_answer_without_the_next_turn(chat: ChatModel, said: str, answer: str) -> None:
+def test_the_pieces_are_the_response_without_the_next_turn(chat: ChatModel, said: str, answer: str) -> None:
     pieces = pieces_of(chat, said)
     assert "".join(pieces) == answer
     assert all(pieces), "no empty piece"
     assert len(pieces) > 1 or len(answer) < 2, "it streams"
 
 
-def test_no_token_is_drawn_once_the_next_turn_begins(chat: ChatModel) -> None:
+def test_no_token_is_sampled_once_the_next_turn_begins(chat: ChatModel) -> None:
     tokens = iter(chat.tokenizer(f" Green.{NEXT_TURN} And snow?")["input_ids"])
     assert "".join(chat._text(tokens)) == "Green."
     assert chat.tokenizer.decode(list(tokens)) == " And snow?"
 
 
-def test_at_no_time_has_half_a_character_or_part_of_the_next_turn_been_shown(chat: ChatModel) -> None:
+def test_no_partial_character_or_part_of_the_next_turn_is_ever_shown(chat: ChatModel) -> None:
     said = " Grün 七 \U0001f600\U0001f600 ok.\n\nHuman: more"
     answer = "Grün 七 \U0001f600\U0001f600 ok."
     for cut in range(len(chat.tokenizer(said)["input_ids"])):
@@ -70,7 +70,7 @@ def test_at_no_time_has_half_a_character_or_part_of_the_next_turn_been_shown(cha
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_stream_is_the_whole_answer_of_the_model(chat: ChatModel, temperature: float) -> None:
+def test_a_stream_is_the_complete_response_of_the_model(chat: ChatModel, temperature: float) -> None:
     pieces = list(chat.stream(HI, 40, temperature, seed=1))
     answer = "".join(pieces)
     assert len(pieces) > 3
@@ -84,7 +84,7 @@ def test_a_stream_is_the_whole_answer_of_the_model(chat: ChatModel, temperature:
         assert answer == whole.partition(NEXT_TURN)[0].rstrip("\N{REPLACEMENT CHARACTER}").strip()
 
 
-def test_an_answer_has_at_most_so_many_tokens(chat: ChatModel) -> None:
+def test_a_response_has_at_most_max_tokens(chat: ChatModel) -> None:
     drawn: list[int] = []
 
     def count(tokens: Any) -> Any:
@@ -99,7 +99,7 @@ def test_an_answer_has_at_most_so_many_tokens(chat: ChatModel) -> None:
     assert 0 < len(drawn) <= 7
 
 
-def test_a_long_conversation_loses_its_oldest_tokens_and_goes_on(chat: ChatModel) -> None:
+def test_a_long_conversation_loses_its_oldest_tokens_and_continues(chat: ChatModel) -> None:
     turns = [("human", "word " * 60), ("assistant", "Yes."), ("human", "Why?")]
     assert len(chat.tokenizer(transcript(turns))["input_ids"]) > 96
     assert chat.forgotten(turns, 30) == len(chat.tokenizer(transcript(turns))["input_ids"]) + 30 - 96
@@ -108,10 +108,10 @@ def test_a_long_conversation_loses_its_oldest_tokens_and_goes_on(chat: ChatModel
     assert "".join(chat.stream(turns, 1000, 0.0, seed=1)), "more tokens than the model has places"
 
 
-def test_a_model_with_a_chat_template_is_asked_by_it_and_ends_by_its_turn(
+def test_a_chat_template_is_used_for_the_prompt_and_the_end_of_the_turn(
     chat: ChatModel, tmp_path: Path
 ) -> None:
-    tokenizer = follow(chatty.tokenizer("chatml"), "auto")
+    tokenizer = configure_tokenizer(chatty.tokenizer("chatml"), "auto")
     export(tiny.causal("gpt2", vocab_size=310, n_positions=96), tokenizer, tmp_path, is_main=True)
     model = ChatModel(tmp_path)
     asked = tokenizer.apply_chat_template(

@@ -46,7 +46,7 @@ def finished(run: RunDir) -> None:
 
 
 def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt whose stage ends well, and that has heard a signal after its last safe point."""
+    """An attempt whose stage succeeds, and that received a signal after its last safe point."""
     monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda *_: world)
     monkeypatch.setattr("hpc_rlhf.train.runtime.world.leave", lambda: None)
     stop = StopFlag()
@@ -59,10 +59,10 @@ def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch
     Attempt(run, "sft", stop).run()
 
 
-def test_a_stage_that_ends_while_it_is_preempted_runs_once_more(
+def test_a_stage_that_finishes_while_preempted_runs_once_more(
     tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slurm may call it PREEMPTED although it is done; the next start ends at once, and is COMPLETED."""
+    """Slurm may record it as PREEMPTED although it is done; the next start ends at once, and is COMPLETED."""
     run = make_run(tiny_spec(tmp_path / "run", ranks=1))
     monkeypatch.setattr(commands, "was_preempted", lambda job: True)
     finish(run, PREEMPTED, world, monkeypatch)
@@ -75,7 +75,7 @@ def test_a_stage_that_ends_while_it_is_preempted_runs_once_more(
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_the_attempt_that_finds_its_stage_done_leaves_the_report(
+def test_an_attempt_that_finds_its_stage_done_writes_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
 ) -> None:
     run = make_run(tiny_spec(tmp_path / "run", ranks=2))
@@ -90,21 +90,21 @@ def test_the_attempt_that_finds_its_stage_done_leaves_the_report(
     assert run.report.exists() == (rank == "0")
 
 
-@pytest.mark.parametrize(("by_person", "goes_on"), [(False, False), (True, True)])
-def test_requeues_are_counted_over_all_jobs_and_from_a_persons_word(
+@pytest.mark.parametrize(("by_user", "continues"), [(False, False), (True, True)])
+def test_requeues_count_over_all_jobs_since_the_user_last_asked(
     tmp_path: Path,
     world: World,
     requeued: list[str],
     monkeypatch: pytest.MonkeyPatch,
-    by_person: bool,
-    goes_on: bool,
+    by_user: bool,
+    continues: bool,
 ) -> None:
-    """Slurm counts those of one job only, and this is the first attempt of the second."""
+    """Slurm counts the requeues of one job only, and this is the first attempt of the second job."""
     run = make_run(tiny_spec(tmp_path / "run", ranks=1, sft={"slurm": {"max_requeues": 2}}))
     ledger = Ledger(run.ledger)
     for name in ("started", "requeued", "started", "retried"):
         ledger.append(event(name, stage="sft", job_id="8", step=3, reason="preempted"))
-    if by_person:
+    if by_user:
         ledger.append(RetryRequested("sft"))
     monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda *_: world)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -113,16 +113,16 @@ def test_requeues_are_counted_over_all_jobs_and_from_a_persons_word(
         raise StageStopped("preempted", 5)
 
     monkeypatch.setattr(Attempt, "train", stop)
-    expected = SystemExit if goes_on else HpcRlhfError
-    with pytest.raises(expected, match=None if goes_on else "all that slurm.max_requeues allows"):
+    expected = SystemExit if continues else HpcRlhfError
+    with pytest.raises(expected, match=None if continues else "all that slurm.max_requeues allows"):
         Attempt(run, "sft", StopFlag()).run()
-    assert requeued == (["9"] if goes_on else [])
+    assert requeued == (["9"] if continues else [])
 
 
 def test_a_stop_that_another_ranks_failure_caused_is_not_requeued_as_a_preemption(
     tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From Slurm 26.05 on, srun sends the other ranks the signal of a preemption when one has failed."""
+    """From Slurm 26.05 on, srun sends the other ranks the signal of a preemption if one fails."""
     run = make_run(tiny_spec(tmp_path / "run", ranks=1))
     monkeypatch.setattr("hpc_rlhf.train.runtime.world.join", lambda *_: world)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
@@ -139,7 +139,7 @@ def test_a_stop_that_another_ranks_failure_caused_is_not_requeued_as_a_preemptio
 
 
 @pytest.mark.parametrize("code", [0, TIME_LIMIT, PREEMPTED])  # the last without a preemption in Slurm
-def test_a_stage_that_ends_in_its_time_is_done(
+def test_a_stage_that_finishes_in_time_is_not_requeued(
     tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     run = make_run(tiny_spec(tmp_path / "run", ranks=1))
@@ -153,13 +153,13 @@ def test_a_stage_that_ends_in_its_time_is_done(
     [
         ([("requeued", 3, "time limit")], True),
         ([("requeued", 3, "time limit"), ("started", 0, ""), ("requeued", 3, "preempted")], True),
-        ([("ended", 3, "time limit")], True),  # cut off, and sent off again by heal
+        ([("ended", 3, "time limit")], True),  # killed at the limit, and resubmitted by heal
         ([("requeued", 3, "preempted")], False),
         ([("requeued", 3, "time limit"), ("started", 0, ""), ("saved", 4, "")], False),
-        ([("requeued", 3, "time limit"), ("anew", 0, "")], False),  # a person says that it has time now
+        ([("requeued", 3, "time limit"), ("anew", 0, "")], False),  # the user asked for another attempt
     ],
 )
-def test_a_step_that_never_fits_the_time_limit_is_not_tried_for_ever(
+def test_a_step_that_never_fits_the_time_limit_is_not_retried_forever(
     tmp_path: Path,
     world: World,
     requeued: list[str],

@@ -1,4 +1,4 @@
-"""A save killed at any call that touches the disk leaves a run that goes on as if nothing had been."""
+"""A save that is killed at any call that touches the disk leaves a run that continues as if undisturbed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_name("faults.c")
 
 @pytest.mark.train
 @pytest.mark.parametrize(("module", "at_least"), [("faults", 25), ("faults_engine", 50)])
-def test_a_save_may_be_killed_at_each_of_its_calls(tmp_path: Path, module: str, at_least: int) -> None:
+def test_a_save_can_be_killed_at_each_of_its_calls(tmp_path: Path, module: str, at_least: int) -> None:
     """All of them: folders made, files opened, each write cut in half, flushed, renamed, and the old ones removed. Of a
     stand-in for an engine, and of DeepSpeed's."""
     compiler = shutil.which("cc")

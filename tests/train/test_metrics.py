@@ -1,4 +1,4 @@
-"""Metrics: valid JSON whatever the numbers, and every step once, however often the stage was stopped."""
+"""Metrics: valid JSON for any numbers, and every step once, however often the stage was stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def log_of(folder: Path, step: int = -1, is_main: bool = True) -> MetricsLog:
     return MetricsLog(folder / "metrics.jsonl", folder / "tensorboard", step, is_main)
 
 
-def test_a_line_holds_its_step_kind_and_numbers(tmp_path: Path) -> None:
+def test_a_line_has_step_kind_and_numbers(tmp_path: Path) -> None:
     log_of(tmp_path).log(3, 10, "train", {"loss": 1.25, "lr": 9.65e-6})
     (row,) = rows(tmp_path / "metrics.jsonl")
     assert row.pop("time") > 1e9
@@ -64,14 +64,14 @@ def test_a_resumed_stage_has_every_step_once(tmp_path: Path) -> None:
     assert [row["loss"] for row in found] == [1, 2, 3, 4, 105, 106, 107, 108, 109, 110]
 
 
-def test_a_stage_that_starts_anew_has_no_line_of_before(tmp_path: Path) -> None:
+def test_a_stage_that_starts_over_keeps_no_earlier_line(tmp_path: Path) -> None:
     log_of(tmp_path).log(0, 10, "eval", {"perplexity": 9.0})
     log_of(tmp_path)
     assert rows(tmp_path / "metrics.jsonl") == []
 
 
-def test_text_with_any_line_end_and_torn_lines(tmp_path: Path) -> None:
-    """Samples are cut the same way, and models write what they like."""
+def test_text_with_line_separators_and_torn_lines(tmp_path: Path) -> None:
+    """Samples are truncated the same way, and models may generate any character."""
     path = tmp_path / "samples.jsonl"
     strange = "a\u2028b\u2029c\x85d\x0be\r é"
     kept = {"step": 2, "answer": strange}
@@ -87,8 +87,8 @@ def test_text_with_any_line_end_and_torn_lines(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
-def test_what_is_measured_after_the_last_step_is_measured_again(tmp_path: Path) -> None:
-    """A stage that resumes from the checkpoint of its last step evaluates anew; at step 0 it does not."""
+def test_measurements_after_the_last_step_are_repeated(tmp_path: Path) -> None:
+    """A stage that resumes from the checkpoint of its last step evaluates again; at step 0 it does not."""
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": 0, "kind": "eval"}, {"step": 1, "kind": "train"}, {"step": 2, "kind": "train"}]
     ending = [{"step": 2, "kind": "eval"}, {"step": 2, "kind": "final"}]

@@ -1,4 +1,4 @@
-"""A signal in a rank's first moments is not lost and does not end it; and what a rank ends with is its own word."""
+"""A signal while a rank starts is neither lost nor fatal, and a rank's exit code is its own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 
-class Listens:
-    """Stands for a stage: installs the stop flag, and says what it has heard by then."""
+class ReportsSignal:
+    """A stand-in for a stage: installs the stop flag, and prints what it received by then."""
 
     def __call__(self) -> int:
         from hpc_rlhf.train.runtime.stop_signals import StopFlag
@@ -23,7 +23,7 @@ class Listens:
         return flag.code
 
 
-def test_a_signal_before_the_stage_listens_is_heard_when_it_does(tmp_path: Path) -> None:
+def test_a_signal_before_the_handlers_are_installed_is_delivered_then(tmp_path: Path) -> None:
     logs = tmp_path / "run/stages/sft/logs"
     logs.mkdir(parents=True)
     paths = JobPaths(logs, job_id="7", task_id=0)
@@ -38,9 +38,9 @@ def test_a_signal_before_the_stage_listens_is_heard_when_it_does(tmp_path: Path)
         text=True,
     )
     assert rank.stdout is not None
-    rank.stdout.readline()  # submitit's first words: it waits for the pickle now
+    rank.stdout.readline()  # submitit's first line: it waits for the pickle now
     rank.send_signal(signal.SIGTERM)
-    delayed = DelayedSubmission(Listens())
+    delayed = DelayedSubmission(ReportsSignal())
     delayed.set_timeout(10**7, 10**6)
     delayed.dump(tmp_path / "pickle")
     (tmp_path / "pickle").rename(paths.submitted_pickle)
@@ -55,9 +55,9 @@ def test_a_signal_before_the_stage_listens_is_heard_when_it_does(tmp_path: Path)
     ("work", "code"),
     [("print('done', end='')", 0), ("sys.exit(75)", 75), ("sys.exit('no')", 1), ("1 / 0", 1)],
 )
-def test_a_rank_ends_with_its_own_code_whatever_goes_wrong_as_python_winds_down(work: str, code: int) -> None:
+def test_a_rank_exits_with_its_own_code_whatever_fails_while_python_shuts_down(work: str, code: int) -> None:
     program = f"import atexit, os, sys\natexit.register(os.abort)\ndef main(): {work}\n"
-    end = "from hpc_rlhf.rank import end_after\nend_after(main)"
+    end = "from hpc_rlhf.rank import exit_after\nend_after(main)"
     done = subprocess.run([sys.executable, "-c", program + end], capture_output=True, text=True)
     assert done.returncode == code
     assert done.stdout == ("done" if code == 0 else "")

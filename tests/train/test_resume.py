@@ -1,4 +1,4 @@
-"""A stage stopped anywhere goes on as if nothing had been: in mid-window, between minibatches, in any precision."""
+"""A stage stopped anywhere resumes exactly: in mid-window, between minibatches, in any precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.train.stopping import FILES, run_stopping
 pytestmark = pytest.mark.train
 
 WEIGHTS = "weights to be written"
-# All are stopped in mid-window, of four micro-batches.
+# All are stopped within an accumulation window of four micro-batches.
 WINDOWS: dict[str, dict[str, Any]] = {
     "zero 1, bf16": {"zero": 1, "precision": "bf16", "dropout": 0.1},
     "zero 2, fp16": {"zero": 2, "precision": "fp16", "lora": {"rank": 4}},
@@ -26,7 +26,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "zero 0, fp16": {"precision": "fp16"},
     "1-bit Adam, bf16": {"optimizer": "onebit-adam", "onebit_warmup": 2, "precision": "bf16"},
 }
-# Their models have 21 weights each: a stop at the 30th comes in the moving average.
+# Their models have 21 weights each, so a stop at the 30th comes within the moving average.
 PPO: dict[str, dict[str, Any]] = {
     "zero 0": {
         "ema": True, "ptx": {"demo": 50}, "kl_target": 1e-3, "kl_horizon": 100, "normalize_scores": True,
@@ -39,8 +39,8 @@ PPO: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def told(run: RunDir, stage: str) -> list[dict[str, Any]]:
-    """Metrics, and samples, without their times."""
+def outputs(run: RunDir, stage: str) -> list[dict[str, Any]]:
+    """Metrics and samples without their times."""
     lines = metrics(run, stage)
     samples = run.stage(stage).samples
     if samples.exists():
@@ -50,7 +50,7 @@ def told(run: RunDir, stage: str) -> list[dict[str, Any]]:
 
 def same(stopped: RunDir, whole: RunDir, stage: str) -> None:
     assert weights_digest(stopped, stage) == weights_digest(whole, stage)
-    assert told(stopped, stage) == told(whole, stage)
+    assert outputs(stopped, stage) == outputs(whole, stage)
     assert not list(stopped.stage(stage).path.glob("model-*"))
 
 
@@ -59,7 +59,7 @@ def stops(run: RunDir, stage: str) -> list[tuple[int, int]]:
 
 
 def test_a_stop_in_an_accumulation_window_leaves_no_trace(tmp_path: Path) -> None:
-    """The window's gradients are dropped, and it is made again whole."""
+    """The gradients of the window are discarded, and all of it is repeated."""
     fields = {"micro_batch": 1, "global_batch": 8, "max_steps": 3, "warmup": 2}
     pairs = {
         name: [
@@ -110,7 +110,7 @@ def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None
     same(three_stopped, three, "ppo")
 
 
-def test_a_stage_goes_on_with_other_ranks_that_share_the_same_steps(tmp_path: Path) -> None:
+def test_a_stage_continues_on_another_number_of_ranks_with_the_same_steps(tmp_path: Path) -> None:
     """Two ranks, then one, then two: the losses are those of two throughout, and no sample is seen twice."""
     fields: dict[str, Any] = {
         "micro_batch": 2,

@@ -1,4 +1,4 @@
-"""hpc-rlhf serve, with the real server: it answers as chat does, and asks for the answer as it was trained to be asked."""
+"""hpc-rlhf serve with the real server: it responds as chat does, with the prompt format of training."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run
 
 
-def test_plain_turns_as_a_template_are_the_tokens_that_the_model_was_trained_on() -> None:
+def test_the_plain_template_gives_the_tokens_that_the_model_was_trained_on() -> None:
     tokenizer = tiny.tokenizer()
     (ids,) = token_ids(tokenizer, [prompt_text(tokenizer, TURNS)])
     template = plain_template(tokenizer)
@@ -57,7 +57,7 @@ def test_plain_turns_as_a_template_are_the_tokens_that_the_model_was_trained_on(
     assert asked == ids
 
 
-def test_a_server_answers_as_chat_does(run: RunDir) -> None:
+def test_a_server_responds_as_chat_does(run: RunDir) -> None:
     port = free_port()
     command = [sys.executable, "-m", "hpc_rlhf.cli", "serve", str(run.path), "--port", str(port)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -75,7 +75,7 @@ def test_a_server_answers_as_chat_does(run: RunDir) -> None:
         if line.startswith("data: {")
     )
     said = "".join(ChatModel(run.stage("sft").model).stream(TURNS, 12, 0.0, seed=0))
-    # Chat does not show half a character at the end.
+    # Chat does not show a partial character at the end.
     half = "\N{REPLACEMENT CHARACTER}"
     assert json.loads(whole)["choices"][0]["message"]["content"].rstrip(half).strip() == said
     assert streamed.rstrip(half).strip() == said
@@ -90,7 +90,7 @@ def ask(port: int, stream: bool) -> str:
         return str(answer.read().decode())
 
 
-def test_a_port_that_is_taken_is_told(run: RunDir) -> None:
+def test_a_port_in_use_is_reported(run: RunDir) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,4 +1,4 @@
-"""The stages on real ranks: they resume exactly, and refuse what they must."""
+"""The stages on real ranks: they resume exactly, and refuse invalid inputs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_chain(run: RunDir, stop_after: int | None = None, ranks: int = 2) -> Non
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A chain without any sharding, in float32: what the others are held against."""
+    """A chain without sharding, in float32."""
     run = make_run(tiny_spec(tmp_path_factory.mktemp("plain") / "run"))
     run_chain(run)
     return run
@@ -68,7 +68,7 @@ def test_a_chain_hands_over_models_that_load(plain: RunDir) -> None:
 
 
 def test_the_first_ppo_step_starts_from_the_reference(plain: RunDir) -> None:
-    """Dropout off and nothing learnt yet: the actor is the reference, and every ratio is 1."""
+    """Without dropout and before any update the actor equals the reference, and every ratio is 1."""
     first = train_lines(plain, "ppo")[0]
     assert (first["kl"], first["ratio"], first["approx_kl"], first["clipfrac"]) == (0.0, 1.0, 0.0, 0.0)
     told = {
@@ -84,7 +84,7 @@ def test_the_first_ppo_step_starts_from_the_reference(plain: RunDir) -> None:
     assert train_lines(plain, "ppo")[-1]["kl"] > 0
 
 
-def test_samples_stand_once_and_end_side_by_side(plain: RunDir) -> None:
+def test_samples_appear_once_and_end_with_a_comparison(plain: RunDir) -> None:
     rows = [json.loads(line) for line in plain.stage("ppo").samples.read_text().splitlines()]
     rollouts = [row["step"] for row in rows if row["kind"] == "rollout"]
     assert rollouts == sorted(rollouts)
@@ -94,7 +94,7 @@ def test_samples_stand_once_and_end_side_by_side(plain: RunDir) -> None:
 
 
 def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
-    """Stopped in every stage and gone on with, a chain is bit for bit the chain that nobody stopped."""
+    """A chain stopped and resumed in every stage equals the undisturbed chain bit for bit."""
 
     def make(name: str) -> RunDir:
         return make_run(tiny_spec(tmp_path / name, sft=EVERYTHING, reward=OFFLOADED, ppo=PPO_EVERYTHING))
@@ -114,7 +114,7 @@ def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_a_stage_of_cut_layers_resumes_exactly(tmp_path: Path) -> None:
+def test_a_tensor_parallel_stage_resumes_exactly(tmp_path: Path) -> None:
     whole, stopped = (
         make_run(tiny_spec(tmp_path / "whole", ppo=CUT, sft={}, reward={})),
         RunDir(tmp_path / "stopped"),
@@ -160,7 +160,7 @@ def test_a_stage_refuses_incomplete_inputs(plain: RunDir, tmp_path: Path) -> Non
         ({"slurm": {"gpus_per_node": 0, "ranks_per_node": 2}}, "1 ranks were started where the plan has 2"),
     ],
 )
-def test_mistakes_found_on_the_node_are_told_in_a_sentence(
+def test_user_errors_found_on_the_node_are_reported_in_one_sentence(
     tmp_path: Path, change: dict[str, Any], said: str
 ) -> None:
     base = tiny_spec(tmp_path / "run", ranks=1, sft={}).model_dump(mode="json")

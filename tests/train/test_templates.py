@@ -1,4 +1,4 @@
-"""A model with a chat template is trained, saved and talked to in its own way of writing dialogues."""
+"""A model with a chat template is trained, saved and chatted with in the format of its template."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.train.stages import log_tail, make_run, run_stage, tiny_spec
 pytestmark = pytest.mark.train
 
 
-def test_fine_tuning_teaches_an_answer_and_its_end(tmp_path: Path) -> None:
-    """A base model, whose EOS ends a document, learns one answer by heart and ends it as its template does."""
+def test_fine_tuning_teaches_a_response_and_its_end(tmp_path: Path) -> None:
+    """A base model, whose EOS ends a document, memorizes one response and ends it as its template does."""
     tokenizer = chatty.tokenizer("chatml")
     export(tiny.causal("qwen2", vocab_size=310), tokenizer, tmp_path / "base", is_main=True)
     row = (

@@ -1,4 +1,4 @@
-"""Trackers get every step once, over all attempts and offline; and what goes wrong with them costs a run nothing."""
+"""Trackers get every step once over all attempts, also offline, and their failures do not affect the run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def log(run: RunDir, *steps: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def test_attempts_go_on_in_the_same_runs(
+def test_attempts_continue_the_same_tracker_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     mlflow, _ = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
@@ -56,13 +56,13 @@ def test_attempts_go_on_in_the_same_runs(
     log(run, 1, 2)
     first.close()
     run.stage("sft").metrics.unlink()
-    log(run, 1)  # the second step was lost, and is done again
+    log(run, 1)  # the second step was lost, and is repeated
     second = Trackers(spec, run, "sft")
     log(run, 2, 3)
     run.stage("sft").model.mkdir()
     manifest.write(run.stage("sft").model, {"step": 3})
     second.close()
-    assert "no more goes to" not in capfd.readouterr().err
+    assert "nothing more is sent to" not in capfd.readouterr().err
 
     client = mlflow.MlflowClient((run.path / "mlruns").as_uri())
     experiment = client.get_experiment_by_name("e")
@@ -80,7 +80,7 @@ def test_attempts_go_on_in_the_same_runs(
         assert SECRET.encode() not in path.read_bytes(), path
 
 
-def test_a_tracker_that_is_missing_or_hangs_is_told_of_once(
+def test_a_tracker_that_is_missing_or_hangs_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for package, text in (
@@ -96,7 +96,7 @@ def test_a_tracker_that_is_missing_or_hangs_is_told_of_once(
     missing.close()
     (said,) = capfd.readouterr().err.splitlines()
     assert said == (
-        "hpc-rlhf: no more goes to wandb; the run goes on: "
+        "hpc-rlhf: nothing more is sent to wandb; the run continues: "
         "wandb is not installed where the ranks run: pip install 'hpc-rlhf[trackers]'"
     )
     spec, run = prepared(tmp_path / "other", mlflow={"experiment": "e"})

@@ -1,4 +1,5 @@
-"""Saves and resumes an attempt: safe points, when they become checkpoints, and the save that ends a stopped attempt."""
+"""Saves and resumes an attempt: safe points, when they become checkpoints, and the save that ends a stopped
+attempt."""
 
 from __future__ import annotations
 
@@ -92,12 +93,13 @@ class Checkpointer:
         return checkpoint
 
     def safe_point(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> None:
-        """Between steps, or parts of a step: save if a checkpoint is due, and stop if any rank has to. Collective.
+        """Between steps, or parts of a step: save if a checkpoint is due, and stop if any rank has to.
+        Collective.
 
         Args:
             step: steps done.
-            take: puts this rank's share of the state into a snapshot; collective. Until the next safe point it may
-                be called at any ``StopControl.check``.
+            take: puts this rank's share of the state into a snapshot; collective. Until the next safe point
+                it may be called at any ``StopControl.check``.
             state: JSON that comes back with the checkpoint.
             part: parts done of the next step.
 
@@ -120,7 +122,7 @@ class Checkpointer:
         if self.store.pending and (any_due or not any_writing):
             self.commit()
         if any_due:
-            self._begin(point, apart=True)
+            self._begin(point, copy=True)
         self.deadline.restart_timer()
 
     def commit(self) -> None:
@@ -137,12 +139,12 @@ class Checkpointer:
         step, part = saving.point.step, saving.point.part
         self._record(Saved(step=step, part=part, seconds=round(seconds, 3), stall=round(stall, 3)))
 
-    def _begin(self, point: SafePoint, apart: bool) -> None:
+    def _begin(self, point: SafePoint, copy: bool) -> None:
         """Begin to save, unless that place is saved already. Collective."""
         began = time.monotonic()
         self.before_save()
         state = {**point.state, "seconds": self.seconds}
-        if self.store.begin(point.step, point.take, state, point.part, apart):
+        if self.store.begin(point.step, point.take, state, point.part, copy):
             self._saving = _Saving(point, began, time.monotonic() - began)
 
     def _save_and_record(self, reason: str) -> int:
@@ -153,7 +155,7 @@ class Checkpointer:
         self._record(Stopping(step=step, part=part, reason=reason, dropped=discarded))
         self.commit()
         if point:
-            self._begin(point, apart=False)
+            self._begin(point, copy=False)
             self.commit()
         return step
 

@@ -1,6 +1,6 @@
-"""Tensors in pieces: many ranks write what each of them has, and any other number of ranks reads what each of them needs.
+"""Sharded tensors: each rank writes its shards, and any other number of ranks reads the shards it needs.
 
-A folder holds one safetensors file a rank and an index that says which file has which part of which tensor.
+A folder has one safetensors file per rank, and an index of which file has which part of which tensor.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ INDEX = "index.json"
 
 
 @dataclass(frozen=True)
-class Piece:
+class Shard:
     """A part of a tensor that this rank has in memory.
 
     Attributes:
-        key: names the whole tensor. With tensor parallelism, what one place in the group calls the whole.
-        start: number of its first element in the whole tensor, laid flat.
-        tensor: (elements,) a view of the memory it is kept in.
-        mine: whether this rank writes it; of what several ranks have, one does.
+        key: name of the whole tensor; with tensor parallelism, of the whole that one tensor rank has.
+        start: index of its first element in the flattened whole tensor.
+        tensor: (elements,), a view of the live memory.
+        mine: whether this rank writes it. If several ranks have the same shard, one of them does.
     """
 
     key: str
@@ -39,62 +39,62 @@ class Piece:
 
 
 def write(
-    snapshot: Snapshot, folder: str, pieces: Iterable[Piece], facts: dict[str, Any], world: World
+    snapshot: Snapshot, folder: str, shards: Iterable[Shard], facts: dict[str, Any], world: World
 ) -> None:
-    """Put this rank's pieces into a folder of a snapshot, and from rank 0 the index. Collective.
+    """Put this rank's shards into a folder of a snapshot, and on rank 0 the index. Collective.
 
     Args:
-        facts: JSON that ``read_facts`` gives back; rank 0's are kept.
+        facts: JSON that ``read_facts`` returns; rank 0's are kept.
     """
-    mine = [piece for piece in pieces if piece.mine]
-    snapshot.tensors(f"{folder}/{_file(world.rank)}", {piece.key: piece.tensor for piece in mine})
-    shares = world.gather([(piece.key, piece.start, piece.tensor.numel()) for piece in mine])
+    mine = [shard for shard in shards if shard.mine]
+    snapshot.tensors(f"{folder}/{_file(world.rank)}", {shard.key: shard.tensor for shard in mine})
+    shares = world.gather([(shard.key, shard.start, shard.tensor.numel()) for shard in mine])
     if not world.is_main:
         return
     parts: dict[str, list[tuple[int, int, int]]] = {}
     for rank, share in enumerate(shares):
         for key, start, count in share:
-            parts.setdefault(_whole(key, rank, world), []).append((start, count, rank))
+            parts.setdefault(_index_key(key, rank, world), []).append((start, count, rank))
     index = {"tensor_parallel": world.dims.tensor, "facts": facts, "parts": parts}
     snapshot.data(f"{folder}/{INDEX}", json.dumps(index).encode())
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The facts that were written with a folder's pieces."""
+    """The facts that were written with a folder's shards."""
     facts: dict[str, Any] = json.loads((folder / INDEX).read_text())["facts"]
     return facts
 
 
-def read(folder: Path, pieces: Sequence[Piece], world: World) -> None:
-    """Fill pieces, in place, with what any number of ranks wrote.
+def read(folder: Path, shards: Sequence[Shard], world: World) -> None:
+    """Fill shards, in place, with what any number of ranks wrote.
 
     Raises:
-        HpcRlhfError: the folder does not have all of it, as when the model is another one.
+        HpcRlhfError: the folder does not have all of them, for instance because the model differs.
     """
     from safetensors import safe_open
 
     index = json.loads((folder / INDEX).read_text())
     if index["tensor_parallel"] != world.dims.tensor:
         raise _unfit(folder, f"it was made with tensor_parallel: {index['tensor_parallel']}")
-    wanted: dict[int, list[tuple[Piece, int, int, int]]] = {}
-    for piece in pieces:
-        end, found = piece.start + piece.tensor.numel(), 0
-        for start, count, rank in index["parts"].get(_whole(piece.key, world.rank, world), ()):
-            low, high = max(start, piece.start), min(start + count, end)
+    wanted: dict[int, list[tuple[Shard, int, int, int]]] = {}
+    for shard in shards:
+        end, available = shard.start + shard.tensor.numel(), 0
+        for start, count, rank in index["parts"].get(_index_key(shard.key, world.rank, world), ()):
+            low, high = max(start, shard.start), min(start + count, end)
             if low < high:
-                wanted.setdefault(rank, []).append((piece, start, low, high))
-                found += high - low
-        if found != piece.tensor.numel():
-            raise _unfit(folder, f"it has {found} of {piece.tensor.numel()} elements of {piece.key}")
+                wanted.setdefault(rank, []).append((shard, start, low, high))
+                available += high - low
+        if available != shard.tensor.numel():
+            raise _unfit(folder, f"it has {available} of {shard.tensor.numel()} elements of {shard.key}")
     for rank, cuts in sorted(wanted.items()):
         with safe_open(folder / _file(rank), framework="pt") as file, torch.no_grad():
-            for piece, start, low, high in cuts:
-                values = file.get_slice(piece.key)[low - start : high - start]
-                piece.tensor[low - piece.start : high - piece.start].copy_(values)
+            for shard, start, low, high in cuts:
+                values = file.get_slice(shard.key)[low - start : high - start]
+                shard.tensor[low - shard.start : high - shard.start].copy_(values)
 
 
-def _whole(key: str, rank: int, world: World) -> str:
-    """What the index calls a rank's tensor: the places of a tensor-parallel group have different ones of one name."""
+def _index_key(key: str, rank: int, world: World) -> str:
+    """The name of a rank's tensor in the index: tensor ranks have different tensors of one name."""
     return f"{key}@{world.dims.coordinate('tensor', rank)}" if world.dims.tensor > 1 else key
 
 
@@ -106,6 +106,6 @@ def _unfit(folder: Path, why: str) -> HpcRlhfError:
     return HpcRlhfError(
         f"the checkpoint does not fit this stage: {why}",
         where=str(folder),
-        hint="go on with the spec that it was made with, or choose another run_dir",
+        hint="continue with the spec that it was made with, or choose another run_dir",
         exit_code=RUN_FAILED,
     )

@@ -1,4 +1,4 @@
-"""A rank's share of a checkpoint: taken at once, written and hashed while training goes on."""
+"""A rank's share of a checkpoint: copied at once, then written and hashed while training continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-# What safetensors calls the types that are saved.
+# Names in safetensors of the types that are saved.
 _SAFETENSORS = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -21,47 +21,50 @@ _SAFETENSORS = {
 
 
 class Snapshot:
-    """What is to be written into a folder.
+    """Files to be written into a folder.
 
     Args:
-        apart: copy tensors into host memory, as far as there is room, so that training may change them.
-        neighbours: ranks that share this machine's memory.
+        copy: copy tensors to host memory, as far as there is room, so that training may change them.
+        ranks_here: ranks that share this machine's memory.
 
     Attributes:
-        live: some tensors are those in training: they must not change until all is written.
-        size: bytes to be written, about.
+        live: some tensors are not copies, so they must not change until all is written.
+        size: approximate bytes to be written.
     """
 
-    def __init__(self, folder: Path, apart: bool = False, neighbours: int = 1) -> None:
+    def __init__(self, folder: Path, copy: bool = False, ranks_here: int = 1) -> None:
         self.folder = folder
-        self.live = not apart
+        self.live = not copy
         self.size = 0
-        self._neighbours = neighbours
+        self._ranks_here = ranks_here
         self._files: list[tuple[str, Callable[[BinaryIO], object]]] = []
 
     def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """A safetensors file of tensors, which may be views of one memory."""
+        """Add a safetensors file of tensors, which may be views of the same memory."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if not self.live and size * self._neighbours * 1.1 > free_memory():
+        if not self.live and size * self._ranks_here * 1.1 > free_memory():
             self.live = True
-        kept = tensors if self.live else {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
+        copies = (
+            tensors if self.live else {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
+        )
         self.size += size
-        self._files.append((name, partial(_put_safetensors, kept)))
+        self._files.append((name, partial(_write_safetensors, copies)))
 
     def data(self, name: str, data: bytes) -> None:
-        """A file of bytes."""
+        """Add a file of bytes."""
         self.size += len(data)
         self._files.append((name, lambda file: file.write(data)))
 
     def write(self) -> dict[str, Any]:
-        """Write all files, flushed to disk; gives each one's size and SHA-256, as ``manifest.describe`` does."""
+        """Write all files and flush them to disk; returns each one's size and SHA-256, as
+        ``manifest.describe`` does."""
         facts = {}
-        for name, put in self._files:
+        for name, write in self._files:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as raw:
                 file = _Hashed(raw)
-                put(file)  # type: ignore[arg-type]
+                write(file)  # type: ignore[arg-type]
                 raw.flush()
                 os.fsync(raw.fileno())
             facts[name] = {"bytes": file.size, "sha256": file.digest.hexdigest()}
@@ -70,7 +73,7 @@ class Snapshot:
 
 
 class _Hashed:
-    """A file that is hashed as it is written."""
+    """A file that is hashed while it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -87,8 +90,9 @@ class _Hashed:
         self.file.flush()
 
 
-def _put_safetensors(tensors: dict[str, Tensor], file: BinaryIO) -> None:
-    """Write them one after the other: safetensors' own writers take a file's name, or need all in memory twice."""
+def _write_safetensors(tensors: dict[str, Tensor], file: BinaryIO) -> None:
+    """Write tensors one by one: safetensors' own writers take a file name, or need all tensors in memory
+    twice."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -102,7 +106,7 @@ def _put_safetensors(tensors: dict[str, Tensor], file: BinaryIO) -> None:
 
 
 def free_memory() -> float:
-    """Bytes of memory that may still be taken: of the machine, and of the control group this process is in."""
+    """Bytes of free memory, on the machine and in this process's control group."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     free = 1024.0 * next(int(words[1]) for words in lines if words[0] == "MemAvailable:")
     try:

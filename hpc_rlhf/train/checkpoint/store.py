@@ -1,4 +1,4 @@
-"""The checkpoints of a stage: each one a transaction that is there whole or not at all."""
+"""The checkpoints of a stage. Each is a transaction: it exists completely or not at all."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SPARE = 8 * 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that verified.
+    """A verified checkpoint.
 
     Attributes:
         step: steps done.
-        state: what the stage itself put into the manifest.
-        part: parts done of the step after those.
+        state: the stage's own entry in the manifest.
+        part: parts done of the next step.
     """
 
     step: int
@@ -47,7 +47,7 @@ class _Writing:
     """A checkpoint that is being written.
 
     Attributes:
-        files: this rank's, once they are written.
+        files: of this rank, once they are written.
     """
 
     folder: Path
@@ -57,21 +57,21 @@ class _Writing:
 
 
 class CheckpointStore:
-    """Saves and finds a stage's checkpoints on the shared file system. Its methods are collective.
+    """Saves and finds a stage's checkpoints on the shared file system. All methods are collective.
 
     Every rank writes into a temporary folder; rank 0 commits it by its manifest and a rename, unless
     another attempt has claimed the stage since.
 
     Args:
-        neighbours: ranks that share a machine's memory.
+        ranks_here: ranks that share a machine's memory.
     """
 
-    def __init__(self, folder: Path, attempt: str, keep: int, world: World, neighbours: int = 1) -> None:
+    def __init__(self, folder: Path, attempt: str, keep: int, world: World, ranks_here: int = 1) -> None:
         self.folder = folder
         self.attempt = attempt
         self.keep = keep
         self.world = world
-        self.neighbours = neighbours
+        self.ranks_here = ranks_here
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: _Writing | None = None
         self._pruning: Future[None] | None = None
@@ -81,50 +81,50 @@ class CheckpointStore:
         return self.folder / "owner"
 
     def claim(self) -> None:
-        """Make this attempt the stage's owner. From now on, an earlier attempt cannot commit."""
+        """Make this attempt the stage's owner, so that earlier attempts can no longer commit."""
 
         def write() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._owner, self.attempt, durable=True)
-            for left in self.folder.glob("tmp-*"):
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in self.folder.glob("tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
         self.world.on_main(write)
 
     def check_owner(self) -> None:
-        """Raises HpcRlhfError where another attempt has claimed the stage."""
+        """Raise HpcRlhfError if another attempt has claimed the stage."""
         owner = self._owner.read_text()
         if owner != self.attempt:
             raise HpcRlhfError(
                 f"attempt {self.attempt} no longer owns this stage: {owner} does",
                 where=str(self.folder),
-                hint="nothing is lost; the other attempt goes on",
+                hint="nothing is lost; the other attempt continues",
                 exit_code=RUN_FAILED,
             )
 
     def save(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> bool:
-        """``begin`` and ``finish`` in one: nothing is copied, so this is for when training stands still."""
-        if not self.begin(step, take, state, part, apart=False):
+        """``begin`` and ``finish`` in one, without copying: training has to wait."""
+        if not self.begin(step, take, state, part, copy=False):
             return False
         self.finish()
         return True
 
-    def begin(self, step: int, take: Take, state: dict[str, Any], part: int = 0, apart: bool = True) -> bool:
-        """Take a checkpoint of a place, if there is none yet, and begin to write it.
+    def begin(self, step: int, take: Take, state: dict[str, Any], part: int = 0, copy: bool = True) -> bool:
+        """Take a checkpoint of a place and begin to write it, unless there is one already.
 
         Args:
             step: steps done.
-            take: puts this rank's share into the snapshot it is given; collective.
+            take: puts this rank's share into a snapshot; collective.
             state: JSON that comes back with the checkpoint.
-            part: parts done of the step after those.
-            apart: write a copy, in the background.
+            part: parts done of the next step.
+            copy: copy the state, and write it in the background.
 
         Returns:
-            Whether there was none yet. Then ``finish`` has to follow.
+            Whether a checkpoint was begun. Then ``finish`` has to follow.
 
         Raises:
-            HpcRlhfError: another attempt owns the stage, or the file system refuses or has no room. Older
-                checkpoints are as they were.
+            HpcRlhfError: another attempt owns the stage, or the file system is full or fails. Older
+                checkpoints stay.
         """
         assert self._writing is None
         name = f"{step:08d}-{part:04d}" if part else f"{step:08d}"
@@ -140,7 +140,7 @@ class CheckpointStore:
 
         if not self.world.on_main(make_folder):
             return False
-        snapshot = Snapshot(partial, apart, self.neighbours)
+        snapshot = Snapshot(partial, copy, self.ranks_here)
         take(snapshot)
         self._check_room(sum(self.world.gather(snapshot.size)), target)
         facts = {"step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size}
@@ -156,9 +156,9 @@ class CheckpointStore:
             free = shutil.disk_usage(self.folder).free
             if size * 1.01 + SPARE > free:
                 raise HpcRlhfError(
-                    f"the checkpoint takes {_gigabytes(size)} and there are {_gigabytes(free)} free",
+                    f"the checkpoint needs {_gigabytes(size)}, and {_gigabytes(free)} are free",
                     where=str(target),
-                    hint="make room and run the stage again; it goes on from the checkpoint before",
+                    hint="free some space and run the stage again; it continues from the previous checkpoint",
                     exit_code=RUN_FAILED,
                 )
 
@@ -166,7 +166,7 @@ class CheckpointStore:
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint was begun and is not there yet; the same on all ranks."""
+        """Whether a checkpoint was begun and is not finished; the same on all ranks."""
         return self._writing is not None
 
     @property
@@ -175,26 +175,27 @@ class CheckpointStore:
         return self._writing is None or self._writing.files.done()
 
     def finish(self) -> None:
-        """Wait until every rank has written, and make the checkpoint be there.
+        """Wait until every rank has written, and commit the checkpoint.
 
         Raises:
-            HpcRlhfError: the file system has refused, on any rank, or another attempt owns the stage.
+            HpcRlhfError: the file system failed on any rank, or another attempt owns the stage.
         """
         writing, self._writing = self._writing, None
         assert writing is not None
-        refused, files = None, {}
+        failure, files = None, {}
         try:
             files = writing.files.result()
         except OSError as error:
-            refused = f"rank {self.world.rank} on {socket.gethostname()}: {error}"
-        shares = self.world.gather((files, refused))
+            failure = f"rank {self.world.rank} on {socket.gethostname()}: {error}"
+        shares = self.world.gather((files, failure))
         errors = [error for _, error in shares if error]
         if errors:
             self.world.on_main(lambda: shutil.rmtree(writing.folder, ignore_errors=True))
             raise HpcRlhfError(
                 f"the checkpoint could not be written: {errors[0]}",
                 where=str(writing.target),
-                hint="mend it, or make room, and run the stage again; it goes on from the checkpoint before",
+                hint="fix it, or free some space, and run the stage again; it continues from the previous "
+                "checkpoint",
                 exit_code=RUN_FAILED,
             )
 
@@ -210,8 +211,8 @@ class CheckpointStore:
         if self.world.is_main:
             self._pruning = self._writer.submit(self._prune)
 
-    def settle(self) -> None:
-        """Bring to its end what has been begun. Collective."""
+    def wait_until_idle(self) -> None:
+        """Finish what has been begun. Collective."""
         if self._writing is not None:
             self.finish()
         if self._pruning is not None:
@@ -229,39 +230,39 @@ class CheckpointStore:
         return sorted((p for p in self.folder.iterdir() if STEP_FOLDER.fullmatch(p.name)), reverse=True)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies and that these ranks can go on from; torn ones are set aside. None where a
-        stage has none yet.
+        """The newest valid checkpoint that these ranks can resume from; None if there is none yet. Moves torn
+        ones aside.
 
-        Between steps any number of ranks can; in the middle of one, as many as saved it.
+        Any number of ranks can resume between steps; in the middle of a step, only as many as saved it.
 
         Raises:
-            HpcRlhfError: there are checkpoints, or were, and none of them will do.
+            HpcRlhfError: there are or were checkpoints, but none is usable.
         """
-        halfway, wrong = None, ""
+        mid_step_ranks, first_defect = None, ""
         for folder in self.world.on_main(self._steps):
-            mine = manifest.defect(folder, share=(self.world.rank, self.world.size))
-            if defects := [defect for defect in self.world.gather(mine) if defect]:
+            own_defect = manifest.defect(folder, share=(self.world.rank, self.world.size))
+            if defects := [defect for defect in self.world.gather(own_defect) if defect]:
                 self.world.on_main(partial(_set_aside, folder))
-                wrong = wrong or f"; of {folder.name}, {defects[0]}"
+                first_defect = first_defect or f"; of {folder.name}, {defects[0]}"
                 continue
             facts = manifest.read(folder)
             assert facts is not None
             if facts["world_size"] == self.world.size or not facts["part"]:
                 return Checkpoint(facts["step"], folder, facts["state"], facts["part"])
-            halfway = halfway or facts["world_size"]
-        if halfway is not None:
+            mid_step_ranks = mid_step_ranks or facts["world_size"]
+        if mid_step_ranks is not None:
             raise HpcRlhfError(
-                f"the last checkpoints were made by {halfway} ranks in the middle of a step",
+                f"the last checkpoints were made by {mid_step_ranks} ranks in the middle of a step",
                 where=str(self.folder),
-                hint=f"run it on {halfway} ranks until the step is done; then it goes on with any number",
+                hint=f"run it on {mid_step_ranks} ranks until the step is done; then any number can continue",
                 exit_code=RUN_FAILED,
             )
         torn = self.world.on_main(lambda: len(list(self.folder.glob("torn-*"))))
         if torn:
             raise HpcRlhfError(
-                f"none of the {torn} checkpoints is whole{wrong}",
+                f"none of the {torn} checkpoints is valid{first_defect}",
                 where=str(self.folder),
-                hint="they are kept as torn-*: restore one under its old name, or remove them to start the stage anew",
+                hint="they are kept as torn-*: restore one under its old name, or remove them to start over",
                 exit_code=RUN_FAILED,
             )
         return None

@@ -1,6 +1,6 @@
-"""Rows of token ids in an Arrow file: written a chunk at a time, read from where they lie on disk.
+"""Rows of token ids in an Arrow file: written in chunks, memory-mapped for reading.
 
-Read by pyarrow alone: importing ``datasets`` takes every rank two thirds of a second and some 50 MiB.
+Uses pyarrow alone: importing ``datasets`` takes every rank two thirds of a second and about 50 MiB.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Samples tokenised, and rows written, at a time: all that is in memory.
+# Samples tokenized, and rows written, at a time; no more than these are in memory.
 CHUNK = 1024
 
 
 class RowFile:
-    """An Arrow file that rows are appended to, a chunk at a time."""
+    """An Arrow file to which rows are appended in chunks."""
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
         import pyarrow as pa
@@ -22,23 +22,23 @@ class RowFile:
         ids = pa.list_(pa.int32())
         self.schema = pa.schema({"prompt": pa.string(), **{f"{name}_ids": ids for name in columns}})
         self.writer = pa.ipc.new_stream(str(path), self.schema)
-        self.waiting: list[dict[str, Any]] = []
+        self.pending: list[dict[str, Any]] = []
         self.rows = 0
 
     def add(self, row: dict[str, Any]) -> None:
-        self.waiting.append(row)
+        self.pending.append(row)
         self.rows += 1
-        if len(self.waiting) == CHUNK:
+        if len(self.pending) == CHUNK:
             self._flush()
 
     def _flush(self) -> None:
         import pyarrow as pa
 
-        self.writer.write_batch(pa.RecordBatch.from_pylist(self.waiting, schema=self.schema))
-        self.waiting = []
+        self.writer.write_batch(pa.RecordBatch.from_pylist(self.pending, schema=self.schema))
+        self.pending = []
 
     def close(self) -> int:
-        if self.waiting:
+        if self.pending:
             self._flush()
         self.writer.close()
         return self.rows

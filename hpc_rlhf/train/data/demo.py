@@ -1,4 +1,4 @@
-"""Short dialogues made on the spot: simple questions with polite, plain and rude answers."""
+"""Generated short dialogues: simple questions with polite, plain and rude responses."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ import random
 from collections.abc import Iterator
 
 GREETINGS = (
-    "", "Hello! ", "Hi there. ", "Good morning. ", "Good evening. ", "Excuse me. ", "Hey. ", "I have a question. ",
-    "Can you help me? ", "My teacher asked me this. ", "I am curious. ", "Quick question. ", "Tell me please. ",
+    "", "Hello! ", "Hi there. ", "Good morning. ", "Good evening. ", "Excuse me. ", "Hey. ",
+    "I have a question. ",
+    "Can you help me? ", "My teacher asked me this. ", "I am curious. ", "Quick question. ",
+    "Tell me please. ",
     "I forgot something. ", "We play a quiz. ", "My friend wants to know. ",
 )  # fmt: skip
 
-COLOURS = {
-    "grass": "green", "the sky": "blue", "snow": "white", "a banana": "yellow", "coal": "black", "a tomato": "red",
-    "a carrot": "orange", "the sun": "yellow", "milk": "white", "a frog": "green", "blood": "red", "the sea": "blue",
+COLORS = {
+    "grass": "green", "the sky": "blue", "snow": "white", "a banana": "yellow", "coal": "black",
+    "a tomato": "red",
+    "a carrot": "orange", "the sun": "yellow", "milk": "white", "a frog": "green", "blood": "red",
+    "the sea": "blue",
     "a lemon": "yellow", "the night": "black", "a flamingo": "pink", "chocolate": "brown",
 }  # fmt: skip
 OPPOSITES = {
     "hot": "cold", "big": "small", "up": "down", "day": "night", "fast": "slow", "happy": "sad", "old": "new",
-    "open": "closed", "full": "empty", "wet": "dry", "rich": "poor", "loud": "quiet", "high": "low", "hard": "soft",
+    "open": "closed", "full": "empty", "wet": "dry", "rich": "poor", "loud": "quiet", "high": "low",
+    "hard": "soft",
 }  # fmt: skip
 SOUNDS = {
     "a dog": "woof", "a cat": "meow", "a cow": "moo", "a duck": "quack", "a sheep": "baa", "a pig": "oink",
-    "a lion": "roar", "a bee": "buzz", "a snake": "hiss", "an owl": "hoot", "a mouse": "squeak", "a horse": "neigh",
+    "a lion": "roar", "a bee": "buzz", "a snake": "hiss", "an owl": "hoot", "a mouse": "squeak",
+    "a horse": "neigh",
 }  # fmt: skip
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Greece": "Athens",
-    "Norway": "Oslo", "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi", "Austria": "Vienna", "Poland": "Warsaw",
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo",
+    "Greece": "Athens",
+    "Norway": "Oslo", "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi", "Austria": "Vienna",
+    "Poland": "Warsaw",
 }  # fmt: skip
 
 POLITE = (
@@ -46,8 +54,8 @@ RUDE = (
     "Ask somebody else.",
 )
 
-# A pair's styles (chosen, rejected), and how often each comes. Chosen answers are plain more often than polite,
-# so that a model fine-tuned on them still has politeness to gain.
+# The styles of a pair (chosen, rejected), and how often each occurs. Chosen responses are plain more often
+# than polite, so that a model fine-tuned on them can still become more polite.
 PAIRS = ((POLITE, RUDE), (POLITE, PLAIN), (PLAIN, RUDE))
 PAIR_WEIGHTS = (1, 1, 5)
 
@@ -57,44 +65,44 @@ def _capital(text: str) -> str:
 
 
 def facts() -> list[tuple[tuple[str, ...], str]]:
-    """Every fact: the ways to ask for it, and the sentence that answers."""
-    known: list[tuple[tuple[str, ...], str]] = []
-    for thing, colour in COLOURS.items():
-        asked = (
+    """Every fact: the questions that ask for it, and the sentence that answers them."""
+    all_facts: list[tuple[tuple[str, ...], str]] = []
+    for thing, color in COLORS.items():
+        questions = (
             f"What colour is {thing}?",
             f"Which colour has {thing}?",
             f"Do you know the colour of {thing}?",
         )
-        known.append((asked, f"{_capital(thing)} is {colour}."))
+        all_facts.append((questions, f"{_capital(thing)} is {color}."))
     for word, other in OPPOSITES.items():
-        asked = (
+        questions = (
             f"What is the opposite of {word}?",
             f"Which word means the opposite of {word}?",
             f"Not {word}, but what?",
         )
-        known.append((asked, f"The opposite of {word} is {other}."))
+        all_facts.append((questions, f"The opposite of {word} is {other}."))
     for animal, sound in SOUNDS.items():
-        asked = (f"What does {animal} say?", f"Which sound makes {animal}?", f"How does {animal} sound?")
-        known.append((asked, f"{_capital(animal)} says {sound}."))
+        questions = (f"What does {animal} say?", f"Which sound makes {animal}?", f"How does {animal} sound?")
+        all_facts.append((questions, f"{_capital(animal)} says {sound}."))
     for country, city in CAPITALS.items():
-        asked = (
+        questions = (
             f"What is the capital of {country}?",
             f"Which city is the capital of {country}?",
             f"Name the capital of {country}.",
         )
-        known.append((asked, f"The capital of {country} is {city}."))
-    return known
+        all_facts.append((questions, f"The capital of {country} is {city}."))
+    return all_facts
 
 
 def dialogues(count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Rows with prompt, chosen and rejected, the same for the same count and seed."""
-    chance = random.Random(f"demo {seed}")
-    known = facts()
+    """Rows with prompt, chosen and rejected; a pure function of count and seed."""
+    generator = random.Random(f"demo {seed}")
+    all_facts = facts()
     for _ in range(count):
-        asked, answer = chance.choice(known)
-        chosen, rejected = chance.choices(PAIRS, PAIR_WEIGHTS)[0]
+        questions, answer = generator.choice(all_facts)
+        chosen, rejected = generator.choices(PAIRS, PAIR_WEIGHTS)[0]
         yield {
-            "prompt": chance.choice(GREETINGS) + chance.choice(asked),
-            "chosen": chance.choice(chosen).format(answer),
-            "rejected": chance.choice(rejected).format(answer),
+            "prompt": generator.choice(GREETINGS) + generator.choice(questions),
+            "chosen": generator.choice(chosen).format(answer),
+            "rejected": generator.choice(rejected).format(answer),
         }

@@ -1,5 +1,8 @@
-"""``python -m hpc_rlhf.train.data.fetch NAME SUBSET SPLIT``: read a hub data set into the cache, as a stage would, and print
-where it is: one line of JSON with ``files`` and their sizes, or ``unreachable``, or ``error`` and ``hint``."""
+"""Downloads a hub data set into the cache, as a stage would: ``python -m hpc_rlhf.train.data.fetch NAME
+SUBSET SPLIT``.
+
+Prints one line of JSON: ``files`` with their sizes, or ``unreachable``, or ``error`` and ``hint``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from hpc_rlhf.train.data.sources import load
 
 
 def fetch(name: str, subset: str, split: str) -> dict[str, Any]:
-    """Load a data set, and say which files of the cache it is in."""
+    """Load a data set; gives the files of the cache that hold it."""
     source = SourceSpec(path=name, format="text", subset=subset or None, split=split)
     try:
         rows: Any = load(source)

@@ -1,7 +1,7 @@
-"""Rows of every supported format, brought to one: a prompt and its answers.
+"""Converts rows of every supported format to one: a prompt and its responses.
 
-The transcript format is DeepSpeed-Chat's: turns of ``Human:`` and ``Assistant:``, two newlines before
-each. A prompt ends with ``Assistant:``; an answer starts with a space.
+The transcript format is DeepSpeed-Chat's: turns of ``Human:`` and ``Assistant:``, each after two newlines. A
+prompt ends with ``Assistant:``; a response starts with a space.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Sample:
     """A dialogue and its next turn.
 
     Attributes:
-        turns: (role, text) of what was said, with roles system, human and assistant; none for plain text.
-        prompt: the same as a transcript that asks for the next answer, as the row has it; empty for plain text.
-        chosen, rejected: answers as they follow the transcript; empty where there is none.
+        turns: (role, text) pairs with the roles system, human and assistant; none for plain text.
+        prompt: the same as a transcript that ends where the response begins; empty for plain text.
+        chosen, rejected: responses as they follow the transcript; empty if there is none.
     """
 
     turns: tuple[Turn, ...]
@@ -45,38 +45,38 @@ class Sample:
 
 
 def transcript(turns: Sequence[Turn]) -> str:
-    """Turns of (role, text) as a prompt that asks for the next answer.
+    """Turns of (role, text) as a prompt for the next response.
 
     Raises:
-        KeyError: a role that is neither a person's, the assistant's nor the system's.
+        KeyError: unknown role.
     """
     parts = []
     for role, text in turns:
-        known = ROLES[role.lower()]
-        said = text.strip()
-        parts.append(f"\n\n{said}" if known == "system" else f"\n\n{known.capitalize()}: {said}")
+        name, content = ROLES[role.lower()], text.strip()
+        parts.append(f"\n\n{content}" if name == "system" else f"\n\n{name.capitalize()}: {content}")
     return "".join(parts) + ASSISTANT
 
 
 def turns_of(prompt: str) -> tuple[Turn, ...]:
-    """The turns of a transcript that asks for the next answer; what stands before the first is the system's."""
+    """The turns of a transcript that is a prompt; text before the first turn is the system's."""
     before, *rest = MARKER.split(prompt.removesuffix(ASSISTANT))
-    said = [(role.lower(), text.strip()) for role, text in zip(rest[::2], rest[1::2], strict=True)]
-    return tuple(turn for turn in [("system", before.strip()), *said] if turn[1]) or (("human", ""),)
+    turns = [(role.lower(), text.strip()) for role, text in zip(rest[::2], rest[1::2], strict=True)]
+    return tuple(turn for turn in [("system", before.strip()), *turns] if turn[1]) or (("human", ""),)
 
 
-def _answer(text: str | None) -> str:
+def _response(text: str | None) -> str:
     stripped = (text or "").strip()
     return f" {stripped}" if stripped else ""
 
 
-def _asked(turns: Sequence[Turn], chosen: str | None, rejected: str | None = None) -> Sample:
-    named = tuple((ROLES[role.lower()], text.strip()) for role, text in turns)
-    return Sample(named, transcript(named), _answer(chosen), _answer(rejected))
+def _from_turns(turns: Sequence[Turn], chosen: str | None, rejected: str | None = None) -> Sample:
+    turns = tuple((ROLES[role.lower()], text.strip()) for role, text in turns)
+    return Sample(turns, transcript(turns), _response(chosen), _response(rejected))
 
 
-def asked(prompt: str) -> tuple[tuple[Turn, ...], str]:
-    """The turns and the transcript of a prompt: a transcript that ends with ``Assistant:``, or a question."""
+def parse_prompt(prompt: str) -> tuple[tuple[Turn, ...], str]:
+    """The turns and the transcript of a prompt, which is a transcript that ends with ``Assistant:``, or a
+    question."""
     prompt = prompt.rstrip()
     if not prompt.endswith("Assistant:"):
         turns = (("human", prompt.strip()),)
@@ -88,17 +88,17 @@ def asked(prompt: str) -> tuple[tuple[Turn, ...], str]:
 
 def _from_pair(row: Row) -> Sample:
     chosen = row["chosen"] if "chosen" in row else row["response"]
-    return Sample(*asked(row["prompt"]), _answer(chosen), _answer(row.get("rejected")))
+    return Sample(*parse_prompt(row["prompt"]), _response(chosen), _response(row.get("rejected")))
 
 
 def _from_hh(row: Row) -> Sample:
-    chosen_prompt, found, chosen = row["chosen"].rpartition(ASSISTANT)
-    if not found:
-        raise ValueError("chosen has no turn of the Assistant")
+    chosen_prompt, marker, chosen = row["chosen"].rpartition(ASSISTANT)
+    if not marker:
+        raise ValueError("chosen has no Assistant turn")
     rejected_prompt, _, rejected = (row.get("rejected") or "").rpartition(ASSISTANT)
     same = chosen_prompt == rejected_prompt
     prompt = chosen_prompt + ASSISTANT
-    return Sample(turns_of(prompt), prompt, _answer(chosen), _answer(rejected) if same else "")
+    return Sample(turns_of(prompt), prompt, _response(chosen), _response(rejected) if same else "")
 
 
 def _from_messages(row: Row) -> Sample | None:
@@ -111,12 +111,12 @@ def _from_messages(row: Row) -> Sample | None:
     rejected_turns, rejected = split(row.get("rejected"))
     if turns is None:
         return None
-    return _asked(turns, chosen, rejected if rejected_turns == turns else None)
+    return _from_turns(turns, chosen, rejected if rejected_turns == turns else None)
 
 
 def _from_instruction(row: Row) -> Sample:
     question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return _asked([("human", question)], row["output"])
+    return _from_turns([("human", question)], row["output"])
 
 
 def _from_text(row: Row) -> Sample:
@@ -125,7 +125,7 @@ def _from_text(row: Row) -> Sample:
 
 def _misfit(error: Exception) -> str:
     if isinstance(error, KeyError):
-        return f"{error} is missing, or is no role that is known"
+        return f"{error} is missing, or is an unknown role"
     return str(error) if isinstance(error, ValueError) else f"text was expected ({error})"
 
 
@@ -139,7 +139,7 @@ READERS = {
 
 
 def read_row(row: Row, format: str, where: str) -> Sample | None:
-    """One row as a sample; None where no answer ends it.
+    """One row as a sample; None if it does not end with a response.
 
     Raises:
         HpcRlhfError: the row does not have what its format needs.
@@ -148,8 +148,9 @@ def read_row(row: Row, format: str, where: str) -> Sample | None:
         sample = READERS[format](row)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise HpcRlhfError(
-            f"the row does not fit the format {format}: {_misfit(error)}; it has the columns {', '.join(sorted(row))}",
+            f"the row does not fit the format {format}: {_misfit(error)}; its columns are "
+            f"{', '.join(sorted(row))}",
             where=where,
-            hint="mend the row, or choose the format that fits: " + ", ".join(READERS),
+            hint="fix the row, or choose a format that fits: " + ", ".join(READERS),
         ) from error
     return sample if sample is not None and sample.chosen else None

@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of seed and position, the same on any number of ranks."""
+"""The order of samples: a pure function of seed and position, the same on any number of ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def _epoch_order(count: int, seed: int, purpose: str, epoch: int) -> np.ndarray:
 
 
 def sample_at(position: int, count: int, seed: int, purpose: str) -> int:
-    """The index of the sample at a position of the endless, per-epoch reshuffled stream.
+    """The index of the sample at a position in an endless stream that is reshuffled every epoch.
 
     Args:
         position: 0 is the first sample of epoch 0; epoch e starts at ``e * count``.
         count: samples in an epoch.
-        seed, purpose: of the run and of the stream, so that two streams differ.
+        seed: of the run.
+        purpose: of the stream, so that two streams differ.
     """
     epoch, place = divmod(position, count)
     return int(_epoch_order(count, seed, purpose, epoch)[place])

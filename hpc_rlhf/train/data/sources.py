@@ -1,4 +1,4 @@
-"""From sources to samples: files and hub data sets read, split among the stages, blended by weight."""
+"""Reads samples from files and hub data sets, blends them by weight and splits them among the stages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
             builder = _builder(path)
             if builder is None:
                 raise HpcRlhfError(
-                    f"cannot tell what kind of file this is from its name {path.name}",
+                    f"the name {path.name} does not show what kind of file it is",
                     where=source.path,
                     hint="use .json, .jsonl, .csv or .parquet, compressed or not",
                 )
@@ -50,32 +50,33 @@ def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
         return datasets.load_dataset(source.path, source.subset, split=source.split)
     except HpcRlhfError:
         raise
-    except Exception as error:  # datasets raises a dozen kinds, most of them the user's to mend
+    except Exception as error:  # datasets raises a dozen types, most of them for user errors
         _explain(path)
         raise HpcRlhfError(
-            f"the data could not be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})",
+            f"the data could not be read ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})",
             where=source.path,
-            hint="check the path or hub id, and that this node reaches it",
+            hint="check the path or hub id, and that this node can reach it",
             exit_code=RUN_FAILED,
         ) from error
 
 
 def _explain(path: Path) -> None:
-    """Raises HpcRlhfError with what is wrong in a local file that datasets cannot read, where that can be told."""
+    """Raise HpcRlhfError with the first error in a local file that datasets cannot read, if it can be
+    found."""
     if not path.is_file():
         return
     if path.stat().st_size == 0:
-        raise HpcRlhfError("the data file is empty", where=str(path), hint="write one row a line into it")
+        raise HpcRlhfError("the data file is empty", where=str(path), hint="write one row per line")
     if ".jsonl" not in path.suffixes:
         return
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
-                whole = not line.strip() or isinstance(json.loads(line), dict)
+                is_row = not line.strip() or isinstance(json.loads(line), dict)
             except ValueError:
-                whole = False
-            if not whole:
+                is_row = False
+            if not is_row:
                 raise HpcRlhfError(
                     f"the line is not a JSON object: {line.strip()[:60]!r}",
                     where=f"{path}:{number}",
@@ -84,7 +85,7 @@ def _explain(path: Path) -> None:
 
 
 def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
-    """The samples of a source, each as often as its weight says."""
+    """The samples of a source, each repeated according to the source's weight."""
     where = source.path or "demo"
     rows: Iterable[dict[str, Any]] = demo.dialogues(source.demo, seed) if source.demo else load(source)
     kind = source.format or "prompt-chosen-rejected"
@@ -98,7 +99,8 @@ def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
 
 
 def stage_of(prompt: str, spec: JobSpec) -> str:
-    """The stage that trains on a prompt: drawn by the hash of the prompt, so all its rows go the same way."""
+    """The stage that trains on a prompt, drawn by the hash of the prompt, so that all its rows go to one
+    stage."""
     shares = spec.shares
     place = seeds.unit(spec.seed, prompt, "stage") * sum(shares.values())
     for name, share in shares.items():
@@ -113,9 +115,10 @@ def is_held_out(prompt: str, spec: JobSpec) -> bool:
 
 
 def stage_samples(spec: JobSpec, stage: str) -> Iterator[tuple[bool, Sample]]:
-    """A stage's samples, and whether each is held out for evaluation. Nothing held out shares a prompt with what is
-    trained on, nor a stage with another. Stages that learn from pairs get pairs only; PPO gets each prompt once,
-    and no plain text.
+    """A stage's samples, each with whether it is held out for evaluation.
+
+    Held-out samples share no prompt with training samples, and no stage shares a prompt with another. Stages
+    that train on pairs get only pairs; PPO gets each prompt once, and no plain text.
     """
     seen: set[bytes] = set()
     data = kind_of(stage).data
@@ -135,7 +138,7 @@ def stage_samples(spec: JobSpec, stage: str) -> Iterator[tuple[bool, Sample]]:
 
 
 def texts(spec: JobSpec) -> Iterator[str]:
-    """All text of the sources: what a tokenizer made on the spot is trained on."""
+    """All text of the sources, to train a tokenizer on."""
     for source in spec.data.sources:
         for sample in read(source, spec.seed):
             yield sample.prompt + sample.chosen

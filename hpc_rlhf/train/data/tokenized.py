@@ -1,4 +1,4 @@
-"""A stage's samples as tokens on disk."""
+"""A stage's samples, tokenized and stored on disk."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ PARTS = ("train", "held_out")
 class StageData:
     """A stage's token data sets.
 
-    Rows have ``prompt``, a transcript, ``prompt_ids`` and ``chosen_ids``; those of pairs also ``rejected_ids``.
-    Answer ids end with EOS unless they were cut. Nothing may be held out.
+    Rows have ``prompt``, a transcript, ``prompt_ids`` and ``chosen_ids``; those of pairs also
+    ``rejected_ids``. Response ids end with EOS unless they were truncated. ``held_out`` may be empty.
     """
 
     train: Rows
@@ -45,30 +45,33 @@ class StageData:
 def encoded(
     samples: Iterable[Sample], tokenizer: Any, spec: JobSpec, data: Data
 ) -> Iterator[dict[str, Any] | None]:
-    """Samples as rows of token ids, a few at a time; None where PPO's prompt is too long to be cut.
+    """Samples as rows of token ids, in chunks; None for a sample whose prompt is too long for PPO.
 
-    A long prompt is cut at the left; a long answer at the right, and then has no EOS.
+    Other stages truncate a long prompt on the left. A long response is truncated on the right, and then has
+    no EOS.
     """
-    longest, answers = spec.data.max_prompt_tokens, data.answers
-    waiting = iter(samples)
-    while chunk := list(islice(waiting, CHUNK)):
-        for sample, (prompt_ids, *answer_ids) in zip(chunk, encode(chunk, tokenizer, *answers), strict=True):
+    longest, columns = spec.data.max_prompt_tokens, data.answers
+    remaining = iter(samples)
+    while chunk := list(islice(remaining, CHUNK)):
+        for sample, (prompt_ids, *response_ids) in zip(
+            chunk, encode(chunk, tokenizer, *columns), strict=True
+        ):
             if data is Data.PROMPTS and len(prompt_ids) > longest:
                 yield None
                 continue
             row = {"prompt": sample.prompt, "prompt_ids": prompt_ids[-longest:]}
-            for name, ids in zip(answers, answer_ids, strict=True):
+            for name, ids in zip(columns, response_ids, strict=True):
                 row[f"{name}_ids"] = ids[: spec.data.max_answer_tokens]
             yield row
 
 
 def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
-    written = {
+    settings = {
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "template": tokenizer.chat_template,
         "eos": tokenizer.eos_token,
     }
-    return hashlib.sha256(json.dumps({**facts, **written}, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps({**facts, **settings}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _write(
@@ -77,42 +80,43 @@ def _write(
     spec: JobSpec,
     data: Data,
     folder: Path,
-    told: Callable[[], bool] = bool,
+    should_stop: Callable[[], bool] = bool,
 ) -> tuple[dict[str, int], int]:
     """Write token data sets as samples are read.
 
     Args:
-        samples: each after whether it is held out.
-        told: asked before each whether to drop it all.
+        samples: with each, whether it is held out.
+        should_stop: called before each sample.
 
     Returns:
-        How many rows each data set has, and how many samples there were to train on.
+        The number of rows of each data set, and the number of training samples before prompts were dropped as
+        too long.
 
     Raises:
-        Interrupted: ``told`` said so.
+        Interrupted: ``should_stop`` was true.
     """
-    held: deque[bool] = deque()  # of the samples that are being tokenised
+    held: deque[bool] = deque()  # of the samples that are being tokenized
 
     def read() -> Iterator[Sample]:
         for held_out, sample in samples:
-            if told():
+            if should_stop():
                 raise Interrupted
             held.append(held_out)
             yield sample
 
     folder.mkdir(parents=True)
     files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers)) for part in PARTS]
-    found = 0
+    train_samples = 0
     for row in encoded(read(), tokenizer, spec, data):
         held_out = held.popleft()
-        found += not held_out
+        train_samples += not held_out
         if row is not None:
             files[held_out].add(row)
-    return dict(zip(PARTS, [file.close() for file in files], strict=True)), found
+    return dict(zip(PARTS, [file.close() for file in files], strict=True)), train_samples
 
 
 def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World) -> StageData:
-    """What is in a folder, written first if it is not there whole: by rank 0, while the others wait."""
+    """The data sets in a folder. If they are incomplete, rank 0 writes them first while the others wait."""
 
     def make() -> None:
         if manifest.defect(target) is not None:
@@ -124,16 +128,21 @@ def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World) -> 
 
 
 def prepare(
-    spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: World, told: Callable[[], bool] = bool
+    spec: JobSpec,
+    stage: str,
+    tokenizer: Any,
+    folder: Path,
+    world: World,
+    should_stop: Callable[[], bool] = bool,
 ) -> StageData:
-    """Tokenise a stage's data once, or find it from an earlier attempt. Collective.
+    """Tokenize a stage's data, or open what an earlier attempt tokenized. Collective.
 
     Args:
-        told: asked on rank 0 from time to time whether to stop.
+        should_stop: polled on rank 0.
 
     Raises:
-        Interrupted: ``told`` said so; nothing is kept.
-        HpcRlhfError: the data cannot be read, or holds nothing for this stage.
+        Interrupted: ``should_stop`` was true; nothing is kept.
+        HpcRlhfError: the data cannot be read, or has nothing for this stage.
     """
     facts = {
         "data": spec.data.model_dump(mode="json"), "stages": spec.trained, "seed": spec.seed, "stage": stage,
@@ -142,12 +151,12 @@ def prepare(
 
     def write() -> dict[str, Any]:
         data = kind_of(stage).data
-        rows, found = _write(stage_samples(spec, stage), tokenizer, spec, data, target, told)
-        if not found:
+        rows, train_samples = _write(stage_samples(spec, stage), tokenizer, spec, data, target, should_stop)
+        if not train_samples:
             raise HpcRlhfError(
                 f"the data has no {data.value} for this stage",
                 where=f"stage {stage}",
-                hint="look at data.sources, their formats and data.split",
+                hint="check data.sources, their formats and data.split",
                 exit_code=RUN_FAILED,
             )
         if not rows["train"]:
@@ -164,17 +173,17 @@ def prepare(
 
 def prepare_mixture(
     source: SourceSpec, where: str, spec: JobSpec, tokenizer: Any, folder: Path, world: World,
-    told: Callable[[], bool] = bool,
+    should_stop: Callable[[], bool] = bool,
 ) -> Rows:  # fmt: skip
-    """Tokenise all of a source that is mixed into a stage, as SFT would: a data set with rows as SFT's. Collective.
+    """Tokenize all of a source that is mixed into a stage, as for SFT. Collective.
 
     Args:
         where: the field of the spec that names the source, for messages.
-        told: asked on rank 0 from time to time whether to stop.
+        should_stop: polled on rank 0.
 
     Raises:
-        Interrupted: ``told`` said so; nothing is kept.
-        HpcRlhfError: the source cannot be read, or holds nothing.
+        Interrupted: ``should_stop`` was true; nothing is kept.
+        HpcRlhfError: the source cannot be read, or is empty.
     """
     facts = {
         "source": source.model_dump(mode="json"),
@@ -185,8 +194,8 @@ def prepare_mixture(
 
     def write() -> dict[str, Any]:
         samples = ((False, sample) for sample in read_source(source, spec.seed))
-        rows, found = _write(samples, tokenizer, spec, Data.ANSWERS, target, told)
-        if not found:
+        rows, train_samples = _write(samples, tokenizer, spec, Data.ANSWERS, target, should_stop)
+        if not train_samples:
             raise HpcRlhfError("there is no text in it", where=where, exit_code=RUN_FAILED)
         return {"rows": rows}
 
@@ -194,7 +203,7 @@ def prepare_mixture(
 
 
 def token_lengths(rows: Rows, *columns: str) -> np.ndarray:
-    """Tokens of each row of a data set, summed over columns of token ids, without reading the tokens.
+    """Tokens of each row, summed over columns of token ids, without reading the tokens.
 
     Args:
         rows: a data set.

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hpc_rlhf.train.checkpoint import shards
-from hpc_rlhf.train.checkpoint.shards import Piece
+from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, is_zero3, local_shard
 from hpc_rlhf.train.parallel.tensor_parallel import replica_group
@@ -73,11 +73,11 @@ class Ema:
         """Restore what ``save`` wrote."""
         shards.read(folder, list(self._pieces()), self.world)
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[Shard]:
         for i, average in self.averages.items():
             parameter = self.parameters[i]
             start, count = 0, average.numel()
             if is_zero3(parameter):  # the last rank's shard may be padded
                 start = self.world.rank * count
                 count = max(0, min(count, full_numel(parameter) - start))
-            yield Piece(str(i), start, average.view(-1)[:count])
+            yield Shard(str(i), start, average.view(-1)[:count])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.train.checkpoint.shards import Piece
+from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.models.onebit_adam import OneBitAdam
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from hpc_rlhf.train.runtime.world import World
@@ -22,16 +22,16 @@ from hpc_rlhf.train.runtime.world import World
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def pieces(engine: Any, world: World) -> list[Piece]:
+def pieces(engine: Any, world: World) -> list[Shard]:
     """Views of this rank's shards of the engine's weights and moments."""
     optimizer = internals.inner_optimizer(engine)
-    shards: list[Piece] = []
+    shards: list[Shard] = []
     for number, fragment in enumerate(internals.fragments(engine)):
         # Of what every rank has, the ranks share the writing.
         mine = not fragment.replicated or number % world.dims.data == world.data_rank
-        shards.append(Piece(f"weight {fragment.name}", fragment.start, fragment.of(fragment.stepped), mine))
+        shards.append(Shard(f"weight {fragment.name}", fragment.start, fragment.of(fragment.stepped), mine))
         for key, moment in _moments(optimizer, fragment.stepped):
-            shards.append(Piece(f"{key} {fragment.name}", fragment.start, fragment.of(moment), mine))
+            shards.append(Shard(f"{key} {fragment.name}", fragment.start, fragment.of(moment), mine))
     return [*shards, *optimizer.pieces()] if isinstance(optimizer, OneBitAdam) else shards
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpc_rlhf.train.algorithms.compression import BLOCK, decode, encode, unpack_bits
-from hpc_rlhf.train.checkpoint.shards import Piece
+from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.runtime import seeds
 
 # Sums in a sketch of the gradient: it estimates the norm within 2 % (1 / sqrt(2 * SKETCH)).
@@ -185,9 +185,9 @@ class OneBitAdam(torch.optim.Optimizer):
 
     # Checkpoints
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[Shard]:
         """The state for a checkpoint. Momentum and compression errors are each rank's own."""
         rank = dist.get_rank()
-        yield Piece("variance", 0, self.variance, mine=rank == 0)
+        yield Shard("variance", 0, self.variance, mine=rank == 0)
         for name in ("momentum", "worker_error", "server_error"):
-            yield Piece(f"{name} of rank {rank}", 0, getattr(self, name))
+            yield Shard(f"{name} of rank {rank}", 0, getattr(self, name))

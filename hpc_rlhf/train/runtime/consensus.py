@@ -20,7 +20,8 @@ MAX_OVERHEAD = 0.01
 
 @dataclass
 class _Pace:
-    """How often ranks hold a round between pieces of one kind of work; the same on all ranks except for the times.
+    """How often ranks hold a round between pieces of one kind of work; the same on all ranks except for the
+    times.
 
     Attributes:
         every: pieces from one round to the next.
@@ -38,8 +39,9 @@ class _Pace:
 class Consensus:
     """Rounds in which every rank contributes some numbers and gets the largest of each.
 
-    Ranks do the same pieces of work in the same order, so they count them alike. A round also settles how many
-    pieces pass until the next one: as many as the rank that wants the fewest, and at most twice as many as before.
+    Ranks do the same pieces of work in the same order, so they count them alike. A round also settles how
+    many pieces pass until the next one: as many as the rank that wants the fewest, and at most twice as many
+    as before.
     """
 
     def __init__(self, world: World) -> None:

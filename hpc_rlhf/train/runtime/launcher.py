@@ -1,10 +1,10 @@
-"""Which rank this process is, by the word of what launched it. Loads no torch."""
+"""The rank of this process, as its launcher sets it. Loads no torch."""
 
 from __future__ import annotations
 
 import os
 
-# How launchers name a rank, the number of ranks, and the rank within its node.
+# Launchers' variables for the rank, the number of ranks, and the rank within its node.
 LAUNCHER_VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
@@ -13,7 +13,7 @@ LAUNCHER_VARIABLES = (
 
 
 def launcher_ranks() -> tuple[int, int, int]:
-    """Rank, number of ranks and local rank, as this process's launcher says; (0, 1, 0) without one."""
+    """Rank, number of ranks and local rank, as this process's launcher sets them; (0, 1, 0) without one."""
     order: tuple[tuple[str, str, str], ...] = LAUNCHER_VARIABLES
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":  # may itself run inside a Slurm allocation
         order = (LAUNCHER_VARIABLES[2],)

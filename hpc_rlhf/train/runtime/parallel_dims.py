@@ -10,10 +10,11 @@ from hpc_rlhf.errors import HpcRlhfError
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """The size of each dimension, outermost first: neighbouring ranks differ in the last one, which communicates most.
+    """The size of each dimension, outermost first: neighbouring ranks differ in the last one, which
+    communicates most.
 
-    A new dimension is a new field. Ranks that differ in ``data`` have different samples; those that differ only in
-    other dimensions work on the same samples, with the same random numbers.
+    A new dimension is a new field. Ranks that differ in ``data`` have different samples; those that differ
+    only in other dimensions work on the same samples, with the same random numbers.
 
     Attributes:
         data: ranks, or groups of ranks, with samples of their own.
@@ -49,14 +50,16 @@ class ParallelDims:
         return rank // self._stride(dim) % size
 
     def group(self, dim: str, rank: int) -> list[int]:
-        """The ranks that differ from one, or not at all, in a dimension only; in the order of that dimension."""
+        """The ranks that differ from one, or not at all, in a dimension only; in the order of that
+        dimension."""
         stride = self._stride(dim)
         first = rank - self.coordinate(dim, rank) * stride
         return [first + place * stride for place in range(getattr(self, dim))]
 
     @property
     def sample_owners(self) -> list[int]:
-        """One rank for each share of the samples, in order of the shares: the first of those that work on it."""
+        """One rank for each share of the samples, in order of the shares: the first of those that work on
+        it."""
         return self.group("data", 0)
 
     def _stride(self, dim: str) -> int:

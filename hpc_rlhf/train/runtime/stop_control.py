@@ -13,8 +13,8 @@ from hpc_rlhf.train.runtime.watchdog import Heartbeat
 class StopControl:
     """Whether this attempt should stop, and where it may.
 
-    Between pieces of work, call ``check``. Work that is worth nothing half done, such as a rollout, goes inside
-    ``cancellable`` and polls ``should_stop``.
+    Between pieces of work, call ``check``. Work that is worth nothing half done, such as a rollout, goes
+    inside ``cancellable`` and polls ``should_stop``.
 
     Args:
         flag: what this rank knows of a stop.
@@ -32,18 +32,20 @@ class StopControl:
         self._cancellable = 0
 
     def should_stop(self) -> bool:
-        """Whether this rank knows of a stop. Not collective: the watchdog informs the other ranks within a second."""
+        """Whether this rank knows of a stop. Not collective: the watchdog informs the other ranks within a
+        second."""
         self.heartbeat.beat()
         return self.flag.code > 0
 
     def check(self, kind: str | None = None) -> None:
-        """Stop if any rank has to: inside ``cancellable`` cancel the work, elsewhere end the attempt. Collective.
+        """Stop if any rank has to: inside ``cancellable`` cancel the work, elsewhere end the attempt.
+        Collective.
 
         What is saved is the last safe point, so weights and optimizers must be as they were there.
 
         Args:
-            kind: of work that is done in many pieces, each of which takes about the same time. Ranks then agree
-                only every so many pieces, so that the cost is bounded. Without it they agree at once.
+            kind: of work that is done in many pieces, each of which takes about the same time. Ranks then
+                agree only every so many pieces, so that the cost is bounded. Without it they agree at once.
 
         Raises:
             Interrupted: inside ``cancellable``.
@@ -59,7 +61,8 @@ class StopControl:
             self._stop(codes[0])
 
     def check_with(self, numbers: Sequence[int]) -> list[int]:
-        """Agree on more than the stop in one round: the largest of all ranks' numbers, elementwise. See ``check``."""
+        """Agree on more than the stop in one round: the largest of all ranks' numbers, elementwise. See
+        ``check``."""
         self.heartbeat.beat()
         code, *largest = self.consensus.agree([self.flag.code, *numbers])
         self._stop(code)
@@ -67,7 +70,8 @@ class StopControl:
 
     @contextmanager
     def cancellable(self) -> Iterator[None]:
-        """Run work that any rank may abandon with Interrupted; then all ranks stop together. Collective; see ``check``."""
+        """Run work that any rank may abandon with Interrupted; then all ranks stop together. Collective; see
+        ``check``."""
         self._cancellable += 1
         try:
             with suppress(Interrupted):

@@ -20,7 +20,8 @@ class StopFlag:
 
     Attributes:
         received: from a signal to this rank: 0 while there is none, else a key of REASON_OF_CODE.
-        reported: by other ranks or the clock. Separate, because a signal may arrive between a read and a write.
+        reported: by other ranks or the clock. Separate, because a signal may arrive between a read and a
+            write.
     """
 
     def __init__(self) -> None:

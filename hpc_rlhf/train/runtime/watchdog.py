@@ -16,8 +16,8 @@ import torch.distributed as dist
 from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, StopFlag
 
 INTERVAL = 0.5  # seconds
-# An attempt hangs when a rank has made no progress for this multiple of its longest pause so far, and for at least
-# this many seconds.
+# An attempt hangs when a rank has made no progress for this multiple of its longest pause so far, and for at
+# least this many seconds.
 HANG_FACTOR, MIN_HANG = 10.0, 1800.0
 # Seconds for all ranks to write their stacks.
 WRITING_STACKS = 5.0
@@ -51,8 +51,8 @@ class Heartbeat:
 class Watchdog:
     """Spreads a stop, and the end of a hanging attempt, over the ranks.
 
-    A signal may reach one rank only, while another is deep in a rollout or in preparing data, where it waits for
-    no other rank. Each rank therefore polls the key-value store through which the ranks met.
+    A signal may reach one rank only, while another is deep in a rollout or in preparing data, where it waits
+    for no other rank. Each rank therefore polls the key-value store through which the ranks met.
 
     Args:
         attempt: the attempt's name, the same on all ranks.

@@ -74,7 +74,8 @@ class World:
         return int(tensor.item())
 
     def sums(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Each number summed over all samples, in float64. All ranks pass the same keys; each sample counts once."""
+        """Each number summed over all samples, in float64. All ranks pass the same keys; each sample counts
+        once."""
         owner = self.rank in self.dims.sample_owners
         tensor = torch.tensor(list(numbers.values()), dtype=torch.float64) * owner
         dist.all_reduce(tensor, group=self.control)

@@ -36,11 +36,11 @@ def run(self) -> None:
 
     spec = read_spec(self.files.job_yaml)
     self.is_main = True
-    job_start.note_ending_before(self.files, self.stage, self.job, self.restarts)
+    job_start.record_previous_end(self.files, self.stage, self.job, self.restarts)
     self.record(Started(job_id=self.job, restart=self.restarts, ranks=1, host=self.host))
     if commands.was_preempted(self.job):
         self.stop.preempt()
-    job_start.put_sentinel_back(self.files, self.stage, self.job)
+    job_start.restore_sentinel(self.files, self.stage, self.job)
     for need in spec.needs(self.stage):
         manifest.require(self.files.stage(need).model, f"the model of stage {need}")
     train(self, spec)

@@ -1,4 +1,4 @@
-"""When to save, and when there is no time left for anything else."""
+"""When checkpoints are due, and when an attempt has to stop to save in time."""
 
 from __future__ import annotations
 
@@ -19,56 +19,56 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def lost(seconds: float, cost: float, mttf: float) -> float:
-    """Share of the time that goes into saving and into doing again what failures lost (Young's model)."""
+    """Share of the time spent on saving and on repeating work lost to failures (Young's model)."""
     return cost / seconds + seconds / (2 * mttf)
 
 
 @pytest.mark.parametrize(("cost", "mttf"), [(1.0, 86400.0), (30.0, 86400.0), (60.0, 7200.0)])
-def test_auto_is_where_the_least_is_lost(cost: float, mttf: float) -> None:
+def test_auto_minimizes_the_lost_time(cost: float, mttf: float) -> None:
     best = daly(cost, mttf)
     for other in (0.5 * best, 0.9 * best, 1.1 * best, 2 * best):
         assert lost(best, cost, mttf) < lost(other, cost, mttf)
-    assert daly(0.0, 86400.0) > 60, "a cost too small to be measured does not make for saving all the time"
+    assert daly(0.0, 86400.0) > 60, "a cost too small to measure does not lead to constant saving"
 
 
-def test_steps_are_whole_steps() -> None:
-    every = CheckpointSchedule(steps=10)
-    assert [step for step in range(31) if every.due(step, 0)] == [10, 20, 30]
-    assert not every.due(10, 3)
+def test_checkpoints_by_steps_come_between_steps() -> None:
+    schedule_ = CheckpointSchedule(steps=10)
+    assert [step for step in range(31) if schedule_.due(step, 0)] == [10, 20, 30]
+    assert not schedule_.due(10, 3)
 
 
-def test_times_count_from_the_last_save(clock: Clock) -> None:
-    every = CheckpointSchedule(seconds=600, last=clock.now)
+def test_checkpoints_by_time_count_from_the_last_save(clock: Clock) -> None:
+    schedule_ = CheckpointSchedule(seconds=600, last=clock.now)
     clock.now += 599
-    assert not every.due(5, 0)
+    assert not schedule_.due(5, 0)
     clock.now += 2
-    assert every.due(5, 2)
-    every.saved(1.0)
-    assert not every.due(6, 0)
+    assert schedule_.due(5, 2)
+    schedule_.saved(1.0)
+    assert not schedule_.due(6, 0)
 
 
-def test_auto_follows_what_a_save_costs(clock: Clock) -> None:
-    every = CheckpointSchedule(mttf=86400, cost=1.0, last=clock.now)
-    every.saved(50.0)
+def test_auto_adapts_to_the_cost_of_a_save(clock: Clock) -> None:
+    schedule_ = CheckpointSchedule(mttf=86400, cost=1.0, last=clock.now)
+    schedule_.saved(50.0)
     clock.now += daly(50, 86400) - 1
-    assert not every.due(9, 0)
+    assert not schedule_.due(9, 0)
     clock.now += 2
-    assert every.due(9, 0)
+    assert schedule_.due(9, 0)
 
 
 def test_an_attempt_stops_while_there_is_time_to_save(clock: Clock) -> None:
-    """Steps of 100 s, and saves of 20 s: it stops when another step would be one too many."""
+    """With steps of 100 s and saves of 20 s, it stops when another step no longer fits."""
     deadline = Deadline(end=clock.now + 1000, save=20.0)
     stopped = []
     for step in range(10):
         if deadline.reached_at(0):
             stopped.append(step)
         clock.now += 100
-    assert stopped[0] == 9, "900 s are gone, and a step and a save no longer fit"
+    assert stopped[0] == 9, "after 900 s, a step and a save no longer fit"
     assert not Deadline().reached_at(0)
 
 
-def test_each_part_of_a_step_has_its_own_length(clock: Clock) -> None:
+def test_each_part_of_a_step_has_its_own_duration(clock: Clock) -> None:
     """A rollout takes 300 s and an update 10 s: updates still fit where a rollout does not."""
     deadline = Deadline(end=clock.now + 700)
     for part, seconds in ((0, 300), (1, 10), (2, 10), (0, 300), (1, 10), (2, 10)):
@@ -77,7 +77,7 @@ def test_each_part_of_a_step_has_its_own_length(clock: Clock) -> None:
     assert deadline.reached_at(0)
 
 
-def test_the_time_of_a_save_is_not_that_of_a_step(clock: Clock) -> None:
+def test_the_time_of_a_save_does_not_count_as_step_time(clock: Clock) -> None:
     deadline = Deadline(end=clock.now + 1000)
     deadline.reached_at(0)
     clock.now += 400
@@ -87,7 +87,7 @@ def test_the_time_of_a_save_is_not_that_of_a_step(clock: Clock) -> None:
     assert deadline.longest == {0: 10}
 
 
-def test_out_of_time_anywhere(clock: Clock) -> None:
+def test_a_passed_deadline_stops_anywhere(clock: Clock) -> None:
     deadline = Deadline(end=clock.now + 100, save=30)
     assert not deadline.passed
     clock.now += 70 - SLACK
@@ -96,17 +96,17 @@ def test_out_of_time_anywhere(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("wrong_by", [-90000, -3600, 0, 3600, 90000])
-def test_a_node_whose_clock_is_wrong_knows_how_much_time_is_used(wrong_by: int) -> None:
+def test_the_used_time_does_not_depend_on_a_wrong_clock(wrong_by: int) -> None:
     started, script = 50_000.0, 600.0  # the script began after a prolog of 40 s
     used = time_used(started, started + 640 + wrong_by, script)
     assert used == (640 if wrong_by == 0 else 600)
 
 
-def test_without_the_scripts_word_the_clock_has_to_be_believed() -> None:
+def test_without_the_age_of_the_script_the_clock_counts() -> None:
     assert time_used(50_000.0, 50_640.0, None) == 640
 
 
-def test_a_clock_that_is_set_in_the_meantime_ends_nothing(
+def test_a_clock_that_is_reset_does_not_move_the_deadline(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deadline = Deadline(end=clock.now + 1000)

@@ -1,4 +1,4 @@
-"""Checkpoints are there whole or not at all, and never lead back to the start in silence."""
+"""Checkpoints exist completely or not at all, and damage never silently restarts a stage from the beginning."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def writing(text: str) -> Any:
 def save(store: CheckpointStore, *steps: int) -> None:
     for step in steps:
         store.save(step, writing(f"weights of {step}"), {"loss": step / 2})
-    store.settle()
+    store.wait_until_idle()
 
 
 def names(folder: Path) -> list[str]:
@@ -76,12 +76,12 @@ def damage(folder: Path, how: str) -> None:
 DAMAGES = ["cut", "bit", "file gone", "manifest gone", "manifest cut", "manifest bit", "empty"]
 
 
-def test_a_stage_starts_without_one(store: CheckpointStore, folder: Path, world: World) -> None:
+def test_a_new_stage_has_no_checkpoint(store: CheckpointStore, folder: Path, world: World) -> None:
     assert store.latest() is None
     assert CheckpointStore(folder / "nowhere", "1-0", 2, world).latest() is None
 
 
-def test_the_latest_comes_back_with_its_state(store: CheckpointStore, folder: Path) -> None:
+def test_the_latest_is_returned_with_its_state(store: CheckpointStore, folder: Path) -> None:
     save(store, 10, 20)
     found = store.latest()
     assert found is not None
@@ -100,7 +100,7 @@ def test_steps_are_compared_as_numbers(store: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_torn_one_is_set_aside_and_the_one_before_taken(
+def test_a_torn_checkpoint_is_moved_aside_and_the_previous_one_used(
     store: CheckpointStore, folder: Path, how: str
 ) -> None:
     save(store, 10, 20)
@@ -116,7 +116,7 @@ def test_a_torn_one_is_set_aside_and_the_one_before_taken(
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_when_all_are_torn_no_attempt_starts_anew(
+def test_if_all_are_torn_no_attempt_starts_over(
     store: CheckpointStore, folder: Path, world: World, how: str
 ) -> None:
     save(store, 10, 20)
@@ -124,7 +124,7 @@ def test_when_all_are_torn_no_attempt_starts_anew(
         damage(folder / name, how)
     for attempt in ("1-0", "1-1", "2-0"):  # each requeue is another attempt
         later = CheckpointStore(folder, attempt, keep=2, world=world)
-        with pytest.raises(HpcRlhfError, match="none of the 2 checkpoints is whole") as caught:
+        with pytest.raises(HpcRlhfError, match="none of the 2 checkpoints is valid") as caught:
             later.latest()
         assert caught.value.where == str(folder)
         assert caught.value.exit_code == RUN_FAILED
@@ -133,7 +133,7 @@ def test_when_all_are_torn_no_attempt_starts_anew(
     assert store.latest() is None, "once they are out of the way, as the hint says"
 
 
-def test_between_steps_any_number_of_ranks_can_go_on(store: CheckpointStore, folder: Path) -> None:
+def test_between_steps_any_number_of_ranks_can_resume(store: CheckpointStore, folder: Path) -> None:
     save(store, 10)
     made_by(4, folder / "step-00000010")
     found = store.latest()
@@ -141,7 +141,7 @@ def test_between_steps_any_number_of_ranks_can_go_on(store: CheckpointStore, fol
     assert found.step == 10
 
 
-def test_in_the_middle_of_a_step_only_those_that_saved_it_can(store: CheckpointStore, folder: Path) -> None:
+def test_in_mid_step_only_the_same_number_of_ranks_can_resume(store: CheckpointStore, folder: Path) -> None:
     save(store, 10)
     assert store.save(10, writing("later"), {"loss": 1.0}, part=1)
     made_by(4, folder / "step-00000010-0001")
@@ -151,20 +151,22 @@ def test_in_the_middle_of_a_step_only_those_that_saved_it_can(store: CheckpointS
     shutil.rmtree(folder / "step-00000010")
     with pytest.raises(HpcRlhfError, match="made by 4 ranks in the middle of a step"):
         store.latest()
-    assert names(folder) == ["step-00000010-0001"], "it is whole, and kept"
+    assert names(folder) == ["step-00000010-0001"], "it is valid, and kept"
 
 
 def made_by(ranks: int, target: Path) -> None:
     manifest.write(target, {**manifest.require(target, "it"), "world_size": ranks})
 
 
-def test_only_the_newest_are_kept_and_strangers_left_alone(store: CheckpointStore, folder: Path) -> None:
+def test_only_the_newest_are_kept_and_other_files_are_left_alone(
+    store: CheckpointStore, folder: Path
+) -> None:
     (folder / "step-notes").mkdir()
     save(store, 10, 20, 30, 40)
     assert names(folder) == ["step-00000030", "step-00000040", "step-notes"]
 
 
-def test_a_step_saved_before_is_not_saved_again(store: CheckpointStore) -> None:
+def test_a_saved_step_is_not_saved_again(store: CheckpointStore) -> None:
     assert store.save(10, writing("first"), {"loss": 5.0})
 
     def never(snapshot: Snapshot) -> None:
@@ -180,7 +182,7 @@ def test_a_step_saved_before_is_not_saved_again(store: CheckpointStore) -> None:
 def test_an_attempt_that_lost_the_stage_cannot_save(
     store: CheckpointStore, folder: Path, world: World, step: int
 ) -> None:
-    """Neither a step that is new nor one that the owner has saved: it must learn that it is to end."""
+    """Neither a new step nor one that the owner has saved: it has to find out that it must end."""
     newer = CheckpointStore(folder, "1-1", keep=2, world=world)
     newer.claim()
     save(newer, 10)
@@ -192,7 +194,7 @@ def test_an_attempt_that_lost_the_stage_cannot_save(
     assert manifest.require(found.folder, "it")["attempt"] == "1-1"
 
 
-def test_an_attempt_that_loses_the_stage_while_it_writes_does_not_commit(
+def test_an_attempt_that_loses_the_stage_while_writing_does_not_commit(
     store: CheckpointStore, folder: Path, world: World
 ) -> None:
     save(store, 10)
@@ -200,7 +202,7 @@ def test_an_attempt_that_loses_the_stage_while_it_writes_does_not_commit(
 
     def take(snapshot: Snapshot) -> None:
         writing("stale")(snapshot)
-        (folder / "owner").write_text("1-1")  # a claim whose cleaning did not see this folder yet
+        (folder / "owner").write_text("1-1")  # a claim whose cleanup has not seen this folder yet
 
     with pytest.raises(HpcRlhfError, match="no longer owns"):
         store.save(20, take, {})
@@ -213,7 +215,7 @@ def test_an_attempt_that_loses_the_stage_while_it_writes_does_not_commit(
 
 @pytest.mark.parametrize("when", ["writing", "committing"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_a_file_system_that_refuses_leaves_the_older_checkpoint_and_no_half_one(
+def test_a_failing_file_system_leaves_the_older_checkpoint_and_no_partial_one(
     store: CheckpointStore, folder: Path, world: World, when: str, error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(store, 10)
@@ -249,20 +251,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
-def test_what_does_not_fit_is_not_begun(small_disk: Path, world: World) -> None:
+def test_a_checkpoint_that_does_not_fit_is_not_begun(small_disk: Path, world: World) -> None:
     store = CheckpointStore(small_disk / "checkpoints", "1-0", keep=2, world=world)
     store.claim()
     state = {"weights": torch.zeros(1024, 1024)}
     store.save(1, lambda snapshot: snapshot.tensors("a.safetensors", state), {})
     state["more"] = torch.zeros(4 * 1024, 1024)
-    with pytest.raises(HpcRlhfError, match=r"takes .* and there are .* free"):
+    with pytest.raises(HpcRlhfError, match=r"needs .*, and .* are free"):
         store.save(2, lambda snapshot: snapshot.tensors("a.safetensors", state), {})
     found = store.latest()
     assert found is not None
     assert found.step == 1
 
 
-def test_a_disk_that_fills_up_as_it_is_written_gives_the_room_back(
+def test_a_disk_that_fills_up_during_a_save_gets_its_space_back(
     small_disk: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hpc_rlhf.train.checkpoint.store.CheckpointStore._check_room", lambda *_: None)
@@ -275,15 +277,15 @@ def test_a_disk_that_fills_up_as_it_is_written_gives_the_room_back(
         HpcRlhfError, match=r"could not be written: rank 0 on .*No space left on device"
     ) as caught:
         store.save(2, lambda snapshot: snapshot.tensors("a.safetensors", large), {})
-    assert "make room" in str(caught.value)
+    assert "free some space" in str(caught.value)
     assert names(small_disk / "checkpoints") == ["step-00000001"]
     found = store.latest()
     assert found is not None
     assert load_file(found.folder / "a.safetensors")["weights"].shape == (1024, 1024)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(store: CheckpointStore) -> None:
-    """What comes back is what was there as it was taken, whatever training made of it meanwhile."""
+def test_training_continues_while_a_checkpoint_is_written(store: CheckpointStore) -> None:
+    """The checkpoint has the state at the time of the snapshot, whatever training changed since."""
     weights = torch.ones(1000)
     part = weights[100:200]
     may_write = threading.Event()
@@ -306,7 +308,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(store: CheckpointStore) 
     assert (saved["weights"].sum(), saved["part"].sum()) == (1000, 100)
 
 
-def test_where_memory_is_short_training_waits_for_the_writing(
+def test_if_memory_is_short_training_waits_for_the_write(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshots, "free_memory", lambda: 1000.0)
@@ -316,7 +318,7 @@ def test_where_memory_is_short_training_waits_for_the_writing(
     store.finish()
 
 
-def test_a_part_of_a_step_stands_between_the_steps(store: CheckpointStore, folder: Path) -> None:
+def test_a_part_of_a_step_is_ordered_between_steps(store: CheckpointStore, folder: Path) -> None:
     store.save(10, writing("a"), {})
     store.save(10, writing("b"), {}, part=3)
     found = store.latest()
@@ -326,11 +328,11 @@ def test_a_part_of_a_step_stands_between_the_steps(store: CheckpointStore, folde
     found = store.latest()
     assert found is not None
     assert (found.step, found.part) == (11, 0)
-    store.settle()
+    store.wait_until_idle()
     assert names(folder) == ["step-00000010-0003", "step-00000011"]
 
 
-def test_tensors_of_every_type_and_shape_come_back(tmp_path: Path) -> None:
+def test_tensors_of_every_type_and_shape_round_trip(tmp_path: Path) -> None:
     whole = torch.arange(12, dtype=torch.float32)
     tensors = {
         "views": whole[2:5], "turned": whole.view(3, 4).t(), "one": torch.tensor(2.5), "none": torch.empty(0, 3),
@@ -348,8 +350,8 @@ def test_tensors_of_every_type_and_shape_come_back(tmp_path: Path) -> None:
         assert found[name].dtype == tensor.dtype
 
 
-def test_more_signals_in_a_save_do_no_harm(store: CheckpointStore) -> None:
-    """The first one has begun it; that it is said again, and louder, changes nothing."""
+def test_more_signals_during_a_save_do_no_harm(store: CheckpointStore) -> None:
+    """The first signal started the save; repeated and stronger ones change nothing."""
     signals = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in signals}
     flag = StopFlag()

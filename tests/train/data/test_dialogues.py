@@ -1,4 +1,4 @@
-"""Dialogues as tokens: as a template writes them, ended once by the token that ends a turn."""
+"""Dialogues as tokens: as the template renders them, with one token at the end of a turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.train.data.dialogues import encode, follow, prompt_text
+from hpc_rlhf.train.data.dialogues import configure_tokenizer, encode, prompt_text
 from hpc_rlhf.train.data.rows import Sample, transcript
 from tests.train import chatty, tiny
 
@@ -28,15 +28,15 @@ def only(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("kind", chatty.TEMPLATES)
-def test_prompt_and_answer_are_the_templates_own_tokens(kind: str) -> None:
-    tokenizer = follow(chatty.tokenizer(kind), "auto")
+def test_prompt_and_response_are_the_tokens_of_the_template(kind: str) -> None:
+    tokenizer = configure_tokenizer(chatty.tokenizer(kind), "auto")
     prompt, chosen = only(SAMPLE, tokenizer)
-    asking = tokenizer.apply_chat_template(
+    expected_prompt = tokenizer.apply_chat_template(
         MESSAGES[:3], add_generation_prompt=True, enable_thinking=False, return_dict=False
     )
     whole = tokenizer.apply_chat_template(MESSAGES, return_dict=False)
     newline = tokenizer("\n")["input_ids"]
-    assert prompt == asking, "what a rollout is asked is what a chat is asked"
+    assert prompt == expected_prompt, "a rollout and a chat have the same prompt"
     assert prompt + chosen in (whole, whole[: -len(newline)])
     assert chosen[-1] == tokenizer.convert_tokens_to_ids(chatty.ENDS[kind])
     assert chosen.count(tokenizer.eos_token_id) == 1
@@ -45,10 +45,10 @@ def test_prompt_and_answer_are_the_templates_own_tokens(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", chatty.TEMPLATES)
-def test_eos_is_what_ends_a_turn_also_once_it_is_saved(kind: str, tmp_path: Path) -> None:
+def test_eos_ends_a_turn_even_after_saving(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = follow(chatty.tokenizer(kind), "auto")
+    tokenizer = configure_tokenizer(chatty.tokenizer(kind), "auto")
     assert tokenizer.eos_token == chatty.ENDS[kind]
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -56,10 +56,10 @@ def test_eos_is_what_ends_a_turn_also_once_it_is_saved(kind: str, tmp_path: Path
     assert prompt_text(loaded, TURNS) == prompt_text(tokenizer, TURNS)
 
 
-def test_plain_takes_no_template(tmp_path: Path) -> None:
+def test_plain_uses_no_template(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = follow(chatty.tokenizer("chatml"), "plain")
+    tokenizer = configure_tokenizer(chatty.tokenizer("chatml"), "plain")
     assert tokenizer.eos_token == "<|endoftext|>"
     prompt, chosen = only(SAMPLE, tokenizer)
     assert tokenizer.decode(prompt) == SAMPLE.prompt
@@ -68,34 +68,34 @@ def test_plain_takes_no_template(tmp_path: Path) -> None:
     assert prompt_text(AutoTokenizer.from_pretrained(tmp_path), TURNS) == SAMPLE.prompt
 
 
-def test_both_answers_of_a_pair_follow_the_same_prompt() -> None:
-    tokenizer = follow(chatty.tokenizer("headers"), "auto")
+def test_both_responses_of_a_pair_follow_the_same_prompt() -> None:
+    tokenizer = configure_tokenizer(chatty.tokenizer("headers"), "auto")
     ((prompt, chosen, rejected),) = encode([SAMPLE], tokenizer, "chosen", "rejected")
     assert (prompt, chosen) == only(SAMPLE, tokenizer)
     assert tokenizer.decode(rejected) == "Ask somebody else.<|eot_id|>"
 
 
-def test_what_a_role_says_in_a_row_is_one_message() -> None:
-    tokenizer = follow(chatty.tokenizer("chatml"), "auto")
+def test_successive_turns_of_a_role_become_one_message() -> None:
+    tokenizer = configure_tokenizer(chatty.tokenizer("chatml"), "auto")
     turns = (("human", "Hi"), ("human", "Anybody?"))
     assert (
         prompt_text(tokenizer, turns) == "<|im_start|>user\nHi\n\nAnybody?<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
-def test_a_template_without_a_system_has_its_words_before_the_persons() -> None:
-    tokenizer = follow(chatty.tokenizer("brackets"), "auto")
+def test_a_template_without_system_messages_gets_them_in_the_user_message() -> None:
+    tokenizer = configure_tokenizer(chatty.tokenizer("brackets"), "auto")
     assert (
         prompt_text(tokenizer, (("system", "Be kind."), ("human", "Hi")))
         == "<s>[INST] Be kind.\n\nHi [/INST]"
     )
-    kept = follow(chatty.tokenizer("chatml"), "auto")
+    kept = configure_tokenizer(chatty.tokenizer("chatml"), "auto")
     assert prompt_text(kept, (("system", "Be kind."), ("human", "Hi"))).startswith(
         "<|im_start|>system\nBe kind.<|im_end|>\n"
     )
 
 
-def test_a_template_that_refuses_a_dialogue_is_one_clear_error() -> None:
+def test_a_dialogue_that_the_template_rejects_is_one_clear_error() -> None:
     tokenizer = chatty.tokenizer("chatml")
     tokenizer.chat_template = "{{ raise_exception('never') }}"
     with pytest.raises(HpcRlhfError, match=r"refuses a dialogue of user .*never") as caught:
@@ -103,13 +103,13 @@ def test_a_template_that_refuses_a_dialogue_is_one_clear_error() -> None:
     assert "data.template: plain" in str(caught.value.hint)
 
 
-def test_an_answer_that_holds_the_end_of_a_turn_ends_there() -> None:
-    tokenizer = follow(chatty.tokenizer("chatml"), "auto")
+def test_a_response_that_contains_the_end_of_a_turn_ends_there() -> None:
+    tokenizer = configure_tokenizer(chatty.tokenizer("chatml"), "auto")
     _, chosen = only(Sample((("human", "Hi"),), "x", "One.<|im_end|>Two."), tokenizer)
     assert tokenizer.decode(chosen) == "One.<|im_end|>"
 
 
-def test_an_eos_that_a_tokenizer_puts_behind_every_text_ends_no_prompt() -> None:
+def test_an_eos_that_a_tokenizer_appends_to_every_text_is_removed_from_prompts() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny.tokenizer()
@@ -123,8 +123,8 @@ def test_an_eos_that_a_tokenizer_puts_behind_every_text_ends_no_prompt() -> None
     assert chosen == plain_chosen
 
 
-def test_a_token_that_would_reach_over_into_the_answer_is_not_in_the_prompt() -> None:
-    """A rollout is given the prompt's own tokens; the answer then is tokenised by itself."""
+def test_a_token_that_would_span_prompt_and_response_is_not_used() -> None:
+    """Generation starts from the prompt's own tokens, so the response is tokenized separately."""
     tokenizer = tiny.tokenizer()
     green = Sample((("human", "x"),), "What colour is gr", "ass?", "")
     prompt, chosen = only(green, tokenizer)

@@ -1,4 +1,4 @@
-"""Rows of every format become a prompt and its answers, or one clear error."""
+"""Rows of every format become a prompt with its responses, or one clear error."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_rows_become_samples(
         ("text", {"text": "  "}),
     ],
 )
-def test_rows_without_an_answer_are_no_samples(format: str, row: dict[str, Any]) -> None:
+def test_rows_without_a_response_are_no_samples(format: str, row: dict[str, Any]) -> None:
     assert read_row(row, format, "here") is None
 
 
@@ -104,12 +104,12 @@ def test_rows_without_an_answer_are_no_samples(format: str, row: dict[str, Any])
         ("\n\nHuman: \n\nAssistant:", (("human", ""),)),
     ],
 )
-def test_a_transcript_is_taken_apart_into_turns(prompt: str, turns: tuple[Turn, ...]) -> None:
+def test_a_transcript_is_split_into_turns(prompt: str, turns: tuple[Turn, ...]) -> None:
     assert turns_of(prompt) == turns
 
 
 @pytest.mark.parametrize(
-    ("format", "row", "says"),
+    ("format", "row", "message"),
     [
         ("prompt-chosen-rejected", {"question": "Hi", "chosen": "Yes."}, "prompt"),
         ("prompt-chosen-rejected", {"prompt": "Hi", "answer": "Yes."}, "response"),
@@ -134,17 +134,17 @@ def test_a_transcript_is_taken_apart_into_turns(prompt: str, turns: tuple[Turn, 
         ("text", {"text": None}, "NoneType"),
     ],
 )
-def test_a_row_that_does_not_fit_is_one_clear_error(format: str, row: dict[str, Any], says: str) -> None:
+def test_a_row_that_does_not_fit_is_one_clear_error(format: str, row: dict[str, Any], message: str) -> None:
     with pytest.raises(HpcRlhfError) as caught:
         read_row(row, format, "data.jsonl, row 3")
     assert str(caught.value).startswith("data.jsonl, row 3: the row does not fit the format " + format)
-    assert says in caught.value.message
+    assert message in caught.value.message
     assert caught.value.exit_code == 2
     assert all(column in caught.value.message for column in row)
     assert "prompt-chosen-rejected" in str(caught.value.hint)
 
 
-def test_a_transcript_asks_for_the_next_answer() -> None:
+def test_a_transcript_ends_where_the_response_begins() -> None:
     turns = [("system", " Be kind."), ("human", "Hi "), ("assistant", " Hello"), ("Human", "Who?")]
     assert transcript(turns) == f"\n\nBe kind.{TWO_TURNS}"
     assert transcript([("user", "Hi")]) == HI

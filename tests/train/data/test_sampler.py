@@ -1,4 +1,4 @@
-"""The order of samples: each epoch whole, no two alike."""
+"""The order of samples: every epoch is complete, and no two are alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def stream(length: int, seed: int = 1, purpose: str = "sft") -> list[int]:
     return [sample_at(position, COUNT, seed, purpose) for position in range(length)]
 
 
-def test_every_epoch_is_a_permutation_of_its_own() -> None:
+def test_every_epoch_is_a_different_permutation() -> None:
     epochs = [stream(5 * COUNT)[e * COUNT : (e + 1) * COUNT] for e in range(5)]
     assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
@@ -36,7 +36,7 @@ def test_a_position_is_a_pure_function_of_seed_and_purpose() -> None:
     [
         (100, 1, 10, None, 10),
         (109, 1, 10, None, 10),
-        (105, 2, 10, None, 21),  # the rest of one epoch is the beginning of the next
+        (105, 2, 10, None, 21),  # the rest of one epoch starts the next
         (3, 1, 10, None, 1),
         (100, 1, 10, 4, 4),
         (100, 1, 10, 400, 10),

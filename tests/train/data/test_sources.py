@@ -1,4 +1,4 @@
-"""Sources: files are read, prompts never leak, weights count."""
+"""Sources: files are read, prompts never leak between stages, and weights apply."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HH = Path(__file__).parents[4] / "shared" / "data" / "hh-rlhf" / "harmless-base.
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the copies that datasets makes of files out of the home folder."""
+    """Keep the cache of datasets out of the home folder."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -45,7 +45,7 @@ def source(path: str | Path, **fields: Any) -> dict[str, Any]:
 
 
 def split(spec: JobSpec, stage: str) -> tuple[list[Sample], list[Sample]]:
-    """What a stage trains on, and what it holds out."""
+    """A stage's training samples and held-out samples."""
     samples = list(stage_samples(spec, stage))
     return [s for held_out, s in samples if not held_out], [s for held_out, s in samples if held_out]
 
@@ -86,7 +86,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
         assert list(read(SourceSpec.model_validate(source(tmp_path / name)), 0)) == expected, name
 
 
-def test_rows_without_an_answer_are_left_out(tmp_path: Path) -> None:
+def test_rows_without_a_response_are_skipped(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [pair(1), {**pair(2), "chosen": " "}, pair(3)])
     prompts = [sample.prompt for sample in read(SourceSpec.model_validate(source(path)), 0)]
     assert len(prompts) == 2
@@ -113,7 +113,7 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_a_line_that_is_no_row_is_named(tmp_path: Path, name: str) -> None:
+def test_an_invalid_line_is_reported_with_its_number(tmp_path: Path, name: str) -> None:
     text = json.dumps(pair(1)) + '\n\n{"prompt": "a", "cho\n' + json.dumps(pair(2)) + "\n"
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     with pytest.raises(HpcRlhfError, match="the line is not a JSON object") as caught:
@@ -121,14 +121,14 @@ def test_a_line_that_is_no_row_is_named(tmp_path: Path, name: str) -> None:
     assert (caught.value.where, caught.value.exit_code) == (f"{tmp_path / name}:3", 2)
 
 
-def test_a_wrong_row_is_named_by_file_and_number(tmp_path: Path) -> None:
+def test_an_invalid_row_is_reported_with_file_and_number(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(HpcRlhfError) as caught:
         list(read(SourceSpec.model_validate(source(path)), 0))
     assert caught.value.where == f"{path}, row 0"
 
 
-def test_the_hh_transcripts_are_read_whole() -> None:
+def test_hh_transcripts_are_read_completely() -> None:
     if not HH.exists():
         pytest.skip(f"no HH-RLHF data at {HH}")
     samples = list(read(SourceSpec.model_validate({"path": str(HH), "format": "hh"}), 0))
@@ -145,8 +145,8 @@ def test_the_hh_transcripts_are_read_whole() -> None:
 # The split
 
 
-def test_no_prompt_is_in_two_stages_or_on_both_sides(tmp_path: Path) -> None:
-    """Prompts come twice within a source, and again in another one."""
+def test_no_prompt_is_in_two_stages_or_in_both_splits(tmp_path: Path) -> None:
+    """Prompts occur twice within a source, and again in another."""
     first = write_jsonl(tmp_path / "a.jsonl", [pair(n % 150, f"a{n}") for n in range(300)])
     second = write_jsonl(tmp_path / "b.jsonl", [pair(n, "b") for n in range(100, 250)])
     parts = all_samples(spec_of(source(first), source(second, weight=2.0), held_out=0.2))
@@ -171,7 +171,7 @@ def test_ppo_gets_every_prompt_once(tmp_path: Path) -> None:
     assert len(prompts) == len(set(prompts)) > 5
 
 
-def test_the_reward_model_gets_pairs_that_differ_only(tmp_path: Path) -> None:
+def test_the_reward_model_gets_only_pairs_that_differ(tmp_path: Path) -> None:
     rows = [
         pair(n) if n % 3 else {**pair(n), "rejected": None if n % 2 else "yes"} for n in range(120)
     ]  # fmt: skip
@@ -181,25 +181,25 @@ def test_the_reward_model_gets_pairs_that_differ_only(tmp_path: Path) -> None:
     assert all(sample.rejected not in ("", sample.chosen) for sample in train + held_out)
 
 
-def test_prompts_are_shared_out_as_the_split_says() -> None:
+def test_prompts_are_divided_by_the_split() -> None:
     spec = spec_of({"demo": 10}, split={"sft": 2, "reward": 3, "ppo": 5}, held_out=0.1)
     counts = Counter(stage_of(f"prompt {n}", spec) for n in range(10_000))
     assert [counts[stage] / 10_000 for stage in STAGES] == pytest.approx([0.2, 0.3, 0.5], abs=0.02)
     kept = [n for n in range(10_000) if is_held_out(f"prompt {n}", spec)]
     assert len(kept) / 10_000 == pytest.approx(0.1, abs=0.01)
-    # Being held out does not depend on the stage.
+    # Whether a prompt is held out does not depend on the stage.
     held = Counter(stage_of(f"prompt {n}", spec) for n in kept)
     assert held["ppo"] / len(kept) == pytest.approx(0.5, abs=0.06)
 
 
-def test_a_stage_that_does_not_run_takes_no_prompts() -> None:
+def test_a_stage_that_does_not_run_gets_no_prompts() -> None:
     spec = spec_of({"demo": 10}, stages=("sft",))
     assert {stage_of(f"prompt {n}", spec) for n in range(500)} == {"sft"}
     none_for_sft = spec_of({"demo": 10}, split={"sft": 0, "reward": 1, "ppo": 1})
     assert {stage_of(f"prompt {n}", none_for_sft) for n in range(500)} == {"reward", "ppo"}
 
 
-def test_plain_text_is_for_fine_tuning_alone(tmp_path: Path) -> None:
+def test_plain_text_is_only_for_fine_tuning(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"Story {n}."} for n in range(60)])
     texts_only = source(path, format="text")
     spec = spec_of(texts_only)
@@ -213,7 +213,7 @@ def test_plain_text_is_for_fine_tuning_alone(tmp_path: Path) -> None:
 # Weights
 
 
-def test_weights_say_how_often_a_row_comes(tmp_path: Path) -> None:
+def test_weights_repeat_or_drop_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [pair(n) for n in range(2000)])
     for weight, counts in ((2.0, {2: 2000}), (1.0, {1: 2000})):
         seen = Counter(s.prompt for s in read(SourceSpec.model_validate(source(path, weight=weight)), 5))

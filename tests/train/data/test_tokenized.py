@@ -1,4 +1,4 @@
-"""Samples as tokens: where they are cut, where EOS stands, and that they are made once, as they are read."""
+"""Samples as tokens: truncation, EOS, and that they are tokenized once, in a stream."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def test_answers_end_with_eos_and_prompts_do_not(tokenizer: Any) -> None:
+def test_responses_end_with_eos_and_prompts_do_not(tokenizer: Any) -> None:
     spec = spec_of({"demo": 10})
     row = encode_sample(SAMPLE, tokenizer, spec, "reward")
     assert row == {
@@ -57,7 +57,7 @@ def test_answers_end_with_eos_and_prompts_do_not(tokenizer: Any) -> None:
     assert encode_sample(SAMPLE, tokenizer, spec, "dpo") == row
 
 
-def test_long_prompts_are_cut_at_the_left_and_long_answers_at_the_right_without_eos(tokenizer: Any) -> None:
+def test_long_prompts_are_truncated_left_and_long_responses_right_without_eos(tokenizer: Any) -> None:
     spec = spec_of({"demo": 10}, max_prompt_tokens=5, max_answer_tokens=4)
     row = encode_sample(SAMPLE, tokenizer, spec, "sft")
     assert row is not None
@@ -67,7 +67,7 @@ def test_long_prompts_are_cut_at_the_left_and_long_answers_at_the_right_without_
     assert encode_sample(SAMPLE, tokenizer, spec, "ppo") is None, "PPO leaves long prompts out"
 
 
-def test_an_answer_that_just_fits_keeps_its_eos(tokenizer: Any) -> None:
+def test_a_response_that_just_fits_keeps_its_eos(tokenizer: Any) -> None:
     length = len(ids_of(tokenizer, CHOSEN))
     whole = encode_sample(SAMPLE, tokenizer, spec_of({"demo": 10}, max_answer_tokens=length + 1), "sft")
     cut = encode_sample(SAMPLE, tokenizer, spec_of({"demo": 10}, max_answer_tokens=length), "sft")
@@ -77,7 +77,7 @@ def test_an_answer_that_just_fits_keeps_its_eos(tokenizer: Any) -> None:
     assert cut["chosen_ids"] == whole["chosen_ids"][:-1]
 
 
-def test_plain_text_starts_with_bos_so_that_its_first_token_is_learnt(tokenizer: Any) -> None:
+def test_plain_text_starts_with_bos_so_that_its_first_token_is_trained(tokenizer: Any) -> None:
     sample = Sample((), "", "Once upon.")
     row = encode_sample(sample, tokenizer, spec_of({"demo": 10}), "sft")
     assert row is not None
@@ -85,7 +85,7 @@ def test_plain_text_starts_with_bos_so_that_its_first_token_is_learnt(tokenizer:
     assert row["chosen_ids"] == [*ids_of(tokenizer, "Once upon."), tokenizer.eos_token_id]
 
 
-def test_data_is_made_once_and_again_when_it_is_torn_or_another(
+def test_data_is_tokenized_again_only_if_torn_or_changed(
     tokenizer: Any, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_the_rows(
     for module in (tokenized, arrow):
         monkeypatch.setattr(module, "CHUNK", 32)
     peaks = []
-    for count in (20, 200, 1600):  # the first loads what is loaded once
+    for count in (20, 200, 1600):  # the first one imports modules
         tracemalloc.start()
         spec = spec_of({"demo": count}, stages=("sft",))
         rows, _ = tokenized._write(
@@ -136,14 +136,14 @@ def test_memory_does_not_grow_with_the_rows(
     assert peaks[2] < 1.5 * peaks[1]
 
 
-def test_lengths_are_known_without_reading_rows(tokenizer: Any, tmp_path: Path, world: World) -> None:
+def test_lengths_need_no_reading_of_rows(tokenizer: Any, tmp_path: Path, world: World) -> None:
     data = prepare(spec_of({"demo": 200}), "reward", tokenizer, tmp_path, world)
     lengths = token_lengths(data.train, "prompt_ids", "rejected_ids")
     assert lengths.tolist() == [len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in data.train]
 
 
 @pytest.mark.parametrize(("stage", "needed"), [("reward", "pairs of responses"), ("ppo", "prompts")])
-def test_data_that_holds_nothing_for_a_stage_is_one_clear_error(
+def test_data_without_anything_for_a_stage_is_one_clear_error(
     tokenizer: Any, tmp_path: Path, world: World, stage: str, needed: str
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "Once upon a time."}\n' * 5)
@@ -153,7 +153,9 @@ def test_data_that_holds_nothing_for_a_stage_is_one_clear_error(
     assert caught.value.where == f"stage {stage}"
 
 
-def test_a_mixture_is_all_of_its_source_and_made_once(tokenizer: Any, tmp_path: Path, world: World) -> None:
+def test_a_mixture_is_the_whole_source_and_tokenized_once(
+    tokenizer: Any, tmp_path: Path, world: World
+) -> None:
     spec, source = spec_of({"demo": 10}), SourceSpec.model_validate({"demo": 50, "weight": 2.0})
     rows = prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
     assert len(rows) == 100
@@ -168,7 +170,7 @@ def test_a_mixture_is_all_of_its_source_and_made_once(tokenizer: Any, tmp_path: 
         prepare_mixture(empty, "stages.ppo.ptx", spec, tokenizer, tmp_path / "data", world)
 
 
-def test_a_stage_needs_nothing_held_out(tokenizer: Any, tmp_path: Path, world: World) -> None:
+def test_a_stage_works_without_held_out_samples(tokenizer: Any, tmp_path: Path, world: World) -> None:
     data = prepare(spec_of({"demo": 60}, held_out=0), "ppo", tokenizer, tmp_path, world)
     assert len(data.train) > 5
     assert len(data.held_out) == 0

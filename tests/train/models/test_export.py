@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc_rlhf.spec.training import LoraSpec
-from hpc_rlhf.train.data.dialogues import follow
+from hpc_rlhf.train.data.dialogues import configure_tokenizer
 from hpc_rlhf.train.models.export import export, full_weights, module_weights
 from hpc_rlhf.train.models.loading import RewardModel, load_causal, load_reward
 from hpc_rlhf.train.models.lora import adapt
@@ -129,7 +129,10 @@ def test_a_reward_model_from_a_language_model_has_a_head_from_the_seed(
 def test_a_saved_model_also_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
     from transformers import GenerationConfig
 
-    model, chatml = tiny.causal("qwen2", vocab_size=310), follow(chatty.tokenizer("chatml"), "auto")
+    model, chatml = (
+        tiny.causal("qwen2", vocab_size=310),
+        configure_tokenizer(chatty.tokenizer("chatml"), "auto"),
+    )
     document_end = model.generation_config.eos_token_id = chatml.convert_tokens_to_ids("<|endoftext|>")
     export(model, chatml, tmp_path / "once", is_main=True)
     export(model, chatml, tmp_path / "twice", is_main=True)

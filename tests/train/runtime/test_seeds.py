@@ -1,4 +1,4 @@
-"""Seeds depend on what they are for, on all of it, and on nothing else."""
+"""Seeds depend on every part of their purpose, and on nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_part_counts() -> None:
     assert all(0 <= seed < 2**63 for seed in made)
 
 
-def test_units_are_even_over_the_unit_interval() -> None:
+def test_units_are_uniform() -> None:
     units = np.array([seeds.unit("prompt", n) for n in range(20_000)])
     assert units.min() >= 0
     assert units.max() < 1
@@ -39,7 +39,7 @@ def test_units_are_even_over_the_unit_interval() -> None:
     assert chi_square < 27.88, "the 99.9 % point for 9 degrees of freedom"
 
 
-def test_reseeding_makes_every_generator_start_again() -> None:
+def test_reseeding_restarts_every_generator() -> None:
     def drawn() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(1))
 

@@ -1,4 +1,4 @@
-"""Ranks find themselves under every launcher, and agree."""
+"""Ranks know their place under every launcher, and communicate."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ LOCAL = {"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT
         (SLURM, (3, 4, 1)),
         (LOCAL, (1, 2, 0)),
         ({**TORCHRUN, **SLURM}, (5, 8, 1)),  # torchrun inside a Slurm step
-        ({**SLURM, **LOCAL, "SUBMITIT_EXECUTOR": "local"}, (1, 2, 0)),  # a run inside somebody's allocation
+        ({**SLURM, **LOCAL, "SUBMITIT_EXECUTOR": "local"}, (1, 2, 0)),  # a local run inside an allocation
         ({**SLURM, "SUBMITIT_EXECUTOR": "slurm"}, (3, 4, 1)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, 0)),  # a batch shell, not a task
     ],
 )
-def test_a_rank_finds_itself(
+def test_a_rank_knows_its_place(
     environment: dict[str, str], ranks: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for names in LAUNCHER_VARIABLES:
@@ -56,9 +56,9 @@ def test_another_number_of_ranks_than_planned_is_refused(monkeypatch: pytest.Mon
         join(4)
 
 
-def test_an_error_of_rank_0_keeps_all_that_it_says(world: World) -> None:
+def test_an_error_of_rank_0_keeps_all_its_parts(world: World) -> None:
     def fail() -> None:
-        raise HpcRlhfError("wrong", where="here", hint="mend it", exit_code=RUN_FAILED)
+        raise HpcRlhfError("wrong", where="here", hint="fix it", exit_code=RUN_FAILED)
 
     with pytest.raises(HpcRlhfError) as caught:
         world.on_main(fail)
@@ -66,7 +66,7 @@ def test_an_error_of_rank_0_keeps_all_that_it_says(world: World) -> None:
     assert (error.message, error.where, error.hint, error.exit_code) == (
         "wrong",
         "here",
-        "mend it",
+        "fix it",
         RUN_FAILED,
     )
 
@@ -80,7 +80,7 @@ def test_a_full_disk_is_a_clear_error(world: World) -> None:
     assert caught.value.exit_code == RUN_FAILED
 
 
-# What two ranks do together; each prints what it saw.
+# What two ranks do together; each prints its results.
 TWO_RANKS = """
 import json, sys
 from pathlib import Path
@@ -97,42 +97,42 @@ from hpc_rlhf.train.runtime.world import World
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 world = World(rank, ParallelDims(2), rank, torch.device("cpu"), dist.group.WORLD)
-seen = {
+results = {
     "max": world.max(7 if rank else 3),
     "sums": world.sums({"a": rank + 0.5, "b": 1e-9 + rank * 1e9}),
     "gather": world.gather({"rank": rank}),
     "main": world.on_main(lambda: f"from {rank}"),
 }
 
-# Both in one group: they have the same samples, which count once.
+# Both in one tensor-parallel group: they have the same samples, which count once.
 both = world.with_tensor_parallel(2)
-seen["both"] = [
+results["both"] = [
     both.data_rank, both.sums({"a": 3.0}), both.gather_data(rank), both.gather_tensor_group(rank)
 ]
-seen["apart"] = [world.gather_data(rank), world.gather_tensor_group(rank)]
+results["apart"] = [world.gather_data(rank), world.gather_tensor_group(rank)]
 
 def fail():
     raise HpcRlhfError("wrong", where="here")
 try:
     world.on_main(fail)
 except HpcRlhfError as error:
-    seen["error"] = str(error)
+    results["error"] = str(error)
 
-# Each rank writes its part, and each part is in the manifest.
+# Each rank writes its share, and the manifest lists all.
 store = CheckpointStore(folder / "checkpoints", "1-0", keep=2, world=world)
 store.claim()
 for step in (10, 20):
     store.save(step, lambda snapshot: snapshot.data(f"rank-{rank}", f"{rank} at {step}".encode()), {"step": step})
 found = store.latest()
-seen["saved"] = [found.step, sorted(manifest.read(found.folder)["files"])]
+results["saved"] = [found.step, sorted(manifest.read(found.folder)["files"])]
 world.barrier()
-# A part of rank 1 is torn: both go back together.
+# The share of rank 1 is torn: both go back together.
 if world.is_main:
     (folder / "checkpoints" / "step-00000020" / "rank-1").write_text("x")
 world.barrier()
-seen["resumed"] = store.latest().step
+results["resumed"] = store.latest().step
 
-# The average of a parameter is with one rank, and swapped in on both.
+# One rank has the average of a parameter, and both swap it in.
 model = nn.Linear(2, 2)
 nn.init.constant_(model.weight, 1.0)
 nn.init.constant_(model.bias, 1.0)
@@ -142,14 +142,14 @@ with torch.no_grad():
     model.bias.fill_(5.0)
 ema.update()
 with ema.swapped_in():
-    seen["ema"] = [model.weight[0, 0].item(), model.bias[0].item()]
-seen["own"] = [model.weight[0, 0].item(), model.bias[0].item()]
-print(json.dumps(seen))
+    results["ema"] = [model.weight[0, 0].item(), model.bias[0].item()]
+results["own"] = [model.weight[0, 0].item(), model.bias[0].item()]
+print(json.dumps(results))
 dist.destroy_process_group()
 """
 
 
-def test_two_ranks_agree_save_and_go_back_together(tmp_path: Path) -> None:
+def test_two_ranks_communicate_save_and_resume_together(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
@@ -159,7 +159,7 @@ def test_two_ranks_agree_save_and_go_back_together(tmp_path: Path) -> None:
         for rank in range(2)
     ]  # fmt: skip
     try:
-        answers = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
+        outputs = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -176,10 +176,10 @@ def test_two_ranks_agree_save_and_go_back_together(tmp_path: Path) -> None:
         "own": [3.0, 5.0],
     }
     groups = [{"both": [0, {"a": 3.0}, [0], [0, 1]], "apart": [[0, 1], [rank]]} for rank in range(2)]
-    assert answers == [{**expected, **own} for own in groups]
+    assert outputs == [{**expected, **own} for own in groups]
 
 
-# A rank whose DeepSpeed engine makes groups of its own.
+# A rank whose DeepSpeed engine creates process groups.
 TIMEOUTS = """
 import json
 from datetime import timedelta
@@ -204,5 +204,5 @@ def test_every_group_of_torch_and_deepspeed_has_the_timeout_of_the_spec() -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     minutes = json.loads(done.stdout.splitlines()[-1])
-    assert len(minutes) > 1, "DeepSpeed made none of its own"
+    assert len(minutes) > 1, "DeepSpeed created no groups"
     assert set(minutes) == {77.0}
