@@ -1,6 +1,6 @@
-"""A rank of a light stage, of which rank 1 fails in a given way while rank 0 works on its own, as in a rollout.
+"""Ranks of a light stage: rank 1 fails in a given way while rank 0 works on its own, as in a rollout.
 
-``python -m tests.train.failing_task RUN FAULT`` under the environment of a Slurm task. ``run_as_srun`` starts
+Run as ``python -m tests.train.failing_task RUN FAULT`` in the environment of a Slurm task. ``run_as_srun`` starts
 the ranks and does what srun of Slurm 26.05 does when one of them fails.
 """
 
@@ -21,7 +21,7 @@ from tests.train.stages import rank_environment
 STEPS, FAULT_STEP = 4, 2
 KILL_WAIT = 20.0
 DEADLINE = 120.0
-# Answers `scontrol show job` for a running job that was never preempted, and writes down all commands.
+# Answers `scontrol show job` for a running job that was never preempted, and logs all commands.
 SCONTROL = """#!/bin/bash
 echo "$*" >>"$(dirname "$0")/commands"
 echo "JobId=9 JobState=RUNNING Reason=None Restarts=0 RunTime=00:01:00 TimeLimit=01:00:00 \
@@ -30,7 +30,7 @@ StartTime=2026-01-01T10:00:00 EndTime=2036-01-01T11:00:00 PreemptTime=None"
 
 
 def run_as_srun(run: RunDir, fault: str, tools: Path) -> tuple[str, str]:
-    """Run two ranks as Slurm 26.05's srun does: after one fails, the other gets CONT and TERM, and KILL after KillWait.
+    """Run two ranks as Slurm 26.05 does: after one fails, the other gets CONT and TERM, and KILL after KillWait.
 
     Args:
         tools: a folder for the stand-in of scontrol.

@@ -1,4 +1,4 @@
-"""The SFT stage with a real DeepSpeed engine, killed at each call of a save that touches the disk, and run again.
+"""The SFT stage with a real DeepSpeed engine, killed at each disk call of a save, and run again.
 
 ``python -m tests.train.faults_engine FOLDER``, with the library of ``faults.c`` loaded before all others. One
 process imports, prepares the data and makes the engine, once; every run is a fork of it. So it is one rank,

@@ -13,7 +13,7 @@ from tests.train import tiny
 
 
 def as_if_trained(run: RunDir, spec: JobSpec) -> None:
-    """Write the models that the stages of a tiny spec would hand over; the moving average is the SFT model again."""
+    """Write the models that the stages of a tiny spec would produce; the moving average is the SFT model."""
     tokenizer = train_bpe(sources.texts(spec), 300)
     size = {"vocab_size": 300, "max_position_embeddings": 64}
     sft, changed = tiny.causal("llama", 0, **size), tiny.causal("llama", 0, **size)

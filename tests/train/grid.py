@@ -1,4 +1,4 @@
-"""Runs chains of stages one after another on the same ranks: loading DeepSpeed takes longer than the stages."""
+"""Runs chains of stages on the same ranks: loading DeepSpeed takes longer than the stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs many stages on the same ranks, and stops each attempt after a number of the rounds in which ranks agree."""
+"""Runs many stages on the same ranks, and stops each attempt after a number of consensus rounds."""
 
 from __future__ import annotations
 

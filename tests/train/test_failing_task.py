@@ -1,4 +1,4 @@
-"""A failed rank on Slurm 26.05, whose srun sends the others the signal of a preemption, is recorded as what it is."""
+"""A failed rank on Slurm 26.05, whose srun then sends the others a preemption's signal, is recorded correctly."""
 
 from __future__ import annotations
 

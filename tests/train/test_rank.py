@@ -57,7 +57,7 @@ def test_a_signal_before_the_handlers_are_installed_is_delivered_then(tmp_path: 
 )
 def test_a_rank_exits_with_its_own_code_whatever_fails_while_python_shuts_down(work: str, code: int) -> None:
     program = f"import atexit, os, sys\natexit.register(os.abort)\ndef main(): {work}\n"
-    end = "from hpc_rlhf.rank import exit_after\nend_after(main)"
+    end = "from hpc_rlhf.rank import exit_after\nexit_after(main)"
     done = subprocess.run([sys.executable, "-c", program + end], capture_output=True, text=True)
     assert done.returncode == code
     assert done.stdout == ("done" if code == 0 else "")

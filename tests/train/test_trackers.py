@@ -48,7 +48,7 @@ def test_attempts_continue_the_same_tracker_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     mlflow, _ = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
-    monkeypatch.setattr(trackers, "_LAST_WORDS", 120.0)
+    monkeypatch.setattr(trackers, "_CLOSE_TIMEOUT", 120.0)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     spec, run = prepared(tmp_path / "run", wandb={"project": "p"}, mlflow={"experiment": "e"})
@@ -92,7 +92,7 @@ def test_a_tracker_that_is_missing_or_hangs_is_reported_once(
     spec, run = prepared(tmp_path / "run", wandb={"project": "p"})
     missing = Trackers(spec, run, "sft")
     log(run, 1, 2)
-    monkeypatch.setattr(trackers, "_LAST_WORDS", 60.0)
+    monkeypatch.setattr(trackers, "_CLOSE_TIMEOUT", 60.0)
     missing.close()
     (said,) = capfd.readouterr().err.splitlines()
     assert said == (
@@ -104,7 +104,7 @@ def test_a_tracker_that_is_missing_or_hangs_is_reported_once(
     process = hangs._process
     assert process is not None
     time.sleep(1)
-    monkeypatch.setattr(trackers, "_LAST_WORDS_IN_HURRY", 0.1)
+    monkeypatch.setattr(trackers, "_HURRIED_CLOSE_TIMEOUT", 0.1)
     hangs.close(hurry=True)
     assert process.poll() == -9
     assert "took too long" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Checkpoints exist completely or not at all, and damage never silently restarts a stage from the beginning."""
+"""Checkpoints exist completely or not at all, and damage never silently restarts a stage."""
 
 from __future__ import annotations
 

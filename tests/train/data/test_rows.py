@@ -117,7 +117,7 @@ def test_a_transcript_is_split_into_turns(prompt: str, turns: tuple[Turn, ...]) 
         ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": 7}, "int"),
         ("prompt-chosen-rejected", {"prompt": ["Hi"], "chosen": "Yes."}, "list"),
         ("hh", {"prompt": "Hi", "rejected": "No."}, "chosen"),
-        ("hh", {"chosen": "Just text, no turns.", "rejected": "Text."}, "no turn of the Assistant"),
+        ("hh", {"chosen": "Just text, no turns.", "rejected": "Text."}, "no Assistant turn"),
         ("hh", {"chosen": [user("Hi")]}, "list"),
         ("messages", {"conversations": [user("Hi"), assistant("Yes.")]}, "chosen"),
         ("messages", {"messages": [{"from": "human", "value": "Hi"}]}, "role"),

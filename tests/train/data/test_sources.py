@@ -96,7 +96,7 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path) -> None:
     ("name", "content", "says"),
     [
         ("none.jsonl", None, "no such data file or folder"),
-        ("data.xlsx", "x", "cannot tell what kind of file this is"),
+        ("data.xlsx", "x", "does not show what kind of file it is"),
         ("broken.json", '{"prompt": "a", "chosen"', "the data could not be read"),
         ("empty.jsonl", "", "the data file is empty"),
         ("broken.parquet", "PAR1 not", "the data could not be read"),
