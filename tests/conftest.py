@@ -42,7 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU. Run all tests of the Slurm cluster on one worker: they share one cluster."""
+    """Skip GPU tests where there is no GPU. Run all tests of the Slurm cluster on one worker: they share one
+    cluster."""
     for item in items:
         if item.get_closest_marker("gpu"):
             import torch

@@ -27,7 +27,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, str]:
     run = RunDir(tmp_path_factory.mktemp("demo") / "run")
     done = subprocess.run(
         [sys.executable, "-m", "hpc_rlhf.cli", "run", "jobs/tiny.yaml", "--set", f"run_dir={run.path}"],
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL, env={**os.environ, "HF_TOKEN": SECRET},
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL, env={**os.environ, "HF_TOKEN": SECRET},  # noqa: E501
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return run, done.stdout

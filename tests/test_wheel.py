@@ -127,4 +127,4 @@ def test_sdist_carries_what_a_checkout_has(dist: Path) -> None:
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"jobs/tiny.yaml", "templates/stage.sbatch.j2", "hostfiles/lab.hostfile", "tests/test_wheel.py", "Makefile", "constraints.txt", "LICENSE"} <= names  # fmt: skip
+    assert {"jobs/tiny.yaml", "templates/stage.sbatch.j2", "hostfiles/lab.hostfile", "tests/test_wheel.py", "Makefile", "constraints.txt", "LICENSE"} <= names  # fmt: skip  # noqa: E501

@@ -64,7 +64,8 @@ def _sides(task: str, *peers: str) -> tuple[Side, ...]:
 CASES = (
     Case("SFT, 8 samples a step", _sides("sft", "DeepSpeed-Chat"), 8, {"full": 30, "short": 15}, warm_up=30),
     Case("SFT, 24 samples a step", _sides("sft", "TRL"), 24, {"full": 15, "short": 8}, warm_up=15),
-    Case("Reward model, 8 pairs a step", _sides("reward", "DeepSpeed-Chat", "TRL"), 8, {"full": 20, "short": 10}, warm_up=20),
+    Case("Reward model, 8 pairs a "
+         "step", _sides("reward", "DeepSpeed-Chat", "TRL"), 8, {"full": 20, "short": 10}, warm_up=20),
     Case("PPO, 8 samples a step", _sides("ppo", "DeepSpeed-Chat", "TRL"), 8, {"full": 12, "short": 5}, warm_up=5),
     Case(
         "Rollout, ZeRO-3",

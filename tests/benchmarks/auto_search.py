@@ -1,4 +1,5 @@
-"""The choice of ``zero: auto`` and ``micro_batch: auto`` against a measurement of every combination, on this machine's CPU.
+"""The choice of ``zero: auto`` and ``micro_batch: auto`` against a measurement of every combination, on this
+machine's CPU.
 
 What a rank computes, reads and sends in a second is measured first and stands in the table of GPUs for a while, so that
 the choice is made by the same estimates as for any GPU. Then every combination trains a few steps on two ranks with a

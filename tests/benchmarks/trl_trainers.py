@@ -1,8 +1,8 @@
 """TRL's trainers, without their slow defaults: activation checkpointing, autocast, logging.
 
-SFT and the reward model by the newest TRL, PPO by 1.12, the last release seen that has it (``make bench`` puts it into a
-folder of its own). Weights are in bfloat16, AdamW is fused. SFT packs by best fit, which keeps attention inside each
-sample, one row of 512 in a pass: its mask of a pass is as large as all its rows squared.
+SFT and the reward model by the newest TRL, PPO by 1.12, the last release seen that has it (``make bench``
+puts it into a folder of its own). Weights are in bfloat16, AdamW is fused. SFT packs by best fit, which keeps
+attention inside each sample, one row of 512 in a pass: its mask of a pass is as large as all its rows squared.
 """
 
 from __future__ import annotations

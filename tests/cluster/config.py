@@ -78,7 +78,7 @@ PartitionName=low-cancel-now PreemptMode=CANCEL
 PartitionName=high PriorityTier=10 PreemptMode=OFF
 PartitionName=first Nodes=node[1-2] PreemptMode=OFF
 PartitionName=last Nodes=node[3-4] PreemptMode=OFF
-"""
+"""  # noqa: E501
 
 
 def gres_conf(folder: Path) -> str:

@@ -84,7 +84,8 @@ def test_every_ledger_event_is_documented() -> None:
 
 
 def test_quoted_messages_exist_in_the_code() -> None:
-    """Each message that troubleshooting.md quotes contains a string of the code (values are filled in), or is part of one."""
+    """Each message that troubleshooting.md quotes contains a string of the code (values are filled in), or is
+    part of one."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "hpc_rlhf").rglob("*.py")]
     strings = {
         node.value.strip()

@@ -17,14 +17,14 @@ from hpc_rlhf.spec.job import FromScratch, ModelsSpec
 from hpc_rlhf.spec.training import LoraSpec
 
 CASES = Path(__file__).parents[3] / "shared/cases/architectures.py"
-LLAMA = {"vocab_size": 500, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}  # fmt: skip
+LLAMA = {"vocab_size": 500, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}  # fmt: skip  # noqa: E501
 FAMILIES: list[dict[str, Any]] = [
-    {"model_type": "opt", "vocab_size": 500, "hidden_size": 48, "ffn_dim": 100, "num_hidden_layers": 3, "num_attention_heads": 4},
-    {"model_type": "opt", "vocab_size": 500, "hidden_size": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False, "ffn_dim": 100, "num_hidden_layers": 2, "num_attention_heads": 4},
+    {"model_type": "opt", "vocab_size": 500, "hidden_size": 48, "ffn_dim": 100, "num_hidden_layers": 3, "num_attention_heads": 4},  # noqa: E501
+    {"model_type": "opt", "vocab_size": 500, "hidden_size": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False, "ffn_dim": 100, "num_hidden_layers": 2, "num_attention_heads": 4},  # noqa: E501
     {"model_type": "gpt2", "vocab_size": 500, "n_embd": 48, "n_layer": 3, "n_head": 4},
     {"model_type": "gpt_neox", **LLAMA, "attention_bias": False, "tie_word_embeddings": True},
     {"model_type": "llama", **LLAMA},
-    {"model_type": "llama", **LLAMA, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    {"model_type": "llama", **LLAMA, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},  # noqa: E501
     {"model_type": "mistral", **LLAMA, "num_key_value_heads": 2},
     {"model_type": "qwen2", **LLAMA, "num_key_value_heads": 2},
     {"model_type": "qwen3", **LLAMA, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
@@ -33,7 +33,7 @@ FAMILIES: list[dict[str, Any]] = [
     {"model_type": "starcoder2", **LLAMA, "num_key_value_heads": 2},
     {"model_type": "olmo2", **LLAMA, "num_key_value_heads": 2},
     {"model_type": "bloom", "vocab_size": 500, "hidden_size": 48, "n_layer": 3, "n_head": 4},
-    {"model_type": "qwen3_moe", **LLAMA, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},
+    {"model_type": "qwen3_moe", **LLAMA, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},  # noqa: E501
 ]  # fmt: skip
 
 

@@ -25,16 +25,26 @@ from tests.launch.test_render import run_script
 
 # `LEFT` is a file that must not appear.
 PAYLOADS = [
-    "x\ntouch LEFT", "x\n#SBATCH --wrap='touch LEFT'", "x\r\ntouch LEFT", "$(touch LEFT)", "`touch LEFT`", "; touch LEFT", "x; touch LEFT #",
-    "&& touch LEFT", "| touch LEFT", "x > LEFT", "' ; touch LEFT ; '", '" ; touch LEFT ; "', "'$(touch LEFT)'", '"$(touch LEFT)"', "\\\"; touch LEFT; \\\"",
-    "\\\n touch LEFT", "${IFS}touch${IFS}LEFT", "$((1+a[$(touch LEFT)]))", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '/etc/passwd' %}",
-    "{{ cycler.__init__.__globals__.os.system('touch LEFT') }}", "../../LEFT", "/../../../../tmp/LEFT", "a/../../LEFT", "~root/LEFT", "${HOME}/../LEFT",
-    "--wrap=touch LEFT", "-o LEFT", "%j/../LEFT", "x\x00touch LEFT", "x\x1b]0;LEFT\x07", "\u202etouch LEFT", "\u2028touch LEFT", "\u0085touch LEFT", "ｔouch; ﹔touch LEFT",
-    "!!python/object/apply:os.system ['touch LEFT']", "*anchor", "x" * 100_000, "\ud83d\ude00'; touch LEFT", "EOF\ntouch LEFT\nEOF",
+    "x\ntouch LEFT", "x\n#SBATCH --wrap='touch "
+                     "LEFT'", "x\r\ntouch LEFT", "$(touch LEFT)", "`touch LEFT`", "; touch LEFT", "x; touch LEFT #",
+    "&& touch LEFT", "| touch LEFT", "x > LEFT", "' ; touch LEFT ; "
+                                                 "'", '" ; touch LEFT ; '
+                                                      '"', "'$(touch LEFT)'", '"$(touch LEFT)"', "\\\"; touch LEFT; \\\"",  # noqa: E501
+    "\\\n touch LEFT", "${IFS}touch${IFS}LEFT", "$((1+a[$(touch "
+                                                "LEFT)]))", "{{ ''.__class__.__mro__[1].__subclasses__() "
+                                                            "}}", "{% include '/etc/passwd' %}",
+    "{{ cycler.__init__.__globals__.os.system('touch LEFT') "
+    "}}", "../../LEFT", "/../../../../tmp/LEFT", "a/../../LEFT", "~root/LEFT", "${HOME}/../LEFT",
+    "--wrap=touch "
+    "LEFT", "-o LEFT", "%j/../LEFT", "x\x00touch LEFT", "x\x1b]0;LEFT\x07", "\u202etouch LEFT", "\u2028touch LEFT", "\u0085touch LEFT", "ｔouch; ﹔touch LEFT",  # noqa: E501
+    "!!python/object/apply:os.system ['touch "
+    "LEFT']", "*anchor", "x" * 100_000, "\ud83d\ude00'; touch LEFT", "EOF\ntouch LEFT\nEOF",
 ]  # fmt: skip
 RAW = [
-    "!!python/object/apply:os.system ['touch LEFT']", "!!python/name:os.system", "&a [*a]", "{<<: *a}", "!include /etc/passwd",
-    "&a [&b [&c [x, x], *c, *c, *c, *c, *c, *c, *c], *b, *b, *b, *b, *b, *b, *b]", "[" * 500 + "]" * 500, "|\n  touch LEFT", "? [x]\n: y",
+    "!!python/object/apply:os.system ['touch "
+    "LEFT']", "!!python/name:os.system", "&a [*a]", "{<<: *a}", "!include /etc/passwd",
+    "&a [&b [&c [x, x], *c, *c, *c, *c, *c, *c, *c], *b, *b, *b, *b, *b, *b, "
+    "*b]", "[" * 500 + "]" * 500, "|\n  touch LEFT", "? [x]\n: y",
 ]  # fmt: skip
 
 
@@ -42,8 +52,8 @@ def whole_spec(run_dir: str) -> dict[str, Any]:
     """Every text field, set to a valid value."""
     container = {"runtime": "apptainer", "image": "img.sif", "mounts": ["/data:/data"]}
     slurm = {
-        "partition": "gpu", "account": "a", "qos": "q", "time": "1:00:00", "gpus_per_node": 2, "gres": "gpu:2", "mem": "9G", "constraint": "c", "exclude": "n1",
-        "nodelist": "n2", "reservation": "r", "licenses": "l:1", "mail_type": "END", "mail_user": "m@x.org", "comment": "c", "container": container, "extra": {"switches": "1"},
+        "partition": "gpu", "account": "a", "qos": "q", "time": "1:00:00", "gpus_per_node": 2, "gres": "gpu:2", "mem": "9G", "constraint": "c", "exclude": "n1",  # noqa: E501
+        "nodelist": "n2", "reservation": "r", "licenses": "l:1", "mail_type": "END", "mail_user": "m@x.org", "comment": "c", "container": container, "extra": {"switches": "1"},  # noqa: E501
     }  # fmt: skip
     return {
         "name": "demo",

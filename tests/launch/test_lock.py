@@ -15,7 +15,7 @@ import pytest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import lock
 
-HOLD = "import sys,time,pathlib;from hpc_rlhf.launch.lock import hold\nwith hold(pathlib.Path(sys.argv[1]),'a test'): print('held',flush=True); time.sleep(60)"
+HOLD = "import sys,time,pathlib;from hpc_rlhf.launch.lock import hold\nwith hold(pathlib.Path(sys.argv[1]),'a test'): print('held',flush=True); time.sleep(60)"  # noqa: E501
 RACE = """
 import sys, time, pathlib
 from hpc_rlhf.errors import HpcRlhfError

@@ -183,12 +183,12 @@ def test_errors_of_the_hub_are_one_sentence(
 @pytest.mark.parametrize(
     ("names", "left_out"),
     [
-        (["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"], {"consolidated.safetensors", "pytorch_model.bin"}),
-        (["model-00001-of-2.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin"],
+        (["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"], {"consolidated.safetensors", "pytorch_model.bin"}),  # noqa: E501
+        (["model-00001-of-2.safetensors", "model.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin"],  # noqa: E501
          {"pytorch_model.bin.index.json", "pytorch_model.bin"}),
         (["pytorch_model.bin", "flax_model.msgpack", "tf_model.h5", "onnx/model.onnx"],
          {"flax_model.msgpack", "tf_model.h5", "onnx/model.onnx"}),
-        (["model.safetensors", "original/params.json", "tokenizer.model", "chat_template.jinja"], {"original/params.json"}),
+        (["model.safetensors", "original/params.json", "tokenizer.model", "chat_template.jinja"], {"original/params.json"}),  # noqa: E501
     ],
 )  # fmt: skip
 def test_only_files_that_loading_needs_are_fetched(names: list[str], left_out: set[str]) -> None:

@@ -1,4 +1,5 @@
-"""Run directories written before modules, events and names changed are still read: one finished, one that died in PPO."""
+"""Run directories written before modules, events and names changed are still read: one finished, one that
+died in PPO."""
 
 from __future__ import annotations
 

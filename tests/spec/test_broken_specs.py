@@ -14,68 +14,145 @@ from tests.spec.texts import GOOD, problems_in, write
 
 # Changes that break the good spec, and the resulting problem: (name, old text, new text, place and message).
 BROKEN = [
-    ("unknown field", "partition: gpu", "partiton: gpu", "4:3: slurm.partiton: is not a field (did you mean partition?)"),
-    ("unknown field, half a name", "lr: 1e-4", "clip: 1", "17:5: stages.sft.clip: is not a field (did you mean clip_grad?)"),
-    ("another tool's name for a field", "lr: 1e-4", "learning_rate: 1e-4", "17:5: stages.sft.learning_rate: is not a field (did you mean lr?)"),
+    ("unknown field", "partition: gpu", "partiton: gpu", "4:3: slurm.partiton: is not a field (did you mean "
+                                                         "partition?)"),
+    ("unknown field, half a "
+     "name", "lr: 1e-4", "clip: 1", "17:5: stages.sft.clip: is not a field (did you mean clip_grad?)"),
+    ("another tool's name for a "
+     "field", "lr: 1e-4", "learning_rate: 1e-4", "17:5: stages.sft.learning_rate: is not a field (did you mean lr?)"),
     ("unknown top-level field", "name: good", "name: good\nsede: 1", "2:1: sede: is not a field (did you mean seed?)"),
-    ("missing top-level field", "name: good\n", "", "1:1: name: is missing (Name of the run; Slurm jobs are called name.stage)"),
+    ("missing top-level "
+     "field", "name: good\n", "", "1:1: name: is missing (Name of the run; Slurm jobs are called name.stage)"),
     ("missing field", "  actor: facebook/opt-125m\n", "", "11:1: models.actor: is missing"),
-    ("number for text", "partition: gpu", "partition: 1.5", "4:14: slurm.partition: must be text, not 1.5 (put it in quotes)"),
-    ("yes read as true", "partition: gpu", "partition: yes", "4:14: slurm.partition: must be text, not true (put it in quotes)"),
+    ("number for text", "partition: gpu", "partition: 1.5", "4:14: slurm.partition: must be text, not 1.5 "
+                                                            "(put it in quotes)"),
+    ("yes read as true", "partition: gpu", "partition: yes", "4:14: slurm.partition: must be text, not true "
+                                                             "(put it in quotes)"),
     ("text for a number", "lr: 1e-4", "lr: fast", "17:9: stages.sft.lr: must be a number, not 'fast'"),
-    ("fraction for a whole number", "gpus_per_node: 2", "gpus_per_node: 2.5", "5:18: slurm.gpus_per_node: must be a whole number, not 2.5"),
-    ("true for a whole number", "gpus_per_node: 2", "gpus_per_node: true", "5:18: slurm.gpus_per_node: must be a whole number, not true"),
+    ("fraction for a whole "
+     "number", "gpus_per_node: 2", "gpus_per_node: 2.5", "5:18: slurm.gpus_per_node: must be a whole number, not 2.5"),
+    ("true for a whole "
+     "number", "gpus_per_node: "
+               "2", "gpus_per_node: true", "5:18: slurm.gpus_per_node: must be a whole number, not true"),
     ("out of range", "gpus_per_node: 2", "gpus_per_node: -1", "5:18: slurm.gpus_per_node: must be at least 0, not -1"),
     ("not finite", "lr: 1e-4", "lr: 1e999", "17:9: stages.sft.lr: must be a finite number"),
-    ("one of several words", "format: prompt-chosen-rejected", "format: mesages", "9:40: data.sources.0.format: must be 'prompt-chosen-rejected', 'hh', 'messages', 'instruction' or 'text', not 'mesages' (did you mean messages?)"),
-    ("mapping for a list", "sources:\n    - {path: Dahoas/rm-static, format: prompt-chosen-rejected}\n    - demo: 300", "sources: {demo: 300}", "8:3: data.sources: must be a list, not a mapping"),
-    ("text for a mapping", "reward: {}", "reward: on please", "19:11: stages.reward: must be a mapping of fields, not 'on please'"),
-    ("empty list", "sources:\n    - {path: Dahoas/rm-static, format: prompt-chosen-rejected}\n    - demo: 300", "sources: []", "8:3: data.sources: must not be empty"),
-    ("rank of nothing", "lr: 1e-4", "lr: 1e-4\n    lora: {rank: 0}", "18:18: stages.sft.lora.rank: must be at least 1, not 0"),
-    ("neither kind of model", "actor: facebook/opt-125m", "actor: [a, b]", "12:3: models.actor: must be text or a mapping of fields, not a list"),
+    ("one of several "
+     "words", "format: prompt-chosen-rejected", "format: mesages", "9:40: data.sources.0.format: must be "
+                                                                   "'prompt-chosen-rejected', 'hh', "
+                                                                   "'messages', 'instruction' or 'text', "
+                                                                   "not 'mesages' (did you mean messages?)"),
+    ("mapping for a "
+     "list", "sources:\n    - {path: Dahoas/rm-static, format: prompt-chosen-rejected}\n    - demo: "
+             "300", "sources: {demo: 300}", "8:3: data.sources: must be a list, not a mapping"),
+    ("text for a mapping", "reward: {}", "reward: on please", "19:11: stages.reward: must be a mapping of "
+                                                              "fields, not 'on please'"),
+    ("empty list", "sources:\n    - {path: Dahoas/rm-static, format: prompt-chosen-rejected}\n    - demo: "
+                   "300", "sources: []", "8:3: data.sources: must not be empty"),
+    ("rank of nothing", "lr: 1e-4", "lr: 1e-4\n    lora: {rank: "
+                                    "0}", "18:18: stages.sft.lora.rank: must be at least 1, not 0"),
+    ("neither kind of "
+     "model", "actor: facebook/opt-125m", "actor: [a, b]", "12:3: models.actor: must be text or a mapping "
+                                                           "of fields, not a list"),
     ("model made from nothing", "model_type: llama, ", "", "13:3: models.reward: from_scratch needs model_type"),
     ("neither path nor demo", "demo: 300", "weight: 2", "10:7: data.sources.1: give exactly one of path and demo"),
-    ("batch that does not divide", "micro_batch: 4\n    slurm", "micro_batch: 4\n    global_batch: 30\n    slurm", "22:19: stages.ppo.global_batch: ppo's global_batch 30 is not a multiple of 16 (micro_batch 4 x 4 ranks); use global_batch: 16 or global_batch: 32"),
-    ("steered from nothing", "micro_batch: 4\n    slurm", "micro_batch: 4\n    kl_target: 6\n    kl_coef: 0\n    slurm", "20:3: stages.ppo: kl_target needs a kl_coef above 0"),
-    ("compressed momenta of sharded weights", "lr: 1e-4", "lr: 1e-4\n    optimizer: onebit-adam\n    zero: 1", "16:3: stages.sft: onebit-adam needs zero: 0, because every rank compresses the momentum of all weights"),
-    ("whole optimizer offloaded", "lr: 1e-4", "lr: 1e-4\n    offload_optimizer: true", "16:3: stages.sft: offload_optimizer needs zero: 1 or higher"),
-    ("whole weights offloaded", "lr: 1e-4", "lr: 1e-4\n    zero: 2\n    offload_params: true", "16:3: stages.sft: offload_params needs zero: 3"),
-    ("critic's weights offloaded", "micro_batch: 4\n    slurm", "micro_batch: 4\n    zero: 3\n    critic: {zero: 1, offload_params: true}\n    slurm", "20:3: stages.ppo: critic: offload_params needs zero: 3"),
-    ("layers shared over nodes", "micro_batch: 4\n    slurm", "micro_batch: 4\n    tensor_parallel: 3\n    slurm", "22:22: stages.ppo.tensor_parallel: ppo's tensor_parallel 3 does not divide the 2 ranks of a node"),
-    ("shards of cut layers", "lr: 1e-4", "lr: 1e-4\n    zero: 3\n    tensor_parallel: 2", "16:3: stages.sft: tensor_parallel needs zero: 0, 1 or 2"),
-    ("compressed momenta of cut layers", "lr: 1e-4", "lr: 1e-4\n    optimizer: onebit-adam\n    tensor_parallel: 2", "16:3: stages.sft: tensor_parallel needs optimizer: adamw"),
-    ("critic both cut and sharded", "micro_batch: 4\n    slurm", "micro_batch: 4\n    tensor_parallel: 2\n    critic: {zero: 3}\n    slurm", "20:3: stages.ppo: critic: tensor_parallel needs zero: 0, 1 or 2"),
-    ("frozen models both cut and sharded", "micro_batch: 4\n    slurm", "micro_batch: 4\n    tensor_parallel: 2\n    offload_frozen: true\n    slurm", "20:3: stages.ppo: offload_frozen needs tensor_parallel: 1"),
-    ("no data for a stage", "data:\n", "data:\n  split: {ppo: 0}\n", "8:16: data.split.ppo: leaves the ppo stage without data"),
-    ("owned sbatch option", "partition: gpu", "extra: {job-name: x}", "4:11: slurm.extra.job-name: hpc-rlhf owns sbatch's --job-name: use name"),
-    ("short owned sbatch option", "partition: gpu", "extra: {p: x}", "4:11: slurm.extra.p: give the long name of an sbatch option"),
-    ("sbatch option cut short", "partition: gpu", "extra: {depend: x}", "4:11: slurm.extra.depend: hpc-rlhf owns sbatch's --dependency"),
+    ("batch that does not "
+     "divide", "micro_batch: 4\n    "
+               "slurm", "micro_batch: 4\n    global_batch: 30\n    "
+                        "slurm", "22:19: stages.ppo.global_batch: ppo's global_batch 30 is not a multiple "
+                                 "of 16 (micro_batch 4 x 4 ranks); use global_batch: 16 or global_batch: 32"),
+    ("steered from "
+     "nothing", "micro_batch: 4\n    "
+                "slurm", "micro_batch: 4\n    kl_target: 6\n    kl_coef: 0\n    "
+                         "slurm", "20:3: stages.ppo: kl_target needs a kl_coef above 0"),
+    ("compressed momenta of sharded "
+     "weights", "lr: 1e-4", "lr: 1e-4\n    optimizer: onebit-adam\n    zero: "
+                            "1", "16:3: stages.sft: onebit-adam needs zero: 0, because every rank "
+                                 "compresses the momentum of all weights"),
+    ("whole optimizer "
+     "offloaded", "lr: 1e-4", "lr: 1e-4\n    offload_optimizer: "
+                              "true", "16:3: stages.sft: offload_optimizer needs zero: 1 or higher"),
+    ("whole weights "
+     "offloaded", "lr: 1e-4", "lr: 1e-4\n    zero: 2\n    offload_params: "
+                              "true", "16:3: stages.sft: offload_params needs zero: 3"),
+    ("critic's weights "
+     "offloaded", "micro_batch: 4\n    "
+                  "slurm", "micro_batch: 4\n    zero: 3\n    critic: {zero: 1, offload_params: true}\n    "
+                           "slurm", "20:3: stages.ppo: critic: offload_params needs zero: 3"),
+    ("layers shared over "
+     "nodes", "micro_batch: 4\n    "
+              "slurm", "micro_batch: 4\n    tensor_parallel: 3\n    "
+                       "slurm", "22:22: stages.ppo.tensor_parallel: ppo's tensor_parallel 3 does not divide "
+                                "the 2 ranks of a node"),
+    ("shards of cut "
+     "layers", "lr: 1e-4", "lr: 1e-4\n    zero: 3\n    tensor_parallel: "
+                           "2", "16:3: stages.sft: tensor_parallel needs zero: 0, 1 or 2"),
+    ("compressed momenta of cut "
+     "layers", "lr: 1e-4", "lr: 1e-4\n    optimizer: onebit-adam\n    tensor_parallel: "
+                           "2", "16:3: stages.sft: tensor_parallel needs optimizer: adamw"),
+    ("critic both cut and "
+     "sharded", "micro_batch: 4\n    "
+                "slurm", "micro_batch: 4\n    tensor_parallel: 2\n    critic: {zero: 3}\n    "
+                         "slurm", "20:3: stages.ppo: critic: tensor_parallel needs zero: 0, 1 or 2"),
+    ("frozen models both cut and "
+     "sharded", "micro_batch: 4\n    "
+                "slurm", "micro_batch: 4\n    tensor_parallel: 2\n    offload_frozen: true\n    "
+                         "slurm", "20:3: stages.ppo: offload_frozen needs tensor_parallel: 1"),
+    ("no data for a "
+     "stage", "data:\n", "data:\n  split: {ppo: 0}\n", "8:16: data.split.ppo: leaves the ppo stage without data"),
+    ("owned sbatch "
+     "option", "partition: gpu", "extra: {job-name: "
+                                 "x}", "4:11: slurm.extra.job-name: hpc-rlhf owns sbatch's --job-name: use name"),
+    ("short owned sbatch "
+     "option", "partition: gpu", "extra: {p: x}", "4:11: slurm.extra.p: give the long name of an sbatch option"),
+    ("sbatch option cut "
+     "short", "partition: gpu", "extra: {depend: x}", "4:11: slurm.extra.depend: hpc-rlhf owns sbatch's --dependency"),
     ("time in words", '"12:00:00"', "a while", "6:9: slurm.time: 'a while' must be a time limit in Slurm's format"),
     ("no time to save", '"12:00:00"', "2", "3:1: slurm: time 2 is 120 s, but signal_seconds is 180 s"),
     ("no ranks", "gpus_per_node: 2", "gpus_per_node: 0", "3:1: slurm: gpus_per_node is 0, so ranks_per_node must set"),
-    ("newline in a comment", "partition: gpu", 'comment: "a\\n#SBATCH --wrap=x"', "4:12: slurm.comment: 'a\\n#SBATCH --wrap=x' must be one line"),
-    ("shell in a name", "name: good", "name: $(touch x)", "1:7: name: '$(touch x)' may hold only letters, digits and . _ -"),
-    ("shell in an account", "partition: gpu", "account: nlp; rm -rf ~", "4:12: slurm.account: 'nlp; rm -rf ~' may hold only"),
+    ("newline in a "
+     "comment", "partition: gpu", 'comment: "a\\n#SBATCH '
+                                  '--wrap=x"', "4:12: slurm.comment: 'a\\n#SBATCH --wrap=x' must be one line"),
+    ("shell in a name", "name: good", "name: $(touch "
+                                      "x)", "1:7: name: '$(touch x)' may hold only letters, digits and . _ -"),
+    ("shell in an account", "partition: gpu", "account: nlp; rm -rf "
+                                              "~", "4:12: slurm.account: 'nlp; rm -rf ~' may hold only"),
     ("leading dash", "partition: gpu", "partition: --wrap=x", "4:14: slurm.partition: '--wrap=x' may hold only"),
-    ("run_dir that Slurm would fill in", "runs/good", "runs/100%j\\", "2:10: run_dir: must not contain % or \\, which have a meaning for Slurm"),
-    ("run_dir that would end a mount", "runs/good\nslurm:", 'runs/a:b,c\nslurm:\n  container: {runtime: pyxis, image: /x.sqsh}', "2:10: run_dir: must not contain , or :, which"),
+    ("run_dir that Slurm would fill "
+     "in", "runs/good", "runs/100%j\\", "2:10: run_dir: must not contain % or \\, which have a meaning for Slurm"),
+    ("run_dir that would end a "
+     "mount", "runs/good\nslurm:", 'runs/a:b,c\nslurm:\n  container: {runtime: pyxis, image: '
+                                   '/x.sqsh}', "2:10: run_dir: must not contain , or :, which"),
     ("run_dir too long", "runs/good", "a/" * 600, "2:10: run_dir: has more than 1024 characters"),
     ("unset variable", "runs/good", "${NO_SUCH_VARIABLE}/x", "2:10: run_dir: the variable NO_SUCH_VARIABLE is not set"),
     ("variable without braces", "runs/good", "$HOME/x", "2:10: run_dir: '$HOME/x' contains a $ that is not ${NAME}"),
-    ("missing file", "path: Dahoas/rm-static", "path: ./rows.jsonl", "9:14: data.sources.0.path: there is no file or folder"),
-    ("neither file nor hub id", "facebook/opt-125m", "out/sft/model", "12:10: models.actor: 'out/sft/model' is neither an existing file or folder nor a hub id"),
-    ("duplicate key", "  partition: gpu", "  partition: gpu\n  nodes: 1\n  partition: cpu", "6:3: the key 'partition' was already given (first at line 4)"),
-    ("tab", "  partition: gpu", "\tpartition: gpu", "4:1: is not YAML: found character that cannot start any token (indent with spaces, not tabs"),
-    ("unclosed bracket", "slurm: {nodes: 2}", "slurm: {nodes: 2", "23:1: is not YAML: did not find expected ',' or '}'"),
+    ("missing file", "path: Dahoas/rm-static", "path: ./rows.jsonl", "9:14: data.sources.0.path: there is "
+                                                                     "no file or folder"),
+    ("neither file nor hub "
+     "id", "facebook/opt-125m", "out/sft/model", "12:10: models.actor: 'out/sft/model' is neither an "
+                                                 "existing file or folder nor a hub id"),
+    ("duplicate key", "  partition: "
+                      "gpu", "  partition: gpu\n  nodes: 1\n  partition: "
+                             "cpu", "6:3: the key 'partition' was already given (first at line 4)"),
+    ("tab", "  partition: "
+            "gpu", "\tpartition: "
+                   "gpu", "4:1: is not YAML: found character that cannot start any token (indent with "
+                          "spaces, not tabs"),
+    ("unclosed bracket", "slurm: {nodes: "
+                         "2}", "slurm: {nodes: 2", "23:1: is not YAML: did not find expected ',' or '}'"),
     ("control character", "partition: gpu", "partition: g\x1bpu", "4:15: contains the control character '\\x1b'"),
-    ("tag", "partition: gpu", "partition: !!python/object:os.system x", "4:14: the tag !!python/object:os.system is not allowed in a job spec"),
-    ("second document", "stages:", "---\nstages:", "15:1: is not YAML: but found another document (a job spec is one document"),
+    ("tag", "partition: gpu", "partition: !!python/object:os.system "
+                              "x", "4:14: the tag !!python/object:os.system is not allowed in a job spec"),
+    ("second document", "stages:", "---\nstages:", "15:1: is not YAML: but found another document (a job "
+                                                   "spec is one document"),
     ("unknown alias", "partition: gpu", "partition: *gpu", "4:14: is not YAML: found undefined alias"),
     ("alias of itself", "  sources:", "  sources: &a [*a]\n  other:", "8:16: the alias *a is inside its own value"),
     ("key that is no text", "partition: gpu", "12: gpu", "4:3: a key must be text (put it in quotes)"),
-    ("base that is not there", "name: good", "extends: base.yaml", "1:10: extends: there is no file 'base.yaml' (it is looked for in the folder of"),
+    ("base that is not "
+     "there", "name: good", "extends: base.yaml", "1:10: extends: there is no file 'base.yaml' (it is "
+                                                  "looked for in the folder of"),
     ("extends itself", "name: good", "extends: job.yaml", "1:10: extends: 'job.yaml' extends this file again"),
-    ("no pairs", "format: prompt-chosen-rejected}\n    - demo: 300", "format: text}", "8:3: data.sources: none contains pairs of responses"),
+    ("no pairs", "format: prompt-chosen-rejected}\n    - demo: "
+                 "300", "format: text}", "8:3: data.sources: none contains pairs of responses"),
     ("no stage", GOOD[GOOD.index("stages:") :], "stages: {sft: null}", "15:1: stages: set at least one stage"),
 ]  # fmt: skip
 
@@ -106,8 +183,8 @@ def test_problem_is_reported_with_its_place(tmp_path: Path, old: str, new: str, 
         (b"\x7fELF\x02\x01\x01\x00\x00", ":1:1: contains the control character '\\x7f'"),
         (b"a: " + b"x" * (1 << 20), ": is larger than 1 MiB"),
         (b"[" * 100_000, ":1:41: is nested more than 40 levels deep"),
-        (b"a: &a [x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 8)) for c in b"bcdefghi"), ":6:8: contains more than 50000 values with aliases expanded"),
-        (b"a: &a {" + b"".join(b"k%d: 1," % i for i in range(10_000)) + b"}\n" + b"".join(b"m%d: {<<: *a}\n" % i for i in range(3000)), ":5:10: contains more than 50000 values with aliases expanded"),
+        (b"a: &a [x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 8)) for c in b"bcdefghi"), ":6:8: contains more than 50000 values with aliases expanded"),  # noqa: E501
+        (b"a: &a {" + b"".join(b"k%d: 1," % i for i in range(10_000)) + b"}\n" + b"".join(b"m%d: {<<: *a}\n" % i for i in range(3000)), ":5:10: contains more than 50000 values with aliases expanded"),  # noqa: E501
     ],
     ids=["empty", "comment", "list", "words", "not-utf8", "binary", "large", "deep", "alias-bomb", "merge-bomb"],
 )  # fmt: skip

@@ -34,7 +34,7 @@ def test_job_specs_round_trip(path: Path) -> None:
 
 
 # Text that some YAML readers take for other types.
-ODD = st.sampled_from(["no", "1e-4", "1E5", "0123", "12:00:00", "~", "null", "2024-01-01", "=", "<<", ".5", "1_0", "- a", "a: b", "# x", "'", '"', "é😀", "${A}", "*a", "!x", "%a", " a ", "\\n"])  # fmt: skip
+ODD = st.sampled_from(["no", "1e-4", "1E5", "0123", "12:00:00", "~", "null", "2024-01-01", "=", "<<", ".5", "1_0", "- a", "a: b", "# x", "'", '"', "é😀", "${A}", "*a", "!x", "%a", " a ", "\\n"])  # fmt: skip  # noqa: E501
 TEXT = ODD | st.text(st.characters(blacklist_categories=("Cc", "Cs", "Zl", "Zp")), min_size=1, max_size=30)
 NUMBER = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 
@@ -56,7 +56,7 @@ def test_any_valid_spec_round_trips(
             "seed": seed,
             "slurm": {"comment": texts[1], "setup": setup, "account": "0123", "extra": {"switches": 1, "x11": True}},
             "data": {"sources": [{"path": texts[2], "format": "hh", "weight": numbers[0], "subset": texts[3]}]},
-            "models": {"actor": texts[4], "reward": {"from_scratch": {**config, "model_type": texts[5], "vocab_size": 300}}},
+            "models": {"actor": texts[4], "reward": {"from_scratch": {**config, "model_type": texts[5], "vocab_size": 300}}},  # noqa: E501
             "stages": {"sft": {"lr": numbers[1], "slurm": {"account": None}}, "reward": {"lr": numbers[2]}},
         }
     )  # fmt: skip

@@ -44,7 +44,7 @@ def test_missing_base_is_rejected(tmp_path: Path, base: str) -> None:
 
 def test_set_replaces_and_creates_values(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
-    sets = ["stages.sft.lr=2e-6", "data.sources.1.demo=50", "stages.reward.slurm.nodes=3", "slurm.extra={switches: 1}", "slurm.time=60", "name=a=b", "name=x"]  # fmt: skip
+    sets = ["stages.sft.lr=2e-6", "data.sources.1.demo=50", "stages.reward.slurm.nodes=3", "slurm.extra={switches: 1}", "slurm.time=60", "name=a=b", "name=x"]  # fmt: skip  # noqa: E501
     spec = load_spec(path, sets)
     assert spec.stages.sft is not None
     assert (spec.stages.sft.lr, spec.data.sources[1].demo, spec.stage("reward").slurm.nodes) == (2e-6, 50, 3)
@@ -60,7 +60,8 @@ def test_set_replaces_and_creates_values(tmp_path: Path) -> None:
         ("seed", "--set seed: does not have the form a.b.c=VALUE (such as --set stages.ppo.epochs=2)"),
         ("=3", "--set : does not have the form a.b.c=VALUE"),
         ("a..b=3", "--set a..b: does not have the form a.b.c=VALUE"),
-        ("data.sources.2.demo=3", "--set data.sources.2.demo: '2' is not an index of this list (valid ones are 0 to 1)"),
+        ("data.sources.2.demo=3", "--set data.sources.2.demo: '2' is not an index of this list (valid ones "
+                                  "are 0 to 1)"),
         ("data.sources.x=3", "--set data.sources.x: 'x' is not an index of this list"),
         ("name.x=3", "--set name.x: there is no 'x' in 'good', which is not a mapping"),
         ("name={", "--set name: is not YAML: "),

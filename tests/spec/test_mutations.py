@@ -21,8 +21,8 @@ from hpc_rlhf.spec.load import dump_spec, load_spec, read_spec
 from tests.spec.texts import GOOD, JOBS, write
 
 ORIGINALS = [GOOD, *(path.read_text() for path in sorted(JOBS.glob("*.yaml")))]
-PIECES = ["\t", "\n", "\0", "\x1b", "\ud7ff", "\u2028", "\ufeff", ": ", "- ", "&a ", "*a", "!!x ", "{", "}", "[", "]", "|", ">", "'", '"', "#", "%", "@", "`", "---\n", "...\n", "<<: ", "${A}", "$(x)", "; rm", "é", "😀", "?", "~"]  # fmt: skip
-VALUES: list[Any] = [None, True, "auto", -1, 0, 1, 10**30, -0.5, 1e308, float("inf"), float("nan"), "", " ", "no", "x" * 5000, "a\nb", "$(touch x)", "; rm -rf /", "`id`", "${PATH}", "${NO_SUCH}", "../..", "/dev/null", "\ud7ff", "é", [], [[]], {}, {"a": {}}, [None], {"": 1}, {"from_scratch": {}}, "12:00:00", "2024-01-01", b"\xff"]  # fmt: skip
+PIECES = ["\t", "\n", "\0", "\x1b", "\ud7ff", "\u2028", "\ufeff", ": ", "- ", "&a ", "*a", "!!x ", "{", "}", "[", "]", "|", ">", "'", '"', "#", "%", "@", "`", "---\n", "...\n", "<<: ", "${A}", "$(x)", "; rm", "é", "😀", "?", "~"]  # fmt: skip  # noqa: E501
+VALUES: list[Any] = [None, True, "auto", -1, 0, 1, 10**30, -0.5, 1e308, float("inf"), float("nan"), "", " ", "no", "x" * 5000, "a\nb", "$(touch x)", "; rm -rf /", "`id`", "${PATH}", "${NO_SUCH}", "../..", "/dev/null", "\ud7ff", "é", [], [[]], {}, {"a": {}}, [None], {"": 1}, {"from_scratch": {}}, "12:00:00", "2024-01-01", b"\xff"]  # fmt: skip  # noqa: E501
 
 
 def mutate_text(text: str, rng: random.Random) -> str:

@@ -46,7 +46,9 @@ def test_local_paths_take_precedence_over_hub_ids(tmp_path: Path) -> None:
 
 
 def test_container(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD.replace("slurm: {nodes: 2}", "slurm: {container: {runtime: pyxis, image: nvcr.io#nvidia/pytorch:25.01-py3}}"))  # fmt: skip
+    path = write(tmp_path, GOOD.replace("slurm: {nodes: "
+                                        "2}", "slurm: {container: {runtime: pyxis, image: "
+                                              "nvcr.io#nvidia/pytorch:25.01-py3}}"))  # fmt: skip
     spec = load_spec(
         path, ["slurm.container={runtime: apptainer, image: x.sif, mounts: ['${WORK}:/data', sub]}"]
     )

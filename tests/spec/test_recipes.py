@@ -54,7 +54,7 @@ def test_every_starter_spec_is_valid(
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("facebook/opt-1.3b", 1.3), ("opt-350m", 0.35), ("Qwen/Qwen3-8B-Base", 8), ("Mixtral-8x7B", 56), ("gpt2", None), ("a-0b", None), ("web-b2", None)],
+    [("facebook/opt-1.3b", 1.3), ("opt-350m", 0.35), ("Qwen/Qwen3-8B-Base", 8), ("Mixtral-8x7B", 56), ("gpt2", None), ("a-0b", None), ("web-b2", None)],  # noqa: E501
 )  # fmt: skip
 def test_parameters_from_a_model_name(name: str, billions: float | None) -> None:
     assert billions_in(name) == billions

@@ -24,7 +24,7 @@ models:
       {model_type: llama, vocab_size: 300, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
 stages:
   shrink: {max_steps: 3, precision: fp32}
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ class ClusterStorm(Storm):
                 self._alone.pop(stage, None)
             elif time.monotonic() - self._alone.setdefault(stage, time.monotonic()) > ALONE:
                 status = self.chain.status()
-                if any(status[need]["state"] not in ("done", "failed", "stopped") for need in ("sft", "reward") if stage == "ppo"):  # fmt: skip
+                if any(status[need]["state"] not in ("done", "failed", "stopped") for need in ("sft", "reward") if stage == "ppo"):  # fmt: skip  # noqa: E501
                     continue  # it waits for them, in vain for now
                 self.healed.append(f"{stage} {status[stage]['state']}: {status[stage]['why']}")
                 self.chain.cli("heal", self.chain.path)

@@ -125,13 +125,13 @@ def preempt_at_once(victim: Victim) -> frozenset[str]:
     try:
         _take_nodes(victim)
     finally:
-        victim.cluster.run("scontrol", "update", f"PartitionName={partition}", f"GraceTime={config.GRACE_SECONDS}")  # fmt: skip
+        victim.cluster.run("scontrol", "update", f"PartitionName={partition}", f"GraceTime={config.GRACE_SECONDS}")  # fmt: skip  # noqa: E501
     return frozenset({causes.PREEMPTED})
 
 
 def _take_nodes(victim: Victim) -> None:
     nodes = victim.nodes
-    options = ("--partition=high", f"--nodelist={','.join(nodes)}", f"--nodes={len(nodes)}", f"--gpus-per-node={config.GPUS}")  # fmt: skip
+    options = ("--partition=high", f"--nodelist={','.join(nodes)}", f"--nodes={len(nodes)}", f"--gpus-per-node={config.GPUS}")  # fmt: skip  # noqa: E501
     job = victim.cluster.sbatch(*options, "--output=/dev/null", "--job-name=intruder", "--wrap=sleep 1")
     victim.cluster.wait_state(job, ("RUNNING", "COMPLETED"), timeout=120)
 
@@ -196,7 +196,7 @@ def call_twice(victim: Victim) -> frozenset[str]:
         ["submit", *victim.chain.submission],
     ]
     started = [
-        subprocess.Popen([*command, *call], env=victim.cluster.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.Popen([*command, *call], env=victim.cluster.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: E501
         for call in calls
     ]  # fmt: skip
     for process in started:

@@ -98,7 +98,8 @@ def unexplained(storm: Storm) -> list[str]:
             those = struck[stage, ended.attempt]
             if not any(ended.reason in each.reasons for each in those):
                 names = ", ".join(each.fault for each in those) or "nothing"
-                wrong.append(f"{stage} attempt {ended.attempt}: {ended.reason or 'no event'} ({ended.message}), faults: {names}")  # fmt: skip
+                wrong.append(f"{stage} attempt {ended.attempt}: {ended.reason or 'no event'} "
+                             f"({ended.message}), faults: {names}")  # fmt: skip
     return wrong
 
 

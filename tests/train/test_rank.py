@@ -28,7 +28,7 @@ def test_a_signal_before_the_handlers_are_installed_is_delivered_then(tmp_path: 
     logs.mkdir(parents=True)
     paths = JobPaths(logs, job_id="7", task_id=0)
     environment = {
-        **os.environ, "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",
+        **os.environ, "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",  # noqa: E501
         "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PYTHONPATH": str(Path(__file__).parents[2]),
     }  # fmt: skip
     rank = subprocess.Popen(

@@ -32,7 +32,7 @@ ASKED_TWICE = (("human", "Hi"), ("assistant", "Hello"), ("human", "Who?"))
         ("prompt-chosen-rejected", {"prompt": TWO_TURNS, "chosen": " Me."}, ASKED_TWICE, TWO_TURNS, " Me.", ""),
         ("prompt-chosen-rejected", {"prompt": "Hi ", "chosen": "Yes.\n", "rejected": None}, ASKED, HI, " Yes.", ""),
         ("prompt-chosen-rejected", {"prompt": "Human: Hi\n\nAssistant: ", "response": "Yes."}, ASKED, HI, " Yes.", ""),
-        ("hh", {"chosen": f"{TWO_TURNS} Me.", "rejected": f"{TWO_TURNS} You."}, ASKED_TWICE, TWO_TURNS, " Me.", " You."),
+        ("hh", {"chosen": f"{TWO_TURNS} Me.", "rejected": f"{TWO_TURNS} You."}, ASKED_TWICE, TWO_TURNS, " Me.", " You."),  # noqa: E501
         ("hh", {"chosen": f"{HI} Me.", "rejected": f"{TWO_TURNS} You."}, ASKED, HI, " Me.", ""),
         ("hh", {"chosen": f"{HI} Me."}, ASKED, HI, " Me.", ""),
         ("messages", {"messages": [user("Hi"), assistant("Yes.")]}, ASKED, HI, " Yes.", ""),

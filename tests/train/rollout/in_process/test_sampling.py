@@ -48,7 +48,7 @@ def test_top_k_keeps_exactly_the_k_likeliest(top_k: int) -> None:
 
 @pytest.mark.parametrize(
     ("top_p", "kept"),
-    [(0.01, {0}), (0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2}), (0.9, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})],
+    [(0.01, {0}), (0.5, {0}), (0.51, {0, 1}), (0.75, {0, 1}), (0.76, {0, 1, 2}), (0.9, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})],  # noqa: E501
 )  # fmt: skip
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.125])
