@@ -25,7 +25,7 @@ from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime import world as worlds
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
 from hpc_rlhf.train.stages.ppo.metrics import summarize
-from hpc_rlhf.train.stages.ppo.models import PpoModels, Start
+from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
 
 # Fields of a ppo stage for its duration, checkpoints and placement, which here are up to the program.
@@ -105,7 +105,7 @@ class DeepSpeedRLHFEngine:
             self.spec.micro_batch, 1, self.world.dims.data, self.spec.micro_batch * self.world.dims.data
         )
         job = PlannedJob(PPO.name, PPO.name, (), self.spec, self.spec.slurm, batch)
-        start = Start(
+        start = ModelSources(
             actor=actor_model_name_or_path,
             reward=critic_model_name_or_path,
             ds_configs={model: json.loads(text) for model, text in Templates().ds_configs(job).items()},
@@ -120,7 +120,7 @@ class DeepSpeedRLHFEngine:
         target, models = Path(folder), self.models
         export(models.policy, self.tokenizer, target, self.world.is_main)
         if models.ema:
-            with models.ema.swapped_in():
+            with models.ema.averaged_weights():
                 export(models.policy, self.tokenizer, target / "ema", self.world.is_main)
         self.world.barrier()
 

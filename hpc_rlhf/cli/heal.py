@@ -29,8 +29,8 @@ def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> 
     """Restart the failed stages of RUN, a run directory or job file, on Slurm.
 
     Stages resume from their last checkpoints; for a sweep, this covers all its runs. Each stage has a
-    sentinel job that does the same automatically. Use this verb after a stage has stopped for good and you
-    have fixed the cause.
+    sentinel job that does the same automatically. Use this command when a stage has stopped and needs
+    you, once you have fixed the cause.
     """
     runs = find_runs(run)
     if len(runs) > 1:

@@ -108,7 +108,7 @@ def print_memory(estimates: dict[str, Memory | HpcRlhfError]) -> None:
         rows.append(("", f"total at the peak ({memory.fullest})", _gib(memory.held), ""))
         if memory.gpu is not None and memory.left is not None:
             verdict = "DOES NOT FIT" if memory.left < 0 else "" if memory.fits else "TIGHT"
-            rows.append(("", f"free of a GPU's {_gib(memory.gpu)}", _gib(memory.left), verdict))
+            rows.append(("", f"free, of {_gib(memory.gpu)} per GPU", _gib(memory.left), verdict))
         sizes = ", ".join(f"{model} {_billions(count)}" for model, count in memory.parameters.items())
         notes.append(f"{stage}: parameters of {sizes}")
     if rows:

@@ -36,7 +36,7 @@ class Outcome:
 
 
 def require_slurm() -> None:
-    """Raise HpcRlhfError unless Slurm answers: a job announced without it would be searched for ever after."""
+    """Raise HpcRlhfError unless Slurm answers: a job announced without it would be searched for indefinitely."""
     hint = "submit from a login node of the cluster, or run it here without Slurm: hpc-rlhf run FILE"
     if not commands.available():
         raise HpcRlhfError("Slurm's commands are not on PATH", hint=hint)

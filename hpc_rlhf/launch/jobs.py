@@ -18,7 +18,7 @@ from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import QueuedJob
 
-# Seconds after which an sbatch that outlived its parent no longer waits for the controller.
+# Seconds after which an orphaned sbatch has certainly given up waiting for the controller.
 _IN_FLIGHT = 10.0
 
 
@@ -110,7 +110,7 @@ def _mark(token: str) -> str:
 
 def _submissions(ledger: Ledger) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, bool]]]:
     """The stage and token of every known job id; and for every token without an answer its stage, and whether
-    it is the stage's latest: whoever announces another one has waited for it."""
+    it is the stage's latest: a later announcement implies that the earlier one was resolved."""
     submitted: dict[str, tuple[str, str]] = {}
     unanswered: dict[str, tuple[str, bool]] = {}
     for event in ledger.events():

@@ -21,8 +21,8 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec, read_spec
 from hpc_rlhf.spec.stages import EVALUATION, STAGE_NAMES
 
-# A stage's settings that decide how its steps are split over ranks, beside those of Slurm (SIZE).
-_SHARES = {"micro_batch", "global_batch"}
+# A stage's settings that decide how its steps are split over ranks, besides those of Slurm (SIZE).
+_BATCH_FIELDS = {"micro_batch", "global_batch"}
 _MAX_LISTED = 12
 
 
@@ -59,15 +59,15 @@ def prepare(
 ) -> Plan:  # fmt: skip
     """Write the resolved spec, the plan and the scripts into a claimed run directory, and return the plan.
 
-    Once a run has trained, only its Slurm settings may change, which may split the same steps over another
-    number of ranks, and its evaluation, whose old result is then removed. While jobs are queued or running,
-    nothing may change.
+    Once a run has trained, only two things may change. Its Slurm settings may split the same steps over another
+    number of ranks. Its evaluation may differ, and then the old result is removed. While jobs are queued or
+    running, nothing may change.
 
     Args:
         spec: the job spec.
         run: its run directory.
-        beside: folder of the job file; templates in its ``templates/`` win over ours. The templates that the
-            run was prepared with before, where there is none.
+        beside: folder of the job file; templates in its ``templates/`` take precedence over the built-in
+            ones. If None, the run's earlier templates are used.
         live: whether jobs of this run are queued or running.
         lent: runs of the same sweep that train stages for this one, by stage; prepared before.
 
@@ -147,7 +147,7 @@ def evaluation_changed(run: RunDir, spec: JobSpec) -> bool:
     if spec.evaluation is None or not run.job_yaml.exists():
         return False
     changed = [path for path, _, _ in differences(read_spec(run.job_yaml), spec)]
-    return any(_is_evaluation(path) and not _is_placing(path) for path in changed)
+    return any(_is_evaluation(path) and not _is_placement(path) for path in changed)
 
 
 def has_trained(run: RunDir) -> bool:
@@ -161,7 +161,7 @@ def has_trained(run: RunDir) -> bool:
 
 def is_harmless(path: str) -> bool:
     """Whether a field may change after a run has trained."""
-    return _is_placing(path) or _is_evaluation(path) or path.split(".")[0] in ("trackers", "notify")
+    return _is_placement(path) or _is_evaluation(path) or path.split(".")[0] in ("trackers", "notify")
 
 
 def _same_steps_on_other_ranks(path: str, old: JobSpec, new: JobSpec) -> bool:
@@ -175,7 +175,7 @@ def _same_steps_on_other_ranks(path: str, old: JobSpec, new: JobSpec) -> bool:
 def _is_size(path: str) -> bool:
     parts = path.split(".")
     sized = parts[2:3] == ["slurm"] and parts[3] in SIZE
-    return parts[0] == "stages" and (sized or (len(parts) == 3 and parts[2] in _SHARES))
+    return parts[0] == "stages" and (sized or (len(parts) == 3 and parts[2] in _BATCH_FIELDS))
 
 
 def _resume_hint(changes: list[tuple[str, object, object]], old: JobSpec) -> str:
@@ -187,7 +187,7 @@ def _resume_hint(changes: list[tuple[str, object, object]], old: JobSpec) -> str
     return f"; to split the same steps over other ranks, set {' and '.join(fields)}" if fields else ""
 
 
-def _is_placing(path: str) -> bool:
+def _is_placement(path: str) -> bool:
     """Whether a field may change between two attempts of a stage."""
     parts = path.split(".")
     return parts[0] == "stages" and parts[2:3] == ["slurm"] and parts[3] not in SIZE

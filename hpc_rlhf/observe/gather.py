@@ -68,7 +68,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class SlurmReply:
-    """What Slurm knows of some jobs.
+    """What Slurm knows about some jobs.
 
     Attributes:
         queue: jobs in the queue, by id.
@@ -82,7 +82,7 @@ class SlurmReply:
 
 
 def query_slurm(job_ids: Sequence[str]) -> SlurmReply:
-    """What Slurm knows of some jobs, with at most two commands."""
+    """What Slurm knows about some jobs, with at most two commands."""
     if not job_ids:
         return SlurmReply()
     try:
@@ -102,7 +102,7 @@ class Evidence:
         job_id: its latest Slurm job, or None.
         queued: that job in the queue.
         past: that job in the accounting database.
-        at_work_here: a launcher on this or another machine holds the run.
+        launcher_active: a launcher on this or another machine holds the run.
         slurm_error: why Slurm does not answer; empty if it does.
     """
 
@@ -112,7 +112,7 @@ class Evidence:
     job_id: str | None
     queued: QueuedJob | None
     past: JobRecord | None
-    at_work_here: bool
+    launcher_active: bool
     slurm_error: str = ""
 
 
@@ -168,7 +168,7 @@ class RunRecord:
                 job_id=history.job_id,
                 queued=queued if queued is not None and queued.is_of(stage) else None,
                 past=reply.past.get(history.job_id or ""),
-                at_work_here=at_work,
+                launcher_active=at_work,
                 slurm_error=reply.error,
             )
         return evidence

@@ -1,4 +1,4 @@
-"""Judge the state of a stage from what is known about it. Pure.
+"""Judge the state of a stage from what is known about it. Pure functions.
 
 A complete artifact outranks Slurm, and Slurm outranks what the ledger says last.
 """
@@ -73,12 +73,12 @@ def _judge(evidence: Evidence) -> tuple[str, str]:
     if isinstance(state, Submitting):
         return "unknown", "submit was interrupted here; run it again to find the job"
     if state is not None:
-        return _judge_running(evidence) if evidence.at_work_here else ("stopped", "run it again to resume")
+        return _judge_running(evidence) if evidence.launcher_active else ("stopped", "run it again to resume")
     return "not started", f"runs after {' and '.join(evidence.needs)}" if evidence.needs else ""
 
 
 def _judge_running(evidence: Evidence) -> tuple[str, str]:
-    """The state of a stage that has its nodes, and what it does before its first step."""
+    """The state of a stage with an allocation; before its first step, what it is doing."""
     event = evidence.history.last(Submitted, Requeued, Retried, Stopping, Ready, Saved, Resumed, Started)
     if isinstance(event, (Submitted, Requeued, Retried)):
         return "starting", ""

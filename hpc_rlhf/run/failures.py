@@ -1,4 +1,4 @@
-"""How an attempt ended, judged from the ledger, from Slurm's record of the job and from the logs. Pure."""
+"""How an attempt ended, judged from the ledger, from Slurm's record of the job and from the logs."""
 
 from __future__ import annotations
 

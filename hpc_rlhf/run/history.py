@@ -128,15 +128,14 @@ class StageHistory:
 
     @property
     def requeues(self) -> int:
-        """How often the stage came back. Attempts that never got to their first event count too."""
-        by_user = (
-            1 if self.events and isinstance(self.events[0], RetryRequested) else 0
-        )  # one `retried` is theirs
+        """How often the stage was requeued. Attempts that never got to their first event count too."""
+        # One `retried` event was the user's request.
+        by_user = 1 if self.events and isinstance(self.events[0], RetryRequested) else 0
         submitted_again = len(self.all(Requeued)) + len(self.all(Retried)) - by_user
         return max(len(self.all(Started)) - 1, submitted_again)
 
     @property
-    def timeouts_in_vain(self) -> int:
+    def timeouts_without_progress(self) -> int:
         """How many attempts in a row hit the time limit without saving anything new.
 
         Attempts that ended for another reason are skipped, but what they saved counts.

@@ -1,7 +1,8 @@
-"""Decides from its history whether a stage gets another attempt, when and where. Pure.
+"""Decides from its history whether a stage gets another attempt, when and where. Pure functions.
 
-These are the only retry rules. Healing and local runs ask with the judged end of the last attempt, an attempt
-that stops by itself asks before it requeues its job.
+Healing and local runs ask once the end of the last attempt has been judged; an attempt that stops by itself asks
+before it requeues its job. Two cases do not come here: Slurm requeues a job by itself after a preemption or a lost
+node, and the batch script does while no Python is up (``templates/stage.sbatch.j2``).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class StopKind(Enum):
 
     USER_ERROR = auto()
     FINAL = auto()  # cancelled, or past its deadline
-    TIME_LIMIT_IN_VAIN = auto()
+    TIME_LIMIT_WITHOUT_PROGRESS = auto()
     SAME_FAILURE_TWICE = auto()
     NO_PROGRESS = auto()
     BUDGET_SPENT = auto()
@@ -76,7 +77,7 @@ def decide(
 
     Args:
         window: the stage's events since the user last submitted it (`StageHistory.since_user`).
-        max_requeues: how often a stage may come back.
+        max_requeues: how often a stage may be requeued.
         backoff: seconds to wait after the first attempt without progress.
         stopping: how the attempt that asks is about to end; without it the last ``ended`` of the window is
             judged.
@@ -87,9 +88,9 @@ def decide(
         return Stop(StopKind.USER_ERROR if last.reason == USER_ERROR else StopKind.FINAL, _sentence(last))
     if last.reason == TIME_LIMIT:
         events = [*window.events, stopping] if stopping else window.events
-        if StageHistory(events).timeouts_in_vain >= _TRIES:
+        if StageHistory(events).timeouts_without_progress >= _TRIES:
             return Stop(
-                StopKind.TIME_LIMIT_IN_VAIN,
+                StopKind.TIME_LIMIT_WITHOUT_PROGRESS,
                 "two attempts in a row hit the time limit before they could save anything new, the last one "
                 f"at step {last.step}",
                 _MORE_TIME,
@@ -138,8 +139,8 @@ def _gist(ending: Ended) -> str:
 def _bad_nodes(endings: Sequence[Ended]) -> tuple[str, ...]:
     """Nodes on which recent attempts ended more than once, for a reason that may lie in the node.
 
-    Only recent ones: over a long run every node fails some time, and a stage that may use none does not
-        start.
+    Only recent ones: over a long run every node fails eventually, and a stage that excludes all nodes never
+    starts.
     """
     blamed = [ending.node for ending in endings if ending.reason in ON_A_NODE and ending.node]
     return tuple(sorted(node for node, times in Counter(blamed[-_RECENT:]).items() if times > 1))

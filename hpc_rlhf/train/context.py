@@ -87,7 +87,7 @@ class StageContext:
         return DTYPES[self.stage_spec.precision]
 
     @property
-    def loss_scale(self) -> float:
+    def loss_factor(self) -> float:
         """Factor for a loss that is divided by the global token count: DeepSpeed divides gradients by the
         number of ranks and losses by the number of micro-batches."""
         return float(self.batch.ranks * self.batch.accumulation)

@@ -56,7 +56,7 @@ _LOOK_INTERVAL, _LOOKS = 0.2, 10
 
 
 def run_stage(run_dir: str, stage: str) -> None:
-    """Run one stage on this rank, to its end or to the next safe point after a signal.
+    """Run one stage on this rank, to its end, or until all ranks agree to stop after a signal.
 
     Returns when the stage is done, at once if it already was. Otherwise the process exits: with 75 after an
     agreed stop, or with the code of an HpcRlhfError.

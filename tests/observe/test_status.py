@@ -34,7 +34,7 @@ def queued(state: str, reason: str = "") -> QueuedJob:
 def evidence(*events: str, **known: Any) -> Evidence:
     facts: dict[str, Any] = {"done": False, "needs": ("sft", "reward"), "queued": None, "past": None}
     history = StageHistory([event(name, message=f"why it {name}", step=7) for name in events])
-    return Evidence(**{**facts, "job_id": None, "at_work_here": False, "history": history, **known})
+    return Evidence(**{**facts, "job_id": None, "launcher_active": False, "history": history, **known})
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (evidence("submitted", past=JobRecord("7", "PENDING", "0:0"), job_id="7"), "unknown", "no job 7"),
         (evidence("submitted", job_id="7"), "unknown", "no job 7"),
         (evidence("submitting"), "unknown", "run it again to find the job"),
-        (evidence("started", at_work_here=True), "running", ""),
+        (evidence("started", launcher_active=True), "running", ""),
         (evidence("started"), "stopped", "run it again"),
     ],
 )

@@ -104,7 +104,7 @@ FAILED = ended("failed", 7)
     [
         ([ended("user error")], 0, StopKind.USER_ERROR),
         ([ended("cancelled by hand")], 0, StopKind.FINAL),
-        ([ended("time limit", 5), ended("time limit", 6)], 0, StopKind.TIME_LIMIT_IN_VAIN),
+        ([ended("time limit", 5), ended("time limit", 6)], 0, StopKind.TIME_LIMIT_WITHOUT_PROGRESS),
         ([FAILED, FAILED], 0, StopKind.SAME_FAILURE_TWICE),
         ([FAILED, ended("killed", 7)], 0, StopKind.NO_PROGRESS),
         ([ended("preempted")], 0, StopKind.BUDGET_SPENT),
@@ -124,7 +124,11 @@ def test_a_stop_has_the_kind_of_its_rule_however_many_requeues_are_left(
     [
         ([STARTED, RETRIED, STARTED], "preempted", None),
         ([STARTED, RETRIED, STARTED, RETRIED, STARTED], "preempted", StopKind.BUDGET_SPENT),
-        ([STARTED, ended("time limit", 3), RETRIED, STARTED], "time limit", StopKind.TIME_LIMIT_IN_VAIN),
+        (
+            [STARTED, ended("time limit", 3), RETRIED, STARTED],
+            "time limit",
+            StopKind.TIME_LIMIT_WITHOUT_PROGRESS,
+        ),
         # a part of a step was saved since
         (
             [STARTED, ended("time limit", 3), RETRIED, STARTED, event("saved", step=3, part=2)],

@@ -82,7 +82,7 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.loading import load_reward
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, Sampling
 from hpc_rlhf.train.runtime.world import World
-from hpc_rlhf.train.stages.ppo.models import PpoModels, Start
+from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
 from tests.train import tiny
 from tests.train.ppo_trainers import PROMPTS, RESPONSES, ROLLOUT, Steps, trainer_of
 
@@ -173,7 +173,9 @@ def models(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Ppo
     monkeypatch.setattr(engines, "load", lambda *_: None)
     spec = PpoSpec(precision="fp32", ema=True, ema_beta=0.5)
     configs = {name: {"zero_optimization": {"stage": 0}} for name in spec.strategies}
-    start = Start(str(tmp_path / "sft"), str(tmp_path / "reward"), configs, longest=32, updates=1, seed=1)
+    start = ModelSources(
+        str(tmp_path / "sft"), str(tmp_path / "reward"), configs, longest=32, updates=1, seed=1
+    )
     return PpoModels(spec, start, range(tiny.VOCABULARY), world)
 
 

@@ -1,4 +1,4 @@
-"""Turns a stage's events, one after the other, into the spans of its time. Pure."""
+"""Turns a stage's events, one after the other, into the spans of its time. Pure functions."""
 
 from __future__ import annotations
 

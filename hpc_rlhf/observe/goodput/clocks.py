@@ -1,4 +1,4 @@
-"""A common time for events that several machines wrote, whose clocks may be wrong. Pure.
+"""A common time for events that several machines wrote, whose clocks may be wrong. Pure functions.
 
 The order of a ledger's lines is right whatever their times are: a line comes after those that were there
 before it.

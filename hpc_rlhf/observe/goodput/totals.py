@@ -1,4 +1,4 @@
-"""Where a run's time went, from its ledger: how much produced kept steps, and what interrupted it. Pure."""
+"""Where a run's time went, from its ledger: how much produced kept steps, and what interrupted it."""
 
 from __future__ import annotations
 

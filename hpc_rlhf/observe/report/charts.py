@@ -1,4 +1,4 @@
-"""The training curves of a stage, from its metrics. Pure."""
+"""The training curves of a stage, from its metrics. Pure functions."""
 
 from __future__ import annotations
 

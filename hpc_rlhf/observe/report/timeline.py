@@ -1,4 +1,4 @@
-"""The timeline of a run: each stage's time as a bar on a common axis, and each attempt as a row. Pure."""
+"""The timeline of a run: each stage's time as a bar on a common axis, and each attempt as a row."""
 
 from __future__ import annotations
 

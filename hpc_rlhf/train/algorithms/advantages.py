@@ -1,4 +1,4 @@
-"""The seam for advantages, and generalized advantage estimation (GAE).
+"""The extension point for advantages, and generalized advantage estimation (GAE).
 
 Tensors of shape (batch, response) run over response tokens, padded on the right. Masks are bool, True on real
 response tokens, at least one per row. Nothing outside a mask takes part, not even NaN.

@@ -2,7 +2,7 @@
 
 Tensors of shape (batch, response) run over response tokens, padded on the right. Masks are bool, True on real
 response tokens including EOS, at least one per row. The state before token t has value ``values[:, t]``.
-Nothing outside a mask takes part, not even NaN.
+Values outside a mask are ignored, even NaN.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ def policy_loss_sum(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The clipped surrogate loss (arXiv 1707.06347, equation 7).
 
+    ``max(-A * r, -A * clip(r, 1 - cliprange, 1 + cliprange))`` with ``r = exp(log_probs - old_log_probs)``.
+
     Args:
         log_probs, old_log_probs, advantages, mask: (batch, response).
 
     Returns:
-        The loss, the number of clipped tokens and the probability ratios, each summed over the mask.
+        The summed loss, the number of clipped tokens and the sum of the ratios, over the mask.
     """
     ratio = torch.exp((log_probs - old_log_probs).where(mask, 0.0))
     advantages = advantages.where(mask, 0.0)
@@ -74,7 +76,7 @@ def value_loss_sum(
         values, old_values, returns, mask: (batch, response).
 
     Returns:
-        The loss and the number of clipped tokens, each summed over the mask.
+        The summed loss and the number of clipped tokens, over the mask.
     """
     values, old_values, returns = (x.where(mask, 0.0) for x in (values, old_values, returns))
     clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)

@@ -11,7 +11,7 @@ def last_positions(mask: Tensor) -> Tensor:
     """Index of the last real token of each row.
 
     Args:
-        mask: (batch, length), bool; True on real tokens, at least one a row.
+        mask: (batch, length), bool; True on real tokens, at least one per row.
 
     Returns:
         (batch,), int64.
@@ -40,8 +40,8 @@ def pairwise_loss(
     """The token-wise ranking loss of DeepSpeed-Chat (arXiv 2308.01320, step 2).
 
     Each pair's loss is the mean of ``-logsigmoid(chosen - rejected)`` over the positions from the first token
-    in which the two differ to the end of the longer one. After its end, the shorter one keeps the value of
-    its last real token, so padding never takes part. Rows are padded on the right.
+    at which the sequences differ to the end of the longer one. After its end, the shorter sequence keeps the
+    value of its last real token, so padding is ignored. Rows are padded on the right.
 
     Args:
         chosen_values, rejected_values: (batch, length), float.

@@ -148,7 +148,7 @@ class Checkpointer:
             self._saving = _Saving(point, began, time.monotonic() - began)
 
     def _save_and_record(self, reason: str) -> int:
-        """Save the last safe point because the attempt stops; gives its step. Collective."""
+        """Save the last safe point because the attempt stops; return its step. Collective."""
         point = self._point
         step, part = (point.step, point.part) if point else (self.resumed, 0)
         discarded = round(time.monotonic() - self._point_time, 3) if point else 0.0

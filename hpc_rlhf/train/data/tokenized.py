@@ -24,7 +24,7 @@ from hpc_rlhf.train.data.dialogues import encode
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read as read_source
 from hpc_rlhf.train.data.sources import stage_samples
-from hpc_rlhf.train.runtime.stop_signals import Interrupted
+from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from hpc_rlhf.train.runtime.world import World
 
 PARTS = ("train", "held_out")
@@ -93,14 +93,14 @@ def _write(
         too long.
 
     Raises:
-        Interrupted: ``should_stop`` was true.
+        WorkCancelled: ``should_stop`` was true.
     """
     held: deque[bool] = deque()  # of the samples that are being tokenized
 
     def read() -> Iterator[Sample]:
         for held_out, sample in samples:
             if should_stop():
-                raise Interrupted
+                raise WorkCancelled
             held.append(held_out)
             yield sample
 
@@ -141,7 +141,7 @@ def prepare(
         should_stop: polled on rank 0.
 
     Raises:
-        Interrupted: ``should_stop`` was true; nothing is kept.
+        WorkCancelled: ``should_stop`` was true; nothing is kept.
         HpcRlhfError: the data cannot be read, or has nothing for this stage.
     """
     facts = {
@@ -182,7 +182,7 @@ def prepare_mixture(
         should_stop: polled on rank 0.
 
     Raises:
-        Interrupted: ``should_stop`` was true; nothing is kept.
+        WorkCancelled: ``should_stop`` was true; nothing is kept.
         HpcRlhfError: the source cannot be read, or is empty.
     """
     facts = {

@@ -22,8 +22,8 @@ class Ema:
     """Averages the trained parameters: ``average = beta * average + (1 - beta) * weight``.
 
     Under ZeRO-3 each rank averages its own shard of every parameter. Otherwise parameter i belongs to rank
-    ``i % size`` among those with the same shards of the layers. Either way the ranks together store the
-    average once. It is in float32: in bfloat16 an update of 1 - beta = 0.8 % is lost to rounding.
+    ``i % size`` of those that hold the same layer shards. Either way, the average is stored exactly once across
+    the ranks, in float32: in bfloat16 an update of 1 - beta = 0.8 % is lost to rounding.
     """
 
     def __init__(self, model: nn.Module, beta: float, world: World) -> None:
@@ -42,13 +42,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Average in the weights of an optimizer step."""
+        """Fold the current weights into the average."""
         for i, parameter in self._owned():
             self.averages[i].lerp_(local_shard(parameter).float(), 1 - self.beta)
 
     @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Within it, the model has the averaged weights. Collective."""
+    def averaged_weights(self) -> Iterator[None]:
+        """Temporarily give the model the averaged weights. Collective."""
         group = replica_group(self.world.dims.tensor)
         originals = [local_shard(parameter).to("cpu", copy=True) for parameter in self.parameters]
         with torch.no_grad():

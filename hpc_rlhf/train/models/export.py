@@ -145,7 +145,7 @@ def write(
         should_stop: asked before each weights file, of at most SHARD or one weight.
 
     Raises:
-        Interrupted: ``should_stop`` returned True.
+        WorkCancelled: ``should_stop`` returned True.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _set_eos(getattr(model, "generation_config", None), tokenizer.eos_token_id)

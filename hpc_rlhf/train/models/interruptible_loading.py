@@ -8,7 +8,7 @@ from typing import Any
 
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.runtime.stop_control import StopControl
-from hpc_rlhf.train.runtime.stop_signals import Interrupted
+from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def interruptible(should_stop: Callable[[], bool]) -> Iterator[None]:
     interrupted.
 
     Raises:
-        Interrupted: ``should_stop`` was true.
+        WorkCancelled: ``should_stop`` was true.
     """
     from transformers.utils import logging
 
@@ -31,7 +31,7 @@ def interruptible(should_stop: Callable[[], bool]) -> Iterator[None]:
     def check_before_each(items: Any) -> Iterator[Any]:
         for item in items:
             if should_stop():
-                raise Interrupted
+                raise WorkCancelled
             yield item
 
     def hook(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

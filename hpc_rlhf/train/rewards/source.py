@@ -1,4 +1,4 @@
-"""The seam for rewards: what scores responses."""
+"""The extension point for rewards: what scores responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RewardSource(Protocol):
         Args:
             prompts, responses: token ids; a source that reads text decodes them.
             columns: further columns of the data by name, with an entry for each prompt, such as a reference
-                answer.
+                answer. Programs may pass them; the PPO stage of a spec passes none.
 
         Returns:
             None where there is no score: the response then earns 0 and is left out of the reward's mean.

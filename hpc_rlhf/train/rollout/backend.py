@@ -1,4 +1,4 @@
-"""The seam for rollouts: a request for responses, the responses, and the backends that generate them."""
+"""The extension point for rollouts: a request for responses, the responses, and the backends that generate them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from hpc_rlhf.spec.sizes import ROWS
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.runtime.stop_signals import Interrupted
+from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Rollout:
         return [row[len(row) - length :] for row, length in rows]
 
 
-class RolloutCancelled(Interrupted):
+class RolloutCancelled(WorkCancelled):
     """Generation stopped because the attempt must stop; the rollout has to be repeated."""
 
 

@@ -24,7 +24,7 @@ class TokenStats:
 
     Attributes:
         mask: (batch, response), bool; True on real response tokens, EOS included.
-        log_probs, ref_log_probs: of the sampled tokens, by the actor that sampled them and by the reference.
+        log_probs, ref_log_probs: of the sampled tokens, under the actor that sampled them and under the reference.
         values: the critic's value of the state before each token.
         entropies: of the distributions that the tokens were drawn from, in nats.
     """
@@ -93,8 +93,8 @@ def evaluate_tokens(
     """One forward pass per model and micro-batch; the actor's comes last. The models are in eval mode.
 
     Args:
-        plan: the rows of each micro-batch, together each row once. Every rank has as many micro-batches; an
-            empty one only keeps ranks in sync.
+        plan: the rows of each micro-batch, together each row once. Every rank has the same number of
+            micro-batches; an empty one only keeps ranks in sync.
     """
     columns: dict[int, Tensor] = {}
     for rows in plan:

@@ -1,4 +1,4 @@
-"""The one way in which code learns that its attempt is to end, and ends it on all ranks together."""
+"""How code learns that its attempt must stop, and stops it on all ranks together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from hpc_rlhf.train.runtime.consensus import Consensus
-from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, Interrupted, StageStopped, StopFlag
+from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, StageStopped, StopFlag, WorkCancelled
 from hpc_rlhf.train.runtime.watchdog import Heartbeat
 
 
@@ -48,7 +48,7 @@ class StopControl:
                 agree only every so many pieces, so that the cost is bounded. Without it they agree at once.
 
         Raises:
-            Interrupted: inside ``cancellable``.
+            WorkCancelled: inside ``cancellable``.
             StageStopped: elsewhere, after saving if there is anything to save.
         """
         codes: Sequence[int] | None
@@ -70,11 +70,11 @@ class StopControl:
 
     @contextmanager
     def cancellable(self) -> Iterator[None]:
-        """Run work that any rank may abandon with Interrupted; then all ranks stop together. Collective; see
+        """Run work that any rank may abandon with WorkCancelled; then all ranks stop together. Collective; see
         ``check``."""
         self._cancellable += 1
         try:
-            with suppress(Interrupted):
+            with suppress(WorkCancelled):
                 yield
         finally:
             self._cancellable -= 1
@@ -84,6 +84,6 @@ class StopControl:
         if not code:
             return
         if self._cancellable:
-            raise Interrupted
+            raise WorkCancelled
         reason = REASON_OF_CODE[code]
         raise StageStopped(reason, self.save(reason))

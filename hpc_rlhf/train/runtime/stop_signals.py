@@ -19,8 +19,8 @@ class StopFlag:
     """Remembers the reason to stop with the highest priority.
 
     Attributes:
-        received: from a signal to this rank: 0 while there is none, else a key of REASON_OF_CODE.
-        reported: by other ranks or the clock. Separate, because a signal may arrive between a read and a
+        received: the reason from signals to this rank: 0 while there is none, else a key of REASON_OF_CODE.
+        reported: the reason from other ranks or the clock. Separate, because a signal may arrive between a read and a
             write.
     """
 
@@ -64,8 +64,8 @@ class StopFlag:
         self.received = max(self.received, REASONS[signal.Signals(number)][0])
 
 
-class Interrupted(Exception):
-    """A piece of work was cancelled because the attempt is to stop."""
+class WorkCancelled(Exception):
+    """A piece of work was cancelled because the attempt must stop."""
 
 
 class StageStopped(Exception):

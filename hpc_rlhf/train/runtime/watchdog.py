@@ -29,7 +29,7 @@ class Heartbeat:
 
     Attributes:
         last: time of the last beat, or None before training begins, because loading may take long.
-        longest: seconds between two beats, at most so far.
+        longest: longest gap between beats so far, in seconds.
     """
 
     last: float | None = None
@@ -108,7 +108,6 @@ class Watchdog:
         """Write this rank's stacks and end it; the other ranks do the same at the same time."""
         print("hpc-rlhf: a rank hangs; the stacks of this rank are:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2)
-        time.sleep(
-            WRITING_STACKS
-        )  # rank 0 holds the store, and the first rank to end takes the others with it
+        # Rank 0 holds the store, and the first rank to end takes the others with it.
+        time.sleep(WRITING_STACKS)
         os._exit(1)

@@ -16,7 +16,7 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train.parallel.deepspeed_internals import disable_shared_memory_comm
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
 from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
-from hpc_rlhf.train.runtime.stop_signals import Interrupted
+from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 T = TypeVar("T")
 
@@ -98,12 +98,12 @@ class World:
         return [values[rank] for rank in self.dims.group("tensor", self.rank)]
 
     def on_main(self, make: Callable[[], T]) -> T:
-        """Rank 0's result, on every rank. Interrupted and user errors are raised on every rank, too."""
+        """Rank 0's result, on every rank. WorkCancelled and user errors are raised on every rank, too."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = make()
-            except Interrupted:
+            except WorkCancelled:
                 outcome[1] = ()
             except HpcRlhfError as error:
                 outcome[1] = (error.message, error.where, error.hint, error.exit_code)
@@ -112,7 +112,7 @@ class World:
                 outcome[1] = (f"the file system refused: {error}", socket.gethostname(), hint, RUN_FAILED)
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] == ():
-            raise Interrupted
+            raise WorkCancelled
         if outcome[1] is not None:
             raise HpcRlhfError(*outcome[1])
         return outcome[0]

@@ -25,7 +25,7 @@ from hpc_rlhf.train.models.export import collect, write
 from hpc_rlhf.train.parallel.tensor_parallel import split_model
 from hpc_rlhf.train.ragged import plan_step
 from hpc_rlhf.train.runtime.stop_control import StopControl
-from hpc_rlhf.train.runtime.stop_signals import Interrupted
+from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from hpc_rlhf.train.runtime.world import World
 
 # Held-out samples to evaluate: enough for a standard error of 1.6 % on an accuracy.
@@ -148,7 +148,7 @@ def write_model(context: StageContext, model: Any, folder: Path) -> None:
     """Write a transformers model into an artifact, within ``StopControl.cancellable``. Collective.
 
     Raises:
-        Interrupted: the attempt must stop.
+        WorkCancelled: the attempt must stop.
     """
     state = collect(model, context.world.is_main, lambda: context.stop.check("weights to be written"))
     context.world.on_main(lambda: write(model, state, context.tokenizer, folder, context.stop.should_stop))
@@ -180,12 +180,12 @@ def _describe(folder: Path, should_stop: Callable[[], bool]) -> dict[str, Any]:
     """The manifest's entries for the files. It reads them again: 2 to 4 s for 2 GB.
 
     Raises:
-        Interrupted: ``should_stop`` returned True before one of them.
+        WorkCancelled: ``should_stop`` returned True before one of them.
     """
     files: dict[str, Any] = {}
     count = sum(path.is_file() for path in folder.rglob("*"))
     for number in range(count):
         if should_stop():
-            raise Interrupted
+            raise WorkCancelled
         files |= manifest.describe(folder, (number, count))
     return files

@@ -182,7 +182,7 @@ def run(context: StageContext) -> None:
         def scaled_loss(rows: Rows, real: bool, ref: Tensor, measured: list[Tensor] = measured) -> Tensor:
             loss, sums = compare(rows, ref)
             measured.append(sums * real)
-            return loss * (real * context.loss_scale / context.batch.global_)
+            return loss * (real * context.loss_factor / context.batch.global_)
 
         losses = [partial(scaled_loss, *batch, ref) for batch, ref in zip(micro_batches, refs, strict=True)]
         result = engines.optimizer_step(engine, checked(context.stop, losses))

@@ -97,7 +97,7 @@ def run(context: StageContext) -> None:
             losses, chosen, rejected = compare(rows)
             numbers = (losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum())
             measured.append(torch.stack(numbers).detach() * real)
-            return losses.sum() * (real * context.loss_scale / context.batch.global_)
+            return losses.sum() * (real * context.loss_factor / context.batch.global_)
 
         scaled = [partial(scaled_loss, *batch) for batch in micro_batches]
         result = engines.optimizer_step(engine, checked(context.stop, scaled))

@@ -100,7 +100,7 @@ def run(context: StageContext) -> None:
         ) -> Tensor:
             loss = loss_sum(rows) * real
             losses.append(loss.detach())
-            return loss * (context.loss_scale / tokens)
+            return loss * (context.loss_factor / tokens)
 
         scaled = [partial(scaled_loss, *batch) for batch in micro_batches]
         result = engines.optimizer_step(engine, checked(context.stop, scaled))

@@ -69,12 +69,12 @@ def test_swapped_in_has_the_averages_and_then_restores_the_weights(world: World)
     step(model, 1)
     ema.update()
     own = [parameter.detach().clone() for parameter in model.parameters()]
-    with ema.swapped_in():
+    with ema.averaged_weights():
         assert torch.equal(model[0].weight, ema.averages[0].bfloat16())
         assert not torch.equal(model[0].weight, own[0])
         assert torch.equal(model[0].bias, own[1]), "not trained, so not averaged"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
-    with pytest.raises(KeyError), ema.swapped_in():
+    with pytest.raises(KeyError), ema.averaged_weights():
         raise KeyError
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
 

@@ -9,7 +9,7 @@ import pytest
 
 from hpc_rlhf.train.data.tokenized import prepare
 from hpc_rlhf.train.runtime import watchdog
-from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, Interrupted, StopFlag
+from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, StopFlag, WorkCancelled
 from hpc_rlhf.train.runtime.watchdog import Heartbeat, Watchdog
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
@@ -56,7 +56,7 @@ def test_the_thread_polls_while_the_rank_is_busy(world: World, request: pytest.F
 def test_interrupted_data_preparation_leaves_no_partial_data(tmp_path: Path, world: World) -> None:
     spec, tokenizer = tiny_spec(tmp_path / "run", 1, sft={}), tiny.tokenizer()
     polls = iter(range(1000))
-    with pytest.raises(Interrupted):
+    with pytest.raises(WorkCancelled):
         prepare(spec, "sft", tokenizer, tmp_path, world, lambda: next(polls) > 50)
     assert next(polls) == 52
     assert len(prepare(spec, "sft", tokenizer, tmp_path, world).train) > 100

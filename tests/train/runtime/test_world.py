@@ -141,7 +141,7 @@ with torch.no_grad():
     model.weight.fill_(3.0)
     model.bias.fill_(5.0)
 ema.update()
-with ema.swapped_in():
+with ema.averaged_weights():
     results["ema"] = [model.weight[0, 0].item(), model.bias[0].item()]
 results["own"] = [model.weight[0, 0].item(), model.bias[0].item()]
 print(json.dumps(results))

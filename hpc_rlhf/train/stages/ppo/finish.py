@@ -50,6 +50,6 @@ def export_models(context: StageContext, models: PpoModels, step: int, metrics: 
     with context.stop.cancellable():
         write_model(context, models.policy, folder)
         if models.ema:
-            with models.ema.swapped_in():  # a stop restores the weights before it saves
+            with models.ema.averaged_weights():  # a stop restores the weights before it saves
                 write_model(context, models.policy, folder / context.files.ema_model.name)
     commit(context, folder, step, metrics)

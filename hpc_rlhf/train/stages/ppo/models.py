@@ -19,13 +19,13 @@ from hpc_rlhf.train.stages.common import load_engines, prepare_model, save_engin
 
 
 @dataclass(frozen=True)
-class Start:
-    """What PPO's models are made from.
+class ModelSources:
+    """Where PPO's models come from, and how they are built.
 
     Attributes:
         actor, reward: folders or hub ids.
-        ds_configs: DeepSpeed's, by the names of ``PpoSpec.strategies``.
-        longest: tokens of the longest prompt with its response.
+        ds_configs: DeepSpeed configs, keyed by the names of ``PpoSpec.strategies``.
+        longest: maximum tokens of a prompt plus its response.
         updates: optimizer steps of the whole stage.
         loading: wraps the loading of each model, given its DeepSpeed configuration.
     """
@@ -43,13 +43,13 @@ class PpoModels:
     """Actor and reference from the SFT model, critic and reward model from the reward model.
 
     Attributes:
-        actor, critic: DeepSpeed engines in training.
+        actor, critic: trainable DeepSpeed engines.
         ref, reward: frozen.
         policy, ref_policy: the transformers models inside actor and ref.
         ema: the actor's moving average, or None.
     """
 
-    def __init__(self, spec: PpoSpec, start: Start, tokenizer: Any, world: World) -> None:
+    def __init__(self, spec: PpoSpec, start: ModelSources, tokenizer: Any, world: World) -> None:
         self.world, dtype, configs = world, DTYPES[spec.precision], start.ds_configs
         with start.loading(configs[""]):
             self.policy = load_causal(start.actor, dtype, spec.dropout)

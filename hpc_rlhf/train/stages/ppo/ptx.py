@@ -43,7 +43,7 @@ class PtxStream:
         """The losses of the next optimizer step, scaled to be added to PPO's. Collective."""
         indices = self.batches.indices(engine.global_steps)
         tokens = sum(int(self.batches.lengths[i]) - 1 for i in indices)
-        scale = self.coefficient * self.context.loss_scale / tokens
+        scale = self.coefficient * self.context.loss_factor / tokens
 
         def loss(micro_batch: list[int], real: bool) -> Tensor:
             rows = [self.rows[i] for i in micro_batch]

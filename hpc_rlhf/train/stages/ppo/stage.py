@@ -24,7 +24,7 @@ from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.ppo.cursor import Cursor, Progress
 from hpc_rlhf.train.stages.ppo.finish import compare_with_ref, export_models
 from hpc_rlhf.train.stages.ppo.metrics import summarize
-from hpc_rlhf.train.stages.ppo.models import PpoModels, Start
+from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
 from hpc_rlhf.train.stages.ppo.ptx import PtxStream
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
 from hpc_rlhf.train.stages.sample_log import SampleLog
@@ -48,7 +48,7 @@ def run(context: StageContext) -> None:
         backend=RolloutEngine(models.policy, world),
         rewards=ModelReward(models.reward, world, budget, partial(context.stop.check, "scores")),
         eos_id=context.tokenizer.eos_token_id,
-        sizes=Sizes(budget, context.spec.data.max_answer_tokens, context.loss_scale),
+        sizes=Sizes(budget, context.spec.data.max_answer_tokens, context.loss_factor),
         world=world,
     )  # fmt: skip
     trainer.check = context.stop.check
@@ -108,7 +108,7 @@ def run(context: StageContext) -> None:
 
 
 def _load_models(context: StageContext, spec: PpoSpec, total: int) -> PpoModels:
-    start = Start(
+    start = ModelSources(
         actor=str(context.run.stage("sft").model)
         if "sft" in context.spec.needs("ppo")
         else context.start_model(context.spec.models.actor),

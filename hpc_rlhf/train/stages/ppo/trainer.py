@@ -41,12 +41,12 @@ class Sizes:
     Attributes:
         budget: tokens of a micro-batch.
         response: tokens of the longest response.
-        loss_scale: factor for a loss that is divided by the global token count; see StageContext.
+        loss_factor: factor for a loss that is divided by the global token count; see StageContext.
     """
 
     budget: int
     response: int
-    loss_scale: float
+    loss_factor: float
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class PpoTrainer:
     def evaluate(self, rollout: Rollout, columns: Mapping[str, Sequence[Any]] | None = None) -> Experience:
         """Scores, log-probabilities, values and advantages of a rollout. Collective.
 
-        It uses the same micro-batches as learning, so that before the first update a token's log-probability
+        Uses the same micro-batches as ``learn``, so that before the first update a token's log-probability
         is the same to the last bit.
 
         Args:
@@ -182,8 +182,8 @@ class PpoTrainer:
     def _keeping(self, rollout: Rollout, plan: list[list[int]]) -> tuple[Any, Any]:
         """Actor and critic for evaluation, perhaps keeping their graphs.
 
-        If the rollout is one micro-batch, the first update starts with the very passes that evaluation makes,
-        so they are kept for it. The actor's comes last and needs no memory that learning would not; the
+        If the rollout is one micro-batch, the first update starts with exactly the forward passes of the
+        evaluation, so they are kept for it. The actor's comes last and needs no memory that learning would not; the
         critic's is held beside it, which is acceptable on a CPU.
         """
         self._kept, self._kept_rollout = {}, rollout
@@ -270,7 +270,7 @@ class PpoTrainer:
     def _losses(
         self, loss: Callable[..., Tensor], progress: Progress, minibatch: Minibatch
     ) -> list[Callable[[], Tensor]]:
-        scale = self.sizes.loss_scale / minibatch.all_tokens
+        scale = self.sizes.loss_factor / minibatch.all_tokens
         return [partial(loss, progress.experience, rows, scale, progress.stats) for rows in minibatch.plan]
 
     def _step(self, engine: Any, kind: str, losses: list[Callable[[], Tensor]]) -> bool:
@@ -281,7 +281,7 @@ class PpoTrainer:
         return call(*inputs)
 
     def _too_far(self, kl: Tensor, tokens: float) -> bool:
-        """True if the actor had diverged from the one that sampled by more than allowed. Collective."""
+        """True if the actor drifted past ``stop_kl`` from the policy that sampled. Collective."""
         limit = self.spec.stop_kl
         return limit is not None and self.world.sums({"kl": kl.item()})["kl"] / tokens > limit
 
