@@ -136,7 +136,7 @@ def test_a_spec_refuses_secrets(tmp_path: Path) -> None:
         "trackers.mlflow": "{experiment: e, tracking_uri: 'https://me:very-secret@host'}",
     }
     for path, value in secrets.items():
-        with pytest.raises(SpecError, match=r"secret; put it|must hold no user") as error:
+        with pytest.raises(SpecError, match=r"secret; put it|must not contain a user") as error:
             load_spec(spec, [f"{path}={value}"])
         assert "very-secret" not in str(error.value)
     loaded = load_spec(
