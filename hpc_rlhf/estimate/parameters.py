@@ -160,7 +160,10 @@ def _from_json(shapes: Mapping[str, Any]) -> Architecture:
 
 
 def _cache_file(config: str) -> Path:
-    versions = f"{__version__} {metadata.version('transformers')}"
+    try:
+        versions = f"{__version__} {metadata.version('transformers')}"
+    except metadata.PackageNotFoundError:  # _measure reports it
+        versions = __version__
     return (
         hub.cache()
         / "hpc-rlhf/shapes"

@@ -119,7 +119,7 @@ def test_a_failed_start_has_a_reason_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(config, "slurmdbd_conf", lambda folder, ports: "Nonsense=1\n")
     broken = Cluster(short_tmp / "broken")
-    with pytest.raises(ClusterError, match=r"(?s)slurmdbd ended.*Nonsense"):
+    with pytest.raises(ClusterError, match=r"(?s)slurmdbd exited.*Nonsense"):
         broken.start()
     assert not broken.folder.exists()
     assert not find(lambda process: f"{MARK}={broken.folder}" in process.environ())

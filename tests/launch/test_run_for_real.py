@@ -59,7 +59,7 @@ def test_run_interrupt_resume_and_chat(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     saved = Ledger(run.ledger).last(Interrupted, "sft")
     assert saved is not None
-    assert f"sft is saved at step {saved['step']}" in err
+    assert f"sft is saved at step {saved.step}" in err
 
     process = start(words)
     out, err = process.communicate(timeout=300)

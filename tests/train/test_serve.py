@@ -98,4 +98,4 @@ def test_a_port_in_use_is_reported(run: RunDir) -> None:
         command = [sys.executable, "-m", "hpc_rlhf.cli", "serve", str(run.path), "--port", str(port)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert f"if port {port} is taken, choose another by --port" in done.stderr
+    assert f"if port {port} is taken, choose another with --port" in done.stderr

@@ -169,6 +169,6 @@ def test_user_errors_found_on_the_node_are_reported_in_one_sentence(
     (code,) = run_stage(run, "sft", 1)
     failed = Ledger(run.ledger).last(Failed, "sft")
     assert failed is not None
-    assert code == failed["exit_code"] in (1, 2)
+    assert code == failed.exit_code in (1, 2)
     assert said in failed.message
     assert "Traceback" not in log_tail(run, "sft")
