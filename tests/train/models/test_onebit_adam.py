@@ -150,7 +150,7 @@ print("SEEN" + json.dumps(seen))
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The report of each rank."""
     folder = tmp_path_factory.mktemp("onebit")
-    precisions = filter(tiny.is_supported, PRECISIONS)
+    precisions = [precision for precision in PRECISIONS if tiny.is_supported(precision)]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK + END, str(folder), str(WARMUP), str(STEPS), *precisions],
