@@ -25,7 +25,7 @@ def gigabytes(actor: object) -> float:
 def test_a_folders_files_count_before_a_number_in_its_name(tmp_path: Path) -> None:
     folder = tmp_path / "opt-13b-distilled"
     folder.mkdir()
-    assert gigabytes(str(folder)) > 300  # nothing but its name is known
+    assert gigabytes(str(folder)) > 300  # only its name is known
     with (folder / "model.safetensors").open("wb") as file:
         file.truncate(250_000_000)
     assert 2 < gigabytes(str(folder)) < 10

@@ -162,9 +162,9 @@ def test_a_run_keeps_what_it_was_prepared_with(tmp_path: Path, monkeypatch: pyte
     assert again.stages == first.stages
     assert "prepared" in choices[0].why
     prepared(again)
-    # Another run, or another spec for this one that has not trained yet, is chosen for anew.
+    # Another run, or another spec for this one that has not trained yet, gets a new choice.
     assert load(file, ["seed=5"]).stages != first.stages  # type: ignore[union-attr]
-    # What only says where it runs is no other spec.
+    # What only says where it runs does not make it another spec.
     moved = load(file, ["slurm.partition=other"])
     assert isinstance(moved, JobSpec)
     assert moved.stages.sft is not None
