@@ -104,11 +104,7 @@ def _titles(parts: dict[str, Schema], classes: dict[str, type[Model]]) -> dict[s
 def _common(cls: type[Model] | None) -> list[type[Model]]:
     """The base sections whose fields a section inherits, most general first."""
     bases = cls.__mro__[1:] if cls else ()
-    return [
-        base
-        for base in reversed(bases)
-        if issubclass(base, Model) and base is not Model and base.model_fields
-    ]
+    return [base for base in reversed(bases) if issubclass(base, Model) and base is not Model and base.model_fields]
 
 
 def _refs(facts: Schema) -> Iterator[tuple[str, str]]:

@@ -52,9 +52,7 @@ def speed_up(cast: Path, fast: Path) -> None:
 
 def render_svg(cast: Path, svg: Path) -> None:
     delay = str(int(LAST_FRAME * 1000))
-    subprocess.run(
-        ["termtosvg", "render", str(cast), str(svg), "-D", delay, "-t", "window_frame"], check=True
-    )
+    subprocess.run(["termtosvg", "render", str(cast), str(svg), "-D", delay, "-t", "window_frame"], check=True)
 
 
 def take_screenshots(report: Path) -> None:

@@ -45,9 +45,7 @@ def _settings(args: Mapping[str, object]) -> PpoSpec:
         return PpoSpec.model_validate(dict(args))
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc'])) or 'args'}: {e['msg']}" for e in error.errors()]
-        raise HpcRlhfError(
-            "; ".join(wrong), where="args", hint="the fields are those of stages.ppo"
-        ) from error
+        raise HpcRlhfError("; ".join(wrong), where="args", hint="the fields are those of stages.ppo") from error
 
 
 def _check_reward_model(source: str) -> None:
@@ -69,8 +67,7 @@ def _check_reward_model(source: str) -> None:
 class DeepSpeedRLHFEngine:
     """The four models of PPO, as DeepSpeed engines on this rank.
 
-    Start the program on every rank with ``deepspeed``, ``torchrun`` or ``srun``; started alone, it is the
-    only rank.
+    Start the program on every rank with ``deepspeed``, ``torchrun`` or ``srun``; started alone, it is the only rank.
 
     Args:
         actor_model_name_or_path: the fine-tuned model: initializes the actor and is the reference.
@@ -101,9 +98,7 @@ class DeepSpeedRLHFEngine:
             tokenizer = load_tokenizer(source, iter(()), Path(source), self.world)
         self.tokenizer = configure_tokenizer(tokenizer, "auto")
         _check_reward_model(critic_model_name_or_path)
-        batch = Batch(
-            self.spec.micro_batch, 1, self.world.dims.data, self.spec.micro_batch * self.world.dims.data
-        )
+        batch = Batch(self.spec.micro_batch, 1, self.world.dims.data, self.spec.micro_batch * self.world.dims.data)
         job = PlannedJob(PPO.name, PPO.name, (), self.spec, self.spec.slurm, batch)
         start = ModelSources(
             actor=actor_model_name_or_path,
@@ -133,8 +128,7 @@ class DeepSpeedPPOTrainer:
         backend: generates the responses; by default the training processes themselves.
 
     Attributes:
-        metrics: of the last step: reward, kl, entropy, clipfrac and the others of a ppo stage's
-            metrics.jsonl.
+        metrics: of the last step: reward, kl, entropy, clipfrac and the others of a ppo stage's metrics.jsonl.
     """
 
     def __init__(

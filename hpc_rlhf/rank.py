@@ -1,9 +1,8 @@
 """A rank's first and last steps: block signals until the stage can handle them, check the owner of what it
 loads, hand over to submitit, and exit.
 
-A job that is preempted in the second in which Python and submitit load would otherwise die of the signal, be
-recorded as failed, and take the stages after it with it. A blocked signal is delivered as soon as the stage
-unblocks it.
+A job that is preempted in the second in which Python and submitit load would otherwise die of the signal, be recorded
+as failed, and take the stages after it with it. A blocked signal is delivered as soon as the stage unblocks it.
 """
 
 from __future__ import annotations

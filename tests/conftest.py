@@ -35,9 +35,7 @@ SESSION_MARK = "HPC_RLHF_TEST_SESSION"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-golden", action="store_true", help="write the golden files instead of comparing"
-    )
+    parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -121,9 +121,7 @@ def _report_bug(error: Exception) -> int:
             _discard_output()  # flushing the rest would fail too
         return RUN_FAILED
     what = f"{type(error).__name__}: {error}"
-    click.echo(
-        f"error: this is a bug in hpc-rlhf ({what}); please report it with {_traceback(error)}", err=True
-    )
+    click.echo(f"error: this is a bug in hpc-rlhf ({what}); please report it with {_traceback(error)}", err=True)
     return RUN_FAILED
 
 

@@ -20,11 +20,7 @@ def command(run: str) -> None:
     runs = find_runs(run)
     # Later runs of a sweep may depend on earlier ones: cancel the dependents first.
     cancelled = {each.path.name: cancel(each) for each in reversed(runs)}
-    rows = [
-        (name, stage, job.job_id, job.state)
-        for name, jobs in cancelled.items()
-        for stage, job in jobs.items()
-    ]
+    rows = [(name, stage, job.job_id, job.state) for name, jobs in cancelled.items() for stage, job in jobs.items()]
     if not rows:
         click.echo("no job of this run is queued or running on Slurm", err=True)
     elif len(runs) > 1:

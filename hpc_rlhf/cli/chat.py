@@ -37,13 +37,9 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     help="Model to use; ema is the moving average of PPO's weights.",
     show_default="the latest finished",
 )
-@click.option(
-    "--compare", nargs=2, type=click.Choice(tuple(POLICIES)), help="Two models to show side by side."
-)
+@click.option("--compare", nargs=2, type=click.Choice(tuple(POLICIES)), help="Two models to show side by side.")
 @click.option("--prompt", metavar="TEXT", help="Print the response to this prompt and exit.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest response."
-)
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest response.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
@@ -53,9 +49,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     help="Sampling temperature; 0 is greedy.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Sampling seed.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="With --prompt: print JSON, one conversation per model."
-)
+@click.option("--json", "as_json", is_flag=True, help="With --prompt: print JSON, one conversation per model.")
 def command(
     run: str, stage: str | None, compare: tuple[str, str] | None, prompt: str | None, max_tokens: int,
     temperature: float, seed: int, as_json: bool,
@@ -72,8 +66,7 @@ def command(
     from hpc_rlhf.train.chat import ChatModel
 
     conversations = [
-        Conversation(name, ChatModel(folder), max_tokens, temperature, seed)
-        for name, folder in folders.items()
+        Conversation(name, ChatModel(folder), max_tokens, temperature, seed) for name, folder in folders.items()
     ]
     if prompt is None:
         converse(conversations)
@@ -96,11 +89,7 @@ def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
     spec = read_spec(run.job_yaml)
     if model is not None and model not in spec.policies:
         maker = POLICIES[model].name
-        what = (
-            f"has no {maker} stage"
-            if model == maker
-            else f"keeps no moving average: stages.{maker}.ema is false"
-        )
+        what = f"has no {maker} stage" if model == maker else f"keeps no moving average: stages.{maker}.ema is false"
         raise HpcRlhfError(f"this run {what}", where=str(run.path))
     latest_first = [name for name, stage in reversed(spec.policies.items()) if name == stage]
     names = latest_first if model is None else [model]
@@ -111,9 +100,7 @@ def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
             return name, files.model if name == stage else files.ema_model
     if not names:
         makers = dict.fromkeys(kind.name for kind in POLICIES.values())
-        raise HpcRlhfError(
-            f"this run trains no chat model: it has no {' or '.join(makers)} stage", where=str(run.path)
-        )
+        raise HpcRlhfError(f"this run trains no chat model: it has no {' or '.join(makers)} stage", where=str(run.path))
     raise HpcRlhfError(
         f"there is no finished model yet: {' and '.join(names)} "
         + ("is not finished" if len(names) == 1 else "are not finished"),

@@ -30,9 +30,7 @@ _MAX_FIELDS = 6
 _LONGEST_VALUE = 28
 
 
-@click.command(
-    epilog=example("hpc-rlhf compare my-sweep.yaml", "hpc-rlhf compare runs/one runs/other --by ppo.kl")
-)
+@click.command(epilog=example("hpc-rlhf compare my-sweep.yaml", "hpc-rlhf compare runs/one runs/other --by ppo.kl"))
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--by", metavar="METRIC", help="Metric to rank by; --json lists them all.")
 @json_option

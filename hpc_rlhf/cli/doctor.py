@@ -25,14 +25,10 @@ if TYPE_CHECKING:
 @click.command(epilog=example("hpc-rlhf doctor my-job.yaml --on-cluster"))
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @set_option
-@click.option(
-    "--on-cluster", is_flag=True, help="Also check compute nodes, in a job of about a minute on two of them."
-)
+@click.option("--on-cluster", is_flag=True, help="Also check compute nodes, in a job of about a minute on two of them.")
 @json_option
 @click.pass_context
-def command(
-    ctx: click.Context, file: Path | None, sets: tuple[str, ...], on_cluster: bool, as_json: bool
-) -> None:
+def command(ctx: click.Context, file: Path | None, sets: tuple[str, ...], on_cluster: bool, as_json: bool) -> None:
     """Check that this machine and the cluster can run FILE; without FILE, only what every run needs.
 
     The checks cover Python and packages, torch and DeepSpeed, Slurm's settings, the hub, whether the stages

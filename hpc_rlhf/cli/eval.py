@@ -28,9 +28,7 @@ from hpc_rlhf.spec.stages import EVALUATION
 @set_option
 @json_option
 @click.pass_context
-def command(
-    context: click.Context, run: str, prompts: int | None, sets: tuple[str, ...], as_json: bool
-) -> None:
+def command(context: click.Context, run: str, prompts: int | None, sets: tuple[str, ...], as_json: bool) -> None:
     """Evaluate the models of RUN, a run directory or job file, on held-out data.
 
     Runs the eval stage on this machine, unless it is already done with the same settings, and prints the

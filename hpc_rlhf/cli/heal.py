@@ -59,11 +59,7 @@ def _heal_sweep(runs: Sequence[RunDir], as_json: bool) -> None:
         facts = {name: [asdict(outcome) for outcome in done] for name, done in outcomes.items()}
         click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
         return
-    rows = [
-        (name, each.stage, each.job_id or "-", _result(each))
-        for name, done in outcomes.items()
-        for each in done
-    ]
+    rows = [(name, each.stage, each.job_id or "-", _result(each)) for name, done in outcomes.items() for each in done]
     print_table(("run", "stage", "job", ""), rows)
 
 

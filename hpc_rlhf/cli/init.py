@@ -13,9 +13,7 @@ from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, Recipe, billions_in, neare
 
 
 @click.command(
-    epilog=example(
-        "hpc-rlhf init --actor facebook/opt-1.3b --reward facebook/opt-350m --deployment single_gpu"
-    )
+    epilog=example("hpc-rlhf init --actor facebook/opt-1.3b --reward facebook/opt-350m --deployment single_gpu")
 )
 @click.option("--actor", required=True, metavar="MODEL", help="Hub id or folder of the model to train.")
 @click.option(
@@ -64,9 +62,7 @@ def command(actor: str, reward: str | None, deployment: str, name: str | None, o
 
 
 def _origin(recipe: Recipe, billions: float | None) -> str:
-    origin = (
-        f"Hyperparameters from DeepSpeed-Chat, {recipe.billions:g} billion parameters on {recipe.machine}."
-    )
+    origin = f"Hyperparameters from DeepSpeed-Chat, {recipe.billions:g} billion parameters on {recipe.machine}."
     if billions is None:
         return f"{origin} The model's name does not give its size: check that they suit it."
     if not 1 / 1.6 <= billions / recipe.billions <= 1.6:

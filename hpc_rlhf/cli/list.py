@@ -43,9 +43,7 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
     """
     for folder in folders:
         if not folder.is_dir():
-            raise HpcRlhfError(
-                "is not a folder", where=str(folder), hint="give folders that hold run directories"
-            )
+            raise HpcRlhfError("is not a folder", where=str(folder), hint="give folders that hold run directories")
     lines = list_runs(find_runs(folders or run_index.known()))
     if not lines and not as_json:
         where = "here" if folders else "yet; to list those in a folder: hpc-rlhf list DIR"

@@ -23,9 +23,7 @@ from hpc_rlhf.observe.logs import (
 from hpc_rlhf.run.layout import RunDir
 
 
-@click.command(
-    epilog=example("hpc-rlhf logs my-job.yaml ppo --follow", "hpc-rlhf logs my-job.yaml sft --attempt 2")
-)
+@click.command(epilog=example("hpc-rlhf logs my-job.yaml ppo --follow", "hpc-rlhf logs my-job.yaml sft --attempt 2"))
 @click.argument("run")
 @click.argument("stage", required=False)
 @click.option(
@@ -47,9 +45,7 @@ from hpc_rlhf.run.layout import RunDir
     show_default="all of the latest job",
 )
 @json_option
-def command(
-    run: str, stage: str | None, follow: bool, rank: int | None, attempt: int | None, as_json: bool
-) -> None:
+def command(run: str, stage: str | None, follow: bool, rank: int | None, attempt: int | None, as_json: bool) -> None:
     """Print the log of a STAGE of RUN, a run directory or job file; by default of the latest stage.
 
     After the log of a failed stage, the cause is printed on stderr. --json prints the location of the log

@@ -136,9 +136,7 @@ def print_times(spec: JobSpec, estimates: dict[str, StageTime | HpcRlhfError]) -
         hours += estimate.gpu_hours or 0.0
         if (estimate.attempts or 1) > 1:
             limit = spec.stage(stage).slurm.time
-            notes.append(
-                f"{stage} needs about {estimate.attempts} attempts of {limit}: it saves, requeues and resumes"
-            )
+            notes.append(f"{stage} needs about {estimate.attempts} attempts of {limit}: it saves, requeues and resumes")
     whole = chain_seconds(spec, estimates)
     if whole is not None and len(rows) > 1:
         rows.append(("total", "", "", "", _brief(whole), _hours(hours)))

@@ -15,9 +15,7 @@ from hpc_rlhf.spec.sweep import Sweep
 
 @click.command(epilog=example("hpc-rlhf render my-job.yaml --out look"))
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to."
-)
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
 @set_option
 def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
     """Write the sbatch script, DeepSpeed config and hostfile template of every stage of FILE.
@@ -28,7 +26,5 @@ def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
     spec = load(file, sets)
     specs = {out / name: one for name, one in spec.specs.items()} if isinstance(spec, Sweep) else {out: spec}
     with writing(out):
-        paths = [
-            path for folder, one in specs.items() for path in render(make_plan(one), folder, file.parent)
-        ]
+        paths = [path for folder, one in specs.items() for path in render(make_plan(one), folder, file.parent)]
     click.echo("\n".join(map(str, paths)))

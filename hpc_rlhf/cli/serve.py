@@ -9,13 +9,9 @@ from hpc_rlhf.cli.chat import finished_model
 from hpc_rlhf.spec.stages import POLICIES
 
 
-@click.command(
-    "serve", epilog=example("hpc-rlhf serve my-job.yaml", "hpc-rlhf serve my-job.yaml --stage sft --slurm")
-)
+@click.command("serve", epilog=example("hpc-rlhf serve my-job.yaml", "hpc-rlhf serve my-job.yaml --stage sft --slurm"))
 @click.argument("run", metavar="RUN")
-@click.option(
-    "--stage", type=click.Choice(tuple(POLICIES)), help="Model to serve.", show_default="the latest finished"
-)
+@click.option("--stage", type=click.Choice(tuple(POLICIES)), help="Model to serve.", show_default="the latest finished")
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -33,9 +29,7 @@ def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> 
     from hpc_rlhf.launch import serving
 
     if as_job and host != serving.LOCALHOST:
-        raise click.UsageError(
-            "--host cannot be used with --slurm: a job listens on its node's localhost only."
-        )
+        raise click.UsageError("--host cannot be used with --slurm: a job listens on its node's localhost only.")
     run_dir = find_run(run)
     name, folder = finished_model(run_dir, stage)
 

@@ -23,9 +23,7 @@ from hpc_rlhf.spec.sweep import Sweep
 @click.command(epilog=example("hpc-rlhf submit my-job.yaml --dry-run"))
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
-@click.option(
-    "--dry-run", is_flag=True, help="Show what would be submitted. Needs no Slurm and writes nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Show what would be submitted. Needs no Slurm and writes nothing.")
 def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
     """Submit the stages of FILE to Slurm.
 

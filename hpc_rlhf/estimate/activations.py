@@ -68,9 +68,7 @@ class Pass:
         chunk = min(n, rows)
         head = size * model.hidden
         trained = self.stage.lora is None or not self.stage.lora.only
-        weight_copy = (
-            4 * head if self.on_cpu and item == 2 else 0
-        )  # a CPU multiplies half precision as float32
+        weight_copy = 4 * head if self.on_cpu and item == 2 else 0  # a CPU multiplies half precision as float32
         # A GPU holds the chunk in half precision, before and after its float32 logits.
         per_logit = 4 if item == 4 or self.on_cpu else 4 + item
         chunk_bytes = chunk * (size * per_logit + (item + wide) * model.hidden)

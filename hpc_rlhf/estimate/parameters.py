@@ -112,9 +112,7 @@ def architecture(models: ModelsSpec, role: str) -> Architecture:
             continue
     shapes = architectures(configs)[0]
     if isinstance(shapes, str):
-        raise HpcRlhfError(
-            f"the model cannot be built from its configuration: {shapes}", where=f"models.{role}"
-        )
+        raise HpcRlhfError(f"the model cannot be built from its configuration: {shapes}", where=f"models.{role}")
     return shapes
 
 
@@ -141,9 +139,7 @@ def architectures(configs: Sequence[Mapping[str, object]]) -> list[Architecture 
 def _measure(configs: Sequence[str]) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "hpc_rlhf.train.models.shapes"]
     try:
-        done = subprocess.run(
-            command, input=f"[{','.join(configs)}]", capture_output=True, text=True, timeout=_SECONDS
-        )
+        done = subprocess.run(command, input=f"[{','.join(configs)}]", capture_output=True, text=True, timeout=_SECONDS)
         shapes: list[dict[str, object]] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         return [{"error": f"transformers did not load within {_SECONDS} s"}] * len(configs)
@@ -164,11 +160,7 @@ def _cache_file(config: str) -> Path:
         versions = f"{__version__} {metadata.version('transformers')}"
     except metadata.PackageNotFoundError:  # _measure reports it
         versions = __version__
-    return (
-        hub.cache()
-        / "hpc-rlhf/shapes"
-        / f"{hashlib.sha256(f'{versions} {config}'.encode()).hexdigest()}.json"
-    )
+    return hub.cache() / "hpc-rlhf/shapes" / f"{hashlib.sha256(f'{versions} {config}'.encode()).hexdigest()}.json"
 
 
 def _read_cache(config: str) -> Architecture | None:

@@ -88,9 +88,7 @@ def _prepared(source: SourceSpec) -> int | None:
     cache = hub.folder("data set")
     name = (source.path or "").replace("/", "___")
     counts = set()
-    for info in cache.glob(
-        f"{glob.escape(name)}/{glob.escape(source.subset or '') or '*'}/*/*/dataset_info.json"
-    ):
+    for info in cache.glob(f"{glob.escape(name)}/{glob.escape(source.subset or '') or '*'}/*/*/dataset_info.json"):
         split = json.loads(info.read_text(encoding="utf-8")).get("splits", {}).get(source.split)
         if split:
             counts.add(int(split["num_examples"]))

@@ -74,8 +74,7 @@ def stage_memory(spec: JobSpec, name: str) -> Memory:
     """The memory of a stage on each of its GPUs.
 
     Raises:
-        HpcRlhfError: a model's configuration is not here, transformers cannot build it, or the global batch
-            is uneven.
+        HpcRlhfError: a model's configuration is not here, transformers cannot build it, or the global batch is uneven.
     """
     stage = spec.stage(name)
     gpu = None if stage.slurm.gpu is None else gpu_bytes(stage.slurm.gpu)
@@ -187,9 +186,7 @@ def _layer(model: Architecture, item: int) -> int:
     return 3 * item * model.hidden + max(12 * model.hidden, 3 * item * model.inner)
 
 
-def _rollout(
-    actor: Architecture, stage: StageSpec, responses: int, lengths: tuple[int, int], gpu: int | None
-) -> Parts:
+def _rollout(actor: Architecture, stage: StageSpec, responses: int, lengths: tuple[int, int], gpu: int | None) -> Parts:
     """A rollout: gathered weights and the KV cache, and the pass over the first prompts."""
     item, longest = ITEM[stage.precision], sum(lengths)
     ways, lora = (stage.tensor_parallel, stage.lora) if isinstance(stage, TrainingSpec) else (1, None)

@@ -19,8 +19,7 @@ class StageTime:
     """How long a stage takes.
 
     Attributes:
-        parts: seconds of a step by part: training, optimizer, messages, offload, and PPO's decoding and
-            scoring.
+        parts: seconds of a step by part: training, optimizer, messages, offload, and PPO's decoding and scoring.
         samples: samples of a step.
         expected: samples that the data have for the stage; None if unknown here.
         steps: steps of the whole stage, 1 for an evaluation; None if unknown.

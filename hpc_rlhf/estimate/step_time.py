@@ -100,8 +100,7 @@ def _machine(stage: StageSpec, name: str) -> _Machine:
             where=f"stages.{name}.slurm.gpu",
             hint=f"set slurm.gpu to one of {', '.join(gpu_names())}",
         )
-    # Collectives between nodes use all adapters of a node at once, and the links inside it to distribute the
-    # data.
+    # Collectives between nodes use all adapters of a node at once, and the links inside it to distribute the data.
     outside = NETWORK * stage.slurm.tasks_per_node if stage.slurm.nodes > 1 else float("inf")
     link = min(gpu.link * 1e9, outside)
     return _Machine(
@@ -160,9 +159,7 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machi
 
 
 @_parts.register
-def _evaluation(
-    stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machine
-) -> dict[str, float]:
+def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[str, float]:
     """Every policy responds to the prompts and computes likelihoods, and the reward model scores.
 
     Loading is not included. A rank passes its prompts through the models one micro-batch at a time.
@@ -225,9 +222,8 @@ def _scored(model: _Model, stored: StageSpec, tokens: int, machine: _Machine) ->
 def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[str, float]:
     """Seconds of one optimizer step of a model, in which each pass has ``tokens`` tokens on each rank.
 
-    A forward pass costs two operations per weight and token. So does each half of the backward pass:
-    gradients of the inputs, and of the weights, which frozen weights do not need. Checkpointing adds a
-    forward pass.
+    A forward pass costs two operations per weight and token. So does each half of the backward pass: gradients of the
+    inputs, and of the weights, which frozen weights do not need. Checkpointing adds a forward pass.
     """
     again = int(model.scheme.activation_checkpointing)
     full = 4 if not model.frozen_inside else 2
@@ -251,9 +247,8 @@ def _optimizer(model: _Model, machine: _Machine) -> float:
 def _messages(model: _Model, passes: int, machine: _Machine) -> float:
     """Seconds in which a rank communicates gradients and weights in a step.
 
-    ZeRO 0 all-reduces gradients once per step, which costs twice their bytes; ZeRO 1 also gathers the new
-    weights. ZeRO 2 reduces gradients in every pass. ZeRO 3 reduce-scatters gradients and gathers all weights
-    twice in every pass.
+    ZeRO 0 all-reduces gradients once per step, which costs twice their bytes; ZeRO 1 also gathers the new weights. ZeRO
+    2 reduces gradients in every pass. ZeRO 3 reduce-scatters gradients and gathers all weights twice in every pass.
     """
     ranks, item, zero = machine.data_ranks, model.item, model.scheme.zero
     if ranks == 1:
@@ -279,9 +274,7 @@ def _offloaded(model: _Model, passes: int, machine: _Machine) -> float:
     return seconds
 
 
-def _decoding(
-    body: Architecture, actor: _Model, lengths: tuple[int, int], responses: int, machine: _Machine
-) -> float:
+def _decoding(body: Architecture, actor: _Model, lengths: tuple[int, int], responses: int, machine: _Machine) -> float:
     """Seconds in which a rank generates its responses of a rollout.
 
     Each decoding step reads the weights and the KV cache once for all rows of the batch. A sharded actor is

@@ -194,9 +194,7 @@ def _candidates(spec: JobSpec, name: str, words: Mapping[str, object]) -> Iterat
         yield Candidate(fields, sum(step_parts(candidate, name).values()), memory.held, bool(memory.fits))
 
 
-def _combinations(
-    stage: TrainingSpec, name: str, words: Mapping[str, object]
-) -> Iterator[dict[str, int | bool]]:
+def _combinations(stage: TrainingSpec, name: str, words: Mapping[str, object]) -> Iterator[dict[str, int | bool]]:
     axes: dict[str, Sequence[int | bool]] = {}
     if "zero" in words:
         axes["zero"] = range(4)
@@ -229,12 +227,8 @@ def _before(spec: JobSpec) -> JobSpec | None:
     old = read_spec(run.job_yaml)
     if has_trained(run):
         return old
-    open_fields = {
-        f"stages.{stage}.{field}" for stage, words in spec.autos.items() for field in _fields(words)
-    }
-    changes = [
-        path for path, _, _ in differences(old, spec) if path not in open_fields and not is_harmless(path)
-    ]
+    open_fields = {f"stages.{stage}.{field}" for stage, words in spec.autos.items() for field in _fields(words)}
+    changes = [path for path, _, _ in differences(old, spec) if path not in open_fields and not is_harmless(path)]
     return None if changes else old
 
 

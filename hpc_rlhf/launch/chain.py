@@ -43,9 +43,7 @@ def require_slurm() -> None:
     try:
         commands.queue()
     except HpcRlhfError as error:
-        raise HpcRlhfError(
-            f"Slurm does not answer: {error.message}", hint=hint, exit_code=error.exit_code
-        ) from error
+        raise HpcRlhfError(f"Slurm does not answer: {error.message}", hint=hint, exit_code=error.exit_code) from error
 
 
 @dataclass
@@ -112,9 +110,7 @@ class Chain:
         stale = queued.reason == "DependencyNeverSatisfied" or moved or {*after, *behind} - queued.needs
         if queued.state == "PENDING" and stale:
             commands.set_dependency(queued.job_id, after, behind)
-            now = (
-                f"now waits for {' and '.join((*after, *behind))}" if after or behind else "now free to start"
-            )
+            now = f"now waits for {' and '.join((*after, *behind))}" if after or behind else "now free to start"
             return Outcome(job.stage, "live", queued.job_id, f"PENDING, {now}")
         detail = f"{queued.state}, {queued.reason}" if queued.state == "PENDING" else queued.state
         return Outcome(job.stage, "live", queued.job_id, detail)
@@ -177,12 +173,7 @@ class Chain:
         """
         job_id = self.ids.get(job.stage)
         elsewhere = self.run.lender(job.stage) is not None
-        if (
-            elsewhere
-            or not job.slurm.heal.enabled
-            or job_id is None
-            or manifest.is_done(self.run.stage(job.stage))
-        ):
+        if elsewhere or not job.slurm.heal.enabled or job_id is None or manifest.is_done(self.run.stage(job.stage)):
             return
         token = self._tokens[job_id]
         if sentinel.waits(self.jobs.queue, token):

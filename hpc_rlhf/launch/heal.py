@@ -103,14 +103,10 @@ class _StageHealer:
             return Outcome(stage, "done")
         live = chain.jobs.live.get(stage)
         blocked = [
-            need
-            for need in self._job.needs
-            if not manifest.is_done(chain.run.stage(need)) and need not in chain.ids
+            need for need in self._job.needs if not manifest.is_done(chain.run.stage(need)) and need not in chain.ids
         ]
         if blocked:
-            return Outcome(
-                stage, "waits", live.job_id if live else None, f"for {' and '.join(blocked)} to be repaired"
-            )
+            return Outcome(stage, "waits", live.job_id if live else None, f"for {' and '.join(blocked)} to be repaired")
         if live:
             return self._attach(live)
         job_id = chain.jobs.latest.get(stage)

@@ -88,17 +88,14 @@ def _acquire(path: Path, draft: Path) -> None:
         except FileExistsError:
             pass
         try:
-            # The draft was just written, so its time is the file server's current time, whatever our clock
-            # shows.
+            # The draft was just written, so its time is the file server's current time, whatever our clock shows.
             content, silence = path.read_text(), draft.stat().st_mtime - path.stat().st_mtime
         except FileNotFoundError:
             continue
         if not _is_stale(content, silence):
             raise _refusal(path, content)
         _set_aside(path, content)
-    raise HpcRlhfError(
-        "the lock changes owners too fast", where=str(path), hint="try again", exit_code=RUN_FAILED
-    )
+    raise HpcRlhfError("the lock changes owners too fast", where=str(path), hint="try again", exit_code=RUN_FAILED)
 
 
 def _set_aside(path: Path, stale: str) -> None:

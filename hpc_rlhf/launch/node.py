@@ -35,9 +35,8 @@ def command(run: RunDir, stage: str, launcher: str, env: Mapping[str, str]) -> l
 def main(run: str, stage: str, launcher: str) -> None:
     """Become the launcher.
 
-    Slurm signals every process of a job. These launchers would end their ranks on a signal that only requests
-    a save, so it stays blocked in them for good, and in the ranks, which inherit the mask, until the stage
-    handles it.
+    Slurm signals every process of a job. These launchers would end their ranks on a signal that only requests a save,
+    so it stays blocked in them for good, and in the ranks, which inherit the mask, until the stage handles it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     words = command(RunDir(Path(run)), stage, launcher, os.environ)

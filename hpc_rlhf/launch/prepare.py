@@ -72,8 +72,7 @@ def prepare(
         lent: runs of the same sweep that train stages for this one, by stage; prepared before.
 
     Raises:
-        HpcRlhfError: the directory belongs to a different spec or cannot be written, or there is no address
-            to notify.
+        HpcRlhfError: the directory belongs to a different spec or cannot be written, or there is no address to notify.
     """
     refuse_changes(run, spec, live)
     if spec.notify.webhook is not None:
@@ -101,9 +100,7 @@ def differences(old: JobSpec, new: JobSpec) -> list[tuple[str, object, object]]:
     A stage's Slurm settings include the top-level ones, so those are compared only where a stage uses them.
     """
     exclude = {"slurm", "run_dir"}
-    return list(
-        _walk("", old.model_dump(mode="json", exclude=exclude), new.model_dump(mode="json", exclude=exclude))
-    )
+    return list(_walk("", old.model_dump(mode="json", exclude=exclude), new.model_dump(mode="json", exclude=exclude)))
 
 
 def _walk(path: str, old: object, new: object) -> Iterator[tuple[str, object, object]]:
@@ -126,9 +123,7 @@ def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
     if live:
         hint = f"stop its jobs first (hpc-rlhf cancel {run.path}), or choose another run_dir"
     elif has_trained(run):
-        changes = [
-            c for c in changes if not is_harmless(c[0]) and not _same_steps_on_other_ranks(c[0], old, spec)
-        ]
+        changes = [c for c in changes if not is_harmless(c[0]) and not _same_steps_on_other_ranks(c[0], old, spec)]
         hint = "undo the changes, or choose another run_dir" + _resume_hint(changes, old)
     else:
         return
@@ -181,9 +176,7 @@ def _is_size(path: str) -> bool:
 def _resume_hint(changes: list[tuple[str, object, object]], old: JobSpec) -> str:
     """How a stage may resume on another number of ranks."""
     stages = sorted({path.split(".")[1] for path, _, _ in changes if _is_size(path)})
-    fields = [
-        f"stages.{stage}.global_batch: {derive_batch(old.stage(stage), stage).global_}" for stage in stages
-    ]
+    fields = [f"stages.{stage}.global_batch: {derive_batch(old.stage(stage), stage).global_}" for stage in stages]
     return f"; to split the same steps over other ranks, set {' and '.join(fields)}" if fields else ""
 
 

@@ -106,14 +106,11 @@ class Templates:
         try:
             config = json.loads(text)
         except ValueError as error:
-            raise HpcRlhfError(
-                f"the DeepSpeed config of {job.stage} is not JSON: {error}", where=file
-            ) from error
+            raise HpcRlhfError(f"the DeepSpeed config of {job.stage} is not JSON: {error}", where=file) from error
         wrong = _batch_differences(config, job.batch)
         if wrong:
             raise HpcRlhfError(
-                f"the DeepSpeed config of {job.stage} does not have the batch of the spec: "
-                f"{', '.join(wrong)}",
+                f"the DeepSpeed config of {job.stage} does not have the batch of the spec: {', '.join(wrong)}",
                 where=file,
                 hint="use {{ batch.micro }} and {{ batch.accumulation }} in the template, and set micro_batch "
                 "and global_batch in the spec",

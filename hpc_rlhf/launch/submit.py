@@ -19,9 +19,7 @@ from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.job import JobSpec
 
 
-def submit(
-    spec: JobSpec, beside: Path | None = None, lent: Mapping[str, RunDir] | None = None
-) -> list[Outcome]:
+def submit(spec: JobSpec, beside: Path | None = None, lent: Mapping[str, RunDir] | None = None) -> list[Outcome]:
     """Submit every stage that is neither finished nor queued nor running.
 
     Args:
@@ -30,8 +28,7 @@ def submit(
         lent: runs of the same sweep that train stages for this one, by stage; submitted before.
 
     Raises:
-        HpcRlhfError: there is no Slurm here, Slurm rejects a job, or the run directory belongs to another
-            spec.
+        HpcRlhfError: there is no Slurm here, Slurm rejects a job, or the run directory belongs to another spec.
     """
     require_slurm()
     with claim(spec, "hpc-rlhf submit") as run:

@@ -39,9 +39,7 @@ def followers(run: RunDir) -> list[RunDir]:
     place = labels.index(run.path.name)
     result = []
     for number, other in enumerate(map(run.sweep.run, labels)):
-        borrows = any(
-            path.is_symlink() and path.resolve().parent.parent == run.path.resolve() for path in other.stages
-        )
+        borrows = any(path.is_symlink() and path.resolve().parent.parent == run.path.resolve() for path in other.stages)
         if other.job_yaml.exists() and (borrows or (limit is not None and number == place + limit)):
             result.append(other)
     return result

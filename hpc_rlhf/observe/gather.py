@@ -51,10 +51,7 @@ class RunPlan:
         """
         try:
             plan = json.loads(run.plan_json.read_text(encoding="utf-8"))
-            jobs = [
-                PlannedStage(job["stage"], tuple(job["needs"]), job["batch"]["global"])
-                for job in plan["jobs"]
-            ]
+            jobs = [PlannedStage(job["stage"], tuple(job["needs"]), job["batch"]["global"]) for job in plan["jobs"]]
             return cls(str(plan["name"]), tuple(jobs))
         except (OSError, ValueError, LookupError, TypeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is damaged"
@@ -127,9 +124,7 @@ class RunRecord:
     done: frozenset[str]
 
     @classmethod
-    def read(
-        cls, run: RunDir, plan: RunPlan | None = None, events: Sequence[Event] | None = None
-    ) -> RunRecord:
+    def read(cls, run: RunDir, plan: RunPlan | None = None, events: Sequence[Event] | None = None) -> RunRecord:
         """Read a run directory.
 
         Args:

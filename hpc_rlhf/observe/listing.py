@@ -29,8 +29,7 @@ class RunLine:
     Attributes:
         name: the run's.
         path: its directory.
-        state: done, or that of its most important stage: one that failed, else one that runs, else one that
-            waits.
+        state: done, or that of its most important stage: one that failed, else one that runs, else one that waits.
         stage: that stage; None if the run is done.
         why: more about the state; may be empty.
         done: number of finished stages.
@@ -67,9 +66,7 @@ def _runs_in(folder: Path, depth: int) -> list[Path]:
     if RunDir(folder).job_yaml.is_file() and RunDir(folder).plan_json.is_file():
         return [folder]
     try:
-        below = (
-            [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()] if depth else []
-        )
+        below = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()] if depth else []
     except OSError:
         return []
     return [run for path in sorted(below) for run in _runs_in(path, depth - 1)]

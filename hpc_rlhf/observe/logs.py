@@ -109,15 +109,12 @@ def read_attempt(run: RunDir, stage: str, rank: int, number: int) -> list[tuple[
     job = event.job_id or event.attempt.split("-")[1]
     restart = event.restart if event.job_id else None
     texts = [
-        (path, own_part(path.read_text(encoding="utf-8", errors="replace"), restart))
-        for path in reader.of_job(job)
+        (path, own_part(path.read_text(encoding="utf-8", errors="replace"), restart)) for path in reader.of_job(job)
     ]
     parts = [(path, text) for path, text in texts if text.strip()]
     if not parts:
         where = str(run.stage(stage).logs)
-        raise HpcRlhfError(
-            f"attempt {number} at {stage} has no log of rank {rank}", where, exit_code=RUN_FAILED
-        )
+        raise HpcRlhfError(f"attempt {number} at {stage} has no log of rank {rank}", where, exit_code=RUN_FAILED)
     return parts
 
 
@@ -162,9 +159,7 @@ def _rank_with(run: RunDir, stage: str, message: str) -> int:
         return int(task[1])
     words = " ".join(message.split())[:_PREFIX].rstrip("…")
     logs = [
-        path
-        for path in run.stage(stage).logs.glob("*_log.err")
-        if words and words in " ".join(read_tail(path).split())
+        path for path in run.stage(stage).logs.glob("*_log.err") if words and words in " ".join(read_tail(path).split())
     ]
     latest = max(logs, key=_mtime, default=None)
     return 0 if latest is None else int(latest.name.split("_")[-2])

@@ -53,9 +53,7 @@ def _rows(text: str, kind: str) -> list[Row]:
         if isinstance(record, dict) and record.get("kind") == kind:
             step, total, time = (record.pop(key, 0) for key in ("step", "total_steps", "time"))
             numbers = {
-                name: value
-                for name, value in record.items()
-                if value is None or isinstance(value, (int, float))
+                name: value for name, value in record.items() if value is None or isinstance(value, (int, float))
             }
             rows.append(Row(step, total, time, numbers))
     return rows

@@ -34,8 +34,7 @@ class StageStatus:
         value: its latest value.
         numbers: the latest values of all progress metrics, by name; null for one that was not finite.
         updated: when the latest step was done, in Unix seconds.
-        left: seconds of work left at the pace of the latest steps, without time in a queue; None if unknown
-            or done.
+        left: seconds of work left at the pace of the latest steps, without time in a queue; None if unknown or done.
         goodput: where its time went, and what interrupted it.
     """
 

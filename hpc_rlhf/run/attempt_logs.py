@@ -23,8 +23,7 @@ class AttemptLogs:
     Attributes:
         files: the stage's.
         job_id: the job's.
-        restart: how often the job had been requeued before this attempt; None for the last attempt whose
-            script ran.
+        restart: how often the job had been requeued before this attempt; None for the last attempt whose script ran.
     """
 
     files: StageDir

@@ -83,13 +83,9 @@ def address(webhook: WebhookSpec) -> str:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise HpcRlhfError(f"cannot read {path}: {reason}", where, "write the URL into it") from None
         if shared:
-            raise HpcRlhfError(
-                f"others can read {path}, and the URL in it is a secret", where, f"chmod 600 {path}"
-            )
+            raise HpcRlhfError(f"others can read {path}, and the URL in it is a secret", where, f"chmod 600 {path}")
     if not re.fullmatch(r"https?://[^\s\x00-\x1f\x7f]+", url):
-        raise HpcRlhfError(
-            f"{webhook.url} does not contain an http or https URL", where, "write the whole URL there"
-        )
+        raise HpcRlhfError(f"{webhook.url} does not contain an http or https URL", where, "write the whole URL there")
     return url
 
 

@@ -16,9 +16,7 @@ FINAL = frozenset({USER_ERROR, PAST_DEADLINE, CANCELLED_BY_TOOL, CANCELLED_BY_HA
 # Caused by the cluster, so they say nothing about whether the stage can continue.
 BLAMELESS = frozenset({PREEMPTED, NODE_FAILURE, LAUNCH_FAILURE, REQUEUED_BY_HAND})
 # A node on which these recur should be excluded.
-ON_A_NODE = frozenset(
-    {NODE_FAILURE, LAUNCH_FAILURE, KILLED, KILLED_FOR_MEMORY, OUT_OF_MEMORY, NETWORK, HANG, FAILED}
-)
+ON_A_NODE = frozenset({NODE_FAILURE, LAUNCH_FAILURE, KILLED, KILLED_FOR_MEMORY, OUT_OF_MEMORY, NETWORK, HANG, FAILED})
 
 _MEMORY = re.compile(
     r"out of memory|outofmemory|cannot allocate memory|can't allocate memory|bad_alloc|MemoryError", re.I

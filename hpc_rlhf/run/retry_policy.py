@@ -21,9 +21,7 @@ _GROWTH = 4
 _LONGEST_DELAY = 3600
 _TRIES = 2
 _RECENT = 4  # endings
-_MORE_TIME = (
-    "raise slurm.time, or make a step shorter: a smaller global batch, shorter responses, or more GPUs"
-)
+_MORE_TIME = "raise slurm.time, or make a step shorter: a smaller global batch, shorter responses, or more GPUs"
 
 
 class StopKind(Enum):
@@ -70,17 +68,14 @@ class Stop:
         return f"{self.why}: {self.hint}" if self.hint else self.why
 
 
-def decide(
-    window: StageHistory, max_requeues: int, backoff: int = 0, stopping: Requeued | None = None
-) -> Retry | Stop:
+def decide(window: StageHistory, max_requeues: int, backoff: int = 0, stopping: Requeued | None = None) -> Retry | Stop:
     """Whether a stage gets another attempt.
 
     Args:
         window: the stage's events since the user last submitted it (`StageHistory.since_user`).
         max_requeues: how often a stage may be requeued.
         backoff: seconds to wait after the first attempt without progress.
-        stopping: how the attempt that asks is about to end; without it the last ``ended`` of the window is
-            judged.
+        stopping: how the attempt that asks is about to end; without it the last ``ended`` of the window is judged.
     """
     endings = window.all(Ended)
     last = stopping or endings[-1]
@@ -139,8 +134,7 @@ def _gist(ending: Ended) -> str:
 def _bad_nodes(endings: Sequence[Ended]) -> tuple[str, ...]:
     """Nodes on which recent attempts ended more than once, for a reason that may lie in the node.
 
-    Only recent ones: over a long run every node fails eventually, and a stage that excludes all nodes never
-    starts.
+    Only recent ones: over a long run every node fails eventually, and a stage that excludes all nodes never starts.
     """
     blamed = [ending.node for ending in endings if ending.reason in ON_A_NODE and ending.node]
     return tuple(sorted(node for node, times in Counter(blamed[-_RECENT:]).items() if times > 1))

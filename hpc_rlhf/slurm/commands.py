@@ -110,8 +110,7 @@ def start_and_end(job_id: str) -> tuple[float, float]:
     with suppress(HpcRlhfError, ValueError):
         fields = _job_fields(job_id)
         start, end = (
-            time.mktime(time.strptime(fields.get(name, ""), "%Y-%m-%dT%H:%M:%S"))
-            for name in ("StartTime", "EndTime")
+            time.mktime(time.strptime(fields.get(name, ""), "%Y-%m-%dT%H:%M:%S")) for name in ("StartTime", "EndTime")
         )
         return start, end
     return 0.0, math.inf

@@ -81,9 +81,7 @@ def parse_queue(text: str) -> Iterator[QueuedJob]:
     for line in text.splitlines():
         fields = line.split("|", 5)
         if len(fields) == 6:  # another job's name or comment may have broken its line
-            job_id, state, reason, dependency, name, comment = (
-                "" if field in _NOTHING else field for field in fields
-            )
+            job_id, state, reason, dependency, name, comment = ("" if field in _NOTHING else field for field in fields)
             yield QueuedJob(job_id, name, state, reason, comment, dependency)
 
 

@@ -37,8 +37,7 @@ class ContainerSpec(Model):
     )
     mounts: tuple[PathText, ...] = Field(
         default=(),
-        description="Folders to mount, each `source` or `source:target`. The run directory is always "
-        "mounted.",
+        description="Folders to mount, each `source` or `source:target`. The run directory is always mounted.",
     )
 
 
@@ -58,8 +57,7 @@ class HealSpec(Model):
     )
     account: SlurmValue | None = Field(
         default=None,
-        description="The account charged for the sentinel, which runs for about a minute; defaults to the "
-        "stage's.",
+        description="The account charged for the sentinel, which runs for about a minute; defaults to the stage's.",
     )
     qos: SlurmValue | None = Field(
         default=None,
@@ -109,21 +107,15 @@ class SlurmSpec(Model):
         description="Type of the GPUs, such as a100-80g, or the memory of one, such as 80G. It requests "
         "nothing from Slurm: `hpc-rlhf plan` uses it to estimate whether each stage fits.",
     )
-    ranks_per_node: Positive | None = Field(
-        default=None, description="Ranks on each node; defaults to one per GPU."
-    )
+    ranks_per_node: Positive | None = Field(default=None, description="Ranks on each node; defaults to one per GPU.")
     gres: SlurmValue | None = Field(
         default=None,
         description="Requested instead of --gpus-per-node, such as gpu:a100:8. gpus_per_node still sets "
         "the number of ranks on a node.",
     )
     cpus_per_gpu: Positive | None = Field(default=None, description="CPU cores for each rank.")
-    mem: SlurmMemory | None = Field(
-        default=None, description="Memory per node, such as 900G; 0 requests all of it."
-    )
-    constraint: SlurmValue | None = Field(
-        default=None, description="Required node features, such as a100&nvlink."
-    )
+    mem: SlurmMemory | None = Field(default=None, description="Memory per node, such as 900G; 0 requests all of it.")
+    constraint: SlurmValue | None = Field(default=None, description="Required node features, such as a100&nvlink.")
     exclude: SlurmValue | None = Field(default=None, description="Nodes not to use.")
     nodelist: SlurmValue | None = Field(default=None, description="Nodes to use.")
     reservation: SlurmValue | None = Field(default=None, description="Reservation to run in.")
@@ -145,9 +137,8 @@ class SlurmSpec(Model):
     collective_timeout: Duration = Field(
         default="2 h",
         description="How long a collective operation may take before the attempt fails: how long a rank "
-        "waits for the slowest other one, for instance in a rollout or while storage is slow. "
-        "It replaces torch's and DeepSpeed's 10 minutes. A rank that makes no progress at all "
-        "is found sooner.",
+        "waits for the slowest other one, for instance in a rollout or while storage is slow. It replaces torch's and "
+        "DeepSpeed's 10 minutes. A rank that makes no progress at all is found sooner.",
     )
     setup: tuple[Command, ...] = Field(
         default=(),
@@ -157,11 +148,10 @@ class SlurmSpec(Model):
     launcher: Literal["srun", "torchrun", "deepspeed"] = Field(
         default="srun",
         description="What starts the ranks. srun, the right choice for most clusters, starts one Slurm "
-        "task per rank and records which rank failed first. torchrun and deepspeed start one "
-        "task per node, which then starts the ranks of that node. Choose one of them if a "
-        "container should start once per node rather than once per GPU, if Slurm restricts "
-        "each task to its own GPU so that NCCL cannot copy between them, or if your site's "
-        "tools expect that launcher. The resulting weights are the same.",
+        "task per rank and records which rank failed first. torchrun and deepspeed start one task per node, which "
+        "then starts the ranks of that node. Choose one of them if a container should start once per node rather than "
+        "once per GPU, if Slurm restricts each task to its own GPU so that NCCL cannot copy between them, or if your "
+        "site's tools expect that launcher. The resulting weights are the same.",
     )
     container: ContainerSpec | None = Field(default=None, description="A container that every rank runs in.")
     heal: HealSpec = Field(default_factory=HealSpec, description="How failed stages are retried.")

@@ -41,9 +41,7 @@ else:
 class DataSpec(Model):
     """The training data of all stages."""
 
-    sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)] = Field(
-        description="Sources, blended by weight."
-    )
+    sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)] = Field(description="Sources, blended by weight.")
     split: SplitSpec = Field(default=SplitSpec(), description="How prompts are divided among the stages.")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(
         default=0.05, description="Fraction of each stage's prompts held out for evaluation."
@@ -56,8 +54,7 @@ class DataSpec(Model):
     )
     max_prompt_tokens: Positive = Field(
         default=256,
-        description="Maximum length of a prompt. PPO skips longer prompts; other stages truncate them on "
-        "the left.",
+        description="Maximum length of a prompt. PPO skips longer prompts; other stages truncate them on the left.",
     )
     max_answer_tokens: Positive = Field(
         default=256,

@@ -92,11 +92,7 @@ def _expanded(path: str) -> Path:
 
 
 def _record(item: HubItem) -> Path:
-    return (
-        cache()
-        / "hpc-rlhf"
-        / (re.sub(r"[^A-Za-z0-9._-]+", "--", "--".join(filter(None, item.key))) + ".json")
-    )
+    return cache() / "hpc-rlhf" / (re.sub(r"[^A-Za-z0-9._-]+", "--", "--".join(filter(None, item.key))) + ".json")
 
 
 def remember(item: HubItem, files: Mapping[Path, int]) -> None:

@@ -51,9 +51,7 @@ def _with_slurm(stage: object, base: object) -> object:
 def _from_training(last: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
     """The settings of the last stage that trains which the evaluation does not set itself."""
     settled = {*own, *(("offload", "offload_params") if "zero" in own else ())}
-    return {
-        key: last[key] for key in _FROM_TRAINING if _value(last.get(key)) is not None and key not in settled
-    }
+    return {key: last[key] for key in _FROM_TRAINING if _value(last.get(key)) is not None and key not in settled}
 
 
 # Nodes and plain values alike.

@@ -30,8 +30,7 @@ class FromScratch(Model):
 
     from_scratch: dict[str, int | float | bool | str] = Field(
         description="The model's configuration: model_type (llama, opt, gpt2, qwen3, …) and the fields of "
-        "that architecture. "
-        "A BPE tokenizer with vocab_size entries is trained on the data."
+        "that architecture. A BPE tokenizer with vocab_size entries is trained on the data."
     )
 
     @model_validator(mode="after")
@@ -40,9 +39,7 @@ class FromScratch(Model):
             if key not in self.from_scratch:
                 raise ValueError(f"from_scratch needs {key}")
         if not isinstance(self.from_scratch["vocab_size"], int) or self.from_scratch["vocab_size"] < 270:
-            raise ValueError(
-                "vocab_size must be a whole number of at least 270: the 256 bytes and the special tokens"
-            )
+            raise ValueError("vocab_size must be a whole number of at least 270: the 256 bytes and the special tokens")
         return self
 
 
@@ -53,8 +50,7 @@ class ModelsSpec(Model):
     """The models that the stages start from."""
 
     actor: ModelRef = Field(
-        description="Hub id or local folder of the language model to turn into a chat model, or "
-        "{from_scratch: …}."
+        description="Hub id or local folder of the language model to turn into a chat model, or {from_scratch: …}."
     )
     reward: ModelRef | None = Field(
         default=None,
@@ -72,9 +68,7 @@ class JobSpec(Model):
         "this and all other paths of a spec, ${VAR} and ${VAR:-default} are expanded, and "
         "relative paths start at the working directory."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=1234, description="Seed of all random numbers."
-    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1234, description="Seed of all random numbers.")
     slurm: SlurmSpec = Field(default=SlurmSpec(), description="Slurm settings of all stages.")
     data: DataSpec = Field(description="Training data.")
     models: ModelsSpec = Field(description="Models to start from.")
@@ -86,9 +80,7 @@ class JobSpec(Model):
     notify: NotifySpec = Field(
         default=NotifySpec(), description="Who is notified when the run has finished or needs the user."
     )
-    sweep: (
-        Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)] | None
-    ) = Field(
+    sweep: Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)] | None = Field(
         default=None,
         description="Values to try, by the path of the field: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, "
         "2, 3]} makes six runs, each in its own folder in run_dir. Shared work is done once: a "
@@ -97,8 +89,7 @@ class JobSpec(Model):
     sweep_limit: Positive | None = Field(
         default=None,
         description="How many runs of a sweep may have running jobs at the same time; null sets no limit. "
-        "Use it to leave room for others, or to see the first results before the last runs "
-        "start.",
+        "Use it to leave room for others, or to see the first results before the last runs start.",
     )
 
     _autos: Autos = PrivateAttr(default_factory=dict)
@@ -137,11 +128,7 @@ class JobSpec(Model):
     @property
     def shares(self) -> dict[str, float]:
         """The relative shares of the prompts, by the stages of the run that train on them."""
-        return {
-            name: getattr(self.data.split, name)
-            for name in self.trained
-            if kind_of(name).data is not Data.NONE
-        }
+        return {name: getattr(self.data.split, name) for name in self.trained if kind_of(name).data is not Data.NONE}
 
     @property
     def policies(self) -> dict[str, str]:
@@ -149,8 +136,7 @@ class JobSpec(Model):
         return {
             model: kind.name
             for model, kind in POLICIES.items()
-            if kind.name in self.stage_names
-            and (model != kind.average or getattr(self.stage(kind.name), "ema", False))
+            if kind.name in self.stage_names and (model != kind.average or getattr(self.stage(kind.name), "ema", False))
         }
 
     @property
@@ -171,6 +157,4 @@ class JobSpec(Model):
     def needs(self, name: str) -> tuple[str, ...]:
         """The stages whose artifacts a stage starts from."""
         kind = kind_of(name)
-        return (
-            tuple(need for need in kind.inputs if need in self.stage_names) if kind.trains else self.trained
-        )
+        return tuple(need for need in kind.inputs if need in self.stage_names) if kind.trains else self.trained

@@ -67,9 +67,7 @@ def _apply(root: Node, option: str) -> Node:
     mark = Mark(f"--set {name}")
     keys = name.split(".")
     if not equals or not all(keys):
-        raise SpecError(
-            [mark.problem("does not have the form a.b.c=VALUE", "such as --set stages.ppo.epochs=2")]
-        )
+        raise SpecError([mark.problem("does not have the form a.b.c=VALUE", "such as --set stages.ppo.epochs=2")])
     return put(root, keys, parse_yaml(text, mark), mark)
 
 
@@ -85,9 +83,7 @@ def put(node: Node | None, keys: Sequence[str], value: Node, mark: Mark) -> Node
     if isinstance(node.value, list):
         last = len(node.value) - 1
         if not key.isdecimal() or len(key) > 9 or int(key) > last:
-            raise SpecError(
-                [mark.problem(f"{key!r} is not an index of this list", f"valid ones are 0 to {last}")]
-            )
+            raise SpecError([mark.problem(f"{key!r} is not an index of this list", f"valid ones are 0 to {last}")])
         items = list(node.value)
         items[int(key)] = put(items[int(key)], rest, value, mark)
         return replace(node, value=items)

@@ -38,11 +38,7 @@ def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
     if sweep is not None and sweep.value is not None:
         hint = "--set sweep=null loads the spec without it"
         raise SpecError(
-            [
-                (sweep.key or sweep.mark).problem(
-                    "makes several runs, but this command takes one", hint, "sweep"
-                )
-            ]
+            [(sweep.key or sweep.mark).problem("makes several runs, but this command takes one", hint, "sweep")]
         )
     return check_tree(root)
 
@@ -144,6 +140,4 @@ def _special_characters(spec: JobSpec) -> list[str]:
 
 def in_order(problems: list[Problem]) -> list[Problem]:
     """The problems in the order of the files; those without a line come last."""
-    return sorted(
-        problems, key=lambda problem: (not problem.line, problem.source, problem.line, problem.column)
-    )
+    return sorted(problems, key=lambda problem: (not problem.line, problem.source, problem.line, problem.column))

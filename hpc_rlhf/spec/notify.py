@@ -34,9 +34,7 @@ class WandbSpec(Model):
     project: Annotated[FreeText, StringConstraints(min_length=1, max_length=128)] = Field(
         description="Project for the runs. Each stage is a run, in a group with the spec's name."
     )
-    entity: FreeText | None = Field(
-        default=None, description="Team or user; defaults to your default entity."
-    )
+    entity: FreeText | None = Field(default=None, description="Team or user; defaults to your default entity.")
     mode: Literal["offline", "online"] = Field(
         default="offline",
         description="offline writes to RUN/stages/*/wandb, for `wandb sync --append` from a machine with "
@@ -88,8 +86,7 @@ class NotifySpec(Model):
     mail: SlurmValue | None = Field(
         default=None,
         description="Recipient of mail from Slurm when the run has finished, and when it has stopped and "
-        "needs the user. Unlike slurm.mail_type, it sends none for requeues. Needs no network "
-        "on the nodes.",
+        "needs the user. Unlike slurm.mail_type, it sends none for requeues. Needs no network on the nodes.",
     )
     webhook: WebhookSpec | None = Field(
         default=None,

@@ -59,9 +59,7 @@ def _expand(text: str) -> str:
         name, default = match.groups()
         expanded = os.environ.get(name) or default
         if expanded is None:
-            raise ValueError(
-                f"the variable {name} is not set; set it, or write a default: ${{{name}:-default}}"
-            )
+            raise ValueError(f"the variable {name} is not set; set it, or write a default: ${{{name}:-default}}")
         return expanded
 
     if "$" in _VARIABLE.sub("", text):
@@ -82,9 +80,7 @@ def _local_or_hub(text: str) -> str:
     if _is_local(text) or _FILE.fullmatch(text):
         raise ValueError(f"there is no file or folder {os.path.abspath(text)!r}")
     if not _HUB_ID.fullmatch(text):
-        raise ValueError(
-            f"{text!r} is neither an existing file or folder nor a hub id such as facebook/opt-1.3b"
-        )
+        raise ValueError(f"{text!r} is neither an existing file or folder nor a hub id such as facebook/opt-1.3b")
     return text
 
 
@@ -100,11 +96,7 @@ def _mount(text: str) -> str:
 _PATHS: tuple[tuple[tuple[str, ...], Callable[[str], str]], ...] = (
     (("run_dir",), os.path.abspath),
     (("data", "sources", "*", "path"), _local_or_hub),
-    *(
-        (("stages", kind.name, field, "path"), _local_or_hub)
-        for kind in STAGE_KINDS
-        for field in kind.sources
-    ),
+    *((("stages", kind.name, field, "path"), _local_or_hub) for kind in STAGE_KINDS for field in kind.sources),
     (("models", "*"), _local_or_hub),
     (("slurm", "container", "image"), _image),
     (("slurm", "container", "mounts", "*"), _mount),

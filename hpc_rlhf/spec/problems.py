@@ -151,9 +151,7 @@ def _close_fields(path: tuple[str | int, ...]) -> str | None:
     fields = list(model.model_fields) if model else []
     wrong = str(path[-1]).replace("-", "_").lower()
     close = [name for name in _ELSEWHERE.get(wrong, ()) if name in fields]
-    close = (
-        close or [name for name in fields if wrong in name.split("_")] or get_close_matches(wrong, fields, 1)
-    )
+    close = close or [name for name in fields if wrong in name.split("_")] or get_close_matches(wrong, fields, 1)
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"the fields here are {', '.join(fields)}" if fields else None

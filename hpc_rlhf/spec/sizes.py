@@ -13,6 +13,5 @@ ROWS = 64
 # Shares of a GPU's memory that a rollout may take: for gathered weights, and for keys and values.
 WEIGHTS_SHARE, CACHE_SHARE = 0.5, 0.2
 
-# Numbers in the buffer through which ZeRO reduces gradients, and parameters that ZeRO 3 keeps gathered at a
-# time.
+# Numbers in the buffer through which ZeRO reduces gradients, and parameters that ZeRO 3 keeps gathered at a time.
 BUCKET, LIVE = 200_000_000, 30_000_000

@@ -14,8 +14,7 @@ class SourceSpec(Model):
 
     path: PathText | None = Field(
         default=None,
-        description="A dataset id on the hub, or a local file or folder (json, jsonl, csv or parquet, "
-        "optionally .gz).",
+        description="A dataset id on the hub, or a local file or folder (json, jsonl, csv or parquet, optionally .gz).",
     )
     demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = Field(
         default=None, description="Generate this many short dialogues, instead of reading a path."
@@ -23,10 +22,9 @@ class SourceSpec(Model):
     format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text"] | None = Field(
         default=None,
         description="Format of the rows. prompt-chosen-rejected: columns prompt, chosen and (optional) "
-        "rejected. hh: chosen and "
-        "rejected are whole transcripts of Human/Assistant turns. messages: a list of {role, content}, or "
-        "chosen and rejected "
-        "lists. instruction: instruction, input, output. text: a column of plain text.",
+        "rejected. hh: chosen and rejected are whole transcripts of Human/Assistant turns. messages: a list of {role, "
+        "content}, or chosen and rejected lists. instruction: instruction, input, output. text: a column of plain "
+        "text.",
     )
     weight: Rate = Field(
         default=1.0,

@@ -57,9 +57,7 @@ _FIELD_COMMENTS = {
 }
 
 
-def write_starter(
-    recipe: Recipe, *, actor: str, reward: str, name: str, title: str, origin: str, file: str
-) -> str:
+def write_starter(recipe: Recipe, *, actor: str, reward: str, name: str, title: str, origin: str, file: str) -> str:
     """The text of a starter spec.
 
     Args:
@@ -85,9 +83,7 @@ def write_starter(
         split=_scalar({kind.name: kind.share for kind in kinds}),
     )
     explained: set[str] = set()
-    blocks = [
-        _stage(number, kind, recipe.stages[kind.name], explained) for number, kind in enumerate(kinds, 1)
-    ]
+    blocks = [_stage(number, kind, recipe.stages[kind.name], explained) for number, kind in enumerate(kinds, 1)]
     return text + "\n".join(blocks)
 
 

@@ -65,10 +65,7 @@ class Sweep:
         """How often each stage has to run, in words."""
         shared = lenders(self.specs)
         runs_per_stage = Counter(
-            stage
-            for name, spec in self.specs.items()
-            for stage in spec.stage_names
-            if (name, stage) not in shared
+            stage for name, spec in self.specs.items() for stage in spec.stage_names if (name, stage) not in shared
         )
         counts = [f"{stage} {_TIMES.get(count, f'{count} times')}" for stage, count in runs_per_stage.items()]
         return f"a sweep of {len(self.members)} runs: {', '.join(counts)}"
@@ -189,9 +186,7 @@ def _members(base: Node, axes: Mapping[str, Node]) -> tuple[Member, ...]:
     lists = [node.value for node in axes.values() if isinstance(node.value, list)]
     for chosen in product(*lists):
         by_path = dict(zip(axes, chosen, strict=True))
-        name = _truncate(
-            "+".join(f"{labels[path]}={_text(node.plain())}" for path, node in by_path.items()), 200
-        )
+        name = _truncate("+".join(f"{labels[path]}={_text(node.plain())}" for path, node in by_path.items()), 200)
         if name in named:
             hint = "give each value once; values must differ in characters that are allowed in names"
             mark = next(iter(axes.values())).mark

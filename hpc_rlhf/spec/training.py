@@ -28,13 +28,10 @@ class LoraSpec(Model):
     """Low-rank adaptation of the linear layers (arXiv 2106.09685). Merged into the weights on export."""
 
     rank: Positive = Field(description="Rank of the update.")
-    alpha: Rate | None = Field(
-        default=None, description="The update is scaled by alpha / rank. Defaults to the rank."
-    )
+    alpha: Rate | None = Field(default=None, description="The update is scaled by alpha / rank. Defaults to the rank.")
     targets: tuple[Name, ...] | None = Field(
         default=None,
-        description="Names of the linear modules to adapt, such as q_proj; by default, all except the "
-        "output head.",
+        description="Names of the linear modules to adapt, such as q_proj; by default, all except the output head.",
     )
     only: bool = Field(
         default=True,
@@ -48,9 +45,8 @@ class StageSpec(Model):
     micro_batch: Annotated[Positive, _or_auto(type="integer", minimum=1)] = Field(
         default=4,
         description="Samples of maximum length that one GPU processes in a forward and backward pass. "
-        "Shorter samples are packed without padding, so a pass holds more of them. auto "
-        "chooses the fastest size that fits, based on the estimates of `hpc-rlhf plan`; it "
-        "needs slurm.gpu and global_batch.",
+        "Shorter samples are packed without padding, so a pass holds more of them. auto chooses the fastest size that "
+        "fits, based on the estimates of `hpc-rlhf plan`; it needs slurm.gpu and global_batch.",
     )
     zero: Annotated[Literal[0, 1, 2, 3], _or_auto(enum=[0, 1, 2, 3])] = Field(
         default=0,
@@ -64,8 +60,7 @@ class StageSpec(Model):
     offload_params: bool = Field(
         default=False,
         description="Keep the weights in CPU memory and copy each layer to the GPU when it is needed. For "
-        "models whose shards alone do not fit on the GPUs; every pass waits for the transfers. "
-        "Needs zero: 3.",
+        "models whose shards alone do not fit on the GPUs; every pass waits for the transfers. Needs zero: 3.",
     )
     slurm: SlurmSpec = Field(
         default=SlurmSpec(), description="Slurm settings of this stage. They override the top-level slurm."
@@ -79,9 +74,7 @@ class StageSpec(Model):
     def check_strategy(self) -> None:
         """Raise ValueError if the optimizer, ZeRO and offload settings are incompatible."""
         if self.offload_params and self.zero != 3:
-            raise ValueError(
-                "offload_params needs zero: 3, because only ZeRO-3 fetches weights layer by layer"
-            )
+            raise ValueError("offload_params needs zero: 3, because only ZeRO-3 fetches weights layer by layer")
 
     @property
     def strategies(self) -> dict[str, StageSpec]:
@@ -93,9 +86,7 @@ class TrainingSpec(StageSpec):
     """Settings of all stages that train."""
 
     epochs: Positive = Field(default=1, description="Passes over the stage's data.")
-    max_steps: Positive | None = Field(
-        default=None, description="Stop after this many steps, even if epochs remain."
-    )
+    max_steps: Positive | None = Field(default=None, description="Stop after this many steps, even if epochs remain.")
     global_batch: Positive | None = Field(
         default=None,
         description="Samples per optimizer step over all GPUs; defaults to micro_batch times ranks. "
@@ -113,17 +104,15 @@ class TrainingSpec(StageSpec):
     tensor_parallel: Positive = Field(
         default=1,
         description="Size of the groups of neighboring ranks on a node that split every layer (DeepSpeed's "
-        "AutoTP) and process the same samples. For models that do not fit on one GPU, on nodes "
-        "with fast links between GPUs: unlike ZeRO-3, no weights are gathered, but the ranks "
-        "of a group synchronize twice per layer. Needs zero: 0, 1 or 2, and a number of "
-        "attention heads that it divides. Embeddings, the output head and the models of an "
-        "evaluation are not split.",
+        "AutoTP) and process the same samples. For models that do not fit on one GPU, on nodes with fast links "
+        "between GPUs: unlike ZeRO-3, no weights are gathered, but the ranks of a group synchronize twice per layer. "
+        "Needs zero: 0, 1 or 2, and a number of attention heads that it divides. Embeddings, the output head and the "
+        "models of an evaluation are not split.",
     )
     optimizer: Literal["adamw", "onebit-adam"] = Field(
         default="adamw",
         description="onebit-adam (arXiv 2102.02888) sends about a thirtieth of AdamW's bytes between "
-        "ranks, for slow networks. It takes 4 more bytes of memory per weight and needs zero: "
-        "0.",
+        "ranks, for slow networks. It takes 4 more bytes of memory per weight and needs zero: 0.",
     )
     onebit_warmup: Positive = Field(
         default=100,
@@ -133,14 +122,12 @@ class TrainingSpec(StageSpec):
     offload: Literal["auto"] | None = Field(
         default=None,
         description="auto chooses offload_optimizer, offload_params and offload_frozen: the fastest "
-        "combination that fits. Needs slurm.gpu, and these three must not be set. A run keeps "
-        "the choice.",
+        "combination that fits. Needs slurm.gpu, and these three must not be set. A run keeps the choice.",
     )
     offload_optimizer: bool = Field(
         default=False,
         description="Keep the optimizer state, 12 bytes per weight, in CPU memory and update the weights "
-        "there. For models that do not fit otherwise; every step waits for the CPU. Needs "
-        "zero: 1 or higher.",
+        "there. For models that do not fit otherwise; every step waits for the CPU. Needs zero: 1 or higher.",
     )
     activation_checkpointing: bool = Field(
         default=False,
@@ -154,44 +141,36 @@ class TrainingSpec(StageSpec):
     checkpoint_every: Annotated[int | str, BeforeValidator(_checkpoint_interval)] = Field(
         default="auto",
         description="How often to save: a number of steps, a duration such as 10 min, or auto. auto "
-        "minimizes the time lost, using the measured cost of a checkpoint (Young and Daly: the "
-        "square root of 2 * cost * mttf). A checkpoint is also written whenever the stage has "
-        "to stop.",
+        "minimizes the time lost, using the measured cost of a checkpoint (Young and Daly: the square root of 2 * "
+        "cost * mttf). A checkpoint is also written whenever the stage has to stop.",
     )
     mttf: Duration = Field(
         default="24 h",
         description="Mean time between failures without warning, such as the loss of a node or process; "
-        "for checkpoint_every: auto. Preemptions and time limits come with a warning and do "
-        "not count. A day suits a few nodes; use a few hours for hundreds of GPUs or an "
-        "unreliable cluster.",
+        "for checkpoint_every: auto. Preemptions and time limits come with a warning and do not count. A day suits a "
+        "few nodes; use a few hours for hundreds of GPUs or an unreliable cluster.",
     )
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
-        default=2, description="Number of checkpoints to keep."
-    )
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Number of checkpoints to keep.")
 
     def check_strategy(self) -> None:
         super().check_strategy()
         if self.optimizer == "onebit-adam" and self.zero != 0:
             raise ValueError(
-                "onebit-adam needs zero: 0, because every rank compresses the momentum of all weights, and "
-                "under ZeRO "
+                "onebit-adam needs zero: 0, because every rank compresses the momentum of all weights, and under ZeRO "
                 "a rank has only a shard of them"
             )
         if self.tensor_parallel > 1 and self.zero == 3:
             raise ValueError(
-                "tensor_parallel needs zero: 0, 1 or 2, because ZeRO-3 shards the same layers; use one or "
-                "the other"
+                "tensor_parallel needs zero: 0, 1 or 2, because ZeRO-3 shards the same layers; use one or the other"
             )
         if self.tensor_parallel > 1 and self.optimizer == "onebit-adam":
             raise ValueError(
-                "tensor_parallel needs optimizer: adamw, because onebit-adam averages momenta over all "
-                "ranks, which hold "
-                "different parts of the layers"
+                "tensor_parallel needs optimizer: adamw, because onebit-adam averages momenta over all ranks, which "
+                "hold different parts of the layers"
             )
         if self.offload_optimizer and self.zero == 0:
             raise ValueError(
-                "offload_optimizer needs zero: 1 or higher, because it moves ZeRO's shard of the optimizer "
-                "state"
+                "offload_optimizer needs zero: 1 or higher, because it moves ZeRO's shard of the optimizer state"
             )
 
 
@@ -210,8 +189,7 @@ class ReferredSpec(TrainingSpec):
         if self.tensor_parallel > 1 and self.offload_frozen:
             raise ValueError(
                 "offload_frozen needs tensor_parallel: 1, because it shards the frozen models with ZeRO-3; "
-                "tensor_parallel "
-                "also reduces their memory"
+                "tensor_parallel also reduces their memory"
             )
 
     @property

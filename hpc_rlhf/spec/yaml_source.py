@@ -1,8 +1,7 @@
 """Parses YAML into nodes with places. A stricter and safer `yaml.safe_load`.
 
-The differences: a duplicate key is an error; `1e-4` is a number; dates and numbers in unusual notations
-(`0123`, `0x1f`, `1_000`, `12:00:00`) are text; keys must be text; size, depth and expansion of aliases are
-limited.
+The differences: a duplicate key is an error; `1e-4` is a number; dates and numbers in unusual notations (`0123`,
+`0x1f`, `1_000`, `12:00:00`) are text; keys must be text; size, depth and expansion of aliases are limited.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U000100
 _NULL = re.compile(r"(~|null|Null|NULL|)\Z")
 _BOOL = re.compile(r"(yes|no|true|false|on|off)\Z", re.IGNORECASE)
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})\Z")
-FLOAT = re.compile(
-    r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+([eE][-+]?[0-9]+)?|\.inf)\Z"
-)
+FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+([eE][-+]?[0-9]+)?|\.inf)\Z")
 _TRUE = ("yes", "true", "on")
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = "plain"  # our tag of a scalar without quotes and without a tag
@@ -125,9 +122,7 @@ def read_yaml(path: Path, shown: str) -> Node:
     if node.value is None:
         raise SpecError([mark.problem("is empty", "`hpc-rlhf init` writes a spec to start from")])
     if not isinstance(node.value, dict):
-        raise SpecError(
-            [node.mark.problem("must be a mapping, with top-level fields such as `name: my-run`")]
-        )
+        raise SpecError([node.mark.problem("must be a mapping, with top-level fields such as `name: my-run`")])
     return node
 
 
@@ -191,9 +186,7 @@ class _Converter:
     def __init__(self, origin: Mark) -> None:
         self._origin = origin
         self._count = 0
-        self._converted: dict[
-            int, tuple[Node, int]
-        ] = {}  # collections by id, with the number of their values
+        self._converted: dict[int, tuple[Node, int]] = {}  # collections by id, with the number of their values
 
     def convert(self, node: yaml.Node) -> Node:
         known = self._converted.get(id(node.value))
@@ -207,9 +200,7 @@ class _Converter:
             return Node(self._scalar(node), self._mark(node))
         if node.tag not in _COLLECTIONS:
             raise _Refused(node, f"the tag {_short(node.tag)} is not allowed in a job spec")
-        value = (
-            self._mapping(node) if isinstance(node, yaml.MappingNode) else [*map(self.convert, node.value)]
-        )
+        value = self._mapping(node) if isinstance(node, yaml.MappingNode) else [*map(self.convert, node.value)]
         below = value.values() if isinstance(value, dict) else value
         height = 1 + max((each.height for each in below), default=0)
         if height > MAX_DEPTH:
@@ -254,9 +245,7 @@ class _Converter:
 
     def _mark(self, node: yaml.Node) -> Mark:
         start = node.start_mark
-        return (
-            Mark(self._origin.source, start.line + 1, start.column + 1) if self._origin.line else self._origin
-        )
+        return Mark(self._origin.source, start.line + 1, start.column + 1) if self._origin.line else self._origin
 
 
 def _plain_scalar(text: str) -> Scalar:

@@ -34,9 +34,7 @@ class ChatModel:
         self.model = model.to(self.device).eval()
         packed_attention.enable(self.model)
 
-    def stream(
-        self, turns: list[tuple[str, str]], max_tokens: int, temperature: float, seed: int
-    ) -> Iterator[str]:
+    def stream(self, turns: list[tuple[str, str]], max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
         """The response in a conversation, streamed in pieces of text.
 
         Args:
@@ -74,12 +72,8 @@ class ChatModel:
         sent = ""
         for token in tokens:
             received.append(token)
-            whole = self.tokenizer.decode(
-                received, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            text, next_turn, _ = (
-                (whole, "", "") if self.tokenizer.chat_template else whole.partition(NEXT_TURN)
-            )
+            whole = self.tokenizer.decode(received, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text, next_turn, _ = (whole, "", "") if self.tokenizer.chat_template else whole.partition(NEXT_TURN)
             final = _final_part(text).lstrip()
             if len(final) > len(sent) and final.startswith(sent):
                 yield final[len(sent) :]

@@ -64,9 +64,7 @@ class StageContext:
             self.files.checkpoints, self.attempt, keep, self.world, self.stage_spec.slurm.tasks_per_node
         )
         self.stop = StopControl(self.flag, Consensus(self.world))
-        self.checkpoints = Checkpointer(
-            store, schedule, self.stop, Ledger(self.run.ledger), self.stage, self.started
-        )
+        self.checkpoints = Checkpointer(store, schedule, self.stop, Ledger(self.run.ledger), self.stage, self.started)
         self.trackers: Trackers | None = None
 
     def _read_ds_config(self, model: str) -> dict[str, Any]:
@@ -108,9 +106,7 @@ class StageContext:
 
     def data(self) -> StageData:
         with self.stop.cancellable():
-            return prepare(
-                self.spec, self.stage, self.tokenizer, self.files.data, self.world, self.stop.should_stop
-            )
+            return prepare(self.spec, self.stage, self.tokenizer, self.files.data, self.world, self.stop.should_stop)
 
     def start_model(self, ref: ModelRef) -> str:
         """Where to load the model that the spec names, which is first created if the spec defines it from

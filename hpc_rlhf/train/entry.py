@@ -48,8 +48,7 @@ if TYPE_CHECKING:  # torch takes seconds to load, and the signal handlers have t
 
 # Exit code of a rank that saved and is to be run again (sysexits.h: EX_TEMPFAIL).
 TO_BE_CONTINUED = 75
-# Seconds for writing the report: srun kills a rank that ends a minute after the first, and the stage would
-# fail.
+# Seconds for writing the report: srun kills a rank that ends a minute after the first, and the stage would fail.
 _REPORT_TIMEOUT = 20.0
 # Seconds between looks for a failure that rank 0 records, and how many of them.
 _LOOK_INTERVAL, _LOOKS = 0.2, 10
@@ -122,9 +121,7 @@ class Attempt:
         self.in_slurm = self.job is not None and os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        self.name = (
-            f"{self.job}-{self.restarts}" if self.in_slurm else f"local-{os.getppid()}-{int(time.time())}"
-        )
+        self.name = f"{self.job}-{self.restarts}" if self.in_slurm else f"local-{os.getppid()}-{int(time.time())}"
 
     def record(self, event: AttemptEvent | Cancelled) -> None:
         """Write an event of this attempt to the ledger."""
@@ -166,9 +163,7 @@ class Attempt:
         except StageStopped as stopped:
             world.barrier()  # no rank ends before all have saved: srun would kill the others
             self.end_stopped(stopped, settings.max_requeues)
-        facts = manifest.require(
-            self.files.stage(self.stage).model, f"the model of stage {self.stage}", deep=False
-        )
+        facts = manifest.require(self.files.stage(self.stage).model, f"the model of stage {self.stage}", deep=False)
         if self.is_main:
             self.record(Finished(step=facts["step"], seconds=facts["seconds"]))
             notify.send_if_finished(self.files, spec, self.stage)
@@ -205,9 +200,7 @@ class Attempt:
         deadline = context.checkpoints.deadline
         if self.is_main and self.in_slurm:
             start, end = commands.start_and_end(str(self.job))
-            deadline.end = (
-                time.monotonic() + end - start - time_used(start, time.time(), machine.script_age())
-            )
+            deadline.end = time.monotonic() + end - start - time_used(start, time.time(), machine.script_age())
         with Watchdog(
             self.stop, self.name, lambda: deadline.passed, context.stop.heartbeat,
             lambda message: self.record(Hang(message=message, host=self.host)),

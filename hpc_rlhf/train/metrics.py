@@ -64,8 +64,7 @@ class MetricsLog:
 def keep_until(path: Path, step: int) -> None:
     """Remove the lines of later steps from a JSONL file, atomically.
 
-    What a stage measures after its last step is removed, too: an attempt that resumes there measures it
-    again.
+    What a stage measures after its last step is removed, too: an attempt that resumes there measures it again.
     """
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -14,8 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# The transcript format (see rows.transcript) as a chat template, for tokenizers without one: servers need a
-# template.
+# The transcript format (see rows.transcript) as a chat template, for tokenizers without one: servers need a template.
 PLAIN = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{ '\\n\\n' + message['content'] | trim }}"

@@ -28,8 +28,7 @@ from hpc_rlhf.spec.notify import MlflowSpec, WandbSpec
 
 _CLOSE_TIMEOUT, _HURRIED_CLOSE_TIMEOUT = 30.0, 3.0  # seconds that a stage waits at its end
 _INTERVAL = 1.0
-# Slurm sends these to every process of a step. The stage handles them; this process runs until the stage
-# ends.
+# Slurm sends these to every process of a step. The stage handles them; this process runs until the stage ends.
 _IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -91,9 +90,7 @@ class Wandb:
             group=spec.name,
             job_type=stage,
             config=_config(spec, stage),
-            settings=wandb.Settings(
-                console="off", silent=True, disable_git=True, disable_code=True, save_code=False
-            ),
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, save_code=False),
         )
         # A step that is repeated after a stop is logged again, which wandb's own step counter would reject.
         self._run.define_metric("step", hidden=True)
@@ -123,17 +120,13 @@ class Mlflow:
             self._client.update_run(self._id, status="RUNNING")
         else:
             tags = {"hpc_rlhf.id": run_id, "hpc_rlhf.run": spec.name, "hpc_rlhf.stage": stage}
-            self._id = self._client.create_run(
-                experiment, tags=tags, run_name=f"{spec.name}.{stage}"
-            ).info.run_id
+            self._id = self._client.create_run(experiment, tags=tags, run_name=f"{spec.name}.{stage}").info.run_id
             params = [Param(key, value) for key, value in _flat(_config(spec, stage))]
             self._client.log_batch(self._id, params=params[:100])
 
     def log(self, step: int, time: float, values: Mapping[str, float]) -> None:
         stamp = int(time * 1000)
-        self._client.log_batch(
-            self._id, [self._metric(key, value, stamp, step) for key, value in values.items()]
-        )
+        self._client.log_batch(self._id, [self._metric(key, value, stamp, step) for key, value in values.items()])
 
     def finish(self, done: bool) -> None:
         self._client.set_terminated(self._id, "FINISHED" if done else "KILLED")

@@ -210,8 +210,7 @@ def show(lines: list[dict[str, Any]]) -> None:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
         cells = [
-            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}"
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
 
@@ -226,9 +225,7 @@ def main() -> None:
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         work = Path(folder)
-        subprocess.run(
-            [sys.executable, "-m", "tests.benchmarks.workload", str(work)], check=True, cwd=REPOSITORY
-        )
+        subprocess.run([sys.executable, "-m", "tests.benchmarks.workload", str(work)], check=True, cwd=REPOSITORY)
         for case in CASES:
             case = replace(case, ranks=min(case.ranks, gpus or case.ranks))
             try:
@@ -239,9 +236,7 @@ def main() -> None:
             OUT.write_text(json.dumps({"machine": machine, "length": length, "lines": lines}, indent=1))
     print()
     show(lines)
-    print(
-        f"\nMedians of {ROUNDS[length]} rounds on {machine}. Peak memory is rank 0's. Every run is in {OUT}."
-    )
+    print(f"\nMedians of {ROUNDS[length]} rounds on {machine}. Peak memory is rank 0's. Every run is in {OUT}.")
     if failures:
         sys.exit(f"{len(failures)} runs failed; see above.")
 

@@ -138,9 +138,7 @@ def search(size: tuple[str, int, int, int, int], speeds: list[dict[str, float]])
         )
     good = True
     for name, choice in choices.items():
-        fastest = min(
-            (one for one in choice.considered if one.fits), key=lambda one: took[describe(one.fields)]
-        )
+        fastest = min((one for one in choice.considered if one.fits), key=lambda one: took[describe(one.fields)])
         ratio = took[describe(choice.fields)] / took[describe(fastest.fields)]
         good &= ratio <= 1 + SLOWER
         print(

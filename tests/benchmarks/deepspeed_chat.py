@@ -1,12 +1,11 @@
 """DeepSpeed-Chat's three steps, rewritten for today's transformers and DeepSpeed.
 
-Held against its sources (microsoft/DeepSpeedExamples, applications/DeepSpeed-Chat): the same engines (bf16, clipping
-at 1, betas 0.9 and 0.95, cosine schedule), every sequence padded to 512, a v_head over all places and a loop
-over pairs, prompts padded to the left to 128, answers by transformers' generate, four forward passes over
-prompts and answers, one actor and one critic update. EMA, LoRA, offload and the dead hybrid engine are off.
-Its other settings are the fastest it has. Three things are mended so that both sides do the same work:
-answers are sampled, pad is not EOS, and AdamW is torch's fused one (DeepSpeed's FusedAdam is a CUDA kernel to
-be compiled).
+Held against its sources (microsoft/DeepSpeedExamples, applications/DeepSpeed-Chat): the same engines (bf16, clipping at
+1, betas 0.9 and 0.95, cosine schedule), every sequence padded to 512, a v_head over all places and a loop over pairs,
+prompts padded to the left to 128, answers by transformers' generate, four forward passes over prompts and answers, one
+actor and one critic update. EMA, LoRA, offload and the dead hybrid engine are off. Its other settings are the fastest
+it has. Three things are mended so that both sides do the same work: answers are sampled, pad is not EOS, and AdamW is
+torch's fused one (DeepSpeed's FusedAdam is a CUDA kernel to be compiled).
 """
 
 from __future__ import annotations
@@ -57,9 +56,7 @@ def _trained(model: nn.Module, samples: int, steps: int, lr: float) -> Any:
     groups = [{"params": matrices, "weight_decay": 0.0}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=steps)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=schedule, config=_config(samples)
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=_config(samples))
     return engine
 
 
@@ -147,9 +144,7 @@ class PairLoss(nn.Module):
         values = self.scorer(ids, mask)
         losses, chosen_scores, rejected_scores = [], [], []
         half = len(ids) // 2
-        for chosen, rejected, good, bad in zip(
-            ids[:half], ids[half:], values[:half], values[half:], strict=True
-        ):
+        for chosen, rejected, good, bad in zip(ids[:half], ids[half:], values[:half], values[half:], strict=True):
             ends = self._end(chosen), self._end(rejected)
             differ = (chosen != rejected).nonzero()
             first = int(differ[0].item()) if len(differ) else max(ends) - 1
@@ -217,9 +212,7 @@ class Ppo:
             ref_logits = self.ref(ids, attention_mask=real).logits
             scored = self.reward(ids, real)
             ends = [
-                int(start + answer[0].item())
-                if len(answer := (row[start:] == self.pad).nonzero())
-                else len(row)
+                int(start + answer[0].item()) if len(answer := (row[start:] == self.pad).nonzero()) else len(row)
                 for row in ids
             ]
             scores = torch.stack([row[end - 1] for row, end in zip(scored, ends, strict=True)])

@@ -114,9 +114,7 @@ def _logged(side: str, log: Path, *arguments: Any) -> None:
     TRAIN[side](*arguments)
 
 
-def train(
-    side: str, stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path
-) -> list[float]:
+def train(side: str, stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path) -> list[float]:
     """Train a peer in its own process unless it was trained before; returns the loss of each step.
 
     Args:

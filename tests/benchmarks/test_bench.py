@@ -11,9 +11,7 @@ import pytest
 
 from tests.benchmarks import __main__ as bench
 
-CASE = bench.Case(
-    "PPO, 2 samples a step", bench._sides("ppo", "DeepSpeed-Chat", "TRL"), 2, {"short": 1}, warm_up=1
-)
+CASE = bench.Case("PPO, 2 samples a step", bench._sides("ppo", "DeepSpeed-Chat", "TRL"), 2, {"short": 1}, warm_up=1)
 
 
 def result(rate: float, peak_mib: float) -> dict[str, Any]:
@@ -51,9 +49,7 @@ def test_a_failing_peer_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch
 def test_sides_do_the_same_work(tmp_path: Path) -> None:
     """One step each of ours and of DeepSpeed-Chat's loops, as ``make bench`` runs them."""
     subprocess.run([sys.executable, "-m", "tests.benchmarks.workload", str(tmp_path)], check=True)
-    ours, peer = (
-        bench.run_side(CASE, side, tmp_path, tmp_path / side.module, "short") for side in CASE.sides[:2]
-    )
+    ours, peer = (bench.run_side(CASE, side, tmp_path, tmp_path / side.module, "short") for side in CASE.sides[:2])
     for name in ("tokens", "samples", "dtype", "device"):
         assert ours[name] == peer[name]
     assert ours["facts"]["answer_tokens"] == peer["facts"]["answer_tokens"] == 128

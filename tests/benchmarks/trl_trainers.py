@@ -93,9 +93,7 @@ def sft(options: Namespace) -> Result:
     counts = _counted(trainer)
     loss = trainer.train().training_loss
     passes = counts[options.warm_up * (packs // at_once) : options.steps * (packs // at_once)]
-    return clock.result(
-        options.warm_up, round(sum(passes) / mean), sum(passes), trainer.model.dtype, loss=loss
-    )
+    return clock.result(options.warm_up, round(sum(passes) / mean), sum(passes), trainer.model.dtype, loss=loss)
 
 
 def reward(options: Namespace) -> Result:
@@ -133,9 +131,7 @@ def ppo(options: Namespace) -> Result:
     tokenizer.padding_side = "left"
     prompts = [row["prompt_ids"] for row in workload.rows(options.work, "ppo")]
     clock = Clock()
-    scorers = [
-        _model("AutoModelForSequenceClassification", options.work / "reward", num_labels=1) for _ in range(2)
-    ]
+    scorers = [_model("AutoModelForSequenceClassification", options.work / "reward", num_labels=1) for _ in range(2)]
     arguments = _arguments(options, learning_rate=1e-5)
     del arguments["max_steps"]
     trainer = PPOTrainer(

@@ -31,9 +31,7 @@ def source(work: Path) -> dict[str, Any]:
             return {"path": str(Path(folder) / HH), "format": "hh"}
     path = work / "made.jsonl"
     if not path.exists():
-        print(
-            f"NO HH DATA: set HH_RLHF to a folder with {HH}. Using synthetic dialogues of the same lengths."
-        )
+        print(f"NO HH DATA: set HH_RLHF to a folder with {HH}. Using synthetic dialogues of the same lengths.")
         path.write_text("".join(json.dumps(row) + "\n" for row in _made(1712)))
     return {"path": str(path), "format": "hh"}
 
@@ -49,9 +47,7 @@ def _made(count: int) -> list[dict[str, str]]:
     rows = []
     for _ in range(count):
         prompt = f"\n\nHuman: {words_of_length(3.6)}\n\nAssistant:"
-        rows.append(
-            {"chosen": f"{prompt} {words_of_length(3.4)}", "rejected": f"{prompt} {words_of_length(3.4)}"}
-        )
+        rows.append({"chosen": f"{prompt} {words_of_length(3.4)}", "rejected": f"{prompt} {words_of_length(3.4)}"})
     return rows
 
 

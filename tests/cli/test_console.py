@@ -29,9 +29,7 @@ def test_table_fits_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert " ".join(" ".join(lines[1:]).split()) == f"sft 7 {LONG}"
 
 
-def test_pipe_gets_plain_unfolded_lines(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pipe_gets_plain_unfolded_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FORCE_COLOR")
     print_table(("stage", "step", ""), [("sft", "7", LONG)], right=("step",))
     assert capsys.readouterr().out == f"stage  step\nsft       7  {LONG}\n"

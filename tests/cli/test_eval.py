@@ -22,9 +22,7 @@ from tests.train.stages import make_run, tiny_spec
 
 
 def cli(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hpc_rlhf.cli", *map(str, args)], capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-m", "hpc_rlhf.cli", *map(str, args)], capture_output=True, text=True)
 
 
 def finish(run: RunDir, *stages: str) -> None:

@@ -56,10 +56,7 @@ def test_state_is_that_of_the_most_important_stage(tmp_path: Path, monkeypatch: 
         ledger.append(Submitted("ppo", token="u", job_id="8"))
         ledger.append(Started("reward", attempt="7-0", job_id="7"))
         ledger.append(Ready("reward", attempt="7-0"))
-        rows = [
-            {"step": step, "total_steps": 90, "time": 1e9 + step, "kind": "train", "loss": 1}
-            for step in (1, 50)
-        ]
+        rows = [{"step": step, "total_steps": 90, "time": 1e9 + step, "kind": "train", "loss": 1} for step in (1, 50)]
         run.stage("reward").path.mkdir(parents=True)
         run.stage("reward").metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     Ledger(failed.ledger).append(Failed("sft", message="no such file\nmore"))

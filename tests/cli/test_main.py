@@ -66,10 +66,7 @@ def test_bug_is_one_line_and_a_file(failing, capsys, monkeypatch, tmp_path: Path
     assert main(["check"]) == RUN_FAILED
     message = capsys.readouterr().err
     (report,) = tmp_path.iterdir()
-    assert (
-        message
-        == f"error: this is a bug in hpc-rlhf (ZeroDivisionError: oh); please report it with {report}\n"
-    )
+    assert message == f"error: this is a bug in hpc-rlhf (ZeroDivisionError: oh); please report it with {report}\n"
     assert "Traceback" in report.read_text()
     assert report.stat().st_mode & 0o077 == 0
 
@@ -91,16 +88,12 @@ def test_bug_is_one_line_if_no_file_can_be_written(failing, capsys, monkeypatch)
     monkeypatch.setattr("tempfile.tempdir", "/dev/null")
     failing(ZeroDivisionError("oh"))
     assert main(["check"]) == RUN_FAILED
-    assert capsys.readouterr().err.endswith(
-        "; please report it with the traceback that HPC_RLHF_DEBUG=1 prints\n"
-    )
+    assert capsys.readouterr().err.endswith("; please report it with the traceback that HPC_RLHF_DEBUG=1 prints\n")
 
 
 @pytest.mark.parametrize("arguments", ["--help", "schema", "check nothing.yaml"])
 def test_full_device_is_not_reported_as_a_bug(arguments: str) -> None:
-    done = subprocess.run(
-        ["bash", "-c", f'"$@" {arguments} >/dev/full', "x", *CLI], capture_output=True, text=True
-    )
+    done = subprocess.run(["bash", "-c", f'"$@" {arguments} >/dev/full', "x", *CLI], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (RUN_FAILED, "error: No space left on device\n")
 
 
@@ -110,17 +103,13 @@ def test_closed_standard_streams_do_no_harm(tmp_path: Path) -> None:
     )
     assert done.returncode == 0
     assert "wrote" not in (tmp_path / "b.yaml").read_text()
-    plan = subprocess.run(
-        ["bash", "-c", '"$@" plan b.yaml >&-', "x", *CLI], cwd=tmp_path, capture_output=True
-    )
+    plan = subprocess.run(["bash", "-c", '"$@" plan b.yaml >&-', "x", *CLI], cwd=tmp_path, capture_output=True)
     assert (plan.returncode, plan.stdout) == (0, b"")
 
 
 @pytest.mark.parametrize("verb", ["--help", "schema"])
 def test_reader_that_quits_early_is_no_error(verb: str) -> None:
-    done = subprocess.run(
-        ["bash", "-c", f'"$@" {verb} | head -c 1', "x", *CLI], capture_output=True, text=True
-    )
+    done = subprocess.run(["bash", "-c", f'"$@" {verb} | head -c 1', "x", *CLI], capture_output=True, text=True)
     assert done.stderr == ""
 
 

@@ -28,9 +28,7 @@ def parts(value: Any) -> list[dict[str, Any]]:
 
 def test_every_field_is_described(schema: dict[str, Any]) -> None:
     models = [schema, *schema["$defs"].values()]
-    bare = [
-        name for model in models for name, field in model["properties"].items() if "description" not in field
-    ]
+    bare = [name for model in models for name, field in model["properties"].items() if "description" not in field]
     assert bare == []
 
 

@@ -58,9 +58,7 @@ def test_each_run_is_rendered_into_its_own_folder(file: Path, tmp_path: Path) ->
     assert len(scripts) == 6, "each names its own run directory"
 
 
-def test_doctor_and_prefetch_cover_all_runs(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_and_prefetch_cover_all_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     models = ["facebook/opt-125m", "facebook/opt-350m"]

@@ -26,9 +26,7 @@ def run(tmp_path: Path) -> RunDir:
     run.stage("sft").path.mkdir(parents=True)
     run.plan_json.write_text(make_plan(spec).to_json())
     run.job_yaml.write_text("")
-    rows = [
-        {"step": step, "total_steps": 9, "time": step, "kind": "train", "loss": 9 - step} for step in range(9)
-    ]
+    rows = [{"step": step, "total_steps": 9, "time": step, "kind": "train", "loss": 9 - step} for step in range(9)]
     run.stage("sft").metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 

@@ -81,9 +81,7 @@ class Chain(Watched):
         sets = [word for each in (f"run_dir={self.path}", *self.sets) for word in ("--set", each)]
         return [str(self.spec), *sets]
 
-    def submit(
-        self, check: bool = True, env: dict[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def submit(self, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return self.cli("submit", *self.submission, check=check, env=env)
 
     def status(self) -> dict[str, dict[str, Any]]:
@@ -122,15 +120,12 @@ class Chain(Watched):
             wait_until(holds_or_impossible, STAGE_SECONDS, what, every=0.1)
         except ClusterError as error:
             queue = self.cluster.run("squeue", "--format=%i %j %T %r").stdout
-            raise ClusterError(
-                f"{error}\n{queue}\n{self.run.ledger.read_text()}\n{self.log_tails(stage)}"
-            ) from None
+            raise ClusterError(f"{error}\n{queue}\n{self.run.ledger.read_text()}\n{self.log_tails(stage)}") from None
 
     def log_tails(self, stage: str) -> str:
         logs = sorted(self.run.stage(stage).logs.glob("*_log.*"))
         return "\n".join(
-            f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            for log in logs
+            f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:]) for log in logs
         )
 
 

@@ -62,11 +62,8 @@ def slow_down():
 if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
     threading.Thread(target=slow_down, daemon=True).start()
 """
-# Pretends, in the first attempt, that the script started so long ago that 60 of the job's 600 seconds are
-# left.
-LATE = (
-    "[ -n \"$SLURM_RESTART_COUNT\" ] || export HPC_RLHF_SCRIPT_BEGAN=$(awk '{print $1 - 540}' /proc/uptime)"
-)
+# Pretends, in the first attempt, that the script started so long ago that 60 of the job's 600 seconds are left.
+LATE = "[ -n \"$SLURM_RESTART_COUNT\" ] || export HPC_RLHF_SCRIPT_BEGAN=$(awk '{print $1 - 540}' /proc/uptime)"
 
 
 @pytest.fixture
@@ -96,9 +93,7 @@ def test_sft_and_reward_run_in_parallel_and_ppo_after_both(finished: Chain) -> N
         jobs = ",".join(finished.job_id(stage) for stage in STAGES)
         rows = finished.cluster.run("sacct", "-n", "-X", "-P", "-j", jobs, "-o", "JobName,Start,End,State")
         split = [row.split("|") for row in rows.stdout.splitlines()]
-        return {
-            name.split(".")[-1]: (start, end) for name, start, end, state in split if state == "COMPLETED"
-        }
+        return {name.split(".")[-1]: (start, end) for name, start, end, state in split if state == "COMPLETED"}
 
     wait_until(lambda: set(spans()) == set(STAGES), 20, "sacct has all three stages as COMPLETED")
     times = spans()
@@ -170,9 +165,7 @@ def test_a_preempted_chain_resumes_and_finishes(new_chain: NewChain, partition: 
     assert chain.events("started", "ppo")[0].time > max(ends)
 
 
-def test_a_stage_preempted_before_its_ranks_handle_signals_is_requeued(
-    new_chain: NewChain, tmp_path: Path
-) -> None:
+def test_a_stage_preempted_before_its_ranks_handle_signals_is_requeued(new_chain: NewChain, tmp_path: Path) -> None:
     """The signal arrives while Python starts, as on a slow file system: it kills the ranks, but not the
     chain."""
     slow = tmp_path / "slow/sitecustomize.py"
@@ -186,9 +179,7 @@ def test_a_stage_preempted_before_its_ranks_handle_signals_is_requeued(
     job = chain.job_id("sft")
     chain.cluster.wait_state(job, "COMPLETED", timeout=60)
     assert chain.cluster.field(job, "Restarts") == "1"
-    assert (
-        "preempted before the ranks were up" in (chain.run.stage("sft").logs / f"{job}_batch.log").read_text()
-    )
+    assert "preempted before the ranks were up" in (chain.run.stage("sft").logs / f"{job}_batch.log").read_text()
 
 
 def test_a_stage_preempted_before_it_has_ranks_is_requeued(new_chain: NewChain) -> None:

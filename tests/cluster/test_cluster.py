@@ -55,9 +55,7 @@ def test_ranks_on_two_nodes_have_different_ids(idle_cluster: Cluster) -> None:
 def test_accounting_has_a_job_and_its_comment(idle_cluster: Cluster, tmp_path: Path) -> None:
     job = idle_cluster.sbatch("--wrap=exit 3", "--comment=token-1", f"--output={tmp_path}/%j.out")
     command = ("sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode,Comment")
-    wait_until(
-        lambda: idle_cluster.run(*command).stdout.strip() == "FAILED|3:0|token-1", 20, "sacct shows its end"
-    )
+    wait_until(lambda: idle_cluster.run(*command).stdout.strip() == "FAILED|3:0|token-1", 20, "sacct shows its end")
 
 
 def test_requeue_keeps_the_id_and_is_quick(idle_cluster: Cluster, tmp_path: Path) -> None:
@@ -114,9 +112,7 @@ def test_stop_leaves_nothing(short_tmp: Path) -> None:
     assert Path("/proc/mounts").read_text() == mounts
 
 
-def test_a_failed_start_has_a_reason_and_leaves_nothing(
-    short_tmp: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_start_has_a_reason_and_leaves_nothing(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "slurmdbd_conf", lambda folder, ports: "Nonsense=1\n")
     broken = Cluster(short_tmp / "broken")
     with pytest.raises(ClusterError, match=r"(?s)slurmdbd exited.*Nonsense"):
@@ -155,6 +151,4 @@ def graces_of(cluster: Cluster, seconds: int) -> Iterator[None]:
 
 
 def jobs_of(cluster: Cluster) -> list[Process]:
-    return find(
-        lambda process: f"SLURM_CONF={cluster.conf}" in process.environ() and "sleep" in process.command()
-    )
+    return find(lambda process: f"SLURM_CONF={cluster.conf}" in process.environ() and "sleep" in process.command())

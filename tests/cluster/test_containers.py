@@ -1,7 +1,6 @@
 """Stages in containers on the real Slurm: under Apptainer, if installed, and under a stand-in for pyxis.
 
-From inside the image Slurm's commands cannot be reached, so a stage that is preempted leaves a request to be
-requeued.
+From inside the image Slurm's commands cannot be reached, so a stage that is preempted leaves a request to be requeued.
 """
 
 from __future__ import annotations

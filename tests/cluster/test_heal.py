@@ -179,9 +179,7 @@ def lose_node(chain: StandIn) -> None:
 
 
 def dead_nodes(cluster: Cluster) -> list[str]:
-    return [
-        name for name, daemon in cluster.daemons().items() if name.startswith("node") and not daemon.alive
-    ]
+    return [name for name, daemon in cluster.daemons().items() if name.startswith("node") and not daemon.alive]
 
 
 def bring_node_back(chain: StandIn) -> None:
@@ -205,9 +203,7 @@ def cut_off(chain: StandIn) -> None:
 def give_time(chain: StandIn) -> None:
     """As soon as Slurm allows it, which it does not while the job is being requeued."""
     change = ("scontrol", "update", f"job={chain.job_id('sft')}", "TimeLimit=10")
-    chain.await_that(
-        lambda: chain.cluster.run(*change, check=False).returncode == 0, "the next attempt has time"
-    )
+    chain.await_that(lambda: chain.cluster.run(*change, check=False).returncode == 0, "the next attempt has time")
 
 
 @contextmanager
@@ -324,9 +320,7 @@ def test_a_stage_that_fails_twice_alike_stops_and_continues_after_a_fix(scene: S
         ("node-lost", "node failure"),
     ],
 )
-def test_a_stage_that_was_killed_twice_resumes_and_its_dependent_follows(
-    scene: Scene, name: str, reason: str
-) -> None:
+def test_a_stage_that_was_killed_twice_resumes_and_its_dependent_follows(scene: Scene, name: str, reason: str) -> None:
     chain = scene.seen_through(name)
     assert chain.endings() == [(reason, step) for step in AT]
     assert chain.steps("sft") == [*range(1, 6), *range(5, 10), *range(9, 13)]

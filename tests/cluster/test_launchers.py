@@ -48,9 +48,7 @@ def test_preempted_ranks_save_and_resume(
 
 
 @pytest.mark.parametrize("launcher", NODES)
-def test_each_rank_has_its_own_logs(
-    chains: dict[str, Chain], models: dict[str, dict[str, Any]], launcher: str
-) -> None:
+def test_each_rank_has_its_own_logs(chains: dict[str, Chain], models: dict[str, dict[str, Any]], launcher: str) -> None:
     chain = chains[launcher]
     logs: Path = chain.run.stage("sft").logs
     job = chain.job_id("sft")

@@ -63,9 +63,7 @@ class SweepOfStandIns:
         fault = str(self.spec.with_name("fault"))
         env = {**self.cluster.env, "PYTHONPATH": f"{STAND_IN}:{CHECKOUT}", "STAND_IN_FAULT": fault}
         command = [sys.executable, "-m", "hpc_rlhf.cli", verb, self.spec.name, *options]
-        done = subprocess.run(
-            command, env=env, cwd=self.spec.parent, capture_output=True, text=True, timeout=120
-        )
+        done = subprocess.run(command, env=env, cwd=self.spec.parent, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -94,9 +92,7 @@ def most_at_once(runs: list[RunDir]) -> int:
     return max(sum(begin <= start < end for begin, end in spans) for start, _ in spans)
 
 
-def test_six_runs_share_equal_stages_and_resume_after_a_preemption(
-    idle_cluster: Cluster, tmp_path: Path
-) -> None:
+def test_six_runs_share_equal_stages_and_resume_after_a_preemption(idle_cluster: Cluster, tmp_path: Path) -> None:
     """The SFTs of both seeds are preempted, and a PPO is killed. Another sweep has an SFT that always
     fails."""
     values = "stages.ppo.kl_coef: [0.02, 0.05, 0.1], seed: [1, 2]"
@@ -131,10 +127,7 @@ def test_six_runs_share_equal_stages_and_resume_after_a_preemption(
     assert most_at_once(broken.runs) == 1
 
     six.wait(six.all_done, "all six runs are done")
-    counts = {
-        stage: sum(len(events(run, "finished", stage)) for run in six.runs)
-        for stage in ("sft", "reward", "ppo")
-    }
+    counts = {stage: sum(len(events(run, "finished", stage)) for run in six.runs) for stage in ("sft", "reward", "ppo")}
     assert counts == {"sft": 2, "reward": 2, "ppo": 6}
     assert {each.reason for run in six.owners for each in events(run, "requeued", "sft")} == {"preempted"}
     assert any(events(run, "retried", "ppo") for run in six.runs)

@@ -55,9 +55,7 @@ def test_help_ends_with_a_valid_example(verb: str) -> None:
     text = command.get_help(click.Context(command, parent, verb, terminal_width=100))
     after_options = text.rpartition("Show this message and exit.")[2]
     examples = re.findall(r"^ *hpc-rlhf (.*)$", after_options, flags=re.MULTILINE)
-    assert examples, (
-        f"hpc-rlhf {verb} --help does not end with an example; give the command an `epilog=example(…)`"
-    )
+    assert examples, f"hpc-rlhf {verb} --help does not end with an example; give the command an `epilog=example(…)`"
     for words in examples:
         check_command(shlex.split(words.partition(" > ")[0], comments=True), f"hpc-rlhf {verb} --help")
 

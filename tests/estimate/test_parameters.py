@@ -62,9 +62,7 @@ def test_parameters_and_adapters_equal_those_of_the_built_model() -> None:
     check(FAMILIES)
 
 
-@pytest.mark.skipif(
-    not CASES.exists(), reason=f"{CASES} is not here: only the families listed above are tested"
-)
+@pytest.mark.skipif(not CASES.exists(), reason=f"{CASES} is not here: only the families listed above are tested")
 def test_every_known_architecture_is_counted() -> None:
     cases = runpy.run_path(str(CASES))["ARCHITECTURES"]
     check([{"model_type": kind, **fields} for kind, fields in cases.values()])
@@ -79,9 +77,7 @@ def test_opt_is_known_without_the_hub(
     assert counted / 1e9 == pytest.approx(billions, rel=0.002)
 
 
-def test_a_model_is_built_once_for_all_later_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_built_once_for_all_later_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     models = ModelsSpec(actor=FromScratch(from_scratch={"model_type": "llama", **LLAMA}))
     monkeypatch.setattr(parameters, "_known", {})

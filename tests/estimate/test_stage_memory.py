@@ -120,9 +120,7 @@ def test_an_evaluation_holds_one_model_at_a_time() -> None:
 
 
 def test_the_peak_is_at_the_fullest_moment() -> None:
-    memory = Memory(
-        {}, {"weights": 5}, {"passes": {"logits": 2, "weights": 1}, "steps": {"gradients": 2}}, 10
-    )
+    memory = Memory({}, {"weights": 5}, {"passes": {"logits": 2, "weights": 1}, "steps": {"gradients": 2}}, 10)
     assert (memory.fullest, memory.held, memory.left) == ("passes", 8, 2)
     assert memory.parts == {"weights": 6, "logits": 2}
 

@@ -73,23 +73,17 @@ def test_offload_waits_for_the_bus_and_the_cpu() -> None:
 
 
 def test_decoding_is_bound_by_reading_the_weights_for_every_token() -> None:
-    spec = make_spec(
-        "/scratch/demo", {"gpu": "a100-80g", "gpus_per_node": 1}, reward={}, ppo={"micro_batch": 1}
-    )
+    spec = make_spec("/scratch/demo", {"gpu": "a100-80g", "gpus_per_node": 1}, reward={}, ppo={"micro_batch": 1})
     body = architecture(ModelsSpec(actor="facebook/opt-125m"), "actor")
     cache = body.kv * 2 * (256 + 128) / 2039e9 / 0.5
-    assert stage_time(spec, "ppo").parts["decoding"] == pytest.approx(
-        256 * (READ + cache) + 2 * COUNT * 256 / FLOPS
-    )
+    assert stage_time(spec, "ppo").parts["decoding"] == pytest.approx(256 * (READ + cache) + 2 * COUNT * 256 / FLOPS)
 
 
 def test_a_sharded_actor_too_large_to_gather_is_streamed_for_every_token() -> None:
     def decoding(gpu: str) -> float:
         slurm = {"gpu": gpu, "gpus_per_node": 2}
         spec = make_spec("/scratch/demo", slurm, reward={}, ppo={"micro_batch": 1, "zero": 3})
-        large = spec.model_copy(
-            update={"models": spec.models.model_copy(update={"actor": "facebook/opt-30b"})}
-        )
+        large = spec.model_copy(update={"models": spec.models.model_copy(update={"actor": "facebook/opt-30b"})})
         return stage_time(large, "ppo").parts["decoding"]
 
     whole = 2 * architecture(ModelsSpec(actor="facebook/opt-30b"), "actor").parameters

@@ -41,9 +41,7 @@ def main() -> None:
         "ppo": {"precision": "bf16", "max_steps": 6, "minibatches": 2},
     }
     with tempfile.TemporaryDirectory(prefix="gpu-chain-") as folder:
-        whole, stopped = (
-            make_run(tiny_spec(Path(folder) / name, ranks, **fields)) for name in ("whole", "stopped")
-        )
+        whole, stopped = (make_run(tiny_spec(Path(folder) / name, ranks, **fields)) for name in ("whole", "stopped"))
         for stage in fields:
             run(whole, stage, ranks)
         for stage in fields:
@@ -52,9 +50,7 @@ def main() -> None:
                 continue
             run(stopped, stage, ranks, STOPS[stage])
             run(stopped, stage, ranks)
-        different = [
-            stage for stage in fields if weights_digest(whole, stage) != weights_digest(stopped, stage)
-        ]
+        different = [stage for stage in fields if weights_digest(whole, stage) != weights_digest(stopped, stage)]
     if different:
         sys.exit(f"after a preemption, the weights differ in {', '.join(different)}")
     backend = "NCCL" if gpus else "gloo"

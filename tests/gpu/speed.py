@@ -173,9 +173,7 @@ def training(scale: Scale, world: World, work: Path, peak: float) -> dict[str, A
     def measure(side: str, step: Callable[[], object], model: nn.Module) -> None:
         rate = tokens / seconds(step, scale.steps)
         shape = scale.shape
-        attention = (
-            12 * shape["num_hidden_layers"] * shape["hidden_size"] * sum(len(r) ** 2 for r in rows) / tokens
-        )
+        attention = 12 * shape["num_hidden_layers"] * shape["hidden_size"] * sum(len(r) ** 2 for r in rows) / tokens
         flops = 6 * sum(p.numel() for p in model.parameters()) + attention
         results[side] = {"rate": rate, "peak_gib": peak_gib(), "mfu": rate * flops / peak}
 
@@ -186,9 +184,7 @@ def training(scale: Scale, world: World, work: Path, peak: float) -> dict[str, A
     return results
 
 
-def ours_step(
-    scale: Scale, world: World, work: Path, rows: list[list[int]]
-) -> tuple[Callable[[], object], nn.Module]:
+def ours_step(scale: Scale, world: World, work: Path, rows: list[list[int]]) -> tuple[Callable[[], object], nn.Module]:
     fields = {
         "name": "speed", "run_dir": str(work / "run"), "slurm": {"gpus_per_node": 0, "ranks_per_node": 1},
         "data": {"sources": [{"demo": 100}]},
@@ -211,9 +207,7 @@ def ours_step(
     return lambda: engines.optimizer_step(engine, [loss]), model
 
 
-def transformers_step(
-    scale: Scale, world: World, rows: list[list[int]]
-) -> tuple[Callable[[], object], nn.Module]:
+def transformers_step(scale: Scale, world: World, rows: list[list[int]]) -> tuple[Callable[[], object], nn.Module]:
     """As transformers' Trainer does with ``bf16=True``: fp32 weights, bf16 autocast, fused AdamW, padded rows."""
     model = new_model(scale, world, torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

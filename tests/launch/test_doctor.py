@@ -225,9 +225,7 @@ def test_a_cluster_without_requeue_and_accounting(in_slurm: Cluster, tmp_path: P
 # On its nodes -------------------------------------------------------------------------------------
 
 
-def test_a_node_without_the_shared_folder_and_one_with_a_wrong_clock(
-    in_slurm: Cluster, short_tmp: Path
-) -> None:
+def test_a_node_without_the_shared_folder_and_one_with_a_wrong_clock(in_slurm: Cluster, short_tmp: Path) -> None:
     """node4 has another folder at the path of the run directory, and node3's Python another time."""
     shared, storm = short_tmp / "shared", short_tmp / "storm"
     shared.mkdir()
@@ -255,10 +253,7 @@ def test_a_node_without_the_shared_folder_and_one_with_a_wrong_clock(
     assert "the run directory is not shared" in on["shared"].message
     assert "file system that login and compute nodes share" in on["shared"].fix
     assert on["clock"].where == "node3"
-    assert (
-        on["clock"].message == pytest.approx("600 s ahead of the controller's")
-        or "ahead of" in on["clock"].message
-    )
+    assert on["clock"].message == pytest.approx("600 s ahead of the controller's") or "ahead of" in on["clock"].message
     assert "chrony" in on["clock"].fix
     assert on["clock"].level == "error"
     assert on["packages"].level == "ok"

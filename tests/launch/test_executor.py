@@ -42,9 +42,7 @@ def send(spec: JobSpec, stage: str, *after: str) -> str:
 
 
 @pytest.mark.parametrize("container", [None, {"runtime": "pyxis", "image": "x"}])
-def test_submitit_submits_the_rendered_script(
-    container: dict[str, str] | None, sbatch: Path, tmp_path: Path
-) -> None:
+def test_submitit_submits_the_rendered_script(container: dict[str, str] | None, sbatch: Path, tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "my run", {"container": container, "comment": "mine"})
     run = RunDir(Path(spec.run_dir))
     assert send(spec, "ppo", "10", "11") == "12"
@@ -67,9 +65,7 @@ def test_sbatch_gets_the_cluster_settings_and_no_variables_of_other_jobs(
     assert names.isdisjoint({"SLURM_JOB_ID", "SBATCH_ACCOUNT", "SRUN_CPUS_PER_TASK"})
 
 
-def test_a_rejection_is_reported_once(
-    sbatch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rejection_is_reported_once(sbatch: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (sbatch / "sbatch").write_text(
         "#!/bin/sh\necho 'sbatch: error: No such account' >&2\necho 'sbatch: error: Sorry' >&2\nexit 1\n"
     )

@@ -39,8 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
         "stages": {"sft": {}, "dpo": {"zero": 3, "offload_params": True, "offload_optimizer": True}},
         "notify": {"mail": "me@example.org"},
     },
-    # Every option that a site may need, setup lines, tensor parallelism. A sentinel on its own partition
-    # sends mail.
+    # Every option that a site may need, setup lines, tensor parallelism. A sentinel on its own partition sends mail.
     "site-options": {
         "slurm": {
             **{name: f"my-{name}" for name in ("partition", "account", "qos", "reservation", "constraint")},
@@ -167,9 +166,7 @@ class TracingLoader(jinja2.FileSystemLoader):
             self.branches.add(branch)
 
 
-def test_the_cases_cover_every_branch_of_the_templates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cases_cover_every_branch_of_the_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     TracingLoader.branches, TracingLoader.taken = set(), set()
     monkeypatch.setattr("jinja2.FileSystemLoader", TracingLoader)
     for case in CASES:

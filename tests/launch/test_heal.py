@@ -48,14 +48,10 @@ class FakeSlurm:
     did: list[tuple[Any, ...]] = field(default_factory=list)
     ids: Any = field(default_factory=lambda: itertools.count(100))
 
-    def put(
-        self, job_id: str, name: str, state: str, reason: str = "", after: str = "", **known: Any
-    ) -> None:
+    def put(self, job_id: str, name: str, state: str, reason: str = "", after: str = "", **known: Any) -> None:
         comment = f"hpc-rlhf:t{job_id}"
         self.jobs[job_id] = QueuedJob(job_id, name, state, reason, comment, after)
-        self.past[job_id] = JobRecord(
-            job_id, state, known.pop("code", "1:0"), **{"requeueable": True, **known}
-        )
+        self.past[job_id] = JobRecord(job_id, state, known.pop("code", "1:0"), **{"requeueable": True, **known})
 
     def forget(self, job_id: str) -> None:
         del self.jobs[job_id], self.past[job_id]
@@ -156,9 +152,7 @@ def events(run: RunDir, stage: str) -> list[str]:
     return [event.name for event in Ledger(run.ledger).events(stage)]
 
 
-def test_a_failed_stage_is_requeued_and_its_dependents_wait_for_it_again(
-    fake: FakeSlurm, run: RunDir
-) -> None:
+def test_a_failed_stage_is_requeued_and_its_dependents_wait_for_it_again(fake: FakeSlurm, run: RunDir) -> None:
     fake.put("1", "demo.sft", "FAILED", code="1:0", nodes="n1")
     fake.put("2", "demo.reward", "RUNNING")
     fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed),afterok:2(unfulfilled)")
@@ -177,9 +171,7 @@ def test_a_failed_stage_is_requeued_and_its_dependents_wait_for_it_again(
     assert [did for did in fake.did[4:] if did[0] != "depend"] == [], "a second one finds nothing to do"
 
 
-def test_a_finished_stage_that_slurm_calls_preempted_frees_its_dependents(
-    fake: FakeSlurm, run: RunDir
-) -> None:
+def test_a_finished_stage_that_slurm_calls_preempted_frees_its_dependents(fake: FakeSlurm, run: RunDir) -> None:
     """Slurm 25 always records a stage that requeued itself while it was preempted as PREEMPTED."""
     finish(run, "sft")
     fake.put("1", "demo.sft", "PREEMPTED", code="0:0")
@@ -205,9 +197,7 @@ def test_a_finished_stage_that_slurm_started_again_is_left_to_end(fake: FakeSlur
     assert fake.did == []
 
 
-def test_a_job_that_slurm_forgot_is_submitted_again_without_the_bad_node(
-    fake: FakeSlurm, run: RunDir
-) -> None:
+def test_a_job_that_slurm_forgot_is_submitted_again_without_the_bad_node(fake: FakeSlurm, run: RunDir) -> None:
     """So is the dependent that the site's kill_invalid_depend removed."""
     finish(run, "reward")
     ledger = Ledger(run.ledger)
@@ -242,9 +232,7 @@ def test_a_stopped_stage_stays_stopped_until_the_user_heals(fake: FakeSlurm, run
     assert events(run, "sft")[-2:] == ["anew", "retried"]
 
 
-def test_a_sentinel_notifies_the_user_once(
-    fake: FakeSlurm, run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sentinel_notifies_the_user_once(fake: FakeSlurm, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """It then exits with 3, so that its job fails and Slurm sends its mail."""
     sent: list[tuple[object, ...]] = []
     monkeypatch.setattr(notify, "send", lambda run, *news: sent.append(news))
@@ -360,9 +348,7 @@ def test_a_sentinel_that_is_refused_breaks_nothing(
     assert "the sentinel was refused: sbatch: no" in outcomes[0].detail
 
 
-def test_two_at_once_and_a_run_without_a_chain_are_refused(
-    fake: FakeSlurm, run: RunDir, tmp_path: Path
-) -> None:
+def test_two_at_once_and_a_run_without_a_chain_are_refused(fake: FakeSlurm, run: RunDir, tmp_path: Path) -> None:
     with hold(run.submit_lock, "hpc-rlhf submit"), pytest.raises(HpcRlhfError, match="`hpc-rlhf submit`"):
         heal(run)
     spec = make_spec(tmp_path / "local")

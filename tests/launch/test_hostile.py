@@ -79,9 +79,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield path
 
 
-def changed(
-    tree: dict[str, Any], path: tuple[Any, ...], value: Any = None, name: str | None = None
-) -> dict[str, Any]:
+def changed(tree: dict[str, Any], path: tuple[Any, ...], value: Any = None, name: str | None = None) -> dict[str, Any]:
     """The tree with another value at a path, or with the key there renamed."""
     tree = copy.deepcopy(tree)
     inside: Any = tree

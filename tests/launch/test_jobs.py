@@ -36,9 +36,7 @@ def find(
     """The jobs of a run whose sft was announced with tokens, each at a time by its submitter's clock, and how
     long it took to find them."""
     run = RunDir(folder)
-    lines = [
-        {"time": time, "event": "submitting", "stage": "sft", "token": token} for token, time in announced
-    ]
+    lines = [{"time": time, "event": "submitting", "stage": "sft", "token": token} for token, time in announced]
     run.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
     waiting = Waiting(arrives)
     monkeypatch.setattr(jobs, "time", waiting)

@@ -50,12 +50,8 @@ def test_ranks_get_their_own_variables_and_none_of_a_surrounding_job(here: Here)
     assert logs == {f"{rank}_log.{stream}" for rank in range(4) for stream in ("out", "err")}
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_a_stop_request_lets_the_ranks_save_and_prints_how_to_resume(
-    here: Here, number: int, code: int
-) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_stop_request_lets_the_ranks_save_and_prints_how_to_resume(here: Here, number: int, code: int) -> None:
     process = here.start("run", "job.yaml", "--set", "seed=5", FAKE_SFT="until_signal")
     ranks = here.await_ranks()
     os.killpg(process.pid, number)  # what a terminal does at Ctrl-C
@@ -117,9 +113,7 @@ def test_a_late_event_of_another_attempt_is_ignored(here: Here) -> None:
 
 def test_a_failure_is_retried_unless_it_repeats(here: Here) -> None:
     heal = ("--set", "slurm.heal.enabled=true")
-    code, _, err = here.finish(
-        "run", "job.yaml", *heal, FAKE_SFT="killed_once", FAKE_REWARD="connection_lost"
-    )
+    code, _, err = here.finish("run", "job.yaml", *heal, FAKE_SFT="killed_once", FAKE_REWARD="connection_lost")
     assert code == 1
     assert "sft: killed: rank 1 was ended by SIGKILL" in err
     assert "reward: failed: OSError: disk full; retrying" in err
@@ -181,9 +175,7 @@ def test_cores_are_split_over_ranks_unless_the_user_set_them() -> None:
     assert environment({}, 10 * cores)["OMP_NUM_THREADS"] == "1"
 
 
-@pytest.mark.parametrize(
-    ("chosen", "count"), [("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("GPU-8f2, MIG-1a", 2)]
-)
+@pytest.mark.parametrize(("chosen", "count"), [("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("GPU-8f2, MIG-1a", 2)])
 def test_gpus_are_counted_as_the_ranks_would_see_them(chosen: str, count: int) -> None:
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": chosen}) == count
 

@@ -75,9 +75,7 @@ def test_a_trained_run_may_resume_on_other_ranks_with_the_same_steps(tmp_path: P
     run = prepared(spec_with(tmp_path, "stages.sft.micro_batch=4", "slurm.nodes=2"))
     (run / "stages/sft/checkpoints").mkdir()
     whole = derive_batch(read_spec(run / "job.yaml").stage("sft"), "sft").global_
-    with pytest.raises(
-        HpcRlhfError, match=rf"the same steps over other ranks, set .*stages.sft.global_batch: {whole}"
-    ):
+    with pytest.raises(HpcRlhfError, match=rf"the same steps over other ranks, set .*stages.sft.global_batch: {whole}"):
         prepared(spec_with(tmp_path, "stages.sft.micro_batch=4"))
     same = [
         f"stages.{s}.global_batch={derive_batch(read_spec(run / 'job.yaml').stage(s), s).global_}"

@@ -143,9 +143,7 @@ def test_the_script_sets_the_rendezvous_and_exits_with_sruns_code(tmp_path: Path
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_another_launcher_is_one_task_per_node_with_all_of_its_resources(
-    tmp_path: Path, launcher: str
-) -> None:
+def test_another_launcher_is_one_task_per_node_with_all_of_its_resources(tmp_path: Path, launcher: str) -> None:
     slurm = {"nodes": 2, "cpus_per_gpu": 3, "launcher": launcher}
     spec = make_spec(tmp_path / "my run's", slurm)
     code, out, _ = run_script(spec, "sft", tmp_path, STUB_EXIT="7")
@@ -296,9 +294,7 @@ def test_the_script_requeues_a_job_whose_ranks_a_preemption_killed(
 def test_a_users_template_replaces_the_one_of_its_name(tmp_path: Path) -> None:
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates/hostfile.j2").write_text("@NODE@ slots={{ slurm.tasks_per_node }} # mine\n")
-    files = {
-        path.name: path for path in render(make_plan(make_spec("/scratch/demo")), tmp_path / "out", tmp_path)
-    }
+    files = {path.name: path for path in render(make_plan(make_spec("/scratch/demo")), tmp_path / "out", tmp_path)}
     assert files["sft.hostfile.in"].read_text() == "@NODE@ slots=2 # mine\n"
     assert files["sft.sbatch"].read_text().startswith("#!/bin/bash\n")
     assert len(files) == 15

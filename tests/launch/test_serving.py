@@ -12,9 +12,7 @@ from hpc_rlhf.launch.prepare import claim, prepare
 from tests.launch.specs import make_spec
 
 
-def test_the_job_is_rendered_from_the_users_own_template(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_job_is_rendered_from_the_users_own_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripts: list[str] = []
 
     def submit(script: Path, options: list[str]) -> str:

@@ -160,9 +160,7 @@ def test_a_job_that_slurm_accepted_although_sbatch_failed_is_adopted(bench: Benc
 
 def test_concurrent_submits_create_one_graph(bench: Bench) -> None:
     both = [
-        subprocess.Popen(
-            bench.command("submit"), env=bench.env({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        subprocess.Popen(bench.command("submit"), env=bench.env({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
     ]
     errors = [process.communicate(timeout=60)[1].decode() for process in both]
@@ -175,9 +173,7 @@ def test_a_resubmitted_stage_releases_its_dependents(bench: Bench) -> None:
     bench.cli("submit")
     before = bench.submitted()
     bench.cluster.run("scancel", before["sft"])
-    wait_until(
-        lambda: bench.cluster.field(before["ppo"], "Reason") == "DependencyNeverSatisfied", 30, "PPO is stuck"
-    )
+    wait_until(lambda: bench.cluster.field(before["ppo"], "Reason") == "DependencyNeverSatisfied", 30, "PPO is stuck")
     assert "stuck" in bench.cli("status").stdout
     done = bench.cli("submit")
     assert (done.returncode, bench.names()) == (0, ALL), done.stderr

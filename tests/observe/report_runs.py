@@ -103,9 +103,7 @@ def evaluate(run: RunDir, prompt: str, answers: dict[str, str]) -> None:
     add_line(run.stage("eval").answers, prompt=prompt, answers=answers, rewards=dict.fromkeys(answers, 1.0))
 
 
-def _write_stage(
-    run: RunDir, stage: str, job: int, clock: list[float], steps: int, interruptions: int
-) -> None:
+def _write_stage(run: RunDir, stage: str, job: int, clock: list[float], steps: int, interruptions: int) -> None:
     ledger, files = Ledger(run.ledger), run.stage(stage)
     files.path.mkdir(parents=True)
     rows: list[str] = []
@@ -135,7 +133,5 @@ def _write_stage(
 
 
 def _row(stage: str, step: int, steps: int, time: float) -> dict[str, Any]:
-    values = {
-        name: 1 / (step + at) + 0.3 + 0.1 * math.sin(step * (at + 1)) for at, name in enumerate(_NAMES[stage])
-    }
+    values = {name: 1 / (step + at) + 0.3 + 0.1 * math.sin(step * (at + 1)) for at, name in enumerate(_NAMES[stage])}
     return {"step": step, "total_steps": steps, "time": time, "kind": "train", **values}

@@ -105,9 +105,7 @@ def test_sweep_is_ranked_by_final_training_reward(tmp_path: Path) -> None:
 
 def test_the_last_tenth_of_a_long_run_is_averaged(tmp_path: Path) -> None:
     run = make_sweep(tmp_path, COEFS, {"kl_coef=0.1": 0.0})["kl_coef=0.1"]
-    score(
-        run, 5000, [9.0] * 4500 + [2.0] * 400 + [1.0] * 100, other="metrics" * 70
-    )  # rows as long as real ones
+    score(run, 5000, [9.0] * 4500 + [2.0] * 400 + [1.0] * 100, other="metrics" * 70)  # rows as long as real ones
     (compared,) = json.loads(cli("--json", run.path).stdout)["runs"]
     assert compared["numbers"]["ppo.reward"]["value"] == pytest.approx(1.8)
 
@@ -134,9 +132,7 @@ def test_different_reward_models_are_ranked_by_win_rate(tmp_path: Path) -> None:
     trained = cli(tmp_path / "good")
     assert "the runs have 2 different reward models, whose scales do not compare" in trained.stderr
     for run, share in zip(runs.values(), (0.5, 0.6, 0.7, 0.9), strict=True):
-        evaluate(
-            run, reward=interval(1.0), win_rate={"value": share, "low": share - 0.1, "high": share + 0.1}
-        )
+        evaluate(run, reward=interval(1.0), win_rate={"value": share, "low": share - 0.1, "high": share + 0.1})
     result = cli(tmp_path / "good")
     assert result.stderr == "ranked by win_rate\n"
     lines = result.stdout.splitlines()

@@ -170,9 +170,7 @@ def test_a_pause_without_slurm_is_not_queueing() -> None:
 
 def test_attempts_that_never_started_count() -> None:
     held = at(5, "ended", job_id="7", reason="launch failure", message="held", node="node4", step=0)
-    found = sft(
-        [*SENT, held, at(5, "retried", job_id="7"), at(9, "started", "7-0", age=1.0)], at_work={"sft"}, now=9
-    )
+    found = sft([*SENT, held, at(5, "retried", job_id="7"), at(9, "started", "7-0", age=1.0)], at_work={"sft"}, now=9)
     (broken,) = found.interruptions
     assert (broken.reason, broken.node, broken.lost) == ("launch failure", "node4", 0)
     assert found.spans.queued == 8
@@ -316,9 +314,7 @@ def test_spans_are_never_negative_and_add_up(
         events = [replace(event, time=time) for event, time in zip(events, times, strict=True)]
     stages = {"sft": (), "ppo": ("sft",)}
     now = max((event.time for event in events), default=0.0) + 10
-    found = measure(
-        events, stages, at_work=set(stages) if work else (), queued=set(stages) if queue else (), now=now
-    )
+    found = measure(events, stages, at_work=set(stages) if work else (), queued=set(stages) if queue else (), now=now)
     for stage, each in found.items():
         assert all(getattr(each.spans, name) >= 0 for name in SPANS)
         assert all(broken.lost >= 0 and broken.starting >= 0 for broken in each.interruptions)

@@ -281,9 +281,7 @@ def test_the_log_of_a_failed_stage_is_that_of_the_failed_rank(run: RunDir) -> No
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "has no prompt" in done.stdout
     assert "zero" not in done.stdout
-    assert done.stderr.endswith(
-        "==> cause <==\nfailed: ValueError: row 12 has no prompt (rank 3, n2, after step 40)\n"
-    )
+    assert done.stderr.endswith("==> cause <==\nfailed: ValueError: row 12 has no prompt (rank 3, n2, after step 40)\n")
     ledger.append(RetryRequested("sft"))
     ledger.append(Started("sft", attempt="7-1", job_id="7"))
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -58,9 +58,7 @@ def test_every_event_is_understood(runs: Path) -> None:
     assert StageHistory(Ledger(RunDir(runs / "died").ledger).events("ppo"))
 
 
-def test_report_and_compare_and_list_read_both(
-    runs: Path, tmp_path: Path, output: Callable[..., str]
-) -> None:
+def test_report_and_compare_and_list_read_both(runs: Path, tmp_path: Path, output: Callable[..., str]) -> None:
     for run in ("finished", "died"):
         output("report", runs / run, "--out", tmp_path / f"{run}.html")
         assert "<svg" in (tmp_path / f"{run}.html").read_text()

@@ -121,9 +121,7 @@ def test_held_out_measurements_are_dots(run: RunDir) -> None:
     for step, value in ((0, 400.0), (60, 2.5)):
         add_line(run.stage("sft").metrics, step=step, total_steps=60, time=0.0, kind="eval", perplexity=value)
     chart = next(chart for chart in charts(make_page(run)) if chart["title"] == "perplexity")
-    measured = {
-        s: v for s, v in zip(chart["steps"], chart["lines"]["held out"], strict=True) if v is not None
-    }
+    measured = {s: v for s, v in zip(chart["steps"], chart["lines"]["held out"], strict=True) if v is not None}
     assert (measured, chart["dots"]) == ({0: 400.0, 60: 2.5}, ["held out"])
 
 
@@ -154,9 +152,9 @@ def test_hostile_text_is_inert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     Ledger(run.ledger).append(Started("sft", attempt=HOSTILE, host=HOSTILE, versions={HOSTILE: HOSTILE}))
     Ledger(run.ledger).append(Failed("sft", attempt=HOSTILE, message=HOSTILE))
     page = Elements(make_page(run))
-    assert [tag for tag, _ in page.elements].count("script") == [
-        tag for tag, _ in Elements(ours).elements
-    ].count("script")
+    assert [tag for tag, _ in page.elements].count("script") == [tag for tag, _ in Elements(ours).elements].count(
+        "script"
+    )
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert "img" not in {tag for tag, _ in page.elements}
     assert "<script>alert('x')</script>" in page.text
@@ -205,9 +203,7 @@ def test_timeline_has_no_gaps(run: RunDir) -> None:
 def test_invisibly_short_saves_do_not_split_a_bar() -> None:
     started = Started("sft", attempt="7-0", host="node1")
     ready = Ready("sft", attempt="7-0")
-    saves = [
-        Saved("sft", time=300.0 * at, attempt="7-0", step=at, seconds=1.0, stall=0.1) for at in range(1, 3000)
-    ]
+    saves = [Saved("sft", time=300.0 * at, attempt="7-0", step=at, seconds=1.0, stall=0.1) for at in range(1, 3000)]
     goodput = measure([started, ready, *saves], {"sft": []}, at_work=["sft"], now=900_000)
     (bar,) = make_timeline(goodput, {"sft": "running"}, {}).bars
     assert [segment.span for segment in bar.segments] == ["productive"]
@@ -226,9 +222,7 @@ def test_verb_writes_the_report_and_prints_its_path(
     assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_unusable_paths_are_one_message(
-    run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unusable_paths_are_one_message(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run.path), "--out", str(tmp_path / "no/such/folder.html")]) == 2
     assert "cannot write: No such file or directory" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
@@ -243,9 +237,7 @@ def test_report_imports_nothing_heavy(run: RunDir) -> None:
         "import sys; from hpc_rlhf.cli import main; main(['report', sys.argv[1]]); "
         f"print([name for name in {heavy!r} if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 

@@ -65,9 +65,7 @@ def browser() -> Iterator[Browser]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a run of 3,000 steps and 40 interruptions with hostile prompts and responses."""
     with pytest.MonkeyPatch.context() as patch:
-        run = make_reported_run(
-            tmp_path_factory.mktemp("report") / "run", patch, steps=3000, interruptions=40
-        )
+        run = make_reported_run(tmp_path_factory.mktemp("report") / "run", patch, steps=3000, interruptions=40)
     evaluate(run, HOSTILE, {"sft": HOSTILE, "ppo": "W" * 500, "ema": "short", "reference": ""})
     return write_report(run)
 

@@ -108,8 +108,7 @@ def run(tmp_path: Path) -> RunDir:
     (run.stage("sft").model / "config.json").write_text("{}")
     manifest.write(run.stage("sft").model, {"step": 9})
     rows = [
-        {"step": step, "total_steps": 90, "time": 1.0 * step, "kind": "train", "loss": 1 / step}
-        for step in (1, 50)
+        {"step": step, "total_steps": 90, "time": 1.0 * step, "kind": "train", "loss": 1 / step} for step in (1, 50)
     ]
     rows.append({"step": 50, "total_steps": 90, "time": 51.0, "kind": "eval", "accuracy": 0.5})
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 51, "tot'

@@ -25,9 +25,7 @@ def stage(folder: Path, **logs: str) -> StageDir:
 
 
 def marked(*texts: str, first: int = 0) -> str:
-    return "".join(
-        f"hpc-rlhf: attempt {number} of job 7 on n1\n{text}\n" for number, text in enumerate(texts, first)
-    )
+    return "".join(f"hpc-rlhf: attempt {number} of job 7 on n1\n{text}\n" for number, text in enumerate(texts, first))
 
 
 @pytest.mark.parametrize(
@@ -50,9 +48,7 @@ def test_a_mark_is_found_after_an_incomplete_line(tmp_path: Path) -> None:
 
 def test_a_log_that_began_with_an_attempt_belongs_to_it(tmp_path: Path) -> None:
     """The ranks of earlier attempts never started."""
-    files = stage(
-        tmp_path, **{BATCH: marked("one", "two", "three"), RANK: "mine\n" + marked("later", first=2)}
-    )
+    files = stage(tmp_path, **{BATCH: marked("one", "two", "three"), RANK: "mine\n" + marked("later", first=2)})
     assert AttemptLogs(files, "7", 1).last_line(0) == "mine"
     assert AttemptLogs(files, "7", 2).last_line(0) == "later"
     assert AttemptLogs(files, "7", 3).last_line(0) == ""

@@ -36,8 +36,6 @@ def test_requeues_are_counted_since_the_user_last_submitted() -> None:
     sent, again = event("submitting"), event("submitting", by="heal")
     one = [sent, STARTED, event("requeued"), STARTED, event("ended"), event("retried")]
     assert StageHistory(one).since_user.requeues == 2  # the last has not started yet
-    assert (
-        StageHistory([*one, again, STARTED, STARTED]).since_user.requeues == 3
-    )  # once Slurm requeued it by itself
+    assert StageHistory([*one, again, STARTED, STARTED]).since_user.requeues == 3  # once Slurm requeued it by itself
     assert StageHistory([*one, event("anew"), event("retried"), STARTED]).since_user.requeues == 0
     assert StageHistory([*one, sent, STARTED]).since_user.requeues == 0

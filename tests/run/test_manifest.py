@@ -35,10 +35,7 @@ def test_a_missing_longer_or_shorter_file_is_named(folder: Path, name: str) -> N
     path = folder / name
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    assert (
-        manifest.defect(folder, deep=False)
-        == f"{name} has {len(content) - 1} bytes instead of {len(content)}"
-    )
+    assert manifest.defect(folder, deep=False) == f"{name} has {len(content) - 1} bytes instead of {len(content)}"
     path.write_bytes(content + b"x")
     assert "instead of" in str(manifest.defect(folder, deep=False))
     path.unlink()
@@ -90,9 +87,7 @@ def test_the_ranks_shares_add_up_to_all_files(folder: Path) -> None:
     assert sorted(map(str, found)) == ["None", "empty is missing"]
 
 
-def test_an_interrupted_write_leaves_the_older_manifest(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_write_leaves_the_older_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 

@@ -139,9 +139,7 @@ def test_a_spec_refuses_secrets(tmp_path: Path) -> None:
         with pytest.raises(SpecError, match=r"secret; put it|must not contain a user") as error:
             load_spec(spec, [f"{path}={value}"])
         assert "very-secret" not in str(error.value)
-    loaded = load_spec(
-        spec, ["notify.webhook.url=${HOOK}", "notify.mail=me@x.org", "trackers.wandb.project=p"]
-    )
+    loaded = load_spec(spec, ["notify.webhook.url=${HOOK}", "notify.mail=me@x.org", "trackers.wandb.project=p"])
     assert loaded.notify.webhook is not None
     assert loaded.notify.webhook.url == "${HOOK}"
     assert {path for path, _, _ in differences(load_spec(spec), loaded)} == {
@@ -160,8 +158,7 @@ def test_only_the_last_stage_and_the_sentinels_send_mail(tmp_path: Path) -> None
     for job in plan.jobs:
         texts = (templates.script(plan, job, "true"), templates.sentinel(plan, job))
         mails[job.stage] = [
-            [line.removeprefix("#SBATCH --mail-") for line in text.splitlines() if "--mail-" in line]
-            for text in texts
+            [line.removeprefix("#SBATCH --mail-") for line in text.splitlines() if "--mail-" in line] for text in texts
         ]
     fail = ["type=FAIL", "user=me@x.org"]
     assert mails == {"sft": [[], fail], "reward": [[], fail], "ppo": [["type=END", "user=me@x.org"], fail]}

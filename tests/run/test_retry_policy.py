@@ -18,9 +18,7 @@ def ended(reason: str, step: int = 0, progress: bool = False, node: str = "", me
 STARTED, RETRIED = event("started"), event("retried")
 LOST = ended("node failure", node="n1")
 IN_VAIN = "two attempts in a row hit the time limit before they could save anything new, the last one at step"
-MORE_TIME = (
-    "raise slurm.time, or make a step shorter: a smaller global batch, shorter responses, or more GPUs"
-)
+MORE_TIME = "raise slurm.time, or make a step shorter: a smaller global batch, shorter responses, or more GPUs"
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,7 @@ def test_cancellation_preemption_and_time_limit_are_distinguished(
 ) -> None:
     script, answer, log = tmp_path / "step.sh", tmp_path / "answer", tmp_path / "log"
     script.write_text(STEP)
-    job_id = idle_cluster.sbatch(
-        f"--partition={partition}", f"--output={log}", f"--export=ALL,ANSWER={answer}", script
-    )
+    job_id = idle_cluster.sbatch(f"--partition={partition}", f"--output={log}", f"--export=ALL,ANSWER={answer}", script)
     wait_until(lambda: log.exists() and "ready" in log.read_text(), 30, "the step runs")
     if why == "cancelled":
         idle_cluster.run("scancel", job_id)
@@ -56,9 +54,7 @@ def test_cancellation_preemption_and_time_limit_are_distinguished(
     assert answer.read_text() == repr(why)
 
 
-def test_queue_and_accounting_follow_a_job_to_its_end(
-    idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_queue_and_accounting_follow_a_job_to_its_end(idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in idle_cluster.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SQUEUE_PARTITION", "low")  # the user's own default must not hide jobs
@@ -120,9 +116,7 @@ open(sys.argv[0] + ".done", "w").write(" ".join(sys.argv[1:]))
 """
 
 
-def test_a_command_survives_the_signals_that_it_causes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_survives_the_signals_that_it_causes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(REQUEUES.replace("/usr/bin/python3", sys.executable))
     scontrol.chmod(0o755)
@@ -138,9 +132,7 @@ def test_a_command_survives_the_signals_that_it_causes(
         signal.signal(signal.SIGTERM, kept)
 
 
-def test_a_jobs_start_and_end_are_by_the_controllers_clock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_jobs_start_and_end_are_by_the_controllers_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     show = "JobId=7 JobState=RUNNING StartTime=2026-01-01T10:00:00 EndTime=2026-01-01T10:30:00"
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho {json.dumps(show)}\n")
     (tmp_path / "scontrol").chmod(0o755)

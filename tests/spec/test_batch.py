@@ -43,9 +43,7 @@ def test_every_suggested_fix_works(micro: int, ranks: int, total: int) -> None:
     fixes = re.findall(r"(global_batch|micro_batch): (\d+)", str(caught.value))
     assert fixes
     for field, value in fixes:
-        fixed = (
-            stage(micro, ranks, int(value)) if field == "global_batch" else stage(int(value), ranks, total)
-        )
+        fixed = stage(micro, ranks, int(value)) if field == "global_batch" else stage(int(value), ranks, total)
         derive_batch(fixed, "sft")
 
 
@@ -68,9 +66,7 @@ def test_every_suggested_fix_works(micro: int, ranks: int, total: int) -> None:
         ),
     ],
 )
-def test_a_rendered_deepspeed_config_must_have_the_specs_batch(
-    config: dict[str, int], complaint: str | None
-) -> None:
+def test_a_rendered_deepspeed_config_must_have_the_specs_batch(config: dict[str, int], complaint: str | None) -> None:
     batch = derive_batch(stage(4, 2, 24), "sft")
     if complaint is None:
         batch.check_ds_config(config, "a.json")

@@ -161,9 +161,7 @@ def test_good_spec_is_good(tmp_path: Path) -> None:
     assert load_spec(write(tmp_path, GOOD)).stages.ppo is not None
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "expected"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN]
-)
+@pytest.mark.parametrize(("old", "new", "expected"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
 def test_problem_is_reported_with_its_place(tmp_path: Path, old: str, new: str, expected: str) -> None:
     assert GOOD.count(old) == 1
     path = write(tmp_path, GOOD.replace(old, new))
@@ -195,9 +193,7 @@ def test_file_that_is_not_a_spec(tmp_path: Path, content: bytes, expected: str) 
 
 
 def test_file_that_cannot_be_read(tmp_path: Path) -> None:
-    assert str(problems_in(tmp_path / "none.yaml")[0]).endswith(
-        "none.yaml: cannot read it: No such file or directory"
-    )
+    assert str(problems_in(tmp_path / "none.yaml")[0]).endswith("none.yaml: cannot read it: No such file or directory")
     assert str(problems_in(tmp_path)[0]).endswith("cannot read it: Is a directory")
 
 

@@ -14,9 +14,7 @@ def test_mappings_are_merged_and_lists_replaced(tmp_path: Path) -> None:
     write(tmp_path, GOOD, "base.yaml")
     (tmp_path / "deep").mkdir()
     write(tmp_path / "deep", "extends: ../base.yaml\nslurm: {nodes: 4}\n", "middle.yaml")
-    top = write(
-        tmp_path, "extends: deep/middle.yaml\nname: top\ndata: {sources: [{demo: 50}]}\nstages: {ppo: null}\n"
-    )
+    top = write(tmp_path, "extends: deep/middle.yaml\nname: top\ndata: {sources: [{demo: 50}]}\nstages: {ppo: null}\n")
     spec = load_spec(top)
     assert (spec.name, spec.slurm.nodes, spec.slurm.partition) == ("top", 4, "gpu")
     assert [source.demo for source in spec.data.sources] == [50]

@@ -91,9 +91,7 @@ def variants(mutate: Callable[[str, random.Random], str], seed: int, count: int)
 
 
 @pytest.mark.parametrize("mutate", [mutate_text, mutate_tree])
-def test_mutated_specs_load_or_raise_spec_error(
-    tmp_path: Path, mutate: Callable[[str, random.Random], str]
-) -> None:
+def test_mutated_specs_load_or_raise_spec_error(tmp_path: Path, mutate: Callable[[str, random.Random], str]) -> None:
     loaded, count = 0, 5000 if os.environ.get("HPC_RLHF_FUZZ") else 1000
     for text in variants(mutate, seed=7, count=count):
         path = write(tmp_path, text)
@@ -113,9 +111,7 @@ def test_mutated_specs_load_or_raise_spec_error(
 def test_check_handles_many_mutated_specs(tmp_path: Path) -> None:
     texts = variants(mutate_text, 1, 100) + variants(mutate_tree, 2, 100)
     files = [str(write(tmp_path, text, f"{i}.yaml")) for i, text in enumerate(texts)]
-    done = subprocess.run(
-        [sys.executable, "-m", "hpc_rlhf.cli", "check", *files], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "hpc_rlhf.cli", "check", *files], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1

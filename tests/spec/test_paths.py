@@ -49,9 +49,7 @@ def test_container(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD.replace("slurm: {nodes: "
                                         "2}", "slurm: {container: {runtime: pyxis, image: "
                                               "nvcr.io#nvidia/pytorch:25.01-py3}}"))  # fmt: skip
-    spec = load_spec(
-        path, ["slurm.container={runtime: apptainer, image: x.sif, mounts: ['${WORK}:/data', sub]}"]
-    )
+    spec = load_spec(path, ["slurm.container={runtime: apptainer, image: x.sif, mounts: ['${WORK}:/data', sub]}"])
     assert spec.slurm.container is not None
     assert spec.slurm.container.image == str(tmp_path / "here/x.sif")
     assert spec.slurm.container.mounts == ("/big/disk:/data", str(tmp_path / "here/sub"))
@@ -65,9 +63,7 @@ def test_variables_are_expanded_only_in_paths(tmp_path: Path) -> None:
     assert (spec.slurm.setup, spec.slurm.comment) == (("export A=${WORK}",), "${WORK}")
 
 
-@pytest.mark.parametrize(
-    "written", ["${}", "${A", "a$", "${A:-${WORK}}", "$(pwd)", "${1}", "${EMPTY}", "${A-b}"]
-)
+@pytest.mark.parametrize("written", ["${}", "${A", "a$", "${A:-${WORK}}", "$(pwd)", "${1}", "${EMPTY}", "${A-b}"])
 def test_invalid_variable_is_rejected(tmp_path: Path, written: str) -> None:
     (problem,) = problems_in(write(tmp_path, GOOD.replace("runs/good", f'"{written}"')))
     assert (problem.line, problem.path) == (2, "run_dir")

@@ -72,9 +72,7 @@ def test_init_does_not_overwrite_and_marks_untested_sizes(tmp_path: Path) -> Non
     assert out.read_text() == before
 
 
-@pytest.mark.parametrize(
-    "args", [("--actor", "a b"), ("--actor", "a\nb: c"), ("--actor", "x", "--name", "..")]
-)
+@pytest.mark.parametrize("args", [("--actor", "a b"), ("--actor", "a\nb: c"), ("--actor", "x", "--name", "..")])
 def test_init_rejects_invalid_names(args: tuple[str, ...]) -> None:
     done = init(*args, "--deployment", "single_gpu", "--out", "-")
     assert (done.returncode, done.stdout) == (2, "")

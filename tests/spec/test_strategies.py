@@ -24,9 +24,7 @@ LORA = {"rank": 4}
         ({"activation_checkpointing": False}, {**EVERYTHING, "activation_checkpointing": False}),
     ],
 )
-def test_critic_inherits_unset_fields_from_the_actor(
-    critic: dict[str, Any], expected: dict[str, Any]
-) -> None:
+def test_critic_inherits_unset_fields_from_the_actor(critic: dict[str, Any], expected: dict[str, Any]) -> None:
     made = PpoSpec.model_validate({**EVERYTHING, "lora": LORA, "critic": critic}).of_critic
     assert {name: getattr(made, name) for name in expected} == expected
     assert made.lora is None

@@ -109,10 +109,7 @@ def test_problems_have_their_places(tmp_path: Path) -> None:
 
 
 def test_problem_of_some_combinations_names_a_run(tmp_path: Path) -> None:
-    text = (
-        GOOD.replace("    slurm: {nodes: 2}", "    global_batch: 32")
-        + "sweep: {stages.ppo.micro_batch: [4, 3]}\n"
-    )
+    text = GOOD.replace("    slurm: {nodes: 2}", "    global_batch: 32") + "sweep: {stages.ppo.micro_batch: [4, 3]}\n"
     with pytest.raises(SpecError) as caught:
         load_any(write(tmp_path, text))
     (problem,) = caught.value.problems

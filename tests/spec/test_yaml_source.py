@@ -78,11 +78,7 @@ def test_every_node_knows_its_place() -> None:
                 check(below, lines)
         else:
             written = rest[1:] if rest.startswith('"') else re.split(r"[,}\]]*(\s|$)", rest)[0]
-            assert (
-                written.startswith(node.value)
-                if isinstance(node.value, str)
-                else plain(written) == node.value
-            )
+            assert written.startswith(node.value) if isinstance(node.value, str) else plain(written) == node.value
 
     for path in JOBS.glob("*.yaml"):
         text = path.read_text()
@@ -97,11 +93,7 @@ def test_values_of_an_option_have_its_place() -> None:
     assert below.mark == below.key == mark
 
 
-@given(
-    st.text(
-        alphabet=st.sampled_from("ab:-#&*!|>'\"%@`{}[],? \n\t\\~=<.0123e+_\x00\x85\ufeff\ud800"), max_size=60
-    )
-)
+@given(st.text(alphabet=st.sampled_from("ab:-#&*!|>'\"%@`{}[],? \n\t\\~=<.0123e+_\x00\x85\ufeff\ud800"), max_size=60))
 def test_any_text_parses_or_raises_spec_error(text: str) -> None:
     with contextlib.suppress(SpecError):
         parse_yaml(text, HERE)

@@ -22,12 +22,8 @@ from tests.storm.verdict import table, unexplained
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.storm.ettr", description=__doc__)
-    parser.add_argument(
-        "--faults", type=int, default=15, help="preemptions; a third of them strikes each stage"
-    )
-    parser.add_argument(
-        "--every", type=float, default=120, help="seconds of an attempt before it is preempted"
-    )
+    parser.add_argument("--faults", type=int, default=15, help="preemptions; a third of them strikes each stage")
+    parser.add_argument("--every", type=float, default=120, help="seconds of an attempt before it is preempted")
     args = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="hpc-rlhf-ettr-") as folder,

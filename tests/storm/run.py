@@ -116,9 +116,7 @@ class Weather:
 
 
 @contextmanager
-def weather(
-    cluster: Cluster | None, folder: Path, faults: int, every: float | None = None
-) -> Iterator[Weather]:
+def weather(cluster: Cluster | None, folder: Path, faults: int, every: float | None = None) -> Iterator[Weather]:
     """Chains on a cluster or on this machine; their file systems are removed afterwards."""
     library = folder / "shim.so"
     compiler = shutil.which("cc")

@@ -20,8 +20,7 @@ EVERY = 6.0  # seconds: no attempt is over by then, on a fast machine either
 QUICK = [
     fault
     for fault in FAULTS
-    if fault.name
-    in ("kill a rank", "aim", "preempt", "preempt at once", "requeue from outside", "spoil a checkpoint")
+    if fault.name in ("kill a rank", "aim", "preempt", "preempt at once", "requeue from outside", "spoil a checkpoint")
 ]
 
 

@@ -74,9 +74,7 @@ def differences(chain: Watched, peace: Watched) -> list[str]:
         ours, theirs = _rows(chain, stage), _rows(peace, stage)
         if ours != theirs:
             steps = [row["step"] for row in ours]
-            first = next(
-                (i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other), None
-            )
+            first = next((i for i, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other), None)
             at = f"first at {ours[first]} for {theirs[first]}" if first is not None else "one has more rows"
             wrong.append(f"{stage}: the metrics differ, {len(steps)} rows for {len(theirs)}, {at}")
     return wrong
@@ -106,15 +104,11 @@ def unexplained(storm: Storm) -> list[str]:
 def table(storm: Storm) -> str:
     """A table of the faults: how many, how many interrupted a stage, and the steps lost."""
     ended = {(stage, each.attempt): each for stage in STAGES for each in interruptions(storm.chain, stage)}
-    lines = [
-        f"{'fault':<40}{'injected':>9}{'interrupted':>13}{'steps lost':>12}{'most':>6}  reasons in the ledger"
-    ]
+    lines = [f"{'fault':<40}{'injected':>9}{'interrupted':>13}{'steps lost':>12}{'most':>6}  reasons in the ledger"]
     for fault in sorted({each.fault for each in storm.struck}):
         those = [each for each in storm.struck if each.fault == fault]
         hits = [
-            ended[each.stage, each.attempt]
-            for each in those
-            if each.reasons and (each.stage, each.attempt) in ended
+            ended[each.stage, each.attempt] for each in those if each.reasons and (each.stage, each.attempt) in ended
         ]
         reasons = Counter(hit.reason or "no event" for hit in hits)
         causes = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())

@@ -87,9 +87,7 @@ def outputs(run: RunDir) -> dict[str, Any]:
     return {
         "files": last["files"],
         "metrics": [(line["step"], line["sum"]) for line in lines],
-        "kept": sorted(
-            path.name for path in checkpoints.iterdir() if path.name.startswith(("step-", "tmp-"))
-        ),
+        "kept": sorted(path.name for path in checkpoints.iterdir() if path.name.startswith(("step-", "tmp-"))),
     }
 
 

@@ -102,9 +102,7 @@ def main(folder: Path) -> dict[str, Any]:
     os.environ.update(DS_ACCELERATOR="cpu", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
-        False  # as ``hpc_rlhf.train.runtime.world.join`` does
-    )
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as ``hpc_rlhf.train.runtime.world.join`` does
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     world = Alone(0, ParallelDims(1), 0, torch.device("cpu"), dist.group.WORLD)

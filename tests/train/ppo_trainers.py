@@ -63,9 +63,7 @@ def rewarding(seed: int = 1) -> RewardModel:
 
 def trainer_of(world: Any = None, budget: int = 1000, ref_seed: int = 0, **fields: Any) -> PpoTrainer:
     world = world or Alone()
-    models = SimpleNamespace(
-        actor=language(), critic=rewarding(), ref=language(ref_seed), policy=None, ema=None
-    )
+    models = SimpleNamespace(actor=language(), critic=rewarding(), ref=language(ref_seed), policy=None, ema=None)
     backend, rewards = SimpleNamespace(), ModelReward(rewarding().eval(), world, budget)
     sizes = Sizes(budget=budget, response=8, loss_factor=1.0)
     return PpoTrainer(PpoSpec(**fields), models, backend, rewards, tiny.EOS, sizes, world)  # type: ignore[arg-type]

@@ -138,9 +138,7 @@ def curve(run: RunDir, stage: str, name: str) -> list[float]:
     return [line[name] for line in metrics(run, stage) if line["kind"] == "train"]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SETUPS if name not in {setup.like for setup in SETUPS.values()}]
-)
+@pytest.mark.parametrize("name", [name for name in SETUPS if name not in {setup.like for setup in SETUPS.values()}])
 def test_curves_agree(chains: dict[str, RunDir], name: str) -> None:
     tiny.skip_unless_supported(name)
     setup = SETUPS[name]
@@ -154,9 +152,7 @@ def test_curves_agree(chains: dict[str, RunDir], name: str) -> None:
 @pytest.mark.parametrize("name", ["tensor parallel", "tensor parallel of two groups, ZeRO-2, offloaded"])
 def test_tensor_parallel_models_are_exported_completely(chains: dict[str, RunDir], name: str) -> None:
     for stage in CURVES:
-        ours, theirs = (
-            load_file(chains[setup].stage(stage).model / "model.safetensors") for setup in (name, "plain")
-        )
+        ours, theirs = (load_file(chains[setup].stage(stage).model / "model.safetensors") for setup in (name, "plain"))
         assert {key: weight.shape for key, weight in ours.items()} == {
             key: weight.shape for key, weight in theirs.items()
         }

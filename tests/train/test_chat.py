@@ -108,9 +108,7 @@ def test_a_long_conversation_loses_its_oldest_tokens_and_continues(chat: ChatMod
     assert "".join(chat.stream(turns, 1000, 0.0, seed=1)), "more tokens than the model has places"
 
 
-def test_a_chat_template_is_used_for_the_prompt_and_the_end_of_the_turn(
-    chat: ChatModel, tmp_path: Path
-) -> None:
+def test_a_chat_template_is_used_for_the_prompt_and_the_end_of_the_turn(chat: ChatModel, tmp_path: Path) -> None:
     tokenizer = configure_tokenizer(chatty.tokenizer("chatml"), "auto")
     export(tiny.causal("gpt2", vocab_size=310, n_positions=96), tokenizer, tmp_path, is_main=True)
     model = ChatModel(tmp_path)
@@ -120,12 +118,8 @@ def test_a_chat_template_is_used_for_the_prompt_and_the_end_of_the_turn(
         return_tensors="pt",
         return_dict=False,
     )
-    said = model.model.generate(asked, do_sample=False, max_new_tokens=24, pad_token_id=0)[
-        0, asked.shape[1] :
-    ]
+    said = model.model.generate(asked, do_sample=False, max_new_tokens=24, pad_token_id=0)[0, asked.shape[1] :]
     expected = tokenizer.decode(said, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}").strip()
     assert "".join(model.stream(HI, 24, 0.0, seed=1)) == expected
     assert pieces_of(model, f" Green.{NEXT_TURN} x") == pieces_of(model, f" Green.{NEXT_TURN} x<|im_end|>")
-    assert "".join(pieces_of(model, f" Green.{NEXT_TURN} x")) == f"Green.{NEXT_TURN} x", (
-        "plain turns are text here"
-    )
+    assert "".join(pieces_of(model, f" Green.{NEXT_TURN} x")) == f"Green.{NEXT_TURN} x", "plain turns are text here"

@@ -14,9 +14,7 @@ from hpc_rlhf.train.runtime.world import World
 from tests.train.stages import make_run, tiny_spec
 
 
-def test_a_deepspeed_config_with_other_batch_sizes_than_the_spec_is_refused(
-    tmp_path: Path, world: World
-) -> None:
+def test_a_deepspeed_config_with_other_batch_sizes_than_the_spec_is_refused(tmp_path: Path, world: World) -> None:
     """A user's own template may render anything; the plan goes by the spec."""
     spec = tiny_spec(tmp_path / "run", 1, sft={})
     run = make_run(spec)

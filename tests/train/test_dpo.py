@@ -69,9 +69,7 @@ def test_its_model_loads_and_its_samples_compare_before_and_after(plain: RunDir)
 def test_zero_3_follows_the_unsharded_run(plain: RunDir, tmp_path: Path) -> None:
     ours, theirs = train_lines(dpo(tmp_path / "run", zero=3, micro_batch=2)), train_lines(plain)
     for name in ("loss", "margin", "grad_norm"):
-        assert [line[name] for line in ours] == pytest.approx(
-            [line[name] for line in theirs], rel=1e-3, abs=1e-4
-        )
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-3, abs=1e-4)
 
 
 def test_adapters_switched_off_are_the_reference_and_a_stopped_run_ends_in_the_same_weights(

@@ -42,9 +42,7 @@ def spec_of(folder: Path, ranks: int = 1, **fields: Any) -> JobSpec:
     return JobSpec.model_validate(raw)
 
 
-def evaluate(
-    run: RunDir, spec: JobSpec, world: World, attempt: str = "a", stop: StopFlag | None = None
-) -> None:
+def evaluate(run: RunDir, spec: JobSpec, world: World, attempt: str = "a", stop: StopFlag | None = None) -> None:
     context = StageContext(spec, "eval", run, world, stop or StopFlag(), attempt)
     context.checkpoints.store.claim()
     evaluation.run(context)
@@ -247,9 +245,7 @@ def test_each_prompt_is_asked_once_and_plain_text_never(
 def test_pair_accuracy_counts_pairs_where_dpo_moved_towards_the_chosen() -> None:
     """Three pairs: it moved towards the chosen response, away from it, and not at all, which counts half."""
     held = HeldOut([], Rollout.of([], []), Rollout.of([], []), (Rollout.of([], []), Rollout.of([], [])))
-    results = Results(
-        {"dpo": Measured(preferences=[1.0, -2.0, 0.5]), "sft": Measured(preferences=[0.5, -1.0, 0.5])}
-    )
+    results = Results({"dpo": Measured(preferences=[1.0, -2.0, 0.5]), "sft": Measured(preferences=[0.5, -1.0, 0.5])})
     report = make_report(results, held, "sft", EvalSpec(), tiny.tokenizer())
     assert report["models"]["dpo"]["pair_accuracy"]["value"] == 0.5
 

@@ -48,8 +48,7 @@
     algorithms/test_advantages.py::test_advantages_equal_the_double_sum_on_ragged_lengths
 12. The loss does not depend on micro-batches, accumulation or ranks.
     test_ppo_trainer.py::test_the_gradient_is_the_same_in_any_micro_batches
-    test_ppo_trainer.py::test_the_loss_is_divided_by_the_tokens_of_all_ranks
-    test_agreement.py::test_curves_agree
+    test_ppo_trainer.py::test_the_loss_is_divided_by_the_tokens_of_all_ranks test_agreement.py::test_curves_agree
 13. Several epochs of minibatches stay stable.
     test_ppo_trainer.py::test_several_epochs_of_minibatches_learn_and_stay_close
     test_ppo_trainer.py::test_steps_end_once_the_kl_exceeds_its_limit
@@ -173,9 +172,7 @@ def models(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Ppo
     monkeypatch.setattr(engines, "load", lambda *_: None)
     spec = PpoSpec(precision="fp32", ema=True, ema_beta=0.5)
     configs = {name: {"zero_optimization": {"stage": 0}} for name in spec.strategies}
-    start = ModelSources(
-        str(tmp_path / "sft"), str(tmp_path / "reward"), configs, longest=32, updates=1, seed=1
-    )
+    start = ModelSources(str(tmp_path / "sft"), str(tmp_path / "reward"), configs, longest=32, updates=1, seed=1)
     return PpoModels(spec, start, range(tiny.VOCABULARY), world)
 
 

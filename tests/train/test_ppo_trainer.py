@@ -36,9 +36,7 @@ def test_without_updates_the_ratio_is_exactly_one(
 
 
 @pytest.mark.parametrize("ppo_epochs", [1, 2])
-def test_forward_passes_of_an_evaluation_are_reused_once(
-    steps: Callable[[float], Steps], ppo_epochs: int
-) -> None:
+def test_forward_passes_of_an_evaluation_are_reused_once(steps: Callable[[float], Steps], ppo_epochs: int) -> None:
     """They give the same bits as new passes, and are discarded once another rollout is learned from."""
     passes: list[int] = []
     seen: list[list[Tensor]] = []
@@ -179,9 +177,7 @@ def test_a_skipped_step_is_counted_and_does_not_enter_the_moving_average(
     assert averaged == updates
 
 
-def test_a_skipped_step_is_remembered_in_a_checkpoint(
-    steps: Callable[[float], Steps], tmp_path: Path
-) -> None:
+def test_a_skipped_step_is_remembered_in_a_checkpoint(steps: Callable[[float], Steps], tmp_path: Path) -> None:
     """An attempt that resumes between an actor's skipped step and the critic's keeps the average."""
     steps(1e-4).skip = {0}
     trainer = trainer_of(minibatches=2)

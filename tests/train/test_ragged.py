@@ -33,9 +33,7 @@ def test_the_tail_is_the_end_of_each_row() -> None:
 
 
 @given(LENGTHS, st.integers(40, 100))
-def test_micro_batches_hold_every_sequence_once_and_keep_to_the_budget(
-    lengths: list[int], budget: int
-) -> None:
+def test_micro_batches_hold_every_sequence_once_and_keep_to_the_budget(lengths: list[int], budget: int) -> None:
     bins = pack_micro_batches(lengths, budget)
     assert sorted(i for rows in bins for i in rows) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in rows) <= budget for rows in bins)
@@ -59,9 +57,7 @@ def test_splitting_loses_nothing_and_adds_empty_ones_only_if_needed(lengths: lis
 
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 40), min_size=8, max_size=40), st.sampled_from([1, 2, 4, 8]))
-def test_every_rank_gets_as_many_micro_batches_and_every_sequence_is_used_once(
-    lengths: list[int], ranks: int
-) -> None:
+def test_every_rank_gets_as_many_micro_batches_and_every_sequence_is_used_once(lengths: list[int], ranks: int) -> None:
     plan = plan_step(lengths, ranks, budget=50)
     assert sorted(i for share in plan for rows in share for i in rows) == list(range(len(lengths)))
     assert len({len(share) for share in plan}) == 1

@@ -63,8 +63,7 @@ def test_a_stop_in_an_accumulation_window_leaves_no_trace(tmp_path: Path) -> Non
     fields = {"micro_batch": 1, "global_batch": 8, "max_steps": 3, "warmup": 2}
     pairs = {
         name: [
-            make_run(tiny_spec(tmp_path / f"{number}-{how}", sft={**fields, **field}))
-            for how in ("whole", "stopped")
+            make_run(tiny_spec(tmp_path / f"{number}-{how}", sft={**fields, **field})) for how in ("whole", "stopped")
         ]
         for number, (name, field) in enumerate(WINDOWS.items())
         if tiny.is_supported(name)
@@ -88,9 +87,7 @@ def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None
         return make_run(tiny_spec(tmp_path / name, sft=short, reward=short, ppo={**base, **fields}))
 
     first, *others = [
-        make(f"{name.replace(' ', '-')}-{how}", fields)
-        for name, fields in PPO.items()
-        for how in ("whole", "stopped")
+        make(f"{name.replace(' ', '-')}-{how}", fields) for name, fields in PPO.items() for how in ("whole", "stopped")
     ]
     run_stopping([(first, "sft", []), (first, "reward", [])], 2)
     for run in others:

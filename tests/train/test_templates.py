@@ -19,9 +19,7 @@ def test_fine_tuning_teaches_a_response_and_its_end(tmp_path: Path) -> None:
     """A base model, whose EOS ends a document, memorizes one response and ends it as its template does."""
     tokenizer = chatty.tokenizer("chatml")
     export(tiny.causal("qwen2", vocab_size=310), tokenizer, tmp_path / "base", is_main=True)
-    row = (
-        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you."}]}\n'
-    )
+    row = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello you."}]}\n'
     (tmp_path / "one.jsonl").write_text(row * 64)
     sft = {"lr": 1e-2, "max_steps": 40, "answer_only": True, "global_batch": 4}
     fields = tiny_spec(tmp_path / "run", ranks=1, sft=sft).model_dump(mode="json")

@@ -86,8 +86,4 @@ def _slurm(plan: Plan | None, templates: Templates) -> list[Finding]:
             *(cluster.check_stages(plan, templates) if plan else []),
         ]
     except HpcRlhfError as problem:
-        return [
-            error("slurm", problem.message, "check with scontrol ping whether the controller is up").at(
-                "slurm"
-            )
-        ]
+        return [error("slurm", problem.message, "check with scontrol ping whether the controller is up").at("slurm")]

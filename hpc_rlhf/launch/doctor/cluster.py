@@ -27,9 +27,7 @@ def check_settings() -> list[Finding]:
     config = site.configuration()
     findings = [_version(config), clock.check(clock.skew()), _accounting(config), _job_age(config)]
     if "kill_invalid_depend" in config.get("DependencyParameters", ""):
-        message = (
-            "kill_invalid_depend: Slurm cancels the stages after a failed one; healing submits them again"
-        )
+        message = "kill_invalid_depend: Slurm cancels the stages after a failed one; healing submits them again"
         findings.append(ok("dependencies", message))
     return findings
 
@@ -129,10 +127,8 @@ def _requeue(script: str, config: Mapping[str, str]) -> Finding:
     if requested:
         return warning(
             "requeue",
-            "JobRequeue=0: only jobs with --requeue are requeued. Ours have it, but a submit plugin may "
-            "remove it",
-            "check that jobs keep it with hpc-rlhf doctor --on-cluster, or ask an administrator to set "
-            "JobRequeue=1",
+            "JobRequeue=0: only jobs with --requeue are requeued. Ours have it, but a submit plugin may remove it",
+            "check that jobs keep it with hpc-rlhf doctor --on-cluster, or ask an administrator to set JobRequeue=1",
         )
     return error(
         "requeue",
@@ -150,14 +146,11 @@ def _limits(name: str, known: _Known, settings: SlurmSpec) -> Iterator[Finding]:
         yield error(
             "time limit",
             f"{name} allows {facts['MaxTime']}, the stage requests {settings.time}",
-            f"set slurm.time to at most {facts['MaxTime']}; a longer stage saves, requeues itself and "
-            "resumes",
+            f"set slurm.time to at most {facts['MaxTime']}; a longer stage saves, requeues itself and resumes",
         )
     most = facts.get("MaxNodes", "UNLIMITED")
     if most.isdigit() and int(most) < settings.nodes:
-        yield error(
-            "nodes", f"{name} allows {most} nodes, the stage requests {settings.nodes}", "lower slurm.nodes"
-        )
+        yield error("nodes", f"{name} allows {most} nodes, the stage requests {settings.nodes}", "lower slurm.nodes")
     nodes = [node for node in known.nodes if name in node.get("Partitions", "").split(",")]
     suitable = [node for node in nodes if _gpus(node) >= settings.gpus_per_node]
     up = [node for node in suitable if not any(word in node.get("State", "") for word in _UNUSABLE)]
@@ -178,9 +171,7 @@ def _limits(name: str, known: _Known, settings: SlurmSpec) -> Iterator[Finding]:
             "the job will wait for them; see why with sinfo -R",
         )
     else:
-        yield ok(
-            "partition", f"{name}: {len(up)} suitable nodes are up, time limit {facts.get('MaxTime', '')}"
-        )
+        yield ok("partition", f"{name}: {len(up)} suitable nodes are up, time limit {facts.get('MaxTime', '')}")
 
 
 def _gpus(node: Mapping[str, str]) -> int:
@@ -204,8 +195,7 @@ def _preemption(name: str, facts: Mapping[str, str], config: Mapping[str, str]) 
         return warning(
             "preemption",
             f"{name}: {mode} without grace time: work since the last checkpoint is lost",
-            "checkpoint often (checkpoint_every: auto, with mttf), or ask an administrator to set "
-            "GraceTime=300",
+            "checkpoint often (checkpoint_every: auto, with mttf), or ask an administrator to set GraceTime=300",
         )
     return ok("preemption", f"{name}: {mode}, with {grace} s of grace time to save")
 
@@ -219,9 +209,7 @@ def _test(script: str) -> Finding:
             site.test(path)
         except HpcRlhfError as problem:
             reason = problem.message.partition(": ")[2].replace("allocation failure: ", "")
-            return error(
-                "submission", f"sbatch would reject the job: {reason}", "change the stage's slurm settings"
-            )
+            return error("submission", f"sbatch would reject the job: {reason}", "change the stage's slurm settings")
     return ok("submission", "sbatch would accept the job")
 
 

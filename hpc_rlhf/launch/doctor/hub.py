@@ -22,9 +22,7 @@ def check(specs: Sequence[JobSpec]) -> list[Finding]:
         return [ok("hub", "the spec uses nothing from the hub")]
     absent = {item: why for item in items if (why := hub.missing(item))}
     if not absent:
-        return [
-            ok("hub", f"all {len(items)} in {hub.cache()}: jobs with this HF_HOME will not contact the hub")
-        ]
+        return [ok("hub", f"all {len(items)} in {hub.cache()}: jobs with this HF_HOME will not contact the hub")]
     return [_absent(item, why) for item, why in absent.items()]
 
 
@@ -38,9 +36,7 @@ def _absent(item: HubItem, why: str) -> Finding:
         return error("hub", f"{item} {why}, and the hub cannot be reached from here ({problem})", prefetch)
     except HpcRlhfError as problem:
         return error("hub", f"{problem.where}: {problem.message}", str(problem.hint))
-    return warning(
-        "hub", f"{item} {why}; the hub has it, but every rank would download it from there", prefetch
-    )
+    return warning("hub", f"{item} {why}; the hub has it, but every rank would download it from there", prefetch)
 
 
 def _ask(item: HubItem) -> None:

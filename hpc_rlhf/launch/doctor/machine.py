@@ -53,9 +53,7 @@ def ops_needed(configs: Iterable[Mapping[str, Any]]) -> list[str]:
     return sorted(ops)
 
 
-def check(
-    facts: Mapping[str, Any], gpus: int | None, precisions: Iterable[str], spread: bool
-) -> list[Finding]:
+def check(facts: Mapping[str, Any], gpus: int | None, precisions: Iterable[str], spread: bool) -> list[Finding]:
     """Judge a machine.
 
     Args:
@@ -71,9 +69,7 @@ def check(
     if gpus:
         findings = [_gpus(facts, count, gpus, build, findings[0])]
         if count and "bf16" in precisions and not facts["bf16"]:
-            findings.append(
-                error("precision", f"{names} does not support bf16", "set precision: fp16 for the stages")
-            )
+            findings.append(error("precision", f"{names} does not support bf16", "set precision: fp16 for the stages"))
         if count and spread and facts["nccl"]:
             findings.append(ok("nccl", facts["nccl"]))
     findings.append(ok("deepspeed", f"{facts['deepspeed']} on accelerator {facts['accelerator']}"))
@@ -86,8 +82,7 @@ def _gpus(facts: Mapping[str, object], count: int, wanted: int, build: str, soun
     if not facts["cuda"]:
         return error(
             "torch",
-            f"{build}, but the spec requests {wanted} GPU{'s' * (wanted > 1)} per node: the stages would "
-            "train on CPUs",
+            f"{build}, but the spec requests {wanted} GPU{'s' * (wanted > 1)} per node: the stages would train on CPUs",
             "install the torch build for your CUDA driver, or set slurm.gpus_per_node: 0 and ranks_per_node",
         )
     return error(
@@ -103,9 +98,7 @@ def _ops(ops: Mapping[str, Mapping[str, object]]) -> list[Finding]:
     programs = {"g++": (os.environ.get("CXX") or "c++").split()[0], "ninja": "ninja"}
     if any(ops[name]["cuda"] for name in to_build):
         programs["nvcc"] = "nvcc"
-    folders = os.pathsep.join(
-        (os.environ.get("PATH", ""), os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
-    )
+    folders = os.pathsep.join((os.environ.get("PATH", ""), os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"))
     absent = [name for name, program in programs.items() if shutil.which(program, path=folders) is None]
     if not to_build:
         message = "no DeepSpeed op has to be built"

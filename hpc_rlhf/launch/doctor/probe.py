@@ -38,14 +38,10 @@ def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list
             findings.append(clock.check(clock.skew()))
         except HpcRlhfError as problem:
             findings.append(
-                error(
-                    "slurm", f"the controller does not respond to this node: {problem.message}", _FROM_NODES
-                )
+                error("slurm", f"the controller does not respond to this node: {problem.message}", _FROM_NODES)
             )
     elif settings.heal.enabled and settings.container is None:
-        findings.append(
-            error("slurm", "Slurm's commands are not on PATH, but sentinels need them", _FROM_NODES)
-        )
+        findings.append(error("slurm", "Slurm's commands are not on PATH, but sentinels need them", _FROM_NODES))
     return [*findings, *hub.check([spec])]
 
 

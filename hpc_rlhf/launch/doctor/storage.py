@@ -63,8 +63,7 @@ def check_trust(run: RunDir) -> Finding:
     if facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
         return warning(
             "mode",
-            f"{above}, which holds the run directory, is writable by everyone: others could replace the run "
-            "directory",
+            f"{above}, which holds the run directory, is writable by everyone: others could replace the run directory",
             f"chmod +t {above}, or set run_dir below a folder of your own",
         )
     return ok("mode", "only you can write to the run directory")
@@ -100,10 +99,7 @@ def check_writes(folder: Path, run: RunDir) -> Finding:
     return ok("run directory", f"{run.path}: writing, syncing and renaming work")
 
 
-_POSIX = (
-    "set run_dir to a POSIX file system such as NFS, Lustre or GPFS, "
-    "not an object store or a share without modes"
-)
+_POSIX = "set run_dir to a POSIX file system such as NFS, Lustre or GPFS, not an object store or a share without modes"
 
 
 def check_space(folder: Path, needed: int | None) -> Finding:

@@ -29,9 +29,7 @@ _ALIKE = {"time", "signal_seconds", "max_requeues", "heal", "comment", "mail_typ
 Say = Callable[[str], None]
 
 
-def visit(
-    spec: JobSpec, plan: Plan, templates: Templates, folder: Path, ops: Sequence[str], say: Say
-) -> list[Finding]:
+def visit(spec: JobSpec, plan: Plan, templates: Templates, folder: Path, ops: Sequence[str], say: Say) -> list[Finding]:
     """Submit a job for each kind of node that the stages run on, wait, and collect the findings.
 
     Args:
@@ -71,9 +69,7 @@ def _kinds(jobs: Iterable[PlannedJob]) -> dict[str, list[PlannedJob]]:
     return kinds
 
 
-def _send(
-    spec: JobSpec, plan: Plan, templates: Templates, job: PlannedJob, folder: Path, ops: Sequence[str]
-) -> str:
+def _send(spec: JobSpec, plan: Plan, templates: Templates, job: PlannedJob, folder: Path, ops: Sequence[str]) -> str:
     """Submit the job for one kind of node, and return its id."""
     folder.mkdir(mode=0o700)
     (folder / "spec.yaml").write_text(dump_spec(spec), encoding="utf-8")
@@ -95,8 +91,7 @@ def _wait(job_ids: Iterable[str], say: Say) -> None:
         live = {job_id: queue[job_id] for job_id in remaining if job_id in queue and queue[job_id].live}
         remaining &= set(live)
         states = [
-            f"job {job.job_id} {job.state.lower()}{f' ({job.reason})' if job.reason else ''}"
-            for job in live.values()
+            f"job {job.job_id} {job.state.lower()}{f' ({job.reason})' if job.reason else ''}" for job in live.values()
         ]
         now = ", ".join(sorted(states))
         if now and now != last:
@@ -121,8 +116,7 @@ def _gather(job_id: str, alike: list[PlannedJob], folder: Path) -> list[Finding]
             nodes_by_finding.setdefault(Finding(**fields), []).append(file.stem)
     findings = [finding.at(",".join(names)) for finding, names in nodes_by_finding.items()]
     silent = [node for node in nodes if node not in responded]
-    # Only the controller, whose records count restarts, knows whether the job can be requeued; accounting
-    # does not.
+    # Only the controller, whose records count restarts, knows whether the job can be requeued; accounting does not.
     if past is not None and past.restarts is not None and not past.requeueable:
         findings.append(_not_requeueable(job_id).at(_stages(alike)))
     if silent or not responded:
@@ -130,9 +124,7 @@ def _gather(job_id: str, alike: list[PlannedJob], folder: Path) -> list[Finding]
     elif len(responded) > 1:
         findings.append(ok("shared", "all nodes write to the same run directory").at(",".join(responded)))
     else:
-        findings.append(
-            ok("shared", "the node writes to the same run directory as this machine").at(responded[0])
-        )
+        findings.append(ok("shared", "the node writes to the same run directory as this machine").at(responded[0]))
     return findings
 
 
@@ -142,9 +134,7 @@ def _silent(past: JobRecord | None, folder: Path) -> Finding:
     log = folder / "log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     code = past.exit_code.partition(":")[0] if past is not None else ""
-    if code == str(_UNSHARED) or any(
-        "No such file or directory" in line and str(folder) in line for line in lines
-    ):
+    if code == str(_UNSHARED) or any("No such file or directory" in line and str(folder) in line for line in lines):
         return error(
             "shared",
             f"{where} does not exist there: the run directory is not shared",
@@ -162,8 +152,7 @@ def _silent(past: JobRecord | None, folder: Path) -> Finding:
 def _not_requeueable(job_id: str) -> Finding:
     return error(
         "requeue",
-        f"job {job_id} was submitted with --requeue but cannot be requeued: the first preemption would end "
-        "the chain",
+        f"job {job_id} was submitted with --requeue but cannot be requeued: the first preemption would end the chain",
         "ask an administrator which submit plugin removes --requeue",
     )
 

@@ -23,9 +23,7 @@ def environment(inherited: Mapping[str, str], ranks_here: int, address: str = "1
         address: address of rank 0's machine.
     """
     env = {
-        name: value
-        for name, value in inherited.items()
-        if not name.startswith(_FOREIGN) and name not in _FOREIGN_NAMES
+        name: value for name, value in inherited.items() if not name.startswith(_FOREIGN) and name not in _FOREIGN_NAMES
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks_here)))
     env.update(MASTER_ADDR=address, MASTER_PORT=str(free_port()))

@@ -53,9 +53,7 @@ class Hostfile:
         if len(self.slots) == 1 and is_here(first):
             return "127.0.0.1"
         query = ["hostname", "-I"]
-        reply = subprocess.run(
-            query if is_here(first) else [*_SSH, first, *query], capture_output=True, text=True
-        )
+        reply = subprocess.run(query if is_here(first) else [*_SSH, first, *query], capture_output=True, text=True)
         if reply.returncode or not reply.stdout.split():
             raise HpcRlhfError(
                 f"cannot find the address of {first}: {reply.stderr.strip() or 'no reply'}",
@@ -65,13 +63,10 @@ class Hostfile:
             )
         return reply.stdout.split()[0]
 
-    def deepspeed(
-        self, host: str, task: list[str], env: Mapping[str, str], gpus: list[str] | None = None
-    ) -> list[str]:
+    def deepspeed(self, host: str, task: list[str], env: Mapping[str, str], gpus: list[str] | None = None) -> list[str]:
         """DeepSpeed's launcher for one machine's ranks, which its own runner would start through pdsh.
 
-        The runner is not used, because it stops by killing all of the user's DeepSpeed jobs on these
-        machines.
+        The runner is not used, because it stops by killing all of the user's DeepSpeed jobs on these machines.
 
         Args:
             task: the module that a rank runs, and its arguments.

@@ -185,9 +185,7 @@ class LocalRun:
         return HpcRlhfError(message, stage, f"the whole log is {failed.log}", RUN_FAILED)
 
     def _interrupted(self, what: str, stop: StopRequests) -> Interrupted:
-        return Interrupted(
-            what, hint=f"resume with: {self.again}", exit_code=128 + (stop.number or signal.SIGINT)
-        )
+        return Interrupted(what, hint=f"resume with: {self.again}", exit_code=128 + (stop.number or signal.SIGINT))
 
     def _history(self, stage: str, begin: int) -> StageHistory:
         """A stage's events after the first ones, which are counted because machines' clocks differ."""

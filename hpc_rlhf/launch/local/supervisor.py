@@ -5,8 +5,7 @@ the terminal's Ctrl-C does not reach the ranks in the middle of a step. Its pare
 to its standard input: ``stop`` lets the ranks save and exit, ``kill`` kills them at once. End of input, when
 the parent dies or the connection breaks, means ``stop``.
 
-It replaces submitit's local controller, which gives ranks one second to save, and waits forever when one has
-died.
+It replaces submitit's local controller, which gives ranks one second to save, and waits forever when one has died.
 """
 
 from __future__ import annotations
@@ -80,9 +79,7 @@ class Supervisor:
                 stop_at = stop_at or now
                 if signalled is None or now - signalled > _REPEAT:
                     signalled = now
-                    os.killpg(
-                        0, signal.SIGINT
-                    )  # reaches this process too, which only sets `should_stop` again
+                    os.killpg(0, signal.SIGINT)  # reaches this process too, which only sets `should_stop` again
             if any(code is not None for code in codes):
                 first_end = first_end or now
             self._note_first_bad(codes)
@@ -133,9 +130,7 @@ class Supervisor:
         failed = ledger.last(Failed, self.stage)
         if failed is not None and failed.time >= self.started and not killed:
             return
-        message = (
-            why if self.first_bad is None else f"{self.what} {self.first + self.first_bad} {_ending(code)}"
-        )
+        message = why if self.first_bad is None else f"{self.what} {self.first + self.first_bad} {_ending(code)}"
         log = str(self.run.stage(self.stage).log(str(os.getpid()), self.first + (self.first_bad or 0), "err"))
         ledger.append(Failed(self.stage, attempt=str(os.getpid()), message=message, log=log, killed=killed))
 

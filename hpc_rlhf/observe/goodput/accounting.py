@@ -235,9 +235,7 @@ class StageTime:
         else:
             last = self.interruptions[-1]
             # The judgement refines a failure; what all ranks agreed on needs none.
-            better = (
-                event.reason if last.reason in (reasons.FAILED, UNKNOWN) and event.reason else last.reason
-            )
+            better = event.reason if last.reason in (reasons.FAILED, UNKNOWN) and event.reason else last.reason
             node, step = event.node or last.node, max(last.step, event.step)
             self.interruptions[-1] = replace(last, reason=better, node=node, step=step)
         self.judged = True
@@ -264,9 +262,7 @@ class StageTime:
         self._add(Stretch(span, self._at, self._at + seconds, self.attempt))
         self.until = self._at + seconds
         if span == "starting" and self.interruptions:
-            self.interruptions[-1] = replace(
-                self.interruptions[-1], starting=self.interruptions[-1].starting + seconds
-            )
+            self.interruptions[-1] = replace(self.interruptions[-1], starting=self.interruptions[-1].starting + seconds)
         return seconds
 
     def _waited(self, until: float) -> None:

@@ -1,7 +1,6 @@
 """A common time for events that several machines wrote, whose clocks may be wrong. Pure functions.
 
-The order of a ledger's lines is right whatever their times are: a line comes after those that were there
-before it.
+The order of a ledger's lines is right whatever their times are: a line comes after those that were there before it.
 """
 
 from __future__ import annotations
@@ -79,9 +78,8 @@ def _lines(events: Sequence[Event], writers: Sequence[str]) -> list[_Lines]:
 def _corrections(lines: Sequence[_Lines]) -> dict[str, float]:
     """Seconds to add to the times of writers with a wrong clock: the smallest that make them fit the others'.
 
-    The clocks taken to be wrong are those that contradict most others. Of two that contradict only each
-    other, it is the one without which the run is shorter, since an extra day is more likely a wrong clock
-    than a day of waiting.
+    The clocks taken to be wrong are those that contradict most others. Of two that contradict only each other, it is
+    the one without which the run is shorter, since an extra day is more likely a wrong clock than a day of waiting.
     """
     off: dict[str, float] = {}
     right, wrong = list(lines), []
@@ -106,9 +104,7 @@ def _contradictions(lines: Sequence[_Lines]) -> Counter[str]:
     for writer, first, last in lines:
         if newest - first > _WRONG:
             pairs |= {
-                frozenset((writer, who))
-                for who, before in latest.items()
-                if who != writer and before - first > _WRONG
+                frozenset((writer, who)) for who, before in latest.items() if who != writer and before - first > _WRONG
             }
         latest[writer] = max(last, latest.get(writer, last))
         newest = max(newest, last)

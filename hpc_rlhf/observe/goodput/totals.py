@@ -21,17 +21,15 @@ def measure(
 ) -> dict[str, Goodput]:
     """Where the time of each stage went.
 
-    Clocks of machines differ, and may step. The order of the events outranks their times: the times of an
-    attempt are corrected by as much as its clock is wrong, so no span is negative, and none is a day too
-    long.
+    Clocks of machines differ, and may step. The order of the events outranks their times: the times of an attempt are
+    corrected by as much as its clock is wrong, so no span is negative, and none is a day too long.
 
     Args:
         events: the ledger's, in the order written.
         needs: the stages that each stage waits for.
         at_work: stages with a running attempt; that of any other stage is over.
         queued: stages that will run without the user doing anything.
-        now: Unix seconds up to which the time of those two is counted; that of others ends at their last
-            event.
+        now: Unix seconds up to which the time of those two is counted; that of others ends at their last event.
     """
     stages = {stage: StageTime(set(needs[stage])) for stage in needs}
     clock = Clock(events, now)

@@ -66,8 +66,7 @@ def _make_chart(plot: Plot, rows: Sequence[Row], held_out: Sequence[Row]) -> Cha
     measured = {step: value for step, value in measured.items() if value is not None}
     steps = sorted({*points, *measured})
     lines: dict[str, Values] = {
-        label: [values[points[step]] if step in points else None for step in steps]
-        for label, values in curves.items()
+        label: [values[points[step]] if step in points else None for step in steps] for label, values in curves.items()
     }
     descriptions = [_describe(label, values) for label, values in curves.items()]
     if measured:

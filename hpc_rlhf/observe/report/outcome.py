@@ -38,9 +38,7 @@ def run_state(statuses: Sequence[StageStatus]) -> str:
     return "queued" if states - {"done"} <= _ACTIVE and states - {"done", "not started"} else "stopped"
 
 
-def sentence(
-    statuses: Sequence[StageStatus], results: Mapping[str, StageResult], report: Report | None
-) -> str:
+def sentence(statuses: Sequence[StageStatus], results: Mapping[str, StageResult], report: Report | None) -> str:
     """What the run achieved; for an unfinished run, how far it is.
 
     Args:

@@ -14,10 +14,7 @@ from hpc_rlhf.spec.stages import BASE, EVALUATION, POLICIES, STAGE_NAMES
 # Titles of the models, in the order shown.
 MODELS = {
     "start": "before training",
-    **{
-        name: kind.title if name == kind.name else f"{name.upper()} of {kind.title}"
-        for name, kind in POLICIES.items()
-    },
+    **{name: kind.title if name == kind.name else f"{name.upper()} of {kind.title}" for name, kind in POLICIES.items()},
     "reference": "the data's own response",
 }
 MAX_EXCHANGES = 24

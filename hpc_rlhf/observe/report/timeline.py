@@ -80,9 +80,7 @@ class Timeline:
     attempts: list[AttemptRow]
 
 
-def make_timeline(
-    stages: Mapping[str, Goodput], states: Mapping[str, str], hosts: Mapping[str, str]
-) -> Timeline:
+def make_timeline(stages: Mapping[str, Goodput], states: Mapping[str, str], hosts: Mapping[str, str]) -> Timeline:
     """The timeline of a run.
 
     Args:
@@ -141,10 +139,7 @@ def _attempts(name: str, stage: Goodput, state: str, hosts: Mapping[str, str]) -
     for each in stage.stretches:
         if each.span not in ("waiting", "queued"):
             stretches.setdefault(each.attempt, []).append(each)
-    return [
-        _row(name, attempt, own, interruptions.get(attempt), state, hosts)
-        for attempt, own in stretches.items()
-    ]
+    return [_row(name, attempt, own, interruptions.get(attempt), state, hosts) for attempt, own in stretches.items()]
 
 
 def _row(
@@ -176,9 +171,7 @@ def _or_dash(seconds: float) -> str:
 def _ticks(seconds: float) -> list[tuple[float, str]]:
     """About five evenly spaced ticks."""
     step = next((nice for nice in _NICE if seconds / nice <= _TICKS), _NICE[-1])
-    return [(round(100 * at / seconds, 2), _since(at)) for at in range(0, int(seconds) + 1, step)][
-        : _TICKS + 1
-    ]
+    return [(round(100 * at / seconds, 2), _since(at)) for at in range(0, int(seconds) + 1, step)][: _TICKS + 1]
 
 
 def _since(seconds: int) -> str:

@@ -70,9 +70,7 @@ class Board:
             )
             for stage in stages
         ]
-        widths = [
-            max([len(name), *(row[column].cell_len for row in rows)]) for column, name in enumerate(names)
-        ]
+        widths = [max([len(name), *(row[column].cell_len for row in rows)]) for column, name in enumerate(names)]
         shown = len(names)
         while sum(widths[:shown]) + 2 * (shown - 1) > self._width and shown > _LEAST:
             shown -= 1
@@ -149,9 +147,7 @@ def sparks(values: Sequence[float], width: int, glyphs: str = _SPARKS) -> str:
     low, high = min(means), max(means)
     if high == low:
         return glyphs[len(glyphs) // 2] * cells
-    return "".join(
-        glyphs[min(len(glyphs) - 1, int((mean - low) / (high - low) * len(glyphs)))] for mean in means
-    )
+    return "".join(glyphs[min(len(glyphs) - 1, int((mean - low) / (high - low) * len(glyphs)))] for mean in means)
 
 
 def telling(stage: str) -> tuple[str, ...]:

@@ -172,9 +172,7 @@ class LiveProgress:
             return
         view.update()
         count = "" if view.total is None else f"{view.step}/{view.total}"
-        self._progress.update(
-            self._task, total=view.total, completed=view.step, count=count, words=view.words()
-        )
+        self._progress.update(self._task, total=view.total, completed=view.step, count=count, words=view.words())
 
     def finished(self, stage: str) -> None:
         assert self._view is not None

@@ -14,9 +14,7 @@ STYLES = {
     **dict.fromkeys(("done", "ok"), "green"),
     **dict.fromkeys(("running", "starting", "completing", "stopping"), "cyan"),
     **dict.fromkeys(("waiting", "pending", "requeued", "suspended", "not started", "warning"), "yellow"),
-    **dict.fromkeys(
-        ("failed", "refused", "stuck", "stopped", "cancelled", "interrupted", "unknown", "error"), "red"
-    ),
+    **dict.fromkeys(("failed", "refused", "stuck", "stopped", "cancelled", "interrupted", "unknown", "error"), "red"),
 }
 
 
@@ -29,9 +27,7 @@ def grid(*columns: str, right: Collection[str] = ()) -> Table:
     """
     from rich.table import Table
 
-    table = Table(
-        box=None, show_header=any(columns), pad_edge=False, padding=(0, 2, 0, 0), header_style="bold"
-    )
+    table = Table(box=None, show_header=any(columns), pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold", justify="right" if name in right else "left")
     return table

@@ -39,11 +39,7 @@ BASE = next(kind for kind in STAGE_KINDS if kind.makes_policy)
 EVALUATION = next(kind for kind in STAGE_KINDS if kind.makes == "report")
 # The chat models that a run can make, each with the stage that makes it.
 POLICIES: dict[str, StageKind] = {
-    model: kind
-    for kind in STAGE_KINDS
-    if kind.makes_policy
-    for model in (kind.name, kind.average)
-    if model is not None
+    model: kind for kind in STAGE_KINDS if kind.makes_policy for model in (kind.name, kind.average) if model is not None
 }
 
 
@@ -81,8 +77,5 @@ else:
         __base__=_Stages,
         __doc__=_Stages.__doc__,
         __module__=__name__,
-        **{
-            kind.name: (kind.spec | None, Field(default=None, description=kind.description))
-            for kind in STAGE_KINDS
-        },
+        **{kind.name: (kind.spec | None, Field(default=None, description=kind.description)) for kind in STAGE_KINDS},
     )

@@ -29,8 +29,7 @@ class DpoSpec(ReferredSpec):
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         default=0.0,
-        description="Fraction of the pairs assumed to be labeled the wrong way round; above 0 for noisy "
-        "preferences.",
+        description="Fraction of the pairs assumed to be labeled the wrong way round; above 0 for noisy preferences.",
     )
 
     @property
@@ -43,8 +42,7 @@ DPO = StageKind(
     title="DPO",
     spec=DpoSpec,
     description="DPO: learn from pairs without a reward model and without sampling. It takes less memory "
-    "and time than PPO, and only lr and beta need tuning; PPO can achieve more with a good "
-    "reward model.",
+    "and time than PPO, and only lr and beta need tuning; PPO can achieve more with a good reward model.",
     inputs=("sft",),
     data=Data.PAIRS,
     progress=("loss", "accuracy"),

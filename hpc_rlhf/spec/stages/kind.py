@@ -99,9 +99,7 @@ class StageKind:
     lower_is_better: frozenset[str] = frozenset({"loss", "perplexity", "kl"})
     scores: frozenset[str] = frozenset()
     result: str = "loss {loss}"
-    plots: tuple[Plot, ...] = field(
-        default=(Plot("loss", "nats per token", {"loss": "loss"}), *TRAINING), repr=False
-    )
+    plots: tuple[Plot, ...] = field(default=(Plot("loss", "nats per token", {"loss": "loss"}), *TRAINING), repr=False)
 
     @property
     def trains(self) -> bool:

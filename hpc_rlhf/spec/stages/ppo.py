@@ -21,9 +21,7 @@ class CriticSpec(Model):
         description="DeepSpeed's ZeRO stage of the critic and the reward model. A critic that is much "
         "smaller than the actor is faster with less sharding.",
     )
-    offload_optimizer: bool | None = Field(
-        default=None, description="Keep the critic's optimizer state in CPU memory."
-    )
+    offload_optimizer: bool | None = Field(default=None, description="Keep the critic's optimizer state in CPU memory.")
     offload_params: bool | None = Field(
         default=None, description="Keep the critic's weights in CPU memory. Needs zero: 3 for the critic."
     )
@@ -89,15 +87,12 @@ class PpoSpec(ReferredSpec):
     stop_kl: Rate | None = Field(
         default=None,
         description="Skip the remaining optimizer steps of a rollout once the actor's KL from the policy "
-        "that sampled exceeds this, in nats per token; about 0.02 if several ppo_epochs make "
-        "the actor drift.",
+        "that sampled exceeds this, in nats per token; about 0.02 if several ppo_epochs make the actor drift.",
     )
     cliprange: Rate = Field(default=0.2, description="Clip range of the actor's probability ratio.")
     cliprange_value: Rate = Field(default=0.2, description="Clip range of the critic's values.")
     gamma: Fraction = Field(default=1.0, description="Discount factor.")
-    lam: Fraction = Field(
-        default=0.95, description="Lambda of generalized advantage estimation (arXiv 1506.02438)."
-    )
+    lam: Fraction = Field(default=0.95, description="Lambda of generalized advantage estimation (arXiv 1506.02438).")
     whiten_advantages: bool = Field(
         default=True,
         description="Normalize the advantages of a rollout to mean 0 and variance 1 over all ranks.",
@@ -109,13 +104,10 @@ class PpoSpec(ReferredSpec):
     ema_beta: Fraction = Field(default=0.992, description="Decay of the moving average per optimizer step.")
     ptx: SourceSpec | None = Field(
         default=None,
-        description="Pretraining text to mix into the actor's optimizer steps (InstructGPT's PPO-ptx), or "
-        "null.",
+        description="Pretraining text to mix into the actor's optimizer steps (InstructGPT's PPO-ptx), or null.",
     )
     ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
-    critic: CriticSpec = Field(
-        default=CriticSpec(), description="Settings of the critic that differ from the actor's."
-    )
+    critic: CriticSpec = Field(default=CriticSpec(), description="Settings of the critic that differ from the actor's.")
 
     @model_validator(mode="after")
     def _check_critic(self) -> PpoSpec:

@@ -69,9 +69,7 @@ def head_log_probs(
         Log-probabilities (n,), float32, and the distributions' entropies (n,), float32, in nats and without a
         gradient; (0,) if not requested.
     """
-    outputs: tuple[Tensor, Tensor] = _HeadLogProbs.apply(
-        hidden, weight, bias, tokens, temperature, with_entropies
-    )
+    outputs: tuple[Tensor, Tensor] = _HeadLogProbs.apply(hidden, weight, bias, tokens, temperature, with_entropies)
     return outputs
 
 
@@ -80,10 +78,9 @@ def head_log_prob_sum(
 ) -> Tensor:
     """The sum of ``head_log_probs``, with less work.
 
-    Gradients do not depend on the loss, so they are computed along with the sum, while a chunk's logits exist
-    (as in Liger Kernel's fused linear cross entropy, arXiv 2410.10989), and the backward pass only scales
-    them. In float16 they would lack the loss scale that protects small gradients: there the logits are computed
-    twice.
+    Gradients do not depend on the loss, so they are computed along with the sum, while a chunk's logits exist (as in
+    Liger Kernel's fused linear cross entropy, arXiv 2410.10989), and the backward pass only scales them. In float16
+    they would lack the loss scale that protects small gradients: there the logits are computed twice.
 
     Returns:
         (), float32.
@@ -231,9 +228,7 @@ class _HeadLogProbSum(torch.autograd.Function):
         head = _Head(weight, bias, temperature)
         result = torch.zeros((), device=weight.device)
         with head.multiplying():
-            for part, chosen, real in head.chunks(
-                hidden, tokens, torch.ones_like(tokens, dtype=torch.float32)
-            ):
+            for part, chosen, real in head.chunks(hidden, tokens, torch.ones_like(tokens, dtype=torch.float32)):
                 logits = head.logits(part)
                 picked, peak = logits.gather(1, chosen.unsqueeze(1)), logits.amax(dim=-1, keepdim=True)
                 shares = logits.sub_(peak).exp_()

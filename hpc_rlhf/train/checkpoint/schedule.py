@@ -86,8 +86,7 @@ class Deadline:
     Attributes:
         end: by ``time.monotonic``, which clock changes do not affect; infinite without a limit.
         save: seconds that the longest save took.
-        longest: seconds from each kind of safe point to the next one; keyed by the parts of a step that are
-            done there.
+        longest: seconds from each kind of safe point to the next one; keyed by the parts of a step that are done there.
     """
 
     end: float = math.inf

@@ -38,9 +38,7 @@ class Shard:
     mine: bool = True
 
 
-def write(
-    snapshot: Snapshot, folder: str, shards: Iterable[Shard], facts: dict[str, Any], world: World
-) -> None:
+def write(snapshot: Snapshot, folder: str, shards: Iterable[Shard], facts: dict[str, Any], world: World) -> None:
     """Put this rank's shards into a folder of a snapshot, and on rank 0 the index. Collective.
 
     Args:

@@ -44,9 +44,7 @@ class Snapshot:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if not self.live and size * self._ranks_here * 1.1 > free_memory():
             self.live = True
-        copies = (
-            tensors if self.live else {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
-        )
+        copies = tensors if self.live else {key: t.detach().to("cpu", copy=True) for key, t in tensors.items()}
         self.size += size
         self._files.append((name, partial(_write_safetensors, copies)))
 

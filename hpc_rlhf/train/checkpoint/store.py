@@ -123,8 +123,7 @@ class CheckpointStore:
             Whether a checkpoint was begun. Then ``finish`` has to follow.
 
         Raises:
-            HpcRlhfError: another attempt owns the stage, or the file system is full or fails. Older
-                checkpoints stay.
+            HpcRlhfError: another attempt owns the stage, or the file system is full or fails. Older checkpoints stay.
         """
         assert self._writing is None
         name = f"{step:08d}-{part:04d}" if part else f"{step:08d}"
@@ -144,9 +143,7 @@ class CheckpointStore:
         take(snapshot)
         self._check_room(sum(self.world.gather(snapshot.size)), target)
         facts = {"step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size}
-        self._writing = _Writing(
-            partial, target, {**facts, "state": state}, self._writer.submit(snapshot.write)
-        )
+        self._writing = _Writing(partial, target, {**facts, "state": state}, self._writer.submit(snapshot.write))
         if snapshot.live:
             wait([self._writing.files])
         return True
@@ -194,15 +191,12 @@ class CheckpointStore:
             raise HpcRlhfError(
                 f"the checkpoint could not be written: {errors[0]}",
                 where=str(writing.target),
-                hint="fix it, or free some space, and run the stage again; it continues from the previous "
-                "checkpoint",
+                hint="fix it, or free some space, and run the stage again; it continues from the previous checkpoint",
                 exit_code=RUN_FAILED,
             )
 
         def commit() -> None:
-            manifest.write(
-                writing.folder, writing.facts, {k: f for share, _ in shares for k, f in share.items()}
-            )
+            manifest.write(writing.folder, writing.facts, {k: f for share, _ in shares for k, f in share.items()})
             self.check_owner()
             writing.folder.rename(writing.target)
             fsync_path(self.folder)

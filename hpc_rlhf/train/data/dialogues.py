@@ -76,9 +76,7 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     # A template writes BOS itself. Some tokenizers append EOS to every text.
     batch = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     eos = tokenizer.eos_token_id
-    return [
-        ids[:-1] if len(ids) > 1 and ids[-1] == eos and not tokenizer.chat_template else ids for ids in batch
-    ]
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == eos and not tokenizer.chat_template else ids for ids in batch]
 
 
 def encode(samples: Sequence[Sample], tokenizer: Any, *answers: str) -> list[list[list[int]]]:
@@ -93,9 +91,7 @@ def encode(samples: Sequence[Sample], tokenizer: Any, *answers: str) -> list[lis
     """
     prompts = [prompt_text(tokenizer, s.turns, s.prompt) if s.prompt else "" for s in samples]
     prompt_ids = token_ids(tokenizer, prompts)
-    start = (
-        [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    )  # plain text needs a first token
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # plain text needs a first token
     rows = [[ids if s.prompt else start] for ids, s in zip(prompt_ids, samples, strict=True)]
     for which in answers:
         responses = [getattr(sample, which) for sample in samples]

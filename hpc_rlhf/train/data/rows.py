@@ -148,8 +148,7 @@ def read_row(row: Row, format: str, where: str) -> Sample | None:
         sample = READERS[format](row)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise HpcRlhfError(
-            f"the row does not fit the format {format}: {_misfit(error)}; its columns are "
-            f"{', '.join(sorted(row))}",
+            f"the row does not fit the format {format}: {_misfit(error)}; its columns are {', '.join(sorted(row))}",
             where=where,
             hint="fix the row, or choose a format that fits: " + ", ".join(READERS),
         ) from error

@@ -42,20 +42,15 @@ class StageData:
     held_out: Rows
 
 
-def encoded(
-    samples: Iterable[Sample], tokenizer: Any, spec: JobSpec, data: Data
-) -> Iterator[dict[str, Any] | None]:
+def encoded(samples: Iterable[Sample], tokenizer: Any, spec: JobSpec, data: Data) -> Iterator[dict[str, Any] | None]:
     """Samples as rows of token ids, in chunks; None for a sample whose prompt is too long for PPO.
 
-    Other stages truncate a long prompt on the left. A long response is truncated on the right, and then has
-    no EOS.
+    Other stages truncate a long prompt on the left. A long response is truncated on the right, and then has no EOS.
     """
     longest, columns = spec.data.max_prompt_tokens, data.answers
     remaining = iter(samples)
     while chunk := list(islice(remaining, CHUNK)):
-        for sample, (prompt_ids, *response_ids) in zip(
-            chunk, encode(chunk, tokenizer, *columns), strict=True
-        ):
+        for sample, (prompt_ids, *response_ids) in zip(chunk, encode(chunk, tokenizer, *columns), strict=True):
             if data is Data.PROMPTS and len(prompt_ids) > longest:
                 yield None
                 continue
@@ -89,8 +84,7 @@ def _write(
         should_stop: called before each sample.
 
     Returns:
-        The number of rows of each data set, and the number of training samples before prompts were dropped as
-        too long.
+        The number of rows of each data set, and the number of training samples before prompts were dropped as too long.
 
     Raises:
         WorkCancelled: ``should_stop`` was true.

@@ -1,8 +1,7 @@
 """The only file that uses torch's private operators: the kernels of the CPU fast path.
 
-They make decode steps and packed attention fast on a CPU. Set the environment variable HPC_RLHF_CPU_KERNELS=0
-to turn them off, for instance when a new torch has changed one: public operators then give the same results,
-more slowly.
+They make decode steps and packed attention fast on a CPU. Set the environment variable HPC_RLHF_CPU_KERNELS=0 to turn
+them off, for instance when a new torch has changed one: public operators then give the same results, more slowly.
 """
 
 from __future__ import annotations
@@ -100,9 +99,7 @@ def trace(run: Callable[..., Tensor], example: Sequence[Tensor]) -> Callable[...
 # Attention
 
 
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None
-) -> tuple[Tensor, Tensor]:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
     """Causal attention over (batch, heads, tokens, dim), and the normalizers for its backward pass."""
     output, normalizers = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, True, scale=scaling
@@ -110,9 +107,7 @@ def causal_attention(
     return output, normalizers
 
 
-def causal_attention_backward(
-    tensors: Sequence[Tensor], scaling: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def causal_attention_backward(tensors: Sequence[Tensor], scaling: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value.
 
     Args:

@@ -53,9 +53,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def training_engine(
-    model: nn.Module, ds_config: dict[str, Any], spec: TrainingSpec, lr: float, total: int
-) -> Any:
+def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingSpec, lr: float, total: int) -> Any:
     """A DeepSpeed engine with the stage's optimizer and learning-rate schedule.
 
     Args:
@@ -73,9 +71,7 @@ def training_engine(
     optimizer: torch.optim.Optimizer
     if spec.optimizer == "onebit-adam":
         optimizer = OneBitAdam(groups, lr, spec.betas, spec.clip_grad, spec.onebit_warmup)
-        config["gradient_clipping"] = (
-            0.0  # it clips by the averaged gradient's norm, which DeepSpeed never sees
-        )
+        config["gradient_clipping"] = 0.0  # it clips by the averaged gradient's norm, which DeepSpeed never sees
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=spec.betas, fused=True)
     internals.skip_autotp(model)  # ``split_model`` ran before the adapters wrapped the layers

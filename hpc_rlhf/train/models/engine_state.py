@@ -72,8 +72,7 @@ def prepare(engine: Any, facts: dict[str, Any], where: Path, world: World) -> No
     if isinstance(optimizer, OneBitAdam):
         if numbers["ranks"] != world.size:
             raise HpcRlhfError(
-                f"onebit-adam keeps a momentum for each of {numbers['ranks']} ranks, "
-                f"but {world.size} were started",
+                f"onebit-adam keeps a momentum for each of {numbers['ranks']} ranks, but {world.size} were started",
                 where=str(where),
                 hint=f"resume with {numbers['ranks']} ranks",
                 exit_code=RUN_FAILED,

@@ -15,8 +15,7 @@ from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 def interruptible(should_stop: Callable[[], bool]) -> Iterator[None]:
     """Within it, transformers stops loading or writing a model as soon as ``should_stop`` is true.
 
-    transformers reports progress through a hook that sees each tensor or file; a version without it is not
-    interrupted.
+    transformers reports progress through a hook that sees each tensor or file; a version without it is not interrupted.
 
     Raises:
         WorkCancelled: ``should_stop`` was true.

@@ -45,9 +45,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.causal = causal
         head = causal.get_output_embeddings()
-        self.chunked = type(head) is nn.Linear and not any(
-            getattr(causal.config, field, None) for field in OWN_LOGITS
-        )
+        self.chunked = type(head) is nn.Linear and not any(getattr(causal.config, field, None) for field in OWN_LOGITS)
         if self.chunked:
             head.__class__ = LogProbHead
 

@@ -138,8 +138,7 @@ def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: floa
         seed: initializes a new head; None keeps the folder's head.
 
     Raises:
-        HpcRlhfError: it cannot be loaded, or transformers has no variant of the architecture with a score
-            head.
+        HpcRlhfError: it cannot be loaded, or transformers has no variant of the architecture with a score head.
     """
     from transformers import AutoModelForSequenceClassification
 

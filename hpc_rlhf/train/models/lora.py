@@ -78,9 +78,7 @@ def _sizes(base: Any) -> tuple[int, int]:
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     outer, inner = base.weight.shape
-    return inner * (
-        tensor_parallel.split_ways(base.weight) if tensor_parallel.split_dim(base) == 1 else 1
-    ), outer
+    return inner * (tensor_parallel.split_ways(base.weight) if tensor_parallel.split_dim(base) == 1 else 1), outer
 
 
 def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:

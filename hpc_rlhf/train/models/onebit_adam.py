@@ -31,11 +31,10 @@ class OneBitAdam(torch.optim.Optimizer):
     its last compression and sends the signs. The owner of each part averages what it receives, compresses
     that in the same way, and sends it to all.
 
-    Two things differ from the paper. The division comes before the compression: the variance is the same on
-    all ranks, so the average is too, and numbers that share a magnitude are of similar size. And a rank keeps
-    its own momentum
-    instead of the average that it received: a momentum of averages is an average of momenta, and a
-    compression error then moves the weights once, not 1 / (1 - beta) times.
+    Two things differ from the paper. The division comes before the compression: the variance is the same on all ranks,
+    so the average is too, and numbers that share a magnitude are of similar size. And a rank keeps its own momentum
+    instead of the average that it received: a momentum of averages is an average of momenta, and a compression error
+    then moves the weights once, not 1 / (1 - beta) times.
 
     Gradients are clipped by the norm of their average: exact during warm-up, afterwards estimated within 2 %
     from random sums of each rank's gradient, which are small enough to average whole.
@@ -74,9 +73,7 @@ class OneBitAdam(torch.optim.Optimizer):
         whole = ranks * BLOCK
         length = (self._count + whole - 1) // whole * whole
         device = parameters[0].device
-        self.momentum, self.variance, self.worker_error = (
-            torch.zeros(length, device=device) for _ in range(3)
-        )
+        self.momentum, self.variance, self.worker_error = (torch.zeros(length, device=device) for _ in range(3))
         self.server_error = torch.zeros(length // ranks, device=device)
         generator = torch.Generator().manual_seed(seeds.derive("sketch"))
         flips = torch.randint(0, 256, (length // 8,), generator=generator, dtype=torch.uint8)
@@ -95,9 +92,7 @@ class OneBitAdam(torch.optim.Optimizer):
             return
         self.steps += 1
         gradient = torch.zeros_like(self.momentum)
-        for parameter, part in zip(
-            self._parameters(), gradient[: self._count].split(self._sizes), strict=True
-        ):
+        for parameter, part in zip(self._parameters(), gradient[: self._count].split(self._sizes), strict=True):
             if parameter.grad is not None:
                 part.copy_(parameter.grad.flatten())
         direction = self._dense(gradient) if self.steps <= self.warmup else self._compressed(gradient)

@@ -51,9 +51,7 @@ def attention(
         return out.reshape(query.shape).transpose(1, 2), None
     key, value = _shared(key, groups), _shared(value, groups)
     causal = attention_mask is None and query.shape[2] > 1
-    out = F.scaled_dot_product_attention(
-        query, key, value, attention_mask, dropout, is_causal=causal, scale=scaling
-    )
+    out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal=causal, scale=scaling)
     return out.transpose(1, 2), None
 
 
@@ -90,14 +88,11 @@ class _CpuAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sizes: list[int], scaling: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sizes: list[int], scaling: float | None) -> Tensor:
         out, normalizers = _rows_like(query, value.shape[3]), []
         for target, end in zip(out.split(sizes, 2), accumulate(sizes), strict=True):
             size = target.shape[2]
-            # The tokens after a sequence pad it to a multiple: no query attends to them, and their output is
-            # discarded.
+            # The tokens after a sequence pad it to a multiple: no query attends to them, and their output is discarded.
             span = slice(end - size, end + -size % CPU_MULTIPLE)
             output, normalizer = cpu_kernels.causal_attention(
                 query[:, :, span], key[:, :, span], value[:, :, span], scaling
@@ -159,9 +154,7 @@ def _passes_lengths_on(model: Any) -> bool:
         with torch.device("meta"):
             ids, unused = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 1, 1, 1, dtype=torch.bool)
             body = type(model)(config).base_model
-            body(
-                input_ids=ids, attention_mask=unused, position_ids=ids, use_cache=False, packed_lengths=(3, 1)
-            )
+            body(input_ids=ids, attention_mask=unused, position_ids=ids, use_cache=False, packed_lengths=(3, 1))
     except _GotLengths:
         return True
     except Exception:  # any kind: the architecture does not accept packed rows

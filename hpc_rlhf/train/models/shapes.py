@@ -132,9 +132,7 @@ def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> list[float]:
     for hook in hooks:
         hook.remove()
     sharded = sum(
-        each.untyped_storage().nbytes()
-        for each in tensors.values()
-        if each.dim() == 4 or each.shape[-1:] == (inner,)
+        each.untyped_storage().nbytes() for each in tensors.values() if each.dim() == 4 or each.shape[-1:] == (inner,)
     )
     whole = sum(each.untyped_storage().nbytes() for each in tensors.values()) - sharded
     return [whole / _TOKENS, sharded / _TOKENS]
@@ -147,15 +145,11 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, heads, tokens, _ = query.shape
         out = query.new_empty(batch, tokens, heads, value.shape[3])
-        ctx.save_for_backward(
-            query, key, value, out, query.new_empty(batch, heads, tokens, dtype=torch.float32)
-        )
+        ctx.save_for_backward(query, key, value, out, query.new_empty(batch, heads, tokens, dtype=torch.float32))
         return out
 
 
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, None]:
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))

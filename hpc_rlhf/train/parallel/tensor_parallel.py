@@ -1,7 +1,6 @@
 """Tensor parallelism: layers split over a group of ranks by DeepSpeed's AutoTP, and gathered again.
 
-Attention heads and feed-forward units are split; embeddings, norms and the output head stay whole on every
-rank.
+Attention heads and feed-forward units are split; embeddings, norms and the output head stay whole on every rank.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from hpc_rlhf.train.parallel import deepspeed_internals as internals
 ARCHITECTURES = ("llama", "mistral", "opt", "qwen2", "qwen3")
 # Split along their outputs.
 COLUMNS = "q_proj|k_proj|v_proj|gate_proj|up_proj|fc1"
-# Split along their inputs, which are the outputs of the layer before; their outputs are summed over the
-# group.
+# Split along their inputs, which are the outputs of the layer before; their outputs are summed over the group.
 ROWS = "o_proj|out_proj|down_proj|fc2"
 # Whole on every rank, but each rank sees only its own heads: their gradients are summed over the group.
 REPLICATED = "q_norm|k_norm"
@@ -54,8 +52,7 @@ def _check(config: Any, tensor_parallel: int) -> None:
         raise HpcRlhfError(
             f"tensor_parallel does not support {config.model_type} models",
             where=where,
-            hint="leave it out and use zero: 3, which shards any model; "
-            f"supported: {', '.join(ARCHITECTURES)}",
+            hint=f"leave it out and use zero: 3, which shards any model; supported: {', '.join(ARCHITECTURES)}",
         )
     heads = config.num_attention_heads
     sizes = {
@@ -66,8 +63,7 @@ def _check(config: Any, tensor_parallel: int) -> None:
     for name, count in sizes.items():
         if count % tensor_parallel:
             raise HpcRlhfError(
-                f"the model's {count} {name} cannot be divided among "
-                f"tensor_parallel: {tensor_parallel} ranks",
+                f"the model's {count} {name} cannot be divided among tensor_parallel: {tensor_parallel} ranks",
                 where=where,
                 hint="set tensor_parallel to a divisor of it, or leave it out and use zero: 3",
             )

@@ -21,9 +21,7 @@ class ModelReward:
         check: called before each micro-batch; it may raise. Collective.
     """
 
-    def __init__(
-        self, engine: Any, world: World, budget: int, check: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, engine: Any, world: World, budget: int, check: Callable[[], object] = lambda: None) -> None:
         self.engine = engine
         self.world = world
         self.budget = budget

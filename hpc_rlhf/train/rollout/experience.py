@@ -106,9 +106,7 @@ def evaluate_tokens(
         sizes = [rollout.response_lengths[row] for row in rows or [0]]
         columns.update(zip(rows or [0], stacked.split(sizes), strict=True))
     ordered = [columns[row] for row in range(len(rollout))]
-    return TokenStats(
-        rollout.mask(device), *torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True).unbind(dim=2)
-    )
+    return TokenStats(rollout.mask(device), *torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True).unbind(dim=2))
 
 
 def make_experience(

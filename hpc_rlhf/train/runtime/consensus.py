@@ -39,9 +39,8 @@ class _Pace:
 class Consensus:
     """Rounds in which every rank contributes some numbers and gets the largest of each.
 
-    Ranks do the same pieces of work in the same order, so they count them alike. A round also settles how
-    many pieces pass until the next one: as many as the rank that wants the fewest, and at most twice as many
-    as before.
+    Ranks do the same pieces of work in the same order, so they count them alike. A round also settles how many pieces
+    pass until the next one: as many as the rank that wants the fewest, and at most twice as many as before.
     """
 
     def __init__(self, world: World) -> None:

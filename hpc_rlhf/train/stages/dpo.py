@@ -66,9 +66,7 @@ class DpoModels:
         self.engine = engines.training_engine(LanguageModel(self.policy), configs[""], spec, spec.lr, total)
         self.ref_policy = self.policy if ref is None else ref
         self.ref = (
-            self.engine
-            if ref is None
-            else engines.frozen_engine(LanguageModel(ref), configs["ref"], world.device)
+            self.engine if ref is None else engines.frozen_engine(LanguageModel(ref), configs["ref"], world.device)
         )
 
     @contextmanager

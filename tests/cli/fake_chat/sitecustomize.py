@@ -15,9 +15,7 @@ class ChatModel:
     def forgotten(self, turns: list[tuple[str, str]], max_tokens: int) -> int:
         return 7 if turns[-1][1] == "too long" else 0
 
-    def stream(
-        self, turns: list[tuple[str, str]], max_tokens: int, temperature: float, seed: int
-    ) -> Iterator[str]:
+    def stream(self, turns: list[tuple[str, str]], max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
         yield f"{self.name} {max_tokens} {temperature:g} {seed}"
         yield " after " + " | ".join(f"{role}: {text}" for role, text in turns)
 

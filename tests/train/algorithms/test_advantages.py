@@ -33,9 +33,7 @@ def test_advantages_equal_the_double_sum_on_ragged_lengths(gamma: float, lam: fl
                 delta = rewards[row, k].item() + gamma * following - values[row, k].item()
                 expected += (gamma * lam) ** (k - t) * delta
             assert advantages[row, t].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-            assert returns[row, t].item() == pytest.approx(
-                expected + values[row, t].item(), rel=1e-4, abs=1e-5
-            )
+            assert returns[row, t].item() == pytest.approx(expected + values[row, t].item(), rel=1e-4, abs=1e-5)
 
 
 def test_with_lambda_one_returns_are_discounted_future_rewards() -> None:

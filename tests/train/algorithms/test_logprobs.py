@@ -150,9 +150,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 def test_the_hidden_gradient_is_skipped_if_nothing_below_is_trained() -> None:
     weight = torch.randn(7, 5, requires_grad=True)
-    head_log_probs(torch.randn(4, 5), weight, None, torch.tensor([1, 2, 3, 4]), 1.0, False)[
-        0
-    ].sum().backward()
+    head_log_probs(torch.randn(4, 5), weight, None, torch.tensor([1, 2, 3, 4]), 1.0, False)[0].sum().backward()
     assert weight.grad is not None
 
 
@@ -176,7 +174,5 @@ def test_chunks_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs.torch, "mm", recorded)
     monkeypatch.setitem(logprobs.LOGITS, "cpu", 130 * 4)
     for n in range(1, 400, 7):
-        head_log_probs(
-            torch.ones(n, 2), torch.ones(4, 2), None, torch.zeros(n, dtype=torch.int64), 1.0, False
-        )
+        head_log_probs(torch.ones(n, 2), torch.ones(4, 2), None, torch.zeros(n, dtype=torch.int64), 1.0, False)
     assert heights == {64, 128}

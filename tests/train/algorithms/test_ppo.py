@@ -54,9 +54,7 @@ def test_rewards_are_the_kl_penalty_and_the_clipped_score_at_the_last_token() ->
         (0.0, 500, 0.1 * (1 - 0.2 * 0.05)),
     ],
 )
-def test_the_kl_coefficient_follows_the_clipped_relative_error(
-    kl: float, answers: int, expected: float
-) -> None:
+def test_the_kl_coefficient_follows_the_clipped_relative_error(kl: float, answers: int, expected: float) -> None:
     assert adapted_kl_coef(0.1, kl, 6.0, 10_000, answers) == pytest.approx(expected, rel=1e-12)
 
 
@@ -126,9 +124,7 @@ def test_the_ratio_of_the_first_minibatch_is_exactly_one() -> None:
         (0.9, -2.0, 0.9 * 2.0, 0),
     ],
 )
-def test_the_clipped_surrogate_in_its_six_cases(
-    ratio: float, advantage: float, loss: float, clipped: int
-) -> None:
+def test_the_clipped_surrogate_in_its_six_cases(ratio: float, advantage: float, loss: float, clipped: int) -> None:
     log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     actual, count, ratios = policy_loss_sum(
         log_probs, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.tensor([[True]]), 0.2

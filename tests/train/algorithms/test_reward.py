@@ -16,9 +16,7 @@ from hpc_rlhf.train.ragged import Ragged
 EOS = 2
 
 
-def by_hand(
-    chosen: list[float], rejected: list[float], chosen_ids: list[int], rejected_ids: list[int]
-) -> float:
+def by_hand(chosen: list[float], rejected: list[float], chosen_ids: list[int], rejected_ids: list[int]) -> float:
     """One pair's loss from its real tokens only."""
     if chosen_ids == rejected_ids:
         return 0.0
@@ -82,9 +80,7 @@ def test_padding_never_matters(name: str, junk: float) -> None:
         soiled.append(torch.full((1, wide), junk))
         soiled[-1][:, : len(ids)] = mine.detach()[:, : len(ids)]
     masks = [torch.arange(wide).unsqueeze(0) < len(ids) for ids in (chosen, rejected)]
-    all_ids = [
-        torch.tensor([ids + [90 + side] * (wide - len(ids))]) for side, ids in enumerate((chosen, rejected))
-    ]
+    all_ids = [torch.tensor([ids + [90 + side] * (wide - len(ids))]) for side, ids in enumerate((chosen, rejected))]
     again = pairwise_loss(*soiled, *all_ids, *masks)[0]  # type: ignore[call-arg]
     assert torch.equal(loss, again)
 

@@ -106,9 +106,7 @@ def test_without_the_age_of_the_script_the_clock_counts() -> None:
     assert time_used(50_000.0, 50_640.0, None) == 640
 
 
-def test_a_clock_that_is_reset_does_not_move_the_deadline(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clock_that_is_reset_does_not_move_the_deadline(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     deadline = Deadline(end=clock.now + 1000)
     monkeypatch.setattr(clock, "time", lambda: clock.now + 3600)
     assert not deadline.passed

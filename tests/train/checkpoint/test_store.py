@@ -116,9 +116,7 @@ def test_a_torn_checkpoint_is_moved_aside_and_the_previous_one_used(
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_if_all_are_torn_no_attempt_starts_over(
-    store: CheckpointStore, folder: Path, world: World, how: str
-) -> None:
+def test_if_all_are_torn_no_attempt_starts_over(store: CheckpointStore, folder: Path, world: World, how: str) -> None:
     save(store, 10, 20)
     for name in names(folder):
         damage(folder / name, how)
@@ -158,9 +156,7 @@ def made_by(ranks: int, target: Path) -> None:
     manifest.write(target, {**manifest.require(target, "it"), "world_size": ranks})
 
 
-def test_only_the_newest_are_kept_and_other_files_are_left_alone(
-    store: CheckpointStore, folder: Path
-) -> None:
+def test_only_the_newest_are_kept_and_other_files_are_left_alone(store: CheckpointStore, folder: Path) -> None:
     (folder / "step-notes").mkdir()
     save(store, 10, 20, 30, 40)
     assert names(folder) == ["step-00000030", "step-00000040", "step-notes"]
@@ -273,9 +269,7 @@ def test_a_disk_that_fills_up_during_a_save_gets_its_space_back(
     state = {"weights": torch.zeros(1024, 1024)}
     store.save(1, lambda snapshot: snapshot.tensors("a.safetensors", state), {})
     large = {"weights": torch.zeros(8 * 1024, 1024)}
-    with pytest.raises(
-        HpcRlhfError, match=r"could not be written: rank 0 on .*No space left on device"
-    ) as caught:
+    with pytest.raises(HpcRlhfError, match=r"could not be written: rank 0 on .*No space left on device") as caught:
         store.save(2, lambda snapshot: snapshot.tensors("a.safetensors", large), {})
     assert "free some space" in str(caught.value)
     assert names(small_disk / "checkpoints") == ["step-00000001"]

@@ -7,9 +7,7 @@ from typing import Any
 from hpc_rlhf.spec.job import JobSpec
 
 
-def spec_of(
-    *sources: dict[str, Any], stages: tuple[str, ...] = ("sft", "reward", "ppo"), **data: Any
-) -> JobSpec:
+def spec_of(*sources: dict[str, Any], stages: tuple[str, ...] = ("sft", "reward", "ppo"), **data: Any) -> JobSpec:
     return JobSpec.model_validate(
         {
             "name": "data",

@@ -78,17 +78,12 @@ def test_both_responses_of_a_pair_follow_the_same_prompt() -> None:
 def test_successive_turns_of_a_role_become_one_message() -> None:
     tokenizer = configure_tokenizer(chatty.tokenizer("chatml"), "auto")
     turns = (("human", "Hi"), ("human", "Anybody?"))
-    assert (
-        prompt_text(tokenizer, turns) == "<|im_start|>user\nHi\n\nAnybody?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert prompt_text(tokenizer, turns) == "<|im_start|>user\nHi\n\nAnybody?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_template_without_system_messages_gets_them_in_the_user_message() -> None:
     tokenizer = configure_tokenizer(chatty.tokenizer("brackets"), "auto")
-    assert (
-        prompt_text(tokenizer, (("system", "Be kind."), ("human", "Hi")))
-        == "<s>[INST] Be kind.\n\nHi [/INST]"
-    )
+    assert prompt_text(tokenizer, (("system", "Be kind."), ("human", "Hi"))) == "<s>[INST] Be kind.\n\nHi [/INST]"
     kept = configure_tokenizer(chatty.tokenizer("chatml"), "auto")
     assert prompt_text(kept, (("system", "Be kind."), ("human", "Hi"))).startswith(
         "<|im_start|>system\nBe kind.<|im_end|>\n"

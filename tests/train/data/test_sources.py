@@ -158,9 +158,7 @@ def test_no_prompt_is_in_two_stages_or_in_both_splits(tmp_path: Path) -> None:
     assert len(set().union(*prompts.values())) == 250
 
     rows = Counter(sample.prompt for samples in parts.values() for sample in samples if sample.chosen)
-    in_sft = next(
-        iter(prompts["sft", "train"] & {f"\n\nHuman: Question {n}?\n\nAssistant:" for n in range(100, 150)})
-    )
+    in_sft = next(iter(prompts["sft", "train"] & {f"\n\nHuman: Question {n}?\n\nAssistant:" for n in range(100, 150)}))
     assert rows[in_sft] == 4, "two rows of the first source, one of weight 2 of the second"
 
 

@@ -118,18 +118,14 @@ def test_data_is_tokenized_again_only_if_torn_or_changed(
     assert len(made) == 3
 
 
-def test_memory_does_not_grow_with_the_rows(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_does_not_grow_with_the_rows(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (tokenized, arrow):
         monkeypatch.setattr(module, "CHUNK", 32)
     peaks = []
     for count in (20, 200, 1600):  # the first one imports modules
         tracemalloc.start()
         spec = spec_of({"demo": count}, stages=("sft",))
-        rows, _ = tokenized._write(
-            stage_samples(spec, "sft"), tokenizer, spec, Data.ANSWERS, tmp_path / str(count)
-        )
+        rows, _ = tokenized._write(stage_samples(spec, "sft"), tokenizer, spec, Data.ANSWERS, tmp_path / str(count))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert rows["train"] > 0.8 * count
@@ -153,9 +149,7 @@ def test_data_without_anything_for_a_stage_is_one_clear_error(
     assert caught.value.where == f"stage {stage}"
 
 
-def test_a_mixture_is_the_whole_source_and_tokenized_once(
-    tokenizer: Any, tmp_path: Path, world: World
-) -> None:
+def test_a_mixture_is_the_whole_source_and_tokenized_once(tokenizer: Any, tmp_path: Path, world: World) -> None:
     spec, source = spec_of({"demo": 10}), SourceSpec.model_validate({"demo": 50, "weight": 2.0})
     rows = prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
     assert len(rows) == 100

@@ -54,9 +54,7 @@ def respond(kind: str, world: World) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_training_is_the_same(
-    kind: str, dtype: torch.dtype, tolerance: float, request: pytest.FixtureRequest
-) -> None:
+def test_training_is_the_same(kind: str, dtype: torch.dtype, tolerance: float, request: pytest.FixtureRequest) -> None:
     expected = learn(kind, dtype)
     request.getfixturevalue("off")
     for ours, theirs in zip(learn(kind, dtype), expected, strict=True):

@@ -81,9 +81,7 @@ assert learning_rate(engine) > rate
 
 
 @pytest.mark.train
-@pytest.mark.parametrize(
-    ("stage", "optimizer"), [("0", "adamw"), ("0", "onebit-adam"), ("1", "adamw"), ("2", "adamw")]
-)
+@pytest.mark.parametrize(("stage", "optimizer"), [("0", "adamw"), ("0", "onebit-adam"), ("1", "adamw"), ("2", "adamw")])
 def test_a_step_with_an_infinite_gradient_is_skipped_and_reported(stage: str, optimizer: str) -> None:
     (environment,) = rank_environment(1, free_port())
     ended = subprocess.run(

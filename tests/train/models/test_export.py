@@ -42,9 +42,7 @@ def test_an_exported_language_model_loads_bit_for_bit(
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").eval()
     assert back.dtype == dtype
     assert (back.get_input_embeddings().weight is back.get_output_embeddings().weight) == tied
-    for (name, weight), (other_name, other) in zip(
-        model.state_dict().items(), back.state_dict().items(), strict=True
-    ):
+    for (name, weight), (other_name, other) in zip(model.state_dict().items(), back.state_dict().items(), strict=True):
         assert name == other_name
         assert torch.equal(weight, other), name
     torch.testing.assert_close(back(input_ids=IDS).logits, model(input_ids=IDS).logits)
@@ -62,9 +60,7 @@ def test_full_weights_are_all_parameters_once_by_name(kind: str, tied: bool) -> 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
-def test_export_merges_adapters_and_leaves_the_model_unchanged(
-    kind: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_export_merges_adapters_and_leaves_the_model_unchanged(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = tiny.causal(kind)
@@ -87,9 +83,7 @@ def test_only_the_main_rank_writes(tokenizer: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 @torch.no_grad()
-def test_a_reward_model_gives_the_same_scores_in_transformers(
-    kind: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_reward_model_gives_the_same_scores_in_transformers(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     model = RewardModel(tiny.classifier(kind))
@@ -107,9 +101,7 @@ def test_a_reward_model_gives_the_same_scores_in_transformers(
 
 
 @torch.no_grad()
-def test_a_reward_model_from_a_language_model_has_a_head_from_the_seed(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_reward_model_from_a_language_model_has_a_head_from_the_seed(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny.causal("opt")
     export(model, tokenizer, tmp_path, is_main=True)
     torch.manual_seed(1)

@@ -85,14 +85,10 @@ def test_a_folder_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path, damag
 
 def test_tokens_must_fit_the_model(tokenizer: Any) -> None:
     check_fits(tiny.config("llama", vocab_size=len(tokenizer)), tokenizer, 64, "here")
-    with pytest.raises(
-        HpcRlhfError, match=f"the model has 96 tokens, but the actor's tokenizer has {len(tokenizer)}"
-    ):
+    with pytest.raises(HpcRlhfError, match=f"the model has 96 tokens, but the actor's tokenizer has {len(tokenizer)}"):
         check_fits(tiny.config("llama"), tokenizer, 64, "here")
     for kind in tiny.KINDS:
-        with pytest.raises(
-            HpcRlhfError, match="takes 64 tokens, but prompt and response may have 65"
-        ) as caught:
+        with pytest.raises(HpcRlhfError, match="takes 64 tokens, but prompt and response may have 65") as caught:
             check_fits(tiny.config(kind, vocab_size=300), tokenizer, 65, "here")
         assert caught.value.where == "here"
 
@@ -135,9 +131,7 @@ def test_an_invalid_configuration_is_one_clear_error(
     fields: dict[str, Any], says: str, tokenizer: Any, tmp_path: Path, world: World
 ) -> None:
     with pytest.raises(HpcRlhfError, match=says) as caught:
-        make_from_scratch(
-            FromScratch(from_scratch={**TINY_LLAMA, **fields}), tokenizer, 1, tmp_path / "m", world
-        )
+        make_from_scratch(FromScratch(from_scratch={**TINY_LLAMA, **fields}), tokenizer, 1, tmp_path / "m", world)
     assert caught.value.where == "from_scratch"
 
 

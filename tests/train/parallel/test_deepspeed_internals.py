@@ -151,9 +151,7 @@ def test_engines_have_their_private_attributes(tmp_path: Path) -> None:
 def test_no_other_file_touches_a_private_name() -> None:
     private = {name for names in MODULES.values() for name in names}
     private |= {name for names in METHODS.values() for name in names}
-    private |= {
-        part for lists in OPTIMIZERS.values() for names in lists for name in names for part in name.split(".")
-    }
+    private |= {part for lists in OPTIMIZERS.values() for names in lists for name in names for part in name.split(".")}
     private |= set(ENGINE)
     public = {
         "get_global_grad_norm", "set_gradient_accumulation_boundary", "was_step_applied", "lr_scheduler",

@@ -52,9 +52,7 @@ def critic_of(kind: str) -> RewardModel:
     return RewardModel(model)
 
 
-def experience_of(
-    kind: str, plan: list[list[int]], shaping: RewardShaping = SHAPING, lam: float = 0.95
-) -> Experience:
+def experience_of(kind: str, plan: list[list[int]], shaping: RewardShaping = SHAPING, lam: float = 0.95) -> Experience:
     critic = critic_of(kind)
     scores = ModelReward(critic, Alone(), 20).score(PROMPTS, RESPONSES, {})  # type: ignore[arg-type]
     stats = evaluate_tokens(ROLLOUT, plan, actor_of(kind), critic, actor_of(kind), TEMPERATURE, CPU)
@@ -133,9 +131,7 @@ def test_whitened_rewards_have_variance_1_around_their_mean_over_all_ranks() -> 
         return [own, Moments.of(torch.tensor([3.0, -1.0]))]  # the rewards of another rank
 
     shaping = RewardShaping(kl_coef=0.0, score_clip=50.0, missing_eos_penalty=0.0)
-    plain = experience_of("llama", [[0, 1, 2, 3]], shaping, lam=1.0).returns[
-        :, 0
-    ]  # what each response earned
+    plain = experience_of("llama", [[0, 1, 2, 3]], shaping, lam=1.0).returns[:, 0]  # what each response earned
     experience = experience_of("llama", [[0, 1, 2, 3]], replace(shaping, gather=gather), lam=1.0)
     tokens = sum(map(len, RESPONSES))
     each = torch.cat([plain, torch.zeros(tokens - len(plain)), torch.tensor([3.0, -1.0])]).double()

@@ -36,9 +36,7 @@ def test_without_a_signal_there_is_no_reason(flag: StopFlag) -> None:
     ("number", "reason"),
     [(signal.SIGUSR2, "time limit"), (signal.SIGTERM, "preempted"), (signal.SIGINT, "interrupted")],
 )
-def test_a_signal_sets_the_flag_and_does_nothing_else(
-    flag: StopFlag, number: signal.Signals, reason: str
-) -> None:
+def test_a_signal_sets_the_flag_and_does_nothing_else(flag: StopFlag, number: signal.Signals, reason: str) -> None:
     send(number)
     assert REASON_OF_CODE[flag.code] == reason
 

@@ -102,9 +102,7 @@ def _replaced(at: Sequence[Place], tensors: Sequence[Tensor]) -> Iterator[None]:
             holder[name] = original
 
 
-def traced(
-    forward: Callable[..., Tensor], example: Sequence[Tensor], at: Sequence[Place]
-) -> Callable[..., Tensor]:
+def traced(forward: Callable[..., Tensor], example: Sequence[Tensor], at: Sequence[Place]) -> Callable[..., Tensor]:
     """A trace of ``forward``, as a function of its tensors and then of those in the given places.
 
     Args:

@@ -31,8 +31,7 @@ class DecodeStep:
 
     Args:
         model: a causal language model that accepts a four-dimensional mask.
-        may_trace: no Python of the model would be lost in a trace, and its weights stay in place within
-            ``ready``.
+        may_trace: no Python of the model would be lost in a trace, and its weights stay in place within ``ready``.
     """
 
     def __init__(self, model: Any, may_trace: bool = False) -> None:
@@ -90,8 +89,7 @@ class DecodeStep:
 
         Args:
             tokens: (rows,), int64.
-            rows, places: (rows,), int64; where the tokens' keys and values go in the buffers. A place is a
-                position.
+            rows, places: (rows,), int64; where the tokens' keys and values go in the buffers. A place is a position.
             mask: (rows, columns), 0 where a row may attend, its own place included, and -inf elsewhere.
             buffers: (rows, columns, heads, dim); the keys of all layers, then their values.
         """

@@ -26,9 +26,8 @@ def decode(
 ) -> Iterator[list[tuple[int, int]]]:
     """Responses to prompts token by token, each up to its first EOS or the length limit.
 
-    Which rows share a forward pass depends only on the prompts and the drawn tokens, so a repeated rollout
-    has the same bits. The longest prompts come first. When a row ends and no prompt is waiting, it leaves the
-    batch.
+    Which rows share a forward pass depends only on the prompts and the drawn tokens, so a repeated rollout has the same
+    bits. The longest prompts come first. When a row ends and no prompt is waiting, it leaves the batch.
 
     Args:
         step: of a causal language model in eval mode.

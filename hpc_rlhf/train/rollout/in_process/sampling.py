@@ -49,9 +49,7 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float, top_p: floa
     """
     if uniform is None:
         return logits.argmax(dim=-1)
-    probabilities = torch.softmax(
-        logits.float() if temperature == 1 else logits.float() / temperature, dim=-1
-    )
+    probabilities = torch.softmax(logits.float() if temperature == 1 else logits.float() / temperature, dim=-1)
     if not top_k and top_p >= 1:
         return _invert(probabilities, uniform).squeeze(1)
     likeliest, tokens = _likeliest(probabilities, top_p, top_k)

@@ -71,9 +71,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
     pairs = rows("reward", "dpo")
     pairs = [pairs[i] for i in range(min(EVALUATED, len(pairs)))]
     if not (chosen or len(texts) or pairs):
-        raise HpcRlhfError(
-            "no samples are held out", "data.held_out", "raise it in a new run", exit_code=RUN_FAILED
-        )
+        raise HpcRlhfError("no samples are held out", "data.held_out", "raise it in a new run", exit_code=RUN_FAILED)
     return HeldOut(
         questions=list(by_prompt),
         prompts=rollout(chosen, "chosen_ids"),

@@ -71,14 +71,11 @@ class Questions:
         return self._measure(rollout, measure)
 
     @torch.no_grad()
-    def _measure(
-        self, rollout: Rollout, measure: Callable[[Ragged, Tensor, list[int]], list[Any]]
-    ) -> list[Any]:
+    def _measure(self, rollout: Rollout, measure: Callable[[Ragged, Tensor, list[int]], list[Any]]) -> list[Any]:
         """Measure each sequence, a micro-batch at a time.
 
         Args:
-            measure: called with a batch, the indices of its response tokens, and their number in each
-                sequence.
+            measure: called with a batch, the indices of its response tokens, and their number in each sequence.
         """
         if not len(rollout):
             return []

@@ -66,8 +66,7 @@ class Results:
     def in_order(self, base: str) -> dict[str, Measured]:
         """The models: the one before training, the base model, and the others."""
         return {
-            name: self.models[name]
-            for name in sorted(self.models, key=lambda name: (name != "start", name != base))
+            name: self.models[name] for name in sorted(self.models, key=lambda name: (name != "start", name != base))
         }
 
 

@@ -135,9 +135,7 @@ class Evaluation:
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         models = {name: report["models"][name] for name in self.sources}
         win_rates = {name: one["win_rate"]["value"] for name, one in models.items() if "win_rate" in one}
-        commit(
-            context, folder, total, {"prompts": report["prompts"], "base": self.base, "win_rates": win_rates}
-        )
+        commit(context, folder, total, {"prompts": report["prompts"], "base": self.base, "win_rates": win_rates})
 
 
 def run(context: StageContext) -> None:

@@ -92,8 +92,7 @@ class Progress:
         """Read what ``save`` wrote."""
         tensors = load_file(folder / _file(rank), str(device))
         prompts, responses = (
-            Ragged(tensors[name], tuple(tensors[f"{name}.lengths"].tolist())).rows()
-            for name in ("prompts", "answers")
+            Ragged(tensors[name], tuple(tensors[f"{name}.lengths"].tolist())).rows() for name in ("prompts", "answers")
         )
         experience = Experience(
             rollout=Rollout.of(prompts, responses, device), **{name: tensors[name] for name in _TENSORS}

@@ -12,9 +12,7 @@ from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer
 from hpc_rlhf.train.stages.sample_log import SampleLog, greedy_responses, held_out_prompts
 
 
-def compare_with_ref(
-    context: StageContext, trainer: PpoTrainer, held_out: Any, samples: SampleLog, step: int
-) -> None:
+def compare_with_ref(context: StageContext, trainer: PpoTrainer, held_out: Any, samples: SampleLog, step: int) -> None:
     """Answer held-out prompts with the SFT model and with the trained one, and log both. Collective."""
     rows = held_out_prompts(held_out)
     if not rows:

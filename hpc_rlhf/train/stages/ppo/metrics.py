@@ -28,12 +28,11 @@ def summarize(experience: Experience, stats: dict[str, float], eos_id: int, rank
         stats: this rank's sums, by the names in STATS, and ``skipped``.
 
     Returns:
-        reward and reward_std of the scores; kl (k3, nats per response); entropy (nats per token); ratio,
-        approx_kl (k3 from the actor that sampled, nats per token), clipfrac and value_clipfrac over the
-        tokens learned from; passes over the experience; eos_rate, the share of responses that end with EOS;
-        answer_tokens, their mean length; actor_loss and critic_loss, means over tokens; explained_variance of
-        the returns by the values; skipped, optimizer steps that DeepSpeed skipped because a gradient was not
-        finite.
+        reward and reward_std of the scores; kl (k3, nats per response); entropy (nats per token); ratio, approx_kl (k3
+        from the actor that sampled, nats per token), clipfrac and value_clipfrac over the tokens learned from; passes
+        over the experience; eos_rate, the share of responses that end with EOS; answer_tokens, their mean length;
+        actor_loss and critic_loss, means over tokens; explained_variance of the returns by the values; skipped,
+        optimizer steps that DeepSpeed skipped because a gradient was not finite.
     """
     mask, scores = experience.mask, experience.scores
     returns = experience.returns[mask].double()

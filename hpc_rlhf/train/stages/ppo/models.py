@@ -66,9 +66,7 @@ class PpoModels:
         self.actor = engines.training_engine(
             LanguageModel(self.policy), configs[""], spec, spec.actor_lr, start.updates
         )
-        self.critic = engines.training_engine(
-            critic, configs["critic"], spec.of_critic, spec.critic_lr, start.updates
-        )
+        self.critic = engines.training_engine(critic, configs["critic"], spec.of_critic, spec.critic_lr, start.updates)
         self.ref = engines.frozen_engine(LanguageModel(self.ref_policy), configs["ref"], world.device)
         self.reward = engines.frozen_engine(reward, configs["reward"], world.device)
         self.ema = Ema(self.policy, spec.ema_beta, world) if spec.ema else None

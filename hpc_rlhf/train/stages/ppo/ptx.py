@@ -47,9 +47,7 @@ class PtxStream:
 
         def loss(micro_batch: list[int], real: bool) -> Tensor:
             rows = [self.rows[i] for i in micro_batch]
-            batch = Ragged.of(
-                [row["prompt_ids"] + row["chosen_ids"] for row in rows], self.context.world.device
-            )
+            batch = Ragged.of([row["prompt_ids"] + row["chosen_ids"] for row in rows], self.context.world.device)
             predicted = batch.tail([length - 1 for length in batch.lengths])
             log_prob: Tensor = engine(batch.ids, batch.lengths, predicted, summed=True)[0]
             return -log_prob * (scale * real)

@@ -38,9 +38,7 @@ def run(context: StageContext) -> None:
     for need in context.spec.needs("ppo"):
         check_same_tokenizer(context.tokenizer, str(context.run.stage(need).model), need)
     data = context.data()
-    total = total_steps(
-        len(data.train), spec.epochs, context.batch.global_ * spec.minibatches, spec.max_steps
-    )
+    total = total_steps(len(data.train), spec.epochs, context.batch.global_ * spec.minibatches, spec.max_steps)
     models = _load_models(context, spec, total)
     budget = context.batch.micro * context.longest
     trainer = PpoTrainer(
@@ -93,9 +91,7 @@ def run(context: StageContext) -> None:
         values.update(engines.traffic([models.actor, models.critic]))
         context.metrics.log(step + 1, total, "train", values)
         if step == 0:
-            state.update(
-                reward_first=values["reward"], reward_first_std=values["reward_std"], kl_first=values["kl"]
-            )
+            state.update(reward_first=values["reward"], reward_first_std=values["reward_std"], kl_first=values["kl"])
         state.update(reward_last=values["reward"], kl_last=values["kl"])
         if world.is_main:
             samples.append_rollout(step + 1, experience)

@@ -122,9 +122,7 @@ class PpoTrainer:
         sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
         self.backend.sync_weights(self.models.policy)
         return self.backend.generate(
-            GenerationRequest(
-                prompts, self.sizes.response, self.eos_id, sampling, keys, should_stop=should_stop
-            )
+            GenerationRequest(prompts, self.sizes.response, self.eos_id, sampling, keys, should_stop=should_stop)
         )
 
     # Evaluation
@@ -289,9 +287,7 @@ class PpoTrainer:
         """A model's forward pass to learn from: the kept one, if any, or a new one."""
         return self._kept.pop(model) if model in self._kept else model(*inputs)
 
-    def _actor_loss(
-        self, experience: Experience, rows: list[int], scale: float, stats: dict[str, Tensor]
-    ) -> Tensor:
+    def _actor_loss(self, experience: Experience, rows: list[int], scale: float, stats: dict[str, Tensor]) -> Tensor:
         """A micro-batch's clipped surrogate loss, times the scale; adds to the stats."""
         batch, response = experience.rollout.batch(rows or [0], self.world.device)
         flat, _ = self._forward(self.models.actor, batch.ids, batch.lengths, response, self.spec.temperature)
@@ -307,9 +303,7 @@ class PpoTrainer:
             stats[name] += value.detach() * real
         return loss * (scale * real)
 
-    def _critic_loss(
-        self, experience: Experience, rows: list[int], scale: float, stats: dict[str, Tensor]
-    ) -> Tensor:
+    def _critic_loss(self, experience: Experience, rows: list[int], scale: float, stats: dict[str, Tensor]) -> Tensor:
         """A micro-batch's value loss, times the scale; adds to the stats."""
         batch, response = experience.rollout.batch(rows or [0], self.world.device)
         flat = self._forward(self.models.critic, batch.ids, batch.lengths)[response - 1].float()

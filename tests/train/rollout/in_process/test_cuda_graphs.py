@@ -262,9 +262,7 @@ def test_a_step_reads_and_writes_only_on_the_device(kind: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_that_synchronizes_the_gpu_runs_unrecorded(
-    world: World, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_step_that_synchronizes_the_gpu_runs_unrecorded(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     model = tiny.causal("llama", tie_word_embeddings=False).cuda()
     engine = RolloutEngine(model, world)
     expected = respond(engine, SAMPLED, 11, NO_EOS)

@@ -141,9 +141,7 @@ def test_sampled_responses_follow_the_models_distribution(world: World) -> None:
     after = torch.tensor([[*prompt, token] for token in range(5)])
     with torch.no_grad():
         probabilities = torch.softmax(model(after).logits.double() / 1.5, dim=-1)
-    expected = (
-        probabilities[0, len(prompt) - 1].unsqueeze(1) * probabilities[:, len(prompt)]
-    ).flatten() * count
+    expected = (probabilities[0, len(prompt) - 1].unsqueeze(1) * probabilities[:, len(prompt)]).flatten() * count
     counts = torch.bincount(torch.tensor([5 * first + second for first, second in pairs]), minlength=25)
     common = expected > 5
     chi_square = float(((counts - expected) ** 2 / expected)[common].sum())
@@ -213,9 +211,7 @@ def test_a_step_that_a_trace_cannot_follow_is_not_traced(world: World) -> None:
     engine = RolloutEngine(tiny.causal("llama"), world)
     layer = engine.gathered.module.model.layers[0]
     forward = layer.forward
-    layer.forward = lambda hidden, *args, **how: (
-        forward(hidden, *args, **how) * (1 if hidden.sum() > 0 else 2)
-    )
+    layer.forward = lambda hidden, *args, **how: forward(hidden, *args, **how) * (1 if hidden.sum() > 0 else 2)
     expected = sampled(engine, [0, 1, 2])
     engine.step.steps_to_trace = 2
     assert sampled(engine, [0, 1, 2]) == expected

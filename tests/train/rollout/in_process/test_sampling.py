@@ -82,9 +82,7 @@ def plain_draw(logits: Tensor, uniform: float, top_p: float, top_k: int) -> int:
 
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(0.9, 0), (0.5, 0), (0.99, 700), (1.0, 20)])
-@pytest.mark.parametrize(
-    "spread", [0.1, 1.0, 4.0]
-)  # flat, where a nucleus holds most of the vocabulary, to steep
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])  # flat, where a nucleus holds most of the vocabulary, to steep
 def test_truncated_distributions_match_their_definition(top_p: float, top_k: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(6, 1500, generator=generator) * spread
@@ -116,9 +114,7 @@ def test_the_ends_of_the_unit_interval_give_kept_tokens(uniform: float, top_p: f
         logits[:, 100:] = -torch.inf  # the last tokens of the order are impossible
         tokens = draw(logits, torch.full((4,), uniform, dtype=torch.float64), 1.0, top_p, top_k)
         cut = top_k or top_p < 1
-        order = (
-            logits.argsort(dim=-1, descending=True, stable=True) if cut else torch.arange(5000).expand(4, -1)
-        )
+        order = logits.argsort(dim=-1, descending=True, stable=True) if cut else torch.arange(5000).expand(4, -1)
         place = (order == tokens.unsqueeze(1)).long().argmax(dim=1)
         assert (logits.gather(1, tokens.unsqueeze(1)) > -torch.inf).all()
         assert (place == 0).all() if uniform == 0 else (place < (top_k or 100)).all()
