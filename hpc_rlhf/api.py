@@ -58,9 +58,7 @@ def _check_reward_model(source: str) -> None:
         return  # loading it will report the error
     if not any(name.endswith("ForSequenceClassification") for name in names):
         raise HpcRlhfError(
-            "it is no reward model: it has no score head",
-            where=source,
-            hint="give the model of a reward stage",
+            "it is no reward model: it has no score head", where=source, hint="give the model of a reward stage"
         )
 
 
@@ -132,10 +130,7 @@ class DeepSpeedPPOTrainer:
     """
 
     def __init__(
-        self,
-        engine: DeepSpeedRLHFEngine,
-        rewards: RewardSource | None = None,
-        backend: RolloutBackend | None = None,
+        self, engine: DeepSpeedRLHFEngine, rewards: RewardSource | None = None, backend: RolloutBackend | None = None
     ) -> None:
         self.engine = engine
         world, longest = engine.world, engine.max_prompt_tokens + engine.max_answer_tokens
@@ -153,9 +148,7 @@ class DeepSpeedPPOTrainer:
         self.metrics: dict[str, float] = {}
 
     def generate_experience(
-        self,
-        prompt_batch: Sequence[str | Sequence[int]],
-        columns: Mapping[str, Sequence[object]] | None = None,
+        self, prompt_batch: Sequence[str | Sequence[int]], columns: Mapping[str, Sequence[object]] | None = None
     ) -> Experience:
         """Sample a response to each prompt, and evaluate it. Collective.
 

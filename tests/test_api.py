@@ -93,12 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(program: str, folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

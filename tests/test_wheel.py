@@ -73,18 +73,7 @@ def venv(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv/bin/python"
     (wheel,) = dist.glob("*.whl")
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-index",
-        wheel,
-        cwd=folder,
-    )
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     (folder / "light").mkdir()
     for module in LIGHT:
         place = location(module)
@@ -97,17 +86,7 @@ def venv(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_verbs_work_from_the_wheel(venv: Path, tmp_path: Path) -> None:
     verb = venv / "bin/hpc-rlhf"
-    run(
-        verb,
-        "init",
-        "--actor",
-        "facebook/opt-13b",
-        "--deployment",
-        "single_node",
-        "--out",
-        "job.yaml",
-        cwd=tmp_path,
-    )
+    run(verb, "init", "--actor", "facebook/opt-13b", "--deployment", "single_node", "--out", "job.yaml", cwd=tmp_path)
     assert run(verb, "check", "job.yaml", cwd=tmp_path) == "job.yaml: ok\n"
     assert "ppo" in run(verb, "plan", "job.yaml", cwd=tmp_path)
     run(verb, "render", "job.yaml", "--out", "out", cwd=tmp_path)

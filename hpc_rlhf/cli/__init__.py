@@ -129,12 +129,7 @@ def _traceback(error: Exception) -> str:
     """Write an error's traceback to a file and return its name, or else how to get the traceback."""
     try:
         with tempfile.NamedTemporaryFile(
-            "w",
-            prefix="hpc-rlhf-bug-",
-            suffix=".txt",
-            delete=False,
-            encoding="utf-8",
-            errors="backslashreplace",
+            "w", prefix="hpc-rlhf-bug-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
         ) as file:
             traceback.print_exception(error, file=file)
     except OSError:

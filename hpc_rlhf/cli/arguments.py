@@ -37,9 +37,7 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except FileExistsError as error:
         raise HpcRlhfError(
-            "the file already exists",
-            where=str(error.filename),
-            hint="choose another with --out, or remove it",
+            "the file already exists", where=str(error.filename), hint="choose another with --out, or remove it"
         ) from error
     except OSError as error:
         raise HpcRlhfError(f"cannot write: {error.strerror}", where=str(error.filename or out)) from error

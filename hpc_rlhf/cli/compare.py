@@ -11,15 +11,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, find_runs, json_option
 from hpc_rlhf.cli.console import print_parts
-from hpc_rlhf.observe.compare import (
-    EVALUATED,
-    Compared,
-    Comparison,
-    OverSeeds,
-    compare,
-    compares_scores,
-    over_seeds,
-)
+from hpc_rlhf.observe.compare import EVALUATED, Compared, Comparison, OverSeeds, compare, compares_scores, over_seeds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -58,10 +58,7 @@ class Conversation:
             self.turns.append(("assistant", "".join(streamed).strip()))
 
     def as_dict(self) -> dict[str, object]:
-        return {
-            "stage": self.name,
-            "messages": [{"role": ROLES[role], "content": text} for role, text in self.turns],
-        }
+        return {"stage": self.name, "messages": [{"role": ROLES[role], "content": text} for role, text in self.turns]}
 
 
 def converse(conversations: Sequence[Conversation]) -> None:

@@ -21,9 +21,7 @@ from hpc_rlhf.spec.stages import EVALUATION
 @click.command("eval", epilog=example("hpc-rlhf eval my-job.yaml --prompts 200"))
 @click.argument("run")
 @click.option(
-    "--prompts",
-    type=click.IntRange(min=1),
-    help="Number of held-out prompts, overriding stages.eval.prompts.",
+    "--prompts", type=click.IntRange(min=1), help="Number of held-out prompts, overriding stages.eval.prompts."
 )
 @set_option
 @json_option

@@ -11,15 +11,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, find_run, json_option
 from hpc_rlhf.observe.liveness import StageWatch
-from hpc_rlhf.observe.logs import (
-    POLL,
-    LogReader,
-    Trouble,
-    has_log_to_come,
-    latest_stage,
-    read_attempt,
-    trouble,
-)
+from hpc_rlhf.observe.logs import POLL, LogReader, Trouble, has_log_to_come, latest_stage, read_attempt, trouble
 from hpc_rlhf.run.layout import RunDir
 
 
@@ -33,10 +25,7 @@ from hpc_rlhf.run.layout import RunDir
     help="Follow the log across requeues and retries, until the stage is done or stopped for good.",
 )
 @click.option(
-    "--rank",
-    type=click.IntRange(min=0),
-    help="Rank whose log to print.",
-    show_default="the rank that failed, else 0",
+    "--rank", type=click.IntRange(min=0), help="Rank whose log to print.", show_default="the rank that failed, else 0"
 )
 @click.option(
     "--attempt",
@@ -92,10 +81,6 @@ def _print_attempt(run: RunDir, stage: str, rank: int, number: int) -> None:
 
 def _cause(failure: Trouble) -> str:
     """Such as: out of memory: RuntimeError: … (rank 3, node7, after step 120)."""
-    place = [
-        f"rank {failure.rank}",
-        failure.node,
-        "" if failure.step is None else f"after step {failure.step}",
-    ]
+    place = [f"rank {failure.rank}", failure.node, "" if failure.step is None else f"after step {failure.step}"]
     what = ": ".join(filter(None, (failure.reason, failure.message)))
     return f"{what} ({', '.join(filter(None, place))})"

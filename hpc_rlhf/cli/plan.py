@@ -83,11 +83,7 @@ def _sweep_dict(sweep: Sweep) -> dict[str, object]:
 
 
 def _choice_dict(choice: Choice) -> dict[str, object]:
-    return {
-        "chosen": dict(choice.fields),
-        "why": choice.why,
-        "considered": [asdict(one) for one in choice.considered],
-    }
+    return {"chosen": dict(choice.fields), "why": choice.why, "considered": [asdict(one) for one in choice.considered]}
 
 
 def _time_dict(estimate: StageTime | HpcRlhfError) -> dict[str, object]:

@@ -12,10 +12,7 @@ from hpc_rlhf.cli.arguments import example, find_run, writing
 @click.command(epilog=example("hpc-rlhf report my-job.yaml"))
 @click.argument("run")
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="File to write.",
-    show_default="RUN/report.html",
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write.", show_default="RUN/report.html"
 )
 def command(run: str, out: Path | None) -> None:
     """Write the report of RUN, a run directory or job file, as one HTML file and print its path.

@@ -16,8 +16,7 @@ from hpc_rlhf.spec.job import JobSpec
 
 
 @click.command(
-    "run",
-    epilog=example("hpc-rlhf run jobs/tiny.yaml", "hpc-rlhf run my-job.yaml --hostfile hostfiles/lab.hostfile"),
+    "run", epilog=example("hpc-rlhf run jobs/tiny.yaml", "hpc-rlhf run my-job.yaml --hostfile hostfiles/lab.hostfile")
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option

@@ -39,8 +39,7 @@ def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
         return
     outcomes = submit(spec, file.parent)
     print_table(
-        ("stage", "job", ""),
-        [(outcome.stage, outcome.job_id or "-", _result(outcome)) for outcome in outcomes],
+        ("stage", "job", ""), [(outcome.stage, outcome.job_id or "-", _result(outcome)) for outcome in outcomes]
     )
     if not any(outcome.did == "submitted" for outcome in outcomes):
         click.echo("attached to the existing run; nothing was submitted", err=True)

@@ -84,11 +84,7 @@ def in_training(work: Pass, batch: Batch, scored: bool = False) -> ModelMemory:
     buffers = bucket if zero in (1, 2) else 0
     moments = {"passes": {**passing, "gradients": accumulated, "buffers": buffers}}
     reducing = bucket if zero > 1 and ranks > 1 else 0  # a full bucket is reduced in a copy
-    moments["reduction"] = {
-        "gathered weights": gathered,
-        "gradients": complete,
-        "buffers": buffers + reducing,
-    }
+    moments["reduction"] = {"gathered weights": gathered, "gradients": complete, "buffers": buffers + reducing}
     if zero > 1 and trained > BUCKET:
         # The first full buckets are reduced while most activations still exist.
         remaining = int(work.activations * (1 - BUCKET / trained))

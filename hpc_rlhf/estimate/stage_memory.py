@@ -125,11 +125,7 @@ def run_memory(spec: JobSpec) -> dict[str, Memory | HpcRlhfError]:
 
 @_memory.register
 def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
-    actor, reward, lengths = (
-        architecture(spec.models, "actor"),
-        architecture(spec.models, "reward"),
-        _lengths(spec),
-    )
+    actor, reward, lengths = (architecture(spec.models, "actor"), architecture(spec.models, "reward"), _lengths(spec))
     tokens, responses = batch.micro * sum(lengths), batch.micro * lengths[1]
     # If a rollout is one micro-batch, the update reuses the pass that scored it: see train/stages/ppo.
     kept = batch.accumulation * stage.minibatches == 1 and not stage.dropout

@@ -121,11 +121,7 @@ def _parts(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, machine: _M
     sequences = batch.micro * (2 if kind.data is Data.PAIRS else 1)
     tokens = sequences * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
     scored = kind.makes == "reward model"
-    model = _model(
-        architecture(spec.models, "reward" if scored else "actor"),
-        training,
-        scored,
-    )
+    model = _model(architecture(spec.models, "reward" if scored else "actor"), training, scored)
     parts = _step(model, tokens, batch.accumulation, machine)
     if "ref" in stage.strategies:
         own = training.lora is not None and training.lora.only
@@ -180,10 +176,7 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine
     if spec.judge is not None:
         judge = _model(architecture(spec.models, "reward"), like, True)
         scoring += (models + 3) * passes * _scored(judge, stage, tokens, machine)
-    return {
-        "scoring": scoring,
-        "decoding": models * _decoding(body, model, (prompt, answer), responses, machine),
-    }
+    return {"scoring": scoring, "decoding": models * _decoding(body, model, (prompt, answer), responses, machine)}
 
 
 def _model(body: Architecture, stage: TrainingSpec, scored: bool) -> _Model:

@@ -54,11 +54,7 @@ class Plan:
         return frozenset(need for job in self.jobs for need in job.needs)
 
     def as_dict(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "run_dir": str(self.run.path),
-            "jobs": [_job_dict(job) for job in self.jobs],
-        }
+        return {"name": self.name, "run_dir": str(self.run.path), "jobs": [_job_dict(job) for job in self.jobs]}
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n"

@@ -197,11 +197,7 @@ def _shown(value: object) -> str:
 
 def _is_ours(path: Path, run: RunDir) -> bool:
     """Whether a failed claim may have left this file, before there was a job.yaml."""
-    return path.name.startswith(run.submit_lock.name) or path in (
-        run.ledger,
-        run.scripts,
-        run.path / "stages",
-    )
+    return path.name.startswith(run.submit_lock.name) or path in (run.ledger, run.scripts, run.path / "stages")
 
 
 @contextmanager

@@ -134,11 +134,7 @@ def _batch_differences(config: Mapping[str, object], batch: Batch) -> list[str]:
 
     DeepSpeed derives those that it leaves out.
     """
-    micro, accumulation, total = (
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "train_batch_size",
-    )
+    micro, accumulation, total = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
     expected = {micro: batch.micro, accumulation: batch.accumulation, total: batch.global_}
     wrong = [
         f"{key} is {config[key]}, expected {value}"

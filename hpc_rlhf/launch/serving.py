@@ -44,8 +44,7 @@ def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[]
     missing = [module for module in _NEEDS if not find_spec(module)]
     if missing and not find_spec("vllm"):
         raise HpcRlhfError(
-            f"serving needs {', '.join(missing)}",
-            hint="pip install 'hpc-rlhf[serve]', or vllm on a machine with GPUs",
+            f"serving needs {', '.join(missing)}", hint="pip install 'hpc-rlhf[serve]', or vllm on a machine with GPUs"
         )
     command = [sys.executable, *_arguments(name, folder, host, port)]
     server = subprocess.Popen(command, stdout=sys.stderr)  # its log is not data

@@ -78,10 +78,7 @@ class LogReader:
 
     def _new_parts(self) -> Iterator[tuple[Path | None, str]]:
         for path in self.files():
-            offset, decoder = self._positions.get(path) or (
-                0,
-                codecs.getincrementaldecoder("utf-8")("replace"),
-            )
+            offset, decoder = self._positions.get(path) or (0, codecs.getincrementaldecoder("utf-8")("replace"))
             with path.open("rb") as file:
                 file.seek(offset)
                 while block := file.read(_BLOCK):

@@ -114,11 +114,7 @@ def judge_requeued(history: StageHistory, logs: Logs, step: int) -> Ended:
 
 def _ended(history: StageHistory, cause: _Cause, step: int) -> Ended:
     return Ended(
-        reason=cause.reason,
-        message=shorten(cause.message),
-        node=cause.node,
-        step=step,
-        progress=history.has_progress,
+        reason=cause.reason, message=shorten(cause.message), node=cause.node, step=step, progress=history.has_progress
     )
 
 

@@ -70,9 +70,7 @@ def address(webhook: WebhookSpec) -> str:
         url = os.environ.get(variable[1], "")
         if not url:
             raise HpcRlhfError(
-                f"the variable {variable[1]} is not set",
-                where,
-                "export it where you submit from, or use a file",
+                f"the variable {variable[1]} is not set", where, "export it where you submit from, or use a file"
             )
     else:
         path = Path(webhook.url).expanduser()
@@ -116,10 +114,7 @@ def _post(url: str, body: dict[str, object]) -> None:
             with urllib.request.urlopen(request, timeout=_TIMEOUT):
                 return
         except urllib.error.HTTPError as error:
-            reason, lasting = (
-                f"the server answered {error.code}",
-                400 <= error.code < 500 and error.code != 429,
-            )
+            reason, lasting = (f"the server answered {error.code}", 400 <= error.code < 500 and error.code != 429)
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
             reason, lasting = getattr(cause, "strerror", None) or type(cause).__name__, False

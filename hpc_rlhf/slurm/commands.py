@@ -227,9 +227,7 @@ def execute(command: list[str], timeout: int) -> subprocess.CompletedProcess[str
         )
     except FileNotFoundError:
         raise HpcRlhfError(
-            f"{command[0]} is not on PATH",
-            hint="run this on a machine with Slurm's commands",
-            exit_code=RUN_FAILED,
+            f"{command[0]} is not on PATH", hint="run this on a machine with Slurm's commands", exit_code=RUN_FAILED
         ) from None
     except subprocess.TimeoutExpired:
         raise HpcRlhfError(

@@ -65,8 +65,7 @@ class HealSpec(Model):
         "small jobs, the sooner the chain is repaired.",
     )
     mem: SlurmMemory | None = Field(
-        default=None,
-        description="The sentinel's memory; defaults to the partition's. It needs about 200M.",
+        default=None, description="The sentinel's memory; defaults to the partition's. It needs about 200M."
     )
     setup: tuple[Command, ...] | None = Field(
         default=None,
@@ -99,8 +98,7 @@ class SlurmSpec(Model):
     )
     nodes: Positive = Field(default=1, description="Nodes of the job.")
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] = Field(
-        default=1,
-        description="GPUs requested on each node, with one rank per GPU. With 0, set ranks_per_node.",
+        default=1, description="GPUs requested on each node, with one rank per GPU. With 0, set ranks_per_node."
     )
     gpu: Gpu | None = Field(
         default=None,
@@ -127,12 +125,10 @@ class SlurmSpec(Model):
     mail_user: SlurmValue | None = Field(default=None, description="Recipient of the mail.")
     comment: FreeText | None = Field(default=None, description="Comment shown by squeue and sacct.")
     signal_seconds: Annotated[int, Field(ge=10, le=65535)] = Field(
-        default=180,
-        description="Seconds before the time limit at which the stage saves and requeues itself.",
+        default=180, description="Seconds before the time limit at which the stage saves and requeues itself."
     )
     max_requeues: Annotated[int, Field(ge=0)] = Field(
-        default=100,
-        description="How often a stage may be requeued before the chain stops and waits for the user.",
+        default=100, description="How often a stage may be requeued before the chain stops and waits for the user."
     )
     collective_timeout: Duration = Field(
         default="2 h",

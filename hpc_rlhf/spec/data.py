@@ -28,10 +28,7 @@ else:
         __doc__=_Split.__doc__,
         __module__=__name__,
         **{
-            kind.name: (
-                NonNegative,
-                Field(default=kind.share, description=f"Share of the {kind.name} stage."),
-            )
+            kind.name: (NonNegative, Field(default=kind.share, description=f"Share of the {kind.name} stage."))
             for kind in STAGE_KINDS
             if kind.data is not Data.NONE
         },

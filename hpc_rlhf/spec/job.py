@@ -13,15 +13,7 @@ from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.fields import Model, Name, PathText, Positive
 from hpc_rlhf.spec.inheritance import inherit
 from hpc_rlhf.spec.notify import NotifySpec, TrackersSpec
-from hpc_rlhf.spec.stages import (
-    EVALUATION,
-    POLICIES,
-    STAGE_NAMES,
-    Data,
-    EvalSpec,
-    StagesSpec,
-    kind_of,
-)
+from hpc_rlhf.spec.stages import EVALUATION, POLICIES, STAGE_NAMES, Data, EvalSpec, StagesSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec
 
 
@@ -74,8 +66,7 @@ class JobSpec(Model):
     models: ModelsSpec = Field(description="Models to start from.")
     stages: StagesSpec = Field(description="Stages to run.")
     trackers: TrackersSpec = Field(
-        default=TrackersSpec(),
-        description="Where metrics are logged in addition to metrics.jsonl and TensorBoard.",
+        default=TrackersSpec(), description="Where metrics are logged in addition to metrics.jsonl and TensorBoard."
     )
     notify: NotifySpec = Field(
         default=NotifySpec(), description="Who is notified when the run has finished or needs the user."

@@ -108,8 +108,7 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     if special:
         problems.append(
             problem(
-                "run_dir",
-                f"must not contain {' or '.join(special)}, which have a meaning for Slurm or a container",
+                "run_dir", f"must not contain {' or '.join(special)}, which have a meaning for Slurm or a container"
             )
         )
     for name in spec.stage_names:

@@ -26,11 +26,7 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
 
 
 def _rewrite(
-    node: Node,
-    pattern: tuple[str, ...],
-    path: tuple[str, ...],
-    resolve: Callable[[str], str],
-    problems: list[Problem],
+    node: Node, pattern: tuple[str, ...], path: tuple[str, ...], resolve: Callable[[str], str], problems: list[Problem]
 ) -> Node:
     """The node with every text that matches the pattern resolved; `*` matches any key or index."""
     if not pattern:

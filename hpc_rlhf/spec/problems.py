@@ -100,10 +100,7 @@ class _Error:
             return "is not a field", _close_fields(self.path)
         if self.type in _KINDS:
             quotes = "text" in kinds and isinstance(value, bool | int | float)
-            return (
-                f"must be {' or '.join(kinds)}, not {_shown(value)}",
-                "put it in quotes" if quotes else None,
-            )
+            return (f"must be {' or '.join(kinds)}, not {_shown(value)}", "put it in quotes" if quotes else None)
         if self.type == "string_pattern_mismatch":
             return f"{_shown(value)} {PATTERN_WORDS[self.context['pattern']]}", None
         hint = None

@@ -34,8 +34,7 @@ class LoraSpec(Model):
         description="Names of the linear modules to adapt, such as q_proj; by default, all except the output head.",
     )
     only: bool = Field(
-        default=True,
-        description="Train only the adapters. false also trains all weights without adapters.",
+        default=True, description="Train only the adapters. false also trains all weights without adapters."
     )
 
 
@@ -130,13 +129,11 @@ class TrainingSpec(StageSpec):
         "there. For models that do not fit otherwise; every step waits for the CPU. Needs zero: 1 or higher.",
     )
     activation_checkpointing: bool = Field(
-        default=False,
-        description="Recompute activations in the backward pass: less memory, about a third more time.",
+        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
     dropout: Fraction = Field(default=0.0, description="Dropout during training.")
     lora: LoraSpec | None = Field(
-        default=None,
-        description="Train low-rank adapters instead of all weights (in PPO: of the actor).",
+        default=None, description="Train low-rank adapters instead of all weights (in PPO: of the actor)."
     )
     checkpoint_every: Annotated[int | str, BeforeValidator(_checkpoint_interval)] = Field(
         default="auto",

@@ -18,16 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest, notify
-from hpc_rlhf.run.events import (
-    AttemptEvent,
-    Cancelled,
-    Failed,
-    Finished,
-    Hang,
-    Interrupted,
-    Requeued,
-    Started,
-)
+from hpc_rlhf.run.events import AttemptEvent, Cancelled, Failed, Finished, Hang, Interrupted, Requeued, Started
 from hpc_rlhf.run.failures import own_failure
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir

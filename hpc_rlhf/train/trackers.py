@@ -60,10 +60,7 @@ class Trackers:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            print(
-                "hpc-rlhf: the trackers took too long and were stopped; metrics.jsonl is complete",
-                file=sys.stderr,
-            )
+            print("hpc-rlhf: the trackers took too long and were stopped; metrics.jsonl is complete", file=sys.stderr)
         self._process = None
 
 

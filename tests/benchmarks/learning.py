@@ -145,10 +145,9 @@ def compare(stage: str, work: Path, seeds: int, lr: float) -> None:
             lines.append([side, f"{math.exp(-sum(values) / sum(tokens)):.2f}", _span(ratio, 4)])
         else:
             lines.append([side, _span(intervals.share(sum(values), len(values)), 3), _span(apart, 3)])
-    measure, apart_by = {
-        "sft": ("perplexity", "ours / its, 95 %"),
-        "reward": ("accuracy, 95 %", "ours - its, 95 %"),
-    }[stage]
+    measure, apart_by = {"sft": ("perplexity", "ours / its, 95 %"), "reward": ("accuracy, 95 %", "ours - its, 95 %")}[
+        stage
+    ]
     table(f"{stage}, lr {lr:g}: {len(tokens)} held out", ["side", measure, apart_by], lines)
 
 

@@ -66,11 +66,7 @@ class Case:
         like_llama = {"intermediate_size": 8 * self.width // 3, "num_key_value_heads": max(1, heads // 2)}
         model = {"model_type": self.kind, "vocab_size": self.vocabulary, **shapes.get(self.kind, like_llama)}
         if self.kind != "gpt2":
-            sizes = {
-                "hidden_size": self.width,
-                "num_hidden_layers": self.layers,
-                "num_attention_heads": heads,
-            }
+            sizes = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": heads}
             model = {**model, **sizes, "max_position_embeddings": max(512, 2 * self.longest)}
         stages = {self.stage: {"max_steps": 3, "epochs": 100, "checkpoint_every": 10**6, **self.fields}}
         if self.stage == "ppo":

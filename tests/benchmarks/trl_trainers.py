@@ -115,11 +115,7 @@ def reward(options: Namespace) -> Result:
     loss = trainer.train().training_loss
     tokens = sum(counts[options.warm_up : options.steps])
     return clock.result(
-        options.warm_up,
-        options.samples * (options.steps - options.warm_up),
-        tokens,
-        trainer.model.dtype,
-        loss=loss,
+        options.warm_up, options.samples * (options.steps - options.warm_up), tokens, trainer.model.dtype, loss=loss
     )
 
 

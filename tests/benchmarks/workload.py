@@ -58,12 +58,7 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
         samples: samples per optimizer step. A micro-batch has the tokens of at most twelve of the longest.
     """
     longest = PROMPT if stage == "ppo" else LONGEST // 2
-    common = {
-        "micro_batch": min(12, samples // ranks),
-        "global_batch": samples,
-        "max_steps": steps,
-        "epochs": 100,
-    }
+    common = {"micro_batch": min(12, samples // ranks), "global_batch": samples, "max_steps": steps, "epochs": 100}
     rates = {"actor_lr": 1e-5, "critic_lr": 1e-5} if stage == "ppo" else {"lr": 1e-3}
     stages = {stage: {**common, **rates, "precision": "bf16", "zero": 0, "checkpoint_every": 10**6}}
     if stage == "ppo":

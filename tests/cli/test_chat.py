@@ -97,18 +97,7 @@ def test_compared_models_keep_separate_histories(tmp_path: Path) -> None:
 
 def test_responses_are_side_by_side_on_a_terminal(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
-    command = [
-        sys.executable,
-        "-m",
-        "hpc_rlhf.cli",
-        "chat",
-        str(run.path),
-        "--compare",
-        "sft",
-        "ppo",
-        "--prompt",
-        "Hi",
-    ]
+    command = [sys.executable, "-m", "hpc_rlhf.cli", "chat", str(run.path), "--compare", "sft", "ppo", "--prompt", "Hi"]
     env = {**os.environ, "PYTHONPATH": str(FAKE), "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
     ours, theirs = os.openpty()
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)

@@ -83,10 +83,7 @@ def test_run_without_the_stage_is_evaluated_with_defaults(tmp_path: Path) -> Non
     report = json.loads(done.stdout)
     assert (report["prompts"], list(report["models"])) == (5, ["start", "sft", "ppo", "reference"])
     events = list(Ledger(run.ledger).events("eval"))
-    assert [event.name for event in events if event.name in ("started", "finished")] == [
-        "started",
-        "finished",
-    ]
+    assert [event.name for event in events if event.name in ("started", "finished")] == ["started", "finished"]
     job = tmp_path / "job.yaml"  # the user's own, without the stage
     job.write_text(dump_spec(spec))
     for arguments in ((run.path, "--prompts", "5"), (run.path,), (job,)):
@@ -94,9 +91,4 @@ def test_run_without_the_stage_is_evaluated_with_defaults(tmp_path: Path) -> Non
         assert json.loads(repeated.stdout) == report, repeated.stderr
     assert list(Ledger(run.ledger).events("eval")) == events  # not evaluated again
     status = json.loads(cli("status", run.path, "--json").stdout)["stages"][-1]
-    assert (status["stage"], status["state"], status["step"], status["metric"]) == (
-        "eval",
-        "done",
-        4,
-        "accuracy",
-    )
+    assert (status["stage"], status["state"], status["step"], status["metric"]) == ("eval", "done", 4, "accuracy")

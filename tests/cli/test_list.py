@@ -65,11 +65,7 @@ def test_state_is_that_of_the_most_important_stage(tmp_path: Path, monkeypatch: 
         ("failed", "sft", 0), ("running", "reward", 1), ("done", None, 3),
     ]  # fmt: skip
     assert lines["demofailed"].why == "no such file"
-    assert (lines["demorunning"].step, lines["demorunning"].total_steps, lines["demorunning"].left) == (
-        50,
-        90,
-        40.0,
-    )
+    assert (lines["demorunning"].step, lines["demorunning"].total_steps, lines["demorunning"].left) == (50, 90, 40.0)
     assert questions == ["squeue", "sacct"]  # however many runs there are
 
 

@@ -213,11 +213,7 @@ class Cluster:
         self.run("scancel", "--user=root", "--state=PENDING")
         self.run("scancel", "--user=root", "--full", "--signal=KILL", check=False)
         self.run("scancel", "--user=root")
-        wait_until(
-            lambda: not self.run("squeue", "--noheader").stdout and self._all_idle(),
-            180,
-            "all nodes are idle",
-        )
+        wait_until(lambda: not self.run("squeue", "--noheader").stdout and self._all_idle(), 180, "all nodes are idle")
 
     # The parts ------------------------------------------------------------------------------------
 
@@ -269,8 +265,7 @@ class Cluster:
         options = ["--no-defaults", f"--datadir={self.folder}/db", "--user=root"]
         # Root over the socket only: no password, no network.
         self._run_part(
-            "mariadb-install-db",
-            *("mariadb-install-db", *options, "--skip-test-db", "--auth-root-socket-user=root"),
+            "mariadb-install-db", *("mariadb-install-db", *options, "--skip-test-db", "--auth-root-socket-user=root")
         )
         self._spawn(
             "mariadbd",

@@ -111,9 +111,7 @@ def test_four_ranks_over_two_nodes(finished: Chain, stage: str) -> None:
     assert finished.events("started", stage)[-1].ranks == 4
 
 
-def test_secrets_of_the_environment_are_neither_in_the_run_nor_in_slurms_records(
-    finished: Chain,
-) -> None:
+def test_secrets_of_the_environment_are_neither_in_the_run_nor_in_slurms_records(finished: Chain) -> None:
     files = [path for path in finished.run.path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".pkl" for path in files)
     assert not [path for path in files if any(s.encode() in path.read_bytes() for s in SECRETS.values())]

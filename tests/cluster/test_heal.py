@@ -330,8 +330,7 @@ def test_a_stage_that_was_killed_twice_resumes_and_its_dependent_follows(scene: 
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [("requeue-grace", "preempted"), ("cancel-grace", "preempted"), ("limit-told", "time limit")],
+    ("name", "reason"), [("requeue-grace", "preempted"), ("cancel-grace", "preempted"), ("limit-told", "time limit")]
 )
 def test_a_stage_that_was_stopped_twice_loses_no_step_and_its_dependent_follows(
     scene: Scene, name: str, reason: str

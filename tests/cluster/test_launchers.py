@@ -23,10 +23,7 @@ def chains(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     alone = ("stages.reward=null", "stages.ppo=null", "slurm.partition=low")
     return {
         launcher: Chain(
-            cluster,
-            CHAIN,
-            folder / launcher,
-            (*alone, f"slurm.launcher={launcher}", f"slurm.nodelist={nodes}"),
+            cluster, CHAIN, folder / launcher, (*alone, f"slurm.launcher={launcher}", f"slurm.nodelist={nodes}")
         )
         for launcher, nodes in NODES.items()
     }

@@ -97,16 +97,7 @@ def test_logits_are_never_all_in_memory() -> None:
 def test_ppo_holds_four_models_and_gathers_a_sharded_actor() -> None:
     spec = make_spec("/scratch/demo", GPUS, reward={}, ppo={"zero": 3, "ema": True})
     memory = stage_memory(spec, "ppo")
-    assert set(memory.always) == {
-        "weights",
-        "gradients",
-        "buffers",
-        "optimizer",
-        "ref",
-        "reward",
-        "critic",
-        "EMA",
-    }
+    assert set(memory.always) == {"weights", "gradients", "buffers", "optimizer", "ref", "reward", "critic", "EMA"}
     assert memory.moments["rollouts"]["gathered actor"] == 2 * COUNT
     assert memory.always["EMA"] == 2 * COUNT
     assert {"passes", "the critic's passes", "rollouts", "scoring"} <= set(memory.moments)

@@ -87,10 +87,7 @@ def test_a_sharded_actor_too_large_to_gather_is_streamed_for_every_token() -> No
         return stage_time(large, "ppo").parts["decoding"]
 
     whole = 2 * architecture(ModelsSpec(actor="facebook/opt-30b"), "actor").parameters
-    larger, smaller = (
-        decoding("h200-141g"),
-        decoding("h100-80g"),
-    )  # alike but for memory, of which half is used
+    larger, smaller = (decoding("h200-141g"), decoding("h100-80g"))  # alike but for memory, of which half is used
     streamed = whole - 79.1 * 2**30 / 2
     read = whole * (1 / 3350e9 - 1 / 4800e9) / 0.5 * 256
     assert smaller - larger > 0.99 * 255 * streamed / 450e9 + read

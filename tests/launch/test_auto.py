@@ -49,12 +49,7 @@ def by_hand(spec: JobSpec) -> tuple[float, dict[str, Any]]:
     """The fastest SFT of all that fit, by trying every combination."""
     steps = []
     for zero, micro, optimizer, params in product(range(4), (1, 2, 4, 8), (False, True), (False, True)):
-        fields = {
-            "zero": zero,
-            "micro_batch": micro,
-            "offload_optimizer": optimizer,
-            "offload_params": params,
-        }
+        fields = {"zero": zero, "micro_batch": micro, "offload_optimizer": optimizer, "offload_params": params}
         if (params and zero != 3) or (optimizer and not zero):
             continue
         tried = spec.with_stages(sft=fields)

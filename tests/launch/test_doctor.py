@@ -198,10 +198,7 @@ def changed(cluster: Cluster, *changes: tuple[str, str]) -> Iterator[None]:
 
 def test_a_cluster_without_requeue_and_accounting(in_slurm: Cluster, tmp_path: Path) -> None:
     settings = (
-        (
-            "AccountingStorageType=accounting_storage/slurmdbd",
-            "AccountingStorageType=accounting_storage/none",
-        ),
+        ("AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageType=accounting_storage/none"),
         ("AccountingStoreFlags=job_comment\n", ""),
         ("ReturnToService=2", "ReturnToService=2\nJobRequeue=0\nMinJobAge=10"),
         ("PartitionName=first ", "PartitionName=first MaxTime=60 "),

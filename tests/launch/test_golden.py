@@ -44,12 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
         "slurm": {
             **{name: f"my-{name}" for name in ("partition", "account", "qos", "reservation", "constraint")},
             **{"gpus_per_node": 4, "cpus_per_gpu": 4, "gres": "gpu:a100:4", "mem": "64G", "exclusive": True},
-            **{
-                "exclude": "node[1-2]",
-                "nodelist": "node[3-4]",
-                "licenses": "matlab:1",
-                "comment": "two words",
-            },
+            **{"exclude": "node[1-2]", "nodelist": "node[3-4]", "licenses": "matlab:1", "comment": "two words"},
             **{"setup": SETUP, "extra": {"hint": "nomultithread", "contiguous": True, "overcommit": False}},
             "heal": {"partition": "cpu", "mem": "1G", "setup": SETUP[1:], "extra": {"oversubscribe": True}},
         },

@@ -313,12 +313,7 @@ def test_a_dependent_that_ran_too_early_waits_again(fake: FakeSlurm, run: RunDir
     fake.put("1", "demo.sft", "COMPLETED", code="0:0")
     fake.put("3", "demo.ppo", "FAILED")
     assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "requeued"]
-    assert fake.did[:4] == [
-        ("requeue", "1"),
-        ("put off", "1", 10, None),
-        ("requeue", "3"),
-        ("depend", "3", "1"),
-    ]
+    assert fake.did[:4] == [("requeue", "1"), ("put off", "1", 10, None), ("requeue", "3"), ("depend", "3", "1")]
 
 
 def test_a_job_that_slurm_holds_after_a_failed_launch_is_released(fake: FakeSlurm, run: RunDir) -> None:

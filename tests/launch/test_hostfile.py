@@ -44,10 +44,7 @@ def test_ranks_start_on_every_machine(two_machines: Here) -> None:
     assert code == 2, err
     assert "error: reward: data.json: no such file" in err
     seen = [two_machines.seen("sft", rank) for rank in range(2)]
-    assert [(env["RANK"], env["WORLD_SIZE"], env["CROSS_RANK"]) for env in seen] == [
-        ("0", "2", "0"),
-        ("1", "2", "1"),
-    ]
+    assert [(env["RANK"], env["WORLD_SIZE"], env["CROSS_RANK"]) for env in seen] == [("0", "2", "0"), ("1", "2", "1")]
     assert len({(env["MASTER_ADDR"], env["MASTER_PORT"]) for env in seen}) == 1
     assert {env["NCCL_DEBUG"] for env in seen} == {"a b; $(touch trap)"}
     assert {env["CUDA_VISIBLE_DEVICES"] for env in seen if "CUDA_VISIBLE_DEVICES" in env} <= {"0"}

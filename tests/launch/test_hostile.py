@@ -63,10 +63,7 @@ def whole_spec(run_dir: str) -> dict[str, Any]:
             "sources": [{"path": "org/set", "format": "hh", "split": "train", "subset": "s"}],
             "template": "plain",
         },
-        "models": {
-            "actor": "org/actor",
-            "reward": {"from_scratch": {"model_type": "opt", "vocab_size": 512}},
-        },
+        "models": {"actor": "org/actor", "reward": {"from_scratch": {"model_type": "opt", "vocab_size": 512}}},
         "stages": {"sft": {"precision": "bf16", "schedule": "cosine", "slurm": {"partition": "p"}}},
     }
 

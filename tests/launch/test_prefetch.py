@@ -158,11 +158,7 @@ def test_a_partial_model_is_not_used_offline_and_is_completed(
     [
         ("gated", 2, ["models.actor: acme/tiny is gated", "hf auth login"]),
         ("absent", 2, ["models.actor: the hub has no model acme/none", "check the id"]),
-        (
-            "away",
-            1,
-            ["models.actor: the hub cannot be reached for model acme/tiny", "machine with network access"],
-        ),
+        ("away", 1, ["models.actor: the hub cannot be reached for model acme/tiny", "machine with network access"]),
     ],
 )
 def test_errors_of_the_hub_are_one_sentence(

@@ -33,11 +33,7 @@ def test_a_new_directory_is_complete_and_private(tmp_path: Path) -> None:
     run = prepared(spec)
     assert stat.S_IMODE(run.stat().st_mode) == 0o700
     assert read_spec(run / "job.yaml") == spec
-    assert [job["stage"] for job in json.loads((run / "plan.json").read_text())["jobs"]] == [
-        "sft",
-        "reward",
-        "ppo",
-    ]
+    assert [job["stage"] for job in json.loads((run / "plan.json").read_text())["jobs"]] == ["sft", "reward", "ppo"]
     assert json.loads((run / "scripts/ppo.ds_config.json").read_text())["train_micro_batch_size_per_gpu"] == 4
     assert sorted(path.name for path in run.iterdir()) == ["job.yaml", "plan.json", "scripts", "stages"]
 

@@ -38,15 +38,7 @@ env >"$STUB_OUT/env"
 exit "${STUB_EXIT:-0}"
 """
 # Each of these would leave a file behind if a shell acted on it.
-HOSTILE = [
-    "$(touch x)",
-    "`touch x`",
-    "; touch x",
-    "a'; touch x; '",
-    'a"; touch x; "',
-    "&& touch x #",
-    "ü ñ 模",
-]
+HOSTILE = ["$(touch x)", "`touch x`", "; touch x", "a'; touch x; '", 'a"; touch x; "', "&& touch x #", "ü ñ 模"]
 
 
 def run_script(spec: JobSpec, stage: str, tmp_path: Path, **environ: str) -> tuple[int, Path, str]:
@@ -391,11 +383,7 @@ def test_a_sentinel_heals_its_run_with_any_name_and_setup(hostile: str, tmp_path
     here = tmp_path / "script.sh"
     here.write_text(script.replace(sys.executable, str(python)))
     subprocess.run(
-        ["bash", here],
-        cwd=tmp_path / "cwd",
-        env={**os.environ, "SBATCH_X": "1"},
-        check=True,
-        stderr=subprocess.DEVNULL,
+        ["bash", here], cwd=tmp_path / "cwd", env={**os.environ, "SBATCH_X": "1"}, check=True, stderr=subprocess.DEVNULL
     )
     arguments = (tmp_path / "args").read_text().splitlines()
     assert arguments == ["1", "unset", "-m", "hpc_rlhf.cli", "heal", "--sentinel", str(run.path), "0077"]

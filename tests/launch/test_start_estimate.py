@@ -22,10 +22,7 @@ def with_sbatch(monkeypatch: pytest.MonkeyPatch, folder: Path, lines: str) -> di
 def test_stages_without_needs_have_a_start_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     message = "sbatch: Job 7 to start at 2026-05-01T09:30:00 using 2 processors on nodes n1 in partition gpu"
     starts = with_sbatch(monkeypatch, tmp_path, f'grep -q "^#SBATCH --job-name" "$2" && echo "{message}" >&2')
-    assert starts == {
-        "sft": "would start at 2026-05-01T09:30:00",
-        "reward": "would start at 2026-05-01T09:30:00",
-    }
+    assert starts == {"sft": "would start at 2026-05-01T09:30:00", "reward": "would start at 2026-05-01T09:30:00"}
 
 
 def test_a_rejection_is_reported_for_one_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,22 +25,12 @@ _BEGAN = 1_700_000_000.0
 _SUMMARIES: dict[str, dict[str, float]] = {
     "sft": {"perplexity_before": 512.3, "perplexity_after": 3.456},
     "reward": {"accuracy": 0.9676},
-    "ppo": {
-        "reward_first": -0.5,
-        "reward_first_std": 0.8,
-        "reward_last": 2.25,
-        "kl_first": 0.0,
-        "kl_last": 0.31,
-    },
+    "ppo": {"reward_first": -0.5, "reward_first_std": 0.8, "reward_last": 2.25, "kl_first": 0.0, "kl_last": 0.31},
 }
 _PPO = ("reward", "reward_std", "kl", "entropy", "ratio", "approx_kl", "clipfrac", "value_clipfrac",
         "eos_rate", "answer_tokens", "actor_loss", "critic_loss", "explained_variance", "kl_coef",
         "actor_lr")  # fmt: skip
-_NAMES = {
-    "sft": ("loss", "lr", "grad_norm"),
-    "reward": ("loss", "accuracy", "margin", "lr", "grad_norm"),
-    "ppo": _PPO,
-}
+_NAMES = {"sft": ("loss", "lr", "grad_norm"), "reward": ("loss", "accuracy", "margin", "lr", "grad_norm"), "ppo": _PPO}
 
 
 def make_reported_run(
@@ -61,13 +51,7 @@ def make_reported_run(
         _write_stage(run, stage, number, clock, steps, interruptions if stage == "sft" else 0)
     row = {"prompt": "\n\nHuman: What is a bee?\n\nAssistant:", "answer": " An insect.", **texts}
     add_line(
-        run.stage("ppo").samples,
-        step=steps,
-        kind="final",
-        sft_answer=" A bee.",
-        sft_reward=0.5,
-        reward=1.5,
-        **row,
+        run.stage("ppo").samples, step=steps, kind="final", sft_answer=" A bee.", sft_reward=0.5, reward=1.5, **row
     )
     monkeypatch.undo()
     return run

@@ -54,15 +54,7 @@ def score(run: RunDir, total: int, rewards: list[float], **more: str) -> None:
     run.stage("ppo").path.mkdir(parents=True, exist_ok=True)
     first = total - len(rewards) + 1
     rows = [
-        {
-            "step": step,
-            "total_steps": total,
-            "time": 1.0,
-            "kind": "train",
-            "reward": reward,
-            "kl": 2.0,
-            **more,
-        }
+        {"step": step, "total_steps": total, "time": 1.0, "kind": "train", "reward": reward, "kl": 2.0, **more}
         for step, reward in enumerate(rewards, first)
     ]
     run.stage("ppo").metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -160,10 +160,7 @@ def test_a_pause_without_slurm_is_not_queueing() -> None:
     ]
     found = sft(events)
     assert found.spans == Spans(waiting=979, queued=31, starting=13, productive=21, lost=5, saving=1)
-    assert [(each.reason, each.step) for each in found.interruptions] == [
-        (STOPPED_BY_USER, 9),
-        ("killed", 12),
-    ]
+    assert [(each.reason, each.step) for each in found.interruptions] == [(STOPPED_BY_USER, 9), ("killed", 12)]
     stopped = [*events[:9], at(1012, "stopped", message="no"), at(2000, "anew"), at(2000, "retried", delay=0)]
     assert sft([*stopped, at(2005, "started", "local-3")]).spans.waiting == 979 + 990
 
@@ -250,14 +247,7 @@ def test_a_running_attempt_on_a_node_whose_clock_is_a_day_off(wrong: float) -> N
         at(70, "saved", "8-0", "reward", step=9, seconds=1.0, stall=1.0),
     ]
     off = [replace(event, time=event.time + wrong) for event in FIRST[2:]]
-    events = [
-        *SENT,
-        at(1, "submitted", stage="reward", job_id="8"),
-        *off[:1],
-        *beside[:2],
-        *off[1:],
-        beside[2],
-    ]
+    events = [*SENT, at(1, "submitted", stage="reward", job_id="8"), *off[:1], *beside[:2], *off[1:], beside[2]]
     found = measure(events, {"sft": [], "reward": []}, at_work=("sft", "reward"), now=100.0)
     assert found["reward"].spans == Spans(queued=9, starting=5, productive=84, saving=1)
     assert found["sft"].spans.wall == pytest.approx(100)
@@ -282,11 +272,7 @@ KINDS = (
     "interrupted", "failed", "finished", "cancelled", "ended", "retried", "stopped", "anew", "unheard-of",
 )  # fmt: skip
 any_event = st.fixed_dictionaries(
-    {
-        "event": st.sampled_from(KINDS),
-        "stage": st.sampled_from(("sft", "ppo")),
-        "time": st.floats(-1e4, 1e4),
-    },
+    {"event": st.sampled_from(KINDS), "stage": st.sampled_from(("sft", "ppo")), "time": st.floats(-1e4, 1e4)},
     optional={
         "attempt": st.sampled_from(("a", "b", "c")),
         "step": st.integers(0, 5),

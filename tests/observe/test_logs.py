@@ -269,13 +269,7 @@ def test_the_log_of_a_failed_stage_is_that_of_the_failed_rank(run: RunDir) -> No
     shown = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
     assert (shown["rank"], [Path(file).name for file in shown["files"]]) == (3, ["7_3_log.err"])
     assert shown["trouble"]["message"] == "ValueError: row 12\n  has no prompt"
-    facts = {
-        "job_id": "7",
-        "reason": "failed",
-        "message": "ValueError: row 12 has no prompt",
-        "node": "n2",
-        "step": 40,
-    }
+    facts = {"job_id": "7", "reason": "failed", "message": "ValueError: row 12 has no prompt", "node": "n2", "step": 40}
     ledger.append(Ended("sft", **facts, progress=False, seen=None))
     ledger.append(Stopped("sft", message="failed twice"))
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -297,10 +291,7 @@ def test_an_attempts_log_is_separated_from_other_attempts_and_jobs(
     ledger.append(Started("sft", attempt="100-1", job_id="100", restart=1))
     ledger.append(Started("sft", attempt="local-77-1700000000", job_id=None, restart=0))
     write(
-        run,
-        "sft",
-        "100_batch.log",
-        "hpc-rlhf: attempt 0 of job 100 on n1\nhpc-rlhf: attempt 1 of job 100 on n2\nb\n",
+        run, "sft", "100_batch.log", "hpc-rlhf: attempt 0 of job 100 on n1\nhpc-rlhf: attempt 1 of job 100 on n2\nb\n"
     )
     write(run, "sft", "100_0_log.out", "first\n\nhpc-rlhf: attempt 1 of job 100 on n2\nsecond\n")
     write(run, "sft", "77_0_log.out", "here\n")

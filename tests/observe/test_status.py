@@ -45,11 +45,7 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (evidence("submitted", queued=queued("PENDING", "Dependency")), "waiting", "for sft and reward"),
         (evidence("submitted", queued=queued("PENDING", "Priority")), "pending", "Priority: other jobs have"),
         (evidence("submitted", queued=queued("PENDING", "QOSMaxJobs")), "pending", "QOSMaxJobs"),
-        (
-            evidence("submitted", queued=queued("PENDING", "DependencyNeverSatisfied")),
-            "stuck",
-            "hpc-rlhf heal",
-        ),
+        (evidence("submitted", queued=queued("PENDING", "DependencyNeverSatisfied")), "stuck", "hpc-rlhf heal"),
         (evidence("started", "requeued", queued=queued("PENDING", "BeginTime")), "requeued", "BeginTime: "),
         (evidence("submitted", queued=queued("RUNNING")), "starting", ""),
         (evidence("started", "requeued", queued=queued("RUNNING")), "starting", ""),
@@ -177,19 +173,7 @@ def test_status_verb_without_slurm(run: RunDir, tmp_path: Path) -> None:
     assert table.returncode == 0
     lines = table.stdout.splitlines()
     assert lines[0].split() == ["stage", "state", "progress", "time", "last", "attempts", "job"]
-    assert lines[2].split() == [
-        "reward",
-        "stopped",
-        "50/90",
-        "55%",
-        "40",
-        "s",
-        "left",
-        "loss",
-        "0.02",
-        "2",
-        "-",
-    ]
+    assert lines[2].split() == ["reward", "stopped", "50/90", "55%", "40", "s", "left", "loss", "0.02", "2", "-"]
     assert lines[3].split() == ["ppo", "unknown", "-", "-", "-", "-", "12"]
     assert "ppo     Slurm does not answer (squeue is not on PATH)" in lines
     stages = json.loads(status("--json").stdout)["stages"]

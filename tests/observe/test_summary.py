@@ -23,13 +23,7 @@ from hpc_rlhf.run.ledger import Ledger
 METRICS: dict[str, dict[str, float]] = {
     "sft": {"perplexity_before": 512.3, "perplexity_after": 3.456},
     "reward": {"accuracy": 0.9676},
-    "ppo": {
-        "reward_first": -0.5,
-        "reward_first_std": 0.8,
-        "reward_last": 2.25,
-        "kl_first": 0,
-        "kl_last": 0.31,
-    },
+    "ppo": {"reward_first": -0.5, "reward_first_std": 0.8, "reward_last": 2.25, "kl_first": 0, "kl_last": 0.31},
     "dpo": {"accuracy": 0.6},
 }
 

@@ -151,10 +151,7 @@ def test_a_long_message_is_shortened_to_one_line() -> None:
     [
         ("DUE TO PREEMPTION ***", "preempted"),
         ("hpc-rlhf: preempted before the ranks were up: requeued", "preempted"),
-        (
-            "hpc-rlhf: preempted before the ranks were up: requeued\nCANCELLED DUE TO JOB REQUEUE ***",
-            "preempted",
-        ),
+        ("hpc-rlhf: preempted before the ranks were up: requeued\nCANCELLED DUE TO JOB REQUEUE ***", "preempted"),
         ("DUE TO JOB REQUEUE ***", "requeued by hand"),
         ("", "node failure"),
     ],

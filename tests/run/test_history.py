@@ -21,10 +21,7 @@ def saved(step: int) -> Event:
         ([STARTED], False),
         ([STARTED, saved(5)], True),
         ([STARTED, saved(5), event("ended"), STARTED, event("resumed", step=5)], False),
-        (
-            [STARTED, saved(5), event("ended"), STARTED, saved(5)],
-            False,
-        ),  # the newest was damaged, and saved again
+        ([STARTED, saved(5), event("ended"), STARTED, saved(5)], False),  # the newest was damaged, and saved again
         ([STARTED, event("ended"), STARTED, saved(5), event("requeued"), STARTED], True),
     ],
 )

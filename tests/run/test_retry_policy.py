@@ -43,23 +43,14 @@ MORE_TIME = "raise slurm.time, or make a step shorter: a smaller global batch, s
             "out of memory twice at step 7: how it out of memory",
         ),
         (
-            [
-                ended("failed", 7, True, message="port 4711 at 0x7f"),
-                ended("failed", 7, message="port 80 at 0x1"),
-            ],
+            [ended("failed", 7, True, message="port 4711 at 0x7f"), ended("failed", 7, message="port 80 at 0x1")],
             "failed twice at step 7: port 80 at 0x1",
         ),
         ([ended("failed", 7, True, message="disk full"), ended("failed", 7, message="bad row")], Retry(10)),
         ([ended("killed", 7, True), ended("killed", 8)], Retry(10)),
         # without progress
-        (
-            [ended("time limit", 5), ended("time limit", 6)],
-            f"{IN_VAIN} 6: {MORE_TIME}",
-        ),
-        (
-            [ended("time limit", 5), ended("preempted", 5), ended("time limit", 5)],
-            f"{IN_VAIN} 5: {MORE_TIME}",
-        ),
+        ([ended("time limit", 5), ended("time limit", 6)], f"{IN_VAIN} 6: {MORE_TIME}"),
+        ([ended("time limit", 5), ended("preempted", 5), ended("time limit", 5)], f"{IN_VAIN} 5: {MORE_TIME}"),
         ([ended("time limit", 5), ended("preempted", 6, True), ended("time limit", 6)], Retry(10)),
         (
             [ended("killed", 5), ended("hang", 6)],
@@ -122,17 +113,9 @@ def test_a_stop_has_the_kind_of_its_rule_however_many_requeues_are_left(
     [
         ([STARTED, RETRIED, STARTED], "preempted", None),
         ([STARTED, RETRIED, STARTED, RETRIED, STARTED], "preempted", StopKind.BUDGET_SPENT),
-        (
-            [STARTED, ended("time limit", 3), RETRIED, STARTED],
-            "time limit",
-            StopKind.TIME_LIMIT_WITHOUT_PROGRESS,
-        ),
+        ([STARTED, ended("time limit", 3), RETRIED, STARTED], "time limit", StopKind.TIME_LIMIT_WITHOUT_PROGRESS),
         # a part of a step was saved since
-        (
-            [STARTED, ended("time limit", 3), RETRIED, STARTED, event("saved", step=3, part=2)],
-            "time limit",
-            None,
-        ),
+        ([STARTED, ended("time limit", 3), RETRIED, STARTED, event("saved", step=3, part=2)], "time limit", None),
     ],
 )
 def test_an_attempt_that_stops_by_itself_follows_the_same_rules(

@@ -51,14 +51,8 @@ def test_every_suggested_fix_works(micro: int, ranks: int, total: int) -> None:
     ("config", "complaint"),
     [
         ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}, None),
-        (
-            {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3, "train_batch_size": 24},
-            None,
-        ),
-        (
-            {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 6},
-            "per_gpu is 2, and must be 4",
-        ),
+        ({"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3, "train_batch_size": 24}, None),
+        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 6}, "per_gpu is 2, and must be 4"),
         ({"train_micro_batch_size_per_gpu": 4}, "accumulation_steps is missing, and must be 3"),
         (
             {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3, "train_batch_size": 12},

@@ -245,10 +245,7 @@ def test_check_prints_problems_and_exits_with_2(tmp_path: Path) -> None:
         [sys.executable, "-m", "hpc_rlhf.cli", "check", str(good), str(bad)], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stdout.splitlines() == [
-        f"{good}: ok",
-        f"{bad}:4:3: slurm.partition: must be text, not a list",
-    ]
+    assert done.stdout.splitlines() == [f"{good}: ok", f"{bad}:4:3: slurm.partition: must be text, not a list"]
     assert done.stderr == "1 of 2 specs cannot run\n"
 
 

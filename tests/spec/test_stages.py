@@ -24,10 +24,7 @@ def write(folder: Path, text: str) -> Path:
     [
         ("dpo: {}", {"dpo": ()}),
         ("dpo: {}, sft: {}", {"sft": (), "dpo": ("sft",)}),
-        (
-            "sft: {}, dpo: {}, ppo: {}, reward: {}",
-            {"sft": (), "reward": (), "ppo": ("sft", "reward"), "dpo": ("sft",)},
-        ),
+        ("sft: {}, dpo: {}, ppo: {}, reward: {}", {"sft": (), "reward": (), "ppo": ("sft", "reward"), "dpo": ("sft",)}),
     ],
 )
 def test_inputs_of_stages(tmp_path: Path, stages: str, needs: dict[str, tuple[str, ...]]) -> None:
@@ -39,14 +36,8 @@ def test_inputs_of_stages(tmp_path: Path, stages: str, needs: dict[str, tuple[st
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (
-            "data: {sources: [{path: a.jsonl, format: text}]}",
-            "none contains pairs of responses, which the dpo stage",
-        ),
-        (
-            "data: {sources: [{demo: 100}], split: {dpo: 0}}",
-            "data.split.dpo: leaves the dpo stage without data",
-        ),
+        ("data: {sources: [{path: a.jsonl, format: text}]}", "none contains pairs of responses, which the dpo stage"),
+        ("data: {sources: [{demo: 100}], split: {dpo: 0}}", "data.split.dpo: leaves the dpo stage without data"),
     ],
 )
 def test_dpo_needs_pairs(tmp_path: Path, data: str, message: str) -> None:

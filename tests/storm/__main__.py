@@ -43,12 +43,7 @@ def report(sky: Weather, seed: int) -> bool:
     outcome = sky.storm(seed)
     print(f"\nseed {seed}: {time.monotonic() - began:.0f} s\n{outcome.table}")
     print(f"healed by the user: {len(outcome.healed)}", *outcome.healed, sep="\n  ")
-    print(
-        "not as in peace, or not explained:",
-        *(outcome.differ + outcome.odd or ["nothing"]),
-        sep="\n  ",
-        flush=True,
-    )
+    print("not as in peace, or not explained:", *(outcome.differ + outcome.odd or ["nothing"]), sep="\n  ", flush=True)
     return not outcome.differ + outcome.odd
 
 

@@ -133,10 +133,7 @@ class ClusterStorm(Storm):
         jobs = [line.split("|") for line in done.stdout.splitlines()]
         alive = {name for name, _, reason in jobs if reason != "DependencyNeverSatisfied"}
         for stage in STAGES:
-            names = {
-                f"{self.chain.path.parent.name}.{stage}",
-                f"{self.chain.path.parent.name}.{stage}.sentinel",
-            }
+            names = {f"{self.chain.path.parent.name}.{stage}", f"{self.chain.path.parent.name}.{stage}.sentinel"}
             if self.chain.is_done(stage) or names & alive:
                 self._alone.pop(stage, None)
             elif time.monotonic() - self._alone.setdefault(stage, time.monotonic()) > ALONE:

@@ -190,11 +190,7 @@ def call_twice(victim: Victim) -> frozenset[str]:
     """Heal twice at the same moment and submit again."""
     assert isinstance(victim.chain, Chain)
     command = [sys.executable, "-m", "hpc_rlhf.cli"]
-    calls = [
-        ["heal", str(victim.chain.path)],
-        ["heal", str(victim.chain.path)],
-        ["submit", *victim.chain.submission],
-    ]
+    calls = [["heal", str(victim.chain.path)], ["heal", str(victim.chain.path)], ["submit", *victim.chain.submission]]
     started = [
         subprocess.Popen([*command, *call], env=victim.cluster.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: E501
         for call in calls

@@ -26,8 +26,7 @@ BRACKETS = (
 # Like Qwen3's: the last response starts with its thinking, which is empty if thinking is turned off.
 THOUGHT = "<think>\n\n</think>\n\n"
 THOUGHTS = CHATML.replace(
-    "{{ m.content }}",
-    f"{{% if loop.last and m.role == 'assistant' %}}{THOUGHT}{{% endif %}}{{{{ m.content }}}}",
+    "{{ m.content }}", f"{{% if loop.last and m.role == 'assistant' %}}{THOUGHT}{{% endif %}}{{{{ m.content }}}}"
 ).replace("assistant\n", f"assistant\n{{% if enable_thinking is false %}}{THOUGHT}{{% endif %}}")
 TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "brackets": BRACKETS, "thoughts": THOUGHTS}
 MARKS = {

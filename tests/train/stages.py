@@ -71,10 +71,7 @@ def run_ranks(module: str, args: list[str], logs: list[Path]) -> None:
     """
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", module, *args],
-            env=environment,
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
+            [sys.executable, "-m", module, *args], env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT
         )
         for environment, log in zip(rank_environment(len(logs), free_port()), logs, strict=True)
     ]
@@ -89,12 +86,7 @@ def run_ranks(module: str, args: list[str], logs: list[Path]) -> None:
 
 def rank_environment(ranks: int, port: int) -> list[dict[str, str]]:
     """The environment of each of the ranks of a process group on this machine."""
-    common = {
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     return [{**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 

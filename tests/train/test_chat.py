@@ -113,10 +113,7 @@ def test_a_chat_template_is_used_for_the_prompt_and_the_end_of_the_turn(chat: Ch
     export(tiny.causal("gpt2", vocab_size=310, n_positions=96), tokenizer, tmp_path, is_main=True)
     model = ChatModel(tmp_path)
     asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": HI[0][1]}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=False,
+        [{"role": "user", "content": HI[0][1]}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
     said = model.model.generate(asked, do_sample=False, max_new_tokens=24, pad_token_id=0)[0, asked.shape[1] :]
     expected = tokenizer.decode(said, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}").strip()

@@ -72,9 +72,7 @@ def test_zero_3_follows_the_unsharded_run(plain: RunDir, tmp_path: Path) -> None
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=1e-3, abs=1e-4)
 
 
-def test_adapters_switched_off_are_the_reference_and_a_stopped_run_ends_in_the_same_weights(
-    tmp_path: Path,
-) -> None:
+def test_adapters_switched_off_are_the_reference_and_a_stopped_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     fields = {"zero": 3, "precision": "bf16", "lora": {"rank": 4}, "dropout": 0.1, "label_smoothing": 0.1}
     whole = dpo(tmp_path / "whole", **fields)
     stopped = dpo(tmp_path / "stopped", stop_after=1, **fields)

@@ -25,11 +25,7 @@ TIME_LIMIT, PREEMPTED = 1, 2
 def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The job ids that were requeued; the test runs as rank 0 of job 9."""
     jobs: list[str] = []
-    for name, value in {
-        "SLURM_JOB_ID": "9",
-        "SUBMITIT_EXECUTOR": "slurm",
-        "SLURM_RESTART_COUNT": "0",
-    }.items():
+    for name, value in {"SLURM_JOB_ID": "9", "SUBMITIT_EXECUTOR": "slurm", "SLURM_RESTART_COUNT": "0"}.items():
         monkeypatch.setenv(name, value)
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
@@ -67,11 +63,7 @@ def test_a_stage_that_finishes_while_preempted_runs_once_more(
     monkeypatch.setattr(commands, "was_preempted", lambda job: True)
     finish(run, PREEMPTED, world, monkeypatch)
     assert requeued == ["9"]
-    assert [event.name for event in Ledger(run.ledger).events("sft")] == [
-        "started",
-        "finished",
-        "requeued",
-    ]
+    assert [event.name for event in Ledger(run.ledger).events("sft")] == ["started", "finished", "requeued"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -92,12 +84,7 @@ def test_an_attempt_that_finds_its_stage_done_writes_the_report(
 
 @pytest.mark.parametrize(("by_user", "continues"), [(False, False), (True, True)])
 def test_requeues_count_over_all_jobs_since_the_user_last_asked(
-    tmp_path: Path,
-    world: World,
-    requeued: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    by_user: bool,
-    continues: bool,
+    tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch, by_user: bool, continues: bool
 ) -> None:
     """Slurm counts the requeues of one job only, and this is the first attempt of the second job."""
     run = make_run(tiny_spec(tmp_path / "run", ranks=1, sft={"slurm": {"max_requeues": 2}}))

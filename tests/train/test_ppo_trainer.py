@@ -19,9 +19,7 @@ from hpc_rlhf.train.stages.ppo.cursor import Cursor, Network, Progress
 from tests.train.ppo_trainers import PROMPTS, RESPONSES, ROLLOUT, TOKENS, Alone, Steps, trainer_of
 
 
-def test_without_updates_the_ratio_is_exactly_one(
-    steps: Callable[[float], Steps],
-) -> None:
+def test_without_updates_the_ratio_is_exactly_one(steps: Callable[[float], Steps]) -> None:
     """Evaluation and learning use the same micro-batches without dropout: the ratio is 1 to the last bit."""
     steps(0.0)
     trainer = trainer_of(budget=16, ppo_epochs=3, minibatches=2, temperature=0.7)
@@ -122,12 +120,7 @@ def test_steps_end_once_the_kl_exceeds_its_limit(
 
 def test_the_kl_coefficient_carries_over_between_rollouts() -> None:
     trainer = trainer_of(
-        Alone({"kl": 3.0, "responses": 6.0}),
-        ref_seed=5,
-        kl_target=1e-3,
-        kl_horizon=60,
-        lam=1.0,
-        score_clip=1e-9,
+        Alone({"kl": 3.0, "responses": 6.0}), ref_seed=5, kl_target=1e-3, kl_horizon=60, lam=1.0, score_clip=1e-9
     )
     first = trainer.evaluate(ROLLOUT)
     assert trainer.kl_coef == pytest.approx(0.1 * (1 + 0.2 * 12 / 60)), "12 responses over two ranks"

@@ -32,10 +32,7 @@ def test_a_signal_before_the_handlers_are_installed_is_delivered_then(tmp_path: 
         "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PYTHONPATH": str(Path(__file__).parents[2]),
     }  # fmt: skip
     rank = subprocess.Popen(
-        [sys.executable, "-u", "-m", "hpc_rlhf.rank", str(logs)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-u", "-m", "hpc_rlhf.rank", str(logs)], env=environment, stdout=subprocess.PIPE, text=True
     )
     assert rank.stdout is not None
     rank.stdout.readline()  # submitit's first line: it waits for the pickle now
@@ -52,8 +49,7 @@ def test_a_signal_before_the_handlers_are_installed_is_delivered_then(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("work", "code"),
-    [("print('done', end='')", 0), ("sys.exit(75)", 75), ("sys.exit('no')", 1), ("1 / 0", 1)],
+    ("work", "code"), [("print('done', end='')", 0), ("sys.exit(75)", 75), ("sys.exit('no')", 1), ("1 / 0", 1)]
 )
 def test_a_rank_exits_with_its_own_code_whatever_fails_while_python_shuts_down(work: str, code: int) -> None:
     program = f"import atexit, os, sys\natexit.register(os.abort)\ndef main(): {work}\n"

@@ -32,10 +32,7 @@ class Lengths:
     """A ``RewardSource`` that pays for a response as long as its reference; without one, no score."""
 
     def score(
-        self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence[Any]],
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]]
     ) -> list[float | None]:
         wanted = columns["tokens"]
         return [None if n is None else float(len(r) == n) for r, n in zip(responses, wanted, strict=True)]

@@ -26,12 +26,7 @@ from tests.train import tiny
 
 pytestmark = pytest.mark.slow
 
-TURNS = [
-    ("system", "Be brief."),
-    ("human", " Hi "),
-    ("assistant", "Hello."),
-    ("human", "What colour is snow?"),
-]
+TURNS = [("system", "Be brief."), ("human", " Hi "), ("assistant", "Hello."), ("human", "What colour is snow?")]
 ROLES = {"human": "user", "assistant": "assistant", "system": "system"}
 MESSAGES = [{"role": ROLES[role], "content": text} for role, text in TURNS]
 

@@ -71,15 +71,7 @@ def test_the_first_ppo_step_starts_from_the_reference(plain: RunDir) -> None:
     """Without dropout and before any update the actor equals the reference, and every ratio is 1."""
     first = train_lines(plain, "ppo")[0]
     assert (first["kl"], first["ratio"], first["approx_kl"], first["clipfrac"]) == (0.0, 1.0, 0.0, 0.0)
-    told = {
-        "entropy",
-        "value_clipfrac",
-        "eos_rate",
-        "answer_tokens",
-        "explained_variance",
-        "reward",
-        "kl_coef",
-    }
+    told = {"entropy", "value_clipfrac", "eos_rate", "answer_tokens", "explained_variance", "reward", "kl_coef"}
     assert told <= {name for name, value in first.items() if value is not None}
     assert train_lines(plain, "ppo")[-1]["kl"] > 0
 
@@ -115,20 +107,14 @@ def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
 
 
 def test_a_tensor_parallel_stage_resumes_exactly(tmp_path: Path) -> None:
-    whole, stopped = (
-        make_run(tiny_spec(tmp_path / "whole", ppo=CUT, sft={}, reward={})),
-        RunDir(tmp_path / "stopped"),
-    )
+    whole, stopped = (make_run(tiny_spec(tmp_path / "whole", ppo=CUT, sft={}, reward={})), RunDir(tmp_path / "stopped"))
     run_chains([whole], 2)
     shutil.copytree(whole.path, stopped.path)
     shutil.rmtree(stopped.stage("ppo").path)
     assert run_stage(stopped, "ppo", 2, stop_after=1) == [75, 75], log_tail(stopped, "ppo")
     assert run_stage(stopped, "ppo", 2) == [0, 0], log_tail(stopped, "ppo")
     assert weights_digest(stopped, "ppo") == weights_digest(whole, "ppo")
-    averaged, own = (
-        whole.stage("ppo").ema_model / "model.safetensors",
-        whole.stage("ppo").model / "model.safetensors",
-    )
+    averaged, own = (whole.stage("ppo").ema_model / "model.safetensors", whole.stage("ppo").model / "model.safetensors")
     assert averaged.read_bytes() != own.read_bytes()
     assert averaged.stat().st_size == own.stat().st_size
 

@@ -24,10 +24,7 @@ def test_fine_tuning_teaches_a_response_and_its_end(tmp_path: Path) -> None:
     sft = {"lr": 1e-2, "max_steps": 40, "answer_only": True, "global_batch": 4}
     fields = tiny_spec(tmp_path / "run", ranks=1, sft=sft).model_dump(mode="json")
     fields["models"] = {"actor": str(tmp_path / "base")}
-    fields["data"] |= {
-        "sources": [{"path": str(tmp_path / "one.jsonl"), "format": "messages"}],
-        "held_out": 0,
-    }
+    fields["data"] |= {"sources": [{"path": str(tmp_path / "one.jsonl"), "format": "messages"}], "held_out": 0}
     run = make_run(JobSpec.model_validate(fields))
     assert run_stage(run, "sft", 1) == [0], log_tail(run, "sft")
 
@@ -35,10 +32,7 @@ def test_fine_tuning_teaches_a_response_and_its_end(tmp_path: Path) -> None:
     assert "".join(chat.stream([("human", "Hi")], 16, 0.0, seed=1)) == "Hello you."
     assert chat.tokenizer.eos_token == "<|im_end|>"
     asked = chat.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=False,
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
     said = chat.model.generate(asked, do_sample=False, max_new_tokens=16)[0, asked.shape[1] :]
     assert chat.tokenizer.decode(said) == "Hello you.<|im_end|>"

@@ -32,14 +32,7 @@ def prepared(path: Path, **asked: object) -> tuple[JobSpec, RunDir]:
 
 def log(run: RunDir, *steps: int) -> None:
     for step in steps:
-        row = {
-            "step": step,
-            "total_steps": 9,
-            "time": 1e9 + step,
-            "kind": "train",
-            "loss": 9.0 - step,
-            "gone": None,
-        }
+        row = {"step": step, "total_steps": 9, "time": 1e9 + step, "kind": "train", "loss": 9.0 - step, "gone": None}
         with run.stage("sft").metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -48,10 +48,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
     findings.append(storage.check_trust(plan.run))
     try:
         with storage.scratch(plan.run) as folder:
-            findings += [
-                storage.check_writes(folder, plan.run),
-                storage.check_space(folder, disk.run_bytes(spec)),
-            ]
+            findings += [storage.check_writes(folder, plan.run), storage.check_space(folder, disk.run_bytes(spec))]
             if on_cluster and cluster.unfit(findings):
                 say("no job was submitted: Slurm would reject it")
             elif on_cluster:

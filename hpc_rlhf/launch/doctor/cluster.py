@@ -47,9 +47,7 @@ def _version(config: Mapping[str, str]) -> Finding:
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers and numbers < _TESTED:
         return warning(
-            "slurm",
-            f"version {version} is older than any that is tested",
-            "try a small run first: jobs/tiny.yaml",
+            "slurm", f"version {version} is older than any that is tested", "try a small run first: jobs/tiny.yaml"
         )
     return ok("slurm", f"version {version}")
 
@@ -131,9 +129,7 @@ def _requeue(script: str, config: Mapping[str, str]) -> Finding:
             "check that jobs keep it with hpc-rlhf doctor --on-cluster, or ask an administrator to set JobRequeue=1",
         )
     return error(
-        "requeue",
-        "JobRequeue=0, and the script has no --requeue: the first preemption would end the chain",
-        fix,
+        "requeue", "JobRequeue=0, and the script has no --requeue: the first preemption would end the chain", fix
     )
 
 

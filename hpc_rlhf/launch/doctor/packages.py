@@ -18,21 +18,13 @@ def check() -> list[Finding]:
     try:
         required = metadata.metadata(_NAME)["Requires-Python"]
     except metadata.PackageNotFoundError:
-        return [
-            error(
-                "packages",
-                f"{_NAME} is not installed in this Python",
-                "install it here: pip install hpc-rlhf",
-            )
-        ]
+        return [error("packages", f"{_NAME} is not installed in this Python", "install it here: pip install hpc-rlhf")]
     version = platform.python_version()
     if SpecifierSet(required).contains(version, prereleases=True):
         python = ok("python", f"{version} ({required} is required)")
     else:
         python = error(
-            "python",
-            f"{version}, but {required} is required",
-            f"create an environment with Python {required}",
+            "python", f"{version}, but {required} is required", f"create an environment with Python {required}"
         )
     names: set[str] = set()
     clashes = list(dict.fromkeys(_clashes(names)))
@@ -65,9 +57,7 @@ def _clashes(names: set[str]) -> Iterator[Finding]:
             names.add(canonicalize_name(need.name))
             if not need.specifier.contains(version, prereleases=True):
                 yield error(
-                    "packages",
-                    f"{need.name} is {version}, but {package} requires {need.specifier}",
-                    _install(need),
+                    "packages", f"{need.name} is {version}, but {package} requires {need.specifier}", _install(need)
                 )
             new = {(canonicalize_name(need.name), each) for each in ("", *need.extras)} - known
             known |= new

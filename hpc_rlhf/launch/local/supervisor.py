@@ -63,10 +63,7 @@ class Supervisor:
                 SUBMITIT_LOCAL_LOCALID=str(rank),
             )
             logs = self.run.stage(self.stage)
-            with (
-                logs.log(job_id, rank, "out").open("ab") as out,
-                logs.log(job_id, rank, "err").open("ab") as err,
-            ):
+            with logs.log(job_id, rank, "out").open("ab") as out, logs.log(job_id, rank, "err").open("ab") as err:
                 process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
             self.ranks.append(process)
 

@@ -56,11 +56,7 @@ def make_page(run: RunDir) -> str:
 
     scripts = [_read("uplot/uPlot.iife.min.js"), _read("page.js")]
     environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html.j2").render(
         **_content(run),

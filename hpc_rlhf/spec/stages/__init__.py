@@ -24,13 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 # Each stage after its inputs.
-STAGE_KINDS: tuple[StageKind, ...] = (
-    SFT,
-    REWARD,
-    PPO,
-    DPO,
-    EVAL,
-)
+STAGE_KINDS: tuple[StageKind, ...] = (SFT, REWARD, PPO, DPO, EVAL)
 STAGE_NAMES = tuple(kind.name for kind in STAGE_KINDS)
 _BY_NAME = {kind.name: kind for kind in STAGE_KINDS}
 

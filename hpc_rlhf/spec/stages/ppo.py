@@ -49,8 +49,7 @@ class PpoSpec(ReferredSpec):
     ppo_epochs: Positive = Field(default=1, description="Passes over the experience of each rollout.")
     minibatches: Positive = Field(default=1, description="Optimizer steps per pass over the experience.")
     temperature: Rate = Field(
-        default=1.0,
-        description="Sampling temperature. Log-probabilities are computed at the same temperature.",
+        default=1.0, description="Sampling temperature. Log-probabilities are computed at the same temperature."
     )
     top_p: TopP = 1.0
     top_k: TopK = 0
@@ -94,12 +93,10 @@ class PpoSpec(ReferredSpec):
     gamma: Fraction = Field(default=1.0, description="Discount factor.")
     lam: Fraction = Field(default=0.95, description="Lambda of generalized advantage estimation (arXiv 1506.02438).")
     whiten_advantages: bool = Field(
-        default=True,
-        description="Normalize the advantages of a rollout to mean 0 and variance 1 over all ranks.",
+        default=True, description="Normalize the advantages of a rollout to mean 0 and variance 1 over all ranks."
     )
     ema: bool = Field(
-        default=False,
-        description="Keep an exponential moving average of the actor and export it as a second model.",
+        default=False, description="Keep an exponential moving average of the actor and export it as a second model."
     )
     ema_beta: Fraction = Field(default=0.992, description="Decay of the moving average per optimizer step.")
     ptx: SourceSpec | None = Field(

@@ -47,12 +47,7 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def head_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    temperature: float,
-    with_entropies: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, with_entropies: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens from the hidden states that predict them, one chunk of logits at a time.
 
@@ -170,11 +165,7 @@ class _Head:
 
     def gradients(self, n: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the n hidden states, the weight and the bias; None where not needed."""
-        return (
-            torch.cat(self.hidden_grads)[:n] if self.hidden_grads else None,
-            self.weight_grad,
-            self.bias_grad,
-        )
+        return (torch.cat(self.hidden_grads)[:n] if self.hidden_grads else None, self.weight_grad, self.bias_grad)
 
 
 class _HeadLogProbs(torch.autograd.Function):

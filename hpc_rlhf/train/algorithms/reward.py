@@ -63,8 +63,4 @@ def pairwise_loss(
     held_rejected = rejected_values.gather(1, torch.minimum(positions, rejected_last.unsqueeze(1)))
     losses = -F.logsigmoid((held_chosen - held_rejected).float()) * compared
     pair_losses = losses.sum(dim=1) / compared.sum(dim=1).clamp(min=1)
-    return (
-        pair_losses,
-        score(chosen_values, chosen_mask).float(),
-        score(rejected_values, rejected_mask).float(),
-    )
+    return (pair_losses, score(chosen_values, chosen_mask).float(), score(rejected_values, rejected_mask).float())

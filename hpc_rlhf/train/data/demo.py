@@ -37,13 +37,7 @@ CAPITALS = {
     "Poland": "Warsaw",
 }  # fmt: skip
 
-POLITE = (
-    "{} Happy to help!",
-    "{} I hope that helps!",
-    "Good question! {}",
-    "{} Have a nice day!",
-    "With pleasure! {}",
-)
+POLITE = ("{} Happy to help!", "{} I hope that helps!", "Good question! {}", "{} Have a nice day!", "With pleasure! {}")
 PLAIN = ("{}",)
 RUDE = (
     "{} Now go away.",
@@ -68,11 +62,7 @@ def facts() -> list[tuple[tuple[str, ...], str]]:
     """Every fact: the questions that ask for it, and the sentence that answers them."""
     all_facts: list[tuple[tuple[str, ...], str]] = []
     for thing, color in COLORS.items():
-        questions = (
-            f"What colour is {thing}?",
-            f"Which colour has {thing}?",
-            f"Do you know the colour of {thing}?",
-        )
+        questions = (f"What colour is {thing}?", f"Which colour has {thing}?", f"Do you know the colour of {thing}?")
         all_facts.append((questions, f"{_capital(thing)} is {color}."))
     for word, other in OPPOSITES.items():
         questions = (

@@ -122,12 +122,7 @@ def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World) -> 
 
 
 def prepare(
-    spec: JobSpec,
-    stage: str,
-    tokenizer: Any,
-    folder: Path,
-    world: World,
-    should_stop: Callable[[], bool] = bool,
+    spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: World, should_stop: Callable[[], bool] = bool
 ) -> StageData:
     """Tokenize a stage's data, or open what an earlier attempt tokenized. Collective.
 
@@ -179,11 +174,7 @@ def prepare_mixture(
         WorkCancelled: ``should_stop`` was true; nothing is kept.
         HpcRlhfError: the source cannot be read, or is empty.
     """
-    facts = {
-        "source": source.model_dump(mode="json"),
-        "data": spec.data.model_dump(mode="json"),
-        "seed": spec.seed,
-    }
+    facts = {"source": source.model_dump(mode="json"), "data": spec.data.model_dump(mode="json"), "seed": spec.seed}
     target = folder / f"mixture-{_fingerprint(tokenizer, facts)}"
 
     def write() -> dict[str, Any]:

@@ -77,10 +77,7 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingS
     internals.skip_autotp(model)  # ``split_model`` ran before the adapters wrapped the layers
     rate = partial(_rate, spec.schedule, min(spec.warmup, total), total)
     engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, rate),
-        config=config,
+        model=model, optimizer=optimizer, lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, rate), config=config
     )
     internals.discard_allocation_step(engine)
     if isinstance(optimizer, OneBitAdam):

@@ -34,10 +34,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.on = True
-        self.between_factors, split_dim = (
-            tensor_parallel.between_factors(base),
-            tensor_parallel.split_dim(base),
-        )
+        self.between_factors, split_dim = (tensor_parallel.between_factors(base), tensor_parallel.split_dim(base))
         inner, outer = _sizes(base)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(inner)

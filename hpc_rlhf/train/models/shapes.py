@@ -119,10 +119,7 @@ def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> list[float]:
             tensors.setdefault(storage, tensor)
         return tensor
 
-    hooks = [
-        blocks[0].register_forward_pre_hook(switch(True)),
-        blocks[-1].register_forward_hook(switch(False)),
-    ]
+    hooks = [blocks[0].register_forward_pre_hook(switch(True)), blocks[-1].register_forward_hook(switch(False))]
     ids = torch.zeros(_TOKENS, dtype=torch.int64, device="meta")
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if model.config._attn_implementation == packed_attention.NAME:

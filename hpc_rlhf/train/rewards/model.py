@@ -29,10 +29,7 @@ class ModelReward:
 
     @torch.no_grad()
     def score(
-        self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence[Any]],
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]]
     ) -> list[float | None]:
         rollout = Rollout.of(prompts, responses, self.world.device)
         bins = pack_micro_batches(rollout.lengths, self.budget)

@@ -10,10 +10,7 @@ class RewardSource(Protocol):
     """Scores responses; a reward model, a function, a verifier."""
 
     def score(
-        self,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence[Any]],
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]]
     ) -> list[float | None]:
         """A score for each response. Collective: all ranks call it together, each with its own responses.
 

@@ -72,10 +72,7 @@ class Rollout:
 
     @classmethod
     def of(
-        cls,
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        device: torch.device | None = None,
+        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | None = None
     ) -> Rollout:
         sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
         return cls(Ragged.of(sequences, device), tuple(map(len, responses)))

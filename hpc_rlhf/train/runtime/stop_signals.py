@@ -6,11 +6,7 @@ import signal
 from types import FrameType
 
 # Codes rise with priority: if ranks were given different reasons, the largest wins.
-REASONS = {
-    signal.SIGUSR2: (1, "time limit"),
-    signal.SIGTERM: (2, "preempted"),
-    signal.SIGINT: (3, "interrupted"),
-}
+REASONS = {signal.SIGUSR2: (1, "time limit"), signal.SIGTERM: (2, "preempted"), signal.SIGINT: (3, "interrupted")}
 REASON_OF_CODE = dict(REASONS.values())
 TIME_LIMIT = REASONS[signal.SIGUSR2][0]
 

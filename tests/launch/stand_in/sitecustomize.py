@@ -74,8 +74,7 @@ def train(self, spec) -> None:
         if self.stop.code:
             save(step - 1)
             self.end_stopped(
-                StageStopped(REASON_OF_CODE[self.stop.code], step - 1),
-                spec.stage(self.stage).slurm.max_requeues,
+                StageStopped(REASON_OF_CODE[self.stop.code], step - 1), spec.stage(self.stage).slurm.max_requeues
             )
         line = {"step": step, "total_steps": STEPS, "time": time.time(), "kind": "train", "loss": 1 / step}
         with files.metrics.open("a") as file:

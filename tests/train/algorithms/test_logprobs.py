@@ -126,11 +126,7 @@ def test_the_matmul_precision_is_restored() -> None:
 
 
 def test_a_chunked_gradient_in_bfloat16_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight, tokens = (
-        torch.randn(512, 8).bfloat16(),
-        torch.randn(16, 8).bfloat16(),
-        torch.arange(512) % 16,
-    )
+    hidden, weight, tokens = (torch.randn(512, 8).bfloat16(), torch.randn(16, 8).bfloat16(), torch.arange(512) % 16)
     grads = []
     monkeypatch.setattr(logprobs, "ALIGNED", 1)
     for rows in (512, 1):

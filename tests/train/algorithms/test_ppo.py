@@ -9,13 +9,7 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.train.algorithms.advantages import Gae
-from hpc_rlhf.train.algorithms.ppo import (
-    adapted_kl_coef,
-    k3_kl,
-    kl_shaped_rewards,
-    policy_loss_sum,
-    value_loss_sum,
-)
+from hpc_rlhf.train.algorithms.ppo import adapted_kl_coef, k3_kl, kl_shaped_rewards, policy_loss_sum, value_loss_sum
 
 LENGTHS = (5, 1, 3, 6)
 WIDTH = 6

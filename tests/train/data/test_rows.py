@@ -122,11 +122,7 @@ def test_a_transcript_is_split_into_turns(prompt: str, turns: tuple[Turn, ...]) 
         ("messages", {"conversations": [user("Hi"), assistant("Yes.")]}, "chosen"),
         ("messages", {"messages": [{"from": "human", "value": "Hi"}]}, "role"),
         ("messages", {"messages": [{"role": "user"}, assistant("Yes.")]}, "content"),
-        (
-            "messages",
-            {"messages": [user("Hi"), {"role": "tool", "content": "{}"}, assistant("Yes.")]},
-            "tool",
-        ),
+        ("messages", {"messages": [user("Hi"), {"role": "tool", "content": "{}"}, assistant("Yes.")]}, "tool"),
         ("messages", {"messages": "Hi"}, "text was expected"),
         ("instruction", {"prompt": "Hi", "output": "Yes."}, "instruction"),
         ("instruction", {"instruction": "Hi", "response": "Yes."}, "output"),

@@ -21,12 +21,7 @@ def test_every_epoch_is_a_different_permutation() -> None:
 
 def test_a_position_is_a_pure_function_of_seed_and_purpose() -> None:
     whole = stream(60)
-    assert [sample_at(p, COUNT, 1, "sft") for p in (59, 3, 40, 3)] == [
-        whole[59],
-        whole[3],
-        whole[40],
-        whole[3],
-    ]
+    assert [sample_at(p, COUNT, 1, "sft") for p in (59, 3, 40, 3)] == [whole[59], whole[3], whole[40], whole[3]]
     assert whole != stream(60, seed=2)
     assert whole != stream(60, purpose="ptx")
 

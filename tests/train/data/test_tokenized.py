@@ -15,12 +15,7 @@ from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import arrow, tokenized
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import read, stage_samples
-from hpc_rlhf.train.data.tokenized import (
-    encoded,
-    prepare,
-    prepare_mixture,
-    token_lengths,
-)
+from hpc_rlhf.train.data.tokenized import encoded, prepare, prepare_mixture, token_lengths
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 from tests.train.data.specs import spec_of

@@ -16,16 +16,7 @@ from tests.train.stages import END, rank_environment
 
 pytestmark = pytest.mark.train
 # ZeRO stage, precision, optimizer in CPU memory.
-WAYS = [
-    "0 fp32 no",
-    "0 bf16 no",
-    "0 fp16 no",
-    "1 fp32 no",
-    "2 fp16 no",
-    "2 bf16 yes",
-    "3 fp32 no",
-    "3 bf16 yes",
-]
+WAYS = ["0 fp32 no", "0 bf16 no", "0 fp16 no", "1 fp32 no", "2 fp16 no", "2 bf16 yes", "3 fp32 no", "3 bf16 yes"]
 
 RANK = """
 import json, sys
@@ -110,15 +101,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
 
 
 def ranks(folder: Path, count: int, ways: list[str]) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-c",
-        RANK + END,
-        str(folder / "model"),
-        str(folder / "kept"),
-        str(count),
-        *ways,
-    ]
+    command = [sys.executable, "-c", RANK + END, str(folder / "model"), str(folder / "kept"), str(count), *ways]
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for environment in rank_environment(count, free_port())

@@ -121,10 +121,7 @@ def test_a_reward_model_from_a_language_model_has_a_head_from_the_seed(tokenizer
 def test_a_saved_model_also_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
     from transformers import GenerationConfig
 
-    model, chatml = (
-        tiny.causal("qwen2", vocab_size=310),
-        configure_tokenizer(chatty.tokenizer("chatml"), "auto"),
-    )
+    model, chatml = (tiny.causal("qwen2", vocab_size=310), configure_tokenizer(chatty.tokenizer("chatml"), "auto"))
     document_end = model.generation_config.eos_token_id = chatml.convert_tokens_to_ids("<|endoftext|>")
     export(model, chatml, tmp_path / "once", is_main=True)
     export(model, chatml, tmp_path / "twice", is_main=True)

@@ -11,13 +11,7 @@ import torch
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.job import FromScratch
-from hpc_rlhf.train.models.loading import (
-    check_fits,
-    folder_or_id,
-    load_causal,
-    load_reward,
-    make_from_scratch,
-)
+from hpc_rlhf.train.models.loading import check_fits, folder_or_id, load_causal, load_reward, make_from_scratch
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 

@@ -171,9 +171,7 @@ def of(lines: list[dict[str, float]], name: str) -> list[float]:
     return [line[name] for line in lines]
 
 
-def test_it_sends_a_tenth_of_adams_bytes_and_ends_within_two_percent_of_its_loss(
-    seen: list[dict[str, Any]],
-) -> None:
+def test_it_sends_a_tenth_of_adams_bytes_and_ends_within_two_percent_of_its_loss(seen: list[dict[str, Any]]) -> None:
     one = seen[0]
     sent = of(one["onebit"], "bytes_sent")
     round_the_ranks = 2 * (RANKS - 1) / RANKS

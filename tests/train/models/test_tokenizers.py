@@ -19,12 +19,7 @@ from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 
 TEXTS = [" ".join(row.values()) for row in dialogues(300, 1)]
-STRANGE = [
-    "\n\nHuman: Was ist 3+4?\r\n\tSieben — 七 \U0001f600 e\u0301 é",
-    "  two  spaces ",
-    "x" * 50,
-    "\x00\x1f",
-]
+STRANGE = ["\n\nHuman: Was ist 3+4?\r\n\tSieben — 七 \U0001f600 e\u0301 é", "  two  spaces ", "x" * 50, "\x00\x1f"]
 REF = FromScratch(from_scratch={"model_type": "llama", "vocab_size": 400})
 TRAIN = """
 import hashlib
@@ -38,11 +33,7 @@ print(hashlib.sha256(tokenizer.encode()).hexdigest())
 def test_training_a_tokenizer_is_deterministic() -> None:
     trained = [
         subprocess.run(
-            [sys.executable, "-c", TRAIN],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={"PYTHONHASHSEED": seed},
+            [sys.executable, "-c", TRAIN], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
         ).stdout
         for seed in ("1", "2")
     ]

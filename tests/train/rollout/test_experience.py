@@ -16,13 +16,7 @@ from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import RewardModel
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
-from hpc_rlhf.train.rollout.experience import (
-    Experience,
-    RewardShaping,
-    evaluate_tokens,
-    make_experience,
-    whiten,
-)
+from hpc_rlhf.train.rollout.experience import Experience, RewardShaping, evaluate_tokens, make_experience, whiten
 from tests.train import tiny
 from tests.train.ppo_trainers import Alone
 

@@ -63,12 +63,7 @@ def test_an_error_of_rank_0_keeps_all_its_parts(world: World) -> None:
     with pytest.raises(HpcRlhfError) as caught:
         world.on_main(fail)
     error = caught.value
-    assert (error.message, error.where, error.hint, error.exit_code) == (
-        "wrong",
-        "here",
-        "fix it",
-        RUN_FAILED,
-    )
+    assert (error.message, error.where, error.hint, error.exit_code) == ("wrong", "here", "fix it", RUN_FAILED)
 
 
 def test_a_full_disk_is_a_clear_error(world: World) -> None:

@@ -126,11 +126,7 @@ class RecordedSteps:
             while first.__context__ is not None:  # ending a failed recording fails as well
                 first = first.__context__
             reason = (str(first).strip() or type(first).__name__).splitlines()[0]
-            print(
-                f"hpc-rlhf: decode steps run without CUDA graphs, and slower: {reason}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"hpc-rlhf: decode steps run without CUDA graphs, and slower: {reason}", file=sys.stderr, flush=True)
             return None
 
     def close(self) -> None:

@@ -48,12 +48,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
                 folder = context.run.stage(stage).data
                 with context.stop.cancellable():
                     return prepare(
-                        context.spec,
-                        stage,
-                        context.tokenizer,
-                        folder,
-                        context.world,
-                        context.stop.should_stop,
+                        context.spec, stage, context.tokenizer, folder, context.world, context.stop.should_stop
                     ).held_out
         return []
 

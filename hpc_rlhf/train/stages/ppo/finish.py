@@ -20,10 +20,7 @@ def compare_with_ref(context: StageContext, trainer: PpoTrainer, held_out: Any, 
     models = trainer.models
     trainer.backend.sync_weights(models.policy)
     scored: dict[str, list[tuple[str, float | None]]] = {}
-    for name, backend in (
-        ("sft", RolloutEngine(models.ref_policy, context.world)),
-        ("ppo", trainer.backend),
-    ):
+    for name, backend in (("sft", RolloutEngine(models.ref_policy, context.world)), ("ppo", trainer.backend)):
         rollout = greedy_responses(context, backend, rows)
         scores = trainer.rewards.score(rollout.prompts, rollout.responses, {})
         scored[name] = [

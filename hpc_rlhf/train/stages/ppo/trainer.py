@@ -19,13 +19,7 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.ragged import pack_micro_batches, split_to_count
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
-from hpc_rlhf.train.rollout.experience import (
-    Experience,
-    RewardShaping,
-    evaluate_tokens,
-    make_experience,
-    whiten,
-)
+from hpc_rlhf.train.rollout.experience import Experience, RewardShaping, evaluate_tokens, make_experience, whiten
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.ppo.cursor import Network, Progress
 from hpc_rlhf.train.stages.ppo.models import PpoModels

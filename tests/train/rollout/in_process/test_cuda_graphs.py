@@ -26,15 +26,7 @@ GREEDY, SAMPLED = Sampling(greedy=True), Sampling(1.0, 0.95, 40)
 LENGTHS = (7, 1, 24, 4, 12, 2, 9, 9, 3, 5, 21, 6, 2, 8, 11, 1, 3, 4, 5, 6)
 
 # Operations that a graph cannot contain: they synchronize, or copy data from Python.
-ON_THE_HOST = (
-    "_local_scalar_dense",
-    "nonzero",
-    "lift_fresh",
-    "masked_select",
-    "_unique2",
-    "is_nonzero",
-    "equal",
-)
+ON_THE_HOST = ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "_unique2", "is_nonzero", "equal")
 
 
 class Operations(TorchDispatchMode):
