@@ -6,23 +6,7 @@ A complete artifact outranks Slurm, and Slurm outranks what the ledger says last
 from __future__ import annotations
 
 from hpc_rlhf.observe.gather import Evidence
-from hpc_rlhf.run.events import (
-    Cancelled,
-    Ended,
-    Failed,
-    Interrupted,
-    Ready,
-    Refused,
-    Requeued,
-    Resumed,
-    Retried,
-    Saved,
-    Started,
-    Stopped,
-    Stopping,
-    Submitted,
-    Submitting,
-)
+from hpc_rlhf.run import events
 from hpc_rlhf.slurm.jobs import ENDED, JobRecord, QueuedJob
 
 # What Slurm's pending reasons mean.
@@ -54,15 +38,15 @@ def _judge(evidence: Evidence) -> tuple[str, str]:
     if evidence.queued is not None and evidence.queued.live:
         return _judge_live(evidence.queued, evidence)
     state = evidence.history.state
-    if isinstance(state, (Failed, Refused)):
+    if isinstance(state, (events.Failed, events.Refused)):
         return state.name, state.message
-    if isinstance(state, Cancelled):
+    if isinstance(state, events.Cancelled):
         return state.name, ""
-    if isinstance(state, Stopped):
+    if isinstance(state, events.Stopped):
         return state.name, f"{state.message}; fix the cause, then run hpc-rlhf heal"
-    if isinstance(state, Ended):
+    if isinstance(state, events.Ended):
         return "failed", _ending(evidence)
-    if isinstance(state, Interrupted):
+    if isinstance(state, events.Interrupted):
         return "interrupted", "run it again to resume"
     job = evidence.queued or evidence.past
     if job is not None and not (isinstance(job, JobRecord) and job.state not in ENDED):
@@ -70,7 +54,7 @@ def _judge(evidence: Evidence) -> tuple[str, str]:
         return name, f"Slurm reports {job.state}; to resume, run hpc-rlhf heal"
     if evidence.job_id is not None:
         return "unknown", f"Slurm has no job {evidence.job_id}; to resume, run hpc-rlhf heal"
-    if isinstance(state, Submitting):
+    if isinstance(state, events.Submitting):
         return "unknown", "submit was interrupted here; run it again to find the job"
     if state is not None:
         return _judge_running(evidence) if evidence.launcher_active else ("stopped", "run it again to resume")
@@ -79,14 +63,16 @@ def _judge(evidence: Evidence) -> tuple[str, str]:
 
 def _judge_running(evidence: Evidence) -> tuple[str, str]:
     """The state of a stage with an allocation; before its first step, what it is doing."""
-    event = evidence.history.last(Submitted, Requeued, Retried, Stopping, Ready, Saved, Resumed, Started)
-    if isinstance(event, (Submitted, Requeued, Retried)):
+    queued = (events.Submitted, events.Requeued, events.Retried)
+    started = (events.Stopping, events.Ready, events.Saved, events.Resumed, events.Started)
+    event = evidence.history.last(*queued, *started)
+    if isinstance(event, queued):
         return "starting", ""
-    if isinstance(event, Stopping):
+    if isinstance(event, events.Stopping):
         return "running", f"saving before it stops: {event.reason}"
-    if isinstance(event, Resumed):
+    if isinstance(event, events.Resumed):
         return "running", f"resuming from step {event.step}"
-    return "running", "loading data and model" if isinstance(event, Started) else ""
+    return "running", "loading data and model" if isinstance(event, events.Started) else ""
 
 
 def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
@@ -99,16 +85,16 @@ def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
         return "stuck", "a stage that it needs has failed; to resume, run hpc-rlhf heal"
     if job.reason == "Dependency":
         return "waiting", f"for {' and '.join(evidence.needs)}"
-    if isinstance(evidence.history.state, Retried):
+    if isinstance(evidence.history.state, events.Retried):
         return "requeued", f"retry after {_ending(evidence)}"
     words = _REASONS.get(job.reason)
-    state = "requeued" if evidence.history.last(Started) else "pending"
+    state = "requeued" if evidence.history.last(events.Started) else "pending"
     return state, f"{job.reason}: {words}" if words else job.reason
 
 
 def _ending(evidence: Evidence) -> str:
     """The reason and message of the latest attempt that ended without finishing."""
-    ended = evidence.history.last(Ended)
+    ended = evidence.history.last(events.Ended)
     if ended is None:
         return "a stage that it needs was trained again"
     return ": ".join(filter(None, (ended.reason, ended.message)))

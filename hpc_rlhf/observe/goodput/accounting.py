@@ -6,28 +6,8 @@ from dataclasses import dataclass, field, replace
 
 from hpc_rlhf.observe.goodput.clocks import Clock
 from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Interruption, Spans, Stretch
-from hpc_rlhf.run import reasons
-from hpc_rlhf.run.events import (
-    Cancelled,
-    Ended,
-    Event,
-    Failed,
-    Finished,
-    Hang,
-    Interrupted,
-    Ready,
-    Refused,
-    Requeued,
-    Resumed,
-    Retried,
-    RetryRequested,
-    Saved,
-    Started,
-    Stopped,
-    Stopping,
-    Submitted,
-    Submitting,
-)
+from hpc_rlhf.run import events, reasons
+from hpc_rlhf.run.events import Event
 
 _Place = tuple[int, int]  # steps done, and parts of the step after those
 _END: _Place = (2**62, 0)
@@ -35,7 +15,7 @@ _END: _Place = (2**62, 0)
 STOPPED_BY_USER = "stopped by the user"
 UNKNOWN = "unknown cause"
 # Events that count only if the attempt that owns the stage wrote them.
-_BY_OWNER = (Resumed, Ready, Saved, Stopping, Requeued, Interrupted)
+_BY_OWNER = (events.Resumed, events.Ready, events.Saved, events.Stopping, events.Requeued, events.Interrupted)
 
 
 @dataclass
@@ -54,10 +34,6 @@ class _Work:
     after: _Place = (0, 0)
     interruption: int = -1
 
-    @property
-    def seconds(self) -> float:
-        return self.stretch.end - self.stretch.start
-
 
 @dataclass
 class StageTime:
@@ -66,7 +42,7 @@ class StageTime:
     Attributes:
         needs: stages that it still waits for.
         until: up to when its time is accounted for; None before it was submitted.
-        phase: what it has been doing since: wait (for the queue, a stage or the user), start, work, or save
+        phase: what it has been doing since: waiting (for the queue, a stage or the user), starting, working, or saving
             before a stop.
         needs_user: only the user can submit it again.
         attempt: name of the running attempt.
@@ -79,7 +55,7 @@ class StageTime:
 
     needs: set[str]
     until: float | None = None
-    phase: str = "wait"
+    phase: str = "waiting"
     needs_user: bool = False
     attempt: str = ""
     node: str = ""
@@ -98,56 +74,58 @@ class StageTime:
     def take(self, event: Event, time: float, clock: Clock) -> None:
         """Account for one event of this stage."""
         if self.until is None:
-            if not isinstance(event, (Submitted, Started)):
+            if not isinstance(event, (events.Submitted, events.Started)):
                 return
-            self.until = time - (event.age if isinstance(event, Started) else 0.0)
+            self.until = time - (event.age if isinstance(event, events.Started) else 0.0)
         if isinstance(event, _BY_OWNER) and event.attempt not in ("", self.attempt):
             return  # written by an attempt that no longer owns the stage
         self._take(event, time, clock)
-        if self.phase != "wait":
+        if self.phase != "waiting":
             self.last = time
 
     def _take(self, event: Event, time: float, clock: Clock) -> None:
         match event:
-            case Started():
+            case events.Started():
                 self._started(event, time)
-            case Cancelled():
+            case events.Cancelled():
                 self._cancelled(event, time)
-            case Ended():
+            case events.Ended():
                 self._ended(event, time, clock)
-            case Retried():
+            case events.Retried():
                 self._retried(event, time)
-            case Submitting() | Submitted() | RetryRequested() | Stopped() | Refused():
-                if self.phase == "wait":
+            case (
+                events.Submitting() | events.Submitted() | events.RetryRequested() | events.Stopped() | events.Refused()
+            ):
+                if self.phase == "waiting":
                     self._waited(time)
-                    self.needs_user = isinstance(event, (Stopped, Refused))
-            case Interrupted():
-                if self.phase != "wait":
+                    self.needs_user = isinstance(event, (events.Stopped, events.Refused))
+            case events.Interrupted():
+                if self.phase != "waiting":
                     self._over(time, STOPPED_BY_USER, event)
                 self.needs_user = True
-            case _ if self.phase == "wait":
+            case _ if self.phase == "waiting":
                 pass  # late events of an attempt that is over
-            case Resumed():
+            case events.Resumed():
                 self.resumed = event.place
-            case Ready() if self.phase == "start":
+            case events.Ready() if self.phase == "starting":
                 self._begin(time, event.place)
-            case Saved():
+            case events.Saved():
                 self._saved(event, time)
-            case Stopping():
+            case events.Stopping():
                 self._stopping(event, time)
-            case Requeued():
+            case events.Requeued():
                 self._over(time, event.reason or UNKNOWN, event)
-            case Failed():
+            case events.Failed():
                 self._over(time, reasons.FAILED, event)
-            case Hang():
+            case events.Hang():
                 self._over(time, reasons.HANG, event)
-            case Finished():
+            case events.Finished():
                 self._finished(time)
 
     def need_finished(self, stage: str, time: float) -> None:
         """A stage has finished that this one may have waited for."""
         if stage in self.needs:
-            if self.phase == "wait" and self.until is not None:
+            if self.phase == "waiting" and self.until is not None:
                 self._waited(time)
             self.needs.discard(stage)
 
@@ -155,17 +133,13 @@ class StageTime:
         """Account for the time since the last event, from the stage's current state."""
         if self.until is None:
             return
-        if self.phase != "wait" and not at_work:
+        if self.phase != "waiting" and not at_work:
             self._over(self.last, reasons.CANCELLED_BY_TOOL if self.cancelled else UNKNOWN)
-        if self.phase == "wait":
+        if self.phase == "waiting":
             if queued or at_work:
                 self._waited(now)
-        elif self.phase == "start":
-            self._spend("starting", now)
-        elif self.phase == "save":
-            self._spend("saving", now)
-        elif self.phase == "work":
-            self._worked(now, _END)
+        else:
+            self._went_on(now, _END)
 
     def goodput(self) -> Goodput:
         for work in self.work:  # not saved, and no attempt has started since
@@ -177,57 +151,51 @@ class StageTime:
 
     # Events
 
-    def _started(self, event: Started, time: float) -> None:
-        if self.phase != "wait":
+    def _started(self, event: events.Started, time: float) -> None:
+        if self.phase != "waiting":
             self._over(self.last, UNKNOWN)
         self._waited(max(self._at, time - event.age))
-        self.phase, self.attempt, self.node = "start", event.attempt, event.host
+        self.phase, self.attempt, self.node = "starting", event.attempt, event.host
         self._spend("starting", time)
         self.saved = self.resumed = (0, 0)
         self.needs_user, self.cancelled, self.dropped = False, False, 0.0
         self.needs = set()
 
-    def _saved(self, event: Saved, time: float) -> None:
+    def _saved(self, event: events.Saved, time: float) -> None:
         place, began = event.place, time - event.seconds
-        if self.phase == "start":  # a ledger of an older version, without `ready`
+        if self.phase == "starting":  # a ledger of an older version, without `ready`
             self._begin(began, self.resumed)
-        if self.phase == "work":
+        if self.phase == "working":
             self._worked(began, place)
             self._spend("saving", min(time, self._at + event.stall))
         self.saved = self.kept = place
 
-    def _stopping(self, event: Stopping, time: float) -> None:
-        if self.phase == "start":
+    def _stopping(self, event: events.Stopping, time: float) -> None:
+        if self.phase == "starting":
             self._spend("starting", time)
-        elif self.phase == "work":
+        elif self.phase == "working":
             self._worked(time - event.dropped, event.place)
             self.dropped = self._spend("lost", time)
-        self.phase = "save"
+        self.phase = "saving"
 
     def _finished(self, time: float) -> None:
-        if self.phase == "start":
-            self._spend("starting", time)
-        elif self.phase == "work":
-            self._worked(time, _END)
-        elif self.phase == "save":
-            self._spend("saving", time)
-        self.phase, self.judged, self.needs_user = "wait", True, True
+        self._went_on(time, _END)
+        self.phase, self.judged, self.needs_user = "waiting", True, True
 
-    def _cancelled(self, event: Cancelled, time: float) -> None:
-        if self.phase == "wait":
+    def _cancelled(self, event: events.Cancelled, time: float) -> None:
+        if self.phase == "waiting":
             self._waited(time)
             self.needs_user = True
         elif event.attempt:  # by hand, unless the tool has recorded it before
-            by_tool = self.cancelled
-            self._over(time, reasons.CANCELLED_BY_TOOL if by_tool else reasons.CANCELLED_BY_HAND, event)
+            self._over(time, reasons.CANCELLED_BY_TOOL if self.cancelled else reasons.CANCELLED_BY_HAND, event)
             self.needs_user = True
         else:
             self.cancelled = True  # the ranks may still save
 
-    def _ended(self, event: Ended, time: float, clock: Clock) -> None:
-        if self.phase != "wait":
+    def _ended(self, event: events.Ended, time: float, clock: Clock) -> None:
+        if self.phase != "waiting":
             seen = clock.corrected(self.attempt, event.seen or 0.0)
-            end = time if self.phase == "start" else min(time, max(self.last, seen))
+            end = time if self.phase == "starting" else min(time, max(self.last, seen))
             self._over(end, event.reason or UNKNOWN, event)
         elif self.judged:  # no attempt started
             self._waited(time)
@@ -242,8 +210,8 @@ class StageTime:
         self._waited(time)
         self.needs_user = event.job_id is None  # without Slurm only `retried` starts it again
 
-    def _retried(self, event: Retried, time: float) -> None:
-        if self.phase == "wait":
+    def _retried(self, event: events.Retried, time: float) -> None:
+        if self.phase == "waiting":
             if event.job_id is None:
                 self.needs_user = False  # it was waiting for the delay to pass
             self._waited(time)
@@ -257,13 +225,19 @@ class StageTime:
         return self.until
 
     def _spend(self, span: str, until: float) -> float:
-        """Add the time up to a moment, which may have passed already, to a span."""
-        seconds = max(0.0, until - self._at)
-        self._add(Stretch(span, self._at, self._at + seconds, self.attempt))
-        self.until = self._at + seconds
+        """Add the time up to a moment to a span and return its seconds."""
+        stretch = self._stretch(span, until)
+        self._add(stretch)
         if span == "starting" and self.interruptions:
-            self.interruptions[-1] = replace(self.interruptions[-1], starting=self.interruptions[-1].starting + seconds)
-        return seconds
+            last = self.interruptions[-1]
+            self.interruptions[-1] = replace(last, starting=last.starting + stretch.seconds)
+        return stretch.seconds
+
+    def _stretch(self, span: str, until: float) -> Stretch:
+        """The time up to a moment, which may have passed already."""
+        start = self._at
+        self.until = start + max(0.0, until - start)
+        return Stretch(span, start, self.until, self.attempt)
 
     def _waited(self, until: float) -> None:
         self._spend("waiting" if self.needs_user or self.needs else "queued", until)
@@ -271,7 +245,7 @@ class StageTime:
     def _begin(self, time: float, place: _Place) -> None:
         """The attempt starts from a place: work beyond it is lost."""
         self._spend("starting", time)
-        self.phase, self.saved, self.kept = "work", place, place
+        self.phase, self.saved, self.kept = "working", place, place
         kept = []
         for work in self.work:
             if work.place is None and place > work.after:
@@ -282,33 +256,35 @@ class StageTime:
                 self._count(work, "lost")
         self.work = kept
 
+    def _went_on(self, until: float, place: _Place | None) -> None:
+        """The attempt did what it was doing; its work reached a place."""
+        if self.phase == "working":
+            self._worked(until, place)
+        else:
+            self._spend(self.phase, until)
+
     def _worked(self, until: float, place: _Place | None) -> None:
-        seconds = max(0.0, until - self._at)
-        stretch = Stretch("productive", self._at, self._at + seconds, self.attempt)
-        self.until = stretch.end
+        stretch = self._stretch("productive", until)
         self.work.append(_Work(place, stretch, self.saved, len(self.interruptions) if place is None else -1))
 
     def _add(self, stretch: Stretch) -> None:
-        self.times[stretch.span] += stretch.end - stretch.start
-        if stretch.end > stretch.start:
+        self.times[stretch.span] += stretch.seconds
+        if stretch.seconds:
             self.stretches.append(stretch)
 
     def _count(self, work: _Work, span: str) -> None:
         self._add(replace(work.stretch, span=span))
         if span == "lost" and self.interruptions:
             interruption = self.interruptions[work.interruption]
-            lost = interruption.lost + work.seconds
+            lost = interruption.lost + work.stretch.seconds
             self.interruptions[work.interruption] = replace(interruption, lost=lost)
 
     def _over(self, time: float, reason: str, event: Event | None = None) -> None:
         """The attempt has ended without finishing; ``event`` shows that."""
-        if self.phase == "work":
-            self._worked(time, None)
-        else:
-            self._spend({"start": "starting", "save": "saving"}[self.phase], time)
+        self._went_on(time, None)
         interruption = _interruption(event, self._at, reason, self.node, self.saved[0])
         self.interruptions.append(replace(interruption, lost=self.dropped, attempt=self.attempt))
-        self.phase, self.judged, self.needs_user, self.dropped = "wait", False, False, 0.0
+        self.phase, self.judged, self.needs_user, self.dropped = "waiting", False, False, 0.0
 
 
 def _interruption(event: Event | None, time: float, reason: str, node: str, step: int = 0) -> Interruption:

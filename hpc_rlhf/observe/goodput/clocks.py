@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from hpc_rlhf.run.events import Event
 
@@ -27,10 +29,8 @@ class Clock:
 
     Args:
         events: a ledger's, in the order written.
-        now: Unix seconds by the clock of the machine that reads them; 0 if unknown.
-
-    Attributes:
-        now: the time of the last event that was yielded.
+        now: Unix seconds by the clock of the machine that reads them; 0 if unknown. As an attribute, the time of the
+            last event that was yielded.
     """
 
     def __init__(self, events: Sequence[Event], now: float = 0.0) -> None:
@@ -64,14 +64,10 @@ def _writers(events: Sequence[Event]) -> list[str]:
 
 
 def _lines(events: Sequence[Event], writers: Sequence[str]) -> list[_Lines]:
-    lines: list[_Lines] = []
-    for event, writer in zip(events, writers, strict=True):
-        time = event.time
-        if lines and lines[-1][0] == writer:
-            _, first, last = lines.pop()
-            lines.append((writer, min(first, time), max(last, time)))
-        else:
-            lines.append((writer, time, time))
+    lines = []
+    for writer, group in groupby(zip(writers, events, strict=True), key=itemgetter(0)):
+        times = [event.time for _, event in group]
+        lines.append((writer, min(times), max(times)))
     return lines
 
 
@@ -81,7 +77,6 @@ def _corrections(lines: Sequence[_Lines]) -> dict[str, float]:
     The clocks taken to be wrong are those that contradict most others. Of two that contradict only each other, it is
     the one without which the run is shorter, since an extra day is more likely a wrong clock than a day of waiting.
     """
-    off: dict[str, float] = {}
     right, wrong = list(lines), []
     while against := _contradictions(right):
         most = max(against.values())
@@ -91,6 +86,7 @@ def _corrections(lines: Sequence[_Lines]) -> dict[str, float]:
         )
         right = [each for each in right if each[0] != worst]
         wrong.append(worst)
+    off: dict[str, float] = {}
     for who in reversed(wrong):
         off[who] = _fitting(lines, who, off, [other for other in wrong if other not in off])
     return off

@@ -69,6 +69,10 @@ class Stretch:
     end: float
     attempt: str
 
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
 
 @dataclass(frozen=True)
 class Interruption:
