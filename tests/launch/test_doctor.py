@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.estimate.stage_memory import stage_memory
-from hpc_rlhf.launch.doctor import clock, fit, machine, storage, visit
 from hpc_rlhf.launch.doctor import cluster as cluster_checks
+from hpc_rlhf.launch.doctor import machine, site, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
@@ -97,7 +97,7 @@ def test_five_faults_of_a_machine_are_found_with_their_fixes(tmp_path: Path, ful
 
 def test_a_stage_that_does_not_fit_its_gpus_is_found(tmp_path: Path) -> None:
     def levels(gpu: str) -> list[tuple[str, str]]:
-        findings = list(fit.check(make_spec(tmp_path, {"gpu": gpu}, sft={})))
+        findings = list(machine.check_memory(make_spec(tmp_path, {"gpu": gpu}, sft={})))
         assert all(each.check == "memory" and (each.level == "ok") == (not each.fix) for each in findings)
         return [(each.where, each.level) for each in findings]
 
@@ -105,7 +105,7 @@ def test_a_stage_that_does_not_fit_its_gpus_is_found(tmp_path: Path) -> None:
     assert levels("1G") == [("sft", "error")]
     held = stage_memory(make_spec(tmp_path, sft={}), "sft").held
     assert levels(str(held + 1)) == [("sft", "warning")]
-    assert not list(fit.check(make_spec(tmp_path, sft={})))  # the spec names no GPU
+    assert not list(machine.check_memory(make_spec(tmp_path, sft={})))  # the spec names no GPU
 
 
 def test_checks_leave_no_files(tmp_path: Path) -> None:
@@ -259,8 +259,8 @@ def test_a_node_without_the_shared_folder_and_one_with_a_wrong_clock(in_slurm: C
 
 
 def test_clocks_in_sync_and_out_of_sync(in_slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert abs(clock.skew()) < 1
+    assert abs(site.clock_skew()) < 1
     real = time.time
-    monkeypatch.setattr(clock.time, "time", lambda: real() - 30)
-    skew = clock.check(clock.skew())
+    monkeypatch.setattr(site.time, "time", lambda: real() - 30)
+    skew = site.check_clock()
     assert (skew.level, skew.message.endswith("behind the controller's")) == ("warning", True)

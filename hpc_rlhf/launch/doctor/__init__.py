@@ -8,9 +8,9 @@ from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate import disk
-from hpc_rlhf.launch.doctor import cluster, fit, hub, machine, packages, storage, visit
+from hpc_rlhf.launch.doctor import cluster, hub, machine, packages, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding, error, warning
-from hpc_rlhf.launch.plan import Plan, make_plan
+from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.job import JobSpec
@@ -22,7 +22,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
     Args:
         specs: the spec of a run, of every run of a sweep, or none. All are checked for what they take from
             the hub, the first for everything else.
-        beside: folder of the job file; templates in its ``templates/`` win over ours.
+        beside: as ``Templates`` takes it.
         on_cluster: submit a short job that checks the nodes, and wait for it.
         say: called with progress messages.
 
@@ -35,17 +35,28 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         raise HpcRlhfError("--on-cluster needs a job file, and Slurm's commands on PATH", hint=hint)
     plan = make_plan(spec) if spec is not None else None
     templates = Templates(beside)
-    ops = machine.ops_needed(_configs(plan, templates))
-    findings = [*packages.check(), *_machine(spec, ops, trains_here=not commands.available())]
+    jobs = plan.jobs if plan else ()
+    ops = machine.ops_needed(json.loads(text) for job in jobs for text in templates.ds_configs(job).values())
+    findings = packages.check()
+    if spec is None or commands.available():  # a login node trains nothing
+        findings += machine.examine(ops)
+    else:
+        stages = [spec.stage(name) for name in spec.stage_names]
+        gpus = max(stage.slurm.gpus_per_node for stage in stages)
+        spread = any(stage.slurm.ranks > 1 for stage in stages)
+        findings += machine.examine(ops, gpus, {stage.precision for stage in stages}, spread)
     if commands.available():
-        findings += _slurm(plan, templates)
+        try:
+            findings += [*cluster.check_settings(), *(cluster.check_stages(plan, templates) if plan else ())]
+        except HpcRlhfError as problem:
+            fix = "check with scontrol ping whether the controller is up"
+            findings.append(error("slurm", problem.message, fix).at("slurm"))
     elif spec is not None:
         message = "Slurm's commands are not on PATH: hpc-rlhf run works here, hpc-rlhf submit does not"
         findings.append(warning("slurm", message, "to submit, use a login node of the cluster"))
     if spec is None or plan is None:
         return findings
-    findings += [*hub.check(specs), *fit.check(spec)]
-    findings.append(storage.check_trust(plan.run))
+    findings += [*hub.check(specs), *machine.check_memory(spec), storage.check_trust(plan.run)]
     try:
         with storage.scratch(plan.run) as folder:
             findings += [storage.check_writes(folder, plan.run), storage.check_space(folder, disk.run_bytes(spec))]
@@ -56,31 +67,3 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
     except OSError as problem:
         findings.append(storage.refused(plan.run, problem))
     return findings
-
-
-def _configs(plan: Plan | None, templates: Templates) -> list[dict[str, object]]:
-    """The DeepSpeed config of every model of every stage."""
-    jobs = () if plan is None else plan.jobs
-    return [json.loads(text) for job in jobs for text in templates.ds_configs(job).values()]
-
-
-def _machine(spec: JobSpec | None, ops: list[str], trains_here: bool) -> list[Finding]:
-    facts = machine.ask(ops)
-    if isinstance(facts, Finding):
-        return [facts]
-    if spec is None or not trains_here:
-        return machine.check(facts, None, (), False)
-    stages = [spec.stage(name) for name in spec.stage_names]
-    gpus = max(stage.slurm.gpus_per_node for stage in stages)
-    spread = any(stage.slurm.ranks > 1 for stage in stages)
-    return machine.check(facts, gpus, {stage.precision for stage in stages}, spread)
-
-
-def _slurm(plan: Plan | None, templates: Templates) -> list[Finding]:
-    try:
-        return [
-            *(each.at("slurm") for each in cluster.check_settings()),
-            *(cluster.check_stages(plan, templates) if plan else []),
-        ]
-    except HpcRlhfError as problem:
-        return [error("slurm", problem.message, "check with scontrol ping whether the controller is up").at("slurm")]

@@ -10,10 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor import clock, site
+from hpc_rlhf.launch.doctor import site
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.durations import seconds, time_limit
 from hpc_rlhf.spec.cluster import SlurmSpec
 
@@ -25,11 +26,11 @@ _UNUSABLE = ("DOWN", "DRAIN", "FAIL", "MAINT", "NOT_RESPONDING", "POWERED_DOWN",
 def check_settings() -> list[Finding]:
     """Check the settings of the whole cluster."""
     config = site.configuration()
-    findings = [_version(config), clock.check(clock.skew()), _accounting(config), _job_age(config)]
+    findings = [_version(config), site.check_clock(), _accounting(config), _job_age(config)]
     if "kill_invalid_depend" in config.get("DependencyParameters", ""):
         message = "kill_invalid_depend: Slurm cancels the stages after a failed one; healing submits them again"
         findings.append(ok("dependencies", message))
-    return findings
+    return [finding.at("slurm") for finding in findings]
 
 
 def check_stages(plan: Plan, templates: Templates) -> list[Finding]:
@@ -46,9 +47,8 @@ def _version(config: Mapping[str, str]) -> Finding:
     version = config.get("SLURM_VERSION", "")
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers and numbers < _TESTED:
-        return warning(
-            "slurm", f"version {version} is older than any that is tested", "try a small run first: jobs/tiny.yaml"
-        )
+        message = f"version {version} is older than any that is tested"
+        return warning("slurm", message, "try a small run first: jobs/tiny.yaml")
     return ok("slurm", f"version {version}")
 
 
@@ -56,11 +56,11 @@ def _accounting(config: Mapping[str, str]) -> Finding:
     kind = config.get("AccountingStorageType", "")
     fix = "run hpc-rlhf status soon after a job ends (MinJobAge), or ask an administrator for slurmdbd"
     if not kind or kind.endswith("/none"):
-        message = "off: Slurm soon forgets how a job ended, unless its log shows it"
-        return warning("accounting", message, fix)
-    problem = site.accounting_problem()
-    if problem:
-        return warning("accounting", f"sacct fails: {problem}", fix)
+        return warning("accounting", "off: Slurm soon forgets how a job ended, unless its log shows it", fix)
+    try:
+        commands.run(["sacct", "--noheader", "--jobs=1"])
+    except HpcRlhfError as problem:
+        return warning("accounting", f"sacct fails: {problem.message}", fix)
     return ok("accounting", f"on ({kind.rpartition('/')[2]})")
 
 
@@ -68,12 +68,9 @@ def _job_age(config: Mapping[str, str]) -> Finding:
     setting = config.get("MinJobAge", "")
     seconds = int(re.match(r"\d*", setting)[0] or 300)  # type: ignore[index]
     if 0 < seconds < _MIN_JOB_AGE:
-        return warning(
-            "job age",
-            f"MinJobAge is {seconds} s: Slurm forgets a finished job before it can be requeued, so it is "
-            "submitted again",
-            "ask an administrator to set MinJobAge to 300, Slurm's default",
-        )
+        problem = "Slurm forgets a finished job before it can be requeued, so it is submitted again"
+        fix = "ask an administrator to set MinJobAge to 300, Slurm's default"
+        return warning("job age", f"MinJobAge is {seconds} s: {problem}", fix)
     return ok("job age", f"Slurm remembers a job for {seconds} s after its end")
 
 
@@ -91,21 +88,14 @@ def _stage(job: PlannedJob, script: str, known: _Known) -> Iterator[Finding]:
     yield _requeue(script, known.config)
     default = [name for name, facts in partitions.items() if facts.get("Default") == "YES"]
     names = job.slurm.partition.split(",") if job.slurm.partition else default
+    choose = f"set slurm.partition to one of: {', '.join(partitions)}"
     if not names:
-        yield error(
-            "partition",
-            "the spec names no partition, and the cluster has no default",
-            f"set slurm.partition to one of: {', '.join(partitions)}",
-        )
+        yield error("partition", "the spec names no partition, and the cluster has no default", choose)
     usable = bool(names)
     for name in names:
         if name not in partitions:
             usable = False
-            yield error(
-                "partition",
-                f"the cluster has no partition {name}",
-                f"set slurm.partition to one of: {', '.join(partitions)}",
-            )
+            yield error("partition", f"the cluster has no partition {name}", choose)
             continue
         limits = list(_limits(name, known, job.slurm))
         usable = usable and not any(each.level == "error" for each in limits)
@@ -116,20 +106,18 @@ def _stage(job: PlannedJob, script: str, known: _Known) -> Iterator[Finding]:
 
 
 def _requeue(script: str, config: Mapping[str, str]) -> Finding:
-    requested = re.search("^#SBATCH +--requeue", script, re.MULTILINE)
     fix = "keep `#SBATCH --requeue` in your template, or ask an administrator to set JobRequeue=1"
+    ends = "the first preemption would end the chain"
     if re.search("^#SBATCH +--no-requeue", script, re.MULTILINE):
-        return error("requeue", "the script has --no-requeue: the first preemption would end the chain", fix)
+        return error("requeue", f"the script has --no-requeue: {ends}", fix)
     if config.get("JobRequeue") != "0":
         return ok("requeue", "allowed")
-    if requested:
-        return warning(
-            "requeue",
-            "JobRequeue=0: only jobs with --requeue are requeued. Ours have it, but a submit plugin may remove it",
-            "check that jobs keep it with hpc-rlhf doctor --on-cluster, or ask an administrator to set JobRequeue=1",
-        )
-    return error(
-        "requeue", "JobRequeue=0, and the script has no --requeue: the first preemption would end the chain", fix
+    if not re.search("^#SBATCH +--requeue", script, re.MULTILINE):
+        return error("requeue", f"JobRequeue=0, and the script has no --requeue: {ends}", fix)
+    return warning(
+        "requeue",
+        "JobRequeue=0: only jobs with --requeue are requeued. Ours have it, but a submit plugin may remove it",
+        "check that jobs keep it with hpc-rlhf doctor --on-cluster, or ask an administrator to set JobRequeue=1",
     )
 
 
@@ -139,33 +127,24 @@ def _limits(name: str, known: _Known, settings: SlurmSpec) -> Iterator[Finding]:
         yield error("partition", f"{name} is {facts['State']}", "choose another, or wait until it is UP")
     limit, requested = seconds(facts.get("MaxTime", "UNLIMITED")), time_limit(settings.time)
     if (math.inf if requested is None else requested) > limit:
-        yield error(
-            "time limit",
-            f"{name} allows {facts['MaxTime']}, the stage requests {settings.time}",
-            f"set slurm.time to at most {facts['MaxTime']}; a longer stage saves, requeues itself and resumes",
-        )
+        fix = f"set slurm.time to at most {facts['MaxTime']}; a longer stage saves, requeues itself and resumes"
+        yield error("time limit", f"{name} allows {facts['MaxTime']}, the stage requests {settings.time}", fix)
     most = facts.get("MaxNodes", "UNLIMITED")
     if most.isdigit() and int(most) < settings.nodes:
         yield error("nodes", f"{name} allows {most} nodes, the stage requests {settings.nodes}", "lower slurm.nodes")
     nodes = [node for node in known.nodes if name in node.get("Partitions", "").split(",")]
     suitable = [node for node in nodes if _gpus(node) >= settings.gpus_per_node]
     up = [node for node in suitable if not any(word in node.get("State", "") for word in _UNUSABLE)]
-    per_node = f"{settings.gpus_per_node} GPU{'s' * (settings.gpus_per_node > 1)}"
+    requests = f"the stage requests {settings.nodes}"
     if len(suitable) < settings.nodes:
+        per_node = f"{settings.gpus_per_node} GPU{'s' * (settings.gpus_per_node > 1)}"
         counts = sorted({_gpus(node) for node in nodes}, reverse=True)
-        yield error(
-            "nodes",
-            f"{name} has {len(suitable)} nodes with {per_node}, the stage requests {settings.nodes}",
-            f"set slurm.nodes and slurm.gpus_per_node to what it has: {len(nodes)} nodes, GPUs per node "
-            f"{counts or 'none'}",
-        )
+        has = f"{len(nodes)} nodes, GPUs per node {counts or 'none'}"
+        fix = f"set slurm.nodes and slurm.gpus_per_node to what it has: {has}"
+        yield error("nodes", f"{name} has {len(suitable)} nodes with {per_node}, {requests}", fix)
     elif len(up) < settings.nodes:
-        yield warning(
-            "nodes",
-            f"only {len(up)} of the {len(suitable)} suitable nodes of {name} are up, the stage requests "
-            f"{settings.nodes}",
-            "the job will wait for them; see why with sinfo -R",
-        )
+        few = f"only {len(up)} of the {len(suitable)} suitable nodes of {name} are up"
+        yield warning("nodes", f"{few}, {requests}", "the job will wait for them; see why with sinfo -R")
     else:
         yield ok("partition", f"{name}: {len(up)} suitable nodes are up, time limit {facts.get('MaxTime', '')}")
 
@@ -182,17 +161,13 @@ def _preemption(name: str, facts: Mapping[str, str], config: Mapping[str, str]) 
         return ok("preemption", f"{name}: none")
     grace = int(facts.get("GraceTime", "0") or 0)
     if "SUSPEND" in mode or "GANG" in mode:
-        return warning(
-            "preemption",
-            f"{name}: preempted jobs are suspended ({mode}), and suspended ranks may time out",
-            "ask an administrator to set PreemptMode=REQUEUE for this partition, or choose another",
-        )
+        message = f"{name}: preempted jobs are suspended ({mode}), and suspended ranks may time out"
+        fix = "ask an administrator to set PreemptMode=REQUEUE for this partition, or choose another"
+        return warning("preemption", message, fix)
     if not grace:
-        return warning(
-            "preemption",
-            f"{name}: {mode} without grace time: work since the last checkpoint is lost",
-            "checkpoint often (checkpoint_every: auto, with mttf), or ask an administrator to set GraceTime=300",
-        )
+        message = f"{name}: {mode} without grace time: work since the last checkpoint is lost"
+        fix = "checkpoint often (checkpoint_every: auto, with mttf), or ask an administrator to set GraceTime=300"
+        return warning("preemption", message, fix)
     return ok("preemption", f"{name}: {mode}, with {grace} s of grace time to save")
 
 
@@ -202,7 +177,7 @@ def _test(script: str) -> Finding:
         path = Path(folder, "script")
         path.write_text(script, encoding="utf-8")
         try:
-            site.test(path)
+            commands.run(["sbatch", "--test-only", str(path)])
         except HpcRlhfError as problem:
             reason = problem.message.partition(": ")[2].replace("allocation failure: ", "")
             return error("submission", f"sbatch would reject the job: {reason}", "change the stage's slurm settings")

@@ -30,20 +30,15 @@ def _absent(item: HubItem, why: str) -> Finding:
     prefetch = "run hpc-rlhf prefetch FILE on a machine with network access and the same HF_HOME"
     if os.environ.get(hub.OFFLINE, "0").upper() not in ("0", "", "NO", "OFF", "FALSE"):
         return error("hub", f"{item} {why}, and {hub.OFFLINE} is set", prefetch)
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    info = api.model_info if item.kind == "model" else api.dataset_info
     try:
-        _ask(item)
+        with explained(item):
+            info(item.name, timeout=_SECONDS)
     except Unreachable as problem:
         return error("hub", f"{item} {why}, and the hub cannot be reached from here ({problem})", prefetch)
     except HpcRlhfError as problem:
         return error("hub", f"{problem.where}: {problem.message}", str(problem.hint))
     return warning("hub", f"{item} {why}; the hub has it, but every rank would download it from there", prefetch)
-
-
-def _ask(item: HubItem) -> None:
-    """Raise the reason why the hub does not provide an item."""
-    from huggingface_hub import HfApi
-
-    with explained(item):
-        api = HfApi()
-        info = api.model_info if item.kind == "model" else api.dataset_info
-        info(item.name, timeout=_SECONDS)

@@ -1,4 +1,4 @@
-"""Checks what torch and DeepSpeed find on a machine against what its stages need."""
+"""Checks what a machine has, and its GPUs' memory, against what the stages need."""
 
 from __future__ import annotations
 
@@ -7,37 +7,75 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.stage_memory import RESERVE, run_memory
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
+from hpc_rlhf.spec.job import JobSpec
 
 # Importing torch from a cold network file system takes a minute or two.
 _SECONDS = 240
+_LESS_MEMORY = "see what uses it with hpc-rlhf plan, then raise zero, lower micro_batch, or set both to auto"
 
 
-def ask(ops: Sequence[str]) -> dict[str, object] | Finding:
-    """The output of ``hpc_rlhf.train.machine``, in a separate process, or a finding if it fails."""
+def examine(
+    ops: Sequence[str], gpus: int | None = None, precisions: Iterable[str] = (), spread: bool = False
+) -> list[Finding]:
+    """Ask torch and DeepSpeed on this machine, in a separate process, and judge what they find.
+
+    Args:
+        ops: DeepSpeed ops that the stages need.
+        gpus, precisions, spread: as ``check`` takes them.
+    """
     command = [sys.executable, "-m", "hpc_rlhf.train.machine", *ops]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-        facts: dict[str, object] = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+        facts = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
     except subprocess.TimeoutExpired:
-        return error(
-            "torch",
-            f"torch and DeepSpeed did not load within {_SECONDS} s",
-            "put the environment on a faster file system, or check with nvidia-smi whether the driver hangs",
-        )
+        fix = "put the environment on a faster file system, or check with nvidia-smi whether the driver hangs"
+        return [error("torch", f"torch and DeepSpeed did not load within {_SECONDS} s", fix)]
     except ValueError:
         facts = {}
     if not facts:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        return error(
-            "torch",
-            f"torch or DeepSpeed does not load: {reason}",
-            'see the whole error with: python -c "import torch, deepspeed"',
-        )
-    return facts
+        fix = 'see the whole error with: python -c "import torch, deepspeed"'
+        return [error("torch", f"torch or DeepSpeed does not load: {reason}", fix)]
+    return check(facts, gpus, precisions, spread)
+
+
+def check(facts: Mapping[str, Any], gpus: int | None, precisions: Iterable[str], spread: bool) -> list[Finding]:
+    """Judge a machine.
+
+    Args:
+        facts: the output of ``hpc_rlhf.train.machine``.
+        gpus: number that a rank should find; None if nothing trains on this machine, as on a login node.
+        precisions: precisions of the stages.
+        spread: whether a stage has several ranks.
+    """
+    count = len(facts["gpus"])
+    build = f"torch {facts['torch']}, {'CUDA ' + facts['cuda'] if facts['cuda'] else 'built without CUDA'}"
+    names = ", ".join(dict.fromkeys(facts["gpus"]))
+    if count >= (gpus or 0):
+        findings = [ok("torch", f"{build}; {count} GPU{'s' * (count != 1)}{f' ({names})' if names else ''}")]
+    elif facts["cuda"]:
+        fix = "check that nvidia-smi lists them, and that CUDA_VISIBLE_DEVICES and the driver match this torch"
+        findings = [error("torch", f"{build}, but it finds {count} of the {gpus} requested GPUs", fix)]
+    else:
+        requested = f"{gpus} GPU{'s' * (gpus != 1)} per node"
+        problem = f"{build}, but the spec requests {requested}: the stages would train on CPUs"
+        fix = "install the torch build for your CUDA driver, or set slurm.gpus_per_node: 0 and ranks_per_node"
+        findings = [error("torch", problem, fix)]
+    if gpus and count and "bf16" in precisions and not facts["bf16"]:
+        findings.append(error("precision", f"{names} does not support bf16", "set precision: fp16 for the stages"))
+    if gpus and count and spread and facts["nccl"]:
+        findings.append(ok("nccl", facts["nccl"]))
+    return [
+        *findings,
+        ok("deepspeed", f"{facts['deepspeed']} on accelerator {facts['accelerator']}"),
+        _ops(facts["ops"]),
+    ]
 
 
 def ops_needed(configs: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -53,46 +91,7 @@ def ops_needed(configs: Iterable[Mapping[str, Any]]) -> list[str]:
     return sorted(ops)
 
 
-def check(facts: Mapping[str, Any], gpus: int | None, precisions: Iterable[str], spread: bool) -> list[Finding]:
-    """Judge a machine.
-
-    Args:
-        facts: from ``ask``.
-        gpus: number that a rank should find; None if nothing trains on this machine, as on a login node.
-        precisions: precisions of the stages.
-        spread: whether a stage has several ranks.
-    """
-    count = len(facts["gpus"])
-    build = f"torch {facts['torch']}, {'CUDA ' + facts['cuda'] if facts['cuda'] else 'built without CUDA'}"
-    names = ", ".join(dict.fromkeys(facts["gpus"]))
-    findings = [ok("torch", f"{build}; {count} GPU{'s' * (count != 1)}{f' ({names})' if names else ''}")]
-    if gpus:
-        findings = [_gpus(facts, count, gpus, build, findings[0])]
-        if count and "bf16" in precisions and not facts["bf16"]:
-            findings.append(error("precision", f"{names} does not support bf16", "set precision: fp16 for the stages"))
-        if count and spread and facts["nccl"]:
-            findings.append(ok("nccl", facts["nccl"]))
-    findings.append(ok("deepspeed", f"{facts['deepspeed']} on accelerator {facts['accelerator']}"))
-    return [*findings, *_ops(facts["ops"])]
-
-
-def _gpus(facts: Mapping[str, object], count: int, wanted: int, build: str, sound: Finding) -> Finding:
-    if count >= wanted:
-        return sound
-    if not facts["cuda"]:
-        return error(
-            "torch",
-            f"{build}, but the spec requests {wanted} GPU{'s' * (wanted > 1)} per node: the stages would train on CPUs",
-            "install the torch build for your CUDA driver, or set slurm.gpus_per_node: 0 and ranks_per_node",
-        )
-    return error(
-        "torch",
-        f"{build}, but it finds {count} of the {wanted} requested GPUs",
-        "check that nvidia-smi lists them, and that CUDA_VISIBLE_DEVICES and the driver match this torch",
-    )
-
-
-def _ops(ops: Mapping[str, Mapping[str, object]]) -> list[Finding]:
+def _ops(ops: Mapping[str, Mapping[str, object]]) -> Finding:
     """Check that ops are built, or can be."""
     to_build = sorted(name for name, state in ops.items() if not state["built"])
     programs = {"g++": (os.environ.get("CXX") or "c++").split()[0], "ninja": "ninja"}
@@ -100,28 +99,40 @@ def _ops(ops: Mapping[str, Mapping[str, object]]) -> list[Finding]:
         programs["nvcc"] = "nvcc"
     folders = os.pathsep.join((os.environ.get("PATH", ""), os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"))
     absent = [name for name, program in programs.items() if shutil.which(program, path=folders) is None]
+    missing, named = " and ".join(absent), " and ".join(to_build)
     if not to_build:
         message = "no DeepSpeed op has to be built"
-        return [ok("compiler", message + (f"; {' and '.join(absent)} would be missing" if absent else ""))]
-    named = " and ".join(to_build)
+        return ok("compiler", f"{message}; {missing} would be missing" if absent else message)
     if absent:
-        return [
-            error(
-                "compiler",
-                f"DeepSpeed's {named} must be built here, but {' and '.join(absent)} "
-                f"{'is' if len(absent) == 1 else 'are'} missing",
-                "load a compiler in slurm.setup, such as `module load gcc cuda` (ninja: pip install ninja), "
-                f"or build it ahead: {ops[to_build[0]]['variable']}=1 pip install --no-build-isolation "
-                "deepspeed",
-            )
-        ]
+        verb = "is" if len(absent) == 1 else "are"
+        return error(
+            "compiler",
+            f"DeepSpeed's {named} must be built here, but {missing} {verb} missing",
+            "load a compiler in slurm.setup, such as `module load gcc cuda` (ninja: pip install ninja), or build it "
+            f"ahead: {ops[to_build[0]]['variable']}=1 pip install --no-build-isolation deepspeed",
+        )
     impossible = [name for name in to_build if not ops[name]["possible"]]
     if impossible:
-        return [
-            warning(
-                "compiler",
-                f"DeepSpeed reports that {' and '.join(impossible)} cannot be built here",
-                "see why with ds_report",
-            )
-        ]
-    return [ok("compiler", f"available to build DeepSpeed's {named}")]
+        message = f"DeepSpeed reports that {' and '.join(impossible)} cannot be built here"
+        return warning("compiler", message, "see why with ds_report")
+    return ok("compiler", f"available to build DeepSpeed's {named}")
+
+
+def check_memory(spec: JobSpec) -> Iterator[Finding]:
+    """Check by the estimates of ``hpc-rlhf plan`` whether each stage with ``slurm.gpu`` fits its GPUs."""
+    for stage, memory in run_memory(spec).items():
+        if isinstance(memory, HpcRlhfError):
+            if spec.stage(stage).slurm.gpu is not None:
+                fix = memory.hint or "see hpc-rlhf plan"
+                yield warning("memory", f"cannot be estimated: {memory.message}", fix).at(stage)
+        elif memory.gpu is not None:
+            sizes = f"{memory.held / 2**30:.1f} of {memory.gpu / 2**30:.1f} GiB on each GPU"
+            used = f"an estimated {sizes}, at the peak in its {memory.fullest}"
+            if memory.held > memory.gpu:
+                finding = error("memory", f"does not fit: {used}", _LESS_MEMORY)
+            elif not memory.fits:
+                need = f"CUDA and NCCL need about {RESERVE:.0%}"
+                finding = warning("memory", f"tight: {used}; {need}", _LESS_MEMORY)
+            else:
+                finding = ok("memory", used)
+            yield finding.at(stage)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from importlib import metadata
 
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok
@@ -12,7 +11,7 @@ _NAME = "hpc-rlhf"
 
 
 def check() -> list[Finding]:
-    """Check Python's version, and those of all direct and indirect requirements."""
+    """Check that all versions satisfy what hpc-rlhf and its packages require."""
     from packaging.specifiers import SpecifierSet
 
     try:
@@ -23,24 +22,18 @@ def check() -> list[Finding]:
     if SpecifierSet(required).contains(version, prereleases=True):
         python = ok("python", f"{version} ({required} is required)")
     else:
-        python = error(
-            "python", f"{version}, but {required} is required", f"create an environment with Python {required}"
-        )
-    names: set[str] = set()
-    clashes = list(dict.fromkeys(_clashes(names)))
-    if clashes:
-        return [python, *clashes]
-    return [python, ok("packages", f"{len(names)} packages, in versions that satisfy each other")]
+        fix = f"create an environment with Python {required}"
+        python = error("python", f"{version}, but {required} is required", fix)
+    return [python, *_requirements()]
 
 
-def _clashes(names: set[str]) -> Iterator[Finding]:
-    """Packages that are missing or of a wrong version.
-
-    Adds the names of all that were checked to ``names``.
-    """
+def _requirements() -> list[Finding]:
+    """The packages that are missing or of a wrong version, direct requirements and those of others."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
+    names: set[str] = set()
+    clashes: list[Finding] = []
     todo = [(_NAME, "")]
     known = set(todo)
     while todo:
@@ -52,16 +45,18 @@ def _clashes(names: set[str]) -> Iterator[Finding]:
             try:
                 version = metadata.version(need.name)
             except metadata.PackageNotFoundError:
-                yield error("packages", f"{need.name} is missing; {package} needs it", _install(need))
+                clashes.append(error("packages", f"{need.name} is missing; {package} needs it", _install(need)))
                 continue
             names.add(canonicalize_name(need.name))
             if not need.specifier.contains(version, prereleases=True):
-                yield error(
-                    "packages", f"{need.name} is {version}, but {package} requires {need.specifier}", _install(need)
-                )
+                message = f"{need.name} is {version}, but {package} requires {need.specifier}"
+                clashes.append(error("packages", message, _install(need)))
             new = {(canonicalize_name(need.name), each) for each in ("", *need.extras)} - known
             known |= new
             todo.extend(sorted(new))
+    if clashes:
+        return list(dict.fromkeys(clashes))
+    return [ok("packages", f"{len(names)} packages, in versions that satisfy each other")]
 
 
 def _install(need: object) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor import clock, hub, machine, packages, storage
+from hpc_rlhf.launch.doctor import hub, machine, packages, site, storage
 from hpc_rlhf.launch.doctor.finding import Finding, error
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
@@ -22,30 +22,24 @@ from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 
+_FROM_NODES = "set slurm.heal.enabled: false, or ask an administrator to allow nodes to submit jobs"
+
 
 def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list[Finding]:
     """Check a node that runs a stage."""
     settings = spec.stage(stage).slurm
+    precisions = {spec.stage(name).precision for name in spec.stage_names}
     findings = [storage.check_writes(folder, RunDir(Path(spec.run_dir))), *packages.check()]
-    facts = machine.ask(ops)
-    if isinstance(facts, Finding):
-        findings.append(facts)
-    else:
-        precisions = {spec.stage(name).precision for name in spec.stage_names}
-        findings += machine.check(facts, settings.gpus_per_node, precisions, settings.ranks > 1)
+    findings += machine.examine(ops, settings.gpus_per_node, precisions, settings.ranks > 1)
     if commands.available():
         try:
-            findings.append(clock.check(clock.skew()))
+            findings.append(site.check_clock())
         except HpcRlhfError as problem:
-            findings.append(
-                error("slurm", f"the controller does not respond to this node: {problem.message}", _FROM_NODES)
-            )
+            message = f"the controller does not respond to this node: {problem.message}"
+            findings.append(error("slurm", message, _FROM_NODES))
     elif settings.heal.enabled and settings.container is None:
         findings.append(error("slurm", "Slurm's commands are not on PATH, but sentinels need them", _FROM_NODES))
     return [*findings, *hub.check([spec])]
-
-
-_FROM_NODES = "set slurm.heal.enabled: false, or ask an administrator to allow nodes to submit jobs"
 
 
 def main(folder: Path, stage: str, ops: Sequence[str]) -> None:

@@ -18,6 +18,8 @@ from hpc_rlhf.run.layout import RunDir
 # For logs, metrics and data, beside models and checkpoints.
 _LEAST_FREE = 10**9
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_MORE_SPACE = "remove old runs (checkpoints first), ask for a larger quota, or set run_dir to another disk"
+_POSIX = "set run_dir to a POSIX file system such as NFS, Lustre or GPFS, not an object store or a share without modes"
 
 
 @contextmanager
@@ -49,9 +51,6 @@ def refused(run: RunDir, problem: OSError) -> Finding:
     return error("run directory", message, "set run_dir to a writable folder on a disk that all nodes share")
 
 
-_MORE_SPACE = "remove old runs (checkpoints first), ask for a larger quota, or set run_dir to another disk"
-
-
 def check_trust(run: RunDir) -> Finding:
     """Check that no one else can write to the run directory."""
     try:
@@ -61,11 +60,9 @@ def check_trust(run: RunDir) -> Finding:
     above = next(path for path in run.path.parents if path.exists())
     facts = above.stat()
     if facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
-        return warning(
-            "mode",
-            f"{above}, which holds the run directory, is writable by everyone: others could replace the run directory",
-            f"chmod +t {above}, or set run_dir below a folder of your own",
-        )
+        open_to_all = f"{above}, which holds the run directory, is writable by everyone"
+        fix = f"chmod +t {above}, or set run_dir below a folder of your own"
+        return warning("mode", f"{open_to_all}: others could replace the run directory", fix)
     return ok("mode", "only you can write to the run directory")
 
 
@@ -99,16 +96,8 @@ def check_writes(folder: Path, run: RunDir) -> Finding:
     return ok("run directory", f"{run.path}: writing, syncing and renaming work")
 
 
-_POSIX = "set run_dir to a POSIX file system such as NFS, Lustre or GPFS, not an object store or a share without modes"
-
-
 def check_space(folder: Path, needed: int | None) -> Finding:
-    """Check that there is space for a run.
-
-    Args:
-        folder: a folder in the run directory.
-        needed: bytes, roughly; None if unknown.
-    """
+    """Check that there is space for a run that needs so many bytes, roughly; None if unknown."""
     facts = os.statvfs(folder)
     free = facts.f_bavail * facts.f_frsize
     room = f"{_gigabytes(free)} free"

@@ -37,36 +37,29 @@ def visit(spec: JobSpec, plan: Plan, templates: Templates, folder: Path, ops: Se
         ops: DeepSpeed ops that the stages need.
         say: called with progress messages.
     """
-    kinds = list(_kinds(plan.jobs).values())
-    submitted: dict[str, tuple[list[PlannedJob], Path]] = {}
+    kinds: dict[str, list[PlannedJob]] = {}
+    for job in plan.jobs:
+        settings = job.slurm.model_dump_json(exclude=_ALIKE) + str(min(job.slurm.nodes, _NODES))
+        kinds.setdefault(settings, []).append(job)
+    submitted: dict[str, tuple[str, Path]] = {}  # stages and folder, by job id
     findings: list[Finding] = []
     try:
-        for alike in kinds:
-            own = folder / alike[0].stage
+        for alike in kinds.values():
+            stages, own = ", ".join(job.stage for job in alike), folder / alike[0].stage
             try:
                 job_id = _send(spec, plan, templates, alike[0], own, ops)
             except HpcRlhfError as problem:
                 message = f"the job was rejected: {problem.message.partition(': ')[2]}"
-                refusal = error("submission", message, "change the stage's slurm settings")
-                findings.append(refusal.at(_stages(alike)))
+                findings.append(error("submission", message, "change the stage's slurm settings").at(stages))
                 continue
-            submitted[job_id] = (alike, own)
+            submitted[job_id] = (stages, own)
         _wait(submitted, say)
     except BaseException:  # the user does not want to wait any longer
         commands.cancel(list(submitted))
         raise
-    for job_id, (alike, own) in submitted.items():
-        findings += _gather(job_id, alike, own)
+    for job_id, (stages, own) in submitted.items():
+        findings += _gather(job_id, stages, own)
     return findings
-
-
-def _kinds(jobs: Iterable[PlannedJob]) -> dict[str, list[PlannedJob]]:
-    """Jobs by the kind of node that they run on."""
-    kinds: dict[str, list[PlannedJob]] = {}
-    for job in jobs:
-        settings = job.slurm.model_dump_json(exclude=_ALIKE) + str(min(job.slurm.nodes, _NODES))
-        kinds.setdefault(settings, []).append(job)
-    return kinds
 
 
 def _send(spec: JobSpec, plan: Plan, templates: Templates, job: PlannedJob, folder: Path, ops: Sequence[str]) -> str:
@@ -88,11 +81,9 @@ def _wait(job_ids: Iterable[str], say: Say) -> None:
     remaining, last = set(job_ids), ""
     while remaining:
         queue = commands.queue()
-        live = {job_id: queue[job_id] for job_id in remaining if job_id in queue and queue[job_id].live}
-        remaining &= set(live)
-        states = [
-            f"job {job.job_id} {job.state.lower()}{f' ({job.reason})' if job.reason else ''}" for job in live.values()
-        ]
+        live = [queue[job_id] for job_id in remaining if job_id in queue and queue[job_id].live]
+        remaining = {job.job_id for job in live}
+        states = [f"job {job.job_id} {job.state.lower()}{f' ({job.reason})' if job.reason else ''}" for job in live]
         now = ", ".join(sorted(states))
         if now and now != last:
             say(f"waiting for {now}; Ctrl-C cancels it")
@@ -101,7 +92,7 @@ def _wait(job_ids: Iterable[str], say: Say) -> None:
             time.sleep(_POLL)
 
 
-def _gather(job_id: str, alike: list[PlannedJob], folder: Path) -> list[Finding]:
+def _gather(job_id: str, stages: str, folder: Path) -> list[Finding]:
     """The findings of a job's nodes. Equal findings of several nodes are merged."""
     past = commands.find_record(job_id)
     nodes = commands.hostnames(past.nodes) if past is not None and past.nodes else []
@@ -115,12 +106,14 @@ def _gather(job_id: str, alike: list[PlannedJob], folder: Path) -> list[Finding]
         for fields in json.loads(file.read_text(encoding="utf-8")):
             nodes_by_finding.setdefault(Finding(**fields), []).append(file.stem)
     findings = [finding.at(",".join(names)) for finding, names in nodes_by_finding.items()]
-    silent = [node for node in nodes if node not in responded]
     # Only the controller, whose records count restarts, knows whether the job can be requeued; accounting does not.
     if past is not None and past.restarts is not None and not past.requeueable:
-        findings.append(_not_requeueable(job_id).at(_stages(alike)))
+        message = f"job {job_id} was submitted with --requeue but cannot be requeued"
+        fix = "ask an administrator which submit plugin removes --requeue"
+        findings.append(error("requeue", f"{message}: the first preemption would end the chain", fix).at(stages))
+    silent = [node for node in nodes if node not in responded]
     if silent or not responded:
-        findings.append(_silent(past, folder).at(",".join(silent) or _stages(alike)))
+        findings.append(_silent(past, folder).at(",".join(silent) or stages))
     elif len(responded) > 1:
         findings.append(ok("shared", "all nodes write to the same run directory").at(",".join(responded)))
     else:
@@ -130,32 +123,13 @@ def _gather(job_id: str, alike: list[PlannedJob], folder: Path) -> list[Finding]
 
 def _silent(past: JobRecord | None, folder: Path) -> Finding:
     """The finding for nodes that left no result."""
-    where = folder.parents[1]
     log = folder / "log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     code = past.exit_code.partition(":")[0] if past is not None else ""
     if code == str(_UNSHARED) or any("No such file or directory" in line and str(folder) in line for line in lines):
-        return error(
-            "shared",
-            f"{where} does not exist there: the run directory is not shared",
-            "set run_dir to a folder on a file system that login and compute nodes share (see df -T)",
-        )
+        message = f"{folder.parents[1]} does not exist there: the run directory is not shared"
+        fix = "set run_dir to a folder on a file system that login and compute nodes share (see df -T)"
+        return error("shared", message, fix)
     state = past.state if past is not None else "forgotten by Slurm"
-    why = f": {lines[-1]}" if lines else ""
-    return error(
-        "nodes",
-        f"the job ended {state} without a result{why}",
-        "check with srun that slurm.setup and this Python work on the nodes",
-    )
-
-
-def _not_requeueable(job_id: str) -> Finding:
-    return error(
-        "requeue",
-        f"job {job_id} was submitted with --requeue but cannot be requeued: the first preemption would end the chain",
-        "ask an administrator which submit plugin removes --requeue",
-    )
-
-
-def _stages(alike: list[PlannedJob]) -> str:
-    return ", ".join(job.stage for job in alike)
+    message = f"the job ended {state} without a result{f': {lines[-1]}' if lines else ''}"
+    return error("nodes", message, "check with srun that slurm.setup and this Python work on the nodes")
