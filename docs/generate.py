@@ -135,7 +135,7 @@ def _section(
 
 
 def _row(field: str, facts: Schema, required: bool, titles: dict[str, str]) -> str:
-    cells = (f"`{field}`", _type(facts, titles), _default(facts, required), facts.get("description", ""))
+    cells = (f"`{field}`", _type(facts, titles), _default(facts, required), " ".join(facts["description"].split()))
     return "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
 
 

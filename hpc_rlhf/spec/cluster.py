@@ -28,89 +28,60 @@ SIZE = frozenset({"nodes", "gpus_per_node", "ranks_per_node"})
 class ContainerSpec(Model):
     """A container that every rank runs in."""
 
-    runtime: Literal["apptainer", "pyxis"] = Field(
-        description="The container runtime: apptainer, or pyxis (srun --container-image)."
-    )
-    image: PathText = Field(
-        description="The image: a .sif or .sqsh file, or a registry reference. Its python3 must have "
-        "hpc-rlhf installed."
-    )
-    mounts: tuple[PathText, ...] = Field(
-        default=(),
-        description="Folders to mount, each `source` or `source:target`. The run directory is always mounted.",
-    )
+    runtime: Literal["apptainer", "pyxis"]
+    """The container runtime: apptainer, or pyxis (srun --container-image)."""
+    image: PathText
+    """The image: a .sif or .sqsh file, or a registry reference. Its python3 must have hpc-rlhf installed."""
+    mounts: tuple[PathText, ...] = ()
+    """Folders to mount, each `source` or `source:target`. The run directory is always mounted."""
 
 
 class HealSpec(Model):
     """How a chain repairs itself. On Slurm each stage has a sentinel, a small job that starts if it fails."""
 
-    enabled: bool = Field(
-        default=True,
-        description="Retry failed stages automatically. Turn it off if your cluster does not allow jobs to "
-        "submit jobs or limits the number of queued jobs: there are no sentinels then, and a "
-        "broken chain waits for `hpc-rlhf heal`.",
-    )
-    partition: SlurmValue | None = Field(
-        default=None,
-        description="The sentinel's partition; defaults to the stage's. Choose another one if the stage's "
-        "rejects jobs without GPUs or allocates only whole nodes.",
-    )
-    account: SlurmValue | None = Field(
-        default=None,
-        description="The account charged for the sentinel, which runs for about a minute; defaults to the stage's.",
-    )
-    qos: SlurmValue | None = Field(
-        default=None,
-        description="The sentinel's quality of service; defaults to the stage's. The sooner it starts "
-        "small jobs, the sooner the chain is repaired.",
-    )
-    mem: SlurmMemory | None = Field(
-        default=None, description="The sentinel's memory; defaults to the partition's. It needs about 200M."
-    )
-    setup: tuple[Command, ...] | None = Field(
-        default=None,
-        description="Shell commands that the sentinel runs before `hpc-rlhf heal`; defaults to "
-        "slurm.setup. Set it if those commands need a GPU or take long.",
-    )
-    extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(
-        default_factory=dict, description="More sbatch options for the sentinel, as in slurm.extra."
-    )
-    backoff_seconds: Annotated[int, Field(ge=0, le=86400)] = Field(
-        default=30,
-        description="Delay before the first retry after an attempt without progress. It is multiplied by "
-        "four for every further one, up to an hour. Increase it if the cause, such as a file "
-        "system, takes long to recover.",
-    )
+    enabled: bool = True
+    """Retry failed stages automatically. Turn it off if your cluster does not allow jobs to submit jobs or limits the
+    number of queued jobs: there are no sentinels then, and a broken chain waits for `hpc-rlhf heal`."""
+    partition: SlurmValue | None = None
+    """The sentinel's partition; defaults to the stage's. Choose another one if the stage's rejects jobs without GPUs or
+    allocates only whole nodes."""
+    account: SlurmValue | None = None
+    """The account charged for the sentinel, which runs for about a minute; defaults to the stage's."""
+    qos: SlurmValue | None = None
+    """The sentinel's quality of service; defaults to the stage's. The sooner it starts small jobs, the sooner the chain
+    is repaired."""
+    mem: SlurmMemory | None = None
+    """The sentinel's memory; defaults to the partition's. It needs about 200M."""
+    setup: tuple[Command, ...] | None = None
+    """Shell commands that the sentinel runs before `hpc-rlhf heal`; defaults to slurm.setup. Set it if those commands
+    need a GPU or take long."""
+    extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(default_factory=dict)
+    """More sbatch options for the sentinel, as in slurm.extra."""
+    backoff_seconds: Annotated[int, Field(ge=0, le=86400)] = 30
+    """Delay before the first retry after an attempt without progress. It is multiplied by four for every further one,
+    up to an hour. Increase it if the cause, such as a file system, takes long to recover."""
 
 
 class SlurmSpec(Model):
     """Where and how a stage's job runs. `hpc-rlhf run` uses only the numbers of nodes and ranks."""
 
-    partition: SlurmValue | None = Field(
-        default=None, description="Partitions to submit to; defaults to the cluster's default partition."
-    )
+    partition: SlurmValue | None = None
+    """Partitions to submit to; defaults to the cluster's default partition."""
     account: SlurmValue | None = Field(default=None, description="Account to charge.")
     qos: SlurmValue | None = Field(default=None, description="Quality of service.")
-    time: SlurmTime = Field(
-        default="12:00:00",
-        description="Time limit of one attempt in Slurm's format (minutes, H:MM:SS, D-HH:MM:SS). A stage "
-        "that needs longer saves, requeues itself and resumes.",
-    )
+    time: SlurmTime = "12:00:00"
+    """Time limit of one attempt in Slurm's format (minutes, H:MM:SS, D-HH:MM:SS). A stage that needs longer saves,
+    requeues itself and resumes."""
     nodes: Positive = Field(default=1, description="Nodes of the job.")
-    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = Field(
-        default=1, description="GPUs requested on each node, with one rank per GPU. With 0, set ranks_per_node."
-    )
-    gpu: Gpu | None = Field(
-        default=None,
-        description="Type of the GPUs, such as a100-80g, or the memory of one, such as 80G. It requests "
-        "nothing from Slurm: `hpc-rlhf plan` uses it to estimate whether each stage fits.",
-    )
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 1
+    """GPUs requested on each node, with one rank per GPU. With 0, set ranks_per_node."""
+    gpu: Gpu | None = None
+    """Type of the GPUs, such as a100-80g, or the memory of one, such as 80G. It requests nothing from Slurm: `hpc-rlhf
+    plan` uses it to estimate whether each stage fits."""
     ranks_per_node: Positive | None = Field(default=None, description="Ranks on each node; defaults to one per GPU.")
-    gres: SlurmValue | None = Field(
-        default=None,
-        description="Requested instead of --gpus-per-node, such as gpu:a100:8. gpus_per_node still sets "
-        "the number of ranks on a node.",
-    )
+    gres: SlurmValue | None = None
+    """Requested instead of --gpus-per-node, such as gpu:a100:8. gpus_per_node still sets the number of ranks on a
+    node."""
     cpus_per_gpu: Positive | None = Field(default=None, description="CPU cores for each rank.")
     mem: SlurmMemory | None = Field(default=None, description="Memory per node, such as 900G; 0 requests all of it.")
     constraint: SlurmValue | None = Field(default=None, description="Required node features, such as a100&nvlink.")
@@ -119,43 +90,32 @@ class SlurmSpec(Model):
     reservation: SlurmValue | None = Field(default=None, description="Reservation to run in.")
     exclusive: bool = Field(default=False, description="Do not share the nodes with other jobs.")
     licenses: SlurmValue | None = Field(default=None, description="Licenses to request.")
-    mail_type: SlurmValue | None = Field(
-        default=None, description="Events for which Slurm sends mail: END, FAIL, REQUEUE, …"
-    )
+    mail_type: SlurmValue | None = None
+    """Events for which Slurm sends mail: END, FAIL, REQUEUE, …"""
     mail_user: SlurmValue | None = Field(default=None, description="Recipient of the mail.")
     comment: FreeText | None = Field(default=None, description="Comment shown by squeue and sacct.")
-    signal_seconds: Annotated[int, Field(ge=10, le=65535)] = Field(
-        default=180, description="Seconds before the time limit at which the stage saves and requeues itself."
-    )
-    max_requeues: Annotated[int, Field(ge=0)] = Field(
-        default=100, description="How often a stage may be requeued before the chain stops and waits for the user."
-    )
-    collective_timeout: Duration = Field(
-        default="2 h",
-        description="How long a collective operation may take before the attempt fails: how long a rank "
-        "waits for the slowest other one, for instance in a rollout or while storage is slow. It replaces torch's and "
-        "DeepSpeed's 10 minutes. A rank that makes no progress at all is found sooner.",
-    )
-    setup: tuple[Command, ...] = Field(
-        default=(),
-        description="Shell commands that run on the first node before the ranks start, such as `module "
-        "load cuda` or `source venv/bin/activate`.",
-    )
-    launcher: Literal["srun", "torchrun", "deepspeed"] = Field(
-        default="srun",
-        description="What starts the ranks. srun, the right choice for most clusters, starts one Slurm "
-        "task per rank and records which rank failed first. torchrun and deepspeed start one task per node, which "
-        "then starts the ranks of that node. Choose one of them if a container should start once per node rather than "
-        "once per GPU, if Slurm restricts each task to its own GPU so that NCCL cannot copy between them, or if your "
-        "site's tools expect that launcher. The resulting weights are the same.",
-    )
+    signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 180
+    """Seconds before the time limit at which the stage saves and requeues itself."""
+    max_requeues: Annotated[int, Field(ge=0)] = 100
+    """How often a stage may be requeued before the chain stops and waits for the user."""
+    collective_timeout: Duration = "2 h"
+    """How long a collective operation may take before the attempt fails: how long a rank waits for the slowest other
+    one, for instance in a rollout or while storage is slow. It replaces torch's and DeepSpeed's 10 minutes. A rank that
+    makes no progress at all is found sooner."""
+    setup: tuple[Command, ...] = ()
+    """Shell commands that run on the first node before the ranks start, such as `module load cuda` or `source
+    venv/bin/activate`."""
+    launcher: Literal["srun", "torchrun", "deepspeed"] = "srun"
+    """What starts the ranks. srun, the right choice for most clusters, starts one Slurm task per rank and records which
+    rank failed first. torchrun and deepspeed start one task per node, which then starts the ranks of that node. Choose
+    one of them if a container should start once per node rather than once per GPU, if Slurm restricts each task to its
+    own GPU so that NCCL cannot copy between them, or if your site's tools expect that launcher. The resulting weights
+    are the same."""
     container: ContainerSpec | None = Field(default=None, description="A container that every rank runs in.")
     heal: HealSpec = Field(default_factory=HealSpec, description="How failed stages are retried.")
-    extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(
-        default_factory=dict,
-        description="More sbatch options without their dashes, such as {switches: 1}; true for a flag "
-        "without a value. Options with their own field are rejected.",
-    )
+    extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(default_factory=dict)
+    """More sbatch options without their dashes, such as {switches: 1}; true for a flag without a value. Options with
+    their own field are rejected."""
 
     @property
     def tasks_per_node(self) -> int:

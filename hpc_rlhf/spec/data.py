@@ -40,20 +40,12 @@ class DataSpec(Model):
 
     sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)] = Field(description="Sources, blended by weight.")
     split: SplitSpec = Field(default=SplitSpec(), description="How prompts are divided among the stages.")
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        default=0.05, description="Fraction of each stage's prompts held out for evaluation."
-    )
-    template: Literal["auto", "plain"] = Field(
-        default="auto",
-        description="How dialogues are formatted. auto: with the chat template of the actor's tokenizer, "
-        "without thinking; if it has "
-        "none, as plain turns of Human: and Assistant:. plain: always as plain turns, as in DeepSpeed-Chat.",
-    )
-    max_prompt_tokens: Positive = Field(
-        default=256,
-        description="Maximum length of a prompt. PPO skips longer prompts; other stages truncate them on the left.",
-    )
-    max_answer_tokens: Positive = Field(
-        default=256,
-        description="Maximum length of a response. Longer responses in the data are truncated on the right.",
-    )
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Fraction of each stage's prompts held out for evaluation."""
+    template: Literal["auto", "plain"] = "auto"
+    """How dialogues are formatted. auto: with the chat template of the actor's tokenizer, without thinking; if it has
+    none, as plain turns of Human: and Assistant:. plain: always as plain turns, as in DeepSpeed-Chat."""
+    max_prompt_tokens: Positive = 256
+    """Maximum length of a prompt. PPO skips longer prompts; other stages truncate them on the left."""
+    max_answer_tokens: Positive = 256
+    """Maximum length of a response. Longer responses in the data are truncated on the right."""

@@ -20,10 +20,9 @@ from hpc_rlhf.spec.training import StageSpec
 class FromScratch(Model):
     """A new model with random weights instead of a pretrained one."""
 
-    from_scratch: dict[str, int | float | bool | str] = Field(
-        description="The model's configuration: model_type (llama, opt, gpt2, qwen3, …) and the fields of "
-        "that architecture. A BPE tokenizer with vocab_size entries is trained on the data."
-    )
+    from_scratch: dict[str, int | float | bool | str]
+    """The model's configuration: model_type (llama, opt, gpt2, qwen3, …) and the fields of that architecture. A BPE
+    tokenizer with vocab_size entries is trained on the data."""
 
     @model_validator(mode="after")
     def _check_fields(self) -> FromScratch:
@@ -41,47 +40,35 @@ ModelRef = PathText | FromScratch
 class ModelsSpec(Model):
     """The models that the stages start from."""
 
-    actor: ModelRef = Field(
-        description="Hub id or local folder of the language model to turn into a chat model, or {from_scratch: …}."
-    )
-    reward: ModelRef | None = Field(
-        default=None,
-        description="The same for the reward model and the critic; defaults to the actor. It must have the "
-        "actor's tokenizer.",
-    )
+    actor: ModelRef
+    """Hub id or local folder of the language model to turn into a chat model, or {from_scratch: …}."""
+    reward: ModelRef | None = None
+    """The same for the reward model and the critic; defaults to the actor. It must have the actor's tokenizer."""
 
 
 class JobSpec(Model):
     """A complete run: data, models, stages and where they run."""
 
     name: Name = Field(description="Name of the run; Slurm jobs are called name.stage.")
-    run_dir: PathText = Field(
-        description="Folder for everything that the run writes, on a file system that all nodes share. In "
-        "this and all other paths of a spec, ${VAR} and ${VAR:-default} are expanded, and "
-        "relative paths start at the working directory."
-    )
+    run_dir: PathText
+    """Folder for everything that the run writes, on a file system that all nodes share. In this and all other paths of
+    a spec, ${VAR} and ${VAR:-default} are expanded, and relative paths start at the working directory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1234, description="Seed of all random numbers.")
     slurm: SlurmSpec = Field(default=SlurmSpec(), description="Slurm settings of all stages.")
     data: DataSpec = Field(description="Training data.")
     models: ModelsSpec = Field(description="Models to start from.")
     stages: StagesSpec = Field(description="Stages to run.")
-    trackers: TrackersSpec = Field(
-        default=TrackersSpec(), description="Where metrics are logged in addition to metrics.jsonl and TensorBoard."
-    )
-    notify: NotifySpec = Field(
-        default=NotifySpec(), description="Who is notified when the run has finished or needs the user."
-    )
-    sweep: Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)] | None = Field(
-        default=None,
-        description="Values to try, by the path of the field: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, "
-        "2, 3]} makes six runs, each in its own folder in run_dir. Shared work is done once: a "
-        "stage is trained once for all runs in which everything that affects it is the same.",
-    )
-    sweep_limit: Positive | None = Field(
-        default=None,
-        description="How many runs of a sweep may have running jobs at the same time; null sets no limit. "
-        "Use it to leave room for others, or to see the first results before the last runs start.",
-    )
+    trackers: TrackersSpec = TrackersSpec()
+    """Where metrics are logged in addition to metrics.jsonl and TensorBoard."""
+    notify: NotifySpec = NotifySpec()
+    """Who is notified when the run has finished or needs the user."""
+    sweep: Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Values to try, by the path of the field: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2, 3]} makes six runs, each
+    in its own folder in run_dir. Shared work is done once: a stage is trained once for all runs in which everything
+    that affects it is the same."""
+    sweep_limit: Positive | None = None
+    """How many runs of a sweep may have running jobs at the same time; null sets no limit. Use it to leave room for
+    others, or to see the first results before the last runs start."""
 
     _autos: Autos = PrivateAttr(default_factory=dict)
 

@@ -31,29 +31,22 @@ def _no_address(text: str) -> str:
 class WandbSpec(Model):
     """Weights & Biases."""
 
-    project: Annotated[FreeText, StringConstraints(min_length=1, max_length=128)] = Field(
-        description="Project for the runs. Each stage is a run, in a group with the spec's name."
-    )
+    project: Annotated[FreeText, StringConstraints(min_length=1, max_length=128)]
+    """Project for the runs. Each stage is a run, in a group with the spec's name."""
     entity: FreeText | None = Field(default=None, description="Team or user; defaults to your default entity.")
-    mode: Literal["offline", "online"] = Field(
-        default="offline",
-        description="offline writes to RUN/stages/*/wandb, for `wandb sync --append` from a machine with "
-        "network access. Choose online if compute nodes have network access and WANDB_API_KEY "
-        "is in the jobs' environment.",
-    )
+    mode: Literal["offline", "online"] = "offline"
+    """offline writes to RUN/stages/*/wandb, for `wandb sync --append` from a machine with network access. Choose online
+    if compute nodes have network access and WANDB_API_KEY is in the jobs' environment."""
 
 
 class MlflowSpec(Model):
     """MLflow."""
 
-    experiment: Annotated[FreeText, StringConstraints(min_length=1, max_length=128)] = Field(
-        description="Experiment for the runs. Each stage is a run."
-    )
-    tracking_uri: Annotated[PathText, AfterValidator(_without_password)] | None = Field(
-        default=None,
-        description="Server to log to, if compute nodes can reach it; defaults to files in RUN/mlruns. Put "
-        "credentials in MLFLOW_TRACKING_TOKEN, or …_USERNAME and …_PASSWORD, never here.",
-    )
+    experiment: Annotated[FreeText, StringConstraints(min_length=1, max_length=128)]
+    """Experiment for the runs. Each stage is a run."""
+    tracking_uri: Annotated[PathText, AfterValidator(_without_password)] | None = None
+    """Server to log to, if compute nodes can reach it; defaults to files in RUN/mlruns. Put credentials in
+    MLFLOW_TRACKING_TOKEN, or …_USERNAME and …_PASSWORD, never here."""
 
 
 class TrackersSpec(Model):
@@ -69,26 +62,19 @@ class TrackersSpec(Model):
 class WebhookSpec(Model):
     """An address to post notifications to, which compute nodes must reach, if need be by HTTPS_PROXY."""
 
-    url: Annotated[PathText, AfterValidator(_no_address)] = Field(
-        description="Where to find the address, which is a secret: ${NAME}, a variable of the environment "
-        "that you submit from, or a file that only you can read (chmod 600)."
-    )
-    style: Literal["json", "slack"] = Field(
-        default="json",
-        description="json posts event, run, run_dir, stage, message and text; slack posts the format of "
-        "Slack, Mattermost and others.",
-    )
+    url: Annotated[PathText, AfterValidator(_no_address)]
+    """Where to find the address, which is a secret: ${NAME}, a variable of the environment that you submit from, or a
+    file that only you can read (chmod 600)."""
+    style: Literal["json", "slack"] = "json"
+    """json posts event, run, run_dir, stage, message and text; slack posts the format of Slack, Mattermost and
+    others."""
 
 
 class NotifySpec(Model):
     """Who is notified when a run has finished, or has stopped and needs the user."""
 
-    mail: SlurmValue | None = Field(
-        default=None,
-        description="Recipient of mail from Slurm when the run has finished, and when it has stopped and "
-        "needs the user. Unlike slurm.mail_type, it sends none for requeues. Needs no network on the nodes.",
-    )
-    webhook: WebhookSpec | None = Field(
-        default=None,
-        description="Post to a chat or a program. Stops are posted only with sentinels (slurm.heal.enabled).",
-    )
+    mail: SlurmValue | None = None
+    """Recipient of mail from Slurm when the run has finished, and when it has stopped and needs the user. Unlike
+    slurm.mail_type, it sends none for requeues. Needs no network on the nodes."""
+    webhook: WebhookSpec | None = None
+    """Post to a chat or a program. Stops are posted only with sentinels (slurm.heal.enabled)."""

@@ -157,7 +157,7 @@ def _close_fields(path: tuple[str | int, ...]) -> str | None:
 def _description(path: tuple[str | int, ...]) -> str | None:
     model = _model_at(path[:-1])
     field = model.model_fields.get(str(path[-1])) if model else None
-    return field.description.split(". ")[0].rstrip(".") if field and field.description else None
+    return " ".join(field.description.split()).split(". ")[0].rstrip(".") if field and field.description else None
 
 
 def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:

@@ -9,6 +9,9 @@ from hpc_rlhf.spec.layers import EXTENDS
 def json_schema() -> dict[str, object]:
     """The schema of the models plus `extends`, which is resolved while loading."""
     schema = JobSpec.model_json_schema()
+    for model in (schema, *schema["$defs"].values()):
+        for field in model["properties"].values():
+            field["description"] = " ".join(field["description"].split())
     required = schema.pop("required")
     schema["properties"] = {
         EXTENDS: {

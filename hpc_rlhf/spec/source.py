@@ -12,24 +12,16 @@ from hpc_rlhf.spec.fields import FreeText, Model, PathText, Rate
 class SourceSpec(Model):
     """One source of training data."""
 
-    path: PathText | None = Field(
-        default=None,
-        description="A dataset id on the hub, or a local file or folder (json, jsonl, csv or parquet, optionally .gz).",
-    )
-    demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = Field(
-        default=None, description="Generate this many short dialogues, instead of reading a path."
-    )
-    format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text"] | None = Field(
-        default=None,
-        description="Format of the rows. prompt-chosen-rejected: columns prompt, chosen and (optional) "
-        "rejected. hh: chosen and rejected are whole transcripts of Human/Assistant turns. messages: a list of {role, "
-        "content}, or chosen and rejected lists. instruction: instruction, input, output. text: a column of plain "
-        "text.",
-    )
-    weight: Rate = Field(
-        default=1.0,
-        description="How often each row is used per epoch: 0.5 uses half of the rows, 2 uses each row twice.",
-    )
+    path: PathText | None = None
+    """A dataset id on the hub, or a local file or folder (json, jsonl, csv or parquet, optionally .gz)."""
+    demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
+    """Generate this many short dialogues, instead of reading a path."""
+    format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text"] | None = None
+    """Format of the rows. prompt-chosen-rejected: columns prompt, chosen and (optional) rejected. hh: chosen and
+    rejected are whole transcripts of Human/Assistant turns. messages: a list of {role, content}, or chosen and rejected
+    lists. instruction: instruction, input, output. text: a column of plain text."""
+    weight: Rate = 1.0
+    """How often each row is used per epoch: 0.5 uses half of the rows, 2 uses each row twice."""
     split: FreeText = Field(default="train", description="Split of a hub dataset.")
     subset: FreeText | None = Field(default=None, description="Configuration of a hub dataset.")
 

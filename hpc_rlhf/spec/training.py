@@ -29,41 +29,30 @@ class LoraSpec(Model):
 
     rank: Positive = Field(description="Rank of the update.")
     alpha: Rate | None = Field(default=None, description="The update is scaled by alpha / rank. Defaults to the rank.")
-    targets: tuple[Name, ...] | None = Field(
-        default=None,
-        description="Names of the linear modules to adapt, such as q_proj; by default, all except the output head.",
-    )
-    only: bool = Field(
-        default=True, description="Train only the adapters. false also trains all weights without adapters."
-    )
+    targets: tuple[Name, ...] | None = None
+    """Names of the linear modules to adapt, such as q_proj; by default, all except the output head."""
+    only: bool = True
+    """Train only the adapters. false also trains all weights without adapters."""
 
 
 class StageSpec(Model):
     """Settings of all stages."""
 
-    micro_batch: Annotated[Positive, _or_auto(type="integer", minimum=1)] = Field(
-        default=4,
-        description="Samples of maximum length that one GPU processes in a forward and backward pass. "
-        "Shorter samples are packed without padding, so a pass holds more of them. auto chooses the fastest size that "
-        "fits, based on the estimates of `hpc-rlhf plan`; it needs slurm.gpu and global_batch.",
-    )
-    zero: Annotated[Literal[0, 1, 2, 3], _or_auto(enum=[0, 1, 2, 3])] = Field(
-        default=0,
-        description="DeepSpeed's ZeRO stage, which sets what is sharded over the ranks: 0 nothing, 1 the "
-        "optimizer state, 2 also the gradients, 3 also the weights. Higher stages need less "
-        "memory and more communication. auto chooses the fastest that fits; it needs slurm.gpu.",
-    )
-    precision: Literal["bf16", "fp16", "fp32"] = Field(
-        default="bf16", description="Precision of the forward and backward passes."
-    )
-    offload_params: bool = Field(
-        default=False,
-        description="Keep the weights in CPU memory and copy each layer to the GPU when it is needed. For "
-        "models whose shards alone do not fit on the GPUs; every pass waits for the transfers. Needs zero: 3.",
-    )
-    slurm: SlurmSpec = Field(
-        default=SlurmSpec(), description="Slurm settings of this stage. They override the top-level slurm."
-    )
+    micro_batch: Annotated[Positive, _or_auto(type="integer", minimum=1)] = 4
+    """Samples of maximum length that one GPU processes in a forward and backward pass. Shorter samples are packed
+    without padding, so a pass holds more of them. auto chooses the fastest size that fits, based on the estimates of
+    `hpc-rlhf plan`; it needs slurm.gpu and global_batch."""
+    zero: Annotated[Literal[0, 1, 2, 3], _or_auto(enum=[0, 1, 2, 3])] = 0
+    """DeepSpeed's ZeRO stage, which sets what is sharded over the ranks: 0 nothing, 1 the optimizer state, 2 also the
+    gradients, 3 also the weights. Higher stages need less memory and more communication. auto chooses the fastest that
+    fits; it needs slurm.gpu."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of the forward and backward passes."""
+    offload_params: bool = False
+    """Keep the weights in CPU memory and copy each layer to the GPU when it is needed. For models whose shards alone do
+    not fit on the GPUs; every pass waits for the transfers. Needs zero: 3."""
+    slurm: SlurmSpec = SlurmSpec()
+    """Slurm settings of this stage. They override the top-level slurm."""
 
     @model_validator(mode="after")
     def _check_strategy(self) -> StageSpec:
@@ -86,67 +75,46 @@ class TrainingSpec(StageSpec):
 
     epochs: Positive = Field(default=1, description="Passes over the stage's data.")
     max_steps: Positive | None = Field(default=None, description="Stop after this many steps, even if epochs remain.")
-    global_batch: Positive | None = Field(
-        default=None,
-        description="Samples per optimizer step over all GPUs; defaults to micro_batch times ranks. "
-        "Gradient accumulation follows from it.",
-    )
-    warmup: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Optimizer steps over which the learning rate rises from 0."
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="Learning rate schedule after the warm-up."
-    )
+    global_batch: Positive | None = None
+    """Samples per optimizer step over all GPUs; defaults to micro_batch times ranks. Gradient accumulation follows from
+    it."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate schedule after the warm-up."""
     weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")
     clip_grad: Rate = Field(default=1.0, description="Gradients are clipped to this norm.")
-    tensor_parallel: Positive = Field(
-        default=1,
-        description="Size of the groups of neighboring ranks on a node that split every layer (DeepSpeed's "
-        "AutoTP) and process the same samples. For models that do not fit on one GPU, on nodes with fast links "
-        "between GPUs: unlike ZeRO-3, no weights are gathered, but the ranks of a group synchronize twice per layer. "
-        "Needs zero: 0, 1 or 2, and a number of attention heads that it divides. Embeddings, the output head and the "
-        "models of an evaluation are not split.",
-    )
-    optimizer: Literal["adamw", "onebit-adam"] = Field(
-        default="adamw",
-        description="onebit-adam (arXiv 2102.02888) sends about a thirtieth of AdamW's bytes between "
-        "ranks, for slow networks. It takes 4 more bytes of memory per weight and needs zero: 0.",
-    )
-    onebit_warmup: Positive = Field(
-        default=100,
-        description="Steps during which onebit-adam runs as AdamW before it freezes the variance. Choose "
-        "more than the learning rate's warm-up, about a seventh of all steps.",
-    )
-    offload: Literal["auto"] | None = Field(
-        default=None,
-        description="auto chooses offload_optimizer, offload_params and offload_frozen: the fastest "
-        "combination that fits. Needs slurm.gpu, and these three must not be set. A run keeps the choice.",
-    )
-    offload_optimizer: bool = Field(
-        default=False,
-        description="Keep the optimizer state, 12 bytes per weight, in CPU memory and update the weights "
-        "there. For models that do not fit otherwise; every step waits for the CPU. Needs zero: 1 or higher.",
-    )
-    activation_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
-    )
+    tensor_parallel: Positive = 1
+    """Size of the groups of neighboring ranks on a node that split every layer (DeepSpeed's AutoTP) and process the
+    same samples. For models that do not fit on one GPU, on nodes with fast links between GPUs: unlike ZeRO-3, no
+    weights are gathered, but the ranks of a group synchronize twice per layer. Needs zero: 0, 1 or 2, and a number of
+    attention heads that it divides. Embeddings, the output head and the models of an evaluation are not split."""
+    optimizer: Literal["adamw", "onebit-adam"] = "adamw"
+    """onebit-adam (arXiv 2102.02888) sends about a thirtieth of AdamW's bytes between ranks, for slow networks. It
+    takes 4 more bytes of memory per weight and needs zero: 0."""
+    onebit_warmup: Positive = 100
+    """Steps during which onebit-adam runs as AdamW before it freezes the variance. Choose more than the learning rate's
+    warm-up, about a seventh of all steps."""
+    offload: Literal["auto"] | None = None
+    """auto chooses offload_optimizer, offload_params and offload_frozen: the fastest combination that fits. Needs
+    slurm.gpu, and these three must not be set. A run keeps the choice."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state, 12 bytes per weight, in CPU memory and update the weights there. For models that do not
+    fit otherwise; every step waits for the CPU. Needs zero: 1 or higher."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     dropout: Fraction = Field(default=0.0, description="Dropout during training.")
-    lora: LoraSpec | None = Field(
-        default=None, description="Train low-rank adapters instead of all weights (in PPO: of the actor)."
-    )
-    checkpoint_every: Annotated[int | str, BeforeValidator(_checkpoint_interval)] = Field(
-        default="auto",
-        description="How often to save: a number of steps, a duration such as 10 min, or auto. auto "
-        "minimizes the time lost, using the measured cost of a checkpoint (Young and Daly: the square root of 2 * "
-        "cost * mttf). A checkpoint is also written whenever the stage has to stop.",
-    )
-    mttf: Duration = Field(
-        default="24 h",
-        description="Mean time between failures without warning, such as the loss of a node or process; "
-        "for checkpoint_every: auto. Preemptions and time limits come with a warning and do not count. A day suits a "
-        "few nodes; use a few hours for hundreds of GPUs or an unreliable cluster.",
-    )
+    lora: LoraSpec | None = None
+    """Train low-rank adapters instead of all weights (in PPO: of the actor)."""
+    checkpoint_every: Annotated[int | str, BeforeValidator(_checkpoint_interval)] = "auto"
+    """How often to save: a number of steps, a duration such as 10 min, or auto. auto minimizes the time lost, using the
+    measured cost of a checkpoint (Young and Daly: the square root of 2 * cost * mttf). A checkpoint is also written
+    whenever the stage has to stop."""
+    mttf: Duration = "24 h"
+    """Mean time between failures without warning, such as the loss of a node or process; for checkpoint_every: auto.
+    Preemptions and time limits come with a warning and do not count. A day suits a few nodes; use a few hours for
+    hundreds of GPUs or an unreliable cluster."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Number of checkpoints to keep.")
 
     def check_strategy(self) -> None:
@@ -174,12 +142,10 @@ class TrainingSpec(StageSpec):
 class ReferredSpec(TrainingSpec):
     """Settings of stages that compare the model in training with frozen models."""
 
-    offload_frozen: bool = Field(
-        default=False,
-        description="Keep the weights of the frozen models (reference and reward model) in CPU memory, "
-        "sharded over the ranks, and copy them to the GPU layer by layer. They are used only "
-        "once per response, and the freed memory allows larger micro-batches.",
-    )
+    offload_frozen: bool = False
+    """Keep the weights of the frozen models (reference and reward model) in CPU memory, sharded over the ranks, and
+    copy them to the GPU layer by layer. They are used only once per response, and the freed memory allows larger
+    micro-batches."""
 
     def check_strategy(self) -> None:
         super().check_strategy()

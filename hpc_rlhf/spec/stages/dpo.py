@@ -18,19 +18,12 @@ class DpoSpec(ReferredSpec):
     is the model with its adapters disabled, so no second model takes memory.
     """
 
-    lr: Rate = Field(
-        default=1.0e-6,
-        description="Peak learning rate. Much lower than for fine-tuning: at a higher one, both responses "
-        "soon become unlikely.",
-    )
-    beta: Rate = Field(
-        default=0.1,
-        description="Strength of the pull toward the reference: a higher value keeps the model closer to it.",
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        default=0.0,
-        description="Fraction of the pairs assumed to be labeled the wrong way round; above 0 for noisy preferences.",
-    )
+    lr: Rate = 1.0e-6
+    """Peak learning rate. Much lower than for fine-tuning: at a higher one, both responses soon become unlikely."""
+    beta: Rate = 0.1
+    """Strength of the pull toward the reference: a higher value keeps the model closer to it."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Fraction of the pairs assumed to be labeled the wrong way round; above 0 for noisy preferences."""
 
     @property
     def strategies(self) -> dict[str, StageSpec]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from hpc_rlhf.spec.fields import NonNegative, Positive
 from hpc_rlhf.spec.stages.kind import Data, StageKind
 from hpc_rlhf.spec.stages.sampling import TopK, TopP
@@ -16,16 +14,12 @@ class EvalSpec(StageSpec):
     micro_batch, zero, offload_params, precision and slurm default to those of the last stage that trains.
     """
 
-    prompts: Positive = Field(
-        default=512,
-        description="Maximum number of held-out prompts that every model responds to. The interval of a "
-        "win rate is about plus or minus 100% / sqrt(prompts): 4% at 512.",
-    )
-    temperature: NonNegative = Field(
-        default=1.0,
-        description="Sampling temperature. 1 samples from the models' own distributions, for which the KL "
-        "is estimated; 0 always takes the most likely token, and there is no KL then.",
-    )
+    prompts: Positive = 512
+    """Maximum number of held-out prompts that every model responds to. The interval of a win rate is about plus or
+    minus 100% / sqrt(prompts): 4% at 512."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature. 1 samples from the models' own distributions, for which the KL is estimated; 0 always takes
+    the most likely token, and there is no KL then."""
     top_p: TopP = 1.0
     top_k: TopK = 0
 

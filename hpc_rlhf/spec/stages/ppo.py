@@ -16,23 +16,16 @@ from hpc_rlhf.spec.training import LoraSpec, ReferredSpec, StageSpec
 class CriticSpec(Model):
     """Settings of the critic that differ from the actor's. Unset fields have the actor's values."""
 
-    zero: Literal[0, 1, 2, 3] | None = Field(
-        default=None,
-        description="DeepSpeed's ZeRO stage of the critic and the reward model. A critic that is much "
-        "smaller than the actor is faster with less sharding.",
-    )
+    zero: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed's ZeRO stage of the critic and the reward model. A critic that is much smaller than the actor is faster
+    with less sharding."""
     offload_optimizer: bool | None = Field(default=None, description="Keep the critic's optimizer state in CPU memory.")
-    offload_params: bool | None = Field(
-        default=None, description="Keep the critic's weights in CPU memory. Needs zero: 3 for the critic."
-    )
-    activation_checkpointing: bool | None = Field(
-        default=None, description="Recompute the critic's activations in the backward pass."
-    )
-    lora: LoraSpec | None = Field(
-        default=None,
-        description="Train low-rank adapters of the critic. By default all its weights are trained, even "
-        "if the actor has adapters.",
-    )
+    offload_params: bool | None = None
+    """Keep the critic's weights in CPU memory. Needs zero: 3 for the critic."""
+    activation_checkpointing: bool | None = None
+    """Recompute the critic's activations in the backward pass."""
+    lora: LoraSpec | None = None
+    """Train low-rank adapters of the critic. By default all its weights are trained, even if the actor has adapters."""
 
 
 class PpoSpec(ReferredSpec):
@@ -41,68 +34,47 @@ class PpoSpec(ReferredSpec):
     A step is a rollout of global_batch x minibatches prompts and the optimizer steps on it.
     """
 
-    warmup: Annotated[int, Field(ge=0)] = Field(
-        default=100, description="Optimizer steps over which the learning rates rise from 0."
-    )
+    warmup: Annotated[int, Field(ge=0)] = 100
+    """Optimizer steps over which the learning rates rise from 0."""
     actor_lr: Rate = Field(default=9.65e-6, description="Peak learning rate of the actor.")
     critic_lr: Rate = Field(default=5.0e-6, description="Peak learning rate of the critic.")
     ppo_epochs: Positive = Field(default=1, description="Passes over the experience of each rollout.")
     minibatches: Positive = Field(default=1, description="Optimizer steps per pass over the experience.")
-    temperature: Rate = Field(
-        default=1.0, description="Sampling temperature. Log-probabilities are computed at the same temperature."
-    )
+    temperature: Rate = 1.0
+    """Sampling temperature. Log-probabilities are computed at the same temperature."""
     top_p: TopP = 1.0
     top_k: TopK = 0
-    kl_coef: NonNegative = Field(
-        default=0.1, description="Weight of the KL penalty against the reference model in the reward."
-    )
-    kl_target: Rate | None = Field(
-        default=None,
-        description="KL from the reference model, in nats per response, toward which kl_coef is adapted "
-        "from rollout to rollout (arXiv 1909.08593); null keeps kl_coef constant. Use it if "
-        "you know how far the model may move but not which coefficient achieves that.",
-    )
-    kl_horizon: Positive = Field(
-        default=10_000,
-        description="Responses over which kl_coef changes by the relative error of the KL, at most 20%. "
-        "Needs kl_target.",
-    )
-    normalize_scores: bool = Field(
-        default=False,
-        description="Normalize scores by their running mean and standard deviation (arXiv 2307.04964), so "
-        "that the other settings suit any reward model. score_clip and missing_eos_penalty are "
-        "then in standard deviations.",
-    )
+    kl_coef: NonNegative = 0.1
+    """Weight of the KL penalty against the reference model in the reward."""
+    kl_target: Rate | None = None
+    """KL from the reference model, in nats per response, toward which kl_coef is adapted from rollout to rollout (arXiv
+    1909.08593); null keeps kl_coef constant. Use it if you know how far the model may move but not which coefficient
+    achieves that."""
+    kl_horizon: Positive = 10_000
+    """Responses over which kl_coef changes by the relative error of the KL, at most 20%. Needs kl_target."""
+    normalize_scores: bool = False
+    """Normalize scores by their running mean and standard deviation (arXiv 2307.04964), so that the other settings suit
+    any reward model. score_clip and missing_eos_penalty are then in standard deviations."""
     score_clip: Rate = Field(default=5.0, description="Reward scores are clipped to plus or minus this.")
-    missing_eos_penalty: NonNegative = Field(
-        default=0.0, description="Subtracted from the score of a response without an end-of-sequence token."
-    )
-    whiten_rewards: bool = Field(
-        default=False,
-        description="Scale the per-token rewards of a rollout to variance 1 over all ranks, keeping their "
-        "mean, as the code of arXiv 1909.08593 does. This also rescales the KL penalty, so "
-        "leave it off unless a recipe was tuned with it.",
-    )
-    stop_kl: Rate | None = Field(
-        default=None,
-        description="Skip the remaining optimizer steps of a rollout once the actor's KL from the policy "
-        "that sampled exceeds this, in nats per token; about 0.02 if several ppo_epochs make the actor drift.",
-    )
+    missing_eos_penalty: NonNegative = 0.0
+    """Subtracted from the score of a response without an end-of-sequence token."""
+    whiten_rewards: bool = False
+    """Scale the per-token rewards of a rollout to variance 1 over all ranks, keeping their mean, as the code of arXiv
+    1909.08593 does. This also rescales the KL penalty, so leave it off unless a recipe was tuned with it."""
+    stop_kl: Rate | None = None
+    """Skip the remaining optimizer steps of a rollout once the actor's KL from the policy that sampled exceeds this, in
+    nats per token; about 0.02 if several ppo_epochs make the actor drift."""
     cliprange: Rate = Field(default=0.2, description="Clip range of the actor's probability ratio.")
     cliprange_value: Rate = Field(default=0.2, description="Clip range of the critic's values.")
     gamma: Fraction = Field(default=1.0, description="Discount factor.")
     lam: Fraction = Field(default=0.95, description="Lambda of generalized advantage estimation (arXiv 1506.02438).")
-    whiten_advantages: bool = Field(
-        default=True, description="Normalize the advantages of a rollout to mean 0 and variance 1 over all ranks."
-    )
-    ema: bool = Field(
-        default=False, description="Keep an exponential moving average of the actor and export it as a second model."
-    )
+    whiten_advantages: bool = True
+    """Normalize the advantages of a rollout to mean 0 and variance 1 over all ranks."""
+    ema: bool = False
+    """Keep an exponential moving average of the actor and export it as a second model."""
     ema_beta: Fraction = Field(default=0.992, description="Decay of the moving average per optimizer step.")
-    ptx: SourceSpec | None = Field(
-        default=None,
-        description="Pretraining text to mix into the actor's optimizer steps (InstructGPT's PPO-ptx), or null.",
-    )
+    ptx: SourceSpec | None = None
+    """Pretraining text to mix into the actor's optimizer steps (InstructGPT's PPO-ptx), or null."""
     ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
     critic: CriticSpec = Field(default=CriticSpec(), description="Settings of the critic that differ from the actor's.")
 

@@ -13,9 +13,8 @@ class SftSpec(TrainingSpec):
     """Supervised fine-tuning on prompts and chosen responses."""
 
     lr: Rate = Field(default=9.65e-6, description="Peak learning rate.")
-    answer_only: bool = Field(
-        default=False, description="Train only on the tokens of the responses, not of the prompts."
-    )
+    answer_only: bool = False
+    """Train only on the tokens of the responses, not of the prompts."""
 
 
 SFT = StageKind(
