@@ -9,7 +9,7 @@ from dataclasses import asdict
 import click
 
 from hpc_rlhf.cli.arguments import example, find_runs, json_option
-from hpc_rlhf.observe.goodput.totals import total
+from hpc_rlhf.observe.goodput.spans import total
 from hpc_rlhf.observe.status import StageStatus, read_status
 from hpc_rlhf.run.layout import RunDir
 

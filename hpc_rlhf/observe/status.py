@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hpc_rlhf.observe.gather import Evidence, RunRecord, SlurmReply, query_slurm, read_progress
-from hpc_rlhf.observe.goodput import totals
+from hpc_rlhf.observe.goodput.accounting import measure
 from hpc_rlhf.observe.goodput.spans import Goodput
 from hpc_rlhf.observe.judge import judge
 from hpc_rlhf.run.events import Started
@@ -65,7 +65,7 @@ def read_status(run: RunDir, query: Callable[[Sequence[str]], SlurmReply] = quer
     record = RunRecord.read(run)
     evidence = record.evidence(query(record.job_ids))
     statuses = [_status(run, stage, known) for stage, known in evidence.items()]
-    goodput = totals.measure(
+    goodput = measure(
         record.events,
         {planned.stage: planned.needs for planned in record.plan.stages},
         at_work={status.stage for status in statuses if status.state in _AT_WORK},

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_rlhf.observe.goodput.accounting import STOPPED_BY_USER, UNKNOWN
-from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Spans
-from hpc_rlhf.observe.goodput.totals import count_words, measure, split_words, total
+from hpc_rlhf.observe.goodput.accounting import STOPPED_BY_USER, UNKNOWN, measure
+from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Spans, count_words, split_words, total
 from hpc_rlhf.run.events import Event, Ready, Resumed, Started, Submitted, from_json
 from hpc_rlhf.run.ledger import Ledger
 from tests.ledger_events import event

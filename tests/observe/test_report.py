@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.cli import main
-from hpc_rlhf.observe.goodput.totals import measure
+from hpc_rlhf.observe.goodput.accounting import measure
 from hpc_rlhf.observe.report.charts import thin
 from hpc_rlhf.observe.report.page import make_page
 from hpc_rlhf.observe.report.timeline import make_timeline

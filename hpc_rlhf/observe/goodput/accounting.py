@@ -1,7 +1,8 @@
-"""Turns a stage's events, one after the other, into the spans of its time. Pure functions."""
+"""Where the time of each stage went, from the events of a ledger. Pure functions."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from hpc_rlhf.observe.goodput.clocks import Clock
@@ -16,6 +17,40 @@ STOPPED_BY_USER = "stopped by the user"
 UNKNOWN = "unknown cause"
 # Events that count only if the attempt that owns the stage wrote them.
 _BY_OWNER = (events.Resumed, events.Ready, events.Saved, events.Stopping, events.Requeued, events.Interrupted)
+
+
+def measure(
+    ledger: Sequence[Event],
+    needs: Mapping[str, Collection[str]],
+    at_work: Collection[str] = (),
+    queued: Collection[str] = (),
+    now: float = 0.0,
+) -> dict[str, Goodput]:
+    """Where the time of each stage went.
+
+    Clocks of machines differ, and may step. The order of the events outranks their times: the times of an attempt are
+    corrected by as much as its clock is wrong, so no span is negative, and none is a day too long.
+
+    Args:
+        ledger: its events, in the order written.
+        needs: the stages that each stage waits for.
+        at_work: stages with a running attempt; that of any other stage is over.
+        queued: stages that will run without the user doing anything.
+        now: Unix seconds up to which the time of those two is counted; that of others ends at their last event.
+    """
+    stages = {stage: StageTime(set(needs[stage])) for stage in needs}
+    clock = Clock(ledger, now)
+    for event, time in clock.events():
+        stage = stages.get(event.stage)
+        if stage is None:
+            continue
+        stage.take(event, time, clock)
+        if isinstance(event, events.Finished):
+            for other in stages.values():
+                other.need_finished(event.stage, time)
+    for name, stage in stages.items():
+        stage.close(max(now, clock.now), name in at_work, name in queued)
+    return {name: stage.goodput() for name, stage in stages.items()}
 
 
 @dataclass
@@ -199,13 +234,12 @@ class StageTime:
             self._over(end, event.reason or UNKNOWN, event)
         elif self.judged:  # no attempt started
             self._waited(time)
-            self.interruptions.append(_interruption(event, time, event.reason or UNKNOWN, ""))
+            self.interruptions.append(Interruption(event.reason or UNKNOWN, time, event.node, event.step))
         else:
             last = self.interruptions[-1]
-            # The judgement refines a failure; what all ranks agreed on needs none.
-            better = event.reason if last.reason in (reasons.FAILED, UNKNOWN) and event.reason else last.reason
-            node, step = event.node or last.node, max(last.step, event.step)
-            self.interruptions[-1] = replace(last, reason=better, node=node, step=step)
+            if last.reason in (reasons.FAILED, UNKNOWN):  # what all ranks agreed on is not refined
+                last.reason = event.reason or last.reason
+            last.node, last.step = event.node or last.node, max(last.step, event.step)
         self.judged = True
         self._waited(time)
         self.needs_user = event.job_id is None  # without Slurm only `retried` starts it again
@@ -229,8 +263,7 @@ class StageTime:
         stretch = self._stretch(span, until)
         self._add(stretch)
         if span == "starting" and self.interruptions:
-            last = self.interruptions[-1]
-            self.interruptions[-1] = replace(last, starting=last.starting + stretch.seconds)
+            self.interruptions[-1].starting += stretch.seconds
         return stretch.seconds
 
     def _stretch(self, span: str, until: float) -> Stretch:
@@ -275,18 +308,12 @@ class StageTime:
     def _count(self, work: _Work, span: str) -> None:
         self._add(replace(work.stretch, span=span))
         if span == "lost" and self.interruptions:
-            interruption = self.interruptions[work.interruption]
-            lost = interruption.lost + work.stretch.seconds
-            self.interruptions[work.interruption] = replace(interruption, lost=lost)
+            self.interruptions[work.interruption].lost += work.stretch.seconds
 
     def _over(self, time: float, reason: str, event: Event | None = None) -> None:
         """The attempt has ended without finishing; ``event`` shows that."""
         self._went_on(time, None)
-        interruption = _interruption(event, self._at, reason, self.node, self.saved[0])
-        self.interruptions.append(replace(interruption, lost=self.dropped, attempt=self.attempt))
+        node = getattr(event, "node", "") or getattr(event, "host", "") or self.node
+        step = max(self.saved[0], getattr(event, "step", 0))
+        self.interruptions.append(Interruption(reason, self._at, node, step, self.dropped, attempt=self.attempt))
         self.phase, self.judged, self.needs_user, self.dropped = "waiting", False, False, 0.0
-
-
-def _interruption(event: Event | None, time: float, reason: str, node: str, step: int = 0) -> Interruption:
-    node = getattr(event, "node", "") or getattr(event, "host", "") or node
-    return Interruption(reason, time, node, max(step, getattr(event, "step", 0)))

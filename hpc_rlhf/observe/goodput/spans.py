@@ -6,7 +6,11 @@ Learning Research Clusters" (arXiv 2410.21680): productive time / wall-clock in 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from hpc_rlhf.observe.format import duration
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Stretch:
         return self.end - self.start
 
 
-@dataclass(frozen=True)
+@dataclass
 class Interruption:
     """An attempt that ended without finishing its stage.
 
@@ -124,3 +128,30 @@ class Goodput:
 def _rounded(each: Interruption) -> dict[str, object]:
     facts = {"reason": each.reason, "time": round(each.time, 3), "node": each.node, "step": each.step}
     return {**facts, "lost": round(each.lost, 3), "starting": round(each.starting, 3)}
+
+
+def total(stages: Mapping[str, Goodput]) -> Goodput:
+    """The sums over a run's stages, and all their interruptions in the order of time."""
+    interruptions = [each for stage in stages.values() for each in stage.interruptions]
+    spans = sum((stage.spans for stage in stages.values()), Spans())
+    return Goodput(spans, tuple(sorted(interruptions, key=lambda each: each.time)))
+
+
+def count_words(interruptions: Sequence[Interruption]) -> str:
+    """For example "3 interruptions: 2 preempted, node failure"; empty if there was none."""
+    if not interruptions:
+        return ""
+    reasons = Counter(each.reason for each in interruptions).most_common()
+    counts = ", ".join(reason if times == 1 else f"{times} {reason}" for reason, times in reasons)
+    return f"{len(interruptions)} interruption{'s' * (len(interruptions) > 1)}: {counts}"
+
+
+def split_words(spans: Spans) -> str:
+    """Where the time went, in a sentence; empty before the first attempt."""
+    if spans.ettr is None:
+        return ""
+    names = ("productive", "starting", "lost", "saving")
+    parts = ", ".join(f"{name} {duration(getattr(spans, name))}" for name in names)
+    outside = ", ".join(f"{name} {duration(getattr(spans, name))}" for name in ("queued", "waiting"))
+    allocated = duration(spans.allocated)
+    return f"ETTR {spans.ettr:.2f} of {allocated} in the allocation: {parts}; outside it: {outside}"

@@ -12,7 +12,7 @@ from hpc_rlhf import __version__
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.evaluation import Report, notes, read_report, table_rows
 from hpc_rlhf.observe.gather import PlannedStage, RunPlan
-from hpc_rlhf.observe.goodput.totals import count_words, split_words, total
+from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.report import outcome, timeline
 from hpc_rlhf.observe.report.charts import MAX_POINTS, Chart, make_charts
 from hpc_rlhf.observe.report.responses import MODELS, read_exchanges

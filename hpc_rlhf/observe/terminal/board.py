@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hpc_rlhf.observe.format import ago, duration, number
-from hpc_rlhf.observe.goodput.totals import count_words, split_words, total
+from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.terminal.tables import STYLES, grid, styled
 from hpc_rlhf.spec.stages import kind_of
