@@ -10,8 +10,7 @@ from dataclasses import asdict
 import click
 
 from hpc_rlhf.cli.arguments import example, find_run, json_option
-from hpc_rlhf.observe.liveness import StageWatch
-from hpc_rlhf.observe.logs import POLL, LogReader, Trouble, has_log_to_come, latest_stage, read_attempt, trouble
+from hpc_rlhf.observe import logs
 from hpc_rlhf.run.layout import RunDir
 
 
@@ -45,18 +44,18 @@ def command(run: str, stage: str | None, follow: bool, rank: int | None, attempt
     if attempt is not None:
         if follow or as_json:
             raise click.UsageError("--attempt cannot be used with --follow or --json.")
-        _print_attempt(run_dir, stage or latest_stage(run_dir), rank or 0, attempt)
+        _print_attempt(run_dir, stage or logs.latest_stage(run_dir), rank or 0, attempt)
         return
-    watch = StageWatch(run_dir)
-    if follow and stage is None and has_log_to_come(run_dir, watch):
+    watch = logs.StageWatch(run_dir)
+    if follow and stage is None and logs.has_log_to_come(run_dir, watch):
         click.echo("no stage has a log yet; waiting for the first", err=True)
-        while has_log_to_come(run_dir, watch):
-            time.sleep(POLL)
-    stage = stage or latest_stage(run_dir)
-    failure = trouble(run_dir, stage)
+        while logs.has_log_to_come(run_dir, watch):
+            time.sleep(logs.POLL)
+    stage = stage or logs.latest_stage(run_dir)
+    failure = logs.trouble(run_dir, stage)
     if rank is None:
         rank = failure.rank if failure is not None and not follow else 0
-    reader = LogReader(run_dir, stage, rank)
+    reader = logs.LogReader(run_dir, stage, rank)
     if as_json:
         files = [str(path) for path in reader.files()]
         facts = {"stage": stage, "rank": rank, "files": files, "trouble": failure and asdict(failure)}
@@ -67,19 +66,19 @@ def command(run: str, stage: str | None, follow: bool, rank: int | None, attempt
             click.echo(f"==> {path} <==", err=True)
         sys.stdout.write(text)
         sys.stdout.flush()
-    failure = trouble(run_dir, stage)
+    failure = logs.trouble(run_dir, stage)
     if failure is not None:
         click.echo(f"==> cause <==\n{_cause(failure)}", err=True)
 
 
 def _print_attempt(run: RunDir, stage: str, rank: int, number: int) -> None:
-    for path, text in read_attempt(run, stage, rank, number):
+    for path, text in logs.read_attempt(run, stage, rank, number):
         click.echo(f"==> {path} <==", err=True)
         sys.stdout.write(text)
         sys.stdout.flush()
 
 
-def _cause(failure: Trouble) -> str:
+def _cause(failure: logs.Trouble) -> str:
     """Such as: out of memory: RuntimeError: … (rank 3, node7, after step 120)."""
     place = [f"rank {failure.rank}", failure.node, "" if failure.step is None else f"after step {failure.step}"]
     what = ": ".join(filter(None, (failure.reason, failure.message)))

@@ -1,24 +1,23 @@
-"""Gather what is known about a run: its plan, ledger, artifacts and metrics on disk, and its jobs in
-Slurm."""
+"""Gather what is known about a run: its plan, ledger, lock and artifacts on disk, and its jobs in Slurm."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.observe.liveness import launcher_at_work
-from hpc_rlhf.observe.metrics import seconds_per_step, step_rows
 from hpc_rlhf.run import manifest
-from hpc_rlhf.run.attempt_logs import read_tail
-from hpc_rlhf.run.events import Event, Started
+from hpc_rlhf.run.events import Event
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
-from hpc_rlhf.spec.stages import kind_of
+
+# Seconds; `hpc-rlhf run` and healing touch the run's lock more often while they work.
+_LOCK_SILENCE = 180.0
 
 
 @dataclass(frozen=True)
@@ -169,32 +168,9 @@ class RunRecord:
         return evidence
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage has come.
-
-    Attributes:
-        step: steps done; None before the first.
-        total_steps: steps in all.
-        updated: when the latest step was done, in Unix seconds.
-        left: seconds of work left at the pace of the latest steps, without time in a queue; None if unknown.
-        numbers: the latest values of the stage's progress metrics; null for one that was not finite.
-    """
-
-    step: int | None = None
-    total_steps: int | None = None
-    updated: float | None = None
-    left: float | None = None
-    numbers: dict[str, float | None] = field(default_factory=dict)
-
-
-def read_progress(run: RunDir, stage: str, history: StageHistory) -> Progress:
-    """The progress of a stage, from the end of its metrics."""
-    rows = step_rows(read_tail(run.stage(stage).metrics), stage)
-    if not rows:
-        return Progress()
-    row = rows[-1]
-    numbers = {name: row.values[name] for name in kind_of(stage).progress if name in row.values}
-    pace = seconds_per_step(rows, [event.time for event in history.all(Started)])
-    left = None if pace is None else round(pace * (row.total_steps - row.step), 1)
-    return Progress(row.step, row.total_steps, row.time, left, numbers)
+def launcher_at_work(run: RunDir) -> bool:
+    """Whether a process on any machine holds the run's lock."""
+    try:
+        return time.time() - run.submit_lock.stat().st_mtime < _LOCK_SILENCE
+    except OSError:
+        return False

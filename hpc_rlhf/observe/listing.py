@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.observe.gather import Evidence, Progress, RunPlan, RunRecord, query_slurm, read_progress
+from hpc_rlhf.observe.gather import Evidence, RunPlan, RunRecord, query_slurm
 from hpc_rlhf.observe.judge import judge
+from hpc_rlhf.observe.status import StageStatus, stage_status
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.events import Started, Submitted, parse
 from hpc_rlhf.run.layout import RunDir
@@ -27,15 +28,11 @@ class RunLine:
     """One run.
 
     Attributes:
-        name: the run's.
-        path: its directory.
         state: done, or that of its most important stage: one that failed, else one that runs, else one that waits.
         stage: that stage; None if the run is done.
         why: more about the state; may be empty.
-        done: number of finished stages.
-        stages: number of stages.
-        step: of that stage; None before its first.
-        total_steps: of that stage.
+        done, stages: numbers of finished stages, and of stages in all.
+        step, total_steps: of that stage; None before its first step.
         left: seconds of work left for that stage at its pace; None if unknown.
         updated: time of the last activity, in Unix seconds.
     """
@@ -93,24 +90,23 @@ def _read(run: RunDir) -> RunRecord | None:
 
 
 def _line(record: RunRecord, evidence: Mapping[str, Evidence]) -> RunLine:
-    states = {stage: judge(known) for stage, known in evidence.items()}
-    unfinished = [stage for stage, (state, _) in states.items() if state != "done"]
-    stage = min(unfinished, key=lambda name: _rank(states[name][0]), default=None)
-    state, why = ("done", "") if stage is None else states[stage]
-    progress = Progress() if stage is None else read_progress(record.run, stage, evidence[stage].history)
+    states = {stage: judge(known)[0] for stage, known in evidence.items()}
+    unfinished = [stage for stage, state in states.items() if state != "done"]
+    stage = min(unfinished, key=lambda name: _rank(states[name]), default=None)
+    status = StageStatus("", "done") if stage is None else stage_status(record.run, stage, evidence[stage])
     latest = record.events[-1].time if record.events else None
-    times = [time for time in (progress.updated, latest) if time is not None]
+    times = [time for time in (status.updated, latest) if time is not None]
     return RunLine(
         name=record.plan.name,
         path=str(record.run.path),
-        state=state,
+        state=status.state,
         stage=stage,
-        why=why.partition("\n")[0],
+        why=status.why.partition("\n")[0],
         done=len(states) - len(unfinished),
         stages=len(states),
-        step=progress.step,
-        total_steps=progress.total_steps,
-        left=progress.left,
+        step=status.step,
+        total_steps=status.total_steps,
+        left=status.left,
         updated=max(times, default=None),
     )
 

@@ -1,4 +1,4 @@
-"""Finds a stage's newest log, reads it, and follows it across requeues."""
+"""Finds a stage's newest log, reads it, and follows it across requeues until the stage is over."""
 
 from __future__ import annotations
 
@@ -10,17 +10,64 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.observe.liveness import StageWatch
+from hpc_rlhf.observe.gather import launcher_at_work
+from hpc_rlhf.run import sentinel
 from hpc_rlhf.run.attempt_logs import own_part, read_tail
-from hpc_rlhf.run.events import Cancelled, Ended, Failed, Finished, Interrupted, Started
-from hpc_rlhf.run.history import OUTCOMES, StageHistory
+from hpc_rlhf.run.events import Cancelled, Ended, Failed, Finished, Interrupted, Started, Submitted
+from hpc_rlhf.run.history import OUTCOMES, RETRYABLE, StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands
 
 POLL = 0.5
+SLURM_EVERY = 5.0  # seconds between two queries to Slurm about one stage
 _BLOCK = 1 << 16
 _TASK = re.compile(r"\btasks? (\d+)")  # srun's name of a rank
 _PREFIX = 80  # characters of a message that identify its log
+
+
+class StageWatch:
+    """Watches for the end of a run's stages, to be asked repeatedly."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._next: dict[str, float] = {}
+
+    def is_over(self, stage: str) -> bool:
+        """Whether a stage ended and only the user would try it again.
+
+        After a failure it is not over while a sentinel waits, or a launcher that may retry is running.
+        """
+        history = StageHistory.read(self._run, stage)
+        state = history.state
+        if state is None:
+            return False
+        failed = isinstance(state, RETRYABLE)
+        if isinstance(state, OUTCOMES) and not failed:
+            return True
+        if time.monotonic() < self._next.get(stage, 0.0):
+            return False
+        self._next[stage] = time.monotonic() + SLURM_EVERY
+        if self._is_alive(stage, history.job_id, failed):
+            return False
+        return StageHistory.read(self._run, stage).state == state  # else it was retried while Slurm was asked
+
+    def _is_alive(self, stage: str, job_id: str | None, failed: bool) -> bool:
+        """Whether anything works on a stage, or will. If that cannot be known, a failure is the end."""
+        if launcher_at_work(self._run):
+            return True
+        if job_id is None or not commands.available():
+            return not failed
+        try:
+            queue = commands.queue()
+        except HpcRlhfError:
+            return True  # the controller will be back
+        job = queue.get(job_id)
+        if job is not None and job.live and job.is_of(stage):
+            return True
+        # A sentinel of any stage repairs the whole run.
+        tokens = [event.token for event in Ledger(self._run.ledger).events() if isinstance(event, Submitted)]
+        return bool(sentinel.living(queue, tokens))
 
 
 class LogReader:

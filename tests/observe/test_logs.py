@@ -14,8 +14,8 @@ import pytest
 
 from hpc_rlhf.cli import main
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.observe import liveness, logs
-from hpc_rlhf.observe.logs import LogReader, has_log_to_come, latest_stage
+from hpc_rlhf.observe import logs
+from hpc_rlhf.observe.logs import LogReader, StageWatch, has_log_to_come, latest_stage
 from hpc_rlhf.run.events import (
     Cancelled,
     Ended,
@@ -124,7 +124,7 @@ class FakeSlurm:
         monkeypatch.setattr(commands, "available", lambda: True)
         monkeypatch.setattr(commands, "queue", self.queue)
         monkeypatch.setattr(logs.time, "sleep", lambda seconds: self.moves.pop(0)())
-        monkeypatch.setattr(liveness, "EVERY", 0.0)
+        monkeypatch.setattr(logs, "SLURM_EVERY", 0.0)
 
     def queue(self) -> dict[str, QueuedJob]:
         if self.away:
@@ -252,9 +252,9 @@ def test_an_event_written_while_slurm_is_asked_is_noticed(
         return {}
 
     monkeypatch.setattr(commands, "queue", is_healed_meanwhile)
-    assert has_log_to_come(run, liveness.StageWatch(run))
+    assert has_log_to_come(run, StageWatch(run))
     monkeypatch.setattr(commands, "queue", dict)
-    assert not has_log_to_come(run, liveness.StageWatch(run))
+    assert not has_log_to_come(run, StageWatch(run))
 
 
 def test_the_log_of_a_failed_stage_is_that_of_the_failed_rank(run: RunDir) -> None:

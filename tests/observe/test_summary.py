@@ -188,12 +188,12 @@ def test_rewritten_metrics_are_read_from_the_start(tmp_path: Path) -> None:
 def test_plain_progress_prints_every_tenth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDir(tmp_path)
     run.stage("sft").path.mkdir(parents=True)
-    with PlainProgress(run) as progress:
-        progress.started("sft", 2)
-        for step in range(1, 21):
-            log_step(run, step, time.time() + step, loss=1.0)
-            progress.tick()
-        progress.finished("sft")
+    progress = PlainProgress(run)
+    progress.started("sft", 2)
+    for step in range(1, 21):
+        log_step(run, step, time.time() + step, loss=1.0)
+        progress.tick()
+    progress.finished("sft")
     lines = capsys.readouterr().err.splitlines()
     steps = [line.split()[2].rstrip(",") for line in lines if line.startswith("sft: step")]
     assert steps == [f"{step}/20" for step in range(2, 21, 2)]

@@ -1,23 +1,19 @@
-"""A run at a glance: a table of its stages, notes on what each waits for or was interrupted by, and
-sparklines."""
+"""A run at a glance: a table of its stages, notes on what each waits for or was interrupted by, and sparklines."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from hpc_rlhf.observe.format import ago, duration, number
 from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.terminal.tables import STYLES, grid, styled
-from hpc_rlhf.spec.stages import kind_of
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.table import Table
-    from rich.text import Text
 
 _WIDE = 100  # terminal columns that have room for a bar, all metrics and the job
 _LEAST = 3  # columns of the table that are always shown
@@ -44,8 +40,6 @@ class Board:
 
     def whole(self, stages: Sequence[StageStatus]) -> list[RenderableType]:
         """The table, the notes and where the time went."""
-        from rich.text import Text
-
         parts: list[RenderableType] = [self.table(stages)]
         notes = self.notes(stages)
         if notes is not None:
@@ -55,8 +49,6 @@ class Board:
 
     def table(self, stages: Sequence[StageStatus]) -> Table:
         """A row for each stage. On a narrow console, whole columns are left out from the right."""
-        from rich.text import Text
-
         names = ("stage", "state", "progress", "time", "last", "attempts" if self._wide else "tries", "job")
         rows = [
             (
@@ -83,8 +75,6 @@ class Board:
 
     def notes(self, stages: Sequence[StageStatus]) -> RenderableType | None:
         """The reason for each stage's state, and its interruptions; None if there are none."""
-        from rich.text import Text
-
         left = {stage.stage: stage.left for stage in stages}
         table = grid("", "")
         table.columns[0].no_wrap = True
@@ -95,8 +85,6 @@ class Board:
 
     def curves(self, values: Mapping[tuple[str, str], Sequence[float]]) -> RenderableType | None:
         """A sparkline for each (stage, metric), from first to last value; None before the first step."""
-        from rich.text import Text
-
         table = grid(*[""] * 5)
         table.columns[2].justify = "right"
         for column in table.columns:
@@ -106,14 +94,12 @@ class Board:
         shown = ""
         for (stage, name), line in values.items():
             if line:
-                curve = Text(self._sparks(line, width), style="cyan")
+                curve = Text(sparks(line, width, _SPARKS_ASCII if self._ascii_only else _SPARKS), style="cyan")
                 table.add_row(stage if stage != shown else "", name, number(line[0]), curve, number(line[-1]))
                 shown = stage
         return table if table.row_count else None
 
     def _progress(self, stage: StageStatus) -> Text:
-        from rich.text import Text
-
         if stage.step is None or not stage.total_steps:
             return Text("-")
         count = f"{stage.step}/{stage.total_steps}"
@@ -124,17 +110,13 @@ class Board:
         if self._live:
             full, empty = _BARS_ASCII if self._ascii_only else _BARS
             filled = int(share * _BAR)
-            text.append(full * filled, style=STYLES.get(stage.state, "")).append(
-                empty * (_BAR - filled), style="dim"
-            ).append(" ")
+            text.append(full * filled, style=STYLES.get(stage.state, ""))
+            text.append(f"{empty * (_BAR - filled)} ", style="dim")
         return text.append(f"{count} {int(share * 100)}%")
 
     def _last(self, stage: StageStatus) -> str:
         numbers = list(stage.numbers.items())[: None if self._wide else 1]
         return "  ".join(f"{name} {number(value)}" for name, value in numbers) or "-"
-
-    def _sparks(self, values: Sequence[float], width: int) -> str:
-        return sparks(values, width, _SPARKS_ASCII if self._ascii_only else _SPARKS)
 
 
 def sparks(values: Sequence[float], width: int, glyphs: str = _SPARKS) -> str:
@@ -148,11 +130,6 @@ def sparks(values: Sequence[float], width: int, glyphs: str = _SPARKS) -> str:
     if high == low:
         return glyphs[len(glyphs) // 2] * cells
     return "".join(glyphs[min(len(glyphs) - 1, int((mean - low) / (high - low) * len(glyphs)))] for mean in means)
-
-
-def telling(stage: str) -> tuple[str, ...]:
-    """The metrics of a stage that have a sparkline."""
-    return kind_of(stage).progress
 
 
 def _time(stage: StageStatus) -> str:

@@ -1,14 +1,16 @@
-"""The progress of `hpc-rlhf run`: live bars on a terminal, plain lines elsewhere. Reads only the run
-directory."""
+"""The progress of `hpc-rlhf run`, from its directory: live bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hpc_rlhf.observe.format import duration, number
 from hpc_rlhf.observe.metrics import MetricsReader, Row
@@ -16,9 +18,6 @@ from hpc_rlhf.run.events import Resumed, Started
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import kind_of
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 _LINE_EVERY = 600.0  # seconds between plain lines, at most
 _LEDGER_EVERY = 1.0
@@ -93,12 +92,6 @@ class PlainProgress:
         self._phase = ""
         self._printed = 0.0
 
-    def __enter__(self) -> PlainProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def skipped(self, stage: str) -> None:
         self.say(f"{stage}: already finished")
 
@@ -133,37 +126,17 @@ class PlainProgress:
 class LiveProgress:
     """Draws a bar for each stage, in place."""
 
-    def __init__(self, run: RunDir) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._run = run
-        self._progress = Progress(
-            TextColumn("{task.description:<6}", markup=False),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[count]}", markup=False),
-            TextColumn("{task.fields[words]}", markup=False),
-            console=Console(stderr=True, highlight=False),
-            refresh_per_second=5,
-        )
+    def __init__(self, run: RunDir, bars: Progress) -> None:
+        self._run, self._bars = run, bars
         self._view: StageView | None = None
         self._task: TaskID | None = None
 
-    def __enter__(self) -> LiveProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
     def skipped(self, stage: str) -> None:
-        self._progress.add_task(stage, total=1, completed=1, count="", words="already finished")
+        self._bars.add_task(stage, total=1, completed=1, count="", words="already finished")
 
     def started(self, stage: str, ranks: int) -> None:
         self._view = StageView(self._run, stage, ranks)
-        self._task = self._progress.add_task(stage, total=None, count="", words="")
+        self._task = self._bars.add_task(stage, total=None, count="", words="")
         self.tick()
 
     def tick(self) -> None:
@@ -172,20 +145,31 @@ class LiveProgress:
             return
         view.update()
         count = "" if view.total is None else f"{view.step}/{view.total}"
-        self._progress.update(self._task, total=view.total, completed=view.step, count=count, words=view.words())
+        self._bars.update(self._task, total=view.total, completed=view.step, count=count, words=view.words())
 
     def finished(self, stage: str) -> None:
         assert self._view is not None
         assert self._task is not None
         total = self._view.total or 1
         took = f"finished in {duration(time.time() - self._view.began)}"
-        self._progress.update(self._task, total=total, completed=total, words=took)
+        self._bars.update(self._task, total=total, completed=total, words=took)
 
     def say(self, text: str) -> None:
-        self._progress.console.print(text, markup=False)
+        self._bars.console.print(text, markup=False)
 
 
-def progress(run: RunDir) -> PlainProgress | LiveProgress:
+@contextmanager
+def progress(run: RunDir) -> Iterator[PlainProgress | LiveProgress]:
     """The kind of progress that suits stderr."""
-    live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    return LiveProgress(run) if live else PlainProgress(run)
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield PlainProgress(run)
+        return
+    with Progress(
+        TextColumn("{task.description:<6}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[count]}", markup=False),
+        TextColumn("{task.fields[words]}", markup=False),
+        console=Console(stderr=True, highlight=False),
+        refresh_per_second=5,
+    ) as bars:
+        yield LiveProgress(run, bars)

@@ -1,5 +1,4 @@
-"""The results of a finished run on the terminal: stages, evaluation, sample responses and the next
-commands."""
+"""The results of a finished run on the terminal: stages, evaluation, sample responses and the next commands."""
 
 from __future__ import annotations
 
@@ -7,7 +6,9 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.text import Text
 
 from hpc_rlhf.observe.evaluation import Report, notes, read_report, table_rows
 from hpc_rlhf.observe.format import duration, number
@@ -16,10 +17,6 @@ from hpc_rlhf.observe.terminal.tables import grid
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import BASE, EVALUATION, STAGE_KINDS, kind_of
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.text import Text
-
 _MAX_SAMPLES = 3
 _MAX_CHARACTERS = 400  # of a prompt or response
 _MAX_WIDTH = 160  # columns of the table of responses, which has no natural width
@@ -27,8 +24,6 @@ _MAX_WIDTH = 160  # columns of the table of responses, which has no natural widt
 
 def summary(run: RunDir, width: int) -> Iterator[RenderableType]:
     """The results of a run, for a console of some width."""
-    from rich.text import Text
-
     table = grid("stage", "steps", "time", "result", right=("steps", "time"))
     table.columns[2].no_wrap = True
     results = stage_results(run)
@@ -49,8 +44,6 @@ def summary(run: RunDir, width: int) -> Iterator[RenderableType]:
 
 def evaluation(report: Report) -> Iterator[RenderableType]:
     """The table of an evaluation and the notes below it."""
-    from rich.text import Text
-
     header, *rows = table_rows(report) or [()]
     if rows:
         table = grid(*header, right=header[1:])
@@ -66,8 +59,6 @@ def evaluation(report: Report) -> Iterator[RenderableType]:
 
 def _responses(samples: Sequence[Sample], title: str, width: int) -> Iterator[RenderableType]:
     """Responses to held-out prompts, before and after a stage."""
-    from rich.text import Text
-
     if not samples:
         return
     table = grid("held-out prompt", f"after {BASE.title}", f"after {title}")
@@ -84,8 +75,6 @@ def _responses(samples: Sequence[Sample], title: str, width: int) -> Iterator[Re
 
 def _response(text: str | None, reward: float | None) -> Text:
     """A response, and below it its reward, if it has one."""
-    from rich.text import Text
-
     response = Text(_shortened(text or "-"))
     if reward is not None:
         response.append(f"\nreward {number(reward)}", style="dim")
@@ -99,8 +88,6 @@ def _last_question(prompt: str) -> str:
 
 def _next(run: RunDir, stage: str) -> Iterator[RenderableType]:
     """The next commands, and the files that the run made."""
-    from rich.text import Text
-
     folder = _short_path(run.path)
     rows = {
         "chat with the model": f"hpc-rlhf chat {folder}",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
+from rich.table import Table
+from rich.text import Text
 
 # Colours only underline what the words say.
 STYLES = {
@@ -25,8 +23,6 @@ def grid(*columns: str, right: Collection[str] = ()) -> Table:
         columns: their names; without any name, the table has no header.
         right: names of the columns that are right-aligned.
     """
-    from rich.table import Table
-
     table = Table(box=None, show_header=any(columns), pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold", justify="right" if name in right else "left")
@@ -35,6 +31,4 @@ def grid(*columns: str, right: Collection[str] = ()) -> Table:
 
 def styled(state: str) -> Text:
     """A state in its colour."""
-    from rich.text import Text
-
     return Text(state, style=STYLES.get(state, "bold"))

@@ -10,19 +10,20 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
 
 from hpc_rlhf.observe.gather import RunPlan, SlurmReply, query_slurm
 from hpc_rlhf.observe.metrics import MetricsReader
 from hpc_rlhf.observe.status import read_status
-from hpc_rlhf.observe.terminal.board import Board, telling
+from hpc_rlhf.observe.terminal.board import Board
 from hpc_rlhf.run.layout import RunDir
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+from hpc_rlhf.spec.stages import kind_of
 
 _EVERY = 2.0  # seconds between two reads of the files
 _SLURM_EVERY = 15.0  # and between two queries to Slurm, whose controller is shared
@@ -43,13 +44,11 @@ class LiveBoard:
 
     def draw(self, width: int, ascii_only: bool = False) -> list[RenderableType]:
         """The parts of the display, from top to bottom."""
-        from rich.text import Text
-
         stages = read_status(self._run, self._query)
         for stage in stages:
             self._read(stage.stage)
         board = Board(width, live=True, ascii_only=ascii_only)
-        head = Text(f"{self._name}", style="bold").append(f"  {self._run.path}", style="not bold dim")
+        head = Text(self._name, style="bold").append(f"  {self._run.path}", style="not bold dim")
         parts: list[RenderableType] = [head, Text(), board.table(stages)]
         for part in (board.curves(self._values), board.notes(stages)):
             parts += [] if part is None else [Text(), part]
@@ -64,7 +63,7 @@ class LiveBoard:
     def _read(self, stage: str) -> None:
         reader = self._readers.setdefault(stage, MetricsReader(self._run.stage(stage).metrics, stage))
         rows, rewritten = reader.read_new()
-        for name in telling(stage):
+        for name in kind_of(stage).progress:
             values = self._values.setdefault((stage, name), [])
             if rewritten:
                 values.clear()
@@ -77,54 +76,47 @@ def watch(run: RunDir, console: Console) -> None:
     Raises:
         HpcRlhfError: the plan cannot be read.
     """
-    from rich.console import Group
-    from rich.live import Live
-
     board = LiveBoard(run)
     ascii_only = not console.encoding.startswith("utf")
 
     def display() -> Group:
         return Group(*board.draw(console.width, ascii_only))
 
-    with _keys() as keys, Live(display(), console=console, screen=True, auto_refresh=False) as live:
+    with _keys() as quits, Live(display(), console=console, screen=True, auto_refresh=False) as live:
         try:
-            while not keys.wait(_EVERY):
+            while not quits(_EVERY):
                 live.update(display(), refresh=True)
         except KeyboardInterrupt:
             pass
 
 
-class _Keys:
-    """Waits for keys and for changes of the window's size."""
-
-    def __init__(self, stdin: int, resized: int) -> None:
-        self._stdin, self._resized = stdin, resized
-
-    def wait(self, seconds: float) -> bool:
-        """Wait until the display has to be redrawn. Returns whether the user quits instead."""
-        ready, _, _ = select.select([self._stdin, self._resized], [], [], seconds)
-        if self._resized in ready:
-            os.read(self._resized, 1024)
-        if self._stdin not in ready:
-            return False
-        pressed = os.read(self._stdin, 1024)
-        return not pressed or b"q" in pressed.lower()
-
-
 @contextmanager
-def _keys() -> Iterator[_Keys]:
-    """Read keys unbuffered and without echo, and restore the terminal afterwards."""
+def _keys() -> Iterator[Callable[[float], bool]]:
+    """Read keys unbuffered and without echo, and restore the terminal afterwards.
+
+    Yields a function that waits some seconds, or until the display has to be redrawn for another reason. It returns
+    whether the user quits.
+    """
     stdin = sys.stdin.fileno()
     resize_reader, resize_writer = os.pipe()
 
     def resized(number: int, frame: FrameType | None) -> None:
         os.write(resize_writer, b".")
 
+    def quits(seconds: float) -> bool:
+        ready, _, _ = select.select([stdin, resize_reader], [], [], seconds)
+        if resize_reader in ready:
+            os.read(resize_reader, 1024)
+        if stdin not in ready:
+            return False
+        pressed = os.read(stdin, 1024)
+        return not pressed or b"q" in pressed.lower()
+
     before = termios.tcgetattr(stdin)
     handler = signal.signal(signal.SIGWINCH, resized)
     tty.setcbreak(stdin)
     try:
-        yield _Keys(stdin, resize_reader)
+        yield quits
     finally:
         termios.tcsetattr(stdin, termios.TCSADRAIN, before)
         signal.signal(signal.SIGWINCH, handler)
