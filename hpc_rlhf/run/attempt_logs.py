@@ -22,20 +22,22 @@ class AttemptLogs:
 
     Attributes:
         files: the stage's.
-        job_id: the job's.
+        job_id: the job's; None without Slurm, where the ledger has all that is known.
         restart: how often the job had been requeued before this attempt; None for the last attempt whose script ran.
     """
 
     files: StageDir
-    job_id: str
+    job_id: str | None
     restart: int | None = None
 
     @property
     def batch(self) -> str:
-        return self._own(self.files.logs / f"{self.job_id}_batch.log")
+        """What the batch script, srun and slurmstepd wrote."""
+        return "" if self.job_id is None else self._own(self.files.logs / f"{self.job_id}_batch.log")
 
     def last_line(self, rank: int) -> str:
-        if not self.batch:  # none of its ranks started, so the rank's log belongs to another attempt
+        """The last line of a rank's log; empty if there is none."""
+        if self.job_id is None or not self.batch:  # none of its ranks started; the log is that of another attempt
             return ""
         lines = self._own(self.files.log(self.job_id, rank, "err")).splitlines()
         return next((line for line in reversed(lines) if line.strip()), "")

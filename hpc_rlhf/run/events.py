@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+KINDS: dict[str, type[Event]] = {}
+
 
 def _omitted(default: Any) -> Any:
     """A field that is left out of the JSON while it has its default."""
@@ -23,8 +25,7 @@ class Event:
     """Something that happened to a stage.
 
     Attributes:
-        name: the event's name on disk.
-        stage: the stage it happened to.
+        name: the event's name on disk; a class without one is only a base of others.
         time: when it was written, in Unix seconds by the writer's clock; the ledger sets it.
     """
 
@@ -33,51 +34,47 @@ class Event:
     _: KW_ONLY
     time: float = 0.0
 
+    def __init_subclass__(cls, name: str = "") -> None:
+        cls.name = name
+        if name:
+            KINDS[name] = cls
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptEvent(Event):
-    """An event that an attempt wrote about itself.
+    """An event that an attempt wrote about itself."""
 
-    Attributes:
-        attempt: the attempt's name.
-    """
-
-    _: KW_ONLY
     attempt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Submitting(Event):
+class Submitting(Event, name="submitting"):
     """about to call sbatch, for a `person` or for `heal`"""
 
-    name = "submitting"
     token: str = ""
     by: Literal["person", "heal"] = "person"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Submitted(Event):
+class Submitted(Event, name="submitted"):
     """sbatch accepted the job"""
 
-    name = "submitted"
     token: str = ""
     job_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused(Event):
+class Refused(Event, name="refused"):
     """sbatch rejected the job"""
 
-    name = "refused"
     token: str = ""
     message: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Started(AttemptEvent):
+class Started(AttemptEvent, name="started"):
     """rank 0 is up; age: seconds since its process started; job_id: null without Slurm"""
 
-    name = "started"
     job_id: str | None = None
     restart: int = 0
     ranks: int = 0
@@ -99,68 +96,58 @@ class PlaceEvent(AttemptEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resumed(PlaceEvent):
+class Resumed(PlaceEvent, name="resumed"):
     """a checkpoint was loaded; part: parts done of the step after it, left out when 0"""
 
-    name = "resumed"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Ready(PlaceEvent):
+class Ready(PlaceEvent, name="ready"):
     """everything is loaded and the first step begins"""
 
-    name = "ready"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Saved(PlaceEvent):
+class Saved(PlaceEvent, name="saved"):
     """a checkpoint is complete; seconds: how long saving took; stall: how long training stood still for it"""
 
-    name = "saved"
     seconds: float = 0.0
     stall: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stopping(PlaceEvent):
+class Stopping(PlaceEvent, name="stopping"):
     """all ranks agreed to stop; dropped: seconds of work after the saved place"""
 
-    name = "stopping"
     reason: str = ""
     dropped: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Requeued(AttemptEvent):
+class Requeued(AttemptEvent, name="requeued"):
     """the stage requeued its own job"""
 
-    name = "requeued"
     step: int = 0
     reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interrupted(AttemptEvent):
+class Interrupted(AttemptEvent, name="interrupted"):
     """the user stopped a run without Slurm"""
 
-    name = "interrupted"
     step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hang(AttemptEvent):
+class Hang(AttemptEvent, name="hang"):
     """a rank stopped making progress"""
 
-    name = "hang"
     message: str = ""
     host: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failed(AttemptEvent):
+class Failed(AttemptEvent, name="failed"):
     """a rank failed; with exit_code, host, log and killed if known"""
 
-    name = "failed"
     message: str = ""
     exit_code: int | None = _omitted(None)
     host: str = _omitted("")
@@ -169,28 +156,25 @@ class Failed(AttemptEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished(AttemptEvent):
+class Finished(AttemptEvent, name="finished"):
     """the artifact is complete"""
 
-    name = "finished"
     step: int = 0
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cancelled(Event):
+class Cancelled(Event, name="cancelled"):
     """by `hpc-rlhf cancel`; with attempt: by `scancel`, as detected by a rank"""
 
-    name = "cancelled"
     attempt: str = _omitted("")
     job_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ended(Event):
+class Ended(Event, name="ended"):
     """how an unfinished attempt ended; progress: it saved a new step; seen: time of its last step"""
 
-    name = "ended"
     job_id: str | None = _omitted(None)
     reason: str = ""
     message: str = ""
@@ -201,37 +185,24 @@ class Ended(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retried(Event):
+class Retried(Event, name="retried"):
     """resubmitted, after delay seconds, excluding the nodes in without"""
 
-    name = "retried"
     job_id: str | None = _omitted(None)
     delay: int = 0
     without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stopped(Event):
+class Stopped(Event, name="stopped"):
     """no more retries; the user has to act"""
 
-    name = "stopped"
     message: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetryRequested(Event):
+class RetryRequested(Event, name="anew"):
     """the user asked for another attempt; earlier failures no longer count"""
-
-    name = "anew"
-
-
-KINDS: dict[str, type[Event]] = {
-    kind.name: kind
-    for kind in (
-        Submitting, Submitted, Refused, Started, Resumed, Ready, Saved, Stopping, Requeued, Interrupted, Hang,
-        Failed, Cancelled, Finished, Ended, Retried, Stopped, RetryRequested,
-    )
-}  # fmt: skip
 
 
 def to_json(event: Event) -> dict[str, Any]:

@@ -3,74 +3,37 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from hpc_rlhf.errors import INPUT_WRONG
+from hpc_rlhf.run import reasons
+from hpc_rlhf.run.attempt_logs import AttemptLogs
 from hpc_rlhf.run.events import Cancelled, Ended, Failed, Hang, Started
 from hpc_rlhf.run.history import StageHistory
-from hpc_rlhf.run.reasons import (
-    CANCELLED_BY_HAND,
-    CANCELLED_BY_TOOL,
-    FAILED,
-    HANG,
-    KILLED,
-    KILLED_FOR_MEMORY,
-    NETWORK,
-    NODE_FAILURE,
-    OUT_OF_MEMORY,
-    PAST_DEADLINE,
-    PREEMPTED,
-    REQUEUED_BY_HAND,
-    TIME_LIMIT,
-    USER_ERROR,
-    is_consequence,
-    is_out_of_memory,
-    is_peer_gone,
-)
 from hpc_rlhf.slurm.jobs import JobRecord
 
 _BY_STATE = {
-    "PREEMPTED": PREEMPTED,
-    "TIMEOUT": TIME_LIMIT,
-    "NODE_FAIL": NODE_FAILURE,
-    "BOOT_FAIL": NODE_FAILURE,
-    "OUT_OF_MEMORY": KILLED_FOR_MEMORY,
-    "DEADLINE": PAST_DEADLINE,
-    "CANCELLED": CANCELLED_BY_HAND,
+    "PREEMPTED": reasons.PREEMPTED,
+    "TIMEOUT": reasons.TIME_LIMIT,
+    "NODE_FAIL": reasons.NODE_FAILURE,
+    "BOOT_FAIL": reasons.NODE_FAILURE,
+    "OUT_OF_MEMORY": reasons.KILLED_FOR_MEMORY,
+    "DEADLINE": reasons.PAST_DEADLINE,
+    "CANCELLED": reasons.CANCELLED_BY_HAND,
 }
 # As slurmstepd writes it into the batch log.
 _DUE_TO = {
-    "PREEMPTION": PREEMPTED,
-    "TIME LIMIT": TIME_LIMIT,
-    "NODE FAILURE": NODE_FAILURE,
-    "JOB REQUEUE": REQUEUED_BY_HAND,
+    "PREEMPTION": reasons.PREEMPTED,
+    "TIME LIMIT": reasons.TIME_LIMIT,
+    "NODE FAILURE": reasons.NODE_FAILURE,
+    "JOB REQUEUE": reasons.REQUEUED_BY_HAND,
 }
 # Written by the batch script when it requeues a job that was preempted before its ranks were up.
 _PREEMPTED_EARLY = "hpc-rlhf: preempted"
 _TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)")
 # torchrun and DeepSpeed's launcher, whose end srun sees instead of the rank's.
 _UNDER_LAUNCHER = re.compile(r"failed \(exitcode: (?P<torch>-?\d+)\)|exits with return code = (?P<ds>-?\d+)")
-_LONGEST = 300
-
-
-class Logs(Protocol):
-    """The logs of one attempt."""
-
-    @property
-    def batch(self) -> str:
-        """What the batch script, srun and slurmstepd wrote."""
-
-    def last_line(self, rank: int) -> str:
-        """The last line of a rank's log; empty if there is none."""
-
-
-class NoLogs:
-    """For an attempt about which the ledger has everything that is known."""
-
-    batch = ""
-
-    def last_line(self, rank: int) -> str:
-        return ""
+_LONGEST = 300  # characters of a message, so that it fits into a table
 
 
 class _Cause(NamedTuple):
@@ -81,7 +44,7 @@ class _Cause(NamedTuple):
     node: str = ""
 
 
-def judge(history: StageHistory, job: JobRecord | None, logs: Logs, step: int) -> Ended:
+def judge(history: StageHistory, job: JobRecord | None, logs: AttemptLogs, step: int) -> Ended:
     """How the latest attempt at a stage without a complete artifact ended.
 
     Args:
@@ -98,7 +61,7 @@ def judge(history: StageHistory, job: JobRecord | None, logs: Logs, step: int) -
     return _ended(history, cause._replace(node=node), step)
 
 
-def judge_requeued(history: StageHistory, logs: Logs, step: int) -> Ended:
+def judge_requeued(history: StageHistory, logs: AttemptLogs, step: int) -> Ended:
     """How an attempt ended whose job Slurm requeued by itself, which it does for no fault of the job.
 
     Args:
@@ -108,20 +71,21 @@ def judge_requeued(history: StageHistory, logs: Logs, step: int) -> Ended:
     """
     # srun runs on rank 0's node and reports any other node that is lost.
     start = next(iter(history.attempt.all(Started)), None)
-    cause = _by_slurm(None, logs, history.attempt) or _Cause(NODE_FAILURE, node=start.host if start else "")
+    cause = _by_slurm(None, logs, history.attempt) or _Cause(reasons.NODE_FAILURE, node=start.host if start else "")
     return _ended(history, cause, step)
 
 
 def _ended(history: StageHistory, cause: _Cause, step: int) -> Ended:
-    return Ended(
-        reason=cause.reason, message=shorten(cause.message), node=cause.node, step=step, progress=history.has_progress
-    )
+    message = " ".join(cause.message.split())
+    if len(message) > _LONGEST:
+        message = message[: _LONGEST - 1] + "…"
+    return Ended(reason=cause.reason, message=message, node=cause.node, step=step, progress=history.has_progress)
 
 
 def own_failure(attempt: StageHistory) -> Failed | None:
     """The failure of a rank that was not caused by another rank's; None if there is none."""
     failed = attempt.first_cause
-    return None if failed is None or is_consequence(failed.message) else failed
+    return None if failed is None or reasons.is_consequence(failed.message) else failed
 
 
 def _by_ledger(attempt: StageHistory) -> _Cause | None:
@@ -130,16 +94,16 @@ def _by_ledger(attempt: StageHistory) -> _Cause | None:
     if cancellations:
         # A rank that finds its job cancelled names its attempt; `hpc-rlhf cancel` does not.
         by_tool = any(not event.attempt for event in cancellations)
-        return _Cause(CANCELLED_BY_TOOL if by_tool else CANCELLED_BY_HAND)
+        return _Cause(reasons.CANCELLED_BY_TOOL if by_tool else reasons.CANCELLED_BY_HAND)
     for event in attempt.events:
         if isinstance(event, Hang):
-            return _Cause(HANG, event.message, event.host)
+            return _Cause(reasons.HANG, event.message, event.host)
         if isinstance(event, Failed) and event.exit_code == INPUT_WRONG:
-            return _Cause(USER_ERROR, event.message)
+            return _Cause(reasons.USER_ERROR, event.message)
     return None
 
 
-def _by_slurm(job: JobRecord | None, logs: Logs, attempt: StageHistory) -> _Cause | None:
+def _by_slurm(job: JobRecord | None, logs: AttemptLogs, attempt: StageHistory) -> _Cause | None:
     """Slurm's reason, where it gives one.
 
     A rank's own failure outweighs a preemption: from 26.05 on, srun sends the other ranks the signal of a
@@ -149,69 +113,60 @@ def _by_slurm(job: JobRecord | None, logs: Logs, attempt: StageHistory) -> _Caus
         cause: _Cause | None = _Cause(_BY_STATE[job.state], node=job.failed_node)
     else:
         cause = _by_batch_log(logs)
-    preempted = cause is not None and cause.reason == PREEMPTED
+    preempted = cause is not None and cause.reason == reasons.PREEMPTED
     return None if preempted and own_failure(attempt) else cause
 
 
-def _by_batch_log(logs: Logs) -> _Cause | None:
+def _by_batch_log(logs: AttemptLogs) -> _Cause | None:
     """What slurmstepd, srun and the batch script wrote as the job ended."""
     line = _line_with(_PREEMPTED_EARLY, logs.batch)
     if line:
-        return _Cause(PREEMPTED, line)
+        return _Cause(reasons.PREEMPTED, line)
     for words, reason in _DUE_TO.items():
         line = _line_with(f"DUE TO {words}", logs.batch)
         if line:
             return _Cause(reason, line)
     line = _line_with("Node failure on ", logs.batch)
-    return _Cause(NODE_FAILURE, line, line.split("Node failure on ")[1].split()[0]) if line else None
+    return _Cause(reasons.NODE_FAILURE, line, line.split("Node failure on ")[1].split()[0]) if line else None
 
 
-def _by_logs(attempt: StageHistory, job: JobRecord | None, logs: Logs) -> _Cause:
+def _by_logs(attempt: StageHistory, job: JobRecord | None, logs: AttemptLogs) -> _Cause:
     """A failure: what the rank that caused it reported, else how srun saw the first rank end."""
     failed = own_failure(attempt)
     if failed is not None:
-        raised = OUT_OF_MEMORY if is_out_of_memory(failed.message) else FAILED
-        return _Cause(KILLED if failed.killed else raised, failed.message, failed.host)
+        raised = reasons.OUT_OF_MEMORY if reasons.is_out_of_memory(failed.message) else reasons.FAILED
+        return _Cause(reasons.KILLED if failed.killed else raised, failed.message, failed.host)
     memory = _line_with("oom_kill", logs.batch) or _line_with("oom-kill", logs.batch)
     if memory:
-        return _Cause(KILLED_FOR_MEMORY, memory)
+        return _Cause(reasons.KILLED_FOR_MEMORY, memory)
     consequence = attempt.first_cause
-    peer_gone = consequence is not None and is_peer_gone(consequence.message)
+    peer_gone = consequence is not None and reasons.is_peer_gone(consequence.message)
     task = _TASK.search(logs.batch)
     if task is not None and task["how"].startswith("Killed"):
-        return _Cause(KILLED, task[0], task["node"])
+        return _Cause(reasons.KILLED, task[0], task["node"])
     killed = [task for task in _TASK.finditer(logs.batch) if task["how"].startswith("Killed")]
     if killed and peer_gone:
         # srun first noticed a rank that had lost a killed one, and then killed the others itself.
         nodes = {task["node"] for task in killed}
-        return _Cause(KILLED, killed[0][0], nodes.pop() if len(nodes) == 1 else "")
+        return _Cause(reasons.KILLED, killed[0][0], nodes.pop() if len(nodes) == 1 else "")
     codes = [match["torch"] or match["ds"] for match in _UNDER_LAUNCHER.finditer(logs.batch)]
     if "-9" in codes and (consequence is None or peer_gone):
-        return _Cause(KILLED, "a rank was ended by SIGKILL")
+        return _Cause(reasons.KILLED, "a rank was ended by SIGKILL")
     if consequence is not None:
-        return _Cause(NETWORK, consequence.message, consequence.host)
+        return _Cause(reasons.NETWORK, consequence.message, consequence.host)
     if codes:  # srun's tasks are nodes then
-        return _Cause(FAILED, f"a rank ended with exit code {codes[0]}", task["node"] if task else "")
+        return _Cause(reasons.FAILED, f"a rank ended with exit code {codes[0]}", task["node"] if task else "")
     if task is not None:
         line = logs.last_line(int(task["rank"]))
-        reason = OUT_OF_MEMORY if is_out_of_memory(line) else FAILED
+        reason = reasons.OUT_OF_MEMORY if reasons.is_out_of_memory(line) else reasons.FAILED
         return _Cause(reason, line if line and "exit code" in task["how"] else task[0], task["node"])
     if job is not None and (job.exit_code.endswith(":9") or job.exit_code.startswith("137:")):
-        return _Cause(KILLED, f"exit code {job.exit_code}")  # of the script, or of srun
-    line = _last_line(logs.batch)
-    return _Cause(FAILED, line or (f"Slurm reports {job.state}" if job else "it left no message"))
+        return _Cause(reasons.KILLED, f"exit code {job.exit_code}")  # of the script, or of srun
+    lines = [line for line in logs.batch.splitlines() if line.strip() and not line.startswith("hpc-rlhf: attempt ")]
+    if lines:
+        return _Cause(reasons.FAILED, lines[-1])
+    return _Cause(reasons.FAILED, f"Slurm reports {job.state}" if job else "it left no message")
 
 
 def _line_with(words: str, text: str) -> str:
     return next((line for line in text.splitlines() if words in line), "")
-
-
-def _last_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("hpc-rlhf: attempt ")]
-    return lines[-1] if lines else ""
-
-
-def shorten(message: str) -> str:
-    """On one line, and short enough for a table."""
-    line = " ".join(message.split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"

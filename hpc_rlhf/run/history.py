@@ -6,24 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from hpc_rlhf.run.events import (
-    Cancelled,
-    Ended,
-    Event,
-    Failed,
-    Finished,
-    Interrupted,
-    Refused,
-    Requeued,
-    Resumed,
-    Retried,
-    RetryRequested,
-    Saved,
-    Started,
-    Stopped,
-    Submitted,
-    Submitting,
-)
+from hpc_rlhf.run import events
+from hpc_rlhf.run.events import Event, Failed
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.reasons import TIME_LIMIT, is_consequence
@@ -31,9 +15,9 @@ from hpc_rlhf.run.reasons import TIME_LIMIT, is_consequence
 E = TypeVar("E", bound=Event)
 
 # Events after which nothing happens by itself. Of these, a failure may still be retried.
-OUTCOMES = (Finished, Failed, Interrupted, Cancelled, Refused, Ended, Stopped)
-RETRYABLE = (Failed, Ended)
-_STATES = (*OUTCOMES, Submitting, Submitted, Started, Retried, RetryRequested)
+OUTCOMES = (events.Finished, Failed, events.Interrupted, events.Cancelled, events.Refused, events.Ended, events.Stopped)
+RETRYABLE = (Failed, events.Ended)
+_STATES = (*OUTCOMES, events.Submitting, events.Submitted, events.Started, events.Retried, events.RetryRequested)
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class StageHistory:
         return next((event for event in reversed(self.events) if isinstance(event, kinds)), None)
 
     def after(self, count: int) -> StageHistory:
-        """The part after the first ``count`` events."""
+        """The part without the first ``count`` events."""
         return StageHistory(self.events[count:])
 
     # Parts
@@ -63,12 +47,12 @@ class StageHistory:
     @property
     def attempt(self) -> StageHistory:
         """The part since the latest attempt began."""
-        starts = (Started, Submitted, Retried, Requeued)
+        starts = (events.Started, events.Submitted, events.Retried, events.Requeued)
         begin = max((at for at, event in enumerate(self.events) if isinstance(event, starts)), default=0)
         # A rank may fail before rank 0 writes its first event.
         while (
             begin
-            and isinstance(self.events[begin], (Started, Failed))
+            and isinstance(self.events[begin], (events.Started, Failed))
             and _same_attempt(self.events[begin - 1], self.events[begin])
         ):
             begin -= 1
@@ -77,12 +61,12 @@ class StageHistory:
     @property
     def since_user(self) -> StageHistory:
         """The part since the user last submitted the stage or asked for another attempt."""
-        by_user = [
-            at
-            for at, event in enumerate(self.events)
-            if isinstance(event, RetryRequested) or (isinstance(event, Submitting) and event.by != "heal")
-        ]
-        return self.after(by_user[-1]) if by_user else self
+        begin = 0
+        for at, event in enumerate(self.events):
+            submitted = isinstance(event, events.Submitting) and event.by != "heal"
+            if submitted or isinstance(event, events.RetryRequested):
+                begin = at
+        return self.after(begin)
 
     # State
 
@@ -91,7 +75,7 @@ class StageHistory:
         """The last event that changed the stage's state. Late events of a cancelled job do not."""
         state: Event | None = None
         for event in self.events:
-            late = isinstance(state, Cancelled) and isinstance(event, OUTCOMES)
+            late = isinstance(state, events.Cancelled) and isinstance(event, OUTCOMES)
             if isinstance(event, _STATES) and not late:
                 state = event
         return state
@@ -99,22 +83,23 @@ class StageHistory:
     @property
     def is_stopped(self) -> bool:
         """Whether the stage was left to the user, and still is."""
-        return isinstance(self.last(Stopped, RetryRequested, Retried, Submitting, Started), Stopped)
+        begun = (events.RetryRequested, events.Retried, events.Submitting, events.Started)
+        return isinstance(self.last(events.Stopped, *begun), events.Stopped)
 
     @property
     def job_id(self) -> str | None:
         """The stage's Slurm job; None if it was never submitted, or was started without Slurm since."""
         job_id = None
         for event in self.events:
-            if isinstance(event, Submitted):
+            if isinstance(event, events.Submitted):
                 job_id = event.job_id
-            elif isinstance(event, Started) and event.job_id != job_id:
+            elif isinstance(event, events.Started) and event.job_id != job_id:
                 job_id = None
         return job_id
 
     def token(self, job_id: str) -> str | None:
         """The token with which a job was submitted."""
-        tokens = [event.token for event in self.all(Submitted) if event.job_id == job_id]
+        tokens = [event.token for event in self.all(events.Submitted) if event.job_id == job_id]
         return tokens[-1] if tokens else None
 
     # Failures
@@ -130,9 +115,9 @@ class StageHistory:
     def requeues(self) -> int:
         """How often the stage was requeued. Attempts that never got to their first event count too."""
         # One `retried` event was the user's request.
-        by_user = 1 if self.events and isinstance(self.events[0], RetryRequested) else 0
-        submitted_again = len(self.all(Requeued)) + len(self.all(Retried)) - by_user
-        return max(len(self.all(Started)) - 1, submitted_again)
+        by_user = 1 if self.events and isinstance(self.events[0], events.RetryRequested) else 0
+        submitted_again = len(self.all(events.Requeued)) + len(self.all(events.Retried)) - by_user
+        return max(len(self.all(events.Started)) - 1, submitted_again)
 
     @property
     def timeouts_without_progress(self) -> int:
@@ -143,30 +128,30 @@ class StageHistory:
         count, requeued = 0, False
         furthest = mark = (0, 0)  # the last place saved, and the same when the attempt before ended
         for event in self.events:
-            if isinstance(event, Saved):
+            if isinstance(event, events.Saved):
                 furthest = max(furthest, event.place)
-            elif isinstance(event, Resumed):
+            elif isinstance(event, events.Resumed):
                 mark, furthest = max(mark, event.place), max(furthest, event.place)
-            elif isinstance(event, Started):
+            elif isinstance(event, events.Started):
                 requeued = False
-            elif isinstance(event, (Requeued, Ended)):
-                if furthest > mark or (isinstance(event, Ended) and event.progress):
+            elif isinstance(event, (events.Requeued, events.Ended)):
+                if furthest > mark or (isinstance(event, events.Ended) and event.progress):
                     count = 0
                 elif event.reason == TIME_LIMIT and not requeued:
                     count += 1
-                mark, requeued = furthest, isinstance(event, Requeued)
+                mark, requeued = furthest, isinstance(event, events.Requeued)
         return count
 
     @property
     def has_progress(self) -> bool:
         """Whether a step was saved since the last `ended` that is later than all saved before it."""
-        ends = [at for at, event in enumerate(self.events) if isinstance(event, Ended)]
-        since = ends[-1] if ends else 0
-        before, after = (
-            max((event.step for event in part if isinstance(event, Saved)), default=0)
-            for part in (self.events[:since], self.events[since:])
-        )
-        return after > before
+        furthest, progress = 0, False
+        for event in self.events:
+            if isinstance(event, events.Ended):
+                progress = False
+            elif isinstance(event, events.Saved) and event.step > furthest:
+                furthest, progress = event.step, True
+        return progress
 
 
 def _same_attempt(before: Event, event: Event) -> bool:

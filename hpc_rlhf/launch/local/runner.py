@@ -18,9 +18,9 @@ from hpc_rlhf.launch.local.hostfile import Hostfile
 from hpc_rlhf.launch.local.interrupts import Interrupted, StopRequests
 from hpc_rlhf.launch.local.ranks import Ranks, start_here, start_on
 from hpc_rlhf.run import events, manifest, notify
-from hpc_rlhf.run.attempt_logs import last_seen, last_step
+from hpc_rlhf.run.attempt_logs import AttemptLogs, last_seen, last_step
 from hpc_rlhf.run.events import Failed, Retried, Saved, Started
-from hpc_rlhf.run.failures import NoLogs, judge
+from hpc_rlhf.run.failures import judge
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
@@ -105,7 +105,7 @@ class LocalRun:
             begin: how many events the stage had when the user started it.
         """
         files, settings = self.run.stage(stage), self.spec.stage(stage).slurm
-        ended = judge(self._history(stage, begin), None, NoLogs(), last_step(files))
+        ended = judge(self._history(stage, begin), None, AttemptLogs(files, None), last_step(files))
         Ledger(self.run.ledger).append(replace(ended, stage=stage, seen=last_seen(files)))
         limits = settings.max_requeues, settings.heal.backoff_seconds
         verdict = decide(self._history(stage, begin), *limits)
