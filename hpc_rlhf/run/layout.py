@@ -6,72 +6,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+class Inside:
+    """A file or folder of a layout, by its path from the layout's folder."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layout: StageDir | RunDir | SweepDir, kind: type) -> Path:
+        return layout.path / self.name
+
+
 @dataclass(frozen=True)
 class StageDir:
     """The files of one stage of a run."""
 
     path: Path
 
-    @property
-    def hostfile(self) -> Path:
-        return self.path / "hostfile"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
+    hostfile = Inside("hostfile")
+    logs = Inside("logs")
+    # A request to requeue the job, left by a stage that cannot reach Slurm from inside its container.
+    requeue_request = Inside("requeue-request")
+    metrics = Inside("metrics.jsonl")
+    # The ids of the stage's run at the trackers, and how far each has been sent the metrics.
+    trackers = Inside("trackers.json")
+    tensorboard = Inside("tensorboard")
+    samples = Inside("samples.jsonl")
+    data = Inside("data")
+    checkpoints = Inside("checkpoints")
+    # The stage's artifact; complete once its manifest verifies. The evaluation's is its report.
+    model = Inside("model")
+    ema_model = Inside("model/ema")
+    # The results of the evaluation, and the responses that it compared.
+    report = Inside("model/report.json")
+    answers = Inside("model/answers.jsonl")
 
     def log(self, job_id: str, rank: int, stream: str) -> Path:
         """A rank's log, named as submitit names it; ``stream`` is out or err."""
         return self.logs / f"{job_id}_{rank}_log.{stream}"
-
-    @property
-    def requeue_request(self) -> Path:
-        """A request to requeue the job, left by a stage that cannot reach Slurm from inside its container."""
-        return self.path / "requeue-request"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def trackers(self) -> Path:
-        """The ids of the stage's run at the trackers, and how far each has been sent the metrics."""
-        return self.path / "trackers.json"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def data(self) -> Path:
-        return self.path / "data"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        """The stage's artifact; complete once its manifest verifies. The evaluation's is its report."""
-        return self.path / "model"
-
-    @property
-    def ema_model(self) -> Path:
-        return self.model / "ema"
-
-    @property
-    def report(self) -> Path:
-        """The results of the evaluation."""
-        return self.model / "report.json"
-
-    @property
-    def answers(self) -> Path:
-        """The responses that the evaluation compared."""
-        return self.model / "answers.jsonl"
 
 
 @dataclass(frozen=True)
@@ -80,31 +51,13 @@ class RunDir:
 
     path: Path
 
-    @property
-    def job_yaml(self) -> Path:
-        """The spec as resolved at submission: defaults filled in, variables expanded."""
-        return self.path / "job.yaml"
-
-    @property
-    def plan_json(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger.jsonl"
-
-    @property
-    def report(self) -> Path:
-        """The HTML report."""
-        return self.path / "report.html"
-
-    @property
-    def submit_lock(self) -> Path:
-        return self.path / ".submit.lock"
-
-    @property
-    def scripts(self) -> Path:
-        return self.path / "scripts"
+    # The spec as resolved at submission: defaults filled in, variables expanded.
+    job_yaml = Inside("job.yaml")
+    plan_json = Inside("plan.json")
+    ledger = Inside("ledger.jsonl")
+    report = Inside("report.html")
+    submit_lock = Inside(".submit.lock")
+    scripts = Inside("scripts")
 
     def sbatch(self, stage: str) -> Path:
         return self.scripts / f"{stage}.sbatch"
@@ -146,10 +99,8 @@ class SweepDir:
 
     path: Path
 
-    @property
-    def json(self) -> Path:
-        """The names of its runs in order, and how many may run at the same time."""
-        return self.path / "sweep.json"
+    # The names of its runs in order, and how many may run at the same time.
+    json = Inside("sweep.json")
 
     def run(self, label: str) -> RunDir:
         return RunDir(self.path / label)
