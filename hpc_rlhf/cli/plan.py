@@ -17,7 +17,7 @@ from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times
 from hpc_rlhf.estimate.step_time import ASSUMPTIONS
 from hpc_rlhf.launch.auto import Choice, load
 from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.launch.start_estimate import predicted_starts
+from hpc_rlhf.launch.submit import predicted_starts
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sweep import Sweep, lenders, specs_of
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from hpc_rlhf.errors import HpcRlhfError
@@ -22,7 +23,6 @@ class Outcome:
     """What was done for a stage.
 
     Attributes:
-        stage: the stage.
         did: submitted it, requeued it under its own id, found it live, found it done, left it stopped for the
             user, or left it to wait for a stage that is stopped.
         job_id: its job; None if it has none now.
@@ -46,7 +46,6 @@ def require_slurm() -> None:
         raise HpcRlhfError(f"Slurm does not answer: {error.message}", hint=hint, exit_code=error.exit_code) from error
 
 
-@dataclass
 class Chain:
     """A run's jobs, for the process that holds the run's lock.
 
@@ -60,21 +59,15 @@ class Chain:
         posted: the sentinels submitted since.
     """
 
-    plan: Plan
-    jobs: RunJobs
-    by: Literal["person", "heal"]
-    ids: dict[str, str] = field(default_factory=dict)
-    sent: dict[str, str] = field(default_factory=dict)
-    posted: list[str] = field(default_factory=list)
-    _requeued: set[str] = field(default_factory=set)
-    _before: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        self.run = self.plan.run
-        self.ledger = Ledger(self.run.ledger)
-        borrowed = borrowed_jobs(self.run, [job.stage for job in self.plan.jobs])
-        self.ids = {**borrowed, **{stage: job.job_id for stage, job in self.jobs.live.items()}}
-        self._tokens = dict(self.jobs.tokens)
+    def __init__(self, plan: Plan, jobs: RunJobs, by: Literal["person", "heal"]) -> None:
+        self.plan, self.jobs, self.by = plan, jobs, by
+        self.run, self.ledger = plan.run, Ledger(plan.run.ledger)
+        borrowed = borrowed_jobs(self.run, [job.stage for job in plan.jobs])
+        self.ids = {**borrowed, **{stage: job.job_id for stage, job in jobs.live.items()}}
+        self.sent: dict[str, str] = {}
+        self.posted: list[str] = []
+        self._requeued: set[str] = set()
+        self._tokens = dict(jobs.tokens)
 
     def after(self, job: PlannedJob) -> tuple[str, ...]:
         """The jobs that must succeed before a stage's own can start."""
@@ -84,24 +77,23 @@ class Chain:
         """The jobs of other runs that must end before a stage's own, because of the sweep's limit."""
         if any(self.run.lender(need) is None for need in job.needs):
             return ()  # a stage of its own run comes first, and waits for them
-        if self._before is None:
-            self._before = jobs_before(self.run)
         return self._before
 
-    def borrow(self, job: PlannedJob) -> Outcome | None:
-        """The state of a stage that another run of the sweep trains; None for a stage of this run's own."""
+    @cached_property
+    def _before(self) -> tuple[str, ...]:
+        return jobs_before(self.run)
+
+    def settled(self, job: PlannedJob) -> Outcome | None:
+        """The outcome of a stage that is done, or that another run of the sweep trains; None for the others."""
+        if manifest.is_done(self.run.stage(job.stage)):
+            return Outcome(job.stage, "done")
         lender = self.run.lender(job.stage)
         if lender is None:
             return None
-        if manifest.is_done(self.run.stage(job.stage)):
-            return Outcome(job.stage, "done")
-        job_id = self.ids.get(job.stage)
-        where = f"that of {lender.path.name}"
-        return (
-            Outcome(job.stage, "live", job_id, where)
-            if job_id
-            else Outcome(job.stage, "waits", None, f"for {where} to be repaired")
-        )
+        job_id, where = self.ids.get(job.stage), f"that of {lender.path.name}"
+        if job_id is None:
+            return Outcome(job.stage, "waits", None, f"for {where} to be repaired")
+        return Outcome(job.stage, "live", job_id, where)
 
     def attach(self, job: PlannedJob) -> Outcome:
         """Keep a live job. If it waits for a dead job, let it wait for the right one instead."""
@@ -116,11 +108,7 @@ class Chain:
         return Outcome(job.stage, "live", queued.job_id, detail)
 
     def send(self, job: PlannedJob, delay: int = 0, without: Sequence[str] = ()) -> Outcome:
-        """Submit a stage.
-
-        Args:
-            delay: seconds before it may start.
-            without: nodes to exclude, besides those that the spec excludes.
+        """Submit a stage; ``delay`` and ``without`` are as in ``submission_options``.
 
         Raises:
             HpcRlhfError: sbatch refused it.

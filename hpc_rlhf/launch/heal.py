@@ -97,10 +97,8 @@ class _StageHealer:
 
     def heal(self) -> Outcome:
         chain, stage = self._chain, self._stage
-        if (borrowed := chain.borrow(self._job)) is not None:
-            return borrowed
-        if manifest.is_done(chain.run.stage(stage)):
-            return Outcome(stage, "done")
+        if (settled := chain.settled(self._job)) is not None:
+            return settled
         live = chain.jobs.live.get(stage)
         blocked = [
             need for need in self._job.needs if not manifest.is_done(chain.run.stage(need)) and need not in chain.ids

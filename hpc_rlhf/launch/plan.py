@@ -16,16 +16,7 @@ from hpc_rlhf.spec.training import StageSpec
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """One stage as one Slurm job.
-
-    Attributes:
-        stage: the stage's name.
-        job_name: what Slurm shows.
-        needs: stages whose models it starts from.
-        spec: the stage's settings.
-        slurm: where and how it runs.
-        batch: how the samples of a step are split over its ranks.
-    """
+    """One stage as one Slurm job; ``needs`` are the stages whose models it starts from."""
 
     stage: str
     job_name: str
@@ -37,11 +28,7 @@ class PlannedJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a run, each after the jobs it needs.
-
-    Attributes:
-        mail: address for Slurm's mail when the run ends, or None.
-    """
+    """All jobs of a run, each after the jobs it needs, and the address for Slurm's mail when the run ends."""
 
     name: str
     run: RunDir

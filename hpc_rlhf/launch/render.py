@@ -37,13 +37,10 @@ class Templates:
 
     def script(self, plan: Plan, job: PlannedJob, command: str) -> str:
         """The sbatch script of a job; ``command`` is what each of srun's tasks runs."""
-        return self._render(
+        return self._script(
             "stage.sbatch.j2",
-            plan=plan,
-            job=job,
-            slurm=job.slurm,
-            run=plan.run,
-            logs=plan.run.stage(job.stage).logs,
+            plan,
+            job,
             hostfile=plan.run.stage(job.stage).hostfile,
             request=plan.run.stage(job.stage).requeue_request,
             hostfile_template=plan.run.hostfile_template(job.stage),
@@ -53,39 +50,19 @@ class Templates:
     def sentinel(self, plan: Plan, job: PlannedJob) -> str:
         """The sbatch script of the small job that repairs the chain when ``job`` fails."""
         heal = job.slurm.heal
-        return self._render(
-            "sentinel.sbatch.j2",
-            plan=plan,
-            job=job,
-            slurm=job.slurm,
-            heal=heal,
-            setup=job.slurm.setup if heal.setup is None else heal.setup,
-            run=plan.run,
-            logs=plan.run.stage(job.stage).logs,
-            python=shlex.quote(sys.executable),
-        )
+        setup = job.slurm.setup if heal.setup is None else heal.setup
+        python = shlex.quote(sys.executable)
+        return self._script("sentinel.sbatch.j2", plan, job, heal=heal, setup=setup, python=python)
 
     def doctor(self, plan: Plan, job: PlannedJob, folder: Path, command: str, unshared: int) -> str:
         """The sbatch script of the short job that checks the nodes of ``job``; it exits with ``unshared`` if
         its first node does not see ``folder``."""
-        return self._render(
-            "doctor.sbatch.j2",
-            plan=plan,
-            job=job,
-            slurm=job.slurm,
-            run=plan.run,
-            logs=folder,
-            folder=folder,
-            command=command,
-            unshared=unshared,
-        )
+        own = {"logs": folder, "folder": folder, "command": command, "unshared": unshared}
+        return self._script("doctor.sbatch.j2", plan, job, **own)
 
     def serve(self, plan: Plan, job: PlannedJob, command: str) -> str:
         """The sbatch script of a job that serves the model of ``job``'s stage."""
-        logs = plan.run.stage(job.stage).logs
-        return self._render(
-            "serve.sbatch.j2", plan=plan, job=job, slurm=job.slurm, run=plan.run, logs=logs, command=command
-        )
+        return self._script("serve.sbatch.j2", plan, job, command=command)
 
     def hostfile(self, plan: Plan, job: PlannedJob) -> str:
         """The hostfile's line for one node; the script repeats it for every node of the allocation."""
@@ -117,6 +94,12 @@ class Templates:
             )
         return text
 
+    def _script(self, template: str, plan: Plan, job: PlannedJob, **own: object) -> str:
+        """An sbatch script, from the values that every template of one has and its own."""
+        logs = plan.run.stage(job.stage).logs
+        common = {"plan": plan, "job": job, "slurm": job.slurm, "run": plan.run, "logs": logs}
+        return self._render(template, **{**common, **own})
+
     def _render(self, template: str, **values: object) -> str:
         try:
             return self._environment.get_template(template).render(**values)
@@ -130,17 +113,11 @@ class Templates:
 
 
 def _batch_differences(config: Mapping[str, object], batch: Batch) -> list[str]:
-    """Batch sizes in a DeepSpeed config that differ from the plan.
-
-    DeepSpeed derives those that it leaves out.
-    """
-    micro, accumulation, total = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    """Batch sizes in a DeepSpeed config that differ from the plan. DeepSpeed derives those that it leaves out."""
+    micro, accumulation, total = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
     expected = {micro: batch.micro, accumulation: batch.accumulation, total: batch.global_}
-    wrong = [
-        f"{key} is {config[key]}, expected {value}"
-        for key, value in expected.items()
-        if config.get(key, value) != value
-    ]
+    different = {key: value for key, value in expected.items() if config.get(key, value) != value}
+    wrong = [f"{key} is {config[key]}, expected {value}" for key, value in different.items()]
     if micro not in config and not (accumulation in config and total in config):
         wrong.append(f"{micro} is missing, expected {batch.micro}")
     elif accumulation not in config and total not in config and batch.accumulation != 1:
@@ -149,27 +126,21 @@ def _batch_differences(config: Mapping[str, object], batch: Batch) -> list[str]:
 
 
 def render(plan: Plan, out_dir: Path, beside: Path | None = None) -> list[Path]:
-    """Write everything that would be submitted, and return the files written.
-
-    Args:
-        plan: the run's plan.
-        out_dir: where to write; created when missing.
-        beside: folder of the job file, whose ``templates/`` win over ours.
-    """
-    templates = Templates(beside)
+    """Write everything that would be submitted into a folder, and return the files written."""
+    templates, run = Templates(beside), plan.run
     out_dir.mkdir(parents=True, exist_ok=True)
     texts: dict[Path, str] = {}
     for job in plan.jobs:
-        script = templates.script(plan, job, rank_command(plan, job))
-        texts[out_dir / plan.run.sbatch(job.stage).name] = script
+        texts[run.sbatch(job.stage)] = templates.script(plan, job, rank_command(plan, job))
         if job.slurm.heal.enabled:
-            texts[out_dir / plan.run.sentinel(job.stage).name] = templates.sentinel(plan, job)
+            texts[run.sentinel(job.stage)] = templates.sentinel(plan, job)
         for model, text in templates.ds_configs(job).items():
-            texts[out_dir / plan.run.ds_config(job.stage, model).name] = text
-        texts[out_dir / plan.run.hostfile_template(job.stage).name] = templates.hostfile(plan, job)
-    for path, text in texts.items():
+            texts[run.ds_config(job.stage, model)] = text
+        texts[run.hostfile_template(job.stage)] = templates.hostfile(plan, job)
+    written = {out_dir / path.name: text for path, text in texts.items()}
+    for path, text in written.items():
         write_atomically(path, text)  # ranks of a job that is starting may be reading the old file
-    return list(texts)
+    return list(written)
 
 
 def rank_python(job: PlannedJob) -> str:

@@ -1,10 +1,14 @@
-"""Submit a run's stages to Slurm as a graph of dependent jobs, or attach to the jobs that exist already."""
+"""Submit a run's stages to Slurm as a graph of dependent jobs, or attach to the jobs that exist already. Without
+submitting: which commands that would take, and when the jobs would start."""
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.chain import Chain, Outcome, require_slurm
@@ -18,14 +22,14 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.job import JobSpec
 
+SOON = 5  # seconds that Slurm may take to estimate a start
+
 
 def submit(spec: JobSpec, beside: Path | None = None, lent: Mapping[str, RunDir] | None = None) -> list[Outcome]:
     """Submit every stage that is neither finished nor queued nor running.
 
     Args:
-        spec: the job spec.
-        beside: folder of the job file; templates in its ``templates/`` win over ours.
-        lent: runs of the same sweep that train stages for this one, by stage; submitted before.
+        beside, lent: as ``prepare`` takes them; the runs of ``lent`` were submitted before.
 
     Raises:
         HpcRlhfError: there is no Slurm here, Slurm rejects a job, or the run directory belongs to another spec.
@@ -47,7 +51,7 @@ def preview(plan: Plan, spec: JobSpec, beside: Path | None = None) -> dict[str, 
     """
     templates = Templates(beside)
     refuse_changes(plan.run, spec, live=False)
-    commands = {}
+    calls = {}
     for job in plan.jobs:
         templates.script(plan, job, "true")
         templates.sentinel(plan, job)
@@ -55,18 +59,53 @@ def preview(plan: Plan, spec: JobSpec, beside: Path | None = None) -> dict[str, 
         if not manifest.is_done(plan.run.stage(job.stage)):
             after = tuple(f"<{need}>" for need in job.needs if not manifest.is_done(plan.run.stage(need)))
             options = submission_options(job, "<token>", after)
-            commands[job.stage] = shlex.join(["sbatch", *options, str(plan.run.sbatch(job.stage))])
-    return commands
+            calls[job.stage] = shlex.join(["sbatch", *options, str(plan.run.sbatch(job.stage))])
+    return calls
+
+
+def predicted_starts(plan: Plan, beside: Path | None = None) -> dict[str, str]:
+    """When each stage that needs no other would start, or why Slurm gives no time; empty without Slurm.
+
+    Raises:
+        HpcRlhfError: a template does not render.
+    """
+    starts: dict[str, str] = {}
+    if shutil.which("sbatch") is None:
+        return starts
+    templates = Templates(beside)
+    with TemporaryDirectory(prefix="hpc-rlhf-") as folder:
+        path = Path(folder, "script")
+        for job in plan.jobs:
+            if job.needs:
+                continue
+            path.write_text(templates.script(plan, job, "true"), encoding="utf-8")
+            try:
+                start = predicted_start(path)
+            except HpcRlhfError as error:
+                starts[job.stage] = f"no start time ({error.message.splitlines()[-1]})"
+                break  # the reason mostly holds for all stages
+            starts[job.stage] = f"would start at {start}" if start else "no start time (Slurm gives none)"
+    return starts
+
+
+def predicted_start(script: Path) -> str | None:
+    """When Slurm would start a script submitted now, such as 2026-05-01T09:30:00 by the controller's clock;
+    None if it gives no time. Submits nothing.
+
+    Raises:
+        HpcRlhfError: it would be rejected, or Slurm does not respond soon.
+    """
+    output = commands.execute(["sbatch", "--test-only", str(script)], SOON).stderr
+    start = re.search(r"to start at (\d[\dT:-]+)", output)
+    return start[1] if start else None
 
 
 def _send_missing(chain: Chain) -> list[Outcome]:
     outcomes = []
     try:
         for job in chain.plan.jobs:
-            if (borrowed := chain.borrow(job)) is not None:
-                outcomes.append(borrowed)
-            elif manifest.is_done(chain.run.stage(job.stage)):
-                outcomes.append(Outcome(job.stage, "done"))
+            if (settled := chain.settled(job)) is not None:
+                outcomes.append(settled)
             elif job.stage in chain.jobs.live:
                 outcomes.append(chain.attach(job))
             else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.launch.start_estimate import predicted_starts
+from hpc_rlhf.launch.submit import predicted_starts
 from tests.launch.specs import make_spec
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch import start_estimate as starts
+from hpc_rlhf.launch import submit
 from hpc_rlhf.slurm import commands
 from tests.cluster import Cluster, wait_until
 
@@ -148,13 +148,13 @@ def test_slurm_predicts_when_a_script_would_start(
     idle_cluster: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", str(idle_cluster.conf))
-    monkeypatch.setattr(starts, "SOON", 60)  # this machine may be slow
+    monkeypatch.setattr(submit, "SOON", 60)  # this machine may be slow
     before, script = set(commands.queue()), tmp_path / "script"
     script.write_text("#!/bin/bash\n#SBATCH --partition=low\nsleep 1\n")
-    start = starts.predicted_start(script)
+    start = submit.predicted_start(script)
     assert start is not None
     assert abs(time.mktime(time.strptime(start, "%Y-%m-%dT%H:%M:%S")) - time.time()) < 86400
     script.write_text("#!/bin/bash\n#SBATCH --partition=nowhere\n")
     with pytest.raises(HpcRlhfError, match="invalid partition"):
-        starts.predicted_start(script)
+        submit.predicted_start(script)
     assert set(commands.queue()) <= before
