@@ -9,7 +9,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, writing
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, Recipe, billions_in, nearest
+from hpc_rlhf.spec.recipes import DEPLOYMENTS, billions_in, nearest, write_starter
 
 
 @click.command(
@@ -30,8 +30,6 @@ def command(actor: str, reward: str | None, deployment: str, name: str | None, o
 
     Its hyperparameters are those that DeepSpeed-Chat published for the nearest model size.
     """
-    from hpc_rlhf.spec.starter import write_starter
-
     for option, value in (("--actor", actor), ("--reward", reward)):
         if value is not None and not re.fullmatch("(~/|[./]*)[A-Za-z0-9][A-Za-z0-9./_-]*", value):
             raise HpcRlhfError(f"{value!r} is neither a hub id nor a plain path", where=option)
@@ -41,30 +39,12 @@ def command(actor: str, reward: str | None, deployment: str, name: str | None, o
             f"{name!r} is not a valid name: use letters, digits and . _ -, starting with a letter or digit",
             where="--name",
         )
-    billions = billions_in(actor)
-    recipe = nearest(deployment, billions or 1.3)
-    file = f"{name}.yaml" if out is None else out
-    text = write_starter(
-        recipe,
-        actor=actor,
-        reward=reward or actor,
-        name=name,
-        title=f"{actor} as a chat model, on {recipe.machine}.",
-        origin=_origin(recipe, billions),
-        file="FILE" if out == "-" else file,
-    )
+    recipe = nearest(deployment, billions_in(actor) or 1.3)
+    text = write_starter(recipe, actor=actor, reward=reward or actor, name=name)
     if out == "-":
         click.echo(text, nl=False)
         return
+    file = f"{name}.yaml" if out is None else out
     with writing(Path(file)), Path(file).open("x", encoding="utf-8") as new:
         new.write(text)
     click.echo(f"wrote {file}; next: hpc-rlhf check {file}", err=True)
-
-
-def _origin(recipe: Recipe, billions: float | None) -> str:
-    origin = f"Hyperparameters from DeepSpeed-Chat, {recipe.billions:g} billion parameters on {recipe.machine}."
-    if billions is None:
-        return f"{origin} The model's name does not give its size: check that they suit it."
-    if not 1 / 1.6 <= billions / recipe.billions <= 1.6:
-        return f"{origin}\n# Untested at {billions:g} billion: check that memory and learning rates suit it."
-    return origin
