@@ -25,7 +25,7 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
 from hpc_rlhf.train.runtime.stop_signals import StopFlag
 from hpc_rlhf.train.runtime.world import World
-from hpc_rlhf.train.stages import common, sft
+from hpc_rlhf.train.stages import learner, sft
 from tests.train.faults import forked
 from tests.train.stages import make_run, metrics, tiny_spec, weights_digest
 
@@ -106,7 +106,7 @@ def main(folder: Path) -> dict[str, Any]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     world = Alone(0, ParallelDims(1), 0, torch.device("cpu"), dist.group.WORLD)
-    common.EVALUATED = 4  # evaluation is not tested here
+    learner.EVALUATED = 4  # evaluation is not tested here
     faults = ctypes.CDLL(None)
     fields = {"checkpoint_every": 1, "max_steps": STEPS, "zero": 1}
     whole = make_run(tiny_spec(folder / "whole", 1, sft=fields))

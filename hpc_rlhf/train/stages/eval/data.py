@@ -10,7 +10,7 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.data.tokenized import prepare
 from hpc_rlhf.train.rollout.backend import Rollout
-from hpc_rlhf.train.stages.common import EVALUATED
+from hpc_rlhf.train.stages.learner import EVALUATED
 
 
 @dataclass(frozen=True)

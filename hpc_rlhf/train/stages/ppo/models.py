@@ -15,7 +15,7 @@ from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import DTYPES, check_fits, load_causal, load_reward
 from hpc_rlhf.train.runtime.world import World
-from hpc_rlhf.train.stages.common import load_engines, prepare_model, save_engines
+from hpc_rlhf.train.stages.common import prepare_model
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,13 @@ class PpoModels:
 
     def save(self, snapshot: Snapshot) -> None:
         """Add what training changes to a snapshot. Collective."""
-        save_engines(snapshot, {"actor": self.actor, "critic": self.critic}, self.world)
+        engines.save(self.actor, snapshot, "actor", self.world)
+        engines.save(self.critic, snapshot, "critic", self.world)
         if self.ema:
             self.ema.save(snapshot, "ema")
 
     def load(self, checkpoint: Checkpoint) -> None:
-        load_engines({"actor": self.actor, "critic": self.critic}, self.world)(checkpoint)
+        engines.load(self.actor, checkpoint.folder / "actor", self.world)
+        engines.load(self.critic, checkpoint.folder / "critic", self.world)
         if self.ema:
             self.ema.load(checkpoint.folder / "ema")

@@ -14,20 +14,19 @@ from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at, total_steps
-from hpc_rlhf.train.metrics import keep_until
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.tokenizers import check_same_tokenizer
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
+from hpc_rlhf.train.stages.common import commit, new_artifact, start_actor, write_model
 from hpc_rlhf.train.stages.ppo.cursor import Cursor, Progress
-from hpc_rlhf.train.stages.ppo.finish import compare_with_ref, export_models
 from hpc_rlhf.train.stages.ppo.metrics import summarize
 from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
-from hpc_rlhf.train.stages.ppo.ptx import PtxStream
+from hpc_rlhf.train.stages.ppo.ptx import pretraining_mixture
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
-from hpc_rlhf.train.stages.sample_log import SampleLog
+from hpc_rlhf.train.stages.sample_log import SampleLog, held_out_prompts
 
 
 def run(context: StageContext) -> None:
@@ -50,8 +49,7 @@ def run(context: StageContext) -> None:
         world=world,
     )  # fmt: skip
     trainer.check = context.stop.check
-    ptx = PtxStream(context, spec) if spec.ptx is not None else None
-    samples = SampleLog(context.files.samples, context.tokenizer)
+    mixture = pretraining_mixture(context, spec) if spec.ptx is not None else None
 
     # 2. Resume, perhaps between the optimizer steps on an experience.
     checkpoint = context.resume(models.load)
@@ -62,8 +60,7 @@ def run(context: StageContext) -> None:
     if checkpoint and checkpoint.part:
         cursor = Cursor.after(checkpoint.part - 1, spec.minibatches)
         progress = Progress.load(checkpoint.folder, world.rank, cursor, world.device)
-    if world.is_main:
-        keep_until(context.files.samples, first if checkpoint else -1)
+    samples = SampleLog(context, checkpoint)
 
     for step in range(first, total):
         if progress is None:
@@ -83,7 +80,7 @@ def run(context: StageContext) -> None:
         # point that keeps the experience.
         experience = progress.experience
         save = _save_before_each(context, spec, models, step, state)
-        stats = trainer.learn(progress, ptx.losses if ptx else None, save)
+        stats = trainer.learn(progress, mixture, save)
         progress = None
 
         # 6. Metrics and samples.
@@ -93,21 +90,28 @@ def run(context: StageContext) -> None:
         if step == 0:
             state.update(reward_first=values["reward"], reward_first_std=values["reward_std"], kl_first=values["kl"])
         state.update(reward_last=values["reward"], kl_last=values["kl"])
-        if world.is_main:
-            samples.append_rollout(step + 1, experience)
+        samples.append_rollout(step + 1, experience)
     context.checkpoints.safe_point(total, models.save, state)
 
     # 7. Compare responses with the SFT model's, and export the models.
-    compare_with_ref(context, trainer, data.held_out, samples, total)
+    rows = held_out_prompts(data.held_out)
+    if rows:
+        trainer.backend.sync_weights(models.policy)
+        start = samples.answers(RolloutEngine(models.ref_policy, world), rows, trainer.rewards)
+        samples.append_final(total, rows, samples.answers(trainer.backend, rows, trainer.rewards), start)
     metrics = {name: value for name, value in state.items() if name not in ("seconds", "trainer")}
-    export_models(context, models, total, metrics)
+    folder = new_artifact(context)
+    with context.stop.cancellable():
+        write_model(context, models.policy, folder)
+        if models.ema:
+            with models.ema.averaged_weights():  # a stop restores the weights before it saves
+                write_model(context, models.policy, folder / context.files.ema_model.name)
+    commit(context, folder, total, metrics)
 
 
 def _load_models(context: StageContext, spec: PpoSpec, total: int) -> PpoModels:
     start = ModelSources(
-        actor=str(context.run.stage("sft").model)
-        if "sft" in context.spec.needs("ppo")
-        else context.start_model(context.spec.models.actor),
+        actor=start_actor(context),
         reward=str(context.run.stage("reward").model),
         ds_configs=context.ds_configs,
         longest=context.longest,
