@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.sample_counts import expected_samples
 from hpc_rlhf.estimate.step_time import step_parts
-from hpc_rlhf.slurm.durations import time_limit
+from hpc_rlhf.slurm.jobs import time_limit
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.stages import EvalSpec, PpoSpec

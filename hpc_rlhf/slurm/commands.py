@@ -11,21 +11,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.slurm.jobs import (
-    ACCOUNTING_FORMAT,
-    QUEUE_FORMAT,
-    JobRecord,
-    QueuedJob,
-    StopCause,
-    is_preempted,
-    parse_accounting,
-    parse_fields,
-    parse_queue,
-    record_of,
-    stop_cause,
-)
+from hpc_rlhf.slurm import jobs
+from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
 
 _TIMEOUT = 60
 # What selects the cluster and authenticates the user. Every other variable of these names describes another
@@ -49,20 +39,20 @@ def foreign_variables(environ: Mapping[str, str]) -> list[str]:
 
 def queue() -> dict[str, QueuedJob]:
     """This user's jobs that the controller knows, including just finished ones, by job id."""
-    text = run(["squeue", "--me", "--noheader", "--states=all", f"--format={QUEUE_FORMAT}"])
-    return {job.job_id: job for job in parse_queue(text)}
+    text = run(["squeue", "--me", "--noheader", "--states=all", f"--format={jobs.QUEUE_FORMAT}"])
+    return {job.job_id: job for job in jobs.parse_queue(text)}
 
 
 def accounting(job_ids: Sequence[str]) -> dict[str, JobRecord]:
     """What accounting has about jobs. Empty if a cluster keeps no accounts; a new job may be missing."""
     if not job_ids or shutil.which("sacct") is None:
         return {}
-    options = ["--allocations", "--noheader", "--parsable2", f"--format={ACCOUNTING_FORMAT}"]
+    options = ["--allocations", "--noheader", "--parsable2", f"--format={jobs.ACCOUNTING_FORMAT}"]
     try:
         text = run(["sacct", *options, f"--jobs={','.join(job_ids)}"])
     except HpcRlhfError:
         return {}
-    return {record.job_id: record for record in parse_accounting(text)}
+    return {record.job_id: record for record in jobs.parse_accounting(text)}
 
 
 def find_record(job_id: str) -> JobRecord | None:
@@ -72,15 +62,15 @@ def find_record(job_id: str) -> JobRecord | None:
         HpcRlhfError: the controller does not answer.
     """
     try:
-        return record_of(job_id, _job_fields(job_id))
+        return jobs.record_of(job_id, _job_fields(job_id))
     except HpcRlhfError as error:
         if "Invalid job id" not in error.message:
             raise
         return accounting([job_id]).get(job_id)
 
 
-def why_ended(job_id: str, restarts: int) -> StopCause:
-    """Why Slurm ended a job whose ranks were told to stop.
+def why_ended(job_id: str, restarts: int) -> Literal["cancelled", "requeued", "time limit", ""]:
+    """What ended a job whose ranks were signalled; empty while nothing has.
 
     The ranks get the same signal when a job is preempted or out of time, and then it should be requeued. A
     job that the user cancelled must not be: Slurm would run it again.
@@ -88,13 +78,19 @@ def why_ended(job_id: str, restarts: int) -> StopCause:
     Args:
         restarts: how often it had been requeued when it started.
     """
-    return stop_cause(_job_fields(job_id), restarts)
+    fields = _job_fields(job_id)
+    if int(fields.get("Restarts", 0)) > restarts:
+        return "requeued"
+    if fields.get("JobState") in ("RUNNING", "PENDING") or jobs.is_preempted(fields):
+        return ""  # in the grace time before a preemption, or before the time limit
+    at_limit = jobs.seconds(fields["RunTime"]) >= jobs.seconds(fields["TimeLimit"])
+    return "time limit" if fields.get("Reason") == "TimeLimit" or at_limit else "cancelled"
 
 
 def was_preempted(job_id: str) -> bool:
     """Whether a job has been preempted since it last started. False if Slurm does not answer."""
     try:
-        return is_preempted(_job_fields(job_id))
+        return jobs.is_preempted(_job_fields(job_id))
     except HpcRlhfError:
         return False
 
@@ -118,15 +114,11 @@ def start_and_end(job_id: str) -> tuple[float, float]:
 
 def _job_fields(job_id: str) -> dict[str, str]:
     with _signals_blocked():
-        return parse_fields(run(["scontrol", "--oneliner", "show", "job", job_id]))
+        return jobs.parse_fields(run(["scontrol", "--oneliner", "show", "job", job_id]))
 
 
 def hostnames(nodes: str) -> list[str]:
-    """The nodes of a host list, such as node[1-2].
-
-    Raises:
-        HpcRlhfError: scontrol does not answer.
-    """
+    """The nodes of a host list, such as node[1-2]."""
     return run(["scontrol", "show", "hostnames", nodes]).split()
 
 
@@ -168,7 +160,7 @@ def release(job_id: str) -> None:
 def dependency(needs: Sequence[str], behind: Sequence[str] = ()) -> str:
     """A dependency for sbatch and scontrol: some jobs must succeed, others must end; empty for none."""
     waits = (("afterok", needs), ("afterany", behind))
-    return ",".join(f"{kind}:{':'.join(jobs)}" for kind, jobs in waits if jobs)
+    return ",".join(f"{kind}:{':'.join(job_ids)}" for kind, job_ids in waits if job_ids)
 
 
 def set_dependency(job_id: str, needs: Sequence[str], behind: Sequence[str] = ()) -> None:
@@ -205,11 +197,7 @@ def _signals_blocked() -> Iterator[None]:
 
 
 def run(command: list[str]) -> str:
-    """The output of a Slurm command.
-
-    Raises:
-        HpcRlhfError: see ``execute``.
-    """
+    """The output of a Slurm command, which must succeed within a minute; see ``execute``."""
     return execute(command, _TIMEOUT).stdout
 
 

@@ -1,13 +1,11 @@
-"""Jobs as Slurm reports them, parsed from the output of squeue, sacct and scontrol."""
+"""Jobs and their times as Slurm reports them, parsed from the output of squeue, sacct and scontrol."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from hpc_rlhf.slurm.durations import seconds
 
 # squeue shows a finished job for a few minutes (MinJobAge); in these states it has ended for good.
 ENDED = frozenset({
@@ -24,11 +22,8 @@ class QueuedJob:
     """A job as squeue shows it.
 
     Attributes:
-        job_id: its number.
-        name: its name.
         state: Slurm's state, such as PENDING.
         reason: why it is pending or ended; empty otherwise.
-        comment: its comment.
         dependency: what it waits for, as squeue writes it; empty if it waits for no other job.
     """
 
@@ -125,18 +120,18 @@ def is_preempted(fields: Mapping[str, str]) -> bool:
     return time[:1].isdigit() and time >= fields.get("StartTime", "")
 
 
-StopCause = Literal["cancelled", "requeued", "time limit", ""]
+def seconds(text: str) -> float:
+    """Seconds in MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS; infinite for a word such as UNLIMITED."""
+    if not text[:1].isdigit():
+        return math.inf
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if not dash and len(parts) < 3:  # MM, MM:SS
+        parts.insert(0, 0)
+    hours, minutes, rest = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def stop_cause(fields: Mapping[str, str], restarts: int) -> StopCause:
-    """What ended a job whose ranks were signalled; empty while nothing has.
-
-    Args:
-        restarts: how often it had been requeued when it started.
-    """
-    if int(fields.get("Restarts", 0)) > restarts:
-        return "requeued"
-    if fields.get("JobState") in ("RUNNING", "PENDING") or is_preempted(fields):
-        return ""  # in the grace time before a preemption, or before the time limit
-    at_limit = seconds(fields["RunTime"]) >= seconds(fields["TimeLimit"])
-    return "time limit" if fields.get("Reason") == "TimeLimit" or at_limit else "cancelled"
+def time_limit(text: str) -> int | None:
+    """A job's time limit in seconds; None for no limit."""
+    return int(seconds(text)) or None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, model_validator
 
-from hpc_rlhf.slurm.durations import time_limit
+from hpc_rlhf.slurm.jobs import time_limit
 from hpc_rlhf.spec.fields import (
     Command,
     Duration,

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from hpc_rlhf.slurm.durations import time_limit
+from hpc_rlhf.slurm.jobs import time_limit
 from hpc_rlhf.slurm.sbatch import refuse_owned
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.job import JobSpec

@@ -15,7 +15,7 @@ from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.slurm import commands
-from hpc_rlhf.slurm.durations import seconds, time_limit
+from hpc_rlhf.slurm.jobs import seconds, time_limit
 from hpc_rlhf.spec.cluster import SlurmSpec
 
 _TESTED = (22, 5)  # the oldest Slurm that the tests run on
