@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.model_memory import ITEM
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
@@ -15,7 +16,6 @@ from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # Bytes of a weight in a checkpoint: itself and Adam's two moments, each in float32.
 _TRAINED = 12
-_EXPORTED = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Adapters are a small share of the weights; even rank 128 has less than this in a large model.
 _ADAPTERS = 0.05
 
@@ -33,7 +33,7 @@ def run_bytes(spec: JobSpec) -> int | None:
         checkpoint = trained * _TRAINED * _share(stage)
         if "critic" in stage.strategies:
             checkpoint += reward * _TRAINED * _share(stage.strategies["critic"])
-        exported = trained * _EXPORTED[stage.precision] * (2 if getattr(stage, "ema", False) else 1)
+        exported = trained * ITEM[stage.precision] * (2 if getattr(stage, "ema", False) else 1)
         total += (stage.keep_checkpoints + 1) * checkpoint + exported
     return int(total)
 

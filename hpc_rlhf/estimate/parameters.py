@@ -56,7 +56,6 @@ class Architecture:
         head: parameters of an output head that is not tied to the embeddings.
         inside: parameters of the blocks' linear layers, which tensor parallelism shards.
         largest: parameters of the largest matrix.
-        linears: its linear layers.
         layers: number of blocks.
         hidden: width.
         inner: width of the MLP.
@@ -79,16 +78,18 @@ class Architecture:
     kept: Mapping[int, tuple[float, float]]
 
     @property
-    def body(self) -> int:
-        """All parameters but those of an output head."""
-        return self.parameters - self.head
+    def scored(self) -> int:
+        """Its parameters with a score head instead of an output head."""
+        return self.parameters - self.head + self.hidden
 
     def adapted(self, lora: LoraSpec) -> list[Linear]:
         """The layers that get adapters."""
         return [layer for layer in self.linears if lora.targets is None or layer.name in lora.targets]
 
-    def adapters(self, lora: LoraSpec) -> int:
+    def adapters(self, lora: LoraSpec | None) -> int:
         """Parameters of its low-rank adapters."""
+        if lora is None:
+            return 0
         return sum(lora.rank * (each.inputs + each.outputs) * each.count for each in self.adapted(lora))
 
 
@@ -180,11 +181,7 @@ def _write_cache(config: str, shapes: Mapping[str, object]) -> None:
 
 
 def _config(ref: ModelRef, where: str) -> Mapping[str, object]:
-    """What a model's config.json holds.
-
-    Raises:
-        HpcRlhfError: it is not here, or cannot be read.
-    """
+    """What a model's config.json holds."""
     if isinstance(ref, FromScratch):
         return ref.from_scratch
     path = Path(ref) / "config.json"
@@ -205,11 +202,7 @@ def _config(ref: ModelRef, where: str) -> Mapping[str, object]:
 
 
 def _published(name: str, where: str) -> Mapping[str, object]:
-    """The configuration of an OPT model.
-
-    Raises:
-        HpcRlhfError: it is not one.
-    """
+    """The configuration of an OPT model."""
     size = name.removeprefix("facebook/opt-")
     if size == "350m" and size != name:
         return _OPT_350M

@@ -6,17 +6,8 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.estimate.activations import ITEM, Pass, as_trained
-from hpc_rlhf.estimate.model_memory import (
-    Parts,
-    added,
-    frozen,
-    gathered_weights,
-    in_training,
-    moving_average,
-    scored_parameters,
-    weights,
-)
+from hpc_rlhf.estimate import model_memory
+from hpc_rlhf.estimate.model_memory import ITEM, Parts, Pass, added, as_trained
 from hpc_rlhf.estimate.parameters import Architecture, architecture
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes
@@ -74,15 +65,11 @@ def stage_memory(spec: JobSpec, name: str) -> Memory:
     """The memory of a stage on each of its GPUs.
 
     Raises:
-        HpcRlhfError: a model's configuration is not here, transformers cannot build it, or the global batch is uneven.
+        HpcRlhfError: a model's configuration is not here, or transformers cannot build it.
     """
     stage = spec.stage(name)
     gpu = None if stage.slurm.gpu is None else gpu_bytes(stage.slurm.gpu)
-    try:
-        batch = derive_batch(stage, name)
-    except ValueError as error:
-        raise HpcRlhfError(str(error), where=f"stages.{name}.global_batch") from error
-    return _memory(stage, spec, name, batch, gpu)
+    return _memory(stage, spec, name, derive_batch(stage, name), gpu)
 
 
 def _lengths(spec: JobSpec) -> tuple[int, int]:
@@ -97,18 +84,18 @@ def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int |
     tokens = sequences * sum(lengths)
     if kind.makes == "reward model":
         model = architecture(spec.models, "reward")
-        trained = in_training(Pass(model, training, tokens, 0), batch, scored=True)
-        return Memory({"reward": scored_parameters(model)}, trained.always, trained.moments, gpu)
+        trained = model_memory.in_training(Pass(model, training, tokens, 0), batch, scored=True)
+        return Memory({"reward": model.scored}, trained.always, trained.moments, gpu)
     model = architecture(spec.models, "actor")
     answers_only = kind.data is Data.PAIRS or getattr(stage, "answer_only", False)
     predicted = sequences * lengths[1] if answers_only else tokens
     # With adapters only, the model with its adapters off is the reference.
     own_ref = "ref" in stage.strategies and training.lora is not None and training.lora.only
     work = Pass(model, training, tokens, predicted, summed=kind.data is not Data.PAIRS, alternating=own_ref)
-    trained = in_training(work, batch)
+    trained = model_memory.in_training(work, batch)
     always = dict(trained.always)
     if "ref" in stage.strategies and not own_ref:
-        always["ref"] = frozen(model, model.parameters, stage.strategies["ref"], training)
+        always["ref"] = model_memory.frozen(model, model.parameters, stage.strategies["ref"], training)
     return Memory({"actor": model.parameters}, always, trained.moments, gpu)
 
 
@@ -129,17 +116,17 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None
     tokens, responses = batch.micro * sum(lengths), batch.micro * lengths[1]
     # If a rollout is one micro-batch, the update reuses the pass that scored it: see train/stages/ppo.
     kept = batch.accumulation * stage.minibatches == 1 and not stage.dropout
-    policy = in_training(Pass(actor, stage, tokens, responses, with_entropies=kept), batch)
+    policy = model_memory.in_training(Pass(actor, stage, tokens, responses, with_entropies=kept), batch)
     of_critic = stage.of_critic
-    critic = in_training(Pass(reward, of_critic, tokens, 0), batch, scored=True)
+    critic = model_memory.in_training(Pass(reward, of_critic, tokens, 0), batch, scored=True)
     always = {
         **policy.always,
         "critic": sum(critic.always.values()),
-        "ref": frozen(actor, actor.parameters, stage.strategies["ref"], stage),
-        "reward": frozen(reward, scored_parameters(reward), stage.strategies["reward"], stage),
+        "ref": model_memory.frozen(actor, actor.parameters, stage.strategies["ref"], stage),
+        "reward": model_memory.frozen(reward, reward.scored, stage.strategies["reward"], stage),
     }
     if stage.ema:
-        always["EMA"] = moving_average(actor, stage)
+        always["EMA"] = model_memory.moving_average(actor, stage)
     moments = dict(policy.moments)
     for moment, parts in critic.moments.items():
         moments[f"the critic's {moment}"] = parts
@@ -149,14 +136,14 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None
     rollout = batch.micro * batch.accumulation * stage.minibatches
     moments["rollouts"] = _rollout(actor, stage, -(-rollout // stage.tensor_parallel), lengths, gpu)
     moments["scoring"] = _scoring(actor, stage, tokens, responses)
-    return Memory({"actor": actor.parameters, "critic": scored_parameters(reward)}, always, moments, gpu)
+    return Memory({"actor": actor.parameters, "critic": reward.scored}, always, moments, gpu)
 
 
 @_memory.register
 def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
     """One model after another generates, and computes log-probabilities."""
     actor, lengths = architecture(spec.models, "actor"), _lengths(spec)
-    always = {"weights": weights(actor.parameters, stage, stage.slurm.ranks)}
+    always = {"weights": model_memory.weights(actor.parameters, stage, stage.slurm.ranks)}
     tokens = batch.micro * sum(lengths)
     responses = -(-stage.prompts // stage.slurm.ranks)
     moments = {
@@ -169,7 +156,7 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, gpu: in
 def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int) -> Parts:
     """A pass without gradients: activations of one layer, and a chunk of logits."""
     item = ITEM[stage.precision]
-    gathered = gathered_weights(model, model.parameters, item) if stage.zero == 3 else 0
+    gathered = model_memory.gathered_weights(model, model.parameters, item) if stage.zero == 3 else 0
     return {
         "activations": tokens * _layer(model, item),
         "logits": Pass(model, as_trained(stage), tokens, predicted, with_entropies=True).logits,

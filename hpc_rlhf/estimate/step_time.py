@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.estimate.activations import ITEM, as_trained
+from hpc_rlhf.estimate.model_memory import ITEM, as_trained, trained_parameters
 from hpc_rlhf.estimate.parameters import Architecture, architecture
 from hpc_rlhf.spec.batch import Batch, derive_batch
-from hpc_rlhf.spec.gpus import Gpu, gpu_names, named_gpu
+from hpc_rlhf.spec.gpus import gpu_names, named_gpu
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sizes import ROWS, WEIGHTS_SHARE
 from hpc_rlhf.spec.stages import Data, EvalSpec, PpoSpec, kind_of
@@ -69,26 +69,15 @@ class _Model:
     item: int
     scheme: TrainingSpec
 
-    @property
-    def frozen_inside(self) -> bool:
-        """Whether only adapters have weight gradients."""
-        return self.scheme.lora is not None and self.scheme.lora.only
-
 
 def step_parts(spec: JobSpec, name: str) -> dict[str, float]:
     """Seconds of a step of a stage, or of a whole evaluation, by part.
 
     Raises:
-        HpcRlhfError: the speed of slurm.gpu is unknown, a model's configuration is not here, or the global
-            batch is uneven.
+        HpcRlhfError: the speed of slurm.gpu is unknown, or a model's configuration is not here.
     """
     stage = spec.stage(name)
-    machine = _machine(stage, name)
-    try:
-        batch = derive_batch(stage, name)
-    except ValueError as error:
-        raise HpcRlhfError(str(error), where=f"stages.{name}.global_batch") from error
-    parts = _parts(stage, spec, name, batch, machine)
+    parts = _parts(stage, spec, name, derive_batch(stage, name), _machine(stage, name))
     return {part: seconds for part, seconds in parts.items() if seconds}
 
 
@@ -100,18 +89,14 @@ def _machine(stage: StageSpec, name: str) -> _Machine:
             where=f"stages.{name}.slurm.gpu",
             hint=f"set slurm.gpu to one of {', '.join(gpu_names())}",
         )
+    slow = stage.precision == "fp32" or (stage.precision == "bf16" and not gpu.bf16)
     # Collectives between nodes use all adapters of a node at once, and the links inside it to distribute the data.
     outside = NETWORK * stage.slurm.tasks_per_node if stage.slurm.nodes > 1 else float("inf")
     link = min(gpu.link * 1e9, outside)
     return _Machine(
-        gpu.gib * 2**30, 1e12 * MFU * _peak(gpu, stage), 1e9 * DECODE_SHARE * gpu.bandwidth, link,
+        gpu.gib * 2**30, 1e12 * MFU * (gpu.single if slow else gpu.half), 1e9 * DECODE_SHARE * gpu.bandwidth, link,
         stage.slurm.ranks, as_trained(stage).tensor_parallel, stage.slurm.tasks_per_node,
     )  # fmt: skip
-
-
-def _peak(gpu: Gpu, stage: StageSpec) -> float:
-    slow = stage.precision == "fp32" or (stage.precision == "bf16" and not gpu.bf16)
-    return gpu.single if slow else gpu.half
 
 
 @singledispatch
@@ -180,10 +165,8 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine
 
 
 def _model(body: Architecture, stage: TrainingSpec, scored: bool) -> _Model:
-    count = body.body + body.hidden if scored else body.parameters
-    adapters = 0 if stage.lora is None else body.adapters(stage.lora)
-    only = stage.lora is not None and stage.lora.only
-    trained = adapters + (body.hidden if scored else 0) if only else count + adapters
+    count = body.scored if scored else body.parameters
+    trained = trained_parameters(count, body.adapters(stage.lora), stage.lora, body.hidden if scored else 0)
     return _Model(body.layers, count, trained, ITEM[stage.precision], stage)
 
 
@@ -219,7 +202,8 @@ def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[st
     inputs, and of the weights, which frozen weights do not need. Checkpointing adds a forward pass.
     """
     again = int(model.scheme.activation_checkpointing)
-    full = 4 if not model.frozen_inside else 2
+    lora = model.scheme.lora
+    full = 2 if lora is not None and lora.only else 4
     work = _pass(model, (2 + full + 2 * again) * model.count, 1 + full // 2 + again, tokens, machine)
     return {
         "training": passes * work,

@@ -53,7 +53,7 @@ def check(configs: list[dict[str, Any]]) -> None:
         assert shapes.parameters == sum(p.numel() for p in model.parameters()), config
         body = model.base_model if model.base_model is not model else None
         if body is not None:
-            assert shapes.body == sum(p.numel() for p in body.parameters()), config
+            assert shapes.scored - shapes.hidden == sum(p.numel() for p in body.parameters()), config
         adapt(model, lora, 0)
         assert shapes.adapters(lora) == sum(p.numel() for p in model.parameters() if p.requires_grad), config
 
