@@ -6,7 +6,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, find_runs
 from hpc_rlhf.cli.console import print_table
-from hpc_rlhf.launch.cancel import cancel
+from hpc_rlhf.launch.jobs import cancel
 
 
 @click.command(epilog=example("hpc-rlhf cancel my-job.yaml"))

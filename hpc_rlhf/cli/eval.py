@@ -81,8 +81,7 @@ def evaluation_spec(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[Jo
 
 
 def _evaluate(context: click.Context, spec: JobSpec, folder: RunDir, file: Path, again: str) -> None:
-    from hpc_rlhf.launch.local.interrupts import Interrupted
-    from hpc_rlhf.launch.local.runner import LocalRun, refuse_live_jobs
+    from hpc_rlhf.launch.local.runner import Interrupted, LocalRun, refuse_live_jobs
     from hpc_rlhf.launch.prepare import claim, prepare
     from hpc_rlhf.observe.terminal.progress import progress
 

@@ -53,8 +53,7 @@ def _run(
     lent: Mapping[str, RunDir],
 ) -> None:  # fmt: skip
     from hpc_rlhf.launch.local.hostfile import read_hostfile
-    from hpc_rlhf.launch.local.interrupts import Interrupted
-    from hpc_rlhf.launch.local.runner import LocalRun, refuse_live_jobs
+    from hpc_rlhf.launch.local.runner import Interrupted, LocalRun, refuse_live_jobs
     from hpc_rlhf.launch.prepare import claim, prepare
     from hpc_rlhf.observe.report import leave_report
     from hpc_rlhf.observe.terminal.progress import progress

@@ -1,4 +1,4 @@
-"""Finds a run's jobs from the ledger and Slurm together.
+"""Finds a run's jobs from the ledger and Slurm together, and cancels them.
 
 Every call of sbatch is announced in the ledger with a token, which the job has in its comment. So a job whose
 id was never recorded, because the submitting process died, is still found and adopted.
@@ -10,9 +10,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.run import sentinel
-from hpc_rlhf.run.events import Refused, Submitted, Submitting
+from hpc_rlhf.run.events import Cancelled, Refused, Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
@@ -20,6 +21,7 @@ from hpc_rlhf.slurm.jobs import QueuedJob
 
 # Seconds after which an orphaned sbatch has certainly given up waiting for the controller.
 _IN_FLIGHT = 10.0
+_PATIENCE = 30.0  # a running sentinel finishes soon
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,6 @@ def submission_options(
     """sbatch options of one submission. They are not in the script, which is the same every time.
 
     Args:
-        job: the stage's job.
         token: identifies this submission in the job's comment.
         after: ids of jobs that must succeed first.
         delay: seconds before it may start.
@@ -89,6 +90,18 @@ def find_jobs(run: RunDir) -> RunJobs:
     queued = ((stage, queue[job_id]) for job_id, (stage, _) in submitted.items() if job_id in queue)
     live = {stage: job for stage, job in queued if job.live and job.is_of(stage)}
     return RunJobs(live, latest, {job_id: token for job_id, (_, token) in submitted.items()}, queue)
+
+
+def cancel(run: RunDir) -> dict[str, QueuedJob]:
+    """Cancel every queued or running job of a run, and return those of stages."""
+    with hold(run.submit_lock, "hpc-rlhf cancel", _PATIENCE):
+        jobs = find_jobs(run)
+        # The sentinels first, or they would start when their stages are cancelled.
+        commands.cancel([job.job_id for job in jobs.sentinels])
+        commands.cancel([job.job_id for job in jobs.live.values()])
+        for stage, job in jobs.live.items():
+            Ledger(run.ledger).append(Cancelled(stage, job_id=job.job_id))
+    return jobs.live
 
 
 def adopt(run: RunDir, stage: str, token: str, job_id: str) -> None:

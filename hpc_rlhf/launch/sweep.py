@@ -1,7 +1,4 @@
-"""Launch the runs of a sweep.
-
-Stages that they share are trained by the first of them and linked into the others.
-"""
+"""Launch the runs of a sweep. The first that has a shared stage trains it; it is linked into the others."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.cancel import cancel
 from hpc_rlhf.launch.chain import Outcome
+from hpc_rlhf.launch.jobs import cancel
 from hpc_rlhf.launch.submit import submit
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir, SweepDir
@@ -20,10 +17,6 @@ from hpc_rlhf.spec.sweep import Sweep, lenders
 
 def submit_sweep(sweep: Sweep, beside: Path | None = None) -> dict[str, list[Outcome]]:
     """Submit the missing stages of every run as one graph. Returns the outcomes by run.
-
-    Args:
-        sweep: the sweep.
-        beside: folder of the job file; templates in its ``templates/`` win over ours.
 
     Raises:
         HpcRlhfError: there is no Slurm here, or a run cannot be submitted; the jobs that this call submitted

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.launch.local.environment import environment, visible_gpus
-from hpc_rlhf.launch.local.interrupts import StopRequests
+from hpc_rlhf.launch.local.runner import StopRequests
 from tests.hook import Hook
 from tests.launch.fakes import Here, is_alive, wait_for
 

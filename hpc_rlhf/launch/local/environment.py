@@ -22,10 +22,10 @@ def environment(inherited: Mapping[str, str], ranks_here: int, address: str = "1
         ranks_here: ranks that share this machine's cores.
         address: address of rank 0's machine.
     """
-    env = {
-        name: value for name, value in inherited.items() if not name.startswith(_FOREIGN) and name not in _FOREIGN_NAMES
-    }
-    env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks_here)))
+    foreign = {name for name in inherited if name.startswith(_FOREIGN) or name in _FOREIGN_NAMES}
+    env = {name: value for name, value in inherited.items() if name not in foreign}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks_here)))
     env.update(MASTER_ADDR=address, MASTER_PORT=str(free_port()))
     return env
 
@@ -36,10 +36,6 @@ def visible_gpus(env: Mapping[str, str]) -> int:
     if chosen is None:
         return len(list(Path("/dev").glob("nvidia[0-9]*")))
     return len([device for device in chosen.split(",") if device.strip() not in ("", "-1")])
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_port() -> int:

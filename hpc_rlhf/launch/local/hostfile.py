@@ -10,11 +10,12 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.spec.cluster import SlurmSpec
 
 # What DeepSpeed's own parser accepts, and no more.
 _LINE = re.compile(r"([A-Za-z0-9_][\w.@-]*)\s+slots=(\d+)\s*(#.*)?")
@@ -28,20 +29,23 @@ class Hostfile:
     """A checked hostfile.
 
     Attributes:
-        path: where it is.
         slots: ranks per machine, in the file's order; rank 0 is on the first.
     """
 
     path: Path
     slots: dict[str, int]
 
-    @property
-    def ranks(self) -> int:
-        return sum(self.slots.values())
-
-    def first_rank(self, host: str) -> int:
-        """The first rank of a machine."""
-        return sum(list(self.slots.values())[: list(self.slots).index(host)])
+    def check_ranks(self, stage: str, slurm: SlurmSpec) -> None:
+        """Raise HpcRlhfError if a stage runs on another number of ranks."""
+        ranks = sum(self.slots.values())
+        if ranks != slurm.ranks:
+            raise HpcRlhfError(
+                f"the hostfile has {ranks} slots, but {stage} runs on {slurm.ranks} ranks "
+                f"({slurm.nodes} nodes x {slurm.tasks_per_node})",
+                where=str(self.path),
+                hint="change the slots, or slurm.nodes and slurm."
+                f"{'ranks' if slurm.ranks_per_node else 'gpus'}_per_node",
+            )
 
     def master_address(self) -> str:
         """An address at which the other machines reach the first.
@@ -73,7 +77,7 @@ class Hostfile:
             env: with MASTER_ADDR and MASTER_PORT.
             gpus: GPUs of this machine, as in CUDA_VISIBLE_DEVICES; the first ones if None.
         """
-        world: dict[str, list[str] | list[int]] = {name: list(range(n)) for name, n in self.slots.items()}
+        world: dict[str, Sequence[str | int]] = {name: list(range(n)) for name, n in self.slots.items()}
         if gpus is not None and len(gpus) == self.slots[host]:
             world[host] = gpus
         options = [

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from submitit.local.local import LocalExecutor, LocalJob
@@ -32,7 +32,7 @@ class Ranks:
     """
 
     supervisors: dict[str, subprocess.Popen[bytes]]
-    _first_end: float = field(default=0.0)
+    _first_end: float = 0.0
 
     def ended(self) -> bool:
         """Whether all have ended. Once one machine's ranks have, the others' are killed after a while."""
@@ -84,11 +84,12 @@ def start_here(run: RunDir, stage: str, ranks: int, env: Mapping[str, str]) -> R
 
 def start_on(hostfile: Hostfile, run: RunDir, stage: str, env: Mapping[str, str]) -> Ranks:
     """Start DeepSpeed's launcher on every machine of a hostfile."""
-    supervisors = {}
-    for host in hostfile.slots:
+    supervisors, first_rank = {}, 0
+    for host, slots in hostfile.slots.items():
         launcher = hostfile.deepspeed(host, ["hpc_rlhf.task", str(run.path), stage], env)
-        command = _supervised(run, stage, "the launcher of rank", hostfile.first_rank(host), 1, launcher)
+        command = _supervised(run, stage, "the launcher of rank", first_rank, 1, launcher)
         supervisors[host] = _start(on_host(host, command, env), env)
+        first_rank += slots
     return Ranks(supervisors)
 
 

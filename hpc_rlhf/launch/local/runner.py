@@ -6,16 +6,17 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.jobs import find_jobs
 from hpc_rlhf.launch.local.environment import environment, visible_gpus
 from hpc_rlhf.launch.local.hostfile import Hostfile
-from hpc_rlhf.launch.local.interrupts import Interrupted, StopRequests
 from hpc_rlhf.launch.local.ranks import Ranks, start_here, start_on
 from hpc_rlhf.run import events, manifest, notify
 from hpc_rlhf.run.attempt_logs import AttemptLogs, last_seen, last_step
@@ -29,6 +30,34 @@ from hpc_rlhf.spec.job import JobSpec
 
 _POLL = 0.2
 _LOG_LINES = 12
+
+
+class Interrupted(HpcRlhfError):
+    """The user or the machine asked the run to stop."""
+
+
+@dataclass
+class StopRequests:
+    """Counts the signals that ask this process to stop; the handler does nothing else."""
+
+    count: int = 0
+    number: int = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequests]:
+        # Ignored signals stay ignored: nohup's SIGHUP, and a background job's SIGINT.
+        stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        numbers = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._count) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.number = number
 
 
 class Watcher(Protocol):
@@ -56,18 +85,16 @@ class LocalRun:
     again: str
 
     def run_stages(self, stages: Sequence[str] | None = None) -> None:
-        """Run every stage whose artifact is not complete, in an order in which each follows its needs.
-
-        Args:
-            stages: stages to run; all by default.
+        """Run every stage, or those named, whose artifact is not complete; each follows its needs.
 
         Raises:
             HpcRlhfError: a stage failed; later ones were not started.
             Interrupted: the run was asked to stop; everything is saved.
         """
         stages = self.spec.stage_names if stages is None else stages
-        for stage in stages:
-            self._check_hostfile(stage)
+        if self.hostfile is not None:
+            for stage in stages:
+                self.hostfile.check_ranks(stage, self.spec.stage(stage).slurm)
         with StopRequests().listening() as stop:
             for stage in stages:
                 if stop.count:
@@ -99,16 +126,12 @@ class LocalRun:
             raise self._interrupted(f"stopped after {stage}, which is finished", stop)
 
     def _verdict(self, stage: str, begin: int) -> Retry | Stop:
-        """Record how an attempt ended, and decide whether there is another.
-
-        Args:
-            begin: how many events the stage had when the user started it.
-        """
+        """Record how an attempt ended, and decide whether there is another. The stage had ``begin`` events when
+        the user started it."""
         files, settings = self.run.stage(stage), self.spec.stage(stage).slurm
         ended = judge(self._history(stage, begin), None, AttemptLogs(files, None), last_step(files))
         Ledger(self.run.ledger).append(replace(ended, stage=stage, seen=last_seen(files)))
-        limits = settings.max_requeues, settings.heal.backoff_seconds
-        verdict = decide(self._history(stage, begin), *limits)
+        verdict = decide(self._history(stage, begin), settings.max_requeues, settings.heal.backoff_seconds)
         if isinstance(verdict, Retry) and not settings.heal.enabled:
             return Stop(StopKind.HEALING_DISABLED, ended.message)
         if isinstance(verdict, Retry):
@@ -131,12 +154,10 @@ class LocalRun:
             return start_on(self.hostfile, self.run, stage, env)
         env = environment(os.environ, slurm.ranks)
         gpus, gpus_wanted = visible_gpus(env), slurm.gpus_per_node > 0
-        if gpus_wanted and gpus == 0:
-            self.watcher.say(f"{stage}: this machine has no visible NVIDIA GPU; running on the CPU")
-        elif gpus_wanted and gpus < slurm.ranks:
-            self.watcher.say(
-                f"{stage}: {slurm.ranks} ranks, but {gpus} visible GPU{'s' * (gpus > 1)}; running on the CPU"
-            )
+        if gpus_wanted and gpus < slurm.ranks:
+            few = f"{slurm.ranks} ranks, but {gpus} visible GPU{'s' * (gpus > 1)}"
+            why = few if gpus else "this machine has no visible NVIDIA GPU"
+            self.watcher.say(f"{stage}: {why}; running on the CPU")
         if 0 < gpus < slurm.ranks or not gpus_wanted:
             env["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
         return start_here(self.run, stage, slurm.ranks, env)
@@ -194,24 +215,9 @@ class LocalRun:
     def _event_count(self, stage: str) -> int:
         return len(StageHistory.read(self.run, stage).events)
 
-    def _check_hostfile(self, stage: str) -> None:
-        slurm = self.spec.stage(stage).slurm
-        if self.hostfile is not None and self.hostfile.ranks != slurm.ranks:
-            raise HpcRlhfError(
-                f"the hostfile has {self.hostfile.ranks} slots, but {stage} runs on {slurm.ranks} ranks "
-                f"({slurm.nodes} nodes x {slurm.tasks_per_node})",
-                where=str(self.hostfile.path),
-                hint="change the slots, or slurm.nodes and slurm."
-                f"{'ranks' if slurm.ranks_per_node else 'gpus'}_per_node",
-            )
-
 
 def refuse_live_jobs(run: RunDir) -> None:
-    """Refuse to run what Slurm jobs are running.
-
-    Raises:
-        HpcRlhfError: Slurm jobs of this run are queued or running.
-    """
+    """Raise HpcRlhfError if Slurm jobs of this run are queued or running."""
     live = find_jobs(run).live
     if live:
         names = ", ".join(f"{stage} (job {job.job_id}, {job.state})" for stage, job in live.items())
