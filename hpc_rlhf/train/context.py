@@ -22,7 +22,7 @@ from hpc_rlhf.train.checkpoint.store import Checkpoint, CheckpointStore
 from hpc_rlhf.train.data import dialogues, sources
 from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
-from hpc_rlhf.train.models.loading import DTYPES, folder_or_id, make_from_scratch
+from hpc_rlhf.train.models.loading import DTYPES, make_from_scratch
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.consensus import Consensus
@@ -109,12 +109,12 @@ class StageContext:
             return prepare(self.spec, self.stage, self.tokenizer, self.files.data, self.world, self.stop.should_stop)
 
     def start_model(self, ref: ModelRef) -> str:
-        """Where to load the model that the spec names, which is first created if the spec defines it from
-        scratch."""
+        """Where to load a model that the spec names; one that it defines from scratch is first created."""
+        if not isinstance(ref, FromScratch):
+            return ref
         folder = self.files.path / "initial"
-        if isinstance(ref, FromScratch):
-            make_from_scratch(ref, self.tokenizer, self.spec.seed, folder, self.world)
-        return folder_or_id(ref, folder)
+        make_from_scratch(ref, self.tokenizer, self.spec.seed, folder, self.world)
+        return str(folder)
 
     # Steps
 

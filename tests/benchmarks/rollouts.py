@@ -16,7 +16,7 @@ from hpc_rlhf.rank import exit_after
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import load_causal
+from hpc_rlhf.train.models.loading import load_causal, sharded_loading
 from hpc_rlhf.train.rollout.backend import GenerationRequest
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.world import World, join, leave
@@ -49,7 +49,7 @@ class Sharded:
             config = json.load(file)
         assert spec.stages.ppo is not None
         source = str(options.work / "model")
-        with engines.sharded_loading(config):
+        with sharded_loading(config):
             if ours:
                 model = load_causal(source, torch.bfloat16)
             else:

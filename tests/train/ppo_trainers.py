@@ -12,8 +12,7 @@ from torch import Tensor
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.models import packed_attention
 from hpc_rlhf.train.models.engine import StepResult
-from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import RewardModel
+from hpc_rlhf.train.models.language_model import LanguageModel, RewardModel
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes

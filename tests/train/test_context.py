@@ -25,3 +25,13 @@ def test_a_deepspeed_config_with_other_batch_sizes_than_the_spec_is_refused(tmp_
     with pytest.raises(HpcRlhfError, match="gradient_accumulation_steps is 2, and must be 4") as caught:
         StageContext(spec, "sft", run, world, StopFlag(), "second")
     assert (caught.value.exit_code, caught.value.where) == (INPUT_WRONG, str(config))
+
+
+def test_where_a_model_loads_from(tmp_path: Path, world: World) -> None:
+    spec = tiny_spec(tmp_path / "run", 1, sft={})
+    run = make_run(spec)
+    context = StageContext(spec, "sft", run, world, StopFlag(), "first")
+    assert context.start_model("facebook/opt-350m") == "facebook/opt-350m"
+    folder = run.stage("sft").path / "initial"
+    assert context.start_model(spec.models.actor) == str(folder)
+    assert (folder / "config.json").exists()

@@ -13,8 +13,7 @@ from torch import nn
 from hpc_rlhf.train.checkpoint import shards
 from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
-from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, is_zero3, local_shard
-from hpc_rlhf.train.parallel.tensor_parallel import replica_group
+from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, is_zero3, local_shard, replica_group
 from hpc_rlhf.train.runtime.world import World
 
 
@@ -49,7 +48,7 @@ class Ema:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Temporarily give the model the averaged weights. Collective."""
-        group = replica_group(self.world.dims.tensor)
+        group = None if self.world.dims.tensor == 1 else replica_group()
         originals = [local_shard(parameter).to("cpu", copy=True) for parameter in self.parameters]
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):

@@ -1,13 +1,15 @@
-"""DeepSpeed engines: a model with its optimizer and schedule, or a frozen one sharded for inference."""
+"""DeepSpeed engines: a model with its optimizer and schedule, or a frozen one sharded for inference.
+
+Checkpoints hold the float32 weights, Adam's moments and the counters of an engine, as shards that do not depend on the
+number of ranks. Frozen weights are left out: they come from the model that the stage starts from.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.algorithms import schedule
 from hpc_rlhf.train.checkpoint import shards
+from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
-from hpc_rlhf.train.models import engine_state
 from hpc_rlhf.train.models.onebit_adam import OneBitAdam
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from hpc_rlhf.train.parallel.tensor_parallel import split_model
 from hpc_rlhf.train.runtime.world import World
 
-
-@contextmanager
-def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Within it, transformers loads models in ZeRO-3 shards if the config says stage 3."""
-    if ds_config["zero_optimization"]["stage"] != 3:
-        yield
-        return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    keep_alive = HfDeepSpeedConfig(copy.deepcopy(ds_config))  # transformers keeps only a weak reference
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del keep_alive
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -59,15 +47,16 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingS
     Args:
         model: loaded within ``sharded_loading``, and split if the spec says so.
         total: optimizer steps of the whole stage.
-
-    Raises:
-        HpcRlhfError: this device does not support the spec's precision.
     """
     import deepspeed
 
     _check_precision(ds_config)
     config, groups = copy.deepcopy(ds_config), parameter_groups(model, spec.weight_decay)
-    _fit_buckets(config["zero_optimization"], groups)
+    zero = config["zero_optimization"]
+    trained = sum(internals.full_numel(p) for group in groups for p in group["params"])
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        if name in zero:  # DeepSpeed allocates it whole, however small the model, and requires an even number
+            zero[name] = min(zero[name], trained + trained % 2)
     optimizer: torch.optim.Optimizer
     if spec.optimizer == "onebit-adam":
         optimizer = OneBitAdam(groups, lr, spec.betas, spec.clip_grad, spec.onebit_warmup)
@@ -75,10 +64,10 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingS
     else:
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=spec.betas, fused=True)
     internals.skip_autotp(model)  # ``split_model`` ran before the adapters wrapped the layers
-    rate = partial(_rate, spec.schedule, min(spec.warmup, total), total)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, rate), config=config
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule.factor(spec.schedule, step, min(spec.warmup, total), total)
     )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=rate, config=config)
     internals.discard_allocation_step(engine)
     if isinstance(optimizer, OneBitAdam):
         optimizer.start()
@@ -96,18 +85,6 @@ def _check_precision(ds_config: dict[str, Any]) -> None:
             where="precision: fp16",
             hint="set precision: bf16, or fp32, or use a GPU",
         )
-
-
-def _fit_buckets(zero: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
-    """Cap the buckets at the model's size; DeepSpeed allocates them whole, however small the model."""
-    trained = sum(internals.full_numel(p) for group in groups for p in group["params"])
-    for name in ("reduce_bucket_size", "allgather_bucket_size"):
-        if name in zero:
-            zero[name] = min(zero[name], trained + trained % 2)  # DeepSpeed requires an even number
-
-
-def _rate(name: str, warmup: int, total: int, step: int) -> float:
-    return schedule.factor(name, step, warmup, total)
 
 
 def frozen_engine(model: nn.Module, ds_config: dict[str, Any], device: torch.device) -> Any:
@@ -130,8 +107,7 @@ class StepResult:
 
     Attributes:
         grad_norm: norm of the gradient before clipping; infinite if the step was skipped.
-        applied: False if DeepSpeed skipped the step because a gradient was not finite. Weights, Adam's
-            moments and the learning-rate schedule are then as before.
+        applied: False if DeepSpeed skipped the step because a gradient was not finite, and changed nothing.
     """
 
     grad_norm: float
@@ -139,7 +115,6 @@ class StepResult:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For the log; ``skipped`` is 1 for a skipped step."""
         return {"grad_norm": self.grad_norm, "skipped": float(not self.applied)}
 
 
@@ -148,9 +123,6 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> StepR
 
     The accumulation boundary is set explicitly, so that the number of losses may differ from the configured
     accumulation, as with a pretraining mixture.
-
-    Args:
-        losses: functions that compute a loss each; called in order.
     """
     norm, scale = 0.0, internals.unapplied_loss_scale(engine)
     optimizer = internals.inner_optimizer(engine)
@@ -176,11 +148,7 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> StepR
 
 
 def gradient_norm(module: Any, group: Any) -> float:
-    """The norm of all gradients.
-
-    Args:
-        group: the ranks that share split layers; None without tensor parallelism.
-    """
+    """The norm of all gradients; ``group`` is that of the ranks that share split layers, if there are any."""
     trained = [p for p in module.parameters() if p.grad is not None]
     if group is None:
         return float(torch.nn.utils.get_total_norm([p.grad for p in trained]))
@@ -204,7 +172,7 @@ def traffic(engines: Sequence[Any]) -> dict[str, float]:
 
 def save(engine: Any, snapshot: Snapshot, name: str, world: World) -> None:
     """Add an engine's state to a snapshot's folder, for any number of ranks to resume from. Collective."""
-    shards.write(snapshot, name, engine_state.pieces(engine, world), engine_state.facts(engine, world), world)
+    shards.write(snapshot, name, pieces(engine, world), facts(engine, world), world)
 
 
 def load(engine: Any, folder: Path, world: World) -> None:
@@ -213,6 +181,60 @@ def load(engine: Any, folder: Path, world: World) -> None:
     Raises:
         HpcRlhfError: it was written for another model, or this number of ranks cannot read it.
     """
-    engine_state.prepare(engine, shards.read_facts(folder), folder, world)
-    shards.read(folder, engine_state.pieces(engine, world), world)
+    _prepare(engine, shards.read_facts(folder), folder, world)
+    shards.read(folder, pieces(engine, world), world)
     internals.copy_masters_to_model(engine)
+
+
+def pieces(engine: Any, world: World) -> list[Shard]:
+    """Views of this rank's shards of the engine's weights and moments."""
+    optimizer = internals.inner_optimizer(engine)
+    views: list[Shard] = []
+    for number, fragment in enumerate(internals.fragments(engine)):
+        # Of what every rank has, the ranks share the writing.
+        mine = not fragment.replicated or number % world.dims.data == world.data_rank
+        views.append(Shard(f"weight {fragment.name}", fragment.start, fragment.of(fragment.stepped), mine))
+        state = optimizer.state.get(fragment.stepped, {})  # it has no moments before the first step
+        for key in MOMENTS:
+            if key in state:
+                views.append(Shard(f"{key} {fragment.name}", fragment.start, fragment.of(state[key]), mine))
+    return [*views, *optimizer.pieces()] if isinstance(optimizer, OneBitAdam) else views
+
+
+def facts(engine: Any, world: World) -> dict[str, Any]:
+    """The counters and scalars beside the tensors, the same on every rank."""
+    optimizer = internals.inner_optimizer(engine)
+    numbers: dict[str, float]
+    if isinstance(optimizer, OneBitAdam):
+        numbers = {"steps": optimizer.steps, "bytes_sent": optimizer.bytes_sent, "ranks": world.size}
+    else:
+        steps = {float(state["step"]) for state in optimizer.state.values() if "step" in state} or {0.0}
+        assert len(steps) == 1, f"parameters have been stepped {sorted(steps)} times"
+        numbers = {"steps": steps.pop()}
+    return {"optimizer": numbers, "schedule": engine.lr_scheduler.last_epoch, **internals.numbers(engine)}
+
+
+def _prepare(engine: Any, facts: dict[str, Any], where: Path, world: World) -> None:
+    """Restore the numbers, and allocate the moments that a first step would allocate."""
+    optimizer, numbers = internals.inner_optimizer(engine), facts["optimizer"]
+    if isinstance(optimizer, OneBitAdam):
+        if numbers["ranks"] != world.size:
+            raise HpcRlhfError(
+                f"onebit-adam keeps a momentum for each of {numbers['ranks']} ranks, but {world.size} were started",
+                where=str(where),
+                hint=f"resume with {numbers['ranks']} ranks",
+                exit_code=RUN_FAILED,
+            )
+        optimizer.steps, optimizer.bytes_sent = numbers["steps"], numbers["bytes_sent"]
+    elif numbers["steps"]:
+        for stepped in internals.stepped_tensors(engine):
+            moments = optimizer.state[stepped]
+            for key in MOMENTS:
+                moments.setdefault(key, torch.zeros_like(stepped))
+            moments["step"] = torch.tensor(numbers["steps"], dtype=torch.float32, device=stepped.device)
+    lr_scheduler = engine.lr_scheduler
+    lr_scheduler.last_epoch = facts["schedule"]
+    rates = zip(optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
+    for group, base, rate in rates:
+        group["lr"] = base * rate(facts["schedule"])
+    internals.restore_numbers(engine, facts["scale"], facts["counters"])

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc_rlhf.train.models.interruptible_loading import interruptible
 from hpc_rlhf.train.models.lora import LoraLinear
 from hpc_rlhf.train.parallel import tensor_parallel
 from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, is_zero3
+from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 # Largest weights file: a second or two at a time, after which a stop can take effect.
 SHARD = "2GB"
@@ -26,8 +26,7 @@ GATHERED_AT_ONCE = 2**26
 def gathered(parameters: list[nn.Parameter], to_change: bool = False) -> AbstractContextManager[Any]:
     """Within it, the parameters are whole on every rank. Collective under ZeRO-3.
 
-    Args:
-        to_change: keep what rank 0 writes into them; otherwise changes are lost.
+    Changes are lost, except those of rank 0 with ``to_change``.
     """
     if not any(map(is_zero3, parameters)):
         return nullcontext()
@@ -43,11 +42,7 @@ def full_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 @dataclass(frozen=True)
 class ModuleWeights:
-    """The parameters that a module holds itself; an adapted layer includes its adapter.
-
-    Attributes:
-        name: the module's.
-    """
+    """The parameters that a module holds itself; an adapted layer includes its adapter."""
 
     name: str
     module: nn.Module
@@ -59,20 +54,13 @@ class ModuleWeights:
         Collective in the tensor-parallel group if they are split.
         """
         prefix = f"{self.name}." if self.name else ""
-        layer = self.module.base if isinstance(self.module, LoraLinear) else self.module
-        for name, tensor in self._own():
-            yield prefix + name, tensor_parallel.gather(layer, name, tensor)
-
-    def _own(self) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(self.module, LoraLinear):
-            yield "weight", self.module.merged_weight()
-            if self.module.base.bias is not None:
-                yield "bias", self.module.base.bias.detach()
-            return
+        adapter = self.module if isinstance(self.module, LoraLinear) else None
+        layer = adapter.base if adapter else self.module
         own = set(map(id, self.parameters))
-        for name, parameter in self.module.named_parameters(recurse=False):
+        for name, parameter in layer.named_parameters(recurse=False):
             if id(parameter) in own:
-                yield name, parameter.detach()
+                tensor = adapter.merged_weight() if adapter and name == "weight" else parameter.detach()
+                yield prefix + name, tensor_parallel.gather(layer, name, tensor)
 
 
 def module_weights(model: nn.Module, prefix: str = "") -> list[ModuleWeights]:
@@ -115,11 +103,45 @@ def full_weights(modules: Sequence[ModuleWeights]) -> Generator[tuple[str, Tenso
         yield from weights
 
 
+@contextmanager
+def interruptible(should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Within it, transformers stops loading or writing a model as soon as ``should_stop`` is true.
+
+    transformers reports progress through a hook that sees each tensor or file; a version without it is not interrupted.
+
+    Raises:
+        WorkCancelled: ``should_stop`` was true.
+    """
+    from transformers.utils import logging
+
+    set_hook = getattr(logging, "set_tqdm_hook", None)
+    if set_hook is None:
+        yield
+        return
+
+    def check_before_each(items: Any) -> Iterator[Any]:
+        for item in items:
+            if should_stop():
+                raise WorkCancelled
+            yield item
+
+    def hook(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args:
+            return bar(**kwargs)
+        items, *others = args
+        return bar(check_before_each(items), *others, **kwargs)
+
+    previous = set_hook(hook)
+    try:
+        yield
+    finally:
+        set_hook(previous)
+
+
 def collect(model: Any, is_main: bool, between: Callable[[], object] = bool) -> dict[str, Tensor]:
     """A copy of all weights and persistent buffers, in rank 0's memory; empty elsewhere. Collective.
 
     Args:
-        model: the transformers model, not its DeepSpeed engine.
         between: called before each weight; it may raise, on all ranks alike.
     """
     # A buffer may belong to the checkpoint as well (GPT-NeoX's bias, for one).
@@ -141,14 +163,18 @@ def write(
 
     Args:
         model: the model whose weights ``state`` holds; its generation config is changed.
-        folder: created if missing.
         should_stop: asked before each weights file, of at most SHARD or one weight.
 
     Raises:
         WorkCancelled: ``should_stop`` returned True.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _set_eos(getattr(model, "generation_config", None), tokenizer.eos_token_id)
+    generation, eos = getattr(model, "generation_config", None), tokenizer.eos_token_id
+    if generation is not None:
+        # Generation ends responses where training did; the base model may have ended texts elsewhere.
+        known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        others = [number for number in known if number not in (None, eos)]
+        generation.eos_token_id = [eos, *others] if others else eos
     with interruptible(should_stop):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=SHARD)
     tokenizer.save_pretrained(str(folder))
@@ -159,13 +185,3 @@ def export(model: Any, tokenizer: Any, folder: Path, is_main: bool) -> None:
     state = collect(model, is_main)
     if is_main:
         write(model, state, tokenizer, folder)
-
-
-def _set_eos(generation: Any, eos_id: int) -> None:
-    """Make ``generate`` end responses where training did; the base model may have ended texts elsewhere."""
-    if generation is None:
-        return
-    known = generation.eos_token_id
-    others = known if isinstance(known, list) else [known]
-    ids = [eos_id, *(number for number in others if number not in (None, eos_id))]
-    generation.eos_token_id = ids if len(ids) > 1 else eos_id

@@ -1,16 +1,75 @@
-"""A causal language model that returns log-probabilities of tokens without holding all logits."""
+"""Forward passes of transformers models over packed sequences: log-probabilities of tokens, and values.
+
+Packed sequences are ``ids``, (tokens,), int64, one sequence after the other, and ``lengths``, the tokens of each. The
+layers see one row of real tokens, so nothing is spent on padding, and attention runs sequence by sequence. An
+architecture that ``packed_attention`` does not support runs on rows padded on the right instead.
+"""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_rlhf.spec.sizes import ALIGNED
+from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_prob_sum, head_log_probs, token_log_probs
-from hpc_rlhf.train.models.forward import hidden_states, padded
+from hpc_rlhf.train.models import packed_attention
 
 # Config fields of models whose logits are more than the head's output.
 OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def _padding(tokens: int, device: torch.device) -> tuple[int, ...]:
+    """Lengths of unused sequences that round a packed row up to a size that matrix kernels handle well.
+
+    A CPU compiles and keeps a kernel of about 0.8 MiB for every size, so there its rows have one of eight
+    sizes between a power of two and the next.
+    """
+    step = ALIGNED
+    if device.type == "cpu":
+        step = max(step, 1 << max(0, tokens.bit_length() - 4))
+    whole, rest = divmod(-tokens % step, ALIGNED)
+    return (ALIGNED,) * whole + ((rest,) if rest else ())
+
+
+def padded(model: Any, ids: Tensor, lengths: tuple[int, ...]) -> tuple[Any, Tensor]:
+    """A forward pass over right-padded rows, with position ids if the architecture takes them.
+
+    Returns:
+        transformers' output, and (batch, longest), bool, True on real tokens.
+    """
+    rows, real = ragged.pad(ids, lengths), ragged.mask(lengths, ids.device)
+    positions = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        positions["position_ids"] = torch.arange(rows.shape[1], device=ids.device).expand_as(rows)
+    return model(input_ids=rows, attention_mask=real.long(), use_cache=False, **positions), real
+
+
+def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The last hidden states: (tokens or more, hidden); rows after those of the sequences are padding.
+
+    Args:
+        body: a transformers model without its head.
+    """
+    if body.config._attn_implementation == packed_attention.NAME:
+        # transformers passes a four-dimensional mask on as it is, instead of building one.
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        padding = _padding(len(ids), ids.device)
+        padded_ids, sizes = F.pad(ids, (0, sum(padding))), (*lengths, *padding)
+        positions = ragged.positions(sizes, ids.device)
+        output = body(
+            input_ids=padded_ids.unsqueeze(0), attention_mask=unused, position_ids=positions.unsqueeze(0),
+            use_cache=False, packed_lengths=sizes,
+        )  # fmt: skip
+        packed_hidden: Tensor = output.last_hidden_state[0]
+        return packed_hidden
+    output, real = padded(body, ids, lengths)
+    hidden: Tensor = output.last_hidden_state[real]
+    return hidden
 
 
 class LogProbHead(nn.Linear):
@@ -35,11 +94,7 @@ class LogProbHead(nn.Linear):
 
 
 class LanguageModel(nn.Module):
-    """A causal language model for training: packed sequences in, log-probabilities of tokens out.
-
-    Attributes:
-        causal: the transformers model.
-    """
+    """A causal language model of transformers, which returns log-probabilities without holding all logits."""
 
     def __init__(self, causal: Any) -> None:
         super().__init__()
@@ -56,8 +111,6 @@ class LanguageModel(nn.Module):
         """Log-probabilities of tokens, given those before them in their sequence.
 
         Args:
-            ids: (tokens,), int64; packed sequences.
-            lengths: tokens of each sequence.
             predicted: (n,), int64; indices into ids, none of them the first of a sequence.
             temperature: divides the logits.
             with_entropies: return the entropies of the distributions as well.
@@ -79,3 +132,21 @@ class LanguageModel(nn.Module):
         if summed:
             return log_probs.sum(), log_probs.new_empty(0)
         return log_probs, entropy(logits.detach(), temperature) if with_entropies else log_probs.new_empty(0)
+
+
+class RewardModel(nn.Module):
+    """A language model's body with a linear head without bias: one value per token.
+
+    It wraps transformers' sequence classification model with one label, so that its folder loads with
+    ``AutoModelForSequenceClassification``.
+    """
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Values of packed sequences: (tokens,)."""
+        hidden = hidden_states(self.classifier.base_model, ids, lengths)
+        values: Tensor = self.classifier.score(hidden)[: len(ids)].squeeze(-1)
+        return values

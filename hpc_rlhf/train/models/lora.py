@@ -14,16 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
+from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from hpc_rlhf.train.parallel import tensor_parallel
-from hpc_rlhf.train.parallel.deepspeed_internals import mark_split
 from hpc_rlhf.train.runtime import seeds
 
 
 class LoraLinear(nn.Module):
     """``base(x) + alpha / rank * x A^T B^T`` with the base weight frozen; B starts at 0.
 
-    If tensor parallelism splits the layer, it splits one factor as well: B along the outputs, or A along the
-        inputs.
+    If tensor parallelism splits the layer, it splits one factor as well: B along the outputs, or A along the inputs.
 
     Attributes:
         on: False turns the adapter off.
@@ -34,8 +33,9 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.on = True
-        self.between_factors, split_dim = (tensor_parallel.between_factors(base), tensor_parallel.split_dim(base))
-        inner, outer = _sizes(base)
+        split_dim = tensor_parallel.split_dim(base)
+        self.between_factors = None if split_dim is None else internals.between_factors(base)
+        inner, outer = sizes(base)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(inner)
         start = torch.empty(rank, inner).uniform_(-bound, bound, generator=generator)
@@ -44,7 +44,7 @@ class LoraLinear(nn.Module):
         self.lora_a = nn.Parameter(start.to(base.weight.dtype))
         self.lora_b = nn.Parameter(torch.zeros(outer, rank, dtype=base.weight.dtype))
         if split_dim is not None:
-            mark_split(self.lora_b if split_dim == 0 else self.lora_a)
+            internals.mark_split(self.lora_b if split_dim == 0 else self.lora_a)
         base.weight.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,14 +68,14 @@ class LoraLinear(nn.Module):
         return (self.base.weight.float() + update).to(self.base.weight.dtype)
 
 
-def _sizes(base: Any) -> tuple[int, int]:
-    """A layer's inputs, including those on other ranks, and its outputs on this rank."""
+def sizes(base: Any) -> tuple[int, int]:
+    """A linear layer's inputs, including those on other ranks, and its outputs on this rank."""
     if isinstance(base, Conv1D):
         return base.nx, base.nf
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     outer, inner = base.weight.shape
-    return inner * (tensor_parallel.split_ways(base.weight) if tensor_parallel.split_dim(base) == 1 else 1), outer
+    return inner * (tensor_parallel.split_ways(base.weight) if base.split_dim == 1 else 1), outer
 
 
 def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:

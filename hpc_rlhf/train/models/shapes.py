@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hpc_rlhf.train.models import packed_attention
-from hpc_rlhf.train.models.forward import hidden_states, padded
+from hpc_rlhf.train.models.language_model import hidden_states, padded
+from hpc_rlhf.train.models.lora import sizes
 
 _TOKENS = 64
 
@@ -43,8 +44,8 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
     dim = getattr(text, "head_dim", None) or width // heads
     blocks = _blocks(model, layers)
     inside = [layer for _, layer in _linears(blocks)]
-    inner = max((_sizes(layer)[0] for layer in inside), default=width)
-    linears = Counter((name, *_sizes(layer)) for name, layer in _linears(model) if layer is not head)
+    inner = max((sizes(layer)[0] for layer in inside), default=width)
+    linears = Counter((name, *sizes(layer)) for name, layer in _linears(model) if layer is not head)
     tied = head is None or head.weight is model.get_input_embeddings().weight
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -67,8 +68,8 @@ def _kept_by_item_size(model: Any, blocks: nn.ModuleList, inner: int) -> dict[in
         half = _kept(model, blocks, inner)
     except Exception:  # forward passes that depend on values do not run on the meta device
         # Close to what is measured of the others: every linear layer's input and output, and the norms'.
-        sizes = sum(sum(_sizes(layer)) for _, layer in _linears(blocks))
-        half = [8.0 * len(blocks) * model.config.get_text_config().hidden_size, 2.0 * sizes]
+        widths = sum(sum(sizes(layer)) for _, layer in _linears(blocks))
+        half = [8.0 * len(blocks) * model.config.get_text_config().hidden_size, 2.0 * widths]
     try:
         single = _kept(model.float(), blocks, inner)
     except Exception:  # some kernels, such as those of experts, take half precision alone
@@ -86,11 +87,6 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear | Conv1D):
             yield name.rpartition(".")[2], layer
-
-
-def _sizes(layer: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
-    return (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
 
 
 def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> list[float]:

@@ -1,8 +1,7 @@
 """The only file that touches DeepSpeed's private names.
 
-``tests/train/parallel/test_deepspeed_internals.py`` lists each of them and fails when DeepSpeed changes one.
-DeepSpeed's public interface (``initialize``, ``init_distributed``, an engine's ``backward``, ``step``,
-``was_step_applied``, …) is used directly elsewhere.
+``tests/train/parallel/test_deepspeed_internals.py`` lists each of them and fails when DeepSpeed changes one. Its public
+interface (``initialize``, an engine's ``backward``, ``step``, ``was_step_applied``, …) is used directly elsewhere.
 """
 
 from __future__ import annotations
@@ -74,19 +73,17 @@ def is_split(parameter: nn.Parameter) -> bool:
 # Layers split by AutoTP
 
 
-def split_layers(
-    model: nn.Module, config: Any, size: int, columns: str, rows: str, replicated: str
-) -> list[tuple[Any, int]]:
+def split_layers(model: nn.Module, config: Any, size: int, columns: str, rows: str, replicated: str) -> None:
     """Replace a model's linear layers by AutoTP's, in place. Collective.
+
+    A split layer gets an attribute ``split_dim``, the dimension of its weight that it is split along; its parameters
+    get ``split_ways``, the number of ranks that they are split over.
 
     Args:
         config: transformers' configuration of the model.
         size: ranks of a tensor-parallel group.
         columns, rows: regular expressions for the names of layers split along their outputs or inputs.
         replicated: the same for layers kept whole whose gradients are summed over the group.
-
-    Returns:
-        The layers that were split, each with the dimension of its weight that it was split along.
     """
     from deepspeed.module_inject.auto_tp import AutoTP
     from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
@@ -113,8 +110,11 @@ def split_layers(
     autotp.update_linear_policies()
     autotp._replace_module(model)
     autotp.register_replicated_grad_hooks(model)
-    split = [layer for layer in model.modules() if isinstance(layer, TensorParallel_Layer)]
-    return [(layer, 0 if isinstance(layer, LinearLayer) else 1) for layer in split]
+    for layer in model.modules():
+        if isinstance(layer, TensorParallel_Layer):
+            layer.split_dim = 0 if isinstance(layer, LinearLayer) else 1
+            for parameter in layer.parameters():
+                parameter.split_ways = size if is_split(parameter) else 1
 
 
 def skip_autotp(model: nn.Module) -> None:
@@ -134,22 +134,17 @@ def replica_group() -> Any:
     return groups.get_data_parallel_group()
 
 
-def sum_gradient(layer: Any) -> Callable[[Tensor], Tensor]:
-    """The identity, whose backward pass sums gradients over the group of a layer."""
-    from deepspeed.module_inject.layers import ColumnParallel
+def between_factors(layer: Any) -> Callable[[Tensor], Tensor]:
+    """What a low-rank update of a split layer applies to the product with its first factor.
 
-    return partial(ColumnParallel.apply, layer.mp_group)
+    With split outputs, the identity, whose backward pass sums gradients over the group. With split inputs, a sum
+    over the group, whose backward pass is the identity.
+    """
+    from deepspeed.module_inject.layers import ColumnParallel, RowParallel
 
-
-def sum_output(layer: Any) -> Callable[[Tensor], Tensor]:
-    """A sum over the group of a layer, whose backward pass is the identity."""
-    from deepspeed.module_inject.layers import RowParallel
-
-    def total(products: Tensor) -> Tensor:
-        summed: Tensor = RowParallel.apply(layer.mp_group, products, False)
-        return summed
-
-    return total
+    if layer.split_dim == 0:
+        return partial(ColumnParallel.apply, layer.mp_group)
+    return lambda products: RowParallel.apply(layer.mp_group, products, False)
 
 
 # Engines
@@ -206,9 +201,8 @@ def tensor_parallel_group(engine: Any) -> Any:
 def unapplied_loss_scale(engine: Any) -> float:
     """The factor that the caller must multiply float16 losses with.
 
-    Without ZeRO, DeepSpeed 0.19 divides the gradients by the loss scale in its step, but its engine never
-    multiplies the loss: small gradients would vanish, and the rest be too small for Adam's epsilon and
-        clipping.
+    Without ZeRO, DeepSpeed 0.19 divides the gradients by the loss scale in its step, but its engine never multiplies
+    the loss: small gradients would vanish, and the rest be too small for Adam's epsilon and clipping.
     """
     return float(engine.optimizer.loss_scale) if has_unfused_wrapper(engine) else 1.0
 
@@ -221,7 +215,6 @@ class Fragment:
     """The part of a trained parameter's float32 weight that this rank's optimizer steps.
 
     Attributes:
-        name: the parameter's name in the engine's module.
         start: index of the fragment's first element in the flattened parameter.
         stepped: the tensor that the inner optimizer steps and keeps its state by.
         span: where the fragment lies in it, flattened.
@@ -322,19 +315,16 @@ def _scaler(engine: Any) -> Any:
     return config or getattr(engine.optimizer, "loss_scaler", None)
 
 
-def scale_state(engine: Any) -> dict[str, Any]:
-    """The state of the loss scale, as JSON."""
+def numbers(engine: Any) -> dict[str, dict[str, Any]]:
+    """The state of the loss scale and the engine's counters, as JSON."""
     scaler = _scaler(engine)
-    return {name: getattr(scaler, name) for name in SCALE_FIELDS if hasattr(scaler, name)}
-
-
-def counter_state(engine: Any) -> dict[str, int]:
-    """The engine's counters."""
-    return {name: getattr(engine, name) for name in COUNTER_FIELDS}
+    return {
+        "scale": {name: getattr(scaler, name) for name in SCALE_FIELDS if hasattr(scaler, name)},
+        "counters": {name: getattr(engine, name) for name in COUNTER_FIELDS},
+    }
 
 
 def restore_numbers(engine: Any, scale: dict[str, Any], counters: dict[str, int]) -> None:
-    """Put back what ``scale_state`` and ``counter_state`` gave."""
-    for owner, numbers in ((_scaler(engine), scale), (engine, counters)):
-        for name, value in numbers.items():
+    for owner, values in ((_scaler(engine), scale), (engine, counters)):
+        for name, value in values.items():
             setattr(owner, name, value)

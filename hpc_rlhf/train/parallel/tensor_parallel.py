@@ -5,7 +5,6 @@ Attention heads and feed-forward units are split; embeddings, norms and the outp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -40,10 +39,7 @@ def split_model(model: nn.Module, tensor_parallel: int) -> None:
 
     config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
     _check(config, tensor_parallel)
-    for layer, dim in internals.split_layers(model, config, tensor_parallel, COLUMNS, ROWS, REPLICATED):
-        layer.split_dim = dim
-        for parameter in layer.parameters():
-            parameter.split_ways = tensor_parallel if internals.is_split(parameter) else 1
+    internals.split_layers(model, config, tensor_parallel, COLUMNS, ROWS, REPLICATED)
 
 
 def _check(config: Any, tensor_parallel: int) -> None:
@@ -69,11 +65,6 @@ def _check(config: Any, tensor_parallel: int) -> None:
             )
 
 
-def replica_group(tensor_parallel: int) -> Any:
-    """The process group of the ranks that hold the same shards of the layers; None for all ranks."""
-    return None if tensor_parallel == 1 else internals.replica_group()
-
-
 def split_dim(layer: Any) -> int | None:
     """The dimension of its weight that a layer is split along: 0 outputs, 1 inputs; None if it is whole."""
     return getattr(layer, "split_dim", None)
@@ -85,12 +76,7 @@ def split_ways(parameter: Any) -> int:
 
 
 def gather(layer: Any, name: str, shard: Tensor) -> Tensor:
-    """A layer's whole weight or bias. Collective in the group if the layer is split.
-
-    Args:
-        name: the parameter's name in the layer.
-        shard: this rank's shard of it.
-    """
+    """A layer's whole weight or bias, given its name and this rank's shard. Collective if the layer is split."""
     dim = split_dim(layer)
     if dim is None or (dim == 1 and name == "bias"):
         return shard
@@ -99,17 +85,6 @@ def gather(layer: Any, name: str, shard: Tensor) -> Tensor:
     whole = shard.new_empty(ranks * shard.shape[0], *shard.shape[1:])
     dist.all_gather_into_tensor(whole, shard.contiguous(), group=group)
     return whole if dim == 0 else whole.view(ranks, *shard.shape).transpose(0, 1).flatten(1)
-
-
-def between_factors(layer: Any) -> Callable[[Tensor], Tensor] | None:
-    """The communication between the two factors of a low-rank update of a split layer; None if it is whole.
-
-    With split outputs the gradient is summed over the group; with split inputs the products are.
-    """
-    dim = split_dim(layer)
-    if dim is None:
-        return None
-    return internals.sum_gradient(layer) if dim == 0 else internals.sum_output(layer)
 
 
 def shard_of(layer: Any, tensor: Tensor, dim: int) -> Tensor:

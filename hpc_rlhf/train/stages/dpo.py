@@ -19,9 +19,8 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import lora
-from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import check_fits, load_causal
+from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import finish, prepare_model, start_actor
 from hpc_rlhf.train.stages.learner import PAIRS, Learner, Row, pack_pairs

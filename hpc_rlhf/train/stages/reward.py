@@ -14,8 +14,7 @@ from hpc_rlhf.train.algorithms.reward import pairwise_loss
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.interruptible_loading import loading
-from hpc_rlhf.train.models.loading import check_fits, load_reward
+from hpc_rlhf.train.models.loading import check_fits, load_reward, loading
 from hpc_rlhf.train.stages.common import finish, prepare_model
 from hpc_rlhf.train.stages.learner import PAIRS, Learner, Row, pack_pairs
 

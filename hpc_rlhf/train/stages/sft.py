@@ -13,9 +13,8 @@ from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import check_fits, load_causal
+from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.stages.common import finish, prepare_model
 from hpc_rlhf.train.stages.learner import RESPONSES, Learner, Row

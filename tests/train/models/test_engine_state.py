@@ -25,9 +25,8 @@ import torch
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.runtime import world as worlds
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models import engine_state as state
 from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import DTYPES, load_causal
+from hpc_rlhf.train.models.loading import DTYPES, load_causal, sharded_loading
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 
@@ -49,7 +48,7 @@ def new_engine(zero, precision, offload):
     if precision == "fp16":  # its first steps are skipped
         config["fp16"] = {"enabled": True, "initial_scale_power": 17, "loss_scale_window": 100}
     spec = SftSpec.model_validate({"zero": zero, "precision": precision, "warmup": 2})
-    with engines.sharded_loading(config):
+    with sharded_loading(config):
         model = load_causal(source, DTYPES[precision], 0.0)
     return engines.training_engine(LanguageModel(model), config, spec, 1e-3, 50)
 
@@ -64,8 +63,8 @@ def train(engine, steps):
     return losses
 
 def end(engine):
-    sums = {p.key: p.tensor.double().sum().item() for p in state.pieces(engine, world) if p.mine}
-    return sums, state.facts(engine, world)
+    sums = {p.key: p.tensor.double().sum().item() for p in engines.pieces(engine, world) if p.mine}
+    return sums, engines.facts(engine, world)
 
 seen = {}
 for way in ways:

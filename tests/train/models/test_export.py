@@ -11,7 +11,8 @@ import torch
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.data.dialogues import configure_tokenizer
 from hpc_rlhf.train.models.export import export, full_weights, module_weights
-from hpc_rlhf.train.models.loading import RewardModel, load_causal, load_reward
+from hpc_rlhf.train.models.language_model import RewardModel
+from hpc_rlhf.train.models.loading import load_causal, load_reward
 from hpc_rlhf.train.models.lora import adapt
 from hpc_rlhf.train.ragged import Ragged
 from tests.train import chatty, tiny

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from hpc_rlhf.train.models.interruptible_loading import interruptible
+from hpc_rlhf.train.models.export import interruptible
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from tests.train import tiny
 

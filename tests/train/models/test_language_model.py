@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.train.models import packed_attention
-from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import RewardModel
+from hpc_rlhf.train.models.language_model import LanguageModel, RewardModel
 from hpc_rlhf.train.ragged import Ragged
 from tests.train import tiny
 

@@ -11,7 +11,7 @@ import torch
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.job import FromScratch
-from hpc_rlhf.train.models.loading import check_fits, folder_or_id, load_causal, load_reward, make_from_scratch
+from hpc_rlhf.train.models.loading import check_fits, load_causal, load_reward, make_from_scratch
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 
@@ -127,8 +127,3 @@ def test_an_invalid_configuration_is_one_clear_error(
     with pytest.raises(HpcRlhfError, match=says) as caught:
         make_from_scratch(FromScratch(from_scratch={**TINY_LLAMA, **fields}), tokenizer, 1, tmp_path / "m", world)
     assert caught.value.where == "from_scratch"
-
-
-def test_where_a_model_loads_from(tmp_path: Path) -> None:
-    assert folder_or_id("facebook/opt-350m", tmp_path) == "facebook/opt-350m"
-    assert folder_or_id(FromScratch(from_scratch=TINY_LLAMA), tmp_path) == str(tmp_path)

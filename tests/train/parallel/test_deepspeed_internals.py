@@ -83,8 +83,8 @@ import torch
 from hpc_rlhf.train.runtime.world import join
 join(1)
 from hpc_rlhf.spec.stages import SftSpec
-from hpc_rlhf.train.models.engine import sharded_loading, training_engine
-from hpc_rlhf.train.models.loading import DTYPES, load_causal
+from hpc_rlhf.train.models.engine import training_engine
+from hpc_rlhf.train.models.loading import DTYPES, load_causal, sharded_loading
 
 def missing(owner, names):
     found = []

@@ -12,8 +12,7 @@ from hpc_rlhf.train.algorithms.logprobs import entropy
 from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.algorithms.ppo import k3_kl, policy_loss_sum
 from hpc_rlhf.train.models import packed_attention
-from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import RewardModel
+from hpc_rlhf.train.models.language_model import LanguageModel, RewardModel
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.experience import Experience, RewardShaping, evaluate_tokens, make_experience, whiten

@@ -20,9 +20,8 @@ from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.interruptible_loading import loading
 from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import check_fits, load_causal, load_reward
+from hpc_rlhf.train.models.loading import check_fits, load_causal, load_reward, loading
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine

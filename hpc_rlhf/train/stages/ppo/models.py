@@ -13,7 +13,7 @@ from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import DTYPES, check_fits, load_causal, load_reward
+from hpc_rlhf.train.models.loading import DTYPES, check_fits, load_causal, load_reward, sharded_loading
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.common import prepare_model
 
@@ -36,7 +36,7 @@ class ModelSources:
     longest: int
     updates: int
     seed: int
-    loading: Callable[[dict[str, Any]], AbstractContextManager[None]] = engines.sharded_loading
+    loading: Callable[[dict[str, Any]], AbstractContextManager[None]] = sharded_loading
 
 
 class PpoModels:

@@ -15,7 +15,7 @@ from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at, total_steps
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.interruptible_loading import loading
+from hpc_rlhf.train.models.loading import loading
 from hpc_rlhf.train.models.tokenizers import check_same_tokenizer
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout

@@ -21,8 +21,8 @@ from hpc_rlhf.train.runtime.world import join
 folder, ranks = sys.argv[1], int(sys.argv[2])
 world = join(ranks)
 from hpc_rlhf.spec.training import LoraSpec
-from hpc_rlhf.train.models.engine import frozen_engine, sharded_loading
-from hpc_rlhf.train.models.loading import load_causal
+from hpc_rlhf.train.models.engine import frozen_engine
+from hpc_rlhf.train.models.loading import load_causal, sharded_loading
 from hpc_rlhf.train.models.lora import LoraLinear, adapt
 from hpc_rlhf.train.models.export import full_bytes, gathered
 from hpc_rlhf.spec.sizes import WEIGHTS_SHARE
