@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def writing(out: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise HpcRlhfError(f"cannot write: {error.strerror}", where=str(error.filename or out)) from error
+
+
+def unfinished(run: RunDir, what: str, missing: Sequence[str], exit_code: int) -> HpcRlhfError:
+    """The error that a verb lacks models which the run has not finished."""
+    return HpcRlhfError(
+        f"{what}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not finished",
+        where=str(run.path),
+        hint=f"to see the progress: hpc-rlhf status {shlex.quote(str(run.path))}",
+        exit_code=exit_code,
+    )
 
 
 def find_run(argument: str) -> RunDir:

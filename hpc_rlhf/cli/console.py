@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import textwrap
@@ -52,6 +53,11 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Col
     for row in rows:
         table.add_row(*row)
     print_parts(lambda width, live, ascii_only: [table])
+
+
+def print_json(facts: object) -> None:
+    """Print JSON that people can read."""
+    click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
 
 
 def print_wrapped(text: str, err: bool = True) -> None:

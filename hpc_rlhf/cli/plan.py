@@ -1,15 +1,14 @@
-"""hpc-rlhf plan: show a spec's jobs, with memory and time estimates."""
+"""Verbs that show what a spec amounts to: plan, render."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, json_option, set_option
-from hpc_rlhf.cli.console import print_wrapped
+from hpc_rlhf.cli.arguments import example, json_option, set_option, writing
+from hpc_rlhf.cli.console import print_json, print_wrapped
 from hpc_rlhf.cli.plan_tables import print_choices, print_memory, print_plan, print_sweep, print_times
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.stage_memory import Memory, run_memory
@@ -26,7 +25,7 @@ from hpc_rlhf.spec.sweep import Sweep, lenders, specs_of
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
 @json_option
-def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
+def plan_command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     """Show the jobs of FILE, their memory on each GPU and how long they take.
 
     Times are estimates from the FLOP/s and bandwidths of the GPU that slurm.gpu names; the assumptions are
@@ -43,7 +42,7 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
         facts = _sweep_dict(spec) if isinstance(spec, Sweep) else _plan_dict(spec)
         facts["auto"] = {choice.stage: _choice_dict(choice) for choice in choices}
         facts["starts"] = predicted_starts(make_plan(specs_of(spec)[0]), file.parent)
-        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        print_json(facts)
         return
     if isinstance(spec, Sweep):
         print_sweep(spec)
@@ -114,3 +113,22 @@ def _memory_dict(memory: Memory | HpcRlhfError) -> dict[str, object]:
         "left": memory.left,
         "fits": memory.fits,
     }
+
+
+@click.command(epilog=example("hpc-rlhf render my-job.yaml --out look"))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
+@set_option
+def render_command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
+    """Write the sbatch script, DeepSpeed config and hostfile template of every stage of FILE.
+
+    Templates in a folder `templates` beside FILE override the built-in ones. Each run of a sweep gets its own
+    folder in --out.
+    """
+    from hpc_rlhf.launch.render import render
+
+    spec = load(file, sets)
+    specs = {out / name: one for name, one in spec.specs.items()} if isinstance(spec, Sweep) else {out: spec}
+    with writing(out):
+        paths = [path for folder, one in specs.items() for path in render(make_plan(one), folder, file.parent)]
+    click.echo("\n".join(map(str, paths)))

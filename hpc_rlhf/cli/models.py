@@ -1,17 +1,16 @@
-"""hpc-rlhf chat: chat with a trained model."""
+"""Verbs that use a trained model: chat, serve."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
-from collections import deque
 from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run
+from hpc_rlhf.cli.arguments import example, find_run, unfinished
+from hpc_rlhf.cli.console import print_json
 from hpc_rlhf.cli.conversation import HELP, Conversation, converse, respond
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
@@ -26,11 +25,10 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
 
 
 @click.command(
-    "chat",
     epilog=f"Commands in a conversation: {HELP}\n\n"
-    + example("hpc-rlhf chat my-job.yaml", "hpc-rlhf chat my-job.yaml --compare sft ppo --prompt Hello"),
+    + example("hpc-rlhf chat my-job.yaml", "hpc-rlhf chat my-job.yaml --compare sft ppo --prompt Hello")
 )
-@click.argument("run", metavar="RUN")
+@click.argument("run")
 @click.option(
     "--stage",
     type=click.Choice(tuple(POLICIES)),
@@ -50,7 +48,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Sampling seed.")
 @click.option("--json", "as_json", is_flag=True, help="With --prompt: print JSON, one conversation per model.")
-def command(
+def chat_command(
     run: str, stage: str | None, compare: tuple[str, str] | None, prompt: str | None, max_tokens: int,
     temperature: float, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
@@ -59,7 +57,7 @@ def command(
         raise click.UsageError("--stage cannot be used with --compare.")
     if as_json and prompt is None:
         raise click.UsageError("--json requires --prompt.")
-    folders = dict(finished_model(find_run(run), name) for name in compare or (stage,))
+    folders = dict(_finished_model(find_run(run), name) for name in compare or (stage,))
     if sys.stderr.isatty():
         click.echo(f"loading {', '.join(map(str, folders.values()))} …", err=True)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -72,18 +70,54 @@ def command(
         converse(conversations)
     elif as_json:
         for each in conversations:
-            deque(each.respond(prompt), maxlen=0)
-        click.echo(json.dumps([each.as_dict() for each in conversations], indent=1, ensure_ascii=False))
+            list(each.respond(prompt))
+        print_json([each.as_dict() for each in conversations])
     else:
         respond(conversations, prompt)
 
 
-def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
-    """The name and folder of a model of a run; by default of the latest finished stage.
+@click.command(epilog=example("hpc-rlhf serve my-job.yaml", "hpc-rlhf serve my-job.yaml --stage sft --slurm"))
+@click.argument("run")
+@click.option("--stage", type=click.Choice(tuple(POLICIES)), help="Model to serve.", show_default="the latest finished")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. There is no access control: with any other address than the default, whoever "
+    "reaches the port can use the model.",
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--slurm", "as_job", is_flag=True, help="Serve from a Slurm job, on a node like the stage's.")
+def serve_command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> None:
+    """Serve a finished model of RUN, a run directory or job file, over an OpenAI-compatible API.
 
-    Raises:
-        HpcRlhfError: the model is not finished, or not part of the run.
+    Uses vLLM if it is installed, transformers otherwise.
     """
+    from hpc_rlhf.launch import serving
+
+    if as_job and host != serving.LOCALHOST:
+        raise click.UsageError("--host cannot be used with --slurm: a job listens on its node's localhost only.")
+    run_dir = find_run(run)
+    name, folder = _finished_model(run_dir, stage)
+
+    def announce() -> None:
+        click.echo(f"serving {name} at http://{host}:{port}/v1; press Ctrl-C to stop", err=True)
+        click.echo(serving.request(name, port))
+
+    if not as_job:
+        serving.serve_here(name, folder, host, port, announce)
+        return
+    job_id, node = serving.serve_as_job(
+        run_dir, name, POLICIES[name].name, folder, port, lambda words: click.echo(words, err=True)
+    )
+    click.echo(
+        f"job {job_id} serves {name} on {node}, ready in about a minute; to stop it: scancel {job_id}\n"
+        f"ssh -N -L {port}:127.0.0.1:{port} {node}\n{serving.request(name, port)}"
+    )
+
+
+def _finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
+    """The name and folder of a model of a run; by default of the latest finished stage."""
     from hpc_rlhf.spec.load import read_spec
 
     spec = read_spec(run.job_yaml)
@@ -101,10 +135,4 @@ def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
     if not names:
         makers = dict.fromkeys(kind.name for kind in POLICIES.values())
         raise HpcRlhfError(f"this run trains no chat model: it has no {' or '.join(makers)} stage", where=str(run.path))
-    raise HpcRlhfError(
-        f"there is no finished model yet: {' and '.join(names)} "
-        + ("is not finished" if len(names) == 1 else "are not finished"),
-        where=str(run.path),
-        hint=f"to see the progress: hpc-rlhf status {run.path}",
-        exit_code=RUN_FAILED,
-    )
+    raise unfinished(run, "there is no finished model yet", names, RUN_FAILED)
