@@ -55,13 +55,7 @@ class _Machine:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model in a step.
-
-    Attributes:
-        count: all its parameters.
-        trained: parameters in training.
-        item: bytes of a number.
-    """
+    """A model in a step: its parameters without adapters, those in training, and the bytes of each."""
 
     layers: int
     count: int

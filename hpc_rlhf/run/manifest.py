@@ -1,7 +1,5 @@
-"""A manifest proves that a folder is complete: it lists every file with its size and SHA-256, and is written
-last.
-
-It also contains the SHA-256 of its own content.
+"""A manifest proves that a folder is complete: it lists every file with its size and SHA-256, and its own SHA-256.
+It is written last.
 """
 
 from __future__ import annotations
@@ -73,7 +71,6 @@ def defect(folder: Path, deep: bool = True, share: tuple[int, int] = (0, 1)) -> 
     """What is wrong with a folder; None if it is complete.
 
     Args:
-        folder: the folder.
         deep: also compare each file's SHA-256, not only its size.
         share: (rank, size) to check only every size-th file, starting with number rank.
     """
@@ -102,10 +99,7 @@ def is_done(stage: StageDir) -> bool:
 
 
 def require(folder: Path, what: str, deep: bool = True) -> dict[str, Any]:
-    """The manifest of a complete folder.
-
-    Args:
-        deep: compare each file's SHA-256 too.
+    """The manifest of a complete folder; for ``deep`` see ``defect``.
 
     Raises:
         HpcRlhfError: the folder is not complete; the message gives the reason.

@@ -33,7 +33,6 @@ def send(run: RunDir, news: News, stage: str, message: str = "") -> None:
     """Post news of a run. Takes 20 seconds at most; a failure is one line on stderr, without the address.
 
     Args:
-        news: it is finished, or it needs the user.
         stage: the one that finished last, or that stopped.
         message: why it stopped.
     """
@@ -41,10 +40,9 @@ def send(run: RunDir, news: News, stage: str, message: str = "") -> None:
         spec = read_spec(run.job_yaml)
         if spec.notify.webhook is not None:
             _post(address(spec.notify.webhook), _body(spec, run, news, stage, message))
-    except HpcRlhfError as error:
-        _warn(error.message)
     except Exception as error:  # never let it end the run
-        _warn(type(error).__name__)
+        reason = error.message if isinstance(error, HpcRlhfError) else type(error).__name__
+        print(f"hpc-rlhf: notify.webhook could not be reached: {reason}", file=sys.stderr, flush=True)
 
 
 def send_stop(run: RunDir, stage: str, kind: StopKind, message: str) -> None:
@@ -121,7 +119,3 @@ def _post(url: str, body: dict[str, object]) -> None:
         if pause is None or lasting:
             raise HpcRlhfError(reason)
         time.sleep(pause)
-
-
-def _warn(reason: str) -> None:
-    print(f"hpc-rlhf: notify.webhook could not be reached: {reason}", file=sys.stderr, flush=True)

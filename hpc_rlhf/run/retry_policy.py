@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import takewhile
 
 from hpc_rlhf.run.events import Ended, Requeued
 from hpc_rlhf.run.history import StageHistory
@@ -39,12 +40,7 @@ class StopKind(Enum):
 
 @dataclass(frozen=True)
 class Retry:
-    """Try again.
-
-    Attributes:
-        delay: seconds to wait first.
-        without: nodes not to use.
-    """
+    """Try again after ``delay`` seconds, and not on the nodes in ``without``."""
 
     delay: int = 0
     without: tuple[str, ...] = ()
@@ -52,12 +48,7 @@ class Retry:
 
 @dataclass(frozen=True)
 class Stop:
-    """Leave the stage to the user.
-
-    Attributes:
-        why: a sentence.
-        hint: what helps, where the reason alone does not show that.
-    """
+    """Leave the stage to the user, with a hint where the reason alone does not show what helps."""
 
     kind: StopKind
     why: str
@@ -79,6 +70,7 @@ def decide(window: StageHistory, max_requeues: int, backoff: int = 0, stopping: 
     """
     endings = window.all(Ended)
     last = stopping or endings[-1]
+    in_vain = list(takewhile(lambda ending: not ending.progress, reversed(endings)))  # since the last progress
     if last.reason in FINAL:
         return Stop(StopKind.USER_ERROR if last.reason == USER_ERROR else StopKind.FINAL, _sentence(last))
     if last.reason == TIME_LIMIT:
@@ -92,10 +84,9 @@ def decide(window: StageHistory, max_requeues: int, backoff: int = 0, stopping: 
             )
     if isinstance(last, Ended) and last.reason not in BLAMELESS:
         blamed = [ending for ending in endings if ending.reason not in BLAMELESS]
-        if len(blamed) > 1 and _is_same(blamed[-2], last):
+        if len(blamed) > 1 and _gist(blamed[-2]) == _gist(last):
             return Stop(StopKind.SAME_FAILURE_TWICE, _sentence(last, f"twice at step {last.step}"))
-        recent = endings[len(endings) - _without_progress(endings) :]
-        if sum(ending.reason not in BLAMELESS for ending in recent) >= _TRIES:
+        if sum(ending.reason not in BLAMELESS for ending in in_vain) >= _TRIES:
             return Stop(
                 StopKind.NO_PROGRESS,
                 f"two attempts in a row saved no new step; the last one ended at step {last.step} by: "
@@ -107,28 +98,14 @@ def decide(window: StageHistory, max_requeues: int, backoff: int = 0, stopping: 
             f"it was requeued {window.requeues} times, all that slurm.max_requeues allows; the last attempt "
             f"ended by: {_sentence(last)}",
         )
-    in_vain = _without_progress(endings)
-    delay = min(backoff * _GROWTH ** (in_vain - 1), _LONGEST_DELAY) if in_vain else 0
+    delay = min(backoff * _GROWTH ** (len(in_vain) - 1), _LONGEST_DELAY) if in_vain else 0
     return Retry(delay, _bad_nodes(endings))
 
 
-def _without_progress(endings: Sequence[Ended]) -> int:
-    """How many attempts in a row, up to the last, ended without progress."""
-    count = 0
-    for ending in reversed(endings):
-        if ending.progress:
-            break
-        count += 1
-    return count
-
-
-def _is_same(one: Ended, other: Ended) -> bool:
-    return (one.reason, one.step, _gist(one)) == (other.reason, other.step, _gist(other))
-
-
-def _gist(ending: Ended) -> str:
-    """A message without what differs between attempts: numbers, addresses, the node."""
-    return re.sub(r"0x[0-9a-f]+|\d+", "#", ending.message.replace(ending.node or "\0", ""))
+def _gist(ending: Ended) -> tuple[str, int, str]:
+    """What the same failure has in common: the message without numbers, addresses and the node."""
+    message = ending.message.replace(ending.node or "\0", "")
+    return ending.reason, ending.step, re.sub(r"0x[0-9a-f]+|\d+", "#", message)
 
 
 def _bad_nodes(endings: Sequence[Ended]) -> tuple[str, ...]:

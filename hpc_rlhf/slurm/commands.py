@@ -114,7 +114,12 @@ def start_and_end(job_id: str) -> tuple[float, float]:
 
 def _job_fields(job_id: str) -> dict[str, str]:
     with _signals_blocked():
-        return jobs.parse_fields(run(["scontrol", "--oneliner", "show", "job", job_id]))
+        text = run(["scontrol", "--oneliner", "show", "job", job_id])
+    fields: dict[str, str] = {}
+    for word in text.split():
+        name, _, value = word.partition("=")
+        fields.setdefault(name, value)  # a comment, which comes later, may contain anything
+    return fields
 
 
 def hostnames(nodes: str) -> list[str]:

@@ -89,17 +89,8 @@ def parse_accounting(text: str) -> Iterator[JobRecord]:
         yield JobRecord(job_id, state.split()[0], exit_code, nodes, dependency_failed=state == "CANCELLED")
 
 
-def parse_fields(text: str) -> dict[str, str]:
-    """The fields in the output of ``scontrol --oneliner show job``."""
-    fields: dict[str, str] = {}
-    for word in text.split():
-        name, _, value = word.partition("=")
-        fields.setdefault(name, value)  # a comment, which comes later, may contain anything
-    return fields
-
-
 def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
-    """The record of a job from its fields."""
+    """The record of a job from the fields that scontrol shows."""
     facts = {name: "" if value in _NOTHING else value for name, value in fields.items()}
     state, restarts = facts["JobState"], facts.get("Restarts", "")
     return JobRecord(
