@@ -17,7 +17,7 @@ from hpc_rlhf.spec.auto import OFFLOADS
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes, gpu_names, named_gpu
 from hpc_rlhf.spec.job import JobSpec
-from hpc_rlhf.spec.load import in_order, read_spec
+from hpc_rlhf.spec.load import in_order, load_spec, read_spec
 from hpc_rlhf.spec.stages import EVALUATION
 from hpc_rlhf.spec.sweep import Sweep, load_any
 from hpc_rlhf.spec.training import ReferredSpec, TrainingSpec
@@ -28,14 +28,8 @@ _EQUAL = 1.01
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination of the fields that are left to auto.
-
-    Attributes:
-        fields: fields of the stage.
-        seconds: estimated seconds of a step.
-        held: estimated bytes on each GPU.
-        fits: whether that leaves enough of the GPU.
-    """
+    """One combination of the fields that are left to auto: the estimated seconds of a step and the bytes held on
+    each GPU, and whether these leave enough of it."""
 
     fields: Mapping[str, Any]
     seconds: float
@@ -51,12 +45,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """The choice for a stage.
-
-    Attributes:
-        fields: fields of the stage.
-        considered: all combinations, fastest first; empty if the run keeps an earlier choice.
-    """
+    """The fields chosen for a stage, and all combinations considered, fastest first; none if the run keeps an
+    earlier choice."""
 
     stage: str
     fields: Mapping[str, Any]
@@ -85,11 +75,8 @@ def describe(fields: Mapping[str, Any]) -> str:
 def load(
     path: Path | str, sets: Sequence[str] = (), on_choice: Callable[[Choice], None] = lambda choice: None
 ) -> JobSpec | Sweep:
-    """Load a user's spec, of a run or a sweep, and resolve auto in it.
-
-    Args:
-        path, sets: as ``load_any`` takes them.
-        on_choice: called with each choice; for a sweep, with those of its first run.
+    """Load a user's spec, of a run or a sweep, and resolve auto in it. ``on_choice`` is called with each choice; for
+    a sweep, with those of its first run.
 
     Raises:
         SpecError: every error in it, or why nothing can be chosen, each with its line.
@@ -107,13 +94,7 @@ def load(
 
 
 def load_one(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
-    """Load the spec of a single run, and resolve auto in it.
-
-    Raises:
-        SpecError: as ``load``, or it is a sweep.
-    """
-    from hpc_rlhf.spec.load import load_spec
-
+    """Load the spec of a single run, and resolve auto in it. Raises SpecError as ``load``, or if it is a sweep."""
     return resolve(load_spec(path, sets))[0]
 
 
@@ -161,19 +142,15 @@ def choose(spec: JobSpec, stage: str, words: Mapping[str, object]) -> Choice:
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         least = min(candidates, key=lambda candidate: candidate.held)
+        usable = gpu_bytes(spec.stage(stage).slurm.gpu or "") * (1 - RESERVE)
         raise HpcRlhfError(
             f"nothing fits: {describe(least.fields)} needs least, {least.held / 2**30:.1f} GiB of "
-            f"{_room(spec, stage):.1f} usable",
+            f"{usable / 2**30:.1f} usable",
             hint="use more or larger GPUs, shorter sequences, activation_checkpointing: true or lora",
         )
     near = [candidate for candidate in fitting if candidate.seconds <= _EQUAL * fitting[0].seconds]
     best = min(near, key=lambda candidate: candidate.complexity)
     return Choice(stage, best.fields, tuple(candidates))
-
-
-def _room(spec: JobSpec, stage: str) -> float:
-    """GiB of a stage's GPU that tensors may use."""
-    return gpu_bytes(spec.stage(stage).slurm.gpu or "") * (1 - RESERVE) / 2**30
 
 
 def _candidates(spec: JobSpec, name: str, words: Mapping[str, object]) -> Iterator[Candidate]:

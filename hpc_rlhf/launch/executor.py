@@ -25,18 +25,10 @@ _REQUEUES = 10**6
 
 
 class StageExecutor(SlurmExecutor):
-    """Submits a stage.
-
-    It uses submitit's pickle, file names and entry point of a rank; the script is ours.
-    """
+    """Submits a stage with submitit's pickle, file names and entry point of a rank; the script, which is already in
+    the run directory, is ours."""
 
     def __init__(self, plan: Plan, job: PlannedJob, options: list[str]) -> None:
-        """
-        Args:
-            plan: the run's plan.
-            job: the stage's job; its script is in the run directory.
-            options: sbatch options of this submission.
-        """
         logs = plan.run.stage(job.stage).logs
         super().__init__(logs, max_num_timeout=_REQUEUES, python=rank_python(job))
         self.update_parameters(
@@ -54,8 +46,9 @@ class StageExecutor(SlurmExecutor):
             with redirect_stderr(StringIO()):  # submitit prints the exception's text there too
                 return str(self.submit(StageTask(str(self._plan.run.path), self._job.stage)).job_id)
         except (FailedJobError, FailedSubmissionError) as error:
+            lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in str(error).splitlines()]
             raise HpcRlhfError(
-                f"sbatch rejected the job: {_plain(str(error))}",
+                f"sbatch rejected the job: {'; '.join(lines)}",
                 where=f"stages.{self._job.stage}",
                 hint="change the stage's slurm settings and submit again",
             ) from error
@@ -83,8 +76,3 @@ def ensure_pickle(run: RunDir, stage: str, job_id: str) -> None:
         delayed.set_timeout(_NEVER_TIMED_OUT_MIN, _REQUEUES)
         with replacing(path) as partial:
             delayed.dump(partial)
-
-
-def _plain(text: str) -> str:
-    """sbatch's message without its name before each line."""
-    return "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines())

@@ -36,7 +36,6 @@ def hold(path: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock at ``path`` for as long as the block runs.
 
     Args:
-        path: the lock file; its folder exists.
         doing: what the owner does, for the message to others, such as ``hpc-rlhf submit``.
         patience: seconds to wait for another holder.
 

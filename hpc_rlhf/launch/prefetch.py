@@ -23,13 +23,7 @@ _WEIGHTS = (("model", ".safetensors"), ("", ".safetensors"), ("pytorch_model", "
 
 @dataclass(frozen=True)
 class Fetched:
-    """An item that is in the cache.
-
-    Attributes:
-        files: number of its files.
-        size: bytes of all of them.
-        before: whether all of it was in the cache already.
-    """
+    """An item that is in the cache: its number of files, their bytes, and whether all were there before."""
 
     item: HubItem
     files: int
@@ -52,12 +46,17 @@ def prefetch(wanted: Sequence[HubItem]) -> Iterator[Fetched]:
             files = _model(item) if item.kind == "model" else _data_set(item)
         except Unreachable as error:
             if not before:
-                raise error.about(item) from error
-            sizes = hub.recorded(item)
-            yield Fetched(item, len(sizes), sum(sizes.values()), before)
-            continue
-        hub.remember(item, files)
-        yield Fetched(item, len(files), sum(files.values()), before)
+                raise HpcRlhfError(
+                    f"the hub cannot be reached for {item.kind} {item.name} ({error})",
+                    where=item.where,
+                    hint="run this on a machine with network access and the same HF_HOME; https_proxy sets a proxy",
+                    exit_code=RUN_FAILED,
+                ) from error
+            sizes = list(hub.recorded(item).values())
+        else:
+            hub.remember(item, files)
+            sizes = list(files.values())
+        yield Fetched(item, len(sizes), sum(sizes), before)
 
 
 def wanted(names: Sequence[str]) -> list[str]:
@@ -79,14 +78,6 @@ def wanted(names: Sequence[str]) -> list[str]:
 
 class Unreachable(Exception):
     """The hub does not respond."""
-
-    def about(self, item: HubItem) -> HpcRlhfError:
-        return HpcRlhfError(
-            f"the hub cannot be reached for {item.kind} {item.name} ({self})",
-            where=item.where,
-            hint="run this on a machine with network access and the same HF_HOME; https_proxy sets a proxy",
-            exit_code=RUN_FAILED,
-        )
 
 
 def _model(item: HubItem) -> dict[Path, int]:
@@ -151,10 +142,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _data_set(item: HubItem) -> dict[Path, int]:
-    """The files of a data set in the cache, with their sizes.
-
-    Loaded as the stages do, in a separate process.
-    """
+    """The files of a data set in the cache, with their sizes. A separate process loads it as the stages do."""
     env = dict(os.environ)
     if not sys.stderr.isatty():
         env.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")

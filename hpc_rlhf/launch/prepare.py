@@ -28,11 +28,7 @@ _MAX_LISTED = 12
 
 @contextmanager
 def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
-    """Create the run directory of a spec if necessary, and lock it for this launcher.
-
-    Args:
-        spec: the job spec.
-        doing: what this launcher does, for the message to others, such as ``hpc-rlhf submit``.
+    """Create the run directory of a spec if necessary, and lock it for this launcher; ``doing`` is as in ``hold``.
 
     Raises:
         HpcRlhfError: another launcher works on it, others could have written to it, it holds other files, or
@@ -64,8 +60,6 @@ def prepare(
     running, nothing may change.
 
     Args:
-        spec: the job spec.
-        run: its run directory.
         beside: folder of the job file; templates in its ``templates/`` take precedence over the built-in
             ones. If None, the run's earlier templates are used.
         live: whether jobs of this run are queued or running.
@@ -141,8 +135,7 @@ def evaluation_changed(run: RunDir, spec: JobSpec) -> bool:
     """Whether a spec's evaluation differs from that of its run directory."""
     if spec.evaluation is None or not run.job_yaml.exists():
         return False
-    changed = [path for path, _, _ in differences(read_spec(run.job_yaml), spec)]
-    return any(_is_evaluation(path) and not _is_placement(path) for path in changed)
+    return any(_decides(path) == "evaluation" for path, _, _ in differences(read_spec(run.job_yaml), spec))
 
 
 def has_trained(run: RunDir) -> bool:
@@ -156,38 +149,40 @@ def has_trained(run: RunDir) -> bool:
 
 def is_harmless(path: str) -> bool:
     """Whether a field may change after a run has trained."""
-    return _is_placement(path) or _is_evaluation(path) or path.split(".")[0] in ("trackers", "notify")
+    return _decides(path) in ("placement", "evaluation", "reporting")
+
+
+def _decides(path: str) -> str:
+    """What a field decides: the "placement" of a stage, which may change between two attempts, its "split" over
+    ranks, the "evaluation", "reporting" or, by default, "training"."""
+    top, *rest = path.split(".")
+    if top != "stages":
+        return "reporting" if top in ("trackers", "notify") else "training"
+    stage, *field = rest
+    if field[:1] == ["slurm"] and field[1] not in SIZE:
+        return "placement"
+    if stage == EVALUATION.name:
+        return "evaluation"
+    return "split" if field[:1] == ["slurm"] or (len(field) == 1 and field[0] in _BATCH_FIELDS) else "training"
 
 
 def _same_steps_on_other_ranks(path: str, old: JobSpec, new: JobSpec) -> bool:
     """Whether a field only changes how a stage's steps are split over ranks."""
-    if not _is_size(path):
+    if _decides(path) != "split":
         return False
     stage = path.split(".")[1]
-    return derive_batch(old.stage(stage), stage).global_ == derive_batch(new.stage(stage), stage).global_
-
-
-def _is_size(path: str) -> bool:
-    parts = path.split(".")
-    sized = parts[2:3] == ["slurm"] and parts[3] in SIZE
-    return parts[0] == "stages" and (sized or (len(parts) == 3 and parts[2] in _BATCH_FIELDS))
+    return _global_batch(old, stage) == _global_batch(new, stage)
 
 
 def _resume_hint(changes: list[tuple[str, object, object]], old: JobSpec) -> str:
     """How a stage may resume on another number of ranks."""
-    stages = sorted({path.split(".")[1] for path, _, _ in changes if _is_size(path)})
-    fields = [f"stages.{stage}.global_batch: {derive_batch(old.stage(stage), stage).global_}" for stage in stages]
+    stages = sorted({path.split(".")[1] for path, _, _ in changes if _decides(path) == "split"})
+    fields = [f"stages.{stage}.global_batch: {_global_batch(old, stage)}" for stage in stages]
     return f"; to split the same steps over other ranks, set {' and '.join(fields)}" if fields else ""
 
 
-def _is_placement(path: str) -> bool:
-    """Whether a field may change between two attempts of a stage."""
-    parts = path.split(".")
-    return parts[0] == "stages" and parts[2:3] == ["slurm"] and parts[3] not in SIZE
-
-
-def _is_evaluation(path: str) -> bool:
-    return path.split(".")[:2] == ["stages", EVALUATION.name]
+def _global_batch(spec: JobSpec, stage: str) -> int:
+    return derive_batch(spec.stage(stage), stage).global_
 
 
 def _shown(value: object) -> str:

@@ -33,10 +33,7 @@ def request(name: str, port: int) -> str:
 
 
 def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[], object]) -> None:
-    """Serve until interrupted.
-
-    Args:
-        ready: called once it responds.
+    """Serve until interrupted, and call ``ready`` once the server responds.
 
     Raises:
         HpcRlhfError: the server is not installed, or exits by itself.
@@ -56,10 +53,8 @@ def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[]
         else:
             ready()
         if server.wait():
-            raise HpcRlhfError(
-                f"the server exited with code {server.returncode}", where=str(folder), exit_code=RUN_FAILED,
-                hint=f"its output is above; if port {port} is taken, choose another with --port",
-            )  # fmt: skip
+            hint = f"its output is above; if port {port} is taken, choose another with --port"
+            raise HpcRlhfError(f"the server exited with code {server.returncode}", str(folder), hint, RUN_FAILED)
     finally:
         server.terminate()
         server.wait()
@@ -68,13 +63,8 @@ def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[]
 def serve_as_job(
     run: RunDir, name: str, stage: str, folder: Path, port: int, say: Callable[[str], object]
 ) -> tuple[str, str]:
-    """Submit a job that serves on one node of the stage's kind, and wait until it runs.
-
-    Args:
-        say: called with progress messages.
-
-    Returns:
-        The job's id and its node.
+    """Submit a job that serves on one node of the stage's kind, wait until it runs, and return its id and node.
+    ``say`` is called with progress messages.
 
     Raises:
         HpcRlhfError: Slurm rejects it, or it ends before it runs.
@@ -90,15 +80,12 @@ def serve_as_job(
     while True:
         queued = commands.queue().get(job_id)
         if queued is None or not queued.live:
-            raise HpcRlhfError(
-                f"job {job_id} ended before it started to serve",
-                where=str(run.stage(stage).logs / f"{job_id}_batch.log"),
-                exit_code=RUN_FAILED,
-            )
+            log = run.stage(stage).logs / f"{job_id}_batch.log"
+            raise HpcRlhfError(f"job {job_id} ended before it started to serve", str(log), exit_code=RUN_FAILED)
         if queued.state == "RUNNING":
             past = commands.find_record(job_id)
             return job_id, commands.hostnames(past.nodes)[0] if past and past.nodes else ""
-        state = f"job {job_id} {queued.state.lower()}" + (f" ({queued.reason})" if queued.reason else "")
+        state = f"job {job_id} {queued.state.lower()}{f' ({queued.reason})' if queued.reason else ''}"
         if state != last:
             say(f"waiting for {state}; scancel {job_id} cancels it")
             last = state
@@ -106,9 +93,7 @@ def serve_as_job(
 
 
 def _arguments(name: str, folder: Path, host: str, port: int) -> list[str]:
-    return [
-        "-m", "hpc_rlhf.train.serve", str(folder), "--name", name, "--host", host, "--port", str(port),
-    ]  # fmt: skip
+    return ["-m", "hpc_rlhf.train.serve", str(folder), "--name", name, "--host", host, "--port", str(port)]
 
 
 def _answers(host: str, port: int) -> bool:
