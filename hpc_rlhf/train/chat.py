@@ -19,11 +19,7 @@ NEXT_TURN = "\n\nHuman:"
 
 
 class ChatModel:
-    """A model loaded for chat, on a GPU if there is one.
-
-    Args:
-        folder: in Hugging Face format, as the stages write it.
-    """
+    """A model loaded for chat from a Hugging Face folder, on a GPU if there is one."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,16 +29,16 @@ class ChatModel:
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
         self.model = model.to(self.device).eval()
         packed_attention.enable(self.model)
+        # Maximum tokens of a conversation with its response.
+        self._context_length: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
     def stream(self, turns: list[tuple[str, str]], max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
         """The response in a conversation, streamed in pieces of text.
 
         Args:
             turns: (role, text) with roles ``human`` and ``assistant``; the last one is the human's.
-            max_tokens: longest response. A conversation that leaves no room for it loses its oldest tokens;
-                see ``forgotten``.
+            max_tokens: longest response. A conversation that leaves no room for it loses its oldest tokens.
             temperature: 0 always takes the most likely token.
-            seed: for sampling.
         """
         (ids,) = token_ids(self.tokenizer, [prompt_text(self.tokenizer, turns)])
         max_tokens = min(max_tokens, self._context_length - 1)
@@ -55,19 +51,12 @@ class ChatModel:
         yield from self._text(token for tokens in steps for _, token in tokens)
 
     def forgotten(self, turns: list[tuple[str, str]], max_tokens: int) -> int:
-        """The number of a conversation's oldest tokens that ``stream`` leaves out because the model's context
-        is too short."""
+        """How many of a conversation's oldest tokens ``stream`` leaves out because the model's context is too short."""
         (ids,) = token_ids(self.tokenizer, [prompt_text(self.tokenizer, turns)])
         return max(0, len(ids) + min(max_tokens, self._context_length - 1) - self._context_length)
 
-    @property
-    def _context_length(self) -> int:
-        """Maximum tokens of a conversation with its response."""
-        return getattr(self.model.config, "max_position_embeddings", None) or sys.maxsize
-
     def _text(self, tokens: Iterator[int]) -> Iterator[str]:
-        """The text of tokens, as soon as it is final: whole characters, and nothing that may begin another
-        turn."""
+        """The text of tokens, as soon as it is final: whole characters, and nothing that may begin another turn."""
         received: list[int] = []
         sent = ""
         for token in tokens:
@@ -83,8 +72,7 @@ class ChatModel:
 
 
 def _final_part(text: str) -> str:
-    """The text without an end that is half a character, white space, or the possible start of the user's next
-    turn."""
+    """The text without an end that is half a character, white space, or the possible start of the user's next turn."""
     text = text.rstrip("\N{REPLACEMENT CHARACTER}")
     for length in range(len(NEXT_TURN) - 1, 0, -1):
         if text.endswith(NEXT_TURN[:length]):

@@ -39,8 +39,6 @@ class StageContext:
     Attributes:
         attempt: name of this attempt in the ledger and on checkpoints.
         started: when the attempt began, by ``time.monotonic``.
-        stop: whether the attempt should stop, and where it may.
-        checkpoints: saves and resumes.
     """
 
     spec: JobSpec
@@ -86,8 +84,8 @@ class StageContext:
 
     @property
     def loss_factor(self) -> float:
-        """Factor for a loss that is divided by the global token count: DeepSpeed divides gradients by the
-        number of ranks and losses by the number of micro-batches."""
+        """Factor for a loss that is divided by the global token count: DeepSpeed divides gradients by the number of
+        ranks and losses by the number of micro-batches."""
         return float(self.batch.ranks * self.batch.accumulation)
 
     @property

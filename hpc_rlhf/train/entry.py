@@ -53,7 +53,10 @@ def run_stage(run_dir: str, stage: str) -> None:
     """
     stop = StopFlag()
     stop.install()
-    keep_log_readable()
+    # No progress bars in the log, and no warnings from one library to another.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers uses it too
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     run = RunDir(Path(run_dir))
     if manifest.is_done(run.stage(stage)):
         if launcher_ranks()[0] == 0:  # the attempt that finished it may have had no time to
@@ -73,16 +76,8 @@ def run_stage(run_dir: str, stage: str) -> None:
         raise
 
 
-def keep_log_readable() -> None:
-    """Turn off progress bars, and warnings from one library to another."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers uses it too
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-
-
 def write_report(run: RunDir) -> None:
-    """Write the run's report, in a process of its own: an error or a hang there is logged and costs the run
-    nothing."""
+    """Write the run's report, in a process of its own: an error or a hang there is logged and costs the run nothing."""
     command = [sys.executable, "-m", "hpc_rlhf.cli", "report", str(run.path)]
     try:
         subprocess.run(
@@ -98,7 +93,6 @@ class Attempt:
 
     Attributes:
         name: Slurm's job id and restart count, or this machine's launch; the same on all ranks.
-        is_main: whether this is rank 0.
     """
 
     files: RunDir
@@ -134,11 +128,7 @@ class Attempt:
         return False
 
     def run(self) -> None:
-        """Run the attempt, from joining the other ranks to leaving them.
-
-        Raises:
-            HpcRlhfError: a user error, or a failure with a clear message.
-        """
+        """Run the attempt, from joining the other ranks to leaving them."""
         spec = read_spec(self.files.job_yaml)
         hub.go_offline(spec)
         from hpc_rlhf.train.runtime import world as worlds

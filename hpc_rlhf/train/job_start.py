@@ -16,11 +16,7 @@ from hpc_rlhf.slurm import commands
 
 
 def record_previous_end(run: RunDir, stage: str, job_id: str, restarts: int) -> None:
-    """Record how the job's previous attempt ended, if Slurm requeued it before it could do so itself.
-
-    Args:
-        restarts: how often the job has been requeued.
-    """
+    """Record how the job's previous attempt ended, if Slurm requeued it before it could do so itself."""
     history = StageHistory.read(run, stage)
     attempt = history.attempt
     begin = next(iter(attempt.events), None)
@@ -36,8 +32,7 @@ def record_previous_end(run: RunDir, stage: str, job_id: str, restarts: int) -> 
 
 
 def restore_sentinel(run: RunDir, stage: str, job_id: str) -> None:
-    """Submit the stage's sentinel again if somebody cancelled it. The stage can succeed without it, so
-    nothing is raised."""
+    """Submit the stage's sentinel again if somebody cancelled it. It raises nothing: the stage can do without."""
     token = StageHistory.read(run, stage).token(job_id)
     if token is None:
         return

@@ -45,8 +45,7 @@ def _commit() -> str:
 
 
 def process_age() -> float:
-    """Seconds since this process began, most of which its imports took; 0 if the system does not provide
-    it."""
+    """Seconds since this process began, most of which its imports took; 0 if the system does not provide it."""
     try:
         after_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - after_boot / os.sysconf("SC_CLK_TCK")
@@ -66,7 +65,6 @@ def script_age() -> float | None:
 
 
 def devices(ops: list[str]) -> dict[str, Any]:
-    """What torch and DeepSpeed find here."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

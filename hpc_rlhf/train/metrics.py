@@ -16,11 +16,7 @@ from hpc_rlhf.run.files import write_atomically
 class MetricsLog:
     """Writes on rank 0, nothing elsewhere.
 
-    Args:
-        path: metrics.jsonl.
-        tensorboard: folder of the event files.
-        step: the step that the stage resumes from. Lines of later steps, whose work was lost, are removed, so
-            that every step appears once.
+    Lines of steps after the one that the stage resumes from, whose work was lost, are removed: every step appears once.
     """
 
     def __init__(self, path: Path, tensorboard: Path, step: int, is_main: bool) -> None:

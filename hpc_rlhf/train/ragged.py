@@ -14,12 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ragged:
-    """Packed token sequences, without padding.
-
-    Attributes:
-        ids: (tokens,), int64; one sequence after the other.
-        lengths: tokens of each sequence.
-    """
+    """Packed token sequences: ``ids`` (tokens,), int64, one sequence after the other, and the tokens of each."""
 
     ids: Tensor
     lengths: tuple[int, ...]
@@ -33,7 +28,6 @@ class Ragged:
         return len(self.lengths)
 
     def rows(self) -> list[list[int]]:
-        """The sequences as lists."""
         return [row.tolist() for row in self.ids.split(list(self.lengths))] if self.lengths else []
 
     def select(self, rows: Sequence[int]) -> Ragged:
@@ -42,14 +36,7 @@ class Ragged:
         return Ragged(torch.cat([parts[row] for row in rows]), tuple(self.lengths[row] for row in rows))
 
     def tail(self, sizes: Sequence[int]) -> Tensor:
-        """Indices into ``ids`` of the last tokens of each sequence.
-
-        Args:
-            sizes: how many of each.
-
-        Returns:
-            (sum of sizes,), int64.
-        """
+        """Indices into ``ids`` of the last tokens of each sequence, as many as its size: (sum of sizes,), int64."""
         ends = accumulate(self.lengths)
         spans = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
         return torch.from_numpy(np.concatenate(spans)).to(self.ids.device)
@@ -61,14 +48,7 @@ def positions(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def pad(flat: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Rows of a packed tensor, padded with 0 on the right.
-
-    Args:
-        flat: (sum of lengths, …).
-
-    Returns:
-        (batch, longest, …).
-    """
+    """Rows of a packed tensor (sum of lengths, …), padded with 0 on the right: (batch, longest, …)."""
     return torch.nn.utils.rnn.pad_sequence(list(flat.split(list(lengths))), batch_first=True)
 
 
@@ -82,13 +62,9 @@ def _longest_first(lengths: Sequence[int]) -> list[int]:
 
 
 def pack_micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put sequences into few micro-batches by first-fit-decreasing bin packing.
+    """The sequences of each micro-batch, the longest first, by first-fit-decreasing bin packing.
 
-    Args:
-        budget: tokens of a micro-batch; a longer sequence gets one of its own.
-
-    Returns:
-        Indices of the sequences in each micro-batch, the longest first.
+    ``budget`` is the tokens of a micro-batch; a longer sequence gets one of its own.
     """
     bins: list[list[int]] = []
     free: list[int] = []

@@ -13,9 +13,8 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -140,8 +139,7 @@ def main() -> None:
 
 
 class _Feed:
-    """The working trackers of a stage, and how many lines of its metrics each has been sent over all
-    attempts.
+    """The working trackers of a stage, and how many lines of its metrics each has been sent over all attempts.
 
     A stage that resumes from a checkpoint writes lost lines again, the same as before. So a line that was
     sent is not sent again, and one that a tracker was too slow for is sent later.
@@ -154,14 +152,15 @@ class _Feed:
             self._state = json.loads(self._files.trackers.read_text())
         self._save()
         self.trackers: dict[str, Tracker] = {}
-        wandb, mlflow, run_id = spec.trackers.wandb, spec.trackers.mlflow, self._state["id"]
-        if wandb is not None:
-            self._open("wandb", lambda: Wandb(wandb, spec, run, stage, run_id))
-        if mlflow is not None:
-            self._open("mlflow", lambda: Mlflow(mlflow, spec, run, stage, run_id))
+        settings, run_id = spec.trackers, self._state["id"]
+        if settings.wandb is not None:
+            with _guarded("wandb"):
+                self.trackers["wandb"] = Wandb(settings.wandb, spec, run, stage, run_id)
+        if settings.mlflow is not None:
+            with _guarded("mlflow"):
+                self.trackers["mlflow"] = Mlflow(settings.mlflow, spec, run, stage, run_id)
 
     def send_new(self) -> None:
-        """Send the lines that are new."""
         try:
             text = self._files.metrics.read_bytes()
         except FileNotFoundError:
@@ -169,22 +168,21 @@ class _Feed:
         lines = text[: text.rfind(b"\n") + 1].splitlines()
         for name, tracker in list(self.trackers.items()):
             new = lines[self._state.get(name, 0) :]
-            if new and _guarded(name, partial(_send, new, tracker)):
+            if not new:
+                continue
+            del self.trackers[name]  # unless it takes them
+            with _guarded(name):
+                _send(new, tracker)
+                self.trackers[name] = tracker
+            if name in self.trackers:
                 self._state[name] = len(lines)
                 self._save()
-            elif new:
-                del self.trackers[name]
 
     def finish(self) -> None:
         done = manifest.is_done(self._files)
         for name, tracker in self.trackers.items():
-            _guarded(name, partial(tracker.finish, done))
-
-    def _open(self, name: str, make: Callable[[], Tracker]) -> None:
-        def add() -> None:
-            self.trackers[name] = make()
-
-        _guarded(name, add)
+            with _guarded(name):
+                tracker.finish(done)
 
     def _save(self) -> None:
         write_atomically(self._files.trackers, json.dumps(self._state))
@@ -198,17 +196,15 @@ def _send(lines: Sequence[bytes], tracker: Tracker) -> None:
         tracker.log(step, time, {f"{kind}/{key}": value for key, value in row.items() if value is not None})
 
 
-def _guarded(name: str, act: Callable[[], object]) -> bool:
-    """Run a tracker's action; False, with a warning, if it fails."""
+@contextmanager
+def _guarded(name: str) -> Iterator[None]:
+    """Turns an error of a tracker into a warning."""
     try:
-        act()
+        yield
     except ModuleNotFoundError as error:
         _warn(name, f"{error.name} is not installed where the ranks run: pip install 'hpc-rlhf[trackers]'")
     except Exception as error:
         _warn(name, error)
-    else:
-        return True
-    return False
 
 
 def _warn(name: str, why: object) -> None:

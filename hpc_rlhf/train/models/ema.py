@@ -29,21 +29,17 @@ class Ema:
         self.beta = beta
         self.world = world
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.averages = {i: local_shard(p).float().clone() for i, p in self._owned()}
-
-    def _owner(self, i: int) -> int:
-        return i % self.world.dims.data
-
-    def _owned(self) -> Iterator[tuple[int, nn.Parameter]]:
-        for i, parameter in enumerate(self.parameters):
-            if is_zero3(parameter) or self._owner(i) == self.world.data_rank:
-                yield i, parameter
+        self.averages = {
+            i: local_shard(parameter).float().clone()
+            for i, parameter in enumerate(self.parameters)
+            if is_zero3(parameter) or i % world.dims.data == world.data_rank
+        }
 
     @torch.no_grad()
     def update(self) -> None:
         """Fold the current weights into the average."""
-        for i, parameter in self._owned():
-            self.averages[i].lerp_(local_shard(parameter).float(), 1 - self.beta)
+        for i, average in self.averages.items():
+            average.lerp_(local_shard(self.parameters[i]).float(), 1 - self.beta)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -56,7 +52,7 @@ class Ema:
                 if i in self.averages:
                     weight.copy_(self.averages[i])
                 if not is_zero3(parameter):
-                    dist.broadcast(weight, group=group, group_src=self._owner(i))
+                    dist.broadcast(weight, group=group, group_src=i % self.world.dims.data)
         try:
             yield
         finally:
@@ -69,7 +65,6 @@ class Ema:
         shards.write(snapshot, name, self._pieces(), {}, self.world)
 
     def load(self, folder: Path) -> None:
-        """Restore what ``save`` wrote."""
         shards.read(folder, list(self._pieces()), self.world)
 
     def _pieces(self) -> Iterator[Shard]:

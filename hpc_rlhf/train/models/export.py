@@ -86,8 +86,7 @@ def whole(modules: Sequence[ModuleWeights]) -> Iterator[list[tuple[str, Tensor]]
 def full_weights(modules: Sequence[ModuleWeights]) -> Generator[tuple[str, Tensor], None, None]:
     """Every weight of the modules by its Hugging Face name, whole and with adapters merged.
 
-    Collective if sharded or split: every rank must iterate to the end. A tensor may be a view of the
-    parameter and is valid only until the next one.
+    Collective if sharded or split: every rank must iterate to the end. A tensor is valid only until the next one.
     """
     batch: list[ModuleWeights] = []
     size = 0
@@ -141,8 +140,7 @@ def interruptible(should_stop: Callable[[], bool]) -> Iterator[None]:
 def collect(model: Any, is_main: bool, between: Callable[[], object] = bool) -> dict[str, Tensor]:
     """A copy of all weights and persistent buffers, in rank 0's memory; empty elsewhere. Collective.
 
-    Args:
-        between: called before each weight; it may raise, on all ranks alike.
+    ``between`` is called before each weight; it may raise, on all ranks alike.
     """
     # A buffer may belong to the checkpoint as well (GPT-NeoX's bias, for one).
     persistent = {name for name in model.state_dict() if ".base." not in name and ".lora_" not in name}

@@ -104,11 +104,7 @@ def check_fits(config: Any, tokenizer: Any, longest: int, source: str) -> None:
 
 
 def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: float = 0.0) -> RewardModel:
-    """A reward model from a causal language model or a reward model.
-
-    Args:
-        seed: initializes a new head; None keeps the source's head.
-    """
+    """A reward model from a causal or a reward model; ``seed`` initializes a new head, None keeps the source's."""
     from transformers import AutoModelForSequenceClassification
 
     classifier = _load(AutoModelForSequenceClassification, source, dtype, dropout, num_labels=1)

@@ -56,10 +56,7 @@ class LoraLinear(nn.Module):
         return self.base(x) + F.linear(inner, self.lora_b) * self.scale
 
     def merged_weight(self) -> Tensor:
-        """The base weight with the adapter merged, computed in float32; without it if the adapter is off.
-
-        For a split layer, this rank's shard.
-        """
+        """The base weight, or this rank's shard of it, with the adapter merged in float32 unless it is off."""
         if not self.on:
             return self.base.weight.detach()
         update = (self.lora_b.float() @ self.lora_a.float()) * self.scale
@@ -82,9 +79,6 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
     """Wrap a model's linear layers, except its output head, in adapters, in place.
 
     A reward model's score head is newly initialized and therefore always trained in full.
-
-    Raises:
-        HpcRlhfError: the model has none of the target layers.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = [

@@ -39,12 +39,7 @@ class OneBitAdam(torch.optim.Optimizer):
     Gradients are clipped by the norm of their average: exact during warm-up, afterwards estimated within 2 %
     from random sums of each rank's gradient, which are small enough to average whole.
 
-    Args:
-        clip_grad: largest norm of the averaged gradient.
-        warmup: steps before the variance is frozen.
-
     Attributes:
-        steps: number of steps so far.
         grad_norm: norm of the last step's averaged gradient before clipping.
         bytes_sent: by this rank since the last ``take_bytes_sent``.
     """
@@ -174,7 +169,6 @@ class OneBitAdam(torch.optim.Optimizer):
         self.bytes_sent += size * (ranks - 1) / ranks
 
     def take_bytes_sent(self) -> float:
-        """Bytes that this rank has sent since the last call."""
         sent, self.bytes_sent = self.bytes_sent, 0.0
         return sent
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,9 +12,6 @@ from torch import Tensor
 from hpc_rlhf.train.models import cpu_kernels
 
 NAME = "hpc_rlhf_packed"
-
-# A CPU's attention is fastest on multiples of this many tokens; other lengths take up to three times as long.
-CPU_MULTIPLE = 32
 
 # Config fields of attention variants that scaled_dot_product_attention does not compute.
 OWN_ATTENTION = ("attn_logit_softcapping", "logit_soft_cap", "alibi")
@@ -68,7 +64,7 @@ def _packed(
     sizes = list(lengths)
     on_cpu = query.device.type == "cpu" and cpu_kernels.enabled()
     if on_cpu and window is None and not dropout and query.shape[3] == value.shape[3]:
-        output: Tensor = _CpuAttention.apply(query, key, value, sizes, scaling)
+        output: Tensor = cpu_kernels.PackedAttention.apply(query, key, value, sizes, scaling)
         return output
     outputs = []
     for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
@@ -79,49 +75,6 @@ def _packed(
             ).transpose(1, 2)
         )
     return torch.cat(outputs, dim=1)
-
-
-class _CpuAttention(torch.autograd.Function):
-    """Packed causal attention whose backward pass is in float32.
-
-    On a CPU, half precision takes half the time of single precision forward, but up to three times backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sizes: list[int], scaling: float | None) -> Tensor:
-        out, normalizers = _rows_like(query, value.shape[3]), []
-        for target, end in zip(out.split(sizes, 2), accumulate(sizes), strict=True):
-            size = target.shape[2]
-            # The tokens after a sequence pad it to a multiple: no query attends to them, and their output is discarded.
-            span = slice(end - size, end + -size % CPU_MULTIPLE)
-            output, normalizer = cpu_kernels.causal_attention(
-                query[:, :, span], key[:, :, span], value[:, :, span], scaling
-            )
-            target.copy_(output[:, :, :size])
-            normalizers.append(normalizer[:, :, :size])
-        ctx.save_for_backward(query, key, value, out, *normalizers)
-        ctx.sizes, ctx.scaling = sizes, scaling
-        return out.transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        query, key, value, out, *normalizers = ctx.saved_tensors
-        wide = torch.promote_types(query.dtype, torch.float32)
-        whole = (grad.transpose(1, 2), query, key, value, out)
-        parts = zip(*[tensor.to(wide).split(ctx.sizes, 2) for tensor in whole], normalizers, strict=True)
-        grads = [_rows_like(tensor, tensor.shape[3]) for tensor in (query, key, value)]
-        targets = zip(*[tensor.split(ctx.sizes, 2) for tensor in grads], strict=True)
-        for inputs, own_targets in zip(parts, targets, strict=True):
-            outputs = cpu_kernels.causal_attention_backward(inputs, ctx.scaling)
-            for target, output in zip(own_targets, outputs, strict=True):
-                target.copy_(output)
-        return *grads, None, None
-
-
-def _rows_like(heads: Tensor, dim: int) -> Tensor:
-    """An empty (batch, heads, tokens, dim), with tokens outermost in memory, as the layers around it do."""
-    batch, count, tokens, _ = heads.shape
-    return heads.new_empty(batch, tokens, count, dim).transpose(1, 2)
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -137,15 +90,14 @@ class _GotLengths(Exception):
     """The probe was called with the lengths."""
 
 
-def _probe(*_: Any, packed_lengths: tuple[int, ...] | None = None, **__: Any) -> tuple[Tensor, None]:
-    raise _GotLengths if packed_lengths else RuntimeError
-
-
 def _passes_lengths_on(model: Any) -> bool:
     """True if an architecture passes the lengths on to its attention; tried on one layer without weights."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(f"{NAME}_probe", _probe)
+    def probe(*_: Any, packed_lengths: tuple[int, ...] | None = None, **__: Any) -> None:
+        raise _GotLengths if packed_lengths else RuntimeError
+
+    AttentionInterface.register(f"{NAME}_probe", probe)
     config = copy.deepcopy(model.config)
     config._attn_implementation = f"{NAME}_probe"
     if hasattr(config, "num_hidden_layers"):

@@ -1,8 +1,7 @@
 """``python -m hpc_rlhf.train.models.shapes``: the shapes of models, from their configurations alone.
 
 Reads a JSON list of configurations on stdin and prints a JSON list: for each model the fields of
-``estimate.parameters.Architecture``, or {"error": why it cannot be built}. Models are built on the meta
-device.
+``estimate.parameters.Architecture``, or {"error": why it cannot be built}. Models are built on the meta device.
 """
 
 from __future__ import annotations
@@ -27,11 +26,7 @@ _TOKENS = 64
 
 
 def shapes(fields: dict[str, Any]) -> dict[str, Any]:
-    """The shapes of a causal language model.
-
-    Args:
-        fields: what a config.json holds.
-    """
+    """The shapes of a causal language model with these fields in its config.json."""
     # A padding id beyond a small vocabulary is refused, and training sets the tokenizer's anyway.
     config = type(AutoConfig.for_model(fields["model_type"])).from_dict({**fields, "pad_token_id": 0})
     with torch.device("meta"):
@@ -78,7 +73,6 @@ def _kept_by_item_size(model: Any, blocks: nn.ModuleList, inner: int) -> dict[in
 
 
 def _blocks(model: nn.Module, layers: int) -> nn.ModuleList:
-    """The decoder's blocks."""
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == layers]
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
@@ -90,12 +84,8 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> list[float]:
-    """Bytes per token that the blocks keep for the backward pass.
-
-    Returns:
-        Of tensors that tensor parallelism leaves whole; and of those that it shards, which are as wide as the
-        MLP or have a dimension of heads.
-    """
+    """Bytes per token that the blocks keep for the backward pass: of tensors that tensor parallelism leaves whole; and
+    of those that it shards, which are as wide as the MLP or have a dimension of heads."""
     for name in ("sdpa", packed_attention.NAME):
         AttentionInterface.register(name, _attention)
     weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}

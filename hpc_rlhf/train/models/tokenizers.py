@@ -33,17 +33,9 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: World) -> Any:
-    """The tokenizer of a model. Collective.
+    """The actor's tokenizer; of an actor made from scratch, one trained on the texts and kept in the folder.
 
-    No mask is derived from the id of the padding token, so a tokenizer without one may pad with EOS.
-
-    Args:
-        ref: the actor, as the spec names it.
-        texts: what to train a tokenizer on if the model is made from scratch.
-        folder: where a trained tokenizer is kept between attempts.
-
-    Raises:
-        HpcRlhfError: there is no such tokenizer, or it has no EOS token.
+    Collective. No mask is derived from the id of the padding token, so a tokenizer without one may pad with EOS.
     """
     from transformers import AutoTokenizer
 
@@ -74,11 +66,7 @@ def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: Wor
 
 
 def check_same_tokenizer(tokenizer: Any, folder: str, stage: str) -> None:
-    """Refuse a stage's model that was trained with another tokenizer.
-
-    Raises:
-        HpcRlhfError: the tokens differ.
-    """
+    """Refuse a stage's model that was trained with another tokenizer."""
     from transformers import AutoTokenizer
 
     other = AutoTokenizer.from_pretrained(folder)
