@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf.observe.evaluation import read_report
-from hpc_rlhf.observe.summary import final_samples
+from hpc_rlhf.observe.results import final_samples, read_report
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.train.data.demo import POLITE, facts

@@ -74,7 +74,7 @@ def eval_command(context: click.Context, run: str, prompts: int | None, sets: tu
     command resumes.
     """
     from hpc_rlhf.launch.prepare import evaluation_changed
-    from hpc_rlhf.observe.evaluation import read_report
+    from hpc_rlhf.observe.results import read_report
     from hpc_rlhf.observe.terminal.results import evaluation
 
     folder = find_run(run)
@@ -145,7 +145,7 @@ def _run_stages(
     if interrupted:  # the user asked for it: no error
         click.echo(str(stopped), err=True)
     if verb == "run":
-        from hpc_rlhf.observe.report import leave_report
+        from hpc_rlhf.observe.report.page import leave_report
 
         leave_report(run)
     if interrupted:

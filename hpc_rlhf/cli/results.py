@@ -15,8 +15,8 @@ import click
 from hpc_rlhf.cli.arguments import example, find_run, find_runs, json_option, writing
 from hpc_rlhf.cli.console import print_json, print_parts, print_table
 from hpc_rlhf.observe import compare, logs
-from hpc_rlhf.observe.evaluation import Interval, cell
 from hpc_rlhf.observe.format import number
+from hpc_rlhf.observe.results import cell
 from hpc_rlhf.spec.sweep import short_names
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _table(comparison: compare.Comparison, width: int) -> RenderableType:
     for column in table.columns[:-1]:
         column.no_wrap = True
     for place, run in enumerate(comparison.runs, 1):
-        cells = [_cell(run, name) for name in names]
+        cells = [cell(name, run.numbers.get(name)) for name in names]
         ranked = comparison.by in run.numbers
         states = [styled(run.state)] if unfinished else []
         table.add_row(str(place) if ranked else "-", *cells, *_shown(run.values, paths), *states, run.name)
@@ -91,13 +91,6 @@ def _metrics(comparison: compare.Comparison) -> list[str]:
     trained = [name for name in reversed(known) if name not in compare.EVALUATED]
     first = [comparison.by] if comparison.by else []
     return list(dict.fromkeys([*first, *evaluated, *trained]))
-
-
-def _cell(run: compare.Compared, name: str) -> str:
-    if name not in run.numbers:
-        return "-"
-    result = run.numbers[name]
-    return cell(name, Interval(value=result.value, low=result.low, high=result.high))
 
 
 def _shown(values: Mapping[str, object], paths: Iterable[str]) -> Iterator[str]:
@@ -134,7 +127,7 @@ def report_command(run: str, out: Path | None) -> None:
     evaluation, responses side by side, the spec and the versions. It is self-contained and needs no network,
     so you can mail it. A run updates its report after each stage.
     """
-    from hpc_rlhf.observe.report import write_report
+    from hpc_rlhf.observe.report.page import write_report
 
     run_dir = find_run(run)
     path = out or run_dir.report

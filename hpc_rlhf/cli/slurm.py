@@ -148,7 +148,7 @@ def heal_command(context: click.Context, run: str, as_json: bool, sentinel: bool
     if alone and all(each.did in ("done", "live") for done in outcomes.values() for each in done):
         click.echo("nothing had to be restarted", err=True)
     if sentinel and _stops(runs[0]) > stops:
-        from hpc_rlhf.observe.report import leave_report
+        from hpc_rlhf.observe.report.page import leave_report
 
         leave_report(runs[0])
         context.exit(STOPPED_FOR_GOOD)

@@ -8,9 +8,9 @@ from itertools import groupby
 from statistics import fmean, stdev
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.observe.evaluation import read_report
 from hpc_rlhf.observe.listing import list_runs
 from hpc_rlhf.observe.metrics import held_out_rows, read_latest, step_rows
+from hpc_rlhf.observe.results import Interval, read_report
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.cluster import SIZE
@@ -23,15 +23,6 @@ EVALUATED = ("reward", "reward_gain", "win_rate", "pair_accuracy", "kl", "perple
 _LATEST = 0.1  # share of a stage's steps over which its training metrics are averaged
 # Fields of a spec that do not affect the results.
 _IGNORED = {"name", "run_dir", "slurm", "trackers", "notify", "sweep", "sweep_limit"}
-
-
-@dataclass(frozen=True)
-class Number:
-    """A metric and the bounds of its confidence interval, if it has one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class Compared:
     path: str
     values: dict[str, object]
     state: str
-    numbers: dict[str, Number]
+    numbers: dict[str, Interval]
     judge: str | None
 
 
@@ -136,7 +127,7 @@ def over_seeds(comparison: Comparison) -> list[OverSeeds]:
     ranked = [run for run in comparison.runs if by in run.numbers]
     groups = []
     for values, members in groupby(sorted(ranked, key=lambda run: repr(rest(run))), key=rest):
-        numbers = [run.numbers[by].value for run in members]
+        numbers = [run.numbers[by]["value"] for run in members]
         spread = stdev(numbers) if len(numbers) > 1 else None
         groups.append(OverSeeds(values, len(numbers), fmean(numbers), spread))
     if all(group.runs == 1 for group in groups):
@@ -192,15 +183,13 @@ def _at(facts: object, path: str) -> object:
     return facts
 
 
-def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Number]]:
+def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Interval]]:
     if spec.evaluation and manifest.is_done(run.stage(EVALUATION.name)):
         model = read_report(run)["models"].get(spec.trained[-1], {})
         for name in EVALUATED:
             metric = model.get(name)
-            if isinstance(metric, dict):
-                yield name, Number(metric["value"], metric["low"], metric["high"])
-            elif metric is not None:
-                yield name, Number(metric)
+            if metric is not None:
+                yield name, metric if isinstance(metric, dict) else Interval(value=metric, low=None, high=None)
     for stage in spec.trained:
         text = read_latest(run.stage(stage).metrics, stage, _LATEST)
         rows = step_rows(text, stage)
@@ -215,7 +204,8 @@ def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Number]]:
                 for name in ("perplexity", "accuracy"):
                     if (value := row.values.get(name)) is not None:
                         numbers[name] = value
-        yield from ((f"{stage}.{name}", Number(value)) for name, value in numbers.items())
+        for name, value in numbers.items():
+            yield f"{stage}.{name}", Interval(value=value, low=None, high=None)
 
 
 def _default(known: Sequence[str], judges: int, spec: JobSpec) -> str | None:
@@ -228,7 +218,7 @@ def _default(known: Sequence[str], judges: int, spec: JobSpec) -> str | None:
 
 def _rank(run: Compared, by: str | None) -> tuple[bool, float]:
     number = run.numbers.get(by or "")
-    return (True, 0.0) if number is None else (False, _signed(str(by), number.value))
+    return (True, 0.0) if number is None else (False, _signed(str(by), number["value"]))
 
 
 def _signed(by: str, value: float) -> float:

@@ -85,18 +85,13 @@ class LogReader:
         self._positions: dict[Path, tuple[int, codecs.IncrementalDecoder]] = {}
         self._shown: Path | None = None
 
-    def files(self) -> list[Path]:
-        """The existing files of the newest job, in the order shown."""
+    def files(self, job_id: str = "*") -> list[Path]:
+        """The existing files of one job, by default the newest, in the order shown."""
         jobs: dict[str, list[Path]] = {}
         for name in self._names:
-            for path in self._run.stage(self._stage).logs.glob(f"*_{name}"):
+            for path in self._run.stage(self._stage).logs.glob(f"{job_id}_{name}"):
                 jobs.setdefault(path.name.removesuffix(f"_{name}"), []).append(path)
         return max(jobs.values(), key=lambda paths: max(map(_mtime, paths)), default=[])
-
-    def of_job(self, job_id: str) -> list[Path]:
-        """The existing files of one job, in the same order."""
-        paths = [self._run.stage(self._stage).logs / f"{job_id}_{name}" for name in self._names]
-        return [path for path in paths if path.exists()]
 
     def read(self) -> Iterator[tuple[Path | None, str]]:
         """Parts of the log as (file, text); the file is None if the text continues in the same one.
@@ -152,10 +147,8 @@ def read_attempt(run: RunDir, stage: str, rank: int, number: int) -> list[tuple[
     # Without Slurm an attempt has a job of its own, named by its launcher's process.
     job = event.job_id or event.attempt.split("-")[1]
     restart = event.restart if event.job_id else None
-    texts = [
-        (path, own_part(path.read_text(encoding="utf-8", errors="replace"), restart)) for path in reader.of_job(job)
-    ]
-    parts = [(path, text) for path, text in texts if text.strip()]
+    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in reader.files(job)}
+    parts = [(path, part) for path, text in texts.items() if (part := own_part(text, restart)).strip()]
     if not parts:
         where = str(run.stage(stage).logs)
         raise HpcRlhfError(f"attempt {number} at {stage} has no log of rank {rank}", where, exit_code=RUN_FAILED)

@@ -1,13 +1,14 @@
-"""A stage's metrics file: its rows, what is new in it, and the pace of the stage."""
+"""The JSON lines that a stage writes: the rows of its metrics, what is new in them, and the stage's pace."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from hpc_rlhf.run.attempt_logs import TAIL_BYTES, read_tail
 from hpc_rlhf.spec.stages import kind_of
@@ -32,6 +33,25 @@ class Row:
     values: dict[str, float | None]
 
 
+def json_lines(text: str) -> Iterator[dict[str, Any]]:
+    """The objects in a text, one per line; incomplete lines are skipped."""
+    for line in text.split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def step_rows(text: str, stage: str) -> list[Row]:
     """The rows that a stage writes with every step."""
     return _rows(text, "train" if kind_of(stage).trains else "eval")
@@ -43,14 +63,9 @@ def held_out_rows(text: str) -> list[Row]:
 
 
 def _rows(text: str, kind: str) -> list[Row]:
-    """The rows of one kind; incomplete lines are skipped."""
     rows = []
-    for line in text.split("\n"):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and record.get("kind") == kind:
+    for record in json_lines(text):
+        if record.get("kind") == kind:
             step, total, time = (record.pop(key, 0) for key in ("step", "total_steps", "time"))
             numbers = {
                 name: value for name, value in record.items() if value is None or isinstance(value, (int, float))

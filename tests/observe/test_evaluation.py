@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.observe.evaluation import Report, notes, read_report, table_rows
+from hpc_rlhf.observe.results import Report, notes, read_report, table_rows
 from hpc_rlhf.observe.terminal.results import evaluation, summary
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir

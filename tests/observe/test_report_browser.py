@@ -12,7 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from hpc_rlhf.observe.report import write_report
+from hpc_rlhf.observe.report.page import write_report
 from tests.observe.report_runs import HOSTILE, evaluate, make_reported_run
 
 pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.slow]

@@ -75,17 +75,16 @@ def _make_chart(plot: Plot, rows: Sequence[Row], held_out: Sequence[Row]) -> Cha
     return Chart(plot, steps, lines, [_HELD_OUT] if measured else [], "; ".join(descriptions))
 
 
-def thin(curves: Sequence[Values], most: int = MAX_POINTS) -> list[int]:
-    """The indices of the points to draw of curves over the same steps, in order; all if there are at most
-    ``most``.
+def thin(curves: Sequence[Values]) -> list[int]:
+    """The indices of the points to draw of curves over the same steps, in order; all if there are at most MAX_POINTS.
 
-    Keeps the first and last point, and each curve's minimum and maximum in each of ``most / 2`` equal
-    intervals, so that no spike is lost.
+    Keeps the first and last point, and each curve's minimum and maximum in each of MAX_POINTS / 2 equal intervals, so
+    that no spike is lost.
     """
     length = len(curves[0]) if curves else 0
-    if length <= most:
+    if length <= MAX_POINTS:
         return list(range(length))
-    width = -(-length // (most // 2))
+    width = -(-length // (MAX_POINTS // 2))
     chosen = {0, length - 1}
     for start in range(0, length, width):
         for curve in curves:

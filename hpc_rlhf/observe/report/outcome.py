@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hpc_rlhf.observe.evaluation import Report, cell
 from hpc_rlhf.observe.format import duration
 from hpc_rlhf.observe.report.responses import MODELS
+from hpc_rlhf.observe.results import Report, StageResult, cell, describe_result
 from hpc_rlhf.observe.status import StageStatus
-from hpc_rlhf.observe.summary import StageResult, describe_result
 from hpc_rlhf.spec.stages import BASE, POLICIES, kind_of
 
 # States of a stage that will go on without the user.

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from hpc_rlhf import __version__
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.observe.evaluation import Report, notes, read_report, table_rows
-from hpc_rlhf.observe.gather import PlannedStage, RunPlan
+from hpc_rlhf.observe.gather import RunPlan
 from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
+from hpc_rlhf.observe.metrics import read_text
 from hpc_rlhf.observe.report import outcome, timeline
-from hpc_rlhf.observe.report.charts import MAX_POINTS, Chart, make_charts
+from hpc_rlhf.observe.report.charts import MAX_POINTS, make_charts
 from hpc_rlhf.observe.report.responses import MODELS, read_exchanges
+from hpc_rlhf.observe.results import Report, notes, read_report, stage_results, table_rows
 from hpc_rlhf.observe.status import read_status
-from hpc_rlhf.observe.summary import stage_results
 from hpc_rlhf.run.events import Started
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
@@ -73,11 +73,11 @@ def _content(run: RunDir) -> dict[str, object]:
     goodput = {status.stage: status.goodput for status in statuses}
     whole = total(goodput)
     started = [event for event in events if isinstance(event, Started)]
-    stage_charts = {
-        planned.stage: charts
-        for planned in plan.stages
-        if (charts := _charts(run, planned, [event for event in started if event.stage == planned.stage]))
-    }
+    charts = {}
+    for planned in plan.stages:
+        starts = [event.time for event in started if event.stage == planned.stage]
+        metrics = read_text(run.stage(planned.stage).metrics)
+        charts[planned.stage] = make_charts(metrics, planned.stage, planned.global_batch, starts)
     return {
         "name": plan.name,
         "folder": str(run.path),
@@ -93,8 +93,8 @@ def _content(run: RunDir) -> dict[str, object]:
         ),
         "spans": timeline.TITLES,
         "width": timeline.WIDTH,
-        "charts": stage_charts,
-        "chart_data": [chart.to_dict() for charts in stage_charts.values() for chart in charts],
+        "charts": {stage: of_stage for stage, of_stage in charts.items() if of_stage},
+        "chart_data": [chart.to_dict() for of_stage in charts.values() for chart in of_stage],
         "most": MAX_POINTS,
         "table": [] if report is None else table_rows(report, MODELS),
         "notes": [] if report is None else notes(report),
@@ -111,14 +111,6 @@ def _evaluation(run: RunDir) -> Report | None:
         return read_report(run)
     except HpcRlhfError:
         return None
-
-
-def _charts(run: RunDir, planned: PlannedStage, started: list[Started]) -> list[Chart]:
-    try:
-        text = run.stage(planned.stage).metrics.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    return make_charts(text, planned.stage, planned.global_batch, [event.time for event in started])
 
 
 def _versions(started: list[Started]) -> list[tuple[str, str]]:

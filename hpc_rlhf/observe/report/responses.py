@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from hpc_rlhf.observe.format import number
-from hpc_rlhf.observe.summary import final_samples
+from hpc_rlhf.observe.metrics import json_lines, read_text
+from hpc_rlhf.observe.results import final_samples
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import BASE, EVALUATION, POLICIES, STAGE_NAMES
 
@@ -21,37 +20,20 @@ MAX_EXCHANGES = 24
 _MAX_CHARACTERS = 2_000  # of a prompt or response
 
 
-@dataclass(frozen=True)
-class Response:
-    """A model's response and its reward; the reward is empty if there is none."""
+def read_exchanges(run: RunDir) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Prompts and the responses to them: those of the evaluation, else those at the end of the last stages.
 
-    model: str
-    text: str
-    reward: str
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """A prompt and the responses to it."""
-
-    prompt: str
-    responses: list[Response]
-
-
-def read_exchanges(run: RunDir) -> list[Exchange]:
-    """The exchanges of the evaluation; before there is one, those at the end of the last stages."""
-    rows = list(_evaluated(run)) or list(_final(run))
-    return [
-        Exchange(
-            _cut(_displayed(prompt)),
-            [
-                Response(title, _cut(texts[name]), number(rewards[name]) if name in rewards else "")
-                for name, title in MODELS.items()
-                if name in texts
-            ],
-        )
-        for prompt, texts, rewards in rows[:MAX_EXCHANGES]
-    ]
+    A response is (title of the model, text, reward); the reward is empty if there is none.
+    """
+    exchanges = []
+    for prompt, texts, rewards in (list(_evaluated(run)) or list(_final(run)))[:MAX_EXCHANGES]:
+        responses = [
+            (title, _cut(texts[name]), number(rewards[name]) if name in rewards else "")
+            for name, title in MODELS.items()
+            if name in texts
+        ]
+        exchanges.append((_cut(_displayed(prompt)), responses))
+    return exchanges
 
 
 # A prompt, and the responses and rewards of each model.
@@ -59,15 +41,7 @@ _Row = tuple[str, dict[str, str], dict[str, float]]
 
 
 def _evaluated(run: RunDir) -> Iterator[_Row]:
-    try:
-        lines = run.stage(EVALUATION.name).answers.read_text(encoding="utf-8").split("\n")
-    except OSError:
-        return
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in json_lines(read_text(run.stage(EVALUATION.name).answers)):
         yield row["prompt"], row["answers"], row["rewards"]
 
 

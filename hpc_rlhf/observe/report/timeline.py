@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from hpc_rlhf.observe.format import duration
-from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Interruption, Stretch
+from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Stretch
 
 # Titles of the spans of time.
 TITLES = {
@@ -52,32 +52,19 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class AttemptRow:
-    """A row of the table of attempts."""
-
-    stage: str
-    attempt: str
-    node: str
-    began: str
-    took: str
-    trained: str
-    lost: str
-    ended: str
-
-
-@dataclass(frozen=True)
 class Timeline:
     """The bars and the table of attempts.
 
     Attributes:
         ticks: ticks of the axis, each with its place in percent and its label.
         began: when the first stage was submitted or started.
+        attempts: the rows of the table, by column.
     """
 
     bars: list[Bar]
     ticks: list[tuple[float, str]]
     began: str
-    attempts: list[AttemptRow]
+    attempts: list[dict[str, str]]
 
 
 def make_timeline(stages: Mapping[str, Goodput], states: Mapping[str, str], hosts: Mapping[str, str]) -> Timeline:
@@ -108,8 +95,8 @@ def _bar(name: str, stage: Goodput, first: float, scale: float) -> Bar:
         Segment(
             each.span,
             round((each.start - first) * scale, 1),
-            round(max(1.0, (each.end - each.start) * scale), 1),
-            f"{TITLES[each.span]}: {duration(each.end - each.start)} from {moment(each.start)}",
+            round(max(1.0, each.seconds * scale), 1),
+            f"{TITLES[each.span]}: {duration(each.seconds)} from {moment(each.start)}",
         )
         for each in _joined(stage.stretches, _SMALLEST / scale)
     ]
@@ -122,7 +109,7 @@ def _joined(stretches: Sequence[Stretch], smallest: float) -> list[Stretch]:
     """Merge consecutive stretches of the same span, leaving out those shorter than ``smallest`` seconds."""
     joined: list[Stretch] = []
     for each in stretches:
-        if each.end - each.start < smallest:
+        if each.seconds < smallest:
             continue
         before = joined[-1] if joined else each
         same = (before.span, before.attempt) == (each.span, each.attempt)
@@ -133,35 +120,29 @@ def _joined(stretches: Sequence[Stretch], smallest: float) -> list[Stretch]:
     return joined
 
 
-def _attempts(name: str, stage: Goodput, state: str, hosts: Mapping[str, str]) -> list[AttemptRow]:
+def _attempts(name: str, stage: Goodput, state: str, hosts: Mapping[str, str]) -> list[dict[str, str]]:
     interruptions = {each.attempt: each for each in stage.interruptions}
     stretches: dict[str, list[Stretch]] = {}
     for each in stage.stretches:
         if each.span not in ("waiting", "queued"):
             stretches.setdefault(each.attempt, []).append(each)
-    return [_row(name, attempt, own, interruptions.get(attempt), state, hosts) for attempt, own in stretches.items()]
-
-
-def _row(
-    name: str,
-    attempt: str,
-    stretches: Sequence[Stretch],
-    interruption: Interruption | None,
-    state: str,
-    hosts: Mapping[str, str],
-) -> AttemptRow:
-    spent = {span: sum(each.end - each.start for each in stretches if each.span == span) for span in SPANS}
-    first, last = min(each.start for each in stretches), max(each.end for each in stretches)
-    return AttemptRow(
-        name,
-        attempt,
-        hosts.get(attempt, ""),
-        moment(first),
-        duration(last - first),
-        _or_dash(spent["productive"]),
-        _or_dash(spent["lost"]),
-        f"{interruption.reason}, at step {interruption.step:,}" if interruption else state,
-    )
+    rows = []
+    for attempt, own in stretches.items():
+        first, last = min(each.start for each in own), max(each.end for each in own)
+        interruption = interruptions.get(attempt)
+        rows.append(
+            {
+                "stage": name,
+                "attempt": attempt,
+                "node": hosts.get(attempt, ""),
+                "began": moment(first),
+                "took": duration(last - first),
+                "trained": _or_dash(sum(each.seconds for each in own if each.span == "productive")),
+                "lost": _or_dash(sum(each.seconds for each in own if each.span == "lost")),
+                "ended": f"{interruption.reason}, at step {interruption.step:,}" if interruption else state,
+            }
+        )
+    return rows
 
 
 def _or_dash(seconds: float) -> str:

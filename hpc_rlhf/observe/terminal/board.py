@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from rich.console import RenderableType
@@ -79,7 +79,7 @@ class Board:
         table = grid("", "")
         table.columns[0].no_wrap = True
         for stage in stages:
-            for note in (*_why(stage, left), *_interruptions(stage)):
+            for note in _notes(stage, left):
                 table.add_row(stage.stage, Text(note))
         return table if table.row_count else None
 
@@ -111,7 +111,7 @@ class Board:
             full, empty = _BARS_ASCII if self._ascii_only else _BARS
             filled = int(share * _BAR)
             text.append(full * filled, style=STYLES.get(stage.state, ""))
-            text.append(f"{empty * (_BAR - filled)} ", style="dim")
+            text.append(empty * (_BAR - filled), style="dim").append(" ")
         return text.append(f"{count} {int(share * 100)}%")
 
     def _last(self, stage: StageStatus) -> str:
@@ -140,7 +140,8 @@ def _time(stage: StageStatus) -> str:
     return "-" if stage.left is None else f"{duration(stage.left)} left"
 
 
-def _why(stage: StageStatus, left: Mapping[str, float | None]) -> list[str]:
+def _notes(stage: StageStatus, left: Mapping[str, float | None]) -> Iterator[str]:
+    """The reason for a stage's state, and its interruptions."""
     why = stage.why.partition("\n")[0]
     if stage.state == "waiting":
         why = " and ".join(
@@ -148,18 +149,14 @@ def _why(stage: StageStatus, left: Mapping[str, float | None]) -> list[str]:
             for need in why.removeprefix("for ").split(" and ")
         )
         why = f"waiting for {why}"
-    is_running = stage.state == "running" and not why
-    silent = time.time() - stage.updated if stage.updated and is_running else 0.0
-    if silent > _SILENT:
-        why = f"latest step {ago(silent)}"
-    return [why] if why else []
-
-
-def _interruptions(stage: StageStatus) -> list[str]:
+    elif stage.state == "running" and not why and stage.updated:
+        silent = time.time() - stage.updated
+        why = f"latest step {ago(silent)}" if silent > _SILENT else ""
+    if why:
+        yield why
     interruptions = stage.goodput.interruptions
-    if not interruptions:
-        return []
-    last = interruptions[-1]
-    where = f" on {last.node}" if last.node else ""
-    latest = f"; latest: {last.reason} at step {last.step}{where}, {ago(time.time() - last.time)}"
-    return [count_words(interruptions) + latest]
+    if interruptions:
+        last = interruptions[-1]
+        where = f" on {last.node}" if last.node else ""
+        latest = f"latest: {last.reason} at step {last.step}{where}, {ago(time.time() - last.time)}"
+        yield f"{count_words(interruptions)}; {latest}"

@@ -47,7 +47,13 @@ class StageView:
                 self._last = row
         if self._first is None and time.monotonic() - self._ledger_read > _LEDGER_EVERY:
             self._ledger_read = time.monotonic()
-            self.phase = self._phase()
+            event = StageHistory.read(self.run, self.stage).after(self._events_before).last(Started, Resumed)
+            if isinstance(event, Resumed):
+                self.phase = f"resuming from step {event.step}"
+            elif event is not None:
+                self.phase = "loading data and model"
+            else:
+                self.phase = f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"
 
     @property
     def step(self) -> int:
@@ -72,14 +78,6 @@ class StageView:
             if last.step < last.total_steps:
                 words.append(f"{duration((last.total_steps - last.step) / rate)} left")
         return ", ".join(words)
-
-    def _phase(self) -> str:
-        event = StageHistory.read(self.run, self.stage).after(self._events_before).last(Started, Resumed)
-        if isinstance(event, Resumed):
-            return f"resuming from step {event.step}"
-        if event is not None:
-            return "loading data and model"
-        return f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"
 
 
 class PlainProgress:

@@ -6,13 +6,13 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
 
-from hpc_rlhf.observe.evaluation import Report, notes, read_report, table_rows
+from hpc_rlhf.observe import results
 from hpc_rlhf.observe.format import duration, number
-from hpc_rlhf.observe.summary import Sample, describe_result, final_samples, stage_results
 from hpc_rlhf.observe.terminal.tables import grid
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import BASE, EVALUATION, STAGE_KINDS, kind_of
@@ -26,25 +26,25 @@ def summary(run: RunDir, width: int) -> Iterator[RenderableType]:
     """The results of a run, for a console of some width."""
     table = grid("stage", "steps", "time", "result", right=("steps", "time"))
     table.columns[2].no_wrap = True
-    results = stage_results(run)
-    for stage, result in results.items():
+    finished = results.stage_results(run)
+    for stage, result in finished.items():
         took = "-" if result.seconds is None else duration(result.seconds)
         steps = "-" if result.step is None else str(result.step)
-        table.add_row(stage, steps, took, describe_result(stage, result.metrics))
+        table.add_row(stage, steps, took, results.describe_result(stage, result.metrics))
     yield table
-    if EVALUATION.name in results:
+    if EVALUATION.name in finished:
         yield Text()
-        yield from evaluation(read_report(run))
+        yield from evaluation(results.read_report(run))
     for kind in STAGE_KINDS:
-        yield from _responses(final_samples(run, kind.name)[:_MAX_SAMPLES], kind.title, width)
-    policies = [stage for stage in results if kind_of(stage).makes_policy]
+        yield from _responses(results.final_samples(run, kind.name)[:_MAX_SAMPLES], kind.title, width)
+    policies = [stage for stage in finished if kind_of(stage).makes_policy]
     if policies:
         yield from _next(run, policies[-1])
 
 
-def evaluation(report: Report) -> Iterator[RenderableType]:
+def evaluation(report: results.Report) -> Iterator[RenderableType]:
     """The table of an evaluation and the notes below it."""
-    header, *rows = table_rows(report) or [()]
+    header, *rows = results.table_rows(report) or [()]
     if rows:
         table = grid(*header, right=header[1:])
         for row in rows:
@@ -53,11 +53,11 @@ def evaluation(report: Report) -> Iterator[RenderableType]:
             column.no_wrap = True
         yield table
         yield Text()
-    for note in notes(report):
+    for note in results.notes(report):
         yield Text(note)
 
 
-def _responses(samples: Sequence[Sample], title: str, width: int) -> Iterator[RenderableType]:
+def _responses(samples: Sequence[dict[str, Any]], title: str, width: int) -> Iterator[RenderableType]:
     """Responses to held-out prompts, before and after a stage."""
     if not samples:
         return

@@ -32,9 +32,8 @@ _SLURM_EVERY = 15.0  # and between two queries to Slurm, whose controller is sha
 class LiveBoard:
     """The board of a run, read again each time that it is drawn."""
 
-    def __init__(self, run: RunDir) -> None:
-        """Raises HpcRlhfError: the plan cannot be read."""
-        self._run = run
+    def __init__(self, run: RunDir, console: Console) -> None:
+        self._run, self._console = run, console
         self._name = RunPlan.read(run).name
         self._readers: dict[str, MetricsReader] = {}
         self._values: dict[tuple[str, str], list[float]] = {}
@@ -42,17 +41,17 @@ class LiveBoard:
         self._jobs: frozenset[str] = frozenset()
         self._reply = SlurmReply()
 
-    def draw(self, width: int, ascii_only: bool = False) -> list[RenderableType]:
+    def draw(self) -> Group:
         """The parts of the display, from top to bottom."""
         stages = read_status(self._run, self._query)
         for stage in stages:
             self._read(stage.stage)
-        board = Board(width, live=True, ascii_only=ascii_only)
+        board = Board(self._console.width, live=True, ascii_only=not self._console.encoding.startswith("utf"))
         head = Text(self._name, style="bold").append(f"  {self._run.path}", style="not bold dim")
         parts: list[RenderableType] = [head, Text(), board.table(stages)]
         for part in (board.curves(self._values), board.notes(stages)):
             parts += [] if part is None else [Text(), part]
-        return [*parts, Text(), Text(f"{time.strftime('%H:%M:%S')}  press q to quit", style="dim")]
+        return Group(*parts, Text(), Text(f"{time.strftime('%H:%M:%S')}  press q to quit", style="dim"))
 
     def _query(self, job_ids: Sequence[str]) -> SlurmReply:
         if time.monotonic() - self._queried > _SLURM_EVERY or not self._jobs.issuperset(job_ids):
@@ -76,16 +75,11 @@ def watch(run: RunDir, console: Console) -> None:
     Raises:
         HpcRlhfError: the plan cannot be read.
     """
-    board = LiveBoard(run)
-    ascii_only = not console.encoding.startswith("utf")
-
-    def display() -> Group:
-        return Group(*board.draw(console.width, ascii_only))
-
-    with _keys() as quits, Live(display(), console=console, screen=True, auto_refresh=False) as live:
+    board = LiveBoard(run, console)
+    with _keys() as quits, Live(board.draw(), console=console, screen=True, auto_refresh=False) as live:
         try:
             while not quits(_EVERY):
-                live.update(display(), refresh=True)
+                live.update(board.draw(), refresh=True)
         except KeyboardInterrupt:
             pass
 

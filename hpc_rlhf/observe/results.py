@@ -1,15 +1,20 @@
-"""The report of an evaluation: its types, and its numbers as the rows of a table."""
+"""The results of a run: those of its finished stages, their samples, and the report of its evaluation."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import TypedDict
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any, TypedDict
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe.format import number
+from hpc_rlhf.observe.metrics import json_lines, read_text
+from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.spec.stages import EVALUATION
+from hpc_rlhf.spec.stages import EVALUATION, STAGE_NAMES, kind_of
 
 # The metrics of a model in the order shown; {base} is the model that the others are compared with.
 _ROWS = {
@@ -27,6 +32,50 @@ _ROWS = {
 _SHARES = ("win_rate", "pair_accuracy", "ended", "distinct")
 
 
+@dataclass(frozen=True)
+class StageResult:
+    """The result of a finished stage, as its manifest has it."""
+
+    step: int | None
+    seconds: float | None
+    metrics: Mapping[str, Any]
+
+
+def stage_results(run: RunDir) -> dict[str, StageResult]:
+    """The results of the stages that have a manifest, by stage."""
+    manifests = {stage: manifest.read(run.stage(stage).model) for stage in STAGE_NAMES}
+    return {
+        stage: StageResult(facts.get("step"), facts.get("seconds"), facts.get("metrics", {}))
+        for stage, facts in manifests.items()
+        if facts is not None
+    }
+
+
+def final_samples(run: RunDir, stage: str) -> list[dict[str, Any]]:
+    """A stage's responses to held-out prompts at its end, one row per prompt.
+
+    A row has ``prompt``, ``answer`` and maybe ``reward``; those of the model that the stage started from have the
+    prefix ``sft_``.
+    """
+    rows = json_lines(read_text(run.stage(stage).samples))
+    return list({row["prompt"]: row for row in rows if row.get("kind") == "final"}.values())
+
+
+def describe_result(stage: str, metrics: Mapping[str, Any]) -> str:
+    """The result of a stage in words."""
+    if metrics.get("win_rates"):
+        rates = metrics["win_rates"].items()
+        return ", ".join(f"{name} wins {rate:.0%} against {metrics['base']}" for name, rate in rates)
+    return _Numbers().vformat(kind_of(stage).result, (), defaultdict(lambda: None, metrics))
+
+
+class _Numbers(Formatter):
+    """Formats metrics with three significant digits, and missing ones as a dash."""
+
+    def format_field(self, value: float | None, format_spec: str) -> str:
+        return format(value, format_spec) if format_spec and value is not None else number(value)
+
+
 class Interval(TypedDict):
     """A number with its confidence interval, whose bounds may be unknown."""
 
@@ -41,21 +90,13 @@ class PairAccuracy(Interval):
     pairs: int
 
 
-class Sampling(TypedDict):
-    """How responses were sampled."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-
-
 class Report(TypedDict):
-    """report.json of an evaluation: the metrics of each model, by model and name."""
+    """report.json of an evaluation: its settings, and the metrics of each model, by model and name."""
 
     base: str
     prompts: int
     confidence: float
-    sampling: Sampling
+    sampling: dict[str, float]
     reward_accuracy: PairAccuracy | None
     models: dict[str, dict[str, float | Interval | None]]
 
