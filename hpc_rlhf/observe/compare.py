@@ -30,8 +30,7 @@ class Compared:
     """One run.
 
     Attributes:
-        name: its folder's name.
-        path: its directory.
+        name: its folder's.
         values: its values of the fields in which the runs differ, by path; null in a stage that it does not have.
         state: done, or the state and name of its most important stage.
         numbers: its metrics. Those of its final model's evaluation: reward, win_rate, …; those of a stage's

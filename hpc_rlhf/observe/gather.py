@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
@@ -53,13 +54,13 @@ class RunPlan:
             jobs = [PlannedStage(job["stage"], tuple(job["needs"]), job["batch"]["global"]) for job in plan["jobs"]]
             return cls(str(plan["name"]), tuple(jobs))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is damaged"
-            raise HpcRlhfError(
-                f"cannot read the plan: {reason}",
-                where=str(run.plan_json),
-                hint="submit or run the job file again to rewrite it",
-                exit_code=RUN_FAILED,
-            ) from error
+            hint = "submit or run the job file again to rewrite it"
+            raise unreadable("the plan", run.plan_json, error, hint) from error
+
+
+def unreadable(what: str, path: Path, cause: Exception, hint: str) -> HpcRlhfError:
+    reason = cause.strerror if isinstance(cause, OSError) else "it is damaged"
+    return HpcRlhfError(f"cannot read {what}: {reason}", where=str(path), hint=hint, exit_code=RUN_FAILED)
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,17 @@ from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.gather import Evidence, RunPlan, RunRecord, query_slurm
-from hpc_rlhf.observe.judge import judge
-from hpc_rlhf.observe.status import StageStatus, stage_status
+from hpc_rlhf.observe.status import StageStatus, judge, stage_status
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.events import Started, Submitted, parse
 from hpc_rlhf.run.layout import RunDir
 
 # States of a stage, the most important first: a run has the state of its most important stage.
-_BY_IMPORTANCE = (
+_IMPORTANCE = {state: place for place, state in enumerate((
     "failed", "stopped", "refused", "stuck", "cancelled", "unknown", "interrupted",
     "running", "starting", "stopping", "completing", "suspended", "requeued", "pending", "waiting",
     "not started",
-)  # fmt: skip
+))}  # fmt: skip
 _DEPTH = 2  # how deep a folder is searched for runs
 
 
@@ -92,7 +91,7 @@ def _read(run: RunDir) -> RunRecord | None:
 def _line(record: RunRecord, evidence: Mapping[str, Evidence]) -> RunLine:
     states = {stage: judge(known)[0] for stage, known in evidence.items()}
     unfinished = [stage for stage, state in states.items() if state != "done"]
-    stage = min(unfinished, key=lambda name: _rank(states[name]), default=None)
+    stage = min(unfinished, key=lambda name: _IMPORTANCE.get(states[name], 0), default=None)
     status = StageStatus("", "done") if stage is None else stage_status(record.run, stage, evidence[stage])
     latest = record.events[-1].time if record.events else None
     times = [time for time in (status.updated, latest) if time is not None]
@@ -109,7 +108,3 @@ def _line(record: RunRecord, evidence: Mapping[str, Evidence]) -> RunLine:
         left=status.left,
         updated=max(times, default=None),
     )
-
-
-def _rank(state: str) -> int:
-    return _BY_IMPORTANCE.index(state) if state in _BY_IMPORTANCE else 0

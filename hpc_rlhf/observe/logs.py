@@ -210,12 +210,8 @@ def latest_stage(run: RunDir) -> str:
     """
     logs = _logs(run)
     if not logs:
-        raise HpcRlhfError(
-            "no stage has a log yet",
-            where=str(run.path),
-            hint="hpc-rlhf status shows what it waits for",
-            exit_code=RUN_FAILED,
-        )
+        hint = "hpc-rlhf status shows what it waits for"
+        raise HpcRlhfError("no stage has a log yet", where=str(run.path), hint=hint, exit_code=RUN_FAILED)
     return max(logs, key=_mtime).parents[1].name
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any, TypedDict
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe.format import number
+from hpc_rlhf.observe.gather import unreadable
 from hpc_rlhf.observe.metrics import json_lines, read_text
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
@@ -111,13 +111,7 @@ def read_report(run: RunDir) -> Report:
     try:
         report: Report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
-        raise HpcRlhfError(
-            f"cannot read the evaluation: {reason}",
-            where=str(path),
-            hint=f"to evaluate the run: hpc-rlhf eval {run.path}",
-            exit_code=RUN_FAILED,
-        ) from error
+        raise unreadable("the evaluation", path, error, f"to evaluate the run: hpc-rlhf eval {run.path}") from error
     return report
 
 

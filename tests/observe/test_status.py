@@ -14,9 +14,8 @@ import pytest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.observe.gather import Evidence
-from hpc_rlhf.observe.judge import judge
 from hpc_rlhf.observe.metrics import MetricsReader, Row, seconds_per_step
-from hpc_rlhf.observe.status import read_status
+from hpc_rlhf.observe.status import judge, read_status
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Cancelled, Resumed, Started, Submitted
 from hpc_rlhf.run.history import StageHistory

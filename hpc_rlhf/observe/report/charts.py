@@ -25,20 +25,19 @@ class Chart:
     Attributes:
         steps: (points,) x coordinates.
         lines: the curves by label, each (points,); None where it has no value.
-        dots: labels of the curves that are drawn as dots.
         description: the curves in words, for screen readers.
     """
 
     plot: Plot
     steps: list[int]
     lines: dict[str, Values]
-    dots: list[str]
     description: str
 
     def to_dict(self) -> dict[str, object]:
         """What the page's script draws."""
         plot = {"title": self.plot.title, "unit": self.plot.unit, "log": self.plot.log}
-        return {**plot, "steps": self.steps, "lines": self.lines, "dots": self.dots}
+        dots = [label for label in self.lines if label == _HELD_OUT]
+        return {**plot, "steps": self.steps, "lines": self.lines, "dots": dots}
 
 
 def make_charts(text: str, stage: str, samples: int, starts: Iterable[float]) -> list[Chart]:
@@ -72,7 +71,7 @@ def _make_chart(plot: Plot, rows: Sequence[Row], held_out: Sequence[Row]) -> Cha
     if measured:
         lines[_HELD_OUT] = [measured.get(step) for step in steps]
         descriptions.append(_describe(_HELD_OUT, [measured[step] for step in sorted(measured)]))
-    return Chart(plot, steps, lines, [_HELD_OUT] if measured else [], "; ".join(descriptions))
+    return Chart(plot, steps, lines, "; ".join(descriptions))
 
 
 def thin(curves: Sequence[Values]) -> list[int]:

@@ -82,16 +82,13 @@
   addEventListener("beforeprint", () => boxes.filter((box) => !drawn.has(box)).forEach(draw));
 
   const button = document.getElementById("theme");
-  const LABELS = { "": "system", light: "light", dark: "dark" };
-  const themes = Object.keys(LABELS);
-  let theme = "";
-  const choose = (chosen) => {
-    theme = chosen;
-    if (theme) root.dataset.theme = theme;
-    else delete root.dataset.theme;
-    button.textContent = `Theme: ${LABELS[theme]}`;
-    redraw();
-  };
+  const THEMES = ["system", "light", "dark"];
+  let theme = 0;
   button.hidden = false;
-  button.addEventListener("click", () => choose(themes[(themes.indexOf(theme) + 1) % themes.length]));
+  button.addEventListener("click", () => {
+    theme = (theme + 1) % THEMES.length;
+    root.dataset.theme = THEMES[theme];
+    button.textContent = `Theme: ${THEMES[theme]}`;
+    redraw();
+  });
 })();

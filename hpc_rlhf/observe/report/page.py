@@ -1,4 +1,4 @@
-"""Render the report and write the file."""
+"""Write the report: what it says of a run as a whole, and the page with all its parts."""
 
 from __future__ import annotations
 
@@ -6,24 +6,40 @@ import base64
 import hashlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_rlhf import __version__
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.observe import results
+from hpc_rlhf.observe.format import duration
 from hpc_rlhf.observe.gather import RunPlan
 from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.metrics import read_text
-from hpc_rlhf.observe.report import outcome, timeline
+from hpc_rlhf.observe.report import timeline
 from hpc_rlhf.observe.report.charts import MAX_POINTS, make_charts
 from hpc_rlhf.observe.report.responses import MODELS, read_exchanges
-from hpc_rlhf.observe.results import Report, notes, read_report, stage_results, table_rows
-from hpc_rlhf.observe.status import read_status
+from hpc_rlhf.observe.status import StageStatus, read_status
 from hpc_rlhf.run.events import Started
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.spec.stages import BASE, POLICIES, kind_of
 
 _HERE = Path(__file__).parent
+# States of a stage that will go on without the user.
+_ACTIVE = frozenset({
+    "running", "pending", "waiting", "requeued", "starting", "completing", "configuring", "not started",
+    "stopping",
+})  # fmt: skip
+_PHRASES = {
+    "failed": "has failed",
+    "not started": "has not started",
+    "cancelled": "was cancelled",
+    "interrupted": "was interrupted",
+    "refused": "was refused by Slurm",
+    "unknown": "is in an unknown state",
+}
 
 
 def write_report(run: RunDir, out: Path | None = None) -> Path:
@@ -37,8 +53,7 @@ def write_report(run: RunDir, out: Path | None = None) -> Path:
         OSError: the file cannot be written.
     """
     path = out or run.report
-    text = make_page(run)
-    write_atomically(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
+    write_atomically(path, make_page(run).encode("utf-8", "backslashreplace").decode("utf-8"))
     return path
 
 
@@ -69,7 +84,7 @@ def make_page(run: RunDir) -> str:
 def _content(run: RunDir) -> dict[str, object]:
     plan, events = RunPlan.read(run), list(Ledger(run.ledger).events())
     statuses = read_status(run)
-    results, report = stage_results(run), _evaluation(run)
+    report = _evaluation(run)
     goodput = {status.stage: status.goodput for status in statuses}
     whole = total(goodput)
     started = [event for event in events if isinstance(event, Started)]
@@ -81,8 +96,8 @@ def _content(run: RunDir) -> dict[str, object]:
     return {
         "name": plan.name,
         "folder": str(run.path),
-        "state": outcome.run_state(statuses),
-        "sentence": outcome.sentence(statuses, results, report),
+        "state": _state(statuses),
+        "sentence": _sentence(run, statuses, report),
         "interruptions": count_words(whole.interruptions),
         "split": split_words(whole.spans),
         "statuses": statuses,
@@ -96,8 +111,8 @@ def _content(run: RunDir) -> dict[str, object]:
         "charts": {stage: of_stage for stage, of_stage in charts.items() if of_stage},
         "chart_data": [chart.to_dict() for of_stage in charts.values() for chart in of_stage],
         "most": MAX_POINTS,
-        "table": [] if report is None else table_rows(report, MODELS),
-        "notes": [] if report is None else notes(report),
+        "table": [] if report is None else results.table_rows(report, MODELS),
+        "notes": [] if report is None else results.notes(report),
         "exchanges": read_exchanges(run),
         "versions": _versions(started),
         "spec": run.job_yaml.read_text(encoding="utf-8", errors="replace"),
@@ -106,9 +121,54 @@ def _content(run: RunDir) -> dict[str, object]:
     }
 
 
-def _evaluation(run: RunDir) -> Report | None:
+def _state(statuses: Sequence[StageStatus]) -> str:
+    """The state of a run: finished, running, queued, not started or stopped."""
+    states = {status.state for status in statuses}
+    if states == {"done"}:
+        return "finished"
+    if states <= {"not started"}:
+        return "not started"
+    if states & {"running", "completing", "stopping"}:
+        return "running"
+    return "queued" if states - {"done"} <= _ACTIVE and states - {"done", "not started"} else "stopped"
+
+
+def _sentence(run: RunDir, statuses: Sequence[StageStatus], report: results.Report | None) -> str:
+    """What the run achieved; for an unfinished run, how far it is."""
+    unfinished = [status for status in statuses if status.state != "done"]
+    if unfinished:
+        current = next((status for status in unfinished if status.state != "not started"), unfinished[0])
+        return _standing(current, len(statuses) - len(unfinished), len(statuses))
+    for name in (model for model in POLICIES if model != BASE.name):
+        rate = report["models"].get(name, {}).get("win_rate") if report else None
+        if report and isinstance(rate, dict):
+            base = MODELS.get(report["base"], report["base"])
+            rival = "the model before training" if report["base"] == "start" else base
+            return (
+                f"{MODELS[name]} wins against {rival} on {results.cell('win_rate', rate)} of {report['prompts']} "
+                "held-out prompts, as judged by the run’s own reward model."
+            )
+    done = results.stage_results(run)
+    trained = [stage for stage in done if kind_of(stage).trains]
+    last = trained[-1:] or list(done)[-1:]
+    return " ".join(
+        f"{kind_of(stage).title} is done: {results.describe_result(stage, done[stage].metrics)}." for stage in last
+    )
+
+
+def _standing(status: StageStatus, done: int, stages: int) -> str:
+    phrase = _PHRASES.get(status.state, f"is {status.state}")
+    text = f"{done} of {stages} stages done; {status.stage} {phrase}"
+    if status.step is not None:
+        text += f" at step {status.step:,} of {status.total_steps:,}"
+    if status.left:
+        text += f", with {duration(status.left)} of work left"
+    return f"{text}: {status.why}." if status.why else f"{text}."
+
+
+def _evaluation(run: RunDir) -> results.Report | None:
     try:
-        return read_report(run)
+        return results.read_report(run)
     except HpcRlhfError:
         return None
 

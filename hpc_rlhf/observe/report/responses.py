@@ -25,8 +25,10 @@ def read_exchanges(run: RunDir) -> list[tuple[str, list[tuple[str, str, str]]]]:
 
     A response is (title of the model, text, reward); the reward is empty if there is none.
     """
+    evaluated = json_lines(read_text(run.stage(EVALUATION.name).answers))
+    rows = [(row["prompt"], row["answers"], row["rewards"]) for row in evaluated] or list(_final(run))
     exchanges = []
-    for prompt, texts, rewards in (list(_evaluated(run)) or list(_final(run)))[:MAX_EXCHANGES]:
+    for prompt, texts, rewards in rows[:MAX_EXCHANGES]:
         responses = [
             (title, _cut(texts[name]), number(rewards[name]) if name in rewards else "")
             for name, title in MODELS.items()
@@ -36,16 +38,7 @@ def read_exchanges(run: RunDir) -> list[tuple[str, list[tuple[str, str, str]]]]:
     return exchanges
 
 
-# A prompt, and the responses and rewards of each model.
-_Row = tuple[str, dict[str, str], dict[str, float]]
-
-
-def _evaluated(run: RunDir) -> Iterator[_Row]:
-    for row in json_lines(read_text(run.stage(EVALUATION.name).answers)):
-        yield row["prompt"], row["answers"], row["rewards"]
-
-
-def _final(run: RunDir) -> Iterator[_Row]:
+def _final(run: RunDir) -> Iterator[tuple[str, dict[str, str], dict[str, float]]]:
     for stage in STAGE_NAMES:
         for row in final_samples(run, stage):
             texts = {BASE.name: row.get("sft_answer"), stage: row.get("answer")}

@@ -160,6 +160,4 @@ def _since(seconds: int) -> str:
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length and seconds % length == 0:
             return f"{seconds // length} {unit}"
-    if seconds >= 60:
-        return duration(seconds)
-    return f"{seconds} s" if seconds else "0"
+    return duration(seconds) if seconds else "0"

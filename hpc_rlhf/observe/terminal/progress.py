@@ -25,13 +25,19 @@ _LEDGER_EVERY = 1.0
 
 @dataclass
 class StageView:
-    """The progress of one attempt at a stage, read from its files. `update` reads what is new."""
+    """The progress of one attempt at a stage, read from its files. `update` reads what is new.
+
+    Attributes:
+        total: steps of the whole stage, once this attempt has done one.
+    """
 
     run: RunDir
     stage: str
     ranks: int
     began: float = field(default_factory=time.time)
     phase: str = ""
+    step: int = 0
+    total: int | None = None
     _first: Row | None = None
     _last: Row | None = None
     _ledger_read: float = 0.0
@@ -45,6 +51,7 @@ class StageView:
             if row.time >= self.began:
                 self._first = self._first or row
                 self._last = row
+                self.step, self.total = row.step, row.total_steps
         if self._first is None and time.monotonic() - self._ledger_read > _LEDGER_EVERY:
             self._ledger_read = time.monotonic()
             event = StageHistory.read(self.run, self.stage).after(self._events_before).last(Started, Resumed)
@@ -54,15 +61,6 @@ class StageView:
                 self.phase = "loading data and model"
             else:
                 self.phase = f"starting {self.ranks} rank{'s' if self.ranks > 1 else ''}"
-
-    @property
-    def step(self) -> int:
-        return self._last.step if self._last else 0
-
-    @property
-    def total(self) -> int | None:
-        """Steps of the whole stage, once this attempt has done one."""
-        return self._last.total_steps if self._last else None
 
     def words(self) -> str:
         """The progress metrics, the speed and the time left; before the first step, the phase."""

@@ -68,7 +68,8 @@ def _responses(samples: Sequence[dict[str, Any]], title: str, width: int) -> Ite
     for sample in samples:
         before = _response(sample.get("sft_answer"), sample.get("sft_reward"))
         after = _response(sample.get("answer"), sample.get("reward"))
-        table.add_row(Text(_last_question(sample["prompt"])), before, after)
+        question = sample["prompt"].rpartition("Human:")[2].partition("\n\nAssistant:")[0]
+        table.add_row(Text(_shortened(question)), before, after)
     yield Text()
     yield table
 
@@ -79,11 +80,6 @@ def _response(text: str | None, reward: float | None) -> Text:
     if reward is not None:
         response.append(f"\nreward {number(reward)}", style="dim")
     return response
-
-
-def _last_question(prompt: str) -> str:
-    """What the user says last in a prompt."""
-    return _shortened(prompt.rpartition("Human:")[2].partition("\n\nAssistant:")[0])
 
 
 def _next(run: RunDir, stage: str) -> Iterator[RenderableType]:

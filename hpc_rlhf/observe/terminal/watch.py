@@ -11,7 +11,7 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from rich.console import Console, Group, RenderableType
@@ -76,12 +76,10 @@ def watch(run: RunDir, console: Console) -> None:
         HpcRlhfError: the plan cannot be read.
     """
     board = LiveBoard(run, console)
-    with _keys() as quits, Live(board.draw(), console=console, screen=True, auto_refresh=False) as live:
-        try:
-            while not quits(_EVERY):
-                live.update(board.draw(), refresh=True)
-        except KeyboardInterrupt:
-            pass
+    live = Live(board.draw(), console=console, screen=True, auto_refresh=False)
+    with _keys() as quits, live, suppress(KeyboardInterrupt):
+        while not quits(_EVERY):
+            live.update(board.draw(), refresh=True)
 
 
 @contextmanager
