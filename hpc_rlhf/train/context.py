@@ -25,7 +25,6 @@ from hpc_rlhf.train.metrics import MetricsLog
 from hpc_rlhf.train.models.loading import DTYPES, make_from_scratch
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.runtime import seeds
-from hpc_rlhf.train.runtime.consensus import Consensus
 from hpc_rlhf.train.runtime.stop_control import StopControl
 from hpc_rlhf.train.runtime.stop_signals import StopFlag
 from hpc_rlhf.train.runtime.world import World
@@ -61,7 +60,7 @@ class StageContext:
         store = CheckpointStore(
             self.files.checkpoints, self.attempt, keep, self.world, self.stage_spec.slurm.tasks_per_node
         )
-        self.stop = StopControl(self.flag, Consensus(self.world))
+        self.stop = StopControl(self.flag, self.world)
         self.checkpoints = Checkpointer(store, schedule, self.stop, Ledger(self.run.ledger), self.stage, self.started)
         self.trackers: Trackers | None = None
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
-from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.runtime.world import ParallelDims, World
 
 if TYPE_CHECKING:
     from tests.train.ppo_trainers import Steps
@@ -28,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """This process alone, joined by gloo without a launcher or a port."""
     meeting: Path = tmp_path_factory.mktemp("world") / "meeting"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield World(0, ParallelDims(1), 0, torch.device("cpu"), dist.group.WORLD)
+    yield World(0, ParallelDims(1), torch.device("cpu"), dist.group.WORLD)
     dist.destroy_process_group()
 
 

@@ -21,8 +21,8 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
 from hpc_rlhf.train.runtime.stop_signals import StopFlag
+from hpc_rlhf.train.runtime.world import ParallelDims
 from tests.train.stages import make_run, tiny_spec
 
 STEPS = 5

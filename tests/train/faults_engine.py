@@ -22,9 +22,8 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
 from hpc_rlhf.train.runtime.stop_signals import StopFlag
-from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.runtime.world import ParallelDims, World
 from hpc_rlhf.train.stages import learner, sft
 from tests.train.faults import forked
 from tests.train.stages import make_run, metrics, tiny_spec, weights_digest
@@ -105,7 +104,7 @@ def main(folder: Path) -> dict[str, Any]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as ``hpc_rlhf.train.runtime.world.join`` does
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    world = Alone(0, ParallelDims(1), 0, torch.device("cpu"), dist.group.WORLD)
+    world = Alone(0, ParallelDims(1), torch.device("cpu"), dist.group.WORLD)
     learner.EVALUATED = 4  # evaluation is not tested here
     faults = ctypes.CDLL(None)
     fields = {"checkpoint_every": 1, "max_steps": STEPS, "zero": 1}

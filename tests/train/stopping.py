@@ -37,14 +37,14 @@ def main() -> None:
     from hpc_rlhf.run import manifest
     from hpc_rlhf.train.checkpoint.checkpointer import Checkpointer
     from hpc_rlhf.train.entry import Attempt
-    from hpc_rlhf.train.runtime import consensus
+    from hpc_rlhf.train.runtime import stop_control
     from hpc_rlhf.train.runtime import world as worlds
     from hpc_rlhf.train.runtime.launcher import launcher_ranks
     from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 
     world = worlds.join(launcher_ranks()[1])
-    consensus.MIN_INTERVAL = consensus.MAX_INTERVAL = 0.0  # a round between all pieces of work
-    agree, between = consensus.Consensus.agree, consensus.Consensus.agree_between
+    stop_control.MIN_INTERVAL = stop_control.MAX_INTERVAL = 0.0  # a round between all pieces of work
+    agree, between = stop_control.Consensus.agree, stop_control.Consensus.agree_between
     safe_point = Checkpointer.safe_point
     describe = manifest.describe
 
@@ -85,7 +85,7 @@ def main() -> None:
                 return describe(folder, *share)
 
             Checkpointer.safe_point = first_point  # type: ignore[method-assign]
-            consensus.Consensus.agree, consensus.Consensus.agree_between = agree_now, agree_between  # type: ignore[method-assign]
+            stop_control.Consensus.agree, stop_control.Consensus.agree_between = agree_now, agree_between  # type: ignore[method-assign]
             manifest.describe = described
             try:
                 attempt = Attempt(run, stage, flag)

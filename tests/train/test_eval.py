@@ -23,9 +23,9 @@ from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 from hpc_rlhf.train.runtime.world import World
-from hpc_rlhf.train.stages.eval import data
+from hpc_rlhf.train.stages.eval import questions
 from hpc_rlhf.train.stages.eval import stage as evaluation
-from hpc_rlhf.train.stages.eval.data import HeldOut, held_out
+from hpc_rlhf.train.stages.eval.questions import HeldOut, held_out
 from hpc_rlhf.train.stages.eval.report import Measured, Results, make_report
 from tests.train import tiny
 from tests.train.finished import as_if_trained
@@ -234,7 +234,7 @@ def test_each_prompt_is_asked_once_and_plain_text_never(
         return {"prompt": prompt, "prompt_ids": [5], "chosen_ids": [6, 2], "rejected_ids": [7, 2]}
 
     rows = [row(prompt) for prompt in ("a", "b", "", "a", "b", "c", "")]
-    monkeypatch.setattr(data, "prepare", lambda *_: StageData(rows, rows))
+    monkeypatch.setattr(questions, "prepare", lambda *_: StageData(rows, rows))
     context = StageContext(done[1], "eval", done[0], world, StopFlag(), "look")
     assert sorted(held_out(context, 100).questions) == ["a", "b", "c"]
     few = held_out(context, 2)

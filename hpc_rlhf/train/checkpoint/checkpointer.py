@@ -1,11 +1,10 @@
-"""Saves and resumes an attempt: safe points, when they become checkpoints, and the save that ends a stopped
-attempt."""
+"""Saves and resumes an attempt: safe points, when they become checkpoints, and the save at a stop."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hpc_rlhf.run.events import AttemptEvent, Ready, Resumed, Saved, Stopping
@@ -23,58 +22,46 @@ class SafePoint:
     take: Take
     state: dict[str, Any]
     part: int = 0
+    reached: float = field(default_factory=time.monotonic)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Saving:
-    """A checkpoint that is being written.
-
-    Attributes:
-        began: when it began.
-        stall: seconds for which it has stalled training so far.
-    """
+    """A checkpoint that is being written, since when, and for how many seconds it stalled training so far."""
 
     point: SafePoint
     began: float
     stall: float
 
 
+@dataclass
 class Checkpointer:
     """The saving side of one attempt at a stage.
 
-    Args:
-        started: when the attempt began, by ``time.monotonic``.
-
     Attributes:
-        resumed: the step that this attempt resumed from, 0 without a checkpoint.
+        started: when the attempt began, by ``time.monotonic``.
         before_save: called before a save begins. Collective.
+        resumed: the step that this attempt resumed from, 0 without a checkpoint.
     """
 
-    def __init__(
-        self, store: CheckpointStore, schedule: CheckpointSchedule, stop: StopControl, ledger: Ledger,
-        stage: str, started: float,
-    ) -> None:  # fmt: skip
-        self.store = store
-        self.schedule = schedule
+    store: CheckpointStore
+    schedule: CheckpointSchedule
+    stop: StopControl
+    ledger: Ledger
+    stage: str
+    started: float
+    before_save: Callable[[], None] = lambda: None
+    resumed: int = 0
+
+    def __post_init__(self) -> None:
         self.deadline = Deadline()
-        self.stop = stop
-        self.ledger = ledger
-        self.stage = stage
-        self.started = started
-        self.resumed = 0
-        self.before_save: Callable[[], None] = lambda: None
         self._seconds_before = 0.0
         self._point: SafePoint | None = None  # the last one; before the first there is nothing to save
-        self._point_time = 0.0
         self._saving: _Saving | None = None
-        stop.save = self._save_and_record
-        last_save = ledger.last(Saved, stage)
+        self.stop.save = self._save_and_record
+        last_save = self.ledger.last(Saved, self.stage)
         if last_save is not None:
-            schedule.cost, self.deadline.save = last_save.stall, last_save.seconds
-
-    @property
-    def is_main(self) -> bool:
-        return self.store.world.is_main
+            self.schedule.cost, self.deadline.save = last_save.stall, last_save.seconds
 
     @property
     def seconds(self) -> float:
@@ -93,8 +80,7 @@ class Checkpointer:
         return checkpoint
 
     def safe_point(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> None:
-        """Between steps, or parts of a step: save if a checkpoint is due, and stop if any rank has to.
-        Collective.
+        """Between steps or their parts: save if a checkpoint is due, and stop if any rank has to. Collective.
 
         Args:
             step: steps done.
@@ -108,11 +94,10 @@ class Checkpointer:
         """
         first = self._point is None
         point = self._point = SafePoint(step, take, state, part)
-        self._point_time = time.monotonic()
         if first:
-            self._record(Ready(step=point.step, part=point.part))
+            self._record(Ready(step=step, part=part))
         due = False
-        if self.is_main:
+        if self.store.world.is_main:
             if self.deadline.reached_at(part):
                 self.stop.flag.time_is_up()
             # By time, no save begins while another is being written; by steps, every rank expects one.
@@ -151,7 +136,7 @@ class Checkpointer:
         """Save the last safe point because the attempt stops; return its step. Collective."""
         point = self._point
         step, part = (point.step, point.part) if point else (self.resumed, 0)
-        discarded = round(time.monotonic() - self._point_time, 3) if point else 0.0
+        discarded = round(time.monotonic() - point.reached, 3) if point else 0.0
         self._record(Stopping(step=step, part=part, reason=reason, dropped=discarded))
         self.commit()
         if point:
@@ -160,5 +145,5 @@ class Checkpointer:
         return step
 
     def _record(self, event: AttemptEvent) -> None:
-        if self.is_main:
+        if self.store.world.is_main:
             self.ledger.append(replace(event, stage=self.stage, attempt=self.store.attempt))

@@ -37,7 +37,7 @@ class Snapshot:
         self.live = not copy
         self.size = 0
         self._ranks_here = ranks_here
-        self._files: list[tuple[str, Callable[[BinaryIO], object]]] = []
+        self._files: list[tuple[str, Callable[[_Hashed], object]]] = []
 
     def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Add a safetensors file of tensors, which may be views of the same memory."""
@@ -54,15 +54,14 @@ class Snapshot:
         self._files.append((name, lambda file: file.write(data)))
 
     def write(self) -> dict[str, Any]:
-        """Write all files and flush them to disk; returns each one's size and SHA-256, as
-        ``manifest.describe`` does."""
+        """Write all files and flush them to disk; describes them as ``manifest.describe`` does."""
         facts = {}
         for name, write in self._files:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as raw:
                 file = _Hashed(raw)
-                write(file)  # type: ignore[arg-type]
+                write(file)
                 raw.flush()
                 os.fsync(raw.fileno())
             facts[name] = {"bytes": file.size, "sha256": file.digest.hexdigest()}
@@ -84,13 +83,9 @@ class _Hashed:
         self.size += written
         return written
 
-    def flush(self) -> None:
-        self.file.flush()
 
-
-def _write_safetensors(tensors: dict[str, Tensor], file: BinaryIO) -> None:
-    """Write tensors one by one: safetensors' own writers take a file name, or need all tensors in memory
-    twice."""
+def _write_safetensors(tensors: dict[str, Tensor], file: _Hashed) -> None:
+    """Write tensors one by one: safetensors' own writers take a file name, or all tensors in memory twice."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes

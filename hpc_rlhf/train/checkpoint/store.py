@@ -44,41 +44,36 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Writing:
-    """A checkpoint that is being written.
-
-    Attributes:
-        files: of this rank, once they are written.
-    """
+    """A checkpoint that is being written."""
 
     folder: Path
     target: Path
     facts: dict[str, Any]
-    files: Future[dict[str, Any]]
+    files: Future[dict[str, Any]]  # of this rank, once they are written
 
 
+@dataclass
 class CheckpointStore:
     """Saves and finds a stage's checkpoints on the shared file system. All methods are collective.
 
     Every rank writes into a temporary folder; rank 0 commits it by its manifest and a rename, unless
     another attempt has claimed the stage since.
 
-    Args:
+    Attributes:
         ranks_here: ranks that share a machine's memory.
     """
 
-    def __init__(self, folder: Path, attempt: str, keep: int, world: World, ranks_here: int = 1) -> None:
-        self.folder = folder
-        self.attempt = attempt
-        self.keep = keep
-        self.world = world
-        self.ranks_here = ranks_here
+    folder: Path
+    attempt: str
+    keep: int
+    world: World
+    ranks_here: int = 1
+
+    def __post_init__(self) -> None:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: _Writing | None = None
         self._pruning: Future[None] | None = None
-
-    @property
-    def _owner(self) -> Path:
-        return self.folder / "owner"
+        self._owner = self.folder / "owner"
 
     def claim(self) -> None:
         """Make this attempt the stage's owner, so that earlier attempts can no longer commit."""
@@ -102,21 +97,11 @@ class CheckpointStore:
                 exit_code=RUN_FAILED,
             )
 
-    def save(self, step: int, take: Take, state: dict[str, Any], part: int = 0) -> bool:
-        """``begin`` and ``finish`` in one, without copying: training has to wait."""
-        if not self.begin(step, take, state, part, copy=False):
-            return False
-        self.finish()
-        return True
-
     def begin(self, step: int, take: Take, state: dict[str, Any], part: int = 0, copy: bool = True) -> bool:
         """Take a checkpoint of a place and begin to write it, unless there is one already.
 
         Args:
-            step: steps done.
-            take: puts this rank's share into a snapshot; collective.
             state: JSON that comes back with the checkpoint.
-            part: parts done of the next step.
             copy: copy the state, and write it in the background.
 
         Returns:
@@ -141,7 +126,8 @@ class CheckpointStore:
             return False
         snapshot = Snapshot(partial, copy, self.ranks_here)
         take(snapshot)
-        self._check_room(sum(self.world.gather(snapshot.size)), target)
+        size = sum(self.world.gather(snapshot.size))
+        self.world.on_main(lambda: self._check_room(size, target))
         facts = {"step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size}
         self._writing = _Writing(partial, target, {**facts, "state": state}, self._writer.submit(snapshot.write))
         if snapshot.live:
@@ -149,17 +135,14 @@ class CheckpointStore:
         return True
 
     def _check_room(self, size: int, target: Path) -> None:
-        def check() -> None:
-            free = shutil.disk_usage(self.folder).free
-            if size * 1.01 + SPARE > free:
-                raise HpcRlhfError(
-                    f"the checkpoint needs {_gigabytes(size)}, and {_gigabytes(free)} are free",
-                    where=str(target),
-                    hint="free some space and run the stage again; it continues from the previous checkpoint",
-                    exit_code=RUN_FAILED,
-                )
-
-        self.world.on_main(check)
+        free = shutil.disk_usage(self.folder).free
+        if size * 1.01 + SPARE > free:
+            raise HpcRlhfError(
+                f"the checkpoint needs {_gigabytes(size)}, and {_gigabytes(free)} are free",
+                where=str(target),
+                hint="free some space and run the stage again; it continues from the previous checkpoint",
+                exit_code=RUN_FAILED,
+            )
 
     @property
     def pending(self) -> bool:
@@ -224,8 +207,7 @@ class CheckpointStore:
         return sorted((p for p in self.folder.iterdir() if STEP_FOLDER.fullmatch(p.name)), reverse=True)
 
     def latest(self) -> Checkpoint | None:
-        """The newest valid checkpoint that these ranks can resume from; None if there is none yet. Moves torn
-        ones aside.
+        """The newest valid checkpoint that these ranks can resume from, if there is one; moves torn ones aside.
 
         Any number of ranks can resume between steps; in the middle of a step, only as many as saved it.
 

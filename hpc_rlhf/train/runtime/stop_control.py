@@ -2,12 +2,66 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
-from hpc_rlhf.train.runtime.consensus import Consensus
 from hpc_rlhf.train.runtime.stop_signals import REASON_OF_CODE, StageStopped, StopFlag, WorkCancelled
 from hpc_rlhf.train.runtime.watchdog import Heartbeat
+from hpc_rlhf.train.runtime.world import World
+
+# Seconds between two rounds where pieces of work are shorter: at least and at most, roughly.
+MIN_INTERVAL, MAX_INTERVAL = 0.25, 2.0
+# Share of the time that rounds may take, within those bounds.
+MAX_OVERHEAD = 0.01
+
+
+@dataclass
+class _Pace:
+    """How often ranks hold a round between pieces of one kind of work; the same on all ranks but for the times."""
+
+    every: int = 1  # pieces from one round to the next
+    remaining: int = 1  # pieces until the next round
+    last_round: float = -math.inf  # when the last round ended
+    cost: float = 0.0  # seconds that it took
+
+
+class Consensus:
+    """Rounds in which every rank contributes some numbers and gets the largest of each.
+
+    Ranks do the same pieces of work in the same order, so they count them alike. A round also settles how many pieces
+    pass until the next one: as many as the rank that wants the fewest, and at most twice as many as before.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._paces: dict[str, _Pace] = {}
+
+    def agree(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of all ranks' numbers, elementwise. Collective."""
+        return self.world.largest(numbers)
+
+    def agree_between(self, kind: str, numbers: Sequence[int]) -> list[int] | None:
+        """The same between pieces of work; None if no round is due yet. Collective.
+
+        Args:
+            kind: of work, whose pieces take about the same time each.
+        """
+        pace = self._paces.setdefault(kind, _Pace())
+        pace.remaining -= 1
+        if pace.remaining:
+            return None
+        seconds = max(1e-6, (time.monotonic() - pace.last_round) / pace.every)
+        interval = min(MAX_INTERVAL, max(MIN_INTERVAL, pace.cost / MAX_OVERHEAD))
+        wanted = max(1, min(2 * pace.every, int(interval / seconds)))
+        start = time.monotonic()
+        *largest, fewest = self.agree([*numbers, -wanted])
+        pace.every = pace.remaining = -fewest
+        pace.last_round = time.monotonic()
+        pace.cost = pace.last_round - start  # includes waiting for the other ranks; the last rank never waits
+        return largest
 
 
 class StopControl:
@@ -24,22 +78,20 @@ class StopControl:
         save: saves the last safe point, given the reason of the stop, and returns its step. Collective.
     """
 
-    def __init__(self, flag: StopFlag, consensus: Consensus) -> None:
+    def __init__(self, flag: StopFlag, world: World) -> None:
         self.flag = flag
-        self.consensus = consensus
+        self.consensus = Consensus(world)
         self.heartbeat = Heartbeat()
         self.save: Callable[[str], int] = lambda reason: 0
         self._cancellable = 0
 
     def should_stop(self) -> bool:
-        """Whether this rank knows of a stop. Not collective: the watchdog informs the other ranks within a
-        second."""
+        """Whether this rank knows of a stop. The watchdog informs the other ranks within a second."""
         self.heartbeat.beat()
         return self.flag.code > 0
 
     def check(self, kind: str | None = None) -> None:
-        """Stop if any rank has to: inside ``cancellable`` cancel the work, elsewhere end the attempt.
-        Collective.
+        """Stop if any rank has to: inside ``cancellable`` cancel the work, elsewhere end the attempt. Collective.
 
         What is saved is the last safe point, so weights and optimizers must be as they were there.
 
@@ -61,8 +113,7 @@ class StopControl:
             self._stop(codes[0])
 
     def check_with(self, numbers: Sequence[int]) -> list[int]:
-        """Agree on more than the stop in one round: the largest of all ranks' numbers, elementwise. See
-        ``check``."""
+        """Agree on the stop as ``check`` does, and in the same round on numbers: the largest of all ranks'."""
         self.heartbeat.beat()
         code, *largest = self.consensus.agree([self.flag.code, *numbers])
         self._stop(code)
@@ -70,8 +121,7 @@ class StopControl:
 
     @contextmanager
     def cancellable(self) -> Iterator[None]:
-        """Run work that any rank may abandon with WorkCancelled; then all ranks stop together. Collective; see
-        ``check``."""
+        """Work that any rank may abandon with WorkCancelled; then all ranks stop, as in ``check``. Collective."""
         self._cancellable += 1
         try:
             with suppress(WorkCancelled):

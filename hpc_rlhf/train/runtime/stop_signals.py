@@ -8,7 +8,6 @@ from types import FrameType
 # Codes rise with priority: if ranks were given different reasons, the largest wins.
 REASONS = {signal.SIGUSR2: (1, "time limit"), signal.SIGTERM: (2, "preempted"), signal.SIGINT: (3, "interrupted")}
 REASON_OF_CODE = dict(REASONS.values())
-TIME_LIMIT = REASONS[signal.SIGUSR2][0]
 
 
 class StopFlag:
@@ -50,7 +49,7 @@ class StopFlag:
 
     def time_is_up(self) -> None:
         """Act as if the signal of the time limit had arrived."""
-        self.raise_to(TIME_LIMIT)
+        self.raise_to(REASONS[signal.SIGUSR2][0])
 
     def raise_to(self, code: int) -> None:
         """Take over a reason from another rank or the clock."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,7 +16,6 @@ import torch.distributed as dist
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train.parallel.deepspeed_internals import disable_shared_memory_comm
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
-from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 T = TypeVar("T")
@@ -24,6 +24,64 @@ T = TypeVar("T")
 CONTROL_TIMEOUT = timedelta(hours=12)
 # Of other collective operations, where a spec sets none.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """How the ranks of a stage are laid out: the size of each dimension of parallelism, outermost first.
+
+    Neighbouring ranks differ in the last dimension, which communicates most.
+
+    A new dimension is a new field. Ranks that differ in ``data`` have different samples; those that differ
+    only in other dimensions work on the same samples, with the same random numbers.
+
+    Attributes:
+        data: ranks, or groups of ranks, with samples of their own.
+        tensor: ranks that share each layer.
+    """
+
+    data: int
+    tensor: int = 1
+
+    @classmethod
+    def of(cls, ranks: int, tensor: int = 1) -> ParallelDims:
+        """The layout of a number of ranks.
+
+        Raises:
+            HpcRlhfError: they cannot be divided into groups of that size.
+        """
+        if ranks % tensor:
+            raise HpcRlhfError(
+                f"{ranks} ranks cannot be divided into groups of {tensor}",
+                where="tensor_parallel",
+                hint="start a multiple of tensor_parallel ranks",
+            )
+        return cls(ranks // tensor, tensor)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return math.prod(getattr(self, field.name) for field in fields(self))
+
+    def coordinate(self, dim: str, rank: int) -> int:
+        """A rank's place along a dimension."""
+        size: int = getattr(self, dim)
+        return rank // self._stride(dim) % size
+
+    def group(self, dim: str, rank: int) -> list[int]:
+        """The ranks that differ from one in at most this dimension, in its order."""
+        stride = self._stride(dim)
+        first = rank - self.coordinate(dim, rank) * stride
+        return [first + place * stride for place in range(getattr(self, dim))]
+
+    @property
+    def sample_owners(self) -> list[int]:
+        """For each share of the samples, in order, the first of the ranks that work on it."""
+        return self.group("data", 0)
+
+    def _stride(self, dim: str) -> int:
+        names = [field.name for field in fields(self)]
+        return math.prod(getattr(self, name) for name in names[names.index(dim) + 1 :])
 
 
 @dataclass(frozen=True)
@@ -39,7 +97,6 @@ class World:
 
     rank: int
     dims: ParallelDims
-    local_rank: int
     device: torch.device
     control: Any
 
@@ -57,11 +114,7 @@ class World:
         return self.dims.coordinate("data", self.rank)
 
     def with_tensor_parallel(self, tensor: int) -> World:
-        """The same ranks, laid out in groups that share layers.
-
-        Raises:
-            HpcRlhfError: they cannot be divided into such groups.
-        """
+        """The same ranks, laid out by ``ParallelDims.of``."""
         return replace(self, dims=ParallelDims.of(self.size, tensor))
 
     def barrier(self) -> None:
@@ -69,13 +122,16 @@ class World:
 
     def max(self, number: int) -> int:
         """The largest of all ranks' numbers."""
-        tensor = torch.tensor([number])
+        return self.largest([number])[0]
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of all ranks' numbers, elementwise."""
+        tensor = torch.tensor(numbers)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
-        return int(tensor.item())
+        return [int(number) for number in tensor.tolist()]
 
     def sums(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Each number summed over all samples, in float64. All ranks pass the same keys; each sample counts
-        once."""
+        """Each number summed over all samples, each once, in float64. All ranks pass the same keys."""
         owner = self.rank in self.dims.sample_owners
         tensor = torch.tensor(list(numbers.values()), dtype=torch.float64) * owner
         dist.all_reduce(tensor, group=self.control)
@@ -154,7 +210,6 @@ def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     return World(
         rank=rank,
         dims=ParallelDims(size),
-        local_rank=local_rank,
         device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
         control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.data.arrow import Rows
 from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.data.tokenized import StageData, token_lengths
 from hpc_rlhf.train.models import engine as engines
@@ -105,10 +106,13 @@ class Learner:
             context.checkpoints.safe_point(step, self.save, state)
             context.reseed(step)
             indices = step_indices(context, context.stage, len(rows), step)
-            planned = micro_batches(context, self.lengths, indices, self.budget)
-            values = self._step([([rows[i] for i in chosen], real) for chosen, real in planned])
+            values = self._step(self._batches(rows, self.lengths, indices))
             context.metrics.log(step + 1, self.total, "train", values)
         context.checkpoints.safe_point(self.total, self.save, state)
+
+    def _batches(self, rows: Rows, lengths: np.ndarray, indices: list[int]) -> list[tuple[list[Row], bool]]:
+        planned = micro_batches(self.context, lengths, indices, self.budget)
+        return [([rows[i] for i in chosen], real) for chosen, real in planned]
 
     def _step(self, batches: list[tuple[list[Row], bool]]) -> dict[str, float]:
         """An optimizer step on micro-batches; returns its metrics. Collective."""
@@ -130,14 +134,12 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[list[Tensor], float] | None:
-        """The measured sums of this rank's held-out micro-batches, and what ``means`` divides by; None without
-        held-out rows. Collective."""
+        """The sums of this rank's held-out micro-batches, and the count for ``means``; None without any. Collective."""
         rows = self.data.held_out
         if not len(rows):
             return None
-        lengths, indices = token_lengths(rows, *self.columns), list(range(min(len(rows), EVALUATED)))
-        planned = micro_batches(self.context, lengths, indices, self.budget)
-        batches = [([rows[i] for i in chosen], real) for chosen, real in planned]
+        indices = list(range(min(len(rows), EVALUATED)))
+        batches = self._batches(rows, token_lengths(rows, *self.columns), indices)
         self.engine.eval()
         measured = []
         for chosen, real in batches:

@@ -44,9 +44,17 @@ def writing(text: str) -> Any:
     return take
 
 
+def save_now(store: CheckpointStore, step: int, take: Any, state: dict[str, Any], part: int = 0) -> bool:
+    """Save while training waits; False if that place is saved already."""
+    begun = store.begin(step, take, state, part, copy=False)
+    if begun:
+        store.finish()
+    return begun
+
+
 def save(store: CheckpointStore, *steps: int) -> None:
     for step in steps:
-        store.save(step, writing(f"weights of {step}"), {"loss": step / 2})
+        save_now(store, step, writing(f"weights of {step}"), {"loss": step / 2})
     store.wait_until_idle()
 
 
@@ -141,7 +149,7 @@ def test_between_steps_any_number_of_ranks_can_resume(store: CheckpointStore, fo
 
 def test_in_mid_step_only_the_same_number_of_ranks_can_resume(store: CheckpointStore, folder: Path) -> None:
     save(store, 10)
-    assert store.save(10, writing("later"), {"loss": 1.0}, part=1)
+    assert save_now(store, 10, writing("later"), {"loss": 1.0}, part=1)
     made_by(4, folder / "step-00000010-0001")
     found = store.latest()
     assert found is not None
@@ -163,12 +171,12 @@ def test_only_the_newest_are_kept_and_other_files_are_left_alone(store: Checkpoi
 
 
 def test_a_saved_step_is_not_saved_again(store: CheckpointStore) -> None:
-    assert store.save(10, writing("first"), {"loss": 5.0})
+    assert save_now(store, 10, writing("first"), {"loss": 5.0})
 
     def never(snapshot: Snapshot) -> None:
         pytest.fail("written again")
 
-    assert not store.save(10, never, {"loss": 99.0})
+    assert not save_now(store, 10, never, {"loss": 99.0})
     found = store.latest()
     assert found is not None
     assert found.state == {"loss": 5.0}
@@ -201,7 +209,7 @@ def test_an_attempt_that_loses_the_stage_while_writing_does_not_commit(
         (folder / "owner").write_text("1-1")  # a claim whose cleanup has not seen this folder yet
 
     with pytest.raises(HpcRlhfError, match="no longer owns"):
-        store.save(20, take, {})
+        save_now(store, 20, take, {})
     found = newer.latest()
     assert found is not None
     assert found.step == 10
@@ -251,10 +259,10 @@ def test_a_checkpoint_that_does_not_fit_is_not_begun(small_disk: Path, world: Wo
     store = CheckpointStore(small_disk / "checkpoints", "1-0", keep=2, world=world)
     store.claim()
     state = {"weights": torch.zeros(1024, 1024)}
-    store.save(1, lambda snapshot: snapshot.tensors("a.safetensors", state), {})
+    save_now(store, 1, lambda snapshot: snapshot.tensors("a.safetensors", state), {})
     state["more"] = torch.zeros(4 * 1024, 1024)
     with pytest.raises(HpcRlhfError, match=r"needs .*, and .* are free"):
-        store.save(2, lambda snapshot: snapshot.tensors("a.safetensors", state), {})
+        save_now(store, 2, lambda snapshot: snapshot.tensors("a.safetensors", state), {})
     found = store.latest()
     assert found is not None
     assert found.step == 1
@@ -267,10 +275,10 @@ def test_a_disk_that_fills_up_during_a_save_gets_its_space_back(
     store = CheckpointStore(small_disk / "checkpoints", "1-0", keep=2, world=world)
     store.claim()
     state = {"weights": torch.zeros(1024, 1024)}
-    store.save(1, lambda snapshot: snapshot.tensors("a.safetensors", state), {})
+    save_now(store, 1, lambda snapshot: snapshot.tensors("a.safetensors", state), {})
     large = {"weights": torch.zeros(8 * 1024, 1024)}
     with pytest.raises(HpcRlhfError, match=r"could not be written: rank 0 on .*No space left on device") as caught:
-        store.save(2, lambda snapshot: snapshot.tensors("a.safetensors", large), {})
+        save_now(store, 2, lambda snapshot: snapshot.tensors("a.safetensors", large), {})
     assert "free some space" in str(caught.value)
     assert names(small_disk / "checkpoints") == ["step-00000001"]
     found = store.latest()
@@ -313,12 +321,12 @@ def test_if_memory_is_short_training_waits_for_the_write(
 
 
 def test_a_part_of_a_step_is_ordered_between_steps(store: CheckpointStore, folder: Path) -> None:
-    store.save(10, writing("a"), {})
-    store.save(10, writing("b"), {}, part=3)
+    save_now(store, 10, writing("a"), {})
+    save_now(store, 10, writing("b"), {}, part=3)
     found = store.latest()
     assert found is not None
     assert (found.step, found.part) == (10, 3)
-    store.save(11, writing("c"), {})
+    save_now(store, 11, writing("c"), {})
     found = store.latest()
     assert found is not None
     assert (found.step, found.part) == (11, 0)
@@ -363,7 +371,7 @@ def test_more_signals_during_a_save_do_no_harm(store: CheckpointStore) -> None:
         snapshot.write = write  # type: ignore[method-assign]
 
     try:
-        store.save(5, take, {})
+        save_now(store, 5, take, {})
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

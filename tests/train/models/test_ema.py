@@ -10,11 +10,10 @@ from torch import nn
 
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.models.ema import Ema
-from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
-from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.runtime.world import ParallelDims, World
 
 BETA = 0.992
-ALONE = World(0, ParallelDims(1), 0, torch.device("cpu"), None)
+ALONE = World(0, ParallelDims(1), torch.device("cpu"), None)
 
 
 def model_of(dtype: torch.dtype) -> nn.Module:
@@ -82,8 +81,7 @@ def test_swapped_in_has_the_averages_and_then_restores_the_weights(world: World)
 def test_ranks_together_keep_every_average_once() -> None:
     model = model_of(torch.float32)
     kept = [
-        set(Ema(model, BETA, World(rank, ParallelDims(2), rank, torch.device("cpu"), None)).averages)
-        for rank in range(2)
+        set(Ema(model, BETA, World(rank, ParallelDims(2), torch.device("cpu"), None)).averages) for rank in range(2)
     ]
     assert kept[0] | kept[1] == {0, 1, 2}
     assert not kept[0] & kept[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
+from hpc_rlhf.train.runtime.world import ParallelDims
 
 
 def test_neighbouring_ranks_share_layers_and_samples() -> None:

@@ -86,12 +86,11 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.checkpoint.store import CheckpointStore
 from hpc_rlhf.train.models.ema import Ema
-from hpc_rlhf.train.runtime.parallel_dims import ParallelDims
-from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.runtime.world import ParallelDims, World
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-world = World(rank, ParallelDims(2), rank, torch.device("cpu"), dist.group.WORLD)
+world = World(rank, ParallelDims(2), torch.device("cpu"), dist.group.WORLD)
 results = {
     "max": world.max(7 if rank else 3),
     "sums": world.sums({"a": rank + 0.5, "b": 1e-9 + rank * 1e9}),
@@ -117,7 +116,8 @@ except HpcRlhfError as error:
 store = CheckpointStore(folder / "checkpoints", "1-0", keep=2, world=world)
 store.claim()
 for step in (10, 20):
-    store.save(step, lambda snapshot: snapshot.data(f"rank-{rank}", f"{rank} at {step}".encode()), {"step": step})
+    store.begin(step, lambda snapshot: snapshot.data(f"rank-{rank}", f"{rank} at {step}".encode()), {"step": step})
+    store.finish()
 found = store.latest()
 results["saved"] = [found.step, sorted(manifest.read(found.folder)["files"])]
 world.barrier()

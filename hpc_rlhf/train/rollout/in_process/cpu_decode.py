@@ -106,7 +106,6 @@ def traced(forward: Callable[..., Tensor], example: Sequence[Tensor], at: Sequen
     """A trace of ``forward``, as a function of its tensors and then of those in the given places.
 
     Args:
-        forward: a function of tensors.
         example: tensors to record it with.
         at: where the other tensors that it reads are kept.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,26 +17,13 @@ from torch import Tensor
 ROW_STEP = 8
 
 
-class Recorder(Protocol):
-    """Records what a function does to tensors and replays it without calling the function."""
-
-    def warm(self, run: Callable[[], None]) -> None:
-        """Call a function as it will be recorded, so that libraries set up what they need."""
-
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """A function that replays what ``run`` does; recording does not do it."""
-
-    def close(self) -> None:
-        """Discard all recordings."""
-
-
-def recorder(device: torch.device) -> Recorder | None:
+def recorder(device: torch.device) -> CudaGraphs | None:
     """The recorder for a device, if there is one."""
     return CudaGraphs(device) if device.type == "cuda" else None
 
 
 class CudaGraphs:
-    """CUDA graphs, replayed one at a time, that share their working memory; ``close`` frees it."""
+    """Records what functions do to tensors. The graphs are replayed one at a time and share their working memory."""
 
     def __init__(self, device: torch.device) -> None:
         # Warming up on the recording stream allocates cuBLAS's workspace there, where it outlives the graphs.
@@ -46,6 +32,7 @@ class CudaGraphs:
         self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def warm(self, run: Callable[[], None]) -> None:
+        """Call a function as it will be recorded, so that libraries set up what they need."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -53,6 +40,7 @@ class CudaGraphs:
         current.wait_stream(self.stream)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """A function that replays what ``run`` does; recording does not do it."""
         graph = torch.cuda.CUDAGraph()
         # Other threads copy checkpoints and watch NCCL meanwhile. If recording fails, torch stays on its
         # stream; the outer block leaves it.
@@ -80,7 +68,7 @@ class RecordedSteps:
         failed: recording failed.
     """
 
-    def __init__(self, forward: Callable[..., Tensor], using: Recorder) -> None:
+    def __init__(self, forward: Callable[..., Tensor], using: CudaGraphs) -> None:
         self.forward = forward
         self.using = using
         self.failed = False

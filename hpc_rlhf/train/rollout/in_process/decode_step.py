@@ -54,8 +54,13 @@ class DecodeStep:
         """Within it, the model's weights do not change, and steps may be taken."""
         recorder = cuda_graphs.recorder(self.model.device) if self.may_record else None
         if recorder is not None:
-            with self._recording(recorder):
+            self.recorded = cuda_graphs.RecordedSteps(self.forward, recorder)
+            try:
                 yield
+            finally:
+                self.may_record = not self.recorded.failed
+                self.recorded.close()
+                self.recorded = None
             return
         if not self.may_trace or self.model.device.type != "cpu" or not cpu_kernels.enabled():
             yield
@@ -73,16 +78,6 @@ class DecodeStep:
             self.weights = []
             for linear in self.packed:
                 linear.clear()
-
-    @contextmanager
-    def _recording(self, recorder: cuda_graphs.Recorder) -> Iterator[None]:
-        self.recorded = cuda_graphs.RecordedSteps(self.forward, recorder)
-        try:
-            yield
-        finally:
-            self.may_record = not self.recorded.failed
-            self.recorded.close()
-            self.recorded = None
 
     def forward(self, tokens: Tensor, rows: Tensor, places: Tensor, mask: Tensor, *buffers: Tensor) -> Tensor:
         """Logits of the next tokens: (rows, vocabulary).

@@ -54,8 +54,7 @@ class RolloutEngine:
             RolloutCancelled: ``request.should_stop`` returned True on any rank of the group, or on any rank
                 at all if forward passes are made together.
         """
-        responses = self._responses(request)
-        return Rollout.of(request.prompts, responses, self.world.device)
+        return Rollout.of(request.prompts, self._responses(request), self.world.device)
 
     def _responses(self, request: GenerationRequest) -> list[list[int]]:
         world = self.world

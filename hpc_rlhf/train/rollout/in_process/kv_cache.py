@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +23,7 @@ COLUMN_STEP = 32
 WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
-class Rows(Protocol):
-    """Rows 0, 1, … of a batch, each a prompt and the tokens drawn for it."""
-
-    def begin(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Put prompts into rows from ``first`` on; gives the next tokens' logits (prompts, vocabulary)."""
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append a token (rows,) to each of the first rows; gives the next logits (rows, vocabulary)."""
-
-    def move(self, source: int, target: int) -> None:
-        """Replace a row by another."""
-
-
-def make_rows(step: DecodeStep, rows: int, columns: int) -> Rows:
+def make_rows(step: DecodeStep, rows: int, columns: int) -> BatchedRows | SingleRows:
     """Space for a number of rows of at most ``columns`` tokens."""
     config = step.model.config.get_text_config()
     windows = [getattr(config, field, None) or columns for field in WINDOWS]
@@ -46,7 +33,7 @@ def make_rows(step: DecodeStep, rows: int, columns: int) -> Rows:
 
 
 class BatchedRows:
-    """Rows that share every forward pass.
+    """Rows 0, 1, … of a batch, each a prompt and the tokens drawn for it, that share every forward pass.
 
     A row's tokens are in columns 0, 1, … of one buffer per layer, so that a new prompt can replace a finished
     row, whatever the lengths of the others. Prompts go through the model packed, without padding.
@@ -68,6 +55,7 @@ class BatchedRows:
         self._shown: list[Tensor] = []  # the part of mask, keys and values that a step sees
 
     def begin(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Put prompts into rows from ``first`` on; gives the next tokens' logits (prompts, vocabulary)."""
         batch = ragged.Ragged.of(prompts, self.model.device)
         tokens = torch.tensor(batch.lengths, device=self.model.device)
         last = tokens.cumsum(0) - 1
@@ -90,6 +78,7 @@ class BatchedRows:
         return logits if self.decode_step.last_only else logits[last]
 
     def step(self, tokens: Tensor) -> Tensor:
+        """Append a token (rows,) to each of the first rows; gives the next logits (rows, vocabulary)."""
         live = len(tokens)
         self.sizes[:live] = [size + 1 for size in self.sizes[:live]]
         recorded = self.decode_step.recorded
@@ -109,6 +98,7 @@ class BatchedRows:
         return logits[:live]
 
     def move(self, source: int, target: int) -> None:
+        """Replace a row by another."""
         self.sizes[target] = self.sizes[source]
         for buffer in (*self.keys, *self.values, self.mask, self.ends):
             buffer[target] = buffer[source]

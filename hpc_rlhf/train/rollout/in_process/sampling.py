@@ -23,7 +23,6 @@ def uniforms(keys: Sequence[tuple[object, ...]], length: int) -> Tensor:
 
     Args:
         keys: what seeds each row.
-        length: numbers in a row.
 
     Returns:
         (batch, length), float64, in [0, 1).
@@ -40,9 +39,7 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float, top_p: floa
     Args:
         logits: (batch, vocabulary).
         uniform: (batch,), in [0, 1); None takes the likeliest token.
-        temperature: divides the logits.
-        top_p: keeps the smallest set of tokens with at least this probability; 1 keeps all.
-        top_k: keeps the k likeliest tokens; 0 keeps all.
+        temperature, top_p, top_k: as in ``Sampling``.
 
     Returns:
         (batch,), int64.

@@ -1,24 +1,85 @@
-"""What an evaluation asks a model, distributed over the ranks."""
+"""What an evaluation asks the models: held-out samples of the stages that were trained, and the answers to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.ragged import Ragged, balance_ranks, plan_step
+from hpc_rlhf.train.data.sampler import sample_at
+from hpc_rlhf.train.data.tokenized import prepare
+from hpc_rlhf.train.ragged import balance_ranks, plan_step
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
+from hpc_rlhf.train.stages.learner import EVALUATED
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What the models are evaluated on, as token ids.
+
+    Attributes:
+        questions: the prompts as text.
+        prompts: prompts that every model answers, with the data's own responses.
+        texts: prompts with the chosen responses whose perplexity is measured.
+        pairs: prompts with chosen and with rejected responses; empty if no stage learned from pairs.
+    """
+
+    questions: list[str]
+    prompts: Rollout
+    texts: Rollout
+    pairs: tuple[Rollout, Rollout]
+
+
+def held_out(context: StageContext, prompts: int) -> HeldOut:
+    """The held-out samples, with at most ``prompts`` prompts to answer. Collective.
+
+    Raises:
+        HpcRlhfError: nothing is held out.
+    """
+    spec, stop = context.spec, context.stop
+
+    def rows(*stages: str) -> Any:
+        """The held-out rows of the first of these stages that was trained."""
+        for stage in stages:
+            if stage in spec.trained:
+                folder = context.run.stage(stage).data
+                with stop.cancellable():
+                    return prepare(spec, stage, context.tokenizer, folder, context.world, stop.should_stop).held_out
+        return []
+
+    def rollout(samples: list[dict[str, Any]], column: str) -> Rollout:
+        return Rollout.of([row["prompt_ids"] for row in samples], [row[column] for row in samples])
+
+    source = rows("ppo", "dpo", "sft", "reward")
+    by_prompt: dict[str, dict[str, Any]] = {}
+    for place in range(len(source)):
+        row = source[sample_at(place, len(source), spec.seed, "eval")]
+        if row["prompt"] and len(by_prompt) < prompts:
+            by_prompt.setdefault(row["prompt"], row)
+    chosen = list(by_prompt.values())
+    texts = rows("sft")
+    pairs = rows("reward", "dpo")
+    pairs = [pairs[i] for i in range(min(EVALUATED, len(pairs)))]
+    if not (chosen or len(texts) or pairs):
+        raise HpcRlhfError("no samples are held out", "data.held_out", "raise it in a new run", exit_code=RUN_FAILED)
+    return HeldOut(
+        questions=list(by_prompt),
+        prompts=rollout(chosen, "chosen_ids"),
+        texts=rollout([texts[i] for i in range(min(EVALUATED, len(texts)))] or chosen, "chosen_ids"),
+        pairs=(rollout(pairs, "chosen_ids"), rollout(pairs, "rejected_ids")),
+    )
 
 
 class Questions:
-    """Results are the same for any number of ranks, and known to every rank. All methods are collective.
+    """Asks models, distributed over the ranks.
 
-    The attempt may stop between pieces of work.
+    Results are the same for any number of ranks, and known to every rank. All methods are collective, and the attempt
+    may stop between pieces of work.
     """
 
     def __init__(self, context: StageContext, spec: EvalSpec) -> None:
@@ -51,43 +112,25 @@ class Questions:
         scores = rewards.score(prompts, responses, {})
         return self._combine(dict(zip(own, scores, strict=True)))
 
-    def log_probs(self, engine: Any, rollout: Rollout) -> list[list[float]]:
-        """Log-probabilities of each response's tokens, at the temperature that responses are drawn at."""
-        temperature = self.spec.temperature or 1.0
-
-        def measure(batch: Ragged, response: Tensor, sizes: list[int]) -> list[list[float]]:
-            flat, _ = engine(batch.ids, batch.lengths, response, temperature)
-            return [[round(number, 6) for number in part.tolist()] for part in flat.split(sizes)]
-
-        return self._measure(rollout, measure)
-
-    def likelihoods(self, engine: Any, rollout: Rollout) -> list[float]:
-        """Log-probability of each whole response, at temperature 1."""
-
-        def measure(batch: Ragged, response: Tensor, sizes: list[int]) -> list[float]:
-            flat, _ = engine(batch.ids, batch.lengths, response)
-            return [part.sum().item() for part in flat.double().split(sizes)]
-
-        return self._measure(rollout, measure)
-
     @torch.no_grad()
-    def _measure(self, rollout: Rollout, measure: Callable[[Ragged, Tensor, list[int]], list[Any]]) -> list[Any]:
-        """Measure each sequence, a micro-batch at a time.
-
-        Args:
-            measure: called with a batch, the indices of its response tokens, and their number in each sequence.
-        """
+    def log_probs(self, engine: Any, rollout: Rollout, temperature: float) -> list[list[float]]:
+        """Log-probabilities of each response's tokens."""
         if not len(rollout):
             return []
         world = self.context.world
-        results: dict[int, Any] = {}
+        results: dict[int, list[float]] = {}
         for rows in plan_step(rollout.lengths, world.size, self.budget)[world.rank]:
             self.context.stop.check("evaluation")
             batch, response = rollout.batch(rows or [0], world.device)
-            numbers = measure(batch, response, [rollout.response_lengths[row] for row in rows or [0]])
+            flat, _ = engine(batch.ids, batch.lengths, response, temperature)
             if rows:  # an empty micro-batch only keeps ranks in sync
-                results.update(zip(rows, numbers, strict=True))
+                parts = flat.split([rollout.response_lengths[row] for row in rows])
+                results.update(zip(rows, [part.tolist() for part in parts], strict=True))
         return self._combine(results)
+
+    def likelihoods(self, engine: Any, rollout: Rollout) -> list[float]:
+        """Log-probability of each whole response, at temperature 1."""
+        return [torch.tensor(row, dtype=torch.float64).sum().item() for row in self.log_probs(engine, rollout, 1.0)]
 
     def _own_rows(self, lengths: tuple[int, ...] | list[int]) -> list[int]:
         world = self.context.world

@@ -14,7 +14,7 @@ from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import intervals
 from hpc_rlhf.train.algorithms.intervals import Interval
 from hpc_rlhf.train.algorithms.ppo import k3_kl
-from hpc_rlhf.train.stages.eval.data import HeldOut
+from hpc_rlhf.train.stages.eval.questions import HeldOut
 
 
 @dataclass

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -26,8 +27,7 @@ from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import commit, new_artifact
-from hpc_rlhf.train.stages.eval.data import held_out
-from hpc_rlhf.train.stages.eval.questions import Questions
+from hpc_rlhf.train.stages.eval.questions import Questions, held_out
 from hpc_rlhf.train.stages.eval.report import Measured, Results, lines, make_report
 
 RESULTS = "found.json"
@@ -97,11 +97,17 @@ class Evaluation:
             chosen, rejected = (ask.likelihoods(engine, part) for part in self.held.pairs)
             measured.preferences = [c - r for c, r in zip(chosen, rejected, strict=True)]
         measured.answers = ask.responses(RolloutEngine(model, context.world), prompts)
-        measured.log_probs = ask.log_probs(engine, Rollout.of(prompts, measured.answers))
+        measured.log_probs = self._log_probs(engine, measured)
         for other in self.results.models.values() if name == self.base else ():
-            other.base_log_probs = ask.log_probs(engine, Rollout.of(prompts, other.answers))
+            other.base_log_probs = self._log_probs(engine, other)
         self.results.models[name] = measured
         return {"perplexity": measured.perplexity}
+
+    def _log_probs(self, engine: Any, measured: Measured) -> list[list[float]]:
+        """Log-probabilities of the tokens of a model's responses, at the temperature that they were drawn at."""
+        answered = Rollout.of(self.held.prompts.prompts, measured.answers)
+        rows = self.questions.log_probs(engine, answered, self.spec.temperature or 1.0)
+        return [[round(number, 6) for number in row] for row in rows]
 
     def judge(self) -> dict[str, float | None]:
         """Everything that the reward model is needed for."""

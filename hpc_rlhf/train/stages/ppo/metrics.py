@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.rollout.experience import Experience
+from hpc_rlhf.train.runtime.world import World
 
 # Sums over the response tokens of all optimizer steps on an experience; ``tokens`` counts them.
 STATS = ("actor_loss", "critic_loss", "ratio", "approx_kl", "clipped", "value_clipped", "tokens")
 
 
-class Ranks(Protocol):
-    """The part of a ``World`` that metrics are reduced over."""
-
-    def sums(self, numbers: dict[str, float]) -> dict[str, float]: ...
-
-    def gather_data(self, value: list[Moments]) -> list[list[Moments]]: ...
-
-
-def summarize(experience: Experience, stats: dict[str, float], eos_id: int, ranks: Ranks) -> dict[str, float]:
+def summarize(experience: Experience, stats: dict[str, float], eos_id: int, world: World) -> dict[str, float]:
     """A step's metrics, over all ranks. Collective.
 
     Args:
@@ -41,7 +32,7 @@ def summarize(experience: Experience, stats: dict[str, float], eos_id: int, rank
         Moments.of(returns),
         Moments.of((experience.returns - experience.values)[mask].double()),
     ]
-    rewards, outcomes, errors = map(Moments.merge, zip(*ranks.gather_data(own), strict=True))
+    rewards, outcomes, errors = map(Moments.merge, zip(*world.gather_data(own), strict=True))
     local = {
         "responses": float(len(scores)),
         "tokens": float(returns.numel()),
@@ -49,7 +40,7 @@ def summarize(experience: Experience, stats: dict[str, float], eos_id: int, rank
         "entropy": experience.entropies[mask].sum().item(),
         "ended": experience.rollout.ended(eos_id, mask.device).sum().item(),
     }
-    total = ranks.sums({**local, **{f"learned_{name}": stats[name] for name in STATS}})
+    total = world.sums({**local, **{f"learned_{name}": stats[name] for name in STATS}})
     responses, tokens, learned = total["responses"], total["tokens"], total["learned_tokens"]
     return {
         "reward": rewards.mean,

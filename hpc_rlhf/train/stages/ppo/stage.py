@@ -21,9 +21,9 @@ from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import commit, new_artifact, start_actor, write_model
-from hpc_rlhf.train.stages.ppo.cursor import Cursor, Progress
 from hpc_rlhf.train.stages.ppo.metrics import summarize
 from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
+from hpc_rlhf.train.stages.ppo.progress import Progress
 from hpc_rlhf.train.stages.ppo.ptx import pretraining_mixture
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
 from hpc_rlhf.train.stages.sample_log import SampleLog, held_out_prompts
@@ -47,8 +47,8 @@ def run(context: StageContext) -> None:
         eos_id=context.tokenizer.eos_token_id,
         sizes=Sizes(budget, context.spec.data.max_answer_tokens, context.loss_factor),
         world=world,
+        check=context.stop.check,
     )  # fmt: skip
-    trainer.check = context.stop.check
     mixture = pretraining_mixture(context, spec) if spec.ptx is not None else None
 
     # 2. Resume, perhaps between the optimizer steps on an experience.
@@ -58,8 +58,7 @@ def run(context: StageContext) -> None:
     trainer.state = state["trainer"]
     progress: Progress | None = None
     if checkpoint and checkpoint.part:
-        cursor = Cursor.after(checkpoint.part - 1, spec.minibatches)
-        progress = Progress.load(checkpoint.folder, world.rank, cursor, world.device)
+        progress = Progress.load(checkpoint.folder, world.rank, checkpoint.part - 1, world.device)
     samples = SampleLog(context, checkpoint)
 
     for step in range(first, total):
@@ -79,8 +78,7 @@ def run(context: StageContext) -> None:
         # 5. The optimizer steps, with the pretraining mixture and the moving average. Before each is a safe
         # point that keeps the experience.
         experience = progress.experience
-        save = _save_before_each(context, spec, models, step, state)
-        stats = trainer.learn(progress, mixture, save)
+        stats = trainer.learn(progress, mixture, _save_before_each(context, models, step, state))
         progress = None
 
         # 6. Metrics and samples.
@@ -138,7 +136,7 @@ def _roll_out(context: StageContext, spec: PpoSpec, trainer: PpoTrainer, rows: A
 
 
 def _save_before_each(
-    context: StageContext, spec: PpoSpec, models: PpoModels, step: int, state: dict[str, Any]
+    context: StageContext, models: PpoModels, step: int, state: dict[str, Any]
 ) -> Callable[[Progress], None]:
     """Before each optimizer step: a safe point, and random numbers of its own."""
 
@@ -147,8 +145,7 @@ def _save_before_each(
             models.save(snapshot)
             progress.save(snapshot, context.world.rank)
 
-        done = progress.cursor.steps(spec.minibatches)
-        context.checkpoints.safe_point(step, save, state, done + 1)
-        context.reseed(step, done)
+        context.checkpoints.safe_point(step, save, state, progress.done + 1)
+        context.reseed(step, progress.done)
 
     return before

@@ -21,8 +21,8 @@ from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
 from hpc_rlhf.train.rollout.experience import Experience, RewardShaping, evaluate_tokens, make_experience, whiten
 from hpc_rlhf.train.runtime.world import World
-from hpc_rlhf.train.stages.ppo.cursor import Network, Progress
 from hpc_rlhf.train.stages.ppo.models import PpoModels
+from hpc_rlhf.train.stages.ppo.progress import Progress
 
 # Further losses for an optimizer step of the actor, made from its engine.
 Mixture = Callable[[Any], list[Callable[[], Tensor]]]
@@ -30,61 +30,46 @@ Mixture = Callable[[Any], list[Callable[[], Tensor]]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much at a time.
+    """How much at a time."""
 
-    Attributes:
-        budget: tokens of a micro-batch.
-        response: tokens of the longest response.
-        loss_factor: factor for a loss that is divided by the global token count; see StageContext.
-    """
-
-    budget: int
-    response: int
-    loss_factor: float
+    budget: int  # tokens of a micro-batch
+    response: int  # tokens of the longest response
+    loss_factor: float  # for a loss that is divided by the global token count; see StageContext
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """A minibatch of an experience.
+    """A minibatch of an experience."""
 
-    Attributes:
-        plan: the rows of each micro-batch.
-        own_tokens: response tokens on this rank.
-        all_tokens: response tokens on all ranks.
-    """
-
-    plan: list[list[int]]
-    own_tokens: float
-    all_tokens: float
+    plan: list[list[int]]  # the rows of each micro-batch
+    own_tokens: float  # of the responses on this rank
+    all_tokens: float  # of the responses on all ranks
 
 
+@dataclass
 class PpoTrainer:
     """The algorithm of ``stages.ppo``.
 
-    Args:
+    Attributes:
         backend: generates responses with the actor.
         rewards: scores them.
-
-    Attributes:
+        check: called before each micro-batch with the kind of work; it may raise. Collective.
         kl_coef: weight of the KL penalty in the next rollout's rewards.
         estimate: turns rewards into advantages.
-        check: called before each micro-batch with the kind of work; it may raise. Collective.
     """
 
-    def __init__(
-        self, spec: PpoSpec, models: PpoModels, backend: RolloutBackend, rewards: RewardSource, eos_id: int,
-        sizes: Sizes, world: World,
-    ) -> None:  # fmt: skip
-        self.spec = spec
-        self.models = models
-        self.backend = backend
-        self.rewards = rewards
-        self.eos_id = eos_id
-        self.sizes = sizes
-        self.world = world
-        self.kl_coef = spec.kl_coef
-        self.estimate: AdvantageEstimator = Gae(spec.gamma, spec.lam)
-        self.check: Callable[[str], object] = lambda kind: None
+    spec: PpoSpec
+    models: PpoModels
+    backend: RolloutBackend
+    rewards: RewardSource
+    eos_id: int
+    sizes: Sizes
+    world: World
+    check: Callable[[str], object] = lambda kind: None
+
+    def __post_init__(self) -> None:
+        self.kl_coef = self.spec.kl_coef
+        self.estimate: AdvantageEstimator = Gae(self.spec.gamma, self.spec.lam)
         self._scores = Moments()
         self._kept: dict[Any, Any] = {}  # outputs of the models with their graphs, to learn from
         self._kept_rollout: Rollout | None = None
@@ -104,15 +89,7 @@ class PpoTrainer:
         self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[object, ...]],
         should_stop: Callable[[], bool],
     ) -> Rollout:  # fmt: skip
-        """Sample a response to each of this rank's prompts. Collective.
-
-        Args:
-            keys: what seeds each response.
-            should_stop: polled between decode steps.
-
-        Raises:
-            RolloutCancelled: ``should_stop`` returned True.
-        """
+        """Sample a response to each of this rank's prompts, with the fields of a ``GenerationRequest``. Collective."""
         sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
         self.backend.sync_weights(self.models.policy)
         return self.backend.generate(
@@ -231,33 +208,26 @@ class PpoTrainer:
         if rollout is not self._kept_rollout:
             self._kept = {}
         minibatches = self._minibatches(rollout)
-        while progress.cursor.epoch < self.spec.ppo_epochs:
+        while progress.done < 2 * len(minibatches) * self.spec.ppo_epochs:
             before(progress.copy())
-            network, minibatch = progress.cursor.network, minibatches[progress.cursor.minibatch]
-            progress.cursor = progress.cursor.next(len(minibatches))
-            if network is Network.ACTOR:
+            number, of_critic = divmod(progress.done, 2)
+            minibatch = minibatches[number % len(minibatches)]
+            progress.done += 1
+            if not of_critic:
                 progress.kl_before = stats["approx_kl"].clone()
-                progress.actor_skipped = not self._step_actor(progress, minibatch, mixture)
+                losses = self._losses(self._actor_loss, progress, minibatch)
+                losses += mixture(self.models.actor) if mixture else []
+                progress.actor_skipped = not self._step(self.models.actor, "the actor's micro-batches", losses)
                 progress.skipped += progress.actor_skipped
                 continue
-            progress.skipped += not self._step_critic(progress, minibatch)
+            losses = self._losses(self._critic_loss, progress, minibatch)
+            progress.skipped += not self._step(self.models.critic, "the critic's micro-batches", losses)
             stats["tokens"] += minibatch.own_tokens
             if self.models.ema and not progress.actor_skipped:
                 self.models.ema.update()
             if self._too_far(stats["approx_kl"] - progress.kl_before, minibatch.all_tokens):
                 break
         return {**{name: value.item() for name, value in stats.items()}, "skipped": float(progress.skipped)}
-
-    def _step_actor(self, progress: Progress, minibatch: Minibatch, mixture: Mixture | None) -> bool:
-        """An optimizer step of the actor; False if it was skipped. Collective."""
-        losses = self._losses(self._actor_loss, progress, minibatch)
-        losses += mixture(self.models.actor) if mixture else []
-        return self._step(self.models.actor, "the actor's micro-batches", losses)
-
-    def _step_critic(self, progress: Progress, minibatch: Minibatch) -> bool:
-        """An optimizer step of the critic; False if it was skipped. Collective."""
-        losses = self._losses(self._critic_loss, progress, minibatch)
-        return self._step(self.models.critic, "the critic's micro-batches", losses)
 
     def _losses(
         self, loss: Callable[..., Tensor], progress: Progress, minibatch: Minibatch
@@ -266,6 +236,7 @@ class PpoTrainer:
         return [partial(loss, progress.experience, rows, scale, progress.stats) for rows in minibatch.plan]
 
     def _step(self, engine: Any, kind: str, losses: list[Callable[[], Tensor]]) -> bool:
+        """An optimizer step; False if it was skipped. Collective."""
         return engines.optimizer_step(engine, [partial(self._checked, kind, loss) for loss in losses]).applied
 
     def _checked(self, kind: str, call: Callable[..., Any], *inputs: Any) -> Any:
