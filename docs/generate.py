@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from hpc_rlhf.cli import VERBS, group
-from hpc_rlhf.spec import job, schema
 from hpc_rlhf.spec.fields import Model
+from hpc_rlhf.spec.job import JobSpec, json_schema
 
 HERE = Path(__file__).parent
 Schema = dict[str, Any]
@@ -65,7 +65,7 @@ def _command(verb: str) -> str:
 
 def spec_page() -> str:
     """One table of fields for each section of a spec."""
-    whole = schema.json_schema()
+    whole = json_schema()
     parts = {"": whole, **whole["$defs"]}
     classes = dict(_classes(Model))
     titles = _titles(parts, classes)
@@ -120,7 +120,7 @@ def _refs(facts: Schema) -> Iterator[tuple[str, str]]:
 def _section(
     name: str, title: str, parts: dict[str, Schema], classes: dict[str, type[Model]], titles: dict[str, str]
 ) -> str:
-    cls = classes.get(name, job.JobSpec)
+    cls = classes.get(name, JobSpec)
     # A shared base section is not part of the schema by itself.
     facts = parts[name] if name in parts else cls.model_json_schema()
     doc, common, fields = inspect.getdoc(cls), _common(cls), facts["properties"]

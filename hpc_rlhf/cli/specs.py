@@ -100,6 +100,6 @@ def schema_command() -> None:
     Save it and put `# yaml-language-server: $schema=PATH` at the top of a spec. An editor with the YAML
     language server then completes fields, shows their descriptions and marks errors.
     """
-    from hpc_rlhf.spec.schema import json_schema
+    from hpc_rlhf.spec.job import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))

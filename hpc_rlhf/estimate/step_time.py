@@ -9,7 +9,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.model_memory import ITEM, as_trained, trained_parameters
 from hpc_rlhf.estimate.parameters import Architecture, architecture
 from hpc_rlhf.spec.batch import Batch, derive_batch
-from hpc_rlhf.spec.gpus import gpu_names, named_gpu
+from hpc_rlhf.spec.gpus import GPUS
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sizes import ROWS, WEIGHTS_SHARE
 from hpc_rlhf.spec.stages import Data, EvalSpec, PpoSpec, kind_of
@@ -76,12 +76,12 @@ def step_parts(spec: JobSpec, name: str) -> dict[str, float]:
 
 
 def _machine(stage: StageSpec, name: str) -> _Machine:
-    gpu = named_gpu(stage.slurm.gpu)
+    gpu = GPUS.get(stage.slurm.gpu or "")
     if gpu is None or not stage.slurm.gpus_per_node:
         raise HpcRlhfError(
             "no time estimate without the name of the GPU",
             where=f"stages.{name}.slurm.gpu",
-            hint=f"set slurm.gpu to one of {', '.join(gpu_names())}",
+            hint=f"set slurm.gpu to one of {', '.join(GPUS)}",
         )
     slow = stage.precision == "fp32" or (stage.precision == "bf16" and not gpu.bf16)
     # Collectives between nodes use all adapters of a node at once, and the links inside it to distribute the data.

@@ -15,7 +15,7 @@ from hpc_rlhf.launch.prepare import differences, has_trained, is_harmless
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.auto import OFFLOADS
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
-from hpc_rlhf.spec.gpus import gpu_bytes, gpu_names, named_gpu
+from hpc_rlhf.spec.gpus import GPUS, gpu_bytes
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import in_order, load_spec, read_spec
 from hpc_rlhf.spec.stages import EVALUATION
@@ -156,10 +156,10 @@ def choose(spec: JobSpec, stage: str, words: Mapping[str, object]) -> Choice:
 def _candidates(spec: JobSpec, name: str, words: Mapping[str, object]) -> Iterator[Candidate]:
     stage = spec.stage(name)
     assert isinstance(stage, TrainingSpec)
-    if named_gpu(stage.slurm.gpu) is None or not stage.slurm.gpus_per_node:
+    if stage.slurm.gpu not in GPUS or not stage.slurm.gpus_per_node:
         raise HpcRlhfError(
             "auto needs the name of the GPU" if stage.slurm.gpus_per_node else "auto needs GPUs",
-            hint=f"set slurm.gpu to one of {', '.join(gpu_names())}",
+            hint=f"set slurm.gpu to one of {', '.join(GPUS)}",
         )
     for fields in _combinations(stage, name, words):
         candidate = spec.with_stages(**{name: fields})

@@ -23,7 +23,6 @@ def extract_autos(root: Node) -> tuple[Node, Autos, list[Problem]]:
     stages = root.get("stages")
     if stages is None or not isinstance(stages.value, dict):
         return root, {}, []
-    assert isinstance(root.value, dict)
     autos: dict[str, dict[str, Mark]] = {}
     problems: list[Problem] = []
     new = dict(stages.value)
@@ -38,7 +37,7 @@ def extract_autos(root: Node) -> tuple[Node, Autos, list[Problem]]:
             autos[name] = {word: node.mark for word, node in marked.items()}
             problems += _problems(name, fields, marked)
         new[name] = replace(stage, value=_without(fields, marked))
-    tree = replace(root, value={**root.value, "stages": replace(stages, value=new)})
+    tree = replace(root, value={**root.fields, "stages": replace(stages, value=new)})
     return tree, autos, problems
 
 
@@ -53,13 +52,12 @@ def _without(fields: dict[str, Node], marked: Mapping[str, Node]) -> dict[str, N
 
 def _problems(name: str, fields: dict[str, Node], marked: Mapping[str, Node]) -> list[Problem]:
     problems = []
-    path = f"stages.{name}"
-    whole = fields.get("global_batch")
-    if "micro_batch" in marked and name != EVALUATION.name and (whole is None or whole.value is None):
+    batch = fields.get("global_batch")
+    if "micro_batch" in marked and name != EVALUATION.name and (batch is None or batch.value is None):
         what = "auto needs global_batch, so that the result does not depend on the GPU's memory"
-        problems.append(marked["micro_batch"].mark.problem(what, "set it", f"{path}.micro_batch"))
+        problems.append(marked["micro_batch"].mark.problem(what, "set it", f"stages.{name}.micro_batch"))
     for field in OFFLOADS if "offload" in marked else ():
         if field in fields:
             what = "is chosen by offload: auto; remove one of them"
-            problems.append((fields[field].key or fields[field].mark).problem(what, None, f"{path}.{field}"))
+            problems.append(fields[field].place.problem(what, None, f"stages.{name}.{field}"))
     return problems

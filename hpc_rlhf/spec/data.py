@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field
 
-from hpc_rlhf.spec.fields import Model, NonNegative, Positive
+from hpc_rlhf.spec.fields import Model, NonNegative, Positive, add_fields
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import STAGE_KINDS, Data
 
 
-class _Split(Model):
+@add_fields(
+    {
+        kind.name: (NonNegative, Field(default=kind.share, description=f"Share of the {kind.name} stage."))
+        for kind in STAGE_KINDS
+        if kind.data is not Data.NONE
+    }
+)
+class SplitSpec(Model):
     """Relative shares of the prompts that the stages train on. No prompt is used by two stages."""
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
-
-if TYPE_CHECKING:
-    SplitSpec = _Split
-else:
-    SplitSpec = create_model(
-        "SplitSpec",
-        __base__=_Split,
-        __doc__=_Split.__doc__,
-        __module__=__name__,
-        **{
-            kind.name: (NonNegative, Field(default=kind.share, description=f"Share of the {kind.name} stage."))
-            for kind in STAGE_KINDS
-            if kind.data is not Data.NONE
-        },
-    )
 
 
 class DataSpec(Model):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # a third of pydantic's start-up time
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, create_model
 
 from hpc_rlhf.slurm.sbatch import refuse_owned
 from hpc_rlhf.spec.gpus import known_gpu
@@ -51,12 +52,27 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_TOP_P = "Sample from the smallest set of tokens with this total probability; 1 samples from all tokens."
+TopP = Annotated[float, Field(gt=0, le=1, description=_TOP_P)]
+TopK = Annotated[int, Field(ge=0, description="Sample from the k most likely tokens; 0 samples from all tokens.")]
 
 
 class Model(BaseModel):
     """A part of a spec. The string below a field documents it, as a description in its `Field` does."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+_M = TypeVar("_M", bound=Model)
+
+
+def add_fields(fields: Mapping[str, Any]) -> Callable[[type[_M]], type[_M]]:
+    """A class decorator that adds fields, each a type and its `Field`, to a model."""
+
+    def add(base: type[_M]) -> type[_M]:
+        return create_model(base.__name__, __base__=base, __doc__=base.__doc__, __module__=base.__module__, **fields)
+
+    return add
 
 
 def seconds(duration: str) -> float:

@@ -9,26 +9,17 @@ from difflib import get_close_matches
 
 @dataclass(frozen=True)
 class Gpu:
-    """The data sheet of a GPU.
+    """The data sheet of a GPU."""
 
-    Attributes:
-        gib: usable memory, a little less than the nominal size.
-        half: TFLOP/s in bf16 or fp16, dense, accumulated in float32.
-        single: TFLOP/s in float32, without tensor cores.
-        bandwidth: memory bandwidth in GB/s.
-        link: GB/s to the other GPUs of a node, one way: NVLink, Infinity Fabric or PCIe.
-        bf16: whether bf16 is as fast as fp16.
-    """
-
-    gib: float
-    half: float
-    single: float
-    bandwidth: float
-    link: float
-    bf16: bool = True
+    gib: float  # usable memory, a little less than the nominal size
+    half: float  # TFLOP/s in bf16 or fp16, dense, accumulated in float32
+    single: float  # TFLOP/s in float32, without tensor cores
+    bandwidth: float  # of the memory, in GB/s
+    link: float  # GB/s to the other GPUs of a node, one way: NVLink, Infinity Fabric or PCIe
+    bf16: bool = True  # whether it is as fast as fp16
 
 
-_GPUS = {
+GPUS = {
     "a10-24g": Gpu(22.0, 125, 31.2, 600, 32),
     "a30-24g": Gpu(23.5, 165, 10.3, 933, 32),
     "a40-48g": Gpu(44.4, 149.7, 37.4, 696, 32),
@@ -57,12 +48,12 @@ def gpu_bytes(gpu: str) -> int:
     Raises:
         ValueError: it is neither a known name nor a size.
     """
-    if gpu in _GPUS:
-        return int(_GPUS[gpu].gib * 2**30)
+    if gpu in GPUS:
+        return int(GPUS[gpu].gib * 2**30)
     size = re.fullmatch(r"([1-9][0-9]{0,14})(G|GiB|M|MiB|)", gpu)
     if size is None:
-        near = get_close_matches(gpu.lower(), _GPUS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_GPUS)}"
+        near = get_close_matches(gpu.lower(), GPUS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(GPUS)}"
         raise ValueError(f"must be a known GPU, or its memory such as 80G; {hint}")
     return int(size[1]) * _UNITS[size[2]]
 
@@ -71,13 +62,3 @@ def known_gpu(gpu: str) -> str:
     """Return the text if it names a GPU; raise ValueError otherwise."""
     gpu_bytes(gpu)
     return gpu
-
-
-def named_gpu(gpu: str | None) -> Gpu | None:
-    """The data sheet of a GPU; None if only its memory is given, or nothing."""
-    return _GPUS.get(gpu or "")
-
-
-def gpu_names() -> tuple[str, ...]:
-    """The known names."""
-    return tuple(_GPUS)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -26,52 +26,37 @@ Kind = Literal["model", "data set"]
 
 @dataclass(frozen=True)
 class HubItem:
-    """A model or data set of the hub.
-
-    Attributes:
-        name: its id, such as facebook/opt-1.3b.
-        where: the first field of the spec that names it.
-        subset, split: of a data set.
-    """
+    """A model or data set of the hub."""
 
     kind: Kind
-    name: str
-    where: str
+    name: str  # its id, such as facebook/opt-1.3b
+    where: str = field(compare=False)  # the first field of the spec that names it
     subset: str | None = None
     split: str = ""
 
-    def __str__(self) -> str:
-        return " ".join(filter(None, (self.kind, self.name, self.subset, self.split)))
-
     @property
-    def key(self) -> tuple[str, ...]:
-        return (self.kind, self.name, self.subset or "", self.split)
+    def words(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.kind, self.name, self.subset, self.split)))
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
 
 
 def items(*specs: JobSpec) -> tuple[HubItem, ...]:
     """What specs take from the hub, each once. Local paths were made absolute when the spec was read."""
-    items: dict[tuple[str, ...], HubItem] = {}
-    for spec in specs:
-        for item in _items(spec):
-            items.setdefault(item.key, item)
-    return tuple(items.values())
+    return tuple(dict.fromkeys(item for spec in specs for item in _items(spec)))
 
 
-def _items(spec: JobSpec) -> tuple[HubItem, ...]:
-    items: dict[tuple[str, ...], HubItem] = {}
-    for field, ref in spec.models:
+def _items(spec: JobSpec) -> Iterator[HubItem]:
+    for name, ref in spec.models:
         if isinstance(ref, str) and not os.path.isabs(ref):
-            item = HubItem("model", ref, f"models.{field}")
-            items.setdefault(item.key, item)
-    sources: dict[str, SourceSpec] = {f"data.sources.{i}": each for i, each in enumerate(spec.data.sources)}
-    for name in spec.stage_names:
-        own = {f"stages.{name}.{field}": getattr(spec.stage(name), field) for field in kind_of(name).sources}
-        sources |= {where: source for where, source in own.items() if source is not None}
+            yield HubItem("model", ref, f"models.{name}")
+    sources: dict[str, SourceSpec | None] = {f"data.sources.{i}": each for i, each in enumerate(spec.data.sources)}
+    for stage in spec.stage_names:
+        sources |= {f"stages.{stage}.{name}": getattr(spec.stage(stage), name) for name in kind_of(stage).sources}
     for where, source in sources.items():
-        if source.path is not None and not os.path.isabs(source.path):
-            item = HubItem("data set", source.path, where, source.subset, source.split)
-            items.setdefault(item.key, item)
-    return tuple(items.values())
+        if source is not None and source.path is not None and not os.path.isabs(source.path):
+            yield HubItem("data set", source.path, where, source.subset, source.split)
 
 
 def cache() -> Path:
@@ -92,7 +77,7 @@ def _expanded(path: str) -> Path:
 
 
 def _record(item: HubItem) -> Path:
-    return cache() / "hpc-rlhf" / (re.sub(r"[^A-Za-z0-9._-]+", "--", "--".join(filter(None, item.key))) + ".json")
+    return cache() / "hpc-rlhf" / (re.sub(r"[^A-Za-z0-9._-]+", "--", "--".join(item.words)) + ".json")
 
 
 def remember(item: HubItem, files: Mapping[Path, int]) -> None:

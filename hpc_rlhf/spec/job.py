@@ -12,9 +12,11 @@ from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.fields import Model, Name, PathText, Positive
 from hpc_rlhf.spec.inheritance import inherit
+from hpc_rlhf.spec.layers import EXTENDS
 from hpc_rlhf.spec.notify import NotifySpec, TrackersSpec
 from hpc_rlhf.spec.stages import EVALUATION, POLICIES, STAGE_NAMES, Data, EvalSpec, StagesSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec
+from hpc_rlhf.spec.yaml_source import Node
 
 
 class FromScratch(Model):
@@ -75,7 +77,7 @@ class JobSpec(Model):
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, raw: Any) -> Any:
-        return inherit(raw)
+        return inherit(Node.of(raw)).plain()
 
     @property
     def autos(self) -> Autos:
@@ -136,3 +138,25 @@ class JobSpec(Model):
         """The stages whose artifacts a stage starts from."""
         kind = kind_of(name)
         return tuple(need for need in kind.inputs if need in self.stage_names) if kind.trains else self.trained
+
+
+def json_schema() -> dict[str, object]:
+    """The JSON Schema of a spec as users write it: with `extends`, which is resolved while loading."""
+    schema = JobSpec.model_json_schema()
+    for model in (schema, *schema["$defs"].values()):
+        for field in model["properties"].values():
+            field["description"] = " ".join(field["description"].split())
+    required = schema.pop("required")
+    extends = {
+        "type": "string",
+        "minLength": 1,
+        "description": "Another spec, relative to this one, to merge this one over: mappings are merged, everything "
+        "else is replaced.",
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "hpc-rlhf job spec",
+        "properties": {EXTENDS: extends, **schema["properties"]},
+        "anyOf": [{"required": required}, {"required": [EXTENDS]}],  # the extended spec may contain the rest
+    }

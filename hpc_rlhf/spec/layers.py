@@ -34,8 +34,7 @@ def read_layers(path: Path, sets: Sequence[str]) -> Node:
 def _read_chain(path: Path, shown: str, above: tuple[Path, ...]) -> Node:
     """A file merged over the one that it extends, recursively."""
     root = read_yaml(path, shown)
-    assert isinstance(root.value, dict)
-    base = root.value.get(EXTENDS)
+    base = root.get(EXTENDS)
     if base is None:
         return root
     if not isinstance(base.value, str) or not base.value:
@@ -47,7 +46,7 @@ def _read_chain(path: Path, shown: str, above: tuple[Path, ...]) -> Node:
     chain = (*above, path.resolve())
     if below.resolve() in chain:
         raise SpecError([base.mark.problem(f"{base.value!r} extends this file again", path=EXTENDS)])
-    own = {key: node for key, node in root.value.items() if key != EXTENDS}
+    own = {key: node for key, node in root.fields.items() if key != EXTENDS}
     return _merge(_read_chain(below, str(below), chain), replace(root, value=own))
 
 

@@ -24,22 +24,16 @@ _PAIRLESS = ("instruction", "text")  # formats without a rejected response
 
 
 def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
-    """Load a user's spec.
-
-    Args:
-        path: the spec file.
-        sets: options `a.b.c=VALUE` to apply, in order.
+    """Load a user's spec, with the options `a.b.c=VALUE` applied in order.
 
     Raises:
         SpecError: every problem with its place; or the spec is a sweep.
     """
     root = read_layers(Path(path), sets)
-    sweep = root.get("sweep")
-    if sweep is not None and sweep.value is not None:
+    if root.is_set("sweep"):
         hint = "--set sweep=null loads the spec without it"
-        raise SpecError(
-            [(sweep.key or sweep.mark).problem("makes several runs, but this command takes one", hint, "sweep")]
-        )
+        what = "makes several runs, but this command takes one"
+        raise SpecError([root.fields["sweep"].place.problem(what, hint, "sweep")])
     return check_tree(root)
 
 
@@ -73,14 +67,8 @@ def read_spec(path: Path) -> JobSpec:
 
 def dump_spec(spec: JobSpec) -> str:
     """The spec as YAML, every default written out."""
-    return yaml.dump(
-        spec.model_dump(exclude={"sweep", "sweep_limit"}),
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=False,
-        width=110,
-    )
+    fields = spec.model_dump(exclude={"sweep", "sweep_limit"})
+    return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -96,21 +84,19 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+01234567
 def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     """Problems between fields that are valid on their own."""
 
-    def problem(path: str, what: str, hint: str | None = None) -> Problem:
+    def problem(path: str, what: str) -> Problem:
         keys = path.split(".")
         while (node := root.get(*keys)) is None:  # a default: point at the mapping that would contain it
             keys = keys[:-1]
-        by_key = node.key if isinstance(node.value, dict | list) else None
-        return (by_key or node.mark).problem(what, hint, path)
+        mark = node.place if isinstance(node.value, dict | list) else node.mark
+        return mark.problem(what, None, path)
 
     problems = []
-    special = _special_characters(spec)
-    if special:
-        problems.append(
-            problem(
-                "run_dir", f"must not contain {' or '.join(special)}, which have a meaning for Slurm or a container"
-            )
-        )
+    # Slurm expands % in log paths; commas and colons separate a container's mounts.
+    contained = any(spec.stage(name).slurm.container for name in spec.stage_names)
+    if special := sorted(set("%\\,:" if contained else "%\\") & set(spec.run_dir)):
+        what = f"must not contain {' or '.join(special)}, which have a meaning for Slurm or a container"
+        problems.append(problem("run_dir", what))
     for name in spec.stage_names:
         derivations = {"tensor_parallel": data_ranks, "global_batch": derive_batch}
         for field, derive in derivations.items():
@@ -125,16 +111,9 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
         problems.append(problem("data.held_out", f"leaves the {EVALUATION.name} stage without data"))
     paired = next((name for name in spec.stage_names if kind_of(name).data is Data.PAIRS), None)
     if paired and all(source.format in _PAIRLESS for source in spec.data.sources):
-        problems.append(
-            problem("data.sources", f"none contains pairs of responses, which the {paired} stage trains on")
-        )
+        what = f"none contains pairs of responses, which the {paired} stage trains on"
+        problems.append(problem("data.sources", what))
     return problems
-
-
-def _special_characters(spec: JobSpec) -> list[str]:
-    """Special characters in run_dir: Slurm expands % in log paths; commas and colons separate mounts."""
-    contained = any(spec.stage(name).slurm.container for name in spec.stage_names)
-    return sorted(set("%\\,:" if contained else "%\\") & set(spec.run_dir))
 
 
 def in_order(problems: list[Problem]) -> list[Problem]:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from hpc_rlhf.errors import Problem
 from hpc_rlhf.spec.fields import PATTERN_WORDS
@@ -79,44 +80,39 @@ class _Error:
         return self.type in _KINDS and self.path in self.unions
 
     @property
-    def is_echo(self) -> bool:
-        """Whether it calls a list too short only because of errors in its entries."""
-        return self.type == "too_short" and bool(self.node.value)
-
-    @property
     def mark(self) -> Mark:
         by_key = self.at_key or self.type == "extra_forbidden" or isinstance(self.node.value, dict | list)
-        return self.node.key if by_key and self.node.key else self.node.mark
+        return self.node.place if by_key else self.node.mark
 
     def problem(self, kinds: list[str]) -> Problem:
-        what, hint = self._words(kinds)
-        return self.mark.problem(what, hint, ".".join(_shown_key(step) for step in self.path))
-
-    def _words(self, kinds: list[str]) -> tuple[str, str | None]:
+        """The problem. `kinds` are the kinds of values that are allowed here, if the value is of another one."""
         value = self.node.value
-        if self.type == "missing":
-            return "is missing", _description(self.path)
-        if self.type == "extra_forbidden":
-            return "is not a field", _close_fields(self.path)
-        if self.type in _KINDS:
-            quotes = "text" in kinds and isinstance(value, bool | int | float)
-            return (f"must be {' or '.join(kinds)}, not {_shown(value)}", "put it in quotes" if quotes else None)
-        if self.type == "string_pattern_mismatch":
-            return f"{_shown(value)} {PATTERN_WORDS[self.context['pattern']]}", None
         hint = None
+        if self.type == "missing":
+            what, hint = "is missing", _description(self.path)
+        elif self.type == "extra_forbidden":
+            what, hint = "is not a field", _close_fields(self.path)
+        elif self.type in _KINDS:
+            what = f"must be {' or '.join(kinds)}, not {_shown(value)}"
+            hint = "put it in quotes" if "text" in kinds and isinstance(value, bool | int | float) else None
+        elif self.type == "string_pattern_mismatch":
+            what = f"{_shown(value)} {PATTERN_WORDS[self.context['pattern']]}"
+        elif self.type in _SENTENCES:
+            what = _SENTENCES[self.type].format(value=_shown(value), **self.context)
+        else:
+            what = self.message[0].lower() + self.message[1:]
         if self.type == "literal_error":
             close = get_close_matches(str(value), re.findall(r"[\w-]+", self.context["expected"]), 1)
             hint = f"did you mean {close[0]}?" if close else None
-        sentence = _SENTENCES.get(self.type)
-        if sentence is None:
-            return self.message[0].lower() + self.message[1:], None
-        return sentence.format(value=_shown(value), **self.context), hint
+        return self.mark.problem(what, hint, ".".join(_shown_key(step) for step in self.path))
 
 
 def problems_of(invalid: ValidationError, root: Node) -> list[Problem]:
     """The problems of a spec, without duplicates."""
     raw = invalid.errors(include_url=False, include_input=False)
-    errors = [error for error in (_Error(each, root) for each in raw[:_MOST]) if not error.is_echo]
+    errors = [_Error(each, root) for each in raw[:_MOST]]
+    # A list is also called too short if its entries have errors.
+    errors = [error for error in errors if not (error.type == "too_short" and error.node.value)]
     problems: dict[tuple[Mark | str, str], Problem] = {}
     for error in errors:
         kinds = [_KINDS.get(error.type, "")]
@@ -144,8 +140,7 @@ def _below(node: Node, step: str | int) -> Node | None:
 
 def _close_fields(path: tuple[str | int, ...]) -> str | None:
     """Suggestions for an unknown field."""
-    model = _model_at(path[:-1])
-    fields = list(model.model_fields) if model else []
+    fields = _fields_at(path[:-1])
     wrong = str(path[-1]).replace("-", "_").lower()
     close = [name for name in _ELSEWHERE.get(wrong, ()) if name in fields]
     close = close or [name for name in fields if wrong in name.split("_")] or get_close_matches(wrong, fields, 1)
@@ -155,20 +150,20 @@ def _close_fields(path: tuple[str | int, ...]) -> str | None:
 
 
 def _description(path: tuple[str | int, ...]) -> str | None:
-    model = _model_at(path[:-1])
-    field = model.model_fields.get(str(path[-1])) if model else None
-    return " ".join(field.description.split()).split(". ")[0].rstrip(".") if field and field.description else None
+    """The first sentence of a field's description."""
+    field = _fields_at(path[:-1]).get(str(path[-1]))
+    words = field.description.split() if field and field.description else []
+    return " ".join(words).split(". ")[0].rstrip(".") or None
 
 
-def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The model at a path."""
+def _fields_at(path: tuple[str | int, ...]) -> dict[str, FieldInfo]:
+    """The fields of the model at a path."""
     model: type[BaseModel] | None = JobSpec
     for step in path:
-        if isinstance(step, int):
-            continue  # the entries of a list have the model in its annotation
-        field = model.model_fields.get(step) if model else None
-        model = _model_in(field.annotation) if field else None
-    return model
+        if isinstance(step, str):  # the entries of a list have the model in its annotation
+            field = model.model_fields.get(step) if model else None
+            model = _model_in(field.annotation) if field else None
+    return model.model_fields if model else {}
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:

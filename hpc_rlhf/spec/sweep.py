@@ -72,23 +72,17 @@ class Sweep:
 
 
 def load_any(path: Path | str, sets: Sequence[str] = ()) -> JobSpec | Sweep:
-    """Load a user's spec, of a single run or a sweep.
-
-    Args:
-        path: the spec file.
-        sets: options `a.b.c=VALUE` to apply, in order.
+    """Load a user's spec, of a single run or a sweep, with the options `a.b.c=VALUE` applied in order.
 
     Raises:
         SpecError: every problem in it or in any of the runs, with its place.
     """
     root = read_layers(Path(path), sets)
-    sweep = root.get("sweep")
-    if sweep is None or sweep.value is None:
+    if not root.is_set("sweep"):
         return check_tree(root)
-    assert isinstance(root.value, dict)
-    axes = _axes(root, sweep)
+    axes = _axes(root, root.fields["sweep"])
     limit = _limit(root)
-    base = replace(root, value={key: node for key, node in root.value.items() if key not in _FIELDS})
+    base = replace(root, value={key: node for key, node in root.fields.items() if key not in _FIELDS})
     members = _members(base, axes)
     return Sweep(Path(members[0].spec.run_dir).parent, limit, members)
 
@@ -130,11 +124,7 @@ def _fingerprint(spec: JobSpec, stage: str) -> str:
 
 
 def _axes(root: Node, sweep: Node) -> dict[str, Node]:
-    """The lists of values by path.
-
-    Raises:
-        SpecError: a path or a list is invalid.
-    """
+    """The lists of values by path. Raises SpecError if a path or a list is invalid."""
     if not isinstance(sweep.value, dict) or not sweep.value:
         what = "must map paths to lists of values"
         raise SpecError([sweep.mark.problem(what, "such as {stages.ppo.kl_coef: [0.02, 0.1]}", "sweep")])
@@ -142,28 +132,21 @@ def _axes(root: Node, sweep: Node) -> dict[str, Node]:
     count = math.prod(len(node.value) for node in sweep.value.values() if isinstance(node.value, list))
     if not problems and count > MAX_RUNS:
         hint = "use fewer values, or several sweeps"
-        problems.append(
-            (sweep.key or sweep.mark).problem(f"makes {count} runs; the maximum is {MAX_RUNS}", hint, "sweep")
-        )
+        problems.append(sweep.place.problem(f"makes {count} runs; the maximum is {MAX_RUNS}", hint, "sweep"))
     if problems:
         raise SpecError(in_order(problems))
     return sweep.value
 
 
 def _problems(root: Node, path: str, node: Node) -> Iterator[Problem]:
-    keys, key = path.split("."), node.key or node.mark
+    keys = path.split(".")
     if not all(keys) or keys[0] in _OWN:
         what = "cannot differ between the runs of a sweep"
-        yield key.problem(what, "name a field by its path, such as stages.ppo.kl_coef", f"sweep.{path}")
-    elif keys[0] == "stages" and keys[2:] and _is_absent(root, keys[1]):
-        yield key.problem(f"this spec has no {keys[1]} stage", None, f"sweep.{path}")
+        yield node.place.problem(what, "name a field by its path, such as stages.ppo.kl_coef", f"sweep.{path}")
+    elif keys[0] == "stages" and keys[2:] and keys[1] in STAGE_NAMES and not root.is_set(*keys[:2]):
+        yield node.place.problem(f"this spec has no {keys[1]} stage", None, f"sweep.{path}")
     if not isinstance(node.value, list) or not node.value:
         yield node.mark.problem("must be a list of values", "such as [0.02, 0.1]", f"sweep.{path}")
-
-
-def _is_absent(root: Node, stage: str) -> bool:
-    node = root.get("stages", stage)
-    return stage in STAGE_NAMES and (node is None or node.value is None)
 
 
 def _limit(root: Node) -> int | None:
@@ -176,11 +159,7 @@ def _limit(root: Node) -> int | None:
 
 
 def _members(base: Node, axes: Mapping[str, Node]) -> tuple[Member, ...]:
-    """The runs for all combinations of values.
-
-    Raises:
-        SpecError: every problem in any of them.
-    """
+    """The runs for all combinations of values. Raises SpecError with every problem in any of them."""
     labels = short_names(list(axes))
     named: dict[str, dict[str, Node]] = {}
     lists = [node.value for node in axes.values() if isinstance(node.value, list)]
@@ -207,7 +186,7 @@ def _members(base: Node, axes: Mapping[str, Node]) -> tuple[Member, ...]:
 def _member(base: Node, name: str, by_path: Mapping[str, Node], axes: Mapping[str, Node]) -> Member:
     tree = base
     for path, node in by_path.items():
-        tree = put(tree, path.split("."), node, axes[path].key or node.mark)
+        tree = put(tree, path.split("."), node, axes[path].place)
     spec = check_tree(tree)
     # Slurm shows the run's name, which allows fewer characters than the folder.
     shown = _truncate(f"{spec.name}.{name.replace('=', '-').replace('+', '.')}", 128)

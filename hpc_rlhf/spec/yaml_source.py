@@ -59,6 +59,10 @@ class Mark:
     def problem(self, what: str, hint: str | None = None, path: str = "") -> Problem:
         return Problem(self.source, self.line, self.column, path, what, hint)
 
+    def at(self, line: int, column: int) -> Mark:
+        """A place in this file, by line and column from 0; an option has no others."""
+        return Mark(self.source, line + 1, column + 1) if self.line else self
+
 
 @dataclass(frozen=True)
 class Node:
@@ -76,6 +80,13 @@ class Node:
     key: Mark | None = None
     height: int = field(default=1, repr=False)
 
+    @classmethod
+    def of(cls, plain: Any) -> Node:
+        """The nodes of plain values, which have no places."""
+        if isinstance(plain, dict):
+            return Node({key: Node.of(value) for key, value in plain.items()}, Mark(""))
+        return Node([*map(Node.of, plain)] if isinstance(plain, list) else plain, Mark(""))
+
     def plain(self) -> Any:
         """The value without places; sequences become tuples, as in the models."""
         if isinstance(self.value, dict):
@@ -84,25 +95,36 @@ class Node:
             return tuple(node.plain() for node in self.value)
         return self.value
 
+    @property
+    def place(self) -> Mark:
+        """The place of its key, or of its value if it has none."""
+        return self.key or self.mark
+
+    @property
+    def fields(self) -> dict[str, Node]:
+        """The fields of a mapping; any other value has none."""
+        return self.value if isinstance(self.value, dict) else {}
+
     def get(self, *path: str) -> Node | None:
         """The node at a path of mapping keys."""
         node: Node | None = self
         for key in path:
-            node = node.value.get(key) if node is not None and isinstance(node.value, dict) else None
+            node = node.fields.get(key) if node is not None else None
         return node
+
+    def is_set(self, *path: str) -> bool:
+        """Whether the node at a path exists and is not null."""
+        node = self.get(*path)
+        return node is not None and node.value is not None
 
 
 def read_yaml(path: Path, shown: str) -> Node:
-    """Read a file that contains a mapping.
-
-    Args:
-        path: the file.
-        shown: its name in messages.
+    """Read a file that contains a mapping. Messages call it `shown`.
 
     Raises:
         SpecError: the file cannot be read, or is not such YAML.
     """
-    mark = Mark(shown)
+    mark, start = Mark(shown), Mark(shown, 1, 1)
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -115,10 +137,10 @@ def read_yaml(path: Path, shown: str) -> Node:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        column = error.start - (raw.rfind(b"\n", 0, error.start) + 1) + 1
-        raise SpecError([Mark(shown, line, column).problem("is not UTF-8 text")]) from error
-    node = parse_yaml(text, Mark(shown, 1, 1))
+        line = raw.count(b"\n", 0, error.start)
+        column = error.start - (raw.rfind(b"\n", 0, error.start) + 1)
+        raise SpecError([start.at(line, column).problem("is not UTF-8 text")]) from error
+    node = parse_yaml(text, start)
     if node.value is None:
         raise SpecError([mark.problem("is empty", "`hpc-rlhf init` writes a spec to start from")])
     if not isinstance(node.value, dict):
@@ -131,15 +153,13 @@ def parse_yaml(text: str, origin: Mark) -> Node:
     if bad := _UNPRINTABLE.search(text):
         line = text.count("\n", 0, bad.start())
         column = bad.start() - (text.rfind("\n", 0, bad.start()) + 1)
-        place = replace(origin, line=line + 1, column=column + 1) if origin.line else origin
-        raise SpecError([place.problem(f"contains the control character {bad.group()!a}")])
+        raise SpecError([origin.at(line, column).problem(f"contains the control character {bad.group()!a}")])
     try:
         node = yaml.compose(text, Loader=_Loader)
         return Node(None, origin) if node is None else _Converter(origin).convert(node)
     except yaml.MarkedYAMLError as error:
-        place = origin
-        if origin.line and error.problem_mark is not None:
-            place = replace(origin, line=error.problem_mark.line + 1, column=error.problem_mark.column + 1)
+        at = error.problem_mark
+        place = origin if at is None else origin.at(at.line, at.column)
         what = error.problem or error.context or "it does not parse"
         if isinstance(error, _Refused):
             raise SpecError([place.problem(what, error.note)]) from error
@@ -244,8 +264,7 @@ class _Converter:
         return str(node.value)
 
     def _mark(self, node: yaml.Node) -> Mark:
-        start = node.start_mark
-        return Mark(self._origin.source, start.line + 1, start.column + 1) if self._origin.line else self._origin
+        return self._origin.at(node.start_mark.line, node.start_mark.column)
 
 
 def _plain_scalar(text: str) -> Scalar:

@@ -117,7 +117,7 @@ def chosen(spec: JobSpec, gib: float, speeds: list[dict[str, float]]) -> Choice:
     """The choice for this machine's ranks if each were a GPU with this much memory."""
     slow = {name: min(one[name] for one in speeds) for name in speeds[0]}
     flops, memory, link = slow["flops"] / MFU / 1e12, slow["memory"] / DECODE_SHARE / 1e9, slow["link"] / 1e9
-    gpus._GPUS[NAME] = gpus.Gpu(gib, flops, flops, memory, link)
+    gpus.GPUS[NAME] = gpus.Gpu(gib, flops, flops, memory, link)
     slurm = spec.stage("sft").slurm.model_copy(update={"gpus_per_node": RANKS, "gpu": NAME})
     return choose(spec.with_stages(sft={"slurm": slurm}), "sft", {"zero": None, "micro_batch": None})
 

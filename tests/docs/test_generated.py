@@ -16,7 +16,7 @@ import pytest
 from hpc_rlhf.cli import VERBS, group
 from hpc_rlhf.run.events import KINDS
 from hpc_rlhf.run.layout import Inside, RunDir, StageDir
-from hpc_rlhf.spec.schema import json_schema
+from hpc_rlhf.spec.job import json_schema
 from tests.docs.pages import ROOT
 from tests.docs.test_snippets import check_command
 

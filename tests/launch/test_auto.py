@@ -16,9 +16,8 @@ from hpc_rlhf.estimate.step_time import step_parts
 from hpc_rlhf.launch import auto
 from hpc_rlhf.launch.auto import Choice, choose, load, resolve
 from hpc_rlhf.launch.prepare import claim, prepare
-from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.job import JobSpec, json_schema
 from hpc_rlhf.spec.load import load_spec, read_spec
-from hpc_rlhf.spec.schema import json_schema
 from hpc_rlhf.spec.sweep import Sweep
 from tests.launch.specs import make_spec
 
@@ -89,8 +88,8 @@ def test_a_smaller_gpu_is_never_faster(tmp_path: Path, monkeypatch: pytest.Monke
     file = write(tmp_path, sft=all_auto())
     steps = []
     for gib in range(5, 80, 3):
-        same = gpus._GPUS["a100-80g"].__dict__ | {"gib": float(gib)}
-        monkeypatch.setitem(gpus._GPUS, "made-up", gpus.Gpu(**same))
+        same = gpus.GPUS["a100-80g"].__dict__ | {"gib": float(gib)}
+        monkeypatch.setitem(gpus.GPUS, "made-up", gpus.Gpu(**same))
         try:
             spec, _ = resolve(load_spec(file, ["slurm.gpu=made-up"]))
         except SpecError:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, model_validator
 
-from hpc_rlhf.spec.fields import Model
+from hpc_rlhf.spec.fields import Model, add_fields
 from hpc_rlhf.spec.stages.dpo import DPO, DpoSpec
 from hpc_rlhf.spec.stages.eval import EVAL, EvalSpec
 from hpc_rlhf.spec.stages.kind import Data, Plot, StageKind
@@ -44,7 +44,8 @@ def kind_of(stage: str | type) -> StageKind:
     return next(kind for kind in STAGE_KINDS if kind.spec is stage)
 
 
-class _Stages(Model):
+@add_fields({kind.name: (kind.spec | None, Field(default=None, description=kind.description)) for kind in STAGE_KINDS})
+class StagesSpec(Model):
     """The stages to run. PPO and DPO start from the SFT model, if there is one; PPO needs a reward model."""
 
     if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class _Stages(Model):
         def __getattr__(self, name: str) -> Any: ...
 
     @model_validator(mode="after")
-    def _check_graph(self) -> _Stages:
+    def _check_graph(self) -> StagesSpec:
         trained = [kind.name for kind in STAGE_KINDS if kind.trains]
         if all(getattr(self, name) is None for name in trained):
             raise ValueError(f"set at least one stage: {', '.join(trained[:-1])} or {trained[-1]}")
@@ -61,15 +62,3 @@ class _Stages(Model):
                 if getattr(self, kind.name) is not None and getattr(self, required) is None:
                     raise ValueError(f"{kind.name} needs the {required} stage")
         return self
-
-
-if TYPE_CHECKING:
-    StagesSpec = _Stages
-else:
-    StagesSpec = create_model(
-        "StagesSpec",
-        __base__=_Stages,
-        __doc__=_Stages.__doc__,
-        __module__=__name__,
-        **{kind.name: (kind.spec | None, Field(default=None, description=kind.description)) for kind in STAGE_KINDS},
-    )

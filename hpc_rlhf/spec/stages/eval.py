@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from hpc_rlhf.spec.fields import NonNegative, Positive
+from hpc_rlhf.spec.fields import NonNegative, Positive, TopK, TopP
 from hpc_rlhf.spec.stages.kind import Data, StageKind
-from hpc_rlhf.spec.stages.sampling import TopK, TopP
 from hpc_rlhf.spec.training import StageSpec
 
 

@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate
+from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate, TopK, TopP
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages.kind import SENT, THROUGHPUT, Data, Plot, StageKind
-from hpc_rlhf.spec.stages.sampling import TopK, TopP
 from hpc_rlhf.spec.training import LoraSpec, ReferredSpec, StageSpec
 
 
