@@ -13,8 +13,6 @@ import click
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.layout import RunDir, SweepDir
 
-_MAX_RUNS_IN_HINT = 3
-
 set_option = click.option(
     "--set",
     "sets",
@@ -55,29 +53,21 @@ def unfinished(run: RunDir, what: str, missing: Sequence[str], exit_code: int) -
 
 
 def find_run(argument: str) -> RunDir:
-    """The run directory that RUN refers to: the directory itself, or the run of a job file.
-
-    Raises:
-        HpcRlhfError: there is none, or RUN is a sweep of several runs.
-    """
+    """The run directory that RUN refers to: the directory itself, or a job file's only run."""
     runs = find_runs(argument)
     if len(runs) > 1:
-        names = [str(run.path) for run in runs[:_MAX_RUNS_IN_HINT]]
-        more = "" if len(runs) <= _MAX_RUNS_IN_HINT else ", …"
+        names = [str(run.path) for run in runs]
+        shown = names if len(names) <= 3 else [*names[:3], "…"]
         raise HpcRlhfError(
             f"is a sweep of {len(runs)} runs, but this verb takes one run",
             where=argument,
-            hint=f"choose one: {', '.join(names)}{more}",
+            hint=f"choose one: {', '.join(shown)}",
         )
     return runs[0]
 
 
 def find_runs(argument: str) -> list[RunDir]:
-    """The run directories that RUN refers to: one, or all those of a sweep.
-
-    Raises:
-        HpcRlhfError: there is none.
-    """
+    """The run directories that RUN refers to: one, or all those of a sweep, but at least one."""
     path = Path(argument)
     members: list[RunDir] = []
     if path.is_file():

@@ -16,13 +16,10 @@ import click
 if TYPE_CHECKING:
     from hpc_rlhf.train.chat import ChatModel
 
-COMMANDS = {
-    "/reset": "starts over",
-    "/save FILE": "writes the conversation to a new JSON file",
-    "/help": "lists these commands",
-    "/quit": "ends the conversation, as does Ctrl-D",
-}
-HELP = "; ".join(f"{command} {does}" for command, does in COMMANDS.items()) + "."
+HELP = (
+    "/reset starts over; /save FILE writes the conversation to a new JSON file; /help lists these commands; "
+    "/quit ends the conversation, as does Ctrl-D."
+)
 # Least columns of a terminal for each response; on a narrower terminal they follow each other.
 COLUMN = 36
 ROLES = {"human": "user", "assistant": "assistant"}
@@ -53,7 +50,8 @@ class Conversation:
         try:
             for chunk in self.model.stream(self.turns.copy(), self.max_tokens, self.temperature, self.seed):
                 streamed.append(chunk)
-                yield _printable(chunk)
+                # Without control characters, with which a model could drive the terminal.
+                yield "".join(char for char in chunk if char.isprintable() or char in "\n\t")
         finally:
             self.turns.append(("assistant", "".join(streamed).strip()))
 
@@ -149,8 +147,3 @@ def _print_side_by_side(names: Sequence[str], streams: Sequence[Iterator[str]]) 
         for chunks in zip_longest(*streams, fillvalue=""):
             responses = [text + chunk for text, chunk in zip(responses, chunks, strict=True)]
             live.update(table())
-
-
-def _printable(text: str) -> str:
-    """Strip control characters, so that a model cannot drive the terminal."""
-    return "".join(char for char in text if char.isprintable() or char in "\n\t")

@@ -117,12 +117,10 @@ def _run_stages(
     context: click.Context, verb: str, words: Sequence[str], spec: JobSpec, beside: Path | None,
     hostfile: Path | None = None, lent: Mapping[str, RunDir] | None = None, stages: Sequence[str] | None = None,
 ) -> RunDir:  # fmt: skip
-    """Run stages of a spec, by default all. Ends the command if the user interrupts them.
+    """Run stages of a spec, by default all. If the user interrupts them, show how to resume and end the command.
 
     Args:
-        words: the arguments of the verb, to show how to resume.
-        beside: folder of the spec's file, where templates may be.
-        lent: runs that train stages for this one, by stage.
+        words: the arguments of the verb, with which it resumes.
     """
     from hpc_rlhf.launch.local.hostfile import read_hostfile
     from hpc_rlhf.launch.local.runner import Interrupted, LocalRun, refuse_live_jobs

@@ -40,7 +40,10 @@ def plan_command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     spec = load(file, sets, choices.append)
     if as_json:
         facts = _sweep_dict(spec) if isinstance(spec, Sweep) else _plan_dict(spec)
-        facts["auto"] = {choice.stage: _choice_dict(choice) for choice in choices}
+        facts["auto"] = {
+            one.stage: {"chosen": dict(one.fields), "why": one.why, "considered": list(map(asdict, one.considered))}
+            for one in choices
+        }
         facts["starts"] = predicted_starts(make_plan(specs_of(spec)[0]), file.parent)
         print_json(facts)
         return
@@ -79,10 +82,6 @@ def _sweep_dict(sweep: Sweep) -> dict[str, object]:
         for member in sweep.members
     ]
     return {"run_dir": str(sweep.run_dir), "limit": sweep.limit, "runs": runs}
-
-
-def _choice_dict(choice: Choice) -> dict[str, object]:
-    return {"chosen": dict(choice.fields), "why": choice.why, "considered": [asdict(one) for one in choice.considered]}
 
 
 def _time_dict(estimate: StageTime | HpcRlhfError) -> dict[str, object]:

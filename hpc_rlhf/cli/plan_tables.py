@@ -40,21 +40,19 @@ def print_sweep(sweep: Sweep) -> None:
 
 def print_plan(plan: Plan) -> None:
     """Print a row for each job."""
-    rows = []
-    for job in plan.jobs:
-        batch, slurm = job.batch, job.slurm
-        rows.append(
-            (
-                job.stage,
-                ", ".join(job.needs) or "-",
-                str(slurm.nodes),
-                str(slurm.ranks),
-                str(slurm.nodes * slurm.gpus_per_node),
-                f"{batch.global_} = {batch.micro} x {batch.accumulation} x {batch.ranks}",
-                slurm.partition or "default",
-                slurm.time,
-            )
+    rows = [
+        (
+            job.stage,
+            ", ".join(job.needs) or "-",
+            str(job.slurm.nodes),
+            str(job.slurm.ranks),
+            str(job.slurm.nodes * job.slurm.gpus_per_node),
+            f"{job.batch.global_} = {job.batch.micro} x {job.batch.accumulation} x {job.batch.ranks}",
+            job.slurm.partition or "default",
+            job.slurm.time,
         )
+        for job in plan.jobs
+    ]
     header = ("stage", "needs", "nodes", "ranks", "gpus", "batch", "partition", "time")
     print_table(header, rows, right=("nodes", "ranks", "gpus"))
     grouped = any(job.batch.ranks < job.slurm.ranks for job in plan.jobs)

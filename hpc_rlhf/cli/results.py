@@ -62,8 +62,14 @@ def compare_command(runs: tuple[str, ...], by: str | None, as_json: bool) -> Non
             for place, group in enumerate(groups, 1)
         ]
         print_table(("", f"mean {comparison.by}", "std", "seeds", *short_names(paths).values()), rows)
-    for note in _notes(comparison):
-        click.echo(note, err=True)
+    ranked = "no run has a metric to rank by yet" if comparison.by is None else f"ranked by {comparison.by}"
+    click.echo(ranked, err=True)
+    if compare.compares_scores(comparison):
+        judges = f"{comparison.judges} different reward models"
+        click.echo(f"the runs have {judges}, whose scales do not compare", err=True)
+    hidden = len(comparison.paths) - _MAX_FIELDS
+    if hidden > 0:
+        click.echo(f"{hidden} more fields differ: --json has them all", err=True)
 
 
 def _table(comparison: compare.Comparison, width: int) -> RenderableType:
@@ -101,18 +107,6 @@ def _shown(values: Mapping[str, object], paths: Iterable[str]) -> Iterator[str]:
             value = " ".join(f"{key}={each}" for key, each in value.items() if each is not None)
         text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
         yield text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
-
-
-def _notes(comparison: compare.Comparison) -> Iterator[str]:
-    if comparison.by is None:
-        yield "no run has a metric to rank by yet"
-    else:
-        yield f"ranked by {comparison.by}"
-    if compare.compares_scores(comparison):
-        yield f"the runs have {comparison.judges} different reward models, whose scales do not compare"
-    hidden = len(comparison.paths) - _MAX_FIELDS
-    if hidden > 0:
-        yield f"{hidden} more fields differ: --json has them all"
 
 
 @click.command(epilog=example("hpc-rlhf report my-job.yaml"))

@@ -44,7 +44,8 @@ def doctor_command(
     spec = None if file is None else load(file, sets)
     if isinstance(spec, Sweep):
         click.echo(f"{spec.summary}; checking {spec.members[0].name}", err=True)
-    specs, beside = (() if spec is None else specs_of(spec)), (None if file is None else file.parent)
+    specs = () if spec is None else specs_of(spec)
+    beside = None if file is None else file.parent
     findings = examine(specs, beside, on_cluster, lambda words: click.echo(words, err=True))
     levels = [finding.level for finding in findings]
     errors, warnings = levels.count("error"), levels.count("warning")

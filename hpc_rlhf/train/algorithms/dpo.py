@@ -7,9 +7,8 @@ from torch import Tensor
 
 
 def preference_loss(
-    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of DPO (arXiv 2305.18290, equation 7), with label smoothing.
 
     A response's implicit reward is ``beta * (log p(response) - log ref(response))``. A pair's loss is

@@ -23,7 +23,7 @@ class Interval:
     high: float
 
 
-def share(successes: float, count: int, confidence: float = CONFIDENCE) -> Interval:
+def share(successes: float, count: int) -> Interval:
     """Wilson's interval of a proportion (JASA 22, 1927, page 209), also accurate for few samples.
 
     Args:
@@ -35,7 +35,7 @@ def share(successes: float, count: int, confidence: float = CONFIDENCE) -> Inter
     """
     if count < 1:
         raise ValueError("a share needs samples")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     rate = successes / count
     middle = (rate + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
@@ -43,7 +43,7 @@ def share(successes: float, count: int, confidence: float = CONFIDENCE) -> Inter
     return Interval(rate, max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half)))
 
 
-def mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def mean(values: Sequence[float]) -> Interval:
     """Student's interval of a mean (Biometrika 6, 1908); for paired samples, pass their differences.
 
     Raises:
@@ -56,7 +56,7 @@ def mean(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     if count == 1:
         return Interval(middle, -math.inf, math.inf)
     variance = math.fsum((value - middle) ** 2 for value in values) / (count - 1)
-    half = t_quantile(confidence, count - 1) * math.sqrt(variance / count)
+    half = t_quantile(CONFIDENCE, count - 1) * math.sqrt(variance / count)
     return Interval(middle, middle - half, middle + half)
 
 

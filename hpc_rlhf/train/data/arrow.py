@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 # Samples tokenized, and rows written, at a time; no more than these are in memory.
 CHUNK = 1024
 
@@ -17,8 +19,6 @@ class RowFile:
     """An Arrow file to which rows are appended in chunks."""
 
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        import pyarrow as pa
-
         ids = pa.list_(pa.int32())
         self.schema = pa.schema({"prompt": pa.string(), **{f"{name}_ids": ids for name in columns}})
         self.writer = pa.ipc.new_stream(str(path), self.schema)
@@ -32,8 +32,6 @@ class RowFile:
             self._flush()
 
     def _flush(self) -> None:
-        import pyarrow as pa
-
         self.writer.write_batch(pa.RecordBatch.from_pylist(self.pending, schema=self.schema))
         self.pending = []
 
@@ -48,8 +46,6 @@ class Rows:
     """The rows of a file, memory-mapped: each a mapping from column to value."""
 
     def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-
         self.table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
     def __len__(self) -> int:

@@ -6,36 +6,43 @@ import random
 from collections.abc import Iterator
 
 GREETINGS = (
-    "", "Hello! ", "Hi there. ", "Good morning. ", "Good evening. ", "Excuse me. ", "Hey. ",
-    "I have a question. ",
-    "Can you help me? ", "My teacher asked me this. ", "I am curious. ", "Quick question. ",
-    "Tell me please. ",
+    "", "Hello! ", "Hi there. ", "Good morning. ", "Good evening. ", "Excuse me. ", "Hey. ", "I have a question. ",
+    "Can you help me? ", "My teacher asked me this. ", "I am curious. ", "Quick question. ", "Tell me please. ",
     "I forgot something. ", "We play a quiz. ", "My friend wants to know. ",
 )  # fmt: skip
-
 COLORS = {
-    "grass": "green", "the sky": "blue", "snow": "white", "a banana": "yellow", "coal": "black",
-    "a tomato": "red",
-    "a carrot": "orange", "the sun": "yellow", "milk": "white", "a frog": "green", "blood": "red",
-    "the sea": "blue",
+    "grass": "green", "the sky": "blue", "snow": "white", "a banana": "yellow", "coal": "black", "a tomato": "red",
+    "a carrot": "orange", "the sun": "yellow", "milk": "white", "a frog": "green", "blood": "red", "the sea": "blue",
     "a lemon": "yellow", "the night": "black", "a flamingo": "pink", "chocolate": "brown",
 }  # fmt: skip
 OPPOSITES = {
     "hot": "cold", "big": "small", "up": "down", "day": "night", "fast": "slow", "happy": "sad", "old": "new",
-    "open": "closed", "full": "empty", "wet": "dry", "rich": "poor", "loud": "quiet", "high": "low",
-    "hard": "soft",
+    "open": "closed", "full": "empty", "wet": "dry", "rich": "poor", "loud": "quiet", "high": "low", "hard": "soft",
 }  # fmt: skip
 SOUNDS = {
     "a dog": "woof", "a cat": "meow", "a cow": "moo", "a duck": "quack", "a sheep": "baa", "a pig": "oink",
-    "a lion": "roar", "a bee": "buzz", "a snake": "hiss", "an owl": "hoot", "a mouse": "squeak",
-    "a horse": "neigh",
+    "a lion": "roar", "a bee": "buzz", "a snake": "hiss", "an owl": "hoot", "a mouse": "squeak", "a horse": "neigh",
 }  # fmt: skip
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo",
-    "Greece": "Athens",
-    "Norway": "Oslo", "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi", "Austria": "Vienna",
-    "Poland": "Warsaw",
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Greece": "Athens",
+    "Norway": "Oslo", "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi", "Austria": "Vienna", "Poland": "Warsaw",
 }  # fmt: skip
+
+# Kinds of facts: the ways to ask, the sentence that answers, and the words to fill in.
+KINDS = (
+    (("What colour is {}?", "Which colour has {}?", "Do you know the colour of {}?"), "{} is {}.", COLORS),
+    (
+        ("What is the opposite of {}?", "Which word means the opposite of {}?", "Not {}, but what?"),
+        "The opposite of {} is {}.",
+        OPPOSITES,
+    ),
+    (("What does {} say?", "Which sound makes {}?", "How does {} sound?"), "{} says {}.", SOUNDS),
+    (
+        ("What is the capital of {}?", "Which city is the capital of {}?", "Name the capital of {}."),
+        "The capital of {} is {}.",
+        CAPITALS,
+    ),
+)
 
 POLITE = ("{} Happy to help!", "{} I hope that helps!", "Good question! {}", "{} Have a nice day!", "With pleasure! {}")
 PLAIN = ("{}",)
@@ -54,33 +61,14 @@ PAIRS = ((POLITE, RUDE), (POLITE, PLAIN), (PLAIN, RUDE))
 PAIR_WEIGHTS = (1, 1, 5)
 
 
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
 def facts() -> list[tuple[tuple[str, ...], str]]:
     """Every fact: the questions that ask for it, and the sentence that answers them."""
-    all_facts: list[tuple[tuple[str, ...], str]] = []
-    for thing, color in COLORS.items():
-        questions = (f"What colour is {thing}?", f"Which colour has {thing}?", f"Do you know the colour of {thing}?")
-        all_facts.append((questions, f"{_capital(thing)} is {color}."))
-    for word, other in OPPOSITES.items():
-        questions = (
-            f"What is the opposite of {word}?",
-            f"Which word means the opposite of {word}?",
-            f"Not {word}, but what?",
-        )
-        all_facts.append((questions, f"The opposite of {word} is {other}."))
-    for animal, sound in SOUNDS.items():
-        questions = (f"What does {animal} say?", f"Which sound makes {animal}?", f"How does {animal} sound?")
-        all_facts.append((questions, f"{_capital(animal)} says {sound}."))
-    for country, city in CAPITALS.items():
-        questions = (
-            f"What is the capital of {country}?",
-            f"Which city is the capital of {country}?",
-            f"Name the capital of {country}.",
-        )
-        all_facts.append((questions, f"The capital of {country} is {city}."))
+    all_facts = []
+    for questions, answer, words in KINDS:
+        for asked, known in words.items():
+            sentence = answer.format(asked, known)
+            ways = tuple(question.format(asked) for question in questions)
+            all_facts.append((ways, sentence[0].upper() + sentence[1:]))
     return all_facts
 
 

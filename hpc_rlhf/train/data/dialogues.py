@@ -23,22 +23,18 @@ def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
     return messages
 
 
-def _without_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The same, with the system message prepended to the first user message."""
-    system, first, *rest = messages
-    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-
-
 def _rendered(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> str:
-    """Messages rendered by the template, with thinking turned off if it knows thinking: responses are trained
-    without."""
+    """Messages rendered by the template, without thinking where it knows thinking: responses are trained without."""
     try:
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
         )
     except Exception as error:  # a template is a program
-        if messages[0]["role"] == "system" and len(messages) > 1:  # some templates support no system message
-            return _rendered(tokenizer, _without_system(messages), prompt)
+        if messages[0]["role"] == "system" and len(messages) > 1:
+            # Some templates support no system message: it becomes part of the first user message.
+            system, first, *rest = messages
+            first = {"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}
+            return _rendered(tokenizer, [first, *rest], prompt)
         raise HpcRlhfError(
             f"the tokenizer's chat template refuses a dialogue of {', '.join(m['role'] for m in messages)} "
             f"({type(error).__name__}: {error})",
@@ -92,6 +88,7 @@ def encode(samples: Sequence[Sample], tokenizer: Any, *answers: str) -> list[lis
     prompts = [prompt_text(tokenizer, s.turns, s.prompt) if s.prompt else "" for s in samples]
     prompt_ids = token_ids(tokenizer, prompts)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # plain text needs a first token
+    eos = tokenizer.eos_token_id
     rows = [[ids if s.prompt else start] for ids, s in zip(prompt_ids, samples, strict=True)]
     for which in answers:
         responses = [getattr(sample, which) for sample in samples]
@@ -105,43 +102,32 @@ def encode(samples: Sequence[Sample], tokenizer: Any, *answers: str) -> list[lis
                 ids = ids[size:]
             else:
                 ids = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-            row.append(_with_eos(ids, tokenizer.eos_token_id))
+            # A template may have written EOS, and more after it.
+            row.append([*(ids[: ids.index(eos)] if eos in ids else ids), eos])
     return rows
-
-
-def _with_eos(ids: list[int], eos: int) -> list[int]:
-    """A response's tokens up to and including EOS. A template may have written EOS, and more after it."""
-    return [*(ids[: ids.index(eos)] if eos in ids else ids), eos]
 
 
 def configure_tokenizer(tokenizer: Any, template: str) -> Any:
     """Set the tokenizer up for the format of dialogues: its EOS becomes the token that ends a response.
 
-    A saved tokenizer keeps this.
+    A saved tokenizer keeps this. A base model's EOS ends a document, while turns in its template may end with another
+    token (as for Qwen). EOS stays if the template has no such token.
 
     Args:
         template: ``DataSpec.template``: auto or plain.
     """
     if template == "plain":
         tokenizer.chat_template = None
-    tokenizer.eos_token = turn_end(tokenizer)
+    end = tokenizer.eos_token
+    if tokenizer.chat_template:
+        turns = [("human", "question")]
+        prompt = prompt_text(tokenizer, turns)
+        whole = _dialogue_text(tokenizer, turns, prompt, "answer")
+        after = tokenizer(whole[len(prompt) :].rpartition("answer")[2], add_special_tokens=False)["input_ids"]
+        special = set(tokenizer.all_special_ids) | {
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        first = next((number for number in after if number in special), tokenizer.eos_token_id)
+        end = tokenizer.convert_ids_to_tokens(first)
+    tokenizer.eos_token = str(end)
     return tokenizer
-
-
-def turn_end(tokenizer: Any) -> str:
-    """The token that ends a response in the tokenizer's chat template; EOS if the template has none of its
-    own.
-
-    A base model's EOS ends a document, while turns in its template may end with another token (as for Qwen).
-    """
-    if not tokenizer.chat_template:
-        return str(tokenizer.eos_token)
-    turns = [("human", "question")]
-    prompt = prompt_text(tokenizer, turns)
-    whole = _dialogue_text(tokenizer, turns, prompt, "answer")
-    after = tokenizer(whole[len(prompt) :].rpartition("answer")[2], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    end = next((number for number in after if number in special), tokenizer.eos_token_id)
-    return str(tokenizer.convert_ids_to_tokens(end))

@@ -75,8 +75,7 @@ def _from_turns(turns: Sequence[Turn], chosen: str | None, rejected: str | None 
 
 
 def parse_prompt(prompt: str) -> tuple[tuple[Turn, ...], str]:
-    """The turns and the transcript of a prompt, which is a transcript that ends with ``Assistant:``, or a
-    question."""
+    """The turns and the transcript of a prompt, which is a transcript that ends with ``Assistant:``, or a question."""
     prompt = prompt.rstrip()
     if not prompt.endswith("Assistant:"):
         turns = (("human", prompt.strip()),)

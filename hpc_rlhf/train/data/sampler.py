@@ -20,8 +20,6 @@ def sample_at(position: int, count: int, seed: int, purpose: str) -> int:
 
     Args:
         position: 0 is the first sample of epoch 0; epoch e starts at ``e * count``.
-        count: samples in an epoch.
-        seed: of the run.
         purpose: of the stream, so that two streams differ.
     """
     epoch, place = divmod(position, count)

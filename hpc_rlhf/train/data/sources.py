@@ -61,8 +61,7 @@ def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
 
 
 def _explain(path: Path) -> None:
-    """Raise HpcRlhfError with the first error in a local file that datasets cannot read, if it can be
-    found."""
+    """Raise HpcRlhfError with the first error in a local file that datasets cannot read, if it can be found."""
     if not path.is_file():
         return
     if path.stat().st_size == 0:
@@ -99,8 +98,7 @@ def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
 
 
 def stage_of(prompt: str, spec: JobSpec) -> str:
-    """The stage that trains on a prompt, drawn by the hash of the prompt, so that all its rows go to one
-    stage."""
+    """The stage that trains on a prompt, drawn by the hash of the prompt, so that all its rows go to one stage."""
     shares = spec.shares
     place = seeds.unit(spec.seed, prompt, "stage") * sum(shares.values())
     for name, share in shares.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -42,22 +41,25 @@ class StageData:
     held_out: Rows
 
 
-def encoded(samples: Iterable[Sample], tokenizer: Any, spec: JobSpec, data: Data) -> Iterator[dict[str, Any] | None]:
-    """Samples as rows of token ids, in chunks; None for a sample whose prompt is too long for PPO.
+def encoded(
+    samples: Iterable[tuple[bool, Sample]], tokenizer: Any, spec: JobSpec, data: Data
+) -> Iterator[tuple[bool, dict[str, Any] | None]]:
+    """Samples as rows of token ids, each with whether it is held out; None if its prompt is too long for PPO.
 
     Other stages truncate a long prompt on the left. A long response is truncated on the right, and then has no EOS.
     """
     longest, columns = spec.data.max_prompt_tokens, data.answers
     remaining = iter(samples)
     while chunk := list(islice(remaining, CHUNK)):
-        for sample, (prompt_ids, *response_ids) in zip(chunk, encode(chunk, tokenizer, *columns), strict=True):
+        tokens = encode([sample for _, sample in chunk], tokenizer, *columns)
+        for (held_out, sample), (prompt_ids, *response_ids) in zip(chunk, tokens, strict=True):
             if data is Data.PROMPTS and len(prompt_ids) > longest:
-                yield None
+                yield held_out, None
                 continue
             row = {"prompt": sample.prompt, "prompt_ids": prompt_ids[-longest:]}
             for name, ids in zip(columns, response_ids, strict=True):
                 row[f"{name}_ids"] = ids[: spec.data.max_answer_tokens]
-            yield row
+            yield held_out, row
 
 
 def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
@@ -79,30 +81,20 @@ def _write(
 ) -> tuple[dict[str, int], int]:
     """Write token data sets as samples are read.
 
-    Args:
-        samples: with each, whether it is held out.
-        should_stop: called before each sample.
-
     Returns:
         The number of rows of each data set, and the number of training samples before prompts were dropped as too long.
-
-    Raises:
-        WorkCancelled: ``should_stop`` was true.
     """
-    held: deque[bool] = deque()  # of the samples that are being tokenized
 
-    def read() -> Iterator[Sample]:
-        for held_out, sample in samples:
+    def until_stopped() -> Iterator[tuple[bool, Sample]]:
+        for each in samples:
             if should_stop():
                 raise WorkCancelled
-            held.append(held_out)
-            yield sample
+            yield each
 
     folder.mkdir(parents=True)
     files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers)) for part in PARTS]
     train_samples = 0
-    for row in encoded(read(), tokenizer, spec, data):
-        held_out = held.popleft()
+    for held_out, row in encoded(until_stopped(), tokenizer, spec, data):
         train_samples += not held_out
         if row is not None:
             files[held_out].add(row)
@@ -133,29 +125,20 @@ def prepare(
         WorkCancelled: ``should_stop`` was true; nothing is kept.
         HpcRlhfError: the data cannot be read, or has nothing for this stage.
     """
-    facts = {
-        "data": spec.data.model_dump(mode="json"), "stages": spec.trained, "seed": spec.seed, "stage": stage,
-    }  # fmt: skip
+    facts = {"data": spec.data.model_dump(mode="json"), "stages": spec.trained, "seed": spec.seed, "stage": stage}
     target = folder / _fingerprint(tokenizer, facts)
 
     def write() -> dict[str, Any]:
         data = kind_of(stage).data
         rows, train_samples = _write(stage_samples(spec, stage), tokenizer, spec, data, target, should_stop)
-        if not train_samples:
-            raise HpcRlhfError(
-                f"the data has no {data.value} for this stage",
-                where=f"stage {stage}",
-                hint="check data.sources, their formats and data.split",
-                exit_code=RUN_FAILED,
-            )
-        if not rows["train"]:
-            raise HpcRlhfError(
-                f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}",
-                where=f"stage {stage}",
-                hint="raise data.max_prompt_tokens",
-                exit_code=RUN_FAILED,
-            )
-        return {"stage": stage, "rows": rows}
+        if rows["train"]:
+            return {"stage": stage, "rows": rows}
+        what = f"the data has no {data.value} for this stage"
+        hint = "check data.sources, their formats and data.split"
+        if train_samples:
+            what = f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}"
+            hint = "raise data.max_prompt_tokens"
+        raise HpcRlhfError(what, where=f"stage {stage}", hint=hint, exit_code=RUN_FAILED)
 
     return _stored(target, write, world)
 
@@ -164,15 +147,10 @@ def prepare_mixture(
     source: SourceSpec, where: str, spec: JobSpec, tokenizer: Any, folder: Path, world: World,
     should_stop: Callable[[], bool] = bool,
 ) -> Rows:  # fmt: skip
-    """Tokenize all of a source that is mixed into a stage, as for SFT. Collective.
+    """Tokenize all of a source that is mixed into a stage, as for SFT; otherwise like ``prepare``. Collective.
 
     Args:
         where: the field of the spec that names the source, for messages.
-        should_stop: polled on rank 0.
-
-    Raises:
-        WorkCancelled: ``should_stop`` was true; nothing is kept.
-        HpcRlhfError: the source cannot be read, or is empty.
     """
     facts = {"source": source.model_dump(mode="json"), "data": spec.data.model_dump(mode="json"), "seed": spec.seed}
     target = folder / f"mixture-{_fingerprint(tokenizer, facts)}"
@@ -189,9 +167,6 @@ def prepare_mixture(
 
 def token_lengths(rows: Rows, *columns: str) -> np.ndarray:
     """Tokens of each row, summed over columns of token ids, without reading the tokens.
-
-    Args:
-        rows: a data set.
 
     Returns:
         (rows,), int64.

@@ -30,7 +30,7 @@ def tokenizer() -> Any:
 
 
 def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> dict[str, Any] | None:
-    (row,) = encoded([sample], tokenizer, spec, kind_of(stage).data)
+    ((_, row),) = encoded([(False, sample)], tokenizer, spec, kind_of(stage).data)
     return row
 
 
@@ -148,7 +148,8 @@ def test_a_mixture_is_the_whole_source_and_tokenized_once(tokenizer: Any, tmp_pa
     spec, source = spec_of({"demo": 10}), SourceSpec.model_validate({"demo": 50, "weight": 2.0})
     rows = prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
     assert len(rows) == 100
-    assert list(rows) == list(encoded(read(source, spec.seed), tokenizer, spec, Data.ANSWERS))
+    samples = ((False, sample) for sample in read(source, spec.seed))
+    assert list(rows) == [row for _, row in encoded(samples, tokenizer, spec, Data.ANSWERS)]
     (folder,) = tmp_path.iterdir()
     before = (folder / "train.arrow").stat().st_mtime_ns
     prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
