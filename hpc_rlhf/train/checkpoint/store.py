@@ -128,8 +128,8 @@ class CheckpointStore:
         take(snapshot)
         size = sum(self.world.gather(snapshot.size))
         self.world.on_main(lambda: self._check_room(size, target))
-        facts = {"step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size}
-        self._writing = _Writing(partial, target, {**facts, "state": state}, self._writer.submit(snapshot.write))
+        facts = {"step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size, "state": state}
+        self._writing = _Writing(partial, target, facts, self._writer.submit(snapshot.write))
         if snapshot.live:
             wait([self._writing.files])
         return True

@@ -103,9 +103,8 @@ class StopControl:
             WorkCancelled: inside ``cancellable``.
             StageStopped: elsewhere, after saving if there is anything to save.
         """
-        codes: Sequence[int] | None
         if kind is None:  # no heartbeat: loading, before the first piece of work, may take long
-            codes = self.consensus.agree([self.flag.code])
+            codes: Sequence[int] | None = self.consensus.agree([self.flag.code])
         else:
             self.heartbeat.beat()
             codes = self.consensus.agree_between(kind, [self.flag.code])

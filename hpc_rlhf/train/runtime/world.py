@@ -207,12 +207,9 @@ def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     c10d = dist.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
-    return World(
-        rank=rank,
-        dims=ParallelDims(size),
-        device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
-        control=dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT),
-    )
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return World(rank, ParallelDims(size), device, control)
 
 
 def leave() -> None:

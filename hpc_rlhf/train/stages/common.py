@@ -84,13 +84,9 @@ def commit(context: StageContext, folder: Path, step: int, metrics: dict[str, An
                 raise WorkCancelled
             files |= manifest.describe(folder, (number, count))
         shutil.rmtree(target, ignore_errors=True)
-        facts = {
-            "stage": context.stage,
-            "step": step,
-            "seconds": round(context.checkpoints.seconds, 1),
-            "metrics": metrics,
-        }
-        manifest.write(folder, {**facts, "attempt": context.attempt, "ranks": context.world.size}, files)
+        facts = {"stage": context.stage, "step": step, "attempt": context.attempt, "ranks": context.world.size}
+        seconds = round(context.checkpoints.seconds, 1)
+        manifest.write(folder, {**facts, "seconds": seconds, "metrics": metrics}, files)
         folder.rename(target)
         fsync_path(target.parent)
 

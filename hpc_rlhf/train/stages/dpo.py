@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import finish, prepare_model, start_actor
 from hpc_rlhf.train.stages.learner import PAIRS, Learner, Row, pack_pairs
-from hpc_rlhf.train.stages.sample_log import SampleLog, held_out_prompts
+from hpc_rlhf.train.stages.sample_log import HELD_OUT_PROMPTS, SampleLog
 
 METRICS = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
 
@@ -106,7 +107,7 @@ def run(context: StageContext) -> None:
     evaluated = learner.evaluate()
     metrics = learner.means(*evaluated) if evaluated else {"accuracy": None}
     context.metrics.log(total, total, "eval", metrics)
-    rows = held_out_prompts(data.held_out)
+    rows = list(islice(data.held_out, HELD_OUT_PROMPTS))
     if rows:
         with models.as_reference():
             before = samples.answers(RolloutEngine(models.ref_policy, world), rows)

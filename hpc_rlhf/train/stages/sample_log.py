@@ -18,11 +18,6 @@ PER_ROLLOUT = 2
 HELD_OUT_PROMPTS = 16
 
 
-def held_out_prompts(data: Any) -> list[dict[str, Any]]:
-    """The held-out rows whose prompts are answered at the end."""
-    return [data[i] for i in range(min(HELD_OUT_PROMPTS, len(data)))]
-
-
 class SampleLog:
     """Writes samples.jsonl of a stage, on rank 0.
 

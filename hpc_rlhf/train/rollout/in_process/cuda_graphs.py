@@ -63,9 +63,6 @@ class RecordedSteps:
     """A decode step that is recorded the second time each shape occurs, for one rollout.
 
     If recording fails, steps run unrecorded, and one line on stderr gives the reason.
-
-    Attributes:
-        failed: recording failed.
     """
 
     def __init__(self, forward: Callable[..., Tensor], using: CudaGraphs) -> None:

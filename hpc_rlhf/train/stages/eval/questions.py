@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -62,15 +63,14 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         if row["prompt"] and len(by_prompt) < prompts:
             by_prompt.setdefault(row["prompt"], row)
     chosen = list(by_prompt.values())
-    texts = rows("sft")
-    pairs = rows("reward", "dpo")
-    pairs = [pairs[i] for i in range(min(EVALUATED, len(pairs)))]
-    if not (chosen or len(texts) or pairs):
+    texts = list(islice(rows("sft"), EVALUATED))
+    pairs = list(islice(rows("reward", "dpo"), EVALUATED))
+    if not (chosen or texts or pairs):
         raise HpcRlhfError("no samples are held out", "data.held_out", "raise it in a new run", exit_code=RUN_FAILED)
     return HeldOut(
         questions=list(by_prompt),
         prompts=rollout(chosen, "chosen_ids"),
-        texts=rollout([texts[i] for i in range(min(EVALUATED, len(texts)))] or chosen, "chosen_ids"),
+        texts=rollout(texts or chosen, "chosen_ids"),
         pairs=(rollout(pairs, "chosen_ids"), rollout(pairs, "rejected_ids")),
     )
 

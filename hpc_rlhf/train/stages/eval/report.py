@@ -83,11 +83,7 @@ def above(ours: list[float], theirs: list[float]) -> dict[str, float | None]:
 
 
 def rewarded(rewards: list[float], base: list[float] | None) -> dict[str, Any]:
-    """The mean reward, and compared with other responses to the same prompts the gain and the win rate.
-
-    Args:
-        base: rewards of the other responses.
-    """
+    """The mean reward, and compared with the rewards ``base`` on the same prompts the gain and the win rate."""
     if not rewards:
         return {}
     numbers: dict[str, Any] = {"reward": bounded(intervals.mean(rewards))}
@@ -110,12 +106,7 @@ def divergence(measured: Measured) -> dict[str, float | None]:
 def text_metrics(
     responses: list[list[int]], as_text: list[str], references: list[str] | None, eos_id: int
 ) -> dict[str, Any]:
-    """Length of the responses, how many end with EOS, how many are distinct, and their BLEU.
-
-    Args:
-        as_text: the responses as text.
-        references: the data's own responses to the same prompts, as text; None leaves BLEU out.
-    """
+    """Length of the responses, how many end with EOS, how many are distinct, and their BLEU if there are references."""
     from sacrebleu import corpus_bleu
 
     count = len(responses)
@@ -130,11 +121,7 @@ def text_metrics(
 
 
 def make_report(results: Results, held: HeldOut, base: str, spec: EvalSpec, tokenizer: Any) -> dict[str, Any]:
-    """The report as JSON; docs/evaluation.md explains the numbers.
-
-    Args:
-        base: the model that the others are compared with.
-    """
+    """The report as JSON, compared with the model ``base``; docs/evaluation.md explains the numbers."""
     base_model, eos_id = results.models.get(base), tokenizer.eos_token_id
     references = texts(held.prompts.responses, tokenizer)
     models: dict[str, dict[str, Any]] = {}

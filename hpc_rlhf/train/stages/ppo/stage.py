@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from hpc_rlhf.spec.stages import PpoSpec
@@ -26,7 +27,7 @@ from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
 from hpc_rlhf.train.stages.ppo.progress import Progress
 from hpc_rlhf.train.stages.ppo.ptx import pretraining_mixture
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
-from hpc_rlhf.train.stages.sample_log import SampleLog, held_out_prompts
+from hpc_rlhf.train.stages.sample_log import HELD_OUT_PROMPTS, SampleLog
 
 
 def run(context: StageContext) -> None:
@@ -92,7 +93,7 @@ def run(context: StageContext) -> None:
     context.checkpoints.safe_point(total, models.save, state)
 
     # 7. Compare responses with the SFT model's, and export the models.
-    rows = held_out_prompts(data.held_out)
+    rows = list(islice(data.held_out, HELD_OUT_PROMPTS))
     if rows:
         trainer.backend.sync_weights(models.policy)
         start = samples.answers(RolloutEngine(models.ref_policy, world), rows, trainer.rewards)

@@ -262,9 +262,7 @@ class PpoTrainer:
         loss, clipped, ratio = ppo.policy_loss_sum(log_probs, old, advantages, mask, self.spec.cliprange)
         kl = ppo.k3_kl(old, log_probs.detach(), mask).sum()
         real = bool(rows)  # an empty micro-batch only keeps ranks in sync
-        for name, value in (
-            ("actor_loss", loss), ("clipped", clipped), ("ratio", ratio), ("approx_kl", kl),
-        ):  # fmt: skip
+        for name, value in {"actor_loss": loss, "clipped": clipped, "ratio": ratio, "approx_kl": kl}.items():
             stats[name] += value.detach() * real
         return loss * (scale * real)
 
@@ -277,7 +275,7 @@ class PpoTrainer:
         )
         loss, clipped = ppo.value_loss_sum(values, old, returns, mask, self.spec.cliprange_value)
         real = bool(rows)
-        for name, value in (("critic_loss", loss), ("value_clipped", clipped)):
+        for name, value in {"critic_loss": loss, "value_clipped": clipped}.items():
             stats[name] += value.detach() * real
         return loss * (scale * real)
 

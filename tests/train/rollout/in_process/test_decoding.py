@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpc_rlhf.train.rollout.in_process.sampling import draw, uniforms
+from hpc_rlhf.train.rollout.in_process.decoding import draw, uniforms
 
 DRAWS = 20_000
 # 99.9 % points of the chi-square distribution by degrees of freedom.
