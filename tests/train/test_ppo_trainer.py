@@ -15,7 +15,7 @@ from torch import Tensor
 from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.rollout.backend import Rollout
-from hpc_rlhf.train.stages.ppo.progress import Progress
+from hpc_rlhf.train.stages.ppo.progress import Cursor, Network, Progress
 from tests.train.ppo_trainers import PROMPTS, RESPONSES, ROLLOUT, TOKENS, Alone, Steps, trainer_of
 
 
@@ -176,28 +176,38 @@ def test_a_skipped_step_is_remembered_in_a_checkpoint(steps: Callable[[float], S
     trainer = trainer_of(minibatches=2)
 
     def save(progress: Progress) -> None:
-        if progress.done == 1:
+        if progress.cursor == Cursor(0, 0, Network.CRITIC):
             snapshot = Snapshot(tmp_path / "saved")
             progress.save(snapshot, rank=0)
             snapshot.write()
 
     trainer.learn(trainer.evaluate(ROLLOUT), before=save)
-    progress = Progress.load(tmp_path / "saved", 0, 1, torch.device("cpu"))
+    progress = Progress.load(tmp_path / "saved", 0, Cursor(0, 0, Network.CRITIC), torch.device("cpu"))
     assert (progress.skipped, progress.actor_skipped) == (1, True)
     assert progress.experience.rollout.prompts == PROMPTS
     assert progress.experience.rollout.responses == RESPONSES
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])
+def test_a_cursor_is_the_number_of_optimizer_steps_made(minibatches: int) -> None:
+    """Checkpoints store that number."""
+    cursor, order = Cursor(), []
+    for steps in range(4 * minibatches):
+        assert cursor.steps(minibatches) == steps
+        assert Cursor.after(steps, minibatches) == cursor
+        order.append((cursor.epoch, cursor.minibatch, cursor.network.name))
+        cursor = cursor.next(minibatches)
+    assert order == sorted(order)
+    assert cursor == Cursor(epoch=2)
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
 def test_each_minibatch_updates_the_actor_and_then_the_critic(
     steps: Callable[[float], Steps], minibatches: int
 ) -> None:
-    """Checkpoints store the number of optimizer steps made."""
     optimizer = steps(0.0)
     trainer = trainer_of(ppo_epochs=2, minibatches=minibatches)
-    counts: list[int] = []
-    trainer.learn(trainer.evaluate(ROLLOUT), before=lambda progress: counts.append(progress.done))
-    assert counts == list(range(4 * minibatches))
+    trainer.learn(trainer.evaluate(ROLLOUT))
     sizes = [len(gradient) for gradient in optimizer.gradients]
     assert sizes == sizes[:2] * 2 * minibatches
     assert sizes[0] != sizes[1]

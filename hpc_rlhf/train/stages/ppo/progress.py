@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -18,12 +19,40 @@ from hpc_rlhf.train.stages.ppo.metrics import STATS
 _TENSORS = [field.name for field in fields(Experience) if field.name != "rollout"]
 
 
+class Network(Enum):
+    """The networks that learn from each minibatch, in this order."""
+
+    ACTOR = 0
+    CRITIC = 1
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next optimizer step on an experience."""
+
+    epoch: int = 0
+    minibatch: int = 0
+    network: Network = Network.ACTOR
+
+    @classmethod
+    def after(cls, steps: int, minibatches: int) -> Cursor:
+        """The position after a number of optimizer steps."""
+        number, network = divmod(steps, len(Network))
+        return cls(*divmod(number, minibatches), Network(network))
+
+    def steps(self, minibatches: int) -> int:
+        """Optimizer steps before this one."""
+        return len(Network) * (self.epoch * minibatches + self.minibatch) + self.network.value
+
+    def next(self, minibatches: int) -> Cursor:
+        return Cursor.after(self.steps(minibatches) + 1, minibatches)
+
+
 @dataclass
 class Progress:
     """A rank's experience, and how far learning from it has come.
 
     Attributes:
-        done: optimizer steps made. In each epoch each minibatch updates the actor, then the critic.
         stats: sums over all response tokens learned from, by the names in STATS; scalars, added to in place.
         kl_before: ``stats["approx_kl"]`` before the minibatch in progress.
         skipped: optimizer steps of both networks that DeepSpeed skipped because a gradient was not finite.
@@ -33,7 +62,7 @@ class Progress:
     experience: Experience
     stats: dict[str, Tensor]
     kl_before: Tensor
-    done: int = 0
+    cursor: Cursor = Cursor()
     skipped: int = 0
     actor_skipped: bool = False
 
@@ -47,7 +76,7 @@ class Progress:
         return replace(self, stats={name: value.clone() for name, value in self.stats.items()})
 
     def save(self, snapshot: Snapshot, rank: int) -> None:
-        """Add it to a checkpoint, without ``done``, from which the checkpoint's part number follows."""
+        """Add it to a checkpoint, without the cursor, which is the checkpoint's part number."""
         rollout = self.experience.rollout
         tensors = {name: getattr(self.experience, name) for name in _TENSORS}
         for name, rows in (("prompts", rollout.prompts), ("answers", rollout.responses)):
@@ -59,7 +88,7 @@ class Progress:
         snapshot.tensors(_file(rank), tensors)
 
     @classmethod
-    def load(cls, folder: Path, rank: int, done: int, device: torch.device) -> Progress:
+    def load(cls, folder: Path, rank: int, cursor: Cursor, device: torch.device) -> Progress:
         tensors = load_file(folder / _file(rank), str(device))
         prompts, responses = (
             Ragged(tensors[name], tuple(tensors[f"{name}.lengths"].tolist())).rows() for name in ("prompts", "answers")
@@ -70,7 +99,7 @@ class Progress:
         stats = dict(zip(STATS, tensors["sums"].clone().unbind(), strict=True))
         # Checkpoints of earlier versions have no count of skipped steps.
         skipped, actor_skipped = tensors.get("skipped", torch.zeros(2, dtype=torch.int64)).tolist()
-        return cls(experience, stats, tensors["moved"], done, skipped, bool(actor_skipped))
+        return cls(experience, stats, tensors["moved"], cursor, skipped, bool(actor_skipped))
 
 
 def _file(rank: int) -> str:

@@ -24,7 +24,7 @@ from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import commit, new_artifact, start_actor, write_model
 from hpc_rlhf.train.stages.ppo.metrics import summarize
 from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
-from hpc_rlhf.train.stages.ppo.progress import Progress
+from hpc_rlhf.train.stages.ppo.progress import Cursor, Progress
 from hpc_rlhf.train.stages.ppo.ptx import pretraining_mixture
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
 from hpc_rlhf.train.stages.sample_log import HELD_OUT_PROMPTS, SampleLog
@@ -59,7 +59,8 @@ def run(context: StageContext) -> None:
     trainer.state = state["trainer"]
     progress: Progress | None = None
     if checkpoint and checkpoint.part:
-        progress = Progress.load(checkpoint.folder, world.rank, checkpoint.part - 1, world.device)
+        cursor = Cursor.after(checkpoint.part - 1, spec.minibatches)
+        progress = Progress.load(checkpoint.folder, world.rank, cursor, world.device)
     samples = SampleLog(context, checkpoint)
 
     for step in range(first, total):
@@ -79,7 +80,7 @@ def run(context: StageContext) -> None:
         # 5. The optimizer steps, with the pretraining mixture and the moving average. Before each is a safe
         # point that keeps the experience.
         experience = progress.experience
-        stats = trainer.learn(progress, mixture, _save_before_each(context, models, step, state))
+        stats = trainer.learn(progress, mixture, _save_before_each(context, spec, models, step, state))
         progress = None
 
         # 6. Metrics and samples.
@@ -137,7 +138,7 @@ def _roll_out(context: StageContext, spec: PpoSpec, trainer: PpoTrainer, rows: A
 
 
 def _save_before_each(
-    context: StageContext, models: PpoModels, step: int, state: dict[str, Any]
+    context: StageContext, spec: PpoSpec, models: PpoModels, step: int, state: dict[str, Any]
 ) -> Callable[[Progress], None]:
     """Before each optimizer step: a safe point, and random numbers of its own."""
 
@@ -146,7 +147,8 @@ def _save_before_each(
             models.save(snapshot)
             progress.save(snapshot, context.world.rank)
 
-        context.checkpoints.safe_point(step, save, state, progress.done + 1)
-        context.reseed(step, progress.done)
+        done = progress.cursor.steps(spec.minibatches)
+        context.checkpoints.safe_point(step, save, state, done + 1)
+        context.reseed(step, done)
 
     return before

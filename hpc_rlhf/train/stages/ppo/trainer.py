@@ -22,7 +22,7 @@ from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBa
 from hpc_rlhf.train.rollout.experience import Experience, RewardShaping, evaluate_tokens, make_experience, whiten
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.ppo.models import PpoModels
-from hpc_rlhf.train.stages.ppo.progress import Progress
+from hpc_rlhf.train.stages.ppo.progress import Network, Progress
 
 # Further losses for an optimizer step of the actor, made from its engine.
 Mixture = Callable[[Any], list[Callable[[], Tensor]]]
@@ -208,12 +208,11 @@ class PpoTrainer:
         if rollout is not self._kept_rollout:
             self._kept = {}
         minibatches = self._minibatches(rollout)
-        while progress.done < 2 * len(minibatches) * self.spec.ppo_epochs:
+        while progress.cursor.epoch < self.spec.ppo_epochs:
             before(progress.copy())
-            number, of_critic = divmod(progress.done, 2)
-            minibatch = minibatches[number % len(minibatches)]
-            progress.done += 1
-            if not of_critic:
+            network, minibatch = progress.cursor.network, minibatches[progress.cursor.minibatch]
+            progress.cursor = progress.cursor.next(len(minibatches))
+            if network is Network.ACTOR:
                 progress.kl_before = stats["approx_kl"].clone()
                 losses = self._losses(self._actor_loss, progress, minibatch)
                 losses += mixture(self.models.actor) if mixture else []
