@@ -114,9 +114,15 @@ def _evaluation_spec(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[J
 
 
 def _run_stages(
-    context: click.Context, verb: str, words: Sequence[str], spec: JobSpec, beside: Path | None,
-    hostfile: Path | None = None, lent: Mapping[str, RunDir] | None = None, stages: Sequence[str] | None = None,
-) -> RunDir:  # fmt: skip
+    context: click.Context,
+    verb: str,
+    words: Sequence[str],
+    spec: JobSpec,
+    beside: Path | None,
+    hostfile: Path | None = None,
+    lent: Mapping[str, RunDir] | None = None,
+    stages: Sequence[str] | None = None,
+) -> RunDir:
     """Run stages of a spec, by default all. If the user interrupts them, show how to resume and end the command.
 
     Args:

@@ -61,10 +61,10 @@ def plan_command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
 
 
 def _plan_dict(spec: JobSpec) -> dict[str, object]:
-    memory = {stage: _memory_dict(each) for stage, each in run_memory(spec).items()}
+    memory = {stage: _estimate_dict(each) for stage, each in run_memory(spec).items()}
     times = run_times(spec)
     facts = {
-        "stages": {stage: _time_dict(each) for stage, each in times.items()},
+        "stages": {stage: _estimate_dict(each) for stage, each in times.items()},
         "chain_seconds": chain_seconds(spec, times),
         "assumed": ASSUMPTIONS,
     }
@@ -84,9 +84,19 @@ def _sweep_dict(sweep: Sweep) -> dict[str, object]:
     return {"run_dir": str(sweep.run_dir), "limit": sweep.limit, "runs": runs}
 
 
-def _time_dict(estimate: StageTime | HpcRlhfError) -> dict[str, object]:
+def _estimate_dict(estimate: StageTime | Memory | HpcRlhfError) -> dict[str, object]:
     if isinstance(estimate, HpcRlhfError):
         return {"unknown": str(estimate)}
+    if isinstance(estimate, Memory):
+        return {
+            "parameters": estimate.parameters,
+            "bytes_per_gpu": estimate.parts,
+            "fullest": estimate.fullest,
+            "held": estimate.held,
+            "gpu": estimate.gpu,
+            "left": estimate.left,
+            "fits": estimate.fits,
+        }
     return {
         "steps": estimate.steps,
         "samples_per_step": estimate.samples,
@@ -97,20 +107,6 @@ def _time_dict(estimate: StageTime | HpcRlhfError) -> dict[str, object]:
         "seconds": estimate.seconds,
         "gpu_hours": estimate.gpu_hours,
         "attempts": estimate.attempts,
-    }
-
-
-def _memory_dict(memory: Memory | HpcRlhfError) -> dict[str, object]:
-    if isinstance(memory, HpcRlhfError):
-        return {"unknown": str(memory)}
-    return {
-        "parameters": memory.parameters,
-        "bytes_per_gpu": memory.parts,
-        "fullest": memory.fullest,
-        "held": memory.held,
-        "gpu": memory.gpu,
-        "left": memory.left,
-        "fits": memory.fits,
     }
 
 
