@@ -51,7 +51,7 @@ def pages() -> dict[str, str]:
 
 def commands_page() -> str:
     """The help text of every command."""
-    index = "\n".join(f"- [{verb}](#hpc-rlhf-{verb}): {words}" for verb, (_, words) in VERBS.items())
+    index = "\n".join(f"- [{verb}](#hpc-rlhf-{verb}): {words}" for verb, words in VERBS.items())
     return "\n".join([GENERATED, COMMANDS, index, *map(_command, VERBS)])
 
 

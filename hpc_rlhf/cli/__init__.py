@@ -15,29 +15,29 @@ import click
 from hpc_rlhf import __version__
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError, SpecError
 
-# The module of each verb, which has it as a click command named `VERB_command`, and what the verb does. The module is
-# imported only when the verb is called, so that `--help` and the fast verbs do not pay for the slow ones.
+# Each verb is a module of this package with a click command named `command`. It is imported only when called, so that
+# `--help` and the fast verbs do not pay for the slow ones.
 VERBS = {
-    "init": ("specs", "Write a commented job spec to start from."),
-    "check": ("specs", "Check job specs and list every error."),
-    "schema": ("specs", "Print the JSON Schema of a job spec, for editors."),
-    "doctor": ("site", "Check that this machine and the cluster can run a spec."),
-    "prefetch": ("site", "Download a spec's models and data sets into the hub cache."),
-    "plan": ("plan", "Show a spec's jobs, with memory and time estimates."),
-    "render": ("plan", "Write the scripts and configs without submitting them."),
-    "submit": ("slurm", "Submit a spec's stages to Slurm."),
-    "run": ("local", "Run a spec's stages on this machine, without Slurm."),
-    "eval": ("local", "Evaluate a run's models on held-out data."),
-    "compare": ("results", "Rank runs by their results."),
-    "status": ("progress", "Show a run's progress."),
-    "watch": ("progress", "Show a run's progress live."),
-    "list": ("progress", "List your runs."),
-    "report": ("results", "Write a run's HTML report."),
-    "logs": ("results", "Print a stage's log."),
-    "cancel": ("slurm", "Cancel a run's jobs."),
-    "heal": ("slurm", "Restart the failed stages of a run."),
-    "chat": ("models", "Chat with a trained model."),
-    "serve": ("models", "Serve a trained model over an OpenAI-compatible API."),
+    "init": "Write a commented job spec to start from.",
+    "check": "Check job specs and list every error.",
+    "schema": "Print the JSON Schema of a job spec, for editors.",
+    "doctor": "Check that this machine and the cluster can run a spec.",
+    "prefetch": "Download a spec's models and data sets into the hub cache.",
+    "plan": "Show a spec's jobs, with memory and time estimates.",
+    "render": "Write the scripts and configs without submitting them.",
+    "submit": "Submit a spec's stages to Slurm.",
+    "run": "Run a spec's stages on this machine, without Slurm.",
+    "eval": "Evaluate a run's models on held-out data.",
+    "compare": "Rank runs by their results.",
+    "status": "Show a run's progress.",
+    "watch": "Show a run's progress live.",
+    "list": "List your runs.",
+    "report": "Write a run's HTML report.",
+    "logs": "Print a stage's log.",
+    "cancel": "Cancel a run's jobs.",
+    "heal": "Restart the failed stages of a run.",
+    "chat": "Chat with a trained model.",
+    "serve": "Serve a trained model over an OpenAI-compatible API.",
 }
 
 # Errors of the machine, which are no bugs of ours.
@@ -58,14 +58,13 @@ class LazyGroup(click.Group):
 
             close = get_close_matches(cmd_name, VERBS)
             ctx.fail(f"No such command {cmd_name!r}." + (f" Did you mean {close[0]}?" if close else ""))
-        module, _ = VERBS[cmd_name]
-        command = getattr(importlib.import_module(f"hpc_rlhf.cli.{module}"), f"{cmd_name}_command")
+        command = importlib.import_module(f"hpc_rlhf.cli.{cmd_name}").command
         assert isinstance(command, click.Command), cmd_name
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(verb, words) for verb, (_, words) in VERBS.items()])
+            formatter.write_dl(list(VERBS.items()))
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -55,6 +55,11 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Col
     print_parts(lambda width, live, ascii_only: [table])
 
 
+def print_rows(header: Sequence[str], rows: Iterable[Sequence[str]], named: bool) -> None:
+    """Print rows that start with the name of their run, with or without that name."""
+    print_table(("run", *header) if named else header, rows if named else [row[1:] for row in rows])
+
+
 def print_json(facts: object) -> None:
     """Print JSON that people can read."""
     click.echo(json.dumps(facts, indent=1, ensure_ascii=False))

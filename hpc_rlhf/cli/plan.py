@@ -1,4 +1,4 @@
-"""Verbs that show what a spec amounts to: plan, render."""
+"""hpc-rlhf plan: show a spec's jobs, with memory and time estimates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, json_option, set_option, writing
+from hpc_rlhf.cli.arguments import example, json_option, set_option
 from hpc_rlhf.cli.console import print_json, print_wrapped
 from hpc_rlhf.cli.plan_tables import print_choices, print_memory, print_plan, print_sweep, print_times
 from hpc_rlhf.errors import HpcRlhfError
@@ -25,7 +25,7 @@ from hpc_rlhf.spec.sweep import Sweep, lenders, specs_of
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
 @json_option
-def plan_command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
+def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     """Show the jobs of FILE, their memory on each GPU and how long they take.
 
     Times are estimates from the FLOP/s and bandwidths of the GPU that slurm.gpu names; the assumptions are
@@ -108,22 +108,3 @@ def _estimate_dict(estimate: StageTime | Memory | HpcRlhfError) -> dict[str, obj
         "gpu_hours": estimate.gpu_hours,
         "attempts": estimate.attempts,
     }
-
-
-@click.command(epilog=example("hpc-rlhf render my-job.yaml --out look"))
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder to write to.")
-@set_option
-def render_command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
-    """Write the sbatch script, DeepSpeed config and hostfile template of every stage of FILE.
-
-    Templates in a folder `templates` beside FILE override the built-in ones. Each run of a sweep gets its own
-    folder in --out.
-    """
-    from hpc_rlhf.launch.render import render
-
-    spec = load(file, sets)
-    specs = {out / name: one for name, one in spec.specs.items()} if isinstance(spec, Sweep) else {out: spec}
-    with writing(out):
-        paths = [path for folder, one in specs.items() for path in render(make_plan(one), folder, file.parent)]
-    click.echo("\n".join(map(str, paths)))

@@ -1,4 +1,4 @@
-"""Verbs that use a trained model: chat, serve."""
+"""hpc-rlhf chat: chat with a trained model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Sampling seed.")
 @click.option("--json", "as_json", is_flag=True, help="With --prompt: print JSON, one conversation per model.")
-def chat_command(
+def command(
     run: str, stage: str | None, compare: tuple[str, str] | None, prompt: str | None, max_tokens: int,
     temperature: float, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
@@ -57,7 +57,7 @@ def chat_command(
         raise click.UsageError("--stage cannot be used with --compare.")
     if as_json and prompt is None:
         raise click.UsageError("--json requires --prompt.")
-    folders = dict(_finished_model(find_run(run), name) for name in compare or (stage,))
+    folders = dict(finished_model(find_run(run), name) for name in compare or (stage,))
     if sys.stderr.isatty():
         click.echo(f"loading {', '.join(map(str, folders.values()))} …", err=True)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -76,47 +76,7 @@ def chat_command(
         respond(conversations, prompt)
 
 
-@click.command(epilog=example("hpc-rlhf serve my-job.yaml", "hpc-rlhf serve my-job.yaml --stage sft --slurm"))
-@click.argument("run")
-@click.option("--stage", type=click.Choice(tuple(POLICIES)), help="Model to serve.", show_default="the latest finished")
-@click.option(
-    "--host",
-    default="127.0.0.1",
-    show_default=True,
-    help="Address to listen on. There is no access control: with any other address than the default, whoever "
-    "reaches the port can use the model.",
-)
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
-@click.option("--slurm", "as_job", is_flag=True, help="Serve from a Slurm job, on a node like the stage's.")
-def serve_command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> None:
-    """Serve a finished model of RUN, a run directory or job file, over an OpenAI-compatible API.
-
-    Uses vLLM if it is installed, transformers otherwise.
-    """
-    from hpc_rlhf.launch import serving
-
-    if as_job and host != serving.LOCALHOST:
-        raise click.UsageError("--host cannot be used with --slurm: a job listens on its node's localhost only.")
-    run_dir = find_run(run)
-    name, folder = _finished_model(run_dir, stage)
-
-    def announce() -> None:
-        click.echo(f"serving {name} at http://{host}:{port}/v1; press Ctrl-C to stop", err=True)
-        click.echo(serving.request(name, port))
-
-    if not as_job:
-        serving.serve_here(name, folder, host, port, announce)
-        return
-    job_id, node = serving.serve_as_job(
-        run_dir, name, POLICIES[name].name, folder, port, lambda words: click.echo(words, err=True)
-    )
-    click.echo(
-        f"job {job_id} serves {name} on {node}, ready in about a minute; to stop it: scancel {job_id}\n"
-        f"ssh -N -L {port}:127.0.0.1:{port} {node}\n{serving.request(name, port)}"
-    )
-
-
-def _finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
+def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
     """The name and folder of a model of a run; by default of the latest finished stage."""
     from hpc_rlhf.spec.load import read_spec
 

@@ -1,0 +1,29 @@
+"""hpc-rlhf report: write a run's HTML report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hpc_rlhf.cli.arguments import example, find_run, writing
+from hpc_rlhf.observe.report.page import write_report
+
+
+@click.command(epilog=example("hpc-rlhf report my-job.yaml"))
+@click.argument("run")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write.", show_default="RUN/report.html"
+)
+def command(run: str, out: Path | None) -> None:
+    """Write the report of RUN, a run directory or job file, as one HTML file and print its path.
+
+    The report has the outcome, where the time of each stage and attempt went, training curves, the
+    evaluation, responses side by side, the spec and the versions. It is self-contained and needs no network,
+    so you can mail it. A run updates its report after each stage.
+    """
+    run_dir = find_run(run)
+    path = out or run_dir.report
+    with writing(path):
+        write_report(run_dir, path)
+    click.echo(path)

@@ -1,0 +1,53 @@
+"""hpc-rlhf status: show a run's progress."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from hpc_rlhf.cli.arguments import example, find_runs, json_option
+from hpc_rlhf.cli.console import print_json, print_parts
+from hpc_rlhf.cli.list import show_runs
+from hpc_rlhf.observe import listing
+from hpc_rlhf.observe.goodput.spans import total
+from hpc_rlhf.observe.status import read_status
+
+
+@click.command(epilog=example("hpc-rlhf status my-job.yaml"))
+@click.argument("run")
+@json_option
+def command(run: str, as_json: bool) -> None:
+    """Show the progress of the stages of RUN, a run directory or job file.
+
+    The time left is estimated from the pace of the latest steps, without time in the queue. Below the table
+    are what each stage waits for, what interrupted it, and where the time went. ETTR, the effective training
+    time ratio, is productive time / time in the allocation, over all attempts of all stages. A sweep's runs
+    are shown one per line, as by `list`.
+
+    --json prints the list `stages` and the run's total `goodput`. Each stage has `stage`, `state`, `why`,
+    `job_id`, `attempts`, `step`, `total_steps`, `left` (seconds of work left), `numbers` (latest loss, reward
+    and so on; the first of them also as `metric` and `value`) and `updated` (when the latest step was done).
+    Unknown values are null. Its `goodput` has the seconds waiting (for another stage or the user), queued,
+    starting, productive (kept work), lost (work done again) and saving (training paused); `wall`, their sum;
+    `ettr`; and `interruptions`, each with reason, time, node, step, and the seconds lost and spent
+    restarting. The run's goodput sums over stages, which may run in parallel. For a sweep, --json prints what
+    `list --json` does.
+    """
+    runs = find_runs(run)
+    if len(runs) > 1:
+        order = [str(run.path) for run in runs]
+        show_runs(sorted(listing.list_runs(runs), key=lambda line: order.index(line.path)), as_json)
+        return
+    stages = read_status(runs[0])
+    if as_json:
+        facts = {
+            "run_dir": str(runs[0].path),
+            "stages": [{**asdict(stage), "goodput": stage.goodput.to_dict()} for stage in stages],
+            "goodput": total({stage.stage: stage.goodput for stage in stages}).to_dict(),
+        }
+        print_json(facts)
+        return
+    from hpc_rlhf.observe.terminal.board import Board
+
+    print_parts(lambda width, live, ascii_only: Board(width, live, ascii_only).whole(stages))

@@ -1,0 +1,95 @@
+"""hpc-rlhf submit: submit a spec's stages to Slurm."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from hpc_rlhf.cli.arguments import example, set_option
+from hpc_rlhf.cli.console import print_rows, print_table
+from hpc_rlhf.cli.plan_tables import print_choice, print_plan
+from hpc_rlhf.launch.auto import load
+from hpc_rlhf.launch.chain import Outcome
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.prepare import refuse_changes
+from hpc_rlhf.launch.submit import preview, submit
+from hpc_rlhf.launch.sweep import shared, submit_sweep
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.sweep import Sweep
+
+
+@click.command(epilog=example("hpc-rlhf submit my-job.yaml --dry-run"))
+@click.argument("file", type=click.Path(path_type=Path))
+@set_option
+@click.option("--dry-run", is_flag=True, help="Show what would be submitted. Needs no Slurm and writes nothing.")
+def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
+    """Submit the stages of FILE to Slurm.
+
+    Submitting the same file again attaches to the run: stages that are done, queued or running are left
+    alone. The runs of a sweep are submitted together; a stage that several of them share is trained once.
+    """
+    spec = load(file, sets, print_choice)
+    if dry_run:
+        if isinstance(spec, Sweep):
+            _preview_sweep(spec)
+        else:
+            _preview(spec, file.parent)
+        return
+    if isinstance(spec, Sweep):
+        outcomes, noun, verbs = submit_sweep(spec, file.parent), "runs", ("status", "compare", "cancel")
+    else:
+        outcomes, noun, verbs = {"": submit(spec, file.parent)}, "run", ("status", "logs -f", "cancel")
+    rows = [
+        (name, each.stage, each.job_id or "-", _submitted(each)) for name, done in outcomes.items() for each in done
+    ]
+    print_rows(("stage", "job", ""), rows, named=isinstance(spec, Sweep))
+    if not any(each.did == "submitted" for done in outcomes.values() for each in done):
+        click.echo(f"attached to the existing {noun}; nothing was submitted", err=True)
+    click.echo("\nnext:", err=True)
+    for verb in verbs:
+        click.echo(f"  hpc-rlhf {verb} {shlex.quote(str(spec.run_dir))}", err=True)
+
+
+def _submitted(outcome: Outcome) -> str:
+    return {
+        "submitted": "submitted",
+        "live": f"already submitted: {outcome.detail}",
+        "done": "already done",
+        "waits": f"waits {outcome.detail}",
+    }[outcome.did]
+
+
+def _preview_sweep(sweep: Sweep) -> None:
+    lent = shared(sweep)
+    for member in sweep.members:
+        refuse_changes(RunDir(Path(member.spec.run_dir)), member.spec, live=False)
+    plan = [
+        (member.name, stage, f"from {lender.path.name}" if lender else "a job")
+        for member in sweep.members
+        for stage in member.spec.stage_names
+        for lender in [lent[member.name].get(stage)]
+    ]
+    print_table(("run", "stage", ""), plan)
+
+
+def _preview(spec: JobSpec, beside: Path) -> None:
+    plan = make_plan(spec)
+    commands = preview(plan, spec, beside)
+    print_plan(plan)
+    click.echo(f"\nwould write {plan.run.job_yaml}, {plan.run.plan_json} and, in {plan.run.scripts}:")
+    for job in plan.jobs:
+        files = (
+            plan.run.sbatch(job.stage),
+            *([plan.run.sentinel(job.stage)] if job.slurm.heal.enabled else []),
+            *(plan.run.ds_config(job.stage, model) for model in spec.stage(job.stage).strategies),
+            plan.run.hostfile_template(job.stage),
+        )
+        click.echo("  " + "  ".join(path.name for path in files))
+    click.echo("\nwould submit:")
+    for job in plan.jobs:
+        click.echo(f"  {commands.get(job.stage, f'{job.stage}: already done')}")
+        if job.stage in commands and job.slurm.heal.enabled:
+            click.echo(f"  and {plan.run.sentinel(job.stage).name}, which starts if that job fails")
