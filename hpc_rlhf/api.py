@@ -137,8 +137,8 @@ class DeepSpeedPPOTrainer:
         self._trainer = PpoTrainer(
             engine.spec,
             engine.models,
-            backend or RolloutEngine(engine.models.policy, world),
-            rewards or ModelReward(engine.models.reward, world, budget),
+            RolloutEngine(engine.models.policy, world) if backend is None else backend,
+            ModelReward(engine.models.reward, world, budget) if rewards is None else rewards,
             engine.tokenizer.eos_token_id,
             Sizes(budget, engine.max_answer_tokens, float(world.dims.data)),
             world,

@@ -109,12 +109,12 @@ class ModelMemory:
 
     Attributes:
         always: bytes by part, from start to end.
-        moments: bytes by part of what is added during passes, while gradients are reduced (at the end of a
+        phases: bytes by part of what is added during passes, while gradients are reduced (at the end of a
             pass, or before, when their buffer is full), and during optimizer steps.
     """
 
     always: Parts
-    moments: dict[str, Parts]
+    phases: dict[str, Parts]
 
 
 def added(*all_: Parts) -> Parts:
@@ -163,18 +163,18 @@ def in_training(work: Pass, batch: Batch, scored: bool = False) -> ModelMemory:
     complete = gradients if zero < 3 else 0
     passing = {"activations": work.activations, "logits": work.logits, "gathered weights": gathered}
     buffers = bucket if zero in (1, 2) else 0
-    moments = {"passes": {**passing, "gradients": accumulated, "buffers": buffers}}
+    phases = {"passes": {**passing, "gradients": accumulated, "buffers": buffers}}
     reducing = bucket if zero > 1 and ranks > 1 else 0  # a full bucket is reduced in a copy
-    moments["reduction"] = {"gathered weights": gathered, "gradients": complete, "buffers": buffers + reducing}
+    phases["reduction"] = {"gathered weights": gathered, "gradients": complete, "buffers": buffers + reducing}
     if zero > 1 and trained > BUCKET:
         # The first full buckets are reduced while most activations still exist.
         remaining = int(work.activations * (1 - BUCKET / trained))
-        moments["first reduction"] = added(
+        phases["first reduction"] = added(
             {"activations": remaining, "gathered weights": gathered},
             {"gradients": accumulated, "buffers": buffers + reducing},
         )
-    moments["steps"] = _step(stage, trained, shard, item, complete, buffers if ranks == 1 else 0)
-    return ModelMemory(always, moments)
+    phases["steps"] = _step(stage, trained, shard, item, complete, buffers if ranks == 1 else 0)
+    return ModelMemory(always, phases)
 
 
 def _step(stage: TrainingSpec, trained: int, shard: int, item: int, gradients: int, buffers: int) -> Parts:

@@ -27,24 +27,24 @@ class Memory:
     Attributes:
         parameters: parameters of each model, by name.
         always: bytes by part, from start to end.
-        moments: bytes by part that are added for a while, by activity.
+        phases: bytes by part that are added for a while, by activity.
         gpu: bytes of a GPU; None if the spec does not name it.
     """
 
     parameters: dict[str, int]
     always: Parts
-    moments: dict[str, Parts]
+    phases: dict[str, Parts]
     gpu: int | None
 
     @property
     def fullest(self) -> str:
         """The activity at which the memory peaks."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def parts(self) -> Parts:
         """Bytes by part at the peak."""
-        return {part: size for part, size in added(self.always, self.moments[self.fullest]).items() if size}
+        return {part: size for part, size in added(self.always, self.phases[self.fullest]).items() if size}
 
     @property
     def held(self) -> int:
@@ -85,7 +85,7 @@ def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int |
     if kind.makes == "reward model":
         model = architecture(spec.models, "reward")
         trained = model_memory.in_training(Pass(model, training, tokens, 0), batch, scored=True)
-        return Memory({"reward": model.scored}, trained.always, trained.moments, gpu)
+        return Memory({"reward": model.scored}, trained.always, trained.phases, gpu)
     model = architecture(spec.models, "actor")
     answers_only = kind.data is Data.PAIRS or getattr(stage, "answer_only", False)
     predicted = sequences * lengths[1] if answers_only else tokens
@@ -96,7 +96,7 @@ def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int |
     always = dict(trained.always)
     if "ref" in stage.strategies and not own_ref:
         always["ref"] = model_memory.frozen(model, model.parameters, stage.strategies["ref"], training)
-    return Memory({"actor": model.parameters}, always, trained.moments, gpu)
+    return Memory({"actor": model.parameters}, always, trained.phases, gpu)
 
 
 def run_memory(spec: JobSpec) -> dict[str, Memory | HpcRlhfError]:
@@ -127,16 +127,16 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None
     }
     if stage.ema:
         always["EMA"] = model_memory.moving_average(actor, stage)
-    moments = dict(policy.moments)
-    for moment, parts in critic.moments.items():
-        moments[f"the critic's {moment}"] = parts
+    phases = dict(policy.phases)
+    for phase, parts in critic.phases.items():
+        phases[f"the critic's {phase}"] = parts
     if kept and not stage.slurm.gpus_per_node:  # on a CPU also the critic's
-        both = {"activations": critic.moments["passes"]["activations"]}
-        moments["passes"] = added(moments["passes"], both)
+        both = {"activations": critic.phases["passes"]["activations"]}
+        phases["passes"] = added(phases["passes"], both)
     rollout = batch.micro * batch.accumulation * stage.minibatches
-    moments["rollouts"] = _rollout(actor, stage, -(-rollout // stage.tensor_parallel), lengths, gpu)
-    moments["scoring"] = _scoring(actor, stage, tokens, responses)
-    return Memory({"actor": actor.parameters, "critic": reward.scored}, always, moments, gpu)
+    phases["rollouts"] = _rollout(actor, stage, -(-rollout // stage.tensor_parallel), lengths, gpu)
+    phases["scoring"] = _scoring(actor, stage, tokens, responses)
+    return Memory({"actor": actor.parameters, "critic": reward.scored}, always, phases, gpu)
 
 
 @_memory.register
@@ -146,11 +146,11 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, gpu: in
     always = {"weights": model_memory.weights(actor.parameters, stage, stage.slurm.ranks)}
     tokens = batch.micro * sum(lengths)
     responses = -(-stage.prompts // stage.slurm.ranks)
-    moments = {
+    phases = {
         "rollouts": _rollout(actor, stage, responses, lengths, gpu),
         "scoring": _scoring(actor, stage, tokens, tokens),
     }
-    return Memory({"each model": actor.parameters}, always, moments, gpu)
+    return Memory({"each model": actor.parameters}, always, phases, gpu)
 
 
 def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int) -> Parts:

@@ -2,7 +2,7 @@
 
 Healing and local runs ask once the end of the last attempt has been judged; an attempt that stops by itself asks
 before it requeues its job. Two cases do not come here: Slurm requeues a job by itself after a preemption or a lost
-node, and the batch script does while no Python is up (``templates/stage.sbatch.j2``).
+node, and the batch script (``templates/stage.sbatch.j2``) if a signal kills a rank before ``rank.py`` blocks it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def decide(window: StageHistory, max_requeues: int, backoff: int = 0, stopping: 
     """
     endings = window.all(Ended)
     last = stopping or endings[-1]
-    in_vain = list(takewhile(lambda ending: not ending.progress, reversed(endings)))  # since the last progress
+    without_progress = list(takewhile(lambda ending: not ending.progress, reversed(endings)))  # since the last progress
     if last.reason in FINAL:
         return Stop(StopKind.USER_ERROR if last.reason == USER_ERROR else StopKind.FINAL, _sentence(last))
     if last.reason == TIME_LIMIT:
@@ -86,7 +86,7 @@ def decide(window: StageHistory, max_requeues: int, backoff: int = 0, stopping: 
         blamed = [ending for ending in endings if ending.reason not in BLAMELESS]
         if len(blamed) > 1 and _gist(blamed[-2]) == _gist(last):
             return Stop(StopKind.SAME_FAILURE_TWICE, _sentence(last, f"twice at step {last.step}"))
-        if sum(ending.reason not in BLAMELESS for ending in in_vain) >= _TRIES:
+        if sum(ending.reason not in BLAMELESS for ending in without_progress) >= _TRIES:
             return Stop(
                 StopKind.NO_PROGRESS,
                 f"two attempts in a row saved no new step; the last one ended at step {last.step} by: "
@@ -98,7 +98,7 @@ def decide(window: StageHistory, max_requeues: int, backoff: int = 0, stopping: 
             f"it was requeued {window.requeues} times, all that slurm.max_requeues allows; the last attempt "
             f"ended by: {_sentence(last)}",
         )
-    delay = min(backoff * _GROWTH ** (len(in_vain) - 1), _LONGEST_DELAY) if in_vain else 0
+    delay = min(backoff * _GROWTH ** (len(without_progress) - 1), _LONGEST_DELAY) if without_progress else 0
     return Retry(delay, _bad_nodes(endings))
 
 

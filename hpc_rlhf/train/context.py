@@ -129,7 +129,7 @@ class StageContext:
             self.trackers = Trackers(self.spec, self.run, self.stage)
         return checkpoint
 
-    def close(self, hurry: bool = False) -> None:
+    def close(self, quick: bool = False) -> None:
         """Let the trackers finish."""
         if self.trackers is not None:
-            self.trackers.close(hurry)
+            self.trackers.close(quick)

@@ -192,7 +192,7 @@ class Attempt:
                 context.checkpoints.commit()
                 context.checkpoints.store.wait_until_idle()
             except BaseException:
-                context.close(hurry=True)  # the grace period may be short
+                context.close(quick=True)  # the grace period may be short
                 raise
             context.close()
 

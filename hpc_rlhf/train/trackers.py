@@ -48,14 +48,14 @@ class Trackers:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def close(self, hurry: bool = False) -> None:
-        """Let it send what is left, for at most 30 seconds, or 3 in a hurry."""
+    def close(self, quick: bool = False) -> None:
+        """Let it send what is left, for at most 30 seconds, or 3 if quick."""
         if self._process is None:
             return
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            self._process.wait(_HURRIED_CLOSE_TIMEOUT if hurry else _CLOSE_TIMEOUT)
+            self._process.wait(_HURRIED_CLOSE_TIMEOUT if quick else _CLOSE_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

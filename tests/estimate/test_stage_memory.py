@@ -37,24 +37,24 @@ def test_each_zero_stage_shards_one_more_part() -> None:
 
 def test_gradients_overlap_activations_only_with_accumulation() -> None:
     once, often = sft(micro_batch=4, global_batch=8), sft(micro_batch=4, global_batch=16)
-    assert once.moments["passes"]["gradients"] == 0
-    assert often.moments["passes"]["gradients"] == 2 * COUNT
-    assert once.moments["passes"]["activations"] == often.moments["passes"]["activations"]
+    assert once.phases["passes"]["gradients"] == 0
+    assert often.phases["passes"]["gradients"] == 2 * COUNT
+    assert once.phases["passes"]["activations"] == often.phases["passes"]["activations"]
 
 
 def test_a_step_without_zero_copies_all_gradients_to_float32() -> None:
-    assert sum(sft().moments["steps"].values()) == (2 + 4) * COUNT
-    assert sum(sft(zero=2).moments["steps"].values()) == (2 + 4) * COUNT // 2
-    assert sum(sft(precision="fp32").moments["steps"].values()) == (4 + 4) * COUNT
+    assert sum(sft().phases["steps"].values()) == (2 + 4) * COUNT
+    assert sum(sft(zero=2).phases["steps"].values()) == (2 + 4) * COUNT // 2
+    assert sum(sft(precision="fp32").phases["steps"].values()) == (4 + 4) * COUNT
 
 
 def test_a_gradient_buffer_has_at_most_deepspeeds_bucket_size() -> None:
     spec = make_spec("/scratch/demo", GPUS, sft={"zero": 2})
     models = spec.models.model_copy(update={"actor": "facebook/opt-1.3b"})
     large = stage_memory(spec.model_copy(update={"models": models}), "sft")
-    assert large.moments["passes"]["buffers"] == 2 * 200_000_000
-    assert large.moments["first reduction"]["buffers"] == 4 * 200_000_000
-    assert sft(zero=2).moments["passes"]["buffers"] == 2 * COUNT
+    assert large.phases["passes"]["buffers"] == 2 * 200_000_000
+    assert large.phases["first reduction"]["buffers"] == 4 * 200_000_000
+    assert sft(zero=2).phases["passes"]["buffers"] == 2 * COUNT
 
 
 def test_precision_offload_and_1_bit_adam_change_the_optimizer() -> None:
@@ -68,12 +68,12 @@ def test_only_adapters_have_gradients_and_optimizer_states() -> None:
     adapters = memory.always["weights"] // 2 - COUNT
     assert 0 < adapters < COUNT / 20
     assert memory.always["optimizer"] == 12 * adapters
-    assert memory.moments["steps"] == {"gradients": 2 * adapters, "gradients for the step": 4 * adapters}
+    assert memory.phases["steps"] == {"gradients": 2 * adapters, "gradients for the step": 4 * adapters}
 
 
 def test_activations_grow_with_tokens_and_checkpointing_keeps_those_of_one_layer() -> None:
     def kept(**fields: Any) -> int:
-        return sft(**fields).moments["passes"]["activations"]
+        return sft(**fields).phases["passes"]["activations"]
 
     assert kept(micro_batch=8) == 2 * kept(micro_batch=4)
     # OPT keeps two norms with their inputs, queries, keys, values, attention's output and ReLU's for each token.
@@ -87,7 +87,7 @@ def test_activations_grow_with_tokens_and_checkpointing_keeps_those_of_one_layer
 
 def test_logits_are_never_all_in_memory() -> None:
     def head(**fields: Any) -> int:
-        return sft(**fields).moments["passes"]["logits"]
+        return sft(**fields).phases["passes"]["logits"]
 
     whole = 4 * 50272 * tokens(make_spec("/scratch/demo", GPUS, sft={}), 64)
     assert head(micro_batch=64) < whole / 4
@@ -98,16 +98,16 @@ def test_ppo_holds_four_models_and_gathers_a_sharded_actor() -> None:
     spec = make_spec("/scratch/demo", GPUS, reward={}, ppo={"zero": 3, "ema": True})
     memory = stage_memory(spec, "ppo")
     assert set(memory.always) == {"weights", "gradients", "buffers", "optimizer", "ref", "reward", "critic", "EMA"}
-    assert memory.moments["rollouts"]["gathered actor"] == 2 * COUNT
+    assert memory.phases["rollouts"]["gathered actor"] == 2 * COUNT
     assert memory.always["EMA"] == 2 * COUNT
-    assert {"passes", "the critic's passes", "rollouts", "scoring"} <= set(memory.moments)
+    assert {"passes", "the critic's passes", "rollouts", "scoring"} <= set(memory.phases)
 
 
 def test_an_evaluation_holds_one_model_at_a_time() -> None:
     spec = make_spec("/scratch/demo", GPUS, sft={}, reward={}, ppo={}, eval={"prompts": 64})
     memory = stage_memory(spec, "eval")
     assert memory.always == {"weights": 2 * COUNT}
-    assert memory.moments["rollouts"]["KV cache"] == 32 * 2 * MODEL.kv * tokens(spec, 1)
+    assert memory.phases["rollouts"]["KV cache"] == 32 * 2 * MODEL.kv * tokens(spec, 1)
 
 
 def test_the_peak_is_at_the_fullest_moment() -> None:

@@ -72,7 +72,7 @@ def main() -> None:
             ) -> list[int]:  # fmt: skip
                 counts = started[0] and kind in ("", round_kind[0])
                 if counts and next(rounds) == after and world.rank == world.size - 1:
-                    flag.time_is_up()
+                    flag.expire()
                     numbers = [TIME_LIMIT, *numbers[1:]]
                 return agree(self, numbers)
 
@@ -81,7 +81,7 @@ def main() -> None:
                 kind: Any = kind, after: Any = after, files: Any = files, flag: Any = flag,
             ) -> Any:  # fmt: skip
                 if kind == FILES and folder.name.startswith("model-") and next(files) == after:
-                    flag.time_is_up()
+                    flag.expire()
                 return describe(folder, *share)
 
             Checkpointer.safe_point = first_point  # type: ignore[method-assign]

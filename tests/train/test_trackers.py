@@ -98,7 +98,7 @@ def test_a_tracker_that_is_missing_or_hangs_is_reported_once(
     assert process is not None
     time.sleep(1)
     monkeypatch.setattr(trackers, "_HURRIED_CLOSE_TIMEOUT", 0.1)
-    hangs.close(hurry=True)
+    hangs.close(quick=True)
     assert process.poll() == -9
     assert "took too long" in capfd.readouterr().err
 

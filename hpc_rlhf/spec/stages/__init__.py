@@ -23,7 +23,7 @@ __all__ = [
     "EvalSpec", "Plot", "PpoSpec", "RewardSpec", "SftSpec", "StageKind", "StagesSpec", "kind_of",
 ]  # fmt: skip
 
-# Each stage after its inputs.
+# Each stage after its inputs; the first that makes a policy is BASE.
 STAGE_KINDS: tuple[StageKind, ...] = (SFT, REWARD, PPO, DPO, EVAL)
 STAGE_NAMES = tuple(kind.name for kind in STAGE_KINDS)
 _BY_NAME = {kind.name: kind for kind in STAGE_KINDS}

@@ -103,7 +103,7 @@ class StageKind:
 
     @property
     def trains(self) -> bool:
-        """Whether it trains, on a share of the prompts."""
+        """Whether it trains a model."""
         return issubclass(self.spec, TrainingSpec)
 
     @property

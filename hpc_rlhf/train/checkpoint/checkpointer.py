@@ -99,7 +99,7 @@ class Checkpointer:
         due = False
         if self.store.world.is_main:
             if self.deadline.reached_at(part):
-                self.stop.flag.time_is_up()
+                self.stop.flag.expire()
             # By time, no save begins while another is being written; by steps, every rank expects one.
             postpone = self.store.pending and self.schedule.steps is None
             due = self.schedule.due(step, part) and not postpone

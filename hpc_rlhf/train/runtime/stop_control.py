@@ -82,7 +82,7 @@ class StopControl:
         self.flag = flag
         self.consensus = Consensus(world)
         self.heartbeat = Heartbeat()
-        self.save: Callable[[str], int] = lambda reason: 0
+        self.save: Callable[[str], int] = lambda reason: 0  # the Checkpointer replaces it
         self._cancellable = 0
 
     def should_stop(self) -> bool:

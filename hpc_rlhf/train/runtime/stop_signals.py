@@ -47,7 +47,7 @@ class StopFlag:
         """Act as if SIGTERM had arrived: Slurm sent it before this rank existed."""
         self._handle(signal.SIGTERM)
 
-    def time_is_up(self) -> None:
+    def expire(self) -> None:
         """Act as if the signal of the time limit had arrived."""
         self.raise_to(REASONS[signal.SIGUSR2][0])
 

@@ -62,10 +62,10 @@ class Watchdog:
     """
 
     def __init__(
-        self, stop: StopFlag, attempt: str, out_of_time: Callable[[], bool] = bool,
+        self, flag: StopFlag, attempt: str, out_of_time: Callable[[], bool] = bool,
         heartbeat: Heartbeat | None = None, on_hang: Callable[[str], object] = bool,
     ) -> None:  # fmt: skip
-        self.stop = stop
+        self.flag = flag
         self.out_of_time = out_of_time
         self.heartbeat = heartbeat or Heartbeat()
         self.on_hang = on_hang
@@ -83,20 +83,20 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
-        with suppress(RuntimeError):  # the store is gone: the attempt is ending
+        with suppress(RuntimeError):  # the store is gone with rank 0, whose end Slurm sees
             while not self._finished.wait(INTERVAL):
                 self.poll()
 
     def poll(self) -> None:
         """Publish a stop that is new here, pick up one that is new elsewhere, and look for a hang."""
         if self.out_of_time():
-            self.stop.time_is_up()
-        if self.stop.code > self._published:
-            self._published = self.stop.code
+            self.flag.expire()
+        if self.flag.code > self._published:
+            self._published = self.flag.code
             self._store.set(str(self._published), "stop")
         for code in REASON_OF_CODE:
-            if code > self.stop.code and self._store.check([str(code)]):
-                self.stop.raise_to(code)
+            if code > self.flag.code and self._store.check([str(code)]):
+                self.flag.raise_to(code)
         overdue = self.heartbeat.overdue
         if overdue is not None and self._store.add("hang", 1) == 1:
             longest = f"its longest pause before was {self.heartbeat.longest:.0f} s"
