@@ -40,11 +40,12 @@ def command(actor: str, reward: str | None, deployment: str, name: str | None, o
             where="--name",
         )
     recipe = nearest(deployment, billions_in(actor) or 1.3)
-    text = write_starter(recipe, actor=actor, reward=reward or actor, name=name)
-    if out == "-":
+    file = f"{name}.yaml" if out is None else out
+    shown = "FILE" if file == "-" else file
+    text = write_starter(recipe, actor=actor, reward=reward or actor, name=name, file=shown)
+    if file == "-":
         click.echo(text, nl=False)
         return
-    file = f"{name}.yaml" if out is None else out
     with writing(Path(file)), Path(file).open("x", encoding="utf-8") as new:
         new.write(text)
     click.echo(f"wrote {file}; next: hpc-rlhf check {file}", err=True)

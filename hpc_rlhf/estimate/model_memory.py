@@ -1,4 +1,4 @@
-"""Memory of one model on one GPU: in training, with what passes and steps add for a while, or frozen."""
+"""Memory of one model on one GPU, frozen or in training, and of its forward and backward passes."""
 
 from __future__ import annotations
 

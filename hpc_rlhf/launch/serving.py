@@ -54,7 +54,9 @@ def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[]
             ready()
         if server.wait():
             hint = f"its output is above; if port {port} is taken, choose another with --port"
-            raise HpcRlhfError(f"the server exited with code {server.returncode}", str(folder), hint, RUN_FAILED)
+            raise HpcRlhfError(
+                f"the server exited with code {server.returncode}", where=str(folder), hint=hint, exit_code=RUN_FAILED
+            )
     finally:
         server.terminate()
         server.wait()
@@ -81,7 +83,7 @@ def serve_as_job(
         queued = commands.queue().get(job_id)
         if queued is None or not queued.live:
             log = run.stage(stage).logs / f"{job_id}_batch.log"
-            raise HpcRlhfError(f"job {job_id} ended before it started to serve", str(log), exit_code=RUN_FAILED)
+            raise HpcRlhfError(f"job {job_id} ended before it started to serve", where=str(log), exit_code=RUN_FAILED)
         if queued.state == "RUNNING":
             past = commands.find_record(job_id)
             return job_id, commands.hostnames(past.nodes)[0] if past and past.nodes else ""

@@ -25,19 +25,18 @@ class Event:
     """Something that happened to a stage.
 
     Attributes:
-        name: the event's name on disk; a class without one is only a base of others.
+        name: the event's name on disk; the bases have none.
         time: when it was written, in Unix seconds by the writer's clock; the ledger sets it.
     """
 
-    name: ClassVar[str] = ""
+    name: ClassVar[str]
     stage: str = ""
     _: KW_ONLY
     time: float = 0.0
 
-    def __init_subclass__(cls, name: str = "") -> None:
-        cls.name = name
-        if name:
-            KINDS[name] = cls
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is not None:
+            cls.name, KINDS[name] = name, cls
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
-"""A manifest proves that a folder is complete: it lists every file with its size and SHA-256, and its own SHA-256.
-It is written last.
+"""A manifest proves that a folder is complete: it lists every file with its size and SHA-256, and contains
+the SHA-256 of its own content. It is written last.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def _items(spec: JobSpec) -> Iterator[HubItem]:
         sources |= {f"stages.{stage}.{name}": getattr(spec.stage(stage), name) for name in kind_of(stage).sources}
     for where, source in sources.items():
         if source is not None and source.path is not None and not os.path.isabs(source.path):
-            yield HubItem("data set", source.path, where, source.subset, source.split)
+            yield HubItem("data set", source.path, where, source.subset or None, source.split)
 
 
 def cache() -> Path:

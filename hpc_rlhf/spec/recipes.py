@@ -86,6 +86,10 @@ RECIPES = (
 _HEAD = """\
 # {model} as a chat model, on {machine}.
 # {origin}
+#
+#   hpc-rlhf check {file}     lists every error in it
+#   hpc-rlhf plan {file}      shows the jobs
+#   hpc-rlhf submit {file}    submits them to Slurm
 name: {name}
 # On a file system that all nodes share. A relative path starts at the working directory.
 run_dir: ${{SCRATCH:-.}}/runs/{folder}
@@ -145,7 +149,7 @@ def nearest(deployment: str, billions: float) -> Recipe:
     return min(fitting, key=lambda recipe: abs(math.log(recipe.billions / billions)))
 
 
-def write_starter(recipe: Recipe, *, actor: str, reward: str, name: str) -> str:
+def write_starter(recipe: Recipe, *, actor: str, reward: str, name: str, file: str) -> str:
     """The text of a commented job spec to start from.
 
     Args:
@@ -153,12 +157,14 @@ def write_starter(recipe: Recipe, *, actor: str, reward: str, name: str) -> str:
         actor: hub id or folder of the model to turn into a chat model.
         reward: the same for the reward model and the critic.
         name: name of the run.
+        file: name of the spec's file, for its header.
     """
     kinds = [kind for kind in STAGE_KINDS if kind.name in recipe.stages]
     text = _HEAD.format(
         model=actor,
         machine=recipe.machine,
         origin=_origin(recipe, billions_in(actor)),
+        file=file,
         name=_scalar(name),
         folder=name,
         nodes=recipe.nodes,

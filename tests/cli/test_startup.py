@@ -47,3 +47,11 @@ def loaded_by(*args: str, cwd: Path) -> set[str]:
 )  # fmt: skip
 def test_login_node_verbs_stay_light(tmp_path: Path, args: list[str], unwanted: set[str]) -> None:
     assert not loaded_by(*args, cwd=tmp_path) & (TRAINING | unwanted)
+
+
+def test_a_node_launcher_starts_quickly() -> None:
+    """Until it has started, a signal kills it and the ranks are not asked to save."""
+    code = "import sys, hpc_rlhf.launch.node; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "hpc_rlhf.launch.node" in modules
+    assert "pydantic" not in modules

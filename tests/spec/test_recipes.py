@@ -32,7 +32,8 @@ def init(*args: str) -> subprocess.CompletedProcess[str]:
 )
 def test_job_is_what_init_writes(job: str, actor: str, reward: str, deployment: str) -> None:
     done = init("--actor", actor, "--reward", reward, "--deployment", deployment, "--name", job, "--out", "-")
-    assert done.stdout == (JOBS / f"{job}.yaml").read_text()
+    written = (JOBS / f"{job}.yaml").read_text()
+    assert done.stdout == written.replace(f"jobs/{job}.yaml", "FILE")
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
@@ -44,7 +45,7 @@ def test_every_starter_spec_is_valid(
     (tmp_path / "models/opt-13b").mkdir(parents=True)
     actor = actor.replace("/models", str(tmp_path / "models"))
     recipe = nearest(deployment, billions_in(actor) or 1.3)
-    spec = load_spec(write(tmp_path, write_starter(recipe, actor=actor, reward=actor, name="no")))
+    spec = load_spec(write(tmp_path, write_starter(recipe, actor=actor, reward=actor, name="no", file="no.yaml")))
     assert (spec.models.actor, spec.name, spec.stage_names) == (actor, "no", ("sft", "reward", "ppo"))
     assert spec.slurm.ranks == recipe.nodes * recipe.gpus_per_node
 

@@ -1,4 +1,4 @@
-"""Checks what a machine has, and its GPUs' memory, against what the stages need."""
+"""Checks what a machine has, and estimates whether the stages fit the memory of the spec's GPUs."""
 
 from __future__ import annotations
 

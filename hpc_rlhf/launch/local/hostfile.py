@@ -13,9 +13,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.spec.cluster import SlurmSpec
+
+if TYPE_CHECKING:  # a node's launcher imports this module before it can handle signals
+    from hpc_rlhf.spec.cluster import SlurmSpec
 
 # What DeepSpeed's own parser accepts, and no more.
 _LINE = re.compile(r"([A-Za-z0-9_][\w.@-]*)\s+slots=(\d+)\s*(#.*)?")
