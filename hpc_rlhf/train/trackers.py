@@ -170,13 +170,15 @@ class _Feed:
             new = lines[self._state.get(name, 0) :]
             if not new:
                 continue
-            del self.trackers[name]  # unless it takes them
+            sent = False
             with _guarded(name):
                 _send(new, tracker)
-                self.trackers[name] = tracker
-            if name in self.trackers:
+                sent = True
+            if sent:
                 self._state[name] = len(lines)
                 self._save()
+            else:
+                del self.trackers[name]
 
     def finish(self) -> None:
         done = manifest.is_done(self._files)

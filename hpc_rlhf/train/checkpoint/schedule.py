@@ -69,6 +69,7 @@ class CheckpointSchedule:
         return cls(mttf=seconds(spec.mttf)) if every == "auto" else cls(seconds=seconds(every))
 
     def due(self, step: int, part: int) -> bool:
+        """Whether to save after ``step`` steps and ``part`` parts of the next one."""
         if self.steps is not None:
             return step > 0 and part == 0 and step % self.steps == 0
         interval = daly(self.cost, self.mttf) if self.seconds is None else self.seconds

@@ -83,6 +83,9 @@ def _write(
 
     Returns:
         The number of rows of each data set, and the number of training samples before prompts were dropped as too long.
+
+    Raises:
+        WorkCancelled: ``should_stop`` was true.
     """
 
     def until_stopped() -> Iterator[tuple[bool, Sample]]:

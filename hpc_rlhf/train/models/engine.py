@@ -47,6 +47,9 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingS
     Args:
         model: loaded within ``sharded_loading``, and split if the spec says so.
         total: optimizer steps of the whole stage.
+
+    Raises:
+        HpcRlhfError: this device does not support the spec's precision.
     """
     import deepspeed
 
@@ -107,7 +110,8 @@ class StepResult:
 
     Attributes:
         grad_norm: norm of the gradient before clipping; infinite if the step was skipped.
-        applied: False if DeepSpeed skipped the step because a gradient was not finite, and changed nothing.
+        applied: False if DeepSpeed skipped the step because a gradient was not finite: weights, Adam's moments and the
+            learning-rate schedule are as before.
     """
 
     grad_norm: float
@@ -119,7 +123,7 @@ class StepResult:
 
 
 def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
-    """One optimizer step on the summed gradients of several losses.
+    """One optimizer step on the summed gradients of several losses, which are called in order. Collective.
 
     The accumulation boundary is set explicitly, so that the number of losses may differ from the configured
     accumulation, as with a pretraining mixture.

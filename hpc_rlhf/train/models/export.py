@@ -1,4 +1,6 @@
-"""The whole weights of a model in training, gathered from their shards and written as a folder."""
+"""The whole weights of a model in training, gathered from their shards and written as a folder, and
+long reads and writes that a stop interrupts.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,8 @@ def whole(modules: Sequence[ModuleWeights]) -> Iterator[list[tuple[str, Tensor]]
 def full_weights(modules: Sequence[ModuleWeights]) -> Generator[tuple[str, Tensor], None, None]:
     """Every weight of the modules by its Hugging Face name, whole and with adapters merged.
 
-    Collective if sharded or split: every rank must iterate to the end. A tensor is valid only until the next one.
+    Collective if sharded or split: every rank must iterate to the end. A tensor may be a
+    view of the parameter and is valid only until the next one.
     """
     batch: list[ModuleWeights] = []
     size = 0

@@ -79,6 +79,11 @@ def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kw
 
 
 def load_causal(source: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
+    """A causal language model.
+
+    Raises:
+        HpcRlhfError: it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
     model = _load(AutoModelForCausalLM, source, dtype, dropout)
@@ -104,7 +109,11 @@ def check_fits(config: Any, tokenizer: Any, longest: int, source: str) -> None:
 
 
 def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: float = 0.0) -> RewardModel:
-    """A reward model from a causal or a reward model; ``seed`` initializes a new head, None keeps the source's."""
+    """A reward model from a causal or a reward model; ``seed`` initializes a new head, None keeps the source's.
+
+    Raises:
+        HpcRlhfError: it cannot be loaded, or transformers has no variant of the architecture with a score head.
+    """
     from transformers import AutoModelForSequenceClassification
 
     classifier = _load(AutoModelForSequenceClassification, source, dtype, dropout, num_labels=1)

@@ -79,6 +79,9 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
     """Wrap a model's linear layers, except its output head, in adapters, in place.
 
     A reward model's score head is newly initialized and therefore always trained in full.
+
+    Raises:
+        HpcRlhfError: the model has none of the target layers.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     layers = [

@@ -36,6 +36,9 @@ def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: Wor
     """The actor's tokenizer; of an actor made from scratch, one trained on the texts and kept in the folder.
 
     Collective. No mask is derived from the id of the padding token, so a tokenizer without one may pad with EOS.
+
+    Raises:
+        HpcRlhfError: there is no such tokenizer, or it has no EOS token.
     """
     from transformers import AutoTokenizer
 

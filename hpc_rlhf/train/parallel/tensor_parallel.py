@@ -29,6 +29,9 @@ def split_model(model: nn.Module, tensor_parallel: int) -> None:
     Args:
         model: contains a transformers model, whole and the same on all ranks.
         tensor_parallel: number of neighbouring ranks that share a layer; 1 does nothing.
+
+    Raises:
+        HpcRlhfError: the architecture is not supported, or its sizes are not divisible.
     """
     if tensor_parallel == 1:
         return

@@ -86,7 +86,7 @@ class StopControl:
         self._cancellable = 0
 
     def should_stop(self) -> bool:
-        """Whether this rank knows of a stop. The watchdog informs the other ranks within a second."""
+        """Whether this rank knows of a stop. Not collective: the watchdog informs the other ranks within a second."""
         self.heartbeat.beat()
         return self.flag.code > 0
 
@@ -112,7 +112,7 @@ class StopControl:
             self._stop(codes[0])
 
     def check_with(self, numbers: Sequence[int]) -> list[int]:
-        """Agree on the stop as ``check`` does, and in the same round on numbers: the largest of all ranks'."""
+        """Agree on the stop as ``check`` does, and in the same round on the largest of each number over all ranks."""
         self.heartbeat.beat()
         code, *largest = self.consensus.agree([self.flag.code, *numbers])
         self._stop(code)

@@ -1,4 +1,6 @@
-"""What SFT, the reward model and DPO have in common: how a model learns from rows of data."""
+"""What SFT, the reward model and DPO have in common: how a model learns from rows of data. PPO's pretraining mixture
+uses the same batches.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +108,7 @@ class Learner:
             context.checkpoints.safe_point(step, self.save, state)
             context.reseed(step)
             indices = step_indices(context, context.stage, len(rows), step)
-            values = self._step(self._batches(rows, self.lengths, indices))
+            values = self._step(indices)
             context.metrics.log(step + 1, self.total, "train", values)
         context.checkpoints.safe_point(self.total, self.save, state)
 
@@ -114,10 +116,11 @@ class Learner:
         planned = micro_batches(self.context, lengths, indices, self.budget)
         return [([rows[i] for i in chosen], real) for chosen, real in planned]
 
-    def _step(self, batches: list[tuple[list[Row], bool]]) -> dict[str, float]:
-        """An optimizer step on micro-batches; returns its metrics. Collective."""
+    def _step(self, indices: list[int]) -> dict[str, float]:
+        """An optimizer step on some rows; returns its metrics. Collective."""
+        batches = self._batches(self.data.train, self.lengths, indices)
         prepared = [self.prepare(rows) for rows, _ in batches]
-        count, rate = self._count(batches), engines.learning_rate(self.engine)
+        count, rate = self._count(indices, batches), engines.learning_rate(self.engine)
         measured: list[Tensor] = []
 
         def scaled_loss(rows: list[Row], real: bool, inputs: tuple[Any, ...]) -> Tensor:
@@ -146,13 +149,14 @@ class Learner:
             self.context.stop.check("evaluation")
             measured.append(self.measure(chosen, *self.prepare(chosen))[1] * real)
         self.engine.train()
-        return measured, self._count(batches)
+        return measured, self._count(indices, batches)
 
-    def _count(self, batches: list[tuple[list[Row], bool]]) -> float:
-        """The rows, or tokens to learn, of all ranks' micro-batches. Collective."""
-        weight = self.learned_tokens or (lambda row: 1)
-        own = sum(weight(row) for rows, real in batches if real for row in rows)
-        return self.context.world.sums({"own": float(own)})["own"]
+    def _count(self, indices: list[int], batches: list[tuple[list[Row], bool]]) -> float:
+        """The number of rows, or the tokens to learn of all ranks' micro-batches. Collective."""
+        if self.learned_tokens is None:
+            return float(len(indices))
+        own = sum(self.learned_tokens(row) for rows, real in batches if real for row in rows)
+        return self.context.world.sums({"tokens": float(own)})["tokens"]
 
     def means(self, measured: list[Tensor], count: float) -> dict[str, float]:
         """The mean of each metric, from all ranks' sums. Collective."""

@@ -63,7 +63,7 @@ def run(context: StageContext) -> None:
     # 4. Resume, or evaluate the start.
     checkpoint = context.resume(learner.load)
     if checkpoint is not None:
-        state, first = checkpoint.state, checkpoint.step
+        state, first = {"perplexity_before": checkpoint.state["perplexity_before"]}, checkpoint.step
     else:
         state, first = {"perplexity_before": perplexity()}, 0
         context.metrics.log(0, total, "eval", {"perplexity": state["perplexity_before"]})

@@ -54,6 +54,7 @@ class CudaGraphs:
         return replay
 
     def close(self) -> None:
+        """Discard all recordings and free their memory."""
         for graph in self.graphs:
             graph.reset()
         self.graphs.clear()

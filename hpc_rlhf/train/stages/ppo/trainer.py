@@ -89,7 +89,11 @@ class PpoTrainer:
         self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[object, ...]],
         should_stop: Callable[[], bool],
     ) -> Rollout:  # fmt: skip
-        """Sample a response to each of this rank's prompts, with the fields of a ``GenerationRequest``. Collective."""
+        """Sample a response to each of this rank's prompts, with the fields of a ``GenerationRequest``. Collective.
+
+        Raises:
+            RolloutCancelled: ``should_stop`` returned True.
+        """
         sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
         self.backend.sync_weights(self.models.policy)
         return self.backend.generate(
