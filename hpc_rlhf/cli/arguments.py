@@ -53,7 +53,11 @@ def unfinished(run: RunDir, what: str, missing: Sequence[str], exit_code: int) -
 
 
 def find_run(argument: str) -> RunDir:
-    """The run directory that RUN refers to: the directory itself, or a job file's only run."""
+    """The run directory that RUN refers to: the directory itself, or a job file's only run.
+
+    Raises:
+        HpcRlhfError: there is none, or RUN is a sweep of several runs.
+    """
     runs = find_runs(argument)
     if len(runs) > 1:
         names = [str(run.path) for run in runs]
@@ -67,7 +71,11 @@ def find_run(argument: str) -> RunDir:
 
 
 def find_runs(argument: str) -> list[RunDir]:
-    """The run directories that RUN refers to: one, or all those of a sweep, but at least one."""
+    """The run directories that RUN refers to: one, or all those of a sweep, but at least one.
+
+    Raises:
+        HpcRlhfError: there is none.
+    """
     path = Path(argument)
     members: list[RunDir] = []
     if path.is_file():

@@ -15,6 +15,7 @@ from hpc_rlhf.cli.conversation import HELP, Conversation, converse, respond
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages import POLICIES
 
 
@@ -77,9 +78,11 @@ def command(
 
 
 def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
-    """The name and folder of a model of a run; by default of the latest finished stage."""
-    from hpc_rlhf.spec.load import read_spec
+    """The name and folder of a model of a run; by default of the latest finished stage.
 
+    Raises:
+        HpcRlhfError: it is not finished, or not part of the run.
+    """
     spec = read_spec(run.job_yaml)
     if model is not None and model not in spec.policies:
         maker = POLICIES[model].name

@@ -11,10 +11,15 @@ from hpc_rlhf.cli.arguments import example, find_run, json_option, set_option, u
 from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.cli.run import run_stages, set_arguments
 from hpc_rlhf.errors import INPUT_WRONG
+from hpc_rlhf.launch.auto import load_one
+from hpc_rlhf.launch.prepare import evaluation_changed
+from hpc_rlhf.observe.results import read_report
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages import EVALUATION
+from hpc_rlhf.spec.sweep import Sweep, load_any
 
 
 @click.command(epilog=example("hpc-rlhf eval my-job.yaml --prompts 200"))
@@ -32,8 +37,6 @@ def command(context: click.Context, run: str, prompts: int | None, sets: tuple[s
     results. A spec without that stage is evaluated with its defaults. Ctrl-C saves and stops; the same
     command resumes.
     """
-    from hpc_rlhf.launch.prepare import evaluation_changed
-    from hpc_rlhf.observe.results import read_report
     from hpc_rlhf.observe.terminal.results import evaluation
 
     folder = find_run(run)
@@ -53,10 +56,6 @@ def command(context: click.Context, run: str, prompts: int | None, sets: tuple[s
 
 def _evaluation_spec(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[JobSpec, Path | None]:
     """The spec of a run with an eval stage, and the folder of its file unless that is the run directory."""
-    from hpc_rlhf.launch.auto import load_one
-    from hpc_rlhf.spec.load import read_spec
-    from hpc_rlhf.spec.sweep import Sweep, load_any
-
     file = Path(run) if Path(run).is_file() else folder.job_yaml
     # RUN may be a sweep of which only one run exists yet.
     source = folder.job_yaml if isinstance(load_any(file), Sweep) else file

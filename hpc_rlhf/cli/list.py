@@ -52,6 +52,7 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
 
 
 def show_runs(lines: Sequence[listing.RunLine], as_json: bool) -> None:
+    """Print runs, one per line."""
     if as_json:
         print_json([asdict(line) for line in lines])
         return

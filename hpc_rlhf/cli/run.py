@@ -10,9 +10,15 @@ import click
 
 from hpc_rlhf.cli.arguments import example, set_option
 from hpc_rlhf.cli.console import print_parts
+from hpc_rlhf.cli.plan_tables import print_choice
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.auto import load
+from hpc_rlhf.launch.local.hostfile import read_hostfile
+from hpc_rlhf.launch.prepare import claim, prepare
+from hpc_rlhf.launch.sweep import lay_out
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.sweep import Sweep
 
 
 @click.command(
@@ -32,11 +38,7 @@ def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile:
     All ranks that the spec asks for start here. Ctrl-C saves and stops; the same command resumes. Finished
     stages are skipped. The runs of a sweep run one after the other.
     """
-    from hpc_rlhf.cli.plan_tables import print_choice
-    from hpc_rlhf.launch.auto import load
-    from hpc_rlhf.launch.sweep import lay_out
     from hpc_rlhf.observe.terminal.results import summary
-    from hpc_rlhf.spec.sweep import Sweep
 
     def run_one(spec: JobSpec, lent: Mapping[str, RunDir]) -> None:
         words = [str(file), *set_arguments(sets)]
@@ -61,12 +63,15 @@ def run_stages(
 ) -> RunDir:  # fmt: skip
     """Run stages of a spec, by default all. If the user interrupts them, show how to resume and end the command.
 
+    If ``hpc-rlhf run`` ends early, the report is written, too.
+
     Args:
         words: the arguments of the verb, with which it resumes.
+
+    Raises:
+        HpcRlhfError: a stage failed.
     """
-    from hpc_rlhf.launch.local.hostfile import read_hostfile
     from hpc_rlhf.launch.local.runner import Interrupted, LocalRun, refuse_live_jobs
-    from hpc_rlhf.launch.prepare import claim, prepare
     from hpc_rlhf.observe.terminal.progress import progress
 
     hosts = read_hostfile(hostfile) if hostfile is not None else None

@@ -59,6 +59,7 @@ class RunPlan:
 
 
 def unreadable(what: str, path: Path, cause: Exception, hint: str) -> HpcRlhfError:
+    """The error that a file of a run cannot be read, or is damaged."""
     reason = cause.strerror if isinstance(cause, OSError) else "it is damaged"
     return HpcRlhfError(f"cannot read {what}: {reason}", where=str(path), hint=hint, exit_code=RUN_FAILED)
 

@@ -45,7 +45,7 @@ def test_job_specs_use_only_its_fields(schema: dict[str, Any]) -> None:
         spec = yaml.safe_load(path.read_text())
         assert spec.keys() <= schema["properties"].keys()
         for stage, fields in spec["stages"].items():
-            assert (fields or {}).keys() <= schema["$defs"][f"{stage.capitalize()}Spec"]["properties"].keys()
+            assert fields.keys() <= schema["$defs"][f"{stage.capitalize()}Spec"]["properties"].keys()
 
 
 def test_spec_that_extends_another_may_be_incomplete(schema: dict[str, Any]) -> None:

@@ -10,12 +10,17 @@ import struct
 import subprocess
 import sys
 import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.run.events import Submitted
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from tests.launch.specs import make_spec
 
 
@@ -42,18 +47,31 @@ def read_until(terminal: int, words: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("ending", [b"q", b"\x03"], ids=["q", "ctrl-c"])
-def test_watch_redraws_on_resize_and_quits_on_a_key(run: RunDir, ending: bytes) -> None:
+@contextmanager
+def watching(run: RunDir, **variables: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """The terminal's end of the user, and the process; checks that it leaves the terminal as it was."""
     mine, theirs = pty.openpty()
     resize(mine, 80)
     command = [sys.executable, "-m", "hpc_rlhf.cli", "watch", str(run.path)]
-    environ = {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
+    environ = {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1", **variables}
     environ = {name: value for name, value in environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     before = termios.tcgetattr(theirs)
     with subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environ,
         process_group=None, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     ) as watch:  # fmt: skip
+        try:
+            yield mine, watch
+        finally:
+            watch.kill()
+    assert termios.tcgetattr(theirs)[3] == before[3]
+    os.close(mine)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("ending", [b"q", b"\x03"], ids=["q", "ctrl-c"])
+def test_watch_redraws_on_resize_and_quits_on_a_key(run: RunDir, ending: bytes) -> None:
+    with watching(run) as (mine, watch):
         text = read_until(mine, "q to quit")
         assert "█" in text
         assert "tries" in text
@@ -62,9 +80,21 @@ def test_watch_redraws_on_resize_and_quits_on_a_key(run: RunDir, ending: bytes) 
         os.write(mine, ending)
         assert "\x1b[?1049l" in read_until(mine, "\x1b[?1049l")  # the screen as it was
         assert watch.wait(30) == 0
-    assert termios.tcgetattr(theirs)[3] == before[3]
-    os.close(mine)
-    os.close(theirs)
+
+
+def test_a_key_pressed_while_slurm_is_slow_counts(run: RunDir, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    for name in ("squeue", "sacct"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\ntouch {asked}\nsleep 2\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    Ledger(run.ledger).append(Submitted("sft", job_id="1"))
+    with watching(run, PATH=f"{tmp_path}/bin:{os.environ['PATH']}") as (mine, watch):
+        while not asked.exists():
+            assert watch.poll() is None
+            time.sleep(0.05)
+        os.write(mine, b"q")
+        assert watch.wait(30) == 0
 
 
 def test_watch_without_a_terminal_gives_a_hint(run: RunDir) -> None:

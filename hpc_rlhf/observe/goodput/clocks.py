@@ -29,8 +29,10 @@ class Clock:
 
     Args:
         events: a ledger's, in the order written.
-        now: Unix seconds by the clock of the machine that reads them; 0 if unknown. As an attribute, the time of the
-            last event that was yielded.
+        now: Unix seconds by the clock of the machine that reads them; 0 if unknown.
+
+    Attributes:
+        now: the time of the last event that was yielded.
     """
 
     def __init__(self, events: Sequence[Event], now: float = 0.0) -> None:
@@ -82,7 +84,7 @@ def _corrections(lines: Sequence[_Lines]) -> dict[str, float]:
         most = max(against.values())
         worst = min(
             (who for who in against if against[who] == most),
-            key=lambda who: (_length(right, who), who == _READER, not who.startswith(_NO_ATTEMPT)),
+            key=lambda who: (_length(right, who), who == _READER, not who.startswith(_NO_ATTEMPT), who),
         )
         right = [each for each in right if each[0] != worst]
         wrong.append(worst)

@@ -76,8 +76,11 @@ def watch(run: RunDir, console: Console) -> None:
         HpcRlhfError: the plan cannot be read.
     """
     board = LiveBoard(run, console)
-    live = Live(board.draw(), console=console, screen=True, auto_refresh=False)
-    with _keys() as quits, live, suppress(KeyboardInterrupt):
+    with (
+        _keys() as quits,  # first, because drawing may wait for Slurm
+        Live(board.draw(), console=console, screen=True, auto_refresh=False) as live,
+        suppress(KeyboardInterrupt),
+    ):
         while not quits(_EVERY):
             live.update(board.draw(), refresh=True)
 

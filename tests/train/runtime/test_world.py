@@ -116,7 +116,8 @@ except HpcRlhfError as error:
 store = CheckpointStore(folder / "checkpoints", "1-0", keep=2, world=world)
 store.claim()
 for step in (10, 20):
-    store.begin(step, lambda snapshot: snapshot.data(f"rank-{rank}", f"{rank} at {step}".encode()), {"step": step})
+    share = f"{rank} at {step}".encode()
+    store.begin(step, lambda snapshot: snapshot.data(f"rank-{rank}", share), {"step": step}, copy=False)
     store.finish()
 found = store.latest()
 results["saved"] = [found.step, sorted(manifest.read(found.folder)["files"])]
