@@ -10,8 +10,8 @@ from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
 from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelsSpec
-from hpc_rlhf.spec.recipes import billions_in
 from hpc_rlhf.spec.stages import kind_of
+from hpc_rlhf.spec.stages.recipes import billions_in
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # Bytes of a weight in a checkpoint: itself and Adam's two moments, each in float32.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.spec.load import load_spec
-from hpc_rlhf.spec.recipes import DEPLOYMENTS, billions_in, nearest, write_starter
+from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, billions_in, nearest, write_starter
 from tests.spec.texts import JOBS, write
 
 ROOT = JOBS.parent
