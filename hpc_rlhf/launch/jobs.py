@@ -122,8 +122,8 @@ def _mark(token: str) -> str:
 
 
 def _submissions(ledger: Ledger) -> tuple[dict[str, tuple[str, str]], dict[str, tuple[str, bool]]]:
-    """The stage and token of every known job id; and for every token without an answer its stage, and whether
-    it is the stage's latest: a later announcement implies that the earlier one was resolved."""
+    """The stage and token of every known job id; and for every token that sbatch has not answered, its stage, and
+    whether it is the stage's latest: a later announcement implies that the earlier one was resolved."""
     submitted: dict[str, tuple[str, str]] = {}
     unanswered: dict[str, tuple[str, bool]] = {}
     for event in ledger.events():

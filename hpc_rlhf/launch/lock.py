@@ -98,7 +98,7 @@ def _acquire(path: Path, draft: Path) -> None:
 
 
 def _set_aside(path: Path, stale: str) -> None:
-    """Remove a stale lock; a new lock, taken in the meantime, is put back."""
+    """Remove a stale lock; if a new lock was taken in the meantime, it is put back."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         path.rename(aside)

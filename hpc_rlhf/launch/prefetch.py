@@ -95,7 +95,7 @@ def _model(item: HubItem) -> dict[Path, int]:
 
 @contextmanager
 def explained(item: HubItem) -> Iterator[None]:
-    """Turns errors of the hub inside the block into one sentence."""
+    """Turn hub errors raised inside the block into one sentence."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

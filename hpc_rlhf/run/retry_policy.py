@@ -2,7 +2,7 @@
 
 Healing and local runs ask once the end of the last attempt has been judged; an attempt that stops by itself asks
 before it requeues its job. Two cases do not come here: Slurm requeues a job by itself after a preemption or a lost
-node, and the batch script (``templates/stage.sbatch.j2``) if a signal kills a rank before ``rank.py`` blocks it.
+node, and the batch script (``templates/stage.sbatch.j2``) if SIGTERM kills a rank before it is blocked.
 """
 
 from __future__ import annotations

@@ -99,9 +99,10 @@ class SlurmSpec(Model):
     max_requeues: Annotated[int, Field(ge=0)] = 100
     """How often a stage may be requeued before the chain stops and waits for the user."""
     collective_timeout: Duration = "2 h"
-    """How long a collective operation may take before the attempt fails: how long a rank waits for the slowest other
-    one, for instance in a rollout or while storage is slow. It replaces torch's and DeepSpeed's 10 minutes. A rank that
-    makes no progress at all is found sooner."""
+    """How long a collective operation on tensors may take before the attempt fails: how long a rank waits for the
+    slowest other one, for instance in a rollout or while storage is slow. It replaces torch's and DeepSpeed's 10
+    minutes. A rank that makes no progress at all is found sooner. Control messages may wait 12 hours, because one rank
+    may tokenize for that long."""
     setup: tuple[Command, ...] = ()
     """Shell commands that run on the first node before the ranks start, such as `module load cuda` or `source
     venv/bin/activate`."""

@@ -56,7 +56,7 @@ class PpoSpec(ReferredSpec):
     any reward model. score_clip and missing_eos_penalty are then in standard deviations."""
     score_clip: Rate = Field(default=5.0, description="Reward scores are clipped to plus or minus this.")
     missing_eos_penalty: NonNegative = 0.0
-    """Subtracted from the score of a response without an end-of-sequence token."""
+    """Subtracted from the score of a response without an end-of-sequence token, before the score is clipped."""
     whiten_rewards: bool = False
     """Scale the per-token rewards of a rollout to variance 1 over all ranks, keeping their mean, as the code of arXiv
     1909.08593 does. This also rescales the KL penalty, so leave it off unless a recipe was tuned with it."""

@@ -12,7 +12,10 @@ class RewardSource(Protocol):
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]]
     ) -> list[float | None]:
-        """A score for each response. Collective: all ranks call it together, each with its own responses.
+        """A score for each response.
+
+        Collective: all ranks call it together, each with its own responses. Under ``tensor_parallel``, the ranks of a
+        group have the same responses and must return the same scores.
 
         Args:
             prompts, responses: token ids; a source that reads text decodes them.
@@ -20,5 +23,5 @@ class RewardSource(Protocol):
                 answer. Programs may pass them; the PPO stage of a spec passes none.
 
         Returns:
-            None where there is no score: the response then earns 0 and is left out of the reward's mean.
+            None where there is no score: it counts as 0, before penalties, and is left out of the reward's mean.
         """

@@ -36,7 +36,7 @@ class StopFlag:
         """Handle SIGUSR2 (Slurm's --signal), SIGTERM (preemption) and SIGINT in the main thread."""
         for number in REASONS:
             signal.signal(number, self._handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, REASONS)  # blocked since the rank started
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REASONS)  # blocked since the rank started, except over a hostfile
 
     def restore(self) -> None:
         """Let the signals end the process again."""

@@ -83,7 +83,7 @@ class Watchdog:
         self._thread.join()
 
     def _run(self) -> None:
-        with suppress(RuntimeError):  # the store is gone with rank 0, whose end Slurm sees
+        with suppress(RuntimeError):  # the store is gone with rank 0; Slurm or a timeout ends the attempt
             while not self._finished.wait(INTERVAL):
                 self.poll()
 

@@ -1,1 +1,1 @@
-"""The stages: each file reads top to bottom as the numbered steps of its method."""
+"""The stages: the ``run`` of each reads top to bottom, as the numbered steps of its method."""

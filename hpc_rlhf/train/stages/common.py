@@ -17,7 +17,7 @@ from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 
 def start_actor(context: StageContext) -> str:
-    """Where the actor that later stages start from is loaded from: the SFT stage, or what the spec names."""
+    """Where to load the actor that later stages start from: the SFT stage's model, or what the spec names."""
     if "sft" in context.spec.needs(context.stage):
         return str(context.run.stage("sft").model)
     return context.start_model(context.spec.models.actor)

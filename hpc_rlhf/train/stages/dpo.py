@@ -1,4 +1,4 @@
-"""DPO: learn from pairs which response people preferred, without a reward model and without sampling.
+"""DPO: learn from pairs of responses which one people prefer, without a reward model or sampling.
 
 Direct preference optimization (arXiv 2305.18290) replaces the reward model and PPO.
 """

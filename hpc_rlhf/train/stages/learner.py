@@ -152,7 +152,7 @@ class Learner:
         return measured, self._count(indices, batches)
 
     def _count(self, indices: list[int], batches: list[tuple[list[Row], bool]]) -> float:
-        """The number of rows, or the tokens to learn of all ranks' micro-batches. Collective."""
+        """The number of rows, or the number of tokens learned, in all ranks' micro-batches. Collective."""
         if self.learned_tokens is None:
             return float(len(indices))
         own = sum(self.learned_tokens(row) for rows, real in batches if real for row in rows)

@@ -1,4 +1,4 @@
-"""The reward model: learn from pairs which response people preferred.
+"""The reward model: learn from pairs of responses which one people prefer.
 
 Step 2 of DeepSpeed-Chat (arXiv 2308.01320).
 """

@@ -14,7 +14,7 @@ from hpc_rlhf.train.rollout.experience import Experience
 
 # Responses to keep of each rollout.
 PER_ROLLOUT = 2
-# Held-out prompts that the models from before and after training answer at the end of a stage.
+# Held-out prompts that the model answers at the end of a stage, as it was before training and after.
 HELD_OUT_PROMPTS = 16
 
 
@@ -67,7 +67,7 @@ class SampleLog:
     def append_final(
         self, step: int, rows: list[dict[str, Any]], tuned: list[dict[str, Any]], start: list[dict[str, Any]]
     ) -> None:
-        """Keep the answers of the model from after training beside those of the one that it started from."""
+        """Keep the trained model's answers next to those of the model it started from."""
         records = []
         for row, after, before in zip(rows, tuned, start, strict=True):
             record = {"step": step, "kind": "final", "prompt": row["prompt"], **after}

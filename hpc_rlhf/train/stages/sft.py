@@ -39,7 +39,7 @@ def run(context: StageContext) -> None:
 
     # 3. Loss: the negative log-probability of a row's last tokens.
     def target_tokens(row: Row) -> int:
-        """Tokens at a row's end to learn; its first token cannot be predicted."""
+        """How many tokens at a row's end are learned; its first token cannot be predicted."""
         response, whole = len(row["chosen_ids"]), len(row["prompt_ids"]) + len(row["chosen_ids"])
         return min(response if spec.answer_only else whole, whole - 1)
 

@@ -83,7 +83,7 @@ class Evaluation:
         return [*steps, self.judge] if "reward" in self.trained else steps
 
     def measure(self, name: str, source: str) -> dict[str, float | None]:
-        """Everything that one model is needed for."""
+        """All measurements that need this model."""
         context, ask, measured = self.context, self.questions, Measured()
         with loading(context.stop, context.ds_config):
             model = load_causal(source, context.dtype)
@@ -110,7 +110,7 @@ class Evaluation:
         return [[round(number, 6) for number in row] for row in rows]
 
     def judge(self) -> dict[str, float | None]:
-        """Everything that the reward model is needed for."""
+        """All measurements that need the reward model."""
         context, results, source = self.context, self.results, str(self.context.run.stage("reward").model)
         with loading(context.stop, context.ds_config):
             model = load_reward(source, context.dtype, None)

@@ -1,4 +1,4 @@
-"""How far PPO's optimizer steps on an experience have come, and how a checkpoint keeps that."""
+"""How far PPO has got with its optimizer steps on an experience, and how a checkpoint keeps that."""
 
 from __future__ import annotations
 

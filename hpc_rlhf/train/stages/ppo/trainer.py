@@ -30,7 +30,7 @@ Mixture = Callable[[Any], list[Callable[[], Tensor]]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much at a time."""
+    """How much is processed at a time."""
 
     budget: int  # tokens of a micro-batch
     response: int  # tokens of the longest response
@@ -201,7 +201,9 @@ class PpoTrainer:
         self, experience: Experience | Progress, mixture: Mixture | None = None,
         before: Callable[[Progress], None] = lambda progress: None,
     ) -> dict[str, float]:  # fmt: skip
-        """All optimizer steps on an experience; returns the sums named in STATS, and ``skipped``. Collective.
+        """All optimizer steps on an experience. Returns the sums named in ``metrics.STATS``, and ``skipped``.
+
+        Collective.
 
         Args:
             experience: or the progress of an earlier attempt, whose remaining steps are then made.
