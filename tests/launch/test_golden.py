@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     # failures send mail.
     "multi-node-without-heal": {
         "slurm": {"nodes": 8, "gpus_per_node": 8, "cpus_per_gpu": 8, "heal": {"enabled": False}},
-        "stages": {"sft": {}, "dpo": {"zero": 3, "offload_params": True, "offload_optimizer": True}},
+        "stages": {"dpo": {"zero": 3, "offload_params": True, "offload_optimizer": True}},
         "notify": {"mail": "me@example.org"},
     },
     # Every option that a site may need, setup lines, tensor parallelism. A sentinel on its own partition sends mail.

@@ -117,6 +117,13 @@ def test_gres_replaces_gpus_and_cpu_jobs_request_none() -> None:
     assert not any("gpu" in option or "gres" in option for option in without)
 
 
+def test_without_sentinels_the_jobs_send_the_mails() -> None:
+    fields = make_spec("/scratch/demo", {"heal": {"enabled": False}}).model_dump(exclude_unset=True)
+    spec = JobSpec.model_validate({**fields, "notify": {"mail": "me@x.org"}})
+    assert "--mail-type=FAIL" in options(spec, "sft")
+    assert "--mail-type=END,FAIL" in options(spec, "ppo")
+
+
 def test_the_script_sets_the_rendezvous_and_exits_with_sruns_code(tmp_path: Path) -> None:
     spec = make_spec(tmp_path / "my run's", {"nodes": 2, "cpus_per_gpu": 3})
     code, out, _ = run_script(spec, "sft", tmp_path, STUB_EXIT="7", SLURM_RESTART_COUNT="2")
