@@ -17,9 +17,11 @@ class SourceSpec(Model):
     demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
     """Generate this many short dialogues, instead of reading a path."""
     format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text"] | None = None
-    """Format of the rows. prompt-chosen-rejected: columns prompt, chosen and (optional) rejected. hh: chosen and
-    rejected are whole transcripts of Human/Assistant turns. messages: a list of {role, content}, or chosen and rejected
-    lists. instruction: instruction, input, output. text: a column of plain text."""
+    """Format of the rows. prompt-chosen-rejected: columns prompt, chosen (or completion, or response) and optionally
+    rejected and system. hh: chosen and rejected are whole transcripts of Human/Assistant turns. messages: a list of
+    {role, content} or {from, value} in messages or conversations, or the last turns in chosen and rejected (or
+    completion) with the turns before them in prompt; optionally system. instruction: instruction, output, and
+    optionally input, history and system. text: a column of plain text."""
     weight: Rate = 1.0
     """How often each row is used per epoch: 0.5 uses half of the rows, 2 uses each row twice."""
     split: FreeText = Field(default="train", description="Split of a hub dataset.")

@@ -6,6 +6,7 @@ prompt ends with ``Assistant:``; a response starts with a space.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ ASSISTANT = "\n\nAssistant:"
 MARKER = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "human",
     "human": "human",
     "prompter": "human",
@@ -70,8 +72,17 @@ def _response(text: str | None) -> str:
 
 
 def _from_turns(turns: Sequence[Turn], chosen: str | None, rejected: str | None = None) -> Sample:
-    turns = tuple((ROLES[role.lower()], text.strip()) for role, text in turns)
+    turns = _stripped(turns)
     return Sample(turns, transcript(turns), _response(chosen), _response(rejected))
+
+
+def _stripped(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    return tuple((ROLES[role.lower()], text.strip()) for role, text in turns)
+
+
+def _system(row: Row) -> list[Turn]:
+    """The turn of a column ``system``, if the row has one."""
+    return [("system", row["system"])] if (row.get("system") or "").strip() else []
 
 
 def parse_prompt(prompt: str) -> tuple[tuple[Turn, ...], str]:
@@ -86,36 +97,86 @@ def parse_prompt(prompt: str) -> tuple[tuple[Turn, ...], str]:
 
 
 def _from_pair(row: Row) -> Sample:
-    chosen = row["chosen"] if "chosen" in row else row["response"]
-    return Sample(*parse_prompt(row["prompt"]), _response(chosen), _response(row.get("rejected")))
+    chosen = row[next((name for name in ("chosen", "completion") if name in row), "response")]
+    turns, prompt = parse_prompt(row["prompt"])
+    if system := _system(row):
+        turns = (("system", system[0][1].strip()), *turns)
+        prompt = f"\n\n{turns[0][1]}{prompt}"
+    return Sample(turns, prompt, _response(chosen), _response(row.get("rejected")))
 
 
-def _from_hh(row: Row) -> Sample:
-    chosen_prompt, marker, chosen = row["chosen"].rpartition(ASSISTANT)
-    if not marker:
+def _from_hh(row: Row) -> Sample | None:
+    def split(text: str) -> tuple[str, str]:
+        """A transcript's prompt and response; the response is empty if the human has the last word."""
+        prompt, marker, response = text.rpartition(ASSISTANT)
+        return prompt + marker, "" if MARKER.search(response) else response
+
+    prompt, chosen = split(row["chosen"])
+    if not prompt:
         raise ValueError("chosen has no Assistant turn")
-    rejected_prompt, _, rejected = (row.get("rejected") or "").rpartition(ASSISTANT)
-    same = chosen_prompt == rejected_prompt
-    prompt = chosen_prompt + ASSISTANT
-    return Sample(turns_of(prompt), prompt, _response(chosen), _response(rejected) if same else "")
+    rejected_prompt, rejected = split(row.get("rejected") or "")
+    turns = turns_of(prompt)
+    same = turns_of(rejected_prompt) == turns
+    return Sample(turns, prompt, _response(chosen), _response(rejected) if same else "")
+
+
+def _turns(messages: Any) -> list[Turn]:
+    """The turns of a list of messages in OpenAI's form (role, content) or ShareGPT's (from, value), or of its JSON.
+
+    Raises:
+        ValueError: a message calls a tool, is a tool's reply, or is not text.
+    """
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except ValueError:
+            raise ValueError("a list of messages was expected, or its JSON") from None
+    turns = []
+    for message in messages:
+        role = message["role"] if "role" in message else message["from"]
+        content = message["content"] if "role" in message else message["value"]
+        if message.get("tool_calls") or role.lower() in ("tool", "function", "observation", "function_call"):
+            raise ValueError(f"turns of tools are not supported (role {role})")
+        if not isinstance(content, str):  # a list of parts
+            others = [part["type"] for part in content if part["type"] != "text"]
+            if others:
+                raise ValueError(f"content of type {others[0]} is not supported")
+            content = "".join(part["text"] for part in content)
+        if role.lower() not in ROLES:
+            raise KeyError(role)
+        turns.append((role, content))
+    return turns
 
 
 def _from_messages(row: Row) -> Sample | None:
-    def split(messages: list[dict[str, str]] | None) -> tuple[list[Turn] | None, str | None]:
-        if not messages or ROLES.get(messages[-1]["role"].lower()) != "assistant":
-            return None, None
-        return [(message["role"], message["content"]) for message in messages[:-1]], messages[-1]["content"]
+    def split(messages: Any) -> tuple[list[Turn], str] | None:
+        """The turns before the response, and the response; None if there is none."""
+        turns = _turns(messages or ())
+        if not turns or ROLES[turns[-1][0].lower()] != "assistant":
+            return None
+        if ROLES[turns[0][0].lower()] == "assistant":  # a continuation of the prompt; otherwise the whole dialogue
+            prompt = row.get("prompt") or ()
+            turns = [*([("human", prompt)] if isinstance(prompt, str) else _turns(prompt)), *turns]
+        if ROLES[turns[0][0].lower()] != "system":
+            turns = [*_system(row), *turns]
+        if all(ROLES[role.lower()] != "human" for role, _ in turns):
+            raise ValueError("no user turn comes before the response")
+        return turns[:-1], turns[-1][1]
 
-    turns, chosen = split(row["messages"] if "messages" in row else row["chosen"])
-    rejected_turns, rejected = split(row.get("rejected"))
-    if turns is None:
+    column = next((name for name in ("messages", "conversations", "completion") if name in row), "chosen")
+    chosen, rejected = split(row[column]), split(row.get("rejected"))
+    if chosen is None:
         return None
-    return _from_turns(turns, chosen, rejected if rejected_turns == turns else None)
+    same = rejected is not None and _stripped(rejected[0]) == _stripped(chosen[0])
+    return _from_turns(*chosen, rejected[1] if rejected is not None and same else None)
 
 
 def _from_instruction(row: Row) -> Sample:
     question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return _from_turns([("human", question)], row["output"])
+    turns = _system(row)
+    for asked, answered in row.get("history") or ():
+        turns += [("human", asked), ("assistant", answered)]
+    return _from_turns([*turns, ("human", question)], row["output"])
 
 
 def _from_text(row: Row) -> Sample:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ def _builder(path: Path) -> str | None:
     return BUILDERS.get(suffixes[-1].lower()) if suffixes else None
 
 
+def _options(builder: str | None, file: str) -> dict[str, Any]:
+    """Further arguments for datasets. In a csv file every cell is text, such as None, 007 or 2026-01-31."""
+    if builder != "csv":
+        return {}
+    import pandas  # type: ignore[import-untyped]
+    from datasets import Features, Value
+
+    columns = pandas.read_csv(file, nrows=0).columns
+    return {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False}
+
+
 def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
     """The rows of a source that has a path."""
     import datasets
@@ -35,7 +47,9 @@ def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
         if path.is_dir():
             files = sorted(str(file) for file in path.iterdir() if _builder(file))
             if files:
-                return datasets.load_dataset(_builder(Path(files[0])), data_files=files, split="train")
+                builder = _builder(Path(files[0]))
+                options = _options(builder, files[0])
+                return datasets.load_dataset(builder, data_files=files, split="train", **options)
         elif path.exists():
             builder = _builder(path)
             if builder is None:
@@ -44,7 +58,7 @@ def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
                     where=source.path,
                     hint="use .json, .jsonl, .csv or .parquet, compressed or not",
                 )
-            return datasets.load_dataset(builder, data_files=str(path), split="train")
+            return datasets.load_dataset(builder, data_files=str(path), split="train", **_options(builder, str(path)))
         elif path.is_absolute():
             raise HpcRlhfError("no such data file or folder", where=source.path)
         return datasets.load_dataset(source.path, source.subset, split=source.split)
@@ -64,6 +78,10 @@ def _explain(path: Path) -> None:
     """Raise HpcRlhfError with the first error in a local file that datasets cannot read, if it can be found."""
     if not path.is_file():
         return
+    if path.suffix == ".zst" and find_spec("zstandard") is None:
+        raise HpcRlhfError(
+            "reading .zst needs the package zstandard", where=str(path), hint="pip install zstandard, or decompress it"
+        )
     if path.stat().st_size == 0:
         raise HpcRlhfError("the data file is empty", where=str(path), hint="write one row per line")
     if ".jsonl" not in path.suffixes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -19,6 +20,11 @@ def user(text: str) -> dict[str, str]:
 
 def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def shared(speaker: str, text: str) -> dict[str, str]:
+    """A turn in ShareGPT's form."""
+    return {"from": speaker, "value": text}
 
 
 ASKED = (("human", "Hi"),)
@@ -61,6 +67,63 @@ ASKED_TWICE = (("human", "Hi"), ("assistant", "Hello"), ("human", "Who?"))
             {"chosen": [user("Hi"), assistant("Yes.")], "rejected": [user("Ho"), assistant("No.")]},
             ASKED, HI, " Yes.", "",
         ),
+        # TRL's formats: conversational with a prompt of its own, and prompt-completion.
+        (
+            "messages",
+            {"prompt": [user("Hi")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+            ASKED, HI, " Yes.", " No.",
+        ),
+        ("messages", {"prompt": [user("Hi")], "completion": [assistant("Yes.")]}, ASKED, HI, " Yes.", ""),
+        ("messages", {"prompt": "Hi", "chosen": [assistant("Yes.")]}, ASKED, HI, " Yes.", ""),
+        ("messages", {"prompt": "Hi", "chosen": [user("Hi"), assistant("Yes.")]}, ASKED, HI, " Yes.", ""),
+        (
+            "messages",
+            {
+                "prompt": [user("Hi")],
+                "chosen": [assistant("Hello"), user("Who?"), assistant("Me.")],
+                "rejected": [assistant("Hello"), user("Who?"), assistant("You.")],
+            },
+            ASKED_TWICE, TWO_TURNS, " Me.", " You.",
+        ),
+        ("prompt-chosen-rejected", {"prompt": "Hi", "completion": "Yes."}, ASKED, HI, " Yes.", ""),
+        # ShareGPT, OpenAI's parts, developer as system, and messages as JSON.
+        (
+            "messages",
+            {"conversations": [shared("human", "Hi"), shared("gpt", "Yes.")]},
+            ASKED, HI, " Yes.", "",
+        ),
+        (
+            "messages",
+            {"system": "Be brief.", "conversations": [shared("human", "Hi"), shared("gpt", "Yes.")]},
+            (("system", "Be brief."), ("human", "Hi")), f"\n\nBe brief.{HI}", " Yes.", "",
+        ),
+        (
+            "messages",
+            {"messages": [{**user(""), "content": [{"type": "text", "text": it} for it in "Hi"]}, assistant("Yes.")]},
+            ASKED, HI, " Yes.", "",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "developer", "content": "Be brief."}, user("Hi"), assistant("Yes.")]},
+            (("system", "Be brief."), ("human", "Hi")), f"\n\nBe brief.{HI}", " Yes.", "",
+        ),
+        ("messages", {"messages": json.dumps([user("Hi"), assistant("Yes.")])}, ASKED, HI, " Yes.", ""),
+        (
+            "prompt-chosen-rejected",
+            {"system": "Be brief.", "prompt": "Hi", "chosen": "Yes."},
+            (("system", "Be brief."), ("human", "Hi")), f"\n\nBe brief.{HI}", " Yes.", "",
+        ),
+        (
+            "instruction",
+            {"instruction": "Who?", "output": "Me.", "history": [["Hi", "Hello"]], "system": ""},
+            ASKED_TWICE, TWO_TURNS, " Me.", "",
+        ),
+        # Prompts that differ only in the space around a turn are the same.
+        (
+            "hh",
+            {"chosen": "\n\nHuman: Hi \n\nAssistant: Me.", "rejected": f"{HI} You."},
+            ASKED, "\n\nHuman: Hi \n\nAssistant:", " Me.", " You.",
+        ),
         ("instruction", {"instruction": "Hi", "output": "Yes."}, ASKED, HI, " Yes.", ""),
         (
             "instruction",
@@ -81,6 +144,8 @@ def test_rows_become_samples(
     [
         ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": "", "rejected": "No."}),
         ("hh", {"chosen": f"{HI} ", "rejected": f"{HI} You."}),
+        ("hh", {"chosen": f"{HI} Yes.\n\nHuman: Thanks", "rejected": f"{HI} No.\n\nHuman: Bye"}),
+        ("messages", {"prompt": [user("Hi")], "chosen": [], "rejected": [assistant("No.")]}),
         ("messages", {"messages": [user("Hi"), assistant("Yes."), user("Bye")]}),
         ("messages", {"messages": []}),
         ("instruction", {"instruction": "Hi", "input": None, "output": None}),
@@ -119,11 +184,20 @@ def test_a_transcript_is_split_into_turns(prompt: str, turns: tuple[Turn, ...]) 
         ("hh", {"prompt": "Hi", "rejected": "No."}, "chosen"),
         ("hh", {"chosen": "Just text, no turns.", "rejected": "Text."}, "no Assistant turn"),
         ("hh", {"chosen": [user("Hi")]}, "list"),
-        ("messages", {"conversations": [user("Hi"), assistant("Yes.")]}, "chosen"),
-        ("messages", {"messages": [{"from": "human", "value": "Hi"}]}, "role"),
+        ("messages", {"dialogue": [user("Hi"), assistant("Yes.")]}, "chosen"),
+        ("messages", {"messages": [{"speaker": "human", "value": "Hi"}]}, "from"),
+        ("messages", {"messages": [user("Hi"), shared("observation", "3"), assistant("Yes.")]}, "tools"),
+        ("messages", {"messages": [user("Hi"), {**assistant(""), "tool_calls": [{}]}]}, "tools"),
+        ("messages", {"messages": [user("Hi"), {"role": "judge", "content": "x"}, assistant("Yes.")]}, "judge"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, assistant("Yes.")]},
+            "image_url",
+        ),
         ("messages", {"messages": [{"role": "user"}, assistant("Yes.")]}, "content"),
         ("messages", {"messages": [user("Hi"), {"role": "tool", "content": "{}"}, assistant("Yes.")]}, "tool"),
-        ("messages", {"messages": "Hi"}, "text was expected"),
+        ("messages", {"chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}, "no user turn"),
+        ("messages", {"messages": "Hi"}, "a list of messages was expected"),
         ("instruction", {"prompt": "Hi", "output": "Yes."}, "instruction"),
         ("instruction", {"instruction": "Hi", "response": "Yes."}, "output"),
         ("text", {"content": "Once upon."}, "text"),

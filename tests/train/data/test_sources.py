@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -110,6 +111,27 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(
     with pytest.raises(HpcRlhfError, match=says) as caught:
         list(read(SourceSpec.model_validate(source(tmp_path / name)), 0))
     assert caught.value.where == str(tmp_path / name)
+
+
+def test_a_csv_cell_is_text(tmp_path: Path) -> None:
+    """pandas takes some words for missing values, and numbers and dates for what they look like."""
+    answers = ["None", "NA", "null", "nan", "007", "1e3", "2026-01-31", "True", "two\nlines", '"quoted"']
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "chosen", "rejected"])
+        writer.writerows([f"Question {n}?", answer, ""] for n, answer in enumerate(answers))
+    samples = list(read(SourceSpec.model_validate(source(tmp_path / "d.csv")), 0))
+    assert [sample.chosen for sample in samples] == [f" {answer}" for answer in answers]
+    assert {sample.rejected for sample in samples} == {""}
+
+
+def test_a_zst_file_without_zstandard_says_so(tmp_path: Path) -> None:
+    if importlib.util.find_spec("zstandard") is not None:
+        pytest.skip("zstandard is installed")
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(HpcRlhfError, match="needs the package zstandard") as caught:
+        list(read(SourceSpec.model_validate(source(tmp_path / "a.jsonl.zst")), 0))
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
