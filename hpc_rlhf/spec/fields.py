@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import os
+import textwrap
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Annotated, Any, TypeVar
 
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # a third of pydantic's start-up time
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    create_model,
+)  # fmt: skip
+from pydantic_core import CoreSchema
 
 from hpc_rlhf.slurm.sbatch import refuse_owned
 from hpc_rlhf.spec.gpus import known_gpu
@@ -60,7 +74,36 @@ TopK = Annotated[int, Field(ge=0, description="Sample from the k most likely tok
 class Model(BaseModel):
     """A part of a spec. The string below a field documents it, as a description in its `Field` does."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core)
+        properties = handler.resolve_ref_schema(schema)["properties"]
+        for name, text in descriptions(cls).items():
+            properties[name]["description"] = text
+        return schema
+
+
+def descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """What documents each field of a model: the description in its `Field`, or the string below it.
+
+    Pydantic can read these strings itself (``use_attribute_docstrings``), but then every command pays for it.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(model.__mro__):
+        if issubclass(base, Model) and base is not Model:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+            assert isinstance(tree, ast.ClassDef)
+            for node, below in pairwise(tree.body):
+                if (
+                    isinstance(node, ast.AnnAssign)
+                    and isinstance(node.target, ast.Name)
+                    and isinstance(below, ast.Expr)
+                ):
+                    texts[node.target.id] = inspect.cleandoc(ast.literal_eval(below.value))
+    given = {name: info.description for name, info in model.model_fields.items() if info.description}
+    return {name: text for name, text in (texts | given).items() if name in model.model_fields}
 
 
 _M = TypeVar("_M", bound=Model)

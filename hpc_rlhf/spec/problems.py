@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from hpc_rlhf.errors import Problem
-from hpc_rlhf.spec.fields import PATTERN_WORDS
+from hpc_rlhf.spec.fields import PATTERN_WORDS, descriptions
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.yaml_source import Mark, Node
 
@@ -151,19 +151,24 @@ def _close_fields(path: tuple[str | int, ...]) -> str | None:
 
 def _description(path: tuple[str | int, ...]) -> str | None:
     """The first sentence of a field's description."""
-    field = _fields_at(path[:-1]).get(str(path[-1]))
-    words = field.description.split() if field and field.description else []
+    model = _model_at(path[:-1])
+    words = descriptions(model).get(str(path[-1]), "").split() if model else []
     return " ".join(words).split(". ")[0].rstrip(".") or None
 
 
 def _fields_at(path: tuple[str | int, ...]) -> dict[str, FieldInfo]:
     """The fields of the model at a path."""
+    model = _model_at(path)
+    return model.model_fields if model else {}
+
+
+def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:
     model: type[BaseModel] | None = JobSpec
     for step in path:
         if isinstance(step, str):  # the entries of a list have the model in its annotation
             field = model.model_fields.get(step) if model else None
             model = _model_in(field.annotation) if field else None
-    return model.model_fields if model else {}
+    return model
 
 
 def _model_in(annotation: object) -> type[BaseModel] | None:
