@@ -71,7 +71,7 @@ def find_run(argument: str) -> RunDir:
 
 
 def find_runs(argument: str) -> list[RunDir]:
-    """The run directories that RUN refers to: one, or all those of a sweep, but at least one.
+    """The run directories that RUN refers to: at least one, and all of them if it is a sweep.
 
     Raises:
         HpcRlhfError: there is none.

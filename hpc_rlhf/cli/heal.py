@@ -33,7 +33,7 @@ def command(context: click.Context, run: str, as_json: bool, sentinel: bool) -> 
     runs = find_runs(run)
     alone = len(runs) == 1
     stops = _stops(runs[0])
-    # In the order of a sweep, in which runs whose stages others share come first.
+    # In the sweep's order: a run whose stages others share comes before them.
     outcomes = {each.path.name: heal(each, by_sentinel=sentinel) for each in runs}
     if as_json:
         facts = {name: [asdict(each) for each in done] for name, done in outcomes.items()}

@@ -9,7 +9,8 @@ import click
 
 from hpc_rlhf.cli.arguments import example, writing
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, billions_in, nearest, write_starter
+from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, billions_in, nearest
+from hpc_rlhf.spec.starter import write_starter
 
 
 @click.command(

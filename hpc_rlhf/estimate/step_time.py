@@ -65,7 +65,7 @@ class _Model:
 
 
 def step_parts(spec: JobSpec, name: str) -> dict[str, float]:
-    """Seconds of a step of a stage, or of a whole evaluation, by part.
+    """The seconds that a stage's step or a whole evaluation takes, by part.
 
     Raises:
         HpcRlhfError: the speed of slurm.gpu is unknown, or a model's configuration is not here.

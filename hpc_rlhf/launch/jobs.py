@@ -93,7 +93,7 @@ def find_jobs(run: RunDir) -> RunJobs:
 
 
 def cancel(run: RunDir) -> dict[str, QueuedJob]:
-    """Cancel every queued or running job of a run, and return those of stages."""
+    """Cancel a run's queued and running jobs, and return the stages' jobs."""
     with hold(run.submit_lock, "hpc-rlhf cancel", _PATIENCE):
         jobs = find_jobs(run)
         # The sentinels first, or they would start when their stages are cancelled.

@@ -153,8 +153,8 @@ def is_harmless(path: str) -> bool:
 
 
 def _decides(path: str) -> str:
-    """What a field decides: the "placement" of a stage, which may change between two attempts, its "split" over
-    ranks, the "evaluation", "reporting" or, by default, "training"."""
+    """What a field decides: a stage's "placement", which may change between two attempts, its "split" over ranks,
+    the "evaluation", "reporting" or, by default, "training"."""
     top, *rest = path.split(".")
     if top != "stages":
         return "reporting" if top in ("trackers", "notify") else "training"

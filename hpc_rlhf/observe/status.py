@@ -94,7 +94,7 @@ def read_status(run: RunDir, query: Callable[[Sequence[str]], SlurmReply] = quer
 
 
 def stage_status(run: RunDir, stage: str, evidence: Evidence) -> StageStatus:
-    """The status of a stage, without its goodput; its progress is read from the end of its metrics."""
+    """A stage's status without its goodput; its progress is read from the end of its metrics."""
     state, why = judge(evidence)
     started = evidence.history.all(events.Started)
     status = StageStatus(stage, state, why, evidence.job_id, len(started))
@@ -118,7 +118,7 @@ def stage_status(run: RunDir, stage: str, evidence: Evidence) -> StageStatus:
 
 
 def judge(evidence: Evidence) -> tuple[str, str]:
-    """The state of a stage, and why; the reason may be empty."""
+    """A stage's state, and the reason for it, which may be empty."""
     state, why = _judge(evidence)
     unknown = evidence.slurm_error and evidence.job_id is not None and not evidence.done
     return state, evidence.slurm_error if unknown else why

@@ -69,7 +69,7 @@ def refuse_owned(option: str) -> str:
         ValueError: it is not a long option, or the tool owns it; the message says what to do instead.
     """
     if not re.fullmatch("[a-z][a-z0-9]*(-[a-z0-9]+)*", option) or len(option) == 1:
-        raise ValueError("give the long name of an sbatch option without its leading dashes, such as `switches`")
+        raise ValueError("give the long name of an sbatch option (no dashes), such as `switches`")
     for owned, instead in _OWNED.items():
         if owned.startswith(option):  # sbatch accepts abbreviated options
             raise ValueError(f"hpc-rlhf owns sbatch's --{owned}: {instead}")

@@ -139,7 +139,7 @@ def main() -> None:
 
 
 class _Feed:
-    """The working trackers of a stage, and how many lines of its metrics each has been sent over all attempts.
+    """A stage's working trackers, and how many lines of its metrics each has received over all attempts.
 
     A stage that resumes from a checkpoint writes lost lines again, the same as before. So a line that was
     sent is not sent again, and one that a tracker was too slow for is sent later.

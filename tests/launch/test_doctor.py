@@ -17,7 +17,7 @@ import pytest
 
 from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.launch.doctor import cluster as cluster_checks
-from hpc_rlhf.launch.doctor import machine, site, storage, visit
+from hpc_rlhf.launch.doctor import fit, machine, site, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
@@ -97,7 +97,7 @@ def test_five_faults_of_a_machine_are_found_with_their_fixes(tmp_path: Path, ful
 
 def test_a_stage_that_does_not_fit_its_gpus_is_found(tmp_path: Path) -> None:
     def levels(gpu: str) -> list[tuple[str, str]]:
-        findings = list(machine.check_memory(make_spec(tmp_path, {"gpu": gpu}, sft={})))
+        findings = list(fit.check(make_spec(tmp_path, {"gpu": gpu}, sft={})))
         assert all(each.check == "memory" and (each.level == "ok") == (not each.fix) for each in findings)
         return [(each.where, each.level) for each in findings]
 
@@ -105,7 +105,7 @@ def test_a_stage_that_does_not_fit_its_gpus_is_found(tmp_path: Path) -> None:
     assert levels("1G") == [("sft", "error")]
     held = stage_memory(make_spec(tmp_path, sft={}), "sft").held
     assert levels(str(held + 1)) == [("sft", "warning")]
-    assert not list(machine.check_memory(make_spec(tmp_path, sft={})))  # the spec names no GPU
+    assert not list(fit.check(make_spec(tmp_path, sft={})))  # the spec names no GPU
 
 
 def test_checks_leave_no_files(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.spec.load import load_spec
-from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, billions_in, nearest, write_starter
+from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, billions_in, nearest
+from hpc_rlhf.spec.starter import write_starter
 from tests.spec.texts import JOBS, write
 
 ROOT = JOBS.parent

@@ -2,7 +2,7 @@
  * lets one fail, where somebody asked for that; and gives a Python process another time of day.
  *
  * STORM names a folder. There the file `aim` holds `CALL SKIP FOLDER`: the next process that makes such a call on a path
- * with FOLDER in it, after so many that it lets pass, takes the file away and dies, or with CALL `eio` has its fsync fail.
+ * with FOLDER in it, after letting SKIP of them pass, takes the file away and dies, or with CALL `eio` has its fsync fail.
  * The file `clock` holds the seconds by which a Python process that starts is ahead. */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate import disk
-from hpc_rlhf.launch.doctor import cluster, hub, machine, packages, storage, visit
+from hpc_rlhf.launch.doctor import cluster, fit, hub, machine, packages, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding, error, warning
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
@@ -56,7 +56,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         findings.append(warning("slurm", message, "to submit, use a login node of the cluster"))
     if spec is None or plan is None:
         return findings
-    findings += [*hub.check(specs), *machine.check_memory(spec), storage.check_trust(plan.run)]
+    findings += [*hub.check(specs), *fit.check(spec), storage.check_trust(plan.run)]
     try:
         with storage.scratch(plan.run) as folder:
             findings += [storage.check_writes(folder, plan.run), storage.check_space(folder, disk.run_bytes(spec))]

@@ -1,4 +1,4 @@
-"""Checks what a machine has, and estimates whether the stages fit the memory of the spec's GPUs."""
+"""Checks what a machine has against what the stages need."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.estimate.stage_memory import RESERVE, run_memory
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
-from hpc_rlhf.spec.job import JobSpec
 
 # Importing torch from a cold network file system takes a minute or two.
 _SECONDS = 240
-_LESS_MEMORY = "see what uses it with hpc-rlhf plan, then raise zero, lower micro_batch, or set both to auto"
 
 
 def examine(
@@ -116,23 +112,3 @@ def _ops(ops: Mapping[str, Mapping[str, object]]) -> Finding:
         message = f"DeepSpeed reports that {' and '.join(impossible)} cannot be built here"
         return warning("compiler", message, "see why with ds_report")
     return ok("compiler", f"available to build DeepSpeed's {named}")
-
-
-def check_memory(spec: JobSpec) -> Iterator[Finding]:
-    """Check by the estimates of ``hpc-rlhf plan`` whether each stage with ``slurm.gpu`` fits its GPUs."""
-    for stage, memory in run_memory(spec).items():
-        if isinstance(memory, HpcRlhfError):
-            if spec.stage(stage).slurm.gpu is not None:
-                fix = memory.hint or "see hpc-rlhf plan"
-                yield warning("memory", f"cannot be estimated: {memory.message}", fix).at(stage)
-        elif memory.gpu is not None:
-            sizes = f"{memory.held / 2**30:.1f} of {memory.gpu / 2**30:.1f} GiB on each GPU"
-            used = f"an estimated {sizes}, at the peak in its {memory.fullest}"
-            if memory.held > memory.gpu:
-                finding = error("memory", f"does not fit: {used}", _LESS_MEMORY)
-            elif not memory.fits:
-                need = f"CUDA and NCCL need about {RESERVE:.0%}"
-                finding = warning("memory", f"tight: {used}; {need}", _LESS_MEMORY)
-            else:
-                finding = ok("memory", used)
-            yield finding.at(stage)

@@ -97,7 +97,7 @@ def check_writes(folder: Path, run: RunDir) -> Finding:
 
 
 def check_space(folder: Path, needed: int | None) -> Finding:
-    """Check that there is space for a run that needs so many bytes, roughly; None if unknown."""
+    """Check that there is space for a run that needs about this many bytes; None if unknown."""
     facts = os.statvfs(folder)
     free = facts.f_bavail * facts.f_frsize
     room = f"{_gigabytes(free)} free"

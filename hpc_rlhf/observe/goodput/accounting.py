@@ -198,7 +198,7 @@ class StageTime:
 
     def _saved(self, event: events.Saved, time: float) -> None:
         place, began = event.place, time - event.seconds
-        if self.phase == "starting":  # a ledger of an older version, without `ready`
+        if self.phase == "starting":  # an older version's ledger, without `ready`
             self._begin(began, self.resumed)
         if self.phase == "working":
             self._worked(began, place)

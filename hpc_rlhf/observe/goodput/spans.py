@@ -103,10 +103,10 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Goodput:
-    """Where the time of a stage went, or of a run: the sums over its stages, which may run in parallel.
+    """Where a stage's time went, or a run's: the sums over its stages, which may run in parallel.
 
     Attributes:
-        stretches: of a stage, in the order of time; they add up to its spans.
+        stretches: a stage's, in the order of time; they add up to its spans.
     """
 
     spans: Spans = Spans()

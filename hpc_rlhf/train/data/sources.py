@@ -26,7 +26,7 @@ def _builder(path: Path) -> str | None:
     return BUILDERS.get(suffixes[-1].lower()) if suffixes else None
 
 
-def _options(builder: str | None, file: str) -> dict[str, Any]:
+def _reader_options(builder: str | None, file: str) -> dict[str, Any]:
     """Further arguments for datasets. In a csv file every cell is text, such as None, 007 or 2026-01-31."""
     if builder != "csv":
         return {}
@@ -44,23 +44,23 @@ def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
     assert source.path is not None
     path = Path(source.path)
     try:
+        files: list[str] = []
         if path.is_dir():
             files = sorted(str(file) for file in path.iterdir() if _builder(file))
-            if files:
-                builder = _builder(Path(files[0]))
-                options = _options(builder, files[0])
-                return datasets.load_dataset(builder, data_files=files, split="train", **options)
         elif path.exists():
-            builder = _builder(path)
-            if builder is None:
+            if _builder(path) is None:
                 raise HpcRlhfError(
                     f"the name {path.name} does not show what kind of file it is",
                     where=source.path,
                     hint="use .json, .jsonl, .csv or .parquet, compressed or not",
                 )
-            return datasets.load_dataset(builder, data_files=str(path), split="train", **_options(builder, str(path)))
+            files = [str(path)]
         elif path.is_absolute():
             raise HpcRlhfError("no such data file or folder", where=source.path)
+        if files:
+            builder = _builder(Path(files[0]))
+            options = _reader_options(builder, files[0])
+            return datasets.load_dataset(builder, data_files=files, split="train", **options)
         return datasets.load_dataset(source.path, source.subset, split=source.split)
     except HpcRlhfError:
         raise

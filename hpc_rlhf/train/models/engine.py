@@ -1,6 +1,6 @@
 """DeepSpeed engines: a model with its optimizer and schedule, or a frozen one sharded for inference.
 
-Checkpoints hold the float32 weights, Adam's moments and the counters of an engine, as shards that do not depend on the
+Checkpoints hold an engine's float32 weights, Adam's moments and its counters, as shards that do not depend on the
 number of ranks. Frozen weights are left out: they come from the model that the stage starts from.
 """
 

@@ -33,7 +33,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: World) -> Any:
-    """The actor's tokenizer; of an actor made from scratch, one trained on the texts and kept in the folder.
+    """The actor's tokenizer. For an actor made from scratch, it is trained on the texts and kept in the folder.
 
     Collective. No mask is derived from the id of the padding token, so a tokenizer without one may pad with EOS.
 

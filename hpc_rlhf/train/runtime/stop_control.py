@@ -97,7 +97,7 @@ class StopControl:
 
         Args:
             kind: of work that is done in many pieces, each of which takes about the same time. Ranks then
-                agree only every so many pieces, so that the cost is bounded. Without it they agree at once.
+                agree only after every few pieces, so that the cost is bounded. Without it they agree at once.
 
         Raises:
             WorkCancelled: inside ``cancellable``.

@@ -14,12 +14,12 @@ from hpc_rlhf.train.rollout.experience import Experience
 
 # Responses to keep of each rollout.
 PER_ROLLOUT = 2
-# Held-out prompts that the model answers at the end of a stage, as it was before training and after.
+# Held-out prompts that the model answers when a stage ends, as it was before training and after.
 HELD_OUT_PROMPTS = 16
 
 
 class SampleLog:
-    """Writes samples.jsonl of a stage, on rank 0.
+    """Writes a stage's samples.jsonl, on rank 0.
 
     Args:
         checkpoint: what the stage resumes from; lines of later steps are removed.
