@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from hpc_rlhf.cli.arguments import example, set_option
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.launch.prefetch import prefetch
 from hpc_rlhf.spec.hub import cache, items
 from hpc_rlhf.spec.sweep import load_any, specs_of
@@ -23,10 +26,14 @@ def command(file: Path, sets: tuple[str, ...]) -> None:
     do not contact the hub (HF_HUB_OFFLINE=1). Run it again to resume a download and to fetch updates. For a
     sweep, it downloads everything that any run needs.
     """
-    required = items(*specs_of(load_any(file, sets)))
+    specs = specs_of(load_any(file, sets))
+    required = items(*specs)
     for fetched in prefetch(required):
         size = f"{fetched.files} file{'s' * (fetched.files > 1)}, {_size(fetched.size)}"
         click.echo(f"{fetched.item}: {size}{', already in the cache' if fetched.before else ''}")
+    for spec in specs:
+        with suppress(HpcRlhfError):  # `plan` reports it
+            architecture(spec.models, "actor")  # kept for `plan`, which is then quick
     done = f"everything is in {cache()}: jobs with this HF_HOME do not contact the hub"
     click.echo(done if required else "the spec needs nothing from the hub", err=True)
 

@@ -1,7 +1,7 @@
 """A model's shapes: its parameters, layers and activations, as transformers builds it from its configuration.
 
-Building needs a process with torch and takes a few seconds, so the result is cached below HF_HOME, beside
-the records of ``hpc-rlhf prefetch``.
+Building needs a process with torch and takes a few seconds, so ``hpc-rlhf prefetch`` does it, and the result is cached
+below HF_HOME, beside its records.
 """
 
 from __future__ import annotations
@@ -26,15 +26,8 @@ from hpc_rlhf.spec.training import LoraSpec
 # Importing torch from a cold network file system can take minutes.
 _SECONDS = 240
 
-# Layers, width and heads of the OPT models (arXiv 2205.01068, table 1), to plan without the hub.
-_OPT_SIZES = {
-    "125m": (12, 768, 12), "1.3b": (24, 2048, 32), "2.7b": (32, 2560, 32), "6.7b": (32, 4096, 32),
-    "13b": (40, 5120, 40), "30b": (48, 7168, 56), "66b": (64, 9216, 72),
-}  # fmt: skip
-_OPT_350M = {
-    "model_type": "opt", "hidden_size": 1024, "ffn_dim": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "word_embed_proj_dim": 512, "do_layer_norm_before": False,
-}  # fmt: skip
+# The OPT models' configurations (arXiv 2205.01068, table 1) and shapes, to plan without the hub, and at once.
+_OPT = Path(__file__).with_name("opt.json")
 
 
 @dataclass(frozen=True)
@@ -190,7 +183,7 @@ def _config(ref: ModelRef, where: str) -> Mapping[str, object]:
 
         cached = try_to_load_from_cache(ref, "config.json", cache_dir=hub.folder("model"))
         if not isinstance(cached, str):
-            return _published(ref, where)
+            return _opt(ref, where)
         path = Path(cached)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -201,19 +194,19 @@ def _config(ref: ModelRef, where: str) -> Mapping[str, object]:
     return config
 
 
-def _published(name: str, where: str) -> Mapping[str, object]:
-    """The configuration of an OPT model."""
-    size = name.removeprefix("facebook/opt-")
-    if size == "350m" and size != name:
-        return _OPT_350M
-    if size == name or size not in _OPT_SIZES:
+def _opt(name: str, where: str) -> Mapping[str, object]:
+    """The configuration of an OPT model, whose shapes are known from then on.
+
+    Raises:
+        HpcRlhfError: it is not one.
+    """
+    models = json.loads(_OPT.read_text(encoding="utf-8"))
+    if name not in models:
         raise HpcRlhfError(
             f"the configuration of {name} is not in the hub cache",
             where=where,
             hint="fetch it with hpc-rlhf prefetch, on a machine with network access",
         )
-    layers, width, heads = _OPT_SIZES[size]
-    return {
-        "model_type": "opt", "num_hidden_layers": layers, "hidden_size": width, "ffn_dim": 4 * width,
-        "num_attention_heads": heads,
-    }  # fmt: skip
+    config: Mapping[str, object] = models[name]["config"]
+    _known[json.dumps(config, sort_keys=True)] = _from_json(models[name]["shapes"])
+    return config

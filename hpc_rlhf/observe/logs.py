@@ -78,8 +78,10 @@ class LogReader:
 
     def __init__(self, run: RunDir, stage: str, rank: int = 0) -> None:
         """Raises HpcRlhfError: the run has no such stage."""
-        if stage not in _stages(run):
-            raise HpcRlhfError(f"the run has no stage {stage}", where=str(run.path))
+        stages = _stages(run)
+        if stage not in stages:
+            hint = f"its stages are {', '.join(sorted(stages))}"
+            raise HpcRlhfError(f"the run has no stage {stage}", where=str(run.path), hint=hint)
         self._run, self._stage, self._rank = run, stage, rank
         self._names = ("batch.log", f"{rank}_log.out", f"{rank}_log.err")
         self._positions: dict[Path, tuple[int, codecs.IncrementalDecoder]] = {}

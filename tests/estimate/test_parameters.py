@@ -77,6 +77,16 @@ def test_opt_is_known_without_the_hub(
     assert counted / 1e9 == pytest.approx(billions, rel=0.002)
 
 
+def test_the_shapes_of_opt_are_those_that_transformers_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(parameters, "_known", {})
+    models = json.loads(Path(parameters.__file__).with_name("opt.json").read_text())
+    counted = architectures([model["config"] for model in models.values()])
+    for name, built in zip(models, counted, strict=True):
+        monkeypatch.setattr(parameters, "_known", {})
+        assert architecture(ModelsSpec(actor=name), "actor") == built
+
+
 def test_a_model_is_built_once_for_all_later_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     models = ModelsSpec(actor=FromScratch(from_scratch={"model_type": "llama", **LLAMA}))

@@ -110,6 +110,7 @@ def test_prefetched_files_suffice_without_a_network(job: Path, tmp_path: Path, s
     got = {path.name for path in (home / "hub/models--acme--tiny/snapshots").rglob("*")}
     assert {"model.safetensors", "config.json", "tokenizer.json"} < got
     assert not got & {"pytorch_model.bin", "model.onnx"}
+    assert len(list(home.rglob("shapes/*.json"))) == 1  # so that `plan` need not build the model
 
     asked = len(served.asked)
     again = prefetch(job, home, served.url)
