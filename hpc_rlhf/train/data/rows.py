@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run.row_counts import Outcome
 
 ASSISTANT = "\n\nAssistant:"
 MARKER = re.compile(r"\n\n(Human|Assistant):")
@@ -38,12 +39,24 @@ class Sample:
         turns: (role, text) pairs with the roles system, human and assistant; none for plain text.
         prompt: the same as a transcript that ends where the response begins; empty for plain text.
         chosen, rejected: responses as they follow the transcript; empty if there is none.
+        unpaired: why there is no rejected response although the row has one; None if there is one, or none is given.
+        where: the row's file and number, for messages and counts.
     """
 
     turns: tuple[Turn, ...]
     prompt: str
     chosen: str
     rejected: str = ""
+    unpaired: Outcome | None = None
+    where: str = field(default="", compare=False)
+
+
+class Dropped(Exception):
+    """A reader leaves a row out of all stages; the outcome says why and is counted."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.value)
+        self.outcome = outcome
 
 
 def transcript(turns: Sequence[Turn]) -> str:
@@ -71,9 +84,11 @@ def _response(text: str | None) -> str:
     return f" {stripped}" if stripped else ""
 
 
-def _from_turns(turns: Sequence[Turn], chosen: str | None, rejected: str | None = None) -> Sample:
+def _from_turns(turns: Sequence[Turn], chosen: str | None) -> Sample:
+    if chosen is None:
+        raise Dropped(Outcome.NULL)
     turns = _stripped(turns)
-    return Sample(turns, transcript(turns), _response(chosen), _response(rejected))
+    return Sample(turns, transcript(turns), _response(chosen))
 
 
 def _stripped(turns: Sequence[Turn]) -> tuple[Turn, ...]:
@@ -98,26 +113,46 @@ def parse_prompt(prompt: str) -> tuple[tuple[Turn, ...], str]:
 
 def _from_pair(row: Row) -> Sample:
     chosen = row[next((name for name in ("chosen", "completion") if name in row), "response")]
+    if chosen is None or row["prompt"] is None:
+        raise Dropped(Outcome.NULL)
     turns, prompt = parse_prompt(row["prompt"])
     if system := _system(row):
         turns = (("system", system[0][1].strip()), *turns)
         prompt = f"\n\n{turns[0][1]}{prompt}"
-    return Sample(turns, prompt, _response(chosen), _response(row.get("rejected")))
+    return _with_rejected(Sample(turns, prompt, _response(chosen)), row, turns, row.get("rejected"))
 
 
-def _from_hh(row: Row) -> Sample | None:
-    def split(text: str) -> tuple[str, str]:
-        """A transcript's prompt and response; the response is empty if the human has the last word."""
-        prompt, marker, response = text.rpartition(ASSISTANT)
-        return prompt + marker, "" if MARKER.search(response) else response
+def _with_rejected(sample: Sample, row: Row, turns: Sequence[Turn] | None, rejected: str | None) -> Sample:
+    """The sample with the row's rejected response, or with why it has none.
 
+    Args:
+        turns: of the prompt of the rejected response; None if there is none.
+    """
+    if "rejected" not in row:
+        return sample
+    if turns is None or not _response(rejected):
+        return replace(sample, unpaired=Outcome.NO_REJECTED)
+    if _stripped(turns) != sample.turns:
+        return replace(sample, unpaired=Outcome.PROMPTS_DIFFER)
+    return replace(sample, rejected=_response(rejected))
+
+
+def _from_hh(row: Row) -> Sample:
+    def split(text: str | None) -> tuple[str, str | None]:
+        """A transcript's prompt and response; the response is None if the human has the last word."""
+        prompt, marker, response = (text or "").rpartition(ASSISTANT)
+        return prompt + marker, None if MARKER.search(response) else response
+
+    if row["chosen"] is None:
+        raise Dropped(Outcome.NULL)
     prompt, chosen = split(row["chosen"])
     if not prompt:
         raise ValueError("chosen has no Assistant turn")
-    rejected_prompt, rejected = split(row.get("rejected") or "")
-    turns = turns_of(prompt)
-    same = turns_of(rejected_prompt) == turns
-    return Sample(turns, prompt, _response(chosen), _response(rejected) if same else "")
+    if chosen is None:
+        raise Dropped(Outcome.USER_LAST)
+    rejected_prompt, rejected = split(row.get("rejected"))
+    sample = Sample(turns_of(prompt), prompt, _response(chosen))
+    return _with_rejected(sample, row, turns_of(rejected_prompt), rejected)
 
 
 def _turns(messages: Any) -> list[Turn]:
@@ -148,12 +183,14 @@ def _turns(messages: Any) -> list[Turn]:
     return turns
 
 
-def _from_messages(row: Row) -> Sample | None:
-    def split(messages: Any) -> tuple[list[Turn], str] | None:
-        """The turns before the response, and the response; None if there is none."""
+def _from_messages(row: Row) -> Sample:
+    def split(messages: Any) -> tuple[list[Turn], str]:
+        """The turns before the response, and the response."""
         turns = _turns(messages or ())
-        if not turns or ROLES[turns[-1][0].lower()] != "assistant":
-            return None
+        if not turns:
+            raise Dropped(Outcome.NULL if messages is None else Outcome.EMPTY)
+        if ROLES[turns[-1][0].lower()] != "assistant":
+            raise Dropped(Outcome.USER_LAST)
         if ROLES[turns[0][0].lower()] == "assistant":  # a continuation of the prompt; otherwise the whole dialogue
             prompt = row.get("prompt") or ()
             turns = [*([("human", prompt)] if isinstance(prompt, str) else _turns(prompt)), *turns]
@@ -164,11 +201,12 @@ def _from_messages(row: Row) -> Sample | None:
         return turns[:-1], turns[-1][1]
 
     column = next((name for name in ("messages", "conversations", "completion") if name in row), "chosen")
-    chosen, rejected = split(row[column]), split(row.get("rejected"))
-    if chosen is None:
-        return None
-    same = rejected is not None and _stripped(rejected[0]) == _stripped(chosen[0])
-    return _from_turns(*chosen, rejected[1] if rejected is not None and same else None)
+    sample = _from_turns(*split(row[column]))
+    try:
+        turns, rejected = split(row.get("rejected"))
+    except Dropped:
+        return _with_rejected(sample, row, None, None)
+    return _with_rejected(sample, row, turns, rejected)
 
 
 def _from_instruction(row: Row) -> Sample:
@@ -180,6 +218,8 @@ def _from_instruction(row: Row) -> Sample:
 
 
 def _from_text(row: Row) -> Sample:
+    if not (row["text"] or "").strip():
+        raise Dropped(Outcome.NULL if row["text"] is None else Outcome.EMPTY)
     return Sample((), "", row["text"].strip())
 
 
@@ -198,10 +238,14 @@ READERS = {
 }
 
 
-def read_row(row: Row, format: str, where: str) -> Sample | None:
-    """One row as a sample; None if it does not end with a response.
+def read_row(row: Row, format: str, where: str) -> Sample:
+    """One row as a sample.
+
+    Args:
+        where: the row's file and number.
 
     Raises:
+        Dropped: the row is left out, such as one that does not end with a response.
         HpcRlhfError: the row does not have what its format needs.
     """
     try:
@@ -212,4 +256,6 @@ def read_row(row: Row, format: str, where: str) -> Sample | None:
             where=where,
             hint="fix the row, or choose a format that fits: " + ", ".join(READERS),
         ) from error
-    return sample if sample is not None and sample.chosen else None
+    if not sample.chosen:
+        raise Dropped(Outcome.NO_ANSWER)
+    return replace(sample, where=where)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run.row_counts import Outcome, SourceCounts
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import demo
-from hpc_rlhf.train.data.rows import Sample, read_row
+from hpc_rlhf.train.data.rows import Dropped, Sample, read_row
 from hpc_rlhf.train.runtime import seeds
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -101,17 +102,31 @@ def _explain(path: Path) -> None:
                 )
 
 
-def read(source: SourceSpec, seed: int) -> Iterator[Sample]:
-    """The samples of a source, each repeated according to the source's weight."""
-    where = source.path or "demo"
+def name_of(source: SourceSpec) -> str:
+    return source.path or "demo"
+
+
+def read(source: SourceSpec, seed: int, counts: SourceCounts | None = None) -> Iterator[Sample]:
+    """The samples of a source, each repeated according to the source's weight.
+
+    Args:
+        counts: where the rows that give no sample are counted.
+    """
+    where = name_of(source)
+    counts = SourceCounts(where) if counts is None else counts
     rows: Iterable[dict[str, Any]] = demo.dialogues(source.demo, seed) if source.demo else load(source)
     kind = source.format or "prompt-chosen-rejected"
     whole, part = divmod(source.weight, 1.0)
     for number, row in enumerate(rows):
-        sample = read_row(row, kind, f"{where}, row {number}")
-        if sample is None:
+        try:
+            sample = read_row(row, kind, f"{where}, row {number}")
+        except Dropped as dropped:
+            counts.add(dropped.outcome, f"{where}, row {number}")
             continue
-        for _ in range(int(whole) + (seeds.unit(seed, where, number, "weight") < part)):
+        times = int(whole) + (seeds.unit(seed, where, number, "weight") < part)
+        if not times:
+            counts.add(Outcome.NOT_DRAWN, sample.where)
+        for _ in range(times):
             yield sample
 
 
@@ -130,27 +145,56 @@ def is_held_out(prompt: str, spec: JobSpec) -> bool:
     return seeds.unit(spec.seed, prompt, "held out") < spec.data.held_out
 
 
-def stage_samples(spec: JobSpec, stage: str) -> Iterator[tuple[bool, Sample]]:
-    """A stage's samples, each with whether it is held out for evaluation.
+class StageSample(NamedTuple):
+    """A sample of a stage, whether it is held out for evaluation, and the counts of its source."""
+
+    sample: Sample
+    held_out: bool
+    counts: SourceCounts
+
+
+def _unfit(sample: Sample, data: Data) -> Outcome | None:
+    """Why a sample is not what a stage needs; None if it is."""
+    if data is Data.PAIRS:
+        if not sample.rejected:
+            return sample.unpaired or Outcome.ONE_ANSWER
+        if sample.rejected == sample.chosen:
+            return Outcome.SAME_ANSWERS
+    return Outcome.NO_PROMPT if data is Data.PROMPTS and not sample.prompt else None
+
+
+def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()) -> Iterator[StageSample]:
+    """A stage's samples.
 
     Held-out samples share no prompt with training samples, and no stage shares a prompt with another. Stages
     that train on pairs get only pairs; PPO gets each prompt once, and no plain text.
+
+    Args:
+        counts: of each source; rows without a sample for the stage are counted here, the others by who uses them.
     """
     seen: set[bytes] = set()
+    latest = ""
     data = kind_of(stage).data
-    for source in spec.data.sources:
-        for sample in read(source, spec.seed):
+    for source, counted in zip(spec.data.sources, counts or new_counts(spec), strict=True):
+        for sample in read(source, spec.seed, counted):
             key = sample.prompt or sample.chosen
-            if stage_of(key, spec) != stage:
-                continue
-            if data is Data.PAIRS and sample.rejected in ("", sample.chosen):
-                continue
-            if data is Data.PROMPTS:
+            unfit = Outcome.OTHER_STAGE if stage_of(key, spec) != stage else _unfit(sample, data)
+            if unfit is None and data is Data.PROMPTS:
                 digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
-                if not sample.prompt or digest in seen:
-                    continue
+                if digest in seen:
+                    if sample.where == latest:
+                        continue  # the same row again, by its weight
+                    unfit = Outcome.REPEATED
                 seen.add(digest)
-            yield is_held_out(key, spec), sample
+            latest = sample.where
+            if unfit is None:
+                yield StageSample(sample, is_held_out(key, spec), counted)
+            else:
+                counted.add(unfit, sample.where)
+
+
+def new_counts(spec: JobSpec) -> list[SourceCounts]:
+    return [SourceCounts(name_of(source)) for source in spec.data.sources]
 
 
 def texts(spec: JobSpec) -> Iterator[str]:

@@ -15,14 +15,14 @@ import numpy as np
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.row_counts import Outcome, SourceCounts
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import encode
-from hpc_rlhf.train.data.rows import Sample
+from hpc_rlhf.train.data.sources import StageSample, name_of, new_counts, stage_samples
 from hpc_rlhf.train.data.sources import read as read_source
-from hpc_rlhf.train.data.sources import stage_samples
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from hpc_rlhf.train.runtime.world import World
 
@@ -42,23 +42,28 @@ class StageData:
 
 
 def encoded(
-    samples: Iterable[tuple[bool, Sample]], tokenizer: Any, spec: JobSpec, data: Data
-) -> Iterator[tuple[bool, dict[str, Any] | None]]:
-    """Samples as rows of token ids, each with whether it is held out; None if its prompt is too long for PPO.
+    samples: Iterable[StageSample], tokenizer: Any, spec: JobSpec, data: Data
+) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """Samples as rows of token ids, each with whether it is held out. Every sample is counted.
 
-    Other stages truncate a long prompt on the left. A long response is truncated on the right, and then has no EOS.
+    PPO leaves samples with a long prompt out; other stages truncate it on the left. A long response is truncated on
+    the right, and then has no EOS.
     """
-    longest, columns = spec.data.max_prompt_tokens, data.answers
+    longest, longest_answer, columns = spec.data.max_prompt_tokens, spec.data.max_answer_tokens, data.answers
     remaining = iter(samples)
     while chunk := list(islice(remaining, CHUNK)):
-        tokens = encode([sample for _, sample in chunk], tokenizer, *columns)
-        for (held_out, sample), (prompt_ids, *response_ids) in zip(chunk, tokens, strict=True):
-            if data is Data.PROMPTS and len(prompt_ids) > longest:
-                yield held_out, None
-                continue
+        tokens = encode([sample for sample, _, _ in chunk], tokenizer, *columns)
+        for (sample, held_out, counts), (prompt_ids, *response_ids) in zip(chunk, tokens, strict=True):
+            if len(prompt_ids) > longest:
+                counts.add(Outcome.TOO_LONG if data is Data.PROMPTS else Outcome.CUT_LEFT, sample.where)
+                if data is Data.PROMPTS:
+                    continue
+            counts.add(Outcome.HELD_OUT if held_out else Outcome.TRAINED, sample.where)
             row = {"prompt": sample.prompt, "prompt_ids": prompt_ids[-longest:]}
             for name, ids in zip(columns, response_ids, strict=True):
-                row[f"{name}_ids"] = ids[: spec.data.max_answer_tokens]
+                row[f"{name}_ids"] = ids[:longest_answer]
+            if any(len(ids) > longest_answer for ids in response_ids):
+                counts.add(Outcome.CUT_RIGHT, sample.where)
             yield held_out, row
 
 
@@ -72,23 +77,23 @@ def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
 
 
 def _write(
-    samples: Iterable[tuple[bool, Sample]],
+    samples: Iterable[StageSample],
     tokenizer: Any,
     spec: JobSpec,
     data: Data,
     folder: Path,
     should_stop: Callable[[], bool] = bool,
-) -> tuple[dict[str, int], int]:
+) -> dict[str, int]:
     """Write token data sets as samples are read.
 
     Returns:
-        The number of rows of each data set, and the number of training samples before prompts were dropped as too long.
+        The number of rows of each data set.
 
     Raises:
         WorkCancelled: ``should_stop`` was true.
     """
 
-    def until_stopped() -> Iterator[tuple[bool, Sample]]:
+    def until_stopped() -> Iterator[StageSample]:
         for each in samples:
             if should_stop():
                 raise WorkCancelled
@@ -96,12 +101,9 @@ def _write(
 
     folder.mkdir(parents=True)
     files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers)) for part in PARTS]
-    train_samples = 0
     for held_out, row in encoded(until_stopped(), tokenizer, spec, data):
-        train_samples += not held_out
-        if row is not None:
-            files[held_out].add(row)
-    return dict(zip(PARTS, [file.close() for file in files], strict=True)), train_samples
+        files[held_out].add(row)
+    return dict(zip(PARTS, [file.close() for file in files], strict=True))
 
 
 def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World) -> StageData:
@@ -133,12 +135,13 @@ def prepare(
 
     def write() -> dict[str, Any]:
         data = kind_of(stage).data
-        rows, train_samples = _write(stage_samples(spec, stage), tokenizer, spec, data, target, should_stop)
+        counts = new_counts(spec)
+        rows = _write(stage_samples(spec, stage, counts), tokenizer, spec, data, target, should_stop)
         if rows["train"]:
-            return {"stage": stage, "rows": rows}
+            return {"stage": stage, "rows": rows, "sources": [source.to_dict() for source in counts]}
         what = f"the data has no {data.value} for this stage"
         hint = "check data.sources, their formats and data.split"
-        if train_samples:
+        if any(Outcome.TOO_LONG in source.outcomes for source in counts):
             what = f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}"
             hint = "raise data.max_prompt_tokens"
         raise HpcRlhfError(what, where=f"stage {stage}", hint=hint, exit_code=RUN_FAILED)
@@ -159,11 +162,12 @@ def prepare_mixture(
     target = folder / f"mixture-{_fingerprint(tokenizer, facts)}"
 
     def write() -> dict[str, Any]:
-        samples = ((False, sample) for sample in read_source(source, spec.seed))
-        rows, train_samples = _write(samples, tokenizer, spec, Data.ANSWERS, target, should_stop)
-        if not train_samples:
+        counts = SourceCounts(name_of(source))
+        samples = (StageSample(sample, False, counts) for sample in read_source(source, spec.seed, counts))
+        rows = _write(samples, tokenizer, spec, Data.ANSWERS, target, should_stop)
+        if not rows["train"]:
             raise HpcRlhfError("there is no text in it", where=where, exit_code=RUN_FAILED)
-        return {"rows": rows}
+        return {"rows": rows, "sources": [counts.to_dict()]}
 
     return _stored(target, write, world).train
 

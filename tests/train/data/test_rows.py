@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.train.data.rows import Sample, Turn, read_row, transcript, turns_of
+from hpc_rlhf.run.row_counts import Outcome
+from hpc_rlhf.train.data.rows import Dropped, Sample, Turn, read_row, transcript, turns_of
 
 HI = "\n\nHuman: Hi\n\nAssistant:"
 TWO_TURNS = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Who?\n\nAssistant:"
@@ -136,24 +138,31 @@ ASKED_TWICE = (("human", "Hi"), ("assistant", "Hello"), ("human", "Who?"))
 def test_rows_become_samples(
     format: str, row: dict[str, Any], turns: tuple[Turn, ...], prompt: str, chosen: str, rejected: str
 ) -> None:
-    assert read_row(row, format, "here") == Sample(turns, prompt, chosen, rejected)
+    assert replace(read_row(row, format, "here"), unpaired=None) == Sample(turns, prompt, chosen, rejected)
 
 
 @pytest.mark.parametrize(
-    ("format", "row"),
+    ("format", "row", "outcome"),
     [
-        ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": "", "rejected": "No."}),
-        ("hh", {"chosen": f"{HI} ", "rejected": f"{HI} You."}),
-        ("hh", {"chosen": f"{HI} Yes.\n\nHuman: Thanks", "rejected": f"{HI} No.\n\nHuman: Bye"}),
-        ("messages", {"prompt": [user("Hi")], "chosen": [], "rejected": [assistant("No.")]}),
-        ("messages", {"messages": [user("Hi"), assistant("Yes."), user("Bye")]}),
-        ("messages", {"messages": []}),
-        ("instruction", {"instruction": "Hi", "input": None, "output": None}),
-        ("text", {"text": "  "}),
+        ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": "", "rejected": "No."}, Outcome.NO_ANSWER),
+        ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": None, "rejected": "No."}, Outcome.NULL),
+        ("prompt-chosen-rejected", {"prompt": None, "chosen": "Yes."}, Outcome.NULL),
+        ("hh", {"chosen": f"{HI} ", "rejected": f"{HI} You."}, Outcome.NO_ANSWER),
+        ("hh", {"chosen": None, "rejected": f"{HI} You."}, Outcome.NULL),
+        ("hh", {"chosen": f"{HI} Yes.\n\nHuman: Thanks", "rejected": f"{HI} No."}, Outcome.USER_LAST),
+        ("messages", {"prompt": [user("Hi")], "chosen": [], "rejected": [assistant("No.")]}, Outcome.EMPTY),
+        ("messages", {"messages": [user("Hi"), assistant("Yes."), user("Bye")]}, Outcome.USER_LAST),
+        ("messages", {"messages": []}, Outcome.EMPTY),
+        ("messages", {"messages": None}, Outcome.NULL),
+        ("instruction", {"instruction": "Hi", "input": None, "output": None}, Outcome.NULL),
+        ("text", {"text": "  "}, Outcome.EMPTY),
+        ("text", {"text": None}, Outcome.NULL),
     ],
 )
-def test_rows_without_a_response_are_no_samples(format: str, row: dict[str, Any]) -> None:
-    assert read_row(row, format, "here") is None
+def test_a_row_without_a_response_is_left_out_with_its_reason(format: str, row: dict[str, Any], outcome: Any) -> None:
+    with pytest.raises(Dropped) as caught:
+        read_row(row, format, "here")
+    assert caught.value.outcome is outcome
 
 
 @pytest.mark.parametrize(
@@ -178,7 +187,6 @@ def test_a_transcript_is_split_into_turns(prompt: str, turns: tuple[Turn, ...]) 
     [
         ("prompt-chosen-rejected", {"question": "Hi", "chosen": "Yes."}, "prompt"),
         ("prompt-chosen-rejected", {"prompt": "Hi", "answer": "Yes."}, "response"),
-        ("prompt-chosen-rejected", {"prompt": None, "chosen": "Yes."}, "NoneType"),
         ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": 7}, "int"),
         ("prompt-chosen-rejected", {"prompt": ["Hi"], "chosen": "Yes."}, "list"),
         ("hh", {"prompt": "Hi", "rejected": "No."}, "chosen"),
@@ -201,7 +209,6 @@ def test_a_transcript_is_split_into_turns(prompt: str, turns: tuple[Turn, ...]) 
         ("instruction", {"prompt": "Hi", "output": "Yes."}, "instruction"),
         ("instruction", {"instruction": "Hi", "response": "Yes."}, "output"),
         ("text", {"content": "Once upon."}, "text"),
-        ("text", {"text": None}, "NoneType"),
     ],
 )
 def test_a_row_that_does_not_fit_is_one_clear_error(format: str, row: dict[str, Any], message: str) -> None:
@@ -220,3 +227,27 @@ def test_a_transcript_ends_where_the_response_begins() -> None:
     assert transcript([("user", "Hi")]) == HI
     with pytest.raises(KeyError):
         transcript([("tool", "Hi")])
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "outcome"),
+    [
+        ("hh", {"chosen": f"{HI} Yes.", "rejected": "\n\nHuman: Ho\n\nAssistant: No."}, Outcome.PROMPTS_DIFFER),
+        ("hh", {"chosen": f"{HI} Yes.", "rejected": f"{HI} No.\n\nHuman: Bye"}, Outcome.NO_REJECTED),
+        ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": "Yes.", "rejected": None}, Outcome.NO_REJECTED),
+        ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": "Yes."}, None),
+        (
+            "messages",
+            {"chosen": [user("Hi"), assistant("Yes.")], "rejected": [user("Ho"), assistant("No.")]},
+            Outcome.PROMPTS_DIFFER,
+        ),
+    ],
+)
+def test_a_row_that_is_no_pair_says_why(format: str, row: dict[str, Any], outcome: Any) -> None:
+    sample = read_row(row, format, "here")
+    assert (sample.chosen, sample.rejected, sample.unpaired) == (" Yes.", "", outcome)
+
+
+def test_prompts_of_a_pair_are_compared_without_spaces_around_turns() -> None:
+    rejected = HI.replace("\n\nAssistant:", " \n\nAssistant:") + " No."
+    assert read_row({"chosen": f"{HI} Yes.", "rejected": rejected}, "hh", "here").rejected == " No."

@@ -48,7 +48,7 @@ def source(path: str | Path, **fields: Any) -> dict[str, Any]:
 def split(spec: JobSpec, stage: str) -> tuple[list[Sample], list[Sample]]:
     """A stage's training samples and held-out samples."""
     samples = list(stage_samples(spec, stage))
-    return [s for held_out, s in samples if not held_out], [s for held_out, s in samples if held_out]
+    return [each.sample for each in samples if not each.held_out], [each.sample for each in samples if each.held_out]
 
 
 def all_samples(spec: JobSpec) -> dict[tuple[str, str], list[Sample]]:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run.row_counts import SourceCounts
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import arrow, tokenized
 from hpc_rlhf.train.data.rows import Sample
-from hpc_rlhf.train.data.sources import read, stage_samples
+from hpc_rlhf.train.data.sources import StageSample, read, stage_samples
 from hpc_rlhf.train.data.tokenized import encoded, prepare, prepare_mixture, token_lengths
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
@@ -30,8 +31,8 @@ def tokenizer() -> Any:
 
 
 def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> dict[str, Any] | None:
-    ((_, row),) = encoded([(False, sample)], tokenizer, spec, kind_of(stage).data)
-    return row
+    samples = [StageSample(sample, False, SourceCounts("demo"))]
+    return next((row for _, row in encoded(samples, tokenizer, spec, kind_of(stage).data)), None)
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -96,7 +97,7 @@ def test_data_is_tokenized_again_only_if_torn_or_changed(
     first = prepare(spec, "sft", tokenizer, tmp_path, world)
     samples = list(stage_samples(spec, "sft"))
     for rows, held_out in ((first.train, False), (first.held_out, True)):
-        own = [sample for held, sample in samples if held == held_out]
+        own = [sample for sample, held, _ in samples if held == held_out]
         assert list(rows) == [encode_sample(sample, tokenizer, spec, "sft") for sample in own]
         assert own
     again = prepare(spec, "sft", tokenizer, tmp_path, world)
@@ -120,7 +121,7 @@ def test_memory_does_not_grow_with_the_rows(tokenizer: Any, tmp_path: Path, monk
     for count in (20, 200, 1600):  # the first one imports modules
         tracemalloc.start()
         spec = spec_of({"demo": count}, stages=("sft",))
-        rows, _ = tokenized._write(stage_samples(spec, "sft"), tokenizer, spec, Data.ANSWERS, tmp_path / str(count))
+        rows = tokenized._write(stage_samples(spec, "sft"), tokenizer, spec, Data.ANSWERS, tmp_path / str(count))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert rows["train"] > 0.8 * count
@@ -148,7 +149,7 @@ def test_a_mixture_is_the_whole_source_and_tokenized_once(tokenizer: Any, tmp_pa
     spec, source = spec_of({"demo": 10}), SourceSpec.model_validate({"demo": 50, "weight": 2.0})
     rows = prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
     assert len(rows) == 100
-    samples = ((False, sample) for sample in read(source, spec.seed))
+    samples = (StageSample(sample, False, SourceCounts("demo")) for sample in read(source, spec.seed))
     assert list(rows) == [row for _, row in encoded(samples, tokenizer, spec, Data.ANSWERS)]
     (folder,) = tmp_path.iterdir()
     before = (folder / "train.arrow").stat().st_mtime_ns

@@ -1,0 +1,117 @@
+"""What became of the rows of the data: how many a stage trained on, left out or changed, and why.
+
+Every row that is read has one outcome in a stage that is not a change, so that their counts add up to the rows read;
+changes are counted besides. The tokenized data's manifest keeps the counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+
+class Kind(Enum):
+    """What an outcome means for the user's data."""
+
+    USED = auto()
+    PASSED = auto()  # left out on purpose, such as rows of another stage
+    LOST = auto()  # left out before it is known which stage would train on it
+    LOST_HERE = auto()  # left out of the stage's own rows
+    CHANGED = auto()  # used, but not as it is
+
+
+class Outcome(Enum):
+    """What became of a row: the word that is stored, its kind, and a description that follows a number of rows."""
+
+    TRAINED = "trained", Kind.USED, "trained on"
+    HELD_OUT = "held out", Kind.USED, "held out for evaluation"
+
+    OTHER_STAGE = "other stage", Kind.PASSED, "for other stages"
+    NOT_DRAWN = "not drawn", Kind.PASSED, "not drawn, by the weight of the source"
+    REPEATED = "repeated", Kind.PASSED, "with a prompt that the stage already has"
+    NO_PROMPT = "no prompt", Kind.PASSED, "of plain text, which has no prompt"
+    ONE_ANSWER = "one answer", Kind.PASSED, "without a second response"
+
+    NULL = "null", Kind.LOST, "with null where text is needed"
+    EMPTY = "empty", Kind.LOST, "without text"
+    NO_ANSWER = "no answer", Kind.LOST, "without a response"
+    USER_LAST = "user last", Kind.LOST, "that end with the user's turn"
+
+    NO_REJECTED = "no rejected", Kind.LOST_HERE, "whose rejected response is null, empty or not the model's"
+    SAME_ANSWERS = "same answers", Kind.LOST_HERE, "with the same response twice"
+    PROMPTS_DIFFER = "prompts differ", Kind.LOST_HERE, "with a different prompt for each response"
+    TOO_LONG = "too long", Kind.LOST_HERE, "with a prompt longer than data.max_prompt_tokens"
+
+    CUT_LEFT = "cut left", Kind.CHANGED, "with a prompt cut on the left to data.max_prompt_tokens"
+    CUT_RIGHT = "cut right", Kind.CHANGED, "with a response cut on the right to data.max_answer_tokens"
+
+    def __new__(cls, word: str, kind: Kind, text: str) -> Outcome:
+        outcome = object.__new__(cls)
+        outcome._value_ = word
+        return outcome
+
+    def __init__(self, word: str, kind: Kind, text: str) -> None:
+        self.kind, self.text = kind, text
+
+
+@dataclass
+class Count:
+    """How many rows had an outcome, and where the first and the last of them are."""
+
+    rows: int = 0
+    first: str = ""
+    last: str = ""
+
+
+@dataclass
+class SourceCounts:
+    """The rows of one source in one stage, by outcome.
+
+    Attributes:
+        source: the path, hub id or ``demo``.
+    """
+
+    source: str
+    outcomes: dict[Outcome, Count] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome, where: str) -> None:
+        """Count a row. Several samples of one row, which come one after the other, count once."""
+        count = self.outcomes.setdefault(outcome, Count(first=where))
+        if count.last != where:
+            count.rows, count.last = count.rows + 1, where
+
+    def rows(self, *kinds: Kind) -> int:
+        """The rows with an outcome of these kinds."""
+        return sum(count.rows for outcome, count in self.outcomes.items() if outcome.kind in kinds)
+
+    @property
+    def read(self) -> int:
+        """All rows of the source."""
+        return self.rows(*Kind) - self.rows(Kind.CHANGED)
+
+    @property
+    def lost(self) -> float:
+        """The fraction of the rows meant for the stage that is lost, if those lost before the split were spread
+        evenly over the stages."""
+        here = self.rows(Kind.LOST_HERE)
+        kept_before = 1 - self.rows(Kind.LOST) / max(1, self.read)
+        kept_here = 1 - here / max(1, here + self.rows(Kind.USED))
+        return 1 - kept_before * kept_here
+
+    def to_dict(self) -> dict[str, Any]:
+        outcomes = {o.value: {"rows": count.rows, "first": count.first} for o, count in self.outcomes.items()}
+        return {"source": self.source, "outcomes": outcomes}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> SourceCounts:
+        """Read back; outcomes that only another version knows are left out."""
+        known = {outcome.value: outcome for outcome in Outcome}
+        outcomes = {known[w]: Count(c["rows"], c["first"]) for w, c in facts["outcomes"].items() if w in known}
+        return cls(facts["source"], outcomes)
+
+
+def read_counts(manifest: Mapping[str, Any]) -> Sequence[SourceCounts]:
+    """The counts in the manifest of tokenized data; none in that of an earlier version."""
+    return [SourceCounts.of(facts) for facts in manifest.get("sources", ())]
