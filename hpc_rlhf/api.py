@@ -41,10 +41,13 @@ def _settings(args: Mapping[str, object]) -> PpoSpec:
                 f"{field} is for the ppo stage of a job; in a program it is up to the program", where="args"
             )
     try:
-        return PpoSpec.model_validate(dict(args))
+        spec = PpoSpec.model_validate(dict(args))
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc'])) or 'args'}: {e['msg']}" for e in error.errors()]
         raise HpcRlhfError("; ".join(wrong), where="args", hint="the fields are those of stages.ppo") from error
+    if refusals := spec.refusals():
+        raise HpcRlhfError("; ".join(f"{field} {what}" for field, what in refusals.items()), where="args")
+    return spec
 
 
 def _check_reward_model(source: str) -> None:
@@ -143,8 +146,8 @@ class DeepSpeedPPOTrainer:
             Sizes(budget, engine.max_answer_tokens, float(world.dims.data)),
             world,
         )
-        self._batches = 0
-        self.metrics: dict[str, float] = {}
+        self._batches, self._learned = 0, 0
+        self.metrics: dict[str, float | None] = {}
 
     def generate_experience(
         self, prompt_batch: Sequence[str | Sequence[int]], columns: Mapping[str, Sequence[object]] | None = None
@@ -192,7 +195,11 @@ class DeepSpeedPPOTrainer:
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """The optimizer steps on an experience; returns the losses of actor and critic. Collective."""
-        stats = self._trainer.learn(experience)
         engine = self.engine
-        self.metrics = summarize(experience, stats, engine.tokenizer.eos_token_id, engine.world)
-        return self.metrics["actor_loss"], self.metrics["critic_loss"]
+        stats = self._trainer.learn(experience, key=(engine.seed, "minibatches", self._learned))
+        self._learned += 1
+        self.metrics = metrics = summarize(experience, stats, engine.spec, engine.tokenizer.eos_token_id, engine.world)
+        actor_loss, critic_loss = metrics["actor_loss"], metrics["critic_loss"]
+        assert actor_loss is not None
+        assert critic_loss is not None
+        return actor_loss, critic_loss

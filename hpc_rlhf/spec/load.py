@@ -105,6 +105,7 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             except ValueError as error:
                 problems.append(problem(f"stages.{name}.{field}", str(error)))
                 break
+        problems += [problem(f"stages.{name}.{field}", what) for field, what in spec.stage(name).refusals().items()]
         if spec.shares.get(name, 1) == 0:
             problems.append(problem(f"data.split.{name}", f"leaves the {name} stage without data"))
     if spec.evaluation and spec.data.held_out == 0:

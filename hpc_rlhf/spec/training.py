@@ -69,6 +69,10 @@ class StageSpec(Model):
         """How each model of the stage is held in memory, by role; the one in training has the empty name."""
         return {"": self}
 
+    def refusals(self) -> dict[str, str]:
+        """Fields whose values are refused, and why. Runs that earlier versions began with them go on."""
+        return {}
+
 
 class TrainingSpec(StageSpec):
     """Settings of all stages that train."""

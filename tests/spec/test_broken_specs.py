@@ -64,6 +64,9 @@ BROKEN = [
      "nothing", "micro_batch: 4\n    "
                 "slurm", "micro_batch: 4\n    kl_target: 6\n    kl_coef: 0\n    "
                          "slurm", "20:3: stages.ppo: kl_target needs a kl_coef above 0"),
+    ("steered by a KL that nobody "
+     "knows", "micro_batch: 4\n    slurm", "micro_batch: 4\n    kl_target: 6\n    top_p: 0.9\n    slurm",
+     "22:16: stages.ppo.kl_target: needs top_p: 1 and top_k: 0"),
     ("compressed momenta of sharded "
      "weights", "lr: 1e-4", "lr: 1e-4\n    optimizer: onebit-adam\n    zero: "
                             "1", "16:3: stages.sft: onebit-adam needs zero: 0, because every rank "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,7 @@ class Alone(SimpleNamespace):
     """
 
     def __init__(self, others: dict[str, float] | None = None, parts: list[Any] | None = None) -> None:
-        super().__init__(device=torch.device("cpu"), others=others or {}, parts=parts or [])
+        super().__init__(device=torch.device("cpu"), data_rank=0, others=others or {}, parts=parts or [])
 
     def sums(self, numbers: dict[str, float]) -> dict[str, float]:
         return {name: value + self.others.get(name, 0.0) for name, value in numbers.items()}
@@ -92,4 +93,4 @@ class Steps:
         if applied:
             adam.step()
         self.count += 1
-        return StepResult(0.0, applied)
+        return StepResult(float(self.gradients[-1].norm()) if applied else math.inf, applied)

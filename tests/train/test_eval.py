@@ -192,8 +192,13 @@ def test_a_stopped_evaluation_resumes_with_the_next_model(
     assert report_of(run) == report_of(done[0])
 
 
-def test_greedy_responses_give_no_kl(done: tuple[RunDir, JobSpec], world: World, tmp_path: Path) -> None:
-    run, spec = again(done, tmp_path, temperature=0, prompts=2)
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}], ids=lambda one: next(iter(one))
+)
+def test_responses_that_are_no_samples_of_the_whole_distribution_give_no_kl(
+    done: tuple[RunDir, JobSpec], world: World, tmp_path: Path, sampling: dict[str, float]
+) -> None:
+    run, spec = again(done, tmp_path, prompts=2, **sampling)
     evaluate(run, spec, world)
     assert "kl" not in report_of(run)["models"]["ppo"]
 

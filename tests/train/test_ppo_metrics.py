@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.experience import Experience
 from hpc_rlhf.train.stages.ppo.metrics import STATS, summarize
 from tests.train.ppo_trainers import Alone
 
 EOS = 2
+FOURS = dict.fromkeys((*STATS, "skipped", "actor_grad_norm", "critic_grad_norm"), 4.0)
 
 
 def two_responses() -> Experience:
@@ -28,6 +30,8 @@ def two_responses() -> Experience:
         ref_log_probs=torch.tensor([[-1.0, -1.0, -0.5], [-1.0, -1.0, nan]]),
         values=torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, nan]]),
         scores=torch.tensor([3.0, -1.0]),
+        score_clipped=torch.tensor([1.0, 0.0]),
+        value_scale=torch.tensor([0.0, 1.0]),
         advantages=torch.zeros(2, 3),
         returns=torch.tensor([[1.0, 2.0, 4.0], [4.0, 9.0, nan]]),
         entropies=torch.tensor([[0.5, 0.5, 0.5], [1.0, 1.0, nan]]),
@@ -35,14 +39,16 @@ def two_responses() -> Experience:
 
 
 def test_every_number_is_over_real_tokens_and_all_responses() -> None:
-    stats = dict(zip((*STATS, "skipped"), (10.0, 20.0, 9.0, 0.5, 1.0, 2.0, 10.0, 1.0), strict=True))
-    got = summarize(two_responses(), stats, EOS, Alone())
+    sums = (10.0, 20.0, 9.0, 0.5, 1.0, 2.0, 10.0, 36.0, 12.0)
+    stats = {**dict(zip(STATS, sums, strict=True)), "skipped": 1.0, "actor_grad_norm": 0.5, "critic_grad_norm": 7.0}
+    got = summarize(two_responses(), stats, PpoSpec(ptx_coef=2.0), EOS, Alone())
     returns = torch.tensor([1.0, 2.0, 4.0, 4.0, 9.0])
     errors = torch.tensor([0.0, 0.0, 1.0, 0.0, 4.0])
     assert got == pytest.approx(
         {
             "reward": 1.0,
             "reward_std": 2.0,
+            "score_clipfrac": 0.5,
             "kl": (torch.e - 1 - 1) / 2,  # one token's log-ratio is 1: e - 1 - 1
             "entropy": 3.5 / 5,
             "ratio": 0.9,
@@ -54,6 +60,10 @@ def test_every_number_is_over_real_tokens_and_all_responses() -> None:
             "answer_tokens": 2.5,
             "actor_loss": 1.0,
             "critic_loss": 2.0,
+            "actor_grad_norm": 0.5,
+            "critic_grad_norm": 7.0,
+            "ptx_loss": 3.0,
+            "ptx_share": 6 / 7,
             "skipped": 1.0,
             "explained_variance": 1 - (errors.var(correction=0) / returns.var(correction=0)).item(),
         }
@@ -71,19 +81,34 @@ class Twice(Alone):
 
 
 def test_two_ranks_with_the_same_responses_log_what_one_logs() -> None:
-    stats = dict.fromkeys((*STATS, "skipped"), 4.0)
-    once = summarize(two_responses(), stats, EOS, Alone())
-    assert summarize(two_responses(), stats, EOS, Twice()) == pytest.approx(once)
+    once = summarize(two_responses(), FOURS, PpoSpec(), EOS, Alone())
+    assert summarize(two_responses(), FOURS, PpoSpec(), EOS, Twice()) == pytest.approx(once)
 
 
 def test_the_spread_of_rewards_survives_a_large_mean() -> None:
     """The mean of squares minus the squared mean would lose it."""
     experience = replace(two_responses(), scores=torch.tensor([16777216.0, 16777218.0]))
-    stats = dict.fromkeys((*STATS, "skipped"), 1.0)
     for ranks in (Alone(), Twice()):
-        assert summarize(experience, stats, EOS, ranks)["reward_std"] == 1.0
+        assert summarize(experience, FOURS, PpoSpec(), EOS, ranks)["reward_std"] == 1.0
 
 
 def test_responses_without_a_score_are_left_out_of_the_reward() -> None:
-    experience = replace(two_responses(), scores=torch.tensor([torch.nan, 3.0]))
-    assert summarize(experience, dict.fromkeys((*STATS, "skipped"), 1.0), EOS, Alone())["reward"] == 3.0
+    nan = torch.nan
+    experience = replace(two_responses(), scores=torch.tensor([nan, 3.0]), score_clipped=torch.tensor([nan, 1.0]))
+    values = summarize(experience, FOURS, PpoSpec(), EOS, Alone())
+    assert (values["reward"], values["score_clipfrac"]) == (3.0, 1.0)
+    unscored = replace(experience, score_clipped=torch.tensor([nan, nan]))
+    assert summarize(unscored, FOURS, PpoSpec(), EOS, Alone())["score_clipfrac"] is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"), [({}, True), ({"temperature": 0.7}, True), ({"top_p": 0.9}, False), ({"top_k": 50}, False)]
+)
+def test_there_is_no_kl_of_responses_drawn_from_a_part_of_the_distribution(fields: dict[str, Any], known: bool) -> None:
+    """It would be that of the whole distribution on samples of another: the truncated one's KL is higher."""
+    assert (summarize(two_responses(), FOURS, PpoSpec(**fields), EOS, Alone())["kl"] is not None) == known
+
+
+def test_without_a_mixture_there_are_no_metrics_of_it() -> None:
+    values = summarize(two_responses(), {**FOURS, "ptx_tokens": 0.0}, PpoSpec(), EOS, Alone())
+    assert not {"ptx_loss", "ptx_share"} & values.keys()

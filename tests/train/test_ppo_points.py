@@ -14,7 +14,7 @@
     rollout/test_experience.py::test_eos_is_rewarded_and_a_response_without_it_is_penalized
 4.  The score is the last real token's, and is rewarded there.
     rollout/test_experience.py::test_numbers_of_a_response_do_not_depend_on_the_batch
-    algorithms/test_ppo.py::test_rewards_are_the_kl_penalty_and_the_clipped_score_at_the_last_token
+    algorithms/test_ppo.py::test_rewards_are_the_kl_penalty_and_the_score_at_the_last_token
 5.  Sampling and all log-probabilities use one temperature.
     test_ppo_points.py::test_sampling_and_log_probabilities_use_one_temperature
     rollout/test_experience.py::test_numbers_of_a_response_do_not_depend_on_the_batch
@@ -32,7 +32,7 @@
     test_ppo_points.py::test_a_bfloat16_head_is_normalized_in_float32
     rollout/test_experience.py::test_against_itself_the_kl_is_exactly_zero_and_the_first_ratio_exactly_one
 8.  The reward uses k1, the metric k3; the coefficient may follow the KL.
-    algorithms/test_ppo.py::test_rewards_are_the_kl_penalty_and_the_clipped_score_at_the_last_token
+    algorithms/test_ppo.py::test_rewards_are_the_kl_penalty_and_the_score_at_the_last_token
     algorithms/test_ppo.py::test_k3_is_never_negative_and_its_mean_is_the_kl
     test_ppo_metrics.py::test_every_number_is_over_real_tokens_and_all_responses
     algorithms/test_ppo.py::test_the_kl_coefficient_follows_the_clipped_relative_error

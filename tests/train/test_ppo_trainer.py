@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.rollout.backend import Rollout
@@ -22,15 +25,36 @@ from tests.train.ppo_trainers import PROMPTS, RESPONSES, ROLLOUT, TOKENS, Alone,
 def test_without_updates_the_ratio_is_exactly_one(steps: Callable[[float], Steps]) -> None:
     """Evaluation and learning use the same micro-batches without dropout: the ratio is 1 to the last bit."""
     steps(0.0)
-    trainer = trainer_of(budget=16, ppo_epochs=3, minibatches=2, temperature=0.7)
+    trainer = trainer_of(budget=16, ppo_epochs=1, minibatches=2, temperature=0.7)
     seen: list[tuple[int, ...]] = []
     trainer.models.actor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     stats = trainer.learn(trainer.evaluate(ROLLOUT))
-    assert stats["tokens"] == 3 * TOKENS
-    assert stats["ratio"] == 3 * TOKENS
+    assert stats["tokens"] == TOKENS
+    assert stats["ratio"] == TOKENS
     assert (stats["approx_kl"], stats["clipped"]) == (0.0, 0.0)
-    assert len(seen) > 8
-    assert seen == seen[: len(seen) // 4] * 4
+    assert len(seen) > 4
+    assert seen == seen[: len(seen) // 2] * 2
+
+
+def test_every_epoch_learns_from_other_minibatches_of_all_rows(steps: Callable[[float], Steps]) -> None:
+    steps(0.0)
+    epochs: list[list[tuple[int, ...]]] = []
+    for key in ((1, "a"), (1, "a"), (2, "a")):
+        trainer = trainer_of(ppo_epochs=40, minibatches=3)
+        seen: list[tuple[int, ...]] = []
+        trainer.models.actor.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[1]))
+        experience = trainer.evaluate(ROLLOUT)
+        evaluated = len(seen)
+        stats = trainer.learn(experience, key=key)
+        assert stats["tokens"] == 40 * TOKENS
+        assert stats["ratio"] == pytest.approx(40 * TOKENS, rel=1e-5)
+        epochs.append(seen[evaluated:])
+    assert epochs[0] == epochs[1] != epochs[2]
+    whole = [epochs[0][first : first + 3] for first in range(0, 120, 3)]
+    assert {tuple(sorted(length for batch in epoch for length in batch)) for epoch in whole} == {
+        tuple(sorted(ROLLOUT.lengths))
+    }
+    assert len({tuple(map(tuple, map(sorted, epoch))) for epoch in whole}) > 10
 
 
 @pytest.mark.parametrize("ppo_epochs", [1, 2])
@@ -149,6 +173,63 @@ def test_scores_are_standardized_by_all_so_far() -> None:
     assert again.state != trainer_of().state
 
 
+def critic_outputs(trainer: Any) -> Tensor:
+    """The critic's outputs before each response token, as PPO pads them."""
+    with torch.no_grad():
+        batch, response = ROLLOUT.batch(range(len(ROLLOUT)), torch.device("cpu"))
+        flat = trainer.models.critic(batch.ids, batch.lengths)[response - 1]
+    return ragged.pad(flat, ROLLOUT.response_lengths)
+
+
+@pytest.mark.parametrize(("shift", "spread"), [(6.0, 0.2), (-3.0, 40.0), (0.0, 1.0)])
+def test_with_normalized_scores_the_critic_starts_on_their_scale(shift: float, spread: float) -> None:
+    """Whatever the reward model's scale: the advantages are the same, because critic and scores are scaled alike."""
+    seen = []
+    for offset, scale in ((0.0, 1.0), (shift, spread)):
+        trainer = trainer_of(normalize_scores=True, kl_coef=0.0, score_clip=100.0, whiten_advantages=False)
+        for model in (trainer.models.critic, trainer.rewards.engine):  # type: ignore[attr-defined]
+            inner = model.forward
+            model.forward = lambda *inputs, inner=inner, b=offset, a=scale: inner(*inputs) * a + b
+        experience = trainer.evaluate(ROLLOUT)
+        scores = experience.scores.double()
+        expected = (critic_outputs(trainer).double() - scores.mean()) / scores.std(correction=0)
+        mask = experience.mask
+        torch.testing.assert_close(experience.values[mask].double(), expected[mask], atol=1e-3, rtol=1e-3)
+        seen.append(experience.advantages)
+    torch.testing.assert_close(*seen, atol=2e-3, rtol=2e-3)
+
+
+def test_the_critics_loss_is_on_the_scale_of_normalized_scores(steps: Callable[[float], Steps]) -> None:
+    steps(0.0)
+    trainer = trainer_of(normalize_scores=True, lam=1.0, kl_coef=0.0)
+    experience = trainer.evaluate(ROLLOUT)
+    trainer.evaluate(Rollout.of(PROMPTS[:3], RESPONSES[:3]))  # moves the running moments, not the experience's scale
+    stats = trainer.learn(experience)
+    errors = (experience.values - experience.returns)[experience.mask]
+    assert stats["critic_loss"] == pytest.approx(0.5 * errors.square().sum().item(), rel=1e-4)
+    assert stats["value_clipped"] == 0
+
+
+def test_a_critic_that_learned_normalized_scores_is_not_scaled_again() -> None:
+    """Runs that earlier versions began have one."""
+    trainer = trainer_of(normalize_scores=True)
+    old = {name: value for name, value in trainer.state.items() if name != "scales_values"}
+    trainer.state = old
+    experience = trainer.evaluate(ROLLOUT)
+    assert experience.value_scale.tolist() == [0.0, 1.0]
+    torch.testing.assert_close(experience.values, critic_outputs(trainer) * experience.mask, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_norms_are_means_over_the_applied_steps(steps: Callable[[float], Steps]) -> None:
+    optimizer = steps(1e-4)
+    optimizer.skip = {2}
+    trainer = trainer_of(minibatches=3)
+    stats = trainer.learn(trainer.evaluate(ROLLOUT))
+    norms = [float(gradient.norm()) for gradient in optimizer.gradients]
+    assert stats["actor_grad_norm"] == pytest.approx((norms[0] + norms[4]) / 2)
+    assert stats["critic_grad_norm"] == pytest.approx((norms[1] + norms[3] + norms[5]) / 3)
+
+
 @pytest.mark.parametrize(
     ("skip", "updates"),
     [
@@ -184,8 +265,24 @@ def test_a_skipped_step_is_remembered_in_a_checkpoint(steps: Callable[[float], S
     trainer.learn(trainer.evaluate(ROLLOUT), before=save)
     progress = Progress.load(tmp_path / "saved", 0, Cursor(0, 0, Network.CRITIC), torch.device("cpu"))
     assert (progress.skipped, progress.actor_skipped) == (1, True)
+    assert progress.norms == {Network.ACTOR: (0.0, 0), Network.CRITIC: (0.0, 0)}
     assert progress.experience.rollout.prompts == PROMPTS
     assert progress.experience.rollout.responses == RESPONSES
+
+
+def test_progress_that_an_earlier_version_saved_is_read(steps: Callable[[float], Steps], tmp_path: Path) -> None:
+    steps(1e-4)
+    trainer = trainer_of()
+    snapshot = Snapshot(tmp_path / "saved")
+    Progress.begin(trainer.evaluate(ROLLOUT)).save(snapshot, rank=0)
+    snapshot.write()
+    (path,) = (tmp_path / "saved").glob("*.safetensors")
+    tensors = {name: t for name, t in load_file(path).items() if name not in ("norms", "value_scale", "score_clipped")}
+    save_file({**tensors, "sums": torch.arange(7.0)}, path)
+    progress = Progress.load(tmp_path / "saved", 0, Cursor(), torch.device("cpu"))
+    assert [value.item() for value in progress.stats.values()] == [0, 1, 2, 3, 4, 5, 6, 0, 0]
+    assert progress.experience.score_clipped.isnan().all()
+    torch.testing.assert_close(trainer.learn(progress)["ratio"], 2.0 + TOKENS, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])

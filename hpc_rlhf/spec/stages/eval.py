@@ -18,9 +18,15 @@ class EvalSpec(StageSpec):
     minus 100% / sqrt(prompts): 4% at 512."""
     temperature: NonNegative = 1.0
     """Sampling temperature. 1 samples from the models' own distributions, for which the KL is estimated; 0 always takes
-    the most likely token, and there is no KL then."""
+    the most likely token. There is no KL then, nor with top_p or top_k: such responses are no samples to estimate it
+    from."""
     top_p: TopP = 1.0
     top_k: TopK = 0
+
+    @property
+    def samples_all(self) -> bool:
+        """Whether responses are drawn from the whole distribution."""
+        return self.temperature > 0 and self.top_p == 1 and self.top_k == 0
 
 
 EVAL = StageKind(

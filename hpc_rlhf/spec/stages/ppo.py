@@ -48,15 +48,17 @@ class PpoSpec(ReferredSpec):
     kl_target: Rate | None = None
     """KL from the reference model, in nats per response, toward which kl_coef is adapted from rollout to rollout (arXiv
     1909.08593); null keeps kl_coef constant. Use it if you know how far the model may move but not which coefficient
-    achieves that."""
+    achieves that. Needs top_p: 1 and top_k: 0, with which there is an estimate of the KL."""
     kl_horizon: Positive = 10_000
     """Responses over which kl_coef changes by the relative error of the KL, at most 20%. Needs kl_target."""
     normalize_scores: bool = False
     """Normalize scores by their running mean and standard deviation (arXiv 2307.04964), so that the other settings suit
-    any reward model. score_clip and missing_eos_penalty are then in standard deviations."""
-    score_clip: Rate = Field(default=5.0, description="Reward scores are clipped to plus or minus this.")
+    any reward model. score_clip, missing_eos_penalty and cliprange_value are then in standard deviations. The critic's
+    outputs are normalized in the same way, because it starts from the reward model."""
+    score_clip: Rate = 5.0
+    """Reward scores are clipped to plus or minus this; the metric score_clipfrac shows how many are."""
     missing_eos_penalty: NonNegative = 0.0
-    """Subtracted from the score of a response without an end-of-sequence token, before the score is clipped."""
+    """Subtracted from the clipped score of a response without an end-of-sequence token."""
     whiten_rewards: bool = False
     """Scale the per-token rewards of a rollout to variance 1 over all ranks, keeping their mean, as the code of arXiv
     1909.08593 does. This also rescales the KL penalty, so leave it off unless a recipe was tuned with it."""
@@ -102,11 +104,24 @@ class PpoSpec(ReferredSpec):
         critic = self.of_critic
         return {"": self, "critic": critic, "ref": self.of_frozen, "reward": critic.of_frozen}
 
+    @property
+    def truncates(self) -> bool:
+        """Whether responses are drawn from less than the whole distribution."""
+        return self.top_p < 1 or self.top_k > 0
+
     @model_validator(mode="after")
     def _check_kl_target(self) -> PpoSpec:
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target needs a kl_coef above 0, because adapting multiplies it")
         return self
+
+    def refusals(self) -> dict[str, str]:
+        if self.kl_target is None or not self.truncates:
+            return {}
+        return {
+            "kl_target": "needs top_p: 1 and top_k: 0, because responses drawn from a part of the distribution give no "
+            "estimate of its KL; leave out kl_target, or top_p and top_k"
+        }
 
 
 PPO = StageKind(
@@ -133,10 +148,15 @@ PPO = StageKind(
         Plot("response length", "tokens", {"answer_tokens": "mean"}),
         Plot("responses with an end of sequence", "fraction", {"eos_rate": "fraction"}),
         Plot("clip fractions", "fraction of tokens", {"clipfrac": "actor", "value_clipfrac": "critic"}),
+        Plot("clipped scores", "fraction", {"score_clipfrac": "fraction"}),
+        Plot("gradient norms", "before clipping", {"actor_grad_norm": "actor", "critic_grad_norm": "critic"}),
+        Plot("skipped optimizer steps", "per step", {"skipped": "skipped"}),
         Plot("KL within a step", "nats per token", {"approx_kl": "KL from the sampling policy"}),
         Plot("standard deviation of rewards", "reward", {"reward_std": "standard deviation"}),
         Plot("actor loss", "per token", {"actor_loss": "actor"}),
         Plot("critic loss", "reward squared", {"critic_loss": "critic"}),
+        Plot("pretraining loss", "nats per token", {"ptx_loss": "mixture"}),
+        Plot("pretraining loss, weighted", "fraction of the actor's", {"ptx_share": "fraction"}),
         Plot("explained variance", "fraction of the returns'", {"explained_variance": "fraction"}),
         Plot("KL coefficient", "reward per nat", {"kl_coef": "coefficient"}),
         Plot("actor learning rate", "per step", {"actor_lr": "learning rate"}),

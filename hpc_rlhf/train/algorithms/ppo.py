@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 
 
-def kl_shaped_rewards(
-    log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, mask: Tensor, kl_coef: float, score_clip: float
-) -> Tensor:
+def kl_shaped_rewards(log_probs: Tensor, ref_log_probs: Tensor, scores: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Per-token rewards (InstructGPT, arXiv 2203.02155, equation 2, with the k1 estimator of the KL).
 
-    ``-kl_coef * (log_probs - ref_log_probs)`` at every response token, plus the clipped score at the last
-    one.
+    ``-kl_coef * (log_probs - ref_log_probs)`` at every response token, plus the score at the last one.
 
     Args:
         log_probs, ref_log_probs: (batch, response), of the sampled tokens.
-        scores: (batch,), of whole responses.
+        scores: (batch,), of whole responses, clipped and penalized.
         mask: (batch, response).
 
     Returns:
@@ -29,7 +26,7 @@ def kl_shaped_rewards(
     """
     rewards = (-kl_coef * (log_probs - ref_log_probs)).where(mask, 0.0)
     last = mask.sum(dim=1) - 1
-    rewards[torch.arange(len(rewards), device=rewards.device), last] += scores.clamp(-score_clip, score_clip)
+    rewards[torch.arange(len(rewards), device=rewards.device), last] += scores
     return rewards
 
 

@@ -42,11 +42,15 @@ class Experience(TokenStats):
 
     Attributes:
         scores: (batch,), float32, the reward source's; NaN where it gave none.
+        score_clipped: (batch,), float32; 1 where ``score_clip`` changed the score, 0 where not, NaN without a score.
+        value_scale: (2,), float32; ``values`` are the critic's outputs minus the first, divided by the second.
         advantages, returns: (batch, response), float32, 0 after a response's end.
     """
 
     rollout: Rollout
     scores: Tensor
+    score_clipped: Tensor
+    value_scale: Tensor
     advantages: Tensor
     returns: Tensor
 
@@ -56,7 +60,7 @@ class RewardShaping:
     """How scores become per-token rewards; the fields are those of PpoSpec.
 
     Attributes:
-        standardize: brings scores (batch,) to the scale on which they are clipped. Collective.
+        standardize: brings scores (batch,) to the scale on which they are clipped.
         gather: given if per-token rewards are to be whitened. Collective.
     """
 
@@ -66,23 +70,23 @@ class RewardShaping:
     standardize: Callable[[Tensor], Tensor] | None = None
     gather: GatherMoments | None = None
 
-    def __call__(self, stats: TokenStats, scores: Tensor, ended: Tensor) -> Tensor:
-        """Rewards of the tokens: (batch, response), 0 outside the mask.
+    def __call__(self, stats: TokenStats, scores: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards of the tokens: (batch, response), 0 outside the mask; and ``Experience.score_clipped``.
 
         Args:
             scores: (batch,), NaN where there is none.
             ended: (batch,), bool; True where a response ended with EOS.
         """
         scaled = self.standardize(scores) if self.standardize else scores
-        rewards = ppo.kl_shaped_rewards(
-            stats.log_probs, stats.ref_log_probs,
-            scaled.nan_to_num(0.0) - self.missing_eos_penalty * ~ended,
-            stats.mask, self.kl_coef, self.score_clip,
-        )  # fmt: skip
-        if self.gather is None:
-            return rewards
-        moments = Moments.merge(self.gather(Moments.of(rewards[stats.mask])))
-        return (moments.standardize(rewards) + moments.mean) * stats.mask
+        kept = scaled.clamp(-self.score_clip, self.score_clip)
+        clipped = (kept != scaled).float().where(~scores.isnan(), torch.nan)
+        # The penalty comes after the clip: the worst responses must not be the ones that do not feel it.
+        penalized = kept.nan_to_num(0.0) - self.missing_eos_penalty * ~ended
+        rewards = ppo.kl_shaped_rewards(stats.log_probs, stats.ref_log_probs, penalized, stats.mask, self.kl_coef)
+        if self.gather is not None:
+            moments = Moments.merge(self.gather(Moments.of(rewards[stats.mask])))
+            rewards = (moments.standardize(rewards) + moments.mean) * stats.mask
+        return rewards, clipped
 
 
 @torch.no_grad()
@@ -110,15 +114,30 @@ def evaluate_tokens(
 
 
 def make_experience(
-    rollout: Rollout, stats: TokenStats, scores: list[float | None], shaping: RewardShaping,
-    estimate: AdvantageEstimator, eos_id: int,
+    rollout: Rollout, stats: TokenStats, scores: Tensor, shaping: RewardShaping, estimate: AdvantageEstimator,
+    eos_id: int, value_scale: tuple[float, float] = (0.0, 1.0),
 ) -> Experience:  # fmt: skip
-    """Shape the rewards of a rollout and estimate its advantages."""
+    """Shape the rewards of a rollout and estimate its advantages.
+
+    Args:
+        stats: with the critic's outputs as values.
+        scores: (batch,), NaN where there is none.
+        value_scale: see ``Experience``.
+    """
     device = stats.mask.device
-    numbers = torch.tensor([torch.nan if s is None else s for s in scores], device=device)
-    rewards = shaping(stats, numbers, rollout.ended(eos_id, device))
+    scale = torch.tensor(value_scale, device=device)
+    stats = replace(stats, values=scaled_values(stats.values, scale) * stats.mask)
+    rewards, clipped = shaping(stats, scores, rollout.ended(eos_id, device))
     advantages, returns = estimate(rewards, stats.values, stats.mask)
-    return Experience(**vars(stats), rollout=rollout, scores=numbers, advantages=advantages, returns=returns)
+    return Experience(
+        **vars(stats), rollout=rollout, scores=scores, score_clipped=clipped, value_scale=scale,
+        advantages=advantages, returns=returns,
+    )  # fmt: skip
+
+
+def scaled_values(outputs: Tensor, scale: Tensor) -> Tensor:
+    """The critic's outputs on the scale of the rewards; see ``Experience.value_scale``."""
+    return (outputs - scale[0]) / scale[1]
 
 
 def whiten(experience: Experience, gather: GatherMoments) -> Experience:

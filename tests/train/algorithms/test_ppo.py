@@ -25,16 +25,16 @@ def with_junk(tensor: Tensor, junk: float) -> Tensor:
     return torch.where(MASK, tensor, junk)
 
 
-def test_rewards_are_the_kl_penalty_and_the_clipped_score_at_the_last_token() -> None:
+def test_rewards_are_the_kl_penalty_and_the_score_at_the_last_token() -> None:
     log_probs, ref_log_probs, scores = ragged(), ragged(), torch.tensor([2.0, -9.0, 7.0, 0.5])
-    rewards = kl_shaped_rewards(log_probs, ref_log_probs, scores, MASK, kl_coef=0.1, score_clip=5.0)
+    rewards = kl_shaped_rewards(log_probs, ref_log_probs, scores, MASK, kl_coef=0.1)
     for row, length in enumerate(LENGTHS):
         for t in range(WIDTH):
             expected = 0.0
             if t < length:
                 expected = -0.1 * (log_probs[row, t] - ref_log_probs[row, t]).item()
             if t == length - 1:
-                expected += [2.0, -5.0, 5.0, 0.5][row]
+                expected += scores[row].item()
             assert rewards[row, t].item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -61,7 +61,7 @@ def test_the_kl_coefficient_steers_the_kl_to_the_target() -> None:
 
 def test_equal_policies_have_no_penalty() -> None:
     log_probs = ragged()
-    rewards = kl_shaped_rewards(log_probs, log_probs.clone(), torch.zeros(4), MASK, 0.1, 5.0)
+    rewards = kl_shaped_rewards(log_probs, log_probs.clone(), torch.zeros(4), MASK, 0.1)
     assert (rewards == 0).all()
     assert (k3_kl(log_probs, log_probs.clone(), MASK) == 0).all()
 
@@ -72,14 +72,14 @@ def test_values_outside_the_mask_change_nothing(junk: float) -> None:
     e, f, g, h = (with_junk(tensor, junk) for tensor in (a, b, c, d))
     scores = torch.randn(4)
     clean = [
-        kl_shaped_rewards(a, b, scores, MASK, 0.1, 5.0),
+        kl_shaped_rewards(a, b, scores, MASK, 0.1),
         *Gae(1.0, 0.95)(b, a, MASK),
         *policy_loss_sum(a, b, c, MASK, 0.2),
         *value_loss_sum(a, b, d, MASK, 0.2),
         k3_kl(a, b, MASK),
     ]
     dirty = [
-        kl_shaped_rewards(e, f, scores, MASK, 0.1, 5.0),
+        kl_shaped_rewards(e, f, scores, MASK, 0.1),
         *Gae(1.0, 0.95)(f, e, MASK),
         *policy_loss_sum(e, f, g, MASK, 0.2),
         *value_loss_sum(e, f, h, MASK, 0.2),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_rlhf.train.data.sampler import sample_at, total_steps
+from hpc_rlhf.train.data.sampler import exchanged, sample_at, total_steps
 
 COUNT = 13
 
@@ -24,6 +24,23 @@ def test_a_position_is_a_pure_function_of_seed_and_purpose() -> None:
     assert [sample_at(p, COUNT, 1, "sft") for p in (59, 3, 40, 3)] == [whole[59], whole[3], whole[40], whole[3]]
     assert whole != stream(60, seed=2)
     assert whole != stream(60, purpose="ptx")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_any_number_of_ranks_exchanges_the_same_samples(ranks: int) -> None:
+    minibatches = [list(range(first, first + 8)) for first in range(0, 24, 8)]
+    share = 8 // ranks
+    parts = [
+        exchanged([batch[rank * share : (rank + 1) * share] for batch in minibatches], rank, 1, "step", 5)
+        for rank in range(ranks)
+    ]
+    joined = [[sample for part in parts for sample in part[number]] for number in range(3)]
+    assert joined == exchanged(minibatches, 0, 1, "step", 5)
+    assert sorted(sample for batch in joined for sample in batch) == list(range(24))
+    assert joined != minibatches
+    assert joined != exchanged(minibatches, 0, 1, "step", 6)
+    for batch in joined:
+        assert sorted(sample % 8 for sample in batch) == list(range(8)), "each rank keeps its samples"
 
 
 @pytest.mark.parametrize(

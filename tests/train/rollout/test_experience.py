@@ -49,7 +49,7 @@ def experience_of(kind: str, plan: list[list[int]], shaping: RewardShaping = SHA
     critic = critic_of(kind)
     scores = ModelReward(critic, Alone(), 20).score(PROMPTS, RESPONSES, {})  # type: ignore[arg-type]
     stats = evaluate_tokens(ROLLOUT, plan, actor_of(kind), critic, actor_of(kind), TEMPERATURE, CPU)
-    return make_experience(ROLLOUT, stats, scores, shaping, Gae(1.0, lam), tiny.EOS)
+    return make_experience(ROLLOUT, stats, torch.tensor(scores), shaping, Gae(1.0, lam), tiny.EOS)
 
 
 @torch.no_grad()
@@ -106,11 +106,14 @@ def test_eos_is_rewarded_and_a_response_without_it_is_penalized() -> None:
     assert (fined.advantages[torch.arange(4), lasts] != 0).all(), "EOS takes part in learning"
 
 
-def test_scores_are_standardized_before_penalty_and_clip() -> None:
-    shaping = RewardShaping(0.0, 2.0, 0.25, standardize=lambda scores: torch.tensor([1.0, 2.0, -7.0, 0.5]))
+@pytest.mark.parametrize(("second", "earned"), [(1.0, 0.75), (2.0, 1.75), (-7.0, -2.25), (9.0, 1.75)])
+def test_scores_are_standardized_then_clipped_then_penalized(second: float, earned: float) -> None:
+    """The second response has no EOS. It is penalized however far its score is clipped."""
+    shaping = RewardShaping(0.0, 2.0, 0.25, standardize=lambda scores: torch.tensor([1.0, second, -7.0, 0.5]))
     experience = experience_of("llama", [[0, 1, 2, 3]], shaping, lam=1.0)
-    expected = torch.tensor([1.0, 1.75, -2.0, 0.5])  # the second one has no EOS
+    expected = torch.tensor([1.0, earned, -2.0, 0.5])
     torch.testing.assert_close(experience.returns[:, 0], expected, atol=1e-5, rtol=1e-5)
+    assert experience.score_clipped.tolist() == [0.0, float(abs(second) > 2), 1.0, 0.0]
     assert torch.equal(experience.scores, experience_of("llama", [[0, 1, 2, 3]]).scores), (
         "the reported scores are the source's own"
     )
@@ -140,7 +143,10 @@ def fake(advantages: list[list[float]], lengths: list[int]) -> Experience:
     tensor = torch.tensor(advantages)
     mask = torch.arange(tensor.shape[1]).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
     zeros = torch.zeros_like(tensor)
-    return Experience(mask, zeros, zeros, zeros, zeros, Rollout.of([], []), zeros[:, 0], tensor, zeros)
+    return Experience(
+        mask, zeros, zeros, zeros, zeros, Rollout.of([], []), zeros[:, 0], zeros[:, 0], torch.tensor([0.0, 1.0]),
+        tensor, zeros,
+    )  # fmt: skip
 
 
 def test_whitening_is_over_the_real_tokens_of_all_ranks() -> None:

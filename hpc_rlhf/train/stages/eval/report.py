@@ -132,7 +132,7 @@ def make_report(results: Results, held: HeldOut, base: str, spec: EvalSpec, toke
         if not one.answers:
             continue
         models[name] |= rewarded(one.rewards, base_model.rewards if base_model and name != base else None)
-        if name != base and spec.temperature > 0:  # greedy responses are no samples to estimate it from
+        if name != base and spec.samples_all:  # others are no samples to estimate it from
             models[name]["kl"] = divergence(one)
         models[name] |= text_metrics(one.answers, texts(one.answers, tokenizer), references, eos_id)
     if base_model is not None and base_model.answers:

@@ -2,50 +2,64 @@
 
 from __future__ import annotations
 
+from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.rollout.experience import Experience
 from hpc_rlhf.train.runtime.world import World
 
-# Sums over the response tokens of all optimizer steps on an experience; ``tokens`` counts them.
-STATS = ("actor_loss", "critic_loss", "ratio", "approx_kl", "clipped", "value_clipped", "tokens")
+# Sums over the response tokens of all optimizer steps on an experience; ``tokens`` counts them. The last two are
+# of the pretraining mixture's tokens. Checkpoints keep the sums in this order.
+STATS = (
+    "actor_loss", "critic_loss", "ratio", "approx_kl", "clipped", "value_clipped", "tokens", "ptx_loss", "ptx_tokens",
+)  # fmt: skip
 
 
-def summarize(experience: Experience, stats: dict[str, float], eos_id: int, world: World) -> dict[str, float]:
+def summarize(
+    experience: Experience, stats: dict[str, float], spec: PpoSpec, eos_id: int, world: World
+) -> dict[str, float | None]:
     """A step's metrics, over all ranks. Collective.
 
     Args:
         experience: this rank's.
-        stats: this rank's sums, by the names in STATS, and ``skipped``.
+        stats: this rank's ``Progress.sums``.
 
     Returns:
-        reward and reward_std of the scores; kl (k3, nats per response); entropy (nats per token); ratio, approx_kl (k3
-        from the actor that sampled, nats per token), clipfrac and value_clipfrac over the tokens learned from; passes
-        over the experience; eos_rate, the share of responses that end with EOS; answer_tokens, their mean length;
-        actor_loss and critic_loss, means over tokens; explained_variance of the returns by the values; skipped,
-        optimizer steps that DeepSpeed skipped because a gradient was not finite.
+        reward and reward_std of the scores; score_clipfrac, the share of them that score_clip changed; kl (k3, nats per
+        response), None if top_p or top_k truncate the distribution that responses are drawn from: the log-probabilities
+        are of the whole one; entropy (nats per token) of the whole distribution; ratio, approx_kl (k3 from the actor
+        that sampled, nats per token), clipfrac and value_clipfrac over the tokens learned from; passes over the
+        experience; eos_rate, the share of responses that end with EOS; answer_tokens, their mean length; actor_loss and
+        critic_loss, means over tokens; actor_grad_norm and critic_grad_norm, means over the optimizer steps, before
+        clipping; explained_variance of the returns by the values; skipped, optimizer steps that DeepSpeed skipped
+        because a gradient was not finite. With a pretraining mixture also ptx_loss (nats per token), and ptx_share: of
+        the sum of the actor's loss and the mixture's, both taken as positive.
     """
-    mask, scores = experience.mask, experience.scores
+    mask, scores, clipped = experience.mask, experience.scores, experience.score_clipped
+    known = ~clipped.isnan()
     returns = experience.returns[mask].double()
     own = [
         Moments.of(scores[~scores.isnan()]),
         Moments.of(returns),
         Moments.of((experience.returns - experience.values)[mask].double()),
     ]
-    rewards, outcomes, errors = map(Moments.merge, zip(*world.gather_data(own), strict=True))
+    scored, outcomes, errors = map(Moments.merge, zip(*world.gather_data(own), strict=True))
     local = {
         "responses": float(len(scores)),
         "tokens": float(returns.numel()),
         "kl": ppo.k3_kl(experience.log_probs, experience.ref_log_probs, mask).sum().item(),
         "entropy": experience.entropies[mask].sum().item(),
+        "score_clipped": clipped[known].sum().item(),
+        "score_known": float(known.sum()),
         "ended": experience.rollout.ended(eos_id, mask.device).sum().item(),
     }
     total = world.sums({**local, **{f"learned_{name}": stats[name] for name in STATS}})
     responses, tokens, learned = total["responses"], total["tokens"], total["learned_tokens"]
-    return {
-        "reward": rewards.mean,
-        "reward_std": rewards.std,
-        "kl": total["kl"] / responses,
+    values: dict[str, float | None] = {
+        "reward": scored.mean,
+        "reward_std": scored.std,
+        "score_clipfrac": total["score_clipped"] / total["score_known"] if total["score_known"] else None,
+        "kl": None if spec.truncates else total["kl"] / responses,
         "entropy": total["entropy"] / tokens,
         "ratio": total["learned_ratio"] / learned,
         "approx_kl": total["learned_approx_kl"] / learned,
@@ -56,6 +70,13 @@ def summarize(experience: Experience, stats: dict[str, float], eos_id: int, worl
         "answer_tokens": tokens / responses,
         "actor_loss": total["learned_actor_loss"] / learned,
         "critic_loss": total["learned_critic_loss"] / learned,
+        "actor_grad_norm": stats["actor_grad_norm"],
+        "critic_grad_norm": stats["critic_grad_norm"],
         "explained_variance": 1 - errors.variance / outcomes.variance if outcomes.variance > 0 else 0.0,
         "skipped": stats["skipped"],
     }
+    if total["learned_ptx_tokens"]:
+        ptx_loss = total["learned_ptx_loss"] / total["learned_ptx_tokens"]
+        weighted, surrogate = spec.ptx_coef * ptx_loss, abs(total["learned_actor_loss"] / learned)
+        values |= {"ptx_loss": ptx_loss, "ptx_share": weighted / (weighted + surrogate) if weighted else 0.0}
+    return values

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import math
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.models.engine import StepResult
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.experience import Experience
 from hpc_rlhf.train.stages.ppo.metrics import STATS
 
-_TENSORS = [field.name for field in fields(Experience) if field.name != "rollout"]
+_TENSORS = [each.name for each in fields(Experience) if each.name != "rollout"]
 
 
 class Network(Enum):
@@ -53,8 +55,9 @@ class Progress:
     """A rank's experience, and how far learning from it has come.
 
     Attributes:
-        stats: sums over all response tokens learned from, by the names in STATS; scalars, added to in place.
+        stats: sums so far, by the names in STATS; scalars, added to in place.
         kl_before: ``stats["approx_kl"]`` before the minibatch in progress.
+        norms: for each network, the sum of the gradient norms of its applied optimizer steps, and their number.
         skipped: optimizer steps of both networks that DeepSpeed skipped because a gradient was not finite.
         actor_skipped: the actor's step on the minibatch in progress was skipped.
     """
@@ -62,6 +65,7 @@ class Progress:
     experience: Experience
     stats: dict[str, Tensor]
     kl_before: Tensor
+    norms: dict[Network, tuple[float, int]] = field(default_factory=lambda: dict.fromkeys(Network, (0.0, 0)))
     cursor: Cursor = Cursor()
     skipped: int = 0
     actor_skipped: bool = False
@@ -73,7 +77,24 @@ class Progress:
 
     def copy(self) -> Progress:
         """A copy that later steps leave alone."""
-        return replace(self, stats={name: value.clone() for name, value in self.stats.items()})
+        return replace(self, stats={name: value.clone() for name, value in self.stats.items()}, norms={**self.norms})
+
+    def count(self, network: Network, result: StepResult) -> None:
+        """Count an optimizer step."""
+        self.skipped += not result.applied
+        if result.applied:
+            total, steps = self.norms[network]
+            self.norms[network] = (total + result.grad_norm, steps + 1)
+
+    def sums(self) -> dict[str, float]:
+        """What ``metrics.summarize`` takes."""
+        norms = {network: total / steps if steps else math.nan for network, (total, steps) in self.norms.items()}
+        return {
+            **{name: value.item() for name, value in self.stats.items()},
+            "actor_grad_norm": norms[Network.ACTOR],
+            "critic_grad_norm": norms[Network.CRITIC],
+            "skipped": float(self.skipped),
+        }
 
     def save(self, snapshot: Snapshot, rank: int) -> None:
         """Add it to a checkpoint, without the cursor, which is the checkpoint's part number."""
@@ -85,6 +106,7 @@ class Progress:
         tensors["sums"] = torch.stack([self.stats[name] for name in STATS])
         tensors["moved"] = self.kl_before
         tensors["skipped"] = torch.tensor([self.skipped, int(self.actor_skipped)])
+        tensors["norms"] = torch.tensor([self.norms[network] for network in Network], dtype=torch.float64)
         snapshot.tensors(_file(rank), tensors)
 
     @classmethod
@@ -93,13 +115,29 @@ class Progress:
         prompts, responses = (
             Ragged(tensors[name], tuple(tensors[f"{name}.lengths"].tolist())).rows() for name in ("prompts", "answers")
         )
+        tensors = {**_missing(tensors), **tensors}
         experience = Experience(
             rollout=Rollout.of(prompts, responses, device), **{name: tensors[name] for name in _TENSORS}
         )
-        stats = dict(zip(STATS, tensors["sums"].clone().unbind(), strict=True))
-        # Checkpoints of earlier versions have no count of skipped steps.
-        skipped, actor_skipped = tensors.get("skipped", torch.zeros(2, dtype=torch.int64)).tolist()
-        return cls(experience, stats, tensors["moved"], cursor, skipped, bool(actor_skipped))
+        sums = tensors["sums"].clone()
+        stats = dict(zip(STATS, [*sums.unbind(), *sums.new_zeros(len(STATS) - len(sums)).unbind()], strict=True))
+        norms = {
+            network: (total, int(steps))
+            for network, (total, steps) in zip(Network, tensors["norms"].tolist(), strict=True)
+        }
+        skipped, actor_skipped = tensors["skipped"].tolist()
+        return cls(experience, stats, tensors["moved"], norms, cursor, skipped, bool(actor_skipped))
+
+
+def _missing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What checkpoints of earlier versions do not have."""
+    scores = tensors["scores"]
+    return {
+        "score_clipped": torch.full_like(scores, torch.nan),
+        "value_scale": scores.new_tensor([0.0, 1.0]),
+        "norms": torch.zeros(len(Network), 2, dtype=torch.float64),
+        "skipped": torch.zeros(2, dtype=torch.int64),
+    }
 
 
 def _file(rank: int) -> str:

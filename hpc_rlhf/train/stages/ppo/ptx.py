@@ -30,7 +30,7 @@ def pretraining_mixture(context: StageContext, spec: PpoSpec) -> Mixture:
         )
     lengths = token_lengths(data, *RESPONSES)
 
-    def losses(engine: Any) -> list[Callable[[], Tensor]]:
+    def losses(engine: Any, stats: dict[str, Tensor]) -> list[Callable[[], Tensor]]:
         indices = step_indices(context, "ptx", len(data), engine.global_steps)
         tokens = sum(int(lengths[i]) - 1 for i in indices)
         scale = spec.ptx_coef * context.loss_factor / tokens
@@ -40,6 +40,8 @@ def pretraining_mixture(context: StageContext, spec: PpoSpec) -> Mixture:
             batch = Ragged.of([row["prompt_ids"] + row["chosen_ids"] for row in rows], context.world.device)
             predicted = batch.tail([length - 1 for length in batch.lengths])
             log_prob: Tensor = engine(batch.ids, batch.lengths, predicted, summed=True)[0]
+            stats["ptx_loss"] -= log_prob.detach() * real
+            stats["ptx_tokens"] += len(predicted) * real
             return -log_prob * (scale * real)
 
         planned = micro_batches(context, lengths, indices, context.batch.micro * context.longest)

@@ -80,11 +80,12 @@ def run(context: StageContext) -> None:
         # 5. The optimizer steps, with the pretraining mixture and the moving average. Before each is a safe
         # point that keeps the experience.
         experience = progress.experience
-        stats = trainer.learn(progress, mixture, _save_before_each(context, spec, models, step, state))
+        key = (context.spec.seed, "minibatches", step)
+        stats = trainer.learn(progress, mixture, _save_before_each(context, spec, models, step, state), key)
         progress = None
 
         # 6. Metrics and samples.
-        values = {**summarize(experience, stats, trainer.eos_id, world), **state.pop("before")}
+        values = {**summarize(experience, stats, spec, trainer.eos_id, world), **state.pop("before")}
         values.update(engines.traffic([models.actor, models.critic]))
         context.metrics.log(step + 1, total, "train", values)
         if step == 0:

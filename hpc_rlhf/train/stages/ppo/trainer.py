@@ -15,17 +15,26 @@ from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.algorithms.advantages import AdvantageEstimator, Gae
 from hpc_rlhf.train.algorithms.moments import Moments
+from hpc_rlhf.train.data.sampler import exchanged
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.ragged import pack_micro_batches, split_to_count
+from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
-from hpc_rlhf.train.rollout.experience import Experience, RewardShaping, evaluate_tokens, make_experience, whiten
+from hpc_rlhf.train.rollout.experience import (
+    Experience,
+    RewardShaping,
+    evaluate_tokens,
+    make_experience,
+    scaled_values,
+    whiten,
+)
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.ppo.models import PpoModels
 from hpc_rlhf.train.stages.ppo.progress import Network, Progress
 
-# Further losses for an optimizer step of the actor, made from its engine.
-Mixture = Callable[[Any], list[Callable[[], Tensor]]]
+# Further losses for an optimizer step of the actor, made from its engine; they add to the stats.
+Mixture = Callable[[Any, dict[str, Tensor]], list[Callable[[], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -71,17 +80,21 @@ class PpoTrainer:
         self.kl_coef = self.spec.kl_coef
         self.estimate: AdvantageEstimator = Gae(self.spec.gamma, self.spec.lam)
         self._scores = Moments()
+        # Scores from elsewhere are not what the critic starts from.
+        self._scales_values = self.spec.normalize_scores and isinstance(self.rewards, ModelReward)
         self._kept: dict[Any, Any] = {}  # outputs of the models with their graphs, to learn from
         self._kept_rollout: Rollout | None = None
 
     @property
     def state(self) -> dict[str, Any]:
         """What carries over from rollout to rollout, besides the models; JSON."""
-        return {"kl_coef": self.kl_coef, "scores": astuple(self._scores)}
+        return {"kl_coef": self.kl_coef, "scores": astuple(self._scores), "scales_values": self._scales_values}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.kl_coef, self._scores = state["kl_coef"], Moments(*state["scores"])
+        # A critic trained by an earlier version has learned normalized scores.
+        self._scales_values = state.get("scales_values", False)
 
     # Rollout
 
@@ -115,35 +128,44 @@ class PpoTrainer:
         models.actor.eval()
         models.critic.eval()
         scores = self._score(rollout, columns or {})
-        plan = [rows for minibatch in self._plans(rollout) for rows in minibatch]
+        if spec.normalize_scores:
+            own = Moments.of(scores[~scores.isnan()])
+            self._scores = Moments.merge([self._scores, *self.world.gather_data(own)])
+        plan = [rows for minibatch in self._plans(rollout, (), 0) for rows in minibatch]
         actor, critic = self._keeping(rollout, plan)
         ref = partial(self._checked, "experience", models.ref)
         stats = evaluate_tokens(rollout, plan, actor, critic, ref, spec.temperature, self.world.device)
         shaping = RewardShaping(
             self.kl_coef, spec.score_clip, spec.missing_eos_penalty,
-            self._standardize if spec.normalize_scores else None,
+            self._scores.standardize if spec.normalize_scores else None,
             self.world.gather_data if spec.whiten_rewards else None,
         )  # fmt: skip
-        experience = make_experience(rollout, stats, scores, shaping, self.estimate, self.eos_id)
+        experience = make_experience(rollout, stats, scores, shaping, self.estimate, self.eos_id, self._value_scale())
         models.actor.train()
         models.critic.train()
         if spec.kl_target is not None:
             self._adapt_kl_coef(experience, spec.kl_target)
         return whiten(experience, self.world.gather_data) if spec.whiten_advantages else experience
 
-    def _score(self, rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> list[float | None]:
-        """The reward source's scores, by minibatch, so that a reward model sees the same micro-batches."""
+    def _score(self, rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> Tensor:
+        """The reward source's scores, NaN where it gives none: (batch,), float32.
+
+        They are computed by minibatch, so that a reward model sees the same micro-batches.
+        """
         scores: list[float | None] = []
         for rows in self._minibatch_rows(rollout):
             own = {name: column[rows] for name, column in columns.items()}
             scores += self.rewards.score(rollout.prompts[rows], rollout.responses[rows], own)
-        return scores
+        return torch.tensor([torch.nan if score is None else score for score in scores], device=self.world.device)
 
-    def _standardize(self, scores: Tensor) -> Tensor:
-        """Scores relative to all so far, these included, in standard deviations. Collective."""
-        own = Moments.of(scores[~scores.isnan()])
-        self._scores = Moments.merge([self._scores, *self.world.gather_data(own)])
-        return self._scores.standardize(scores)
+    def _value_scale(self) -> tuple[float, float]:
+        """What the critic's outputs are taken relative to: its offset and its unit.
+
+        The critic starts from the reward model, so it predicts scores as that model gives them. With normalized scores
+        its outputs are normalized by the same running moments: what it has learned about the scores stays valid however
+        the moments move (Pop-Art, arXiv 1602.07714), and it never has to learn the change of scale first.
+        """
+        return (self._scores.mean, self._scores.std or 1.0) if self._scales_values else (0.0, 1.0)
 
     def _adapt_kl_coef(self, experience: Experience, target: float) -> None:
         kl = ppo.k3_kl(experience.log_probs, experience.ref_log_probs, experience.mask).sum().item()
@@ -179,18 +201,24 @@ class PpoTrainer:
         share = len(rollout) // self.spec.minibatches
         return [slice(first, first + share) for first in range(0, len(rollout), share)]
 
-    def _plans(self, rollout: Rollout) -> list[list[list[int]]]:
-        """The rows of each micro-batch of each minibatch, equally many on all ranks. Collective."""
+    def _plans(self, rollout: Rollout, key: tuple[object, ...], epoch: int) -> list[list[list[int]]]:
+        """The rows of each micro-batch of each minibatch, equally many on all ranks. Collective.
+
+        The first epoch takes the rows as they were sampled, which is in random order.
+        """
+        minibatches = [list(range(len(rollout)))[rows] for rows in self._minibatch_rows(rollout)]
+        if epoch:
+            minibatches = exchanged(minibatches, self.world.data_rank, *key, epoch)
         plans = []
-        for rows in self._minibatch_rows(rollout):
-            bins = pack_micro_batches(rollout.lengths[rows], self.sizes.budget)
+        for minibatch in minibatches:
+            bins = pack_micro_batches([rollout.lengths[row] for row in minibatch], self.sizes.budget)
             bins = split_to_count(bins, self.world.max(len(bins)))
-            plans.append([[rows.start + row for row in chosen] for chosen in bins])
+            plans.append([[minibatch[place] for place in chosen] for chosen in bins])
         return plans
 
-    def _minibatches(self, rollout: Rollout) -> list[Minibatch]:
+    def _minibatches(self, rollout: Rollout, key: tuple[object, ...], epoch: int) -> list[Minibatch]:
         minibatches = []
-        for plan in self._plans(rollout):
+        for plan in self._plans(rollout, key, epoch):
             own = float(sum(rollout.response_lengths[row] for rows in plan for row in rows))
             minibatches.append(Minibatch(plan, own, self.world.sums({"tokens": own})["tokens"]))
         return minibatches
@@ -199,40 +227,42 @@ class PpoTrainer:
 
     def learn(
         self, experience: Experience | Progress, mixture: Mixture | None = None,
-        before: Callable[[Progress], None] = lambda progress: None,
+        before: Callable[[Progress], None] = lambda progress: None, key: tuple[object, ...] = (),
     ) -> dict[str, float]:  # fmt: skip
-        """All optimizer steps on an experience. Returns the sums named in ``metrics.STATS``, and ``skipped``.
-
-        Collective.
+        """All optimizer steps on an experience. Returns ``Progress.sums``. Collective.
 
         Args:
             experience: or the progress of an earlier attempt, whose remaining steps are then made.
             before: called before each optimizer step with the progress so far.
+            key: of the experience; every epoch after the first shuffles its minibatches by it.
         """
         progress = experience if isinstance(experience, Progress) else Progress.begin(experience)
         rollout, stats = progress.experience.rollout, progress.stats
         if rollout is not self._kept_rollout:
             self._kept = {}
-        minibatches = self._minibatches(rollout)
-        while progress.cursor.epoch < self.spec.ppo_epochs:
+        planned, minibatches = -1, []
+        while (epoch := progress.cursor.epoch) < self.spec.ppo_epochs:
+            if epoch != planned:
+                planned, minibatches = epoch, self._minibatches(rollout, key, epoch)
             before(progress.copy())
             network, minibatch = progress.cursor.network, minibatches[progress.cursor.minibatch]
             progress.cursor = progress.cursor.next(len(minibatches))
             if network is Network.ACTOR:
                 progress.kl_before = stats["approx_kl"].clone()
                 losses = self._losses(self._actor_loss, progress, minibatch)
-                losses += mixture(self.models.actor) if mixture else []
-                progress.actor_skipped = not self._step(self.models.actor, "the actor's micro-batches", losses)
-                progress.skipped += progress.actor_skipped
+                losses += mixture(self.models.actor, stats) if mixture else []
+                result = self._step(self.models.actor, "the actor's micro-batches", losses)
+                progress.count(network, result)
+                progress.actor_skipped = not result.applied
                 continue
             losses = self._losses(self._critic_loss, progress, minibatch)
-            progress.skipped += not self._step(self.models.critic, "the critic's micro-batches", losses)
+            progress.count(network, self._step(self.models.critic, "the critic's micro-batches", losses))
             stats["tokens"] += minibatch.own_tokens
             if self.models.ema and not progress.actor_skipped:
                 self.models.ema.update()
             if self._too_far(stats["approx_kl"] - progress.kl_before, minibatch.all_tokens):
                 break
-        return {**{name: value.item() for name, value in stats.items()}, "skipped": float(progress.skipped)}
+        return progress.sums()
 
     def _losses(
         self, loss: Callable[..., Tensor], progress: Progress, minibatch: Minibatch
@@ -240,9 +270,9 @@ class PpoTrainer:
         scale = self.sizes.loss_factor / minibatch.all_tokens
         return [partial(loss, progress.experience, rows, scale, progress.stats) for rows in minibatch.plan]
 
-    def _step(self, engine: Any, kind: str, losses: list[Callable[[], Tensor]]) -> bool:
-        """An optimizer step; False if it was skipped. Collective."""
-        return engines.optimizer_step(engine, [partial(self._checked, kind, loss) for loss in losses]).applied
+    def _step(self, engine: Any, kind: str, losses: list[Callable[[], Tensor]]) -> engines.StepResult:
+        """An optimizer step. Collective."""
+        return engines.optimizer_step(engine, [partial(self._checked, kind, loss) for loss in losses])
 
     def _checked(self, kind: str, call: Callable[..., Any], *inputs: Any) -> Any:
         self.check(kind)
@@ -275,6 +305,7 @@ class PpoTrainer:
         """A micro-batch's value loss, times the scale; adds to the stats."""
         batch, response = experience.rollout.batch(rows or [0], self.world.device)
         flat = self._forward(self.models.critic, batch.ids, batch.lengths)[response - 1].float()
+        flat = scaled_values(flat, experience.value_scale)
         values, (old, returns, mask) = _padded(
             experience, rows, flat, experience.values, experience.returns, experience.mask
         )
