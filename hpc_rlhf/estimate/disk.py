@@ -16,6 +16,8 @@ from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # Bytes of a weight in a checkpoint: itself and Adam's two moments, each in float32.
 _TRAINED = 12
+# Bytes of a weight in a moving average, whose size adapters do not reduce.
+_AVERAGED = 4
 # Adapters are a small share of the weights; even rank 128 has less than this in a large model.
 _ADAPTERS = 0.05
 
@@ -33,6 +35,8 @@ def run_bytes(spec: JobSpec) -> int | None:
         checkpoint = trained * _TRAINED * _share(stage)
         if "critic" in stage.strategies:
             checkpoint += reward * _TRAINED * _share(stage.strategies["critic"])
+        if getattr(stage, "ema", False):
+            checkpoint += trained * _AVERAGED
         exported = trained * ITEM[stage.precision] * (2 if getattr(stage, "ema", False) else 1)
         total += (stage.keep_checkpoints + 1) * checkpoint + exported
     return int(total)

@@ -214,6 +214,7 @@ def frozen(model: Architecture, count: int, stage: StageSpec, of: TrainingSpec) 
 def moving_average(actor: Architecture, stage: PpoSpec) -> int:
     """Bytes of a rank's share of the moving average of the actor's weights."""
     ways = stage.tensor_parallel
-    adapters = -(-actor.adapters(stage.lora) // ways)
-    count = trained_parameters(_on_rank(actor, actor.parameters, ways), adapters, stage.lora, 0)
+    count = _on_rank(actor, actor.parameters, ways)
+    if stage.lora is not None and stage.lora.only:  # of adapters, the updates of whole weights are averaged
+        count = -(-sum(each.inputs * each.outputs * each.count for each in actor.adapted(stage.lora)) // ways)
     return 4 * -(-count // (stage.slurm.ranks // ways))

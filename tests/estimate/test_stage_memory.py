@@ -101,6 +101,9 @@ def test_ppo_holds_four_models_and_gathers_a_sharded_actor() -> None:
     assert memory.phases["rollouts"]["gathered actor"] == 2 * COUNT
     assert memory.always["EMA"] == 2 * COUNT
     assert {"passes", "the critic's passes", "rollouts", "scoring"} <= set(memory.phases)
+    adapted = make_spec("/scratch/demo", GPUS, reward={}, ppo={"ema": True, "lora": {"rank": 8}})
+    linear = sum(layer.inputs * layer.outputs * layer.count for layer in MODEL.linears)
+    assert stage_memory(adapted, "ppo").always["EMA"] == pytest.approx(2 * linear, abs=8), "over two ranks"
 
 
 def test_an_evaluation_holds_one_model_at_a_time() -> None:

@@ -3,71 +3,113 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from hpc_rlhf.train.checkpoint import shards
 from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
-from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, is_zero3, local_shard, replica_group
+from hpc_rlhf.train.models.export import gathered
+from hpc_rlhf.train.models.lora import LoraLinear
+from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, full_shape, is_zero3, local_shard, replica_group
 from hpc_rlhf.train.runtime.world import World
 
 
 class Ema:
-    """Averages the trained parameters: ``average = beta * average + (1 - beta) * weight``.
+    """Averages the trained weights: ``average = beta * average + (1 - beta) * weight``.
 
     Under ZeRO-3 each rank averages its own shard of every parameter. Otherwise parameter i belongs to rank
     ``i % size`` of those that hold the same layer shards. Either way, the average is stored exactly once across
     the ranks, in float32: in bfloat16 an update of 1 - beta = 0.8 % is lost to rounding.
+
+    Of an adapter, the update that it makes to its layer's weight is averaged: the product of its averaged factors is
+    another matrix, because both factors change.
+
+    Attributes:
+        parameters: the trained parameters except the factors of adapters, by their number among all trained ones.
+        averages: those that this rank keeps.
+        adapters: the averages of adapters' updates.
     """
 
     def __init__(self, model: nn.Module, beta: float, world: World) -> None:
         self.beta = beta
         self.world = world
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+        trained = {parameter: i for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad)}
+        self._factors = [(trained.pop(layer.lora_a), trained.pop(layer.lora_b)) for layer in layers]
+        self.parameters = {i: parameter for parameter, i in trained.items()}
         self.averages = {
             i: local_shard(parameter).float().clone()
-            for i, parameter in enumerate(self.parameters)
+            for i, parameter in self.parameters.items()
             if is_zero3(parameter) or i % world.dims.data == world.data_rank
         }
+        with _whole_factors(layers), torch.no_grad():
+            self.adapters = [AdapterAverage(layer, number, world) for number, layer in enumerate(layers)]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Fold the current weights into the average."""
+        """Fold the current weights into the average. Collective under ZeRO-3."""
         for i, average in self.averages.items():
             average.lerp_(local_shard(self.parameters[i]).float(), 1 - self.beta)
+        with _whole_factors([adapter.layer for adapter in self.adapters]):
+            for adapter in self.adapters:
+                part = adapter.part(adapter.layer.lora_a, adapter.layer.lora_b)
+                adapter.average.lerp_(part.to(adapter.average.device), 1 - self.beta)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Temporarily give the model the averaged weights. Collective."""
+        """Temporarily give the model the averaged weights; those of adapters where they are exported. Collective."""
         group = None if self.world.dims.tensor == 1 else replica_group()
-        originals = [local_shard(parameter).to("cpu", copy=True) for parameter in self.parameters]
+        originals = {i: local_shard(parameter).to("cpu", copy=True) for i, parameter in self.parameters.items()}
         with torch.no_grad():
-            for i, parameter in enumerate(self.parameters):
+            for i, parameter in self.parameters.items():
                 weight = local_shard(parameter)
                 if i in self.averages:
                     weight.copy_(self.averages[i])
                 if not is_zero3(parameter):
                     dist.broadcast(weight, group=group, group_src=i % self.world.dims.data)
+        for adapter in self.adapters:
+            adapter.layer.averaged_update = adapter.whole
         try:
             yield
         finally:
+            for adapter in self.adapters:
+                adapter.layer.averaged_update = None
             with torch.no_grad():
-                for parameter, weight in zip(self.parameters, originals, strict=True):
-                    local_shard(parameter).copy_(weight)
+                for i, weight in originals.items():
+                    local_shard(self.parameters[i]).copy_(weight)
 
     def save(self, snapshot: Snapshot, name: str) -> None:
         """Add the averages to a snapshot's folder, for any number of ranks to resume from. Collective."""
-        shards.write(snapshot, name, self._pieces(), {}, self.world)
+        shards.write(snapshot, name, self._pieces(), {"adapters": len(self.adapters)}, self.world)
 
     def load(self, folder: Path) -> None:
-        shards.read(folder, list(self._pieces()), self.world)
+        if self.adapters and "adapters" not in shards.read_facts(folder):
+            self._load_factors(folder)
+        else:
+            shards.read(folder, list(self._pieces()), self.world)
+
+    def _load_factors(self, folder: Path) -> None:
+        """Start the averages of updates from what earlier versions kept: averages of their factors."""
+        shards.read(folder, list(self._own_pieces()), self.world)
+        for adapter, numbers in zip(self.adapters, self._factors, strict=True):
+            factors = [torch.zeros(full_shape(f)) for f in (adapter.layer.lora_a, adapter.layer.lora_b)]
+            pieces = [Shard(str(i), 0, factor.view(-1)) for i, factor in zip(numbers, factors, strict=True)]
+            shards.read(folder, pieces, self.world)
+            adapter.average.copy_(adapter.part(*factors))
 
     def _pieces(self) -> Iterator[Shard]:
+        yield from self._own_pieces()
+        for number, adapter in enumerate(self.adapters):
+            if adapter.average.numel():
+                yield Shard(f"adapter {number}", adapter.start, adapter.average)
+
+    def _own_pieces(self) -> Iterator[Shard]:
         for i, average in self.averages.items():
             parameter = self.parameters[i]
             start, count = 0, average.numel()
@@ -75,3 +117,54 @@ class Ema:
                 start = self.world.rank * count
                 count = max(0, min(count, full_numel(parameter) - start))
             yield Shard(str(i), start, average.view(-1)[:count])
+
+
+def _whole_factors(layers: list[LoraLinear]) -> AbstractContextManager[Any]:
+    """Within it, the factors of adapters are whole on every rank. Collective under ZeRO-3."""
+    return gathered([factor for layer in layers for factor in (layer.lora_a, layer.lora_b)])
+
+
+class AdapterAverage:
+    """The moving average of the update that an adapter makes to its layer's weight, or this rank's part of it.
+
+    Attributes:
+        start: index of the part's first element in the flattened weight.
+        average: (elements,), float32; empty if another rank keeps it.
+    """
+
+    def __init__(self, layer: LoraLinear, number: int, world: World) -> None:
+        self.layer = layer
+        self.world = world
+        self.owner = number % world.dims.data
+        weight = layer.base.weight
+        self.shape = full_shape(weight)
+        self.start, self.count = 0, full_numel(weight) if world.data_rank == self.owner else 0
+        if is_zero3(weight):
+            held = local_shard(weight).numel()
+            self.start = world.rank * held
+            self.count = max(0, min(held, full_numel(weight) - self.start))
+        self.average = self.part(layer.lora_a, layer.lora_b).to(local_shard(weight).device)
+
+    def part(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        """This rank's part of the update that two whole factors make: (elements,), float32."""
+        if not self.count:
+            return torch.zeros(0, device=lora_a.device)
+        left, right = self.layer.factors(lora_a, lora_b)
+        width = self.shape[1]
+        first, end = self.start // width, -(-(self.start + self.count) // width)
+        rows = (left[first:end] @ right) * self.layer.scale
+        return rows.flatten()[self.start - first * width :][: self.count]
+
+    def whole(self) -> Tensor:
+        """The whole averaged update of the weight that this rank has, float32. Collective."""
+        weight = self.layer.base.weight
+        if is_zero3(weight):
+            own = torch.zeros(local_shard(weight).numel(), device=self.world.device)
+            own[: self.count] = self.average
+            every = own.new_empty(self.world.size * len(own))
+            dist.all_gather_into_tensor(every, own)
+            return every[: full_numel(weight)].view(self.shape)
+        update = self.average if self.count else torch.empty(weight.numel(), device=weight.device)
+        group = None if self.world.dims.tensor == 1 else replica_group()
+        dist.broadcast(update, group=group, group_src=self.owner)
+        return update.view(self.shape)

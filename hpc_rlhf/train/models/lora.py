@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ class LoraLinear(nn.Module):
 
     Attributes:
         on: False turns the adapter off.
+        averaged_update: if given, merged weights contain this update of the base weight instead of the adapter's.
     """
 
     def __init__(self, base: Any, rank: int, alpha: float, seed: int) -> None:
@@ -33,6 +34,7 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.on = True
+        self.averaged_update: Callable[[], Tensor] | None = None
         split_dim = tensor_parallel.split_dim(base)
         self.between_factors = None if split_dim is None else internals.between_factors(base)
         inner, outer = sizes(base)
@@ -59,10 +61,17 @@ class LoraLinear(nn.Module):
         """The base weight, or this rank's shard of it, with the adapter merged in float32 unless it is off."""
         if not self.on:
             return self.base.weight.detach()
-        update = (self.lora_b.float() @ self.lora_a.float()) * self.scale
-        if isinstance(self.base, Conv1D):
-            update = update.T
+        if self.averaged_update is not None:
+            update = self.averaged_update()
+        else:
+            left, right = self.factors(self.lora_a, self.lora_b)
+            update = (left @ right) * self.scale
         return (self.base.weight.float() + update).to(self.base.weight.dtype)
+
+    def factors(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrices in float32 whose product, times the scale, is the update of the base weight."""
+        a, b = lora_a.float(), lora_b.float()
+        return (a.T, b.T) if isinstance(self.base, Conv1D) else (b, a)
 
 
 def sizes(base: Any) -> tuple[int, int]:

@@ -55,9 +55,14 @@ def full_numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """Shape of a parameter before ZeRO-3 flattened it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def full_dim(parameter: Any) -> int:
     """Dimensions of a parameter before ZeRO-3 flattened it."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return len(full_shape(parameter))
 
 
 def mark_split(tensor: Tensor) -> None:

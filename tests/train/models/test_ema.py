@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_rlhf.spec.training import LoraSpec
+from hpc_rlhf.train.checkpoint import shards
+from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.models.ema import Ema
+from hpc_rlhf.train.models.export import full_weights, module_weights
+from hpc_rlhf.train.models.lora import adapt
 from hpc_rlhf.train.runtime.world import ParallelDims, World
+from tests.train import tiny
 
 BETA = 0.992
 ALONE = World(0, ParallelDims(1), torch.device("cpu"), None)
@@ -76,6 +82,55 @@ def test_swapped_in_has_the_averages_and_then_restores_the_weights(world: World)
     with pytest.raises(KeyError), ema.averaged_weights():
         raise KeyError
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("only", [True, False])
+def test_of_adapters_the_update_is_averaged(kind: str, only: bool, world: World, tmp_path: Path) -> None:
+    """The product of the averaged factors is another matrix."""
+    model = tiny.causal(kind)
+    adapt(model, LoraSpec(rank=3, alpha=6.0, only=only), seed=1)
+    ema = Ema(model, 0.6, world)
+    expected = exported(model)
+    for number in range(4):
+        step(model, number)
+        ema.update()
+        expected = {name: expected[name].lerp(weight, 0.4) for name, weight in exported(model).items()}
+    own = exported(model)
+    with ema.averaged_weights():
+        averaged = exported(model)
+    for name, weight in averaged.items():
+        torch.testing.assert_close(weight.double(), expected[name], atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(weight, own[name]) for name, weight in exported(model).items())
+    snapshot = Snapshot(tmp_path)
+    ema.save(snapshot, "ema")
+    snapshot.write()
+    other = Ema(model, 0.6, world)
+    other.load(tmp_path / "ema")
+    with other.averaged_weights():
+        assert all(torch.equal(weight, averaged[name]) for name, weight in exported(model).items())
+
+
+def exported(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.double() for name, weight in full_weights(module_weights(model))}
+
+
+def test_averages_of_factors_that_an_earlier_version_kept_are_read(world: World, tmp_path: Path) -> None:
+    model = tiny.causal("llama")
+    adapt(model, LoraSpec(rank=3, only=False), seed=1)
+    step(model, 1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    snapshot = Snapshot(tmp_path)
+    pieces = [Shard(str(i), 0, parameter.detach().float().view(-1)) for i, parameter in enumerate(trained)]
+    shards.write(snapshot, "ema", pieces, {}, world)
+    snapshot.write()
+    expected = exported(model)
+    step(model, 2)
+    ema = Ema(model, 0.6, world)
+    ema.load(tmp_path / "ema")
+    with ema.averaged_weights():
+        for name, weight in exported(model).items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-6)
 
 
 def test_ranks_together_keep_every_average_once() -> None:

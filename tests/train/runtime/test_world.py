@@ -86,6 +86,7 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.checkpoint.store import CheckpointStore
 from hpc_rlhf.train.models.ema import Ema
+from hpc_rlhf.train.models.lora import LoraLinear
 from hpc_rlhf.train.runtime.world import ParallelDims, World
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -139,6 +140,15 @@ with torch.no_grad():
 ema.update()
 with ema.averaged_weights():
     results["ema"] = [model.weight[0, 0].item(), model.bias[0].item()]
+layer = LoraLinear(nn.Linear(2, 3, bias=False), 1, 1.0, 0)
+nn.init.constant_(layer.base.weight, 1.0)
+ema = Ema(layer, 0.5, world)
+with torch.no_grad():
+    layer.lora_a.fill_(2.0)
+    layer.lora_b.fill_(3.0)
+ema.update()
+with ema.averaged_weights():
+    results["adapted"] = layer.merged_weight().tolist()
 results["own"] = [model.weight[0, 0].item(), model.bias[0].item()]
 print(json.dumps(results))
 dist.destroy_process_group()
@@ -169,6 +179,7 @@ def test_two_ranks_communicate_save_and_resume_together(tmp_path: Path) -> None:
         "saved": [20, ["rank-0", "rank-1"]],
         "resumed": 10,
         "ema": [2.0, 3.0],
+        "adapted": [[4.0, 4.0]] * 3,
         "own": [3.0, 5.0],
     }
     groups = [{"both": [0, {"a": 3.0}, [0], [0, 1]], "apart": [[0, 1], [rank]]} for rank in range(2)]
