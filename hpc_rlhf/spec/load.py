@@ -17,7 +17,7 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.paths import resolve_paths
 from hpc_rlhf.spec.problems import problems_of
-from hpc_rlhf.spec.stages import EVALUATION, Data, kind_of
+from hpc_rlhf.spec.stages import EVALUATION, STAGE_KINDS, Data, kind_of
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
 
 _PAIRLESS = ("instruction", "text")  # formats without a rejected response
@@ -59,8 +59,13 @@ def check_tree(root: Node) -> JobSpec:
 def read_spec(path: Path) -> JobSpec:
     """Read a spec that `dump_spec` wrote."""
     root = read_yaml(path, str(path))
+    fields = root.plain()
+    for kind in STAGE_KINDS:
+        stage = (fields.get("stages") or {}).get(kind.name)
+        if isinstance(stage, dict):
+            fields["stages"][kind.name] = {**kind.spec.before, **stage}
     try:
-        return JobSpec.model_validate(root.plain(), strict=True)
+        return JobSpec.model_validate(fields, strict=True)
     except ValidationError as error:
         raise SpecError(in_order(problems_of(error, root))) from None
 

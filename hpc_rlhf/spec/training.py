@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
@@ -53,6 +53,9 @@ class StageSpec(Model):
     not fit on the GPUs; every pass waits for the transfers. Needs zero: 3."""
     slurm: SlurmSpec = SlurmSpec()
     """Slurm settings of this stage. They override the top-level slurm."""
+
+    # What versions without a field did: runs that they began go on with that.
+    before: ClassVar[dict[str, object]] = {}
 
     @model_validator(mode="after")
     def _check_strategy(self) -> StageSpec:

@@ -15,6 +15,7 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.spec.load import read_spec
 
 
 @pytest.fixture
@@ -49,6 +50,10 @@ def test_status_reads_both(runs: Path, output: Callable[..., str]) -> None:
     assert ppo["attempts"] == 3
     assert ppo["step"] == 8
     assert sum(stage["goodput"]["lost"] for stage in died["stages"]) > 0
+
+
+def test_new_defaults_are_not_theirs(runs: Path) -> None:
+    assert read_spec(runs / "died" / "job.yaml").stages.reward.center_scores is False
 
 
 def test_every_event_is_understood(runs: Path) -> None:

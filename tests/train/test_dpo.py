@@ -42,6 +42,7 @@ def test_it_starts_at_its_reference_and_learns_the_pairs(plain: RunDir) -> None:
     first, *_, last = train_lines(plain)
     assert first["loss"] == pytest.approx(math.log(2))
     assert (first["margin"], first["chosen_reward"], first["rejected_reward"]) == (0, 0, 0)
+    assert first["accuracy"] == 0.5, "every pair is a tie"
     assert last["loss"] < 0.68
     assert last["margin"] == pytest.approx(last["chosen_reward"] - last["rejected_reward"])
     assert last["margin"] > 0.02

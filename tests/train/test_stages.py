@@ -64,7 +64,10 @@ def test_a_chain_hands_over_models_that_load(plain: RunDir) -> None:
     actor = AutoModelForCausalLM.from_pretrained(plain.stage("ppo").model)
     ids = tokenizer("\n\nHuman: What does a cow say?\n\nAssistant:", return_tensors="pt")["input_ids"]
     assert actor.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
-    assert AutoModelForSequenceClassification.from_pretrained(plain.stage("reward").model).num_labels == 1
+    reward = AutoModelForSequenceClassification.from_pretrained(plain.stage("reward").model)
+    assert reward.num_labels == 1
+    measured = manifest.require(plain.stage("reward").model, "reward")["metrics"]["chosen_score"]
+    assert reward.config.score_offset == measured != 0
 
 
 def test_the_first_ppo_step_starts_from_the_reference(plain: RunDir) -> None:
@@ -89,7 +92,9 @@ def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
     """A chain stopped and resumed in every stage equals the undisturbed chain bit for bit."""
 
     def make(name: str) -> RunDir:
-        return make_run(tiny_spec(tmp_path / name, sft=EVERYTHING, reward=OFFLOADED, ppo=PPO_EVERYTHING))
+        return make_run(
+            tiny_spec(tmp_path / name, sft=EVERYTHING, reward={**OFFLOADED, "loss": "last"}, ppo=PPO_EVERYTHING)
+        )
 
     whole, stopped = make("whole"), make("stopped")
     run_chain(whole)

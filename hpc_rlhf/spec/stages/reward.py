@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from pydantic import Field
 
 from hpc_rlhf.spec.fields import Rate
@@ -13,6 +15,16 @@ class RewardSpec(TrainingSpec):
     """The reward model, trained on pairs of a chosen and a rejected response. A sample is a pair."""
 
     lr: Rate = Field(default=5.0e-5, description="Peak learning rate.")
+    loss: Literal["token", "last"] = "token"
+    """Where the scores of a pair are compared. token: at each token from the first one that differs (DeepSpeed-Chat).
+    last: only at the last token, where PPO and the evaluation read a score (InstructGPT, arXiv 2203.02155)."""
+    center_scores: bool = True
+    """Shift the finished model's scores so that held-out chosen responses have mean 0, as InstructGPT does before PPO
+    (arXiv 2203.02155, section 3.5): pairs do not determine where 0 is, but score_clip is around it. Without
+    held-out data there is no shift. config.json keeps it as score_offset, for others to subtract from the head's
+    output."""
+
+    before: ClassVar[dict[str, object]] = {"center_scores": False}
 
 
 REWARD = StageKind(

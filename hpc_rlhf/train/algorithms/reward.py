@@ -1,4 +1,4 @@
-"""The reward model's pairwise loss and scores."""
+"""The reward model's pairwise losses and scores."""
 
 from __future__ import annotations
 
@@ -31,6 +31,26 @@ def score(values: Tensor, mask: Tensor) -> Tensor:
         (batch,).
     """
     return values.gather(1, last_positions(mask).unsqueeze(1)).squeeze(1)
+
+
+def preferred(ours: Tensor, theirs: Tensor) -> Tensor:
+    """1 where ours is higher, 0.5 where both are equal, otherwise 0; in the shape of both, float32."""
+    return (ours > theirs).float() + 0.5 * (ours == theirs).float()
+
+
+def ranking_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | float = 0.0) -> Tensor:
+    """The loss of a Bradley-Terry model of scores of whole responses (InstructGPT, arXiv 2203.02155, equation 1).
+
+    ``-logsigmoid(chosen - rejected - margin)``; the margins are Llama 2's (arXiv 2307.09288, equation 2).
+
+    Args:
+        chosen, rejected: (pairs,), float32; scores.
+        margins: (pairs,), float32; by how much a chosen response should score higher at least, 0 for any amount.
+
+    Returns:
+        (pairs,).
+    """
+    return -F.logsigmoid(chosen - rejected - margins)
 
 
 def pairwise_loss(

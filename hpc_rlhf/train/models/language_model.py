@@ -139,6 +139,8 @@ class RewardModel(nn.Module):
 
     It wraps transformers' sequence classification model with one label, so that its folder loads with
     ``AutoModelForSequenceClassification``.
+
+    Values are the head's outputs minus an offset, which the config keeps as ``score_offset``.
     """
 
     def __init__(self, classifier: Any) -> None:
@@ -146,7 +148,15 @@ class RewardModel(nn.Module):
         self.classifier = classifier
 
     def forward(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Values of packed sequences: (tokens,)."""
+        """Values of packed sequences: (tokens,), float32."""
         hidden = hidden_states(self.classifier.base_model, ids, lengths)
-        values: Tensor = self.classifier.score(hidden)[: len(ids)].squeeze(-1)
-        return values
+        values: Tensor = self.classifier.score(hidden)[: len(ids)].squeeze(-1).float()
+        return values - self.offset
+
+    @property
+    def offset(self) -> float:
+        return float(getattr(self.classifier.config, "score_offset", 0.0))
+
+    @offset.setter
+    def offset(self, offset: float) -> None:
+        self.classifier.config.score_offset = offset

@@ -16,6 +16,7 @@ from torch import Tensor
 from hpc_rlhf.spec.stages import DpoSpec
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.dpo import preference_loss
+from hpc_rlhf.train.algorithms.reward import preferred
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
@@ -93,7 +94,7 @@ def run(context: StageContext) -> None:
         losses, chosen, rejected = preference_loss(
             policy[0], policy[1], ref[0], ref[1], spec.beta, spec.label_smoothing
         )
-        sums = (losses.detach(), (chosen > rejected).float(), chosen - rejected, chosen, rejected)
+        sums = (losses.detach(), preferred(chosen, rejected), chosen - rejected, chosen, rejected)
         return losses.sum(), torch.stack(sums).sum(dim=1)
 
     learner = Learner(context, models.engine, data, total, PAIRS, budget, METRICS, measure, reference)

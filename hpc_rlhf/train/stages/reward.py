@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hpc_rlhf.spec.stages import RewardSpec
 from hpc_rlhf.train import ragged
-from hpc_rlhf.train.algorithms.reward import pairwise_loss
+from hpc_rlhf.train.algorithms.reward import pairwise_loss, preferred, ranking_loss
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
@@ -43,10 +43,12 @@ def run(context: StageContext) -> None:
         ids = ragged.pad(batch.ids, batch.lengths).chunk(2)
         mask = ragged.mask(batch.lengths, batch.ids.device).chunk(2)
         losses, chosen, rejected = pairwise_loss(*values, *ids, *mask)
-        sums = (losses.sum(), (chosen > rejected).sum(), (chosen - rejected).sum())
-        return losses.sum(), torch.stack(sums).detach()
+        if spec.loss == "last":
+            losses = ranking_loss(chosen, rejected)
+        sums = (losses, preferred(chosen, rejected), chosen - rejected, chosen)
+        return losses.sum(), torch.stack(sums).sum(dim=1).detach()
 
-    names = ("loss", "accuracy", "margin")
+    names = ("loss", "accuracy", "margin", "chosen_score")
     learner = Learner(context, engine, data, total, PAIRS, budget, names, measure)
 
     # 4. Resume, and train.
@@ -55,6 +57,9 @@ def run(context: StageContext) -> None:
 
     # 5. Evaluate, and write the artifact.
     evaluated = learner.evaluate()
-    metrics = {"accuracy": learner.means(*evaluated)["accuracy"] if evaluated else None}
+    measured = learner.means(*evaluated) if evaluated else {}
+    metrics = {name: measured.get(name) for name in ("accuracy", "chosen_score")}
     context.metrics.log(total, total, "eval", metrics)
+    if spec.center_scores and metrics["chosen_score"] is not None:
+        model.offset += metrics["chosen_score"]
     finish(context, total, {"": model.classifier}, metrics)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.train import ragged
-from hpc_rlhf.train.algorithms.reward import last_positions, pairwise_loss, score
+from hpc_rlhf.train.algorithms.reward import last_positions, pairwise_loss, preferred, ranking_loss, score
 from hpc_rlhf.train.ragged import Ragged
 
 EOS = 2
@@ -97,6 +97,27 @@ def test_the_shared_prefix_gets_no_gradient() -> None:
     pairwise_loss(chosen_values, torch.randn(1, 5), *ids_and_masks)[0].sum().backward()  # type: ignore[call-arg, arg-type]
     assert chosen_values.grad is not None
     assert (chosen_values.grad[0] != 0).tolist() == [False, False, True, True, False]
+
+
+def test_a_tie_counts_half() -> None:
+    assert preferred(torch.tensor([2.0, 1.0, 1.0, -3.0]), torch.tensor([1.0, 2.0, 1.0, -3.0])).tolist() == [
+        1,
+        0,
+        0.5,
+        0.5,
+    ]
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0 / 3, 3.0])
+def test_the_ranking_loss_and_its_gradient_match_the_paper(margin: float) -> None:
+    chosen, rejected = torch.tensor([1.5, -40.0, 0.0], requires_grad=True), torch.tensor([0.5, 60.0, 0.0])
+    losses = ranking_loss(chosen, rejected, margin)
+    losses.sum().backward()
+    assert chosen.grad is not None
+    for row, difference in enumerate((1.0, -100.0, 0.0)):
+        probability = 1 / (1 + math.exp(-(difference - margin)))
+        assert losses[row].item() == pytest.approx(-math.log(probability), rel=1e-5)
+        assert chosen.grad[row].item() == pytest.approx(probability - 1, rel=1e-5)
 
 
 @pytest.mark.parametrize("pad_id", [0, EOS], ids=["pad", "pad is eos"])

@@ -88,6 +88,7 @@ def test_a_reward_model_gives_the_same_scores_in_transformers(kind: str, tokeniz
     from transformers import AutoModelForSequenceClassification
 
     model = RewardModel(tiny.classifier(kind))
+    model.offset = 2.5
     rows = [[5, 6, 7, tiny.EOS], [9], [8, 30, 31, 32, 33, 34, tiny.EOS]]
     batch = Ragged.of(rows)
     values = model(batch.ids, batch.lengths)
@@ -95,7 +96,8 @@ def test_a_reward_model_gives_the_same_scores_in_transformers(kind: str, tokeniz
     back = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert back.config.num_labels == 1
     scores = torch.cat([back(input_ids=torch.tensor([row])).logits[0] for row in rows])
-    torch.testing.assert_close(values[batch.tail([1, 1, 1])], scores, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(values[batch.tail([1, 1, 1])], scores - 2.5, atol=1e-5, rtol=1e-5)
+    assert back.config.score_offset == 2.5, "for others to subtract"
 
     again = load_reward(str(tmp_path), torch.float32, seed=None).eval()
     torch.testing.assert_close(again(batch.ids, batch.lengths), values, atol=1e-5, rtol=1e-5)
