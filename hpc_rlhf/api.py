@@ -13,8 +13,9 @@ from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.batch import Batch
 from hpc_rlhf.spec.stages import PPO, PpoSpec
-from hpc_rlhf.train.data.dialogues import configure_tokenizer, prompt_text, token_ids
+from hpc_rlhf.train.data.dialogues import configure_tokenizer, token_ids
 from hpc_rlhf.train.data.rows import parse_prompt
+from hpc_rlhf.train.data.templates import prompt_text
 from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.models.tokenizers import load_tokenizer
 from hpc_rlhf.train.rewards.model import ModelReward

@@ -44,8 +44,13 @@ class Outcome(Enum):
     PROMPTS_DIFFER = "prompts differ", Kind.LOST_HERE, "with a different prompt for each response"
     TOO_LONG = "too long", Kind.LOST_HERE, "with a prompt longer than data.max_prompt_tokens"
 
-    CUT_LEFT = "cut left", Kind.CHANGED, "with a prompt cut on the left to data.max_prompt_tokens"
+    TEMPLATE = "template", Kind.LOST_HERE, "whose response the chat template does not write as the end of a prompt"
+
+    CUT_LEFT = "cut left", Kind.CHANGED, "with a prompt longer than data.max_prompt_tokens, without its oldest part"
     CUT_RIGHT = "cut right", Kind.CHANGED, "with a response cut on the right to data.max_answer_tokens"
+
+    NO_THINKING = "no thinking", Kind.CHANGED, "whose thinking the chat template leaves out"
+    SPLIT = "split", Kind.CHANGED, "of text that is split into pieces"
 
     def __new__(cls, word: str, kind: Kind, text: str) -> Outcome:
         outcome = object.__new__(cls)

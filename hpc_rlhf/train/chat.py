@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from hpc_rlhf.train.data.dialogues import prompt_text, token_ids
+from hpc_rlhf.train.data.dialogues import token_ids
+from hpc_rlhf.train.data.templates import prompt_text
 from hpc_rlhf.train.models import packed_attention
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep

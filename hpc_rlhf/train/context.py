@@ -99,7 +99,11 @@ class StageContext:
         tokenizer = load_tokenizer(
             self.spec.models.actor, sources.texts(self.spec), self.files.path / "tokenizer", self.world
         )
-        return dialogues.configure_tokenizer(tokenizer, self.spec.data.template)
+
+        def thinks() -> bool:
+            return self.world.on_main(lambda: sources.thinks(self.spec))
+
+        return dialogues.configure_tokenizer(tokenizer, self.spec.data.template, thinks)
 
     def data(self) -> StageData:
         with self.stop.cancellable():

@@ -28,6 +28,32 @@ THOUGHT = "<think>\n\n</think>\n\n"
 THOUGHTS = CHATML.replace(
     "{{ m.content }}", f"{{% if loop.last and m.role == 'assistant' %}}{THOUGHT}{{% endif %}}{{{{ m.content }}}}"
 ).replace("assistant\n", f"assistant\n{{% if enable_thinking is false %}}{THOUGHT}{{% endif %}}")
+# Templates that read the thinking in a response: kept in the last turn, and with a prompt that depends on
+# enable_thinking (as Qwen3's, GLM's and Nemotron's), or that always starts to think and never keeps it (R1's).
+READS = "{% set said = m.content.split('</think>')[-1].lstrip('\n') %}{% set thought = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in m.content else '' %}"  # noqa: E501
+
+
+def _reads(before: str, empty: str, full: str, prompt: str, no_prompt: str, user: str = "") -> str:
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + READS
+        + f"{{% if loop.last and thought %}}{full}{{% else %}}{empty}{{% endif %}}{{{{ {before}said }}}}"
+        + f"{{% else %}}{{{{ m.content }}}}{user}{{% endif %}}<|im_end|>\n{{% endfor %}}"
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        + f"{{% if enable_thinking is defined and not enable_thinking %}}{no_prompt}{{% else %}}{prompt}{{% endif %}}"
+        + "{% endif %}"
+    )  # fmt: skip
+
+
+_FULL = "<think>\n{{ thought }}\n</think>\n\n"
+_SLASH = "{% if m.role == 'user' and enable_thinking is defined and not enable_thinking %}/nothink{% endif %}"
+THINKING = {
+    "empty block": _reads("", THOUGHT, _FULL, "", THOUGHT),
+    "slash": _reads("", "<think></think>\n", "<think>{{ thought }}</think>\n", "", "<think></think>", _SLASH),
+    "prefilled": _reads("", "<think></think>", _FULL, "<think>\n", "<think></think>"),
+    "ignores the setting": CHATML,
+    "drops it": _reads("", "", "", "<think>\n", "<think>\n"),
+    "closes it": _reads("", "</think>", "</think>", "</think>", "</think>"),
+}
 TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "brackets": BRACKETS, "thoughts": THOUGHTS}
 MARKS = {
     "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
@@ -48,4 +74,12 @@ def tokenizer(kind: str) -> Any:
     elif kind == "headers":
         made.bos_token = "<|begin_of_text|>"
     made.chat_template = TEMPLATES[kind]
+    return made
+
+
+def thinking(kind: str) -> Any:
+    """A tokenizer with a template that knows thinking, whose marks are tokens but no special ones."""
+    made = tokenizer("chatml")
+    made.add_tokens(["<think>", "</think>"])
+    made.chat_template = THINKING[kind]
     return made

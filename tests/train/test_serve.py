@@ -18,7 +18,8 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import dump_spec
 from hpc_rlhf.train.chat import ChatModel
-from hpc_rlhf.train.data.dialogues import prompt_text, token_ids
+from hpc_rlhf.train.data.dialogues import token_ids
+from hpc_rlhf.train.data.templates import prompt_text
 from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.serve import plain_template
 from tests.launch.specs import make_spec

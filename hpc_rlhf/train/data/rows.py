@@ -38,7 +38,7 @@ class Sample:
     Attributes:
         turns: (role, text) pairs with the roles system, human and assistant; none for plain text.
         prompt: the same as a transcript that ends where the response begins; empty for plain text.
-        chosen, rejected: responses as they follow the transcript; empty if there is none.
+        chosen, rejected: responses as they follow the transcript, after one space; empty if there is none.
         unpaired: why there is no rejected response although the row has one; None if there is one, or none is given.
         where: the row's file and number, for messages and counts.
     """
@@ -80,15 +80,21 @@ def turns_of(prompt: str) -> tuple[Turn, ...]:
 
 
 def _response(text: str | None) -> str:
-    stripped = (text or "").strip()
-    return f" {stripped}" if stripped else ""
+    """A response that a column holds: it keeps its indentation, but no empty lines around it."""
+    kept = re.sub(r"^(\s*\n)+", "", text or "").rstrip()
+    kept = re.sub(r"^ (?=\S)", "", kept)  # the space between a prompt and its completion
+    return f" {kept}" if kept else ""
 
 
-def _from_turns(turns: Sequence[Turn], chosen: str | None) -> Sample:
-    if chosen is None:
-        raise Dropped(Outcome.NULL)
-    turns = _stripped(turns)
-    return Sample(turns, transcript(turns), _response(chosen))
+def _from_turns(turns: Sequence[Turn], chosen: str) -> Sample:
+    """A sample of messages, whose text stays as it is: a template decides what is stripped."""
+    kept = tuple((ROLES[role.lower()], text) for role, text in turns)
+    return Sample(kept, transcript(turns), _message(chosen))
+
+
+def _message(text: str) -> str:
+    """A response that is a message."""
+    return f" {text}" if text.strip() else ""
 
 
 def _stripped(turns: Sequence[Turn]) -> tuple[Turn, ...]:
@@ -119,29 +125,30 @@ def _from_pair(row: Row) -> Sample:
     if system := _system(row):
         turns = (("system", system[0][1].strip()), *turns)
         prompt = f"\n\n{turns[0][1]}{prompt}"
-    return _with_rejected(Sample(turns, prompt, _response(chosen)), row, turns, row.get("rejected"))
+    return _with_rejected(Sample(turns, prompt, _response(chosen)), row, turns, _response(row.get("rejected")))
 
 
-def _with_rejected(sample: Sample, row: Row, turns: Sequence[Turn] | None, rejected: str | None) -> Sample:
+def _with_rejected(sample: Sample, row: Row, turns: Sequence[Turn] | None, rejected: str) -> Sample:
     """The sample with the row's rejected response, or with why it has none.
 
     Args:
         turns: of the prompt of the rejected response; None if there is none.
+        rejected: the response as a sample has it.
     """
     if "rejected" not in row:
         return sample
-    if turns is None or not _response(rejected):
+    if turns is None or not rejected:
         return replace(sample, unpaired=Outcome.NO_REJECTED)
-    if _stripped(turns) != sample.turns:
+    if _stripped(turns) != _stripped(sample.turns):
         return replace(sample, unpaired=Outcome.PROMPTS_DIFFER)
-    return replace(sample, rejected=_response(rejected))
+    return replace(sample, rejected=rejected)
 
 
 def _from_hh(row: Row) -> Sample:
     def split(text: str | None) -> tuple[str, str | None]:
         """A transcript's prompt and response; the response is None if the human has the last word."""
         prompt, marker, response = (text or "").rpartition(ASSISTANT)
-        return prompt + marker, None if MARKER.search(response) else response
+        return prompt + marker, None if MARKER.search(response) else response.lstrip(" ")
 
     if row["chosen"] is None:
         raise Dropped(Outcome.NULL)
@@ -152,7 +159,7 @@ def _from_hh(row: Row) -> Sample:
         raise Dropped(Outcome.USER_LAST)
     rejected_prompt, rejected = split(row.get("rejected"))
     sample = Sample(turns_of(prompt), prompt, _response(chosen))
-    return _with_rejected(sample, row, turns_of(rejected_prompt), rejected)
+    return _with_rejected(sample, row, turns_of(rejected_prompt), _response(rejected))
 
 
 def _turns(messages: Any) -> list[Turn]:
@@ -205,8 +212,8 @@ def _from_messages(row: Row) -> Sample:
     try:
         turns, rejected = split(row.get("rejected"))
     except Dropped:
-        return _with_rejected(sample, row, None, None)
-    return _with_rejected(sample, row, turns, rejected)
+        return _with_rejected(sample, row, None, "")
+    return _with_rejected(sample, row, turns, _message(rejected))
 
 
 def _from_instruction(row: Row) -> Sample:
@@ -214,13 +221,15 @@ def _from_instruction(row: Row) -> Sample:
     turns = _system(row)
     for asked, answered in row.get("history") or ():
         turns += [("human", asked), ("assistant", answered)]
-    return _from_turns([*turns, ("human", question)], row["output"])
+    if row["output"] is None:
+        raise Dropped(Outcome.NULL)
+    return replace(_from_turns([*turns, ("human", question)], row["output"]), chosen=_response(row["output"]))
 
 
 def _from_text(row: Row) -> Sample:
     if not (row["text"] or "").strip():
         raise Dropped(Outcome.NULL if row["text"] is None else Outcome.EMPTY)
-    return Sample((), "", row["text"].strip())
+    return Sample((), "", _response(row["text"])[1:])
 
 
 def _misfit(error: Exception) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import demo
 from hpc_rlhf.train.data.rows import Dropped, Sample, read_row
+from hpc_rlhf.train.data.templates import END_OF_THINKING
 from hpc_rlhf.train.runtime import seeds
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -158,7 +160,7 @@ def _unfit(sample: Sample, data: Data) -> Outcome | None:
     if data is Data.PAIRS:
         if not sample.rejected:
             return sample.unpaired or Outcome.ONE_ANSWER
-        if sample.rejected == sample.chosen:
+        if sample.rejected.strip() == sample.chosen.strip():
             return Outcome.SAME_ANSWERS
     return Outcome.NO_PROMPT if data is Data.PROMPTS and not sample.prompt else None
 
@@ -204,3 +206,9 @@ def texts(spec: JobSpec) -> Iterator[str]:
             yield sample.prompt + sample.chosen
             if sample.rejected:
                 yield sample.rejected
+
+
+def thinks(spec: JobSpec) -> bool:
+    """Whether most responses think: of the first hundred of each source."""
+    samples = [sample for source in spec.data.sources for sample in islice(read(source, spec.seed), 100)]
+    return 2 * sum(END_OF_THINKING in sample.chosen for sample in samples) > len(samples)

@@ -16,11 +16,13 @@ import numpy as np
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.row_counts import Outcome, SourceCounts
+from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
-from hpc_rlhf.train.data.dialogues import encode
+from hpc_rlhf.train.data.dialogues import Tokens, encode, pieces, shorten
+from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import StageSample, name_of, new_counts, stage_samples
 from hpc_rlhf.train.data.sources import read as read_source
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
@@ -46,25 +48,45 @@ def encoded(
 ) -> Iterator[tuple[bool, dict[str, Any]]]:
     """Samples as rows of token ids, each with whether it is held out. Every sample is counted.
 
-    PPO leaves samples with a long prompt out; other stages truncate it on the left. A long response is truncated on
-    the right, and then has no EOS.
+    PPO leaves samples with a long prompt out; other stages leave out its oldest turns. A long response is truncated on
+    the right, and then has no EOS. Plain text becomes a row for each of its pieces.
     """
-    longest, longest_answer, columns = spec.data.max_prompt_tokens, spec.data.max_answer_tokens, data.answers
     remaining = iter(samples)
     while chunk := list(islice(remaining, CHUNK)):
-        tokens = encode([sample for sample, _, _ in chunk], tokenizer, *columns)
-        for (sample, held_out, counts), (prompt_ids, *response_ids) in zip(chunk, tokens, strict=True):
-            if len(prompt_ids) > longest:
-                counts.add(Outcome.TOO_LONG if data is Data.PROMPTS else Outcome.CUT_LEFT, sample.where)
-                if data is Data.PROMPTS:
-                    continue
-            counts.add(Outcome.HELD_OUT if held_out else Outcome.TRAINED, sample.where)
-            row = {"prompt": sample.prompt, "prompt_ids": prompt_ids[-longest:]}
-            for name, ids in zip(columns, response_ids, strict=True):
-                row[f"{name}_ids"] = ids[:longest_answer]
-            if any(len(ids) > longest_answer for ids in response_ids):
-                counts.add(Outcome.CUT_RIGHT, sample.where)
-            yield held_out, row
+        tokens = encode([sample for sample, _, _ in chunk], tokenizer, *data.answers)
+        for (sample, held_out, counts), one in zip(chunk, tokens, strict=True):
+            if one is None:
+                counts.add(Outcome.TEMPLATE, sample.where)
+            elif data is Data.PROMPTS and len(one.prompt) > spec.data.max_prompt_tokens:
+                counts.add(Outcome.TOO_LONG, sample.where)
+            else:
+                counts.add(Outcome.HELD_OUT if held_out else Outcome.TRAINED, sample.where)
+                if one.drops_thinking:
+                    counts.add(Outcome.NO_THINKING, sample.where)
+                for row in _rows(sample, one, tokenizer, spec.data, data, counts):
+                    yield held_out, row
+
+
+def _rows(
+    sample: Sample, tokens: Tokens, tokenizer: Any, limits: DataSpec, data: Data, counts: SourceCounts
+) -> Iterator[dict[str, Any]]:
+    """The rows of a sample, as long as the limits allow; what is changed for that is counted."""
+    longest, longest_answer = limits.max_prompt_tokens, limits.max_answer_tokens
+    if not sample.prompt:
+        several = list(pieces(tokens, longest + longest_answer))
+        if len(several) > 1:
+            counts.add(Outcome.SPLIT, sample.where)
+        yield from ({"prompt": "", "prompt_ids": before, "chosen_ids": piece} for before, piece in several)
+        return
+    prompt_ids = tokens.prompt
+    if len(prompt_ids) > longest:
+        counts.add(Outcome.CUT_LEFT, sample.where)
+        prompt_ids = shorten(sample, tokens, tokenizer, longest)
+    if any(len(ids) > longest_answer for ids in tokens.responses):
+        counts.add(Outcome.CUT_RIGHT, sample.where)
+    responses = zip(data.answers, tokens.responses, strict=True)
+    answers = {f"{name}_ids": ids[:longest_answer] for name, ids in responses}
+    yield {"prompt": sample.prompt, "prompt_ids": prompt_ids, **answers}
 
 
 def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
@@ -144,6 +166,11 @@ def prepare(
         if any(Outcome.TOO_LONG in source.outcomes for source in counts):
             what = f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}"
             hint = "raise data.max_prompt_tokens"
+        for outcome in (Outcome.TEMPLATE,):
+            first = next((source.outcomes[outcome].first for source in counts if outcome in source.outcomes), None)
+            if first is not None:
+                what += f": rows {outcome.text}, the first of which is {first}"
+                hint = "set data.template: plain, or use a tokenizer whose template is meant for training"
         raise HpcRlhfError(what, where=f"stage {stage}", hint=hint, exit_code=RUN_FAILED)
 
     return _stored(target, write, world)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.train.data.dialogues import configure_tokenizer, encode, prompt_text
+from hpc_rlhf.train.data.dialogues import configure_tokenizer, encode
 from hpc_rlhf.train.data.rows import Sample, transcript
+from hpc_rlhf.train.data.templates import prompt_text
 from tests.train import chatty, tiny
 
 TURNS = (("human", "What colour is grass?"), ("assistant", "Green."), ("human", "And snow?"))
@@ -23,8 +24,9 @@ MESSAGES = [
 
 
 def only(sample: Sample, tokenizer: Any) -> tuple[list[int], list[int]]:
-    ((prompt, chosen),) = encode([sample], tokenizer, "chosen")
-    return prompt, chosen
+    (tokens,) = encode([sample], tokenizer, "chosen")
+    assert tokens is not None
+    return tokens.prompt, tokens.responses[0]
 
 
 @pytest.mark.parametrize("kind", chatty.TEMPLATES)
@@ -70,8 +72,10 @@ def test_plain_uses_no_template(tmp_path: Path) -> None:
 
 def test_both_responses_of_a_pair_follow_the_same_prompt() -> None:
     tokenizer = configure_tokenizer(chatty.tokenizer("headers"), "auto")
-    ((prompt, chosen, rejected),) = encode([SAMPLE], tokenizer, "chosen", "rejected")
-    assert (prompt, chosen) == only(SAMPLE, tokenizer)
+    (tokens,) = encode([SAMPLE], tokenizer, "chosen", "rejected")
+    assert tokens is not None
+    chosen, rejected = tokens.responses
+    assert (tokens.prompt, chosen) == only(SAMPLE, tokenizer)
     assert tokenizer.decode(rejected) == "Ask somebody else.<|eot_id|>"
 
 
@@ -96,12 +100,6 @@ def test_a_dialogue_that_the_template_rejects_is_one_clear_error() -> None:
     with pytest.raises(HpcRlhfError, match=r"refuses a dialogue of user .*never") as caught:
         prompt_text(tokenizer, (("human", "Hi"),))
     assert "data.template: plain" in str(caught.value.hint)
-
-
-def test_a_response_that_contains_the_end_of_a_turn_ends_there() -> None:
-    tokenizer = configure_tokenizer(chatty.tokenizer("chatml"), "auto")
-    _, chosen = only(Sample((("human", "Hi"),), "x", "One.<|im_end|>Two."), tokenizer)
-    assert tokenizer.decode(chosen) == "One.<|im_end|>"
 
 
 def test_an_eos_that_a_tokenizer_appends_to_every_text_is_removed_from_prompts() -> None:

@@ -52,12 +52,12 @@ ASKED_TWICE = (("human", "Hi"), ("assistant", "Hello"), ("human", "Who?"))
         (
             "messages",
             {"messages": [{"role": "system", "content": "Be brief. "}, user("Hi"), assistant("Yes.")]},
-            (("system", "Be brief."), ("human", "Hi")), f"\n\nBe brief.{HI}", " Yes.", "",
+            (("system", "Be brief. "), ("human", "Hi")), f"\n\nBe brief.{HI}", " Yes.", "",
         ),
         (
             "messages",
             {"messages": [user(TWO_TURNS), assistant("Yes.")]},
-            (("human", TWO_TURNS.strip()),), f"\n\nHuman: {TWO_TURNS.strip()}\n\nAssistant:", " Yes.", "",
+            (("human", TWO_TURNS),), f"\n\nHuman: {TWO_TURNS.strip()}\n\nAssistant:", " Yes.", "",
         ),
         (
             "messages",

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.run.row_counts import SourceCounts
+from hpc_rlhf.run.row_counts import Kind, Outcome, SourceCounts
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import arrow, tokenized
-from hpc_rlhf.train.data.rows import Sample
+from hpc_rlhf.train.data.dialogues import configure_tokenizer, token_ids
+from hpc_rlhf.train.data.rows import Sample, transcript
 from hpc_rlhf.train.data.sources import StageSample, read, stage_samples
+from hpc_rlhf.train.data.templates import prompt_text
 from hpc_rlhf.train.data.tokenized import encoded, prepare, prepare_mixture, token_lengths
 from hpc_rlhf.train.runtime.world import World
-from tests.train import tiny
+from tests.train import chatty, tiny
 from tests.train.data.specs import spec_of
 
 PROMPT, CHOSEN, REJECTED = "\n\nHuman: abcdefgh?\n\nAssistant:", " one two three", " four"
@@ -79,6 +81,61 @@ def test_plain_text_starts_with_bos_so_that_its_first_token_is_trained(tokenizer
     assert row is not None
     assert row["prompt_ids"] == [tokenizer.bos_token_id]
     assert row["chosen_ids"] == [*ids_of(tokenizer, "Once upon."), tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("longest", [5, 8, 100])
+def test_a_long_text_is_trained_on_in_pieces(bos: bool, longest: int) -> None:
+    tokenizer = tiny.tokenizer()
+    if not bos:
+        tokenizer.bos_token = None
+    text = "Once upon a time </s> there was a text that went on."
+    counts = SourceCounts("demo")
+    spec = spec_of({"demo": 10}, max_prompt_tokens=longest - 2, max_answer_tokens=2)
+    samples = [StageSample(Sample((), "", text, where="a, row 1"), False, counts)]
+    rows = [row for _, row in encoded(samples, tokenizer, spec, Data.ANSWERS)]
+    learned = [token for row in rows for token in row["chosen_ids"]]
+    ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    assert learned == [*ids, tokenizer.eos_token_id]
+    assert all(len(row["prompt_ids"]) + len(row["chosen_ids"]) <= longest for row in rows)
+    before = [row["prompt_ids"] for row in rows]
+    ends = [[], *([row["chosen_ids"][-1]] for row in rows[:-1])]
+    assert before == ([[tokenizer.bos_token_id]] * len(rows) if bos else ends)
+    assert counts.rows(Kind.USED) == 1
+    assert (Outcome.SPLIT in counts.outcomes) == (longest < 100)
+
+
+@pytest.mark.parametrize("kind", ["plain", "chatml", "headers"])
+def test_a_long_dialogue_loses_its_oldest_turns_but_not_the_system_message(kind: str) -> None:
+    tokenizer = tiny.tokenizer() if kind == "plain" else configure_tokenizer(chatty.tokenizer(kind), "auto")
+    turns = [("system", "Be kind."), ("human", "One?"), ("assistant", "1"), ("human", "Two?"), ("assistant", "2")]
+    turns += [("human", "And what comes after those two?")]
+    sample = Sample(tuple(turns), transcript(turns), " three")
+
+    def prompt(kept: list[Any]) -> list[int]:
+        return token_ids(tokenizer, [prompt_text(tokenizer, kept)])[0]
+
+    def cut(longest: int) -> list[int]:
+        counts = SourceCounts("demo")
+        spec = spec_of({"demo": 10}, max_prompt_tokens=longest)
+        ((_, row),) = encoded([StageSample(sample, False, counts)], tokenizer, spec, Data.ANSWERS)
+        assert (Outcome.CUT_LEFT in counts.outcomes) == (longest < len(prompt(turns)))
+        return list(row["prompt_ids"])
+
+    system = turns[:1]
+    assert cut(len(prompt(turns))) == prompt(turns)
+    assert cut(len(prompt(turns)) - 1) == prompt([*system, *turns[3:]])
+    last = prompt([*system, *turns[5:]])
+    assert cut(len(last)) == last
+    shorter = cut(len(last) - 4)
+    assert len(shorter) == len(last) - 4
+    text = tokenizer.decode(shorter)
+    assert "Be kind." in text
+    assert "after those two?" in text
+    assert "And what" not in text
+    start = len(prompt([*system, ("human", "")])) - len(prompt([("human", "")])) + 3
+    assert shorter[:start] == last[:start], "BOS and the start of the turn are kept"
+    assert cut(3)[-2:] == last[-2:]
 
 
 def test_data_is_tokenized_again_only_if_torn_or_changed(
