@@ -30,9 +30,11 @@ class DataSpec(Model):
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Fraction of each stage's prompts held out for evaluation."""
     template: Literal["auto", "plain"] = "auto"
-    """How dialogues are formatted. auto: with the chat template of the actor's tokenizer, without thinking; if it has
-    none, as plain turns of Human: and Assistant:. plain: always as plain turns, as in DeepSpeed-Chat."""
+    """How dialogues are formatted. auto: exactly as the chat template of the actor's tokenizer writes them, with its
+    prompt for thinking if a response thinks; if it has none, as plain turns of Human: and Assistant:. plain: always as
+    plain turns, as in DeepSpeed-Chat."""
     max_prompt_tokens: Positive = 256
-    """Maximum length of a prompt. PPO skips longer prompts; other stages truncate them on the left."""
+    """Maximum length of a prompt. PPO skips longer prompts; other stages leave out their oldest turns."""
     max_answer_tokens: Positive = 256
-    """Maximum length of a response. Longer responses in the data are truncated on the right."""
+    """Maximum length of a response. Longer responses in the data are truncated on the right. A text without a
+    prompt is split into pieces of max_prompt_tokens + max_answer_tokens."""
