@@ -23,6 +23,7 @@ from hpc_rlhf.train.algorithms import schedule
 from hpc_rlhf.train.checkpoint import shards
 from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.models import score_head
 from hpc_rlhf.train.models.onebit_adam import OneBitAdam
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from hpc_rlhf.train.parallel.tensor_parallel import split_model
@@ -77,6 +78,8 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingS
         internals.disable_gradient_averaging(engine)
     else:
         internals.check_overflow_by_norm(engine)
+    score_head.write_masters(engine)
+    score_head.read_masters(engine)
     engine.train()  # transformers loads models in eval mode: no dropout, no activation checkpointing
     return engine
 
@@ -143,6 +146,7 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> StepR
                 if parameter.grad is not None:
                     internals.mark_split(parameter.grad)
         engine.step()
+    score_head.read_masters(engine)
     if not engine.was_step_applied():
         return StepResult(math.inf, applied=False)  # DeepSpeed's norm would be an earlier step's
     if onebit:
@@ -188,6 +192,7 @@ def load(engine: Any, folder: Path, world: World) -> None:
     _prepare(engine, shards.read_facts(folder), folder, world)
     shards.read(folder, pieces(engine, world), world)
     internals.copy_masters_to_model(engine)
+    score_head.read_masters(engine)
 
 
 def pieces(engine: Any, world: World) -> list[Shard]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_rlhf.train.models.lora import LoraLinear
+from hpc_rlhf.train.models.score_head import ScoreHead
 from hpc_rlhf.train.parallel import tensor_parallel
 from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, is_zero3
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
@@ -62,6 +63,8 @@ class ModuleWeights:
         for name, parameter in layer.named_parameters(recurse=False):
             if id(parameter) in own:
                 tensor = adapter.merged_weight() if adapter and name == "weight" else parameter.detach()
+                if isinstance(layer, ScoreHead):
+                    tensor = layer.float_weight().detach()
                 yield prefix + name, tensor_parallel.gather(layer, name, tensor)
 
 

@@ -18,6 +18,7 @@ from hpc_rlhf.spec.sizes import ALIGNED
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_prob_sum, head_log_probs, token_log_probs
 from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models.score_head import ScoreHead
 
 # Config fields of models whose logits are more than the head's output.
 OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -140,17 +141,20 @@ class RewardModel(nn.Module):
     It wraps transformers' sequence classification model with one label, so that its folder loads with
     ``AutoModelForSequenceClassification``.
 
-    Values are the head's outputs minus an offset, which the config keeps as ``score_offset``.
+    The head computes in float32; see ``ScoreHead``. Values are its outputs minus an offset, which the config keeps as
+    ``score_offset``.
     """
 
-    def __init__(self, classifier: Any) -> None:
+    def __init__(self, classifier: Any, exact: Tensor | None = None) -> None:
         super().__init__()
         self.classifier = classifier
+        classifier.score.__class__ = ScoreHead
+        classifier.score.exact = exact
 
     def forward(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Values of packed sequences: (tokens,), float32."""
         hidden = hidden_states(self.classifier.base_model, ids, lengths)
-        values: Tensor = self.classifier.score(hidden)[: len(ids)].squeeze(-1).float()
+        values: Tensor = self.classifier.score(hidden)[: len(ids)].squeeze(-1)
         return values - self.offset
 
     @property

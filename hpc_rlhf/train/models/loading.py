@@ -15,7 +15,7 @@ from torch import nn
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.job import FromScratch
-from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models import packed_attention, score_head
 from hpc_rlhf.train.models.export import gathered, interruptible
 from hpc_rlhf.train.models.language_model import RewardModel
 from hpc_rlhf.train.runtime import seeds
@@ -119,14 +119,16 @@ def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: floa
     classifier = _load(AutoModelForSequenceClassification, source, dtype, dropout, num_labels=1)
     if not isinstance(getattr(classifier, "score", None), nn.Linear):
         raise HpcRlhfError("this architecture has no linear score head in transformers", where=source)
+    exact = score_head.stored(Path(source))
     if seed is not None:
         weight = classifier.score.weight
         with gathered([weight], to_change=True), torch.no_grad():
             generator = torch.Generator().manual_seed(seeds.derive(seed, "score head"))
             spread = 1 / math.sqrt(weight.shape[1] + 1)
-            weight.copy_(torch.empty(weight.shape).normal_(0, spread, generator=generator))
+            exact = torch.empty(weight.shape).normal_(0, spread, generator=generator)
+            weight.copy_(exact)
     packed_attention.enable(classifier)
-    return RewardModel(classifier)
+    return RewardModel(classifier, exact)
 
 
 @contextmanager
