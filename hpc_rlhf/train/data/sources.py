@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,91 +14,55 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import demo
+from hpc_rlhf.train.data.files import Placed, read_rows
+from hpc_rlhf.train.data.folders import files_of
 from hpc_rlhf.train.data.rows import Dropped, Sample, read_row
 from hpc_rlhf.train.data.templates import END_OF_THINKING
 from hpc_rlhf.train.runtime import seeds
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+def placed_rows(source: SourceSpec, seed: int) -> Iterator[Placed]:
+    """The rows of a source, each after its place.
+
+    Raises:
+        HpcRlhfError: they cannot be read.
+    """
+    if source.demo is not None:
+        yield from ((f"demo, row {number}", row) for number, row in enumerate(demo.dialogues(source.demo, seed)))
+    elif (files := local_files(source)) is not None:
+        for file in files:
+            yield from read_rows(file)
+    else:
+        yield from ((f"{source.path}, row {number}", row) for number, row in enumerate(load(source)))
 
 
-def _builder(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst", ".bz2", ".xz")]
-    return BUILDERS.get(suffixes[-1].lower()) if suffixes else None
+def local_files(source: SourceSpec) -> list[Path] | None:
+    """The files of a source in the order in which they are read; None if it is not a local one.
 
-
-def _reader_options(builder: str | None, file: str) -> dict[str, Any]:
-    """Further arguments for datasets. In a csv file every cell is text, such as None, 007 or 2026-01-31."""
-    if builder != "csv":
-        return {}
-    import pandas  # type: ignore[import-untyped]
-    from datasets import Features, Value
-
-    columns = pandas.read_csv(file, nrows=0).columns
-    return {"features": Features({name: Value("string") for name in columns}), "keep_default_na": False}
+    Raises:
+        HpcRlhfError: there are none.
+    """
+    path = Path(source.path or "")
+    if source.path is None or not (path.exists() or path.is_absolute()):
+        return None
+    if not path.exists():
+        raise HpcRlhfError("no such data file or folder", where=source.path)
+    return files_of(path, source.subset, source.split) if path.is_dir() else [path]
 
 
 def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
-    """The rows of a source that has a path."""
+    """The rows of a data set of the hub."""
     import datasets
 
-    assert source.path is not None
-    path = Path(source.path)
     try:
-        files: list[str] = []
-        if path.is_dir():
-            files = sorted(str(file) for file in path.iterdir() if _builder(file))
-        elif path.exists():
-            if _builder(path) is None:
-                raise HpcRlhfError(
-                    f"the name {path.name} does not show what kind of file it is",
-                    where=source.path,
-                    hint="use .json, .jsonl, .csv or .parquet, compressed or not",
-                )
-            files = [str(path)]
-        elif path.is_absolute():
-            raise HpcRlhfError("no such data file or folder", where=source.path)
-        if files:
-            builder = _builder(Path(files[0]))
-            options = _reader_options(builder, files[0])
-            return datasets.load_dataset(builder, data_files=files, split="train", **options)
         return datasets.load_dataset(source.path, source.subset, split=source.split)
-    except HpcRlhfError:
-        raise
     except Exception as error:  # datasets raises a dozen types, most of them for user errors
-        _explain(path)
         raise HpcRlhfError(
             f"the data could not be read ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})",
             where=source.path,
             hint="check the path or hub id, and that this node can reach it",
             exit_code=RUN_FAILED,
         ) from error
-
-
-def _explain(path: Path) -> None:
-    """Raise HpcRlhfError with the first error in a local file that datasets cannot read, if it can be found."""
-    if not path.is_file():
-        return
-    if path.suffix == ".zst" and find_spec("zstandard") is None:
-        raise HpcRlhfError(
-            "reading .zst needs the package zstandard", where=str(path), hint="pip install zstandard, or decompress it"
-        )
-    if path.stat().st_size == 0:
-        raise HpcRlhfError("the data file is empty", where=str(path), hint="write one row per line")
-    if ".jsonl" not in path.suffixes:
-        return
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                is_row = not line.strip() or isinstance(json.loads(line), dict)
-            except ValueError:
-                is_row = False
-            if not is_row:
-                raise HpcRlhfError(
-                    f"the line is not a JSON object: {line.strip()[:60]!r}",
-                    where=f"{path}:{number}",
-                    hint='each line of a .jsonl file is one row, such as {"prompt": "…", "chosen": "…"}',
-                )
 
 
 def name_of(source: SourceSpec) -> str:
@@ -114,18 +75,17 @@ def read(source: SourceSpec, seed: int, counts: SourceCounts | None = None) -> I
     Args:
         counts: where the rows that give no sample are counted.
     """
-    where = name_of(source)
-    counts = SourceCounts(where) if counts is None else counts
-    rows: Iterable[dict[str, Any]] = demo.dialogues(source.demo, seed) if source.demo else load(source)
+    name = name_of(source)
+    counts = SourceCounts(name) if counts is None else counts
     kind = source.format or "prompt-chosen-rejected"
     whole, part = divmod(source.weight, 1.0)
-    for number, row in enumerate(rows):
+    for number, (where, row) in enumerate(placed_rows(source, seed)):
         try:
-            sample = read_row(row, kind, f"{where}, row {number}")
+            sample = read_row(row, kind, where)
         except Dropped as dropped:
-            counts.add(dropped.outcome, f"{where}, row {number}")
+            counts.add(dropped.outcome, where)
             continue
-        times = int(whole) + (seeds.unit(seed, where, number, "weight") < part)
+        times = int(whole) + (seeds.unit(seed, name, number, "weight") < part)
         if not times:
             counts.add(Outcome.NOT_DRAWN, sample.where)
         for _ in range(times):

@@ -61,14 +61,14 @@ BROKEN = [
 def test_each_reason_is_counted_with_its_first_row(stage: str, world: World, tokenizer: Any, tmp_path: Path) -> None:
     rows = [*[pair(n) for n in range(20)], *BROKEN, *BROKEN]
     counts = counted(rows, stage, world, tokenizer, tmp_path, held_out=0.3)
-    where = f"{tmp_path}/a.jsonl, row"
-    assert counts[Outcome.USER_LAST] == (2, f"{where} 20")
-    assert counts[Outcome.NULL] == (2, f"{where} 24")
-    assert counts[Outcome.NO_ANSWER] == (2, f"{where} 25")
+    where = f"{tmp_path}/a.jsonl"
+    assert counts[Outcome.USER_LAST] == (2, f"{where}:21")
+    assert counts[Outcome.NULL] == (2, f"{where}:25")
+    assert counts[Outcome.NO_ANSWER] == (2, f"{where}:26")
     if stage == "reward":
-        assert counts[Outcome.SAME_ANSWERS] == (2, f"{where} 21")
-        assert counts[Outcome.PROMPTS_DIFFER] == (2, f"{where} 22")
-        assert counts[Outcome.NO_REJECTED] == (2, f"{where} 23")
+        assert counts[Outcome.SAME_ANSWERS] == (2, f"{where}:22")
+        assert counts[Outcome.PROMPTS_DIFFER] == (2, f"{where}:23")
+        assert counts[Outcome.NO_REJECTED] == (2, f"{where}:24")
     used = counts[Outcome.TRAINED][0] + counts[Outcome.HELD_OUT][0]
     assert used == {"sft": 26, "reward": 20, "ppo": 23}[stage]
     assert counts.get(Outcome.REPEATED, (0, ""))[0] == (3 if stage == "ppo" else 0)
@@ -91,7 +91,7 @@ def test_what_is_cut_or_too_long_is_counted(world: World, tokenizer: Any, tmp_pa
         folder = tmp_path / stage
         folder.mkdir()
         counts = counted(rows, stage, world, tokenizer, folder, **limits)
-        where = f"{folder}/a.jsonl, row"
-        assert counts[Outcome.CUT_RIGHT] == (2 if stage == "reward" else 1, f"{where} 9")
-        assert counts[Outcome.TOO_LONG if stage == "ppo" else Outcome.CUT_LEFT] == (1, f"{where} 10")
+        where = f"{folder}/a.jsonl"
+        assert counts[Outcome.CUT_RIGHT] == (2 if stage == "reward" else 1, f"{where}:10")
+        assert counts[Outcome.TOO_LONG if stage == "ppo" else Outcome.CUT_LEFT] == (1, f"{where}:11")
         assert counts[Outcome.TRAINED][0] == (10 if stage == "ppo" else 11)

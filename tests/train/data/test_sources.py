@@ -98,9 +98,8 @@ def test_rows_without_a_response_are_skipped(tmp_path: Path) -> None:
     [
         ("none.jsonl", None, "no such data file or folder"),
         ("data.xlsx", "x", "does not show what kind of file it is"),
-        ("broken.json", '{"prompt": "a", "chosen"', "the data could not be read"),
         ("empty.jsonl", "", "the data file is empty"),
-        ("broken.parquet", "PAR1 not", "the data could not be read"),
+        ("broken.parquet", "PAR1 not", "the file cannot be read"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_clear_error(
@@ -140,14 +139,14 @@ def test_an_invalid_line_is_reported_with_its_number(tmp_path: Path, name: str) 
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     with pytest.raises(HpcRlhfError, match="the line is not a JSON object") as caught:
         list(read(SourceSpec.model_validate(source(tmp_path / name)), 0))
-    assert (caught.value.where, caught.value.exit_code) == (f"{tmp_path / name}:3", 2)
+    assert (caught.value.where, caught.value.exit_code) == (f"{tmp_path / name}:3:21", 2)
 
 
 def test_an_invalid_row_is_reported_with_file_and_number(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
     with pytest.raises(HpcRlhfError) as caught:
         list(read(SourceSpec.model_validate(source(path)), 0))
-    assert caught.value.where == f"{path}, row 0"
+    assert caught.value.where == f"{path}:1"
 
 
 def test_hh_transcripts_are_read_completely() -> None:
