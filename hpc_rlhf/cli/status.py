@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 
@@ -31,8 +31,9 @@ def command(run: str, as_json: bool) -> None:
     Unknown values are null. Its `goodput` has the seconds waiting (for another stage or the user), queued,
     starting, productive (kept work), lost (work done again) and saving (training paused); `wall`, their sum;
     `ettr`; and `interruptions`, each with reason, time, node, step, and the seconds lost and spent
-    restarting. The run's goodput sums over stages, which may run in parallel. For a sweep, --json prints what
-    `list --json` does.
+    restarting. Its `data` has for each source what became of the `rows`: `outcomes`, each with its number of
+    rows and the first of them, and the fraction `lost`. The run's goodput sums over stages, which may run in
+    parallel. For a sweep, --json prints what `list --json` does.
     """
     runs = find_runs(run)
     if len(runs) > 1:
@@ -43,7 +44,14 @@ def command(run: str, as_json: bool) -> None:
     if as_json:
         facts = {
             "run_dir": str(runs[0].path),
-            "stages": [{**asdict(stage), "goodput": stage.goodput.to_dict()} for stage in stages],
+            "stages": [
+                {
+                    **asdict(replace(stage, data=())),
+                    "goodput": stage.goodput.to_dict(),
+                    "data": [counts.to_dict() for counts in stage.data],
+                }
+                for stage in stages
+            ],
             "goodput": total({stage.stage: stage.goodput for stage in stages}).to_dict(),
         }
         print_json(facts)

@@ -17,6 +17,7 @@ from hpc_rlhf.observe.metrics import seconds_per_step, step_rows
 from hpc_rlhf.run import events
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.row_counts import SourceCounts, stage_counts
 from hpc_rlhf.slurm.jobs import ENDED, JobRecord, QueuedJob
 from hpc_rlhf.spec.stages import kind_of
 
@@ -54,6 +55,7 @@ class StageStatus:
         updated: when the latest step was done, in Unix seconds.
         left: seconds of work left at the pace of the latest steps, without time in a queue; None if unknown or done.
         goodput: where its time went, and what interrupted it.
+        data: what became of the rows of each source of its data; empty until they are tokenized.
     """
 
     stage: str
@@ -69,6 +71,7 @@ class StageStatus:
     updated: float | None = None
     left: float | None = None
     goodput: Goodput = field(default_factory=Goodput)
+    data: tuple[SourceCounts, ...] = ()
 
 
 def read_status(run: RunDir, query: Callable[[Sequence[str]], SlurmReply] = query_slurm) -> list[StageStatus]:
@@ -97,7 +100,8 @@ def stage_status(run: RunDir, stage: str, evidence: Evidence) -> StageStatus:
     """A stage's status without its goodput; its progress is read from the end of its metrics."""
     state, why = judge(evidence)
     started = evidence.history.all(events.Started)
-    status = StageStatus(stage, state, why, evidence.job_id, len(started))
+    counts = tuple(stage_counts(run.stage(stage)))
+    status = StageStatus(stage, state, why, evidence.job_id, len(started), data=counts)
     rows = step_rows(read_tail(run.stage(stage).metrics), stage)
     if not rows:
         return status

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from pathlib import Path
 from typing import Any
+
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import StageDir
 
 
 class Kind(Enum):
@@ -61,6 +65,11 @@ class Outcome(Enum):
         self.kind, self.text = kind, text
 
 
+NAMED = (Kind.LOST, Kind.LOST_HERE, Kind.CHANGED)
+# The fraction of a source's rows whose loss or change is worth a warning.
+MANY = 0.05
+
+
 @dataclass
 class Count:
     """How many rows had an outcome, and where the first and the last of them are."""
@@ -105,9 +114,38 @@ class SourceCounts:
         kept_here = 1 - here / max(1, here + self.rows(Kind.USED))
         return 1 - kept_before * kept_here
 
+    def describe(self, *kinds: Kind) -> str:
+        """The outcomes of some kinds in words, each of lost and changed rows with its first row."""
+        chosen = [(outcome, self.outcomes[outcome]) for outcome in Outcome if outcome in self.outcomes]
+        return ", ".join(
+            f"{count.rows:,} {outcome.text}" + (f" (first: {count.first})" if outcome.kind in NAMED else "")
+            for outcome, count in chosen
+            if outcome.kind in kinds
+        )
+
+    def summary(self) -> str:
+        """All outcomes in words."""
+        whole = f"{self.source}: {self.read:,} row{'s' * (self.read != 1)}"
+        outcomes = self.describe(Kind.USED, Kind.PASSED, Kind.LOST, Kind.LOST_HERE)
+        changed = self.describe(Kind.CHANGED)
+        return whole + (f": {outcomes}" if outcomes else "") + (f"; among those used, {changed}" if changed else "")
+
+    def warnings(self) -> list[str]:
+        """Sentences on what many rows lose."""
+        sentences = []
+        if self.lost > MANY:
+            what = self.describe(Kind.LOST, Kind.LOST_HERE)
+            sentences.append(f"{self.lost:.0%} of the rows of {self.source} are left out: {what}")
+        used = self.rows(Kind.USED)
+        for outcome, count in self.outcomes.items():
+            if outcome.kind is Kind.CHANGED and outcome is not Outcome.SPLIT and count.rows > MANY * used:
+                share, first = count.rows / used, count.first
+                sentences.append(f"{share:.0%} of the rows of {self.source} are rows {outcome.text} (first: {first})")
+        return sentences
+
     def to_dict(self) -> dict[str, Any]:
         outcomes = {o.value: {"rows": count.rows, "first": count.first} for o, count in self.outcomes.items()}
-        return {"source": self.source, "outcomes": outcomes}
+        return {"source": self.source, "rows": self.read, "lost": round(self.lost, 6), "outcomes": outcomes}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> SourceCounts:
@@ -117,6 +155,14 @@ class SourceCounts:
         return cls(facts["source"], outcomes)
 
 
-def read_counts(manifest: Mapping[str, Any]) -> Sequence[SourceCounts]:
+def stage_counts(stage: StageDir) -> list[SourceCounts]:
+    """The counts of a stage that has tokenized its data, from its newest data of each kind."""
+    newest: dict[str, Path] = {}
+    for path in sorted(stage.data.glob(f"*/{manifest.NAME}"), key=lambda path: path.stat().st_mtime):
+        newest[path.parent.name.rpartition("-")[0]] = path.parent
+    return [counts for folder in newest.values() for counts in read_counts(manifest.read(folder) or {})]
+
+
+def read_counts(facts: Mapping[str, Any]) -> Sequence[SourceCounts]:
     """The counts in the manifest of tokenized data; none in that of an earlier version."""
-    return [SourceCounts.of(facts) for facts in manifest.get("sources", ())]
+    return [SourceCounts.of(source) for source in facts.get("sources", ())]

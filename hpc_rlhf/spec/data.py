@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from hpc_rlhf.spec.fields import Model, NonNegative, Positive, add_fields
+from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, add_fields
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import STAGE_KINDS, Data
 
@@ -33,6 +33,9 @@ class DataSpec(Model):
     """How dialogues are formatted. auto: exactly as the chat template of the actor's tokenizer writes them, with its
     prompt for thinking if a response thinks; if it has none, as plain turns of Human: and Assistant:. plain: always as
     plain turns, as in DeepSpeed-Chat."""
+    max_dropped: Fraction = 1.0
+    """The largest fraction of a source's rows that may be lost before a stage refuses to train: rows that are broken,
+    lack what their stage needs, or are too long. Above 0.05 there is a warning in any case."""
     max_prompt_tokens: Positive = 256
     """Maximum length of a prompt. PPO skips longer prompts; other stages leave out their oldest turns."""
     max_answer_tokens: Positive = 256

@@ -13,7 +13,8 @@ class SourceSpec(Model):
     """One source of training data."""
 
     path: PathText | None = None
-    """A dataset id on the hub, or a local file or folder (json, jsonl, csv or parquet, optionally .gz)."""
+    """A dataset id on the hub, or a local file or folder (json, jsonl, csv, parquet or arrow, optionally compressed). A
+    folder is read as datasets.load_dataset reads it: see split and subset."""
     demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
     """Generate this many short dialogues, instead of reading a path."""
     format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text"] | None = None
@@ -24,8 +25,11 @@ class SourceSpec(Model):
     optionally input, history and system. text: a column of plain text."""
     weight: Rate = 1.0
     """How often each row is used per epoch: 0.5 uses half of the rows, 2 uses each row twice."""
-    split: FreeText = Field(default="train", description="Split of a hub dataset.")
-    subset: FreeText | None = Field(default=None, description="Configuration of a hub dataset.")
+    split: FreeText = "train"
+    """Split of a hub dataset or of a folder, whose files belong to the split in their names (train.jsonl, test/a.jsonl,
+    data/validation-00000-of-00001.parquet) or to train if no name has one."""
+    subset: FreeText | None = None
+    """Configuration of a hub dataset, or of a folder: one that its README.md lists, or a subfolder."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceSpec:

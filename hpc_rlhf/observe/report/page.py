@@ -24,6 +24,7 @@ from hpc_rlhf.run.events import Started
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.run.row_counts import Outcome
 from hpc_rlhf.spec.stages import BASE, POLICIES, kind_of
 
 _HERE = Path(__file__).parent
@@ -111,6 +112,16 @@ def _content(run: RunDir) -> dict[str, object]:
         "charts": {stage: of_stage for stage, of_stage in charts.items() if of_stage},
         "chart_data": [chart.to_dict() for of_stage in charts.values() for chart in of_stage],
         "most": MAX_POINTS,
+        "data": [
+            (status.stage, counts, outcome, counts.outcomes[outcome])
+            for status in statuses
+            for counts in status.data
+            for outcome in Outcome
+            if outcome in counts.outcomes
+        ],
+        "data_warnings": [
+            f"{status.stage}: {text}" for status in statuses for counts in status.data for text in counts.warnings()
+        ],
         "table": [] if report is None else results.table_rows(report, MODELS),
         "notes": [] if report is None else results.notes(report),
         "exchanges": read_exchanges(run),

@@ -14,6 +14,7 @@ from hpc_rlhf.observe.format import ago, duration, number
 from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.terminal.tables import STYLES, grid, styled
+from hpc_rlhf.run.row_counts import Kind
 
 _WIDE = 100  # terminal columns that have room for a bar, all metrics and the job
 _LEAST = 3  # columns of the table that are always shown
@@ -141,7 +142,7 @@ def _time(stage: StageStatus) -> str:
 
 
 def _notes(stage: StageStatus, left: Mapping[str, float | None]) -> Iterator[str]:
-    """The reason for a stage's state, and its interruptions."""
+    """The reason for a stage's state, its interruptions, and the rows that it lost or changed."""
     why = stage.why.partition("\n")[0]
     if stage.state == "waiting":
         why = " and ".join(
@@ -160,3 +161,7 @@ def _notes(stage: StageStatus, left: Mapping[str, float | None]) -> Iterator[str
         where = f" on {last.node}" if last.node else ""
         latest = f"latest: {last.reason} at step {last.step}{where}, {ago(time.time() - last.time)}"
         yield f"{count_words(interruptions)}; {latest}"
+    for counts in stage.data:
+        lost = counts.describe(Kind.LOST, Kind.LOST_HERE, Kind.CHANGED)
+        if lost:
+            yield f"data: of {counts.read:,} rows of {counts.source}, {lost}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.runtime.world import World
 
@@ -105,5 +105,4 @@ def _unfit(folder: Path, why: str) -> HpcRlhfError:
         f"the checkpoint does not fit this stage: {why}",
         where=str(folder),
         hint="continue with the spec that it was made with, or choose another run_dir",
-        exit_code=RUN_FAILED,
     )

@@ -231,7 +231,6 @@ class CheckpointStore:
                 f"the last checkpoints were made by {mid_step_ranks} ranks in the middle of a step",
                 where=str(self.folder),
                 hint=f"run it on {mid_step_ranks} ranks until the step is done; then any number can continue",
-                exit_code=RUN_FAILED,
             )
         torn = self.world.on_main(lambda: len(list(self.folder.glob("torn-*"))))
         if torn:

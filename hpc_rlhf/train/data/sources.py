@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run.row_counts import Outcome, SourceCounts
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
@@ -61,7 +61,7 @@ def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
             f"the data could not be read ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})",
             where=source.path,
             hint="check the path or hub id, and that this node can reach it",
-            exit_code=RUN_FAILED,
+            exit_code=INPUT_WRONG if isinstance(error, (ValueError, FileNotFoundError)) else RUN_FAILED,
         ) from error
 
 

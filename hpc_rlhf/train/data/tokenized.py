@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
-from hpc_rlhf.run.row_counts import Outcome, SourceCounts
+from hpc_rlhf.run.row_counts import MANY, Outcome, SourceCounts, read_counts
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
@@ -128,16 +129,39 @@ def _write(
     return dict(zip(PARTS, [file.close() for file in files], strict=True))
 
 
-def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World) -> StageData:
-    """The data sets in a folder. If they are incomplete, rank 0 writes them first while the others wait."""
+def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World, where: str, limits: DataSpec) -> StageData:
+    """The data sets in a folder. If they are incomplete, rank 0 writes them first while the others wait.
+
+    Args:
+        where: the stage or field that the data is for, for messages.
+
+    Raises:
+        HpcRlhfError: more rows were lost than data.max_dropped allows.
+    """
 
     def make() -> None:
         if manifest.defect(target) is not None:
             shutil.rmtree(target, ignore_errors=True)
             manifest.write(target, write())
+        for counts in read_counts(manifest.read(target) or {}):
+            print(f"hpc-rlhf: data of {where}: {counts.summary()}", flush=True)
+            for sentence in counts.warnings():
+                print(f"hpc-rlhf: warning: {where}: {sentence}", file=sys.stderr, flush=True)
+            if counts.lost > limits.max_dropped:
+                raise HpcRlhfError(
+                    f"{counts.warnings()[0] if counts.lost > MANY else counts.summary()}; data.max_dropped is "
+                    f"{limits.max_dropped:g}",
+                    where=where,
+                    hint="fix these rows, or raise data.max_dropped",
+                )
 
     world.on_main(make)
     return StageData(*[Rows(target / f"{part}.arrow") for part in PARTS])
+
+
+def _facts(spec: JobSpec) -> dict[str, Any]:
+    """What tokens depend on in any stage."""
+    return {"data": spec.data.model_dump(mode="json", exclude={"max_dropped"}), "seed": spec.seed}
 
 
 def prepare(
@@ -150,10 +174,9 @@ def prepare(
 
     Raises:
         WorkCancelled: ``should_stop`` was true; nothing is kept.
-        HpcRlhfError: the data cannot be read, or has nothing for this stage.
+        HpcRlhfError: the data cannot be read, has nothing for this stage, or too many rows are lost.
     """
-    facts = {"data": spec.data.model_dump(mode="json"), "stages": spec.trained, "seed": spec.seed, "stage": stage}
-    target = folder / _fingerprint(tokenizer, facts)
+    target = folder / _fingerprint(tokenizer, {**_facts(spec), "stages": spec.trained, "stage": stage})
 
     def write() -> dict[str, Any]:
         data = kind_of(stage).data
@@ -161,19 +184,13 @@ def prepare(
         rows = _write(stage_samples(spec, stage, counts), tokenizer, spec, data, target, should_stop)
         if rows["train"]:
             return {"stage": stage, "rows": rows, "sources": [source.to_dict() for source in counts]}
-        what = f"the data has no {data.value} for this stage"
-        hint = "check data.sources, their formats and data.split"
-        if any(Outcome.TOO_LONG in source.outcomes for source in counts):
-            what = f"every prompt is longer than data.max_prompt_tokens, {spec.data.max_prompt_tokens}"
-            hint = "raise data.max_prompt_tokens"
-        for outcome in (Outcome.TEMPLATE,):
-            first = next((source.outcomes[outcome].first for source in counts if outcome in source.outcomes), None)
-            if first is not None:
-                what += f": rows {outcome.text}, the first of which is {first}"
-                hint = "set data.template: plain, or use a tokenizer whose template is meant for training"
-        raise HpcRlhfError(what, where=f"stage {stage}", hint=hint, exit_code=RUN_FAILED)
+        raise HpcRlhfError(
+            f"the data has no {data.value} for this stage: {'; '.join(source.summary() for source in counts)}",
+            where=f"stage {stage}",
+            hint="check data.sources, their formats, data.split, data.held_out and data.max_prompt_tokens",
+        )
 
-    return _stored(target, write, world)
+    return _stored(target, write, world, f"stage {stage}", spec.data)
 
 
 def prepare_mixture(
@@ -185,7 +202,7 @@ def prepare_mixture(
     Args:
         where: the field of the spec that names the source, for messages.
     """
-    facts = {"source": source.model_dump(mode="json"), "data": spec.data.model_dump(mode="json"), "seed": spec.seed}
+    facts = {**_facts(spec), "source": source.model_dump(mode="json")}
     target = folder / f"mixture-{_fingerprint(tokenizer, facts)}"
 
     def write() -> dict[str, Any]:
@@ -193,10 +210,10 @@ def prepare_mixture(
         samples = (StageSample(sample, False, counts) for sample in read_source(source, spec.seed, counts))
         rows = _write(samples, tokenizer, spec, Data.ANSWERS, target, should_stop)
         if not rows["train"]:
-            raise HpcRlhfError("there is no text in it", where=where, exit_code=RUN_FAILED)
+            raise HpcRlhfError(f"there is no text in it: {counts.summary()}", where=where)
         return {"rows": rows, "sources": [counts.to_dict()]}
 
-    return _stored(target, write, world).train
+    return _stored(target, write, world, where, spec.data).train
 
 
 def token_lengths(rows: Rows, *columns: str) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.algorithms import schedule
 from hpc_rlhf.train.checkpoint import shards
@@ -232,7 +232,6 @@ def _prepare(engine: Any, facts: dict[str, Any], where: Path, world: World) -> N
                 f"onebit-adam keeps a momentum for each of {numbers['ranks']} ranks, but {world.size} were started",
                 where=str(where),
                 hint=f"resume with {numbers['ranks']} ranks",
-                exit_code=RUN_FAILED,
             )
         optimizer.steps, optimizer.bytes_sent = numbers["steps"], numbers["bytes_sent"]
     elif numbers["steps"]:

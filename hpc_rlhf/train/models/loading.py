@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.job import FromScratch
 from hpc_rlhf.train.models import packed_attention, score_head
@@ -57,6 +58,13 @@ def make_from_scratch(ref: FromScratch, tokenizer: Any, seed: int, folder: Path,
     world.on_main(make)
 
 
+def exit_code_of(error: Exception, source: str) -> int:
+    """Whether a model that cannot be loaded is the user's mistake: a folder whose content is wrong. The hub may answer
+    the next attempt."""
+    is_mistake = os.path.isabs(source) and getattr(error, "errno", None) is None
+    return INPUT_WRONG if is_mistake else RUN_FAILED
+
+
 def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kwargs: Any) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoConfig
@@ -74,7 +82,7 @@ def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kw
             f"the model could not be loaded ({str(error).splitlines()[0]})",
             where=source,
             hint="give a hub id that this node can reach or has cached, or a model's folder",
-            exit_code=RUN_FAILED,
+            exit_code=exit_code_of(error, source),
         ) from error
 
 

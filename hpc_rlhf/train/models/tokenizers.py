@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.job import FromScratch, ModelRef
+from hpc_rlhf.train.models.loading import exit_code_of
 from hpc_rlhf.train.runtime.world import World
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -59,7 +60,7 @@ def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: Wor
             f"no tokenizer could be loaded ({str(error).splitlines()[0]})",
             where=f"models.actor {source}",
             hint="give a hub id that this node can reach or has cached, or a folder with a tokenizer",
-            exit_code=RUN_FAILED,
+            exit_code=exit_code_of(error, source),
         ) from error
     if tokenizer.eos_token_id is None:
         raise HpcRlhfError("the tokenizer has no end-of-sequence token", where=f"models.actor {source}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.row_counts import Outcome, read_counts
 from hpc_rlhf.train.data.tokenized import prepare
@@ -95,3 +96,31 @@ def test_what_is_cut_or_too_long_is_counted(world: World, tokenizer: Any, tmp_pa
         assert counts[Outcome.CUT_RIGHT] == (2 if stage == "reward" else 1, f"{where}:10")
         assert counts[Outcome.TOO_LONG if stage == "ppo" else Outcome.CUT_LEFT] == (1, f"{where}:11")
         assert counts[Outcome.TRAINED][0] == (10 if stage == "ppo" else 11)
+
+
+def test_lost_rows_are_in_the_log_and_too_many_are_an_error(
+    world: World, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*[pair(n) for n in range(18)], *BROKEN[:2]]
+    counted(rows, "reward", world, tokenizer, tmp_path)
+    out, err = capsys.readouterr()
+    where = f"{tmp_path}/a.jsonl"
+    assert f"data of stage reward: {where}: 20 rows: " in out
+    lost = f"1 that end with the user's turn (first: {where}:19), 1 with the same response twice (first: {where}:20)"
+    assert lost in out
+    assert f"warning: stage reward: 10% of the rows of {where} are left out: {lost}" in err
+
+    with pytest.raises(HpcRlhfError, match=r"10% of the rows of .*; data\.max_dropped is 0\.05") as caught:
+        counted(rows, "reward", world, tokenizer, tmp_path, max_dropped=0.05)
+    assert caught.value.exit_code == 2, "and is not tried again"
+    counted(rows, "reward", world, tokenizer, tmp_path, max_dropped=0.11)
+    assert len(list((tmp_path / "data").iterdir())) == 1, "the limit is no reason to tokenize again"
+
+
+def test_data_without_anything_for_a_stage_says_where_the_rows_went(
+    world: World, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(HpcRlhfError, match="no pairs of responses") as caught:
+        counted([pair(n, other=n + 1) for n in range(5)], "reward", world, tokenizer, tmp_path)
+    assert f"5 with a different prompt for each response (first: {tmp_path}/a.jsonl:1)" in caught.value.message
+    assert caught.value.exit_code == 2

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at
@@ -66,7 +66,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
     texts = list(islice(rows("sft"), EVALUATED))
     pairs = list(islice(rows("reward", "dpo"), EVALUATED))
     if not (chosen or texts or pairs):
-        raise HpcRlhfError("no samples are held out", "data.held_out", "raise it in a new run", exit_code=RUN_FAILED)
+        raise HpcRlhfError("no samples are held out", "data.held_out", "raise it in a new run")
     return HeldOut(
         questions=list(by_prompt),
         prompts=rollout(chosen, "chosen_ids"),
