@@ -1,45 +1,74 @@
-"""hpc-rlhf check: list every error in job specs."""
+"""hpc-rlhf check: list every error in job specs and in their data."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import click
 
 from hpc_rlhf.cli.arguments import example, json_option, set_option
 from hpc_rlhf.cli.console import print_wrapped
 from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.sweep import Sweep, load_any, specs_of
+from hpc_rlhf.spec.yaml_source import Mark
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A file's specs, their errors, and the verdict if there are none.
+
+    Attributes:
+        data: what became of the rows of the data, by stage, in words and as JSON.
+        notes: warnings about the data.
+    """
+
+    specs: tuple[JobSpec, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    verdict: str = "ok"
+    data: Mapping[str, Sequence[tuple[str, Mapping[str, object]]]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @click.command(epilog=example("hpc-rlhf check my-job.yaml --set slurm.nodes=2"))
 @click.argument("files", nargs=-1, required=True)
 @set_option
+@click.option("--data", "whole", is_flag=True, help="Read all rows, and show what each stage will do with them.")
 @json_option
 @click.pass_context
-def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], as_json: bool) -> None:
-    """Check job specs and list every error.
+def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], whole: bool, as_json: bool) -> None:
+    """Check job specs and their data, and list every error.
 
     Each error is one line, FILE:LINE:COLUMN: FIELD: ERROR (HINT). The exit code is 2 if there are any. All
     runs of a sweep are checked.
+
+    Of local data, the first rows of each file are read, and a stage that could use none of them is an error.
+    --data reads everything, as the stages will: it shows for each how many rows it trains on, holds out, leaves
+    out or cuts, and why, each with its first row. What is cut depends on the tokenizer, which must be on this
+    machine, or be trained on the data.
+
+    --json prints a list of errors for each file; with --data, an object with `problems`, `notes` and `data`,
+    which has for each stage what became of the rows of each source.
     """
-    checked = {file: _check(file, sets) for file in files}
+    checked = _with_data({file: _check(file, sets) for file in files}, sets, whole)
     if as_json:
-        facts = {file: [asdict(problem) for problem in problems] for file, (problems, _) in checked.items()}
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(json.dumps({file: _facts(one, whole) for file, one in checked.items()}, indent=2))
     else:
-        for file, (problems, verdict) in checked.items():
-            for line in map(str, problems) if problems else [f"{file}: {verdict}"]:
+        for file, one in checked.items():
+            for line in _lines(file, one):
                 print_wrapped(line, err=False)
-    bad = sum(1 for problems, _ in checked.values() if problems)
+    bad = sum(1 for one in checked.values() if one.problems)
     if bad:
         click.echo(f"{bad} of {len(checked)} spec{'s' * (len(checked) > 1)} cannot run", err=True)
         ctx.exit(INPUT_WRONG)
 
 
-def _check(file: str, sets: tuple[str, ...]) -> tuple[tuple[Problem, ...], str]:
-    """The errors of a spec, and the verdict if there are none."""
+def _check(file: str, sets: tuple[str, ...]) -> _Checked:
+    """A file's specs, and the errors in them."""
     try:
         spec = load_any(file, sets)
         if any(one.autos for one in specs_of(spec)):
@@ -47,5 +76,53 @@ def _check(file: str, sets: tuple[str, ...]) -> tuple[tuple[Problem, ...], str]:
 
             spec = load(file, sets)
     except SpecError as error:
-        return error.problems, ""
-    return (), f"ok, {spec.summary}" if isinstance(spec, Sweep) else "ok"
+        return _Checked(problems=error.problems)
+    return _Checked(specs_of(spec), verdict=f"ok, {spec.summary}" if isinstance(spec, Sweep) else "ok")
+
+
+def _with_data(checked: dict[str, _Checked], sets: tuple[str, ...], whole: bool) -> dict[str, _Checked]:
+    """The files with what is known of their data, which one process reads for all."""
+    from hpc_rlhf.launch.survey import survey
+
+    surveys = iter(survey([spec for one in checked.values() for spec in one.specs], whole))
+    result = {}
+    for file, one in checked.items():
+        problems: dict[Problem, None] = dict.fromkeys(one.problems)
+        data: dict[str, Sequence[tuple[str, Mapping[str, object]]]] = {}
+        notes: dict[str, None] = {}
+        for _ in one.specs:
+            known = next(surveys)
+            problems |= dict.fromkeys(
+                _place(file, sets, path).problem(what, hint or None, path) for path, what, hint in known.problems
+            )
+            notes |= dict.fromkeys(known.notes)
+            data |= {path: [(one.summary(), one.to_dict()) for one in counts] for path, counts in known.data.items()}
+        result[file] = replace(one, problems=tuple(problems), notes=tuple(notes), data=data if whole else {})
+    return result
+
+
+def _place(file: str, sets: tuple[str, ...], path: str) -> Mark:
+    """The place of a field in a file, or of the innermost part of it that the file has."""
+    node = read_layers(Path(file), sets)
+    for key in path.split("."):
+        items = node.value if isinstance(node.value, list) else ()
+        inner = items[int(key)] if key.isdecimal() and int(key) < len(items) else node.fields.get(key)
+        if inner is None:
+            break
+        node = inner
+    return node.place
+
+
+def _lines(file: str, checked: _Checked) -> Iterator[str]:
+    yield from map(str, checked.problems)
+    if not checked.problems:
+        yield f"{file}: {checked.verdict}"
+    for path, counts in checked.data.items():
+        yield from (f"{file}: {path}: {words}" for words, _ in counts)
+    yield from (f"{file}: warning: {note}" for note in checked.notes)
+
+
+def _facts(checked: _Checked, whole: bool) -> object:
+    problems = [asdict(problem) for problem in checked.problems]
+    data = {path: [facts for _, facts in counts] for path, counts in checked.data.items()}
+    return {"problems": problems, "notes": checked.notes, "data": data} if whole else problems

@@ -12,6 +12,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.render import render
+from hpc_rlhf.launch.survey import refuse_bad_data
 from hpc_rlhf.run import notify, ownership, run_index
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
@@ -66,11 +67,14 @@ def prepare(
         lent: runs of the same sweep that train stages for this one, by stage; prepared before.
 
     Raises:
-        HpcRlhfError: the directory belongs to a different spec or cannot be written, or there is no address to notify.
+        HpcRlhfError: the directory belongs to a different spec or cannot be written, there is no address to notify, or
+            a new run's data cannot be read or lacks what a stage needs.
     """
     refuse_changes(run, spec, live)
     if spec.notify.webhook is not None:
         notify.address(spec.notify.webhook)  # fail now rather than when the run ends
+    if not run.job_yaml.exists():
+        refuse_bad_data(spec)
     plan = make_plan(spec)
     with _write_errors(run):
         if evaluation_changed(run, spec):

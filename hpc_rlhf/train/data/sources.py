@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
-from hpc_rlhf.run.row_counts import Outcome, SourceCounts
+from hpc_rlhf.run.row_counts import Kind, Outcome, SourceCounts
+from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
@@ -115,7 +116,7 @@ class StageSample(NamedTuple):
     counts: SourceCounts
 
 
-def _unfit(sample: Sample, data: Data) -> Outcome | None:
+def unfit_for(sample: Sample, data: Data) -> Outcome | None:
     """Why a sample is not what a stage needs; None if it is."""
     if data is Data.PAIRS:
         if not sample.rejected:
@@ -140,7 +141,7 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
     for source, counted in zip(spec.data.sources, counts or new_counts(spec), strict=True):
         for sample in read(source, spec.seed, counted):
             key = sample.prompt or sample.chosen
-            unfit = Outcome.OTHER_STAGE if stage_of(key, spec) != stage else _unfit(sample, data)
+            unfit = Outcome.OTHER_STAGE if stage_of(key, spec) != stage else unfit_for(sample, data)
             if unfit is None and data is Data.PROMPTS:
                 digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
                 if digest in seen:
@@ -157,6 +158,26 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
 
 def new_counts(spec: JobSpec) -> list[SourceCounts]:
     return [SourceCounts(name_of(source)) for source in spec.data.sources]
+
+
+def check_lost(counts: SourceCounts, where: str, limits: DataSpec) -> None:
+    """Raise HpcRlhfError if more rows of a source were lost than data.max_dropped allows."""
+    if counts.lost > limits.max_dropped:
+        raise HpcRlhfError(
+            f"{counts.lost:.1%} of the rows of {counts.source} are left out, and data.max_dropped is "
+            f"{limits.max_dropped:g}: {counts.describe(Kind.LOST, Kind.LOST_HERE)}",
+            where=where,
+            hint="fix these rows, or raise data.max_dropped",
+        )
+
+
+def nothing_for(stage: str, counts: Sequence[SourceCounts]) -> HpcRlhfError:
+    """The error that a stage has no training data, with what became of the rows."""
+    return HpcRlhfError(
+        f"the data has no {kind_of(stage).data.value} for this stage: {'; '.join(one.summary() for one in counts)}",
+        where=f"stage {stage}",
+        hint="check data.sources, their formats, data.split, data.held_out and data.max_prompt_tokens",
+    )
 
 
 def texts(spec: JobSpec) -> Iterator[str]:

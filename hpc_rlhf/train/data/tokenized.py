@@ -16,7 +16,7 @@ import numpy as np
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
-from hpc_rlhf.run.row_counts import MANY, Outcome, SourceCounts, read_counts
+from hpc_rlhf.run.row_counts import Outcome, SourceCounts, read_counts
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
@@ -24,7 +24,7 @@ from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import Tokens, encode, pieces, shorten
 from hpc_rlhf.train.data.rows import Sample
-from hpc_rlhf.train.data.sources import StageSample, name_of, new_counts, stage_samples
+from hpc_rlhf.train.data.sources import StageSample, check_lost, name_of, new_counts, nothing_for, stage_samples
 from hpc_rlhf.train.data.sources import read as read_source
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from hpc_rlhf.train.runtime.world import World
@@ -147,13 +147,7 @@ def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World, whe
             print(f"hpc-rlhf: data of {where}: {counts.summary()}", flush=True)
             for sentence in counts.warnings():
                 print(f"hpc-rlhf: warning: {where}: {sentence}", file=sys.stderr, flush=True)
-            if counts.lost > limits.max_dropped:
-                raise HpcRlhfError(
-                    f"{counts.warnings()[0] if counts.lost > MANY else counts.summary()}; data.max_dropped is "
-                    f"{limits.max_dropped:g}",
-                    where=where,
-                    hint="fix these rows, or raise data.max_dropped",
-                )
+            check_lost(counts, where, limits)
 
     world.on_main(make)
     return StageData(*[Rows(target / f"{part}.arrow") for part in PARTS])
@@ -184,11 +178,7 @@ def prepare(
         rows = _write(stage_samples(spec, stage, counts), tokenizer, spec, data, target, should_stop)
         if rows["train"]:
             return {"stage": stage, "rows": rows, "sources": [source.to_dict() for source in counts]}
-        raise HpcRlhfError(
-            f"the data has no {data.value} for this stage: {'; '.join(source.summary() for source in counts)}",
-            where=f"stage {stage}",
-            hint="check data.sources, their formats, data.split, data.held_out and data.max_prompt_tokens",
-        )
+        raise nothing_for(stage, counts)
 
     return _stored(target, write, world, f"stage {stage}", spec.data)
 

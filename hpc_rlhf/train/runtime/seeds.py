@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 
-import numpy as np
-import torch
-
 
 def derive(*parts: object) -> int:
     """A 63-bit seed from a run's seed and its purpose (stage, step, rank, …)."""
@@ -22,6 +19,9 @@ def unit(*parts: object) -> float:
 
 def reseed(*parts: object) -> None:
     """Seed every random generator that training may use."""
+    import numpy as np  # what only reads data has no use for these
+    import torch
+
     seed = derive(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -110,7 +110,7 @@ def test_lost_rows_are_in_the_log_and_too_many_are_an_error(
     assert lost in out
     assert f"warning: stage reward: 10% of the rows of {where} are left out: {lost}" in err
 
-    with pytest.raises(HpcRlhfError, match=r"10% of the rows of .*; data\.max_dropped is 0\.05") as caught:
+    with pytest.raises(HpcRlhfError, match=r"10\.0% of the rows of .* and data\.max_dropped is 0\.05") as caught:
         counted(rows, "reward", world, tokenizer, tmp_path, max_dropped=0.05)
     assert caught.value.exit_code == 2, "and is not tried again"
     counted(rows, "reward", world, tokenizer, tmp_path, max_dropped=0.11)

@@ -1,0 +1,82 @@
+"""Asks what the data of specs is like, in a process of its own: only `train` reads data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run.row_counts import SourceCounts
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import kind_of
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the data of a spec is like.
+
+    Attributes:
+        problems: for each, the field of the spec, what is wrong, and a hint that may be empty.
+        data: what became of the rows that were read, by the field or the stage that they are for.
+        notes: sentences on what is left out or changed, or could not be found out.
+    """
+
+    problems: Sequence[tuple[str, str, str]] = ()
+    data: Mapping[str, Sequence[SourceCounts]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Survey:
+        problems = [(each["path"], each["what"], each["hint"]) for each in facts["problems"]]
+        data = {path: [SourceCounts.of(one) for one in counts] for path, counts in facts["data"].items()}
+        return cls(problems, data, facts["notes"])
+
+
+def survey(specs: Sequence[JobSpec], whole: bool = False) -> list[Survey]:
+    """The survey of each spec's data.
+
+    Args:
+        whole: read all rows, those of the hub too, instead of the first of each local file.
+
+    Raises:
+        HpcRlhfError: the process that reads the data failed.
+    """
+    if not whole and not any(_is_local(source) for spec in specs for source in _sources(spec)):
+        return [Survey() for _ in specs]
+    asked = {"specs": [spec.model_dump(mode="json") for spec in specs], "whole": whole}
+    env = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", **os.environ}
+    command = [sys.executable, "-m", "hpc_rlhf.train.survey"]
+    done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=env)
+    if done.returncode:
+        raise HpcRlhfError(
+            f"the process that reads the data exited with {done.returncode}",
+            hint="see its output above",
+            exit_code=RUN_FAILED,
+        )
+    return [Survey.of(facts) for facts in json.loads(done.stdout.splitlines()[-1])]
+
+
+def refuse_bad_data(spec: JobSpec) -> None:
+    """Raise HpcRlhfError if the first rows of local data show that a stage cannot use it."""
+    (known,) = survey([spec])
+    for path, what, hint in known.problems[:1]:
+        raise HpcRlhfError(what, where=path, hint=hint or None)
+
+
+def _sources(spec: JobSpec) -> Iterator[SourceSpec]:
+    yield from spec.data.sources
+    for stage in spec.trained:
+        for name in kind_of(stage).sources:
+            source = getattr(spec.stage(stage), name)
+            if source is not None:
+                yield source
+
+
+def _is_local(source: SourceSpec) -> bool:
+    return source.path is not None and os.path.isabs(source.path)

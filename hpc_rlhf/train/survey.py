@@ -1,0 +1,217 @@
+"""Reads the data of specs as their stages would, before anything trains: ``python -m hpc_rlhf.train.survey``.
+
+Standard input is JSON: ``specs`` and ``whole``, whether all rows are read or the first of each file. The last line of
+output is JSON, for each spec the fields of `Survey`. Without ``whole``, nothing imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run.row_counts import Outcome, SourceCounts
+from hpc_rlhf.spec import hub
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import Data, kind_of
+from hpc_rlhf.train.data import sources
+from hpc_rlhf.train.data.files import Placed, read_rows
+from hpc_rlhf.train.data.rows import Dropped, read_row
+
+# Rows read of each file, of each of many files, and of a source in search of a row that a stage can use.
+SAMPLE, FEW, SEARCHED = 100, 10, 20_000
+
+
+@dataclass
+class Survey:
+    """What the data of a spec is like.
+
+    Attributes:
+        problems: each with the ``path`` of the field in the spec, ``what`` is wrong and a ``hint``.
+        data: what becomes of the rows, by the field or the stage: for each source as ``SourceCounts.to_dict``.
+        notes: sentences on what is left out or changed, or could not be found out.
+    """
+
+    problems: list[dict[str, str]] = field(default_factory=list)
+    data: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def refuse(self, path: str, error: HpcRlhfError) -> None:
+        what = f"{error.where}: {error.message}" if error.where else error.message
+        self.problems.append({"path": path, "what": what, "hint": error.hint or ""})
+
+
+def sources_of(spec: JobSpec) -> dict[str, SourceSpec]:
+    """All sources that a spec's stages train on, by their fields."""
+    found = {f"data.sources.{number}": source for number, source in enumerate(spec.data.sources)}
+    for stage in spec.trained:
+        for name in kind_of(stage).sources:
+            source = getattr(spec.stage(stage), name)
+            found |= {f"stages.{stage}.{name}": source} if source is not None else {}
+    return found
+
+
+@dataclass
+class Sampled:
+    """The first rows of a source: what became of them, and what kinds of stages can use some."""
+
+    counts: SourceCounts
+    fits: frozenset[Data]
+
+
+@cache
+def sampled(source: SourceSpec, needs: frozenset[Data]) -> Sampled | HpcRlhfError:
+    """The first rows of each file of a source, or why it cannot be read. What is not on this machine fits all needs."""
+    counts = SourceCounts(sources.name_of(source))
+    try:
+        files = sources.local_files(source)
+        if files is None:
+            return Sampled(counts, needs)
+        size = SAMPLE if len(files) <= SAMPLE // FEW else FEW
+        fits: set[Data] = set()
+        for row in (row for file in files for row in islice(read_rows(file), size)):
+            fits |= _uses(source, row, needs, counts)
+        if needs - fits:
+            for row in islice(sources.placed_rows(source, 0), SEARCHED):
+                fits |= _uses(source, row, needs, SourceCounts(""))
+                if not needs - fits:
+                    break
+    except HpcRlhfError as error:
+        return error
+    return Sampled(counts, frozenset(fits))
+
+
+def _uses(source: SourceSpec, row: Placed, needs: frozenset[Data], counts: SourceCounts) -> set[Data]:
+    """The kinds of stages that can use a row. It is counted under what the most demanding of them makes of it."""
+    where, cells = row
+    try:
+        sample = read_row(cells, source.format or "", where)
+    except Dropped as dropped:
+        counts.add(dropped.outcome, where)
+        return set()
+    unfit = {data: sources.unfit_for(sample, data) for data in needs}
+    counts.add(unfit.get(Data.PAIRS) or Outcome.TRAINED, where)
+    return {data for data, why in unfit.items() if why is None}
+
+
+def look(spec: JobSpec) -> Survey:
+    """The survey of a spec's data from the first rows of each local file."""
+    survey = Survey()
+    stages = {stage: kind_of(stage).data for stage in spec.shares}
+    needs, fits = frozenset(stages.values()), set[Data]()
+    for path, source in sources_of(spec).items():
+        of_stages = path.startswith("data.")
+        one = sampled(source, needs if of_stages else frozenset({Data.ANSWERS}))
+        if isinstance(one, HpcRlhfError):
+            survey.refuse(path, one)
+            continue
+        fits |= one.fits if of_stages else set()
+        survey.data[path] = [one.counts.to_dict()]
+        survey.notes += [f"{path}: in the first {one.counts.read} rows, {text}" for text in one.counts.warnings()]
+    if not survey.problems:
+        for data in needs - fits:
+            names = " and ".join(stage for stage, own in stages.items() if own is data)
+            what = f"none of the first {SEARCHED:,} rows gives {data.value}, which {names} needs"
+            hint = f"fix the rows or their format, add a source with {data.value}, or remove {names}"
+            survey.problems.append({"path": "data.sources", "what": what, "hint": hint})
+    return survey
+
+
+class _Alone:
+    """Stands for the ranks of a run in a process of its own."""
+
+    @staticmethod
+    def on_main(make: Callable[[], Any]) -> Any:
+        return make()
+
+
+def tokenizer_of(spec: JobSpec, folder: Path) -> Any:
+    """The tokenizer as the stages have it.
+
+    Raises:
+        HpcRlhfError: it cannot be loaded; with RUN_FAILED if it is not on this machine.
+    """
+    from hpc_rlhf.train.data.dialogues import configure_tokenizer
+    from hpc_rlhf.train.models.tokenizers import load_tokenizer
+
+    world: Any = _Alone()
+    tokenizer = load_tokenizer(spec.models.actor, sources.texts(spec), folder, world)
+    return configure_tokenizer(tokenizer, spec.data.template, lambda: sources.thinks(spec))
+
+
+def read_all(spec: JobSpec) -> Survey:
+    """The survey of a spec's data from all rows: what becomes of each in each stage."""
+    survey = look(spec)
+    if survey.problems:
+        return survey
+    survey.data, survey.notes = {}, []
+    tokenizer = None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer = tokenizer_of(spec, Path(folder))
+        except HpcRlhfError as error:
+            if error.exit_code != RUN_FAILED:
+                survey.refuse("models.actor", error)
+                return survey
+            survey.notes.append("the tokenizer is not on this machine, so nothing is said of what is cut or too long")
+        for path, counts, samples, data in _parts(spec):
+            try:
+                _count(samples, tokenizer, spec, data)
+                if not any(Outcome.TRAINED in one.outcomes for one in counts):
+                    stage = path.split(".")[1]
+                    raise sources.nothing_for(stage, counts)
+                for one in counts:
+                    sources.check_lost(one, path, spec.data)
+            except HpcRlhfError as error:
+                survey.refuse("data.sources" if path.count(".") == 1 else path, error)
+            survey.data[path] = [one.to_dict() for one in counts]
+            survey.notes += [f"{path}: {text}" for one in counts for text in one.warnings()]
+    return survey
+
+
+Part = tuple[str, list[SourceCounts], Iterator[sources.StageSample], Data]
+
+
+def _parts(spec: JobSpec) -> Iterator[Part]:
+    """What is tokenized: the samples of each stage, and of each source that is mixed into one."""
+    for stage in spec.shares:
+        counts = sources.new_counts(spec)
+        yield f"stages.{stage}", counts, sources.stage_samples(spec, stage, counts), kind_of(stage).data
+    for path, source in sources_of(spec).items():
+        if not path.startswith("data."):
+            one = SourceCounts(sources.name_of(source))
+            mixed = (sources.StageSample(sample, False, one) for sample in sources.read(source, spec.seed, one))
+            yield path, [one], mixed, Data.ANSWERS
+
+
+def _count(samples: Iterator[sources.StageSample], tokenizer: Any, spec: JobSpec, data: Data) -> None:
+    if tokenizer is None:
+        for sample, held_out, counts in samples:
+            counts.add(Outcome.HELD_OUT if held_out else Outcome.TRAINED, sample.where)
+        return
+    from hpc_rlhf.train.data.tokenized import encoded
+
+    for _ in encoded(samples, tokenizer, spec, data):
+        pass
+
+
+def main() -> None:
+    asked = json.load(sys.stdin)
+    specs = [JobSpec.model_validate(spec) for spec in asked["specs"]]
+    if not any(hub.missing(item) for item in hub.items(*specs)):
+        os.environ.setdefault(hub.OFFLINE, "1")
+    surveys = [read_all(spec) if asked["whole"] else look(spec) for spec in specs]
+    print(json.dumps([asdict(survey) for survey in surveys]))
+
+
+if __name__ == "__main__":
+    main()
