@@ -9,7 +9,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, writing
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, billions_in, nearest
+from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, recipe_for
 from hpc_rlhf.spec.starter import write_starter
 
 
@@ -29,7 +29,8 @@ from hpc_rlhf.spec.starter import write_starter
 def command(actor: str, reward: str | None, deployment: str, name: str | None, out: str | None) -> None:
     """Write a commented job spec to start from.
 
-    Its hyperparameters are those that DeepSpeed-Chat published for the nearest model size.
+    The batches are those that DeepSpeed-Chat published for the nearest model size; for OPT models the epochs and
+    learning rates too, except those of adapters. For other models, these are from more recent sources.
     """
     for option, value in (("--actor", actor), ("--reward", reward)):
         if value is not None and not re.fullmatch("(~/|[./]*)[A-Za-z0-9][A-Za-z0-9./_-]*", value):
@@ -40,7 +41,7 @@ def command(actor: str, reward: str | None, deployment: str, name: str | None, o
             f"{name!r} is not a valid name: use letters, digits and . _ -, starting with a letter or digit",
             where="--name",
         )
-    recipe = nearest(deployment, billions_in(actor) or 1.3)
+    recipe = recipe_for(deployment, actor, reward or actor)
     file = f"{name}.yaml" if out is None else out
     shown = "FILE" if file == "-" else file
     text = write_starter(recipe, actor=actor, reward=reward or actor, name=name, file=shown)

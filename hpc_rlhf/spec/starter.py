@@ -88,9 +88,11 @@ def write_starter(recipe: Recipe, *, actor: str, reward: str, name: str, file: s
 
 def _origin(recipe: Recipe, billions: float | None) -> str:
     """Where the numbers come from, and whether they suit a model of this size."""
-    origin = f"Hyperparameters from DeepSpeed-Chat, {recipe.billions:g} billion parameters on {recipe.machine}."
+    origin = recipe.origin.format(billions=recipe.billions, machine=recipe.machine) + "."
+    if recipe.trains_adapters:
+        origin += "\n# Adapters: ten times the rate of full fine-tuning, at alpha 32 (LoRA Without Regret, 2025)."
     if billions is None:
-        return f"{origin} The model's name does not give its size: check that they suit it."
+        return f"{origin}\n# The model's name does not give its size: check that they suit it."
     if not 1 / 1.6 <= billions / recipe.billions <= 1.6:
         return f"{origin}\n# Untested at {billions:g} billion: check that memory and learning rates suit it."
     return origin

@@ -19,6 +19,23 @@ def _checkpoint_interval(raw: object) -> object:
     raise ValueError("must be a number of steps, a duration such as 10 min, or auto")
 
 
+def _warmup(raw: object) -> object:
+    whole = isinstance(raw, int) and not isinstance(raw, bool)
+    if (whole and 0 <= raw < 2**31) or (isinstance(raw, float) and 0 <= raw < 1):  # type: ignore[operator]
+        return raw
+    raise ValueError("must be a whole number of steps, or a fraction of all steps below 1, such as 0.1")
+
+
+# Optimizer steps over which a learning rate rises, as a fraction of all of them, or as their number.
+Warmup = Annotated[
+    int | float,
+    BeforeValidator(_warmup),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "number", "minimum": 0, "exclusiveMaximum": 1}]}
+    ),
+]
+
+
 def _or_auto(**schema: object) -> WithJsonSchema:
     """The JSON Schema of a field that also takes the word auto."""
     return WithJsonSchema({"anyOf": [schema, {"const": AUTO}]})
@@ -85,12 +102,17 @@ class TrainingSpec(StageSpec):
     global_batch: Positive | None = None
     """Samples per optimizer step over all GPUs; defaults to micro_batch times ranks. Gradient accumulation follows from
     it."""
-    warmup: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps over which the learning rate rises from 0."""
+    warmup: Warmup = 0.03
+    """Steps over which the learning rate rises from 0: a fraction of all optimizer steps, or from 1 on their number. It
+    ends with the stage at the latest. 0.03 is what Tülu 3 fine-tunes with (arXiv 2411.15124)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate schedule after the warm-up."""
+    """Learning rate schedule after the warm-up. cosine and linear end at 0 with the stage's last step, even if steps
+    were skipped on the way, because a gradient overflowed or by stop_kl."""
     weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")
+    eps: Rate = 1.0e-8
+    """Adam's epsilon, added to the root of the variance. A larger one, such as 1e-5 (arXiv 2403.17031), damps steps of
+    weights that rarely get a gradient."""
     clip_grad: Rate = Field(default=1.0, description="Gradients are clipped to this norm.")
     tensor_parallel: Positive = 1
     """Size of the groups of neighboring ranks on a node that split every layer (DeepSpeed's AutoTP) and process the
@@ -123,6 +145,12 @@ class TrainingSpec(StageSpec):
     Preemptions and time limits come with a warning and do not count. A day suits a few nodes; use a few hours for
     hundreds of GPUs or an unreliable cluster."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Number of checkpoints to keep.")
+
+    def refusals(self) -> dict[str, str]:
+        if self.max_steps is None or self.warmup < max(1, self.max_steps):
+            return {}
+        what = f"is {self.warmup} steps, but the stage ends after max_steps: {self.max_steps}"
+        return {"warmup": f"{what}; a fraction such as 0.1 always fits"}
 
     def check_strategy(self) -> None:
         super().check_strategy()

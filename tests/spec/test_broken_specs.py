@@ -54,6 +54,13 @@ BROKEN = [
      "model", "actor: facebook/opt-125m", "actor: [a, b]", "12:3: models.actor: must be text or a mapping "
                                                            "of fields, not a list"),
     ("model made from nothing", "model_type: llama, ", "", "13:3: models.reward: from_scratch needs model_type"),
+    ("part of a step", "lr: 1e-4", "lr: 1e-4\n    warmup: "
+                                   "1.5", "18:13: stages.sft.warmup: must be a whole number of steps, or a fraction of "
+                                          "all steps below 1, such as 0.1"),
+    ("warm-up longer than the "
+     "stage", "lr: 1e-4", "lr: 1e-4\n    warmup: 100\n    max_steps: "
+                          "50", "18:13: stages.sft.warmup: is 100 steps, but the stage ends after max_steps: 50; a "
+                                "fraction such as 0.1 always fits"),
     ("neither path nor demo", "demo: 300", "weight: 2", "10:7: data.sources.1: give exactly one of path and demo"),
     ("batch that does not "
      "divide", "micro_batch: 4\n    "

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rlhf.estimate.stage_memory import Memory, run_memory
 from hpc_rlhf.spec.load import load_spec
-from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, billions_in, nearest
+from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, RECIPES, billions_in, nearest, recipe_for
 from hpc_rlhf.spec.starter import write_starter
 from tests.spec.texts import JOBS, write
 
@@ -45,7 +46,7 @@ def test_every_starter_spec_is_valid(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models/opt-13b").mkdir(parents=True)
     actor = actor.replace("/models", str(tmp_path / "models"))
-    recipe = nearest(deployment, billions_in(actor) or 1.3)
+    recipe = recipe_for(deployment, actor, actor)
     spec = load_spec(write(tmp_path, write_starter(recipe, actor=actor, reward=actor, name="no", file="no.yaml")))
     assert (spec.models.actor, spec.name, spec.stage_names) == (actor, "no", ("sft", "reward", "ppo"))
     assert spec.slurm.ranks == recipe.nodes * recipe.gpus_per_node
@@ -75,3 +76,45 @@ def test_init_does_not_overwrite_and_marks_untested_sizes(tmp_path: Path) -> Non
 def test_init_rejects_invalid_names(args: tuple[str, ...]) -> None:
     done = init(*args, "--deployment", "single_gpu", "--out", "-")
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_only_opt_models_get_the_epochs_and_rates_of_deepspeed_chat() -> None:
+    ours, theirs = recipe_for("single_node", "Qwen/Qwen3-8B-Base", "Qwen/Qwen3-0.6B-Base"), nearest("single_node", 8)
+    assert recipe_for("single_node", "facebook/opt-6.7b", "facebook/opt-350m") == theirs
+    assert theirs.stages["sft"]["epochs"] == 16
+    assert ours.stages["sft"]["epochs"] == 2
+    assert "DeepSpeed-Chat" in theirs.origin
+    assert "learning rates from Tülu 3" in ours.origin
+    large = recipe_for("single_node", "a/b-8b", "a/b-8b").stages["reward"]["lr"]
+    assert large < ours.stages["reward"]["lr"] < theirs.stages["reward"]["lr"]  # type: ignore[operator]
+
+
+def test_what_deepspeed_chats_scripts_say_is_kept() -> None:
+    """Weight decay and activation checkpointing of SFT and PPO, by billions of parameters and deployment."""
+    kept = {
+        (recipe.billions, recipe.deployment): tuple(
+            (stage.get("weight_decay", 0.0), stage.get("activation_checkpointing", False))
+            for stage in (recipe.stages["sft"], recipe.stages["ppo"])
+        )
+        for recipe in RECIPES
+    }
+    assert kept == {
+        (1.3, "single_gpu"): ((0.0, False), (0.0, True)),
+        (1.3, "single_node"): ((0.0, False), (0.0, False)),
+        (6.7, "single_node"): ((0.0, True), (0.1, True)),
+        (13.0, "single_node"): ((0.0, True), (0.0, True)),
+        (66.0, "multi_node"): ((0.1, True), (0.1, True)),
+    }
+
+
+@pytest.mark.parametrize("job", ["opt-1.3b", "opt-6.7b", "opt-13b", "opt-66b", "opt-1.3b-dpo"])
+def test_every_job_fits_on_gpus_of_40_gb(job: str) -> None:
+    for stage, memory in run_memory(load_spec(JOBS / f"{job}.yaml", ["slurm.gpu=a100-40g"])).items():
+        assert isinstance(memory, Memory), memory
+        assert memory.fits, stage
+
+
+@pytest.mark.parametrize("job", sorted(path.stem for path in JOBS.glob("*.yaml")))
+def test_warm_ups_of_jobs_are_fractions(job: str) -> None:
+    spec = load_spec(JOBS / f"{job}.yaml")
+    assert all(spec.stage(name).model_dump()["warmup"] <= 0.1 for name in spec.trained)

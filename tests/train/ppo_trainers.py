@@ -61,9 +61,21 @@ def rewarding(seed: int = 1) -> RewardModel:
     return RewardModel(model)
 
 
+class LeftOut:
+    """Counts the steps that a learning-rate schedule leaves out."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def skip(self, steps: int) -> None:
+        self.steps += steps
+
+
 def trainer_of(world: Any = None, budget: int = 1000, ref_seed: int = 0, **fields: Any) -> PpoTrainer:
     world = world or Alone()
     models = SimpleNamespace(actor=language(), critic=rewarding(), ref=language(ref_seed), policy=None, ema=None)
+    for model in (models.actor, models.critic):
+        model.lr_scheduler = LeftOut()
     backend, rewards = SimpleNamespace(), ModelReward(rewarding().eval(), world, budget)
     sizes = Sizes(budget=budget, response=8, loss_factor=1.0)
     return PpoTrainer(PpoSpec(**fields), models, backend, rewards, tiny.EOS, sizes, world)  # type: ignore[arg-type]

@@ -139,6 +139,7 @@ def test_steps_end_once_the_kl_exceeds_its_limit(
     trainer = trainer_of(Alone(others), ppo_epochs=4, minibatches=3, stop_kl=limit)
     stats = trainer.learn(trainer.evaluate(ROLLOUT))
     assert optimizer.count == 2 * expected
+    assert trainer.models.actor.lr_scheduler.steps == trainer.models.critic.lr_scheduler.steps == 12 - expected
     assert stats["tokens"] == sum(map(len, (RESPONSES * 4)[: 2 * expected]))
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate, TopK, TopP
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages.kind import SENT, THROUGHPUT, Data, Plot, StageKind
-from hpc_rlhf.spec.training import LoraSpec, ReferredSpec, StageSpec
+from hpc_rlhf.spec.training import LoraSpec, ReferredSpec, StageSpec, Warmup
 
 
 class CriticSpec(Model):
@@ -33,8 +33,9 @@ class PpoSpec(ReferredSpec):
     A step is a rollout of global_batch x minibatches prompts and the optimizer steps on it.
     """
 
-    warmup: Annotated[int, Field(ge=0)] = 100
-    """Optimizer steps over which the learning rates rise from 0."""
+    warmup: Warmup = 0.1
+    """Steps over which the learning rates rise from 0: a fraction of all optimizer steps, or from 1 on their number. It
+    ends with the stage at the latest. DeepSpeed-Chat's 100 steps are a tenth of its run of 1.3B on one node."""
     actor_lr: Rate = Field(default=9.65e-6, description="Peak learning rate of the actor.")
     critic_lr: Rate = Field(default=5.0e-6, description="Peak learning rate of the critic.")
     ppo_epochs: Positive = Field(default=1, description="Passes over the experience of each rollout.")
@@ -117,8 +118,8 @@ class PpoSpec(ReferredSpec):
 
     def refusals(self) -> dict[str, str]:
         if self.kl_target is None or not self.truncates:
-            return {}
-        return {
+            return super().refusals()
+        return super().refusals() | {
             "kl_target": "needs top_p: 1 and top_k: 0, because responses drawn from a part of the distribution give no "
             "estimate of its KL; leave out kl_target, or top_p and top_k"
         }

@@ -42,6 +42,29 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
+class Schedule(torch.optim.lr_scheduler.LambdaLR):
+    """A stage's learning rates. It counts the steps that were made, and ends with the last of them.
+
+    Attributes:
+        skipped: optimizer steps of the stage that were not made and never will be.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, spec: TrainingSpec, total: int) -> None:
+        self.skipped = 0
+        warmup = schedule.warmup_steps(spec.warmup, total)
+        super().__init__(optimizer, lambda step: schedule.factor(spec.schedule, step, warmup, total - self.skipped))
+
+    def at(self, made: int, skipped: int) -> None:
+        """Set the learning rates after this many steps."""
+        self.last_epoch, self.skipped = made, skipped
+        for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
+            group["lr"] = base * factor(made)
+
+    def skip(self, steps: int) -> None:
+        """Leave out steps, so that the stage makes fewer."""
+        self.at(self.last_epoch, self.skipped + steps)
+
+
 def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingSpec, lr: float, total: int) -> Any:
     """A DeepSpeed engine with the stage's optimizer and learning-rate schedule.
 
@@ -63,14 +86,12 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingS
             zero[name] = min(zero[name], trained + trained % 2)
     optimizer: torch.optim.Optimizer
     if spec.optimizer == "onebit-adam":
-        optimizer = OneBitAdam(groups, lr, spec.betas, spec.clip_grad, spec.onebit_warmup)
+        optimizer = OneBitAdam(groups, lr, spec.betas, spec.clip_grad, spec.onebit_warmup, spec.eps)
         config["gradient_clipping"] = 0.0  # it clips by the averaged gradient's norm, which DeepSpeed never sees
     else:
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=spec.betas, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=spec.betas, eps=spec.eps, fused=True)
     internals.skip_autotp(model)  # ``split_model`` ran before the adapters wrapped the layers
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule.factor(spec.schedule, step, min(spec.warmup, total), total)
-    )
+    rate = Schedule(optimizer, spec, total)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=rate, config=config)
     internals.discard_allocation_step(engine)
     if isinstance(optimizer, OneBitAdam):
@@ -113,8 +134,8 @@ class StepResult:
 
     Attributes:
         grad_norm: norm of the gradient before clipping; infinite if the step was skipped.
-        applied: False if DeepSpeed skipped the step because a gradient was not finite: weights, Adam's moments and the
-            learning-rate schedule are as before.
+        applied: False if DeepSpeed skipped the step because a gradient was not finite: weights and Adam's moments are
+            as before, and the learning-rate schedule has a step fewer to go.
     """
 
     grad_norm: float
@@ -148,6 +169,7 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> StepR
         engine.step()
     score_head.read_masters(engine)
     if not engine.was_step_applied():
+        engine.lr_scheduler.skip(1)
         return StepResult(math.inf, applied=False)  # DeepSpeed's norm would be an earlier step's
     if onebit:
         return StepResult(onebit.grad_norm, applied=True)
@@ -220,7 +242,10 @@ def facts(engine: Any, world: World) -> dict[str, Any]:
         steps = {float(state["step"]) for state in optimizer.state.values() if "step" in state} or {0.0}
         assert len(steps) == 1, f"parameters have been stepped {sorted(steps)} times"
         numbers = {"steps": steps.pop()}
-    return {"optimizer": numbers, "schedule": engine.lr_scheduler.last_epoch, **internals.numbers(engine)}
+    rates = engine.lr_scheduler
+    return {
+        "optimizer": numbers, "schedule": rates.last_epoch, "skipped": rates.skipped, **internals.numbers(engine),
+    }  # fmt: skip
 
 
 def _prepare(engine: Any, facts: dict[str, Any], where: Path, world: World) -> None:
@@ -240,9 +265,5 @@ def _prepare(engine: Any, facts: dict[str, Any], where: Path, world: World) -> N
             for key in MOMENTS:
                 moments.setdefault(key, torch.zeros_like(stepped))
             moments["step"] = torch.tensor(numbers["steps"], dtype=torch.float32, device=stepped.device)
-    lr_scheduler = engine.lr_scheduler
-    lr_scheduler.last_epoch = facts["schedule"]
-    rates = zip(optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True)
-    for group, base, rate in rates:
-        group["lr"] = base * rate(facts["schedule"])
+    engine.lr_scheduler.at(facts["schedule"], facts.get("skipped", 0))  # checkpoints of 0.1.0 do not count them
     internals.restore_numbers(engine, facts["scale"], facts["counters"])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hpc_rlhf.train.algorithms.schedule import factor
+from hpc_rlhf.train.algorithms.schedule import factor, warmup_steps
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
@@ -37,3 +37,13 @@ def test_the_rate_stays_at_its_end(name: str, end: float) -> None:
 def test_a_warm_up_longer_than_the_stage_is_shortened() -> None:
     factors = [factor("cosine", step, 100, 4) for step in range(4)]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"),
+    [(0.1, 100, 10), (0.03, 119, 4), (0.1, 3, 0), (0, 50, 0), (1, 50, 1), (20, 50, 20), (100, 50, 50), (0.9, 1, 1)],
+)
+def test_a_warm_up_is_a_fraction_or_a_number_of_steps_and_ends_with_the_stage(
+    warmup: float, total: int, steps: int
+) -> None:
+    assert warmup_steps(warmup, total) == steps

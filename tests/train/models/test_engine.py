@@ -77,6 +77,9 @@ again = step(1.0)
 assert again.applied and 0 < again.grad_norm < math.inf
 assert weights().isfinite().all() and not torch.equal(weights(), before)
 assert learning_rate(engine) > rate
+for _ in range(7):
+    step(1.0)
+assert learning_rate(engine) < 1e-9, "the schedule ends with the tenth step, although one was skipped"
 """
 
 

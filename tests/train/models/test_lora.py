@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.stages.recipes import RECIPES
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.export import full_weights, module_weights
 from hpc_rlhf.train.models.lora import LoraLinear, adapt, off
 from tests.train import tiny
 
+# Width of the OPT models, by billions of parameters.
+WIDTHS = {1.3: 2048, 13.0: 5120, 66.0: 9216}
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 LORA = LoraSpec(rank=4, alpha=12.0)
 
@@ -150,3 +153,43 @@ def test_adapters_are_initialized_from_the_seed_and_differ_by_layer() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert not torch.equal(first[0], first[3])
+
+
+class DeepSpeedChatAdapter(nn.Module):
+    """An adapter as DeepSpeed-Chat makes it (dschat/utils/module/lora.py, with its lora_scaling of 1)."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base, self.scale = base, 1 / rank
+        self.right = nn.Parameter(torch.empty(base.in_features, rank))
+        self.left = nn.Parameter(torch.zeros(rank, base.out_features))
+        nn.init.kaiming_uniform_(self.right, a=5**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.right @ self.left * self.scale
+
+
+def first_step(layer: nn.Module, lr: float, inputs: int) -> float:
+    """How much Adam's first step changes a layer's output, as a root mean square."""
+    generator = torch.Generator().manual_seed(3)
+    x, target = torch.randn(32, inputs, generator=generator), torch.randn(32, 16, generator=generator)
+    adam = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr, betas=(0.9, 0.95), weight_decay=0)
+    before = layer(x)
+    ((before - target) ** 2).sum().backward()
+    adam.step()
+    return float((layer(x) - before).square().mean().sqrt().detach())
+
+
+@pytest.mark.parametrize("billions", WIDTHS)
+@pytest.mark.parametrize("times", [1, 4])  # attention, and the second layer of the feed-forward network
+@pytest.mark.parametrize(("stage", "rate"), [("sft", "lr"), ("ppo", "actor_lr")])
+def test_a_recipes_first_step_is_about_that_of_deepspeed_chat(
+    billions: float, times: int, stage: str, rate: str
+) -> None:
+    (fields,) = (r.stages[stage] for r in RECIPES if r.billions == billions and r.trains_adapters)
+    lora, inputs = LoraSpec.model_validate(fields["lora"]), WIDTHS[billions] * times
+    torch.manual_seed(1)
+    base = nn.Linear(inputs, 16).requires_grad_(False)
+    ours = first_step(LoraLinear(base, lora.rank, lora.alpha or lora.rank, 7), fields[rate], inputs)  # type: ignore[arg-type]
+    theirs = first_step(DeepSpeedChatAdapter(base, 128), 5e-4, inputs)  # the default of --lora_learning_rate
+    assert 1 / 3 < ours / theirs < 3, f"{ours / theirs:.2f} times"

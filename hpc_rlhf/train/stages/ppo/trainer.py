@@ -261,6 +261,9 @@ class PpoTrainer:
             if self.models.ema and not progress.actor_skipped:
                 self.models.ema.update()
             if self._too_far(stats["approx_kl"] - progress.kl_before, minibatch.all_tokens):
+                left = self.spec.ppo_epochs * len(minibatches) - progress.cursor.steps(len(minibatches)) // 2
+                for engine in (self.models.actor, self.models.critic):
+                    engine.lr_scheduler.skip(left)
                 break
         return progress.sums()
 
