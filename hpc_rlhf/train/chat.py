@@ -10,8 +10,9 @@ import torch
 
 from hpc_rlhf.train.data.dialogues import token_ids
 from hpc_rlhf.train.data.templates import prompt_text
-from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models import packed_attention, rotary
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
+from hpc_rlhf.train.rollout.in_process import trial
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
 
@@ -30,6 +31,9 @@ class ChatModel:
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
         self.model = model.to(self.device).eval()
         packed_attention.enable(self.model)
+        rotary.separate(self.model)
+        self._step = DecodeStep(self.model)
+        trial.choose(self._step, int, is_main=True)
         # Maximum tokens of a conversation with its response.
         self._context_length: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
@@ -48,7 +52,7 @@ class ChatModel:
         request = GenerationRequest(
             [ids], max_tokens, self.tokenizer.eos_token_id, sampling, keys=[(seed, "chat", len(turns))]
         )
-        steps = decode(DecodeStep(self.model), request)
+        steps = decode(self._step, request)
         yield from self._text(token for tokens in steps for _, token in tokens)
 
     def forgotten(self, turns: list[tuple[str, str]], max_tokens: int) -> int:

@@ -2,7 +2,8 @@
 
 Packed sequences are ``ids``, (tokens,), int64, one sequence after the other, and ``lengths``, the tokens of each. The
 layers see one row of real tokens, so nothing is spent on padding, and attention runs sequence by sequence. An
-architecture that ``packed_attention`` does not support runs on rows padded on the right instead.
+architecture that ``packed_attention`` does not support runs on rows padded on the right instead, and one that mixes
+those as well on one sequence at a time. ``agreement`` decides which.
 """
 
 from __future__ import annotations
@@ -17,11 +18,18 @@ from torch import Tensor, nn
 from hpc_rlhf.spec.sizes import ALIGNED
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_prob_sum, head_log_probs, token_log_probs
-from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models import packed_attention, rotary, structure
 from hpc_rlhf.train.models.score_head import ScoreHead
 
 # Config fields of models whose logits are more than the head's output.
-OWN_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+OWN_LOGITS = (
+    "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling",
+    "lm_head_multiplier", "logits_mup_width_multiplier",
+)  # fmt: skip
+
+
+# An attribute of models whose sequences go through them one by one.
+ONE_BY_ONE = "sequences_go_one_by_one"
 
 
 def _padding(tokens: int, device: torch.device) -> tuple[int, ...]:
@@ -47,6 +55,9 @@ def padded(model: Any, ids: Tensor, lengths: tuple[int, ...]) -> tuple[Any, Tens
     positions = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
         positions["position_ids"] = torch.arange(rows.shape[1], device=ids.device).expand_as(rows)
+        if rotary.switch_length(model.config) is not None:  # padding must not make a row longer
+            last = torch.tensor(lengths, device=ids.device).unsqueeze(1) - 1
+            positions["position_ids"] = positions["position_ids"].minimum(last)
     return model(input_ids=rows, attention_mask=real.long(), use_cache=False, **positions), real
 
 
@@ -68,9 +79,15 @@ def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         )  # fmt: skip
         packed_hidden: Tensor = output.last_hidden_state[0]
         return packed_hidden
-    output, real = padded(body, ids, lengths)
-    hidden: Tensor = output.last_hidden_state[real]
-    return hidden
+    return _by_token(body, ids, lengths, "last_hidden_state")
+
+
+def _by_token(model: Any, ids: Tensor, lengths: tuple[int, ...], field: str) -> Tensor:
+    """A field of transformers' output for each token, (tokens, …): from padded rows, or from one row at a time."""
+    passes: list[tuple[Tensor, tuple[int, ...]]] = [(ids, lengths)]
+    if getattr(model, ONE_BY_ONE, False):
+        passes = [(part, (len(part),)) for part in ids.split(list(lengths))]
+    return torch.cat([output[field][real] for output, real in (padded(model, *each) for each in passes)])
 
 
 class LogProbHead(nn.Linear):
@@ -122,13 +139,12 @@ class LanguageModel(nn.Module):
             gradient, or (0,).
         """
         if self.chunked:
-            hidden = hidden_states(self.causal.base_model, ids, lengths)[predicted - 1]
+            hidden = hidden_states(structure.body(self.causal), ids, lengths)[predicted - 1]
             outputs: tuple[Tensor, Tensor] = self.causal.get_output_embeddings()(
                 hidden, ids[predicted], temperature, with_entropies, summed
             )
             return outputs
-        output, real = padded(self.causal, ids, lengths)
-        logits = output.logits[real][predicted - 1]
+        logits = _by_token(self.causal, ids, lengths, "logits")[predicted - 1]
         log_probs = token_log_probs(logits, ids[predicted], temperature)
         if summed:
             return log_probs.sum(), log_probs.new_empty(0)
@@ -153,7 +169,7 @@ class RewardModel(nn.Module):
 
     def forward(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Values of packed sequences: (tokens,), float32."""
-        hidden = hidden_states(self.classifier.base_model, ids, lengths)
+        hidden = hidden_states(structure.body(self.classifier), ids, lengths)
         values: Tensor = self.classifier.score(hidden)[: len(ids)].squeeze(-1)
         return values - self.offset
 

@@ -16,7 +16,8 @@ from torch import nn
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.spec.job import FromScratch
-from hpc_rlhf.train.models import packed_attention, score_head
+from hpc_rlhf.train.models import dropout as dropouts
+from hpc_rlhf.train.models import packed_attention, rotary, score_head
 from hpc_rlhf.train.models.export import gathered, interruptible
 from hpc_rlhf.train.models.language_model import RewardModel
 from hpc_rlhf.train.runtime import seeds
@@ -24,12 +25,6 @@ from hpc_rlhf.train.runtime.stop_control import StopControl
 from hpc_rlhf.train.runtime.world import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# The architectures' names for dropout rates.
-DROPOUT_FIELDS = (
-    "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "classifier_dropout",
-    "embd_pdrop", "resid_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob",
-)  # fmt: skip
 
 
 def make_from_scratch(ref: FromScratch, tokenizer: Any, seed: int, folder: Path, world: World) -> None:
@@ -71,12 +66,8 @@ def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kw
 
     try:
         config = AutoConfig.from_pretrained(source, **kwargs)
-        for field in DROPOUT_FIELDS:
-            if hasattr(config, field):
-                setattr(config, field, dropout)
-        if hasattr(config, "layerdrop"):
-            config.layerdrop = 0.0
-        return auto_class.from_pretrained(source, config=config, dtype=dtype)
+        dropouts.set_rates(config, dropout)
+        model = auto_class.from_pretrained(source, config=config, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
         raise HpcRlhfError(
             f"the model could not be loaded ({str(error).splitlines()[0]})",
@@ -84,6 +75,10 @@ def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kw
             hint="give a hub id that this node can reach or has cached, or a model's folder",
             exit_code=exit_code_of(error, source),
         ) from error
+    if not dropout:
+        dropouts.turn_off(model)
+    rotary.separate(model)
+    return model
 
 
 def load_causal(source: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:

@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from hpc_rlhf.train.models import cpu_kernels
+from hpc_rlhf.train.models import cpu_kernels, structure
 
 NAME = "hpc_rlhf_packed"
 
 # Config fields of attention variants that scaled_dot_product_attention does not compute.
 OWN_ATTENTION = ("attn_logit_softcapping", "logit_soft_cap", "alibi")
+# Kinds of layers whose tokens see others through this attention alone; recurrent layers, convolutions and attention
+# within chunks of a row are of other kinds.
+PACKABLE = {"full_attention", "sliding_attention", "attention"}
+
+
+class NotPackable(RuntimeError):
+    """A model does not attend within packed sequences."""
+
+
+# The modules that have attended to packed sequences, within ``recording``.
+_recorded: set[Any] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[set[Any]]:
+    """Within it, modules that attend to packed sequences are collected."""
+    global _recorded
+    _recorded = set()
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
 
 
 def attention(
@@ -36,9 +60,13 @@ def attention(
         (batch, queries, heads, dim), and None for the weights.
     """
     if packed_lengths is not None:
+        if attention_mask is not None and attention_mask.numel() > 1:
+            raise NotPackable(f"{type(module).__name__} hides tokens by a mask of its own")
+        if _recorded is not None:
+            _recorded.add(module)
         return _packed(query, key, value, packed_lengths, dropout, scaling, sliding_window), None
     if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
-        raise RuntimeError(f"{type(module).__name__} got no lengths for its packed sequences")
+        raise NotPackable(f"{type(module).__name__} got no lengths for its packed sequences")
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.shape[2] == 1:
         # The queries of a group become rows before their shared key: nothing is copied.
@@ -94,8 +122,12 @@ def _passes_lengths_on(model: Any) -> bool:
     """True if an architecture passes the lengths on to its attention; tried on one layer without weights."""
     from transformers import AttentionInterface
 
-    def probe(*_: Any, packed_lengths: tuple[int, ...] | None = None, **__: Any) -> None:
-        raise _GotLengths if packed_lengths else RuntimeError
+    def probe(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Tensor | None,
+        packed_lengths: tuple[int, ...] | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        has_own_mask = attention_mask is not None and attention_mask.numel() > 1
+        raise _GotLengths if packed_lengths and not has_own_mask else RuntimeError
 
     AttentionInterface.register(f"{NAME}_probe", probe)
     config = copy.deepcopy(model.config)
@@ -105,7 +137,7 @@ def _passes_lengths_on(model: Any) -> bool:
     try:
         with torch.device("meta"):
             ids, unused = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 1, 1, 1, dtype=torch.bool)
-            body = type(model)(config).base_model
+            body = structure.body(type(model)(config))
             body(input_ids=ids, attention_mask=unused, position_ids=ids, use_cache=False, packed_lengths=(3, 1))
     except _GotLengths:
         return True
@@ -115,13 +147,34 @@ def _passes_lengths_on(model: Any) -> bool:
 
 
 def enable(model: Any) -> None:
-    """Make a model accept packed rows, if its architecture allows it."""
+    """Make a model accept packed rows, if its architecture allows it.
+
+    This asks the configuration and one layer; ``agreement.verify`` asks the whole model.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    own = any(getattr(model.config, field, None) for field in OWN_ATTENTION)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    if own or not getattr(model, "_supports_sdpa", False) or not _passes_lengths_on(model):
+    own = any(getattr(model.config, field, None) for field in OWN_ATTENTION)
+    attends = structure.layer_kinds(model.config) <= PACKABLE
+    # Convolutions over neighbouring tokens are part of most recurrent layers.
+    mixes = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    if own or mixes or not attends or not getattr(model, "_supports_sdpa", False) or not _passes_lengths_on(model):
         return
     model.set_attn_implementation(NAME)
+
+
+def enable_again(model: Any) -> None:
+    """Make a model accept packed rows again after ``disable``."""
+    model.set_attn_implementation(NAME)
+
+
+def is_enabled(model: Any) -> bool:
+    return bool(model.config._attn_implementation == NAME)
+
+
+def disable(model: Any) -> None:
+    """Make a model that accepts packed rows run on padded ones."""
+    if is_enabled(model):
+        model.set_attn_implementation("sdpa")

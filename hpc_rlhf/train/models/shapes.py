@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models import packed_attention, structure
 from hpc_rlhf.train.models.language_model import hidden_states, padded
 from hpc_rlhf.train.models.lora import sizes
 
@@ -109,9 +109,9 @@ def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> list[float]:
     ids = torch.zeros(_TOKENS, dtype=torch.int64, device="meta")
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if model.config._attn_implementation == packed_attention.NAME:
-            hidden_states(model.base_model, ids, (_TOKENS,))
+            hidden_states(structure.body(model), ids, (_TOKENS,))
         else:
-            padded(model.base_model, ids, (_TOKENS,))
+            padded(structure.body(model), ids, (_TOKENS,))
     for hook in hooks:
         hook.remove()
     sharded = sum(

@@ -19,8 +19,8 @@ from hpc_rlhf.train.algorithms.dpo import preference_loss
 from hpc_rlhf.train.algorithms.reward import preferred
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
+from hpc_rlhf.train.models import agreement, lora
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
@@ -52,6 +52,9 @@ class DpoModels:
         self.ref = (
             self.engine if ref is None else engines.frozen_engine(LanguageModel(ref), configs["ref"], world.device)
         )
+        agreement.verify(self.engine, world, source, spec.dropout)
+        if ref is not None:
+            agreement.verify(self.ref, world, source)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.reward import pairwise_loss, preferred, ranking_loss
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
+from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.loading import check_fits, load_reward, loading
 from hpc_rlhf.train.stages.common import finish, prepare_model
@@ -35,6 +36,7 @@ def run(context: StageContext) -> None:
     check_fits(model.classifier.config, context.tokenizer, context.longest, source)
     prepare_model(model.classifier, spec, context.spec.seed)
     engine = engines.training_engine(model, context.ds_config, spec, spec.lr, total)
+    agreement.verify(engine, context.world, source, spec.dropout)
 
     # 3. Loss: the chosen response of a pair should have the higher score.
     def measure(rows: list[Row]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
+from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
@@ -36,6 +37,7 @@ def run(context: StageContext) -> None:
     check_fits(model.config, context.tokenizer, context.longest, source)
     prepare_model(model, spec, context.spec.seed)
     engine = engines.training_engine(LanguageModel(model), context.ds_config, spec, spec.lr, total)
+    agreement.verify(engine, context.world, source, spec.dropout)
 
     # 3. Loss: the negative log-probability of a row's last tokens.
     def target_tokens(row: Row) -> int:

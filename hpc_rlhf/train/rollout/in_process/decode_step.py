@@ -39,6 +39,7 @@ class DecodeStep:
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.last_only = {"logits_to_keep": 1} if keeps else {}
         self.may_trace = may_trace
+        self.ways: tuple[type, ...] | None = None  # kinds of rows that ``trial`` has found right
         fixed = not any(kind in str(getattr(model.config, "rope_parameters", "")) for kind in CHANGING_ROPE)
         self.steps_to_trace = TRACED_AFTER if may_trace and fixed else -1
         self.may_record = may_trace and fixed

@@ -48,7 +48,7 @@ def decode(
     prompts, limit, sampling = request.prompts, request.max_new_tokens, request.sampling
     waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i)))
     rows = request.max_batch
-    batch = make_rows(step, min(rows, len(prompts)), max(map(len, prompts), default=0) + limit)
+    batch = make_rows(step, min(rows, len(prompts)), max(map(len, prompts), default=0) + limit, before)
     live: list[int] = []  # the prompt that each row answers
     counts: list[int] = []  # tokens drawn in each row
     last = torch.empty(0, dtype=torch.int64, device=step.model.device)  # the latest token of each row

@@ -11,6 +11,7 @@ import torch
 
 from hpc_rlhf.spec.sizes import CACHE_SHARE, WEIGHTS_SHARE
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutCancelled
+from hpc_rlhf.train.rollout.in_process import trial
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
 from hpc_rlhf.train.rollout.in_process.gathered_model import GatheredModel
@@ -86,6 +87,9 @@ class RolloutEngine:
             return state
 
         with self.gathered.filled():
+            if self.step.ways is None:
+                together = self.world.max if self.gathered.streamed else int
+                trial.choose(self.step, together, self.world.is_main)
             for tokens in decode(self.step, request, lambda: agree(MORE)):
                 for number, token in tokens:
                     responses[number].append(token)
@@ -101,7 +105,7 @@ def _memory(device: torch.device) -> int:
 def _bytes_per_token(model: Any) -> int:
     """Bytes of the keys and values of one token."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # recurrent layers have a state of fixed size instead
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 2 * config.num_hidden_layers * key_heads * dim * model.dtype.itemsize

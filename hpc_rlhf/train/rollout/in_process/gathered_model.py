@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models import packed_attention, rotary, structure
 from hpc_rlhf.train.models.export import ModuleWeights, full_bytes, full_weights, module_weights, whole
 from hpc_rlhf.train.parallel.deepspeed_internals import is_split, is_zero3
 
@@ -40,10 +40,13 @@ class GatheredModel:
         self.model = model
         self._in_use = ExitStack()  # holds the streamed layer in use
         self.sharded = any(map(is_zero3, model.parameters()))
+        config = copy.deepcopy(model.config)
+        config.dtype = model.dtype  # may be its name, which some architectures do not take
         with init_empty_weights(include_buffers=False):
-            self.module = type(model)(copy.deepcopy(model.config)).eval()
+            self.module = type(model)(config).eval()
         self.module.tie_weights()  # the meta device has untied them
         packed_attention.enable(self.module)
+        rotary.separate(self.module)
         _allocate_empty(self.module)
         self.weights = dict(self.module.named_parameters())
         self.resident = module_weights(model)
@@ -111,10 +114,9 @@ def _allocate_empty(module: nn.Module) -> None:
 
 def _layers(model: Any) -> tuple[str, nn.ModuleList]:
     """A model's list of layers, and its name."""
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
+    found = structure.layers(model)
+    if found is not None:
+        return found
     raise HpcRlhfError(
         "the model is too large to gather for a rollout, and its list of layers was not found",
         where=type(model).__name__,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from hpc_rlhf.spec.sizes import ALIGNED
 from hpc_rlhf.train import ragged
-from hpc_rlhf.train.models import packed_attention
+from hpc_rlhf.train.models import packed_attention, rotary
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 
 # Attention covers a multiple of this many columns, masked past a row's end, so that shapes seldom change.
@@ -23,13 +23,30 @@ COLUMN_STEP = 32
 WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
-def make_rows(step: DecodeStep, rows: int, columns: int) -> BatchedRows | SingleRows:
-    """Space for a number of rows of at most ``columns`` tokens."""
-    config = step.model.config.get_text_config()
+# What architectures call the cache that they make, in their output and in the next step's arguments.
+CACHES = ("past_key_values", "cache_params", "state")
+
+
+def may_batch(model: Any, columns: int) -> bool:
+    """True if prompts may be packed and rows share passes, as far as the architecture is known."""
+    config = model.config.get_text_config()
     windows = [getattr(config, field, None) or columns for field in WINDOWS]
-    if step.model.config._attn_implementation == packed_attention.NAME and columns <= min(windows):
+    return packed_attention.is_enabled(model) and columns <= min(windows)
+
+
+def make_rows(step: DecodeStep, rows: int, columns: int, before: Callable[[], object]) -> Rows:
+    """Space for a number of rows of at most ``columns`` tokens.
+
+    Args:
+        before: called before each forward pass but the first of ``begin`` or ``step``.
+    """
+    switch = rotary.switch_length(step.model.config)
+    if switch is not None and columns > switch:  # a cache would keep keys with the frequencies of a shorter sequence
+        return WholeRows(step, rows, columns, before)
+    ways = (BatchedRows, SingleRows) if step.ways is None else step.ways
+    if BatchedRows in ways and may_batch(step.model, columns):
         return BatchedRows(step, rows, columns)
-    return SingleRows(step.model)
+    return (SingleRows if SingleRows in ways else WholeRows)(step, rows, columns, before)
 
 
 class BatchedRows:
@@ -39,7 +56,7 @@ class BatchedRows:
     row, whatever the lengths of the others. Prompts go through the model packed, without padding.
     """
 
-    def __init__(self, step: DecodeStep, rows: int, columns: int) -> None:
+    def __init__(self, step: DecodeStep, rows: int, columns: int, before: Callable[[], object] = lambda: None) -> None:
         self.decode_step = step
         self.model = step.model
         self.sizes = [0] * rows  # tokens in each row
@@ -134,26 +151,71 @@ class _PromptCache(Cache):
 
 
 class SingleRows:
-    """Rows that go through the model one by one, if packed rows do not support its attention."""
+    """Rows that go through the model one by one, each with the cache that the architecture makes for it."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.caches: dict[int, Any] = {}
+    def __init__(self, step: DecodeStep, rows: int, columns: int, before: Callable[[], object] = lambda: None) -> None:
+        self.model = step.model
+        self.before = before
+        self.caches: dict[int, dict[str, Any]] = {}  # of each row, as an argument of the model
+        self.sizes: dict[int, int] = {}
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
 
     def begin(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
-        logits = []
-        for row, prompt in enumerate(prompts, first):
-            self.caches[row] = DynamicCache(config=self.model.config)
-            logits.append(self._call(row, torch.tensor(prompt, device=self.model.device)))
-        return torch.cat(logits)
+        for row in range(first, first + len(prompts)):
+            self.caches[row], self.sizes[row] = {}, 0
+        tokens = [torch.tensor(prompt, device=self.model.device) for prompt in prompts]
+        return self._calls(list(enumerate(tokens, first)))
 
     def step(self, tokens: Tensor) -> Tensor:
-        return torch.cat([self._call(row, tokens[row : row + 1]) for row in range(len(tokens))])
+        return self._calls(list(enumerate(tokens.split(1))))
 
     def move(self, source: int, target: int) -> None:
-        self.caches[target] = self.caches.pop(source)
+        self.caches[target], self.sizes[target] = self.caches.pop(source), self.sizes.pop(source)
+
+    def _calls(self, rows: Sequence[tuple[int, Tensor]]) -> Tensor:
+        logits = []
+        for number, (row, tokens) in enumerate(rows):
+            if number:  # the first forward pass has been announced
+                self.before()
+            logits.append(self._call(row, tokens))
+        return torch.cat(logits)
 
     def _call(self, row: int, tokens: Tensor) -> Tensor:
-        output = self.model(input_ids=tokens.unsqueeze(0), past_key_values=self.caches[row], use_cache=True)
+        start = self.sizes[row]
+        self.sizes[row] += len(tokens)
+        positions = torch.arange(start, self.sizes[row], device=tokens.device).unsqueeze(0)
+        output = self.model(
+            input_ids=tokens.unsqueeze(0), use_cache=True, **self.caches[row],
+            **({"position_ids": positions} if self.takes_positions else {}),
+        )  # fmt: skip
+        self.caches[row] = {name: output[name] for name in CACHES if output.get(name) is not None}
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+class WholeRows(SingleRows):
+    """Rows that go through the model whole for each token: slow, and right for every architecture."""
+
+    def __init__(self, step: DecodeStep, rows: int, columns: int, before: Callable[[], object] = lambda: None) -> None:
+        super().__init__(step, rows, columns, before)
+        self.tokens: dict[int, Tensor] = {}
+
+    def begin(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
+        for row, prompt in enumerate(prompts, first):
+            self.tokens[row] = torch.tensor(prompt, device=self.model.device)
+        return self._calls([(row, self.tokens[row]) for row in range(first, first + len(prompts))])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        for row, token in enumerate(tokens.split(1)):
+            self.tokens[row] = torch.cat([self.tokens[row], token])
+        return self._calls([(row, self.tokens[row]) for row in range(len(tokens))])
+
+    def move(self, source: int, target: int) -> None:
+        self.tokens[target] = self.tokens.pop(source)
+
+    def _call(self, row: int, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[:, -1]
+        return logits
+
+
+Rows = BatchedRows | SingleRows

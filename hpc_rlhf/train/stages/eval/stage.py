@@ -20,6 +20,7 @@ from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal, load_reward, loading
@@ -89,6 +90,7 @@ class Evaluation:
             model = load_causal(source, context.dtype)
         check_fits(model.config, context.tokenizer, context.longest, source)
         engine = engines.frozen_engine(LanguageModel(model), context.ds_config, context.world.device)
+        agreement.verify(engine, context.world, source)
         texts, prompts = self.held.texts, self.held.prompts.prompts
         if len(texts):
             loss = -math.fsum(ask.likelihoods(engine, texts)) / sum(texts.response_lengths)
@@ -116,6 +118,7 @@ class Evaluation:
             model = load_reward(source, context.dtype, None)
         check_fits(model.classifier.config, context.tokenizer, context.longest, source)
         engine = engines.frozen_engine(model, context.ds_config, context.world.device)
+        agreement.verify(engine, context.world, source)
         ask = self.questions
         rewards = ModelReward(engine, context.world, ask.budget, partial(context.stop.check, "evaluation"))
         results.chosen, results.rejected = (ask.scores(rewards, part) for part in self.held.pairs)

@@ -10,10 +10,12 @@ from typing import Any
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
+from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import DTYPES, check_fits, load_causal, load_reward, sharded_loading
+from hpc_rlhf.train.models.rotary import check_rollouts
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.common import prepare_model
 
@@ -61,6 +63,7 @@ class PpoModels:
             reward = load_reward(start.reward, dtype, None)
         check_fits(self.policy.config, tokenizer, start.longest, start.actor)
         check_fits(critic.classifier.config, tokenizer, start.longest, start.reward)
+        check_rollouts(self.policy.config, start.longest, start.actor)
         prepare_model(self.policy, spec, start.seed)
         prepare_model(critic.classifier, spec.of_critic, start.seed)
         self.actor = engines.training_engine(
@@ -69,6 +72,10 @@ class PpoModels:
         self.critic = engines.training_engine(critic, configs["critic"], spec.of_critic, spec.critic_lr, start.updates)
         self.ref = engines.frozen_engine(LanguageModel(self.ref_policy), configs["ref"], world.device)
         self.reward = engines.frozen_engine(reward, configs["reward"], world.device)
+        agreement.verify(self.actor, world, start.actor, spec.dropout)
+        agreement.verify(self.critic, world, start.reward, spec.dropout)
+        agreement.verify(self.ref, world, start.actor)
+        agreement.verify(self.reward, world, start.reward)
         self.ema = Ema(self.policy, spec.ema_beta, world) if spec.ema else None
 
     def save(self, snapshot: Snapshot) -> None:

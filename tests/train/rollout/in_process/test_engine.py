@@ -209,6 +209,7 @@ def test_a_traced_step_gives_the_same_bits_for_other_rows_and_weights(
 def test_a_step_that_a_trace_cannot_follow_is_not_traced(world: World) -> None:
     """A trace would fix a branch that depends on the tokens, so the model runs untraced."""
     engine = RolloutEngine(tiny.causal("llama"), world)
+    sampled(engine, [0])  # the rows of this model depend on each other, which the trial would notice
     layer = engine.gathered.module.model.layers[0]
     forward = layer.forward
     layer.forward = lambda hidden, *args, **how: forward(hidden, *args, **how) * (1 if hidden.sum() > 0 else 2)

@@ -1,0 +1,212 @@
+"""At a stage's start: what a model computes for a sequence is what transformers computes for it alone.
+
+Rows in which sequences follow one another, and padded ones, are right for most architectures, but not for all:
+recurrent layers may carry one sequence's state into the next, and some keep state in the module. So a few short random
+sequences go through the loaded model in different arrangements, and the fastest one that agrees is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.train.models import packed_attention, structure
+from hpc_rlhf.train.models.language_model import ONE_BY_ONE, LanguageModel, RewardModel
+from hpc_rlhf.train.parallel.deepspeed_internals import is_zero3
+from hpc_rlhf.train.ragged import Ragged
+from hpc_rlhf.train.runtime.world import World
+
+LENGTHS = (12, 5, 19, 8)
+# The sequence that also goes through the model alone, without its last tokens: they must not matter.
+ALONE, LEFT_OUT = 2, 3
+PACKED, PADDED, SINGLE = "packed into one row", "in padded rows", "one by one"
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far outputs may differ by rounding, as a fraction of their standard deviation.
+
+    Sequences that reach each other differ by more than a tenth of it; rounding in half precision by 1 to 3 hundredths.
+    """
+    return 1e-4 if dtype == torch.float32 else 0.1
+
+
+def random_sequences(config: Any, lengths: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Random tokens that a model takes, the same on every rank: (length,), int64."""
+    text = config.get_text_config()
+    special = {text.pad_token_id, text.bos_token_id, *_listed(text.eos_token_id)}
+    tokens = torch.tensor([token for token in range(min(text.vocab_size, 10_000)) if token not in special])
+    longest = getattr(text, "max_position_embeddings", None) or max(lengths)
+    generator = torch.Generator().manual_seed(0)
+    return [
+        tokens[torch.randint(len(tokens), (min(length, longest),), generator=generator)].to(device)
+        for length in lengths
+    ]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Within it, nothing has a gradient; afterwards random numbers continue as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        yield
+
+
+def verify(engine: Any, world: World, source: str, dropout: float = 0.0) -> None:
+    """Choose how sequences are arranged in a model's passes, in place. Collective.
+
+    Args:
+        engine: a ``LanguageModel`` or ``RewardModel``, or the DeepSpeed engine around one. One in training mode must
+            not draw random numbers either, unless it has dropout.
+        source: what the model was loaded from, for errors.
+
+    Raises:
+        HpcRlhfError: passes draw random numbers, or no arrangement gives what transformers gives.
+    """
+    training = engine.training
+    trial = _Trial(engine, world, source)
+    try:
+        engine.train(training and not dropout)
+        with undisturbed(world.device):
+            if engine.training:
+                trial.check_noise()
+            trial.arrange()
+    finally:
+        engine.train(training)
+
+
+class _Trial:
+    def __init__(self, engine: Any, world: World, source: str) -> None:
+        self.engine = engine
+        self.world = world
+        self.source = source
+        self.model: LanguageModel | RewardModel = getattr(engine, "module", engine)
+        is_language = isinstance(self.model, LanguageModel)
+        self.inner: Any = self.model.causal if is_language else self.model.classifier
+        self.kind = self.inner.config.model_type
+        self.sharded = any(map(is_zero3, self.model.parameters()))
+        self.tolerance = tolerance(self.inner.dtype)
+        self.sequences = random_sequences(self.inner.config, LENGTHS, world.device)
+
+    def outputs(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """Log-probabilities of each sequence's tokens but the first, or its values: float64."""
+        lengths = [len(sequence) for sequence in sequences]
+        batch = Ragged(torch.cat(list(sequences)), tuple(lengths))
+        if isinstance(self.model, LanguageModel):
+            lengths = [length - 1 for length in lengths]
+            flat, _ = self.engine(batch.ids, batch.lengths, batch.tail(lengths))
+        else:
+            flat = self.engine(batch.ids, batch.lengths)
+        return list(flat.detach().double().split(lengths))
+
+    # Random numbers
+
+    def check_noise(self) -> None:
+        """Refuse a model of which two passes over the same tokens differ in training, but not in evaluation."""
+        noise = self._noise()
+        if self.world.max(noise > 0):
+            self.engine.eval()
+            floor = self._noise()
+            self.engine.train()
+            if self.world.max(noise > 4 * floor + 1e-6):
+                raise HpcRlhfError(
+                    f"{self.kind} models draw random numbers in training where dropout is 0: two passes over the same "
+                    f"tokens differ by {noise:.1e} standard deviations",
+                    where=self.source,
+                    hint="set dropout above 0 to accept them, or use another model",
+                )
+
+    def _noise(self) -> float:
+        return _distance(*(torch.cat(self.outputs(self.sequences)) for _ in range(2)))
+
+    # Arrangements
+
+    def arrange(self) -> None:
+        """Use the first arrangement that agrees, and say so if it is not the first one."""
+        alone = self._alone()
+        ways = [PADDED, SINGLE]
+        if packed_attention.is_enabled(self.inner):
+            ways.insert(0, PACKED)
+        heads = [True, False] if getattr(self.model, "chunked", False) else [False]
+        for chunked in heads:
+            for way in ways:
+                self._set(way, chunked)
+                if not self.world.max(not self._agrees(alone, way)):
+                    self._report(way, ways, chunked, heads)
+                    return
+        raise HpcRlhfError(
+            f"{self.kind} models cannot be trained here: what they compute for a token depends on those after it, "
+            "or on earlier passes",
+            where=self.source,
+            hint="use a causal language model",
+        )
+
+    def _set(self, way: str, chunked: bool) -> None:
+        if way != PACKED:
+            packed_attention.disable(self.inner)
+        elif not packed_attention.is_enabled(self.inner):
+            packed_attention.enable_again(self.inner)
+        for part in (self.inner, structure.body(self.inner)):
+            setattr(part, ONE_BY_ONE, way == SINGLE)
+        if isinstance(self.model, LanguageModel):
+            self.model.chunked = chunked
+
+    def _alone(self) -> Tensor:
+        """The outputs of one sequence alone, as transformers computes them."""
+        before = packed_attention.is_enabled(self.inner), getattr(self.model, "chunked", False)
+        self._set(PADDED, chunked=False)
+        (alone,) = self.outputs([self.sequences[ALONE][:-LEFT_OUT]])
+        self._set(PACKED if before[0] else PADDED, before[1])
+        return alone
+
+    def _agrees(self, alone: Tensor, way: str) -> bool:
+        try:
+            with packed_attention.recording() as attending:
+                forth = self.outputs(self.sequences)
+        except packed_attention.NotPackable:
+            return False
+        back = self.outputs(self.sequences[::-1])[::-1]
+        whole_logits = isinstance(self.model, LanguageModel) and not self.model.chunked  # from padded rows
+        if way == PACKED and not whole_logits and not self._all_attend(attending):
+            return False
+        order = _distance(torch.cat(back), torch.cat(forth))
+        beside = _distance(forth[ALONE][: len(alone)], alone, torch.cat(forth))
+        return max(order, beside) <= self.tolerance
+
+    def _all_attend(self, attending: set[Any]) -> bool:
+        """True if each layer has passed the sequences' lengths on to its attention."""
+        found = structure.layers(structure.body(self.inner))
+        return found is None or all(any(part in attending for part in layer.modules()) for layer in found[1])
+
+    def _report(self, way: str, ways: list[str], chunked: bool, heads: list[bool]) -> None:
+        if way == SINGLE and self.sharded:
+            raise HpcRlhfError(
+                f"{self.kind} models take sequences only one by one, which zero: 3 cannot do",
+                where=self.source,
+                hint="set zero: 2",
+            )
+        if self.world.is_main and (way, chunked) != (ways[0], heads[0]):
+            slow = "" if chunked == heads[0] else ", with all logits in memory"
+            print(
+                f"hpc-rlhf: {self.kind}: sequences go through the model {way}{slow}, because passes that are faster "
+                "give other numbers",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _distance(one: Tensor, other: Tensor, scale: Tensor | None = None) -> float:
+    """The largest difference, in standard deviations of ``scale``, by default of ``other``; infinite if not finite."""
+    # Log-probabilities are float32: less than their resolution is no difference.
+    beyond = ((one - other).abs() - 4 * torch.finfo(torch.float32).eps * other.abs()).clamp(min=0)
+    spread = (other if scale is None else scale).std().clamp(min=1e-30)
+    largest = float((beyond / spread).max())
+    return largest if largest < float("inf") else float("inf")
