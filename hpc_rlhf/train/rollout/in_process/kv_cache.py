@@ -34,7 +34,7 @@ def may_batch(model: Any, columns: int) -> bool:
     return packed_attention.is_enabled(model) and columns <= min(windows)
 
 
-def make_rows(step: DecodeStep, rows: int, columns: int, before: Callable[[], object]) -> Rows:
+def make_rows(step: DecodeStep, rows: int, columns: int, before: Callable[[], object] = lambda: None) -> Rows:
     """Space for a number of rows of at most ``columns`` tokens.
 
     Args:

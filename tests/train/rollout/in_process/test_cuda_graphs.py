@@ -137,6 +137,7 @@ def test_recorded_steps_give_the_same_tokens_when_rows_are_refilled(
     expected = plain(model, world, sampling, eos_id)
     assert len({len(response) for response in expected}) > 2
     engine = RolloutEngine(model, world)
+    respond(engine, sampling, 11, eos_id)  # the first rollout begins with a trial, which Python runs
     calls: list[int] = []
     engine.gathered.module.register_forward_pre_hook(
         lambda module, args, how: calls.append(how["input_ids"].shape[1]), with_kwargs=True
