@@ -64,8 +64,9 @@ test-fast: .venv/.installed-dev  ## Run the tests that need no Slurm, no trainin
 coverage: .venv/.installed-dev  ## Measure the coverage of test-fast and enforce its floor
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup -m $(FAST) --cov --cov-report term $(TESTS)
 
-fuzz: .venv/.installed-dev  ## Fuzz the spec loader with 10,000 random mutations and 1,000 hostile specs
-	HPC_RLHF_FUZZ=1 $(BIN)/pytest tests/spec/test_mutations.py tests/launch/test_hostile.py
+fuzz: .venv/.installed-dev  ## Try 10,000 mutated specs, 1,000 hostile specs and 10,000 mutated data files
+	HPC_RLHF_FUZZ=1 $(BIN)/pytest tests/spec/test_mutations.py tests/launch/test_hostile.py \
+		tests/train/data/test_fuzz.py
 
 bench: .venv/.installed-bench  ## Measure speed and memory against peers; BENCH=short is quicker
 	BENCH=$(BENCH) $(BIN)/python -m tests.benchmarks

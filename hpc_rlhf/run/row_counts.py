@@ -140,7 +140,9 @@ class SourceCounts:
         for outcome, count in self.outcomes.items():
             if outcome.kind is Kind.CHANGED and outcome is not Outcome.SPLIT and count.rows > MANY * used:
                 share, first = count.rows / used, count.first
-                sentences.append(f"{share:.0%} of the rows of {self.source} are rows {outcome.text} (first: {first})")
+                sentences.append(
+                    f"{share:.0%} of the used rows of {self.source} are rows {outcome.text} (first: {first})"
+                )
         return sentences
 
     def to_dict(self) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def look(spec: JobSpec) -> Survey:
             continue
         fits |= one.fits if of_stages else set()
         survey.data[path] = [one.counts.to_dict()]
+        survey.notes += [f"{path}: {text}" for text in sources.unread(source)]
         survey.notes += [f"{path}: in the first {one.counts.read} rows, {text}" for text in one.counts.warnings()]
     if not survey.problems:
         for data in needs - fits:
@@ -153,7 +154,8 @@ def read_all(spec: JobSpec) -> Survey:
     survey = look(spec)
     if survey.problems:
         return survey
-    survey.data, survey.notes = {}, []
+    survey.data = {}
+    survey.notes = [f"{path}: {text}" for path, one in sources_of(spec).items() for text in sources.unread(one)]
     tokenizer = None
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -295,14 +295,21 @@ def _arrow(path: Path) -> Iterator[Placed]:
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         else:
             batches = iter(pa.ipc.open_stream(file))
-        yield from _of_batches(path, batches)
+        yield from _of_batches(path, batches, checks=True)
 
 
-def _of_batches(path: Path, batches: Iterator[Any]) -> Iterator[Placed]:
+def _of_batches(path: Path, batches: Iterator[Any], checks: bool = False) -> Iterator[Placed]:
+    """The rows of batches.
+
+    Args:
+        checks: the batches are as they are in the file, where a wrong offset would crash Python.
+    """
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH):
             part = batch.slice(start, _BATCH)
+            if checks:
+                part.validate(full=True)
             try:
                 rows = part.to_pylist()
             except UnicodeDecodeError as error:

@@ -62,6 +62,15 @@ def files_of(folder: Path, subset: str | None, split: str) -> list[Path]:
     return files
 
 
+def unread_files(folder: Path) -> list[Path]:
+    """Data files of a folder that belong to no split, because only the names of others show one."""
+    if _configs(folder):
+        return []
+    files = _data_files(folder)
+    read = {file for split in _by_name(folder, files).values() for file in split}
+    return [file for file in files if file not in read]
+
+
 def _data_files(folder: Path) -> list[Path]:
     """All data files at any depth, without hidden ones and those that describe the data."""
     files = []

@@ -16,7 +16,7 @@ from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import demo
 from hpc_rlhf.train.data.files import Placed, read_rows
-from hpc_rlhf.train.data.folders import files_of
+from hpc_rlhf.train.data.folders import files_of, unread_files
 from hpc_rlhf.train.data.rows import Dropped, Sample, read_row
 from hpc_rlhf.train.data.templates import END_OF_THINKING
 from hpc_rlhf.train.runtime import seeds
@@ -49,6 +49,17 @@ def local_files(source: SourceSpec) -> list[Path] | None:
     if not path.exists():
         raise HpcRlhfError("no such data file or folder", where=source.path)
     return files_of(path, source.subset, source.split) if path.is_dir() else [path]
+
+
+def unread(source: SourceSpec) -> list[str]:
+    """A sentence on the files of a folder that are not read, if any: those without a split where others have one."""
+    folder = Path(source.path or "")
+    if local_files(source) is None or not folder.is_dir() or source.subset is not None:
+        return []
+    names = [str(file.relative_to(folder)) for file in unread_files(folder)]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    which = f"{', '.join(names[:3])}{more} in {folder}"
+    return [f"not read: {which}: other names show a split, and no name of these does"] if names else []
 
 
 def load(source: SourceSpec) -> Iterable[dict[str, Any]]:

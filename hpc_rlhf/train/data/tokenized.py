@@ -24,7 +24,7 @@ from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import Tokens, encode, pieces, shorten
 from hpc_rlhf.train.data.rows import Sample
-from hpc_rlhf.train.data.sources import StageSample, check_lost, name_of, new_counts, nothing_for, stage_samples
+from hpc_rlhf.train.data.sources import StageSample, check_lost, name_of, new_counts, nothing_for, stage_samples, unread
 from hpc_rlhf.train.data.sources import read as read_source
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from hpc_rlhf.train.runtime.world import World
@@ -175,6 +175,8 @@ def prepare(
     def write() -> dict[str, Any]:
         data = kind_of(stage).data
         counts = new_counts(spec)
+        for text in (text for source in spec.data.sources for text in unread(source)):
+            print(f"hpc-rlhf: warning: stage {stage}: {text}", file=sys.stderr, flush=True)
         rows = _write(stage_samples(spec, stage, counts), tokenizer, spec, data, target, should_stop)
         if rows["train"]:
             return {"stage": stage, "rows": rows, "sources": [source.to_dict() for source in counts]}

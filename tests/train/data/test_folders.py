@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.train.data.folders import files_of
+from hpc_rlhf.train.data.sources import unread
 
 CONFIGS = """---
 license: mit
@@ -85,3 +87,11 @@ def test_a_folder_that_cannot_be_read_is_one_error(names: list[str], words: str,
     with pytest.raises(HpcRlhfError, match=words) as caught:
         files_of(tmp_path, None, "train")
     assert (caught.value.where, caught.value.exit_code) == (str(tmp_path), 2)
+
+
+def test_files_without_a_split_are_named_where_others_have_one(tmp_path: Path) -> None:
+    make(tmp_path, ["train.jsonl", "test.jsonl", "raw.jsonl"])
+    (sentence,) = unread(SourceSpec(path=str(tmp_path), format="text"))
+    assert sentence.startswith(f"not read: raw.jsonl in {tmp_path}")
+    (tmp_path / "raw.jsonl").unlink()
+    assert unread(SourceSpec(path=str(tmp_path), format="text")) == []
