@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf.cli.check import command
+from hpc_rlhf.cli import main
 from hpc_rlhf.launch.survey import refuse_bad_data
 from hpc_rlhf.spec.load import load_spec
 from tests.spec.texts import JOBS
@@ -31,11 +31,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def check(*args: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    try:
-        code = command.main(list(args), standalone_mode=False)
-    except SystemExit as error:
-        code = error.code
-    return code or 0, capsys.readouterr().out
+    return main(["check", *args]), capsys.readouterr().out
 
 
 def test_rows_that_are_lost_are_a_warning(job: str, capsys: pytest.CaptureFixture[str]) -> None:

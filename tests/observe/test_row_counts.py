@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpc_rlhf.cli.status import command
+from hpc_rlhf.cli import main
 from hpc_rlhf.observe.report.page import make_page
 from hpc_rlhf.observe.status import read_status
 from hpc_rlhf.observe.terminal.board import Board
@@ -41,7 +41,7 @@ def test_status_and_report_show_what_was_lost(run: RunDir, capsys: pytest.Captur
     assert console.file.getvalue().count("data:") == 1
     assert note in console.file.getvalue()
 
-    command.main([str(run.path), "--json"], standalone_mode=False)
+    assert main(["status", str(run.path), "--json"]) == 0
     (stage,) = (stage for stage in json.loads(capsys.readouterr().out)["stages"] if stage["stage"] == "sft")
     mixture, own = stage["data"]
     assert (mixture["lost"], own["lost"]) == (0, 0.1)
