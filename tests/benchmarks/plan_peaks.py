@@ -126,10 +126,12 @@ def measure(case: Case, folder: Path) -> int:
 def longest_rows(size: int) -> None:
     """Make every prompt and every response of the data this long, in this process."""
     from hpc_rlhf.train.data import tokenized
+    from hpc_rlhf.train.data.dialogues import Tokens
 
-    def encode(chunk: Sequence[Any], tokenizer: Any, *answers: str) -> Iterator[list[list[int]]]:
+    def encode(chunk: Sequence[Any], tokenizer: Any, *answers: str) -> Iterator[Tokens]:
         for number, _ in enumerate(chunk):
-            yield [[40 + (number * 7 + i * i) % 200 for i in range(size)] for _ in range(1 + len(answers))]
+            ids = [40 + (number * 7 + i * i) % 200 for i in range(size)]
+            yield Tokens(ids, [ids] * len(answers), {})
 
     tokenized.encode = encode  # type: ignore[assignment]
 
