@@ -146,7 +146,7 @@ def test_a_stage_refuses_incomplete_inputs(plain: RunDir, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"data": {"sources": [{"path": "/nowhere/pairs.jsonl", "format": "hh"}]}}, "no such data file"),
+        ({"data": {"sources": [{"path": "{tmp}/pairs.jsonl", "format": "hh"}]}}, "no such data file"),
         ({"models": {"actor": "/nowhere/model"}}, "no tokenizer could be loaded"),
         ({"slurm": {"gpus_per_node": 0, "ranks_per_node": 2}}, "1 ranks were started where the plan has 2"),
     ],
@@ -156,7 +156,11 @@ def test_user_errors_found_on_the_node_are_reported_in_one_sentence(
 ) -> None:
     base = tiny_spec(tmp_path / "run", ranks=1, sft={}).model_dump(mode="json")
     base["stages"]["sft"].pop("slurm")
-    run = make_run(type(tiny_spec(tmp_path / "run")).model_validate({**base, **change}))
+    pairs = tmp_path / "pairs.jsonl"  # deleted after the run is prepared, which looks at local data
+    pairs.write_text(json.dumps({name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")}))
+    changed = json.loads(json.dumps({**base, **change}).replace("{tmp}", str(tmp_path)))
+    run = make_run(type(tiny_spec(tmp_path / "run")).model_validate(changed))
+    pairs.unlink()
     (code,) = run_stage(run, "sft", 1)
     failed = Ledger(run.ledger).last(Failed, "sft")
     assert failed is not None
