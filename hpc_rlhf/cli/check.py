@@ -46,10 +46,10 @@ def command(ctx: click.Context, files: tuple[str, ...], sets: tuple[str, ...], w
     Each error is one line, FILE:LINE:COLUMN: FIELD: ERROR (HINT). The exit code is 2 if there are any. All
     runs of a sweep are checked.
 
-    Of local data, the first rows of each file are read, and a stage that could use none of them is an error.
-    --data reads everything, as the stages will: it shows for each how many rows it trains on, holds out, leaves
-    out or cuts, and why, each with its first row. What is cut depends on the tokenizer, which must be on this
-    machine, or be trained on the data.
+    For local data, check reads the first rows of each file, and reports a stage that could use none of them.
+    --data reads every row: it shows how many rows each stage will train on, hold out, leave out or cut, why,
+    and which row is the first. What is cut depends on the tokenizer, which must be on this machine or be
+    trained on the data.
 
     --json prints a list of errors for each file; with --data, an object with `problems`, `notes` and `data`,
     which has for each stage what became of the rows of each source.

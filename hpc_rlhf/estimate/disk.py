@@ -16,7 +16,7 @@ from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # Bytes of a weight in a checkpoint: itself and Adam's two moments, each in float32.
 _TRAINED = 12
-# Bytes of a weight in a moving average, whose size adapters do not reduce.
+# Bytes per weight in a moving average. It averages whole weights, even where only adapters are trained.
 _AVERAGED = 4
 # Adapters are a small share of the weights; even rank 128 has less than this in a large model.
 _ADAPTERS = 0.05

@@ -6,15 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run.row_counts import SourceCounts
 from hpc_rlhf.spec.job import JobSpec
-from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.spec.stages import kind_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,8 @@ def survey(specs: Sequence[JobSpec], whole: bool = False) -> list[Survey]:
     Raises:
         HpcRlhfError: the process that reads the data failed.
     """
-    if not whole and not any(_is_local(source) for spec in specs for source in _sources(spec)):
+    paths = [source.path for spec in specs for source in spec.sources.values() if source.path is not None]
+    if not whole and not any(map(os.path.isabs, paths)):
         return [Survey() for _ in specs]
     asked = {"specs": [spec.model_dump(mode="json") for spec in specs], "whole": whole}
     env = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", **os.environ}
@@ -67,16 +66,3 @@ def refuse_bad_data(spec: JobSpec) -> None:
     (known,) = survey([spec])
     for path, what, hint in known.problems[:1]:
         raise HpcRlhfError(what, where=path, hint=hint or None)
-
-
-def _sources(spec: JobSpec) -> Iterator[SourceSpec]:
-    yield from spec.data.sources
-    for stage in spec.trained:
-        for name in kind_of(stage).sources:
-            source = getattr(spec.stage(stage), name)
-            if source is not None:
-                yield source
-
-
-def _is_local(source: SourceSpec) -> bool:
-    return source.path is not None and os.path.isabs(source.path)

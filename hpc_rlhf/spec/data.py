@@ -34,8 +34,8 @@ class DataSpec(Model):
     prompt for thinking if a response thinks; if it has none, as plain turns of Human: and Assistant:. plain: always as
     plain turns, as in DeepSpeed-Chat."""
     max_dropped: Fraction = 1.0
-    """The largest fraction of a source's rows that may be lost before a stage refuses to train: rows that are broken,
-    lack what their stage needs, or are too long. Above 0.05 there is a warning in any case."""
+    """Refuse to train if a stage loses more than this fraction of a source's rows: rows that are broken, lack what the
+    stage needs, or are too long. Above 0.05 there is a warning in any case."""
     max_prompt_tokens: Positive = 256
     """Maximum length of a prompt. PPO skips longer prompts; other stages leave out their oldest turns."""
     max_answer_tokens: Positive = 256

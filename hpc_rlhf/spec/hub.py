@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 from hpc_rlhf.spec.job import JobSpec
-from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.spec.stages import kind_of
 
 OFFLINE = "HF_HUB_OFFLINE"
 Kind = Literal["model", "data set"]
@@ -51,11 +49,8 @@ def _items(spec: JobSpec) -> Iterator[HubItem]:
     for name, ref in spec.models:
         if isinstance(ref, str) and not os.path.isabs(ref):
             yield HubItem("model", ref, f"models.{name}")
-    sources: dict[str, SourceSpec | None] = {f"data.sources.{i}": each for i, each in enumerate(spec.data.sources)}
-    for stage in spec.stage_names:
-        sources |= {f"stages.{stage}.{name}": getattr(spec.stage(stage), name) for name in kind_of(stage).sources}
-    for where, source in sources.items():
-        if source is not None and source.path is not None and not os.path.isabs(source.path):
+    for where, source in spec.sources.items():
+        if source.path is not None and not os.path.isabs(source.path):
             yield HubItem("data set", source.path, where, source.subset or None, source.split)
 
 

@@ -14,6 +14,7 @@ from hpc_rlhf.spec.fields import Model, Name, PathText, Positive
 from hpc_rlhf.spec.inheritance import inherit
 from hpc_rlhf.spec.layers import EXTENDS
 from hpc_rlhf.spec.notify import NotifySpec, TrackersSpec
+from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import EVALUATION, POLICIES, STAGE_NAMES, Data, EvalSpec, StagesSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec
 from hpc_rlhf.spec.yaml_source import Node
@@ -109,6 +110,14 @@ class JobSpec(Model):
     def shares(self) -> dict[str, float]:
         """The relative shares of the prompts, by the stages of the run that train on them."""
         return {name: getattr(self.data.split, name) for name in self.trained if kind_of(name).data is not Data.NONE}
+
+    @property
+    def sources(self) -> dict[str, SourceSpec]:
+        """All data sources that the stages read, by the field of the spec that holds each."""
+        named: dict[str, SourceSpec | None] = {f"data.sources.{i}": each for i, each in enumerate(self.data.sources)}
+        for stage in self.stage_names:
+            named |= {f"stages.{stage}.{name}": getattr(self.stage(stage), name) for name in kind_of(stage).sources}
+        return {path: source for path, source in named.items() if source is not None}
 
     @property
     def policies(self) -> dict[str, str]:

@@ -26,10 +26,11 @@ class SourceSpec(Model):
     weight: Rate = 1.0
     """How often each row is used per epoch: 0.5 uses half of the rows, 2 uses each row twice."""
     split: FreeText = "train"
-    """Split of a hub dataset or of a folder, whose files belong to the split in their names (train.jsonl, test/a.jsonl,
-    data/validation-00000-of-00001.parquet) or to train if no name has one."""
+    """Which split of a hub dataset or a folder to read. A folder's files belong to the split in their names
+    (train.jsonl, test/a.jsonl, data/validation-00000-of-00001.parquet), or to train if no name has one."""
     subset: FreeText | None = None
-    """Configuration of a hub dataset, or of a folder: one that its README.md lists, or a subfolder."""
+    """Which configuration of a hub dataset or a folder to read. A folder's README.md lists its configurations;
+    otherwise they are its subfolders."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceSpec:

@@ -27,7 +27,7 @@ from hpc_rlhf.train.data import sources
 from hpc_rlhf.train.data.files import Placed, read_rows
 from hpc_rlhf.train.data.rows import Dropped, read_row
 
-# Rows read of each file, of each of many files, and of a source in search of a row that a stage can use.
+# Rows to read per file, per file if there are many, and per source when looking for a row that a stage can use.
 SAMPLE, FEW, SEARCHED = 100, 10, 20_000
 
 
@@ -50,19 +50,9 @@ class Survey:
         self.problems.append({"path": path, "what": what, "hint": error.hint or ""})
 
 
-def sources_of(spec: JobSpec) -> dict[str, SourceSpec]:
-    """All sources that a spec's stages train on, by their fields."""
-    found = {f"data.sources.{number}": source for number, source in enumerate(spec.data.sources)}
-    for stage in spec.trained:
-        for name in kind_of(stage).sources:
-            source = getattr(spec.stage(stage), name)
-            found |= {f"stages.{stage}.{name}": source} if source is not None else {}
-    return found
-
-
 @dataclass
 class Sampled:
-    """The first rows of a source: what became of them, and what kinds of stages can use some."""
+    """What became of a source's first rows, and the kinds of stages that can use some of them."""
 
     counts: SourceCounts
     fits: frozenset[Data]
@@ -70,7 +60,7 @@ class Sampled:
 
 @cache
 def sampled(source: SourceSpec, needs: frozenset[Data]) -> Sampled | HpcRlhfError:
-    """The first rows of each file of a source, or why it cannot be read. What is not on this machine fits all needs."""
+    """The first rows of each of a source's files, or why they cannot be read. Remote data fits all needs."""
     counts = SourceCounts(sources.name_of(source))
     try:
         files = sources.local_files(source)
@@ -108,7 +98,7 @@ def look(spec: JobSpec) -> Survey:
     survey = Survey()
     stages = {stage: kind_of(stage).data for stage in spec.shares}
     needs, fits = frozenset(stages.values()), set[Data]()
-    for path, source in sources_of(spec).items():
+    for path, source in spec.sources.items():
         of_stages = path.startswith("data.")
         one = sampled(source, needs if of_stages else frozenset({Data.ANSWERS}))
         if isinstance(one, HpcRlhfError):
@@ -155,7 +145,7 @@ def read_all(spec: JobSpec) -> Survey:
     if survey.problems:
         return survey
     survey.data = {}
-    survey.notes = [f"{path}: {text}" for path, one in sources_of(spec).items() for text in sources.unread(one)]
+    survey.notes = [f"{path}: {text}" for path, one in spec.sources.items() for text in sources.unread(one)]
     tokenizer = None
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -188,7 +178,7 @@ def _parts(spec: JobSpec) -> Iterator[Part]:
     for stage in spec.shares:
         counts = sources.new_counts(spec)
         yield f"stages.{stage}", counts, sources.stage_samples(spec, stage, counts), kind_of(stage).data
-    for path, source in sources_of(spec).items():
+    for path, source in spec.sources.items():
         if not path.startswith("data."):
             one = SourceCounts(sources.name_of(source))
             mixed = (sources.StageSample(sample, False, one) for sample in sources.read(source, spec.seed, one))

@@ -36,7 +36,7 @@ def test_status_and_report_show_what_was_lost(run: RunDir, capsys: pytest.Captur
     statuses = read_status(run)
     console = Console(file=StringIO(), width=300)
     console.print(Board(300, live=False).notes(statuses))
-    note = "data: of 20 rows of <i>a.jsonl, 2 that end with the user's turn (first: a.jsonl:1)"
+    note = "data: <i>a.jsonl, 20 rows: 2 that end with the user's turn (first: a.jsonl:1)"
     assert isinstance(console.file, StringIO)
     assert console.file.getvalue().count("data:") == 1
     assert note in console.file.getvalue()

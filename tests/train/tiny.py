@@ -31,15 +31,15 @@ def config(kind: str, **fields: Any) -> Any:
     from transformers import AutoConfig
 
     ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    return AutoConfig.for_model(kind, **{"vocab_size": VOCABULARY, **ids, **SIZES[kind], **fields})
+    return AutoConfig.for_model(kind, **{"vocab_size": VOCABULARY, **ids, **SIZES.get(kind, {}), **fields})
 
 
-def causal(kind: str, seed: int = 0, **fields: Any) -> Any:
+def causal(kind: str, seed: int = 0, spread: float = 0.2, **fields: Any) -> Any:
     """A language model in eval mode, with widely spread weights, so that its responses vary."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    return _spread(AutoModelForCausalLM.from_config(config(kind, **fields)))
+    return _spread(AutoModelForCausalLM.from_config(config(kind, **fields)), spread)
 
 
 def classifier(kind: str, seed: int = 0, **fields: Any) -> Any:
@@ -50,11 +50,11 @@ def classifier(kind: str, seed: int = 0, **fields: Any) -> Any:
     return _spread(AutoModelForSequenceClassification.from_config(config(kind, num_labels=1, **fields)))
 
 
-def _spread(model: Any) -> Any:
+def _spread(model: Any, spread: float = 0.2) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
-                parameter.normal_(0, 0.2)
+                parameter.normal_(0, spread)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()

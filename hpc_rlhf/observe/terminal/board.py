@@ -164,4 +164,4 @@ def _notes(stage: StageStatus, left: Mapping[str, float | None]) -> Iterator[str
     for counts in stage.data:
         lost = counts.describe(Kind.LOST, Kind.LOST_HERE, Kind.CHANGED)
         if lost:
-            yield f"data: of {counts.read:,} rows of {counts.source}, {lost}"
+            yield f"data: {counts.source}, {counts.read:,} rows: {lost}"

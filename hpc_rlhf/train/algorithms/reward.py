@@ -38,19 +38,18 @@ def preferred(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours > theirs).float() + 0.5 * (ours == theirs).float()
 
 
-def ranking_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | float = 0.0) -> Tensor:
+def ranking_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """The loss of a Bradley-Terry model of scores of whole responses (InstructGPT, arXiv 2203.02155, equation 1).
 
-    ``-logsigmoid(chosen - rejected - margin)``; the margins are Llama 2's (arXiv 2307.09288, equation 2).
+    ``-logsigmoid(chosen - rejected)``.
 
     Args:
         chosen, rejected: (pairs,), float32; scores.
-        margins: (pairs,), float32; by how much a chosen response should score higher at least, 0 for any amount.
 
     Returns:
         (pairs,).
     """
-    return -F.logsigmoid(chosen - rejected - margins)
+    return -F.logsigmoid(chosen - rejected)
 
 
 def pairwise_loss(

@@ -16,9 +16,9 @@ class Tokens:
     """A sample as token ids.
 
     Attributes:
-        prompt: of the prompt; of a text without a prompt BOS, if there is one.
-        responses: of each response, ending with one EOS; empty for an empty response.
-        settings: of the template, for this prompt.
+        prompt: token ids of the prompt. A text without a prompt has BOS here, if there is one.
+        responses: token ids of each response, ending with one EOS; empty for an empty response.
+        settings: the template's, for this prompt.
         drops_thinking: the template leaves the thinking of a response out.
     """
 
@@ -35,7 +35,7 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
         texts: with marks (see ``special_strings``).
 
     Raises:
-        ValueError: the tokenizer has no way to write a special string as text.
+        HpcRlhfError: the tokenizer has no way to write a special string as text.
     """
     marked = [special_strings.CUT in text for text in texts]
     unmarked = [text for text, is_marked in zip(texts, marked, strict=True) if not is_marked]

@@ -6,45 +6,19 @@ memory but the row, the batch of a parquet file, or the text of a JSON array.
 
 from __future__ import annotations
 
-import bz2
-import codecs
 import csv
 import errno
-import gzip
-import io
-import json
-import lzma
-import re
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from importlib.util import find_spec
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
-
-Row = dict[str, Any]
-Placed = tuple[str, Row]  # a row after its place, such as data.jsonl:3
+from hpc_rlhf.train.data.json_rows import Placed, read_json
+from hpc_rlhf.train.data.text_lines import numbered_lines, open_content
 
 _KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-_ZSTD = b"\x28\xb5\x2f\xfd"
-_ENCODINGS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-_LONE_SURROGATE = re.compile(
-    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-)
-_ROWS = 'each line of a .jsonl file is one row, such as {"prompt": "…", "chosen": "…"}'
-# Rows at the start of a JSON file whose columns all its rows have: those that a row lacks are null.
-_FIRST = 1000
 _BATCH = 256
 
 csv.field_size_limit(sys.maxsize)
@@ -88,174 +62,9 @@ def read_rows(path: Path) -> Iterator[Placed]:
         raise HpcRlhfError(f"the file cannot be read: {reason}", where=str(path), hint=hint) from error
 
 
-def _open(path: Path) -> BinaryIO:
-    """The content of a file, decompressed if it is compressed, whatever its name says."""
-    with path.open("rb") as file:
-        start = file.read(8)
-    if start.startswith(_ZSTD):
-        if find_spec("zstandard") is None:
-            hint = "pip install zstandard, or decompress the file: unzstd FILE"
-            raise HpcRlhfError("reading .zst needs the package zstandard", where=str(path), hint=hint)
-        return io.BufferedReader(import_module("zstandard").open(path, "rb"))
-    opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), open)
-    return io.BufferedReader(opener(path, "rb"))
-
-
-def _lines(path: Path, ends: str | None = None) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers; UTF-8 unless the file begins with a mark of another encoding.
-
-    Args:
-        ends: as ``newline`` of ``open``.
-
-    Raises:
-        HpcRlhfError: a line is not in that encoding.
-    """
-    number = 0
-    with _open(path) as file:
-        start = file.peek(4)  # type: ignore[attr-defined]
-        encoding = next((name for mark, name in _ENCODINGS.items() if start.startswith(mark)), "utf-8")
-        try:
-            text = io.TextIOWrapper(file, encoding, "surrogateescape", newline=ends)
-            for number, line in enumerate(text, 1):
-                if not line.isascii():
-                    line.encode()
-                yield number, line
-        except UnicodeEncodeError as error:
-            place, byte = f"{path}:{number}:{error.start + 1}", ord(error.object[error.start]) - 0xDC00
-            raise _not_text(place, f"the byte 0x{byte:02x} is not {encoding.upper()}") from error
-        except UnicodeDecodeError as error:
-            raise _not_text(f"{path}:{number + 1}", f"the line is not {encoding.upper()} ({error.reason})") from error
-
-
-def _not_text(where: str, what: str) -> HpcRlhfError:
-    return HpcRlhfError(what, where, "convert the file to UTF-8, such as from latin-1: iconv -f latin1 -t utf-8 FILE")
-
-
-def _json(path: Path) -> Iterator[Placed]:
-    """Rows of JSON lines, of an array of rows, or of an object with a list for each column."""
-    lines = _lines(path)
-    blank: list[tuple[int, str]] = []
-    for first in lines:
-        blank.append(first)
-        if first[1].strip():
-            break
-    start = blank[-1][1].lstrip()
-    whole = start.startswith("[") or (start and ".jsonl" not in path.suffixes and not _is_json(start))
-    if whole:
-        text = "".join(line for _, line in chain(blank, lines))
-        rows = _array(path, text) if start.startswith("[") else _columns(path, text)
-    else:
-        rows = _json_lines(path, chain(blank, lines))
-    return _with_all_columns(rows)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Placed]:
-    for number, line in lines:
-        if line.strip():
-            where = f"{path}:{number}"
-            yield where, _checked(_loaded(json.loads, line, path, number), line, where)
-
-
-def _loaded(load: Callable[[str], Any], text: str, path: Path, first_line: int = 1) -> Any:
-    """What a JSON text holds.
-
-    Raises:
-        HpcRlhfError: it is not JSON.
-    """
-    try:
-        return load(text)
-    except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1 :][:1]
-        what = f"the line is not a JSON object: {error.msg}: {''.join(line)[max(0, error.colno - 30) :][:60].strip()!r}"
-        if "\0" in text:
-            what = "the line holds NUL bytes: the file is UTF-16 without a mark, or was not completely written"
-        raise HpcRlhfError(what, f"{path}:{first_line + error.lineno - 1}:{error.colno}", _ROWS) from error
-    except (ValueError, RecursionError) as error:  # a number of many digits, or nested too deeply
-        raise HpcRlhfError(f"the line is not a JSON object: {error}", f"{path}:{first_line}", _ROWS) from error
-
-
-def _checked(row: Any, text: str, where: str) -> Row:
-    """A row that is an object whose texts can be written as UTF-8."""
-    if not isinstance(row, dict):
-        raise HpcRlhfError(f"the line is not a JSON object: {text.strip()[:60]!r}", where, _ROWS)
-    if "\\u" in text:
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            found = _LONE_SURROGATE.search(text)
-            raise HpcRlhfError(
-                f"the escape {found[0] if found else 'of a surrogate'} is half a character",
-                where=f"{where}:{found.start() + 1}" if found else where,
-                hint="write the whole pair of escapes, or the character itself",
-            ) from error
-    return row
-
-
-def _array(path: Path, text: str) -> Iterator[Placed]:
-    """The rows of a JSON array; a row that is text has the column ``text``."""
-    decoder, number, place = json.JSONDecoder(), 0, text.index("[") + 1
-    space = re.compile(r"\s*")
-
-    def after_space(place: int) -> int:
-        match = space.match(text, place)
-        return match.end() if match else place
-
-    def refused(place: int, expected: str) -> HpcRlhfError:
-        error = json.JSONDecodeError(f"Expecting {expected}", text, place)
-        return HpcRlhfError(f"the file is not a JSON array: {error.msg}", f"{path}:{error.lineno}:{error.colno}")
-
-    place = after_space(place)
-    if text[place : place + 1] == "]":
-        return
-    while True:
-        try:
-            row, end = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            what = f"the file is not a JSON array: {error.msg}"
-            raise HpcRlhfError(what, f"{path}:{error.lineno}:{error.colno}") from error
-        where = f"{path}, row {number}"
-        yield where, _checked({"text": row} if isinstance(row, str) else row, text[place:end], where)
-        number, end = number + 1, after_space(end)
-        if text[end : end + 1] == "]":
-            if after_space(end + 1) != len(text):
-                raise refused(end + 1, "the end of the file")
-            return
-        if text[end : end + 1] != ",":
-            raise refused(end, "',' or ']'")
-        place = after_space(end + 1)
-
-
-def _columns(path: Path, text: str) -> Iterator[Placed]:
-    """The rows of a JSON object that has a list for each column."""
-    columns = _checked(_loaded(json.loads, text, path), text, str(path))
-    sizes = {len(values) if isinstance(values, list) else None for values in columns.values()}
-    if len(sizes) != 1 or None in sizes:
-        raise HpcRlhfError("the file is neither rows nor an object with a list for each column", str(path), _ROWS)
-    for number, values in enumerate(zip(*columns.values(), strict=True)):
-        yield f"{path}, row {number}", dict(zip(columns, values, strict=True))
-
-
-def _with_all_columns(rows: Iterator[Placed]) -> Iterator[Placed]:
-    """Rows with null for the columns that only others have; columns of the first rows count for all."""
-    first = list(islice(rows, _FIRST))
-    columns: Row = {name: None for _, row in first for name in row}
-    for where, row in chain(first, rows):
-        for name in row:
-            columns.setdefault(name)
-        yield where, {**columns, **row}
-
-
 def _csv(path: Path) -> Iterator[Placed]:
     """The rows of a csv file; every cell is text, such as None, 007 or 2026-01-31."""
-    reader = csv.reader((line for _, line in _lines(path, ends="")), strict=True)
+    reader = csv.reader((line for _, line in numbered_lines(path, ends="")), strict=True)
     header: list[str] | None = None
     first = 1
     try:
@@ -281,14 +90,14 @@ def _csv(path: Path) -> Iterator[Placed]:
 def _parquet(path: Path) -> Iterator[Placed]:
     import pyarrow.parquet as pq
 
-    with _open(path) as file, pq.ParquetFile(file) as table:
+    with open_content(path) as file, pq.ParquetFile(file) as table:
         yield from _of_batches(path, table.iter_batches(_BATCH))
 
 
 def _arrow(path: Path) -> Iterator[Placed]:
     import pyarrow as pa
 
-    with _open(path) as file:
+    with open_content(path) as file:
         is_file = file.peek(6).startswith(b"ARROW1")  # type: ignore[attr-defined]
         if is_file:
             reader = pa.ipc.open_file(file)
@@ -331,7 +140,7 @@ def _undecodable(batch: Any, first: int) -> str:
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
-    "json": _json,
+    "json": read_json,
     "csv": _csv,
     "parquet": _parquet,
     "arrow": _arrow,

@@ -38,7 +38,7 @@ def placed_rows(source: SourceSpec, seed: int) -> Iterator[Placed]:
 
 
 def local_files(source: SourceSpec) -> list[Path] | None:
-    """The files of a source in the order in which they are read; None if it is not a local one.
+    """A local source's files in reading order; None if the source is not local.
 
     Raises:
         HpcRlhfError: there are none.
@@ -52,7 +52,7 @@ def local_files(source: SourceSpec) -> list[Path] | None:
 
 
 def unread(source: SourceSpec) -> list[str]:
-    """A sentence on the files of a folder that are not read, if any: those without a split where others have one."""
+    """A sentence that names a folder's files that are not read: those without a split where others have one."""
     folder = Path(source.path or "")
     if local_files(source) is None or not folder.is_dir() or source.subset is not None:
         return []

@@ -2,7 +2,7 @@
 
 In a rendered dialogue nothing distinguishes an end of turn that the template wrote from the same characters in a
 message. So such strings in messages are marked before rendering: ``CUT`` follows their first character. What is
-tokenized between two tokens of the template then tells a message's ``</s>`` from the template's.
+tokenized between two tokens of the template then distinguishes a message's ``</s>`` from the template's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hpc_rlhf.errors import HpcRlhfError
 
 CUT = "\ufdd0"  # a noncharacter of Unicode, so no text contains it
 PROBES = ("Use it", " x y", "\nz", "<a", "1")
-# What comes before text that is not the start of a text; its tokens are removed.
+# Prefixes for text from the middle of a document; their tokens are removed.
 GUARDS = ("|", "\n", "a", "¤")
 
 
@@ -39,7 +39,7 @@ def mark(text: str, special: re.Pattern[str]) -> str:
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text with marks, without tokens that the tokenizer itself adds.
+    """Tokenize text with marks, without the tokens that the tokenizer itself adds.
 
     Raises:
         HpcRlhfError: the tokenizer has no way to write a special string as text.
@@ -89,7 +89,7 @@ def _as_text(tokenizer: Any, part: str, follows: bool) -> list[int]:
 
 
 def _piece(tokenizer: Any, text: str, continues: bool) -> list[int]:
-    """Token ids of a text without special tokens. As a start, some tokenizers put a space before its first word."""
+    """Tokenize text without special tokens. Some tokenizers put a space before the first word of their input."""
     for guard in GUARDS if continues else ():
         before = _ids(tokenizer, guard)
         ids = _ids(tokenizer, guard + text, split_special_tokens=True)

@@ -27,8 +27,8 @@ class Ema:
     ``i % size`` of those that hold the same layer shards. Either way, the average is stored exactly once across
     the ranks, in float32: in bfloat16 an update of 1 - beta = 0.8 % is lost to rounding.
 
-    Of an adapter, the update that it makes to its layer's weight is averaged: the product of its averaged factors is
-    another matrix, because both factors change.
+    For an adapter, it averages the update to the layer's weight. The product of averaged factors would be another
+    matrix, because both factors change.
 
     Attributes:
         parameters: the trained parameters except the factors of adapters, by their number among all trained ones.

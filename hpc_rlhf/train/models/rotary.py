@@ -1,7 +1,7 @@
 """Rotary embeddings whose frequencies depend on the length of a sequence: longrope and dynamic NTK scaling.
 
-transformers chooses the frequencies of a whole pass by its longest sequence, and keeps some for the next pass. Here
-each sequence gets those that it has alone in a model just loaded.
+transformers picks one set of frequencies per pass, for its longest sequence, and may keep it for the next pass. Here
+each sequence gets the frequencies that it would have alone in a freshly loaded model.
 """
 
 from __future__ import annotations

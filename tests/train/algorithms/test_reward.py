@@ -100,22 +100,17 @@ def test_the_shared_prefix_gets_no_gradient() -> None:
 
 
 def test_a_tie_counts_half() -> None:
-    assert preferred(torch.tensor([2.0, 1.0, 1.0, -3.0]), torch.tensor([1.0, 2.0, 1.0, -3.0])).tolist() == [
-        1,
-        0,
-        0.5,
-        0.5,
-    ]
+    ours, theirs = torch.tensor([2.0, 1.0, 1.0, -3.0]), torch.tensor([1.0, 2.0, 1.0, -3.0])
+    assert preferred(ours, theirs).tolist() == [1, 0, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("margin", [0.0, 1.0 / 3, 3.0])
-def test_the_ranking_loss_and_its_gradient_match_the_paper(margin: float) -> None:
+def test_the_ranking_loss_and_its_gradient_match_the_paper() -> None:
     chosen, rejected = torch.tensor([1.5, -40.0, 0.0], requires_grad=True), torch.tensor([0.5, 60.0, 0.0])
-    losses = ranking_loss(chosen, rejected, margin)
+    losses = ranking_loss(chosen, rejected)
     losses.sum().backward()
     assert chosen.grad is not None
     for row, difference in enumerate((1.0, -100.0, 0.0)):
-        probability = 1 / (1 + math.exp(-(difference - margin)))
+        probability = 1 / (1 + math.exp(-difference))
         assert losses[row].item() == pytest.approx(-math.log(probability), rel=1e-5)
         assert chosen.grad[row].item() == pytest.approx(probability - 1, rel=1e-5)
 

@@ -152,7 +152,7 @@ def test_a_marked_encoding_is_read(name: str, encoding: str, tmp_path: Path) -> 
 def test_what_cannot_be_read_is_one_error_with_its_place(
     name: str, content: bytes, place: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hpc_rlhf.train.data.files.find_spec", lambda name: None)
+    monkeypatch.setattr("hpc_rlhf.train.data.text_lines.find_spec", lambda name: None)
     (tmp_path / name).write_bytes(content)
     error = error_of(tmp_path / name)
     assert (error.where, words in error.message) == (f"{tmp_path / name}{place}", True), error

@@ -55,20 +55,7 @@ GREEDY = Sampling(greedy=True)
 
 
 def make(kind: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    fields = {**RECURRENT, **OTHERS}[kind]
-    ids = {"pad_token_id": tiny.PAD, "bos_token_id": tiny.BOS, "eos_token_id": tiny.EOS}
-    config = AutoConfig.for_model(kind, vocab_size=tiny.VOCABULARY, **ids, **fields)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0, 0.3)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.eval()
+    return tiny.causal(kind, spread=0.3, **{**RECURRENT, **OTHERS}[kind])
 
 
 def alone(kind: str, row: list[int]) -> Tensor:
