@@ -45,6 +45,7 @@ class Case:
         steps: timed steps of a full and of a short run.
         warm_up: steps before those, on every side. Ours warms up longest on a CPU, where it builds matrix kernels for
             every new height.
+        shape: the name of the model in ``workload.SHAPES``.
         ranks: processes per side.
     """
 
@@ -53,6 +54,7 @@ class Case:
     samples: int
     steps: dict[str, int]
     warm_up: int
+    shape: str = "4 x 256"
     ranks: int = 1
 
 
@@ -61,22 +63,26 @@ def _sides(task: str, *peers: str) -> tuple[Side, ...]:
     return (Side("ours", "ours", task), *[Side(peer, modules[peer], task) for peer in peers])
 
 
+SFT_8 = _sides("sft", "DeepSpeed-Chat")
+SFT_24 = _sides("sft", "TRL")
+REWARD = _sides("reward", "DeepSpeed-Chat", "TRL")
+PPO = _sides("ppo", "DeepSpeed-Chat", "TRL")
+ROLLOUT = (
+    Side("ours", "rollouts", "ours"),
+    Side("HybridEngineRollout", "rollouts", "hybrid-engine"),
+    Side("generate", "rollouts", "generate"),
+)
 CASES = (
-    Case("SFT, 8 samples a step", _sides("sft", "DeepSpeed-Chat"), 8, {"full": 30, "short": 15}, warm_up=30),
-    Case("SFT, 24 samples a step", _sides("sft", "TRL"), 24, {"full": 15, "short": 8}, warm_up=15),
-    Case("Reward model, 8 pairs a "
-         "step", _sides("reward", "DeepSpeed-Chat", "TRL"), 8, {"full": 20, "short": 10}, warm_up=20),
-    Case("PPO, 8 samples a step", _sides("ppo", "DeepSpeed-Chat", "TRL"), 8, {"full": 12, "short": 5}, warm_up=5),
-    Case(
-        "Rollout, ZeRO-3",
-        (
-            Side("ours", "rollouts", "ours"),
-            Side("HybridEngineRollout", "rollouts", "hybrid-engine"),
-            Side("generate", "rollouts", "generate"),
-        ),
-        8, {"full": 3, "short": 1}, warm_up=2, ranks=2,
-    ),
-)  # fmt: skip
+    Case("SFT, 8 samples a step", SFT_8, 8, {"full": 30, "short": 15}, warm_up=30),
+    Case("SFT, 24 samples a step", SFT_24, 24, {"full": 15, "short": 8}, warm_up=15),
+    Case("Reward model, 8 pairs a step", REWARD, 8, {"full": 20, "short": 10}, warm_up=20),
+    Case("PPO, 8 samples a step", PPO, 8, {"full": 12, "short": 5}, warm_up=5),
+    Case("Rollout, ZeRO-3", ROLLOUT, 8, {"full": 3, "short": 1}, warm_up=2, ranks=2),
+    Case("SFT, 8 samples a step", SFT_8, 8, {"full": 8, "short": 4}, warm_up=4, shape="12 x 768"),
+    Case("SFT, 24 samples a step", SFT_24, 24, {"full": 5, "short": 3}, warm_up=3, shape="12 x 768"),
+    Case("Reward model, 8 pairs a step", REWARD, 8, {"full": 5, "short": 3}, warm_up=3, shape="12 x 768"),
+    Case("PPO, 8 samples a step", PPO, 8, {"full": 4, "short": 2}, warm_up=2, shape="12 x 768"),
+)
 
 
 class SideFailed(Exception):
@@ -185,7 +191,8 @@ def compared(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> list[dict[s
 
     return [
         {
-            "name": case.name, "against": side.name, "unit": "real tokens/s" + (" a rank" if case.ranks > 1 else ""),
+            "model": case.shape, "name": case.name, "against": side.name,
+            "unit": "real tokens/s" + (" a rank" if case.ranks > 1 else ""),
             "ours": middle("ours", "rate"), "peer": middle(side.name, "rate"), "ratio": ratio(side.name, "rate"),
             "ratio_of_cpu_time": ratio(side.name, "cpu_rate"),
             "ours_peak_mib": middle("ours", "peak_mib"), "peer_peak_mib": middle(side.name, "peak_mib"),
@@ -198,11 +205,21 @@ def compared(case: Case, rounds: list[dict[str, dict[str, Any]]]) -> list[dict[s
     ]  # fmt: skip
 
 
+def _workload(work: Path, shape: str) -> Path:
+    """The folder with the model of that shape and its tokens, made at the first call."""
+    folder = work / shape.replace(" ", "")
+    if not folder.exists():
+        command = [sys.executable, "-m", "tests.benchmarks.workload", str(folder), shape]
+        subprocess.run(command, check=True, cwd=REPOSITORY)
+    return folder
+
+
 def show(lines: list[dict[str, Any]]) -> None:
-    head = ("real tokens/s", "against", "ours", "peer", "ratio", "ours, peak MiB", "peer, peak MiB")
+    head = ("model", "real tokens/s", "against", "ours", "peer", "ratio", "ours, peak MiB", "peer, peak MiB")
     rows = [
         (
-            line["name"], line["against"], f"{line['ours']:,.0f}", f"{line['peer']:,.0f}", f"{line['ratio']:.2f}x",
+            line["model"], line["name"], line["against"],
+            f"{line['ours']:,.0f}", f"{line['peer']:,.0f}", f"{line['ratio']:.2f}x",
             f"{line['ours_peak_mib']:,.0f}", f"{line['peer_peak_mib']:,.0f}",
         )
         for line in lines
@@ -210,7 +227,7 @@ def show(lines: list[dict[str, Any]]) -> None:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
         cells = [
-            f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            f"{cell:<{w}}" if i < 3 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
 
@@ -225,11 +242,10 @@ def main() -> None:
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         work = Path(folder)
-        subprocess.run([sys.executable, "-m", "tests.benchmarks.workload", str(work)], check=True, cwd=REPOSITORY)
         for case in CASES:
             case = replace(case, ranks=min(case.ranks, gpus or case.ranks))
             try:
-                lines += compared(case, measure(case, work, length, failures))
+                lines += compared(case, measure(case, _workload(work, case.shape), length, failures))
             except SideFailed as failure:
                 failures.append(str(failure))
                 print(failure, flush=True)

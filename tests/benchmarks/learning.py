@@ -48,7 +48,7 @@ def job(work: Path, stage: str, seed: int, lr: float) -> dict[str, Any]:
         "checkpoint_every": STEPS,
     }  # fmt: skip
     longest = workload.LONGEST // 2
-    model: Any = {"from_scratch": workload.SHAPE}
+    model: Any = {"from_scratch": workload.SHAPES["4 x 256"]}
     stages: dict[str, Any] = {stage: trained}
     if stage == "ppo":
         longest, model = workload.PROMPT, str(work / "sft" / "stages/sft/model")

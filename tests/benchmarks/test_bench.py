@@ -48,7 +48,7 @@ def test_a_failing_peer_is_reported_and_left_out(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.train
 def test_sides_do_the_same_work(tmp_path: Path) -> None:
     """One step each of ours and of DeepSpeed-Chat's loops, as ``make bench`` runs them."""
-    subprocess.run([sys.executable, "-m", "tests.benchmarks.workload", str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-m", "tests.benchmarks.workload", str(tmp_path), CASE.shape], check=True)
     ours, peer = (bench.run_side(CASE, side, tmp_path, tmp_path / side.module, "short") for side in CASE.sides[:2])
     for name in ("tokens", "samples", "dtype", "device"):
         assert ours[name] == peer[name]

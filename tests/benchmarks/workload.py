@@ -13,10 +13,19 @@ from hpc_rlhf.launch.local.environment import free_port
 from tests.train.stages import make_run
 
 HH = "harmless-base.jsonl.gz"
-SHAPE: dict[str, Any] = {
-    "model_type": "opt", "vocab_size": 4096, "hidden_size": 256, "ffn_dim": 1024, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "word_embed_proj_dim": 256, "max_position_embeddings": 512, "dropout": 0.0,
-}  # fmt: skip
+
+
+def _opt(layers: int, width: int) -> dict[str, Any]:
+    """The configuration of an OPT with heads of 64."""
+    return {
+        "model_type": "opt", "vocab_size": 4096, "hidden_size": width, "ffn_dim": 4 * width,
+        "num_hidden_layers": layers, "num_attention_heads": width // 64, "word_embed_proj_dim": width,
+        "max_position_embeddings": 512, "dropout": 0.0,
+    }  # fmt: skip
+
+
+# The models by layers and width.
+SHAPES = {"4 x 256": _opt(4, 256), "12 x 768": _opt(12, 768)}
 LONGEST = 512  # tokens of a sequence in SFT and the reward model
 PROMPT = ANSWER = 128  # tokens of PPO's longest prompt, and of each of its answers
 SEED = 1234
@@ -76,7 +85,7 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
     }  # fmt: skip
 
 
-def make(work: Path) -> None:
+def make(work: Path, shape: dict[str, Any]) -> None:
     """Write the shared tokenizer, initial model and tokens."""
     from transformers import AutoModelForSequenceClassification
 
@@ -90,9 +99,9 @@ def make(work: Path) -> None:
 
     world = join(1)
     texts = sources.texts(JobSpec.model_validate(job(work, work / "none", "sft", 8, 1)))
-    tokenizer = train_bpe(texts, SHAPE["vocab_size"])
+    tokenizer = train_bpe(texts, shape["vocab_size"])
     tokenizer.save_pretrained(str(work / "model"))
-    _model(tokenizer).save_pretrained(str(work / "model"))
+    _model(tokenizer, shape).save_pretrained(str(work / "model"))
     scorer = AutoModelForSequenceClassification.from_pretrained(str(work / "model"), num_labels=1)
     scorer.save_pretrained(str(work / "reward"))
     tokenizer.save_pretrained(str(work / "reward"))
@@ -106,16 +115,16 @@ def make(work: Path) -> None:
     leave()
 
 
-def _model(tokenizer: Any) -> Any:
+def _model(tokenizer: Any, shape: dict[str, Any]) -> Any:
     """A fresh OPT that never ends a response: its last layer norm points away from EOS."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(SEED)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE, **ids))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, **ids))
     with torch.no_grad():
-        direction = torch.zeros(SHAPE["hidden_size"])
+        direction = torch.zeros(shape["hidden_size"])
         direction[0] = 1.0
         model.model.decoder.final_layer_norm.bias += AGAINST_EOS * direction
         head = model.get_output_embeddings().weight
@@ -142,4 +151,4 @@ def rows(work: Path, stage: str) -> list[dict[str, list[int]]]:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
-    make(Path(sys.argv[1]))
+    make(Path(sys.argv[1]), SHAPES[sys.argv[2]])
