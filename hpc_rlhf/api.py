@@ -32,6 +32,7 @@ from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
 # Fields of a ppo stage for its duration, checkpoints and placement, which here are up to the program.
 JOB_ONLY = (
     "epochs", "max_steps", "global_batch", "checkpoint_every", "mttf", "keep_checkpoints", "slurm", "ptx", "ptx_coef",
+    "eval_every", "keep_best",
 )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ def run_bytes(spec: JobSpec) -> int | None:
             checkpoint += reward * _TRAINED * _share(stage.strategies["critic"])
         if getattr(stage, "ema", False):
             checkpoint += trained * _AVERAGED
+        if stage.keep_best is not None:  # a checkpoint has the best weights, too
+            checkpoint += trained * ITEM[stage.precision] * _share(stage)
         exported = trained * ITEM[stage.precision] * (2 if getattr(stage, "ema", False) else 1)
         total += (stage.keep_checkpoints + 1) * checkpoint + exported
     return int(total)

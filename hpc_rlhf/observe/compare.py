@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.listing import list_runs
-from hpc_rlhf.observe.metrics import held_out_rows, read_latest, step_rows
+from hpc_rlhf.observe.metrics import held_out_rows, read_latest, read_text, step_rows
 from hpc_rlhf.observe.results import Interval, read_report
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
@@ -34,7 +34,8 @@ class Compared:
         values: its values of the fields in which the runs differ, by path; null in a stage that it does not have.
         state: done, or the state and name of its most important stage.
         numbers: its metrics. Those of its final model's evaluation: reward, win_rate, …; those of a stage's
-            training, such as ppo.reward: measured at its end, or averaged over the last tenth of its steps.
+            training, such as ppo.reward: measured at its end, or averaged over the last tenth of its steps; with
+            keep_best, measured at the best step, or averaged over the tenth before it.
         judge: the folder of its reward model; None if it trains none.
     """
 
@@ -191,7 +192,11 @@ def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Interval]]:
                 yield name, metric if isinstance(metric, dict) else Interval(value=metric, low=None, high=None)
     for stage in spec.trained:
         text = read_latest(run.stage(stage).metrics, stage, _LATEST)
-        rows = step_rows(text, stage)
+        ended = [row for row in held_out_rows(text) if row.step == row.total_steps]  # measured when the stage was done
+        handed_on = ended[-1].values.get("best_step", ended[-1].step) if ended else None
+        if ended and handed_on != ended[-1].step:  # the metrics are those of the weights that were best
+            text = read_text(run.stage(stage).metrics)
+        rows = [row for row in step_rows(text, stage) if handed_on is None or row.step <= handed_on]
         latest = rows[-max(1, int(_LATEST * rows[-1].total_steps)) :] if rows else []
         numbers = {
             name: fmean(values)
@@ -199,7 +204,7 @@ def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Interval]]:
             if (values := [value for row in latest if (value := row.values.get(name)) is not None])
         }
         for row in held_out_rows(text):
-            if row.step == row.total_steps:  # measured when the stage was done
+            if row.step == handed_on:
                 for name in ("perplexity", "accuracy"):
                     if (value := row.values.get(name)) is not None:
                         numbers[name] = value

@@ -66,7 +66,8 @@ def describe_result(stage: str, metrics: Mapping[str, Any]) -> str:
     if metrics.get("win_rates"):
         rates = metrics["win_rates"].items()
         return ", ".join(f"{name} wins {rate:.0%} against {metrics['base']}" for name, rate in rates)
-    return _Numbers().vformat(kind_of(stage).result, (), defaultdict(lambda: None, metrics))
+    words = _Numbers().vformat(kind_of(stage).result, (), defaultdict(lambda: None, metrics))
+    return f"{words}, best at step {metrics['best_step']}" if metrics.get("best_step") else words
 
 
 class _Numbers(Formatter):

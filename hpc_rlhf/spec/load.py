@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.paths import resolve_paths
 from hpc_rlhf.spec.problems import problems_of
 from hpc_rlhf.spec.stages import EVALUATION, STAGE_KINDS, Data, kind_of
+from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
 
 _PAIRLESS = ("instruction", "text")  # formats without a rejected response
@@ -113,6 +114,8 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
         problems += [problem(f"stages.{name}.{field}", what) for field, what in spec.stage(name).refusals().items()]
         if spec.shares.get(name, 1) == 0:
             problems.append(problem(f"data.split.{name}", f"leaves the {name} stage without data"))
+    for name in spec.trained:
+        problems += [problem(f"stages.{name}.{field}", what) for field, what in _check_evaluations(spec, name)]
     if spec.evaluation and spec.data.held_out == 0:
         problems.append(problem("data.held_out", f"leaves the {EVALUATION.name} stage without data"))
     paired = next((name for name in spec.stage_names if kind_of(name).data is Data.PAIRS), None)
@@ -120,6 +123,20 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
         what = f"none contains pairs of responses, which the {paired} stage trains on"
         problems.append(problem("data.sources", what))
     return problems
+
+
+def _check_evaluations(spec: JobSpec, name: str) -> Iterator[tuple[str, str]]:
+    """Fields of a stage's evaluations during training that cannot work, and why."""
+    stage, metrics = spec.stage(name), kind_of(name).held_out
+    assert isinstance(stage, TrainingSpec)
+    if stage.eval_every is not None and not metrics:
+        yield "eval_every", f"the {name} stage has no evaluations during training"
+    elif stage.eval_every is not None and spec.data.held_out == 0:
+        yield "eval_every", "needs held-out data, but data.held_out is 0"
+    if stage.keep_best is not None and stage.keep_best not in metrics:
+        yield "keep_best", f"must be {' or '.join(metrics) or 'null'}, not {stage.keep_best}"
+    elif stage.keep_best is not None and stage.eval_every is None:
+        yield "keep_best", "needs eval_every, because there is only one evaluation without it"
 
 
 def in_order(problems: list[Problem]) -> list[Problem]:

@@ -46,6 +46,8 @@ _ELSEWHERE = {
     "num_warmup_steps": ("warmup",), "warmup_steps": ("warmup",), "warmup_ratio": ("warmup",),
     "lr_scheduler_type": ("schedule",), "adam_epsilon": ("eps",),
     "zero_stage": ("zero",), "lora_dim": ("lora",), "gradient_checkpointing": ("activation_checkpointing",),
+    "eval_steps": ("eval_every",), "eval_strategy": ("eval_every",),
+    "load_best_model_at_end": ("keep_best",), "metric_for_best_model": ("keep_best",),
     "max_grad_norm": ("clip_grad",), "model_name_or_path": ("actor",),
     "max_length": ("max_prompt_tokens", "max_answer_tokens"),
 }  # fmt: skip

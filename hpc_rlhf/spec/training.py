@@ -36,6 +36,14 @@ Warmup = Annotated[
 ]
 
 
+def _eval_interval(raw: object) -> object:
+    if isinstance(raw, int) and not isinstance(raw, bool) and 1 <= raw < 2**31:
+        return raw
+    if isinstance(raw, float) and 0 < raw < 1:
+        return raw
+    raise ValueError("must be a number of steps, or a fraction of the stage's steps such as 0.1")
+
+
 def _or_auto(**schema: object) -> WithJsonSchema:
     """The JSON Schema of a field that also takes the word auto."""
     return WithJsonSchema({"anyOf": [schema, {"const": AUTO}]})
@@ -145,6 +153,19 @@ class TrainingSpec(StageSpec):
     Preemptions and time limits come with a warning and do not count. A day suits a few nodes; use a few hours for
     hundreds of GPUs or an unreliable cluster."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Number of checkpoints to keep.")
+    eval_every: Annotated[int | float, BeforeValidator(_eval_interval)] | None = None
+    """How often to evaluate on held-out data during training: a number of steps, or a fraction of the stage's steps
+    such as 0.1. null evaluates only at the end. It changes nothing in training itself. Needs data.held_out; PPO has no
+    such evaluations."""
+    keep_best: Name | None = None
+    """Hand on the weights that were best by this held-out metric at any of the evaluations during training or at its
+    end: perplexity or loss in SFT; accuracy, loss or margin for the reward model and in DPO. null hands on the last
+    weights. The best ones so far are kept in host memory and in the checkpoints. Needs eval_every."""
+
+    def eval_interval(self, total: int) -> int:
+        """Steps from one evaluation during training to the next, in a stage of ``total`` steps; 0 if there are none."""
+        every = self.eval_every or 0
+        return every if isinstance(every, int) else max(1, round(every * total))
 
     def refusals(self) -> dict[str, str]:
         if self.max_steps is None or self.warmup < max(1, self.max_steps):

@@ -127,7 +127,8 @@ class StageContext:
         """Load the newest checkpoint, if there is one, and open the metrics at its step. Collective."""
         checkpoint = self.checkpoints.resume(load)
         step = checkpoint.step if checkpoint else -1
-        self.metrics = MetricsLog(self.files.metrics, self.files.tensorboard, step, self.world.is_main)
+        part = checkpoint.part if checkpoint else 0
+        self.metrics = MetricsLog(self.files.metrics, self.files.tensorboard, step, self.world.is_main, part)
         self.checkpoints.before_save = self.metrics.sync
         if self.world.is_main:
             self.trackers = Trackers(self.spec, self.run, self.stage)

@@ -19,7 +19,7 @@ class MetricsLog:
     Lines of steps after the one that the stage resumes from, whose work was lost, are removed: every step appears once.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, step: int, is_main: bool) -> None:
+    def __init__(self, path: Path, tensorboard: Path, step: int, is_main: bool, part: int = 0) -> None:
         self.path = path
         self._writer: Any = None
         if not is_main:
@@ -27,7 +27,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        keep_until(path, step)
+        keep_until(path, step, part)
         self._writer = SummaryWriter(str(tensorboard), purge_step=step + 1)
 
     def log(self, step: int, total_steps: int, kind: str, values: Mapping[str, float | None]) -> None:
@@ -57,14 +57,15 @@ class MetricsLog:
                 os.fsync(file.fileno())
 
 
-def keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int, part: int = 0) -> None:
     """Remove the lines of later steps from a JSONL file, atomically.
 
-    What a stage measures after its last step is removed, too: an attempt that resumes there measures it again.
+    What a stage measured after that step is removed, too: an attempt that resumes there measures it again, unless
+    parts of the next step are done, or it is step 0, whose measurements come before its checkpoint.
     """
     if path.exists():
         lines = path.read_text(encoding="utf-8").split("\n")
-        kept = [line + "\n" for line in lines if _position(line) <= (step, step == 0)]
+        kept = [line + "\n" for line in lines if _position(line) <= (step, step == 0 or part > 0)]
         write_atomically(path, "".join(kept))
 
 

@@ -53,4 +53,6 @@ def test_checkpoints_and_models_of_every_stage_count() -> None:
     actor, reward = 1.316, 0.331
     assert billions(sft={}) == pytest.approx(actor * (3 * 12 + 2), rel=0.01)
     assert billions(sft={"lora": {"rank": 8}}) < 7
+    best = {"eval_every": 0.1, "keep_best": "loss"}
+    assert billions(sft=best) == pytest.approx(actor * (3 * 14 + 2), rel=0.01)
     assert billions(reward={}, ppo={}) == pytest.approx(reward * 38 + ((actor + reward) * 36 + actor * 2), rel=0.01)

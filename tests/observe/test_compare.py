@@ -14,6 +14,7 @@ from hpc_rlhf.cli import group
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.sweep import lay_out
+from hpc_rlhf.observe.compare import compare
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import dump_spec
@@ -157,3 +158,22 @@ def test_runs_that_differ_only_in_seed_are_summarized(tmp_path: Path) -> None:
     make_sweep(tmp_path, "sweep: {seed: [1, 2]}\n", {"seed=1": 1.0, "seed=2": 3.0})
     comparison = json.loads(cli("--json", tmp_path / "good").stdout)
     assert comparison["over_seeds"] == [{"values": {}, "runs": 2, "mean": 2.0, "std": pytest.approx(2**0.5)}]
+
+
+def test_a_stage_that_keeps_its_best_weights_is_compared_by_them(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path, COEFS, {"kl_coef=0.02": 1.0, "kl_coef=0.1": 1.0, "kl_coef=0.5": 1.0})
+    for run, best in zip(runs.values(), (20.0, 2000.0, None), strict=True):
+        folder = run.stage("reward").path
+        if folder.is_symlink():
+            folder.unlink()
+            folder.mkdir()
+        rows = [{"step": step, "kind": "train", "loss": step / 1000} for step in range(1, 2001)]
+        kept = {} if best is None else {"best_step": best}
+        rows += [{"step": step, "kind": "eval", "accuracy": 1 - step / 10000, **kept} for step in (20, 1000, 2000)]
+        lines = [json.dumps({**row, "total_steps": 2000, "time": 1.0}) for row in sorted(rows, key=lambda r: r["step"])]
+        run.stage("reward").metrics.write_text("".join(line + "\n" for line in lines))
+    numbers = {run.name: run.numbers for run in compare(list(runs.values())).runs}
+    found = {name: (of["reward.accuracy"]["value"], of["reward.loss"]["value"]) for name, of in numbers.items()}
+    early, last, plain = (found[run.path.name] for run in runs.values())
+    assert early == pytest.approx((1 - 20 / 10000, sum(range(1, 21)) / 20 / 1000))
+    assert last == plain == pytest.approx((0.8, sum(range(1801, 2001)) / 200 / 1000))

@@ -48,3 +48,24 @@ def test_dpo_needs_pairs(tmp_path: Path, data: str, message: str) -> None:
 def test_label_smoothing_is_below_a_half(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"stages\.dpo\.label_smoothing: .*less than 0\.5"):
         load_spec(write(tmp_path, f"{PAIRS}stages: {{dpo: {{label_smoothing: 0.5}}}}\n"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("sft: {keep_best: loss}", r"stages\.sft\.keep_best: needs eval_every"),
+        ("sft: {eval_every: 10, keep_best: accuracy}", "keep_best: must be perplexity or loss, not accuracy"),
+        ("sft: {eval_every: 1.5}", "eval_every: must be a number of steps, or a fraction"),
+        ("sft: {eval_every: 10 min}", "eval_every: must be a number of steps, or a fraction"),
+        ("sft: {eval_every: 10}, reward: {eval_every: 0.1, keep_best: accuracy}", ""),
+    ],
+)
+def test_evaluations_during_training(tmp_path: Path, fields: str, message: str) -> None:
+    path = write(tmp_path, f"{PAIRS}stages: {{{fields}}}\n")
+    if message:
+        with pytest.raises(SpecError, match=message):
+            load_spec(path)
+        return
+    load_spec(path)
+    with pytest.raises(SpecError, match=r"stages\.reward\.eval_every: needs held-out data, but data\.held_out is 0"):
+        load_spec(path, ["data.held_out=0"])

@@ -49,8 +49,8 @@ def make_charts(text: str, stage: str, samples: int, starts: Iterable[float]) ->
         starts: when its attempts began, in Unix seconds.
     """
     rows = step_rows(text, stage)
-    _add_derived(rows, samples, list(starts))
     held_out = held_out_rows(text)
+    _add_derived(rows, held_out, samples, list(starts))
     charts = (_make_chart(plot, rows, held_out) for plot in kind_of(stage).plots)
     return [chart for chart in charts if chart is not None]
 
@@ -100,14 +100,15 @@ def _describe(label: str, values: Values) -> str:
     return f"{label} from {number(known[0])} to {number(known[-1])}, between {lowest} and {highest}"
 
 
-def _add_derived(rows: list[Row], samples: int, starts: list[float]) -> None:
-    """Add each row's perplexity, and its throughput since the row before in the same attempt."""
+def _add_derived(rows: list[Row], held_out: list[Row], samples: int, starts: list[float]) -> None:
+    """Add each row's perplexity, and its throughput since the row before in the same attempt, without evaluations."""
+    evaluated = {row.step: row.time for row in held_out}
     for row in rows:
         loss = _value(row, "loss")
         if loss is not None:
             row.values["perplexity"] = math.exp(min(loss, 50.0))
     for before, row in pairwise(rows):
-        seconds, steps = row.time - before.time, row.step - before.step
+        seconds, steps = row.time - max(before.time, evaluated.get(before.step, 0.0)), row.step - before.step
         if seconds > 0 and steps > 0 and not any(before.time < start <= row.time for start in starts):
             row.values["throughput"] = samples * steps / seconds
 

@@ -43,9 +43,10 @@ DPO = StageKind(
     data=Data.PAIRS,
     progress=("loss", "accuracy"),
     ranking=("accuracy", "loss"),
+    held_out=("accuracy", "loss", "margin"),
     result="held-out accuracy {accuracy:.3f}",
     plots=(
-        Plot("loss", "nats per pair", {"loss": "loss"}),
+        Plot("loss", "nats per pair", {"loss": "loss"}, held_out="loss"),
         ACCURACY,
         MARGIN,
         Plot("implicit rewards", "nats", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),

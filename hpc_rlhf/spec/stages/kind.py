@@ -49,7 +49,7 @@ LEARNING_RATE = Plot("learning rate", "per step", {"lr": "learning rate"})
 GRADIENT = Plot("gradient norm", "before clipping", {"grad_norm": "gradient"})
 THROUGHPUT = Plot("throughput", "samples per second", {"throughput": "throughput"})
 ACCURACY = Plot("accuracy", "fraction of pairs", {"accuracy": "training"}, held_out="accuracy")
-MARGIN = Plot("margin", "reward, chosen minus rejected", {"margin": "margin"})
+MARGIN = Plot("margin", "reward, chosen minus rejected", {"margin": "margin"}, held_out="margin")
 SENT = Plot("sent by rank 0", "bytes per step", {"bytes_sent": "sent"})
 TRAINING = (LEARNING_RATE, GRADIENT, THROUGHPUT, SENT)
 
@@ -76,6 +76,7 @@ class StageKind:
         progress: metrics for progress lines, the most important first.
         ranking: metrics that compare runs; the first one available decides.
         lower_is_better: metrics for which lower values are better.
+        held_out: metrics of its evaluations on held-out data by which ``keep_best`` may choose; empty if it makes none.
         scores: metrics on the reward model's scale: not comparable across different reward models.
         result: the summary of a finished stage, with metrics of its manifest in braces.
         plots: its charts in the report.
@@ -97,6 +98,7 @@ class StageKind:
     progress: tuple[str, ...] = ("loss",)
     ranking: tuple[str, ...] = ("loss",)
     lower_is_better: frozenset[str] = frozenset({"loss", "perplexity", "kl"})
+    held_out: tuple[str, ...] = ()
     scores: frozenset[str] = frozenset()
     result: str = "loss {loss}"
     plots: tuple[Plot, ...] = field(default=(Plot("loss", "nats per token", {"loss": "loss"}), *TRAINING), repr=False)

@@ -38,6 +38,7 @@ REWARD = StageKind(
     makes="reward model",
     progress=("loss", "accuracy"),
     ranking=("accuracy", "loss"),
+    held_out=("accuracy", "loss", "margin"),
     result="held-out accuracy {accuracy:.3f}",
-    plots=(Plot("loss", "nats per pair", {"loss": "loss"}), ACCURACY, MARGIN, *TRAINING),
+    plots=(Plot("loss", "nats per pair", {"loss": "loss"}, held_out="loss"), ACCURACY, MARGIN, *TRAINING),
 )

@@ -25,9 +25,10 @@ SFT = StageKind(
     summary="Supervised fine-tuning of the actor on the chosen responses.",
     share=2,
     ranking=("perplexity", "loss"),
+    held_out=("perplexity", "loss"),
     result="held-out perplexity {perplexity_before} → {perplexity_after}",
     plots=(
-        Plot("loss", "nats per token", {"loss": "loss"}),
+        Plot("loss", "nats per token", {"loss": "loss"}, held_out="loss"),
         Plot("perplexity", "per token", {"perplexity": "training"}, held_out="perplexity", log=True),
         *TRAINING,
     ),

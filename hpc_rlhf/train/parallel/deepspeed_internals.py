@@ -50,6 +50,15 @@ def local_shard(parameter: Any) -> Tensor:
     return shard.detach()
 
 
+def set_local_shard(parameter: Any, values: Tensor) -> None:
+    """Change what ``local_shard`` returns. ZeRO-3 gathers small parameters right after an optimizer step; such a copy
+    would be used instead of the new values, so it is dropped."""
+    if is_zero3(parameter):
+        parameter.partition()
+    with torch.no_grad():
+        local_shard(parameter).copy_(values)
+
+
 def full_numel(parameter: Any) -> int:
     """Elements of a parameter before ZeRO-3 partitioned it."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def finish(context: StageContext, step: int, models: dict[str, Any], metrics: dict[str, Any]) -> None:
+def finish(
+    context: StageContext, step: int, models: dict[str, Any], metrics: dict[str, Any],
+    weights: AbstractContextManager[None] | None = None,
+) -> None:  # fmt: skip
     """Write the artifact that the stage hands on, its manifest last. Collective.
 
     A stop discards it; the next attempt resumes at the last safe point and writes it again.
@@ -40,9 +44,10 @@ def finish(context: StageContext, step: int, models: dict[str, Any], metrics: di
     Args:
         models: transformers models by the subfolder they go to.
         metrics: the model's metrics for the manifest.
+        weights: within it, the models have the weights to hand on; by default, they always do.
     """
     folder = new_artifact(context)
-    with context.stop.cancellable():
+    with weights or nullcontext(), context.stop.cancellable():
         for subfolder, model in models.items():
             write_model(context, model, folder / subfolder)
     commit(context, folder, step, metrics)

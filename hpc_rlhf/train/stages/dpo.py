@@ -108,13 +108,12 @@ def run(context: StageContext) -> None:
     learner.train(checkpoint.step if checkpoint else 0, {})
 
     # 5. Evaluate, compare responses with those before training, and write the artifact.
-    evaluated = learner.evaluate()
-    metrics = learner.means(*evaluated) if evaluated else {"accuracy": None}
-    context.metrics.log(total, total, "eval", metrics)
+    metrics = learner.held_out.finish()
     rows = list(islice(data.held_out, HELD_OUT_PROMPTS))
     if rows:
         with models.as_reference():
             before = samples.answers(RolloutEngine(models.ref_policy, world), rows)
-        after = samples.answers(RolloutEngine(models.policy, world), rows)
+        with learner.held_out.handed_on():
+            after = samples.answers(RolloutEngine(models.policy, world), rows)
         samples.append_final(total, rows, after, before)
-    finish(context, total, {"": models.policy}, metrics)
+    finish(context, total, {"": models.policy}, metrics, learner.held_out.handed_on())

@@ -21,6 +21,7 @@ from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.data.tokenized import StageData, token_lengths
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.ragged import Ragged, plan_step
+from hpc_rlhf.train.stages.held_out import HeldOut
 
 Row = dict[str, Any]
 
@@ -79,6 +80,7 @@ class Learner:
             of their metrics: (metrics,).
         prepare: called for all micro-batches of a step before any is measured.
         learned_tokens: of a row, if losses and metrics are means over tokens; otherwise they are means over rows.
+        derived: further metrics of an evaluation, from the means.
     """
 
     context: StageContext
@@ -91,21 +93,27 @@ class Learner:
     measure: Callable[..., tuple[Tensor, Tensor]]
     prepare: Callable[[list[Row]], tuple[Any, ...]] = lambda rows: ()
     learned_tokens: Callable[[Row], int] | None = None
+    derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {}
 
     def __post_init__(self) -> None:
         self.lengths = token_lengths(self.data.train, *self.columns)
+        samples = len(self.data.held_out)
+        self.held_out = HeldOut(self.context, self.engine.module, self.total, samples, self.evaluate)
 
     def load(self, checkpoint: Checkpoint) -> None:
         engines.load(self.engine, checkpoint.folder / "engine", self.context.world)
+        self.held_out.load(checkpoint.folder)
 
     def save(self, snapshot: Snapshot) -> None:
         engines.save(self.engine, snapshot, "engine", self.context.world)
+        self.held_out.save(snapshot)
 
     def train(self, first: int, state: dict[str, Any]) -> None:
         """The optimizer steps from ``first`` on, with a safe point before and after each. Collective."""
         context, rows = self.context, self.data.train
         for step in range(first, self.total):
             context.checkpoints.safe_point(step, self.save, state)
+            self.held_out.after(step)
             context.reseed(step)
             indices = step_indices(context, context.stage, len(rows), step)
             values = self._step(indices)
@@ -136,11 +144,9 @@ class Learner:
         return {**values, **engines.traffic([self.engine])}
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[list[Tensor], float] | None:
-        """The sums of this rank's held-out micro-batches, and the count for ``means``; None without any. Collective."""
+    def evaluate(self) -> dict[str, float]:
+        """The metrics on the held-out rows. Collective."""
         rows = self.data.held_out
-        if not len(rows):
-            return None
         indices = list(range(min(len(rows), EVALUATED)))
         batches = self._batches(rows, token_lengths(rows, *self.columns), indices)
         self.engine.eval()
@@ -149,7 +155,8 @@ class Learner:
             self.context.stop.check("evaluation")
             measured.append(self.measure(chosen, *self.prepare(chosen))[1] * real)
         self.engine.train()
-        return measured, self._count(indices, batches)
+        means = self.means(measured, self._count(indices, batches))
+        return {**means, **self.derived(means)}
 
     def _count(self, indices: list[int], batches: list[tuple[list[Row], bool]]) -> float:
         """The number of rows, or the number of tokens learned, in all ranks' micro-batches. Collective."""
@@ -160,5 +167,5 @@ class Learner:
 
     def means(self, measured: list[Tensor], count: float) -> dict[str, float]:
         """The mean of each metric, from all ranks' sums. Collective."""
-        own = dict(zip(self.names, torch.stack(measured).sum(dim=0).tolist(), strict=True))
+        own = dict(zip(self.names, torch.stack(measured).double().sum(dim=0).tolist(), strict=True))
         return {name: value / count for name, value in self.context.world.sums(own).items()}

@@ -58,10 +58,7 @@ def run(context: StageContext) -> None:
     learner.train(checkpoint.step if checkpoint else 0, {})
 
     # 5. Evaluate, and write the artifact.
-    evaluated = learner.evaluate()
-    measured = learner.means(*evaluated) if evaluated else {}
-    metrics = {name: measured.get(name) for name in ("accuracy", "chosen_score")}
-    context.metrics.log(total, total, "eval", metrics)
-    if spec.center_scores and metrics["chosen_score"] is not None:
-        model.offset += metrics["chosen_score"]
-    finish(context, total, {"": model.classifier}, metrics)
+    metrics = learner.held_out.finish()
+    if spec.center_scores and (score := metrics.get("chosen_score")) is not None:
+        model.offset += score
+    finish(context, total, {"": model.classifier}, metrics, learner.held_out.handed_on())

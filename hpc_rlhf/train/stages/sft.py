@@ -51,27 +51,21 @@ def run(context: StageContext) -> None:
         loss = -engine(batch.ids, batch.lengths, predicted, summed=True)[0]
         return loss, loss.detach().unsqueeze(0)
 
-    learner = Learner(context, engine, data, total, RESPONSES, budget, ("loss",), measure, learned_tokens=target_tokens)
-
-    def perplexity() -> float | None:
-        """On the held-out samples; None if there are none."""
-        evaluated = learner.evaluate()
-        if evaluated is None:
-            return None
-        losses, tokens = evaluated
-        total_loss = context.world.sums({"loss": sum(loss.item() for loss in losses)})["loss"]
-        return math.exp(min(50.0, total_loss / tokens))
+    learner = Learner(
+        context, engine, data, total, RESPONSES, budget, ("loss",), measure,
+        learned_tokens=target_tokens,
+        derived=lambda means: {"perplexity": math.exp(min(50.0, means["loss"]))},
+    )  # fmt: skip
 
     # 4. Resume, or evaluate the start.
     checkpoint = context.resume(learner.load)
     if checkpoint is not None:
         state, first = {"perplexity_before": checkpoint.state["perplexity_before"]}, checkpoint.step
     else:
-        state, first = {"perplexity_before": perplexity()}, 0
-        context.metrics.log(0, total, "eval", {"perplexity": state["perplexity_before"]})
+        state, first = {"perplexity_before": learner.held_out.evaluate(0)["perplexity"]}, 0
 
     # 5. Train, evaluate, and write the artifact.
     learner.train(first, state)
-    after = perplexity()
-    context.metrics.log(total, total, "eval", {"perplexity": after})
-    finish(context, total, {"": model}, {**state, "perplexity_after": after})
+    metrics = learner.held_out.finish()
+    metrics = {**state, "perplexity_after": metrics.pop("perplexity"), **metrics}
+    finish(context, total, {"": model}, metrics, learner.held_out.handed_on())

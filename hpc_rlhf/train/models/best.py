@@ -1,0 +1,95 @@
+"""A model's best weights so far, kept beside those in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hpc_rlhf.train.checkpoint import shards
+from hpc_rlhf.train.checkpoint.shards import Shard
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.models.score_head import ScoreHead
+from hpc_rlhf.train.parallel.deepspeed_internals import (
+    full_numel,
+    is_zero3,
+    local_shard,
+    replica_group,
+    set_local_shard,
+)
+from hpc_rlhf.train.runtime.world import World
+
+
+class BestWeights:
+    """A copy of the trained parameters in host memory, to the last bit, that exists once across the ranks.
+
+    Under ZeRO-3 each rank has its own shard of every parameter. Otherwise parameter i belongs to rank ``i % size`` of
+    those that hold the same layer shards. Score heads in half precision have a float32 weight beside the parameter,
+    which counts as one more.
+
+    Attributes:
+        facts: JSON about the copied weights; None while there is no copy.
+    """
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self.world = world
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.heads = [m for m in model.modules() if isinstance(m, ScoreHead) and m.weight.dtype != torch.float32]
+        self.copies: dict[int, Tensor] = {}
+        self.facts: dict[str, Any] | None = None
+
+    def keep(self, facts: dict[str, Any]) -> None:
+        """Copy the current weights. Not collective."""
+        self.copies = {i: local_shard(tensor).to("cpu", copy=True) for i, tensor in self._own()}
+        self.facts = facts
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Temporarily give the model the copied weights. Collective."""
+        group = None if self.world.dims.tensor == 1 else replica_group()
+        tensors = self._tensors()
+        originals = [local_shard(tensor).to("cpu", copy=True) for tensor in tensors]
+        try:
+            for i, tensor in enumerate(tensors):
+                if i in self.copies:
+                    set_local_shard(tensor, self.copies[i])
+                if not is_zero3(tensor):
+                    dist.broadcast(local_shard(tensor), group=group, group_src=i % self.world.dims.data)
+            yield
+        finally:
+            for tensor, original in zip(tensors, originals, strict=True):
+                set_local_shard(tensor, original)
+
+    def save(self, snapshot: Snapshot, name: str) -> None:
+        """Add the copy, if there is one, to a snapshot's folder, for any number of ranks to resume from. Collective."""
+        if self.facts is not None:
+            shards.write(snapshot, name, self._pieces(), self.facts, self.world)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote, if it wrote anything."""
+        if folder.exists():
+            self.copies = {i: torch.empty_like(local_shard(tensor), device="cpu") for i, tensor in self._own()}
+            shards.read(folder, list(self._pieces()), self.world)
+            self.facts = shards.read_facts(folder)
+
+    def _tensors(self) -> list[Tensor]:
+        return [*self.parameters, *(head.exact for head in self.heads if head.exact is not None)]
+
+    def _own(self) -> Iterator[tuple[int, Tensor]]:
+        for i, tensor in enumerate(self._tensors()):
+            if is_zero3(tensor) or i % self.world.dims.data == self.world.data_rank:
+                yield i, tensor
+
+    def _pieces(self) -> Iterator[Shard]:
+        tensors = self._tensors()
+        for i, copy in self.copies.items():
+            start, count = 0, copy.numel()
+            if is_zero3(tensors[i]):  # the last rank's shard may be padded
+                start = self.world.rank * count
+                count = max(0, min(count, full_numel(tensors[i]) - start))
+            yield Shard(str(i), start, copy.view(-1)[:count])

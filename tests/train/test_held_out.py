@@ -1,0 +1,58 @@
+"""Evaluations during training leave no trace in it, and the best weights survive every interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from tests.train.stages import make_run, metrics, tiny_spec, weights_digest
+from tests.train.stopping import run_stopping
+from tests.train.test_resume import WEIGHTS, same, stops
+
+pytestmark = pytest.mark.train
+
+# Rates so high that the held-out metrics soon get worse.
+STAGES: dict[str, dict[str, Any]] = {
+    "sft": {
+        "lr": 0.2, "zero": 3, "precision": "bf16", "lora": {"rank": 4, "only": False}, "dropout": 0.1,
+        "keep_best": "perplexity",
+    },
+    "reward": {"lr": 0.1, "zero": 1, "precision": "bf16", "dropout": 0.1, "keep_best": "loss"},
+    "dpo": {"lr": 0.2, "dropout": 0.1, "keep_best": "loss"},
+}  # fmt: skip
+COMMON = {"max_steps": 5, "micro_batch": 4, "global_batch": 8, "schedule": "constant", "eval_every": 1}
+BEST = {"sft": 2, "reward": 4, "dpo": 3}
+# Before, in and after an evaluation, and while the best weights are written.
+STOPS: list[Any] = [3, ("evaluation", 3), 8, (WEIGHTS, 10)]
+
+
+def make(folder: Path, name: str, stage: str, ranks: int = 2, **changes: Any) -> RunDir:
+    fields = {**COMMON, **STAGES[stage], **changes}
+    return make_run(tiny_spec(folder / f"{stage}-{name}", ranks, **{stage: fields}))
+
+
+def test_the_best_weights_are_those_of_a_shorter_run_whatever_interrupts_the_stage(tmp_path: Path) -> None:
+    """The shorter run has no evaluations, so they leave no trace in training."""
+    never = {"eval_every": None, "keep_best": None}
+    whole = {stage: make(tmp_path, "whole", stage) for stage in STAGES}
+    short = {stage: make(tmp_path, "short", stage, max_steps=BEST[stage], **never) for stage in STAGES}
+    stopped = {stage: make(tmp_path, "stopped", stage) for stage in ("sft", "reward")}
+    work: list[Any] = [(run, stage, []) for runs in (whole, short) for stage, run in runs.items()]
+    run_stopping([*work, *((run, stage, STOPS) for stage, run in stopped.items())], 2)
+    for stage in STAGES:
+        metric = str(STAGES[stage]["keep_best"])
+        lines = {line["step"]: line for line in metrics(whole[stage], stage) if line["kind"] == "eval" and line["step"]}
+        values = {step: line[metric] for step, line in lines.items()}
+        assert list(values) == [1, 2, 3, 4, 5]
+        assert min(values, key=lambda step: values[step]) == BEST[stage] == lines[5]["best_step"], (stage, values)
+        assert weights_digest(whole[stage], stage) == weights_digest(short[stage], stage), stage
+        facts = manifest.require(whole[stage].stage(stage).model, stage)["metrics"]
+        assert facts["best_step"] == BEST[stage]
+        assert facts["loss"] == pytest.approx(lines[BEST[stage]]["loss"])
+    for stage, run in stopped.items():
+        assert len(stops(run, stage)) == len(STOPS)
+        same(run, whole[stage], stage)
