@@ -53,7 +53,11 @@ class Pass:
         whole, sharded = model.kept[item]
         layers = whole + sharded / self.stage.tensor_parallel
         if self.stage.lora is not None:
-            layers += item * self.stage.lora.rank * sum(each.count for each in model.adapted(self.stage.lora))
+            layers += (
+                item
+                * self.stage.lora.rank
+                * sum(each.count if each.passed is None else each.passed for each in model.adapted(self.stage.lora))
+            )
         ends = 2 * item * model.hidden  # embeddings, and the input of the head
         if self.stage.activation_checkpointing:
             layers = model.layers * item * model.hidden + layers / model.layers

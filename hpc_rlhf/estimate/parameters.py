@@ -26,18 +26,26 @@ from hpc_rlhf.spec.training import LoraSpec
 # Importing torch from a cold network file system can take minutes.
 _SECONDS = 240
 
+# Raised by a change of what is cached.
+_FORMAT = 2
+
 # The OPT models' configurations (arXiv 2205.01068, table 1) and shapes, to plan without the hub, and at once.
 _OPT = Path(__file__).with_name("opt.json")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Linear layers of a model that have the same name and sizes; the output head is not one of them."""
+    """Linear layers, or matrices of experts, that have the same name and sizes; the output head is not one of them.
+
+    Attributes:
+        passed: how many of them a token passes through, if they are experts.
+    """
 
     name: str
     inputs: int
     outputs: int
     count: int
+    passed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,11 @@ class Architecture:
 
     def adapted(self, lora: LoraSpec) -> list[Linear]:
         """The layers that get adapters."""
-        return [layer for layer in self.linears if lora.targets is None or layer.name in lora.targets]
+        return [
+            layer
+            for layer in self.linears
+            if (lora.targets is None or layer.name in lora.targets) and (lora.experts or layer.passed is None)
+        ]
 
     def adapters(self, lora: LoraSpec | None) -> int:
         """Parameters of its low-rank adapters."""
@@ -154,7 +166,8 @@ def _cache_file(config: str) -> Path:
         versions = f"{__version__} {metadata.version('transformers')}"
     except metadata.PackageNotFoundError:  # _measure reports it
         versions = __version__
-    return hub.cache() / "hpc-rlhf/shapes" / f"{hashlib.sha256(f'{versions} {config}'.encode()).hexdigest()}.json"
+    key = f"{versions} {_FORMAT} {config}"
+    return hub.cache() / "hpc-rlhf/shapes" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
 
 
 def _read_cache(config: str) -> Architecture | None:

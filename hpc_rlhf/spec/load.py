@@ -18,7 +18,7 @@ from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.paths import resolve_paths
 from hpc_rlhf.spec.problems import problems_of
 from hpc_rlhf.spec.stages import EVALUATION, STAGE_KINDS, Data, kind_of
-from hpc_rlhf.spec.training import TrainingSpec
+from hpc_rlhf.spec.training import LoraSpec, TrainingSpec
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
 
 _PAIRLESS = ("instruction", "text")  # formats without a rejected response
@@ -64,6 +64,9 @@ def read_spec(path: Path) -> JobSpec:
     for kind in STAGE_KINDS:
         stage = (fields.get("stages") or {}).get(kind.name)
         if isinstance(stage, dict):
+            for part in (stage, stage.get("critic")):
+                if isinstance(part, dict) and isinstance(part.get("lora"), dict):
+                    part["lora"] = {**LoraSpec.before, **part["lora"]}
             fields["stages"][kind.name] = {**kind.spec.before, **stage}
     try:
         return JobSpec.model_validate(fields, strict=True)

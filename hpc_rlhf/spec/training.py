@@ -50,7 +50,7 @@ def _or_auto(**schema: object) -> WithJsonSchema:
 
 
 class LoraSpec(Model):
-    """Low-rank adaptation of the linear layers (arXiv 2106.09685). Merged into the weights on export."""
+    """Low-rank adaptation of the linear layers and experts (arXiv 2106.09685). Merged into the weights on export."""
 
     rank: Positive = Field(description="Rank of the update.")
     alpha: Rate | None = Field(default=None, description="The update is scaled by alpha / rank. Defaults to the rank.")
@@ -58,6 +58,12 @@ class LoraSpec(Model):
     """Names of the linear modules to adapt, such as q_proj; by default, all except the output head."""
     only: bool = True
     """Train only the adapters. false also trains all weights without adapters."""
+    experts: bool = True
+    """Adapt the experts of mixture-of-experts layers too, each with factors of this rank. targets selects them by the
+    names of their parameters, such as gate_up_proj and down_proj. A router is adapted only if it is a plain linear
+    layer."""
+
+    before: ClassVar[dict[str, object]] = {"experts": False}
 
 
 class StageSpec(Model):

@@ -34,6 +34,9 @@ FAMILIES: list[dict[str, Any]] = [
     {"model_type": "olmo2", **LLAMA, "num_key_value_heads": 2},
     {"model_type": "bloom", "vocab_size": 500, "hidden_size": 48, "n_layer": 3, "n_head": 4},
     {"model_type": "qwen3_moe", **LLAMA, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},  # noqa: E501
+    {"model_type": "mixtral", **LLAMA, "num_local_experts": 4},
+    {"model_type": "gpt_oss", **LLAMA, "num_key_value_heads": 2, "num_local_experts": 4},
+    {"model_type": "jetmoe", **LLAMA, "num_key_value_heads": 2, "num_local_experts": 4, "kv_channels": 12},
 ]  # fmt: skip
 
 
@@ -60,6 +63,17 @@ def check(configs: list[dict[str, Any]]) -> None:
 
 def test_parameters_and_adapters_equal_those_of_the_built_model() -> None:
     check(FAMILIES)
+
+
+def test_experts_can_be_left_out_and_a_token_passes_through_some() -> None:
+    (mixtral,) = architectures([config for config in FAMILIES if config["model_type"] == "mixtral"])
+    assert isinstance(mixtral, parameters.Architecture)
+    experts = [each for each in mixtral.linears if each.passed is not None]
+    assert [(each.name, each.inputs, each.outputs, each.count, each.passed) for each in experts] == [
+        ("gate_up_proj", 48, 160, 12, 6), ("down_proj", 80, 48, 12, 6),
+    ]  # fmt: skip
+    left_out = mixtral.adapters(LoraSpec(rank=3)) - mixtral.adapters(LoraSpec(rank=3, experts=False))
+    assert left_out == 3 * 12 * (48 + 160 + 80 + 48)
 
 
 @pytest.mark.skipif(not CASES.exists(), reason=f"{CASES} is not here: only the families listed above are tested")

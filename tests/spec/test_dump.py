@@ -63,6 +63,17 @@ def test_any_valid_spec_round_trips(
     assert read_back(spec) == spec
 
 
+def test_runs_of_versions_without_adapted_experts_go_on_without_them(tmp_path: Path) -> None:
+    sets = ("stages.sft.lora.rank=4", "stages.ppo.lora.rank=4", "stages.ppo.critic.lora.rank=2")
+    spec = load_spec(JOBS / "tiny.yaml", sets)
+    lines = dump_spec(spec).splitlines(keepends=True)
+    old = read_spec(write(tmp_path, "".join(line for line in lines if "experts:" not in line)))
+    for ours, theirs in ((spec.stages.sft, old.stages.sft), (spec.stages.ppo, old.stages.ppo)):
+        assert ours.lora.experts
+        assert theirs.lora == ours.lora.model_copy(update={"experts": False})
+    assert old.stages.ppo.critic.lora.experts is False
+
+
 def test_invalid_edit_of_job_yaml_is_reported_with_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, dump_spec(load_spec(JOBS / "tiny.yaml")).replace("seed: 1234", "seed: x"))
     with pytest.raises(SpecError, match=r"job.yaml:3:7: seed: must be a whole number"):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import FromScratch
 from tests.train import tiny
 from tests.train.grid import run_chains
 from tests.train.stages import make_run, metrics, tiny_spec
@@ -37,6 +38,7 @@ class Setup:
         like: the setup whose curves it should have.
         fields, ppo: of all stages, and of PPO alone.
         curves: for each stage that is run, the metrics that are compared.
+        model: fields of the model's configuration that differ from the tiny Llama's.
     """
 
     ranks: int
@@ -46,6 +48,7 @@ class Setup:
     like: str = "plain"
     tolerance: float = 1e-5
     curves: dict[str, tuple[str, ...]] = field(default_factory=lambda: CURVES)
+    model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
@@ -62,12 +65,15 @@ class Setup:
             stage: {**fields, "max_steps": STEPS[stage], **(self.ppo if stage == "ppo" else {})}
             for stage in self.curves
         }
-        return make_run(tiny_spec(folder, self.ranks, **stages))
+        spec = tiny_spec(folder, self.ranks, **stages)
+        cast(FromScratch, spec.models.actor).from_scratch.update(self.model)
+        return make_run(spec)
 
 
 BOTH = {"zero": 3, "offload_optimizer": True, "offload_params": True}
 LORA = {"lora": {"rank": 4, "alpha": 8}}
 LORA_AND_ALL = {"lora": {"rank": 4, "only": False}}
+EXPERTS: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 DPO = {"dpo": ("loss", "grad_norm", "margin")}
 TENSOR = {"tensor_parallel": 2}
 HALF: dict[str, Any] = {"like": "SFT alone", "tolerance": 1e-3, "curves": {"sft": ("loss",)}}
@@ -96,6 +102,8 @@ SETUPS = {
     "LoRA and all weights, ZeRO-3": Setup(
         2, 1, {**LORA_AND_ALL, "zero": 3}, {"critic": {**LORA_AND_ALL, "zero": 2}}, like="LoRA and all weights"
     ),
+    "experts": Setup(1, 4, LORA, {"ema": True}, model=EXPERTS),
+    "experts, ZeRO-3": Setup(2, 1, {**LORA, "zero": 3}, {"ema": True}, like="experts", model=EXPERTS),
     "DPO": Setup(1, 1, curves=DPO),
     "DPO, ZeRO-2, reference offloaded": Setup(
         2, 4, {"zero": 2, "offload_optimizer": True, "offload_frozen": True}, like="DPO", curves=DPO
@@ -147,6 +155,17 @@ def test_curves_agree(chains: dict[str, RunDir], name: str) -> None:
             ours, theirs = curve(chains[name], stage, number), curve(chains[setup.like], stage, number)
             assert len(ours) == STEPS[stage]
             assert ours == pytest.approx(theirs, rel=setup.tolerance, abs=setup.tolerance), (stage, number)
+
+
+def test_adapted_experts_are_exported_with_their_averages(chains: dict[str, RunDir]) -> None:
+    """Merged weights, and the average of the updates, of sharded factors as of whole ones."""
+    for part in ("sft/model", "ppo/model", "ppo/model/ema"):
+        ours, theirs = (
+            load_file(chains[name].path / "stages" / part / "model.safetensors")
+            for name in ("experts, ZeRO-3", "experts")
+        )
+        for key, weight in theirs.items():
+            torch.testing.assert_close(ours[key], weight, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["tensor parallel", "tensor parallel of two groups, ZeRO-2, offloaded"])

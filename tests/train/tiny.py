@@ -16,6 +16,7 @@ _LIKE_LLAMA: dict[str, Any] = {
 SIZES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "cohere", "stablelm"), _LIKE_LLAMA),
     "nemotron": {**_LIKE_LLAMA, "head_dim": 8},
+    **{kind: {**_LIKE_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2} for kind in ("mixtral", "gpt_oss")},
     "opt": {
         "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "word_embed_proj_dim": 24, "max_position_embeddings": 64, "dropout": 0.0,

@@ -15,7 +15,7 @@ from hpc_rlhf.train.checkpoint import shards
 from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.models.export import gathered
-from hpc_rlhf.train.models.lora import LoraLinear
+from hpc_rlhf.train.models.lora import Adapter, adapters
 from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, full_shape, is_zero3, local_shard, replica_group
 from hpc_rlhf.train.runtime.world import World
 
@@ -39,7 +39,7 @@ class Ema:
     def __init__(self, model: nn.Module, beta: float, world: World) -> None:
         self.beta = beta
         self.world = world
-        layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+        layers = adapters(model)
         trained = {parameter: i for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad)}
         self._factors = [(trained.pop(layer.lora_a), trained.pop(layer.lora_b)) for layer in layers]
         self.parameters = {i: parameter for parameter, i in trained.items()}
@@ -119,7 +119,7 @@ class Ema:
             yield Shard(str(i), start, average.view(-1)[:count])
 
 
-def _whole_factors(layers: list[LoraLinear]) -> AbstractContextManager[Any]:
+def _whole_factors(layers: list[Adapter]) -> AbstractContextManager[Any]:
     """Within it, the factors of adapters are whole on every rank. Collective under ZeRO-3."""
     return gathered([factor for layer in layers for factor in (layer.lora_a, layer.lora_b)])
 
@@ -132,11 +132,11 @@ class AdapterAverage:
         average: (elements,), float32; empty if another rank keeps it.
     """
 
-    def __init__(self, layer: LoraLinear, number: int, world: World) -> None:
+    def __init__(self, layer: Adapter, number: int, world: World) -> None:
         self.layer = layer
         self.world = world
         self.owner = number % world.dims.data
-        weight = layer.base.weight
+        weight = layer.frozen
         self.shape = full_shape(weight)
         self.start, self.count = 0, full_numel(weight) if world.data_rank == self.owner else 0
         if is_zero3(weight):
@@ -149,15 +149,14 @@ class AdapterAverage:
         """This rank's part of the update that two whole factors make: (elements,), float32."""
         if not self.count:
             return torch.zeros(0, device=lora_a.device)
-        left, right = self.layer.factors(lora_a, lora_b)
-        width = self.shape[1]
+        width = self.shape[-1]
         first, end = self.start // width, -(-(self.start + self.count) // width)
-        rows = (left[first:end] @ right) * self.layer.scale
+        rows = self.layer.rows_of_update(lora_a, lora_b, first, end)
         return rows.flatten()[self.start - first * width :][: self.count]
 
     def whole(self) -> Tensor:
         """The whole averaged update of the weight that this rank has, float32. Collective."""
-        weight = self.layer.base.weight
+        weight = self.layer.frozen
         if is_zero3(weight):
             own = torch.zeros(local_shard(weight).numel(), device=self.world.device)
             own[: self.count] = self.average

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc_rlhf.train.models.lora import LoraLinear
+from hpc_rlhf.train.models.lora import Adapter, LoraLinear, of_experts
 from hpc_rlhf.train.models.score_head import ScoreHead
 from hpc_rlhf.train.parallel import tensor_parallel
 from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, is_zero3
@@ -57,12 +57,17 @@ class ModuleWeights:
         Collective in the tensor-parallel group if they are split.
         """
         prefix = f"{self.name}." if self.name else ""
-        adapter = self.module if isinstance(self.module, LoraLinear) else None
-        layer = adapter.base if adapter else self.module
-        own = set(map(id, self.parameters))
+        if isinstance(self.module, LoraLinear):
+            layer: nn.Module = self.module.base
+            adapters: dict[str, Adapter] = {"weight": self.module}
+        else:
+            layer = self.module
+            adapters = {**of_experts(layer)}
+        factors = {id(factor) for adapter in adapters.values() for factor in (adapter.lora_a, adapter.lora_b)}
+        own = set(map(id, self.parameters)) - factors
         for name, parameter in layer.named_parameters(recurse=False):
             if id(parameter) in own:
-                tensor = adapter.merged_weight() if adapter and name == "weight" else parameter.detach()
+                tensor = adapters[name].merged_weight() if name in adapters else parameter.detach()
                 if isinstance(layer, ScoreHead):
                     tensor = layer.float_weight().detach()
                 yield prefix + name, tensor_parallel.gather(layer, name, tensor)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from hpc_rlhf.train.models import packed_attention, structure
+from hpc_rlhf.train.models import experts, packed_attention, structure
 from hpc_rlhf.train.models.language_model import hidden_states, padded
-from hpc_rlhf.train.models.lora import sizes
+from hpc_rlhf.train.models.lora import is_linear, sizes
 
 _TOKENS = 64
+# The fields for the experts that a token passes through.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 def shapes(fields: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
         "head": 0 if tied else sum(p.numel() for p in head.parameters()),
         "inside": sum(p.numel() for layer in inside for p in layer.parameters()),
         "largest": max(p.numel() for p in model.parameters()),
-        "linears": [[*layer, count] for layer, count in linears.items()],
+        "linears": [*([*layer, count] for layer, count in linears.items()), *_experts(model, text)],
         "layers": layers,
         "hidden": width,
         "inner": inner,
@@ -55,6 +56,19 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
         "kv": 2 * layers * shared * dim,
         "kept": _kept_by_item_size(model, blocks, inner),
     }
+
+
+def _experts(model: Any, text: Any) -> list[list[Any]]:
+    """The matrices of experts, as ``estimate.parameters.Linear`` has them."""
+    found: Counter[tuple[str, int, int, int]] = Counter()
+    for module, name, known in experts.parameters_of_experts(model):
+        number, inner, outer, _ = experts.layout(module, name)
+        found[known, inner, outer, number] += 1
+    chosen = next((n for n in (getattr(text, field, None) for field in _CHOSEN) if isinstance(n, int)), None)
+    return [
+        [name, inner, outer, number * layers, min(number, chosen or number) * layers]
+        for (name, inner, outer, number), layers in found.items()
+    ]
 
 
 def _kept_by_item_size(model: Any, blocks: nn.ModuleList, inner: int) -> dict[int, list[float]]:
@@ -79,7 +93,7 @@ def _blocks(model: nn.Module, layers: int) -> nn.ModuleList:
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear | Conv1D):
+        if is_linear(layer):
             yield name.rpartition(".")[2], layer
 
 

@@ -84,7 +84,7 @@ def test_swapped_in_has_the_averages_and_then_restores_the_weights(world: World)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), own, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "mixtral", "gpt_oss"])
 @pytest.mark.parametrize("only", [True, False])
 def test_of_adapters_the_update_is_averaged(kind: str, only: bool, world: World, tmp_path: Path) -> None:
     """The product of the averaged factors is another matrix."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.stages.recipes import RECIPES
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.export import full_weights, module_weights
-from hpc_rlhf.train.models.lora import LoraLinear, adapt, off
+from hpc_rlhf.train.models.lora import ExpertsAdapter, LoraLinear, adapt, adapters, off
+from tests.models.families import FAMILIES
 from tests.train import tiny
 
 # Width of the OPT models, by billions of parameters.
@@ -40,6 +42,89 @@ def test_new_adapters_change_nothing(kind: str) -> None:
     before = model(input_ids=IDS).logits
     adapt(model, LORA, seed=1)
     assert torch.equal(model(input_ids=IDS).logits, before)
+
+
+# Mixtures whose experts are kept and multiplied in six ways, models that multiply by a layer's weight themselves, and a
+# router that is a linear layer.
+FAR = ("mixtral", "gpt_oss", "jetmoe", "dbrx", "llama4_text", "longcat_flash", "mamba", "gemma3n_text", "phimoe")
+
+
+def family(name: str) -> Any:
+    fields = copy.deepcopy(FAMILIES[name].fields)
+    return tiny.causal(fields.pop("model_type"), **fields)
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_adapters_compute_what_the_merged_model_computes(name: str) -> None:
+    """Outputs, and the gradients of the factors, at a rank that no kernel likes."""
+    model, merged = family(name), family(name)
+    adapt(model, LoraSpec(rank=3, alpha=6.0), seed=1)
+    before = model(input_ids=IDS, use_cache=False).logits.detach()
+    torch.testing.assert_close(before, merged(input_ids=IDS, use_cache=False).logits, atol=0, rtol=0)
+    learn(model)
+    weights = {key: weight.clone() for key, weight in full_weights(module_weights(model))}
+    assert merged.load_state_dict(weights, strict=False).unexpected_keys == []
+    ours, theirs = (each(input_ids=IDS, use_cache=False).logits for each in (model, merged))
+    torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.detach().std()), rtol=1e-4)
+    assert (ours - before).abs().max() > 0.01 * theirs.std()
+    for logits in (ours, theirs):
+        logits.square().mean().backward()
+    grads = {key: parameter.grad for key, parameter in merged.named_parameters()}
+    paths = {id(module): path for path, module in model.named_modules()}
+    for adapter in adapters(model):
+        module, weight = (adapter.module, adapter.name) if isinstance(adapter, ExpertsAdapter) else (adapter, "weight")
+        a, b = (factor.detach().clone().requires_grad_() for factor in (adapter.lora_a, adapter.lora_b))
+        left, right = adapter.factors(a, b)
+        grad = grads[f"{paths[id(module)]}.{weight}"]
+        ((left @ right).view_as(grad) * adapter.scale).backward(grad)
+        for factor, expected in ((adapter.lora_a, a), (adapter.lora_b, b)):
+            assert factor.grad is not None
+            assert expected.grad is not None
+            tolerance = 1e-4 * float(expected.grad.abs().max())
+            torch.testing.assert_close(factor.grad, expected.grad, atol=tolerance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAR[:6])
+def test_experts_are_adapted(name: str) -> None:
+    model = family(name)
+    adapt(model, LORA, seed=1)
+    outside = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+    inside = [p for p in model.parameters() if p.dim() > 1 and not p.requires_grad and id(p) not in outside]
+    adapted = sum(adapter.frozen.numel() for adapter in adapters(model))
+    assert adapted > 0.95 * sum(p.numel() for p in inside)
+    left_out = family(name)
+    adapt(left_out, LoraSpec(rank=4, experts=False), seed=1)
+    assert 0 < sum(adapter.frozen.numel() for adapter in adapters(left_out)) < 0.6 * adapted
+    with off(model), torch.no_grad():
+        learn(model)
+        assert torch.equal(model(input_ids=IDS).logits, family(name)(input_ids=IDS).logits)
+
+
+def test_targets_select_experts_by_the_names_of_their_parameters() -> None:
+    model = family("mixtral")
+    adapt(model, LoraSpec(rank=4, targets=("q_proj", "down_proj")), seed=1)
+    assert {name.rpartition(".")[2] for name in trained(model)} == {
+        "lora_a",
+        "lora_b",
+        "down_proj_lora_a",
+        "down_proj_lora_b",
+    }
+    jetmoe = family("jetmoe")
+    adapt(jetmoe, LoraSpec(rank=4, targets=("output_linear",)), seed=1)
+    assert len(adapters(jetmoe)) == 4
+
+
+def test_lora_that_would_leave_out_most_of_a_model_is_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.mixing = nn.Linear(4, 4), nn.Parameter(torch.zeros(3, 4, 4))
+
+    with pytest.raises(HpcRlhfError, match="only 25% of the weights") as caught:
+        adapt(Block(), LORA, seed=1)
+    assert caught.value.where == "lora.only"
+    for fields in ({"only": False}, {"targets": ("proj",)}):
+        adapt(Block(), LoraSpec(rank=4, **fields), seed=1)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
