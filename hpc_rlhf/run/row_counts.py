@@ -42,6 +42,10 @@ class Outcome(Enum):
     EMPTY = "empty", Kind.LOST, "without text"
     NO_ANSWER = "no answer", Kind.LOST, "without a response"
     USER_LAST = "user last", Kind.LOST, "that end with the user's turn"
+    NO_COMMON_PROMPT = "no common prompt", Kind.LOST, "without a prompt, and whose responses do not begin with the same"
+
+    PROMPT_ONLY = "prompt only", Kind.LOST_HERE, "of a prompt without a response"
+    BAD_ANSWER = "bad answer", Kind.LOST_HERE, "with a response that its label calls bad"
 
     NO_REJECTED = "no rejected", Kind.LOST_HERE, "whose rejected response is null, empty or not the model's"
     SAME_ANSWERS = "same answers", Kind.LOST_HERE, "with the same response twice"
@@ -85,10 +89,12 @@ class SourceCounts:
 
     Attributes:
         source: the path, hub id or ``demo``.
+        ignored: columns that nobody reads although they look like content, each with the first such row.
     """
 
     source: str
     outcomes: dict[Outcome, Count] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
 
     def add(self, outcome: Outcome, where: str) -> None:
         """Count a row. Several samples of one row, which come one after the other, count once."""
@@ -131,8 +137,11 @@ class SourceCounts:
         return whole + (f": {outcomes}" if outcomes else "") + (f"; among those used, {changed}" if changed else "")
 
     def warnings(self) -> list[str]:
-        """Sentences on what many rows lose."""
-        sentences = []
+        """Sentences on what many rows lose, and on columns that are not read."""
+        sentences = [
+            f"the column {column} of {self.source} is not read (first: {where})"
+            for column, where in sorted(self.ignored.items())
+        ]
         if self.lost > MANY:
             what = self.describe(Kind.LOST, Kind.LOST_HERE)
             sentences.append(f"{self.lost:.0%} of the rows of {self.source} are left out: {what}")
@@ -147,14 +156,15 @@ class SourceCounts:
 
     def to_dict(self) -> dict[str, Any]:
         outcomes = {o.value: {"rows": count.rows, "first": count.first} for o, count in self.outcomes.items()}
-        return {"source": self.source, "rows": self.read, "lost": round(self.lost, 6), "outcomes": outcomes}
+        shares = {"rows": self.read, "lost": round(self.lost, 6)}
+        return {"source": self.source, **shares, "outcomes": outcomes, "ignored": self.ignored}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> SourceCounts:
         """Read back; outcomes that only another version knows are left out."""
         known = {outcome.value: outcome for outcome in Outcome}
         outcomes = {known[w]: Count(c["rows"], c["first"]) for w, c in facts["outcomes"].items() if w in known}
-        return cls(facts["source"], outcomes)
+        return cls(facts["source"], outcomes, facts.get("ignored", {}))
 
 
 def stage_counts(stage: StageDir) -> list[SourceCounts]:

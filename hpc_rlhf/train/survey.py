@@ -25,7 +25,8 @@ from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import sources
 from hpc_rlhf.train.data.files import Placed, read_rows
-from hpc_rlhf.train.data.rows import Dropped, read_row
+from hpc_rlhf.train.data.formats import read_row
+from hpc_rlhf.train.data.messages import Dropped
 
 # Rows to read per file, per file if there are many, and per source when looking for a row that a stage can use.
 SAMPLE, FEW, SEARCHED = 100, 10, 20_000
@@ -52,10 +53,12 @@ class Survey:
 
 @dataclass
 class Sampled:
-    """What became of a source's first rows, and the kinds of stages that can use some of them."""
+    """What became of a source's first rows, the kinds of stages that can use some of them, and how many rows were read
+    to know."""
 
     counts: SourceCounts
     fits: frozenset[Data]
+    searched: int = 0
 
 
 @cache
@@ -70,26 +73,27 @@ def sampled(source: SourceSpec, needs: frozenset[Data]) -> Sampled | HpcRlhfErro
         fits: set[Data] = set()
         for row in (row for file in files for row in islice(read_rows(file), size)):
             fits |= _uses(source, row, needs, counts)
+        searched = SourceCounts("")
         if needs - fits:
             for row in islice(sources.placed_rows(source, 0), SEARCHED):
-                fits |= _uses(source, row, needs, SourceCounts(""))
+                fits |= _uses(source, row, needs, searched)
                 if not needs - fits:
                     break
     except HpcRlhfError as error:
         return error
-    return Sampled(counts, frozenset(fits))
+    return Sampled(counts, frozenset(fits), searched.read)
 
 
 def _uses(source: SourceSpec, row: Placed, needs: frozenset[Data], counts: SourceCounts) -> set[Data]:
     """The kinds of stages that can use a row. It is counted under what the most demanding of them makes of it."""
     where, cells = row
     try:
-        sample = read_row(cells, source.format or "", where)
+        sample = read_row(cells, source.format or "", where, source.columns, counts)
     except Dropped as dropped:
         counts.add(dropped.outcome, where)
         return set()
     unfit = {data: sources.unfit_for(sample, data) for data in needs}
-    counts.add(unfit.get(Data.PAIRS) or Outcome.TRAINED, where)
+    counts.add(unfit.get(Data.PAIRS) or unfit.get(Data.ANSWERS) or Outcome.TRAINED, where)
     return {data for data, why in unfit.items() if why is None}
 
 
@@ -97,21 +101,25 @@ def look(spec: JobSpec) -> Survey:
     """The survey of a spec's data from the first rows of each local file."""
     survey = Survey()
     stages = {stage: kind_of(stage).data for stage in spec.shares}
-    needs, fits = frozenset(stages.values()), set[Data]()
+    needs, fits, searched = frozenset(stages.values()), set[Data](), [0]
     for path, source in spec.sources.items():
         of_stages = path.startswith("data.")
         one = sampled(source, needs if of_stages else frozenset({Data.ANSWERS}))
         if isinstance(one, HpcRlhfError):
             survey.refuse(path, one)
             continue
-        fits |= one.fits if of_stages else set()
+        if of_stages:
+            fits |= one.fits
+            searched.append(one.searched)
         survey.data[path] = [one.counts.to_dict()]
         survey.notes += [f"{path}: {text}" for text in sources.unread(source)]
         survey.notes += [f"{path}: in the first {one.counts.read} rows, {text}" for text in one.counts.warnings()]
     if not survey.problems:
         for data in needs - fits:
             names = " and ".join(stage for stage, own in stages.items() if own is data)
-            what = f"none of the first {SEARCHED:,} rows gives {data.value}, which {names} needs"
+            cut, total = max(searched) == SEARCHED, sum(searched)
+            some = f"the first {SEARCHED:,} of each source" if cut else f"all {total:,}"
+            what = f"none of the rows gives {data.value}, which {names} needs; {some} were read"
             hint = f"fix the rows or their format, add a source with {data.value}, or remove {names}"
             survey.problems.append({"path": "data.sources", "what": what, "hint": hint})
     return survey
@@ -181,8 +189,7 @@ def _parts(spec: JobSpec) -> Iterator[Part]:
     for path, source in spec.sources.items():
         if not path.startswith("data."):
             one = SourceCounts(sources.name_of(source))
-            mixed = (sources.StageSample(sample, False, one) for sample in sources.read(source, spec.seed, one))
-            yield path, [one], mixed, Data.ANSWERS
+            yield path, [one], sources.mixed_samples(source, spec.seed, one), Data.ANSWERS
 
 
 def _count(samples: Iterator[sources.StageSample], tokenizer: Any, spec: JobSpec, data: Data) -> None:

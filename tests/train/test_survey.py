@@ -71,15 +71,19 @@ def problems(spec: JobSpec) -> list[tuple[str, str]]:
     [(("sft", "reward"), "reward"), (("sft", "dpo"), "dpo"), (("sft", "reward", "ppo", "dpo"), "reward and dpo")],
 )
 def test_a_stage_that_no_source_serves_is_refused_before_any_trains(
-    stages: tuple[str, ...], needs: str, tmp_path: Path
+    stages: tuple[str, ...], needs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     single = hh(write(tmp_path / "a.jsonl", [{"chosen": pair(n)["chosen"]} for n in range(9)]))
-    what = f"none of the first 20,000 rows gives pairs of responses, which {needs} needs"
-    assert problems(spec_of(single, stages=stages)) == [("data.sources", what)]
+    what = f"none of the rows gives pairs of responses, which {needs} needs; {{}} were read"
+    assert problems(spec_of(single, stages=stages)) == [("data.sources", what.format("all 9"))]
     assert problems(spec_of(single, stages=("sft",))) == []
     assert problems(spec_of(single, {"demo": 10}, stages=stages)) == [], "another source has pairs"
     late = hh(write(tmp_path / "b.jsonl", [{"chosen": pair(n)["chosen"], "rejected": None} for n in range(3000)]))
-    assert problems(spec_of(late, stages=stages)) == [("data.sources", what)]
+    assert problems(spec_of(late, stages=stages)) == [("data.sources", what.format("all 3,000"))]
+    monkeypatch.setattr(survey, "SEARCHED", 2000)
+    survey.sampled.cache_clear()
+    assert problems(spec_of(late, stages=stages)) == [("data.sources", what.format("the first 2,000 of each source"))]
+    monkeypatch.undo()
     write(tmp_path / "b.jsonl", [{**pair(n), **({"rejected": None} if n < 3000 else {})} for n in range(3001)])
     survey.sampled.cache_clear()
     assert problems(spec_of(late, stages=stages)) == [], "there is one far behind"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,23 @@ _LONE_SURROGATE = re.compile(
 _ROWS = 'each line of a .jsonl file is one row, such as {"prompt": "…", "chosen": "…"}'
 # Every row has the columns of this many first rows: null where it lacks one.
 _FIRST = 1000
+
+
+class _Written(float):
+    """A number with its text, because an answer 1.50 is not 1.5."""
+
+    def __new__(cls, text: str) -> _Written:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+_load = partial(json.loads, parse_float=_Written)
 
 
 def read_json(path: Path) -> Iterator[Placed]:
@@ -56,7 +74,7 @@ def _json_lines(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Placed
     for number, line in lines:
         if line.strip():
             where = f"{path}:{number}"
-            yield where, _checked(_loaded(json.loads, line, path, number), line, where)
+            yield where, _checked(_loaded(_load, line, path, number), line, where)
 
 
 def _loaded(load: Callable[[str], Any], text: str, path: Path, first_line: int = 1) -> Any:
@@ -96,7 +114,7 @@ def _checked(row: Any, text: str, where: str) -> Row:
 
 def _array(path: Path, text: str) -> Iterator[Placed]:
     """The rows of a JSON array; a row that is text has the column ``text``."""
-    decoder, number, place = json.JSONDecoder(), 0, text.index("[") + 1
+    decoder, number, place = json.JSONDecoder(parse_float=_Written), 0, text.index("[") + 1
     space = re.compile(r"\s*")
 
     def after_space(place: int) -> int:
@@ -130,7 +148,7 @@ def _array(path: Path, text: str) -> Iterator[Placed]:
 
 def _columns(path: Path, text: str) -> Iterator[Placed]:
     """The rows of a JSON object that has a list for each column."""
-    columns = _checked(_loaded(json.loads, text, path), text, str(path))
+    columns = _checked(_loaded(_load, text, path), text, str(path))
     sizes = {len(values) if isinstance(values, list) else None for values in columns.values()}
     if len(sizes) != 1 or None in sizes:
         raise HpcRlhfError("the file is neither rows nor an object with a list for each column", str(path), _ROWS)

@@ -17,7 +17,9 @@ from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data import demo
 from hpc_rlhf.train.data.files import Placed, read_rows
 from hpc_rlhf.train.data.folders import files_of, unread_files
-from hpc_rlhf.train.data.rows import Dropped, Sample, read_row
+from hpc_rlhf.train.data.formats import read_row
+from hpc_rlhf.train.data.messages import Dropped
+from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.templates import END_OF_THINKING
 from hpc_rlhf.train.runtime import seeds
 
@@ -93,7 +95,7 @@ def read(source: SourceSpec, seed: int, counts: SourceCounts | None = None) -> I
     whole, part = divmod(source.weight, 1.0)
     for number, (where, row) in enumerate(placed_rows(source, seed)):
         try:
-            sample = read_row(row, kind, where)
+            sample = read_row(row, kind, where, source.columns, counts)
         except Dropped as dropped:
             counts.add(dropped.outcome, where)
             continue
@@ -104,9 +106,15 @@ def read(source: SourceSpec, seed: int, counts: SourceCounts | None = None) -> I
             yield sample
 
 
-def stage_of(prompt: str, spec: JobSpec) -> str:
-    """The stage that trains on a prompt, drawn by the hash of the prompt, so that all its rows go to one stage."""
+def stage_of(prompt: str, spec: JobSpec, alone: bool = False) -> str:
+    """The stage that trains on a prompt, drawn by the hash of the prompt, so that all its rows go to one stage.
+
+    Args:
+        alone: no response is given, so only a stage that needs none is drawn, if there is one.
+    """
     shares = spec.shares
+    if alone:
+        shares = {name: shares[name] for name in shares if kind_of(name).data is Data.PROMPTS} or shares
     place = seeds.unit(spec.seed, prompt, "stage") * sum(shares.values())
     for name, share in shares.items():
         if place < share:
@@ -129,6 +137,8 @@ class StageSample(NamedTuple):
 
 def unfit_for(sample: Sample, data: Data) -> Outcome | None:
     """Why a sample is not what a stage needs; None if it is."""
+    if sample.unanswered and data is not Data.PROMPTS:
+        return sample.unanswered
     if data is Data.PAIRS:
         if not sample.rejected:
             return sample.unpaired or Outcome.ONE_ANSWER
@@ -152,7 +162,8 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
     for source, counted in zip(spec.data.sources, counts or new_counts(spec), strict=True):
         for sample in read(source, spec.seed, counted):
             key = sample.prompt or sample.chosen
-            unfit = Outcome.OTHER_STAGE if stage_of(key, spec) != stage else unfit_for(sample, data)
+            own = stage_of(key, spec, sample.unanswered is Outcome.PROMPT_ONLY) == stage
+            unfit = unfit_for(sample, data) if own else Outcome.OTHER_STAGE
             if unfit is None and data is Data.PROMPTS:
                 digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
                 if digest in seen:
@@ -165,6 +176,16 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
                 yield StageSample(sample, is_held_out(key, spec), counted)
             else:
                 counted.add(unfit, sample.where)
+
+
+def mixed_samples(source: SourceSpec, seed: int, counts: SourceCounts) -> Iterator[StageSample]:
+    """All samples of a source that is mixed into a stage; rows without a response are counted here."""
+    for sample in read(source, seed, counts):
+        unfit = unfit_for(sample, Data.ANSWERS)
+        if unfit is None:
+            yield StageSample(sample, False, counts)
+        else:
+            counts.add(unfit, sample.where)
 
 
 def new_counts(spec: JobSpec) -> list[SourceCounts]:
@@ -201,6 +222,7 @@ def texts(spec: JobSpec) -> Iterator[str]:
 
 
 def thinks(spec: JobSpec) -> bool:
-    """Whether most responses think: of the first hundred of each source."""
+    """Whether most responses think: of the first hundred samples of each source."""
     samples = [sample for source in spec.data.sources for sample in islice(read(source, spec.seed), 100)]
-    return 2 * sum(END_OF_THINKING in sample.chosen for sample in samples) > len(samples)
+    answers = [sample.chosen for sample in samples if not sample.unanswered]
+    return 2 * sum(END_OF_THINKING in answer for answer in answers) > len(answers)

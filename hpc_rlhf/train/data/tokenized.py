@@ -24,8 +24,16 @@ from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import Tokens, encode, pieces, shorten
 from hpc_rlhf.train.data.rows import Sample
-from hpc_rlhf.train.data.sources import StageSample, check_lost, name_of, new_counts, nothing_for, stage_samples, unread
-from hpc_rlhf.train.data.sources import read as read_source
+from hpc_rlhf.train.data.sources import (
+    StageSample,
+    check_lost,
+    mixed_samples,
+    name_of,
+    new_counts,
+    nothing_for,
+    stage_samples,
+    unread,
+)  # fmt: skip
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from hpc_rlhf.train.runtime.world import World
 
@@ -199,8 +207,7 @@ def prepare_mixture(
 
     def write() -> dict[str, Any]:
         counts = SourceCounts(name_of(source))
-        samples = (StageSample(sample, False, counts) for sample in read_source(source, spec.seed, counts))
-        rows = _write(samples, tokenizer, spec, Data.ANSWERS, target, should_stop)
+        rows = _write(mixed_samples(source, spec.seed, counts), tokenizer, spec, Data.ANSWERS, target, should_stop)
         if not rows["train"]:
             raise HpcRlhfError(f"there is no text in it: {counts.summary()}", where=where)
         return {"rows": rows, "sources": [counts.to_dict()]}

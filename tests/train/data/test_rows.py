@@ -10,7 +10,9 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.row_counts import Outcome
-from hpc_rlhf.train.data.rows import Dropped, Sample, Turn, read_row, transcript, turns_of
+from hpc_rlhf.train.data.formats import read_row
+from hpc_rlhf.train.data.messages import Dropped
+from hpc_rlhf.train.data.rows import Sample, Turn, transcript, turns_of
 
 HI = "\n\nHuman: Hi\n\nAssistant:"
 TWO_TURNS = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Who?\n\nAssistant:"
@@ -187,7 +189,7 @@ def test_a_transcript_is_split_into_turns(prompt: str, turns: tuple[Turn, ...]) 
     [
         ("prompt-chosen-rejected", {"question": "Hi", "chosen": "Yes."}, "prompt"),
         ("prompt-chosen-rejected", {"prompt": "Hi", "answer": "Yes."}, "response"),
-        ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": 7}, "int"),
+        ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": True}, "chosen is not text but of type bool"),
         ("prompt-chosen-rejected", {"prompt": ["Hi"], "chosen": "Yes."}, "list"),
         ("hh", {"prompt": "Hi", "rejected": "No."}, "chosen"),
         ("hh", {"chosen": "Just text, no turns.", "rejected": "Text."}, "no Assistant turn"),

@@ -35,6 +35,11 @@ class HeldOut:
     texts: Rollout
     pairs: tuple[Rollout, Rollout]
 
+    @property
+    def has_references(self) -> bool:
+        """Whether the data has a response to every prompt."""
+        return 0 not in self.prompts.response_lengths
+
 
 def held_out(context: StageContext, prompts: int) -> HeldOut:
     """The held-out samples, with at most ``prompts`` prompts to answer. Collective.
@@ -70,7 +75,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
     return HeldOut(
         questions=list(by_prompt),
         prompts=rollout(chosen, "chosen_ids"),
-        texts=rollout(texts or chosen, "chosen_ids"),
+        texts=rollout(texts or [row for row in chosen if row["chosen_ids"]], "chosen_ids"),
         pairs=(rollout(pairs, "chosen_ids"), rollout(pairs, "rejected_ids")),
     )
 

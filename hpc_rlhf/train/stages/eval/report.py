@@ -45,7 +45,7 @@ class Results:
 
     Attributes:
         models: measurements of each model, the base model last.
-        references: the reward model's scores of the data's own responses to the prompts.
+        references: the reward model's scores of the data's own responses to the prompts; empty if some have none.
         chosen, rejected: its scores of the pairs.
     """
 
@@ -123,7 +123,7 @@ def text_metrics(
 def make_report(results: Results, held: HeldOut, base: str, spec: EvalSpec, tokenizer: Any) -> dict[str, Any]:
     """The report as JSON, compared with the model ``base``; docs/evaluation.md explains the numbers."""
     base_model, eos_id = results.models.get(base), tokenizer.eos_token_id
-    references = texts(held.prompts.responses, tokenizer)
+    references = texts(held.prompts.responses, tokenizer) if held.has_references else None
     models: dict[str, dict[str, Any]] = {}
     for name, one in results.in_order(base).items():
         models[name] = {"perplexity": one.perplexity}
@@ -135,7 +135,7 @@ def make_report(results: Results, held: HeldOut, base: str, spec: EvalSpec, toke
         if name != base and spec.samples_all:  # others are no samples to estimate it from
             models[name]["kl"] = divergence(one)
         models[name] |= text_metrics(one.answers, texts(one.answers, tokenizer), references, eos_id)
-    if base_model is not None and base_model.answers:
+    if base_model is not None and base_model.answers and references is not None:
         models["reference"] = rewarded(results.references, base_model.rewards)
         models["reference"] |= text_metrics(held.prompts.responses, references, None, eos_id)
     return {
@@ -152,7 +152,8 @@ def lines(results: Results, held: HeldOut, base: str, tokenizer: Any) -> Iterato
     """For each prompt, every model's response and its reward."""
     models = results.in_order(base)
     answers = {name: texts(one.answers, tokenizer) for name, one in models.items()}
-    answers["reference"] = texts(held.prompts.responses, tokenizer)
+    if held.has_references:
+        answers["reference"] = texts(held.prompts.responses, tokenizer)
     rewards = {**{name: one.rewards for name, one in models.items()}, "reference": results.references}
     for number, question in enumerate(held.questions):
         yield {

@@ -122,7 +122,8 @@ class Evaluation:
         ask = self.questions
         rewards = ModelReward(engine, context.world, ask.budget, partial(context.stop.check, "evaluation"))
         results.chosen, results.rejected = (ask.scores(rewards, part) for part in self.held.pairs)
-        results.references = ask.scores(rewards, self.held.prompts)
+        if self.held.has_references:
+            results.references = ask.scores(rewards, self.held.prompts)
         for measured in results.models.values():
             measured.rewards = ask.scores(rewards, Rollout.of(self.held.prompts.prompts, measured.answers))
         accuracy = results.accuracy()

@@ -1,0 +1,222 @@
+"""Rows as TRL and others document them, under any names of columns; what is not read is named."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run.row_counts import Outcome, SourceCounts
+from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.train import survey
+from hpc_rlhf.train.data.files import read_rows
+from hpc_rlhf.train.data.formats import read_row
+from hpc_rlhf.train.data.messages import Dropped
+from hpc_rlhf.train.data.sources import stage_samples
+from tests.train.data.specs import spec_of
+from tests.train.data.test_rows import assistant, user
+
+PAIR = "prompt-chosen-rejected"
+SKY = (("human", "The sky is"),)
+ASKED = (("human", "What color?"),)
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "turns", "chosen", "rejected"),
+    [
+        (PAIR, {"prompt": "The sky is"}, SKY, "", ""),
+        (PAIR, {"prompt": "The sky is", "completion": " blue."}, SKY, " blue.", ""),
+        (PAIR, {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, SKY, " blue.", " green."),
+        (PAIR, {"chosen": "The sky is blue.", "rejected": "The sky is green."}, SKY, " blue.", " green."),
+        (PAIR, {"chosen": "The sky is grey.", "rejected": "The sky is green."}, SKY, " grey.", " green."),
+        (PAIR, {"chosen": "The sky is", "rejected": "The sky is green."}, SKY, None, ""),
+        (PAIR, {"chosen": "\n\nHuman: What color?\n\nAssistant: It is blue.",
+            "rejected": "\n\nHuman: What color?\n\nAssistant: It is green."},
+            ASKED, " It is blue.", " It is green."),
+        (PAIR, {"prompt": "The sky is", "completion": " blue.", "label": True}, SKY, " blue.", ""),
+        ("messages", {"prompt": [user("What color?")]}, ASKED, "", ""),
+        ("messages", {"prompt": json.dumps([user("What color?")])}, ASKED, "", ""),
+        ("messages", {"prompt": json.dumps([user("What color?")]), "completion": json.dumps([assistant("Blue.")])},
+            ASKED, " Blue.", ""),
+        ("messages", {"prompt": [user("What color?")], "completion": [assistant("Blue.")], "label": True},
+            ASKED, " Blue.", ""),
+        ("messages", {"chosen": [user("What color?"), assistant("Blue.")],
+            "rejected": [user("What color?"), assistant("Green.")], "messages": [user("What color?"), assistant("B")]},
+            ASKED, " Blue.", " Green."),
+        ("instruction", {"instruction": "The sky", "input": "is"}, (("human", "The sky\nis"),), "", ""),
+        ("instruction", {"instruction": "The sky is", "output": "blue.", "history": "[]"}, SKY, " blue.", ""),
+    ],
+)  # fmt: skip
+def test_documented_rows_are_read(
+    format: str, row: dict[str, Any], turns: Any, chosen: str | None, rejected: str
+) -> None:
+    if chosen is None:
+        with pytest.raises(Dropped):
+            read_row(row, format, "here")
+        return
+    sample = read_row(row, format, "here")
+    assert (sample.turns, sample.chosen, sample.rejected) == (turns, chosen, rejected)
+    assert sample.unanswered is (None if chosen else Outcome.PROMPT_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("row", "missing"),
+    [
+        ({"prompt": "Hi", "answer": "Yes."}, "'response' is missing"),
+        ({"prompt": "Hi", "Chosen": "Yes.", "Rejected": "No."}, "'response' is missing"),
+        ({"prompt": "Hi", "best_response": "Yes, I do."}, "'response' is missing"),
+        ({"prompt": "Hi", "completions": ["One.", "Two."], "labels": [True, False]}, "'response' is missing"),
+        ({"question": "Hi", "chosen": "I am.", "rejected": "I was."}, "'prompt' is missing"),
+        ({"prompt": "Hi", "completion": "Yes.", "label": -1}, "label is -1"),
+        ({"prompt": [user("Hi")], "chosen": [assistant("Yes.")]}, "set format: messages"),
+    ],
+)
+def test_no_column_is_guessed(row: dict[str, Any], missing: str) -> None:
+    with pytest.raises(HpcRlhfError, match=missing) as caught:
+        read_row(row, PAIR, "a.jsonl:3")
+    assert caught.value.where == "a.jsonl:3"
+
+
+@pytest.mark.parametrize(
+    ("rejected", "outcome"), [("Green.", Outcome.NO_COMMON_PROMPT), ("The sky is blue.", Outcome.NO_COMMON_PROMPT)]
+)
+def test_a_pair_without_a_common_beginning_has_no_prompt(rejected: str, outcome: Outcome) -> None:
+    with pytest.raises(Dropped) as caught:
+        read_row({"chosen": "The sky is blue.", "rejected": rejected}, PAIR, "here")
+    assert caught.value.outcome is outcome
+
+
+@pytest.mark.parametrize(
+    ("format", "columns", "row", "read"),
+    [
+        (PAIR, {"prompt": "question", "chosen": "best"}, {"question": "What color?", "best": 7}, (ASKED, " 7", "")),
+        (
+            PAIR,
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"q": "What color?", "a": "Blue.", "b": "Green."},
+            (ASKED, " Blue.", " Green."),
+        ),
+        (PAIR, {"response": "chosen_2"}, {"prompt": "What color?", "chosen_2": "B", "chosen": "A"}, (ASKED, " B", "")),
+        ("hh", {"chosen": "a"}, {"a": "\n\nHuman: What color?\n\nAssistant: Blue."}, (ASKED, " Blue.", "")),
+        ("messages", {"messages": "chat"}, {"chat": [user("What color?"), assistant("B")]}, (ASKED, " B", "")),
+        ("instruction", {"instruction": "q", "output": "a"}, {"q": "What color?", "a": "B"}, (ASKED, " B", "")),
+        ("text", {"text": "document"}, {"document": "Once upon."}, ((), "Once upon.", "")),
+    ],
+)
+def test_columns_may_have_other_names(format: str, columns: dict[str, str], row: dict[str, Any], read: Any) -> None:
+    sample = read_row(row, format, "here", columns)
+    assert (sample.turns, sample.chosen, sample.rejected) == read
+    with pytest.raises(HpcRlhfError, match=f"the column {next(iter(columns.values()))}, which is its .*, is missing"):
+        read_row({"x": "y"}, format, "here", columns)
+
+
+def test_columns_that_no_format_reads_are_refused() -> None:
+    with pytest.raises(ValueError, match="columns has prompts, which the format hh does not read; it reads chosen"):
+        SourceSpec(path="a.jsonl", format="hh", columns={"prompts": "x"})
+    with pytest.raises(ValueError, match="the demo's columns"):
+        SourceSpec(demo=10, columns={"prompt": "x"})
+    assert "columns" not in SourceSpec(path="a.jsonl", format="hh").model_dump(mode="json")
+    assert SourceSpec(path="a", format="hh", columns={"chosen": "x"}).model_dump()["columns"] == {"chosen": "x"}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "ignored"),
+    [
+        (PAIR, {"prompt": "Hi", "chosen": "Yes.", "context": "Be kind."}, ["context"]),
+        (PAIR, {"prompt": "Hi", "chosen": "Yes.", "id": "7f", "source": "a b", "score": 1.5, "tags": []}, []),
+        (PAIR, {"prompt": "Hi", "chosen": "Yes.", "notes": "one two three four"}, ["notes"]),
+        (PAIR, {"prompt": "Hi", "chosen": "Yes, I do.", "answer": "I do."}, []),
+        (PAIR, {"prompt": "Hi", "chosen": "Yes.", "answer": "No.", "history": [["a", "b"]]}, ["answer", "history"]),
+        ("hh", {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes.", "system": "Briefly."}, ["system"]),
+        ("messages", {"messages": [user("Hi"), assistant("Yes.")], "prompt": "Hi", "prompt_id": "1"}, []),
+        ("messages", {"messages": [user("Hi"), assistant("Yes.")], "chosen": [assistant("No.")]}, ["chosen"]),
+        ("text", {"text": "Once.", "title": "A tale", "label": "good"}, []),
+    ],
+)
+def test_a_column_with_content_that_is_not_read_is_named(format: str, row: dict[str, Any], ignored: list[str]) -> None:
+    counts = SourceCounts("a.jsonl")
+    read_row(row, format, "a.jsonl:1", counts=counts)
+    assert list(counts.ignored) == ignored
+    assert SourceCounts.of(counts.to_dict()).warnings() == [
+        f"the column {name} of a.jsonl is not read (first: a.jsonl:1)" for name in ignored
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (7, "7"), (1.5, "1.5"), (Decimal("1.50"), "1.50"), (10**30, "1" + "0" * 30),
+        (datetime.date(2026, 1, 31), "2026-01-31"), (datetime.datetime(2026, 1, 31, 12), "2026-01-31 12:00:00"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("format", [PAIR, "messages", "instruction", "text"])
+def test_numbers_and_dates_are_text(cell: Any, text: str, format: str) -> None:
+    row = {
+        PAIR: {"prompt": "When?", "chosen": cell},
+        "messages": {"messages": [user("When?"), {"role": "assistant", "content": cell}]},
+        "instruction": {"instruction": "When?", "output": cell},
+        "text": {"text": cell},
+    }[format]
+    assert read_row(row, format, "here").chosen.strip() == text
+
+
+def test_numbers_are_text_as_a_file_has_them(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    answers = ["1.50", "1e5", "007", "-0.0"]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "chosen": 1.50}\n{"prompt": "p", "chosen": 1e5}\n')
+    (tmp_path / "b.csv").write_text("prompt,chosen\np,007\np,-0.0\n")
+    read = [read_row(row, PAIR, where) for name in ("a.jsonl", "b.csv") for where, row in read_rows(tmp_path / name)]
+    assert [sample.chosen for sample in read] == [f" {answer}" for answer in answers]
+    dates = pa.table({"prompt": ["p", "p"], "chosen": pa.array([datetime.date(2026, 1, 31), None])})
+    pq.write_table(dates, tmp_path / "c.parquet")
+    (_, first), (where, second) = read_rows(tmp_path / "c.parquet")
+    assert read_row(first, PAIR, "here").chosen == " 2026-01-31"
+    with pytest.raises(Dropped):
+        read_row(second, PAIR, where)
+    with pytest.raises(Dropped):
+        read_row({"prompt": "p", "chosen": float("nan")}, PAIR, "here")
+
+
+@pytest.mark.parametrize("label", [False, 0, "false", "False", "0"])
+def test_a_response_that_its_label_calls_bad_is_not_learned(label: Any) -> None:
+    sample = read_row({"prompt": "Hi", "completion": "Go away.", "label": label}, PAIR, "here")
+    assert (sample.chosen, sample.unanswered) == ("", Outcome.BAD_ANSWER)
+    row = {"messages": [user("Hi"), assistant("Go away.")], "label": label}
+    assert read_row(row, "messages", "here").unanswered is Outcome.BAD_ANSWER
+
+
+def write(path: Path, rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": str(path), "format": PAIR, **fields}
+
+
+def test_prompts_without_responses_go_to_the_stages_that_need_none(tmp_path: Path) -> None:
+    prompts = write(
+        tmp_path / "a.jsonl", [{"question": f"Question {n}?"} for n in range(30)], columns={"prompt": "question"}
+    )
+    spec = spec_of(prompts, {"demo": 60})
+    assert survey.look(spec).problems == []
+    used = [sample.prompt for sample, _, _ in stage_samples(spec, "ppo") if "Question" in sample.prompt]
+    assert len(used) == 30
+    for stage in ("sft", "reward"):
+        assert all("Question" not in sample.prompt for sample, _, _ in stage_samples(spec, stage))
+    (problem,) = survey.look(spec_of(prompts, stages=("sft",))).problems
+    assert problem["what"].startswith("none of the rows gives prompts with responses, which sft needs; all 30 were")
+
+
+def test_labelled_rows_are_counted_by_stage(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{n}?", "completion": "Yes.", "label": n % 2 == 0} for n in range(40)]
+    spec = spec_of(write(tmp_path / "a.jsonl", rows), stages=("sft",))
+    counts = [SourceCounts("a")]
+    assert len(list(stage_samples(spec, "sft", counts))) == 20
+    assert counts[0].outcomes[Outcome.BAD_ANSWER].rows == 20
+    (note,) = survey.look(spec).notes
+    assert "50% of the rows" in note
+    assert "20 with a response that its label calls bad" in note
