@@ -67,6 +67,15 @@ def folder(kind: Kind) -> Path:
     return _expanded(own) if own else cache() / ("hub" if kind == "model" else "datasets")
 
 
+def snapshot(model: str) -> Path | None:
+    """The folder in the cache with a model's files, perhaps not all of them; None if there is none."""
+    stored = folder("model") / f"models--{model.replace('/', '--')}"
+    try:
+        return stored / "snapshots" / (stored / "refs/main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
 def _expanded(path: str) -> Path:
     return Path(os.path.expandvars(os.path.expanduser(path)))
 

@@ -155,7 +155,7 @@ class RewardModel(nn.Module):
     """A language model's body with a linear head without bias: one value per token.
 
     It wraps transformers' sequence classification model with one label, so that its folder loads with
-    ``AutoModelForSequenceClassification``.
+    ``AutoModelForSequenceClassification``; or a class of the same form, where transformers has none.
 
     The head computes in float32; see ``ScoreHead``. Values are its outputs minus an offset, which the config keeps as
     ``score_offset``.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from torch import nn
 
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
+from hpc_rlhf.spec import model_files
 from hpc_rlhf.spec.job import FromScratch
+from hpc_rlhf.train.models import architectures, packed_attention, rotary, score_head
 from hpc_rlhf.train.models import dropout as dropouts
-from hpc_rlhf.train.models import packed_attention, rotary, score_head
 from hpc_rlhf.train.models.export import gathered, interruptible
 from hpc_rlhf.train.models.language_model import RewardModel
 from hpc_rlhf.train.runtime import seeds
@@ -60,14 +62,34 @@ def exit_code_of(error: Exception, source: str) -> int:
     return INPUT_WRONG if is_mistake else RUN_FAILED
 
 
-def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kwargs: Any) -> Any:
+def _load(
+    class_of: Callable[[Any, str], Any], source: str, dtype: torch.dtype, dropout: float, labels: int | None = None
+) -> tuple[Any, list[str]]:
+    """A model, and the names of its parameters that the files do not have.
+
+    Args:
+        class_of: given a text configuration and the source, the class to load.
+        labels: outputs of a score head.
+    """
     from safetensors import SafetensorError
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source, **kwargs)
+        whole = AutoConfig.from_pretrained(source)
+        if problem := model_files.untrainable(whole.to_dict()):
+            raise HpcRlhfError(problem[0], where=source, hint=problem[1])
+        config = architectures.text_config(whole)
         dropouts.set_rates(config, dropout)
-        model = auto_class.from_pretrained(source, config=config, dtype=dtype)
+        renamed: dict[str, str] = {}
+        if labels is not None:
+            config.num_labels, renamed = labels, dict(architectures.OTHER_HEADS)
+            if kept := _kept_head(source):
+                renamed[rf"^{re.escape(kept.name)}\."] = "score."
+        model_class = class_of(config, source)
+        renamed |= architectures.renamed_weights(whole, model_class)
+        model, info = model_class.from_pretrained(
+            source, config=config, dtype=dtype, key_mapping=renamed, output_loading_info=True
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise HpcRlhfError(
             f"the model could not be loaded ({str(error).splitlines()[0]})",
@@ -75,23 +97,35 @@ def _load(auto_class: Any, source: str, dtype: torch.dtype, dropout: float, **kw
             hint="give a hub id that this node can reach or has cached, or a model's folder",
             exit_code=exit_code_of(error, source),
         ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise HpcRlhfError("its weights do not have the sizes that its config.json says", where=source) from error
     if not dropout:
         dropouts.turn_off(model)
     rotary.separate(model)
-    return model
+    # transformers would write them under their old names.
+    conversions = getattr(model, "_weight_conversions", [])
+    model._weight_conversions = [each for each in conversions if not set(each.source_patterns) & set(renamed)]
+    return model, [name for name, _ in model.named_parameters() if name in info["missing_keys"]]
 
 
 def load_causal(source: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
-    """A causal language model.
+    """A causal language model; of a model of images and text, its language model.
 
     Raises:
-        HpcRlhfError: it cannot be loaded.
+        HpcRlhfError: it cannot be loaded, or its files lack some of its weights.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = _load(AutoModelForCausalLM, source, dtype, dropout)
+    model, missing = _load(architectures.causal_class, source, dtype, dropout)
+    _refuse_missing(missing, source, "a causal language model with all its weights is needed")
     packed_attention.enable(model)
     return model
+
+
+def _refuse_missing(names: list[str], source: str, hint: str) -> None:
+    if names:
+        others = f" and {len(names) - 1} others" if names[1:] else ""
+        raise HpcRlhfError(f"the model's files lack the weights {names[0]}{others}", where=source, hint=hint)
 
 
 def check_fits(config: Any, tokenizer: Any, longest: int, source: str) -> None:
@@ -111,27 +145,53 @@ def check_fits(config: Any, tokenizer: Any, longest: int, source: str) -> None:
         )
 
 
-def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: float = 0.0) -> RewardModel:
-    """A reward model from a causal or a reward model; ``seed`` initializes a new head, None keeps the source's.
+def _kept_head(source: str) -> model_files.Head | None:
+    """The score head in the files of a model, as far as they are here.
 
     Raises:
-        HpcRlhfError: it cannot be loaded, or transformers has no variant of the architecture with a score head.
+        HpcRlhfError: it cannot be kept as it is.
     """
-    from transformers import AutoModelForSequenceClassification
+    where = model_files.folder(source)
+    try:
+        return None if where is None else model_files.score_head(where)
+    except model_files.HeadError as error:
+        raise HpcRlhfError(str(error), where=source, hint=model_files.HEADS) from error
 
-    classifier = _load(AutoModelForSequenceClassification, source, dtype, dropout, num_labels=1)
-    if not isinstance(getattr(classifier, "score", None), nn.Linear):
+
+def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: float = 0.0) -> RewardModel:
+    """A reward model from a finished one, with its head, or from a language model, with a new head.
+
+    Args:
+        seed: initializes a new head; None requires a finished reward model.
+
+    Raises:
+        HpcRlhfError: it cannot be loaded, or its head cannot be kept as it is, or there is none and no seed.
+    """
+    model, missing = _load(architectures.scored_class, source, dtype, dropout, labels=1)
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
         raise HpcRlhfError("this architecture has no linear score head in transformers", where=source)
-    exact = score_head.stored(Path(source))
-    if seed is not None:
-        weight = classifier.score.weight
-        with gathered([weight], to_change=True), torch.no_grad():
+    others = [name for name in missing if name != score_head.WEIGHT]
+    _refuse_missing(others, source, "a causal language model or a reward model with all its weights is needed")
+    kept = _kept_head(source)
+    if score_head.WEIGHT not in missing:
+        kept = kept or model_files.Head("score")  # in files that only torch reads
+        exact = score_head.stored(model_files.folder(source), f"{kept.name}.weight")
+    elif kept is not None:
+        raise HpcRlhfError("its score head could not be read", where=source, hint=model_files.HEADS)
+    elif seed is None:
+        raise HpcRlhfError("it is no reward model: it has no score head", where=source, hint="add the reward stage")
+    else:
+        with gathered([head.weight], to_change=True), torch.no_grad():
             generator = torch.Generator().manual_seed(seeds.derive(seed, "score head"))
-            spread = 1 / math.sqrt(weight.shape[1] + 1)
-            exact = torch.empty(weight.shape).normal_(0, spread, generator=generator)
-            weight.copy_(exact)
-    packed_attention.enable(classifier)
-    return RewardModel(classifier, exact)
+            spread = 1 / math.sqrt(head.weight.shape[1] + 1)
+            exact = torch.empty(head.weight.shape).normal_(0, spread, generator=generator)
+            head.weight.copy_(exact)
+    packed_attention.enable(model)
+    reward = RewardModel(model, exact)
+    if kept is not None:
+        reward.offset -= kept.bias
+    return reward
 
 
 @contextmanager

@@ -47,16 +47,18 @@ class ScoreHead(nn.Linear):
         return F.linear(hidden.float(), self.float_weight())
 
 
-def stored(folder: Path) -> Tensor | None:
+def stored(folder: Path | None, weight_name: str) -> Tensor | None:
     """The score head in a model's folder, if it is float32 there; otherwise loading the model loses nothing of it."""
     from safetensors import safe_open
 
+    if folder is None:
+        return None
     index = folder / "model.safetensors.index.json"
-    name = json.loads(index.read_text())["weight_map"].get(WEIGHT, "") if index.exists() else "model.safetensors"
+    name = json.loads(index.read_text())["weight_map"].get(weight_name, "") if index.exists() else "model.safetensors"
     if not (folder / name).is_file():
         return None
     with safe_open(folder / name, framework="pt") as file:
-        weight: Tensor | None = file.get_tensor(WEIGHT) if WEIGHT in file.keys() else None  # noqa: SIM118
+        weight: Tensor | None = file.get_tensor(weight_name) if weight_name in file.keys() else None  # noqa: SIM118
     return weight if weight is not None and weight.dtype == torch.float32 else None
 
 

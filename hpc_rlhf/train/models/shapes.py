@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from hpc_rlhf.train.models import experts, packed_attention, structure
+from hpc_rlhf.train.models import architectures, experts, packed_attention, structure
 from hpc_rlhf.train.models.language_model import hidden_states, padded
 from hpc_rlhf.train.models.lora import is_linear, sizes
 
@@ -29,15 +29,17 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_
 def shapes(fields: dict[str, Any]) -> dict[str, Any]:
     """The shapes of a causal language model with these fields in its config.json."""
     # A padding id beyond a small vocabulary is refused, and training sets the tokenizer's anyway.
-    config = type(AutoConfig.for_model(fields["model_type"])).from_dict({**fields, "pad_token_id": 0})
+    whole = type(AutoConfig.for_model(fields["model_type"])).from_dict({**fields, "pad_token_id": 0})
+    config = architectures.text_config(whole)
+    config.pad_token_id = 0
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         model.tie_weights()
     packed_attention.enable(model)
-    text, head = config.get_text_config(), model.get_output_embeddings()
-    width, layers, heads = text.hidden_size, text.num_hidden_layers, getattr(text, "num_attention_heads", 1)
-    shared = getattr(text, "num_key_value_heads", None) or heads
-    dim = getattr(text, "head_dim", None) or width // heads
+    head = model.get_output_embeddings()
+    width, layers, heads = config.hidden_size, config.num_hidden_layers, getattr(config, "num_attention_heads", 1)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or width // heads
     blocks = _blocks(model, layers)
     inside = [layer for _, layer in _linears(blocks)]
     inner = max((sizes(layer)[0] for layer in inside), default=width)
@@ -48,11 +50,11 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
         "head": 0 if tied else sum(p.numel() for p in head.parameters()),
         "inside": sum(p.numel() for layer in inside for p in layer.parameters()),
         "largest": max(p.numel() for p in model.parameters()),
-        "linears": [*([*layer, count] for layer, count in linears.items()), *_experts(model, text)],
+        "linears": [*([*layer, count] for layer, count in linears.items()), *_experts(model, config)],
         "layers": layers,
         "hidden": width,
         "inner": inner,
-        "vocabulary": text.vocab_size,
+        "vocabulary": config.vocab_size,
         "kv": 2 * layers * shared * dim,
         "kept": _kept_by_item_size(model, blocks, inner),
     }
@@ -78,7 +80,7 @@ def _kept_by_item_size(model: Any, blocks: nn.ModuleList, inner: int) -> dict[in
     except Exception:  # forward passes that depend on values do not run on the meta device
         # Close to what is measured of the others: every linear layer's input and output, and the norms'.
         widths = sum(sum(sizes(layer)) for _, layer in _linears(blocks))
-        half = [8.0 * len(blocks) * model.config.get_text_config().hidden_size, 2.0 * widths]
+        half = [8.0 * len(blocks) * model.config.hidden_size, 2.0 * widths]
     try:
         single = _kept(model.float(), blocks, inner)
     except Exception:  # some kernels, such as those of experts, take half precision alone

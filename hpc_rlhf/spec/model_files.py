@@ -1,0 +1,182 @@
+"""What a model's files say about it, read without torch or transformers: its configuration and its score head.
+
+``check`` reads them on a login node, and each attempt of a stage before it loads anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.spec import hub
+
+# Modules that a reward model may keep its head in: score (transformers, OpenRLHF), v_head and v_head.summary (TRL,
+# LLaMA-Factory), value_head, reward_head, regression_head (Eurus), regression_layer and gating (ArmoRM), classifier.
+_HEAD = re.compile(r"^(?!lm_head)\w*(score|classif|reward|value|v_head|rm_head|regression|gating)\w*\.")
+# LLaMA-Factory keeps a head beside the weights.
+_APART = ("value_head.safetensors", "value_head.bin")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+HEADS = (
+    "a head is kept if it is one linear layer with one output; give such a reward model, or a language model to train "
+    "one from"
+)
+
+Problem = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A finished reward model's head: a linear layer with one output.
+
+    Attributes:
+        name: of the module in the weights, such as ``score``.
+        bias: what it adds to every score.
+    """
+
+    name: str
+    bias: float = 0.0
+
+
+class HeadError(Exception):
+    """A score head that cannot be kept as it is; the message says why, as a sentence about the model."""
+
+
+def folder(ref: str) -> Path | None:
+    """The folder of a model that is on this machine, in a folder of its own or in the hub's cache."""
+    path = Path(ref)
+    if path.is_absolute() or path.is_dir():
+        return path if path.is_dir() else None
+    return hub.snapshot(ref)
+
+
+def config(where: Path) -> dict[str, Any]:
+    """A model's config.json; empty if it cannot be read, which loading the model will report."""
+    return _json(where / "config.json")
+
+
+def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the language model within a configuration that may be of images and sound as well."""
+    text = fields.get("text_config")
+    return text if isinstance(text, dict) else fields
+
+
+def untrainable(fields: Mapping[str, Any]) -> Problem | None:
+    """Why a model with this configuration cannot be trained, and what to do; None if nothing is known against it."""
+    quantised = next((each for each in (fields, text_fields(fields)) if each.get("quantization_config")), None)
+    if quantised is not None or fields.get("compression_config"):
+        method = (quantised or {}).get("quantization_config")
+        name = method.get("quant_method") if isinstance(method, dict) else None
+        how = f" ({name})" if name else ""
+        return f"its weights are quantised{how}, and quantised weights cannot be trained", (
+            "give the model's original weights in bf16 or fp32; some are published under another name, others can be "
+            "dequantised with transformers and saved"
+        )
+    if fields.get("is_encoder_decoder"):
+        return "it is an encoder and a decoder, and only decoders are trained", "give a causal language model"
+    return None
+
+
+def is_classifier(fields: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of transformers' sequence classification models. ``num_labels`` does not tell:
+    language models may have it as well."""
+    return any(name.endswith("ForSequenceClassification") for name in fields.get("architectures") or ())
+
+
+def score_head(where: Path) -> Head | None:
+    """The head of a finished reward model; None without one.
+
+    Raises:
+        HeadError: it is not one linear layer with one output, which is what is trained and exported.
+    """
+    fields, shapes = config(where), _shapes(where)
+    apart = next((name for name in _APART if (where / name).exists()), None)
+    if apart is not None:
+        raise HeadError(f"its score head is in a file of its own, {apart}")
+    if is_classifier(fields):
+        _check_labels(fields)
+    if shapes is None:  # they are not here, or only torch reads them
+        return Head("score") if is_classifier(fields) else None
+    heads = {name: shape for name, shape in shapes.items() if _HEAD.match(name)}
+    if not heads:
+        if is_classifier(fields):
+            raise HeadError("its configuration is a reward model's, but its weights have no score head")
+        return None
+    weights = [name for name in heads if name.endswith(".weight")]
+    others = heads.keys() - {name.removesuffix("weight") + part for name in weights for part in ("weight", "bias")}
+    if len(weights) != 1 or others:
+        raise HeadError(f"its score head is not one linear layer ({', '.join(sorted(heads))})")
+    (weight,) = weights
+    if len(heads[weight]) != 2 or heads[weight][0] != 1:
+        raise HeadError(_labels(heads[weight][0]))
+    bias = weight.removesuffix("weight") + "bias"
+    return Head(weight.removesuffix(".weight"), _number(where, bias) if bias in heads else 0.0)
+
+
+def _check_labels(fields: Mapping[str, Any]) -> None:
+    labels = len(fields["id2label"]) if fields.get("id2label") else int(fields.get("num_labels", 2))
+    if labels != 1:
+        raise HeadError(_labels(labels))
+
+
+def _labels(count: int) -> str:
+    return f"it scores {count} labels, one is needed"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _files(where: Path) -> dict[str, str] | None:
+    """The safetensors file of each tensor; None if the weights are in none."""
+    if (where / _INDEX).exists():
+        files: dict[str, str] = _json(where / _INDEX).get("weight_map", {})
+        return files
+    return dict.fromkeys(_header(where / _WEIGHTS), _WEIGHTS) if (where / _WEIGHTS).exists() else None
+
+
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors of a safetensors file, as its header describes them; empty if it is incomplete."""
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, dict[str, Any]] = json.loads(file.read(min(size, 2**27)))
+    except (OSError, ValueError, struct.error):
+        return {}
+    header.pop("__metadata__", None)
+    return header
+
+
+def _shapes(where: Path) -> dict[str, list[int]] | None:
+    """The shapes of a model's tensors that may belong to a head; None if they are not in safetensors files here."""
+    files = _files(where)
+    if not files:
+        return None
+    heads = {name: file for name, file in files.items() if _HEAD.match(name)}
+    headers = {file: _header(where / file) for file in set(heads.values())}
+    if any(name not in headers[file] for name, file in heads.items()):
+        return None
+    return {name: headers[file][name]["shape"] for name, file in heads.items()}
+
+
+def _number(where: Path, name: str) -> float:
+    """The value of a tensor with one element."""
+    path = where / (_files(where) or {})[name]
+    tensor = _header(path)[name]
+    start, end = tensor["data_offsets"]
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + size + start)
+        content = file.read(end - start)
+    if tensor["dtype"] == "BF16":  # the first half of a float32
+        return float(struct.unpack("<f", b"\0\0" + content)[0])
+    return float(struct.unpack({"F16": "<e", "F32": "<f", "F64": "<d"}[tensor["dtype"]], content)[0])
