@@ -17,7 +17,7 @@ from hpc_rlhf.train.data.dialogues import configure_tokenizer, token_ids
 from hpc_rlhf.train.data.rows import parse_prompt
 from hpc_rlhf.train.data.templates import prompt_text
 from hpc_rlhf.train.models.export import export
-from hpc_rlhf.train.models.tokenizers import load_tokenizer
+from hpc_rlhf.train.models.tokenizers import check_same_tokenizer, load_tokenizer
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import RolloutBackend
@@ -52,20 +52,6 @@ def _settings(args: Mapping[str, object]) -> PpoSpec:
     return spec
 
 
-def _check_reward_model(source: str) -> None:
-    """Refuse a model whose score head transformers would initialize at random."""
-    from transformers import AutoConfig
-
-    try:
-        names = AutoConfig.from_pretrained(source).architectures or []
-    except (OSError, ValueError):
-        return  # loading it will report the error
-    if not any(name.endswith("ForSequenceClassification") for name in names):
-        raise HpcRlhfError(
-            "it is no reward model: it has no score head", where=source, hint="give the model of a reward stage"
-        )
-
-
 class DeepSpeedRLHFEngine:
     """The four models of PPO, as DeepSpeed engines on this rank.
 
@@ -95,11 +81,11 @@ class DeepSpeedRLHFEngine:
         self.spec = _settings(args or {})
         self.max_prompt_tokens, self.max_answer_tokens, self.seed = max_prompt_tokens, max_answer_tokens, seed
         self.world = worlds.join(launcher_ranks()[1]).with_tensor_parallel(self.spec.tensor_parallel)
-        if tokenizer is None or isinstance(tokenizer, str):
-            source = tokenizer or actor_model_name_or_path
+        source = tokenizer if isinstance(tokenizer, str) else None if tokenizer else actor_model_name_or_path
+        if source is not None:
             tokenizer = load_tokenizer(source, iter(()), Path(source), self.world)
+        check_same_tokenizer(tokenizer, source, critic_model_name_or_path)
         self.tokenizer = configure_tokenizer(tokenizer, "auto")
-        _check_reward_model(critic_model_name_or_path)
         batch = Batch(self.spec.micro_batch, 1, self.world.dims.data, self.spec.micro_batch * self.world.dims.data)
         job = PlannedJob(PPO.name, PPO.name, (), self.spec, self.spec.slurm, batch)
         start = ModelSources(

@@ -152,7 +152,7 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine
     passes_each = 3 * models + (4 if by_pairs else 0)
     tokens = batch.micro * (prompt + answer)
     scoring = passes_each * passes * _scored(model, stage, tokens, machine)
-    if spec.judge is not None:
+    if spec.judge is not None or spec.finished_reward is not None:
         judge = _model(architecture(spec.models, "reward"), like, True)
         scoring += (models + 3) * passes * _scored(judge, stage, tokens, machine)
     return {"scoring": scoring, "decoding": models * _decoding(body, model, (prompt, answer), responses, machine)}

@@ -102,7 +102,7 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
             {path: _at(facts[run], path) for path in differing},
             states.get(str(run.path), "unknown"),
             dict(_numbers(run, spec)),
-            str(run.stage(spec.judge).path.resolve()) if spec.judge else None,
+            str(run.stage(spec.judge).path.resolve()) if spec.judge else spec.finished_reward,
         )
         for run, spec in specs.items()
     ]

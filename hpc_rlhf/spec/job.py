@@ -46,7 +46,9 @@ class ModelsSpec(Model):
     actor: ModelRef
     """Hub id or local folder of the language model to turn into a chat model, or {from_scratch: …}."""
     reward: ModelRef | None = None
-    """The same for the reward model and the critic; defaults to the actor. It must have the actor's tokenizer."""
+    """The same for the reward model and the critic; defaults to the actor. It must have the actor's tokenizer. A
+    finished reward model (a sequence classification model with one label) keeps its head: the reward stage trains it
+    further, and without that stage PPO and the evaluation score with it as it is."""
 
 
 class JobSpec(Model):
@@ -132,6 +134,16 @@ class JobSpec(Model):
     def judge(self) -> str | None:
         """The stage that trains the run's reward model, if any."""
         return next((name for name in self.stage_names if kind_of(name).makes == "reward model"), None)
+
+    @property
+    def finished_reward(self) -> str | None:
+        """The reward model that the run is given, if it trains none."""
+        return self.models.reward if self.judge is None and isinstance(self.models.reward, str) else None
+
+    @property
+    def uses_reward_model(self) -> bool:
+        """Whether a stage trains or asks a reward model."""
+        return any("reward" in kind_of(name).models for name in self.stage_names)
 
     @property
     def evaluation(self) -> EvalSpec | None:

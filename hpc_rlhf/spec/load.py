@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpc_rlhf.errors import Problem, SpecError
+from hpc_rlhf.spec import model_checks
 from hpc_rlhf.spec.auto import extract_autos
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
 from hpc_rlhf.spec.inheritance import inherit
@@ -93,12 +94,12 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+01234567
 def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     """Problems between fields that are valid on their own."""
 
-    def problem(path: str, what: str) -> Problem:
+    def problem(path: str, what: str, hint: str | None = None) -> Problem:
         keys = path.split(".")
         while (node := root.get(*keys)) is None:  # a default: point at the mapping that would contain it
             keys = keys[:-1]
         mark = node.place if isinstance(node.value, dict | list) else node.mark
-        return mark.problem(what, None, path)
+        return mark.problem(what, hint, path)
 
     problems = []
     # Slurm expands % in log paths; commas and colons separate a container's mounts.
@@ -125,7 +126,7 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     if paired and all(source.format in _PAIRLESS for source in spec.data.sources):
         what = f"none contains pairs of responses, which the {paired} stage trains on"
         problems.append(problem("data.sources", what))
-    return problems
+    return [*problems, *(problem(*each) for each in model_checks.problems(spec))]
 
 
 def _check_evaluations(spec: JobSpec, name: str) -> Iterator[tuple[str, str]]:

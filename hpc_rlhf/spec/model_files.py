@@ -57,7 +57,7 @@ def folder(ref: str) -> Path | None:
 
 def config(where: Path) -> dict[str, Any]:
     """A model's config.json; empty if it cannot be read, which loading the model will report."""
-    return _json(where / "config.json")
+    return read_json(where / "config.json")
 
 
 def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -128,7 +128,8 @@ def _labels(count: int) -> str:
     return f"it scores {count} labels, one is needed"
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -139,7 +140,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _files(where: Path) -> dict[str, str] | None:
     """The safetensors file of each tensor; None if the weights are in none."""
     if (where / _INDEX).exists():
-        files: dict[str, str] = _json(where / _INDEX).get("weight_map", {})
+        files: dict[str, str] = read_json(where / _INDEX).get("weight_map", {})
         return files
     return dict.fromkeys(_header(where / _WEIGHTS), _WEIGHTS) if (where / _WEIGHTS).exists() else None
 

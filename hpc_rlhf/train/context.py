@@ -23,7 +23,7 @@ from hpc_rlhf.train.data import dialogues, sources
 from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
 from hpc_rlhf.train.models.loading import DTYPES, make_from_scratch
-from hpc_rlhf.train.models.tokenizers import load_tokenizer
+from hpc_rlhf.train.models.tokenizers import check_same_tokenizer, load_tokenizer
 from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.stop_control import StopControl
 from hpc_rlhf.train.runtime.stop_signals import StopFlag
@@ -96,9 +96,11 @@ class StageContext:
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(
-            self.spec.models.actor, sources.texts(self.spec), self.files.path / "tokenizer", self.world
-        )
+        models, own = self.spec.models, self.files.path / "tokenizer"
+        tokenizer = load_tokenizer(models.actor, sources.texts(self.spec), own, self.world)
+        if isinstance(models.reward, str) and models.reward != models.actor and self.spec.uses_reward_model:
+            actor = models.actor if isinstance(models.actor, str) else str(own)
+            check_same_tokenizer(tokenizer, actor, models.reward)
 
         def thinks() -> bool:
             return self.world.on_main(lambda: sources.thinks(self.spec))

@@ -33,6 +33,7 @@ FAMILIES: list[dict[str, Any]] = [
     {"model_type": "starcoder2", **LLAMA, "num_key_value_heads": 2},
     {"model_type": "olmo2", **LLAMA, "num_key_value_heads": 2},
     {"model_type": "bloom", "vocab_size": 500, "hidden_size": 48, "n_layer": 3, "n_head": 4},
+    {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", **LLAMA, "num_key_value_heads": 2, "head_dim": 16}},  # noqa: E501
     {"model_type": "qwen3_moe", **LLAMA, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},  # noqa: E501
     {"model_type": "mixtral", **LLAMA, "num_local_experts": 4},
     {"model_type": "gpt_oss", **LLAMA, "num_key_value_heads": 2, "num_local_experts": 4},
@@ -50,9 +51,8 @@ def check(configs: list[dict[str, Any]]) -> None:
     for config, shapes in zip(configs, architectures(configs), strict=True):
         assert not isinstance(shapes, str), (config, shapes)
         fields = {key: value for key, value in config.items() if key != "model_type"}
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(config["model_type"], **{**fields, "pad_token_id": 0})
-        )
+        whole = AutoConfig.for_model(config["model_type"], **{**fields, "pad_token_id": 0})
+        model = AutoModelForCausalLM.from_config(whole.get_text_config())
         assert shapes.parameters == sum(p.numel() for p in model.parameters()), config
         body = model.base_model if model.base_model is not model else None
         if body is not None:

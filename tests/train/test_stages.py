@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from hpc_rlhf.errors import INPUT_WRONG
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Failed, Resumed
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.spec.job import JobSpec
 from tests.train.grid import run_chains
 from tests.train.stages import log_tail, make_run, metrics, run_stage, tiny_spec, weights_digest
 
@@ -128,6 +132,42 @@ def test_a_finished_stage_ends_at_once(plain: RunDir) -> None:
     before = list(Ledger(plain.ledger).events())
     assert run_stage(plain, "sft", 2) == [0, 0]
     assert list(Ledger(plain.ledger).events()) == before
+
+
+def models_of(spec: JobSpec, **models: str) -> JobSpec:
+    return JobSpec.model_validate({**spec.model_dump(mode="json"), "models": models})
+
+
+def test_ppo_and_evaluation_score_with_a_finished_reward_model(plain: RunDir, tmp_path: Path) -> None:
+    models = {"actor": str(plain.stage("sft").model), "reward": str(plain.stage("reward").model)}
+    raw = models_of(tiny_spec(tmp_path / "run", ranks=1, ppo={"max_steps": 1}), **models).model_dump(mode="json")
+    raw["stages"]["eval"] = {"prompts": 4, "slurm": {"gpus_per_node": 0, "ranks_per_node": 1}}
+    run = make_run(JobSpec.model_validate(raw))
+    for stage in ("ppo", "eval"):
+        assert run_stage(run, stage, 1) == [0], log_tail(run, stage)
+    report = json.loads(run.stage("eval").report.read_text())
+    assert report["models"]["ppo"]["reward"]["value"] is not None
+    # The reward stage goes on with its head.
+    more = make_run(models_of(tiny_spec(tmp_path / "more", ranks=1, reward={"max_steps": 1, "lr": 1e-12}), **models))
+    assert run_stage(more, "reward", 1) == [0], log_tail(more, "reward")
+    before, after = (load_file(each.stage("reward").model / "model.safetensors") for each in (plain, more))
+    torch.testing.assert_close(after["score.weight"], before["score.weight"], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_another_tokenizer_is_refused_before_any_stage_trains(plain: RunDir, tmp_path: Path, stage: str) -> None:
+    from tests.train import tiny
+
+    other = tmp_path / "other"
+    shutil.copytree(plain.stage("reward").model, other)
+    tiny.tokenizer(300).save_pretrained(other)
+    models = {"actor": str(plain.stage("sft").model), "reward": str(other)}
+    run = make_run(models_of(tiny_spec(tmp_path / "run", ranks=1, sft={}, reward={}), **models))
+    assert run_stage(run, stage, 1) == [INPUT_WRONG], log_tail(run, stage)
+    failed = Ledger(run.ledger).last(Failed, stage)
+    assert failed is not None
+    assert "its tokenizer differs from the actor's" in failed.message
+    assert "Traceback" not in log_tail(run, stage)
 
 
 def test_a_stage_refuses_incomplete_inputs(plain: RunDir, tmp_path: Path) -> None:

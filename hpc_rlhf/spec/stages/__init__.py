@@ -57,8 +57,4 @@ class StagesSpec(Model):
         trained = [kind.name for kind in STAGE_KINDS if kind.trains]
         if all(getattr(self, name) is None for name in trained):
             raise ValueError(f"set at least one stage: {', '.join(trained[:-1])} or {trained[-1]}")
-        for kind in STAGE_KINDS:
-            for required in kind.requires:
-                if getattr(self, kind.name) is not None and getattr(self, required) is None:
-                    raise ValueError(f"{kind.name} needs the {required} stage")
         return self

@@ -66,7 +66,7 @@ class StageKind:
         summary: one line for starter specs.
         inputs: stages whose artifacts it starts from when the run has them; all that train, if it does not
             train itself.
-        requires: those of ``inputs`` that must be in the run.
+        requires: those of ``inputs`` that must be in the run, unless the spec's ``models`` have a finished one.
         data: the data that it takes.
         share: its default share of the prompts.
         sources: its fields that hold a data source of their own.

@@ -50,7 +50,8 @@ def scored_class(config: Any, where: str) -> Any:
     try:
         return AutoModelForSequenceClassification._model_mapping[type(config)]
     except KeyError:
-        return _make_scored_class(type(config), causal_class(config, where))
+        config_class: Any = type(config)
+        return _make_scored_class(config_class, causal_class(config, where))
 
 
 @cache

@@ -158,6 +158,21 @@ def _kept_head(source: str) -> model_files.Head | None:
         raise HpcRlhfError(str(error), where=source, hint=model_files.HEADS) from error
 
 
+def has_score_head(source: str) -> bool:
+    """Whether a model is a finished reward model.
+
+    Raises:
+        HpcRlhfError: its head cannot be kept as it is.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(source)  # it may have to be downloaded
+    except (OSError, ValueError):
+        return False  # loading it will say why
+    return _kept_head(source) is not None
+
+
 def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: float = 0.0) -> RewardModel:
     """A reward model from a finished one, with its head, or from a language model, with a new head.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
+from hpc_rlhf.spec import model_files, tokens
 from hpc_rlhf.spec.job import FromScratch, ModelRef
 from hpc_rlhf.train.models.loading import exit_code_of
 from hpc_rlhf.train.runtime.world import World
@@ -69,15 +70,34 @@ def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: Wor
     return tokenizer
 
 
-def check_same_tokenizer(tokenizer: Any, folder: str, stage: str) -> None:
-    """Refuse a stage's model that was trained with another tokenizer."""
+def check_same_tokenizer(tokenizer: Any, actor: str | None, reward: str) -> None:
+    """Refuse a reward model with another tokenizer than the actor's.
+
+    Args:
+        tokenizer: the actor's.
+        actor, reward: folders or hub ids with the tokenizers, if the actor's is in any.
+
+    Raises:
+        HpcRlhfError: they differ, or the reward model has none.
+    """
     from transformers import AutoTokenizer
 
-    other = AutoTokenizer.from_pretrained(folder)
-    # transformers may add a token of its own when it loads a folder (Qwen2's does).
-    if not tokenizer.get_vocab().items() <= other.get_vocab().items():
-        raise HpcRlhfError(
-            f"the tokenizer of stage {stage} differs from the actor's",
-            where=folder,
-            hint="use models that share a tokenizer",
-        )
+    folders = [model_files.folder(source) if source else None for source in (actor, reward)]
+    # The files as they are, because transformers may add a token of its own when it loads them (Qwen2's class does).
+    ours, other = (tokens.read(where) if where else None for where in folders)
+    if ours is None or other is None:
+        try:
+            loaded = AutoTokenizer.from_pretrained(reward)
+        except (OSError, ValueError) as error:
+            raise HpcRlhfError(
+                f"it has no tokenizer that could be compared with the actor's ({str(error).splitlines()[0]})",
+                where=reward,
+                hint="put the tokenizer that it was trained with into its folder",
+                exit_code=exit_code_of(error, reward),
+            ) from error
+        padding = None if tokenizer.pad_token == tokenizer.eos_token else tokenizer.pad_token
+        ours = tokens.Tokens(tokenizer.get_vocab(), padding=padding)
+        other = tokens.Tokens(loaded.get_vocab())
+    difference = ours.difference(other)
+    if difference is not None:
+        raise HpcRlhfError(f"its tokenizer differs from the actor's: {difference}", where=reward, hint=tokens.HINT)

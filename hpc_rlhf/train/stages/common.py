@@ -24,6 +24,12 @@ def start_actor(context: StageContext) -> str:
     return context.start_model(context.spec.models.actor)
 
 
+def reward_model(context: StageContext) -> str | None:
+    """Where to load the run's reward model: the stage's that trains it, or a finished one that the spec names."""
+    judge = context.spec.judge
+    return context.spec.finished_reward if judge is None else str(context.run.stage(judge).model)
+
+
 def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:
     """Apply the spec's tensor parallelism, adapters and activation checkpointing to a model, in place."""
     split_model(model, spec.tensor_parallel)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.errors import INPUT_WRONG, HpcRlhfError
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import FromScratch
 from hpc_rlhf.train.data.demo import dialogues
@@ -107,6 +107,32 @@ def test_a_models_folder_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
     for text in TEXTS if kind == "qwen2" else TEXTS + STRANGE:
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
-    check_same_tokenizer(tokenizer, str(run.stage("sft").model), "sft")
-    with pytest.raises(HpcRlhfError, match="the tokenizer of stage sft differs"):
-        check_same_tokenizer(train_bpe(iter(TEXTS[:5]), 400), str(run.stage("sft").model), "sft")
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_a_reward_model_with_another_tokenizer_is_refused(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    def saved(name: str, tokenizer: Any) -> str:
+        export(tiny.causal(kind), tokenizer, tmp_path / name, is_main=True)
+        return str(tmp_path / name)
+
+    def changed(**fields: Any) -> Any:
+        tokenizer = train_bpe(iter(TEXTS), 400)
+        for field, value in fields.items():
+            setattr(tokenizer, field, value)
+        return tokenizer
+
+    actor, same = saved("actor", changed()), saved("same", changed())
+    other, bare = saved("other", train_bpe(iter(TEXTS[:5]), 400)), saved("bare", changed())
+    padded = saved("padded", changed(pad_token="[PAD]"))
+    template = saved("template", changed(chat_template="{{ messages }}"))
+    (tmp_path / "bare/tokenizer.json").unlink()
+    loaded = AutoTokenizer.from_pretrained(actor)
+    for source in (actor, None):  # read from files, or as transformers loads it
+        for good in (same, padded, template):
+            check_same_tokenizer(loaded, source, good)
+        with pytest.raises(HpcRlhfError, match="its tokenizer differs from the actor's: ") as caught:
+            check_same_tokenizer(loaded, source, other)
+        assert (caught.value.where, caught.value.exit_code) == (other, INPUT_WRONG)
+        with pytest.raises(HpcRlhfError, match=r"its tokenizer differs|it has no tokenizer that could be compared"):
+            check_same_tokenizer(loaded, source, bare)

@@ -23,11 +23,11 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.models.loading import check_fits, load_causal, load_reward, loading
+from hpc_rlhf.train.models.loading import check_fits, has_score_head, load_causal, load_reward, loading
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
-from hpc_rlhf.train.stages.common import commit, new_artifact
+from hpc_rlhf.train.stages.common import commit, new_artifact, reward_model
 from hpc_rlhf.train.stages.eval.questions import Questions, held_out
 from hpc_rlhf.train.stages.eval.report import Measured, Results, lines, make_report
 
@@ -39,6 +39,7 @@ class Evaluation:
 
     Attributes:
         sources: where each model loads from. The last one is ``base``, which the others are compared with.
+        reward: where the reward model loads from, if there is one.
         results: of the steps so far.
     """
 
@@ -50,6 +51,9 @@ class Evaluation:
         self.held = held_out(context, self.spec.prompts)
         self.base = "sft" if "sft" in self.trained else "start"
         self.sources = self._sources()
+        self.reward = reward_model(context)
+        if context.spec.judge is None and self.reward is not None and not has_score_head(self.reward):
+            self.reward = None  # no stage has used it, so it may be a language model
         self.questions = Questions(context, self.spec)
         self.results = Results()
 
@@ -81,7 +85,7 @@ class Evaluation:
         steps: list[Callable[[], dict[str, float | None]]] = [
             partial(self.measure, name, source) for name, source in self.sources.items()
         ]
-        return [*steps, self.judge] if "reward" in self.trained else steps
+        return [*steps, self.judge] if self.reward is not None else steps
 
     def measure(self, name: str, source: str) -> dict[str, float | None]:
         """All measurements that need this model."""
@@ -113,7 +117,8 @@ class Evaluation:
 
     def judge(self) -> dict[str, float | None]:
         """All measurements that need the reward model."""
-        context, results, source = self.context, self.results, str(self.context.run.stage("reward").model)
+        context, results, source = self.context, self.results, self.reward
+        assert source is not None
         with loading(context.stop, context.ds_config):
             model = load_reward(source, context.dtype, None)
         check_fits(model.classifier.config, context.tokenizer, context.longest, source)

@@ -17,11 +17,10 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at, total_steps
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.loading import loading
-from hpc_rlhf.train.models.tokenizers import check_same_tokenizer
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
-from hpc_rlhf.train.stages.common import commit, new_artifact, start_actor, write_model
+from hpc_rlhf.train.stages.common import commit, new_artifact, reward_model, start_actor, write_model
 from hpc_rlhf.train.stages.ppo.metrics import summarize
 from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
 from hpc_rlhf.train.stages.ppo.progress import Cursor, Progress
@@ -35,8 +34,6 @@ def run(context: StageContext) -> None:
     assert isinstance(spec, PpoSpec)
 
     # 1. Data, models, and what generates and scores responses.
-    for need in context.spec.needs("ppo"):
-        check_same_tokenizer(context.tokenizer, str(context.run.stage(need).model), need)
     data = context.data()
     total = total_steps(len(data.train), spec.epochs, context.batch.global_ * spec.minibatches, spec.max_steps)
     models = _load_models(context, spec, total)
@@ -111,9 +108,11 @@ def run(context: StageContext) -> None:
 
 
 def _load_models(context: StageContext, spec: PpoSpec, total: int) -> PpoModels:
+    reward = reward_model(context)
+    assert reward is not None, "model_checks refuses such a spec"
     start = ModelSources(
         actor=start_actor(context),
-        reward=str(context.run.stage("reward").model),
+        reward=reward,
         ds_configs=context.ds_configs,
         longest=context.longest,
         updates=total * spec.ppo_epochs * spec.minibatches,

@@ -1,0 +1,182 @@
+"""What is wrong with a spec's models is found from their files, before anything trains."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.errors import SpecError
+from hpc_rlhf.spec.load import load_spec
+
+Write = Callable[..., str]
+TWO = {"0": "LABEL_0", "1": "LABEL_1"}
+KINDS = ("llama", "qwen3", "mistral")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Writes a model's folder without weights, or with the headers of some."""
+
+    def one(
+        name: str, fields: dict[str, Any] | None = None, tensors: dict[str, list[int]] | None = None,
+        tokenizer: dict[str, Any] | None = None, pad: str = "<pad>",
+    ) -> str:  # fmt: skip
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **(fields or {})}))
+        if tensors is not None:
+            header = {key: {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]} for key, shape in tensors.items()}
+            text = json.dumps(header).encode()
+            (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + struct.pack("<f", 0.5))
+        if tokenizer is not None:
+            (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+            (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad, "eos_token": "</s>"}))
+        return str(folder)
+
+    return one
+
+
+def problems(tmp_path: Path, models: dict[str, str], stages: str) -> list[str]:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        f"name: x\nrun_dir: run\ndata: {{sources: [{{demo: 100}}]}}\nstages: {{{stages}}}\nmodels:\n"
+        + "".join(f"  {name}: {ref}\n" for name, ref in models.items())
+    )
+    try:
+        load_spec(path)
+    except SpecError as error:
+        return [f"{problem.line}: {problem.path}: {problem.what}" for problem in error.problems]
+    return []
+
+
+def scored(kind: str, labels: dict[str, str] | None = None) -> dict[str, Any]:
+    name = f"{kind.capitalize()}ForSequenceClassification"
+    return {"model_type": kind, "architectures": [name], "id2label": labels or {"0": "LABEL_0"}}
+
+
+@pytest.mark.parametrize(
+    "method", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "awq"}, {"quant_method": "fp8"}, {"bits": 4}]
+)
+@pytest.mark.parametrize("within", [None, "text_config"])
+@pytest.mark.parametrize("role", ["actor", "reward"])
+def test_quantised_models_are_refused(
+    tmp_path: Path, write: Write, method: dict[str, Any], within: str | None, role: str
+) -> None:
+    fields: dict[str, Any] = {"quantization_config": method}
+    models = {"actor": write("plain"), role: write("small", {within: fields} if within else fields)}
+    (said,) = problems(tmp_path, models, "sft: {}, reward: {}")
+    how = f" ({method['quant_method']})" if "quant_method" in method else ""
+    line = 6 + list(models).index(role)
+    assert said == f"{line}: models.{role}: its weights are quantised{how}, and quantised weights cannot be trained"
+
+
+def test_a_model_in_the_hubs_cache_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = tmp_path / "hub/models--acme--small"
+    (stored / "snapshots/abc").mkdir(parents=True)
+    (stored / "refs").mkdir()
+    (stored / "refs/main").write_text("abc")
+    (stored / "snapshots/abc/config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert "quantised (gptq)" in problems(tmp_path, {"actor": "acme/small"}, "sft: {}")[0]
+    assert problems(tmp_path, {"actor": "acme/unknown"}, "sft: {}") == []
+
+
+def test_an_encoder_or_a_reward_model_is_no_actor(tmp_path: Path, write: Write) -> None:
+    encoder = write("encoder", {"model_type": "t5", "is_encoder_decoder": True})
+    assert "only decoders are trained" in problems(tmp_path, {"actor": encoder}, "sft: {}")[0]
+    reward = write("reward", scored("llama"))
+    assert "it is a reward model, not a language model" in problems(tmp_path, {"actor": reward}, "sft: {}")[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stages", ["reward: {}", "ppo: {}", "sft: {}, eval: {}", "reward: {}, ppo: {}"])
+def test_a_reward_model_has_one_label(tmp_path: Path, write: Write, kind: str, stages: str) -> None:
+    one = write("one", scored(kind), {"score.weight": [1, 8]})
+    assert problems(tmp_path, {"actor": "acme/x", "reward": one}, stages) == []
+    by_config = write("config", scored(kind, TWO))
+    by_default = write("default", {**scored(kind), "id2label": None})
+    by_weights = write("weights", {"model_type": kind}, {"v_head.weight": [2, 8]})
+    for wrong in (by_config, by_default, by_weights):
+        (said,) = problems(tmp_path, {"actor": "acme/x", "reward": wrong}, stages)
+        assert said == "7: models.reward: it scores 2 labels, one is needed"
+    assert problems(tmp_path, {"actor": "acme/x", "reward": by_config}, "dpo: {}") == [], "nothing asks it"
+
+
+def test_labels_of_a_language_model_mean_nothing(tmp_path: Path, write: Write) -> None:
+    fields = {"architectures": ["LlamaForCausalLM"], "id2label": TWO, "num_labels": 2}
+    models = {"actor": "acme/x", "reward": write("base", fields, {"lm_head.weight": [300, 8]})}
+    assert problems(tmp_path, models, "reward: {}, ppo: {}") == []
+
+
+def test_ppo_needs_a_reward_model(tmp_path: Path, write: Write) -> None:
+    needed = "4: stages.ppo: needs the reward stage, or a finished reward model in models.reward"
+    assert problems(tmp_path, {"actor": "acme/x"}, "ppo: {}") == [needed]
+    new = {"reward": "{from_scratch: {model_type: llama, vocab_size: 300}}"}
+    assert problems(tmp_path, {"actor": "acme/x", **new}, "ppo: {}") == [needed]
+    assert problems(tmp_path, {"actor": "acme/x", "reward": "acme/unknown"}, "ppo: {}") == []
+    base = write("base", {"architectures": ["LlamaForCausalLM"]}, {"lm_head.weight": [300, 8]})
+    (said,) = problems(tmp_path, {"actor": "acme/x", "reward": base}, "ppo: {}")
+    assert said == "7: models.reward: it is no reward model, which ppo needs: it has no score head"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"score.0.weight": [8, 8], "score.2.weight": [1, 8]}, "its score head is not one linear layer"),
+        ({"regression_layer.weight": [19, 8]}, "it scores 19 labels"),
+        ({"model.embed_tokens.weight": [300, 8]}, "its weights have no score head"),
+        ({"v_head.summary.weight": [1, 8], "v_head.summary.bias": [1], "lm_head.weight": [300, 8]}, None),
+        ({"score.weight": [1, 8], "model.layers.0.mlp.gate.e_score_correction_bias": [4]}, None),
+    ],
+)
+def test_heads_are_known_by_their_weights(
+    tmp_path: Path, write: Write, tensors: dict[str, list[int]], said: str | None
+) -> None:
+    reward = write("reward", scored("llama"), tensors)
+    found = problems(tmp_path, {"actor": "acme/x", "reward": reward}, "ppo: {}")
+    assert (said in found[0]) if said else not found
+
+
+def bpe(*words: str, added: tuple[str, ...] = (), merges: list[Any] | None = None, first: int = 0) -> dict[str, Any]:
+    vocabulary = {word: first + number for number, word in enumerate(words)}
+    more = [{"id": first + len(words) + number, "content": token} for number, token in enumerate(added)]
+    return {"model": {"type": "BPE", "vocab": vocabulary, "merges": merges or []}, "added_tokens": more}
+
+
+def unigram(*words: str) -> dict[str, Any]:
+    return {"model": {"type": "Unigram", "vocab": [[word, -1.0] for word in words]}}
+
+
+@pytest.mark.parametrize(
+    ("actor", "reward", "said"),
+    [
+        (bpe("a", "b"), bpe("b", "a"), "'a' is number 0 in the actor's and is number 1 in the other"),
+        (bpe("a", "b"), bpe("a", "c"), "'b' is number 1 in the actor's and does not exist in the other"),
+        (bpe("a"), bpe("a", first=1), "'a' is number 0"),
+        (unigram("a", "b"), unigram("a", "c"), "'b' is number 1"),
+        (unigram("a", "b"), bpe("a", "b"), None),
+        (bpe("a", added=("<|im_start|>",)), bpe("a"), "'<|im_start|>' is number 1"),
+        (bpe("a", "b", "ab", merges=["a b"]), bpe("a", "b", "ab", merges=[["b", "a"]]), "split words differently"),
+        (bpe("a", "b", "ab", merges=["a b"]), bpe("a", "b", "ab", merges=[["a", "b"]]), None),
+        (bpe("a"), bpe("a", added=("[PAD]", "<extra>")), None),
+        (bpe("a", added=("<pad>",)), bpe("a", added=("[PAD]",)), None),
+    ],
+)  # fmt: skip
+def test_tokenizers_are_compared(
+    tmp_path: Path, write: Write, actor: dict[str, Any], reward: dict[str, Any], said: str | None
+) -> None:
+    """Only a padding token, or more tokens of the reward model, may differ."""
+    models = {"actor": write("actor", tokenizer=actor), "reward": write("reward", tokenizer=reward, pad="[PAD]")}
+    found = problems(tmp_path, models, "sft: {}, reward: {}, ppo: {}")
+    if said is None:
+        assert found == []
+    else:
+        (only,) = found
+        assert only.startswith("7: models.reward: its tokenizer differs from the actor's: ")
+        assert said in only
+    assert problems(tmp_path, models, "sft: {}, dpo: {}") == [], "no stage uses the reward model"
