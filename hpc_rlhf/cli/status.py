@@ -31,9 +31,10 @@ def command(run: str, as_json: bool) -> None:
     Unknown values are null. Its `goodput` has the seconds waiting (for another stage or the user), queued,
     starting, productive (kept work), lost (work done again) and saving (training paused); `wall`, their sum;
     `ettr`; and `interruptions`, each with reason, time, node, step, and the seconds lost and spent
-    restarting. Its `data` has for each source what became of the `rows`: `outcomes`, each with its number of
-    rows and the first of them, and the fraction `lost`. The run's goodput sums over stages, which may run in
-    parallel. For a sweep, --json prints what `list --json` does.
+    restarting. Its `held_out` has the metrics of its latest evaluation, its `step`, and with keep_best
+    the `best_step` so far. Its `data` has for each source what became of the `rows`: `outcomes`, each with
+    its number of rows and the first of them, and the fraction `lost`. The run's goodput sums over stages,
+    which may run in parallel. For a sweep, --json prints what `list --json` does.
     """
     runs = find_runs(run)
     if len(runs) > 1:

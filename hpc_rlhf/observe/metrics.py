@@ -97,8 +97,8 @@ class MetricsReader:
     _offset: int = 0
     _inode: int = 0
 
-    def read_new(self) -> tuple[list[Row], bool]:
-        """The steps written since the last call, and whether they replace all earlier ones.
+    def read_new(self) -> tuple[list[Row], list[Row], bool]:
+        """The steps written since the last call, the evaluations, and whether both replace all earlier ones.
 
         A stage that resumes rewrites its file without the steps that were lost.
         """
@@ -111,10 +111,11 @@ class MetricsReader:
                 file.seek(self._offset)
                 text = file.read()
         except OSError:
-            return [], False
+            return [], [], False
         complete = text[: text.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return step_rows(complete.decode("utf-8", "replace"), self.stage), rewritten
+        new = complete.decode("utf-8", "replace")
+        return step_rows(new, self.stage), held_out_rows(new), rewritten
 
 
 def seconds_per_step(rows: Sequence[Row], starts: Iterable[float] = ()) -> float | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from hpc_rlhf.observe.gather import Evidence, RunRecord, SlurmReply, query_slurm
 from hpc_rlhf.observe.goodput.accounting import measure
 from hpc_rlhf.observe.goodput.spans import Goodput
-from hpc_rlhf.observe.metrics import seconds_per_step, step_rows
+from hpc_rlhf.observe.metrics import held_out_rows, seconds_per_step, step_rows
 from hpc_rlhf.run import events
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.layout import RunDir
@@ -56,6 +56,8 @@ class StageStatus:
         left: seconds of work left at the pace of the latest steps, without time in a queue; None if unknown or done.
         goodput: where its time went, and what interrupted it.
         data: what became of the rows of each source of its data; empty until they are tokenized.
+        held_out: the metrics of its latest evaluation on held-out data, its ``step``, and with keep_best the
+            ``best_step`` so far; empty without one.
     """
 
     stage: str
@@ -72,6 +74,7 @@ class StageStatus:
     left: float | None = None
     goodput: Goodput = field(default_factory=Goodput)
     data: tuple[SourceCounts, ...] = ()
+    held_out: dict[str, float | None] = field(default_factory=dict)
 
 
 def read_status(run: RunDir, query: Callable[[Sequence[str]], SlurmReply] = query_slurm) -> list[StageStatus]:
@@ -102,10 +105,12 @@ def stage_status(run: RunDir, stage: str, evidence: Evidence) -> StageStatus:
     started = evidence.history.all(events.Started)
     counts = tuple(stage_counts(run.stage(stage)))
     status = StageStatus(stage, state, why, evidence.job_id, len(started), data=counts)
-    rows = step_rows(read_tail(run.stage(stage).metrics), stage)
+    text = read_tail(run.stage(stage).metrics)
+    rows = step_rows(text, stage)
     if not rows:
         return status
     row = rows[-1]
+    evaluated = held_out_rows(text)[-1:] if kind_of(stage).trains else []
     numbers = {name: row.values[name] for name in kind_of(stage).progress if name in row.values}
     metric = next(iter(numbers), None)
     pace = None if evidence.done else seconds_per_step(rows, [event.time for event in started])
@@ -116,6 +121,7 @@ def stage_status(run: RunDir, stage: str, evidence: Evidence) -> StageStatus:
         metric=metric,
         value=numbers.get(metric or ""),
         numbers=numbers,
+        held_out={name: value for each in evaluated for name, value in [("step", each.step), *each.values.items()]},
         updated=row.time,
         left=None if pace is None else round(pace * (row.total_steps - row.step), 1),
     )

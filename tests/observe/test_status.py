@@ -116,6 +116,7 @@ def test_status_reads_progress_from_disk_alone(run: RunDir) -> None:
     assert (sft.state, sft.attempts) == ("done", 1)
     assert (reward.state, reward.attempts, reward.step, reward.total_steps) == ("stopped", 2, 50, 90)
     assert (reward.metric, reward.value, reward.updated) == ("loss", 0.02, 50.0)
+    assert (reward.held_out, ppo.held_out) == ({"step": 50, "accuracy": 0.5}, {})
     assert (reward.numbers, reward.left) == ({"loss": 0.02}, 40.0)  # a second a step so far
     assert (ppo.state, ppo.step, ppo.value) == ("not started", None, None)
 
@@ -147,11 +148,14 @@ def test_metrics_are_read_as_they_are_written(tmp_path: Path) -> None:
     row = {"step": 1, "total_steps": 9, "time": 1.0, "kind": "train", "loss": None}
     path.write_text(json.dumps(row) + '\n{"step": 2, "ti')
     reader = MetricsReader(path, "sft")
-    assert reader.read_new() == ([Row(1, 9, 1.0, {"loss": None})], True)
-    assert reader.read_new() == ([], False)
+    assert reader.read_new() == ([Row(1, 9, 1.0, {"loss": None})], [], True)
+    assert reader.read_new() == ([], [], False)
     with path.open("a") as file:
         file.write('me": 2.0, "kind": "train"}\n')
     assert [row.step for row in reader.read_new()[0]] == [2]
+    with path.open("a") as file:
+        file.write(json.dumps({**row, "step": 2, "kind": "eval", "best_step": 2}) + "\n")
+    assert reader.read_new() == ([], [Row(2, 9, 1.0, {"loss": None, "best_step": 2})], False)
 
 
 def test_incomplete_model_is_not_done(run: RunDir) -> None:

@@ -15,6 +15,7 @@ from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.terminal.tables import STYLES, grid, styled
 from hpc_rlhf.run.row_counts import Kind
+from hpc_rlhf.spec.stages import kind_of
 
 _WIDE = 100  # terminal columns that have room for a bar, all metrics and the job
 _LEAST = 3  # columns of the table that are always shown
@@ -161,7 +162,16 @@ def _notes(stage: StageStatus, left: Mapping[str, float | None]) -> Iterator[str
         where = f" on {last.node}" if last.node else ""
         latest = f"latest: {last.reason} at step {last.step}{where}, {ago(time.time() - last.time)}"
         yield f"{count_words(interruptions)}; {latest}"
+    if stage.state == "running" and stage.held_out.get("step"):
+        yield f"held out, {_evaluation(stage.stage, stage.held_out)}"
     for counts in stage.data:
         lost = counts.describe(Kind.LOST, Kind.LOST_HERE, Kind.CHANGED)
         if lost:
             yield f"data: {counts.source}, {counts.read:,} rows: {lost}"
+
+
+def _evaluation(stage: str, held_out: Mapping[str, float | None]) -> str:
+    """Such as: at step 200: perplexity 1.44; best at step 100."""
+    metrics = ", ".join(f"{name} {number(held_out[name])}" for name in kind_of(stage).held_out if name in held_out)
+    best = held_out.get("best_step")
+    return f"at step {held_out['step']}: {metrics}" + (f"; best at step {best}" if best else "")

@@ -61,12 +61,15 @@ class LiveBoard:
 
     def _read(self, stage: str) -> None:
         reader = self._readers.setdefault(stage, MetricsReader(self._run.stage(stage).metrics, stage))
-        rows, rewritten = reader.read_new()
-        for name in kind_of(stage).progress:
-            values = self._values.setdefault((stage, name), [])
+        rows, evaluations, rewritten = reader.read_new()
+        kind = kind_of(stage)
+        curves = [(name, name, rows) for name in kind.progress]
+        curves += [(name, f"held-out {name}", evaluations) for name in kind.held_out[:1]]
+        for name, label, new in curves:
+            values = self._values.setdefault((stage, label), [])
             if rewritten:
                 values.clear()
-            values += [value for row in rows if (value := row.values.get(name)) is not None]
+            values += [value for row in new if (value := row.values.get(name)) is not None]
 
 
 def watch(run: RunDir, console: Console) -> None:

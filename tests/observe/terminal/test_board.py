@@ -24,7 +24,8 @@ def draw(width: int, ascii_only: bool = False) -> list[str]:
         StageStatus("sft", "done", "", "4181520", 3, 12000, 12000, "loss", 1.5, {"loss": 1.5}, now,
                     goodput=Goodput(Spans(productive=45000.0), broken)),
         StageStatus("reward", "running", "", "4181521", 1, 4200, 12000, "loss", 0.51,
-                    {"loss": 0.51, "accuracy": 0.71}, now - 700, 90061.0),
+                    {"loss": 0.51, "accuracy": 0.71}, now - 700, 90061.0,
+                    held_out={"step": 4000, "accuracy": 0.69, "loss": 0.55, "margin": None, "best_step": 3000}),
         StageStatus("ppo", "waiting", "for sft and reward", "4181522"),
         StageStatus("eval", "not started"),
     ]  # fmt: skip
@@ -49,6 +50,7 @@ def test_board_at_terminal_widths(width: int) -> None:
     assert "sft 2 interruptions: 2 preempted; latest: preempted at step 4100 on node12, 2 h ago" in unfolded
     assert "ppo waiting for sft and reward (25 h 1 min left)" in unfolded
     assert "reward latest step 11 min ago" in unfolded
+    assert "held out, at step 4000: accuracy 0.69, loss 0.55, margin -; best at step 3000" in unfolded
     assert ("━━━─────── 4200/12000 35%" in text and "accuracy 0.71" in text) == (width == 140)
 
 
