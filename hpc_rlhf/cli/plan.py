@@ -104,6 +104,7 @@ def _estimate_dict(estimate: StageTime | Memory | HpcRlhfError) -> dict[str, obj
         "step_seconds": estimate.step_seconds,
         "parts_of_a_step": estimate.parts,
         "seconds_per_1000_samples": estimate.per_thousand,
+        "evaluation_seconds": estimate.evaluations,
         "seconds": estimate.seconds,
         "gpu_hours": estimate.gpu_hours,
         "attempts": estimate.attempts,

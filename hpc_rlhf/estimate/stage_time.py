@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.sample_counts import expected_samples
@@ -10,6 +10,7 @@ from hpc_rlhf.estimate.step_time import step_parts
 from hpc_rlhf.slurm.jobs import time_limit
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.sizes import EVALUATED_PROMPTS, EVALUATED_ROWS
 from hpc_rlhf.spec.stages import EvalSpec, PpoSpec
 from hpc_rlhf.spec.training import TrainingSpec
 
@@ -25,6 +26,7 @@ class StageTime:
         steps: steps of the whole stage, 1 for an evaluation; None if unknown.
         gpus: GPUs of its job.
         limit: seconds that one attempt may take; None without a limit.
+        evaluations: seconds of all evaluations on held-out data during training, roughly.
     """
 
     parts: dict[str, float]
@@ -33,6 +35,7 @@ class StageTime:
     steps: int | None
     gpus: int
     limit: int | None
+    evaluations: float = 0.0
 
     @property
     def step_seconds(self) -> float:
@@ -40,8 +43,8 @@ class StageTime:
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of all steps, without startup, checkpoints and the queue."""
-        return None if self.steps is None else self.steps * self.step_seconds
+        """Seconds of all steps and evaluations, without startup, checkpoints and the queue."""
+        return None if self.steps is None else self.steps * self.step_seconds + self.evaluations
 
     @property
     def gpu_hours(self) -> float | None:
@@ -78,7 +81,21 @@ def stage_time(spec: JobSpec, name: str) -> StageTime:
     if expected is not None:
         available = max(1, expected * stage.epochs // samples)
         steps = available if steps is None else min(available, steps)
-    return StageTime(parts, samples, expected, steps, gpus, limit)
+    time = StageTime(parts, samples, expected, steps, gpus, limit)
+    return replace(time, evaluations=_evaluations(spec, stage, time))
+
+
+def _evaluations(spec: JobSpec, stage: TrainingSpec, time: StageTime) -> float:
+    """``StageTime.evaluations``: a forward pass is a third of training; in PPO there are responses and their scores."""
+    if stage.eval_every is None or time.steps is None or time.expected is None:
+        return 0.0
+    held_out = time.expected * spec.data.held_out / (1 - spec.data.held_out)
+    scoring = time.parts.get("scoring", 0.0)
+    if isinstance(stage, PpoSpec):
+        rows, work = min(held_out, EVALUATED_PROMPTS), scoring + time.parts["decoding"]
+    else:
+        rows, work = min(held_out, EVALUATED_ROWS), scoring + time.parts["training"] / 3
+    return time.steps // stage.eval_interval(time.steps) * work * rows / time.samples
 
 
 def run_times(spec: JobSpec) -> dict[str, StageTime | HpcRlhfError]:

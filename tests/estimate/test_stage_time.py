@@ -17,6 +17,7 @@ from hpc_rlhf.estimate.sample_counts import expected_samples
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times, stage_time
 from hpc_rlhf.estimate.step_time import MFU
 from hpc_rlhf.spec.job import JobSpec, ModelsSpec
+from hpc_rlhf.spec.source import SourceSpec
 from tests.launch.specs import make_spec
 
 COUNT = architecture(ModelsSpec(actor="facebook/opt-125m"), "actor").parameters
@@ -106,6 +107,17 @@ def test_steps_follow_from_the_data_and_attempts_from_the_time_limit() -> None:
     assert ppo.steps == 3
     assert sft.gpu_hours == pytest.approx(sft.seconds * 2 / 3600)
     assert chain_seconds(spec, times) == pytest.approx(sft.seconds + 3 * ppo.step_seconds)
+
+
+def test_evaluations_during_training_take_time() -> None:
+    slurm = {"gpu": "a100-80g", "gpus_per_node": 1}
+    often = {"max_steps": 10, "eval_every": 2}
+    spec = make_spec("/scratch/demo", slurm, sft=often, reward={}, ppo=often)
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"sources": [SourceSpec(demo=200_000)]})})
+    sft, ppo = stage_time(spec, "sft"), stage_time(spec, "ppo")
+    assert sft.evaluations == pytest.approx(5 * 1024 * sft.parts["training"] / 3 / sft.samples)
+    assert ppo.evaluations == pytest.approx(5 * 256 * (ppo.parts["scoring"] + ppo.parts["decoding"]) / ppo.samples)
+    assert sft.seconds == pytest.approx(10 * sft.step_seconds + sft.evaluations)
 
 
 def of_sources(*sources: dict[str, Any]) -> JobSpec:
