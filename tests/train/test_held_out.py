@@ -18,14 +18,14 @@ pytestmark = pytest.mark.train
 # Rates so high that the held-out metrics soon get worse.
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {
-        "lr": 0.2, "zero": 3, "precision": "bf16", "lora": {"rank": 4, "only": False}, "dropout": 0.1,
-        "keep_best": "perplexity",
+        "lr": 0.2, "answer_only": False, "zero": 3, "precision": "bf16", "lora": {"rank": 4, "only": False},
+        "dropout": 0.1, "keep_best": "perplexity",
     },
     "reward": {"lr": 0.1, "zero": 1, "precision": "bf16", "dropout": 0.1, "keep_best": "loss"},
     "dpo": {"lr": 0.2, "dropout": 0.1, "keep_best": "loss"},
 }  # fmt: skip
 COMMON = {"max_steps": 5, "micro_batch": 4, "global_batch": 8, "schedule": "constant", "eval_every": 1}
-BEST = {"sft": 2, "reward": 4, "dpo": 3}
+BEST = {"sft": 3, "reward": 4, "dpo": 3}
 # Before, in and after an evaluation, and while the best weights are written.
 STOPS: list[Any] = [3, ("evaluation", 3), 8, (WEIGHTS, 10)]
 

@@ -17,6 +17,13 @@ from hpc_rlhf.run.events import Failed, Resumed
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import EvalSpec
+from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.runtime.stop_signals import StopFlag
+from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.stages.eval.stage import Evaluation
 from tests.train.grid import run_chains
 from tests.train.stages import log_tail, make_run, metrics, run_stage, tiny_spec, weights_digest
 
@@ -90,6 +97,22 @@ def test_samples_appear_once_and_end_with_a_comparison(plain: RunDir) -> None:
     final = [row for row in rows if row["kind"] == "final"]
     assert final
     assert {"prompt", "answer", "reward", "sft_answer", "sft_reward"} <= set(final[0])
+
+
+def test_fine_tuning_and_evaluation_measure_one_perplexity(tmp_path: Path, world: World) -> None:
+    """That of responses, and of texts without a prompt, although prompts are learned as well."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"Snow is white, {n} is a number. " * 5}) + "\n" for n in range(40)))
+    spec = tiny_spec(tmp_path / "run", 1, sft={"answer_only": False, "max_steps": 1})
+    sources = (*spec.data.sources, SourceSpec(path=str(texts), format="text"))
+    data = spec.data.model_copy(update={"sources": sources})
+    stages = spec.stages.model_copy(update={"eval": EvalSpec(prompts=1, precision="fp32")})
+    run = make_run(spec.model_copy(update={"data": data, "stages": stages}))
+    assert run_stage(run, "sft", 1) == [0], log_tail(run, "sft")
+    context = StageContext(read_spec(run.job_yaml), "eval", run, world, StopFlag(), "a")
+    measured = Evaluation(context).measure("sft", str(run.stage("sft").model))["perplexity"]
+    trained = manifest.require(run.stage("sft").model, "sft")["metrics"]["perplexity_after"]
+    assert measured == pytest.approx(trained, rel=1e-5)
 
 
 def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def make_charts(text: str, stage: str, samples: int, starts: Iterable[float]) ->
     """
     rows = step_rows(text, stage)
     held_out = held_out_rows(text)
-    _add_derived(rows, held_out, samples, list(starts))
+    _add_throughput(rows, held_out, samples, list(starts))
     charts = (_make_chart(plot, rows, held_out) for plot in kind_of(stage).plots)
     return [chart for chart in charts if chart is not None]
 
@@ -58,11 +58,11 @@ def make_charts(text: str, stage: str, samples: int, starts: Iterable[float]) ->
 def _make_chart(plot: Plot, rows: Sequence[Row], held_out: Sequence[Row]) -> Chart | None:
     curves = {label: [_value(row, name) for row in rows] for name, label in plot.lines.items()}
     curves = {label: values for label, values in curves.items() if set(values) - {None}}
-    if not curves:
-        return None
-    points = {rows[index].step: index for index in thin(list(curves.values()))}
     measured = {row.step: _value(row, plot.held_out) for row in held_out if plot.held_out}
     measured = {step: value for step, value in measured.items() if value is not None}
+    if not (curves or measured):
+        return None
+    points = {rows[index].step: index for index in thin(list(curves.values()))}
     steps = sorted({*points, *measured})
     lines: dict[str, Values] = {
         label: [values[points[step]] if step in points else None for step in steps] for label, values in curves.items()
@@ -100,13 +100,9 @@ def _describe(label: str, values: Values) -> str:
     return f"{label} from {number(known[0])} to {number(known[-1])}, between {lowest} and {highest}"
 
 
-def _add_derived(rows: list[Row], held_out: list[Row], samples: int, starts: list[float]) -> None:
-    """Add each row's perplexity, and its throughput since the row before in the same attempt, without evaluations."""
+def _add_throughput(rows: list[Row], held_out: list[Row], samples: int, starts: list[float]) -> None:
+    """Add each row's throughput since the row before in the same attempt, without evaluations."""
     evaluated = {row.step: row.time for row in held_out}
-    for row in rows:
-        loss = _value(row, "loss")
-        if loss is not None:
-            row.values["perplexity"] = math.exp(min(loss, 50.0))
     for before, row in pairwise(rows):
         seconds, steps = row.time - max(before.time, evaluated.get(before.step, 0.0)), row.step - before.step
         if seconds > 0 and steps > 0 and not any(before.time < start <= row.time for start in starts):

@@ -29,7 +29,7 @@ SFT = StageKind(
     result="held-out perplexity {perplexity_before} → {perplexity_after}",
     plots=(
         Plot("loss", "nats per token", {"loss": "loss"}, held_out="loss"),
-        Plot("perplexity", "per token", {"perplexity": "training"}, held_out="perplexity", log=True),
+        Plot("perplexity of responses", "per token", {}, held_out="perplexity", log=True),
         *TRAINING,
     ),
 )

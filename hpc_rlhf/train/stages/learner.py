@@ -128,7 +128,7 @@ class Learner:
         """An optimizer step on some rows; returns its metrics. Collective."""
         batches = self._batches(self.data.train, self.lengths, indices)
         prepared = [self.prepare(rows) for rows, _ in batches]
-        count, rate = self._count(indices, batches), engines.learning_rate(self.engine)
+        count, rate = self._count(indices, batches, self.learned_tokens), engines.learning_rate(self.engine)
         measured: list[Tensor] = []
 
         def scaled_loss(rows: list[Row], real: bool, inputs: tuple[Any, ...]) -> Tensor:
@@ -146,6 +146,14 @@ class Learner:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The metrics on the held-out rows. Collective."""
+        means = self.held_out_means(self.measure, self.learned_tokens)
+        return {**means, **self.derived(means)}
+
+    @torch.no_grad()
+    def held_out_means(
+        self, measure: Callable[..., tuple[Tensor, Tensor]], learned_tokens: Callable[[Row], int] | None
+    ) -> dict[str, float]:
+        """The means of what is measured on the held-out rows; see ``Learner``. Collective."""
         rows = self.data.held_out
         indices = list(range(min(len(rows), EVALUATED)))
         batches = self._batches(rows, token_lengths(rows, *self.columns), indices)
@@ -153,16 +161,17 @@ class Learner:
         measured = []
         for chosen, real in batches:
             self.context.stop.check("evaluation")
-            measured.append(self.measure(chosen, *self.prepare(chosen))[1] * real)
+            measured.append(measure(chosen, *self.prepare(chosen))[1] * real)
         self.engine.train()
-        means = self.means(measured, self._count(indices, batches))
-        return {**means, **self.derived(means)}
+        return self.means(measured, self._count(indices, batches, learned_tokens))
 
-    def _count(self, indices: list[int], batches: list[tuple[list[Row], bool]]) -> float:
+    def _count(
+        self, indices: list[int], batches: list[tuple[list[Row], bool]], learned_tokens: Callable[[Row], int] | None
+    ) -> float:
         """The number of rows, or the number of tokens learned, in all ranks' micro-batches. Collective."""
-        if self.learned_tokens is None:
+        if learned_tokens is None:
             return float(len(indices))
-        own = sum(self.learned_tokens(row) for rows, real in batches if real for row in rows)
+        own = sum(learned_tokens(row) for rows, real in batches if real for row in rows)
         return self.context.world.sums({"tokens": float(own)})["tokens"]
 
     def means(self, measured: list[Tensor], count: float) -> dict[str, float]:

@@ -6,6 +6,8 @@ Step 1 of DeepSpeed-Chat (arXiv 2308.01320) and InstructGPT (arXiv 2203.02155).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -39,33 +41,40 @@ def run(context: StageContext) -> None:
     engine = engines.training_engine(LanguageModel(model), context.ds_config, spec, spec.lr, total)
     agreement.verify(engine, context.world, source, spec.dropout)
 
-    # 3. Loss: the negative log-probability of a row's last tokens.
-    def target_tokens(row: Row) -> int:
-        """How many tokens at a row's end are learned; its first token cannot be predicted."""
-        response, whole = len(row["chosen_ids"]), len(row["prompt_ids"]) + len(row["chosen_ids"])
-        return min(response if spec.answer_only else whole, whole - 1)
+    # 3. Loss: the negative log-probability of a row's last tokens; its first token cannot be predicted.
+    def answer_tokens(row: Row) -> int:
+        return min(len(row["chosen_ids"]), len(row["prompt_ids"]) + len(row["chosen_ids"]) - 1)
 
-    def measure(rows: list[Row]) -> tuple[Tensor, Tensor]:
+    def learned_tokens(row: Row) -> int:
+        return answer_tokens(row) if spec.answer_only else len(row["prompt_ids"]) + len(row["chosen_ids"]) - 1
+
+    def loss_of(last: Callable[[Row], int], rows: list[Row]) -> tuple[Tensor, Tensor]:
         batch = Ragged.of([row["prompt_ids"] + row["chosen_ids"] for row in rows], context.world.device)
-        predicted = batch.tail([target_tokens(row) for row in rows])
-        loss = -engine(batch.ids, batch.lengths, predicted, summed=True)[0]
+        loss = -engine(batch.ids, batch.lengths, batch.tail([last(row) for row in rows]), summed=True)[0]
         return loss, loss.detach().unsqueeze(0)
 
+    def perplexity(means: dict[str, float]) -> dict[str, float]:
+        """Of the held-out responses, whatever is learned."""
+        if not spec.answer_only:
+            means = learner.held_out_means(partial(loss_of, answer_tokens), answer_tokens)
+        return {"perplexity": math.exp(min(50.0, means["loss"]))}
+
     learner = Learner(
-        context, engine, data, total, RESPONSES, budget, ("loss",), measure,
-        learned_tokens=target_tokens,
-        derived=lambda means: {"perplexity": math.exp(min(50.0, means["loss"]))},
+        context, engine, data, total, RESPONSES, budget, ("loss",), partial(loss_of, learned_tokens),
+        learned_tokens=learned_tokens, derived=perplexity,
     )  # fmt: skip
 
     # 4. Resume, or evaluate the start.
     checkpoint = context.resume(learner.load)
-    if checkpoint is not None:
-        state, first = {"perplexity_before": checkpoint.state["perplexity_before"]}, checkpoint.step
+    if checkpoint is None:
+        before, first = learner.held_out.evaluate(0)["perplexity"], 0
     else:
-        state, first = {"perplexity_before": learner.held_out.evaluate(0)["perplexity"]}, 0
+        # Earlier versions measured the perplexity of what is learned.
+        same = spec.answer_only or checkpoint.state.get("perplexity_of") == "responses"
+        before, first = checkpoint.state["perplexity_before"] if same else None, checkpoint.step
 
     # 5. Train, evaluate, and write the artifact.
-    learner.train(first, state)
+    learner.train(first, {"perplexity_before": before, "perplexity_of": "responses"})
     metrics = learner.held_out.finish()
-    metrics = {**state, "perplexity_after": metrics.pop("perplexity"), **metrics}
+    metrics = {"perplexity_before": before, "perplexity_after": metrics.pop("perplexity"), **metrics}
     finish(context, total, {"": model}, metrics, learner.held_out.handed_on())

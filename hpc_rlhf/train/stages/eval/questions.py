@@ -59,7 +59,9 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         return []
 
     def rollout(samples: list[dict[str, Any]], column: str) -> Rollout:
-        return Rollout.of([row["prompt_ids"] for row in samples], [row[column] for row in samples])
+        # A text without BOS has no prompt, and its first token cannot be predicted.
+        rows = [(row["prompt_ids"] + row[column], len(row["prompt_ids"]) or 1) for row in samples]
+        return Rollout.of([ids[:first] for ids, first in rows], [ids[first:] for ids, first in rows])
 
     source = rows("ppo", "dpo", "sft", "reward")
     by_prompt: dict[str, dict[str, Any]] = {}
