@@ -35,6 +35,7 @@ class Outcome(Enum):
     OTHER_STAGE = "other stage", Kind.PASSED, "for other stages"
     NOT_DRAWN = "not drawn", Kind.PASSED, "not drawn, by the weight of the source"
     REPEATED = "repeated", Kind.PASSED, "with a prompt that the stage already has"
+    HELD_OUT_TWICE = "held out twice", Kind.PASSED, "that are held out already"
     NO_PROMPT = "no prompt", Kind.PASSED, "of plain text, which has no prompt"
     ONE_ANSWER = "one answer", Kind.PASSED, "without a second response"
 

@@ -151,7 +151,8 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
     """A stage's samples.
 
     Held-out samples share no prompt with training samples, and no stage shares a prompt with another. Stages
-    that train on pairs get only pairs; PPO gets each prompt once, and no plain text.
+    that train on pairs get only pairs; PPO gets each prompt once, and no plain text. No sample is held out twice,
+    whatever its source's weight, so that held-out samples are independent.
 
     Args:
         counts: of each source; rows without a sample for the stage are counted here, the others by who uses them.
@@ -162,18 +163,20 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
     for source, counted in zip(spec.data.sources, counts or new_counts(spec), strict=True):
         for sample in read(source, spec.seed, counted):
             key = sample.prompt or sample.chosen
+            held_out = is_held_out(key, spec)
             own = stage_of(key, spec, sample.unanswered is Outcome.PROMPT_ONLY) == stage
             unfit = unfit_for(sample, data) if own else Outcome.OTHER_STAGE
-            if unfit is None and data is Data.PROMPTS:
-                digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+            if unfit is None and (held_out or data is Data.PROMPTS):
+                answers = () if data is Data.PROMPTS else [getattr(sample, name) for name in data.answers]
+                digest = hashlib.blake2b(repr((sample.prompt, *answers)).encode(), digest_size=16).digest()
                 if digest in seen:
                     if sample.where == latest:
                         continue  # the same row again, by its weight
-                    unfit = Outcome.REPEATED
+                    unfit = Outcome.REPEATED if data is Data.PROMPTS else Outcome.HELD_OUT_TWICE
                 seen.add(digest)
             latest = sample.where
             if unfit is None:
-                yield StageSample(sample, is_held_out(key, spec), counted)
+                yield StageSample(sample, held_out, counted)
             else:
                 counted.add(unfit, sample.where)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import finish, prepare_model, start_actor
-from hpc_rlhf.train.stages.learner import PAIRS, Learner, Row, pack_pairs
+from hpc_rlhf.train.stages.learner import PAIRS, Learner, Row, evaluated_rows, pack_pairs
 from hpc_rlhf.train.stages.sample_log import HELD_OUT_PROMPTS, SampleLog
 
 METRICS = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
@@ -109,7 +108,7 @@ def run(context: StageContext) -> None:
 
     # 5. Evaluate, compare responses with those before training, and write the artifact.
     metrics = learner.held_out.finish()
-    rows = list(islice(data.held_out, HELD_OUT_PROMPTS))
+    rows = [data.held_out[i] for i in evaluated_rows(len(data.held_out), context.spec.seed, HELD_OUT_PROMPTS)]
     if rows:
         with models.as_reference():
             before = samples.answers(RolloutEngine(models.ref_policy, world), rows)

@@ -32,6 +32,11 @@ RESPONSES = ("prompt_ids", "chosen_ids")
 PAIRS = (*RESPONSES, "prompt_ids", "rejected_ids")
 
 
+def evaluated_rows(count: int, seed: int, most: int = EVALUATED) -> list[int]:
+    """Which of ``count`` held-out rows are evaluated, in order: at most ``most``, drawn at random from all sources."""
+    return sorted(sample_at(place, count, seed, "held out") for place in range(min(count, most)))
+
+
 def step_indices(context: StageContext, purpose: str, count: int, step: int) -> list[int]:
     """Which of ``count`` rows a step uses over all ranks, the same for any number of ranks.
 
@@ -155,7 +160,7 @@ class Learner:
     ) -> dict[str, float]:
         """The means of what is measured on the held-out rows; see ``Learner``. Collective."""
         rows = self.data.held_out
-        indices = list(range(min(len(rows), EVALUATED)))
+        indices = evaluated_rows(len(rows), self.context.spec.seed)
         batches = self._batches(rows, token_lengths(rows, *self.columns), indices)
         self.engine.eval()
         measured = []

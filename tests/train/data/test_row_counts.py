@@ -70,7 +70,8 @@ def test_each_reason_is_counted_with_its_first_row(stage: str, world: World, tok
         assert counts[Outcome.SAME_ANSWERS] == (2, f"{where}:22")
         assert counts[Outcome.PROMPTS_DIFFER] == (2, f"{where}:23")
         assert counts[Outcome.NO_REJECTED] == (2, f"{where}:24")
-    used = counts[Outcome.TRAINED][0] + counts[Outcome.HELD_OUT][0]
+    twice = counts.get(Outcome.HELD_OUT_TWICE, (0, ""))[0]
+    used = counts[Outcome.TRAINED][0] + counts[Outcome.HELD_OUT][0] + twice
     assert used == {"sft": 26, "reward": 20, "ppo": 23}[stage]
     assert counts.get(Outcome.REPEATED, (0, ""))[0] == (3 if stage == "ppo" else 0)
 

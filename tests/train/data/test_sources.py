@@ -6,6 +6,7 @@ import csv
 import gzip
 import importlib.util
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import pytest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.train.algorithms import intervals
+from hpc_rlhf.train.data import sources
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import is_held_out, read, stage_of, stage_samples, texts
+from hpc_rlhf.train.stages.learner import EVALUATED, evaluated_rows
 from tests.train.data.specs import spec_of
 
 STAGES = ("sft", "reward", "ppo")
@@ -246,6 +250,39 @@ def test_weights_repeat_or_drop_rows(tmp_path: Path) -> None:
     assert {prompt for prompt, times in more.items() if times == 2} == set(half), "drawn by row and seed"
     other = Counter(s.prompt for s in read(SourceSpec.model_validate(source(path, weight=0.5)), 6))
     assert other != half
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_sample_is_held_out_once_whatever_its_weight(tmp_path: Path, stage: str) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", [pair(n) for n in range(200)])
+    second = write_jsonl(tmp_path / "b.jsonl", [pair(n) for n in range(150, 400)])  # some again
+    train, held_out = split(spec_of(source(first, weight=2.0), source(second, weight=1.5), held_out=0.4), stage)
+    assert len(held_out) == len({sample.prompt for sample in held_out}) > 20
+    assert len(train) > len({sample.prompt for sample in train}), "training repeats rows by their weight"
+
+
+def test_the_interval_of_a_held_out_share_has_its_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a share of 0.6, on held-out samples of two sources with the weights 2 and 3."""
+    chance = random.Random(1)
+    spec = spec_of({"demo": 10, "weight": 2.0}, {"demo": 10, "weight": 3.0}, stages=("reward",), held_out=0.4)
+    rows: list[dict[str, str]] = []
+    monkeypatch.setattr(sources, "placed_rows", lambda *_: ((f"row {row['prompt']}", row) for row in rows))
+    covered, trials = 0, 200
+    for trial in range(trials):
+        rows = [pair(n, "right" if chance.random() < 0.6 else "wrong") for n in range(60 * trial, 60 * trial + 60)]
+        held_out = split(spec, "reward")[1]
+        interval = intervals.share(sum(sample.chosen == " right" for sample in held_out), len(held_out))
+        covered += interval.low <= 0.6 <= interval.high
+    assert covered / trials == pytest.approx(0.95, abs=0.04)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_held_out_samples_are_evaluated_from_all_sources(seed: int) -> None:
+    """The second of two sources of 1,500 rows each counts as much as the first."""
+    places = evaluated_rows(3000, seed)
+    assert len(set(places)) == len(places) == EVALUATED
+    assert sum(place >= 1500 for place in places) / EVALUATED == pytest.approx(0.5, abs=0.06)
+    assert evaluated_rows(700, seed) == list(range(700))
 
 
 def test_a_tokenizer_is_trained_on_all_the_text(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from hpc_rlhf.train.data.tokenized import prepare
 from hpc_rlhf.train.ragged import balance_ranks, plan_step
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
-from hpc_rlhf.train.stages.learner import EVALUATED
+from hpc_rlhf.train.stages.learner import evaluated_rows
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,9 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         rows = [(row["prompt_ids"] + row[column], len(row["prompt_ids"]) or 1) for row in samples]
         return Rollout.of([ids[:first] for ids, first in rows], [ids[first:] for ids, first in rows])
 
+    def some(all_rows: Any) -> list[dict[str, Any]]:
+        return [all_rows[place] for place in evaluated_rows(len(all_rows), spec.seed)]
+
     source = rows("ppo", "dpo", "sft", "reward")
     by_prompt: dict[str, dict[str, Any]] = {}
     for place in range(len(source)):
@@ -70,8 +72,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         if row["prompt"] and len(by_prompt) < prompts:
             by_prompt.setdefault(row["prompt"], row)
     chosen = list(by_prompt.values())
-    texts = list(islice(rows("sft"), EVALUATED))
-    pairs = list(islice(rows("reward", "dpo"), EVALUATED))
+    texts, pairs = some(rows("sft")), some(rows("reward", "dpo"))
     if not (chosen or texts or pairs):
         raise HpcRlhfError("no samples are held out", "data.held_out", "raise it in a new run")
     return HeldOut(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from hpc_rlhf.spec.stages import PpoSpec
@@ -21,6 +20,7 @@ from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import commit, new_artifact, reward_model, start_actor, write_model
+from hpc_rlhf.train.stages.learner import evaluated_rows
 from hpc_rlhf.train.stages.ppo.metrics import summarize
 from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
 from hpc_rlhf.train.stages.ppo.progress import Cursor, Progress
@@ -92,7 +92,7 @@ def run(context: StageContext) -> None:
     context.checkpoints.safe_point(total, models.save, state)
 
     # 7. Compare responses with the SFT model's, and export the models.
-    rows = list(islice(data.held_out, HELD_OUT_PROMPTS))
+    rows = [data.held_out[i] for i in evaluated_rows(len(data.held_out), context.spec.seed, HELD_OUT_PROMPTS)]
     if rows:
         trainer.backend.sync_weights(models.policy)
         start = samples.answers(RolloutEngine(models.ref_policy, world), rows, trainer.rewards)
