@@ -17,7 +17,7 @@ from hpc_rlhf.spec.auto import OFFLOADS
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
 from hpc_rlhf.spec.gpus import GPUS, gpu_bytes
 from hpc_rlhf.spec.job import JobSpec
-from hpc_rlhf.spec.load import in_order, load_spec, read_spec
+from hpc_rlhf.spec.load import continued, in_order, load_spec, read_spec
 from hpc_rlhf.spec.stages import EVALUATION
 from hpc_rlhf.spec.sweep import Sweep, load_any
 from hpc_rlhf.spec.training import ReferredSpec, TrainingSpec
@@ -101,14 +101,19 @@ def load_one(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
 def resolve(spec: JobSpec) -> tuple[JobSpec, list[Choice]]:
     """A spec without auto, and the choices made.
 
-    A prepared run keeps its choices as long as its spec is the same otherwise.
+    A prepared run keeps its choices as long as its spec is the same otherwise, and the defaults of the version that
+    began it.
 
     Raises:
         SpecError: nothing can be chosen or nothing fits, each with its line.
     """
+    run = RunDir(Path(spec.run_dir))
+    begun = read_spec(run.job_yaml) if run.job_yaml.exists() else None
+    if begun is not None:
+        spec = continued(spec, begun)
     if not spec.autos:
         return spec, []
-    before = _before(spec)
+    before = None if begun is None else _same_run(spec, begun, run)
     choices, problems = [], []
     for stage in spec.trained:
         words = spec.autos.get(stage)
@@ -196,12 +201,8 @@ def _check(spec: JobSpec, name: str) -> None:
     derive_batch(stage, name)
 
 
-def _before(spec: JobSpec) -> JobSpec | None:
+def _same_run(spec: JobSpec, old: JobSpec, run: RunDir) -> JobSpec | None:
     """The spec in the run directory, if it is the same run."""
-    run = RunDir(Path(spec.run_dir))
-    if not run.job_yaml.exists():
-        return None
-    old = read_spec(run.job_yaml)
     if has_trained(run):
         return old
     open_fields = {f"stages.{stage}.{field}" for stage, words in spec.autos.items() for field in _fields(words)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,16 +19,17 @@ from hpc_rlhf.spec.stages import STAGE_KINDS, Data
     }
 )
 class SplitSpec(Model):
-    """Relative shares of the prompts that the stages train on. No prompt is used by two stages."""
+    """Relative shares of the conversations that the stages train on. None is used by two stages: rows whose dialogues
+    begin with the same first user turn, and the same system prompt, stay together."""
 
 
 class DataSpec(Model):
     """The training data of all stages."""
 
     sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)] = Field(description="Sources, blended by weight.")
-    split: SplitSpec = Field(default=SplitSpec(), description="How prompts are divided among the stages.")
+    split: SplitSpec = Field(default=SplitSpec(), description="How conversations are divided among the stages.")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
-    """Fraction of each stage's prompts held out for evaluation."""
+    """Fraction of each stage's conversations held out for evaluation."""
     template: Literal["auto", "plain"] = "auto"
     """How dialogues are formatted. auto: exactly as the chat template of the actor's tokenizer writes them, with its
     prompt for thinking if a response thinks; if it has none, as plain turns of Human: and Assistant:. plain: always as
@@ -41,3 +42,10 @@ class DataSpec(Model):
     max_answer_tokens: Positive = 256
     """Maximum length of a response. Longer responses in the data are truncated on the right. A text without a
     prompt is split into pieces of max_prompt_tokens + max_answer_tokens."""
+    version: Literal[1, 2] = 2
+    """How rows become samples. A run keeps the version that it began with. 2: conversations are divided as whole ones,
+    so that no held-out response is part of a prompt that is trained on. 1, of hpc-rlhf 0.1.0: only rows with the same
+    whole prompt stay together."""
+
+    # As StageSpec.before.
+    before: ClassVar[dict[str, object]] = {"version": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -13,6 +13,8 @@ from hpc_rlhf.errors import Problem, SpecError
 from hpc_rlhf.spec import model_checks
 from hpc_rlhf.spec.auto import extract_autos
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
+from hpc_rlhf.spec.data import DataSpec
+from hpc_rlhf.spec.fields import Model
 from hpc_rlhf.spec.inheritance import inherit
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import read_layers
@@ -22,6 +24,7 @@ from hpc_rlhf.spec.stages import EVALUATION, STAGE_KINDS, Data, kind_of
 from hpc_rlhf.spec.training import LoraSpec, TrainingSpec
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
 
+AnyModel = TypeVar("AnyModel", bound=Model)
 _PAIRLESS = ("instruction", "text")  # formats without a rejected response
 
 
@@ -62,6 +65,8 @@ def read_spec(path: Path) -> JobSpec:
     """Read a spec that `dump_spec` wrote."""
     root = read_yaml(path, str(path))
     fields = root.plain()
+    if isinstance(fields.get("data"), dict):
+        fields["data"] = {**DataSpec.before, **fields["data"]}
     for kind in STAGE_KINDS:
         stage = (fields.get("stages") or {}).get(kind.name)
         if isinstance(stage, dict):
@@ -73,6 +78,30 @@ def read_spec(path: Path) -> JobSpec:
         return JobSpec.model_validate(fields, strict=True)
     except ValidationError as error:
         raise SpecError(in_order(problems_of(error, root))) from None
+
+
+def continued(spec: JobSpec, begun: JobSpec) -> JobSpec:
+    """A user's spec for a run that an earlier version began: fields that the user leaves out keep that version's
+    defaults.
+
+    Args:
+        begun: the spec in the run directory.
+    """
+    if begun.data.version == 2:
+        return spec
+
+    def kept(now: AnyModel, old: Model) -> AnyModel:
+        before: dict[str, object] = getattr(now, "before", {})
+        left_out = [name for name in before if name not in now.model_fields_set and getattr(old, name) == before[name]]
+        changes: dict[str, object] = {name: before[name] for name in left_out}
+        for name in type(now).model_fields:
+            mine, theirs = getattr(now, name), getattr(old, name)
+            if isinstance(mine, Model) and type(mine) is type(theirs) and (part := kept(mine, theirs)) is not mine:
+                changes[name] = part
+        return now.model_copy(update=changes) if changes else now
+
+    data, stages = kept(spec.data, begun.data), kept(spec.stages, begun.stages)
+    return spec.model_copy(update={"data": data, "stages": stages})
 
 
 def dump_spec(spec: JobSpec) -> str:

@@ -35,7 +35,7 @@ slurm:
 data:
   sources:
     - {{path: Dahoas/rm-static, format: prompt-chosen-rejected}}
-  # Shares of the prompts; no prompt is used by two stages.
+  # Shares of the conversations; none is used by two stages.
   split: {split}
   max_prompt_tokens: 256
   max_answer_tokens: 256

@@ -85,7 +85,7 @@ class StageSpec(Model):
     slurm: SlurmSpec = SlurmSpec()
     """Slurm settings of this stage. They override the top-level slurm."""
 
-    # What versions without a field did: runs that they began go on with that.
+    # What earlier versions did without a field, or by another default: runs that they began go on with that.
     before: ClassVar[dict[str, object]] = {}
 
     @model_validator(mode="after")
@@ -172,6 +172,8 @@ class TrainingSpec(StageSpec):
         """Steps from one evaluation during training to the next, in a stage of ``total`` steps; 0 if there are none."""
         every = self.eval_every or 0
         return every if isinstance(every, int) else max(1, round(every * total))
+
+    before: ClassVar[dict[str, object]] = {"warmup": 0}
 
     def refusals(self) -> dict[str, str]:
         if self.max_steps is None or self.warmup < max(1, self.max_steps):

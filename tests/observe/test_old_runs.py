@@ -3,7 +3,9 @@ died in PPO."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +13,15 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.cli import main
+from hpc_rlhf.launch.auto import resolve
+from hpc_rlhf.launch.prepare import differences
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.spec.load import load_spec, read_spec
+from hpc_rlhf.train.data.sources import conversation_of, read, stage_samples
+from hpc_rlhf.train.data.tokenized import _facts
 
 
 @pytest.fixture
@@ -75,6 +81,35 @@ def test_report_and_compare_and_list_read_both(runs: Path, tmp_path: Path, outpu
 
 def test_an_evaluation_that_is_done_is_shown(runs: Path, output: Callable[..., str]) -> None:
     assert "dpo" in output("eval", runs / "finished")
+
+
+def test_runs_keep_the_defaults_that_they_began_with(runs: Path) -> None:
+    """Also when they are submitted again by a spec that leaves these fields out, as it did before they changed."""
+    run = RunDir(runs / "died")
+    run.job_yaml.write_text(run.job_yaml.read_text().replace("/scratch/runs/died", str(run.path)))
+    begun = read_spec(run.job_yaml)
+    assert (begun.data.version, begun.stages.sft.warmup) == (1, 0)
+    left_out = re.sub(r"\n +(warmup: 0|answer_only: \S+)(?=\n)", "", run.job_yaml.read_text())
+    (runs / "again.yaml").write_text(left_out)
+    spec, _ = resolve(load_spec(runs / "again.yaml"))
+    assert not differences(begun, spec)
+    (runs / "other.yaml").write_text(left_out.replace("held_out: 0.05", "held_out: 0.05\n  version: 2"))
+    other, _ = resolve(load_spec(runs / "other.yaml"))
+    assert [path for path, _, _ in differences(begun, other)] == ["data.version"]
+
+
+def test_runs_keep_their_data(runs: Path) -> None:
+    """The digests are from version 0.1.0: of what names the token data, and of the samples of stages."""
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    spec = read_spec(runs / "died" / "job.yaml")
+    assert digest(json.dumps(_facts(spec), sort_keys=True)) == "76929307ea7c0451"
+    for stage, before in {"sft": "7787894e7da6e614", "ppo": "418743e414c93cce"}.items():
+        trained = [(sample.prompt, sample.chosen) for sample, held_out, _ in stage_samples(spec, stage) if not held_out]
+        assert digest(repr(trained)) == before
+    assert all(conversation_of(sample, spec) == sample.prompt for sample in read(spec.data.sources[0], spec.seed))
 
 
 def test_checkpoints_have_valid_manifests(runs: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -79,6 +79,8 @@ class PpoSpec(ReferredSpec):
     """Pretraining text to mix into the actor's optimizer steps (InstructGPT's PPO-ptx), or null."""
     ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
     critic: CriticSpec = Field(default=CriticSpec(), description="Settings of the critic that differ from the actor's.")
+
+    before: ClassVar[dict[str, object]] = {"warmup": 100}
 
     @model_validator(mode="after")
     def _check_critic(self) -> PpoSpec:

@@ -24,7 +24,7 @@ class RewardSpec(TrainingSpec):
     held-out data there is no shift. config.json keeps it as score_offset, for others to subtract from the head's
     output."""
 
-    before: ClassVar[dict[str, object]] = {"center_scores": False}
+    before: ClassVar[dict[str, object]] = {**TrainingSpec.before, "center_scores": False}
 
 
 REWARD = StageKind(

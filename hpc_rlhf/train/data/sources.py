@@ -19,7 +19,7 @@ from hpc_rlhf.train.data.files import Placed, read_rows
 from hpc_rlhf.train.data.folders import files_of, unread_files
 from hpc_rlhf.train.data.formats import read_row
 from hpc_rlhf.train.data.messages import Dropped
-from hpc_rlhf.train.data.rows import Sample
+from hpc_rlhf.train.data.rows import Sample, transcript
 from hpc_rlhf.train.data.templates import END_OF_THINKING
 from hpc_rlhf.train.runtime import seeds
 
@@ -106,8 +106,17 @@ def read(source: SourceSpec, seed: int, counts: SourceCounts | None = None) -> I
             yield sample
 
 
-def stage_of(prompt: str, spec: JobSpec, alone: bool = False) -> str:
-    """The stage that trains on a prompt, drawn by the hash of the prompt, so that all its rows go to one stage.
+def conversation_of(sample: Sample, spec: JobSpec) -> str:
+    """What a sample has in common with all others of its conversation, which go to the same stage, and are held out or
+    not, together with it: its turns up to the first of the user; of plain text, the text."""
+    if not sample.prompt or spec.data.version == 1:
+        return sample.prompt or sample.chosen
+    first = next((place for place, (role, _) in enumerate(sample.turns) if role == "human"), 0)
+    return transcript(sample.turns[: first + 1])
+
+
+def stage_of(conversation: str, spec: JobSpec, alone: bool = False) -> str:
+    """The stage that trains on a conversation, drawn by its hash.
 
     Args:
         alone: no response is given, so only a stage that needs none is drawn, if there is one.
@@ -115,7 +124,7 @@ def stage_of(prompt: str, spec: JobSpec, alone: bool = False) -> str:
     shares = spec.shares
     if alone:
         shares = {name: shares[name] for name in shares if kind_of(name).data is Data.PROMPTS} or shares
-    place = seeds.unit(spec.seed, prompt, "stage") * sum(shares.values())
+    place = seeds.unit(spec.seed, conversation, "stage") * sum(shares.values())
     for name, share in shares.items():
         if place < share:
             return name
@@ -123,8 +132,9 @@ def stage_of(prompt: str, spec: JobSpec, alone: bool = False) -> str:
     return list(shares)[-1]
 
 
-def is_held_out(prompt: str, spec: JobSpec) -> bool:
-    return seeds.unit(spec.seed, prompt, "held out") < spec.data.held_out
+def is_held_out(conversation: str, spec: JobSpec) -> bool:
+    """Whether a conversation is held out, drawn by its hash."""
+    return seeds.unit(spec.seed, conversation, "held out") < spec.data.held_out
 
 
 class StageSample(NamedTuple):
@@ -150,9 +160,9 @@ def unfit_for(sample: Sample, data: Data) -> Outcome | None:
 def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()) -> Iterator[StageSample]:
     """A stage's samples.
 
-    Held-out samples share no prompt with training samples, and no stage shares a prompt with another. Stages
-    that train on pairs get only pairs; PPO gets each prompt once, and no plain text. No sample is held out twice,
-    whatever its source's weight, so that held-out samples are independent.
+    Held-out samples share no conversation with training samples, and no stage shares one with another. Stages that
+    train on pairs get only pairs; PPO gets each prompt once, and no plain text. No sample is held out twice, whatever
+    its source's weight, so that held-out samples are independent.
 
     Args:
         counts: of each source; rows without a sample for the stage are counted here, the others by who uses them.
@@ -162,9 +172,9 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
     data = kind_of(stage).data
     for source, counted in zip(spec.data.sources, counts or new_counts(spec), strict=True):
         for sample in read(source, spec.seed, counted):
-            key = sample.prompt or sample.chosen
-            held_out = is_held_out(key, spec)
-            own = stage_of(key, spec, sample.unanswered is Outcome.PROMPT_ONLY) == stage
+            conversation = conversation_of(sample, spec)
+            held_out = is_held_out(conversation, spec)
+            own = stage_of(conversation, spec, sample.unanswered is Outcome.PROMPT_ONLY) == stage
             unfit = unfit_for(sample, data) if own else Outcome.OTHER_STAGE
             if unfit is None and (held_out or data is Data.PROMPTS):
                 answers = () if data is Data.PROMPTS else [getattr(sample, name) for name in data.answers]

@@ -162,8 +162,9 @@ def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World, whe
 
 
 def _facts(spec: JobSpec) -> dict[str, Any]:
-    """What tokens depend on in any stage."""
-    return {"data": spec.data.model_dump(mode="json", exclude={"max_dropped"}), "seed": spec.seed}
+    """What tokens depend on in any stage. What earlier versions did is left out, so that their tokens are found."""
+    as_before = {field for field, value in spec.data.before.items() if getattr(spec.data, field) == value}
+    return {"data": spec.data.model_dump(mode="json", exclude={"max_dropped", *as_before}), "seed": spec.seed}
 
 
 def prepare(

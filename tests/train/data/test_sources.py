@@ -187,6 +187,42 @@ def test_no_prompt_is_in_two_stages_or_in_both_splits(tmp_path: Path) -> None:
     assert rows[in_sft] == 4, "two rows of the first source, one of weight 2 of the second"
 
 
+def conversation(number: int, form: str) -> dict[str, Any]:
+    """A row of a conversation of three turns that has a row for each of its answers."""
+    opening, turn = divmod(number, 3)
+    said = [f"Opening {opening}", "Answer 0", "More", "Answer 1", "And more"][: 2 * turn + 1]
+    roles = ["user", "assistant", "user", "assistant", "user"]
+    chosen, rejected = f"Answer {turn}", "No."
+    if form == "prompt-chosen-rejected":
+        text = "".join(f"\n\n{'Human' if role == 'user' else 'Assistant'}: {it}" for role, it in zip(roles, said))  # noqa: B905
+        return {"prompt": f"{text}\n\nAssistant:", "chosen": f" {chosen}", "rejected": f" {rejected}"}
+    turns = [{"role": "system", "content": "Be kind."}] if opening % 2 else []
+    turns += [{"role": role, "content": it} for role, it in zip(roles, said)]  # noqa: B905
+    return {"chosen": [*turns, {"role": "assistant", "content": chosen}],
+            "rejected": [*turns, {"role": "assistant", "content": rejected}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["prompt-chosen-rejected", "messages", "hh"])
+def test_no_held_out_pair_stands_in_a_training_prompt(tmp_path: Path, form: str) -> None:
+    rows = [conversation(n, form if form == "messages" else "prompt-chosen-rejected") for n in range(600)]
+    if form == "hh":
+        rows = [{name: row["prompt"] + row[name] for name in ("chosen", "rejected")} for row in rows]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    for seed in range(3):
+        spec = spec_of(source(path, format=form), held_out=0.3).model_copy(update={"seed": seed})
+        parts = all_samples(spec)
+        assert all(parts.values())
+        for (stage, part), samples in parts.items():
+            for sample in samples if part == "held out" else ():
+                inside = [
+                    name for name, theirs in parts.items() if name[1] == "train" or name[0] != stage
+                    for other in theirs if other.prompt.startswith(sample.prompt + sample.chosen + "\n\n")
+                ]  # fmt: skip
+                assert not inside, (sample.prompt, inside)
+        as_before = spec.model_copy(update={"data": spec.data.model_copy(update={"version": 1})})
+        assert [s.prompt for s in split(as_before, "sft")[1]] != [s.prompt for s in split(spec, "sft")[1]]
+
+
 def test_ppo_gets_every_prompt_once(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [pair(n % 60, f"a{n}") for n in range(240)])
     train, held_out = split(spec_of(source(path), source(path, weight=3.0), held_out=0.3), "ppo")
