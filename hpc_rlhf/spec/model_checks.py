@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from hpc_rlhf.spec import model_files, tokens
-from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.job import FromScratch, JobSpec
 from hpc_rlhf.spec.stages import kind_of
 
 
@@ -17,11 +18,14 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
     """For each problem the field of the spec, what is wrong and what to do."""
     found = {name: model_files.folder(ref) for name, ref in spec.models if isinstance(ref, str)}
     folders = {name: where for name, where in found.items() if where is not None}
+    configs: dict[str, Mapping[str, Any]] = {name: model_files.config(where) for name, where in folders.items()}
+    configs |= {name: ref.from_scratch for name, ref in spec.models if isinstance(ref, FromScratch)}
     refused = set()
-    for name, where in folders.items():
-        if problem := _of_model(spec, name, where):
+    for name, fields in configs.items():
+        if problem := _of_model(spec, name, fields, folders.get(name)):
             refused.add(name)
             yield f"models.{name}", *problem
+    yield from _recomputing(spec, configs)
     for stage in spec.stage_names:
         missing = set(kind_of(stage).requires) - set(spec.stage_names)
         if missing and spec.finished_reward is None:
@@ -37,15 +41,29 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
             yield "models.reward", f"its tokenizer differs from the actor's: {difference}", tokens.HINT
 
 
-def _of_model(spec: JobSpec, name: str, where: Path) -> model_files.Problem | None:
-    fields = model_files.config(where)
+def _recomputing(spec: JobSpec, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Models that cannot recompute activations, where the spec asks for that."""
+    scored = "actor" if spec.models.reward is None else "reward"
+    for stage in spec.stage_names:
+        strategies = spec.stage(stage).strategies
+        roles = {"": scored if stage == spec.judge else "actor", "critic": scored}
+        for role, name in roles.items():
+            kind = model_files.model_type(configs.get(name, {}))
+            if kind in model_files.NO_CHECKPOINTING and getattr(
+                strategies.get(role), "activation_checkpointing", False
+            ):
+                path = ".".join(filter(None, ("stages", stage, role, "activation_checkpointing")))
+                yield path, f"{kind} models cannot recompute activations", "set activation_checkpointing: false"
+
+
+def _of_model(spec: JobSpec, name: str, fields: Mapping[str, Any], where: Path | None) -> model_files.Problem | None:
     if problem := model_files.untrainable(fields):
         return problem
     if name == "actor":
         if model_files.is_classifier(fields):
             return "it is a reward model, not a language model", "give the language model that it was made of"
         return None
-    if not spec.uses_reward_model:
+    if not spec.uses_reward_model or where is None:
         return None
     try:
         head = model_files.score_head(where)

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from hpc_rlhf.spec import hub
 
 # Modules that a reward model may keep its head in: score (transformers, OpenRLHF), v_head and v_head.summary (TRL,
 # LLaMA-Factory), value_head, reward_head, regression_head (Eurus), regression_layer and gating (ArmoRM), classifier.
-_HEAD = re.compile(r"^(?!lm_head)\w*(score|classif|reward|value|v_head|rm_head|regression|gating)\w*\.")
+HEAD = re.compile(r"^(?!lm_head)\w*(score|classif|reward|value|v_head|rm_head|regression|gating)\w*\.")
 # LLaMA-Factory keeps a head beside the weights.
 _APART = ("value_head.safetensors", "value_head.bin")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,6 +28,11 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = (
     "a head is kept if it is one linear layer with one output; give such a reward model, or a language model to train "
     "one from"
+)
+
+# Types of models for which transformers cannot recompute activations in the backward pass.
+NO_CHECKPOINTING = frozenset(
+    {"cpmant", "ctrl", "gpt_neox_japanese", "jetmoe", "openai-gpt", "reformer", "xlm", "xlnet"}
 )
 
 Problem = tuple[str, str]
@@ -79,13 +87,41 @@ def untrainable(fields: Mapping[str, Any]) -> Problem | None:
         )
     if fields.get("is_encoder_decoder"):
         return "it is an encoder and a decoder, and only decoders are trained", "give a causal language model"
+    if any(name.endswith("ForMaskedLM") for name in fields.get("architectures") or ()):
+        return "it is an encoder, and only decoders are trained", "give a causal language model"
+    kind = model_type(fields)
+    if kind is not None and causal_types() and kind not in causal_types():
+        return f"transformers has no causal language model of type {kind}", (
+            "give a decoder-only language model; for one that is newer than the installed transformers, update that"
+        )
     return None
 
 
+def model_type(fields: Mapping[str, Any]) -> str | None:
+    """The type of the language model; None if the configuration does not say it."""
+    kind = text_fields(fields).get("model_type")
+    return None if kind is None else str(kind)
+
+
+@cache
+def causal_types() -> frozenset[str]:
+    """The types of which the installed transformers has causal language models, read from its source, because importing
+    it takes seconds; empty if they are not found."""
+    package = find_spec("transformers")
+    for folder in package.submodule_search_locations or () if package else ():
+        try:
+            source = Path(folder, "models/auto/modeling_auto.py").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        if table := re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES\b.*?^\)", source, re.MULTILINE | re.DOTALL):
+            return frozenset(re.findall(r"""^\s*\(["']([^"']+)["'],""", table[0], re.MULTILINE))
+    return frozenset()
+
+
 def is_classifier(fields: Mapping[str, Any]) -> bool:
-    """Whether a configuration is that of transformers' sequence classification models. ``num_labels`` does not tell:
-    language models may have it as well."""
-    return any(name.endswith("ForSequenceClassification") for name in fields.get("architectures") or ())
+    """Whether a configuration is that of transformers' classification models of sequences or tokens. ``num_labels``
+    does not show it: language models may have it as well."""
+    return any(name.endswith("Classification") for name in fields.get("architectures") or ())
 
 
 def score_head(where: Path) -> Head | None:
@@ -102,15 +138,19 @@ def score_head(where: Path) -> Head | None:
         _check_labels(fields)
     if shapes is None:  # they are not here, or only torch reads them
         return Head("score") if is_classifier(fields) else None
-    heads = {name: shape for name, shape in shapes.items() if _HEAD.match(name)}
+    heads = {name: shape for name, shape in shapes.items() if HEAD.match(name)}
     if not heads:
         if is_classifier(fields):
             raise HeadError("its configuration is a reward model's, but its weights have no score head")
         return None
     weights = [name for name in heads if name.endswith(".weight")]
     others = heads.keys() - {name.removesuffix("weight") + part for name in weights for part in ("weight", "bias")}
+    if is_classifier(fields) and text_fields(fields) is fields:
+        parts = Counter(name.split(".")[0] for name in _files(where) or ())
+        beside = parts.keys() - {"lm_head", *(name.split(".")[0] for name in heads)}
+        others |= beside - {max(beside, key=parts.__getitem__, default="")}  # the largest is the model
     if len(weights) != 1 or others:
-        raise HeadError(f"its score head is not one linear layer ({', '.join(sorted(heads))})")
+        raise HeadError(f"its score head is not one linear layer ({', '.join(sorted(heads.keys() | others))})")
     (weight,) = weights
     if len(heads[weight]) != 2 or heads[weight][0] != 1:
         raise HeadError(_labels(heads[weight][0]))
@@ -162,7 +202,7 @@ def _shapes(where: Path) -> dict[str, list[int]] | None:
     files = _files(where)
     if not files:
         return None
-    heads = {name: file for name, file in files.items() if _HEAD.match(name)}
+    heads = {name: file for name, file in files.items() if HEAD.match(name)}
     headers = {file: _header(where / file) for file in set(heads.values())}
     if any(name not in headers[file] for name, file in heads.items()):
         return None

@@ -42,16 +42,21 @@ class Tokens:
 
 
 def read(where: Path) -> Tokens | None:
-    """The tokens of a model, from its tokenizer.json; None without one that can be read."""
+    """The tokens of a model, from its tokenizer.json, or the vocab.json and merges.txt of older ones such as OPT; None
+    without one that can be read."""
     content = read_json(where / "tokenizer.json")
     model = content.get("model")
-    if not isinstance(model, dict) or "vocab" not in model:
+    if isinstance(model, dict) and "vocab" in model:
+        vocabulary, pairs = model["vocab"], model.get("merges") or ()
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    else:
+        vocabulary, pairs = read_json(where / "vocab.json"), _lines(where / "merges.txt")
+        added = read_json(where / "added_tokens.json")
+    if not vocabulary:
         return None
-    vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # of a unigram model: pairs of a token and its score
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges") or ()]
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
     settings = read_json(where / "tokenizer_config.json")
     padding, end = (_text(settings.get(name)) for name in ("pad_token", "eos_token"))
     return Tokens({**vocabulary, **added}, merges, None if padding == end else padding)
@@ -59,3 +64,12 @@ def read(where: Path) -> Tokens | None:
 
 def _text(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _lines(path: Path) -> list[str]:
+    """The merges in a file, which begins with the version of its format."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
+    return [line for line in text.split("\n") if line and not line.startswith("#version")]

@@ -34,7 +34,8 @@ def write(tmp_path: Path) -> Write:
             text = json.dumps(header).encode()
             (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + struct.pack("<f", 0.5))
         if tokenizer is not None:
-            (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+            for file, content in (tokenizer if "vocab.json" in tokenizer else {"tokenizer.json": tokenizer}).items():
+                (folder / file).write_text(content if isinstance(content, str) else json.dumps(content))
             (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad, "eos_token": "</s>"}))
         return str(folder)
 
@@ -93,6 +94,54 @@ def test_an_encoder_or_a_reward_model_is_no_actor(tmp_path: Path, write: Write) 
     assert "it is a reward model, not a language model" in problems(tmp_path, {"actor": reward}, "sft: {}")[0]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text"}},
+        {"model_type": "qwen3_vl", "text_config": {"model_type": "qwen3_vl_text"}},
+        {"model_type": "chatglm", "architectures": ["ChatGLMModel"]},
+        {"model_type": "vit"},
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]},
+    ],
+)
+@pytest.mark.parametrize("role", ["actor", "reward"])
+def test_models_without_a_language_model_are_refused(
+    tmp_path: Path, write: Write, fields: dict[str, Any], role: str
+) -> None:
+    models = {"actor": "acme/x", role: write("small", fields)}
+    (found,) = problems(tmp_path, models, "sft: {}, reward: {}")
+    assert f"models.{role}: " in found
+    assert "transformers has no causal language model of type" in found or "it is an encoder" in found
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "llama4", "mistral3", "llava"])
+def test_models_of_images_and_text_are_accepted_for_their_text_model(tmp_path: Path, write: Write, kind: str) -> None:
+    text = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "llama4": "llama4_text", "mistral3": "mistral"}
+    whole = {"model_type": kind, "text_config": {"model_type": text.get(kind, "llama")}, "vision_config": {}}
+    assert problems(tmp_path, {"actor": write("whole", whole)}, "sft: {}, reward: {}, ppo: {}") == []
+
+
+@pytest.mark.parametrize("kind", ["ctrl", "jetmoe", "openai-gpt"])
+def test_models_that_cannot_recompute_activations_are_refused(tmp_path: Path, write: Write, kind: str) -> None:
+    on = "{activation_checkpointing: true}"
+    other, plain = write("other", {"model_type": kind}), write("plain")
+    for models, stages, path in (
+        ({"actor": other}, f"sft: {on}, reward: {{}}", "stages.sft.activation_checkpointing"),
+        ({"actor": other}, f"reward: {on}", "stages.reward.activation_checkpointing"),
+        ({"actor": plain, "reward": other}, f"sft: {on}, reward: {on}", "stages.reward.activation_checkpointing"),
+        (
+            {"actor": plain, "reward": other},
+            f"reward: {{}}, ppo: {{critic: {on}}}",
+            "stages.ppo.critic.activation_checkpointing",
+        ),
+    ):
+        (found,) = problems(tmp_path, models, stages)
+        assert found.endswith(f"{path}: {kind} models cannot recompute activations")
+    made = {"actor": f"{{from_scratch: {{model_type: {kind}, vocab_size: 300}}}}"}
+    assert len(problems(tmp_path, made, f"sft: {on}")) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stages", ["reward: {}", "ppo: {}", "sft: {}, eval: {}", "reward: {}, ppo: {}"])
 def test_a_reward_model_has_one_label(tmp_path: Path, write: Write, kind: str, stages: str) -> None:
@@ -130,6 +179,15 @@ def test_ppo_needs_a_reward_model(tmp_path: Path, write: Write) -> None:
         ({"score.0.weight": [8, 8], "score.2.weight": [1, 8]}, "its score head is not one linear layer"),
         ({"regression_layer.weight": [19, 8]}, "it scores 19 labels"),
         ({"model.embed_tokens.weight": [300, 8]}, "its weights have no score head"),
+        (
+            {
+                "model.norm.weight": [8],
+                "model.norm.bias": [8],
+                "head.dense.weight": [8, 8],
+                "classifier.weight": [1, 8],
+            },
+            "its score head is not one linear layer (classifier.weight, head)",
+        ),
         ({"v_head.summary.weight": [1, 8], "v_head.summary.bias": [1], "lm_head.weight": [300, 8]}, None),
         ({"score.weight": [1, 8], "model.layers.0.mlp.gate.e_score_correction_bias": [4]}, None),
     ],
@@ -148,6 +206,11 @@ def bpe(*words: str, added: tuple[str, ...] = (), merges: list[Any] | None = Non
     return {"model": {"type": "BPE", "vocab": vocabulary, "merges": merges or []}, "added_tokens": more}
 
 
+def files(*words: str, merges: str = "") -> dict[str, Any]:
+    """As vocab.json and merges.txt."""
+    return {"vocab.json": {word: number for number, word in enumerate(words)}, "merges.txt": f"#version: 0.2\n{merges}"}
+
+
 def unigram(*words: str) -> dict[str, Any]:
     return {"model": {"type": "Unigram", "vocab": [[word, -1.0] for word in words]}}
 
@@ -164,6 +227,11 @@ def unigram(*words: str) -> dict[str, Any]:
         (bpe("a", "b", "ab", merges=["a b"]), bpe("a", "b", "ab", merges=[["b", "a"]]), "split words differently"),
         (bpe("a", "b", "ab", merges=["a b"]), bpe("a", "b", "ab", merges=[["a", "b"]]), None),
         (bpe("a"), bpe("a", added=("[PAD]", "<extra>")), None),
+        (files("a", "b"), files("a", "c"), "'b' is number 1"),
+        (bpe("a", "b"), files("b", "a"), "'a' is number 0"),
+        (files("a", "b"), bpe("a", "b"), None),
+        (files("a", "b", "ab", merges="a b\n"), files("a", "b", "ab", merges="b a\n"), "split words differently"),
+        (files("a", "b", "ab", merges="a b\n"), bpe("a", "b", "ab", merges=["a b"]), None),
         (bpe("a", added=("<pad>",)), bpe("a", added=("[PAD]",)), None),
     ],
 )  # fmt: skip

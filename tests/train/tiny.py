@@ -17,15 +17,6 @@ SIZES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "cohere", "stablelm"), _LIKE_LLAMA),
     "nemotron": {**_LIKE_LLAMA, "head_dim": 8},
     **{kind: {**_LIKE_LLAMA, "num_local_experts": 3, "num_experts_per_tok": 2} for kind in ("mixtral", "gpt_oss")},
-    # transformers has no classes with a score head for these.
-    **dict.fromkeys(("granite", "lfm2", "apertus", "ernie4_5"), _LIKE_LLAMA),
-    "olmoe": {**_LIKE_LLAMA, "num_experts": 4, "num_experts_per_tok": 2},
-    "llama4_text": {
-        **_LIKE_LLAMA, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8,
-    },
-    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
-    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 64},
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     "opt": {
         "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "word_embed_proj_dim": 24, "max_position_embeddings": 64, "dropout": 0.0,

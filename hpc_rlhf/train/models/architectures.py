@@ -9,6 +9,8 @@ from hpc_rlhf.errors import HpcRlhfError
 
 # The weights of a score head, by the names that other programs give it: TRL, LLaMA-Factory, OpenRLHF, Eurus.
 OTHER_HEADS = {r"^(v_head\.summary|v_head|value_head|reward_head|rm_head|regression_head|classifier)\.": "score."}
+# Their classes in transformers have a head of another form.
+_OTHER_FORM = ("ctrl", "modernbert-decoder")
 # Llama 4's text model is loaded from the whole model by transformers itself, which looks for it below this name.
 _PART = "language_model"
 
@@ -47,11 +49,11 @@ def scored_class(config: Any, where: str) -> Any:
     """
     from transformers import AutoModelForSequenceClassification
 
-    try:
-        return AutoModelForSequenceClassification._model_mapping[type(config)]
-    except KeyError:
-        config_class: Any = type(config)
-        return _make_scored_class(config_class, causal_class(config, where))
+    known: Any = AutoModelForSequenceClassification._model_mapping
+    config_class: Any = type(config)
+    if config_class in known and config.model_type not in _OTHER_FORM:
+        return known[config_class]
+    return _make_scored_class(config_class, causal_class(config, where))
 
 
 @cache

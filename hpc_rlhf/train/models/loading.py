@@ -81,6 +81,7 @@ def _load(
         config = architectures.text_config(whole)
         dropouts.set_rates(config, dropout)
         renamed: dict[str, str] = {}
+        kept = None
         if labels is not None:
             config.num_labels, renamed = labels, dict(architectures.OTHER_HEADS)
             if kept := _kept_head(source):
@@ -104,6 +105,10 @@ def _load(
     if not dropout:
         dropouts.turn_off(model)
     rotary.separate(model)
+    unread = sorted(name for name in info["unexpected_keys"] if model_files.HEAD.match(name))
+    if labels is not None and kept is None and unread:
+        what = f"its score head is not one linear layer without bias ({', '.join(unread)})"
+        raise HpcRlhfError(what, where=source, hint=model_files.HEADS)
     # transformers would write them under their old names.
     conversions = getattr(model, "_weight_conversions", [])
     model._weight_conversions = [each for each in conversions if not set(each.source_patterns) & set(renamed)]

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import fsync_path
 from hpc_rlhf.spec.training import TrainingSpec
@@ -36,6 +37,9 @@ def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:
     if spec.lora is not None:
         lora.adapt(model, spec.lora, seed)
     if spec.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            what = f"{model.config.model_type} models cannot recompute activations"
+            raise HpcRlhfError(what, where="activation_checkpointing", hint="set activation_checkpointing: false")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

@@ -11,42 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hpc_rlhf.errors import INPUT_WRONG, HpcRlhfError
+from hpc_rlhf.spec import model_files
 from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.models.language_model import RewardModel
 from hpc_rlhf.train.models.loading import load_causal, load_reward
+from tests.models.families import FAMILIES
 from tests.train import tiny
 
-NO_CLASS = ("granite", "olmoe", "cohere", "lfm2", "apertus", "ernie4_5", "codegen", "xglm", "llama4_text", "mamba")
+# transformers has no class with a score head for them, or for the last two one of another form.
+NO_CLASS = (
+    "granite", "olmoe", "cohere", "lfm2", "apertus", "ernie4_5", "codegen", "xglm", "llama4_text", "mamba", "ctrl",
+    "modernbert-decoder",
+)  # fmt: skip
 ROWS = [[5, 6, 7, tiny.EOS], [9], [8, 30, 31, 32, 33, 34, tiny.EOS]]
 IDS = torch.randint(3, tiny.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
-_TEXT = {**tiny.SIZES["llama"], "vocab_size": tiny.VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_EYE = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
-_GEMMA = {**_TEXT, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-# The parts of models of images and text.
-PARTS: dict[str, dict[str, dict[str, Any]]] = {
-    "gemma3": {
-        "text_config": {"model_type": "gemma3_text", **_GEMMA},
-        "vision_config": {"model_type": "siglip_vision_model", **_EYE},
-    },
-    "gemma4": {
-        "text_config": {
-            "model_type": "gemma4_text", **_GEMMA, "global_head_dim": 16, "num_kv_shared_layers": 0,
-            "vocab_size_per_layer_input": tiny.VOCABULARY, "hidden_size_per_layer_input": 8,
-        },
-        "vision_config": {**_EYE, "num_key_value_heads": 2, "head_dim": 8},
-    },
-    "llama4": {
-        "text_config": {**_TEXT, "model_type": "llama4_text", **tiny.SIZES["llama4_text"]},
-        "vision_config": {**_EYE, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
-    },
-    "mistral3": {
-        "text_config": {"model_type": "mistral", **_TEXT},
-        "vision_config": {"model_type": "pixtral", **_EYE},
-    },
-}  # fmt: skip
+IMAGES_AND_TEXT = ("gemma3", "gemma4", "llama4", "mistral3", "llava", "qwen3_5")
 
 
 def scores(model: RewardModel, rows: list[list[int]] = ROWS) -> torch.Tensor:
@@ -59,12 +38,16 @@ def tokenizer() -> Any:
     return tiny.tokenizer()
 
 
-@pytest.fixture(params=PARTS)
+def causal(kind: str) -> Any:
+    return tiny.causal(kind, **{key: value for key, value in FAMILIES[kind].fields.items() if key != "model_type"})
+
+
+@pytest.fixture(params=IMAGES_AND_TEXT)
 def whole(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
     """A model of images and text, and its folder."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.for_model(request.param, **PARTS[request.param])
+    config = AutoConfig.for_model(**FAMILIES[request.param].fields)
     model = tiny._spread(AutoModelForImageTextToText.from_config(config))
     model.save_pretrained(tmp_path / "whole")
     return model, tmp_path / "whole"
@@ -75,18 +58,23 @@ def whole(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
 def test_a_language_model_without_a_class_for_scores_becomes_a_reward_model(
     kind: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    causal = tiny.causal(kind)
-    causal.save_pretrained(tmp_path / "causal")
+    from transformers import AutoModel
+
+    base = causal(kind)
+    base.save_pretrained(tmp_path / "causal")
     model = load_reward(str(tmp_path / "causal"), torch.float32, seed=3).eval()
     head = model.classifier.score.weight[0]
     for row, score in zip(ROWS, scores(model), strict=True):
-        hidden = causal(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states[-1]
+        hidden = base(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(score, hidden[0, -1] @ head, atol=1e-5, rtol=1e-5)
     export(model.classifier, tokenizer, tmp_path / "reward", is_main=True)
     (name,) = json.loads((tmp_path / "reward/config.json").read_text())["architectures"]
     assert name.endswith("ForSequenceClassification")
     again = load_reward(str(tmp_path / "reward"), torch.float32, seed=None).eval()
     torch.testing.assert_close(scores(again), scores(model), atol=1e-6, rtol=1e-6)
+    # As docs/run-directory.md has it for programs without hpc-rlhf.
+    hidden = AutoModel.from_pretrained(tmp_path / "reward").eval()(input_ids=torch.tensor(ROWS[:1])).last_hidden_state
+    torch.testing.assert_close(hidden[0, -1] @ head, scores(model)[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -103,6 +91,11 @@ def test_the_text_model_of_a_model_of_images_and_text_is_loaded_and_exported(
     assert back.config.model_type == model.config.text_config.model_type
     torch.testing.assert_close(back(input_ids=IDS).logits, text(input_ids=IDS).logits)
     assert not [name for name in load_file(tmp_path / "text/model.safetensors") if "vision" in name]
+
+    # Their first names, which published weights still have.
+    firsts = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+    rewrite(folder, lambda weights: [_rename(weights, *names) for names in firsts])
+    assert torch.equal(load_causal(str(folder), torch.float32).eval()(input_ids=IDS).logits, text(input_ids=IDS).logits)
 
     reward = load_reward(str(folder), torch.float32, seed=3).eval()
     export(reward.classifier, tokenizer, tmp_path / "reward", is_main=True)
@@ -148,6 +141,11 @@ def rewrite(folder: Path, change: Any) -> None:
     weights = {name: weight.clone() for name, weight in load_file(path).items()}  # the file is overwritten
     change(weights)
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def _rename(weights: dict[str, torch.Tensor], old: str, new: str) -> None:
+    for name in [name for name in weights if name.startswith(old)]:
+        weights[new + name.removeprefix(old)] = weights.pop(name)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
@@ -199,6 +197,11 @@ def test_heads_that_are_not_one_linear_layer_with_one_output_are_refused(
     tiny.classifier(kind).save_pretrained(tmp_path / "none")
     rewrite(tmp_path / "none", lambda w: w.pop("score.weight"))
     refused("none", "its weights have no score head")
+    tiny.causal(kind).save_pretrained(tmp_path / "biased")
+    biased = {"v_head.weight": torch.ones(1, 32), "v_head.bias": torch.ones(1)}
+    torch.save(load_file(tmp_path / "biased/model.safetensors") | biased, tmp_path / "biased/pytorch_model.bin")
+    (tmp_path / "biased/model.safetensors").unlink()
+    refused("biased", "its score head is not one linear layer without bias")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
@@ -222,3 +225,20 @@ def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
     tiny.causal("llama", num_labels=1).save_pretrained(tmp_path)
     with pytest.raises(HpcRlhfError, match="it is no reward model: it has no score head"):
         load_reward(str(tmp_path), torch.float32, None)
+
+
+def test_what_check_knows_of_architectures_is_what_transformers_has() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert model_files.causal_types() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+
+
+@pytest.mark.slow
+def test_models_that_cannot_recompute_activations_are_known() -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kinds: Any = AutoModelForCausalLM._model_mapping
+    without = {
+        kind for kind in model_files.causal_types() if not kinds[CONFIG_MAPPING[kind]].supports_gradient_checkpointing
+    }
+    assert without == model_files.NO_CHECKPOINTING
