@@ -21,7 +21,7 @@ BENCH ?= full
 FAULTS ?= 200
 SEED ?= 1
 
-.PHONY: help install demo docs test test-fast coverage fuzz bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
+.PHONY: help install demo docs test test-fast coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
 
 help:  ## List these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -67,6 +67,9 @@ coverage: .venv/.installed-dev  ## Measure the coverage of test-fast and enforce
 fuzz: .venv/.installed-dev  ## Try 10,000 mutated specs, 1,000 hostile specs and 10,000 mutated data files
 	HPC_RLHF_FUZZ=1 $(BIN)/pytest tests/spec/test_mutations.py tests/launch/test_hostile.py \
 		tests/train/data/test_fuzz.py
+
+models: .venv/.installed-dev  ## Try a tiny model of every family, and rewrite docs/models.md; takes an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.table
 
 bench: .venv/.installed-bench  ## Measure speed and memory against peers; BENCH=short is quicker
 	BENCH=$(BENCH) $(BIN)/python -m tests.benchmarks

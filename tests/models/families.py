@@ -6,12 +6,14 @@ layers alternate between the kinds that a family has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 VOCABULARY = 320
 WINDOW = 8
 CONTEXT = 256
+# Rotary embeddings that change with the length do so between the longest response and the longest sequence.
+SWITCH = 55
 Fields = dict[str, Any]
 
 # Fields by the names that most families use, GPT-2's and those of its relatives.
@@ -35,7 +37,7 @@ ROUTED: Fields = {
 }  # fmt: skip
 DENSE_THEN_SPARSE: Fields = {"mlp_layer_types": ["dense", "sparse"]}
 INDEXED: Fields = {
-    "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "layer_types": ["indexed_attention"] * 2,
+    "index_topk": 4, "index_head_dim": 16, "index_n_heads": 16, "layer_types": ["indexed_attention"] * 2,
 }  # fmt: skip
 # Gated delta rule in every other layer.
 DELTA: Fields = {
@@ -61,10 +63,17 @@ BLOCKS: Fields = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_h
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny configuration, by the fields of its config.json, and models of the family that people know."""
+    """A tiny configuration, by the fields of its config.json, and models of the family that people know.
+
+    Attributes:
+        noise: whether the configuration takes dropout.
+        spread: the weights' standard deviation; a smaller one where float32 would be too coarse.
+    """
 
     known: str
     fields: Fields
+    noise: bool = True
+    spread: float = 0.3
 
 
 def _of(kind: str, known: str, *fields: Fields, **more: Any) -> Family:
@@ -108,7 +117,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "llama: rope dynamic": _of(
-        "llama", "Llama with dynamic NTK scaling", SHARED, max_position_embeddings=16,
+        "llama", "Llama with dynamic NTK scaling", SHARED, max_position_embeddings=SWITCH,
         rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 4.0},
     ),
     "llama: biases": _of("llama", "InternLM 2", SHARED, attention_bias=True, mlp_bias=True),
@@ -147,10 +156,10 @@ FAMILIES: dict[str, Family] = {
     "phi3: sliding window": _of("phi3", "Phi-3 mini with its window", SHARED, sliding_window=WINDOW),
     "phi3: rope longrope": _of(
         "phi3", "Phi-3 and Phi-3.5 mini 128k, Phi-4 mini", SHARED, sliding_window=None,
-        original_max_position_embeddings=16,
+        original_max_position_embeddings=SWITCH,
         rope_parameters={
             **ROPE, "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0],
-            "original_max_position_embeddings": 16,
+            "original_max_position_embeddings": SWITCH,
         },
     ),
     "phimoe": _of("phimoe", "Phi-3.5 MoE, Phi-mini-MoE", SHARED, LOCAL_EXPERTS),
@@ -322,7 +331,6 @@ FAMILIES: dict[str, Family] = {
     "aria_text": _of("aria_text", "Aria", SHARED, head_dim=8, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
     "modernbert-decoder": _of("modernbert-decoder", "Ettin decoders", SIZES, WINDOWED, local_attention=2 * WINDOW),
     "gemma3": _multimodal("gemma3", "Gemma 3 4B, 12B, 27B", _GEMMA3, IMAGES),
-    "gemma3n": _multimodal("gemma3n", "Gemma 3n E2B, E4B as published", _GEMMA3N),
     "gemma4": _multimodal("gemma4", "Gemma 4 as published", _GEMMA4),
     "llama4": _multimodal(
         "llama4", "Llama 4 as published", _LLAMA4,
@@ -340,3 +348,5 @@ FAMILIES: dict[str, Family] = {
         {**BLOCKS, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     ),
 }  # fmt: skip
+FAMILIES["zamba"] = replace(FAMILIES["zamba"], spread=0.15)
+FAMILIES["diffllama"] = replace(FAMILIES["diffllama"], noise=False)

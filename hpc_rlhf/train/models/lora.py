@@ -150,7 +150,14 @@ class ExpertsAdapter(Adapter):
 
 
 def adapters(model: nn.Module) -> list[Adapter]:
-    """A model's adapters: those of linear layers, and then those of experts."""
+    """A model's adapters: those of linear layers, and then those of experts. Those of tied weights come once."""
+    unique: dict[int, Adapter] = {}
+    for adapter in _with_tied(model):
+        unique.setdefault(id(adapter.frozen), adapter)
+    return list(unique.values())
+
+
+def _with_tied(model: nn.Module) -> list[Adapter]:
     linear = [module for module in model.modules() if isinstance(module, LoraLinear)]
     return [*linear, *(each for module in model.modules() for each in of_experts(module).values())]
 
@@ -211,9 +218,12 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = "score" in name.split(".")
     numbers, alpha = itertools.count(), lora.alpha or lora.rank
+    of_weight: dict[int, LoraLinear] = {}
     for parent, name, child in layers:
-        seed_here = seeds.derive(seed, "lora", next(numbers))
-        setattr(parent, name, LoraLinear(child, lora.rank, alpha, seed_here))
+        layer = LoraLinear(child, lora.rank, alpha, seeds.derive(seed, "lora", next(numbers)))
+        first = of_weight.setdefault(id(child.weight), layer)
+        layer.lora_a, layer.lora_b = first.lora_a, first.lora_b  # layers that share a weight share its update
+        setattr(parent, name, layer)
     for module, name in of_experts:
         adapter = ExpertsAdapter(module, name, lora.rank, alpha, seeds.derive(seed, "lora", next(numbers)))
         module.__dict__.setdefault("lora_of_experts", {})[name] = adapter
@@ -235,7 +245,7 @@ def _check_adapts_most(model: nn.Module, adapted: Sequence[Any], head: Any) -> N
 @contextmanager
 def off(model: nn.Module) -> Iterator[None]:
     """Within it, adapters are off: a model of which only adapters are trained is its original self."""
-    every = adapters(model)
+    every = _with_tied(model)
     for adapter in every:
         adapter.on = False
     try:

@@ -94,8 +94,11 @@ def _blocks(model: nn.Module, layers: int) -> nn.ModuleList:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Linear layers and their names; of those that share a weight, the first."""
+    seen = set()
     for name, layer in model.named_modules():
-        if is_linear(layer):
+        if is_linear(layer) and layer.weight not in seen:
+            seen.add(layer.weight)
             yield name.rpartition(".")[2], layer
 
 

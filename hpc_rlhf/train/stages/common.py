@@ -32,7 +32,11 @@ def reward_model(context: StageContext) -> str | None:
 
 
 def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:
-    """Apply the spec's tensor parallelism, adapters and activation checkpointing to a model, in place."""
+    """Apply the spec's tensor parallelism, adapters and activation checkpointing to a model, in place.
+
+    Raises:
+        HpcRlhfError: the model does not support one of them.
+    """
     split_model(model, spec.tensor_parallel)
     if spec.lora is not None:
         lora.adapt(model, spec.lora, seed)

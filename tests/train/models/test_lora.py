@@ -44,9 +44,20 @@ def test_new_adapters_change_nothing(kind: str) -> None:
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 
-# Mixtures whose experts are kept and multiplied in six ways, models that multiply by a layer's weight themselves, and a
-# router that is a linear layer.
-FAR = ("mixtral", "gpt_oss", "jetmoe", "dbrx", "llama4_text", "longcat_flash", "mamba", "gemma3n_text", "phimoe")
+# Mixtures whose experts are kept and multiplied in six ways, models that multiply by a layer's weight themselves, a
+# router that is a linear layer, and layers that share weights.
+FAR = (
+    "mixtral",
+    "gpt_oss",
+    "jetmoe",
+    "dbrx",
+    "llama4_text",
+    "longcat_flash",
+    "mamba",
+    "gemma3n_text",
+    "phimoe",
+    "zamba",
+)
 
 
 def family(name: str) -> Any:
@@ -82,6 +93,17 @@ def test_adapters_compute_what_the_merged_model_computes(name: str) -> None:
             assert expected.grad is not None
             tolerance = 1e-4 * float(expected.grad.abs().max())
             torch.testing.assert_close(factor.grad, expected.grad, atol=tolerance, rtol=1e-4)
+
+
+def test_layers_that_share_a_weight_share_its_adapter() -> None:
+    model = family("zamba")
+    before = model(input_ids=IDS, use_cache=False).logits.detach()
+    adapt(model, LORA, seed=1)
+    learn(model)
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    assert len(adapters(model)) == len({id(layer.frozen) for layer in layers}) < len(layers)
+    with off(model), torch.no_grad():
+        torch.testing.assert_close(model(input_ids=IDS, use_cache=False).logits, before)
 
 
 @pytest.mark.parametrize("name", FAR[:6])
