@@ -58,15 +58,14 @@ class Case:
     ranks: int = 1
 
 
-def _sides(task: str, *peers: str) -> tuple[Side, ...]:
-    modules = {"DeepSpeed-Chat": "deepspeed_chat", "TRL": "trl_trainers"}
-    return (Side("ours", "ours", task), *[Side(peer, modules[peer], task) for peer in peers])
-
-
-SFT_8 = _sides("sft", "DeepSpeed-Chat")
-SFT_24 = _sides("sft", "TRL")
-REWARD = _sides("reward", "DeepSpeed-Chat", "TRL")
-PPO = _sides("ppo", "DeepSpeed-Chat", "TRL")
+OURS = {task: Side("ours", "ours", task) for task in ("sft", "reward", "ppo")}
+DSC = {task: Side("DeepSpeed-Chat", "deepspeed_chat", task) for task in OURS}
+TRL = {task: Side("TRL", "trl_trainers", task) for task in OURS}
+TRL_FP32 = {task: Side("TRL, float32 weights", "trl_trainers", f"{task}-fp32") for task in ("sft", "reward")}
+SFT_8 = (OURS["sft"], DSC["sft"])
+SFT_24 = (OURS["sft"], TRL["sft"], TRL_FP32["sft"])
+REWARD = (OURS["reward"], DSC["reward"], TRL["reward"], TRL_FP32["reward"])
+PPO = (OURS["ppo"], DSC["ppo"], TRL["ppo"])
 ROLLOUT = (
     Side("ours", "rollouts", "ours"),
     Side("HybridEngineRollout", "rollouts", "hybrid-engine"),

@@ -1,8 +1,11 @@
 """TRL's trainers, without their slow defaults: activation checkpointing, autocast, logging.
 
 SFT and the reward model by the newest TRL, PPO by 1.12, the last release seen that has it (``make bench``
-puts it into a folder of its own). Weights are in bfloat16, AdamW is fused. SFT packs by best fit, which keeps
-attention inside each sample, one row of 512 in a pass: its mask of a pass is as large as all its rows squared.
+puts it into a folder of its own). AdamW is fused. SFT packs by best fit, which keeps attention inside each sample, one
+row of 512 in a pass: its mask of a pass is as large as all its rows squared.
+
+Weights and Adam's moments are in bfloat16, which takes the least memory and time, but loses small updates. The tasks
+``…-fp32`` keep them in float32, as the other sides do, and compute in bfloat16 by autocast.
 """
 
 from __future__ import annotations
@@ -30,13 +33,17 @@ class _Ticks(TrainerCallback):
         self.clock.step()
 
 
+def _float32_weights(options: Namespace) -> bool:
+    return bool(options.task.endswith("-fp32"))
+
+
 def _arguments(options: Namespace, **more: Any) -> dict[str, Any]:
     import torch
 
     return {
         "output_dir": str(options.run / "trl"), "max_steps": options.steps, "learning_rate": 1e-3,
         "per_device_train_batch_size": options.samples, "use_cpu": not torch.cuda.is_available(),
-        "bf16": False, "gradient_checkpointing": False, "max_grad_norm": 1.0, "save_strategy": "no",
+        "bf16": _float32_weights(options), "gradient_checkpointing": False, "max_grad_norm": 1.0, "save_strategy": "no",
         "report_to": [], "logging_steps": 10**6, "disable_tqdm": True, "adam_beta2": 0.95,
         "lr_scheduler_type": "cosine", "optim": "adamw_torch_fused", "dataloader_num_workers": 0, **more,
     }  # fmt: skip
@@ -48,11 +55,12 @@ def _tokenizer(work: Path) -> Any:
     return AutoTokenizer.from_pretrained(work / "model")
 
 
-def _model(kind: str, folder: Path, **more: Any) -> Any:
+def _model(options: Namespace, kind: str, folder: str, **more: Any) -> Any:
     import torch
     import transformers
 
-    return getattr(transformers, kind).from_pretrained(folder, dtype=torch.bfloat16, **more)
+    dtype = torch.float32 if _float32_weights(options) else torch.bfloat16
+    return getattr(transformers, kind).from_pretrained(options.work / folder, dtype=dtype, **more)
 
 
 def _counted(trainer: Any) -> list[int]:
@@ -81,7 +89,7 @@ def sft(options: Namespace) -> Result:
     at_once = min(PACKED_ROWS, packs)
     clock = Clock()
     trainer = SFTTrainer(
-        _model("AutoModelForCausalLM", options.work / "model"),
+        _model(options, "AutoModelForCausalLM", "model"),
         SFTConfig(
             **_arguments(
                 options, per_device_train_batch_size=at_once, gradient_accumulation_steps=packs // at_once
@@ -106,7 +114,7 @@ def reward(options: Namespace) -> Result:
     ]
     clock = Clock()
     trainer = RewardTrainer(
-        _model("AutoModelForSequenceClassification", options.work / "model", num_labels=1),
+        _model(options, "AutoModelForSequenceClassification", "model", num_labels=1),
         RewardConfig(**_arguments(options), max_length=workload.LONGEST),
         train_dataset=datasets.Dataset.from_list(rows), processing_class=_tokenizer(options.work),
         callbacks=[_Ticks(clock)],
@@ -127,7 +135,7 @@ def ppo(options: Namespace) -> Result:
     tokenizer.padding_side = "left"
     prompts = [row["prompt_ids"] for row in workload.rows(options.work, "ppo")]
     clock = Clock()
-    scorers = [_model("AutoModelForSequenceClassification", options.work / "reward", num_labels=1) for _ in range(2)]
+    scorers = [_model(options, "AutoModelForSequenceClassification", "reward", num_labels=1) for _ in range(2)]
     arguments = _arguments(options, learning_rate=1e-5)
     del arguments["max_steps"]
     trainer = PPOTrainer(
@@ -137,8 +145,8 @@ def ppo(options: Namespace) -> Result:
             local_rollout_forward_batch_size=options.samples,
         ),
         processing_class=tokenizer,
-        model=_model("AutoModelForCausalLM", options.work / "model"),
-        ref_model=_model("AutoModelForCausalLM", options.work / "model"),
+        model=_model(options, "AutoModelForCausalLM", "model"),
+        ref_model=_model(options, "AutoModelForCausalLM", "model"),
         reward_model=scorers[0], value_model=scorers[1],
         train_dataset=datasets.Dataset.from_dict({"input_ids": prompts}),
         eval_dataset=datasets.Dataset.from_dict({"input_ids": prompts[:8]}),
@@ -152,4 +160,4 @@ def ppo(options: Namespace) -> Result:
 
 
 if __name__ == "__main__":
-    main({"sft": sft, "reward": reward, "ppo": ppo})
+    main({"sft": sft, "sft-fp32": sft, "reward": reward, "reward-fp32": reward, "ppo": ppo})
