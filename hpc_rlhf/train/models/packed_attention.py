@@ -68,6 +68,8 @@ def attention(
     if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
         raise NotPackable(f"{type(module).__name__} got no lengths for its packed sequences")
     groups = query.shape[1] // key.shape[1]
+    if groups == 1 and query.shape[2] == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        return _of_one_query(query, key, value, attention_mask, scaling), None
     if groups > 1 and query.shape[2] == 1:
         # The queries of a group become rows before their shared key: nothing is copied.
         grouped = query.view(query.shape[0], key.shape[1], groups, query.shape[3])
@@ -77,6 +79,15 @@ def attention(
     causal = attention_mask is None and query.shape[2] > 1
     out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal=causal, scale=scaling)
     return out.transpose(1, 2), None
+
+
+def _of_one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """The attention of a decode step, by two matrix products: torch's kernel takes 2.5 times as long on a CPU."""
+    scores = query * (scaling or query.shape[3] ** -0.5) @ key.transpose(2, 3)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2)
 
 
 def _shared(heads: Tensor, groups: int) -> Tensor:

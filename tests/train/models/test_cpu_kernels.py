@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hpc_rlhf.train.models import cpu_kernels, packed_attention
 from hpc_rlhf.train.models.language_model import LanguageModel
@@ -72,3 +73,18 @@ def test_responses_are_the_same(kind: str, world: World, request: pytest.Fixture
 @pytest.mark.usefixtures("off")
 def test_no_layers_are_packed() -> None:
     assert pack_layers(tiny.causal("llama").bfloat16()) == []
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("masked", ["unmasked", "bool", "float"])
+def test_attention_of_one_query(masked: str, scaling: float | None) -> None:
+    """The attention of a bfloat16 decode step is torch's of the same numbers in float32, rounded once or twice."""
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(3, 4, n, 8, dtype=torch.bfloat16) for n in (1, 40, 40))
+    visible = torch.arange(40) < torch.tensor([40, 7, 1]).view(3, 1, 1, 1)
+    masks = {"unmasked": None, "bool": visible, "float": torch.zeros(3, 1, 1, 40).masked_fill(~visible, -torch.inf)}
+    mask = masks[masked]
+    expected = F.scaled_dot_product_attention(query.float(), keys.float(), values.float(), mask, scale=scaling)
+    half = mask.bfloat16() if masked == "float" and mask is not None else mask
+    output, _ = packed_attention.attention(None, query, keys, values, half, scaling=scaling)
+    torch.testing.assert_close(output.float(), expected.transpose(1, 2), atol=0.03, rtol=0.02)
