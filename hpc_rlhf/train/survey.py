@@ -62,21 +62,27 @@ class Sampled:
 
 
 @cache
-def sampled(source: SourceSpec, needs: frozenset[Data]) -> Sampled | HpcRlhfError:
-    """The first rows of each of a source's files, or why they cannot be read. Remote data fits all needs."""
+def sampled(source: SourceSpec, needs: frozenset[Data], margins: bool = False) -> Sampled | HpcRlhfError:
+    """The first rows of each of a source's files, or why they cannot be used. Remote data fits all needs.
+
+    Args:
+        margins: every pair needs one.
+    """
     counts = SourceCounts(sources.name_of(source))
     try:
         files = sources.local_files(source)
         if files is None:
+            if margins and source.demo is not None:
+                sources.check_margin(next(sources.read(source, 0)), source)
             return Sampled(counts, needs)
         size = SAMPLE if len(files) <= SAMPLE // FEW else FEW
         fits: set[Data] = set()
         for row in (row for file in files for row in islice(read_rows(file), size)):
-            fits |= _uses(source, row, needs, counts)
+            fits |= _uses(source, row, needs, counts, margins)
         searched = SourceCounts("")
         if needs - fits:
             for row in islice(sources.placed_rows(source, 0), SEARCHED):
-                fits |= _uses(source, row, needs, searched)
+                fits |= _uses(source, row, needs, searched, margins)
                 if not needs - fits:
                     break
     except HpcRlhfError as error:
@@ -84,7 +90,7 @@ def sampled(source: SourceSpec, needs: frozenset[Data]) -> Sampled | HpcRlhfErro
     return Sampled(counts, frozenset(fits), searched.read)
 
 
-def _uses(source: SourceSpec, row: Placed, needs: frozenset[Data], counts: SourceCounts) -> set[Data]:
+def _uses(source: SourceSpec, row: Placed, needs: frozenset[Data], counts: SourceCounts, margins: bool) -> set[Data]:
     """The kinds of stages that can use a row. It is counted under what the most demanding of them makes of it."""
     where, cells = row
     try:
@@ -93,6 +99,8 @@ def _uses(source: SourceSpec, row: Placed, needs: frozenset[Data], counts: Sourc
         counts.add(dropped.outcome, where)
         return set()
     unfit = {data: sources.unfit_for(sample, data) for data in needs}
+    if margins and unfit[Data.PAIRS] is None:
+        sources.check_margin(sample, source)
     counts.add(unfit.get(Data.PAIRS) or unfit.get(Data.ANSWERS) or Outcome.TRAINED, where)
     return {data for data, why in unfit.items() if why is None}
 
@@ -101,10 +109,11 @@ def look(spec: JobSpec) -> Survey:
     """The survey of a spec's data from the first rows of each local file."""
     survey = Survey()
     stages = {stage: kind_of(stage).data for stage in spec.shares}
+    margins = any(sources.uses_margins(spec, stage) for stage in stages)
     needs, fits, searched = frozenset(stages.values()), set[Data](), [0]
     for path, source in spec.sources.items():
         of_stages = path.startswith("data.")
-        one = sampled(source, needs if of_stages else frozenset({Data.ANSWERS}))
+        one = sampled(source, needs, margins) if of_stages else sampled(source, frozenset({Data.ANSWERS}))
         if isinstance(one, HpcRlhfError):
             survey.refuse(path, one)
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.fields import Rate
 from hpc_rlhf.spec.stages.kind import ACCURACY, MARGIN, TRAINING, Data, Plot, StageKind
@@ -18,6 +18,10 @@ class RewardSpec(TrainingSpec):
     loss: Literal["token", "last"] = "token"
     """Where the scores of a pair are compared. token: at each token from the first one that differs (DeepSpeed-Chat).
     last: only at the last token, where PPO and the evaluation read a score (InstructGPT, arXiv 2203.02155)."""
+    margins: bool = False
+    """Subtract each pair's margin from the difference of its scores before they are compared (Llama 2, arXiv
+    2307.09288, equation 2): a number in the column margin of every pair, which data.sources[].columns may call
+    otherwise. Needs loss: last."""
     center_scores: bool = True
     """Shift the finished model's scores so that held-out chosen responses have mean 0, as InstructGPT does before PPO
     (arXiv 2203.02155, section 3.5): pairs do not determine where 0 is, but score_clip is around it. Without
@@ -25,6 +29,12 @@ class RewardSpec(TrainingSpec):
     output."""
 
     before: ClassVar[dict[str, object]] = {**TrainingSpec.before, "center_scores": False}
+
+    @model_validator(mode="after")
+    def _check_margins(self) -> RewardSpec:
+        if self.margins and self.loss != "last":
+            raise ValueError("margins needs loss: last, because a margin is one of whole responses")
+        return self
 
 
 REWARD = StageKind(

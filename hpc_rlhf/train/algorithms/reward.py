@@ -38,18 +38,20 @@ def preferred(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours > theirs).float() + 0.5 * (ours == theirs).float()
 
 
-def ranking_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+def ranking_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | None = None) -> Tensor:
     """The loss of a Bradley-Terry model of scores of whole responses (InstructGPT, arXiv 2203.02155, equation 1).
 
-    ``-logsigmoid(chosen - rejected)``.
+    ``-logsigmoid(chosen - rejected - margin)``, with a margin as in Llama 2 (arXiv 2307.09288, equation 2).
 
     Args:
         chosen, rejected: (pairs,), float32; scores.
+        margins: (pairs,), float32; None for no margins.
 
     Returns:
         (pairs,).
     """
-    return -F.logsigmoid(chosen - rejected)
+    difference = chosen - rejected
+    return -F.logsigmoid(difference if margins is None else difference - margins)
 
 
 def pairwise_loss(

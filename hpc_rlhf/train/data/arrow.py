@@ -16,11 +16,16 @@ CHUNK = 1024
 
 
 class RowFile:
-    """An Arrow file to which rows are appended in chunks."""
+    """An Arrow file to which rows are appended in chunks.
 
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        ids = pa.list_(pa.int32())
-        self.schema = pa.schema({"prompt": pa.string(), **{f"{name}_ids": ids for name in columns}})
+    Args:
+        columns: of token ids.
+        numbers: columns of numbers.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], numbers: tuple[str, ...] = ()) -> None:
+        ids = {f"{name}_ids": pa.list_(pa.int32()) for name in columns}
+        self.schema = pa.schema({"prompt": pa.string(), **ids, **dict.fromkeys(numbers, pa.float32())})
         self.writer = pa.ipc.new_stream(str(path), self.schema)
         self.pending: list[dict[str, Any]] = []
         self.rows = 0

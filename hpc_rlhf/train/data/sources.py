@@ -157,6 +157,20 @@ def unfit_for(sample: Sample, data: Data) -> Outcome | None:
     return Outcome.NO_PROMPT if data is Data.PROMPTS and not sample.prompt else None
 
 
+def uses_margins(spec: JobSpec, stage: str) -> bool:
+    return getattr(spec.stage(stage), "margins", False)
+
+
+def check_margin(sample: Sample, source: SourceSpec) -> None:
+    """Raise HpcRlhfError if a pair has no margin."""
+    if sample.margin is None:
+        raise HpcRlhfError(
+            f"the pair has no number in the column {source.columns.get('margin', 'margin')}",
+            where=sample.where,
+            hint="margins needs one for every pair; data.sources[].columns may name another column",
+        )
+
+
 def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()) -> Iterator[StageSample]:
     """A stage's samples.
 
@@ -166,12 +180,17 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
 
     Args:
         counts: of each source; rows without a sample for the stage are counted here, the others by who uses them.
+
+    Raises:
+        HpcRlhfError: a source cannot be read, or a pair lacks the margin that the stage needs.
     """
     seen: set[bytes] = set()
     latest = ""
-    data = kind_of(stage).data
+    data, with_margins = kind_of(stage).data, uses_margins(spec, stage)
     for source, counted in zip(spec.data.sources, counts or new_counts(spec), strict=True):
         for sample in read(source, spec.seed, counted):
+            if with_margins and unfit_for(sample, data) is None:
+                check_margin(sample, source)
             conversation = conversation_of(sample, spec)
             held_out = is_held_out(conversation, spec)
             own = stage_of(conversation, spec, sample.unanswered is Outcome.PROMPT_ONLY) == stage

@@ -33,7 +33,8 @@ from hpc_rlhf.train.data.sources import (
     nothing_for,
     stage_samples,
     unread,
-)  # fmt: skip
+    uses_margins,
+)
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from hpc_rlhf.train.runtime.world import World
 
@@ -44,8 +45,8 @@ PARTS = ("train", "held_out")
 class StageData:
     """A stage's token data sets.
 
-    Rows have ``prompt``, a transcript, ``prompt_ids`` and ``chosen_ids``; those of pairs also
-    ``rejected_ids``. Response ids end with EOS unless they were truncated. ``held_out`` may be empty.
+    Rows have ``prompt``, a transcript, ``prompt_ids`` and ``chosen_ids``; those of pairs also ``rejected_ids``, and
+    ``margin`` if the stage uses it. Response ids end with EOS unless they were truncated. ``held_out`` may be empty.
     """
 
     train: Rows
@@ -95,7 +96,8 @@ def _rows(
         counts.add(Outcome.CUT_RIGHT, sample.where)
     responses = zip(data.answers, tokens.responses, strict=True)
     answers = {f"{name}_ids": ids[:longest_answer] for name, ids in responses}
-    yield {"prompt": sample.prompt, "prompt_ids": prompt_ids, **answers}
+    margin = {} if sample.margin is None else {"margin": sample.margin}
+    yield {"prompt": sample.prompt, "prompt_ids": prompt_ids, **answers, **margin}
 
 
 def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
@@ -114,8 +116,12 @@ def _write(
     data: Data,
     folder: Path,
     should_stop: Callable[[], bool] = bool,
+    numbers: tuple[str, ...] = (),
 ) -> dict[str, int]:
     """Write token data sets as samples are read.
+
+    Args:
+        numbers: columns that rows have besides token ids.
 
     Returns:
         The number of rows of each data set.
@@ -131,7 +137,7 @@ def _write(
             yield each
 
     folder.mkdir(parents=True)
-    files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers)) for part in PARTS]
+    files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers), numbers) for part in PARTS]
     for held_out, row in encoded(until_stopped(), tokenizer, spec, data):
         files[held_out].add(row)
     return dict(zip(PARTS, [file.close() for file in files], strict=True))
@@ -179,14 +185,16 @@ def prepare(
         WorkCancelled: ``should_stop`` was true; nothing is kept.
         HpcRlhfError: the data cannot be read, has nothing for this stage, or too many rows are lost.
     """
-    target = folder / _fingerprint(tokenizer, {**_facts(spec), "stages": spec.trained, "stage": stage})
+    numbers = ("margin",) if uses_margins(spec, stage) else ()
+    facts = {**_facts(spec), "stages": spec.trained, "stage": stage, **({"numbers": numbers} if numbers else {})}
+    target = folder / _fingerprint(tokenizer, facts)
 
     def write() -> dict[str, Any]:
         data = kind_of(stage).data
         counts = new_counts(spec)
         for text in (text for source in spec.data.sources for text in unread(source)):
             print(f"hpc-rlhf: warning: stage {stage}: {text}", file=sys.stderr, flush=True)
-        rows = _write(stage_samples(spec, stage, counts), tokenizer, spec, data, target, should_stop)
+        rows = _write(stage_samples(spec, stage, counts), tokenizer, spec, data, target, should_stop, numbers)
         if rows["train"]:
             return {"stage": stage, "rows": rows, "sources": [source.to_dict() for source in counts]}
         raise nothing_for(stage, counts)

@@ -46,7 +46,8 @@ def run(context: StageContext) -> None:
         mask = ragged.mask(batch.lengths, batch.ids.device).chunk(2)
         losses, chosen, rejected = pairwise_loss(*values, *ids, *mask)
         if spec.loss == "last":
-            losses = ranking_loss(chosen, rejected)
+            margins = torch.tensor([row["margin"] for row in rows], device=chosen.device) if spec.margins else None
+            losses = ranking_loss(chosen, rejected, margins)
         sums = (losses, preferred(chosen, rejected), chosen - rejected, chosen)
         return losses.sum(), torch.stack(sums).sum(dim=1).detach()
 

@@ -126,3 +126,17 @@ def test_the_score_is_the_last_real_tokens_value(pad_id: int) -> None:
 def test_the_last_real_token_is_found_with_padding_on_either_side() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
     assert last_positions(mask).tolist() == [3, 4, 0]
+
+
+@pytest.mark.parametrize("margins", [[0.0, 0.0, 0.0], [1.0, 0.5, 2 / 3], [3.0, -1.0, 10.0]])
+def test_margins_are_those_of_llama_2(margins: list[float]) -> None:
+    """Equation 2 of arXiv 2307.09288, and its gradient: minus the probability of the other order."""
+    chosen, rejected = torch.tensor([2.0, 0.1, -3.0], requires_grad=True), torch.tensor([1.0, 0.4, 2.0])
+    losses = ranking_loss(chosen, rejected, torch.tensor(margins))
+    differences = [c - r - m for c, r, m in zip(chosen.tolist(), rejected.tolist(), margins, strict=True)]
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-d)) for d in differences], rel=1e-5)
+    losses.sum().backward()
+    assert chosen.grad is not None
+    assert chosen.grad.tolist() == pytest.approx([-1 / (1 + math.exp(d)) for d in differences], rel=1e-5)
+    if not any(margins):
+        assert torch.equal(losses, ranking_loss(chosen, rejected))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,17 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.row_counts import Outcome, SourceCounts
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import RewardSpec
 from hpc_rlhf.train import survey
 from hpc_rlhf.train.data.files import read_rows
 from hpc_rlhf.train.data.formats import read_row
 from hpc_rlhf.train.data.messages import Dropped
 from hpc_rlhf.train.data.sources import stage_samples
+from hpc_rlhf.train.data.tokenized import prepare
+from hpc_rlhf.train.runtime.world import World
+from tests.train import tiny
 from tests.train.data.specs import spec_of
 from tests.train.data.test_rows import assistant, user
 
@@ -220,3 +226,45 @@ def test_labelled_rows_are_counted_by_stage(tmp_path: Path) -> None:
     (note,) = survey.look(spec).notes
     assert "50% of the rows" in note
     assert "20 with a response that its label calls bad" in note
+
+
+def with_margins(source: dict[str, Any], *others: dict[str, Any]) -> JobSpec:
+    raw = spec_of(source, *others, stages=("sft", "reward")).model_dump(mode="json", exclude={"stages"})
+    return JobSpec.model_validate({**raw, "stages": {"sft": {}, "reward": {"loss": "last", "margins": True}}})
+
+
+def pairs(margin: Callable[[int], Any], column: str = "margin") -> list[dict[str, Any]]:
+    return [{"prompt": f"Q{n}?", "chosen": "Yes.", "rejected": "No.", column: margin(n)} for n in range(60)]
+
+
+@pytest.mark.parametrize("column", ["margin", "gap"])
+def test_margins_reach_the_reward_model(column: str, tmp_path: Path, world: World) -> None:
+    columns = {"margin": column} if column != "margin" else {}
+    rows = pairs(lambda n: (n / 4, str(n / 4), n)[n % 3], column)
+    spec = with_margins(write(tmp_path / "a.jsonl", rows, columns=columns))
+    assert survey.look(spec).problems == []
+    data = prepare(spec, "reward", tiny.tokenizer(), tmp_path / "reward", world)
+    asked = {f"\n\nHuman: {row['prompt']}\n\nAssistant:": float(row[column]) for row in rows}
+    assert len(data.train) > 5
+    assert all(row["margin"] == asked[row["prompt"]] for row in data.train)
+    assert "margin" not in prepare(spec, "sft", tiny.tokenizer(), tmp_path / "sft", world).train[0]
+
+
+@pytest.mark.parametrize("margin", [None, "much", True, float("nan"), [1.0]])
+def test_a_pair_without_a_margin_is_refused_by_check_and_by_the_job(margin: Any, tmp_path: Path, world: World) -> None:
+    source = write(tmp_path / "a.jsonl", pairs(lambda n: margin if n == 7 else 1.0))
+    spec = with_margins(source)
+    (problem,) = survey.look(spec).problems
+    assert problem["path"] == "data.sources.0"
+    assert problem["what"] == f"{tmp_path}/a.jsonl:8: the pair has no number in the column margin"
+    with pytest.raises(HpcRlhfError, match="the pair has no number in the column margin") as caught:
+        prepare(spec, "reward", tiny.tokenizer(), tmp_path / "reward", world)
+    assert caught.value.exit_code == 2
+    assert survey.look(spec_of(source)).problems == [], "nobody asks for margins"
+
+
+def test_margins_need_the_last_token_and_a_source_that_has_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="margins needs loss: last"):
+        RewardSpec(margins=True)
+    (problem,) = survey.look(with_margins(write(tmp_path / "a.jsonl", pairs(float)), {"demo": 30})).problems
+    assert problem["path"] == "data.sources.1"

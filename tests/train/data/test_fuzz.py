@@ -62,7 +62,9 @@ TEMPLATES = [
 ]
 
 
-def row(format: str, draw: random.Random) -> dict[str, Any]:
+def row(format: str, draw: random.Random, shape: int) -> dict[str, Any]:
+    """A row of a format, in one of the shapes that it may have."""
+
     def text() -> str:
         return draw.choice(["Why?", "Because.", f"word {draw.randrange(99)}", *draw.choices(WORDS, k=3)])
 
@@ -72,11 +74,29 @@ def row(format: str, draw: random.Random) -> dict[str, Any]:
 
     question = f"Question {draw.randrange(40)}?"
     human = f"\n\nHuman: {question}\n\nAssistant:"
+    asked = [{"role": "user", "content": question}]
+    answers = [[{"role": "assistant", "content": text()}] for _ in range(2)]
+    pairs: list[dict[str, Any]] = [
+        {"prompt": question, "chosen": text(), "rejected": text()},
+        {"prompt": question, "chosen": draw.random(), "rejected": draw.randrange(9), "margin": draw.random()},
+        {"prompt": question},
+        {"chosen": f"{question} {text()}", "rejected": f"{question} {text()}"},
+        {"prompt": question, "completion": text(), "label": draw.random() < 0.5},
+    ]
+    chats: list[dict[str, Any]] = [
+        {"messages": turns()},
+        {"chosen": turns(), "rejected": turns()},
+        {"prompt": asked, "chosen": answers[0], "rejected": answers[1]},
+        {"prompt": json.dumps(asked), "completion": answers[0], "label": draw.random() < 0.5},
+        {"prompt": asked},
+        {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": text()}]},
+        {"messages": [*asked, {**answers[0][0], "reasoning_content": text()}]},
+    ]
     return {
-        "prompt-chosen-rejected": lambda: {"prompt": question, "chosen": text(), "rejected": text()},
+        "prompt-chosen-rejected": lambda: pairs[shape % len(pairs)],
         "hh": lambda: {"chosen": f"{human} {text()}", "rejected": f"{human} {text()}"},
-        "messages": lambda: {"messages": turns()} if draw.random() < 0.5 else {"chosen": turns(), "rejected": turns()},
-        "instruction": lambda: {"instruction": question, "input": text(), "output": text()},
+        "messages": lambda: chats[shape % len(chats)],
+        "instruction": lambda: {"instruction": question, "input": text(), "output": text(), "history": [[text()] * 2]},
         "text": lambda: {"text": text()},
     }[format]()
 
@@ -89,11 +109,12 @@ def break_rows(rows: list[dict[str, Any]], draw: random.Random) -> None:
         if action == 0:
             cells.pop(name, None)
         elif action == 1:
-            cells[draw.choice(["Prompt", "answer", "", "messages", "system", "history"])] = cells.get(name)
+            other = ["Prompt", "answer", "", "messages", "system", "history", "label", "margin", "completion", "prompt"]
+            cells[draw.choice(other)] = cells.get(name)
         elif action == 2 and isinstance(cells.get(name), list) and cells[name]:
             message = draw.choice(cells[name])
             if isinstance(message, dict):
-                message[draw.choice(["role", "content", "tool_calls"])] = draw.choice(ODD)
+                message[draw.choice(["role", "content", "tool_calls", "reasoning", "weight"])] = draw.choice(ODD)
         elif action == 3:
             for other in rows:
                 other.pop(name, None)
@@ -168,7 +189,10 @@ def break_bytes(content: bytes, draw: random.Random) -> bytes:
 def make_source(folder: Path, draw: random.Random) -> tuple[dict[str, Any], int | None]:
     """A source with mutated files below the folder, and its number of rows if no bytes were broken."""
     format = draw.choice(["prompt-chosen-rejected", "prompt-chosen-rejected", "hh", "messages", "instruction", "text"])
-    rows = [row(format, draw) for _ in range(draw.randrange(1, 30))]
+    shape = draw.randrange(100)
+    rows = [row(format, draw, shape) for _ in range(draw.randrange(1, 30))]
+    columns = {name: f"the {name}" for name in rows[0] if draw.random() < 0.1}
+    rows = [{columns.get(name, name): cell for name, cell in cells.items()} for cells in rows]
     break_rows(rows, draw)
     name, write = draw.choice(CONTAINERS)
     ending, compress = draw.choice(COMPRESSIONS)
@@ -195,7 +219,7 @@ def make_source(folder: Path, draw: random.Random) -> tuple[dict[str, Any], int 
         for other in draw.sample(["README.md", "dataset_infos.json", "test.jsonl", ".hidden.jsonl"], 2):
             (folder / other).write_text("{}")
     weight = draw.choice([1.0, 1.0, 1.0, 0.5, 1.5, 2.0])
-    return {"path": str(path), "format": format, "weight": weight}, total
+    return {"path": str(path), "format": format, "weight": weight, "columns": columns}, total
 
 
 def make_spec(folder: Path, draw: random.Random) -> tuple[Any, int | None]:
@@ -204,7 +228,10 @@ def make_spec(folder: Path, draw: random.Random) -> tuple[Any, int | None]:
     limits = {"max_prompt_tokens": draw.choice([20, 40, 400]), "max_answer_tokens": draw.choice([2, 20, 400])}
     others = [{"demo": 60}] if draw.random() < 0.7 else []
     lost = draw.choice([1.0, 1.0, 1.0, 1.0, 0.1])
-    return spec_of(source, *others, stages=stages, held_out=draw.choice([0, 0.3]), max_dropped=lost, **limits), rows
+    spec = spec_of(source, *others, stages=stages, held_out=draw.choice([0, 0.3]), max_dropped=lost, **limits)
+    if spec.stages.reward is not None and not others and draw.random() < 0.5:
+        spec = spec.with_stages(reward={"loss": "last", "margins": True})
+    return spec, rows
 
 
 @pytest.fixture(scope="module")
