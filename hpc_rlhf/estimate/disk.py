@@ -38,7 +38,7 @@ def run_bytes(spec: JobSpec) -> int | None:
         if getattr(stage, "ema", False):
             checkpoint += trained * _AVERAGED
         if stage.keep_best is not None:  # a checkpoint has the best weights, too
-            checkpoint += trained * ITEM[stage.precision] * _share(stage)
+            checkpoint += trained * (ITEM[stage.precision] * _share(stage) + _AVERAGED * getattr(stage, "ema", False))
         exported = trained * ITEM[stage.precision] * (2 if getattr(stage, "ema", False) else 1)
         total += (stage.keep_checkpoints + 1) * checkpoint + exported
     return int(total)

@@ -55,6 +55,7 @@ def test_label_smoothing_is_below_a_half(tmp_path: Path) -> None:
     [
         ("sft: {keep_best: loss}", r"stages\.sft\.keep_best: needs eval_every"),
         ("sft: {eval_every: 10, keep_best: accuracy}", "keep_best: must be perplexity or loss, not accuracy"),
+        ("reward: {}, ppo: {eval_every: 10, keep_best: kl}", "ppo.keep_best: must be reward, not kl"),
         ("sft: {eval_every: 1.5}", "eval_every: must be a number of steps, or a fraction"),
         ("sft: {eval_every: 10 min}", "eval_every: must be a number of steps, or a fraction"),
         ("sft: {eval_every: 10}, reward: {eval_every: 0.1, keep_best: accuracy}", ""),

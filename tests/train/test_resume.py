@@ -34,7 +34,7 @@ PPO: dict[str, dict[str, Any]] = {
     },
     "zero 3": {
         "zero": 3, "precision": "bf16", "lora": {"rank": 4, "only": False}, "ema": True, "minibatches": 2,
-        "critic": {"zero": 2}, "stop_kl": 1e-6,
+        "critic": {"zero": 2}, "stop_kl": 1e-6, "eval_every": 1, "keep_best": "reward",
     },
 }  # fmt: skip
 
@@ -98,11 +98,11 @@ def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None
         (one, "ppo", []),
         (one_stopped, "ppo", [5, 13, 13, 3, (WEIGHTS, 2), (WEIGHTS, 30), (FILES, 2)]),
         (three, "ppo", []),
-        (three_stopped, "ppo", [5, 14, 9, (WEIGHTS, 30)]),
+        (three_stopped, "ppo", [5, 14, 9, ("evaluation", 2), (WEIGHTS, 30)]),
     ]
     run_stopping(work, 2)
     assert stops(one_stopped, "ppo") == [(0, 0), (0, 1), (0, 3), (0, 3), *[(2, 0)] * 3]
-    assert stops(three_stopped, "ppo") == [(0, 0), (0, 2), (0, 4), (2, 0)]
+    assert stops(three_stopped, "ppo") == [(0, 0), (0, 2), (0, 4), (1, 0), (2, 0)]
     same(one_stopped, one, "ppo")
     same(three_stopped, three, "ppo")
 

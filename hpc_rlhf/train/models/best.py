@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from hpc_rlhf.train.checkpoint import shards
 from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.models.score_head import ScoreHead
 from hpc_rlhf.train.parallel.deepspeed_internals import (
     full_numel,
@@ -32,20 +34,25 @@ class BestWeights:
     those that hold the same layer shards. Score heads in half precision have a float32 weight beside the parameter,
     which counts as one more.
 
+    Args:
+        ema: the model's moving average, of which a copy is kept as well.
+
     Attributes:
         facts: JSON about the copied weights; None while there is no copy.
     """
 
-    def __init__(self, model: nn.Module, world: World) -> None:
-        self.world = world
+    def __init__(self, model: nn.Module, world: World, ema: Ema | None = None) -> None:
+        self.world, self.ema = world, ema
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.heads = [m for m in model.modules() if isinstance(m, ScoreHead) and m.weight.dtype != torch.float32]
         self.copies: dict[int, Tensor] = {}
+        self.averages: dict[str, Tensor] = {}
         self.facts: dict[str, Any] | None = None
 
     def keep(self, facts: dict[str, Any]) -> None:
         """Copy the current weights. Not collective."""
         self.copies = {i: local_shard(tensor).to("cpu", copy=True) for i, tensor in self._own()}
+        self.averages = self._current_averages()
         self.facts = facts
 
     @contextmanager
@@ -54,7 +61,9 @@ class BestWeights:
         group = None if self.world.dims.tensor == 1 else replica_group()
         tensors = self._tensors()
         originals = [local_shard(tensor).to("cpu", copy=True) for tensor in tensors]
+        averages = self._current_averages()
         try:
+            self._set_averages(self.averages)
             for i, tensor in enumerate(tensors):
                 if i in self.copies:
                     set_local_shard(tensor, self.copies[i])
@@ -64,6 +73,7 @@ class BestWeights:
         finally:
             for tensor, original in zip(tensors, originals, strict=True):
                 set_local_shard(tensor, original)
+            self._set_averages(averages)
 
     def save(self, snapshot: Snapshot, name: str) -> None:
         """Add the copy, if there is one, to a snapshot's folder, for any number of ranks to resume from. Collective."""
@@ -74,6 +84,7 @@ class BestWeights:
         """Read what ``save`` wrote, if it wrote anything."""
         if folder.exists():
             self.copies = {i: torch.empty_like(local_shard(tensor), device="cpu") for i, tensor in self._own()}
+            self.averages = self._current_averages()
             shards.read(folder, list(self._pieces()), self.world)
             self.facts = shards.read_facts(folder)
 
@@ -93,3 +104,12 @@ class BestWeights:
                 start = self.world.rank * count
                 count = max(0, min(count, full_numel(tensors[i]) - start))
             yield Shard(str(i), start, copy.view(-1)[:count])
+        for shard in self.ema.pieces() if self.ema else ():
+            yield replace(shard, key=f"average {shard.key}", tensor=self.averages[shard.key])
+
+    def _current_averages(self) -> dict[str, Tensor]:
+        return {s.key: s.tensor.to("cpu", copy=True) for s in self.ema.pieces()} if self.ema else {}
+
+    def _set_averages(self, averages: dict[str, Tensor]) -> None:
+        for shard in self.ema.pieces() if self.ema else ():
+            shard.tensor.copy_(averages[shard.key])

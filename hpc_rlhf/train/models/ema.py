@@ -86,13 +86,13 @@ class Ema:
 
     def save(self, snapshot: Snapshot, name: str) -> None:
         """Add the averages to a snapshot's folder, for any number of ranks to resume from. Collective."""
-        shards.write(snapshot, name, self._pieces(), {"adapters": len(self.adapters)}, self.world)
+        shards.write(snapshot, name, self.pieces(), {"adapters": len(self.adapters)}, self.world)
 
     def load(self, folder: Path) -> None:
         if self.adapters and "adapters" not in shards.read_facts(folder):
             self._load_factors(folder)
         else:
-            shards.read(folder, list(self._pieces()), self.world)
+            shards.read(folder, list(self.pieces()), self.world)
 
     def _load_factors(self, folder: Path) -> None:
         """Start the averages of updates from what earlier versions kept: averages of their factors."""
@@ -103,7 +103,8 @@ class Ema:
             shards.read(folder, pieces, self.world)
             adapter.average.copy_(adapter.part(*factors))
 
-    def _pieces(self) -> Iterator[Shard]:
+    def pieces(self) -> Iterator[Shard]:
+        """Views of the averages that this rank keeps."""
         yield from self._own_pieces()
         for number, adapter in enumerate(self.adapters):
             if adapter.average.numel():

@@ -16,6 +16,7 @@ from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models.best import BestWeights
+from hpc_rlhf.train.models.ema import Ema
 
 
 class HeldOut:
@@ -30,6 +31,7 @@ class HeldOut:
         total: steps of the stage.
         samples: held-out samples.
         measure: the metrics of the model's current weights on held-out data, if there are any. Collective.
+        ema: the model's moving average.
 
     Raises:
         HpcRlhfError: the spec asks for evaluations, but there are no held-out data.
@@ -37,7 +39,7 @@ class HeldOut:
 
     def __init__(
         self, context: StageContext, model: nn.Module, total: int, samples: int,
-        measure: Callable[[], Mapping[str, float]],
+        measure: Callable[[], Mapping[str, float | None]], ema: Ema | None = None,
     ) -> None:  # fmt: skip
         spec = context.stage_spec
         assert isinstance(spec, TrainingSpec)
@@ -50,7 +52,7 @@ class HeldOut:
         self.context, self.total, self.samples, self.measure = context, total, samples, measure
         self.kind, self.metric = kind_of(context.stage), spec.keep_best
         self.every = spec.eval_interval(total)
-        self.best = BestWeights(model, context.world) if spec.keep_best is not None else None
+        self.best = BestWeights(model, context.world, ema) if spec.keep_best is not None else None
 
     def after(self, step: int) -> None:
         """Evaluate the weights after ``step`` steps, if that is due before the end. Collective."""
@@ -100,10 +102,12 @@ class HeldOut:
     def _best_step(self) -> dict[str, float]:
         return {} if self.best is None or self.best.facts is None else {"best_step": self.best.facts["step"]}
 
-    def _is_better(self, measured: Mapping[str, float], facts: dict[str, Any] | None) -> bool:
+    def _is_better(self, measured: Mapping[str, float | None], facts: dict[str, Any] | None) -> bool:
         assert self.metric is not None
         value = measured[self.metric]
+        if value is None or not math.isfinite(value):
+            return False
         if facts is None:
-            return math.isfinite(value)
-        best = facts["metrics"][self.metric]
+            return True
+        best: float = facts["metrics"][self.metric]
         return value < best if self.metric in self.kind.lower_is_better else value > best

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpc_rlhf.spec.sizes import EVALUATED_ROWS
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
@@ -25,14 +26,12 @@ from hpc_rlhf.train.stages.held_out import HeldOut
 
 Row = dict[str, Any]
 
-# Held-out samples to evaluate: enough for a standard error of 1.6 % on an accuracy.
-EVALUATED = 1024
 # The token ids of a row that go through the model, for responses and for pairs of them.
 RESPONSES = ("prompt_ids", "chosen_ids")
 PAIRS = (*RESPONSES, "prompt_ids", "rejected_ids")
 
 
-def evaluated_rows(count: int, seed: int, most: int = EVALUATED) -> list[int]:
+def evaluated_rows(count: int, seed: int, most: int = EVALUATED_ROWS) -> list[int]:
     """Which of ``count`` held-out rows are evaluated, in order: at most ``most``, drawn at random from all sources."""
     return sorted(sample_at(place, count, seed, "held out") for place in range(min(count, most)))
 

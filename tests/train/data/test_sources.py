@@ -15,12 +15,13 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.sizes import EVALUATED_ROWS
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.train.algorithms import intervals
 from hpc_rlhf.train.data import sources
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import is_held_out, read, stage_of, stage_samples, texts
-from hpc_rlhf.train.stages.learner import EVALUATED, evaluated_rows
+from hpc_rlhf.train.stages.learner import evaluated_rows
 from tests.train.data.specs import spec_of
 
 STAGES = ("sft", "reward", "ppo")
@@ -316,8 +317,8 @@ def test_the_interval_of_a_held_out_share_has_its_coverage(monkeypatch: pytest.M
 def test_held_out_samples_are_evaluated_from_all_sources(seed: int) -> None:
     """The second of two sources of 1,500 rows each counts as much as the first."""
     places = evaluated_rows(3000, seed)
-    assert len(set(places)) == len(places) == EVALUATED
-    assert sum(place >= 1500 for place in places) / EVALUATED == pytest.approx(0.5, abs=0.06)
+    assert len(set(places)) == len(places) == EVALUATED_ROWS
+    assert sum(place >= 1500 for place in places) / EVALUATED_ROWS == pytest.approx(0.5, abs=0.06)
     assert evaluated_rows(700, seed) == list(range(700))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.checkpoint.store import Checkpoint, Take
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import sample_at, total_steps
 from hpc_rlhf.train.models import engine as engines
@@ -20,7 +21,9 @@ from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import commit, new_artifact, reward_model, start_actor, write_model
+from hpc_rlhf.train.stages.held_out import HeldOut
 from hpc_rlhf.train.stages.learner import evaluated_rows
+from hpc_rlhf.train.stages.ppo.held_out import evaluate
 from hpc_rlhf.train.stages.ppo.metrics import summarize
 from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
 from hpc_rlhf.train.stages.ppo.progress import Cursor, Progress
@@ -49,8 +52,19 @@ def run(context: StageContext) -> None:
     )  # fmt: skip
     mixture = pretraining_mixture(context, spec) if spec.ptx is not None else None
 
+    measure = partial(evaluate, context, trainer, data.held_out)
+    held_out = HeldOut(context, models.policy, total, len(data.held_out), measure, models.ema)
+
+    def load(checkpoint: Checkpoint) -> None:
+        models.load(checkpoint)
+        held_out.load(checkpoint.folder)
+
+    def save(snapshot: Snapshot) -> None:
+        models.save(snapshot)
+        held_out.save(snapshot)
+
     # 2. Resume, perhaps between the optimizer steps on an experience.
-    checkpoint = context.resume(models.load)
+    checkpoint = context.resume(load)
     first = checkpoint.step if checkpoint else 0
     state: dict[str, Any] = dict(checkpoint.state) if checkpoint else {"trainer": trainer.state}
     trainer.state = state["trainer"]
@@ -59,12 +73,15 @@ def run(context: StageContext) -> None:
         cursor = Cursor.after(checkpoint.part - 1, spec.minibatches)
         progress = Progress.load(checkpoint.folder, world.rank, cursor, world.device)
     samples = SampleLog(context, checkpoint)
+    if held_out.every and checkpoint is None:
+        held_out.evaluate(0)
 
     for step in range(first, total):
         if progress is None:
             # 3. A safe point, then responses to the step's prompts. A stop here or below discards the
             # rollout; the next attempt repeats it.
-            context.checkpoints.safe_point(step, models.save, state)
+            context.checkpoints.safe_point(step, save, state)
+            held_out.after(step)
             context.reseed(step)
             before = {"kl_coef": trainer.kl_coef, "actor_lr": engines.learning_rate(models.actor)}
             with context.stop.cancellable():
@@ -78,7 +95,7 @@ def run(context: StageContext) -> None:
         # point that keeps the experience.
         experience = progress.experience
         key = (context.spec.seed, "minibatches", step)
-        stats = trainer.learn(progress, mixture, _save_before_each(context, spec, models, step, state), key)
+        stats = trainer.learn(progress, mixture, _save_before_each(context, spec, save, step, state), key)
         progress = None
 
         # 6. Metrics and samples.
@@ -89,17 +106,21 @@ def run(context: StageContext) -> None:
             state.update(reward_first=values["reward"], reward_first_std=values["reward_std"], kl_first=values["kl"])
         state.update(reward_last=values["reward"], kl_last=values["kl"])
         samples.append_rollout(step + 1, experience)
-    context.checkpoints.safe_point(total, models.save, state)
+    context.checkpoints.safe_point(total, save, state)
 
-    # 7. Compare responses with the SFT model's, and export the models.
+    # 7. Evaluate, compare responses with the SFT model's, and export the models.
+    metrics = {name: value for name, value in state.items() if name not in ("seconds", "trainer")}
+    if held_out.every:
+        metrics |= {name if name == "best_step" else f"held_out_{name}": v for name, v in held_out.finish().items()}
     rows = [data.held_out[i] for i in evaluated_rows(len(data.held_out), context.spec.seed, HELD_OUT_PROMPTS)]
     if rows:
-        trainer.backend.sync_weights(models.policy)
         start = samples.answers(RolloutEngine(models.ref_policy, world), rows, trainer.rewards)
-        samples.append_final(total, rows, samples.answers(trainer.backend, rows, trainer.rewards), start)
-    metrics = {name: value for name, value in state.items() if name not in ("seconds", "trainer")}
+        with held_out.handed_on():
+            trainer.backend.sync_weights(models.policy)
+            answers = samples.answers(trainer.backend, rows, trainer.rewards)
+        samples.append_final(total, rows, answers, start)
     folder = new_artifact(context)
-    with context.stop.cancellable():
+    with held_out.handed_on():
         write_model(context, models.policy, folder)
         if models.ema:
             with models.ema.averaged_weights():  # a stop restores the weights before it saves
@@ -138,13 +159,13 @@ def _roll_out(context: StageContext, spec: PpoSpec, trainer: PpoTrainer, rows: A
 
 
 def _save_before_each(
-    context: StageContext, spec: PpoSpec, models: PpoModels, step: int, state: dict[str, Any]
+    context: StageContext, spec: PpoSpec, take: Take, step: int, state: dict[str, Any]
 ) -> Callable[[Progress], None]:
     """Before each optimizer step: a safe point, and random numbers of its own."""
 
     def before(progress: Progress) -> None:
         def save(snapshot: Snapshot) -> None:
-            models.save(snapshot)
+            take(snapshot)
             progress.save(snapshot, context.world.rank)
 
         done = progress.cursor.steps(spec.minibatches)
