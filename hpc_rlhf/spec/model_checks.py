@@ -62,6 +62,9 @@ def _of_model(spec: JobSpec, name: str, fields: Mapping[str, Any], where: Path |
     if name == "actor":
         if model_files.is_classifier(fields):
             return "it is a reward model, not a language model", "give the language model that it was made of"
+        limit, longest = model_files.rotary_switch(fields), spec.data.max_prompt_tokens + spec.data.max_answer_tokens
+        if "ppo" in spec.stage_names and limit is not None and longest > limit:
+            return model_files.switches_within(limit, longest)
         return None
     if not spec.uses_reward_model or where is None:
         return None

@@ -103,6 +103,37 @@ def model_type(fields: Mapping[str, Any]) -> str | None:
     return None if kind is None else str(kind)
 
 
+def rotary_switch(fields: Mapping[str, Any]) -> int | None:
+    """The tokens up to which all sequences have the same rotary frequencies; None if all have, whatever their length.
+
+    Args:
+        fields: a configuration's, or the attributes of transformers' object.
+    """
+    text = text_fields(fields)
+    parameters = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    limits = []
+    for each in (parameters, *parameters.values()):  # some models have parameters per kind of layer
+        kind = str(each.get("rope_type") or each.get("type")) if isinstance(each, dict) else ""
+        if "dynamic" in kind:
+            limits.append(text.get("max_position_embeddings"))
+        if kind in ("longrope", "su"):
+            original = each.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+            limits.append(original or text.get("max_position_embeddings"))
+    return min((limit for limit in limits if limit), default=None)
+
+
+def switches_within(limit: int, longest: int) -> Problem:
+    """Why PPO cannot train a model whose rotary frequencies change at ``limit`` tokens on sequences of ``longest``.
+
+    Their first tokens would be sampled with other frequencies than those that the whole sequence is trained with.
+    """
+    return (
+        f"its rotary embedding changes at {limit} tokens, but prompt and response may have {longest}, so that "
+        "responses would be sampled from another model than the one that learns from them",
+        f"lower data.max_prompt_tokens and data.max_answer_tokens to {limit} together, or train with dpo",
+    )
+
+
 @cache
 def causal_types() -> frozenset[str]:
     """The types of which the installed transformers has causal language models, read from its source, because importing

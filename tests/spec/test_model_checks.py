@@ -248,3 +248,22 @@ def test_tokenizers_are_compared(
         assert only.startswith("7: models.reward: its tokenizer differs from the actor's: ")
         assert said in only
     assert problems(tmp_path, models, "sft: {}, dpo: {}") == [], "no stage uses the reward model"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("phi3", {"rope_scaling": {"type": "longrope"}, "original_max_position_embeddings": 500}),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 500}}),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 500}),
+        ("gemma3", {"text_config": {"rope_parameters": {"full_attention": {"rope_type": "dynamic"}},
+                                    "max_position_embeddings": 500}}),
+    ],
+)  # fmt: skip
+def test_a_rotary_embedding_that_changes_within_a_rollout(
+    tmp_path: Path, write: Write, kind: str, fields: dict[str, Any]
+) -> None:
+    models = {"actor": write("actor", {"model_type": kind, "max_position_embeddings": 2000, **fields})}
+    (problem,) = problems(tmp_path, models, "sft: {}, reward: {}, ppo: {}")
+    assert "models.actor: its rotary embedding changes at 500 tokens, but prompt and response may have 512" in problem
+    assert not problems(tmp_path, models, "sft: {}, dpo: {}")

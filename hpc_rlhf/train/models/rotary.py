@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec import model_files
 
 SWITCHING = ("dynamic", "longrope")
 
@@ -24,32 +25,18 @@ def switch_length(config: Any) -> int | None:
     Args:
         config: of a transformers model.
     """
-    text = config.get_text_config()
-    parameters = getattr(text, "rope_parameters", None) or {}
-    limits = []
-    for each in (parameters, *parameters.values()):  # some models have parameters per kind of layer
-        kind = str(each.get("rope_type")) if isinstance(each, dict) else ""
-        if "dynamic" in kind:
-            limits.append(text.max_position_embeddings)
-        if kind == "longrope":
-            original = each.get("original_max_position_embeddings")
-            limits.append(original or getattr(text, "original_max_position_embeddings", text.max_position_embeddings))
-    return min(limits) if limits else None
+    return model_files.rotary_switch(vars(config.get_text_config()))
 
 
 def check_rollouts(config: Any, longest: int, source: str) -> None:
     """Refuse to learn from sampled sequences over which the frequencies switch.
 
-    Their first tokens would be sampled with other frequencies than those that the whole sequence is trained with.
+    ``check`` refuses them as well if the model's files are on its machine.
     """
     limit = switch_length(config)
     if limit is not None and longest > limit:
-        raise HpcRlhfError(
-            f"the model's rotary embedding changes at {limit} tokens, but prompt and response may have {longest}, "
-            "so that responses would be sampled from another model than the one that learns from them",
-            where=source,
-            hint=f"lower data.max_prompt_tokens and data.max_answer_tokens to {limit} together, or train with dpo",
-        )
+        what, hint = model_files.switches_within(limit, longest)
+        raise HpcRlhfError(f"the model: {what}", where=source, hint=hint)
 
 
 def separate(model: nn.Module) -> None:
