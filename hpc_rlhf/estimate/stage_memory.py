@@ -87,7 +87,8 @@ def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int |
         trained = model_memory.in_training(Pass(model, training, tokens, 0), batch, scored=True)
         return Memory({"reward": model.scored}, trained.always, trained.phases, gpu)
     model = architecture(spec.models, "actor")
-    answers_only = kind.data is Data.PAIRS or getattr(stage, "answer_only", False)
+    texts = any(source.format == "text" for source in spec.data.sources)  # all of which is learned
+    answers_only = kind.data is Data.PAIRS or (getattr(stage, "answer_only", False) and not texts)
     predicted = sequences * lengths[1] if answers_only else tokens
     # With adapters only, the model with its adapters off is the reference.
     own_ref = "ref" in stage.strategies and training.lora is not None and training.lora.only

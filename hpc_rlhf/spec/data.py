@@ -45,7 +45,7 @@ class DataSpec(Model):
     version: Literal[1, 2] = 2
     """How rows become samples. A run keeps the version that it began with. 2: conversations are divided as whole ones,
     so that no held-out response is part of a prompt that is trained on. 1, of hpc-rlhf 0.1.0: only rows with the same
-    whole prompt stay together."""
+    whole prompt stay together, and with answer_only: false no end of sequence follows the responses in prompts."""
 
     # As StageSpec.before.
     before: ClassVar[dict[str, object]] = {"version": 1}

@@ -174,7 +174,7 @@ def read_all(spec: JobSpec) -> Survey:
             survey.notes.append("the tokenizer is not on this machine, so nothing is said of what is cut or too long")
         for path, counts, samples, data in _parts(spec):
             try:
-                _count(samples, tokenizer, spec, data)
+                _count(path, samples, tokenizer, spec, data)
                 if not any(Outcome.TRAINED in one.outcomes for one in counts):
                     stage = path.split(".")[1]
                     raise sources.nothing_for(stage, counts)
@@ -201,14 +201,15 @@ def _parts(spec: JobSpec) -> Iterator[Part]:
             yield path, [one], sources.mixed_samples(source, spec.seed, one), Data.ANSWERS
 
 
-def _count(samples: Iterator[sources.StageSample], tokenizer: Any, spec: JobSpec, data: Data) -> None:
+def _count(path: str, samples: Iterator[sources.StageSample], tokenizer: Any, spec: JobSpec, data: Data) -> None:
     if tokenizer is None:
         for sample, held_out, counts in samples:
             counts.add(Outcome.HELD_OUT if held_out else Outcome.TRAINED, sample.where)
         return
-    from hpc_rlhf.train.data.tokenized import encoded
+    from hpc_rlhf.train.data.tokenized import encoded, ends_turns
 
-    for _ in encoded(samples, tokenizer, spec, data):
+    stage = path.split(".")[1] if path.count(".") == 1 else None
+    for _ in encoded(samples, tokenizer, spec, data, ends_turns(spec, stage)):
         pass
 
 

@@ -47,6 +47,8 @@ def job(work: Path, stage: str, seed: int, lr: float) -> dict[str, Any]:
         "micro_batch": SAMPLES, "precision": "fp32", "max_steps": STEPS, "epochs": 100, "lr": lr,
         "checkpoint_every": STEPS,
     }  # fmt: skip
+    if stage == "sft":
+        trained["answer_only"] = False  # as its peer trains
     longest = workload.LONGEST // 2
     model: Any = {"from_scratch": workload.SHAPES["4 x 256"]}
     stages: dict[str, Any] = {stage: trained}

@@ -21,7 +21,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.spec.load import load_spec, read_spec
 from hpc_rlhf.train.data.sources import conversation_of, read, stage_samples
-from hpc_rlhf.train.data.tokenized import _facts
+from hpc_rlhf.train.data.tokenized import _facts, ends_turns
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_runs_keep_the_defaults_that_they_began_with(runs: Path) -> None:
     run = RunDir(runs / "died")
     run.job_yaml.write_text(run.job_yaml.read_text().replace("/scratch/runs/died", str(run.path)))
     begun = read_spec(run.job_yaml)
-    assert (begun.data.version, begun.stages.sft.warmup) == (1, 0)
+    assert (begun.data.version, begun.stages.sft.answer_only, begun.stages.sft.warmup) == (1, False, 0)
     left_out = re.sub(r"\n +(warmup: 0|answer_only: \S+)(?=\n)", "", run.job_yaml.read_text())
     (runs / "again.yaml").write_text(left_out)
     spec, _ = resolve(load_spec(runs / "again.yaml"))
@@ -109,6 +109,8 @@ def test_runs_keep_their_data(runs: Path) -> None:
     for stage, before in {"sft": "7787894e7da6e614", "ppo": "418743e414c93cce"}.items():
         trained = [(sample.prompt, sample.chosen) for sample, held_out, _ in stage_samples(spec, stage) if not held_out]
         assert digest(repr(trained)) == before
+    assert not ends_turns(spec, "sft")
+    assert not ends_turns(spec, None)
     assert all(conversation_of(sample, spec) == sample.prompt for sample in read(spec.data.sources[0], spec.seed))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from hpc_rlhf.spec.fields import Rate
@@ -13,8 +15,12 @@ class SftSpec(TrainingSpec):
     """Supervised fine-tuning on prompts and chosen responses."""
 
     lr: Rate = Field(default=9.65e-6, description="Peak learning rate.")
-    answer_only: bool = False
-    """Train only on the tokens of the responses, not of the prompts."""
+    answer_only: bool = True
+    """Train only on the responses of dialogues, not on their prompts; of texts without a prompt on everything. false
+    also trains on prompts; in plain transcripts, an end of sequence then follows every response in them, so that the
+    model does not learn to write the human's turns."""
+
+    before: ClassVar[dict[str, object]] = {**TrainingSpec.before, "answer_only": False}
 
 
 SFT = StageKind(

@@ -54,7 +54,7 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [ids_of(text, is_marked) for text, is_marked in zip(texts, marked, strict=True)]
 
 
-def encode(samples: Sequence[Sample], tokenizer: Any, *answers: str) -> list[Tokens | None]:
+def encode(samples: Sequence[Sample], tokenizer: Any, *answers: str, ends: bool = False) -> list[Tokens | None]:
     """Samples as token ids; None if the template writes a response otherwise than as a continuation of a prompt.
 
     Prompt and response together are the tokens of the whole dialogue, unless a token would span their
@@ -62,11 +62,12 @@ def encode(samples: Sequence[Sample], tokenizer: Any, *answers: str) -> list[Tok
 
     Args:
         answers: ``chosen``, ``rejected``.
+        ends: as ``Renderer`` takes it.
 
     Raises:
         HpcRlhfError: the template refuses a dialogue, or the tokenizer has no way to write its text.
     """
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, ends)
     texts = [renderer.dialogue(sample, *[getattr(sample, which) for which in answers]) for sample in samples]
     ids = iter(token_ids(tokenizer, [text for it in texts if it is not None for text in (it.prompt, *it.wholes)]))
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # plain text needs a first token
@@ -95,12 +96,12 @@ def _response(tokenizer: Any, prompt: list[int], whole: list[int], text: str) ->
     return [*(ids[: ids.index(eos)] if eos in ids else ids), eos]
 
 
-def shorten(sample: Sample, tokens: Tokens, tokenizer: Any, longest: int) -> list[int]:
+def shorten(sample: Sample, tokens: Tokens, tokenizer: Any, longest: int, ends: bool = False) -> list[int]:
     """The token ids of a prompt that is too long, without as many of its oldest turns as need be.
 
     The system message and BOS stay. If the last turn is too long by itself, its text is cut on the left.
     """
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, ends)
     system = [turn for turn in sample.turns[:1] if turn[0] == "system"]
     starts = [place for place, (role, _) in enumerate(sample.turns) if role == "human"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +11,11 @@ from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.data import special_strings
-from hpc_rlhf.train.data.rows import Sample, Turn, transcript
+from hpc_rlhf.train.data.rows import ASSISTANT, MARKER, Sample, Turn, transcript
 
 TEMPLATE_ROLES = {"system": "system", "human": "user", "assistant": "assistant"}
+# In a transcript, a response that another turn follows.
+EARLIER_RESPONSE = re.compile(f"{ASSISTANT}(?:(?!{MARKER.pattern}).)*(?={MARKER.pattern})", re.DOTALL)
 END_OF_THINKING = "</think>"
 # Before a template: what `enable_thinking` is for those who do not set it, such as a server.
 THINKING_DEFAULT = "{{%- set enable_thinking = enable_thinking if enable_thinking is defined else {} -%}}"
@@ -40,10 +43,14 @@ class Renderer:
     """Renders dialogues in the format of a tokenizer. Special strings in messages are marked, so that they stay text.
 
     A template that knows thinking is told whether a response thinks, so that its prompt is one that it continues.
+
+    Args:
+        ends: without a template, EOS follows earlier responses in prompts, for training on prompts.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, ends: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.ends = ends
         self.template = tokenizer.chat_template
         thinks = isinstance(self.template, str) and self.template.startswith(THINKING_DEFAULT.format("true"))
         self.default = {"enable_thinking": thinks}
@@ -70,7 +77,12 @@ class Renderer:
         """
         if self.template:
             return self._apply(self._messages(turns), True, self.default if settings is None else settings, where)
-        return special_strings.mark(transcript(turns) if plain is None else plain, self.special)
+        return self._plain(transcript(turns) if plain is None else plain)
+
+    def _plain(self, prompt: str) -> str:
+        """A transcript that is a prompt, with marks."""
+        marked = special_strings.mark(prompt, self.special)
+        return EARLIER_RESPONSE.sub(lambda match: match[0] + self.tokenizer.eos_token, marked) if self.ends else marked
 
     def dialogue(self, sample: Sample, *answers: str) -> Rendered | None:
         """A sample's prompt and responses to it: exactly what the template writes for these messages.
@@ -79,7 +91,8 @@ class Renderer:
             None if the template writes no prompt that all responses continue, or writes a text without one of them.
         """
         if not self.template or not sample.prompt:
-            prompt, *marked = [special_strings.mark(text.rstrip(), self.special) for text in (sample.prompt, *answers)]
+            prompt = self._plain(sample.prompt.rstrip())
+            marked = [special_strings.mark(text.rstrip(), self.special) for text in answers]
             return Rendered(prompt, tuple(text and prompt + text for text in marked))
         if not any(answers):
             return Rendered(self.prompt(sample.turns, where=sample.where), answers, self.default)

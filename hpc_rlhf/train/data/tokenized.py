@@ -54,16 +54,19 @@ class StageData:
 
 
 def encoded(
-    samples: Iterable[StageSample], tokenizer: Any, spec: JobSpec, data: Data
+    samples: Iterable[StageSample], tokenizer: Any, spec: JobSpec, data: Data, ends: bool = False
 ) -> Iterator[tuple[bool, dict[str, Any]]]:
     """Samples as rows of token ids, each with whether it is held out. Every sample is counted.
 
     PPO leaves samples with a long prompt out; other stages leave out its oldest turns. A long response is truncated on
     the right, and then has no EOS. Plain text becomes a row for each of its pieces.
+
+    Args:
+        ends: as ``Renderer`` takes it; see ``ends_turns``.
     """
     remaining = iter(samples)
     while chunk := list(islice(remaining, CHUNK)):
-        tokens = encode([sample for sample, _, _ in chunk], tokenizer, *data.answers)
+        tokens = encode([sample for sample, _, _ in chunk], tokenizer, *data.answers, ends=ends)
         for (sample, held_out, counts), one in zip(chunk, tokens, strict=True):
             if one is None:
                 counts.add(Outcome.TEMPLATE, sample.where)
@@ -73,12 +76,12 @@ def encoded(
                 counts.add(Outcome.HELD_OUT if held_out else Outcome.TRAINED, sample.where)
                 if one.drops_thinking:
                     counts.add(Outcome.NO_THINKING, sample.where)
-                for row in _rows(sample, one, tokenizer, spec.data, data, counts):
+                for row in _rows(sample, one, tokenizer, spec.data, data, counts, ends):
                     yield held_out, row
 
 
 def _rows(
-    sample: Sample, tokens: Tokens, tokenizer: Any, limits: DataSpec, data: Data, counts: SourceCounts
+    sample: Sample, tokens: Tokens, tokenizer: Any, limits: DataSpec, data: Data, counts: SourceCounts, ends: bool
 ) -> Iterator[dict[str, Any]]:
     """The rows of a sample, as long as the limits allow; what is changed for that is counted."""
     longest, longest_answer = limits.max_prompt_tokens, limits.max_answer_tokens
@@ -91,7 +94,7 @@ def _rows(
     prompt_ids = tokens.prompt
     if len(prompt_ids) > longest:
         counts.add(Outcome.CUT_LEFT, sample.where)
-        prompt_ids = shorten(sample, tokens, tokenizer, longest)
+        prompt_ids = shorten(sample, tokens, tokenizer, longest, ends)
     if any(len(ids) > longest_answer for ids in tokens.responses):
         counts.add(Outcome.CUT_RIGHT, sample.where)
     responses = zip(data.answers, tokens.responses, strict=True)
@@ -117,6 +120,7 @@ def _write(
     folder: Path,
     should_stop: Callable[[], bool] = bool,
     numbers: tuple[str, ...] = (),
+    ends: bool = False,
 ) -> dict[str, int]:
     """Write token data sets as samples are read.
 
@@ -138,7 +142,7 @@ def _write(
 
     folder.mkdir(parents=True)
     files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers), numbers) for part in PARTS]
-    for held_out, row in encoded(until_stopped(), tokenizer, spec, data):
+    for held_out, row in encoded(until_stopped(), tokenizer, spec, data, ends):
         files[held_out].add(row)
     return dict(zip(PARTS, [file.close() for file in files], strict=True))
 
@@ -173,6 +177,13 @@ def _facts(spec: JobSpec) -> dict[str, Any]:
     return {"data": spec.data.model_dump(mode="json", exclude={"max_dropped", *as_before}), "seed": spec.seed}
 
 
+def ends_turns(spec: JobSpec, stage: str | None) -> bool:
+    """Whether EOS follows earlier responses in the prompts of a stage, or of text that is mixed into one (None): where
+    prompts are learned, too. Otherwise the model would learn to go on with the human's turn after its own."""
+    learned = stage is None or not getattr(spec.stage(stage), "answer_only", True)
+    return learned and spec.data.version > 1
+
+
 def prepare(
     spec: JobSpec, stage: str, tokenizer: Any, folder: Path, world: World, should_stop: Callable[[], bool] = bool
 ) -> StageData:
@@ -185,8 +196,9 @@ def prepare(
         WorkCancelled: ``should_stop`` was true; nothing is kept.
         HpcRlhfError: the data cannot be read, has nothing for this stage, or too many rows are lost.
     """
-    numbers = ("margin",) if uses_margins(spec, stage) else ()
-    facts = {**_facts(spec), "stages": spec.trained, "stage": stage, **({"numbers": numbers} if numbers else {})}
+    numbers, ends = ("margin",) if uses_margins(spec, stage) else (), ends_turns(spec, stage)
+    more = {**({"numbers": numbers} if numbers else {}), **({"ends": ends} if ends else {})}
+    facts = {**_facts(spec), "stages": spec.trained, "stage": stage, **more}
     target = folder / _fingerprint(tokenizer, facts)
 
     def write() -> dict[str, Any]:
@@ -194,7 +206,8 @@ def prepare(
         counts = new_counts(spec)
         for text in (text for source in spec.data.sources for text in unread(source)):
             print(f"hpc-rlhf: warning: stage {stage}: {text}", file=sys.stderr, flush=True)
-        rows = _write(stage_samples(spec, stage, counts), tokenizer, spec, data, target, should_stop, numbers)
+        samples = stage_samples(spec, stage, counts)
+        rows = _write(samples, tokenizer, spec, data, target, should_stop, numbers, ends)
         if rows["train"]:
             return {"stage": stage, "rows": rows, "sources": [source.to_dict() for source in counts]}
         raise nothing_for(stage, counts)
@@ -216,7 +229,8 @@ def prepare_mixture(
 
     def write() -> dict[str, Any]:
         counts = SourceCounts(name_of(source))
-        rows = _write(mixed_samples(source, spec.seed, counts), tokenizer, spec, Data.ANSWERS, target, should_stop)
+        ends, samples = ends_turns(spec, None), mixed_samples(source, spec.seed, counts)
+        rows = _write(samples, tokenizer, spec, Data.ANSWERS, target, should_stop, ends=ends)
         if not rows["train"]:
             raise HpcRlhfError(f"there is no text in it: {counts.summary()}", where=where)
         return {"rows": rows, "sources": [counts.to_dict()]}

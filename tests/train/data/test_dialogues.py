@@ -124,3 +124,25 @@ def test_a_token_that_would_span_prompt_and_response_is_not_used() -> None:
     assert prompt == tokenizer(green.prompt)["input_ids"]
     assert tokenizer(green.prompt + green.chosen)["input_ids"][: len(prompt)] != prompt, "it does reach over"
     assert chosen == [*tokenizer(green.chosen)["input_ids"], tiny.EOS]
+
+
+def test_earlier_responses_of_a_transcript_end_for_training_on_prompts() -> None:
+    tokenizer, eos = tiny.tokenizer(), tiny.tokenizer().eos_token
+    for turns in (TURNS, (("system", "Be kind."), *TURNS, ("assistant", "White."), ("human", f"{eos} or not?"))):
+        sample = Sample(turns, transcript(turns), " Yes.")
+        (ended,), (plain,) = encode([sample], tokenizer, "chosen", ends=True), encode([sample], tokenizer, "chosen")
+        assert ended is not None
+        assert plain is not None
+        responses = sum(role == "assistant" for role, _ in turns)
+        assert ended.prompt.count(tokenizer.eos_token_id) == responses
+        assert plain.prompt.count(tokenizer.eos_token_id) == 0
+        assert [it for it in ended.prompt if it != tokenizer.eos_token_id] == plain.prompt
+        assert ended.responses == plain.responses
+        before = tokenizer.decode(ended.prompt[: ended.prompt.index(tokenizer.eos_token_id)])
+        assert before.endswith("Assistant: Green.")
+
+
+@pytest.mark.parametrize("kind", chatty.TEMPLATES)
+def test_a_template_ends_turns_itself(kind: str) -> None:
+    tokenizer = configure_tokenizer(chatty.tokenizer(kind), "auto")
+    assert encode([SAMPLE], tokenizer, "chosen", ends=True) == encode([SAMPLE], tokenizer, "chosen")

@@ -207,7 +207,7 @@ def test_a_mixture_is_the_whole_source_and_tokenized_once(tokenizer: Any, tmp_pa
     rows = prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
     assert len(rows) == 100
     samples = (StageSample(sample, False, SourceCounts("demo")) for sample in read(source, spec.seed))
-    assert list(rows) == [row for _, row in encoded(samples, tokenizer, spec, Data.ANSWERS)]
+    assert list(rows) == [row for _, row in encoded(samples, tokenizer, spec, Data.ANSWERS, ends=True)]
     (folder,) = tmp_path.iterdir()
     before = (folder / "train.arrow").stat().st_mtime_ns
     prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
