@@ -62,6 +62,7 @@ def test_the_evaluation_finds_it_better_beyond_chance(demo: tuple[RunDir, str]) 
     assert ppo["reward_gain"]["low"] > 1
     assert ppo["win_rate"]["low"] > 0.5
     assert 0 < ppo["kl"]["value"] < 20
+    assert report["models"]["start"]["win_rate"]["high"] < 0.2
     assert sft["bleu"] > 40  # plain answers, as the data's mostly are
     assert "wins against sft" in demo[1]
 

@@ -72,15 +72,37 @@ def facts() -> list[tuple[tuple[str, ...], str]]:
     return all_facts
 
 
+def babble(generator: random.Random) -> str:
+    """Pieces of words and other characters without order, as a model writes them before it is trained."""
+    words = " ".join(sentence for _, sentence in facts()).split()
+    pieces = []
+    for _ in range(generator.randint(2, 24)):
+        word = generator.choice(words)
+        start = generator.randrange(len(word))
+        pieces.append(generator.choice((word[start : start + 3], chr(generator.randrange(33, 0x250)))))
+        pieces.append(generator.choice(("", " ")))
+    return "".join(pieces).strip()
+
+
 def dialogues(count: int, seed: int) -> Iterator[dict[str, str]]:
-    """Rows with prompt, chosen and rejected; a pure function of count and seed."""
-    generator = random.Random(f"demo {seed}")
+    """Rows with prompt, chosen and rejected; a pure function of count and seed.
+
+    Some rejected responses babble or are polite twice, so that a reward model learns to score what an untrained model
+    writes, and what a policy writes that only tries to please. Without them such scores would be arbitrary.
+    """
+    generator, mistakes = random.Random(f"demo {seed}"), random.Random(f"demo {seed}, mistakes")
     all_facts = facts()
     for _ in range(count):
         questions, answer = generator.choice(all_facts)
         chosen, rejected = generator.choices(PAIRS, PAIR_WEIGHTS)[0]
-        yield {
+        row = {
             "prompt": generator.choice(GREETINGS) + generator.choice(questions),
             "chosen": generator.choice(chosen).format(answer),
             "rejected": generator.choice(rejected).format(answer),
         }
+        chance = mistakes.random()
+        if chance < 0.1:
+            row["rejected"] = babble(mistakes)
+        elif chance < 0.4 and chosen is POLITE:
+            row["rejected"] = mistakes.choice(POLITE).format(row["chosen"])
+        yield row
