@@ -224,7 +224,8 @@ def rewards(sample: Sample, outcome: Outcome) -> None:
     ours = load_reward(str(sample.folder), torch.float32, seed=3).train()
     agreement.verify(ours, World(0, ParallelDims(1), torch.device("cpu"), None), str(sample.folder))
     (head,) = [p for name, p in ours.named_parameters() if name.endswith("score.weight")]
-    body = structure.body(sample.plain())
+    plain = sample.plain()
+    body = structure.body(plain if plain.config.get_text_config() is plain.config else plain.get_decoder())
     expected = [
         body(input_ids=torch.tensor([row]), use_cache=False).last_hidden_state[0] @ head[0] for row in sample.rows
     ]

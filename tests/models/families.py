@@ -349,4 +349,5 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 FAMILIES["zamba"] = replace(FAMILIES["zamba"], spread=0.15)
+FAMILIES["qwen3_5"] = replace(FAMILIES["qwen3_5"], spread=0.2)
 FAMILIES["diffllama"] = replace(FAMILIES["diffllama"], noise=False)
