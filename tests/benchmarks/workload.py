@@ -72,6 +72,8 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
     common = {"micro_batch": micro_batch, "global_batch": samples, "max_steps": steps, "epochs": 100}
     rates = {"actor_lr": 1e-5, "critic_lr": 1e-5} if stage == "ppo" else {"lr": 1e-3}
     stages = {stage: {**common, **rates, "precision": "bf16", "zero": 0, "checkpoint_every": 10**6}}
+    if stage == "sft":
+        stages["sft"]["answer_only"] = False  # as its peers train
     if stage == "ppo":
         stages["ppo"]["ema"] = False
         stages["reward"] = {**common, "max_steps": 1, "lr": 1e-3}
