@@ -1,4 +1,4 @@
-"""Shared fixtures: the Slurm cluster, and a check that tests leave no processes behind."""
+"""Shared fixtures: the Slurm cluster, a world of one rank, and a check that tests leave no processes behind."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from tests.cluster import Cluster, why_not
 from tests.cluster.processes import Process, find, kill_and_wait
+
+if TYPE_CHECKING:
+    from hpc_rlhf.train.runtime.world import World
 
 # A background shell makes the tests ignore these signals, and everything they start would inherit that.
 for number in (signal.SIGINT, signal.SIGHUP):
@@ -104,3 +108,17 @@ def short_tmp() -> Iterator[Path]:
     """A temporary folder with a path short enough for sockets, unlike pytest's."""
     with tempfile.TemporaryDirectory(prefix="hpc-rlhf-") as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """This process alone, joined by gloo without a launcher or a port."""
+    import torch
+    import torch.distributed as dist
+
+    from hpc_rlhf.train.runtime.world import ParallelDims, World
+
+    meeting = tmp_path_factory.mktemp("world") / "meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+    yield World(0, ParallelDims(1), torch.device("cpu"), dist.group.WORLD)
+    dist.destroy_process_group()
