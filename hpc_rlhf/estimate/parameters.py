@@ -60,7 +60,7 @@ class Architecture:
         layers: number of blocks.
         hidden: width.
         inner: width of the MLP.
-        vocabulary: tokens that the head tells apart.
+        vocabulary: tokens that the head distinguishes.
         kv: numbers that one token leaves in the KV cache, in all layers.
         kept: by the bytes of a number, what all blocks keep of a token for the backward pass, in bytes: what
             tensor parallelism leaves whole, and what it shards.

@@ -174,7 +174,7 @@ def set_dependency(job_id: str, needs: Sequence[str], behind: Sequence[str] = ()
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs for good. A stage that is told to stop requeues itself, so forbid that first."""
+    """Cancel jobs for good. A stage that Slurm signals requeues itself, so forbid that first."""
     for job_id in job_ids:
         try:
             run(["scontrol", "update", f"JobId={job_id}", "Requeue=0"])

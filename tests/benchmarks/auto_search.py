@@ -54,10 +54,10 @@ def on_ranks(*args: str) -> list[Any]:
         subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for env in rank_environment(RANKS, free_port())
     ]
-    told = [rank.communicate() for rank in ranks]
+    outputs = [rank.communicate() for rank in ranks]
     if any(rank.returncode for rank in ranks):
-        raise RuntimeError(told[0][1][-3000:])
-    return [json.loads(out.splitlines()[-1]) for out, _ in told]
+        raise RuntimeError(outputs[0][1][-3000:])
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
 def _speeds() -> dict[str, float]:

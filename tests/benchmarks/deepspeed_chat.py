@@ -4,7 +4,7 @@ Held against its sources (microsoft/DeepSpeedExamples, applications/DeepSpeed-Ch
 1, betas 0.9 and 0.95, cosine schedule), every sequence padded to 512, a v_head over all places and a loop over pairs,
 prompts padded to the left to 128, answers by transformers' generate, four forward passes over prompts and answers, one
 actor and one critic update. EMA, LoRA, offload and the dead hybrid engine are off. Its other settings are the fastest
-it has. Three things are mended so that both sides do the same work: answers are sampled, pad is not EOS, and AdamW is
+it has. Three things differ, so that both sides do the same work: answers are sampled, pad is not EOS, and AdamW is
 torch's fused one (DeepSpeed's FusedAdam is a CUDA kernel to be compiled).
 """
 

@@ -128,7 +128,7 @@ def longest_rows(size: int) -> None:
     from hpc_rlhf.train.data import tokenized
     from hpc_rlhf.train.data.dialogues import Tokens
 
-    def encode(chunk: Sequence[Any], tokenizer: Any, *answers: str) -> Iterator[Tokens]:
+    def encode(chunk: Sequence[Any], tokenizer: Any, *answers: str, ends: bool) -> Iterator[Tokens]:
         for number, _ in enumerate(chunk):
             ids = [40 + (number * 7 + i * i) % 200 for i in range(size)]
             yield Tokens(ids, [ids] * len(answers), {})

@@ -85,8 +85,8 @@ def test_the_first_ppo_step_starts_from_the_reference(plain: RunDir) -> None:
     """Without dropout and before any update the actor equals the reference, and every ratio is 1."""
     first = train_lines(plain, "ppo")[0]
     assert (first["kl"], first["ratio"], first["approx_kl"], first["clipfrac"]) == (0.0, 1.0, 0.0, 0.0)
-    told = {"entropy", "value_clipfrac", "eos_rate", "answer_tokens", "explained_variance", "reward", "kl_coef"}
-    assert told <= {name for name, value in first.items() if value is not None}
+    expected = {"entropy", "value_clipfrac", "eos_rate", "answer_tokens", "explained_variance", "reward", "kl_coef"}
+    assert expected <= {name for name, value in first.items() if value is not None}
     assert train_lines(plain, "ppo")[-1]["kl"] > 0
 
 

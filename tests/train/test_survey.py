@@ -30,27 +30,27 @@ def hh(path: str) -> dict[str, Any]:
     return {"path": path, "format": "hh"}
 
 
-def test_what_is_foretold_is_what_the_stages_do(tmp_path: Path, world: World) -> None:
+def test_the_survey_predicts_what_the_stages_do(tmp_path: Path, world: World) -> None:
     rows = [*[pair(n) for n in range(120)], *BROKEN, *[pair(n, chosen=" long" * n) for n in range(200, 260)]]
     spec = spec_of(
         hh(write(tmp_path / "a.jsonl", rows)), {"demo": 50, "weight": 1.5}, max_prompt_tokens=24, max_answer_tokens=30,
         held_out=0.2,
     )  # fmt: skip
-    foretold = survey.read_all(spec)
-    assert foretold.problems == []
+    predicted = survey.read_all(spec)
+    assert predicted.problems == []
     tokenizer = survey.tokenizer_of(spec, tmp_path / "tokenizer")
     for stage in spec.trained:
         files = StageDir(tmp_path / stage)
         prepare(spec, stage, tokenizer, files.data, world)
-        assert [counts.to_dict() for counts in stage_counts(files)] == foretold.data[f"stages.{stage}"]
-    assert any("cut on the right" in note for note in foretold.notes)
+        assert [counts.to_dict() for counts in stage_counts(files)] == predicted.data[f"stages.{stage}"]
+    assert any("cut on the right" in note for note in predicted.notes)
 
 
 @pytest.mark.parametrize("limits", [{"max_dropped": 0.02}, {"max_prompt_tokens": 2}])
-def test_a_refusal_is_foretold(limits: dict[str, Any], tmp_path: Path, world: World) -> None:
+def test_the_survey_predicts_a_refusal(limits: dict[str, Any], tmp_path: Path, world: World) -> None:
     rows = [*[pair(n) for n in range(120)], *BROKEN]
     spec = spec_of(hh(write(tmp_path / "a.jsonl", rows)), **limits)
-    foretold = {problem["what"] for problem in survey.read_all(spec).problems}
+    predicted = {problem["what"] for problem in survey.read_all(spec).problems}
     tokenizer = survey.tokenizer_of(spec, tmp_path / "tokenizer")
     met = set()
     for stage in spec.trained:
@@ -59,7 +59,7 @@ def test_a_refusal_is_foretold(limits: dict[str, Any], tmp_path: Path, world: Wo
         except HpcRlhfError as error:
             met.add(error.message)
     assert met
-    assert {what.partition(": ")[2] for what in foretold} == met
+    assert {what.partition(": ")[2] for what in predicted} == met
 
 
 def problems(spec: JobSpec) -> list[tuple[str, str]]:

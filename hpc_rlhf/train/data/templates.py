@@ -42,7 +42,7 @@ class Rendered:
 class Renderer:
     """Renders dialogues in the format of a tokenizer. Special strings in messages are marked, so that they stay text.
 
-    A template that knows thinking is told whether a response thinks, so that its prompt is one that it continues.
+    A template that knows thinking receives whether a response thinks, so that its prompt is one that it continues.
 
     Args:
         ends: without a template, EOS follows earlier responses in prompts, for training on prompts.

@@ -1,4 +1,4 @@
-"""Randomly broken data: every row is used or counted under a reason, or one error names its place, as foretold.
+"""Randomly broken data: every row is used or counted under a reason, or one error names its place, as predicted.
 
 A few files run with the other tests; ``make fuzz`` tries 10,000.
 """
@@ -243,7 +243,7 @@ def tokenizers() -> list[Any]:
     return made
 
 
-def test_every_row_is_used_or_counted_as_foretold(
+def test_every_row_is_used_or_counted_as_predicted(
     tokenizers: list[Any], tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fine = refused = 0
@@ -253,7 +253,7 @@ def test_every_row_is_used_or_counted_as_foretold(
         tokenizer = draw.choice(tokenizers)
         monkeypatch.setattr(survey, "tokenizer_of", lambda spec, folder, tokenizer=tokenizer: tokenizer)
         survey.sampled.cache_clear()
-        foretold = survey.read_all(spec)
+        predicted = survey.read_all(spec)
         errors = set()
         for stage in spec.trained:
             files = StageDir(folder / stage)
@@ -264,10 +264,10 @@ def test_every_row_is_used_or_counted_as_foretold(
                 continue
             counts = stage_counts(files)
             assert rows is None or counts[0].read == rows, f"case {number}: {counts[0].summary()}"
-            if not foretold.problems:
-                assert [one.to_dict() for one in counts] == foretold.data[f"stages.{stage}"], f"case {number}"
+            if not predicted.problems:
+                assert [one.to_dict() for one in counts] == predicted.data[f"stages.{stage}"], f"case {number}"
         assert not any("tried again" in error for error in errors), f"case {number}: {errors}"
-        assert bool(errors) == bool(foretold.problems), f"case {number}: {errors} {foretold.problems}"
+        assert bool(errors) == bool(predicted.problems), f"case {number}: {errors} {predicted.problems}"
         fine, refused = fine + (not errors), refused + bool(errors)
         shutil.rmtree(folder)
     assert min(fine, refused) > FILES / 8, f"{fine} files were read and {refused} refused"

@@ -71,8 +71,8 @@ def test_a_tokenizer_is_trained_once_and_again_after_an_interruption(tmp_path: P
     (tmp_path / "tokenizer" / "manifest.json").unlink()
     whole = (tmp_path / "tokenizer" / "tokenizer.json").read_text()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(whole[:100])
-    mended = load_tokenizer(REF, texts(), tmp_path / "tokenizer", world)
-    assert mended.get_vocab() == first.get_vocab()
+    second = load_tokenizer(REF, texts(), tmp_path / "tokenizer", world)
+    assert second.get_vocab() == first.get_vocab()
     assert len(asked) == 2
 
 

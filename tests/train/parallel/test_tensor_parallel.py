@@ -143,7 +143,7 @@ def test_a_split_model_matches_the_whole_one(seen: list[dict[str, Any]], name: s
         assert one["outputs"] < 1e-5
         assert one["norm"] < 1e-5
         assert one["weights"] < 1e-5
-        assert one["moved"] > 1e-3, "nothing was learnt"
+        assert one["moved"] > 1e-3, "nothing was learned"
         assert one["answers"] > 1
 
 
