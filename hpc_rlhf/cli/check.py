@@ -12,6 +12,7 @@ import click
 from hpc_rlhf.cli.arguments import example, json_option, set_option
 from hpc_rlhf.cli.console import print_wrapped
 from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.sweep import Sweep, load_any, specs_of
@@ -71,7 +72,7 @@ def _check(file: str, sets: tuple[str, ...]) -> _Checked:
     """A file's specs, and the errors in them."""
     try:
         spec = load_any(file, sets)
-        if any(one.autos for one in specs_of(spec)):
+        if any(one.autos or RunDir(Path(one.run_dir)).job_yaml.exists() for one in specs_of(spec)):
             from hpc_rlhf.launch.auto import load  # estimates are slow to import
 
             spec = load(file, sets)

@@ -67,7 +67,11 @@ def describe_result(stage: str, metrics: Mapping[str, Any]) -> str:
         rates = metrics["win_rates"].items()
         return ", ".join(f"{name} wins {rate:.0%} against {metrics['base']}" for name, rate in rates)
     words = _Numbers().vformat(kind_of(stage).result, (), defaultdict(lambda: None, metrics))
-    return f"{words}, best at step {metrics['best_step']}" if metrics.get("best_step") else words
+    if not metrics.get("best_step"):
+        return words
+    reward = metrics.get("held_out_reward")  # PPO's other numbers are those of its last steps
+    best = f", held-out reward {number(reward)}, KL {number(metrics.get('held_out_kl'))}" if reward is not None else ""
+    return f"{words}, best at step {metrics['best_step']}{best}"
 
 
 class _Numbers(Formatter):

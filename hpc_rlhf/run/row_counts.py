@@ -43,7 +43,7 @@ class Outcome(Enum):
     EMPTY = "empty", Kind.LOST, "without text"
     NO_ANSWER = "no answer", Kind.LOST, "without a response"
     USER_LAST = "user last", Kind.LOST, "that end with the user's turn"
-    NO_COMMON_PROMPT = "no common prompt", Kind.LOST, "without a prompt, and whose responses do not begin with the same"
+    NO_COMMON_PROMPT = "no common prompt", Kind.LOST, "without a prompt, and whose responses do not show one"
 
     PROMPT_ONLY = "prompt only", Kind.LOST_HERE, "of a prompt without a response"
     BAD_ANSWER = "bad answer", Kind.LOST_HERE, "with a response that its label calls bad"

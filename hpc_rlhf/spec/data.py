@@ -20,7 +20,8 @@ from hpc_rlhf.spec.stages import STAGE_KINDS, Data
 )
 class SplitSpec(Model):
     """Relative shares of the conversations that the stages train on. None is used by two stages: rows whose dialogues
-    begin with the same first user turn, and the same system prompt, stay together."""
+    begin with the same first user turn, and the same system prompt, stay together. Prompts without a response all go to
+    PPO."""
 
 
 class DataSpec(Model):

@@ -142,7 +142,7 @@ class JobSpec(Model):
 
     @property
     def uses_reward_model(self) -> bool:
-        """Whether a stage trains or asks a reward model."""
+        """Whether a stage trains or uses a reward model."""
         return any("reward" in kind_of(name).models for name in self.stage_names)
 
     @property

@@ -73,6 +73,6 @@ def _of_model(spec: JobSpec, name: str, fields: Mapping[str, Any], where: Path |
     except model_files.HeadError as error:
         return str(error), model_files.HEADS
     needy = [stage for stage in spec.stage_names if kind_of(stage).requires]
-    if head is None and fields and needy and spec.judge is None:
-        return f"it is no reward model, which {needy[0]} needs: it has no score head", "add the reward stage"
+    if head is None and model_files.shows_heads(where) and needy and spec.judge is None:
+        return f"it has no score head, but {needy[0]} needs a finished reward model", "add the reward stage"
     return None

@@ -76,18 +76,18 @@ def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def untrainable(fields: Mapping[str, Any]) -> Problem | None:
     """Why a model with this configuration cannot be trained, and what to do; None if nothing is known against it."""
-    quantised = next((each for each in (fields, text_fields(fields)) if each.get("quantization_config")), None)
-    if quantised is not None or fields.get("compression_config"):
-        method = (quantised or {}).get("quantization_config")
+    quantized = next((each for each in (fields, text_fields(fields)) if each.get("quantization_config")), None)
+    if quantized is not None or fields.get("compression_config"):
+        method = (quantized or {}).get("quantization_config")
         name = method.get("quant_method") if isinstance(method, dict) else None
         how = f" ({name})" if name else ""
-        return f"its weights are quantised{how}, and quantised weights cannot be trained", (
+        return f"its weights are quantized{how}, and quantized weights cannot be trained", (
             "give the model's original weights in bf16 or fp32; some are published under another name, others can be "
-            "dequantised with transformers and saved"
+            "dequantized with transformers and saved"
         )
     if fields.get("is_encoder_decoder"):
         return "it is an encoder and a decoder, and only decoders are trained", "give a causal language model"
-    if any(name.endswith("ForMaskedLM") for name in fields.get("architectures") or ()):
+    if any(name.endswith("ForMaskedLM") for name in _architectures(fields)):
         return "it is an encoder, and only decoders are trained", "give a causal language model"
     kind = model_type(fields)
     if kind is not None and causal_types() and kind not in causal_types():
@@ -111,6 +111,8 @@ def rotary_switch(fields: Mapping[str, Any]) -> int | None:
     """
     text = text_fields(fields)
     parameters = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        return None
     limits = []
     for each in (parameters, *parameters.values()):  # some models have parameters per kind of layer
         kind = str(each.get("rope_type") or each.get("type")) if isinstance(each, dict) else ""
@@ -119,7 +121,7 @@ def rotary_switch(fields: Mapping[str, Any]) -> int | None:
         if kind in ("longrope", "su"):
             original = each.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
             limits.append(original or text.get("max_position_embeddings"))
-    return min((limit for limit in limits if limit), default=None)
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
 def switches_within(limit: int, longest: int) -> Problem:
@@ -152,7 +154,23 @@ def causal_types() -> frozenset[str]:
 def is_classifier(fields: Mapping[str, Any]) -> bool:
     """Whether a configuration is that of transformers' classification models of sequences or tokens. ``num_labels``
     does not show it: language models may have it as well."""
-    return any(name.endswith("Classification") for name in fields.get("architectures") or ())
+    return any(name.endswith("Classification") for name in _architectures(fields))
+
+
+def _architectures(fields: Mapping[str, Any]) -> list[str]:
+    names = fields.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def has_output_head(where: Path) -> bool:
+    """Whether a model's files hold an output head; True if they do not show it."""
+    files = _files(where)
+    return files is None or any(name.endswith("lm_head.weight") for name in files)
+
+
+def shows_heads(where: Path) -> bool:
+    """Whether ``score_head`` can see the weights: they are in this folder, in safetensors files."""
+    return _shapes(where) is not None
 
 
 def score_head(where: Path) -> Head | None:
@@ -190,7 +208,8 @@ def score_head(where: Path) -> Head | None:
 
 
 def _check_labels(fields: Mapping[str, Any]) -> None:
-    labels = len(fields["id2label"]) if fields.get("id2label") else int(fields.get("num_labels", 2))
+    names, labels = fields.get("id2label"), fields.get("num_labels", 2)
+    labels = len(names) if isinstance(names, dict) and names else labels
     if labels != 1:
         raise HeadError(_labels(labels))
 

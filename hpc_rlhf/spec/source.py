@@ -12,7 +12,7 @@ _PAIR = ("chosen", "rejected", "margin")
 # The cells that each format reads.
 CELLS = {
     "prompt-chosen-rejected": ("prompt", *_PAIR, "completion", "response", "system", "label"),
-    "hh": _PAIR,
+    "hh": (*_PAIR, "label"),
     "messages": ("messages", "conversations", "prompt", *_PAIR, "completion", "system", "label"),
     "instruction": ("instruction", "input", "output", "history", "system"),
     "text": ("text",),
@@ -33,8 +33,8 @@ class SourceSpec(Model):
     transcripts of Human/Assistant turns. messages: a list of {role, content} or {from, value} in messages or
     conversations, or the last turns in chosen and rejected (or completion) with the turns before them in prompt;
     optionally system. instruction: instruction, output, and optionally input, history and system. text: a column of
-    plain text. Rows of a prompt alone are for stages that need only prompts; a response whose label is false is left
-    out."""
+    plain text. Rows of a prompt alone are for stages that need only prompts. A single response whose label is false is
+    left out, except in the format instruction."""
     columns: dict[str, FreeText] = Field(default_factory=dict)
     """Names of columns that differ from those of the format, such as {prompt: question, chosen: best_answer}. A pair
     may also have a margin."""

@@ -98,7 +98,9 @@ class StageContext:
     def tokenizer(self) -> Any:
         models, own = self.spec.models, self.files.path / "tokenizer"
         tokenizer = load_tokenizer(models.actor, sources.texts(self.spec), own, self.world)
-        if isinstance(models.reward, str) and models.reward != models.actor and self.spec.uses_reward_model:
+        judge = self.spec.judge
+        will_load_reward = self.spec.uses_reward_model and not (judge and self.run.stage(judge).model.exists())
+        if isinstance(models.reward, str) and models.reward != models.actor and will_load_reward:
             actor = models.actor if isinstance(models.actor, str) else str(own)
             check_same_tokenizer(tokenizer, actor, models.reward)
 

@@ -177,7 +177,7 @@ class Attempt:
         for need in spec.needs(self.stage):
             folder = self.files.stage(need).model
             world.on_main(partial(manifest.require, folder, f"the model of stage {need}"))
-        for where, what, hint in model_checks.problems(spec):
+        for where, what, hint in world.on_main(lambda: list(model_checks.problems(spec))):
             raise HpcRlhfError(what, where=where, hint=hint)
         context = StageContext(spec, self.stage, self.files, world, self.stop, self.name)
         deadline = context.checkpoints.deadline

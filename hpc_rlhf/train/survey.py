@@ -27,6 +27,7 @@ from hpc_rlhf.train.data import sources
 from hpc_rlhf.train.data.files import Placed, read_rows
 from hpc_rlhf.train.data.formats import read_row
 from hpc_rlhf.train.data.messages import Dropped
+from hpc_rlhf.train.data.rows import Sample
 
 # Rows to read per file, per file if there are many, and per source when looking for a row that a stage can use.
 SAMPLE, FEW, SEARCHED = 100, 10, 20_000
@@ -73,7 +74,7 @@ def sampled(source: SourceSpec, needs: frozenset[Data], margins: bool = False) -
         files = sources.local_files(source)
         if files is None:
             if margins and source.demo is not None:
-                sources.check_margin(next(sources.read(source, 0)), source)
+                sources.check_margin(Sample((), "", "", where=counts.source), source)
             return Sampled(counts, needs)
         size = SAMPLE if len(files) <= SAMPLE // FEW else FEW
         fits: set[Data] = set()
@@ -101,7 +102,9 @@ def _uses(source: SourceSpec, row: Placed, needs: frozenset[Data], counts: Sourc
     unfit = {data: sources.unfit_for(sample, data) for data in needs}
     if margins and unfit[Data.PAIRS] is None:
         sources.check_margin(sample, source)
-    counts.add(unfit.get(Data.PAIRS) or unfit.get(Data.ANSWERS) or Outcome.TRAINED, where)
+    gives_prompt = sample.unanswered is Outcome.PROMPT_ONLY and Data.PROMPTS in needs and not unfit[Data.PROMPTS]
+    outcome = None if gives_prompt else unfit.get(Data.PAIRS) or unfit.get(Data.ANSWERS)
+    counts.add(outcome or Outcome.TRAINED, where)
     return {data for data, why in unfit.items() if why is None}
 
 

@@ -139,7 +139,7 @@ def close(actual: Tensor, expected: Tensor, what: str) -> float:
     if not actual.isfinite().all():
         raise Differs(f"{what} not finite")
     largest = float((actual - expected).abs().max())
-    if largest > CLOSE:
+    if not largest <= CLOSE:  # NaN is not close
         raise Differs(f"{what} differ by {largest:.2g}")
     return largest
 

@@ -65,7 +65,7 @@ def scored(kind: str, labels: dict[str, str] | None = None) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("within", [None, "text_config"])
 @pytest.mark.parametrize("role", ["actor", "reward"])
-def test_quantised_models_are_refused(
+def test_quantized_models_are_refused(
     tmp_path: Path, write: Write, method: dict[str, Any], within: str | None, role: str
 ) -> None:
     fields: dict[str, Any] = {"quantization_config": method}
@@ -73,7 +73,7 @@ def test_quantised_models_are_refused(
     (said,) = problems(tmp_path, models, "sft: {}, reward: {}")
     how = f" ({method['quant_method']})" if "quant_method" in method else ""
     line = 6 + list(models).index(role)
-    assert said == f"{line}: models.{role}: its weights are quantised{how}, and quantised weights cannot be trained"
+    assert said == f"{line}: models.{role}: its weights are quantized{how}, and quantized weights cannot be trained"
 
 
 def test_a_model_in_the_hubs_cache_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_a_model_in_the_hubs_cache_is_checked_too(tmp_path: Path, monkeypatch: p
     (stored / "refs/main").write_text("abc")
     (stored / "snapshots/abc/config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert "quantised (gptq)" in problems(tmp_path, {"actor": "acme/small"}, "sft: {}")[0]
+    assert "quantized (gptq)" in problems(tmp_path, {"actor": "acme/small"}, "sft: {}")[0]
     assert problems(tmp_path, {"actor": "acme/unknown"}, "sft: {}") == []
 
 
@@ -169,8 +169,23 @@ def test_ppo_needs_a_reward_model(tmp_path: Path, write: Write) -> None:
     assert problems(tmp_path, {"actor": "acme/x", **new}, "ppo: {}") == [needed]
     assert problems(tmp_path, {"actor": "acme/x", "reward": "acme/unknown"}, "ppo: {}") == []
     base = write("base", {"architectures": ["LlamaForCausalLM"]}, {"lm_head.weight": [300, 8]})
-    (said,) = problems(tmp_path, {"actor": "acme/x", "reward": base}, "ppo: {}")
-    assert said == "7: models.reward: it is no reward model, which ppo needs: it has no score head"
+    (problem,) = problems(tmp_path, {"actor": "acme/x", "reward": base}, "ppo: {}")
+    assert problem == "7: models.reward: it has no score head, but ppo needs a finished reward model"
+    (Path(base) / "model.safetensors").rename(Path(base) / "pytorch_model.bin")  # only torch reads it
+    assert problems(tmp_path, {"actor": "acme/x", "reward": base}, "ppo: {}") == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": "dynamic"},
+        {"rope_scaling": {"rope_type": "dynamic"}, "max_position_embeddings": "x"},
+        {"architectures": 3},
+        {"architectures": [None]},
+    ],
+)
+def test_fields_of_unknown_kinds_are_left_to_transformers(tmp_path: Path, write: Write, fields: dict[str, Any]) -> None:
+    assert problems(tmp_path, {"actor": write("actor", fields)}, "sft: {}, reward: {}, ppo: {}") == []
 
 
 @pytest.mark.parametrize(

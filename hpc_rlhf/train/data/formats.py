@@ -53,7 +53,7 @@ def _prompt_only(turns: Sequence[Turn]) -> Sample:
 
 
 def _from_pair(row: Cells) -> Sample:
-    if isinstance(row.get("chosen"), str) and row.lacks(PROMPTS, "prompt"):
+    if "chosen" in row and row.lacks(PROMPTS, "prompt"):
         return _from_pair_alone(row)
     given = row.text("prompt")
     if row.lacks(RESPONSES, "chosen", "completion", "response"):
@@ -76,14 +76,16 @@ def _from_pair_alone(row: Cells) -> Sample:
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if chosen is None or rejected is None:
         raise Dropped(Outcome.NULL)
-    if chosen.lstrip().startswith("Human:"):
+    if ASSISTANT in chosen and MARKER.search(f"\n\n{chosen.lstrip()}"):
         return _from_hh(row)
-    same = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
-    size = min(len(chosen), len(rejected)) if same is None else same
+    unlike = (n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    size = next(unlike, min(len(chosen), len(rejected)))
     if not all(text[size : size + 1].strip() == "" for text in (chosen, rejected)):
         size = len(re.sub(r"\s*\S*$", "", chosen[:size]))  # the responses begin with a whole word
-    if chosen == rejected or not chosen[:size].strip():
+    if not all(part.strip() for part in (chosen[:size], chosen[size:], rejected[size:])):
         raise Dropped(Outcome.NO_COMMON_PROMPT)
+    if other := row.ignored(chosen + rejected):
+        raise ValueError(f"it has no prompt, but text in {other[0]}, which is not read")
     turns, prompt = parse_prompt(chosen[:size])
     return _with_rejected(Sample(turns, prompt, _response(chosen[size:])), row, turns, _response(rejected[size:]))
 
@@ -110,7 +112,7 @@ def _labelled(sample: Sample, row: Cells) -> Sample:
     label = row.get("label")
     if isinstance(label, str):
         label = {"true": 1, "false": 0}.get(label.strip().lower(), row.number("label"))
-    if not isinstance(label, (int, float)):
+    if not isinstance(label, (int, float)) or label != label:
         return sample
     if label not in (0, 1):
         raise ValueError(f"label is {label}, and true or false was expected: whether the response is good")
@@ -120,7 +122,10 @@ def _labelled(sample: Sample, row: Cells) -> Sample:
 def _from_hh(row: Cells) -> Sample:
     def split(text: str | None) -> tuple[str, str | None]:
         """A transcript's prompt and response; the response is None if the human has the last word."""
-        prompt, marker, response = (text or "").rpartition(ASSISTANT)
+        text = text or ""
+        if text.lstrip().startswith("Human:"):
+            text = f"\n\n{text.lstrip()}"
+        prompt, marker, response = text.rpartition(ASSISTANT)
         return prompt + marker, None if MARKER.search(response) else response.lstrip(" ")
 
     given = row.text("chosen")

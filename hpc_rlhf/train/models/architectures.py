@@ -10,16 +10,21 @@ from hpc_rlhf.errors import HpcRlhfError
 # The weights of a score head, by the names that other programs give it: TRL, LLaMA-Factory, OpenRLHF, Eurus.
 OTHER_HEADS = {r"^(v_head\.summary|v_head|value_head|reward_head|rm_head|regression_head|classifier)\.": "score."}
 # Their classes in transformers have a head of another form.
-_OTHER_FORM = ("ctrl", "modernbert-decoder")
+_WITHOUT_LINEAR_HEAD = ("ctrl", "modernbert-decoder")
 # Llama 4's text model is loaded from the whole model by transformers itself, which looks for it below this name.
-_PART = "language_model"
+_LLAMA4_PREFIX = "language_model"
 
 
-def text_config(config: Any) -> Any:
-    """The configuration of the language model, within one that may be of images and sound as well."""
+def text_config(config: Any, has_head: bool) -> Any:
+    """The configuration of the language model, within one that may be of images and sound as well.
+
+    Args:
+        has_head: False if the model's files hold no output head, so that it is tied to the embeddings.
+    """
     text = config.get_text_config(decoder=True)
     if text is not config and hasattr(config, "tie_word_embeddings"):  # there the head belongs to the whole model
-        text.tie_word_embeddings = config.tie_word_embeddings
+        # Mistral 3 leaves it out where its default is wrong, so a head in the files decides.
+        text.tie_word_embeddings = config.tie_word_embeddings and (text.tie_word_embeddings or not has_head)
     return text
 
 
@@ -51,7 +56,7 @@ def scored_class(config: Any, where: str) -> Any:
 
     known: Any = AutoModelForSequenceClassification._model_mapping
     config_class: Any = type(config)
-    if config_class in known and config.model_type not in _OTHER_FORM:
+    if config_class in known and config.model_type not in _WITHOUT_LINEAR_HEAD:
         return known[config_class]
     return _make_scored_class(config_class, causal_class(config, where))
 
@@ -85,6 +90,9 @@ def renamed_weights(config: Any, model_class: Any) -> dict[str, str]:
         model_class: what is loaded.
     """
     name = model_class.base_model_prefix
-    if config.get_text_config(decoder=True) is config or name == _PART:
+    if config.get_text_config(decoder=True) is config or name == _LLAMA4_PREFIX:
         return {}
-    return {rf"^{_PART}\.lm_head\.": "lm_head.", rf"^({_PART}\.model|model\.{_PART})\.": f"{name}."}
+    return {
+        rf"^{_LLAMA4_PREFIX}\.lm_head\.": "lm_head.",
+        rf"^({_LLAMA4_PREFIX}\.model|model\.{_LLAMA4_PREFIX})\.": f"{name}.",
+    }

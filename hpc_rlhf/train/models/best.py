@@ -28,7 +28,7 @@ from hpc_rlhf.train.runtime.world import World
 
 
 class BestWeights:
-    """A copy of the trained parameters in host memory, to the last bit, that exists once across the ranks.
+    """An exact copy of the trained parameters in host memory, divided over the ranks.
 
     Under ZeRO-3 each rank has its own shard of every parameter. Otherwise parameter i belongs to rank ``i % size`` of
     those that hold the same layer shards. Score heads in half precision have a float32 weight beside the parameter,

@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_rlhf.train.parallel.deepspeed_internals import full_shape
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.train.parallel.deepspeed_internals import full_shape, is_zero3
 
 # Experts whose parameters are (experts, inputs, outputs), of classes that do not say so themselves.
 _INPUTS_FIRST = {("Llama4TextExperts", "gate_up_proj"), ("Llama4TextExperts", "down_proj"), ("DbrxExpertGLU", "w2")}
 # Experts whose parameters are matrices: the experts one below the other.
 _STACKED = "DbrxExpertGLU"
+# Experts whose code calls F.linear, which DeepSpeed replaces under ZeRO-3 by a function of nothing but tensors.
+_NOT_UNDER_ZERO3 = ("JetMoeParallelExperts", "LongcatFlashExperts", "Step3p7Experts")
 # Bytes to which the rows of matrices in a grouped product are aligned.
 _ALIGNED = 16
 _PRODUCTS: set[Any] = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, F.grouped_mm}
@@ -32,6 +35,17 @@ def parameters_of_experts(model: nn.Module) -> Iterator[tuple[nn.Module, str, st
         for name, parameter in module.named_parameters(recurse=False):
             if "Expert" in kind and len(full_shape(parameter)) == (2 if kind == _STACKED else 3):
                 yield module, name, path.rpartition(".")[2] if name == "weight" else name
+
+
+def check_sharding(module: nn.Module, name: str) -> None:
+    """Refuse experts that cannot be adapted under ZeRO-3."""
+    kind = type(module).__name__
+    if kind in _NOT_UNDER_ZERO3 and is_zero3(module.get_parameter(name)):
+        raise HpcRlhfError(
+            f"{kind} cannot be adapted under ZeRO-3",
+            where="lora.experts",
+            hint="set zero: 2, or lora.experts: false to leave experts out",
+        )
 
 
 def layout(module: nn.Module, name: str) -> tuple[int, int, int, bool]:

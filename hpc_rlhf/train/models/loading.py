@@ -78,7 +78,8 @@ def _load(
         whole = AutoConfig.from_pretrained(source)
         if problem := model_files.untrainable(whole.to_dict()):
             raise HpcRlhfError(problem[0], where=source, hint=problem[1])
-        config = architectures.text_config(whole)
+        where = model_files.folder(source)
+        config = architectures.text_config(whole, where is None or model_files.has_output_head(where))
         dropouts.set_rates(config, dropout)
         renamed: dict[str, str] = {}
         kept = None

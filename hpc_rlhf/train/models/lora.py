@@ -202,12 +202,14 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
     ]
     of_experts = [
         (module, name)
-        for module, name, known in experts.parameters_of_experts(model)
-        if lora.experts and (lora.targets is None or known in lora.targets)
+        for module, name, public_name in experts.parameters_of_experts(model)
+        if lora.experts and (lora.targets is None or public_name in lora.targets)
     ]
     if not layers and not of_experts:
         raise HpcRlhfError(
-            f"the model has no linear layer called {', '.join(lora.targets or ())}",
+            f"the model has no linear layer called {', '.join(lora.targets)}"
+            if lora.targets
+            else "the model has no linear layer",
             where="lora.targets",
             hint="leave lora.targets out to adapt every linear layer",
         )
@@ -225,6 +227,7 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
         layer.lora_a, layer.lora_b = first.lora_a, first.lora_b  # layers that share a weight share its update
         setattr(parent, name, layer)
     for module, name in of_experts:
+        experts.check_sharding(module, name)
         adapter = ExpertsAdapter(module, name, lora.rank, alpha, seeds.derive(seed, "lora", next(numbers)))
         module.__dict__.setdefault("lora_of_experts", {})[name] = adapter
 
@@ -232,7 +235,9 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
 def _check_adapts_most(model: nn.Module, adapted: Sequence[Any], head: Any) -> None:
     """Refuse to train only adapters that leave out most weights of the layers."""
     outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
-    inside = sum(internals.full_numel(p) for p in model.parameters() if p.dim() > 1 and id(p) not in outside)
+    inside = sum(
+        internals.full_numel(p) for p in model.parameters() if internals.full_dim(p) > 1 and id(p) not in outside
+    )
     share = sum(map(internals.full_numel, adapted)) / max(1, inside)
     if share < 0.5:
         raise HpcRlhfError(
@@ -245,11 +250,11 @@ def _check_adapts_most(model: nn.Module, adapted: Sequence[Any], head: Any) -> N
 @contextmanager
 def off(model: nn.Module) -> Iterator[None]:
     """Within it, adapters are off: a model of which only adapters are trained is its original self."""
-    every = _with_tied(model)
-    for adapter in every:
+    adapters = _with_tied(model)
+    for adapter in adapters:
         adapter.on = False
     try:
         yield
     finally:
-        for adapter in every:
+        for adapter in adapters:
             adapter.on = True

@@ -48,7 +48,7 @@ class ScoreHead(nn.Linear):
 
 
 def stored(folder: Path | None, weight_name: str) -> Tensor | None:
-    """The score head in a model's folder, if it is float32 there; otherwise loading the model loses nothing of it."""
+    """The score head in a model's folder as float32; None if it is bfloat16, of which no precision loses anything."""
     from safetensors import safe_open
 
     if folder is None:
@@ -59,7 +59,7 @@ def stored(folder: Path | None, weight_name: str) -> Tensor | None:
         return None
     with safe_open(folder / name, framework="pt") as file:
         weight: Tensor | None = file.get_tensor(weight_name) if weight_name in file.keys() else None  # noqa: SIM118
-    return weight if weight is not None and weight.dtype == torch.float32 else None
+    return weight.float() if weight is not None and weight.dtype != torch.bfloat16 else None
 
 
 def write_masters(engine: Any) -> None:

@@ -30,7 +30,7 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
     """The shapes of a causal language model with these fields in its config.json."""
     # A padding id beyond a small vocabulary is refused, and training sets the tokenizer's anyway.
     whole = type(AutoConfig.for_model(fields["model_type"])).from_dict({**fields, "pad_token_id": 0})
-    config = architectures.text_config(whole)
+    config = architectures.text_config(whole, has_head=True)
     config.pad_token_id = 0
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()

@@ -84,8 +84,8 @@ class HeldOut:
 
     @contextmanager
     def handed_on(self) -> Iterator[None]:
-        """Within it, the model has the weights to hand on. May be abandoned, as in ``StopControl.cancellable``, which
-        restores the last weights before they are saved. Collective."""
+        """Within it, the model has the weights to hand on. A stop abandons the work inside; the last weights are back
+        in place before they are saved. Collective."""
         chosen = self._best_step().get("best_step", self.total)
         swapped = nullcontext() if chosen == self.total or self.best is None else self.best.in_model()
         with self.context.stop.cancellable(), swapped:

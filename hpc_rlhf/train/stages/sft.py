@@ -11,6 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
+from hpc_rlhf.spec.sizes import EVALUATED_ROWS
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
@@ -57,7 +58,7 @@ def run(context: StageContext) -> None:
         """Of the held-out responses, whatever is learned."""
         if not spec.answer_only:
             means = learner.held_out_means(partial(loss_of, answer_tokens), answer_tokens)
-        return {"perplexity": math.exp(min(50.0, means["loss"]))}
+        return {"perplexity": math.exp(min(means["loss"], 50.0))}
 
     learner = Learner(
         context, engine, data, total, RESPONSES, budget, ("loss",), partial(loss_of, learned_tokens),
@@ -69,8 +70,9 @@ def run(context: StageContext) -> None:
     if checkpoint is None:
         before, first = learner.held_out.evaluate(0)["perplexity"], 0
     else:
-        # Earlier versions measured the perplexity of what is learned.
-        same = spec.answer_only or checkpoint.state.get("perplexity_of") == "responses"
+        # Earlier versions measured the perplexity of what is learned, and of the first rows.
+        same = checkpoint.state.get("perplexity_of") == "responses"
+        same = same or (spec.answer_only and len(data.held_out) <= EVALUATED_ROWS)
         before, first = checkpoint.state["perplexity_before"] if same else None, checkpoint.step
 
     # 5. Train, evaluate, and write the artifact.

@@ -44,6 +44,14 @@ ASKED = (("human", "What color?"),)
         (PAIR, {"chosen": "\n\nHuman: What color?\n\nAssistant: It is blue.",
             "rejected": "\n\nHuman: What color?\n\nAssistant: It is green."},
             ASKED, " It is blue.", " It is green."),
+        (PAIR, {"chosen": "Human: What color?\n\nAssistant: It is blue.",
+            "rejected": "Human: What color?\n\nAssistant: It is green."},
+            ASKED, " It is blue.", " It is green."),
+        (PAIR, {"chosen": "Be nice.\n\nHuman: What color?\n\nAssistant: It is blue.",
+            "rejected": "Be nice.\n\nHuman: What color?\n\nAssistant: It is green."},
+            (("system", "Be nice."), *ASKED), " It is blue.", " It is green."),
+        ("hh", {"chosen": "Human: What color?\n\nAssistant: Blue.", "label": True}, ASKED, " Blue.", ""),
+        (PAIR, {"prompt": "The sky is", "completion": " blue.", "label": float("nan")}, SKY, " blue.", ""),
         (PAIR, {"prompt": "The sky is", "completion": " blue.", "label": True}, SKY, " blue.", ""),
         ("messages", {"prompt": [user("What color?")]}, ASKED, "", ""),
         ("messages", {"prompt": json.dumps([user("What color?")])}, ASKED, "", ""),
@@ -78,6 +86,7 @@ def test_documented_rows_are_read(
         ({"prompt": "Hi", "best_response": "Yes, I do."}, "'response' is missing"),
         ({"prompt": "Hi", "completions": ["One.", "Two."], "labels": [True, False]}, "'response' is missing"),
         ({"question": "Hi", "chosen": "I am.", "rejected": "I was."}, "'prompt' is missing"),
+        ({"document": "A long text on it.", "chosen": "It is so.", "rejected": "It is not."}, "text in document"),
         ({"prompt": "Hi", "completion": "Yes.", "label": -1}, "label is -1"),
         ({"prompt": [user("Hi")], "chosen": [assistant("Yes.")]}, "set format: messages"),
     ],
@@ -89,12 +98,22 @@ def test_no_column_is_guessed(row: dict[str, Any], missing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rejected", "outcome"), [("Green.", Outcome.NO_COMMON_PROMPT), ("The sky is blue.", Outcome.NO_COMMON_PROMPT)]
+    ("rejected", "outcome"),
+    [
+        ("Green.", Outcome.NO_COMMON_PROMPT),
+        ("The sky is blue.", Outcome.NO_COMMON_PROMPT),
+        ("The sky", Outcome.NO_COMMON_PROMPT),
+        (None, Outcome.NULL),
+    ],
 )
-def test_a_pair_without_a_common_beginning_has_no_prompt(rejected: str, outcome: Outcome) -> None:
-    with pytest.raises(Dropped) as caught:
-        read_row({"chosen": "The sky is blue.", "rejected": rejected}, PAIR, "here")
-    assert caught.value.outcome is outcome
+def test_a_pair_without_a_common_beginning_has_no_prompt(rejected: str | None, outcome: Outcome) -> None:
+    for row in (
+        {"chosen": "The sky is blue.", "rejected": rejected},
+        {"chosen": rejected, "rejected": "The sky is blue."},
+    ):
+        with pytest.raises(Dropped) as caught:
+            read_row(row, PAIR, "here")
+        assert caught.value.outcome is outcome
 
 
 @pytest.mark.parametrize(
@@ -208,7 +227,7 @@ def test_prompts_without_responses_go_to_the_stages_that_need_none(tmp_path: Pat
         tmp_path / "a.jsonl", [{"question": f"Question {n}?"} for n in range(30)], columns={"prompt": "question"}
     )
     spec = spec_of(prompts, {"demo": 60})
-    assert survey.look(spec).problems == []
+    assert (survey.look(spec).problems, survey.look(spec).notes) == ([], [])
     used = [sample.prompt for sample, _, _ in stage_samples(spec, "ppo") if "Question" in sample.prompt]
     assert len(used) == 30
     for stage in ("sft", "reward"):

@@ -103,11 +103,32 @@ def test_the_text_model_of_a_model_of_images_and_text_is_loaded_and_exported(
     torch.testing.assert_close(scores(again), scores(reward), atol=1e-6, rtol=1e-6)
 
 
+@torch.no_grad()
+def test_an_output_head_in_the_files_is_not_tied(tokenizer: Any, tmp_path: Path) -> None:
+    """Published Mistral 3 models leave ``tie_word_embeddings`` out, which transformers takes as true."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(**FAMILIES["mistral3"].fields, tie_word_embeddings=False)
+    model = tiny._spread(AutoModelForImageTextToText.from_config(config)).eval()
+    model.save_pretrained(tmp_path / "whole")
+    path = tmp_path / "whole/config.json"
+    fields = json.loads(path.read_text())
+    del fields["tie_word_embeddings"]
+    fields["text_config"].pop("tie_word_embeddings", None)
+    path.write_text(json.dumps(fields))
+    text = load_causal(str(tmp_path / "whole"), torch.float32).eval()
+    assert torch.equal(text(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert not text.config.tie_word_embeddings
+    export(text, tokenizer, tmp_path / "text", is_main=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "text").eval()
+    torch.testing.assert_close(again(input_ids=IDS).logits, text(input_ids=IDS).logits)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "opt"])
 @pytest.mark.parametrize(
     ("method", "place"), [("gptq", ""), ("awq", ""), ("bitsandbytes", ""), ("fp8", "text_config"), ("mxfp4", "")]
 )
-def test_quantised_weights_are_refused_before_they_are_loaded(
+def test_quantized_weights_are_refused_before_they_are_loaded(
     kind: str, method: str, place: str, tmp_path: Path
 ) -> None:
     fields = tiny.config(kind).to_dict()
@@ -117,7 +138,7 @@ def test_quantised_weights_are_refused_before_they_are_loaded(
         lambda: load_causal(str(tmp_path), torch.float32),
         lambda: load_reward(str(tmp_path), torch.float32, 1),
     ):
-        with pytest.raises(HpcRlhfError, match=rf"quantised \({method}\)") as caught:
+        with pytest.raises(HpcRlhfError, match=rf"quantized \({method}\)") as caught:
             load()
         assert caught.value.exit_code == INPUT_WRONG, "it is not tried again"
 

@@ -98,7 +98,7 @@ class Evaluation:
         texts, prompts = self.held.texts, self.held.prompts.prompts
         if len(texts):
             loss = -math.fsum(ask.likelihoods(engine, texts)) / sum(texts.response_lengths)
-            measured.perplexity = math.exp(min(50.0, loss))
+            measured.perplexity = math.exp(min(loss, 50.0))
         if name in ("dpo", self.base) and "dpo" in self.trained:
             chosen, rejected = (ask.likelihoods(engine, part) for part in self.held.pairs)
             measured.preferences = [c - r for c, r in zip(chosen, rejected, strict=True)]

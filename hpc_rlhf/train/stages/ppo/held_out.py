@@ -30,11 +30,11 @@ def evaluate(context: StageContext, trainer: PpoTrainer, rows: Rows) -> dict[str
     with context.stop.cancellable():
         rollout = trainer.roll_out([prompts[number] for number in own], keys, context.stop.should_stop)
     scores = trainer.rewards.score(rollout.prompts, rollout.responses, {})
-    known = [score for score in scores if score is not None]
+    numbers = [score for score in scores if score is not None]
     measured = {
-        "reward": sum(known),
-        "scores": float(len(known)),
-        "kl": _kl(context, trainer, rollout),
+        "reward": sum(numbers),
+        "scores": float(len(numbers)),
+        "kl": 0.0 if trainer.spec.truncates else _kl(context, trainer, rollout),
         "ended": rollout.ended(trainer.eos_id, world.device).sum().item(),
         "tokens": float(sum(rollout.response_lengths)),
         "responses": float(len(rollout)),
