@@ -10,8 +10,8 @@ ALIGNED = 64
 
 # Responses generated at a time, at most, where memory is not short.
 ROWS = 64
-# Held-out rows of an evaluation during training, at most: enough for a standard error of 1.6 % on an accuracy; and
-# prompts in PPO: the standard error of a mean reward is a sixteenth of the rewards' standard deviation.
+# The most held-out rows, and in PPO the most prompts, that an evaluation during training uses. The standard error of an
+# accuracy is then 1.6 %, and that of a mean reward a sixteenth of the rewards' standard deviation.
 EVALUATED_ROWS, EVALUATED_PROMPTS = 1024, 256
 # Shares of a GPU's memory that a rollout may take: for gathered weights, and for keys and values.
 WEIGHTS_SHARE, CACHE_SHARE = 0.5, 0.2

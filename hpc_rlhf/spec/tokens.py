@@ -1,4 +1,4 @@
-"""The tokens of a model's tokenizer, read without transformers, and how those of two models differ."""
+"""A tokenizer's tokens, read without transformers, and how two tokenizers differ."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tests.models.checks import check
 from tests.models.families import FAMILIES
 from tests.train import tiny
 
-# Experts whose inputs come first, a router that thresholds by its noise, and a model of images and text.
+# Experts whose inputs come first, a router that thresholds by its noise, and a multimodal model.
 FEW = ("gpt_oss", "phimoe", "gemma3")
 
 

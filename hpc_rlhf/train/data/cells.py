@@ -126,7 +126,7 @@ def _is_named(column: str, cell: Any, *names: re.Pattern[str]) -> bool:
 
 
 def _words(cell: Any) -> int:
-    """The words of a text, or of all texts and messages in a list."""
+    """How many words a cell has: a text, or all texts and messages in a list."""
     if isinstance(cell, dict):
         return sum(_words(cell[key]) for key in ("content", "value", "text") if key in cell)
     if isinstance(cell, list):

@@ -31,7 +31,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_rows(path: Path) -> Iterator[Placed]:
-    """The rows of a file, in order.
+    """Read a file's rows in order.
 
     Raises:
         HpcRlhfError: the file cannot be read, from here on.

@@ -41,7 +41,7 @@ _load = partial(json.loads, parse_float=_Written)
 
 
 def read_json(path: Path) -> Iterator[Placed]:
-    """The rows of a file, in order.
+    """Read a file's rows in order.
 
     Raises:
         HpcRlhfError: it does not hold rows, from here on.

@@ -27,7 +27,7 @@ _ENCODINGS = {
 
 
 def open_content(path: Path) -> BinaryIO:
-    """The content of a file, decompressed if it is compressed, whatever its name says."""
+    """A file's content, decompressed if it is compressed, whatever its name says."""
     with path.open("rb") as file:
         start = file.read(8)
     if start.startswith(_ZSTD):
@@ -40,7 +40,7 @@ def open_content(path: Path) -> BinaryIO:
 
 
 def numbered_lines(path: Path, ends: str | None = None) -> Iterator[tuple[int, str]]:
-    """The lines of a text file with their numbers; UTF-8 unless the file begins with a mark of another encoding.
+    """A text file's lines with their numbers; UTF-8 unless the file begins with a mark of another encoding.
 
     Args:
         ends: as ``newline`` of ``open``.

@@ -29,7 +29,7 @@ def text_config(config: Any, has_head: bool) -> Any:
 
 
 def causal_class(config: Any, where: str) -> Any:
-    """The causal language model of a text configuration.
+    """The causal language model for a text configuration.
 
     Raises:
         HpcRlhfError: transformers has none.
@@ -47,7 +47,7 @@ def causal_class(config: Any, where: str) -> Any:
 
 
 def scored_class(config: Any, where: str) -> Any:
-    """The model of a text configuration with a linear layer, ``score``, instead of the output head.
+    """The model for a text configuration, with a linear layer ``score`` instead of the output head.
 
     Raises:
         HpcRlhfError: transformers has no causal language model for it.
@@ -83,7 +83,7 @@ def _make_scored_class(config_class: Any, causal: Any) -> Any:
 
 
 def renamed_weights(config: Any, model_class: Any) -> dict[str, str]:
-    """How to rename the weights of a model of images and text, by pattern, so that its language model loads alone.
+    """How to rename a multimodal model's weights, by pattern, so that its language model loads alone.
 
     Args:
         config: of the whole model.

@@ -15,7 +15,7 @@ RATE = re.compile(r"dropout|pdrop|drop_rate|drop_prob")
 # Noise that is not dropout of activations, which the spec's rate is not for.
 OTHER_NOISE = re.compile(r"layer_?drop|drop_path|stochastic_depth|jitter|router_noise")
 # Routers that use their jitter rate in evaluation too, as a threshold (Phi-3.5-MoE): they stay in evaluation mode.
-_EVALUATED = {"PhimoeTopKRouter": "router_jitter_noise"}
+_ALWAYS_IN_EVALUATION = {"PhimoeTopKRouter": "router_jitter_noise"}
 
 
 def set_rates(config: Any, rate: float) -> None:
@@ -27,7 +27,7 @@ def set_rates(config: Any, rate: float) -> None:
             if value is not None and not name.startswith("_"):
                 set_rates(value, rate)
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            if OTHER_NOISE.search(name) and name not in _EVALUATED.values():
+            if OTHER_NOISE.search(name) and name not in _ALWAYS_IN_EVALUATION.values():
                 _set(config, name, 0.0)
             elif RATE.search(name):
                 _set(config, name, rate)
@@ -50,7 +50,7 @@ def _set(config: Any, name: str, rate: float) -> None:
 def turn_off(model: nn.Module) -> None:
     """Turn off the dropout and noise that modules have been given by other ways than the configuration, in place."""
     for module in model.modules():
-        if type(module).__name__ in _EVALUATED:
+        if type(module).__name__ in _ALWAYS_IN_EVALUATION:
             stay = module.eval()
             vars(module)["train"] = lambda mode=True, stay=stay: stay
             continue

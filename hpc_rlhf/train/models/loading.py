@@ -117,7 +117,7 @@ def _load(
 
 
 def load_causal(source: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
-    """A causal language model; of a model of images and text, its language model.
+    """A causal language model, or the one inside a multimodal model.
 
     Raises:
         HpcRlhfError: it cannot be loaded, or its files lack some of its weights.
@@ -152,7 +152,7 @@ def check_fits(config: Any, tokenizer: Any, longest: int, source: str) -> None:
 
 
 def _kept_head(source: str) -> model_files.Head | None:
-    """The score head in the files of a model, as far as they are here.
+    """The score head in a model's files, as far as they are here.
 
     Raises:
         HpcRlhfError: it cannot be kept as it is.

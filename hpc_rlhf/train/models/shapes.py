@@ -23,7 +23,7 @@ from hpc_rlhf.train.models.lora import is_linear, sizes
 
 _TOKENS = 64
 # The fields for the experts that a token passes through.
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
 def shapes(fields: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _experts(model: Any, text: Any) -> list[list[Any]]:
     for module, name, known in experts.parameters_of_experts(model):
         number, inner, outer, _ = experts.layout(module, name)
         found[known, inner, outer, number] += 1
-    chosen = next((n for n in (getattr(text, field, None) for field in _CHOSEN) if isinstance(n, int)), None)
+    chosen = next((n for n in (getattr(text, field, None) for field in _EXPERTS_PER_TOKEN) if isinstance(n, int)), None)
     return [
         [name, inner, outer, number * layers, min(number, chosen or number) * layers]
         for (name, inner, outer, number), layers in found.items()

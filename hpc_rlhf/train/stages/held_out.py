@@ -87,8 +87,8 @@ class HeldOut:
         """Within it, the model has the weights to hand on. A stop abandons the work inside; the last weights are back
         in place before they are saved. Collective."""
         chosen = self._best_step().get("best_step", self.total)
-        swapped = nullcontext() if chosen == self.total or self.best is None else self.best.in_model()
-        with self.context.stop.cancellable(), swapped:
+        best_weights = nullcontext() if chosen == self.total or self.best is None else self.best.in_model()
+        with self.context.stop.cancellable(), best_weights:
             yield
 
     def save(self, snapshot: Snapshot) -> None:

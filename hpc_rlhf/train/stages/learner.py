@@ -84,7 +84,7 @@ class Learner:
             of their metrics: (metrics,).
         prepare: called for all micro-batches of a step before any is measured.
         learned_tokens: of a row, if losses and metrics are means over tokens; otherwise they are means over rows.
-        derived: further metrics of an evaluation, from the means.
+        derived: further evaluation metrics, computed from the means.
     """
 
     context: StageContext

@@ -1,4 +1,4 @@
-"""Every causal model can be a reward model, and of models of images and text the text model is trained."""
+"""Every causal model can be a reward model, and a multimodal model's text model is trained."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def causal(kind: str) -> Any:
 
 @pytest.fixture(params=IMAGES_AND_TEXT)
 def whole(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
-    """A model of images and text, and its folder."""
+    """A multimodal model and its folder."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.for_model(**FAMILIES[request.param].fields)

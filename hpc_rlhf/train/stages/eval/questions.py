@@ -62,7 +62,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         rows = [(row["prompt_ids"] + row[column], len(row["prompt_ids"]) or 1) for row in samples]
         return Rollout.of([ids[:first] for ids, first in rows], [ids[first:] for ids, first in rows])
 
-    def some(all_rows: Any) -> list[dict[str, Any]]:
+    def sampled_rows(all_rows: Any) -> list[dict[str, Any]]:
         return [all_rows[place] for place in evaluated_rows(len(all_rows), spec.seed)]
 
     source = rows("ppo", "dpo", "sft", "reward")
@@ -72,7 +72,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         if row["prompt"] and len(by_prompt) < prompts:
             by_prompt.setdefault(row["prompt"], row)
     chosen = list(by_prompt.values())
-    texts, pairs = some(rows("sft")), some(rows("reward", "dpo"))
+    texts, pairs = sampled_rows(rows("sft")), sampled_rows(rows("reward", "dpo"))
     if not (chosen or texts or pairs):
         raise HpcRlhfError("no samples are held out", "data.held_out", "raise it in a new run")
     return HeldOut(
