@@ -9,29 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpc_rlhf.train.checkpoint import shards
 from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.models import owned
 from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.models.score_head import ScoreHead
-from hpc_rlhf.train.parallel.deepspeed_internals import (
-    full_numel,
-    is_zero3,
-    local_shard,
-    replica_group,
-    set_local_shard,
-)
+from hpc_rlhf.train.parallel.deepspeed_internals import local_shard
 from hpc_rlhf.train.runtime.world import World
 
 
 class BestWeights:
-    """An exact copy of the trained parameters in host memory, divided over the ranks.
+    """An exact copy of the trained parameters in host memory, of which each rank keeps what it owns; see ``owned``.
 
-    Under ZeRO-3 each rank has its own shard of every parameter. Otherwise parameter i belongs to rank ``i % size`` of
-    those that hold the same layer shards. Score heads in half precision have a float32 weight beside the parameter,
+    Score heads in half precision have a float32 weight beside the parameter,
     which counts as one more.
 
     Args:
@@ -58,22 +51,13 @@ class BestWeights:
     @contextmanager
     def in_model(self) -> Iterator[None]:
         """Temporarily give the model the copied weights. Collective."""
-        group = None if self.world.dims.tensor == 1 else replica_group()
-        tensors = self._tensors()
-        originals = [local_shard(tensor).to("cpu", copy=True) for tensor in tensors]
         averages = self._current_averages()
-        try:
+        with owned.replaced(dict(enumerate(self._tensors())), self.copies, self.world):
             self._set_averages(self.averages)
-            for i, tensor in enumerate(tensors):
-                if i in self.copies:
-                    set_local_shard(tensor, self.copies[i])
-                if not is_zero3(tensor):
-                    dist.broadcast(local_shard(tensor), group=group, group_src=i % self.world.dims.data)
-            yield
-        finally:
-            for tensor, original in zip(tensors, originals, strict=True):
-                set_local_shard(tensor, original)
-            self._set_averages(averages)
+            try:
+                yield
+            finally:
+                self._set_averages(averages)
 
     def save(self, snapshot: Snapshot, name: str) -> None:
         """Add the copy, if there is one, to a snapshot's folder, for any number of ranks to resume from. Collective."""
@@ -93,16 +77,13 @@ class BestWeights:
 
     def _own(self) -> Iterator[tuple[int, Tensor]]:
         for i, tensor in enumerate(self._tensors()):
-            if is_zero3(tensor) or i % self.world.dims.data == self.world.data_rank:
+            if owned.owns(tensor, i, self.world):
                 yield i, tensor
 
     def _pieces(self) -> Iterator[Shard]:
         tensors = self._tensors()
         for i, copy in self.copies.items():
-            start, count = 0, copy.numel()
-            if is_zero3(tensors[i]):  # the last rank's shard may be padded
-                start = self.world.rank * count
-                count = max(0, min(count, full_numel(tensors[i]) - start))
+            start, count = owned.span(tensors[i], self.world)
             yield Shard(str(i), start, copy.view(-1)[:count])
         for shard in self.ema.pieces() if self.ema else ():
             yield replace(shard, key=f"average {shard.key}", tensor=self.averages[shard.key])

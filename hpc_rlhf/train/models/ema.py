@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hpc_rlhf.train.checkpoint import shards
 from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.models import owned
 from hpc_rlhf.train.models.export import gathered
 from hpc_rlhf.train.models.lora import Adapter, adapters
 from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, full_shape, is_zero3, local_shard, replica_group
@@ -23,9 +24,8 @@ from hpc_rlhf.train.runtime.world import World
 class Ema:
     """Averages the trained weights: ``average = beta * average + (1 - beta) * weight``.
 
-    Under ZeRO-3 each rank averages its own shard of every parameter. Otherwise parameter i belongs to rank
-    ``i % size`` of those that hold the same layer shards. Either way, the average is stored exactly once across
-    the ranks, in float32: in bfloat16 an update of 1 - beta = 0.8 % is lost to rounding.
+    Each rank averages the parameters that it owns; see ``owned``. The averages are float32: in bfloat16 an update of
+    1 - beta = 0.8 % is lost to rounding.
 
     For an adapter, it averages the update to the layer's weight. The product of averaged factors would be another
     matrix, because both factors change.
@@ -46,7 +46,7 @@ class Ema:
         self.averages = {
             i: local_shard(parameter).float().clone()
             for i, parameter in self.parameters.items()
-            if is_zero3(parameter) or i % world.dims.data == world.data_rank
+            if owned.owns(parameter, i, world)
         }
         with _whole_factors(layers), torch.no_grad():
             self.adapters = [AdapterAverage(layer, number, world) for number, layer in enumerate(layers)]
@@ -64,25 +64,14 @@ class Ema:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Temporarily give the model the averaged weights; those of adapters where they are exported. Collective."""
-        group = None if self.world.dims.tensor == 1 else replica_group()
-        originals = {i: local_shard(parameter).to("cpu", copy=True) for i, parameter in self.parameters.items()}
-        with torch.no_grad():
-            for i, parameter in self.parameters.items():
-                weight = local_shard(parameter)
-                if i in self.averages:
-                    weight.copy_(self.averages[i])
-                if not is_zero3(parameter):
-                    dist.broadcast(weight, group=group, group_src=i % self.world.dims.data)
-        for adapter in self.adapters:
-            adapter.layer.averaged_update = adapter.whole
-        try:
-            yield
-        finally:
+        with owned.replaced(self.parameters, self.averages, self.world):
             for adapter in self.adapters:
-                adapter.layer.averaged_update = None
-            with torch.no_grad():
-                for i, weight in originals.items():
-                    local_shard(self.parameters[i]).copy_(weight)
+                adapter.layer.averaged_update = adapter.whole
+            try:
+                yield
+            finally:
+                for adapter in self.adapters:
+                    adapter.layer.averaged_update = None
 
     def save(self, snapshot: Snapshot, name: str) -> None:
         """Add the averages to a snapshot's folder, for any number of ranks to resume from. Collective."""
@@ -112,11 +101,7 @@ class Ema:
 
     def _own_pieces(self) -> Iterator[Shard]:
         for i, average in self.averages.items():
-            parameter = self.parameters[i]
-            start, count = 0, average.numel()
-            if is_zero3(parameter):  # the last rank's shard may be padded
-                start = self.world.rank * count
-                count = max(0, min(count, full_numel(parameter) - start))
+            start, count = owned.span(self.parameters[i], self.world)
             yield Shard(str(i), start, average.view(-1)[:count])
 
 
@@ -139,11 +124,8 @@ class AdapterAverage:
         self.owner = number % world.dims.data
         weight = layer.frozen
         self.shape = full_shape(weight)
-        self.start, self.count = 0, full_numel(weight) if world.data_rank == self.owner else 0
-        if is_zero3(weight):
-            held = local_shard(weight).numel()
-            self.start = world.rank * held
-            self.count = max(0, min(held, full_numel(weight) - self.start))
+        self.start, count = owned.span(weight, world)
+        self.count = count if owned.owns(weight, number, world) else 0
         self.average = self.part(layer.lora_a, layer.lora_b).to(local_shard(weight).device)
 
     def part(self, lora_a: Tensor, lora_b: Tensor) -> Tensor:
