@@ -175,43 +175,44 @@ def read_all(spec: JobSpec) -> Survey:
                 survey.refuse("models.actor", error)
                 return survey
             survey.notes.append("the tokenizer is not on this machine, so nothing is said of what is cut or too long")
-        for path, counts, samples, data in _parts(spec):
+        for path, stage, counts, samples, data in _parts(spec):
             try:
-                _count(path, samples, tokenizer, spec, data)
+                _count(stage, samples, tokenizer, spec, data)
                 if not any(Outcome.TRAINED in one.outcomes for one in counts):
-                    stage = path.split(".")[1]
-                    raise sources.nothing_for(stage, counts)
+                    raise sources.nothing_for(path.split(".")[1], counts)
                 for one in counts:
                     sources.check_lost(one, path, spec.data)
             except HpcRlhfError as error:
-                survey.refuse("data.sources" if path.count(".") == 1 else path, error)
+                survey.refuse("data.sources" if stage else path, error)
             survey.data[path] = [one.to_dict() for one in counts]
             survey.notes += [f"{path}: {text}" for one in counts for text in one.warnings()]
     return survey
 
 
-Part = tuple[str, list[SourceCounts], Iterator[sources.StageSample], Data]
+# A path in the spec, the stage whose samples these are (None for a source that is mixed into one), counts by source.
+Part = tuple[str, str | None, list[SourceCounts], Iterator[sources.StageSample], Data]
 
 
 def _parts(spec: JobSpec) -> Iterator[Part]:
     """What is tokenized: the samples of each stage, and of each source that is mixed into one."""
     for stage in spec.shares:
         counts = sources.new_counts(spec)
-        yield f"stages.{stage}", counts, sources.stage_samples(spec, stage, counts), kind_of(stage).data
+        yield f"stages.{stage}", stage, counts, sources.stage_samples(spec, stage, counts), kind_of(stage).data
     for path, source in spec.sources.items():
         if not path.startswith("data."):
             one = SourceCounts(sources.name_of(source))
-            yield path, [one], sources.mixed_samples(source, spec.seed, one), Data.ANSWERS
+            yield path, None, [one], sources.mixed_samples(source, spec.seed, one), Data.ANSWERS
 
 
-def _count(path: str, samples: Iterator[sources.StageSample], tokenizer: Any, spec: JobSpec, data: Data) -> None:
+def _count(
+    stage: str | None, samples: Iterator[sources.StageSample], tokenizer: Any, spec: JobSpec, data: Data
+) -> None:
     if tokenizer is None:
         for sample, held_out, counts in samples:
             counts.add(Outcome.HELD_OUT if held_out else Outcome.TRAINED, sample.where)
         return
     from hpc_rlhf.train.data.tokenized import encoded, ends_turns
 
-    stage = path.split(".")[1] if path.count(".") == 1 else None
     for _ in encoded(samples, tokenizer, spec, data, ends_turns(spec, stage)):
         pass
 

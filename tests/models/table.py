@@ -80,8 +80,8 @@ def attempt(name: str, family: Family, world: Any, folder: Path) -> Outcome:
     models = spec.models.model_copy(update={"actor": str(folder / "model")})
     stages = spec.stages.model_copy(update={"eval": EvalSpec(micro_batch=4, prompts=4, precision="fp32")})
     spec = spec.model_copy(update={"data": data, "models": models, "stages": stages})
-    for _, what, hint in model_checks.problems(spec):  # as check does
-        outcome.refused, outcome.facts["at"] = f"{what} ({hint})", "check"
+    if problem := next(model_checks.problems(spec), None):  # as check does
+        outcome.refused, outcome.facts["at"] = f"{problem[1]} ({problem[2]})", "check"
         return outcome
     if outcome.refused:
         outcome.facts["at"] = "the start"

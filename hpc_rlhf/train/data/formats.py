@@ -11,7 +11,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.row_counts import Outcome, SourceCounts
 from hpc_rlhf.train.data.cells import PROMPTS, RESPONSES, Cells, as_list, as_text
 from hpc_rlhf.train.data.messages import Dropped, prompt_turns, turns_of_messages
-from hpc_rlhf.train.data.rows import ASSISTANT, MARKER, ROLES, Sample, Turn, parse_prompt, transcript, turns_of
+from hpc_rlhf.train.data.rows import ASSISTANT, MARKER, Sample, Turn, parse_prompt, transcript, turns_of
 
 
 def _response(text: str | None) -> str:
@@ -23,8 +23,7 @@ def _response(text: str | None) -> str:
 
 def _from_turns(turns: Sequence[Turn], chosen: str) -> Sample:
     """A sample of messages, whose text stays as it is: a template decides what is stripped."""
-    kept = tuple((ROLES[role.lower()], text) for role, text in turns)
-    return Sample(kept, transcript(turns), _message(chosen))
+    return Sample(tuple(turns), transcript(turns), _message(chosen))
 
 
 def _message(text: str) -> str:
@@ -33,7 +32,7 @@ def _message(text: str) -> str:
 
 
 def _stripped(turns: Sequence[Turn]) -> tuple[Turn, ...]:
-    return tuple((ROLES[role.lower()], text.strip()) for role, text in turns)
+    return tuple((role, text.strip()) for role, text in turns)
 
 
 def _system(row: Cells) -> list[Turn]:
@@ -44,12 +43,11 @@ def _system(row: Cells) -> list[Turn]:
 
 def _prompt_only(turns: Sequence[Turn]) -> Sample:
     """A sample without a response."""
-    turns = tuple((ROLES[role.lower()], text) for role, text in turns)
     if not any(text.strip() for role, text in turns if role != "system"):
         raise Dropped(Outcome.EMPTY)
     if turns[-1][0] != "human":
         raise ValueError("the prompt does not end with the user's turn")
-    return Sample(turns, transcript(turns), "", unanswered=Outcome.PROMPT_ONLY)
+    return Sample(tuple(turns), transcript(turns), "", unanswered=Outcome.PROMPT_ONLY)
 
 
 def _from_pair(row: Cells) -> Sample:
@@ -147,13 +145,13 @@ def _from_messages(row: Cells) -> Sample:
         turns = turns_of_messages(messages or [])
         if not turns:
             raise Dropped(Outcome.NULL if messages is None else Outcome.EMPTY)
-        if ROLES[turns[-1][0]] != "assistant":
+        if turns[-1][0] != "assistant":
             raise Dropped(Outcome.USER_LAST)
-        if ROLES[turns[0][0]] == "assistant":  # a continuation of the prompt; otherwise the whole dialogue
+        if turns[0][0] == "assistant":  # a continuation of the prompt; otherwise the whole dialogue
             turns = [*prompt_turns(row.get("prompt") or []), *turns]
-        if ROLES[turns[0][0]] != "system":
+        if turns[0][0] != "system":
             turns = [*_system(row), *turns]
-        if all(ROLES[role] != "human" for role, _ in turns):
+        if all(role != "human" for role, _ in turns):
             raise ValueError("no user turn comes before the response")
         return turns[:-1], turns[-1][1]
 
@@ -161,7 +159,7 @@ def _from_messages(row: Cells) -> Sample:
         if row["prompt"] is None:
             raise Dropped(Outcome.NULL)
         turns = prompt_turns(row["prompt"])
-        return _prompt_only(turns if turns and ROLES[turns[0][0]] == "system" else [*_system(row), *turns])
+        return _prompt_only(turns if turns and turns[0][0] == "system" else [*_system(row), *turns])
     pair = ("chosen",) if "rejected" in row and "chosen" in row else ()
     column = row.first(*pair, "messages", "conversations", "completion", "chosen")
     sample = _from_turns(*split(row[column]))

@@ -43,7 +43,7 @@ def turns_of_messages(messages: Any) -> list[Turn]:
             raise ValueError(f"turns of tools are not supported (role {name})")
         if name not in ROLES:
             raise ValueError(f"unknown role {name}")
-        turns.append((name, _with_thinking(message, _text(message[content]))))
+        turns.append((ROLES[name], _with_thinking(message, _text(message[content]))))
     return turns
 
 
