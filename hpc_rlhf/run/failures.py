@@ -89,18 +89,17 @@ def own_failure(attempt: StageHistory) -> Failed | None:
 
 
 def _by_ledger(attempt: StageHistory) -> _Cause | None:
-    """What nothing outweighs: a cancellation, a hang, a user error."""
+    """What nothing outweighs: a cancellation, a user error, a hang."""
     cancellations = attempt.all(Cancelled)
     if cancellations:
         # A rank that finds its job cancelled names its attempt; `hpc-rlhf cancel` does not.
         by_tool = any(not event.attempt for event in cancellations)
         return _Cause(reasons.CANCELLED_BY_TOOL if by_tool else reasons.CANCELLED_BY_HAND)
-    for event in attempt.events:
-        if isinstance(event, Hang):
-            return _Cause(reasons.HANG, event.message, event.host)
-        if isinstance(event, Failed) and event.exit_code == INPUT_WRONG:
-            return _Cause(reasons.USER_ERROR, event.message)
-    return None
+    cause = attempt.first_cause
+    if cause is not None and cause.exit_code == INPUT_WRONG:
+        return _Cause(reasons.USER_ERROR, cause.message)
+    hang = next(iter(attempt.all(Hang)), None)
+    return None if hang is None else _Cause(reasons.HANG, hang.message, hang.host)
 
 
 def _by_slurm(job: JobRecord | None, logs: AttemptLogs, attempt: StageHistory) -> _Cause | None:

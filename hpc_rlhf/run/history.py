@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from hpc_rlhf.errors import INPUT_WRONG
 from hpc_rlhf.run import events
 from hpc_rlhf.run.events import Event, Failed
 from hpc_rlhf.run.layout import RunDir
@@ -106,10 +107,9 @@ class StageHistory:
 
     @property
     def first_cause(self) -> Failed | None:
-        """The failure that explains the others: the first that is not a lost connection, or just the first."""
-        failures = self.all(Failed)
-        causes = [failure for failure in failures if not is_consequence(failure.message)]
-        return next(iter(causes or failures), None)
+        """The failure that explains the others: a user's mistake, then any other failure but a lost connection.
+        Reports of ranks come before what a supervisor saw, their exit codes; of equals the first counts."""
+        return min(self.all(Failed), key=_distance, default=None)
 
     @property
     def requeues(self) -> int:
@@ -152,6 +152,13 @@ class StageHistory:
             elif isinstance(event, events.Saved) and event.step > furthest:
                 furthest, progress = event.step, True
         return progress
+
+
+def _distance(failed: Failed) -> tuple[bool, bool, bool]:
+    """How far a failure is from the cause. The order of the events does not show it: machines' launchers end in any
+    order, so one that has only an exit code may write before the rank that knows why."""
+    seen_from_outside = bool(failed.log) and not failed.killed
+    return failed.exit_code != INPUT_WRONG, is_consequence(failed.message), seen_from_outside
 
 
 def _same_attempt(before: Event, event: Event) -> bool:

@@ -40,7 +40,7 @@ def two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
 
 
 def test_ranks_start_on_every_machine(two_machines: Here) -> None:
-    code, _, err = two_machines.finish("run", "job.yaml", "--hostfile", "two", FAKE_REWARD="user_error")
+    code, _, err = two_machines.finish("run", "job.yaml", "--hostfile", "two", FAKE_REWARD="late_user_error")
     assert code == 2, err
     assert "error: reward: data.json: no such file" in err
     seen = [two_machines.seen("sft", rank) for rank in range(2)]

@@ -138,6 +138,13 @@ def test_a_user_error_found_by_a_stage_is_shown_as_is(here: Here) -> None:
     assert "1 of 3 stages done; reward has failed: user error: data.json: no such file." in report
 
 
+def test_a_user_error_that_no_rank_could_report_is_not_retried(here: Here) -> None:
+    code, _, err = here.finish("run", "job.yaml", "--set", "slurm.heal.enabled=true", FAKE_SFT="silent_mistake")
+    assert code == 2
+    assert "ended with exit code 2\n  the last output" in err
+    assert here.events("started", "retried") == [("started", "sft")]
+
+
 def test_the_first_failure_is_reported_and_not_its_consequences(here: Here) -> None:
     code, _, err = here.finish("run", "job.yaml", FAKE_SFT="connection_lost")
     assert code == 1

@@ -43,6 +43,7 @@ def ended_as(state: str, **facts: Any) -> JobRecord:
 
 FAILED = ended_as("FAILED", nodes="node[1-2]")
 STARTED = event("started", attempt="7-0")
+SEEN = event("failed", attempt="4711", message="rank 1 ended with exit code 2", exit_code=2, log="1_log.err")
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,12 @@ STARTED = event("started", attempt="7-0")
          "hang", "rank 3 at step 9", "node2"),
         ([STARTED, failed("data.json: no such file", 2)], FAILED, FakeLogs(), "user error",
          "data.json: no such file", ""),
+        # also if another machine's launcher is heard first, or a rank that was stopped by its watchdog meanwhile
+        ([STARTED, SEEN, failed("data.json: no such file", 2)], None, FakeLogs(), "user error",
+         "data.json: no such file", ""),
+        ([STARTED, failed("RuntimeError: no batch"), event("hang", message="rank 1"), failed("no such file", 2), SEEN],
+         None, FakeLogs(), "user error", "no such file", ""),
+        ([STARTED, SEEN, failed(GLOO)], None, FakeLogs(), "user error", "rank 1 ended with exit code 2", ""),
         # the cause of several failures, not the lost connections that followed
         ([STARTED, failed(GLOO, host="node1"), failed("ValueError: bad row", host="node2")], FAILED,
          FakeLogs(), "failed", "ValueError: bad row", "node2"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain, permutations
+
 import pytest
 
 from hpc_rlhf.run.events import Event
@@ -36,3 +38,26 @@ def test_requeues_are_counted_since_the_user_last_submitted() -> None:
     assert StageHistory([*one, again, STARTED, STARTED]).since_user.requeues == 3  # once Slurm requeued it by itself
     assert StageHistory([*one, event("anew"), event("retried"), STARTED]).since_user.requeues == 0
     assert StageHistory([*one, sent, STARTED]).since_user.requeues == 0
+
+
+REPORTED = event("failed", message="OSError: disk full", exit_code=1)
+LOST = event("failed", message="RuntimeError: connection closed", exit_code=1)
+MISTAKE = event("failed", message="data.json: no such file", exit_code=2)
+SEEN = event("failed", message="the launcher of rank 1 ended with exit code 1", log="1.err")
+KILLED = event("failed", message="rank 1 was ended by SIGKILL", log="1.err", killed=True)
+
+
+@pytest.mark.parametrize(
+    ("causes", "consequences"),
+    [
+        ([MISTAKE], [REPORTED, LOST, SEEN, KILLED]),
+        ([REPORTED], [LOST, SEEN]),
+        ([KILLED], [LOST, SEEN]),
+        ([SEEN], [LOST]),
+        ([REPORTED, KILLED], [LOST, SEEN]),  # of two causes the first
+        ([KILLED, REPORTED], [LOST, SEEN]),
+    ],
+)
+def test_the_first_cause_does_not_depend_on_who_is_heard_first(causes: list[Event], consequences: list[Event]) -> None:
+    for order in permutations([causes, *([each] for each in consequences)]):
+        assert StageHistory([STARTED, *chain.from_iterable(order)]).first_cause == causes[0]

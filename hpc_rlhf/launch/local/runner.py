@@ -197,13 +197,12 @@ class LocalRun:
         if failed is None:
             codes = ", ".join(f"{code} on {host}" for host, code in ranks.codes().items())
             failed = Failed(message=f"ended without a model (exit code {codes}; 255 is from ssh)")
+        code = RUN_FAILED if failed.exit_code is None else failed.exit_code
         if not failed.log:
-            hint = f"the logs are in {self.run.stage(stage).logs}"
-            code = RUN_FAILED if failed.exit_code is None else failed.exit_code
-            return HpcRlhfError(failed.message, stage, hint, code)
+            return HpcRlhfError(failed.message, stage, f"the logs are in {self.run.stage(stage).logs}", code)
         # No rank could report the reason itself.
         message = failed.message + _tail(Path(failed.log))
-        return HpcRlhfError(message, stage, f"the whole log is {failed.log}", RUN_FAILED)
+        return HpcRlhfError(message, stage, f"the whole log is {failed.log}", code)
 
     def _interrupted(self, what: str, stop: StopRequests) -> Interrupted:
         return Interrupted(what, hint=f"resume with: {self.again}", exit_code=128 + (stop.number or signal.SIGINT))

@@ -129,7 +129,10 @@ class Supervisor:
             return
         message = why if self.first_bad is None else f"{self.what} {self.first + self.first_bad} {_ending(code)}"
         log = str(self.run.stage(self.stage).log(str(os.getpid()), self.first + (self.first_bad or 0), "err"))
-        ledger.append(Failed(self.stage, attempt=str(os.getpid()), message=message, log=log, killed=killed))
+        mistake = INPUT_WRONG if code == INPUT_WRONG else None  # no other attempt helps
+        ledger.append(
+            Failed(self.stage, attempt=str(os.getpid()), message=message, exit_code=mistake, log=log, killed=killed)
+        )
 
 
 def _ending(code: int | None) -> str:

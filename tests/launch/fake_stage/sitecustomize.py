@@ -115,6 +115,22 @@ def user_error(run, stage) -> None:
     sys.exit(2)
 
 
+def late_user_error(run, stage) -> None:
+    """Report a user error only after another machine's launcher has reported the exit code of its rank."""
+    from hpc_rlhf.run.events import Failed
+    from hpc_rlhf.run.ledger import Ledger
+
+    while rank() == 0 and Ledger(run.ledger).last(Failed, stage) is None:
+        time.sleep(0.05)
+    user_error(run, stage)
+
+
+def silent_mistake(run, stage) -> None:
+    """Exit as a rank does that refuses files of somebody else, without a report."""
+    print("the last output", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
 def connection_lost(run, stage) -> None:
     """Rank 1 fails; rank 0 loses its connection to it a little later."""
     from hpc_rlhf.run.events import Failed
