@@ -11,6 +11,7 @@ import torch
 from hpc_rlhf.train.data.dialogues import token_ids
 from hpc_rlhf.train.data.templates import prompt_text
 from hpc_rlhf.train.models import packed_attention, rotary
+from hpc_rlhf.train.plain_turns import drop_plain
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
 from hpc_rlhf.train.rollout.in_process import trial
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
@@ -27,7 +28,7 @@ class ChatModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        self.tokenizer = drop_plain(AutoTokenizer.from_pretrained(str(folder)))
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
         self.model = model.to(self.device).eval()
         packed_attention.enable(self.model)

@@ -12,17 +12,9 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-# The transcript format (see rows.transcript) as a chat template, for tokenizers without one: servers need a template.
-PLAIN = (
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{ '\\n\\n' + message['content'] | trim }}"
-    "{%- elif message['role'] == 'user' -%}{{ '\\n\\nHuman: ' + message['content'] | trim }}"
-    "{%- else -%}{{ '\\n\\nAssistant: ' + message['content'] | trim }}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '\\n\\nAssistant:' }}{%- endif -%}"
-)
+from hpc_rlhf.train.plain_turns import plain_template
+
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 
 
@@ -55,13 +47,6 @@ def link_model(folder: Path, place: Path) -> None:
     for pattern in WEIGHTS:
         for path in folder.glob(pattern):
             (place / path.name).symlink_to(path)
-
-
-def plain_template(tokenizer: Any) -> str:
-    """``PLAIN``, after BOS if the tokenizer starts texts with it, because templates write BOS themselves."""
-    ids = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    return ("{{- bos_token -}}" if bos else "") + PLAIN
 
 
 def serve(name: str, host: str, port: str) -> None:

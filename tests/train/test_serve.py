@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from typing import Any
 
 import pytest
 
@@ -18,10 +17,7 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import dump_spec
 from hpc_rlhf.train.chat import ChatModel
-from hpc_rlhf.train.data.dialogues import token_ids
-from hpc_rlhf.train.data.templates import prompt_text
 from hpc_rlhf.train.models.export import export
-from hpc_rlhf.train.serve import plain_template
 from tests.launch.specs import make_spec
 from tests.train import tiny
 
@@ -41,16 +37,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     export(tiny.causal("llama", vocab_size=300), tiny.tokenizer(), folder, is_main=True)
     manifest.write(folder, {"stage": "sft"})
     return run
-
-
-def test_the_plain_template_gives_the_tokens_that_the_model_was_trained_on() -> None:
-    tokenizer = tiny.tokenizer()
-    (ids,) = token_ids(tokenizer, [prompt_text(tokenizer, TURNS)])
-    template = plain_template(tokenizer)
-    asked: Any = tokenizer.apply_chat_template(
-        MESSAGES, chat_template=template, add_generation_prompt=True, return_dict=False
-    )
-    assert asked == ids
 
 
 def test_a_server_responds_as_chat_does(run: RunDir) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from hpc_rlhf.train.data import special_strings
 from hpc_rlhf.train.data.rows import Sample, Turn
 from hpc_rlhf.train.data.templates import THINKING_DEFAULT, Rendered, Renderer, knows_thinking
+from hpc_rlhf.train.plain_turns import drop_plain
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def configure_tokenizer(tokenizer: Any, template: str, thinks: Callable[[], bool
     """
     if template == "plain":
         tokenizer.chat_template = None
+    drop_plain(tokenizer)
     end = tokenizer.eos_token
     if tokenizer.chat_template:
         if isinstance(tokenizer.chat_template, dict):  # several, by name

@@ -4,8 +4,10 @@ long reads and writes that a stop interrupts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,6 +20,7 @@ from hpc_rlhf.train.models.lora import Adapter, LoraLinear, of_experts
 from hpc_rlhf.train.models.score_head import ScoreHead
 from hpc_rlhf.train.parallel import tensor_parallel
 from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, is_zero3
+from hpc_rlhf.train.plain_turns import plain_template
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 # Largest weights file: a second or two at a time, after which a stop can take effect.
@@ -168,7 +171,7 @@ def collect(model: Any, is_main: bool, between: Callable[[], object] = bool) -> 
 def write(
     model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path, should_stop: Callable[[], bool] = bool
 ) -> None:
-    """Write a Hugging Face folder that ``from_pretrained`` loads.
+    """Write a Hugging Face folder that ``from_pretrained`` loads, with a chat template and the longest context.
 
     Args:
         model: the model whose weights ``state`` holds; its generation config is changed.
@@ -186,7 +189,16 @@ def write(
         generation.eos_token_id = [eos, *others] if others else eos
     with interruptible(should_stop):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=SHARD)
-    tokenizer.save_pretrained(str(folder))
+    saved = copy(tokenizer)  # in this process, no template means plain turns
+    saved.chat_template = tokenizer.chat_template or plain_template(tokenizer)
+    saved.model_max_length = min(tokenizer.model_max_length, context_length(model.config) or sys.maxsize)
+    saved.save_pretrained(str(folder))
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence that a model takes, in tokens; None if its configuration names no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def export(model: Any, tokenizer: Any, folder: Path, is_main: bool) -> None:
