@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import ownership
 from hpc_rlhf.run.layout import RunDir, StageDir
@@ -28,6 +29,7 @@ def exit_after(main: Callable[[], object]) -> NoReturn:
     While Python shuts down, a remaining thread of gloo, NCCL or Arrow may abort the process. A rank that had
     saved, or had reported an error, would then count as crashed.
     """
+    safe_path.protect(os.environ)
     code = 0
     try:
         main()

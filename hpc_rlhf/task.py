@@ -28,8 +28,7 @@ if __name__ == "__main__":
     from hpc_rlhf.rank import exit_after, log_per_rank, refuse_foreign
     from hpc_rlhf.run.layout import RunDir
 
-    # DeepSpeed's launcher prepends --local_rank=N; the rank is read from the environment.
-    run_dir, stage = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
+    run_dir, stage = sys.argv[1:]
 
     def main() -> None:
         run = RunDir(Path(run_dir))

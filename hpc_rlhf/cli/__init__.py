@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import click
 
-from hpc_rlhf import __version__
+from hpc_rlhf import __version__, safe_path
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError, SpecError
 
 # Each verb is a module of this package with a click command named `command`. It is imported only when called, so that
@@ -76,6 +76,7 @@ def group() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb and return the process's exit code."""
     _open_closed_streams()
+    safe_path.protect(os.environ)
     try:
         # A file name that the terminal's encoding cannot show must not crash a verb.
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf import __version__
+from hpc_rlhf import __version__, safe_path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.spec import hub
@@ -143,7 +142,7 @@ def architectures(configs: Sequence[Mapping[str, object]]) -> list[Architecture 
 
 
 def _measure(configs: Sequence[str]) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "hpc_rlhf.train.models.shapes"]
+    command = safe_path.module("hpc_rlhf.train.models.shapes")
     try:
         done = subprocess.run(command, input=f"[{','.join(configs)}]", capture_output=True, text=True, timeout=_SECONDS)
         shapes: list[dict[str, object]] = json.loads(done.stdout)

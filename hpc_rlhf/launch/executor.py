@@ -12,7 +12,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan, PlannedJob
-from hpc_rlhf.launch.render import rank_command, rank_python
+from hpc_rlhf.launch.render import rank_command
 from hpc_rlhf.run.files import replacing
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
@@ -30,7 +30,7 @@ class StageExecutor(SlurmExecutor):
 
     def __init__(self, plan: Plan, job: PlannedJob, options: list[str]) -> None:
         logs = plan.run.stage(job.stage).logs
-        super().__init__(logs, max_num_timeout=_REQUEUES, python=rank_python(job))
+        super().__init__(logs, max_num_timeout=_REQUEUES)
         self.update_parameters(
             time=_NEVER_TIMED_OUT_MIN, nodes=job.slurm.nodes, ntasks_per_node=job.slurm.tasks_per_node
         )

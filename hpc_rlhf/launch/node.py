@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.launch.local.hostfile import read_hostfile
 from hpc_rlhf.rank import BLOCKED
 from hpc_rlhf.run.layout import RunDir
@@ -24,7 +25,7 @@ def command(run: RunDir, stage: str, launcher: str, env: Mapping[str, str]) -> l
     """
     hostfile = read_hostfile(run.stage(stage).hostfile)
     host = env["SLURMD_NODENAME"]
-    task = ["hpc_rlhf.task", str(run.path), stage]
+    task = safe_path.module("hpc_rlhf.task", str(run.path), stage)
     if launcher == "torchrun":
         return hostfile.torchrun(host, task, env)
     # By default it assigns the first GPUs of the node; Slurm may have given this job others.
@@ -39,6 +40,7 @@ def main(run: str, stage: str, launcher: str) -> None:
     so it stays blocked in them for good, and in the ranks, which inherit the mask, until the stage handles it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    safe_path.protect(os.environ)
     words = command(RunDir(Path(run)), stage, launcher, os.environ)
     os.execv(words[0], words)
 

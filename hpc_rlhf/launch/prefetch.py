@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
@@ -146,8 +147,9 @@ def _data_set(item: HubItem) -> dict[Path, int]:
     env = dict(os.environ)
     if not sys.stderr.isatty():
         env.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-    command = [sys.executable, "-m", "hpc_rlhf.train.data.fetch", item.name, item.subset or "", item.split]
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    command = safe_path.module("hpc_rlhf.train.data.fetch", item.name, item.subset or "", item.split)
+    # Elsewhere a folder could shadow the hub id.
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, cwd="/")
     if not done.stdout:
         raise HpcRlhfError(
             f"the process that loads {item} exited with {done.returncode}",

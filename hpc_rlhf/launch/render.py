@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.run.files import write_atomically
@@ -51,8 +52,9 @@ class Templates:
         """The sbatch script of the small job that repairs the chain when ``job`` fails."""
         heal = job.slurm.heal
         setup = job.slurm.setup if heal.setup is None else heal.setup
-        python = shlex.quote(sys.executable)
-        return self._script("sentinel.sbatch.j2", plan, job, heal=heal, setup=setup, python=python)
+        command = shlex.join(safe_path.module("hpc_rlhf.cli", "heal", "--sentinel", str(plan.run.path)))
+        own = {"command": command, "python": shlex.quote(sys.executable)}
+        return self._script("sentinel.sbatch.j2", plan, job, heal=heal, setup=setup, **own)
 
     def doctor(self, plan: Plan, job: PlannedJob, folder: Path, command: str, unshared: int) -> str:
         """The sbatch script of the short job that checks the nodes of ``job``; it exits with ``unshared`` if
@@ -144,17 +146,19 @@ def render(plan: Plan, out_dir: Path, beside: Path | None = None) -> list[Path]:
 
 
 def rank_python(job: PlannedJob) -> str:
-    """The Python that runs a rank: this one, or in a container the image's own ``python3``."""
-    return shlex.quote(sys.executable) if job.slurm.container is None else "python3"
+    """What runs a module, whose name and arguments follow, where the ranks run: this Python, or a container's."""
+    if job.slurm.container is None:
+        return shlex.join([sys.executable, *safe_path.THIS_PYTHON])
+    return shlex.join(["python3", *safe_path.ANY_PYTHON])
 
 
 def rank_command(plan: Plan, job: PlannedJob) -> str:
     """What each of srun's tasks runs: a rank, from submitit's pickle, or the launcher of a node's ranks."""
     if job.slurm.launcher != "srun":
         words = shlex.join([str(plan.run.path), job.stage, job.slurm.launcher])
-        return f"{rank_python(job)} -u -m hpc_rlhf.launch.node {words}"
+        return f"{rank_python(job)} hpc_rlhf.launch.node {words}"
     logs = shlex.quote(str(plan.run.stage(job.stage).logs))
-    return f"{rank_python(job)} -u -m hpc_rlhf.rank {logs}"
+    return f"{rank_python(job)} hpc_rlhf.rank {logs}"
 
 
 def _environment(folders: list[Path]) -> Environment:

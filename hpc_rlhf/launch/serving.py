@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates, rank_python
@@ -43,7 +44,7 @@ def serve_here(name: str, folder: Path, host: str, port: int, ready: Callable[[]
         raise HpcRlhfError(
             f"serving needs {', '.join(missing)}", hint="pip install 'hpc-rlhf[serve]', or vllm on a machine with GPUs"
         )
-    command = [sys.executable, *_arguments(name, folder, host, port)]
+    command = safe_path.module(*_arguments(name, folder, host, port))
     server = subprocess.Popen(command, stdout=sys.stderr)  # its log is not data
     try:
         while not _answers(host, port):
@@ -95,7 +96,7 @@ def serve_as_job(
 
 
 def _arguments(name: str, folder: Path, host: str, port: int) -> list[str]:
-    return ["-m", "hpc_rlhf.train.serve", str(folder), "--name", name, "--host", host, "--port", str(port)]
+    return ["hpc_rlhf.train.serve", str(folder), "--name", name, "--host", host, "--port", str(port)]
 
 
 def _answers(host: str, port: int) -> bool:

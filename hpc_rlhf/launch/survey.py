@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run.row_counts import SourceCounts
 from hpc_rlhf.spec.job import JobSpec
@@ -50,8 +50,9 @@ def survey(specs: Sequence[JobSpec], whole: bool = False) -> list[Survey]:
         return [Survey() for _ in specs]
     asked = {"specs": [spec.model_dump(mode="json") for spec in specs], "whole": whole}
     env = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", **os.environ}
-    command = [sys.executable, "-m", "hpc_rlhf.train.survey"]
-    done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=env)
+    command = safe_path.module("hpc_rlhf.train.survey")
+    # Elsewhere a folder could shadow a hub id.
+    done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=env, cwd="/")
     if done.returncode:
         raise HpcRlhfError(
             f"the process that reads the data exited with {done.returncode}",

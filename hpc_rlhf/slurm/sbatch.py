@@ -9,7 +9,7 @@ import re
 _OWNED = {
     "account": "use slurm.account",
     "array": "a stage is one job",
-    "chdir": "every path of a run is absolute",
+    "chdir": "jobs start in the run directory",
     "clusters": "a run stays on the cluster that it is submitted to",
     "comment": "use slurm.comment",
     "constraint": "use slurm.constraint",

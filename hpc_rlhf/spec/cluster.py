@@ -104,8 +104,8 @@ class SlurmSpec(Model):
     minutes. A rank that makes no progress at all is found sooner. Control messages may wait 12 hours, because one rank
     may tokenize for that long."""
     setup: tuple[Command, ...] = ()
-    """Shell commands that run on the first node before the ranks start, such as `module load cuda` or `source
-    venv/bin/activate`."""
+    """Shell commands that run on the first node, in the run directory, before the ranks start, such as `module load
+    cuda` or `source /path/to/venv/bin/activate`."""
     launcher: Literal["srun", "torchrun", "deepspeed"] = "srun"
     """What starts the ranks. srun, the right choice for most clusters, starts one Slurm task per rank and records which
     rank failed first. torchrun and deepspeed start one task per node, which then starts the ranks of that node. Choose

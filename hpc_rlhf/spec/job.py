@@ -44,7 +44,8 @@ class ModelsSpec(Model):
     """The models that the stages start from."""
 
     actor: ModelRef
-    """Hub id or local folder of the language model to turn into a chat model, or {from_scratch: …}."""
+    """Hub id or local folder of the language model to turn into a chat model, or {from_scratch: …}. Write a folder as a
+    path, such as ./my-model: without a slash at its start, or ./, it is a hub id."""
     reward: ModelRef | None = None
     """The same for the reward model and the critic; defaults to the actor. It must have the actor's tokenizer. A
     finished reward model (a sequence classification model with one label) keeps its head: the reward stage trains it

@@ -58,7 +58,7 @@ class HeadError(Exception):
 def folder(ref: str) -> Path | None:
     """The folder of a model that is on this machine, in a folder of its own or in the hub's cache."""
     path = Path(ref)
-    if path.is_absolute() or path.is_dir():
+    if path.is_absolute():
         return path if path.is_dir() else None
     return hub.snapshot(ref)
 

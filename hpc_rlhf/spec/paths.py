@@ -13,7 +13,7 @@ from hpc_rlhf.spec.yaml_source import Node
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_FILE = re.compile(r".*\.(json|jsonl|csv|parquet)(\.gz)?|.*\.gz")
+_FILE = re.compile(r".*\.(json|jsonl|csv|parquet|arrow|gz|bz2|xz|zst)")
 _IMAGE_FILE = re.compile(r".*\.(sif|sqsh|img)")
 
 
@@ -70,14 +70,17 @@ def _is_local(text: str) -> bool:
 
 
 def _local_or_hub(text: str) -> str:
-    """The absolute path of a local file or folder, or a hub id unchanged."""
+    """The absolute path of a local file or folder, or a hub id unchanged.
+
+    A folder in the working directory, which may be another user's, does not shadow a hub id.
+    """
+    if _HUB_ID.fullmatch(text) and not _FILE.fullmatch(text):
+        return text
     if os.path.exists(text):
         return os.path.abspath(text)
     if _is_local(text) or _FILE.fullmatch(text):
         raise ValueError(f"there is no file or folder {os.path.abspath(text)!r}")
-    if not _HUB_ID.fullmatch(text):
-        raise ValueError(f"{text!r} is neither an existing file or folder nor a hub id such as facebook/opt-1.3b")
-    return text
+    raise ValueError(f"{text!r} is neither an existing file or folder nor a hub id such as facebook/opt-1.3b")
 
 
 def _image(text: str) -> str:

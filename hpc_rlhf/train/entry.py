@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest, notify
 from hpc_rlhf.run.events import AttemptEvent, Cancelled, Failed, Finished, Hang, Interrupted, Requeued, Started
@@ -78,7 +79,7 @@ def run_stage(run_dir: str, stage: str) -> None:
 
 def write_report(run: RunDir) -> None:
     """Write the run's report, in a process of its own: an error or a hang there is logged and costs the run nothing."""
-    command = [sys.executable, "-m", "hpc_rlhf.cli", "report", str(run.path)]
+    command = safe_path.module("hpc_rlhf.cli", "report", str(run.path))
     try:
         subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=_REPORT_TIMEOUT, check=True

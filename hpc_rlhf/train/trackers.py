@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
@@ -39,7 +40,7 @@ class Trackers:
         self._process: subprocess.Popen[bytes] | None = None
         if spec.trackers.wandb is None and spec.trackers.mlflow is None:
             return
-        command = [sys.executable, "-m", "hpc_rlhf.train.trackers", str(run.path), stage]
+        command = safe_path.module("hpc_rlhf.train.trackers", str(run.path), stage)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)  # a child inherits it
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import pytest
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates, rank_command, render
 from hpc_rlhf.spec.job import JobSpec
@@ -81,6 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _same_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/opt/hpc-rlhf/bin/python")
+    monkeypatch.setattr(safe_path, "THIS_PYTHON", ("-u", "-P", "-m"))
 
 
 def make_files(case: str, folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import node
 from hpc_rlhf.launch.plan import make_plan
@@ -104,6 +105,7 @@ def test_every_slurm_setting_becomes_an_option() -> None:
         "--signal=USR2@240",
         "--requeue",
         "--open-mode=append",
+        '--chdir="/scratch/my runs"',
         '--output="/scratch/my runs/stages/sft/logs/%j_batch.log"',
     ]
 
@@ -138,7 +140,7 @@ def test_the_script_sets_the_rendezvous_and_exits_with_sruns_code(tmp_path: Path
     args = (out / "args").read_text().splitlines()
     assert f"--output={stage.logs}/%j_%t_log.out" in args
     assert {"--kill-on-bad-exit=1", "--wait=60", "--open-mode=append"} <= set(args)
-    assert args[-3:] == ["-m", "hpc_rlhf.rank", str(stage.logs)]
+    assert args[-5:] == [*safe_path.THIS_PYTHON, "hpc_rlhf.rank", str(stage.logs)]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -169,7 +171,7 @@ def test_a_launcher_takes_its_rank_from_the_hostfile_and_gpus_from_slurm(tmp_pat
         assert json.loads(base64.urlsafe_b64decode(world)) == {"n1": [0, 1], "n2": gpus}
         assert "--node_rank=1" in deepspeed
     for words in (torchrun, deepspeed):
-        assert words[-4:] == ["--module", "hpc_rlhf.task", str(tmp_path), "sft"]
+        assert words[-7:] == safe_path.module("hpc_rlhf.task", str(tmp_path), "sft")
 
 
 def test_jobs_and_attempts_use_different_ports(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_hostile_text_is_inert(text: str, tmp_path: Path) -> None:
     args = (out / "args").read_text().splitlines()
     assert args[args.index("apptainer") :] == [
         *("apptainer", "exec", "--nv", "--bind", spec.run_dir, "--bind", f"/data/{text}", f"/img/{text}.sif"),
-        *("python3", "-u", "-m", "hpc_rlhf.rank", f"{spec.run_dir}/stages/sft/logs"),
+        *("python3", *safe_path.ANY_PYTHON, "hpc_rlhf.rank", f"{spec.run_dir}/stages/sft/logs"),
     ]
 
 
@@ -249,7 +251,7 @@ def test_pyxis_mounts_the_run_directory(tmp_path: Path) -> None:
     args = (out / "args").read_text().splitlines()
     assert "--container-image=nvcr.io#x" in args
     assert f"--container-mounts={spec.run_dir}:{spec.run_dir},/data:/data:ro" in args
-    assert args[-5] == "python3"
+    assert "python3" in args
 
 
 def test_the_script_requeues_a_stage_on_request_from_its_container(tmp_path: Path) -> None:
@@ -393,5 +395,6 @@ def test_a_sentinel_heals_its_run_with_any_name_and_setup(hostile: str, tmp_path
         ["bash", here], cwd=tmp_path / "cwd", env={**os.environ, "SBATCH_X": "1"}, check=True, stderr=subprocess.DEVNULL
     )
     arguments = (tmp_path / "args").read_text().splitlines()
-    assert arguments == ["1", "unset", "-m", "hpc_rlhf.cli", "heal", "--sentinel", str(run.path), "0077"]
+    heal = [*safe_path.THIS_PYTHON, "hpc_rlhf.cli", "heal", "--sentinel", str(run.path)]
+    assert arguments == ["1", "unset", *heal, "0077"]
     assert not list((tmp_path / "cwd").iterdir())

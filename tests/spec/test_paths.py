@@ -35,12 +35,12 @@ def test_run_dir(tmp_path: Path, written: str, resolved: str) -> None:
     assert spec.run_dir == resolved.format(here=tmp_path / "here")
 
 
-def test_local_paths_take_precedence_over_hub_ids(tmp_path: Path) -> None:
+def test_a_name_without_a_file_ending_is_a_hub_id_whatever_is_in_the_folder(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
     (tmp_path / "here/facebook/opt-125m").mkdir(parents=True)
     (tmp_path / "here/rows.jsonl").touch()
     spec = load_spec(path, ["data.sources.1={path: rows.jsonl, format: hh}"])
-    assert spec.models.actor == str(tmp_path / "here/facebook/opt-125m")
+    assert spec.models.actor == "facebook/opt-125m"
     assert spec.data.sources[0].path == "Dahoas/rm-static"
     assert spec.data.sources[1].path == str(tmp_path / "here/rows.jsonl")
 

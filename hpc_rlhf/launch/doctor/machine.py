@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 
 # Importing torch from a cold network file system takes a minute or two.
@@ -25,7 +25,7 @@ def examine(
         ops: DeepSpeed ops that the stages need.
         gpus, precisions, spread: as ``check`` takes them.
     """
-    command = [sys.executable, "-m", "hpc_rlhf.train.machine", *ops]
+    command = safe_path.module("hpc_rlhf.train.machine", *ops)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         facts = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}

@@ -69,7 +69,7 @@ def _send(spec: JobSpec, plan: Plan, templates: Templates, job: PlannedJob, fold
     limits = {"nodes": min(job.slurm.nodes, _NODES), "time": str(_MINUTES), "signal_seconds": 30}
     small = replace(job, slurm=job.slurm.model_copy(update=limits), job_name=f"{spec.name}.doctor")
     words = [str(folder), job.stage, *ops]
-    command = f"{rank_python(job)} -m hpc_rlhf.launch.doctor.probe {shlex.join(words)}"
+    command = f"{rank_python(job)} hpc_rlhf.launch.doctor.probe {shlex.join(words)}"
     script = folder / "script"
     script.write_text(templates.doctor(plan, small, folder, command, _UNSHARED), encoding="utf-8")
     # A job whose log cannot be opened fails silently.

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import shlex
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 
 if TYPE_CHECKING:  # a node's launcher imports this module before it can handle signals
@@ -76,7 +75,7 @@ class Hostfile:
         The runner is not used, because it stops by killing all of the user's DeepSpeed jobs on these machines.
 
         Args:
-            task: the module that a rank runs, and its arguments.
+            task: what a rank runs.
             env: with MASTER_ADDR and MASTER_PORT.
             gpus: GPUs of this machine, as in CUDA_VISIBLE_DEVICES; the first ones if None.
         """
@@ -90,7 +89,7 @@ class Hostfile:
             f"--master_addr={env['MASTER_ADDR']}",
             f"--master_port={env['MASTER_PORT']}",
         ]
-        return [sys.executable, "-m", "deepspeed.launcher.launch", *options, "--module", *task]
+        return safe_path.module("deepspeed.launcher.launch", *options, "--no_python", "--no_local_rank", *task)
 
     def torchrun(self, host: str, task: list[str], env: Mapping[str, str]) -> list[str]:
         """torchrun for one machine's ranks; the arguments are those of ``deepspeed``."""
@@ -101,19 +100,19 @@ class Hostfile:
             f"--master-addr={env['MASTER_ADDR']}",
             f"--master-port={env['MASTER_PORT']}",
         ]
-        return [sys.executable, "-m", "torch.distributed.run", *options, "--module", *task]
+        return safe_path.module("torch.distributed.run", *options, "--no-python", *task)
 
 
 def is_here(host: str) -> bool:
     return host in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
 
 
-def on_host(host: str, command: list[str], env: Mapping[str, str]) -> list[str]:
-    """A command that runs ``command`` on a machine, in this folder and with the variables it needs."""
+def on_host(host: str, folder: Path, command: list[str], env: Mapping[str, str]) -> list[str]:
+    """A command that runs ``command`` on a machine, there in a folder and with the variables it needs."""
     if is_here(host):
         return command
     sent = [f"{name}={value}" for name, value in env.items() if name.startswith(_SENT)]
-    return [*_SSH, host, f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *sent, *command])}"]
+    return [*_SSH, host, f"cd {shlex.quote(str(folder))} && exec {shlex.join(['env', *sent, *command])}"]
 
 
 def read_hostfile(path: Path) -> Hostfile:

@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any
 
 from submitit.local.local import LocalExecutor, LocalJob
 
+from hpc_rlhf import safe_path
 from hpc_rlhf.launch.local.hostfile import Hostfile, on_host
 from hpc_rlhf.launch.local.supervisor import AFTER_END
 from hpc_rlhf.run.layout import RunDir
@@ -86,9 +86,9 @@ def start_on(hostfile: Hostfile, run: RunDir, stage: str, env: Mapping[str, str]
     """Start DeepSpeed's launcher on every machine of a hostfile."""
     supervisors, first_rank = {}, 0
     for host, slots in hostfile.slots.items():
-        launcher = hostfile.deepspeed(host, ["hpc_rlhf.task", str(run.path), stage], env)
+        launcher = hostfile.deepspeed(host, safe_path.module("hpc_rlhf.task", str(run.path), stage), env)
         command = _supervised(run, stage, "the launcher of rank", first_rank, 1, launcher)
-        supervisors[host] = _start(on_host(host, command, env), env)
+        supervisors[host] = _start(run, on_host(host, run.path, command, env), env)
         first_rank += slots
     return Ranks(supervisors)
 
@@ -104,7 +104,7 @@ class SupervisedExecutor(LocalExecutor):
     @property
     def _submitit_command_str(self) -> str:
         """Our entry point, which calls submitit's."""
-        return shlex.join([sys.executable, "-u", "-m", "hpc_rlhf.rank", str(self.folder)])
+        return shlex.join(safe_path.module("hpc_rlhf.rank", str(self.folder)))
 
     def _submit_command(self, command: str) -> LocalJob[Any]:
         run, stage, ranks, env = self._start
@@ -115,14 +115,14 @@ class SupervisedExecutor(LocalExecutor):
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
             "SUBMITIT_LOCAL_NODEID": "0",
         }
-        self.supervisor = _start(_supervised(run, stage, "rank", 0, ranks, shlex.split(command)), env)
+        self.supervisor = _start(run, _supervised(run, stage, "rank", 0, ranks, shlex.split(command)), env)
         return LocalJob(self.folder, str(self.supervisor.pid), list(range(ranks)), self.supervisor)
 
 
 def _supervised(run: RunDir, stage: str, what: str, first: int, copies: int, command: list[str]) -> list[str]:
-    supervisor = [sys.executable, "-m", "hpc_rlhf.launch.local.supervisor", str(run.path), stage, what]
-    return [*supervisor, str(first), str(copies), *command]
+    words = (str(run.path), stage, what, str(first), str(copies), *command)
+    return safe_path.module("hpc_rlhf.launch.local.supervisor", *words)
 
 
-def _start(command: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True)
+def _start(run: RunDir, command: list[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=env, cwd=run.path, stdin=subprocess.PIPE, start_new_session=True)

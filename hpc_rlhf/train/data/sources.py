@@ -46,7 +46,7 @@ def local_files(source: SourceSpec) -> list[Path] | None:
         HpcRlhfError: there are none.
     """
     path = Path(source.path or "")
-    if source.path is None or not (path.exists() or path.is_absolute()):
+    if not path.is_absolute():  # a folder with a data set's name does not shadow it
         return None
     if not path.exists():
         raise HpcRlhfError("no such data file or folder", where=source.path)
