@@ -36,6 +36,7 @@ VERBS = {
     "logs": "Print a stage's log.",
     "cancel": "Cancel a run's jobs.",
     "heal": "Restart the failed stages of a run.",
+    "relocate": "Adopt a run directory that was moved or copied.",
     "chat": "Chat with a trained model.",
     "serve": "Serve a trained model over an OpenAI-compatible API.",
 }

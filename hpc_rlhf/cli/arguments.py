@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir, SweepDir
 
 set_option = click.option(
@@ -78,7 +79,9 @@ def find_runs(argument: str) -> list[RunDir]:
     """
     path = Path(argument)
     members: list[RunDir] = []
-    if path.is_file():
+    if (own := acting.run_of(path)) is not None:
+        path = own.path
+    elif path.is_file():
         from hpc_rlhf.spec.sweep import Sweep, load_any
 
         spec = load_any(path)

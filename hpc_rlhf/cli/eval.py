@@ -10,11 +10,11 @@ import click
 from hpc_rlhf.cli.arguments import example, find_run, json_option, set_option, unfinished
 from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.cli.run import run_stages, set_arguments
-from hpc_rlhf.errors import INPUT_WRONG
+from hpc_rlhf.errors import INPUT_WRONG, HpcRlhfError
 from hpc_rlhf.launch.auto import load_one
 from hpc_rlhf.launch.prepare import evaluation_changed
 from hpc_rlhf.observe.results import read_report
-from hpc_rlhf.run import manifest
+from hpc_rlhf.run import acting, manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
@@ -41,12 +41,14 @@ def command(context: click.Context, run: str, prompts: int | None, sets: tuple[s
 
     folder = find_run(run)
     number = [] if prompts is None else [f"stages.{EVALUATION.name}.prompts={prompts}"]
-    spec, beside = _evaluation_spec(run, folder, (*sets, *number))
-    if not manifest.is_done(folder.stage(EVALUATION.name)) or evaluation_changed(folder, spec):
-        words = [run, *([] if prompts is None else ["--prompts", str(prompts)]), *set_arguments(sets)]
-        if as_json:
-            words.append("--json")
-        run_stages(context, "eval", words, spec, beside, stages=(EVALUATION.name,))
+    is_done = manifest.is_done(folder.stage(EVALUATION.name))
+    if not is_done or sets or number or Path(run).is_file():
+        spec, beside = _evaluation_spec(run, folder, (*sets, *number))
+        if not is_done or evaluation_changed(folder, spec):
+            words = [run, *([] if prompts is None else ["--prompts", str(prompts)]), *set_arguments(sets)]
+            if as_json:
+                words.append("--json")
+            run_stages(context, "eval", words, spec, beside, stages=(EVALUATION.name,))
     report = read_report(folder)
     if as_json:
         click.echo(json.dumps(report, indent=1))
@@ -65,6 +67,8 @@ def _evaluation_spec(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[J
         fields = last.model_dump(mode="json") if last else {}
         sets = (f"stages.{EVALUATION.name}={json.dumps(fields)}", *sets)
     spec = load_one(source, sets)
+    if not acting.is_same_folder(Path(spec.run_dir), folder.path):
+        raise HpcRlhfError(f"an evaluation of {run} would write to {spec.run_dir}", hint="leave run_dir as it is")
     missing = [stage for stage in spec.needs(EVALUATION.name) if not manifest.is_done(folder.stage(stage))]
     if missing:
         raise unfinished(folder, "there is nothing to evaluate yet", missing, INPUT_WRONG)

@@ -8,6 +8,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, find_run, writing
 from hpc_rlhf.observe.report.page import write_report
+from hpc_rlhf.run import acting
 
 
 @click.command(epilog=example("hpc-rlhf report my-job.yaml"))
@@ -23,6 +24,8 @@ def command(run: str, out: Path | None) -> None:
     so you can mail it. A run updates its report after each stage.
     """
     run_dir = find_run(run)
+    if out is None:
+        acting.check_owner(run_dir)
     path = out or run_dir.report
     with writing(path):
         write_report(run_dir, path)

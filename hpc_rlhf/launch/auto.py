@@ -12,6 +12,7 @@ from hpc_rlhf.errors import HpcRlhfError, SpecError
 from hpc_rlhf.estimate.stage_memory import RESERVE, stage_memory
 from hpc_rlhf.estimate.step_time import step_parts
 from hpc_rlhf.launch.prepare import differences, has_trained, is_harmless
+from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.auto import OFFLOADS
 from hpc_rlhf.spec.batch import data_ranks, derive_batch
@@ -80,7 +81,9 @@ def load(
 
     Raises:
         SpecError: every error in it, or why nothing can be chosen, each with its line.
+        HpcRlhfError: it is the spec of a run that was moved or copied, and names the folder where that was made.
     """
+    _refuse_moved(Path(path), sets)
     spec = load_any(path, sets)
     if isinstance(spec, JobSpec):
         spec, choices = resolve(spec)
@@ -94,8 +97,14 @@ def load(
 
 
 def load_one(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
-    """Load the spec of a single run, and resolve auto in it. Raises SpecError as ``load``, or if it is a sweep."""
+    """Load the spec of a single run, and resolve auto in it. Raises as ``load``, and SpecError if it is a sweep."""
+    _refuse_moved(Path(path), sets)
     return resolve(load_spec(path, sets))[0]
+
+
+def _refuse_moved(path: Path, sets: Sequence[str]) -> None:
+    if (run := acting.run_of(path)) is not None and not any(option.startswith("run_dir=") for option in sets):
+        acting.check_place(run)
 
 
 def resolve(spec: JobSpec) -> tuple[JobSpec, list[Choice]]:

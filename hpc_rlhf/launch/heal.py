@@ -12,7 +12,7 @@ from hpc_rlhf.launch.jobs import RunJobs, find_jobs
 from hpc_rlhf.launch.lock import SILENCE, hold
 from hpc_rlhf.launch.plan import PlannedJob, make_plan
 from hpc_rlhf.launch.sweep_order import followers
-from hpc_rlhf.run import failures, manifest, notify, ownership
+from hpc_rlhf.run import acting, failures, manifest, notify
 from hpc_rlhf.run.attempt_logs import AttemptLogs, last_seen, last_step
 from hpc_rlhf.run.events import Ended, Retried, RetryRequested, Stopped
 from hpc_rlhf.run.history import StageHistory
@@ -42,8 +42,10 @@ def heal(run: RunDir, by_sentinel: bool = False) -> list[Outcome]:
             failures no longer count.
 
     Raises:
-        HpcRlhfError: there is no Slurm here, the run was never submitted, or another process works on it.
+        HpcRlhfError: there is no Slurm here, the run was never submitted, this user may not act on it, or another
+            process works on it.
     """
+    acting.check(run)
     require_slurm()
     outcomes = _repair(run, by_sentinel)
     if any(each.did in ("submitted", "requeued", "stopped") for each in outcomes):
@@ -54,7 +56,7 @@ def heal(run: RunDir, by_sentinel: bool = False) -> list[Outcome]:
 
 
 def _repair(run: RunDir, by_sentinel: bool) -> list[Outcome]:
-    ownership.check(run)
+    acting.check(run)
     plan = make_plan(read_spec(run.job_yaml))
     with hold(run.submit_lock, "hpc-rlhf heal", _PATIENCE if by_sentinel else 0.0):
         jobs = _settled(run)

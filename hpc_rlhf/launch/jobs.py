@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import PlannedJob
-from hpc_rlhf.run import sentinel
-from hpc_rlhf.run.events import Cancelled, Refused, Submitted, Submitting
+from hpc_rlhf.run import acting, sentinel
+from hpc_rlhf.run.events import Cancelled, Refused, Relocated, Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
@@ -93,7 +93,12 @@ def find_jobs(run: RunDir) -> RunJobs:
 
 
 def cancel(run: RunDir) -> dict[str, QueuedJob]:
-    """Cancel a run's queued and running jobs, and return the stages' jobs."""
+    """Cancel a run's queued and running jobs, and return the stages' jobs.
+
+    Raises:
+        HpcRlhfError: this user may not act on the run, or another process works on it.
+    """
+    acting.check(run)
     with hold(run.submit_lock, "hpc-rlhf cancel", _PATIENCE):
         jobs = find_jobs(run)
         # The sentinels first, or they would start when their stages are cancelled.
@@ -108,6 +113,7 @@ def adopt(run: RunDir, stage: str, token: str, job_id: str) -> None:
     """Record a job that Slurm accepted although sbatch did not return its id."""
     from hpc_rlhf.launch.executor import ensure_pickle
 
+    acting.check(run)  # it may be another one of the sweep
     ensure_pickle(run, stage, job_id)
     Ledger(run.ledger).append(Submitted(stage, token=token, job_id=job_id))
 
@@ -137,4 +143,7 @@ def _submissions(ledger: Ledger) -> tuple[dict[str, tuple[str, str]], dict[str, 
             submitted[event.job_id] = (event.stage, event.token)
         elif isinstance(event, Refused):
             unanswered.pop(event.token, None)
+        elif isinstance(event, Relocated):  # the jobs are those of the folder that it was copied from
+            submitted = {job_id: known for job_id, known in submitted.items() if known[0] != event.stage}
+            unanswered = {token: known for token, known in unanswered.items() if known[0] != event.stage}
     return submitted, unanswered

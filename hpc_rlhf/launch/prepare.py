@@ -13,7 +13,7 @@ from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.launch.survey import refuse_bad_data
-from hpc_rlhf.run import notify, ownership, run_index
+from hpc_rlhf.run import acting, notify, run_index
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.batch import derive_batch
@@ -32,13 +32,13 @@ def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
     """Create the run directory of a spec if necessary, and lock it for this launcher; ``doing`` is as in ``hold``.
 
     Raises:
-        HpcRlhfError: another launcher works on it, others could have written to it, it holds other files, or
-            it cannot be written.
+        HpcRlhfError: another launcher works on it, this user may not act on it, it holds other files, or it cannot be
+            written.
     """
     run = RunDir(Path(spec.run_dir))
     with _write_errors(run):
+        acting.check(run)
         _private_folder(run.path)
-        ownership.check(run)
         foreign = [path.name for path in run.path.iterdir() if not _is_ours(path, run)]
     if foreign and not run.job_yaml.exists():
         raise HpcRlhfError(

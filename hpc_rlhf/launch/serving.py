@@ -17,6 +17,7 @@ from hpc_rlhf import safe_path
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates, rank_python
+from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.load import read_spec
@@ -70,8 +71,9 @@ def serve_as_job(
     ``say`` is called with progress messages.
 
     Raises:
-        HpcRlhfError: Slurm rejects it, or it ends before it runs.
+        HpcRlhfError: this user may not act on the run, Slurm rejects the job, or it ends before it runs.
     """
+    acting.check(run)
     plan = make_plan(read_spec(run.job_yaml))
     (planned,) = [job for job in plan.jobs if job.stage == stage]
     job = replace(planned, job_name=f"{plan.name}.serve", slurm=planned.slurm.model_copy(update={"nodes": 1}))

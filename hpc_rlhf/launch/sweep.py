@@ -10,6 +10,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.jobs import cancel
 from hpc_rlhf.launch.submit import submit
+from hpc_rlhf.run import acting
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir, SweepDir
 from hpc_rlhf.spec.sweep import Sweep, lenders
@@ -40,10 +41,11 @@ def lay_out(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
     """Write the sweep's folder. Returns, for each run by name, the runs that train stages for it.
 
     Raises:
-        HpcRlhfError: the folder cannot be written.
+        HpcRlhfError: the folder cannot be written, or is not this user's.
     """
     folder = SweepDir(sweep.run_dir)
     facts = {"runs": [member.name for member in sweep.members], "limit": sweep.limit}
+    acting.check_owner(RunDir(folder.path))
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_atomically(folder.json, json.dumps(facts, indent=1) + "\n")

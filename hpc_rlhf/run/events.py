@@ -204,6 +204,13 @@ class RetryRequested(Event, name="anew"):
     """the user asked for another attempt; earlier failures no longer count"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Relocated(Event, name="relocated"):
+    """the run was moved here from the folder `source`, or copied; jobs submitted before are not its own"""
+
+    source: str = ""
+
+
 def to_json(event: Event) -> dict[str, Any]:
     """The event as the ledger stores it."""
     facts = {

@@ -89,12 +89,13 @@ class StageHistory:
 
     @property
     def job_id(self) -> str | None:
-        """The stage's Slurm job; None if it was never submitted, or was started without Slurm since."""
+        """The stage's Slurm job; None if it was never submitted, or was since started without Slurm or
+        relocated."""
         job_id = None
         for event in self.events:
             if isinstance(event, events.Submitted):
                 job_id = event.job_id
-            elif isinstance(event, events.Started) and event.job_id != job_id:
+            elif isinstance(event, events.Relocated) or (isinstance(event, events.Started) and event.job_id != job_id):
                 job_id = None
         return job_id
 

@@ -1,9 +1,10 @@
-"""End to end without Slurm and with real training: run, interrupt, resume, chat."""
+"""End to end without Slurm and with real training: run, interrupt, move, resume, chat."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def steps(run: RunDir, stage: str) -> list[int]:
 
 
 @pytest.mark.train
-def test_run_interrupt_resume_and_chat(tmp_path: Path) -> None:
+def test_run_interrupt_move_resume_and_chat(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     words = ["run", str(JOB), "--set", f"run_dir={run.path}"]
     for field, value in SMALL.items():
@@ -61,9 +62,13 @@ def test_run_interrupt_resume_and_chat(tmp_path: Path) -> None:
     assert saved is not None
     assert f"sft is saved at step {saved.step}" in err
 
-    process = start(words)
+    run = RunDir(Path(shutil.move(run.path, tmp_path / "moved")))
+    process = start(["relocate", str(run.path)])
+    process.communicate(timeout=60)
+    process = start(["run", str(run.job_yaml)])
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
+    assert not (tmp_path / "run").exists()
     resumed = Ledger(run.ledger).last(Resumed, "sft")
     assert resumed is not None
     assert resumed.step == saved.step >= 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -203,3 +204,35 @@ def test_cancelled_jobs_stay_cancelled(bench: Bench) -> None:
     status: dict[str, Any] = json.loads(bench.cli("status", "--json").stdout)
     assert {stage["state"] for stage in status["stages"]} == {"cancelled"}
     assert "no job of this run" in bench.cli("cancel").stderr
+
+
+def test_a_copy_leaves_the_jobs_of_the_original_alone(bench: Bench, tmp_path: Path) -> None:
+    bench.cli("submit")
+    copy = RunDir(Path(shutil.copytree(bench.run.path, tmp_path / "copy")))
+
+    def call(verb: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "hpc_rlhf.cli", verb, str(copy.path)]
+        return subprocess.run(command, env=bench.env({}), capture_output=True, text=True, timeout=60)
+
+    for verb in ("cancel", "heal"):
+        assert call(verb).returncode == 2
+    assert call("relocate").returncode == 0
+    done = call("cancel")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert bench.names() == ALL
+
+
+def test_a_moved_run_is_not_adopted_while_it_has_jobs(bench: Bench, tmp_path: Path) -> None:
+    bench.cli("submit")
+    moved = shutil.move(bench.run.path, tmp_path / "moved")
+    command = [sys.executable, "-m", "hpc_rlhf.cli", "relocate", moved]
+
+    def relocate() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=bench.env({}), capture_output=True, text=True, timeout=60)
+
+    refused = relocate()
+    assert refused.returncode == 2
+    hint = refused.stderr.splitlines()[-1]
+    bench.cluster.run(*hint[hint.index("scancel") :].split())
+    wait_until(lambda: not bench.names(), 20, "the cancelled jobs to end")
+    assert relocate().returncode == 0

@@ -56,7 +56,10 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         findings.append(warning("slurm", message, "to submit, use a login node of the cluster"))
     if spec is None or plan is None:
         return findings
-    findings += [*hub.check(specs), *fit.check(spec), storage.check_trust(plan.run)]
+    trust = storage.check_trust(plan.run)
+    findings += [*hub.check(specs), *fit.check(spec), trust]
+    if trust.level == "error":
+        return findings  # nothing is to be written or executed there
     try:
         with storage.scratch(plan.run) as folder:
             findings += [storage.check_writes(folder, plan.run), storage.check_space(folder, disk.run_bytes(spec))]

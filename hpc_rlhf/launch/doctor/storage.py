@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
-from hpc_rlhf.run import ownership
+from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
 
 # For logs, metrics and data, beside models and checkpoints.
@@ -54,7 +54,7 @@ def refused(run: RunDir, problem: OSError) -> Finding:
 def check_trust(run: RunDir) -> Finding:
     """Check that no one else can write to the run directory."""
     try:
-        ownership.check(run)
+        acting.check(run)
     except HpcRlhfError as problem:
         return error("mode", f"{problem.where}: {problem.message}", str(problem.hint))
     above = next(path for path in run.path.parents if path.exists())

@@ -1,0 +1,95 @@
+"""Adopt a run directory where it is now: make its spec, plan and scripts name this folder."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.lock import hold
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import render
+from hpc_rlhf.run import acting, run_index, sentinel
+from hpc_rlhf.run.events import Relocated, Submitted
+from hpc_rlhf.run.files import write_atomically
+from hpc_rlhf.run.history import StageHistory
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.load import dump_spec, read_spec
+
+
+def relocate(run: RunDir) -> Path | None:
+    """Adopt a run that was moved or copied here, and return the folder where it was made; None if that is this one.
+
+    A copy becomes a run of its own: it keeps what the original had trained, and has none of its jobs. What is written
+    last is what ``acting`` reads, so that an interrupted call can be repeated.
+
+    Raises:
+        HpcRlhfError: it is another user's, jobs of the moved run are queued or running, or a process works on it.
+    """
+    acting.check_owner(run)
+    made = acting.made_elsewhere(run)
+    if made is None:
+        return None
+    with hold(run.submit_lock, "hpc-rlhf relocate"):
+        copied = acting.is_copy(run, made)
+        spec = _moved(read_spec(run.job_yaml), made, run.path)
+        if not copied:
+            _refuse_live_jobs(run, spec, made)
+        for stage in spec.stage_names:
+            Ledger(run.ledger).append(Relocated(stage, source=str(made)))
+            _relink(run.stage(stage).path, RunDir(made).stage(stage).path)
+            if copied:  # or two runs would send metrics to one
+                run.stage(stage).trackers.unlink(missing_ok=True)
+        plan = make_plan(spec)
+        render(plan, run.scripts, run.scripts)
+        write_atomically(run.job_yaml, dump_spec(spec))
+        write_atomically(run.plan_json, plan.to_json())
+    run_index.remember(run.path)
+    return made
+
+
+def _moved(spec: JobSpec, old: Path, new: Path) -> JobSpec:
+    """The spec with all paths in the old folder in the new one."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return tuple(map(moved, value))
+        if isinstance(value, str) and (value == str(old) or value.startswith(f"{old}/")):
+            return str(new) + value[len(str(old)) :]
+        return value
+
+    return JobSpec.model_validate(moved(spec.model_dump()))
+
+
+def _refuse_live_jobs(run: RunDir, spec: JobSpec, made: Path) -> None:
+    """Raise HpcRlhfError if jobs of a moved run are queued or running: they work in the old folder."""
+    histories = {stage: StageHistory.read(run, stage) for stage in spec.stage_names}
+    submitted = {stage: history.job_id for stage, history in histories.items() if history.job_id is not None}
+    if not submitted or not commands.available():
+        return
+    queue = commands.queue()
+    live = [queue[job_id] for stage, job_id in submitted.items() if job_id in queue and queue[job_id].is_of(stage)]
+    tokens = [event.token for history in histories.values() for event in history.all(Submitted)]
+    ids = [job.job_id for job in (*live, *sentinel.living(queue, tokens)) if job.live]
+    if ids:
+        raise HpcRlhfError(
+            f"jobs of this run are queued or running, and work in {made}, where it was: {', '.join(ids)}",
+            where=str(run.path),
+            hint=f"move it back, or cancel them and relocate it then: scancel {shlex.join(ids)}",
+        )
+
+
+def _relink(link: Path, old: Path) -> None:
+    """Let the link to a stage of another run lead where it led in the run's old folder."""
+    if link.is_symlink() and not link.exists():
+        target = Path(os.path.normpath(old.parent / os.readlink(link)))
+        if target.exists():
+            link.unlink()
+            link.symlink_to(os.path.relpath(target, link.parent))
