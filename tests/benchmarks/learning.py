@@ -45,7 +45,7 @@ def job(work: Path, stage: str, seed: int, lr: float) -> dict[str, Any]:
     """Our job spec for a stage. PPO's also names the two stages before it, whose models are copied in."""
     trained = {
         "micro_batch": SAMPLES, "precision": "fp32", "max_steps": STEPS, "epochs": 100, "lr": lr,
-        "checkpoint_every": STEPS,
+        "checkpoint_every": STEPS, "warmup": 0,
     }  # fmt: skip
     if stage == "sft":
         trained["answer_only"] = False  # as its peer trains
