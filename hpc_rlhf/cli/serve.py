@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from hpc_rlhf.cli.arguments import example, find_run
@@ -15,34 +17,40 @@ from hpc_rlhf.spec.stages import POLICIES
 @click.option("--stage", type=click.Choice(tuple(POLICIES)), help="Model to serve.", show_default="the latest finished")
 @click.option(
     "--host",
-    default="127.0.0.1",
+    default=serving.LOCALHOST,
     show_default=True,
-    help="Address to listen on. There is no access control: with any other address than the default, whoever "
-    "reaches the port can use the model.",
+    help="Address to listen on. The connection is not encrypted: for another address than the default, put a server "
+    "with TLS in front.",
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--slurm", "as_job", is_flag=True, help="Serve from a Slurm job, on a node like the stage's.")
 def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> None:
     """Serve a finished model of RUN, a run directory or job file, over an OpenAI-compatible API.
 
-    Uses vLLM if it is installed, transformers otherwise.
+    Clients must give the token that is printed as their API key; other users of this machine do not have it. Responses
+    are drawn together, by vLLM if it is installed. Without it, this serves chat completions, and refuses what it does
+    not support.
     """
     if as_job and host != serving.LOCALHOST:
         raise click.UsageError("--host cannot be used with --slurm: a job listens on its node's localhost only.")
     run_dir = find_run(run)
     name, folder = finished_model(run_dir, stage)
-
-    def announce() -> None:
-        click.echo(f"serving {name} at http://{host}:{port}/v1; press Ctrl-C to stop", err=True)
-        click.echo(serving.request(name, port))
-
     if not as_job:
-        serving.serve_here(name, folder, host, port, announce)
+        from hpc_rlhf.train.serve import serve
+
+        token = serving.new_token()
+
+        def announce() -> None:
+            click.echo(f"serving {name} at http://{host}:{port}/v1; press Ctrl-C to stop", err=True)
+            click.echo(serving.how_to_use(name, port, token))
+            sys.stdout.flush()
+
+        serve(folder.resolve(), name, host, port, token, announce)
         return
-    job_id, node = serving.serve_as_job(
+    job_id, node, token = serving.serve_as_job(
         run_dir, name, POLICIES[name].name, folder, port, lambda words: click.echo(words, err=True)
     )
     click.echo(
-        f"job {job_id} serves {name} on {node}, ready in about a minute; to stop it: scancel {job_id}\n"
-        f"ssh -N -L {port}:127.0.0.1:{port} {node}\n{serving.request(name, port)}"
+        f"job {job_id} serves {name} on {node}, ready in about a minute; to stop it: hpc-rlhf cancel {run}", err=True
     )
+    click.echo(f"ssh -N -L {port}:127.0.0.1:{port} {node}\n{serving.how_to_use(name, port, token)}")

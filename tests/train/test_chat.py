@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_rlhf.train.chat import NEXT_TURN, ChatModel
+from hpc_rlhf.train.chat import ChatModel
 from hpc_rlhf.train.data.dialogues import configure_tokenizer
 from hpc_rlhf.train.data.rows import transcript
 from hpc_rlhf.train.models.export import export
+from hpc_rlhf.train.text_stream import NEXT_TURN
 from tests.train import chatty, tiny
 
 HI = [("human", "What colour is grass?")]

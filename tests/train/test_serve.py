@@ -1,31 +1,31 @@
-"""hpc-rlhf serve with the real server: it responds as chat does, with the prompt format of training."""
+"""hpc-rlhf serve as a process: what it prints, how it ends, and what it becomes where vLLM is installed."""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 
 from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import dump_spec
-from hpc_rlhf.train.chat import ChatModel
+from hpc_rlhf.train import serve
 from hpc_rlhf.train.models.export import export
+from hpc_rlhf.train.plain_turns import PLAIN
+from hpc_rlhf.train.server.access import VllmGuard
 from tests.launch.specs import make_spec
 from tests.train import tiny
-
-pytestmark = pytest.mark.slow
-
-TURNS = [("system", "Be brief."), ("human", " Hi "), ("assistant", "Hello."), ("human", "What colour is snow?")]
-ROLES = {"human": "user", "assistant": "assistant", "system": "system"}
-MESSAGES = [{"role": ROLES[role], "content": text} for role, text in TURNS]
 
 
 @pytest.fixture(scope="module")
@@ -39,45 +39,87 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return run
 
 
-def test_a_server_responds_as_chat_does(run: RunDir) -> None:
-    port = free_port()
+@contextmanager
+def serving(run: RunDir, port: int) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "hpc_rlhf.cli", "serve", str(run.path), "--port", str(port)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-    try:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGINT])
+def test_what_it_prints_reaches_it_and_a_signal_ends_it_at_once(run: RunDir, ended_by: signal.Signals) -> None:
+    port = free_port()
+    with serving(run, port) as server:
         assert server.stdout is not None
-        assert server.stdout.readline().startswith(f"curl http://127.0.0.1:{port}/v1/chat/completions")
-        whole, pieces = ask(port, stream=False), ask(port, stream=True)
-    finally:
-        server.send_signal(signal.SIGINT)
-        code = server.wait(30)
-    streamed = "".join(
-        json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
-        for line in pieces.splitlines()
-        if line.startswith("data: {")
-    )
-    said = "".join(ChatModel(run.stage("sft").model).stream(TURNS, 12, 0.0, seed=0))
-    # Chat does not show a partial character at the end.
-    half = "\N{REPLACEMENT CHARACTER}"
-    assert json.loads(whole)["choices"][0]["message"]["content"].rstrip(half).strip() == said
-    assert streamed.rstrip(half).strip() == said
-    assert code == 130
+        lines = [server.stdout.readline() for _ in range(2)]
+        arguments = Path(f"/proc/{server.pid}/cmdline").read_text()
+        said = subprocess.run(["bash", "-c", "".join(lines)], capture_output=True, text=True, timeout=60).stdout
+        (token,) = re.findall("OPENAI_API_KEY=(.*)", lines[0])
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token) as client:
+            messages: Any = [{"role": "user", "content": "Hi"}]
+            chunks = client.chat.completions.create(model="sft", messages=messages, stream=True)
+            next(iter(chunks))
+            server.send_signal(ended_by)
+            code = server.wait(30)
+    assert '"object":"chat.completion"' in said
+    assert token not in arguments, "everybody on the machine sees them"
+    assert not re.search(f"curl.*{token}", lines[1])
+    assert code == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[ended_by]
+    serve.listen("127.0.0.1", port).close()
 
 
-def ask(port: int, stream: bool) -> str:
-    body = {"model": "sft", "messages": MESSAGES, "max_tokens": 12, "temperature": 0, "stream": stream}
-    url, headers = f"http://127.0.0.1:{port}/v1/chat/completions", {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return str(answer.read().decode())
-
-
-def test_a_port_in_use_is_reported(run: RunDir) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+@pytest.mark.slow
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(run: RunDir) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "hpc_rlhf.cli", "serve", str(run.path), "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert f"if port {port} is taken, choose another with --port" in done.stderr
+        with serving(run, port) as server:
+            _, errors = server.communicate(timeout=120)
+    assert server.returncode == 1
+    assert errors == (
+        f"error: 127.0.0.1:{port}: something else listens there\n  hint: choose another port with --port\n"
+    )
+
+
+def test_an_address_of_another_machine_is_reported() -> None:
+    with pytest.raises(serve.HpcRlhfError, match=r"192\.0\.2\.1:8000: this machine cannot listen there"):
+        serve.listen("192.0.2.1", 8000)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_vllm_gets_the_guard_and_the_key_but_not_as_an_argument(
+    run: RunDir, is_old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run.stage("sft").model
+    if is_old:  # without a chat template
+        tiny.tokenizer().save_pretrained(str(tmp_path))
+        folder = tmp_path
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def execute(program: str, arguments: list[str]) -> None:
+        started.append((arguments, dict(os.environ)))
+        raise SystemExit
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(os, "execv", execute)
+    monkeypatch.setattr(serve, "find_spec", lambda name: name == "vllm")
+    with pytest.raises(SystemExit):
+        serve.serve(folder, "sft", "127.0.0.1", 8000, "secret", lambda: None)
+    ((arguments, environment),) = started
+    assert "vllm.entrypoints.openai.api_server" in arguments
+    assert arguments[arguments.index("--middleware") + 1] == f"{VllmGuard.__module__}.{VllmGuard.__name__}"
+    assert "secret" not in arguments
+    assert environment["VLLM_API_KEY"] == "secret"
+    assert any(PLAIN in argument for argument in arguments) == is_old
+
+    async def app(*_: object) -> None: ...
+
+    guard = VllmGuard(app)
+    headers = [(b"host", b"localhost:8000"), (b"authorization", b"Bearer secret")]
+    assert guard.objection({"path": "/reset_prefix_cache", "headers": headers}) is None
+    for other in (headers[:1], [(b"host", b"evil.example"), headers[1]]):
+        assert guard.objection({"path": "/reset_prefix_cache", "headers": other}) is not None

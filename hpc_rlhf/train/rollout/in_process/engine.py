@@ -76,7 +76,7 @@ class RolloutEngine:
     def _decode(self, request: GenerationRequest) -> list[list[int]]:
         responses: list[list[int]] = [[] for _ in request.prompts]
         longest = max(map(len, request.prompts), default=0) + request.max_new_tokens
-        fitting = int(CACHE_SHARE * self.memory) // (longest * _bytes_per_token(self.model))
+        fitting = int(CACHE_SHARE * self.memory) // (longest * bytes_per_token(self.model))
         request = replace(request, max_batch=max(1, min(request.max_batch, fitting)))
 
         def agree(state: int) -> int:
@@ -102,7 +102,7 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else sys.maxsize
 
 
-def _bytes_per_token(model: Any) -> int:
+def bytes_per_token(model: Any) -> int:
     """Bytes of the keys and values of one token."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1  # recurrent layers have a state of fixed size instead

@@ -1,0 +1,1 @@
+"""A small server of the OpenAI API for one chat model."""

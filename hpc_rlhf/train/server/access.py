@@ -1,0 +1,78 @@
+"""Who may use a server: whoever has its token. Also in front of vLLM's.
+
+A port of this machine is open to everybody on it, and by DNS rebinding to every web page in a browser on it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from hpc_rlhf.train.server.protocol import ApiError
+
+# What tells whether the server is up needs no token.
+OPEN = "/health"
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware that admits requests with the token and with a Host that is this machine.
+
+    Args:
+        host: the address that the server listens on.
+    """
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], token: str, host: str) -> None:
+        self.app = app
+        self.credentials = f"Bearer {token}".encode()
+        self.names = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = self.objection(scope) if scope["type"] in ("http", "websocket") else None
+        if error is None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": error.message})
+        else:
+            headers = [(b"content-type", b"application/json")]
+            headers += [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
+            await send({"type": "http.response.start", "status": error.status, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
+
+    def objection(self, scope: Scope) -> ApiError | None:
+        """Why a request is refused, if it is."""
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not self._is_ours(host):
+            return ApiError(403, f"This server does not answer to the host {host!r}.", code="invalid_host")
+        if scope["path"] == OPEN or hmac.compare_digest(headers.get(b"authorization", b""), self.credentials):
+            return None
+        return ApiError(401, "Give the token that hpc-rlhf serve printed, as the API key.", code="invalid_api_key")
+
+    def _is_ours(self, host: str) -> bool:
+        """Whether a Host header names this machine. An address does: rebinding needs a name."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self.names
+        return True
+
+
+class VllmGuard(Guard):
+    """The same for ``vllm serve --middleware``, with vLLM's own key."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        super().__init__(app, os.environ["VLLM_API_KEY"], os.environ["HPC_RLHF_SERVE_HOST"])

@@ -1,0 +1,78 @@
+"""The thread that runs the model: all requests that are there share its forward passes."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+
+from hpc_rlhf.train.rollout.in_process.open_batch import OpenBatch, Request
+
+# What a request is given: its next token; None after the last one; or why there are no more.
+Deliver = Callable[[int | Exception | None], None]
+
+
+class Worker(threading.Thread):
+    """Advances a batch while there are requests in it."""
+
+    def __init__(self, batch: OpenBatch) -> None:
+        super().__init__(name="model", daemon=True)
+        self.batch = batch
+        self._deliver: dict[Request, Deliver] = {}
+        # A request to begin with its receiver, or to end; None to stop.
+        self._inbox: queue.SimpleQueue[tuple[Request, Deliver | None] | None] = queue.SimpleQueue()
+
+    async def tokens(self, request: Request) -> AsyncGenerator[int, None]:
+        """The tokens of a response as they are drawn; whoever stops iterating ends the request."""
+        loop = asyncio.get_running_loop()
+        received: asyncio.Queue[int | Exception | None] = asyncio.Queue()
+
+        def deliver(item: int | Exception | None) -> None:
+            with suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(received.put_nowait, item)
+
+        self._inbox.put((request, deliver))
+        try:
+            while (item := await received.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self._inbox.put((request, None))
+
+    def stop(self) -> None:
+        self._inbox.put(None)
+        self.join()
+
+    def run(self) -> None:
+        while self._take_orders():
+            try:
+                for request in self.batch.advance():
+                    self._deliver[request](request.tokens[-1])
+                    if self.batch.is_finished(request):
+                        self._deliver.pop(request)(None)
+            except Exception as error:  # of any kind, such as too little memory: the next requests may fare better
+                traceback.print_exc(file=sys.stderr)
+                for deliver in self._deliver.values():
+                    deliver(error)
+                self._deliver.clear()
+                with suppress(Exception):  # a broken device fails the next requests as well, and says so
+                    self.batch.clear()
+
+    def _take_orders(self) -> bool:
+        """Begin and end requests as asked, and wait if there is none to advance; False to stop."""
+        while not self._deliver or not self._inbox.empty():
+            order = self._inbox.get()
+            if order is None:
+                return False
+            request, deliver = order
+            if deliver is not None:
+                self.batch.add(request)
+                self._deliver[request] = deliver
+            elif self._deliver.pop(request, None):
+                self.batch.remove(request)
+        return True
