@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CLUSTER ?= /tmp/hpc-rlhf-cluster
 # Tests to run, such as `make test TESTS="tests/spec -k position"`.
 TESTS ?=
+# Whose Slurm `make test-slurm` tries: this system's, and that of other Debian releases.
+RELEASES ?= host trixie forky
 # The tests of `make test-fast`.
 FAST := "not slurm and not train and not slow and not gpu"
 # Length of the benchmark: full or short.
@@ -21,7 +23,7 @@ BENCH ?= full
 FAULTS ?= 200
 SEED ?= 1
 
-.PHONY: help install demo docs test test-fast coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
+.PHONY: help install demo docs test test-fast test-slurm coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
 
 help:  ## List these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -52,11 +54,19 @@ demo: .venv/.installed  ## Train a tiny chat model on this machine, in a new fol
 docs: .venv/.installed  ## Regenerate docs/spec.md and docs/commands.md
 	$(BIN)/python docs/generate.py
 
-test: .venv/.installed-dev  ## Run all tests, on a real Slurm where possible
+test: .venv/.installed-dev  ## Run all tests, on two versions of Slurm where possible
 	scripts/install-slurm.sh
 	scripts/install-chromium.sh
 	scripts/install-apptainer.sh
+	scripts/newer-slurm.sh trixie true
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup $(TESTS)
+	$(if $(TESTS),,OMP_NUM_THREADS=1 scripts/newer-slurm.sh trixie $(BIN)/pytest -m generations tests/cluster)
+
+test-slurm: .venv/.installed-dev  ## Run the tests of Slurm on its versions 22.05, 24.11 and 26.05
+	scripts/install-slurm.sh
+	@for release in $(RELEASES); do echo "On Slurm of $$release:"; enter="scripts/newer-slurm.sh $$release"; \
+	    [[ $$release != host ]] || enter=; \
+	    OMP_NUM_THREADS=1 $$enter $(BIN)/pytest -m slurm $(TESTS) || failed=1; done; exit $${failed:-0}
 
 test-fast: .venv/.installed-dev  ## Run the tests that need no Slurm, no training and no waiting
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup -m $(FAST) $(TESTS)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -135,6 +136,12 @@ class Cluster:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
         return {**kept, "SLURM_CONF": str(self.conf)}
 
+    @cached_property
+    def version(self) -> tuple[int, int]:
+        """Slurm's version, such as (24, 11)."""
+        year, month = self.run("scontrol", "--version").stdout.split()[1].split(".")[:2]
+        return int(year), int(month)
+
     def run(self, *command: str | Path, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a command against the cluster.
 
@@ -240,6 +247,8 @@ class Cluster:
     def _write_conf(self, ports: config.Ports) -> None:
         host = socket.gethostname().partition(".")[0]
         self.conf.write_text(config.slurm_conf(self.folder, host, ports))
+        if self.version > (22, 5):  # which does not know this, and starts without
+            (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         (self.folder / "gres.conf").write_text(config.gres_conf(self.folder))
         dbd = self.folder / "slurmdbd.conf"
         dbd.touch(mode=0o600)  # slurmdbd refuses one that others may read

@@ -48,7 +48,6 @@ JobAcctGatherType=jobacct_gather/none
 
 # All nodes are this host: no cgroups, and sizes as configured here, not as detected.
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 MpiDefault=none
 MailProg=/bin/true
 SlurmdParameters=config_overrides

@@ -23,6 +23,8 @@ from tests.cluster.chain import Chain
 from tests.cluster.cluster import CHECKOUT
 from tests.cluster.processes import Process, find
 
+pytestmark = pytest.mark.generations
+
 SPEC = CHECKOUT / "tests/cluster/jobs/stand-in.yaml"
 STAND_IN = CHECKOUT / "tests/launch/stand_in"
 # Seconds that anything may take on a very busy machine; an idle one needs a few.
