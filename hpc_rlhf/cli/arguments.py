@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.run import acting
+from hpc_rlhf.run import acting, run_index
 from hpc_rlhf.run.layout import RunDir, SweepDir
 
 set_option = click.option(
@@ -54,19 +54,15 @@ def unfinished(run: RunDir, what: str, missing: Sequence[str], exit_code: int) -
 
 
 def find_run(argument: str) -> RunDir:
-    """The run directory that RUN refers to: the directory itself, or a job file's only run.
+    """The run directory that RUN refers to, as for ``find_runs``, if it is one run.
 
     Raises:
         HpcRlhfError: there is none, or RUN is a sweep of several runs.
     """
     runs = find_runs(argument)
     if len(runs) > 1:
-        names = [str(run.path) for run in runs]
-        shown = names if len(names) <= 3 else [*names[:3], "…"]
         raise HpcRlhfError(
-            f"is a sweep of {len(runs)} runs, but this verb takes one run",
-            where=argument,
-            hint=f"choose one: {', '.join(shown)}",
+            f"is a sweep of {len(runs)} runs, but this verb takes one run", where=argument, hint=_choose(runs)
         )
     return runs[0]
 
@@ -74,30 +70,64 @@ def find_run(argument: str) -> RunDir:
 def find_runs(argument: str) -> list[RunDir]:
     """The run directories that RUN refers to: at least one, and all of them if it is a sweep.
 
+    RUN is a run directory, a job file, a sweep's folder, or else the name of a run that `hpc-rlhf list` shows.
+
     Raises:
-        HpcRlhfError: there is none.
+        HpcRlhfError: there is none, it may not be read, or several runs have that name.
     """
     path = Path(argument)
-    members: list[RunDir] = []
-    if (own := acting.run_of(path)) is not None:
-        path = own.path
-    elif path.is_file():
-        from hpc_rlhf.spec.sweep import Sweep, load_any
-
-        spec = load_any(path)
-        path = spec.run_dir if isinstance(spec, Sweep) else Path(spec.run_dir)
-        if isinstance(spec, Sweep):
-            members = [SweepDir(path.absolute()).run(member.name) for member in spec.members]
-    elif not RunDir(path).job_yaml.is_file():
-        members = _recorded_members(SweepDir(path.absolute()))
-    runs = [run for run in members or [RunDir(path.absolute())] if run.job_yaml.is_file()]
-    if not runs:
+    try:
+        runs = [run for run in _runs_at(path) if run.job_yaml.is_file()]
+        named = [] if runs else _runs_named(argument)
+    except PermissionError as error:
+        raise HpcRlhfError(
+            "you have no permission to read it",
+            where=str(error.filename),
+            hint="ask its owner to share it with your group: share in the spec",
+        ) from error
+    if len(named) > 1:
+        raise HpcRlhfError(f"is the name of {len(named)} runs", where=argument, hint=_choose(named))
+    if not runs and not named:
         raise HpcRlhfError(
             "is not a run directory: it has no job.yaml" if path.is_dir() else "does not exist",
             where=str(path),
-            hint="give the run_dir of a run that was started with submit or run, or its job file",
+            hint="give the run_dir of a run that was started with submit or run, its job file, or its name in "
+            "hpc-rlhf list",
         )
+    return runs or named
+
+
+def _runs_at(path: Path) -> list[RunDir]:
+    """The runs of a folder or a job file; some may not exist yet."""
+    if (own := acting.run_of(path)) is not None:
+        return [own]
+    if path.is_file():
+        from hpc_rlhf.spec.sweep import Sweep, load_any
+
+        spec = load_any(path)
+        if isinstance(spec, Sweep):
+            return [SweepDir(spec.run_dir.absolute()).run(member.name) for member in spec.members]
+        path = Path(spec.run_dir)
+    run = RunDir(path.absolute())
+    return [run] if run.job_yaml.is_file() else _recorded_members(SweepDir(run.path))
+
+
+def _runs_named(name: str) -> list[RunDir]:
+    """The runs in the user's index with a name, or with one that begins so, as `list` shortens them."""
+    from hpc_rlhf.observe.gather import RunPlan
+
+    runs = []
+    for run in map(RunDir, run_index.known()):
+        with suppress(HpcRlhfError):
+            known = RunPlan.read(run).name
+            if known == name or (name.endswith("…") and known.startswith(name[:-1])):
+                runs.append(run)
     return runs
+
+
+def _choose(runs: Sequence[RunDir]) -> str:
+    names = [str(run.path) for run in runs]
+    return f"choose one: {', '.join(names if len(names) <= 3 else [*names[:3], '…'])}"
 
 
 def _recorded_members(sweep: SweepDir) -> list[RunDir]:

@@ -32,8 +32,9 @@ _WIDE = 100  # terminal columns that have room for every column of the table
 def command(folders: tuple[Path, ...], as_json: bool) -> None:
     """List the runs that you started, or those in each DIR, the most recently active first.
 
-    DIR is searched two folders deep. Your own runs are recorded in ~/.local/state/hpc-rlhf/runs
-    (XDG_STATE_HOME), one path per line; those whose directory is gone are left out.
+    DIR is searched two folders deep; what you may not read is left out and counted. Your own runs are
+    recorded in ~/.local/state/hpc-rlhf/runs (XDG_STATE_HOME), one path per line; those whose directory is
+    gone are left out. Other commands take the name of a run of yours in place of its directory.
 
     The state shown is that of the most important stage: one that failed, else one that runs, else one that
     waits. --json prints a list of runs, each with name, path, state, stage, why, done (the number of finished
@@ -43,7 +44,11 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise HpcRlhfError("is not a folder", where=str(folder), hint="give folders that hold run directories")
-    lines = listing.list_runs(listing.find_runs(folders or run_index.known()))
+    found = listing.find_runs(folders or run_index.known())
+    lines = listing.list_runs(found)
+    if left_out := len(found) - len(lines):
+        what = "a folder that" if left_out == 1 else f"{left_out} folders that"
+        click.echo(f"left out {what} cannot be read, or whose plan is damaged", err=True)
     if not lines and not as_json:
         where = "here" if folders else "yet; to list those in a folder: hpc-rlhf list DIR"
         click.echo(f"no runs {where}", err=True)

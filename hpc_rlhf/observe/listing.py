@@ -50,7 +50,10 @@ class RunLine:
 
 
 def find_runs(folders: Iterable[Path]) -> list[RunDir]:
-    """The run directories among folders and below them, up to two levels deep."""
+    """The run directories among folders and below them, up to two levels deep.
+
+    With them are folders that may not be read, because they may be runs; ``list_runs`` leaves them out.
+    """
     runs: dict[Path, RunDir] = {}
     for folder in folders:
         for path in _runs_in(folder.absolute(), _DEPTH):
@@ -59,17 +62,19 @@ def find_runs(folders: Iterable[Path]) -> list[RunDir]:
 
 
 def _runs_in(folder: Path, depth: int) -> list[Path]:
-    if RunDir(folder).job_yaml.is_file() and RunDir(folder).plan_json.is_file():
-        return [folder]
     try:
+        if RunDir(folder).job_yaml.is_file() and RunDir(folder).plan_json.is_file():
+            return [folder]
         below = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()] if depth else []
+    except PermissionError:
+        return [folder]
     except OSError:
         return []
     return [run for path in sorted(below) for run in _runs_in(path, depth - 1)]
 
 
 def list_runs(runs: Iterable[RunDir]) -> list[RunLine]:
-    """A line for each run, the most recently active first. Runs without a readable plan are skipped."""
+    """A line for each run, the most recently active first. Those that cannot be read are left out."""
     records = [record for record in map(_read, runs) if record is not None]
     reply = query_slurm([job_id for record in records for job_id in record.job_ids])
     lines = [_line(record, record.evidence(reply)) for record in records]
@@ -79,13 +84,13 @@ def list_runs(runs: Iterable[RunDir]) -> list[RunLine]:
 def _read(run: RunDir) -> RunRecord | None:
     try:
         plan = RunPlan.read(run)
-    except HpcRlhfError:
+        events = list(parse(read_tail(run.ledger)))
+        begun = {event.stage for event in events if isinstance(event, (Submitted, Started))}
+        # The tail of a long ledger may lack the first events of a stage.
+        complete = begun.issuperset(planned.stage for planned in plan.stages)
+        return RunRecord.read(run, plan, events if complete else None)
+    except (HpcRlhfError, PermissionError):
         return None
-    events = list(parse(read_tail(run.ledger)))
-    begun = {event.stage for event in events if isinstance(event, (Submitted, Started))}
-    # The tail of a long ledger may lack the first events of a stage.
-    complete = begun.issuperset(planned.stage for planned in plan.stages)
-    return RunRecord.read(run, plan, events if complete else None)
 
 
 def _line(record: RunRecord, evidence: Mapping[str, Evidence]) -> RunLine:

@@ -103,3 +103,23 @@ def test_prepared_runs_are_recorded_and_listed(
     monkeypatch.setenv("XDG_STATE_HOME", "/proc/no")
     run_index.remember(tmp_path)  # a home that cannot be written costs nothing
     assert run_index.known() == []
+
+
+def test_verbs_take_the_names_that_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    for folder, name in (("a", "one"), ("b", "a-long-name.kl_coef-0.02.seed-1"), ("c", "twice"), ("d", "twice")):
+        spec = make_spec(tmp_path / "runs" / folder).model_copy(update={"name": name})
+        with claim(spec, "test") as run:
+            prepare(spec, run)
+    (tmp_path / "one").mkdir()  # not a run
+    for name, folder in (("one", "a"), ("a-long-name.kl_coef-0.02.seed-1", "b"), ("a-long-name.kl_coef-0.02.s…", "b")):
+        assert main(["status", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["run_dir"] == str(tmp_path / "runs" / folder)
+    assert main(["logs", "twice"]) == 2
+    error = capsys.readouterr().err
+    assert "twice: is the name of 2 runs" in error
+    assert f"{tmp_path}/runs/c, {tmp_path}/runs/d" in error
+    assert main(["status", "no-such-run"]) == 2
