@@ -1,8 +1,11 @@
 """A rank's first and last steps: block signals until the stage can handle them, check the owner of what it
-loads, hand over to submitit, and exit.
+loads, run the stage, and exit.
 
-A job that is preempted in the second in which Python and submitit load would otherwise die of the signal, be recorded
-as failed, and take the stages after it with it. A blocked signal is delivered as soon as the stage unblocks it.
+A job that is preempted in the second in which Python loads would otherwise die of the signal, be recorded as failed,
+and take the stages after it with it. A blocked signal is delivered as soon as the stage unblocks it.
+
+submitit pickles a task into the log folder. Ranks do not load it: the folder's name says all that is in it, and a
+pickle can run any code.
 """
 
 from __future__ import annotations
@@ -64,12 +67,13 @@ def log_per_rank(stage: StageDir, env: Mapping[str, str]) -> None:
 
 
 def main() -> None:
-    """Run what submitit pickled into a stage's log folder, which is the command's argument."""
-    stage = Path(sys.argv[1]).parent
-    refuse_foreign(RunDir(stage.parents[1]), stage.name)
-    from submitit.core.submission import submitit_main
+    """Run the stage with the log folder that is the command's argument."""
+    folder = Path(sys.argv[1]).parent
+    run, stage = RunDir(folder.parents[1]), folder.name
+    refuse_foreign(run, stage)
+    from hpc_rlhf.train.entry import run_stage
 
-    submitit_main()
+    run_stage(str(run.path), stage)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What submitit pickles: a run directory and a stage name. Everything else is read from disk when it runs.
+"""What submitit pickles: a run directory and a stage name. Everything else is read from disk when it runs, and not
+from the pickle.
 
-``python -m hpc_rlhf.task RUN STAGE`` runs the same task as one rank under any other launcher.
+``python -m hpc_rlhf.task RUN STAGE`` runs the same task as one rank under any launcher but srun.
 """
 
 from __future__ import annotations

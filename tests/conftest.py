@@ -38,6 +38,14 @@ atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 SESSION_MARK = "HPC_RLHF_TEST_SESSION"
 
 
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user of this machine can enter, unlike ``tmp_path``."""
+    with tempfile.TemporaryDirectory(prefix="hpc-rlhf-public-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
 

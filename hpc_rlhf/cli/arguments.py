@@ -43,6 +43,14 @@ def writing(out: Path) -> Iterator[None]:
         raise HpcRlhfError(f"cannot write: {error.strerror}", where=str(error.filename or out)) from error
 
 
+def name_overrides(file: Path) -> None:
+    """Show which files besides a loaded job file decide what its jobs run."""
+    from hpc_rlhf.launch.inputs import overrides
+
+    for path, what in overrides(file).items():
+        click.echo(f"{path}: {what}", err=True)
+
+
 def unfinished(run: RunDir, what: str, missing: Sequence[str], exit_code: int) -> HpcRlhfError:
     """The error that a verb lacks models which the run has not finished."""
     return HpcRlhfError(

@@ -12,6 +12,7 @@ import click
 from hpc_rlhf.cli.arguments import example, json_option, set_option
 from hpc_rlhf.cli.console import print_json, print_parts
 from hpc_rlhf.errors import RUN_FAILED
+from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.doctor import examine
 from hpc_rlhf.launch.doctor.finding import Finding
@@ -43,6 +44,8 @@ def command(ctx: click.Context, file: Path | None, sets: tuple[str, ...], on_clu
         click.echo(f"{spec.summary}; checking {spec.members[0].name}", err=True)
     specs = () if spec is None else specs_of(spec)
     beside = None if file is None else file.parent
+    if file is not None and on_cluster:
+        inputs.check(file)
     findings = examine(specs, beside, on_cluster, lambda words: click.echo(words, err=True))
     levels = [finding.level for finding in findings]
     errors, warnings = levels.count("error"), levels.count("warning")

@@ -11,6 +11,7 @@ from hpc_rlhf.cli.arguments import example, find_run, json_option, set_option, u
 from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.cli.run import run_stages, set_arguments
 from hpc_rlhf.errors import INPUT_WRONG, HpcRlhfError
+from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load_one
 from hpc_rlhf.launch.prepare import evaluation_changed
 from hpc_rlhf.observe.results import read_report
@@ -44,6 +45,8 @@ def command(context: click.Context, run: str, prompts: int | None, sets: tuple[s
     is_done = manifest.is_done(folder.stage(EVALUATION.name))
     if not is_done or sets or number or Path(run).is_file():
         spec, beside = _evaluation_spec(run, folder, (*sets, *number))
+        if beside is not None:
+            inputs.check(Path(run))
         if not is_done or evaluation_changed(folder, spec):
             words = [run, *([] if prompts is None else ["--prompts", str(prompts)]), *set_arguments(sets)]
             if as_json:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, json_option, set_option
+from hpc_rlhf.cli.arguments import example, json_option, name_overrides, set_option
 from hpc_rlhf.cli.console import print_json, print_wrapped
 from hpc_rlhf.cli.plan_tables import print_choices, print_memory, print_plan, print_sweep, print_times
 from hpc_rlhf.errors import HpcRlhfError
@@ -38,6 +38,7 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     """
     choices: list[Choice] = []
     spec = load(file, sets, choices.append)
+    name_overrides(file)
     if as_json:
         facts = _sweep_dict(spec) if isinstance(spec, Sweep) else _plan_dict(spec)
         facts["auto"] = {

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, set_option
+from hpc_rlhf.cli.arguments import example, name_overrides, set_option
 from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.cli.plan_tables import print_choice
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.local.hostfile import read_hostfile
 from hpc_rlhf.launch.prepare import claim, prepare
@@ -48,6 +49,8 @@ def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile:
         print_parts(lambda width, live, ascii_only: summary(run, width))
 
     spec = load(file, sets, print_choice)
+    name_overrides(file)
+    inputs.check(file)
     if not isinstance(spec, Sweep):
         run_one(spec, {})
         return

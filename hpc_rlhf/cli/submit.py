@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, set_option
+from hpc_rlhf.cli.arguments import example, name_overrides, set_option
 from hpc_rlhf.cli.console import print_rows, print_table
 from hpc_rlhf.cli.plan_tables import print_choice, print_plan
+from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.plan import make_plan
@@ -32,6 +33,8 @@ def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
     alone. The runs of a sweep are submitted together; a stage that several of them share is trained once.
     """
     spec = load(file, sets, print_choice)
+    name_overrides(file)
+    inputs.check(file)
     if dry_run:
         if isinstance(spec, Sweep):
             _preview_sweep(spec)

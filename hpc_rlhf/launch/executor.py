@@ -7,33 +7,24 @@ from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 
-from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import rank_command
-from hpc_rlhf.run.files import replacing
-from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.task import StageTask
 
-# submitit's own signal handler, active until the stage installs ours, gives up on a job whose time it thinks
-# is used up, and requeues any other. With this many minutes it always requeues.
-_NEVER_TIMED_OUT_MIN = 10**7
-_REQUEUES = 10**6
-
 
 class StageExecutor(SlurmExecutor):
-    """Submits a stage with submitit's pickle, file names and entry point of a rank; the script, which is already in
-    the run directory, is ours."""
+    """Submits a stage with submitit's file names; the script, which is already in the run directory, and the entry
+    point of a rank are ours."""
 
     def __init__(self, plan: Plan, job: PlannedJob, options: list[str]) -> None:
         logs = plan.run.stage(job.stage).logs
-        super().__init__(logs, max_num_timeout=_REQUEUES)
-        self.update_parameters(
-            time=_NEVER_TIMED_OUT_MIN, nodes=job.slurm.nodes, ntasks_per_node=job.slurm.tasks_per_node
-        )
+        super().__init__(logs)
+        self.update_parameters(nodes=job.slurm.nodes, ntasks_per_node=job.slurm.tasks_per_node)
         self._plan, self._job, self._options = plan, job, options
 
     def send(self) -> str:
@@ -55,7 +46,7 @@ class StageExecutor(SlurmExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        """Our entry point, which calls submitit's."""
+        """Our entry point instead of submitit's."""
         return rank_command(self._plan, self._job)
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
@@ -66,13 +57,3 @@ class StageExecutor(SlurmExecutor):
         """sbatch, without the environment of a job that this process may be part of."""
         unset = [f"--unset={name}" for name in commands.foreign_variables(os.environ)]
         return ["env", *unset, "sbatch", *self._options, str(submission_file_path)]
-
-
-def ensure_pickle(run: RunDir, stage: str, job_id: str) -> None:
-    """Write the pickle that a job's ranks load, if a crash came between sbatch and that."""
-    path = JobPaths(run.stage(stage).logs, job_id=job_id).submitted_pickle
-    if not path.exists():
-        delayed = DelayedSubmission(StageTask(str(run.path), stage))
-        delayed.set_timeout(_NEVER_TIMED_OUT_MIN, _REQUEUES)
-        with replacing(path) as partial:
-            delayed.dump(partial)

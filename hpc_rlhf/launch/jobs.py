@@ -111,10 +111,7 @@ def cancel(run: RunDir) -> dict[str, QueuedJob]:
 
 def adopt(run: RunDir, stage: str, token: str, job_id: str) -> None:
     """Record a job that Slurm accepted although sbatch did not return its id."""
-    from hpc_rlhf.launch.executor import ensure_pickle
-
     acting.check(run)  # it may be another one of the sweep
-    ensure_pickle(run, stage, job_id)
     Ledger(run.ledger).append(Submitted(stage, token=token, job_id=job_id))
 
 

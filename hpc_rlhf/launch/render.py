@@ -153,7 +153,7 @@ def rank_python(job: PlannedJob) -> str:
 
 
 def rank_command(plan: Plan, job: PlannedJob) -> str:
-    """What each of srun's tasks runs: a rank, from submitit's pickle, or the launcher of a node's ranks."""
+    """What each of srun's tasks runs: a rank, or the launcher of a node's ranks."""
     if job.slurm.launcher != "srun":
         words = shlex.join([str(plan.run.path), job.stage, job.slurm.launcher])
         return f"{rank_python(job)} hpc_rlhf.launch.node {words}"

@@ -1,50 +1,40 @@
-"""Refuses a run directory into which another user could have written: ranks load pickles from it, which can
-run any code."""
+"""Refuses a run directory that another user could change: its scripts are submitted, and its checkpoints loaded."""
 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf import trust
 from hpc_rlhf.run.layout import RunDir
 
-_PICKLES = frozenset({".pkl", ".pt", ".bin"})
+_HINT = "choose your own run_dir; to start from another user's model, name its folder under models"
 
 
 def check(run: RunDir, stage: str | None = None) -> None:
-    """Check the folders of a run, and the files in them that are loaded as pickles.
+    """Check the files and folders of a run, and everything that leads to them.
 
     Args:
         run: its folder may be missing.
-        stage: check only this stage.
+        stage: check only what a rank of this stage loads.
 
     Raises:
-        HpcRlhfError: one belongs to another user, or is a world-writable folder.
+        HpcRlhfError: one belongs to another user than root, or others may write to it.
     """
-    below = run.path if stage is None else run.stage(stage).path
-    for path in (run.path, *_loaded(below)):
-        try:
-            facts = path.stat()
-        except FileNotFoundError:
-            continue  # a running attempt removes its temporary files
-        if facts.st_uid != os.geteuid():
-            raise HpcRlhfError(
-                f"it belongs to another user (uid {facts.st_uid}), and what is in it could run as you",
-                where=str(path),
-                hint="choose your own run_dir; to start from another user's model, name its folder under models",
-            )
-        if stat.S_ISDIR(facts.st_mode) and facts.st_mode & stat.S_IWOTH:
-            raise HpcRlhfError(
-                "it is world-writable, and what others put there could run as you",
-                where=str(path),
-                hint=f"check that everything in it is yours, then: chmod o-w {path}",
-            )
+    trust.check([run.path], _HINT)
+    # Where its group cannot enter, the modes of the files in it mean nothing to that group.
+    is_closed = run.path.exists() and not run.path.stat().st_mode & 0o010
+    for path in _files(run, stage):
+        trust.check_one(path, _HINT, group_may_write=is_closed)
+        if path.is_symlink():
+            trust.check([path], _HINT)
 
 
-def _loaded(folder: Path) -> Iterator[Path]:
-    for inside, _, files in os.walk(folder):
-        yield Path(inside)
-        yield from (Path(inside, name) for name in files if Path(name).suffix in _PICKLES)
+def _files(run: RunDir, stage: str | None) -> Iterator[Path]:
+    folders = [run.path] if stage is None else [run.scripts, run.stage(stage).path]
+    if stage is not None and run.path.is_dir():
+        yield from (Path(entry.path) for entry in os.scandir(run.path))
+    for folder in folders:
+        for inside, below, files in os.walk(folder):
+            yield from (Path(inside, name) for name in (*below, *files))

@@ -31,6 +31,12 @@ def read_layers(path: Path, sets: Sequence[str]) -> Node:
     return root
 
 
+def files(path: Path) -> list[Path]:
+    """A spec file that can be read, and those that it extends, in order."""
+    base = read_yaml(path, str(path)).get(EXTENDS)
+    return [path] if base is None else [path, *files(path.parent / str(base.value))]
+
+
 def _read_chain(path: Path, shown: str, above: tuple[Path, ...]) -> Node:
     """A file merged over the one that it extends, recursively."""
     root = read_yaml(path, shown)

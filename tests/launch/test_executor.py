@@ -1,4 +1,4 @@
-"""The contract with submitit: it submits our script, which runs what submitit would run."""
+"""The contract with submitit: it submits our script, and leaves a pickle of the task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.executor import StageExecutor, ensure_pickle
+from hpc_rlhf.launch.executor import StageExecutor
 from hpc_rlhf.launch.jobs import submission_options
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
@@ -72,17 +72,3 @@ def test_a_rejection_is_reported_once(sbatch: Path, tmp_path: Path, capfd: pytes
     with pytest.raises(HpcRlhfError, match=r"stages\.sft: sbatch rejected the job: No such account; Sorry"):
         send(make_spec(tmp_path / "run"), "sft")
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_missing_pickle_is_written_and_a_present_one_kept(sbatch: Path, tmp_path: Path) -> None:
-    spec = make_spec(tmp_path / "run")
-    run = RunDir(Path(spec.run_dir))
-    send(spec, "sft")
-    path = run.stage("sft").logs / "12_submitted.pkl"
-    sent = path.read_bytes()
-    ensure_pickle(run, "sft", "12")
-    assert path.read_bytes() == sent
-    path.unlink()
-    ensure_pickle(run, "sft", "12")
-    made, original = pickle.loads(path.read_bytes()), pickle.loads(sent)
-    assert vars(made) == vars(original)

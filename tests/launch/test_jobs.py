@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_rlhf.launch import executor, jobs
+from hpc_rlhf.launch import jobs
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import QueuedJob
@@ -41,7 +41,6 @@ def find(
     waiting = Waiting(arrives)
     monkeypatch.setattr(jobs, "time", waiting)
     monkeypatch.setattr(commands, "queue", waiting.queue)
-    monkeypatch.setattr(executor, "ensure_pickle", lambda *_: None)
     return jobs.find_jobs(run), waiting.now
 
 

@@ -1,4 +1,4 @@
-"""A run directory that another user could have written to is refused before anything in it is loaded."""
+"""A run directory that another user could change is refused before anything in it is used; ranks load no pickle."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rlhf import trust
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.prepare import claim
 from hpc_rlhf.run import ownership
 from hpc_rlhf.run.layout import RunDir
+from tests.co_user import NOBODY, as_root
 from tests.launch.specs import make_spec
 
-NOBODY = 65534
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+PICKLE = "stages/sft/logs/7_submitted.pkl"
+FILES = [
+    PICKLE,
+    "stages/sft/checkpoints/step-00000001/optim.pt",
+    "scripts/sft.sbatch",
+    "job.yaml",
+    "stages/sft/hostfile",
+]
 
 
 class Planted:
@@ -32,43 +40,118 @@ class Planted:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "run")
-    run.stage("sft").logs.mkdir(parents=True)
-    (run.stage("sft").logs / "7_submitted.pkl").write_bytes(pickle.dumps(Planted(tmp_path / "left")))
-    (run.stage("sft").checkpoints / "step-00000001").mkdir(parents=True)
-    (run.stage("sft").checkpoints / "step-00000001/optim.pt").touch()
-    (run.stage("sft").logs / "7_0_log.err").touch()
+    run = RunDir(tmp_path / "home/me/run")
+    for file in FILES:
+        (run.path / file).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / file).touch()
+    run.path.chmod(0o700)
+    (run.path / PICKLE).write_bytes(pickle.dumps(Planted(tmp_path / "left")))
     return run
+
+
+def refused(run: RunDir, why: str, where: Path) -> None:
+    for stage in (None, "sft"):
+        with pytest.raises(HpcRlhfError, match=why) as error:
+            ownership.check(run, stage)
+        assert error.value.where == str(where)
+        assert error.value.exit_code == 2
 
 
 def test_own_and_missing_folders_are_accepted(run: RunDir) -> None:
     ownership.check(run)
+    ownership.check(run, "sft")
     ownership.check(RunDir(run.path / "no such"))
+    ownership.check(RunDir(run.path / "no such"), "sft")
 
 
-@pytest.mark.parametrize("folder", [".", "stages", "stages/sft/logs", "stages/sft/checkpoints/step-00000001"])
-def test_a_world_writable_folder_is_refused(run: RunDir, folder: str) -> None:
-    (run.path / folder).chmod(0o777)
-    with pytest.raises(HpcRlhfError, match="it is world-writable") as error:
-        ownership.check(run)
-    assert error.value.where == str(run.path / folder)
+@pytest.mark.parametrize("path", [".", "scripts", "stages/sft/logs", "stages/sft/checkpoints/step-00000001", *FILES])
+def test_what_everyone_may_write_is_refused(run: RunDir, path: str) -> None:
+    (run.path / path).chmod(0o777)
+    refused(run, "it is world-writable", run.path / path)
+
+
+@as_root
+@pytest.mark.parametrize("path", [".", "scripts", *FILES])
+def test_what_another_user_owns_is_refused(run: RunDir, path: str) -> None:
+    os.chown(run.path / path, NOBODY, -1)
+    refused(run, "it belongs to another user", run.path / path)
+
+
+@as_root
+@pytest.mark.parametrize("path", [".", "scripts", "scripts/sft.sbatch", "stages/sft/logs"])
+def test_what_a_group_may_write_is_refused_where_it_can_enter(run: RunDir, path: str) -> None:
+    os.chown(run.path / path, -1, NOBODY)
+    run.path.chmod(0o750)
+    (run.path / path).chmod(0o770)
+    refused(run, "it is writable by the group nogroup", run.path / path)
+    (run.path / path).chmod(0o750)
+    ownership.check(run)
+
+
+@as_root
+def test_files_that_a_generous_umask_made_in_a_closed_folder_are_accepted(run: RunDir) -> None:
+    for path in (run.path / "scripts", run.path / "scripts/sft.sbatch"):
+        os.chown(path, -1, NOBODY)
+        path.chmod(0o775)
+    ownership.check(run)
 
 
 @as_root
 @pytest.mark.parametrize(
-    "file", [".", "stages/sft/logs/7_submitted.pkl", "stages/sft/checkpoints/step-00000001/optim.pt"]
+    ("mode", "owner", "group", "why"),
+    [
+        (0o777, 0, 0, "it is world-writable"),
+        (0o775, 0, NOBODY, "it is writable by the group"),
+        (0o755, NOBODY, 0, "it belongs to another user"),
+        (0o1777, NOBODY, 0, "it belongs to another user"),
+        (0o1777, 0, 0, None),  # as /tmp is
+        (0o1775, 0, NOBODY, None),
+        (0o755, 0, NOBODY, None),
+    ],
 )
-def test_a_file_of_another_user_is_refused(run: RunDir, file: str) -> None:
-    os.chown(run.path / file, NOBODY, -1)
-    with pytest.raises(HpcRlhfError, match="belongs to another user") as error:
+@pytest.mark.parametrize("folder", ["home", "home/me"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_every_folder_above_is_checked(
+    run: RunDir, tmp_path: Path, folder: str, exists: bool, mode: int, owner: int, group: int, why: str | None
+) -> None:
+    os.chown(tmp_path / folder, owner, group)
+    (tmp_path / folder).chmod(mode)
+    run = run if exists else RunDir(run.path.with_name("new"))
+    if why is None:
         ownership.check(run)
-    assert error.value.where == str(run.path / file)
+    else:
+        refused(run, why, tmp_path / folder)
 
 
 @as_root
-def test_a_log_that_another_user_owns_is_harmless(run: RunDir) -> None:
-    os.chown(run.stage("sft").logs / "7_0_log.err", NOBODY, -1)
+@pytest.mark.parametrize("link", ["home/me/run/stages/reward", "home/me/run/stages/sft/checkpoints/best", "here"])
+def test_links_are_followed(run: RunDir, tmp_path: Path, link: str) -> None:
+    """Whoever can write above the target of a link can change what it leads to, and so can who owns the link."""
+    (tmp_path / "open/other").mkdir(parents=True)
+    (tmp_path / link).symlink_to(tmp_path / "open/other")
+    run = RunDir(tmp_path / "here/new") if link == "here" else run
     ownership.check(run)
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(HpcRlhfError, match="it is world-writable") as error:
+        ownership.check(run)
+    assert error.value.where == str(tmp_path / "open")
+    (tmp_path / "open").chmod(0o755)
+    os.chown(tmp_path / link, NOBODY, -1, follow_symlinks=False)
+    with pytest.raises(HpcRlhfError, match="it belongs to another user"):
+        ownership.check(run)
+
+
+def test_in_a_container_without_a_number_for_root_its_files_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_mapped(uid_map: str) -> frozenset[int]:
+        files = {"/proc/sys/kernel/overflowuid": str(NOBODY), "/proc/self/uid_map": uid_map}
+        monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+        trust._trusted_users.cache_clear()
+        return trust._trusted_users()
+
+    mine = {0, os.geteuid()}
+    assert as_mapped("0 0 4294967295\n") == as_mapped("0 100000 65536\n") == mine
+    assert as_mapped("1000 1000 1\n") == as_mapped("0 1000 1\n1 100000 999\n") == mine | {NOBODY}
+    trust._trusted_users.cache_clear()
 
 
 def test_launchers_refuse_it(tmp_path: Path) -> None:
@@ -79,25 +162,21 @@ def test_launchers_refuse_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", ["rank", "task"])
-def test_a_rank_refuses_it_before_it_unpickles_anything(run: RunDir, tmp_path: Path, entry: str) -> None:
+def test_a_rank_refuses_it_and_never_loads_a_pickle(run: RunDir, tmp_path: Path, entry: str) -> None:
     logs = run.stage("sft").logs
-    logs.chmod(0o777)
     args = [str(logs)] if entry == "rank" else [str(run.path), "sft"]
-    slurm = {
-        "SUBMITIT_EXECUTOR": "slurm",
-        "SLURM_JOB_ID": "7",
-        "SLURM_NTASKS": "1",
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_NODEID": "0",
-        "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0",
-    }
-    command = [sys.executable, "-m", f"hpc_rlhf.{entry}", *args]
-    refused = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **slurm})
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(f"hpc-rlhf: {logs}: it is world-writable")
+    slurm = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "RANK": "0"}
+    environment = {**os.environ, **slurm, "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+
+    def start() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", f"hpc_rlhf.{entry}", *args]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    (run.path / "job.yaml").write_text("not: a spec\n")
+    started = start()  # it is the spec that is wrong
+    assert "job.yaml" in started.stderr + "".join(log.read_text() for log in logs.glob("*.err"))
+    logs.chmod(0o777)
+    done = start()
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"hpc-rlhf: {logs}: it is world-writable")
     assert not (tmp_path / "left").exists()
-    if entry == "rank":  # with safe permissions the pickle is loaded
-        logs.chmod(0o700)
-        subprocess.run(command, capture_output=True, env={**os.environ, **slurm})
-        assert (tmp_path / "left").exists()

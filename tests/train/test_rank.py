@@ -2,50 +2,39 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from submitit.core.utils import DelayedSubmission, JobPaths
 
-
-class ReportsSignal:
-    """A stand-in for a stage: installs the stop flag, and prints what it received by then."""
-
-    def __call__(self) -> int:
-        from hpc_rlhf.train.runtime.stop_signals import StopFlag
-
-        flag = StopFlag()
-        flag.install()
-        return flag.code
+# Starts a rank with a stage that waits, then handles signals and prints which it received by then.
+RANK = """
+import runpy, sys, types
+import hpc_rlhf.train
+from hpc_rlhf.train.runtime.stop_signals import StopFlag
+def run_stage(run, stage):
+    print(run, stage, flush=True)
+    sys.stdin.readline()
+    flag = StopFlag()
+    flag.install()
+    print(flag.code)
+sys.modules["hpc_rlhf.train.entry"] = hpc_rlhf.train.entry = types.SimpleNamespace(run_stage=run_stage)
+runpy.run_module("hpc_rlhf.rank", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_a_signal_before_the_handlers_are_installed_is_delivered_then(tmp_path: Path) -> None:
     logs = tmp_path / "run/stages/sft/logs"
     logs.mkdir(parents=True)
-    paths = JobPaths(logs, job_id="7", task_id=0)
-    environment = {
-        **os.environ, "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1",  # noqa: E501
-        "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "PYTHONPATH": str(Path(__file__).parents[2]),
-    }  # fmt: skip
-    rank = subprocess.Popen(
-        [sys.executable, "-u", "-m", "hpc_rlhf.rank", str(logs)], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-u", "-c", RANK, str(logs)]
+    rank = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert rank.stdout is not None
-    rank.stdout.readline()  # submitit's first line: it waits for the pickle now
+    assert rank.stdout.readline() == f"{tmp_path / 'run'} sft\n"
     rank.send_signal(signal.SIGTERM)
-    delayed = DelayedSubmission(ReportsSignal())
-    delayed.set_timeout(10**7, 10**6)
-    delayed.dump(tmp_path / "pickle")
-    (tmp_path / "pickle").rename(paths.submitted_pickle)
-    rank.communicate(timeout=60)
+    assert rank.communicate("\n", timeout=60)[0] == "2\n"
     assert rank.returncode == 0
-    from submitit.core.utils import pickle_load
-
-    assert pickle_load(paths.result_pickle) == ("success", 2)
 
 
 @pytest.mark.parametrize(

@@ -57,12 +57,6 @@ def check_trust(run: RunDir) -> Finding:
         acting.check(run)
     except HpcRlhfError as problem:
         return error("mode", f"{problem.where}: {problem.message}", str(problem.hint))
-    above = next(path for path in run.path.parents if path.exists())
-    facts = above.stat()
-    if facts.st_mode & stat.S_IWOTH and not facts.st_mode & stat.S_ISVTX:
-        open_to_all = f"{above}, which holds the run directory, is writable by everyone"
-        fix = f"chmod +t {above}, or set run_dir below a folder of your own"
-        return warning("mode", f"{open_to_all}: others could replace the run directory", fix)
     return ok("mode", "only you can write to the run directory")
 
 

@@ -103,7 +103,7 @@ class SupervisedExecutor(LocalExecutor):
 
     @property
     def _submitit_command_str(self) -> str:
-        """Our entry point, which calls submitit's."""
+        """Our entry point instead of submitit's."""
         return shlex.join(safe_path.module("hpc_rlhf.rank", str(self.folder)))
 
     def _submit_command(self, command: str) -> LocalJob[Any]:

@@ -1,0 +1,113 @@
+"""Whether only this user and root can change a file that could run code as this user.
+
+The rules are those of sshd's StrictModes, for the owners and modes of the file and of every folder and link that leads
+to it.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import stat
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from hpc_rlhf.errors import HpcRlhfError
+
+
+def check(paths: Iterable[Path], hint: str) -> None:
+    """Check files and folders, and everything that leads to them.
+
+    Args:
+        hint: what to do about one of another user.
+
+    Raises:
+        HpcRlhfError: somebody else could change one.
+    """
+    for path in paths:
+        for each in leading_to(path):
+            check_one(each, hint)
+
+
+def check_one(path: Path, hint: str, group_may_write: bool = False) -> None:
+    """Check a file, folder or link by itself. One that does not exist is accepted.
+
+    Args:
+        hint: as ``check`` takes it.
+        group_may_write: whether its mode may let a group write.
+
+    Raises:
+        HpcRlhfError: somebody else could change it.
+    """
+    try:
+        facts = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if facts.st_uid not in _trusted_users():
+        what = f"it belongs to another user (uid {facts.st_uid}), and what is in it could run as you"
+        raise HpcRlhfError(what, where=str(path), hint=hint)
+    is_folder = stat.S_ISDIR(facts.st_mode)
+    if not (is_folder or stat.S_ISREG(facts.st_mode)):
+        return  # the mode of a link or a pipe means nothing
+    if is_folder and facts.st_mode & stat.S_ISVTX:
+        return  # others can add files, but replace none of ours
+    if facts.st_mode & stat.S_IWOTH:
+        raise _writable(path, "world-writable, and what others put there", "o-w")
+    if facts.st_mode & stat.S_IWGRP and not group_may_write and not _is_own_group(facts.st_gid):
+        raise _writable(
+            path, f"writable by the group {_group_name(facts.st_gid)}, and what its members put there", "g-w"
+        )
+
+
+def leading_to(path: Path) -> Iterator[Path]:
+    """A path, the folders above it, and the same for the target of every link among them."""
+    seen: set[Path] = set()
+    todo = [path.absolute()]
+    while todo:
+        one = todo.pop()
+        if one in seen:
+            continue
+        seen.add(one)
+        yield one
+        todo.append(one.parent)
+        if one.is_symlink():
+            todo.append(one.parent / os.readlink(one))
+
+
+def _writable(path: Path, what: str, mode: str) -> HpcRlhfError:
+    hint = f"check that everything in it is yours, then: chmod {mode} {path}"
+    return HpcRlhfError(f"it is {what} could run as you", where=str(path), hint=hint)
+
+
+@cache
+def _trusted_users() -> frozenset[int]:
+    """This user and root. Without a user namespace's number for root, as in Apptainer, root's files show the number for
+    all unknown users; outside the container the launcher has checked them."""
+    users = {0, os.geteuid()}
+    try:
+        unknown = int(Path("/proc/sys/kernel/overflowuid").read_text())
+        ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    except (OSError, ValueError):
+        return frozenset(users)
+    if not any(first <= unknown < first + count for first, _, count in ranges):
+        users.add(unknown)
+    return frozenset(users)
+
+
+@cache
+def _is_own_group(gid: int) -> bool:
+    """Whether a group is this user's alone, as many systems make one for every user."""
+    try:
+        me, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return gid == 0 or (gid == me.pw_gid and group.gr_name == me.pw_name and set(group.gr_mem) <= {me.pw_name})
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
