@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -168,7 +169,18 @@ class _StageHealer:
         if window.last(Ended) is None:
             return Retry()  # the user asked for another attempt, and healing was interrupted there
         settings = self._job.slurm
-        return decide(window, settings.max_requeues, settings.heal.backoff_seconds)
+        verdict = decide(window, settings.max_requeues, settings.heal.backoff_seconds)
+        return replace(verdict, without=self._spared(verdict)) if isinstance(verdict, Retry) else verdict
+
+    def _spared(self, verdict: Retry) -> tuple[str, ...]:
+        """The nodes of a verdict that can be excluded so that Slurm still has enough for the job."""
+        for count in range(len(verdict.without), 0, -1):
+            without = verdict.without[:count]
+            with suppress(HpcRlhfError):
+                script = self._chain.run.sbatch(self._stage)
+                commands.try_out(script, [f"--exclude={self._excluding(without)}"])
+                return without
+        return ()
 
     def _stop(self, verdict: Stop, job_id: str) -> Outcome:
         if not self._history().is_stopped:
@@ -183,12 +195,14 @@ class _StageHealer:
             try:
                 outcome = self._chain.send(self._job, verdict.delay, verdict.without)
             except HpcRlhfError as error:
+                if verdict.without:
+                    return self._retry(job_id, None, replace(verdict, without=()), why)
                 return self._stop(Stop(StopKind.REFUSED, error.message), job_id)
         return self._record_retry(replace(outcome, detail=why), verdict)
 
     def _requeue(self, job_id: str, past: JobRecord | None, verdict: Retry) -> Outcome | None:
         """Requeue the job under its own id, so that its dependents stay valid; None if that is impossible."""
-        if past is None or not past.requeueable or past.state == "CANCELLED":
+        if past is None or not past.requeueable or past.state == "CANCELLED" or past.reason == "BadConstraints":
             return None
         try:
             return self._chain.requeue(self._job, job_id, verdict.delay, self._excluded(verdict))
@@ -203,7 +217,11 @@ class _StageHealer:
         before = self._history().last(Retried)
         if verdict.without == (before.without if before else ()):
             return None
-        return ",".join(filter(None, (self._job.slurm.exclude, *verdict.without)))
+        return self._excluding(verdict.without)
+
+    def _excluding(self, nodes: Sequence[str]) -> str:
+        """A host list of some nodes and of those that the spec excludes."""
+        return ",".join(filter(None, (self._job.slurm.exclude, *nodes)))
 
     def _record_retry(self, outcome: Outcome, verdict: Retry) -> Outcome:
         self._chain.ledger.append(

@@ -95,8 +95,7 @@ def predicted_start(script: Path) -> str | None:
     Raises:
         HpcRlhfError: it would be rejected, or Slurm does not respond soon.
     """
-    output = commands.execute(["sbatch", "--test-only", str(script)], SOON).stderr
-    start = re.search(r"to start at (\d[\dT:-]+)", output)
+    start = re.search(r"to start at (\d[\dT:-]+)", commands.try_out(script, timeout=SOON))
     return start[1] if start else None
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hpc_rlhf.errors import INPUT_WRONG
 from hpc_rlhf.run import reasons
 from hpc_rlhf.run.attempt_logs import AttemptLogs
-from hpc_rlhf.run.events import Cancelled, Ended, Failed, Hang, Started
+from hpc_rlhf.run.events import AttemptEvent, Cancelled, Ended, Failed, Hang, Requeued, Retried, Started
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.slurm.jobs import JobRecord
 
@@ -54,7 +54,7 @@ def judge(history: StageHistory, job: JobRecord | None, logs: AttemptLogs, step:
         step: the last step in the stage's metrics.
     """
     attempt = history.attempt
-    cause = _by_ledger(attempt) or _by_slurm(job, logs, attempt) or _by_logs(attempt, job, logs)
+    cause = _by_ledger(attempt, job) or _by_slurm(job, logs, attempt) or _by_logs(attempt, job, logs)
     node = cause.node
     if not node and job is not None:
         node = job.failed_node or ("" if re.search(r"[\[,]", job.nodes) else job.nodes)
@@ -88,8 +88,8 @@ def own_failure(attempt: StageHistory) -> Failed | None:
     return None if failed is None or reasons.is_consequence(failed.message) else failed
 
 
-def _by_ledger(attempt: StageHistory) -> _Cause | None:
-    """What nothing outweighs: a cancellation, a user error, a hang."""
+def _by_ledger(attempt: StageHistory, job: JobRecord | None) -> _Cause | None:
+    """What nothing outweighs: a cancellation, a user error, a hang, a stop after which Slurm refused the requeue."""
     cancellations = attempt.all(Cancelled)
     if cancellations:
         # A rank that finds its job cancelled names its attempt; `hpc-rlhf cancel` does not.
@@ -99,7 +99,22 @@ def _by_ledger(attempt: StageHistory) -> _Cause | None:
     if cause is not None and cause.exit_code == INPUT_WRONG:
         return _Cause(reasons.USER_ERROR, cause.message)
     hang = next(iter(attempt.all(Hang)), None)
-    return None if hang is None else _Cause(reasons.HANG, hang.message, hang.host)
+    if hang is not None:
+        return _Cause(reasons.HANG, hang.message, hang.host)
+    requeued = _refused_requeue(attempt, job)
+    return None if requeued is None else _Cause(requeued.reason)
+
+
+def _refused_requeue(attempt: StageHistory, job: JobRecord | None) -> Requeued | None:
+    """The requeue that an attempt requested once all was saved, if no other attempt came of it: Slurm refuses where
+    JobRequeue=0 or a submit plugin forbids it. None if there is none."""
+    requeued = attempt.last(Requeued)
+    if requeued is None or not requeued.reason:
+        return None
+    names = {event.attempt for event in attempt.events if isinstance(event, AttemptEvent)}
+    restarts = job.restarts if job is not None else None
+    restarted = restarts is not None and requeued.attempt.rpartition("-")[2] != str(restarts)
+    return None if restarted or names != {requeued.attempt} else requeued
 
 
 def _by_slurm(job: JobRecord | None, logs: AttemptLogs, attempt: StageHistory) -> _Cause | None:
@@ -108,8 +123,13 @@ def _by_slurm(job: JobRecord | None, logs: AttemptLogs, attempt: StageHistory) -
     A rank's own failure outweighs a preemption: from 26.05 on, srun sends the other ranks the signal of a
     preemption when one has failed.
     """
-    if job is not None and job.state in _BY_STATE:
-        cause: _Cause | None = _Cause(_BY_STATE[job.state], node=job.failed_node)
+    if job is not None and job.reason == "BadConstraints":
+        retried = attempt.last(Retried)
+        excluded = retried is not None and retried.without
+        message = f"no node{' but those excluded' if excluded else ''} has what the job requests ({job.reason})"
+        cause: _Cause | None = _Cause(reasons.NO_NODES_LEFT if excluded else reasons.FAILED, message)
+    elif job is not None and job.state in _BY_STATE:
+        cause = _Cause(_BY_STATE[job.state], node=job.failed_node)
     else:
         cause = _by_batch_log(logs)
     preempted = cause is not None and cause.reason == reasons.PREEMPTED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 from hpc_rlhf.errors import INPUT_WRONG
@@ -18,6 +19,7 @@ E = TypeVar("E", bound=Event)
 # Events after which nothing happens by itself. Of these, a failure may still be retried.
 OUTCOMES = (events.Finished, Failed, events.Interrupted, events.Cancelled, events.Refused, events.Ended, events.Stopped)
 RETRYABLE = (Failed, events.Ended)
+_AGAIN = (events.Requeued, events.Retried)
 _STATES = (*OUTCOMES, events.Submitting, events.Submitted, events.Started, events.Retried, events.RetryRequested)
 
 
@@ -117,7 +119,10 @@ class StageHistory:
         """How often the stage was requeued. Attempts that never got to their first event count too."""
         # One `retried` event was the user's request.
         by_user = 1 if self.events and isinstance(self.events[0], events.RetryRequested) else 0
-        submitted_again = len(self.all(events.Requeued)) + len(self.all(events.Retried)) - by_user
+        # A stage whose request Slurm refuses is submitted again: one of them, not two.
+        kinds = [type(each) for each in self.events if isinstance(each, (events.Started, *_AGAIN))]
+        refused = sum(pair == _AGAIN for pair in pairwise(kinds))
+        submitted_again = len(self.all(events.Requeued)) + len(self.all(events.Retried)) - refused - by_user
         return max(len(self.all(events.Started)) - 1, submitted_again)
 
     @property
@@ -145,13 +150,13 @@ class StageHistory:
 
     @property
     def has_progress(self) -> bool:
-        """Whether a step was saved since the last `ended` that is later than all saved before it."""
-        furthest, progress = 0, False
+        """Whether a place was saved since the last `ended` that is later than all saved before it."""
+        furthest, progress = (0, 0), False
         for event in self.events:
             if isinstance(event, events.Ended):
                 progress = False
-            elif isinstance(event, events.Saved) and event.step > furthest:
-                furthest, progress = event.step, True
+            elif isinstance(event, events.Saved) and event.place > furthest:
+                furthest, progress = event.place, True
         return progress
 
 

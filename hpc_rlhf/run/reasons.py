@@ -8,13 +8,14 @@ PREEMPTED, TIME_LIMIT, NODE_FAILURE = "preempted", "time limit", "node failure"
 OUT_OF_MEMORY, KILLED_FOR_MEMORY, KILLED = "out of memory", "killed for memory", "killed"
 NETWORK, HANG, FAILED, LAUNCH_FAILURE = "NCCL or gloo error", "hang", "failed", "launch failure"
 USER_ERROR, PAST_DEADLINE = "user error", "past its deadline"
+NO_NODES_LEFT = "no nodes left"
 CANCELLED_BY_TOOL, CANCELLED_BY_HAND = "cancelled by hpc-rlhf", "cancelled by hand"
 REQUEUED_BY_HAND = "requeued by hand"
 
 # Another attempt would end the same way.
 FINAL = frozenset({USER_ERROR, PAST_DEADLINE, CANCELLED_BY_TOOL, CANCELLED_BY_HAND})
 # Caused by the cluster, so they say nothing about whether the stage can continue.
-BLAMELESS = frozenset({PREEMPTED, NODE_FAILURE, LAUNCH_FAILURE, REQUEUED_BY_HAND})
+BLAMELESS = frozenset({PREEMPTED, NODE_FAILURE, LAUNCH_FAILURE, REQUEUED_BY_HAND, NO_NODES_LEFT})
 # A node on which these recur should be excluded.
 ON_A_NODE = frozenset({NODE_FAILURE, LAUNCH_FAILURE, KILLED, KILLED_FOR_MEMORY, OUT_OF_MEMORY, NETWORK, HANG, FAILED})
 

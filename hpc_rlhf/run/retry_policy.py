@@ -16,7 +16,7 @@ from itertools import takewhile
 
 from hpc_rlhf.run.events import Ended, Requeued
 from hpc_rlhf.run.history import StageHistory
-from hpc_rlhf.run.reasons import BLAMELESS, FINAL, ON_A_NODE, TIME_LIMIT, USER_ERROR
+from hpc_rlhf.run.reasons import BLAMELESS, FINAL, NO_NODES_LEFT, ON_A_NODE, TIME_LIMIT, USER_ERROR
 
 _GROWTH = 4
 _LONGEST_DELAY = 3600
@@ -84,7 +84,8 @@ def decide(window: StageHistory, max_requeues: int, backoff: int = 0, stopping: 
             )
     if isinstance(last, Ended) and last.reason not in BLAMELESS:
         blamed = [ending for ending in endings if ending.reason not in BLAMELESS]
-        if len(blamed) > 1 and _gist(blamed[-2]) == _gist(last):
+        # A long step may take several attempts, each of which saves a part of it by the time limit.
+        if last.reason != TIME_LIMIT and len(blamed) > 1 and _gist(blamed[-2]) == _gist(last):
             return Stop(StopKind.SAME_FAILURE_TWICE, _sentence(last, f"twice at step {last.step}"))
         if sum(ending.reason not in BLAMELESS for ending in without_progress) >= _TRIES:
             return Stop(
@@ -112,7 +113,10 @@ def _bad_nodes(endings: Sequence[Ended]) -> tuple[str, ...]:
     """Nodes on which recent attempts ended more than once, for a reason that may lie in the node.
 
     Only recent ones: over a long run every node fails eventually, and a stage that excludes all nodes never starts.
+    None if Slurm has just found no node left.
     """
+    if endings[-1:] and endings[-1].reason == NO_NODES_LEFT:
+        return ()
     blamed = [ending.node for ending in endings if ending.reason in ON_A_NODE and ending.node]
     return tuple(sorted(node for node, times in Counter(blamed[-_RECENT:]).items() if times > 1))
 

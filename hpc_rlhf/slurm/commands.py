@@ -135,6 +135,15 @@ def submit(script: Path, options: Sequence[str]) -> str:
     return run(["sbatch", "--parsable", *options, str(script)]).split(";")[0].strip()
 
 
+def try_out(script: Path, options: Sequence[str] = (), timeout: int = _TIMEOUT) -> str:
+    """Let Slurm check a script without submitting it, and return when and where it would start, in Slurm's words.
+
+    Raises:
+        HpcRlhfError: it would be rejected, for instance because no node has what it requests.
+    """
+    return execute(["sbatch", "--test-only", *options, str(script)], timeout).stderr
+
+
 def requeue(job_id: str) -> None:
     """Put a running or finished job back into the queue under its own id, unless it is there already."""
     try:

@@ -59,6 +59,7 @@ class JobRecord:
         requeueable: the controller still has the job and would requeue it.
         dependency_failed: cancelled by Slurm because a job that it waited for failed (kill_invalid_depend).
         restarts: how often it was requeued; None if Slurm does not report it.
+        reason: why it is pending or ended, such as BadConstraints; empty if Slurm gives none.
     """
 
     job_id: str
@@ -69,6 +70,7 @@ class JobRecord:
     requeueable: bool = False
     dependency_failed: bool = False
     restarts: int | None = None
+    reason: str = ""
 
 
 def parse_queue(text: str) -> Iterator[QueuedJob]:
@@ -102,6 +104,7 @@ def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
         requeueable=facts.get("Requeue") == "1",
         dependency_failed=state == "CANCELLED" and facts.get("Reason") == "DependencyNeverSatisfied",
         restarts=int(restarts) if restarts.isdigit() else None,
+        reason=facts.get("Reason", ""),
     )
 
 

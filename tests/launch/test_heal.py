@@ -23,6 +23,7 @@ from hpc_rlhf.run.events import (
     Ended,
     Failed,
     Requeued,
+    Retried,
     RetryRequested,
     Saved,
     Started,
@@ -30,6 +31,7 @@ from hpc_rlhf.run.events import (
     Submitted,
     Submitting,
 )
+from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
@@ -47,10 +49,12 @@ class FakeSlurm:
     past: dict[str, JobRecord] = field(default_factory=dict)
     did: list[tuple[Any, ...]] = field(default_factory=list)
     ids: Any = field(default_factory=lambda: itertools.count(100))
+    needed: frozenset[str] = frozenset()  # nodes that jobs cannot do without
 
     def put(self, job_id: str, name: str, state: str, reason: str = "", after: str = "", **known: Any) -> None:
         comment = f"hpc-rlhf:t{job_id}"
         self.jobs[job_id] = QueuedJob(job_id, name, state, reason, comment, after)
+        known["reason"] = known.pop("reason_of_end", "")
         self.past[job_id] = JobRecord(job_id, state, known.pop("code", "1:0"), **{"requeueable": True, **known})
 
     def forget(self, job_id: str) -> None:
@@ -69,6 +73,13 @@ class FakeSlurm:
 
     def release(self, job_id: str) -> None:
         self.did.append(("release", job_id))
+
+    def try_out(self, script: Path, options: list[str]) -> str:
+        for option in options:
+            name, _, nodes = option.partition("=")
+            if name == "--exclude" and self.needed & set(nodes.split(",")):
+                raise HpcRlhfError("sbatch --test-only: Requested node configuration is not available")
+        return "to start"
 
     def submit(self, script: Path, options: list[str]) -> str:
         """A sentinel."""
@@ -103,7 +114,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     monkeypatch.setattr(commands, "available", lambda: True)
     monkeypatch.setattr(commands, "queue", lambda: dict(slurm.jobs))
     monkeypatch.setattr(commands, "find_record", slurm.past.get)
-    for name in ("requeue", "set_dependency", "delay_start", "release", "submit"):
+    for name in ("requeue", "set_dependency", "delay_start", "release", "submit", "try_out"):
         monkeypatch.setattr(commands, name, getattr(slurm, name))
     monkeypatch.setattr("hpc_rlhf.launch.executor.StageExecutor", partial(FakeExecutor, slurm))
     return slurm
@@ -214,6 +225,88 @@ def test_a_job_that_slurm_forgot_is_submitted_again_without_the_bad_node(fake: F
         ("sentinel", "ppo", "afternotok:101"),
     ]
     assert "ended" not in events(run, "ppo")
+
+
+def lose_nodes(run: RunDir, *nodes: str) -> None:
+    """Let SFT lose each of some nodes twice, with progress, in attempts of its own."""
+    ledger = Ledger(run.ledger)
+    for step, node in enumerate([*nodes, *nodes], 1):
+        ledger.append(Saved("sft", step=step))
+        ledger.append(Ended("sft", reason="node failure", node=node, message="", step=step, progress=True))
+        ledger.append(Started("sft", attempt="-"))
+
+
+@pytest.mark.parametrize(
+    ("needed", "excluded"), [((), ("--exclude=bad1,n7,n8",)), (("n8",), ("--exclude=bad1,n7",)), (("n7", "n8"), ())]
+)
+def test_no_more_nodes_are_excluded_than_the_job_can_do_without(
+    fake: FakeSlurm, run: RunDir, needed: tuple[str, ...], excluded: tuple[str, ...]
+) -> None:
+    finish(run, "reward")
+    lose_nodes(run, "n7", "n8")
+    fake.needed = frozenset(needed)
+    add_sentinels(fake, "3")
+    heal(run, by_sentinel=True)
+    assert fake.did[0] == ("send", "sft", "--begin=now+10", *excluded)
+
+
+def test_a_job_that_is_refused_with_exclusions_is_submitted_without(
+    fake: FakeSlurm, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where sbatch's test passed, and the nodes that it counted on went away."""
+
+    class Picky(FakeExecutor):
+        def send(self) -> str:
+            if any(option.startswith("--exclude") for option in self.options):
+                raise HpcRlhfError("sbatch rejected the job: Requested node configuration is not available")
+            return super().send()
+
+    monkeypatch.setattr("hpc_rlhf.launch.executor.StageExecutor", partial(Picky, fake))
+    finish(run, "reward")
+    lose_nodes(run, "n7")
+    fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed)")
+    add_sentinels(fake, "3")
+    assert kinds(heal(run, by_sentinel=True)) == ["submitted", "done", "live"]
+    assert fake.did[0] == ("send", "sft", "--begin=now+10")
+    assert Ledger(run.ledger).last(Retried, "sft").without == ()  # type: ignore[union-attr]
+
+
+def test_a_job_that_found_no_nodes_left_is_submitted_without_exclusions(fake: FakeSlurm, run: RunDir) -> None:
+    """Newer Slurm accepts such a job, and ends it with BadConstraints."""
+    finish(run, "reward")
+    lose_nodes(run, "n7")
+    ledger = Ledger(run.ledger)
+    ledger.append(Ended("sft", reason="node failure", node="n7", message="", step=2, progress=False))
+    ledger.append(Retried("sft", job_id="1", without=("n7",)))
+    fake.put("1", "demo.sft", "FAILED", reason_of_end="BadConstraints")
+    fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed)")
+    add_sentinels(fake, "3")
+    assert kinds(heal(run, by_sentinel=True)) == ["submitted", "done", "live"]
+    assert fake.did[:2] == [("send", "sft", "--begin=now+40"), ("depend", "3", "100")]
+    assert ledger.last(Ended, "sft").reason == "no nodes left"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("reason", ["time limit", "preempted"])
+def test_a_stage_whose_requeue_slurm_refuses_goes_on_under_a_new_id(fake: FakeSlurm, run: RunDir, reason: str) -> None:
+    """Again and again, on the same node: it does nothing wrong there."""
+    finish(run, "reward")
+    ledger, job_id = Ledger(run.ledger), "1"
+    fake.put("3", "demo.ppo", "PENDING", STUCK, "afterok:1(failed)")
+    add_sentinels(fake, "3")
+    for part in (4, 8, 12):
+        name = f"{job_id}-0"
+        ledger.append(Started("sft", attempt=name, job_id=job_id))
+        ledger.append(Saved("sft", attempt=name, step=0, part=part))
+        ledger.append(Requeued("sft", attempt=name, step=0, reason=reason))
+        refused = f"scontrol requeue: Requested operation is presently disabled for job {job_id}"
+        ledger.append(Failed("sft", attempt=name, message=refused, exit_code=1))
+        fake.put(job_id, "demo.sft", "FAILED", nodes="n1", requeueable=False, restarts=0)
+        fake.did.clear()
+        outcome = heal(run, by_sentinel=True)[0]
+        assert (outcome.did, outcome.detail, fake.did[0]) == ("submitted", reason, ("send", "sft"))
+        job_id = str(outcome.job_id)
+    assert [event.reason for event in ledger.events("sft") if isinstance(event, Ended)] == [reason] * 3
+    assert StageHistory.read(run, "sft").since_user.requeues == 3
 
 
 def test_a_stopped_stage_stays_stopped_until_the_user_heals(fake: FakeSlurm, run: RunDir) -> None:

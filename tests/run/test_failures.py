@@ -43,6 +43,8 @@ def ended_as(state: str, **facts: Any) -> JobRecord:
 
 FAILED = ended_as("FAILED", nodes="node[1-2]")
 STARTED = event("started", attempt="7-0")
+STOPPED = event("requeued", reason="time limit", attempt="7-0")
+REFUSED = event("failed", message="scontrol requeue: operation is disabled for job 7", exit_code=1, attempt="7-0")
 SEEN = event("failed", attempt="4711", message="rank 1 ended with exit code 2", exit_code=2, log="1_log.err")
 
 
@@ -129,6 +131,23 @@ SEEN = event("failed", attempt="4711", message="rank 1 ended with exit code 2", 
         # a failure of the attempt before does not count
         ([event("requeued", attempt="7-0"), failed("scontrol: refused"), event("started", attempt="7-1")],
          FAILED, FakeLogs(), "failed", "Slurm reports FAILED", ""),
+        # Slurm refuses to requeue a job that saved and stopped: the stage's own word counts, not the refusal
+        ([STARTED, STOPPED, REFUSED], ended_as("FAILED", nodes="node1", restarts=0), FakeLogs(EXITED), "time limit", "",
+         "node1"),
+        ([STARTED, STOPPED, REFUSED], FAILED, FakeLogs(EXITED), "time limit", "", ""),
+        ([STARTED, STOPPED], None, FakeLogs(EXITED), "time limit", "", ""),
+        ([STARTED, event("requeued", reason="preempted", attempt="7-0"), REFUSED],
+         ended_as("FAILED", restarts=0), FakeLogs(EXITED), "preempted", "", ""),
+        # but not for a later attempt that failed before rank 0 wrote its first event
+        ([STARTED, STOPPED], ended_as("FAILED", restarts=1), FakeLogs("No module named x"), "failed",
+         "No module named x", ""),
+        ([STARTED, STOPPED, event("failed", message="OSError: disk full", attempt="7-1")], FAILED, FakeLogs(), "failed",
+         "OSError: disk full", ""),
+        # no node is left without those that heal excluded; otherwise the stage requests too much
+        ([STARTED, event("ended"), event("retried", without=["node1"])], ended_as("FAILED", reason="BadConstraints"),
+         FakeLogs(), "no nodes left", "no node but those excluded has what the job requests (BadConstraints)", ""),
+        ([event("submitted")], ended_as("FAILED", reason="BadConstraints"), FakeLogs(),
+         "failed", "no node has what the job requests (BadConstraints)", ""),
         # from Slurm 26.05 on, srun sends the other ranks the signal of a preemption when one has failed
         ([STARTED, failed("ValueError: bad row", host="node2"), event("stopping", reason="preempted")],
          ended_as("PREEMPTED"), FakeLogs(), "failed", "ValueError: bad row", "node2"),

@@ -25,9 +25,10 @@ def saved(step: int) -> Event:
         ([STARTED, saved(5), event("ended"), STARTED, event("resumed", step=5)], False),
         ([STARTED, saved(5), event("ended"), STARTED, saved(5)], False),  # the newest was damaged, and saved again
         ([STARTED, event("ended"), STARTED, saved(5), event("requeued"), STARTED], True),
+        ([STARTED, saved(5), event("ended"), STARTED, event("saved", step=5, part=2)], True),
     ],
 )
-def test_progress_is_a_new_step_on_disk(events: list[Event], expected: bool) -> None:
+def test_progress_is_a_new_place_on_disk(events: list[Event], expected: bool) -> None:
     assert StageHistory(events).has_progress is expected
 
 
@@ -38,6 +39,8 @@ def test_requeues_are_counted_since_the_user_last_submitted() -> None:
     assert StageHistory([*one, again, STARTED, STARTED]).since_user.requeues == 3  # once Slurm requeued it by itself
     assert StageHistory([*one, event("anew"), event("retried"), STARTED]).since_user.requeues == 0
     assert StageHistory([*one, sent, STARTED]).since_user.requeues == 0
+    refused = [event("requeued"), event("failed"), event("ended"), again, event("submitted"), event("retried"), STARTED]
+    assert StageHistory([sent, STARTED, *refused, *refused]).since_user.requeues == 2  # not four
 
 
 REPORTED = event("failed", message="OSError: disk full", exit_code=1)

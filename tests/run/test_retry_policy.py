@@ -25,6 +25,7 @@ MORE_TIME = "raise slurm.time, or make a step shorter: a smaller global batch, s
     ("window", "expected"),
     [
         ([ended("time limit", 9, progress=True)], Retry()),
+        ([ended("time limit", 9, progress=True)] * 3, Retry()),  # in parts of a long step
         ([ended("failed", 9, progress=True)], Retry()),
         ([ended("killed", 9)], Retry(10)),
         ([ended("preempted"), ended("preempted"), ended("preempted")], Retry(160)),  # not the stage's fault
@@ -36,6 +37,7 @@ MORE_TIME = "raise slurm.time, or make a step shorter: a smaller global batch, s
             Retry(),
         ),  # a time limit is not a node's fault
         ([ended("preempted")] * 9, Retry(3600)),
+        ([LOST, LOST, ended("no nodes left")], Retry(160)),
         # the same failure twice at the same step; at another step, or another failure, it may be chance
         ([ended("failed", 7, True), ended("failed", 7)], "failed twice at step 7: how it failed"),
         (

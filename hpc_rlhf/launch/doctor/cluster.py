@@ -177,7 +177,7 @@ def _test(script: str) -> Finding:
         path = Path(folder, "script")
         path.write_text(script, encoding="utf-8")
         try:
-            commands.run(["sbatch", "--test-only", str(path)])
+            commands.try_out(path)
         except HpcRlhfError as problem:
             reason = problem.message.partition(": ")[2].replace("allocation failure: ", "")
             return error("submission", f"sbatch would reject the job: {reason}", "change the stage's slurm settings")
