@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.jobs import RunJobs, adopt, submission_options, with_token
+from hpc_rlhf.launch.jobs import RunJobs, adopt, find_submission, submission_options
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.sweep_order import borrowed_jobs, jobs_before
 from hpc_rlhf.run import manifest, sentinel
@@ -123,7 +123,7 @@ class Chain:
             job_id = executor.send()
         except HpcRlhfError as error:
             # sbatch may time out although the controller has accepted the job.
-            accepted = with_token(commands.queue(), token)
+            accepted = find_submission(commands.queue(), self.run, job.stage, token, self._tokens)
             if accepted is None:
                 self.ledger.append(Refused(job.stage, token=token, message=error.message))
                 raise
@@ -164,7 +164,7 @@ class Chain:
         if elsewhere or not job.slurm.heal.enabled or job_id is None or manifest.is_done(self.run.stage(job.stage)):
             return
         token = self._tokens[job_id]
-        if sentinel.waits(self.jobs.queue, token):
+        if sentinel.waiting(self.jobs.queue, self.run, token, job_id):
             return
         try:
             self.posted.append(sentinel.post(self.run, job.stage, token, job_id))

@@ -56,4 +56,8 @@ class StageExecutor(SlurmExecutor):
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         """sbatch, without the environment of a job that this process may be part of."""
         unset = [f"--unset={name}" for name in commands.foreign_variables(os.environ)]
-        return ["env", *unset, "sbatch", *self._options, str(submission_file_path)]
+        return ["env", *unset, "sbatch", "--parsable", *self._options, str(submission_file_path)]
+
+    @staticmethod
+    def _get_job_id_from_submission_command(string: bytes | str) -> str:
+        return commands.submitted_id(string if isinstance(string, str) else string.decode(errors="replace"))

@@ -1,13 +1,14 @@
 """Finds a run's jobs from the ledger and Slurm together, and cancels them.
 
 Every call of sbatch is announced in the ledger with a token, which the job has in its comment. So a job whose
-id was never recorded, because the submitting process died, is still found and adopted.
+id was never recorded, because the submitting process died, is still found and adopted. Where a submit plugin overwrites
+comments, it is found by its name and its script.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hpc_rlhf.launch.lock import hold
@@ -29,12 +30,14 @@ class RunJobs:
     """A run's jobs.
 
     Attributes:
+        run: the run.
         live: the queued and running ones, by stage.
         latest: the id of each stage's latest job, live or not.
         tokens: the token by which each job was announced, by job id.
         queue: all jobs that squeue showed.
     """
 
+    run: RunDir
     live: dict[str, QueuedJob] = field(default_factory=dict)
     latest: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
@@ -43,7 +46,7 @@ class RunJobs:
     @property
     def sentinels(self) -> list[QueuedJob]:
         """The pending and running sentinels."""
-        return sentinel.living(self.queue, self.tokens.values())
+        return sentinel.living(self.queue, self.run, self.tokens.values())
 
 
 def submission_options(
@@ -75,12 +78,15 @@ def find_jobs(run: RunDir) -> RunJobs:
     ledger = Ledger(run.ledger)
     submitted, unanswered = _submissions(ledger)
     if not submitted and not unanswered:
-        return RunJobs()
+        return RunJobs(run)
     queue = commands.queue()
     # Counted from now, because the time of the announcement is by another machine's clock.
     deadline = time.monotonic() + _IN_FLIGHT
     for token, (stage, latest_of_stage) in unanswered.items():
-        while (job := with_token(queue, token)) is None and latest_of_stage and time.monotonic() < deadline:
+        known = submitted if latest_of_stage else None
+        while (job := find_submission(queue, run, stage, token, known)) is None:
+            if not latest_of_stage or time.monotonic() >= deadline:
+                break
             time.sleep(1)
             queue = commands.queue()
         if job is not None:
@@ -89,7 +95,7 @@ def find_jobs(run: RunDir) -> RunJobs:
     latest = {stage: job_id for job_id, (stage, _) in submitted.items()}
     queued = ((stage, queue[job_id]) for job_id, (stage, _) in submitted.items() if job_id in queue)
     live = {stage: job for stage, job in queued if job.live and job.is_of(stage)}
-    return RunJobs(live, latest, {job_id: token for job_id, (_, token) in submitted.items()}, queue)
+    return RunJobs(run, live, latest, {job_id: token for job_id, (_, token) in submitted.items()}, queue)
 
 
 def cancel(run: RunDir) -> dict[str, QueuedJob]:
@@ -115,9 +121,20 @@ def adopt(run: RunDir, stage: str, token: str, job_id: str) -> None:
     Ledger(run.ledger).append(Submitted(stage, token=token, job_id=job_id))
 
 
-def with_token(queue: dict[str, QueuedJob], token: str) -> QueuedJob | None:
-    """The job of one submission."""
-    return next((job for job in queue.values() if job.comment.split(" ")[0] == _mark(token)), None)
+def find_submission(
+    queue: Mapping[str, QueuedJob], run: RunDir, stage: str, token: str, known: Container[str] | None
+) -> QueuedJob | None:
+    """The job of one submission: the one with its token, or else the stage's newest that the ledger does not have.
+
+    Args:
+        known: the ids of the jobs that the ledger has; None for a submission that is not the stage's latest, of which
+            only the token counts.
+    """
+    marked = next((job for job in queue.values() if job.comment.split(" ")[0] == _mark(token)), None)
+    if marked is not None or known is None:
+        return marked
+    new = [job for job in queue.values() if job.is_of(stage) and job.is_from(run.path) and job.job_id not in known]
+    return max(new, key=lambda job: int(job.job_id), default=None)
 
 
 def _mark(token: str) -> str:

@@ -77,7 +77,7 @@ def _refuse_live_jobs(run: RunDir, spec: JobSpec, made: Path) -> None:
     queue = commands.queue()
     live = [queue[job_id] for stage, job_id in submitted.items() if job_id in queue and queue[job_id].is_of(stage)]
     tokens = [event.token for history in histories.values() for event in history.all(Submitted)]
-    ids = [job.job_id for job in (*live, *sentinel.living(queue, tokens)) if job.live]
+    ids = [job.job_id for job in (*live, *sentinel.living(queue, RunDir(made), tokens)) if job.live]
     if ids:
         raise HpcRlhfError(
             f"jobs of this run are queued or running, and work in {made}, where it was: {', '.join(ids)}",

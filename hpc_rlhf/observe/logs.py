@@ -67,7 +67,7 @@ class StageWatch:
             return True
         # A sentinel of any stage repairs the whole run.
         tokens = [event.token for event in Ledger(self._run.ledger).events() if isinstance(event, Submitted)]
-        return bool(sentinel.living(queue, tokens))
+        return bool(sentinel.living(queue, self._run, tokens))
 
 
 class LogReader:

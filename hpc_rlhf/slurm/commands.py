@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -132,7 +133,19 @@ def hostnames(nodes: str) -> list[str]:
 
 def submit(script: Path, options: Sequence[str]) -> str:
     """Submit a script, and return its job id."""
-    return run(["sbatch", "--parsable", *options, str(script)]).split(";")[0].strip()
+    return submitted_id(run(["sbatch", "--parsable", *options, str(script)]))
+
+
+def submitted_id(output: str) -> str:
+    """The job id in the output of ``sbatch --parsable``, which a site's banner may precede.
+
+    Raises:
+        HpcRlhfError: there is none.
+    """
+    ids = re.findall(r"^\s*(\d+)(?:;\S*)?\s*$", output, re.MULTILINE)
+    if not ids:
+        raise HpcRlhfError(f"sbatch printed no job id: {output.strip() or 'nothing'}", exit_code=RUN_FAILED)
+    return str(ids[-1])
 
 
 def try_out(script: Path, options: Sequence[str] = (), timeout: int = _TIMEOUT) -> str:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 # squeue shows a finished job for a few minutes (MinJobAge); in these states it has ended for good.
 ENDED = frozenset({
@@ -13,7 +14,7 @@ ENDED = frozenset({
     "REVOKED", "TIMEOUT",
 })  # fmt: skip
 _NOTHING = ("None", "(null)")
-QUEUE_FORMAT = "%i|%T|%r|%E|%j|%k"
+QUEUE_FORMAT = "%i|%T|%r|%E|%o|%j|%k"
 ACCOUNTING_FORMAT = "JobID,State,ExitCode,NodeList"
 
 
@@ -25,6 +26,7 @@ class QueuedJob:
         state: Slurm's state, such as PENDING.
         reason: why it is pending or ended; empty otherwise.
         dependency: what it waits for, as squeue writes it; empty if it waits for no other job.
+        script: the path of its script, and the script's arguments.
     """
 
     job_id: str
@@ -33,6 +35,7 @@ class QueuedJob:
     reason: str
     comment: str
     dependency: str = ""
+    script: str = ""
 
     @property
     def live(self) -> bool:
@@ -46,6 +49,10 @@ class QueuedJob:
     def is_of(self, stage: str) -> bool:
         """Whether it can be a stage's job: another cluster's job may have the same number."""
         return self.name.endswith(f".{stage}")
+
+    def is_from(self, folder: Path) -> bool:
+        """Whether its script is in a folder."""
+        return self.script.startswith(f"{folder}/")
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,10 @@ class JobRecord:
 def parse_queue(text: str) -> Iterator[QueuedJob]:
     """The jobs in squeue's output of QUEUE_FORMAT."""
     for line in text.splitlines():
-        fields = line.split("|", 5)
-        if len(fields) == 6:  # another job's name or comment may have broken its line
-            job_id, state, reason, dependency, name, comment = ("" if field in _NOTHING else field for field in fields)
-            yield QueuedJob(job_id, name, state, reason, comment, dependency)
+        fields = ["" if field in _NOTHING else field for field in line.split("|", 6)]
+        if len(fields) == 7:  # another job's name or comment may have broken its line
+            job_id, state, reason, dependency, script, name, comment = fields
+            yield QueuedJob(job_id, name, state, reason, comment, dependency, script)
 
 
 def parse_accounting(text: str) -> Iterator[JobRecord]:

@@ -37,7 +37,7 @@ def restore_sentinel(run: RunDir, stage: str, job_id: str) -> None:
     if token is None:
         return
     try:
-        if not sentinel.waits(commands.queue(), token):
+        if not sentinel.waiting(commands.queue(), run, token, job_id):
             sentinel.post(run, stage, token, job_id)
     except HpcRlhfError as error:
         print(f"hpc-rlhf: this stage has no sentinel: {error.message}", file=sys.stderr, flush=True)

@@ -13,7 +13,8 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -213,6 +214,34 @@ class Cluster:
         """Start slurmctld again from its saved state and wait until it responds."""
         self._spawn("slurmctld", "slurmctld", "-D")
         wait_until(lambda: self._answers("scontrol", "ping"), 60, "slurmctld answers again")
+
+    @contextmanager
+    def changed(self, *changes: tuple[str, str], **files: str) -> Iterator[None]:
+        """Run the block with changed settings.
+
+        Args:
+            changes: what to replace in slurm.conf, and by what.
+            files: texts of files beside it, by their names with `_lua` for `.lua`.
+        """
+        before = self.conf.read_text()
+        text = before
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        paths = {self.folder / name.replace("_lua", ".lua"): content for name, content in files.items()}
+        try:
+            self.stop_controller()
+            self.conf.write_text(text)
+            for path, content in paths.items():
+                path.write_text(content)
+            self.start_controller()
+            yield
+        finally:
+            self.stop_controller()
+            self.conf.write_text(before)
+            for path in paths:
+                path.unlink(missing_ok=True)
+            self.start_controller()
 
     def clear(self) -> None:
         """Cancel every job and wait until all nodes are idle again."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -177,25 +177,6 @@ def test_a_sound_cluster_and_settings_that_it_would_reject(in_slurm: Cluster, tm
     assert (memory.level, "sbatch would reject the job" in memory.message) == ("error", True)
 
 
-@contextmanager
-def changed(cluster: Cluster, *changes: tuple[str, str]) -> Iterator[None]:
-    """Run the block with changed cluster settings."""
-    before = cluster.conf.read_text()
-    text = before
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    try:
-        cluster.stop_controller()
-        cluster.conf.write_text(text)
-        cluster.start_controller()
-        yield
-    finally:
-        cluster.stop_controller()
-        cluster.conf.write_text(before)
-        cluster.start_controller()
-
-
 def test_a_cluster_without_requeue_and_accounting(in_slurm: Cluster, tmp_path: Path) -> None:
     settings = (
         ("AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageType=accounting_storage/none"),
@@ -206,7 +187,7 @@ def test_a_cluster_without_requeue_and_accounting(in_slurm: Cluster, tmp_path: P
     (tmp_path / "templates").mkdir()
     ours = (Path(__file__).parents[2] / "templates/_options.j2").read_text()
     (tmp_path / "templates/_options.j2").write_text(ours.replace("#SBATCH --requeue\n", ""))
-    with changed(in_slurm, *settings):
+    with in_slurm.changed(*settings):
         findings = cluster_checks.check_settings()
         assert "Slurm soon forgets" in only(findings, "accounting").message
         assert "slurmdbd" in only(findings, "accounting").fix
@@ -215,6 +196,10 @@ def test_a_cluster_without_requeue_and_accounting(in_slurm: Cluster, tmp_path: P
         assert (asking.level, "JobRequeue=1" in asking.fix) == ("warning", True)
         silent = only(stages(make_spec(tmp_path / "run"), Templates(tmp_path)), "requeue")
         assert (silent.level, "#SBATCH --requeue" in silent.fix) == ("error", True)
+        assert silent.message.endswith("the sentinel of an interrupted stage submits it again, under another job id")
+        unhealed = make_spec(tmp_path / "run", {"heal": {"enabled": False}})
+        ended = only(stages(unhealed, Templates(tmp_path)), "requeue")
+        assert ended.message.endswith("the first interruption would end the chain")
         long = only(stages(make_spec(tmp_path / "run", {"partition": "first"})), "time limit")
         assert long.fix.startswith("set slurm.time to at most 01:00:00")
 

@@ -26,7 +26,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stubs.mkdir()
     (stubs / "srun").write_text("#!/bin/sh\n")
     (stubs / "sbatch").write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$@" >{stubs}/args\nenv >{stubs}/env\necho Submitted batch job 12\n'
+        f'#!/bin/sh\nprintf "%s\\n" "$@" >{stubs}/args\nenv >{stubs}/env\necho "Welcome, job 99 of today"\necho 12\n'
     )
     for stub in stubs.iterdir():
         stub.chmod(0o755)
@@ -49,7 +49,7 @@ def test_submitit_submits_the_rendered_script(container: dict[str, str] | None, 
     logs = run.stage("ppo").logs
     assert (logs / "12_submission.sh").read_text() == run.sbatch("ppo").read_text()
     args = (sbatch / "args").read_text().splitlines()
-    assert args[:2] == ["--comment=hpc-rlhf:t0ken mine", "--dependency=afterok:10:11"]
+    assert args[:3] == ["--parsable", "--comment=hpc-rlhf:t0ken mine", "--dependency=afterok:10:11"]
     with (logs / "12_submitted.pkl").open("rb") as file:
         assert pickle.load(file).function == StageTask(spec.run_dir, "ppo")
 

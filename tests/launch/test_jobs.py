@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.launch import jobs
+from hpc_rlhf.run import sentinel
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import QueuedJob
@@ -16,8 +17,8 @@ from hpc_rlhf.slurm.jobs import QueuedJob
 class Waiting:
     """A clock that advances only during sleep; a job appears in the queue after a while."""
 
-    def __init__(self, arrives: float) -> None:
-        self.now, self._arrives = 0.0, arrives
+    def __init__(self, arrives: float, job: QueuedJob) -> None:
+        self.now, self._arrives, self._job = 0.0, arrives, job
 
     def monotonic(self) -> float:
         return self.now
@@ -26,19 +27,25 @@ class Waiting:
         self.now += seconds
 
     def queue(self) -> dict[str, QueuedJob]:
-        job = QueuedJob("7", "t.sft", "PENDING", "Priority", "hpc-rlhf:mine")
-        return {"7": job} if self.now >= self._arrives else {}
+        return {self._job.job_id: self._job} if self.now >= self._arrives else {}
+
+
+MARKED = QueuedJob("7", "t.sft", "PENDING", "Priority", "hpc-rlhf:mine")
 
 
 def find(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, arrives: float, *announced: tuple[str, float]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arrives: float,
+    *announced: tuple[str, float],
+    job: QueuedJob = MARKED,
 ) -> tuple[jobs.RunJobs, float]:
     """The jobs of a run whose sft was announced with tokens, each at a time by its submitter's clock, and how
     long it took to find them."""
     run = RunDir(folder)
     lines = [{"time": time, "event": "submitting", "stage": "sft", "token": token} for token, time in announced]
     run.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    waiting = Waiting(arrives)
+    waiting = Waiting(arrives, job)
     monkeypatch.setattr(jobs, "time", waiting)
     monkeypatch.setattr(commands, "queue", waiting.queue)
     return jobs.find_jobs(run), waiting.now
@@ -72,3 +79,39 @@ def test_only_the_latest_job_of_a_stage_is_waited_for_but_an_earlier_one_in_the_
     assert (jobs_found.latest, waited) == ({"sft": "7"}, 0)
     jobs_found, waited = find(tmp_path, monkeypatch, 0, ("mine", PAST), ("lost", FUTURE))
     assert (jobs_found.latest, waited) == ({"sft": "7"}, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "known", "found"),
+    [
+        ("t.sft", "{run}/stages/sft/logs/.submission_file_1.sh", "", True),
+        ("t.reward", "{run}/stages/reward/logs/.submission_file_1.sh", "", False),
+        ("t.sft.sentinel", "{run}/scripts/sft.sentinel.sbatch", "", False),
+        ("t.sft", "{run}-2/stages/sft/logs/.submission_file_1.sh", "", False),
+        ("t.sft", "{run}/stages/sft/logs/.submission_file_1.sh", "7", False),
+    ],
+)
+def test_a_job_whose_comment_a_plugin_replaced_is_found_by_its_name_and_script(
+    name: str, script: str, known: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = QueuedJob("7", name, "PENDING", "Priority", "cost-centre=1", script=script.format(run=tmp_path))
+    queue = {"7": job}
+    assert (jobs.find_submission(queue, RunDir(tmp_path), "sft", "mine", {known}) is not None) is found
+    assert jobs.find_submission(queue, RunDir(tmp_path), "sft", "mine", None) is None
+    if found:
+        jobs_found, waited = find(tmp_path, monkeypatch, 5, ("lost", PAST), ("mine", PAST), job=job)
+        assert (jobs_found.latest, jobs_found.tokens, waited) == ({"sft": "7"}, {"7": "mine"}, 5)
+
+
+@pytest.mark.parametrize(
+    ("after", "waits"), [("afternotok:7(unfulfilled)", True), ("afternotok:6(unfulfilled)", False)]
+)
+def test_a_sentinel_whose_comment_a_plugin_replaced_is_found_by_its_script(
+    after: str, waits: bool, tmp_path: Path
+) -> None:
+    script = f"{tmp_path}/scripts/sft.sentinel.sbatch"
+    guard = QueuedJob("8", "t.sft.sentinel", "PENDING", "Dependency", "cost-centre=1", after, script)
+    other = QueuedJob("9", "t.sft.sentinel", "PENDING", "Dependency", "cost-centre=1", after, f"/other{script}")
+    queue, run = {"8": guard, "9": other}, RunDir(tmp_path)
+    assert sentinel.waiting(queue, run, "mine", "7") == [guard] * waits
+    assert jobs.RunJobs(run, queue=queue).sentinels == [guard]

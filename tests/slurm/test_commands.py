@@ -76,6 +76,19 @@ def test_slurms_own_message_reaches_the_user(idle_cluster: Cluster, monkeypatch:
         commands.requeue("999999")
 
 
+@pytest.mark.parametrize(
+    "answer", ["12\n", "12;cluster\n", "Welcome\n--> job 99 ...OK\n12\n", "Node 7:\n\n 12 \nGoodbye\n"]
+)
+def test_the_job_id_is_found_beside_a_banner(answer: str) -> None:
+    assert commands.submitted_id(answer) == "12"
+
+
+@pytest.mark.parametrize("answer", ["", "Welcome, job 99\n"])
+def test_an_answer_without_a_job_id_is_an_error(answer: str) -> None:
+    with pytest.raises(HpcRlhfError, match="sbatch printed no job id"):
+        commands.submitted_id(answer)
+
+
 @pytest.mark.parametrize(("preempted", "expected"), [("12:00:00", True), ("11:59:59", False), (None, False)])
 def test_a_preemption_before_the_last_start_does_not_count(
     preempted: str | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

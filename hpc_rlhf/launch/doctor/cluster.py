@@ -55,7 +55,7 @@ def _version(config: Mapping[str, str]) -> Finding:
 def _accounting(config: Mapping[str, str]) -> Finding:
     kind = config.get("AccountingStorageType", "")
     fix = "run hpc-rlhf status soon after a job ends (MinJobAge), or ask an administrator for slurmdbd"
-    if not kind or kind.endswith("/none"):
+    if kind in ("", "(null)") or kind.endswith("/none"):
         return warning("accounting", "off: Slurm soon forgets how a job ended, unless its log shows it", fix)
     try:
         commands.run(["sacct", "--noheader", "--jobs=1"])
@@ -85,7 +85,7 @@ class _Known:
 
 def _stage(job: PlannedJob, script: str, known: _Known) -> Iterator[Finding]:
     partitions = known.partitions
-    yield _requeue(script, known.config)
+    yield _requeue(job, script, known.config)
     default = [name for name, facts in partitions.items() if facts.get("Default") == "YES"]
     names = job.slurm.partition.split(",") if job.slurm.partition else default
     choose = f"set slurm.partition to one of: {', '.join(partitions)}"
@@ -105,9 +105,16 @@ def _stage(job: PlannedJob, script: str, known: _Known) -> Iterator[Finding]:
         yield _test(script)
 
 
-def _requeue(script: str, config: Mapping[str, str]) -> Finding:
+def without_requeue(jobs: Sequence[PlannedJob]) -> str:
+    """What follows for some stages from a Slurm that does not requeue their jobs."""
+    if all(job.slurm.heal.enabled for job in jobs):
+        return "the sentinel of an interrupted stage submits it again, under another job id"
+    return "the first interruption would end the chain"
+
+
+def _requeue(job: PlannedJob, script: str, config: Mapping[str, str]) -> Finding:
     fix = "keep `#SBATCH --requeue` in your template, or ask an administrator to set JobRequeue=1"
-    ends = "the first preemption would end the chain"
+    ends = without_requeue([job])
     if re.search("^#SBATCH +--no-requeue", script, re.MULTILINE):
         return error("requeue", f"the script has --no-requeue: {ends}", fix)
     if config.get("JobRequeue") != "0":

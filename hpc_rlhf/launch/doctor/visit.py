@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor.finding import Finding, error, ok
+from hpc_rlhf.launch.doctor.cluster import without_requeue
+from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.render import Templates, rank_python
 from hpc_rlhf.slurm import commands
@@ -20,6 +21,7 @@ from hpc_rlhf.spec.load import dump_spec
 
 _UNSHARED = 77  # the job's exit code where its first node does not see the folder
 _NODES = 2  # enough to compare, and few enough to be allocated soon
+_COMMENT = "hpc-rlhf doctor"
 _MINUTES = 5  # the time limit; it takes one, unless Python loads from a cold disk
 _POLL = 2.0
 _UNSEEN = 60.0
@@ -41,7 +43,7 @@ def visit(spec: JobSpec, plan: Plan, templates: Templates, folder: Path, ops: Se
     for job in plan.jobs:
         settings = job.slurm.model_dump_json(exclude=_ALIKE) + str(min(job.slurm.nodes, _NODES))
         kinds.setdefault(settings, []).append(job)
-    submitted: dict[str, tuple[str, Path]] = {}  # stages and folder, by job id
+    submitted: dict[str, tuple[list[PlannedJob], Path]] = {}  # stages and folder, by job id
     findings: list[Finding] = []
     try:
         for alike in kinds.values():
@@ -52,13 +54,13 @@ def visit(spec: JobSpec, plan: Plan, templates: Templates, folder: Path, ops: Se
                 message = f"the job was rejected: {problem.message.partition(': ')[2]}"
                 findings.append(error("submission", message, "change the stage's slurm settings").at(stages))
                 continue
-            submitted[job_id] = (stages, own)
+            submitted[job_id] = (alike, own)
         _wait(submitted, say)
     except BaseException:  # the user does not want to wait any longer
         commands.cancel(list(submitted))
         raise
-    for job_id, (stages, own) in submitted.items():
-        findings += _gather(job_id, stages, own)
+    for job_id, (alike, own) in submitted.items():
+        findings += _gather(job_id, alike, own)
     return findings
 
 
@@ -73,7 +75,7 @@ def _send(spec: JobSpec, plan: Plan, templates: Templates, job: PlannedJob, fold
     script = folder / "script"
     script.write_text(templates.doctor(plan, small, folder, command, _UNSHARED), encoding="utf-8")
     # A job whose log cannot be opened fails silently.
-    return commands.submit(script, ["--output=/dev/null"])
+    return commands.submit(script, ["--output=/dev/null", f"--comment={_COMMENT}"])
 
 
 def _wait(job_ids: Iterable[str], say: Say) -> None:
@@ -92,9 +94,9 @@ def _wait(job_ids: Iterable[str], say: Say) -> None:
             time.sleep(_POLL)
 
 
-def _gather(job_id: str, stages: str, folder: Path) -> list[Finding]:
+def _gather(job_id: str, alike: Sequence[PlannedJob], folder: Path) -> list[Finding]:
     """The findings of a job's nodes. Equal findings of several nodes are merged."""
-    past = commands.find_record(job_id)
+    past, stages = commands.find_record(job_id), ", ".join(job.stage for job in alike)
     nodes = commands.hostnames(past.nodes) if past is not None and past.nodes else []
     # A network file system may show a file some time after another node wrote it.
     deadline = time.monotonic() + (_UNSEEN if past is not None and past.state == "COMPLETED" else 0)
@@ -108,9 +110,15 @@ def _gather(job_id: str, stages: str, folder: Path) -> list[Finding]:
     findings = [finding.at(",".join(names)) for finding, names in nodes_by_finding.items()]
     # Only the controller, whose records count restarts, knows whether the job can be requeued; accounting does not.
     if past is not None and past.restarts is not None and not past.requeueable:
-        message = f"job {job_id} was submitted with --requeue but cannot be requeued"
-        fix = "ask an administrator which submit plugin removes --requeue"
-        findings.append(error("requeue", f"{message}: the first preemption would end the chain", fix).at(stages))
+        message = f"job {job_id} was submitted with --requeue but cannot be requeued: {without_requeue(alike)}"
+        level = warning if all(job.slurm.heal.enabled for job in alike) else error
+        fix = "set slurm.heal.enabled: true, or ask an administrator which submit plugin removes --requeue"
+        findings.append(level("requeue", message, fix).at(stages))
+    queued = commands.queue().get(job_id)
+    if queued is not None and queued.comment != _COMMENT:
+        message = f"a submit plugin replaces the comment of jobs by {queued.comment!r}: they are found by their scripts"
+        fix = "while jobs of the run are queued or running, leave its folder where it is"
+        findings.append(warning("comment", message, fix).at(stages))
     silent = [node for node in nodes if node not in responded]
     if silent or not responded:
         findings.append(_silent(past, folder).at(",".join(silent) or stages))
