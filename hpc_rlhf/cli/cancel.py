@@ -12,7 +12,7 @@ from hpc_rlhf.launch.jobs import cancel
 @click.command(epilog=example("hpc-rlhf cancel my-job.yaml"))
 @click.argument("run")
 def command(run: str) -> None:
-    """Cancel all queued and running jobs of RUN, a run directory or job file.
+    """Cancel all queued and running jobs of RUN, a run directory or job file, also those that serve its models.
 
     For a sweep, the jobs of all its runs are cancelled. Checkpoints are kept: submit the same file again to
     resume.
@@ -20,7 +20,7 @@ def command(run: str) -> None:
     runs = find_runs(run)
     # Later runs of a sweep may depend on earlier ones: cancel the dependents first.
     cancelled = {each.path.name: cancel(each) for each in reversed(runs)}
-    rows = [(name, stage, job.job_id, job.state) for name, jobs in cancelled.items() for stage, job in jobs.items()]
+    rows = [(name, stage, job.job_id, job.state) for name, jobs in cancelled.items() for stage, job in jobs]
     if rows:
         print_rows(("stage", "job", "was"), rows, named=len(runs) > 1)
     else:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.run import acting, sentinel
-from hpc_rlhf.run.events import Cancelled, Refused, Relocated, Submitted, Submitting
+from hpc_rlhf.run.events import Cancelled, Refused, Relocated, Serving, Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
@@ -98,8 +98,8 @@ def find_jobs(run: RunDir) -> RunJobs:
     return RunJobs(run, live, latest, {job_id: token for job_id, (_, token) in submitted.items()}, queue)
 
 
-def cancel(run: RunDir) -> dict[str, QueuedJob]:
-    """Cancel a run's queued and running jobs, and return the stages' jobs.
+def cancel(run: RunDir) -> list[tuple[str, QueuedJob]]:
+    """Cancel a run's queued and running jobs, and return those that train or serve, each with its stage or ``serve``.
 
     Raises:
         HpcRlhfError: this user may not act on the run, or another process works on it.
@@ -109,10 +109,23 @@ def cancel(run: RunDir) -> dict[str, QueuedJob]:
         jobs = find_jobs(run)
         # The sentinels first, or they would start when their stages are cancelled.
         commands.cancel([job.job_id for job in jobs.sentinels])
-        commands.cancel([job.job_id for job in jobs.live.values()])
+        serving = _serving_jobs(run)
+        commands.cancel([job.job_id for job in (*jobs.live.values(), *serving)])
         for stage, job in jobs.live.items():
             Ledger(run.ledger).append(Cancelled(stage, job_id=job.job_id))
-    return jobs.live
+    return [*jobs.live.items(), *(("serve", job) for job in serving)]
+
+
+def _serving_jobs(run: RunDir) -> list[QueuedJob]:
+    """The queued and running jobs that serve a model of the run."""
+    submitted: dict[str, str] = {}  # the stage of each
+    for event in Ledger(run.ledger).events():
+        if isinstance(event, Serving):
+            submitted[event.job_id] = event.stage
+        elif isinstance(event, Relocated):
+            submitted = {job_id: stage for job_id, stage in submitted.items() if stage != event.stage}
+    queue = commands.queue() if submitted else {}
+    return [job for job_id in submitted if (job := queue.get(job_id)) and job.live and job.is_of("serve")]
 
 
 def adopt(run: RunDir, stage: str, token: str, job_id: str) -> None:

@@ -14,7 +14,9 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates, rank_python
 from hpc_rlhf.run import acting
+from hpc_rlhf.run.events import Serving
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.load import read_spec
 
@@ -61,6 +63,7 @@ def serve_as_job(
     script = run.stage(stage).path / "serve.sbatch"
     script.write_text(Templates(run.scripts).serve(plan, job, command), encoding="utf-8")
     job_id = commands.submit(script, [])
+    Ledger(run.ledger).append(Serving(stage, job_id=job_id))
     last = ""
     while True:
         queued = commands.queue().get(job_id)
@@ -73,6 +76,6 @@ def serve_as_job(
             return job_id, node, token.read_text()
         state = f"job {job_id} {queued.state.lower()}{f' ({queued.reason})' if queued.reason else ''}"
         if state != last:
-            say(f"waiting for {state}; scancel {job_id} cancels it")
+            say(f"waiting for {state}; hpc-rlhf cancel {run.path} cancels it")
             last = state
         time.sleep(_POLL)

@@ -205,6 +205,13 @@ class RetryRequested(Event, name="anew"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Serving(Event, name="serving"):
+    """`serve --slurm` submitted a job that serves the stage's model"""
+
+    job_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Relocated(Event, name="relocated"):
     """the run was moved here from the folder `source`, or copied; jobs submitted before are not its own"""
 

@@ -115,3 +115,19 @@ def test_a_sentinel_whose_comment_a_plugin_replaced_is_found_by_its_script(
     queue, run = {"8": guard, "9": other}, RunDir(tmp_path)
     assert sentinel.waiting(queue, run, "mine", "7") == [guard] * waits
     assert jobs.RunJobs(run, queue=queue).sentinels == [guard]
+
+
+def test_cancel_ends_the_jobs_that_serve_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path)
+    events = [("serving", "sft", "1"), ("relocated", "sft", ""), *(("serving", "sft", str(job)) for job in range(2, 6))]
+    lines = [{"time": 1.0, "event": name, "stage": stage, "job_id": job} for name, stage, job in events]
+    run.ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = {"1": "t.serve", "2": "t.serve", "3": "t.serve", "4": "another", "6": "t.serve"}
+    states = {"3": "CANCELLED"}
+    queue = {job: QueuedJob(job, name, states.get(job, "RUNNING"), "", "") for job, name in names.items()}
+    cancelled: list[str] = []
+    monkeypatch.setattr(commands, "queue", lambda: queue)
+    monkeypatch.setattr(commands, "cancel", cancelled.extend)
+    monkeypatch.setattr("hpc_rlhf.run.acting.check", lambda run: None)
+    assert jobs.cancel(run) == [("serve", queue["2"])]
+    assert cancelled == ["2"]
