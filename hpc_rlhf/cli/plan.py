@@ -9,12 +9,13 @@ import click
 
 from hpc_rlhf.cli.arguments import example, json_option, name_overrides, set_option
 from hpc_rlhf.cli.console import print_json, print_wrapped
-from hpc_rlhf.cli.plan_tables import print_choices, print_memory, print_plan, print_sweep, print_times
-from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.cli.plan_tables import print_choices, print_memory, print_plan, print_sweep, print_times, print_verdict
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.estimate.stage_memory import Memory, run_memory
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times
 from hpc_rlhf.estimate.step_time import ASSUMPTIONS
 from hpc_rlhf.launch.auto import Choice, load
+from hpc_rlhf.launch.doctor import fit
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.submit import predicted_starts
 from hpc_rlhf.spec.job import JobSpec
@@ -25,20 +26,25 @@ from hpc_rlhf.spec.sweep import Sweep, lenders, specs_of
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
 @json_option
-def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
+@click.pass_context
+def command(ctx: click.Context, file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     """Show the jobs of FILE, their memory on each GPU and how long they take.
 
     Times are estimates from the FLOP/s and bandwidths of the GPU that slurm.gpu names; the assumptions are
     printed with them. For a sweep, it shows which run trains which stages, and the jobs, memory and times of
-    the first run.
+    the first run. The last line says whether all stages fit the GPUs that slurm.gpu names; if not, the exit
+    code is 1.
 
-    --json also has `auto`, what was chosen where FILE says auto, and on a Slurm cluster `starts`, when Slurm
-    expects the stages without dependencies to start. For a sweep, it has the list `runs` with the plan of
-    each, its `values`, and as `shared` the runs whose stages it uses, by stage.
+    --json also has `fits`, which is null if slurm.gpu is not set, `auto`, what was chosen where FILE says
+    auto, and on a Slurm cluster `starts`, when Slurm expects the stages without dependencies to start. For a
+    sweep, it has the list `runs` with the plan of each, its `values`, and as `shared` the runs whose stages it
+    uses, by stage.
     """
     choices: list[Choice] = []
     spec = load(file, sets, choices.append)
     name_overrides(file)
+    findings = list(dict.fromkeys(finding for one in specs_of(spec) for finding in fit.check(one)))
+    too_large = [finding for finding in findings if finding.level == "error"]
     if as_json:
         facts = _sweep_dict(spec) if isinstance(spec, Sweep) else _plan_dict(spec)
         facts["auto"] = {
@@ -46,8 +52,15 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
             for one in choices
         }
         facts["starts"] = predicted_starts(make_plan(specs_of(spec)[0]), file.parent)
-        print_json(facts)
-        return
+        print_json({"fits": not too_large if findings else None, **facts})
+    else:
+        _print(spec, file.parent, choices)
+        print_verdict(findings)
+    if too_large:
+        ctx.exit(RUN_FAILED)
+
+
+def _print(spec: JobSpec | Sweep, beside: Path, choices: list[Choice]) -> None:
     if isinstance(spec, Sweep):
         print_sweep(spec)
         click.echo()
@@ -57,7 +70,7 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     print_choices(choices)
     print_memory(run_memory(spec))
     print_times(spec, run_times(spec))
-    for stage, start in predicted_starts(plan, file.parent).items():
+    for stage, start in predicted_starts(plan, beside).items():
         print_wrapped(f"{stage}, submitted now: {start}")
 
 

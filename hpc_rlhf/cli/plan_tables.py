@@ -12,6 +12,7 @@ from hpc_rlhf.estimate.stage_memory import RESERVE, Memory
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds
 from hpc_rlhf.estimate.step_time import ASSUMPTIONS
 from hpc_rlhf.launch.auto import Choice, describe
+from hpc_rlhf.launch.doctor.finding import Finding
 from hpc_rlhf.launch.plan import Plan
 from hpc_rlhf.observe.format import duration
 from hpc_rlhf.spec.job import JobSpec
@@ -148,6 +149,16 @@ def print_times(spec: JobSpec, estimates: dict[str, StageTime | HpcRlhfError]) -
     notes += [f"{', '.join(stages)}: {reason}" for reason, stages in unknown.items()]
     for note in notes:
         print_wrapped(note)
+
+
+def print_verdict(findings: Sequence[Finding]) -> None:
+    """Print the verdict of each stage that leaves too little of its GPUs free, or that all have enough."""
+    for finding in findings:
+        if finding.level != "ok":
+            words = finding.message.replace("does not fit", "DOES NOT FIT").replace("tight", "TIGHT")
+            print_wrapped(f"{finding.where}: {words}; {finding.fix.partition(';')[0]}", err=False)
+    if findings and all(finding.level == "ok" for finding in findings):
+        print_wrapped("every stage fits its GPUs", err=False)
 
 
 def _time_cells(estimate: StageTime) -> tuple[str, ...]:

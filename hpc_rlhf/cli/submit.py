@@ -8,12 +8,14 @@ from pathlib import Path
 import click
 
 from hpc_rlhf.cli.arguments import example, name_overrides, set_option
-from hpc_rlhf.cli.console import print_rows, print_table
+from hpc_rlhf.cli.console import print_rows, print_table, print_wrapped
 from hpc_rlhf.cli.plan_tables import print_choice, print_plan
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.preflight import objections
 from hpc_rlhf.launch.prepare import refuse_changes
 from hpc_rlhf.launch.submit import preview, submit
 from hpc_rlhf.launch.sweep import shared, submit_sweep
@@ -26,15 +28,20 @@ from hpc_rlhf.spec.sweep import Sweep
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
 @click.option("--dry-run", is_flag=True, help="Show what would be submitted. Needs no Slurm and writes nothing.")
-def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
+@click.option("--force", is_flag=True, help="Submit even if a stage does not fit its GPUs, or the disk is too small.")
+def command(file: Path, sets: tuple[str, ...], dry_run: bool, force: bool) -> None:
     """Submit the stages of FILE to Slurm.
 
     Submitting the same file again attaches to the run: stages that are done, queued or running are left
     alone. The runs of a sweep are submitted together; a stage that several of them share is trained once.
+
+    If a stage that has no job yet does not fit the GPU that slurm.gpu names, or the run directory's disk has too
+    little space, nothing is submitted unless --force is given.
     """
     spec = load(file, sets, print_choice)
     name_overrides(file)
     inputs.check(file)
+    _object(spec, force or dry_run)
     if dry_run:
         if isinstance(spec, Sweep):
             _preview_sweep(spec)
@@ -54,6 +61,21 @@ def command(file: Path, sets: tuple[str, ...], dry_run: bool) -> None:
     click.echo("\nnext:", err=True)
     for verb in verbs:
         click.echo(f"  hpc-rlhf {verb} {shlex.quote(str(spec.run_dir))}", err=True)
+
+
+def _object(spec: JobSpec | Sweep, anyway: bool) -> None:
+    """Print what speaks against submitting.
+
+    Raises:
+        HpcRlhfError: not ``anyway``, and a run would fail.
+    """
+    findings = objections(spec)
+    lines = [f"{each.check if each.where == 'here' else each.where}: {each.message} ({each.fix})" for each in findings]
+    if not anyway and any(each.level == "error" for each in findings):
+        heading = "nothing was submitted, because the run would fail, going by estimates:"
+        raise HpcRlhfError("\n".join([heading, *lines]), hint="to submit it anyway: --force")
+    for line in lines:
+        print_wrapped(f"warning: {line}")
 
 
 def _submitted(outcome: Outcome) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
@@ -22,13 +23,15 @@ _AVERAGED = 4
 _ADAPTERS = 0.05
 
 
-def run_bytes(spec: JobSpec) -> int | None:
-    """Bytes that a run keeps on disk at a time; None if the size of a model is unknown."""
+def run_bytes(spec: JobSpec, stages: Collection[str] | None = None) -> int | None:
+    """Bytes that some stages of a run, by default all, keep on disk at a time; None if the size of a model is unknown."""
     actor, reward = _parameters(spec.models, "actor"), _parameters(spec.models, "reward")
     if actor is None or reward is None:
         return None
     total = 0.0
     for name in spec.trained:
+        if stages is not None and name not in stages:
+            continue
         stage = spec.stage(name)
         assert isinstance(stage, TrainingSpec)
         trained = reward if kind_of(name).makes == "reward model" else actor

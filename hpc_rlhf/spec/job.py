@@ -29,9 +29,8 @@ class FromScratch(Model):
 
     @model_validator(mode="after")
     def _check_fields(self) -> FromScratch:
-        for key in ("model_type", "vocab_size"):
-            if key not in self.from_scratch:
-                raise ValueError(f"from_scratch needs {key}")
+        if missing := [key for key in ("model_type", "vocab_size") if key not in self.from_scratch]:
+            raise ValueError(f"from_scratch needs {' and '.join(missing)}")
         if not isinstance(self.from_scratch["vocab_size"], int) or self.from_scratch["vocab_size"] < 270:
             raise ValueError("vocab_size must be a whole number of at least 270: the 256 bytes and the special tokens")
         return self

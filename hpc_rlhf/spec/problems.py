@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -51,6 +53,7 @@ _ELSEWHERE = {
     "max_grad_norm": ("clip_grad",), "model_name_or_path": ("actor",),
     "max_length": ("max_prompt_tokens", "max_answer_tokens"),
 }  # fmt: skip
+_SUGGESTED, _LISTED = 3, 5  # fields suggested for an unknown one; up to how many are all listed
 _MOST = 500  # errors reported; a hostile file could hold a hundred thousand
 
 
@@ -116,7 +119,7 @@ def problems_of(invalid: ValidationError, root: Node) -> list[Problem]:
     errors = [_Error(each, root) for each in raw[:_MOST]]
     # A list is also called too short if its entries have errors.
     errors = [error for error in errors if not (error.type == "too_short" and error.node.value)]
-    problems: dict[tuple[Mark | str, str], Problem] = {}
+    problems: dict[tuple[Mark | str, str, str | int], Problem] = {}
     for error in errors:
         kinds = [_KINDS.get(error.type, "")]
         if error.is_other_kind:
@@ -125,11 +128,12 @@ def problems_of(invalid: ValidationError, root: Node) -> list[Problem]:
                 continue  # the user chose another branch, which reports the problem
             kinds = list(dict.fromkeys(_KINDS[other.type] for other in siblings))
         problem = error.problem(kinds)
-        # Stages inherit slurm, with its problems.
+        # Stages inherit slurm, with its problems. Fields that are missing have the place of their mapping in common.
         inherited = error.type == "value_error" and error.path[-1:] == ("slurm",)
-        problems.setdefault(("slurm" if inherited else error.mark, problem.what), problem)
+        missing = error.path[-1] if error.type == "missing" else ""
+        problems.setdefault(("slurm" if inherited else error.mark, problem.what, missing), problem)
     if len(raw) > _MOST:
-        problems[root.mark, ""] = Mark(root.mark.source).problem("has more mistakes than these")
+        problems[root.mark, "", ""] = Mark(root.mark.source).problem("has more mistakes than these")
     return list(problems.values())
 
 
@@ -145,11 +149,30 @@ def _close_fields(path: tuple[str | int, ...]) -> str | None:
     """Suggestions for an unknown field."""
     fields = _fields_at(path[:-1])
     wrong = str(path[-1]).replace("-", "_").lower()
-    close = [name for name in _ELSEWHERE.get(wrong, ()) if name in fields]
+    elsewhere = (names for name, names in _ELSEWHERE.items() if name.replace("_", "") == wrong.replace("_", ""))
+    meant = next(elsewhere, ())
+    close = [name for name in meant if name in fields]
     close = close or [name for name in fields if wrong in name.split("_")] or get_close_matches(wrong, fields, 1)
+    close = close or [field for field in _all_fields() if field.split(".")[-1] in (wrong, *meant)]
     if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"the fields here are {', '.join(fields)}" if fields else None
+        return f"did you mean {' or '.join(close[:_SUGGESTED])}?"
+    if len(fields) <= _LISTED:
+        return f"the fields here are {', '.join(fields)}" if fields else None
+    nearest = get_close_matches(wrong, fields, _SUGGESTED, cutoff=0)
+    return f"the nearest of {len(fields)} fields here are {', '.join(nearest)}; hpc-rlhf schema has all"
+
+
+@cache
+def _all_fields() -> tuple[str, ...]:
+    """The dotted paths of all fields of a spec."""
+
+    def below(model: type[BaseModel], above: str) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            yield above + name
+            if (inner := _model_in(field.annotation)) is not None:
+                yield from below(inner, f"{above}{name}.")
+
+    return tuple(below(JobSpec, ""))
 
 
 def _description(path: tuple[str | int, ...]) -> str | None:

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from hpc_rlhf.cli import main
+from hpc_rlhf.launch.preflight import objections
+from hpc_rlhf.run.events import Cancelled, Submitted
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.spec.load import dump_spec, load_spec
 
 JOB = """
@@ -40,6 +44,59 @@ def test_plan_as_a_table_and_as_json(job: Path) -> None:
     assert table[3].split()[:6] == ["ppo", "sft,", "reward", "2", "4", "4"]
     plan = json.loads(cli("plan", job, "--json", "--set", "stages.sft.micro_batch=7").stdout)
     assert plan["jobs"][0]["batch"]["global"] == 28
+
+
+def test_the_verdict_of_a_plan_comes_last(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def verdict(*sets: str) -> tuple[int, str, bool | None]:
+        words = ["plan", str(job), *(word for each in sets for word in ("--set", each))]
+        code, table = main(words), capsys.readouterr().out
+        assert main([*words, "--json"]) == code
+        return code, table.splitlines()[-1], json.loads(capsys.readouterr().out)["fits"]
+
+    code, last, fits = verdict("slurm.gpu=4G")
+    assert (code, fits) == (1, False)
+    assert last.startswith("ppo: DOES NOT FIT: an estimated 4.5 of 4.0 GiB on each GPU, at the peak in its passes;")
+    code, last, fits = verdict("slurm.gpu=4700M")
+    assert (code, last.startswith("ppo: TIGHT: "), fits) == (0, True, True)
+    assert verdict("slurm.gpu=a100-80g") == (0, "every stage fits its GPUs", True)
+    assert verdict()[0::2] == (0, None)
+    code, last, fits = verdict("slurm.gpu=8G", "sweep={stages.ppo.micro_batch: [1, 64]}")
+    assert (code, last.startswith("ppo: DOES NOT FIT"), fits) == (1, True, False)  # the second run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("slurm.gpu=4G", "ppo: does not fit: an estimated 4.5 of 4.0 GiB"),
+        ("models.actor=nobody/knows-this-900b", "disk: "),
+        ("sweep={stages.ppo.micro_batch: [1, 640]}", "ppo: does not fit: "),
+    ],
+)
+def test_submit_refuses_what_does_not_fit_unless_forced(
+    job: Path, tmp_path: Path, change: str, message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PATH", "/nowhere")
+    words = ["submit", str(job), "--set", "slurm.gpu=16G", "--set", change]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"\n{message}" in error
+    assert "hint: to submit it anyway: --force" in error
+    assert list(tmp_path.iterdir()) == [job]
+    for option, code in (("--dry-run", 0), ("--force", 2)):
+        assert main([*words, option]) == code
+        assert f"warning: {message}" in (error := capsys.readouterr().err)
+    assert "Slurm's commands are not on PATH" in error
+
+
+def test_only_stages_without_a_job_are_checked(job: Path, tmp_path: Path) -> None:
+    spec = load_spec(job, ["slurm.gpu=4G"])
+    assert [each.where for each in objections(spec) if each.check == "memory"] == ["ppo"]
+    ledger = Ledger(RunDir(tmp_path / "my run").ledger)
+    ledger.append(Submitted("ppo", token="t", job_id="7"))
+    assert not [each for each in objections(spec) if each.check == "memory"]
+    ledger.append(Cancelled("ppo", job_id="7"))
+    assert [each.where for each in objections(spec) if each.check == "memory"] == ["ppo"]
 
 
 def test_render_prints_the_files_it_writes(job: Path, tmp_path: Path) -> None:

@@ -77,9 +77,9 @@ class Chain(Watched):
 
     @property
     def submission(self) -> list[str]:
-        """What `hpc-rlhf submit` is called with."""
+        """What `hpc-rlhf submit` is called with. --force, because a storm's disk is small."""
         sets = [word for each in (f"run_dir={self.path}", *self.sets) for word in ("--set", each)]
-        return [str(self.spec), *sets]
+        return [str(self.spec), "--force", *sets]
 
     def submit(self, check: bool = True, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         return self.cli("submit", *self.submission, check=check, env=env)

@@ -117,6 +117,19 @@ def test_checks_leave_no_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_stage_has_written_is_not_needed_again(tmp_path: Path) -> None:
+    spec, run = make_spec(tmp_path / "run", sft={}, reward={}), RunDir(tmp_path / "run")
+    whole = storage.bytes_needed(spec, run, ["sft"])
+    assert whole is not None
+    checkpoint = run.stage("sft").checkpoints / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    with (checkpoint / "weights").open("wb") as file:
+        file.truncate(10**8)
+    assert storage.bytes_needed(spec, run, ["sft"]) == whole - 10**8
+    both = storage.bytes_needed(spec, run, ["sft", "reward"])
+    assert (storage.bytes_needed(spec, run, ["reward"]) or 0) + whole - 10**8 == both
+
+
 def test_a_parent_folder_that_everyone_may_write_to(tmp_path: Path) -> None:
     open_to_all = tmp_path / "scratch"
     open_to_all.mkdir()

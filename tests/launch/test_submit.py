@@ -23,7 +23,7 @@ name: demo
 run_dir: {run}
 slurm: {{partition: gpu, gpus_per_node: 2, time: "10", comment: "it's mine", extra: {{begin: now+1hour}}}}
 data: {{sources: [{{demo: 100}}]}}
-models: {{actor: facebook/opt-125m}}
+models: {{actor: {{from_scratch: {{model_type: opt, vocab_size: 300, hidden_size: 16, num_hidden_layers: 1}}}}}}
 stages: {{sft: {{}}, reward: {{}}, ppo: {{}}}}
 """
 

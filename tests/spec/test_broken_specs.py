@@ -10,6 +10,7 @@ import pytest
 
 from hpc_rlhf.errors import SpecError
 from hpc_rlhf.spec.load import load_spec
+from hpc_rlhf.spec.sweep import load_any
 from tests.spec.texts import GOOD, problems_in, write
 
 # Changes that break the good spec, and the resulting problem: (name, old text, new text, place and message).
@@ -221,6 +222,49 @@ def test_all_problems_are_reported_in_file_order(tmp_path: Path) -> None:
         (17, "stages.sft.lr"),
         (22, "stages.ppo.slurm.nodes"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("name: good\n", ["run_dir", "data", "models", "stages"]),
+        ("stages: {ppo: {lr: 1}}\n", ["name", "run_dir", "data", "models"]),
+        ("name: good\ndata: {split: {sft: 1}}\nstages: {sft: {ptx: {}}}\nmodels: {}\n", ["run_dir", "data.sources", "models.actor"]),  # noqa: E501
+        ("sweep: {stages.ppo.kl_coef: [0.1, 0.2]}\nstages: {ppo: {}}\n", ["name", "run_dir", "data", "models"]),
+        ("extends: base.yaml\nmodels: {reward: facebook/opt-125m}\n", ["run_dir", "data", "stages", "models.actor"]),
+    ],
+    ids=["all-but-one", "beside-a-mistake", "inner", "sweep", "extends"],
+)  # fmt: skip
+def test_everything_missing_is_reported_at_once(tmp_path: Path, text: str, missing: list[str]) -> None:
+    write(tmp_path, "name: base\n", "base.yaml")
+    with pytest.raises(SpecError) as caught:
+        load_any(write(tmp_path, text))
+    assert [problem.path for problem in caught.value.problems if problem.what == "is missing"] == missing
+
+
+def test_all_that_a_model_from_scratch_lacks(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD.replace("{model_type: llama, vocab_size: 512}", "{hidden_size: 8}"))
+    (problem,) = problems_in(path)
+    assert problem.what == "from_scratch needs model_type and vocab_size"
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ("stages.ppo.zzz", "the nearest of 53 fields here are "),
+        ("zzz", "the nearest of 11 fields here are "),
+        ("stages.zzz", "the fields here are sft, reward, ppo, dpo, eval"),
+        ("kl_coef", "did you mean stages.ppo.kl_coef?"),
+        ("slurm.micro_batch", "did you mean stages.sft.micro_batch or stages.reward.micro_batch or stages.ppo."),
+        ("stages.sft.learningRate", "did you mean lr?"),
+        ("stages.ppo.max_length", "did you mean data.max_prompt_tokens"),
+    ],
+)
+def test_few_fields_are_suggested_for_an_unknown_one(tmp_path: Path, field: str, hint: str) -> None:
+    (problem,) = problems_in(write(tmp_path, GOOD), f"{field}=1")
+    assert problem.hint is not None
+    assert problem.hint.startswith(hint)
+    assert "nearest" not in hint or problem.hint.count(",") == 2
 
 
 def test_number_of_reported_problems_is_limited(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.estimate import disk
 from hpc_rlhf.launch.doctor import cluster, fit, hub, machine, packages, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding, error, warning
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.run import manifest
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.job import JobSpec
 
@@ -61,8 +61,10 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
     if trust.level == "error":
         return findings  # nothing is to be written or executed there
     try:
+        unfinished = [job.stage for job in plan.jobs if not manifest.is_done(plan.run.stage(job.stage))]
+        needed = storage.bytes_needed(spec, plan.run, unfinished)
         with storage.scratch(plan.run) as folder:
-            findings += [storage.check_writes(folder, plan.run), storage.check_space(folder, disk.run_bytes(spec))]
+            findings += [storage.check_writes(folder, plan.run), storage.check_space(folder, needed)]
             if on_cluster and cluster.unfit(findings):
                 say("no job was submitted: Slurm would reject it")
             elif on_cluster:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.stage_memory import RESERVE, run_memory
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.spec.job import JobSpec
 
-_FIX = "see what uses it with hpc-rlhf plan, then raise zero, lower micro_batch, or set both to auto"
+_FIX = "raise zero, lower micro_batch, or set both to auto; hpc-rlhf plan shows what uses the memory"
 
 
-def check(spec: JobSpec) -> Iterator[Finding]:
-    """A finding for each stage with ``slurm.gpu``."""
+def check(spec: JobSpec, stages: Collection[str] | None = None) -> Iterator[Finding]:
+    """A finding for each stage with ``slurm.gpu``, or for those of them that are in ``stages``."""
     for stage, memory in run_memory(spec).items():
+        if stages is not None and stage not in stages:
+            continue
         if isinstance(memory, HpcRlhfError):
             if spec.stage(stage).slurm.gpu is not None:
                 fix = memory.hint or "see hpc-rlhf plan"

@@ -6,14 +6,16 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate import disk
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
 from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
 
 # For logs, metrics and data, beside models and checkpoints.
 _LEAST_FREE = 10**9
@@ -88,6 +90,18 @@ def check_writes(folder: Path, run: RunDir) -> Finding:
     if others:
         return error("run directory", f"a private folder has mode {others:03o} for others", _POSIX)
     return ok("run directory", f"{run.path}: writing, syncing and renaming work")
+
+
+def bytes_needed(spec: JobSpec, run: RunDir, stages: Collection[str]) -> int | None:
+    """Bytes that stages will write in addition to what they have written; None if the size of a model is unknown."""
+    needed = 0
+    for stage in stages:
+        whole = disk.run_bytes(spec, [stage])
+        if whole is None:
+            return None
+        files = run.stage(stage).path.rglob("*")
+        needed += max(0, whole - sum(file.lstat().st_size for file in files if file.is_file()))
+    return needed
 
 
 def check_space(folder: Path, needed: int | None) -> Finding:

@@ -1,0 +1,45 @@
+"""What speaks against submitting a run: stages that do not fit their GPUs, and a disk without the space they need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_rlhf.launch.doctor import fit, storage
+from hpc_rlhf.launch.doctor.finding import Finding
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.history import OUTCOMES, StageHistory
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.sweep import Sweep, lenders
+
+
+def objections(spec: JobSpec | Sweep) -> list[Finding]:
+    """The doctor's warnings and errors about the GPUs and the disk of the stages that are yet to be submitted.
+
+    Runs of a sweep share a disk, and the stages that one of them trains for others.
+    """
+    specs, lent = (spec.specs, lenders(spec.specs)) if isinstance(spec, Sweep) else ({"": spec}, {})
+    found: dict[Finding, None] = {}
+    needed: list[int | None] = []
+    for name, one in specs.items():
+        run = RunDir(Path(one.run_dir))
+        stages = [stage for stage in _missing(one, run) if (name, stage) not in lent]
+        found |= dict.fromkeys(fit.check(one, stages))
+        if stages:
+            needed.append(storage.bytes_needed(one, run, stages))
+    if needed:
+        folder = next(path for path in (Path(spec.run_dir), *Path(spec.run_dir).parents) if path.exists())
+        known = [each for each in needed if each is not None]
+        found[storage.check_space(folder, sum(known) if len(known) == len(needed) else None)] = None
+    return [finding for finding in found if finding.level != "ok"]
+
+
+def _missing(spec: JobSpec, run: RunDir) -> Sequence[str]:
+    """The stages that are neither done nor, by the ledger, queued or running."""
+    states = {stage: StageHistory.read(run, stage).state for stage in spec.stage_names}
+    return [
+        stage
+        for stage, state in states.items()
+        if not manifest.is_done(run.stage(stage)) and (state is None or isinstance(state, OUTCOMES))
+    ]
