@@ -12,8 +12,8 @@ import click
 from hpc_rlhf.cli.arguments import example, find_runs, json_option
 from hpc_rlhf.cli.console import print_json, print_parts, print_table
 from hpc_rlhf.observe import compare
-from hpc_rlhf.observe.format import number
 from hpc_rlhf.observe.results import cell
+from hpc_rlhf.run.format import number
 from hpc_rlhf.spec.sweep import short_names
 
 if TYPE_CHECKING:

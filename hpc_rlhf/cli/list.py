@@ -15,8 +15,8 @@ from hpc_rlhf.cli.arguments import example, json_option
 from hpc_rlhf.cli.console import print_json, print_parts
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe import listing
-from hpc_rlhf.observe.format import ago, duration
 from hpc_rlhf.run import run_index
+from hpc_rlhf.run.format import ago, duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

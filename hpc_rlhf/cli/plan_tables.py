@@ -14,7 +14,7 @@ from hpc_rlhf.estimate.step_time import ASSUMPTIONS
 from hpc_rlhf.launch.auto import Choice, describe
 from hpc_rlhf.launch.doctor.finding import Finding
 from hpc_rlhf.launch.plan import Plan
-from hpc_rlhf.observe.format import duration
+from hpc_rlhf.run.format import duration
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sweep import Sweep, lenders
 

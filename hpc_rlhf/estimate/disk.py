@@ -24,7 +24,7 @@ _ADAPTERS = 0.05
 
 
 def run_bytes(spec: JobSpec, stages: Collection[str] | None = None) -> int | None:
-    """Bytes that some stages of a run, by default all, keep on disk at a time; None if the size of a model is unknown."""
+    """Bytes that a run's stages, by default all, keep on disk at a time; None if the size of a model is unknown."""
     actor, reward = _parameters(spec.models, "actor"), _parameters(spec.models, "reward")
     if actor is None or reward is None:
         return None

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any, TypedDict
 
-from hpc_rlhf.observe.format import number
 from hpc_rlhf.observe.gather import unreadable
 from hpc_rlhf.observe.metrics import json_lines, read_text
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.format import number
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import EVALUATION, STAGE_NAMES, kind_of
 

@@ -111,7 +111,7 @@ def stage_status(run: RunDir, stage: str, evidence: Evidence) -> StageStatus:
         return status
     row = rows[-1]
     evaluated = held_out_rows(text)[-1:] if kind_of(stage).trains else []
-    numbers = {name: row.values[name] for name in kind_of(stage).progress if name in row.values}
+    numbers = {name: row.values[name] for name in kind_of(stage).shown(row.values)}
     metric = next(iter(numbers), None)
     pace = None if evidence.done else seconds_per_step(rows, [event.time for event in started])
     return replace(

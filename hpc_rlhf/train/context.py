@@ -24,6 +24,7 @@ from hpc_rlhf.train.data.tokenized import StageData, prepare
 from hpc_rlhf.train.metrics import MetricsLog
 from hpc_rlhf.train.models.loading import DTYPES, make_from_scratch
 from hpc_rlhf.train.models.tokenizers import check_same_tokenizer, load_tokenizer
+from hpc_rlhf.train.progress import ProgressLog, say
 from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.stop_control import StopControl
 from hpc_rlhf.train.runtime.stop_signals import StopFlag
@@ -132,9 +133,11 @@ class StageContext:
         checkpoint = self.checkpoints.resume(load)
         step = checkpoint.step if checkpoint else -1
         part = checkpoint.part if checkpoint else 0
-        self.metrics = MetricsLog(self.files.metrics, self.files.tensorboard, step, self.world.is_main, part)
+        progress = ProgressLog(self.stage)
+        self.metrics = MetricsLog(self.files.metrics, self.files.tensorboard, step, self.world.is_main, part, progress)
         self.checkpoints.before_save = self.metrics.sync
         if self.world.is_main:
+            say(self.stage, "loaded; starts" if checkpoint is None else f"loaded; resumes from step {step}")
             self.trackers = Trackers(self.spec, self.run, self.stage)
         return checkpoint
 

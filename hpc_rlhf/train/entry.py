@@ -21,6 +21,7 @@ from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest, notify
 from hpc_rlhf.run.events import AttemptEvent, Cancelled, Failed, Finished, Hang, Interrupted, Requeued, Started
 from hpc_rlhf.run.failures import own_failure
+from hpc_rlhf.run.format import duration
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
@@ -32,6 +33,7 @@ from hpc_rlhf.spec.fields import seconds
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.train import job_start, machine
+from hpc_rlhf.train.progress import say
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
 from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 
@@ -54,7 +56,9 @@ def run_stage(run_dir: str, stage: str) -> None:
     """
     stop = StopFlag()
     stop.install()
-    # No progress bars in the log, and no warnings from one library to another.
+    # No progress bars in the log, no reports of what was loaded (loading checks it), and no warnings from one library
+    # to another.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers uses it too
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -147,6 +151,7 @@ class Attempt:
             self.end_stopped(stopped, settings.max_requeues)
         facts = manifest.require(self.files.stage(self.stage).model, f"the model of stage {self.stage}", deep=False)
         if self.is_main:
+            say(self.stage, f"finished, after {duration(facts['seconds'])} of work")
             self.record(Finished(step=facts["step"], seconds=facts["seconds"]))
             notify.send_if_finished(self.files, spec, self.stage)
         worlds.leave()
@@ -162,6 +167,8 @@ class Attempt:
         if self.in_slurm:
             job_start.record_previous_end(self.files, self.stage, str(self.job), self.restarts)
         started = Started(job_id=self.job, restart=self.restarts, ranks=settings.ranks, host=self.host)
+        ranks = f"{settings.ranks} rank{'s' if settings.ranks > 1 else ''}"
+        say(self.stage, f"attempt {self.name} on {self.host}, {ranks}; loading data and models")
         self.record(replace(started, age=machine.process_age(), versions=machine.versions()))
         if self.in_slurm:
             if commands.was_preempted(str(self.job)):
@@ -214,8 +221,10 @@ class Attempt:
                     hint=verdict.hint or "the checkpoint is kept: hpc-rlhf heal continues, with a new budget",
                     exit_code=RUN_FAILED if verdict.kind is StopKind.BUDGET_SPENT else INPUT_WRONG,
                 )
+            say(self.stage, f"saved at step {stopped.step}: {stopped.reason}; the job is requeued")
             self.requeue(stopped.step, stopped.reason)
         elif self.is_main:
+            say(self.stage, f"saved at step {stopped.step}")
             self.record(Interrupted(step=stopped.step))
         if self.in_slurm:
             self.stop.restore()

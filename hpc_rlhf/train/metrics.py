@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.run.files import write_atomically
+from hpc_rlhf.train.progress import ProgressLog
 
 
 class MetricsLog:
@@ -19,8 +20,11 @@ class MetricsLog:
     Lines of steps after the one that the stage resumes from, whose work was lost, are removed: every step appears once.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, step: int, is_main: bool, part: int = 0) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, tensorboard: Path, step: int, is_main: bool, part: int = 0,
+        progress: ProgressLog | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.progress = path, progress
         self._writer: Any = None
         if not is_main:
             return
@@ -46,6 +50,8 @@ class MetricsLog:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
+        if self.progress is not None:
+            self.progress.note(step, total_steps, kind, values)
         for key, value in finite.items():
             self._writer.add_scalar(f"{kind}/{key}", value, step)
 

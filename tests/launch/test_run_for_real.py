@@ -27,6 +27,12 @@ SMALL = {
     "stages.reward.max_steps": "4",
     "stages.ppo.max_steps": "2",
 }
+# What the log of a stage's rank 0 says.
+WORDS = {
+    "sft": ("sft: loaded; starts", "sft: step 1/40, loss ", "sft: saved at step ", "sft: loaded; resumes from step "),
+    "reward": ("loading data and models", "reward: step 4/4, loss ", "reward: finished, after "),
+    "ppo": ("ppo: step 1/2, reward ", "ppo: step 2/2, reward "),
+}
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
@@ -75,6 +81,10 @@ def test_run_interrupt_move_resume_and_chat(tmp_path: Path) -> None:
     assert steps(run, "sft") == list(range(1, 41))
     assert "held-out perplexity" in out
     assert "after PPO" in out
+    logs = {stage: "".join(path.read_text() for path in run.stage(stage).logs.glob("*_0_log.*")) for stage in WORDS}
+    for stage, words in WORDS.items():
+        assert all(each in logs[stage] for each in words), logs[stage]
+        assert not any(noise in logs[stage] for noise in ("submitit", "LOAD REPORT")), logs[stage]
 
     process = start(["chat", str(run.path), "--prompt", "What colour is snow?", "--max-tokens", "5"])
     out, err = process.communicate(timeout=120)

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hpc_rlhf.observe.format import duration, number
 from hpc_rlhf.observe.terminal.progress import PlainProgress, StageView
 from hpc_rlhf.observe.terminal.results import summary
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Resumed, Started
+from hpc_rlhf.run.format import duration, number
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hpc_rlhf.observe.format import duration
+from hpc_rlhf.run.format import duration
 
 
 @dataclass(frozen=True)

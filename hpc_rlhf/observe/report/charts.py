@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from hpc_rlhf.observe.format import number
 from hpc_rlhf.observe.metrics import Row, held_out_rows, step_rows
+from hpc_rlhf.run.format import number
 from hpc_rlhf.spec.stages import Plot, kind_of
 
 # About how many points a curve keeps: more than a chart has pixels across.

@@ -12,7 +12,6 @@ from pathlib import Path
 from hpc_rlhf import __version__
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe import results
-from hpc_rlhf.observe.format import duration
 from hpc_rlhf.observe.gather import RunPlan
 from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.metrics import read_text
@@ -22,6 +21,7 @@ from hpc_rlhf.observe.report.responses import MODELS, read_exchanges
 from hpc_rlhf.observe.status import StageStatus, read_status
 from hpc_rlhf.run.events import Started
 from hpc_rlhf.run.files import write_atomically
+from hpc_rlhf.run.format import duration
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.row_counts import Outcome

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hpc_rlhf.observe.format import number
 from hpc_rlhf.observe.metrics import json_lines, read_text
 from hpc_rlhf.observe.results import final_samples
+from hpc_rlhf.run.format import number
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import BASE, EVALUATION, POLICIES, STAGE_NAMES
 

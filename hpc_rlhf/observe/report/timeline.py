@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from hpc_rlhf.observe.format import duration
 from hpc_rlhf.observe.goodput.spans import SPANS, Goodput, Stretch
+from hpc_rlhf.run.format import duration
 
 # Titles of the spans of time.
 TITLES = {

@@ -10,10 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpc_rlhf.observe.format import ago, duration, number
 from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.terminal.tables import STYLES, grid, styled
+from hpc_rlhf.run.format import ago, duration, number
 from hpc_rlhf.run.row_counts import Kind
 from hpc_rlhf.spec.stages import kind_of
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from hpc_rlhf.observe.format import duration, number
 from hpc_rlhf.observe.metrics import MetricsReader, Row
 from hpc_rlhf.run.events import Resumed, Started
+from hpc_rlhf.run.format import duration, number
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import kind_of
@@ -67,12 +67,13 @@ class StageView:
         first, last = self._first, self._last
         if first is None or last is None:
             return self.phase
-        metrics = {key: last.values[key] for key in kind_of(self.stage).progress if key in last.values}
-        words = [f"{key} {number(value)}" for key, value in metrics.items()]
+        kind = kind_of(self.stage)
+        words = [f"{name} {number(last.values[name])}" for name in kind.shown(last.values)]
         steps, seconds = last.step - first.step, last.time - first.time
         if steps > 0 and seconds > 0:
             rate = steps / seconds
-            words.append(f"{number(rate)} steps/s" if rate >= 1 else f"{number(1 / rate)} s per step")
+            if kind.trains:
+                words.append(f"{number(rate)} steps/s" if rate >= 1 else f"{number(1 / rate)} s per step")
             if last.step < last.total_steps:
                 words.append(f"{duration((last.total_steps - last.step) / rate)} left")
         return ", ".join(words)
@@ -108,7 +109,7 @@ class PlainProgress:
         tenth = view.step * 10 // view.total
         if tenth > self._tenth or time.monotonic() - self._printed > _LINE_EVERY:
             self._tenth = tenth
-            self.say(f"{view.stage}: step {view.step}/{view.total}, {view.words()}")
+            self.say(f"{view.stage}: {kind_of(view.stage).unit} {view.step}/{view.total}, {view.words()}")
 
     def finished(self, stage: str) -> None:
         assert self._view is not None

@@ -12,8 +12,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from hpc_rlhf.observe import results
-from hpc_rlhf.observe.format import duration, number
 from hpc_rlhf.observe.terminal.tables import grid
+from hpc_rlhf.run.format import duration, number
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import BASE, EVALUATION, STAGE_KINDS, kind_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -73,7 +74,8 @@ class StageKind:
         models: the fields of the spec's ``models`` that affect its result.
         makes: a policy (a model to chat with), a reward model, or a report on the other models.
         average: name of the moving average that it exports as a second model if its field ``ema`` is true.
-        progress: metrics for progress lines, the most important first.
+        progress: metrics for progress lines and curves, the most important first; empty if every step measures
+            something else.
         ranking: metrics that compare runs; the first one available decides.
         lower_is_better: metrics for which lower values are better.
         held_out: metrics of its evaluations on held-out data by which ``keep_best`` may choose; empty if it makes none.
@@ -107,6 +109,15 @@ class StageKind:
     def trains(self) -> bool:
         """Whether it trains a model."""
         return issubclass(self.spec, TrainingSpec)
+
+    @property
+    def unit(self) -> str:
+        """What one of its steps is about."""
+        return "step" if self.trains else "model"
+
+    def shown(self, values: Iterable[str]) -> list[str]:
+        """Those of a step's metrics that progress lines show."""
+        return [name for name in self.progress if name in values] if self.progress else list(values)
 
     @property
     def makes_policy(self) -> bool:

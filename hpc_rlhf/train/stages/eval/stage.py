@@ -107,7 +107,7 @@ class Evaluation:
         for other in self.results.models.values() if name == self.base else ():
             other.base_log_probs = self._log_probs(engine, other)
         self.results.models[name] = measured
-        return {"perplexity": measured.perplexity}
+        return {f"{name}_perplexity": measured.perplexity}
 
     def _log_probs(self, engine: Any, measured: Measured) -> list[list[float]]:
         """Log-probabilities of the tokens of a model's responses, at the temperature that they were drawn at."""
@@ -132,7 +132,7 @@ class Evaluation:
         for measured in results.models.values():
             measured.rewards = ask.scores(rewards, Rollout.of(self.held.prompts.prompts, measured.answers))
         accuracy = results.accuracy()
-        return {"accuracy": None if accuracy is None else accuracy["value"]}
+        return {"reward_accuracy": None if accuracy is None else accuracy["value"]}
 
     # The artifact
 
