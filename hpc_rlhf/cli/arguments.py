@@ -12,6 +12,7 @@ import click
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import acting, run_index
+from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir, SweepDir
 
 set_option = click.option(
@@ -49,6 +50,23 @@ def name_overrides(file: Path) -> None:
 
     for path, what in overrides(file).items():
         click.echo(f"{path}: {what}", err=True)
+
+
+def write_out(out: Path, text: str) -> None:
+    """Write a text to the user's --out, and print its path; to stdout if that is `-`.
+
+    Raises:
+        HpcRlhfError: the file cannot be written.
+    """
+    if str(out) == "-":
+        click.echo(text, nl=False)
+        return
+    with writing(out):
+        if out.exists() and not out.is_file():  # such as a pipe, which must not be replaced by a file
+            out.write_text(text, encoding="utf-8")
+        else:
+            write_atomically(out, text)
+    click.echo(out)
 
 
 def unfinished(run: RunDir, what: str, missing: Sequence[str], exit_code: int) -> HpcRlhfError:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs, json_option
+from hpc_rlhf.cli.arguments import example, find_runs, json_option, write_out
 from hpc_rlhf.cli.console import print_json, print_parts, print_table
 from hpc_rlhf.observe import compare
 from hpc_rlhf.observe.results import cell
@@ -28,8 +29,15 @@ _LONGEST_VALUE = 28
 @click.command(epilog=example("hpc-rlhf compare my-sweep.yaml", "hpc-rlhf compare runs/one runs/other --by ppo.kl"))
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--by", metavar="METRIC", help="Metric to rank by; --json lists them all.")
+@click.option(
+    "--html",
+    "page",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
+    help="Write a page with the curves of all runs in the same charts; - for stdout.",
+)
 @json_option
-def command(runs: tuple[str, ...], by: str | None, as_json: bool) -> None:
+def command(runs: tuple[str, ...], by: str | None, page: Path | None, as_json: bool) -> None:
     """Rank runs by their results, and show the fields in which they differ.
 
     Each RUN is a run directory or a job file; a sweep stands for all its runs.
@@ -47,6 +55,12 @@ def command(runs: tuple[str, ...], by: str | None, as_json: bool) -> None:
     folders = list({run.path: run for argument in runs for run in find_runs(argument)}.values())
     comparison = compare.compare(folders, by)
     groups = compare.over_seeds(comparison)
+    ranked = "no run has a metric to rank by yet" if comparison.by is None else f"ranked by {comparison.by}"
+    if compare.compares_scores(comparison):
+        ranked += f"; the runs have {comparison.judges} different reward models, whose scales do not compare"
+    if page is not None:
+        _write_page(comparison, ranked, page)
+        return
     if as_json:
         print_json({**asdict(comparison), "over_seeds": [asdict(group) for group in groups]})
         return
@@ -59,14 +73,22 @@ def command(runs: tuple[str, ...], by: str | None, as_json: bool) -> None:
             for place, group in enumerate(groups, 1)
         ]
         print_table(("", f"mean {comparison.by}", "std", "seeds", *short_names(paths).values()), rows)
-    ranked = "no run has a metric to rank by yet" if comparison.by is None else f"ranked by {comparison.by}"
     click.echo(ranked, err=True)
-    if compare.compares_scores(comparison):
-        judges = f"{comparison.judges} different reward models"
-        click.echo(f"the runs have {judges}, whose scales do not compare", err=True)
     hidden = len(comparison.paths) - _MAX_FIELDS
     if hidden > 0:
         click.echo(f"{hidden} more fields differ: --json has them all", err=True)
+
+
+def _write_page(comparison: compare.Comparison, ranked: str, page: Path) -> None:
+    from hpc_rlhf.observe.report.comparison import make_comparison
+
+    names, paths = _metrics(comparison), comparison.paths
+    rows = [
+        (run.name, *_shown(run.values, paths), *(cell(name, run.numbers.get(name)) for name in names), run.state)
+        for run in comparison.runs
+    ]
+    text = make_comparison(comparison, ranked, [("run", *short_names(paths).values(), *names, "state"), *rows])
+    write_out(page, text)
 
 
 def _table(comparison: compare.Comparison, width: int) -> RenderableType:

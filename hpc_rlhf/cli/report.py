@@ -6,15 +6,18 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, writing
-from hpc_rlhf.observe.report.page import write_report
+from hpc_rlhf.cli.arguments import example, find_run, write_out
+from hpc_rlhf.observe.report.page import make_page
 from hpc_rlhf.run import acting
 
 
 @click.command(epilog=example("hpc-rlhf report my-job.yaml"))
 @click.argument("run")
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write.", show_default="RUN/report.html"
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="File to write; - for stdout.",
+    show_default="RUN/report.html",
 )
 def command(run: str, out: Path | None) -> None:
     """Write the report of RUN, a run directory or job file, as one HTML file and print its path.
@@ -26,7 +29,4 @@ def command(run: str, out: Path | None) -> None:
     run_dir = find_run(run)
     if out is None:
         acting.check_owner(run_dir)
-    path = out or run_dir.report
-    with writing(path):
-        write_report(run_dir, path)
-    click.echo(path)
+    write_out(out or run_dir.report, make_page(run_dir))

@@ -49,17 +49,20 @@ def command(file: Path, sets: tuple[str, ...], dry_run: bool, force: bool) -> No
             _preview(spec, file.parent)
         return
     if isinstance(spec, Sweep):
-        outcomes, noun, verbs = submit_sweep(spec, file.parent), "runs", ("status", "compare", "cancel")
+        outcomes, noun = submit_sweep(spec, file.parent), "runs"
     else:
-        outcomes, noun, verbs = {"": submit(spec, file.parent)}, "run", ("status", "logs -f", "cancel")
+        outcomes, noun = {"": submit(spec, file.parent)}, "run"
+    done = [each.did for of_run in outcomes.values() for each in of_run]
     rows = [
         (name, each.stage, each.job_id or "-", _submitted(each)) for name, done in outcomes.items() for each in done
     ]
     print_rows(("stage", "job", ""), rows, named=isinstance(spec, Sweep))
-    if not any(each.did == "submitted" for done in outcomes.values() for each in done):
+    if set(done) == {"done"}:
+        click.echo(f"the {noun} {'is' if noun == 'run' else 'are'} finished; nothing was submitted", err=True)
+    elif "submitted" not in done:
         click.echo(f"attached to the existing {noun}; nothing was submitted", err=True)
     click.echo("\nnext:", err=True)
-    for verb in verbs:
+    for verb in next_verbs(spec, finished=set(done) == {"done"}):
         click.echo(f"  hpc-rlhf {verb} {shlex.quote(str(spec.run_dir))}", err=True)
 
 
@@ -76,6 +79,15 @@ def _object(spec: JobSpec | Sweep, anyway: bool) -> None:
         raise HpcRlhfError("\n".join([heading, *lines]), hint="to submit it anyway: --force")
     for line in lines:
         print_wrapped(f"warning: {line}")
+
+
+def next_verbs(spec: JobSpec | Sweep, finished: bool) -> tuple[str, ...]:
+    """The verbs that help after a submit."""
+    if isinstance(spec, Sweep):
+        return ("compare",) if finished else ("status", "compare", "cancel")
+    if not finished:
+        return "status", "logs -f", "cancel"
+    return ("report", "chat") if spec.policies else ("report",)
 
 
 def _submitted(outcome: Outcome) -> str:

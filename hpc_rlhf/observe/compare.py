@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean, stdev
@@ -153,33 +153,40 @@ def _relevant(spec: JobSpec) -> dict[str, object]:
 
 
 def _differing(facts: Sequence[dict[str, object]]) -> list[str]:
-    """The paths of the fields that differ; a mapping that only some have is one field. Evaluation settings
-    are left out, since the metrics show whether a run was evaluated."""
-    flat = [dict(_flat(one)) for one in facts]
-    paths = dict.fromkeys(path for one in flat for path in one)
-    partly = tuple(f"{path}." for path in paths if any(other.startswith(f"{path}.") for other in paths))
-    return [
-        path
-        for path in paths
-        if path != f"stages.{EVALUATION.name}"
-        and not path.startswith(partly)
-        and any(_at(one, path) != _at(facts[0], path) for one in facts)
-    ]
+    """The paths of the fields that differ, as deep as all runs have them: a mapping that only some have is one field.
+    Evaluation settings are left out, since the metrics show whether a run was evaluated."""
+    paths = dict.fromkeys(path for one in facts for path in _leaves(one))
+    fields = dict.fromkeys(_shared(path, facts) for path in paths if len({repr(_at(one, path)) for one in facts}) > 1)
+    return [path for path in fields if path != f"stages.{EVALUATION.name}"]
 
 
-def _flat(facts: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in facts.items():
-        below = f"{path}.{key}" if path else key
-        if isinstance(value, dict) and value:
-            yield from _flat(value, below)
-        else:
-            yield below, value
+def _leaves(value: object, path: str = "") -> Iterator[str]:
+    """The paths of the values below a value that are neither mappings nor lists of them."""
+    below = _below(value)
+    if not below:
+        yield path
+    for key, inner in below.items():
+        yield from _leaves(inner, f"{path}.{key}" if path else key)
+
+
+def _shared(path: str, facts: Sequence[object]) -> str:
+    """The field of a leaf that all have: itself, or the outermost part that is no mapping or list in some."""
+    keys = path.split(".")
+    parts = (".".join(keys[:count]) for count in range(1, len(keys)))
+    return next((part for part in parts if any(not _below(_at(one, part)) for one in facts)), path)
+
+
+def _below(value: object) -> dict[str, object]:
+    """The entries of a mapping, or of a list of mappings by their number."""
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return {str(number): each for number, each in enumerate(value)}
+    return value if isinstance(value, dict) else {}
 
 
 def _at(facts: object, path: str) -> object:
     """The value at a path; None if there is none."""
     for key in path.split("."):
-        facts = facts.get(key) if isinstance(facts, dict) else None
+        facts = _below(facts).get(key)
     return facts
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.cli import main
+from hpc_rlhf.cli.submit import next_verbs
 from hpc_rlhf.launch.preflight import objections
 from hpc_rlhf.run.events import Cancelled, Submitted
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.spec.load import dump_spec, load_spec
+from hpc_rlhf.spec.sweep import load_any
 
 JOB = """
 name: demo
@@ -87,6 +89,14 @@ def test_submit_refuses_what_does_not_fit_unless_forced(
         assert main([*words, option]) == code
         assert f"warning: {message}" in (error := capsys.readouterr().err)
     assert "Slurm's commands are not on PATH" in error
+
+
+def test_what_helps_after_a_submit(job: Path) -> None:
+    spec = load_spec(job)
+    assert next_verbs(spec, finished=False) == ("status", "logs -f", "cancel")
+    assert next_verbs(spec, finished=True) == ("report", "chat")
+    assert next_verbs(load_spec(job, ["stages={reward: {}}"]), finished=True) == ("report",)
+    assert next_verbs(load_any(job, ["sweep={seed: [1, 2]}"]), finished=True) == ("compare",)
 
 
 def test_only_stages_without_a_job_are_checked(job: Path, tmp_path: Path) -> None:

@@ -141,7 +141,10 @@ def test_a_finished_run_is_not_submitted_again(finished: Chain) -> None:
         (*STAGES, "eval"), "done"
     )
     before = finished.run.ledger.read_text()
-    assert "already done" in finished.submit().stdout
+    done = finished.submit()
+    assert "already done" in done.stdout
+    assert "the run is finished; nothing was submitted" in done.stderr
+    assert done.stderr.splitlines()[-2:] == [f"  hpc-rlhf {verb} {finished.path}" for verb in ("report", "chat")]
     assert finished.run.ledger.read_text() == before
 
 

@@ -20,7 +20,7 @@ from tests.train.stages import tiny_spec
 VERSIONS = {"hpc-rlhf": "0.1.0", "commit": "0123456789ab", "torch": "2.13.0", "deepspeed": "0.19.8"}
 # What nobody should be able to do to a reader of the report.
 HOSTILE = """</script></p><script>alert('x')</script><img src=x onerror="alert(1)">&lt;b&gt; {{ 7 * 7 }}
-\u202eabc שלום 😀"""
+\u202eabc שלום 😀 \x00\x1b[31m\x08\x7f\x9b"""
 _BEGAN = 1_700_000_000.0
 _SUMMARIES: dict[str, dict[str, float]] = {
     "sft": {"perplexity_before": 512.3, "perplexity_after": 3.456},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,50 @@ def test_field_that_only_some_runs_have_is_one_difference(tmp_path: Path) -> Non
     assert list(comparison["runs"][0]["values"]) == ["stages.sft.lora"]
     assert comparison["by"] is None
     assert "no run has a metric to rank by yet" in cli(tmp_path / "good").stderr
+
+
+def test_only_the_entry_of_a_list_that_differs_is_shown(tmp_path: Path) -> None:
+    both = GOOD.replace("runs/good", str(tmp_path / "good"))
+    for name, sources in (
+        ("one", "{path: a/b, format: hh, weight: 0.5}, {demo: 300, columns: {}}"),
+        ("two", "{path: a/b, format: hh, weight: 0.25}, {demo: 400, columns: {}}, {demo: 50}"),
+    ):
+        text = both.replace("good\n", f"{name}\n")
+        text = text[: text.index("data:")] + f"data: {{sources: [{sources}]}}\n" + text[text.index("models:") :]
+        run = RunDir(tmp_path / name)
+        run.path.mkdir()
+        spec = load_any(write(tmp_path, text))
+        assert not isinstance(spec, Sweep)
+        run.job_yaml.write_text(dump_spec(spec))
+        run.plan_json.write_text(make_plan(spec).to_json())
+    runs = json.loads(cli("--json", tmp_path / "one", tmp_path / "two").stdout)["runs"]
+    values = {run["name"]: run["values"] for run in runs}
+    assert values["one"] == {"data.sources.0.weight": 0.5, "data.sources.1.demo": 300, "data.sources.2": None}
+    assert values["two"]["data.sources.2"]["demo"] == 50
+    assert "{" not in cli(tmp_path / "one", tmp_path / "two").stdout
+
+
+def test_page_overlays_the_curves_of_all_runs(tmp_path: Path) -> None:
+    rewards = {"kl_coef=0.02": 1.0, "kl_coef=0.1": 3.0}
+    runs = make_sweep(tmp_path, COEFS, rewards)
+    sft = runs["kl_coef=0.02"].stage("sft").metrics  # that of all runs
+    rows = [
+        {"step": step, "total_steps": 900, "kind": "train", "loss": step % 2, "time": 1.0} for step in range(1, 901)
+    ]
+    sft.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "page.html"
+    assert cli(tmp_path / "good", "--html", out).stdout == f"{out}\n"
+    page = out.read_text(encoding="utf-8")
+    assert cli(tmp_path / "good", "--html", "-").stdout == page
+    assert "Ranked by ppo.reward." in page
+    match = re.search(r'id="charts">(.*?)</script>', page)
+    assert match is not None
+    charts = {chart["title"]: chart for chart in json.loads(match[1])}
+    assert list(charts["reward"]["lines"]) == ["kl_coef=0.1", "kl_coef=0.02"]  # the best first
+    assert charts["reward"]["lines"]["kl_coef=0.1"] == [3.0] * 20
+    assert list(charts["loss"]["lines"]) == ["all runs"]
+    loss = charts["loss"]["lines"]["all runs"]
+    assert (len(loss), set(loss)) == (300, {0.33333, 0.66667})
 
 
 def test_unknown_metric_is_refused(tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def test_held_out_measurements_are_dots(run: RunDir) -> None:
     chart = next(chart for chart in charts(make_page(run)) if chart["title"].startswith("perplexity"))
     measured = {s: v for s, v in zip(chart["steps"], chart["lines"]["held out"], strict=True) if v is not None}
     assert (measured, chart["dots"]) == ({0: 400.0, 60: 2.5}, ["held out"])
+    add_line(run.stage("reward").metrics, step=60, total_steps=60, time=0.0, kind="eval", accuracy=0.5)
+    accuracy = next(chart for chart in charts(make_page(run)) if chart["title"] == "accuracy")
+    assert list(accuracy["lines"]) == ["training", "held out"]
 
 
 def test_interrupted_run_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +154,10 @@ def test_hostile_text_is_inert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         file.write(f"# {HOSTILE}")
     Ledger(run.ledger).append(Started("sft", attempt=HOSTILE, host=HOSTILE, versions={HOSTILE: HOSTILE}))
     Ledger(run.ledger).append(Failed("sft", attempt=HOSTILE, message=HOSTILE))
-    page = Elements(make_page(run))
+    html = make_page(run)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", html)
+    page = Elements(html)
+    assert r"\x00\x1b[31m\x08\x7f\x9b" in page.text
     assert [tag for tag, _ in page.elements].count("script") == [tag for tag, _ in Elements(ours).elements].count(
         "script"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from hpc_rlhf.observe.report.page import write_report
 from tests.observe.report_runs import HOSTILE, evaluate, make_reported_run
@@ -46,6 +46,14 @@ _MISPLACED = """() => {
   });
   return found;
 }"""
+
+
+# What leaves the page or its box.
+_CLIPPED = """() => [...document.querySelectorAll(".wide, pre, .plot, .plot canvas, table, section, td, .text")]
+  .filter((each) => each.checkVisibility())
+  .filter((each) => each.getBoundingClientRect().right > innerWidth + 1 || (
+    ["auto", "scroll", "hidden"].includes(getComputedStyle(each).overflowX) && each.scrollWidth > each.clientWidth + 1))
+  .map((each) => each.outerHTML.slice(0, 120))"""
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +123,47 @@ def test_theme_can_be_switched(browser: Browser, report: Path) -> None:
     as_system, light, dark, again = colours
     assert as_system == light == again != dark
     assert wrong == []
+    page.context.close()
+
+
+def test_paper_is_light_and_shows_everything(browser: Browser, report: Path) -> None:
+    page, wrong = opened(browser, report, 1440, "dark")
+    assert len(page.pdf(format="A4")) > 100_000
+    page.set_viewport_size({"width": 718, "height": 1000})  # A4 within its margins
+    page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator(".plot canvas").count() == page.locator(".plot").count() > 20
+    faint = "getComputedStyle(document.documentElement).getPropertyValue('--faint')"
+    assert page.evaluate(faint) == "#566070"
+    assert page.evaluate(_CLIPPED) == []
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen", color_scheme="dark")
+    assert page.evaluate(faint) == "#a3adbb"
+    assert wrong == []
+    page.context.close()
+
+
+def test_curves_are_drawn_without_being_seen(browser: Browser, report: Path) -> None:
+    page, _ = opened(browser, report)
+    expect(page.locator(".plot canvas")).to_have_count(page.locator(".plot").count(), timeout=30_000)
+    page.context.close()
+
+
+def test_wide_tables_scroll_visibly_on_a_phone(browser: Browser, report: Path) -> None:
+    page, _ = opened(browser, report, 390)
+    wide = page.locator("#time .wide").first
+    assert wide.evaluate("(box) => box.scrollWidth > box.clientWidth")
+    end = {"x": 0, "y": 0, "width": 0, "height": 0} | dict(wide.bounding_box() or {})
+    edge = {"x": end["x"] + end["width"] - 6, "y": end["y"] + 4, "width": 6, "height": end["height"] - 8}
+    more = page.screenshot(clip=edge, full_page=True)
+    cell = wide.locator("th[scope=row]").first
+    before = cell.bounding_box()
+    wide.evaluate("(box) => box.scrollTo(box.scrollWidth, 0)")
+    assert cell.bounding_box() == before
+    page.wait_for_timeout(100)
+    assert page.screenshot(clip=edge, full_page=True) != more  # the shadow is gone at the end
     page.context.close()
 
 

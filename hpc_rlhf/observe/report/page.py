@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_rlhf import __version__
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe import results
 from hpc_rlhf.observe.gather import RunPlan
@@ -17,6 +14,7 @@ from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.metrics import read_text
 from hpc_rlhf.observe.report import timeline
 from hpc_rlhf.observe.report.charts import MAX_POINTS, make_charts
+from hpc_rlhf.observe.report.rendering import render
 from hpc_rlhf.observe.report.responses import MODELS, read_exchanges
 from hpc_rlhf.observe.status import StageStatus, read_status
 from hpc_rlhf.run.events import Started
@@ -27,7 +25,6 @@ from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.row_counts import Outcome
 from hpc_rlhf.spec.stages import BASE, POLICIES, kind_of
 
-_HERE = Path(__file__).parent
 # States of a stage that will go on without the user.
 _ACTIVE = frozenset({
     "running", "pending", "waiting", "requeued", "starting", "completing", "configuring", "not started",
@@ -43,19 +40,15 @@ _PHRASES = {
 }
 
 
-def write_report(run: RunDir, out: Path | None = None) -> Path:
+def write_report(run: RunDir) -> Path:
     """Write the report of a run as it is now, atomically, and return its path.
-
-    Args:
-        out: the file to write; by default the run's own.
 
     Raises:
         HpcRlhfError: the run's plan cannot be read.
         OSError: the file cannot be written.
     """
-    path = out or run.report
-    write_atomically(path, make_page(run).encode("utf-8", "backslashreplace").decode("utf-8"))
-    return path
+    write_atomically(run.report, make_page(run))
+    return run.report
 
 
 def leave_report(run: RunDir) -> None:
@@ -68,23 +61,13 @@ def leave_report(run: RunDir) -> None:
 
 def make_page(run: RunDir) -> str:
     """The report as HTML. Text from users and models is escaped, and only our own scripts can run."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    scripts = [_read("uplot/uPlot.iife.min.js"), _read("page.js")]
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html.j2").render(
-        **_content(run),
-        styles=[_read("uplot/uPlot.min.css"), _read("page.css")],
-        scripts=scripts,
-        hashes=[_hash(script) for script in scripts],
-    )
+    return render("page.html.j2", **_content(run))
 
 
 def _content(run: RunDir) -> dict[str, object]:
     plan, events = RunPlan.read(run), list(Ledger(run.ledger).events())
     statuses = read_status(run)
+    state = _state(statuses)
     report = _evaluation(run)
     goodput = {status.stage: status.goodput for status in statuses}
     whole = total(goodput)
@@ -95,9 +78,10 @@ def _content(run: RunDir) -> dict[str, object]:
         metrics = read_text(run.stage(planned.stage).metrics)
         charts[planned.stage] = make_charts(metrics, planned.stage, planned.global_batch, starts)
     return {
+        "title": f"{plan.name}: {state}",
         "name": plan.name,
         "folder": str(run.path),
-        "state": _state(statuses),
+        "state": state,
         "sentence": _sentence(run, statuses, report),
         "interruptions": count_words(whole.interruptions),
         "split": split_words(whole.spans),
@@ -128,7 +112,6 @@ def _content(run: RunDir) -> dict[str, object]:
         "versions": _versions(started),
         "spec": run.job_yaml.read_text(encoding="utf-8", errors="replace"),
         "written": timeline.moment(time.time()),
-        "writer": __version__,
     }
 
 
@@ -191,12 +174,3 @@ def _versions(started: list[Started]) -> list[tuple[str, str]]:
         for name, version in event.versions.items():
             seen.setdefault(name, {})[str(version)] = None
     return [(name, ", then ".join(versions)) for name, versions in seen.items()]
-
-
-def _read(name: str) -> str:
-    return (_HERE / name).read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    """The hash by which the Content-Security-Policy allows a script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

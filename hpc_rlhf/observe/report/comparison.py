@@ -1,0 +1,96 @@
+"""Write the comparison of runs as a page: their ranking, the fields in which they differ, and their curves overlaid."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from hpc_rlhf.observe.compare import Compared, Comparison
+from hpc_rlhf.observe.metrics import Row, held_out_rows, read_text, step_rows
+from hpc_rlhf.observe.report.charts import Chart, Values
+from hpc_rlhf.observe.report.rendering import render
+from hpc_rlhf.run.format import number
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.stages import STAGE_KINDS, Plot, StageKind
+
+# Runs whose curves are drawn, the best first, and points of a curve. Beyond that, nothing can be told apart.
+MAX_RUNS, MAX_POINTS = 16, 300
+
+
+def make_comparison(comparison: Comparison, sentence: str, rows: Sequence[Sequence[str]]) -> str:
+    """The page as HTML.
+
+    Args:
+        sentence: what the runs are ranked by.
+        rows: the table of the runs: a header, then the best first; every row begins with the name of its run.
+    """
+    drawn = names(comparison.runs)
+    charts = {kind.name: list(_charts(kind, drawn)) for kind in STAGE_KINDS if kind.trains}
+    charts = {stage: overlays for stage, overlays in charts.items() if overlays}
+    return render(
+        "comparison.html.j2",
+        title=f"{len(comparison.runs)} runs compared",
+        sentence=f"{sentence[:1].upper()}{sentence[1:]}.",
+        header=[re.sub("([._])", "\\1\u200b", name) for name in rows[0]],  # where long names may be broken
+        rows=rows[1:],
+        charts=charts,
+        chart_data=[{**chart.to_dict(), "overlay": True} for of_stage in charts.values() for chart in of_stage],
+        most=MAX_POINTS,
+        left_out=max(0, len(comparison.runs) - MAX_RUNS),
+    )
+
+
+def names(runs: Sequence[Compared]) -> dict[str, RunDir]:
+    """The runs to draw, by their names; by their paths, where names are not unique."""
+    shown = [run.name for run in runs]
+    return {run.path if shown.count(run.name) > 1 else run.name: RunDir(Path(run.path)) for run in runs[:MAX_RUNS]}
+
+
+def _charts(kind: StageKind, runs: Mapping[str, RunDir]) -> Iterator[Chart]:
+    """The charts of a stage. Runs that share it, as those of a sweep may, have one curve."""
+    shared: dict[Path, list[str]] = {}
+    for name, run in runs.items():
+        if run.stage(kind.name).metrics.exists():
+            shared.setdefault(run.stage(kind.name).path.resolve(), []).append(name)
+    texts = {_label(names, len(runs)): read_text(runs[names[0]].stage(kind.name).metrics) for names in shared.values()}
+    trained = {label: step_rows(text, kind.name) for label, text in texts.items()}
+    held_out = {label: held_out_rows(text) for label, text in texts.items()}
+    for plot in kind.plots:
+        for metric, label in plot.lines.items():
+            title = plot.title if len(plot.lines) == 1 else f"{plot.title}: {label}"
+            yield from _overlay(plot, title, metric, trained)
+        if plot.held_out:
+            yield from _overlay(plot, f"{plot.title}, held out", plot.held_out, held_out)
+
+
+def _label(names: Sequence[str], runs: int) -> str:
+    if len(names) == 1:
+        return names[0]
+    return "all runs" if len(names) == runs else f"{names[0]} and {len(names) - 1} more"
+
+
+def _overlay(plot: Plot, title: str, metric: str, rows: Mapping[str, Sequence[Row]]) -> Iterator[Chart]:
+    """The chart of a metric, if any run has it: means over equal intervals of steps where they are many."""
+    known: dict[str, dict[int, float]] = {}
+    for label, of_run in rows.items():
+        values = {row.step: row.values.get(metric) for row in of_run}
+        finite = {step: value for step, value in values.items() if value is not None and math.isfinite(value)}
+        if finite:
+            known[label] = finite
+    steps = sorted({step for values in known.values() for step in values})
+    if not steps:
+        return
+    width = -(-len(steps) // MAX_POINTS)
+    parts = [steps[at : at + width] for at in range(0, len(steps), width)]
+    lines: dict[str, Values] = {label: [_mean(values, part) for part in parts] for label, values in known.items()}
+    ends = ", ".join(f"{label} {number(values[max(values)])}" for label, values in known.items())
+    yield Chart(replace(plot, title=title), [part[-1] for part in parts], lines, f"latest values: {ends}")
+
+
+def _mean(values: Mapping[int, float], steps: Sequence[int]) -> float | None:
+    found = [values[step] for step in steps if step in values]
+    return float(f"{fmean(found):.5g}") if found else None
