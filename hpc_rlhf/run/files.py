@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def file_system_error(error: Exception) -> OSError | None:
+    """What a file system refused, if that is what an exception reports: libraries in Rust, such as safetensors and
+    tokenizers, report it in their text only."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if isinstance(error, OSError) or number is None:
+        return error if isinstance(error, OSError) else None
+    return OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def fsync_path(path: Path) -> None:

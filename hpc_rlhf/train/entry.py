@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -72,8 +73,9 @@ def run_stage(run_dir: str, stage: str) -> None:
         attempt.run()
     except HpcRlhfError as error:
         if not attempt.is_recorded_by_main(error):
-            attempt.record(Failed(message=str(error), exit_code=error.exit_code))
             print(f"hpc-rlhf: {error}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # the error may be that the disk is full
+                attempt.record(Failed(message=str(error), exit_code=error.exit_code))
         sys.exit(error.exit_code)
     except Exception as error:
         # Any rank may be the one that knows why; its traceback goes to its log.

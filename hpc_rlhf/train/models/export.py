@@ -4,6 +4,8 @@ long reads and writes that a stop interrupts.
 
 from __future__ import annotations
 
+import shutil
+import socket
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run.files import file_system_error
 from hpc_rlhf.train.models.lora import Adapter, LoraLinear, of_experts
 from hpc_rlhf.train.models.score_head import ScoreHead
 from hpc_rlhf.train.parallel import tensor_parallel
@@ -179,20 +183,34 @@ def write(
 
     Raises:
         WorkCancelled: ``should_stop`` returned True.
+        HpcRlhfError: the file system is full, or refuses otherwise; what was written is removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     generation, eos = getattr(model, "generation_config", None), tokenizer.eos_token_id
     if generation is not None:
         # Generation ends responses where training did; the base model may have ended texts elsewhere.
         known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
         others = [number for number in known if number not in (None, eos)]
         generation.eos_token_id = [eos, *others] if others else eos
-    with interruptible(should_stop):
-        model.save_pretrained(str(folder), state_dict=state, max_shard_size=SHARD)
     saved = copy(tokenizer)  # in this process, no template means plain turns
     saved.chat_template = tokenizer.chat_template or plain_template(tokenizer)
     saved.model_max_length = min(tokenizer.model_max_length, context_length(model.config) or sys.maxsize)
-    saved.save_pretrained(str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with interruptible(should_stop):
+            model.save_pretrained(str(folder), state_dict=state, max_shard_size=SHARD)
+        saved.save_pretrained(str(folder))
+    except Exception as error:
+        refused = file_system_error(error)
+        if refused is None:
+            raise
+        shutil.rmtree(folder, ignore_errors=True)  # the ledger needs space
+        size = sum(tensor.nbytes for tensor in state.values()) / 1e9
+        raise HpcRlhfError(
+            f"the model could not be written: {refused}",
+            where=f"{folder} on {socket.gethostname()}",
+            hint=f"free {size:.1f} GB and run the stage again; it continues from the last checkpoint",
+            exit_code=RUN_FAILED,
+        ) from error
 
 
 def context_length(config: Any) -> int | None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run.files import file_system_error
 from hpc_rlhf.train.parallel.deepspeed_internals import disable_shared_memory_comm
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
@@ -163,9 +164,12 @@ class World:
                 outcome[1] = ()
             except HpcRlhfError as error:
                 outcome[1] = (error.message, error.where, error.hint, error.exit_code)
-            except OSError as error:
+            except Exception as error:
+                refused = file_system_error(error)
+                if refused is None:
+                    raise
                 hint = "fix it, or free some space, and run the stage again"
-                outcome[1] = (f"the file system refused: {error}", socket.gethostname(), hint, RUN_FAILED)
+                outcome[1] = (f"the file system refused: {refused}", socket.gethostname(), hint, RUN_FAILED)
         dist.broadcast_object_list(outcome, src=0, group=self.control)
         if outcome[1] == ():
             raise WorkCancelled

@@ -6,9 +6,7 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -241,18 +239,6 @@ def test_a_failing_file_system_leaves_the_older_checkpoint_and_no_partial_one(
     found = later.latest()
     assert found is not None
     assert found.step == 10
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_begun(small_disk: Path, world: World) -> None:

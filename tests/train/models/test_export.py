@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.data.dialogues import configure_tokenizer
 from hpc_rlhf.train.models.export import export, full_weights, module_weights
@@ -131,3 +133,22 @@ def test_a_saved_model_also_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
     for name in ("once", "twice"):
         saved = GenerationConfig.from_pretrained(tmp_path / name)
         assert saved.eos_token_id == [chatml.convert_tokens_to_ids("<|im_end|>"), document_end]
+
+
+@pytest.mark.parametrize("full_at", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_full_disk_is_a_clear_error_and_what_was_written_goes(
+    full_at: str, tokenizer: Any, small_disk: Path, tmp_path: Path
+) -> None:
+    model = tiny.causal("llama", hidden_size=128, vocab_size=5000)
+    export(model, tokenizer, tmp_path / "whole", is_main=True)
+    order = sorted((tmp_path / "whole").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    before = [path for path in order if path.name != full_at][: [path.name for path in order].index(full_at)]
+    page = 4096
+    room = sum(-(-path.stat().st_size // page) * page for path in before) + (page if "model" in full_at else 0)
+    (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
+    with pytest.raises(HpcRlhfError, match=r"the model could not be written: .*No space left on device") as caught:
+        export(model, tokenizer, small_disk / "model", is_main=True)
+    assert "GB and run the stage again" in str(caught.value)
+    assert caught.value.exit_code == RUN_FAILED
+    assert not (small_disk / "model").exists()
+    assert shutil.disk_usage(small_disk).free == room

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.local.environment import free_port
@@ -66,13 +67,26 @@ def test_an_error_of_rank_0_keeps_all_its_parts(world: World) -> None:
     assert (error.message, error.where, error.hint, error.exit_code) == ("wrong", "here", "fix it", RUN_FAILED)
 
 
-def test_a_full_disk_is_a_clear_error(world: World) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/file"), "No space left on device: '/data/file'"),
+        (SafetensorError("Error while serializing: I/O error: Full (os error 28)"), "No space left on device"),
+        (Exception("Disk quota exceeded (os error 122)"), "Disk quota exceeded"),  # as of tokenizers
+    ],
+)
+def test_a_full_disk_is_a_clear_error(world: World, error: Exception, message: str) -> None:
     def fail() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "/data/file")
+        raise error
 
-    with pytest.raises(HpcRlhfError, match=r"No space left on device: '/data/file'") as caught:
+    with pytest.raises(HpcRlhfError, match=message) as caught:
         world.on_main(fail)
     assert caught.value.exit_code == RUN_FAILED
+
+
+def test_another_error_of_rank_0_keeps_its_kind(world: World) -> None:
+    with pytest.raises(ZeroDivisionError):
+        world.on_main(lambda: 1 // 0)
 
 
 # What two ranks do together; each prints its results.
