@@ -12,7 +12,7 @@ from hpc_rlhf.train.chat import ChatModel
 from hpc_rlhf.train.data.dialogues import configure_tokenizer
 from hpc_rlhf.train.data.rows import transcript
 from hpc_rlhf.train.models.export import export
-from hpc_rlhf.train.text_stream import NEXT_TURN
+from hpc_rlhf.train.text_stream import NEXT_TURN, TextStream
 from tests.train import chatty, tiny
 
 HI = [("human", "What colour is grass?")]
@@ -54,6 +54,31 @@ def test_the_pieces_are_the_response_without_the_next_turn(chat: ChatModel, said
     assert "".join(pieces) == answer
     assert all(pieces), "no empty piece"
     assert len(pieces) > 1 or len(answer) < 2, "it streams"
+
+
+@pytest.mark.parametrize(
+    ("said", "stops", "answer", "ended"),
+    [
+        (" One, two. END of it", ("END",), "One, two.", True),
+        (" One, two. EN", ("END",), "One, two. EN", False),
+        (" One, two.", ("two", "One,"), "", True),
+        (" One, two. END", ("two. END of", ", two. E"), "One", True),
+        (" Grün\nRot", ("\n",), "Grün", True),
+        (f" Green.{NEXT_TURN[:5]}", ("\n\nX",), "Green.", False),
+        (f" Green.{NEXT_TURN} And", ("And",), "Green.", True),
+    ],
+)
+def test_texts_that_end_a_response_are_no_part_of_it(
+    chat: ChatModel, said: str, stops: tuple[str, ...], answer: str, ended: bool
+) -> None:
+    stream = TextStream(chat.tokenizer, stops)
+    text = ""
+    for token in chat.tokenizer(said)["input_ids"]:
+        text += stream.push(token)
+        assert answer.startswith(text)
+        if stream.ended:
+            break
+    assert (text + stream.finish(), stream.ended) == (answer, ended)
 
 
 def test_no_token_is_sampled_once_the_next_turn_begins(chat: ChatModel) -> None:

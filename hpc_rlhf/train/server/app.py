@@ -26,6 +26,8 @@ from hpc_rlhf.train.text_stream import TextStream
 
 # The longest response if a request sets no length.
 MAX_TOKENS = 1024
+# Tokens between looks whether the client is still there; a look takes longer than a token of a small model.
+LOOK_AFTER = 16
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Completion:
         async with aclosing(self.pieces()) as stream:
             async for piece in stream:
                 pieces.append(piece)
-                if await is_gone():
+                if len(pieces) % LOOK_AFTER == 0 and await is_gone():
                     break
         message = {"role": "assistant", "content": "".join(pieces), "refusal": None}
         return self.body("chat.completion", [{"message": message, "finish_reason": self.finish}], usage=self.usage)

@@ -13,7 +13,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "modalities": (["text"],),
     "tools": ([],), "tool_calls": ([],), "functions": ([],), "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"), "parallel_tool_calls": (True, False), "annotations": ([],),
-    "store": (False,), "service_tier": ("auto", "default"),
+    "store": (False,), "service_tier": ("auto", "default"), "type": ("text", "message"),
 }  # fmt: skip
 # Fields that never change the response.
 IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "name"})

@@ -145,11 +145,25 @@ def test_requests_share_forward_passes(
     assert max(together) >= 4, together
 
 
-def test_a_client_that_hangs_up_ends_its_response(client: openai.OpenAI, model: ChatModel) -> None:
-    with ask(client, max_tokens=CONTEXT - 20, stream=True) as stream:
-        next(iter(stream))
-        assert model.batch.live
-    deadline = time.monotonic() + 10
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_ends_its_response(
+    client: openai.OpenAI, model: ChatModel, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = model.batch.advance
+
+    def slow() -> list[Any]:
+        time.sleep(0.02)  # 4 s in all
+        return advance()
+
+    monkeypatch.setattr(model.batch, "advance", slow)
+    if stream:
+        with ask(client, max_tokens=200, stream=True) as chunks:
+            next(chunk for chunk in chunks if chunk.choices[0].delta.content)
+            assert model.batch.live
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            ask(client, max_tokens=200, timeout=0.3)
+    deadline = time.monotonic() + 2
     while model.batch.live and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not model.batch.live
@@ -219,7 +233,7 @@ def test_what_would_be_ignored_or_fail_is_refused(
 
 
 def test_what_changes_nothing_is_accepted(client: openai.OpenAI) -> None:
-    spoken = ask(client).choices[0].message.model_dump()  # with refusal, tool_calls and others
+    spoken = {**ask(client).choices[0].message.model_dump(), "type": "text"}  # with refusal, tool_calls and others
     fields: dict[str, Any] = {
         "n": 1, "logprobs": False, "response_format": {"type": "text"}, "frequency_penalty": 0.0, "logit_bias": {},
         "user": "me", "metadata": {"a": "b"}, "store": False, "tool_choice": "none", "stop": None, "top_p": 1,
