@@ -13,7 +13,7 @@ from hpc_rlhf.cli.run import run_stages, set_arguments
 from hpc_rlhf.errors import INPUT_WRONG, HpcRlhfError
 from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load_one
-from hpc_rlhf.launch.prepare import evaluation_changed
+from hpc_rlhf.launch.changes import evaluation_changed
 from hpc_rlhf.observe.results import read_report
 from hpc_rlhf.run import acting, manifest
 from hpc_rlhf.run.layout import RunDir

@@ -11,9 +11,11 @@ import click
 from hpc_rlhf.cli.arguments import example, name_overrides, set_option
 from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.cli.plan_tables import print_choice
+from hpc_rlhf.cli.reuse import find_reused, reuse_option
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load
+from hpc_rlhf.launch.changes import refuse_changes
 from hpc_rlhf.launch.local.hostfile import read_hostfile
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.launch.sweep import lay_out
@@ -27,42 +29,47 @@ from hpc_rlhf.spec.sweep import Sweep
 )
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
+@reuse_option
 @click.option(
     "--hostfile",
     type=click.Path(path_type=Path),
     help="Run on the machines in this file through DeepSpeed's launcher, not only on this one.",
 )
 @click.pass_context
-def command(context: click.Context, file: Path, sets: tuple[str, ...], hostfile: Path | None) -> None:
+def command(
+    context: click.Context, file: Path, sets: tuple[str, ...], other: str | None, hostfile: Path | None
+) -> None:
     """Run a spec's stages on this machine, without Slurm.
 
     All ranks that the spec asks for start here. Ctrl-C saves and stops; the same command resumes. Finished
-    stages are skipped. The runs of a sweep run one after the other.
+    stages are skipped. The runs of a sweep run one after the other. --reuse is as for submit.
     """
     from hpc_rlhf.observe.terminal.results import summary
 
-    def run_one(spec: JobSpec, lent: Mapping[str, RunDir]) -> None:
-        words = [str(file), *set_arguments(sets)]
+    def run_one(name: str, spec: JobSpec, lent: Mapping[str, RunDir]) -> None:
+        words = [str(file), *set_arguments(sets), *(["--reuse", other] if other else [])]
         if hostfile is not None:
             words += ["--hostfile", str(hostfile)]
-        run = run_stages(context, "run", words, spec, file.parent, hostfile, lent)
+        run = run_stages(context, "run", words, spec, file.parent, hostfile, lent, reused=reused.get(name))
         print_parts(lambda width, live, ascii_only: summary(run, width))
 
     spec = load(file, sets, print_choice)
     name_overrides(file)
     inputs.check(file)
+    reused = find_reused(spec, other)
     if not isinstance(spec, Sweep):
-        run_one(spec, {})
+        run_one("", spec, {})
         return
     lent = lay_out(spec)
     for number, member in enumerate(spec.members, 1):
         click.echo(f"run {number} of {len(spec.members)}: {member.name}", err=True)
-        run_one(member.spec, lent[member.name])
+        run_one(member.name, member.spec, lent[member.name])
 
 
 def run_stages(
     context: click.Context, verb: str, words: Sequence[str], spec: JobSpec, beside: Path | None,
     hostfile: Path | None = None, lent: Mapping[str, RunDir] | None = None, stages: Sequence[str] | None = None,
+    reused: Mapping[str, RunDir] | None = None,
 ) -> RunDir:  # fmt: skip
     """Run stages of a spec, by default all. If the user interrupts them, show how to resume and end the command.
 
@@ -80,8 +87,9 @@ def run_stages(
     hosts = read_hostfile(hostfile) if hostfile is not None else None
     stopped: HpcRlhfError | None = None
     with claim(spec, f"hpc-rlhf {verb}") as run:
+        refuse_changes(run, spec, live=False)  # first: it would be refused without those jobs, too
         refuse_live_jobs(run)
-        prepare(spec, run, beside, lent=lent)
+        prepare(spec, run, beside, lent=lent, reused=reused)
         try:
             with progress(run) as watcher:
                 LocalRun(spec, run, hosts, watcher, shlex.join(["hpc-rlhf", verb, *words])).run_stages(stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import click
@@ -10,13 +11,14 @@ import click
 from hpc_rlhf.cli.arguments import example, name_overrides, set_option
 from hpc_rlhf.cli.console import print_rows, print_table, print_wrapped
 from hpc_rlhf.cli.plan_tables import print_choice, print_plan
+from hpc_rlhf.cli.reuse import find_reused, reuse_option
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.chain import Outcome
+from hpc_rlhf.launch.changes import refuse_changes
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.preflight import objections
-from hpc_rlhf.launch.prepare import refuse_changes
 from hpc_rlhf.launch.submit import preview, submit
 from hpc_rlhf.launch.sweep import shared, submit_sweep
 from hpc_rlhf.run.layout import RunDir
@@ -27,9 +29,10 @@ from hpc_rlhf.spec.sweep import Sweep
 @click.command(epilog=example("hpc-rlhf submit my-job.yaml --dry-run"))
 @click.argument("file", type=click.Path(path_type=Path))
 @set_option
+@reuse_option
 @click.option("--dry-run", is_flag=True, help="Show what would be submitted. Needs no Slurm and writes nothing.")
 @click.option("--force", is_flag=True, help="Submit even if a stage does not fit its GPUs, or the disk is too small.")
-def command(file: Path, sets: tuple[str, ...], dry_run: bool, force: bool) -> None:
+def command(file: Path, sets: tuple[str, ...], other: str | None, dry_run: bool, force: bool) -> None:
     """Submit the stages of FILE to Slurm.
 
     Submitting the same file again attaches to the run: stages that are done, queued or running are left
@@ -37,21 +40,26 @@ def command(file: Path, sets: tuple[str, ...], dry_run: bool, force: bool) -> No
 
     If a stage that has no job yet does not fit the GPU that slurm.gpu names, or the run directory's disk has too
     little space, nothing is submitted unless --force is given.
+
+    With --reuse, a new run takes finished stages of an earlier one: give it a changed spec and a run_dir of its
+    own, and only the stages that the changes affect are trained. Their files are linked if possible, so either
+    run can be removed.
     """
     spec = load(file, sets, print_choice)
     name_overrides(file)
     inputs.check(file)
-    _object(spec, force or dry_run)
+    reused = find_reused(spec, other)
+    _object(spec, reused, force or dry_run)
     if dry_run:
         if isinstance(spec, Sweep):
-            _preview_sweep(spec)
+            _preview_sweep(spec, reused)
         else:
-            _preview(spec, file.parent)
+            _preview(spec, file.parent, reused.get("", {}))
         return
     if isinstance(spec, Sweep):
-        outcomes, noun = submit_sweep(spec, file.parent), "runs"
+        outcomes, noun = submit_sweep(spec, file.parent, reused), "runs"
     else:
-        outcomes, noun = {"": submit(spec, file.parent)}, "run"
+        outcomes, noun = {"": submit(spec, file.parent, reused=reused.get(""))}, "run"
     done = [each.did for of_run in outcomes.values() for each in of_run]
     rows = [
         (name, each.stage, each.job_id or "-", _submitted(each)) for name, done in outcomes.items() for each in done
@@ -66,13 +74,13 @@ def command(file: Path, sets: tuple[str, ...], dry_run: bool, force: bool) -> No
         click.echo(f"  hpc-rlhf {verb} {shlex.quote(str(spec.run_dir))}", err=True)
 
 
-def _object(spec: JobSpec | Sweep, anyway: bool) -> None:
+def _object(spec: JobSpec | Sweep, reused: Mapping[str, Collection[str]], anyway: bool) -> None:
     """Print what speaks against submitting.
 
     Raises:
         HpcRlhfError: not ``anyway``, and a run would fail.
     """
-    findings = objections(spec)
+    findings = objections(spec, reused)
     lines = [f"{each.check if each.where == 'here' else each.where}: {each.message} ({each.fix})" for each in findings]
     if not anyway and any(each.level == "error" for each in findings):
         heading = "nothing was submitted, because the run would fail, going by estimates:"
@@ -99,7 +107,7 @@ def _submitted(outcome: Outcome) -> str:
     }[outcome.did]
 
 
-def _preview_sweep(sweep: Sweep) -> None:
+def _preview_sweep(sweep: Sweep, reused: Mapping[str, Mapping[str, RunDir]]) -> None:
     lent = shared(sweep)
     for member in sweep.members:
         refuse_changes(RunDir(Path(member.spec.run_dir)), member.spec, live=False)
@@ -107,14 +115,14 @@ def _preview_sweep(sweep: Sweep) -> None:
         (member.name, stage, f"from {lender.path.name}" if lender else "a job")
         for member in sweep.members
         for stage in member.spec.stage_names
-        for lender in [lent[member.name].get(stage)]
+        for lender in [lent[member.name].get(stage) or reused.get(member.name, {}).get(stage)]
     ]
     print_table(("run", "stage", ""), plan)
 
 
-def _preview(spec: JobSpec, beside: Path) -> None:
+def _preview(spec: JobSpec, beside: Path, reused: Mapping[str, RunDir]) -> None:
     plan = make_plan(spec)
-    commands = preview(plan, spec, beside)
+    commands = preview(plan, spec, beside, reused)
     print_plan(plan)
     click.echo(f"\nwould write {plan.run.job_yaml}, {plan.run.plan_json} and, in {plan.run.scripts}:")
     for job in plan.jobs:
@@ -127,6 +135,7 @@ def _preview(spec: JobSpec, beside: Path) -> None:
         click.echo("  " + "  ".join(path.name for path in files))
     click.echo("\nwould submit:")
     for job in plan.jobs:
-        click.echo(f"  {commands.get(job.stage, f'{job.stage}: already done')}")
+        done = f"reused from {reused[job.stage].path}" if job.stage in reused else "already done"
+        click.echo(f"  {commands.get(job.stage, f'{job.stage}: {done}')}")
         if job.stage in commands and job.slurm.heal.enabled:
             click.echo(f"  and {plan.run.sentinel(job.stage).name}, which starts if that job fails")

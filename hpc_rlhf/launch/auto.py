@@ -11,7 +11,7 @@ from typing import Any
 from hpc_rlhf.errors import HpcRlhfError, SpecError
 from hpc_rlhf.estimate.stage_memory import RESERVE, stage_memory
 from hpc_rlhf.estimate.step_time import step_parts
-from hpc_rlhf.launch.prepare import differences, has_trained, is_harmless
+from hpc_rlhf.launch.changes import differences, has_trained, is_harmless
 from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.auto import OFFLOADS

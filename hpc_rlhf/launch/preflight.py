@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from hpc_rlhf.launch.doctor import fit, storage
@@ -14,17 +14,24 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sweep import Sweep, lenders
 
 
-def objections(spec: JobSpec | Sweep) -> list[Finding]:
+def objections(spec: JobSpec | Sweep, reused: Mapping[str, Collection[str]] | None = None) -> list[Finding]:
     """The doctor's warnings and errors about the GPUs and the disk of the stages that are yet to be submitted.
 
     Runs of a sweep share a disk, and the stages that one of them trains for others.
+
+    Args:
+        reused: stages that each run takes from another one, by its name in a sweep, or "".
     """
     specs, lent = (spec.specs, lenders(spec.specs)) if isinstance(spec, Sweep) else ({"": spec}, {})
     found: dict[Finding, None] = {}
     needed: list[int | None] = []
     for name, one in specs.items():
         run = RunDir(Path(one.run_dir))
-        stages = [stage for stage in _missing(one, run) if (name, stage) not in lent]
+        stages = [
+            stage
+            for stage in _missing(one, run)
+            if (name, stage) not in lent and stage not in (reused or {}).get(name, ())
+        ]
         found |= dict.fromkeys(fit.check(one, stages))
         if stages:
             needed.append(storage.bytes_needed(one, run, stages))

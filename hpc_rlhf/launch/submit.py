@@ -6,15 +6,16 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.chain import Chain, Outcome, require_slurm
+from hpc_rlhf.launch.changes import refuse_changes
 from hpc_rlhf.launch.jobs import find_jobs, submission_options
 from hpc_rlhf.launch.plan import Plan
-from hpc_rlhf.launch.prepare import claim, prepare, refuse_changes
+from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Cancelled
@@ -25,11 +26,14 @@ from hpc_rlhf.spec.job import JobSpec
 SOON = 5  # seconds that Slurm may take to estimate a start
 
 
-def submit(spec: JobSpec, beside: Path | None = None, lent: Mapping[str, RunDir] | None = None) -> list[Outcome]:
+def submit(
+    spec: JobSpec, beside: Path | None = None, lent: Mapping[str, RunDir] | None = None,
+    reused: Mapping[str, RunDir] | None = None,
+) -> list[Outcome]:  # fmt: skip
     """Submit every stage that is neither finished nor queued nor running.
 
     Args:
-        beside, lent: as ``prepare`` takes them; the runs of ``lent`` were submitted before.
+        beside, lent, reused: as ``prepare`` takes them; the runs of ``lent`` were submitted before.
 
     Raises:
         HpcRlhfError: there is no Slurm here, Slurm rejects a job, or the run directory belongs to another spec.
@@ -37,27 +41,31 @@ def submit(spec: JobSpec, beside: Path | None = None, lent: Mapping[str, RunDir]
     require_slurm()
     with claim(spec, "hpc-rlhf submit") as run:
         jobs = find_jobs(run)
-        plan = prepare(spec, run, beside, live=bool(jobs.live), lent=lent)
+        plan = prepare(spec, run, beside, live=bool(jobs.live), lent=lent, reused=reused)
         return _send_missing(Chain(plan, jobs, "person"))
 
 
-def preview(plan: Plan, spec: JobSpec, beside: Path | None = None) -> dict[str, str]:
+def preview(plan: Plan, spec: JobSpec, beside: Path | None = None, reused: Collection[str] = ()) -> dict[str, str]:
     """The sbatch command of every stage that submit would send, if none of the run's jobs are live.
 
     Touches nothing.
+
+    Args:
+        reused: stages that would be taken from another run.
 
     Raises:
         HpcRlhfError: the run directory belongs to another spec.
     """
     templates = Templates(beside)
     refuse_changes(plan.run, spec, live=False)
+    done = {job.stage for job in plan.jobs if job.stage in reused or manifest.is_done(plan.run.stage(job.stage))}
     calls = {}
     for job in plan.jobs:
         templates.script(plan, job, "true")
         templates.sentinel(plan, job)
         templates.ds_configs(job)
-        if not manifest.is_done(plan.run.stage(job.stage)):
-            after = tuple(f"<{need}>" for need in job.needs if not manifest.is_done(plan.run.stage(need)))
+        if job.stage not in done:
+            after = tuple(f"<{need}>" for need in job.needs if need not in done)
             options = submission_options(job, "<token>", after)
             calls[job.stage] = shlex.join(["sbatch", *options, str(plan.run.sbatch(job.stage))])
     return calls

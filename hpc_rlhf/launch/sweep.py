@@ -16,8 +16,13 @@ from hpc_rlhf.run.layout import RunDir, SweepDir
 from hpc_rlhf.spec.sweep import Sweep, lenders
 
 
-def submit_sweep(sweep: Sweep, beside: Path | None = None) -> dict[str, list[Outcome]]:
+def submit_sweep(
+    sweep: Sweep, beside: Path | None = None, reused: Mapping[str, Mapping[str, RunDir]] | None = None
+) -> dict[str, list[Outcome]]:
     """Submit the missing stages of every run as one graph. Returns the outcomes by run.
+
+    Args:
+        beside, reused: as ``prepare`` takes them, ``reused`` by run.
 
     Raises:
         HpcRlhfError: there is no Slurm here, or a run cannot be submitted; the jobs that this call submitted
@@ -27,7 +32,7 @@ def submit_sweep(sweep: Sweep, beside: Path | None = None) -> dict[str, list[Out
     outcomes: dict[str, list[Outcome]] = {}
     try:
         for member in sweep.members:
-            outcomes[member.name] = submit(member.spec, beside, lent[member.name])
+            outcomes[member.name] = submit(member.spec, beside, lent[member.name], (reused or {}).get(member.name))
     except HpcRlhfError as error:
         submitted = [name for name, done in outcomes.items() if any(each.did == "submitted" for each in done)]
         for name in reversed(submitted):

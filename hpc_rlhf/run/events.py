@@ -218,6 +218,13 @@ class Relocated(Event, name="relocated"):
     source: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reused(Event, name="reused"):
+    """the finished stage was taken from the run in the folder `source`"""
+
+    source: str = ""
+
+
 def to_json(event: Event) -> dict[str, Any]:
     """The event as the ledger stores it."""
     facts = {

@@ -13,11 +13,11 @@ from itertools import product
 from pathlib import Path
 
 from hpc_rlhf.errors import Problem, SpecError
-from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import put, read_layers
 from hpc_rlhf.spec.load import check_tree, in_order
-from hpc_rlhf.spec.stages import STAGE_NAMES, kind_of
+from hpc_rlhf.spec.stage_inputs import inputs
+from hpc_rlhf.spec.stages import STAGE_NAMES
 from hpc_rlhf.spec.yaml_source import Mark, Node
 
 MAX_RUNS = 200  # each is a folder and several queued jobs
@@ -110,17 +110,7 @@ def lenders(specs: Mapping[str, JobSpec]) -> dict[tuple[str, str], str]:
 
 def _fingerprint(spec: JobSpec, stage: str) -> str:
     """A hash of everything that affects the result of a stage: equal for runs that can share it."""
-    inputs = {
-        "stage": stage,
-        "fields": spec.stage(stage).model_dump(mode="json", exclude={"slurm"}),
-        "ranks": spec.stage(stage).slurm.model_dump(mode="json", include=set(SIZE)),
-        "needs": [_fingerprint(spec, need) for need in spec.needs(stage)],
-        "seed": spec.seed,
-        "data": spec.data.model_dump(mode="json"),
-        "models": spec.models.model_dump(mode="json", include=set(kind_of(stage).models)),
-        "trained": spec.trained,  # the prompts are divided among them
-    }
-    return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps({"stage": stage, **inputs(spec, stage)}, sort_keys=True).encode()).hexdigest()
 
 
 def _axes(root: Node, sweep: Node) -> dict[str, Node]:

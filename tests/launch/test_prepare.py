@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.prepare import claim, differences, evaluation_changed, prepare
+from hpc_rlhf.launch.changes import differences, evaluation_changed
+from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.job import JobSpec
@@ -53,6 +54,8 @@ def test_a_trained_run_keeps_its_spec(tmp_path: Path) -> None:
     with pytest.raises(HpcRlhfError) as caught:
         prepared(changed)
     message = str(caught.value)
+    assert f"--reuse {run}" in message
+    assert "cancel" not in message
     assert "  stages.sft.lr: 9.65e-06 -> 0.001\n" in message
     assert "  data.sources.0.demo: 100 -> 200\n" in message
     assert "  stages.ppo.slurm.nodes: 1 -> 2\n" in message
@@ -87,6 +90,20 @@ def test_nothing_may_change_while_jobs_are_live(tmp_path: Path) -> None:
     with pytest.raises(HpcRlhfError, match=r"(?s)slurm.partition: unset -> night.*hpc-rlhf cancel"):
         prepared(spec_with(tmp_path, "slurm.partition=night"), live=True)
     assert "night" not in (run / "job.yaml").read_text()
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_what_can_change_is_kept_apart_from_what_cannot(tmp_path: Path, live: bool) -> None:
+    run = prepared(spec_with(tmp_path))
+    (run / "stages/sft/metrics.jsonl").touch()
+    with pytest.raises(HpcRlhfError) as caught:
+        prepared(spec_with(tmp_path, "stages.ppo.kl_coef=0.3", "slurm.partition=night"), live=live)
+    fixed, _, changeable = caught.value.message.partition("these could")
+    assert "  stages.ppo.kl_coef: 0.1 -> 0.3" in fixed
+    assert "  stages.sft.slurm.partition: unset -> night" in changeable
+    assert ("once its jobs are cancelled" in changeable) == live
+    assert f"--reuse {run}" in str(caught.value.hint)
+    assert "hpc-rlhf cancel" not in str(caught.value)  # the jobs are good, and it would not help
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:

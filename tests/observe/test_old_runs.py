@@ -14,7 +14,7 @@ import pytest
 
 from hpc_rlhf.cli import main
 from hpc_rlhf.launch.auto import resolve
-from hpc_rlhf.launch.prepare import differences
+from hpc_rlhf.launch.changes import differences
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError, SpecError
+from hpc_rlhf.launch.changes import differences
 from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.launch.prepare import claim, differences, prepare
+from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.run import manifest, notify
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec

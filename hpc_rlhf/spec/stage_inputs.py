@@ -1,0 +1,34 @@
+"""What the result of a stage depends on: the part of a spec that is the same for runs that can share the stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpc_rlhf.spec.cluster import SIZE
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.stages import kind_of
+
+
+def inputs(spec: JobSpec, stage: str) -> dict[str, Any]:
+    """Everything that affects the result of a stage, in the form of the spec, as plain values."""
+    stages = with_needs(spec, stage)
+    models = {model for name in stages for model in kind_of(name).models}
+    return {
+        "seed": spec.seed,
+        "data": spec.data.model_dump(mode="json"),
+        "models": spec.models.model_dump(mode="json", include=models),
+        "trained": list(spec.trained),  # the prompts are divided among them
+        "stages": {name: _settings(spec, name) for name in stages},
+    }
+
+
+def with_needs(spec: JobSpec, stage: str) -> tuple[str, ...]:
+    """A stage and all stages that it starts from, directly or not, in the order of the run."""
+    needs = {each for need in spec.needs(stage) for each in with_needs(spec, need)}
+    return tuple(name for name in spec.stage_names if name == stage or name in needs)
+
+
+def _settings(spec: JobSpec, stage: str) -> dict[str, Any]:
+    settings = spec.stage(stage)
+    size = settings.slurm.model_dump(mode="json", include=set(SIZE))
+    return {**settings.model_dump(mode="json", exclude={"slurm"}), "slurm": size}
