@@ -50,7 +50,5 @@ def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> 
     job_id, node, token = serving.serve_as_job(
         run_dir, name, POLICIES[name].name, folder, port, lambda words: click.echo(words, err=True)
     )
-    click.echo(
-        f"job {job_id} serves {name} on {node}, ready in about a minute; to stop it: hpc-rlhf cancel {run}", err=True
-    )
+    click.echo(f"job {job_id} serves {name} on {node}; to stop it: hpc-rlhf cancel {run}", err=True)
     click.echo(f"ssh -N -L {port}:127.0.0.1:{port} {node}\n{serving.how_to_use(name, port, token)}")

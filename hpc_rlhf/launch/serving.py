@@ -44,11 +44,11 @@ def new_token() -> str:
 def serve_as_job(
     run: RunDir, name: str, stage: str, folder: Path, port: int, say: Callable[[str], object]
 ) -> tuple[str, str, str]:
-    """Submit a job that serves on one node of the stage's kind, wait until it runs, and return its id, node and token.
+    """Submit a job that serves on one node of the stage's kind, wait until it does, and return its id, node and token.
     ``say`` is called with progress messages.
 
     Raises:
-        HpcRlhfError: this user may not act on the run, Slurm rejects the job, or it ends before it runs.
+        HpcRlhfError: this user may not act on the run, Slurm rejects the job, or it ends before it serves.
     """
     acting.check(run)
     plan = make_plan(read_spec(run.job_yaml))
@@ -58,7 +58,10 @@ def serve_as_job(
     if not token.exists():  # a job that is queued reads it when it starts
         with open(token, "x", opener=lambda path, flags: os.open(path, flags, mode=0o600)) as file:
             file.write(new_token())
-    arguments = [str(folder), "--name", name, "--host", LOCALHOST, "--port", str(port), "--token", str(token)]
+    ready = token.with_name(f"serve-{port}.ready")
+    ready.unlink(missing_ok=True)
+    arguments = [str(folder), "--name", name, "--host", LOCALHOST, "--port", str(port)]
+    arguments += ["--token", str(token), "--ready", str(ready)]
     command = f"{rank_python(job)} hpc_rlhf.train.serve {shlex.join(arguments)}"
     script = run.stage(stage).path / "serve.sbatch"
     script.write_text(Templates(run.scripts).serve(plan, job, command), encoding="utf-8")
@@ -69,12 +72,18 @@ def serve_as_job(
         queued = commands.queue().get(job_id)
         if queued is None or not queued.live:
             log = run.stage(stage).logs / f"{job_id}_batch.log"
-            raise HpcRlhfError(f"job {job_id} ended before it started to serve", where=str(log), exit_code=RUN_FAILED)
-        if queued.state == "RUNNING":
+            raise HpcRlhfError(
+                f"job {job_id} ended before it served",
+                where=str(log),
+                hint=f"its log is there; if something else uses port {port} of its node, choose another with --port",
+                exit_code=RUN_FAILED,
+            )
+        if ready.exists():
+            ready.unlink()
             past = commands.find_record(job_id)
             node = commands.hostnames(past.nodes)[0] if past and past.nodes else ""
             return job_id, node, token.read_text()
-        state = f"job {job_id} {queued.state.lower()}{f' ({queued.reason})' if queued.reason else ''}"
+        state = f"job {job_id}, {queued.state.lower()}{f' ({queued.reason})' if queued.reason else ''}"
         if state != last:
             say(f"waiting for {state}; hpc-rlhf cancel {run.path} cancels it")
             last = state

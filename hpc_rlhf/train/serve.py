@@ -1,6 +1,7 @@
 """Serves a finished model with an OpenAI-compatible API: by vLLM if it is installed, else by our own server.
 
-``python -m hpc_rlhf.train.serve FOLDER --name NAME --host HOST --port PORT --token FILE`` is what a Slurm job runs.
+``python -m hpc_rlhf.train.serve FOLDER --name NAME --host HOST --port PORT --token FILE --ready FILE`` is what a Slurm
+job runs.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def main() -> int:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", required=True, type=int)
     parser.add_argument("--token", required=True, type=Path, help="file with the token that clients must give")
+    parser.add_argument("--ready", required=True, type=Path, help="file to create when the server responds")
     args = parser.parse_args()
     try:
-        serve(args.folder, args.name, args.host, args.port, args.token.read_text().strip(), lambda: None)
+        serve(args.folder, args.name, args.host, args.port, args.token.read_text().strip(), args.ready.touch)
     except HpcRlhfError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -102,6 +104,8 @@ def become_vllm(folder: Path, name: str, host: str, port: int, token: str) -> No
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     if not tokenizer.chat_template:  # models of earlier versions have none
         arguments += ["--chat-template", plain_template(tokenizer)]
+    for variable in ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):  # endpoints that change the server
+        os.environ.pop(variable, None)
     os.environ.update(VLLM_API_KEY=token, HPC_RLHF_SERVE_HOST=host)
     command = safe_path.module("vllm.entrypoints.openai.api_server", *arguments)
     os.execv(command[0], command)

@@ -44,14 +44,11 @@ def test_a_job_serves_until_the_run_is_cancelled(idle_cluster: Cluster, tmp_path
     (job,) = re.findall(r"job (\d+) serves sft", served.stderr)
     assert token not in idle_cluster.run("scontrol", "show", "job", job, "--details").stdout
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token) as client:
-
-        def responds() -> bool:
-            try:
-                return bool(client.models.list().data)
-            except openai.APIConnectionError:
-                return False
-
-        wait_until(responds, 90, "the job to serve")
+        assert [model.id for model in client.models.list()] == ["sft"], "it serves when the command ends"
+    second = cli("serve", "--slurm", "--port", str(port))
+    assert (second.returncode, second.stdout) == (1, "")
+    (log,) = re.findall(r"error: (.*): job \d+ ended before it served", second.stderr)
+    assert "something else listens there" in Path(log).read_text()
     done = cli("cancel")
     assert re.search(rf"serve +{job} +RUNNING", done.stdout), done.stdout + done.stderr
     wait_until(lambda: idle_cluster.field(job, "JobState") == "CANCELLED", 30, "the job to end")
