@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 from hpc_rlhf.run import manifest
 from tests.cluster import Cluster, config, wait_until
 from tests.cluster.chain import Chain
-from tests.cluster.cluster import CHECKOUT
+from tests.cluster.cluster import CHECKOUT, SYSTEM_PATH
 from tests.cluster.processes import Process, find
 
 STAGES = ("sft", "reward", "ppo")
@@ -379,7 +380,7 @@ def killing_sbatch(cluster: Cluster, folder: Path, after: bool) -> dict[str, str
         f"echo >>'{calls}'",
         f"second() {{ [[ $(wc -l <'{calls}') == 2 ]]; }}",
         "" if after else f"second && {{ {kill}; exit 1; }}",
-        '/usr/bin/sbatch "$@"',
+        f'{shutil.which("sbatch", path=SYSTEM_PATH)} "$@"',
         f"second && {kill}" if after else "",
         "exit 0",
     )

@@ -9,12 +9,39 @@ from typing import Any
 
 import pytest
 
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import Templates, render
 from tests.cluster import Cluster
 from tests.cluster.chain import Chain, assert_went_on_once, run_preempted
 from tests.cluster.cluster import CHECKOUT
+from tests.launch.specs import make_spec
 
 CHAIN = CHECKOUT / "tests/cluster/jobs/chain.yaml"
 NODES = {"torchrun": "node[1-2]", "deepspeed": "node[3-4]"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "cpus"), [("srun", 6), ("torchrun", 6), ("deepspeed", 6), ("serve", 6), ("doctor", 3)]
+)
+def test_a_step_is_given_all_cpus_of_its_ranks(idle_cluster: Cluster, tmp_path: Path, kind: str, cpus: int) -> None:
+    """Two ranks of three CPUs each, by tasks of their own or by one task for the node."""
+    settings = {"cpus_per_gpu": 3, "launcher": kind if kind in NODES else "srun", "partition": "high"}
+    plan = make_plan(make_spec(tmp_path / "run", settings, sft={}))
+    render(plan, plan.run.scripts)
+    plan.run.stage("sft").logs.mkdir(parents=True)
+    job, templates, out = plan.jobs[0], Templates(), tmp_path / "step"
+    command = f"bash -c 'scontrol --oneliner show step $SLURM_JOB_ID.$SLURM_STEP_ID >{out}'"
+    if kind == "serve":
+        text = templates.serve(plan, job, command)
+    elif kind == "doctor":
+        (tmp_path / "spec.yaml").touch()
+        text = templates.doctor(plan, job, tmp_path, command, 77)
+    else:
+        text = templates.script(plan, job, command)
+    script = tmp_path / "script"
+    script.write_text(text)
+    idle_cluster.wait_state(idle_cluster.sbatch("--output=/dev/null", script), "COMPLETED")
+    assert f" CPUs={cpus} " in out.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,36 +74,38 @@ class Weather:
 
     def storm(self, seed: int, kinds: Sequence[Fault] | None = None) -> Outcome:
         """Run it in a storm and compare."""
-        storm = self.rage(seed, kinds)
+        storm = self.rage(seed, kinds, {stage: self._steps(stage) for stage in STAGES})
         differ, odd = differences(storm.chain, self._peace), unexplained(storm)
         if len(storm.struck) < self.faults:
             odd.append(f"the chain finished after {len(storm.struck)} faults")
         return Outcome(storm, differ, odd, storm.healed, table(storm))
 
-    def rage(self, seed: int, kinds: Sequence[Fault] | None = None) -> Storm:
-        """Run it in a storm."""
+    def rage(self, seed: int, kinds: Sequence[Fault] | None = None, steps: Mapping[str, int] | None = None) -> Storm:
+        """Run it in a storm; ``steps`` as in Storm."""
         name = f"storm-{seed}"
         chain = self._started(name)
         arguments = (self.folder / f"{name}-orders", random.Random(seed), self.faults)
         storm: Storm
         if isinstance(chain, Chain):
-            storm = ClusterStorm(chain, *arguments, kinds or FAULTS, self.every)
+            storm = ClusterStorm(chain, *arguments, kinds or FAULTS, self.every, steps or {})
         else:
-            storm = LocalStorm(chain, *arguments, kinds or LOCAL_FAULTS, self.every)
+            storm = LocalStorm(chain, *arguments, kinds or LOCAL_FAULTS, self.every, steps or {})
         storm.rage()
         return storm
+
+    def _steps(self, stage: str) -> int:
+        seconds = (self.every or WORK[stage]) * (1 if self.cluster else LONGER_HERE)
+        return max(LEAST[stage], int(RATES[stage] * seconds * self.faults / len(RATES)))
 
     def _started(self, name: str) -> Chain | Here:
         place, orders = self.folder / name, self.folder / f"{name}-orders"
         place.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", place], check=True)
         sets = [f"name={name}"]
-        for stage, rate in RATES.items():
+        for stage in STAGES:
             (orders / stage).mkdir(parents=True)
             setup = f"export OMP_NUM_THREADS=1 STORM={orders / stage} LD_PRELOAD={self.library}"
-            seconds = (self.every or WORK[stage]) * (1 if self.cluster else LONGER_HERE)
-            steps = max(LEAST[stage], int(rate * seconds * self.faults / len(RATES)))
-            sets += [f"stages.{stage}.max_steps={steps}", f'stages.{stage}.slurm.setup=["{setup}"]']
+            sets += [f"stages.{stage}.max_steps={self._steps(stage)}", f'stages.{stage}.slurm.setup=["{setup}"]']
         chain: Chain | Here
         if self.cluster is not None:
             chain = Chain(self.cluster, HERE / "storm.yaml", place / "run", tuple(sets))

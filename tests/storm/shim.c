@@ -3,7 +3,8 @@
  *
  * STORM names a folder. There the file `aim` holds `CALL SKIP FOLDER`: the next process that makes such a call on a path
  * with FOLDER in it, after letting SKIP of them pass, takes the file away and dies, or with CALL `eio` has its fsync fail.
- * The file `clock` holds the seconds by which a Python process that starts is ahead. */
+ * The file `clock` holds the seconds by which a Python process that starts is ahead. The file `hold.STAGE` holds the last
+ * step that the stage may make for now: the line of a later one waits, until that changes or a signal comes. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -20,13 +21,14 @@
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-static char aim[4096];
+static char aim[4096], orders[4000];
 static long ahead;
 
 __attribute__((constructor)) static void begin(void) {
   const char *folder = getenv("STORM");
   if (!folder || strncmp(program_invocation_short_name, "python", 6)) return;
   char clock[4096];
+  snprintf(orders, sizeof orders, "%s", folder);
   snprintf(aim, sizeof aim, "%s/aim", folder);
   snprintf(clock, sizeof clock, "%s/clock", folder);
   FILE *file = fopen(clock, "r");
@@ -77,7 +79,33 @@ static const char *path_of(int fd) {
   return path;
 }
 
+static void hold(int fd, const void *data, size_t size) {
+  static int released; /* a process that is to stop may still have to finish a step */
+  static const char key[] = "\"step\": ", file_name[] = "/metrics.jsonl";
+  const char *step = memmem(data, size, key, sizeof key - 1);
+  if (!*orders || released || busy || !step) return;
+  char stage[4096], path[4200];
+  snprintf(stage, sizeof stage, "%s", path_of(fd));
+  char *end = strstr(stage, file_name);
+  if (!end) return;
+  *end = 0;
+  snprintf(path, sizeof path, "%s/hold.%s", orders, strrchr(stage, '/') + 1);
+  busy = 1;
+  while (!released) {
+    long last = 0;
+    FILE *file = fopen(path, "r");
+    if (!file) break;
+    int known = fscanf(file, "%ld", &last) == 1;
+    fclose(file);
+    if (known && atol(step + sizeof key - 1) <= last) break;
+    struct timespec moment = {0, 50 * 1000 * 1000};
+    released = nanosleep(&moment, NULL) != 0;
+  }
+  busy = 0;
+}
+
 ssize_t write(int fd, const void *data, size_t size) {
+  hold(fd, data, size);
   if (*aim && !busy && !access(aim, F_OK) && meant("write", path_of(fd))) { REAL(write)(fd, data, size / 2); die(); }
   return REAL(write)(fd, data, size);
 }

@@ -7,7 +7,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class Storm:
         kinds: kinds of faults to draw from.
         folder: holds a folder per stage where its shim reads its orders.
         every: seconds into an attempt when a fault strikes; a random moment when left out.
+        steps: the steps of each stage that may not finish before its share of the faults; none when left out.
         struck: the faults injected.
         healed: the status each time the user had to heal.
     """
@@ -63,6 +64,7 @@ class Storm:
     faults: int
     kinds: Sequence[Fault] = FAULTS
     every: float | None = None
+    steps: Mapping[str, int] = field(default_factory=dict)
     struck: list[Struck] = field(default_factory=list)
     healed: list[str] = field(default_factory=list)
     _fronts: list[Front] = field(default_factory=list)
@@ -185,11 +187,13 @@ class Front:
         self._moment = 0.0
         self._awaited: Struck | None = None
         self._lost_since: float | None = None
+        self._limit: int | None = None
 
     def look(self) -> None:
         """Inject a fault if it is due."""
         if self.over:
             return
+        self._hold_back()
         if self.chain.is_done(self.stage):
             self.restore()
             self.over = True
@@ -246,6 +250,21 @@ class Front:
     @property
     def _orders(self) -> Path:
         return self.storm.orders(self.stage)
+
+    def _hold_back(self) -> None:
+        """Keep some of the stage's steps for each fault that is to strike by its end: a storm is as long as its faults,
+        however fast the machine, and after each there is progress."""
+        if self.stage not in self.storm.steps:
+            return
+        total = self.storm.steps[self.stage]
+        by_its_end = math.ceil(self.storm.faults * (STAGES.index(self.stage) + 1) / len(STAGES))
+        left = max(0, by_its_end - len(self.storm.struck))
+        limit = total - left * (total // (by_its_end + 2))
+        if limit != self._limit:
+            self._limit = limit
+            draft = self._orders / f"hold.{self.stage}.draft"
+            draft.write_text(str(limit))
+            draft.rename(self._orders / f"hold.{self.stage}")
 
     def _plan(self) -> None:
         storm = self.storm
