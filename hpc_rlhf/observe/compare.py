@@ -161,7 +161,7 @@ def _differing(facts: Sequence[dict[str, object]]) -> list[str]:
 
 
 def _leaves(value: object, path: str = "") -> Iterator[str]:
-    """The paths of the values below a value that are neither mappings nor lists of them."""
+    """The paths of the values in a value that are neither mappings nor lists of mappings."""
     below = _below(value)
     if not below:
         yield path
@@ -170,14 +170,14 @@ def _leaves(value: object, path: str = "") -> Iterator[str]:
 
 
 def _shared(path: str, facts: Sequence[object]) -> str:
-    """The field of a leaf that all have: itself, or the outermost part that is no mapping or list in some."""
+    """The field to show for a leaf: the outermost part of its path that has nothing below it in some run."""
     keys = path.split(".")
     parts = (".".join(keys[:count]) for count in range(1, len(keys)))
     return next((part for part in parts if any(not _below(_at(one, part)) for one in facts)), path)
 
 
 def _below(value: object) -> dict[str, object]:
-    """The entries of a mapping, or of a list of mappings by their number."""
+    """The entries of a mapping, or those of a list of mappings by index; empty for any other value."""
     if isinstance(value, list) and any(isinstance(each, dict) for each in value):
         return {str(number): each for number, each in enumerate(value)}
     return value if isinstance(value, dict) else {}

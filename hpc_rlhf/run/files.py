@@ -11,12 +11,14 @@ from pathlib import Path
 
 
 def file_system_error(error: Exception) -> OSError | None:
-    """What a file system refused, if that is what an exception reports: libraries in Rust, such as safetensors and
-    tokenizers, report it in their text only."""
+    """An exception as the error of the file system that it reports; None if it reports none.
+
+    Libraries in Rust, such as safetensors and tokenizers, raise other exceptions, with the error's number in the text.
+    """
+    if isinstance(error, OSError):
+        return error
     number = re.search(r"\(os error (\d+)\)", str(error))
-    if isinstance(error, OSError) or number is None:
-        return error if isinstance(error, OSError) else None
-    return OSError(int(number[1]), os.strerror(int(number[1])))
+    return None if number is None else OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def fsync_path(path: Path) -> None:

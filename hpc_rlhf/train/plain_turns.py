@@ -1,6 +1,7 @@
-"""Plain turns of Human: and Assistant: as a chat template, for those who read an artifact without this package.
+"""Plain turns of Human: and Assistant: as a chat template, for programs that load a model without this package.
 
-Here, a tokenizer without a template means plain turns (see ``data.rows.transcript``); the tokens are the same.
+In this package, a tokenizer without a template means plain turns (see ``data.rows.transcript``); both give the same
+tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def plain_template(tokenizer: Any) -> str:
 
 
 def drop_plain(tokenizer: Any) -> Any:
-    """Make a tokenizer that was saved with ``plain_template`` one without a template, as it was in training."""
+    """Remove the template of a tokenizer that was saved with ``plain_template``, in place, and return it."""
     if str(tokenizer.chat_template).endswith(PLAIN):
         tokenizer.chat_template = None
     return tokenizer

@@ -1,4 +1,4 @@
-"""The progress of a stage in the log of rank 0: a line now and then, for people and for `hpc-rlhf logs -f`."""
+"""The progress of a stage in the log of rank 0, which `hpc-rlhf logs -f` shows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from hpc_rlhf.run.format import duration, number
 from hpc_rlhf.spec.stages import kind_of
 
-# Seconds after which a step is worth a line. The first step, every tenth of the stage and evaluations always are.
+# Seconds between lines. The first step, every tenth of the stage and every evaluation have a line in any case.
 EVERY = 60.0
-_PACE_STEPS = 100  # how many of the latest steps the pace is measured over
+_PACE_STEPS = 100  # the pace is that of this many of the latest steps
 
 
 def say(stage: str, text: str) -> None:
@@ -20,11 +20,11 @@ def say(stage: str, text: str) -> None:
 
 
 class ProgressLog:
-    """Says how far a stage is, how well it does, and how long it will take.
+    """Writes how far a stage is, its metrics, its pace and the time left.
 
     Args:
-        say: called with the stage and a sentence.
-        clock: seconds that only grow.
+        say: called with the stage and the text of a line.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class ProgressLog:
         self._steps: deque[tuple[int, float]] = deque(maxlen=_PACE_STEPS + 1)
         self._tenth, self._said = -1, 0.0
 
-    def note(self, step: int, total: int, of: str, values: Mapping[str, float | None]) -> None:
-        """Take note of ``step`` steps done of ``total``, or of an evaluation after them.
+    def note(self, step: int, total: int, event: str, values: Mapping[str, float | None]) -> None:
+        """Take note of the metrics of step ``step`` of ``total``, or of an evaluation after it.
 
         Args:
-            of: train for a step of training; any other is always worth a line.
+            event: ``train`` for a step; anything else is an evaluation.
         """
-        now, trained = self._clock(), of == "train"
+        now, trained = self._clock(), event == "train"
         if trained:
             self._steps.append((step, now))
             tenth = step * 10 // total
@@ -54,6 +54,7 @@ class ProgressLog:
         self._say(self._stage, ", ".join(words + (self._pace(step, total) if trained else [])))
 
     def _pace(self, step: int, total: int) -> list[str]:
+        """The pace and the time left, as far as they are known."""
         (first, began), (last, ended) = self._steps[0], self._steps[-1]
         if last == first or ended <= began:
             return []

@@ -10,13 +10,13 @@ _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Turns tokens into text as soon as it is final: whole characters, without white space around the response.
+    """Turns tokens into text as soon as it is final: whole characters, without the response's surrounding white space.
 
     Args:
         stops: texts that end the response and do not belong to it, besides the user's next turn.
 
     Attributes:
-        ended: a text that ends the response was drawn.
+        ended: whether a text that ends the response was drawn.
     """
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
@@ -49,6 +49,7 @@ class TextStream:
         return self._release(_without_begun(self._held, () if self.ended else self.own_stops))
 
     def _release(self, final: str) -> str:
+        """Give out the first part of the held text, but keep white space at its end: the response may end there."""
         final = final.rstrip()
         self._held = self._held[len(final) :]
         if not self._started:

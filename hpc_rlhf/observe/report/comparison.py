@@ -17,7 +17,7 @@ from hpc_rlhf.run.format import number
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import STAGE_KINDS, Plot, StageKind
 
-# Runs whose curves are drawn, the best first, and points of a curve. Beyond that, nothing can be told apart.
+# At most this many runs are drawn, the best first, with this many points each: more could not be distinguished.
 MAX_RUNS, MAX_POINTS = 16, 300
 
 
@@ -28,7 +28,7 @@ def make_comparison(comparison: Comparison, sentence: str, rows: Sequence[Sequen
         sentence: what the runs are ranked by.
         rows: the table of the runs: a header, then the best first; every row begins with the name of its run.
     """
-    drawn = names(comparison.runs)
+    drawn = _drawn(comparison.runs)
     charts = {kind.name: list(_charts(kind, drawn)) for kind in STAGE_KINDS if kind.trains}
     charts = {stage: overlays for stage, overlays in charts.items() if overlays}
     return render(
@@ -44,8 +44,8 @@ def make_comparison(comparison: Comparison, sentence: str, rows: Sequence[Sequen
     )
 
 
-def names(runs: Sequence[Compared]) -> dict[str, RunDir]:
-    """The runs to draw, by their names; by their paths, where names are not unique."""
+def _drawn(runs: Sequence[Compared]) -> dict[str, RunDir]:
+    """The runs to draw, by name, or by path where several have the same name."""
     shown = [run.name for run in runs]
     return {run.path if shown.count(run.name) > 1 else run.name: RunDir(Path(run.path)) for run in runs[:MAX_RUNS]}
 
@@ -68,13 +68,14 @@ def _charts(kind: StageKind, runs: Mapping[str, RunDir]) -> Iterator[Chart]:
 
 
 def _label(names: Sequence[str], runs: int) -> str:
+    """The name of a curve that belongs to some of ``runs`` runs."""
     if len(names) == 1:
         return names[0]
     return "all runs" if len(names) == runs else f"{names[0]} and {len(names) - 1} more"
 
 
 def _overlay(plot: Plot, title: str, metric: str, rows: Mapping[str, Sequence[Row]]) -> Iterator[Chart]:
-    """The chart of a metric, if any run has it: means over equal intervals of steps where they are many."""
+    """The chart of a metric, if any run has it. More than MAX_POINTS steps are averaged over equal intervals."""
     known: dict[str, dict[int, float]] = {}
     for label, of_run in rows.items():
         values = {row.step: row.values.get(metric) for row in of_run}

@@ -1,6 +1,6 @@
-"""Who may use a server: whoever has its token. Also in front of vLLM's.
+"""Admits only clients that have the server's token, to our own server and to vLLM's.
 
-A port of this machine is open to everybody on it, and by DNS rebinding to every web page in a browser on it.
+Every user of this machine can reach its ports, and so can, by DNS rebinding, every web page in a browser on it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from hpc_rlhf.train.server.protocol import ApiError
 
-# What tells whether the server is up needs no token.
+# The only path that needs no token.
 OPEN = "/health"
 
 Scope = MutableMapping[str, Any]
@@ -25,7 +25,7 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware that admits requests with the token and with a Host that is this machine.
+    """ASGI middleware that refuses requests without the token, or with a Host other than this machine.
 
     Args:
         host: the address that the server listens on.
@@ -59,7 +59,7 @@ class Guard:
         return ApiError(401, "Give the token that hpc-rlhf serve printed, as the API key.", code="invalid_api_key")
 
     def _is_ours(self, host: str) -> bool:
-        """Whether a Host header names this machine. An address does: rebinding needs a name."""
+        """Whether a Host header is a name of this machine or any address: rebinding needs a name."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -72,7 +72,7 @@ class Guard:
 
 
 class VllmGuard(Guard):
-    """The same for ``vllm serve --middleware``, with vLLM's own key."""
+    """The guard as vLLM's option ``--middleware`` constructs it, with vLLM's own API key as the token."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         super().__init__(app, os.environ["VLLM_API_KEY"], os.environ["HPC_RLHF_SERVE_HOST"])

@@ -26,8 +26,8 @@ from hpc_rlhf.train.text_stream import TextStream
 
 # The longest response if a request sets no length.
 MAX_TOKENS = 1024
-# Tokens between looks whether the client is still there; a look takes longer than a token of a small model.
-LOOK_AFTER = 16
+# Tokens between checks that the client is still connected; one takes longer than a token of a small model.
+CHECK_EVERY = 16
 
 
 @dataclass
@@ -35,8 +35,9 @@ class Completion:
     """A response while it is drawn.
 
     Attributes:
+        model: the model's name in requests.
         finish: why it ended, as the API calls it.
-        drawn: tokens of it, EOS included.
+        drawn: how many of its tokens have been drawn, EOS included.
     """
 
     worker: Worker
@@ -49,6 +50,7 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def pieces(self) -> AsyncGenerator[str, None]:
+        """The text as it becomes final; some pieces are empty."""
         async with aclosing(self.worker.tokens(self.request)) as tokens:
             async for token in tokens:
                 self.drawn += 1
@@ -64,16 +66,17 @@ class Completion:
         return {"prompt_tokens": prompt, "completion_tokens": self.drawn, "total_tokens": prompt + self.drawn}
 
     def body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """An object of the API of this kind, which has at most one choice."""
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**head, "choices": [{"index": 0, "logprobs": None, **choice} for choice in choices], **more}
 
     async def whole(self, is_gone: Callable[[], Any]) -> dict[str, Any]:
-        """The response at once, unless the client is gone before."""
+        """The response as one object. Drawing stops if ``is_gone`` reports that the client has disconnected."""
         pieces = []
         async with aclosing(self.pieces()) as stream:
             async for piece in stream:
                 pieces.append(piece)
-                if len(pieces) % LOOK_AFTER == 0 and await is_gone():
+                if len(pieces) % CHECK_EVERY == 0 and await is_gone():
                     break
         message = {"role": "assistant", "content": "".join(pieces), "refusal": None}
         return self.body("chat.completion", [{"message": message, "finish_reason": self.finish}], usage=self.usage)
@@ -105,7 +108,7 @@ def make_app(model: ChatModel, name: str, ready: Callable[[], object]) -> FastAP
 
     Args:
         name: of the model in requests.
-        ready: called when it responds.
+        ready: called when the server responds.
     """
     worker = Worker(model.batch)
 
@@ -152,10 +155,10 @@ def make_app(model: ChatModel, name: str, ready: Callable[[], object]) -> FastAP
 
 
 def to_request(model: ChatModel, body: ChatRequest) -> Request:
-    """What the model has to do.
+    """The request to the model.
 
     Raises:
-        ApiError: the messages do not suit the model.
+        ApiError: the chat template refuses the messages, or they do not fit in the context.
     """
     try:
         prompt = model.prompt([message.turn for message in body.messages])

@@ -1,4 +1,5 @@
-"""What a chat completion request may contain. What would change the response and is not implemented is refused."""
+"""What a request for a chat completion may contain. Fields that would change the response but are not implemented are
+refused."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "assistant"}
-# Fields that change nothing while they have one of these values. (null is always such a value.)
+# Unsupported fields are accepted with these values, which do not change the response, and with null.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "response_format": ({"type": "text"},),
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "modalities": (["text"],),
@@ -32,12 +33,13 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
+        """The body of the HTTP response."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class _Object(BaseModel):
-    """An object of a request, without fields that would be ignored in silence."""
+    """An object in a request. Any field that would be ignored although it matters is refused."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -110,4 +112,5 @@ class ChatRequest(_Object):
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The texts that end the response."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

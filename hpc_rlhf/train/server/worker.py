@@ -1,4 +1,4 @@
-"""The thread that runs the model: all requests that are there share its forward passes."""
+"""The thread that runs the model. Concurrent requests share its forward passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from hpc_rlhf.train.rollout.in_process.open_batch import OpenBatch, Request
 
-# What a request is given: its next token; None after the last one; or why there are no more.
+# Receives a request's next token, None after the last one, or the exception that ended it.
 Deliver = Callable[[int | Exception | None], None]
 
 
@@ -23,7 +23,7 @@ class Worker(threading.Thread):
         super().__init__(name="model", daemon=True)
         self.batch = batch
         self._deliver: dict[Request, Deliver] = {}
-        # A request to begin with its receiver, or to end; None to stop.
+        # A request with its receiver to begin it, or with None to end it; None to stop the thread.
         self._inbox: queue.SimpleQueue[tuple[Request, Deliver | None] | None] = queue.SimpleQueue()
 
     async def tokens(self, request: Request) -> AsyncGenerator[int, None]:
@@ -45,6 +45,7 @@ class Worker(threading.Thread):
             self._inbox.put((request, None))
 
     def stop(self) -> None:
+        """End the thread, and wait for it."""
         self._inbox.put(None)
         self.join()
 
@@ -55,16 +56,16 @@ class Worker(threading.Thread):
                     self._deliver[request](request.tokens[-1])
                     if self.batch.is_finished(request):
                         self._deliver.pop(request)(None)
-            except Exception as error:  # of any kind, such as too little memory: the next requests may fare better
+            except Exception as error:  # such as too little memory, which may suffice for the next requests
                 traceback.print_exc(file=sys.stderr)
                 for deliver in self._deliver.values():
                     deliver(error)
                 self._deliver.clear()
-                with suppress(Exception):  # a broken device fails the next requests as well, and says so
+                with suppress(Exception):  # a broken device also fails the next requests, which report it
                     self.batch.clear()
 
     def _take_orders(self) -> bool:
-        """Begin and end requests as asked, and wait if there is none to advance; False to stop."""
+        """Begin and end requests as asked; wait while there is none to advance. False if the thread is to stop."""
         while not self._deliver or not self._inbox.empty():
             order = self._inbox.get()
             if order is None:

@@ -15,7 +15,7 @@ from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import PREFILL_TOKENS, draw, uniforms
 from hpc_rlhf.train.rollout.in_process.kv_cache import Rows, make_rows
 
-# The least columns. Columns and rows are doubled until they are enough, so that their number seldom changes.
+# The fewest columns. Columns and rows are doubled until they suffice, so that the buffers seldom change their size.
 COLUMNS = 512
 
 
@@ -26,8 +26,9 @@ class Request:
     Attributes:
         prompt: token ids, not empty.
         max_tokens: length of the longest response, EOS included.
-        key: what seeds the sampling.
+        key: seeds the sampling.
         tokens: the response's token ids.
+        randoms: (max_tokens,), the uniform numbers that tokens are drawn with; None if greedy, or not begun.
     """
 
     prompt: list[int]
@@ -35,22 +36,27 @@ class Request:
     sampling: Sampling
     key: tuple[object, ...]
     tokens: list[int] = field(default_factory=list)
-    randoms: Tensor | None = None  # (max_tokens,), the uniform numbers that tokens are drawn with; None if greedy
+    randoms: Tensor | None = None
 
     @property
     def columns(self) -> int:
+        """The most tokens of prompt and response."""
         return len(self.prompt) + self.max_tokens
 
 
 class OpenBatch:
-    """Responds to requests together, in the order in which they come.
+    """Draws responses together, and begins requests in the order in which they were added.
 
     Up to rounding, a response depends only on its own request.
 
     Args:
         step: of a causal language model in eval mode.
         eos_id: the token that ends a response.
-        tokens: how many tokens the caches may hold. A request must not need more columns than that.
+        tokens: how many tokens the caches may hold, all rows together. No request may need more.
+
+    Attributes:
+        waiting: the requests that have no row yet.
+        live: the request of each row.
     """
 
     def __init__(self, step: DecodeStep, eos_id: int, tokens: int) -> None:
@@ -58,12 +64,13 @@ class OpenBatch:
         self.eos_id = eos_id
         self.budget = tokens
         self.waiting: deque[Request] = deque()
-        self.live: list[Request] = []  # the request of each row
+        self.live: list[Request] = []
         self._rows: Rows | None = None
         self._room = self._columns = 0  # rows, and the columns of each
         self._ready = ExitStack()
 
     def add(self, request: Request) -> None:
+        """Let a request wait for a row."""
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
@@ -74,18 +81,19 @@ class OpenBatch:
             self.waiting.remove(request)
 
     def clear(self) -> None:
-        """Forget all requests, and free the caches' memory."""
+        """Drop all requests, and free the memory of the caches."""
         self.waiting.clear()
         self.live.clear()
         self._rows, self._room, self._columns = None, 0, 0
         self._ready.close()
 
     def is_finished(self, request: Request) -> bool:
+        """Whether a response has ended, by EOS or by its length."""
         return len(request.tokens) == request.max_tokens or request.tokens[-1:] == [self.eos_id]
 
     @torch.no_grad()
     def advance(self) -> list[Request]:
-        """One forward pass: the requests to which it added a token; none if there is nothing to do."""
+        """Make one forward pass, and return the requests to which it added a token; none if there was no request."""
         first, new = len(self.live), self._next_requests()
         if new:
             logits = self._begin(first, new)
@@ -104,7 +112,7 @@ class OpenBatch:
         return advanced
 
     def _next_requests(self) -> list[Request]:
-        """Take the requests whose prompts go through the model next."""
+        """Remove from the waiting requests those whose prompts go through the model next."""
         if not self.waiting:
             return []
         columns = _doubled(COLUMNS, self.waiting[0].columns)
@@ -114,7 +122,7 @@ class OpenBatch:
         most = min(ROWS, self.budget // columns)
         if columns != self._columns or len(self.live) == self._room < most:
             if len(self.live) >= most:
-                return []  # until enough of the others are finished
+                return []  # until enough live requests have ended
             self._replace_rows(min(most, _doubled(1, len(self.live) + len(self.waiting))), columns)
         new: list[Request] = []
         tokens = 0
@@ -127,7 +135,7 @@ class OpenBatch:
         return new
 
     def _replace_rows(self, rows: int, columns: int) -> None:
-        """Make rows of another size, and let the live requests continue in them."""
+        """Make new rows, ``rows`` of ``columns`` each, and continue the live requests in them."""
         self._rows = None  # frees the memory first
         self._ready.close()
         self._rows, self._room, self._columns = make_rows(self.decode_step, rows, columns), rows, columns
@@ -136,6 +144,7 @@ class OpenBatch:
             self._rows.begin(row, [request.prompt + request.tokens[:-1]])
 
     def _begin(self, first: int, new: list[Request]) -> Tensor:
+        """The next logits, (new, vocabulary), of requests in the rows from ``first`` on."""
         assert self._rows is not None
         for request in new:
             if not request.sampling.greedy:
@@ -143,11 +152,13 @@ class OpenBatch:
         return self._rows.begin(first, [request.prompt for request in new])
 
     def _step(self) -> Tensor:
+        """The next logits, (live, vocabulary)."""
         assert self._rows is not None
         last = [request.tokens[-1] for request in self.live]
         return self._rows.step(torch.tensor(last, device=self.decode_step.model.device))
 
     def _end(self, row: int) -> None:
+        """Drop a row's request, and move the last row into its place."""
         end = len(self.live) - 1
         if row < end:
             assert self._rows is not None
@@ -170,6 +181,7 @@ def _draw(logits: Tensor, requests: list[Request]) -> list[int]:
 
 
 def _doubled(number: int, needed: int) -> int:
+    """The number, doubled until it is at least ``needed``."""
     while number < needed:
         number *= 2
     return number
