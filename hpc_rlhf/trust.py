@@ -67,6 +67,8 @@ def leading_to(path: Path) -> Iterator[Path]:
     todo = [path.absolute()]
     while todo:
         one = todo.pop()
+        if ".." in one.parts:  # leads to the folder above the target of a link
+            one = one.parent.resolve() / one.name
         if one in seen:
             continue
         seen.add(one)

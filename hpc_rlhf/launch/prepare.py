@@ -15,7 +15,7 @@ from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.launch.reuse import take_over
 from hpc_rlhf.launch.survey import refuse_bad_data
-from hpc_rlhf.run import acting, notify, run_index
+from hpc_rlhf.run import acting, notify, run_index, secret
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
@@ -83,6 +83,7 @@ def prepare(
         _keep_templates(run, beside)
         write_atomically(run.plan_json, plan.to_json())
         write_atomically(run.job_yaml, dump_spec(spec))
+        secret.read(run)
         for stage, source in (reused or {}).items():
             take_over(run, stage, source)
     run_index.remember(run.path)

@@ -57,6 +57,8 @@ class RunDir:
     ledger = Inside("ledger.jsonl")
     report = Inside("report.html")
     submit_lock = Inside(".submit.lock")
+    # Known to this run's ranks only; see run/secret.py.
+    secret = Inside(".secret")
     scripts = Inside("scripts")
 
     def sbatch(self, stage: str) -> Path:

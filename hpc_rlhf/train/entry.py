@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from hpc_rlhf import safe_path
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
-from hpc_rlhf.run import manifest, notify
+from hpc_rlhf.run import manifest, notify, secret
 from hpc_rlhf.run.events import AttemptEvent, Cancelled, Failed, Finished, Hang, Interrupted, Requeued, Started
 from hpc_rlhf.run.failures import own_failure
 from hpc_rlhf.run.format import duration
@@ -144,7 +144,8 @@ class Attempt:
         settings = spec.stage(self.stage).slurm
         if self.is_main:
             self.start(settings)
-        world = worlds.join(settings.ranks, timedelta(seconds=seconds(settings.collective_timeout)))
+        timeout = timedelta(seconds=seconds(settings.collective_timeout))
+        world = worlds.join(settings.ranks, timeout, secret.read(self.files))
         self.name = world.on_main(lambda: self.name)
         try:
             self.train(spec, world)

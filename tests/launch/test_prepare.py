@@ -36,7 +36,7 @@ def test_a_new_directory_is_complete_and_private(tmp_path: Path) -> None:
     assert read_spec(run / "job.yaml") == spec
     assert [job["stage"] for job in json.loads((run / "plan.json").read_text())["jobs"]] == ["sft", "reward", "ppo"]
     assert json.loads((run / "scripts/ppo.ds_config.json").read_text())["train_micro_batch_size_per_gpu"] == 4
-    assert sorted(path.name for path in run.iterdir()) == ["job.yaml", "plan.json", "scripts", "stages"]
+    assert sorted(path.name for path in run.iterdir()) == [".secret", "job.yaml", "plan.json", "scripts", "stages"]
 
 
 def test_the_spec_may_change_before_training(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,7 +159,7 @@ def test_the_kl_coefficient_carries_over_between_rollouts() -> None:
 def test_scores_are_standardized_by_all_so_far() -> None:
     theirs = torch.tensor([4.0, -2.0])
     trainer = trainer_of(
-        Alone(parts=[Moments.of(theirs)]), normalize_scores=True, kl_coef=0.0, lam=1.0, score_clip=100.0
+        Alone(parts=[astuple(Moments.of(theirs))]), normalize_scores=True, kl_coef=0.0, lam=1.0, score_clip=100.0
     )
     seen: list[Tensor] = []
     for _ in range(2):

@@ -215,7 +215,8 @@ class CheckpointStore:
             HpcRlhfError: there are or were checkpoints, but none is usable.
         """
         mid_step_ranks, first_defect = None, ""
-        for folder in self.world.on_main(self._steps):
+        for name in self.world.on_main(lambda: [folder.name for folder in self._steps()]):
+            folder = self.folder / name
             own_defect = manifest.defect(folder, share=(self.world.rank, self.world.size))
             if defects := [defect for defect in self.world.gather(own_defect) if defect]:
                 self.world.on_main(partial(_set_aside, folder))

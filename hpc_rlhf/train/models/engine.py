@@ -93,6 +93,7 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingS
     internals.skip_autotp(model)  # ``split_model`` ran before the adapters wrapped the layers
     rate = Schedule(optimizer, spec, total)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=rate, config=config)
+    internals.skip_input_check(engine)
     internals.discard_allocation_step(engine)
     if isinstance(optimizer, OneBitAdam):
         optimizer.start()

@@ -136,6 +136,13 @@ def skip_autotp(model: nn.Module) -> None:
     model.ds_autotp_parsed = True  # type: ignore[assignment]
 
 
+def skip_input_check(engine: Any) -> None:
+    """Do not compare the first inputs of a tensor-parallel group: the ranks would send each other pickles for that."""
+    if (hook := getattr(engine, "first_dataloader_check", None)) is not None:
+        hook.remove()
+        engine.first_dataloader_check = None
+
+
 def layer_group(layer: Any) -> Any:
     """The process group of the ranks that share a split layer."""
     return layer.mp_group

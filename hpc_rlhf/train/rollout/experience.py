@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.algorithms.advantages import AdvantageEstimator
 from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.rollout.backend import Rollout
+from hpc_rlhf.train.runtime.world import World
 
 # Gathers the moments of each rank's samples.
 GatherMoments = Callable[[Moments], list[Moments]]
@@ -138,6 +139,11 @@ def make_experience(
 def scaled_values(outputs: Tensor, scale: Tensor) -> Tensor:
     """The critic's outputs on the scale of the rewards; see ``Experience.value_scale``."""
     return (outputs - scale[0]) / scale[1]
+
+
+def gather_moments(world: World, own: Moments) -> list[Moments]:
+    """The moments of every share of the samples. Collective."""
+    return [Moments(*each) for each in world.gather_data(astuple(own))]
 
 
 def whiten(experience: Experience, gather: GatherMoments) -> Experience:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -12,11 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run.files import file_system_error
 from hpc_rlhf.train.parallel.deepspeed_internals import disable_shared_memory_comm
+from hpc_rlhf.train.runtime import messages
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
+from hpc_rlhf.train.runtime.rendezvous import open_store
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 T = TypeVar("T")
@@ -139,10 +143,8 @@ class World:
         return dict(zip(numbers, tensor.tolist(), strict=True))
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        """Every rank's value, in rank order, on every rank. It is JSON, and tuples come back as lists."""
+        return messages.gather(value, self.control)
 
     def gather_data(self, value: T) -> list[T]:
         """The value of one rank for each share of the samples, in order of the shares, on every rank."""
@@ -155,13 +157,14 @@ class World:
         return [values[rank] for rank in self.dims.group("tensor", self.rank)]
 
     def on_main(self, make: Callable[[], T]) -> T:
-        """Rank 0's result, on every rank. WorkCancelled and user errors are raised on every rank, too."""
+        """Rank 0's result, on every rank, as ``gather`` returns values. WorkCancelled and user errors are raised on
+        every rank, too."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = make()
             except WorkCancelled:
-                outcome[1] = ()
+                outcome[1] = []
             except HpcRlhfError as error:
                 outcome[1] = (error.message, error.where, error.hint, error.exit_code)
             except Exception as error:
@@ -170,22 +173,24 @@ class World:
                     raise
                 hint = "fix it, or free some space, and run the stage again"
                 outcome[1] = (f"the file system refused: {refused}", socket.gethostname(), hint, RUN_FAILED)
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
-        if outcome[1] == ():
+        outcome = messages.broadcast(outcome, self.control)
+        if outcome[1] == []:
             raise WorkCancelled
         if outcome[1] is not None:
             raise HpcRlhfError(*outcome[1])
         return outcome[0]
 
 
-def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
+def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT, secret: bytes = b"") -> World:
     """Join the process group that the launcher started.
 
     Args:
         timeout: of collective operations, except those on ``World.control``.
+        secret: by which the ranks recognize each other.
 
     Raises:
-        HpcRlhfError: the launcher started another number of ranks than the plan has.
+        HpcRlhfError: the launcher started another number of ranks than the plan has, or another process poses as one
+            of them.
     """
     rank, size, local_rank = launcher_ranks()
     if size != expected_ranks:
@@ -210,7 +215,12 @@ def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     # DeepSpeed makes further groups, without a timeout; torch then takes its defaults.
     c10d = dist.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
+    backend, method = "nccl" if on_gpu else "gloo", None
+    if not dist.is_initialized():  # a program of the user's may make several engines
+        store = open_store(secret, rank, size, timeout)
+        method = f"joined-{secrets.token_hex(4)}://"
+        register_rendezvous_handler(method.partition(":")[0], lambda *_, **__: iter([(store, rank, size)]))
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, init_method=method, verbose=False)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return World(rank, ParallelDims(size), device, control)

@@ -125,6 +125,14 @@ def test_classes_have_their_private_methods(path: str, names: list[str]) -> None
     assert [method for method in names if not hasattr(found, method)] == [], f"{path} lost them"
 
 
+def test_the_check_that_exchanges_pickles_is_the_hook_that_is_removed() -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    source = inspect.getsource(DeepSpeedEngine)
+    assert "self.first_dataloader_check = self.module.register_forward_pre_hook(" in source
+    assert source.count("dist.broadcast_object_list(") == 2
+
+
 def test_autotp_takes_the_arguments_it_is_given() -> None:
     from deepspeed.module_inject.auto_tp import AutoTP
 

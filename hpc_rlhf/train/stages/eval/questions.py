@@ -146,5 +146,5 @@ class Questions:
 
     def _combine(self, own: dict[int, Any]) -> list[Any]:
         """All ranks' results, by row."""
-        results = {row: one for part in self.context.world.gather(own) for row, one in part.items()}
+        results = {row: one for part in self.context.world.gather(list(own.items())) for row, one in part}
         return [results[row] for row in range(len(results))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.algorithms.moments import Moments
-from hpc_rlhf.train.rollout.experience import Experience
+from hpc_rlhf.train.rollout.experience import Experience, gather_moments
 from hpc_rlhf.train.runtime.world import World
 
 # Sums over the response tokens of all optimizer steps on an experience; ``tokens`` counts them. The last two are
@@ -38,12 +38,12 @@ def summarize(
     mask, scores, clipped = experience.mask, experience.scores, experience.score_clipped
     known = ~clipped.isnan()
     returns = experience.returns[mask].double()
-    own = [
+    own = (
         Moments.of(scores[~scores.isnan()]),
         Moments.of(returns),
         Moments.of((experience.returns - experience.values)[mask].double()),
-    ]
-    scored, outcomes, errors = map(Moments.merge, zip(*world.gather_data(own), strict=True))
+    )
+    scored, outcomes, errors = (Moments.merge(gather_moments(world, moments)) for moments in own)
     local = {
         "responses": float(len(scores)),
         "tokens": float(returns.numel()),

@@ -25,6 +25,7 @@ from hpc_rlhf.train.rollout.experience import (
     Experience,
     RewardShaping,
     evaluate_tokens,
+    gather_moments,
     make_experience,
     scaled_values,
     whiten,
@@ -130,7 +131,7 @@ class PpoTrainer:
         scores = self._score(rollout, columns or {})
         if spec.normalize_scores:
             own = Moments.of(scores[~scores.isnan()])
-            self._scores = Moments.merge([self._scores, *self.world.gather_data(own)])
+            self._scores = Moments.merge([self._scores, *gather_moments(self.world, own)])
         plan = [rows for minibatch in self._plans(rollout, (), 0) for rows in minibatch]
         actor, critic = self._keeping(rollout, plan)
         ref = partial(self._checked, "experience", models.ref)
@@ -138,14 +139,14 @@ class PpoTrainer:
         shaping = RewardShaping(
             self.kl_coef, spec.score_clip, spec.missing_eos_penalty,
             self._scores.standardize if spec.normalize_scores else None,
-            self.world.gather_data if spec.whiten_rewards else None,
+            partial(gather_moments, self.world) if spec.whiten_rewards else None,
         )  # fmt: skip
         experience = make_experience(rollout, stats, scores, shaping, self.estimate, self.eos_id, self._value_scale())
         models.actor.train()
         models.critic.train()
         if spec.kl_target is not None:
             self._adapt_kl_coef(experience, spec.kl_target)
-        return whiten(experience, self.world.gather_data) if spec.whiten_advantages else experience
+        return whiten(experience, partial(gather_moments, self.world)) if spec.whiten_advantages else experience
 
     def _score(self, rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> Tensor:
         """The reward source's scores, NaN where it gives none: (batch,), float32.
