@@ -14,6 +14,7 @@ import click
 
 from hpc_rlhf import __version__, safe_path
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError, SpecError
+from hpc_rlhf.observe.printable import printable
 
 # Each verb is a module of this package with a click command named `command`. It is imported only when called, so that
 # `--help` and the fast verbs do not pay for the slow ones.
@@ -86,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except HpcRlhfError as error:
         # Lines of a SpecError stay `file:line:col: …`, so that editors can jump to them.
-        click.echo(str(error) if isinstance(error, SpecError) else f"error: {error}", err=True)
+        click.echo(printable(str(error) if isinstance(error, SpecError) else f"error: {error}"), err=True)
         return error.exit_code
     except click.ClickException as error:
         error.show()

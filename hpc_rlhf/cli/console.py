@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hpc_rlhf.observe.printable import printable, printable_json
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -24,16 +26,16 @@ def print_parts(draw: Callable[[int, bool, bool], Iterable[RenderableType]]) -> 
     In a pipe ``width`` is practically unlimited: lines are neither wrapped, cut nor padded, and have no
     colour. On a terminal, text with ``no_wrap`` is left for the terminal to wrap, so that it can be copied.
     """
-    from rich.console import Console
+    from hpc_rlhf.observe.terminal.tables import SafeConsole
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = SafeConsole()
     ascii_only = not console.encoding.startswith("utf")
     if console.is_terminal:
         for part in draw(console.width, True, ascii_only):
             console.print(part, soft_wrap=bool(getattr(part, "no_wrap", False)))
         return
     text = StringIO()
-    pipe = Console(file=text, width=_UNLIMITED, highlight=False, markup=False, emoji=False, color_system=None)
+    pipe = SafeConsole(file=text, width=_UNLIMITED, color_system=None)
     for part in draw(_UNLIMITED, False, ascii_only):
         pipe.print(part)
     for line in text.getvalue().splitlines():
@@ -62,7 +64,7 @@ def print_rows(header: Sequence[str], rows: Iterable[Sequence[str]], named: bool
 
 def print_json(facts: object) -> None:
     """Print JSON that people can read."""
-    click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+    click.echo(printable_json(json.dumps(facts, indent=1, ensure_ascii=False)))
 
 
 def print_wrapped(text: str, err: bool = True) -> None:
@@ -70,4 +72,4 @@ def print_wrapped(text: str, err: bool = True) -> None:
     if (sys.stderr if err else sys.stdout).isatty():
         width = shutil.get_terminal_size().columns
         text = textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
-    click.echo(text, err=err)
+    click.echo(printable(text), err=err)

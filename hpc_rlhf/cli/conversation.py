@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hpc_rlhf.observe.printable import printable
+
 if TYPE_CHECKING:
     from hpc_rlhf.train.chat import ChatModel
 
@@ -124,7 +126,7 @@ def _execute(line: str, conversations: Sequence[Conversation]) -> str:
 
 def _print(chunks: Iterator[str]) -> None:
     for chunk in chunks:
-        click.echo(chunk, nl=False)
+        click.echo(printable(chunk), nl=False)
         sys.stdout.flush()
     click.echo()
 
@@ -133,6 +135,8 @@ def _print_side_by_side(names: Sequence[str], streams: Sequence[Iterator[str]]) 
     from rich.live import Live
     from rich.table import Table
     from rich.text import Text
+
+    from hpc_rlhf.observe.terminal.tables import SafeConsole
 
     responses = [""] * len(names)
 
@@ -143,7 +147,7 @@ def _print_side_by_side(names: Sequence[str], streams: Sequence[Iterator[str]]) 
         columns.add_row(*map(Text, responses))
         return columns
 
-    with Live(table(), vertical_overflow="visible", refresh_per_second=12) as live:
+    with Live(table(), console=SafeConsole(), vertical_overflow="visible", refresh_per_second=12) as live:
         for chunks in zip_longest(*streams, fillvalue=""):
             responses = [text + chunk for text, chunk in zip(responses, chunks, strict=True)]
             live.update(table())

@@ -13,6 +13,7 @@ import click
 from hpc_rlhf.cli.arguments import example, find_run, json_option
 from hpc_rlhf.cli.console import print_json
 from hpc_rlhf.observe import logs
+from hpc_rlhf.observe.printable import printable
 
 
 @click.command(epilog=example("hpc-rlhf logs my-job.yaml ppo --follow", "hpc-rlhf logs my-job.yaml sft --attempt 2"))
@@ -64,14 +65,14 @@ def command(run: str, stage: str | None, follow: bool, rank: int | None, attempt
     _print_log(reader.follow() if follow else reader.read())
     failure = logs.trouble(run_dir, stage)
     if failure is not None:
-        click.echo(f"==> cause <==\n{_cause(failure)}", err=True)
+        click.echo(f"==> cause <==\n{printable(_cause(failure))}", err=True)
 
 
 def _print_log(parts: Iterable[tuple[Path | None, str]]) -> None:
     for path, text in parts:
         if path is not None:
             click.echo(f"==> {path} <==", err=True)
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text))
         sys.stdout.flush()
 
 

@@ -19,6 +19,7 @@ from hpc_rlhf.launch.changes import refuse_changes
 from hpc_rlhf.launch.local.hostfile import read_hostfile
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.launch.sweep import lay_out
+from hpc_rlhf.observe.printable import printable
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sweep import Sweep
@@ -99,7 +100,7 @@ def run_stages(
         return run
     interrupted = isinstance(stopped, Interrupted)
     if interrupted:  # the user asked for it: no error
-        click.echo(str(stopped), err=True)
+        click.echo(printable(str(stopped)), err=True)
     if verb == "run":
         from hpc_rlhf.observe.report.page import leave_report
 

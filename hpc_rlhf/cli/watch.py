@@ -22,8 +22,7 @@ def command(run: str) -> None:
     run_dir = find_run(run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
         raise HpcRlhfError("watch needs a terminal", hint=f"to print the status once: hpc-rlhf status {run}")
-    from rich.console import Console
-
+    from hpc_rlhf.observe.terminal.tables import SafeConsole
     from hpc_rlhf.observe.terminal.watch import watch
 
-    watch(run_dir, Console(highlight=False, markup=False, emoji=False))
+    watch(run_dir, SafeConsole())

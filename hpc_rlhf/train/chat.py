@@ -37,8 +37,8 @@ class ChatModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = drop_plain(AutoTokenizer.from_pretrained(str(folder)))
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
+        self.tokenizer = drop_plain(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=False)
         self.model = model.to(self.device).eval()
         packed_attention.enable(self.model)
         rotary.separate(self.model)

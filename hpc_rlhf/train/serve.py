@@ -101,7 +101,7 @@ def become_vllm(folder: Path, name: str, host: str, port: int, token: str) -> No
 
     arguments = ["--model", str(folder), "--served-model-name", name, "--host", host, "--port", str(port)]
     arguments += ["--middleware", "hpc_rlhf.train.server.access.VllmGuard"]
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     if not tokenizer.chat_template:  # models of earlier versions have none
         arguments += ["--chat-template", plain_template(tokenizer)]
     for variable in ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):  # endpoints that change the server

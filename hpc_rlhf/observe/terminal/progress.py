@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hpc_rlhf.observe.metrics import MetricsReader, Row
+from hpc_rlhf.observe.printable import printable
+from hpc_rlhf.observe.terminal.tables import SafeConsole
 from hpc_rlhf.run.events import Resumed, Started
 from hpc_rlhf.run.format import duration, number
 from hpc_rlhf.run.history import StageHistory
@@ -117,7 +118,7 @@ class PlainProgress:
 
     def say(self, text: str) -> None:
         self._printed = time.monotonic()
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class LiveProgress:
@@ -166,7 +167,7 @@ def progress(run: RunDir) -> Iterator[PlainProgress | LiveProgress]:
         BarColumn(bar_width=20),
         TextColumn("{task.fields[count]}", markup=False),
         TextColumn("{task.fields[words]}", markup=False),
-        console=Console(stderr=True, highlight=False),
+        console=SafeConsole(stderr=True),
         refresh_per_second=5,
     ) as bars:
         yield LiveProgress(run, bars)

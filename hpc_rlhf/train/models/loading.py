@@ -42,7 +42,7 @@ def make_from_scratch(ref: FromScratch, tokenizer: Any, seed: int, folder: Path,
         try:
             config = AutoConfig.for_model(kind, **{**fields, **ids})
             seeds.reseed(seed, "from scratch", kind)
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:  # architectures reject configurations with any exception
             raise HpcRlhfError(
                 f"cannot create a {kind} model from this configuration ({type(error).__name__}: {error})",
@@ -75,7 +75,7 @@ def _load(
     from transformers import AutoConfig
 
     try:
-        whole = AutoConfig.from_pretrained(source)
+        whole = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if problem := model_files.untrainable(whole.to_dict()):
             raise HpcRlhfError(problem[0], where=source, hint=problem[1])
         where = model_files.folder(source)
@@ -173,7 +173,7 @@ def has_score_head(source: str) -> bool:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(source)  # it may have to be downloaded
+        AutoConfig.from_pretrained(source, trust_remote_code=False)  # it may have to be downloaded
     except (OSError, ValueError):
         return False  # loading it will say why
     return _kept_head(source) is not None

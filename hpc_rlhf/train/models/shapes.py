@@ -33,7 +33,7 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
     config = architectures.text_config(whole, has_head=True)
     config.pad_token_id = 0
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False).eval()
         model.tie_weights()
     packed_attention.enable(model)
     head = model.get_output_embeddings()

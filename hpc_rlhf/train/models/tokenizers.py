@@ -55,7 +55,7 @@ def load_tokenizer(ref: ModelRef, texts: Iterator[str], folder: Path, world: Wor
         world.on_main(make)
     source = str(folder) if isinstance(ref, FromScratch) else ref
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise HpcRlhfError(
             f"no tokenizer could be loaded ({str(error).splitlines()[0]})",
@@ -87,7 +87,7 @@ def check_same_tokenizer(tokenizer: Any, actor: str | None, reward: str) -> None
     ours, other = (tokens.read(where) if where else None for where in folders)
     if ours is None or other is None:
         try:
-            loaded = AutoTokenizer.from_pretrained(reward)
+            loaded = AutoTokenizer.from_pretrained(reward, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise HpcRlhfError(
                 f"it has no tokenizer that could be compared with the actor's ({str(error).splitlines()[0]})",
