@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 import tempfile
@@ -11,9 +12,10 @@ import traceback
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import CompletionItem
 
 from hpc_rlhf import __version__, safe_path
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError, SpecError
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError, SpecError
 from hpc_rlhf.observe.printable import printable
 
 # Each verb is a module of this package with a click command named `command`. It is imported only when called, so that
@@ -40,6 +42,7 @@ VERBS = {
     "relocate": "Adopt a run directory that was moved or copied.",
     "chat": "Chat with a trained model.",
     "serve": "Serve a trained model over an OpenAI-compatible API.",
+    "version": "Print the versions of hpc-rlhf and of what it uses.",
 }
 
 # Errors of the machine, which are no bugs of ours.
@@ -64,6 +67,10 @@ class LazyGroup(click.Group):
         assert isinstance(command, click.Command), cmd_name
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        verbs = [CompletionItem(name, help=text) for name, text in VERBS.items() if name.startswith(incomplete)]
+        return verbs + click.Command.shell_complete(self, ctx, incomplete)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
@@ -87,10 +94,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except HpcRlhfError as error:
         # Lines of a SpecError stay `file:line:col: …`, so that editors can jump to them.
-        click.echo(printable(str(error) if isinstance(error, SpecError) else f"error: {error}"), err=True)
+        _say(str(error) if isinstance(error, SpecError) else f"error: {error}")
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()
+        error.show(text)
+        _say(text.getvalue().rstrip())
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
@@ -99,6 +108,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return RUN_FAILED
     except Exception as error:
         return _report_bug(error)
+
+
+def _say(text: str) -> None:
+    """Print an error to stderr, in colour on a terminal."""
+    from hpc_rlhf.cli.colours import coloured
+
+    click.echo(coloured(printable(text), sys.stderr), err=True)
 
 
 def _open_closed_streams() -> None:
@@ -117,14 +133,20 @@ def _report_bug(error: Exception) -> int:
     if os.environ.get("HPC_RLHF_DEBUG") == "1":
         traceback.print_exception(error)
         return RUN_FAILED
+    if isinstance(error, UnicodeError) and sys.getfilesystemencoding() != "utf-8":
+        _say(
+            f"error: this locale's encoding, {sys.getfilesystemencoding()}, does not have all characters of a path or "
+            "text\n  hint: set LC_ALL=C.UTF-8"
+        )
+        return INPUT_WRONG
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _MACHINE_ERRORS):
         place = "" if error.filename is None else f"{error.filename}: "
-        click.echo(f"error: {place}{error.strerror}", err=True)
+        _say(f"error: {place}{error.strerror}")
         if error.filename is None:
             _discard_output()  # flushing the rest would fail too
         return RUN_FAILED
     what = f"{type(error).__name__}: {error}"
-    click.echo(f"error: this is a bug in hpc-rlhf ({what}); please report it with {_traceback(error)}", err=True)
+    _say(f"error: this is a bug in hpc-rlhf ({what}); please report it with {_traceback(error)}")
     return RUN_FAILED
 
 

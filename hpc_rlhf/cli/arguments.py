@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import acting, run_index
@@ -22,6 +23,7 @@ set_option = click.option(
     metavar="PATH=VALUE",
     help="Override a field of the spec, such as stages.ppo.epochs=2. Repeatable.",
 )
+run_argument = click.argument("run", shell_complete=lambda *_: [CompletionItem("", type="file")])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -127,7 +129,7 @@ def _runs_at(path: Path) -> list[RunDir]:
     """The runs of a folder or a job file; some may not exist yet."""
     if (own := acting.run_of(path)) is not None:
         return [own]
-    if path.is_file():
+    if path.is_file() or str(path) == "-":
         from hpc_rlhf.spec.sweep import Sweep, load_any
 
         spec = load_any(path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs
+from hpc_rlhf.cli.arguments import example, find_runs, run_argument
 from hpc_rlhf.cli.console import print_rows
 from hpc_rlhf.launch.jobs import cancel
 
 
 @click.command(epilog=example("hpc-rlhf cancel my-job.yaml"))
-@click.argument("run")
+@run_argument
 def command(run: str) -> None:
     """Cancel all queued and running jobs of RUN, a run directory or job file, also those that serve its models.
 

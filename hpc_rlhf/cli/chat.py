@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, unfinished
+from hpc_rlhf.cli.arguments import example, find_run, run_argument, unfinished
 from hpc_rlhf.cli.console import print_json
 from hpc_rlhf.cli.conversation import HELP, Conversation, converse, respond
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
@@ -29,7 +29,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     epilog=f"Commands in a conversation: {HELP}\n\n"
     + example("hpc-rlhf chat my-job.yaml", "hpc-rlhf chat my-job.yaml --compare sft ppo --prompt Hello")
 )
-@click.argument("run")
+@run_argument
 @click.option(
     "--stage",
     type=click.Choice(tuple(POLICIES)),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hpc_rlhf.cli.colours import coloured
 from hpc_rlhf.observe.printable import printable, printable_json
 
 if TYPE_CHECKING:
@@ -72,4 +73,4 @@ def print_wrapped(text: str, err: bool = True) -> None:
     if (sys.stderr if err else sys.stdout).isatty():
         width = shutil.get_terminal_size().columns
         text = textwrap.fill(text, width, subsequent_indent="  ", break_on_hyphens=False)
-    click.echo(printable(text), err=err)
+    click.echo(coloured(printable(text), sys.stderr if err else sys.stdout), err=err)

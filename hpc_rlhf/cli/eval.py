@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, json_option, set_option, unfinished
+from hpc_rlhf.cli.arguments import example, find_run, json_option, run_argument, set_option, unfinished
 from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.cli.run import run_stages, set_arguments
 from hpc_rlhf.errors import INPUT_WRONG, HpcRlhfError
@@ -24,7 +24,7 @@ from hpc_rlhf.spec.sweep import Sweep, load_any
 
 
 @click.command(epilog=example("hpc-rlhf eval my-job.yaml --prompts 200"))
-@click.argument("run")
+@run_argument
 @click.option(
     "--prompts", type=click.IntRange(min=1), help="Number of held-out prompts, overriding stages.eval.prompts."
 )

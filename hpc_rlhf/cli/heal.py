@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs, json_option
+from hpc_rlhf.cli.arguments import example, find_runs, json_option, run_argument
 from hpc_rlhf.cli.console import print_json, print_rows
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.heal import heal
@@ -19,7 +19,7 @@ STOPPED_FOR_GOOD = 3
 
 
 @click.command(epilog=example("hpc-rlhf heal my-job.yaml"))
-@click.argument("run")
+@run_argument
 @json_option
 @click.option("--sentinel", is_flag=True, hidden=True, help="Stop where another attempt would not help.")
 @click.pass_context

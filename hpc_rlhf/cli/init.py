@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,26 +15,44 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, recipe_for
 from hpc_rlhf.spec.starter import write_starter
 
+_PACKAGE = Path(__file__).parents[1]
+
 
 @click.command(
-    epilog=example("hpc-rlhf init --actor facebook/opt-1.3b --reward facebook/opt-350m --deployment single_gpu")
+    epilog=example(
+        "hpc-rlhf init --actor facebook/opt-1.3b --reward facebook/opt-350m --deployment single_gpu",
+        "hpc-rlhf init --demo",
+    )
 )
-@click.option("--actor", required=True, metavar="MODEL", help="Hub id or folder of the model to train.")
+@click.option("--actor", metavar="MODEL", help="Hub id or folder of the model to train.")
 @click.option(
     "--reward",
     metavar="MODEL",
     help="Hub id or folder of the model to make the reward model of.",
     show_default="the actor's",
 )
-@click.option("--deployment", required=True, type=click.Choice(DEPLOYMENTS), help="The machine to train on.")
+@click.option("--deployment", type=click.Choice(DEPLOYMENTS), help="The machine to train on.")
+@click.option("--demo", is_flag=True, help="Write the spec of the demo, which trains a tiny model on two CPU cores.")
 @click.option("--name", help="Name of the run.", show_default="made from the actor's")
 @click.option("--out", metavar="FILE", help="File to write, - for stdout.", show_default="NAME.yaml")
-def command(actor: str, reward: str | None, deployment: str, name: str | None, out: str | None) -> None:
-    """Write a commented job spec to start from.
+def command(
+    actor: str | None, reward: str | None, deployment: str | None, demo: bool, name: str | None, out: str | None
+) -> None:
+    """Write a commented job spec to start from. On a terminal, init asks for --actor and --deployment.
 
     The batches are those that DeepSpeed-Chat published for the nearest model size; for OPT models the epochs and
     learning rates too, except those of adapters. For other models, these are from more recent sources.
     """
+    if demo:
+        if actor or reward or deployment or name:
+            raise click.UsageError("--demo cannot be used with other options than --out.")
+        _write(_demo(), out or "demo.yaml", "run")
+        return
+    if actor is None:
+        actor = _ask("--actor", "Model to train (hub id or folder)")
+        reward = reward or _ask("--reward", "Model to make the reward model of", default=actor)
+    if deployment is None:
+        deployment = _ask("--deployment", "Machine to train on", type=click.Choice(DEPLOYMENTS))
     for option, value in (("--actor", actor), ("--reward", reward)):
         if value is not None and not re.fullmatch("(~/|[./]*)[A-Za-z0-9][A-Za-z0-9./_-]*", value):
             raise HpcRlhfError(f"{value!r} is neither a hub id nor a plain path", where=option)
@@ -44,10 +65,31 @@ def command(actor: str, reward: str | None, deployment: str, name: str | None, o
     recipe = recipe_for(deployment, actor, reward or actor)
     file = f"{name}.yaml" if out is None else out
     shown = "FILE" if file == "-" else file
-    text = write_starter(recipe, actor=actor, reward=reward or actor, name=name, file=shown)
+    _write(write_starter(recipe, actor=actor, reward=reward or actor, name=name, file=shown), file, "check")
+
+
+def _ask(option: str, question: str, **how: Any) -> str:
+    """The user's answer.
+
+    Raises:
+        click.UsageError: there is no terminal to ask on.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise click.UsageError(f"Missing option '{option}'.")
+    return str(click.prompt(question, err=True, **how))
+
+
+def _write(text: str, file: str, verb: str) -> None:
+    """Write a spec to a new file, or to stdout for `-`, and name the verb that comes next."""
     if file == "-":
         click.echo(text, nl=False)
         return
     with writing(Path(file)), Path(file).open("x", encoding="utf-8") as new:
         new.write(text)
-    click.echo(f"wrote {file}; next: hpc-rlhf check {file}", err=True)
+    click.echo(f"wrote {file}; next: hpc-rlhf {verb} {shlex.quote(file)}", err=True)
+
+
+def _demo() -> str:
+    """The spec of the demo. A wheel carries it inside the package; a checkout has it beside it."""
+    folders = (_PACKAGE / "_jobs", _PACKAGE.parent / "jobs")
+    return next(folder / "tiny.yaml" for folder in folders if folder.exists()).read_text(encoding="utf-8")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, json_option
+from hpc_rlhf.cli.arguments import example, find_run, json_option, run_argument
 from hpc_rlhf.cli.console import print_json
 from hpc_rlhf.observe import logs
 from hpc_rlhf.observe.printable import printable
 
 
 @click.command(epilog=example("hpc-rlhf logs my-job.yaml ppo --follow", "hpc-rlhf logs my-job.yaml sft --attempt 2"))
-@click.argument("run")
+@run_argument
 @click.argument("stage", required=False)
 @click.option(
     "--follow",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs
+from hpc_rlhf.cli.arguments import example, find_runs, run_argument
 from hpc_rlhf.launch.relocate import relocate
 
 
 @click.command(epilog=example("hpc-rlhf relocate $SCRATCH/runs/demo"))
-@click.argument("run")
+@run_argument
 def command(run: str) -> None:
     """Adopt RUN, a run directory, where it is now.
 

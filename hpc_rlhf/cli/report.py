@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, write_out
+from hpc_rlhf.cli.arguments import example, find_run, run_argument, write_out
 from hpc_rlhf.observe.report.page import make_page
 from hpc_rlhf.run import acting
 
 
 @click.command(epilog=example("hpc-rlhf report my-job.yaml"))
-@click.argument("run")
+@run_argument
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),

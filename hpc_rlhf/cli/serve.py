@@ -6,14 +6,14 @@ import sys
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run
+from hpc_rlhf.cli.arguments import example, find_run, run_argument
 from hpc_rlhf.cli.chat import finished_model
 from hpc_rlhf.launch import serving
 from hpc_rlhf.spec.stages import POLICIES
 
 
 @click.command(epilog=example("hpc-rlhf serve my-job.yaml", "hpc-rlhf serve my-job.yaml --stage sft --slurm"))
-@click.argument("run")
+@run_argument
 @click.option("--stage", type=click.Choice(tuple(POLICIES)), help="Model to serve.", show_default="the latest finished")
 @click.option(
     "--host",

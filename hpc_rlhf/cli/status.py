@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs, json_option
+from hpc_rlhf.cli.arguments import example, find_runs, json_option, run_argument
 from hpc_rlhf.cli.console import print_json, print_parts
 from hpc_rlhf.cli.list import show_runs
 from hpc_rlhf.observe import listing
@@ -15,7 +15,7 @@ from hpc_rlhf.observe.status import read_status
 
 
 @click.command(epilog=example("hpc-rlhf status my-job.yaml"))
-@click.argument("run")
+@run_argument
 @json_option
 def command(run: str, as_json: bool) -> None:
     """Show the progress of the stages of RUN, a run directory or job file.

@@ -7,12 +7,12 @@ import sys
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run
+from hpc_rlhf.cli.arguments import example, find_run, run_argument
 from hpc_rlhf.errors import HpcRlhfError
 
 
 @click.command(epilog=example("hpc-rlhf watch my-job.yaml"))
-@click.argument("run")
+@run_argument
 def command(run: str) -> None:
     """Show the progress of RUN, a run directory or job file, live on the terminal. Press q or Ctrl-C to quit.
 

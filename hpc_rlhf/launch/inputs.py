@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hpc_rlhf import trust
 from hpc_rlhf.spec import layers
+from hpc_rlhf.spec.yaml_source import STDIN
 
 _HINT = "use a copy in a folder of your own"
 
@@ -20,4 +21,4 @@ def overrides(file: Path) -> dict[Path, str]:
 def check(file: Path) -> None:
     """Raise HpcRlhfError if somebody else could change a job file, what it extends or the templates beside it: their
     lines run as this user."""
-    trust.check([file, *overrides(file)], _HINT)
+    trust.check([*([] if file == STDIN else [file]), *overrides(file)], _HINT)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from hpc_rlhf import safe_path
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
 
+_PATIENCE = 2.0  # seconds for a connection to the hub
 # Files of tokenizers and configurations.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 # In transformers' order of preference: prefix and suffix of weight files.
@@ -41,9 +47,12 @@ def prefetch(wanted: Sequence[HubItem]) -> Iterator[Fetched]:
     Raises:
         HpcRlhfError: the hub does not have an item, refuses it, or cannot be reached.
     """
+    why = silence() if wanted else None
     for item in wanted:
         before = hub.missing(item) is None
         try:
+            if why is not None:
+                raise Unreachable(why)
             files = _model(item) if item.kind == "model" else _data_set(item)
         except Unreachable as error:
             if not before:
@@ -79,6 +88,32 @@ def wanted(names: Sequence[str]) -> list[str]:
 
 class Unreachable(Exception):
     """The hub does not respond."""
+
+
+def silence() -> str | None:
+    """Why no connection to the hub, or to the proxy before it, can be made; None if one can. The hub's client, and the
+    look-up of a name, may wait for minutes."""
+    from huggingface_hub.constants import ENDPOINT
+
+    hub_at = urlsplit(ENDPOINT)
+    proxy = None if proxy_bypass(hub_at.hostname or "") else getproxies().get(hub_at.scheme)
+    at = hub_at if not proxy else urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    address = (at.hostname or "", at.port or (80 if at.scheme == "http" else 443))
+    answer: queue.Queue[str | None] = queue.Queue()
+
+    def connect() -> None:
+        try:
+            socket.create_connection(address, _PATIENCE).close()
+        except OSError as error:
+            answer.put(f"{address[0]}: {error.strerror or error}")
+        else:
+            answer.put(None)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        return answer.get(timeout=_PATIENCE)
+    except queue.Empty:
+        return f"{address[0]} does not answer within {_PATIENCE:g} s"
 
 
 def _model(item: HubItem) -> dict[Path, int]:

@@ -36,9 +36,10 @@ def objections(spec: JobSpec | Sweep, reused: Mapping[str, Collection[str]] | No
         if stages:
             needed.append(storage.bytes_needed(one, run, stages))
     if needed:
-        folder = next(path for path in (Path(spec.run_dir), *Path(spec.run_dir).parents) if path.exists())
         known = [each for each in needed if each is not None]
-        found[storage.check_space(folder, sum(known) if len(known) == len(needed) else None)] = None
+        found[
+            storage.check_space(storage.nearest(Path(spec.run_dir)), sum(known) if len(known) == len(needed) else None)
+        ] = None
     return [finding for finding in found if finding.level != "ok"]
 
 

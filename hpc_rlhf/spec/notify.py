@@ -45,7 +45,7 @@ class MlflowSpec(Model):
     experiment: Annotated[FreeText, StringConstraints(min_length=1, max_length=128)]
     """Experiment for the runs. Each stage is a run."""
     tracking_uri: Annotated[PathText, AfterValidator(_without_password)] | None = None
-    """Server to log to, if compute nodes can reach it; defaults to files in RUN/mlruns. Put credentials in
+    """Server to log to, if compute nodes can reach it; defaults to the SQLite file RUN/mlflow.db. Put credentials in
     MLFLOW_TRACKING_TOKEN, or …_USERNAME and …_PASSWORD, never here."""
 
 

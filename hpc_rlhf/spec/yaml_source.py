@@ -7,9 +7,11 @@ The differences: a duplicate key is an error; `1e-4` is a number; dates and numb
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from yaml.composer import Composer
 
 from hpc_rlhf.errors import Problem, SpecError
 
+STDIN = Path("-")  # the name of standard input
 MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000
 MAX_DEPTH = 40
@@ -118,16 +121,25 @@ class Node:
         return node is not None and node.value is not None
 
 
+@cache
+def _stdin() -> bytes:
+    """Standard input, which can be read only once; up to a byte more than a spec may have."""
+    return sys.stdin.buffer.read(MAX_BYTES + 1)
+
+
 def read_yaml(path: Path, shown: str) -> Node:
-    """Read a file that contains a mapping. Messages call it `shown`.
+    """Read a file that contains a mapping, or standard input for `-`. Messages call it `shown`.
 
     Raises:
         SpecError: the file cannot be read, or is not such YAML.
     """
     mark, start = Mark(shown), Mark(shown, 1, 1)
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        if path == STDIN:
+            raw = _stdin()
+        else:
+            with path.open("rb") as file:
+                raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise SpecError([mark.problem(f"cannot read it: {error.strerror}")]) from error
     except ValueError as error:  # a NUL in the name

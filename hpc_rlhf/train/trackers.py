@@ -6,7 +6,9 @@ rank 0 only starts this process, which follows metrics.jsonl until its standard 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import select
 import signal
@@ -102,15 +104,17 @@ class Wandb:
 
 class Mlflow:
     def __init__(self, settings: MlflowSpec, spec: JobSpec, run: RunDir, stage: str, run_id: str) -> None:
-        if settings.tracking_uri is None:
-            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # it can be imported into a server later
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they report every table that they create
         self._metric = Metric
-        self._client = MlflowClient(settings.tracking_uri or (run.path / "mlruns").as_uri())
-        known = self._client.get_experiment_by_name(settings.experiment)
-        experiment = known.experiment_id if known else self._client.create_experiment(settings.experiment)
+        with _one_at_a_time(run.path / "mlflow.lock"):  # stages that start together would create the same tables
+            self._client = MlflowClient(settings.tracking_uri or _own_store(run))
+            known = self._client.get_experiment_by_name(settings.experiment)
+            place = None if settings.tracking_uri else (run.path / "mlartifacts").as_uri()
+            experiment = known.experiment_id if known else self._client.create_experiment(settings.experiment, place)
         earlier = self._client.search_runs([experiment], f"tags.`hpc_rlhf.id` = '{run_id}'")
         if earlier:
             self._id = earlier[0].info.run_id
@@ -127,6 +131,21 @@ class Mlflow:
 
     def finish(self, done: bool) -> None:
         self._client.set_terminated(self._id, "FINISHED" if done else "KILLED")
+
+
+def _own_store(run: RunDir) -> str:
+    """The address of a run's own store: a SQLite file, or the files that a run of an earlier version began with."""
+    if (run.path / "mlruns").exists():
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+        return (run.path / "mlruns").as_uri()
+    return f"sqlite:///{run.path / 'mlflow.db'}"
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    with lock.open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def main() -> None:

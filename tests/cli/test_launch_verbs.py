@@ -41,10 +41,12 @@ def cli(*args: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True)
 
 
-def test_plan_as_a_table_and_as_json(job: Path) -> None:
-    table = cli("plan", job).stdout.splitlines()
+def test_plan_as_a_table_and_as_json(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(job)]) == 0
+    table = capsys.readouterr().out.splitlines()
     assert table[3].split()[:6] == ["ppo", "sft,", "reward", "2", "4", "4"]
-    plan = json.loads(cli("plan", job, "--json", "--set", "stages.sft.micro_batch=7").stdout)
+    assert main(["plan", str(job), "--json", "--set", "stages.sft.micro_batch=7"]) == 0
+    plan = json.loads(capsys.readouterr().out)
     assert plan["jobs"][0]["batch"]["global"] == 28
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +73,32 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 def environment(home: Path, url: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     return {**kept, "HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1"}
+
+
+@pytest.mark.parametrize("kind", ["refused", "no name", "silent", "silent proxy"])
+def test_without_a_network_prefetch_says_so_soon(kind: str, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(JOB.format(run=tmp_path / "run"))
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as busy:
+        address = busy.getsockname()
+        full = [socket.socket() for _ in range(4)]  # nobody accepts them; the next connection gets no answer
+        for one in full:
+            one.setblocking(False)
+            one.connect_ex(address)
+        url = {"refused": "http://127.0.0.1:9", "no name": "https://no-such-host.invalid"}
+        env = environment(tmp_path / "home", url.get(kind, f"http://127.0.0.1:{address[1]}"))
+        if kind == "silent proxy":
+            env |= {"HF_ENDPOINT": "https://huggingface.co", "https_proxy": f"127.0.0.1:{address[1]}", "no_proxy": ""}
+        command = [sys.executable, "-m", "hpc_rlhf.cli", "prefetch", str(job)]
+        began = time.monotonic()
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        took = time.monotonic() - began
+        for one in full:
+            one.close()
+    assert done.returncode == 1
+    assert "the hub cannot be reached for " in done.stderr
+    assert ("does not answer within 2 s" in done.stderr) == kind.startswith("silent")
+    assert took < 15  # 3 s on a machine with nothing else to do
 
 
 def prefetch(job: Path, home: Path, url: str, *words: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,32 @@ def test_job_is_what_init_writes(job: str, actor: str, reward: str, deployment: 
     done = init("--actor", actor, "--reward", reward, "--deployment", deployment, "--name", job, "--out", "-")
     written = (JOBS / f"{job}.yaml").read_text()
     assert done.stdout == written.replace(f"jobs/{job}.yaml", "FILE")
+
+
+def test_init_asks_on_a_terminal_for_what_is_missing() -> None:
+    mine, theirs = pty.openpty()
+    command = [sys.executable, "-m", "hpc_rlhf.cli", "init", "--out", "-"]
+    process = subprocess.Popen(command, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    os.write(mine, b"facebook/opt-1.3b\nfacebook/opt-350m\nlaptop\nsingle_gpu\n")
+    text, _ = process.communicate(timeout=60)
+    os.close(mine)
+    os.close(theirs)
+    assert process.returncode == 0
+    assert text == (JOBS / "opt-1.3b.yaml").read_text().replace("jobs/opt-1.3b.yaml", "FILE")
+
+
+def test_without_a_terminal_a_missing_option_is_an_error(tmp_path: Path) -> None:
+    for words, missing in (((), "--actor"), (("--actor", "a/b"), "--deployment")):
+        done = init(*words)
+        assert (done.returncode, f"Missing option '{missing}'" in done.stderr) == (2, True)
+
+
+def test_the_demo_needs_no_clone(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hpc_rlhf.cli", "init", "--demo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "wrote demo.yaml; next: hpc-rlhf run demo.yaml\n")
+    assert load_spec(tmp_path / "demo.yaml").stages == load_spec(JOBS / "tiny.yaml").stages
+    assert init("--demo", "--name", "x").returncode == 2
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)

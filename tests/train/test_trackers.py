@@ -40,10 +40,9 @@ def log(run: RunDir, *steps: int) -> None:
 def test_attempts_continue_the_same_tracker_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    mlflow, _ = pytest.importorskip("mlflow"), pytest.importorskip("wandb")
+    mlflow, *_ = (pytest.importorskip(name) for name in ("mlflow", "wandb", "sqlalchemy", "alembic"))
     monkeypatch.setattr(trackers, "_CLOSE_TIMEOUT", 120.0)
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     spec, run = prepared(tmp_path / "run", wandb={"project": "p"}, mlflow={"experiment": "e"})
     first = Trackers(spec, run, "sft")
     log(run, 1, 2)
@@ -55,9 +54,9 @@ def test_attempts_continue_the_same_tracker_runs(
     run.stage("sft").model.mkdir()
     manifest.write(run.stage("sft").model, {"step": 3})
     second.close()
-    assert "nothing more is sent to" not in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
 
-    client = mlflow.MlflowClient((run.path / "mlruns").as_uri())
+    client = mlflow.MlflowClient(f"sqlite:///{run.path / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("e")
     (found,) = client.search_runs([experiment.experiment_id])
     history = client.get_metric_history(found.info.run_id, "train/loss")
@@ -71,6 +70,32 @@ def test_attempts_continue_the_same_tracker_runs(
     assert all(b"train/loss" in file.read_bytes() for file in files)
     for path in (path for path in run.path.rglob("*") if path.is_file() and path != run.job_yaml):
         assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_stages_that_start_together_share_one_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mlflow, *_ = (pytest.importorskip(name) for name in ("mlflow", "sqlalchemy", "alembic"))
+    monkeypatch.setattr(trackers, "_CLOSE_TIMEOUT", 120.0)
+    spec, run = prepared(tmp_path / "a run", mlflow={"experiment": "e"})
+    run.stage("reward").path.mkdir()
+    both = [Trackers(spec, run, stage) for stage in ("sft", "reward")]
+    log(run, 1)
+    run.stage("reward").metrics.write_text(run.stage("sft").metrics.read_text())
+    for each in both:
+        each.close()
+    assert capfd.readouterr().err == ""
+    client = mlflow.MlflowClient(f"sqlite:///{run.path / 'mlflow.db'}")
+    found = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert sorted(each.info.run_name for each in found) == ["demo.reward", "demo.sft"]
+    assert [each.data.metrics for each in found] == [{"train/loss": 8.0}] * 2
+
+
+def test_a_run_of_an_earlier_version_keeps_its_files(tmp_path: Path) -> None:
+    _, run = prepared(tmp_path / "run")
+    assert trackers._own_store(run) == f"sqlite:///{tmp_path}/run/mlflow.db"
+    (run.path / "mlruns").mkdir()
+    assert trackers._own_store(run) == (tmp_path / "run/mlruns").as_uri()
 
 
 def test_a_tracker_that_is_missing_or_hangs_is_reported_once(

@@ -58,11 +58,11 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         return findings
     trust = storage.check_trust(plan.run)
     findings += [*hub.check(specs), *fit.check(spec), trust]
-    if trust.level == "error":
-        return findings  # nothing is to be written or executed there
+    unfinished = [job.stage for job in plan.jobs if not manifest.is_done(plan.run.stage(job.stage))]
+    needed = storage.bytes_needed(spec, plan.run, unfinished)
+    if trust.level == "error":  # nothing is to be written or executed there
+        return [*findings, storage.check_space(storage.nearest(plan.run.path), needed)]
     try:
-        unfinished = [job.stage for job in plan.jobs if not manifest.is_done(plan.run.stage(job.stage))]
-        needed = storage.bytes_needed(spec, plan.run, unfinished)
         with storage.scratch(plan.run) as folder:
             findings += [storage.check_writes(folder, plan.run), storage.check_space(folder, needed)]
             if on_cluster and cluster.unfit(findings):

@@ -13,7 +13,7 @@ from pathlib import Path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate import disk
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
-from hpc_rlhf.run import acting
+from hpc_rlhf.run import acting, ownership
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 
@@ -57,6 +57,7 @@ def check_trust(run: RunDir) -> Finding:
     """Check that no one else can write to the run directory."""
     try:
         acting.check(run)
+        ownership.check(run)  # also of folders that lead to a run which does not exist yet
     except HpcRlhfError as problem:
         return error("mode", f"{problem.where}: {problem.message}", str(problem.hint))
     return ok("mode", "only you can write to the run directory")
@@ -102,6 +103,11 @@ def bytes_needed(spec: JobSpec, run: RunDir, stages: Collection[str]) -> int | N
         files = run.stage(stage).path.rglob("*")
         needed += max(0, whole - sum(file.lstat().st_size for file in files if file.is_file()))
     return needed
+
+
+def nearest(path: Path) -> Path:
+    """A folder that exists: the path itself, or the innermost above it."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def check_space(folder: Path, needed: int | None) -> Finding:

@@ -7,10 +7,9 @@ import hashlib
 from pathlib import Path
 
 from hpc_rlhf import __version__
+from hpc_rlhf.observe.printable import printable
 
 _HERE = Path(__file__).parent
-# Control characters, which logs and models may contain, are shown as \x1b and the like.
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def render(template: str, **content: object) -> str:
@@ -35,7 +34,7 @@ def render(template: str, **content: object) -> str:
 
 def _visible(value: object) -> object:
     """Text without raw control characters; our own scripts and styles as they are."""
-    return value.translate(_ESCAPES) if type(value) is str else value
+    return printable(value) if type(value) is str else value
 
 
 def _read(name: str) -> str:

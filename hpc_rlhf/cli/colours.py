@@ -1,0 +1,25 @@
+"""Colours of errors and warnings on a terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TextIO
+
+import click
+
+# The beginnings of lines that say what kind of message it is, or the place of a mistake in a spec.
+_KINDS = {
+    r"^(?:error|Error)(?=:)|^(?:[^\s:][^\n:]*:\d+:\d+|--set [^\s:]+)(?=: )": "red",
+    r"^(?:[^\n]*?: )?warning(?=:)": "yellow",
+    r"^  hint(?=:)": "cyan",
+}
+
+
+def coloured(text: str, stream: TextIO) -> str:
+    """The text with colours if the stream is a terminal that shows them, and NO_COLOR is not set."""
+    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
+        return text
+    for pattern, colour in _KINDS.items():
+        text = re.sub(pattern, click.style(r"\g<0>", fg=colour, bold=True), text, flags=re.MULTILINE)
+    return text
