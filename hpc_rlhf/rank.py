@@ -4,8 +4,8 @@ loads, run the stage, and exit.
 A job that is preempted in the second in which Python loads would otherwise die of the signal, be recorded as failed,
 and take the stages after it with it. A blocked signal is delivered as soon as the stage unblocks it.
 
-submitit pickles a task into the log folder. Ranks do not load it: the folder's name says all that is in it, and a
-pickle can run any code.
+submitit pickles a task into the log folder. Ranks do not load it, because a pickle can run any code; the path of that
+folder names the same run and stage.
 """
 
 from __future__ import annotations

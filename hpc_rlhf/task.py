@@ -1,7 +1,6 @@
-"""What submitit pickles: a run directory and a stage name. Everything else is read from disk when it runs, and not
-from the pickle.
+"""The task that submitit pickles: a run directory and a stage name. The rest is read from disk when the task runs.
 
-``python -m hpc_rlhf.task RUN STAGE`` runs the same task as one rank under any launcher but srun.
+No rank loads the pickle. ``python -m hpc_rlhf.task RUN STAGE`` runs the task as one rank under any launcher but srun.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ def _writable(path: Path, what: str, mode: str) -> HpcRlhfError:
 
 @cache
 def _trusted_users() -> frozenset[int]:
-    """This user and root. Without a user namespace's number for root, as in Apptainer, root's files show the number for
-    all unknown users; outside the container the launcher has checked them."""
+    """This user and root. In a user namespace that does not map root, as in Apptainer, root's files seem to be those of
+    the kernel's overflow user, who is then trusted too; the launcher has checked the files outside the container."""
     users = {0, os.geteuid()}
     try:
         unknown = int(Path("/proc/sys/kernel/overflowuid").read_text())
@@ -100,7 +100,7 @@ def _trusted_users() -> frozenset[int]:
 
 @cache
 def _is_own_group(gid: int) -> bool:
-    """Whether a group is this user's alone, as many systems make one for every user."""
+    """Whether a group has no other member; many systems make such a group for every user."""
     try:
         me, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:

@@ -18,9 +18,9 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import model_files
 from hpc_rlhf.spec.load import load_spec
 from hpc_rlhf.train.data.sources import local_files
+from tests.co_user import NOBODY
 
 ROOT = Path(__file__).parents[1]
-NOBODY = 65534
 # Our name, those of dependencies, and modules that Python imports itself.
 NAMES = ("hpc_rlhf", "submitit", "yaml", "click", "runpy", "json", "multiprocessing", "encodings")
 

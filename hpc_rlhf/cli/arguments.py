@@ -46,8 +46,8 @@ def writing(out: Path) -> Iterator[None]:
         raise HpcRlhfError(f"cannot write: {error.strerror}", where=str(error.filename or out)) from error
 
 
-def name_overrides(file: Path) -> None:
-    """Show which files besides a loaded job file decide what its jobs run."""
+def print_overrides(file: Path) -> None:
+    """Print, on stderr, the files that a loaded job file extends and the templates beside it."""
     from hpc_rlhf.launch.inputs import overrides
 
     for path, what in overrides(file).items():
@@ -82,7 +82,7 @@ def unfinished(run: RunDir, what: str, missing: Sequence[str], exit_code: int) -
 
 
 def find_run(argument: str) -> RunDir:
-    """The run directory that RUN refers to, as for ``find_runs``, if it is one run.
+    """The one run directory that RUN refers to, in any of the ways that ``find_runs`` lists.
 
     Raises:
         HpcRlhfError: there is none, or RUN is a sweep of several runs.
@@ -141,7 +141,7 @@ def _runs_at(path: Path) -> list[RunDir]:
 
 
 def _runs_named(name: str) -> list[RunDir]:
-    """The runs in the user's index with a name, or with one that begins so, as `list` shortens them."""
+    """The runs in the user's index with a name, which may be shortened with … as `list` does."""
     from hpc_rlhf.observe.gather import RunPlan
 
     runs = []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, json_option, name_overrides, set_option
+from hpc_rlhf.cli.arguments import example, json_option, print_overrides, set_option
 from hpc_rlhf.cli.console import print_json, print_wrapped
 from hpc_rlhf.cli.plan_tables import print_choices, print_memory, print_plan, print_sweep, print_times, print_verdict
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
@@ -42,7 +42,7 @@ def command(ctx: click.Context, file: Path, sets: tuple[str, ...], as_json: bool
     """
     choices: list[Choice] = []
     spec = load(file, sets, choices.append)
-    name_overrides(file)
+    print_overrides(file)
     findings = list(dict.fromkeys(finding for one in specs_of(spec) for finding in fit.check(one)))
     too_large = [finding for finding in findings if finding.level == "error"]
     if as_json:

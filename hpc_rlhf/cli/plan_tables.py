@@ -152,7 +152,11 @@ def print_times(spec: JobSpec, estimates: dict[str, StageTime | HpcRlhfError]) -
 
 
 def print_verdict(findings: Sequence[Finding]) -> None:
-    """Print the verdict of each stage that leaves too little of its GPUs free, or that all have enough."""
+    """Print a line for each stage that does not fit its GPUs or fits tightly, or else that every stage fits.
+
+    Args:
+        findings: those of ``fit.check``.
+    """
     for finding in findings:
         if finding.level != "ok":
             words = finding.message.replace("does not fit", "DOES NOT FIT").replace("tight", "TIGHT")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, name_overrides, set_option
+from hpc_rlhf.cli.arguments import example, print_overrides, set_option
 from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.cli.plan_tables import print_choice
 from hpc_rlhf.cli.reuse import find_reused, reuse_option
@@ -55,7 +55,7 @@ def command(
         print_parts(lambda width, live, ascii_only: summary(run, width))
 
     spec = load(file, sets, print_choice)
-    name_overrides(file)
+    print_overrides(file)
     inputs.check(file)
     reused = find_reused(spec, other)
     if not isinstance(spec, Sweep):

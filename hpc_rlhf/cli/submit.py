@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, name_overrides, set_option
+from hpc_rlhf.cli.arguments import example, print_overrides, set_option
 from hpc_rlhf.cli.console import print_rows, print_table, print_wrapped
 from hpc_rlhf.cli.plan_tables import print_choice, print_plan
 from hpc_rlhf.cli.reuse import find_reused, reuse_option
@@ -46,10 +46,10 @@ def command(file: Path, sets: tuple[str, ...], other: str | None, dry_run: bool,
     run can be removed.
     """
     spec = load(file, sets, print_choice)
-    name_overrides(file)
+    print_overrides(file)
     inputs.check(file)
     reused = find_reused(spec, other)
-    _object(spec, reused, force or dry_run)
+    _check_fit(spec, reused, force or dry_run)
     if dry_run:
         if isinstance(spec, Sweep):
             _preview_sweep(spec, reused)
@@ -60,25 +60,25 @@ def command(file: Path, sets: tuple[str, ...], other: str | None, dry_run: bool,
         outcomes, noun = submit_sweep(spec, file.parent, reused), "runs"
     else:
         outcomes, noun = {"": submit(spec, file.parent, reused=reused.get(""))}, "run"
-    done = [each.did for of_run in outcomes.values() for each in of_run]
     rows = [
-        (name, each.stage, each.job_id or "-", _submitted(each)) for name, done in outcomes.items() for each in done
+        (name, each.stage, each.job_id or "-", _submitted(each)) for name, of_run in outcomes.items() for each in of_run
     ]
     print_rows(("stage", "job", ""), rows, named=isinstance(spec, Sweep))
-    if set(done) == {"done"}:
+    did = {each.did for of_run in outcomes.values() for each in of_run}
+    if did == {"done"}:
         click.echo(f"the {noun} {'is' if noun == 'run' else 'are'} finished; nothing was submitted", err=True)
-    elif "submitted" not in done:
+    elif "submitted" not in did:
         click.echo(f"attached to the existing {noun}; nothing was submitted", err=True)
     click.echo("\nnext:", err=True)
-    for verb in next_verbs(spec, finished=set(done) == {"done"}):
+    for verb in next_verbs(spec, finished=did == {"done"}):
         click.echo(f"  hpc-rlhf {verb} {shlex.quote(str(spec.run_dir))}", err=True)
 
 
-def _object(spec: JobSpec | Sweep, reused: Mapping[str, Collection[str]], anyway: bool) -> None:
-    """Print what speaks against submitting.
+def _check_fit(spec: JobSpec | Sweep, reused: Mapping[str, Collection[str]], anyway: bool) -> None:
+    """Print a warning for each stage that may not fit its GPUs, and if the disk may be too small.
 
     Raises:
-        HpcRlhfError: not ``anyway``, and a run would fail.
+        HpcRlhfError: not ``anyway``, and a run would fail, going by the estimates.
     """
     findings = objections(spec, reused)
     lines = [f"{each.check if each.where == 'here' else each.where}: {each.message} ({each.fix})" for each in findings]

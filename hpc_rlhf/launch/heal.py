@@ -170,16 +170,15 @@ class _StageHealer:
             return Retry()  # the user asked for another attempt, and healing was interrupted there
         settings = self._job.slurm
         verdict = decide(window, settings.max_requeues, settings.heal.backoff_seconds)
-        return replace(verdict, without=self._spared(verdict)) if isinstance(verdict, Retry) else verdict
+        return replace(verdict, without=self._expendable(verdict.without)) if isinstance(verdict, Retry) else verdict
 
-    def _spared(self, verdict: Retry) -> tuple[str, ...]:
-        """The nodes of a verdict that can be excluded so that Slurm still has enough for the job."""
-        for count in range(len(verdict.without), 0, -1):
-            without = verdict.without[:count]
+    def _expendable(self, nodes: tuple[str, ...]) -> tuple[str, ...]:
+        """As many of these nodes, the first ones, as can be excluded with enough left for the job."""
+        for count in range(len(nodes), 0, -1):
             with suppress(HpcRlhfError):
                 script = self._chain.run.sbatch(self._stage)
-                commands.try_out(script, [f"--exclude={self._excluding(without)}"])
-                return without
+                commands.try_out(script, [f"--exclude={self._excluding(nodes[:count])}"])
+                return nodes[:count]
         return ()
 
     def _stop(self, verdict: Stop, job_id: str) -> Outcome:

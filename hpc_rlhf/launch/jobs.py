@@ -140,8 +140,8 @@ def find_submission(
     """The job of one submission: the one with its token, or else the stage's newest that the ledger does not have.
 
     Args:
-        known: the ids of the jobs that the ledger has; None for a submission that is not the stage's latest, of which
-            only the token counts.
+        known: the ids of the jobs that the ledger has; None to look for the token only, as for a submission that is
+            not the stage's latest.
     """
     marked = next((job for job in queue.values() if job.comment.split(" ")[0] == _mark(token)), None)
     if marked is not None or known is None:

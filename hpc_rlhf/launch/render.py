@@ -53,8 +53,8 @@ class Templates:
         heal = job.slurm.heal
         setup = job.slurm.setup if heal.setup is None else heal.setup
         command = shlex.join(safe_path.module("hpc_rlhf.cli", "heal", "--sentinel", str(plan.run.path)))
-        own = {"command": command, "python": shlex.quote(sys.executable)}
-        return self._script("sentinel.sbatch.j2", plan, job, heal=heal, setup=setup, **own)
+        python = shlex.quote(sys.executable)  # for users' templates that were written before there was a command
+        return self._script("sentinel.sbatch.j2", plan, job, heal=heal, setup=setup, command=command, python=python)
 
     def doctor(self, plan: Plan, job: PlannedJob, folder: Path, command: str, unshared: int) -> str:
         """The sbatch script of the short job that checks the nodes of ``job``; it exits with ``unshared`` if
@@ -146,7 +146,7 @@ def render(plan: Plan, out_dir: Path, beside: Path | None = None) -> list[Path]:
 
 
 def rank_python(job: PlannedJob) -> str:
-    """What runs a module, whose name and arguments follow, where the ranks run: this Python, or a container's."""
+    """The Python that runs a rank, with the options before a module's name: this Python, or that of the container."""
     if job.slurm.container is None:
         return shlex.join([sys.executable, *safe_path.THIS_PYTHON])
     return shlex.join(["python3", *safe_path.ANY_PYTHON])

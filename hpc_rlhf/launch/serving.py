@@ -1,4 +1,4 @@
-"""Serve a finished model over the OpenAI API in a Slurm job, and tell clients where."""
+"""Serve a finished model over the OpenAI API in a Slurm job, and show how clients use it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _POLL = 0.5
 
 
 def how_to_use(name: str, port: int, token: str) -> str:
-    """Shell commands that let clients of OpenAI's API find the server, and that send it a message.
+    """Two shell commands: one configures clients of OpenAI's API, the other sends the model a message.
 
     The token goes through a pipe, because everybody on a machine sees the arguments of its processes.
     """
@@ -38,6 +38,7 @@ def how_to_use(name: str, port: int, token: str) -> str:
 
 
 def new_token() -> str:
+    """A token that cannot be guessed."""
     return secrets.token_urlsafe(32)
 
 

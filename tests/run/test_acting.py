@@ -8,8 +8,7 @@ import os
 import re
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,18 +20,10 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
+from tests.co_user import NOBODY, as_root
 from tests.launch.specs import make_spec
 
-NOBODY = 65534
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A folder that every user may enter; pytest's are private."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
+pytestmark = as_root
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def _stage(job: PlannedJob, script: str, known: _Known) -> Iterator[Finding]:
 
 
 def without_requeue(jobs: Sequence[PlannedJob]) -> str:
-    """What follows for some stages from a Slurm that does not requeue their jobs."""
+    """The effect of an interruption on stages whose jobs Slurm does not requeue."""
     if all(job.slurm.heal.enabled for job in jobs):
         return "the sentinel of an interrupted stage submits it again, under another job id"
     return "the first interruption would end the chain"

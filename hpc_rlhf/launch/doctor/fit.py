@@ -13,7 +13,7 @@ _FIX = "raise zero, lower micro_batch, or set both to auto; hpc-rlhf plan shows 
 
 
 def check(spec: JobSpec, stages: Collection[str] | None = None) -> Iterator[Finding]:
-    """A finding for each stage with ``slurm.gpu``, or for those of them that are in ``stages``."""
+    """A finding for each stage with ``slurm.gpu``, or for those among ``stages``."""
     for stage, memory in run_memory(spec).items():
         if stages is not None and stage not in stages:
             continue

@@ -112,7 +112,7 @@ class StageKind:
 
     @property
     def unit(self) -> str:
-        """What one of its steps is about."""
+        """What progress lines call one of its steps."""
         return "step" if self.trains else "model"
 
     def shown(self, values: Iterable[str]) -> list[str]:
