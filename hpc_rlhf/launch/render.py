@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hpc_rlhf import safe_path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import Plan, PlannedJob
+from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.spec import sizes
 from hpc_rlhf.spec.batch import Batch
@@ -44,6 +45,7 @@ class Templates:
             job,
             hostfile=plan.run.stage(job.stage).hostfile,
             request=plan.run.stage(job.stage).requeue_request,
+            manifest=plan.run.stage(job.stage).model / manifest.NAME,
             hostfile_template=plan.run.hostfile_template(job.stage),
             command=command,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import NamedTuple
 
 from hpc_rlhf.errors import INPUT_WRONG
@@ -10,7 +11,7 @@ from hpc_rlhf.run import reasons
 from hpc_rlhf.run.attempt_logs import AttemptLogs
 from hpc_rlhf.run.events import AttemptEvent, Cancelled, Ended, Failed, Hang, Requeued, Retried, Started
 from hpc_rlhf.run.history import StageHistory
-from hpc_rlhf.slurm.jobs import JobRecord
+from hpc_rlhf.slurm.jobs import UNKNOWN_END, JobRecord
 
 _BY_STATE = {
     "PREEMPTED": reasons.PREEMPTED,
@@ -30,6 +31,8 @@ _DUE_TO = {
 }
 # Written by the batch script when it requeues a job that was preempted before its ranks were up.
 _PREEMPTED_EARLY = "hpc-rlhf: preempted"
+# The last line of a batch script that came to its end, and so was not stopped by Slurm.
+_EXIT_CODE = re.compile(r"hpc-rlhf: ended with exit code (\d+)")
 _TASK = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<rank>\d+)[\d,-]*: (?P<how>.+)")
 # torchrun and DeepSpeed's launcher, whose end srun sees instead of the rank's.
 _UNDER_LAUNCHER = re.compile(r"failed \(exitcode: (?P<torch>-?\d+)\)|exits with return code = (?P<ds>-?\d+)")
@@ -54,6 +57,13 @@ def judge(history: StageHistory, job: JobRecord | None, logs: AttemptLogs, step:
         step: the last step in the stage's metrics.
     """
     attempt = history.attempt
+    if (
+        job is not None
+        and job.restarts is None
+        and job.state == "PREEMPTED"
+        and _was_preempted_before(history, job.job_id)
+    ):
+        job = replace(job, state=UNKNOWN_END, exit_code="")  # accounting does not show when it was preempted
     cause = _by_ledger(attempt, job) or _by_slurm(job, logs, attempt) or _by_logs(attempt, job, logs)
     node = cause.node
     if not node and job is not None:
@@ -61,18 +71,35 @@ def judge(history: StageHistory, job: JobRecord | None, logs: AttemptLogs, step:
     return _ended(history, cause._replace(node=node), step)
 
 
-def judge_requeued(history: StageHistory, logs: AttemptLogs, step: int) -> Ended:
-    """How an attempt ended whose job Slurm requeued by itself, which it does for no fault of the job.
+def judge_requeued(history: StageHistory, job_id: str, logs: AttemptLogs, step: int) -> Ended:
+    """How an attempt ended whose job Slurm requeued by itself.
+
+    It does so for no fault of the job; or, from 24.05 on, although the job failed, if that was preempted before.
 
     Args:
         history: the stage's before the attempt that came after.
         logs: of the attempt that ended.
         step: the last step in the stage's metrics.
     """
-    # srun runs on rank 0's node and reports any other node that is lost.
-    start = next(iter(history.attempt.all(Started)), None)
-    cause = _by_slurm(None, logs, history.attempt) or _Cause(reasons.NODE_FAILURE, node=start.host if start else "")
+    attempt = history.attempt
+    cause = _by_ledger(attempt, None) or _by_slurm(None, logs, attempt)
+    ended_itself = _EXIT_CODE.search(logs.batch) is not None
+    if cause is None and (own_failure(attempt) or (ended_itself and _was_preempted_before(history, job_id))):
+        cause = _by_logs(attempt, None, logs)
+    elif cause is None and ended_itself:
+        cause = _Cause(reasons.PREEMPTED)
+    elif cause is None:
+        # srun runs on rank 0's node and reports any other node that is lost.
+        start = next(iter(attempt.all(Started)), None)
+        cause = _Cause(reasons.NODE_FAILURE, node=start.host if start else "")
     return _ended(history, cause, step)
+
+
+def _was_preempted_before(history: StageHistory, job_id: str) -> bool:
+    """Whether a job has ended an earlier attempt because it was preempted, and may still be marked for that."""
+    requeued = [event.attempt.partition("-")[0] for event in history.all(Requeued) if event.reason == reasons.PREEMPTED]
+    ended = [event.job_id for event in history.all(Ended) if event.reason == reasons.PREEMPTED]
+    return job_id in (*requeued, *ended)
 
 
 def _ended(history: StageHistory, cause: _Cause, step: int) -> Ended:
@@ -181,9 +208,15 @@ def _by_logs(attempt: StageHistory, job: JobRecord | None, logs: AttemptLogs) ->
         return _Cause(reason, line if line and "exit code" in task["how"] else task[0], task["node"])
     if job is not None and (job.exit_code.endswith(":9") or job.exit_code.startswith("137:")):
         return _Cause(reasons.KILLED, f"exit code {job.exit_code}")  # of the script, or of srun
-    lines = [line for line in logs.batch.splitlines() if line.strip() and not line.startswith("hpc-rlhf: attempt ")]
+    ending = _EXIT_CODE.search(logs.batch)
+    if ending is not None and ending[1] == "137":
+        return _Cause(reasons.KILLED, ending[0])
+    ours = ("hpc-rlhf: attempt ", "hpc-rlhf: ended with ")
+    lines = [line for line in logs.batch.splitlines() if line.strip() and not line.startswith(ours)]
     if lines:
         return _Cause(reasons.FAILED, lines[-1])
+    if ending is not None:
+        return _Cause(reasons.FAILED, ending[0])
     return _Cause(reasons.FAILED, f"Slurm reports {job.state}" if job else "it left no message")
 
 

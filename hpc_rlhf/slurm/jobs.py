@@ -13,6 +13,9 @@ ENDED = frozenset({
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
     "REVOKED", "TIMEOUT",
 })  # fmt: skip
+# Our word for the end of a job that Slurm calls PREEMPTED only because it requeued itself in an earlier attempt, while
+# that was preempted (from 24.05 on). Slurm then keeps no exit code either.
+UNKNOWN_END = "an end unknown to Slurm"
 _NOTHING = ("None", "(null)")
 QUEUE_FORMAT = "%i|%T|%r|%E|%o|%j|%k"
 ACCOUNTING_FORMAT = "JobID,State,ExitCode,NodeList"
@@ -101,11 +104,13 @@ def parse_accounting(text: str) -> Iterator[JobRecord]:
 def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
     """The record of a job from the fields that scontrol shows."""
     facts = {name: "" if value in _NOTHING else value for name, value in fields.items()}
-    state, restarts = facts["JobState"], facts.get("Restarts", "")
+    state, exit_code, restarts = facts["JobState"], facts.get("ExitCode", ""), facts.get("Restarts", "")
+    if state == "PREEMPTED" and "PreemptTime" in fields and not is_preempted(fields):
+        state, exit_code = UNKNOWN_END, ""
     return JobRecord(
         job_id,
         state,
-        facts.get("ExitCode", ""),
+        exit_code,
         facts.get("NodeList", ""),
         facts.get("FailedNode", ""),
         requeueable=facts.get("Requeue") == "1",

@@ -158,12 +158,9 @@ class Attempt:
             self.record(Finished(step=facts["step"], seconds=facts["seconds"]))
             notify.send_if_finished(self.files, spec, self.stage)
         worlds.leave()
-        if self.is_main and not self.stop.preempted:
+        # While the job is preempted, its script may have little time left to let the dependents start.
+        if self.is_main and not (self.stop.preempted and any(self.stage in spec.needs(s) for s in spec.stage_names)):
             write_report(self.files)
-        if self.is_main and self.in_slurm and self.is_preempted():
-            # Slurm may record a job that ends while it is preempted as PREEMPTED, and then its dependents
-            # never start. Run again, it finds its model complete, ends at once, and is COMPLETED.
-            self.requeue(int(facts["step"]), "preempted")
 
     def start(self, settings: SlurmSpec) -> None:
         """Record the start, and what rank 0 of a Slurm job does before its stage begins."""
@@ -233,11 +230,6 @@ class Attempt:
             self.stop.restore()
             time.sleep(10)  # rank 0 is requeueing the job, and Slurm then ends this step
         sys.exit(TO_BE_CONTINUED)
-
-    def is_preempted(self) -> bool:
-        """Whether Slurm is preempting this job. Its signal alone does not show that: from 26.05 on, srun
-        sends the same to the other ranks when one fails."""
-        return self.stop.preempted and (not self._reaches_slurm or commands.was_preempted(str(self.job)))
 
     def requeue(self, step: int, reason: str) -> None:
         """Requeue this Slurm job, unless the user cancelled it or Slurm requeues it anyway."""

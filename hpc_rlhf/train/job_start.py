@@ -27,7 +27,7 @@ def record_previous_end(run: RunDir, stage: str, job_id: str, restarts: int) -> 
         return
     files = run.stage(stage)
     logs = AttemptLogs(files, job_id, restarts - 1)
-    ended = failures.judge_requeued(history, logs, last_step(files))
+    ended = failures.judge_requeued(history, job_id, logs, last_step(files))
     Ledger(run.ledger).append(replace(ended, stage=stage, job_id=job_id, seen=last_seen(files)))
 
 

@@ -15,7 +15,7 @@ from hpc_rlhf.run.events import Failed, Hang
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from tests.cluster import config
-from tests.cluster.cluster import CHECKOUT, Cluster, ClusterError, wait_until
+from tests.cluster.cluster import CHECKOUT, SUCCEEDED, Cluster, ClusterError, wait_until
 
 # Each rank spends some 10 s of CPU time importing torch and DeepSpeed, while other tests run beside it.
 STAGE_SECONDS = 360
@@ -136,7 +136,7 @@ def run_preempted(chain: Chain, nodes: str) -> dict[str, Any]:
     whole = (f"--nodelist={nodes}", f"--gpus-per-node={config.GPUS}")
     chain.cluster.sbatch("--partition=high", *whole, "--output=/dev/null", "--wrap=true")
     chain.wait_done("sft")
-    chain.cluster.wait_state(chain.job_id("sft"), "COMPLETED")
+    chain.cluster.wait_state(chain.job_id("sft"), SUCCEEDED)
     return manifest.require(chain.run.stage("sft").model, "the model")
 
 

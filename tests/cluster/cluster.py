@@ -32,6 +32,10 @@ SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CHECKOUT = Path(__file__).parents[2]
 
 
+# The states of a job that succeeded: from 24.05 on, one that requeued itself while it was preempted stays PREEMPTED.
+SUCCEEDED = ("COMPLETED", "PREEMPTED")
+
+
 class ClusterError(Exception):
     """The cluster failed; the message names the part."""
 

@@ -18,7 +18,7 @@ import pytest
 from hpc_rlhf.run import manifest
 from tests.cluster import Cluster, config, wait_until
 from tests.cluster.chain import Chain
-from tests.cluster.cluster import CHECKOUT, SYSTEM_PATH
+from tests.cluster.cluster import CHECKOUT, SUCCEEDED, SYSTEM_PATH
 from tests.cluster.processes import Process, find
 
 STAGES = ("sft", "reward", "ppo")
@@ -179,7 +179,7 @@ def test_a_stage_preempted_before_its_ranks_handle_signals_is_requeued(new_chain
     preempt_all(chain.cluster)
     chain.wait_done("sft")
     job = chain.job_id("sft")
-    chain.cluster.wait_state(job, "COMPLETED", timeout=60)
+    chain.cluster.wait_state(job, SUCCEEDED, timeout=60)
     assert chain.cluster.field(job, "Restarts") == "1"
     assert "preempted before the ranks were up" in (chain.run.stage("sft").logs / f"{job}_batch.log").read_text()
 
@@ -194,7 +194,7 @@ def test_a_stage_preempted_before_it_has_ranks_is_requeued(new_chain: NewChain) 
     chain.cluster.wait_state(job, "RUNNING", timeout=60)
     preempt_all(chain.cluster)
     chain.wait_done("sft")
-    chain.cluster.wait_state(job, "COMPLETED", timeout=60)
+    chain.cluster.wait_state(job, SUCCEEDED, timeout=60)
     assert [event.reason for event in chain.events("requeued", "sft")] == ["preempted"]
 
 

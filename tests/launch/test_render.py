@@ -18,6 +18,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import node
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates, render
+from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from tests.launch.specs import make_spec
@@ -26,6 +27,7 @@ SCONTROL = """#!/bin/bash
 case "$*" in
   "show hostnames "*) printf 'n1\\nn2\\n' ;;
   "requeue "*) echo "$*" >"$STUB_OUT/requeue" ;;
+  "update "*) shift; echo "$*" >>"$STUB_OUT/updates" ;;
   "--oneliner show job 4711") echo "$STUB_JOB" ;;
   "--oneliner show node n1") echo "NodeName=n1 Arch=x NodeAddr=10.0.0.1 NodeHostName=n1" ;;
   *) exit 9 ;;
@@ -37,6 +39,9 @@ printf '%s\\n' "$@" >"$STUB_OUT/args"
 env >"$STUB_OUT/env"
 [ -z "$STUB_TOUCH" ] || touch "$STUB_TOUCH"
 exit "${STUB_EXIT:-0}"
+"""
+SQUEUE = """#!/bin/bash
+[ "$*" = "--me --noheader --states=PENDING --format=%i %E" ] && printf '%s' "$STUB_QUEUE"
 """
 # Each of these would leave a file behind if a shell acted on it.
 HOSTILE = ["$(touch x)", "`touch x`", "; touch x", "a'; touch x; '", 'a"; touch x; "', "&& touch x #", "ü ñ 模"]
@@ -50,7 +55,7 @@ def run_script(spec: JobSpec, stage: str, tmp_path: Path, **environ: str) -> tup
     stubs, out, cwd = tmp_path / "stubs", tmp_path / "out", tmp_path / "cwd"
     for folder in (stubs, out, cwd):
         folder.mkdir(exist_ok=True)
-    for name, text in {"scontrol": SCONTROL, "srun": SRUN}.items():
+    for name, text in {"scontrol": SCONTROL, "srun": SRUN, "squeue": SQUEUE}.items():
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "n[1-2]", "STUB_OUT": str(out)}
@@ -294,6 +299,45 @@ def test_the_script_requeues_a_job_whose_ranks_a_preemption_killed(
     assert exit_code == int(code)
     assert (out / "requeue").exists() is requeued
     assert ("requeued" in stderr) is requeued
+
+
+QUEUE = """5 afterok:4711(unfulfilled),afterok:12(unfulfilled)
+6 afterok:12(unfulfilled),afterok:4711(failed),afterany:47112(unfulfilled)
+7 afterok:4711(unfulfilled)
+8 afternotok:4711(unfulfilled)
+9 afterok:47112(unfulfilled)
+10 (null)
+"""
+FREED = ["5 afterok:12", "6 afterok:12,afterany:47112", "7 "]
+
+
+@pytest.mark.parametrize(
+    ("code", "done", "preempted", "restarts", "freed", "ends"),
+    [
+        ("0", True, "None", "1", True, True),  # it requeued itself earlier, and may still be marked as preempted
+        ("0", True, "2026-01-02T12:00:00", "0", True, True),  # it is preempted now
+        ("0", True, "None", "0", False, False),
+        ("0", False, "None", "1", False, False),  # a launcher that was killed
+        ("2", False, "None", "1", False, True),  # a user's mistake
+        ("1", False, "None", "1", False, False),  # healing may try again
+    ],
+)
+def test_the_script_of_a_job_that_slurm_may_call_preempted_frees_its_dependents(
+    code: str, done: bool, preempted: str, restarts: str, freed: bool, ends: bool, tmp_path: Path
+) -> None:
+    spec = make_spec(tmp_path / "run")
+    if done:
+        model = RunDir(Path(spec.run_dir)).stage("sft").model
+        model.mkdir(parents=True)
+        manifest.write(model, {"step": 1})
+    shown = f"JobId=4711 JobState=RUNNING StartTime=2026-01-02T12:00:00 PreemptTime={preempted} "
+    environ = {"STUB_EXIT": code, "STUB_JOB": shown, "STUB_QUEUE": QUEUE, "SLURM_RESTART_COUNT": restarts}
+    exit_code, out, stderr = run_script(spec, "sft", tmp_path, **environ)
+    assert exit_code == int(code)
+    updates = (out / "updates").read_text().splitlines() if (out / "updates").exists() else []
+    expected = [f"JobId={' Dependency='.join(each.split(' '))}" for each in FREED] if freed else []
+    assert updates == expected + ["JobId=4711 Requeue=0"] * ends
+    assert stderr == ("" if code == "0" else f"hpc-rlhf: ended with exit code {code}\n")
 
 
 def test_a_users_template_replaces_the_one_of_its_name(tmp_path: Path) -> None:

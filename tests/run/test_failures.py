@@ -45,6 +45,8 @@ FAILED = ended_as("FAILED", nodes="node[1-2]")
 STARTED = event("started", attempt="7-0")
 STOPPED = event("requeued", reason="time limit", attempt="7-0")
 REFUSED = event("failed", message="scontrol requeue: operation is disabled for job 7", exit_code=1, attempt="7-0")
+PREEMPTED_BEFORE = event("requeued", attempt="7-0", reason="preempted")
+AGAIN = event("started", attempt="7-1")
 SEEN = event("failed", attempt="4711", message="rank 1 ended with exit code 2", exit_code=2, log="1_log.err")
 
 
@@ -156,6 +158,22 @@ SEEN = event("failed", attempt="4711", message="rank 1 ended with exit code 2", 
         # earlier attempts do not count
         ([STARTED, failed("old", 2), event("requeued", step=3)], ended_as("PREEMPTED"), FakeLogs(),
          "preempted", "", ""),
+        # accounting does not show which attempt was preempted; from 24.05 on, it may have been an earlier one
+        ([PREEMPTED_BEFORE, AGAIN, failed("ValueError: bad row")], ended_as("PREEMPTED"), FakeLogs(), "failed",
+         "ValueError: bad row", ""),
+        ([PREEMPTED_BEFORE, AGAIN], ended_as("PREEMPTED"), FakeLogs(f"{KILLED}hpc-rlhf: ended with exit code 137"),
+         "killed", KILLED.strip(), "node2"),
+        ([PREEMPTED_BEFORE, AGAIN], ended_as("PREEMPTED"), FakeLogs("hpc-rlhf: ended with exit code 3\n"), "failed",
+         "hpc-rlhf: ended with exit code 3", ""),
+        ([PREEMPTED_BEFORE, AGAIN], ended_as("PREEMPTED"), FakeLogs("hpc-rlhf: ended with exit code 137"), "killed",
+         "*", ""),
+        ([PREEMPTED_BEFORE, AGAIN], ended_as("PREEMPTED"), FakeLogs(TIME), "time limit", "*", ""),
+        ([PREEMPTED_BEFORE, AGAIN], ended_as("PREEMPTED"), FakeLogs("DUE TO PREEMPTION ***"), "preempted", "*", ""),
+        # the controller does
+        ([PREEMPTED_BEFORE, AGAIN], ended_as("PREEMPTED", restarts=1), FakeLogs(), "preempted", "", ""),
+        # another job's preemption marks nothing
+        ([event("requeued", attempt="6-0", reason="preempted"), STARTED], ended_as("PREEMPTED"), FakeLogs(),
+         "preempted", "", ""),
     ],
 )  # fmt: skip
 def test_reason_message_and_node(
@@ -183,5 +201,28 @@ def test_a_long_message_is_shortened_to_one_line() -> None:
     ],
 )
 def test_a_requeue_by_slurm_is_not_blamed_on_the_stage(batch: str, reason: str) -> None:
-    ending = judge_requeued(StageHistory([event("started", host="n1"), failed(GLOO)]), FakeLogs(batch), 3)
+    ending = judge_requeued(StageHistory([event("started", host="n1"), failed(GLOO)]), "7", FakeLogs(batch), 3)
     assert (ending.reason, ending.node) == (reason, "" if batch else "n1")
+
+
+ITSELF = "hpc-rlhf: ended with exit code 1\n"
+
+
+@pytest.mark.parametrize(
+    ("events", "batch", "reason", "message"),
+    [
+        ([PREEMPTED_BEFORE, AGAIN, failed("ValueError: bad row")], ITSELF, "failed", "ValueError: bad row"),
+        ([PREEMPTED_BEFORE, AGAIN, failed("ValueError: bad row")], "", "failed", "ValueError: bad row"),
+        ([PREEMPTED_BEFORE, AGAIN, failed("no such file", 2)], ITSELF, "user error", "no such file"),
+        ([PREEMPTED_BEFORE, AGAIN, event("hang", message="rank 3")], ITSELF, "hang", "rank 3"),
+        ([PREEMPTED_BEFORE, AGAIN], KILLED + ITSELF, "killed", KILLED.strip()),
+        ([PREEMPTED_BEFORE, AGAIN, failed(GLOO)], ITSELF, "NCCL or gloo error", GLOO),
+        # it was preempted just now, and ended by itself in the grace
+        ([STARTED, failed(GLOO)], ITSELF, "preempted", ""),
+    ],
+)
+def test_a_failure_that_slurm_requeued_because_of_an_earlier_preemption_is_one(
+    events: list[Event], batch: str, reason: str, message: str
+) -> None:
+    ending = judge_requeued(StageHistory(events), "7", FakeLogs(batch), 3)
+    assert (ending.reason, ending.message) == (reason, message)

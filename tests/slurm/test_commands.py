@@ -14,6 +14,7 @@ import pytest
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import submit
 from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import UNKNOWN_END, record_of
 from tests.cluster import Cluster, wait_until
 
 # A step that, when told to stop, asks why, and writes the answer.
@@ -100,6 +101,24 @@ def test_a_preemption_before_the_last_start_does_not_count(
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert commands.was_preempted("7") is expected
+
+
+@pytest.mark.parametrize(
+    ("preempted", "state", "exit_code"),
+    [
+        ("None", UNKNOWN_END, ""),
+        ("2026-01-02T11:59:59", UNKNOWN_END, ""),
+        ("2026-01-02T12:00:00", "PREEMPTED", "0:0"),
+        ("2026-01-02T12:30:00", "PREEMPTED", "0:0"),
+    ],
+)
+def test_a_record_calls_only_an_attempt_preempted_that_was(preempted: str, state: str, exit_code: str) -> None:
+    fields = {
+        **{"JobState": "PREEMPTED", "Restarts": "1", "ExitCode": "0:0", "Requeue": "1"},
+        **{"StartTime": "2026-01-02T12:00:00", "PreemptTime": preempted},
+    }
+    record = record_of("7", fields)
+    assert (record.state, record.exit_code, record.requeueable) == (state, exit_code, True)
 
 
 @pytest.mark.parametrize(

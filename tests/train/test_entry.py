@@ -55,15 +55,17 @@ def finish(run: RunDir, code: int, world: World, monkeypatch: pytest.MonkeyPatch
     Attempt(run, "sft", stop).run()
 
 
-def test_a_stage_that_finishes_while_preempted_runs_once_more(
-    tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_stage_that_finishes_while_preempted_does_not_run_again(
+    tmp_path: Path, world: World, requeued: list[str], monkeypatch: pytest.MonkeyPatch, followed: bool
 ) -> None:
-    """Slurm may record it as PREEMPTED although it is done; the next start ends at once, and is COMPLETED."""
-    run = make_run(tiny_spec(tmp_path / "run", ranks=1))
+    """Its script lets its dependents start, and only the last stage takes the time for a report."""
+    run = make_run(tiny_spec(tmp_path / "run", ranks=1, sft={}, **({"dpo": {}} if followed else {})))
     monkeypatch.setattr(commands, "was_preempted", lambda job: True)
     finish(run, PREEMPTED, world, monkeypatch)
-    assert requeued == ["9"]
-    assert [event.name for event in Ledger(run.ledger).events("sft")] == ["started", "finished", "requeued"]
+    assert requeued == []
+    assert [event.name for event in Ledger(run.ledger).events("sft")] == ["started", "finished"]
+    assert run.report.exists() != followed
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
