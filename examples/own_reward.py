@@ -18,8 +18,8 @@ class Brevity:
 
 
 engine = DeepSpeedRLHFEngine(
-    actor_model_name_or_path="runs/tiny/stages/sft/model",
-    critic_model_name_or_path="runs/tiny/stages/reward/model",
+    actor_model_name_or_path="jobs/runs/tiny/stages/sft/model",
+    critic_model_name_or_path="jobs/runs/tiny/stages/reward/model",
     num_total_iters=2,
     args={"actor_lr": 1e-5, "micro_batch": 2},
 )

@@ -23,7 +23,7 @@ import json, sys
 from hpc_rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
 from hpc_rlhf.errors import HpcRlhfError
 
-sft, reward = "runs/tiny/stages/sft/model", "runs/tiny/stages/reward/model"
+sft, reward = "jobs/runs/tiny/stages/sft/model", "jobs/runs/tiny/stages/reward/model"
 errors = []
 
 def expect_error(make):
@@ -59,7 +59,7 @@ from hpc_rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
 from hpc_rlhf.errors import HpcRlhfError
 
 engine = DeepSpeedRLHFEngine(
-    "runs/tiny/stages/sft/model", "runs/tiny/stages/reward/model",
+    "jobs/runs/tiny/stages/sft/model", "jobs/runs/tiny/stages/reward/model",
     args={"zero": 3, "micro_batch": 2, "precision": "fp32", "warmup": 0, "ema": True, "lora": {"rank": 4}},
     max_answer_tokens=8, num_total_iters=2,
 )
@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from hpc_rlhf.train.models.export import export
 
     folder = tmp_path_factory.mktemp("program")
-    stages, tokenizer = folder / "runs" / "tiny" / "stages", tiny.tokenizer()
+    stages, tokenizer = folder / "jobs" / "runs" / "tiny" / "stages", tiny.tokenizer()
     fields = {"vocab_size": 300, "max_position_embeddings": 512}
     export(tiny.causal("llama", **fields), tokenizer, stages / "sft" / "model", is_main=True)
     export(tiny.classifier("llama", **fields), tokenizer, stages / "reward" / "model", is_main=True)

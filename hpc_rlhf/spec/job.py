@@ -57,7 +57,8 @@ class JobSpec(Model):
     name: Name = Field(description="Name of the run; Slurm jobs are called name.stage.")
     run_dir: PathText
     """Folder for everything that the run writes, on a file system that all nodes share. In this and all other paths of
-    a spec, ${VAR} and ${VAR:-default} are expanded, and relative paths start at the working directory."""
+    a spec, ${VAR} and ${VAR:-default} are expanded, and a relative path starts at the folder of the file that it is
+    written in; with --set, at the working directory."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1234, description="Seed of all random numbers.")
     slurm: SlurmSpec = Field(default=SlurmSpec(), description="Slurm settings of all stages.")
     data: DataSpec = Field(description="Training data.")

@@ -1,4 +1,8 @@
-"""Resolves the paths in a spec: `${VAR}`, `~`, and relative paths, which start at the working directory."""
+"""Resolves the paths in a spec: `${VAR}`, `~`, and relative paths.
+
+A relative path starts at the folder of the file that it is written in; one of `--set` or of standard input, at the
+working directory.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,13 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from hpc_rlhf.errors import Problem
 from hpc_rlhf.spec.stages import STAGE_KINDS
-from hpc_rlhf.spec.yaml_source import Node
+from hpc_rlhf.spec.yaml_source import Mark, Node
+
+_Resolve = Callable[[str, Path], str]  # of a text, and the folder at which a relative path in it starts
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -26,14 +33,14 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
 
 
 def _rewrite(
-    node: Node, pattern: tuple[str, ...], path: tuple[str, ...], resolve: Callable[[str], str], problems: list[Problem]
+    node: Node, pattern: tuple[str, ...], path: tuple[str, ...], resolve: _Resolve, problems: list[Problem]
 ) -> Node:
     """The node with every text that matches the pattern resolved; `*` matches any key or index."""
     if not pattern:
         if not isinstance(node.value, str) or not node.value or "\0" in node.value:
             return node  # the model reports it
         try:
-            return replace(node, value=resolve(_expand(node.value)))
+            return replace(node, value=resolve(node.value, _base(node.mark)))
         except ValueError as error:
             problems.append(node.mark.problem(str(error), path=".".join(path)))
             return node
@@ -46,6 +53,27 @@ def _rewrite(
         items = [_rewrite(n, rest, (*path, str(i)), resolve, problems) for i, n in enumerate(node.value)]
         return replace(node, value=items)
     return node
+
+
+def _base(mark: Mark) -> Path:
+    """The folder at which a relative path starts that is written at a place."""
+    return Path(mark.source).absolute().parent if mark.line else Path.cwd()
+
+
+def _absolute(text: str, base: Path) -> str:
+    return os.path.abspath(base / text)
+
+
+def _run_dir(text: str, base: Path) -> str:
+    text = _expand(text)
+    path, before = _absolute(text, base), os.path.abspath(text)
+    # Earlier versions began at the working directory. Do not train from scratch what they have trained.
+    if path != before and os.path.exists(f"{before}/job.yaml") and not os.path.exists(path):
+        raise ValueError(
+            f"is {path} now, because relative paths start at the folder of their file; an earlier run is in {before}: "
+            "write that path"
+        )
+    return path
 
 
 def _expand(text: str) -> str:
@@ -69,34 +97,43 @@ def _is_local(text: str) -> bool:
     return text.startswith(("/", "./", "../", "~")) or text in (".", "..")
 
 
-def _local_or_hub(text: str) -> str:
+def _local_or_hub(text: str, base: Path) -> str:
     """The absolute path of a local file or folder, or a hub id unchanged.
 
-    A folder in the working directory, which may be another user's, does not shadow a hub id.
+    A folder beside the file, which may be another user's, does not shadow a hub id.
     """
+    text = _expand(text)
     if _HUB_ID.fullmatch(text) and not _FILE.fullmatch(text):
         return text
-    if os.path.exists(text):
-        return os.path.abspath(text)
+    path = _absolute(text, base)
+    if os.path.exists(path):
+        return path
     if _is_local(text) or _FILE.fullmatch(text):
-        raise ValueError(f"there is no file or folder {os.path.abspath(text)!r}")
+        raise ValueError(f"there is no file or folder {path!r}")
     raise ValueError(f"{text!r} is neither an existing file or folder nor a hub id such as facebook/opt-1.3b")
 
 
-def _image(text: str) -> str:
-    return os.path.abspath(text) if _is_local(text) or _IMAGE_FILE.fullmatch(text) else text
+def _image(text: str, base: Path) -> str:
+    text = _expand(text)
+    return _absolute(text, base) if _is_local(text) or _IMAGE_FILE.fullmatch(text) else text
 
 
-def _mount(text: str) -> str:
-    source, colon, target = text.partition(":")
-    return os.path.abspath(source) + colon + target
+def _mount(text: str, base: Path) -> str:
+    source, colon, target = _expand(text).partition(":")
+    return _absolute(source, base) + colon + target
 
 
-_PATHS: tuple[tuple[tuple[str, ...], Callable[[str], str]], ...] = (
-    (("run_dir",), os.path.abspath),
+def _webhook(text: str, base: Path) -> str:
+    """The file with the address. A variable stays as it is, because its value is a secret."""
+    return text if "$" in text or "://" in text else _absolute(os.path.expanduser(text), base)
+
+
+_PATHS: tuple[tuple[tuple[str, ...], _Resolve], ...] = (
+    (("run_dir",), _run_dir),
     (("data", "sources", "*", "path"), _local_or_hub),
     *((("stages", kind.name, field, "path"), _local_or_hub) for kind in STAGE_KINDS for field in kind.sources),
     (("models", "*"), _local_or_hub),
+    (("notify", "webhook", "url"), _webhook),
     (("slurm", "container", "image"), _image),
     (("slurm", "container", "mounts", "*"), _mount),
     (("stages", "*", "slurm", "container", "image"), _image),

@@ -14,7 +14,7 @@ _HEAD = """\
 #   hpc-rlhf plan {file}      shows the jobs
 #   hpc-rlhf submit {file}    submits them to Slurm
 name: {name}
-# On a file system that all nodes share. A relative path starts at the working directory.
+# On a file system that all nodes share. A relative path starts at this file's folder.
 run_dir: ${{SCRATCH:-.}}/runs/{folder}
 seed: 1234
 

@@ -91,4 +91,5 @@ def test_run_without_the_stage_is_evaluated_with_defaults(tmp_path: Path) -> Non
         assert json.loads(repeated.stdout) == report, repeated.stderr
     assert list(Ledger(run.ledger).events("eval")) == events  # not evaluated again
     status = json.loads(cli("status", run.path, "--json").stdout)["stages"][-1]
-    assert (status["stage"], status["state"], status["step"], status["metric"]) == ("eval", "done", 4, "accuracy")
+    shown = (status["stage"], status["state"], status["step"], status["metric"])
+    assert shown == ("eval", "done", 4, "reward_accuracy")

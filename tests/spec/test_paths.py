@@ -22,17 +22,61 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("written", "resolved"),
     [
-        ("runs/x", "{here}/runs/x"),
+        ("runs/x", "{folder}/runs/x"),
         ("${WORK}/x", "/big/disk/x"),
         ("${WORK:-/other}/${EMPTY:-y}", "/big/disk/y"),
-        ("${NONE:-.}/x", "{here}/x"),
+        ("${NONE:-.}/x", "{folder}/x"),
         ("~/x", "/home/me/x"),
         ("/a/../b with space/#j", "/b with space/#j"),
     ],
 )
 def test_run_dir(tmp_path: Path, written: str, resolved: str) -> None:
     spec = load_spec(write(tmp_path, GOOD.replace("runs/good", written)))
-    assert spec.run_dir == resolved.format(here=tmp_path / "here")
+    assert spec.run_dir == resolved.format(folder=tmp_path)
+
+
+def test_all_relative_paths_start_at_the_file_that_they_are_in(tmp_path: Path) -> None:
+    base, below = tmp_path / "base", tmp_path / "below"
+    for folder in (base, below):
+        (folder / "model").mkdir(parents=True)
+        (folder / "rows.jsonl").touch()
+    container = "  container: {runtime: apptainer, image: x.sif, mounts: [data]}"
+    text = GOOD.replace("  partition: gpu", container).replace("Dahoas/rm-static", "rows.jsonl")
+    (base / "base.yaml").write_text(f"{text}notify: {{webhook: {{url: secret}}}}\n")
+    (below / "job.yaml").write_text("extends: ../base/base.yaml\nmodels: {actor: ./model}\n")
+    spec = load_spec("../below/job.yaml")
+    container_spec, webhook = spec.slurm.container, spec.notify.webhook
+    assert container_spec is not None
+    assert webhook is not None
+    assert spec.run_dir == str(base / "runs/good")
+    assert spec.models.actor == str(below / "model")
+    assert spec.data.sources[0].path == str(base / "rows.jsonl")
+    assert (container_spec.image, container_spec.mounts) == (str(base / "x.sif"), (str(base / "data"),))
+    assert webhook.url == str(base / "secret")
+
+
+def test_those_of_options_start_at_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "here/rows.jsonl").touch()
+    spec = load_spec(write(tmp_path, GOOD), ["data.sources.0.path=./rows.jsonl", "run_dir=runs"])
+    assert spec.data.sources[0].path == str(tmp_path / "here/rows.jsonl")
+    assert spec.run_dir == str(tmp_path / "here/runs")
+
+
+def test_a_run_of_an_earlier_version_is_not_trained_again_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "here/runs/good").mkdir(parents=True)
+    (tmp_path / "here/runs/good/job.yaml").touch()
+    (problem,) = problems_in(write(tmp_path, GOOD))
+    assert problem.path == "run_dir"
+    assert f"an earlier run is in {tmp_path}/here/runs/good" in problem.what
+    (tmp_path / "runs/good").mkdir(parents=True)
+    assert load_spec(write(tmp_path, GOOD)).run_dir == str(tmp_path / "runs/good")
+
+
+def test_a_secret_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK", "https://example.org/secret")
+    spec = load_spec(write(tmp_path, GOOD), ["notify.webhook.url='${HOOK}'"])
+    assert spec.notify.webhook is not None
+    assert spec.notify.webhook.url == "${HOOK}"
 
 
 def test_a_name_without_a_file_ending_is_a_hub_id_whatever_is_in_the_folder(tmp_path: Path) -> None:
