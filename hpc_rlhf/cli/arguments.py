@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -137,7 +136,8 @@ def _runs_at(path: Path) -> list[RunDir]:
             return [SweepDir(spec.run_dir.absolute()).run(member.name) for member in spec.members]
         path = Path(spec.run_dir)
     run = RunDir(path.absolute())
-    return [run] if run.job_yaml.is_file() else _recorded_members(SweepDir(run.path))
+    sweep = SweepDir(run.path)
+    return [run] if run.job_yaml.is_file() else [sweep.run(name) for name in sweep.recorded()[0]]
 
 
 def _runs_named(name: str) -> list[RunDir]:
@@ -156,11 +156,3 @@ def _runs_named(name: str) -> list[RunDir]:
 def _choose(runs: Sequence[RunDir]) -> str:
     names = [str(run.path) for run in runs]
     return f"choose one: {', '.join(names if len(names) <= 3 else [*names[:3], '…'])}"
-
-
-def _recorded_members(sweep: SweepDir) -> list[RunDir]:
-    """The runs recorded in a sweep's folder; empty when it is not a sweep's folder."""
-    try:
-        return [sweep.run(name) for name in json.loads(sweep.json.read_text(encoding="utf-8"))["runs"]]
-    except (OSError, ValueError, LookupError, TypeError):
-        return []

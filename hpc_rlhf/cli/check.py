@@ -13,6 +13,7 @@ from hpc_rlhf.cli.arguments import example, json_option, set_option
 from hpc_rlhf.cli.console import print_wrapped
 from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.masking import secret_names
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.sweep import Sweep, load_any, specs_of
@@ -91,15 +92,27 @@ def _with_data(checked: dict[str, _Checked], sets: tuple[str, ...], whole: bool)
         problems: dict[Problem, None] = dict.fromkeys(one.problems)
         data: dict[str, Sequence[tuple[str, Mapping[str, object]]]] = {}
         notes: dict[str, None] = {}
-        for _ in one.specs:
+        for spec in one.specs:
             known = next(surveys)
             problems |= dict.fromkeys(
                 _place(file, sets, path).problem(what, hint or None, path) for path, what, hint in known.problems
             )
-            notes |= dict.fromkeys(known.notes)
+            notes |= dict.fromkeys((*_secrets(spec), *known.notes))
             data |= {path: [(one.summary(), one.to_dict()) for one in counts] for path, counts in known.data.items()}
         result[file] = replace(one, problems=tuple(problems), notes=tuple(notes), data=data if whole else {})
     return result
+
+
+def _secrets(spec: JobSpec) -> Iterator[str]:
+    """A warning for each secret that a setup line holds."""
+    for stage in spec.stage_names:
+        slurm = spec.stage(stage).slurm
+        for line in (*slurm.setup, *(slurm.heal.setup or ())):
+            for name in secret_names(line):
+                yield (
+                    f"slurm.setup holds the value of {name}, and so will the run directory; keep it in a file that "
+                    f"only you can read: export {name}=$(cat FILE)"
+                )
 
 
 def _place(file: str, sets: tuple[str, ...], path: str) -> Mark:

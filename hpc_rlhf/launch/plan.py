@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.masking import mask_all
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.job import JobSpec
@@ -41,6 +42,7 @@ class Plan:
         return frozenset(need for job in self.jobs for need in job.needs)
 
     def as_dict(self) -> dict[str, object]:
+        """The plan as JSON, with secrets in ``slurm.setup`` masked."""
         return {"name": self.name, "run_dir": str(self.run.path), "jobs": [_job_dict(job) for job in self.jobs]}
 
     def to_json(self) -> str:
@@ -74,5 +76,5 @@ def _job_dict(job: PlannedJob) -> dict[str, object]:
         "needs": list(job.needs),
         "ranks": job.slurm.ranks,
         "batch": {"global" if key == "global_" else key: value for key, value in batch.items()},
-        "slurm": job.slurm.model_dump(mode="json", exclude_defaults=True),
+        "slurm": mask_all(job.slurm.model_dump(mode="json", exclude_defaults=True)),
     }

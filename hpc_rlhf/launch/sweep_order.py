@@ -6,9 +6,10 @@ or not, and its sentinels too, which may still continue it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
+from hpc_rlhf import trust
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.jobs import find_jobs
 from hpc_rlhf.run.layout import RunDir
 
@@ -46,9 +47,9 @@ def followers(run: RunDir) -> list[RunDir]:
 
 
 def _order(run: RunDir) -> tuple[list[str], int | None]:
-    """The names of the runs in a run's sweep, and their limit."""
+    """The names of the runs in a run's sweep, and their limit; nothing if another user wrote that file."""
     try:
-        facts = json.loads(run.sweep.json.read_text(encoding="utf-8"))
-        return list(facts["runs"]), facts["limit"]
-    except (OSError, ValueError, LookupError, TypeError):
+        trust.check_one(run.sweep.json, "")
+    except HpcRlhfError:
         return [], None
+    return run.sweep.recorded()

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from hpc_rlhf.errors import HpcRlhfError
+
+# The name of a sweep's run, which is a folder; see spec/sweep.py.
+_LABEL = re.compile(r"\w[\w.+=-]*", re.ASCII)
 
 
 class Inside:
@@ -106,3 +113,20 @@ class SweepDir:
 
     def run(self, label: str) -> RunDir:
         return RunDir(self.path / label)
+
+    def recorded(self) -> tuple[list[str], int | None]:
+        """The names of the runs and the limit that are recorded; no names in a folder that is not a sweep's.
+
+        Raises:
+            HpcRlhfError: a name does not stay in this folder.
+        """
+        try:
+            facts = json.loads(self.json.read_text(encoding="utf-8"))
+            names, limit = list(facts["runs"]), facts["limit"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return [], None
+        for name in names:
+            if not (isinstance(name, str) and _LABEL.fullmatch(name)):
+                what = f"{name!r} is not the name of a run of this sweep"
+                raise HpcRlhfError(what, where=str(self.json), hint="submit the sweep again, which writes the file")
+        return names, limit if isinstance(limit, int) and limit > 0 else None

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from hpc_rlhf.run import events
 from hpc_rlhf.run.events import Event
+from hpc_rlhf.run.masking import mask_all
 
 E = TypeVar("E", bound=Event)
 
@@ -28,8 +29,8 @@ class Ledger:
     path: Path
 
     def append(self, event: Event) -> None:
-        """Write an event with the current time."""
-        line = json.dumps(events.to_json(replace(event, time=round(time.time(), 3)))) + "\n"
+        """Write an event with the current time, with secrets masked: messages may quote lines of ``slurm.setup``."""
+        line = json.dumps(mask_all(events.to_json(replace(event, time=round(time.time(), 3))))) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:

@@ -17,6 +17,7 @@ from typing import Literal
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.masking import mask
 from hpc_rlhf.run.retry_policy import StopKind
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
@@ -39,7 +40,7 @@ def send(run: RunDir, news: News, stage: str, message: str = "") -> None:
     try:
         spec = read_spec(run.job_yaml)
         if spec.notify.webhook is not None:
-            _post(address(spec.notify.webhook), _body(spec, run, news, stage, message))
+            _post(address(spec.notify.webhook), _body(spec, run, news, stage, mask(message)))
     except Exception as error:  # never let it end the run
         reason = error.message if isinstance(error, HpcRlhfError) else type(error).__name__
         print(f"hpc-rlhf: notify.webhook could not be reached: {reason}", file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ from hpc_rlhf import safe_path
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.masking import mask_all
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.notify import MlflowSpec, WandbSpec
@@ -239,7 +240,7 @@ def _config(spec: JobSpec, stage: str) -> dict[str, Any]:
     settings = spec.stage(stage).model_dump(mode="json", exclude={"slurm"})
     run = spec.model_dump(mode="json", include={"name", "run_dir", "seed", "data", "models"})
     slurm = spec.stage(stage).slurm
-    return {**run, "stage": stage, **settings, "nodes": slurm.nodes, "ranks": slurm.ranks}
+    return mask_all({**run, "stage": stage, **settings, "nodes": slurm.nodes, "ranks": slurm.ranks})
 
 
 def _flat(config: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:

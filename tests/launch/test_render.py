@@ -232,6 +232,10 @@ def test_setup_may_use_unset_variables_and_its_failure_ends_the_job(tmp_path: Pa
     code, out, stderr = run_script(spec, "sft", tmp_path)
     assert code == 2
     assert "setup failed at: ls /no/such/folder" in stderr
+    spec = make_spec(tmp_path / "other", {"setup": ["export HF_TOKEN=hf_abc; HF_TOKEN='hf abc' ls /no/such/folder"]})
+    _, _, stderr = run_script(spec, "sft", tmp_path)
+    assert "setup failed at: HF_TOKEN=***" in stderr
+    assert "abc" not in stderr
     assert not (out / "args").exists()
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe import results
 from hpc_rlhf.observe.gather import RunPlan
@@ -22,6 +24,7 @@ from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.format import duration
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.run.masking import mask, mask_all
 from hpc_rlhf.run.row_counts import Outcome
 from hpc_rlhf.spec.stages import BASE, POLICIES, kind_of
 
@@ -110,9 +113,18 @@ def _content(run: RunDir) -> dict[str, object]:
         "notes": [] if report is None else results.notes(report),
         "exchanges": read_exchanges(run),
         "versions": _versions(started),
-        "spec": run.job_yaml.read_text(encoding="utf-8", errors="replace"),
+        "spec": _spec(run),
         "written": timeline.moment(time.time()),
     }
+
+
+def _spec(run: RunDir) -> str:
+    """The resolved spec with secrets masked."""
+    text = run.job_yaml.read_text(encoding="utf-8", errors="replace")
+    try:
+        return yaml.safe_dump(mask_all(yaml.safe_load(text)), sort_keys=False, allow_unicode=True, width=110)
+    except yaml.YAMLError:  # it was damaged
+        return mask(text)
 
 
 def _state(statuses: Sequence[StageStatus]) -> str:
