@@ -41,8 +41,8 @@ def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> 
         token = serving.new_token()
 
         def announce() -> None:
-            click.echo(f"serving {name} at http://{host}:{port}/v1; press Ctrl-C to stop", err=True)
-            click.echo(serving.how_to_use(name, port, token))
+            click.echo(f"serving {name} at {serving.url(host, port)}; press Ctrl-C to stop", err=True)
+            click.echo(serving.how_to_use(name, serving.url(host, port), token))
             sys.stdout.flush()
 
         serve(folder.resolve(), name, host, port, token, announce)
@@ -51,4 +51,5 @@ def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> 
         run_dir, name, POLICIES[name].name, folder, port, lambda words: click.echo(words, err=True)
     )
     click.echo(f"job {job_id} serves {name} on {node}; to stop it: hpc-rlhf cancel {run}", err=True)
-    click.echo(f"ssh -N -L {port}:127.0.0.1:{port} {node}\n{serving.how_to_use(name, port, token)}")
+    base = serving.url(serving.LOCALHOST, port)
+    click.echo(f"ssh -N -L {port}:127.0.0.1:{port} {node}\n{serving.how_to_use(name, base, token)}")

@@ -24,14 +24,20 @@ LOCALHOST = "127.0.0.1"
 _POLL = 0.5
 
 
-def how_to_use(name: str, port: int, token: str) -> str:
+def url(host: str, port: int) -> str:
+    """Where this machine's clients find a server that listens on an address."""
+    host = {"0.0.0.0": LOCALHOST, "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def how_to_use(name: str, base: str, token: str) -> str:
     """Two shell commands: one configures clients of OpenAI's API, the other sends the model a message.
 
     The token goes through a pipe, because everybody on a machine sees the arguments of its processes.
     """
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return (
-        f"export OPENAI_BASE_URL=http://{LOCALHOST}:{port}/v1 OPENAI_API_KEY={token}\n"
+        f"export OPENAI_BASE_URL={base} OPENAI_API_KEY={token}\n"
         'echo "Authorization: Bearer $OPENAI_API_KEY" | curl $OPENAI_BASE_URL/chat/completions -H @- '
         f"-H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )

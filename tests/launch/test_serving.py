@@ -40,3 +40,14 @@ def test_the_job_is_rendered_from_the_users_own_template(tmp_path: Path, monkeyp
     with claim(spec, "a test") as run:
         prepare(spec, run, templates.parent)
     assert "# my own: " not in serve()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000/v1"), ("0.0.0.0", "http://127.0.0.1:8000/v1"), ("::1", "http://[::1]:8000/v1"),
+        ("::", "http://[::1]:8000/v1"), ("node7", "http://node7:8000/v1"),
+    ],
+)  # fmt: skip
+def test_clients_get_an_address_that_reaches_the_server(host: str, url: str) -> None:
+    assert serving.url(host, 8000) == url

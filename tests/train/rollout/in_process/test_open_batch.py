@@ -10,11 +10,12 @@ import torch
 
 from hpc_rlhf.train.models import packed_attention
 from hpc_rlhf.train.rollout.backend import Sampling
-from hpc_rlhf.train.rollout.in_process import open_batch, trial
+from hpc_rlhf.train.rollout.in_process import cuda_graphs, open_batch, trial
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.kv_cache import WholeRows
 from hpc_rlhf.train.rollout.in_process.open_batch import OpenBatch, Request
 from tests.train import tiny
+from tests.train.rollout.in_process.test_cuda_graphs import Tape
 
 GREEDY = Sampling(greedy=True)
 LENGTHS = (3, 9, 1, 17, 5, 12, 2, 8)
@@ -123,3 +124,18 @@ def test_a_long_request_does_not_leave_less_room_for_short_ones() -> None:
     list(respond(batch, [[Request([3], 60, GREEDY, ())]]))
     passes = list(respond(batch, [[Request([5], 3, GREEDY, ()) for _ in range(8)]]))
     assert max(map(len, passes)) == 8
+
+
+def test_recorded_steps_give_the_same_and_are_discarded_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tapes: list[Tape] = []
+    monkeypatch.setattr(cuda_graphs, "recorder", lambda _: tapes.append(Tape()) or tapes[-1])
+    model = tiny.causal("llama")
+    packed_attention.enable(model)
+    batch, asked = OpenBatch(DecodeStep(model, may_trace=True), tiny.EOS, 10_000), requests()
+    list(respond(batch, [asked[:2], [], [], asked[2:3], asked[3:7], [], asked[7:]]))
+    assert [it.tokens for it in asked] == [by_transformers(model, it) for it in asked]
+    assert len(tapes) > 1
+    assert any(tape.played for tape in tapes)
+    assert [tape.closed for tape in tapes] == [True] * (len(tapes) - 1) + [False]
+    batch.clear()
+    assert tapes[-1].closed
