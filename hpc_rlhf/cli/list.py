@@ -34,7 +34,7 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
 
     DIR is searched two folders deep; what you may not read is left out and counted. Your own runs are
     recorded in ~/.local/state/hpc-rlhf/runs (XDG_STATE_HOME), one path per line; those whose directory is
-    gone are left out. Other commands take the name of a run of yours in place of its directory.
+    gone are left out. Other commands accept the name of such a run instead of its directory.
 
     The state shown is that of the most important stage: one that failed, else one that runs, else one that
     waits. --json prints a list of runs, each with name, path, state, stage, why, done (the number of finished

@@ -11,7 +11,7 @@ from hpc_rlhf.run.layout import RunDir
 
 
 def read(run: RunDir) -> bytes:
-    """The secret, which only the run's owner can read; created if it does not exist, by many ranks at once, too."""
+    """The secret, which only the run's owner can read. If there is none, it is made, even by several ranks at once."""
     path = run.secret
     if not path.exists():
         partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")

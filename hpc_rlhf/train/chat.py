@@ -86,6 +86,7 @@ class ChatModel:
             self.batch.remove(request)
 
     def _text(self, tokens: Iterator[int]) -> Iterator[str]:
+        """The text of a response's tokens, in pieces that are final."""
         text = TextStream(self.tokenizer)
         for token in tokens:
             if piece := text.push(token):

@@ -14,7 +14,7 @@ from hpc_rlhf.observe.printable import printable
 
 
 class SafeConsole(Console):
-    """A console that interprets no markup and shows controls in what it prints, instead of sending them."""
+    """A console that interprets no markup, and shows control characters instead of sending them to the terminal."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)

@@ -1,4 +1,4 @@
-"""Control messages between ranks, as JSON: unlike a pickle, it runs no code of whoever sent it."""
+"""Control messages between ranks, as JSON, which unlike a pickle cannot run code of its sender."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def gather(value: Any, group: Any) -> list[Any]:
-    """Every rank's value, in rank order, as JSON keeps it: tuples become lists. Collective.
+    """Every rank's value, in rank order, after a round trip through JSON: tuples become lists. Collective.
 
     Args:
-        group: takes CPU tensors.
+        group: a process group for CPU tensors.
     """
     own = _to_bytes(value)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]

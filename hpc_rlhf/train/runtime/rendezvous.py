@@ -1,8 +1,8 @@
 """Where the ranks meet: a TCP store whose keys only this run's ranks know.
 
-Everybody who reaches a store's port can connect to it, and somebody else can listen there before rank 0 does. So the
-ranks share a secret: the store's keys begin with a digest of it, and rank 0 and every other rank prove to each other
-that they know it before they exchange anything else.
+Anybody who reaches the store's port can connect to it, and another user may listen there before rank 0 does. So the
+ranks share a secret. The store's keys begin with a digest of it, and before anything else is exchanged, rank 0 and each
+other rank prove to each other that they know it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def open_store(secret: bytes, rank: int, size: int, timeout: timedelta) -> dist.
     With a loopback address, neither the store nor gloo or NCCL listen to other machines.
 
     Raises:
-        HpcRlhfError: who answers there does not know the secret.
+        HpcRlhfError: another process there does not know the secret.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if _is_loopback(address) and Path("/sys/class/net/lo").exists():

@@ -143,7 +143,7 @@ class World:
         return dict(zip(numbers, tensor.tolist(), strict=True))
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank. It is JSON, and tuples come back as lists."""
+        """Every rank's value, in rank order, on every rank. Values are sent as JSON, so tuples come back as lists."""
         return messages.gather(value, self.control)
 
     def gather_data(self, value: T) -> list[T]:
