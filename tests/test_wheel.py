@@ -93,6 +93,7 @@ def test_verbs_work_from_the_wheel(venv: Path, tmp_path: Path) -> None:
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"sft.sbatch", "reward.ds_config.json", "ppo.hostfile.in"} <= made
     assert run(verb, "schema", cwd=tmp_path).startswith("{")
+    assert run(verb, "init", "--demo", "--out", "-", cwd=tmp_path) == (JOBS / "tiny.yaml").read_text()
     assert run(verb, "--version", cwd=tmp_path).startswith("hpc-rlhf ")
 
 

@@ -37,7 +37,7 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     show_default="the latest finished",
 )
 @click.option("--compare", nargs=2, type=click.Choice(tuple(POLICIES)), help="Two models to show side by side.")
-@click.option("--prompt", metavar="TEXT", help="Print the response to this prompt and exit.")
+@click.option("--prompt", metavar="TEXT", help="Print the response to this prompt and exit; - reads it from stdin.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest response.")
 @click.option(
     "--temperature",
@@ -67,6 +67,8 @@ def command(
     conversations = [
         Conversation(name, ChatModel(folder), max_tokens, temperature, seed) for name, folder in folders.items()
     ]
+    if prompt == "-":
+        prompt = sys.stdin.read().strip()
     if prompt is None:
         converse(conversations)
     elif as_json:

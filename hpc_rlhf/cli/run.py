@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from hpc_rlhf.cli.arguments import example, print_overrides, set_option
-from hpc_rlhf.cli.console import print_parts
+from hpc_rlhf.cli.console import print_parts, print_wrapped
 from hpc_rlhf.cli.plan_tables import print_choice
 from hpc_rlhf.cli.reuse import find_reused, reuse_option
 from hpc_rlhf.errors import HpcRlhfError
@@ -17,6 +17,7 @@ from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.changes import refuse_changes
 from hpc_rlhf.launch.local.hostfile import read_hostfile
+from hpc_rlhf.launch.preflight import objections, sentence
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.launch.sweep import lay_out
 from hpc_rlhf.observe.printable import printable
@@ -58,6 +59,8 @@ def command(
     print_overrides(file)
     inputs.check(file)
     reused = find_reused(spec, other)
+    for each in objections(spec, reused):
+        print_wrapped(f"warning: {sentence(each)}")
     if not isinstance(spec, Sweep):
         run_one("", spec, {})
         return

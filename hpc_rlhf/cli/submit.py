@@ -18,7 +18,7 @@ from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.changes import refuse_changes
 from hpc_rlhf.launch.plan import make_plan
-from hpc_rlhf.launch.preflight import objections
+from hpc_rlhf.launch.preflight import objections, sentence
 from hpc_rlhf.launch.submit import preview, submit
 from hpc_rlhf.launch.sweep import shared, submit_sweep
 from hpc_rlhf.run.layout import RunDir
@@ -81,7 +81,7 @@ def _check_fit(spec: JobSpec | Sweep, reused: Mapping[str, Collection[str]], any
         HpcRlhfError: not ``anyway``, and a run would fail, going by the estimates.
     """
     findings = objections(spec, reused)
-    lines = [f"{each.check if each.where == 'here' else each.where}: {each.message} ({each.fix})" for each in findings]
+    lines = list(map(sentence, findings))
     if not anyway and any(each.level == "error" for each in findings):
         heading = "nothing was submitted, because the run would fail, going by estimates:"
         raise HpcRlhfError("\n".join([heading, *lines]), hint="to submit it anyway: --force")

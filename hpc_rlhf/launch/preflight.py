@@ -43,6 +43,11 @@ def objections(spec: JobSpec | Sweep, reused: Mapping[str, Collection[str]] | No
     return [finding for finding in found if finding.level != "ok"]
 
 
+def sentence(finding: Finding) -> str:
+    """A finding for a message of its own."""
+    return f"{finding.check if finding.where == 'here' else finding.where}: {finding.message} ({finding.fix})"
+
+
 def _missing(spec: JobSpec, run: RunDir) -> Sequence[str]:
     """The stages that are neither done nor, by the ledger, queued or running."""
     states = {stage: StageHistory.read(run, stage).state for stage in spec.stage_names}

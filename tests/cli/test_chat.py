@@ -45,6 +45,7 @@ def test_prompt_prints_only_the_response(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", "reward", "ppo")
     options = ("--max-tokens", "9", "--temperature", "0", "--seed", "4")
     assert chat(run, "--prompt", "Hi", *options) == (0, "ppo 9 0 4 after human: Hi\n", "")
+    assert chat(run, "--prompt", "-", *options, typed="Hi\n") == (0, "ppo 9 0 4 after human: Hi\n", "")
 
 
 def test_conversation_has_memory_until_it_is_reset(tmp_path: Path) -> None:

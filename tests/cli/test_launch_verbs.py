@@ -93,6 +93,14 @@ def test_submit_refuses_what_does_not_fit_unless_forced(
     assert "Slurm's commands are not on PATH" in error
 
 
+def test_run_warns_of_what_submit_refuses(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", str(job), "--set", "models.actor=nobody/knows-this-900b", "--hostfile", "/no/such/file"]
+    assert main(words) == 2
+    warned, error = capsys.readouterr().err.splitlines()[:2]
+    assert warned.startswith("warning: disk: ")
+    assert error.startswith("error: /no/such/file")
+
+
 def test_what_helps_after_a_submit(job: Path) -> None:
     spec = load_spec(job)
     assert next_verbs(spec, finished=False) == ("status", "logs -f", "cancel")

@@ -149,6 +149,18 @@ def test_a_finished_run_is_not_submitted_again(finished: Chain) -> None:
     assert finished.run.ledger.read_text() == before
 
 
+def test_the_logs_show_progress_and_nothing_of_other_libraries(finished: Chain) -> None:
+    for stage, words in (
+        ("sft", ("sft: step 20/20, loss ",)),
+        ("reward", ("reward: step 10/10, loss ", "reward: finished, after ")),
+        ("ppo", ("loading data and models", "ppo: step 1/3, reward ", "s left")),
+        ("eval", ("eval: model 1/", "sft_perplexity ")),
+    ):
+        log = finished.cli("logs", finished.path, stage, "--follow").stdout
+        assert all(each in log for each in words), log
+        assert not any(noise in log for noise in ("submitit", "LOAD REPORT", "[INFO]")), log
+
+
 @pytest.mark.parametrize("partition", ["low", "low-cancel"])
 def test_a_preempted_chain_resumes_and_finishes(new_chain: NewChain, partition: str) -> None:
     """During SFT and during PPO, where preemption requeues a job and where it cancels it."""

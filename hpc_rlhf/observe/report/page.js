@@ -7,6 +7,7 @@
   const HEIGHT = 190;
   const DASHES = [[], [6, 4], [2, 3]];
   const COLOURS = ["--first", "--second", "--third", "--fourth", "--fifth", "--sixth", "--seventh", "--eighth"];
+  const STEPS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power));
   const drawn = new Map();
   const THEMES = ["system", "light", "dark"];
   let theme = 0;
@@ -52,7 +53,7 @@
       width,
       height: HEIGHT,
       scales: { x: { time: false }, y: log ? { distr: 3 } : { range } },
-      axes: [{ ...axis, size: 28 }, { ...axis, size: 58, grid: { ...axis.grid, ...(log && { filter: powers }) } }],
+      axes: [{ ...axis, size: 28, incrs: STEPS }, { ...axis, size: 58, grid: { ...axis.grid, ...(log && { filter: powers }) } }],
       series: [{ label: "step", value: (plot, number) => short(number) }, ...lines],
       cursor: { points: { size: 7 } },
       hooks: { setCursor: [(plot) => plot.cursor.idx ?? plot.setLegend({ idx: chart.steps.length - 1 })] },
