@@ -94,12 +94,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except HpcRlhfError as error:
         # Lines of a SpecError stay `file:line:col: …`, so that editors can jump to them.
-        _say(str(error) if isinstance(error, SpecError) else f"error: {error}")
+        _print_error(str(error) if isinstance(error, SpecError) else f"error: {error}")
         return error.exit_code
     except click.ClickException as error:
         text = io.StringIO()
         error.show(text)
-        _say(text.getvalue().rstrip())
+        _print_error(text.getvalue().rstrip())
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
@@ -110,7 +110,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _report_bug(error)
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     """Print an error to stderr, in colour on a terminal."""
     from hpc_rlhf.cli.colours import coloured
 
@@ -134,19 +134,19 @@ def _report_bug(error: Exception) -> int:
         traceback.print_exception(error)
         return RUN_FAILED
     if isinstance(error, UnicodeError) and sys.getfilesystemencoding() != "utf-8":
-        _say(
+        _print_error(
             f"error: this locale's encoding, {sys.getfilesystemencoding()}, does not have all characters of a path or "
             "text\n  hint: set LC_ALL=C.UTF-8"
         )
         return INPUT_WRONG
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _MACHINE_ERRORS):
         place = "" if error.filename is None else f"{error.filename}: "
-        _say(f"error: {place}{error.strerror}")
+        _print_error(f"error: {place}{error.strerror}")
         if error.filename is None:
             _discard_output()  # flushing the rest would fail too
         return RUN_FAILED
     what = f"{type(error).__name__}: {error}"
-    _say(f"error: this is a bug in hpc-rlhf ({what}); please report it with {_traceback(error)}")
+    _print_error(f"error: this is a bug in hpc-rlhf ({what}); please report it with {_traceback(error)}")
     return RUN_FAILED
 
 

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import click
 
-# The beginnings of lines that say what kind of message it is, or the place of a mistake in a spec.
+# The beginnings of lines that name the kind of a message, or the place of a mistake in a spec.
 _KINDS = {
     r"^(?:error|Error)(?=:)|^(?:[^\s:][^\n:]*:\d+:\d+|--set [^\s:]+)(?=: )": "red",
     r"^(?:[^\n]*?: )?warning(?=:)": "yellow",

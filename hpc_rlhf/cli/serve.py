@@ -27,9 +27,9 @@ from hpc_rlhf.spec.stages import POLICIES
 def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> None:
     """Serve a finished model of RUN, a run directory or job file, over an OpenAI-compatible API.
 
-    Clients must give the token that is printed as their API key; other users of this machine do not have it. Responses
-    are drawn together, by vLLM if it is installed. Without it, this serves chat completions, and refuses what it does
-    not support.
+    Clients must give the token that is printed as their API key; other users of this machine do not have it.
+    Simultaneous requests are answered together, by vLLM if it is installed. Otherwise, the built-in server offers chat
+    completions, and refuses what it does not support.
     """
     if as_job and host != serving.LOCALHOST:
         raise click.UsageError("--host cannot be used with --slurm: a job listens on its node's localhost only.")

@@ -20,9 +20,9 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "vllm", "wandb", 
 @click.command(epilog=example("hpc-rlhf version"))
 @json_option
 def command(as_json: bool) -> None:
-    """Print the versions of hpc-rlhf, Python, the packages that train, and Slurm, for a report of a bug.
+    """Print the versions of hpc-rlhf, Python, the packages that train, and Slurm, for a bug report.
 
-    A version is null in --json where something is not installed here.
+    In --json, the version of something that is not installed here is null.
     """
     own = {"hpc-rlhf": __version__, "Python": platform.python_version()}
     versions = {**own, **{name: _installed(name) for name in _PACKAGES}, "Slurm": _slurm()}

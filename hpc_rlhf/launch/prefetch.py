@@ -47,7 +47,7 @@ def prefetch(wanted: Sequence[HubItem]) -> Iterator[Fetched]:
     Raises:
         HpcRlhfError: the hub does not have an item, refuses it, or cannot be reached.
     """
-    why = silence() if wanted else None
+    why = why_unreachable() if wanted else None
     for item in wanted:
         before = hub.missing(item) is None
         try:
@@ -90,9 +90,11 @@ class Unreachable(Exception):
     """The hub does not respond."""
 
 
-def silence() -> str | None:
-    """Why no connection to the hub, or to the proxy before it, can be made; None if one can. The hub's client, and the
-    look-up of a name, may wait for minutes."""
+def why_unreachable() -> str | None:
+    """Why no connection to the hub, or to the proxy before it, can be made; None if one can.
+
+    It takes two seconds at most. The hub's client, and the look-up of a name, may wait for minutes.
+    """
     from huggingface_hub.constants import ENDPOINT
 
     hub_at = urlsplit(ENDPOINT)

@@ -25,7 +25,7 @@ _POLL = 0.5
 
 
 def url(host: str, port: int) -> str:
-    """Where this machine's clients find a server that listens on an address."""
+    """The API's address for clients on this machine, of a server that listens on ``host``."""
     host = {"0.0.0.0": LOCALHOST, "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
@@ -51,8 +51,8 @@ def new_token() -> str:
 def serve_as_job(
     run: RunDir, name: str, stage: str, folder: Path, port: int, say: Callable[[str], object]
 ) -> tuple[str, str, str]:
-    """Submit a job that serves on one node of the stage's kind, wait until it does, and return its id, node and token.
-    ``say`` is called with progress messages.
+    """Submit a job that serves on one node of the stage's kind, wait until it responds (or vLLM starts there), and
+    return its id, node and token. ``say`` is called with progress messages.
 
     Raises:
         HpcRlhfError: this user may not act on the run, Slurm rejects the job, or it ends before it serves.

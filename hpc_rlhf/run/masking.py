@@ -1,4 +1,4 @@
-"""Masks secrets in text that is shown or stored: values that a shell line gives to names such as HF_TOKEN, and
+"""Masks secrets in text that is shown or stored: values that a shell line assigns to names such as HF_TOKEN, and
 passwords in URLs."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def mask(text: str) -> str:
 
 
 def mask_all(facts: Any) -> Any:
-    """JSON with a mask in place of each secret in its texts."""
+    """JSON values with a mask in place of each secret in their texts. Tuples become lists."""
     if isinstance(facts, str):
         return mask(facts)
     if isinstance(facts, dict):

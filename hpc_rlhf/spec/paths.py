@@ -56,7 +56,7 @@ def _rewrite(
 
 
 def _base(mark: Mark) -> Path:
-    """The folder at which a relative path starts that is written at a place."""
+    """The folder at which relative paths that are written at this place start."""
     return Path(mark.source).absolute().parent if mark.line else Path.cwd()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
-from hpc_rlhf.launch.prefetch import Unreachable, explained, silence
+from hpc_rlhf.launch.prefetch import Unreachable, explained, why_unreachable
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
 from hpc_rlhf.spec.job import JobSpec
@@ -23,12 +23,12 @@ def check(specs: Sequence[JobSpec]) -> list[Finding]:
     absent = {item: why for item in items if (why := hub.missing(item))}
     if not absent:
         return [ok("hub", f"all {len(items)} in {hub.cache()}: jobs with this HF_HOME will not contact the hub")]
-    silent = silence()
-    return [_absent(item, why, silent) for item, why in absent.items()]
+    unreachable = why_unreachable()
+    return [_absent(item, why, unreachable) for item, why in absent.items()]
 
 
-def _absent(item: HubItem, why: str, silent: str | None) -> Finding:
-    """The finding for an item that is not in the cache; ``silent`` is why the hub cannot be reached."""
+def _absent(item: HubItem, why: str, unreachable: str | None) -> Finding:
+    """The finding for an item that is not in the cache; ``unreachable`` is why the hub cannot be reached, if so."""
     prefetch = "run hpc-rlhf prefetch FILE on a machine with network access and the same HF_HOME"
     if os.environ.get(hub.OFFLINE, "0").upper() not in ("0", "", "NO", "OFF", "FALSE"):
         return error("hub", f"{item} {why}, and {hub.OFFLINE} is set", prefetch)
@@ -38,8 +38,8 @@ def _absent(item: HubItem, why: str, silent: str | None) -> Finding:
     info = api.model_info if item.kind == "model" else api.dataset_info
     try:
         with explained(item):
-            if silent is not None:
-                raise Unreachable(silent)
+            if unreachable is not None:
+                raise Unreachable(unreachable)
             info(item.name, timeout=_SECONDS)
     except Unreachable as problem:
         return error("hub", f"{item} {why}, and the hub cannot be reached from here ({problem})", prefetch)
