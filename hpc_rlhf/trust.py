@@ -45,6 +45,11 @@ def check_one(path: Path, hint: str, group_may_write: bool = False) -> None:
         facts = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return
+    check_facts(path, facts, hint, group_may_write)
+
+
+def check_facts(path: Path, facts: os.stat_result, hint: str, group_may_write: bool = False) -> None:
+    """``check_one`` with the lstat of the path, or the fstat of the file that was opened there."""
     if facts.st_uid not in _trusted_users():
         what = f"it belongs to another user (uid {facts.st_uid}), and what is in it could run as you"
         raise HpcRlhfError(what, where=str(path), hint=hint)

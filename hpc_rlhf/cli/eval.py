@@ -75,4 +75,4 @@ def _evaluation_spec(run: str, folder: RunDir, sets: tuple[str, ...]) -> tuple[J
     missing = [stage for stage in spec.needs(EVALUATION.name) if not manifest.is_done(folder.stage(stage))]
     if missing:
         raise unfinished(folder, "there is nothing to evaluate yet", missing, INPUT_WRONG)
-    return spec, None if file == folder.job_yaml else file.parent
+    return spec, None if file == folder.job_yaml else inputs.beside(file)

@@ -14,6 +14,7 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.estimate.stage_memory import Memory, run_memory
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times
 from hpc_rlhf.estimate.step_time import ASSUMPTIONS
+from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import Choice, load
 from hpc_rlhf.launch.doctor import fit
 from hpc_rlhf.launch.plan import make_plan
@@ -51,16 +52,16 @@ def command(ctx: click.Context, file: Path, sets: tuple[str, ...], as_json: bool
             one.stage: {"chosen": dict(one.fields), "why": one.why, "considered": list(map(asdict, one.considered))}
             for one in choices
         }
-        facts["starts"] = predicted_starts(make_plan(specs_of(spec)[0]), file.parent)
+        facts["starts"] = predicted_starts(make_plan(specs_of(spec)[0]), inputs.beside(file))
         print_json({"fits": not too_large if findings else None, **facts})
     else:
-        _print(spec, file.parent, choices)
+        _print(spec, inputs.beside(file), choices)
         print_verdict(findings)
     if too_large:
         ctx.exit(RUN_FAILED)
 
 
-def _print(spec: JobSpec | Sweep, beside: Path, choices: list[Choice]) -> None:
+def _print(spec: JobSpec | Sweep, beside: Path | None, choices: list[Choice]) -> None:
     if isinstance(spec, Sweep):
         print_sweep(spec)
         click.echo()

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hpc_rlhf.cli.arguments import example, print_overrides, set_option, writing
+from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
@@ -27,5 +28,5 @@ def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
     print_overrides(file)
     specs = {out / name: one for name, one in spec.specs.items()} if isinstance(spec, Sweep) else {out: spec}
     with writing(out):
-        paths = [path for folder, one in specs.items() for path in render(make_plan(one), folder, file.parent)]
+        paths = [path for folder, one in specs.items() for path in render(make_plan(one), folder, inputs.beside(file))]
     click.echo("\n".join(map(str, paths)))

@@ -52,7 +52,7 @@ def command(
         words = [str(file), *set_arguments(sets), *(["--reuse", other] if other else [])]
         if hostfile is not None:
             words += ["--hostfile", str(hostfile)]
-        run = run_stages(context, "run", words, spec, file.parent, hostfile, lent, reused=reused.get(name))
+        run = run_stages(context, "run", words, spec, inputs.beside(file), hostfile, lent, reused=reused.get(name))
         print_parts(lambda width, live, ascii_only: summary(run, width))
 
     spec = load(file, sets, print_choice)

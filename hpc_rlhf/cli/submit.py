@@ -54,12 +54,12 @@ def command(file: Path, sets: tuple[str, ...], other: str | None, dry_run: bool,
         if isinstance(spec, Sweep):
             _preview_sweep(spec, reused)
         else:
-            _preview(spec, file.parent, reused.get("", {}))
+            _preview(spec, inputs.beside(file), reused.get("", {}))
         return
     if isinstance(spec, Sweep):
-        outcomes, noun = submit_sweep(spec, file.parent, reused), "runs"
+        outcomes, noun = submit_sweep(spec, inputs.beside(file), reused), "runs"
     else:
-        outcomes, noun = {"": submit(spec, file.parent, reused=reused.get(""))}, "run"
+        outcomes, noun = {"": submit(spec, inputs.beside(file), reused=reused.get(""))}, "run"
     rows = [
         (name, each.stage, each.job_id or "-", _submitted(each)) for name, of_run in outcomes.items() for each in of_run
     ]
@@ -120,7 +120,7 @@ def _preview_sweep(sweep: Sweep, reused: Mapping[str, Mapping[str, RunDir]]) -> 
     print_table(("run", "stage", ""), plan)
 
 
-def _preview(spec: JobSpec, beside: Path, reused: Mapping[str, RunDir]) -> None:
+def _preview(spec: JobSpec, beside: Path | None, reused: Mapping[str, RunDir]) -> None:
     plan = make_plan(spec)
     commands = preview(plan, spec, beside, reused)
     print_plan(plan)

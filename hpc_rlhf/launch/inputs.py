@@ -2,23 +2,75 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 from hpc_rlhf import trust
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec import layers
 from hpc_rlhf.spec.yaml_source import STDIN
 
 _HINT = "use a copy in a folder of your own"
 
 
+class Template(NamedTuple):
+    """A user's template, as it was when it was checked."""
+
+    path: Path
+    content: bytes
+
+
+def beside(file: Path) -> Path | None:
+    """The folder whose ``templates/`` belongs to a job file; None for standard input."""
+    return None if file == STDIN else file.parent
+
+
+def templates(folder: Path) -> dict[str, Template]:
+    """The templates in a folder's ``templates/`` by name, as in ``{% include "…" %}``.
+
+    Raises:
+        HpcRlhfError: one cannot be read, or somebody else could change it.
+    """
+    top = folder / "templates"
+    if not os.path.lexists(top):
+        return {}
+    trust.check([top], _HINT)
+    closed = not folder.stat().st_mode & 0o011  # as a run's folder is: modes in it mean nothing to others
+    found = {}
+    try:
+        for inside, _, files in os.walk(top, onerror=_refuse_to_skip):
+            for path in sorted(Path(inside, name) for name in files if name.endswith(".j2")):
+                if path.is_file():
+                    found[path.relative_to(top).as_posix()] = _read(path, closed)
+    except OSError as error:
+        raise HpcRlhfError(f"cannot be read: {error.strerror}", where=str(error.filename or top)) from error
+    return found
+
+
 def overrides(file: Path) -> dict[Path, str]:
-    """Those files, with what each does. The job file must have been loaded before."""
+    """Those files, with what each does. The job file must have been loaded before. Raises as ``templates`` does."""
     extended = dict.fromkeys(layers.files(file)[1:], "extended by the job file")
-    templates = sorted((file.parent / "templates").rglob("*.j2"))
-    return {**extended, **dict.fromkeys(templates, "replaces a built-in template, or is included by one")}
+    folder = beside(file)
+    own = [] if folder is None else [each.path for each in templates(folder).values()]
+    return {**extended, **dict.fromkeys(own, "replaces a built-in template, or is included by one")}
 
 
 def check(file: Path) -> None:
     """Raise HpcRlhfError if somebody else could change a job file, what it extends or the templates beside it: their
     lines run as this user."""
     trust.check([*([] if file == STDIN else [file]), *overrides(file)], _HINT)
+
+
+def _read(path: Path, closed: bool) -> Template:
+    """A template, from a file that is checked after it was opened: until then, its name may get another meaning."""
+    if not closed:
+        trust.check([path], _HINT)
+    with path.open("rb") as file:
+        trust.check_facts(path, os.fstat(file.fileno()), _HINT, group_may_write=closed)
+        return Template(path, file.read())
+
+
+def _refuse_to_skip(error: OSError) -> None:
+    if not isinstance(error, NotADirectoryError):
+        raise error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.changes import evaluation_changed, refuse_changes
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import Plan, make_plan
@@ -121,10 +122,10 @@ def _keep_templates(run: RunDir, beside: Path) -> None:
     if beside == run.scripts:
         return
     shutil.rmtree(copies, ignore_errors=True)
-    for template in (beside / "templates").rglob("*.j2"):
-        copy = copies / template.relative_to(beside / "templates")
+    for name, template in inputs.templates(beside).items():
+        copy = copies / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(template, copy)
+        copy.write_bytes(template.content)
 
 
 def _private_folder(folder: Path) -> None:

