@@ -34,7 +34,9 @@ class Guard:
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], token: str, host: str) -> None:
         self.app = app
         self.credentials = f"Bearer {token}".encode()
-        self.names = {"localhost", host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
+        self.names = {"localhost", host.lower()}
+        if host in ("0.0.0.0", "::"):  # every address of this machine
+            self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self.objection(scope) if scope["type"] in ("http", "websocket") else None

@@ -312,3 +312,26 @@ def test_the_host_must_be_this_machine(base: str, host: str, status: int) -> Non
         response = httpx.get(base + path, headers={"Host": host, "Authorization": f"Bearer {TOKEN}"})
         assert response.status_code == status
         assert status == 200 or response.json()["error"]["code"] == "invalid_host"
+
+
+@pytest.mark.parametrize(
+    ("listens_on", "ours"),
+    [
+        ("127.0.0.1", {"localhost"}),
+        ("node7.cluster", {"localhost", "node7.cluster"}),
+        ("0.0.0.0", {"localhost", "login", "login.cluster"}),
+    ],
+)
+def test_a_name_of_this_machine_is_ours_where_the_server_listens_on_its_addresses(
+    listens_on: str, ours: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "login")
+    monkeypatch.setattr("socket.getfqdn", lambda: "Login.Cluster")
+
+    async def app(*_: object) -> None: ...
+
+    guard = Guard(app, TOKEN, listens_on)
+    credentials = (b"authorization", f"Bearer {TOKEN}".encode())
+    for host in ("localhost", "login", "login.cluster", "node7.cluster", "evil.example"):
+        scope = {"path": "/v1/models", "headers": [(b"host", f"{host}:8000".encode()), credentials]}
+        assert (guard.objection(scope) is None) == (host in ours), host
