@@ -125,7 +125,7 @@ def _decides(path: str) -> str:
     the "evaluation", "reporting" or, by default, "training"."""
     top, *rest = path.split(".")
     if top != "stages":
-        return "reporting" if top in ("trackers", "notify") else "training"
+        return "reporting" if top in ("trackers", "notify", "share") else "training"
     stage, *field = rest
     if field[:1] == ["slurm"] and field[1] not in SIZE:
         return "placement"

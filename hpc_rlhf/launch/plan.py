@@ -29,12 +29,18 @@ class PlannedJob:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs of a run, each after the jobs it needs, and the address for Slurm's mail when the run ends."""
+    """All jobs of a run, each after the jobs it needs.
+
+    Attributes:
+        mail: the address for Slurm's mail when the run ends.
+        umask: the octal umask of the run's processes.
+    """
 
     name: str
     run: RunDir
     jobs: tuple[PlannedJob, ...]
     mail: str | None = None
+    umask: str = "077"
 
     @property
     def needed(self) -> frozenset[str]:
@@ -65,7 +71,7 @@ def make_plan(spec: JobSpec) -> Plan:
             raise HpcRlhfError(str(error), where=f"stages.{stage}.global_batch") from error
         job_name = f"{spec.name}.{stage}"
         jobs.append(PlannedJob(stage, job_name, spec.needs(stage), settings, settings.slurm, batch))
-    return Plan(spec.name, run, tuple(jobs), spec.notify.mail)
+    return Plan(spec.name, run, tuple(jobs), spec.notify.mail, "027" if spec.share == "group" else "077")
 
 
 def _job_dict(job: PlannedJob) -> dict[str, object]:

@@ -13,6 +13,7 @@ from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.changes import evaluation_changed, refuse_changes
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import Plan, make_plan
+from hpc_rlhf.launch.readers import group_may_read, set_readers
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.launch.reuse import take_over
 from hpc_rlhf.launch.survey import refuse_bad_data
@@ -36,6 +37,7 @@ def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
     with _write_errors(run):
         acting.check(run)
         _private_folder(run.path)
+        set_readers(run, spec)
         foreign = [path.name for path in run.path.iterdir() if not _is_ours(path, run)]
     if foreign and not run.job_yaml.exists():
         raise HpcRlhfError(
@@ -43,7 +45,7 @@ def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
             where=str(run.path),
             hint="set run_dir to an empty or a new folder",
         )
-    with hold(run.submit_lock, doing):
+    with hold(run.submit_lock, doing), group_may_read(spec):
         yield run
 
 

@@ -45,6 +45,8 @@ def relocate(run: RunDir) -> Path | None:
             _relink(run.stage(stage).path, RunDir(made).stage(stage).path)
             if copied:  # or two runs would send metrics to one
                 run.stage(stage).trackers.unlink(missing_ok=True)
+        if copied:
+            run.secret.unlink(missing_ok=True)  # the original's owner knows it
         plan = make_plan(spec)
         render(plan, run.scripts, run.scripts)
         write_atomically(run.job_yaml, dump_spec(spec))

@@ -22,7 +22,7 @@ from hpc_rlhf.spec.stages import EVALUATION, StageKind, kind_of
 EVALUATED = ("reward", "reward_gain", "win_rate", "pair_accuracy", "kl", "perplexity", "answer_tokens")
 _LATEST = 0.1  # share of a stage's steps over which its training metrics are averaged
 # Fields of a spec that do not affect the results.
-_IGNORED = {"name", "run_dir", "slurm", "trackers", "notify", "sweep", "sweep_limit"}
+_IGNORED = {"name", "run_dir", "share", "slurm", "trackers", "notify", "sweep", "sweep_limit"}
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,12 @@ class SlurmReply:
     error: str = ""
 
 
-def query_slurm(job_ids: Sequence[str]) -> SlurmReply:
-    """What Slurm knows about some jobs, with at most two commands."""
+def query_slurm(job_ids: Sequence[str], owner: str | None = None) -> SlurmReply:
+    """What Slurm knows about some jobs of this user or of another one, with at most two commands."""
     if not job_ids:
         return SlurmReply()
     try:
-        queue = commands.queue()
+        queue = commands.queue() if owner is None else commands.queue(owner)
     except HpcRlhfError as error:
         return SlurmReply(error=f"Slurm does not answer ({error.message})")
     return SlurmReply(queue, commands.accounting([job_id for job_id in job_ids if job_id not in queue]))

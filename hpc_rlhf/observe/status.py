@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from hpc_rlhf.observe.gather import Evidence, RunRecord, SlurmReply, query_slurm
 from hpc_rlhf.observe.goodput.accounting import measure
 from hpc_rlhf.observe.goodput.spans import Goodput
 from hpc_rlhf.observe.metrics import held_out_rows, seconds_per_step, step_rows
-from hpc_rlhf.run import events
+from hpc_rlhf.run import acting, events
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.row_counts import SourceCounts, stage_counts
@@ -77,16 +78,17 @@ class StageStatus:
     held_out: dict[str, float | None] = field(default_factory=dict)
 
 
-def read_status(run: RunDir, query: Callable[[Sequence[str]], SlurmReply] = query_slurm) -> list[StageStatus]:
+def read_status(run: RunDir, query: Callable[[Sequence[str]], SlurmReply] | None = None) -> list[StageStatus]:
     """The status of every stage of a run, in the order of its plan.
 
     Args:
-        query: asks Slurm about jobs.
+        query: asks Slurm about jobs; by default about those of the run's owner.
 
     Raises:
         HpcRlhfError: the plan cannot be read.
     """
     record = RunRecord.read(run)
+    query = query or partial(query_slurm, owner=acting.other_owner(run))
     evidence = record.evidence(query(record.job_ids))
     statuses = [stage_status(run, stage, known) for stage, known in evidence.items()]
     goodput = measure(

@@ -48,12 +48,7 @@ def check_place(run: RunDir) -> None:
 
 def check_owner(run: RunDir) -> None:
     """The part of ``check`` that does not depend on where the run was made. Raises HpcRlhfError."""
-    try:
-        owner = run.path.stat().st_uid
-    except FileNotFoundError:
-        return
-    if owner != os.geteuid():
-        who = user_name(owner)
+    if (who := other_owner(run)) is not None:
         raise HpcRlhfError(
             f"this run belongs to {who}, and only {who} can change it or its jobs",
             where=str(run.path),
@@ -63,12 +58,15 @@ def check_owner(run: RunDir) -> None:
     ownership.check(run)
 
 
-def user_name(uid: int) -> str:
-    """A user's name, or number if it has none here."""
+def other_owner(run: RunDir) -> str | None:
+    """The name, or without one the number, of the other user to whom a run belongs; None if it is this user's."""
     try:
-        return pwd.getpwuid(uid).pw_name
+        owner = run.path.stat().st_uid
+        return None if owner == os.geteuid() else pwd.getpwuid(owner).pw_name
+    except FileNotFoundError:
+        return None
     except KeyError:
-        return f"uid {uid}"
+        return str(owner)
 
 
 def made_elsewhere(run: RunDir) -> Path | None:

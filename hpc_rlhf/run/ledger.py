@@ -32,7 +32,7 @@ class Ledger:
         """Write an event with the current time, with secrets masked: messages may quote lines of ``slurm.setup``."""
         line = json.dumps(mask_all(events.to_json(replace(event, time=round(time.time(), 3))))) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
         try:
             size = os.fstat(fd).st_size
             torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"

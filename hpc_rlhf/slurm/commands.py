@@ -38,9 +38,10 @@ def foreign_variables(environ: Mapping[str, str]) -> list[str]:
 # Jobs
 
 
-def queue() -> dict[str, QueuedJob]:
-    """This user's jobs that the controller knows, including just finished ones, by job id."""
-    text = run(["squeue", "--me", "--noheader", "--states=all", f"--format={jobs.QUEUE_FORMAT}"])
+def queue(user: str | None = None) -> dict[str, QueuedJob]:
+    """This or another user's jobs that the controller knows, including just finished ones, by job id."""
+    whose = "--me" if user is None else f"--user={user}"
+    text = run(["squeue", whose, "--noheader", "--states=all", f"--format={jobs.QUEUE_FORMAT}"])
     return {job.job_id: job for job in jobs.parse_queue(text)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -59,6 +59,10 @@ class JobSpec(Model):
     """Folder for everything that the run writes, on a file system that all nodes share. In this and all other paths of
     a spec, ${VAR} and ${VAR:-default} are expanded, and a relative path starts at the folder of the file that it is
     written in; with --set, at the working directory."""
+    share: Literal["nobody", "group"] = "nobody"
+    """Who else may read the run. With group, the run directory's group may, so that its members can use status, logs,
+    chat, compare, report --out and --reuse; only you can change the run. Its group is that of the folder in which it is
+    created if that folder has the set-group-ID bit (chmod g+s), and otherwise your own."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1234, description="Seed of all random numbers.")
     slurm: SlurmSpec = Field(default=SlurmSpec(), description="Slurm settings of all stages.")
     data: DataSpec = Field(description="Training data.")

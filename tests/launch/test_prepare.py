@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -90,6 +91,30 @@ def test_nothing_may_change_while_jobs_are_live(tmp_path: Path) -> None:
     with pytest.raises(HpcRlhfError, match=r"(?s)slurm.partition: unset -> night.*hpc-rlhf cancel"):
         prepared(spec_with(tmp_path, "slurm.partition=night"), live=True)
     assert "night" not in (run / "job.yaml").read_text()
+
+
+def test_a_shared_run_can_be_read_by_its_group_and_written_by_nobody_else(tmp_path: Path) -> None:
+    def modes() -> dict[str, int]:
+        return {str(path.relative_to(run)): stat.S_IMODE(path.stat().st_mode) for path in (run, *run.rglob("*"))}
+
+    run = prepared(spec_with(tmp_path))
+    (run / "stages/sft/checkpoints").mkdir(mode=0o700)
+    (run / "stages/sft/serve.token").touch(mode=0o600)
+    prepared(spec_with(tmp_path, "share=group"))
+    shared = modes()
+    secret = {name for name, mode in shared.items() if not mode & 0o040}
+    assert secret == {".secret", "stages/sft/serve.token"}
+    assert shared["."] == 0o750
+    assert not [name for name, mode in shared.items() if mode & 0o022]
+    assert all(shared[name] & 0o050 == 0o050 for name in shared if (run / name).is_dir())
+    assert "\numask 027\n" in (run / "scripts/sft.sbatch").read_text()
+    prepared(spec_with(tmp_path))
+    assert modes()["."] == 0o700
+    assert "\numask 077\n" in (run / "scripts/sft.sbatch").read_text()
+    before = os.umask(0o077)
+    with claim(spec_with(tmp_path, "share=group"), "a test"):
+        assert os.umask(0o027) == 0o027
+    assert os.umask(before) == 0o077
 
 
 @pytest.mark.parametrize("live", [True, False])

@@ -122,6 +122,21 @@ def test_a_private_run_is_refused_in_a_sentence(
     assert "you have no permission to read it" in capfd.readouterr().err
 
 
+def test_a_shared_run_is_read_by_its_group_only(public: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = RunDir(public / "shared")
+    spec = make_spec(run.path).model_copy(update={"share": "group"})
+    with claim(spec, "test"):
+        prepare(spec, run)
+    for path in (run.path, *run.path.rglob("*")):
+        os.chown(path, -1, NOBODY)
+    for verb, code in (("status", 0), ("cancel", 2), ("report", 2)):
+        assert as_nobody(lambda verb=verb: main([verb, str(run.path)])) == code  # type: ignore[misc]
+    error = capfd.readouterr().err
+    assert error.count("this run belongs to root, and only root can change it or its jobs") == 2
+    os.chown(run.path, -1, 0)
+    assert as_nobody(lambda: main(["status", str(run.path)])) == 2
+
+
 def test_list_counts_what_it_may_not_read(run: RunDir, public: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run.path, public / "private")
     (public / "private").chmod(0o700)

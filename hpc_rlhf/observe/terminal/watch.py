@@ -22,6 +22,7 @@ from hpc_rlhf.observe.gather import RunPlan, SlurmReply, query_slurm
 from hpc_rlhf.observe.metrics import MetricsReader
 from hpc_rlhf.observe.status import read_status
 from hpc_rlhf.observe.terminal.board import Board
+from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import kind_of
 
@@ -55,7 +56,7 @@ class LiveBoard:
 
     def _query(self, job_ids: Sequence[str]) -> SlurmReply:
         if time.monotonic() - self._queried > _SLURM_EVERY or not self._jobs.issuperset(job_ids):
-            self._reply = query_slurm(job_ids)
+            self._reply = query_slurm(job_ids, acting.other_owner(self._run))
             self._queried, self._jobs = time.monotonic(), frozenset(job_ids)
         return self._reply
 
