@@ -16,6 +16,7 @@ from hpc_rlhf.run import manifest, sentinel
 from hpc_rlhf.run.events import Refused, Submitted, Submitting
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.holds import find_hold
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,12 @@ class Chain:
         return Outcome(job.stage, "live", job_id, where)
 
     def attach(self, job: PlannedJob) -> Outcome:
-        """Keep a live job. If it waits for a dead job, let it wait for the right one instead."""
+        """Keep a live job. If Slurm holds it, release it; if it waits for a dead job, let it wait for the right one."""
         queued, after, behind = self.jobs.live[job.stage], self.after(job), self.behind(job)
+        hold = find_hold(queued)
+        if hold is not None and hold.by_slurm:
+            commands.release(queued.job_id)
+            return Outcome(job.stage, "live", queued.job_id, f"{hold.meaning}; released")
         moved = any(need in self.sent or need in self._requeued for need in job.needs)
         stale = queued.reason == "DependencyNeverSatisfied" or moved or {*after, *behind} - queued.needs
         if queued.state == "PENDING" and stale:

@@ -21,13 +21,13 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.reasons import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, LAUNCH_FAILURE
 from hpc_rlhf.run.retry_policy import Retry, Stop, StopKind, decide
 from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.holds import find_hold
 from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
 from hpc_rlhf.spec.load import read_spec
 
 # A sentinel can afford to wait, even for the lock of a machine that is gone.
 _PATIENCE = SILENCE + 60
 _COMPLETING = 30.0  # seconds for the end of a job, including its epilog
-_HELD = ("launch_failed_requeued_held", "launch failed requeued held")
 
 
 def heal(run: RunDir, by_sentinel: bool = False) -> list[Outcome]:
@@ -116,7 +116,8 @@ class _StageHealer:
         return self._restart(job_id, commands.find_record(job_id))
 
     def _attach(self, queued: QueuedJob) -> Outcome:
-        if queued.state != "PENDING" or queued.reason not in _HELD:
+        hold = find_hold(queued)
+        if hold is None or not hold.by_slurm:
             return self._chain.attach(self._job)
         past = commands.find_record(queued.job_id)
         node = past.failed_node if past else ""
@@ -128,9 +129,7 @@ class _StageHealer:
             return self._stop(verdict, queued.job_id)
         commands.delay_start(queued.job_id, verdict.delay, self._excluded(verdict))
         commands.release(queued.job_id)
-        return self._record_retry(
-            Outcome(self._stage, "requeued", queued.job_id, "a node failed to launch it; released"), verdict
-        )
+        return self._record_retry(Outcome(self._stage, "requeued", queued.job_id, f"{hold.meaning}; released"), verdict)
 
     def _restart(self, job_id: str, past: JobRecord | None) -> Outcome:
         """Retry a job that ended without its stage's model, or stop."""

@@ -16,7 +16,7 @@ from hpc_rlhf.run.layout import RunDir
 # States of a stage, the most important first: a run has the state of its most important stage.
 _IMPORTANCE = {state: place for place, state in enumerate((
     "failed", "stopped", "refused", "stuck", "cancelled", "unknown", "interrupted",
-    "running", "starting", "stopping", "completing", "suspended", "requeued", "pending", "waiting",
+    "running", "starting", "stopping", "completing", "suspended", "requeued", "held", "pending", "waiting",
     "not started",
 ))}  # fmt: skip
 _DEPTH = 2  # how deep a folder is searched for runs

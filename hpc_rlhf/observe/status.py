@@ -19,20 +19,18 @@ from hpc_rlhf.run import acting, events
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.row_counts import SourceCounts, stage_counts
+from hpc_rlhf.slurm.holds import find_hold
 from hpc_rlhf.slurm.jobs import ENDED, JobRecord, QueuedJob
 from hpc_rlhf.spec.stages import kind_of
 
 # States whose time goes on, with an attempt at work or in the queue.
 _AT_WORK = frozenset({"running", "completing", "stopping", "suspended", "signaling", "stage_out"})
-_QUEUED = frozenset({"pending", "waiting", "requeued", "starting", "configuring", "requeue_hold"})
-# What Slurm's pending reasons mean.
+_QUEUED = frozenset({"pending", "waiting", "requeued", "starting", "configuring", "held"})
+# What Slurm's pending reasons mean, besides holds.
 _REASONS = {
     "Priority": "other jobs have a higher priority",
     "Resources": "waiting for free nodes",
     "BeginTime": "Slurm delays a requeued job",
-    "JobHeldUser": "held by its owner; to release it: scontrol release",
-    "JobHeldAdmin": "held by an administrator",
-    "launch_failed_requeued_held": "a node failed to launch it; to release it: scontrol release",
     "PartitionDown": "the partition is down",
     "PartitionTimeLimit": "its time limit exceeds the partition's",
     "PartitionNodeLimit": "it needs more nodes than the partition has",
@@ -183,6 +181,8 @@ def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
     """The state of a stage whose job is in Slurm's queue."""
     if job.state == "RUNNING":
         return _judge_running(evidence)
+    if (hold := find_hold(job)) is not None:
+        return "held", f"{job.reason}: {hold.advice}" if job.reason else hold.advice
     if job.state != "PENDING":
         return job.state.lower(), job.reason
     if job.reason == "DependencyNeverSatisfied":

@@ -17,6 +17,7 @@ from hpc_rlhf.launch.heal import heal
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.prepare import claim, prepare
+from hpc_rlhf.launch.submit import submit
 from hpc_rlhf.run import manifest, notify
 from hpc_rlhf.run.events import (
     Cancelled,
@@ -36,6 +37,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
+from hpc_rlhf.spec.load import read_spec
 from tests.launch.specs import make_spec
 
 STUCK = "DependencyNeverSatisfied"
@@ -409,9 +411,21 @@ def test_a_dependent_that_ran_too_early_waits_again(fake: FakeSlurm, run: RunDir
     assert fake.did[:4] == [("requeue", "1"), ("put off", "1", 10, None), ("requeue", "3"), ("depend", "3", "1")]
 
 
-def test_a_job_that_slurm_holds_after_a_failed_launch_is_released(fake: FakeSlurm, run: RunDir) -> None:
+HELD_BY_SLURM = [
+    ("PENDING", "launch_failed_requeued_held"),
+    ("PENDING", "launch failed requeued held"),
+    ("REQUEUE_HOLD", "(launch failed requeued held)"),
+    ("REQUEUE_HOLD", ""),
+    ("PENDING", "launch failure limit exceeded requeued held"),
+    ("PENDING", "JobHoldMaxRequeue"),
+    ("PENDING", "user_env_retrieval_failed_requeued_held"),
+]
+
+
+@pytest.mark.parametrize(("state", "reason"), HELD_BY_SLURM)
+def test_a_job_that_slurm_holds_is_released(fake: FakeSlurm, run: RunDir, state: str, reason: str) -> None:
     finish(run, "reward")
-    fake.put("1", "demo.sft", "PENDING", "launch_failed_requeued_held", failed_node="n4")
+    fake.put("1", "demo.sft", state, reason, failed_node="n4")
     fake.put("3", "demo.ppo", "PENDING", "Dependency", "afterok:1(unfulfilled)")
     add_sentinels(fake, "1", "3")
     assert kinds(heal(run, by_sentinel=True)) == ["requeued", "done", "live"]
@@ -419,6 +433,31 @@ def test_a_job_that_slurm_holds_after_a_failed_launch_is_released(fake: FakeSlur
     ended = Ledger(run.ledger).last(Ended, "sft")
     assert ended is not None
     assert (ended.reason, ended.node) == ("launch failure", "n4")
+
+
+@pytest.mark.parametrize(("state", "reason"), HELD_BY_SLURM)
+def test_submit_releases_a_job_that_slurm_holds(fake: FakeSlurm, run: RunDir, state: str, reason: str) -> None:
+    fake.put("1", "demo.sft", state, reason)
+    fake.put("2", "demo.reward", "PENDING", "JobHeldUser")
+    fake.put("3", "demo.ppo", "PENDING", "Dependency", "afterok:1(unfulfilled),afterok:2(unfulfilled)")
+    add_sentinels(fake, "1", "2", "3")
+    outcomes = submit(read_spec(run.job_yaml))
+    assert kinds(outcomes) == ["live", "live", "live"]
+    assert outcomes[0].detail.endswith("; released")
+    assert fake.did == [("release", "1")]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [("PENDING", "JobHeldUser"), ("PENDING", "JobHeldAdmin"), ("REQUEUE_HOLD", "job requeued in held state")],
+)
+def test_a_job_that_somebody_holds_stays_held(fake: FakeSlurm, run: RunDir, state: str, reason: str) -> None:
+    finish(run, "reward")
+    fake.put("1", "demo.sft", state, reason)
+    fake.put("3", "demo.ppo", "PENDING", "Dependency", "afterok:1(unfulfilled)")
+    add_sentinels(fake, "1", "3")
+    assert kinds(heal(run)) == ["live", "done", "live"]
+    assert fake.did == []
 
 
 def test_a_sentinel_that_is_refused_breaks_nothing(

@@ -43,6 +43,23 @@ def evidence(*events: str, **known: Any) -> Evidence:
         (evidence("failed", done=True, queued=queued("FAILED")), "done", ""),
         (evidence("submitted", queued=queued("PENDING", "Dependency")), "waiting", "for sft and reward"),
         (evidence("submitted", queued=queued("PENDING", "Priority")), "pending", "Priority: other jobs have"),
+        (
+            evidence("submitted", queued=queued("PENDING", "launch failed requeued held")),
+            "held",
+            "launch failed requeued held: a node failed to launch it; to release it, run hpc-rlhf heal",
+        ),
+        (
+            evidence("submitted", "ended", "retried", queued=queued("REQUEUE_HOLD", "launch_failed_requeued_held")),
+            "held",
+            "launch_failed_requeued_held: a node failed to launch it",
+        ),
+        (evidence("submitted", "started", queued=queued("REQUEUE_HOLD", "")), "held", "Slurm requeued it and holds it"),
+        (
+            evidence("submitted", queued=queued("SPECIAL_EXIT", "job requeued in held state")),
+            "held",
+            "job requeued in held state: requeued by hand and held; to release it: scontrol release",
+        ),
+        (evidence("submitted", queued=queued("PENDING", "JobHeldUser")), "held", "JobHeldUser: held by its owner"),
         (evidence("submitted", queued=queued("PENDING", "QOSMaxJobs")), "pending", "QOSMaxJobs"),
         (evidence("submitted", queued=queued("PENDING", "DependencyNeverSatisfied")), "stuck", "hpc-rlhf heal"),
         (evidence("started", "requeued", queued=queued("PENDING", "BeginTime")), "requeued", "BeginTime: "),

@@ -28,7 +28,7 @@ class SafeConsole(Console):
 STYLES = {
     **dict.fromkeys(("done", "ok"), "green"),
     **dict.fromkeys(("running", "starting", "completing", "stopping"), "cyan"),
-    **dict.fromkeys(("waiting", "pending", "requeued", "suspended", "not started", "warning"), "yellow"),
+    **dict.fromkeys(("waiting", "pending", "held", "requeued", "suspended", "not started", "warning"), "yellow"),
     **dict.fromkeys(("failed", "refused", "stuck", "stopped", "cancelled", "interrupted", "unknown", "error"), "red"),
 }
 
