@@ -204,6 +204,17 @@ class Cluster:
         states = ("sinfo", "--noheader", f"--nodes={name}", "--partition=gpu", "--format=%T")
         wait_until(lambda: self.run(*states).stdout.strip() in ("idle", "mixed"), 180, f"{name} is back")
 
+    @contextmanager
+    def broken_node(self, name: str) -> Iterator[None]:
+        """Let a node fail to launch jobs, for which Slurm drains it and holds them."""
+        broken = self.folder / f"broken-{name}"
+        broken.touch()
+        try:
+            yield
+        finally:
+            broken.unlink()
+            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
+
     def stop_controller(self) -> None:
         """Stop slurmctld; jobs keep running.
 
@@ -282,6 +293,8 @@ class Cluster:
         self.conf.write_text(config.slurm_conf(self.folder, host, ports))
         if self.version > (22, 5):  # which does not know this, and starts without
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        (self.folder / "prolog").write_text(config.prolog(self.folder))
+        (self.folder / "prolog").chmod(0o755)
         (self.folder / "gres.conf").write_text(config.gres_conf(self.folder))
         dbd = self.folder / "slurmdbd.conf"
         dbd.touch(mode=0o600)  # slurmdbd refuses one that others may read

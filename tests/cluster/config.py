@@ -50,6 +50,7 @@ JobAcctGatherType=jobacct_gather/none
 ProctrackType=proctrack/linuxproc
 MpiDefault=none
 MailProg=/bin/true
+Prolog={folder}/prolog
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=15
@@ -78,6 +79,11 @@ PartitionName=high PriorityTier=10 PreemptMode=OFF
 PartitionName=first Nodes=node[1-2] PreemptMode=OFF
 PartitionName=last Nodes=node[3-4] PreemptMode=OFF
 """  # noqa: E501
+
+
+def prolog(folder: Path) -> str:
+    """A prolog that fails on a node for which there is a file."""
+    return f'#!/bin/sh\ntest ! -e "{folder}/broken-$SLURMD_NODENAME"\n'
 
 
 def gres_conf(folder: Path) -> str:
