@@ -23,6 +23,13 @@ from hpc_rlhf.train.text_stream import TextStream
 
 # The share of free memory that keys and values may take.
 CACHE_SHARE = 0.8
+# Temperatures below this take the likeliest token: logits divided by them could overflow.
+GREEDY_BELOW = 1e-5
+
+
+def sampling_at(temperature: float, top_p: float = 1.0) -> Sampling:
+    """How tokens are drawn at a temperature that a user chose; 0 takes the likeliest."""
+    return Sampling(greedy=True) if temperature < GREEDY_BELOW else Sampling(temperature, top_p)
 
 
 class ChatModel:
@@ -68,8 +75,7 @@ class ChatModel:
         ids = self.prompt(turns)
         max_tokens = min(max_tokens, self.context - 1)
         ids = ids[max(0, len(ids) + max_tokens - self.context) :]
-        sampling = Sampling(temperature=temperature or 1.0, greedy=temperature == 0)
-        request = Request(ids, max_tokens, sampling, (seed, "chat", len(turns)))
+        request = Request(ids, max_tokens, sampling_at(temperature), (seed, "chat", len(turns)))
         yield from self._text(self._tokens(request))
 
     def forgotten(self, turns: list[tuple[str, str]], max_tokens: int) -> int:

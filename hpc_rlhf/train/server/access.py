@@ -18,6 +18,8 @@ from hpc_rlhf.train.server.protocol import ApiError
 
 # The only path that needs no token.
 OPEN = "/health"
+# Bytes of the longest body of a request: ten times the text of a context of 128k tokens.
+MAX_BODY = 8 << 20
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
@@ -56,9 +58,15 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1")
         if not self._is_ours(host):
             return ApiError(403, f"This server does not answer to the host {host!r}.", code="invalid_host")
-        if scope["path"] == OPEN or hmac.compare_digest(headers.get(b"authorization", b""), self.credentials):
+        if scope["path"] == OPEN:
             return None
-        return ApiError(401, "Give the token that hpc-rlhf serve printed, as the API key.", code="invalid_api_key")
+        if not hmac.compare_digest(headers.get(b"authorization", b""), self.credentials):
+            return ApiError(401, "Give the token that hpc-rlhf serve printed, as the API key.", code="invalid_api_key")
+        if b"transfer-encoding" in headers:
+            return ApiError(411, "Send the body with a Content-Length.", code="length_required")
+        if int(headers.get(b"content-length", b"0")) > MAX_BODY:
+            return ApiError(413, f"The body is longer than {MAX_BODY} bytes.", code="request_too_large")
+        return None
 
     def _is_ours(self, host: str) -> bool:
         """Whether a Host header is a name of this machine or any address: rebinding needs a name."""

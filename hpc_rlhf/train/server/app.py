@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
@@ -17,8 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.train.chat import ChatModel
-from hpc_rlhf.train.rollout.backend import Sampling
+from hpc_rlhf.train.chat import ChatModel, sampling_at
 from hpc_rlhf.train.rollout.in_process.open_batch import Request
 from hpc_rlhf.train.server.protocol import ApiError, ChatRequest
 from hpc_rlhf.train.server.worker import Worker
@@ -144,7 +144,8 @@ def make_app(model: ChatModel, name: str, ready: Callable[[], object]) -> FastAP
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, http: HttpRequest) -> Any:
         check_name(body.model)
-        completion = Completion(worker, to_request(model, body), TextStream(model.tokenizer, body.stops), name)
+        request = await asyncio.to_thread(to_request, model, body)  # a long prompt takes seconds
+        completion = Completion(worker, request, TextStream(model.tokenizer, body.stops), name)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(completion.events(usage), media_type="text/event-stream")
@@ -177,9 +178,10 @@ def to_request(model: ChatModel, body: ChatRequest) -> Request:
         )
     temperature = 1.0 if body.temperature is None else body.temperature
     top_p = 1.0 if body.top_p is None else body.top_p
-    sampling = Sampling(greedy=True) if temperature == 0 else Sampling(temperature, top_p)
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    return Request(prompt, asked or min(MAX_TOKENS, model.context - len(prompt)), sampling, (seed, "serve"))
+    return Request(
+        prompt, asked or min(MAX_TOKENS, model.context - len(prompt)), sampling_at(temperature, top_p), (seed, "serve")
+    )
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ import uvicorn
 from hpc_rlhf.train.chat import ChatModel
 from hpc_rlhf.train.models.export import export
 from hpc_rlhf.train.serve import listen
-from hpc_rlhf.train.server.access import Guard
+from hpc_rlhf.train.server.access import MAX_BODY, Guard
 from hpc_rlhf.train.server.app import make_app
 from tests.train import tiny
 
@@ -108,6 +108,10 @@ def test_temperature_top_p_and_seed_are_heeded(client: openai.OpenAI) -> None:
     assert drawn(temperature=1) != drawn(temperature=1), "without a seed"
     assert drawn(temperature=2, seed=1) != drawn(temperature=1, seed=1)
     assert drawn(temperature=0, seed=1) == drawn(temperature=0, seed=2) == drawn(temperature=1, top_p=1e-9)
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(client: openai.OpenAI) -> None:
+    assert text_of(ask(client, temperature=1e-39)) == text_of(ask(client, temperature=0))
 
 
 def test_a_response_ends_before_a_stop_text(client: openai.OpenAI) -> None:
@@ -268,6 +272,26 @@ def test_a_body_of_any_kind_is_refused_in_the_same_shape(base: str, body: bytes)
     assert response.status_code == 400
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert httpx.get(f"{base}/v1/chat/completions", headers=headers).json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_server_responds_while_it_reads_a_long_message(base: str, client: openai.OpenAI) -> None:
+    """Health is asked for often while the message is tokenized, instead of once after it."""
+    message = [{"role": "user", "content": "Hello there. " * 50_000}]
+    answers = 0
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(pytest.raises, openai.BadRequestError, ask, client, message)
+        while not refused.done():
+            assert httpx.get(f"{base}/health").status_code == 200
+            answers += 1
+    assert "context length" in str(refused.result().value)
+    assert answers > 5
+
+
+@pytest.mark.parametrize(("body", "status"), [(bytes(MAX_BODY + 1), 413), (iter([b"{}"]), 411)])
+def test_a_body_without_bounds_is_refused(base: str, body: Any, status: int) -> None:
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    refused = httpx.post(f"{base}/v1/chat/completions", headers=headers, content=body)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (status, "invalid_request_error")
 
 
 @pytest.mark.parametrize("stream", [False, True])
