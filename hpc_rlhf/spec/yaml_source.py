@@ -122,9 +122,12 @@ class Node:
 
 
 @cache
-def _stdin() -> bytes:
-    """Standard input, which can be read only once; up to a byte more than a spec may have."""
-    return sys.stdin.buffer.read(MAX_BYTES + 1)
+def _read_once(path: Path) -> bytes:
+    """Standard input or a pipe, which can be read only once; up to a byte more than a spec may have."""
+    if path == STDIN:
+        return sys.stdin.buffer.read(MAX_BYTES + 1)
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
 
 
 def read_yaml(path: Path, shown: str) -> Node:
@@ -135,8 +138,8 @@ def read_yaml(path: Path, shown: str) -> Node:
     """
     mark, start = Mark(shown), Mark(shown, 1, 1)
     try:
-        if path == STDIN:
-            raw = _stdin()
+        if path == STDIN or not path.is_file():
+            raw = _read_once(path)
         else:
             with path.open("rb") as file:
                 raw = file.read(MAX_BYTES + 1)

@@ -130,3 +130,14 @@ def test_a_spec_from_standard_input_has_no_templates(
     assert main(["render", "--out", "out", "-"]) == 0
     assert "templates" not in capsys.readouterr().err
     assert "theirs" not in (folder / "out/sft.hostfile.in").read_text()
+
+
+def test_a_job_file_may_be_a_pipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in ``hpc-rlhf submit <(make-spec)``; what it extends is found, too."""
+    reader, writer = os.pipe()
+    os.write(writer, f"extends: {folder / 'base.yaml'}\nname: x\n".encode())
+    os.close(writer)
+    (folder / "base.yaml").chmod(0o666)
+    assert main(["submit", f"/dev/fd/{reader}"]) == 2
+    assert f"{folder / 'base.yaml'}: it is world-writable" in capsys.readouterr().err
+    os.close(reader)
