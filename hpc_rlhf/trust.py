@@ -17,18 +17,20 @@ from pathlib import Path
 from hpc_rlhf.errors import HpcRlhfError
 
 
-def check(paths: Iterable[Path], hint: str) -> None:
+def check(paths: Iterable[Path], hint: str, group_may_write: bool = False) -> None:
     """Check files and folders, and everything that leads to them.
 
     Args:
         hint: what to do about one of another user.
+        group_may_write: whether a group of this user's may write to the folders that lead to them.
 
     Raises:
         HpcRlhfError: somebody else could change one.
     """
     for path in paths:
         for each in leading_to(path):
-            check_one(each, hint)
+            is_above = group_may_write and each != path
+            check_one(each, hint, is_above and each.exists() and each.stat().st_gid in os.getgroups())
 
 
 def check_one(path: Path, hint: str, group_may_write: bool = False) -> None:

@@ -180,3 +180,25 @@ def test_a_rank_refuses_it_and_never_loads_a_pickle(run: RunDir, tmp_path: Path,
     assert done.returncode == 2
     assert done.stderr.startswith(f"hpc-rlhf: {logs}: it is world-writable")
     assert not (tmp_path / "left").exists()
+
+
+@as_root
+@pytest.mark.parametrize("group", [0, NOBODY])
+def test_a_shared_run_may_lie_in_a_folder_of_the_group(
+    run: RunDir, tmp_path: Path, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getgroups", lambda: [group])
+    os.chown(tmp_path / "home", 0, NOBODY)
+    (tmp_path / "home").chmod(0o2770)
+    with pytest.raises(HpcRlhfError, match="writable by the group"):
+        ownership.check(run)
+    (run.path / "job.yaml").write_text("name: x\nshare: group\n")
+    if group == NOBODY:
+        ownership.check(run)
+        ownership.check(run, "sft")
+        ownership.check(RunDir(run.path.with_name("new")), shared=True)
+        (run.path / "scripts").chmod(0o2770)
+        os.chown(run.path / "scripts", 0, NOBODY)
+        run.path.chmod(0o750)  # into the run itself only its owner may write
+    with pytest.raises(HpcRlhfError, match="writable by the group"):
+        ownership.check(run)
