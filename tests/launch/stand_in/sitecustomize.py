@@ -34,6 +34,9 @@ def run(self) -> None:
     from hpc_rlhf.spec.load import read_spec
     from hpc_rlhf.train import job_start
 
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        follow(self)
+        return
     spec = read_spec(self.files.job_yaml)
     self.is_main = True
     job_start.record_previous_end(self.files, self.stage, self.job, self.restarts)
@@ -49,6 +52,17 @@ def run(self) -> None:
     (files.model / "weights").write_text("w")
     manifest.write(files.model, {"step": STEPS, "seconds": 1})
     self.record(Finished(step=STEPS, seconds=1))
+
+
+def follow(self) -> None:
+    """What the other ranks do: they end with rank 0, or fail as `peer 1 raise TEXT` says."""
+    from hpc_rlhf.run import manifest
+
+    while not manifest.is_done(self.files.stage(self.stage)):
+        if fault := in_store("peer", 1):
+            forget(fault)
+            raise RuntimeError(fault.split(" ", 3)[3])
+        time.sleep(SECONDS)
 
 
 def train(self, spec) -> None:
