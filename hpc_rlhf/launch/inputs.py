@@ -36,7 +36,7 @@ def templates(folder: Path) -> dict[str, Template]:
     if not os.path.lexists(top):
         return {}
     trust.check([top], _HINT)
-    closed = not folder.stat().st_mode & 0o011  # as a run's folder is: modes in it mean nothing to others
+    closed = not folder.stat().st_mode & 0o011  # nobody else can enter, as in a run's folder, whatever the modes in it
     found = {}
     try:
         for inside, _, files in os.walk(top, onerror=_refuse_to_skip):
@@ -49,7 +49,7 @@ def templates(folder: Path) -> dict[str, Template]:
 
 
 def overrides(file: Path) -> dict[Path, str]:
-    """Those files, with what each does. The job file must have been loaded before. Raises as ``templates`` does."""
+    """These files, and the effect of each. The job file must have been loaded before. Raises as ``templates`` does."""
     extended = dict.fromkeys(layers.files(file)[1:], "extended by the job file")
     folder = beside(file)
     own = [] if folder is None else [each.path for each in templates(folder).values()]
@@ -63,7 +63,7 @@ def check(file: Path) -> None:
 
 
 def _read(path: Path, closed: bool) -> Template:
-    """A template, from a file that is checked after it was opened: until then, its name may get another meaning."""
+    """Read a template. The file is checked once it is open: before that, its name could come to lead elsewhere."""
     if not closed:
         trust.check([path], _HINT)
     with path.open("rb") as file:

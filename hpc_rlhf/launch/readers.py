@@ -44,5 +44,5 @@ def _open(run: RunDir) -> None:
     for path in (*run.path.rglob("*"), run.path):  # the folder last: an interrupted call is repeated
         if path.is_symlink() or path.name in _SECRET or path.suffix in _SECRET:
             continue
-        mode = path.stat().st_mode & ~stat.S_IWGRP  # under a umask of 002
+        mode = path.stat().st_mode & ~stat.S_IWGRP  # which a umask of 002 gives
         path.chmod(mode | stat.S_IRGRP | (stat.S_IXGRP if mode & stat.S_IXUSR else 0))

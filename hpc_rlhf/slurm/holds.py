@@ -9,7 +9,7 @@ from hpc_rlhf.slurm.jobs import QueuedJob
 
 
 class Hold(NamedTuple):
-    """A hold: what it means, and whether healing releases it, since nobody asked for it."""
+    """A hold: what it means, and whether Slurm made it by itself, so that healing releases it."""
 
     meaning: str
     by_slurm: bool = False
