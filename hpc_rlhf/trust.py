@@ -61,11 +61,10 @@ def check_facts(path: Path, facts: os.stat_result, hint: str, group_may_write: b
     if is_folder and facts.st_mode & stat.S_ISVTX:
         return  # others can add files, but replace none of ours
     if facts.st_mode & stat.S_IWOTH:
-        raise _writable(path, "world-writable, and what others put there", "o-w")
+        raise _writable(path, "world-writable, and what others put there", f"chmod o-w {path}")
     if facts.st_mode & stat.S_IWGRP and not group_may_write and not _is_own_group(facts.st_gid):
-        raise _writable(
-            path, f"writable by the group {_group_name(facts.st_gid)}, and what its members put there", "g-w"
-        )
+        what = f"writable by the group {_group_name(facts.st_gid)}, and what its members put there"
+        raise _writable(path, what, f"chmod g-w {path}; above a run_dir, share: group allows it")
 
 
 def leading_to(path: Path) -> Iterator[Path]:
@@ -85,8 +84,8 @@ def leading_to(path: Path) -> Iterator[Path]:
             todo.append(one.parent / os.readlink(one))
 
 
-def _writable(path: Path, what: str, mode: str) -> HpcRlhfError:
-    hint = f"check that everything in it is yours, then: chmod {mode} {path}"
+def _writable(path: Path, what: str, cure: str) -> HpcRlhfError:
+    hint = f"check that everything in it is yours, then: {cure}"
     return HpcRlhfError(f"it is {what} could run as you", where=str(path), hint=hint)
 
 

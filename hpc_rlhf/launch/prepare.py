@@ -35,7 +35,7 @@ def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
     """
     run = RunDir(Path(spec.run_dir))
     with _write_errors(run):
-        acting.check(run)
+        acting.check(run, spec.share == "group")
         _private_folder(run.path)
         set_readers(run, spec)
         foreign = [path.name for path in run.path.iterdir() if not _is_ours(path, run)]

@@ -17,16 +17,17 @@ from hpc_rlhf.run import ownership
 from hpc_rlhf.run.layout import RunDir
 
 
-def check(run: RunDir) -> None:
+def check(run: RunDir, shared: bool | None = None) -> None:
     """Every verb that writes to a run, changes its jobs or executes what is in it calls this first.
 
     Args:
         run: its folder may be missing.
+        shared: as ``ownership.check`` takes it.
 
     Raises:
         HpcRlhfError: it belongs to another user, others could have written to it, or it was made elsewhere.
     """
-    check_owner(run)
+    check_owner(run, shared)
     check_place(run)
 
 
@@ -46,7 +47,7 @@ def check_place(run: RunDir) -> None:
     )
 
 
-def check_owner(run: RunDir) -> None:
+def check_owner(run: RunDir, shared: bool | None = None) -> None:
     """The part of ``check`` that does not depend on where the run was made. Raises HpcRlhfError."""
     if (who := other_owner(run)) is not None:
         raise HpcRlhfError(
@@ -55,7 +56,7 @@ def check_owner(run: RunDir) -> None:
             hint="read it with status, logs, report --out and chat; to start from its models, name their folders under "
             "models in a spec of your own",
         )
-    ownership.check(run)
+    ownership.check(run, shared=shared)
 
 
 def other_owner(run: RunDir) -> str | None:

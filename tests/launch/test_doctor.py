@@ -134,10 +134,10 @@ def test_a_parent_folder_that_everyone_may_write_to(tmp_path: Path) -> None:
     open_to_all = tmp_path / "scratch"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
-    finding = storage.check_trust(RunDir(open_to_all / "run"))
+    finding = storage.check_trust(RunDir(open_to_all / "run"), shared=False)
     assert (finding.level, f"chmod o-w {open_to_all}" in finding.fix) == ("error", True)
     open_to_all.chmod(0o1777)
-    assert storage.check_trust(RunDir(open_to_all / "run")).level == "ok"
+    assert storage.check_trust(RunDir(open_to_all / "run"), shared=False).level == "ok"
 
 
 def test_gpus_that_torch_does_not_find() -> None:

@@ -202,3 +202,20 @@ def test_a_shared_run_may_lie_in_a_folder_of_the_group(
         run.path.chmod(0o750)  # into the run itself only its owner may write
     with pytest.raises(HpcRlhfError, match="writable by the group"):
         ownership.check(run)
+
+
+@as_root
+def test_launchers_check_the_folders_above_a_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getgroups", lambda: [NOBODY])
+    (tmp_path / "project").mkdir()
+    os.chown(tmp_path / "project", 0, NOBODY)
+    (tmp_path / "project").chmod(0o2770)
+    spec = make_spec(tmp_path / "project/run")
+    with pytest.raises(HpcRlhfError, match="writable by the group nogroup"), claim(spec, "test"):
+        pass
+    assert not (tmp_path / "project/run").exists()
+    with claim(spec.model_copy(update={"share": "group"}), "test") as run:
+        assert run.path.is_dir()
+    (tmp_path / "project").chmod(0o2777)
+    with pytest.raises(HpcRlhfError, match="world-writable"), claim(spec, "test"):
+        pass

@@ -56,7 +56,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         findings.append(warning("slurm", message, "to submit, use a login node of the cluster"))
     if spec is None or plan is None:
         return findings
-    trust = storage.check_trust(plan.run)
+    trust = storage.check_trust(plan.run, spec.share == "group")
     findings += [*hub.check(specs), *fit.check(spec), trust]
     unfinished = [job.stage for job in plan.jobs if not manifest.is_done(plan.run.stage(job.stage))]
     needed = storage.bytes_needed(spec, plan.run, unfinished)

@@ -13,7 +13,7 @@ from pathlib import Path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate import disk
 from hpc_rlhf.launch.doctor.finding import Finding, error, ok, warning
-from hpc_rlhf.run import acting, ownership
+from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 
@@ -53,11 +53,10 @@ def refused(run: RunDir, problem: OSError) -> Finding:
     return error("run directory", message, "set run_dir to a writable folder on a disk that all nodes share")
 
 
-def check_trust(run: RunDir) -> Finding:
-    """Check that no one else can write to the run directory."""
+def check_trust(run: RunDir, shared: bool) -> Finding:
+    """Check that no one else can write to the run directory. ``shared`` is as ``ownership.check`` takes it."""
     try:
-        acting.check(run)
-        ownership.check(run)  # also of folders that lead to a run which does not exist yet
+        acting.check(run, shared)
     except HpcRlhfError as problem:
         return error("mode", f"{problem.where}: {problem.message}", str(problem.hint))
     return ok("mode", "only you can write to the run directory")
