@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
-from tests.co_user import NOBODY, as_root
+from tests.co_user import NOBODY, as_root, exit_code_as_co_user
 from tests.launch.specs import make_spec
 
 pytestmark = as_root
@@ -118,7 +116,7 @@ def test_a_private_run_is_refused_in_a_sentence(
 ) -> None:
     run.path.chmod(0o700)
     os.chown(run.path, 0, 0)
-    assert as_nobody(lambda: main([verb, str(run.path)])) == 2
+    assert as_nobody(verb, str(run.path)) == 2
     assert "you have no permission to read it" in capfd.readouterr().err
 
 
@@ -130,11 +128,11 @@ def test_a_shared_run_is_read_by_its_group_only(public: Path, capfd: pytest.Capt
     for path in (run.path, *run.path.rglob("*")):
         os.chown(path, -1, NOBODY)
     for verb, code in (("status", 0), ("cancel", 2), ("report", 2)):
-        assert as_nobody(lambda verb=verb: main([verb, str(run.path)])) == code  # type: ignore[misc]
+        assert as_nobody(verb, str(run.path)) == code
     error = capfd.readouterr().err
     assert error.count("this run belongs to root, and only root can change it or its jobs") == 2
     os.chown(run.path, -1, 0)
-    assert as_nobody(lambda: main(["status", str(run.path)])) == 2
+    assert as_nobody("status", str(run.path)) == 2
 
 
 def test_list_counts_what_it_may_not_read(run: RunDir, public: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -142,22 +140,14 @@ def test_list_counts_what_it_may_not_read(run: RunDir, public: Path, capfd: pyte
     (public / "private").chmod(0o700)
     shutil.copytree(run.path, public / "damaged")
     (public / "damaged/plan.json").write_text("{")
-    assert as_nobody(lambda: main(["list", str(public), "--json"])) == 0
+    assert as_nobody("list", str(public), "--json") == 0
     printed = capfd.readouterr()
     assert [line["path"] for line in json.loads(printed.out)] == [str(run.path)]
     assert "left out 2 folders that cannot be read" in printed.err
 
 
-def as_nobody(call: Callable[[], int]) -> int:
-    """The result of a call in a process of a user without rights."""
+def as_nobody(*words: str) -> int:
+    """The exit code of a command of ours in a process of a user without rights."""
     for verb in VERBS:
         importlib.import_module(f"hpc_rlhf.cli.{verb}")  # that user may not be able to
-    child = os.fork()
-    if child == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
-        code = call()
-        sys.stdout.flush()
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return exit_code_as_co_user(lambda: main(words))
