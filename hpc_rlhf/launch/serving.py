@@ -74,24 +74,28 @@ def serve_as_job(
     script.write_text(Templates(run.scripts).serve(plan, job, command), encoding="utf-8")
     job_id = commands.submit(script, [])
     Ledger(run.ledger).append(Serving(stage, job_id=job_id))
+    if not _wait(job_id, ready, lambda words: say(f"{words}; hpc-rlhf cancel {run.path} cancels it")):
+        raise HpcRlhfError(
+            f"job {job_id} ended before it served",
+            where=str(run.stage(stage).logs / f"{job_id}_batch.log"),
+            hint=f"its log is there; if something else uses port {port} of its node, choose another with --port",
+            exit_code=RUN_FAILED,
+        )
+    ready.unlink()
+    past = commands.find_record(job_id)
+    node = commands.hostnames(past.nodes)[0] if past and past.nodes else ""
+    return job_id, node, token.read_text()
+
+
+def _wait(job_id: str, ready: Path, say: Callable[[str], object]) -> bool:
+    """Wait until a job has created the file ``ready``; False if the job has ended."""
     last = ""
-    while True:
-        queued = commands.queue().get(job_id)
-        if queued is None or not queued.live:
-            log = run.stage(stage).logs / f"{job_id}_batch.log"
-            raise HpcRlhfError(
-                f"job {job_id} ended before it served",
-                where=str(log),
-                hint=f"its log is there; if something else uses port {port} of its node, choose another with --port",
-                exit_code=RUN_FAILED,
-            )
+    while (queued := commands.queue().get(job_id)) is not None and queued.live:
         if ready.exists():
-            ready.unlink()
-            past = commands.find_record(job_id)
-            node = commands.hostnames(past.nodes)[0] if past and past.nodes else ""
-            return job_id, node, token.read_text()
+            return True
         state = f"job {job_id}, {queued.state.lower()}{f' ({queued.reason})' if queued.reason else ''}"
         if state != last:
-            say(f"waiting for {state}; hpc-rlhf cancel {run.path} cancels it")
+            say(f"waiting for {state}")
             last = state
         time.sleep(_POLL)
+    return False
