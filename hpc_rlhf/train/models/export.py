@@ -206,9 +206,9 @@ def write(
         shutil.rmtree(folder, ignore_errors=True)  # the ledger needs space
         size = sum(tensor.nbytes for tensor in state.values()) / 1e9
         raise HpcRlhfError(
-            f"the model could not be written: {refused}",
+            f"the model could not be written: {refused.strerror}",
             where=f"{folder} on {socket.gethostname()}",
-            hint=f"free {size:.1f} GB and run the stage again; it continues from the last checkpoint",
+            hint=f"free {size:.3g} GB and run the stage again; it continues from the last checkpoint",
             exit_code=RUN_FAILED,
         ) from error
 
