@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, replace
 
 import click
@@ -12,6 +13,7 @@ from hpc_rlhf.cli.list import show_runs
 from hpc_rlhf.observe import listing
 from hpc_rlhf.observe.goodput.spans import total
 from hpc_rlhf.observe.status import read_status
+from hpc_rlhf.run import acting
 
 
 @click.command(epilog=example("hpc-rlhf status my-job.yaml"))
@@ -42,6 +44,9 @@ def command(run: str, as_json: bool) -> None:
         show_runs(sorted(listing.list_runs(runs), key=lambda line: order.index(line.path)), as_json)
         return
     stages = read_status(runs[0])
+    if (made := acting.made_elsewhere(runs[0])) is not None:
+        words = f"this run was made in {made}, where its jobs work; to adopt it here: hpc-rlhf relocate"
+        click.echo(f"note: {words} {shlex.quote(str(runs[0].path))}", err=True)
     if as_json:
         facts = {
             "run_dir": str(runs[0].path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,9 @@ def test_verbs_that_read_show_the_run_that_was_named(
     run = copy(made, tmp_path / "copy")
     for argument in (run.path, run.job_yaml):
         assert main(["status", str(argument), "--json"]) == 0
-        assert str(run.path) in capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["run_dir"] == str(run.path)
+        assert f"made in {made.path}" in printed.err
 
 
 def test_a_new_run_may_start_from_its_spec(made: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
