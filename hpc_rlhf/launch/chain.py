@@ -17,6 +17,7 @@ from hpc_rlhf.run.events import Refused, Submitted, Submitting
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.holds import find_hold
+from hpc_rlhf.slurm.jobs import is_full
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Chain:
         ids: the live job of each stage, including jobs submitted or requeued since, and the jobs of stages
             that another run of a sweep trains for this one.
         sent: the jobs submitted since, by stage.
-        posted: the sentinels submitted since.
+        posted: the sentinels submitted since, and the jobs that they wait for.
     """
 
     def __init__(self, plan: Plan, jobs: RunJobs, by: Literal["person", "heal"]) -> None:
@@ -66,7 +67,7 @@ class Chain:
         borrowed = borrowed_jobs(self.run, [job.stage for job in plan.jobs])
         self.ids = {**borrowed, **{stage: job.job_id for stage, job in jobs.live.items()}}
         self.sent: dict[str, str] = {}
-        self.posted: list[str] = []
+        self.posted: dict[str, str] = {}
         self._requeued: set[str] = set()
         self._tokens = dict(jobs.tokens)
 
@@ -140,6 +141,36 @@ class Chain:
         self._tokens[job_id] = token
         return Outcome(job.stage, "submitted", job_id)
 
+    def send_or_wait(self, job: PlannedJob) -> Outcome:
+        """Submit a stage; where a limit on submitted jobs leaves no room, leave that to the sentinels of the others.
+
+        Raises:
+            HpcRlhfError: sbatch refused it, or there is no other stage with a sentinel.
+        """
+        missing = [need for need in job.needs if need not in self.ids and not manifest.is_done(self.run.stage(need))]
+        if missing:
+            return Outcome(job.stage, "waits", None, f"for {' and '.join(missing)} to be submitted")
+        try:
+            return self.send(job)
+        except HpcRlhfError as error:
+            healed = any(each.slurm.heal.enabled for each in self.plan.jobs if each.stage in self.ids)
+            if not (is_full(error.message) and healed):
+                raise
+        return Outcome(job.stage, "waits", None, "to be submitted when another stage has ended: a limit is reached")
+
+    def submit_rest_later(self) -> None:
+        """Let the sentinels start whenever their stages have ended, if stages are still to be submitted."""
+        if not sentinel.unsubmitted(self.run):
+            return
+        pending = {
+            guard.job_id: job_id
+            for job_id in self.ids.values()
+            if (token := self._tokens.get(job_id)) is not None
+            for guard in sentinel.waiting(self.jobs.queue, self.run, token, job_id)
+        }
+        for guard_id, job_id in {**pending, **self.posted}.items():
+            commands.set_dependency(guard_id, (), (job_id,))
+
     def requeue(self, job: PlannedJob, job_id: str, delay: int, excluded: str | None) -> Outcome:
         """Put a finished job back in the queue under its own id.
 
@@ -172,10 +203,11 @@ class Chain:
         if sentinel.waiting(self.jobs.queue, self.run, token, job_id):
             return
         try:
-            self.posted.append(sentinel.post(self.run, job.stage, token, job_id))
+            self.posted[sentinel.post(self.run, job.stage, token, job_id)] = job_id
         except HpcRlhfError as error:
             raise HpcRlhfError(
                 f"the sentinel was refused: {error.message}",
                 where=f"stages.{job.stage}.slurm.heal",
-                hint="set a partition, account or qos that accepts one-CPU jobs, or slurm.heal.enabled: false",
+                hint="give it what the site requires, such as gres: gpu:1, time: 10 or another partition, or set "
+                "enabled: false",
             ) from error

@@ -22,7 +22,7 @@ from hpc_rlhf.run.reasons import CANCELLED_BY_HAND, CANCELLED_BY_TOOL, LAUNCH_FA
 from hpc_rlhf.run.retry_policy import Retry, Stop, StopKind, decide
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.holds import find_hold
-from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
+from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob, is_full
 from hpc_rlhf.spec.load import read_spec
 
 # A sentinel can afford to wait, even for the lock of a machine that is gone.
@@ -69,7 +69,9 @@ def _repair(run: RunDir, by_sentinel: bool) -> list[Outcome]:
             )
         chain = Chain(plan, jobs, "heal")
         outcomes = [_StageHealer(chain, job, by_sentinel).heal() for job in plan.jobs]
-        return [_guarded(chain, job, outcome) for job, outcome in zip(plan.jobs, outcomes, strict=True)]
+        guarded = [_guarded(chain, job, outcome) for job, outcome in zip(plan.jobs, outcomes, strict=True)]
+        chain.submit_rest_later()
+        return guarded
 
 
 def _settled(run: RunDir) -> RunJobs:
@@ -112,7 +114,7 @@ class _StageHealer:
             return self._attach(live)
         job_id = chain.jobs.latest.get(stage)
         if job_id is None:
-            return self._chain.send(self._job)
+            return self._chain.send_or_wait(self._job)
         return self._restart(job_id, commands.find_record(job_id))
 
     def _attach(self, queued: QueuedJob) -> Outcome:
@@ -193,6 +195,8 @@ class _StageHealer:
             try:
                 outcome = self._chain.send(self._job, verdict.delay, verdict.without)
             except HpcRlhfError as error:
+                if is_full(error.message):
+                    raise  # a sentinel tries again
                 if verdict.without:
                     return self._retry(job_id, None, replace(verdict, without=()), why)
                 return self._stop(Stop(StopKind.REFUSED, error.message), job_id)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +19,17 @@ from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import write_atomically
+from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import time_limit
 from hpc_rlhf.spec import sizes
 from hpc_rlhf.spec.batch import Batch
+from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.training import StageSpec
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+_SENTINEL_SECONDS = 30.0 * 60  # it waits for storage and for Slurm's controller
 _PACKAGE = Path(__file__).parents[1]
 # A wheel carries the templates inside the package; a checkout has them beside it.
 _OURS = (_PACKAGE / "_templates", _PACKAGE.parent / "templates")
@@ -65,7 +71,9 @@ class Templates:
         setup = job.slurm.setup if heal.setup is None else heal.setup
         command = shlex.join(safe_path.module("hpc_rlhf.cli", "heal", "--sentinel", str(plan.run.path)))
         python = shlex.quote(sys.executable)  # for users' templates that were written before there was a command
-        return self._script("sentinel.sbatch.j2", plan, job, heal=heal, setup=setup, command=command, python=python)
+        own = {"command": command, "python": python, "heal": heal, "setup": setup}
+        time = heal.time or _sentinel_minutes(job.slurm)
+        return self._script("sentinel.sbatch.j2", plan, job, time=time, **own)
 
     def doctor(self, plan: Plan, job: PlannedJob, folder: Path, command: str, unshared: int) -> str:
         """The sbatch script of the short job that checks the nodes of ``job``; it exits with ``unshared`` if
@@ -123,6 +131,17 @@ class Templates:
                 where=_place(error, template),
                 hint="templates are searched in " + ", then ".join(map(str, self._folders)),
             ) from error
+
+
+def _sentinel_minutes(settings: SlurmSpec) -> int:
+    """The time limit of a sentinel: the stage's, which its partition allows, or what a partition of its own allows."""
+    limits = [_SENTINEL_SECONDS]
+    if settings.heal.partition is None:
+        limits.append(time_limit(settings.time) or math.inf)
+    elif commands.available():
+        with suppress(HpcRlhfError):  # sbatch and doctor say what is wrong
+            limits.append(commands.partition_limit(settings.heal.partition))
+    return max(1, int(min(limits)) // 60)
 
 
 def _batch_differences(config: Mapping[str, object], batch: Batch) -> list[str]:

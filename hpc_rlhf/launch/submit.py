@@ -14,13 +14,14 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.chain import Chain, Outcome, require_slurm
 from hpc_rlhf.launch.changes import refuse_changes
 from hpc_rlhf.launch.jobs import find_jobs, submission_options
-from hpc_rlhf.launch.plan import Plan
+from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Cancelled
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
+from hpc_rlhf.slurm.jobs import is_full
 from hpc_rlhf.spec.job import JobSpec
 
 SOON = 5  # seconds that Slurm may take to estimate a start
@@ -116,12 +117,21 @@ def _send_missing(chain: Chain) -> list[Outcome]:
             elif job.stage in chain.jobs.live:
                 outcomes.append(chain.attach(job))
             else:
-                outcomes.append(chain.send(job))
-        for job in chain.plan.jobs:
-            chain.guard(job)
+                outcomes.append(chain.send_or_wait(job))
+            _guard(chain, job)
+        chain.submit_rest_later()
     except HpcRlhfError as error:
         raise _undone(chain, error) from error
     return outcomes
+
+
+def _guard(chain: Chain, job: PlannedJob) -> None:
+    """Give a stage its sentinel. The first stage needs one at once; others post it themselves if there is no room."""
+    try:
+        chain.guard(job)
+    except HpcRlhfError as error:
+        if not (is_full(error.message) and (chain.posted or chain.jobs.sentinels)):
+            raise
 
 
 def _undone(chain: Chain, error: HpcRlhfError) -> HpcRlhfError:

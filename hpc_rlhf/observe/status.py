@@ -20,7 +20,7 @@ from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.row_counts import SourceCounts, stage_counts
 from hpc_rlhf.slurm.holds import find_hold
-from hpc_rlhf.slurm.jobs import ENDED, JobRecord, QueuedJob
+from hpc_rlhf.slurm.jobs import ENDED, JobRecord, QueuedJob, is_full
 from hpc_rlhf.spec.stages import kind_of
 
 # States whose time goes on, with an attempt at work or in the queue.
@@ -140,6 +140,8 @@ def _judge(evidence: Evidence) -> tuple[str, str]:
     if evidence.queued is not None and evidence.queued.live:
         return _judge_live(evidence.queued, evidence)
     state = evidence.history.state
+    if isinstance(state, events.Refused) and is_full(state.message):
+        return "waiting", "to be submitted when another stage has ended: a limit on jobs is reached"
     if isinstance(state, (events.Failed, events.Refused)):
         return state.name, state.message
     if isinstance(state, events.Cancelled):

@@ -10,18 +10,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.events import Submitted
+from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import QueuedJob
 
 
-def post(run: RunDir, stage: str, token: str, job_id: str) -> str:
+def post(run: RunDir, stage: str, token: str, job_id: str, always: bool = False) -> str:
     """Submit the sentinel of a stage's job, and return its id.
+
+    Args:
+        always: start it whenever the job has ended, not only when it has failed: other stages are to be submitted.
 
     Raises:
         HpcRlhfError: sbatch refused it.
     """
-    options = [f"--comment={_mark(token)}", f"--dependency=afternotok:{job_id}"]
+    when = "afterany" if always else "afternotok"
+    options = [f"--comment={_mark(token)}", f"--dependency={when}:{job_id}"]
     try:
         return commands.submit(run.sentinel(stage), options)
     except HpcRlhfError:
@@ -30,6 +37,13 @@ def post(run: RunDir, stage: str, token: str, job_id: str) -> str:
         if not accepted:
             raise
         return accepted[-1].job_id
+
+
+def unsubmitted(run: RunDir) -> list[str]:
+    """The run's stages that are still to be submitted, because a limit on submitted jobs left no room."""
+    stages = [path.stem for path in sorted(run.scripts.glob("*.sbatch")) if "." not in path.stem]
+    missing = [stage for stage in stages if run.lender(stage) is None and not manifest.is_done(run.stage(stage))]
+    return [stage for stage in missing if StageHistory.read(run, stage).last(Submitted) is None]
 
 
 def living(queue: Mapping[str, QueuedJob], run: RunDir, tokens: Iterable[str]) -> list[QueuedJob]:

@@ -124,6 +124,15 @@ def _job_fields(job_id: str) -> dict[str, str]:
     return fields
 
 
+def partition_limit(names: str) -> float:
+    """The longest time limit, in seconds, that one of some partitions allows; infinite for none."""
+    limits = []
+    for name in names.split(","):
+        text = run(["scontrol", "--oneliner", "show", "partition", name])
+        limits += [jobs.seconds(limit) for limit in re.findall(r" MaxTime=(\S+)", text)]
+    return max(limits, default=math.inf)
+
+
 def hostnames(nodes: str) -> list[str]:
     """The nodes of a host list, such as node[1-2]."""
     return run(["scontrol", "show", "hostnames", nodes]).split()

@@ -120,6 +120,11 @@ def record_of(job_id: str, fields: Mapping[str, str]) -> JobRecord:
     )
 
 
+def is_full(message: str) -> bool:
+    """Whether sbatch refused a job because the user, the account or the QOS has as many as a limit allows."""
+    return re.search(r"SubmitJobs?(Per\w+)?Limit", message) is not None
+
+
 def is_preempted(fields: Mapping[str, str]) -> bool:
     """Whether a job was preempted since its last start: PreemptTime may be that of an earlier attempt."""
     time = fields.get("PreemptTime", "None")

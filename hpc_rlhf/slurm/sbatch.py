@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 # Options that may not be passed through `slurm.extra`, because they have a field of their own or because the
 # tool needs them itself, and what to do instead.
@@ -61,16 +62,43 @@ _OWNED = {
     "wrap": "the tool writes the script",
 }
 
+# The same for `slurm.heal.extra`.
+_FREE = ("cpus-per-task", "exclusive", "container")
+_FIELDS = (
+    "account", "constraint", "exclude", "gres", "licenses", "mem", "nodelist", "partition", "qos", "reservation",
+    "time",
+)  # fmt: skip
+OWNED_OF_SENTINELS = {
+    **{name: instead for name, instead in _OWNED.items() if name not in _FREE},
+    **{name: f"use slurm.heal.{name}" for name in _FIELDS},
+    **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-task"), "use slurm.heal.gres"),
+    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-gpu", "ntasks-per-node"), "a sentinel is one task"),
+    **dict.fromkeys(("mail-type", "mail-user"), "use notify.mail"),
+    **dict.fromkeys(("export", "export-file"), "use slurm.heal.setup"),
+    **dict.fromkeys(("requeue", "no-requeue"), "a sentinel that is preempted starts again"),
+    "array": "a sentinel is one job",
+    "comment": "it identifies the sentinel",
+    "dependency": "a sentinel waits for its stage's job",
+    "input": "a sentinel reads no input",
+    "kill-on-invalid-dep": "a sentinel is removed when its stage has succeeded",
+    "no-kill": "a sentinel runs on one node",
+    "nodefile": "use slurm.heal.nodelist",
+    "signal": "a sentinel needs none",
+}
 
-def refuse_owned(option: str) -> str:
+
+def refuse_owned(option: str, owned: Mapping[str, str] = _OWNED) -> str:
     """A long sbatch option that may be passed through.
+
+    Args:
+        owned: the options that may not be, and what to do instead.
 
     Raises:
         ValueError: it is not a long option, or the tool owns it; the message says what to do instead.
     """
     if not re.fullmatch("[a-z][a-z0-9]*(-[a-z0-9]+)*", option) or len(option) == 1:
         raise ValueError("give the long name of an sbatch option (no dashes), such as `switches`")
-    for owned, instead in _OWNED.items():
-        if owned.startswith(option):  # sbatch accepts abbreviated options
-            raise ValueError(f"hpc-rlhf owns sbatch's --{owned}: {instead}")
+    for name, instead in owned.items():
+        if name.startswith(option):  # sbatch accepts abbreviated options
+            raise ValueError(f"hpc-rlhf owns sbatch's --{name}: {instead}")
     return option

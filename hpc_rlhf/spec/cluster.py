@@ -16,6 +16,7 @@ from hpc_rlhf.spec.fields import (
     PathText,
     Positive,
     SbatchOption,
+    SentinelOption,
     SlurmMemory,
     SlurmTime,
     SlurmValue,
@@ -40,23 +41,35 @@ class HealSpec(Model):
     """How a chain repairs itself. On Slurm each stage has a sentinel, a small job that starts if it fails."""
 
     enabled: bool = True
-    """Retry failed stages automatically. Turn it off if your cluster does not allow jobs to submit jobs or limits the
-    number of queued jobs: there are no sentinels then, and a broken chain waits for `hpc-rlhf heal`."""
+    """Retry failed stages automatically. Turn it off if your cluster does not allow jobs to submit jobs: there are no
+    sentinels then, and a broken chain waits for `hpc-rlhf heal`."""
     partition: SlurmValue | None = None
-    """The sentinel's partition; defaults to the stage's. Choose another one if the stage's rejects jobs without GPUs or
-    allocates only whole nodes."""
+    """The sentinel's partition; defaults to the stage's. Choose another one if the stage's allocates only whole
+    nodes."""
     account: SlurmValue | None = None
     """The account charged for the sentinel, which runs for about a minute; defaults to the stage's."""
     qos: SlurmValue | None = None
     """The sentinel's quality of service; defaults to the stage's. The sooner it starts small jobs, the sooner the chain
     is repaired."""
+    time: SlurmTime | None = None
+    """The sentinel's time limit; defaults to slurm.time, or with a partition of its own to what that allows, and at
+    most to 30 minutes. It usually needs a minute, and longer while storage or Slurm's controller is away."""
+    gres: SlurmValue | None = None
+    """Generic resources for the sentinel, such as gpu:1 where every job has to request a GPU. It uses none."""
     mem: SlurmMemory | None = None
     """The sentinel's memory; defaults to the partition's. It needs about 200M."""
+    constraint: SlurmValue | None = Field(default=None, description="Node features that the sentinel requires.")
+    exclude: SlurmValue | None = None
+    """Nodes that the sentinel does not use; defaults to the stage's."""
+    nodelist: SlurmValue | None = Field(default=None, description="Nodes for the sentinel.")
+    reservation: SlurmValue | None = None
+    """Reservation that the sentinel runs in; defaults to the stage's."""
+    licenses: SlurmValue | None = Field(default=None, description="Licenses that the sentinel requests.")
     setup: tuple[Command, ...] | None = None
     """Shell commands that the sentinel runs before `hpc-rlhf heal`; defaults to slurm.setup. Set it if those commands
     need a GPU or take long."""
-    extra: dict[SbatchOption, SlurmValue | StrictBool] = Field(default_factory=dict)
-    """More sbatch options for the sentinel, as in slurm.extra."""
+    extra: dict[SentinelOption, SlurmValue | StrictBool] = Field(default_factory=dict)
+    """More sbatch options for the sentinel, as in slurm.extra, such as {exclusive: true}."""
     backoff_seconds: Annotated[int, Field(ge=0, le=86400)] = 30
     """Delay before the first retry after an attempt without progress. It is multiplied by four for every further one,
     up to an hour. Increase it if the cause, such as a file system, takes long to recover."""

@@ -7,6 +7,7 @@ import inspect
 import os
 import textwrap
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar
 
@@ -24,7 +25,7 @@ from pydantic import (
 )  # fmt: skip
 from pydantic_core import CoreSchema
 
-from hpc_rlhf.slurm.sbatch import refuse_owned
+from hpc_rlhf.slurm.sbatch import OWNED_OF_SENTINELS, refuse_owned
 from hpc_rlhf.spec.gpus import known_gpu
 
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f\x85\u2028\u2029]*$"
@@ -59,6 +60,7 @@ SlurmTime = Annotated[str, StringConstraints(pattern=_SLURM_TIME), _NumberAsText
 SlurmMemory = Annotated[str, StringConstraints(pattern=_SLURM_MEMORY), _NumberAsText]
 Gpu = Annotated[str, _NumberAsText, AfterValidator(known_gpu)]
 SbatchOption = Annotated[str, AfterValidator(refuse_owned)]
+SentinelOption = Annotated[str, AfterValidator(partial(refuse_owned, owned=OWNED_OF_SENTINELS))]
 Duration = Annotated[str, StringConstraints(pattern=DURATION)]
 PathText = Annotated[FreeText, StringConstraints(min_length=1, max_length=1024)]
 Command = Annotated[FreeText, StringConstraints(min_length=1)]

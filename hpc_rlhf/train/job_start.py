@@ -38,6 +38,6 @@ def restore_sentinel(run: RunDir, stage: str, job_id: str) -> None:
         return
     try:
         if not sentinel.waiting(commands.queue(), run, token, job_id):
-            sentinel.post(run, stage, token, job_id)
+            sentinel.post(run, stage, token, job_id, always=bool(sentinel.unsubmitted(run)))
     except HpcRlhfError as error:
         print(f"hpc-rlhf: this stage has no sentinel: {error.message}", file=sys.stderr, flush=True)

@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster
+from hpc_rlhf.launch.doctor import cluster as cluster_checks
+from hpc_rlhf.launch.doctor import limits
+from hpc_rlhf.launch.plan import make_plan
+from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.spec.load import load_spec
+from tests.cluster import Cluster, wait_until
 from tests.cluster.test_heal import ALONE, AT, SPEC, StandIn
+from tests.launch.specs import make_spec
 
 BANNER = """
 function slurm_cli_setup_defaults(options, early_pass) return slurm.SUCCESS end
@@ -26,18 +33,32 @@ OVERWRITES = """
 function slurm_job_submit(job_desc, part_list, submit_uid)
   job_desc.comment = "project=7"
   job_desc.requeue = 0
+  local tres = (job_desc.tres_per_node or "") .. (job_desc.gres or "")
+  if job_desc.partition == "last" and not string.find(tres, "gpu") then
+    slurm.log_user("this partition is for jobs with GPUs")
+    return slurm.ERROR
+  end
   return slurm.SUCCESS
 end
 function slurm_job_modify(job_desc, job_rec, part_list, modify_uid) return slurm.SUCCESS end
 return slurm.SUCCESS
 """
-PLUGINS = ("MailProg=", "JobSubmitPlugins=lua\nCliFilterPlugins=lua\nMailProg=")
+SETTINGS = (
+    ("MailProg=", "JobSubmitPlugins=lua\nCliFilterPlugins=lua\nEnforcePartLimits=ALL\nMailProg="),
+    ("MpiDefault=none", "MpiDefault=pmix_v99"),  # srun knows of no such plugin
+    ("PartitionName=first ", "PartitionName=first MaxTime=10 DefMemPerCPU=10 "),
+    ("AccountingStorageType=", "AccountingStorageEnforce=limits\nAccountingStorageType="),
+)
 
 
 @pytest.fixture(scope="module")
 def odd_site(cluster: Cluster) -> Iterator[Cluster]:
     cluster.clear()
-    with cluster.changed(PLUGINS, job_submit_lua=OVERWRITES, cli_filter_lua=BANNER):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        cluster.changed(*SETTINGS, job_submit_lua=OVERWRITES, cli_filter_lua=BANNER),
+    ):
+        patch.setenv("SLURM_CONF", str(cluster.conf))
         yield cluster
         cluster.clear()
 
@@ -82,3 +103,93 @@ def test_a_stage_that_may_not_be_requeued_continues_in_new_jobs(odd_site: Cluste
     assert [event.without for event in chain.events("retried", "sft")] == [(), ()]
     assert len(chain.events("submitted", "sft")) == 3
     assert chain.steps("sft") == list(range(1, 13))
+
+
+@contextmanager
+def most_jobs(cluster: Cluster, number: int) -> Iterator[None]:
+    """Let a user have so many jobs."""
+
+    def allow(most: int) -> None:
+        cluster.run("sacctmgr", "--immediate", "modify", "qos", "normal", "set", f"MaxSubmitJobsPerUser={most}")
+        show = ("scontrol", "show", "assoc_mgr", "flags=qos", "qos=normal")
+        shown = f"MaxSubmitJobsPU={'N' if most < 0 else most}("
+        wait_until(lambda: shown in cluster.run(*show).stdout, 20, "the controller knows the limit")
+
+    allow(number)
+    try:
+        yield
+    finally:
+        allow(-1)
+
+
+def test_stages_for_which_a_limit_leaves_no_room_are_submitted_when_others_have_ended(
+    odd_site: Cluster, tmp_path: Path
+) -> None:
+    chain = StandIn(odd_site, SPEC, tmp_path / "run", ("name=few", "slurm.partition=gpu"))
+    with most_jobs(odd_site, 2):
+        found = limits.check(make_plan(make_spec(tmp_path / "other")))
+        assert [(each.check, each.level) for each in found] == [("jobs", "ok")]
+        assert "6 jobs, 3 of them sentinels; QOS normal (MaxSubmitJobsPerUser) allows 2" in found[0].message
+        chain.store("sft 6 wait")
+        chain.submit(env=chain.env)
+        assert names(odd_site) == ["few.sft", "few.sft.sentinel"]
+        assert chain.status()["ppo"]["state"] == "not started"
+        chain.store("")
+        for stage in ("sft", "reward", "ppo"):
+            chain.await_end(stage)
+    assert {stage: len(chain.events("submitted", stage)) for stage in ("sft", "reward", "ppo")} == {
+        "sft": 1, "reward": 1, "ppo": 1,
+    }  # fmt: skip
+
+
+def test_a_limit_of_one_job_is_an_error(odd_site: Cluster, tmp_path: Path) -> None:
+    chain = StandIn(odd_site, SPEC, tmp_path / "run", ("name=one", "slurm.extra.begin=now+1hour"))
+    with most_jobs(odd_site, 1):
+        done = chain.submit(check=False)
+        (found,) = limits.check(make_plan(make_spec(tmp_path / "other")))
+    assert (done.returncode, found.level) == (2, "error")
+    assert "the sentinel was refused" in done.stderr
+    assert names(odd_site) == []
+
+
+@pytest.mark.parametrize(
+    ("sets", "refusal"),
+    [
+        (("slurm.partition=last",), "this partition is for jobs with GPUs"),
+        (("slurm.partition=last", "slurm.heal.gres=gpu:1"), ""),
+        (("slurm.partition=last", "slurm.heal.partition=first"), ""),
+        (
+            ("slurm.partition=last", "slurm.heal.partition=first", "slurm.heal.time=20"),
+            "Requested time limit is invalid",
+        ),
+    ],
+)
+def test_a_sentinel_requests_what_its_site_requires(
+    odd_site: Cluster, tmp_path: Path, sets: tuple[str, ...], refusal: str
+) -> None:
+    """And doctor finds out before."""
+    sets = (*ALONE, "name=gpus", "slurm.partition=last", "slurm.gpus_per_node=1", "slurm.time=60", *sets)
+    plan = make_plan(load_spec(SPEC, [f"run_dir={tmp_path}/run", *sets]))
+    (found,) = [each for each in cluster_checks.check_stages(plan, Templates()) if each.check == "sentinel"]
+    assert found.level == ("error" if refusal else "ok"), found
+    assert refusal in found.message
+    if refusal:
+        done = StandIn(odd_site, SPEC, tmp_path / "run", sets).submit(check=False)
+        assert done.returncode == 2
+        assert refusal in done.stderr
+        assert "such as gres: gpu:1, time: 10" in done.stderr
+        assert names(odd_site) == []
+
+
+def test_doctor_warns_of_little_memory_by_default(odd_site: Cluster, tmp_path: Path) -> None:
+    def warnings(**slurm: object) -> list[str]:
+        spec = make_spec(tmp_path / "run", {"partition": "first", "time": "10", "cpus_per_gpu": 3, **slurm}, sft={})
+        found = cluster_checks.check_stages(make_plan(spec), Templates())
+        return [each.message for each in found if each.check == "memory"]
+
+    assert warnings() == [
+        "first gives a job 60 MB per node by default; its 2 ranks need at least 2048 MB",
+        "first gives the sentinel 10 MB by default; it needs 200 MB",
+    ]
+    assert warnings(mem="8G", heal={"mem": "200M"}) == []
+    assert warnings(partition="gpu") == []

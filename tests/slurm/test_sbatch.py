@@ -7,8 +7,8 @@ import re
 import pytest
 
 from hpc_rlhf.slurm.jobs import time_limit
-from hpc_rlhf.slurm.sbatch import refuse_owned
-from hpc_rlhf.spec.cluster import SlurmSpec
+from hpc_rlhf.slurm.sbatch import _OWNED, OWNED_OF_SENTINELS, refuse_owned
+from hpc_rlhf.spec.cluster import HealSpec, SlurmSpec
 from hpc_rlhf.spec.job import JobSpec
 
 
@@ -55,10 +55,32 @@ def test_owned_or_malformed_option_is_refused(option: str) -> None:
         refuse_owned(option)
 
 
-def test_owned_options_name_real_fields() -> None:
-    from hpc_rlhf.slurm.sbatch import _OWNED
+@pytest.mark.parametrize("option", ["exclusive", "cpus-per-task", "switches", "mem-per-cpu"])
+def test_a_sentinel_may_have_options_that_fit_its_site(option: str) -> None:
+    assert refuse_owned(option, OWNED_OF_SENTINELS) == option
 
-    for instead in _OWNED.values():
+
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [
+        ("gres", "use slurm.heal.gres"),
+        ("gpus-per-node", "use slurm.heal.gres"),
+        ("time", "use slurm.heal.time"),
+        ("nodes", "a sentinel is one task"),
+        ("mail-user", "use notify.mail"),
+        ("dependency", "a sentinel waits for its stage's job"),
+    ],
+)
+def test_the_hint_for_a_sentinels_option_applies_to_the_sentinel(option: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=instead):
+        refuse_owned(option, OWNED_OF_SENTINELS)
+
+
+@pytest.mark.parametrize("owned", [_OWNED, OWNED_OF_SENTINELS])
+def test_owned_options_name_real_fields(owned: dict[str, str]) -> None:
+    for instead in owned.values():
+        for field in re.findall(r"slurm\.heal\.(\w+)", instead):
+            assert field in HealSpec.model_fields
         for field in re.findall(r"slurm\.(\w+)", instead):
             assert field in SlurmSpec.model_fields
     assert "name" in JobSpec.model_fields

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor import cluster, fit, hub, machine, packages, storage, visit
+from hpc_rlhf.launch.doctor import cluster, fit, hub, limits, machine, packages, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding, error, warning
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
@@ -47,7 +47,9 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         findings += machine.examine(ops, gpus, {stage.precision for stage in stages}, spread)
     if commands.available():
         try:
-            findings += [*cluster.check_settings(), *(cluster.check_stages(plan, templates) if plan else ())]
+            findings += cluster.check_settings()
+            if plan is not None:
+                findings += [*limits.check(plan), *cluster.check_stages(plan, templates)]
         except HpcRlhfError as problem:
             fix = "check with scontrol ping whether the controller is up"
             findings.append(error("slurm", problem.message, fix).at("slurm"))

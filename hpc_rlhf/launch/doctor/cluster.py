@@ -20,6 +20,9 @@ from hpc_rlhf.spec.cluster import SlurmSpec
 
 _TESTED = (22, 5)  # the oldest Slurm that the tests run on
 _MIN_JOB_AGE = 60  # seconds in which a sentinel starts and asks for its stage's job
+_WORDS = {"submission": "job", "sentinel": "sentinel"}
+_LEAST_MB = 1024  # of a rank, before any model: Python, torch and DeepSpeed
+_SENTINEL_MB = 200
 _UNUSABLE = ("DOWN", "DRAIN", "FAIL", "MAINT", "NOT_RESPONDING", "POWERED_DOWN", "PLANNED_DOWN")
 
 
@@ -38,7 +41,11 @@ def check_stages(plan: Plan, templates: Templates) -> list[Finding]:
     known = _Known(site.configuration(), site.partitions(), site.nodes())
     stages: dict[Finding, list[str]] = {}
     for job in plan.jobs:
-        for finding in _stage(job, templates.script(plan, job, "true"), known):
+        found = [*_stage(job, templates.script(plan, job, "true"), known)]
+        if job.slurm.heal.enabled and not unfit(found):
+            fix = "set slurm.heal to what the site requires of such a job"
+            found.append(_test(templates.sentinel(plan, job), "sentinel", fix))
+        for finding in found:
             stages.setdefault(finding, []).append(job.stage)
     return [finding.at(", ".join(names)) for finding, names in stages.items()]
 
@@ -100,9 +107,10 @@ def _stage(job: PlannedJob, script: str, known: _Known) -> Iterator[Finding]:
         limits = list(_limits(name, known, job.slurm))
         usable = usable and not any(each.level == "error" for each in limits)
         yield from limits
+        yield from _memory(name, known, job.slurm)
         yield _preemption(name, partitions[name], known.config)
     if usable:
-        yield _test(script)
+        yield _test(script, "submission", "change the stage's slurm settings")
 
 
 def without_requeue(jobs: Sequence[PlannedJob]) -> str:
@@ -156,6 +164,24 @@ def _limits(name: str, known: _Known, settings: SlurmSpec) -> Iterator[Finding]:
         yield ok("partition", f"{name}: {len(up)} suitable nodes are up, time limit {facts.get('MaxTime', '')}")
 
 
+def _memory(name: str, known: _Known, settings: SlurmSpec) -> Iterator[Finding]:
+    """Warn of a partition's default memory, which jobs get without a word, where it is too little."""
+    facts, cpus = known.partitions[name], (settings.cpus_per_gpu or 1) * settings.tasks_per_node
+    defaults = {key: facts.get(key, known.config.get(key, "")) for key in ("DefMemPerCPU", "DefMemPerNode")}
+    per_cpu, per_node = (int(value) if value.isdigit() else 0 for value in defaults.values())
+    least = _LEAST_MB * settings.tasks_per_node
+    given = per_node or per_cpu * cpus
+    if settings.mem is None and not settings.extra.keys() & {"mem-per-cpu", "mem-per-gpu"} and 0 < given < least:
+        message = (
+            f"{name} gives a job {given} MB per node by default; its {settings.tasks_per_node} ranks need at least"
+        )
+        yield warning("memory", f"{message} {least} MB", "set slurm.mem, such as 64G, or 0 for all of a node's")
+    heal, given = settings.heal, per_node or per_cpu
+    if heal.enabled and heal.partition in (None, name) and heal.mem is None and 0 < given < _SENTINEL_MB:
+        message = f"{name} gives the sentinel {given} MB by default; it needs {_SENTINEL_MB} MB"
+        yield warning("memory", message, f"set slurm.heal.mem: {_SENTINEL_MB}M")
+
+
 def _gpus(node: Mapping[str, str]) -> int:
     """GPUs of a node, in its Gres such as gpu:a100:8(S:0-1)."""
     counts = re.findall(r"gpu(?::[^:,()]+)?:(\d+)(?=[(,]|$)", node.get("Gres", ""))
@@ -178,8 +204,8 @@ def _preemption(name: str, facts: Mapping[str, str], config: Mapping[str, str]) 
     return ok("preemption", f"{name}: {mode}, with {grace} s of grace time to save")
 
 
-def _test(script: str) -> Finding:
-    """Let sbatch check the script: accounts, QOS, memory and what else only Slurm knows."""
+def _test(script: str, check: str, fix: str) -> Finding:
+    """Let sbatch check a script: accounts, QOS, memory and what else only Slurm knows."""
     with TemporaryDirectory(prefix="hpc-rlhf-") as folder:
         path = Path(folder, "script")
         path.write_text(script, encoding="utf-8")
@@ -187,8 +213,8 @@ def _test(script: str) -> Finding:
             commands.try_out(path)
         except HpcRlhfError as problem:
             reason = problem.message.partition(": ")[2].replace("allocation failure: ", "")
-            return error("submission", f"sbatch would reject the job: {reason}", "change the stage's slurm settings")
-    return ok("submission", "sbatch would accept the job")
+            return error(check, f"sbatch would reject the {_WORDS[check]}: {reason}", fix)
+    return ok(check, f"sbatch would accept the {_WORDS[check]}")
 
 
 def unfit(findings: Sequence[Finding]) -> bool:
