@@ -112,7 +112,7 @@ def has_trained(run: RunDir) -> bool:
 
 def has_begun(stage: StageDir) -> bool:
     """The same for one stage, which may be a link to another run's."""
-    return stage.path.exists() and bool(set(stage.path.iterdir()) - {stage.logs, stage.hostfile})
+    return stage.path.exists() and bool(set(stage.path.iterdir()) - {stage.logs, stage.hostfile, stage.reused_model})
 
 
 def is_harmless(path: str) -> bool:

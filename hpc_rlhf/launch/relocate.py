@@ -43,7 +43,8 @@ def relocate(run: RunDir) -> Path | None:
         for stage in spec.stage_names:
             Ledger(run.ledger).append(Relocated(stage, source=str(made)))
             _relink(run.stage(stage).path, RunDir(made).stage(stage).path)
-            if copied:  # or two runs would send metrics to one
+            # Or two runs would send metrics to one. A link leads to a stage of another run of the sweep.
+            if copied and not run.stage(stage).path.is_symlink():
                 run.stage(stage).trackers.unlink(missing_ok=True)
         if copied:
             run.secret.unlink(missing_ok=True)  # the original's owner knows it

@@ -99,7 +99,7 @@ def take_over(run: RunDir, stage: str, source: RunDir) -> None:
     files, theirs = run.stage(stage), source.stage(stage)
     if files.model.exists():
         return
-    partial = files.model.with_name("model.partial")
+    partial = files.reused_model
     try:
         shutil.rmtree(partial, ignore_errors=True)
         _copy(theirs.model, partial)
@@ -109,11 +109,11 @@ def take_over(run: RunDir, stage: str, source: RunDir) -> None:
                 where=str(theirs.model),
                 hint="it was changed since it was trained; leave out --reuse to train it again",
             )
+        Ledger(run.ledger).append(Reused(stage, source=str(source.path)))
+        partial.rename(files.model)
         for mine, other in ((files.metrics, theirs.metrics), (files.samples, theirs.samples)):
             if other.is_file():
                 shutil.copyfile(other, mine)
-        Ledger(run.ledger).append(Reused(stage, source=str(source.path)))
-        partial.rename(files.model)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -96,6 +96,8 @@ def is_copy(run: RunDir, made: Path) -> bool:
 
     try:
         return beginning(run.ledger) == beginning(RunDir(made).ledger)
+    except PermissionError:
+        return True  # its owner has closed it since
     except OSError:
         return RunDir(made).plan_json.exists()
 

@@ -42,6 +42,8 @@ class StageDir:
     checkpoints = Inside("checkpoints")
     # The stage's artifact; complete once its manifest verifies. The evaluation's is its report.
     model = Inside("model")
+    # The model of another run while it is copied.
+    reused_model = Inside("model.partial")
     ema_model = Inside("model/ema")
     # The results of the evaluation, and the responses that it compared.
     report = Inside("model/report.json")

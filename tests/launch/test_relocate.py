@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,14 +144,29 @@ def test_another_run_may_have_taken_its_place(made: RunDir, tmp_path: Path, caps
     assert "this run was moved" in capsys.readouterr().err
 
 
-def test_a_link_to_a_stage_of_another_run_is_kept(made: RunDir, tmp_path: Path) -> None:
+def test_a_run_whose_folder_was_closed_is_a_copy(made: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = copy(made, tmp_path / "there")
+
+    def opened(path: Path, *args: Any, **more: Any) -> Any:
+        if path.is_relative_to(made.path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *args, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert acting.is_copy(run, made.path)
+
+
+@pytest.mark.parametrize("how", [move, copy])
+def test_a_link_to_a_stage_of_another_run_is_kept(tmp_path: Path, how: Callable[[RunDir, Path], RunDir]) -> None:
     sweep = tmp_path / "sweep"
     lender, borrower = RunDir(sweep / "one"), RunDir(sweep / "two")
     for run in (lender, borrower):
         spec = make_spec(run.path)
         with claim(spec, "test"):
             prepare(spec, run, lent={"sft": lender} if run is borrower else {})
+    lender.stage("sft").trackers.write_text("{}")
     (tmp_path / "deeper").mkdir()
-    run = move(borrower, tmp_path / "deeper/two")
+    run = how(borrower, tmp_path / "deeper/two")
     assert main(["relocate", str(run.path)]) == 0
     assert run.lender("sft") == lender
+    assert lender.stage("sft").trackers.exists()

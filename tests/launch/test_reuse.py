@@ -12,6 +12,7 @@ import pytest
 from hpc_rlhf.cli import main
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import reuse
+from hpc_rlhf.launch.changes import has_begun
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.run import manifest
@@ -135,6 +136,17 @@ def test_a_stage_that_is_taken_is_whole_and_independent(job: Path, monkeypatch: 
     assert all(manifest.defect(run.stage(stage).model) is None for stage in ("sft", "reward"))
     assert main(["status", str(run.path)]) == 0
     assert main(["report", str(run.path)]) == 0
+
+
+def test_a_copy_that_was_interrupted_is_made_again(job: Path) -> None:
+    run = RunDir(job.parent / "new")
+    partial = run.stage("sft").reused_model
+    partial.mkdir(parents=True)
+    (partial / "weights").write_text("half of them")
+    assert not has_begun(run.stage("sft"))
+    take(job, "sft")
+    assert manifest.is_done(run.stage("sft"))
+    assert not partial.exists()
 
 
 def test_a_damaged_stage_is_not_taken(job: Path) -> None:
