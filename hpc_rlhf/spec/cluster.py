@@ -111,6 +111,9 @@ class SlurmSpec(Model):
     """Seconds before the time limit at which the stage saves and requeues itself."""
     max_requeues: Annotated[int, Field(ge=0)] = 100
     """How often a stage may be requeued before the chain stops and waits for the user."""
+    expedite: bool = False
+    """After a lost node, start the job again before all others, on the nodes that it still has. It needs Slurm 25.11 or
+    newer with enable_expedited_requeue, of which `hpc-rlhf doctor` informs."""
     collective_timeout: Duration = "2 h"
     """How long a collective operation on tensors may take before the attempt fails: how long a rank waits for the
     slowest other one, for instance in a rollout or while storage is slow. It replaces torch's and DeepSpeed's 10

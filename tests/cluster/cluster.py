@@ -291,6 +291,9 @@ class Cluster:
     def _write_conf(self, ports: config.Ports) -> None:
         host = socket.gethostname().partition(".")[0]
         self.conf.write_text(config.slurm_conf(self.folder, host, ports))
+        if self.version >= (25, 11):
+            with self.conf.open("a") as conf:
+                conf.write("SlurmctldParameters=enable_expedited_requeue\n")
         if self.version > (22, 5):  # which does not know this, and starts without
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         (self.folder / "prolog").write_text(config.prolog(self.folder))

@@ -254,7 +254,8 @@ def scene(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with ThreadPoolExecutor(len(STRIKES)) as pool:
         try:
             for name, (fault, sets) in CHAINS.items():
-                sets = (f"name={name}", *sets)
+                expedited = name == "node-lost" and cluster.version >= (25, 11)
+                sets = (f"name={name}", *sets, *(["slurm.expedite=true"] if expedited else []))
                 scene.chains[name] = chain = StandIn(cluster, SPEC, folder / name, sets, given_up)
                 chain.store(fault)
                 chain.submit(env=chain.env)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,16 @@ def test_a_sound_cluster_and_settings_that_it_would_reject(in_slurm: Cluster, tm
     assert (memory.level, "sbatch would reject the job" in memory.message) == ("error", True)
 
 
+@pytest.mark.parametrize(("settings", "offered"), [("enable_expedited_requeue", True), ("idle_on_node_suspend", False)])
+def test_expedited_requeue_is_offered_where_the_controller_allows_it(
+    monkeypatch: pytest.MonkeyPatch, settings: str, offered: bool
+) -> None:
+    monkeypatch.setattr(site, "configuration", lambda: {"SLURM_VERSION": "25.11.7", "SlurmctldParameters": settings})
+    monkeypatch.setattr(site, "check_clock", lambda: Finding("clock", "ok", ""))
+    found = [each for each in cluster_checks.check_settings() if "slurm.expedite: true" in each.message]
+    assert len(found) == offered
+
+
 def test_a_cluster_without_requeue_and_accounting(in_slurm: Cluster, tmp_path: Path) -> None:
     settings = (
         ("AccountingStorageType=accounting_storage/slurmdbd", "AccountingStorageType=accounting_storage/none"),
@@ -199,7 +210,7 @@ def test_a_cluster_without_requeue_and_accounting(in_slurm: Cluster, tmp_path: P
     )
     (tmp_path / "templates").mkdir()
     ours = (Path(__file__).parents[2] / "templates/_options.j2").read_text()
-    (tmp_path / "templates/_options.j2").write_text(ours.replace("#SBATCH --requeue\n", ""))
+    (tmp_path / "templates/_options.j2").write_text(re.sub("#SBATCH --requeue.*", "", ours))
     with in_slurm.changed(*settings):
         findings = cluster_checks.check_settings()
         assert "Slurm soon forgets" in only(findings, "accounting").message

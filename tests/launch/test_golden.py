@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
             **{"gpus_per_node": 4, "cpus_per_gpu": 4, "gres": "gpu:a100:4", "mem": "64G", "exclusive": True},
             **{"exclude": "node[1-2]", "nodelist": "node[3-4]", "licenses": "matlab:1", "comment": "two words"},
             **{"setup": SETUP, "extra": {"hint": "nomultithread", "contiguous": True, "overcommit": False}},
+            "expedite": True,
             "heal": {"partition": "cpu", "mem": "1G", "setup": SETUP[1:], "extra": {"oversubscribe": True}},
         },
         "stages": {"sft": {"tensor_parallel": 2, "zero": 1}},

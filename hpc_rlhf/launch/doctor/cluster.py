@@ -33,6 +33,8 @@ def check_settings() -> list[Finding]:
     if "kill_invalid_depend" in config.get("DependencyParameters", ""):
         message = "kill_invalid_depend: Slurm cancels the stages after a failed one; healing submits them again"
         findings.append(ok("dependencies", message))
+    if "enable_expedited_requeue" in config.get("SlurmctldParameters", ""):
+        findings.append(ok("expedited requeue", "slurm.expedite: true lets a stage start again soon after a lost node"))
     return [finding.at("slurm") for finding in findings]
 
 
