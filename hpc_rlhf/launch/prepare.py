@@ -18,7 +18,7 @@ from hpc_rlhf.launch.render import render
 from hpc_rlhf.launch.reuse import take_over
 from hpc_rlhf.launch.survey import refuse_bad_data
 from hpc_rlhf.run import acting, notify, run_index, secret
-from hpc_rlhf.run.files import write_atomically
+from hpc_rlhf.run.files import make_folder, write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec
@@ -35,8 +35,11 @@ def claim(spec: JobSpec, doing: str) -> Iterator[RunDir]:
     """
     run = RunDir(Path(spec.run_dir))
     with _write_errors(run):
-        acting.check(run, spec.share == "group")
-        _private_folder(run.path)
+        existed, shared = run.path.exists(), spec.share == "group"
+        acting.check(run, shared)
+        if not existed:
+            make_folder(run.path, 0o700)
+            acting.check(run, shared)  # in a folder such as /tmp, somebody else may have been faster
         set_readers(run, spec)
         foreign = [path.name for path in run.path.iterdir() if not _is_ours(path, run)]
     if foreign and not run.job_yaml.exists():
@@ -80,7 +83,7 @@ def prepare(
         for stage, lender in (lent or {}).items():
             _link(run.stage(stage).path, lender.stage(stage).path)
         for folder in (run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):
-            _private_folder(folder)
+            make_folder(folder, 0o700)
         beside = run.scripts if beside in (None, run.path) else beside
         render(plan, run.scripts, beside)
         _keep_templates(run, beside)
@@ -128,9 +131,3 @@ def _keep_templates(run: RunDir, beside: Path) -> None:
         copy = copies / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(template.content)
-
-
-def _private_folder(folder: Path) -> None:
-    """Create a folder that only its owner may enter; its parents get the usual mode."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)

@@ -11,7 +11,7 @@ from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.jobs import cancel
 from hpc_rlhf.launch.submit import submit
 from hpc_rlhf.run import acting
-from hpc_rlhf.run.files import write_atomically
+from hpc_rlhf.run.files import make_folder, write_atomically
 from hpc_rlhf.run.layout import RunDir, SweepDir
 from hpc_rlhf.spec.sweep import Sweep, lenders
 
@@ -52,7 +52,7 @@ def lay_out(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
     facts = {"runs": [member.name for member in sweep.members], "limit": sweep.limit}
     acting.check_owner(RunDir(folder.path))
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.path)
         write_atomically(folder.json, json.dumps(facts, indent=1) + "\n")
     except OSError as error:
         raise HpcRlhfError(

@@ -30,6 +30,13 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path, mode: int = 0o755) -> None:
+    """Create a folder and those above it, unless they exist. Whatever the umask, only the owner may write to them."""
+    for parent in reversed([each for each in path.parents if not each.exists()]):
+        parent.mkdir(0o755, exist_ok=True)
+    path.mkdir(mode, exist_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, which replaces the file when the block succeeds."""

@@ -12,6 +12,7 @@ import pytest
 
 from hpc_rlhf import trust
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch import prepare
 from hpc_rlhf.launch.prepare import claim
 from hpc_rlhf.run import ownership
 from hpc_rlhf.run.layout import RunDir
@@ -159,6 +160,40 @@ def test_launchers_refuse_it(tmp_path: Path) -> None:
     (tmp_path / "run").chmod(0o777)
     with pytest.raises(HpcRlhfError, match="world-writable"), claim(make_spec(tmp_path / "run"), "test"):
         pass
+
+
+@pytest.mark.parametrize("name", ["run", "new/run"])
+def test_launchers_refuse_one_that_others_could_make_first(name: str, tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(HpcRlhfError, match="world-writable"), claim(make_spec(tmp_path / "open" / name), "test"):
+        pass
+    assert not list((tmp_path / "open").iterdir())
+
+
+@as_root
+def test_launchers_check_the_folder_that_they_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with the sticky bit, another user may have been faster."""
+
+    def make_first(folder: Path, mode: int) -> None:
+        folder.mkdir(mode)
+        os.chown(folder, NOBODY, NOBODY)
+
+    tmp_path.chmod(0o1777)
+    monkeypatch.setattr(prepare, "make_folder", make_first)
+    with pytest.raises(HpcRlhfError, match="belongs to"), claim(make_spec(tmp_path / "run"), "test"):
+        pass
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o007, 0])
+def test_what_launchers_make_is_accepted_whatever_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with claim(make_spec(tmp_path / "new/folder/run"), "test") as run:
+            ownership.check(RunDir(run.path.with_name("other")))
+    finally:
+        os.umask(before)
+    assert not (tmp_path / "new").stat().st_mode & 0o022
 
 
 @pytest.mark.parametrize("entry", ["rank", "task"])
