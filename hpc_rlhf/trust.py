@@ -16,6 +16,8 @@ from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
 
+_MOST_LINKS = 40  # Linux follows no more
+
 
 def check(paths: Iterable[Path], hint: str, group_may_write: bool = False) -> None:
     """Check files and folders, and everything that leads to them.
@@ -28,9 +30,10 @@ def check(paths: Iterable[Path], hint: str, group_may_write: bool = False) -> No
         HpcRlhfError: somebody else could change one.
     """
     for path in paths:
-        for each in leading_to(path):
-            is_above = group_may_write and each != path
-            check_one(each, hint, is_above and each.exists() and each.stat().st_gid in os.getgroups())
+        *above, last = leading_to(path)
+        for each in above:
+            check_one(each, hint, group_may_write and each.exists() and each.stat().st_gid in os.getgroups())
+        check_one(last, hint)
 
 
 def check_one(path: Path, hint: str, group_may_write: bool = False) -> None:
@@ -68,20 +71,23 @@ def check_facts(path: Path, facts: os.stat_result, hint: str, group_may_write: b
 
 
 def leading_to(path: Path) -> Iterator[Path]:
-    """A path, the folders above it, and the same for the target of every link among them."""
-    seen: set[Path] = set()
-    todo = [path.absolute()]
+    """Every folder and link that the kernel passes on its way to a path, none of which need exist; last, what it leads
+    to."""
+    start, names = Path.cwd(), list(path.parts)
+    while names and names[0] == "..":  # from the working directory, which no name is looked up for
+        start, names = start.parent, names[1:]
+    here, todo, links = Path("/"), [*reversed((start / Path(*names)).parts[1:])], 0
+    yield here
     while todo:
-        one = todo.pop()
-        if ".." in one.parts:  # leads to the folder above the target of a link
-            one = one.parent.resolve() / one.name
-        if one in seen:
-            continue
-        seen.add(one)
-        yield one
-        todo.append(one.parent)
-        if one.is_symlink():
-            todo.append(one.parent / os.readlink(one))
+        part = todo.pop()
+        here = here.parent if part == ".." else here / part
+        yield here
+        if here.is_symlink():
+            if (links := links + 1) > _MOST_LINKS:
+                return
+            target = Path(os.readlink(here))
+            todo += reversed(target.parts[target.is_absolute() :])
+            here = Path("/") if target.is_absolute() else here.parent
 
 
 def _writable(path: Path, what: str, cure: str) -> HpcRlhfError:

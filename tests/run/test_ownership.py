@@ -142,6 +142,44 @@ def test_links_are_followed(run: RunDir, tmp_path: Path, link: str) -> None:
         ownership.check(run)
 
 
+@pytest.mark.parametrize("way", ["..", "link/.."])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_links_before_dots_are_followed(
+    way: str, absolute: bool, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What .. means is up to who can replace the link before it."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open/here").symlink_to(run.path)
+    (run.path / "link").symlink_to(tmp_path / "home")
+    start = tmp_path if absolute else Path()
+    monkeypatch.chdir(tmp_path)
+    file = start / "open/here" / way / ("run" if way == ".." else "home/me/run") / "job.yaml"
+    assert file.exists()
+    trust.check([file], "hint")
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(HpcRlhfError, match="it is world-writable") as error:
+        trust.check([file], "hint")
+    assert error.value.where == str(tmp_path / "open")
+
+
+@as_root
+def test_a_working_directory_of_another_user_leads_to_no_file_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    os.chown(tmp_path / "theirs", NOBODY, NOBODY)
+    monkeypatch.chdir(tmp_path / "theirs")
+    trust.check([Path("../job.yaml")], "hint")
+    with pytest.raises(HpcRlhfError, match="it belongs to another user"):
+        trust.check([Path("job.yaml")], "hint")
+
+
+def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    trust.check([tmp_path / "one/file"], "hint")
+
+
 def test_in_a_container_without_a_number_for_root_its_files_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     def as_mapped(uid_map: str) -> frozenset[int]:
         files = {"/proc/sys/kernel/overflowuid": str(NOBODY), "/proc/self/uid_map": uid_map}
