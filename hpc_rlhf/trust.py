@@ -19,12 +19,14 @@ from hpc_rlhf.errors import HpcRlhfError
 _MOST_LINKS = 40  # Linux follows no more
 
 
-def check(paths: Iterable[Path], hint: str, group_may_write: bool = False) -> None:
+def check(paths: Iterable[Path], hint: str, group_may_write: bool = False, checked: bool = False) -> None:
     """Check files and folders, and everything that leads to them.
 
     Args:
         hint: what to do about one of another user.
         group_may_write: whether a group of this user's may write to the folders that lead to them.
+        checked: whether that was checked before, outside the container that this may be. In a user namespace such as
+            Apptainer's, root may have no number; what leads to a file and is nobody's there is then accepted.
 
     Raises:
         HpcRlhfError: somebody else could change one.
@@ -32,6 +34,8 @@ def check(paths: Iterable[Path], hint: str, group_may_write: bool = False) -> No
     for path in paths:
         *above, last = leading_to(path)
         for each in above:
+            if checked and _is_unmapped(each):
+                continue
             check_one(each, hint, group_may_write and each.exists() and each.stat().st_gid in os.getgroups())
         check_one(last, hint)
 
@@ -55,7 +59,7 @@ def check_one(path: Path, hint: str, group_may_write: bool = False) -> None:
 
 def check_facts(path: Path, facts: os.stat_result, hint: str, group_may_write: bool = False) -> None:
     """``check_one`` with the lstat of the path, or the fstat of the file that was opened there."""
-    if facts.st_uid not in _trusted_users():
+    if facts.st_uid not in (0, os.geteuid()):
         what = f"it belongs to another user (uid {facts.st_uid}), and what is in it could run as you"
         raise HpcRlhfError(what, where=str(path), hint=hint)
     is_folder = stat.S_ISDIR(facts.st_mode)
@@ -95,19 +99,23 @@ def _writable(path: Path, what: str, cure: str) -> HpcRlhfError:
     return HpcRlhfError(f"it is {what} could run as you", where=str(path), hint=hint)
 
 
+def _is_unmapped(path: Path) -> bool:
+    """Whether the owner of a folder or link has no number in this user namespace, and this user cannot replace it."""
+    if not path.exists() or path.lstat().st_uid != _overflow_user():
+        return False
+    folder = path.parent if path.is_symlink() else path
+    return bool(folder.stat().st_mode & stat.S_ISVTX) or not os.access(folder, os.W_OK)
+
+
 @cache
-def _trusted_users() -> frozenset[int]:
-    """This user and root. In a user namespace that does not map root, as in Apptainer, root's files seem to be those of
-    the kernel's overflow user, who is then trusted too; the launcher has checked the files outside the container."""
-    users = {0, os.geteuid()}
+def _overflow_user() -> int | None:
+    """The number that stands for users without one in this user namespace; None if it is a user's own."""
     try:
         unknown = int(Path("/proc/sys/kernel/overflowuid").read_text())
         ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     except (OSError, ValueError):
-        return frozenset(users)
-    if not any(first <= unknown < first + count for first, _, count in ranges):
-        users.add(unknown)
-    return frozenset(users)
+        return None
+    return None if any(first <= unknown < first + count for first, _, count in ranges) else unknown
 
 
 @cache

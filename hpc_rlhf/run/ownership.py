@@ -24,13 +24,13 @@ def check(run: RunDir, stage: str | None = None, shared: bool | None = None) -> 
     Raises:
         HpcRlhfError: one belongs to another user than root, or others may write to it.
     """
-    trust.check([run.path], _HINT, is_shared(run) if shared is None else shared)
+    trust.check([run.path], _HINT, is_shared(run) if shared is None else shared, checked=stage is not None)
     # Where its group cannot enter, the modes of the files in it mean nothing to that group.
     is_closed = run.path.exists() and not run.path.stat().st_mode & 0o010
     for path in _files(run, stage):
         trust.check_one(path, _HINT, group_may_write=is_closed)
         if path.is_symlink():
-            trust.check([path], _HINT)
+            trust.check([path], _HINT, checked=stage is not None)
 
 
 def is_shared(run: RunDir) -> bool:

@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hpc_rlhf.launch import prepare
 from hpc_rlhf.launch.prepare import claim
 from hpc_rlhf.run import ownership
 from hpc_rlhf.run.layout import RunDir
-from tests.co_user import NOBODY, as_root
+from tests.co_user import NOBODY, as_co_user, as_root
 from tests.launch.specs import make_spec
 
 PICKLE = "stages/sft/logs/7_submitted.pkl"
@@ -180,17 +181,42 @@ def test_links_in_a_circle_lead_nowhere(tmp_path: Path) -> None:
     trust.check([tmp_path / "one/file"], "hint")
 
 
-def test_in_a_container_without_a_number_for_root_its_files_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_mapped(uid_map: str) -> frozenset[int]:
-        files = {"/proc/sys/kernel/overflowuid": str(NOBODY), "/proc/self/uid_map": uid_map}
-        monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
-        trust._trusted_users.cache_clear()
-        return trust._trusted_users()
+@as_root
+def test_in_a_container_where_root_has_no_number_ranks_accept_what_leads_to_a_run(
+    public: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only there, and only what the user cannot write to. Root's files are then those of the overflow user."""
+    user = 4242
+    run = RunDir(public / "home/run")
+    run.scripts.mkdir(parents=True)
+    (run.scripts / "sft.sbatch").touch()
+    for path in (run.path, *run.path.rglob("*")):
+        os.chown(path, user, user)
+    os.chown(public / "home", NOBODY, NOBODY)
+    read_text = Path.read_text
+    files = {"/proc/sys/kernel/overflowuid": str(NOBODY), "/proc/self/uid_map": "4242 4242 1\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: files.get(str(path)) or read_text(path, **how))
+    trust._overflow_user.cache_clear()
+    ways: dict[str, Callable[[], object]] = {
+        "rank": lambda: ownership.check(run, "sft"), "launcher": lambda: ownership.check(run)
+    }  # fmt: skip
 
-    mine = {0, os.geteuid()}
-    assert as_mapped("0 0 4294967295\n") == as_mapped("0 100000 65536\n") == mine
-    assert as_mapped("1000 1000 1\n") == as_mapped("0 1000 1\n1 100000 999\n") == mine | {NOBODY}
-    trust._trusted_users.cache_clear()
+    def accept() -> list[str]:
+        return [name for name, way in ways.items() if as_co_user(way, user)]
+
+    assert accept() == ["rank"]
+    (public / "home").chmod(0o1777)  # as /scratch may be
+    assert accept() == ["rank"]
+    (public / "home").chmod(0o777)
+    assert accept() == []
+    (public / "home").chmod(0o755)
+    for path in (run.scripts / "sft.sbatch", run.scripts, run.path):
+        os.chown(path, NOBODY, NOBODY)
+        assert accept() == []
+        os.chown(path, user, user)
+    files["/proc/self/uid_map"] = "0 0 4294967295\n"
+    assert accept() == []
+    trust._overflow_user.cache_clear()
 
 
 def test_launchers_refuse_it(tmp_path: Path) -> None:
