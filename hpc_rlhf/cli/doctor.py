@@ -44,7 +44,7 @@ def command(ctx: click.Context, file: Path | None, sets: tuple[str, ...], on_clu
         click.echo(f"{spec.summary}; checking {spec.members[0].name}", err=True)
     specs = () if spec is None else specs_of(spec)
     beside = None if file is None else inputs.beside(file)
-    if file is not None and on_cluster:
+    if file is not None:
         inputs.check(file)
     findings = examine(specs, beside, on_cluster, lambda words: click.echo(words, err=True))
     levels = [finding.level for finding in findings]

@@ -26,6 +26,7 @@ def command(file: Path, out: Path, sets: tuple[str, ...]) -> None:
     """
     spec = load(file, sets)
     print_overrides(file)
+    inputs.check(file)
     specs = {out / name: one for name, one in spec.specs.items()} if isinstance(spec, Sweep) else {out: spec}
     with writing(out):
         paths = [path for folder, one in specs.items() for path in render(make_plan(one), folder, inputs.beside(file))]

@@ -10,8 +10,10 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from hpc_rlhf import safe_path
 from hpc_rlhf.errors import HpcRlhfError
@@ -199,7 +201,17 @@ def _environment(own: Mapping[str, inputs.Template], ours: list[Path]) -> Enviro
     def load(name: str) -> tuple[str, str, Callable[[], bool]] | None:
         return (own[name].content.decode(), str(own[name].path), lambda: True) if name in own else None
 
-    environment = ImmutableSandboxedEnvironment(
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """Methods of paths read and write files, and some of pydantic's load pickles."""
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            if isinstance(obj, PurePath) and not isinstance(value, str | PurePath):
+                return False
+            return super().is_safe_attribute(obj, attr, value) and not (
+                isinstance(obj, BaseModel) and hasattr(BaseModel, attr)
+            )
+
+    environment = Sandbox(
         loader=ChoiceLoader([FunctionLoader(load), FileSystemLoader(ours)]),
         undefined=StrictUndefined,
         autoescape=False,

@@ -50,19 +50,31 @@ def job_file(folder: Path) -> None:
 
 @as_root
 @pytest.mark.parametrize("attack", [template, extended, job_file])
-@pytest.mark.parametrize("verb", ["submit", "run"])
+@pytest.mark.parametrize("verb", ["submit", "run", "render --out out", "doctor"])
 def test_a_co_user_adds_nothing_to_what_jobs_run(
     attack: Callable[[Path], object], verb: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not as_co_user(lambda: attack(folder))  # the folder is closed to them
     folder.chmod(0o777)
     assert as_co_user(lambda: attack(folder))
-    assert main([verb, "job.yaml"]) == 2
+    assert main([*verb.split(), "job.yaml"]) == 2
     assert re.search("it is world-writable|it belongs to another user", capsys.readouterr().err)
     folder.chmod(0o1777)  # what they left is still theirs
-    assert main([verb, "job.yaml"]) == 2
+    assert main([*verb.split(), "job.yaml"]) == 2
     assert "it belongs to another user (uid 65534)" in capsys.readouterr().err
     assert not (folder / "runs").exists()
+    assert not (folder / "out").exists()
+
+
+@as_root
+def test_plan_renders_no_templates_of_a_co_user(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It may show their job file, because it runs nothing of it."""
+    os.chown(folder, NOBODY, NOBODY)
+    os.chown(folder / "job.yaml", NOBODY, NOBODY)
+    assert main(["plan", "job.yaml"]) == 0
+    assert as_co_user(lambda: template(folder))
+    assert main(["plan", "job.yaml"]) == 2
+    assert "it belongs to another user" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", [["plan"], ["render", "--out", "out"], ["submit", "--dry-run"]])

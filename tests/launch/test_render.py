@@ -375,6 +375,35 @@ def test_broken_template_is_one_clear_error(template: str, expected: str, tmp_pa
 
 
 @pytest.mark.parametrize(
+    "template",
+    [
+        '{{ (run.path / "NEW").write_text("x") }}',
+        '{{ run.path.joinpath("NEW").touch() }}',
+        '{{ [run.path / "NEW"] | map(attribute="touch") | first }}',
+        '{{ run.stage("sft").logs.mkdir(parents=true) }}',
+        '{{ (run.path / "/etc/passwd").read_text() }}',
+        '{{ slurm.parse_file("/etc/passwd") }}',
+        '{{ slurm.parse_raw("x", content_type="application/pickle", allow_pickle=true) }}',
+    ],
+)
+def test_a_template_reads_and_writes_no_files(template: str, tmp_path: Path) -> None:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates/sentinel.sbatch.j2").write_text(template.replace("NEW", str(tmp_path / "new")))
+    spec = make_spec(tmp_path / "run")
+    with pytest.raises(HpcRlhfError, match="unsafe"):
+        render(make_plan(spec), tmp_path / "out", tmp_path)
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_template_may_name_other_paths(tmp_path: Path) -> None:
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates/sentinel.sbatch.j2").write_text('{{ run.path.parent / "x" }} {{ run.job_yaml.name }}')
+    render(make_plan(make_spec(tmp_path / "run")), tmp_path / "out", tmp_path)
+    assert (tmp_path / "out/sft.sentinel.sbatch").read_text() == f"{tmp_path}/x job.yaml"
+
+
+@pytest.mark.parametrize(
     ("batch", "expected"),
     [
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu is 8, expected 4"),
