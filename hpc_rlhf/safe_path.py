@@ -21,6 +21,21 @@ def module(name: str, *args: str) -> list[str]:
     return [sys.executable, *THIS_PYTHON, name, *args]
 
 
+def leave_working_directory() -> None:
+    """Import nothing more from the working directory, unless PYTHONPATH names it: an empty entry there, and
+    ``python -m``, put it before installed packages."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return
+    named = [os.path.abspath(each) for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+    if here in named:
+        return
+    library = os.path.dirname(os.__file__)
+    end = sys.path.index(library) if library in sys.path else 0  # what follows was installed
+    sys.path[:end] = [each for each in sys.path[:end] if each not in ("", here)]
+
+
 def protect(env: MutableMapping[str, str]) -> None:
     """Keep the working directory out of every Python that is started with this environment, also by libraries.
 

@@ -68,6 +68,37 @@ def test_a_run_started_there_imports_nothing_from_it(planted: Path, tmp_path: Pa
     assert not (planted / "imported").exists()
 
 
+@pytest.mark.parametrize("entries", [":/x", "", None, "/x::/y"])
+@pytest.mark.parametrize("start", ["script", "-m", "-m cli"])
+def test_the_command_imports_no_dependency_from_there(
+    planted: Path, monkeypatch: pytest.MonkeyPatch, entries: str | None, start: str
+) -> None:
+    """Python itself imports our first module from there, and what belongs to Python."""
+    for name in ("hpc_rlhf", "runpy", "json", "multiprocessing", "encodings"):
+        shutil.rmtree(planted / name)
+    monkeypatch.setenv("PYTHONPATH", entries) if entries is not None else monkeypatch.delenv("PYTHONPATH", False)
+    command = {
+        "script": [str(Path(sys.executable).with_name("hpc-rlhf"))],
+        "-m": [sys.executable, "-m", "hpc_rlhf"],
+        "-m cli": [sys.executable, "-m", "hpc_rlhf.cli"],
+    }[start]
+    (planted / "job.yaml").write_text("name: x\n")
+    done = subprocess.run([*command, "check", "job.yaml"], capture_output=True, text=True)
+    assert "run_dir: is missing" in done.stderr + done.stdout
+    assert not (planted / "imported").exists()
+
+
+def test_what_pythonpath_names_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", f":{tmp_path}")
+    safe_path.leave_working_directory()
+    assert sys.path[0] == str(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    safe_path.leave_working_directory()
+    assert str(tmp_path) not in sys.path
+
+
 def test_no_command_starts_a_module_in_another_way() -> None:
     files = [*(ROOT / "hpc_rlhf").rglob("*.py"), *(ROOT / "templates").glob("*.j2")]
     found = {file.name for file in files if re.search(r"""["']-m["']|[}"] -m """, file.read_text())}

@@ -1,6 +1,12 @@
 """The hpc-rlhf command: imports only the module of the verb and turns every error into one clear message."""
 
+# ruff: noqa: E402
+
 from __future__ import annotations
+
+from hpc_rlhf import safe_path
+
+safe_path.leave_working_directory()  # before other modules are looked for there
 
 import errno
 import importlib
@@ -14,7 +20,7 @@ from collections.abc import Sequence
 import click
 from click.shell_completion import CompletionItem
 
-from hpc_rlhf import __version__, safe_path
+from hpc_rlhf import __version__
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError, SpecError
 from hpc_rlhf.observe.printable import printable
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -430,6 +431,25 @@ def test_a_template_whose_batch_differs_from_the_spec_is_refused(
     with pytest.raises(HpcRlhfError, match=f"{template}: .*sft.*{expected}") as caught:
         render(plan, tmp_path / "out", tmp_path)
     assert caught.value.exit_code == 2
+
+
+def test_a_program_of_setup_may_import_what_lies_beside_it(tmp_path: Path) -> None:
+    """Ranks, and what they start, may not."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/beside.py").touch()
+    (tmp_path / "tools/x.py").write_text("import beside\n")
+    spec = make_spec(tmp_path / "run", {"setup": [f"{sys.executable} {tmp_path}/tools/x.py"]})
+    code, out, stderr = run_script(spec, "sft", tmp_path, PYTHONSAFEPATH="1")
+    assert code == 0, stderr
+    assert "PYTHONSAFEPATH=1\n" in (out / "env").read_text()
+    plan, templates = make_plan(spec), Templates()
+    job = plan.jobs[0]
+    for script in (
+        templates.sentinel(plan, job),
+        templates.serve(plan, job, "true"),
+        templates.doctor(plan, job, tmp_path, "true", 3),
+    ):
+        assert re.search(r"unset PYTHONSAFEPATH.*\n.*/tools/x.py\nexport PYTHONSAFEPATH=1\n", script)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
