@@ -68,10 +68,10 @@ def check_facts(path: Path, facts: os.stat_result, hint: str, group_may_write: b
     if is_folder and facts.st_mode & stat.S_ISVTX:
         return  # others can add files, but replace none of ours
     if facts.st_mode & stat.S_IWOTH:
-        raise _writable(path, "world-writable, and what others put there", f"chmod o-w {path}")
+        raise _writable(path, facts, "world-writable, and what others put there", f"chmod o-w {path}", hint)
     if facts.st_mode & stat.S_IWGRP and not group_may_write and not _is_own_group(facts.st_gid):
         what = f"writable by the group {_group_name(facts.st_gid)}, and what its members put there"
-        raise _writable(path, what, f"chmod g-w {path}; above a run_dir, share: group allows it")
+        raise _writable(path, facts, what, f"chmod g-w {path}; above a run_dir, share: group allows it", hint)
 
 
 def leading_to(path: Path) -> Iterator[Path]:
@@ -94,8 +94,12 @@ def leading_to(path: Path) -> Iterator[Path]:
             here = Path("/") if target.is_absolute() else here.parent
 
 
-def _writable(path: Path, what: str, cure: str) -> HpcRlhfError:
-    hint = f"check that everything in it is yours, then: {cure}"
+def _writable(path: Path, facts: os.stat_result, what: str, cure: str, hint: str) -> HpcRlhfError:
+    if os.geteuid() in (0, facts.st_uid):
+        look = "that everything in it is yours" if stat.S_ISDIR(facts.st_mode) else "what is in it"
+        hint = f"check {look}, then: {cure}"
+    else:
+        hint = f"{hint}, or ask its owner for: {cure}"
     return HpcRlhfError(f"it is {what} could run as you", where=str(path), hint=hint)
 
 
@@ -120,12 +124,16 @@ def _overflow_user() -> int | None:
 
 @cache
 def _is_own_group(gid: int) -> bool:
-    """Whether a group has no other member; many systems make such a group for every user."""
+    """Whether a group is root's, or this user's alone: many systems make a group for each user, named like the user."""
+    if gid == 0:
+        return True
     try:
         me, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:
         return False
-    return gid == 0 or (gid == me.pw_gid and group.gr_name == me.pw_name and set(group.gr_mem) <= {me.pw_name})
+    if gid != me.pw_gid or group.gr_name != me.pw_name:
+        return False
+    return set(group.gr_mem) <= {me.pw_name} and all(u.pw_uid == me.pw_uid for u in pwd.getpwall() if u.pw_gid == gid)
 
 
 def _group_name(gid: int) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,6 +89,51 @@ def test_what_a_group_may_write_is_refused_where_it_can_enter(run: RunDir, path:
     refused(run, "it is writable by the group nogroup", run.path / path)
     (run.path / path).chmod(0o750)
     ownership.check(run)
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("name", "members", "primary", "accepted"),
+    [
+        ("me", [], [], True),
+        ("me", ["me"], [], True),
+        ("me", ["other"], [], False),
+        ("me", [], ["other"], False),
+        ("users", [], [], False),
+    ],
+)
+@pytest.mark.parametrize("changed", ["folder", "folder/job.yaml"])
+def test_the_users_private_group_may_write(
+    changed: str, name: str, members: list[str], primary: list[str], accepted: bool,
+    public: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With a umask of 002, which systems with such groups have."""
+    (public / "folder").mkdir()
+    (public / "folder/job.yaml").touch()
+    for path in ("folder", "folder/job.yaml"):
+        os.chown(public / path, 4242, 4242)
+    (public / changed).chmod(0o775)
+    users = {4242: SimpleNamespace(pw_name="me", pw_uid=4242, pw_gid=4242)}
+    others = [SimpleNamespace(pw_name=each, pw_uid=4243, pw_gid=4242) for each in primary]
+    group = SimpleNamespace(gr_name=name, gr_mem=members)
+    monkeypatch.setattr("pwd.getpwuid", users.__getitem__)
+    monkeypatch.setattr("pwd.getpwall", lambda: [*users.values(), *others])
+    monkeypatch.setattr("grp.getgrgid", {4242: group}.__getitem__)
+    assert as_co_user(lambda: trust.check([public / "folder/job.yaml"], "hint"), 4242) == accepted
+
+
+@as_root
+def test_a_hint_is_what_this_user_can_do(public: Path) -> None:
+    public.chmod(0o777)
+
+    def hint() -> None:
+        with pytest.raises(HpcRlhfError) as error:
+            trust.check([public / "run"], "choose your own run_dir")
+        assert error.value.hint == f"choose your own run_dir, or ask its owner for: chmod o-w {public}"
+
+    assert as_co_user(hint)
+    with pytest.raises(HpcRlhfError, match="then: chmod o-w"):
+        trust.check([public / "run"], "choose your own run_dir")
 
 
 @as_root
