@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from hpc_rlhf import safe_path
+from hpc_rlhf.errors import SpecError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import model_files
@@ -118,24 +119,30 @@ def test_what_ranks_inherit_does_not_lead_to_the_working_directory(
 
 
 @pytest.mark.parametrize("name", ["gpt2", "facebook/opt-125m", "org/data.v2"])
-def test_a_folder_does_not_shadow_a_hub_id(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / name).mkdir(parents=True)
-    (tmp_path / name / "config.json").write_text('{"model_type": "opt"}')
-    (tmp_path / name / "train.jsonl").write_text('{"text": "theirs"}\n')
-    monkeypatch.chdir(tmp_path)
-    sources = [{"path": name, "format": "text"}]
+def test_a_folder_is_not_mistaken_for_a_hub_id_nor_the_other_way_round(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs").mkdir()
     fields = {
-        "name": "x",
-        "run_dir": "/x",
-        "data": {"sources": sources},
-        "models": {"actor": name},
-        "stages": {"sft": {}},
-    }
-    Path("job.yaml").write_text(yaml.safe_dump(fields))
-    spec = load_spec(Path("job.yaml"))
-    assert spec.models.actor == name
-    assert spec.data.sources[0].path == name
-    assert local_files(spec.data.sources[0]) is None
-    assert model_files.folder(name) is None
-    written = load_spec(Path("job.yaml"), [f"models.actor=./{name}", f"data.sources.0.path=./{name}"])
-    assert written.models.actor == written.data.sources[0].path == str(tmp_path / name)
+        "name": "x", "run_dir": "/x", "data": {"sources": [{"path": name, "format": "text"}]},
+        "models": {"actor": name}, "stages": {"sft": {}},
+    }  # fmt: skip
+    file = tmp_path / "jobs/job.yaml"
+    file.write_text(yaml.safe_dump(fields))
+    monkeypatch.chdir(tmp_path)
+    spec = load_spec(file)
+    for place, here in ((tmp_path, str(tmp_path / name)), (tmp_path / "jobs", f"./{name}")):
+        (place / name).mkdir(parents=True)
+        (place / name / "config.json").write_text('{"model_type": "opt"}')
+        (place / name / "train.jsonl").write_text('{"text": "theirs"}\n')
+        assert local_files(spec.data.sources[0]) is None
+        assert model_files.folder(name) is None
+        with pytest.raises(SpecError) as error:
+            load_spec(file)
+        assert [problem.path for problem in error.value.problems] == ["data.sources.0.path", "models.actor"]
+        assert all(f"for the folder, write {here};" in problem.what for problem in error.value.problems)
+        options = [f"{path}={place / name}" for path in ("models.actor", "data.sources.0.path")]
+        assert load_spec(file, options).models.actor == str(place / name)
+    (tmp_path / "jobs/plan.json").touch()
+    shutil.rmtree(tmp_path / "jobs" / name)
+    assert load_spec(file).models.actor == name  # the spec of a run

@@ -24,11 +24,11 @@ _PACKAGE = Path(__file__).parents[1]
         "hpc-rlhf init --demo",
     )
 )
-@click.option("--actor", metavar="MODEL", help="Hub id or folder of the model to train.")
+@click.option("--actor", metavar="MODEL", help="Hub id, or folder such as ./my-model, of the model to train.")
 @click.option(
     "--reward",
     metavar="MODEL",
-    help="Hub id or folder of the model to make the reward model of.",
+    help="Hub id, or folder such as ./my-model, of the model to make the reward model of.",
     show_default="the actor's",
 )
 @click.option("--deployment", type=click.Choice(DEPLOYMENTS), help="The machine to train on.")
@@ -49,7 +49,7 @@ def command(
         _write(_demo(), out or "demo.yaml", "run")
         return
     if actor is None:
-        actor = _ask("--actor", "Model to train (hub id or folder)")
+        actor = _ask("--actor", "Model to train (hub id, or folder such as ./my-model)")
         reward = reward or _ask("--reward", "Model to make the reward model of", default=actor)
     if deployment is None:
         deployment = _ask("--deployment", "Machine to train on", type=click.Choice(DEPLOYMENTS))

@@ -100,10 +100,18 @@ def _is_local(text: str) -> bool:
 def _local_or_hub(text: str, base: Path) -> str:
     """The absolute path of a local file or folder, or a hub id unchanged.
 
-    A folder beside the file, which may be another user's, does not shadow a hub id.
+    A folder with the name of a hub id is neither taken, because it may be another user's, nor passed over in silence.
     """
     text = _expand(text)
     if _HUB_ID.fullmatch(text) and not _FILE.fullmatch(text):
+        # Earlier versions looked in the working directory. The spec of a run has full paths.
+        places = [base] if (base / "plan.json").exists() else [base, Path.cwd()]
+        if folder := next((place / text for place in places if (place / text).is_dir()), None):
+            here = f"./{text}" if folder.parent == base / Path(text).parent else str(folder)
+            raise ValueError(
+                f"{text!r} is a hub id, but there is also the folder {folder}: for the folder, write {here}; for the "
+                "model or data set of the hub, rename the folder"
+            )
         return text
     path = _absolute(text, base)
     if os.path.exists(path):

@@ -79,9 +79,8 @@ def test_a_secret_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert spec.notify.webhook.url == "${HOOK}"
 
 
-def test_a_name_without_a_file_ending_is_a_hub_id_whatever_is_in_the_folder(tmp_path: Path) -> None:
+def test_a_name_without_a_file_ending_is_a_hub_id(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD)
-    (tmp_path / "here/facebook/opt-125m").mkdir(parents=True)
     (tmp_path / "here/rows.jsonl").touch()
     spec = load_spec(path, ["data.sources.1={path: rows.jsonl, format: hh}"])
     assert spec.models.actor == "facebook/opt-125m"
