@@ -52,4 +52,6 @@ def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> 
     )
     click.echo(f"job {job_id} serves {name} on {node}; to stop it: hpc-rlhf cancel {run}", err=True)
     base = serving.url(serving.LOCALHOST, port)
-    click.echo(f"ssh -N -L {port}:127.0.0.1:{port} {node}\n{serving.how_to_use(name, base, token)}")
+    # Without the option, ssh goes on if the port is in use, and clients send the token to whoever listens there.
+    click.echo(f"ssh -N -o ExitOnForwardFailure=yes -L {port}:127.0.0.1:{port} {node}")
+    click.echo(serving.how_to_use(name, base, token))

@@ -46,6 +46,7 @@ def relocate(run: RunDir) -> Path | None:
             # Or two runs would send metrics to one. A link leads to a stage of another run of the sweep.
             if copied and not run.stage(stage).path.is_symlink():
                 run.stage(stage).trackers.unlink(missing_ok=True)
+                run.stage(stage).serve_token.unlink(missing_ok=True)
         if copied:
             run.secret.unlink(missing_ok=True)  # the original's owner knows it
         plan = make_plan(spec)

@@ -61,12 +61,11 @@ def serve_as_job(
     plan = make_plan(read_spec(run.job_yaml))
     (planned,) = [job for job in plan.jobs if job.stage == stage]
     job = replace(planned, job_name=f"{plan.name}.serve", slurm=planned.slurm.model_copy(update={"nodes": 1}))
-    token = run.stage(stage).path / "serve.token"
+    token = run.stage(stage).serve_token
     if not token.exists():  # a job that is queued reads it when it starts
         with open(token, "x", opener=lambda path, flags: os.open(path, flags, mode=0o600)) as file:
             file.write(new_token())
-    ready = token.with_name(f"serve-{port}.ready")
-    ready.unlink(missing_ok=True)
+    ready = token.with_name(f"serve-{secrets.token_hex(4)}.ready")  # an earlier job may still be queued
     arguments = [str(folder), "--name", name, "--host", LOCALHOST, "--port", str(port)]
     arguments += ["--token", str(token), "--ready", str(ready)]
     command = f"{rank_python(job)} hpc_rlhf.train.serve {shlex.join(arguments)}"

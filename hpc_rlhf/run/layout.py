@@ -44,6 +44,8 @@ class StageDir:
     model = Inside("model")
     # The model of another run while it is copied.
     reused_model = Inside("model.partial")
+    # What clients of a job that serves the model must give.
+    serve_token = Inside("serve.token")
     ema_model = Inside("model/ema")
     # The results of the evaluation, and the responses that it compared.
     report = Inside("model/report.json")

@@ -36,6 +36,7 @@ def made(tmp_path: Path) -> RunDir:
     run.stage("sft").model.mkdir()
     manifest.write(run.stage("sft").model, {"stage": "sft", "step": 1, "seconds": 1.0, "metrics": {}})
     run.stage("ppo").trackers.write_text("{}")
+    run.stage("ppo").serve_token.write_text("known to the original's owner")
     return run
 
 
@@ -119,7 +120,7 @@ def test_relocate_adopts_it(
     assert manifest.is_done(run.stage("sft"))
     assert not find_jobs(run).latest
     assert StageHistory.read(run, "ppo").job_id is None
-    assert run.stage("ppo").trackers.exists() == (how is move)
+    assert run.stage("ppo").trackers.exists() == run.stage("ppo").serve_token.exists() == (how is move)
     assert contents(made.path) == original
     assert main(["submit", str(run.job_yaml), "--dry-run"]) == 0
     assert str(made.path) not in capsys.readouterr().out
