@@ -252,7 +252,7 @@ def test_all_that_a_model_from_scratch_lacks(tmp_path: Path) -> None:
     ("field", "hint"),
     [
         ("stages.ppo.zzz", "the nearest of 53 fields here are "),
-        ("zzz", "the nearest of 11 fields here are "),
+        ("zzz", "the nearest of 12 fields here are "),
         ("stages.zzz", "the fields here are sft, reward, ppo, dpo, eval"),
         ("kl_coef", "did you mean stages.ppo.kl_coef?"),
         ("slurm.micro_batch", "did you mean stages.sft.micro_batch or stages.reward.micro_batch or stages.ppo."),
