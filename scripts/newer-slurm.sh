@@ -43,6 +43,7 @@ install() {
 enter() {
     local root=$1 folder
     shift
+    mount --bind "$root" "$root"  # containers in it need a mount as their root
     mkdir -p "$root/host"
     mount --rbind / "$root/host"
     for folder in /proc /sys /dev; do
