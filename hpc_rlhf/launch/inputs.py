@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from hpc_rlhf import trust
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run import ownership
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import layers
 from hpc_rlhf.spec.yaml_source import STDIN
 
@@ -35,14 +37,16 @@ def templates(folder: Path) -> dict[str, Template]:
     top = folder / "templates"
     if not os.path.lexists(top):
         return {}
-    trust.check([top], _HINT)
+    run = RunDir(folder.parent)  # if these are its copies: a group may write above a shared run
+    shared = folder == run.scripts and ownership.is_shared(run)
+    trust.check([top], _HINT, shared)
     closed = not folder.stat().st_mode & 0o011  # nobody else can enter, as in a run's folder, whatever the modes in it
     found = {}
     try:
         for inside, _, files in os.walk(top, onerror=_refuse_to_skip):
             for path in sorted(Path(inside, name) for name in files if name.endswith(".j2")):
                 if path.is_file():
-                    found[path.relative_to(top).as_posix()] = _read(path, closed)
+                    found[path.relative_to(top).as_posix()] = _read(path, closed, shared)
     except OSError as error:
         raise HpcRlhfError(f"cannot be read: {error.strerror}", where=str(error.filename or top)) from error
     return found
@@ -62,10 +66,10 @@ def check(file: Path) -> None:
     trust.check([*([] if file == STDIN else [file]), *overrides(file)], _HINT)
 
 
-def _read(path: Path, closed: bool) -> Template:
+def _read(path: Path, closed: bool, shared: bool) -> Template:
     """Read a template. The file is checked once it is open: before that, its name could come to lead elsewhere."""
     if not closed:
-        trust.check([path], _HINT)
+        trust.check([path], _HINT, shared)
     with path.open("rb") as file:
         trust.check_facts(path, os.fstat(file.fileno()), _HINT, group_may_write=closed)
         return Template(path, file.read())

@@ -15,6 +15,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import load_spec
 from tests.co_user import NOBODY, as_co_user, as_root
 
@@ -153,3 +154,20 @@ def test_a_job_file_may_be_a_pipe(folder: Path, capsys: pytest.CaptureFixture[st
     assert main(["submit", f"/dev/fd/{reader}"]) == 2
     assert f"{folder / 'base.yaml'}: it is world-writable" in capsys.readouterr().err
     os.close(reader)
+
+
+@as_root
+def test_a_shared_run_in_a_folder_of_the_group_keeps_its_templates(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(folder / "run")
+    run.scripts.mkdir(parents=True, mode=0o750)
+    template(run.scripts)
+    os.chown(folder, 0, NOBODY)
+    folder.chmod(0o2770)
+    monkeypatch.setattr(os, "getgroups", lambda: [NOBODY])
+    run.job_yaml.write_text("name: x\n")
+    with pytest.raises(HpcRlhfError, match="writable by the group"):
+        inputs.templates(run.scripts)
+    run.job_yaml.write_text("name: x\nshare: group\n")
+    assert list(inputs.templates(run.scripts)) == ["_options.j2"]
