@@ -96,7 +96,11 @@ def test_a_stage_that_may_not_be_requeued_continues_in_new_jobs(odd_site: Cluste
     for count, (step, after) in enumerate(zip(AT, ("sft 10 wait", ""), strict=True), 1):
         chain.await_fault(step)
         odd_site.run("scancel", "--signal=USR2", chain.job_id("sft"))  # what Slurm sends before the time limit
-        chain.await_that(lambda count=count: len(chain.events("ended", "sft")) == count, "its sentinel has judged it")
+
+        def is_judged(attempts: int = count) -> bool:
+            return len(chain.events("ended", "sft")) == attempts
+
+        chain.await_that(is_judged, "its sentinel has judged it")
         chain.store(after)
     chain.await_end()
     assert chain.endings() == [("time limit", step) for step in AT for _ in ("requeued", "ended")]
