@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.observe.printable import printable
 from hpc_rlhf.run import acting, run_index
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir, SweepDir
@@ -50,7 +51,7 @@ def print_overrides(file: Path) -> None:
     from hpc_rlhf.launch.inputs import overrides
 
     for path, what in overrides(file).items():
-        click.echo(f"{path}: {what}", err=True)
+        click.echo(printable(f"{path}: {what}"), err=True)
 
 
 def write_out(out: Path, text: str) -> None:
@@ -104,8 +105,9 @@ def find_runs(argument: str) -> list[RunDir]:
     """
     path = Path(argument)
     try:
-        runs = [run for run in _runs_at(path) if run.job_yaml.is_file()]
-        named = [] if runs else _runs_named(argument)
+        at_path = _runs_at(path)
+        runs = [run for run in at_path if run.job_yaml.is_file()]
+        named = [] if runs or path.exists() else _runs_named(argument)  # a path must not become another run's name
     except PermissionError as error:
         raise HpcRlhfError(
             "you have no permission to read it",
@@ -115,9 +117,10 @@ def find_runs(argument: str) -> list[RunDir]:
     if len(named) > 1:
         raise HpcRlhfError(f"is the name of {len(named)} runs", where=argument, hint=_choose(named))
     if not runs and not named:
+        missing = at_path[0].path if path.is_file() else path
         raise HpcRlhfError(
-            "is not a run directory: it has no job.yaml" if path.is_dir() else "does not exist",
-            where=str(path),
+            "is not a run directory: it has no job.yaml" if missing.is_dir() else "does not exist",
+            where=str(missing),
             hint="give the run_dir of a run that was started with submit or run, its job file, or its name in "
             "hpc-rlhf list",
         )
@@ -137,7 +140,8 @@ def _runs_at(path: Path) -> list[RunDir]:
         path = Path(spec.run_dir)
     run = RunDir(path.absolute())
     sweep = SweepDir(run.path)
-    return [run] if run.job_yaml.is_file() else [sweep.run(name) for name in sweep.recorded()[0]]
+    members = [] if run.job_yaml.is_file() else [sweep.run(name) for name in sweep.recorded()[0]]
+    return members or [run]
 
 
 def _runs_named(name: str) -> list[RunDir]:

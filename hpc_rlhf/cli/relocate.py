@@ -6,6 +6,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, find_runs, run_argument
 from hpc_rlhf.launch.relocate import relocate
+from hpc_rlhf.observe.printable import printable
 
 
 @click.command(epilog=example("hpc-rlhf relocate $SCRATCH/runs/demo"))
@@ -22,5 +23,5 @@ def command(run: str) -> None:
         if made is None:
             click.echo(f"{each.path} was made here: nothing to do", err=True)
             continue
-        click.echo(f"adopted {each.path}, which was made in {made}", err=True)
+        click.echo(printable(f"adopted {each.path}, which was made in {made}"), err=True)
         click.echo(f"to continue it, set run_dir to this folder in your job file, or use {each.job_yaml}", err=True)

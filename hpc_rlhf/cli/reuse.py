@@ -9,6 +9,7 @@ import click
 from hpc_rlhf.cli.arguments import find_runs
 from hpc_rlhf.launch import reuse
 from hpc_rlhf.launch.sweep import shared
+from hpc_rlhf.observe.printable import printable
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sweep import Sweep
@@ -33,5 +34,5 @@ def find_reused(spec: JobSpec | Sweep, other: str | None) -> dict[str, Mapping[s
     for name, stages in found.items():
         for each in stages:
             words = f"reused from {each.source.path}" if each.source else f"not reused: {each.why}"
-            click.echo(f"{name + ', ' if is_sweep else ''}{each.stage}: {words}", err=True)
+            click.echo(printable(f"{name + ', ' if is_sweep else ''}{each.stage}: {words}"), err=True)
     return {name: {each.stage: each.source for each in stages if each.source} for name, stages in found.items()}

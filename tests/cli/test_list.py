@@ -114,10 +114,12 @@ def test_verbs_take_the_names_that_it_prints(
         spec = make_spec(tmp_path / "runs" / folder).model_copy(update={"name": name})
         with claim(spec, "test") as run:
             prepare(spec, run)
-    (tmp_path / "one").mkdir()  # not a run
     for name, folder in (("one", "a"), ("a-long-name.kl_coef-0.02.seed-1", "b"), ("a-long-name.kl_coef-0.02.s…", "b")):
         assert main(["status", name, "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["run_dir"] == str(tmp_path / "runs" / folder)
+    (tmp_path / "one").mkdir()
+    assert main(["cancel", "one"]) == 2  # not a run of that name elsewhere
+    assert "one: is not a run directory" in capsys.readouterr().err
     assert main(["logs", "twice"]) == 2
     error = capsys.readouterr().err
     assert "twice: is the name of 2 runs" in error
