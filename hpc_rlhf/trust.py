@@ -24,7 +24,7 @@ def check(paths: Iterable[Path], hint: str, group_may_write: bool = False, check
 
     Args:
         hint: what to do about one of another user.
-        group_may_write: whether a group of this user's may write to the folders that lead to them.
+        group_may_write: whether a group of this user's may write to the folders that lead to them, and own them.
         checked: whether that was checked before, outside the container that this may be. In a user namespace such as
             Apptainer's, root may have no number; what leads to a file and is nobody's there is then accepted.
 
@@ -36,16 +36,18 @@ def check(paths: Iterable[Path], hint: str, group_may_write: bool = False, check
         for each in above:
             if checked and _is_unmapped(each):
                 continue
-            check_one(each, hint, group_may_write and each.exists() and each.stat().st_gid in os.getgroups())
+            shared = group_may_write and _is_of_own_group(each)
+            check_one(each, hint, shared, shared)
         check_one(last, hint)
 
 
-def check_one(path: Path, hint: str, group_may_write: bool = False) -> None:
+def check_one(path: Path, hint: str, group_may_write: bool = False, member_may_own: bool = False) -> None:
     """Check a file, folder or link by itself. One that does not exist is accepted.
 
     Args:
         hint: as ``check`` takes it.
         group_may_write: whether its mode may let a group write.
+        member_may_own: whether it may be another member's of its group.
 
     Raises:
         HpcRlhfError: somebody else could change it.
@@ -54,13 +56,17 @@ def check_one(path: Path, hint: str, group_may_write: bool = False) -> None:
         facts = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return
-    check_facts(path, facts, hint, group_may_write)
+    check_facts(path, facts, hint, group_may_write, member_may_own)
 
 
-def check_facts(path: Path, facts: os.stat_result, hint: str, group_may_write: bool = False) -> None:
+def check_facts(
+    path: Path, facts: os.stat_result, hint: str, group_may_write: bool = False, member_may_own: bool = False
+) -> None:
     """``check_one`` with the lstat of the path, or the fstat of the file that was opened there."""
-    if facts.st_uid not in (0, os.geteuid()):
+    if facts.st_uid not in (0, os.geteuid()) and not (member_may_own and _is_member(facts.st_uid, facts.st_gid)):
         what = f"it belongs to another user (uid {facts.st_uid}), and what is in it could run as you"
+        if stat.S_ISDIR(facts.st_mode) and _is_member(facts.st_uid, facts.st_gid) and facts.st_gid in os.getgroups():
+            hint = f"{hint}; above a run_dir, share: group allows it"
         raise HpcRlhfError(what, where=str(path), hint=hint)
     is_folder = stat.S_ISDIR(facts.st_mode)
     if not (is_folder or stat.S_ISREG(facts.st_mode)):
@@ -134,6 +140,18 @@ def _is_own_group(gid: int) -> bool:
     if gid != me.pw_gid or group.gr_name != me.pw_name:
         return False
     return set(group.gr_mem) <= {me.pw_name} and all(u.pw_uid == me.pw_uid for u in pwd.getpwall() if u.pw_gid == gid)
+
+
+def _is_of_own_group(path: Path) -> bool:
+    return path.exists() and path.stat().st_gid in os.getgroups()
+
+
+def _is_member(uid: int, gid: int) -> bool:
+    try:
+        user = pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    return gid in os.getgrouplist(user.pw_name, user.pw_gid)
 
 
 def _group_name(gid: int) -> str:

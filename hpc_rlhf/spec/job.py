@@ -63,7 +63,8 @@ class JobSpec(Model):
     """Who else may read the run. With group, the run directory's group may, so that its members can use status, logs,
     chat, compare, report --out and --reuse; only you can change the run. Its group is that of the folder in which it is
     created if that folder has the set-group-ID bit (chmod g+s), and otherwise your own. With group, the folders above
-    run_dir may be writable by a group of yours, whose members you then trust: they could replace the run."""
+    run_dir may be writable by a group of yours or belong to a member of it. You then trust its members: they could
+    replace the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1234, description="Seed of all random numbers.")
     slurm: SlurmSpec = Field(default=SlurmSpec(), description="Slurm settings of all stages.")
     data: DataSpec = Field(description="Training data.")

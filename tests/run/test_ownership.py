@@ -350,6 +350,25 @@ def test_a_shared_run_may_lie_in_a_folder_of_the_group(
 
 
 @as_root
+@pytest.mark.parametrize(("owner", "is_member"), [(NOBODY, True), (1, False), (4_000_000, False)])
+def test_a_member_of_the_group_may_own_the_folder_above_a_shared_run(
+    run: RunDir, tmp_path: Path, owner: int, is_member: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the head of a group the folder of a project."""
+    monkeypatch.setattr(os, "getgroups", lambda: [NOBODY])
+    os.chown(tmp_path / "home", owner, NOBODY)
+    with pytest.raises(HpcRlhfError, match="it belongs to another user") as refusal:
+        ownership.check(run)
+    assert ("share: group" in str(refusal.value.hint)) == is_member
+    (run.path / "job.yaml").write_text("name: x\nshare: group\n")
+    if is_member:
+        ownership.check(run)
+        os.chown(run.path / "job.yaml", owner, NOBODY)  # what is in the run is the user's
+    with pytest.raises(HpcRlhfError, match="it belongs to another user"):
+        ownership.check(run)
+
+
+@as_root
 def test_launchers_check_the_folders_above_a_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getgroups", lambda: [NOBODY])
     (tmp_path / "project").mkdir()
