@@ -34,7 +34,7 @@ def test_events_come_back_as_written(tmp_path: Path) -> None:
     assert last is not None
     assert last.job_id == "8"
     assert ledger.last(Submitted, "reward") is None
-    assert ledger.path.stat().st_mode & 0o077 == 0
+    assert ledger.path.stat().st_mode & 0o027 == 0
 
 
 def test_a_message_of_any_text_stays_one_event(tmp_path: Path) -> None:

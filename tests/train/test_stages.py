@@ -110,7 +110,7 @@ def test_fine_tuning_and_evaluation_measure_one_perplexity(tmp_path: Path, world
     run = make_run(spec.model_copy(update={"data": data, "stages": stages}))
     assert run_stage(run, "sft", 1) == [0], log_tail(run, "sft")
     context = StageContext(read_spec(run.job_yaml), "eval", run, world, StopFlag(), "a")
-    measured = Evaluation(context).measure("sft", str(run.stage("sft").model))["perplexity"]
+    measured = Evaluation(context).measure("sft", str(run.stage("sft").model))["sft_perplexity"]
     trained = manifest.require(run.stage("sft").model, "sft")["metrics"]["perplexity_after"]
     assert measured == pytest.approx(trained, rel=1e-5)
 
