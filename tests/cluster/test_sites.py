@@ -111,7 +111,7 @@ def test_a_stage_that_may_not_be_requeued_continues_in_new_jobs(odd_site: Cluste
 
 @contextmanager
 def most_jobs(cluster: Cluster, number: int) -> Iterator[None]:
-    """Let a user have so many jobs."""
+    """Limit how many jobs a user may have."""
 
     def allow(most: int) -> None:
         cluster.run("sacctmgr", "--immediate", "modify", "qos", "normal", "set", f"MaxSubmitJobsPerUser={most}")

@@ -26,6 +26,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from tests.cluster import Cluster
 from tests.launch.specs import make_spec
+from tests.small_disk import mounted
 
 SHIM = Path(__file__).parents[1] / "storm/shim.c"
 NO_CUDA = {
@@ -45,18 +46,13 @@ def only(findings: Sequence[Finding], check: str) -> Finding:
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A full file system that everyone may write to."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
-    (place / "run").mkdir()
-    (place / "run").chmod(0o777)
-    with suppress(OSError), (place / "filler").open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with mounted(tmp_path / "disk", "64k") as place:
+        (place / "run").mkdir()
+        (place / "run").chmod(0o777)
+        with suppress(OSError), (place / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        yield place
 
 
 @pytest.mark.train

@@ -20,10 +20,8 @@ COUNTER_FIELDS = ("global_steps", "global_samples", "micro_steps", "skipped_step
 
 
 def disable_shared_memory_comm() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPU ranks when it first starts.
-
-    That needs a compiler and most of a minute, and the other ranks spin forever when one dies; gloo raises.
-    """
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPU ranks, which takes a compiler and most of a
+    minute, and with which the other ranks spin forever when one dies; gloo raises."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
