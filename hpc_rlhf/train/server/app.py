@@ -217,4 +217,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: HttpRequest, error: Exception) -> JSONResponse:
-        return answer(_unexpected(error))
+        response = answer(_unexpected(error))
+        # The error goes on to the server, which drops the connection: no client may send its next request on it.
+        response.headers["Connection"] = "close"
+        return response
