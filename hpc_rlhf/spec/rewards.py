@@ -1,0 +1,98 @@
+"""The rewards of a stage: what scores its responses, and what happens if a score cannot be had."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from hpc_rlhf.spec.fields import Command, Duration, FreeText, Model, PathText
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    return text
+
+
+def _function(text: str) -> str:
+    file, _, name = text.rpartition(":")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise ValueError("must be a file and a function in it, such as rewards.py:score")
+    return text
+
+
+Column = Annotated[FreeText, Field(min_length=1)]
+
+
+class RewardItem(Model):
+    """One reward of a stage. Exactly one of model, function, math, exact, format, code, url and reasoning_gym says
+    what it is."""
+
+    model: PathText | None = None
+    """reward: the model of the reward stage, or of models.reward. Otherwise a hub id or a folder of any
+    sequence-classification model with one label; if its tokenizer differs from the actor's, it reads the text."""
+    function: Annotated[PathText, AfterValidator(_function)] | None = None
+    """A Python file and a function in it, such as rewards.py:score. It is called as TRL calls reward functions: with
+    prompts, completions and the columns of the data as keyword lists, and returns a list of numbers, or None where it
+    does not apply. The run keeps a copy of the file."""
+    math: Column | None = None
+    """A column with the right answer, a number or a formula. 1 if the last answer of the response equals it
+    (math-verify), otherwise 0."""
+    exact: Column | None = None
+    """A column with the right answer as text. 1 if the response, or what format finds in it, is this text, apart from
+    space around it; otherwise 0."""
+    format: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_pattern)] | None = None
+    """A regular expression, of which . also matches line ends: 1 if the whole response matches, otherwise 0. Beside
+    math, exact or code, it selects instead what they judge: its first group, in the last place that matches."""
+    code: Column | None = None
+    """A column with tests, Python code that runs after the response's last block of code, or a list of such tests. The
+    reward is the share that passes. Needs an image to run them in."""
+    image: PathText | None = None
+    """An Apptainer image with Python for code."""
+    memory: Annotated[str, Field(pattern=r"^[0-9]{1,6}[MG]$")] = "512M"
+    """What a program of code may use."""
+    url: Annotated[Command, Field(pattern=r"^https?://")] | None = None
+    """A server that scores batches of responses; see docs/rewards.md for the request and the response."""
+    secret: Annotated[FreeText, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """The environment variable with the token that url gets as a bearer token. Its value is never stored."""
+    reasoning_gym: Literal[True] | None = None
+    """The scorer of the task of a row's reasoning_gym source."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """What the reward is multiplied with in the sum. 0 only reports it."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+    """Its name in metrics; by default, its kind, with a number if there are several of the kind."""
+    timeout: Duration = "30 s"
+    """How long one call may take: of function and url for a batch, of math, code and reasoning_gym for a response. An
+    answer or a program that takes longer scores 0; a function or server counts as failed."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a failure does: one that raises, hangs, gives the wrong number of values, or no finite number. stop ends the
+    stage with the response; skip leaves the response out of training, and metrics count it."""
+
+    @property
+    def kind(self) -> str:
+        """Which of the kinds it is."""
+        given = [name for name in KINDS if getattr(self, name) is not None]
+        return next(name for name in given if name != "format" or len(given) == 1)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RewardItem:
+        given = [name for name in KINDS if getattr(self, name) is not None]
+        kinds = [name for name in given if name != "format"] or given
+        if len(kinds) != 1:
+            several = f"; it has {' and '.join(kinds)}" if kinds else ""
+            raise ValueError(f"give exactly one of {', '.join(KINDS)}{several}")
+        if "format" in given and kinds[0] not in ("format", "math", "exact", "code"):
+            raise ValueError(f"format cannot select what {kinds[0]} judges")
+        for field, kind in (("image", "code"), ("secret", "url")):
+            if getattr(self, field) is not None and kinds[0] != kind:
+                raise ValueError(f"{field} is for {kind}")
+        if kinds[0] == "code" and self.image is None:
+            raise ValueError("code needs an image, because responses may hold any program")
+        return self
+
+
+KINDS = ("model", "function", "math", "exact", "format", "code", "url", "reasoning_gym")

@@ -1,0 +1,61 @@
+"""GRPO and its relatives."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hpc_rlhf.spec.fields import NonNegative, Positive, Rate
+from hpc_rlhf.spec.stages.policy import PolicySpec
+from hpc_rlhf.spec.training import StageSpec
+
+
+class GrpoSpec(PolicySpec):
+    """Group relative policy optimization (arXiv 2402.03300): a response is compared with the others to its prompt, so
+    there is no critic.
+
+    A step is a rollout of global_batch x minibatches responses, group_size to a prompt, and the optimizer steps on it.
+    """
+
+    lr: Rate = Field(default=1.0e-6, description="Peak learning rate. That of the GRPO paper and of DAPO.")
+    group_size: Annotated[int, Field(ge=2, le=1024)] = 8
+    """Responses to each prompt. On each rank, global_batch x minibatches / ranks must be a multiple of it."""
+    advantage: Literal["grpo", "rloo", "dr_grpo", "reinforce++"] = "grpo"
+    """How a reward becomes an advantage. grpo: its distance from the group's mean, in standard deviations. dr_grpo:
+    without the division (arXiv 2503.20783). rloo: its distance from the mean of the others (arXiv 2402.14740).
+    reinforce++: the rewards of all tokens to come, normalized over the batch (arXiv 2501.03262)."""
+    num_iterations: Positive = Field(default=1, description="Passes over the experience of each rollout.")
+    kl_coef: NonNegative = 0.0
+    """Weight of the KL penalty against the reference model. 0 needs no reference model."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """loss: the k3 estimator is added to the loss, as in GRPO. reward: the k1 estimator is subtracted from the reward,
+    as in PPO, RLOO and REINFORCE++."""
+    cliprange_high: Rate | None = None
+    """Upper clip range of the ratio, if it differs from cliprange: 0.28 in DAPO (arXiv 2503.14476)."""
+    loss_normalization: Literal["token", "sequence", "constant"] = "token"
+    """What the loss is a mean over: all tokens of a minibatch (DAPO); the responses, each a mean over its tokens
+    (GRPO); or the responses, each a sum over its tokens, divided by max_answer_tokens (Dr. GRPO)."""
+    dynamic_sampling: Positive | None = None
+    """Replace prompts whose responses all have the same reward by the next ones (DAPO), in at most this many further
+    rollouts per step; null keeps them, without effect on the gradient. What is still missing then stays without
+    variance."""
+    overlong: Literal["mask", "penalty"] | None = None
+    """What happens to responses that reach max_answer_tokens. mask: they do not take part in the loss. penalty: the
+    reward falls linearly by up to 1 over the last overlong_margin tokens (DAPO). null: nothing."""
+    overlong_margin: Positive | None = None
+    """Tokens over which the penalty of long responses grows; by default a fifth of max_answer_tokens."""
+
+    @property
+    def strategies(self) -> dict[str, StageSpec]:
+        return {"": self, **({"ref": self.of_frozen} if self.kl_coef else {})}
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> GrpoSpec:
+        if self.rewards is None:
+            raise ValueError("grpo needs rewards, such as [{math: answer}] or [{model: reward}]")
+        if self.overlong_margin is not None and self.overlong != "penalty":
+            raise ValueError("overlong_margin is for overlong: penalty")
+        if self.kl_in == "reward" and self.kl_coef and self.truncates:
+            raise ValueError("kl_in: reward needs top_p: 1 and top_k: 0, with which there is an estimate of the KL")
+        return self

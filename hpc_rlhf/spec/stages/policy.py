@@ -1,0 +1,44 @@
+"""What PPO and GRPO have in common: responses are sampled, scored and learned from."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from hpc_rlhf.spec.fields import Fraction, NonNegative, Positive, Rate, TopK, TopP
+from hpc_rlhf.spec.rewards import RewardItem
+from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.training import ReferredSpec, Warmup
+
+
+class PolicySpec(ReferredSpec):
+    """Settings of stages that learn from rewards of sampled responses. A step is a rollout and the optimizer steps on
+    it."""
+
+    warmup: Warmup = 0.1
+    """Steps over which the learning rates rise from 0: a fraction of all optimizer steps, or from 1 on their number. It
+    ends with the stage at the latest. DeepSpeed-Chat's 100 steps are a tenth of its run of 1.3B on one node."""
+    rewards: Annotated[tuple[RewardItem, ...], Field(min_length=1)] | None = None
+    """What scores the responses; their weighted sum is the reward. By default, in PPO the model of the reward stage;
+    GRPO needs them."""
+    minibatches: Positive = Field(default=1, description="Optimizer steps per pass over the experience.")
+    temperature: Rate = 1.0
+    """Sampling temperature. Log-probabilities are computed at the same temperature."""
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    stop_kl: Rate | None = None
+    """Skip the remaining optimizer steps of a rollout once the actor's KL from the policy that sampled exceeds this, in
+    nats per token; about 0.02 if several passes make the actor drift."""
+    cliprange: Rate = Field(default=0.2, description="Clip range of the actor's probability ratio.")
+    ema: bool = False
+    """Keep an exponential moving average of the actor and export it as a second model."""
+    ema_beta: Fraction = Field(default=0.992, description="Decay of the moving average per optimizer step.")
+    ptx: SourceSpec | None = None
+    """Pretraining text to mix into the actor's optimizer steps (InstructGPT's PPO-ptx), or null."""
+    ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether responses are drawn from less than the whole distribution."""
+        return self.top_p < 1 or self.top_k > 0
