@@ -45,14 +45,16 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, re
 
 
 def policy_loss_sum(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float,
+    cliprange_high: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The clipped surrogate loss (arXiv 1707.06347, equation 7).
 
-    ``max(-A * r, -A * clip(r, 1 - cliprange, 1 + cliprange))`` with ``r = exp(log_probs - old_log_probs)``.
+    ``max(-A * r, -A * clip(r, 1 - cliprange, 1 + cliprange_high))`` with ``r = exp(log_probs - old_log_probs)``.
 
     Args:
         log_probs, old_log_probs, advantages, mask: (batch, response).
+        cliprange_high: another range above 1 (DAPO, arXiv 2503.14476, equation 10); ``cliprange`` if None.
 
     Returns:
         The summed loss, the number of clipped tokens and the sum of the ratios, over the mask.
@@ -60,7 +62,8 @@ def policy_loss_sum(
     ratio = torch.exp((log_probs - old_log_probs).where(mask, 0.0))
     advantages = advantages.where(mask, 0.0)
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    high = cliprange if cliprange_high is None else cliprange_high
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + high)
     return torch.maximum(unclipped, clipped).sum(), (clipped > unclipped).sum(), (ratio * mask).sum()
 
 
