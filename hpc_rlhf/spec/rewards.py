@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -96,3 +98,24 @@ class RewardItem(Model):
 
 
 KINDS = ("model", "function", "math", "exact", "format", "code", "url", "reasoning_gym")
+
+
+def names(rewards: Sequence[RewardItem]) -> list[str]:
+    """What each reward of a stage is called in metrics: its name, or its kind, with a number if there are several."""
+    kinds = Counter(item.kind for item in rewards if item.name is None)
+    numbers: Counter[str] = Counter()
+    result = []
+    for item in rewards:
+        numbers[item.kind] += item.name is None
+        result.append(item.name or (f"{item.kind}-{numbers[item.kind]}" if kinds[item.kind] > 1 else item.kind))
+    return result
+
+
+def _distinct(rewards: tuple[RewardItem, ...]) -> tuple[RewardItem, ...]:
+    (name, count), *_ = Counter(names(rewards)).most_common(1)
+    if count > 1:
+        raise ValueError(f"{count} rewards have the name {name}")
+    return rewards
+
+
+Rewards = Annotated[tuple[RewardItem, ...], Field(min_length=1), AfterValidator(_distinct)]

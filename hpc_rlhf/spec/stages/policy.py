@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field
 
 from hpc_rlhf.spec.fields import Fraction, NonNegative, Positive, Rate, TopK, TopP
-from hpc_rlhf.spec.rewards import RewardItem
+from hpc_rlhf.spec.rewards import Rewards
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.training import ReferredSpec, Warmup
 
@@ -19,7 +17,7 @@ class PolicySpec(ReferredSpec):
     warmup: Warmup = 0.1
     """Steps over which the learning rates rise from 0: a fraction of all optimizer steps, or from 1 on their number. It
     ends with the stage at the latest. DeepSpeed-Chat's 100 steps are a tenth of its run of 1.3B on one node."""
-    rewards: Annotated[tuple[RewardItem, ...], Field(min_length=1)] | None = None
+    rewards: Rewards | None = None
     """What scores the responses; their weighted sum is the reward. By default, in PPO the model of the reward stage;
     GRPO needs them."""
     minibatches: Positive = Field(default=1, description="Optimizer steps per pass over the experience.")

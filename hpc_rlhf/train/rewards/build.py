@@ -1,0 +1,54 @@
+"""Makes the rewards of a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.fields import seconds
+from hpc_rlhf.spec.rewards import RewardItem, names
+from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.rewards.blend import Blend, Part, Source
+from hpc_rlhf.train.rewards.exact import Exact, Format
+from hpc_rlhf.train.rewards.text import FromText, Pattern, TextReward
+
+
+def build_rewards(context: StageContext, items: Sequence[RewardItem], trained: Source | None = None) -> Blend:
+    """The rewards of a stage. Collective.
+
+    Args:
+        trained: the model of the reward stage, which ``model: reward`` means.
+    """
+    named = zip(names(items), items, strict=True)
+    parts = [Part(name, _source(context, item, trained), item.weight, item.on_error == "skip") for name, item in named]
+    return Blend(parts, context.tokenizer, context.world)
+
+
+def _source(context: StageContext, item: RewardItem, trained: Source | None) -> Source:
+    if item.model == "reward":
+        assert trained is not None, "model_checks refuses such a spec"
+        return trained
+    if item.kind not in TEXT_REWARDS:
+        raise HpcRlhfError(f"rewards of the kind {item.kind} cannot be computed yet", where="rewards")
+    reward = TEXT_REWARDS[item.kind](context, item)
+    return FromText(reward, context.tokenizer, context.world, context.stop.cancellable)
+
+
+def pattern(item: RewardItem) -> Pattern | None:
+    """What selects the part of a response that a reward judges."""
+    return Pattern(item.format, seconds(item.timeout)) if item.format is not None else None
+
+
+def _exact(context: StageContext, item: RewardItem) -> TextReward:
+    assert item.exact is not None
+    return Exact(item.exact, pattern(item))
+
+
+def _format(context: StageContext, item: RewardItem) -> TextReward:
+    selects = pattern(item)
+    assert selects is not None
+    return Format(selects)
+
+
+# How each kind of reward that reads text is made.
+TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {"exact": _exact, "format": _format}
