@@ -153,6 +153,11 @@ class JobSpec(Model):
         return any("reward" in kind_of(name).models for name in self.stage_names)
 
     @property
+    def uses_columns(self) -> bool:
+        """Whether a stage has rewards, which may need the further columns of the data."""
+        return any(getattr(self.stage(name), "rewards", None) for name in self.stage_names)
+
+    @property
     def evaluation(self) -> EvalSpec | None:
         evaluation: EvalSpec | None = getattr(self.stages, EVALUATION.name)
         return evaluation

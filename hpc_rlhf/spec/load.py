@@ -20,6 +20,7 @@ from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.paths import resolve_paths
 from hpc_rlhf.spec.problems import problems_of
+from hpc_rlhf.spec.source import CELLS
 from hpc_rlhf.spec.stages import EVALUATION, STAGE_KINDS, Data, kind_of
 from hpc_rlhf.spec.training import LoraSpec, TrainingSpec
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
@@ -155,6 +156,11 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     if paired and all(source.format in _PAIRLESS for source in spec.data.sources):
         what = f"none contains pairs of responses, which the {paired} stage trains on"
         problems.append(problem("data.sources", what))
+    for path, source in spec.sources.items():
+        if source.format and source.further and not (spec.uses_columns and path.startswith("data.")):
+            read = ", ".join(CELLS[source.format])
+            what = f"has {source.further[0]}, which the format {source.format} does not read, and rewards do not either"
+            problems.append(problem(f"{path}.columns", what, f"the format reads {read}"))
     return [*problems, *(problem(*each) for each in model_checks.problems(spec))]
 
 

@@ -37,7 +37,8 @@ class SourceSpec(Model):
     left out, except in the format instruction."""
     columns: dict[str, FreeText] = Field(default_factory=dict)
     """Names of columns that differ from those of the format, such as {prompt: question, chosen: best_answer}. A pair
-    may also have a margin."""
+    may also have a margin. Rewards get all columns that the format does not read, under the names here if they have
+    one: {prompt: question, answer: ground_truth}. A column may have two names, one for each use."""
     weight: Rate = 1.0
     """How often each row is used per epoch: 0.5 uses half of the rows, 2 uses each row twice."""
     split: FreeText = "train"
@@ -56,14 +57,14 @@ class SourceSpec(Model):
             raise ValueError("give exactly one of path and demo")
         if self.path is not None and self.format is None:
             raise ValueError("a source with a path needs a format")
-        cells = CELLS[self.format] if self.format else ()
-        if unknown := sorted(set(self.columns) - set(cells)):
-            raise ValueError(
-                f"columns has {unknown[0]}, which the format {self.format} does not read; it reads {', '.join(cells)}"
-                if cells
-                else "the demo's columns have no other names"
-            )
+        if self.columns and self.path is None:
+            raise ValueError("the demo's columns have no other names")
         return self
+
+    @property
+    def further(self) -> list[str]:
+        """The names in ``columns`` that the format does not read."""
+        return sorted(set(self.columns) - set(CELLS[self.format] if self.format else ()))
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Uses pyarrow alone: importing ``datasets`` takes every rank two thirds of a seco
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ class RowFile:
     Args:
         columns: of token ids.
         numbers: columns of numbers.
+        texts: columns of text.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...], numbers: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, path: Path, columns: tuple[str, ...], numbers: tuple[str, ...] = (), texts: tuple[str, ...] = ()
+    ) -> None:
         ids = {f"{name}_ids": pa.list_(pa.int32()) for name in columns}
-        self.schema = pa.schema({"prompt": pa.string(), **ids, **dict.fromkeys(numbers, pa.float32())})
+        others = {**dict.fromkeys(numbers, pa.float32()), **dict.fromkeys(texts, pa.string())}
+        self.schema = pa.schema({"prompt": pa.string(), **ids, **others})
         self.writer = pa.ipc.new_stream(str(path), self.schema)
         self.pending: list[dict[str, Any]] = []
         self.rows = 0
@@ -48,17 +53,25 @@ class RowFile:
 
 
 class Rows:
-    """The rows of a file, memory-mapped: each a mapping from column to value."""
+    """The rows of a file, memory-mapped: each a mapping from column to value.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        further: the names of all further columns, which the column ``columns`` has as JSON.
+    """
+
+    def __init__(self, path: Path, further: Sequence[str] = ()) -> None:
         self.table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        self.further = further
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         columns = zip(self.table.column_names, self.table.columns, strict=True)
-        return {name: column[index].as_py() for name, column in columns}
+        row = {name: column[index].as_py() for name, column in columns}
+        if "columns" in row:
+            row["columns"] = dict.fromkeys(self.further) | json.loads(row["columns"])
+        return row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))

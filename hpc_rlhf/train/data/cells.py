@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from datetime import date, time
 from decimal import Decimal
 from typing import Any
@@ -24,10 +24,12 @@ class Cells:
     Args:
         row: by the columns of the file.
         columns: the column of each cell that has another name in the file.
+        known: the cells that the format reads. Others in ``columns`` are for rewards only.
     """
 
-    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-        self.row, self.columns, self.unread = row, columns, set(row)
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], known: Container[str]) -> None:
+        self.row, self.columns, self.read = row, columns, set[str]()
+        self.unread = set(row) - {columns[name] for name in columns if name not in known}
         missing = next((name for name in columns if columns[name] not in row), None)
         if missing is not None:
             raise ValueError(f"the column {columns[missing]}, which is its {missing}, is missing")
@@ -41,14 +43,20 @@ class Cells:
 
     def get(self, name: str) -> Any:
         """A cell; None if the row does not have it."""
-        column = self.columns.get(name, name)
-        self.unread.discard(column)
-        return self.row.get(column)
+        return self[name] if name in self else None  # noqa: SIM401, it is what `get` calls
 
     def __getitem__(self, name: str) -> Any:
         column = self.columns.get(name, name)
+        self.read.add(name)
         self.unread.discard(column)
         return self.row[column]
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """What nobody has read: the cells that the spec names, and the other columns under their own names."""
+        named = {name: self.row[column] for name, column in self.columns.items() if name not in self.read}
+        other = {column: cell for column, cell in self.row.items() if column not in self.read}
+        return {column: cell for column, cell in other.items() if column not in self.columns.values()} | named
 
     def text(self, name: str) -> str | None:
         """A cell that must be text, a number, a date or null.

@@ -9,6 +9,7 @@ from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.row_counts import Outcome, SourceCounts
+from hpc_rlhf.spec.source import CELLS
 from hpc_rlhf.train.data.cells import PROMPTS, RESPONSES, Cells, as_list, as_text
 from hpc_rlhf.train.data.messages import Dropped, prompt_turns, turns_of_messages
 from hpc_rlhf.train.data.rows import ASSISTANT, MARKER, Sample, Turn, parse_prompt, transcript, turns_of
@@ -226,7 +227,7 @@ def read_row(
         HpcRlhfError: the row does not have what its format needs.
     """
     try:
-        cells = Cells(row, columns or {})
+        cells = Cells(row, columns or {}, CELLS[format])
         sample = READERS[format](cells)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise HpcRlhfError(
@@ -240,4 +241,4 @@ def read_row(
     if counts is not None and not cells.unread <= counts.ignored.keys():
         for column in cells.ignored(sample.text):
             counts.ignored.setdefault(column, where)
-    return replace(sample, where=where)
+    return replace(sample, where=where, further=cells.further)

@@ -7,8 +7,9 @@ prompt ends with ``Assistant:``; a response starts with a space.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hpc_rlhf.run.row_counts import Outcome
 
@@ -39,6 +40,7 @@ class Sample:
         unpaired: why there is no rejected response although the row has one; None if there is one, or none is given.
         margin: by how much the chosen response is better; None if the row has no such number.
         where: the row's file and number, for messages and counts.
+        further: the row's further columns, for rewards.
     """
 
     turns: tuple[Turn, ...]
@@ -49,6 +51,7 @@ class Sample:
     unpaired: Outcome | None = None
     margin: float | None = None
     where: str = field(default="", compare=False)
+    further: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def text(self) -> str:

@@ -23,6 +23,7 @@ from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import Tokens, encode, pieces, shorten
+from hpc_rlhf.train.data.further import to_json
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import (
     StageSample,
@@ -46,7 +47,8 @@ class StageData:
     """A stage's token data sets.
 
     Rows have ``prompt``, a transcript, ``prompt_ids`` and ``chosen_ids``; those of pairs also ``rejected_ids``, and
-    ``margin`` if the stage uses it. Response ids end with EOS unless they were truncated. ``held_out`` may be empty.
+    ``margin`` if the stage uses it. Response ids end with EOS unless they were truncated. If a stage of the run has
+    ``rewards``, rows have ``columns``, the further columns of the data: see ``columns_of``. ``held_out`` may be empty.
     """
 
     train: Rows
@@ -100,7 +102,8 @@ def _rows(
     responses = zip(data.answers, tokens.responses, strict=True)
     answers = {f"{name}_ids": ids[:longest_answer] for name, ids in responses}
     margin = {} if sample.margin is None else {"margin": sample.margin}
-    yield {"prompt": sample.prompt, "prompt_ids": prompt_ids, **answers, **margin}
+    further = {"columns": sample.further} if sample.further else {}
+    yield {"prompt": sample.prompt, "prompt_ids": prompt_ids, **answers, **margin, **further}
 
 
 def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
@@ -121,14 +124,16 @@ def _write(
     should_stop: Callable[[], bool] = bool,
     numbers: tuple[str, ...] = (),
     ends: bool = False,
-) -> dict[str, int]:
+    further: bool = False,
+) -> dict[str, Any]:
     """Write token data sets as samples are read.
 
     Args:
         numbers: columns that rows have besides token ids.
+        further: rows have the further columns of the data, too.
 
     Returns:
-        The number of rows of each data set.
+        The number of ``rows`` of each data set, and the names of their further ``columns``.
 
     Raises:
         WorkCancelled: ``should_stop`` was true.
@@ -141,10 +146,15 @@ def _write(
             yield each
 
     folder.mkdir(parents=True)
-    files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers), numbers) for part in PARTS]
+    texts, names = ("columns",) if further else (), set[str]()
+    files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers), numbers, texts) for part in PARTS]
     for held_out, row in encoded(until_stopped(), tokenizer, spec, data, ends):
+        if further:
+            row["columns"] = to_json(row.get("columns", {}))
+            names |= json.loads(row["columns"]).keys()
         files[held_out].add(row)
-    return dict(zip(PARTS, [file.close() for file in files], strict=True))
+    rows = dict(zip(PARTS, [file.close() for file in files], strict=True))
+    return {"rows": rows, **({"columns": sorted(names)} if further else {})}
 
 
 def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World, where: str, limits: DataSpec) -> StageData:
@@ -168,7 +178,8 @@ def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World, whe
             check_lost(counts, where, limits)
 
     world.on_main(make)
-    return StageData(*[Rows(target / f"{part}.arrow") for part in PARTS])
+    further = (manifest.read(target) or {}).get("columns", ())
+    return StageData(*[Rows(target / f"{part}.arrow", further) for part in PARTS])
 
 
 def _facts(spec: JobSpec) -> dict[str, Any]:
@@ -197,7 +208,8 @@ def prepare(
         HpcRlhfError: the data cannot be read, has nothing for this stage, or too many rows are lost.
     """
     numbers, ends = ("margin",) if uses_margins(spec, stage) else (), ends_turns(spec, stage)
-    more = {**({"numbers": numbers} if numbers else {}), **({"ends": ends} if ends else {})}
+    further = spec.uses_columns
+    more = {name: value for name, value in (("numbers", numbers), ("ends", ends), ("further", further)) if value}
     facts = {**_facts(spec), "stages": spec.trained, "stage": stage, **more}
     target = folder / _fingerprint(tokenizer, facts)
 
@@ -207,9 +219,9 @@ def prepare(
         for text in (text for source in spec.data.sources for text in unread(source)):
             print(f"hpc-rlhf: warning: stage {stage}: {text}", file=sys.stderr, flush=True)
         samples = stage_samples(spec, stage, counts)
-        rows = _write(samples, tokenizer, spec, data, target, should_stop, numbers, ends)
-        if rows["train"]:
-            return {"stage": stage, "rows": rows, "sources": [source.to_dict() for source in counts]}
+        written = _write(samples, tokenizer, spec, data, target, should_stop, numbers, ends, further)
+        if written["rows"]["train"]:
+            return {"stage": stage, **written, "sources": [source.to_dict() for source in counts]}
         raise nothing_for(stage, counts)
 
     return _stored(target, write, world, f"stage {stage}", spec.data)
@@ -230,10 +242,10 @@ def prepare_mixture(
     def write() -> dict[str, Any]:
         counts = SourceCounts(name_of(source))
         ends, samples = ends_turns(spec, None), mixed_samples(source, spec.seed, counts)
-        rows = _write(samples, tokenizer, spec, Data.ANSWERS, target, should_stop, ends=ends)
-        if not rows["train"]:
+        written = _write(samples, tokenizer, spec, Data.ANSWERS, target, should_stop, ends=ends)
+        if not written["rows"]["train"]:
             raise HpcRlhfError(f"there is no text in it: {counts.summary()}", where=where)
-        return {"rows": rows, "sources": [counts.to_dict()]}
+        return {**written, "sources": [counts.to_dict()]}
 
     return _stored(target, write, world, where, spec.data).train
 
