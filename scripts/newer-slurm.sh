@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Run a command with the Slurm of another Debian release, as root: newer-slurm.sh trixie COMMAND...
 # bookworm has Slurm 22.05, trixie 24.11, forky 26.05. A release is installed once, in /var/cache/hpc-rlhf: 0.3 GB and
-# two minutes. The command runs with that as its root folder, and with this checkout, its Python, and the temporary
-# folder. The mounts are in a namespace of their own: no other process sees them, and they go with the last process in
-# it, also if that is killed.
+# two minutes. The command runs with that as its root folder, and with this checkout, its Python, the temporary folder,
+# and the certificates that variables such as SSL_CERT_FILE name. The mounts are in a namespace of their own: no other
+# process sees them, and they go with the last process in it, also if that is killed.
 # Where this is not possible, it says so and does nothing, unless HPC_RLHF_REQUIRE_SLURM=1.
 set -euo pipefail
 
@@ -43,25 +43,27 @@ install() {
 enter() {
     local root=$1 folder
     shift
-    mount --bind "$root" "$root"  # containers in it need a mount as their root
+    mount --bind "$root" "$root"  # so that it can become the root
     mkdir -p "$root/host"
-    mount --rbind / "$root/host"
     for folder in /proc /sys /dev; do
         mount --rbind $folder "$root$folder"
     done
-    local prefix
-    prefix=$($python -c 'import sys; print(sys.base_prefix)')
-    local -a shared=("$checkout" "${TMPDIR:-/tmp}" "$prefix" /etc/hosts /etc/resolv.conf)
-    # Debian's own Python without the rest of /usr.
-    [[ $prefix != /usr ]] || mapfile -t -O 2 shared < <($python -c '
+    local -a shared=("$checkout" "${TMPDIR:-/tmp}" /etc/hosts /etc/resolv.conf /etc/ssl)
+    # Of Debian's own Python, without the rest of /usr.
+    mapfile -t -O ${#shared[@]} shared < <($python -c '
 import os, sys, sysconfig
-print(os.path.realpath(sys.executable), sysconfig.get_path("stdlib"), "/etc/hosts", "/etc/resolv.conf", sep="\n")')
+system = sys.base_prefix == "/usr"
+print(*[os.path.realpath(sys.executable), sysconfig.get_path("stdlib")] if system else [sys.base_prefix], sep="\n")')
     for folder in "${shared[@]}"; do
+        [[ -e $folder ]] || continue
         if [[ -d $folder ]]; then mkdir -p "$root$folder"; else touch "$root$folder"; fi
         mount --rbind "$folder" "$root$folder"
     done
-    chroot "$root" ldconfig  # this Python may bring libraries in /usr/local/lib
-    exec chroot "$root" env --chdir="$PWD" "$@"
+    local here=$PWD
+    cd "$root"
+    pivot_root . host  # Apptainer refuses to work below a mere chroot
+    ldconfig  # this Python may bring libraries in /usr/local/lib
+    exec env --chdir="$here" "$@"
 }
 
 [[ $1 != --enter ]] || enter "${@:2}"

@@ -21,7 +21,9 @@ from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
 
-_PATIENCE = 2.0  # seconds for a connection to the hub
+_PATIENCE_SETTING = "HF_HUB_ETAG_TIMEOUT"  # the hub client's own: seconds that the hub may take to respond
+_PATIENCE = 2.0  # without that setting
+_PORTS = {"http": 80, "https": 443}  # any other proxy is SOCKS
 # Files of tokenizers and configurations.
 _SMALL = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 # In transformers' order of preference: prefix and suffix of weight files.
@@ -93,19 +95,23 @@ class Unreachable(Exception):
 def why_unreachable() -> str | None:
     """Why no connection to the hub, or to the proxy before it, can be made; None if one can.
 
-    It takes two seconds at most. The hub's client, and the look-up of a name, may wait for minutes.
+    It takes two seconds at most, or as long as the user lets the hub take. The hub's client, and the look-up of a
+    name, may wait for minutes.
     """
-    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_ETAG_TIMEOUT
 
-    hub_at = urlsplit(ENDPOINT)
-    proxy = None if proxy_bypass(hub_at.hostname or "") else getproxies().get(hub_at.scheme)
+    patience = HF_HUB_ETAG_TIMEOUT if _PATIENCE_SETTING in os.environ else _PATIENCE
+    hub_at, proxies = urlsplit(ENDPOINT), getproxies()
+    proxy = None if proxy_bypass(hub_at.hostname or "") else proxies.get(hub_at.scheme) or proxies.get("all")
     at = hub_at if not proxy else urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    address = (at.hostname or "", at.port or (80 if at.scheme == "http" else 443))
+    address = (at.hostname or "", at.port or _PORTS.get(at.scheme, 1080))
     answer: queue.Queue[str | None] = queue.Queue()
 
     def connect() -> None:
         try:
-            socket.create_connection(address, _PATIENCE).close()
+            socket.create_connection(address, patience).close()
+        except TimeoutError:
+            pass  # so does the one who waits
         except OSError as error:
             answer.put(f"{address[0]}: {error.strerror or error}")
         else:
@@ -113,9 +119,9 @@ def why_unreachable() -> str | None:
 
     threading.Thread(target=connect, daemon=True).start()
     try:
-        return answer.get(timeout=_PATIENCE)
+        return answer.get(timeout=patience)
     except queue.Empty:
-        return f"{address[0]} does not answer within {_PATIENCE:g} s"
+        return f"{address[0]} does not answer within {patience:g} s; {_PATIENCE_SETTING} gives it more"
 
 
 def _model(item: HubItem) -> dict[Path, int]:

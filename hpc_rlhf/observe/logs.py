@@ -12,7 +12,7 @@ from pathlib import Path
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe.gather import launcher_at_work
 from hpc_rlhf.run import sentinel
-from hpc_rlhf.run.attempt_logs import own_part, read_tail
+from hpc_rlhf.run.attempt_logs import own_part, read_tail, without_style
 from hpc_rlhf.run.events import Cancelled, Ended, Failed, Finished, Interrupted, Started, Submitted
 from hpc_rlhf.run.history import OUTCOMES, RETRYABLE, StageHistory
 from hpc_rlhf.run.layout import RunDir
@@ -197,10 +197,9 @@ def _rank_with(run: RunDir, stage: str, message: str) -> int:
     if task is not None:
         return int(task[1])
     words = " ".join(message.split())[:_PREFIX].rstrip("…")
-    logs = [
-        path for path in run.stage(stage).logs.glob("*_log.err") if words and words in " ".join(read_tail(path).split())
-    ]
-    latest = max(logs, key=_mtime, default=None)
+    logs = run.stage(stage).logs.glob("*_log.err") if words else []
+    saying = [path for path in logs if words in " ".join(without_style(read_tail(path)).split())]
+    latest = max(saying, key=_mtime, default=None)
     return 0 if latest is None else int(latest.name.split("_")[-2])
 
 

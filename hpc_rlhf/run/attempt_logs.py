@@ -11,6 +11,8 @@ from typing import Any
 from hpc_rlhf.run.layout import StageDir
 
 TAIL_BYTES = 1 << 16
+# What colours text on a terminal; Apptainer writes it into a log, too.
+_STYLE = re.compile("\x1b\\[[0-9;]*m")
 # The first line of the batch script, which also adds it to the rank logs of earlier attempts: a requeued job
 # continues in the same files. The line before it may be incomplete.
 _ATTEMPT = re.compile(r"hpc-rlhf: attempt (\d+) of job .*\n?")
@@ -43,7 +45,12 @@ class AttemptLogs:
         return next((line for line in reversed(lines) if line.strip()), "")
 
     def _own(self, path: Path) -> str:
-        return own_part(read_tail(path), self.restart)
+        return own_part(without_style(read_tail(path)), self.restart)
+
+
+def without_style(text: str) -> str:
+    """The text without what colours it on a terminal."""
+    return _STYLE.sub("", text)
 
 
 def own_part(text: str, restart: int | None) -> str:

@@ -111,11 +111,13 @@ class Mlflow:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # they report every table that they create
         self._metric = Metric
-        with _one_at_a_time(run.path / "mlflow.lock"):  # stages that start together would create the same tables
-            self._client = MlflowClient(settings.tracking_uri or _own_store(run))
-            known = self._client.get_experiment_by_name(settings.experiment)
-            place = None if settings.tracking_uri else (run.path / "mlartifacts").as_uri()
-            experiment = known.experiment_id if known else self._client.create_experiment(settings.experiment, place)
+        if settings.tracking_uri:
+            self._client = MlflowClient(settings.tracking_uri)
+            experiment = self._experiment(settings.experiment, None)
+        else:
+            with _own_store(run) as store:
+                self._client = MlflowClient(store)
+                experiment = self._experiment(settings.experiment, (run.path / "mlartifacts").as_uri())
         earlier = self._client.search_runs([experiment], f"tags.`hpc_rlhf.id` = '{run_id}'")
         if earlier:
             self._id = earlier[0].info.run_id
@@ -126,6 +128,15 @@ class Mlflow:
             params = [Param(key, value) for key, value in _flat(_config(spec, stage))]
             self._client.log_batch(self._id, params=params[:100])
 
+    def _experiment(self, name: str, artifacts: str | None) -> str:
+        """The id of the experiment, which is made if there is none; another stage may make it at the same time."""
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):
+            return self._client.create_experiment(name, artifacts)
+        known = self._client.get_experiment_by_name(name)
+        return known.experiment_id if known else self._client.create_experiment(name, artifacts)
+
     def log(self, step: int, time: float, values: Mapping[str, float]) -> None:
         stamp = int(time * 1000)
         self._client.log_batch(self._id, [self._metric(key, value, stamp, step) for key, value in values.items()])
@@ -134,19 +145,22 @@ class Mlflow:
         self._client.set_terminated(self._id, "FINISHED" if done else "KILLED")
 
 
-def _own_store(run: RunDir) -> str:
-    """The address of a run's own store: a SQLite file, or the files that a run of an earlier version began with."""
-    if (run.path / "mlruns").exists():
-        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-        return (run.path / "mlruns").as_uri()
-    return f"sqlite:///{run.path / 'mlflow.db'}"
-
-
 @contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    with lock.open("a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+def _own_store(run: RunDir) -> Iterator[str]:
+    """The address of a run's own store, locked, because stages that start together would create the same tables.
+
+    It is a SQLite file. Files in a folder it is for a run of an earlier version, which began with them, and on a file
+    system without locks, such as Lustre mounted without flock, where SQLite does not work.
+    """
+    files = run.path / "mlruns"
+    with (run.path / "mlflow.lock").open("a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        except OSError:
+            files.mkdir(exist_ok=True)
+        if files.exists():
+            os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+        yield files.as_uri() if files.exists() else f"sqlite:///{run.path / 'mlflow.db'}"
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.run import manifest
-from hpc_rlhf.run.events import Failed, Hang
+from hpc_rlhf.run.events import Failed, Hang, Stopped
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from tests.cluster import config
@@ -110,7 +110,8 @@ class Chain(Watched):
             history = list(Ledger(self.run.ledger).events())
             hung = {event.attempt for event in history if isinstance(event, Hang)}  # its peers fail as well
             failed = [event for event in history if isinstance(event, Failed) and event.attempt not in hung]
-            if failed and event != "failed":
+            stopped = isinstance(next((each for each in reversed(history) if each.stage == stage), None), Stopped)
+            if (failed and event != "failed") or (stopped and event != "stopped"):
                 raise ClusterError(f"a stage failed before {what}")
             if self.is_done(stage) and not holds():
                 raise ClusterError(f"{stage} has finished without this: {what}")

@@ -53,10 +53,9 @@ def in_container(cluster: Cluster, folder: Path, runtime: str) -> Chain:
     image = make_image(folder / "image")
     container = {"runtime": runtime, "image": str(image), "mounts": MOUNTS}
     # Some sandboxes withhold capabilities from root, and Apptainer then cannot pass on all of them.
-    setup = [
-        "export OMP_NUM_THREADS=1 APPTAINER_NO_PRIVS=1",
-        f"export PATH={shlex.quote(str(PROGRAMS[runtime]))}:$PATH",
-    ]
+    # The stand-in is a Python script, and a newer Slurm's system has no Python of its own.
+    programs = shlex.quote(f"{PROGRAMS[runtime]}:{Path(sys.executable).parent}")
+    setup = ["export OMP_NUM_THREADS=1 APPTAINER_NO_PRIVS=1", f"export PATH={programs}:$PATH"]
     slurm = {
         "partition": "low", "nodes": 1, "nodelist": NODES[runtime], "container": container, "setup": setup,
     }  # fmt: skip

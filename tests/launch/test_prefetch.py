@@ -75,7 +75,7 @@ def environment(home: Path, url: str) -> dict[str, str]:
     return {**kept, "HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1"}
 
 
-@pytest.mark.parametrize("kind", ["refused", "no name", "silent", "silent proxy"])
+@pytest.mark.parametrize("kind", ["refused", "no name", "silent", "silent proxy", "silent SOCKS proxy"])
 def test_without_a_network_prefetch_says_so_soon(kind: str, tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(JOB.format(run=tmp_path / "run"))
@@ -89,6 +89,9 @@ def test_without_a_network_prefetch_says_so_soon(kind: str, tmp_path: Path) -> N
         env = environment(tmp_path / "home", url.get(kind, f"http://127.0.0.1:{address[1]}"))
         if kind == "silent proxy":
             env |= {"HF_ENDPOINT": "https://huggingface.co", "https_proxy": f"127.0.0.1:{address[1]}", "no_proxy": ""}
+        elif kind == "silent SOCKS proxy":
+            proxy = {"all_proxy": f"socks5://127.0.0.1:{address[1]}", "https_proxy": "", "no_proxy": ""}
+            env |= {"HF_ENDPOINT": "https://huggingface.co", "HF_HUB_ETAG_TIMEOUT": "1", **proxy}
         command = [sys.executable, "-m", "hpc_rlhf.cli", "prefetch", str(job)]
         began = time.monotonic()
         done = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -97,7 +100,8 @@ def test_without_a_network_prefetch_says_so_soon(kind: str, tmp_path: Path) -> N
             one.close()
     assert done.returncode == 1
     assert "the hub cannot be reached for " in done.stderr
-    assert ("does not answer within 2 s" in done.stderr) == kind.startswith("silent")
+    patience = 1 if "SOCKS" in kind else 2
+    assert (f"127.0.0.1 does not answer within {patience} s" in done.stderr) == kind.startswith("silent")
     assert took < 15  # 3 s on a machine with nothing else to do
 
 

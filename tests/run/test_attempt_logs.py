@@ -58,3 +58,10 @@ def test_text_before_the_script_counts_and_a_missing_log_is_empty(tmp_path: Path
     files = stage(tmp_path, **{BATCH: "slurmstepd: error: execve(): no such file\n"})
     assert "execve" in AttemptLogs(files, "7", 0).batch
     assert AttemptLogs(files, "8", 0).batch == AttemptLogs(files, "8").last_line(0) == ""
+
+
+def test_the_last_line_is_the_last_with_words_whatever_their_colour(tmp_path: Path) -> None:
+    """As Apptainer ends, which colours its messages also where nobody sees it."""
+    rank = "\x1b[33mWARNING: weak\n\x1b[0m\x1b[91mERROR  : \x1b[1mno mount namespace\n\x1b[0m\n\x1b[0m"
+    attempt = AttemptLogs(stage(tmp_path, **{BATCH: "srun: error\n", RANK: rank}), "7", 0)
+    assert attempt.last_line(0) == "ERROR  : no mount namespace"

@@ -91,11 +91,31 @@ def test_stages_that_start_together_share_one_store(
     assert [each.data.metrics for each in found] == [{"train/loss": 8.0}] * 2
 
 
-def test_a_run_of_an_earlier_version_keeps_its_files(tmp_path: Path) -> None:
-    _, run = prepared(tmp_path / "run")
-    assert trackers._own_store(run) == f"sqlite:///{tmp_path}/run/mlflow.db"
-    (run.path / "mlruns").mkdir()
-    assert trackers._own_store(run) == (tmp_path / "run/mlruns").as_uri()
+WITHOUT_LOCKS = """
+import errno, fcntl
+def lockf(*_):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+fcntl.lockf = lockf
+"""
+
+
+def test_files_hold_the_metrics_where_sqlite_cannot_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setattr(trackers, "_CLOSE_TIMEOUT", 120.0)
+    spec, run = prepared(tmp_path / "run", mlflow={"experiment": "e"})
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_LOCKS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    attempt = Trackers(spec, run, "sft")
+    log(run, 1, 2)
+    attempt.close()
+    assert capfd.readouterr().err == ""
+    assert not (run.path / "mlflow.db").exists()
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = mlflow.MlflowClient((run.path / "mlruns").as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert [metric.step for metric in client.get_metric_history(found.info.run_id, "train/loss")] == [1, 2]
 
 
 def test_a_tracker_that_is_missing_or_hangs_is_reported_once(
