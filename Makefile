@@ -74,9 +74,9 @@ test-fast: .venv/.installed-dev  ## Run the tests that need no Slurm, no trainin
 coverage: .venv/.installed-dev  ## Measure the coverage of test-fast and enforce its floor
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup -m $(FAST) --cov --cov-report term $(TESTS)
 
-fuzz: .venv/.installed-dev  ## Try 10,000 mutated specs, 1,000 hostile specs and 10,000 mutated data files
+fuzz: .venv/.installed-dev  ## Try 10,000 mutated specs, 1,000 hostile specs, 10,000 mutated data files and 1,000 hostile answers
 	HPC_RLHF_FUZZ=1 $(BIN)/pytest tests/spec/test_mutations.py tests/launch/test_hostile.py \
-		tests/train/data/test_fuzz.py
+		tests/train/data/test_fuzz.py tests/train/rewards/test_math.py
 
 models: .venv/.installed-dev  ## Try a tiny model of every family, and rewrite docs/models.md; takes an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.table

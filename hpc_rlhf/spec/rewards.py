@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from hpc_rlhf.spec.fields import Command, Duration, FreeText, Model, PathText
+from hpc_rlhf.spec.fields import Command, Duration, FreeText, Model, PathText, seconds
 
 
 def _pattern(text: str) -> str:
@@ -67,9 +67,10 @@ class RewardItem(Model):
     """What the reward is multiplied with in the sum. 0 only reports it."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
     """Its name in metrics; by default, its kind, with a number if there are several of the kind."""
-    timeout: Duration = "30 s"
+    timeout: Duration | None = None
     """How long one call may take: of function and url for a batch, of math, code and reasoning_gym for a response. An
-    answer or a program that takes longer scores 0; a function or server counts as failed."""
+    answer or a program that takes longer scores 0; a function or server counts as failed. By default 5 s for math and
+    reasoning_gym, otherwise 30 s."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a failure does: one that raises, hangs, gives the wrong number of values, or no finite number. stop ends the
     stage with the response; skip leaves the response out of training, and metrics count it."""
@@ -79,6 +80,13 @@ class RewardItem(Model):
         """Which of the kinds it is."""
         given = [name for name in KINDS if getattr(self, name) is not None]
         return next(name for name in given if name != "format" or len(given) == 1)
+
+    @property
+    def limit(self) -> float:
+        """How long one call may take, in seconds."""
+        if self.timeout is not None:
+            return seconds(self.timeout)
+        return 5.0 if self.kind in ("math", "reasoning_gym") else 30.0
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardItem:

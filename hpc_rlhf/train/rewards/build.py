@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.fields import seconds
 from hpc_rlhf.spec.rewards import RewardItem, names
 from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.rewards import math
 from hpc_rlhf.train.rewards.blend import Blend, Part, Source
 from hpc_rlhf.train.rewards.exact import Exact, Format
 from hpc_rlhf.train.rewards.text import FromText, Pattern, TextReward
+from hpc_rlhf.train.rewards.verifier import Verifier
+from hpc_rlhf.train.rewards.workers import Pool, usual_size
 
 
 def build_rewards(context: StageContext, items: Sequence[RewardItem], trained: Source | None = None) -> Blend:
@@ -36,7 +38,7 @@ def _source(context: StageContext, item: RewardItem, trained: Source | None) -> 
 
 def pattern(item: RewardItem) -> Pattern | None:
     """What selects the part of a response that a reward judges."""
-    return Pattern(item.format, seconds(item.timeout)) if item.format is not None else None
+    return Pattern(item.format, item.limit) if item.format is not None else None
 
 
 def _exact(context: StageContext, item: RewardItem) -> TextReward:
@@ -50,5 +52,19 @@ def _format(context: StageContext, item: RewardItem) -> TextReward:
     return Format(selects)
 
 
+def _math(context: StageContext, item: RewardItem) -> TextReward:
+    assert item.math is not None
+    selects = pattern(item)
+    pool = Pool(
+        "hpc_rlhf.train.rewards.math:make", {"selected": selects is not None}, size=usual_size(), timeout=item.limit,
+        should_stop=context.stop.should_stop, memory=math.MEMORY,
+    )  # fmt: skip
+    return Verifier("math", item.math, pool, selects)
+
+
 # How each kind of reward that reads text is made.
-TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {"exact": _exact, "format": _format}
+TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
+    "exact": _exact,
+    "format": _format,
+    "math": _math,
+}

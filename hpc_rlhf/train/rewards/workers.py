@@ -35,11 +35,18 @@ class Outcome:
     Attributes:
         error: why there is no value, without it None.
         too_long: the reason is the time limit.
+        unasked: the reason is that no process could start.
     """
 
     value: Any = None
     error: str | None = None
     too_long: bool = False
+    unasked: bool = False
+
+
+def usual_size() -> int:
+    """How many processes verify a rank's responses while it waits for them."""
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 class Pool:
@@ -106,7 +113,7 @@ class Pool:
             if self._broken is None:
                 worker = self._own.worker = self._start(worker)
             if self._broken is not None:  # the other items need not try
-                return Outcome(error=f"could not start: {self._broken}")
+                return Outcome(error=f"could not start: {self._broken}", unasked=True)
         assert worker is not None
         return worker.receive(self.timeout, json.dumps(item).encode() + b"\n")
 

@@ -104,7 +104,7 @@ def test_a_stop_ends_the_wait_at_once(pool: MakePool) -> None:
 
 def test_a_worker_that_cannot_start_says_why(pool: MakePool) -> None:
     why = "could not start: ModuleNotFoundError: No module named 'absent_package'"
-    assert pool(arguments={"missing": "absent_package"}).map(["1", "2"]) == [Outcome(error=why)] * 2
+    assert pool(arguments={"missing": "absent_package"}).map(["1", "2"]) == [Outcome(error=why, unasked=True)] * 2
 
 
 def test_signals_for_the_rank_do_not_end_a_worker(pool: MakePool) -> None:

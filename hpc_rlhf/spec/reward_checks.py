@@ -1,0 +1,23 @@
+"""What is wrong with a spec's rewards, as far as this machine shows it without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from hpc_rlhf.spec.job import JobSpec
+
+# Packages that a kind of reward needs, and the extra that installs it.
+_PACKAGES = {"math": ("math_verify", "math"), "reasoning_gym": ("reasoning_gym", "gym")}
+
+
+def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
+    """For each problem the field of the spec, what is wrong and what to do."""
+    for stage in spec.stage_names:
+        settings = spec.stage(stage)
+        for place, item in enumerate(getattr(settings, "rewards", None) or ()):
+            package, extra = _PACKAGES.get(item.kind, (None, None))
+            # A container has packages of its own.
+            if package is not None and settings.slurm.container is None and find_spec(package) is None:
+                what = f"needs the package {package}, which is not installed"
+                yield f"stages.{stage}.rewards.{place}", what, f"pip install 'hpc-rlhf[{extra}]'"

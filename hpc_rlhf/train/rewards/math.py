@@ -1,0 +1,44 @@
+"""What verifies mathematical answers, in a process without torch: math-verify."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+# Bytes that reading and comparing two answers may take.
+MEMORY = 2 * 2**30
+# What marks a formula.
+_MARKS = ("$", "\\boxed", "\\(", "\\[")
+
+
+def make(selected: bool) -> Callable[[list[Any]], float | str]:
+    """The function of a ``Verifier``: whether the last answer in a response equals the right one.
+
+    Args:
+        selected: responses are answers that a format has selected: formulas, or sentences with one.
+    """
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each answer that it cannot read
+
+    # The pool limits the time. math-verify does so by an exception in a signal handler, which its parsers may catch.
+    @lru_cache(maxsize=1024)
+    def read_formula(text: str) -> list[Any]:
+        formula: list[Any] = parse(text if any(m in text for m in _MARKS) else f"${text}$", parsing_timeout=None)
+        return formula
+
+    def compare(item: list[Any]) -> float | str:
+        answer, response = item
+        if not isinstance(answer, str | int | float):
+            return f"cannot read the right answer {answer!r}, which is no text or number"
+        right = read_formula(str(answer).rpartition("####")[2].strip())  # GSM8K's answers begin with their derivation
+        if not right:
+            return f"cannot read the right answer {answer!r}"
+        given = [parse(response, parsing_timeout=None)]
+        if selected:
+            given.append(read_formula(response.strip()))
+        return float(any(verify(right, each, timeout_seconds=None) for each in given))
+
+    return compare
