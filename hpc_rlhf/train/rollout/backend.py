@@ -44,6 +44,7 @@ class GenerationRequest:
         keys: what seeds the sampling of each response; None if greedy.
         max_batch: prompts that are answered at the same time, at most.
         should_stop: polled between forward passes; True cancels the rollout.
+        group_size: each run of this many prompts is one prompt, repeated, which a backend needs to read only once.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -53,6 +54,12 @@ class GenerationRequest:
     keys: Sequence[tuple[object, ...]] | None = None
     max_batch: int = ROWS
     should_stop: Callable[[], bool] = bool
+    group_size: int = 1
+
+    def __post_init__(self) -> None:
+        for row, prompt in enumerate(self.prompts if self.group_size > 1 else ()):
+            first = self.prompts[row - row % self.group_size]
+            assert prompt is first or list(prompt) == list(first), "a group has different prompts"
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,14 @@ def compare(kind, adapters):
 seen = {"compared": {}, "refused": {}}
 for name in sys.argv[1:]:
     seen["compared"][name], part = compare(*name.split(" "))
+doubled = [prompt for prompt in prompts for _ in range(2)]
+alone, shared = (
+    RolloutEngine(part, world).generate(
+        GenerationRequest(doubled, 6, tiny.EOS, keys=[(3, row) for row in range(10)], group_size=size)
+    ).responses
+    for size in (1, 2)
+)
+seen["groups"] = alone == shared and len(set(map(tuple, shared)))
 calls = iter(range(100))
 try:  # one rank of the group must stop, and both do
     answers(part, world, should_stop=lambda: world.rank == 1 and next(calls) == 3)
@@ -145,6 +153,10 @@ def test_a_split_model_matches_the_whole_one(seen: list[dict[str, Any]], name: s
         assert one["weights"] < 1e-5
         assert one["moved"] > 1e-3, "nothing was learned"
         assert one["answers"] > 1
+
+
+def test_responses_of_a_group_are_those_that_its_prompts_get_alone(seen: list[dict[str, Any]]) -> None:
+    assert all(rank["groups"] > 5 for rank in seen)
 
 
 def test_a_rollout_is_cancelled_by_the_whole_group(seen: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hpc_rlhf.train.rollout.backend import GenerationRequest
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
-from hpc_rlhf.train.rollout.in_process.kv_cache import make_rows
+from hpc_rlhf.train.rollout.in_process.kv_cache import Rows, make_rows
 from hpc_rlhf.train.runtime import seeds
 
 # Prompt tokens that go through the model at once, to bound their activations.
@@ -36,7 +36,8 @@ def decode(
     """Responses to prompts token by token, each up to its first EOS or the length limit.
 
     Which rows share a forward pass depends only on the prompts and the drawn tokens, so a repeated rollout has the same
-    bits. The longest prompts come first. When a row ends and no prompt is waiting, it leaves the batch.
+    bits. The longest prompts come first. Responses of a group that begin together share their prompt's pass through the
+    model. When a row ends and no prompt is waiting, it leaves the batch.
 
     Args:
         step: of a causal language model in eval mode.
@@ -59,11 +60,11 @@ def decode(
             before()
             first = len(live)
             if waiting and rows - first >= max(1, rows // REFILL_FRACTION):
-                live += _next_prompts(waiting, prompts, rows - first)
-                counts += [0] * (len(live) - first)
-                started = limit * torch.tensor(live[first:], device=last.device)
+                new, logits = _begin(batch, first, _next_prompts(waiting, request, rows - first), request)
+                live += new
+                counts += [0] * len(new)
+                started = limit * torch.tensor(new, device=last.device)
                 next_random = torch.cat([next_random, started])
-                logits = batch.begin(first, [prompts[number] for number in live[first:]])
             else:
                 first = 0
                 logits = batch.step(last)
@@ -92,14 +93,35 @@ def _randoms(request: GenerationRequest, device: torch.device) -> Tensor | None:
     return uniforms(request.keys, request.max_new_tokens).to(device).flatten()
 
 
-def _next_prompts(waiting: deque[int], prompts: Sequence[Sequence[int]], free: int) -> list[int]:
+def _next_prompts(waiting: deque[int], request: GenerationRequest, free: int) -> list[int]:
     """Take prompts for free rows, at least one, as many as go through the model at once."""
-    taken = [waiting.popleft()]
-    tokens = len(prompts[taken[0]])
-    while waiting and len(taken) < free and tokens + len(prompts[waiting[0]]) <= PREFILL_TOKENS:
+    taken: list[int] = []
+    tokens = 0
+    while waiting and len(taken) < free:
+        if not taken or waiting[0] // request.group_size != taken[-1] // request.group_size:
+            tokens += len(request.prompts[waiting[0]])
+            if taken and tokens > PREFILL_TOKENS:
+                break
         taken.append(waiting.popleft())
-        tokens += len(prompts[taken[-1]])
     return taken
+
+
+def _begin(batch: Rows, first: int, numbers: list[int], request: GenerationRequest) -> tuple[list[int], Tensor]:
+    """Put prompts into rows from ``first`` on, each group's prompt by one pass through the model and copies.
+
+    Returns:
+        The numbers in the order of their rows, one of each group first, and the next logits (rows, vocabulary).
+    """
+    one_of = {number // request.group_size: number for number in numbers}
+    begun = list(one_of.values())
+    logits = batch.begin(first, [request.prompts[number] for number in begun])
+    others = [number for number in numbers if one_of[number // request.group_size] != number]
+    if others:
+        place_of = {group: place for place, group in enumerate(one_of)}
+        places = [place_of[number // request.group_size] for number in others]
+        batch.copy([first + place for place in places], range(first + len(begun), first + len(numbers)))
+        logits = torch.cat([logits, logits[places]])
+    return begun + others, logits
 
 
 def uniforms(keys: Sequence[tuple[object, ...]], length: int) -> Tensor:

@@ -61,16 +61,20 @@ class RolloutEngine:
         world = self.world
         if world.dims.tensor == 1:
             return self._decode(request)
-        mine = slice(world.dims.coordinate("tensor", world.rank), None, world.dims.tensor)
+        shares: list[list[int]] = [[] for _ in range(world.dims.tensor)]
+        for row in range(len(request.prompts)):
+            shares[row // request.group_size % world.dims.tensor].append(row)
+        mine = shares[world.dims.coordinate("tensor", world.rank)]
         own: list[list[int]] | None = None
         with suppress(RolloutCancelled):
-            keys = request.keys and request.keys[mine]
-            own = self._decode(replace(request, prompts=request.prompts[mine], keys=keys))
+            keys = request.keys and [request.keys[row] for row in mine]
+            own = self._decode(replace(request, prompts=[request.prompts[row] for row in mine], keys=keys))
         responses: list[list[int]] = [[] for _ in request.prompts]
-        for place, share in enumerate(world.gather_tensor_group(own)):
+        for rows, share in zip(shares, world.gather_tensor_group(own), strict=True):
             if share is None:
                 raise RolloutCancelled
-            responses[place :: world.dims.tensor] = share
+            for row, response in zip(rows, share, strict=True):
+                responses[row] = response
         return responses
 
     def _decode(self, request: GenerationRequest) -> list[list[int]]:

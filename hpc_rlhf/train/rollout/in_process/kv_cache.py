@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,6 +115,16 @@ class BatchedRows:
         ends[:live] += 1
         return logits[:live]
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Replace rows by copies of others."""
+        used = max(self.sizes[source] for source in sources)
+        old, new = (torch.tensor(rows, device=self.model.device) for rows in (sources, targets))
+        for buffer in (*self.keys, *self.values):
+            buffer[new, :used] = buffer[old, :used]
+        self.mask[new], self.ends[new] = self.mask[old], self.ends[old]
+        for source, target in zip(sources, targets, strict=True):
+            self.sizes[target] = self.sizes[source]
+
     def move(self, source: int, target: int) -> None:
         """Replace a row by another."""
         self.sizes[target] = self.sizes[source]
@@ -169,6 +180,10 @@ class SingleRows:
     def step(self, tokens: Tensor) -> Tensor:
         return self._calls(list(enumerate(tokens.split(1))))
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self.caches[target], self.sizes[target] = copy.deepcopy(self.caches[source]), self.sizes[source]
+
     def move(self, source: int, target: int) -> None:
         self.caches[target], self.sizes[target] = self.caches.pop(source), self.sizes.pop(source)
 
@@ -209,6 +224,10 @@ class WholeRows(SingleRows):
         for row, token in enumerate(tokens.split(1)):
             self.tokens[row] = torch.cat([self.tokens[row], token])
         return self._calls([(row, self.tokens[row]) for row in range(len(tokens))])
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            self.tokens[target] = self.tokens[source]
 
     def move(self, source: int, target: int) -> None:
         self.tokens[target] = self.tokens.pop(source)

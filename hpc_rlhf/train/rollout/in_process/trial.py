@@ -63,9 +63,12 @@ def _agrees(way: type[Rows], step: DecodeStep, sequences: list[Tensor], whole: l
         wanted = [torch.stack([whole[row][begun[row] - 1] for row in numbers])]
         for steps in range(max(len(each) - prompt for each, prompt in zip(sequences, begun, strict=True)) - 1):
             places = [prompt + steps for prompt in begun]
-            if len(numbers) > 1 and steps == 2:
+            if steps == 2:
+                rows.copy([1], [0])
+                numbers = [1, 1]
+            elif steps == 4:
                 rows.move(1, 0)
-                numbers = numbers[1:]
+                numbers = [1]
             got.append(rows.step(torch.stack([sequences[row][places[row]] for row in numbers])))
             wanted.append(torch.stack([whole[row][places[row]] for row in numbers]))
     except Exception:  # an architecture may object to its cache in any way

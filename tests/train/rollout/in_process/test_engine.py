@@ -16,6 +16,7 @@ from hpc_rlhf.train.rollout.in_process import engine as engines
 from hpc_rlhf.train.rollout.in_process.decode_step import TRACED_AFTER, TRIAL_STEPS, DecodeStep
 from hpc_rlhf.train.rollout.in_process.decoding import decode
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
+from hpc_rlhf.train.rollout.in_process.kv_cache import BatchedRows, SingleRows, WholeRows
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 
@@ -341,3 +342,43 @@ def test_tokens_are_yielded_as_they_are_drawn() -> None:
 
 def test_no_prompts_give_no_responses(world: World) -> None:
     assert generate(RolloutEngine(tiny.causal("llama"), world), [], [], SAMPLING) == []
+
+
+GROUP = 3
+
+
+def in_groups(engine: RolloutEngine, group_size: int, rows: int, eos_id: int, sampling: Sampling) -> list[list[int]]:
+    """Responses to each prompt GROUP times."""
+    repeated = [prompt for prompt in prompts() for _ in range(GROUP)]
+    keys: list[tuple[object, ...]] = [("group", number) for number in range(len(repeated))]
+    return generate(engine, repeated, keys, sampling, eos_id, rows, limit=8, group_size=group_size)
+
+
+@pytest.mark.parametrize("way", [BatchedRows, SingleRows, WholeRows])
+def test_a_group_gets_the_responses_that_its_prompts_would_get_alone(world: World, way: type) -> None:
+    engine = RolloutEngine(tiny.causal("llama", tie_word_embeddings=False), world)
+    eos_id = frequent(engine)  # so that rows are refilled at different times
+    engine.step.ways = (way,)
+    alone = in_groups(engine, 1, 50, eos_id, SAMPLING)
+    for rows in (4, 50):
+        assert in_groups(engine, GROUP, rows, eos_id, SAMPLING) == alone
+    assert len({tuple(response) for response in alone}) > 2 * len(LENGTHS), "the responses of a group differ"
+
+
+def test_a_group_reads_its_prompt_once(world: World) -> None:
+    engine = RolloutEngine(tiny.causal("llama", tie_word_embeddings=False), world)
+    engine.generate(GenerationRequest([[5]], 1, NO_EOS, GREEDY))  # the trial
+    begun: list[int] = []
+    engine.gathered.module.register_forward_pre_hook(
+        lambda module, args, how: begun.extend(how.get("packed_lengths", ())[:-1]), with_kwargs=True
+    )
+    for rows in (50, 6, 2):  # all at once; two groups at a time; less than a group
+        in_groups(engine, GROUP, rows, NO_EOS, SAMPLING)
+        times = 2 if rows < GROUP else 1
+        assert sorted(begun) == sorted(length for length in LENGTHS for _ in range(times))
+        begun.clear()
+
+
+def test_prompts_of_a_group_must_be_equal() -> None:
+    with pytest.raises(AssertionError, match="different prompts"):
+        GenerationRequest([[5], [5], [6], [5]], 1, NO_EOS, group_size=2)
