@@ -25,14 +25,16 @@ from hpc_rlhf.train.rollout.experience import Experience
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime import world as worlds
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
+from hpc_rlhf.train.stages.policy.models import ModelSources
+from hpc_rlhf.train.stages.policy.trainer import Sizes
 from hpc_rlhf.train.stages.ppo.metrics import summarize
-from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
-from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
+from hpc_rlhf.train.stages.ppo.models import PpoModels
+from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer
 
 # Fields of a ppo stage for its duration, checkpoints and placement, which here are up to the program.
 JOB_ONLY = (
     "epochs", "max_steps", "global_batch", "checkpoint_every", "mttf", "keep_checkpoints", "slurm", "ptx", "ptx_coef",
-    "eval_every", "keep_best",
+    "eval_every", "keep_best", "rewards",
 )  # fmt: skip
 
 

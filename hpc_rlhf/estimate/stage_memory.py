@@ -124,16 +124,14 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None
         **policy.always,
         "critic": sum(critic.always.values()),
         "ref": model_memory.frozen(actor, actor.parameters, stage.strategies["ref"], stage),
-        "reward": model_memory.frozen(reward, reward.scored, stage.strategies["reward"], stage),
     }
+    if "reward" in stage.strategies:
+        always["reward"] = model_memory.frozen(reward, reward.scored, stage.strategies["reward"], stage)
     if stage.ema:
         always["EMA"] = model_memory.moving_average(actor, stage)
     phases = dict(policy.phases)
     for phase, parts in critic.phases.items():
         phases[f"the critic's {phase}"] = parts
-    if kept and not stage.slurm.gpus_per_node:  # on a CPU also the critic's
-        both = {"activations": critic.phases["passes"]["activations"]}
-        phases["passes"] = added(phases["passes"], both)
     rollout = batch.micro * batch.accumulation * stage.minibatches
     phases["rollouts"] = _rollout(actor, stage, -(-rollout // stage.tensor_parallel), lengths, gpu)
     phases["scoring"] = _scoring(actor, stage, tokens, responses)

@@ -126,7 +126,9 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machi
     # Log-probabilities of the actor and its reference, and scores of the critic and the reward model.
     scorers = {"": actor, "ref": actor, "critic": critic, "reward": critic}
     parts["scoring"] = passes * sum(
-        _scored(model, stage.strategies[role], tokens, machine) for role, model in scorers.items()
+        _scored(model, stage.strategies[role], tokens, machine)
+        for role, model in scorers.items()
+        if role in stage.strategies
     )
     responses = -(-batch.micro * passes // machine.ways)
     parts["decoding"] = _decoding(body, actor, (prompt, answer), responses, machine)

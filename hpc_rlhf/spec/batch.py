@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.stages.grpo import GrpoSpec
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 
@@ -88,3 +89,22 @@ def derive_batch(stage: StageSpec, name: str) -> Batch:
         f"{sharers}); "
         f"use {' or '.join(fixes)}"
     )
+
+
+def check_groups(stage: StageSpec, name: str) -> None:
+    """Check that every rank has whole groups of responses to a prompt.
+
+    Raises:
+        ValueError: it has not; the message suggests sizes with which it has.
+    """
+    if not isinstance(stage, GrpoSpec):
+        return
+    batch, size = derive_batch(stage, name), stage.group_size
+    own = batch.global_ * stage.minibatches // batch.ranks
+    if own % size:
+        fits = [str(d) for d in range(2, own + 1) if own % d == 0]
+        other = f"group_size: {' or '.join(fits)}, or " if fits else ""
+        raise ValueError(
+            f"{name}'s group_size {size} does not divide the {own} responses of a rank (global_batch {batch.global_} x "
+            f"minibatches {stage.minibatches} / {batch.ranks} ranks); use {other}another global_batch"
+        )

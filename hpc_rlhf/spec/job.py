@@ -150,7 +150,7 @@ class JobSpec(Model):
     @property
     def uses_reward_model(self) -> bool:
         """Whether a stage trains or uses a reward model."""
-        return any("reward" in kind_of(name).models for name in self.stage_names)
+        return any("reward" in set(kind_of(name).models) - self.stage(name).unneeded for name in self.stage_names)
 
     @property
     def uses_columns(self) -> bool:
@@ -170,7 +170,10 @@ class JobSpec(Model):
     def needs(self, name: str) -> tuple[str, ...]:
         """The stages whose artifacts a stage starts from."""
         kind = kind_of(name)
-        return tuple(need for need in kind.inputs if need in self.stage_names) if kind.trains else self.trained
+        if not kind.trains:
+            return self.trained
+        unneeded = self.stage(name).unneeded
+        return tuple(need for need in kind.inputs if need in self.stage_names and need not in unneeded)
 
 
 def json_schema() -> dict[str, object]:

@@ -12,6 +12,7 @@ from typing import Any
 from hpc_rlhf.spec import model_files, tokens
 from hpc_rlhf.spec.job import FromScratch, JobSpec
 from hpc_rlhf.spec.stages import kind_of
+from hpc_rlhf.spec.stages.policy import PolicySpec
 
 
 def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
@@ -27,7 +28,7 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
             yield f"models.{name}", *problem
     yield from _recomputing(spec, configs)
     for stage in spec.stage_names:
-        missing = set(kind_of(stage).requires) - set(spec.stage_names)
+        missing = set(kind_of(stage).requires) - spec.stage(stage).unneeded - set(spec.stage_names)
         if missing and spec.finished_reward is None:
             yield (
                 f"stages.{stage}",
@@ -63,7 +64,8 @@ def _of_model(spec: JobSpec, name: str, fields: Mapping[str, Any], where: Path |
         if model_files.is_classifier(fields):
             return "it is a reward model, not a language model", "give the language model that it was made of"
         limit, longest = model_files.rotary_switch(fields), spec.data.max_prompt_tokens + spec.data.max_answer_tokens
-        if "ppo" in spec.stage_names and limit is not None and longest > limit:
+        samples = any(isinstance(spec.stage(stage), PolicySpec) for stage in spec.stage_names)
+        if samples and limit is not None and longest > limit:
             return model_files.switches_within(limit, longest)
         return None
     if not spec.uses_reward_model or where is None:
@@ -72,7 +74,7 @@ def _of_model(spec: JobSpec, name: str, fields: Mapping[str, Any], where: Path |
         head = model_files.score_head(where)
     except model_files.HeadError as error:
         return str(error), model_files.HEADS
-    needy = [stage for stage in spec.stage_names if kind_of(stage).requires]
+    needy = [stage for stage in spec.stage_names if set(kind_of(stage).requires) - spec.stage(stage).unneeded]
     if head is None and model_files.shows_heads(where) and needy and spec.judge is None:
         return f"it has no score head, but {needy[0]} needs a finished reward model", "add the reward stage"
     return None

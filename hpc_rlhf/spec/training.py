@@ -103,6 +103,11 @@ class StageSpec(Model):
         """How each model of the stage is held in memory, by role; the one in training has the empty name."""
         return {"": self}
 
+    @property
+    def unneeded(self) -> frozenset[str]:
+        """Inputs of its kind that a stage with these settings does not use."""
+        return frozenset()
+
     def refusals(self) -> dict[str, str]:
         """Fields whose values are refused, and why. Runs that earlier versions began with them go on."""
         return {}

@@ -251,10 +251,10 @@ def test_all_that_a_model_from_scratch_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
-        ("stages.ppo.zzz", "the nearest of 53 fields here are "),
+        ("stages.ppo.zzz", "the nearest of 54 fields here are "),
         ("zzz", "the nearest of 12 fields here are "),
-        ("stages.zzz", "the fields here are sft, reward, ppo, dpo, eval"),
-        ("kl_coef", "did you mean stages.ppo.kl_coef?"),
+        ("stages.zzz", "the nearest of 6 fields here are sft, reward, ppo"),
+        ("kl_coef", "did you mean stages.ppo.kl_coef or stages.grpo.kl_coef?"),
         ("slurm.micro_batch", "did you mean stages.sft.micro_batch or stages.reward.micro_batch or stages.ppo."),
         ("stages.sft.learningRate", "did you mean lr?"),
         ("stages.ppo.max_length", "did you mean data.max_prompt_tokens"),

@@ -16,7 +16,8 @@ from hpc_rlhf.train.models.engine import StepResult
 from hpc_rlhf.train.models.language_model import LanguageModel, RewardModel
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
-from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer, Sizes
+from hpc_rlhf.train.stages.policy.trainer import Sizes
+from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer
 from tests.train import tiny
 
 PROMPTS = [[5, 9, 11, 30, 7], [8], [40, 41, 42, 43, 44, 45, 46, 47, 48], [3, 4], [6, 6], [90, 12, 13]]
@@ -37,7 +38,7 @@ class Alone(SimpleNamespace):
     """
 
     def __init__(self, others: dict[str, float] | None = None, parts: list[Any] | None = None) -> None:
-        super().__init__(device=torch.device("cpu"), data_rank=0, others=others or {}, parts=parts or [])
+        super().__init__(device=torch.device("cpu"), rank=0, data_rank=0, others=others or {}, parts=parts or [])
 
     def sums(self, numbers: dict[str, float]) -> dict[str, float]:
         return {name: value + self.others.get(name, 0.0) for name, value in numbers.items()}

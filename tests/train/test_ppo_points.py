@@ -81,7 +81,8 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.loading import load_reward
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, Sampling
 from hpc_rlhf.train.runtime.world import World
-from hpc_rlhf.train.stages.ppo.models import ModelSources, PpoModels
+from hpc_rlhf.train.stages.policy.models import ModelSources
+from hpc_rlhf.train.stages.ppo.models import PpoModels
 from tests.train import tiny
 from tests.train.ppo_trainers import PROMPTS, RESPONSES, ROLLOUT, Steps, trainer_of
 

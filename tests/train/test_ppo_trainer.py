@@ -18,7 +18,8 @@ from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.rollout.backend import Rollout
-from hpc_rlhf.train.stages.ppo.progress import Cursor, Network, Progress
+from hpc_rlhf.train.rollout.experience import Experience
+from hpc_rlhf.train.stages.policy.progress import Progress
 from tests.train.ppo_trainers import PROMPTS, RESPONSES, ROLLOUT, TOKENS, Alone, Steps, trainer_of
 
 
@@ -76,9 +77,8 @@ def test_forward_passes_of_an_evaluation_are_reused_once(steps: Callable[[float]
                 trainer.learn(evaluated[one])
         seen.append(optimizer.gradients)
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
-    # Saved: both models' first passes when the rollout evaluated last is learned from first, which happens
-    # twice.
-    assert len(passes) == 2 * 2 * (5 + 5 * ppo_epochs) - 2 * 2
+    # Saved: the actor's first pass when the rollout evaluated last is learned from first, which happens twice.
+    assert len(passes) == 2 * 2 * (5 + 5 * ppo_epochs) - 2
 
 
 def test_the_gradient_is_the_same_in_any_micro_batches(steps: Callable[[float], Steps]) -> None:
@@ -257,16 +257,16 @@ def test_a_skipped_step_is_remembered_in_a_checkpoint(steps: Callable[[float], S
     steps(1e-4).skip = {0}
     trainer = trainer_of(minibatches=2)
 
-    def save(progress: Progress) -> None:
-        if progress.cursor == Cursor(0, 0, Network.CRITIC):
+    def save(progress: Progress[Experience]) -> None:
+        if progress.done == 1:
             snapshot = Snapshot(tmp_path / "saved")
             progress.save(snapshot, rank=0)
             snapshot.write()
 
     trainer.learn(trainer.evaluate(ROLLOUT), before=save)
-    progress = Progress.load(tmp_path / "saved", 0, Cursor(0, 0, Network.CRITIC), torch.device("cpu"))
+    progress = trainer.saved_progress(tmp_path / "saved", 1)
     assert (progress.skipped, progress.actor_skipped) == (1, True)
-    assert progress.norms == {Network.ACTOR: (0.0, 0), Network.CRITIC: (0.0, 0)}
+    assert progress.norms == {"actor": (0.0, 0), "critic": (0.0, 0)}
     assert progress.experience.rollout.prompts == PROMPTS
     assert progress.experience.rollout.responses == RESPONSES
 
@@ -275,28 +275,15 @@ def test_progress_that_an_earlier_version_saved_is_read(steps: Callable[[float],
     steps(1e-4)
     trainer = trainer_of()
     snapshot = Snapshot(tmp_path / "saved")
-    Progress.begin(trainer.evaluate(ROLLOUT)).save(snapshot, rank=0)
+    trainer.begin(trainer.evaluate(ROLLOUT)).save(snapshot, rank=0)
     snapshot.write()
     (path,) = (tmp_path / "saved").glob("*.safetensors")
     tensors = {name: t for name, t in load_file(path).items() if name not in ("norms", "value_scale", "score_clipped")}
     save_file({**tensors, "sums": torch.arange(7.0)}, path)
-    progress = Progress.load(tmp_path / "saved", 0, Cursor(), torch.device("cpu"))
+    progress = trainer.saved_progress(tmp_path / "saved", 0)
     assert [value.item() for value in progress.stats.values()] == [0, 1, 2, 3, 4, 5, 6, 0, 0]
     assert progress.experience.score_clipped.isnan().all()
     torch.testing.assert_close(trainer.learn(progress)["ratio"], 2.0 + TOKENS, atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("minibatches", [1, 3])
-def test_a_cursor_is_the_number_of_optimizer_steps_made(minibatches: int) -> None:
-    """Checkpoints store that number."""
-    cursor, order = Cursor(), []
-    for steps in range(4 * minibatches):
-        assert cursor.steps(minibatches) == steps
-        assert Cursor.after(steps, minibatches) == cursor
-        order.append((cursor.epoch, cursor.minibatch, cursor.network.name))
-        cursor = cursor.next(minibatches)
-    assert order == sorted(order)
-    assert cursor == Cursor(epoch=2)
 
 
 @pytest.mark.parametrize("minibatches", [1, 3])

@@ -13,18 +13,19 @@ from pydantic import Field, model_validator
 from hpc_rlhf.spec.fields import Model, add_fields
 from hpc_rlhf.spec.stages.dpo import DPO, DpoSpec
 from hpc_rlhf.spec.stages.eval import EVAL, EvalSpec
+from hpc_rlhf.spec.stages.grpo import GRPO, GrpoSpec
 from hpc_rlhf.spec.stages.kind import Data, Plot, StageKind
 from hpc_rlhf.spec.stages.ppo import PPO, CriticSpec, PpoSpec
 from hpc_rlhf.spec.stages.reward import REWARD, RewardSpec
 from hpc_rlhf.spec.stages.sft import SFT, SftSpec
 
 __all__ = [
-    "BASE", "EVALUATION", "POLICIES", "PPO", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data", "DpoSpec",
-    "EvalSpec", "Plot", "PpoSpec", "RewardSpec", "SftSpec", "StageKind", "StagesSpec", "kind_of",
+    "BASE", "EVALUATION", "GRPO", "POLICIES", "PPO", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data", "DpoSpec",
+    "EvalSpec", "GrpoSpec", "Plot", "PpoSpec", "RewardSpec", "SftSpec", "StageKind", "StagesSpec", "kind_of",
 ]  # fmt: skip
 
 # Each stage after its inputs; the first that makes a policy is BASE.
-STAGE_KINDS: tuple[StageKind, ...] = (SFT, REWARD, PPO, DPO, EVAL)
+STAGE_KINDS: tuple[StageKind, ...] = (SFT, REWARD, PPO, GRPO, DPO, EVAL)
 STAGE_NAMES = tuple(kind.name for kind in STAGE_KINDS)
 _BY_NAME = {kind.name: kind for kind in STAGE_KINDS}
 
@@ -46,7 +47,8 @@ def kind_of(stage: str | type) -> StageKind:
 
 @add_fields({kind.name: (kind.spec | None, Field(default=None, description=kind.description)) for kind in STAGE_KINDS})
 class StagesSpec(Model):
-    """The stages to run. PPO and DPO start from the SFT model, if there is one; PPO needs a reward model."""
+    """The stages to run. PPO, GRPO and DPO start from the SFT model, if there is one. PPO needs a reward model or other
+    rewards, GRPO rewards."""
 
     if TYPE_CHECKING:
 

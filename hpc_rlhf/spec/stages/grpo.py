@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.fields import NonNegative, Positive, Rate
+from hpc_rlhf.spec.stages.kind import GRADIENT, LEARNING_RATE, SENT, THROUGHPUT, Data, Plot, StageKind
 from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.training import StageSpec
 
@@ -27,7 +28,8 @@ class GrpoSpec(PolicySpec):
     reinforce++: the rewards of all tokens to come, normalized over the batch (arXiv 2501.03262)."""
     num_iterations: Positive = Field(default=1, description="Passes over the experience of each rollout.")
     kl_coef: NonNegative = 0.0
-    """Weight of the KL penalty against the reference model. 0 needs no reference model."""
+    """Weight of the KL penalty against the reference: the model before training. 0 needs no reference model, nor does
+    lora.only, where the reference is the model with its adapters disabled."""
     kl_in: Literal["loss", "reward"] = "loss"
     """loss: the k3 estimator is added to the loss, as in GRPO. reward: the k1 estimator is subtracted from the reward,
     as in PPO, RLOO and REINFORCE++."""
@@ -47,8 +49,15 @@ class GrpoSpec(PolicySpec):
     """Tokens over which the penalty of long responses grows; by default a fifth of max_answer_tokens."""
 
     @property
+    def mean_over(self) -> Literal["tokens", "responses"]:
+        """What the loss is a mean over, after the weights of ``loss_normalization``."""
+        return "tokens" if self.loss_normalization == "token" else "responses"
+
+    @property
     def strategies(self) -> dict[str, StageSpec]:
-        return {"": self, **({"ref": self.of_frozen} if self.kl_coef else {})}
+        own_ref = self.kl_coef > 0 and not (self.lora is not None and self.lora.only)
+        used = {"ref": own_ref, "reward": self.rewarded_by_models}
+        return {"": self, **{role: self.of_frozen for role, is_used in used.items() if is_used}}
 
     @model_validator(mode="after")
     def _check_rewards(self) -> GrpoSpec:
@@ -59,3 +68,44 @@ class GrpoSpec(PolicySpec):
         if self.kl_in == "reward" and self.kl_coef and self.truncates:
             raise ValueError("kl_in: reward needs top_p: 1 and top_k: 0, with which there is an estimate of the KL")
         return self
+
+
+GRPO = StageKind(
+    name="grpo",
+    title="GRPO",
+    spec=GrpoSpec,
+    description="GRPO, RLOO and their relatives: learn from rewards, such as those that check an answer, without a "
+    "critic.",
+    summary="GRPO: the actor responds several times to each prompt, rewards score the responses, the actor learns.",
+    inputs=("sft", "reward"),
+    requires=("reward",),
+    data=Data.PROMPTS,
+    sources=("ptx",),
+    models=("actor", "reward"),
+    average="grpo_ema",
+    progress=("reward", "frac_reward_zero_std"),
+    ranking=("reward",),
+    held_out=("reward",),
+    scores=frozenset({"reward"}),
+    result="reward {reward_first} → {reward_last} (first std {reward_first_std})",
+    plots=(
+        Plot("reward", "score per response", {"reward": "mean"}, held_out="reward"),
+        Plot("standard deviation of rewards", "reward", {"reward_std": "standard deviation"}),
+        Plot("prompts without a difference", "fraction", {"frac_reward_zero_std": "all rewards equal"}),
+        Plot("KL from the start", "nats per response", {"kl": "KL"}, held_out="kl"),
+        Plot("entropy", "nats per token", {"entropy": "entropy"}),
+        Plot("response length", "tokens", {"answer_tokens": "mean"}, held_out="answer_tokens"),
+        Plot("responses with an end of sequence", "fraction", {"eos_rate": "fraction"}, held_out="eos_rate"),
+        Plot("responses that take no part", "fraction", {"masked": "fraction"}),
+        Plot("failed rewards", "responses", {"rewards_failed": "failed"}),
+        Plot("clip fraction", "fraction of tokens", {"clipfrac": "clipped"}),
+        Plot("KL within a step", "nats per token", {"approx_kl": "KL from the sampling policy"}),
+        Plot("loss", "per token or response", {"loss": "loss"}),
+        Plot("pretraining loss", "nats per token", {"ptx_loss": "mixture"}),
+        GRADIENT,
+        Plot("skipped optimizer steps", "per step", {"skipped": "skipped"}),
+        LEARNING_RATE,
+        THROUGHPUT,
+        SENT,
+    ),
+)

@@ -40,3 +40,13 @@ class PolicySpec(ReferredSpec):
     def truncates(self) -> bool:
         """Whether responses are drawn from less than the whole distribution."""
         return self.top_p < 1 or self.top_k > 0
+
+    @property
+    def rewarded_by_models(self) -> bool:
+        """Whether reward models score the responses."""
+        return self.rewards is None or any(item.kind == "model" for item in self.rewards)
+
+    @property
+    def unneeded(self) -> frozenset[str]:
+        judged = self.rewards is None or any(item.model == "reward" for item in self.rewards)
+        return frozenset() if judged else frozenset({"reward"})

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate, TopK, TopP
-from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate
 from hpc_rlhf.spec.stages.kind import SENT, THROUGHPUT, Data, Plot, StageKind
-from hpc_rlhf.spec.training import LoraSpec, ReferredSpec, StageSpec, Warmup
+from hpc_rlhf.spec.stages.policy import PolicySpec
+from hpc_rlhf.spec.training import LoraSpec, StageSpec
 
 
 class CriticSpec(Model):
@@ -27,23 +27,15 @@ class CriticSpec(Model):
     """Train low-rank adapters of the critic. By default all its weights are trained, even if the actor has adapters."""
 
 
-class PpoSpec(ReferredSpec):
-    """Proximal policy optimization (arXiv 1707.06347) of the actor against the reward model.
+class PpoSpec(PolicySpec):
+    """Proximal policy optimization (arXiv 1707.06347) of the actor against a reward model, or other rewards.
 
     A step is a rollout of global_batch x minibatches prompts and the optimizer steps on it.
     """
 
-    warmup: Warmup = 0.1
-    """Steps over which the learning rates rise from 0: a fraction of all optimizer steps, or from 1 on their number. It
-    ends with the stage at the latest. DeepSpeed-Chat's 100 steps are a tenth of its run of 1.3B on one node."""
     actor_lr: Rate = Field(default=9.65e-6, description="Peak learning rate of the actor.")
     critic_lr: Rate = Field(default=5.0e-6, description="Peak learning rate of the critic.")
     ppo_epochs: Positive = Field(default=1, description="Passes over the experience of each rollout.")
-    minibatches: Positive = Field(default=1, description="Optimizer steps per pass over the experience.")
-    temperature: Rate = 1.0
-    """Sampling temperature. Log-probabilities are computed at the same temperature."""
-    top_p: TopP = 1.0
-    top_k: TopK = 0
     kl_coef: NonNegative = 0.1
     """Weight of the KL penalty against the reference model in the reward."""
     kl_target: Rate | None = None
@@ -63,21 +55,11 @@ class PpoSpec(ReferredSpec):
     whiten_rewards: bool = False
     """Scale the per-token rewards of a rollout to variance 1 over all ranks, keeping their mean, as the code of arXiv
     1909.08593 does. This also rescales the KL penalty, so leave it off unless a recipe was tuned with it."""
-    stop_kl: Rate | None = None
-    """Skip the remaining optimizer steps of a rollout once the actor's KL from the policy that sampled exceeds this, in
-    nats per token; about 0.02 if several ppo_epochs make the actor drift."""
-    cliprange: Rate = Field(default=0.2, description="Clip range of the actor's probability ratio.")
     cliprange_value: Rate = Field(default=0.2, description="Clip range of the critic's values.")
     gamma: Fraction = Field(default=1.0, description="Discount factor.")
     lam: Fraction = Field(default=0.95, description="Lambda of generalized advantage estimation (arXiv 1506.02438).")
     whiten_advantages: bool = True
     """Normalize the advantages of a rollout to mean 0 and variance 1 over all ranks."""
-    ema: bool = False
-    """Keep an exponential moving average of the actor and export it as a second model."""
-    ema_beta: Fraction = Field(default=0.992, description="Decay of the moving average per optimizer step.")
-    ptx: SourceSpec | None = None
-    """Pretraining text to mix into the actor's optimizer steps (InstructGPT's PPO-ptx), or null."""
-    ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
     critic: CriticSpec = Field(default=CriticSpec(), description="Settings of the critic that differ from the actor's.")
 
     before: ClassVar[dict[str, object]] = {"warmup": 100}
@@ -105,12 +87,8 @@ class PpoSpec(ReferredSpec):
     @property
     def strategies(self) -> dict[str, StageSpec]:
         critic = self.of_critic
-        return {"": self, "critic": critic, "ref": self.of_frozen, "reward": critic.of_frozen}
-
-    @property
-    def truncates(self) -> bool:
-        """Whether responses are drawn from less than the whole distribution."""
-        return self.top_p < 1 or self.top_k > 0
+        judge = {"reward": critic.of_frozen} if self.rewarded_by_models else {}
+        return {"": self, "critic": critic, "ref": self.of_frozen, **judge}
 
     @model_validator(mode="after")
     def _check_kl_target(self) -> PpoSpec:

@@ -60,6 +60,12 @@ def _by_group(scores: Tensor, groups: Tensor, advantages: Callable[[Tensor], Ten
     return result
 
 
+def varied(scores: Tensor, groups: Tensor) -> Tensor:
+    """Whether a group has different scores; one without has no gradient: (groups,), bool, in order of their numbers."""
+    spread = [scores[(groups == group) & ~scores.isnan()] for group in groups.unique()]
+    return torch.tensor([len(own) > 1 and bool(own.min() < own.max()) for own in spread])
+
+
 def returns_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
     """The sum of the rewards from each token on: the return of REINFORCE++ (arXiv 2501.03262).
 

@@ -185,7 +185,10 @@ def _stored(target: Path, write: Callable[[], dict[str, Any]], world: World, whe
 def _facts(spec: JobSpec) -> dict[str, Any]:
     """What tokens depend on in any stage. What earlier versions did is left out, so that their tokens are found."""
     as_before = {field for field, value in spec.data.before.items() if getattr(spec.data, field) == value}
-    return {"data": spec.data.model_dump(mode="json", exclude={"max_dropped", *as_before}), "seed": spec.seed}
+    facts = spec.data.model_dump(mode="json", exclude={"max_dropped", *as_before})
+    if "grpo" not in spec.trained:  # earlier versions had no such stage
+        del facts["split"]["grpo"]
+    return {"data": facts, "seed": spec.seed}
 
 
 def ends_turns(spec: JobSpec, stage: str | None) -> bool:

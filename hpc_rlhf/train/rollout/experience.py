@@ -1,4 +1,4 @@
-"""Experience: a rollout with everything that PPO learns from."""
+"""Experience: a rollout with everything that PPO or GRPO learns from."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class TokenStats:
     """The models' outputs for response tokens: (batch, response), float32, 0 after a response's end.
 
     Attributes:
-        mask: (batch, response), bool; True on real response tokens, EOS included.
-        log_probs, ref_log_probs: of the sampled tokens, under the actor that sampled them and under the reference.
-        values: the critic's value of the state before each token.
+        mask: (batch, response), bool; True on the real tokens, EOS included, of responses that take part in training.
+        log_probs, ref_log_probs: of the sampled tokens, under the actor that sampled them and under the reference;
+            without a reference, both are the actor's.
+        values: the critic's value of the state before each token; 0 without a critic.
         entropies: of the distributions that the tokens were drawn from, in nats.
     """
 
@@ -38,22 +39,44 @@ class TokenStats:
 
 
 @dataclass(frozen=True)
-class Experience(TokenStats):
-    """A rollout as PPO learns from it.
+class Evaluated(TokenStats):
+    """A rollout that an actor learns from.
 
     Attributes:
         scores: (batch,), float32, the reward source's; NaN where it gave none.
-        score_clipped: (batch,), float32; 1 where ``score_clip`` changed the score, 0 where not, NaN without a score.
-        value_scale: (2,), float32; ``values`` are the critic's outputs minus the first, divided by the second.
-        advantages, returns: (batch, response), float32, 0 after a response's end.
+        advantages: (batch, response), float32, 0 outside the mask.
     """
 
     rollout: Rollout
     scores: Tensor
+    advantages: Tensor
+
+
+@dataclass(frozen=True)
+class Experience(Evaluated):
+    """A rollout as PPO learns from it.
+
+    Attributes:
+        score_clipped: (batch,), float32; 1 where ``score_clip`` changed the score, 0 where not, NaN without a score.
+        value_scale: (2,), float32; ``values`` are the critic's outputs minus the first, divided by the second.
+        returns: (batch, response), float32, 0 outside the mask.
+    """
+
     score_clipped: Tensor
     value_scale: Tensor
-    advantages: Tensor
     returns: Tensor
+
+
+@dataclass(frozen=True)
+class GroupExperience(Evaluated):
+    """A rollout as GRPO learns from it; ``advantages`` are multiplied by the weights.
+
+    Attributes:
+        weights: (batch,), float32: what ``loss_normalization`` multiplies a response's loss with; 0 if it does not take
+            part.
+    """
+
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,7 +115,7 @@ class RewardShaping:
 
 @torch.no_grad()
 def evaluate_tokens(
-    rollout: Rollout, plan: list[list[int]], actor: Any, critic: Any, ref: Any, temperature: float,
+    rollout: Rollout, plan: list[list[int]], actor: Any, critic: Any | None, ref: Any | None, temperature: float,
     device: torch.device,
 ) -> TokenStats:  # fmt: skip
     """One forward pass per model and micro-batch; the actor's comes last. The models are in eval mode.
@@ -104,10 +127,16 @@ def evaluate_tokens(
     columns: dict[int, Tensor] = {}
     for rows in plan:
         batch, response = rollout.batch(rows or [0], device)
-        ref_log_probs, _ = ref(batch.ids, batch.lengths, response, temperature)
-        values = critic(batch.ids, batch.lengths)[response - 1].float()
+        ref_log_probs = None if ref is None else ref(batch.ids, batch.lengths, response, temperature)[0]
+        values = None if critic is None else critic(batch.ids, batch.lengths)[response - 1].float()
         log_probs, entropies = actor(batch.ids, batch.lengths, response, temperature, True)
-        stacked = torch.stack([log_probs, ref_log_probs, values, entropies], dim=1)
+        outputs = (
+            log_probs,
+            log_probs if ref_log_probs is None else ref_log_probs,
+            torch.zeros_like(log_probs) if values is None else values,
+            entropies,
+        )
+        stacked = torch.stack(outputs, dim=1)
         sizes = [rollout.response_lengths[row] for row in rows or [0]]
         columns.update(zip(rows or [0], stacked.split(sizes), strict=True))
     ordered = [columns[row] for row in range(len(rollout))]

@@ -7,10 +7,11 @@ from typing import Any
 
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.data.further import columns_of
 from hpc_rlhf.train.metrics import keep_until
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, RolloutBackend, Sampling
-from hpc_rlhf.train.rollout.experience import Experience
+from hpc_rlhf.train.rollout.experience import Evaluated
 
 # Responses to keep of each rollout.
 PER_ROLLOUT = 2
@@ -34,7 +35,7 @@ class SampleLog:
         text: str = self.context.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def append_rollout(self, step: int, experience: Experience) -> None:
+    def append_rollout(self, step: int, experience: Evaluated) -> None:
         """Keep a few responses of a step's rollout."""
         rollout, records = experience.rollout, []
         for row in range(min(PER_ROLLOUT, len(rollout))):
@@ -59,7 +60,7 @@ class SampleLog:
             rollout = backend.generate(request)
         answers: list[dict[str, Any]] = [{"answer": self.text(response)} for response in rollout.responses]
         if rewards is not None:
-            scores = rewards.score(rollout.prompts, rollout.responses, {})
+            scores = rewards.score(rollout.prompts, rollout.responses, columns_of(rows))
             for answer, score in zip(answers, scores, strict=True):
                 answer["reward"] = None if score is None else round(score, 4)
         return answers

@@ -144,8 +144,8 @@ def fake(advantages: list[list[float]], lengths: list[int]) -> Experience:
     mask = torch.arange(tensor.shape[1]).unsqueeze(0) < torch.tensor(lengths).unsqueeze(1)
     zeros = torch.zeros_like(tensor)
     return Experience(
-        mask, zeros, zeros, zeros, zeros, Rollout.of([], []), zeros[:, 0], zeros[:, 0], torch.tensor([0.0, 1.0]),
-        tensor, zeros,
+        mask, zeros, zeros, zeros, zeros, Rollout.of([], []), zeros[:, 0], tensor, zeros[:, 0],
+        torch.tensor([0.0, 1.0]), zeros,
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
     def sampled_rows(all_rows: Any) -> list[dict[str, Any]]:
         return [all_rows[place] for place in evaluated_rows(len(all_rows), spec.seed)]
 
-    source = rows("ppo", "dpo", "sft", "reward")
+    source = rows("ppo", "grpo", "dpo", "sft", "reward")
     by_prompt: dict[str, dict[str, Any]] = {}
     for place in range(len(source)):
         row = source[sample_at(place, len(source), spec.seed, "eval")]

@@ -58,11 +58,11 @@ class Evaluation:
         self.results = Results()
 
     def _sources(self) -> dict[str, str]:
-        run, ppo = self.context.run, self.context.spec.stages.ppo
-        tuned = [name for name in ("ppo", "dpo") if name in self.trained]
+        run = self.context.run
+        tuned = [name for name in ("ppo", "grpo", "dpo") if name in self.trained]
         sources: dict[str, str] = {name: str(run.stage(name).model) for name in tuned}
-        if ppo is not None and ppo.ema:
-            sources["ema"] = str(run.stage("ppo").ema_model)
+        averages = {model: stage for model, stage in self.context.spec.policies.items() if model != stage}
+        sources |= {model: str(run.stage(stage).ema_model) for model, stage in averages.items()}
         if sources or "sft" in self.trained:
             sources["start"] = self.context.start_model(self.context.spec.models.actor)
         if "sft" in self.trained:

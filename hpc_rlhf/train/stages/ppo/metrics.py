@@ -7,6 +7,7 @@ from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.rollout.experience import Experience, gather_moments
 from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.stages.policy.metrics import learned, mixed
 
 # Sums over the response tokens of all optimizer steps on an experience; ``tokens`` counts them. The last two are
 # of the pretraining mixture's tokens. Checkpoints keep the sums in this order.
@@ -47,6 +48,7 @@ def summarize(
     local = {
         "responses": float(len(scores)),
         "tokens": float(returns.numel()),
+        "all_tokens": float(sum(experience.rollout.response_lengths)),
         "kl": ppo.k3_kl(experience.log_probs, experience.ref_log_probs, mask).sum().item(),
         "entropy": experience.entropies[mask].sum().item(),
         "score_clipped": clipped[known].sum().item(),
@@ -54,29 +56,25 @@ def summarize(
         "ended": experience.rollout.ended(eos_id, mask.device).sum().item(),
     }
     total = world.sums({**local, **{f"learned_{name}": stats[name] for name in STATS}})
-    responses, tokens, learned = total["responses"], total["tokens"], total["learned_tokens"]
-    values: dict[str, float | None] = {
+    responses, tokens = total["responses"], total["tokens"] or 1.0
+    learned_tokens = total["learned_tokens"] or 1.0
+    actor_loss = total["learned_actor_loss"] / learned_tokens
+    return {
         "reward": scored.mean,
         "reward_std": scored.std,
         "score_clipfrac": total["score_clipped"] / total["score_known"] if total["score_known"] else None,
         "kl": None if spec.truncates else total["kl"] / responses,
         "entropy": total["entropy"] / tokens,
-        "ratio": total["learned_ratio"] / learned,
-        "approx_kl": total["learned_approx_kl"] / learned,
-        "clipfrac": total["learned_clipped"] / learned,
-        "value_clipfrac": total["learned_value_clipped"] / learned,
-        "passes": learned / tokens,
+        **learned(total),
+        "value_clipfrac": total["learned_value_clipped"] / learned_tokens,
+        "passes": learned_tokens / tokens,
         "eos_rate": total["ended"] / responses,
-        "answer_tokens": tokens / responses,
-        "actor_loss": total["learned_actor_loss"] / learned,
-        "critic_loss": total["learned_critic_loss"] / learned,
+        "answer_tokens": total["all_tokens"] / responses,
+        "actor_loss": actor_loss,
+        "critic_loss": total["learned_critic_loss"] / learned_tokens,
         "actor_grad_norm": stats["actor_grad_norm"],
         "critic_grad_norm": stats["critic_grad_norm"],
         "explained_variance": 1 - errors.variance / outcomes.variance if outcomes.variance > 0 else 0.0,
         "skipped": stats["skipped"],
+        **mixed(total, actor_loss, spec),
     }
-    if total["learned_ptx_tokens"]:
-        ptx_loss = total["learned_ptx_loss"] / total["learned_ptx_tokens"]
-        weighted, surrogate = spec.ptx_coef * ptx_loss, abs(total["learned_actor_loss"] / learned)
-        values |= {"ptx_loss": ptx_loss, "ptx_share": weighted / (weighted + surrogate) if weighted else 0.0}
-    return values

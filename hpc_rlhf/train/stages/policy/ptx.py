@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from hpc_rlhf.spec.stages import PpoSpec
+from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.tokenized import prepare_mixture, token_lengths
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.stages.learner import RESPONSES, micro_batches, step_indices
-from hpc_rlhf.train.stages.ppo.trainer import Mixture
+from hpc_rlhf.train.stages.policy.trainer import Mixture
 
 
-def pretraining_mixture(context: StageContext, spec: PpoSpec) -> Mixture:
-    """Losses of pretraining text: as many samples per optimizer step as PPO itself has. Collective.
+def pretraining_mixture(context: StageContext, spec: PolicySpec) -> Mixture:
+    """Losses of pretraining text: as many samples per optimizer step as the stage itself has. Collective.
 
     The position in the text follows from the engine's own count of optimizer steps, so a resumed run
     continues with the same text.

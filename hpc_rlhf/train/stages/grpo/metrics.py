@@ -1,0 +1,55 @@
+"""The metrics of a GRPO step."""
+
+from __future__ import annotations
+
+from hpc_rlhf.spec.stages import GrpoSpec
+from hpc_rlhf.train.algorithms import ppo
+from hpc_rlhf.train.rollout.experience import GroupExperience
+from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.stages.policy.metrics import learned, mixed
+from hpc_rlhf.train.stages.policy.trainer import ACTOR_STATS
+
+
+def summarize(
+    experience: GroupExperience, stats: dict[str, float], spec: GrpoSpec, eos_id: int, world: World
+) -> dict[str, float | None]:
+    """A step's metrics, over all ranks. Collective.
+
+    Args:
+        experience: this rank's.
+        stats: this rank's ``Progress.sums``.
+
+    Returns:
+        kl (k3, nats per response), None without a reference, or if top_p or top_k
+        truncate the distribution; entropy (nats per token) of the whole distribution; the loss, and the metrics of
+        ``learned`` and ``mixed``; passes over the experience; eos_rate, the share of responses that end with EOS;
+        answer_tokens, their mean length; masked, the share of responses that take no part in training; grad_norm, the
+        mean over the optimizer steps before clipping; skipped, optimizer steps that DeepSpeed skipped because a
+        gradient was not finite. ``kl`` and ``entropy`` are of responses that take part.
+    """
+    mask, takes_part = experience.mask, experience.weights > 0
+    local = {
+        "responses": float(len(takes_part)),
+        "taking_part": float(takes_part.sum()),
+        "tokens": float(sum(experience.rollout.response_lengths)),
+        "own_tokens": float(mask.sum()),
+        "kl": ppo.k3_kl(experience.log_probs, experience.ref_log_probs, mask).sum().item(),
+        "entropy": experience.entropies[mask].sum().item(),
+        "ended": experience.rollout.ended(eos_id, mask.device).sum().item(),
+    }
+    total = world.sums({**local, **{f"learned_{name}": stats[name] for name in ACTOR_STATS}})
+    responses, tokens = total["responses"], total["own_tokens"] or 1.0
+    loss = total["learned_actor_loss"] / (total[f"learned_{spec.mean_over}"] or 1.0)
+    return {
+        "kl": total["kl"] / (total["taking_part"] or 1.0) if spec.kl_coef and not spec.truncates else None,
+        "entropy": total["entropy"] / tokens,
+        **learned(total),
+        "loss": loss,
+        "passes": total["learned_tokens"] / tokens,
+        "eos_rate": total["ended"] / responses,
+        "answer_tokens": total["tokens"] / responses,
+        "masked": 1 - total["taking_part"] / responses,
+        "grad_norm": stats["actor_grad_norm"],
+        "skipped": stats["skipped"],
+        **mixed(total, loss, spec),
+    }

@@ -1,0 +1,140 @@
+"""Groups of responses to the prompts of a step, with their scores.
+
+Prompts are taken from an endless stream, in its order. Every place in a step's minibatches has a number over all ranks,
+and each rank fills its own places, so that the minibatches are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hpc_rlhf.spec.stages import GrpoSpec
+from hpc_rlhf.train.algorithms.group_advantages import varied
+from hpc_rlhf.train.algorithms.moments import Moments
+from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.data.arrow import Rows
+from hpc_rlhf.train.data.further import columns_of
+from hpc_rlhf.train.data.sampler import sample_at
+from hpc_rlhf.train.rewards.blend import Scores
+from hpc_rlhf.train.rollout.backend import Rollout
+from hpc_rlhf.train.rollout.experience import gather_moments
+from hpc_rlhf.train.stages.grpo.trainer import GrpoTrainer
+from hpc_rlhf.train.stages.policy.rewards import score_metrics
+from hpc_rlhf.train.stages.policy.trainer import as_tensor
+
+
+@dataclass
+class Group:
+    """The responses to a prompt.
+
+    Attributes:
+        varied: whether their scores differ.
+    """
+
+    prompt: list[int]
+    responses: list[list[int]]
+    scores: list[float | None]
+    failed: list[bool]
+    varied: bool
+
+
+@dataclass
+class Sampler:
+    """Fills a step's places with groups."""
+
+    context: StageContext
+    spec: GrpoSpec
+    trainer: GrpoTrainer
+    rows: Rows
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+    def sample(self) -> tuple[Rollout, Scores]:
+        """The groups of this rank's places. Collective.
+
+        With dynamic sampling, the next prompts of the stream take the places of those whose scores do not differ, in
+        the order of the places; what is replaced depends on scores alone, never on who is ready first.
+
+        Raises:
+            RolloutCancelled: this rank must stop.
+        """
+        places = self.places()
+        groups = self._fill({place: self.trainer.position + place for place in places}, first=True)
+        world, count = self.context.world, self.prompts
+        self.trainer.position += count
+        resampled = 0
+        for _ in range(self.spec.dynamic_sampling or 0):
+            flat = [place for place in places if not groups[place].varied]
+            holes = sorted(place for own in world.gather_data(flat) for place in own)
+            if not holes:
+                break
+            position = {place: self.trainer.position + number for number, place in enumerate(holes)}
+            new = self._fill({place: position[place] for place in flat})
+            groups |= {place: group for place, group in new.items() if group.varied}
+            self.trainer.position += len(holes)
+            resampled += len(holes)
+        if self.spec.dynamic_sampling:
+            self.metrics["resampled"] = float(resampled)
+        return joined([groups[place] for place in places])
+
+    @property
+    def prompts(self) -> int:
+        """Prompts of a step, over all ranks."""
+        return self.context.batch.global_ * self.spec.minibatches // self.spec.group_size
+
+    def places(self) -> list[int]:
+        """The numbers of this rank's places, in the order of its minibatches."""
+        world, size = self.context.world, self.context.batch.global_
+        whole = size // world.dims.data % self.spec.group_size == 0  # otherwise a group is in several minibatches
+        blocks = self.spec.minibatches if whole else 1
+        block = self.prompts // blocks
+        own = block // world.dims.data
+        return [number * block + world.data_rank * own + i for number in range(blocks) for i in range(own)]
+
+    def _fill(self, positions: dict[int, int], first: bool = False) -> dict[int, Group]:
+        """A group for each place, given its prompt's position in the stream. Collective."""
+        seed, size, trainer = self.context.spec.seed, self.spec.group_size, self.trainer
+        # A rank without a prompt answers one that does not count: the forward passes may be collective.
+        asked = list(positions.values()) or [trainer.position]
+        rows = [self.rows[sample_at(position, len(self.rows), seed, "grpo")] for position in asked for _ in range(size)]
+        keys: list[tuple[object, ...]] = [(seed, "rollout", position, i) for position in asked for i in range(size)]
+        with self.context.stop.cancellable():
+            rollout = trainer.roll_out([row["prompt_ids"] for row in rows], keys, self.context.stop.should_stop)
+        if not positions:
+            rollout, rows = Rollout.of([], [], self.context.world.device), []
+        scored = trainer.score(rollout, columns_of(rows))
+        if first:
+            self.metrics = self._measure(rollout, scored)
+        groups = []
+        for number, differs in enumerate(self._varied(rollout, scored)):
+            own = slice(number * size, (number + 1) * size)
+            prompt, responses = rollout.prompts[own][0], rollout.responses[own]
+            groups.append(Group(prompt, responses, scored.total[own], scored.failed[own], differs))
+        return dict(zip(positions, groups, strict=True))
+
+    def _varied(self, rollout: Rollout, scored: Scores) -> list[bool]:
+        scores = as_tensor(scored.total, self.context.world.device)
+        result: list[bool] = varied(scores, self.trainer.groups(rollout)).tolist()
+        return result
+
+    def _measure(self, rollout: Rollout, scored: Scores) -> dict[str, float | None]:
+        """Metrics of the responses to the prompts that were sampled first, before others took the place of some: only
+        these are a fair sample of what the actor can do. Collective."""
+        world = self.context.world
+        known = as_tensor([score for score in scored.total if score is not None], world.device)
+        moments = Moments.merge(gather_moments(world, Moments.of(known)))
+        flat = self._varied(rollout, scored).count(False)
+        total = world.sums({"flat": float(flat)})
+        return {
+            "reward": moments.mean if moments.count else None,
+            "reward_std": moments.std if moments.count else None,
+            "frac_reward_zero_std": total["flat"] / self.prompts,
+            **score_metrics(scored, world),
+        }
+
+
+def joined(groups: list[Group]) -> tuple[Rollout, Scores]:
+    """Groups as one rollout."""
+    prompts = [group.prompt for group in groups for _ in group.responses]
+    rollout = Rollout.of(prompts, [response for group in groups for response in group.responses])
+    total = [score for group in groups for score in group.scores]
+    return rollout, Scores(total, {}, [failed for group in groups for failed in group.failed])

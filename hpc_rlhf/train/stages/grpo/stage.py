@@ -1,0 +1,56 @@
+"""GRPO: the actor learns from how its responses to a prompt compare with each other, without a critic.
+
+Group relative policy optimization (arXiv 2402.03300), with what DAPO (arXiv 2503.14476), Dr. GRPO (arXiv 2503.20783),
+RLOO (arXiv 2402.14740) and REINFORCE++ (arXiv 2501.03262) change of it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from hpc_rlhf.spec.stages import GrpoSpec
+from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.data.sampler import total_steps
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.rollout.experience import GroupExperience
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
+from hpc_rlhf.train.stages.grpo.metrics import summarize
+from hpc_rlhf.train.stages.grpo.models import GrpoModels
+from hpc_rlhf.train.stages.grpo.sampling import Sampler
+from hpc_rlhf.train.stages.grpo.trainer import GrpoTrainer
+from hpc_rlhf.train.stages.policy import stage as policy
+from hpc_rlhf.train.stages.policy.models import model_sources
+from hpc_rlhf.train.stages.policy.rewards import stage_rewards
+from hpc_rlhf.train.stages.policy.trainer import Sizes
+
+
+def run(context: StageContext) -> None:
+    spec, world = context.stage_spec, context.world
+    assert isinstance(spec, GrpoSpec)
+
+    # 1. Data, models, and what generates and scores responses.
+    data = context.data()
+    prompts = context.batch.global_ * spec.minibatches // spec.group_size
+    total = total_steps(len(data.train), spec.epochs, prompts, spec.max_steps)
+    start = model_sources(context, spec, total * spec.num_iterations * spec.minibatches)
+    models = GrpoModels(spec, start, context.tokenizer, world)
+    trainer = GrpoTrainer(
+        spec, models,
+        backend=RolloutEngine(models.policy, world),
+        rewards=stage_rewards(context, spec, models.reward),
+        eos_id=context.tokenizer.eos_token_id,
+        sizes=Sizes.of(context),
+        world=world,
+        check=context.stop.check,
+    )  # fmt: skip
+    sampler = Sampler(context, spec, trainer, data.train)
+
+    # 2. The experience of a step: groups of responses, their scores, and each response's advantage.
+    def experience_of(step: int) -> tuple[GroupExperience, policy.Metrics]:
+        lr = engines.learning_rate(models.actor)
+        rollout, scored = sampler.sample()
+        return trainer.evaluate_scored(rollout, scored), {**sampler.metrics, "lr": lr}
+
+    # 3. Learning from it.
+    measure = partial(summarize, spec=spec, eos_id=trainer.eos_id, world=world)
+    policy.train(context, trainer, data, total, experience_of, measure)

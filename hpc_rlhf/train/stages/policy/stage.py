@@ -1,0 +1,140 @@
+"""The steps that the stages of PPO and GRPO share, around how each makes an experience."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from hpc_rlhf.train.checkpoint.snapshot import Snapshot
+from hpc_rlhf.train.checkpoint.store import Checkpoint, Take
+from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.data.tokenized import StageData
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.rewards.blend import Blend
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
+from hpc_rlhf.train.stages.common import commit, new_artifact, write_model
+from hpc_rlhf.train.stages.held_out import HeldOut
+from hpc_rlhf.train.stages.learner import evaluated_rows
+from hpc_rlhf.train.stages.policy.held_out import evaluate
+from hpc_rlhf.train.stages.policy.progress import E, Progress
+from hpc_rlhf.train.stages.policy.ptx import pretraining_mixture
+from hpc_rlhf.train.stages.policy.trainer import PolicyTrainer
+from hpc_rlhf.train.stages.sample_log import HELD_OUT_PROMPTS, SampleLog
+
+Metrics = dict[str, float | None]
+# Entries of a checkpoint's state that are no metrics of the finished stage.
+_INTERNAL = ("seconds", "trainer", "start_answers")
+
+
+def train(
+    context: StageContext, trainer: PolicyTrainer[E], data: StageData, total: int,
+    experience_of: Callable[[int], tuple[E, Metrics]], summarize: Callable[[E, dict[str, float]], Metrics],
+) -> None:  # fmt: skip
+    """Train, evaluate and export the actor.
+
+    Args:
+        total: steps of the stage.
+        experience_of: makes the experience of a step, and metrics that are known before anything is learned from it. A
+            stop may discard it; the next attempt repeats it. Collective.
+        summarize: the metrics of a step, from its experience and ``Progress.sums``. Collective.
+    """
+    spec, world, models = trainer.spec, context.world, trainer.models
+    mixture = pretraining_mixture(context, spec) if spec.ptx is not None else None
+    measure = partial(evaluate, context, trainer, data.held_out)
+    held_out = HeldOut(context, models.policy, total, len(data.held_out), measure, models.ema)
+
+    def load(checkpoint: Checkpoint) -> None:
+        models.load(checkpoint)
+        held_out.load(checkpoint.folder)
+
+    def save(snapshot: Snapshot) -> None:
+        models.save(snapshot)
+        held_out.save(snapshot)
+
+    # 1. Resume, perhaps between the optimizer steps on an experience.
+    checkpoint = context.resume(load)
+    first = checkpoint.step if checkpoint else 0
+    state: dict[str, Any] = dict(checkpoint.state) if checkpoint else {"trainer": trainer.state}
+    trainer.state = state["trainer"]
+    progress: Progress[E] | None = None
+    if checkpoint and checkpoint.part:
+        progress = trainer.saved_progress(checkpoint.folder, checkpoint.part - 1)
+    samples = SampleLog(context, checkpoint)
+    rows = [data.held_out[i] for i in evaluated_rows(len(data.held_out), context.spec.seed, HELD_OUT_PROMPTS)]
+    if checkpoint is None:
+        with models.at_start() as start:
+            if start is None and rows:  # these are the last ones of the model before training
+                trainer.backend.sync_weights(models.policy)
+                state["start_answers"] = samples.answers(trainer.backend, rows, trainer.rewards)
+        if held_out.every:
+            held_out.evaluate(0)
+
+    for step in range(first, total):
+        if progress is None:
+            # 2. A safe point, then responses to the step's prompts, their scores, and each token's advantage. A stop
+            # here or below discards the rollout; the next attempt repeats it.
+            context.checkpoints.safe_point(step, save, state)
+            held_out.after(step)
+            context.reseed(step)
+            if isinstance(trainer.rewards, Blend):
+                trainer.rewards.begin(step)
+            experience, before = experience_of(step)
+            progress = trainer.begin(experience)
+            state = {**state, "trainer": trainer.state, "before": before}
+
+        # 3. The optimizer steps, with the pretraining mixture and the moving average. Before each is a safe
+        # point that keeps the experience.
+        experience = progress.experience
+        key = (context.spec.seed, "minibatches", step)
+        stats = trainer.learn(progress, mixture, _save_before_each(context, save, step, state), key)
+        progress = None
+
+        # 4. Metrics and samples.
+        values = {**summarize(experience, stats), **state.pop("before")}
+        values.update(engines.traffic(list(models.trained.values())))
+        context.metrics.log(step + 1, total, "train", values)
+        if step == 0:
+            state.update(reward_first=values["reward"], reward_first_std=values["reward_std"], kl_first=values["kl"])
+        state.update(reward_last=values["reward"], kl_last=values["kl"])
+        samples.append_rollout(step + 1, experience)
+    context.checkpoints.safe_point(total, save, state)
+
+    # 5. Evaluate, compare responses with those of the model before training, and export the models.
+    metrics = {name: value for name, value in state.items() if name not in _INTERNAL}
+    if held_out.every:
+        metrics |= {name if name == "best_step" else f"held_out_{name}": v for name, v in held_out.finish().items()}
+    if rows:
+        with models.at_start() as start:
+            before_training = (
+                state["start_answers"]
+                if start is None
+                else samples.answers(RolloutEngine(start, world), rows, trainer.rewards)
+            )
+        with held_out.handed_on():
+            trainer.backend.sync_weights(models.policy)
+            answers = samples.answers(trainer.backend, rows, trainer.rewards)
+        samples.append_final(total, rows, answers, before_training)
+    folder = new_artifact(context)
+    with held_out.handed_on():
+        write_model(context, models.policy, folder)
+        if models.ema:
+            with models.ema.averaged_weights():  # a stop restores the weights before it saves
+                write_model(context, models.policy, folder / context.files.ema_model.name)
+    commit(context, folder, total, metrics)
+
+
+def _save_before_each(
+    context: StageContext, take: Take, step: int, state: dict[str, Any]
+) -> Callable[[Progress[E]], None]:
+    """Before each optimizer step: a safe point, and random numbers of its own."""
+
+    def before(progress: Progress[E]) -> None:
+        def save(snapshot: Snapshot) -> None:
+            take(snapshot)
+            progress.save(snapshot, context.world.rank)
+
+        context.checkpoints.safe_point(step, save, state, progress.done + 1)
+        context.reseed(step, progress.done)
+
+    return before

@@ -1,0 +1,314 @@
+"""The steps that PPO and GRPO share: responses to given prompts, minibatches, and the optimizer steps on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Generic
+
+import torch
+from torch import Tensor
+
+from hpc_rlhf.spec.stages.policy import PolicySpec
+from hpc_rlhf.train import ragged
+from hpc_rlhf.train.algorithms import ppo
+from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.data.sampler import exchanged
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.ragged import pack_micro_batches, split_to_count
+from hpc_rlhf.train.rewards.blend import Blend, Scores
+from hpc_rlhf.train.rewards.source import RewardSource
+from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
+from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.stages.policy.progress import E, Progress
+
+# Further losses for an optimizer step of the actor, made from its engine; they add to the stats.
+Mixture = Callable[[Any, dict[str, Tensor]], list[Callable[[], Tensor]]]
+
+ACTOR = "actor"
+# Sums over the response tokens of all optimizer steps on an experience; ``tokens`` and ``responses`` count these. The
+# last two are of the pretraining mixture's tokens.
+ACTOR_STATS = ("actor_loss", "ratio", "approx_kl", "clipped", "tokens", "responses", "ptx_loss", "ptx_tokens")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is processed at a time."""
+
+    budget: int  # tokens of a micro-batch
+    response: int  # tokens of the longest response
+    loss_factor: float  # for a loss that is divided by the global token count; see StageContext
+
+    @classmethod
+    def of(cls, context: StageContext) -> Sizes:
+        budget = context.batch.micro * context.longest
+        return cls(budget, context.spec.data.max_answer_tokens, context.loss_factor)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """A minibatch of an experience. Only responses that take part in training count."""
+
+    plan: list[list[int]]  # the rows of each micro-batch
+    own_tokens: float  # of the responses on this rank
+    own_responses: float
+    all_tokens: float  # of the responses on all ranks
+    all_responses: float
+
+
+@dataclass
+class PolicyTrainer(Generic[E]):
+    """What PPO's and GRPO's trainers share.
+
+    Attributes:
+        backend: generates responses with the actor.
+        rewards: scores them.
+        check: called before each micro-batch with the kind of work; it may raise. Collective.
+    """
+
+    spec: PolicySpec
+    models: Any
+    backend: RolloutBackend
+    rewards: RewardSource
+    eos_id: int
+    sizes: Sizes
+    world: World
+    check: Callable[[str], object] = lambda kind: None
+
+    kind: ClassVar[Any]  # of experience
+    # The networks that learn from each minibatch, in this order, the actor first; and the names of the sums over all
+    # optimizer steps on an experience, in the order in which checkpoints keep them.
+    networks: ClassVar[tuple[str, ...]] = (ACTOR,)
+    stats: ClassVar[tuple[str, ...]] = ACTOR_STATS
+
+    def __post_init__(self) -> None:
+        self._kept: Any = None  # the actor's output in an evaluation with its graph, to learn from
+        self._kept_rollout: Rollout | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What carries over from rollout to rollout, besides the models; JSON."""
+        raise NotImplementedError
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    @property
+    def passes(self) -> int:
+        """Passes over each experience."""
+        raise NotImplementedError
+
+    def denominator(self, minibatch: Minibatch) -> float:
+        """What the summed losses of a minibatch over all ranks are divided by."""
+        return minibatch.all_tokens
+
+    def penalty(self, experience: E, rows: list[int], log_probs: Tensor) -> Tensor | float:
+        """What is added to a micro-batch's summed loss of the actor.
+
+        Args:
+            log_probs: (rows, response), the actor's, with gradients.
+        """
+        return 0.0
+
+    # Rollout
+
+    def roll_out(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[object, ...]],
+        should_stop: Callable[[], bool],
+    ) -> Rollout:  # fmt: skip
+        """Sample a response to each of this rank's prompts, with the fields of a ``GenerationRequest``. Collective.
+
+        Raises:
+            RolloutCancelled: ``should_stop`` returned True.
+        """
+        sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
+        self.backend.sync_weights(self.models.policy)
+        return self.backend.generate(
+            GenerationRequest(prompts, self.sizes.response, self.eos_id, sampling, keys, should_stop=should_stop)
+        )
+
+    # Evaluation
+
+    def score(self, rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> Scores:
+        """What the rewards give each response. Collective.
+
+        Args:
+            columns: further columns of the data, with an entry for each response.
+        """
+        if isinstance(self.rewards, Blend):
+            return self.rewards.details(rollout.prompts, rollout.responses, columns)
+        total: list[float | None] = []
+        for rows in self._minibatch_rows(rollout):  # so that a reward model sees the same micro-batches
+            own = {name: column[rows] for name, column in columns.items()}
+            total += self.rewards.score(rollout.prompts[rows], rollout.responses[rows], own)
+        return Scores(total, {}, [False] * len(total))
+
+    def evaluate(self, rollout: Rollout, columns: Mapping[str, Sequence[Any]] | None = None) -> E:
+        """``evaluate_scored`` with the rewards' scores. Collective.
+
+        Args:
+            columns: as for ``score``.
+        """
+        return self.evaluate_scored(rollout, self.score(rollout, columns or {}))
+
+    def evaluate_scored(self, rollout: Rollout, scored: Scores) -> E:
+        """A rollout with its scores as an experience. Collective."""
+        raise NotImplementedError
+
+    # Minibatches and micro-batches
+
+    def _minibatch_rows(self, rollout: Rollout) -> list[slice]:
+        share = len(rollout) // self.spec.minibatches
+        return [slice(first, first + share) for first in range(0, len(rollout), share)]
+
+    def _plans(self, rollout: Rollout, key: tuple[object, ...], epoch: int) -> list[list[list[int]]]:
+        """The rows of each micro-batch of each minibatch, equally many on all ranks. Collective.
+
+        The first epoch takes the rows as they were sampled, which is in random order.
+        """
+        minibatches = [list(range(len(rollout)))[rows] for rows in self._minibatch_rows(rollout)]
+        if epoch:
+            minibatches = exchanged(minibatches, self.world.data_rank, *key, epoch)
+        plans = []
+        for minibatch in minibatches:
+            bins = pack_micro_batches([rollout.lengths[row] for row in minibatch], self.sizes.budget)
+            bins = split_to_count(bins, self.world.max(len(bins)))
+            plans.append([[minibatch[place] for place in chosen] for chosen in bins])
+        return plans
+
+    def _minibatches(self, experience: E, key: tuple[object, ...], epoch: int) -> list[Minibatch]:
+        lengths = experience.mask.sum(dim=1).tolist()
+        minibatches = []
+        for plan in self._plans(experience.rollout, key, epoch):
+            taking_part = [lengths[row] for rows in plan for row in rows if lengths[row]]
+            own = {"tokens": float(sum(taking_part)), "responses": float(len(taking_part))}
+            minibatches.append(Minibatch(plan, *own.values(), *self.world.sums(own).values()))
+        return minibatches
+
+    # Learning
+
+    def begin(self, experience: E) -> Progress[E]:
+        return Progress.begin(experience, self.networks, self.stats)
+
+    def saved_progress(self, folder: Path, done: int) -> Progress[E]:
+        """The progress in a checkpoint.
+
+        Args:
+            done: optimizer steps made.
+        """
+        world, kind = self.world, self.kind
+        return Progress.load(folder, world.rank, done, world.device, kind, self.networks, self.stats)
+
+    def learn(
+        self, experience: E | Progress[E], mixture: Mixture | None = None,
+        before: Callable[[Progress[E]], None] = lambda progress: None, key: tuple[object, ...] = (),
+    ) -> dict[str, float]:  # fmt: skip
+        """All optimizer steps on an experience. Returns ``Progress.sums``. Collective.
+
+        Args:
+            experience: or the progress of an earlier attempt, whose remaining steps are then made.
+            before: called before each optimizer step with the progress so far.
+            key: of the experience; every pass after the first shuffles its minibatches by it.
+        """
+        progress = experience if isinstance(experience, Progress) else self.begin(experience)
+        stats = progress.stats
+        if progress.experience.rollout is not self._kept_rollout:
+            self._kept = None
+        planned, minibatches, count = -1, [], len(self.networks)
+        while (epoch := progress.done // (count * self.spec.minibatches)) < self.passes:
+            if epoch != planned:
+                planned, minibatches = epoch, self._minibatches(progress.experience, key, epoch)
+            before(progress.copy())
+            place, network = divmod(progress.done % (count * self.spec.minibatches), count)
+            minibatch = minibatches[place]
+            progress.done += 1
+            self._learn_from(minibatch, self.networks[network], progress, mixture)
+            if network < count - 1:
+                continue
+            stats["tokens"] += minibatch.own_tokens
+            if "responses" in stats:
+                stats["responses"] += minibatch.own_responses
+            if self.models.ema and not progress.actor_skipped:
+                self.models.ema.update()
+            if self._too_far(stats["approx_kl"] - progress.kl_before, minibatch.all_tokens):
+                left = self.passes * self.spec.minibatches - progress.done // count
+                for name in self.networks:
+                    getattr(self.models, name).lr_scheduler.skip(left)
+                break
+        return progress.sums()
+
+    def _learn_from(self, minibatch: Minibatch, network: str, progress: Progress[E], mixture: Mixture | None) -> None:
+        """A network's optimizer step on a minibatch. Collective."""
+        loss, engine = getattr(self, f"_{network}_loss"), getattr(self.models, network)
+        scale = self.sizes.loss_factor / (self.denominator(minibatch) or 1.0)
+        losses: list[Callable[[], Tensor]] = [
+            partial(loss, progress.experience, rows, scale, progress.stats) for rows in minibatch.plan
+        ]
+        if network == ACTOR:
+            progress.kl_before = progress.stats["approx_kl"].clone()
+            losses += mixture(engine, progress.stats) if mixture else []
+        kind = f"the {network}'s micro-batches"
+        result = engines.optimizer_step(engine, [partial(self._checked, kind, each) for each in losses])
+        progress.count(network, result)
+        if network == ACTOR:
+            progress.actor_skipped = not result.applied
+
+    def _checked(self, kind: str, call: Callable[..., Any], *inputs: Any) -> Any:
+        self.check(kind)
+        return call(*inputs)
+
+    def _too_far(self, kl: Tensor, tokens: float) -> bool:
+        """True if the actor drifted past ``stop_kl`` from the policy that sampled. Collective."""
+        limit = self.spec.stop_kl
+        return limit is not None and self.world.sums({"kl": kl.item()})["kl"] / (tokens or 1.0) > limit
+
+    def _keeping(self, rollout: Rollout, plan: list[list[int]]) -> Any:
+        """The actor for evaluation, perhaps keeping its graph.
+
+        If the rollout is one micro-batch, the first update starts with exactly the actor's forward pass of the
+        evaluation, so it is kept for it. It comes last there, and needs no memory that learning would not.
+        """
+        self._kept, self._kept_rollout = None, rollout
+        if len(plan) > 1 or self.spec.dropout:
+            return self.models.actor
+
+        def forward(*inputs: Any) -> Any:
+            with torch.enable_grad():
+                self._kept = self.models.actor(*inputs)
+            return tuple(output.detach() for output in self._kept)
+
+        return forward
+
+    def _actor(self, rollout: Rollout, rows: list[int]) -> Any:
+        batch, response = rollout.batch(rows or [0], self.world.device)
+        return self.models.actor(batch.ids, batch.lengths, response, self.spec.temperature)
+
+    def _actor_loss(self, experience: E, rows: list[int], scale: float, stats: dict[str, Tensor]) -> Tensor:
+        """A micro-batch's clipped surrogate loss, times the scale; adds to the stats."""
+        (flat, _), self._kept = self._kept or self._actor(experience.rollout, rows), None
+        log_probs, (old, advantages, mask) = padded(
+            experience, rows, flat, experience.log_probs, experience.advantages, experience.mask
+        )
+        high = getattr(self.spec, "cliprange_high", None)
+        loss, clipped, ratio = ppo.policy_loss_sum(log_probs, old, advantages, mask, self.spec.cliprange, high)
+        kl = ppo.k3_kl(old, log_probs.detach(), mask).sum()
+        real = bool(rows)  # an empty micro-batch only keeps ranks in sync
+        loss = loss + self.penalty(experience, rows or [0], log_probs)
+        for name, value in {"actor_loss": loss, "clipped": clipped, "ratio": ratio, "approx_kl": kl}.items():
+            stats[name] += value.detach() * real
+        return loss * (scale * real)
+
+
+def padded(experience: E, rows: list[int], flat: Tensor, *columns: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Packed numbers of some rows as (rows, response), and the same rows of (batch, response) columns."""
+    rows = rows or [0]
+    numbers = ragged.pad(flat, [experience.rollout.response_lengths[row] for row in rows])
+    return numbers, tuple(column[rows, : numbers.shape[1]] for column in columns)
+
+
+def as_tensor(scores: Sequence[float | None], device: torch.device) -> Tensor:
+    """(batch,), float32; NaN where there is no score."""
+    return torch.tensor([torch.nan if score is None else score for score in scores], device=device)
