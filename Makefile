@@ -19,9 +19,10 @@ RELEASES ?= host trixie forky
 FAST := "not slurm and not train and not slow and not gpu"
 # Length of the benchmark: full or short.
 BENCH ?= full
-# Number of faults in a storm, and its seed.
+# Number of faults in a storm, its seed, and whose Slurm it strikes: this system's, or that of a Debian release.
 FAULTS ?= 200
 SEED ?= 1
+RELEASE ?=
 
 .PHONY: help install demo docs test test-fast test-slurm coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
 
@@ -89,7 +90,7 @@ bench-learning: .venv/.installed-bench  ## Compare learning on HH data with peer
 
 chaos: .venv/.installed-dev  ## Run a chain under FAULTS random faults; 200 take an hour
 	scripts/install-slurm.sh
-	$(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED)
+	$(if $(RELEASE),scripts/newer-slurm.sh $(RELEASE)) $(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED)
 	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --here
 
 ettr: .venv/.installed-dev  ## Measure the ETTR of a chain preempted every two minutes; takes half an hour

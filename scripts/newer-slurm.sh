@@ -29,11 +29,6 @@ install() {
     # debootstrap mounts /proc and may not live to unmount it. Its script "sid" is right for releases it does not know.
     unshare --mount debootstrap --variant=minbase --include="$packages" "$(basename "$into")" "$work" \
         http://deb.debian.org/debian sid >"$into.log" 2>&1 || { tail -3 "$into.log" >&2; return 1; }
-    # The MariaDB of newer releases and their own slurmdbd do not fit together.
-    for program in mariadbd mariadb-install-db; do
-        printf '#!/bin/sh\nexec chroot /host %s "$@"\n' $program >"$work/usr/bin/$program"
-        chmod 755 "$work/usr/bin/$program"
-    done
     rm -rf "$work"/var/cache/apt/archives/*.deb
     echo "$packages" >"$work/packages"
     mv "$work" "$into"
@@ -41,7 +36,7 @@ install() {
 
 # Inside the new namespace.
 enter() {
-    local root=$1 folder
+    local root=$1 folder program
     shift
     mount --bind "$root" "$root"  # so that it can become the root
     mkdir -p "$root/host"
@@ -58,6 +53,12 @@ print(*[os.path.realpath(sys.executable), sysconfig.get_path("stdlib")] if syste
         [[ -e $folder ]] || continue
         if [[ -d $folder ]]; then mkdir -p "$root$folder"; else touch "$root$folder"; fi
         mount --rbind "$folder" "$root$folder"
+    done
+    # The MariaDB of newer releases and their own slurmdbd do not fit together. No compiler is installed there.
+    for program in mariadbd mariadb-install-db cc; do
+        printf '#!/bin/sh\nexec chroot /host %s "$@"\n' $program >"$root/usr/bin/$program.$$"
+        chmod 755 "$root/usr/bin/$program.$$"
+        mv "$root/usr/bin/$program.$$" "$root/usr/bin/$program"
     done
     local here=$PWD
     cd "$root"
