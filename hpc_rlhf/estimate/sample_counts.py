@@ -38,8 +38,8 @@ def expected_samples(spec: JobSpec, stage: str) -> int | None:
 
 
 def _rows(source: SourceSpec) -> int | None:
-    if source.demo is not None:
-        return source.demo
+    if source.generated is not None:
+        return source.generated
     path = Path(source.path or "")
     if not path.exists():
         return _prepared(source)

@@ -26,7 +26,7 @@ from hpc_rlhf.spec.training import LoraSpec, TrainingSpec
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
 
 AnyModel = TypeVar("AnyModel", bound=Model)
-_PAIRLESS = ("instruction", "text")  # formats without a rejected response
+_PAIRLESS = ("instruction", "text", "prompt")  # formats without a rejected response
 
 
 def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:
@@ -153,7 +153,7 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     if spec.evaluation and spec.data.held_out == 0:
         problems.append(problem("data.held_out", f"leaves the {EVALUATION.name} stage without data"))
     paired = next((name for name in spec.stage_names if kind_of(name).data is Data.PAIRS), None)
-    if paired and all(source.format in _PAIRLESS for source in spec.data.sources):
+    if paired and all((source.row_format in _PAIRLESS or source.arithmetic) for source in spec.data.sources):
         what = f"none contains pairs of responses, which the {paired} stage trains on"
         problems.append(problem("data.sources", what))
     for path, source in spec.sources.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from hpc_rlhf.spec.fields import FreeText, Model, PathText, Rate
 
@@ -16,7 +16,20 @@ CELLS = {
     "messages": ("messages", "conversations", "prompt", *_PAIR, "completion", "system", "label"),
     "instruction": ("instruction", "input", "output", "history", "system"),
     "text": ("text",),
+    "prompt": ("prompt", "system"),
 }
+# Sums and differences of two numbers from 10 to 99.
+ARITHMETIC_PROBLEMS = 2 * 90 * 90
+_GENERATED = ("demo", "arithmetic", "reasoning_gym")
+_Text = Annotated[str, Field(min_length=1, max_length=2**20)]
+_Option = int | float | bool | str
+
+
+def _gym(options: dict[str, Any]) -> dict[str, Any]:
+    size = options.get("size")
+    if not isinstance(options.get("task"), str) or type(size) is not int or not 10 <= size <= 10_000_000:
+        raise ValueError("needs task, such as chain_sum, and size, from 10 to 10,000,000")
+    return options
 
 
 class SourceSpec(Model):
@@ -27,14 +40,25 @@ class SourceSpec(Model):
     Write a folder as a path, such as ./my-data. It is read as datasets.load_dataset reads it: see split and subset."""
     demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
     """Generate this many short dialogues, instead of reading a path."""
-    format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text"] | None = None
+    arithmetic: Annotated[int, Field(ge=10, le=ARITHMETIC_PROBLEMS)] | None = None
+    """Generate this many different sums and differences of two-digit numbers, such as 37+45=?. Responses calculate
+    digit by digit: 7+5=12, 3+4+1=8: 82. The column answer has the result."""
+    reasoning_gym: Annotated[dict[str, _Option | tuple[_Option, ...]], AfterValidator(_gym)] | None = None
+    """Generate prompts of a task of reasoning-gym: {task: chain_sum, size: 5000, max_terms: 4}. Fields other than task
+    and size are options of the task; its seed follows from the run's. Rewards get the columns answer and metadata."""
+    format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text", "prompt"] | None = None
     """Format of the rows. prompt-chosen-rejected: columns prompt, chosen (or completion, or response) and optionally
     rejected and system; without prompt, chosen and rejected begin with it. hh: chosen and rejected are whole
     transcripts of Human/Assistant turns. messages: a list of {role, content} or {from, value} in messages or
     conversations, or the last turns in chosen and rejected (or completion) with the turns before them in prompt;
     optionally system. instruction: instruction, output, and optionally input, history and system. text: a column of
-    plain text. Rows of a prompt alone are for stages that need only prompts. A single response whose label is false is
+    plain text. prompt: a prompt, as text or a list of messages, and optionally system. Rows of a prompt alone are for
+    stages that need only prompts. A single response whose label is false is
     left out, except in the format instruction."""
+    system: _Text | None = None
+    """The system prompt of dialogues that have none of their own."""
+    few_shot: _Text | None = None
+    """Text before the first turn of the user, such as solved examples. An empty line follows it."""
     columns: dict[str, FreeText] = Field(default_factory=dict)
     """Names of columns that differ from those of the format, such as {prompt: question, chosen: best_answer}. A pair
     may also have a margin. Rewards get all columns that the format does not read, under the names here if they have
@@ -53,13 +77,31 @@ class SourceSpec(Model):
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceSpec:
-        if (self.path is None) == (self.demo is None):
-            raise ValueError("give exactly one of path and demo")
+        if sum(getattr(self, origin) is not None for origin in ("path", *_GENERATED)) != 1:
+            raise ValueError(f"give exactly one of path, {', '.join(_GENERATED[:-1])} and {_GENERATED[-1]}")
         if self.path is not None and self.format is None:
             raise ValueError("a source with a path needs a format")
         if self.columns and self.path is None:
-            raise ValueError("the demo's columns have no other names")
+            raise ValueError("the columns of generated rows have no other names")
+        if self.format == "text" and (self.system or self.few_shot):
+            raise ValueError("plain text has no system prompt and no examples")
         return self
+
+    @property
+    def generated(self) -> int | None:
+        """How many rows are generated; None if the source has a path."""
+        return self.reasoning_gym["size"] if self.reasoning_gym else self.demo or self.arithmetic  # type: ignore[return-value]
+
+    @property
+    def row_format(self) -> str:
+        """The format of its rows, read or generated."""
+        return self.format or ("prompt" if self.reasoning_gym else "prompt-chosen-rejected")
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        gym = f"reasoning_gym {self.reasoning_gym['task']}" if self.reasoning_gym else None
+        return self.path or gym or ("demo" if self.demo else "arithmetic")
 
     @property
     def further(self) -> list[str]:
@@ -70,4 +112,7 @@ class SourceSpec(Model):
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without fields that change nothing, so that older runs keep the hash of their tokenized data."""
         fields: dict[str, Any] = dump(self)
-        return fields if self.columns else {name: field for name, field in fields.items() if name != "columns"}
+        return {name: field for name, field in fields.items() if name not in _LATER or field}
+
+
+_LATER = ("arithmetic", "reasoning_gym", "system", "few_shot", "columns")

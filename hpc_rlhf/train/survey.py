@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,18 @@ def sampled(source: SourceSpec, needs: frozenset[Data], margins: bool = False) -
     Args:
         margins: every pair needs one.
     """
-    counts = SourceCounts(sources.name_of(source))
+    counts = SourceCounts(source.name)
     try:
         files = sources.local_files(source)
-        if files is None:
+        generated = source.arithmetic or source.reasoning_gym
+        if files is None and not generated:
             if margins and source.demo is not None:
                 sources.check_margin(Sample((), "", "", where=counts.source), source)
             return Sampled(counts, needs)
-        size = SAMPLE if len(files) <= SAMPLE // FEW else FEW
+        size = SAMPLE if len(files or ()) <= SAMPLE // FEW else FEW
         fits: set[Data] = set()
-        for row in (row for file in files for row in islice(read_rows(file), size)):
+        first = islice(sources.placed_rows(source, 0), size) if generated else ()
+        for row in chain(first, (row for file in files or () for row in islice(read_rows(file), size))):
             fits |= _uses(source, row, needs, counts, margins)
         searched = SourceCounts("")
         if needs - fits:
@@ -95,7 +97,7 @@ def _uses(source: SourceSpec, row: Placed, needs: frozenset[Data], counts: Sourc
     """The kinds of stages that can use a row. It is counted under what the most demanding of them makes of it."""
     where, cells = row
     try:
-        sample = read_row(cells, source.format or "", where, source.columns, counts)
+        sample = read_row(cells, source.row_format, where, source.columns, counts)
     except Dropped as dropped:
         counts.add(dropped.outcome, where)
         return set()
@@ -200,7 +202,7 @@ def _parts(spec: JobSpec) -> Iterator[Part]:
         yield f"stages.{stage}", stage, counts, sources.stage_samples(spec, stage, counts), kind_of(stage).data
     for path, source in spec.sources.items():
         if not path.startswith("data."):
-            one = SourceCounts(sources.name_of(source))
+            one = SourceCounts(source.name)
             yield path, None, [one], sources.mixed_samples(source, spec.seed, one), Data.ANSWERS
 
 

@@ -193,6 +193,16 @@ def _from_text(row: Cells) -> Sample:
     return Sample((), "", _response(text)[1:])
 
 
+def _from_prompt(row: Cells) -> Sample:
+    prompt = as_text(row["prompt"])
+    if prompt is None:
+        raise Dropped(Outcome.NULL)
+    turns = prompt_turns(prompt)
+    if turns == [("human", prompt)]:
+        turns = list(parse_prompt(prompt)[0])
+    return _prompt_only(turns if turns and turns[0][0] == "system" else [*_system(row), *turns])
+
+
 def _misfit(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
@@ -205,6 +215,7 @@ READERS = {
     "messages": _from_messages,
     "instruction": _from_instruction,
     "text": _from_text,
+    "prompt": _from_prompt,
 }
 
 
@@ -238,7 +249,7 @@ def read_row(
         ) from error
     if not (sample.chosen or sample.unanswered):
         raise Dropped(Outcome.NO_ANSWER)
-    if counts is not None and not cells.unread <= counts.ignored.keys():
+    if counts is not None and format != "prompt" and not cells.unread <= counts.ignored.keys():
         for column in cells.ignored(sample.text):
             counts.ignored.setdefault(column, where)
     return replace(sample, where=where, further=cells.further)

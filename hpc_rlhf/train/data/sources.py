@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
-from hpc_rlhf.train.data import demo
+from hpc_rlhf.train.data import arithmetic, demo, gym
 from hpc_rlhf.train.data.files import Placed, read_rows
 from hpc_rlhf.train.data.folders import files_of, unread_files
 from hpc_rlhf.train.data.formats import read_row
@@ -30,13 +31,21 @@ def placed_rows(source: SourceSpec, seed: int) -> Iterator[Placed]:
     Raises:
         HpcRlhfError: they cannot be read.
     """
-    if source.demo is not None:
-        yield from ((f"demo, row {number}", row) for number, row in enumerate(demo.dialogues(source.demo, seed)))
-    elif (files := local_files(source)) is not None:
+    if source.generated is None and (files := local_files(source)) is not None:
         for file in files:
             yield from read_rows(file)
     else:
-        yield from ((f"{source.path}, row {number}", row) for number, row in enumerate(load(source)))
+        rows = load(source) if source.generated is None else generate(source, seed)
+        yield from ((f"{source.name}, row {number}", row) for number, row in enumerate(rows))
+
+
+def generate(source: SourceSpec, seed: int) -> Iterable[dict[str, Any]]:
+    """The rows of a source that is generated."""
+    if source.demo is not None:
+        return demo.dialogues(source.demo, seed)
+    if source.arithmetic is not None:
+        return arithmetic.problems(source.arithmetic, seed)
+    return gym.entries(source.reasoning_gym or {}, seed)
 
 
 def local_files(source: SourceSpec) -> list[Path] | None:
@@ -79,23 +88,18 @@ def load(source: SourceSpec) -> Iterable[dict[str, Any]]:
         ) from error
 
 
-def name_of(source: SourceSpec) -> str:
-    return source.path or "demo"
-
-
 def read(source: SourceSpec, seed: int, counts: SourceCounts | None = None) -> Iterator[Sample]:
     """The samples of a source, each repeated according to the source's weight.
 
     Args:
         counts: where the rows that give no sample are counted.
     """
-    name = name_of(source)
+    name = source.name
     counts = SourceCounts(name) if counts is None else counts
-    kind = source.format or "prompt-chosen-rejected"
     whole, part = divmod(source.weight, 1.0)
     for number, (where, row) in enumerate(placed_rows(source, seed)):
         try:
-            sample = read_row(row, kind, where, source.columns, counts)
+            sample = framed(read_row(row, source.row_format, where, source.columns, counts), source)
         except Dropped as dropped:
             counts.add(dropped.outcome, where)
             continue
@@ -104,6 +108,19 @@ def read(source: SourceSpec, seed: int, counts: SourceCounts | None = None) -> I
             counts.add(Outcome.NOT_DRAWN, sample.where)
         for _ in range(times):
             yield sample
+
+
+def framed(sample: Sample, source: SourceSpec) -> Sample:
+    """A dialogue with the source's system prompt and examples."""
+    turns = list(sample.turns)
+    if not turns or not (source.system or source.few_shot):
+        return sample
+    if source.few_shot:
+        first = next((place for place, (role, _) in enumerate(turns) if role == "human"), 0)
+        turns[first] = (turns[first][0], f"{source.few_shot.rstrip()}\n\n{turns[first][1]}")
+    if source.system and turns[0][0] != "system":
+        turns.insert(0, ("system", source.system))
+    return replace(sample, turns=tuple(turns), prompt=transcript(turns))
 
 
 def conversation_of(sample: Sample, spec: JobSpec) -> str:
@@ -221,7 +238,7 @@ def mixed_samples(source: SourceSpec, seed: int, counts: SourceCounts) -> Iterat
 
 
 def new_counts(spec: JobSpec) -> list[SourceCounts]:
-    return [SourceCounts(name_of(source)) for source in spec.data.sources]
+    return [SourceCounts(source.name) for source in spec.data.sources]
 
 
 def check_lost(counts: SourceCounts, where: str, limits: DataSpec) -> None:

@@ -29,7 +29,6 @@ from hpc_rlhf.train.data.sources import (
     StageSample,
     check_lost,
     mixed_samples,
-    name_of,
     new_counts,
     nothing_for,
     stage_samples,
@@ -243,7 +242,7 @@ def prepare_mixture(
     target = folder / f"mixture-{_fingerprint(tokenizer, facts)}"
 
     def write() -> dict[str, Any]:
-        counts = SourceCounts(name_of(source))
+        counts = SourceCounts(source.name)
         ends, samples = ends_turns(spec, None), mixed_samples(source, spec.seed, counts)
         written = _write(samples, tokenizer, spec, Data.ANSWERS, target, should_stop, ends=ends)
         if not written["rows"]["train"]:

@@ -20,7 +20,8 @@ from hpc_rlhf.train import survey
 from hpc_rlhf.train.data.files import read_rows
 from hpc_rlhf.train.data.formats import read_row
 from hpc_rlhf.train.data.messages import Dropped
-from hpc_rlhf.train.data.sources import stage_samples
+from hpc_rlhf.train.data.rows import transcript
+from hpc_rlhf.train.data.sources import read, stage_samples
 from hpc_rlhf.train.data.tokenized import prepare
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
@@ -141,7 +142,7 @@ def test_columns_may_have_other_names(format: str, columns: dict[str, str], row:
 
 
 def test_columns_of_the_demo_have_no_other_names() -> None:
-    with pytest.raises(ValueError, match="the demo's columns"):
+    with pytest.raises(ValueError, match="generated rows"):
         SourceSpec(demo=10, columns={"prompt": "x"})
     assert "columns" not in SourceSpec(path="a.jsonl", format="hh").model_dump(mode="json")
     assert SourceSpec(path="a", format="hh", columns={"chosen": "x"}).model_dump()["columns"] == {"chosen": "x"}
@@ -285,3 +286,61 @@ def test_margins_need_the_last_token_and_a_source_that_has_them(tmp_path: Path) 
         RewardSpec(margins=True)
     (problem,) = survey.look(with_margins(write(tmp_path / "a.jsonl", pairs(float)), {"demo": 30})).problems
     assert problem["path"] == "data.sources.1"
+
+
+CHAT = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hi."), user("What color?")]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turns"),
+    [
+        ("What color?", ASKED),
+        ("\n\nHuman: Hi\n\nAssistant: Hi.\n\nHuman: What color?\n\nAssistant:",
+            (("human", "Hi"), ("assistant", "Hi."), *ASKED)),
+        ([user("What color?")], ASKED),
+        (json.dumps([user("What color?")]), ASKED),
+        (CHAT, (("system", "Be kind."), ("human", "Hi"), ("assistant", "Hi."), *ASKED)),
+    ],
+)  # fmt: skip
+def test_the_format_prompt_reads_nothing_but_the_prompt(prompt: Any, turns: Any) -> None:
+    counts = SourceCounts("a.jsonl")
+    row = {"prompt": prompt, "answer": "It is blue, I think.", "response": "Blue.", "level": 3}
+    sample = read_row(row, "prompt", "here", counts=counts)
+    assert (sample.turns, sample.chosen, sample.unanswered) == (turns, "", Outcome.PROMPT_ONLY)
+    assert sample.further == {"answer": "It is blue, I think.", "response": "Blue.", "level": 3}
+    assert not counts.ignored
+    with_system = read_row({"prompt": "What color?", "system": "Briefly."}, "prompt", "here")
+    assert with_system.turns == (("system", "Briefly."), *ASKED)
+    for broken in (None, [], ""):
+        with pytest.raises(Dropped):
+            read_row({"prompt": broken}, "prompt", "here")
+
+
+FRAME = {"system": "Be brief.", "few_shot": "Question: 1+1?\nAnswer: 2\n"}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "turns"),
+    [
+        ("prompt", {"prompt": "What color?"},
+            (("system", "Be brief."), ("human", "Question: 1+1?\nAnswer: 2\n\nWhat color?"))),
+        (PAIR, {"prompt": "What color?", "chosen": "Blue.", "rejected": "Red."},
+            (("system", "Be brief."), ("human", "Question: 1+1?\nAnswer: 2\n\nWhat color?"))),
+        ("messages", {"messages": [*CHAT, assistant("Blue.")]},
+            (("system", "Be kind."), ("human", "Question: 1+1?\nAnswer: 2\n\nHi"), ("assistant", "Hi."), *ASKED)),
+    ],
+)  # fmt: skip
+def test_a_source_adds_its_system_prompt_and_its_examples(
+    format: str, row: dict[str, Any], turns: Any, tmp_path: Path
+) -> None:
+    plain = write(tmp_path / "a.jsonl", [row], format=format)
+    (sample,) = read(SourceSpec.model_validate({**plain, **FRAME}), 1)
+    (before,) = read(SourceSpec.model_validate(plain), 1)
+    assert (sample.turns, sample.prompt) == (turns, transcript(turns))
+    assert (sample.chosen, sample.rejected) == (before.chosen, before.rejected)
+
+
+def test_plain_text_has_no_frame_and_sources_without_one_are_dumped_as_before() -> None:
+    with pytest.raises(ValueError, match="plain text has no system prompt"):
+        SourceSpec(path="a.jsonl", format="text", system="Be brief.")
+    assert set(SourceSpec(demo=10).model_dump()) == {"path", "demo", "format", "weight", "split", "subset"}

@@ -1,0 +1,112 @@
+"""Generated problems: right, different from each other, and the same for the same seed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.estimate.sample_counts import expected_samples
+from hpc_rlhf.spec.source import ARITHMETIC_PROBLEMS, SourceSpec
+from hpc_rlhf.train import survey
+from hpc_rlhf.train.data import arithmetic
+from hpc_rlhf.train.data.sources import placed_rows, read
+from tests.train.data.specs import spec_of
+
+GYM = {"reasoning_gym": {"task": "chain_sum", "size": 20, "max_terms": 3}}
+
+
+def test_every_step_of_every_problem_is_right() -> None:
+    rows = list(arithmetic.problems(ARITHMETIC_PROBLEMS, 1))
+    assert len({row["prompt"] for row in rows}) == ARITHMETIC_PROBLEMS == 2 * 90**2
+    for row in rows:
+        asked = re.fullmatch(r"([1-9]\d)([+-])([1-9]\d)=\?", row["prompt"])
+        assert asked, row
+        truth = eval(row["prompt"].removesuffix("=?"))
+        steps, answer = row["chosen"].split(": ")
+        assert row["answer"] == answer == str(truth)
+        low, high = steps.split(", ")
+        borrowed = int(asked[2] == "-" and high.split("=")[0].endswith("-1"))
+        for step in (low, high):
+            left, _, right = step.partition("=")
+            assert eval(left) == int(right) - 10 * (borrowed if step == low else 0), row
+        tens, ones = int(high.split("=")[1]), int(low.split("=")[1])
+        assert 10 * tens + ones % 10 == abs(truth), row
+
+
+def test_problems_depend_on_the_seed_alone() -> None:
+    assert list(arithmetic.problems(50, 1)) == list(arithmetic.problems(50, 1))
+    assert list(arithmetic.problems(50, 1)) != list(arithmetic.problems(50, 2))
+
+
+def test_reasoning_gym_gives_prompts_with_what_its_scorer_needs() -> None:
+    source = SourceSpec.model_validate(GYM)
+    samples = list(read(source, 3))
+    assert len(samples) == 20
+    for sample in samples:
+        question = sample.turns[0][1]
+        assert str(eval(re.sub(r"[^0-9+\- ]", "", question.replace("\u2212", "-")))) == sample.further["answer"]
+        assert sample.further["metadata"]["source_dataset"] == "chain_sum"
+        assert (sample.chosen, sample.unanswered is not None) == ("", True)
+    assert [s.prompt for s in read(source, 3)] == [s.prompt for s in samples] != [s.prompt for s in read(source, 4)]
+    fixed = SourceSpec.model_validate({"reasoning_gym": {**GYM["reasoning_gym"], "seed": 7}})
+    assert list(placed_rows(fixed, 3)) == list(placed_rows(fixed, 4))
+    assert next(iter(placed_rows(source, 3)))[0] == "reasoning_gym chain_sum, row 0"
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"task": "chain_sums", "size": 20}, "reasoning-gym has no task chain_sums"),
+        ({"task": "chain_sum", "size": 20, "terms": 3}, "refuses the options: .* 'terms'"),
+        ({"task": "chain_sum", "size": 20, "min_terms": 9, "max_terms": 3}, "refuses the options"),
+    ],
+)
+def test_check_names_a_wrong_task_or_option(options: dict[str, Any], what: str) -> None:
+    (problem,) = survey.look(spec_of({"reasoning_gym": options}, {"demo": 30})).problems
+    assert problem["path"] == "data.sources.0"
+    assert re.search(what, problem["what"])
+
+
+def test_check_names_a_missing_package(tmp_path: Path) -> None:
+    (tmp_path / "reasoning_gym.py").write_text("raise ImportError")
+    spec = spec_of(GYM, {"demo": 30})
+    asked = json.dumps({"specs": [spec.model_dump(mode="json")], "whole": False})
+    command = [sys.executable, "-m", "hpc_rlhf.train.survey"]
+    env = {"PYTHONPATH": str(tmp_path), "PATH": ""}
+    done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, env=env, check=True)
+    ((problem,),) = (one["problems"] for one in json.loads(done.stdout.splitlines()[-1]))
+    assert problem["what"] == "reasoning_gym chain_sum: the package reasoning-gym is missing"
+
+
+def test_stages_that_need_responses_refuse_problems_without() -> None:
+    (problem,) = survey.look(spec_of(GYM, stages=("sft",))).problems
+    assert problem["what"].startswith("none of the rows gives prompts with responses, which sft needs; all 20 were")
+    assert survey.look(spec_of({"arithmetic": 60}, stages=("sft", "ppo"))).problems == []
+    (problem,) = survey.look(spec_of({"arithmetic": 60}, stages=("reward",))).problems
+    assert "pairs of responses" in problem["what"]
+
+
+def test_generated_rows_are_counted_without_generating_them() -> None:
+    spec = spec_of({"arithmetic": 600}, {"reasoning_gym": {"task": "chain_sum", "size": 400}}, stages=("sft",))
+    assert expected_samples(spec, "sft") == 950
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"task": "ab"}, {"task": "ab", "size": 9}, {"task": "ab", "size": True}, {"task": 1, "size": 20}]
+)
+def test_a_task_needs_a_name_and_a_size(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs task, such as chain_sum, and size"):
+        SourceSpec.model_validate({"reasoning_gym": options})
+
+
+def test_one_origin_and_no_names_for_generated_columns() -> None:
+    with pytest.raises(ValueError, match="exactly one of path, demo, arithmetic and reasoning_gym"):
+        SourceSpec(demo=10, arithmetic=10)
+    with pytest.raises(ValueError, match="generated rows"):
+        SourceSpec(arithmetic=10, columns={"prompt": "x"})
