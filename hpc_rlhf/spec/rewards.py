@@ -49,7 +49,8 @@ class RewardItem(Model):
     space around it; otherwise 0."""
     format: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_pattern)] | None = None
     """A regular expression, of which . also matches line ends: 1 if the whole response matches, otherwise 0. Beside
-    math, exact or code, it selects instead what they judge: its first group, in the last place that matches."""
+    math, exact, code or reasoning_gym, it selects instead what they judge: its first group, in the last place that
+    matches."""
     code: Column | None = None
     """A column with tests, Python code that runs after the response's last block of code, or a list of such tests. The
     reward is the share that passes. Needs an image to run them in."""
@@ -62,7 +63,8 @@ class RewardItem(Model):
     secret: Annotated[FreeText, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """The environment variable with the token that url gets as a bearer token. Its value is never stored."""
     reasoning_gym: Literal[True] | None = None
-    """The scorer of the task of a row's reasoning_gym source."""
+    """The scorer of the task of a row's reasoning_gym source: from 0 to 1, for the last text between <answer> and
+    </answer>, or all of the response if there is none. Other rows get none."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """What the reward is multiplied with in the sum. 0 only reports it."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
@@ -95,7 +97,7 @@ class RewardItem(Model):
         if len(kinds) != 1:
             several = f"; it has {' and '.join(kinds)}" if kinds else ""
             raise ValueError(f"give exactly one of {', '.join(KINDS)}{several}")
-        if "format" in given and kinds[0] not in ("format", "math", "exact", "code"):
+        if "format" in given and kinds[0] not in ("format", "math", "exact", "code", "reasoning_gym"):
             raise ValueError(f"format cannot select what {kinds[0]} judges")
         for field, kind in (("image", "code"), ("secret", "url")):
             if getattr(self, field) is not None and kinds[0] != kind:

@@ -45,7 +45,8 @@ class SourceSpec(Model):
     digit by digit: 7+5=12, 3+4+1=8: 82. The column answer has the result."""
     reasoning_gym: Annotated[dict[str, _Option | tuple[_Option, ...]], AfterValidator(_gym)] | None = None
     """Generate prompts of a task of reasoning-gym: {task: chain_sum, size: 5000, max_terms: 4}. Fields other than task
-    and size are options of the task; its seed follows from the run's. Rewards get the columns answer and metadata."""
+    and size are options of the task; its seed follows from the run's. Rewards get the columns answer and
+    reasoning_gym, the whole entry with its metadata."""
     format: Literal["prompt-chosen-rejected", "hh", "messages", "instruction", "text", "prompt"] | None = None
     """Format of the rows. prompt-chosen-rejected: columns prompt, chosen (or completion, or response) and optionally
     rejected and system; without prompt, chosen and rejected begin with it. hh: chosen and rejected are whole

@@ -40,7 +40,7 @@ BROKEN = [
     ("one of several "
      "words", "format: prompt-chosen-rejected", "format: mesages", "9:40: data.sources.0.format: must be "
                                                                    "'prompt-chosen-rejected', 'hh', "
-                                                                   "'messages', 'instruction' or 'text', "
+                                                                   "'messages', 'instruction', 'text' or 'prompt', "
                                                                    "not 'mesages' (did you mean messages?)"),
     ("mapping for a "
      "list", "sources:\n    - {path: Dahoas/rm-static, format: prompt-chosen-rejected}\n    - demo: "
@@ -62,7 +62,7 @@ BROKEN = [
      "stage", "lr: 1e-4", "lr: 1e-4\n    warmup: 100\n    max_steps: "
                           "50", "18:13: stages.sft.warmup: is 100 steps, but the stage ends after max_steps: 50; a "
                                 "fraction such as 0.1 always fits"),
-    ("neither path nor demo", "demo: 300", "weight: 2", "10:7: data.sources.1: give exactly one of path and demo"),
+    ("neither path nor demo", "demo: 300", "weight: 2", "10:7: data.sources.1: give exactly one of path, demo, "),
     ("batch that does not "
      "divide", "micro_batch: 4\n    "
                "slurm", "micro_batch: 4\n    global_batch: 30\n    "

@@ -45,7 +45,7 @@ def generate(source: SourceSpec, seed: int) -> Iterable[dict[str, Any]]:
         return demo.dialogues(source.demo, seed)
     if source.arithmetic is not None:
         return arithmetic.problems(source.arithmetic, seed)
-    return gym.entries(source.reasoning_gym or {}, seed)
+    return gym.problems(source.reasoning_gym or {}, seed)
 
 
 def local_files(source: SourceSpec) -> list[Path] | None:

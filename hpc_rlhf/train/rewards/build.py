@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.rewards import RewardItem, names
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.rewards import math
+from hpc_rlhf.train.data.gym import COLUMN
+from hpc_rlhf.train.rewards import gym, math
 from hpc_rlhf.train.rewards.blend import Blend, Part, Source
 from hpc_rlhf.train.rewards.exact import Exact, Format
 from hpc_rlhf.train.rewards.text import FromText, Pattern, TextReward
@@ -62,9 +63,19 @@ def _math(context: StageContext, item: RewardItem) -> TextReward:
     return Verifier("math", item.math, pool, selects)
 
 
+def _gym(context: StageContext, item: RewardItem) -> TextReward:
+    selects = pattern(item)
+    pool = Pool(
+        "hpc_rlhf.train.rewards.gym:make", {"selected": selects is not None}, size=usual_size(), timeout=item.limit,
+        should_stop=context.stop.should_stop, memory=gym.MEMORY,
+    )  # fmt: skip
+    return Verifier("reasoning_gym", COLUMN, pool, selects)
+
+
 # How each kind of reward that reads text is made.
 TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "exact": _exact,
     "format": _format,
     "math": _math,
+    "reasoning_gym": _gym,
 }

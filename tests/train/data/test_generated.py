@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -51,20 +52,35 @@ def test_reasoning_gym_gives_prompts_with_what_its_scorer_needs() -> None:
     for sample in samples:
         question = sample.turns[0][1]
         assert str(eval(re.sub(r"[^0-9+\- ]", "", question.replace("\u2212", "-")))) == sample.further["answer"]
-        assert sample.further["metadata"]["source_dataset"] == "chain_sum"
+        entry = sample.further["reasoning_gym"]
+        assert (entry["question"], entry["metadata"]["source_dataset"]) == (question, "chain_sum")
         assert (sample.chosen, sample.unanswered is not None) == ("", True)
-    assert [s.prompt for s in read(source, 3)] == [s.prompt for s in samples] != [s.prompt for s in read(source, 4)]
-    fixed = SourceSpec.model_validate({"reasoning_gym": {**GYM["reasoning_gym"], "seed": 7}})
-    assert list(placed_rows(fixed, 3)) == list(placed_rows(fixed, 4))
-    assert next(iter(placed_rows(source, 3)))[0] == "reasoning_gym chain_sum, row 0"
+    assert next(placed_rows(source, 3))[0] == "reasoning_gym chain_sum, row 0"
+    assert [each.prompt for each in samples] == [each.prompt for each in read(source, 3)]
+    assert next(read(source, 4)).prompt != samples[0].prompt
+
+
+def test_problems_do_not_depend_on_how_a_process_hashes_text() -> None:
+    source = {"task": "isomorphic_strings", "size": 10}
+    shown = f"[row['prompt'] for row in problems({source}, 1)] + [hash('a')]"
+    command = f"from hpc_rlhf.train.data.gym import problems; print({shown})"
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", command], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout.rpartition(b",")
+        for seed in ("1", "2")
+    ]
+    assert printed[0][0] == printed[1][0]
+    assert printed[0][2] != printed[1][2]
 
 
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"task": "chain_sums", "size": 20}, "reasoning-gym has no task chain_sums"),
-        ({"task": "chain_sum", "size": 20, "terms": 3}, "refuses the options: .* 'terms'"),
-        ({"task": "chain_sum", "size": 20, "min_terms": 9, "max_terms": 3}, "refuses the options"),
+        ({"task": "chain_sums", "size": 20}, "reasoning_gym chain_sums: reasoning-gym has no such task"),
+        ({"task": "chain_sum", "size": 20, "terms": 3}, "does not take these options: .* 'terms'"),
+        ({"task": "chain_sum", "size": 20, "min_terms": 9, "max_terms": 3}, "does not take these options"),
+        ({"task": "rearc", "size": 20}, "its scorer needs what JSON cannot hold"),
     ],
 )
 def test_check_names_a_wrong_task_or_option(options: dict[str, Any], what: str) -> None:
