@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hpc_rlhf.estimate.parameters import Architecture
 from hpc_rlhf.spec.batch import Batch
 from hpc_rlhf.spec.sizes import ALIGNED, BUCKET, LIVE, LOGITS
-from hpc_rlhf.spec.stages import PpoSpec
+from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.training import LoraSpec, StageSpec, TrainingSpec
 
 # Bytes of a number.
@@ -215,7 +215,7 @@ def frozen(model: Architecture, count: int, stage: StageSpec, of: TrainingSpec) 
     return weights(_on_rank(model, count, ways), stage, of.slurm.ranks // ways)
 
 
-def moving_average(actor: Architecture, stage: PpoSpec) -> int:
+def moving_average(actor: Architecture, stage: PolicySpec) -> int:
     """Bytes of a rank's share of the moving average of the actor's weights."""
     ways = stage.tensor_parallel
     count = _on_rank(actor, actor.parameters, ways)

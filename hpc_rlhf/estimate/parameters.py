@@ -19,7 +19,9 @@ from hpc_rlhf import __version__, safe_path
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.spec import hub
-from hpc_rlhf.spec.job import FromScratch, ModelRef, ModelsSpec
+from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelRef, ModelsSpec
+from hpc_rlhf.spec.stages import PpoSpec
+from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.training import LoraSpec
 
 # Importing torch from a cold network file system can take minutes.
@@ -119,6 +121,18 @@ def architecture(models: ModelsSpec, role: str) -> Architecture:
     if isinstance(shapes, str):
         raise HpcRlhfError(f"the model cannot be built from its configuration: {shapes}", where=f"models.{role}")
     return shapes
+
+
+def judges(spec: JobSpec, stage: PolicySpec) -> list[Architecture]:
+    """The shapes of the reward models that score a stage's responses."""
+    refs = ["reward"] if stage.rewards is None else [item.model for item in stage.rewards if item.model is not None]
+    named = [spec.models if ref == "reward" else spec.models.model_copy(update={"reward": ref}) for ref in refs]
+    return [architecture(models, "reward") for models in named]
+
+
+def critic_body(spec: JobSpec, stage: PpoSpec) -> Architecture:
+    """The shape of a critic: that of the reward model that it starts from, or else of the actor."""
+    return architecture(spec.models, "actor" if "reward" in stage.unneeded else "reward")
 
 
 _known: dict[str, Architecture | str] = {}

@@ -8,12 +8,13 @@ from functools import singledispatch
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate import model_memory
 from hpc_rlhf.estimate.model_memory import ITEM, Parts, Pass, added, as_trained
-from hpc_rlhf.estimate.parameters import Architecture, architecture
+from hpc_rlhf.estimate.parameters import Architecture, architecture, critic_body, judges
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sizes import CACHE_SHARE, ROWS, WEIGHTS_SHARE
 from hpc_rlhf.spec.stages import Data, EvalSpec, PpoSpec, kind_of
+from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # Share of a GPU that CUDA, NCCL and fragmentation take.
@@ -112,30 +113,39 @@ def run_memory(spec: JobSpec) -> dict[str, Memory | HpcRlhfError]:
 
 
 @_memory.register
-def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
-    actor, reward, lengths = (architecture(spec.models, "actor"), architecture(spec.models, "reward"), _lengths(spec))
+def _policy(stage: PolicySpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
+    """The actor, what it is compared with, and the models of its rewards."""
+    actor, lengths = architecture(spec.models, "actor"), _lengths(spec)
     tokens, responses = batch.micro * sum(lengths), batch.micro * lengths[1]
-    # If a rollout is one micro-batch, the update reuses the pass that scored it: see train/stages/ppo.
+    # If a rollout is one micro-batch, the update reuses the pass that scored it: see train/stages/policy.
     kept = batch.accumulation * stage.minibatches == 1 and not stage.dropout
     policy = model_memory.in_training(Pass(actor, stage, tokens, responses, with_entropies=kept), batch)
-    of_critic = stage.of_critic
-    critic = model_memory.in_training(Pass(reward, of_critic, tokens, 0), batch, scored=True)
-    always = {
-        **policy.always,
-        "critic": sum(critic.always.values()),
-        "ref": model_memory.frozen(actor, actor.parameters, stage.strategies["ref"], stage),
-    }
+    always = dict(policy.always)
+    if "ref" in stage.strategies:
+        always["ref"] = model_memory.frozen(actor, actor.parameters, stage.strategies["ref"], stage)
     if "reward" in stage.strategies:
-        always["reward"] = model_memory.frozen(reward, reward.scored, stage.strategies["reward"], stage)
+        stored = stage.strategies["reward"]
+        always["reward"] = sum(model_memory.frozen(each, each.scored, stored, stage) for each in judges(spec, stage))
     if stage.ema:
         always["EMA"] = model_memory.moving_average(actor, stage)
-    phases = dict(policy.phases)
-    for phase, parts in critic.phases.items():
-        phases[f"the critic's {phase}"] = parts
     rollout = batch.micro * batch.accumulation * stage.minibatches
-    phases["rollouts"] = _rollout(actor, stage, -(-rollout // stage.tensor_parallel), lengths, gpu)
-    phases["scoring"] = _scoring(actor, stage, tokens, responses)
-    return Memory({"actor": actor.parameters, "critic": reward.scored}, always, phases, gpu)
+    phases = {
+        **policy.phases,
+        "rollouts": _rollout(actor, stage, -(-rollout // stage.tensor_parallel), lengths, gpu),
+        "scoring": _scoring(actor, stage, tokens, responses),
+    }
+    return Memory({"actor": actor.parameters}, always, phases, gpu)
+
+
+@_memory.register
+def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, gpu: int | None) -> Memory:
+    """A policy, and its critic."""
+    policy, body = _policy(stage, spec, name, batch, gpu), critic_body(spec, stage)
+    tokens = batch.micro * sum(_lengths(spec))
+    critic = model_memory.in_training(Pass(body, stage.of_critic, tokens, 0), batch, scored=True)
+    phases = {**policy.phases, **{f"the critic's {phase}": parts for phase, parts in critic.phases.items()}}
+    always = {**policy.always, "critic": sum(critic.always.values())}
+    return Memory({**policy.parameters, "critic": body.scored}, always, phases, gpu)
 
 
 @_memory.register

@@ -11,7 +11,8 @@ from hpc_rlhf.slurm.jobs import time_limit
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sizes import EVALUATED_PROMPTS, EVALUATED_ROWS
-from hpc_rlhf.spec.stages import EvalSpec, PpoSpec
+from hpc_rlhf.spec.stages import EvalSpec, GrpoSpec
+from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.training import TrainingSpec
 
 
@@ -20,8 +21,8 @@ class StageTime:
     """How long a stage takes.
 
     Attributes:
-        parts: seconds of a step by part: training, optimizer, messages, offload, and PPO's decoding and scoring.
-        samples: samples of a step.
+        parts: seconds of a step by part: training, optimizer, messages, offload, and decoding and scoring of responses.
+        samples: samples of a step; in GRPO, responses.
         expected: samples that the data have for the stage; None if unknown here.
         steps: steps of the whole stage, 1 for an evaluation; None if unknown.
         gpus: GPUs of its job.
@@ -75,23 +76,24 @@ def stage_time(spec: JobSpec, name: str) -> StageTime:
         return StageTime(parts, stage.prompts, stage.prompts, 1, gpus, limit)
     assert isinstance(stage, TrainingSpec)
     batch = derive_batch(stage, name)
-    samples = batch.global_ * (stage.minibatches if isinstance(stage, PpoSpec) else 1)
+    samples = batch.global_ * (stage.minibatches if isinstance(stage, PolicySpec) else 1)
     expected = expected_samples(spec, name)
     steps = stage.max_steps
     if expected is not None:
-        available = max(1, expected * stage.epochs // samples)
+        rows = samples // stage.group_size if isinstance(stage, GrpoSpec) else samples
+        available = max(1, expected * stage.epochs // rows)
         steps = available if steps is None else min(available, steps)
     time = StageTime(parts, samples, expected, steps, gpus, limit)
     return replace(time, evaluations=_evaluations(spec, stage, time))
 
 
 def _evaluations(spec: JobSpec, stage: TrainingSpec, time: StageTime) -> float:
-    """``StageTime.evaluations``: a forward pass is a third of training; in PPO there are responses and their scores."""
+    """``StageTime.evaluations``: a forward pass is a third of training; PPO and GRPO generate and score."""
     if stage.eval_every is None or time.steps is None or time.expected is None:
         return 0.0
     held_out = time.expected * spec.data.held_out / (1 - spec.data.held_out)
     scoring = time.parts.get("scoring", 0.0)
-    if isinstance(stage, PpoSpec):
+    if isinstance(stage, PolicySpec):
         rows, work = min(held_out, EVALUATED_PROMPTS), scoring + time.parts["decoding"]
     else:
         rows, work = min(held_out, EVALUATED_ROWS), scoring + time.parts["training"] / 3

@@ -7,12 +7,13 @@ from functools import singledispatch
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.model_memory import ITEM, as_trained, trained_parameters
-from hpc_rlhf.estimate.parameters import Architecture, architecture
+from hpc_rlhf.estimate.parameters import Architecture, architecture, critic_body, judges
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import GPUS
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sizes import ROWS, WEIGHTS_SHARE
-from hpc_rlhf.spec.stages import Data, EvalSpec, PpoSpec, kind_of
+from hpc_rlhf.spec.stages import Data, EvalSpec, GrpoSpec, PpoSpec, kind_of
+from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # Share of a data sheet's FLOP/s that well-tuned training of dense models reaches: 0.3 to 0.55 in published
@@ -111,28 +112,52 @@ def _parts(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, machine: _M
 
 @_parts.register
 def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[str, float]:
-    """A rollout and the optimizer steps on it."""
-    body = architecture(spec.models, "actor")
-    actor = _model(body, stage, False)
-    critic = _model(architecture(spec.models, "reward"), stage.of_critic, True)
-    prompt, answer = spec.data.max_prompt_tokens, spec.data.max_answer_tokens
-    tokens = batch.micro * (prompt + answer)
-    parts: dict[str, float] = {}
-    updates = stage.ppo_epochs * stage.minibatches
-    for model in (actor, critic):
-        for part, seconds in _step(model, tokens, batch.accumulation, machine).items():
-            parts[part] = parts.get(part, 0.0) + updates * seconds
-    passes = batch.accumulation * stage.minibatches
-    # Log-probabilities of the actor and its reference, and scores of the critic and the reward model.
-    scorers = {"": actor, "ref": actor, "critic": critic, "reward": critic}
-    parts["scoring"] = passes * sum(
-        _scored(model, stage.strategies[role], tokens, machine)
-        for role, model in scorers.items()
-        if role in stage.strategies
-    )
-    responses = -(-batch.micro * passes // machine.ways)
-    parts["decoding"] = _decoding(body, actor, (prompt, answer), responses, machine)
+    """A rollout, and the optimizer steps of actor and critic on it."""
+    actor = _model(architecture(spec.models, "actor"), stage, False)
+    critic = _model(critic_body(spec, stage), stage.of_critic, True)
+    beside = [(actor, stage.strategies["ref"]), (critic, stage.strategies["critic"])]
+    parts = _policy(stage, spec, batch, machine, stage.ppo_epochs, beside)
+    for part, seconds in _step(critic, _tokens(spec, batch), batch.accumulation, machine).items():
+        parts[part] += stage.ppo_epochs * stage.minibatches * seconds
     return parts
+
+
+@_parts.register
+def _grpo(stage: GrpoSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machine) -> dict[str, float]:
+    """A rollout, and the optimizer steps of the actor on it. An actor with adapters alone is its own reference."""
+    actor = _model(architecture(spec.models, "actor"), stage, False)
+    beside = [(actor, stage.strategies.get("ref", stage))] if stage.kl_coef else []
+    return _policy(stage, spec, batch, machine, stage.num_iterations, beside, stage.group_size)
+
+
+def _policy(
+    stage: PolicySpec, spec: JobSpec, batch: Batch, machine: _Machine, epochs: int,
+    beside: list[tuple[_Model, StageSpec]], group: int = 1,
+) -> dict[str, float]:  # fmt: skip
+    """A rollout, its evaluation, and the actor's optimizer steps on it. Only rewards by a model take time.
+
+    Args:
+        epochs: passes over the experience.
+        beside: what evaluates responses besides the actor and the reward models, each with how it is stored.
+        group: responses to each prompt.
+    """
+    body = architecture(spec.models, "actor")
+    actor, tokens, passes = _model(body, stage, False), _tokens(spec, batch), batch.accumulation * stage.minibatches
+    step = _step(actor, tokens, batch.accumulation, machine)
+    parts = {part: epochs * stage.minibatches * seconds for part, seconds in step.items()}
+    scorers = [(actor, stage), *beside]
+    if "reward" in stage.strategies:
+        scorers += [(_model(each, stage, True), stage.strategies["reward"]) for each in judges(spec, stage)]
+    parts["scoring"] = passes * sum(_scored(model, stored, tokens, machine) for model, stored in scorers)
+    responses = -(-batch.micro * passes // machine.ways)
+    lengths = spec.data.max_prompt_tokens, spec.data.max_answer_tokens
+    parts["decoding"] = _decoding(body, actor, lengths, responses, machine, group)
+    return parts
+
+
+def _tokens(spec: JobSpec, batch: Batch) -> int:
+    """Tokens of a micro-batch of prompts with one response each."""
+    return batch.micro * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
 
 
 @_parts.register
@@ -247,17 +272,19 @@ def _offloaded(model: _Model, passes: int, machine: _Machine) -> float:
     return seconds
 
 
-def _decoding(body: Architecture, actor: _Model, lengths: tuple[int, int], responses: int, machine: _Machine) -> float:
-    """Seconds in which a rank generates its responses of a rollout.
+def _decoding(
+    body: Architecture, actor: _Model, lengths: tuple[int, int], responses: int, machine: _Machine, group: int = 1
+) -> float:
+    """Seconds in which a rank generates its responses of a rollout, ``group`` of them to each prompt.
 
-    Each decoding step reads the weights and the KV cache once for all rows of the batch. A sharded actor is
-    gathered beforehand; the part that does not fit is gathered for every token.
+    Each decoding step reads the weights and the KV cache once for all rows of the batch. A prompt passes through the
+    model once. A sharded actor is gathered beforehand; the part that does not fit is gathered for every token.
     """
     prompt, answer = lengths
     rows = min(ROWS, responses)
     cache = rows * body.kv * actor.item * (prompt + answer / 2)
     work = max((actor.item * actor.count + cache) / machine.bandwidth, 2 * actor.count * rows / machine.flops)
-    prompts = 2 * actor.count * prompt * rows / machine.flops
+    prompts = 2 * actor.count * prompt * rows / group / machine.flops
     whole = actor.item * actor.count if actor.scheme.zero == 3 and machine.data_ranks > 1 else 0
     streamed = max(0.0, whole - WEIGHTS_SHARE * machine.memory)
     token = work + streamed / machine.link

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.plan_peaks import OVER, UNDER, Case, compare
+from tests.benchmarks.plan_peaks import OVER, UNDER, VERIFIED, Case, compare
 
 pytestmark = pytest.mark.train
 
@@ -12,6 +12,7 @@ CASES = (
     Case("sft", "llama", 2, 128, 1024, 64, fields={"micro_batch": 4}),
     Case("reward", "opt", 2, 128, 1024, 64, 2, {"micro_batch": 4, "zero": 2}),
     Case("ppo", "qwen2", 2, 128, 1024, 32, fields={"micro_batch": 2, "global_batch": 4}),
+    Case("grpo", "llama", 2, 128, 1024, 32, fields={"micro_batch": 4, **VERIFIED}),
 )
 
 

@@ -106,6 +106,19 @@ def test_ppo_holds_four_models_and_gathers_a_sharded_actor() -> None:
     assert stage_memory(adapted, "ppo").always["EMA"] == pytest.approx(2 * linear, abs=8), "over two ranks"
 
 
+def test_grpo_holds_a_reference_and_a_reward_model_only_if_it_uses_them() -> None:
+    def parts(**fields: Any) -> set[str]:
+        stages = {"reward": {}, "grpo": {"rewards": [{"exact": "answer"}], **fields}}
+        memory = stage_memory(make_spec("/scratch/demo", GPUS, **stages), "grpo")
+        assert {"passes", "rollouts", "scoring"} <= set(memory.phases)
+        return set(memory.always)
+
+    assert parts() == {"weights", "optimizer"}
+    assert parts(kl_coef=0.001, ema=True) == {"weights", "optimizer", "ref", "EMA"}
+    assert parts(kl_coef=0.001, lora={"rank": 8}) == {"weights", "optimizer"}, "adapters off are the reference"
+    assert parts(rewards=[{"model": "reward"}, {"exact": "answer"}]) == {"weights", "optimizer", "reward"}
+
+
 def test_an_evaluation_holds_one_model_at_a_time() -> None:
     spec = make_spec("/scratch/demo", GPUS, sft={}, reward={}, ppo={}, eval={"prompts": 64})
     memory = stage_memory(spec, "eval")

@@ -94,6 +94,27 @@ def test_a_sharded_actor_too_large_to_gather_is_streamed_for_every_token() -> No
     assert smaller - larger > 0.99 * 255 * streamed / 450e9 + read
 
 
+def test_grpo_reads_each_prompt_once_for_its_group_and_passes_over_the_rollout_again() -> None:
+    def parts(**fields: Any) -> dict[str, float]:
+        return timed("grpo", micro_batch=8, rewards=[{"exact": "answer"}], **fields)
+
+    pair, group = parts(group_size=2), parts(group_size=8)
+    assert pair["decoding"] - group["decoding"] == pytest.approx(2 * COUNT * 256 * (4 - 1) / FLOPS)
+    assert group["training"] == pytest.approx(timed(micro_batch=8)["training"])
+    assert parts(num_iterations=3, minibatches=2)["training"] == pytest.approx(6 * group["training"])
+    assert group["scoring"] == pytest.approx(2 * COUNT * 8 * 512 / FLOPS + READ)
+    assert parts(kl_coef=0.1)["scoring"] == pytest.approx(2 * group["scoring"])
+
+
+def test_a_step_of_grpo_takes_a_prompt_for_each_group() -> None:
+    spec = make_spec(
+        "/scratch/demo", {"gpu": "a100-80g"},
+        grpo={"rewards": [{"exact": "answer"}], "global_batch": 16, "minibatches": 2, "epochs": 4},
+    )  # fmt: skip
+    time = stage_time(spec, "grpo")
+    assert (time.expected, time.samples, time.steps) == (95, 32, 95 * 4 // 4)
+
+
 def test_steps_follow_from_the_data_and_attempts_from_the_time_limit() -> None:
     slurm = {"gpu": "a100-80g", "gpus_per_node": 2, "time": "10:00"}
     spec = make_spec("/scratch/demo", slurm, sft={"epochs": 30_000}, reward={}, ppo={"max_steps": 3})
