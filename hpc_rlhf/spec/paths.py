@@ -144,6 +144,7 @@ _PATHS: tuple[tuple[tuple[str, ...], _Resolve], ...] = (
     (("notify", "webhook", "url"), _webhook),
     (("slurm", "container", "image"), _image),
     (("slurm", "container", "mounts", "*"), _mount),
+    (("stages", "*", "rewards", "*", "image"), _image),
     (("stages", "*", "slurm", "container", "image"), _image),
     (("stages", "*", "slurm", "container", "mounts", "*"), _mount),
 )

@@ -52,12 +52,12 @@ class RewardItem(Model):
     math, exact, code or reasoning_gym, it selects instead what they judge: its first group, in the last place that
     matches."""
     code: Column | None = None
-    """A column with tests, Python code that runs after the response's last block of code, or a list of such tests. The
-    reward is the share that passes. Needs an image to run them in."""
+    """A column with a test, Python code that runs after the response's last block of code, or with a list of such
+    tests. The reward is the share that passes. Needs an image to run them in."""
     image: PathText | None = None
-    """An Apptainer image with Python for code."""
+    """An Apptainer image with python3, in which code runs without network and without files of this system."""
     memory: Annotated[str, Field(pattern=r"^[0-9]{1,6}[MG]$")] = "512M"
-    """What a program of code may use."""
+    """The memory that a program of code may use."""
     url: Annotated[Command, Field(pattern=r"^https?://")] | None = None
     """A server that scores batches of responses; see docs/rewards.md for the request and the response."""
     secret: Annotated[FreeText, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
@@ -89,6 +89,11 @@ class RewardItem(Model):
         if self.timeout is not None:
             return seconds(self.timeout)
         return 5.0 if self.kind in ("math", "reasoning_gym") else 30.0
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a program of code may use of memory."""
+        return int(self.memory[:-1]) << {"M": 20, "G": 30}[self.memory[-1]]
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardItem:

@@ -8,7 +8,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.rewards import RewardItem, names
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.gym import COLUMN
-from hpc_rlhf.train.rewards import gym, math
+from hpc_rlhf.train.rewards import code, gym, math
 from hpc_rlhf.train.rewards.blend import Blend, Part, Source
 from hpc_rlhf.train.rewards.exact import Exact, Format
 from hpc_rlhf.train.rewards.text import FromText, Pattern, TextReward
@@ -72,10 +72,28 @@ def _gym(context: StageContext, item: RewardItem) -> TextReward:
     return Verifier("reasoning_gym", COLUMN, pool, selects)
 
 
+def _code(context: StageContext, item: RewardItem) -> TextReward:
+    assert item.code is not None
+    selects = pattern(item)
+    arguments = {
+        "image": item.image, "seconds": item.limit, "memory": item.memory_bytes, "selected": selects is not None,
+    }  # fmt: skip
+    pool = Pool(
+        "hpc_rlhf.train.rewards.code:make", arguments, size=usual_size(), timeout=item.limit + 2 * code.GRACE_SECONDS,
+        should_stop=context.stop.should_stop,
+    )  # fmt: skip
+    (tried,) = pool.map([["pass", ""]])
+    if error := next(filter(None, context.world.gather(tried.error)), None):
+        hint = "load Apptainer in slurm.setup, and give an image with python3; without a sandbox, no code runs"
+        raise HpcRlhfError(f"the reward {error}", where=f"code in {item.image}", hint=hint)
+    return Verifier("code", item.code, pool, selects)
+
+
 # How each kind of reward that reads text is made.
 TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "exact": _exact,
     "format": _format,
     "math": _math,
     "reasoning_gym": _gym,
+    "code": _code,
 }

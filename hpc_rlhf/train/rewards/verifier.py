@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hpc_rlhf.errors import RUN_FAILED
 from hpc_rlhf.train.rewards.text import Failure, Pattern, Score, TextBatch
-from hpc_rlhf.train.rewards.workers import Outcome, Pool
+from hpc_rlhf.train.rewards.workers import Pool
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class Verifier:
     Attributes:
         name: of the reward, for the log.
         column: what a response is judged by.
-        pool: its function takes ``[cell, response]`` and returns a number, or why there is none, as ``Failure.why``.
+        pool: its function takes ``[cell, response]`` and returns the score; a list of it and a remark for the log; or
+            why there is no score, as ``Failure.why``.
         selects: what of a response is judged; by default all of it. Where it finds nothing, the score is 0.
     """
 
@@ -34,17 +34,19 @@ class Verifier:
         texts = [None if cell is None else select(text) for cell, text in zip(cells, batch.responses, strict=True)]
         rows = [row for row, text in enumerate(texts) if text is not None]
         outcomes = self.pool.map([[cells[row], texts[row]] for row in rows])
-        self._report(outcomes)
         scores: list[Score] = [None if cell is None else 0.0 for cell in cells]
+        remarks: Counter[str] = Counter()
         for row, outcome in zip(rows, outcomes, strict=True):
+            remark = outcome.error
             if outcome.unasked:
                 scores[row] = Failure(str(outcome.error), RUN_FAILED)
+            elif isinstance(outcome.value, str):
+                scores[row] = Failure(outcome.value)
+            elif isinstance(outcome.value, list):
+                scores[row], remark = outcome.value
             elif outcome.error is None:
-                scores[row] = Failure(outcome.value) if isinstance(outcome.value, str) else outcome.value
+                scores[row] = outcome.value
+            remarks.update(filter(None, [remark]))
+        for remark, count in remarks.most_common(3):
+            print(f"reward {self.name}: {count} of {len(rows)} responses: {remark}", file=sys.stderr, flush=True)
         return scores
-
-    def _report(self, outcomes: Sequence[Outcome]) -> None:
-        """Log why responses count as wrong that could not be judged."""
-        reasons = Counter(outcome.error for outcome in outcomes if outcome.error is not None)
-        for reason, count in reasons.most_common(3):
-            print(f"reward {self.name}: {count} of {len(outcomes)} responses: {reason}", file=sys.stderr, flush=True)

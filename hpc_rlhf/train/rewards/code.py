@@ -1,0 +1,107 @@
+"""What runs the code of responses against tests, in a process without torch: Apptainer, without network and home."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# The last of them is a response's code.
+FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# For a container to start and to end, perhaps on a busy file system.
+GRACE_SECONDS = 60.0
+PROCESSES, DISK = 32, 64 * 2**20
+_ISOLATED = (
+    "exec", "--containall", "--no-home", "--no-mount", "home,cwd,hostfs,bind-paths", "--net", "--network", "none",
+)  # fmt: skip
+_GUARD = Path(__file__).with_name("guard.py")
+
+
+class SandboxError(Exception):
+    """There is no sandbox, or it is not one; the message says why, as ``Failure.why`` does."""
+
+
+def make(image: str, seconds: float, memory: int, selected: bool) -> Callable[[list[Any]], list[Any] | str]:
+    """The function of a ``Verifier``: the share of the tests that pass, and which limit was exceeded.
+
+    Args:
+        seconds: for all tests of a response.
+        memory: bytes.
+        selected: responses are code that a format has selected.
+
+    Raises:
+        SandboxError: code cannot be contained here.
+    """
+    limits = {"seconds": seconds, "memory": memory, "processes": PROCESSES, "disk": DISK}
+    command = [*program(), "--silent", *_ISOLATED, image, "python3", "-I", "-c", _GUARD.read_text(encoding="utf-8")]
+    if run(command, "a = 1", ["assert a == 1", "assert a == 2"], limits) != [1, None]:
+        raise SandboxError(f"tests of a program do not run in {image}")
+
+    def judge(item: list[Any]) -> list[Any] | str:
+        tests, response = item
+        tests = [tests] if isinstance(tests, str) else tests
+        if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+            return f"needs tests as text or a list of texts, and got {tests!r}"[:300]
+        code = response if selected else (FENCE.findall(response) or [None])[-1]
+        if code is None:
+            return [0.0, None]
+        try:
+            passed, why = run(command, code, tests, limits)
+        except SandboxError as error:
+            return str(error)
+        return [passed / len(tests), why]
+
+    return judge
+
+
+def program() -> list[str]:
+    """The start of Apptainer's command.
+
+    Raises:
+        SandboxError: it is not installed.
+    """
+    found = shutil.which("apptainer") or shutil.which("singularity")
+    if found is None:
+        raise SandboxError("needs Apptainer, which is not on PATH of this node, to run code of the model in")
+    return [found]
+
+
+def run(command: list[str], code: str, tests: list[str], limits: dict[str, Any]) -> list[Any]:
+    """How many tests pass, and which limit was exceeded.
+
+    Raises:
+        SandboxError: the sandbox did not start, or leaves something open.
+    """
+    folders = [os.path.expanduser("~"), os.getcwd(), "/tmp", "/dev/shm"]
+    outside = {
+        "namespaces": {kind: os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid", "ipc", "mnt")},
+        "folders": {path: [os.stat(path).st_dev, os.stat(path).st_ino] for path in folders if os.path.exists(path)},
+    }
+    task = json.dumps({"code": code, "tests": tests, "limits": limits, "outside": outside})
+    # Nothing else of the environment: a variable could add mounts, or be a secret.
+    env = {"PATH": os.environ["PATH"], "APPTAINER_NO_PRIVS": "1", "SINGULARITY_NO_PRIVS": "1"}
+    env |= {f"APPTAINERENV_{name}": "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    )  # fmt: skip
+    try:
+        output, errors = process.communicate(task.encode(), timeout=limits["seconds"] + GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+    lines = output.decode(errors="replace").splitlines()
+    if not lines:
+        last = (errors.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise SandboxError(f"its sandbox did not start ({last[:300]})")
+    opened = json.loads(lines[0])["open"]
+    if opened is not None:
+        raise SandboxError(f"its sandbox does not isolate: {opened}")
+    if len(lines) < 2:
+        return [0, "ended the sandbox"]
+    result = json.loads(lines[1])
+    return [result["passed"], result["why"]]
