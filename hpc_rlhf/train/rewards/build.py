@@ -12,6 +12,7 @@ from hpc_rlhf.train.rewards import code, gym, math
 from hpc_rlhf.train.rewards.blend import Blend, Part, Source
 from hpc_rlhf.train.rewards.exact import Exact, Format
 from hpc_rlhf.train.rewards.text import FromText, Pattern, TextReward
+from hpc_rlhf.train.rewards.url import UrlReward
 from hpc_rlhf.train.rewards.verifier import Verifier
 from hpc_rlhf.train.rewards.workers import Pool, usual_size
 
@@ -89,6 +90,11 @@ def _code(context: StageContext, item: RewardItem) -> TextReward:
     return Verifier("code", item.code, pool, selects)
 
 
+def _url(context: StageContext, item: RewardItem) -> TextReward:
+    assert item.url is not None
+    return UrlReward(item.url, item.secret, item.limit, context.stop.should_stop)
+
+
 # How each kind of reward that reads text is made.
 TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "exact": _exact,
@@ -96,4 +102,5 @@ TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "math": _math,
     "reasoning_gym": _gym,
     "code": _code,
+    "url": _url,
 }
