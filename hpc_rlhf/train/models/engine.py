@@ -95,6 +95,7 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingS
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=rate, config=config)
     internals.skip_input_check(engine)
     internals.discard_allocation_step(engine)
+    internals.skip_reduction_alone(engine)
     if isinstance(optimizer, OneBitAdam):
         optimizer.start()
         internals.disable_gradient_averaging(engine)

@@ -6,6 +6,7 @@ interface (``initialize``, an engine's ``backward``, ``step``, ``was_step_applie
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,17 @@ from torch import Tensor, nn
 # State of a dynamic loss scale; which of these exist depends on the scaler.
 SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTER_FIELDS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed without MLflow: its autotuner, unused here, would load that and pandas where they are installed,
+    which takes each rank a second and 80 MiB."""
+    if not {"deepspeed", "mlflow"} & sys.modules.keys():
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # so an import of it raises ImportError
+        try:
+            import deepspeed  # noqa: F401
+        finally:
+            del sys.modules["mlflow"]
 
 
 def disable_shared_memory_comm() -> None:
@@ -200,6 +212,12 @@ def check_overflow_by_norm(engine: Any) -> None:
 def disable_gradient_averaging(engine: Any) -> None:
     """Leave each rank its own gradients; the optimizer averages them."""
     engine.enable_backward_allreduce = False
+
+
+def skip_reduction_alone(engine: Any) -> None:
+    """Keep DeepSpeed without ZeRO from copying all gradients to sum them over one rank."""
+    if engine.dp_world_size == 1:
+        engine.allreduce_no_retain = lambda *_, **__: None
 
 
 def inner_optimizer(engine: Any) -> Any:

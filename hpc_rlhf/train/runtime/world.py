@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run.files import file_system_error
-from hpc_rlhf.train.parallel.deepspeed_internals import disable_shared_memory_comm
+from hpc_rlhf.train.parallel.deepspeed_internals import disable_shared_memory_comm, import_deepspeed
 from hpc_rlhf.train.runtime import messages
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
 from hpc_rlhf.train.runtime.rendezvous import open_store
@@ -209,6 +209,7 @@ def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT, secret: b
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import_deepspeed()
     import deepspeed
 
     disable_shared_memory_comm()

@@ -45,6 +45,7 @@ join(1)
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.models.engine import learning_rate, optimizer_step, training_engine
 from hpc_rlhf.train.models.language_model import LanguageModel
+from tests.benchmarks.allocations import Allocations
 from tests.train import tiny
 
 stage, optimizer = int(sys.argv[1]), sys.argv[2]
@@ -80,6 +81,14 @@ assert learning_rate(engine) > rate
 for _ in range(7):
     step(1.0)
 assert learning_rate(engine) < 1e-9, "the schedule ends with the tenth step, although one was skipped"
+
+if stage == 0:
+    loss = engine(torch.tensor([5, 6, 7]), (3,), torch.tensor([1, 2]))[0].sum()
+    with Allocations() as meter:
+        engine.set_gradient_accumulation_boundary(True)
+        engine.backward(loss)
+    gradients = sum(parameter.grad.nbytes for parameter in model.parameters())
+    assert meter.peak < 2 * gradients, "a single rank copies no gradients to sum them"
 """
 
 

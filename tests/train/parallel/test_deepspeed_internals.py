@@ -44,7 +44,7 @@ METHODS = {
     ],
 }  # fmt: skip
 ENGINE = [
-    "basic_optimizer", "enable_backward_allreduce", "lr_scheduler", "mpu",
+    "allreduce_no_retain", "basic_optimizer", "dp_world_size", "enable_backward_allreduce", "lr_scheduler", "mpu",
     "global_steps", "global_samples", "micro_steps", "skipped_steps",
 ]  # fmt: skip
 # By ZeRO stage and precision: attributes of the wrapped optimizer, and of one of its parameters.
@@ -82,6 +82,8 @@ import json, operator, sys
 import torch
 from hpc_rlhf.train.runtime.world import join
 join(1)
+assert "mlflow" not in sys.modules, "DeepSpeed has loaded it"
+import mlflow  # whoever wants it, still can
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.models.engine import training_engine
 from hpc_rlhf.train.models.loading import DTYPES, load_causal, sharded_loading
