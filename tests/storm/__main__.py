@@ -22,11 +22,12 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a folder for copies of the runs")
     parser.add_argument("--peace", type=Path, help="the run in peace that was kept, in place of a new one")
     parser.add_argument("--here", action="store_true", help="without Slurm: hpc-rlhf run in place of submit")
+    parser.add_argument("--grpo", action="store_true", help="with GRPO in place of PPO")
     args = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hpc-rlhf-storm-")))
         cluster = None if args.here else stack.enter_context(Cluster(folder / "slurm", owner=os.getpid()))
-        sky = stack.enter_context(weather(cluster, folder, args.faults))
+        sky = stack.enter_context(weather(cluster, folder, args.faults, grpo=args.grpo))
         try:
             began = time.monotonic()
             sky.peace(args.peace)

@@ -14,17 +14,17 @@ from tests.cluster import Cluster, wait_until
 from tests.cluster.chain import Chain, Watched
 from tests.cluster.processes import find, kill_and_wait
 from tests.storm.here import Here
-from tests.storm.storm import STAGES, ClusterStorm, LocalStorm, Storm
+from tests.storm.storm import GRPO_STAGES, STAGES, ClusterStorm, LocalStorm, Storm
 from tests.storm.strikes import FAULTS, LOCAL_FAULTS, Fault
 from tests.storm.verdict import differences, table, unexplained
 
 HERE = Path(__file__).parent
 DISK = "256m"
 # Approximate steps per second of each stage, and seconds of work per fault.
-RATES = {"sft": 20.0, "reward": 20.0, "ppo": 1.0}
-WORK = {"sft": 2.0, "reward": 2.0, "ppo": 4.0}
+RATES = {"sft": 20.0, "reward": 20.0, "ppo": 1.0, "grpo": 1.0}
+WORK = {"sft": 2.0, "reward": 2.0, "ppo": 4.0, "grpo": 4.0}
 LONGER_HERE = 3  # times: no stage queues, and so an attempt is over sooner
-LEAST = {"sft": 150, "reward": 150, "ppo": 12}
+LEAST = {"sft": 150, "reward": 150, "ppo": 12, "grpo": 12}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Weather:
         faults: number of faults in a storm; the chains are long enough for all of them.
         library: the shim.
         every: seconds into an attempt when a fault strikes; a random moment when left out.
+        grpo: whether GRPO is the last stage, in place of PPO.
     """
 
     cluster: Cluster | None
@@ -66,16 +67,21 @@ class Weather:
     faults: int
     library: Path
     every: float | None = None
+    grpo: bool = False
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return GRPO_STAGES if self.grpo else STAGES
 
     def peace(self, kept: Path | None = None) -> None:
         """Run the chain undisturbed, unless an earlier run was kept."""
         peace = self._peace = Kept(kept or self._started("peace").path)
-        wait_until(lambda: all(peace.is_done(stage) for stage in STAGES), 7200, "the run in peace is done")
+        wait_until(lambda: all(peace.is_done(stage) for stage in self.stages), 7200, "the run in peace is done")
 
     def storm(self, seed: int, kinds: Sequence[Fault] | None = None) -> Outcome:
         """Run it in a storm and compare."""
-        storm = self.rage(seed, kinds, {stage: self._steps(stage) for stage in STAGES})
-        differ, odd = differences(storm.chain, self._peace), unexplained(storm)
+        storm = self.rage(seed, kinds, {stage: self._steps(stage) for stage in self.stages})
+        differ, odd = differences(storm.chain, self._peace, self.stages), unexplained(storm)
         if len(storm.struck) < self.faults:
             odd.append(f"the chain finished after {len(storm.struck)} faults")
         return Outcome(storm, differ, odd, storm.healed, table(storm))
@@ -84,7 +90,7 @@ class Weather:
         """Run it in a storm; ``steps`` as in Storm."""
         name = f"storm-{seed}"
         chain = self._started(name)
-        arguments = (self.folder / f"{name}-orders", random.Random(seed), self.faults)
+        arguments = (self.folder / f"{name}-orders", random.Random(seed), self.faults, self.stages)
         storm: Storm
         if isinstance(chain, Chain):
             storm = ClusterStorm(chain, *arguments, kinds or FAULTS, self.every, steps or {})
@@ -95,37 +101,40 @@ class Weather:
 
     def _steps(self, stage: str) -> int:
         seconds = (self.every or WORK[stage]) * (1 if self.cluster else LONGER_HERE)
-        return max(LEAST[stage], int(RATES[stage] * seconds * self.faults / len(RATES)))
+        return max(LEAST[stage], int(RATES[stage] * seconds * self.faults / len(self.stages)))
 
     def _started(self, name: str) -> Chain | Here:
         place, orders = self.folder / name, self.folder / f"{name}-orders"
         place.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", place], check=True)
         sets = [f"name={name}"]
-        for stage in STAGES:
+        for stage in self.stages:
             (orders / stage).mkdir(parents=True)
             setup = f"export OMP_NUM_THREADS=1 STORM={orders / stage} LD_PRELOAD={self.library}"
             sets += [f"stages.{stage}.max_steps={self._steps(stage)}", f'stages.{stage}.slurm.setup=["{setup}"]']
         chain: Chain | Here
+        spec = HERE / ("storm-grpo.yaml" if self.grpo else "storm.yaml")
         if self.cluster is not None:
-            chain = Chain(self.cluster, HERE / "storm.yaml", place / "run", tuple(sets))
+            chain = Chain(self.cluster, spec, place / "run", tuple(sets))
             chain.submit()
         else:
             env = {"OMP_NUM_THREADS": "1", "STORM": str(orders), "LD_PRELOAD": str(self.library)}
-            chain = Here(HERE / "storm.yaml", place / "run", tuple(sets), env)
+            chain = Here(spec, place / "run", tuple(sets), env)
             chain.start()
         return chain
 
 
 @contextmanager
-def weather(cluster: Cluster | None, folder: Path, faults: int, every: float | None = None) -> Iterator[Weather]:
+def weather(
+    cluster: Cluster | None, folder: Path, faults: int, every: float | None = None, grpo: bool = False
+) -> Iterator[Weather]:
     """Chains on a cluster or on this machine; their file systems are removed afterwards."""
     library = folder / "shim.so"
     compiler = shutil.which("cc")
     assert compiler is not None, "a storm needs a C compiler for its shim"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "shim.c", "-ldl"], check=True)
     try:
-        yield Weather(cluster, folder, faults, library, every)
+        yield Weather(cluster, folder, faults, library, every, grpo)
     finally:
         if cluster is not None:
             cluster.clear()

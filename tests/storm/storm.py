@@ -21,6 +21,7 @@ from tests.storm.here import Here
 from tests.storm.strikes import FAULTS, Fault, Victim
 
 STAGES = ("sft", "reward", "ppo")
+GRPO_STAGES = ("sft", "reward", "grpo")
 SPAN = 10.0  # seconds of an attempt within which it is struck
 EFFECT = 90.0  # seconds that a strike may take to show
 ALONE = 15.0  # seconds without a job and a sentinel after which a person looks
@@ -50,6 +51,7 @@ class Storm:
 
     Attributes:
         faults: how many faults to inject.
+        stages: of the chain; the last one needs the others.
         kinds: kinds of faults to draw from.
         folder: holds a folder per stage where its shim reads its orders.
         every: seconds into an attempt when a fault strikes; a random moment when left out.
@@ -62,6 +64,7 @@ class Storm:
     folder: Path
     random: random.Random
     faults: int
+    stages: Sequence[str] = STAGES
     kinds: Sequence[Fault] = FAULTS
     every: float | None = None
     steps: Mapping[str, int] = field(default_factory=dict)
@@ -75,7 +78,7 @@ class Storm:
         Raises:
             ClusterError: the chain stands still.
         """
-        fronts = self._fronts = [Front(self, stage) for stage in STAGES]
+        fronts = self._fronts = [Front(self, stage) for stage in self.stages]
         size, moved = 0, time.monotonic()
         while any(not front.over for front in fronts):
             for front in fronts:
@@ -134,13 +137,14 @@ class ClusterStorm(Storm):
             return
         jobs = [line.split("|") for line in done.stdout.splitlines()]
         alive = {name for name, _, reason in jobs if reason != "DependencyNeverSatisfied"}
-        for stage in STAGES:
+        for stage in self.stages:
             names = {f"{self.chain.path.parent.name}.{stage}", f"{self.chain.path.parent.name}.{stage}.sentinel"}
             if self.chain.is_done(stage) or names & alive:
                 self._alone.pop(stage, None)
             elif time.monotonic() - self._alone.setdefault(stage, time.monotonic()) > ALONE:
                 status = self.chain.status()
-                if any(status[need]["state"] not in ("done", "failed", "stopped") for need in ("sft", "reward") if stage == "ppo"):  # fmt: skip  # noqa: E501
+                inputs = self.stages[:-1] if stage == self.stages[-1] else ()
+                if any(status[need]["state"] not in ("done", "failed", "stopped") for need in inputs):
                     continue  # it waits for them, in vain for now
                 self.healed.append(f"{stage} {status[stage]['state']}: {status[stage]['why']}")
                 self.chain.cli("heal", self.chain.path)
@@ -163,7 +167,7 @@ class LocalStorm(Storm):
     def _look_after(self) -> None:
         """Restart the run whenever its launcher has exited."""
         code = self.chain.launcher.poll()
-        if code is None or self.chain.is_done(STAGES[-1]):
+        if code is None or self.chain.is_done(self.stages[-1]):
             return
         last_line = (self.chain.path.parent / "launcher.log").read_text().splitlines()[-1:]
         if code not in (-signal.SIGKILL, 128 + signal.SIGINT):
@@ -257,7 +261,8 @@ class Front:
         if self.stage not in self.storm.steps:
             return
         total = self.storm.steps[self.stage]
-        by_its_end = math.ceil(self.storm.faults * (STAGES.index(self.stage) + 1) / len(STAGES))
+        stages = self.storm.stages
+        by_its_end = math.ceil(self.storm.faults * (stages.index(self.stage) + 1) / len(stages))
         left = max(0, by_its_end - len(self.storm.struck))
         limit = total - left * (total // (by_its_end + 2))
         if limit != self._limit:
@@ -271,7 +276,8 @@ class Front:
         (self._orders / "aim").unlink(missing_ok=True)
         self._fault = self._awaited = None
         # Leave a share for the last stage.
-        share = 1 if self.stage == STAGES[-1] else (len(STAGES) - 1) / len(STAGES)
+        stages = storm.stages
+        share = 1 if self.stage == stages[-1] else (len(stages) - 1) / len(stages)
         if len(storm.struck) < storm.faults * share:
             self._fault = storm.random.choices(storm.kinds, [fault.weight for fault in storm.kinds])[0]
             self._moment = time.monotonic() + (storm.every or storm.random.uniform(0, SPAN))

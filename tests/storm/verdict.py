@@ -11,7 +11,7 @@ from typing import Any
 from hpc_rlhf.run.events import Ended, Finished, Interrupted, Requeued, Resumed, Started
 from hpc_rlhf.run.ledger import Ledger
 from tests.cluster.chain import Watched
-from tests.storm.storm import STAGES, Storm, Struck
+from tests.storm.storm import Storm, Struck
 from tests.train.stages import weights_digest
 
 
@@ -65,10 +65,10 @@ def interruptions(chain: Watched, stage: str) -> list[Interruption]:
     return result
 
 
-def differences(chain: Watched, peace: Watched) -> list[str]:
+def differences(chain: Watched, peace: Watched, stages: Sequence[str]) -> list[str]:
     """The differences from the undisturbed run."""
     wrong = []
-    for stage in STAGES:
+    for stage in stages:
         if weights_digest(chain.run, stage) != weights_digest(peace.run, stage):
             wrong.append(f"{stage}: the weights differ")
         ours, theirs = _rows(chain, stage), _rows(peace, stage)
@@ -91,7 +91,7 @@ def unexplained(storm: Storm) -> list[str]:
     for each in storm.struck:
         struck[each.stage, each.attempt].append(each)
     wrong = []
-    for stage in STAGES:
+    for stage in storm.stages:
         for ended in interruptions(storm.chain, stage):
             those = struck[stage, ended.attempt]
             if not any(ended.reason in each.reasons for each in those):
@@ -103,7 +103,7 @@ def unexplained(storm: Storm) -> list[str]:
 
 def table(storm: Storm) -> str:
     """A table of the faults: how many, how many interrupted a stage, and the steps lost."""
-    ended = {(stage, each.attempt): each for stage in STAGES for each in interruptions(storm.chain, stage)}
+    ended = {(stage, each.attempt): each for stage in storm.stages for each in interruptions(storm.chain, stage)}
     lines = [f"{'fault':<40}{'injected':>9}{'interrupted':>13}{'steps lost':>12}{'most':>6}  reasons in the ledger"]
     for fault in sorted({each.fault for each in storm.struck}):
         those = [each for each in storm.struck if each.fault == fault]
