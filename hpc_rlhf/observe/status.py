@@ -17,6 +17,7 @@ from hpc_rlhf.observe.goodput.spans import Goodput
 from hpc_rlhf.observe.metrics import held_out_rows, seconds_per_step, step_rows
 from hpc_rlhf.run import acting, events
 from hpc_rlhf.run.attempt_logs import read_tail
+from hpc_rlhf.run.format import listed
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.row_counts import SourceCounts, stage_counts
 from hpc_rlhf.slurm.holds import find_hold
@@ -162,7 +163,7 @@ def _judge(evidence: Evidence) -> tuple[str, str]:
         return "unknown", "submit was interrupted here; run it again to find the job"
     if state is not None:
         return _judge_running(evidence) if evidence.launcher_active else ("stopped", "run it again to resume")
-    return "not started", f"runs after {' and '.join(evidence.needs)}" if evidence.needs else ""
+    return "not started", f"runs after {listed(evidence.needs)}" if evidence.needs else ""
 
 
 def _judge_running(evidence: Evidence) -> tuple[str, str]:
@@ -190,7 +191,7 @@ def _judge_live(job: QueuedJob, evidence: Evidence) -> tuple[str, str]:
     if job.reason == "DependencyNeverSatisfied":
         return "stuck", "a stage that it needs has failed; to resume, run hpc-rlhf heal"
     if job.reason == "Dependency":
-        return "waiting", f"for {' and '.join(evidence.needs)}"
+        return "waiting", f"for {listed(evidence.needs)}"
     if isinstance(evidence.history.state, events.Retried):
         return "requeued", f"retry after {_ending(evidence)}"
     words = _REASONS.get(job.reason)

@@ -1,6 +1,8 @@
-"""Format numbers and times for tables and progress lines."""
+"""Format numbers, times and lists for tables and progress lines."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
@@ -18,6 +20,11 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Such as: sft, reward and ppo."""
+    return " and ".join([*filter(None, [", ".join(words[:-1])]), *words[-1:]])
 
 
 def ago(seconds: float) -> str:

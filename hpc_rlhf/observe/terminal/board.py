@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -13,7 +14,7 @@ from rich.text import Text
 from hpc_rlhf.observe.goodput.spans import count_words, split_words, total
 from hpc_rlhf.observe.status import StageStatus
 from hpc_rlhf.observe.terminal.tables import STYLES, grid, styled
-from hpc_rlhf.run.format import ago, duration, number
+from hpc_rlhf.run.format import ago, duration, listed, number
 from hpc_rlhf.run.row_counts import Kind
 from hpc_rlhf.spec.stages import kind_of
 
@@ -146,11 +147,9 @@ def _notes(stage: StageStatus, left: Mapping[str, float | None]) -> Iterator[str
     """The reason for a stage's state, its interruptions, and the rows that it lost or changed."""
     why = stage.why.partition("\n")[0]
     if stage.state == "waiting":
-        why = " and ".join(
-            need if left.get(need) is None else f"{need} ({duration(left[need] or 0)} left)"
-            for need in why.removeprefix("for ").split(" and ")
-        )
-        why = f"waiting for {why}"
+        needs = re.split(", | and ", why.removeprefix("for "))
+        in_words = [need if (rest := left.get(need)) is None else f"{need} ({duration(rest)} left)" for need in needs]
+        why = f"waiting for {listed(in_words)}"
     elif stage.state == "running" and not why and stage.updated:
         silent = time.time() - stage.updated
         why = f"latest step {ago(silent)}" if silent > _SILENT else ""

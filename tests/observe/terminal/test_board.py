@@ -27,7 +27,7 @@ def draw(width: int, ascii_only: bool = False) -> list[str]:
                     {"loss": 0.51, "accuracy": 0.71}, now - 700, 90061.0,
                     held_out={"step": 4000, "accuracy": 0.69, "loss": 0.55, "margin": None, "best_step": 3000}),
         StageStatus("ppo", "waiting", "for sft and reward", "4181522"),
-        StageStatus("eval", "not started"),
+        StageStatus("eval", "waiting", "for sft, reward and ppo"),
     ]  # fmt: skip
     curves = {("sft", "loss"): [9.0 / step for step in range(1, 400)], ("ppo", "reward"): []}
     board, text = Board(width, live=True, ascii_only=ascii_only), StringIO()
@@ -49,6 +49,7 @@ def test_board_at_terminal_widths(width: int) -> None:
     unfolded = " ".join(text.split())
     assert "sft 2 interruptions: 2 preempted; latest: preempted at step 4100 on node12, 2 h ago" in unfolded
     assert "ppo waiting for sft and reward (25 h 1 min left)" in unfolded
+    assert "eval waiting for sft, reward (25 h 1 min left) and ppo" in unfolded
     assert "reward latest step 11 min ago" in unfolded
     assert "held out, at step 4000: accuracy 0.69, loss 0.55, margin -; best at step 3000" in unfolded
     assert ("━━━─────── 4200/12000 35%" in text and "accuracy 0.71" in text) == (width == 140)
