@@ -206,6 +206,11 @@ class CheckpointStore:
             return []
         return sorted((p for p in self.folder.iterdir() if STEP_FOLDER.fullmatch(p.name)), reverse=True)
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, newest first, verified or not. Not collective."""
+        return [int(folder.name.split("-")[1]) for folder in self._steps()]
+
     def latest(self) -> Checkpoint | None:
         """The newest valid checkpoint that these ranks can resume from, if there is one; moves torn ones aside.
 

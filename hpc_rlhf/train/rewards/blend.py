@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.train.rewards.committed import CommittedScores
 from hpc_rlhf.train.rewards.text import Failure, Score
 from hpc_rlhf.train.runtime.world import World
 
@@ -33,12 +34,14 @@ class Part:
     Attributes:
         weight: 0 only reports it.
         skips: a failure leaves its response out of training; otherwise it ends the stage.
+        varies: it may score the same response otherwise the next time.
     """
 
     name: str
     source: Source
     weight: float = 1.0
     skips: bool = False
+    varies: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,18 @@ class Blend:
 
     Args:
         tokenizer: decodes responses for errors.
+        committed: stores the scores of rewards that vary.
     """
 
-    def __init__(self, parts: Sequence[Part], tokenizer: Any, world: World) -> None:
+    def __init__(
+        self, parts: Sequence[Part], tokenizer: Any, world: World, committed: CommittedScores | None = None
+    ) -> None:
         self.parts = list(parts)
         self._tokenizer = tokenizer
         self._world = world
+        self._committed = committed
 
-    def begin(self, step: int, purpose: str = "rollout") -> None:
+    def begin(self, step: int, purpose: str) -> None:
         """Announce what the next calls score, so that rewards which cannot be computed twice alike are stored for it:
         an attempt that repeats the step gets the same. Collective.
 
@@ -76,6 +83,8 @@ class Blend:
             step: steps done.
             purpose: what is scored after these steps, such as "rollout" or "held-out"; part of a file's name.
         """
+        if self._committed is not None:
+            self._committed.begin(step, purpose)
 
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]]
@@ -91,12 +100,29 @@ class Blend:
         Raises:
             HpcRlhfError: a reward that does not skip failed, on any rank. All ranks raise the same.
         """
-        scores = {p.name: _checked(p, p.source.score(prompts, responses, columns), len(responses)) for p in self.parts}
+        scores = {part.name: self._scores(part, prompts, responses, columns) for part in self.parts}
         self._stop_at_failure(scores, prompts, responses, columns)
         failed = [any(isinstance(score, Failure) for score in row) for row in zip(*scores.values(), strict=True)]
         parts = {name: [None if isinstance(s, Failure) else s for s in column] for name, column in scores.items()}
         total = [None if failed[row] else self._sum(parts, row) for row in range(len(responses))]
         return Scores(total, parts, failed)
+
+    def _scores(
+        self, part: Part, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Sequence[Score]:  # fmt: skip
+        def ask(all_of_them: bool) -> Sequence[Score]:
+            if all_of_them:
+                return _checked(part, part.source.score(prompts, responses, columns), len(responses))
+            return part.source.score([], [], {name: [] for name in columns})
+
+        if self._committed is None or not part.varies:
+            return ask(True)
+        rows = [
+            [list(prompt), list(response), {name: column[row] for name, column in columns.items()}]
+            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        return self._committed.replayed(part.name, rows, part.skips, ask)
 
     def _sum(self, parts: Mapping[str, Sequence[float | None]], row: int) -> float | None:
         weighted = [(part.weight, parts[part.name][row]) for part in self.parts if part.weight]

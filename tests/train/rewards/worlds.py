@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.runtime.world import ParallelDims, World
 
 T = TypeVar("T")
@@ -51,7 +52,16 @@ class Thread(World):
         self.gather(None)
 
     def on_main(self, make: Callable[[], T]) -> T:
-        return self.gather(make() if self.is_main else None)[0]  # type: ignore[return-value]
+        made, error = None, None
+        if self.is_main:
+            try:
+                made = make()
+            except HpcRlhfError as refused:
+                error = str(refused)
+        (made, error), *_ = self.gather((made, error))
+        if error is not None:
+            raise HpcRlhfError(error)
+        return made  # type: ignore[return-value]
 
 
 def on_ranks(count: int, work: Callable[[World], T], tensor: int = 1) -> list[T | Exception]:

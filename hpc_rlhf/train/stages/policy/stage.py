@@ -41,6 +41,7 @@ def train(
     """
     spec, world, models = trainer.spec, context.world, trainer.models
     mixture = pretraining_mixture(context, spec) if spec.ptx is not None else None
+    begin_scoring = trainer.rewards.begin if isinstance(trainer.rewards, Blend) else lambda step, purpose: None
     measure = partial(evaluate, context, trainer, data.held_out)
     held_out = HeldOut(context, models.policy, total, len(data.held_out), measure, models.ema)
 
@@ -66,8 +67,10 @@ def train(
         with models.at_start() as start:
             if start is None and rows:  # these are the last ones of the model before training
                 trainer.backend.sync_weights(models.policy)
+                begin_scoring(0, "start")
                 state["start_answers"] = samples.answers(trainer.backend, rows, trainer.rewards)
         if held_out.every:
+            begin_scoring(0, "held-out")
             held_out.evaluate(0)
 
     for step in range(first, total):
@@ -75,10 +78,10 @@ def train(
             # 2. A safe point, then responses to the step's prompts, their scores, and each token's advantage. A stop
             # here or below discards the rollout; the next attempt repeats it.
             context.checkpoints.safe_point(step, save, state)
+            begin_scoring(step, "held-out")
             held_out.after(step)
             context.reseed(step)
-            if isinstance(trainer.rewards, Blend):
-                trainer.rewards.begin(step)
+            begin_scoring(step, "rollout")
             experience, before = experience_of(step)
             progress = trainer.begin(experience)
             state = {**state, "trainer": trainer.state, "before": before}
@@ -102,9 +105,11 @@ def train(
 
     # 5. Evaluate, compare responses with those of the model before training, and export the models.
     metrics = {name: value for name, value in state.items() if name not in _INTERNAL}
+    begin_scoring(total, "held-out")
     if held_out.every:
         metrics |= {name if name == "best_step" else f"held_out_{name}": v for name, v in held_out.finish().items()}
     if rows:
+        begin_scoring(total, "final")
         with models.at_start() as start:
             before_training = (
                 state["start_answers"]
