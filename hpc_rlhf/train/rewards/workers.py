@@ -20,12 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpc_rlhf import safe_path
+from hpc_rlhf.train.rewards import keeper
 from hpc_rlhf.train.rewards.worker import OF_THE_RANK
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 # To import what a worker needs, perhaps from a busy file system.
 START_SECONDS = 300.0
 _POLL_SECONDS = 0.2
+# To kill a process and all that it started.
+_END_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def usual_size() -> int:
 class Pool:
     """Processes that apply a function to items, each to one at a time.
 
-    They start at first use, and end with the pool or with this process, however it ends. Each has a group of its own,
-    which is killed with it.
+    They start at first use, and end with the pool or with this process, however it ends, and so does everything that
+    they start.
 
     Args:
         make: ``module:name`` of what makes the function. Items and values cross as JSON.
@@ -175,12 +178,16 @@ class _Worker:
         return Outcome(**json.loads(answer))
 
     def kill(self) -> None:
-        """Kill the process and all that it started in its group."""
+        """Kill the process and all that it started."""
         with self._lock:
             if not self.ended:
-                with suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+                self._process.send_signal(keeper.END)
+                try:
+                    self._process.wait(_END_SECONDS)
+                except subprocess.TimeoutExpired:  # such as a child that the kernel cannot end
+                    with suppress(ProcessLookupError):
+                        os.killpg(self._process.pid, signal.SIGKILL)
+                    self._process.wait()
                 self.ended = True
 
     def close(self) -> None:
