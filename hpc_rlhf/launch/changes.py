@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.layout import RunDir, StageDir
+from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
@@ -28,8 +29,10 @@ Change = tuple[str, object, object]  # dotted path, old value, new value
 def differences(old: JobSpec, new: JobSpec) -> list[Change]:
     """The fields that differ.
 
-    A stage's Slurm settings include the top-level ones, so those are compared only where a stage uses them.
+    A stage's Slurm settings include the top-level ones, so those are compared only where a stage uses them. Files with
+    rewards are compared by their content.
     """
+    old, new = reward_files.by_content(old), reward_files.by_content(new)
     exclude = {"slurm", "run_dir"}
     return list(walk(old.model_dump(mode="json", exclude=exclude), new.model_dump(mode="json", exclude=exclude)))
 

@@ -6,8 +6,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from hpc_rlhf import trust
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.changes import evaluation_changed, refuse_changes
@@ -20,6 +22,7 @@ from hpc_rlhf.launch.survey import refuse_bad_data
 from hpc_rlhf.run import acting, notify, run_index, secret
 from hpc_rlhf.run.files import make_folder, write_atomically
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec
 from hpc_rlhf.spec.stages import EVALUATION
@@ -88,7 +91,7 @@ def prepare(
         render(plan, run.scripts, beside)
         _keep_templates(run, beside)
         write_atomically(run.plan_json, plan.to_json())
-        write_atomically(run.job_yaml, dump_spec(spec))
+        write_atomically(run.job_yaml, dump_spec(reward_files.with_files(spec, partial(_keep_reward, run))))
         secret.read(run)
         for stage, source in (reused or {}).items():
             take_over(run, stage, source)
@@ -119,6 +122,20 @@ def _link(path: Path, target: Path) -> None:
     if not path.is_symlink() and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(os.path.relpath(target, path.parent))
+
+
+def _keep_reward(run: RunDir, file: Path) -> str:
+    """Copy a Python file with a reward into the run directory, so that later attempts use the same.
+
+    Raises:
+        HpcRlhfError: somebody else could change it.
+    """
+    copy = run.reward_file(reward_files.digest(file), file.name)
+    if not copy.exists():
+        trust.check([file], "use a copy in a folder of your own")
+        copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(copy, file.read_text(encoding="utf-8"))
+    return str(copy)
 
 
 def _keep_templates(run: RunDir, beside: Path) -> None:

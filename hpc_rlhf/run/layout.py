@@ -39,6 +39,8 @@ class StageDir:
     tensorboard = Inside("tensorboard")
     samples = Inside("samples.jsonl")
     data = Inside("data")
+    # Scores of rewards that may differ the next time, by step.
+    rewards = Inside("rewards")
     checkpoints = Inside("checkpoints")
     # The stage's artifact; complete once its manifest verifies. The evaluation's is its report.
     model = Inside("model")
@@ -82,6 +84,10 @@ class RunDir:
     def ds_config(self, stage: str, model: str = "") -> Path:
         """The DeepSpeed config of one of a stage's models, named as in ``StageSpec.strategies``."""
         return self.scripts / ".".join(filter(None, (stage, model, "ds_config.json")))
+
+    def reward_file(self, digest: str, name: str) -> Path:
+        """The run's copy of a Python file with a reward, by its content and name."""
+        return self.scripts / "rewards" / digest / name
 
     def hostfile_template(self, stage: str) -> Path:
         return self.scripts / f"{stage}.hostfile.in"

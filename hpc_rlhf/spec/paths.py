@@ -131,6 +131,14 @@ def _mount(text: str, base: Path) -> str:
     return _absolute(source, base) + colon + target
 
 
+def _function(text: str, base: Path) -> str:
+    file, colon, name = _expand(text).rpartition(":")
+    path = _absolute(file, base)
+    if file and not os.path.isfile(path):
+        raise ValueError(f"there is no file {path!r}")
+    return path + colon + name if file else text
+
+
 def _webhook(text: str, base: Path) -> str:
     """The file with the address. A variable stays as it is, because its value is a secret."""
     return text if "$" in text or "://" in text else _absolute(os.path.expanduser(text), base)
@@ -141,6 +149,7 @@ _PATHS: tuple[tuple[tuple[str, ...], _Resolve], ...] = (
     (("data", "sources", "*", "path"), _local_or_hub),
     *((("stages", kind.name, field, "path"), _local_or_hub) for kind in STAGE_KINDS for field in kind.sources),
     (("models", "*"), _local_or_hub),
+    (("stages", "*", "rewards", "*", "function"), _function),
     (("notify", "webhook", "url"), _webhook),
     (("slurm", "container", "image"), _image),
     (("slurm", "container", "mounts", "*"), _mount),

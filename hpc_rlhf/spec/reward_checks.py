@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.job import JobSpec
 
 # Packages that a kind of reward needs, and the extra that installs it.
@@ -21,3 +22,8 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
             if package is not None and settings.slurm.container is None and find_spec(package) is None:
                 what = f"needs the package {package}, which is not installed"
                 yield f"stages.{stage}.rewards.{place}", what, f"pip install 'hpc-rlhf[{extra}]'"
+            if item.function is not None:
+                try:
+                    reward_files.needed_columns(item.function)
+                except ValueError as error:
+                    yield f"stages.{stage}.rewards.{place}.function", str(error), None

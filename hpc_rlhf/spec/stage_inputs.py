@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.stages import kind_of
@@ -11,6 +12,7 @@ from hpc_rlhf.spec.stages import kind_of
 
 def inputs(spec: JobSpec, stage: str) -> dict[str, Any]:
     """Everything that affects the result of a stage, in the form of the spec, as plain values."""
+    spec = reward_files.by_content(spec)
     stages = with_needs(spec, stage)
     models = {model for name in stages for model in kind_of(name).models}
     return {

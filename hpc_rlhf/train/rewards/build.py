@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.rewards import RewardItem, names
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.gym import COLUMN
 from hpc_rlhf.train.rewards import code, gym, math
 from hpc_rlhf.train.rewards.blend import Blend, Part, Source
+from hpc_rlhf.train.rewards.committed import CommittedScores
 from hpc_rlhf.train.rewards.exact import Exact, Format
+from hpc_rlhf.train.rewards.function import FunctionReward
 from hpc_rlhf.train.rewards.text import FromText, Pattern, TextReward
 from hpc_rlhf.train.rewards.url import UrlReward
 from hpc_rlhf.train.rewards.verifier import Verifier
@@ -24,8 +27,12 @@ def build_rewards(context: StageContext, items: Sequence[RewardItem], trained: S
         trained: the model of the reward stage, which ``model: reward`` means.
     """
     named = zip(names(items), items, strict=True)
-    parts = [Part(name, _source(context, item, trained), item.weight, item.on_error == "skip") for name, item in named]
-    return Blend(parts, context.tokenizer, context.world)
+    parts = [
+        Part(name, _source(context, item, trained), item.weight, item.on_error == "skip", item.kind in VARYING)
+        for name, item in named
+    ]
+    committed = CommittedScores(context.files.rewards, context.checkpoints.store, context.world)
+    return Blend(parts, context.tokenizer, context.world, committed if any(part.varies for part in parts) else None)
 
 
 def _source(context: StageContext, item: RewardItem, trained: Source | None) -> Source:
@@ -95,10 +102,20 @@ def _url(context: StageContext, item: RewardItem) -> TextReward:
     return UrlReward(item.url, item.secret, item.limit, context.stop.should_stop)
 
 
+def _function(context: StageContext, item: RewardItem) -> TextReward:
+    assert item.function is not None
+    file, name = reward_files.split(item.function)
+    with context.stop.cancellable():
+        return FunctionReward(file, name, item.limit, context.stop.should_stop)
+
+
+# Kinds that may score the same response otherwise the next time.
+VARYING = frozenset({"function", "code", "url"})
 # How each kind of reward that reads text is made.
 TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "exact": _exact,
     "format": _format,
+    "function": _function,
     "math": _math,
     "reasoning_gym": _gym,
     "code": _code,
