@@ -27,3 +27,14 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
                     reward_files.needed_columns(item.function)
                 except ValueError as error:
                     yield f"stages.{stage}.rewards.{place}.function", str(error), None
+
+
+def columns(spec: JobSpec) -> dict[str, set[str]]:
+    """The columns of the data that each reward of a spec cannot do without, by the reward's field."""
+    needed = {}
+    for stage in spec.stage_names:
+        for place, item in enumerate(getattr(spec.stage(stage), "rewards", None) or ()):
+            named = {column for column in (item.math, item.exact, item.code) if column is not None}
+            taken = set() if item.function is None else reward_files.needed_columns(item.function)
+            needed[f"stages.{stage}.rewards.{place}"] = named | taken
+    return needed

@@ -19,7 +19,7 @@ from typing import Any
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run.row_counts import Outcome, SourceCounts
-from hpc_rlhf.spec import hub
+from hpc_rlhf.spec import hub, reward_checks
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data, kind_of
@@ -136,7 +136,32 @@ def look(spec: JobSpec) -> Survey:
             what = f"none of the rows gives {data.value}, which {names} needs; {some} were read"
             hint = f"fix the rows or their format, add a source with {data.value}, or remove {names}"
             survey.problems.append({"path": "data.sources", "what": what, "hint": hint})
+    if not survey.problems:
+        survey.problems += _missing_columns(spec)
     return survey
+
+
+def _missing_columns(spec: JobSpec) -> Iterator[dict[str, str]]:
+    """Rewards that need a column which no row has, as far as the data are on this machine."""
+    needed = reward_checks.columns(spec)
+    missing, seen, hint = (
+        set[str]().union(*needed.values()),
+        set[str](),
+        "rename one of the data's by columns: of a source",
+    )
+    for source in spec.data.sources:
+        if source.path is not None and sources.local_files(source) is None:
+            return
+        for sample in islice(sources.read(source, 0), SEARCHED):
+            if missing <= seen:
+                return
+            seen |= sample.further.keys()
+    for path, columns in needed.items():
+        for column in sorted(columns - seen):
+            what = (
+                f"needs the column {column}, and no row has it; further columns are {', '.join(sorted(seen)) or 'none'}"
+            )
+            yield {"path": path, "what": what, "hint": hint}
 
 
 class _Alone:

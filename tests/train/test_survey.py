@@ -105,3 +105,23 @@ def test_a_look_at_the_data_needs_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)[0]["problems"] == []
     assert not {"torch", "numpy", "transformers", "datasets", "pandas", "pyarrow"} & set(done.stderr.split())
+
+
+def test_a_column_that_a_reward_needs_and_no_row_has_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text("def score(completions, level, hint=None): ...")
+    rewards = [{"exact": "answer"}, {"format": "a"}, {"function": f"{tmp_path}/rewards.py:score"}]
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "answer": "7"} for n in range(300)]
+    local = {"path": write(tmp_path / "a.jsonl", rows), "format": "prompt-chosen-rejected"}
+
+    def missing(*sources: dict[str, Any]) -> list[tuple[str, str]]:
+        spec = spec_of(*sources, stages=("sft",))
+        return problems(spec.model_validate({**spec.model_dump(), "stages": {"sft": {}, "grpo": {"rewards": rewards}}}))
+
+    lacks = "needs the column {}, and no row has it; further columns are {}"
+    assert missing({"demo": 50}) == [
+        ("stages.grpo.rewards.0", lacks.format("answer", "none")),
+        ("stages.grpo.rewards.2", lacks.format("level", "none")),
+    ]
+    assert missing(local) == [("stages.grpo.rewards.2", lacks.format("level", "answer"))]
+    write(tmp_path / "a.jsonl", [*rows, {**rows[0], "level": 3}])
+    assert missing(local, {"demo": 50}) == []
