@@ -12,7 +12,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, writing
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, recipe_for
+from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, grpo_recipe, recipe_for
 from hpc_rlhf.spec.starter import write_starter
 
 _PACKAGE = Path(__file__).parents[1]
@@ -21,6 +21,7 @@ _PACKAGE = Path(__file__).parents[1]
 @click.command(
     epilog=example(
         "hpc-rlhf init --actor facebook/opt-1.3b --reward facebook/opt-350m --deployment single_gpu",
+        "hpc-rlhf init --algorithm grpo --actor Qwen/Qwen3-8B --deployment single_node",
         "hpc-rlhf init --demo",
     )
 )
@@ -32,25 +33,38 @@ _PACKAGE = Path(__file__).parents[1]
     show_default="the actor's",
 )
 @click.option("--deployment", type=click.Choice(DEPLOYMENTS), help="The machine to train on.")
+@click.option(
+    "--algorithm",
+    type=click.Choice(["ppo", "grpo"]),
+    default="ppo",
+    show_default=True,
+    help="What the actor learns by: PPO from a reward model, or GRPO from answers that can be verified.",
+)
 @click.option("--demo", is_flag=True, help="Write the spec of the demo, which trains a tiny model on two CPU cores.")
 @click.option("--name", help="Name of the run.", show_default="made from the actor's")
 @click.option("--out", metavar="FILE", help="File to write, - for stdout.", show_default="NAME.yaml")
 def command(
-    actor: str | None, reward: str | None, deployment: str | None, demo: bool, name: str | None, out: str | None
-) -> None:
+    actor: str | None, reward: str | None, deployment: str | None, algorithm: str, demo: bool, name: str | None,
+    out: str | None,
+) -> None:  # fmt: skip
     """Write a commented job spec to start from. On a terminal, init asks for --actor and --deployment.
 
-    The batches are those that DeepSpeed-Chat published for the nearest model size; for OPT models the epochs and
-    learning rates too, except those of adapters. For other models, these are from more recent sources.
+    The batches of PPO are those that DeepSpeed-Chat published for the nearest model size; for OPT models the epochs and
+    learning rates too, except those of adapters. For other models, these are from more recent sources. The settings of
+    GRPO are those of verl's examples for GSM8K.
     """
     if demo:
-        if actor or reward or deployment or name:
+        if actor or reward or deployment or name or algorithm != "ppo":
             raise click.UsageError("--demo cannot be used with other options than --out.")
         _write(_demo(), out or "demo.yaml", "run")
         return
+    verified = algorithm == "grpo"
+    if verified and reward is not None:
+        raise click.UsageError("--reward is for --algorithm ppo; the rewards of GRPO are in its spec.")
     if actor is None:
         actor = _ask("--actor", "Model to train (hub id, or folder such as ./my-model)")
-        reward = reward or _ask("--reward", "Model to make the reward model of", default=actor)
+        if not verified:
+            reward = reward or _ask("--reward", "Model to make the reward model of", default=actor)
     if deployment is None:
         deployment = _ask("--deployment", "Machine to train on", type=click.Choice(DEPLOYMENTS))
     for option, value in (("--actor", actor), ("--reward", reward)):
@@ -62,10 +76,14 @@ def command(
             f"{name!r} is not a valid name: use letters, digits and . _ -, starting with a letter or digit",
             where="--name",
         )
-    recipe = recipe_for(deployment, actor, reward or actor)
+    if verified:
+        recipe = grpo_recipe(deployment)
+    else:
+        reward = reward or actor
+        recipe = recipe_for(deployment, actor, reward)
     file = f"{name}.yaml" if out is None else out
     shown = "FILE" if file == "-" else file
-    _write(write_starter(recipe, actor=actor, reward=reward or actor, name=name, file=shown), file, "check")
+    _write(write_starter(recipe, actor=actor, reward=reward, name=name, file=shown), file, "check")
 
 
 def _ask(option: str, question: str, **how: Any) -> str:

@@ -7,7 +7,7 @@ from hpc_rlhf.spec.stages.recipes import Recipe, billions_in
 from hpc_rlhf.spec.yaml_source import Mark, parse_yaml
 
 _HEAD = """\
-# {model} as a chat model, on {machine}.
+# {model} {what}, on {machine}.
 # {origin}
 #
 #   hpc-rlhf check {file}     lists every error in it
@@ -32,6 +32,11 @@ slurm:
   # setup: [module load cuda, source /path/to/venv/bin/activate]
   # container: {{runtime: apptainer, image: /path/to/image.sif}}
 
+{data}
+stages:
+"""
+
+_PAIRS = """\
 data:
   sources:
     - {{path: Dahoas/rm-static, format: prompt-chosen-rejected}}
@@ -44,8 +49,23 @@ models:
   actor: {actor}
   # Also the initial critic. It must have the actor's tokenizer.
   reward: {reward}
+"""
 
-stages:
+_QUESTIONS = """\
+data:
+  sources:
+    # Columns that the format does not read reach the rewards: here answer, which ends with #### and a number.
+    - path: openai/gsm8k
+      subset: main
+      format: prompt
+      columns: {{prompt: question}}
+      system: Think step by step, and write the final answer after "####".
+  max_prompt_tokens: 512
+  max_answer_tokens: 1024
+
+models:
+  # A chat model; a base model first needs an sft stage, from which grpo then starts.
+  actor: {actor}
 """
 
 _FIELD_COMMENTS = {
@@ -54,22 +74,29 @@ _FIELD_COMMENTS = {
     "lora": "train low-rank adapters instead of all weights",
     "ema": "also export a moving average of the actor",
     "activation_checkpointing": "less memory, about a third more time",
+    "group_size": "responses to each prompt, which are compared with each other",
+    "kl_coef": "weight of the KL from the model that training starts from",
+    "rewards": "what is right; see docs/rewards.md for others",
 }
 
 
-def write_starter(recipe: Recipe, *, actor: str, reward: str, name: str, file: str) -> str:
+def write_starter(recipe: Recipe, *, actor: str, reward: str | None, name: str, file: str) -> str:
     """The text of a commented job spec to start from.
 
     Args:
         recipe: the numbers.
         actor: hub id or folder of the model to turn into a chat model.
-        reward: the same for the reward model and the critic.
+        reward: the same for the reward model and the critic; None if the rewards are verified.
         name: name of the run.
         file: name of the spec's file, for its header.
     """
     kinds = [kind for kind in STAGE_KINDS if kind.name in recipe.stages]
+    data = (_QUESTIONS if reward is None else _PAIRS).format(
+        actor=_scalar(actor), reward=_scalar(reward), split=_scalar({kind.name: kind.share for kind in kinds})
+    )
     text = _HEAD.format(
         model=actor,
+        what="learns to answer GSM8K" if reward is None else "as a chat model",
         machine=recipe.machine,
         origin=_origin(recipe, billions_in(actor)),
         file=file,
@@ -77,9 +104,7 @@ def write_starter(recipe: Recipe, *, actor: str, reward: str, name: str, file: s
         folder=name,
         nodes=recipe.nodes,
         gpus=recipe.gpus_per_node,
-        actor=_scalar(actor),
-        reward=_scalar(reward),
-        split=_scalar({kind.name: kind.share for kind in kinds}),
+        data=data,
     )
     explained: set[str] = set()
     blocks = [_stage(number, kind, recipe.stages[kind.name], explained) for number, kind in enumerate(kinds, 1)]
@@ -89,7 +114,7 @@ def write_starter(recipe: Recipe, *, actor: str, reward: str, name: str, file: s
 def _origin(recipe: Recipe, billions: float | None) -> str:
     """Where the numbers come from, and whether they suit a model of this size."""
     origin = recipe.origin.format(billions=recipe.billions, machine=recipe.machine) + "."
-    if recipe.trains_adapters:
+    if recipe.trains_adapters and "sft" in recipe.stages:
         origin += "\n# Adapters: ten times the rate of full fine-tuning, at alpha 32 (LoRA Without Regret, 2025)."
     if billions is None:
         return f"{origin}\n# The model's name does not give its size: check that they suit it."
@@ -112,6 +137,8 @@ def _scalar(value: object) -> str:
     """A value in readable YAML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_scalar(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_scalar, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value < 0.01:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from hpc_rlhf.estimate.stage_memory import Memory, run_memory
+from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.load import load_spec
-from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, RECIPES, billions_in, nearest, recipe_for
+from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, RECIPES, billions_in, grpo_recipe, nearest, recipe_for
 from hpc_rlhf.spec.starter import write_starter
 from tests.spec.texts import JOBS, write
 
@@ -36,6 +37,19 @@ def init(*args: str) -> subprocess.CompletedProcess[str]:
 )
 def test_job_is_what_init_writes(job: str, actor: str, reward: str, deployment: str) -> None:
     done = init("--actor", actor, "--reward", reward, "--deployment", deployment, "--name", job, "--out", "-")
+    written = (JOBS / f"{job}.yaml").read_text()
+    assert done.stdout == written.replace(f"jobs/{job}.yaml", "FILE")
+
+
+@pytest.mark.parametrize(
+    ("job", "actor", "deployment"),
+    [
+        ("gsm8k-qwen2.5-1.5b", "Qwen/Qwen2.5-1.5B-Instruct", "single_gpu"),
+        ("gsm8k-qwen3-8b", "Qwen/Qwen3-8B", "single_node"),
+    ],
+)
+def test_job_with_verified_answers_is_what_init_writes(job: str, actor: str, deployment: str) -> None:
+    done = init("--algorithm", "grpo", "--actor", actor, "--deployment", deployment, "--name", job, "--out", "-")
     written = (JOBS / f"{job}.yaml").read_text()
     assert done.stdout == written.replace(f"jobs/{job}.yaml", "FILE")
 
@@ -64,6 +78,7 @@ def test_the_demo_needs_no_clone(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "wrote demo.yaml; next: hpc-rlhf run demo.yaml\n")
     assert load_spec(tmp_path / "demo.yaml").stages == load_spec(JOBS / "tiny.yaml").stages
     assert init("--demo", "--name", "x").returncode == 2
+    assert init("--algorithm", "grpo", "--actor", "x", "--reward", "y", "--deployment", "single_gpu").returncode == 2
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
@@ -78,6 +93,16 @@ def test_every_starter_spec_is_valid(
     spec = load_spec(write(tmp_path, write_starter(recipe, actor=actor, reward=actor, name="no", file="no.yaml")))
     assert (spec.models.actor, spec.name, spec.stage_names) == (actor, "no", ("sft", "reward", "ppo"))
     assert spec.slurm.ranks == recipe.nodes * recipe.gpus_per_node
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS)
+def test_every_starter_spec_of_grpo_is_valid(tmp_path: Path, deployment: str) -> None:
+    recipe = grpo_recipe(deployment)
+    spec = load_spec(write(tmp_path, write_starter(recipe, actor="a/b-7b", reward=None, name="x", file="x.yaml")))
+    stage = spec.stage("grpo")
+    batch = derive_batch(stage, "grpo")
+    assert batch.micro * batch.accumulation * stage.minibatches % stage.group_size == 0, "groups stay on a rank"
+    assert (spec.stage_names, spec.slurm.ranks) == (("grpo",), recipe.nodes * recipe.gpus_per_node)
 
 
 @pytest.mark.parametrize(
