@@ -42,10 +42,11 @@ def command(runs: tuple[str, ...], by: str | None, page: Path | None, as_json: b
 
     Each RUN is a run directory or a job file; a sweep stands for all its runs.
 
-    By default, runs are ranked by the evaluated reward of their final model. If they have different reward
-    models, whose scales do not compare, they are ranked by win rate. Without evaluations, they are ranked by
-    the main training metric, such as ppo.reward: measured at the end of training, or averaged over the last
-    tenth of the steps. Runs that differ only in their seed are also summarized together.
+    By default, runs are ranked by the evaluated accuracy of their final model, or else by its reward. If they
+    have different reward models, whose scales do not compare, they are ranked by win rate. Without
+    evaluations, they are ranked by the main training metric, such as ppo.reward: measured at the end of
+    training, or averaged over the last tenth of the steps. Runs that differ only in their seed are also
+    summarized together.
 
     --json prints `by`, the metric that they are ranked by; `judges`, the number of different reward models;
     `runs`, the best first; and `over_seeds`. A run has name, path, state, the `values` of the fields that

@@ -154,7 +154,7 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, gpu: in
     actor, lengths = architecture(spec.models, "actor"), _lengths(spec)
     always = {"weights": model_memory.weights(actor.parameters, stage, stage.slurm.ranks)}
     tokens = batch.micro * sum(lengths)
-    responses = -(-stage.prompts // stage.slurm.ranks)
+    responses = -(-stage.prompts // stage.slurm.ranks) * stage.samples
     phases = {
         "rollouts": _rollout(actor, stage, responses, lengths, gpu),
         "scoring": _scoring(actor, stage, tokens, tokens),

@@ -182,7 +182,8 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine
     if spec.judge is not None or spec.finished_reward is not None:
         judge = _model(architecture(spec.models, "reward"), like, True)
         scoring += (models + 3) * passes * _scored(judge, stage, tokens, machine)
-    return {"scoring": scoring, "decoding": models * _decoding(body, model, (prompt, answer), responses, machine)}
+    decoding = _decoding(body, model, (prompt, answer), responses * stage.samples, machine)
+    return {"scoring": scoring, "decoding": models * decoding}
 
 
 def _model(body: Architecture, stage: TrainingSpec, scored: bool) -> _Model:

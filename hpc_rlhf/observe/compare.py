@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.listing import list_runs
 from hpc_rlhf.observe.metrics import held_out_rows, read_latest, read_text, step_rows
-from hpc_rlhf.observe.results import Interval, read_report
+from hpc_rlhf.observe.results import AT_K, Interval, read_report
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.cluster import SIZE
@@ -19,7 +19,17 @@ from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages import EVALUATION, StageKind, kind_of
 
 # The metrics of an evaluation that are compared.
-EVALUATED = ("reward", "reward_gain", "win_rate", "pair_accuracy", "kl", "perplexity", "answer_tokens")
+EVALUATED = (
+    "accuracy",
+    "accuracy_gain",
+    "reward",
+    "reward_gain",
+    "win_rate",
+    "pair_accuracy",
+    "kl",
+    "perplexity",
+    "answer_tokens",
+)
 _LATEST = 0.1  # share of a stage's steps over which its training metrics are averaged
 # Fields of a spec that do not affect the results.
 _IGNORED = {"name", "run_dir", "share", "slurm", "trackers", "notify", "sweep", "sweep_limit"}
@@ -85,8 +95,8 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
     """Compare runs.
 
     Args:
-        by: the metric to rank by. By default the evaluated reward of the final model, or its win rate if the
-            runs have different reward models; without evaluations, the main metric of training.
+        by: the metric to rank by. By default the evaluated accuracy of the final model; without rewards that judge it,
+            its reward, or its win rate if the reward models differ; without evaluations, the main metric of training.
 
     Raises:
         HpcRlhfError: a spec cannot be read, or no run has the metric.
@@ -193,8 +203,8 @@ def _at(facts: object, path: str) -> object:
 def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Interval]]:
     if spec.evaluation and manifest.is_done(run.stage(EVALUATION.name)):
         model = read_report(run)["models"].get(spec.trained[-1], {})
-        for name in EVALUATED:
-            metric = model.get(name)
+        for name in (*EVALUATED, *(name for name in model if name.startswith(AT_K))):
+            metric: float | Interval | None = model.get(name)
             if metric is not None:
                 yield name, metric if isinstance(metric, dict) else Interval(value=metric, low=None, high=None)
     for stage in spec.trained:
@@ -220,7 +230,7 @@ def _numbers(run: RunDir, spec: JobSpec) -> Iterator[tuple[str, Interval]]:
 
 
 def _default(known: Sequence[str], judges: int, spec: JobSpec) -> str | None:
-    first = ("win_rate",) if judges > 1 else ()
+    first = ("accuracy", "win_rate") if judges > 1 else ()
     last = kind_of(spec.trained[-1])
     trained = (f"{last.name}.{metric}" for metric in last.ranking)
     candidates = (*first, *EVALUATION.ranking, *trained, *known)

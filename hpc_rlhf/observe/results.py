@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from hpc_rlhf.observe.gather import unreadable
 from hpc_rlhf.observe.metrics import json_lines, read_text
@@ -16,7 +16,7 @@ from hpc_rlhf.run.format import number
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import EVALUATION, STAGE_NAMES, kind_of
 
-# The metrics of a model in the order shown; {base} is the model that the others are compared with.
+# The metrics of a model in the order shown, after its accuracy; {base} is the model that the others are compared with.
 _ROWS = {
     "perplexity": "perplexity",
     "reward": "reward",
@@ -29,7 +29,9 @@ _ROWS = {
     "distinct": "distinct",
     "bleu": "BLEU",
 }
-_SHARES = ("win_rate", "pair_accuracy", "ended", "distinct")
+_SHARES = ("win_rate", "pair_accuracy", "ended", "distinct", "accuracy")
+# Metrics whose names end with a number of responses.
+AT_K = ("pass@", "majority@")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def final_samples(run: RunDir, stage: str) -> list[dict[str, Any]]:
 
 def describe_result(stage: str, metrics: Mapping[str, Any]) -> str:
     """The result of a stage in words."""
+    if metrics.get("accuracies"):
+        return "right: " + ", ".join(f"{name} {rate:.0%}" for name, rate in metrics["accuracies"].items())
     if metrics.get("win_rates"):
         rates = metrics["win_rates"].items()
         return ", ".join(f"{name} wins {rate:.0%} against {metrics['base']}" for name, rate in rates)
@@ -103,7 +107,9 @@ class Report(TypedDict):
     confidence: float
     sampling: dict[str, float]
     reward_accuracy: PairAccuracy | None
-    models: dict[str, dict[str, float | Interval | None]]
+    samples: NotRequired[int]
+    judged_by: NotRequired[list[str]]
+    models: dict[str, dict[str, Any]]
 
 
 def read_report(run: RunDir) -> Report:
@@ -130,11 +136,29 @@ def table_rows(report: Report, titles: Mapping[str, str] | None = None) -> list[
     models = report["models"]
     rows: list[tuple[str, ...]] = [("", *(titles.get(model, model) for model in models))] if models else []
     base = "the start" if report["base"] == "start" else titles.get(report["base"], report["base"])
-    for key, title in _ROWS.items():
-        cells = [cell(key, metrics.get(key)) for metrics in models.values()]
+    for title, key, values in _metrics(list(models.values())):
+        cells = [cell(key, value) for value in values]
         if any(text != "-" for text in cells):
             rows.append((title.format(base=base), *cells))
     return rows
+
+
+def _metrics(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, list[Any]]]:
+    """The title of each metric, its name, and its value of each model."""
+
+    def metric(title: str, name: str) -> tuple[str, str, list[Any]]:
+        return title, name, [metrics.get(name) for metrics in models]
+
+    yield metric("accuracy", "accuracy")
+    by_source = [metrics.get("sources", {}) for metrics in models]
+    for source in dict.fromkeys(source for sources in by_source for source in sources):
+        title = f"accuracy: {source}".replace("{", "{{").replace("}", "}}")
+        yield title, "accuracy", [sources.get(source, {}).get("accuracy") for sources in by_source]
+    yield metric("accuracy gain over {base}", "accuracy_gain")
+    names = dict.fromkeys(name for metrics in models for name in metrics)
+    for start in (*AT_K, "reward/"):
+        yield from (metric(name, name) for name in names if name.startswith(start))
+    yield from (metric(title, name) for name, title in _ROWS.items())
 
 
 def notes(report: Report) -> list[str]:
@@ -151,6 +175,10 @@ def notes(report: Report) -> list[str]:
         how = f"sampled at temperature {temperature:g}" if temperature else "greedy decoding"
         how += f", top_p {top_p:g}" if temperature and top_p < 1 else ""
         how += f", top_k {top_k}" if temperature and top_k else ""
+        if report.get("judged_by"):
+            samples = report.get("samples", 1)
+            each = f"{samples} responses" if samples > 1 else "a response"
+            sentences.append(f"Accuracy by {' and '.join(report['judged_by'])}, of {each} to each prompt.")
         sentences.append(
             f"Responses to the same {report['prompts']} held-out prompts, {how}. "
             f"With {report['confidence']:.0%} confidence intervals."
@@ -158,14 +186,18 @@ def notes(report: Report) -> list[str]:
     return sentences
 
 
+def _is_share(key: str) -> bool:
+    return key in _SHARES or key.startswith(AT_K)
+
+
 def cell(key: str, value: float | Interval | None) -> str:
     """A metric with its interval: plus or minus for a mean, from and to for a share."""
     if not isinstance(value, dict):
-        return f"{value:.0%}" if value is not None and key in _SHARES else number(value)
+        return f"{value:.0%}" if value is not None and _is_share(key) else number(value)
     mean, low, high = value["value"], value["low"], value["high"]
     if low is None or high is None:
-        return f"{mean:.0%}" if key in _SHARES else number(mean)
-    if key in _SHARES:
+        return f"{mean:.0%}" if _is_share(key) else number(mean)
+    if _is_share(key):
         return f"{mean:.0%} ({100 * low:.0f}–{100 * high:.0f})"
     half = high - mean
     return f"{number(mean)} ± {half:,.0f}" if half >= 10 else f"{number(mean)} ± {half:.2g}"

@@ -14,6 +14,7 @@ from hpc_rlhf.spec.fields import Model, Name, PathText, Positive
 from hpc_rlhf.spec.inheritance import inherit
 from hpc_rlhf.spec.layers import EXTENDS
 from hpc_rlhf.spec.notify import NotifySpec, TrackersSpec
+from hpc_rlhf.spec.rewards import RewardItem
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import EVALUATION, POLICIES, STAGE_NAMES, Data, EvalSpec, StagesSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec
@@ -161,6 +162,13 @@ class JobSpec(Model):
     def evaluation(self) -> EvalSpec | None:
         evaluation: EvalSpec | None = getattr(self.stages, EVALUATION.name)
         return evaluation
+
+    @property
+    def evaluated_rewards(self) -> tuple[RewardItem, ...]:
+        """The rewards by which the evaluation judges responses. It asks the run's reward model anyway."""
+        stages = [self.stage(name) for name in (*reversed(self.trained), EVALUATION.name) if name in self.stage_names]
+        given = [rewards for stage in stages if (rewards := getattr(stage, "rewards", None))]
+        return tuple(item for item in given[-1] if item.model != "reward") if given else ()
 
     def stage(self, name: str) -> StageSpec:
         spec = getattr(self.stages, name)

@@ -117,6 +117,16 @@ def test_evaluations_take_precedence_over_training(tmp_path: Path) -> None:
     assert [row[1] for row in rows(by_perplexity)[1:]] == ["3", "4", "-"]
 
 
+def test_accuracy_is_what_runs_are_ranked_by(tmp_path: Path) -> None:
+    runs = make_sweep(tmp_path, COEFS, {"kl_coef=0.02": 3.0, "kl_coef=0.1": 1.0})
+    evaluate(runs["kl_coef=0.02"], accuracy=interval(0.5), reward=interval(3), **{"pass@4": interval(0.75)})
+    evaluate(runs["kl_coef=0.1"], accuracy=interval(0.6), reward=interval(2), sources={"a": {}})
+    comparison = json.loads(cli("--json", tmp_path / "good").stdout)
+    assert comparison["by"] == "accuracy"
+    assert [run["name"] for run in comparison["runs"]][:2] == ["kl_coef=0.1", "kl_coef=0.02"]
+    assert comparison["runs"][1]["numbers"]["pass@4"] == interval(0.75)
+
+
 def test_different_reward_models_are_ranked_by_win_rate(tmp_path: Path) -> None:
     names = [f"kl_coef={coef}+seed={seed}" for coef in (0.02, 0.1) for seed in (1, 2)]
     runs = make_sweep(

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.observe.results import Report, notes, read_report, table_rows
+from hpc_rlhf.observe.results import Report, describe_result, notes, read_report, table_rows
 from hpc_rlhf.observe.terminal.results import evaluation, summary
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
@@ -45,6 +45,26 @@ def test_models_are_side_by_side_with_intervals() -> None:
         ("ended", "98%", "100%"),
         ("BLEU", "12.3", "11"),
     ]
+
+
+def test_accuracies_come_first_each_source_by_itself() -> None:
+    right = {"value": 0.875, "low": 0.84, "high": 0.905}
+    gain = {"value": 0.25, "low": 0.125, "high": 0.375}
+    sources = {"{a}": {"accuracy": right}, "b": {"accuracy": right}}
+    judged = {"reward/exact": gain, "pass@4": right, "majority@4": right, "accuracy": right}
+    sft, ppo = judged, {**judged, "accuracy_gain": gain, "sources": sources}
+    report: Report = {**REPORT, "samples": 4, "judged_by": ["exact", "math"], "models": {"sft": sft, "ppo": ppo}}
+    assert table_rows(report)[1:] == [
+        ("accuracy", "88% (84–90)", "88% (84–90)"),
+        ("accuracy: {a}", "-", "88% (84–90)"),
+        ("accuracy: b", "-", "88% (84–90)"),
+        ("accuracy gain over sft", "-", "0.25 ± 0.12"),
+        ("pass@4", "88% (84–90)", "88% (84–90)"),
+        ("majority@4", "88% (84–90)", "88% (84–90)"),
+        ("reward/exact", "0.25 ± 0.12", "0.25 ± 0.12"),
+    ]
+    assert "Accuracy by exact and math, of 4 responses to each prompt." in notes(report)
+    assert describe_result("eval", {"accuracies": {"sft": 0.25, "grpo": 0.875}}) == "right: sft 25%, grpo 88%"
 
 
 def test_notes_describe_the_evaluation() -> None:

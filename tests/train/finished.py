@@ -25,10 +25,11 @@ def as_if_trained(run: RunDir, spec: JobSpec) -> None:
         run.stage("reward").model: tiny.classifier("llama", 1, **size),
         run.stage("ppo").model: changed,
         run.stage("ppo").ema_model: sft,
+        run.stage("grpo").model: changed,
         run.stage("dpo").model: changed,
     }
     for folder, model in models.items():
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-    for stage in ("sft", "reward", "ppo", "dpo"):
+    for stage in ("sft", "reward", "ppo", "grpo", "dpo"):
         manifest.write(run.stage(stage).model, {"stage": stage, "step": 1, "seconds": 1.0, "metrics": {}})

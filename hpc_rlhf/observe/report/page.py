@@ -146,8 +146,12 @@ def _sentence(run: RunDir, statuses: Sequence[StageStatus], report: results.Repo
         current = next((status for status in unfinished if status.state != "not started"), unfinished[0])
         return _standing(current, len(statuses) - len(unfinished), len(statuses))
     for name in (model for model in POLICIES if model != BASE.name):
+        accuracy = report["models"].get(name, {}).get("accuracy") if report else None
+        if report and accuracy is not None:
+            prompts = f"{report['prompts']} held-out prompts"
+            return f"{MODELS[name]} is right on {results.cell('accuracy', accuracy)} of {prompts}."
         rate = report["models"].get(name, {}).get("win_rate") if report else None
-        if report and isinstance(rate, dict):
+        if report and rate is not None:
             base = MODELS.get(report["base"], report["base"])
             rival = "the model before training" if report["base"] == "start" else base
             return (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pydantic import model_validator
+
 from hpc_rlhf.spec.fields import NonNegative, Positive, TopK, TopP
+from hpc_rlhf.spec.rewards import Rewards
 from hpc_rlhf.spec.stages.kind import Data, StageKind
 from hpc_rlhf.spec.training import StageSpec
 
@@ -22,6 +25,18 @@ class EvalSpec(StageSpec):
     from."""
     top_p: TopP = 1.0
     top_k: TopK = 0
+    samples: Positive = 1
+    """Responses to each prompt, for the accuracy: pass@k and majority@k for powers of two up to this many. Everything
+    else is measured on the first response."""
+    rewards: Rewards | None = None
+    """Rewards by which responses are right or wrong; by default, those of the grpo or ppo stage. See docs/evaluation.md
+    for what counts as right."""
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> EvalSpec:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("several samples need a temperature above 0, because all would be the same")
+        return self
 
     @property
     def samples_all(self) -> bool:
@@ -38,7 +53,7 @@ EVAL = StageKind(
     models=("actor", "reward"),
     makes="report",
     progress=(),
-    ranking=("reward", "win_rate", "pair_accuracy", "perplexity"),
+    ranking=("accuracy", "reward", "win_rate", "pair_accuracy", "perplexity"),
     scores=frozenset({"reward", "reward_gain"}),
     result="responses to {prompts} held-out prompts",
     plots=(),

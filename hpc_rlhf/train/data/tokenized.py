@@ -47,7 +47,8 @@ class StageData:
 
     Rows have ``prompt``, a transcript, ``prompt_ids`` and ``chosen_ids``; those of pairs also ``rejected_ids``, and
     ``margin`` if the stage uses it. Response ids end with EOS unless they were truncated. If a stage of the run has
-    ``rewards``, rows have ``columns``, the further columns of the data: see ``columns_of``. ``held_out`` may be empty.
+    ``rewards``, rows have ``columns``, the further columns of the data (see ``columns_of``), and the name of their
+    ``source``. ``held_out`` may be empty.
     """
 
     train: Rows
@@ -78,7 +79,7 @@ def encoded(
                 if one.drops_thinking:
                     counts.add(Outcome.NO_THINKING, sample.where)
                 for row in _rows(sample, one, tokenizer, spec.data, data, counts, ends):
-                    yield held_out, row
+                    yield held_out, {**row, "source": counts.source}
 
 
 def _rows(
@@ -145,7 +146,7 @@ def _write(
             yield each
 
     folder.mkdir(parents=True)
-    texts, names = ("columns",) if further else (), set[str]()
+    texts, names = ("columns", "source") if further else (), set[str]()
     files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers), numbers, texts) for part in PARTS]
     for held_out, row in encoded(until_stopped(), tokenizer, spec, data, ends):
         if further:

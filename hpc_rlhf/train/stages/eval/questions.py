@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,9 +12,11 @@ import torch
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.data.further import columns_of
 from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.data.tokenized import prepare
 from hpc_rlhf.train.ragged import balance_ranks, plan_step
+from hpc_rlhf.train.rewards.blend import Blend, Scores
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
 from hpc_rlhf.train.stages.learner import evaluated_rows
@@ -27,12 +31,16 @@ class HeldOut:
         prompts: prompts that every model answers, with the data's own responses.
         texts: prompts with the chosen responses whose perplexity is measured.
         pairs: prompts with chosen and with rejected responses; empty if no stage learned from pairs.
+        columns: the further columns of the data, with an entry for each prompt.
+        sources: the data source of each prompt; empty if no stage has rewards.
     """
 
     questions: list[str]
     prompts: Rollout
     texts: Rollout
     pairs: tuple[Rollout, Rollout]
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
 
     @property
     def has_references(self) -> bool:
@@ -80,6 +88,8 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         prompts=rollout(chosen, "chosen_ids"),
         texts=rollout(texts or [row for row in chosen if row["chosen_ids"]], "chosen_ids"),
         pairs=(rollout(pairs, "chosen_ids"), rollout(pairs, "rejected_ids")),
+        columns=columns_of(chosen),
+        sources=[row["source"] for row in chosen if "source" in row],
     )
 
 
@@ -95,23 +105,39 @@ class Questions:
         self.spec = spec
         self.budget = context.batch.micro * context.longest
 
-    def responses(self, backend: RolloutBackend, prompts: list[list[int]]) -> list[list[int]]:
-        """A model's responses to prompts; each has its own random numbers, the same for all models."""
+    def responses(self, backend: RolloutBackend, prompts: list[list[int]]) -> list[list[list[int]]]:
+        """A model's responses to each prompt; each has its own random numbers, the same for all models."""
         context, spec = self.context, self.spec
         if not prompts:
             return []
         own = self._own_rows([len(prompt) for prompt in prompts])
         request = GenerationRequest(
-            [prompts[i] for i in own],
+            [prompts[i] for i in own for _ in range(spec.samples)],
             context.spec.data.max_answer_tokens,
             context.tokenizer.eos_token_id,
             Sampling(spec.temperature or 1.0, spec.top_p, spec.top_k, greedy=spec.temperature == 0),
-            [(context.spec.seed, "eval", i) for i in own],
+            [(context.spec.seed, "eval", i, *([j] if j else [])) for i in own for j in range(spec.samples)],
             should_stop=context.stop.should_stop,
+            group_size=spec.samples,
         )
         with context.stop.cancellable():
             rollout = backend.generate(request)
-        return self._combine(dict(zip(own, rollout.responses, strict=True)))
+        made = iter(rollout.responses)
+        return self._combine({i: list(islice(made, spec.samples)) for i in own})
+
+    def details(self, rewards: Blend, rollout: Rollout, columns: Mapping[str, list[Any]]) -> Scores:
+        """Everything that rewards give each prompt with its response.
+
+        Args:
+            columns: with an entry for each of them.
+        """
+        own = self._own_rows(rollout.lengths)
+        prompts, responses = [rollout.prompts[i] for i in own], [rollout.responses[i] for i in own]
+        scores = rewards.details(prompts, responses, {name: [cells[i] for i in own] for name, cells in columns.items()})
+        rows = zip(*scores.parts.values(), strict=True)
+        combined = self._combine(dict(zip(own, zip(scores.total, rows, scores.failed, strict=True), strict=True)))
+        parts = {name: [row[place] for _, row, _ in combined] for place, name in enumerate(scores.parts)}
+        return Scores([total for total, _, _ in combined], parts, [failed for _, _, failed in combined])
 
     def scores(self, rewards: RewardSource, rollout: Rollout) -> list[float]:
         """The score of each prompt with its response."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from hpc_rlhf.spec.rewards import RewardItem
 from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import intervals
 from hpc_rlhf.train.algorithms.intervals import Interval
 from hpc_rlhf.train.algorithms.ppo import k3_kl
+from hpc_rlhf.train.stages.eval.accuracy import Verdicts, accuracy_metrics, gain, judging, of_source, reward_means
 from hpc_rlhf.train.stages.eval.questions import HeldOut
 
 
@@ -23,20 +25,36 @@ class Measured:
 
     Attributes:
         perplexity: of held-out responses, given their prompts; None if there are none.
-        answers: the model's responses, as token ids.
+        answers: the model's first response to each prompt, as token ids.
+        further: its other responses to each prompt.
         log_probs: of each response's tokens, by the model itself.
         base_log_probs: of the same tokens, by the base model; empty for the base model itself.
         preferences: log-probability of each held-out pair's chosen response minus that of the rejected one,
             in nats; of DPO's model and the base model, otherwise empty.
         rewards: the reward model's scores; empty without one.
+        verdicts: what the rewards say about all responses.
     """
 
     perplexity: float | None = None
     answers: list[list[int]] = field(default_factory=list)
+    further: list[list[list[int]]] = field(default_factory=list)
     log_probs: list[list[float]] = field(default_factory=list)
     base_log_probs: list[list[float]] = field(default_factory=list)
     preferences: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    verdicts: Verdicts = field(default_factory=Verdicts)
+
+    @property
+    def first_right(self) -> list[float | None]:
+        """1 where the first response to a prompt is right, 0 where it is wrong; empty if nothing judged it."""
+        samples = 1 + len(self.further[0]) if self.further else 1
+        return [None if good is None else float(good) for good in self.verdicts.right[::samples]]
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """All responses: those to the first prompt, then those to the second, and so on."""
+        groups = zip(self.answers, self.further or [[]] * len(self.answers), strict=True)
+        return [response for first, others in groups for response in (first, *others)]
 
 
 @dataclass
@@ -56,7 +74,10 @@ class Results:
 
     @classmethod
     def read(cls, facts: dict[str, Any]) -> Results:
-        models = {name: Measured(**one) for name, one in facts["models"].items()}
+        models = {
+            name: Measured(**{**one, "verdicts": Verdicts(**one.get("verdicts", {}))})
+            for name, one in facts["models"].items()
+        }
         return cls(**{**facts, "models": models})
 
     def accuracy(self) -> dict[str, Any] | None:
@@ -103,6 +124,23 @@ def divergence(measured: Measured) -> dict[str, float | None]:
     return bounded(intervals.mean(k3_kl(ragged.pad(flat, lengths), ragged.pad(base, lengths), mask).tolist()))
 
 
+def verified(measured: Measured, base: Measured | None, samples: int, sources: list[str]) -> dict[str, Any]:
+    """Accuracy, compared with that of ``base``, and the mean of each reward; ``sources`` has the accuracy by source."""
+    ours = measured.verdicts
+    accuracy = accuracy_metrics(ours, samples)
+    gained = gain(ours, base.verdicts, samples) if base is not None else None
+    numbers: dict[str, Any] = {name: bounded(one) for name, one in accuracy.items()}
+    numbers |= {"accuracy_gain": bounded(gained)} if gained is not None else {}
+    numbers |= {name: bounded(one) for name, one in reward_means(ours, samples).items()}
+    if accuracy and len(set(sources)) > 1:
+        by_source = {one: of_source(ours, samples, sources, one) for one in sorted(set(sources))}
+        numbers["sources"] = {
+            one: {name: bounded(number) for name, number in accuracy_metrics(part, samples).items()}
+            for one, part in by_source.items()
+        }
+    return numbers
+
+
 def text_metrics(
     responses: list[list[int]], as_text: list[str], references: list[str] | None, eos_id: int
 ) -> dict[str, Any]:
@@ -120,8 +158,14 @@ def text_metrics(
     return numbers
 
 
-def make_report(results: Results, held: HeldOut, base: str, spec: EvalSpec, tokenizer: Any) -> dict[str, Any]:
-    """The report as JSON, compared with the model ``base``; docs/evaluation.md explains the numbers."""
+def make_report(
+    results: Results, held: HeldOut, base: str, spec: EvalSpec, tokenizer: Any, rewards: Sequence[RewardItem] = ()
+) -> dict[str, Any]:
+    """The report as JSON, compared with the model ``base``; docs/evaluation.md explains the numbers.
+
+    Args:
+        rewards: what judged the responses.
+    """
     base_model, eos_id = results.models.get(base), tokenizer.eos_token_id
     references = texts(held.prompts.responses, tokenizer) if held.has_references else None
     models: dict[str, dict[str, Any]] = {}
@@ -131,7 +175,9 @@ def make_report(results: Results, held: HeldOut, base: str, spec: EvalSpec, toke
             models[name]["pair_accuracy"] = above(one.preferences, base_model.preferences)
         if not one.answers:
             continue
-        models[name] |= rewarded(one.rewards, base_model.rewards if base_model and name != base else None)
+        compared = base_model if name != base else None
+        models[name] |= verified(one, compared, spec.samples, held.sources)
+        models[name] |= rewarded(one.rewards, compared.rewards if compared else None)
         if name != base and spec.samples_all:  # others are no samples to estimate it from
             models[name]["kl"] = divergence(one)
         models[name] |= text_metrics(one.answers, texts(one.answers, tokenizer), references, eos_id)
@@ -143,23 +189,35 @@ def make_report(results: Results, held: HeldOut, base: str, spec: EvalSpec, toke
         "prompts": len(held.prompts),
         "confidence": intervals.CONFIDENCE,
         "sampling": {name: getattr(spec, name) for name in ("temperature", "top_p", "top_k")},
+        "samples": spec.samples,
+        "judged_by": list(judging(rewards)),
         "reward_accuracy": results.accuracy(),
         "models": models,
     }
 
 
 def lines(results: Results, held: HeldOut, base: str, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """For each prompt, every model's response and its reward."""
+    """For each prompt, every model's first response and its reward: the reward model's, or else 1 for a right one and 0
+    for a wrong one. Further responses follow."""
     models = results.in_order(base)
     answers = {name: texts(one.answers, tokenizer) for name, one in models.items()}
     if held.has_references:
         answers["reference"] = texts(held.prompts.responses, tokenizer)
-    rewards = {**{name: one.rewards for name, one in models.items()}, "reference": results.references}
+    rewards: dict[str, Sequence[float | None]] = {name: one.rewards or one.first_right for name, one in models.items()}
+    rewards["reference"] = results.references
+    further = {
+        name: [texts(others, tokenizer) for others in one.further] for name, one in models.items() if any(one.further)
+    }
     for number, question in enumerate(held.questions):
         yield {
             "prompt": question,
             "answers": {name: some[number] for name, some in answers.items()},
-            "rewards": {name: round(some[number], 4) for name, some in rewards.items() if some},
+            "rewards": {
+                name: round(reward, 4)
+                for name, some in rewards.items()
+                if some and (reward := some[number]) is not None
+            },
+            **({"further": {name: some[number] for name, some in further.items()}} if further else {}),
         }
 
 

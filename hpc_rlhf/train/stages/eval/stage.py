@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,12 +24,15 @@ from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, has_score_head, load_causal, load_reward, loading
+from hpc_rlhf.train.rewards.blend import Blend
+from hpc_rlhf.train.rewards.build import build_rewards
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.common import commit, new_artifact, reward_model
+from hpc_rlhf.train.stages.eval.accuracy import accuracy_metrics, verdicts
 from hpc_rlhf.train.stages.eval.questions import Questions, held_out
-from hpc_rlhf.train.stages.eval.report import Measured, Results, lines, make_report
+from hpc_rlhf.train.stages.eval.report import Measured, Results, lines, make_report, texts
 
 RESULTS = "found.json"
 
@@ -54,6 +57,7 @@ class Evaluation:
         self.reward = reward_model(context)
         if context.spec.judge is None and self.reward is not None and not has_score_head(self.reward):
             self.reward = None  # no stage has used it, so it may be a language model
+        self.rewards = context.spec.evaluated_rewards
         self.questions = Questions(context, self.spec)
         self.results = Results()
 
@@ -81,10 +85,13 @@ class Evaluation:
     # The steps
 
     def steps(self) -> list[Callable[[], dict[str, float | None]]]:
-        """One step per model, then the reward model's. Each returns metrics to log. All are collective."""
+        """A step for each model, then for each model that of the rewards, then the reward model's. Each returns metrics
+        to log. All are collective."""
         steps: list[Callable[[], dict[str, float | None]]] = [
             partial(self.measure, name, source) for name, source in self.sources.items()
         ]
+        if self.rewards and len(self.held.prompts):
+            steps += [partial(self.verify, name, len(steps) + place) for place, name in enumerate(self.sources)]
         return [*steps, self.judge] if self.reward is not None else steps
 
     def measure(self, name: str, source: str) -> dict[str, float | None]:
@@ -102,7 +109,8 @@ class Evaluation:
         if name in ("dpo", self.base) and "dpo" in self.trained:
             chosen, rejected = (ask.likelihoods(engine, part) for part in self.held.pairs)
             measured.preferences = [c - r for c, r in zip(chosen, rejected, strict=True)]
-        measured.answers = ask.responses(RolloutEngine(model, context.world), prompts)
+        responses = ask.responses(RolloutEngine(model, context.world), prompts)
+        measured.answers, measured.further = [each[0] for each in responses], [each[1:] for each in responses]
         measured.log_probs = self._log_probs(engine, measured)
         for other in self.results.models.values() if name == self.base else ():
             other.base_log_probs = self._log_probs(engine, other)
@@ -114,6 +122,27 @@ class Evaluation:
         answered = Rollout.of(self.held.prompts.prompts, measured.answers)
         rows = self.questions.log_probs(engine, answered, self.spec.temperature or 1.0)
         return [[round(number, 6) for number in row] for row in rows]
+
+    @cached_property
+    def blend(self) -> Blend:
+        """The rewards. Collective."""
+        return build_rewards(self.context, self.rewards)
+
+    def verify(self, name: str, step: int) -> dict[str, float | None]:
+        """What the rewards say about all responses of a model.
+
+        Args:
+            step: steps done.
+        """
+        measured, samples = self.results.models[name], self.spec.samples
+        responses = measured.responses
+        prompts = [prompt for prompt in self.held.prompts.prompts for _ in range(samples)]
+        columns = {key: [cell for cell in cells for _ in range(samples)] for key, cells in self.held.columns.items()}
+        self.blend.begin(step, name)
+        scores = self.questions.details(self.blend, Rollout.of(prompts, responses), columns)
+        measured.verdicts = verdicts(self.rewards, scores, texts(responses, self.context.tokenizer))
+        accuracy = accuracy_metrics(measured.verdicts, samples).get("accuracy")
+        return {f"{name}_accuracy": accuracy.estimate if accuracy else None}
 
     def judge(self) -> dict[str, float | None]:
         """All measurements that need the reward model."""
@@ -140,7 +169,7 @@ class Evaluation:
         """Write the report, and the responses for people to read. Collective."""
         context, files = self.context, self.context.files
         folder = new_artifact(context)
-        report = make_report(self.results, self.held, self.base, self.spec, context.tokenizer)
+        report = make_report(self.results, self.held, self.base, self.spec, context.tokenizer, self.rewards)
         if context.world.is_main:
             folder.mkdir(parents=True)
             (folder / files.report.name).write_text(json.dumps(report, indent=1) + "\n")
@@ -148,8 +177,11 @@ class Evaluation:
                 for line in lines(self.results, self.held, self.base, context.tokenizer):
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         models = {name: report["models"][name] for name in self.sources}
-        win_rates = {name: one["win_rate"]["value"] for name, one in models.items() if "win_rate" in one}
-        commit(context, folder, total, {"prompts": report["prompts"], "base": self.base, "win_rates": win_rates})
+        rates = {
+            plural: {name: one[key]["value"] for name, one in models.items() if key in one}
+            for key, plural in (("win_rate", "win_rates"), ("accuracy", "accuracies"))
+        }
+        commit(context, folder, total, {"prompts": report["prompts"], "base": self.base, **rates})
 
 
 def run(context: StageContext) -> None:
