@@ -63,7 +63,7 @@ def _repair(run: RunDir, by_sentinel: bool) -> list[Outcome]:
         jobs = _settled(run)
         if not jobs.latest:
             raise HpcRlhfError(
-                "this run was never submitted, so there is no chain to repair",
+                "this run was not submitted, or was moved since, so there is no chain to repair",
                 where=str(run.path),
                 hint="submit it with hpc-rlhf submit FILE, or continue without Slurm: hpc-rlhf run FILE",
             )

@@ -481,5 +481,5 @@ def test_two_at_once_and_a_run_without_a_chain_are_refused(fake: FakeSlurm, run:
     spec = make_spec(tmp_path / "local")
     with claim(spec, "test") as other:
         prepare(spec, other)
-    with pytest.raises(HpcRlhfError, match="never submitted"):
+    with pytest.raises(HpcRlhfError, match="not submitted, or was moved"):
         heal(other)
