@@ -160,9 +160,7 @@ def in_training(work: Pass, batch: Batch, scored: bool = False) -> ModelMemory:
         gradients = 0 if zero == 2 else gradients  # ZeRO 2 moves them to the CPU as they are computed
     if zero == 3:
         always |= {"gradients": 0 if stage.offload_optimizer else gradients, "buffers": bucket}
-    gathered = gathered_weights(model, total + adapters, item) if zero == 3 else 0
-    if zero == 3 and work.alternating:
-        gathered = item * (min(total + adapters, LIVE) + model.largest)
+    gathered = gathered_weights(model, total + adapters, item, work.alternating) if zero == 3 else 0
     accumulated = gradients if batch.accumulation > 1 and zero < 3 else 0
     complete = gradients if zero < 3 else 0
     passing = {"activations": work.activations, "logits": work.logits, "gathered weights": gathered}
@@ -204,9 +202,14 @@ def weights(count: int, stage: StageSpec, ranks: int) -> int:
     return 0 if stage.offload_params else ITEM[stage.precision] * -(-count // ranks)
 
 
-def gathered_weights(model: Architecture, count: int, item: int) -> int:
-    """Bytes of the weights that ZeRO 3 gathers at a time in a pass, and of the buffers it gathers them in."""
-    return item * (min(count, LIVE) + min(count, max(LIVE, model.largest)))
+def gathered_weights(model: Architecture, count: int, item: int, alternating: bool = False) -> int:
+    """Bytes of the weights that ZeRO 3 gathers at a time in a pass, and of the buffers it gathers them in.
+
+    Args:
+        alternating: as in ``Pass``.
+    """
+    buffers = model.largest if alternating else min(count, max(LIVE, model.largest))
+    return item * (min(count, LIVE) + buffers)
 
 
 def frozen(model: Architecture, count: int, stage: StageSpec, of: TrainingSpec) -> int:

@@ -13,7 +13,7 @@ from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sizes import CACHE_SHARE, ROWS, WEIGHTS_SHARE
-from hpc_rlhf.spec.stages import Data, EvalSpec, PpoSpec, kind_of
+from hpc_rlhf.spec.stages import Data, EvalSpec, GrpoSpec, PpoSpec, kind_of
 from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
@@ -119,7 +119,10 @@ def _policy(stage: PolicySpec, spec: JobSpec, name: str, batch: Batch, gpu: int 
     tokens, responses = batch.micro * sum(lengths), batch.micro * lengths[1]
     # If a rollout is one micro-batch, the update reuses the pass that scored it: see train/stages/policy.
     kept = batch.accumulation * stage.minibatches == 1 and not stage.dropout
-    policy = model_memory.in_training(Pass(actor, stage, tokens, responses, with_entropies=kept), batch)
+    # With adapters only, the actor with its adapters off is GRPO's reference.
+    own_ref = isinstance(stage, GrpoSpec) and stage.kl_coef > 0 and "ref" not in stage.strategies
+    work = Pass(actor, stage, tokens, responses, with_entropies=kept, alternating=own_ref)
+    policy = model_memory.in_training(work, batch)
     always = dict(policy.always)
     if "ref" in stage.strategies:
         always["ref"] = model_memory.frozen(actor, actor.parameters, stage.strategies["ref"], stage)
@@ -132,7 +135,7 @@ def _policy(stage: PolicySpec, spec: JobSpec, name: str, batch: Batch, gpu: int 
     phases = {
         **policy.phases,
         "rollouts": _rollout(actor, stage, -(-rollout // stage.tensor_parallel), lengths, gpu),
-        "scoring": _scoring(actor, stage, tokens, responses),
+        "scoring": _scoring(actor, stage, tokens, responses, own_ref),
     }
     return Memory({"actor": actor.parameters}, always, phases, gpu)
 
@@ -162,10 +165,11 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, gpu: in
     return Memory({"each model": actor.parameters}, always, phases, gpu)
 
 
-def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int) -> Parts:
+def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int, alternating: bool = False) -> Parts:
     """A pass without gradients: activations of one layer, and a chunk of logits."""
     item = ITEM[stage.precision]
-    gathered = model_memory.gathered_weights(model, model.parameters, item) if stage.zero == 3 else 0
+    whole = model_memory.gathered_weights(model, model.parameters, item, alternating)
+    gathered = whole if stage.zero == 3 else 0
     return {
         "activations": tokens * _layer(model, item),
         "logits": Pass(model, as_trained(stage), tokens, predicted, with_entropies=True).logits,
