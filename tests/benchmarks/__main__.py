@@ -58,14 +58,15 @@ class Case:
     ranks: int = 1
 
 
-OURS = {task: Side("ours", "ours", task) for task in ("sft", "reward", "ppo")}
-DSC = {task: Side("DeepSpeed-Chat", "deepspeed_chat", task) for task in OURS}
+OURS = {task: Side("ours", "ours", task) for task in ("sft", "reward", "ppo", "grpo")}
+DSC = {task: Side("DeepSpeed-Chat", "deepspeed_chat", task) for task in ("sft", "reward", "ppo")}
 TRL = {task: Side("TRL", "trl_trainers", task) for task in OURS}
 TRL_FP32 = {task: Side("TRL, float32 weights", "trl_trainers", f"{task}-fp32") for task in ("sft", "reward")}
 SFT_8 = (OURS["sft"], DSC["sft"])
 SFT_24 = (OURS["sft"], TRL["sft"], TRL_FP32["sft"])
 REWARD = (OURS["reward"], DSC["reward"], TRL["reward"], TRL_FP32["reward"])
 PPO = (OURS["ppo"], DSC["ppo"], TRL["ppo"])
+GRPO = (OURS["grpo"], TRL["grpo"])
 ROLLOUT = (
     Side("ours", "rollouts", "ours"),
     Side("HybridEngineRollout", "rollouts", "hybrid-engine"),
@@ -76,11 +77,13 @@ CASES = (
     Case("SFT, 24 samples a step", SFT_24, 24, {"full": 15, "short": 8}, warm_up=15),
     Case("Reward model, 8 pairs a step", REWARD, 8, {"full": 20, "short": 10}, warm_up=20),
     Case("PPO, 8 samples a step", PPO, 8, {"full": 12, "short": 5}, warm_up=5),
+    Case("GRPO, 32 responses a step", GRPO, 32, {"full": 5, "short": 2}, warm_up=2),
     Case("Rollout, ZeRO-3", ROLLOUT, 8, {"full": 3, "short": 1}, warm_up=2, ranks=2),
     Case("SFT, 8 samples a step", SFT_8, 8, {"full": 8, "short": 4}, warm_up=4, shape="12 x 768"),
     Case("SFT, 24 samples a step", SFT_24, 24, {"full": 5, "short": 3}, warm_up=3, shape="12 x 768"),
     Case("Reward model, 8 pairs a step", REWARD, 8, {"full": 5, "short": 3}, warm_up=3, shape="12 x 768"),
     Case("PPO, 8 samples a step", PPO, 8, {"full": 4, "short": 2}, warm_up=2, shape="12 x 768"),
+    Case("GRPO, 32 responses a step", GRPO, 32, {"full": 3, "short": 2}, warm_up=1, shape="12 x 768"),
 )
 
 

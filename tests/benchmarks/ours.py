@@ -8,6 +8,7 @@ import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.run import manifest
@@ -28,12 +29,14 @@ class _Ticking(MetricsLog):
 
     clock = Clock()
     last: Mapping[str, float | None] = {}
+    answer_tokens: ClassVar[list[float]] = []
 
     def log(self, step: int, total_steps: int, kind: str, values: Mapping[str, float | None]) -> None:
         super().log(step, total_steps, kind, values)
         if kind == "train":
             self.clock.step()
             type(self).last = values
+            self.answer_tokens.append(values.get("answer_tokens") or 0.0)
 
 
 def _run(options: Namespace) -> RunDir:
@@ -57,7 +60,9 @@ def _hand_over(made: Path, target: Path) -> None:
 
 
 def _tokens(run: RunDir, options: Namespace) -> int:
-    """Real tokens of the timed steps, from the rows that the sampler chose."""
+    """Real tokens of the timed steps, from the rows that the sampler chose; in GRPO, of the responses alone."""
+    if options.task == "grpo":
+        return round(options.samples * sum(_Ticking.answer_tokens[options.warm_up :]))
     (path,) = run.stage(options.task).data.glob("*/train.arrow")
     rows = Rows(path)
     tokens = 0
@@ -71,7 +76,7 @@ def _tokens(run: RunDir, options: Namespace) -> int:
 
 def stage(options: Namespace) -> Result:
     run = _run(options)
-    facts = {name: _Ticking.last[name] for name in ("loss", "answer_tokens") if name in _Ticking.last}
+    facts = {name: _Ticking.last[name] for name in ("loss", "answer_tokens", "reward") if name in _Ticking.last}
     samples = options.samples * (options.steps - options.warm_up)
     config = json.loads((run.stage(options.task).model / "config.json").read_text())
     tokens = _tokens(run, options)
@@ -79,4 +84,4 @@ def stage(options: Namespace) -> Result:
 
 
 if __name__ == "__main__":
-    main({"sft": stage, "reward": stage, "ppo": stage})
+    main({"sft": stage, "reward": stage, "ppo": stage, "grpo": stage})

@@ -1,6 +1,6 @@
 """TRL's trainers, without their slow defaults: activation checkpointing, autocast, logging.
 
-SFT and the reward model by the newest TRL, PPO by 1.12, the last release seen that has it (``make bench``
+SFT, the reward model and GRPO by the newest TRL, PPO by 1.12, the last release seen that has it (``make bench``
 puts it into a folder of its own). AdamW is fused. SFT packs by best fit, which keeps attention inside each sample, one
 row of 512 in a pass: its mask of a pass is as large as all its rows squared.
 
@@ -159,5 +159,40 @@ def ppo(options: Namespace) -> Result:
     return clock.result(options.warm_up, samples, round(samples * mean), dtype, answer_tokens=workload.ANSWER)
 
 
+def grpo(options: Namespace) -> Result:
+    import datasets
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = _tokenizer(options.work)
+    ids = [row["prompt_ids"] for row in workload.rows(options.work, "grpo")]
+    prompts = tokenizer.batch_decode(ids)
+    assert tokenizer(prompts)["input_ids"] == ids
+    lengths: list[int] = []
+    rewards: list[float] = []
+
+    def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        lengths.append(sum(map(len, completion_ids)))
+        rewards.extend(workload.reward(completions))
+        return rewards[-len(completions) :]
+
+    clock = Clock()
+    trainer = GRPOTrainer(
+        _model(options, "AutoModelForCausalLM", workload.model("grpo")),
+        reward_funcs=reward,
+        args=GRPOConfig(
+            **_arguments(options, learning_rate=1e-5), num_generations=workload.GROUP, temperature=1.0,
+            max_completion_length=workload.ANSWER,
+        ),
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer, callbacks=[_Ticks(clock)],
+    )  # fmt: skip
+    trainer.train()
+    samples = options.samples * (options.steps - options.warm_up)
+    return clock.result(
+        options.warm_up, samples, sum(lengths[options.warm_up :]), trainer.model.dtype,
+        answer_tokens=sum(lengths) / len(rewards), reward=sum(rewards) / len(rewards),
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
-    main({"sft": sft, "sft-fp32": sft, "reward": reward, "reward-fp32": reward, "ppo": ppo})
+    main({"sft": sft, "sft-fp32": sft, "reward": reward, "reward-fp32": reward, "ppo": ppo, "grpo": grpo})

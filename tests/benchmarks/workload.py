@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import sys
@@ -27,10 +28,13 @@ def _opt(layers: int, width: int) -> dict[str, Any]:
 # The models by layers and width.
 SHAPES = {"4 x 256": _opt(4, 256), "12 x 768": _opt(12, 768)}
 LONGEST = 512  # tokens of a sequence in SFT and the reward model
-PROMPT = ANSWER = 128  # tokens of PPO's longest prompt, and of each of its answers
+PROMPT = ANSWER = 128  # tokens of PPO's and GRPO's longest prompt, and of each of its answers
+GROUP = 8  # GRPO's responses to each prompt
 SEED = 1234
 # Pushes EOS below every other token, so that each response has its full length on every side.
 AGAINST_EOS = 6.0
+# In GRPO, responses end at each token with a probability of 1 / this: real ones have a long tail of lengths, too.
+MEAN_ANSWER = 64
 
 
 def source(work: Path) -> dict[str, Any]:
@@ -60,6 +64,15 @@ def _made(count: int) -> list[dict[str, str]]:
     return rows
 
 
+# What GRPO rewards: responses with this letter.
+REWARDED = "z"
+
+
+def reward(responses: list[str]) -> list[float]:
+    """GRPO's reward for the peers."""
+    return [float(REWARDED in response) for response in responses]
+
+
 def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int = 1) -> dict[str, Any]:
     """The job spec of our side, for one stage at a time.
 
@@ -67,8 +80,9 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
         samples: samples per optimizer step. A micro-batch of SFT and of the reward model has the tokens of at most
             four of the longest, which is as fast as more and takes less memory.
     """
-    longest = PROMPT if stage == "ppo" else LONGEST // 2
-    micro_batch = min(8 if stage == "ppo" else 4, samples // ranks)
+    sampled = stage in ("ppo", "grpo")
+    longest = PROMPT if sampled else LONGEST // 2
+    micro_batch = min({"ppo": 8, "grpo": samples}.get(stage, 4), samples // ranks)
     common = {"micro_batch": micro_batch, "global_batch": samples, "max_steps": steps, "epochs": 100}
     rates = {"actor_lr": 1e-5, "critic_lr": 1e-5} if stage == "ppo" else {"lr": 1e-3}
     stages = {stage: {**common, **rates, "precision": "bf16", "zero": 0, "checkpoint_every": 10**6}}
@@ -77,16 +91,23 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
     if stage == "ppo":
         stages["ppo"]["ema"] = False
         stages["reward"] = {**common, "max_steps": 1, "lr": 1e-3}
+    if stage == "grpo":
+        stages["grpo"] |= {"lr": 1e-5, "group_size": GROUP, "rewards": [{"format": f".*{REWARDED}.*"}]}
     return {
         "name": "bench", "run_dir": str(run), "seed": SEED,
         "slurm": {"gpus_per_node": 0, "ranks_per_node": ranks},
         "data": {
             "sources": [source(work)], "held_out": 0,
-            "max_prompt_tokens": longest, "max_answer_tokens": LONGEST - longest if stage != "ppo" else ANSWER,
+            "max_prompt_tokens": longest, "max_answer_tokens": ANSWER if sampled else LONGEST - longest,
         },
-        "models": {"actor": str(work / "model")},
+        "models": {"actor": str(work / model(stage))},
         "stages": stages,
     }  # fmt: skip
+
+
+def model(stage: str) -> str:
+    """The folder of the model that a stage starts from, in that of the workload."""
+    return "ending-model" if stage == "grpo" else "model"
 
 
 def make(work: Path, shape: dict[str, Any]) -> None:
@@ -105,11 +126,14 @@ def make(work: Path, shape: dict[str, Any]) -> None:
     texts = sources.texts(JobSpec.model_validate(job(work, work / "none", "sft", 8, 1)))
     tokenizer = train_bpe(texts, shape["vocab_size"])
     tokenizer.save_pretrained(str(work / "model"))
-    _model(tokenizer, shape).save_pretrained(str(work / "model"))
+    _model(tokenizer, shape, -AGAINST_EOS).save_pretrained(str(work / "model"))
+    tokenizer.save_pretrained(str(work / "ending-model"))
+    ending = math.log(shape["vocab_size"] / MEAN_ANSWER) / AGAINST_EOS  # other tokens are about equally likely
+    _model(tokenizer, shape, ending).save_pretrained(str(work / "ending-model"))
     scorer = AutoModelForSequenceClassification.from_pretrained(str(work / "model"), num_labels=1)
     scorer.save_pretrained(str(work / "reward"))
     tokenizer.save_pretrained(str(work / "reward"))
-    for stage in ("sft", "reward", "ppo"):
+    for stage in ("sft", "reward", "ppo", "grpo"):
         spec = JobSpec.model_validate(job(work, tokens(work, stage), stage, 8, 1))
         context = StageContext(spec, stage, make_run(spec), world, StopFlag(), "bench")
         rows = context.data().train
@@ -119,8 +143,8 @@ def make(work: Path, shape: dict[str, Any]) -> None:
     leave()
 
 
-def _model(tokenizer: Any, shape: dict[str, Any]) -> Any:
-    """A fresh OPT that never ends a response: its last layer norm points away from EOS."""
+def _model(tokenizer: Any, shape: dict[str, Any], eos: float) -> Any:
+    """A fresh OPT whose last layer norm points to EOS with this factor; if negative, a response never ends."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,8 +157,8 @@ def _model(tokenizer: Any, shape: dict[str, Any]) -> Any:
         model.model.decoder.final_layer_norm.bias += AGAINST_EOS * direction
         head = model.get_output_embeddings().weight
         head[:, 0] = 0
-        for token in (tokenizer.eos_token_id, tokenizer.pad_token_id):
-            head[token] = -AGAINST_EOS * direction
+        head[tokenizer.pad_token_id] = -AGAINST_EOS * direction
+        head[tokenizer.eos_token_id] = eos * direction
     return model
 
 
