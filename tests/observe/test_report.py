@@ -15,7 +15,7 @@ import pytest
 
 from hpc_rlhf.cli import main
 from hpc_rlhf.observe.goodput.accounting import measure
-from hpc_rlhf.observe.report.charts import thin
+from hpc_rlhf.observe.report.charts import make_charts, thin
 from hpc_rlhf.observe.report.page import make_page
 from hpc_rlhf.observe.report.timeline import make_timeline
 from hpc_rlhf.run.events import Failed, Finished, Ready, Saved, Started
@@ -204,6 +204,17 @@ def test_timeline_has_no_gaps(run: RunDir) -> None:
     for before, after in zip(bar.segments, bar.segments[1:], strict=False):
         assert before.left + before.width == pytest.approx(after.left, abs=0.2)
     assert bar.segments[-1].left + bar.segments[-1].width == pytest.approx(10_000, abs=0.2)
+
+
+def test_each_of_several_rewards_has_a_curve() -> None:
+    def titles(*rewards: str) -> dict[str, list[str]]:
+        values = {"reward": 0.5, **{f"reward/{name}": 0.5 for name in rewards}}
+        row = {"step": 1, "total_steps": 2, "time": 0.0, "kind": "train", **values}
+        charts = make_charts("".join(json.dumps({**row, "step": step}) + "\n" for step in (1, 2)), "grpo", 8, [])
+        return {chart.plot.title: list(chart.lines) for chart in charts}
+
+    assert titles("math", "format")["each reward"] == ["format", "math"]
+    assert "each reward" not in titles("math"), "it is the reward"
 
 
 def test_invisibly_short_saves_do_not_split_a_bar() -> None:

@@ -56,7 +56,9 @@ def make_charts(text: str, stage: str, samples: int, starts: Iterable[float]) ->
 
 
 def _make_chart(plot: Plot, rows: Sequence[Row], held_out: Sequence[Row]) -> Chart | None:
-    curves = {label: [_value(row, name) for row in rows] for name, label in plot.lines.items()}
+    named = {name for row in rows for name in row.values if plot.parts and name.startswith(plot.parts)}
+    parts = {name: name.removeprefix(plot.parts) for name in sorted(named) if len(named) > 1}
+    curves = {label: [_value(row, name) for row in rows] for name, label in {**plot.lines, **parts}.items()}
     curves = {label: values for label, values in curves.items() if set(values) - {None}}
     measured = {row.step: _value(row, plot.held_out) for row in held_out if plot.held_out}
     measured = {step: value for step, value in measured.items() if value is not None}

@@ -90,6 +90,7 @@ GRPO = StageKind(
     result="reward {reward_first} → {reward_last} (first std {reward_first_std})",
     plots=(
         Plot("reward", "score per response", {"reward": "mean"}, held_out="reward"),
+        Plot("each reward", "score per response", {}, parts="reward/"),
         Plot("standard deviation of rewards", "reward", {"reward_std": "standard deviation"}),
         Plot("prompts without a difference", "fraction", {"frac_reward_zero_std": "all rewards equal"}),
         Plot("KL from the start", "nats per response", {"kl": "KL"}, held_out="kl"),

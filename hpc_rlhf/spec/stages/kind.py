@@ -35,6 +35,7 @@ class Plot:
         unit: label of its y axis.
         lines: metrics to draw, each with the label of its curve.
         held_out: metric of the held-out measurements, drawn as dots.
+        parts: beginning of further metrics, which are drawn if there are several, under the rest of their names.
         log: the y axis is logarithmic.
     """
 
@@ -42,6 +43,7 @@ class Plot:
     unit: str
     lines: dict[str, str]
     held_out: str = ""
+    parts: str = ""
     log: bool = False
 
 

@@ -125,6 +125,7 @@ PPO = StageKind(
     result="reward {reward_first} → {reward_last} (first std {reward_first_std}), KL {kl_first} → {kl_last}",
     plots=(
         Plot("reward", "score per response", {"reward": "mean"}, held_out="reward"),
+        Plot("each reward", "score per response", {}, parts="reward/"),
         Plot("KL from the SFT model", "nats per response", {"kl": "KL"}, held_out="kl"),
         Plot("entropy", "nats per token", {"entropy": "entropy"}),
         Plot("response length", "tokens", {"answer_tokens": "mean"}, held_out="answer_tokens"),
