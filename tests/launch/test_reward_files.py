@@ -8,6 +8,7 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError, SpecError
 from hpc_rlhf.launch.prepare import claim, prepare
+from hpc_rlhf.launch.relocate import relocate
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.job import JobSpec
@@ -96,6 +97,15 @@ def test_a_run_keeps_the_file_that_it_began_with(tmp_path: Path) -> None:
 
     assert kept(run) == copy
     assert copy.read_text() == SCORE
+
+
+def test_a_run_that_is_moved_keeps_its_file(tmp_path: Path) -> None:
+    run = prepared(spec_of(tmp_path / "mine", SCORE))
+    (tmp_path / "mine/rewards.py").unlink()
+    moved = RunDir(run.path.rename(tmp_path / "moved"))
+    relocate(moved)
+    assert kept(moved).is_relative_to(moved.scripts)
+    prepared(load_spec(moved.job_yaml))
 
 
 def test_before_training_the_file_may_change(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def load(file: str, name: str) -> Callable[[Mapping[str, Any] | None], list[floa
         Exception: the file cannot be imported, or has no such function.
     """
     output = _Output()
+    sys.dont_write_bytecode = True  # ranks would write it into the run directory at the same time
     with output.captured():
         spec = importlib.util.spec_from_file_location("hpc_rlhf_reward", file)
         assert spec is not None
