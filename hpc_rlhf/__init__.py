@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["DeepSpeedPPOTrainer", "DeepSpeedRLHFEngine"]
+__all__ = ["DeepSpeedGRPOEngine", "DeepSpeedGRPOTrainer", "DeepSpeedPPOTrainer", "DeepSpeedRLHFEngine"]
 
 
 def __getattr__(name: str) -> object:

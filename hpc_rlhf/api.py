@@ -1,10 +1,11 @@
-"""PPO in your own program, under DeepSpeed-Chat's names; the steps are those of the ppo stage."""
+"""PPO and GRPO in your own program, under DeepSpeed-Chat's names; the steps are those of the stages."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -12,7 +13,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.launch.render import Templates
 from hpc_rlhf.spec.batch import Batch
-from hpc_rlhf.spec.stages import PPO, PpoSpec
+from hpc_rlhf.spec.stages import GRPO, PPO, GrpoSpec, PpoSpec, StageKind
 from hpc_rlhf.train.data.dialogues import configure_tokenizer, token_ids
 from hpc_rlhf.train.data.rows import parse_prompt
 from hpc_rlhf.train.data.templates import prompt_text
@@ -21,40 +22,94 @@ from hpc_rlhf.train.models.tokenizers import check_same_tokenizer, load_tokenize
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import RolloutBackend
-from hpc_rlhf.train.rollout.experience import Experience
+from hpc_rlhf.train.rollout.experience import Experience, GroupExperience
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime import world as worlds
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
-from hpc_rlhf.train.stages.policy.models import ModelSources
-from hpc_rlhf.train.stages.policy.trainer import Sizes
+from hpc_rlhf.train.stages.grpo.metrics import compare
+from hpc_rlhf.train.stages.grpo.metrics import summarize as summarize_groups
+from hpc_rlhf.train.stages.grpo.models import GrpoModels
+from hpc_rlhf.train.stages.grpo.trainer import GrpoTrainer
+from hpc_rlhf.train.stages.policy.minibatches import Sizes
+from hpc_rlhf.train.stages.policy.models import ModelSources, PolicyModels
+from hpc_rlhf.train.stages.policy.progress import E
+from hpc_rlhf.train.stages.policy.trainer import PolicyTrainer
 from hpc_rlhf.train.stages.ppo.metrics import summarize
 from hpc_rlhf.train.stages.ppo.models import PpoModels
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer
 
-# Fields of a ppo stage for its duration, checkpoints and placement, which here are up to the program.
+# Fields of a stage for its duration, checkpoints and placement, which here are up to the program.
 JOB_ONLY = (
     "epochs", "max_steps", "global_batch", "checkpoint_every", "mttf", "keep_checkpoints", "slurm", "ptx", "ptx_coef",
-    "eval_every", "keep_best", "rewards",
+    "eval_every", "keep_best", "rewards", "dynamic_sampling",
 )  # fmt: skip
 
 
-def _settings(args: Mapping[str, object]) -> PpoSpec:
+def _settings(kind: StageKind, args: Mapping[str, object]) -> Any:
     for field in JOB_ONLY:
         if field in args:
             raise HpcRlhfError(
-                f"{field} is for the ppo stage of a job; in a program it is up to the program", where="args"
+                f"{field} is for the {kind.name} stage of a job; in a program it is up to the program", where="args"
             )
     try:
-        spec = PpoSpec.model_validate(dict(args))
+        spec = kind.spec.model_validate(dict(args))
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc'])) or 'args'}: {e['msg']}" for e in error.errors()]
-        raise HpcRlhfError("; ".join(wrong), where="args", hint="the fields are those of stages.ppo") from error
-    if refusals := spec.refusals():
+        hint = f"the fields are those of stages.{kind.name}"
+        raise HpcRlhfError("; ".join(wrong), where="args", hint=hint) from error
+    if refusals := {field: what for field, what in spec.refusals().items() if field not in JOB_ONLY}:
         raise HpcRlhfError("; ".join(f"{field} {what}" for field, what in refusals.items()), where="args")
     return spec
 
 
-class DeepSpeedRLHFEngine:
+class _Engine:
+    """What the engines of PPO and GRPO have in common."""
+
+    models: PolicyModels
+
+    def __init__(
+        self, kind: StageKind, args: Mapping[str, object] | None, actor: str, tokenizer: object,
+        max_prompt_tokens: int, max_answer_tokens: int, seed: int,
+    ) -> None:  # fmt: skip
+        self.spec = _settings(kind, args or {})
+        self.max_prompt_tokens, self.max_answer_tokens, self.seed = max_prompt_tokens, max_answer_tokens, seed
+        self.world = worlds.join(launcher_ranks()[1]).with_tensor_parallel(self.spec.tensor_parallel)
+        self._kind, self._actor = kind, actor
+        self._source = tokenizer if isinstance(tokenizer, str) else None if tokenizer else actor
+        if self._source is not None:
+            tokenizer = load_tokenizer(self._source, iter(()), Path(self._source), self.world)
+        self.tokenizer: Any = tokenizer
+
+    def _sources(self, reward: str | None, num_total_iters: int) -> ModelSources:
+        self.tokenizer = configure_tokenizer(self.tokenizer, "auto")
+        ranks, spec, name = self.world.dims.data, self.spec, self._kind.name
+        batch = Batch(spec.micro_batch, 1, ranks, spec.micro_batch * ranks)
+        job = PlannedJob(name, name, (), spec, spec.slurm, batch)
+        return ModelSources(
+            actor=self._actor,
+            reward=reward,
+            ds_configs={model: json.loads(text) for model, text in Templates().ds_configs(job).items()},
+            longest=self.max_prompt_tokens + self.max_answer_tokens,
+            updates=num_total_iters,
+            seed=self.seed,
+        )
+
+    @property
+    def sizes(self) -> Sizes:
+        budget = self.spec.micro_batch * (self.max_prompt_tokens + self.max_answer_tokens)
+        return Sizes(budget, self.max_answer_tokens, float(self.world.dims.data))
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write the actor as a Hugging Face folder, and its moving average to ``ema`` in it. Collective."""
+        target, models = Path(folder), self.models
+        export(models.policy, self.tokenizer, target, self.world.is_main)
+        if models.ema:
+            with models.ema.averaged_weights():
+                export(models.policy, self.tokenizer, target / "ema", self.world.is_main)
+        self.world.barrier()
+
+
+class DeepSpeedRLHFEngine(_Engine):
     """The four models of PPO, as DeepSpeed engines on this rank.
 
     Start the program on every rank with ``deepspeed``, ``torchrun`` or ``srun``; started alone, it is the only rank.
@@ -75,39 +130,89 @@ class DeepSpeedRLHFEngine:
         HpcRlhfError: a setting is wrong, or a model cannot be loaded.
     """
 
+    spec: PpoSpec
+    models: PpoModels
+
     def __init__(
         self, actor_model_name_or_path: str, critic_model_name_or_path: str, tokenizer: object = None,
         num_total_iters: int = 1000, args: Mapping[str, object] | None = None, *,
         max_prompt_tokens: int = 256, max_answer_tokens: int = 256, seed: int = 1234,
     ) -> None:  # fmt: skip
-        self.spec = _settings(args or {})
-        self.max_prompt_tokens, self.max_answer_tokens, self.seed = max_prompt_tokens, max_answer_tokens, seed
-        self.world = worlds.join(launcher_ranks()[1]).with_tensor_parallel(self.spec.tensor_parallel)
-        source = tokenizer if isinstance(tokenizer, str) else None if tokenizer else actor_model_name_or_path
-        if source is not None:
-            tokenizer = load_tokenizer(source, iter(()), Path(source), self.world)
-        check_same_tokenizer(tokenizer, source, critic_model_name_or_path)
-        self.tokenizer = configure_tokenizer(tokenizer, "auto")
-        batch = Batch(self.spec.micro_batch, 1, self.world.dims.data, self.spec.micro_batch * self.world.dims.data)
-        job = PlannedJob(PPO.name, PPO.name, (), self.spec, self.spec.slurm, batch)
-        start = ModelSources(
-            actor=actor_model_name_or_path,
-            reward=critic_model_name_or_path,
-            ds_configs={model: json.loads(text) for model, text in Templates().ds_configs(job).items()},
-            longest=max_prompt_tokens + max_answer_tokens,
-            updates=num_total_iters,
-            seed=seed,
-        )
+        lengths = max_prompt_tokens, max_answer_tokens
+        super().__init__(PPO, args, actor_model_name_or_path, tokenizer, *lengths, seed)
+        check_same_tokenizer(self.tokenizer, self._source, critic_model_name_or_path)
+        start = self._sources(critic_model_name_or_path, num_total_iters)
         self.models = PpoModels(self.spec, start, self.tokenizer, self.world)
 
-    def save_pretrained(self, folder: str) -> None:
-        """Write the actor as a Hugging Face folder, and its moving average to ``ema`` in it. Collective."""
-        target, models = Path(folder), self.models
-        export(models.policy, self.tokenizer, target, self.world.is_main)
-        if models.ema:
-            with models.ema.averaged_weights():
-                export(models.policy, self.tokenizer, target / "ema", self.world.is_main)
-        self.world.barrier()
+
+class DeepSpeedGRPOEngine(_Engine):
+    """The models of GRPO, as DeepSpeed engines on this rank; see ``DeepSpeedRLHFEngine``.
+
+    Args:
+        actor_model_name_or_path: initializes the actor, and is the reference if kl_coef is above 0.
+        args: fields of ``stages.grpo``, such as ``{"lr": 1e-6, "group_size": 16}``.
+
+    Attributes:
+        models: the engine ``actor``, and ``ref`` if there is a reference.
+
+    Raises:
+        HpcRlhfError: a setting is wrong, or the model cannot be loaded.
+    """
+
+    spec: GrpoSpec
+    models: GrpoModels
+
+    def __init__(
+        self, actor_model_name_or_path: str, tokenizer: object = None, num_total_iters: int = 1000,
+        args: Mapping[str, object] | None = None, *,
+        max_prompt_tokens: int = 256, max_answer_tokens: int = 256, seed: int = 1234,
+    ) -> None:  # fmt: skip
+        lengths = max_prompt_tokens, max_answer_tokens
+        super().__init__(GRPO, args, actor_model_name_or_path, tokenizer, *lengths, seed)
+        self.models = GrpoModels(self.spec, self._sources(None, num_total_iters), self.tokenizer, self.world)
+
+
+def _sample(
+    engine: _Engine, trainer: PolicyTrainer[E], batch: int, prompt_batch: Sequence[str | Sequence[int]],
+    columns: Mapping[str, Sequence[object]] | None, times: int = 1,
+) -> E:  # fmt: skip
+    """The experience of responses to prompts, some to each. Collective.
+
+    Args:
+        batch: the number of the batch.
+        times: responses to each prompt.
+
+    Raises:
+        HpcRlhfError: see ``generate_experience``.
+    """
+    world, minibatches = engine.world, engine.spec.minibatches
+    prompts = [ids for prompt in prompt_batch for ids in [_prompt_ids(engine, prompt)] * times]
+    counts = set(world.gather(len(prompts)))
+    if len(counts) > 1 or not prompts or len(prompts) % minibatches:
+        what = "prompts" if times == 1 else "responses"
+        raise HpcRlhfError(
+            f"{' and '.join(map(str, sorted(counts)))} {what} cannot be divided into equal minibatches on every rank",
+            where="prompt_batch",
+            hint=f"pass the same multiple of minibatches ({minibatches}) on every rank",
+        )
+    if any(other != prompts for other in world.gather_tensor_group(prompts)):
+        raise HpcRlhfError(
+            "ranks that share layers have different prompts",
+            where="prompt_batch",
+            hint=f"give each {world.dims.tensor} neighbouring ranks, a tensor_parallel group, the same",
+        )
+    keys: list[tuple[object, ...]] = [
+        (engine.seed, "rollout", batch, world.data_rank, row) for row in range(len(prompts))
+    ]
+    repeated = {name: [cell for cell in column for _ in range(times)] for name, column in (columns or {}).items()}
+    return trainer.evaluate(trainer.roll_out(prompts, keys, lambda: False), repeated)
+
+
+def _prompt_ids(engine: _Engine, prompt: str | Sequence[int]) -> list[int]:
+    ids = prompt
+    if isinstance(prompt, str):
+        (ids,) = token_ids(engine.tokenizer, [prompt_text(engine.tokenizer, *parse_prompt(prompt))])
+    return [int(token) for token in ids][-engine.max_prompt_tokens :]
 
 
 class DeepSpeedPPOTrainer:
@@ -124,16 +229,15 @@ class DeepSpeedPPOTrainer:
     def __init__(
         self, engine: DeepSpeedRLHFEngine, rewards: RewardSource | None = None, backend: RolloutBackend | None = None
     ) -> None:
-        self.engine = engine
-        world, longest = engine.world, engine.max_prompt_tokens + engine.max_answer_tokens
-        budget = engine.spec.micro_batch * longest
+        self.engine, world = engine, engine.world
+        own = ModelReward(engine.models.reward, world, engine.sizes.budget)
         self._trainer = PpoTrainer(
             engine.spec,
             engine.models,
             RolloutEngine(engine.models.policy, world) if backend is None else backend,
-            ModelReward(engine.models.reward, world, budget) if rewards is None else rewards,
+            own if rewards is None else rewards,
             engine.tokenizer.eos_token_id,
-            Sizes(budget, engine.max_answer_tokens, float(world.dims.data)),
+            engine.sizes,
             world,
         )
         self._batches, self._learned = 0, 0
@@ -154,34 +258,9 @@ class DeepSpeedPPOTrainer:
             HpcRlhfError: the number of prompts is not a multiple of minibatches or differs between ranks, or
                 ranks that share layers have different prompts.
         """
-        engine, world = self.engine, self.engine.world
-        prompts = [self._prompt_ids(prompt) for prompt in prompt_batch]
-        counts = set(world.gather(len(prompts)))
-        if len(counts) > 1 or not prompts or len(prompts) % engine.spec.minibatches:
-            raise HpcRlhfError(
-                f"{' and '.join(map(str, sorted(counts)))} prompts cannot be divided into "
-                "equal minibatches on every rank",
-                where="prompt_batch",
-                hint=f"pass the same multiple of minibatches ({engine.spec.minibatches}) on every rank",
-            )
-        if any(other != prompts for other in world.gather_tensor_group(prompts)):
-            raise HpcRlhfError(
-                "ranks that share layers have different prompts",
-                where="prompt_batch",
-                hint=f"give each {world.dims.tensor} neighbouring ranks, a tensor_parallel group, the same",
-            )
-        keys: list[tuple[object, ...]] = [
-            (engine.seed, "rollout", self._batches, world.data_rank, row) for row in range(len(prompts))
-        ]
+        experience = _sample(self.engine, self._trainer, self._batches, prompt_batch, columns)
         self._batches += 1
-        return self._trainer.evaluate(self._trainer.roll_out(prompts, keys, lambda: False), columns)
-
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = prompt
-        if isinstance(prompt, str):
-            tokenizer = self.engine.tokenizer
-            (ids,) = token_ids(tokenizer, [prompt_text(tokenizer, *parse_prompt(prompt))])
-        return [int(token) for token in ids][-self.engine.max_prompt_tokens :]
+        return experience
 
     def train_rlhf(self, experience: Experience) -> tuple[float, float]:
         """The optimizer steps on an experience; returns the losses of actor and critic. Collective."""
@@ -193,3 +272,56 @@ class DeepSpeedPPOTrainer:
         assert actor_loss is not None
         assert critic_loss is not None
         return actor_loss, critic_loss
+
+
+class DeepSpeedGRPOTrainer:
+    """GRPO's steps: group_size responses to each of a batch of prompts, and learning from them.
+
+    Args:
+        rewards: scores the responses.
+        backend: generates the responses; by default the training processes themselves.
+
+    Attributes:
+        metrics: of the last step: reward, kl, entropy, clipfrac and the others of a grpo stage's metrics.jsonl.
+    """
+
+    def __init__(
+        self, engine: DeepSpeedGRPOEngine, rewards: RewardSource, backend: RolloutBackend | None = None
+    ) -> None:
+        self.engine, world = engine, engine.world
+        self._trainer = GrpoTrainer(
+            engine.spec,
+            engine.models,
+            RolloutEngine(engine.models.policy, world) if backend is None else backend,
+            rewards,
+            engine.tokenizer.eos_token_id,
+            engine.sizes,
+            world,
+        )
+        self._batches, self._learned = 0, 0
+        self.metrics: dict[str, float | None] = {}
+
+    def generate_experience(
+        self, prompt_batch: Sequence[str | Sequence[int]], columns: Mapping[str, Sequence[object]] | None = None
+    ) -> GroupExperience:
+        """Sample group_size responses to each prompt, and evaluate them. Collective.
+
+        The arguments and errors are those of ``DeepSpeedPPOTrainer.generate_experience``; the responses, not the
+        prompts, are divided into minibatches.
+        """
+        times = self.engine.spec.group_size
+        experience = _sample(self.engine, self._trainer, self._batches, prompt_batch, columns, times)
+        self._batches += 1
+        return experience
+
+    def train_rlhf(self, experience: GroupExperience) -> float:
+        """The optimizer steps on an experience; returns the loss. Collective."""
+        engine, trainer = self.engine, self._trainer
+        stats = trainer.learn(experience, key=(engine.seed, "minibatches", self._learned))
+        self._learned += 1
+        metrics = summarize_groups(experience, stats, engine.spec, trainer.eos_id, engine.world)
+        groups = trainer.groups(experience.rollout)
+        self.metrics = {**compare(experience.scores, groups, engine.world), **metrics}
+        loss = metrics["loss"]
+        assert loss is not None
+        return loss

@@ -1,4 +1,4 @@
-"""PPO under DeepSpeed-Chat's names: the program of docs/api.md runs, and its steps are the stage's own."""
+"""PPO and GRPO in a program: those of docs/api.md run, and their steps are the stages' own."""
 
 from __future__ import annotations
 
@@ -99,15 +99,19 @@ def run(program: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_documented_program_runs(folder: Path) -> None:
+def test_the_documented_programs_run(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), flags=re.DOTALL)
+    program, grpo = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), flags=re.DOTALL)
     lines = [line.split() for line in run(program, folder).splitlines() if line]
     numbers = [list(map(float, line)) for line in lines if len(line) == 4]
     assert len(numbers) == 2
     assert abs(numbers[0][3]) < 1e-3, "the actor starts as the reference"
     AutoModelForCausalLM.from_pretrained(folder / "actor")
+    lines = [line.split() for line in run(grpo, folder).splitlines() if line]
+    steps = [list(map(float, line)) for line in lines if len(line) == 3]
+    assert len(steps) == 2
+    assert all(0 <= reward <= 1 and 0 <= flat <= 1 for _, reward, flat in steps)
 
 
 def test_a_program_brings_its_own_reward(folder: Path) -> None:

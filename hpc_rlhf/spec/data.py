@@ -21,7 +21,7 @@ from hpc_rlhf.spec.stages import STAGE_KINDS, Data
 class SplitSpec(Model):
     """Relative shares of the conversations that the stages train on. None is used by two stages: rows whose dialogues
     begin with the same first user turn, and the same system prompt, stay together. Prompts without a response all go to
-    PPO."""
+    PPO or GRPO."""
 
 
 class DataSpec(Model):
@@ -39,7 +39,7 @@ class DataSpec(Model):
     """Refuse to train if a stage loses more than this fraction of a source's rows: rows that are broken, lack what the
     stage needs, or are too long. Above 0.05 there is a warning in any case."""
     max_prompt_tokens: Positive = 256
-    """Maximum length of a prompt. PPO skips longer prompts; other stages leave out their oldest turns."""
+    """Maximum length of a prompt. PPO and GRPO skip longer prompts; other stages leave out their oldest turns."""
     max_answer_tokens: Positive = 256
     """Maximum length of a response. Longer responses in the data are truncated on the right. A text without a
     prompt is split into pieces of max_prompt_tokens + max_answer_tokens."""

@@ -166,13 +166,13 @@ class TrainingSpec(StageSpec):
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(default=2, description="Number of checkpoints to keep.")
     eval_every: Annotated[int | float, BeforeValidator(_eval_interval)] | None = None
     """How often to evaluate on held-out data during training: a number of steps, or a fraction of the stage's steps
-    such as 0.1. null evaluates only at the end, and PPO not at all. It changes nothing in training itself. PPO then
-    answers up to 256 held-out prompts each time, also before its first step. Needs data.held_out."""
+    such as 0.1. null evaluates only at the end, and PPO and GRPO not at all. It changes nothing in training itself.
+    PPO and GRPO then answer up to 256 held-out prompts each time, also before the first step. Needs data.held_out."""
     keep_best: Name | None = None
     """Hand on the weights that were best by this held-out metric at any of the evaluations during training or at its
-    end: perplexity or loss in SFT; accuracy, loss or margin for the reward model and in DPO; reward in PPO. null hands
-    on the last weights. The best ones so far, and PPO's moving average at that step, are kept in host memory and in the
-    checkpoints. Needs eval_every."""
+    end: perplexity or loss in SFT; accuracy, loss or margin for the reward model and in DPO; reward in PPO and GRPO.
+    null hands on the last weights. The best ones so far, and the moving average at that step, are kept in host memory
+    and in the checkpoints. Needs eval_every."""
 
     def eval_interval(self, total: int) -> int:
         """Steps from one evaluation during training to the next, in a stage of ``total`` steps; 0 if there are none."""

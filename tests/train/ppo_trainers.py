@@ -16,7 +16,7 @@ from hpc_rlhf.train.models.engine import StepResult
 from hpc_rlhf.train.models.language_model import LanguageModel, RewardModel
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
-from hpc_rlhf.train.stages.policy.trainer import Sizes
+from hpc_rlhf.train.stages.policy.minibatches import Sizes
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer
 from tests.train import tiny
 

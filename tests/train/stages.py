@@ -29,6 +29,14 @@ def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpe
         "sft": {"lr": 1e-3, "max_steps": 6},
         "reward": {"lr": 1e-3, "max_steps": 4},
         "ppo": {"actor_lr": 1e-3, "critic_lr": 1e-3, "max_steps": 3, "warmup": 1},
+        "grpo": {
+            "lr": 1e-3,
+            "max_steps": 3,
+            "warmup": 1,
+            "group_size": 4,
+            "kl_coef": 0.05,
+            "rewards": [{"format": ".*e.*"}],
+        },
         "dpo": {"lr": 1e-3, "max_steps": 4},
     }
     return JobSpec.model_validate(

@@ -22,7 +22,7 @@ from tests.train.stages import make_run, metrics, tiny_spec
 pytestmark = pytest.mark.train
 
 GLOBAL_BATCH = 16
-STEPS = {"sft": 4, "reward": 3, "ppo": 3, "dpo": 3}
+STEPS = {"sft": 4, "reward": 3, "ppo": 3, "grpo": 3, "dpo": 3}
 CURVES = {
     "sft": ("loss", "grad_norm", "tokens"),
     "reward": ("loss", "grad_norm", "margin"),
@@ -75,6 +75,7 @@ LORA = {"lora": {"rank": 4, "alpha": 8}}
 LORA_AND_ALL = {"lora": {"rank": 4, "only": False}}
 EXPERTS: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 DPO = {"dpo": ("loss", "grad_norm", "margin")}
+GRPO = {"grpo": ("loss", "grad_norm", "kl", "reward", "entropy")}
 TENSOR = {"tensor_parallel": 2}
 HALF: dict[str, Any] = {"like": "SFT alone", "tolerance": 1e-3, "curves": {"sft": ("loss",)}}
 HALF_NORMS: dict[str, Any] = {"like": "SFT alone", "tolerance": 5e-3, "curves": {"sft": ("grad_norm",)}}
@@ -108,6 +109,9 @@ SETUPS = {
     "DPO, ZeRO-2, reference offloaded": Setup(
         2, 4, {"zero": 2, "offload_optimizer": True, "offload_frozen": True}, like="DPO", curves=DPO
     ),
+    "GRPO": Setup(1, 2, curves=GRPO),
+    "GRPO, ZeRO-2": Setup(4, 1, {"zero": 2}, like="GRPO", curves=GRPO),
+    "GRPO, tensor parallel": Setup(2, 1, TENSOR, like="GRPO", curves=GRPO),
     "tensor parallel": Setup(2, 1, TENSOR),
     "tensor parallel, ZeRO-1": Setup(2, 4, {**TENSOR, "zero": 1}),
     "tensor parallel of two groups": Setup(4, 1, TENSOR),

@@ -17,7 +17,7 @@ from tests.train.stopping import FILES, run_stopping
 
 pytestmark = pytest.mark.train
 
-WEIGHTS = "weights to be written"
+WEIGHTS, LEARNING = "weights to be written", "the actor's micro-batches"
 # All are stopped within an accumulation window of four micro-batches.
 WINDOWS: dict[str, dict[str, Any]] = {
     "zero 1, bf16": {"zero": 1, "precision": "bf16", "dropout": 0.1},
@@ -35,6 +35,17 @@ PPO: dict[str, dict[str, Any]] = {
     "zero 3": {
         "zero": 3, "precision": "bf16", "lora": {"rank": 4, "only": False}, "ema": True, "minibatches": 2,
         "critic": {"zero": 2}, "stop_kl": 1e-6, "eval_every": 1, "keep_best": "reward",
+    },
+}  # fmt: skip
+
+GRPO: dict[str, dict[str, Any]] = {
+    "GRPO": {
+        "ema": True, "ptx": {"demo": 50}, "num_iterations": 2, "minibatches": 2, "dropout": 0.1, "group_size": 2,
+        "dynamic_sampling": 2, "overlong": "penalty",
+    },
+    "REINFORCE++": {
+        "zero": 3, "precision": "bf16", "lora": {"rank": 4}, "ema": True, "minibatches": 2, "advantage": "reinforce++",
+        "kl_in": "reward", "stop_kl": 1e-6, "eval_every": 1, "keep_best": "reward",
     },
 }  # fmt: skip
 
@@ -105,6 +116,37 @@ def test_a_stop_between_minibatches_keeps_the_experience(tmp_path: Path) -> None
     assert stops(three_stopped, "ppo") == [(0, 0), (0, 2), (0, 4), (1, 0), (2, 0)]
     same(one_stopped, one, "ppo")
     same(three_stopped, three, "ppo")
+
+
+def test_grpo_stopped_in_a_rollout_and_between_minibatches_resumes_exactly(tmp_path: Path) -> None:
+    """Starting from the actor, with rewards that need no model; PPO trains with these as well."""
+    base = {"micro_batch": 2, "global_batch": 8, "max_steps": 2}
+    one, one_stopped, three, three_stopped = (
+        make_run(tiny_spec(tmp_path / f"{name}-{how}", grpo={**base, **fields}))
+        for name, fields in GRPO.items()
+        for how in ("whole", "stopped")
+    )
+    # Without a reward model, the critic starts from the actor.
+    ppo = make_run(tiny_spec(tmp_path / "PPO", ppo={**base, "max_steps": 1, "rewards": [{"format": ".*e.*"}]}))
+    work = [
+        (ppo, "ppo", []),
+        (one, "grpo", []),
+        (one_stopped, "grpo", [3, ("experience", 1), (LEARNING, 6), (LEARNING, 6), (WEIGHTS, 30)]),
+        (three, "grpo", []),
+        (three_stopped, "grpo", [5, (LEARNING, 3), ("evaluation", 2), (WEIGHTS, 2)]),
+    ]
+    run_stopping(work, 2)
+    same(one_stopped, one, "grpo")
+    same(three_stopped, three, "grpo")
+    (line,) = (line for line in metrics(ppo, "ppo") if line["kind"] == "train")
+    assert line["reward"] == line["reward/format"]
+    assert line["critic_grad_norm"] > 0
+    for stopped in (one_stopped, three_stopped):
+        places = stops(stopped, "grpo")
+        assert (0, 0) in places, "in a rollout"
+        assert any(part > 1 for _, part in places), "between optimizer steps"
+    assert all(line["masked"] == 0 and line["grad_norm"] > 0 for line in metrics(one, "grpo"))
+    assert sum(line["resampled"] for line in metrics(one, "grpo")) > 0
 
 
 def test_a_stage_continues_on_another_number_of_ranks_with_the_same_steps(tmp_path: Path) -> None:

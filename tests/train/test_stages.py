@@ -163,13 +163,18 @@ def models_of(spec: JobSpec, **models: str) -> JobSpec:
 
 def test_ppo_and_evaluation_score_with_a_finished_reward_model(plain: RunDir, tmp_path: Path) -> None:
     models = {"actor": str(plain.stage("sft").model), "reward": str(plain.stage("reward").model)}
-    raw = models_of(tiny_spec(tmp_path / "run", ranks=1, ppo={"max_steps": 1}), **models).model_dump(mode="json")
+    rewards = [{"model": "reward"}, {"format": ".*e.*", "weight": 0.5}]
+    ppo = {"max_steps": 1, "rewards": rewards}
+    raw = models_of(tiny_spec(tmp_path / "run", ranks=1, ppo=ppo), **models).model_dump(mode="json")
     raw["stages"]["eval"] = {"prompts": 4, "slurm": {"gpus_per_node": 0, "ranks_per_node": 1}}
     run = make_run(JobSpec.model_validate(raw))
     for stage in ("ppo", "eval"):
         assert run_stage(run, stage, 1) == [0], log_tail(run, stage)
     report = json.loads(run.stage("eval").report.read_text())
     assert report["models"]["ppo"]["reward"]["value"] is not None
+    (line,) = train_lines(run, "ppo")
+    assert line["reward"] == pytest.approx(line["reward/model"] + 0.5 * line["reward/format"], abs=1e-5)
+    assert 0 < line["reward/format"] < 1
     # The reward stage goes on with its head.
     more = make_run(models_of(tiny_spec(tmp_path / "more", ranks=1, reward={"max_steps": 1, "lr": 1e-12}), **models))
     assert run_stage(more, "reward", 1) == [0], log_tail(more, "reward")

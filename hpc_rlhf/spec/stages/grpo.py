@@ -59,10 +59,12 @@ class GrpoSpec(PolicySpec):
         used = {"ref": own_ref, "reward": self.rewarded_by_models}
         return {"": self, **{role: self.of_frozen for role, is_used in used.items() if is_used}}
 
+    def refusals(self) -> dict[str, str]:
+        missing = {} if self.rewards else {"rewards": "grpo needs some, such as [{math: answer}] or [{model: reward}]"}
+        return super().refusals() | missing
+
     @model_validator(mode="after")
     def _check_rewards(self) -> GrpoSpec:
-        if self.rewards is None:
-            raise ValueError("grpo needs rewards, such as [{math: answer}] or [{model: reward}]")
         if self.overlong_margin is not None and self.overlong != "penalty":
             raise ValueError("overlong_margin is for overlong: penalty")
         if self.kl_in == "reward" and self.kl_coef and self.truncates:

@@ -44,9 +44,9 @@ class PolicySpec(ReferredSpec):
     @property
     def rewarded_by_models(self) -> bool:
         """Whether reward models score the responses."""
-        return self.rewards is None or any(item.kind == "model" for item in self.rewards)
+        return any(item.kind == "model" for item in self.rewards or ())
 
     @property
     def unneeded(self) -> frozenset[str]:
-        judged = self.rewards is None or any(item.model == "reward" for item in self.rewards)
+        judged = any(item.model == "reward" for item in self.rewards or ())
         return frozenset() if judged else frozenset({"reward"})

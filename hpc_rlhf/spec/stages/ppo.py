@@ -90,6 +90,14 @@ class PpoSpec(PolicySpec):
         judge = {"reward": critic.of_frozen} if self.rewarded_by_models else {}
         return {"": self, "critic": critic, "ref": self.of_frozen, **judge}
 
+    @property
+    def rewarded_by_models(self) -> bool:
+        return self.rewards is None or super().rewarded_by_models
+
+    @property
+    def unneeded(self) -> frozenset[str]:
+        return frozenset() if self.rewards is None else super().unneeded
+
     @model_validator(mode="after")
     def _check_kl_target(self) -> PpoSpec:
         if self.kl_target is not None and self.kl_coef == 0:

@@ -63,7 +63,7 @@ def _by_group(scores: Tensor, groups: Tensor, advantages: Callable[[Tensor], Ten
 def varied(scores: Tensor, groups: Tensor) -> Tensor:
     """Whether a group has different scores; one without has no gradient: (groups,), bool, in order of their numbers."""
     spread = [scores[(groups == group) & ~scores.isnan()] for group in groups.unique()]
-    return torch.tensor([len(own) > 1 and bool(own.min() < own.max()) for own in spread])
+    return torch.tensor([len(own) > 1 and bool(own.min() < own.max()) for own in spread], dtype=torch.bool)
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor) -> Tensor:

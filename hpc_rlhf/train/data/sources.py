@@ -192,8 +192,9 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
     """A stage's samples.
 
     Held-out samples share no conversation with training samples, and no stage shares one with another, except prompts
-    without a response, which go to PPO. Stages that train on pairs get only pairs; PPO gets each prompt once, and no
-    plain text. No sample is held out twice, whatever its source's weight, so that held-out samples are independent.
+    without a response, which go to PPO or GRPO. Stages that train on pairs get only pairs; those that sample get each
+    prompt once, and no plain text. No sample is held out twice, whatever its source's weight, so that held-out samples
+    are independent.
 
     Args:
         counts: of each source; rows without a sample for the stage are counted here, the others by who uses them.

@@ -60,8 +60,8 @@ def encoded(
 ) -> Iterator[tuple[bool, dict[str, Any]]]:
     """Samples as rows of token ids, each with whether it is held out. Every sample is counted.
 
-    PPO leaves samples with a long prompt out; other stages leave out its oldest turns. A long response is truncated on
-    the right, and then has no EOS. Plain text becomes a row for each of its pieces.
+    PPO and GRPO leave samples with a long prompt out; other stages leave out its oldest turns. A long response is
+    truncated on the right, and then has no EOS. Plain text becomes a row for each of its pieces.
 
     Args:
         ends: as ``Renderer`` takes it; see ``ends_turns``.

@@ -132,6 +132,21 @@ def test_the_clipped_surrogate_in_its_six_cases(ratio: float, advantage: float, 
 
 
 @pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.25, 2.0, -1.25 * 2.0, 0),  # within the upper range
+        (1.5, 2.0, -1.28 * 2.0, 1),
+        (0.75, -2.0, 0.8 * 2.0, 1),  # the range below 1 stays
+    ],
+)
+def test_the_upper_range_is_another_one(ratio: float, advantage: float, loss: float, clipped: int) -> None:
+    log_probs, one = torch.tensor([[math.log(ratio)]]), torch.ones(1, 1)
+    actual, count, _ = policy_loss_sum(log_probs, 0 * one, advantage * one, one.bool(), 0.2, 0.28)
+    assert actual.item() == pytest.approx(loss)
+    assert count.item() == clipped
+
+
+@pytest.mark.parametrize(
     ("value", "old", "target", "loss", "clipped"),
     [
         (1.0, 1.0, 3.0, 0.5 * 4.0, 0),

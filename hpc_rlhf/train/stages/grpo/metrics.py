@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from hpc_rlhf.spec.stages import GrpoSpec
-from hpc_rlhf.train.algorithms import ppo
-from hpc_rlhf.train.rollout.experience import GroupExperience
+from hpc_rlhf.train.algorithms import group_advantages, ppo
+from hpc_rlhf.train.algorithms.moments import Moments
+from hpc_rlhf.train.rollout.experience import GroupExperience, gather_moments
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.policy.metrics import learned, mixed
 from hpc_rlhf.train.stages.policy.trainer import ACTOR_STATS
@@ -52,4 +55,25 @@ def summarize(
         "grad_norm": stats["actor_grad_norm"],
         "skipped": stats["skipped"],
         **mixed(total, loss, spec),
+    }
+
+
+def compare(scores: Tensor, groups: Tensor, world: World) -> dict[str, float | None]:
+    """Metrics of scores, over all ranks. Collective.
+
+    Args:
+        scores: (batch,), this rank's; NaN where there is none.
+        groups: (batch,), int64; the number of each response's prompt.
+
+    Returns:
+        reward and reward_std of the scores; frac_reward_zero_std, the share of the groups in which all scores are the
+        same.
+    """
+    scored = Moments.merge(gather_moments(world, Moments.of(scores[~scores.isnan()])))
+    differs = group_advantages.varied(scores, groups)
+    total = world.sums({"groups": float(len(differs)), "flat": float((~differs).sum())})
+    return {
+        "reward": scored.mean if scored.count else None,
+        "reward_std": scored.std if scored.count else None,
+        "frac_reward_zero_std": total["flat"] / total["groups"],
     }

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 
 from hpc_rlhf.spec.stages import GrpoSpec
 from hpc_rlhf.train.algorithms.group_advantages import varied
-from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.arrow import Rows
 from hpc_rlhf.train.data.further import columns_of
 from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.rewards.blend import Scores
 from hpc_rlhf.train.rollout.backend import Rollout
-from hpc_rlhf.train.rollout.experience import gather_moments
+from hpc_rlhf.train.stages.grpo.metrics import compare
 from hpc_rlhf.train.stages.grpo.trainer import GrpoTrainer
 from hpc_rlhf.train.stages.policy.rewards import score_metrics
 from hpc_rlhf.train.stages.policy.trainer import as_tensor
@@ -68,8 +67,7 @@ class Sampler:
             if not holes:
                 break
             position = {place: self.trainer.position + number for number, place in enumerate(holes)}
-            new = self._fill({place: position[place] for place in flat})
-            groups |= {place: group for place, group in new.items() if group.varied}
+            groups |= self._fill({place: position[place] for place in flat})
             self.trainer.position += len(holes)
             resampled += len(holes)
         if self.spec.dynamic_sampling:
@@ -99,37 +97,20 @@ class Sampler:
         keys: list[tuple[object, ...]] = [(seed, "rollout", position, i) for position in asked for i in range(size)]
         with self.context.stop.cancellable():
             rollout = trainer.roll_out([row["prompt_ids"] for row in rows], keys, self.context.stop.should_stop)
+        columns = columns_of(rows)
         if not positions:
-            rollout, rows = Rollout.of([], [], self.context.world.device), []
-        scored = trainer.score(rollout, columns_of(rows))
-        if first:
-            self.metrics = self._measure(rollout, scored)
+            rollout, columns = Rollout.of([], [], self.context.world.device), {name: [] for name in columns}
+        scored = trainer.score(rollout, columns)
+        world, numbers = self.context.world, trainer.groups(rollout)
+        scores = as_tensor(scored.total, world.device)
+        if first:  # only these prompts are a fair sample: later ones take the place of some for their scores
+            self.metrics = {**compare(scores, numbers, world), **score_metrics(scored, world)}
         groups = []
-        for number, differs in enumerate(self._varied(rollout, scored)):
+        for number, differs in enumerate(varied(scores, numbers).tolist()):
             own = slice(number * size, (number + 1) * size)
             prompt, responses = rollout.prompts[own][0], rollout.responses[own]
             groups.append(Group(prompt, responses, scored.total[own], scored.failed[own], differs))
         return dict(zip(positions, groups, strict=True))
-
-    def _varied(self, rollout: Rollout, scored: Scores) -> list[bool]:
-        scores = as_tensor(scored.total, self.context.world.device)
-        result: list[bool] = varied(scores, self.trainer.groups(rollout)).tolist()
-        return result
-
-    def _measure(self, rollout: Rollout, scored: Scores) -> dict[str, float | None]:
-        """Metrics of the responses to the prompts that were sampled first, before others took the place of some: only
-        these are a fair sample of what the actor can do. Collective."""
-        world = self.context.world
-        known = as_tensor([score for score in scored.total if score is not None], world.device)
-        moments = Moments.merge(gather_moments(world, Moments.of(known)))
-        flat = self._varied(rollout, scored).count(False)
-        total = world.sums({"flat": float(flat)})
-        return {
-            "reward": moments.mean if moments.count else None,
-            "reward_std": moments.std if moments.count else None,
-            "frac_reward_zero_std": total["flat"] / self.prompts,
-            **score_metrics(scored, world),
-        }
 
 
 def joined(groups: list[Group]) -> tuple[Rollout, Scores]:

@@ -19,9 +19,9 @@ from hpc_rlhf.train.stages.grpo.models import GrpoModels
 from hpc_rlhf.train.stages.grpo.sampling import Sampler
 from hpc_rlhf.train.stages.grpo.trainer import GrpoTrainer
 from hpc_rlhf.train.stages.policy import stage as policy
+from hpc_rlhf.train.stages.policy.minibatches import Sizes
 from hpc_rlhf.train.stages.policy.models import model_sources
 from hpc_rlhf.train.stages.policy.rewards import stage_rewards
-from hpc_rlhf.train.stages.policy.trainer import Sizes
 
 
 def run(context: StageContext) -> None:

@@ -15,7 +15,8 @@ from hpc_rlhf.train.rewards.blend import Scores
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.experience import GroupExperience, TokenStats, evaluate_tokens, gather_moments
 from hpc_rlhf.train.stages.grpo.models import GrpoModels
-from hpc_rlhf.train.stages.policy.trainer import Minibatch, PolicyTrainer, as_tensor
+from hpc_rlhf.train.stages.policy.minibatches import Minibatch
+from hpc_rlhf.train.stages.policy.trainer import PolicyTrainer, as_tensor
 
 ADVANTAGES = {"grpo": group_advantages.grpo, "dr_grpo": group_advantages.dr_grpo, "rloo": group_advantages.rloo}
 
@@ -64,14 +65,14 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
         """
         spec, models, device = self.spec, self.models, self.world.device
         models.actor.eval()
-        plan = [rows for minibatch in self._plans(rollout, (), 0) for rows in minibatch]
+        plan = [rows for minibatch in self.micro_batches(rollout) for rows in minibatch]
         ref = None if models.ref is None else partial(self._checked, "experience", models.ref)
         actor = self._keeping(rollout, plan)
         stats = evaluate_tokens(rollout, plan, actor, None, ref, spec.temperature, device)
         models.actor.train()
         scores = as_tensor(scored.total, device)
         shaped = self._shaped(rollout, stats, scores)
-        takes_part = ~scores.isnan() & ~torch.tensor(scored.failed, device=device)
+        takes_part = ~scores.isnan()
         if spec.overlong == "mask":
             takes_part &= rollout.ended(self.eos_id, device)
         stats = replace(stats, mask=stats.mask & takes_part.unsqueeze(1))

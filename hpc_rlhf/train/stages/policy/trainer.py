@@ -14,14 +14,12 @@ from torch import Tensor
 from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import ppo
-from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.data.sampler import exchanged
 from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.ragged import pack_micro_batches, split_to_count
 from hpc_rlhf.train.rewards.blend import Blend, Scores
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
 from hpc_rlhf.train.runtime.world import World
+from hpc_rlhf.train.stages.policy.minibatches import Minibatch, Sizes, counted, micro_batches, rows_of
 from hpc_rlhf.train.stages.policy.progress import E, Progress
 
 # Further losses for an optimizer step of the actor, made from its engine; they add to the stats.
@@ -31,31 +29,6 @@ ACTOR = "actor"
 # Sums over the response tokens of all optimizer steps on an experience; ``tokens`` and ``responses`` count these. The
 # last two are of the pretraining mixture's tokens.
 ACTOR_STATS = ("actor_loss", "ratio", "approx_kl", "clipped", "tokens", "responses", "ptx_loss", "ptx_tokens")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much is processed at a time."""
-
-    budget: int  # tokens of a micro-batch
-    response: int  # tokens of the longest response
-    loss_factor: float  # for a loss that is divided by the global token count; see StageContext
-
-    @classmethod
-    def of(cls, context: StageContext) -> Sizes:
-        budget = context.batch.micro * context.longest
-        return cls(budget, context.spec.data.max_answer_tokens, context.loss_factor)
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """A minibatch of an experience. Only responses that take part in training count."""
-
-    plan: list[list[int]]  # the rows of each micro-batch
-    own_tokens: float  # of the responses on this rank
-    own_responses: float
-    all_tokens: float  # of the responses on all ranks
-    all_responses: float
 
 
 @dataclass
@@ -141,7 +114,7 @@ class PolicyTrainer(Generic[E]):
         if isinstance(self.rewards, Blend):
             return self.rewards.details(rollout.prompts, rollout.responses, columns)
         total: list[float | None] = []
-        for rows in self._minibatch_rows(rollout):  # so that a reward model sees the same micro-batches
+        for rows in rows_of(rollout, self.spec.minibatches):  # so that a reward model sees the same micro-batches
             own = {name: column[rows] for name, column in columns.items()}
             total += self.rewards.score(rollout.prompts[rows], rollout.responses[rows], own)
         return Scores(total, {}, [False] * len(total))
@@ -158,37 +131,11 @@ class PolicyTrainer(Generic[E]):
         """A rollout with its scores as an experience. Collective."""
         raise NotImplementedError
 
-    # Minibatches and micro-batches
-
-    def _minibatch_rows(self, rollout: Rollout) -> list[slice]:
-        share = len(rollout) // self.spec.minibatches
-        return [slice(first, first + share) for first in range(0, len(rollout), share)]
-
-    def _plans(self, rollout: Rollout, key: tuple[object, ...], epoch: int) -> list[list[list[int]]]:
-        """The rows of each micro-batch of each minibatch, equally many on all ranks. Collective.
-
-        The first epoch takes the rows as they were sampled, which is in random order.
-        """
-        minibatches = [list(range(len(rollout)))[rows] for rows in self._minibatch_rows(rollout)]
-        if epoch:
-            minibatches = exchanged(minibatches, self.world.data_rank, *key, epoch)
-        plans = []
-        for minibatch in minibatches:
-            bins = pack_micro_batches([rollout.lengths[row] for row in minibatch], self.sizes.budget)
-            bins = split_to_count(bins, self.world.max(len(bins)))
-            plans.append([[minibatch[place] for place in chosen] for chosen in bins])
-        return plans
-
-    def _minibatches(self, experience: E, key: tuple[object, ...], epoch: int) -> list[Minibatch]:
-        lengths = experience.mask.sum(dim=1).tolist()
-        minibatches = []
-        for plan in self._plans(experience.rollout, key, epoch):
-            taking_part = [lengths[row] for rows in plan for row in rows if lengths[row]]
-            own = {"tokens": float(sum(taking_part)), "responses": float(len(taking_part))}
-            minibatches.append(Minibatch(plan, *own.values(), *self.world.sums(own).values()))
-        return minibatches
-
     # Learning
+
+    def micro_batches(self, rollout: Rollout, key: tuple[object, ...] = (), epoch: int = 0) -> list[list[list[int]]]:
+        """``minibatches.micro_batches`` of a rollout. Collective."""
+        return micro_batches(rollout, self.spec.minibatches, self.sizes.budget, self.world, key, epoch)
 
     def begin(self, experience: E) -> Progress[E]:
         return Progress.begin(experience, self.networks, self.stats)
@@ -220,7 +167,8 @@ class PolicyTrainer(Generic[E]):
         planned, minibatches, count = -1, [], len(self.networks)
         while (epoch := progress.done // (count * self.spec.minibatches)) < self.passes:
             if epoch != planned:
-                planned, minibatches = epoch, self._minibatches(progress.experience, key, epoch)
+                plans = self.micro_batches(progress.experience.rollout, key, epoch)
+                planned, minibatches = epoch, counted(progress.experience, plans, self.world)
             before(progress.copy())
             place, network = divmod(progress.done % (count * self.spec.minibatches), count)
             minibatch = minibatches[place]

@@ -17,9 +17,9 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.rollout.experience import Experience
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.policy import stage as policy
+from hpc_rlhf.train.stages.policy.minibatches import Sizes
 from hpc_rlhf.train.stages.policy.models import model_sources
 from hpc_rlhf.train.stages.policy.rewards import score_metrics, stage_rewards
-from hpc_rlhf.train.stages.policy.trainer import Sizes
 from hpc_rlhf.train.stages.ppo.metrics import summarize
 from hpc_rlhf.train.stages.ppo.models import PpoModels
 from hpc_rlhf.train.stages.ppo.trainer import PpoTrainer

@@ -84,7 +84,7 @@ class PpoTrainer(PolicyTrainer[Experience]):
         if spec.normalize_scores:
             own = Moments.of(scores[~scores.isnan()])
             self._scores = Moments.merge([self._scores, *gather_moments(self.world, own)])
-        plan = [rows for minibatch in self._plans(rollout, (), 0) for rows in minibatch]
+        plan = [rows for minibatch in self.micro_batches(rollout) for rows in minibatch]
         ref = partial(self._checked, "experience", models.ref)
         actor = self._keeping(rollout, plan)
         stats = evaluate_tokens(rollout, plan, actor, models.critic, ref, spec.temperature, device)

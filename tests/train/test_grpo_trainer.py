@@ -1,0 +1,358 @@
+"""GRPO's steps on tiny models in this process: the exact gradient, what takes part, and which prompts are sampled."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from statistics import fmean, pstdev, stdev
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpc_rlhf.spec.stages import GrpoSpec
+from hpc_rlhf.train.data.sampler import sample_at
+from hpc_rlhf.train.rewards.blend import Scores
+from hpc_rlhf.train.rollout.backend import Rollout
+from hpc_rlhf.train.stages.grpo.sampling import Sampler
+from hpc_rlhf.train.stages.grpo.trainer import GrpoTrainer
+from hpc_rlhf.train.stages.policy.minibatches import Sizes
+from tests.train import tiny
+from tests.train.ppo_trainers import Alone, LeftOut, Steps, language
+
+LONGEST = 6
+PROMPTS = [[5, 9, 11, 30, 7], [8], [40, 41, 42, 43], [3, 4]]
+RESPONSES = [
+    [[10, 20, tiny.EOS], [31, 32, 33, 34, 35, 36], [tiny.EOS]],
+    [[50, 51, 52, 53, tiny.EOS], [60, tiny.EOS], [61, 62, 63, 64, 65, 66]],
+    [[70, 71, tiny.EOS], [72, tiny.EOS], [73, 74, 75, tiny.EOS]],
+    [[80, tiny.EOS], [81, 82, tiny.EOS], [83, tiny.EOS]],
+]
+ROLLOUT = Rollout.of([p for p in PROMPTS for _ in range(3)], [r for group in RESPONSES for r in group])
+# The fifth failed, no reward applies to the seventh, and the last group has no differences.
+SCORES: list[float | None] = [1.0, 0.5, -2.0, 3.0, None, 0.25, None, 1.0, 0.5, 0.25, 0.25, 0.25]
+SCORED = Scores(SCORES, {}, [row == 4 for row in range(12)])
+REWARDS: list[dict[str, Any]] = [{"exact": "answer"}]
+
+
+def trainer_of(world: Any = None, budget: int = 1000, **fields: Any) -> GrpoTrainer:
+    models = SimpleNamespace(actor=language(), ref=language(5), policy=None, ema=None)
+    models.actor.lr_scheduler = LeftOut()
+    spec = GrpoSpec.model_validate({"group_size": 3, "rewards": REWARDS, **fields})
+    sizes = Sizes(budget=budget, response=LONGEST, loss_factor=1.0)
+    backend, rewards = SimpleNamespace(), SimpleNamespace()
+    return GrpoTrainer(spec, models, backend, rewards, tiny.EOS, sizes, world or Alone())  # type: ignore[arg-type]
+
+
+def log_probs_of(model: Any, row: int) -> Tensor:
+    """Of a response's tokens, by the transformers model alone, without packing: (tokens,)."""
+    prompt, response = ROLLOUT.prompts[row], ROLLOUT.responses[row]
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    chosen: Tensor = logits.log_softmax(-1).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
+    return chosen
+
+
+def expected_advantages(spec: GrpoSpec, k1: list[list[float]]) -> list[list[float]]:
+    """Each token's advantage, written out."""
+    totals = list(SCORES)
+    for row, score in enumerate(SCORES):
+        if score is not None and spec.overlong == "penalty":
+            over = len(ROLLOUT.responses[row]) - (LONGEST - 2)
+            totals[row] = score - min(max(over, 0), 2) / 2
+    in_reward = spec.kl_coef if spec.kl_in == "reward" else 0.0
+    lengths = ROLLOUT.response_lengths
+    if spec.advantage == "reinforce++":
+        taking = [row for row in range(12) if totals[row] is not None and takes_part(spec, row)]
+        returns = {row: [totals[row] - in_reward * sum(k1[row][t:]) for t in range(lengths[row])] for row in taking}  # type: ignore[operator]
+        every = [value for row in taking for value in returns[row]]
+        mean, spread = fmean(every), pstdev(every)
+        return [[(value - mean) / spread for value in returns.get(row, [])] for row in range(12)]
+    result = []
+    for row, total in enumerate(totals):
+        first = row - row % 3
+        group = [r for r in range(first, first + 3) if totals[r] is not None]
+        own = {r: totals[r] - in_reward * sum(k1[r]) for r in group}  # type: ignore[operator]
+        if total is None or len(set(own.values())) == 1:
+            result.append([0.0] * lengths[row])
+            continue
+        advantage = own[row] - fmean(own.values())
+        if spec.advantage == "grpo":
+            advantage /= stdev(own.values()) + 1e-4
+        if spec.advantage == "rloo":
+            advantage = own[row] - fmean(value for r, value in own.items() if r != row)
+        result.append([advantage] * lengths[row])
+    return result
+
+
+def takes_part(spec: GrpoSpec, row: int) -> bool:
+    cut = ROLLOUT.responses[row][-1] != tiny.EOS
+    return SCORES[row] is not None and not (spec.overlong == "mask" and cut)
+
+
+def expected_gradient(spec: GrpoSpec) -> Tensor:
+    """Of the loss as the papers write it, at the policy that sampled."""
+    actor, ref = tiny.causal("llama", 0), tiny.causal("llama", 5)
+    with torch.no_grad():
+        refs = [log_probs_of(ref, row) for row in range(12)]
+        k1 = [(log_probs_of(actor, row) - refs[row]).tolist() for row in range(12)]
+    advantages = expected_advantages(spec, k1)
+    rows = [row for row in range(12) if takes_part(spec, row)]
+    losses = []
+    for row in rows:
+        log_probs = log_probs_of(actor, row)
+        ratio = (log_probs - log_probs.detach()).exp()
+        tokens = -ratio * torch.tensor(advantages[row])
+        if spec.kl_in == "loss":
+            log_ratio = refs[row] - log_probs
+            tokens = tokens + spec.kl_coef * (log_ratio.exp() - log_ratio - 1)
+        losses.append(tokens)
+    if spec.loss_normalization == "token":
+        loss = torch.cat(losses).mean()
+    elif spec.loss_normalization == "sequence":
+        loss = torch.stack([tokens.mean() for tokens in losses]).mean()
+    else:
+        loss = torch.stack([tokens.sum() / LONGEST for tokens in losses]).mean()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in actor.parameters()])
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "GRPO": {"loss_normalization": "sequence", "kl_coef": 0.04},
+    "DAPO": {"cliprange_high": 0.28, "overlong": "penalty", "overlong_margin": 2},
+    "Dr. GRPO": {"advantage": "dr_grpo", "loss_normalization": "constant", "overlong": "mask"},
+    "RLOO": {"advantage": "rloo", "kl_coef": 0.1, "kl_in": "reward", "loss_normalization": "constant"},
+    "REINFORCE++": {"advantage": "reinforce++", "kl_coef": 0.1, "kl_in": "reward", "overlong": "mask"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_gradient_is_that_of_the_papers_loss(steps: Callable[[float], Steps], variant: str) -> None:
+    optimizer = steps(0.0)
+    trainer = trainer_of(**VARIANTS[variant])
+    trainer.learn(trainer.evaluate_scored(ROLLOUT, SCORED))
+    (gradient,) = optimizer.gradients
+    torch.testing.assert_close(gradient, expected_gradient(trainer.spec), atol=1e-5, rtol=1e-4)
+    assert gradient.norm() > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["GRPO", "REINFORCE++"])
+def test_the_gradient_is_the_same_in_any_micro_batches_and_on_any_ranks(
+    steps: Callable[[float], Steps], variant: str
+) -> None:
+    fields = VARIANTS[variant]
+    whole = expected_gradient(trainer_of(**fields).spec)
+    for budget in (1, 20):
+        optimizer = steps(0.0)
+        trainer = trainer_of(budget=budget, **fields)
+        trainer.learn(trainer.evaluate_scored(ROLLOUT, SCORED))
+        torch.testing.assert_close(optimizer.gradients[0], whole, atol=1e-5, rtol=1e-4)
+    total = torch.zeros_like(whole)
+    halves = [slice(0, 6), slice(6, 12)]
+    for rank, own in enumerate(halves):
+        optimizer, world = steps(0.0), Meeting.of(2, rank, halves, fields)
+        trainer = trainer_of(world, **fields)
+        trainer.learn(trainer.evaluate_scored(part(own), part_of_scores(own)))
+        total += optimizer.gradients[0]
+    torch.testing.assert_close(total, whole, atol=1e-5, rtol=1e-4)
+
+
+def part(own: slice) -> Rollout:
+    return Rollout.of(ROLLOUT.prompts[own], ROLLOUT.responses[own])
+
+
+def part_of_scores(own: slice) -> Scores:
+    return Scores(SCORES[own], {}, SCORED.failed[own])
+
+
+class Meeting(Alone):
+    """A world of one rank with what the other rank contributes, recorded in a rehearsal."""
+
+    @classmethod
+    def of(cls, ranks: int, rank: int, shares: list[slice], fields: dict[str, Any]) -> Meeting:
+        rehearsal = Recorder()
+        trainer = trainer_of(rehearsal, **fields)
+        experience = trainer.evaluate_scored(part(shares[1 - rank]), part_of_scores(shares[1 - rank]))
+        lengths = experience.mask.sum(dim=1)
+        others = {"tokens": float(lengths.sum()), "responses": float((lengths > 0).sum())}
+        return cls(others, rehearsal.gathered)
+
+
+class Recorder(Alone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered: list[Any] = []
+
+    def gather_data(self, thing: Any) -> list[Any]:
+        self.gathered = [thing]
+        return [thing]
+
+
+def test_without_updates_the_ratio_is_exactly_one_over_what_takes_part(steps: Callable[[float], Steps]) -> None:
+    optimizer = steps(0.0)
+    trainer = trainer_of(budget=16, minibatches=2, num_iterations=2, temperature=0.7, overlong="mask", kl_coef=0.1)
+    experience = trainer.evaluate_scored(ROLLOUT, SCORED)
+    stats = trainer.learn(experience)
+    rows = [row for row in range(12) if takes_part(trainer.spec, row)]
+    tokens = sum(ROLLOUT.response_lengths[row] for row in rows)
+    assert experience.mask.sum() == tokens
+    assert stats["tokens"] == 2 * tokens
+    assert stats["responses"] == 2 * len(rows)
+    assert stats["ratio"] == pytest.approx(2 * tokens, abs=1e-3)
+    assert optimizer.count == 4
+    once = trainer_of(budget=16, minibatches=2, temperature=0.7)
+    first = once.learn(once.evaluate_scored(ROLLOUT, SCORED))
+    assert (first["ratio"], first["approx_kl"], first["clipped"]) == (first["tokens"], 0.0, 0.0)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "dr_grpo"])
+def test_groups_without_differences_give_no_gradient(steps: Callable[[float], Steps], advantage: str) -> None:
+    optimizer = steps(0.0)
+    trainer = trainer_of(advantage=advantage)
+    nothing: list[float | None] = [0.1] * 9 + [None, 0.7, None]
+    trainer.learn(trainer.evaluate_scored(ROLLOUT, Scores(nothing, {}, [False] * 12)))
+    assert (optimizer.gradients[0] == 0).all()
+
+
+def test_a_rollout_of_which_nothing_takes_part_changes_nothing(steps: Callable[[float], Steps]) -> None:
+    optimizer = steps(0.0)
+    trainer = trainer_of(kl_coef=0.1, minibatches=2, stop_kl=0.1)
+    stats = trainer.learn(trainer.evaluate_scored(ROLLOUT, Scores([None] * 12, {}, [True] * 12)))
+    assert all((gradient == 0).all() for gradient in optimizer.gradients)
+    assert stats["tokens"] == 0
+    assert all(math.isfinite(value) for value in stats.values())
+
+
+# Dynamic sampling
+
+ROWS = 40
+
+
+class Ranks:
+    """Threads that meet, each a rank of a world."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.barrier, self.values = count, threading.Barrier(count), [None] * count
+
+    def world(self, rank: int) -> Any:
+        def gather(value: Any) -> list[Any]:
+            self.barrier.wait(30)
+            self.values[rank] = value
+            self.barrier.wait(30)
+            values = list(self.values)
+            self.barrier.wait(30)
+            return values
+
+        def sums(numbers: Mapping[str, float]) -> dict[str, float]:
+            parts = gather(numbers)
+            return {name: sum(each[name] for each in parts) for name in numbers}
+
+        dims = SimpleNamespace(data=self.count)
+        return SimpleNamespace(
+            data_rank=rank, dims=dims, device=torch.device("cpu"), gather_data=gather, sums=sums, rank=rank
+        )
+
+
+def sampled(ranks: int, step_count: int, minibatches: int, seed: int, most: int) -> list[list[list[tuple[Any, ...]]]]:
+    """For each step and each minibatch, each response's prompt, tokens and score, over all ranks."""
+    together = Ranks(ranks)
+    results: list[list[tuple[Rollout, Scores]]] = [[] for _ in range(ranks)]
+    positions: list[list[int]] = [[] for _ in range(ranks)]
+
+    def one(rank: int) -> None:
+        world = together.world(rank)
+        spec = GrpoSpec.model_validate(
+            {"group_size": 4, "rewards": REWARDS, "minibatches": minibatches, "dynamic_sampling": most}
+        )
+        trainer = SimpleNamespace(position=0, spec=spec)
+
+        def roll_out(prompts: Sequence[list[int]], keys: Sequence[tuple[Any, ...]], stop: Any) -> Rollout:
+            answers = [
+                [random.Random(f"{key} {prompt}").randrange(2, 90)] for key, prompt in zip(keys, prompts, strict=True)
+            ]
+            return Rollout.of(prompts, answers)
+
+        def score(rollout: Rollout, columns: Mapping[str, Sequence[Any]]) -> Scores:
+            # A prompt is right with a probability of its own; a third of them are always or never right.
+            shares = [min(1.0, max(0.0, (prompt[0] / ROWS - 1 / 6) * 1.5)) for prompt in rollout.prompts]
+            right = [float(answer[0] < 90 * share) for answer, share in zip(rollout.responses, shares, strict=True)]
+            return Scores(list(right), {"exact": list(right)}, [False] * len(right))
+
+        trainer.roll_out, trainer.score = roll_out, score
+        trainer.groups = lambda rollout: torch.arange(len(rollout)) // 4
+        stop = SimpleNamespace(cancellable=nullcontext, should_stop=lambda: False)
+        context = SimpleNamespace(
+            world=world, spec=SimpleNamespace(seed=seed), stop=stop, batch=SimpleNamespace(global_=32)
+        )
+        rows: Any = [{"prompt_ids": [number]} for number in range(ROWS)]
+        sampler = Sampler(context, spec, trainer, rows)  # type: ignore[arg-type]
+        for _ in range(step_count):
+            results[rank].append(sampler.sample())
+            positions[rank].append(trainer.position)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert positions == [positions[0]] * ranks
+    steps: list[list[list[tuple[Any, ...]]]] = []
+    for step in range(step_count):
+        steps.append([])
+        for minibatch in range(minibatches):
+            share = 32 // ranks
+            own = slice(minibatch * share, (minibatch + 1) * share)
+            steps[-1].append(
+                [
+                    (tuple(p), tuple(r), s)
+                    for rank in range(ranks)
+                    for rollout, scores in [results[rank][step]]
+                    for p, r, s in zip(rollout.prompts[own], rollout.responses[own], scores.total[own], strict=True)
+                ]
+            )
+    return [[*steps_of, [(position,)]] for steps_of, position in zip(steps, positions[0], strict=True)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_minibatches_are_the_same_on_any_number_of_ranks(ranks: int) -> None:
+    assert sampled(ranks, 5, 2, 3, 4) == sampled(1, 5, 2, 3, 4)
+
+
+def test_dynamic_sampling_uses_each_prompt_with_a_difference_once_and_in_order() -> None:
+    """Nothing but the difference decides: of all prompts that were sampled for, exactly those with one are used."""
+    begin, rejected = 0, 0
+    for step in sampled(2, 12, 1, 11, 100):
+        *minibatches, [(end,)] = step
+        responses = [response for minibatch in minibatches for response in minibatch]
+        groups = [responses[first : first + 4] for first in range(0, 32, 4)]
+        assert all(len({score for _, _, score in group}) == 2 for group in groups)
+        stream = [outcome(position, 11) for position in range(begin, end)]
+        expected = sorted(prompt for prompt, varied in stream if varied)
+        assert sorted(group[0][0][0] for group in groups) == expected
+        rejected += len(stream) - len(expected)
+        begin = end
+    assert rejected > 20
+
+
+def outcome(position: int, seed: int) -> tuple[int, bool]:
+    """A position's prompt, and whether its responses differ in their scores."""
+    prompt = sample_at(position, ROWS, seed, "grpo")
+    share = min(1.0, max(0.0, (prompt / ROWS - 1 / 6) * 1.5))
+    keys = [(seed, "rollout", position, i) for i in range(4)]
+    scores = {random.Random(f"{key} {[prompt]}").randrange(2, 90) < 90 * share for key in keys}
+    return prompt, len(scores) == 2
+
+
+def test_what_is_still_missing_stays_without_a_difference() -> None:
+    (step,) = sampled(2, 1, 1, 5, 1)
+    minibatch, [(end,)] = step
+    groups = [minibatch[first : first + 4] for first in range(0, 32, 4)]
+    flat = sum(len({score for _, _, score in group}) == 1 for group in groups)
+    first = [outcome(position, 5)[1] for position in range(8)]
+    more = [outcome(position, 5)[1] for position in range(8, end)]
+    assert end == 8 + first.count(False)
+    assert flat == more.count(False) > 0
