@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install Apptainer for the container test (tests/cluster/), on Debian as root. Elsewhere, or if this fails, the test is
-# skipped.
+# Install Apptainer for the tests of containers and of the sandbox of the code reward, on Debian as root. Elsewhere, or if
+# this fails, they are skipped.
 # Debian has it only in unstable, with a newer C library than a stable system's. So it is unpacked with its libraries
 # into .venv/apptainer, and its programs are patched to find them there.
 set -euo pipefail
@@ -51,4 +51,4 @@ if command -v apt-get >/dev/null && ((EUID == 0)) && [[ $(uname -m) == x86_64 ]]
     trap 'rm -rf "$work"' EXIT
     install && exit 0
 fi
-echo "Continuing without Apptainer: its test is skipped." >&2
+echo "Continuing without Apptainer: its tests are skipped." >&2

@@ -121,6 +121,10 @@ def _local_or_hub(text: str, base: Path) -> str:
     raise ValueError(f"{text!r} is neither an existing file or folder nor a hub id such as facebook/opt-1.3b")
 
 
+def _reward_model(text: str, base: Path) -> str:
+    return text if text == "reward" else _local_or_hub(text, base)
+
+
 def _image(text: str, base: Path) -> str:
     text = _expand(text)
     return _absolute(text, base) if _is_local(text) or _IMAGE_FILE.fullmatch(text) else text
@@ -154,6 +158,7 @@ _PATHS: tuple[tuple[tuple[str, ...], _Resolve], ...] = (
     (("slurm", "container", "image"), _image),
     (("slurm", "container", "mounts", "*"), _mount),
     (("stages", "*", "rewards", "*", "image"), _image),
+    (("stages", "*", "rewards", "*", "model"), _reward_model),
     (("stages", "*", "slurm", "container", "image"), _image),
     (("stages", "*", "slurm", "container", "mounts", "*"), _mount),
 )

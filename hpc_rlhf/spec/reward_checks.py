@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from hpc_rlhf.spec import reward_files
+from hpc_rlhf.spec import model_files, reward_files
 from hpc_rlhf.spec.job import JobSpec
 
 # Packages that a kind of reward needs, and the extra that installs it.
@@ -27,6 +27,10 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
                     reward_files.needed_columns(item.function)
                 except ValueError as error:
                     yield f"stages.{stage}.rewards.{place}.function", str(error), None
+            where = model_files.folder(item.model) if item.model not in (None, "reward") else None
+            if where is not None and not model_files.is_classifier(model_files.config(where)):
+                what = "it is no reward model: its configuration names no class for sequence classification"
+                yield f"stages.{stage}.rewards.{place}.model", what, None
 
 
 def columns(spec: JobSpec) -> dict[str, set[str]]:

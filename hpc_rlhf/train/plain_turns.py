@@ -25,8 +25,13 @@ def plain_template(tokenizer: Any) -> str:
     return ("{{- bos_token -}}" if bos else "") + PLAIN
 
 
+def is_plain(tokenizer: Any) -> bool:
+    """Whether a tokenizer was saved with ``plain_template``."""
+    return str(tokenizer.chat_template).endswith(PLAIN)
+
+
 def drop_plain(tokenizer: Any) -> Any:
     """Remove the template of a tokenizer that was saved with ``plain_template``, in place, and return it."""
-    if str(tokenizer.chat_template).endswith(PLAIN):
+    if is_plain(tokenizer):
         tokenizer.chat_template = None
     return tokenizer

@@ -8,6 +8,9 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
+# The dialogue as a transcript, beside the further columns. No column of the data has this name: it would be content.
+PROMPT = "prompt"
+
 
 def to_json(columns: Mapping[str, Any]) -> str:
     """A row's further columns as JSON, without those that JSON cannot hold, such as bytes and images.
@@ -37,7 +40,9 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """The further columns of some token rows, as a ``RewardSource`` takes them: by name, with a cell for each row.
 
     Every stage, rank and step has the same names: those of all its data. A row of a source without such a column has
-    None. There are none if no stage of the run has ``rewards``.
+    None. Beside them is ``PROMPT``, unless no stage of the run has ``rewards``.
     """
-    names = rows[0].get("columns", ()) if rows else ()
-    return {name: [row["columns"][name] for row in rows] for name in names}
+    if not rows or "columns" not in rows[0]:
+        return {}
+    further = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
+    return {PROMPT: [row["prompt"] for row in rows], **further}

@@ -120,6 +120,12 @@ class Renderer:
             drops |= thinking.rpartition("<think>")[2].strip() not in whole[len(prompt) :]
         return Rendered(prompt, tuple(wholes), settings, drops)
 
+    def whole(self, turns: Sequence[Turn]) -> str:
+        """A dialogue that ends with a response, as the template writes it, or as a transcript; with marks."""
+        if self.template:
+            return self._apply(self._messages(turns), False, {}, "")
+        return self._plain(f"{transcript(turns[:-1])} {turns[-1][1]}")
+
     def end_of(self, answer: str) -> str:
         """What the template writes behind a response."""
         messages = self._messages((("human", "question"), ("assistant", answer)))

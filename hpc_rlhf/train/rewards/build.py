@@ -11,6 +11,7 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.gym import COLUMN
 from hpc_rlhf.train.rewards import code, gym, math
 from hpc_rlhf.train.rewards.blend import Blend, Part, Source
+from hpc_rlhf.train.rewards.classifier import ClassifierReward
 from hpc_rlhf.train.rewards.committed import CommittedScores
 from hpc_rlhf.train.rewards.exact import Exact, Format
 from hpc_rlhf.train.rewards.function import FunctionReward
@@ -39,8 +40,6 @@ def _source(context: StageContext, item: RewardItem, trained: Source | None) -> 
     if item.model == "reward":
         assert trained is not None, "model_checks refuses such a spec"
         return trained
-    if item.kind not in TEXT_REWARDS:
-        raise HpcRlhfError(f"rewards of the kind {item.kind} cannot be computed yet", where="rewards")
     reward = TEXT_REWARDS[item.kind](context, item)
     return FromText(reward, context.tokenizer, context.world, context.stop.cancellable)
 
@@ -48,6 +47,12 @@ def _source(context: StageContext, item: RewardItem, trained: Source | None) -> 
 def pattern(item: RewardItem) -> Pattern | None:
     """What selects the part of a response that a reward judges."""
     return Pattern(item.format, item.limit) if item.format is not None else None
+
+
+def _model(context: StageContext, item: RewardItem) -> TextReward:
+    assert item.model is not None
+    budget = context.batch.micro * context.longest
+    return ClassifierReward(item.model, context.dtype, context.world.device, budget, context.stop.should_stop)
 
 
 def _exact(context: StageContext, item: RewardItem) -> TextReward:
@@ -90,10 +95,12 @@ def _code(context: StageContext, item: RewardItem) -> TextReward:
         "hpc_rlhf.train.rewards.code:make", arguments, size=usual_size(), timeout=item.limit + 2 * code.GRACE_SECONDS,
         should_stop=context.stop.should_stop,
     )  # fmt: skip
-    (tried,) = pool.map([["pass", ""]])
+    with context.stop.cancellable():
+        (tried,) = pool.map([["pass", ""]])
     if error := next(filter(None, context.world.gather(tried.error)), None):
         hint = "load Apptainer in slurm.setup, and give an image with python3; without a sandbox, no code runs"
-        raise HpcRlhfError(f"the reward {error}", where=f"code in {item.image}", hint=hint)
+        why = error.removeprefix("could not start: SandboxError: ")
+        raise HpcRlhfError(f"the reward {why}", where=f"code in {item.image}", hint=hint)
     return Verifier("code", item.code, pool, selects)
 
 
@@ -110,7 +117,7 @@ def _function(context: StageContext, item: RewardItem) -> TextReward:
 
 
 # Kinds that may score the same response otherwise the next time.
-VARYING = frozenset({"function", "code", "url"})
+VARYING = frozenset({"function", "code", "url", "math", "reasoning_gym"})
 # How each kind of reward that reads text is made.
 TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "exact": _exact,
@@ -120,4 +127,5 @@ TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "reasoning_gym": _gym,
     "code": _code,
     "url": _url,
+    "model": _model,
 }

@@ -71,8 +71,8 @@ def test_all_rows_have_the_columns_of_all_sources(tmp_path: Path, world: World) 
     for part in (data.train, data.held_out):
         rows = list(part)
         columns = columns_of(rows)
-        assert list(columns) == ["answer", "level", "of"]
-        asked = [row["prompt"].removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:") for row in rows]
+        assert list(columns) == ["prompt", "answer", "level", "of"]
+        asked = [text.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:") for text in columns["prompt"]]
         assert list(zip(columns["answer"], columns["of"], columns["level"], strict=True)) == [
             expected[question] for question in asked
         ]

@@ -90,7 +90,7 @@ def test_code_reaches_neither_network_nor_files_of_the_host(judge: Judge, tmp_pa
         ("n = 0\nwhile n := n + 1: open(f'/tmp/{n}', 'w').write('x' * 10**6)", "wrote more than 64 MiB"),
         ("n = 0\nwhile n := n + 1: open(f'/dev/shm/{n}', 'w').write('x' * 10**6)", "wrote more than 64 MiB"),
         ("import os\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)", "ended the sandbox"),
-        ("import os\nopen(f'/proc/{os.getppid()}/fd/1', 'w').write('{\"passed\": 1}')", None),
+        ("import os\nopen(f'/proc/{os.getppid()}/fd/1', 'w').write('{\"passed\": 1, \"why\": null}\\n')", None),
     ],
 )
 def test_code_that_takes_too_much_is_contained(judge: Judge, program: str, why: str | None) -> None:

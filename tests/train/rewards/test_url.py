@@ -41,7 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
         lengths = {"rewards": [len(response) or None for response in batch["responses"]]}
         code, body = self.server.answers.pop(0) if self.server.answers else (200, lengths)
         self.send_response(code)
-        self.send_header("Location" if code == 307 else "Retry-After", str(body) if code == 307 else "0")
+        self.send_header("Location" if code == 302 else "Retry-After", str(body) if code == 302 else "0")
         self.end_headers()
         self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
 
@@ -99,7 +99,7 @@ def test_a_busy_server_is_asked_again(server: Server, monkeypatch: pytest.Monkey
         (200, [1.0], "the server's answer is no object with rewards: b'[1.0]'"),
         (200, {"rewards": [1.0, 2.0]}, "the server gave no list of 1 numbers: b'{\"rewards\": [1.0, 2.0]}'"),
         (200, {"rewards": ["1"]}, 'the server gave no list of 1 numbers: b\'{"rewards": ["1"]}\''),
-        (307, "http://127.0.0.1:1/", "the server answered 307 Temporary Redirect"),
+        (302, "http://127.0.0.1:1/", "the server answered 302 Found"),
     ],
 )
 def test_a_wrong_answer_is_not_asked_for_again(server: Server, code: int, body: Any, why: str) -> None:
