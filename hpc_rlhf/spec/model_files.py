@@ -91,7 +91,8 @@ def untrainable(fields: Mapping[str, Any]) -> Problem | None:
         return "it is an encoder, and only decoders are trained", "give a causal language model"
     kind = model_type(fields)
     if kind is not None and causal_types() and kind not in causal_types():
-        return f"transformers has no causal language model of type {kind}", (
+        shown = kind if kind.isprintable() else ascii(kind)
+        return f"transformers has no causal language model of type {shown}", (
             "give a decoder-only language model; for one that is newer than the installed transformers, update that"
         )
     return None

@@ -106,7 +106,7 @@ def _local_or_hub(text: str, base: Path) -> str:
     if _HUB_ID.fullmatch(text) and not _FILE.fullmatch(text):
         # Earlier versions looked in the working directory. The spec of a run has full paths.
         places = [base] if (base / "plan.json").exists() else [base, Path.cwd()]
-        if folder := next((place / text for place in places if (place / text).is_dir()), None):
+        if folder := next((place / text for place in places if os.path.isdir(place / text)), None):
             here = f"./{text}" if folder.parent == base / Path(text).parent else str(folder)
             raise ValueError(
                 f"{text!r} is a hub id, but there is also the folder {folder}: for the folder, write {here}; for the "

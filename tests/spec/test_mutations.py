@@ -102,9 +102,9 @@ def test_mutated_specs_load_or_raise_spec_error(tmp_path: Path, mutate: Callable
             assert len(str(result).splitlines()) == len(result.problems), text
             continue
         loaded += 1
-        # A spec that loads can be planned, and round-trips.
+        # A spec that loads can be planned, and round-trips, but for its `auto`: a run's spec has values instead.
         make_plan(result)
-        assert read_spec(write(tmp_path, dump_spec(result), "dump.yaml")) == result, text
+        assert read_spec(write(tmp_path, dump_spec(result), "dump.yaml")) == result.with_autos({}), text
     assert count / 50 < loaded < 0.8 * count  # both kinds were met
 
 

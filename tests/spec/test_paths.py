@@ -88,6 +88,11 @@ def test_a_name_without_a_file_ending_is_a_hub_id(tmp_path: Path) -> None:
     assert spec.data.sources[1].path == str(tmp_path / "here/rows.jsonl")
 
 
+def test_a_name_too_long_for_a_file_is_no_folder(tmp_path: Path) -> None:
+    name = "x" * 1000
+    assert load_spec(write(tmp_path, GOOD), [f"models.actor={name}"]).models.actor == name
+
+
 def test_container(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD.replace("slurm: {nodes: "
                                         "2}", "slurm: {container: {runtime: pyxis, image: "
