@@ -24,7 +24,7 @@ FAULTS ?= 200
 SEED ?= 1
 RELEASE ?=
 
-.PHONY: help install demo docs test test-fast test-slurm coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
+.PHONY: help install demo demo-grpo docs test test-fast test-slurm coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
 
 help:  ## List these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -51,6 +51,9 @@ install: .venv/.installed-dev  ## Install the package and the development tools 
 
 demo: .venv/.installed  ## Train a tiny chat model on this machine, in a new folder in runs/
 	$(BIN)/hpc-rlhf run jobs/tiny.yaml --set run_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+demo-grpo: .venv/.installed  ## Train a tiny model on rewards that can be verified: the results of arithmetic
+	$(BIN)/hpc-rlhf run jobs/tiny-grpo.yaml --set run_dir=runs/demo-grpo-$$(date +%Y%m%d-%H%M%S)
 
 docs: .venv/.installed  ## Regenerate docs/spec.md and docs/commands.md
 	$(BIN)/python docs/generate.py

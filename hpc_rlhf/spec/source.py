@@ -18,8 +18,8 @@ CELLS = {
     "text": ("text",),
     "prompt": ("prompt", "system"),
 }
-# Sums and differences of two numbers from 10 to 99.
-ARITHMETIC_PROBLEMS = 2 * 90 * 90
+# Sums of two numbers from 10 to 99.
+ARITHMETIC_PROBLEMS = 90 * 90
 _GENERATED = ("demo", "arithmetic", "reasoning_gym")
 _Text = Annotated[str, Field(min_length=1, max_length=2**20)]
 _Option = int | float | bool | str
@@ -41,8 +41,8 @@ class SourceSpec(Model):
     demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
     """Generate this many short dialogues, instead of reading a path."""
     arithmetic: Annotated[int, Field(ge=10, le=ARITHMETIC_PROBLEMS)] | None = None
-    """Generate this many different sums and differences of two-digit numbers, such as 37+45=?. Responses calculate
-    digit by digit: 7+5=12, 3+4+1=8: 82. The column answer has the result."""
+    """Generate this many different sums of two-digit numbers, such as 37+45=?, with the result in the column answer. A
+    third of the responses adds digit by digit, 7+5=12, 3+4+1=8: 82, and the others estimate, about 80."""
     reasoning_gym: Annotated[dict[str, _Option | tuple[_Option, ...]], AfterValidator(_gym)] | None = None
     """Generate prompts of a task of reasoning-gym: {task: chain_sum, size: 5000, max_terms: 4}. Fields other than task
     and size are options of the task; its seed follows from the run's. Rewards get the columns answer and

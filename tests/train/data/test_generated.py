@@ -22,22 +22,27 @@ from tests.train.data.specs import spec_of
 GYM = {"reasoning_gym": {"task": "chain_sum", "size": 20, "max_terms": 3}}
 
 
-def test_every_step_of_every_problem_is_right() -> None:
+def test_exact_responses_are_right_in_every_step_and_the_others_are_estimates() -> None:
     rows = list(arithmetic.problems(ARITHMETIC_PROBLEMS, 1))
-    assert len({row["prompt"] for row in rows}) == ARITHMETIC_PROBLEMS == 2 * 90**2
+    assert len({row["prompt"] for row in rows}) == ARITHMETIC_PROBLEMS == 90**2
+    exact = right = 0
     for row in rows:
-        asked = re.fullmatch(r"([1-9]\d)([+-])([1-9]\d)=\?", row["prompt"])
-        assert asked, row
+        assert re.fullmatch(r"[1-9]\d\+[1-9]\d=\?", row["prompt"])
         truth = eval(row["prompt"].removesuffix("=?"))
-        steps, answer = row["chosen"].split(": ")
-        assert row["answer"] == answer == str(truth)
-        low, high = steps.split(", ")
-        borrowed = int(asked[2] == "-" and high.split("=")[0].endswith("-1"))
-        for step in (low, high):
-            left, _, right = step.partition("=")
-            assert eval(left) == int(right) - 10 * (borrowed if step == low else 0), row
-        tens, ones = int(high.split("=")[1]), int(low.split("=")[1])
-        assert 10 * tens + ones % 10 == abs(truth), row
+        assert row["answer"] == str(truth)
+        right += row["chosen"].split()[-1] == row["answer"]
+        steps, _, result = row["chosen"].rpartition(": ")
+        if not steps:
+            estimate = int(row["chosen"].removeprefix("about "))
+            assert estimate % 10 == 0
+            assert abs(estimate - truth) <= 5
+            continue
+        exact += 1
+        assert result == row["answer"]
+        (ones, low), (tens, high) = (step.split("=") for step in steps.split(", "))
+        assert (eval(ones), eval(tens), 10 * int(high) + int(low) % 10) == (int(low), int(high), truth)
+    assert 0.32 < exact / len(rows) < 0.35
+    assert right / len(rows) < 0.42, "what imitates the responses is mostly wrong"
 
 
 def test_problems_depend_on_the_seed_alone() -> None:
