@@ -107,7 +107,8 @@ def hostile(rng: random.Random) -> Iterator[str]:
 def test_no_answer_hangs_or_breaks_the_verifier(pools: list[Pool]) -> None:
     rng = random.Random(1)
     fuzz = [text for _ in range(35) for text in hostile(rng)] if os.environ.get("HPC_RLHF_FUZZ") == "1" else []
-    rows: list[tuple[Any, str]] = [("7", text) for text in fuzz or [*hostile(rng)][-2:]]
-    judged = scores(pools, [*rows, ("7", "7")], limit=1)
+    right = "123457/7919"  # no text gives it by chance
+    rows: list[tuple[Any, str]] = [(right, text) for text in fuzz or [*hostile(rng)][-2:]]
+    judged = scores(pools, [*rows, (right, right)], limit=1)
     assert judged[-1] == 1.0, "the pool has not recovered"
     assert all(score == 0.0 for score in judged[:-1])
