@@ -147,7 +147,7 @@ def _type(facts: Schema, titles: dict[str, str]) -> str:
         kinds = [_type(kind, titles) for kind in facts["anyOf"] if kind.get("type") != "null"]
         return " or ".join(dict.fromkeys(kinds))
     if "enum" in facts or "const" in facts:
-        return " or ".join(f"`{value}`" for value in facts.get("enum", [facts.get("const")]))
+        return " or ".join(f"`{_plain(value)}`" for value in facts.get("enum", [facts.get("const")]))
     return _plain_type(facts, titles)
 
 
@@ -182,7 +182,12 @@ def _default(facts: Schema, required: bool) -> str:
     value = facts.get("default")
     if value is None or value == [] or isinstance(value, dict):
         return "–"
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return f"`{_plain(value)}`"
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML writes it."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _anchor(title: str) -> str:

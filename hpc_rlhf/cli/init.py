@@ -38,7 +38,7 @@ _PACKAGE = Path(__file__).parents[1]
     type=click.Choice(["ppo", "grpo"]),
     default="ppo",
     show_default=True,
-    help="What the actor learns by: PPO from a reward model, or GRPO from answers that can be verified.",
+    help="How the actor learns: PPO from a reward model, or GRPO from answers that can be verified.",
 )
 @click.option("--demo", is_flag=True, help="Write the spec of the demo, which trains a tiny model on two CPU cores.")
 @click.option("--name", help="Name of the run.", show_default="made from the actor's")

@@ -1,4 +1,4 @@
-"""The rewards of a stage: what scores its responses, and what happens if a score cannot be had."""
+"""The rewards of a stage: what scores its responses, and what happens if that fails."""
 
 from __future__ import annotations
 
@@ -39,43 +39,44 @@ class RewardItem(Model):
     sequence-classification model with one label; if its tokenizer differs from the actor's, it reads the text."""
     function: Annotated[PathText, AfterValidator(_function)] | None = None
     """A Python file and a function in it, such as rewards.py:score. It is called as TRL calls reward functions: with
-    prompts, completions and the columns of the data as keyword lists, and returns a list of numbers, or None where it
-    does not apply. The run keeps a copy of the file."""
+    prompts, completions and the columns of the data as keyword arguments, each a list. It returns a list of numbers,
+    with None where it does not apply. The run keeps a copy of the file."""
     math: Column | None = None
-    """A column with the right answer, a number or a formula. 1 if the last answer of the response equals it
-    (math-verify), otherwise 0."""
+    """A column with the right answer, a number or a formula. The score is 1 if the last answer of the response equals
+    it (math-verify), otherwise 0."""
     exact: Column | None = None
-    """A column with the right answer as text. 1 if the response, or what format finds in it, is this text, apart from
-    space around it; otherwise 0."""
+    """A column with the right answer as text. The score is 1 if the response, or what format finds in it, is this text,
+    apart from space around it; otherwise 0."""
     format: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_pattern)] | None = None
-    """A regular expression, of which . also matches line ends: 1 if the whole response matches, otherwise 0. Beside
-    math, exact, code or reasoning_gym, it selects instead what they judge: its first group, in the last place that
-    matches."""
+    """A regular expression, whose . also matches line ends. The score is 1 if the whole response matches, otherwise 0.
+    Next to math, exact, code or reasoning_gym, it instead selects what they judge: the first group of its last
+    match."""
     code: Column | None = None
     """A column with a test, Python code that runs after the response's last block of code, or with a list of such
     tests. The reward is the share that passes. Needs an image to run them in."""
     image: PathText | None = None
     """An Apptainer image with python3, in which code runs without network and without files of this system."""
     memory: Annotated[str, Field(pattern=r"^[0-9]{1,6}[MG]$")] = "512M"
-    """The memory that a program of code may use."""
+    """Memory limit of a response's program, for code."""
     url: Annotated[Command, Field(pattern=r"^https?://")] | None = None
     """A server that scores batches of responses; see docs/rewards.md for the request and the response."""
     secret: Annotated[FreeText, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
-    """The environment variable with the token that url gets as a bearer token. Its value is never stored."""
+    """The environment variable whose value is sent to url as a bearer token. The value is never stored."""
     reasoning_gym: Literal[True] | None = None
-    """The scorer of the task of a row's reasoning_gym source: from 0 to 1, for the last text between <answer> and
-    </answer>, or all of the response if there is none. Other rows get none."""
+    """Use the scorer of the row's reasoning_gym task, from 0 to 1. It reads the last text between <answer> and
+    </answer>, or the whole response if there is none. Rows of other sources get no score."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """What the reward is multiplied with in the sum. 0 only reports it."""
+    """Weight of the reward in the sum. 0 only reports it."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
     """Its name in metrics; by default, its kind, with a number if there are several of the kind."""
     timeout: Duration | None = None
-    """How long one call may take: of function and url for a batch, of math, code and reasoning_gym for a response. An
-    answer or a program that takes longer scores 0; a function or server counts as failed. By default 5 s for math and
+    """How long one call may take: for a batch with function and url, for a response with the others. An answer or a
+    program that takes longer scores 0; a function or server counts as failed. By default 5 s for math and
     reasoning_gym, otherwise 30 s."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a failure does: one that raises, hangs, gives the wrong number of values, or no finite number. stop ends the
-    stage with the response; skip leaves the response out of training, and metrics count it."""
+    """What happens if the reward fails: it raises, hangs, or returns the wrong number of values or no finite number.
+    stop ends the stage, and the error names the response; skip leaves the response out of training, and metrics count
+    it."""
 
     @property
     def kind(self) -> str:

@@ -42,7 +42,7 @@ class SourceSpec(Model):
     """Generate this many short dialogues, instead of reading a path."""
     arithmetic: Annotated[int, Field(ge=10, le=ARITHMETIC_PROBLEMS)] | None = None
     """Generate this many different sums of two-digit numbers, such as 37+45=?, with the result in the column answer. A
-    third of the responses adds digit by digit, 7+5=12, 3+4+1=8: 82, and the others estimate, about 80."""
+    third of the responses add digit by digit (7+5=12, 3+4+1=8: 82), and the others estimate (about 80)."""
     reasoning_gym: Annotated[dict[str, _Option | tuple[_Option, ...]], AfterValidator(_gym)] | None = None
     """Generate prompts of a task of reasoning-gym: {task: chain_sum, size: 5000, max_terms: 4}. Fields other than task
     and size are options of the task; its seed follows from the run's. Rewards get the columns answer and
@@ -54,8 +54,8 @@ class SourceSpec(Model):
     conversations, or the last turns in chosen and rejected (or completion) with the turns before them in prompt;
     optionally system. instruction: instruction, output, and optionally input, history and system. text: a column of
     plain text. prompt: a prompt, as text or a list of messages, and optionally system. Rows of a prompt alone are for
-    stages that need only prompts. A single response whose label is false is
-    left out, except in the format instruction."""
+    stages that need only prompts. A single response whose label is false is left out, except in the format
+    instruction."""
     system: _Text | None = None
     """The system prompt of dialogues that have none of their own."""
     few_shot: _Text | None = None

@@ -29,7 +29,7 @@ class EvalSpec(StageSpec):
     """Responses to each prompt, for the accuracy: pass@k and majority@k for powers of two up to this many. Everything
     else is measured on the first response."""
     rewards: Rewards | None = None
-    """Rewards by which responses are right or wrong; by default, those of the grpo or ppo stage. See docs/evaluation.md
+    """Rewards that decide which responses are right; by default, those of the grpo or ppo stage. See docs/evaluation.md
     for what counts as right."""
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ class GrpoSpec(PolicySpec):
     A step is a rollout of global_batch x minibatches responses, group_size to a prompt, and the optimizer steps on it.
     """
 
-    lr: Rate = Field(default=1.0e-6, description="Peak learning rate. That of the GRPO paper and of DAPO.")
+    lr: Rate = Field(default=1.0e-6, description="Peak learning rate, by default that of the GRPO paper and of DAPO.")
     group_size: Annotated[int, Field(ge=2, le=1024)] = 8
     """Responses to each prompt. On each rank, global_batch x minibatches / ranks must be a multiple of it."""
     advantage: Literal["grpo", "rloo", "dr_grpo", "reinforce++"] = "grpo"
@@ -28,8 +28,8 @@ class GrpoSpec(PolicySpec):
     reinforce++: the rewards of all tokens to come, normalized over the batch (arXiv 2501.03262)."""
     num_iterations: Positive = Field(default=1, description="Passes over the experience of each rollout.")
     kl_coef: NonNegative = 0.0
-    """Weight of the KL penalty against the reference: the model before training. 0 needs no reference model, nor does
-    lora.only, where the reference is the model with its adapters disabled."""
+    """Weight of the KL penalty against the reference: the model before training. 0 needs no reference model; nor does
+    lora.only, where the actor with its adapters disabled is the reference."""
     kl_in: Literal["loss", "reward"] = "loss"
     """loss: the k3 estimator is added to the loss, as in GRPO. reward: the k1 estimator is subtracted from the reward,
     as in PPO, RLOO and REINFORCE++."""
@@ -39,9 +39,8 @@ class GrpoSpec(PolicySpec):
     """What the loss is a mean over: all tokens of a minibatch (DAPO); the responses, each a mean over its tokens
     (GRPO); or the responses, each a sum over its tokens, divided by max_answer_tokens (Dr. GRPO)."""
     dynamic_sampling: Positive | None = None
-    """Replace prompts whose responses all have the same reward by the next ones (DAPO), in at most this many further
-    rollouts per step; null keeps them, without effect on the gradient. What is still missing then stays without
-    variance."""
+    """Replace prompts whose responses all have the same reward with the next ones (DAPO), in at most this many further
+    rollouts per step; any that are still left then stay. null keeps all prompts."""
     overlong: Literal["mask", "penalty"] | None = None
     """What happens to responses that reach max_answer_tokens. mask: they do not take part in the loss. penalty: the
     reward falls linearly by up to 1 over the last overlong_margin tokens (DAPO). null: nothing."""

@@ -11,15 +11,14 @@ from hpc_rlhf.spec.training import ReferredSpec, Warmup
 
 
 class PolicySpec(ReferredSpec):
-    """Settings of stages that learn from rewards of sampled responses. A step is a rollout and the optimizer steps on
-    it."""
+    """Settings of stages that learn from rewards of sampled responses."""
 
     warmup: Warmup = 0.1
     """Steps over which the learning rates rise from 0: a fraction of all optimizer steps, or from 1 on their number. It
     ends with the stage at the latest. DeepSpeed-Chat's 100 steps are a tenth of its run of 1.3B on one node."""
     rewards: Rewards | None = None
-    """What scores the responses; their weighted sum is the reward. By default, in PPO the model of the reward stage;
-    GRPO needs them."""
+    """What scores the responses; the weighted sum of the scores is the reward. By default, PPO uses the model of the
+    reward stage; GRPO has no default."""
     minibatches: Positive = Field(default=1, description="Optimizer steps per pass over the experience.")
     temperature: Rate = 1.0
     """Sampling temperature. Log-probabilities are computed at the same temperature."""
