@@ -44,7 +44,7 @@ enter() {
         mount --rbind $folder "$root$folder"
     done
     local -a shared=("$checkout" "${TMPDIR:-/tmp}" /etc/hosts /etc/resolv.conf /etc/ssl)
-    # Of Debian's own Python, without the rest of /usr.
+    # Debian's own Python, without the rest of /usr.
     mapfile -t -O ${#shared[@]} shared < <($python -c '
 import os, sys, sysconfig
 system = sys.base_prefix == "/usr"

@@ -111,7 +111,7 @@ def why_unreachable() -> str | None:
         try:
             socket.create_connection(address, patience).close()
         except TimeoutError:
-            pass  # so does the one who waits
+            pass  # waiting for the answer times out, too
         except OSError as error:
             answer.put(f"{address[0]}: {error.strerror or error}")
         else:

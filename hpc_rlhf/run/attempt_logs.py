@@ -11,7 +11,7 @@ from typing import Any
 from hpc_rlhf.run.layout import StageDir
 
 TAIL_BYTES = 1 << 16
-# What colours text on a terminal; Apptainer writes it into a log, too.
+# Terminal colors, which Apptainer writes into logs, too.
 _STYLE = re.compile("\x1b\\[[0-9;]*m")
 # The first line of the batch script, which also adds it to the rank logs of earlier attempts: a requeued job
 # continues in the same files. The line before it may be incomplete.
@@ -49,7 +49,7 @@ class AttemptLogs:
 
 
 def without_style(text: str) -> str:
-    """The text without what colours it on a terminal."""
+    """The text without terminal colors."""
     return _STYLE.sub("", text)
 
 

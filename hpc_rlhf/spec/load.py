@@ -161,8 +161,8 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             read = ", ".join(CELLS[source.format])
             what = f"has {source.further[0]}, which the format {source.format} does not read, and rewards do not either"
             problems.append(problem(f"{path}.columns", what, f"the format reads {read}"))
-    found = [*model_checks.problems(spec), *reward_checks.problems(spec)]
-    return [*problems, *(problem(*each) for each in found)]
+    others = [*model_checks.problems(spec), *reward_checks.problems(spec)]
+    return [*problems, *(problem(*each) for each in others)]
 
 
 def _check_evaluations(spec: JobSpec, name: str) -> Iterator[tuple[str, str]]:

@@ -39,6 +39,6 @@ def columns(spec: JobSpec) -> dict[str, set[str]]:
     for stage in spec.stage_names:
         for place, item in enumerate(getattr(spec.stage(stage), "rewards", None) or ()):
             named = {column for column in (item.math, item.exact, item.code) if column is not None}
-            taken = set() if item.function is None else reward_files.needed_columns(item.function)
-            needed[f"stages.{stage}.rewards.{place}"] = named | taken
+            parameters = set() if item.function is None else reward_files.needed_columns(item.function)
+            needed[f"stages.{stage}.rewards.{place}"] = named | parameters
     return needed

@@ -103,7 +103,7 @@ def _required(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
         raise ValueError(f"{node.name} takes {only[0]} by position only; it is called with keywords")
     names = {arg.arg for arg in [*positional, *args.kwonlyargs]}
     if args.kwarg is None and not names & {"completions", "responses", "completion_ids"}:
-        given = f"it takes {', '.join(sorted(names))}" if names else "it takes nothing"
-        raise ValueError(f"{node.name} needs a parameter completions, or **kwargs, for the responses; {given}")
+        what = f"it takes {', '.join(sorted(names))}" if names else "it takes nothing"
+        raise ValueError(f"{node.name} needs a parameter completions, or **kwargs, for the responses; {what}")
     keyword = {arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default is None}
     return {arg.arg for arg in required} | keyword

@@ -26,7 +26,7 @@ slurm:
   nodes: {nodes}
   gpus_per_node: {gpus}
   cpus_per_gpu: 8
-  # Of one attempt: a stage that needs longer saves, requeues itself and resumes.
+  # Limit of one attempt: a stage that needs longer saves, requeues itself and resumes.
   time: "12:00:00"
   # Run on the first node before the ranks start.
   # setup: [module load cuda, source /path/to/venv/bin/activate]

@@ -144,24 +144,19 @@ def look(spec: JobSpec) -> Survey:
 def _missing_columns(spec: JobSpec) -> Iterator[dict[str, str]]:
     """Rewards that need a column which no row has, as far as the data are on this machine."""
     needed = reward_checks.columns(spec)
-    missing, seen, hint = (
-        set[str]().union(*needed.values()),
-        set[str](),
-        "rename one of the data's by columns: of a source",
-    )
+    names, there = set[str]().union(*needed.values()), set[str]()
     for source in spec.data.sources:
         if source.path is not None and sources.local_files(source) is None:
             return
         for sample in islice(sources.read(source, 0), SEARCHED):
-            if missing <= seen:
+            if names <= there:
                 return
-            seen |= sample.further.keys()
+            there |= sample.further.keys()
     for path, columns in needed.items():
-        for column in sorted(columns - seen):
-            what = (
-                f"needs the column {column}, and no row has it; further columns are {', '.join(sorted(seen)) or 'none'}"
-            )
-            yield {"path": path, "what": what, "hint": hint}
+        for column in sorted(columns - there):
+            others = ", ".join(sorted(there)) or "none"
+            what = f"needs the column {column}, and no row has it; further columns are {others}"
+            yield {"path": path, "what": what, "hint": "rename one of the data's by columns: of a source"}
 
 
 class _Alone:

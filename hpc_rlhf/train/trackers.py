@@ -129,7 +129,7 @@ class Mlflow:
             self._client.log_batch(self._id, params=params[:100])
 
     def _experiment(self, name: str, artifacts: str | None) -> str:
-        """The id of the experiment, which is made if there is none; another stage may make it at the same time."""
+        """The id of the experiment, which is created if there is none; another stage may create it at the same time."""
         from mlflow.exceptions import MlflowException
 
         with suppress(MlflowException):
@@ -149,8 +149,8 @@ class Mlflow:
 def _own_store(run: RunDir) -> Iterator[str]:
     """The address of a run's own store, locked, because stages that start together would create the same tables.
 
-    It is a SQLite file. Files in a folder it is for a run of an earlier version, which began with them, and on a file
-    system without locks, such as Lustre mounted without flock, where SQLite does not work.
+    It is a SQLite file. It is a folder of files if a run of an earlier version began with one, and on a file system
+    without locks, such as Lustre mounted without flock, where SQLite does not work.
     """
     files = run.path / "mlruns"
     with (run.path / "mlflow.lock").open("a") as lock:

@@ -1,7 +1,7 @@
 """Generated sums of two-digit numbers, to learn from a reward that checks the result.
 
-A third of the responses adds digit by digit, and the others estimate. What imitates them is right in little more than a
-third of its responses, however well it does so. A reward for the result shows which of its two habits pays.
+A third of the responses add digit by digit, and the others estimate. A model that imitates them is right in little more
+than a third of its responses, however well it does so. A reward for the result shows which of its two habits pays.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Cells:
 
     @property
     def further(self) -> dict[str, Any]:
-        """What nobody has read: the cells that the spec names, and the other columns under their own names."""
+        """What the format has not read: the cells that the spec names, and the other columns under their own names."""
         named = {name: self.row[column] for name, column in self.columns.items() if name not in self.read}
         other = {column: cell for column, cell in self.row.items() if column not in self.read}
         return {column: cell for column, cell in other.items() if column not in self.columns.values()} | named

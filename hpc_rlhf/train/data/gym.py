@@ -32,8 +32,8 @@ def problems(options: Mapping[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     """
     where = f"reasoning_gym {options['task']}"
     digest = hashlib.sha256(f"reasoning-gym {seed}".encode()).digest()
-    asked = {"seed": int.from_bytes(digest[:4], "big") // 2, **options}
-    command, env = safe_path.module(__name__, json.dumps(asked)), {**os.environ, "PYTHONHASHSEED": "0"}
+    arguments = {"seed": int.from_bytes(digest[:4], "big") // 2, **options}
+    command, env = safe_path.module(__name__, json.dumps(arguments)), {**os.environ, "PYTHONHASHSEED": "0"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdout is not None
         try:

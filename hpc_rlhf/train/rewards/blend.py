@@ -34,7 +34,7 @@ class Part:
     Attributes:
         weight: 0 only reports it.
         skips: a failure leaves its response out of training; otherwise it ends the stage.
-        varies: it may score the same response otherwise the next time.
+        varies: its score of the same response may differ the next time.
     """
 
     name: str
@@ -76,8 +76,9 @@ class Blend:
         self._committed = committed
 
     def begin(self, step: int, purpose: str) -> None:
-        """Announce what the next calls score, so that rewards which cannot be computed twice alike are stored for it:
-        an attempt that repeats the step gets the same. Collective.
+        """Announce what the next calls score, so that the scores of rewards that vary are stored for it.
+
+        An attempt that repeats the step gets the same scores. Collective.
 
         Args:
             step: steps done.

@@ -116,7 +116,7 @@ def _function(context: StageContext, item: RewardItem) -> TextReward:
         return FunctionReward(file, name, item.limit, context.stop.should_stop)
 
 
-# Kinds that may score the same response otherwise the next time.
+# Kinds whose score of the same response may differ the next time.
 VARYING = frozenset({"function", "code", "url", "math", "reasoning_gym"})
 # How each kind of reward that reads text is made.
 TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {

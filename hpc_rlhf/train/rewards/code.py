@@ -65,10 +65,10 @@ def program() -> list[str]:
     Raises:
         SandboxError: it is not installed.
     """
-    found = shutil.which("apptainer") or shutil.which("singularity")
-    if found is None:
+    path = shutil.which("apptainer") or shutil.which("singularity")
+    if path is None:
         raise SandboxError("needs Apptainer, which is not on PATH of this node, to run code of the model in")
-    return [found]
+    return [path]
 
 
 def run(command: list[str], code: str, tests: list[str], limits: dict[str, Any]) -> list[Any]:

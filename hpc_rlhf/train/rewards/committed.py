@@ -1,4 +1,4 @@
-"""Scores that cannot be computed twice alike, on disk before anything learns from them.
+"""Scores that may differ when computed again, on disk before anything learns from them.
 
 A server, or a user's function, may give another score the next time. An attempt that repeats a step, perhaps with other
 ranks, gets the scores that the step had, and asks nobody twice.
@@ -68,10 +68,10 @@ class CommittedScores:
         missing = any(key not in known for key in keys)
         scores = encoded(ask(missing))
         new = dict(zip(keys, scores, strict=True)) if missing else {}
-        made = dict(chain.from_iterable(each.items() for each in self.world.gather_data(new)))
-        if made and (keeps_failures or not any(isinstance(score, list) for score in made.values())):
-            self._known[call] = {**known, **made}
-            self.world.on_main(lambda: self._append(call, made))
+        gathered = dict(chain.from_iterable(each.items() for each in self.world.gather_data(new)))
+        if gathered and (keeps_failures or not any(isinstance(score, list) for score in gathered.values())):
+            self._known[call] = {**known, **gathered}
+            self.world.on_main(lambda: self._append(call, gathered))
         return decoded([new[key] if missing else known[key] for key in keys])
 
     def _keys(self, rows: Sequence[Any]) -> list[str]:

@@ -45,11 +45,11 @@ class FunctionReward:
             return scores
         alone = {row: self._ask(batch, [row]) for row in rows} if len(rows) > 1 else {0: scores}
         raised = {row: Failure(why) for row, why in alone.items() if isinstance(why, str)}
-        left = [row for row in rows if row not in raised]
-        again = self._ask(batch, left) if raised and left else scores
+        others = [row for row in rows if row not in raised]
+        again = self._ask(batch, others) if raised and others else scores
         if isinstance(again, str):
-            again = [Failure(again)] * len(left)
-        by_row: dict[int, Score] = {**dict(zip(left, again, strict=True)), **raised}
+            again = [Failure(again)] * len(others)
+        by_row: dict[int, Score] = {**dict(zip(others, again, strict=True)), **raised}
         return [by_row[row] for row in rows]
 
     def _ask(self, batch: TextBatch, rows: Sequence[int]) -> list[Score] | str:

@@ -31,10 +31,10 @@ def why_open(outside: dict[str, Any]) -> str | None:
             return f"it shares the {kind} namespace"
     for path, place in outside["folders"].items():
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except OSError:
             continue
-        if [found.st_dev, found.st_ino] == place:
+        if [status.st_dev, status.st_ino] == place:
             return "it shows " + path
     return None
 
@@ -99,7 +99,7 @@ def judge(code: str, test: str, limits: dict[str, Any], deadline: float) -> tupl
     if not pid:
         child(code, test, limits, writing)
     os.close(writing)
-    said, ended = b"", False
+    output, ended = b"", False
     why: str | None = None
     while not (ended or why):
         if time.monotonic() > deadline:
@@ -107,13 +107,13 @@ def judge(code: str, test: str, limits: dict[str, Any], deadline: float) -> tupl
         why = why or excess(limits, before)
         ended = os.waitpid(pid, os.WNOHANG)[0] == pid
         if select.select([reading], [], [], 0 if ended else POLL)[0]:
-            said += os.read(reading, len(PASSED))
+            output += os.read(reading, len(PASSED))
     with contextlib.suppress(ProcessLookupError):
         os.kill(-1, signal.SIGKILL)  # all in this namespace but its first process and this one
     if not ended:
         os.waitpid(pid, 0)
     os.close(reading)
-    return said == PASSED and not why, why
+    return output == PASSED and not why, why
 
 
 def main() -> None:

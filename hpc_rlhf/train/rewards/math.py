@@ -36,9 +36,9 @@ def make(selected: bool) -> Callable[[list[Any]], float | str]:
         right = read_formula(str(answer).rpartition("####")[2].strip())  # GSM8K's answers begin with their derivation
         if not right:
             return f"cannot read the right answer {answer!r}"
-        given = [parse(response, parsing_timeout=None)]
+        answers = [parse(response, parsing_timeout=None)]
         if selected:
-            given.append(read_formula(response.strip()))
-        return float(any(verify(right, each, timeout_seconds=None) for each in given))
+            answers.append(read_formula(response.strip()))
+        return float(any(verify(right, each, timeout_seconds=None) for each in answers))
 
     return compare

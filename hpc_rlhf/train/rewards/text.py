@@ -112,7 +112,7 @@ def encoded(scores: Sequence[Score]) -> list[Any]:
 
 
 def decoded(scores: Sequence[Any]) -> list[Score]:
-    """The opposite of ``encoded``."""
+    """The inverse of ``encoded``."""
     return [Failure(*score) if isinstance(score, list) else score for score in scores]
 
 

@@ -43,7 +43,7 @@ class UrlReward:
 
     def judge(self, batch: TextBatch) -> list[Score]:
         parts = [slice(first, first + BATCH) for first in range(0, len(batch), BATCH)]
-        asked = [
+        requests = [
             {
                 "prompts": batch.prompts[part],
                 "responses": batch.responses[part],
@@ -52,7 +52,7 @@ class UrlReward:
             for part in parts
         ]
         scores: list[Score] = []
-        for request, outcome in zip(asked, self._pool.map(asked), strict=True):
+        for request, outcome in zip(requests, self._pool.map(requests), strict=True):
             if isinstance(why := outcome.error or outcome.value, str):
                 scores += [Failure(why, RUN_FAILED)] * len(request["responses"])
             else:

@@ -39,19 +39,19 @@ def load(file: str, name: str) -> Callable[[Mapping[str, Any] | None], list[floa
         sys.modules[spec.name] = module  # dataclasses and pickle look there
         spec.loader.exec_module(module)
         function = getattr(module, name)
-    taken = inspect.signature(function).parameters.values()
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
-    names = {parameter.name for parameter in taken}
+    parameters = inspect.signature(function).parameters.values()
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
     own = os.getpid()
 
     def call(keywords: Mapping[str, Any] | None) -> list[float | None] | str:
         if keywords is None:
             return []
-        given = {key: value for key, value in keywords.items() if takes_all or key in names}
+        arguments = {key: value for key, value in keywords.items() if takes_all or key in names}
         try:
             with output.captured():
                 try:
-                    scores = function(**given)
+                    scores = function(**arguments)
                     if inspect.isawaitable(scores):
                         scores = asyncio.run(_awaited(scores))
                     return [None if score is None else float(score) for score in scores]

@@ -72,7 +72,7 @@ class GroupExperience(Evaluated):
     """A rollout as GRPO learns from it; ``advantages`` are multiplied by the weights.
 
     Attributes:
-        weights: (batch,), float32: what ``loss_normalization`` multiplies a response's loss with; 0 if it does not take
+        weights: (batch,), float32: the factor of each response's loss by ``loss_normalization``; 0 if it does not take
             part.
     """
 

@@ -94,9 +94,9 @@ def test_code_reaches_neither_network_nor_files_of_the_host(judge: Judge, tmp_pa
     ],
 )
 def test_code_that_takes_too_much_is_contained(judge: Judge, program: str, why: str | None) -> None:
-    score, said = judge([["pass"], program])
+    score, remark = judge([["pass"], program])
     assert score == 0.0
-    assert said is None if why is None else re.fullmatch(why, said)
+    assert remark is None if why is None else re.fullmatch(why, remark)
     assert not running("python3 -I")
 
 

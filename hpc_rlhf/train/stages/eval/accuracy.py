@@ -16,7 +16,7 @@ from hpc_rlhf.train.rewards.build import pattern
 
 # The kinds of rewards that judge an answer, and those of them whose answer is text that can be compared.
 ANSWERS, COMPARABLE = ("math", "exact", "code", "reasoning_gym"), ("math", "exact")
-# What a wrong answer without a format is told apart by: the last formula in a box, or the last number.
+# What distinguishes wrong answers without a format: the last formula in a box, or the last number.
 _BOX, _NUMBER = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"), re.compile(r"-?\d[\d.,]*")
 
 
@@ -51,8 +51,8 @@ def verdicts(rewards: Sequence[RewardItem], scores: Scores, texts: Sequence[str]
     deciding = judging(rewards)
     right: list[bool | None] = []
     for row, failed in enumerate(scores.failed):
-        given = [score for name in deciding if (score := scores.parts[name][row]) is not None]
-        right.append(min(given) >= 1 if given and not failed else None)
+        own = [score for name in deciding if (score := scores.parts[name][row]) is not None]
+        right.append(min(own) >= 1 if own and not failed else None)
     answers: list[str | None] = []
     if all(item.kind in COMPARABLE for item in deciding.values()):
         for row, text in enumerate(texts):

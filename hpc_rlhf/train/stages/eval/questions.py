@@ -122,8 +122,8 @@ class Questions:
         )
         with context.stop.cancellable():
             rollout = backend.generate(request)
-        made = iter(rollout.responses)
-        return self._combine({i: list(islice(made, spec.samples)) for i in own})
+        responses = iter(rollout.responses)
+        return self._combine({i: list(islice(responses, spec.samples)) for i in own})
 
     def details(self, rewards: Blend, rollout: Rollout, columns: Mapping[str, list[Any]]) -> Scores:
         """Everything that rewards give each prompt with its response.

@@ -23,12 +23,12 @@ def summarize(
         stats: this rank's ``Progress.sums``.
 
     Returns:
-        kl (k3, nats per response), None without a reference, or if top_p or top_k
-        truncate the distribution; entropy (nats per token) of the whole distribution; the loss, and the metrics of
-        ``learned`` and ``mixed``; passes over the experience; eos_rate, the share of responses that end with EOS;
-        answer_tokens, their mean length; masked, the share of responses that take no part in training; grad_norm, the
-        mean over the optimizer steps before clipping; skipped, optimizer steps that DeepSpeed skipped because a
-        gradient was not finite. ``kl`` and ``entropy`` are of responses that take part.
+        kl (k3, nats per response), None without a reference, or if top_p or top_k truncate the distribution; entropy
+        (nats per token) of the whole distribution; the loss, and the metrics of ``learned`` and ``mixed``; passes over
+        the experience; eos_rate, the share of responses that end with EOS; answer_tokens, their mean length; masked,
+        the share of responses that take no part in training; grad_norm, the mean over the optimizer steps before
+        clipping; skipped, optimizer steps that DeepSpeed skipped because a gradient was not finite. ``kl`` and
+        ``entropy`` are of responses that take part.
     """
     mask, takes_part = experience.mask, experience.weights > 0
     local = {

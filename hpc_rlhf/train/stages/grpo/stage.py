@@ -1,7 +1,7 @@
 """GRPO: the actor learns from how its responses to a prompt compare with each other, without a critic.
 
-Group relative policy optimization (arXiv 2402.03300), with what DAPO (arXiv 2503.14476), Dr. GRPO (arXiv 2503.20783),
-RLOO (arXiv 2402.14740) and REINFORCE++ (arXiv 2501.03262) change of it.
+Group relative policy optimization (arXiv 2402.03300), and its variants: DAPO (arXiv 2503.14476), Dr. GRPO (arXiv
+2503.20783), RLOO (arXiv 2402.14740) and REINFORCE++ (arXiv 2501.03262).
 """
 
 from __future__ import annotations

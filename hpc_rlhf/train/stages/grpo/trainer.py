@@ -105,7 +105,7 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
         return group_advantages.batch_normalized(returns, stats.mask, partial(gather_moments, self.world))
 
     def _weights(self, rollout: Rollout) -> Tensor:
-        """What ``loss_normalization`` multiplies the loss of each response with: (batch,)."""
+        """The factor of each response's loss by ``loss_normalization``: (batch,)."""
         lengths = torch.tensor(rollout.response_lengths, dtype=torch.float32, device=self.world.device)
         kind = self.spec.loss_normalization
         if kind == "sequence":

@@ -8,8 +8,9 @@ from hpc_rlhf.spec.stages.policy import PolicySpec
 
 
 def learned(total: Mapping[str, float]) -> dict[str, float]:
-    """Of the actor's optimizer steps: the mean ratio, approx_kl (k3 from the actor that sampled, nats per token) and
-    clipfrac over the tokens learned from.
+    """Metrics of the actor's optimizer steps, over the tokens learned from.
+
+    These are the mean ratio, approx_kl (k3 from the actor that sampled, nats per token) and clipfrac.
 
     Args:
         total: the sums of ``Progress.sums`` over all ranks, by their names with learned_ before them.
