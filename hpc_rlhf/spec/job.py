@@ -167,8 +167,8 @@ class JobSpec(Model):
     def evaluated_rewards(self) -> tuple[RewardItem, ...]:
         """The rewards by which the evaluation judges responses. It asks the run's reward model anyway."""
         stages = [self.stage(name) for name in (*reversed(self.trained), EVALUATION.name) if name in self.stage_names]
-        given = [rewards for stage in stages if (rewards := getattr(stage, "rewards", None))]
-        return tuple(item for item in given[-1] if item.model != "reward") if given else ()
+        lists = [rewards for stage in stages if (rewards := getattr(stage, "rewards", None))]
+        return tuple(item for item in lists[-1] if item.model != "reward") if lists else ()
 
     def stage(self, name: str) -> StageSpec:
         spec = getattr(self.stages, name)

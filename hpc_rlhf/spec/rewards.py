@@ -81,8 +81,8 @@ class RewardItem(Model):
     @property
     def kind(self) -> str:
         """Which of the kinds it is."""
-        given = [name for name in KINDS if getattr(self, name) is not None]
-        return next(name for name in given if name != "format" or len(given) == 1)
+        fields = [name for name in KINDS if getattr(self, name) is not None]
+        return next(name for name in fields if name != "format" or len(fields) == 1)
 
     @property
     def limit(self) -> float:
@@ -93,17 +93,17 @@ class RewardItem(Model):
 
     @property
     def memory_bytes(self) -> int:
-        """What a program of code may use of memory."""
+        """The memory limit of a program, in bytes."""
         return int(self.memory[:-1]) << {"M": 20, "G": 30}[self.memory[-1]]
 
     @model_validator(mode="after")
     def _one_kind(self) -> RewardItem:
-        given = [name for name in KINDS if getattr(self, name) is not None]
-        kinds = [name for name in given if name != "format"] or given
+        fields = [name for name in KINDS if getattr(self, name) is not None]
+        kinds = [name for name in fields if name != "format"] or fields
         if len(kinds) != 1:
             several = f"; it has {' and '.join(kinds)}" if kinds else ""
             raise ValueError(f"give exactly one of {', '.join(KINDS)}{several}")
-        if "format" in given and kinds[0] not in ("format", "math", "exact", "code", "reasoning_gym"):
+        if "format" in fields and kinds[0] not in ("format", "math", "exact", "code", "reasoning_gym"):
             raise ValueError(f"format cannot select what {kinds[0]} judges")
         for field, kind in (("image", "code"), ("secret", "url")):
             if getattr(self, field) is not None and kinds[0] != kind:

@@ -88,7 +88,7 @@ def _brief(value: Any) -> str:
     return " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
-# Of GRPO: responses in groups of four, and a reward without a model.
+# GRPO with groups of four responses, and a reward without a model.
 VERIFIED: dict[str, Any] = {"group_size": 4, "rewards": ({"format": ".*a.*"},)}
 
 CASES = (

@@ -173,9 +173,9 @@ def test_a_response_is_right_if_all_rewards_that_judge_its_answer_say_so() -> No
     }
     scores = Scores([None] * 6, parts, [False] * 5 + [True])
     texts = [r"so \boxed{\frac{1}{2}}", "3 or 4", "x", "", "1 or 1,200.5", ""]
-    made = verdicts(rewards, scores, texts)
-    assert made.right == [True, False, True, None, False, None]
-    assert made.answers == [r"\frac{1}{2}", "4", "x", None, "1,200.5", None]
+    result = verdicts(rewards, scores, texts)
+    assert result.right == [True, False, True, None, False, None]
+    assert result.answers == [r"\frac{1}{2}", "4", "x", None, "1,200.5", None]
     assert not verdicts([item(function="f.py:f")], Scores([1.0], {"function": [1.0]}, [False]), ["4"]).answers
     assert verdicts([item(function="f.py:f")], Scores([0.9], {"function": [0.9]}, [False]), ["4"]).right == [False]
     assert verdicts([item(model="some/model")], Scores([2.0], {"model": [2.0]}, [False]), ["4"]).right == [None]

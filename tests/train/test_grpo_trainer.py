@@ -50,7 +50,7 @@ def trainer_of(world: Any = None, budget: int = 1000, **fields: Any) -> GrpoTrai
 
 
 def log_probs_of(model: Any, row: int) -> Tensor:
-    """Of a response's tokens, by the transformers model alone, without packing: (tokens,)."""
+    """The log-probabilities of a response's tokens, by the transformers model alone, without packing: (tokens,)."""
     prompt, response = ROLLOUT.prompts[row], ROLLOUT.responses[row]
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     chosen: Tensor = logits.log_softmax(-1).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
@@ -95,7 +95,7 @@ def takes_part(spec: GrpoSpec, row: int) -> bool:
 
 
 def expected_gradient(spec: GrpoSpec) -> Tensor:
-    """Of the loss as the papers write it, at the policy that sampled."""
+    """The gradient of the loss as the papers write it, at the policy that sampled."""
     actor, ref = tiny.causal("llama", 0), tiny.causal("llama", 5)
     with torch.no_grad():
         refs = [log_probs_of(ref, row) for row in range(12)]

@@ -130,13 +130,13 @@ def running(text: str) -> list[str]:
     """Commands that contain a text and are still running after some seconds."""
 
     def commands() -> list[str]:
-        found = []
+        lines = []
         for file in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                found.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                lines.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
             except OSError:
                 continue
-        return [command for command in found if text in command]
+        return [command for command in lines if text in command]
 
     deadline = time.monotonic() + 10
     while commands() and time.monotonic() < deadline:

@@ -46,13 +46,13 @@ def scores(pools: dict[bool, Pool], task: str, *answers: str, selects: str | Non
 
 
 def test_an_answer_between_tags_or_the_whole_response_is_scored(pools: dict[bool, Pool]) -> None:
-    given = ["TRUTH", " TRUTH\n", "I say <answer>1</answer>, no, <answer> TRUTH </answer>!", "<answer>x</answer> TRUTH"]
-    assert scores(pools, "chain_sum", *given, "x", "") == [1, 1, 1, 0, 0, 0, None]
+    texts = ["TRUTH", " TRUTH\n", "I say <answer>1</answer>, no, <answer> TRUTH </answer>!", "<answer>x</answer> TRUTH"]
+    assert scores(pools, "chain_sum", *texts, "x", "") == [1, 1, 1, 0, 0, 0, None]
 
 
 def test_a_format_selects_the_answer(pools: dict[bool, Pool]) -> None:
-    given = ["So = TRUTH", "So\n= TRUTH", "TRUTH", "<answer>TRUTH</answer>"]
-    assert scores(pools, "chain_sum", *given, selects="= ([0-9-]*)") == [1, 1, 0, 0, None]
+    texts = ["So = TRUTH", "So\n= TRUTH", "TRUTH", "<answer>TRUTH</answer>"]
+    assert scores(pools, "chain_sum", *texts, selects="= ([0-9-]*)") == [1, 1, 0, 0, None]
     assert RewardItem(reasoning_gym=True, format="= (.*)").kind == "reasoning_gym"
 
 

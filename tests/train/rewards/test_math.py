@@ -42,9 +42,9 @@ SELECTED = [
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[list[Pool]]:
-    made: list[Pool] = []
-    yield made
-    for pool in made:
+    all_pools: list[Pool] = []
+    yield all_pools
+    for pool in all_pools:
         pool.close()
 
 

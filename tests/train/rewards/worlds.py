@@ -52,16 +52,16 @@ class Thread(World):
         self.gather(None)
 
     def on_main(self, make: Callable[[], T]) -> T:
-        made, error = None, None
+        value, error = None, None
         if self.is_main:
             try:
-                made = make()
+                value = make()
             except HpcRlhfError as refused:
                 error = str(refused)
-        (made, error), *_ = self.gather((made, error))
+        (value, error), *_ = self.gather((value, error))
         if error is not None:
             raise HpcRlhfError(error)
-        return made  # type: ignore[return-value]
+        return value  # type: ignore[return-value]
 
 
 def on_ranks(count: int, work: Callable[[World], T], tensor: int = 1) -> list[T | Exception]:

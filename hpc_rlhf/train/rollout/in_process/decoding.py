@@ -95,15 +95,15 @@ def _randoms(request: GenerationRequest, device: torch.device) -> Tensor | None:
 
 def _next_prompts(waiting: deque[int], request: GenerationRequest, free: int) -> list[int]:
     """Take prompts for free rows, at least one, as many as go through the model at once."""
-    taken: list[int] = []
+    numbers: list[int] = []
     tokens = 0
-    while waiting and len(taken) < free:
-        if not taken or waiting[0] // request.group_size != taken[-1] // request.group_size:
+    while waiting and len(numbers) < free:
+        if not numbers or waiting[0] // request.group_size != numbers[-1] // request.group_size:
             tokens += len(request.prompts[waiting[0]])
-            if taken and tokens > PREFILL_TOKENS:
+            if numbers and tokens > PREFILL_TOKENS:
                 break
-        taken.append(waiting.popleft())
-    return taken
+        numbers.append(waiting.popleft())
+    return numbers
 
 
 def _begin(batch: Rows, first: int, numbers: list[int], request: GenerationRequest) -> tuple[list[int], Tensor]:
