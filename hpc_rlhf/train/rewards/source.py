@@ -19,9 +19,10 @@ class RewardSource(Protocol):
 
         Args:
             prompts, responses: token ids; a source that reads text decodes them.
-            columns: further columns of the data by name, with an entry for each prompt, such as a reference
-                answer. Programs may pass them; the PPO stage of a spec passes none.
+            columns: further columns of the data by name, with an entry for each prompt, such as a reference answer;
+                see ``columns_of``.
 
         Returns:
-            None where there is no score: it counts as 0, before penalties, and is left out of the reward's mean.
+            None where there is no score: it is left out of the reward's mean. In PPO it counts as 0, before penalties;
+            in GRPO the response takes no part.
         """
