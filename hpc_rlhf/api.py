@@ -205,7 +205,7 @@ def _sample(
         (engine.seed, "rollout", batch, world.data_rank, row) for row in range(len(prompts))
     ]
     repeated = {name: [cell for cell in column for _ in range(times)] for name, column in (columns or {}).items()}
-    return trainer.evaluate(trainer.roll_out(prompts, keys, lambda: False), repeated)
+    return trainer.evaluate(trainer.roll_out(prompts, keys, lambda: False, times), repeated)
 
 
 def _prompt_ids(engine: _Engine, prompt: str | Sequence[int]) -> list[int]:

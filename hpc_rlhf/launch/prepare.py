@@ -20,7 +20,7 @@ from hpc_rlhf.launch.render import render
 from hpc_rlhf.launch.reuse import take_over
 from hpc_rlhf.launch.survey import refuse_bad_data
 from hpc_rlhf.run import acting, notify, run_index, secret
-from hpc_rlhf.run.files import make_folder, write_atomically
+from hpc_rlhf.run.files import make_folder, replacing, write_atomically
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.job import JobSpec
@@ -134,7 +134,8 @@ def _keep_reward(run: RunDir, file: Path) -> str:
     if not copy.exists():
         trust.check([file], "use a copy in a folder of your own")
         copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(copy, file.read_text(encoding="utf-8"))
+        with replacing(copy) as new:
+            new.write_bytes(file.read_bytes())
     return str(copy)
 
 

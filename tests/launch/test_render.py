@@ -30,7 +30,7 @@ case "$*" in
   "requeue "*) echo "$*" >"$STUB_OUT/requeue" ;;
   "update "*) shift; echo "$*" >>"$STUB_OUT/updates" ;;
   "--oneliner show job 4711") echo "$STUB_JOB" ;;
-  "--oneliner show node n1") echo "NodeName=n1 Arch=x NodeAddr=10.0.0.1 NodeHostName=n1" ;;
+  "--oneliner show node n1") echo "NodeName=n1 Arch=x NodeAddr=127.0.0.9 NodeHostName=n1" ;;
   *) exit 9 ;;
 esac
 """
@@ -139,7 +139,7 @@ def test_the_script_sets_the_rendezvous_and_exits_with_sruns_code(tmp_path: Path
     stage = RunDir(Path(spec.run_dir)).stage("sft")
     assert stage.hostfile.read_text() == "n1 slots=2\nn2 slots=2\n"
     environ = dict(line.split("=", 1) for line in (out / "env").read_text().splitlines() if "=" in line)
-    assert environ["MASTER_ADDR"] == "10.0.0.1"
+    assert environ["MASTER_ADDR"] == "127.0.0.9"
     assert 20000 <= int(environ["MASTER_PORT"]) < 30000
     assert (environ["SRUN_CPUS_PER_TASK"], environ["OMP_NUM_THREADS"]) == ("3", "3")
     assert environ["SUBMITIT_EXECUTOR"] == "slurm"

@@ -99,6 +99,13 @@ def test_a_run_keeps_the_file_that_it_began_with(tmp_path: Path) -> None:
     assert copy.read_text() == SCORE
 
 
+def test_the_copy_of_a_file_is_exact(tmp_path: Path) -> None:
+    spec = spec_of(tmp_path / "jobs", SCORE)
+    code = b"# coding: latin-1\r\n# caf\xe9\r\n" + SCORE.encode()
+    (tmp_path / "jobs/rewards.py").write_bytes(code)
+    assert kept(prepared(spec)).read_bytes() == code
+
+
 def test_a_run_that_is_moved_keeps_its_file(tmp_path: Path) -> None:
     run = prepared(spec_of(tmp_path / "mine", SCORE))
     (tmp_path / "mine/rewards.py").unlink()

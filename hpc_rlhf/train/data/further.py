@@ -8,7 +8,7 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
-# The dialogue as a transcript, beside the further columns. No column of the data has this name: it would be content.
+# The dialogue as a transcript, beside the further columns. A column of the data with this name gives way to it.
 PROMPT = "prompt"
 
 
@@ -44,5 +44,5 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """
     if not rows or "columns" not in rows[0]:
         return {}
-    further = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"]}
+    further = {name: [row["columns"][name] for row in rows] for name in rows[0]["columns"] if name != PROMPT}
     return {PROMPT: [row["prompt"] for row in rows], **further}

@@ -20,6 +20,9 @@ from hpc_rlhf.train.rewards.url import UrlReward
 from hpc_rlhf.train.rewards.verifier import Verifier
 from hpc_rlhf.train.rewards.workers import Pool, usual_size
 
+# Patterns are matched in the rank itself, which does not notice a stop meanwhile.
+PATTERN_SECONDS = 1.0
+
 
 def build_rewards(context: StageContext, items: Sequence[RewardItem], trained: Source | None = None) -> Blend:
     """The rewards of a stage. Collective.
@@ -46,7 +49,7 @@ def _source(context: StageContext, item: RewardItem, trained: Source | None) -> 
 
 def pattern(item: RewardItem) -> Pattern | None:
     """What selects the part of a response that a reward judges."""
-    return Pattern(item.format, item.limit) if item.format is not None else None
+    return Pattern(item.format, min(item.limit, PATTERN_SECONDS)) if item.format is not None else None
 
 
 def _model(context: StageContext, item: RewardItem) -> TextReward:

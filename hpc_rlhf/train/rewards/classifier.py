@@ -45,6 +45,8 @@ class ClassifierReward:
         self._ends = is_plain(self.tokenizer) or hasattr(self.model.config, "score_offset")
         if self._ends:
             configure_tokenizer(self.tokenizer, "auto")
+            if self._config.pad_token_id == self.tokenizer.eos_token_id:
+                self._config.pad_token_id = None  # transformers would take the score before the last EOS
         self._renderer = Renderer(self.tokenizer)
 
     def judge(self, batch: TextBatch) -> list[Score]:

@@ -52,7 +52,7 @@ def make(image: str, seconds: float, memory: int, selected: bool) -> Callable[[l
             return [0.0, None]
         try:
             passed, why = run(command, code, tests, limits)
-        except SandboxError as error:
+        except (SandboxError, OSError, ValueError) as error:  # of the node, such as no more processes
             return str(error)
         return [passed / len(tests), why]
 

@@ -66,4 +66,7 @@ def _rewards(answer: bytes, count: int) -> list[float | None] | str:
     numbers = isinstance(rewards, list) and all(isinstance(each, float | int | None) for each in rewards)
     if not numbers or len(rewards) != count:
         return f"the server gave no list of {count} numbers: {answer[:100]!r}"
-    return rewards
+    try:
+        return [None if each is None else float(each) for each in rewards]
+    except OverflowError:
+        return f"the server gave a number that is too large: {answer[:100]!r}"

@@ -79,6 +79,14 @@ def test_all_rows_have_the_columns_of_all_sources(tmp_path: Path, world: World) 
     assert columns_of([]) == {}
 
 
+def test_rewards_get_the_dialogue_and_not_a_column_of_its_name(tmp_path: Path, world: World) -> None:
+    rows = [{"prompt": "bare", "messages": [user(f"Hi {n}?"), assistant("Yes.")], "answer": n} for n in range(40)]
+    spec = rewarded({**write(tmp_path / "a.jsonl", rows), "format": "messages"})
+    (row, *_) = prepare(spec, "ppo", tiny.tokenizer(), tmp_path / "data", world).train
+    columns = columns_of([row])
+    assert columns == {"prompt": [f"\n\nHuman: Hi {columns['answer'][0]}?\n\nAssistant:"], "answer": columns["answer"]}
+
+
 def test_cells_that_json_cannot_hold_are_left_out_and_dates_become_text(tmp_path: Path, world: World) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -69,15 +69,18 @@ def test_scores_are_those_of_transformers(tmp_path: Path, template: str | None, 
     assert len(set(expected)) == 3
 
 
-def test_reward_models_of_this_package_read_what_they_were_trained_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pads_with_eos", [False, True])
+def test_reward_models_of_this_package_read_what_they_were_trained_on(tmp_path: Path, pads_with_eos: bool) -> None:
     tokenizer = tokenizer_of(None)
     model = tiny.classifier("llama", vocab_size=len(tokenizer), score_offset=0.5, max_position_embeddings=128)
+    if pads_with_eos:
+        model.config.pad_token_id = tokenizer.eos_token_id
     export(model, tokenizer, tmp_path, is_main=True)
     reward = reward_of(tmp_path)
     ids = reward.token_ids(PROMPTS[0], RESPONSES[0])
     assert ids == [*tokenizer(f"{PROMPTS[0]} {RESPONSES[0]}")["input_ids"], tokenizer.eos_token_id]
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([ids])).logits.item() - 0.5
+        expected = model.score(model.model(input_ids=torch.tensor([ids])).last_hidden_state)[0, -1].item() - 0.5
     assert reward.judge(BATCH)[0] == pytest.approx(expected, abs=1e-5)
 
 

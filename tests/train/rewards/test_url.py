@@ -99,12 +99,13 @@ def test_a_busy_server_is_asked_again(server: Server, monkeypatch: pytest.Monkey
         (200, [1.0], "the server's answer is no object with rewards: b'[1.0]'"),
         (200, {"rewards": [1.0, 2.0]}, "the server gave no list of 1 numbers: b'{\"rewards\": [1.0, 2.0]}'"),
         (200, {"rewards": ["1"]}, 'the server gave no list of 1 numbers: b\'{"rewards": ["1"]}\''),
+        (200, b'{"rewards": [1' + b"0" * 400 + b"]}", 'the server gave a number that is too large: b\'{"rewards": [1'),
         (302, "http://127.0.0.1:1/", "the server answered 302 Found"),
     ],
 )
 def test_a_wrong_answer_is_not_asked_for_again(server: Server, code: int, body: Any, why: str) -> None:
     server.answers = [(code, body)]
-    assert http_client.make(server.url, None, 5)({"responses": ["a"]}) == why
+    assert str(http_client.make(server.url, None, 5)({"responses": ["a"]})).startswith(why)
     assert len(server.requests) == 1
 
 

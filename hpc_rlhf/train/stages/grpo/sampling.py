@@ -96,7 +96,8 @@ class Sampler:
         rows = [self.rows[sample_at(position, len(self.rows), seed, "grpo")] for position in asked for _ in range(size)]
         keys: list[tuple[object, ...]] = [(seed, "rollout", position, i) for position in asked for i in range(size)]
         with self.context.stop.cancellable():
-            rollout = trainer.roll_out([row["prompt_ids"] for row in rows], keys, self.context.stop.should_stop)
+            prompts = [row["prompt_ids"] for row in rows]
+            rollout = trainer.roll_out(prompts, keys, self.context.stop.should_stop, size)
         columns = columns_of(rows)
         if not positions:
             rollout, columns = Rollout.of([], [], self.context.world.device), {name: [] for name in columns}

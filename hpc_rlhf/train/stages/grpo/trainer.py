@@ -66,8 +66,11 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
         spec, models, device = self.spec, self.models, self.world.device
         models.actor.eval()
         plan = [rows for minibatch in self.micro_batches(rollout) for rows in minibatch]
-        ref = None if models.ref is None else partial(self._checked, "experience", models.ref)
-        actor = self._keeping(rollout, plan)
+        ref, actor = models.ref, self._keeping(rollout, plan)
+        if ref is None:
+            actor = partial(self._checked, "experience", actor)
+        else:
+            ref = partial(self._checked, "experience", ref)
         stats = evaluate_tokens(rollout, plan, actor, None, ref, spec.temperature, device)
         models.actor.train()
         scores = as_tensor(scored.total, device)

@@ -90,7 +90,7 @@ class PolicyTrainer(Generic[E]):
 
     def roll_out(
         self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[object, ...]],
-        should_stop: Callable[[], bool],
+        should_stop: Callable[[], bool], group_size: int = 1,
     ) -> Rollout:  # fmt: skip
         """Sample a response to each of this rank's prompts, with the fields of a ``GenerationRequest``. Collective.
 
@@ -100,8 +100,11 @@ class PolicyTrainer(Generic[E]):
         sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
         self.backend.sync_weights(self.models.policy)
         return self.backend.generate(
-            GenerationRequest(prompts, self.sizes.response, self.eos_id, sampling, keys, should_stop=should_stop)
-        )
+            GenerationRequest(
+                prompts, self.sizes.response, self.eos_id, sampling, keys, should_stop=should_stop,
+                group_size=group_size,
+            )
+        )  # fmt: skip
 
     # Evaluation
 
@@ -259,4 +262,4 @@ def padded(experience: E, rows: list[int], flat: Tensor, *columns: Tensor) -> tu
 
 def as_tensor(scores: Sequence[float | None], device: torch.device) -> Tensor:
     """(batch,), float32; NaN where there is no score."""
-    return torch.tensor([torch.nan if score is None else score for score in scores], device=device)
+    return torch.tensor([torch.nan if score is None else score for score in scores], dtype=torch.float32, device=device)

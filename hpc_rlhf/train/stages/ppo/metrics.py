@@ -47,6 +47,7 @@ def summarize(
     scored, outcomes, errors = (Moments.merge(gather_moments(world, moments)) for moments in own)
     local = {
         "responses": float(len(scores)),
+        "taking_part": float(mask.any(dim=1).sum()),
         "tokens": float(returns.numel()),
         "all_tokens": float(sum(experience.rollout.response_lengths)),
         "kl": ppo.k3_kl(experience.log_probs, experience.ref_log_probs, mask).sum().item(),
@@ -60,10 +61,10 @@ def summarize(
     learned_tokens = total["learned_tokens"] or 1.0
     actor_loss = total["learned_actor_loss"] / learned_tokens
     return {
-        "reward": scored.mean,
+        "reward": scored.mean if scored.count else None,
         "reward_std": scored.std,
         "score_clipfrac": total["score_clipped"] / total["score_known"] if total["score_known"] else None,
-        "kl": None if spec.truncates else total["kl"] / responses,
+        "kl": None if spec.truncates or not total["taking_part"] else total["kl"] / total["taking_part"],
         "entropy": total["entropy"] / tokens,
         **learned(total),
         "value_clipfrac": total["learned_value_clipped"] / learned_tokens,

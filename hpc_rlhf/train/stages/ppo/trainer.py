@@ -13,8 +13,9 @@ from hpc_rlhf.spec.stages import PpoSpec
 from hpc_rlhf.train.algorithms import ppo
 from hpc_rlhf.train.algorithms.advantages import AdvantageEstimator, Gae
 from hpc_rlhf.train.algorithms.moments import Moments
-from hpc_rlhf.train.rewards.blend import Scores
+from hpc_rlhf.train.rewards.blend import Blend, Scores
 from hpc_rlhf.train.rewards.model import ModelReward
+from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.experience import (
     Experience,
@@ -52,7 +53,7 @@ class PpoTrainer(PolicyTrainer[Experience]):
         self.estimate: AdvantageEstimator = Gae(self.spec.gamma, self.spec.lam)
         self._scores = Moments()
         # Scores from elsewhere are not what the critic starts from.
-        self._scales_values = self.spec.normalize_scores and isinstance(self.rewards, ModelReward)
+        self._scales_values = self.spec.normalize_scores and _is_reward_model(self.rewards)
 
     @property
     def passes(self) -> int:
@@ -112,7 +113,9 @@ class PpoTrainer(PolicyTrainer[Experience]):
 
     def _adapt_kl_coef(self, experience: Experience, target: float) -> None:
         kl = ppo.k3_kl(experience.log_probs, experience.ref_log_probs, experience.mask).sum().item()
-        total = self.world.sums({"kl": kl, "responses": float(len(experience.rollout))})
+        total = self.world.sums({"kl": kl, "responses": float(experience.mask.any(dim=1).sum())})
+        if not total["responses"]:
+            return
         self.kl_coef = ppo.adapted_kl_coef(
             self.kl_coef, total["kl"] / total["responses"], target, self.spec.kl_horizon, total["responses"]
         )
@@ -132,3 +135,11 @@ class PpoTrainer(PolicyTrainer[Experience]):
         for name, value in {"critic_loss": loss, "value_clipped": clipped}.items():
             stats[name] += value.detach() * real
         return loss * (scale * real)
+
+
+def _is_reward_model(rewards: RewardSource) -> bool:
+    """Whether the scores are those of the reward model that the critic starts from."""
+    if isinstance(rewards, Blend):
+        weighted = [(part.source, part.weight) for part in rewards.parts if part.weight]
+        return [weight for source, weight in weighted if isinstance(source, ModelReward)] == [1.0] * len(weighted)
+    return isinstance(rewards, ModelReward)
