@@ -270,7 +270,10 @@ def sampled(ranks: int, step_count: int, minibatches: int, seed: int, most: int)
         )
         trainer = SimpleNamespace(position=0, spec=spec)
 
-        def roll_out(prompts: Sequence[list[int]], keys: Sequence[tuple[Any, ...]], stop: Any) -> Rollout:
+        def roll_out(
+            prompts: Sequence[list[int]], keys: Sequence[tuple[Any, ...]], stop: Any, group_size: int
+        ) -> Rollout:
+            assert group_size == spec.group_size
             answers = [
                 [random.Random(f"{key} {prompt}").randrange(2, 90)] for key, prompt in zip(keys, prompts, strict=True)
             ]
