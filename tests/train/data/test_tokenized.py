@@ -34,7 +34,12 @@ def tokenizer() -> Any:
 
 def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> dict[str, Any] | None:
     samples = [StageSample(sample, False, SourceCounts("demo"))]
-    return next((row for _, row in encoded(samples, tokenizer, spec, kind_of(stage).data)), None)
+    return next((stored(row) for _, row in encoded(samples, tokenizer, spec, kind_of(stage).data)), None)
+
+
+def stored(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it is stored without rewards."""
+    return {name: value for name, value in row.items() if name != "source"}
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -208,7 +213,7 @@ def test_a_mixture_is_the_whole_source_and_tokenized_once(tokenizer: Any, tmp_pa
     rows = prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
     assert len(rows) == 100
     samples = (StageSample(sample, False, SourceCounts("demo")) for sample in read(source, spec.seed))
-    assert list(rows) == [row for _, row in encoded(samples, tokenizer, spec, Data.ANSWERS, ends=True)]
+    assert list(rows) == [stored(row) for _, row in encoded(samples, tokenizer, spec, Data.ANSWERS, ends=True)]
     (folder,) = tmp_path.iterdir()
     before = (folder / "train.arrow").stat().st_mtime_ns
     prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
