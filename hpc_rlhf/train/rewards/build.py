@@ -69,23 +69,23 @@ def _format(context: StageContext, item: RewardItem) -> TextReward:
     return Format(selects)
 
 
-def _math(context: StageContext, item: RewardItem) -> TextReward:
-    assert item.math is not None
+def _verifier(kind: str, column: str, memory: int, context: StageContext, item: RewardItem) -> Verifier:
+    """A pool of processes that compare responses with a column by ``train/rewards/<kind>.py``."""
     selects = pattern(item)
     pool = Pool(
-        "hpc_rlhf.train.rewards.math:make", {"selected": selects is not None}, size=usual_size(), timeout=item.limit,
-        should_stop=context.stop.should_stop, memory=math.MEMORY,
+        f"hpc_rlhf.train.rewards.{kind}:make", {"selected": selects is not None}, size=usual_size(),
+        timeout=item.limit, should_stop=context.stop.should_stop, memory=memory,
     )  # fmt: skip
-    return Verifier("math", item.math, pool, selects)
+    return Verifier(item.kind, column, pool, selects)
+
+
+def _math(context: StageContext, item: RewardItem) -> TextReward:
+    assert item.math is not None
+    return _verifier("math", item.math, math.MEMORY, context, item)
 
 
 def _gym(context: StageContext, item: RewardItem) -> TextReward:
-    selects = pattern(item)
-    pool = Pool(
-        "hpc_rlhf.train.rewards.gym:make", {"selected": selects is not None}, size=usual_size(), timeout=item.limit,
-        should_stop=context.stop.should_stop, memory=gym.MEMORY,
-    )  # fmt: skip
-    return Verifier("reasoning_gym", COLUMN, pool, selects)
+    return _verifier("gym", COLUMN, gym.MEMORY, context, item)
 
 
 def _code(context: StageContext, item: RewardItem) -> TextReward:

@@ -86,9 +86,7 @@ def run(command: list[str], code: str, tests: list[str], limits: dict[str, Any])
     # Nothing else of the environment: a variable could add mounts, or be a secret.
     env = {"PATH": os.environ["PATH"], "APPTAINER_NO_PRIVS": "1", "SINGULARITY_NO_PRIVS": "1"}
     env |= {f"APPTAINERENV_{name}": "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
-    )  # fmt: skip
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     try:
         output, errors = process.communicate(task.encode(), timeout=limits["seconds"] + GRACE_SECONDS)
     except subprocess.TimeoutExpired:

@@ -64,7 +64,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _limit_memory(further: int | None) -> None:
-    """Limit the address space to so many bytes more than it has now."""
+    """Limit the address space to its present size plus ``further`` bytes; None sets no limit."""
     if further is not None:
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[0])
