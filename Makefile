@@ -91,9 +91,10 @@ bench: .venv/.installed-bench  ## Measure speed and memory against peers; BENCH=
 bench-learning: .venv/.installed-bench  ## Compare learning on HH data with peers; takes an hour
 	$(BIN)/python -m tests.benchmarks.learning --work runs/learning
 
-chaos: .venv/.installed-dev  ## Run a chain under FAULTS random faults; 200 take an hour
+chaos: .venv/.installed-dev  ## Run a chain with PPO, then one with GRPO, each under FAULTS random faults; 200 take two hours
 	scripts/install-slurm.sh
 	$(if $(RELEASE),scripts/newer-slurm.sh $(RELEASE)) $(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED)
+	$(if $(RELEASE),scripts/newer-slurm.sh $(RELEASE)) $(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED) --grpo
 	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --here
 
 ettr: .venv/.installed-dev  ## Measure the ETTR of a chain preempted every two minutes; takes half an hour

@@ -97,7 +97,7 @@ def test_code_that_takes_too_much_is_contained(judge: Judge, program: str, why: 
     score, remark = judge([["pass"], program])
     assert score == 0.0
     assert remark is None if why is None else re.fullmatch(why, remark)
-    assert not running("python3 -I")
+    assert not running("python3 -I", isolated=True)
 
 
 def test_a_stop_ends_the_sandbox(image: Path) -> None:
@@ -126,14 +126,16 @@ def test_without_a_sandbox_nothing_runs(image: Path, monkeypatch: pytest.MonkeyP
         code.make(str(image), seconds=5.0, memory=MEMORY, selected=True)
 
 
-def running(text: str) -> list[str]:
-    """Commands that contain a text and are still running after some seconds."""
+def running(text: str, isolated: bool = False) -> list[str]:
+    """Commands that contain a text and are still running after some seconds; isolated: in another network namespace."""
+    network = os.readlink("/proc/self/ns/net")
 
     def commands() -> list[str]:
         lines = []
-        for file in Path("/proc").glob("[0-9]*/cmdline"):
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                lines.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                if not isolated or os.readlink(process / "ns/net") != network:
+                    lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
             except OSError:
                 continue
         return [command for command in lines if text in command]
