@@ -184,8 +184,8 @@ def score_head(where: Path) -> Head | None:
     apart = next((name for name in _APART if (where / name).exists()), None)
     if apart is not None:
         raise HeadError(f"its score head is in a file of its own, {apart}")
-    if is_classifier(fields):
-        _check_labels(fields)
+    if is_classifier(fields) and (count := labels(fields)) != 1:
+        raise HeadError(not_one(count))
     if shapes is None:  # they are not here, or only torch reads them
         return Head("score") if is_classifier(fields) else None
     heads = {name: shape for name, shape in shapes.items() if HEAD.match(name)}
@@ -203,20 +203,20 @@ def score_head(where: Path) -> Head | None:
         raise HeadError(f"its score head is not one linear layer ({', '.join(sorted(heads.keys() | others))})")
     (weight,) = weights
     if len(heads[weight]) != 2 or heads[weight][0] != 1:
-        raise HeadError(_labels(heads[weight][0]))
+        raise HeadError(not_one(heads[weight][0]))
     bias = weight.removesuffix("weight") + "bias"
     return Head(weight.removesuffix(".weight"), _number(where, bias) if bias in heads else 0.0)
 
 
-def _check_labels(fields: Mapping[str, Any]) -> None:
-    names, labels = fields.get("id2label"), fields.get("num_labels", 2)
-    labels = len(names) if isinstance(names, dict) and names else labels
-    if labels != 1:
-        raise HeadError(_labels(labels))
+def labels(fields: Mapping[str, Any]) -> Any:
+    """How many labels transformers gives a classifier with this configuration."""
+    names = fields.get("id2label")
+    return len(names) if isinstance(names, dict) and names else fields.get("num_labels", 2)
 
 
-def _labels(count: int) -> str:
-    return f"it scores {count} labels, one is needed"
+def not_one(labels: Any) -> str:
+    """What is wrong with a reward model that does not have one label."""
+    return f"it scores {labels} labels, one is needed"
 
 
 def read_json(path: Path) -> dict[str, Any]:

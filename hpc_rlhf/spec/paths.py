@@ -130,6 +130,11 @@ def _image(text: str, base: Path) -> str:
     return _absolute(text, base) if _is_local(text) or _IMAGE_FILE.fullmatch(text) else text
 
 
+def _sandbox(text: str, base: Path) -> str:
+    text = _expand(text)
+    return text if "://" in text else _absolute(text, base)
+
+
 def _mount(text: str, base: Path) -> str:
     source, colon, target = _expand(text).partition(":")
     return _absolute(source, base) + colon + target
@@ -157,7 +162,7 @@ _PATHS: tuple[tuple[tuple[str, ...], _Resolve], ...] = (
     (("notify", "webhook", "url"), _webhook),
     (("slurm", "container", "image"), _image),
     (("slurm", "container", "mounts", "*"), _mount),
-    (("stages", "*", "rewards", "*", "image"), _image),
+    (("stages", "*", "rewards", "*", "image"), _sandbox),
     (("stages", "*", "rewards", "*", "model"), _reward_model),
     (("stages", "*", "slurm", "container", "image"), _image),
     (("stages", "*", "slurm", "container", "mounts", "*"), _mount),

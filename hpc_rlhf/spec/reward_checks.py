@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 from hpc_rlhf.spec import model_files, reward_files
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.rewards import RewardItem
 
 # Packages that a kind of reward needs, and the extra that installs it.
 _PACKAGES = {"math": ("math_verify", "math"), "reasoning_gym": ("reasoning_gym", "gym")}
@@ -16,21 +18,38 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
     """For each problem the field of the spec, what is wrong and what to do."""
     for stage in spec.stage_names:
         settings = spec.stage(stage)
+        # A container has packages and files of its own.
+        contained = settings.slurm.container is not None
         for place, item in enumerate(getattr(settings, "rewards", None) or ()):
-            package, extra = _PACKAGES.get(item.kind, (None, None))
-            # A container has packages of its own.
-            if package is not None and settings.slurm.container is None and find_spec(package) is None:
-                what = f"needs the package {package}, which is not installed"
-                yield f"stages.{stage}.rewards.{place}", what, f"pip install 'hpc-rlhf[{extra}]'"
-            if item.function is not None:
-                try:
-                    reward_files.needed_columns(item.function)
-                except ValueError as error:
-                    yield f"stages.{stage}.rewards.{place}.function", str(error), None
-            where = model_files.folder(item.model) if item.model not in (None, "reward") else None
-            if where is not None and not model_files.is_classifier(model_files.config(where)):
-                what = "it is no reward model: its configuration names no class for sequence classification"
-                yield f"stages.{stage}.rewards.{place}.model", what, None
+            for field, what, hint in _of_reward(item, contained):
+                yield ".".join(filter(None, ("stages", stage, "rewards", str(place), field))), what, hint
+        margin, longest = getattr(settings, "overlong_margin", None), spec.data.max_answer_tokens
+        if margin is not None and margin > longest:
+            what = f"is {margin}, but responses have at most {longest} tokens (data.max_answer_tokens)"
+            yield f"stages.{stage}.overlong_margin", what, "lower it; without it, it is a fifth of them"
+
+
+def _of_reward(item: RewardItem, contained: bool) -> Iterator[tuple[str, str, str | None]]:
+    package, extra = _PACKAGES.get(item.kind, (None, None))
+    if package is not None and not contained and find_spec(package) is None:
+        yield "", f"needs the package {package}, which is not installed", f"pip install 'hpc-rlhf[{extra}]'"
+    if item.function is not None:
+        try:
+            reward_files.needed_columns(item.function)
+        except ValueError as error:
+            yield "function", str(error), None
+    if item.image is not None and "://" not in item.image and not contained and not Path(item.image).exists():
+        hint = f"apptainer build {item.image} docker://python:3.12-slim makes one; login and compute nodes must see it"
+        yield "image", f"there is no image {item.image!r}", hint
+    where = model_files.folder(item.model) if item.model not in (None, "reward") else None
+    if where is None:
+        return
+    fields = model_files.config(where)
+    if not model_files.is_classifier(fields):
+        what = "it is no reward model: its configuration names no class for sequence classification"
+        yield "model", what, None
+    elif (count := model_files.labels(fields)) != 1:
+        yield "model", model_files.not_one(count), "give a sequence classification model trained with one label"
 
 
 def columns(spec: JobSpec) -> dict[str, set[str]]:

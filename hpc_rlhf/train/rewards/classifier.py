@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec import model_files
 from hpc_rlhf.train.data.dialogues import configure_tokenizer, encode, token_ids
 from hpc_rlhf.train.data.further import PROMPT
 from hpc_rlhf.train.data.rows import Sample, turns_of
@@ -103,7 +104,7 @@ def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.num_labels != 1:
-            raise HpcRlhfError(f"it scores {config.num_labels} labels, one is needed", where=source)
+            raise HpcRlhfError(model_files.not_one(config.num_labels), where=source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True
