@@ -1,4 +1,7 @@
-"""What is wrong with a spec's rewards, as far as this machine shows it without torch."""
+"""What is wrong with a spec's rewards, as far as this machine shows it without torch.
+
+``check`` asks on a login node, and each attempt of a stage before it loads anything.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,36 @@ _PACKAGES = {"math": ("math_verify", "math"), "reasoning_gym": ("reasoning_gym",
 def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
     """For each problem the field of the spec, what is wrong and what to do."""
     for stage in spec.stage_names:
-        settings = spec.stage(stage)
         # A container has packages and files of its own.
-        contained = settings.slurm.container is not None
-        for place, item in enumerate(getattr(settings, "rewards", None) or ()):
-            for field, what, hint in _of_reward(item, contained):
-                yield ".".join(filter(None, ("stages", stage, "rewards", str(place), field))), what, hint
-        margin, longest = getattr(settings, "overlong_margin", None), spec.data.max_answer_tokens
-        if margin is not None and margin > longest:
-            what = f"is {margin}, but responses have at most {longest} tokens (data.max_answer_tokens)"
-            yield f"stages.{stage}.overlong_margin", what, "lower it; without it, it is a fifth of them"
+        yield from of_stage(spec, stage, here=spec.stage(stage).slurm.container is None)
 
 
-def _of_reward(item: RewardItem, contained: bool) -> Iterator[tuple[str, str, str | None]]:
+def of_stage(spec: JobSpec, stage: str, here: bool = True) -> Iterator[tuple[str, str, str | None]]:
+    """The problems of a stage.
+
+    Args:
+        here: it runs with the packages and the files of this machine.
+    """
+    settings = spec.stage(stage)
+    for place, item in enumerate(getattr(settings, "rewards", None) or ()):
+        for field, what, hint in _of_reward(item, here):
+            yield ".".join(filter(None, ("stages", stage, "rewards", str(place), field))), what, hint
+    margin, longest = getattr(settings, "overlong_margin", None), spec.data.max_answer_tokens
+    if margin is not None and margin > longest:
+        what = f"is {margin}, but responses have at most {longest} tokens (data.max_answer_tokens)"
+        yield f"stages.{stage}.overlong_margin", what, "lower it; without it, it is a fifth of them"
+
+
+def _of_reward(item: RewardItem, here: bool) -> Iterator[tuple[str, str, str | None]]:
     package, extra = _PACKAGES.get(item.kind, (None, None))
-    if package is not None and not contained and find_spec(package) is None:
+    if package is not None and here and find_spec(package) is None:
         yield "", f"needs the package {package}, which is not installed", f"pip install 'hpc-rlhf[{extra}]'"
     if item.function is not None:
         try:
             reward_files.needed_columns(item.function)
         except ValueError as error:
             yield "function", str(error), None
-    if item.image is not None and "://" not in item.image and not contained and not Path(item.image).exists():
+    if here and item.image is not None and "://" not in item.image and not Path(item.image).exists():
         hint = f"apptainer build {item.image} docker://python:3.12-slim makes one; login and compute nodes must see it"
         yield "image", f"there is no image {item.image!r}", hint
     where = model_files.folder(item.model) if item.model not in (None, "reward") else None

@@ -234,3 +234,28 @@ def test_user_errors_found_on_the_node_are_reported_in_one_sentence(
     assert code == failed.exit_code in (1, 2)
     assert said in failed.message
     assert "Traceback" not in log_tail(run, "sft")
+
+
+@pytest.mark.parametrize(
+    ("stage", "reward", "why"),
+    [
+        ("grpo", {"function": "{tmp}/imports.py:score"}, "No module named 'a_package_that_nobody_has'"),
+        ("grpo", {"function": "{tmp}/removed.py:score"}, "stages.grpo.rewards.0.function: cannot read"),
+        ("ppo", {"url": "http://127.0.0.1:9", "secret": "NOT_SET"}, "the environment variable NOT_SET has no token"),
+    ],
+)
+def test_rewards_that_cannot_work_are_refused_before_anything_loads(
+    tmp_path: Path, stage: str, reward: dict[str, str], why: str
+) -> None:
+    for name, line in {"imports": "import a_package_that_nobody_has\n", "removed": ""}.items():
+        (tmp_path / f"{name}.py").write_text(f"{line}def score(completions): ...\n")
+    rewards = [{name: text.replace("{tmp}", str(tmp_path)) for name, text in reward.items()}]
+    run = make_run(tiny_spec(tmp_path / "run", ranks=1, **{stage: {"rewards": rewards}}))
+    for copy in run.scripts.rglob("removed.py"):
+        copy.unlink()
+    assert run_stage(run, stage, 1) == [INPUT_WRONG], log_tail(run, stage)
+    failed = Ledger(run.ledger).last(Failed, stage)
+    assert failed is not None
+    assert why in failed.message
+    assert "Traceback" not in log_tail(run, stage)
+    assert not run.stage(stage).data.exists()

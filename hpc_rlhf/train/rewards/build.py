@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.rewards import RewardItem, names
 from hpc_rlhf.train.context import StageContext
@@ -24,27 +24,37 @@ from hpc_rlhf.train.rewards.workers import Pool, usual_size
 PATTERN_SECONDS = 1.0
 
 
-def build_rewards(context: StageContext, items: Sequence[RewardItem], trained: Source | None = None) -> Blend:
+def text_rewards(context: StageContext, items: Sequence[RewardItem]) -> list[TextReward | None]:
+    """The rewards of a stage that need no model, in place of the others None. Collective.
+
+    Made before models load, they show at once what they lack.
+    """
+    return [TEXT_REWARDS[item.kind](context, item) if item.kind != "model" else None for item in items]
+
+
+def build_rewards(
+    context: StageContext, items: Sequence[RewardItem], texts: Sequence[TextReward | None],
+    trained: Source | None = None,
+) -> Blend:  # fmt: skip
     """The rewards of a stage. Collective.
 
     Args:
+        texts: those that need no model, of ``text_rewards``.
         trained: the model of the reward stage, which ``model: reward`` means.
     """
-    named = zip(names(items), items, strict=True)
     parts = [
-        Part(name, _source(context, item, trained), item.weight, item.on_error == "skip", item.kind in VARYING)
-        for name, item in named
+        Part(name, _source(context, item, text, trained), item.weight, item.on_error == "skip", item.kind in VARYING)
+        for name, item, text in zip(names(items), items, texts, strict=True)
     ]
     committed = CommittedScores(context.files.rewards, context.checkpoints.store, context.world)
     return Blend(parts, context.tokenizer, context.world, committed if any(part.varies for part in parts) else None)
 
 
-def _source(context: StageContext, item: RewardItem, trained: Source | None) -> Source:
+def _source(context: StageContext, item: RewardItem, text: TextReward | None, trained: Source | None) -> Source:
     if item.model == "reward":
         assert trained is not None, "model_checks refuses such a spec"
         return trained
-    reward = TEXT_REWARDS[item.kind](context, item)
-    return FromText(reward, context.tokenizer, context.world, context.stop.cancellable)
+    return FromText(text or _model(context, item), context.tokenizer, context.world, context.stop.cancellable)
 
 
 def pattern(item: RewardItem) -> Pattern | None:
@@ -76,7 +86,24 @@ def _verifier(kind: str, column: str, memory: int, context: StageContext, item: 
         f"hpc_rlhf.train.rewards.{kind}:make", {"selected": selects is not None}, size=usual_size(),
         timeout=item.limit, should_stop=context.stop.should_stop, memory=memory,
     )  # fmt: skip
+    _start(context, pool, item.kind, "pip install 'hpc-rlhf[math,gym]' installs what it imports")
     return Verifier(item.kind, column, pool, selects)
+
+
+def _start(context: StageContext, pool: Pool, where: str, hint: str) -> None:
+    """Start a process of each rank's pool. Collective.
+
+    Raises:
+        HpcRlhfError: it cannot start on a rank. All ranks raise the same.
+    """
+    with context.stop.cancellable():
+        started = pool.start()
+    for error, too_long in context.world.gather((started.error, started.too_long)):
+        if error is not None:
+            why = error.removeprefix("could not start: SandboxError: ")
+            raise HpcRlhfError(
+                f"the reward {why}", where=where, hint=hint, exit_code=RUN_FAILED if too_long else INPUT_WRONG
+            )
 
 
 def _math(context: StageContext, item: RewardItem) -> TextReward:
@@ -98,12 +125,8 @@ def _code(context: StageContext, item: RewardItem) -> TextReward:
         "hpc_rlhf.train.rewards.code:make", arguments, size=usual_size(), timeout=item.limit + 2 * code.GRACE_SECONDS,
         should_stop=context.stop.should_stop,
     )  # fmt: skip
-    with context.stop.cancellable():
-        (tried,) = pool.map([["pass", ""]])
-    if error := next(filter(None, context.world.gather(tried.error)), None):
-        hint = "load Apptainer in slurm.setup, and give an image with python3; without a sandbox, no code runs"
-        why = error.removeprefix("could not start: SandboxError: ")
-        raise HpcRlhfError(f"the reward {why}", where=f"code in {item.image}", hint=hint)
+    hint = "load Apptainer in slurm.setup, and give an image with python3; without a sandbox, no code runs"
+    _start(context, pool, f"code in {item.image}", hint)
     return Verifier("code", item.code, pool, selects)
 
 
@@ -121,7 +144,7 @@ def _function(context: StageContext, item: RewardItem) -> TextReward:
 
 # Kinds whose score of the same response may differ the next time.
 VARYING = frozenset({"function", "code", "url", "math", "reasoning_gym"})
-# How each kind of reward that reads text is made.
+# How each kind of reward that needs no model is made.
 TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "exact": _exact,
     "format": _format,
@@ -130,5 +153,4 @@ TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "reasoning_gym": _gym,
     "code": _code,
     "url": _url,
-    "model": _model,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train.rewards.text import Failure, Score, TextBatch
 from hpc_rlhf.train.rewards.workers import Pool
 
@@ -26,11 +26,12 @@ class FunctionReward:
         arguments = {"file": str(file), "name": name}
         make = "hpc_rlhf.train.rewards.user_function:load"
         self._pool = Pool(make, arguments, size=1, timeout=timeout, should_stop=should_stop)
-        (loaded,) = self._pool.map([None])
+        loaded = self._pool.start()
         if loaded.error is not None:
             self.close()
             hint = "of the file's folder, only the file is copied into the run; install what else it imports"
-            raise HpcRlhfError(f"the reward {name} {loaded.error}", where=str(file), hint=hint)
+            exit_code = RUN_FAILED if loaded.too_long else INPUT_WRONG
+            raise HpcRlhfError(f"the reward {name} {loaded.error}", where=str(file), hint=hint, exit_code=exit_code)
 
     def close(self) -> None:
         """End the process."""

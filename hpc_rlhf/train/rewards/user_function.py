@@ -23,8 +23,8 @@ from typing import Any
 _PRINTED = 64 * 1024
 
 
-def load(file: str, name: str) -> Callable[[Mapping[str, Any] | None], list[float | None] | str]:
-    """What calls a function with keywords, and returns its scores, or what it raised. Without keywords it does nothing.
+def load(file: str, name: str) -> Callable[[Mapping[str, Any]], list[float | None] | str]:
+    """What calls a function with keywords, and returns its scores, or what it raised.
 
     Raises:
         Exception: the file cannot be imported, or has no such function.
@@ -44,9 +44,7 @@ def load(file: str, name: str) -> Callable[[Mapping[str, Any] | None], list[floa
     names = {parameter.name for parameter in parameters}
     own = os.getpid()
 
-    def call(keywords: Mapping[str, Any] | None) -> list[float | None] | str:
-        if keywords is None:
-            return []
+    def call(keywords: Mapping[str, Any]) -> list[float | None] | str:
         arguments = {key: value for key, value in keywords.items() if takes_all or key in names}
         try:
             with output.captured():

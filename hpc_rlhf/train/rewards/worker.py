@@ -49,7 +49,8 @@ def main() -> None:
         answer(value=None)
         for line in questions:
             try:
-                value = apply(json.loads(line))
+                item = json.loads(line)
+                value = None if item is None else apply(item)
                 json.dumps(value)
             except BaseException as error:
                 traceback.print_exc()

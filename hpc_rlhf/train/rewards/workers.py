@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_rlhf import safe_path
@@ -80,13 +80,22 @@ class Pool:
         self._own = threading.local()
         self._workers: set[_Worker] = set()
 
-    def map(self, items: Sequence[Any]) -> list[Outcome]:
-        """The outcome of each item.
+    def start(self) -> Outcome:
+        """Start a process, which has an error if it cannot.
 
         Raises:
             WorkCancelled: ``should_stop`` returned True.
         """
-        self._broken: str | None = None
+        (outcome,) = self.map([None])
+        return outcome
+
+    def map(self, items: Sequence[Any]) -> list[Outcome]:
+        """The outcome of each item. For None, the function is not called.
+
+        Raises:
+            WorkCancelled: ``should_stop`` returned True.
+        """
+        self._broken: Outcome | None = None
         futures = [self._threads.submit(self._apply, item) for item in items]
         try:
             while wait(futures, _POLL_SECONDS).not_done:
@@ -116,7 +125,7 @@ class Pool:
             if self._broken is None:
                 worker = self._own.worker = self._start(worker)
             if self._broken is not None:  # the other items need not try
-                return Outcome(error=f"could not start: {self._broken}", unasked=True)
+                return replace(self._broken, error=f"could not start: {self._broken.error}", unasked=True)
         assert worker is not None
         return worker.receive(self.timeout, json.dumps(item).encode() + b"\n")
 
@@ -126,9 +135,9 @@ class Pool:
             last.close()
         worker = _Worker(self._command)
         self._workers.add(worker)
-        if (error := worker.receive(START_SECONDS).error) is not None:
+        if (outcome := worker.receive(START_SECONDS)).error is not None:
             worker.kill()
-            self._broken = error
+            self._broken = outcome
         return worker
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hpc_rlhf.train.rewards import workers
 from hpc_rlhf.train.rewards.workers import Outcome, Pool
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
@@ -104,7 +105,14 @@ def test_a_stop_ends_the_wait_at_once(pool: MakePool) -> None:
 
 def test_a_worker_that_cannot_start_says_why(pool: MakePool) -> None:
     why = "could not start: ModuleNotFoundError: No module named 'absent_package'"
-    assert pool(arguments={"missing": "absent_package"}).map(["1", "2"]) == [Outcome(error=why, unasked=True)] * 2
+    one = pool(arguments={"missing": "absent_package"})
+    assert one.map(["1", "2"]) == [Outcome(error=why, unasked=True)] * 2
+    assert one.start() == Outcome(error=why, unasked=True)
+
+
+def test_a_worker_that_starts_too_slowly_says_so(pool: MakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "START_SECONDS", 0.0)
+    assert pool().start() == Outcome(error="could not start: took longer than 0 s", too_long=True, unasked=True)
 
 
 def test_signals_for_the_rank_do_not_end_a_worker(pool: MakePool) -> None:

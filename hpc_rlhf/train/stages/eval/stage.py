@@ -25,7 +25,7 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, has_score_head, load_causal, load_reward, loading
 from hpc_rlhf.train.rewards.blend import Blend
-from hpc_rlhf.train.rewards.build import build_rewards
+from hpc_rlhf.train.rewards.build import build_rewards, text_rewards
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
@@ -58,6 +58,7 @@ class Evaluation:
         if context.spec.judge is None and self.reward is not None and not has_score_head(self.reward):
             self.reward = None  # no stage has used it, so it may be a language model
         self.rewards = context.spec.evaluated_rewards
+        self.text_rewards = text_rewards(context, self.rewards)
         self.questions = Questions(context, self.spec)
         self.results = Results()
 
@@ -126,7 +127,7 @@ class Evaluation:
     @cached_property
     def blend(self) -> Blend:
         """The rewards. Collective."""
-        return build_rewards(self.context, self.rewards)
+        return build_rewards(self.context, self.rewards, self.text_rewards)
 
     def verify(self, name: str, step: int) -> dict[str, float | None]:
         """What the rewards say about all responses of a model.

@@ -12,6 +12,7 @@ from hpc_rlhf.spec.stages import GrpoSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.rewards.build import text_rewards
 from hpc_rlhf.train.rollout.experience import GroupExperience
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.grpo.metrics import summarize
@@ -28,7 +29,8 @@ def run(context: StageContext) -> None:
     spec, world = context.stage_spec, context.world
     assert isinstance(spec, GrpoSpec)
 
-    # 1. Data, models, and what generates and scores responses.
+    # 1. Data, models, and what generates and scores responses. Rewards that cannot work show it before anything loads.
+    texts = text_rewards(context, spec.rewards or ())
     data = context.data()
     prompts = context.batch.global_ * spec.minibatches // spec.group_size
     total = total_steps(len(data.train), spec.epochs, prompts, spec.max_steps)
@@ -37,7 +39,7 @@ def run(context: StageContext) -> None:
     trainer = GrpoTrainer(
         spec, models,
         backend=RolloutEngine(models.policy, world),
-        rewards=stage_rewards(context, spec, models.reward),
+        rewards=stage_rewards(context, spec, texts, models.reward),
         eos_id=context.tokenizer.eos_token_id,
         sizes=Sizes.of(context),
         world=world,

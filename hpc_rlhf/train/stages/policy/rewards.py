@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,20 +12,24 @@ from hpc_rlhf.train.rewards.blend import Scores
 from hpc_rlhf.train.rewards.build import build_rewards
 from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rewards.source import RewardSource
+from hpc_rlhf.train.rewards.text import TextReward
 from hpc_rlhf.train.runtime.world import World
 
 
-def stage_rewards(context: StageContext, spec: PolicySpec, engine: Any) -> RewardSource:
+def stage_rewards(
+    context: StageContext, spec: PolicySpec, texts: Sequence[TextReward | None], engine: Any
+) -> RewardSource:
     """The rewards of a spec; without any, the run's reward model.
 
     Args:
+        texts: the rewards that need no model, of ``text_rewards``.
         engine: the run's reward model; None if the stage does not use it.
     """
     budget, trained = context.batch.micro * context.longest, None
     if engine is not None:
         trained = ModelReward(engine, context.world, budget, partial(context.stop.check, "scores"))
     if spec.rewards is not None:
-        return build_rewards(context, spec.rewards, trained)
+        return build_rewards(context, spec.rewards, texts, trained)
     assert trained is not None, "model_checks refuses such a spec"
     return trained
 
