@@ -23,6 +23,7 @@ _PACKAGE = Path(__file__).parents[1]
         "hpc-rlhf init --actor facebook/opt-1.3b --reward facebook/opt-350m --deployment single_gpu",
         "hpc-rlhf init --algorithm grpo --actor Qwen/Qwen3-8B --deployment single_node",
         "hpc-rlhf init --demo",
+        "hpc-rlhf init --demo --algorithm grpo",
     )
 )
 @click.option("--actor", metavar="MODEL", help="Hub id, or folder such as ./my-model, of the model to train.")
@@ -40,7 +41,7 @@ _PACKAGE = Path(__file__).parents[1]
     show_default=True,
     help="How the actor learns: PPO from a reward model, or GRPO from answers that can be verified.",
 )
-@click.option("--demo", is_flag=True, help="Write the spec of the demo, which trains a tiny model on two CPU cores.")
+@click.option("--demo", is_flag=True, help="Write the spec of a demo, which trains a tiny model on two CPU cores.")
 @click.option("--name", help="Name of the run.", show_default="made from the actor's")
 @click.option("--out", metavar="FILE", help="File to write, - for stdout.", show_default="NAME.yaml")
 def command(
@@ -54,9 +55,9 @@ def command(
     GRPO are those of verl's examples for GSM8K.
     """
     if demo:
-        if actor or reward or deployment or name or algorithm != "ppo":
-            raise click.UsageError("--demo cannot be used with other options than --out.")
-        _write(_demo(), out or "demo.yaml", "run")
+        if actor or reward or deployment or name:
+            raise click.UsageError("--demo cannot be used with other options than --algorithm and --out.")
+        _write(_demo("tiny-grpo.yaml" if algorithm == "grpo" else "tiny.yaml"), out or "demo.yaml", "run")
         return
     verified = algorithm == "grpo"
     if verified and reward is not None:
@@ -107,7 +108,7 @@ def _write(text: str, file: str, verb: str) -> None:
     click.echo(f"wrote {file}; next: hpc-rlhf {verb} {shlex.quote(file)}", err=True)
 
 
-def _demo() -> str:
-    """The spec of the demo. A wheel carries it inside the package; a checkout has it beside it."""
+def _demo(file: str) -> str:
+    """The spec of a demo. A wheel carries it inside the package; a checkout has it beside it."""
     folders = (_PACKAGE / "_jobs", _PACKAGE.parent / "jobs")
-    return next(folder / "tiny.yaml" for folder in folders if folder.exists()).read_text(encoding="utf-8")
+    return next(folder / file for folder in folders if folder.exists()).read_text(encoding="utf-8")
