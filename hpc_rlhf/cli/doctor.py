@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 def command(ctx: click.Context, file: Path | None, sets: tuple[str, ...], on_cluster: bool, as_json: bool) -> None:
     """Check that this machine and the cluster can run FILE; without FILE, only what every run needs.
 
-    The checks cover Python and packages, torch and DeepSpeed, Slurm's settings, the hub, whether the stages
-    fit the GPUs that slurm.gpu names, and the run directory. Each line has a level (ok, warning or error),
-    the check, the finding and, below it, the fix. The exit code is 1 if there is an error. For a sweep, the
-    hub is checked for all runs, everything else for the first.
+    The checks cover Python and packages, torch and DeepSpeed, the sandbox of code rewards, Slurm's settings,
+    the hub, whether the stages fit the GPUs that slurm.gpu names, and the run directory. Each line has a
+    level (ok, warning or error), the check, the finding and, below it, the fix. The exit code is 1 if there
+    is an error. For a sweep, the hub is checked for all runs, everything else for the first.
 
     --json prints the list `findings`, each with check, level, message, fix and where, and the counts
     `errors` and `warnings`.

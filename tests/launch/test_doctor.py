@@ -18,7 +18,7 @@ import pytest
 
 from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.launch.doctor import cluster as cluster_checks
-from hpc_rlhf.launch.doctor import fit, machine, site, storage, visit
+from hpc_rlhf.launch.doctor import fit, machine, probe, site, storage, visit
 from hpc_rlhf.launch.doctor.finding import Finding
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
@@ -145,6 +145,28 @@ def test_gpus_that_torch_does_not_find() -> None:
     old = machine.check({**NO_CUDA, "cuda": "12.8", "gpus": ["V100"] * 2, "bf16": False}, 2, {"bf16"}, True)
     assert only(old, "precision").fix.startswith("set precision: fp16")
     assert only(machine.check(NO_CUDA, None, (), False), "torch").level == "ok"
+
+
+def test_a_sandbox_that_is_missing_or_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards = [{"code": "tests", "image": str(tmp_path)}, {"format": "a"}]
+    spec = make_spec(tmp_path / "run", sft={}, grpo={"rewards": [*rewards, {**rewards[0], "name": "again"}]})
+    monkeypatch.setattr(machine, "examine", lambda *_: [])
+
+    def on_node(*stages: str) -> Finding:
+        return only(probe.examine(spec, stages, tmp_path, []), "sandbox")
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    missing = on_node("sft", "grpo")
+    assert (missing.level, "module load apptainer" in missing.fix) == ("error", True)
+    assert missing.message.startswith("the reward code needs Apptainer, which is not on PATH")
+    assert not [finding for finding in probe.examine(spec, ["sft"], tmp_path, []) if finding.check == "sandbox"]
+    # An Apptainer that isolates nothing.
+    (tmp_path / "apptainer").write_text('#!/bin/sh\nwhile [ "$1" != python3 ]; do shift; done\nexec "$@"\n')
+    (tmp_path / "apptainer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.path.dirname(sys.executable)}:/usr/bin:/bin")
+    opened = on_node("grpo")
+    assert opened.message == "the reward code has a sandbox that does not isolate: it shares the net namespace"
+    assert "user namespaces" in opened.fix
 
 
 def test_the_deepspeed_ops_that_a_spec_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``python -m hpc_rlhf.launch.doctor.probe FOLDER STAGE OP…``: check the node it runs on.
+"""``python -m hpc_rlhf.launch.doctor.probe FOLDER STAGE,… OP…``: check the node it runs on.
 
 Writes a list of findings to FOLDER/NODE.json, in the run directory.
 """
@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor import hub, machine, packages, site, storage
+from hpc_rlhf.launch.doctor import hub, machine, packages, sandbox, site, storage
 from hpc_rlhf.launch.doctor.finding import Finding, error
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
@@ -25,12 +25,13 @@ from hpc_rlhf.spec.load import read_spec
 _FROM_NODES = "set slurm.heal.enabled: false, or ask an administrator to allow nodes to submit jobs"
 
 
-def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list[Finding]:
-    """Check a node that runs a stage."""
-    settings = spec.stage(stage).slurm
+def examine(spec: JobSpec, stages: Sequence[str], folder: Path, ops: Sequence[str]) -> list[Finding]:
+    """Check a node that runs some stages with the same Slurm settings."""
+    settings = spec.stage(stages[0]).slurm
     precisions = {spec.stage(name).precision for name in spec.stage_names}
     findings = [storage.check_writes(folder, RunDir(Path(spec.run_dir))), *packages.check()]
     findings += machine.examine(ops, settings.gpus_per_node, precisions, settings.ranks > 1)
+    findings += sandbox.check(spec, stages)
     if commands.available():
         try:
             findings.append(site.check_clock())
@@ -42,11 +43,11 @@ def examine(spec: JobSpec, stage: str, folder: Path, ops: Sequence[str]) -> list
     return [*findings, *hub.check([spec])]
 
 
-def main(folder: Path, stage: str, ops: Sequence[str]) -> None:
+def main(folder: Path, stages: Sequence[str], ops: Sequence[str]) -> None:
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    findings = examine(read_spec(folder / "spec.yaml"), stage, folder, ops)
+    findings = examine(read_spec(folder / "spec.yaml"), stages, folder, ops)
     write_atomically(folder / f"{node}.json", json.dumps([asdict(finding) for finding in findings]))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])

@@ -49,7 +49,7 @@ def visit(spec: JobSpec, plan: Plan, templates: Templates, folder: Path, ops: Se
         for alike in kinds.values():
             stages, own = ", ".join(job.stage for job in alike), folder / alike[0].stage
             try:
-                job_id = _send(spec, plan, templates, alike[0], own, ops)
+                job_id = _send(spec, plan, templates, alike, own, ops)
             except HpcRlhfError as problem:
                 message = f"the job was rejected: {problem.message.partition(': ')[2]}"
                 findings.append(error("submission", message, "change the stage's slurm settings").at(stages))
@@ -64,13 +64,16 @@ def visit(spec: JobSpec, plan: Plan, templates: Templates, folder: Path, ops: Se
     return findings
 
 
-def _send(spec: JobSpec, plan: Plan, templates: Templates, job: PlannedJob, folder: Path, ops: Sequence[str]) -> str:
+def _send(
+    spec: JobSpec, plan: Plan, templates: Templates, alike: Sequence[PlannedJob], folder: Path, ops: Sequence[str]
+) -> str:
     """Submit the job for one kind of node, and return its id."""
+    job = alike[0]
     folder.mkdir(mode=0o700)
     (folder / "spec.yaml").write_text(dump_spec(spec), encoding="utf-8")
     limits = {"nodes": min(job.slurm.nodes, _NODES), "time": str(_MINUTES), "signal_seconds": 30}
     small = replace(job, slurm=job.slurm.model_copy(update=limits), job_name=f"{spec.name}.doctor")
-    words = [str(folder), job.stage, *ops]
+    words = [str(folder), ",".join(each.stage for each in alike), *ops]
     command = f"{rank_python(job)} hpc_rlhf.launch.doctor.probe {shlex.join(words)}"
     script = folder / "script"
     script.write_text(templates.doctor(plan, small, folder, command, _UNSHARED), encoding="utf-8")

@@ -1,4 +1,7 @@
-"""What runs the code of responses against tests, in a process without torch: Apptainer, without network and home."""
+"""What runs the code of responses against tests, in a process without torch: Apptainer, without network and home.
+
+``python -m hpc_rlhf.train.rewards.code IMAGE`` prints as JSON why code cannot be contained here, or null.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +44,7 @@ def make(image: str, seconds: float, memory: int, selected: bool) -> Callable[[l
     limits = {"seconds": seconds, "memory": memory, "processes": PROCESSES, "disk": DISK}
     command = [*program(), "--silent", *_ISOLATED, image, "python3", "-I", "-c", _GUARD.read_text(encoding="utf-8")]
     if run(command, "a = 1", ["assert a == 1", "assert a == 2"], limits) != [1, None]:
-        raise SandboxError(f"tests of a program do not run in {image}")
+        raise SandboxError(f"cannot run a test in {image}")
 
     def judge(item: list[Any]) -> list[Any] | str:
         tests, response = item
@@ -95,11 +99,24 @@ def run(command: list[str], code: str, tests: list[str], limits: dict[str, Any])
     lines = output.decode(errors="replace").splitlines()
     if not lines:
         last = (errors.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise SandboxError(f"its sandbox did not start ({last[:300]})")
+        raise SandboxError(f"has no sandbox, because it did not start ({last[:300]})")
     opened = json.loads(lines[0])["open"]
     if opened is not None:
-        raise SandboxError(f"its sandbox does not isolate: {opened}")
+        raise SandboxError(f"has a sandbox that does not isolate: {opened}")
     if len(lines) < 2:
         return [0, "ended the sandbox"]
     result = json.loads(lines[1])
     return [result["passed"], result["why"]]
+
+
+def main() -> None:
+    why = None
+    try:
+        make(sys.argv[1], seconds=30.0, memory=512 * 2**20, selected=True)
+    except SandboxError as error:
+        why = str(error)
+    print(json.dumps(why))
+
+
+if __name__ == "__main__":
+    main()

@@ -119,7 +119,7 @@ def test_without_a_sandbox_nothing_runs(image: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "apptainer").write_text('#!/bin/sh\nwhile [ "$1" != python3 ]; do shift; done\nexec "$@"\n')
     (tmp_path / "apptainer").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(code.SandboxError, match="its sandbox does not isolate: it shares the net namespace"):
+    with pytest.raises(code.SandboxError, match="has a sandbox that does not isolate: it shares the net namespace"):
         code.make(str(image), seconds=5.0, memory=MEMORY, selected=True)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(code.SandboxError, match="needs Apptainer, which is not on PATH"):
