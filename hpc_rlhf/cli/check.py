@@ -119,9 +119,7 @@ def _place(file: str, sets: tuple[str, ...], path: str) -> Mark:
     """The place of a field in a file, or of the innermost part of it that the file has."""
     node = read_layers(Path(file), sets)
     for key in path.split("."):
-        items = node.value if isinstance(node.value, list) else ()
-        inner = items[int(key)] if key.isdecimal() and int(key) < len(items) else node.fields.get(key)
-        if inner is None:
+        if (inner := node.inner(key)) is None:
             break
         node = inner
     return node.place

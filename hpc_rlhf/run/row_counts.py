@@ -91,11 +91,13 @@ class SourceCounts:
     Attributes:
         source: the path, hub id or ``demo``.
         ignored: columns that nobody reads although they look like content, each with the first such row.
+        rewarded: columns that rewards read.
     """
 
     source: str
     outcomes: dict[Outcome, Count] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    rewarded: frozenset[str] = frozenset()
 
     def add(self, outcome: Outcome, where: str) -> None:
         """Count a row. Several samples of one row, which come one after the other, count once."""

@@ -142,10 +142,7 @@ def _mount(text: str, base: Path) -> str:
 
 def _function(text: str, base: Path) -> str:
     file, colon, name = _expand(text).rpartition(":")
-    path = _absolute(file, base)
-    if file and not os.path.isfile(path):
-        raise ValueError(f"there is no file {path!r}")
-    return path + colon + name if file else text
+    return _absolute(file, base) + colon + name if file else text
 
 
 def _webhook(text: str, base: Path) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def _of_reward(item: RewardItem, here: bool) -> Iterator[tuple[str, str, str | N
     if item.function is not None:
         try:
             reward_files.needed_columns(item.function)
-        except ValueError as error:
-            yield "function", str(error), None
+        except reward_files.FunctionError as error:
+            what, hint = error.args
+            yield "function", what, hint
     if here and item.image is not None and "://" not in item.image and not Path(item.image).exists():
         hint = f"apptainer build {item.image} docker://python:3.12-slim makes one; login and compute nodes must see it"
         yield "image", f"there is no image {item.image!r}", hint
@@ -68,7 +70,17 @@ def columns(spec: JobSpec) -> dict[str, set[str]]:
     needed = {}
     for stage in spec.stage_names:
         for place, item in enumerate(getattr(spec.stage(stage), "rewards", None) or ()):
-            named = {column for column in (item.math, item.exact, item.code) if column is not None}
-            parameters = set() if item.function is None else reward_files.needed_columns(item.function)
-            needed[f"stages.{stage}.rewards.{place}"] = named | parameters
+            needed[f"stages.{stage}.rewards.{place}"] = _columns(item)
     return needed
+
+
+def all_columns(spec: JobSpec) -> frozenset[str]:
+    """The columns of the data that rewards of a spec read."""
+    return frozenset().union(*columns(spec).values())
+
+
+def _columns(item: RewardItem) -> set[str]:
+    named = {column for column in (item.math, item.exact, item.code) if column is not None}
+    with suppress(reward_files.FunctionError):  # ``problems`` has it
+        named |= set() if item.function is None else reward_files.needed_columns(item.function)
+    return named

@@ -15,6 +15,12 @@ from hpc_rlhf.spec.rewards import RewardItem
 
 # What a function may take besides columns of the data.
 KEYWORDS = ("prompts", "completions", "responses", "completion_ids")
+# What other libraries' functions take for one response alone. No column of the data reaches rewards as prompt.
+_SINGLE = {"prompt": "prompts"}
+
+
+class FunctionError(Exception):
+    """A function that cannot be called: what is wrong, and what to do."""
 
 
 def split(function: str) -> tuple[Path, str]:
@@ -55,22 +61,25 @@ def needed_columns(function: str) -> set[str]:
     """The columns of the data that a function cannot be called without.
 
     Raises:
-        ValueError: there is no such function, or it cannot be called with keywords.
+        FunctionError: there is no such function, or it cannot be called with keywords.
     """
     file, name = split(function)
     try:
         tree = ast.parse(file.read_bytes(), str(file))
     except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from None
+        hint = "correct the path, which starts at the folder of the spec if it is relative, or write the file"
+        raise FunctionError(f"cannot read {file}: {error.strerror}", hint) from None
     except (SyntaxError, ValueError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise ValueError(f"{file} is not Python{line}: {error.args[0]}") from None
+        what = f"{file} is not Python{line}: {error.args[0]}"
+        raise FunctionError(what, f"see the whole error with: python -m py_compile {file}") from None
     defined = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     node = next((node for node in reversed(defined) if node.name == name), None)
     if node is None:
         if not _may_bind(tree, name):
             there = ", ".join(node.name for node in defined) or "no function"
-            raise ValueError(f"{file} has no function {name}; it has {there}")
+            hint = f"name one that is there, or write def {name}(completions, **columns)"
+            raise FunctionError(f"{file} has no function {name}; it has {there}", hint)
         return set()
     return set() if node.decorator_list else _required(node) - set(KEYWORDS)
 
@@ -94,16 +103,23 @@ def _required(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
     """The parameters without a default.
 
     Raises:
-        ValueError: one of them cannot be passed by keyword, or nothing takes the responses.
+        FunctionError: one of them cannot be passed by keyword or is never passed, or nothing takes the responses.
     """
     args = node.args
     positional = [*args.posonlyargs, *args.args]
     required = positional[: len(positional) - len(args.defaults)]
     if only := [arg.arg for arg in required if arg in args.posonlyargs]:
-        raise ValueError(f"{node.name} takes {only[0]} by position only; it is called with keywords")
+        what = f"{node.name} takes {only[0]} by position only; it is called with keywords"
+        raise FunctionError(what, "remove the / from its parameters")
     names = {arg.arg for arg in [*positional, *args.kwonlyargs]}
     if args.kwarg is None and not names & {"completions", "responses", "completion_ids"}:
         what = f"it takes {', '.join(sorted(names))}" if names else "it takes nothing"
-        raise ValueError(f"{node.name} needs a parameter completions, or **kwargs, for the responses; {what}")
+        what = f"{node.name} needs a parameter completions, or **kwargs, for the responses; {what}"
+        raise FunctionError(what, f"such as def {node.name}(completions, **columns)")
     keyword = {arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default is None}
-    return {arg.arg for arg in required} | keyword
+    needed = {arg.arg for arg in required} | keyword
+    if single := needed & _SINGLE.keys():
+        name = min(single)
+        what = f"{node.name} takes {name}, but a function is called with lists for all responses together"
+        raise FunctionError(what, f"name the parameter {_SINGLE[name]}, and expect a list")
+    return needed

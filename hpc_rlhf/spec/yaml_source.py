@@ -108,11 +108,17 @@ class Node:
         """The fields of a mapping; any other value has none."""
         return self.value if isinstance(self.value, dict) else {}
 
+    def inner(self, key: str) -> Node | None:
+        """The field of a mapping, or the item of a list with this number."""
+        if isinstance(self.value, list):
+            return self.value[int(key)] if key.isdecimal() and int(key) < len(self.value) else None
+        return self.fields.get(key)
+
     def get(self, *path: str) -> Node | None:
-        """The node at a path of mapping keys."""
+        """The node at a path of keys of mappings and numbers of lists."""
         node: Node | None = self
         for key in path:
-            node = node.fields.get(key) if node is not None else None
+            node = node.inner(key) if node is not None else None
         return node
 
     def is_set(self, *path: str) -> bool:

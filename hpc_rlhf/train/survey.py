@@ -11,7 +11,8 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
@@ -63,13 +64,16 @@ class Sampled:
 
 
 @cache
-def sampled(source: SourceSpec, needs: frozenset[Data], margins: bool = False) -> Sampled | HpcRlhfError:
+def sampled(
+    source: SourceSpec, needs: frozenset[Data], margins: bool = False, rewarded: frozenset[str] = frozenset()
+) -> Sampled | HpcRlhfError:
     """The first rows of each of a source's files, or why they cannot be used. Remote data fits all needs.
 
     Args:
         margins: every pair needs one.
+        rewarded: columns that rewards read.
     """
-    counts = SourceCounts(source.name)
+    counts = SourceCounts(source.name, rewarded=rewarded)
     try:
         files = sources.local_files(source)
         generated = source.arithmetic or source.reasoning_gym
@@ -116,18 +120,18 @@ def look(spec: JobSpec) -> Survey:
     stages = {stage: kind_of(stage).data for stage in spec.shares}
     margins = any(sources.uses_margins(spec, stage) for stage in stages)
     needs, fits, searched = frozenset(stages.values()), set[Data](), [0]
+    rewarded, known = reward_checks.all_columns(spec), dict[str, SourceCounts]()
     for path, source in spec.sources.items():
         of_stages = path.startswith("data.")
-        one = sampled(source, needs, margins) if of_stages else sampled(source, frozenset({Data.ANSWERS}))
+        one = sampled(source, needs, margins, rewarded) if of_stages else sampled(source, frozenset({Data.ANSWERS}))
         if isinstance(one, HpcRlhfError):
             survey.refuse(path, one)
             continue
         if of_stages:
             fits |= one.fits
             searched.append(one.searched)
-        survey.data[path] = [one.counts.to_dict()]
+        known[path] = one.counts
         survey.notes += [f"{path}: {text}" for text in sources.unread(source)]
-        survey.notes += [f"{path}: in the first {one.counts.read} rows, {text}" for text in one.counts.warnings()]
     if not survey.problems:
         for data in needs - fits:
             names = " and ".join(stage for stage, own in stages.items() if own is data)
@@ -136,15 +140,19 @@ def look(spec: JobSpec) -> Survey:
             what = f"none of the rows gives {data.value}, which {names} needs; {some} were read"
             hint = f"fix the rows or their format, add a source with {data.value}, or remove {names}"
             survey.problems.append({"path": "data.sources", "what": what, "hint": hint})
-    if not survey.problems:
-        survey.problems += _missing_columns(spec)
+    missing = [] if survey.problems else list(_missing_columns(spec))
+    survey.problems += missing
+    for path, counts in known.items():
+        shown = replace(counts, ignored={}) if missing else counts  # the problem names the columns that there are
+        survey.data[path] = [shown.to_dict()]
+        survey.notes += [f"{path}: in the first {shown.read} rows, {text}" for text in shown.warnings()]
     return survey
 
 
 def _missing_columns(spec: JobSpec) -> Iterator[dict[str, str]]:
     """Rewards that need a column which no row has, as far as the data are on this machine."""
-    needed = reward_checks.columns(spec)
-    names, there = set[str]().union(*needed.values()), set[str]()
+    needed, there = reward_checks.columns(spec), set[str]()
+    names = reward_checks.all_columns(spec)
     for source in spec.data.sources:
         if source.path is not None and sources.local_files(source) is None:
             return
@@ -156,7 +164,9 @@ def _missing_columns(spec: JobSpec) -> Iterator[dict[str, str]]:
         for column in sorted(columns - there):
             others = ", ".join(sorted(there)) or "none"
             what = f"needs the column {column}, and no row has it; further columns are {others}"
-            yield {"path": path, "what": what, "hint": "rename one of the data's by columns: of a source"}
+            close = get_close_matches(column, there, 1)
+            hint = f"did you mean {close[0]}?" if close else "rename one of the data's by columns: of a source"
+            yield {"path": path, "what": what, "hint": hint}
 
 
 class _Alone:

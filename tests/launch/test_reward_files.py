@@ -20,7 +20,8 @@ name: demo
 run_dir: {run}
 data: {{sources: [{{demo: 100}}]}}
 models: {{actor: facebook/opt-125m}}
-stages: {{grpo: {{group_size: 4, rewards: [{{format: a}}, {{function: rewards.py:score}}]}}}}
+stages: {{grpo: {{group_size: 4, rewards: [{{format: a}},
+    {{function: rewards.py:score}}]}}}}
 """
 SCORE = "def score(completions, **columns):\n    return [1.0 for _ in completions]\n"
 
@@ -49,20 +50,23 @@ def kept(run: RunDir) -> Path:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (None, "there is no file '.*/rewards.py'"),
+        (None, "cannot read .*/rewards.py: No such file"),
         ("def other(completions): pass", "has no function score; it has other"),
         ("x = 1", "has no function score; it has no function"),
         ("def score(completions)\n    pass", "is not Python, line 1"),
         ("def score(completions, /): pass", "score takes completions by position only"),
         ("def score(text): pass", r"needs a parameter completions, or \*\*kwargs, for the responses; it takes text"),
         ("async def score(): pass", "for the responses; it takes nothing"),
+        ("def score(completions, prompt): pass", r"takes prompt, .*\(name the parameter prompts, and expect a list"),
     ],
 )
 def test_a_function_that_cannot_be_called_is_refused_with_its_place(
     tmp_path: Path, code: str | None, message: str
 ) -> None:
-    with pytest.raises(SpecError, match=rf"job.yaml:6:\d+: .*stages.grpo.rewards.1.function: .*{message}"):
+    with pytest.raises(SpecError, match=rf"job.yaml:7:16: stages.grpo.rewards.1.function: .*{message}") as caught:
         spec_of(tmp_path / "mine", code)
+    (problem,) = caught.value.problems
+    assert problem.hint
 
 
 @pytest.mark.parametrize(

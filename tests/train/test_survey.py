@@ -125,3 +125,17 @@ def test_a_column_that_a_reward_needs_and_no_row_has_is_refused(tmp_path: Path) 
     assert missing(local) == [("stages.grpo.rewards.2", lacks.format("level", "answer"))]
     write(tmp_path / "a.jsonl", [*rows, {**rows[0], "level": 3}])
     assert missing(local, {"demo": 50}) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "hints", "unread"), [("answer", [], ["notes"]), ("anwser", ["did you mean answer?"], [])]
+)
+def test_a_column_of_a_reward_is_no_column_that_is_not_read(
+    tmp_path: Path, column: str, hints: list[str], unread: list[str]
+) -> None:
+    rows = [{"prompt": f"{n}?", "chosen": "yes", "answer": "7", "notes": "one two three four"} for n in range(9)]
+    spec = spec_of({"path": write(tmp_path / "a.jsonl", rows), "format": "prompt-chosen-rejected"}, stages=("sft",))
+    stages = {"sft": {}, "grpo": {"rewards": [{"exact": column}]}}
+    seen = survey.look(spec.model_validate({**spec.model_dump(), "stages": stages}))
+    assert [problem["hint"] for problem in seen.problems] == hints
+    assert [note.split(" of ")[0].rpartition(" ")[2] for note in seen.notes if "is not read" in note] == unread

@@ -251,5 +251,6 @@ def read_row(
         raise Dropped(Outcome.NO_ANSWER)
     if counts is not None and format != "prompt" and not cells.unread <= counts.ignored.keys():
         for column in cells.ignored(sample.text):
-            counts.ignored.setdefault(column, where)
+            if column not in counts.rewarded:
+                counts.ignored.setdefault(column, where)
     return replace(sample, where=where, further=cells.further)

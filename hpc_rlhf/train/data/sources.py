@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run.row_counts import Kind, Outcome, SourceCounts
+from hpc_rlhf.spec import reward_checks
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
@@ -239,7 +240,8 @@ def mixed_samples(source: SourceSpec, seed: int, counts: SourceCounts) -> Iterat
 
 
 def new_counts(spec: JobSpec) -> list[SourceCounts]:
-    return [SourceCounts(source.name) for source in spec.data.sources]
+    rewarded = reward_checks.all_columns(spec)
+    return [SourceCounts(source.name, rewarded=rewarded) for source in spec.data.sources]
 
 
 def check_lost(counts: SourceCounts, where: str, limits: DataSpec) -> None:
