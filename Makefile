@@ -24,7 +24,7 @@ FAULTS ?= 200
 SEED ?= 1
 RELEASE ?=
 
-.PHONY: help install demo demo-grpo docs test test-fast test-slurm coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
+.PHONY: help install install-vllm demo demo-grpo docs test test-fast test-slurm coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
 
 help:  ## List these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -48,6 +48,9 @@ install: .venv/.installed-dev  ## Install the package and the development tools 
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/trl-ppo trl==1.12.0
 	@touch $@
+
+install-vllm: .venv/.installed  ## Install vLLM, on its own, in .venv-vllm; takes several minutes
+	scripts/install-vllm.sh
 
 demo: .venv/.installed  ## Train a tiny chat model on this machine, in a new folder in runs/
 	$(BIN)/hpc-rlhf run jobs/tiny.yaml --set run_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -126,6 +129,6 @@ cluster: .venv/.installed-dev  ## Start a four-node Slurm cluster on this machin
 cluster-down:  ## Stop that cluster and remove it
 	$(BIN)/python -m tests.cluster down $(CLUSTER)
 
-clean:  ## Remove .venv and caches, but not runs/
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage build dist gpu-check gpu-wheels
+clean:  ## Remove .venv, .venv-vllm and caches, but not runs/
+	rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage build dist gpu-check gpu-wheels
 	find hpc_rlhf tests -name __pycache__ -prune -exec rm -rf {} +
