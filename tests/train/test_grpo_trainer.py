@@ -209,6 +209,37 @@ def test_without_updates_the_ratio_is_exactly_one_over_what_takes_part(steps: Ca
     assert (first["ratio"], first["approx_kl"], first["clipped"]) == (first["tokens"], 0.0, 0.0)
 
 
+@pytest.mark.parametrize("fields", [{}, {"kl_coef": 0.1, "overlong": "mask", "temperature": 0.7}])
+def test_a_single_update_computes_the_log_probabilities_itself(
+    steps: Callable[[float], Steps], fields: dict[str, Any]
+) -> None:
+    """With the same gradient, statistics and experience, to the last bit, as if they were computed before it."""
+    results = []
+    for learned_next in (False, True):
+        optimizer, trainer, passes = steps(1e-3), trainer_of(budget=16, **fields), []
+        trainer.models.ref = trainer.models.ref if trainer.spec.kl_coef else None
+        trainer.models.actor.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+        experience = trainer.evaluate_scored(ROLLOUT, SCORED, learned_next)
+        evaluated = len(passes)
+        stats = trainer.learn(experience)
+        columns = (experience.log_probs, experience.ref_log_probs, experience.entropies, optimizer.gradients[0])
+        results.append((evaluated, len(passes) - evaluated, stats, columns))
+        assert trainer.learn(experience)["approx_kl"] > 0  # the experience stays that of the actor that sampled
+    (before, update, stats, columns), (none, again, same, filled) = results
+    assert (none, again) == (0, before) == (0, update)
+    assert same == stats
+    assert all(torch.equal(one, other) for one, other in zip(filled, columns, strict=True))
+
+
+def test_log_probabilities_that_are_needed_before_the_update_are_computed_before_it() -> None:
+    for fields in (
+        {"num_iterations": 2}, {"minibatches": 2}, {"kl_coef": 0.1, "kl_in": "reward"}, {"advantage": "reinforce++"},
+        {"dropout": 0.1},
+    ):  # fmt: skip
+        experience = trainer_of(**fields).evaluate_scored(ROLLOUT, SCORED, learned_next=True)
+        assert not experience.log_probs.isnan().any()
+
+
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "dr_grpo"])
 def test_groups_without_differences_give_no_gradient(steps: Callable[[float], Steps], advantage: str) -> None:
     optimizer = steps(0.0)

@@ -149,6 +149,16 @@ def test_grpo_stopped_in_a_rollout_and_between_minibatches_resumes_exactly(tmp_p
     assert sum(line["resampled"] for line in metrics(one, "grpo")) > 0
 
 
+def test_grpo_stopped_in_its_single_update_resumes_exactly(tmp_path: Path) -> None:
+    """With an experience that the update had begun to complete."""
+    fields = {"micro_batch": 1, "global_batch": 8, "group_size": 2, "max_steps": 2}
+    whole, stopped = (make_run(tiny_spec(tmp_path / how, grpo=fields)) for how in ("whole", "stopped"))
+    run_stopping([(whole, "grpo", []), (stopped, "grpo", [(LEARNING, 2)])], 2)
+    same(stopped, whole, "grpo")
+    assert stops(stopped, "grpo") == [(0, 1)]
+    assert all(line["kl"] is not None and line["ratio"] == 1 for line in metrics(whole, "grpo"))
+
+
 def test_a_stage_continues_on_another_number_of_ranks_with_the_same_steps(tmp_path: Path) -> None:
     """Two ranks, then one, then two: the losses are those of two throughout, and no sample is seen twice."""
     fields: dict[str, Any] = {

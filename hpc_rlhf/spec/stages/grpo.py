@@ -53,6 +53,13 @@ class GrpoSpec(PolicySpec):
         return "tokens" if self.loss_normalization == "token" else "responses"
 
     @property
+    def updates_once(self) -> bool:
+        """Whether the actor is updated once by each rollout, and no advantage depends on log-probabilities. These are
+        then those of the update's own forward pass, and none is made for them alone."""
+        once = self.num_iterations == self.minibatches == 1 and not self.dropout
+        return once and self.kl_in == "loss" and self.advantage != "reinforce++"
+
+    @property
     def strategies(self) -> dict[str, StageSpec]:
         own_ref = self.kl_coef > 0 and not (self.lora is not None and self.lora.only)
         used = {"ref": own_ref, "reward": self.rewarded_by_models}

@@ -51,7 +51,7 @@ def run(context: StageContext) -> None:
     def experience_of(step: int) -> tuple[GroupExperience, policy.Metrics]:
         lr = engines.learning_rate(models.actor)
         rollout, scored = sampler.sample()
-        return trainer.evaluate_scored(rollout, scored), {**sampler.metrics, "lr": lr}
+        return trainer.evaluate_scored(rollout, scored, learned_next=True), {**sampler.metrics, "lr": lr}
 
     # 3. Learning from it.
     measure = partial(summarize, spec=spec, eos_id=trainer.eos_id, world=world)

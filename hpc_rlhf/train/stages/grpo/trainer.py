@@ -16,7 +16,7 @@ from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.experience import GroupExperience, TokenStats, evaluate_tokens, gather_moments
 from hpc_rlhf.train.stages.grpo.models import GrpoModels
 from hpc_rlhf.train.stages.policy.minibatches import Minibatch
-from hpc_rlhf.train.stages.policy.trainer import PolicyTrainer, as_tensor
+from hpc_rlhf.train.stages.policy.trainer import PolicyTrainer, as_tensor, padded
 
 ADVANTAGES = {"grpo": group_advantages.grpo, "dr_grpo": group_advantages.dr_grpo, "rloo": group_advantages.rloo}
 
@@ -57,16 +57,20 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
 
     # Evaluation
 
-    def evaluate_scored(self, rollout: Rollout, scored: Scores) -> GroupExperience:
+    def evaluate_scored(self, rollout: Rollout, scored: Scores, learned_next: bool = False) -> GroupExperience:
         """Log-probabilities and advantages of a rollout with its scores. Collective.
 
         Uses the same micro-batches as ``learn``, so that before the first update a token's log-probability is the same
         to the last bit.
+
+        Args:
+            learned_next: the next call is ``learn``. It may then fill in the actor's log-probabilities and entropies,
+                which are NaN here.
         """
         spec, models, device = self.spec, self.models, self.world.device
         models.actor.eval()
         plan = [rows for minibatch in self.micro_batches(rollout) for rows in minibatch]
-        ref, actor = models.ref, self._keeping(rollout, plan)
+        ref, actor = models.ref, _unknown if learned_next and spec.updates_once else self._keeping(rollout, plan)
         if ref is None:
             actor = partial(self._checked, "experience", actor)
         else:
@@ -117,6 +121,16 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
 
     # Learning
 
+    def _actor(self, experience: GroupExperience, rows: list[int], with_entropies: bool = False) -> Any:
+        output = super()._actor(experience, rows, self.spec.updates_once)
+        if self.spec.updates_once and rows:
+            log_probs, entropies = (part.detach() for part in output)
+            columns = experience.log_probs, experience.ref_log_probs, experience.entropies
+            for column, flat in zip(columns, (log_probs, log_probs, entropies), strict=True):
+                numbers, (known,) = padded(experience, rows, flat, column)
+                column[rows, : numbers.shape[1]] = known.where(~known.isnan(), numbers)
+        return output
+
     def denominator(self, minibatch: Minibatch) -> float:
         return minibatch.all_tokens if self.spec.mean_over == "tokens" else minibatch.all_responses
 
@@ -127,3 +141,9 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
         width = log_probs.shape[1]
         mask, ref = (column[rows, :width] for column in (experience.mask, experience.ref_log_probs))
         return self.spec.kl_coef * (experience.weights[rows] * ppo.k3_kl(log_probs, ref, mask)).sum()
+
+
+def _unknown(ids: Tensor, lengths: tuple[int, ...], predicted: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """What stands for the actor's outputs until learning fills them in."""
+    nothing = torch.full(predicted.shape, torch.nan, device=ids.device)
+    return nothing, nothing

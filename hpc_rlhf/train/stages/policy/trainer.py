@@ -233,13 +233,13 @@ class PolicyTrainer(Generic[E]):
 
         return forward
 
-    def _actor(self, rollout: Rollout, rows: list[int]) -> Any:
-        batch, response = rollout.batch(rows or [0], self.world.device)
-        return self.models.actor(batch.ids, batch.lengths, response, self.spec.temperature)
+    def _actor(self, experience: E, rows: list[int], with_entropies: bool = False) -> Any:
+        batch, response = experience.rollout.batch(rows or [0], self.world.device)
+        return self.models.actor(batch.ids, batch.lengths, response, self.spec.temperature, with_entropies)
 
     def _actor_loss(self, experience: E, rows: list[int], scale: float, stats: dict[str, Tensor]) -> Tensor:
         """A micro-batch's clipped surrogate loss, times the scale; adds to the stats."""
-        (flat, _), self._kept = self._kept or self._actor(experience.rollout, rows), None
+        (flat, _), self._kept = self._kept or self._actor(experience, rows), None
         log_probs, (old, advantages, mask) = padded(
             experience, rows, flat, experience.log_probs, experience.advantages, experience.mask
         )
