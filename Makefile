@@ -91,7 +91,7 @@ models: .venv/.installed-dev  ## Try a tiny model of every family, and rewrite d
 bench: .venv/.installed-bench  ## Measure speed and memory against peers; BENCH=short is quicker
 	BENCH=$(BENCH) $(BIN)/python -m tests.benchmarks
 
-bench-learning: .venv/.installed-bench  ## Compare learning on HH data with peers; takes an hour
+bench-learning: .venv/.installed-bench  ## Compare learning with peers; takes over an hour
 	$(BIN)/python -m tests.benchmarks.learning --work runs/learning
 
 chaos: .venv/.installed-dev  ## Run a chain with PPO, then one with GRPO, each under FAULTS random faults; 200 take two hours

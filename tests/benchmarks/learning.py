@@ -1,9 +1,10 @@
-"""Compares learning on HH data with peers, from the same weights and the same samples in the same order.
+"""Compares learning with peers, from the same weights and the same samples in the same order.
 
-Held-out perplexity of SFT beside DeepSpeed-Chat's loop, held-out accuracy of the reward model beside its and TRL's, and
-PPO's reward and KL from those two models. All sides train in float32 by the same AdamW and cosine, without dropout and
-weight decay, and transformers alone judges what each has made. Peers pad to the longest of a batch, which gives the
-same numbers as padding to 512.
+On HH data: held-out perplexity of SFT beside DeepSpeed-Chat's loop, held-out accuracy of the reward model beside its
+and TRL's, and PPO's reward and KL from those two models. On jobs/tiny-grpo.yaml: held-out accuracy of GRPO beside TRL's
+while they train. All sides train in float32 by the same AdamW and cosine, without dropout and weight decay, and
+transformers alone judges what each has made. Peers pad to the longest of a batch, which gives the same numbers as
+padding to 512.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,12 +27,15 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.algorithms import intervals
 from hpc_rlhf.train.algorithms.intervals import Interval
+from hpc_rlhf.train.data.arrow import Rows
 from hpc_rlhf.train.data.sampler import sample_at
 from tests.benchmarks import learning_peers, workload
-from tests.benchmarks.learning_peers import PEERS, SAMPLES, STEPS, Row
+from tests.benchmarks.learning_peers import GRPO, GRPO_EVERY, PEERS, SAMPLES, STEPS, Row
 from tests.train.stages import make_run, metrics
 
 EVERY = 20
+# The stages whose models a stage starts from.
+BEFORE = {"ppo": ("sft", "reward"), "grpo": ("sft",)}
 # Share of the prompts. An accuracy needs far more pairs than a perplexity needs texts.
 HELD_OUT = {"sft": 0.05, "reward": 0.5, "ppo": 0.25}
 PPO = {
@@ -68,13 +74,25 @@ def job(work: Path, stage: str, seed: int, lr: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ours(work: Path, stage: str, seed: int, lr: float) -> RunDir:
+def grpo_job(work: Path, stage: str, seed: int) -> dict[str, Any]:
+    """The job of jobs/tiny-grpo.yaml on one rank. Checkpoints keep GRPO's models on the way; the job for SFT stops GRPO
+    after a step."""
+    on_the_way = {"checkpoint_every": GRPO_EVERY, "keep_checkpoints": 1000, "eval_every": None}
+    stages = {"sft": GRPO["stages"]["sft"], "grpo": {**GRPO["stages"]["grpo"], **on_the_way}}
+    if stage == "sft":
+        stages["grpo"]["max_steps"] = 1
+    return {
+        **GRPO, "run_dir": str(work / stage), "seed": seed, "stages": stages,
+        "slurm": {"gpus_per_node": 0, "ranks_per_node": 1},
+    }  # fmt: skip
+
+
+def ours(work: Path, stage: str, spec: dict[str, Any]) -> RunDir:
     """Run our side unless it has already finished."""
-    spec = job(work, stage, seed, lr)
     run = RunDir(work / stage)
     if not run.path.exists():
         run = make_run(JobSpec.model_validate(spec))
-        for made in ("sft", "reward") if stage == "ppo" else ():
+        for made in BEFORE.get(stage, ()):
             shutil.copytree(RunDir(work / made).stage(made).model, run.stage(made).model)
     file = work / f"{stage}.json"
     file.write_text(json.dumps(spec))
@@ -84,18 +102,16 @@ def ours(work: Path, stage: str, seed: int, lr: float) -> RunDir:
     return run
 
 
-def rows(run: RunDir, stage: str, part: str) -> Any:
+def rows(run: RunDir, stage: str, part: str) -> Rows:
     """The samples that our stage trained on or held out."""
-    import datasets
-
     (path,) = run.stage(stage).data.glob(f"*/{part}.arrow")
-    return datasets.Dataset.from_file(str(path))
+    return Rows(path)
 
 
-def ordered(run: RunDir, stage: str, seed: int) -> list[Row]:
+def ordered(run: RunDir, stage: str, seed: int, count: int = SAMPLES * STEPS) -> list[Row]:
     """The samples of all steps in the order our stage took them."""
     train = rows(run, stage, "train")
-    return [train[sample_at(place, len(train), seed, stage)] for place in range(SAMPLES * STEPS)]
+    return [train[sample_at(place, len(train), seed, stage)] for place in range(count)]
 
 
 def _span(interval: Interval, digits: int) -> str:
@@ -124,7 +140,7 @@ def compare(stage: str, work: Path, seeds: int, lr: float) -> None:
     for seed in range(1, seeds + 1):
         folder = work / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        run = ours(folder, stage, seed, lr)
+        run = ours(folder, stage, job(folder, stage, seed, lr))
         held = list(rows(run, stage, "held_out"))
         tokens += [len(sequence) - 1 for sequence in learning_peers.whole(held, "sft")]
         models = {"ours": run.stage(stage).model}
@@ -154,7 +170,7 @@ def compare(stage: str, work: Path, seeds: int, lr: float) -> None:
 
 
 def ppo(work: Path, lr: float) -> None:
-    run = ours(work / "seed-1", "ppo", 1, lr)
+    run = ours(work / "seed-1", "ppo", job(work / "seed-1", "ppo", 1, lr))
     lines = [line for line in metrics(run, "ppo") if line["kind"] == "train"]
     shown = [
         [f"{lines[first]['step']}-{lines[first + 9]['step']}"]
@@ -166,9 +182,69 @@ def ppo(work: Path, lr: float) -> None:
     print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def used(file: Path, call: Callable[[], Any]) -> float:
+    """The seconds of CPU time that a call's processes used when it was made first."""
+    before = os.times()
+    call()
+    after = os.times()
+    if not file.exists():
+        seconds = after.children_user + after.children_system - before.children_user - before.children_system
+        file.write_text(str(seconds))
+    return float(file.read_text())
+
+
+def on_the_way(run: RunDir, peer: Path, step: int) -> list[tuple[Path, dict[str, Any]]]:
+    """The models of both sides after a step, as ``learning_peers.accuracy`` takes them."""
+    from safetensors.torch import load_file
+
+    start, stage = run.stage("sft").model, run.stage("grpo")
+    if step == 0:
+        return [(start, {}), (start, {})]
+    if step == GRPO["stages"]["grpo"]["max_steps"]:
+        return [(stage.model, {}), (peer, {})]
+    saved, prefix = load_file(stage.checkpoints / f"step-{step:08d}/actor/00000.safetensors"), "weight causal."
+    weights = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+    return [(start, weights), (peer / f"trl/checkpoint-{step}", {})]
+
+
+def grpo(work: Path, seeds: int) -> None:
+    """Train both sides with every seed, and print the accuracy on held-out prompts after some steps."""
+    spec, sides = GRPO["stages"]["grpo"], ("ours", "TRL")
+    pooled: dict[int, list[list[float]]] = {}
+    costs = []
+    for seed in range(1, seeds + 1):
+        folder = work / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        ours(folder, "sft", grpo_job(folder, "sft", seed))
+        cost = used(folder / "ours.seconds", partial(ours, folder, "grpo", grpo_job(folder, "grpo", seed)))
+        run, peer = RunDir(folder / "grpo"), folder / "grpo-TRL"
+        samples = ordered(run, "grpo", seed, spec["global_batch"] // spec["group_size"] * spec["max_steps"])
+        start = run.stage("sft").model
+        train = partial(learning_peers.train, "TRL", "grpo", start, samples, spec["lr"], seed, peer)
+        costs.append([str(seed), f"{cost:.0f}", f"{used(folder / 'TRL.seconds', train):.0f}"])
+        held, curve = list(rows(run, "grpo", "held_out")), []
+        for step in range(0, spec["max_steps"] + 1, GRPO_EVERY):
+            judged = [learning_peers.accuracy(*model, held, seed) for model in on_the_way(run, peer, step)]
+            columns = [list(each) for kind in zip(*judged, strict=True) for each in kind]
+            pooled[step] = [old + new for old, new in zip(pooled.get(step, [[]] * 4), columns, strict=True)]
+            curve.append([str(step), *[f"{fmean(column):.3f}" for column in columns]])
+        titles = [f"{side}, {kind}" for kind in ("most likely", "sampled") for side in sides]
+        table(f"grpo, seed {seed}: accuracy on {len(held)} prompts", ["steps", *titles], curve)
+    table("grpo: seconds of CPU time", ["seed", *sides], costs)
+    lines = []
+    for step, (likely, its_likely, sampled, its_sampled) in pooled.items():
+        line = [str(step)]
+        for mine, its in ((likely, its_likely), (sampled, its_sampled)):
+            apart = intervals.mean([one - other for one, other in zip(mine, its, strict=True)])
+            line += [f"{fmean(mine):.3f}", f"{fmean(its):.3f}", _span(apart, 3)]
+        lines.append(line)
+    names = ["most likely: ours", "TRL", "ours - its, 95 %", "sampled: ours", "TRL", "ours - its, 95 %"]
+    table(f"grpo: accuracy over {seeds} seeds", ["steps", *names], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", default=["sft", "reward", "ppo"])
+    parser.add_argument("stages", nargs="*", default=["sft", "reward", "ppo", "grpo"])
     parser.add_argument("--work", type=Path, required=True, help="output folder; existing results are kept")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3, help="of SFT and of the reward model")
@@ -177,6 +253,8 @@ def main() -> None:
     for stage in options.stages:
         if stage == "ppo":
             ppo(work, options.lr)
+        elif stage == "grpo":
+            grpo(options.work.resolve() / "grpo", options.seeds)
         else:
             compare(stage, work, options.seeds, options.lr)
 

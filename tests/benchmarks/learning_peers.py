@@ -1,21 +1,30 @@
-"""The peers of our stages: DeepSpeed-Chat's loop and TRL's trainer on given samples, and the evaluation of all."""
+"""The peers of our stages: DeepSpeed-Chat's loop and TRL's trainers on given samples, and the evaluation of all."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf.spec.stages import GrpoSpec
+from hpc_rlhf.spec.yaml_source import read_yaml
+from hpc_rlhf.train.algorithms import schedule
 from tests.benchmarks import workload
 
 SAMPLES, STEPS = 8, 200
-PEERS = {"sft": ("DeepSpeed-Chat",), "reward": ("DeepSpeed-Chat", "TRL")}
+PEERS = {"sft": ("DeepSpeed-Chat",), "reward": ("DeepSpeed-Chat", "TRL"), "grpo": ("TRL",)}
 ANSWERS = {"sft": ("chosen_ids",), "reward": ("chosen_ids", "rejected_ids")}
 
-Row = dict[str, list[int]]
+Row = dict[str, Any]
+# GRPO's job, and after how many steps its models are judged.
+GRPO: Any = read_yaml(Path(__file__).parents[2] / "jobs/tiny-grpo.yaml", "jobs/tiny-grpo.yaml").plain()
+GRPO_EVERY = 10
+SAMPLED = 4  # responses to each held-out prompt, besides the most likely one
 
 
 def whole(samples: list[Row], stage: str) -> list[list[int]]:
@@ -99,7 +108,55 @@ def trl(stage: str, start: Path, samples: list[Row], lr: float, seed: int, targe
     _keep(trainer.model, losses, target)
 
 
-TRAIN: dict[str, Callable[..., None]] = {"DeepSpeed-Chat": deepspeed_chat, "TRL": trl}
+def right(responses: list[str], answers: list[str]) -> list[float]:
+    """Whether a response ends with the answer, as GRPO's job rewards it."""
+    (reward,) = GRPO["stages"]["grpo"]["rewards"]
+    last = [re.search(reward["format"], response) for response in responses]
+    return [float(bool(found) and found[1] == answer) for found, answer in zip(last, answers, strict=True)]
+
+
+def trl_grpo(stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path) -> None:
+    """TRL's GRPO trainer, given the prompts in order, with our learning rate in each step; keeps models on the way."""
+    import datasets
+    import torch
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    spec, tokenizer = GrpoSpec.model_validate(GRPO["stages"][stage]), AutoTokenizer.from_pretrained(start)
+    assert spec.max_steps is not None
+    assert spec.global_batch is not None
+    prompts = tokenizer.batch_decode([row["prompt_ids"] for row in samples])
+    assert tokenizer(prompts)["input_ids"] == [row["prompt_ids"] for row in samples]
+    rows = [{"prompt": text, "answer": row["columns"]["answer"]} for text, row in zip(prompts, samples, strict=True)]
+    warmup = schedule.warmup_steps(spec.warmup, spec.max_steps)
+    model = _loaded("AutoModelForCausalLM", start)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=spec.betas, weight_decay=0.0, fused=True)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, partial(schedule.factor, spec.schedule, warmup=warmup, total=spec.max_steps)
+    )
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, answer, **_: right(completions, answer),
+        args=GRPOConfig(
+            output_dir=str(target / "trl"), max_steps=spec.max_steps, per_device_train_batch_size=spec.global_batch,
+            num_generations=spec.group_size, max_completion_length=GRPO["data"]["max_answer_tokens"],
+            temperature=spec.temperature, beta=spec.kl_coef, epsilon=spec.cliprange, loss_type="dapo",
+            max_grad_norm=spec.clip_grad, shuffle_dataset=False, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, save_strategy="steps", save_steps=GRPO_EVERY, save_only_model=True,
+            report_to=[], logging_steps=1, disable_tqdm=True, seed=seed,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer, optimizers=(optimizer, rate),
+    )  # fmt: skip
+    trainer.train()
+    _keep(trainer.model, [line["loss"] for line in trainer.state.log_history if "loss" in line], target)
+
+
+TRAIN: dict[tuple[str, str], Callable[..., None]] = {
+    ("DeepSpeed-Chat", "sft"): deepspeed_chat,
+    ("DeepSpeed-Chat", "reward"): deepspeed_chat,
+    ("TRL", "reward"): trl,
+    ("TRL", "grpo"): trl_grpo,
+}
 
 
 def _keep(model: Any, losses: list[float], target: Path) -> None:
@@ -107,11 +164,11 @@ def _keep(model: Any, losses: list[float], target: Path) -> None:
     (target / "losses.json").write_text(json.dumps(losses))
 
 
-def _logged(side: str, log: Path, *arguments: Any) -> None:
+def _logged(side: str, log: Path, stage: str, *arguments: Any) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    TRAIN[side](*arguments)
+    TRAIN[side, stage](stage, *arguments)
 
 
 def train(side: str, stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path) -> list[float]:
@@ -152,3 +209,31 @@ def judged(stage: str, folder: Path, held: list[Row]) -> list[float]:
                 chosen, rejected = logits.squeeze(-1).chunk(2)
                 found += (chosen > rejected).float().tolist()
     return found
+
+
+def accuracy(folder: Path, weights: dict[str, Any], held: list[Row], seed: int) -> tuple[list[float], list[float]]:
+    """For each held-out prompt, whether the most likely response is right, and the share of sampled ones that are.
+
+    Args:
+        folder: of a model with its tokenizer.
+        weights: replace those in the folder, by name, whatever their shape.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    model, tokenizer = _loaded("AutoModelForCausalLM", folder).eval(), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        for name, flat in weights.items():
+            own = model.get_parameter(name)
+            own.copy_(flat.view_as(own))
+    tokenizer.padding_side = "left"
+    torch.manual_seed(seed)
+    asked = tokenizer.pad({"input_ids": [row["prompt_ids"] for row in held]}, return_tensors="pt")
+    found = []
+    for each in ({"do_sample": False}, {"do_sample": True, "top_k": 0, "num_return_sequences": SAMPLED}):
+        ids = model.generate(**asked, **each, max_new_tokens=GRPO["data"]["max_answer_tokens"])
+        texts = tokenizer.batch_decode(ids[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        each_of = len(texts) // len(held)
+        answers = [row["columns"]["answer"] for row in held for _ in range(each_of)]
+        found.append(torch.tensor(right(texts, answers)).view(len(held), each_of).mean(dim=1).tolist())
+    return found[0], found[1]
