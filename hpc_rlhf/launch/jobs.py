@@ -7,10 +7,13 @@ comments, it is found by its name and its script.
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import PlannedJob
 from hpc_rlhf.run import acting, sentinel
@@ -102,29 +105,70 @@ def cancel(run: RunDir) -> list[tuple[str, QueuedJob]]:
     """Cancel a run's queued and running jobs, and return those that train or serve, each with its stage or ``serve``.
 
     Raises:
-        HpcRlhfError: this user may not act on the run, or another process works on it.
+        HpcRlhfError: this user may not act on the run, or another process works on it; the message names its jobs.
     """
-    acting.check(run)
-    with hold(run.submit_lock, "hpc-rlhf cancel", _PATIENCE):
+    with ExitStack() as stack:
+        try:
+            acting.check(run)
+            stack.enter_context(hold(run.submit_lock, "hpc-rlhf cancel", _PATIENCE))
+        except HpcRlhfError as refused:
+            raise _naming_jobs(refused, run) from None
         jobs = find_jobs(run)
         # The sentinels first, or they would start when their stages are cancelled.
         commands.cancel([job.job_id for job in jobs.sentinels])
-        serving = _serving_jobs(run)
+        serving = _serving_jobs(run, commands.queue)
         commands.cancel([job.job_id for job in (*jobs.live.values(), *serving)])
         for stage, job in jobs.live.items():
             Ledger(run.ledger).append(Cancelled(stage, job_id=job.job_id))
     return [*jobs.live.items(), *(("serve", job) for job in serving)]
 
 
-def _serving_jobs(run: RunDir) -> list[QueuedJob]:
-    """The queued and running jobs that serve a model of the run."""
+def living_jobs(run: RunDir, user: str | None = None) -> list[tuple[str, QueuedJob]]:
+    """The queued and running jobs of a run, perhaps another user's, or one that was moved: each with its stage,
+    ``sentinel`` or ``serve``, sentinels first. Adopts none."""
+    place = RunDir(acting.made_elsewhere(run) or run.path)
+    submitted, unanswered = _submissions(Ledger(run.ledger))
+    queue = commands.queue(user)
+    jobs = [(stage, queue.get(job_id)) for job_id, (stage, _) in submitted.items()]
+    for token, (stage, latest_of_stage) in unanswered.items():
+        jobs.append((stage, find_submission(queue, place, stage, token, submitted if latest_of_stage else None)))
+    tokens = [*unanswered, *(token for _, token in submitted.values())]
+    sentinels = [("sentinel", job) for job in sentinel.living(queue, place, tokens)]
+    stages = [(stage, job) for stage, job in jobs if job is not None and job.live and job.is_of(stage)]
+    return [*sentinels, *stages, *(("serve", job) for job in _serving_jobs(run, lambda: queue))]
+
+
+def _naming_jobs(refused: HpcRlhfError, run: RunDir) -> HpcRlhfError:
+    """Why a run's jobs are not cancelled, with the jobs, and what can be done about them."""
+    owner, made = acting.other_owner(run), acting.made_elsewhere(run)
+    try:
+        jobs = living_jobs(run, owner) if commands.available() else []
+    except HpcRlhfError:  # Slurm does not answer
+        return refused
+    if not jobs:
+        return refused
+    names = ", ".join(f"{stage} {job.job_id} ({job.state})" for stage, job in jobs)
+    if owner is not None:
+        whose, instead = f"{owner}'s", f"ask {owner} for: hpc-rlhf cancel {shlex.quote(str(run.path))}"
+    elif made is not None and acting.is_copy(run, made):
+        whose, instead = "the original's", f"to cancel them: hpc-rlhf cancel {shlex.quote(str(made))}"
+    elif made is not None:
+        whose, instead = "its", f"first cancel them: scancel {shlex.join(job.job_id for _, job in jobs)}"
+    else:
+        whose, instead = "its", "then cancel them again"
+    message = f"{refused.message}\n{whose} queued and running jobs were not cancelled: {names}"
+    return HpcRlhfError(message, refused.where, f"{refused.hint}; {instead}", refused.exit_code)
+
+
+def _serving_jobs(run: RunDir, queued: Callable[[], Mapping[str, QueuedJob]]) -> list[QueuedJob]:
+    """The queued and running jobs that serve a model of the run; ``queued`` asks Slurm."""
     submitted: dict[str, str] = {}  # the stage of each
     for event in Ledger(run.ledger).events():
         if isinstance(event, Serving):
             submitted[event.job_id] = event.stage
         elif isinstance(event, Relocated):
             submitted = {job_id: stage for job_id, stage in submitted.items() if stage != event.stage}
-    queue = commands.queue() if submitted else {}
+    queue = queued() if submitted else {}
     return [job for job_id in submitted if (job := queue.get(job_id)) and job.live and job.is_of("serve")]
 
 

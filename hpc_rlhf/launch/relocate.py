@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.launch.jobs import living_jobs
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import render
-from hpc_rlhf.run import acting, run_index, sentinel
-from hpc_rlhf.run.events import Relocated, Submitted
+from hpc_rlhf.run import acting, run_index
+from hpc_rlhf.run.events import Relocated, Serving, Submitting
 from hpc_rlhf.run.files import write_atomically
-from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
@@ -39,7 +39,7 @@ def relocate(run: RunDir) -> Path | None:
         copied = acting.is_copy(run, made)
         spec = _moved(read_spec(run.job_yaml), made, run.path)
         if not copied:
-            _refuse_live_jobs(run, spec, made)
+            _refuse_live_jobs(run, made)
         for stage in spec.stage_names:
             Ledger(run.ledger).append(Relocated(stage, source=str(made)))
             _relink(run.stage(stage).path, RunDir(made).stage(stage).path)
@@ -72,17 +72,12 @@ def _moved(spec: JobSpec, old: Path, new: Path) -> JobSpec:
     return JobSpec.model_validate(moved(spec.model_dump()))
 
 
-def _refuse_live_jobs(run: RunDir, spec: JobSpec, made: Path) -> None:
+def _refuse_live_jobs(run: RunDir, made: Path) -> None:
     """Raise HpcRlhfError if jobs of a moved run are queued or running: they work in the old folder."""
-    histories = {stage: StageHistory.read(run, stage) for stage in spec.stage_names}
-    submitted = {stage: history.job_id for stage, history in histories.items() if history.job_id is not None}
+    submitted = any(isinstance(event, Submitting | Serving) for event in Ledger(run.ledger).events())
     if not submitted or not commands.available():
         return
-    queue = commands.queue()
-    live = [queue[job_id] for stage, job_id in submitted.items() if job_id in queue and queue[job_id].is_of(stage)]
-    tokens = [event.token for history in histories.values() for event in history.all(Submitted)]
-    ids = [job.job_id for job in (*live, *sentinel.living(queue, RunDir(made), tokens)) if job.live]
-    if ids:
+    if ids := [job.job_id for _, job in living_jobs(run)]:
         raise HpcRlhfError(
             f"jobs of this run are queued or running, and work in {made}, where it was: {', '.join(ids)}",
             where=str(run.path),

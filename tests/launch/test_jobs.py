@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import jobs
+from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.run import sentinel
+from hpc_rlhf.run.events import Serving, Submitted, Submitting
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import QueuedJob
 
@@ -115,6 +120,57 @@ def test_a_sentinel_whose_comment_a_plugin_replaced_is_found_by_its_script(
     queue, run = {"8": guard, "9": other}, RunDir(tmp_path)
     assert sentinel.waiting(queue, run, "mine", "7") == [guard] * waits
     assert jobs.RunJobs(run, queue=queue).sentinels == [guard]
+
+
+@pytest.mark.parametrize(
+    ("why", "whose", "instead"),
+    [
+        ("moved", "its", "first cancel them: scancel 9 7 3"),
+        ("copied", "the original's", "to cancel them: hpc-rlhf cancel {made}"),
+        ("another user's", "anna's", "ask anna for: hpc-rlhf cancel {run}"),
+        ("busy", "its", "then cancel them again"),
+    ],
+)
+def test_a_refused_cancel_names_the_jobs(
+    why: str, whose: str, instead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / ("run" if why in ("another user's", "busy") else "made")
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.plan_json.write_text(json.dumps({"run_dir": str(made)}))
+    ledger = Ledger(run.ledger)
+    for event in (
+        Submitting("sft", token="mine"),
+        Submitting("ppo", token="b"),
+        Submitted("ppo", token="b", job_id="6"),
+    ):
+        ledger.append(event)
+    ledger.append(Serving("sft", job_id="3"))
+    if why == "copied":
+        made.mkdir()
+        (made / "ledger.jsonl").write_bytes(run.ledger.read_bytes())
+    done = QueuedJob("6", "t.ppo", "COMPLETED", "", "hpc-rlhf:b")
+    guard = QueuedJob("9", "t.sft.sentinel", "PENDING", "", "c", script=f"{made}/scripts/sft.sentinel.sbatch")
+    serves, other = QueuedJob("3", "t.serve", "RUNNING", "", ""), QueuedJob("4", "t.sft", "RUNNING", "", "hpc-rlhf:c")
+    queue = {job.job_id: job for job in (MARKED, done, guard, serves, other)}
+    asked: list[str | None] = []
+    monkeypatch.setattr(commands, "available", lambda: True)
+    monkeypatch.setattr(commands, "queue", lambda user=None: asked.append(user) or queue)
+    monkeypatch.setattr(commands, "cancel", lambda ids: pytest.fail("cancelled"))
+    monkeypatch.setattr(jobs, "_PATIENCE", 0)
+    if why == "another user's":
+        monkeypatch.setattr("hpc_rlhf.run.acting.other_owner", lambda run: "anna")
+    before = run.ledger.read_text()
+
+    busy = hold(run.submit_lock, "a test") if why == "busy" else nullcontext()
+    with busy, pytest.raises(HpcRlhfError) as refused:
+        jobs.cancel(run)
+
+    listed = "sentinel 9 (PENDING), sft 7 (PENDING), serve 3 (RUNNING)"
+    assert refused.value.message.endswith(f"\n{whose} queued and running jobs were not cancelled: {listed}")
+    assert str(refused.value.hint).endswith(f"; {instead.format(made=made, run=run.path)}")
+    assert asked == ["anna" if why == "another user's" else None]
+    assert run.ledger.read_text() == before
 
 
 def test_cancel_ends_the_jobs_that_serve_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
