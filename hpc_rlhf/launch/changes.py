@@ -1,8 +1,8 @@
 """What may change in the spec of a run that exists.
 
-Once a run has trained, what its results depend on stays. Three kinds of settings may change: where its jobs run and
-over how many ranks they split the same steps, the evaluation, and who is informed. While its jobs are queued or
-running, nothing may.
+Once a run has trained, what its results depend on stays. Four kinds of settings may change: where its jobs run and
+over how many ranks they split the same steps, the evaluation, who is informed, and what happens when a reward fails. A
+stage's rewards may change until something depends on them. While its jobs are queued or running, nothing may.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from hpc_rlhf.spec.stages import EVALUATION, STAGE_NAMES
 
 # A stage's settings that decide how its steps are split over ranks, besides those of Slurm (SIZE).
 _BATCH_FIELDS = {"micro_batch", "global_batch"}
+# A reward's settings that scores do not depend on.
+_FAILURE_FIELDS = {"on_error", "timeout"}
 _MAX_LISTED = 12
 
 Change = tuple[str, object, object]  # dotted path, old value, new value
@@ -60,6 +62,7 @@ def refuse_changes(run: RunDir, spec: JobSpec, live: bool) -> None:
     old = read_spec(run.job_yaml)
     changes = differences(old, spec)
     kept = [change for change in changes if not may_change(change[0], old, spec)] if has_trained(run) else []
+    kept = [change for change in kept if (stage := rewarded(change[0])) is None or has_learned(run.stage(stage))]
     here = shlex.quote(str(run.path))
     if kept:
         later = [change for change in changes if change not in kept]
@@ -101,6 +104,20 @@ def may_change(path: str, old: JobSpec, new: JobSpec) -> bool:
     return is_harmless(path) or is_same_split(path, old, new)
 
 
+def rewarded(path: str) -> str | None:
+    """The stage whose rewards a field is part of; None for other fields."""
+    top, stage, field, *_ = (*path.split("."), "", "")
+    return stage if (top, field) == ("stages", "rewards") else None
+
+
+def rewards_changed(run: RunDir, spec: JobSpec) -> set[str]:
+    """The stages whose rewards differ from those of its run directory."""
+    if not run.job_yaml.exists():
+        return set()
+    stages = {rewarded(path) for path, _, _ in differences(read_spec(run.job_yaml), spec) if not is_harmless(path)}
+    return {stage for stage in stages if stage is not None}
+
+
 def evaluation_changed(run: RunDir, spec: JobSpec) -> bool:
     """Whether a spec's evaluation differs from that of its run directory."""
     if spec.evaluation is None or not run.job_yaml.exists():
@@ -118,14 +135,20 @@ def has_begun(stage: StageDir) -> bool:
     return stage.path.exists() and bool(set(stage.path.iterdir()) - {stage.logs, stage.hostfile, stage.reused_model})
 
 
+def has_learned(stage: StageDir) -> bool:
+    """Whether a stage has results of its rewards, apart from scores from which nothing was learned yet."""
+    learned = stage.metrics.exists() or stage.samples.exists() or any(stage.checkpoints.glob("step-*"))
+    return learned or stage.path.is_symlink()  # to the stage of a run with rewards of its own
+
+
 def is_harmless(path: str) -> bool:
     """Whether no result of training depends on a field."""
-    return _decides(path) in ("placement", "evaluation", "reporting")
+    return _decides(path) in ("placement", "evaluation", "reporting", "failures")
 
 
 def _decides(path: str) -> str:
     """What a field decides: a stage's "placement", which may change between two attempts, its "split" over ranks,
-    the "evaluation", "reporting" or, by default, "training"."""
+    the "evaluation", "reporting", what follows from "failures" of rewards or, by default, "training"."""
     top, *rest = path.split(".")
     if top != "stages":
         return "reporting" if top in ("trackers", "notify", "share") else "training"
@@ -134,6 +157,8 @@ def _decides(path: str) -> str:
         return "placement"
     if stage == EVALUATION.name:
         return "evaluation"
+    if rewarded(path) is not None and field[-1] in _FAILURE_FIELDS:
+        return "failures"
     return "split" if field[:1] == ["slurm"] or (len(field) == 1 and field[0] in _BATCH_FIELDS) else "training"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from hpc_rlhf import trust
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import inputs
-from hpc_rlhf.launch.changes import evaluation_changed, refuse_changes
+from hpc_rlhf.launch.changes import evaluation_changed, refuse_changes, rewards_changed
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.plan import Plan, make_plan
 from hpc_rlhf.launch.readers import group_may_read, set_readers
@@ -83,6 +83,8 @@ def prepare(
     with _write_errors(run):
         if evaluation_changed(run, spec):
             shutil.rmtree(run.stage(EVALUATION.name).path, ignore_errors=True)
+        for stage in rewards_changed(run, spec):
+            shutil.rmtree(run.stage(stage).rewards, ignore_errors=True)  # nothing was learned from these scores
         for stage, lender in (lent or {}).items():
             _link(run.stage(stage).path, lender.stage(stage).path)
         for folder in (run.scripts, *(run.stage(stage).logs for stage in spec.stage_names)):

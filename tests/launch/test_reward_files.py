@@ -91,7 +91,7 @@ def test_a_run_keeps_the_file_that_it_began_with(tmp_path: Path) -> None:
     copy = kept(run)
     assert copy.is_relative_to(run.scripts)
     assert copy.read_text() == SCORE
-    (run.stage("grpo").path / "checkpoints").mkdir()
+    run.stage("grpo").metrics.touch()
 
     prepared(spec_of(tmp_path / "other", SCORE))
     (tmp_path / "mine/rewards.py").unlink()
@@ -123,6 +123,27 @@ def test_before_training_the_file_may_change(tmp_path: Path) -> None:
     prepared(spec_of(tmp_path / "mine", SCORE))
     changed = SCORE.replace("1.0", "2.0")
     assert kept(prepared(spec_of(tmp_path / "mine", changed))).read_text() == changed
+
+
+def test_until_a_stage_has_done_a_step_its_rewards_may_change(tmp_path: Path) -> None:
+    run = prepared(spec_of(tmp_path / "mine", SCORE))
+    stage = run.stage("grpo")
+    (stage.checkpoints / "owner").mkdir(parents=True)
+    stage.rewards.mkdir()
+    (stage.rewards / "00000000-rollout.jsonl").touch()
+    changed = SCORE.replace("1.0", "2.0")
+    assert kept(prepared(spec_of(tmp_path / "mine", changed))).read_text() == changed
+    assert not stage.rewards.exists()
+
+
+def test_what_follows_from_a_failure_may_change_at_any_time(tmp_path: Path) -> None:
+    run = prepared(spec_of(tmp_path / "mine", SCORE))
+    run.stage("grpo").metrics.touch()
+    run.stage("grpo").rewards.mkdir()
+    job = tmp_path / "mine/job.yaml"
+    job.write_text(job.read_text().replace("py:score", "py:score, on_error: skip, timeout: 5 min"))
+    prepared(load_spec(job))
+    assert run.stage("grpo").rewards.exists()
 
 
 def test_stages_with_the_same_file_elsewhere_can_be_shared(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.train.data.further import PROMPT
 from hpc_rlhf.train.rewards.committed import CommittedScores
 from hpc_rlhf.train.rewards.text import Failure, Score
 from hpc_rlhf.train.runtime.world import World
@@ -74,6 +75,7 @@ class Blend:
         self._tokenizer = tokenizer
         self._world = world
         self._committed = committed
+        self._step = 0
 
     def begin(self, step: int, purpose: str) -> None:
         """Announce what the next calls score, so that the scores of rewards that vary are stored for it.
@@ -84,6 +86,7 @@ class Blend:
             step: steps done.
             purpose: what is scored after these steps, such as "rollout" or "held-out"; part of a file's name.
         """
+        self._step = step
         if self._committed is not None:
             self._committed.begin(step, purpose)
 
@@ -139,27 +142,38 @@ class Blend:
         for part in self.parts:
             for row, score in enumerate(scores[part.name]):
                 if isinstance(score, Failure) and not part.skips and own is None:
-                    values = json.dumps({name: column[row] for name, column in columns.items()}, ensure_ascii=False)
-                    shown = f"{self._text(prompts[row])[-_SHOWN:]!r}, with {values[:_SHOWN]}"
-                    response = self._text(responses[row])[-_SHOWN:]
-                    what = f"{score.why}, for response {row} of rank {self._world.rank}, {response!r}, to {shown}"
+                    cells = {name: column[row] for name, column in columns.items() if name != PROMPT}
+                    values = f", with {json.dumps(cells, ensure_ascii=False)[:_SHOWN]}" if cells else ""
+                    response, prompt = (self._text(ids)[-_SHOWN:] for ids in (responses[row], prompts[row]))
+                    which = f"response {row} of rank {self._world.rank},"
+                    if score.of_all and len(responses) > 1:
+                        which = f"all {len(responses)} responses of rank {self._world.rank}; the first is"
+                    what = f"{score.why}, for {which} {response!r}, to {prompt!r}{values}"
                     own = (part.name, what, score.exit_code)
         failure = next((each for each in self._world.gather(own) if each is not None), None)
         if failure is not None:
             name, what, exit_code = failure
-            hint = "correct it and run the stage again; on_error: skip leaves such responses out of training"
-            raise HpcRlhfError(what, where=f"reward {name}", hint=hint, exit_code=exit_code)
+            raise HpcRlhfError(what, where=f"reward {name}", hint=_hint(self._step), exit_code=exit_code)
 
     def _text(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
+def _hint(steps: int) -> str:
+    if not steps:
+        return "correct it and run again; on_error: skip leaves such responses out of training"
+    return (
+        "to continue without such responses, run again with on_error: skip; that and timeout may change in a run, "
+        "but a function may not once it has trained"
+    )
+
+
 def _checked(part: Part, scores: Sequence[Score], count: int) -> list[Score]:
     """Scores with a failure where there is no finite number, in float32 and with the weight; only failures if they are
     not one for each response."""
     if len(scores) != count:
-        return [Failure(f"gave {len(scores)} scores for {count} responses")] * count
+        return [Failure(f"gave {len(scores)} scores for {count} responses", of_all=True)] * count
 
     def check(score: Score) -> Score:
         if score is None or isinstance(score, Failure):

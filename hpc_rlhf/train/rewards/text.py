@@ -6,7 +6,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
 import regex
@@ -22,10 +22,12 @@ class Failure:
     Attributes:
         why: a sentence without its subject, such as "raised ValueError: no answer".
         exit_code: what the stage ends with: INPUT_WRONG if another attempt would fail too, otherwise RUN_FAILED.
+        of_all: all responses of the call failed together.
     """
 
     why: str
     exit_code: int = INPUT_WRONG
+    of_all: bool = False
 
 
 # None: the reward does not apply to the response.
@@ -108,7 +110,7 @@ class FromText:
 
 def encoded(scores: Sequence[Score]) -> list[Any]:
     """Scores as JSON."""
-    return [[score.why, score.exit_code] if isinstance(score, Failure) else score for score in scores]
+    return [list(astuple(score)) if isinstance(score, Failure) else score for score in scores]
 
 
 def decoded(scores: Sequence[Any]) -> list[Score]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from hpc_rlhf import safe_path
 from hpc_rlhf.train.rewards import keeper
+from hpc_rlhf.train.rewards.output import Output
 from hpc_rlhf.train.rewards.worker import OF_THE_RANK
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
@@ -65,13 +66,14 @@ class Pool:
         timeout: seconds for an item.
         should_stop: polled while waiting.
         memory: bytes of address space that a process may use beyond those at its start; None sets no limit.
+        output: what passes on what its one process prints; by default, that goes to this process's standard error.
     """
 
     def __init__(
         self, make: str, arguments: Mapping[str, Any], *, size: int, timeout: float,
-        should_stop: Callable[[], bool] = bool, memory: int | None = None,
+        should_stop: Callable[[], bool] = bool, memory: int | None = None, output: Output | None = None,
     ) -> None:  # fmt: skip
-        self.timeout, self.should_stop = timeout, should_stop
+        self.timeout, self.should_stop, self._output = timeout, should_stop, output
         worker = "hpc_rlhf.train.rewards.worker"
         self._command = safe_path.module(worker, make, json.dumps(dict(arguments)), json.dumps(memory))
         # Each thread has a process, which must not receive signals before it can ignore them.
@@ -133,7 +135,7 @@ class Pool:
         if last is not None:
             self._workers.remove(last)
             last.close()
-        worker = _Worker(self._command)
+        worker = _Worker(self._command, self._output)
         self._workers.add(worker)
         if (outcome := worker.receive(START_SECONDS)).error is not None:
             worker.kill()
@@ -144,11 +146,13 @@ class Pool:
 class _Worker:
     """A process that answers each line with a line."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], output: Output | None) -> None:
         self._answers, theirs = os.pipe()
+        self._output = output
+        printed = 2 if output is None else output.writer
         try:
             self._process = subprocess.Popen(
-                [*command, str(theirs)], stdin=subprocess.PIPE, stdout=2, pass_fds=[theirs],
+                [*command, str(theirs)], stdin=subprocess.PIPE, stdout=printed, stderr=printed, pass_fds=[theirs],
                 start_new_session=True,
             )  # fmt: skip
         finally:
@@ -160,17 +164,28 @@ class _Worker:
 
     def receive(self, timeout: float, question: bytes = b"") -> Outcome:
         """The next answer, after a question. A process that does not answer in time is killed."""
+        try:
+            return self._receive(timeout, question)
+        finally:
+            if self._output is not None:
+                self._output.pass_on()
+
+    def _receive(self, timeout: float, question: bytes) -> Outcome:
         deadline, answer = time.monotonic() + timeout, b""
         poll = select.poll()
         poll.register(self._answers, select.POLLIN)
         if question:
             poll.register(self._questions, select.POLLOUT)
+        if self._output is not None:
+            poll.register(self._output.reader, select.POLLIN)
         while not answer.endswith(b"\n"):
             left = deadline - time.monotonic()
             if left <= 0:
                 self.kill()
                 return Outcome(error=f"took longer than {timeout:g} s", too_long=True)
             ready = dict(poll.poll(left * 1000))
+            if self._output is not None and self._output.reader in ready:
+                self._output.pass_on()
             if self._answers in ready:
                 part = os.read(self._answers, 1 << 20)
                 if not part:

@@ -48,7 +48,7 @@ def too_few(completions: list[str]) -> list[float]:
 
 
 def not_a_number(completions: list[str]) -> list[float]:
-    return [float("nan") if completion == "b" else 1.0 for completion in completions]
+    return [float("nan") if row == 1 else 1.0 for row, _ in enumerate(completions)]
 
 
 def prints(completions: list[str]) -> list[float]:
@@ -67,7 +67,30 @@ def forks(completions: list[str]) -> list[float]:
 
 
 def exits(completions: list[str]) -> list[float]:
+    print("no key for the judge")
     os._exit(3)
+
+
+def leaves(completions: list[str]) -> list[float]:
+    sys.exit("no key for the judge")
+
+
+def crashes(completions: list[str]) -> list[float]:
+    import ctypes
+
+    return [float(ctypes.string_at(0)[0]) for _ in completions]
+
+
+def only_together(completions: list[str]) -> list[float]:
+    return [float(len(completions) == 1 or 1 / 0) for _ in completions]
+
+
+def forgets_to_return(completions: list[str]) -> None:
+    pass
+
+
+def words(completions: list[str]) -> list[Any]:
+    return ["good" for _ in completions]
 
 
 def needs_package(completions: list[str]) -> list[float]:

@@ -19,7 +19,7 @@ from hpc_rlhf.train.rewards.blend import Blend, Part, Scores
 from hpc_rlhf.train.rewards.function import FunctionReward
 from hpc_rlhf.train.rewards.text import Failure, FromText, Score, TextBatch
 from hpc_rlhf.train.runtime.world import World
-from tests.train.rewards.worlds import Letters, ids, on_ranks
+from tests.train.rewards.worlds import Letters, alone, ids, on_ranks
 
 FILE = Path(__file__).with_name("broken.py")
 COLUMNS = {"answer": ["a", "c", None, 4]}
@@ -78,28 +78,47 @@ def test_only_responses_for_which_it_raises_fail(mark: str) -> None:
     assert scores[1] == Failure("raised KeyError: 'empty' (line 33 of broken.py)", INPUT_WRONG)
 
 
+ALL = "for all 4 responses of rank 0; the first is 'a', to '?'"
+ABSENT = "ModuleNotFoundError: No module named 'a_package_that_nobody_has'"
+DIVIDED = "ZeroDivisionError: division by zero"
+NEEDED = "missing 1 required positional argument: 'text'"
+
+
 @pytest.mark.parametrize(
     ("name", "why", "exit_code"),
     [
-        ("hangs", "took longer than 1 s", RUN_FAILED),
-        ("too_few", "gave 1 scores for 4 responses", INPUT_WRONG),
-        ("exits", "its process ended with exit code 3", RUN_FAILED),
-        ("needs_package", "raised ModuleNotFoundError: No module named 'a_package_that_nobody_has'", INPUT_WRONG),
-        ("wrong_signature", "raised TypeError: wrong_signature() missing 1 required positional arg", INPUT_WRONG),
+        ("hangs", f"took longer than 2 s (line 39 of broken.py), {ALL}", RUN_FAILED),
+        ("too_few", f"gave 1 scores for 4 responses, {ALL}", INPUT_WRONG),
+        ("not_a_number", "gave nan, which is not a finite number in float32, for response 1 of rank 0,", INPUT_WRONG),
+        ("exits", f"its process ended with exit code 3 after printing 'no key for the judge', {ALL}", RUN_FAILED),
+        ("crashes", f"its process was killed by SIGSEGV (line 81 of broken.py), {ALL}", RUN_FAILED),
+        ("leaves", f"raised SystemExit: no key for the judge (line 75 of broken.py), {ALL}", INPUT_WRONG),
+        ("needs_package", f"raised {ABSENT} (line 97 of broken.py), {ALL}", INPUT_WRONG),
+        ("wrong_signature", f"raised TypeError: wrong_signature() {NEEDED}, {ALL}", INPUT_WRONG),
+        ("only_together", f"raised {DIVIDED} (line 85 of broken.py), but for none of them alone, {ALL}", INPUT_WRONG),
+        ("forgets_to_return", f"returned None, not a list with a number for each response, {ALL}", INPUT_WRONG),
+        ("words", f"returned 'good' among its scores, which is not a number, {ALL}", INPUT_WRONG),
     ],
-)
-def test_a_function_without_scores_fails_for_all_responses(mark: str, name: str, why: str, exit_code: int) -> None:
-    for score in judged(name, timeout=1):
-        assert isinstance(score, Failure)
-        assert score.why.startswith(why)
-        assert score.exit_code == exit_code
+)  # fmt: skip
+def test_a_failure_says_what_where_and_for_which_responses(mark: str, name: str, why: str, exit_code: int) -> None:
+    reward = FunctionReward(FILE, name, timeout=2 if name == "hangs" else 20)
+    try:
+        with pytest.raises(HpcRlhfError) as caught:
+            alone(lambda world: Blend([Part(name, FromText(reward, Letters(), world))], Letters(), world).details(
+                ids(*"????"), ids(*RESPONSES), {"answer": [1, 2, 3, 4], "prompt": ["?"] * 4}
+            ))  # fmt: skip
+    finally:
+        reward.close()
+    assert caught.value.message.startswith(why)
+    assert caught.value.exit_code == exit_code
+    assert '"prompt"' not in caught.value.message
 
 
 def test_a_function_that_hung_is_asked_in_a_new_process_next_time(mark: str) -> None:
-    reward = FunctionReward(FILE, "hangs", 0.5)
+    reward = FunctionReward(FILE, "hangs", 2)
     try:
         first, second = (reward.judge(batch(("a",), {})) for _ in range(2))
-        assert first == second == [Failure("took longer than 0.5 s", RUN_FAILED)]
+        assert first == second == [Failure("took longer than 2 s (line 39 of broken.py)", RUN_FAILED, of_all=True)]
     finally:
         reward.close()
 
@@ -132,7 +151,7 @@ def test_no_process_outlives_a_rank_that_is_killed(mark: str) -> None:
     code = f"""
 import time
 from hpc_rlhf.train.rewards.workers import Pool
-arguments = {{"file": {str(FILE)!r}, "name": "forks"}}
+arguments = {{"file": {str(FILE)!r}, "name": "forks", "seconds": 20}}
 pool = Pool("hpc_rlhf.train.rewards.user_function:load", arguments, size=1, timeout=20)
 print(pool.map([{{"completions": ["a", "b"]}}])[0].value, flush=True)
 time.sleep(1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -98,6 +99,9 @@ def train(
         values.update(engines.traffic(list(models.trained.values())))
         context.metrics.log(step + 1, total, "train", values)
         if step == 0:
+            if values["reward"] is None and world.is_main:
+                what = "no reward applied to any response of the first step, so it learned nothing"
+                print(f"hpc-rlhf: warning: stage {context.stage}: {what}", file=sys.stderr, flush=True)
             state.update(reward_first=values["reward"], reward_first_std=values["reward_std"], kl_first=values["kl"])
         state.update(reward_last=values["reward"], kl_last=values["kl"])
         samples.append_rollout(step + 1, experience)
