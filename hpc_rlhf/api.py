@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from pydantic import ValidationError
 
@@ -172,124 +172,15 @@ class DeepSpeedGRPOEngine(_Engine):
         self.models = GrpoModels(self.spec, self._sources(None, num_total_iters), self.tokenizer, self.world)
 
 
-def _sample(
-    engine: _Engine, trainer: PolicyTrainer[E], batch: int, prompt_batch: Sequence[str | Sequence[int]],
-    columns: Mapping[str, Sequence[object]] | None, times: int = 1,
-) -> E:  # fmt: skip
-    """The experience of responses to prompts, some to each. Collective.
-
-    Args:
-        batch: the number of the batch.
-        times: responses to each prompt.
-
-    Raises:
-        HpcRlhfError: see ``generate_experience``.
-    """
-    world, minibatches = engine.world, engine.spec.minibatches
-    prompts = [ids for prompt in prompt_batch for ids in [_prompt_ids(engine, prompt)] * times]
-    counts = set(world.gather(len(prompts)))
-    if len(counts) > 1 or not prompts or len(prompts) % minibatches:
-        what = "prompts" if times == 1 else "responses"
-        raise HpcRlhfError(
-            f"{' and '.join(map(str, sorted(counts)))} {what} cannot be divided into equal minibatches on every rank",
-            where="prompt_batch",
-            hint=f"pass the same multiple of minibatches ({minibatches}) on every rank",
-        )
-    if any(other != prompts for other in world.gather_tensor_group(prompts)):
-        raise HpcRlhfError(
-            "ranks that share layers have different prompts",
-            where="prompt_batch",
-            hint=f"give each {world.dims.tensor} neighbouring ranks, a tensor_parallel group, the same",
-        )
-    keys: list[tuple[object, ...]] = [
-        (engine.seed, "rollout", batch, world.data_rank, row) for row in range(len(prompts))
-    ]
-    repeated = {name: [cell for cell in column for _ in range(times)] for name, column in (columns or {}).items()}
-    return trainer.evaluate(trainer.roll_out(prompts, keys, lambda: False, times), repeated)
-
-
-def _prompt_ids(engine: _Engine, prompt: str | Sequence[int]) -> list[int]:
-    ids = prompt
-    if isinstance(prompt, str):
-        (ids,) = token_ids(engine.tokenizer, [prompt_text(engine.tokenizer, *parse_prompt(prompt))])
-    return [int(token) for token in ids][-engine.max_prompt_tokens :]
-
-
-class DeepSpeedPPOTrainer:
-    """PPO's steps: responses to a batch of prompts, and learning from them.
-
-    Args:
-        rewards: scores the responses; by default the engine's reward model.
-        backend: generates the responses; by default the training processes themselves.
-
-    Attributes:
-        metrics: of the last step: reward, kl, entropy, clipfrac and the others of a ppo stage's metrics.jsonl.
-    """
+class _Trainer(Generic[E]):
+    """What the trainers of PPO and GRPO have in common."""
 
     def __init__(
-        self, engine: DeepSpeedRLHFEngine, rewards: RewardSource | None = None, backend: RolloutBackend | None = None
-    ) -> None:
-        self.engine, world = engine, engine.world
-        own = ModelReward(engine.models.reward, world, engine.sizes.budget)
-        self._trainer = PpoTrainer(
-            engine.spec,
-            engine.models,
-            RolloutEngine(engine.models.policy, world) if backend is None else backend,
-            own if rewards is None else rewards,
-            engine.tokenizer.eos_token_id,
-            engine.sizes,
-            world,
-        )
-        self._batches, self._learned = 0, 0
-        self.metrics: dict[str, float | None] = {}
-
-    def generate_experience(
-        self, prompt_batch: Sequence[str | Sequence[int]], columns: Mapping[str, Sequence[object]] | None = None
-    ) -> Experience:
-        """Sample a response to each prompt, and evaluate it. Collective.
-
-        Args:
-            prompt_batch: this rank's prompts, as many as on every other rank: questions, transcripts that end
-                with ``Assistant:``, or token ids. A prompt longer than max_prompt_tokens is truncated on the
-                left. Under tensor_parallel, the ranks of a group pass the same prompts.
-            columns: data for the reward source by name, with an entry per prompt, such as reference answers.
-
-        Raises:
-            HpcRlhfError: the number of prompts is not a multiple of minibatches or differs between ranks, or
-                ranks that share layers have different prompts.
-        """
-        experience = _sample(self.engine, self._trainer, self._batches, prompt_batch, columns)
-        self._batches += 1
-        return experience
-
-    def train_rlhf(self, experience: Experience) -> tuple[float, float]:
-        """The optimizer steps on an experience; returns the losses of actor and critic. Collective."""
-        engine = self.engine
-        stats = self._trainer.learn(experience, key=(engine.seed, "minibatches", self._learned))
-        self._learned += 1
-        self.metrics = metrics = summarize(experience, stats, engine.spec, engine.tokenizer.eos_token_id, engine.world)
-        actor_loss, critic_loss = metrics["actor_loss"], metrics["critic_loss"]
-        assert actor_loss is not None
-        assert critic_loss is not None
-        return actor_loss, critic_loss
-
-
-class DeepSpeedGRPOTrainer:
-    """GRPO's steps: group_size responses to each of a batch of prompts, and learning from them.
-
-    Args:
-        rewards: scores the responses.
-        backend: generates the responses; by default the training processes themselves.
-
-    Attributes:
-        metrics: of the last step: reward, kl, entropy, clipfrac and the others of a grpo stage's metrics.jsonl.
-    """
-
-    def __init__(
-        self, engine: DeepSpeedGRPOEngine, rewards: RewardSource, backend: RolloutBackend | None = None
-    ) -> None:
-        self.engine, world = engine, engine.world
-        self._trainer = GrpoTrainer(
+        self, algorithm: type[PolicyTrainer[E]], engine: _Engine, rewards: RewardSource, backend: RolloutBackend | None,
+        group_size: int = 1,
+    ) -> None:  # fmt: skip
+        self.engine, self._group_size, world = engine, group_size, engine.world
+        self._trainer = algorithm(
             engine.spec,
             engine.models,
             RolloutEngine(engine.models.policy, world) if backend is None else backend,
@@ -303,24 +194,117 @@ class DeepSpeedGRPOTrainer:
 
     def generate_experience(
         self, prompt_batch: Sequence[str | Sequence[int]], columns: Mapping[str, Sequence[object]] | None = None
-    ) -> GroupExperience:
-        """Sample group_size responses to each prompt, and evaluate them. Collective.
+    ) -> E:
+        """Sample a response to each prompt, with GRPO group_size responses, and evaluate them. Collective.
 
-        The arguments and errors are those of ``DeepSpeedPPOTrainer.generate_experience``; the responses, not the
-        prompts, are divided into minibatches.
+        Args:
+            prompt_batch: this rank's prompts, as many as on every other rank: questions, transcripts that end
+                with ``Assistant:``, or token ids. A prompt longer than max_prompt_tokens is truncated on the
+                left. Under tensor_parallel, the ranks of a group pass the same prompts.
+            columns: data for the reward source by name, with an entry per prompt, such as reference answers.
+
+        Raises:
+            HpcRlhfError: the number of responses is not a multiple of minibatches or differs between ranks, or
+                ranks that share layers have different prompts.
         """
-        times = self.engine.spec.group_size
-        experience = _sample(self.engine, self._trainer, self._batches, prompt_batch, columns, times)
+        engine, times = self.engine, self._group_size
+        prompts = self._repeated_prompts(prompt_batch)
+        keys: list[tuple[object, ...]] = [
+            (engine.seed, "rollout", self._batches, engine.world.data_rank, row) for row in range(len(prompts))
+        ]
+        repeated = {name: [cell for cell in column for _ in range(times)] for name, column in (columns or {}).items()}
+        experience = self._trainer.evaluate(self._trainer.roll_out(prompts, keys, lambda: False, times), repeated)
         self._batches += 1
         return experience
 
+    def _repeated_prompts(self, prompt_batch: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        """The token ids of each response's prompt. Collective.
+
+        Raises:
+            HpcRlhfError: as ``generate_experience``.
+        """
+        world, minibatches, times = self.engine.world, self.engine.spec.minibatches, self._group_size
+        prompts = [ids for prompt in prompt_batch for ids in [_prompt_ids(self.engine, prompt)] * times]
+        counts = set(world.gather(len(prompts)))
+        if len(counts) > 1 or not prompts or len(prompts) % minibatches:
+            count = f"{' and '.join(map(str, sorted(counts)))} {'prompts' if times == 1 else 'responses'}"
+            raise HpcRlhfError(
+                f"{count} cannot be divided into equal minibatches on every rank",
+                where="prompt_batch",
+                hint=f"pass the same multiple of minibatches ({minibatches}) on every rank",
+            )
+        if any(other != prompts for other in world.gather_tensor_group(prompts)):
+            raise HpcRlhfError(
+                "ranks that share layers have different prompts",
+                where="prompt_batch",
+                hint=f"give each {world.dims.tensor} neighbouring ranks, a tensor_parallel group, the same",
+            )
+        return prompts
+
+    def _learn(self, experience: E) -> dict[str, float]:
+        """The optimizer steps on an experience. Returns ``Progress.sums``. Collective."""
+        stats = self._trainer.learn(experience, key=(self.engine.seed, "minibatches", self._learned))
+        self._learned += 1
+        return stats
+
+
+def _prompt_ids(engine: _Engine, prompt: str | Sequence[int]) -> list[int]:
+    ids = prompt
+    if isinstance(prompt, str):
+        (ids,) = token_ids(engine.tokenizer, [prompt_text(engine.tokenizer, *parse_prompt(prompt))])
+    return [int(token) for token in ids][-engine.max_prompt_tokens :]
+
+
+class DeepSpeedPPOTrainer(_Trainer[Experience]):
+    """PPO's steps: responses to a batch of prompts, and learning from them.
+
+    Args:
+        rewards: scores the responses; by default the engine's reward model.
+        backend: generates the responses; by default the training processes themselves.
+
+    Attributes:
+        metrics: of the last step: reward, kl, entropy, clipfrac and the others of a ppo stage's metrics.jsonl.
+    """
+
+    def __init__(
+        self, engine: DeepSpeedRLHFEngine, rewards: RewardSource | None = None, backend: RolloutBackend | None = None
+    ) -> None:
+        own = ModelReward(engine.models.reward, engine.world, engine.sizes.budget)
+        super().__init__(PpoTrainer, engine, own if rewards is None else rewards, backend)
+
+    def train_rlhf(self, experience: Experience) -> tuple[float, float]:
+        """The optimizer steps on an experience; returns the losses of actor and critic. Collective."""
+        engine, stats = self.engine, self._learn(experience)
+        self.metrics = metrics = summarize(experience, stats, engine.spec, engine.tokenizer.eos_token_id, engine.world)
+        actor_loss, critic_loss = metrics["actor_loss"], metrics["critic_loss"]
+        assert actor_loss is not None
+        assert critic_loss is not None
+        return actor_loss, critic_loss
+
+
+class DeepSpeedGRPOTrainer(_Trainer[GroupExperience]):
+    """GRPO's steps: group_size responses to each of a batch of prompts, and learning from them.
+
+    Args:
+        rewards: scores the responses.
+        backend: generates the responses; by default the training processes themselves.
+
+    Attributes:
+        metrics: of the last step: reward, kl, entropy, clipfrac and the others of a grpo stage's metrics.jsonl.
+    """
+
+    _trainer: GrpoTrainer
+
+    def __init__(
+        self, engine: DeepSpeedGRPOEngine, rewards: RewardSource, backend: RolloutBackend | None = None
+    ) -> None:
+        super().__init__(GrpoTrainer, engine, rewards, backend, engine.spec.group_size)
+
     def train_rlhf(self, experience: GroupExperience) -> float:
         """The optimizer steps on an experience; returns the loss. Collective."""
-        engine, trainer = self.engine, self._trainer
-        stats = trainer.learn(experience, key=(engine.seed, "minibatches", self._learned))
-        self._learned += 1
-        metrics = summarize_groups(experience, stats, engine.spec, trainer.eos_id, engine.world)
-        groups = trainer.groups(experience.rollout)
+        engine, stats = self.engine, self._learn(experience)
+        metrics = summarize_groups(experience, stats, engine.spec, engine.tokenizer.eos_token_id, engine.world)
+        groups = self._trainer.groups(experience.rollout)
         self.metrics = {**compare(experience.scores, groups, engine.world), **metrics}
         loss = metrics["loss"]
         assert loss is not None

@@ -48,6 +48,10 @@ class GrpoSpec(PolicySpec):
     """Tokens over which the penalty of long responses grows; by default a fifth of max_answer_tokens."""
 
     @property
+    def clip_ranges(self) -> tuple[float, float]:
+        return self.cliprange, self.cliprange if self.cliprange_high is None else self.cliprange_high
+
+    @property
     def mean_over(self) -> Literal["tokens", "responses"]:
         """What the loss is a mean over, after the weights of ``loss_normalization``."""
         return "tokens" if self.loss_normalization == "token" else "responses"

@@ -41,6 +41,11 @@ class PolicySpec(ReferredSpec):
         return self.top_p < 1 or self.top_k > 0
 
     @property
+    def clip_ranges(self) -> tuple[float, float]:
+        """How far the ratio may fall below 1, and rise above it."""
+        return self.cliprange, self.cliprange
+
+    @property
     def rewarded_by_models(self) -> bool:
         """Whether reward models score the responses."""
         return any(item.kind == "model" for item in self.rewards or ())

@@ -10,7 +10,10 @@ from hpc_rlhf.train.algorithms.moments import Moments
 from hpc_rlhf.train.rollout.experience import GroupExperience, gather_moments
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.policy.metrics import learned, mixed
-from hpc_rlhf.train.stages.policy.trainer import ACTOR_STATS
+
+# Sums over the response tokens of all optimizer steps on an experience; ``tokens`` and ``responses`` count these. The
+# last two are sums over the pretraining mixture's tokens. Checkpoints keep the sums in this order.
+STATS = ("actor_loss", "ratio", "approx_kl", "clipped", "tokens", "responses", "ptx_loss", "ptx_tokens")
 
 
 def summarize(
@@ -40,7 +43,7 @@ def summarize(
         "entropy": experience.entropies[mask].sum().item(),
         "ended": experience.rollout.ended(eos_id, mask.device).sum().item(),
     }
-    total = world.sums({**local, **{f"learned_{name}": stats[name] for name in ACTOR_STATS}})
+    total = world.sums({**local, **{f"learned_{name}": stats[name] for name in STATS}})
     responses, tokens = total["responses"], total["own_tokens"] or 1.0
     loss = total["learned_actor_loss"] / (total[f"learned_{spec.mean_over}"] or 1.0)
     return {

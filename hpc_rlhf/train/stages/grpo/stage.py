@@ -6,21 +6,17 @@ Group relative policy optimization (arXiv 2402.03300), and its variants: DAPO (a
 
 from __future__ import annotations
 
-from functools import partial
-
 from hpc_rlhf.spec.stages import GrpoSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.rewards.build import text_rewards
 from hpc_rlhf.train.rollout.experience import GroupExperience
-from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.grpo.metrics import summarize
 from hpc_rlhf.train.stages.grpo.models import GrpoModels
 from hpc_rlhf.train.stages.grpo.sampling import Sampler
 from hpc_rlhf.train.stages.grpo.trainer import GrpoTrainer
 from hpc_rlhf.train.stages.policy import stage as policy
-from hpc_rlhf.train.stages.policy.minibatches import Sizes
 from hpc_rlhf.train.stages.policy.models import model_sources
 from hpc_rlhf.train.stages.policy.rewards import stage_rewards
 
@@ -36,15 +32,7 @@ def run(context: StageContext) -> None:
     total = total_steps(len(data.train), spec.epochs, prompts, spec.max_steps)
     start = model_sources(context, spec, total * spec.num_iterations * spec.minibatches)
     models = GrpoModels(spec, start, context.tokenizer, world)
-    trainer = GrpoTrainer(
-        spec, models,
-        backend=RolloutEngine(models.policy, world),
-        rewards=stage_rewards(context, spec, texts, models.reward),
-        eos_id=context.tokenizer.eos_token_id,
-        sizes=Sizes.of(context),
-        world=world,
-        check=context.stop.check,
-    )  # fmt: skip
+    trainer = GrpoTrainer.of(context, spec, models, stage_rewards(context, spec, texts, models.reward))
     sampler = Sampler(context, spec, trainer, data.train)
 
     # 2. The experience of a step: groups of responses, their scores, and each response's advantage.
@@ -54,5 +42,4 @@ def run(context: StageContext) -> None:
         return trainer.evaluate_scored(rollout, scored, learned_next=True), {**sampler.metrics, "lr": lr}
 
     # 3. Learning from it.
-    measure = partial(summarize, spec=spec, eos_id=trainer.eos_id, world=world)
-    policy.train(context, trainer, data, total, experience_of, measure)
+    policy.train(context, trainer, data, total, experience_of, summarize)

@@ -14,6 +14,7 @@ from hpc_rlhf.train.algorithms import group_advantages, ppo
 from hpc_rlhf.train.rewards.blend import Scores
 from hpc_rlhf.train.rollout.backend import Rollout
 from hpc_rlhf.train.rollout.experience import GroupExperience, TokenStats, evaluate_tokens, gather_moments
+from hpc_rlhf.train.stages.grpo.metrics import STATS
 from hpc_rlhf.train.stages.grpo.models import GrpoModels
 from hpc_rlhf.train.stages.policy.minibatches import Minibatch
 from hpc_rlhf.train.stages.policy.trainer import PolicyTrainer, as_tensor, padded
@@ -34,6 +35,7 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
     models: GrpoModels
 
     kind: ClassVar[type[GroupExperience]] = GroupExperience
+    stats: ClassVar[tuple[str, ...]] = STATS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +135,10 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
 
     def denominator(self, minibatch: Minibatch) -> float:
         return minibatch.all_tokens if self.spec.mean_over == "tokens" else minibatch.all_responses
+
+    def count_learned(self, minibatch: Minibatch, stats: dict[str, Tensor]) -> None:
+        super().count_learned(minibatch, stats)
+        stats["responses"] += minibatch.own_responses
 
     def penalty(self, experience: GroupExperience, rows: list[int], log_probs: Tensor) -> Tensor | float:
         """The KL penalty of GRPO (arXiv 2402.03300, equation 4): the k3 estimator, with the weights of the loss."""

@@ -14,6 +14,7 @@ from hpc_rlhf.train.data.tokenized import StageData
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.rewards.blend import Blend
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
+from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.common import commit, new_artifact, write_model
 from hpc_rlhf.train.stages.held_out import HeldOut
 from hpc_rlhf.train.stages.learner import evaluated_rows
@@ -24,13 +25,15 @@ from hpc_rlhf.train.stages.policy.trainer import PolicyTrainer
 from hpc_rlhf.train.stages.sample_log import HELD_OUT_PROMPTS, SampleLog
 
 Metrics = dict[str, float | None]
+# Of an experience, its ``Progress.sums``, the spec, the end-of-sequence token and the world.
+Summarize = Callable[[E, dict[str, float], Any, int, World], Metrics]
 # Entries of a checkpoint's state that are no metrics of the finished stage.
 _INTERNAL = ("seconds", "trainer", "start_answers")
 
 
 def train(
     context: StageContext, trainer: PolicyTrainer[E], data: StageData, total: int,
-    experience_of: Callable[[int], tuple[E, Metrics]], summarize: Callable[[E, dict[str, float]], Metrics],
+    experience_of: Callable[[int], tuple[E, Metrics]], summarize: Summarize[E],
 ) -> None:  # fmt: skip
     """Train, evaluate and export the actor.
 
@@ -38,7 +41,7 @@ def train(
         total: steps of the stage.
         experience_of: makes the experience of a step, and metrics that are known before anything is learned from it. A
             stop may discard it; the next attempt repeats it. Collective.
-        summarize: the metrics of a step, from its experience and ``Progress.sums``. Collective.
+        summarize: the metrics of a step. Collective.
     """
     spec, world, models = trainer.spec, context.world, trainer.models
     mixture = pretraining_mixture(context, spec) if spec.ptx is not None else None
@@ -95,7 +98,7 @@ def train(
         progress = None
 
         # 4. Metrics and samples.
-        values = {**summarize(experience, stats), **state.pop("before")}
+        values = {**summarize(experience, stats, spec, trainer.eos_id, world), **state.pop("before")}
         values.update(engines.traffic(list(models.trained.values())))
         context.metrics.log(step + 1, total, "train", values)
         if step == 0:

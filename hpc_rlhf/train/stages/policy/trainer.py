@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from torch import Tensor
 from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms import ppo
+from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.rewards.blend import Blend, Scores
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.policy.minibatches import Minibatch, Sizes, counted, micro_batches, rows_of
 from hpc_rlhf.train.stages.policy.progress import E, Progress
@@ -25,10 +27,9 @@ from hpc_rlhf.train.stages.policy.progress import E, Progress
 # Further losses for an optimizer step of the actor, made from its engine; they add to the stats.
 Mixture = Callable[[Any, dict[str, Tensor]], list[Callable[[], Tensor]]]
 
+T = TypeVar("T", bound="PolicyTrainer[Any]")
+
 ACTOR = "actor"
-# Sums over the response tokens of all optimizer steps on an experience; ``tokens`` and ``responses`` count these. The
-# last two are of the pretraining mixture's tokens.
-ACTOR_STATS = ("actor_loss", "ratio", "approx_kl", "clipped", "tokens", "responses", "ptx_loss", "ptx_tokens")
 
 
 @dataclass
@@ -51,10 +52,17 @@ class PolicyTrainer(Generic[E]):
     check: Callable[[str], object] = lambda kind: None
 
     kind: ClassVar[Any]  # of experience
-    # The networks that learn from each minibatch, in this order, the actor first; and the names of the sums over all
-    # optimizer steps on an experience, in the order in which checkpoints keep them.
+    # The networks that learn from each minibatch, in this order, the actor first.
     networks: ClassVar[tuple[str, ...]] = (ACTOR,)
-    stats: ClassVar[tuple[str, ...]] = ACTOR_STATS
+    # The names of the sums over all optimizer steps on an experience, in the order in which checkpoints keep them.
+    stats: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def of(cls: type[T], context: StageContext, spec: PolicySpec, models: Any, rewards: RewardSource) -> T:
+        """The trainer of a stage, whose ranks generate the responses themselves."""
+        world, eos_id = context.world, context.tokenizer.eos_token_id
+        backend = RolloutEngine(models.policy, world)
+        return cls(spec, models, backend, rewards, eos_id, Sizes.of(context), world, context.stop.check)
 
     def __post_init__(self) -> None:
         self._kept: Any = None  # the actor's output in an evaluation with its graph, to learn from
@@ -77,6 +85,10 @@ class PolicyTrainer(Generic[E]):
     def denominator(self, minibatch: Minibatch) -> float:
         """What the summed losses of a minibatch over all ranks are divided by."""
         return minibatch.all_tokens
+
+    def count_learned(self, minibatch: Minibatch, stats: dict[str, Tensor]) -> None:
+        """Add to the stats how much the actor has learned from."""
+        stats["tokens"] += minibatch.own_tokens
 
     def penalty(self, experience: E, rows: list[int], log_probs: Tensor) -> Tensor | float:
         """What is added to a micro-batch's summed loss of the actor.
@@ -179,9 +191,7 @@ class PolicyTrainer(Generic[E]):
             self._learn_from(minibatch, self.networks[network], progress, mixture)
             if network < count - 1:
                 continue
-            stats["tokens"] += minibatch.own_tokens
-            if "responses" in stats:
-                stats["responses"] += minibatch.own_responses
+            self.count_learned(minibatch, stats)
             if self.models.ema and not progress.actor_skipped:
                 self.models.ema.update()
             if self._too_far(stats["approx_kl"] - progress.kl_before, minibatch.all_tokens):
@@ -243,8 +253,8 @@ class PolicyTrainer(Generic[E]):
         log_probs, (old, advantages, mask) = padded(
             experience, rows, flat, experience.log_probs, experience.advantages, experience.mask
         )
-        high = getattr(self.spec, "cliprange_high", None)
-        loss, clipped, ratio = ppo.policy_loss_sum(log_probs, old, advantages, mask, self.spec.cliprange, high)
+        ranges = self.spec.clip_ranges
+        loss, clipped, ratio = ppo.policy_loss_sum(log_probs, old, advantages, mask, *ranges)
         kl = ppo.k3_kl(old, log_probs.detach(), mask).sum()
         real = bool(rows)  # an empty micro-batch only keeps ranks in sync
         loss = loss + self.penalty(experience, rows or [0], log_probs)

@@ -10,7 +10,7 @@ from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.policy.metrics import learned, mixed
 
 # Sums over the response tokens of all optimizer steps on an experience; ``tokens`` counts them. The last two are
-# of the pretraining mixture's tokens. Checkpoints keep the sums in this order.
+# sums over the pretraining mixture's tokens. Checkpoints keep the sums in this order.
 STATS = (
     "actor_loss", "critic_loss", "ratio", "approx_kl", "clipped", "value_clipped", "tokens", "ptx_loss", "ptx_tokens",
 )  # fmt: skip

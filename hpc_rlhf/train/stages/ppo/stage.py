@@ -6,7 +6,6 @@ details of arXiv 2403.17031.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from hpc_rlhf.spec.stages import PpoSpec
@@ -16,9 +15,7 @@ from hpc_rlhf.train.data.sampler import sample_at, total_steps
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.rewards.build import text_rewards
 from hpc_rlhf.train.rollout.experience import Experience
-from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.stages.policy import stage as policy
-from hpc_rlhf.train.stages.policy.minibatches import Sizes
 from hpc_rlhf.train.stages.policy.models import model_sources
 from hpc_rlhf.train.stages.policy.rewards import score_metrics, stage_rewards
 from hpc_rlhf.train.stages.ppo.metrics import summarize
@@ -36,15 +33,7 @@ def run(context: StageContext) -> None:
     total = total_steps(len(data.train), spec.epochs, context.batch.global_ * spec.minibatches, spec.max_steps)
     start = model_sources(context, spec, total * spec.ppo_epochs * spec.minibatches)
     models = PpoModels(spec, start, context.tokenizer, world)
-    trainer = PpoTrainer(
-        spec, models,
-        backend=RolloutEngine(models.policy, world),
-        rewards=stage_rewards(context, spec, texts, models.reward),
-        eos_id=context.tokenizer.eos_token_id,
-        sizes=Sizes.of(context),
-        world=world,
-        check=context.stop.check,
-    )  # fmt: skip
+    trainer = PpoTrainer.of(context, spec, models, stage_rewards(context, spec, texts, models.reward))
 
     # 2. The experience of a step: responses, their scores, and each token's advantage.
     def experience_of(step: int) -> tuple[Experience, policy.Metrics]:
@@ -56,8 +45,7 @@ def run(context: StageContext) -> None:
         return trainer.evaluate_scored(rollout, scored), {**before, **score_metrics(scored, world)}
 
     # 3. Learning from it.
-    measure = partial(summarize, spec=spec, eos_id=trainer.eos_id, world=world)
-    policy.train(context, trainer, data, total, experience_of, measure)
+    policy.train(context, trainer, data, total, experience_of, summarize)
 
 
 def _prompts(
