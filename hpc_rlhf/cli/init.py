@@ -12,6 +12,7 @@ import click
 
 from hpc_rlhf.cli.arguments import example, writing
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec.stages import GRPO, PPO
 from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, grpo_recipe, recipe_for
 from hpc_rlhf.spec.starter import write_starter
 
@@ -36,8 +37,8 @@ _PACKAGE = Path(__file__).parents[1]
 @click.option("--deployment", type=click.Choice(DEPLOYMENTS), help="The machine to train on.")
 @click.option(
     "--algorithm",
-    type=click.Choice(["ppo", "grpo"]),
-    default="ppo",
+    type=click.Choice([PPO.name, GRPO.name]),
+    default=PPO.name,
     show_default=True,
     help="How the actor learns: PPO from a reward model, or GRPO from answers that can be verified.",
 )
@@ -57,9 +58,9 @@ def command(
     if demo:
         if actor or reward or deployment or name:
             raise click.UsageError("--demo cannot be used with other options than --algorithm and --out.")
-        _write(_demo("tiny-grpo.yaml" if algorithm == "grpo" else "tiny.yaml"), out or "demo.yaml", "run")
+        _write(_demo("tiny-grpo.yaml" if algorithm == GRPO.name else "tiny.yaml"), out or "demo.yaml", "run")
         return
-    verified = algorithm == "grpo"
+    verified = algorithm == GRPO.name
     if verified and reward is not None:
         raise click.UsageError("--reward is for --algorithm ppo; the rewards of GRPO are in its spec.")
     if actor is None:

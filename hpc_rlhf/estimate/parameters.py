@@ -125,8 +125,8 @@ def architecture(models: ModelsSpec, role: str) -> Architecture:
 
 def judges(spec: JobSpec, stage: PolicySpec) -> list[Architecture]:
     """The shapes of the reward models that score a stage's responses."""
-    refs = ["reward"] if stage.rewards is None else [item.model for item in stage.rewards if item.model is not None]
-    named = [spec.models if ref == "reward" else spec.models.model_copy(update={"reward": ref}) for ref in refs]
+    own = [None] if stage.rewards is None else [item.own_model for item in stage.rewards if item.kind == "model"]
+    named = [spec.models if model is None else spec.models.model_copy(update={"reward": model}) for model in own]
     return [architecture(models, "reward") for models in named]
 
 

@@ -49,10 +49,10 @@ def _items(spec: JobSpec) -> Iterator[HubItem]:
     for name, ref in spec.models:
         if isinstance(ref, str) and not os.path.isabs(ref):
             yield HubItem("model", ref, f"models.{name}")
-    for stage in spec.stage_names:
-        for place, item in enumerate(getattr(spec.stage(stage), "rewards", None) or ()):
-            if item.model is not None and item.model != "reward" and not os.path.isabs(item.model):
-                yield HubItem("model", item.model, f"stages.{stage}.rewards.{place}.model")
+    for stage, rewards in spec.rewards.items():
+        for place, item in enumerate(rewards):
+            if item.own_model is not None and not os.path.isabs(item.own_model):
+                yield HubItem("model", item.own_model, f"stages.{stage}.rewards.{place}.model")
     for where, source in spec.sources.items():
         if source.path is not None and not os.path.isabs(source.path):
             yield HubItem("data set", source.path, where, source.subset or None, source.split)

@@ -154,9 +154,15 @@ class JobSpec(Model):
         return any("reward" in set(kind_of(name).models) - self.stage(name).unneeded for name in self.stage_names)
 
     @property
+    def rewards(self) -> dict[str, tuple[RewardItem, ...]]:
+        """The rewards of each stage that has some."""
+        named = {name: getattr(self.stage(name), "rewards", None) for name in self.stage_names}
+        return {name: rewards for name, rewards in named.items() if rewards}
+
+    @property
     def uses_columns(self) -> bool:
         """Whether a stage has rewards, which may need the further columns of the data."""
-        return any(getattr(self.stage(name), "rewards", None) for name in self.stage_names)
+        return bool(self.rewards)
 
     @property
     def evaluation(self) -> EvalSpec | None:
@@ -166,9 +172,9 @@ class JobSpec(Model):
     @property
     def evaluated_rewards(self) -> tuple[RewardItem, ...]:
         """The rewards by which the evaluation judges responses. It asks the run's reward model anyway."""
-        stages = [self.stage(name) for name in (*reversed(self.trained), EVALUATION.name) if name in self.stage_names]
-        lists = [rewards for stage in stages if (rewards := getattr(stage, "rewards", None))]
-        return tuple(item for item in lists[-1] if item.model != "reward") if lists else ()
+        stages = (EVALUATION.name, *self.trained)
+        rewards = next((self.rewards[name] for name in stages if name in self.rewards), ())
+        return tuple(item for item in rewards if not item.asks_run_model)
 
     def stage(self, name: str) -> StageSpec:
         spec = getattr(self.stages, name)

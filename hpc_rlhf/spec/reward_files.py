@@ -38,10 +38,7 @@ def with_files(spec: JobSpec, place: Callable[[Path], str]) -> JobSpec:
         file, name = split(item.function)
         return item.model_copy(update={"function": f"{place(file)}:{name}"})
 
-    rewards = {
-        stage: tuple(map(moved, getattr(spec.stage(stage), "rewards", None) or ())) for stage in spec.stage_names
-    }
-    return spec.with_stages(**{stage: {"rewards": items} for stage, items in rewards.items() if items})
+    return spec.with_stages(**{stage: {"rewards": tuple(map(moved, items))} for stage, items in spec.rewards.items()})
 
 
 def by_content(spec: JobSpec) -> JobSpec:

@@ -85,6 +85,16 @@ class RewardItem(Model):
         return next(name for name in fields if name != "format" or len(fields) == 1)
 
     @property
+    def asks_run_model(self) -> bool:
+        """Whether it is the run's reward model."""
+        return self.model == "reward"
+
+    @property
+    def own_model(self) -> str | None:
+        """The hub id or folder of a reward model other than the run's."""
+        return None if self.asks_run_model else self.model
+
+    @property
     def limit(self) -> float:
         """How long one call may take, in seconds."""
         if self.timeout is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_rlhf.spec.stages import STAGE_KINDS, StageKind
+from hpc_rlhf.spec.stages import BASE, STAGE_KINDS, StageKind
 from hpc_rlhf.spec.stages.recipes import Recipe, billions_in
 from hpc_rlhf.spec.yaml_source import Mark, parse_yaml
 
@@ -114,7 +114,7 @@ def write_starter(recipe: Recipe, *, actor: str, reward: str | None, name: str, 
 def _origin(recipe: Recipe, billions: float | None) -> str:
     """Where the numbers come from, and whether they suit a model of this size."""
     origin = recipe.origin.format(billions=recipe.billions, machine=recipe.machine) + "."
-    if recipe.trains_adapters and "sft" in recipe.stages:
+    if recipe.trains_adapters and BASE.name in recipe.stages:
         origin += "\n# Adapters: ten times the rate of full fine-tuning, at alpha 32 (LoRA Without Regret, 2025)."
     if billions is None:
         return f"{origin}\n# The model's name does not give its size: check that they suit it."

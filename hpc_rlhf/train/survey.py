@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Sampled:
 def sampled(
     source: SourceSpec, needs: frozenset[Data], margins: bool = False, rewarded: frozenset[str] = frozenset()
 ) -> Sampled | HpcRlhfError:
-    """The first rows of each of a source's files, or why they cannot be used. Remote data fits all needs.
+    """The first rows of each of a source's files, or why they cannot be used. Demo and remote data fit all needs.
 
     Args:
         margins: every pair needs one.
@@ -76,15 +76,18 @@ def sampled(
     counts = SourceCounts(source.name, rewarded=rewarded)
     try:
         files = sources.local_files(source)
-        generated = source.arithmetic or source.reasoning_gym
-        if files is None and not generated:
+        if source.demo is not None or (files is None and source.generated is None):
             if margins and source.demo is not None:
                 sources.check_margin(Sample((), "", "", where=counts.source), source)
             return Sampled(counts, needs)
-        size = SAMPLE if len(files or ()) <= SAMPLE // FEW else FEW
+        first: Iterator[Placed]
+        if files is None:
+            first = islice(sources.placed_rows(source, 0), SAMPLE)
+        else:
+            size = SAMPLE if len(files) <= SAMPLE // FEW else FEW
+            first = (row for file in files for row in islice(read_rows(file), size))
         fits: set[Data] = set()
-        first = islice(sources.placed_rows(source, 0), size) if generated else ()
-        for row in chain(first, (row for file in files or () for row in islice(read_rows(file), size))):
+        for row in first:
             fits |= _uses(source, row, needs, counts, margins)
         searched = SourceCounts("")
         if needs - fits:

@@ -52,5 +52,5 @@ class PolicySpec(ReferredSpec):
 
     @property
     def unneeded(self) -> frozenset[str]:
-        judged = any(item.model == "reward" for item in self.rewards or ())
+        judged = any(item.asks_run_model for item in self.rewards or ())
         return frozenset() if judged else frozenset({"reward"})

@@ -20,7 +20,7 @@ from hpc_rlhf.run.row_counts import Outcome, SourceCounts, read_counts
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.spec.stages import Data, kind_of
+from hpc_rlhf.spec.stages import GRPO, Data, kind_of
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import Tokens, encode, pieces, shorten
 from hpc_rlhf.train.data.further import to_json
@@ -186,8 +186,8 @@ def _facts(spec: JobSpec) -> dict[str, Any]:
     """What tokens depend on in any stage. What earlier versions did is left out, so that their tokens are found."""
     as_before = {field for field, value in spec.data.before.items() if getattr(spec.data, field) == value}
     facts = spec.data.model_dump(mode="json", exclude={"max_dropped", *as_before})
-    if "grpo" not in spec.trained:  # earlier versions had no such stage
-        del facts["split"]["grpo"]
+    if GRPO.name not in spec.trained:  # earlier versions had no such stage
+        del facts["split"][GRPO.name]
     return {"data": facts, "seed": spec.seed}
 
 

@@ -51,7 +51,7 @@ def build_rewards(
 
 
 def _source(context: StageContext, item: RewardItem, text: TextReward | None, trained: Source | None) -> Source:
-    if item.model == "reward":
+    if item.asks_run_model:
         assert trained is not None, "model_checks refuses such a spec"
         return trained
     return FromText(text or _model(context, item), context.tokenizer, context.world, context.stop.cancellable)
@@ -63,9 +63,9 @@ def pattern(item: RewardItem) -> Pattern | None:
 
 
 def _model(context: StageContext, item: RewardItem) -> TextReward:
-    assert item.model is not None
+    assert item.own_model is not None
     budget = context.batch.micro * context.longest
-    return ClassifierReward(item.model, context.dtype, context.world.device, budget, context.stop.should_stop)
+    return ClassifierReward(item.own_model, context.dtype, context.world.device, budget, context.stop.should_stop)
 
 
 def _exact(context: StageContext, item: RewardItem) -> TextReward:

@@ -10,6 +10,7 @@ from typing import Any
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import fsync_path
+from hpc_rlhf.spec.stages import BASE
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import lora
@@ -20,8 +21,8 @@ from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 def start_actor(context: StageContext) -> str:
     """Where to load the actor that later stages start from: the SFT stage's model, or what the spec names."""
-    if "sft" in context.spec.needs(context.stage):
-        return str(context.run.stage("sft").model)
+    if BASE.name in context.spec.needs(context.stage):
+        return str(context.run.stage(BASE.name).model)
     return context.start_model(context.spec.models.actor)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.stages import EvalSpec
+from hpc_rlhf.spec.stages import BASE, Data, EvalSpec, kind_of
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.further import columns_of
 from hpc_rlhf.train.data.sampler import sample_at
@@ -56,14 +56,16 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
     """
     spec, stop = context.spec, context.stop
 
-    def rows(*stages: str) -> Any:
-        """The held-out rows of the first of these stages that was trained."""
-        for stage in stages:
-            if stage in spec.trained:
-                folder = context.run.stage(stage).data
-                with stop.cancellable():
-                    return prepare(spec, stage, context.tokenizer, folder, context.world, stop.should_stop).held_out
-        return []
+    def rows(stages: Sequence[str]) -> Any:
+        """The held-out rows of the first of these stages."""
+        if not stages:
+            return []
+        folder = context.run.stage(stages[0]).data
+        with stop.cancellable():
+            return prepare(spec, stages[0], context.tokenizer, folder, context.world, stop.should_stop).held_out
+
+    def trained_on(data: Data) -> list[str]:
+        return [stage for stage in spec.trained if kind_of(stage).data is data]
 
     def rollout(samples: list[dict[str, Any]], column: str) -> Rollout:
         # A text without BOS has no prompt, and its first token cannot be predicted.
@@ -73,14 +75,16 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
     def sampled_rows(all_rows: Any) -> list[dict[str, Any]]:
         return [all_rows[place] for place in evaluated_rows(len(all_rows), spec.seed)]
 
-    source = rows("ppo", "grpo", "dpo", "sft", "reward")
+    # The prompts of the first policy trained from the base; without one, the base's own, or else the reward model's.
+    by_preference = sorted(spec.trained, key=lambda stage: (not kind_of(stage).makes_policy, stage == BASE.name))
+    source = rows(by_preference)
     by_prompt: dict[str, dict[str, Any]] = {}
     for place in range(len(source)):
         row = source[sample_at(place, len(source), spec.seed, "eval")]
         if row["prompt"] and len(by_prompt) < prompts:
             by_prompt.setdefault(row["prompt"], row)
     chosen = list(by_prompt.values())
-    texts, pairs = sampled_rows(rows("sft")), sampled_rows(rows("reward", "dpo"))
+    texts, pairs = sampled_rows(rows(trained_on(Data.ANSWERS))), sampled_rows(rows(trained_on(Data.PAIRS)))
     if not (chosen or texts or pairs):
         raise HpcRlhfError("no samples are held out", "data.held_out", "raise it in a new run")
     return HeldOut(

@@ -1,7 +1,7 @@
 """Evaluation: the models of a run side by side, on data that none of them was trained on.
 
 Every model answers the same held-out prompts, sampled with the same random numbers. The reward model's scores
-and the KL divergence from the model that PPO and DPO started from show what training achieved.
+and the KL divergence from the model that PPO, GRPO and DPO started from show what training achieved.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hpc_rlhf.spec.stages import EvalSpec
+from hpc_rlhf.spec.stages import BASE, POLICIES, Data, EvalSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
@@ -52,7 +52,8 @@ class Evaluation:
         self.spec = context.stage_spec
         self.trained = context.spec.trained
         self.held = held_out(context, self.spec.prompts)
-        self.base = "sft" if "sft" in self.trained else "start"
+        self.base = BASE.name if BASE.name in self.trained else "start"
+        self.compares_pairs = any(_learns_from_pairs(name) for name in self.trained)
         self.sources = self._sources()
         self.reward = reward_model(context)
         if context.spec.judge is None and self.reward is not None and not has_score_head(self.reward):
@@ -64,14 +65,13 @@ class Evaluation:
 
     def _sources(self) -> dict[str, str]:
         run = self.context.run
-        tuned = [name for name in ("ppo", "grpo", "dpo") if name in self.trained]
-        sources: dict[str, str] = {name: str(run.stage(name).model) for name in tuned}
-        averages = {model: stage for model, stage in self.context.spec.policies.items() if model != stage}
-        sources |= {model: str(run.stage(stage).ema_model) for model, stage in averages.items()}
-        if sources or "sft" in self.trained:
+        policies = {model: stage for model, stage in self.context.spec.policies.items() if model != BASE.name}
+        sources = {model: str(run.stage(stage).model) for model, stage in policies.items() if model == stage}
+        sources |= {model: str(run.stage(stage).ema_model) for model, stage in policies.items() if model != stage}
+        if sources or BASE.name in self.trained:
             sources["start"] = self.context.start_model(self.context.spec.models.actor)
-        if "sft" in self.trained:
-            sources["sft"] = str(run.stage("sft").model)
+        if BASE.name in self.trained:
+            sources[BASE.name] = str(run.stage(BASE.name).model)
         return sources
 
     # Checkpoints
@@ -107,7 +107,7 @@ class Evaluation:
         if len(texts):
             loss = -math.fsum(ask.likelihoods(engine, texts)) / sum(texts.response_lengths)
             measured.perplexity = math.exp(min(loss, 50.0))
-        if name in ("dpo", self.base) and "dpo" in self.trained:
+        if self.compares_pairs and (name == self.base or _learns_from_pairs(name)):
             chosen, rejected = (ask.likelihoods(engine, part) for part in self.held.pairs)
             measured.preferences = [c - r for c, r in zip(chosen, rejected, strict=True)]
         responses = ask.responses(RolloutEngine(model, context.world), prompts)
@@ -183,6 +183,11 @@ class Evaluation:
             for key, plural in (("win_rate", "win_rates"), ("accuracy", "accuracies"))
         }
         commit(context, folder, total, {"prompts": report["prompts"], "base": self.base, **rates})
+
+
+def _learns_from_pairs(model: str) -> bool:
+    """Whether it is a policy that a stage trains on pairs."""
+    return model in POLICIES and POLICIES[model].data is Data.PAIRS
 
 
 def run(context: StageContext) -> None:
