@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.fields import NonNegative, Positive, Rate
 from hpc_rlhf.spec.stages.kind import GRADIENT, LEARNING_RATE, SENT, THROUGHPUT, Data, Plot, StageKind
-from hpc_rlhf.spec.stages.policy import PolicySpec
+from hpc_rlhf.spec.stages.policy import DRIFT, PTX_LOSS, RESPONSES, REWARD_STD, REWARDS, SKIPPED, PolicySpec
 from hpc_rlhf.spec.training import StageSpec
 
 
@@ -101,22 +101,19 @@ GRPO = StageKind(
     scores=frozenset({"reward"}),
     result="reward {reward_first} → {reward_last} (first std {reward_first_std})",
     plots=(
-        Plot("reward", "score per response", {"reward": "mean"}, held_out="reward"),
-        Plot("each reward", "score per response", {}, parts="reward/"),
-        Plot("standard deviation of rewards", "reward", {"reward_std": "standard deviation"}),
+        *REWARDS,
+        REWARD_STD,
         Plot("prompts without a difference", "fraction", {"frac_reward_zero_std": "all rewards equal"}),
         Plot("KL from the start", "nats per response", {"kl": "KL"}, held_out="kl"),
-        Plot("entropy", "nats per token", {"entropy": "entropy"}),
-        Plot("response length", "tokens", {"answer_tokens": "mean"}, held_out="answer_tokens"),
-        Plot("responses with an end of sequence", "fraction", {"eos_rate": "fraction"}, held_out="eos_rate"),
+        *RESPONSES,
         Plot("responses that take no part", "fraction", {"masked": "fraction"}),
         Plot("failed rewards", "responses", {"rewards_failed": "failed"}),
         Plot("clip fraction", "fraction of tokens", {"clipfrac": "clipped"}),
-        Plot("KL within a step", "nats per token", {"approx_kl": "KL from the sampling policy"}),
+        DRIFT,
         Plot("loss", "per token or response", {"loss": "loss"}),
-        Plot("pretraining loss", "nats per token", {"ptx_loss": "mixture"}),
+        PTX_LOSS,
         GRADIENT,
-        Plot("skipped optimizer steps", "per step", {"skipped": "skipped"}),
+        SKIPPED,
         LEARNING_RATE,
         THROUGHPUT,
         SENT,

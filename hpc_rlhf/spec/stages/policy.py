@@ -7,7 +7,23 @@ from pydantic import Field
 from hpc_rlhf.spec.fields import Fraction, NonNegative, Positive, Rate, TopK, TopP
 from hpc_rlhf.spec.rewards import Rewards
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages.kind import Plot
 from hpc_rlhf.spec.training import ReferredSpec, Warmup
+
+# Charts of both stages.
+REWARDS = (
+    Plot("reward", "score per response", {"reward": "mean"}, held_out="reward"),
+    Plot("each reward", "score per response", {}, parts="reward/"),
+)
+REWARD_STD = Plot("standard deviation of rewards", "reward", {"reward_std": "standard deviation"})
+RESPONSES = (
+    Plot("entropy", "nats per token", {"entropy": "entropy"}),
+    Plot("response length", "tokens", {"answer_tokens": "mean"}, held_out="answer_tokens"),
+    Plot("responses with an end of sequence", "fraction", {"eos_rate": "fraction"}, held_out="eos_rate"),
+)
+DRIFT = Plot("KL within a step", "nats per token", {"approx_kl": "KL from the sampling policy"})
+SKIPPED = Plot("skipped optimizer steps", "per step", {"skipped": "skipped"})
+PTX_LOSS = Plot("pretraining loss", "nats per token", {"ptx_loss": "mixture"})
 
 
 class PolicySpec(ReferredSpec):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate
 from hpc_rlhf.spec.stages.kind import SENT, THROUGHPUT, Data, Plot, StageKind
-from hpc_rlhf.spec.stages.policy import PolicySpec
+from hpc_rlhf.spec.stages.policy import DRIFT, PTX_LOSS, RESPONSES, REWARD_STD, REWARDS, SKIPPED, PolicySpec
 from hpc_rlhf.spec.training import LoraSpec, StageSpec
 
 
@@ -132,21 +132,18 @@ PPO = StageKind(
     scores=frozenset({"reward"}),
     result="reward {reward_first} → {reward_last} (first std {reward_first_std}), KL {kl_first} → {kl_last}",
     plots=(
-        Plot("reward", "score per response", {"reward": "mean"}, held_out="reward"),
-        Plot("each reward", "score per response", {}, parts="reward/"),
+        *REWARDS,
         Plot("KL from the SFT model", "nats per response", {"kl": "KL"}, held_out="kl"),
-        Plot("entropy", "nats per token", {"entropy": "entropy"}),
-        Plot("response length", "tokens", {"answer_tokens": "mean"}, held_out="answer_tokens"),
-        Plot("responses with an end of sequence", "fraction", {"eos_rate": "fraction"}, held_out="eos_rate"),
+        *RESPONSES,
         Plot("clip fractions", "fraction of tokens", {"clipfrac": "actor", "value_clipfrac": "critic"}),
         Plot("clipped scores", "fraction", {"score_clipfrac": "fraction"}),
         Plot("gradient norms", "before clipping", {"actor_grad_norm": "actor", "critic_grad_norm": "critic"}),
-        Plot("skipped optimizer steps", "per step", {"skipped": "skipped"}),
-        Plot("KL within a step", "nats per token", {"approx_kl": "KL from the sampling policy"}),
-        Plot("standard deviation of rewards", "reward", {"reward_std": "standard deviation"}),
+        SKIPPED,
+        DRIFT,
+        REWARD_STD,
         Plot("actor loss", "per token", {"actor_loss": "actor"}),
         Plot("critic loss", "reward squared", {"critic_loss": "critic"}),
-        Plot("pretraining loss", "nats per token", {"ptx_loss": "mixture"}),
+        PTX_LOSS,
         Plot("pretraining loss, weighted", "fraction of the actor's", {"ptx_share": "fraction"}),
         Plot("explained variance", "fraction of the returns'", {"explained_variance": "fraction"}),
         Plot("KL coefficient", "reward per nat", {"kl_coef": "coefficient"}),

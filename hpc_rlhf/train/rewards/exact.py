@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
-from hpc_rlhf.train.rewards.text import Pattern, Score, TextBatch, as_text
+from hpc_rlhf.train.rewards.text import Pattern, Score, TextBatch
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,12 @@ class Exact:
         if answer is None:
             return None
         text = self.selects.selected(response) if self.selects else response
-        return float(text is not None and text.strip() == as_text(answer).strip())
+        return float(text is not None and text.strip() == _written(answer).strip())
+
+
+def _written(cell: Any) -> str:
+    """Text as it is, anything else as JSON."""
+    return cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

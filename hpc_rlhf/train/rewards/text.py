@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -116,11 +115,6 @@ def encoded(scores: Sequence[Score]) -> list[Any]:
 def decoded(scores: Sequence[Any]) -> list[Score]:
     """The inverse of ``encoded``."""
     return [Failure(*score) if isinstance(score, list) else score for score in scores]
-
-
-def as_text(value: Any) -> str:
-    """An entry of a column as a program would print it: text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ class UrlReward:
         timeout: seconds for a batch.
         should_stop: polled while waiting.
 
+    Attributes:
+        pool: the processes that ask the server.
+
     Raises:
         HpcRlhfError: the variable is not set.
         WorkCancelled: ``should_stop`` returned True.
@@ -32,14 +35,10 @@ class UrlReward:
             hint = "export it where you submit, or in slurm.setup"
             raise HpcRlhfError(f"the environment variable {secret} has no token", where=f"url {url}", hint=hint)
         tries = len(http_client.PAUSES) + 1
-        self._pool = Pool(
+        self.pool = Pool(
             "hpc_rlhf.train.rewards.http_client:make", {"url": url, "secret": secret, "timeout": timeout},
             size=CONNECTIONS, timeout=tries * (timeout + http_client.LONGEST_PAUSE), should_stop=should_stop,
         )  # fmt: skip
-
-    def close(self) -> None:
-        """End its processes."""
-        self._pool.close()
 
     def judge(self, batch: TextBatch) -> list[Score]:
         parts = [slice(first, first + BATCH) for first in range(0, len(batch), BATCH)]
@@ -52,7 +51,7 @@ class UrlReward:
             for part in parts
         ]
         scores: list[Score] = []
-        for request, outcome in zip(requests, self._pool.map(requests), strict=True):
+        for request, outcome in zip(requests, self.pool.map(requests), strict=True):
             if isinstance(why := outcome.error or outcome.value, str):
                 scores += [Failure(why, RUN_FAILED)] * len(request["responses"])
             else:

@@ -73,7 +73,7 @@ def test_all_responses_get_their_reward_with_prompt_columns_and_token(
     responses = ["x" * number for number in range(BATCH + 3)]
     assert reward.judge(batch_of(responses)) == [None, *range(1, BATCH + 3)]
     assert reward.judge(batch_of([])) == []
-    reward.close()
+    reward.pool.close()
     (first, token), (second, _) = sorted(server.requests, key=lambda request: request[0]["columns"]["answer"])
     assert token == "Bearer s3cret"
     assert set(first) == {"prompts", "responses", "columns"}
@@ -113,7 +113,7 @@ def test_a_failure_is_that_of_its_batch(server: Server) -> None:
     server.answers = [(400, {})]
     reward = UrlReward(server.url, None, 20)
     scores = reward.judge(batch_of(["a"] * (BATCH + 1)))
-    reward.close()
+    reward.pool.close()
     failure = Failure("the server answered 400 Bad Request", RUN_FAILED)
     assert sorted(scores, key=str) in ([1, *[failure] * BATCH], [failure, *[1] * BATCH], [*[1] * BATCH, failure])
 
