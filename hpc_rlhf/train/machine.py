@@ -70,7 +70,7 @@ def devices(ops: list[str]) -> dict[str, Any]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from hpc_rlhf.train.parallel.deepspeed_internals import import_deepspeed
+    from hpc_rlhf.train.parallel.deepspeed_import import import_deepspeed
 
     import_deepspeed()
     import deepspeed

@@ -63,7 +63,7 @@ def _spread(model: Any, spread: float = 0.2) -> Any:
 
 def is_supported(precision: str) -> bool:
     """False for anything with fp16 in its name on a device on which DeepSpeed cannot train in float16."""
-    from hpc_rlhf.train.parallel.deepspeed_internals import supports_fp16
+    from hpc_rlhf.train.parallel.deepspeed_import import supports_fp16
 
     return "fp16" not in precision or supports_fp16()
 

@@ -26,6 +26,7 @@ from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.models import score_head
 from hpc_rlhf.train.models.onebit_adam import OneBitAdam
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
+from hpc_rlhf.train.parallel.deepspeed_import import supports_fp16
 from hpc_rlhf.train.parallel.tensor_parallel import split_model
 from hpc_rlhf.train.runtime.world import World
 
@@ -36,8 +37,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """The trained parameters: matrices with weight decay, vectors without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if internals.full_dim(p) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if internals.full_dim(p) < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(internals.full_shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if len(internals.full_shape(p)) < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -108,7 +109,7 @@ def training_engine(model: nn.Module, ds_config: dict[str, Any], spec: TrainingS
 
 
 def _check_precision(ds_config: dict[str, Any]) -> None:
-    if ds_config.get("fp16", {}).get("enabled") and not internals.supports_fp16():
+    if ds_config.get("fp16", {}).get("enabled") and not supports_fp16():
         raise HpcRlhfError(
             "this device cannot train in float16",
             where="precision: fp16",

@@ -236,7 +236,7 @@ def _check_adapts_most(model: nn.Module, adapted: Sequence[Any], head: Any) -> N
     """Refuse to train only adapters that leave out most weights of the layers."""
     outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is head for p in m.parameters()}
     inside = sum(
-        internals.full_numel(p) for p in model.parameters() if internals.full_dim(p) > 1 and id(p) not in outside
+        internals.full_numel(p) for p in model.parameters() if len(internals.full_shape(p)) > 1 and id(p) not in outside
     )
     share = sum(map(internals.full_numel, adapted)) / max(1, inside)
     if share < 0.5:

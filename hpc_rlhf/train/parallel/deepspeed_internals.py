@@ -6,7 +6,6 @@ interface (``initialize``, an engine's ``backward``, ``step``, ``was_step_applie
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,30 +19,12 @@ SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTER_FIELDS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
-def import_deepspeed() -> None:
-    """Import DeepSpeed without MLflow: its autotuner, unused here, would load that and pandas where they are installed,
-    which takes each rank a second and 80 MiB."""
-    if not {"deepspeed", "mlflow"} & sys.modules.keys():
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # so an import of it raises ImportError
-        try:
-            import deepspeed  # noqa: F401
-        finally:
-            del sys.modules["mlflow"]
-
-
 def disable_shared_memory_comm() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce for CPU ranks, which takes a compiler and most of a
     minute, and with which the other ranks spin forever when one dies; gloo raises."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def supports_fp16() -> bool:
-    """True if DeepSpeed can train in float16 on this device; many CPUs cannot."""
-    from deepspeed.accelerator import get_accelerator
-
-    return bool(get_accelerator().is_fp16_supported())
 
 
 # Parameters
@@ -77,11 +58,6 @@ def full_numel(parameter: Any) -> int:
 def full_shape(parameter: Any) -> tuple[int, ...]:
     """Shape of a parameter before ZeRO-3 flattened it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def full_dim(parameter: Any) -> int:
-    """Dimensions of a parameter before ZeRO-3 flattened it."""
-    return len(full_shape(parameter))
 
 
 def mark_split(tensor: Tensor) -> None:

@@ -17,7 +17,8 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run.files import file_system_error
-from hpc_rlhf.train.parallel.deepspeed_internals import disable_shared_memory_comm, import_deepspeed
+from hpc_rlhf.train.parallel.deepspeed_import import import_deepspeed
+from hpc_rlhf.train.parallel.deepspeed_internals import disable_shared_memory_comm
 from hpc_rlhf.train.runtime import messages
 from hpc_rlhf.train.runtime.launcher import launcher_ranks
 from hpc_rlhf.train.runtime.rendezvous import open_store

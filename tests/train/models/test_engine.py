@@ -11,9 +11,9 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.spec.training import LoraSpec
+from hpc_rlhf.train.models import engine
 from hpc_rlhf.train.models.engine import parameter_groups, training_engine
 from hpc_rlhf.train.models.lora import adapt
-from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from tests.train import tiny
 from tests.train.stages import END, rank_environment
 
@@ -103,7 +103,7 @@ def test_a_step_with_an_infinite_gradient_is_skipped_and_reported(stage: str, op
 
 
 def test_float16_on_a_device_without_it_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(internals, "supports_fp16", lambda: False)
+    monkeypatch.setattr(engine, "supports_fp16", lambda: False)
     config = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}
     with pytest.raises(HpcRlhfError, match="cannot train in float16") as caught:
         training_engine(tiny.causal("llama"), config, SftSpec(precision="fp16"), 1e-3, 10)
