@@ -1,6 +1,6 @@
-"""The Python files of a spec's rewards: which they are by content, and what their functions take.
+"""The Python files with reward functions: their digests, and the columns that the functions need.
 
-Nothing in them runs here. Their functions are called as TRL calls reward functions, by keywords.
+Nothing in them runs here. The functions are called as TRL calls reward functions, with keyword arguments.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def split(function: str) -> tuple[Path, str]:
 
 
 def with_files(spec: JobSpec, place: Callable[[Path], str]) -> JobSpec:
-    """The spec with other paths for the files of its functions."""
+    """The spec with its reward functions' files at other paths."""
 
     def moved(item: RewardItem) -> RewardItem:
         if item.function is None:
@@ -42,7 +42,7 @@ def with_files(spec: JobSpec, place: Callable[[Path], str]) -> JobSpec:
 
 
 def by_content(spec: JobSpec) -> JobSpec:
-    """The spec with files that have the same content named alike: a run has its own copies."""
+    """The spec with paths that depend only on the files' names and content: a run has its own copies."""
     return with_files(spec, lambda file: f"{digest(file)}/{file.name}")
 
 
@@ -58,7 +58,7 @@ def needed_columns(function: str) -> set[str]:
     """The columns of the data that a function cannot be called without.
 
     Raises:
-        FunctionError: there is no such function, or it cannot be called with keywords.
+        FunctionError: there is no such function, or it cannot be called with keyword arguments.
     """
     file, name = split(function)
     try:
@@ -106,7 +106,7 @@ def _required(node: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
     positional = [*args.posonlyargs, *args.args]
     required = positional[: len(positional) - len(args.defaults)]
     if only := [arg.arg for arg in required if arg in args.posonlyargs]:
-        what = f"{node.name} takes {only[0]} by position only; it is called with keywords"
+        what = f"{node.name} takes {only[0]} by position only; it is called with keyword arguments"
         raise FunctionError(what, "remove the / from its parameters")
     names = {arg.arg for arg in [*positional, *args.kwonlyargs]}
     if args.kwarg is None and not names & {"completions", "responses", "completion_ids"}:

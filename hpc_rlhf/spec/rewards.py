@@ -1,4 +1,4 @@
-"""The rewards of a stage: what scores its responses, and what happens if that fails."""
+"""A stage's rewards: what scores its responses, and what happens if that fails."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ Column = Annotated[FreeText, Field(min_length=1)]
 
 
 class RewardItem(Model):
-    """One reward of a stage. Exactly one of model, function, math, exact, format, code, url and reasoning_gym says
-    what it is."""
+    """A reward. Exactly one of model, function, math, exact, format, code, url and reasoning_gym says what it is."""
 
     model: PathText | None = None
     """reward: the model of the reward stage, or of models.reward. Otherwise a hub id or a folder of any
@@ -42,8 +41,8 @@ class RewardItem(Model):
     prompts, completions and the columns of the data as keyword arguments, each a list. It returns a list of numbers,
     with None where it does not apply. The run keeps a copy of the file."""
     math: Column | None = None
-    """A column with the right answer, a number or a formula. The score is 1 if the last answer of the response equals
-    it (math-verify), otherwise 0."""
+    """A column with the right answer, a number or a formula. The score is 1 if the last number or formula in the
+    response equals it (math-verify), otherwise 0."""
     exact: Column | None = None
     """A column with the right answer as text. The score is 1 if the response, or what format finds in it, is this text,
     apart from space around it; otherwise 0."""
@@ -57,7 +56,7 @@ class RewardItem(Model):
     image: PathText | None = None
     """An Apptainer image with python3, in which code runs without network and without files of this system."""
     memory: Annotated[str, Field(pattern=r"^[0-9]{1,6}[MG]$")] = "512M"
-    """Memory limit of a response's program, for code."""
+    """Memory limit for a response's program, with code."""
     url: Annotated[Command, Field(pattern=r"^https?://")] | None = None
     """A server that scores batches of responses; see docs/rewards.md for the request and the response."""
     secret: Annotated[FreeText, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
@@ -70,13 +69,13 @@ class RewardItem(Model):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
     """Its name in metrics; by default, its kind, with a number if there are several of the kind."""
     timeout: Duration | None = None
-    """How long one call may take: for a batch with function and url, for a response with the others. An answer or a
-    program that takes longer scores 0; a function or server counts as failed. By default 5 s for math and
+    """How long one call may take: for a batch with function and url, for a response with the others. A response whose
+    check or program takes longer scores 0; a function or server counts as failed. By default 5 s for math and
     reasoning_gym, otherwise 30 s."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What happens if the reward fails: it raises, hangs, or returns the wrong number of values or no finite number.
-    stop ends the stage, and the error names the response; skip leaves the response out of training, and metrics count
-    it."""
+    """What happens if the reward fails: it raises, hangs, or returns too few or too many values or one that is not
+    finite. stop ends the stage, and the error names the response; skip leaves the response out of training, and metrics
+    count it."""
 
     @property
     def kind(self) -> str:
@@ -127,7 +126,7 @@ KINDS = ("model", "function", "math", "exact", "format", "code", "url", "reasoni
 
 
 def names(rewards: Sequence[RewardItem]) -> list[str]:
-    """What each reward of a stage is called in metrics: its name, or its kind, with a number if there are several."""
+    """What metrics call each of a stage's rewards: its name, or its kind, with a number if there are several."""
     kinds = Counter(item.kind for item in rewards if item.name is None)
     numbers: Counter[str] = Counter()
     result = []

@@ -149,7 +149,7 @@ class Mlflow:
 def _own_store(run: RunDir) -> Iterator[str]:
     """The address of a run's own store, locked, because stages that start together would create the same tables.
 
-    It is a SQLite file. It is a folder of files if a run of an earlier version began with one, and on a file system
+    It is a SQLite file. It is a folder of files if an earlier version of hpc-rlhf began the run, and on a file system
     without locks, such as Lustre mounted without flock, where SQLite does not work.
     """
     files = run.path / "mlruns"

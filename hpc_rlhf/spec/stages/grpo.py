@@ -13,8 +13,8 @@ from hpc_rlhf.spec.training import StageSpec
 
 
 class GrpoSpec(PolicySpec):
-    """Group relative policy optimization (arXiv 2402.03300): a response is compared with the others to its prompt, so
-    there is no critic.
+    """Group relative policy optimization (arXiv 2402.03300): each response is compared with the others to the same
+    prompt, so there is no critic.
 
     A step is a rollout of global_batch x minibatches responses, group_size to a prompt, and the optimizer steps on it.
     """
@@ -23,9 +23,9 @@ class GrpoSpec(PolicySpec):
     group_size: Annotated[int, Field(ge=2, le=1024)] = 8
     """Responses to each prompt. On each rank, global_batch x minibatches / ranks must be a multiple of it."""
     advantage: Literal["grpo", "rloo", "dr_grpo", "reinforce++"] = "grpo"
-    """How a reward becomes an advantage. grpo: its distance from the group's mean, in standard deviations. dr_grpo:
-    without the division (arXiv 2503.20783). rloo: its distance from the mean of the others (arXiv 2402.14740).
-    reinforce++: the rewards of all tokens to come, normalized over the batch (arXiv 2501.03262)."""
+    """How a reward becomes an advantage. grpo: its distance from the group's mean, in standard deviations. dr_grpo: the
+    same without the division (arXiv 2503.20783). rloo: its distance from the others' mean (arXiv 2402.14740).
+    reinforce++: the sum of the rewards of a token and all later ones, normalized over the batch (arXiv 2501.03262)."""
     num_iterations: Positive = Field(default=1, description="Passes over the experience of each rollout.")
     kl_coef: NonNegative = 0.0
     """Weight of the KL penalty against the reference: the model before training. 0 needs no reference model; nor does
@@ -39,13 +39,13 @@ class GrpoSpec(PolicySpec):
     """What the loss is a mean over: all tokens of a minibatch (DAPO); the responses, each a mean over its tokens
     (GRPO); or the responses, each a sum over its tokens, divided by max_answer_tokens (Dr. GRPO)."""
     dynamic_sampling: Positive | None = None
-    """Replace prompts whose responses all have the same reward with the next ones (DAPO), in at most this many further
-    rollouts per step; any that are still left then stay. null keeps all prompts."""
+    """Replace prompts whose responses all have the same reward with the next prompts (DAPO), in at most this many
+    further rollouts per step; after that, any that are left stay. null keeps all prompts."""
     overlong: Literal["mask", "penalty"] | None = None
     """What happens to responses that reach max_answer_tokens. mask: they do not take part in the loss. penalty: the
     reward falls linearly by up to 1 over the last overlong_margin tokens (DAPO). null: nothing."""
     overlong_margin: Positive | None = None
-    """Tokens over which the penalty of long responses grows; by default a fifth of max_answer_tokens."""
+    """Tokens over which the penalty on long responses grows; by default a fifth of max_answer_tokens."""
 
     @property
     def clip_ranges(self) -> tuple[float, float]:

@@ -41,8 +41,8 @@ class PolicySpec(ReferredSpec):
     top_p: TopP = 1.0
     top_k: TopK = 0
     stop_kl: Rate | None = None
-    """Skip the remaining optimizer steps of a rollout once the actor's KL from the policy that sampled exceeds this, in
-    nats per token; about 0.02 if several passes make the actor drift."""
+    """Skip the remaining optimizer steps on a rollout once the actor's KL from the policy that sampled it exceeds this,
+    in nats per token; about 0.02 if several passes make the actor drift."""
     cliprange: Rate = Field(default=0.2, description="Clip range of the actor's probability ratio.")
     ema: bool = False
     """Keep an exponential moving average of the actor and export it as a second model."""

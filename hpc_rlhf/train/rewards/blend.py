@@ -16,7 +16,7 @@ from hpc_rlhf.train.runtime.world import World
 
 # Rewards are float32 on the device.
 _LARGEST = 3.4e38
-# Characters of a prompt, a response and a row's columns in an error.
+# Characters of a prompt, a response or a row's columns that an error shows.
 _SHOWN = 300
 
 
@@ -35,7 +35,7 @@ class Part:
     Attributes:
         weight: 0 only reports it.
         skips: a failure leaves its response out of training; otherwise it ends the stage.
-        varies: its score of the same response may differ the next time.
+        varies: it may score the same response differently the next time.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a blend gives each response.
+    """A blend's scores, each list with an entry for each response.
 
     Attributes:
         total: the weighted sum; None where no reward with a weight applies, or one failed.
@@ -78,9 +78,8 @@ class Blend:
         self._step = 0
 
     def begin(self, step: int, purpose: str) -> None:
-        """Announce what the next calls score, so that the scores of rewards that vary are stored for it.
-
-        An attempt that repeats the step gets the same scores. Collective.
+        """Announce what the next calls score. An attempt that repeats the step gets the same scores, even from rewards
+        that vary. Collective.
 
         Args:
             step: steps done.
@@ -170,8 +169,8 @@ def _hint(steps: int) -> str:
 
 
 def _checked(part: Part, scores: Sequence[Score], count: int) -> list[Score]:
-    """Scores with a failure where there is no finite number, in float32 and with the weight; only failures if they are
-    not one for each response."""
+    """Scores, with a failure in place of each that is not finite in float32 or would not be once weighted. If there is
+    not one score for each response, all are failures."""
     if len(scores) != count:
         return [Failure(f"gave {len(scores)} scores for {count} responses", of_all=True)] * count
 

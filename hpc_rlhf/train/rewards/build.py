@@ -1,4 +1,4 @@
-"""Makes the rewards of a spec."""
+"""Builds the rewards that a spec lists."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PATTERN_SECONDS = 1.0
 
 
 def text_rewards(context: StageContext, items: Sequence[RewardItem]) -> list[TextReward | None]:
-    """The rewards of a stage that need no model, in place of the others None. Collective.
+    """The rewards that need no model, with None in place of the others. Collective.
 
-    Made before models load, they show at once what they lack.
+    Built before models load, they fail at once if something is missing.
     """
     return [TEXT_REWARDS[item.kind](context, item) if item.kind != "model" else None for item in items]
 
@@ -36,11 +36,11 @@ def build_rewards(
     context: StageContext, items: Sequence[RewardItem], texts: Sequence[TextReward | None],
     trained: Source | None = None,
 ) -> Blend:  # fmt: skip
-    """The rewards of a stage. Collective.
+    """A blend of the rewards. Collective.
 
     Args:
-        texts: those that need no model, of ``text_rewards``.
-        trained: the model of the reward stage, which ``model: reward`` means.
+        texts: see ``text_rewards``.
+        trained: the run's reward model, for ``model: reward``.
     """
     parts = [
         Part(name, _source(context, item, text, trained), item.weight, item.on_error == "skip", item.kind in VARYING)
@@ -58,7 +58,7 @@ def _source(context: StageContext, item: RewardItem, text: TextReward | None, tr
 
 
 def pattern(item: RewardItem) -> Pattern | None:
-    """What selects the part of a response that a reward judges."""
+    """Selects the part of a response that a reward judges."""
     return Pattern(item.format, min(item.limit, PATTERN_SECONDS)) if item.format is not None else None
 
 
@@ -142,9 +142,9 @@ def _function(context: StageContext, item: RewardItem) -> TextReward:
         return FunctionReward(file, name, item.limit, context.stop.should_stop)
 
 
-# Kinds whose score of the same response may differ the next time.
+# Kinds that may score the same response differently the next time.
 VARYING = frozenset({"function", "code", "url", "math", "reasoning_gym"})
-# How each kind of reward that needs no model is made.
+# Builds each kind of reward that needs no model.
 TEXT_REWARDS: dict[str, Callable[[StageContext, RewardItem], TextReward]] = {
     "exact": _exact,
     "format": _format,

@@ -21,9 +21,9 @@ from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 
 class ClassifierReward:
-    """The output of transformers' sequence classification model with one label, whole on every rank.
+    """The scores of a sequence classification model of transformers with one label. Every rank holds the whole model.
 
-    It gets the dialogue with the response as its own chat template writes it; without one, as a transcript.
+    It reads the dialogue with the response in its own chat template; without one, as a transcript.
 
     Args:
         source: a hub id or a folder.
@@ -31,7 +31,7 @@ class ClassifierReward:
         should_stop: polled between forward passes.
 
     Raises:
-        HpcRlhfError: it cannot be loaded, or is no such model.
+        HpcRlhfError: it cannot be loaded, or is not such a model.
         WorkCancelled: ``should_stop`` returned True.
     """
 
@@ -42,7 +42,7 @@ class ClassifierReward:
         self.model.eval().requires_grad_(False).to(device)
         self.device, self.budget, self.should_stop = device, budget, should_stop
         self._config = self.model.config.get_text_config()
-        # Reward models of this package end with EOS, and not with what a template writes after it.
+        # Reward models trained by this package read a dialogue up to EOS, without what a template adds after it.
         self._ends = is_plain(self.tokenizer) or hasattr(self.model.config, "score_offset")
         if self._ends:
             configure_tokenizer(self.tokenizer, "auto")

@@ -1,4 +1,4 @@
-"""What runs the code of responses against tests, in a process without torch: Apptainer, without network and home.
+"""Runs the code in responses against tests, in Apptainer without network and home; in a process without torch.
 
 ``python -m hpc_rlhf.train.rewards.code IMAGE`` prints as JSON why code cannot be contained here, or null.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# The last of them is a response's code.
+# A block of code; a response is judged by its last one.
 FENCE = re.compile(r"^```[^\n`]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # For a container to start and to end, perhaps on a busy file system.
 GRACE_SECONDS = 60.0
@@ -27,16 +27,16 @@ _GUARD = Path(__file__).with_name("guard.py")
 
 
 class SandboxError(Exception):
-    """There is no sandbox, or it is not one; the message says why, as ``Failure.why`` does."""
+    """There is no sandbox, or it does not isolate. The message is worded as ``Failure.why``."""
 
 
 def make(image: str, seconds: float, memory: int, selected: bool) -> Callable[[list[Any]], list[Any] | str]:
-    """The function of a ``Verifier``: the share of the tests that pass, and which limit was exceeded.
+    """Make the function of a ``Verifier``, which returns the share of passed tests and the limit that was exceeded.
 
     Args:
         seconds: for all tests of a response.
         memory: bytes.
-        selected: responses are code that a format has selected.
+        selected: a format has selected the code from each response.
 
     Raises:
         SandboxError: code cannot be contained here.
@@ -56,7 +56,7 @@ def make(image: str, seconds: float, memory: int, selected: bool) -> Callable[[l
             return [0.0, None]
         try:
             passed, why = run(command, code, tests, limits)
-        except (SandboxError, OSError, ValueError) as error:  # of the node, such as no more processes
+        except (SandboxError, OSError, ValueError) as error:  # the node's fault, such as too many processes
             return str(error)
         return [passed / len(tests), why]
 
@@ -71,7 +71,7 @@ def program() -> list[str]:
     """
     path = shutil.which("apptainer") or shutil.which("singularity")
     if path is None:
-        raise SandboxError("needs Apptainer, which is not on PATH of this node, to run code of the model in")
+        raise SandboxError("needs Apptainer, which is not on PATH on this node, to run the model's code")
     return [path]
 
 
@@ -87,7 +87,7 @@ def run(command: list[str], code: str, tests: list[str], limits: dict[str, Any])
         "folders": {path: [os.stat(path).st_dev, os.stat(path).st_ino] for path in folders if os.path.exists(path)},
     }
     task = json.dumps({"code": code, "tests": tests, "limits": limits, "outside": outside})
-    # Nothing else of the environment: a variable could add mounts, or be a secret.
+    # Nothing else from the environment: a variable could add mounts, or be a secret.
     env = {"PATH": os.environ["PATH"], "APPTAINER_NO_PRIVS": "1", "SINGULARITY_NO_PRIVS": "1"}
     env |= {f"APPTAINERENV_{name}": "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)

@@ -1,7 +1,7 @@
-"""Scores that may differ when computed again, on disk before anything learns from them.
+"""Scores that may differ when computed again, stored on disk before anything learns from them.
 
-A server, or a user's function, may give another score the next time. An attempt that repeats a step, perhaps with other
-ranks, gets the scores that the step had, and asks nobody twice.
+A server, or a user's function, may give another score the next time. An attempt that repeats a step, perhaps on another
+number of ranks, reuses its scores and asks nobody twice.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from hpc_rlhf.train.checkpoint.store import CheckpointStore
 from hpc_rlhf.train.rewards.text import Score, decoded, encoded
 from hpc_rlhf.train.runtime.world import World
 
-# The scores of all of this rank's responses, or of none. Collective.
+# Scores all of this rank's responses, or none. Collective.
 Ask = Callable[[bool], Sequence[Score]]
 
 
 class CommittedScores:
-    """The scores of a stage's rewards, in a file for each step. A line has a reward's scores of one call, of all ranks.
+    """The scores from a stage's rewards, in a file for each step. A line holds what one reward returned in one call, on
+    all ranks.
 
     Args:
-        checkpoints: the stage's; what none of them would repeat is removed.
+        checkpoints: the stage's; files for steps that no checkpoint would repeat are deleted.
     """
 
     def __init__(self, folder: Path, checkpoints: CheckpointStore, world: World) -> None:
@@ -38,7 +39,7 @@ class CommittedScores:
         self._calls: Counter[str] = Counter()
 
     def begin(self, step: int, purpose: str) -> None:
-        """Open the file of a step, as ``Blend.begin``. Collective."""
+        """Open a step's file; see ``Blend.begin``. Collective."""
         file = self.folder / f"{step:08d}-{purpose}.jsonl"
 
         def read() -> dict[str, dict[str, Any]]:
@@ -53,12 +54,12 @@ class CommittedScores:
         self._file, self._calls = file, Counter()
 
     def replayed(self, reward: str, rows: Sequence[Any], keeps_failures: bool, ask: Ask) -> Sequence[Score]:
-        """The scores of this rank's responses: those on disk if it has all of them, otherwise new ones, which are then
-        on disk. Collective.
+        """The scores of this rank's responses: those on disk if all are there, otherwise new ones, which it stores.
+        Collective.
 
         Args:
-            rows: JSON of what the score of each response depends on.
-            keeps_failures: whether failures are scores. Otherwise, nothing of a call with one is kept.
+            rows: what the score of each response depends on, as JSON.
+            keeps_failures: whether failures are stored, too. Otherwise, a call with one is not stored at all.
         """
         if self._file is None:
             return ask(True)
@@ -97,7 +98,7 @@ class CommittedScores:
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
-    """The scores of each call in a file; lines that are not complete are left out."""
+    """The scores in a file, by call; incomplete lines are left out."""
     calls: dict[str, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError, LookupError, TypeError):

@@ -11,10 +11,10 @@ from hpc_rlhf.train.rewards.text import Pattern, Score, TextBatch
 
 @dataclass(frozen=True)
 class Exact:
-    """1 if a response is the text in a column, apart from space around it; otherwise 0. None where the column is empty.
+    """1 if a response is the text in a column, apart from space around it, otherwise 0. None where the column is empty.
 
     Attributes:
-        selects: what of a response is compared; by default all of it.
+        selects: the part of a response to compare; by default all of it.
     """
 
     column: str

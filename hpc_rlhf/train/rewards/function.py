@@ -17,7 +17,7 @@ _SHOWN = 200
 
 
 class FunctionReward:
-    """A function's scores; see ``user_function``. It runs in a process of its own, which gets a batch at a time.
+    """The scores from a function, which runs in a process of its own; see ``user_function``.
 
     Args:
         timeout: seconds for a batch.
@@ -37,7 +37,7 @@ class FunctionReward:
         loaded = self._pool.start()
         if loaded.error is not None:
             self.close()
-            hint = "of the file's folder, only the file is copied into the run; install what else it imports"
+            hint = "only the file itself is copied into the run; install the other modules that it imports"
             exit_code = RUN_FAILED if loaded.too_long else INPUT_WRONG
             raise HpcRlhfError(f"the reward {name} {loaded.error}", where=str(file), hint=hint, exit_code=exit_code)
 

@@ -1,7 +1,7 @@
 """Runs in the sandbox of the code reward: a response's code with each of its tests, within limits.
 
-It has the image's Python and nothing of this package. It gets a task as JSON on standard input, and answers with two
-lines: that the sandbox is one, and how many tests passed.
+It runs under the image's Python, without this package. It reads a task as JSON from standard input, and prints two
+lines: what the sandbox leaves open, and how many tests passed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def why_open(outside: dict[str, Any]) -> str | None:
-    """What the sandbox leaves open; None if nothing. ``outside`` says what this process's surroundings must not be."""
+    """What the sandbox leaves open; None if nothing. ``outside`` has the node's namespaces and folders."""
     for kind, link in outside["namespaces"].items():
         if os.readlink("/proc/self/ns/" + kind) == link:
             return f"it shares the {kind} namespace"

@@ -1,4 +1,4 @@
-"""What scores responses to problems of reasoning-gym, in a process without torch: the scorers of its tasks."""
+"""Scores responses to problems from reasoning-gym by the scorers of its tasks, in a process without torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-# Bytes that scoring an answer may take.
+# Memory for scoring an answer, in bytes.
 MEMORY = 2 * 2**30
 
 
 def make(selected: bool) -> Callable[[list[Any]], float]:
-    """The function of a ``Verifier``: the score of an answer, from 0 to 1.
+    """Make the function of a ``Verifier``, which returns the score of an answer, from 0 to 1.
 
     Args:
-        selected: responses are answers that a format has selected. Otherwise the answer is the last text between
-            <answer> and </answer>, or all of the response if there is none.
+        selected: a format has selected the answer from each response. Otherwise it is the last text between <answer>
+            and </answer>, or all of the response if there is none.
     """
     from reasoning_gym.factory import get_score_answer_fn
     from reasoning_gym.utils import extract_answer

@@ -1,4 +1,4 @@
-"""What asks a server for rewards, in a process without torch, which can be killed when the server hangs."""
+"""Asks a server for rewards, in a process without torch that can be killed when the server hangs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import BaseHandler, HTTPRedirectHandler, Request, build_opener
 
-# Seconds before each further try; a server may ask for others.
+# Seconds before each retry, unless the server asks for others.
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 LONGEST_PAUSE = 60.0
 _LARGEST_ANSWER = 2**26
@@ -25,11 +25,11 @@ class _NoRedirect(HTTPRedirectHandler):
 
 
 def make(url: str, secret: str | None, timeout: float) -> Callable[[dict[str, Any]], list[float | None] | str]:
-    """The function that posts a batch and returns its rewards, or why there are none, as ``Failure.why``.
+    """Make a function that posts a batch and returns its rewards, or why there are none, as ``Failure.why``.
 
     Args:
         secret: the environment variable with the bearer token.
-        timeout: seconds for one try.
+        timeout: seconds per try.
     """
     redirect: BaseHandler = _NoRedirect()
     opener = build_opener(redirect)
@@ -62,11 +62,11 @@ def _rewards(answer: bytes, count: int) -> list[float | None] | str:
     try:
         rewards = json.loads(answer)["rewards"]
     except (ValueError, KeyError, TypeError):
-        return f"the server's answer is no object with rewards: {answer[:100]!r}"
+        return f"the server's answer is not an object with rewards: {answer[:100]!r}"
     numbers = isinstance(rewards, list) and all(isinstance(each, float | int | None) for each in rewards)
     if not numbers or len(rewards) != count:
-        return f"the server gave no list of {count} numbers: {answer[:100]!r}"
+        return f"the server did not return a list of {count} numbers: {answer[:100]!r}"
     try:
         return [None if each is None else float(each) for each in rewards]
     except OverflowError:
-        return f"the server gave a number that is too large: {answer[:100]!r}"
+        return f"the server returned a number that is too large: {answer[:100]!r}"

@@ -1,4 +1,4 @@
-"""What verifies mathematical answers, in a process without torch: math-verify."""
+"""Verifies mathematical answers with math-verify, in a process without torch."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-# Bytes that reading and comparing two answers may take.
+# Memory for reading and comparing two answers, in bytes.
 MEMORY = 2 * 2**30
 # What marks a formula.
 _MARKS = ("$", "\\boxed", "\\(", "\\[")
 
 
 def make(selected: bool) -> Callable[[list[Any]], float | str]:
-    """The function of a ``Verifier``: whether the last answer in a response equals the right one.
+    """Make the function of a ``Verifier``, which returns 1 if a response's last answer equals the right one, else 0.
 
     Args:
-        selected: responses are answers that a format has selected: formulas, or sentences with one.
+        selected: a format has selected the answer from each response: a formula, or a sentence with one.
     """
     from math_verify import parse, verify
 
@@ -32,7 +32,7 @@ def make(selected: bool) -> Callable[[list[Any]], float | str]:
     def compare(item: list[Any]) -> float | str:
         answer, response = item
         if not isinstance(answer, str | int | float):
-            return f"cannot read the right answer {answer!r}, which is no text or number"
+            return f"cannot read the right answer {answer!r}, which is neither text nor a number"
         right = read_formula(str(answer).rpartition("####")[2].strip())  # GSM8K's answers begin with their derivation
         if not right:
             return f"cannot read the right answer {answer!r}"

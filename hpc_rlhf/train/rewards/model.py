@@ -13,7 +13,7 @@ from hpc_rlhf.train.runtime.world import World
 
 
 class ModelReward:
-    """The reward model's value of each sequence's last token.
+    """The reward model's output at each sequence's last token.
 
     Args:
         engine: a frozen ``RewardModel``.

@@ -1,4 +1,4 @@
-"""Rewards that read text: what they are given and return, and how they become sources of rewards."""
+"""Rewards that read text: what they take and return, and their use as a ``RewardSource``."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class FromText:
     """A ``RewardSource`` that decodes token ids for a ``TextReward``, with failures among its scores.
 
     Attributes:
-        cancellable: surrounds work that may end by WorkCancelled; see ``StopControl``.
+        cancellable: wraps work that may raise WorkCancelled; see ``StopControl``.
     """
 
     reward: TextReward
@@ -119,10 +119,10 @@ def decoded(scores: Sequence[Any]) -> list[Score]:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A regular expression, of which . also matches line ends.
+    """A regular expression whose . also matches line ends.
 
     Attributes:
-        timeout: seconds that one text may take: some expressions need time exponential in its length.
+        timeout: seconds for one text; some expressions take time exponential in its length.
     """
 
     text: str
@@ -136,7 +136,7 @@ class Pattern:
             return False
 
     def selected(self, text: str) -> str | None:
-        """Its first group, or without groups all of it, in the last place that matches; None if there is no match."""
+        """The first group of the last match, or without groups the whole match; None if there is no match."""
         try:
             last = deque(regex.finditer(self.text, text, regex.DOTALL, timeout=self.timeout), maxlen=1)
         except TimeoutError:

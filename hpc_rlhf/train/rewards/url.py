@@ -14,7 +14,7 @@ BATCH, CONNECTIONS = 64, 4
 
 
 class UrlReward:
-    """A server's scores. It gets batches of up to ``BATCH`` responses, some at the same time.
+    """The scores from a server. It gets batches of up to ``BATCH`` responses, ``CONNECTIONS`` at a time.
 
     Args:
         secret: the environment variable with the bearer token, if it needs one.

@@ -20,7 +20,7 @@ from typing import Any
 
 
 def load(file: str, name: str, seconds: float) -> Callable[[Mapping[str, Any]], list[float | None] | str]:
-    """What calls a function with keywords, and returns its scores, or what it raised.
+    """A callable that passes keywords to a function and returns its scores, or what it raised.
 
     Args:
         seconds: after which a call prints where it is.
@@ -55,7 +55,7 @@ def load(file: str, name: str, seconds: float) -> Callable[[Mapping[str, Any]], 
             return f"raised {type(error).__name__}: {error}"[:1000] + _line(error, Path(file))
         finally:
             faulthandler.cancel_dump_traceback_later()
-            if os.getpid() != own:  # a fork of the function's, which must not answer, too
+            if os.getpid() != own:  # the function forked; only its parent may answer
                 os._exit(1)
 
     return call

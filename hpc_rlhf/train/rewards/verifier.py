@@ -1,4 +1,4 @@
-"""Rewards by a program that judges each response alone, against what a column says."""
+"""Rewards by a program that judges each response alone, against a column."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from hpc_rlhf.train.rewards.workers import Pool
 
 @dataclass(frozen=True)
 class Verifier:
-    """Scores by a pool. None where the column is empty; 0 for a response that takes too long or ends its process.
+    """Scores from a pool of processes. None where the column is empty; 0 for a response that takes too long or ends its
+    process.
 
     Attributes:
-        name: of the reward, for the log.
-        column: what a response is judged by.
-        pool: its function takes ``[cell, response]`` and returns the score; a list of it and a remark for the log; or
-            why there is no score, as ``Failure.why``.
-        selects: what of a response is judged; by default all of it. Where it finds nothing, the score is 0.
+        name: the reward's, for the log.
+        column: what responses are judged against.
+        pool: its function takes ``[cell, response]`` and returns the score, or a list with the score and a remark for
+            the log, or why there is no score, as ``Failure.why``.
+        selects: the part of a response to judge; by default all of it. Where it finds nothing, the score is 0.
     """
 
     name: str

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc_rlhf.train.rewards import keeper
 
-# Slurm sends these to every process of a step. What to do about them is for the rank to decide.
+# Slurm sends these to every process of a job step. Only the rank reacts to them.
 OF_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     """Arguments: ``module:name`` of what makes the function, its keyword arguments and the limit of memory, both as
     JSON, and the file descriptor for answers.
 
-    The first answer says that the function is there. Each is an object with a value or an error.
+    The first answer reports whether the function could be made. Each is an object with a value or an error.
     """
     for number in OF_THE_RANK:
         signal.signal(number, signal.SIG_IGN)

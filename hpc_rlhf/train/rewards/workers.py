@@ -1,7 +1,7 @@
 """Spawned processes that judge responses, and are killed when one takes too long.
 
-Verifiers meet text that hangs them, fills their memory or crashes them, and users' functions do so on their own. A
-thread cannot be stopped, and a forked process would share CUDA and the connections between ranks.
+Some text makes a verifier hang, crash or fill its memory, and users' functions may do so on any text. A thread cannot
+be stopped, and a forked process would share CUDA and the connections between ranks.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from hpc_rlhf.train.rewards.output import Output
 from hpc_rlhf.train.rewards.worker import OF_THE_RANK
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
-# To import what a worker needs, perhaps from a busy file system.
+# For a worker to start: its imports may come from a busy file system.
 START_SECONDS = 300.0
 _POLL_SECONDS = 0.2
-# To kill a process and all that it started.
+# For a process to end with all that it started.
 _END_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an item.
+    """The function's result for an item.
 
     Attributes:
-        error: why there is no value, without it None.
-        too_long: the reason is the time limit.
-        unasked: the reason is that no process could start.
+        error: why there is no value; None if there is one.
+        too_long: it exceeded the time limit.
+        unasked: no process could start to compute it.
     """
 
     value: Any = None

@@ -43,7 +43,7 @@ def attempt(
     folder: Path, ranks: int, judge: Judge, step: int = 4, responses: Sequence[str] = RESPONSES, skips: bool = False,
     name: str = "1", claims: bool = True, tensor: int = 1,
 ) -> list[float | None]:  # fmt: skip
-    """An attempt's scores of a step in two calls, as PPO has a call for each minibatch; in the order of the prompts."""
+    """The scores that an attempt gets for a step, in the order of the prompts. It asks in two calls, as GRPO may."""
 
     def work(world: World) -> list[list[float | None]]:
         store = CheckpointStore(folder / "checkpoints", name, 2, world)

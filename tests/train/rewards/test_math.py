@@ -64,7 +64,7 @@ def test_answers_are_compared_by_what_they_mean(pools: list[Pool]) -> None:
     assert judged == [1.0] * len(RIGHT) + [0.0] * len(WRONG)
     assert empty is None
     assert unreadable == Failure("cannot read the right answer ''")
-    assert listed == Failure("cannot read the right answer [1], which is no text or number")
+    assert listed == Failure("cannot read the right answer [1], which is neither text nor a number")
 
 
 def test_a_format_selects_what_is_compared(pools: list[Pool]) -> None:

@@ -1,4 +1,4 @@
-"""The metrics of a GRPO step."""
+"""Metrics of GRPO's steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def summarize(
         the experience; eos_rate, the share of responses that end with EOS; answer_tokens, their mean length; masked,
         the share of responses that take no part in training; grad_norm, the mean over the optimizer steps before
         clipping; skipped, optimizer steps that DeepSpeed skipped because a gradient was not finite. ``kl`` and
-        ``entropy`` are of responses that take part.
+        ``entropy`` cover the responses that take part.
     """
     mask, takes_part = experience.mask, experience.weights > 0
     local = {

@@ -1,7 +1,7 @@
-"""Groups of responses to the prompts of a step, with their scores.
+"""Sampling and scoring the groups of responses that a step learns from.
 
-Prompts are taken from an endless stream, in its order. Every place in a step's minibatches has a number over all ranks,
-and each rank fills its own places, so that the minibatches are the same for any number of ranks.
+Prompts come from an endless stream, in its order. The places in a step's minibatches are numbered over all ranks, and
+each rank fills its own, so that the minibatches are the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Sampler:
         """The groups of this rank's places. Collective.
 
         With dynamic sampling, the next prompts of the stream take the places of those whose scores do not differ, in
-        the order of the places; what is replaced depends on scores alone, never on who is ready first.
+        the order of the places. What is replaced depends on scores alone, never on which rank is ready first.
 
         Raises:
             RolloutCancelled: this rank must stop.
@@ -76,7 +76,7 @@ class Sampler:
 
     @property
     def prompts(self) -> int:
-        """Prompts of a step, over all ranks."""
+        """Prompts per step, over all ranks."""
         return self.context.batch.global_ * self.spec.minibatches // self.spec.group_size
 
     def places(self) -> list[int]:
@@ -104,7 +104,7 @@ class Sampler:
         scored = trainer.score(rollout, columns)
         world, numbers = self.context.world, trainer.groups(rollout)
         scores = as_tensor(scored.total, world.device)
-        if first:  # only these prompts are a fair sample: later ones take the place of some for their scores
+        if first:  # only these are a fair sample: later prompts replace some because of their scores
             self.metrics = {**compare(scores, numbers, world), **score_metrics(scored, world)}
         groups = []
         for number, differs in enumerate(varied(scores, numbers).tolist()):

@@ -35,7 +35,7 @@ def run(context: StageContext) -> None:
     trainer = GrpoTrainer.of(context, spec, models, stage_rewards(context, spec, texts, models.reward))
     sampler = Sampler(context, spec, trainer, data.train)
 
-    # 2. The experience of a step: groups of responses, their scores, and each response's advantage.
+    # 2. A step's experience: groups of responses, their scores, and each response's advantage.
     def experience_of(step: int) -> tuple[GroupExperience, policy.Metrics]:
         lr = engines.learning_rate(models.actor)
         rollout, scored = sampler.sample()

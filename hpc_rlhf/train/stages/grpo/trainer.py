@@ -60,7 +60,7 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
     # Evaluation
 
     def evaluate_scored(self, rollout: Rollout, scored: Scores, learned_next: bool = False) -> GroupExperience:
-        """Log-probabilities and advantages of a rollout with its scores. Collective.
+        """The experience of a scored rollout: log-probabilities and advantages. Collective.
 
         Uses the same micro-batches as ``learn``, so that before the first update a token's log-probability is the same
         to the last bit.
@@ -90,7 +90,7 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
         return GroupExperience(**vars(stats), rollout=rollout, scores=scores, advantages=advantages, weights=weights)
 
     def _shaped(self, rollout: Rollout, stats: TokenStats, scores: Tensor) -> Tensor:
-        """Scores with the penalties of whole responses: (batch,), NaN where there is no score."""
+        """Scores minus the penalties on whole responses: (batch,), NaN where there is no score."""
         spec = self.spec
         if spec.overlong == "penalty":
             longest = self.sizes.response
@@ -114,7 +114,7 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
         return group_advantages.batch_normalized(returns, stats.mask, partial(gather_moments, self.world))
 
     def _weights(self, rollout: Rollout) -> Tensor:
-        """The factor of each response's loss by ``loss_normalization``: (batch,)."""
+        """The weight of each response's loss, by ``loss_normalization``: (batch,)."""
         lengths = torch.tensor(rollout.response_lengths, dtype=torch.float32, device=self.world.device)
         kind = self.spec.loss_normalization
         if kind == "sequence":

@@ -1,4 +1,4 @@
-"""Metrics that steps of PPO and GRPO share."""
+"""Metrics that PPO and GRPO share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from hpc_rlhf.spec.stages.policy import PolicySpec
 
 
 def learned(total: Mapping[str, float]) -> dict[str, float]:
-    """Metrics of the actor's optimizer steps, over the tokens learned from.
-
-    These are the mean ratio, approx_kl (k3 from the actor that sampled, nats per token) and clipfrac.
+    """The mean ratio, approx_kl (k3 from the actor that sampled, nats per token) and clipfrac, over the tokens that the
+    actor learned from.
 
     Args:
-        total: the sums of ``Progress.sums`` over all ranks, by their names with learned_ before them.
+        total: the sums of ``Progress.sums`` over all ranks, with learned_ before their names.
     """
     tokens = total["learned_tokens"] or 1.0
     names = {"ratio": "ratio", "approx_kl": "approx_kl", "clipped": "clipfrac"}
@@ -25,7 +24,7 @@ def mixed(total: Mapping[str, float], surrogate: float, spec: PolicySpec) -> dic
     that and the actor's, both taken as positive.
 
     Args:
-        total: as for ``learned``.
+        total: see ``learned``.
         surrogate: the actor's mean loss.
     """
     if not total["learned_ptx_tokens"]:

@@ -1,4 +1,4 @@
-"""Minibatches of a rollout, and their micro-batches."""
+"""How a rollout is divided into minibatches, and these into micro-batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpc_rlhf.train.runtime.world import World
 class Sizes:
     """How much is processed at a time."""
 
-    budget: int  # tokens of a micro-batch
+    budget: int  # tokens per micro-batch
     response: int  # tokens of the longest response
     loss_factor: float  # for a loss that is divided by the global token count; see StageContext
 
@@ -49,8 +49,8 @@ def micro_batches(
     """The rows of each micro-batch of each minibatch, equally many on all ranks. Collective.
 
     Args:
-        budget: tokens of a micro-batch.
-        key: of the experience; every pass after the first shuffles its minibatches by it.
+        budget: tokens per micro-batch.
+        key: the experience's; every pass after the first shuffles its minibatches by it.
     """
     chosen = [list(range(len(rollout)))[rows] for rows in rows_of(rollout, minibatches)]
     if epoch:

@@ -59,7 +59,7 @@ def model_sources(context: StageContext, spec: PolicySpec, updates: int) -> Mode
 
 
 class PolicyModels:
-    """The actor, and what is kept of it.
+    """The actor, and the models beside it.
 
     Attributes:
         actor: a trainable DeepSpeed engine.

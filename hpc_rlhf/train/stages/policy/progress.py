@@ -26,7 +26,7 @@ class Progress(Generic[E]):
     """A rank's experience, and how far learning from it has come.
 
     Attributes:
-        networks: the names of those that learn from each minibatch, in this order.
+        networks: the names of the networks that learn from each minibatch, in this order.
         stats: sums so far, by name; scalars, added to in place.
         kl_before: ``stats["approx_kl"]`` before the minibatch in progress.
         norms: for each network, the sum of the gradient norms of its applied optimizer steps, and their number.
@@ -90,7 +90,7 @@ class Progress(Generic[E]):
         """What ``save`` wrote.
 
         Args:
-            kind: of the experience.
+            kind: the class of the experience.
             networks, stats: as for ``begin``.
         """
         tensors = load_file(folder / _file(rank), str(device))

@@ -1,4 +1,4 @@
-"""What scores the responses of a stage, and the metrics of the scores."""
+"""What scores a stage's responses, and metrics of the scores."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hpc_rlhf.train.runtime.world import World
 def stage_rewards(
     context: StageContext, spec: PolicySpec, texts: Sequence[TextReward | None], engine: Any
 ) -> RewardSource:
-    """The rewards of a spec; without any, the run's reward model.
+    """The rewards that the spec lists; without any, the run's reward model.
 
     Args:
-        texts: the rewards that need no model, of ``text_rewards``.
+        texts: see ``text_rewards``.
         engine: the run's reward model; None if the stage does not use it.
     """
     budget, trained = context.batch.micro * context.longest, None
@@ -35,8 +35,8 @@ def stage_rewards(
 
 
 def score_metrics(scored: Scores, world: World) -> dict[str, float | None]:
-    """The mean of each reward over the responses to which it applies, and the responses without a score because a
-    reward failed; nothing if there is only one source. Collective."""
+    """The mean of each reward over the responses to which it applies, and the number of responses for which one failed.
+    Nothing if the spec lists no rewards. Collective."""
     if not scored.parts:
         return {}
     known = {name: [score for score in scores if score is not None] for name, scores in scored.parts.items()}

@@ -1,4 +1,4 @@
-"""The steps that the stages of PPO and GRPO share, around how each makes an experience."""
+"""The training loop that PPO and GRPO share; each makes its experience in its own way."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from hpc_rlhf.train.stages.policy.trainer import PolicyTrainer
 from hpc_rlhf.train.stages.sample_log import HELD_OUT_PROMPTS, SampleLog
 
 Metrics = dict[str, float | None]
-# Of an experience, its ``Progress.sums``, the spec, the end-of-sequence token and the world.
+# A step's metrics from its experience, ``Progress.sums``, the spec, the end-of-sequence token and the world.
 Summarize = Callable[[E, dict[str, float], Any, int, World], Metrics]
-# Entries of a checkpoint's state that are no metrics of the finished stage.
+# Entries of a checkpoint's state that are not metrics of the finished stage.
 _INTERNAL = ("seconds", "trainer", "start_answers")
 
 
@@ -39,9 +39,9 @@ def train(
 
     Args:
         total: steps of the stage.
-        experience_of: makes the experience of a step, and metrics that are known before anything is learned from it. A
-            stop may discard it; the next attempt repeats it. Collective.
-        summarize: the metrics of a step. Collective.
+        experience_of: makes a step's experience, and the metrics known before anything learns from it. A stop may
+            discard it; the next attempt repeats it. Collective.
+        summarize: see ``Summarize``. Collective.
     """
     spec, world, models = trainer.spec, context.world, trainer.models
     mixture = pretraining_mixture(context, spec) if spec.ptx is not None else None
@@ -69,7 +69,7 @@ def train(
     rows = [data.held_out[i] for i in evaluated_rows(len(data.held_out), context.spec.seed, HELD_OUT_PROMPTS)]
     if checkpoint is None:
         with models.at_start() as start:
-            if start is None and rows:  # these are the last ones of the model before training
+            if start is None and rows:  # the last chance to sample from the model before training
                 trainer.backend.sync_weights(models.policy)
                 begin_scoring(0, "start")
                 state["start_answers"] = samples.answers(trainer.backend, rows, trainer.rewards)

@@ -51,7 +51,7 @@ class PolicyTrainer(Generic[E]):
     world: World
     check: Callable[[str], object] = lambda kind: None
 
-    kind: ClassVar[Any]  # of experience
+    kind: ClassVar[Any]  # the class of the experience
     # The networks that learn from each minibatch, in this order, the actor first.
     networks: ClassVar[tuple[str, ...]] = (ACTOR,)
     # The names of the sums over all optimizer steps on an experience, in the order in which checkpoints keep them.
@@ -70,7 +70,7 @@ class PolicyTrainer(Generic[E]):
 
     @property
     def state(self) -> dict[str, Any]:
-        """What carries over from rollout to rollout, besides the models; JSON."""
+        """What carries over from rollout to rollout, besides the models, as JSON."""
         raise NotImplementedError
 
     @state.setter
@@ -83,7 +83,7 @@ class PolicyTrainer(Generic[E]):
         raise NotImplementedError
 
     def denominator(self, minibatch: Minibatch) -> float:
-        """What the summed losses of a minibatch over all ranks are divided by."""
+        """What a minibatch's losses, summed over all ranks, are divided by."""
         return minibatch.all_tokens
 
     def count_learned(self, minibatch: Minibatch, stats: dict[str, Tensor]) -> None:
@@ -91,7 +91,7 @@ class PolicyTrainer(Generic[E]):
         stats["tokens"] += minibatch.own_tokens
 
     def penalty(self, experience: E, rows: list[int], log_probs: Tensor) -> Tensor | float:
-        """What is added to a micro-batch's summed loss of the actor.
+        """What is added to the actor's summed loss on a micro-batch.
 
         Args:
             log_probs: (rows, response), the actor's, with gradients.
@@ -173,7 +173,7 @@ class PolicyTrainer(Generic[E]):
         Args:
             experience: or the progress of an earlier attempt, whose remaining steps are then made.
             before: called before each optimizer step with the progress so far.
-            key: of the experience; every pass after the first shuffles its minibatches by it.
+            key: the experience's; every pass after the first shuffles its minibatches by it.
         """
         progress = experience if isinstance(experience, Progress) else self.begin(experience)
         stats = progress.stats

@@ -1,4 +1,4 @@
-"""The metrics of a PPO step."""
+"""Metrics of PPO's steps."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def summarize(
         experience; eos_rate, the share of responses that end with EOS; answer_tokens, their mean length; actor_loss and
         critic_loss, means over tokens; actor_grad_norm and critic_grad_norm, means over the optimizer steps, before
         clipping; explained_variance of the returns by the values; skipped, optimizer steps that DeepSpeed skipped
-        because a gradient was not finite. With a pretraining mixture also ptx_loss (nats per token), and ptx_share: of
-        the sum of the actor's loss and the mixture's, both taken as positive.
+        because a gradient was not finite. With a pretraining mixture also ptx_loss (nats per token), and ptx_share; see
+        ``mixed``.
     """
     mask, scores, clipped = experience.mask, experience.scores, experience.score_clipped
     known = ~clipped.isnan()

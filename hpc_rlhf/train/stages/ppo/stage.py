@@ -35,7 +35,7 @@ def run(context: StageContext) -> None:
     models = PpoModels(spec, start, context.tokenizer, world)
     trainer = PpoTrainer.of(context, spec, models, stage_rewards(context, spec, texts, models.reward))
 
-    # 2. The experience of a step: responses, their scores, and each token's advantage.
+    # 2. A step's experience: responses, their scores, and each token's advantage.
     def experience_of(step: int) -> tuple[Experience, policy.Metrics]:
         before = {"kl_coef": trainer.kl_coef, "actor_lr": engines.learning_rate(models.actor)}
         rows, keys = _prompts(context, spec, data.train, step)
@@ -51,7 +51,7 @@ def run(context: StageContext) -> None:
 def _prompts(
     context: StageContext, spec: PpoSpec, rows: Any, step: int
 ) -> tuple[list[dict[str, Any]], list[tuple[object, ...]]]:
-    """This rank's prompts of a step, an equal share of each minibatch, and what seeds their responses."""
+    """This rank's prompts in a step, an equal share of each minibatch, and what seeds their responses."""
     world, seed, size = context.world, context.spec.seed, context.batch.global_
     share = size // world.dims.data
     first = step * size * spec.minibatches + world.data_rank * share

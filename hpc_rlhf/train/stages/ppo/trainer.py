@@ -52,7 +52,7 @@ class PpoTrainer(PolicyTrainer[Experience]):
         self.kl_coef = self.spec.kl_coef
         self.estimate: AdvantageEstimator = Gae(self.spec.gamma, self.spec.lam)
         self._scores = Moments()
-        # Scores from elsewhere are not what the critic starts from.
+        # The critic starts from the reward model, so its outputs are on the scale of that model's scores only.
         self._scales_values = self.spec.normalize_scores and _is_reward_model(self.rewards)
 
     @property
@@ -72,7 +72,7 @@ class PpoTrainer(PolicyTrainer[Experience]):
     # Evaluation
 
     def evaluate_scored(self, rollout: Rollout, scored: Scores) -> Experience:
-        """Log-probabilities, values and advantages of a rollout with its scores. Collective.
+        """The experience of a scored rollout: log-probabilities, values and advantages. Collective.
 
         Uses the same micro-batches as ``learn``, so that before the first update a token's log-probability
         is the same to the last bit.
