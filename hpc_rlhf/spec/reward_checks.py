@@ -32,7 +32,7 @@ def of_stage(spec: JobSpec, stage: str, here: bool = True) -> Iterator[tuple[str
         here: it runs with the packages and the files of this machine.
     """
     settings = spec.stage(stage)
-    for place, item in enumerate(getattr(settings, "rewards", None) or ()):
+    for place, item in enumerate(spec.rewards.get(stage, ())):
         for field, what, hint in _of_reward(item, here):
             yield ".".join(filter(None, ("stages", stage, "rewards", str(place), field))), what, hint
     margin, longest = getattr(settings, "overlong_margin", None), spec.data.max_answer_tokens
@@ -54,7 +54,7 @@ def _of_reward(item: RewardItem, here: bool) -> Iterator[tuple[str, str, str | N
     if here and item.image is not None and "://" not in item.image and not Path(item.image).exists():
         hint = f"apptainer build {item.image} docker://python:3.12-slim makes one; login and compute nodes must see it"
         yield "image", f"there is no image {item.image!r}", hint
-    where = model_files.folder(item.model) if item.model not in (None, "reward") else None
+    where = model_files.folder(item.own_model) if item.own_model is not None else None
     if where is None:
         return
     fields = model_files.config(where)
@@ -68,8 +68,8 @@ def _of_reward(item: RewardItem, here: bool) -> Iterator[tuple[str, str, str | N
 def columns(spec: JobSpec) -> dict[str, set[str]]:
     """The columns of the data that each reward of a spec cannot do without, by the reward's field."""
     needed = {}
-    for stage in spec.stage_names:
-        for place, item in enumerate(getattr(spec.stage(stage), "rewards", None) or ()):
+    for stage, rewards in spec.rewards.items():
+        for place, item in enumerate(rewards):
             needed[f"stages.{stage}.rewards.{place}"] = _columns(item)
     return needed
 
