@@ -15,7 +15,7 @@ _SECONDS = 150
 
 def check(spec: JobSpec, stages: Sequence[str]) -> list[Finding]:
     """Run a test of a program on this machine in each image that code rewards of some stages use."""
-    items = [item for stage in stages for item in getattr(spec.stage(stage), "rewards", None) or ()]
+    items = [item for stage in stages for item in spec.rewards.get(stage, ())]
     return list(map(_try, dict.fromkeys(item.image for item in items if item.image is not None)))
 
 

@@ -134,7 +134,7 @@ def test_megabytes_of_output_do_not_reach_the_log(mark: str, capfd: pytest.Captu
     assert judged("prints") == [1.0] * 4
     output = capfd.readouterr()
     assert len(output.err) < 70_000
-    assert "further output of this reward is left out" in output.err
+    assert "what the reward prints from here on is left out" in output.err
     assert not output.out
 
 
