@@ -79,8 +79,9 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Chai
     limits = [f"stages.{stage}.max_steps={steps}" for stage, steps in zip(STAGES, (20, 10, 3), strict=True)]
     setup = 'slurm.setup=["export OMP_NUM_THREADS=1"]'
     run = tmp_path_factory.mktemp("chain") / "run"
+    one_rank = "stages.eval.slurm={nodes: 1, gpus_per_node: 1}"
     # Tests damage it afterwards, and it must not repair itself then.
-    sets = ("slurm.nodes=2", "slurm.heal.enabled=false", setup, *limits)
+    sets = ("slurm.nodes=2", "slurm.heal.enabled=false", setup, one_rank, *limits)
     chain = Chain(cluster, CHECKOUT / "jobs/tiny.yaml", run, sets)
     chain.submit(env={**cluster.env, **SECRETS})
     for stage in (*STAGES, "eval"):
@@ -161,19 +162,28 @@ def test_the_logs_show_progress_and_nothing_of_other_libraries(finished: Chain) 
         assert not any(noise in log for noise in ("submitit", "LOAD REPORT", "[INFO]")), log
 
 
-@pytest.mark.parametrize("partition", ["low", "low-cancel"])
-def test_a_preempted_chain_resumes_and_finishes(new_chain: NewChain, partition: str) -> None:
-    """During SFT and during PPO, where preemption requeues a job and where it cancels it."""
-    chain = new_chain(f"slurm.partition={partition}")
+def preempt_in(chain: Chain, stage: str) -> None:
+    """Preempt a stage after some steps, and wait until it is done."""
+    chain.wait_step(stage, 5)
+    preempt_all(chain.cluster)
+    assert chain.events("requeued", stage)[-1].reason == "preempted"
+    chain.wait_done(stage)
+    assert_resumed(chain, stage)
+
+
+def test_a_preempted_stage_resumes_where_its_job_would_be_cancelled(new_chain: NewChain) -> None:
+    chain = new_chain("slurm.partition=low-cancel", "stages.reward=null", "stages.ppo=null")
+    chain.submit()
+    preempt_in(chain, "sft")
+
+
+def test_a_preempted_chain_resumes_and_finishes(new_chain: NewChain) -> None:
+    """During SFT and during PPO, where preemption requeues a job."""
+    chain = new_chain("slurm.partition=low")
     chain.submit()
     for stage in ("sft", "ppo"):
-        chain.wait_step(stage, 5)
-        preempt_all(chain.cluster)
-        assert chain.events("requeued", stage)[-1].reason == "preempted"
-        chain.wait_done(stage)
+        preempt_in(chain, stage)
     chain.wait_done("reward")
-    for stage in ("sft", "ppo"):
-        assert_resumed(chain, stage)
     # PPO began with both of its inputs complete.
     ends = [chain.events("finished", stage)[-1].time for stage in ("sft", "reward")]
     assert chain.events("started", "ppo")[0].time > max(ends)
@@ -210,8 +220,17 @@ def test_a_stage_preempted_before_it_has_ranks_is_requeued(new_chain: NewChain) 
     assert [event.reason for event in chain.events("requeued", "sft")] == ["preempted"]
 
 
-def test_a_stage_at_its_time_limit_resumes(new_chain: NewChain) -> None:
-    chain = new_chain("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=4000")
+def slow_steps(tmp_path: Path, *setup: str) -> tuple[str, ...]:
+    """Settings for an SFT alone whose first attempt would take two minutes."""
+    site = tmp_path / "site/sitecustomize.py"
+    site.parent.mkdir()
+    site.write_text(SLOW_STEPS)
+    setup = ("export OMP_NUM_THREADS=1", f"export PYTHONPATH={site.parent}", *setup)
+    return ("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=200", f"slurm.setup={json.dumps(setup)}")
+
+
+def test_a_stage_at_its_time_limit_resumes(new_chain: NewChain, tmp_path: Path) -> None:
+    chain = new_chain(*slow_steps(tmp_path))
     chain.submit()
     job = chain.job_id("sft")
     chain.wait_step("sft", 5)
@@ -225,12 +244,7 @@ def test_a_stage_at_its_time_limit_resumes(new_chain: NewChain) -> None:
 
 def test_a_stage_without_a_signal_stops_in_time(new_chain: NewChain, tmp_path: Path) -> None:
     """Slurm's signal would come minutes too late."""
-    site = tmp_path / "site/sitecustomize.py"
-    site.parent.mkdir()
-    site.write_text(SLOW_STEPS)
-    setup = json.dumps(["export OMP_NUM_THREADS=1", f"export PYTHONPATH={site.parent}", LATE])
-    alone = ("stages.reward=null", "stages.ppo=null", "stages.sft.max_steps=200")
-    chain = new_chain(*alone, f"slurm.setup={setup}")
+    chain = new_chain(*slow_steps(tmp_path, LATE))
     chain.submit()
     assert chain.wait_event("requeued", "sft").reason == "time limit"
     chain.wait_done("sft")
@@ -243,7 +257,7 @@ def test_a_stage_that_hangs_is_killed_and_retried(new_chain: NewChain, tmp_path:
     site.parent.mkdir()
     site.write_text(IMPATIENT)
     setup = json.dumps(["export OMP_NUM_THREADS=1", f"export PYTHONPATH={site.parent}"])
-    alone = ("stages.reward=null", "stages.ppo=null", "stages.sft.checkpoint_every=5")
+    alone = ("stages.reward=null", "stages.ppo=null", "stages.sft.checkpoint_every=5", "stages.sft.max_steps=200")
     chain = new_chain(*alone, f"slurm.setup={setup}")
     chain.submit()
     chain.wait_step("sft", 10)
@@ -255,7 +269,7 @@ def test_a_stage_that_hangs_is_killed_and_retried(new_chain: NewChain, tmp_path:
     assert chain.wait_event("ended", "sft").reason == "hang"
     chain.wait_done("sft")
     assert [event.step >= 5 for event in chain.events("resumed", "sft")] == [True]
-    assert chain.steps("sft") == list(range(1, 401))
+    assert chain.steps("sft") == list(range(1, 201))
     log = chain.run.stage("sft").logs / f"{chain.job_id('sft')}_0_log.err"
     assert "a rank hangs; the stacks of this rank are" in log.read_text()
 
@@ -315,7 +329,7 @@ def test_a_submit_killed_at_its_second_sbatch_leaves_no_orphan(
 
 
 def test_a_live_chain_is_shown_and_cancelled(new_chain: NewChain) -> None:
-    chain = new_chain()
+    chain = new_chain("stages.reward.slurm.extra.begin=now+1hour")
     chain.submit()
     chain.wait_step("sft", 1)
     status = chain.status()

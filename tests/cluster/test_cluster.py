@@ -87,18 +87,12 @@ def test_a_high_job_preempts(idle_cluster: Cluster, tmp_path: Path, partition: s
         assert idle_cluster.wait_state(low, ("COMPLETED", "PREEMPTED"), timeout=60) == end
 
 
-def test_two_clusters_run_in_parallel(cluster: Cluster, short_tmp: Path) -> None:
-    with Cluster(short_tmp / "second") as second:
-        assert second.run("squeue", "-h").returncode == 0
-        assert second.conf != cluster.conf
-        cluster.run("sinfo")
-    cluster.run("sinfo")
-
-
-def test_stop_leaves_nothing(short_tmp: Path) -> None:
-    other = Cluster(short_tmp / "gone")
+def test_a_second_cluster_runs_in_parallel_and_leaves_nothing(cluster: Cluster, short_tmp: Path) -> None:
+    other = Cluster(short_tmp / "second")
     mounts = Path("/proc/mounts").read_text()
     other.start()
+    assert other.conf != cluster.conf
+    cluster.run("sinfo")
     job = other.sbatch("--output=/dev/null", "--wrap=srun sleep 300")
     other.wait_state(job, "RUNNING")
     wait_until(lambda: jobs_of(other), 10, "the job's processes are there")
@@ -110,6 +104,7 @@ def test_stop_leaves_nothing(short_tmp: Path) -> None:
     assert not find(lambda process: f"{MARK}={other.folder}" in process.environ())
     assert not jobs_of(other)
     assert Path("/proc/mounts").read_text() == mounts
+    cluster.run("sinfo")
 
 
 def test_a_failed_start_has_a_reason_and_leaves_nothing(short_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
