@@ -57,7 +57,7 @@ class Here:
 
     def finish(self, *words: str, **env: str) -> tuple[int, str, str]:
         process = self.start(*words, **env)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
         return process.returncode, out, err
 
     def events(self, *kinds: str) -> list[tuple[str, str]]:
@@ -75,7 +75,7 @@ class Here:
         return [self.seen(stage, rank)["pid"] for rank in range(2)]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "condition not met in time"
