@@ -50,6 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Cut ids of megabytes, which every worker would collect and report."""
+    return f"{val[:60]!r}..." if isinstance(val, (str, bytes)) and len(val) > 500 else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip GPU tests where there is no GPU. Run all tests of the Slurm cluster on one worker: they share one

@@ -108,6 +108,8 @@ class Pool:
             for future in futures:
                 future.cancel()
             self._kill()
+            while wait(futures, _POLL_SECONDS).not_done:
+                self._kill()  # a process that has started since
             raise
 
     def close(self) -> None:

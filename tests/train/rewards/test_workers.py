@@ -103,6 +103,15 @@ def test_a_stop_ends_the_wait_at_once(pool: MakePool) -> None:
     assert one.map(["1"]) == [Outcome(1)]
 
 
+def test_a_stop_while_a_worker_starts_spoils_no_later_call(pool: MakePool) -> None:
+    one = pool(size=2, should_stop=lambda: True)
+    for _ in range(5):
+        with pytest.raises(WorkCancelled):
+            one.map(["time.sleep(60)"] * 3)
+    one.should_stop = bool
+    assert one.map(["1", "2"]) == [Outcome(1), Outcome(2)]
+
+
 def test_a_worker_that_cannot_start_says_why(pool: MakePool) -> None:
     why = "could not start: ModuleNotFoundError: No module named 'absent_package'"
     one = pool(arguments={"missing": "absent_package"})
