@@ -42,7 +42,7 @@ _PACKAGE = Path(__file__).parents[1]
     show_default=True,
     help="How the actor learns: PPO from a reward model, or GRPO from answers that can be verified.",
 )
-@click.option("--demo", is_flag=True, help="Write the spec of a demo, which trains a tiny model on two CPU cores.")
+@click.option("--demo", is_flag=True, help="Write a demo's spec, which trains a tiny model on two CPU cores.")
 @click.option("--name", help="Name of the run.", show_default="made from the actor's")
 @click.option("--out", metavar="FILE", help="File to write, - for stdout.", show_default="NAME.yaml")
 def command(
@@ -110,6 +110,6 @@ def _write(text: str, file: str, verb: str) -> None:
 
 
 def _demo(file: str) -> str:
-    """The spec of a demo. A wheel carries it inside the package; a checkout has it beside it."""
+    """A demo's spec. A wheel carries it inside the package; a checkout has it beside it."""
     folders = (_PACKAGE / "_jobs", _PACKAGE.parent / "jobs")
     return next(folder / file for folder in folders if folder.exists()).read_text(encoding="utf-8")

@@ -138,7 +138,7 @@ def has_begun(stage: StageDir) -> bool:
 def has_learned(stage: StageDir) -> bool:
     """Whether a stage has results of its rewards, apart from scores from which nothing was learned yet."""
     learned = stage.metrics.exists() or stage.samples.exists() or any(stage.checkpoints.glob("step-*"))
-    return learned or stage.path.is_symlink()  # to the stage of a run with rewards of its own
+    return learned or stage.path.is_symlink()  # reused: another run's stage, trained with that run's rewards
 
 
 def is_harmless(path: str) -> bool:

@@ -124,8 +124,10 @@ def cancel(run: RunDir) -> list[tuple[str, QueuedJob]]:
 
 
 def living_jobs(run: RunDir, user: str | None = None) -> list[tuple[str, QueuedJob]]:
-    """The queued and running jobs of a run, perhaps another user's, or one that was moved: each with its stage,
-    ``sentinel`` or ``serve``, sentinels first. Adopts none."""
+    """A run's queued and running jobs, each with its stage, ``sentinel`` or ``serve``; sentinels come first.
+
+    The run may be another user's, or have been moved. Nothing is written to its ledger.
+    """
     place = RunDir(acting.made_elsewhere(run) or run.path)
     submitted, unanswered = _submissions(Ledger(run.ledger))
     queue = commands.queue(user)

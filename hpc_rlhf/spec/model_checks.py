@@ -1,6 +1,6 @@
 """What is wrong with a spec's models, as far as their files are on this machine.
 
-``check`` asks on a login node, and each attempt of a stage before it loads anything.
+``check`` asks on a login node, and each stage asks again before it loads anything.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a model's files say about it, read without torch or transformers: its configuration and its score head.
 
-``check`` reads them on a login node, and each attempt of a stage before it loads anything.
+``check`` reads them on a login node, and each stage reads them again before it loads anything.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is wrong with a spec's rewards, as far as this machine shows it without torch.
 
-``check`` asks on a login node, and each attempt of a stage before it loads anything.
+``check`` asks on a login node, and each stage asks again before it loads anything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
 
 
 def of_stage(spec: JobSpec, stage: str, here: bool = True) -> Iterator[tuple[str, str, str | None]]:
-    """The problems of a stage.
+    """One stage's problems, each with its path in the spec, and a hint.
 
     Args:
         here: it runs with the packages and the files of this machine.

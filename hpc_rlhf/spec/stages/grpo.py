@@ -25,7 +25,7 @@ class GrpoSpec(PolicySpec):
     advantage: Literal["grpo", "rloo", "dr_grpo", "reinforce++"] = "grpo"
     """How a reward becomes an advantage. grpo: its distance from the group's mean, in standard deviations. dr_grpo: the
     same without the division (arXiv 2503.20783). rloo: its distance from the others' mean (arXiv 2402.14740).
-    reinforce++: the sum of the rewards of a token and all later ones, normalized over the batch (arXiv 2501.03262)."""
+    reinforce++: the rewards from each token on, summed and normalized over the batch (arXiv 2501.03262)."""
     num_iterations: Positive = Field(default=1, description="Passes over the experience of each rollout.")
     kl_coef: NonNegative = 0.0
     """Weight of the KL penalty against the reference: the model before training. 0 needs no reference model; nor does

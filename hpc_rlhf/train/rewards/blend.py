@@ -16,7 +16,7 @@ from hpc_rlhf.train.runtime.world import World
 
 # Rewards are float32 on the device.
 _LARGEST = 3.4e38
-# Characters of a prompt, a response or a row's columns that an error shows.
+# An error shows this many characters each of prompt, response and columns.
 _SHOWN = 300
 
 

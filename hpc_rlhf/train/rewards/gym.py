@@ -11,7 +11,7 @@ MEMORY = 2 * 2**30
 
 
 def make(selected: bool) -> Callable[[list[Any]], float]:
-    """Make the function of a ``Verifier``, which returns the score of an answer, from 0 to 1.
+    """Make the function of a ``Verifier``, which scores an answer from 0 to 1.
 
     Args:
         selected: a format has selected the answer from each response. Otherwise it is the last text between <answer>

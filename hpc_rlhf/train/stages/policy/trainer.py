@@ -59,7 +59,7 @@ class PolicyTrainer(Generic[E]):
 
     @classmethod
     def of(cls: type[T], context: StageContext, spec: PolicySpec, models: Any, rewards: RewardSource) -> T:
-        """The trainer of a stage, whose ranks generate the responses themselves."""
+        """A stage's trainer, with the in-process rollout engine."""
         world, eos_id = context.world, context.tokenizer.eos_token_id
         backend = RolloutEngine(models.policy, world)
         return cls(spec, models, backend, rewards, eos_id, Sizes.of(context), world, context.stop.check)
