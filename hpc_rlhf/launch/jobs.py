@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -111,12 +111,12 @@ def cancel(run: RunDir) -> list[tuple[str, QueuedJob]]:
         try:
             acting.check(run)
             stack.enter_context(hold(run.submit_lock, "hpc-rlhf cancel", _PATIENCE))
-        except HpcRlhfError as refused:
-            raise _naming_jobs(refused, run) from None
+        except HpcRlhfError as error:
+            raise _naming_jobs(error, run) from None
         jobs = find_jobs(run)
         # The sentinels first, or they would start when their stages are cancelled.
         commands.cancel([job.job_id for job in jobs.sentinels])
-        serving = _serving_jobs(run, commands.queue)
+        serving = _serving_jobs(run)
         commands.cancel([job.job_id for job in (*jobs.live.values(), *serving)])
         for stage, job in jobs.live.items():
             Ledger(run.ledger).append(Cancelled(stage, job_id=job.job_id))
@@ -137,18 +137,18 @@ def living_jobs(run: RunDir, user: str | None = None) -> list[tuple[str, QueuedJ
     tokens = [*unanswered, *(token for _, token in submitted.values())]
     sentinels = [("sentinel", job) for job in sentinel.living(queue, place, tokens)]
     stages = [(stage, job) for stage, job in jobs if job is not None and job.live and job.is_of(stage)]
-    return [*sentinels, *stages, *(("serve", job) for job in _serving_jobs(run, lambda: queue))]
+    return [*sentinels, *stages, *(("serve", job) for job in _serving_jobs(run, queue))]
 
 
-def _naming_jobs(refused: HpcRlhfError, run: RunDir) -> HpcRlhfError:
+def _naming_jobs(error: HpcRlhfError, run: RunDir) -> HpcRlhfError:
     """Why a run's jobs are not cancelled, with the jobs, and what can be done about them."""
     owner, made = acting.other_owner(run), acting.made_elsewhere(run)
     try:
         jobs = living_jobs(run, owner) if commands.available() else []
     except HpcRlhfError:  # Slurm does not answer
-        return refused
+        return error
     if not jobs:
-        return refused
+        return error
     names = ", ".join(f"{stage} {job.job_id} ({job.state})" for stage, job in jobs)
     if owner is not None:
         whose, instead = f"{owner}'s", f"ask {owner} for: hpc-rlhf cancel {shlex.quote(str(run.path))}"
@@ -158,19 +158,20 @@ def _naming_jobs(refused: HpcRlhfError, run: RunDir) -> HpcRlhfError:
         whose, instead = "its", f"first cancel them: scancel {shlex.join(job.job_id for _, job in jobs)}"
     else:
         whose, instead = "its", "then cancel them again"
-    message = f"{refused.message}\n{whose} queued and running jobs were not cancelled: {names}"
-    return HpcRlhfError(message, refused.where, f"{refused.hint}; {instead}", refused.exit_code)
+    message = f"{error.message}\n{whose} queued and running jobs were not cancelled: {names}"
+    return HpcRlhfError(message, error.where, f"{error.hint}; {instead}", error.exit_code)
 
 
-def _serving_jobs(run: RunDir, queued: Callable[[], Mapping[str, QueuedJob]]) -> list[QueuedJob]:
-    """The queued and running jobs that serve a model of the run; ``queued`` asks Slurm."""
+def _serving_jobs(run: RunDir, queue: Mapping[str, QueuedJob] | None = None) -> list[QueuedJob]:
+    """The queued and running jobs that serve the run's models. Without a queue, asks Slurm if there were such jobs."""
     submitted: dict[str, str] = {}  # the stage of each
     for event in Ledger(run.ledger).events():
         if isinstance(event, Serving):
             submitted[event.job_id] = event.stage
         elif isinstance(event, Relocated):
             submitted = {job_id: stage for job_id, stage in submitted.items() if stage != event.stage}
-    queue = queued() if submitted else {}
+    if queue is None:
+        queue = commands.queue() if submitted else {}
     return [job for job_id in submitted if (job := queue.get(job_id)) and job.live and job.is_of("serve")]
 
 
