@@ -80,7 +80,11 @@ def devices(ops: list[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
         "gpus": [torch.cuda.get_device_name(number) for number in range(gpus)],
-        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if gpus else True,
+        "bf16": (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if gpus
+            else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else None,
         "deepspeed": deepspeed.__version__,
         "accelerator": get_accelerator().device_name(),

@@ -239,6 +239,8 @@ def main() -> None:
     if length not in ROUNDS:
         sys.exit(f"BENCH={length}: it is one of {', '.join(ROUNDS)}")
     gpus = torch.cuda.device_count()
+    if not gpus and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        sys.exit("this processor lacks AVX-512, and so fast matrix products in bfloat16, which all sides use")
     machine = f"{platform.machine()}, cores: {len(os.sched_getaffinity(0))}, GPUs: {gpus}"
     lines: list[dict[str, Any]] = []
     failures: list[str] = []

@@ -11,7 +11,7 @@ import pytest
 
 from tests.benchmarks import __main__ as bench
 
-CASE = bench.Case("PPO, 2 samples a step", bench.PPO, 2, {"short": 1}, warm_up=1)
+CASE = bench.Case("PPO, 2 samples a step", bench.PPO, 2, {"short": 1}, warm_up=1, shape="1 x 64")
 
 
 def result(rate: float, peak_mib: float) -> dict[str, Any]:

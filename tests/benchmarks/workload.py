@@ -26,7 +26,7 @@ def _opt(layers: int, width: int) -> dict[str, Any]:
 
 
 # The models by layers and width.
-SHAPES = {"4 x 256": _opt(4, 256), "12 x 768": _opt(12, 768)}
+SHAPES = {"4 x 256": _opt(4, 256), "12 x 768": _opt(12, 768), "1 x 64": _opt(1, 64)}  # the last is for tests
 LONGEST = 512  # tokens of a sequence in SFT and the reward model
 PROMPT = ANSWER = 128  # tokens of PPO's and GRPO's longest prompt, and of each of its answers
 GROUP = 8  # GRPO's responses to each prompt

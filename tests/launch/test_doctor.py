@@ -147,6 +147,13 @@ def test_gpus_that_torch_does_not_find() -> None:
     assert only(machine.check(NO_CUDA, None, (), False), "torch").level == "ok"
 
 
+@pytest.mark.parametrize(("precision", "supported"), [("bf16", False), ("bf16", True), ("fp32", False)])
+def test_a_processor_on_which_bf16_is_slow(precision: str, supported: bool) -> None:
+    findings = machine.check({**NO_CUDA, "bf16": supported}, 0, {precision}, False)
+    slow = [finding.fix for finding in findings if finding.check == "precision"]
+    assert slow == ["set precision: fp32 for the stages"] * (precision == "bf16" and not supported)
+
+
 def test_a_sandbox_that_is_missing_or_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rewards = [{"code": "tests", "image": str(tmp_path)}, {"format": "a"}]
     spec = make_spec(tmp_path / "run", sft={}, grpo={"rewards": [*rewards, {**rewards[0], "name": "again"}]})

@@ -65,6 +65,9 @@ def check(facts: Mapping[str, Any], gpus: int | None, precisions: Iterable[str],
         findings = [error("torch", problem, fix)]
     if gpus and count and "bf16" in precisions and not facts["bf16"]:
         findings.append(error("precision", f"{names} does not support bf16", "set precision: fp16 for the stages"))
+    if gpus == 0 and "bf16" in precisions and not facts["bf16"]:
+        problem = "this processor lacks AVX-512: matrix products in bf16 take tens of times as long as in fp32"
+        findings.append(warning("precision", problem, "set precision: fp32 for the stages"))
     if gpus and count and spread and facts["nccl"]:
         findings.append(ok("nccl", facts["nccl"]))
     return [
