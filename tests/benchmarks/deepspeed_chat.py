@@ -42,8 +42,8 @@ def _join() -> None:
 def _config(samples: int, zero: int = 0) -> dict[str, Any]:
     return {
         "train_batch_size": samples, "train_micro_batch_size_per_gpu": samples, "steps_per_print": 10**9,
-        "zero_optimization": {"stage": zero}, "bf16": {"enabled": True}, "gradient_clipping": 1.0,
-        "prescale_gradients": False, "wall_clock_breakdown": False,
+        "zero_optimization": {"stage": zero}, "bf16": {"enabled": workload.precision() == "bf16"},
+        "gradient_clipping": 1.0, "prescale_gradients": False, "wall_clock_breakdown": False,
     }  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def _frozen(model: nn.Module, samples: int) -> Any:
 def _causal(options: Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(options.work / "model", dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(options.work / "model", dtype=workload.dtype())
 
 
 def _padded(rows: list[list[int]], pad: int, width: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ class Scorer(nn.Module):
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body = body
-        self.v_head = nn.Linear(body.config.word_embed_proj_dim, 1, bias=False, dtype=torch.bfloat16)
+        self.v_head = nn.Linear(body.config.word_embed_proj_dim, 1, bias=False, dtype=workload.dtype())
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         hidden = self.body(ids, attention_mask=mask, use_cache=False)[0]
@@ -160,7 +160,7 @@ def _scorer(options: Namespace) -> Scorer:
     from transformers import AutoModel
 
     torch.manual_seed(workload.SEED)
-    return Scorer(AutoModel.from_pretrained(options.work / "model", dtype=torch.bfloat16))
+    return Scorer(AutoModel.from_pretrained(options.work / "model", dtype=workload.dtype()))
 
 
 def reward(options: Namespace) -> Result:

@@ -51,9 +51,9 @@ class Sharded:
         source = str(options.work / "model")
         with sharded_loading(config):
             if ours:
-                model = load_causal(source, torch.bfloat16)
+                model = load_causal(source, workload.dtype())
             else:
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=workload.dtype())
         wrapped = LanguageModel(model) if ours else model
         engine = engines.training_engine(wrapped, copy.deepcopy(config), spec.stages.ppo, 1e-5, 100)
         engine.eval()

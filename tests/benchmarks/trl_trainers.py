@@ -5,7 +5,8 @@ puts it into a folder of its own). AdamW is fused. SFT packs by best fit, which 
 row of 512 in a pass: its mask of a pass is as large as all its rows squared.
 
 Weights and Adam's moments are in bfloat16, which takes the least memory and time, but loses small updates. The tasks
-``…-fp32`` keep them in float32, as the other sides do, and compute in bfloat16 by autocast.
+``…-fp32`` keep them in float32, as the other sides do, and compute in bfloat16 by autocast. They do not
+run on a processor without fast bfloat16, where all sides are in float32 anyway.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _model(options: Namespace, kind: str, folder: str, **more: Any) -> Any:
     import torch
     import transformers
 
-    dtype = torch.float32 if _float32_weights(options) else torch.bfloat16
+    dtype = torch.float32 if _float32_weights(options) else workload.dtype()
     return getattr(transformers, kind).from_pretrained(options.work / folder, dtype=dtype, **more)
 
 

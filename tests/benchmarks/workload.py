@@ -73,6 +73,20 @@ def reward(responses: list[str]) -> list[float]:
     return [float(REWARDED in response) for response in responses]
 
 
+def precision() -> str:
+    """bf16, or fp32 on a processor whose matrix products in bfloat16 are emulated. All sides use it."""
+    import torch
+
+    return "bf16" if torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def dtype() -> Any:
+    """The ``torch.dtype`` of ``precision``."""
+    import torch
+
+    return torch.bfloat16 if precision() == "bf16" else torch.float32
+
+
 def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int = 1) -> dict[str, Any]:
     """The job spec of our side, for one stage at a time.
 
@@ -85,7 +99,7 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
     micro_batch = min({"ppo": 8, "grpo": samples}.get(stage, 4), samples // ranks)
     common = {"micro_batch": micro_batch, "global_batch": samples, "max_steps": steps, "epochs": 100}
     rates = {"actor_lr": 1e-5, "critic_lr": 1e-5} if stage == "ppo" else {"lr": 1e-3}
-    stages = {stage: {**common, **rates, "precision": "bf16", "zero": 0, "checkpoint_every": 10**6}}
+    stages = {stage: {**common, **rates, "precision": precision(), "zero": 0, "checkpoint_every": 10**6}}
     if stage == "sft":
         stages["sft"]["answer_only"] = False  # as its peers train
     if stage == "ppo":
