@@ -24,7 +24,7 @@ FAULTS ?= 200
 SEED ?= 1
 RELEASE ?=
 
-.PHONY: help install install-vllm demo demo-grpo docs test test-fast test-slurm coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
+.PHONY: help install install-vllm demo demo-grpo docs test test-fast test-slurm test-vllm coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
 
 help:  ## List these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -49,7 +49,7 @@ install: .venv/.installed-dev  ## Install the package and the development tools 
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/trl-ppo trl==1.12.0
 	@touch $@
 
-install-vllm: .venv/.installed  ## Install vLLM, on its own, in .venv-vllm; takes several minutes
+install-vllm: .venv/.installed  ## Install vLLM, for rollout.engine, in .venv-vllm; takes several minutes
 	scripts/install-vllm.sh
 
 demo: .venv/.installed  ## Train a tiny chat model on this machine, in a new folder in runs/
@@ -77,6 +77,9 @@ test-slurm: .venv/.installed-dev  ## Run the tests of Slurm on its versions 22.0
 
 test-fast: .venv/.installed-dev  ## Run the tests that need no Slurm, no training and no waiting
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup -m $(FAST) $(TESTS)
+
+test-vllm: .venv/.installed-dev install-vllm  ## Run the tests that need vLLM
+	HPC_RLHF_REQUIRE_VLLM=1 $(BIN)/pytest tests/train/rollout/test_vllm.py $(TESTS)
 
 coverage: .venv/.installed-dev  ## Measure the coverage of test-fast and enforce its floor
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup -m $(FAST) --cov --cov-report term $(TESTS)

@@ -41,6 +41,9 @@ class StageDir:
     data = Inside("data")
     # Scores of rewards that may differ the next time, by step.
     rewards = Inside("rewards")
+    # Responses of an inference engine, by step, and the configuration that it loads.
+    rollouts = Inside("rollouts")
+    engine = Inside("engine")
     checkpoints = Inside("checkpoints")
     # The stage's artifact; complete once its manifest verifies. The evaluation's is its report.
     model = Inside("model")

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpc_rlhf.errors import Problem, SpecError
-from hpc_rlhf.spec import model_checks, reward_checks
+from hpc_rlhf.spec import model_checks, reward_checks, rollout_checks
 from hpc_rlhf.spec.auto import extract_autos
 from hpc_rlhf.spec.batch import check_groups, data_ranks, derive_batch
 from hpc_rlhf.spec.data import DataSpec
@@ -161,7 +161,7 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             read = ", ".join(CELLS[source.format])
             what = f"has {source.further[0]}, which the format {source.format} does not read, and rewards do not either"
             problems.append(problem(f"{path}.columns", what, f"the format reads {read}"))
-    others = [*model_checks.problems(spec), *reward_checks.problems(spec)]
+    others = [*model_checks.problems(spec), *reward_checks.problems(spec), *rollout_checks.problems(spec)]
     return [*problems, *(problem(*each) for each in others)]
 
 

@@ -145,6 +145,10 @@ def _function(text: str, base: Path) -> str:
     return _absolute(file, base) + colon + name if file else text
 
 
+def _program(text: str, base: Path) -> str:
+    return _absolute(_expand(text), base)
+
+
 def _webhook(text: str, base: Path) -> str:
     """The file with the address. A variable stays as it is, because its value is a secret."""
     return text if "$" in text or "://" in text else _absolute(os.path.expanduser(text), base)
@@ -161,6 +165,7 @@ _PATHS: tuple[tuple[tuple[str, ...], _Resolve], ...] = (
     (("slurm", "container", "mounts", "*"), _mount),
     (("stages", "*", "rewards", "*", "image"), _sandbox),
     (("stages", "*", "rewards", "*", "model"), _reward_model),
+    (("stages", "*", "rollout", "python"), _program),
     (("stages", "*", "slurm", "container", "image"), _image),
     (("stages", "*", "slurm", "container", "mounts", "*"), _mount),
 )

@@ -28,7 +28,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.retry_policy import Stop, StopKind, decide
 from hpc_rlhf.slurm import commands
-from hpc_rlhf.spec import hub, model_checks, reward_checks
+from hpc_rlhf.spec import hub, model_checks, reward_checks, rollout_checks
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.fields import seconds
 from hpc_rlhf.spec.job import JobSpec
@@ -185,9 +185,8 @@ class Attempt:
         for need in spec.needs(self.stage):
             folder = self.files.stage(need).model
             world.on_main(partial(manifest.require, folder, f"the model of stage {need}"))
-        for where, what, hint in world.on_main(
-            lambda: [*model_checks.problems(spec), *reward_checks.of_stage(spec, self.stage)]
-        ):
+        checks = (model_checks.problems, partial(reward_checks.of_stage, stage=self.stage), rollout_checks.problems)
+        for where, what, hint in world.on_main(lambda: [each for check in checks for each in check(spec)]):
             raise HpcRlhfError(what, where=where, hint=hint)
         context = StageContext(spec, self.stage, self.files, world, self.stop, self.name)
         deadline = context.checkpoints.deadline

@@ -390,3 +390,23 @@ def test_what_is_still_missing_stays_without_a_difference() -> None:
     more = [outcome(position, 5)[1] for position in range(8, end)]
     assert end == 8 + first.count(False)
     assert flat == more.count(False) > 0
+
+
+def test_the_loss_is_corrected_for_another_sampler(steps: Callable[[float], Steps]) -> None:
+    fields: dict[str, Any] = {"kl_coef": 0.0, "rollout": {"importance_cap": 1.5}}
+    plain = trainer_of(**fields)
+    experience = plain.evaluate_scored(ROLLOUT, SCORED)
+    assert plain.mismatch == {}
+    shift = torch.randn(experience.log_probs.shape) * 0.5
+    shifted = [
+        (experience.log_probs + shift)[row, :length].tolist() for row, length in enumerate(ROLLOUT.response_lengths)
+    ]
+    other = Rollout.of(ROLLOUT.prompts, ROLLOUT.responses, log_probs=shifted)
+    corrected = (trainer := trainer_of(**fields)).evaluate_scored(other, SCORED)
+    weights = (-shift).exp()
+    torch.testing.assert_close(corrected.advantages, experience.advantages * weights.clamp(max=1.5))
+    mask = experience.mask
+    assert trainer.mismatch["importance_clipfrac"] == pytest.approx((weights > 1.5)[mask].float().mean().item())
+    each = (weights - 1 + shift)[mask]
+    assert trainer.mismatch["sampler_kl"] == pytest.approx(each.mean().item(), rel=1e-3)
+    assert trainer.mismatch["sampler_kl_max"] == pytest.approx(each.max().item(), rel=1e-3)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.fields import NonNegative, Positive, Rate
 from hpc_rlhf.spec.stages.kind import GRADIENT, LEARNING_RATE, SENT, THROUGHPUT, Data, Plot, StageKind
-from hpc_rlhf.spec.stages.policy import DRIFT, PTX_LOSS, RESPONSES, REWARD_STD, REWARDS, SKIPPED, PolicySpec
+from hpc_rlhf.spec.stages.policy import DRIFT, PTX_LOSS, RESPONSES, REWARD_STD, REWARDS, SAMPLER, SKIPPED, PolicySpec
 from hpc_rlhf.spec.training import StageSpec
 
 
@@ -110,6 +110,7 @@ GRPO = StageKind(
         Plot("failed rewards", "responses", {"rewards_failed": "failed"}),
         Plot("clip fraction", "fraction of tokens", {"clipfrac": "clipped"}),
         DRIFT,
+        SAMPLER,
         Plot("loss", "per token or response", {"loss": "loss"}),
         PTX_LOSS,
         GRADIENT,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.fields import Fraction, NonNegative, Positive, Rate, TopK, TopP
 from hpc_rlhf.spec.rewards import Rewards
+from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages.kind import Plot
 from hpc_rlhf.spec.training import ReferredSpec, Warmup
@@ -22,6 +23,7 @@ RESPONSES = (
     Plot("responses with an end of sequence", "fraction", {"eos_rate": "fraction"}, held_out="eos_rate"),
 )
 DRIFT = Plot("KL within a step", "nats per token", {"approx_kl": "KL from the sampling policy"})
+SAMPLER = Plot("KL from the sampler", "nats per token", {"sampler_kl": "mean"})
 SKIPPED = Plot("skipped optimizer steps", "per step", {"skipped": "skipped"})
 PTX_LOSS = Plot("pretraining loss", "nats per token", {"ptx_loss": "mixture"})
 
@@ -35,6 +37,7 @@ class PolicySpec(ReferredSpec):
     rewards: Rewards | None = None
     """What scores the responses; the weighted sum of the scores is the reward. By default, PPO uses the model of the
     reward stage; GRPO has no default."""
+    rollout: RolloutSpec = Field(default=RolloutSpec(), description="What generates the responses.")
     minibatches: Positive = Field(default=1, description="Optimizer steps per pass over the experience.")
     temperature: Rate = 1.0
     """Sampling temperature. Log-probabilities are computed at the same temperature."""
@@ -50,6 +53,15 @@ class PolicySpec(ReferredSpec):
     ptx: SourceSpec | None = None
     """Pretraining text to mix into the actor's optimizer steps (InstructGPT's PPO-ptx), or null."""
     ptx_coef: NonNegative = Field(default=27.8, description="Weight of the pretraining loss.")
+
+    @model_validator(mode="after")
+    def _check_rollout(self) -> PolicySpec:
+        if self.rollout.engine == "vllm" and self.truncates:
+            raise ValueError(
+                "rollout: vllm needs top_p: 1 and top_k: 0, because its log-probabilities are of what tokens are drawn "
+                "from, and those of the model in training are of the whole distribution"
+            )
+        return self
 
     @property
     def truncates(self) -> bool:

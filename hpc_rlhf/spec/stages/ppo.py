@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate
 from hpc_rlhf.spec.stages.kind import SENT, THROUGHPUT, Data, Plot, StageKind
-from hpc_rlhf.spec.stages.policy import DRIFT, PTX_LOSS, RESPONSES, REWARD_STD, REWARDS, SKIPPED, PolicySpec
+from hpc_rlhf.spec.stages.policy import DRIFT, PTX_LOSS, RESPONSES, REWARD_STD, REWARDS, SAMPLER, SKIPPED, PolicySpec
 from hpc_rlhf.spec.training import LoraSpec, StageSpec
 
 
@@ -140,6 +140,7 @@ PPO = StageKind(
         Plot("gradient norms", "before clipping", {"actor_grad_norm": "actor", "critic_grad_norm": "critic"}),
         SKIPPED,
         DRIFT,
+        SAMPLER,
         REWARD_STD,
         Plot("actor loss", "per token", {"actor_loss": "actor"}),
         Plot("critic loss", "reward squared", {"critic_loss": "critic"}),

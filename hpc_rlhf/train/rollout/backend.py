@@ -79,10 +79,14 @@ class Rollout:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | None = None
-    ) -> Rollout:
+        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | None = None,
+        log_probs: Sequence[Sequence[float]] | None = None,
+    ) -> Rollout:  # fmt: skip
         sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-        return cls(Ragged.of(sequences, device), tuple(map(len, responses)))
+        flat = None
+        if log_probs is not None:
+            flat = torch.tensor([number for row in log_probs for number in row], dtype=torch.float32, device=device)
+        return cls(Ragged.of(sequences, device), tuple(map(len, responses)), flat)
 
     def __len__(self) -> int:
         return len(self.response_lengths)
@@ -116,6 +120,13 @@ class Rollout:
     def responses(self) -> list[list[int]]:
         rows = zip(self.sequences.rows(), self.response_lengths, strict=True)
         return [row[len(row) - length :] for row, length in rows]
+
+    @cached_property
+    def response_log_probs(self) -> list[list[float]] | None:
+        """``log_probs`` of each response."""
+        if self.log_probs is None:
+            return None
+        return [row.tolist() for row in self.log_probs.split(list(self.response_lengths))]
 
 
 class RolloutCancelled(WorkCancelled):

@@ -32,6 +32,7 @@ class Group:
 
     prompt: list[int]
     responses: list[list[int]]
+    log_probs: list[list[float]] | None
     scores: list[float | None]
     failed: list[bool]
     varied: bool
@@ -106,17 +107,20 @@ class Sampler:
         scores = as_tensor(scored.total, world.device)
         if first:  # only these are a fair sample: later prompts replace some because of their scores
             self.metrics = {**compare(scores, numbers, world), **score_metrics(scored, world)}
-        groups = []
+        groups, log_probs = [], rollout.response_log_probs
         for number, differs in enumerate(varied(scores, numbers).tolist()):
             own = slice(number * size, (number + 1) * size)
             prompt, responses = rollout.prompts[own][0], rollout.responses[own]
-            groups.append(Group(prompt, responses, scored.total[own], scored.failed[own], differs))
+            sampler = None if log_probs is None else log_probs[own]
+            groups.append(Group(prompt, responses, sampler, scored.total[own], scored.failed[own], differs))
         return dict(zip(positions, groups, strict=True))
 
 
 def joined(groups: list[Group]) -> tuple[Rollout, Scores]:
     """Groups as one rollout."""
     prompts = [group.prompt for group in groups for _ in group.responses]
-    rollout = Rollout.of(prompts, [response for group in groups for response in group.responses])
+    responses = [response for group in groups for response in group.responses]
+    log_probs = [row for group in groups for row in group.log_probs or ()]
+    rollout = Rollout.of(prompts, responses, log_probs=log_probs or None)
     total = [score for group in groups for score in group.scores]
     return rollout, Scores(total, {}, [failed for group in groups for failed in group.failed])

@@ -39,7 +39,8 @@ def run(context: StageContext) -> None:
     def experience_of(step: int) -> tuple[GroupExperience, policy.Metrics]:
         lr = engines.learning_rate(models.actor)
         rollout, scored = sampler.sample()
-        return trainer.evaluate_scored(rollout, scored, learned_next=True), {**sampler.metrics, "lr": lr}
+        experience = trainer.evaluate_scored(rollout, scored, learned_next=True)
+        return experience, {**sampler.metrics, "lr": lr, **trainer.mismatch}
 
     # 3. Learning from it.
     policy.train(context, trainer, data, total, experience_of, summarize)

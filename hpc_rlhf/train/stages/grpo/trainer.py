@@ -87,7 +87,10 @@ class GrpoTrainer(PolicyTrainer[GroupExperience]):
         stats = replace(stats, mask=stats.mask & takes_part.unsqueeze(1))
         weights = self._weights(rollout) * takes_part
         advantages = self._advantages(rollout, stats, shaped) * weights.unsqueeze(1)
-        return GroupExperience(**vars(stats), rollout=rollout, scores=scores, advantages=advantages, weights=weights)
+        experience = GroupExperience(
+            **vars(stats), rollout=rollout, scores=scores, advantages=advantages, weights=weights
+        )  # fmt: skip
+        return self.corrected(experience)
 
     def _shaped(self, rollout: Rollout, stats: TokenStats, scores: Tensor) -> Tensor:
         """Scores minus the penalties on whole responses: (batch,), NaN where there is no score."""

@@ -12,7 +12,9 @@ from hpc_rlhf.train.checkpoint.store import Checkpoint, Take
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.tokenized import StageData
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.progress import say
 from hpc_rlhf.train.rewards.blend import Blend
+from hpc_rlhf.train.rollout.committed import CommittedRollouts
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.common import commit, new_artifact, write_model
@@ -23,6 +25,9 @@ from hpc_rlhf.train.stages.policy.progress import E, Progress
 from hpc_rlhf.train.stages.policy.ptx import pretraining_mixture
 from hpc_rlhf.train.stages.policy.trainer import PolicyTrainer
 from hpc_rlhf.train.stages.sample_log import HELD_OUT_PROMPTS, SampleLog
+
+# KL of the actor from what drew its responses, in nats per token, above which there is a warning.
+MISMATCH = 0.02
 
 Metrics = dict[str, float | None]
 # A step's metrics from its experience, ``Progress.sums``, the spec, the end-of-sequence token and the world.
@@ -45,9 +50,13 @@ def train(
     """
     spec, world, models = trainer.spec, context.world, trainer.models
     mixture = pretraining_mixture(context, spec) if spec.ptx is not None else None
-    begin_scoring = trainer.rewards.begin if isinstance(trainer.rewards, Blend) else lambda step, purpose: None
+    committing = [each for each in (trainer.rewards, trainer.backend) if isinstance(each, (Blend, CommittedRollouts))]
     measure = partial(evaluate, context, trainer, data.held_out)
     held_out = HeldOut(context, models.policy, total, len(data.held_out), measure, models.ema)
+
+    def begin(step: int, purpose: str) -> None:
+        for each in committing:
+            each.begin(step, purpose)
 
     def load(checkpoint: Checkpoint) -> None:
         models.load(checkpoint)
@@ -71,10 +80,10 @@ def train(
         with models.at_start() as start:
             if start is None and rows:  # the last chance to sample from the model before training
                 trainer.backend.sync_weights(models.policy)
-                begin_scoring(0, "start")
+                begin(0, "start")
                 state["start_answers"] = samples.answers(trainer.backend, rows, trainer.rewards)
         if held_out.every:
-            begin_scoring(0, "held-out")
+            begin(0, "held-out")
             held_out.evaluate(0)
 
     for step in range(first, total):
@@ -82,11 +91,13 @@ def train(
             # 2. A safe point, then responses to the step's prompts, their scores, and each token's advantage. A stop
             # here or below discards the rollout; the next attempt repeats it.
             context.checkpoints.safe_point(step, save, state)
-            begin_scoring(step, "held-out")
+            begin(step, "held-out")
             held_out.after(step)
             context.reseed(step)
-            begin_scoring(step, "rollout")
+            begin(step, "rollout")
             experience, before = experience_of(step)
+            if (before.get("sampler_kl") or 0.0) > MISMATCH and world.is_main:
+                say(context.stage, f"warning: sampler_kl is {before['sampler_kl']:.3g}; see docs/rollouts.md")
             progress = trainer.begin(experience)
             state = {**state, "trainer": trainer.state, "before": before}
 
@@ -112,11 +123,11 @@ def train(
 
     # 5. Evaluate, compare responses with those of the model before training, and export the models.
     metrics = {name: value for name, value in state.items() if name not in _INTERNAL}
-    begin_scoring(total, "held-out")
+    begin(total, "held-out")
     if held_out.every:
         metrics |= {name if name == "best_step" else f"held_out_{name}": v for name, v in held_out.finish().items()}
     if rows:
-        begin_scoring(total, "final")
+        begin(total, "final")
         with models.at_start() as start:
             before_training = (
                 state["start_answers"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.train import ragged
-from hpc_rlhf.train.algorithms import ppo
+from hpc_rlhf.train.algorithms import importance, ppo
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.rewards.blend import Blend, Scores
 from hpc_rlhf.train.rewards.source import RewardSource
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBackend, Sampling
-from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.policy.minibatches import Minibatch, Sizes, counted, micro_batches, rows_of
 from hpc_rlhf.train.stages.policy.progress import E, Progress
+from hpc_rlhf.train.stages.policy.rollout import rollout_backend
 
 # Further losses for an optimizer step of the actor, made from its engine; they add to the stats.
 Mixture = Callable[[Any, dict[str, Tensor]], list[Callable[[], Tensor]]]
@@ -40,6 +40,7 @@ class PolicyTrainer(Generic[E]):
         backend: generates responses with the actor.
         rewards: scores them.
         check: called before each micro-batch with the kind of work; it may raise. Collective.
+        mismatch: metrics of ``corrected`` for the last experience; empty if the backend gave no log-probabilities.
     """
 
     spec: PolicySpec
@@ -59,14 +60,15 @@ class PolicyTrainer(Generic[E]):
 
     @classmethod
     def of(cls: type[T], context: StageContext, spec: PolicySpec, models: Any, rewards: RewardSource) -> T:
-        """A stage's trainer, with the in-process rollout engine."""
+        """The trainer of a stage. Collective."""
         world, eos_id = context.world, context.tokenizer.eos_token_id
-        backend = RolloutEngine(models.policy, world)
+        backend = rollout_backend(context, spec, models.policy)
         return cls(spec, models, backend, rewards, eos_id, Sizes.of(context), world, context.stop.check)
 
     def __post_init__(self) -> None:
         self._kept: Any = None  # the actor's output in an evaluation with its graph, to learn from
         self._kept_rollout: Rollout | None = None
+        self.mismatch: dict[str, float | None] = {}
 
     @property
     def state(self) -> dict[str, Any]:
@@ -145,6 +147,32 @@ class PolicyTrainer(Generic[E]):
     def evaluate_scored(self, rollout: Rollout, scored: Scores) -> E:
         """A rollout with its scores as an experience. Collective."""
         raise NotImplementedError
+
+    def corrected(self, experience: E) -> E:
+        """The experience with advantages that account for the difference between the log-probabilities by which tokens
+        were drawn and the actor's: see ``algorithms/importance.py``. Collective.
+
+        ``mismatch`` then has sampler_kl, the KL of the actor from what drew the tokens (k3, nats per token), its
+        maximum, and importance_clipfrac, the share of the tokens whose weight was truncated.
+        """
+        rollout, mask, world = experience.rollout, experience.mask, self.world
+        if rollout.log_probs is None:
+            return experience
+        sampler = ragged.pad(rollout.log_probs.to(world.device), rollout.response_lengths)
+        weights, truncated = importance.truncated_weights(
+            experience.log_probs, sampler, self.spec.rollout.importance_cap
+        )  # fmt: skip
+        kl = importance.mismatch_kl(experience.log_probs, sampler)[mask].double()
+        own = {"tokens": float(len(kl)), "kl": kl.sum().item(), "truncated": truncated[mask].sum().item()}
+        total = world.sums(own)
+        largest = max(world.gather_data(kl.max().item() if len(kl) else 0.0))
+        tokens = total["tokens"] or 1.0
+        self.mismatch = {
+            "sampler_kl": total["kl"] / tokens,
+            "sampler_kl_max": largest,
+            "importance_clipfrac": total["truncated"] / tokens,
+        }
+        return replace(experience, advantages=experience.advantages * weights)
 
     # Learning
 

@@ -42,7 +42,8 @@ def run(context: StageContext) -> None:
         with context.stop.cancellable():
             rollout = trainer.roll_out([row["prompt_ids"] for row in rows], keys, context.stop.should_stop)
         scored = trainer.score(rollout, columns_of(rows))
-        return trainer.evaluate_scored(rollout, scored), {**before, **score_metrics(scored, world)}
+        experience = trainer.evaluate_scored(rollout, scored)
+        return experience, {**before, **score_metrics(scored, world), **trainer.mismatch}
 
     # 3. Learning from it.
     policy.train(context, trainer, data, total, experience_of, summarize)

@@ -100,7 +100,9 @@ class PpoTrainer(PolicyTrainer[Experience]):
         models.critic.train()
         if spec.kl_target is not None:
             self._adapt_kl_coef(experience, spec.kl_target)
-        return whiten(experience, partial(gather_moments, self.world)) if spec.whiten_advantages else experience
+        if spec.whiten_advantages:
+            experience = whiten(experience, partial(gather_moments, self.world))
+        return self.corrected(experience)
 
     def _value_scale(self) -> tuple[float, float]:
         """What the critic's outputs are taken relative to: its offset and its unit.

@@ -1,0 +1,74 @@
+"""What generates the responses of a stage that learns from them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, StrictBool
+
+from hpc_rlhf.spec.fields import FreeText, Model, PathText, Positive, Rate
+
+# Arguments of vLLM that may not be passed through, and what to do instead.
+_OWNED = {
+    "data_parallel_size": "there is one server",
+    "disable_log_stats": "use VLLM_LOGGING_LEVEL",
+    "distributed_executor_backend": "use rollout.tensor_parallel",
+    "dtype": "use precision",
+    "enable_lora": "adapters are merged into the weights",
+    "enable_sleep_mode": "the engine stays awake",
+    "generation_config": "sampling has fields of its own",
+    "gpu_memory_utilization": "use rollout.gpu_memory",
+    "load_format": "the weights are those in training",
+    "logprobs_mode": "the correction needs those of the drawn tokens",
+    "max_model_len": "use data.max_prompt_tokens and data.max_answer_tokens",
+    "max_num_seqs": "use rollout.max_num_seqs",
+    "model": "use models.actor",
+    "pipeline_parallel_size": "use rollout.tensor_parallel",
+    "quantization": "the weights are those in training",
+    "seed": "use seed",
+    "skip_tokenizer_init": "prompts and responses are tokens",
+    "tensor_parallel_size": "use rollout.tensor_parallel",
+    "tokenizer": "prompts and responses are tokens",
+    "trust_remote_code": "models with code of their own are not supported",
+    "worker_extension_cls": "weights come through it",
+}
+
+
+def _argument(name: str) -> str:
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise ValueError("give the name of an argument of vllm.LLM, such as enable_prefix_caching")
+    if name in _OWNED:
+        raise ValueError(f"hpc-rlhf owns vLLM's {name}: {_OWNED[name]}")
+    return name
+
+
+class RolloutSpec(Model):
+    """What generates the responses that a stage learns from. [Rollouts](rollouts.md) says which to choose."""
+
+    engine: Literal["in_process", "vllm"] = "in_process"
+    """in_process: the processes that train, with the model in training; a resumed run is the same, bit for bit. vllm: a
+    process with vLLM, in a Python of its own, which rank 0 starts; the other fields are for it. It needs top_p: 1 and
+    top_k: 0."""
+    tensor_parallel: Positive = 1
+    """GPUs, or processes on CPUs, that share the model in vLLM; they are on the first node."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of a GPU's memory that vLLM takes and keeps. On a CPU, VLLM_CPU_KVCACHE_SPACE sets the GiB of its cache."""
+    max_num_seqs: Positive | None = None
+    """Responses that vLLM generates at the same time, at most; by default, vLLM's own limit."""
+    importance_cap: Rate = 2.0
+    """Log-probabilities of vLLM and of the model in training differ a little. A token's loss is multiplied by the ratio
+    of its probabilities, training over vLLM, but at most by this (truncated importance sampling)."""
+    python: PathText | None = None
+    """vLLM's own Python, such as /opt/vllm/bin/python; by default .venv-vllm beside the virtual environment of
+    hpc-rlhf, where `make install-vllm` puts it."""
+    args: dict[Annotated[str, AfterValidator(_argument)], StrictBool | int | float | FreeText] = Field(
+        default_factory=dict, description="More arguments of vllm.LLM. Those with a field of their own are rejected."
+    )
+
+
+def interpreter(spec: RolloutSpec) -> str:
+    """vLLM's own Python."""
+    return spec.python or str(Path(sys.prefix).parent / ".venv-vllm" / "bin" / "python")

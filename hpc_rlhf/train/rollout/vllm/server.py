@@ -1,0 +1,168 @@
+"""A process with vLLM's engine, and what a rank says to it.
+
+The rank and the process share a pair of sockets and a piece of memory for weights, both without a name: there is no
+address that anybody else could connect to, nor a key that could become known. The process ends with the rank.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpc_rlhf import safe_path
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
+from hpc_rlhf.train.rewards import keeper
+from hpc_rlhf.train.rewards.worker import OF_THE_RANK
+from hpc_rlhf.train.rollout.vllm.inside.hpc_rlhf_vllm import Connection
+
+# To start, on a busy file system, and between two signs of life later.
+START_SECONDS, SILENCE_SECONDS = 1800.0, 600.0
+# To kill the process and all that it started.
+_END_SECONDS = 10.0
+# Tensors in the memory begin at multiples of this.
+_ALIGNMENT = 64
+
+
+class Server:
+    """A server of one rank. One question at a time: ``ask``, and then ``poll`` until there is an answer.
+
+    Args:
+        python: vLLM's own Python.
+        arguments: of ``vllm.LLM``.
+        memory: bytes of weights that are passed at a time.
+        where: the field of the spec that asks for it.
+    """
+
+    def __init__(self, python: str, arguments: Mapping[str, Any], memory: int, where: str) -> None:
+        self.where = where
+        ours, theirs = socket.socketpair()
+        ours.settimeout(SILENCE_SECONDS)
+        descriptor = os.memfd_create("weights")
+        os.ftruncate(descriptor, memory)
+        self._memory = torch.frombuffer(mmap.mmap(descriptor, memory), dtype=torch.uint8)
+        command = safe_path.module(
+            "hpc_rlhf.train.rollout.vllm.start", python, str(theirs.fileno()), str(descriptor)
+        )  # fmt: skip
+        # Until it ignores the signals of the rank, it must not receive them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_RANK)
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno(), descriptor],
+                start_new_session=True,
+            )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+            os.close(descriptor)
+        self._connection = Connection(ours)
+        self.close = weakref.finalize(self, _end, self._process, ours)
+        self._tensors: list[tuple[str, str, list[int], int]] = []
+        self._used = 0
+        self._starts = True
+        self._heard = time.monotonic()
+        self._send(dict(arguments))
+
+    def ask(self, do: str, **arguments: Any) -> None:
+        self._heard = time.monotonic()
+        self._send({"do": do, **arguments})
+
+    def poll(self, seconds: float) -> tuple[Any] | None:
+        """The answer, if it comes within some seconds.
+
+        Raises:
+            HpcRlhfError: the server failed, has ended, or shows no sign of life.
+        """
+        deadline = time.monotonic() + seconds
+        while select.select([self._connection.socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            message = self._receive()
+            if message is None:
+                raise self._ended()
+            self._heard = time.monotonic()
+            if "error" in message:
+                raise self._refused(message["error"])
+            if "done" in message:
+                self._starts = False
+                return (message["done"],)
+        limit = START_SECONDS if self._starts else SILENCE_SECONDS
+        if time.monotonic() - self._heard > limit:
+            self.close()
+            raise self._failure(f"it showed no sign of life for {limit / 60:.0f} minutes, and was killed")
+        return None
+
+    def wait(self) -> Any:
+        """The answer, however long it takes."""
+        while (answer := self.poll(1.0)) is None:
+            pass
+        return answer[0]
+
+    def pass_weight(self, name: str, tensor: Tensor) -> None:
+        """Pass a weight, perhaps only at the next ``flush_weights``."""
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        if self._used + flat.numel() > len(self._memory):
+            self.flush_weights()
+        self._memory[self._used : self._used + flat.numel()].copy_(flat)
+        self._tensors.append((name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), self._used))
+        self._used += -(-flat.numel() // _ALIGNMENT) * _ALIGNMENT
+
+    def flush_weights(self) -> None:
+        if self._tensors:
+            self.ask("load_weights", tensors=self._tensors)
+            self.wait()
+        self._tensors, self._used = [], 0
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:  # what it said last may explain this
+            self.wait()
+            raise self._ended() from None
+
+    def _receive(self) -> Any:
+        with suppress(OSError):
+            return self._connection.receive()
+        return None
+
+    def _ended(self) -> HpcRlhfError:
+        try:
+            code = self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return self._failure("it broke off in the middle of a message, and was killed")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        memory = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
+        return self._failure(f"its process {how}{memory}")
+
+    def _refused(self, error: str) -> HpcRlhfError:
+        with suppress(subprocess.TimeoutExpired):  # its traceback is then in the log
+            self._process.wait(_END_SECONDS)
+        self.close()
+        return self._failure(error, INPUT_WRONG if self._starts else RUN_FAILED)
+
+    def _failure(self, what: str, exit_code: int = RUN_FAILED) -> HpcRlhfError:
+        doing = "did not start" if self._starts else "failed"
+        hint = "the log of rank 0 has what vLLM wrote; engine: in_process does without it"
+        return HpcRlhfError(f"vLLM {doing}: {what}", where=self.where, hint=hint, exit_code=exit_code)
+
+
+def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
+    """Kill a server and all that it started."""
+    connection.close()
+    process.send_signal(keeper.END)
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:  # such as a child that the kernel cannot end
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

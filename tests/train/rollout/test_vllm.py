@@ -1,0 +1,126 @@
+"""Rollouts by the real vLLM; `make install-vllm` makes its Python. Each model needs an engine, which takes a minute."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
+from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
+from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
+from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
+from hpc_rlhf.train.runtime.world import World
+from tests.train import tiny
+
+CHECKOUT = Path(__file__).parents[3]
+PROMPTS = [[5, 9, 11, 30, 7], [8], [40, 41, 42, 43], [5, 9, 11, 30, 12, 13]]
+LONGEST = 10
+# vLLM has no attention for smaller heads.
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "opt": {"hidden_size": 64, "num_attention_heads": 2, "word_embed_proj_dim": 64},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_vllm() -> None:
+    python = interpreter(RolloutSpec(engine="vllm"))
+    if os.path.exists(python):
+        return
+    if os.environ.get("HPC_RLHF_REQUIRE_VLLM") == "1":
+        pytest.fail(f"HPC_RLHF_REQUIRE_VLLM=1, but there is no {python}")
+    pytest.skip(f"no vLLM: there is no {python}; make install-vllm makes it")
+
+
+@pytest.fixture(scope="module", params=sorted(SIZES))
+def engine(
+    request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmEngine]:
+    model = tiny.causal(request.param, **SIZES[request.param])
+    folder = tmp_path_factory.mktemp("engine")
+    spec = RolloutSpec(engine="vllm", max_num_seqs=3)
+    backend = VllmEngine(model, world, spec, folder, 32, "attempt", "stages.grpo.rollout")
+    backend.sync_weights(model)
+    yield backend
+    backend.close()
+
+
+def likeliest(model: Any, prompt: list[int]) -> list[int]:
+    """transformers' response."""
+    ids = torch.tensor([prompt])
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LONGEST, eos_token_id=tiny.EOS
+    )  # fmt: skip
+    tokens: list[int] = made[0, len(prompt) :].tolist()
+    return tokens
+
+
+def test_greedy_tokens_are_those_of_the_engine_in_this_process_and_of_transformers_after_each_update(
+    engine: VllmEngine, world: World
+) -> None:
+    request = GenerationRequest(PROMPTS, LONGEST, tiny.EOS, Sampling(greedy=True))
+    seen = []
+    for update in range(3):
+        if update:
+            with torch.no_grad():
+                for parameter in engine.model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            engine.sync_weights(engine.model)
+        responses = engine.generate(request).responses
+        assert responses == RolloutEngine(engine.model, world).generate(request).responses
+        assert responses == [likeliest(engine.model, prompt) for prompt in PROMPTS]
+        seen.append(responses)
+    assert seen[0] != seen[1] != seen[2]
+
+
+@torch.no_grad()
+def test_log_probabilities_of_sampled_tokens_are_those_of_the_model_at_the_temperature(engine: VllmEngine) -> None:
+    prompts = [prompt for prompt in PROMPTS for _ in range(8)]
+    keys = [("sampled", row) for row in range(len(prompts))]
+    rollout = engine.generate(GenerationRequest(prompts, LONGEST, tiny.EOS, Sampling(temperature=0.7), keys))
+    assert len({tuple(response) for response in rollout.responses[:8]}) > 1
+    assert rollout.response_log_probs is not None
+    for prompt, response, log_probs in zip(prompts, rollout.responses, rollout.response_log_probs, strict=True):
+        assert len(response) == LONGEST or response[-1] == tiny.EOS
+        assert tiny.EOS not in response[:-1]
+        logits = engine.model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(log_probs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_rollout_from_stale_weights_is_an_error(engine: VllmEngine) -> None:
+    engine.syncs += 1  # as if a sync had been lost
+    with pytest.raises(HpcRlhfError, match="they are stale"):
+        engine.generate(GenerationRequest([[5]], 2, tiny.EOS, Sampling(greedy=True)))
+
+
+@pytest.mark.train
+def test_the_demo_of_grpo_runs_with_vllm(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    grpo = ("rollout.engine=vllm", "max_steps=2", "global_batch=32", "micro_batch=16", "eval_every=null")
+    short = ("stages.sft.max_steps=9", *(f"stages.grpo.{each}" for each in grpo), "stages.eval=null")
+    sets = [word for each in (f"run_dir={run.path}", *short) for word in ("--set", each)]
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_rlhf.cli", "run", "jobs/tiny-grpo.yaml", *sets],
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=1800, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert manifest.require(run.stage("grpo").model, "grpo")["step"] == 2
+    metrics = run.stage("grpo").metrics.read_text()
+    assert '"sampler_kl"' in metrics
+    committed = sorted(run.stage("grpo").rollouts.glob("*-rollout-0.safetensors"))
+    assert len(committed) == 2
+    with safe_open(str(committed[1]), "pt") as opened:
+        assert len(opened.get_tensor("lengths")) == 32
+        assert opened.metadata()["weights"].endswith("/2")

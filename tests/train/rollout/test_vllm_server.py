@@ -1,0 +1,109 @@
+"""A server of the vLLM backend, by a stand-in: what a rank asks it, how it fails, and that it ends with the rank."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.spec.rollout import RolloutSpec
+from hpc_rlhf.train.rollout.backend import GenerationRequest, RolloutCancelled, Sampling
+from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
+from hpc_rlhf.train.runtime.world import World
+from tests.train import tiny
+
+CHECKOUT = Path(__file__).parents[3]
+GREEDY = GenerationRequest([[7, 8], [9], [7, 8]], 3, tiny.EOS, Sampling(greedy=True))
+
+
+def interpreter(folder: Path, behaviour: str) -> str:
+    """A stand-in for vLLM's Python."""
+    script = folder / "python"
+    module = "tests.train.rollout.stand_in_vllm"
+    script.write_text(
+        f"#!/bin/sh\nunset PYTHONSAFEPATH; export PYTHONPATH={CHECKOUT}\n"
+        f'exec {sys.executable} -m {module} {behaviour} "$@"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def engine(folder: Path, world: World, behaviour: str, **more: Any) -> VllmEngine:
+    spec = RolloutSpec(engine="vllm", python=interpreter(folder, behaviour))
+    return VllmEngine(
+        tiny.causal("llama"), world, spec, folder / "engine", 40, "attempt", "stages.grpo.rollout", **more
+    )  # fmt: skip
+
+
+def test_responses_come_with_log_probabilities_and_equal_greedy_requests_are_made_once(
+    tmp_path: Path, world: World
+) -> None:
+    backend = engine(tmp_path, world, "answers")
+    backend.sync_weights(backend.model)
+    rollout = backend.generate(GREEDY)
+    assert rollout.responses == [[7] * 3, [9] * 3, [7] * 3]
+    assert rollout.log_probs is not None
+    torch.testing.assert_close(rollout.log_probs, torch.full((9,), -0.5))
+    first = backend.version
+    backend.sync_weights(backend.model)
+    assert backend.version != first
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        ("refuses", "vLLM did not start: ValueError: no such model as"),
+        ("dies", "vLLM failed: its process was killed by SIGKILL"),
+        ("stale", "vLLM answered with weights another, not with attempt/1"),
+    ],
+)
+def test_a_failing_server_ends_the_stage(tmp_path: Path, world: World, behaviour: str, message: str) -> None:
+    backend = engine(tmp_path, world, behaviour)
+
+    def roll_out() -> None:
+        backend.sync_weights(backend.model)
+        backend.generate(GREEDY)
+
+    with pytest.raises(HpcRlhfError, match=message) as failed:
+        roll_out()
+    assert failed.value.where == "stages.grpo.rollout"
+    assert (failed.value.exit_code == RUN_FAILED) == (behaviour != "refuses")
+    backend.close()
+
+
+def test_a_stop_does_not_wait_for_the_server_to_start(tmp_path: Path, world: World) -> None:
+    backend = engine(tmp_path, world, "sleeps", should_stop=lambda: True)
+    with pytest.raises(RolloutCancelled):
+        backend.sync_weights(backend.model)
+    backend.close()
+
+
+def test_a_server_and_what_it_started_end_with_a_killed_rank(tmp_path: Path) -> None:
+    rank = subprocess.Popen(
+        [sys.executable, "-c", "from hpc_rlhf.train.rollout.vllm.server import Server; import sys, time\n"
+         "server = Server(sys.argv[1], {}, 64, 'here')\nwhile True: time.sleep(1)", interpreter(tmp_path, "sleeps")],
+        cwd=CHECKOUT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert rank.stderr is not None
+    line = next(line for line in rank.stderr if line.startswith("sleeping"))
+    pids = [int(word) for word in line.split()[1:]]
+    rank.send_signal(signal.SIGKILL)
+    rank.wait()
+    while any(running(pid) for pid in pids):
+        time.sleep(0.1)
+    rank.stderr.close()
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
