@@ -13,7 +13,7 @@ from hpc_rlhf.spec.stages.policy import PolicySpec
 
 # The versions of vLLM that the tests run with, and the families whose responses they compare with transformers'.
 TESTED = "0.32."
-MODELS = ("llama", "opt")
+MODELS = ("llama",)
 _INSTALL = "make install-vllm makes one; rollout.python names another"
 
 
