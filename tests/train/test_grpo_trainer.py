@@ -234,7 +234,7 @@ def test_a_single_update_computes_the_log_probabilities_itself(
 def test_log_probabilities_that_are_needed_before_the_update_are_computed_before_it() -> None:
     for fields in (
         {"num_iterations": 2}, {"minibatches": 2}, {"kl_coef": 0.1, "kl_in": "reward"}, {"advantage": "reinforce++"},
-        {"dropout": 0.1},
+        {"dropout": 0.1}, {"rollout": {"engine": "vllm"}},
     ):  # fmt: skip
         experience = trainer_of(**fields).evaluate_scored(ROLLOUT, SCORED, learned_next=True)
         assert not experience.log_probs.isnan().any()

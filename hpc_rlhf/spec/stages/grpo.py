@@ -58,10 +58,11 @@ class GrpoSpec(PolicySpec):
 
     @property
     def updates_once(self) -> bool:
-        """Whether the actor is updated once by each rollout, and no advantage depends on log-probabilities. These are
-        then those of the update's own forward pass, and none is made for them alone."""
+        """Whether the actor is updated once by each rollout, and no advantage depends on log-probabilities, as it does
+        where another engine drew the responses. These are then those of the update's own forward pass, and none is made
+        for them alone."""
         once = self.num_iterations == self.minibatches == 1 and not self.dropout
-        return once and self.kl_in == "loss" and self.advantage != "reinforce++"
+        return once and self.kl_in == "loss" and self.advantage != "reinforce++" and self.rollout.engine != "vllm"
 
     @property
     def strategies(self) -> dict[str, StageSpec]:
