@@ -13,7 +13,7 @@ from hpc_rlhf.spec.stages.policy import PolicySpec
 
 # The versions of vLLM that the tests run with, and the families whose responses they compare with transformers'.
 TESTED = "0.32."
-MODELS = ("llama",)
+MODELS = ("llama", "opt", "gpt2", "qwen2", "qwen3")
 _INSTALL = "make install-vllm makes one; rollout.python names another"
 
 
@@ -26,7 +26,7 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
         where = f"stages.{stage}.rollout"
         kind = _actor_type(spec)
         if kind is not None and kind not in MODELS:
-            what = f"responses of {kind} models by vLLM have not been tested, only those of {' and '.join(MODELS)}"
+            what = f"responses of {kind} models by vLLM have not been tested, only those of {', '.join(MODELS)}"
             yield f"{where}.engine", what, "use engine: in_process"
         # A container has packages of its own.
         if settings.slurm.container is None and (wrong := _of_interpreter(settings.rollout)) is not None:

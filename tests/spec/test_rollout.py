@@ -70,7 +70,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, field: str, what:
 
 
 def test_models_that_have_not_been_tested_are_refused(tmp_path: Path) -> None:
-    sets: tuple[Any, ...] = ("stages.grpo.rollout.engine=vllm", "models.actor.from_scratch.model_type=qwen2")
+    sets: tuple[Any, ...] = ("stages.grpo.rollout.engine=vllm", "models.actor.from_scratch.model_type=mistral")
     python = python_with(tmp_path, "0.32.0")
-    with pytest.raises(SpecError, match="responses of qwen2 models by vLLM have not been tested"):
+    with pytest.raises(SpecError, match="responses of mistral models by vLLM have not been tested"):
         load_spec(JOB, (*sets, f"stages.grpo.rollout.python={python}"))

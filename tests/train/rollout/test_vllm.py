@@ -27,9 +27,14 @@ CHECKOUT = Path(__file__).parents[3]
 PROMPTS = [[5, 9, 11, 30, 7], [8], [40, 41, 42, 43], [5, 9, 11, 30, 12, 13]]
 LONGEST = 10
 # vLLM has no attention for smaller heads.
+_HEADS: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 SIZES: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
-    "opt": {"hidden_size": 64, "num_attention_heads": 2, "word_embed_proj_dim": 64},
+    "llama": _HEADS,
+    "llama tied": {**_HEADS, "tie_word_embeddings": True},
+    "opt": {"hidden_size": 64, "num_attention_heads": 2, "word_embed_proj_dim": 32},
+    "gpt2": {"n_embd": 64, "n_head": 2},
+    "qwen2": _HEADS,
+    "qwen3": {**_HEADS, "tie_word_embeddings": True},
 }
 
 
@@ -43,11 +48,11 @@ def _needs_vllm() -> None:
     pytest.skip(f"no vLLM: there is no {python}; make install-vllm makes it")
 
 
-@pytest.fixture(scope="module", params=sorted(SIZES))
+@pytest.fixture(scope="module", params=SIZES)
 def engine(
     request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmEngine]:
-    model = tiny.causal(request.param, **SIZES[request.param])
+    model = tiny.causal(request.param.split()[0], **SIZES[request.param])
     folder = tmp_path_factory.mktemp("engine")
     spec = RolloutSpec(engine="vllm", max_num_seqs=3)
     backend = VllmEngine(model, world, spec, folder, 32, "attempt", "stages.grpo.rollout")
@@ -71,7 +76,7 @@ def test_greedy_tokens_are_those_of_the_engine_in_this_process_and_of_transforme
 ) -> None:
     request = GenerationRequest(PROMPTS, LONGEST, tiny.EOS, Sampling(greedy=True))
     seen = []
-    for update in range(3):
+    for update in range(4):
         if update:
             with torch.no_grad():
                 for parameter in engine.model.parameters():
@@ -81,7 +86,7 @@ def test_greedy_tokens_are_those_of_the_engine_in_this_process_and_of_transforme
         assert responses == RolloutEngine(engine.model, world).generate(request).responses
         assert responses == [likeliest(engine.model, prompt) for prompt in PROMPTS]
         seen.append(responses)
-    assert seen[0] != seen[1] != seen[2]
+    assert seen[0] != seen[1] != seen[2] != seen[3]
 
 
 @torch.no_grad()

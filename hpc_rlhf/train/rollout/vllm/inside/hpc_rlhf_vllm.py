@@ -58,9 +58,21 @@ class Weights:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
+        model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(self.model_runner.get_model(), self.model_runner.model_config)
+            finalize_layerwise_reload(model, self.model_runner.model_config)
+            _process_tied(model)
         return sorted(self.missing)
+
+
+def _process_tied(model: Any) -> None:
+    """On CPUs a layer multiplies with a packed copy of its weights. vLLM makes that of layers that it loads, but not of
+    an output layer that shares the weights of the embedding."""
+    first: dict[int, Any] = {}
+    for layer in model.modules():
+        for parameter in layer.parameters(recurse=False):
+            if first.setdefault(id(parameter), layer) is not layer:
+                layer.quant_method.process_weights_after_loading(layer)
 
 
 class Engine:
