@@ -15,6 +15,8 @@ CLUSTER ?= /tmp/hpc-rlhf-cluster
 TESTS ?=
 # Whose Slurm `make test-slurm` tries: this system's, and that of other Debian releases.
 RELEASES ?= host trixie forky
+# Two workers take groups of tests in the order in which they are collected.
+PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 # The tests of `make test-fast`.
 FAST := "not slurm and not train and not slow and not gpu"
 # Length of the benchmark: full or short.
@@ -66,7 +68,7 @@ test: .venv/.installed-dev  ## Run all tests, on two versions of Slurm where pos
 	scripts/install-chromium.sh
 	scripts/install-apptainer.sh
 	scripts/newer-slurm.sh trixie true
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(TESTS)
 	$(if $(TESTS),,OMP_NUM_THREADS=1 scripts/newer-slurm.sh trixie $(BIN)/pytest -m generations tests/cluster)
 
 test-slurm: .venv/.installed-dev  ## Run the tests of Slurm on its versions 22.05, 24.11 and 26.05
@@ -76,13 +78,13 @@ test-slurm: .venv/.installed-dev  ## Run the tests of Slurm on its versions 22.0
 	    OMP_NUM_THREADS=1 $$enter $(BIN)/pytest -m slurm $(TESTS) || failed=1; done; exit $${failed:-0}
 
 test-fast: .venv/.installed-dev  ## Run the tests that need no Slurm, no training and no waiting
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup -m $(FAST) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m $(FAST) $(TESTS)
 
 test-vllm: .venv/.installed-dev install-vllm  ## Run the tests that need vLLM
 	HPC_RLHF_REQUIRE_VLLM=1 $(BIN)/pytest tests/train/rollout/test_vllm.py $(TESTS)
 
 coverage: .venv/.installed-dev  ## Measure the coverage of test-fast and enforce its floor
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadgroup -m $(FAST) --cov --cov-report term $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m $(FAST) --cov --cov-report term $(TESTS)
 
 fuzz: .venv/.installed-dev  ## Try 10,000 mutated specs, 1,000 hostile specs, 10,000 mutated data files and 1,000 hostile answers
 	HPC_RLHF_FUZZ=1 $(BIN)/pytest tests/spec/test_mutations.py tests/launch/test_hostile.py \

@@ -57,8 +57,8 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU. Run all tests of the Slurm cluster on one worker: they share one
-    cluster."""
+    """Skip GPU tests where there is no GPU. Run all tests of the Slurm cluster on one worker, which share one cluster,
+    and those of each other file on one, which share the file's fixtures."""
     for item in items:
         if item.get_closest_marker("gpu"):
             import torch
@@ -69,6 +69,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slurm)
         if item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.xdist_group("slurm"))
+        elif not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    items.sort(key=lambda item: not item.get_closest_marker("slurm"))  # the longest group first
 
 
 @pytest.fixture(scope="session", autouse=True)
