@@ -180,8 +180,7 @@ def _by_logs(attempt: StageHistory, job: JobRecord | None, logs: AttemptLogs) ->
     """A failure: what the rank that caused it reported, else how srun saw the first rank end."""
     failed = own_failure(attempt)
     if failed is not None:
-        raised = reasons.OUT_OF_MEMORY if reasons.is_out_of_memory(failed.message) else reasons.FAILED
-        return _Cause(reasons.KILLED if failed.killed else raised, failed.message, failed.host)
+        return _Cause(_kind(failed), failed.message, failed.host)
     memory = _line_with("oom_kill", logs.batch) or _line_with("oom-kill", logs.batch)
     if memory:
         return _Cause(reasons.KILLED_FOR_MEMORY, memory)
@@ -218,6 +217,14 @@ def _by_logs(attempt: StageHistory, job: JobRecord | None, logs: AttemptLogs) ->
     if ending is not None:
         return _Cause(reasons.FAILED, ending[0])
     return _Cause(reasons.FAILED, f"Slurm reports {job.state}" if job else "it left no message")
+
+
+def _kind(failed: Failed) -> str:
+    if failed.killed:
+        return reasons.KILLED
+    if reasons.is_of_engine(failed.message):
+        return reasons.INFERENCE_ENGINE
+    return reasons.OUT_OF_MEMORY if reasons.is_out_of_memory(failed.message) else reasons.FAILED
 
 
 def _line_with(words: str, text: str) -> str:

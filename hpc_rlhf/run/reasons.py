@@ -9,6 +9,7 @@ OUT_OF_MEMORY, KILLED_FOR_MEMORY, KILLED = "out of memory", "killed for memory",
 NETWORK, HANG, FAILED, LAUNCH_FAILURE = "NCCL or gloo error", "hang", "failed", "launch failure"
 USER_ERROR, PAST_DEADLINE = "user error", "past its deadline"
 NO_NODES_LEFT = "no nodes left"
+INFERENCE_ENGINE = "inference engine failed"
 CANCELLED_BY_TOOL, CANCELLED_BY_HAND = "cancelled by hpc-rlhf", "cancelled by hand"
 REQUEUED_BY_HAND = "requeued by hand"
 
@@ -17,7 +18,9 @@ FINAL = frozenset({USER_ERROR, PAST_DEADLINE, CANCELLED_BY_TOOL, CANCELLED_BY_HA
 # Caused by the cluster, so they say nothing about whether the stage can continue.
 BLAMELESS = frozenset({PREEMPTED, NODE_FAILURE, LAUNCH_FAILURE, REQUEUED_BY_HAND, NO_NODES_LEFT})
 # A node on which these recur should be excluded.
-ON_A_NODE = frozenset({NODE_FAILURE, LAUNCH_FAILURE, KILLED, KILLED_FOR_MEMORY, OUT_OF_MEMORY, NETWORK, HANG, FAILED})
+ON_A_NODE = frozenset({
+    NODE_FAILURE, LAUNCH_FAILURE, KILLED, KILLED_FOR_MEMORY, OUT_OF_MEMORY, INFERENCE_ENGINE, NETWORK, HANG, FAILED,
+})  # fmt: skip
 
 _MEMORY = re.compile(
     r"out of memory|outofmemory|cannot allocate memory|can't allocate memory|bad_alloc|MemoryError", re.I
@@ -27,6 +30,7 @@ _CONNECTION = re.compile(
     r"connection (was )?(reset|closed|refused)|broken pipe|socket timeout",
     re.I,
 )
+_ENGINE = re.compile(r"\bvLLM (failed|did not start): ")
 _PEER_GONE = re.compile(r"connection (was )?(reset|closed)|broken pipe", re.I)
 
 
@@ -35,9 +39,14 @@ def is_out_of_memory(message: str) -> bool:
     return _MEMORY.search(message) is not None
 
 
+def is_of_engine(message: str) -> bool:
+    """Whether the inference engine failed, perhaps with a message that would otherwise show another kind."""
+    return _ENGINE.search(message) is not None
+
+
 def is_consequence(message: str) -> bool:
     """Whether a rank only lost its connection to another one, which probably failed first."""
-    return _CONNECTION.search(message) is not None and not is_out_of_memory(message)
+    return _CONNECTION.search(message) is not None and not (is_out_of_memory(message) or is_of_engine(message))
 
 
 def is_peer_gone(message: str) -> bool:

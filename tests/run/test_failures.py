@@ -16,6 +16,7 @@ from tests.ledger_events import event
 GLOO = "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:4711"
 NCCL = "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:1970, remote process exited or network error"
 CUDA = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+ENGINE = "stages.grpo.rollout: vLLM failed: NCCL error: broken pipe"
 TIME = "slurmstepd: error: *** JOB 7 ON node1 CANCELLED AT 2026-01-02T12:00:00 DUE TO TIME LIMIT ***"
 EXITED = "srun: error: node1: task 0: Exited with exit code 1\n"
 KILLED = "srun: error: node2: task 1: Killed\n"
@@ -89,6 +90,8 @@ SEEN = event("failed", attempt="4711", message="rank 1 ended with exit code 2", 
          "out of memory", CUDA, "node2"),
         ([STARTED, failed(GLOO, host="node1")], FAILED, FakeLogs(), "NCCL or gloo error", GLOO, "node1"),
         ([STARTED, failed(NCCL)], FAILED, FakeLogs(), "NCCL or gloo error", NCCL, ""),
+        ([STARTED, failed(GLOO, host="node1"), failed(ENGINE)], FAILED, FakeLogs(), "inference engine failed", ENGINE,
+         ""),
         # torchrun and DeepSpeed's launcher, of which srun knows only the exit code
         ([STARTED, failed(GLOO, host="node1")], FAILED,
          FakeLogs(f"failed (exitcode: -9) local_rank: 0\n{LAUNCHER}"),
