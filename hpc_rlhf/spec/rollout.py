@@ -13,7 +13,7 @@ from hpc_rlhf.spec.fields import FreeText, Model, PathText, Positive, Rate
 
 # Arguments of vLLM that may not be passed through, and what to do instead.
 _OWNED = {
-    "data_parallel_size": "there is one server",
+    "data_parallel_size": "each rollout.tensor_parallel ranks have a server",
     "disable_log_stats": "use VLLM_LOGGING_LEVEL",
     "distributed_executor_backend": "use rollout.tensor_parallel",
     "dtype": "use precision",
@@ -49,11 +49,12 @@ class RolloutSpec(Model):
     """What generates the responses that a stage learns from. [Rollouts](rollouts.md) says which to choose."""
 
     engine: Literal["in_process", "vllm"] = "in_process"
-    """in_process: the processes that train, with the model in training; a resumed run is the same, bit for bit. vllm: a
-    process with vLLM, in a Python of its own, which rank 0 starts; the other fields are for it. It needs top_p: 1 and
-    top_k: 0."""
+    """in_process: the processes that train, with the model in training; a resumed run is the same, bit for bit. vllm:
+    processes with vLLM, in a Python of their own, beside those that train; the other fields are for it. It needs
+    top_p: 1 and top_k: 0."""
     tensor_parallel: Positive = 1
-    """GPUs, or processes on CPUs, that share the model in vLLM; they are on the first node."""
+    """GPUs, or processes on CPUs, that share the model in vLLM. Every so many ranks of a node have a server, on their
+    GPUs; this must divide their number."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Share of a GPU's memory that vLLM takes and keeps. On a CPU, VLLM_CPU_KVCACHE_SPACE sets the GiB of its cache."""
     max_num_seqs: Positive | None = None

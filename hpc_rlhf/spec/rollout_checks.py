@@ -28,6 +28,10 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
         if kind is not None and kind not in MODELS:
             what = f"responses of {kind} models by vLLM have not been tested, only those of {', '.join(MODELS)}"
             yield f"{where}.engine", what, "use engine: in_process"
+        ranks, size = settings.slurm.tasks_per_node, settings.rollout.tensor_parallel
+        if ranks % size:
+            what = f"the {ranks} ranks of a node cannot be divided into groups of {size}, each with a server"
+            yield f"{where}.tensor_parallel", what, "choose a divisor of slurm.gpus_per_node"
         # A container has packages of its own.
         if settings.slurm.container is None and (wrong := _of_interpreter(settings.rollout)) is not None:
             yield f"{where}.python", wrong, _INSTALL

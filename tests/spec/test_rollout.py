@@ -69,6 +69,13 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, field: str, what:
     assert any(what in problem for problem in found), found
 
 
+@pytest.mark.parametrize(("size", "fits"), [(1, True), (2, True), (3, False), (4, False)])
+def test_the_ranks_of_a_node_must_divide_into_servers(tmp_path: Path, size: int, fits: bool) -> None:
+    found = problems(f"rollout.python={python_with(tmp_path, '0.32.0')}", f"rollout.tensor_parallel={size}")
+    what = f"stages.grpo.rollout.tensor_parallel: the 2 ranks of a node cannot be divided into groups of {size}"
+    assert (not found) if fits else found[0].startswith(what)
+
+
 def test_models_that_have_not_been_tested_are_refused(tmp_path: Path) -> None:
     sets: tuple[Any, ...] = ("stages.grpo.rollout.engine=vllm", "models.actor.from_scratch.model_type=mistral")
     python = python_with(tmp_path, "0.32.0")

@@ -51,6 +51,9 @@ class Thread(World):
     def barrier(self) -> None:
         self.gather(None)
 
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        return list(map(max, *self.gather(list(numbers)), [0] * len(numbers)))
+
     def on_main(self, make: Callable[[], T]) -> T:
         value, error = None, None
         if self.is_main:

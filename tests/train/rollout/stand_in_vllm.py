@@ -1,6 +1,7 @@
 """A Python with vLLM that is none: it answers as the server does, or fails as the test wants.
 
-Every response is the prompt's first token repeated; its log-probabilities are those of the version's length.
+Every response is the prompt's first token repeated, and its log-probabilities are minus the number of prompts asked
+for at once.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.train.rollout.vllm.inside.hpc_rlhf_vllm import Connection
 
 
 def main(behaviour: str, connection: Connection) -> None:
+    """Behave so; with ``-once``, only the first of the servers of a folder does."""
     arguments = connection.receive()
+    behaviour, _, once = behaviour.partition("-")
+    if once and not _is_first(Path(arguments["model"]) / "started"):
+        behaviour = "answers"
     if behaviour == "refuses":
         connection.send({"error": f"ValueError: no such model as {arguments['model']}"})
         return
@@ -26,22 +32,48 @@ def main(behaviour: str, connection: Connection) -> None:
         print(f"sleeping {os.getpid()} {child.pid}", file=sys.stderr, flush=True)
         time.sleep(600)
     connection.send({"done": "0.0"})
-    loaded: dict[str, Any] = {}
+    weights: set[str] = set()
+    version = None
     while (message := connection.receive()) is not None:
-        if behaviour == "dies" and message["do"] == "generate":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if message["do"] == "load_weights":
-            loaded.update((name, shape) for name, _, shape, _ in message["tensors"])
         answer: Any = None
-        if message["do"] == "generate":
-            count = message["sampling"]["max_tokens"]
-            version = "another" if behaviour == "stale" else message["version"]
-            answer = {
-                "version": version,
-                "responses": [[[prompt[0]] * count, [-0.5] * count] for prompt in message["prompts"]],
-                "asked": len(message["prompts"]),
-            }
+        do = message["do"]
+        if do == "begin_weights":
+            weights, version = set(), None
+        elif do == "load_weights":
+            weights.update(name for name, *_ in message["tensors"])
+        elif do == "end_weights":
+            version = message["version"] if weights else None
+        elif version != message["version"]:
+            connection.send({"error": f"ValueError: the weights are {version}"})
+            return
+        else:
+            answer = _answer(behaviour, connection, message)
         connection.send({"done": answer})
+
+
+def _answer(behaviour: str, connection: Connection, message: dict[str, Any]) -> Any:
+    prompts, count = message["prompts"], message["sampling"]["max_tokens"]
+    if behaviour == "dies":
+        print("a last word", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "hangs":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if behaviour == "babbles":
+        connection.socket.sendall((3).to_bytes(8, "little") + b"{]}")
+    log_prob = float("nan") if behaviour == "garbles" else -float(len(prompts))
+    responses = [[[prompt[0]] * count, [log_prob] * count] for prompt in prompts]
+    return {
+        "version": "another" if behaviour == "stale" else message["version"],
+        "responses": responses[1:] if behaviour == "forgets" else responses,
+    }
+
+
+def _is_first(file: Path) -> bool:
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

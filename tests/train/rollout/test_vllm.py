@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
@@ -104,16 +104,30 @@ def test_log_probabilities_of_sampled_tokens_are_those_of_the_model_at_the_tempe
         torch.testing.assert_close(torch.tensor(log_probs), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_rollout_from_stale_weights_is_an_error(engine: VllmEngine) -> None:
+@pytest.mark.parametrize("engine", ["llama"], indirect=True, scope="module")
+def test_a_server_with_stale_weights_refuses_and_is_started_again(
+    engine: VllmEngine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = GenerationRequest(PROMPTS, LONGEST, tiny.EOS, Sampling(greedy=True))
+    responses = engine.generate(request).responses
     engine.syncs += 1  # as if a sync had been lost
-    with pytest.raises(HpcRlhfError, match="they are stale"):
-        engine.generate(GenerationRequest([[5]], 2, tiny.EOS, Sampling(greedy=True)))
+    assert engine.generate(request).responses == responses
+    assert engine.restarts == 1
+    assert "they are stale; it starts again" in capfd.readouterr().err
 
 
 @pytest.mark.train
-def test_the_demo_of_grpo_runs_with_vllm(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    grpo = ("rollout.engine=vllm", "max_steps=2", "global_batch=32", "micro_batch=16", "eval_every=null")
+@pytest.mark.parametrize(
+    "settings", [(), ("zero=3", "lora.rank=8", "rollout.tensor_parallel=2")], ids=["two servers", "one of two workers"]
+)
+def test_grpo_learns_from_the_responses_of_its_own_weights(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """Otherwise, the two log-probabilities of a token would differ after the first update."""
+    run, reward = RunDir(tmp_path / "run"), tmp_path / "reward.py"
+    reward.write_text("def variety(completions, **_):\n    return [float(len(set(text))) for text in completions]\n")
+    grpo = (
+        "rollout.engine=vllm", "max_steps=3", "global_batch=32", "micro_batch=16", "eval_every=null", "lr=1e-3",
+        f"rewards=[{{function: '{reward}:variety'}}]", *settings,
+    )  # fmt: skip
     short = ("stages.sft.max_steps=9", *(f"stages.grpo.{each}" for each in grpo), "stages.eval=null")
     sets = [word for each in (f"run_dir={run.path}", *short) for word in ("--set", each)]
     done = subprocess.run(
@@ -121,11 +135,15 @@ def test_the_demo_of_grpo_runs_with_vllm(tmp_path: Path) -> None:
         cwd=CHECKOUT, capture_output=True, text=True, timeout=1800, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert manifest.require(run.stage("grpo").model, "grpo")["step"] == 2
-    metrics = run.stage("grpo").metrics.read_text()
-    assert '"sampler_kl"' in metrics
+    assert manifest.require(run.stage("grpo").model, "grpo")["step"] == 3
+    metrics = [json.loads(line) for line in run.stage("grpo").metrics.read_text().splitlines()]
+    assert all(step["grad_norm"] > 0 for step in metrics)
+    assert all(0 < step["sampler_kl_max"] < 1e-8 for step in metrics)
     committed = sorted(run.stage("grpo").rollouts.glob("*-rollout-0.safetensors"))
-    assert len(committed) == 2
-    with safe_open(str(committed[1]), "pt") as opened:
-        assert len(opened.get_tensor("lengths")) == 32
-        assert opened.metadata()["weights"].endswith("/2")
+    assert len(committed) == 3
+    versions = set()
+    for file in committed:
+        with safe_open(str(file), "pt") as opened:
+            assert len(opened.get_tensor("lengths")) == 32
+            versions.add(opened.metadata()["weights"])
+    assert len(versions) == 3

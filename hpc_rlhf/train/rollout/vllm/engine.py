@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 from hpc_rlhf.train.models.export import GATHERED_AT_ONCE, full_bytes, full_weights, module_weights
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutCancelled
@@ -18,17 +22,25 @@ from hpc_rlhf.train.rollout.vllm.server import Server
 from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.world import World
 
-# Seconds between two rounds of the ranks while rank 0 waits for the server.
+# Seconds between two rounds of the ranks while they wait for servers.
 _ROUND_SECONDS = 0.5
-WAITING, ANSWERED, STOP = range(3)
+IDLE, WAITING, STOP = range(3)
+# How often servers are started again in an attempt.
+RESTARTS = 3
+
+# The tokens of a response, and the log-probabilities by which they were drawn.
+Response = list[list[Any]]
 
 
 class VllmEngine:
-    """A ``RolloutBackend`` that generates with vLLM, on one server that rank 0 starts and speaks for all ranks with.
+    """A ``RolloutBackend`` that generates with vLLM, on a server for each ``tensor_parallel`` ranks, which the first of
+    them starts and speaks with.
 
-    The server starts at once, without weights, while models are loaded here. Responses come with the log-probabilities
-    by which they were drawn. With the same weights, a response still depends on those it was batched with; see
+    Servers start at once, without weights, while models are loaded here. Responses come with the log-probabilities by
+    which they were drawn. With the same weights, a response still depends on those it was batched with; see
     ``CommittedRollouts``.
+
+    A server that dies, is silent or gives a wrong answer is started again, up to ``RESTARTS`` times, and asked again.
 
     Args:
         model: the transformers model inside the training engine.
@@ -36,7 +48,7 @@ class VllmEngine:
         longest: tokens of the longest prompt with its response.
         attempt: its name, part of the versions of weights.
         where: the field of the spec with the settings.
-        should_stop: polled while the server starts.
+        should_stop: polled while servers start.
     """
 
     def __init__(
@@ -46,19 +58,28 @@ class VllmEngine:
         self.model, self.world, self.where = model, world, where
         self.should_stop = should_stop
         self.weights = module_weights(model)
-        self.attempt, self.syncs = attempt, 0
-        self._server: Server | None = None
-        self._running = False
+        self.vocabulary = model.get_input_embeddings().num_embeddings
+        self.attempt, self.syncs, self.restarts = attempt, 0, 0
+        self.count, place = world.size // spec.tensor_parallel, world.rank % spec.tensor_parallel
+        self.number = world.rank // spec.tensor_parallel
 
-        def start() -> None:
+        def write_config() -> None:
             config = copy.deepcopy(model.config)
             config.architectures, config.dtype = [type(model).__name__], model.dtype
             config.save_pretrained(str(folder))
-            largest = max(full_bytes([p]) for module in self.weights for p in module.parameters)
-            arguments = _arguments(model, spec, folder, longest)
-            self._server = Server(interpreter(spec), arguments, max(GATHERED_AT_ONCE, largest), where)
 
-        world.on_main(start)
+        world.on_main(write_config)
+        gpus = world.gather(_gpu())[world.rank - place :][: spec.tensor_parallel]
+        if all(gpus) and len(set(gpus)) < spec.tensor_parallel:
+            raise HpcRlhfError("each rank sees no GPU but its own", where, "use slurm.launcher: torchrun")
+        largest = max(full_bytes([p]) for module in self.weights for p in module.parameters)
+        self._start = partial(
+            Server, interpreter(spec), _arguments(model, spec, folder, longest), max(GATHERED_AT_ONCE, largest),
+            {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if all(gpus) else {},
+        )  # fmt: skip
+        self._server = None if place else self._start()
+        self._failure: HpcRlhfError | None = None
+        self._has = ""  # the version of this server's weights
 
     @property
     def version(self) -> str:
@@ -66,43 +87,22 @@ class VllmEngine:
         return f"{self.attempt}/{self.syncs}"
 
     def sync_weights(self, model: Any) -> None:
-        """Give the server the model's weights, whole, with adapters merged. Collective.
+        """Give every server the model's weights, whole, with adapters merged. Collective.
 
         Raises:
-            RolloutCancelled: ``should_stop`` returned True on any rank while the server started.
+            RolloutCancelled: ``should_stop`` returned True on any rank while a server started.
+            HpcRlhfError: servers failed too often.
         """
         assert model is self.model
-        if not self._running:
-            self._answer(self.should_stop)
-            self._running = True
         self.syncs += 1
-        self.world.on_main(lambda: self._ask("begin_weights"))
-        self._answer(bool)
-        failure: HpcRlhfError | None = None
-        with closing(full_weights(self.weights)) as weights:
-            for name, tensor in weights:
-                if self._server is not None and failure is None:
-                    try:
-                        self._server.pass_weight(name, tensor)
-                    except HpcRlhfError as error:  # the other ranks still gather
-                        failure = error
-
-        def end() -> None:
-            assert self._server is not None
-            if failure is not None:
-                raise failure
-            self._server.flush_weights()
-            self._ask("end_weights", version=self.version)
-
-        self.world.on_main(end)
-        self._answer(bool)
+        self._update()
 
     def generate(self, request: GenerationRequest) -> Rollout:
         """A response to each prompt. Collective over all ranks.
 
         Raises:
             RolloutCancelled: ``request.should_stop`` returned True on any rank.
-            HpcRlhfError: the server failed, or answered with other weights than those of the last ``sync_weights``.
+            HpcRlhfError: servers failed too often.
         """
         own = [[list(prompt), self._seed(request, row)] for row, prompt in enumerate(request.prompts)]
         shares: list[list[Any]] = self.world.gather_data(own)
@@ -110,45 +110,132 @@ class VllmEngine:
         # The likeliest response to a prompt is needed once, whichever ranks ask for it.
         names = [str(each if request.keys is None else place) for place, each in enumerate(asked)]
         distinct = dict(zip(names, asked, strict=True))
-        question = {
-            "version": self.version,
-            "prompts": [prompt for prompt, _ in distinct.values()],
-            "seeds": [seed for _, seed in distinct.values()],
-            "sampling": _sampling(request),
-        }
-        self.world.on_main(lambda: self._ask("generate", **question))
-        answer = self._answer(request.should_stop)
-        if answer["version"] != self.version:
-            raise HpcRlhfError(
-                f"vLLM answered with weights {answer['version']}, not with {self.version}", self.where,
-                exit_code=RUN_FAILED,
-            )  # fmt: skip
-        answers = dict(zip(distinct, answer["responses"], strict=True))
+        answers = dict(zip(distinct, self._answers(list(distinct.values()), request), strict=True))
         first = sum(map(len, shares[: self.world.data_rank]))
         mine = [answers[name] for name in names[first : first + len(own)]]
         return Rollout.of(
             request.prompts, [tokens for tokens, _ in mine], self.world.device, [log_probs for _, log_probs in mine]
         )  # fmt: skip
 
-    def _ask(self, do: str, **arguments: Any) -> None:
-        assert self._server is not None
-        self._server.ask(do, **arguments)
-
-    def _answer(self, should_stop: Callable[[], bool]) -> Any:
-        """The server's answer, on every rank. Ranks meet while they wait, so that none seems to hang."""
+    def _answers(self, asked: Sequence[Any], request: GenerationRequest) -> list[Response]:
+        """A response for each prompt with its seed, of which every server gets its part. Collective."""
+        part = asked[len(asked) * self.number // self.count : len(asked) * (self.number + 1) // self.count]
+        part = part if self._server else []
+        responses: list[Response] = []
         while True:
-            answer, failure = None, None
-            if self._server is not None:
-                try:
-                    answer = self._server.poll(_ROUND_SECONDS)
-                except HpcRlhfError as error:
-                    failure = error
-            state = ANSWERED if answer or failure else WAITING
-            state = self.world.max(STOP if should_stop() else state)
+            if part and not responses:
+                question = {"prompts": [prompt for prompt, _ in part], "seeds": [seed for _, seed in part]}
+                self._on_server(
+                    lambda server: server.ask("generate", version=self.version, **question, sampling=_sampling(request))  # noqa: B023
+                )
+            answer = self._settle(request.should_stop)
+            if answer is not None:
+                responses = self._on_server(lambda server: self._checked(server, answer, len(part), request)) or []  # noqa: B023
+            if not self._recover():
+                return [each for own in self.world.gather(responses) for each in own]
+            self._update()
+
+    def _checked(self, server: Server, answer: Any, count: int, request: GenerationRequest) -> list[Response]:
+        """A server's responses.
+
+        Raises:
+            HpcRlhfError: it answered something else.
+        """
+        try:
+            version, responses = answer["version"], answer["responses"]
+            if version != self.version:
+                raise server.failure(f"it answered with weights {version}, not with {self.version}")
+            sound = len(responses) == count and all(
+                0 < len(tokens) == len(log_probs) <= request.max_new_tokens
+                and all(type(token) is int and 0 <= token < self.vocabulary for token in tokens)
+                and all(math.isfinite(number) for number in log_probs)
+                for tokens, log_probs in responses
+            )
+        except (LookupError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise server.failure("its answer is not a response to each prompt with the log-probabilities of its tokens")
+        return list(responses)
+
+    def _update(self) -> None:
+        """Give the weights to servers that have others. Collective."""
+        while any(self.world.gather(self._is_stale)):
+            self._settle(self.should_stop)  # some may still start
+            if self._recover():
+                continue
+            stale = self._is_stale
+            if stale:
+                self._on_server(lambda server: server.ask("begin_weights"))
+            self._settle(bool)
+            with closing(full_weights(self.weights)) as weights:
+                for name, tensor in weights:
+                    if stale:
+                        self._on_server(lambda server: server.pass_weight(name, tensor))  # noqa: B023
+            if stale:
+                self._on_server(lambda server: server.end_weights(self.version))
+            self._settle(bool)
+            if self._server is not None and self._failure is None:
+                self._has = self.version
+            self._recover()
+
+    @property
+    def _is_stale(self) -> bool:
+        return self._server is not None and self._has != self.version
+
+    def _on_server(self, act: Callable[[Server], Any]) -> Any:
+        """Act on this rank's server, if there is one that has not failed. A failure is left to ``_recover``, because
+        other ranks go on."""
+        if self._server is None or self._failure is not None:
+            return None
+        try:
+            return act(self._server)
+        except HpcRlhfError as error:
+            self._failure = error
+            return None
+
+    def _settle(self, should_stop: Callable[[], bool]) -> Any:
+        """Wait until every server has answered what it was asked, or failed. Ranks meet while they wait, so that none
+        seems to hang. Collective.
+
+        Returns:
+            the answer of this rank's server; None if there is none.
+        """
+        answer = None
+        while True:
+            got = self._on_server(lambda server: server.poll(_ROUND_SECONDS) if server.waits else None)
+            answer = got[0] if got else answer
+            waits = bool(self._on_server(lambda server: server.waits))
+            state = self.world.max(STOP if should_stop() else WAITING if waits else IDLE)
             if state == STOP:
                 raise RolloutCancelled
-            if state == ANSWERED:
-                return self.world.on_main(lambda: _taken(answer, failure))  # noqa: B023
+            if state == IDLE:
+                return answer
+
+    def _recover(self) -> bool:
+        """Start servers again that failed. Collective.
+
+        Returns:
+            whether there were any.
+
+        Raises:
+            HpcRlhfError: a server cannot start, or servers failed too often.
+        """
+        own: Any = self._failure and (self._failure.message, self._failure.hint, self._failure.exit_code)
+        failures = [each for each in self.world.gather(own) if each]
+        if not failures:
+            return False
+        message, hint, code = failures[0]
+        if self.restarts == RESTARTS or (code == INPUT_WRONG and not self.restarts):
+            often = f" (after {RESTARTS} restarts)" if self.restarts else ""
+            code = RUN_FAILED if self.restarts else code
+            raise HpcRlhfError(message + often, where=self.where, hint=hint, exit_code=code)
+        self.restarts += 1
+        if self.world.is_main:
+            print(f"hpc-rlhf: warning: {message}; it starts again", file=sys.stderr, flush=True)
+        if self._server is not None and self._failure is not None:
+            self._server.close()
+            self._server, self._failure, self._has = self._start(), None, ""
+        return True
 
     def _seed(self, request: GenerationRequest, row: int) -> int | None:
         if request.keys is None or request.sampling.greedy:
@@ -160,11 +247,12 @@ class VllmEngine:
             self._server.close()
 
 
-def _taken(answer: tuple[Any] | None, failure: HpcRlhfError | None) -> Any:
-    if failure is not None:
-        raise failure
-    assert answer is not None
-    return answer[0]
+def _gpu() -> str:
+    """What CUDA_VISIBLE_DEVICES calls this rank's GPU; empty without one."""
+    if not torch.cuda.is_available():
+        return ""
+    visible, number = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.current_device()
+    return visible.split(",")[number] if visible else str(number)
 
 
 def _arguments(model: Any, spec: RolloutSpec, folder: Path, longest: int) -> Mapping[str, Any]:

@@ -12,11 +12,13 @@ import select
 import signal
 import socket
 import subprocess
+import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -38,15 +40,20 @@ _ALIGNMENT = 64
 class Server:
     """A server of one rank. One question at a time: ``ask``, and then ``poll`` until there is an answer.
 
+    The first answer comes without a question, once the engine has started. What the server writes appears in the log of
+    the rank.
+
     Args:
         python: vLLM's own Python.
         arguments: of ``vllm.LLM``.
         memory: bytes of weights that are passed at a time.
-        where: the field of the spec that asks for it.
+        environment: more variables.
+
+    Attributes:
+        waits: whether there is no answer yet.
     """
 
-    def __init__(self, python: str, arguments: Mapping[str, Any], memory: int, where: str) -> None:
-        self.where = where
+    def __init__(self, python: str, arguments: Mapping[str, Any], memory: int, environment: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
         ours.settimeout(SILENCE_SECONDS)
         descriptor = os.memfd_create("weights")
@@ -59,23 +66,26 @@ class Server:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_RANK)
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno(), descriptor],
-                start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno(), descriptor], start_new_session=True, env={**os.environ, **environment},
             )  # fmt: skip
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             os.close(descriptor)
         self._connection = Connection(ours)
+        self._last_line: deque[str] = deque(maxlen=1)
+        self._log = threading.Thread(target=_copy, args=(self._process.stdout, self._last_line), daemon=True)
+        self._log.start()
         self.close = weakref.finalize(self, _end, self._process, ours)
         self._tensors: list[tuple[str, str, list[int], int]] = []
         self._used = 0
-        self._starts = True
+        self._starts = self.waits = True
         self._heard = time.monotonic()
         self._send(dict(arguments))
 
     def ask(self, do: str, **arguments: Any) -> None:
-        self._heard = time.monotonic()
+        self._heard, self.waits = time.monotonic(), True
         self._send({"do": do, **arguments})
 
     def poll(self, seconds: float) -> tuple[Any] | None:
@@ -89,16 +99,19 @@ class Server:
             message = self._receive()
             if message is None:
                 raise self._ended()
+            if not isinstance(message, dict):
+                self.close()
+                raise self.failure(f"it sent something else than messages, and was killed{self._last_words}")
             self._heard = time.monotonic()
             if "error" in message:
                 raise self._refused(message["error"])
             if "done" in message:
-                self._starts = False
+                self._starts = self.waits = False
                 return (message["done"],)
         limit = START_SECONDS if self._starts else SILENCE_SECONDS
         if time.monotonic() - self._heard > limit:
             self.close()
-            raise self._failure(f"it showed no sign of life for {limit / 60:.0f} minutes, and was killed")
+            raise self.failure(f"it showed no sign of life for {limit:.0f} s, and was killed{self._last_words}")
         return None
 
     def wait(self) -> Any:
@@ -122,6 +135,16 @@ class Server:
             self.wait()
         self._tensors, self._used = [], 0
 
+    def end_weights(self, version: str) -> None:
+        """Ask for the use of the weights that were passed, under this name."""
+        self.flush_weights()
+        self.ask("end_weights", version=version)
+
+    def failure(self, what: str, exit_code: int = RUN_FAILED) -> HpcRlhfError:
+        doing = "did not start" if self._starts else "failed"
+        hint = "the log of the rank has what vLLM wrote; engine: in_process does without it"
+        return HpcRlhfError(f"vLLM {doing}: {what}", hint=hint, exit_code=exit_code)
+
     def _send(self, message: Any) -> None:
         try:
             self._connection.send(message)
@@ -130,30 +153,33 @@ class Server:
             raise self._ended() from None
 
     def _receive(self) -> Any:
-        with suppress(OSError):
+        try:
             return self._connection.receive()
-        return None
+        except OSError:
+            return None
+        except ValueError:
+            return "no JSON"
 
     def _ended(self) -> HpcRlhfError:
         try:
             code = self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
             self.close()
-            return self._failure("it broke off in the middle of a message, and was killed")
+            return self.failure(f"it broke off in the middle of a message, and was killed{self._last_words}")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         memory = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
-        return self._failure(f"its process {how}{memory}")
+        return self.failure(f"its process {how}{memory}{self._last_words}")
+
+    @property
+    def _last_words(self) -> str:
+        self._log.join(_END_SECONDS)
+        return f"; its last line: {self._last_line[0]}" if self._last_line else ""
 
     def _refused(self, error: str) -> HpcRlhfError:
         with suppress(subprocess.TimeoutExpired):  # its traceback is then in the log
             self._process.wait(_END_SECONDS)
         self.close()
-        return self._failure(error, INPUT_WRONG if self._starts else RUN_FAILED)
-
-    def _failure(self, what: str, exit_code: int = RUN_FAILED) -> HpcRlhfError:
-        doing = "did not start" if self._starts else "failed"
-        hint = "the log of rank 0 has what vLLM wrote; engine: in_process does without it"
-        return HpcRlhfError(f"vLLM {doing}: {what}", where=self.where, hint=hint, exit_code=exit_code)
+        return self.failure(error, INPUT_WRONG if self._starts else RUN_FAILED)
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
@@ -166,3 +192,12 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _copy(output: IO[bytes], last_line: deque[str]) -> None:
+    """Copy a server's output to the log of this rank, and keep its last line."""
+    with output:
+        for line in output:
+            os.write(2, line)
+            if text := line.decode(errors="replace").strip():
+                last_line.append(text[:200])
