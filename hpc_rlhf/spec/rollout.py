@@ -1,4 +1,4 @@
-"""What generates the responses of a stage that learns from them."""
+"""What generates the responses of a stage."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def _argument(name: str) -> str:
 
 
 class RolloutSpec(Model):
-    """What generates the responses that a stage learns from. [Rollouts](rollouts.md) says which to choose."""
+    """What generates the responses of a stage. [Rollouts](rollouts.md) says which to choose."""
 
     engine: Literal["in_process", "vllm"] = "in_process"
     """in_process: the processes that train, with the model in training; a resumed run is the same, bit for bit. vllm:
-    processes with vLLM, in a Python of their own, beside those that train; the other fields are for it. It needs
-    top_p: 1 and top_k: 0."""
+    processes with vLLM, in a Python of their own, beside those that train; the other fields are for it. To
+    learn from its responses, ppo and grpo need top_p: 1 and top_k: 0."""
     tensor_parallel: Positive = 1
     """GPUs, or processes on CPUs, that share the model in vLLM. Every so many ranks of a node have a server, on their
     GPUs; this must divide their number."""

@@ -176,6 +176,29 @@ def test_a_sandbox_that_is_missing_or_open(tmp_path: Path, monkeypatch: pytest.M
     assert "user namespaces" in opened.fix
 
 
+def test_a_python_without_a_vllm_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    rollout = {"engine": "vllm", "python": str(python)}
+    grpo = {"rewards": [{"exact": "answer"}], "rollout": rollout}
+    spec = make_spec(tmp_path / "run", sft={}, grpo=grpo, eval={"rollout": rollout})
+    monkeypatch.setattr(machine, "examine", lambda *_: [])
+
+    def on_node(script: str, *stages: str) -> Finding:
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        return only(probe.examine(spec, stages, tmp_path, []), "vllm")
+
+    broken = on_node("echo 'ImportError: libcudart.so.13' >&2; exit 1", "grpo", "eval")
+    assert broken.message == f"vLLM does not load in {python}: ImportError: libcudart.so.13"
+    assert "make install-vllm" in broken.fix
+    assert on_node("echo 0.32.0 0", "eval").message == f"vLLM 0.32.0 in {python} finds 0 of the 2 GPUs"
+    assert on_node("echo 0.32.0 2", "grpo").level == "ok"
+    python.unlink()
+    missing = only(probe.examine(spec, ["grpo"], tmp_path, []), "vllm")
+    assert missing.message == f"{python} does not start: No such file or directory"
+    assert not [finding for finding in probe.examine(spec, ["sft"], tmp_path, []) if finding.check == "vllm"]
+
+
 def test_the_deepspeed_ops_that_a_spec_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DS_PIN_MEMORY_BACKEND", raising=False)
     offloaded = make_spec(tmp_path, sft={"zero": 3, "offload_optimizer": True})

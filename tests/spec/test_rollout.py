@@ -69,6 +69,14 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, field: str, what:
     assert any(what in problem for problem in found), found
 
 
+def test_the_evaluation_is_checked_too_but_may_truncate(tmp_path: Path) -> None:
+    sets = ("stages.eval.rollout.engine=vllm", "stages.eval.top_p=0.9")
+    python = f"stages.eval.rollout.python={python_with(tmp_path, '0.32.0')}"
+    load_spec(JOB, (*sets, python))
+    with pytest.raises(SpecError, match=r"eval.rollout.python: there is no Python with vLLM at .*/nowhere"):
+        load_spec(JOB, (*sets, f"stages.eval.rollout.python={tmp_path}/nowhere"))
+
+
 @pytest.mark.parametrize(("size", "fits"), [(1, True), (2, True), (3, False), (4, False)])
 def test_the_ranks_of_a_node_must_divide_into_servers(tmp_path: Path, size: int, fits: bool) -> None:
     found = problems(f"rollout.python={python_with(tmp_path, '0.32.0')}", f"rollout.tensor_parallel={size}")

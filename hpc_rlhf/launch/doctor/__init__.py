@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor import cluster, fit, hub, limits, machine, packages, sandbox, storage, visit
+from hpc_rlhf.launch.doctor import cluster, fit, hub, limits, machine, packages, sandbox, storage, visit, vllm
 from hpc_rlhf.launch.doctor.finding import Finding, error, warning
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
@@ -46,6 +46,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         spread = any(stage.slurm.ranks > 1 for stage in stages)
         findings += machine.examine(ops, gpus, {stage.precision for stage in stages}, spread)
         findings += sandbox.check(spec, spec.stage_names)
+        findings += vllm.check(spec, spec.stage_names, gpus)
     if commands.available():
         try:
             findings += cluster.check_settings()

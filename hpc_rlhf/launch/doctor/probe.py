@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.launch.doctor import hub, machine, packages, sandbox, site, storage
+from hpc_rlhf.launch.doctor import hub, machine, packages, sandbox, site, storage, vllm
 from hpc_rlhf.launch.doctor.finding import Finding, error
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.layout import RunDir
@@ -32,6 +32,7 @@ def examine(spec: JobSpec, stages: Sequence[str], folder: Path, ops: Sequence[st
     findings = [storage.check_writes(folder, RunDir(Path(spec.run_dir))), *packages.check()]
     findings += machine.examine(ops, settings.gpus_per_node, precisions, settings.ranks > 1)
     findings += sandbox.check(spec, stages)
+    findings += vllm.check(spec, stages, settings.gpus_per_node)
     if commands.available():
         try:
             findings.append(site.check_clock())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from hpc_rlhf.spec.fields import NonNegative, Positive, TopK, TopP
 from hpc_rlhf.spec.rewards import Rewards
+from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.spec.stages.kind import Data, StageKind
 from hpc_rlhf.spec.training import StageSpec
 
@@ -28,6 +29,7 @@ class EvalSpec(StageSpec):
     samples: Positive = 1
     """Responses to each prompt, for the accuracy: pass@k and majority@k for powers of two up to this many. Everything
     else is measured on the first response."""
+    rollout: RolloutSpec = Field(default=RolloutSpec(), description="What generates the responses.")
     rewards: Rewards | None = None
     """Rewards that decide which responses are right; by default, those of the grpo or ppo stage. See docs/evaluation.md
     for what counts as right."""

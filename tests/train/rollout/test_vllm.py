@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -102,6 +103,19 @@ def test_log_probabilities_of_sampled_tokens_are_those_of_the_model_at_the_tempe
         logits = engine.model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         expected = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(response).unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(torch.tensor(log_probs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_another_model_answers_with_its_own_weights(engine: VllmEngine, world: World) -> None:
+    first, request = engine.model, GenerationRequest(PROMPTS, LONGEST, tiny.EOS, Sampling(greedy=True))
+    other = copy.deepcopy(first)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    engine.sync_weights(other)
+    responses = engine.generate(request).responses
+    assert responses == RolloutEngine(other, world).generate(request).responses
+    engine.sync_weights(first)
+    assert responses != engine.generate(request).responses
 
 
 @pytest.mark.parametrize("engine", ["llama"], indirect=True, scope="module")

@@ -43,7 +43,7 @@ class VllmEngine:
     A server that dies, is silent or gives a wrong answer is started again, up to ``RESTARTS`` times, and asked again.
 
     Args:
-        model: the transformers model inside the training engine.
+        model: the transformers model inside the training engine, or another with the same configuration.
         folder: for the model's configuration.
         longest: tokens of the longest prompt with its response.
         attempt: its name, part of the versions of weights.
@@ -57,7 +57,6 @@ class VllmEngine:
     ) -> None:  # fmt: skip
         self.model, self.world, self.where = model, world, where
         self.should_stop = should_stop
-        self.weights = module_weights(model)
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.attempt, self.syncs, self.restarts = attempt, 0, 0
         self.count, place = world.size // spec.tensor_parallel, world.rank % spec.tensor_parallel
@@ -72,7 +71,7 @@ class VllmEngine:
         gpus = world.gather(_gpu())[world.rank - place :][: spec.tensor_parallel]
         if all(gpus) and len(set(gpus)) < spec.tensor_parallel:
             raise HpcRlhfError("each rank sees no GPU but its own", where, "use slurm.launcher: torchrun")
-        largest = max(full_bytes([p]) for module in self.weights for p in module.parameters)
+        largest = max(full_bytes([p]) for module in module_weights(model) for p in module.parameters)
         self._start = partial(
             Server, interpreter(spec), _arguments(model, spec, folder, longest), max(GATHERED_AT_ONCE, largest),
             {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if all(gpus) else {},
@@ -93,9 +92,13 @@ class VllmEngine:
             RolloutCancelled: ``should_stop`` returned True on any rank while a server started.
             HpcRlhfError: servers failed too often.
         """
-        assert model is self.model
+        self.model = model
         self.syncs += 1
         self._update()
+
+    def release(self) -> None:
+        """Keep no reference to the model: it is not asked again."""
+        self.model = None
 
     def generate(self, request: GenerationRequest) -> Rollout:
         """A response to each prompt. Collective over all ranks.
@@ -167,7 +170,7 @@ class VllmEngine:
             if stale:
                 self._on_server(lambda server: server.ask("begin_weights"))
             self._settle(bool)
-            with closing(full_weights(self.weights)) as weights:
+            with closing(full_weights(module_weights(self.model))) as weights:
                 for name, tensor in weights:
                     if stale:
                         self._on_server(lambda server: server.pass_weight(name, tensor))  # noqa: B023

@@ -27,9 +27,10 @@ from hpc_rlhf.train.models.loading import check_fits, has_score_head, load_causa
 from hpc_rlhf.train.rewards.blend import Blend
 from hpc_rlhf.train.rewards.build import build_rewards, text_rewards
 from hpc_rlhf.train.rewards.model import ModelReward
-from hpc_rlhf.train.rollout.backend import Rollout
+from hpc_rlhf.train.rollout.backend import Rollout, RolloutBackend
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
-from hpc_rlhf.train.stages.common import commit, new_artifact, reward_model
+from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
+from hpc_rlhf.train.stages.common import commit, new_artifact, reward_model, vllm_engine
 from hpc_rlhf.train.stages.eval.accuracy import accuracy_metrics, verdicts
 from hpc_rlhf.train.stages.eval.questions import Questions, held_out
 from hpc_rlhf.train.stages.eval.report import Measured, Results, lines, make_report, texts
@@ -62,6 +63,7 @@ class Evaluation:
         self.text_rewards = text_rewards(context, self.rewards)
         self.questions = Questions(context, self.spec)
         self.results = Results()
+        self._vllm: VllmEngine | None = None
 
     def _sources(self) -> dict[str, str]:
         run = self.context.run
@@ -110,13 +112,24 @@ class Evaluation:
         if self.compares_pairs and (name == self.base or _learns_from_pairs(name)):
             chosen, rejected = (ask.likelihoods(engine, part) for part in self.held.pairs)
             measured.preferences = [c - r for c, r in zip(chosen, rejected, strict=True)]
-        responses = ask.responses(RolloutEngine(model, context.world), prompts)
+        responses = ask.responses(self._backend(model), prompts)
+        if self._vllm is not None:
+            self._vllm.release()
         measured.answers, measured.further = [each[0] for each in responses], [each[1:] for each in responses]
         measured.log_probs = self._log_probs(engine, measured)
         for other in self.results.models.values() if name == self.base else ():
             other.base_log_probs = self._log_probs(engine, other)
         self.results.models[name] = measured
         return {f"{name}_perplexity": measured.perplexity}
+
+    def _backend(self, model: Any) -> RolloutBackend:
+        """What generates a model's responses. Collective."""
+        if self.spec.rollout.engine == "in_process":
+            return RolloutEngine(model, self.context.world)
+        with self.context.stop.cancellable():
+            self._vllm = self._vllm or vllm_engine(self.context, self.spec.rollout, model)
+            self._vllm.sync_weights(model)
+        return self._vllm
 
     def _log_probs(self, engine: Any, measured: Measured) -> list[list[float]]:
         """Log-probabilities of the tokens of a model's responses, at the temperature that they were drawn at."""

@@ -9,7 +9,7 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.rollout.backend import RolloutBackend
 from hpc_rlhf.train.rollout.committed import CommittedRollouts
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
-from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
+from hpc_rlhf.train.stages.common import vllm_engine
 
 
 def rollout_backend(context: StageContext, spec: PolicySpec, model: Any) -> RolloutBackend:
@@ -20,8 +20,5 @@ def rollout_backend(context: StageContext, spec: PolicySpec, model: Any) -> Roll
     """
     if spec.rollout.engine == "in_process":
         return RolloutEngine(model, context.world)
-    engine = VllmEngine(
-        model, context.world, spec.rollout, context.files.engine, context.longest, context.attempt,
-        f"stages.{context.stage}.rollout", context.stop.should_stop,
-    )  # fmt: skip
+    engine = vllm_engine(context, spec.rollout, model)
     return CommittedRollouts(engine, context.files.rollouts, context.checkpoints.store, context.world)
