@@ -34,7 +34,7 @@ def main() -> None:
     if importlib.util.find_spec("pyarrow") is None:
         raise SystemExit("the stages store their data with pyarrow, which is not installed")
     gpus = torch.cuda.device_count()
-    ranks = min(gpus, 4) or 2
+    ranks = min(gpus, 4) or 1
     fields: dict[str, dict[str, Any]] = {
         "sft": {"precision": "bf16", "max_steps": 40},
         "reward": {"precision": "bf16"},
@@ -54,7 +54,7 @@ def main() -> None:
     if different:
         sys.exit(f"after a preemption, the weights differ in {', '.join(different)}")
     backend = "NCCL" if gpus else "gloo"
-    print(f"preempted in {' and '.join(STOPS)}, resumed to equal weights; {ranks} ranks over {backend}")
+    print(f"preempted in {' and '.join(STOPS)}, resumed to equal weights; ranks: {ranks}, over {backend}")
 
 
 if __name__ == "__main__":
