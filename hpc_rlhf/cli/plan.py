@@ -13,7 +13,7 @@ from hpc_rlhf.cli.plan_tables import print_choices, print_memory, print_plan, pr
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.estimate.stage_memory import Memory, run_memory
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times
-from hpc_rlhf.estimate.step_time import ASSUMPTIONS
+from hpc_rlhf.estimate.step_time import assumptions
 from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import Choice, load
 from hpc_rlhf.launch.doctor import fit
@@ -81,7 +81,7 @@ def _plan_dict(spec: JobSpec) -> dict[str, object]:
     facts = {
         "stages": {stage: _estimate_dict(each) for stage, each in times.items()},
         "chain_seconds": chain_seconds(spec, times),
-        "assumed": ASSUMPTIONS,
+        "assumed": assumptions(spec),
     }
     return {**make_plan(spec).as_dict(), "memory": memory, "time": facts}
 

@@ -10,7 +10,7 @@ from hpc_rlhf.cli.console import print_table, print_wrapped
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.stage_memory import RESERVE, Memory
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds
-from hpc_rlhf.estimate.step_time import ASSUMPTIONS
+from hpc_rlhf.estimate.step_time import assumptions
 from hpc_rlhf.launch.auto import Choice, describe
 from hpc_rlhf.launch.doctor.finding import Finding
 from hpc_rlhf.launch.plan import Plan
@@ -145,7 +145,7 @@ def print_times(spec: JobSpec, estimates: dict[str, StageTime | HpcRlhfError]) -
         print_table(header, rows, right=("steps", "per step", "time", "GPU-hours"))
         if any(row[1] == "?" for row in rows):
             print_wrapped("per 1,000: per 1,000 samples, because the number of samples is not known here")
-        print_wrapped(ASSUMPTIONS)
+        print_wrapped(assumptions(spec))
     notes += [f"{', '.join(stages)}: {reason}" for reason, stages in unknown.items()]
     for note in notes:
         print_wrapped(note)

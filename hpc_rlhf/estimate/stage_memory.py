@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.estimate import model_memory
+from hpc_rlhf.estimate import model_memory, vllm
 from hpc_rlhf.estimate.model_memory import ITEM, Parts, Pass, added, as_trained
 from hpc_rlhf.estimate.parameters import Architecture, architecture, critic_body, judges
 from hpc_rlhf.spec.batch import Batch, derive_batch
@@ -134,12 +134,9 @@ def _policy(stage: PolicySpec, spec: JobSpec, name: str, batch: Batch, gpu: int 
     if stage.ema:
         always["EMA"] = model_memory.moving_average(actor, stage)
     rollout = batch.micro * batch.accumulation * stage.minibatches
-    phases = {
-        **policy.phases,
-        "rollouts": _rollout(actor, stage, -(-rollout // stage.tensor_parallel), lengths, gpu),
-        "scoring": _scoring(actor, stage, tokens, responses, own_ref),
-    }
-    return Memory({"actor": actor.parameters}, always, phases, gpu)
+    engine, generating = _generating(actor, stage, name, -(-rollout // stage.tensor_parallel), lengths, gpu)
+    phases = {**policy.phases, "rollouts": generating, "scoring": _scoring(actor, stage, tokens, responses, own_ref)}
+    return Memory({"actor": actor.parameters}, always | engine, phases, gpu)
 
 
 @_memory.register
@@ -160,11 +157,9 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, gpu: in
     always = {"weights": model_memory.weights(actor.parameters, stage, stage.slurm.ranks)}
     tokens = batch.micro * sum(lengths)
     responses = -(-stage.prompts // stage.slurm.ranks) * stage.samples
-    phases = {
-        "rollouts": _rollout(actor, stage, responses, lengths, gpu),
-        "scoring": _scoring(actor, stage, tokens, tokens),
-    }
-    return Memory({"each model": actor.parameters}, always, phases, gpu)
+    engine, generating = _generating(actor, stage, name, responses, lengths, gpu)
+    phases = {"rollouts": generating, "scoring": _scoring(actor, stage, tokens, tokens)}
+    return Memory({"each model": actor.parameters}, always | engine, phases, gpu)
 
 
 def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int, alternating: bool = False) -> Parts:
@@ -182,6 +177,18 @@ def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int,
 def _layer(model: Architecture, item: int) -> int:
     """Bytes of a token in a layer that keeps nothing for a backward pass."""
     return 3 * item * model.hidden + max(12 * model.hidden, 3 * item * model.inner)
+
+
+def _generating(
+    actor: Architecture, stage: PolicySpec | EvalSpec, name: str, responses: int, lengths: tuple[int, int],
+    gpu: int | None,
+) -> tuple[Parts, Parts]:  # fmt: skip
+    """What generates responses: what it holds always, and during a rollout."""
+    if stage.rollout.engine == "in_process":
+        return {}, _rollout(actor, stage, responses, lengths, gpu)
+    served = vllm.Served(actor, ITEM[stage.precision], stage.rollout, gpu, f"stages.{name}.rollout")
+    kept = {"vLLM's weights": int(served.weights), "vLLM's KV cache": int(served.cache(sum(lengths)) or 0)}
+    return kept, {"gathered weights": served.item * actor.largest if stage.zero == 3 else 0}
 
 
 def _rollout(actor: Architecture, stage: StageSpec, responses: int, lengths: tuple[int, int], gpu: int | None) -> Parts:

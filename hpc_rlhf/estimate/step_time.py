@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate import vllm
 from hpc_rlhf.estimate.model_memory import ITEM, as_trained, trained_parameters
 from hpc_rlhf.estimate.parameters import Architecture, architecture, critic_body, judges
 from hpc_rlhf.spec.batch import Batch, derive_batch
@@ -30,7 +31,7 @@ CPU_BANDWIDTH = 200e9
 _LAUNCHES = 0.25e-3
 # Bytes that Adam reads and writes per weight: gradient, master weight and two moments.
 _ADAM_TRAFFIC = 28
-ASSUMPTIONS = (
+_ASSUMPTIONS = (
     f"assumptions: every sample has the maximum length; {MFU:.0%} of a data sheet's FLOP/s, and "
     f"{DECODE_SHARE:.0%} of its memory bandwidth while decoding; {NETWORK / 1e9:.0f} GB/s per GPU between "
     "nodes and to the CPU; communication does not overlap computation; no time in the queue"
@@ -76,6 +77,13 @@ def step_parts(spec: JobSpec, name: str) -> dict[str, float]:
     return {part: seconds for part, seconds in parts.items() if seconds}
 
 
+def assumptions(spec: JobSpec) -> str:
+    """What the times of a spec's stages are computed with."""
+    stages = map(spec.stage, spec.stage_names)
+    by_vllm = any(isinstance(stage, PolicySpec | EvalSpec) and stage.rollout.engine == "vllm" for stage in stages)
+    return f"{_ASSUMPTIONS}; {vllm.ASSUMPTIONS}" if by_vllm else _ASSUMPTIONS
+
+
 def _machine(stage: StageSpec, name: str) -> _Machine:
     gpu = GPUS.get(stage.slurm.gpu or "")
     if gpu is None or not stage.slurm.gpus_per_node:
@@ -116,7 +124,7 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, machine: _Machi
     actor = _model(architecture(spec.models, "actor"), stage, False)
     critic = _model(critic_body(spec, stage), stage.of_critic, True)
     beside = [(actor, stage.strategies["ref"]), (critic, stage.strategies["critic"])]
-    parts = _policy(stage, spec, batch, machine, stage.ppo_epochs, beside)
+    parts = _policy(stage, spec, name, batch, machine, stage.ppo_epochs, beside)
     for part, seconds in _step(critic, _tokens(spec, batch), batch.accumulation, machine).items():
         parts[part] += stage.ppo_epochs * stage.minibatches * seconds
     return parts
@@ -127,11 +135,11 @@ def _grpo(stage: GrpoSpec, spec: JobSpec, name: str, batch: Batch, machine: _Mac
     """A rollout, and the optimizer steps of the actor on it. An actor with adapters alone is its own reference."""
     actor = _model(architecture(spec.models, "actor"), stage, False)
     beside = [(actor, stage.strategies.get("ref", stage))] if stage.kl_coef else []
-    return _policy(stage, spec, batch, machine, stage.num_iterations, beside, stage.group_size)
+    return _policy(stage, spec, name, batch, machine, stage.num_iterations, beside, stage.group_size)
 
 
 def _policy(
-    stage: PolicySpec, spec: JobSpec, batch: Batch, machine: _Machine, epochs: int,
+    stage: PolicySpec, spec: JobSpec, name: str, batch: Batch, machine: _Machine, epochs: int,
     beside: list[tuple[_Model, StageSpec]], group: int = 1,
 ) -> dict[str, float]:  # fmt: skip
     """A rollout, its evaluation, and the actor's optimizer steps on it. Only rewards by a model take time.
@@ -150,9 +158,25 @@ def _policy(
         scorers += [(_model(each, stage, True), stage.strategies["reward"]) for each in judges(spec, stage)]
     parts["scoring"] = passes * sum(_scored(model, stored, tokens, machine) for model, stored in scorers)
     responses = -(-batch.micro * passes // machine.ways)
+    return parts | _generating(stage, spec, name, actor, responses, machine, group)
+
+
+def _generating(
+    stage: PolicySpec | EvalSpec, spec: JobSpec, name: str, actor: _Model, responses: int, machine: _Machine,
+    group: int = 1,
+) -> dict[str, float]:  # fmt: skip
+    """A rollout of ``responses`` responses on each rank, ``group`` of them to each prompt."""
+    body = architecture(spec.models, "actor")
     lengths = spec.data.max_prompt_tokens, spec.data.max_answer_tokens
-    parts["decoding"] = _decoding(body, actor, lengths, responses, machine, group)
-    return parts
+    if stage.rollout.engine == "in_process":
+        return {"decoding": _decoding(body, actor, lengths, responses, machine, group)}
+    served = vllm.Served(body, actor.item, stage.rollout, machine.memory, f"stages.{name}.rollout")
+    lacking = (machine.data_ranks - 1) / machine.data_ranks if actor.scheme.zero == 3 else 0.0
+    bandwidth = machine.bandwidth / DECODE_SHARE
+    return {
+        "decoding": served.decoding(lengths, responses * served.ways, group, machine.flops, bandwidth),
+        "new weights": served.syncing(lacking, machine.link, BUS),
+    }
 
 
 def _tokens(spec: JobSpec, batch: Batch) -> int:
@@ -182,8 +206,8 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine
     if spec.judge is not None or spec.finished_reward is not None:
         judge = _model(architecture(spec.models, "reward"), like, True)
         scoring += (models + 3) * passes * _scored(judge, stage, tokens, machine)
-    decoding = _decoding(body, model, (prompt, answer), responses * stage.samples, machine)
-    return {"scoring": scoring, "decoding": models * decoding}
+    generating = _generating(stage, spec, name, model, responses * stage.samples, machine)
+    return {"scoring": scoring, **{part: models * seconds for part, seconds in generating.items()}}
 
 
 def _model(body: Architecture, stage: TrainingSpec, scored: bool) -> _Model:

@@ -1,0 +1,78 @@
+"""Memory and time of rollouts by vLLM, by closed forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.parameters import architecture
+from hpc_rlhf.estimate.stage_memory import stage_memory
+from hpc_rlhf.estimate.stage_time import stage_time
+from hpc_rlhf.estimate.step_time import MFU
+from hpc_rlhf.spec.job import JobSpec, ModelsSpec
+from hpc_rlhf.spec.stages import EvalSpec
+from tests.launch.specs import make_spec
+
+BODY = architecture(ModelsSpec(actor="facebook/opt-13b"), "actor")
+WEIGHTS = 2 * BODY.parameters
+GIB = 79.1 * 2**30
+FLOPS, BANDWIDTH = 312e12 * MFU, 2039e9 * 0.7
+PROMPT = ANSWER = 256
+
+
+def job(micro_batch: int = 16, **rollout: Any) -> JobSpec:
+    """PPO of OPT-13B on the eight A100s of a node."""
+    ppo = {"micro_batch": micro_batch, "zero": 3, "rollout": {"engine": "vllm", **rollout}}
+    spec = make_spec("/scratch/demo", {"gpu": "a100-80g", "gpus_per_node": 8}, reward={}, ppo=ppo)
+    return spec.model_copy(update={"models": spec.models.model_copy(update={"actor": "facebook/opt-13b"})})
+
+
+def test_a_token_costs_reading_a_gpus_share_of_the_weights_and_the_cache_two_reductions_a_layer_and_scheduling() -> (
+    None
+):
+    rows = 16 * 4  # of the four ranks whose GPUs the server has
+    read = (WEIGHTS + rows * 2 * BODY.kv * (PROMPT + ANSWER / 2)) / 4 / BANDWIDTH
+    token = read + 2 * BODY.layers * 15e-6 + 3e-3
+    prefill = 2 * BODY.parameters * rows * PROMPT / 4 / FLOPS
+    parts = stage_time(job(tensor_parallel=4), "ppo").parts
+    assert parts["decoding"] == pytest.approx(ANSWER * token + prefill)
+    assert parts["new weights"] == pytest.approx(WEIGHTS * 7 / 8 / 300e9 + WEIGHTS / 25e9 + WEIGHTS / 4 / 25e9)
+
+
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 4}, {"gpu_memory": 0.36}])
+def test_responses_that_do_not_fit_at_once_wait(limits: dict[str, Any]) -> None:
+    share = limits.get("gpu_memory", 0.3) - 0.03
+    fitting = int((share * GIB - WEIGHTS) / (2 * BODY.kv * (PROMPT + ANSWER)))
+    rows = limits.get("max_num_seqs", fitting)
+    assert 1 < rows < 16
+    read = (WEIGHTS + rows * 2 * BODY.kv * (PROMPT + ANSWER / 2)) / BANDWIDTH
+    prefill = 2 * BODY.parameters * 16 * PROMPT / FLOPS
+    spec = job(**{"gpu_memory": 0.6, **limits})
+    assert stage_time(spec, "ppo").parts["decoding"] == pytest.approx(16 / rows * ANSWER * (read + 3e-3) + prefill)
+
+
+def test_a_server_keeps_its_weights_and_cache_while_the_stage_trains() -> None:
+    memory = stage_memory(job(tensor_parallel=2), "ppo")
+    assert memory.always["vLLM's weights"] == WEIGHTS // 2
+    assert memory.always["vLLM's KV cache"] == pytest.approx(0.27 * GIB - WEIGHTS / 2, abs=1)
+    assert memory.phases["rollouts"] == {"gathered weights": 2 * BODY.largest}
+
+
+def test_a_share_too_small_for_the_weights_is_refused() -> None:
+    spec = job(gpu_memory=0.3)
+    for estimate in (stage_memory, stage_time):
+        with pytest.raises(HpcRlhfError, match=r"vLLM has 23\.7 GiB of a GPU, but needs 26\.7 GiB") as caught:
+            estimate(spec, "ppo")
+        assert caught.value.where == "stages.ppo.rollout.gpu_memory"
+
+
+def test_an_evaluation_gives_the_servers_each_model_once() -> None:
+    training = job(tensor_parallel=2)
+    slurm = training.stages.ppo.slurm
+    evaluation = EvalSpec.model_validate({"rollout": {"engine": "vllm", "tensor_parallel": 2}, "slurm": slurm})
+    spec = training.model_copy(update={"stages": training.stages.model_copy(update={"eval": evaluation})})
+    models = len(spec.policies) + 1  # and the one before training
+    assert stage_time(spec, "eval").parts["new weights"] == pytest.approx(models * WEIGHTS * (1 + 1 / 2) / 25e9)
+    assert stage_memory(spec, "eval").always["vLLM's weights"] == WEIGHTS // 2
