@@ -134,7 +134,7 @@ def seen() -> list[dict[str, Any]]:
         for environment in rank_environment(2, free_port())
     ]
     try:
-        outputs = [rank.communicate(timeout=240)[0].splitlines() for rank in running]
+        outputs = [rank.communicate(timeout=600)[0].splitlines() for rank in running]
         return [json.loads(next(line for line in lines if line.startswith("{"))) for lines in outputs]
     finally:
         for rank in running:

@@ -109,6 +109,6 @@ def test_no_answer_hangs_or_breaks_the_verifier(pools: list[Pool]) -> None:
     fuzz = [text for _ in range(35) for text in hostile(rng)] if os.environ.get("HPC_RLHF_FUZZ") == "1" else []
     right = "123457/7919"  # no text gives it by chance
     rows: list[tuple[Any, str]] = [(right, text) for text in fuzz or [*hostile(rng)][-2:]]
-    judged = scores(pools, [*rows, (right, right)], limit=1)
+    judged = scores(pools, [*rows, (right, right)], limit=1 if fuzz else 5)  # busy machines are slow
     assert judged[-1] == 1.0, "the pool has not recovered"
     assert all(score == 0.0 for score in judged[:-1])

@@ -90,7 +90,7 @@ def test_sharded_rollouts_match_the_whole_model(tmp_path: Path, ranks: int) -> N
         for environment in rank_environment(ranks, free_port())
     ]  # fmt: skip
     try:
-        seen = [json.loads(rank.communicate(timeout=240)[0].splitlines()[-1]) for rank in running]
+        seen = [json.loads(rank.communicate(timeout=600)[0].splitlines()[-1]) for rank in running]
     finally:
         for rank in running:
             rank.kill()
