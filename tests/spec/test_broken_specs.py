@@ -251,7 +251,7 @@ def test_all_that_a_model_from_scratch_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
-        ("stages.ppo.zzz", "the nearest of 54 fields here are "),
+        ("stages.ppo.zzz", "the nearest of 55 fields here are "),
         ("zzz", "the nearest of 12 fields here are "),
         ("stages.zzz", "the nearest of 6 fields here are sft, reward, ppo"),
         ("kl_coef", "did you mean stages.ppo.kl_coef or stages.grpo.kl_coef?"),

@@ -23,13 +23,14 @@ _OF_RANKS = frozenset({
 
 def main() -> None:
     python, *descriptors = sys.argv[1:]
+    program = Path(inside.__file__).with_name("hpc_rlhf_vllm.py")
     for number in OF_THE_RANK:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_RANK)
     keeper.continue_in_child(*map(int, descriptors))
     settings = {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(inside.__file__).parent),
+        "PYTHONSAFEPATH": "1", "PYTHONPATH": str(program.parent),
     }  # fmt: skip
     defaults = {
         "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -37,7 +38,7 @@ def main() -> None:
     kept = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     for descriptor in descriptors:
         os.set_inheritable(int(descriptor), True)
-    os.execve(python, [python, "-u", "-P", "-m", "hpc_rlhf_vllm", *descriptors], {**defaults, **kept, **settings})
+    os.execve(python, [python, "-u", "-P", str(program), *descriptors], {**defaults, **kept, **settings})
 
 
 if __name__ == "__main__":
