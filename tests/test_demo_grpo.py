@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from hpc_rlhf.observe.results import final_samples
 from hpc_rlhf.run import manifest
-from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import load_spec
 from hpc_rlhf.train.data import arithmetic
 from hpc_rlhf.train.rewards.exact import Exact
 from hpc_rlhf.train.rewards.text import Pattern, TextBatch
+from tests.demos import CHECKOUT, short_grpo
 
-CHECKOUT = Path(__file__).parents[1]
 JOB = CHECKOUT / "jobs" / "tiny-grpo.yaml"
 
 
@@ -33,14 +30,6 @@ def test_the_reward_is_whether_the_result_is_right() -> None:
 
 @pytest.mark.train
 def test_the_chain_runs_from_scratch(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    grpo = ("max_steps=2", "global_batch=32", "micro_batch=16", "eval_every=null")
-    short = ("stages.sft.max_steps=9", *(f"stages.grpo.{each}" for each in grpo), "stages.eval=null")
-    sets = [word for each in (f"run_dir={run.path}", *short) for word in ("--set", each)]
-    done = subprocess.run(
-        [sys.executable, "-m", "hpc_rlhf.cli", "run", "jobs/tiny-grpo.yaml", *sets],
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run = short_grpo(tmp_path, "max_steps=2")
     assert manifest.require(run.stage("grpo").model, "grpo")["step"] == 2
     assert len(final_samples(run, "grpo")) == 16

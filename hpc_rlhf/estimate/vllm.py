@@ -8,7 +8,8 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.parameters import Architecture
 from hpc_rlhf.spec.rollout import RolloutSpec
 
-# vLLM's own limit of responses at a time, where max_num_seqs is not set (SchedulerConfig, 0.32).
+# vLLM 0.32's default limit of concurrent responses on an A100. Later GPUs with 70 GiB or more get 1,024, so their
+# estimate is too high if there are more than 256.
 _MAX_NUM_SEQS = 256
 # Share of a GPU's memory for the activations of a prefill and captured graphs; the rest of gpu_memory holds weights and
 # keys and values.
@@ -29,10 +30,10 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Served:
-    """An actor in vLLM's servers, of which each has ``rollout.tensor_parallel`` GPUs of a node.
+    """An actor in vLLM servers, each with ``rollout.tensor_parallel`` GPUs on one node.
 
     Attributes:
-        item: bytes of a weight, and of a number in the KV cache.
+        item: bytes per weight, and per number in the KV cache.
         memory: bytes of a GPU; None if unknown.
         where: the field of the spec with its settings.
     """
@@ -64,8 +65,8 @@ class Served:
         needed = self.weights + _ACTIVATIONS * self.memory + self._row(longest)
         if share < needed:
             raise HpcRlhfError(
-                f"vLLM has {share / 2**30:.1f} GiB of a GPU, but needs {needed / 2**30:.1f} GiB for its share of the "
-                "weights and one response",
+                f"gives vLLM {share / 2**30:.1f} GiB on each GPU, but its weights and one response need "
+                f"{needed / 2**30:.1f} GiB",
                 where=f"{self.where}.gpu_memory",
                 hint="raise it, or raise rollout.tensor_parallel",
             )
@@ -75,9 +76,7 @@ class Served:
         """Bytes on each GPU of the keys and values of some tokens."""
         return self.item * self.body.kv * tokens / self.ways
 
-    def decoding(
-        self, lengths: tuple[int, int], responses: int, group: int, flops: float, bandwidth: float
-    ) -> float:  # fmt: skip
+    def decoding(self, lengths: tuple[int, int], responses: int, group: int, flops: float, bandwidth: float) -> float:
         """Seconds in which a server generates ``responses`` responses, ``group`` of them to each prompt.
 
         Each step reads the weights and the keys and values of all rows. As soon as a response ends, the next begins.

@@ -41,7 +41,7 @@ class StageDir:
     data = Inside("data")
     # Scores of rewards that may differ the next time, by step.
     rewards = Inside("rewards")
-    # Responses of an inference engine, by step, and the configuration that it loads.
+    # vLLM's responses, by step, and the model configuration it loads.
     rollouts = Inside("rollouts")
     engine = Inside("engine")
     checkpoints = Inside("checkpoints")

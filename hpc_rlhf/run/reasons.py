@@ -30,7 +30,8 @@ _CONNECTION = re.compile(
     r"connection (was )?(reset|closed|refused)|broken pipe|socket timeout",
     re.I,
 )
-_ENGINE = re.compile(r"\bvLLM (failed|did not start): ")
+# How messages about an inference engine begin.
+ENGINE_FAILED, ENGINE_DID_NOT_START = "vLLM failed: ", "vLLM did not start: "
 _PEER_GONE = re.compile(r"connection (was )?(reset|closed)|broken pipe", re.I)
 
 
@@ -41,7 +42,7 @@ def is_out_of_memory(message: str) -> bool:
 
 def is_of_engine(message: str) -> bool:
     """Whether the inference engine failed, perhaps with a message that would otherwise show another kind."""
-    return _ENGINE.search(message) is not None
+    return ENGINE_FAILED in message or ENGINE_DID_NOT_START in message
 
 
 def is_consequence(message: str) -> bool:

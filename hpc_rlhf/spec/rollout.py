@@ -13,7 +13,7 @@ from hpc_rlhf.spec.fields import FreeText, Model, PathText, Positive, Rate
 
 # Arguments of vLLM that may not be passed through, and what to do instead.
 _OWNED = {
-    "data_parallel_size": "each rollout.tensor_parallel ranks have a server",
+    "data_parallel_size": "each group of rollout.tensor_parallel ranks has its own server",
     "disable_log_stats": "use VLLM_LOGGING_LEVEL",
     "distributed_executor_backend": "use rollout.tensor_parallel",
     "dtype": "use precision",
@@ -49,19 +49,19 @@ class RolloutSpec(Model):
     """What generates the responses of a stage. [Rollouts](rollouts.md) says which to choose."""
 
     engine: Literal["in_process", "vllm"] = "in_process"
-    """in_process: the processes that train, with the model in training; a resumed run is the same, bit for bit. vllm:
-    processes with vLLM, in a Python of their own, beside those that train; the other fields are for it. To
-    learn from its responses, ppo and grpo need top_p: 1 and top_k: 0."""
+    """in_process: the training processes generate with the model they train, and a resumed run is the same, bit for
+    bit. vllm: separate vLLM processes with their own Python generate; the other fields configure them. To learn from
+    their responses, ppo and grpo need top_p: 1 and top_k: 0."""
     tensor_parallel: Positive = 1
-    """GPUs, or processes on CPUs, that share the model in vLLM. Every so many ranks of a node have a server, on their
-    GPUs; this must divide their number."""
+    """GPUs, or processes on CPUs, that share the model in vLLM. Each group of this many ranks has its own server, which
+    runs on the group's GPUs. The ranks per node must be a multiple of it."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Share of a GPU's memory that vLLM takes and keeps. On a CPU, VLLM_CPU_KVCACHE_SPACE sets the GiB of its cache."""
     max_num_seqs: Positive | None = None
     """Responses that vLLM generates at the same time, at most; by default, vLLM's own limit."""
     importance_cap: Rate = 2.0
-    """Log-probabilities of vLLM and of the model in training differ a little. A token's loss is multiplied by the ratio
-    of its probabilities, training over vLLM, but at most by this (truncated importance sampling)."""
+    """vLLM and the model in training assign slightly different probabilities. Each token's loss is multiplied by their
+    ratio, training over vLLM, capped at this value (truncated importance sampling)."""
     python: PathText | None = None
     """vLLM's own Python, such as /opt/vllm/bin/python; by default .venv-vllm beside the virtual environment of
     hpc-rlhf, where `make install-vllm` puts it."""

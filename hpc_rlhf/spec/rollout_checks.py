@@ -1,4 +1,4 @@
-"""What is wrong with the inference engine of a spec, as far as this machine's files show it."""
+"""Checks ``rollout`` in a spec against what is installed on this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
             yield f"{where}.engine", what, "use engine: in_process"
         ranks, size = settings.slurm.tasks_per_node, rollout.tensor_parallel
         if ranks % size:
-            what = f"the {ranks} ranks of a node cannot be divided into groups of {size}, each with a server"
+            what = f"the {ranks} ranks of a node cannot be divided into groups of {size}"
             yield f"{where}.tensor_parallel", what, "choose a divisor of slurm.gpus_per_node"
         # A container has packages of its own.
         if settings.slurm.container is None and (wrong := _of_interpreter(rollout)) is not None:

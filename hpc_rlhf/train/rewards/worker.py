@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import sys
 import traceback
 from importlib import import_module
 from typing import Any
 
-from hpc_rlhf.train.rewards import keeper
-
-# Slurm sends these to every process of a job step. Only the rank reacts to them.
-OF_THE_RANK = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+from hpc_rlhf.train.runtime import keeper
 
 
 def main() -> None:
@@ -23,9 +19,6 @@ def main() -> None:
 
     The first answer reports whether the function could be made. Each is an object with a value or an error.
     """
-    for number in OF_THE_RANK:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_RANK)
     make, arguments, memory, answers = sys.argv[1:]
     keeper.continue_in_child(int(answers))
     # What the function prints must not reach the answers, and what it reads must not be the questions.

@@ -15,21 +15,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc_rlhf import safe_path
-from hpc_rlhf.train.rewards import keeper
 from hpc_rlhf.train.rewards.output import Output
-from hpc_rlhf.train.rewards.worker import OF_THE_RANK
+from hpc_rlhf.train.runtime import keeper
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 # For a worker to start: its imports may come from a busy file system.
 START_SECONDS = 300.0
 _POLL_SECONDS = 0.2
-# For a process to end with all that it started.
-_END_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Pool:
         worker = "hpc_rlhf.train.rewards.worker"
         self._command = safe_path.module(worker, make, json.dumps(dict(arguments)), json.dumps(memory))
         # Each thread has a process, which must not receive signals before it can ignore them.
-        block = (signal.SIG_BLOCK, OF_THE_RANK)
+        block = (signal.SIG_BLOCK, keeper.RANK_SIGNALS)
         self._threads = ThreadPoolExecutor(size, "rewards", signal.pthread_sigmask, block)
         self._own = threading.local()
         self._workers: set[_Worker] = set()
@@ -192,7 +188,7 @@ class _Worker:
                 part = os.read(self._answers, 1 << 20)
                 if not part:
                     self.kill()
-                    return Outcome(error=f"its process {_ending(self._process.returncode)}")
+                    return Outcome(error=f"its process {keeper.ending(self._process.returncode)}")
                 answer += part
             elif self._questions in ready:
                 try:
@@ -207,13 +203,7 @@ class _Worker:
         """Kill the process and all that it started."""
         with self._lock:
             if not self.ended:
-                self._process.send_signal(keeper.END)
-                try:
-                    self._process.wait(_END_SECONDS)
-                except subprocess.TimeoutExpired:  # such as a child that the kernel cannot end
-                    with suppress(ProcessLookupError):
-                        os.killpg(self._process.pid, signal.SIGKILL)
-                    self._process.wait()
+                keeper.end(self._process)
                 self.ended = True
 
     def close(self) -> None:
@@ -221,7 +211,3 @@ class _Worker:
         os.close(self._answers)
         assert self._process.stdin is not None
         self._process.stdin.close()
-
-
-def _ending(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -129,6 +129,10 @@ class Rollout:
         return [row.tolist() for row in self.log_probs.split(list(self.response_lengths))]
 
 
+# A response's tokens, and the log-probability each was drawn with.
+Response = tuple[Sequence[int], Sequence[float]]
+
+
 class RolloutCancelled(WorkCancelled):
     """Generation stopped because the attempt must stop; the rollout has to be repeated."""
 

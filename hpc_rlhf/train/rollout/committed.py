@@ -21,12 +21,9 @@ from safetensors.torch import save_file
 
 from hpc_rlhf.run.files import fsync_path, make_folder
 from hpc_rlhf.train.checkpoint.store import CheckpointStore
-from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout
+from hpc_rlhf.train.rollout.backend import GenerationRequest, Response, Rollout
 from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
 from hpc_rlhf.train.runtime.world import World
-
-# The tokens of a response, and the log-probabilities by which they were drawn.
-Response = tuple[Sequence[int], Sequence[float]]
 
 
 class CommittedRollouts:

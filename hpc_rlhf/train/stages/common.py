@@ -10,14 +10,12 @@ from typing import Any
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import fsync_path
-from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.spec.stages import BASE
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.models.export import collect, write
 from hpc_rlhf.train.parallel.tensor_parallel import split_model
-from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 
@@ -32,19 +30,6 @@ def reward_model(context: StageContext) -> str | None:
     """Where to load the run's reward model: the stage's that trains it, or a finished one that the spec names."""
     judge = context.spec.judge
     return context.spec.finished_reward if judge is None else str(context.run.stage(judge).model)
-
-
-def vllm_engine(context: StageContext, spec: RolloutSpec, model: Any) -> VllmEngine:
-    """The stage's vLLM, which starts. Collective.
-
-    Args:
-        model: the first that it generates with.
-    """
-    where = f"stages.{context.stage}.rollout"
-    return VllmEngine(
-        model, context.world, spec, context.files.engine, context.longest, context.attempt, where,
-        context.stop.should_stop,
-    )  # fmt: skip
 
 
 def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:

@@ -13,7 +13,7 @@ from hpc_rlhf.train.rewards.blend import Blend, Part, Scores
 from hpc_rlhf.train.rewards.exact import Exact, Format
 from hpc_rlhf.train.rewards.text import Failure, FromText, Pattern, Score, TextBatch
 from hpc_rlhf.train.runtime.world import World
-from tests.train.rewards.worlds import Letters, alone, ids, on_ranks
+from tests.train.worlds import Letters, alone, ids, on_ranks
 
 
 @dataclass

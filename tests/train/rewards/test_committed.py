@@ -16,7 +16,7 @@ from hpc_rlhf.train.rewards.blend import Blend, Part
 from hpc_rlhf.train.rewards.committed import CommittedScores
 from hpc_rlhf.train.rewards.text import Failure, Score
 from hpc_rlhf.train.runtime.world import World
-from tests.train.rewards.worlds import Letters, ids, on_ranks
+from tests.train.worlds import Letters, ids, on_ranks
 
 # The same response twice to a prompt, and the prompt twice in a step.
 PROMPTS = ["p", "p", "p", "p", "q", "q", "p", "p", "q", "q", "q", "q"]

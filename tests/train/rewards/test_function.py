@@ -19,7 +19,7 @@ from hpc_rlhf.train.rewards.blend import Blend, Part, Scores
 from hpc_rlhf.train.rewards.function import FunctionReward
 from hpc_rlhf.train.rewards.text import Failure, FromText, Score, TextBatch
 from hpc_rlhf.train.runtime.world import World
-from tests.train.rewards.worlds import Letters, alone, ids, on_ranks
+from tests.train.worlds import Letters, alone, ids, on_ranks
 
 FILE = Path(__file__).with_name("broken.py")
 COLUMNS = {"answer": ["a", "c", None, 4]}

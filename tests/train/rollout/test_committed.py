@@ -1,4 +1,4 @@
-"""Responses of an inference engine are made once, whatever happens to the attempt, and on other ranks too."""
+"""vLLM generates each response once, whatever interrupts the attempt and however many ranks resume it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpc_rlhf.train.checkpoint.store import CheckpointStore
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, Sampling
 from hpc_rlhf.train.rollout.committed import CommittedRollouts
 from hpc_rlhf.train.runtime.world import World
-from tests.train.rewards.worlds import on_ranks
+from tests.train.worlds import on_ranks
 
 PROMPTS = [[place, 9] for place in range(12)]
 

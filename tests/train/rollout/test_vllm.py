@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,14 @@ import torch
 from safetensors import safe_open
 
 from hpc_rlhf.run import manifest
-from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
 from hpc_rlhf.train.runtime.world import World
+from tests.demos import short_grpo
 from tests.train import tiny
 
-CHECKOUT = Path(__file__).parents[3]
 PROMPTS = [[5, 9, 11, 30, 7], [8], [40, 41, 42, 43], [5, 9, 11, 30, 12, 13]]
 LONGEST = 10
 # vLLM has no attention for smaller heads.
@@ -136,19 +133,10 @@ def test_a_server_with_stale_weights_refuses_and_is_started_again(
 )
 def test_grpo_learns_from_the_responses_of_its_own_weights(tmp_path: Path, settings: tuple[str, ...]) -> None:
     """Otherwise, the two log-probabilities of a token would differ after the first update."""
-    run, reward = RunDir(tmp_path / "run"), tmp_path / "reward.py"
+    reward = tmp_path / "reward.py"
     reward.write_text("def variety(completions, **_):\n    return [float(len(set(text))) for text in completions]\n")
-    grpo = (
-        "rollout.engine=vllm", "max_steps=3", "global_batch=32", "micro_batch=16", "eval_every=null", "lr=1e-3",
-        f"rewards=[{{function: '{reward}:variety'}}]", *settings,
-    )  # fmt: skip
-    short = ("stages.sft.max_steps=9", *(f"stages.grpo.{each}" for each in grpo), "stages.eval=null")
-    sets = [word for each in (f"run_dir={run.path}", *short) for word in ("--set", each)]
-    done = subprocess.run(
-        [sys.executable, "-m", "hpc_rlhf.cli", "run", "jobs/tiny-grpo.yaml", *sets],
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=1800, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    rewards = f"rewards=[{{function: '{reward}:variety'}}]"
+    run = short_grpo(tmp_path, "rollout.engine=vllm", "max_steps=3", "lr=1e-3", rewards, *settings)
     assert manifest.require(run.stage("grpo").model, "grpo")["step"] == 3
     metrics = [json.loads(line) for line in run.stage("grpo").metrics.read_text().splitlines()]
     assert all(step["grad_norm"] > 0 for step in metrics)

@@ -19,7 +19,7 @@ from hpc_rlhf.train.rollout.vllm import server
 from hpc_rlhf.train.rollout.vllm.engine import RESTARTS, VllmEngine
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
-from tests.train.rewards.worlds import on_ranks
+from tests.train.worlds import on_ranks
 
 CHECKOUT = Path(__file__).parents[3]
 GREEDY = GenerationRequest([[7, 8], [9], [7, 8]], 3, tiny.EOS, Sampling(greedy=True))

@@ -17,7 +17,7 @@ import torch
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 from hpc_rlhf.train.models.export import GATHERED_AT_ONCE, full_bytes, full_weights, module_weights
-from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutCancelled
+from hpc_rlhf.train.rollout.backend import GenerationRequest, Response, Rollout, RolloutCancelled
 from hpc_rlhf.train.rollout.vllm.server import Server
 from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.world import World
@@ -28,13 +28,10 @@ IDLE, WAITING, STOP = range(3)
 # How often servers are started again in an attempt.
 RESTARTS = 3
 
-# The tokens of a response, and the log-probabilities by which they were drawn.
-Response = list[list[Any]]
-
 
 class VllmEngine:
-    """A ``RolloutBackend`` that generates with vLLM, on a server for each ``tensor_parallel`` ranks, which the first of
-    them starts and speaks with.
+    """A ``RolloutBackend`` that generates with vLLM. Each group of ``tensor_parallel`` ranks has its own server, which
+    the group's first rank starts and drives.
 
     Servers start at once, without weights, while models are loaded here. Responses come with the log-probabilities by
     which they were drawn. With the same weights, a response still depends on those it was batched with; see
@@ -128,12 +125,10 @@ class VllmEngine:
         while True:
             if part and not responses:
                 question = {"prompts": [prompt for prompt, _ in part], "seeds": [seed for _, seed in part]}
-                self._on_server(
-                    lambda server: server.ask("generate", version=self.version, **question, sampling=_sampling(request))  # noqa: B023
-                )
+                self._on_server(Server.ask, "generate", version=self.version, **question, sampling=_sampling(request))
             answer = self._settle(request.should_stop)
             if answer is not None:
-                responses = self._on_server(lambda server: self._checked(server, answer, len(part), request)) or []  # noqa: B023
+                responses = self._on_server(self._checked, answer, len(part), request) or []
             if not self._recover():
                 return [each for own in self.world.gather(responses) for each in own]
             self._update()
@@ -168,14 +163,14 @@ class VllmEngine:
                 continue
             stale = self._is_stale
             if stale:
-                self._on_server(lambda server: server.ask("begin_weights"))
+                self._on_server(Server.ask, "begin_weights")
             self._settle(bool)
             with closing(full_weights(module_weights(self.model))) as weights:
                 for name, tensor in weights:
                     if stale:
-                        self._on_server(lambda server: server.pass_weight(name, tensor))  # noqa: B023
+                        self._on_server(Server.pass_weight, name, tensor)
             if stale:
-                self._on_server(lambda server: server.end_weights(self.version))
+                self._on_server(Server.end_weights, self.version)
             self._settle(bool)
             if self._server is not None and self._failure is None:
                 self._has = self.version
@@ -185,13 +180,13 @@ class VllmEngine:
     def _is_stale(self) -> bool:
         return self._server is not None and self._has != self.version
 
-    def _on_server(self, act: Callable[[Server], Any]) -> Any:
-        """Act on this rank's server, if there is one that has not failed. A failure is left to ``_recover``, because
-        other ranks go on."""
+    def _on_server(self, act: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        """Act on this rank's server, the first argument of ``act``, if there is one that has not failed. A failure is
+        left to ``_recover``, because other ranks go on."""
         if self._server is None or self._failure is not None:
             return None
         try:
-            return act(self._server)
+            return act(self._server, *arguments, **more)
         except HpcRlhfError as error:
             self._failure = error
             return None
@@ -205,14 +200,18 @@ class VllmEngine:
         """
         answer = None
         while True:
-            got = self._on_server(lambda server: server.poll(_ROUND_SECONDS) if server.waits else None)
-            answer = got[0] if got else answer
-            waits = bool(self._on_server(lambda server: server.waits))
-            state = self.world.max(STOP if should_stop() else WAITING if waits else IDLE)
+            if self._waits:
+                got = self._on_server(Server.poll, _ROUND_SECONDS)
+                answer = got[0] if got else answer
+            state = self.world.max(STOP if should_stop() else WAITING if self._waits else IDLE)
             if state == STOP:
                 raise RolloutCancelled
             if state == IDLE:
                 return answer
+
+    @property
+    def _waits(self) -> bool:
+        return self._server is not None and self._failure is None and self._server.waits
 
     def _recover(self) -> bool:
         """Start servers again that failed. Collective.

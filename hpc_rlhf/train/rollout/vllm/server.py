@@ -25,13 +25,13 @@ from torch import Tensor
 
 from hpc_rlhf import safe_path
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
-from hpc_rlhf.train.rewards import keeper
-from hpc_rlhf.train.rewards.worker import OF_THE_RANK
+from hpc_rlhf.run import reasons
 from hpc_rlhf.train.rollout.vllm.inside.hpc_rlhf_vllm import Connection
+from hpc_rlhf.train.runtime import keeper
 
 # To start, on a busy file system, and between two signs of life later.
 START_SECONDS, SILENCE_SECONDS = 1800.0, 600.0
-# To kill the process and all that it started.
+# For a process that has ended its output to end.
 _END_SECONDS = 10.0
 # Tensors in the memory begin at multiples of this.
 _ALIGNMENT = 64
@@ -62,8 +62,7 @@ class Server:
         command = safe_path.module(
             "hpc_rlhf.train.rollout.vllm.start", python, str(theirs.fileno()), str(descriptor)
         )  # fmt: skip
-        # Until it ignores the signals of the rank, it must not receive them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_RANK)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, keeper.RANK_SIGNALS)
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -141,9 +140,9 @@ class Server:
         self.ask("end_weights", version=version)
 
     def failure(self, what: str, exit_code: int = RUN_FAILED) -> HpcRlhfError:
-        doing = "did not start" if self._starts else "failed"
+        begin = reasons.ENGINE_DID_NOT_START if self._starts else reasons.ENGINE_FAILED
         hint = "the log of the rank has what vLLM wrote; engine: in_process does without it"
-        return HpcRlhfError(f"vLLM {doing}: {what}", hint=hint, exit_code=exit_code)
+        return HpcRlhfError(begin + what, hint=hint, exit_code=exit_code)
 
     def _send(self, message: Any) -> None:
         try:
@@ -166,9 +165,8 @@ class Server:
         except subprocess.TimeoutExpired:
             self.close()
             return self.failure(f"it broke off in the middle of a message, and was killed{self._last_words}")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         memory = "; the machine may have run out of memory" if code == -signal.SIGKILL else ""
-        return self.failure(f"its process {how}{memory}{self._last_words}")
+        return self.failure(f"its process {keeper.ending(code)}{memory}{self._last_words}")
 
     @property
     def _last_words(self) -> str:
@@ -185,13 +183,7 @@ class Server:
 def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
     """Kill a server and all that it started."""
     connection.close()
-    process.send_signal(keeper.END)
-    try:
-        process.wait(_END_SECONDS)
-    except subprocess.TimeoutExpired:  # such as a child that the kernel cannot end
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    keeper.end(process)
 
 
 def _copy(output: IO[bytes], last_line: deque[str]) -> None:

@@ -6,13 +6,11 @@ Arguments: that Python, and the descriptors of the connection and of the memory 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 
-from hpc_rlhf.train.rewards import keeper
-from hpc_rlhf.train.rewards.worker import OF_THE_RANK
 from hpc_rlhf.train.rollout.vllm import inside
+from hpc_rlhf.train.runtime import keeper
 
 # A rank's variables by which vLLM would look for other ranks, and secrets that it has no use for.
 _OF_RANKS = frozenset({
@@ -24,9 +22,6 @@ _OF_RANKS = frozenset({
 def main() -> None:
     python, *descriptors = sys.argv[1:]
     program = Path(inside.__file__).with_name("hpc_rlhf_vllm.py")
-    for number in OF_THE_RANK:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_RANK)
     keeper.continue_in_child(*map(int, descriptors))
     settings = {
         "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

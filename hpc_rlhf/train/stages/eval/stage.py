@@ -30,10 +30,11 @@ from hpc_rlhf.train.rewards.model import ModelReward
 from hpc_rlhf.train.rollout.backend import Rollout, RolloutBackend
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
-from hpc_rlhf.train.stages.common import commit, new_artifact, reward_model, vllm_engine
+from hpc_rlhf.train.stages.common import commit, new_artifact, reward_model
 from hpc_rlhf.train.stages.eval.accuracy import accuracy_metrics, verdicts
 from hpc_rlhf.train.stages.eval.questions import Questions, held_out
 from hpc_rlhf.train.stages.eval.report import Measured, Results, lines, make_report, texts
+from hpc_rlhf.train.stages.rollout import vllm_engine
 
 RESULTS = "found.json"
 

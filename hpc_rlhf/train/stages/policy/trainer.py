@@ -22,7 +22,7 @@ from hpc_rlhf.train.rollout.backend import GenerationRequest, Rollout, RolloutBa
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.policy.minibatches import Minibatch, Sizes, counted, micro_batches, rows_of
 from hpc_rlhf.train.stages.policy.progress import E, Progress
-from hpc_rlhf.train.stages.policy.rollout import rollout_backend
+from hpc_rlhf.train.stages.rollout import learning_backend
 
 # Further losses for an optimizer step of the actor, made from its engine; they add to the stats.
 Mixture = Callable[[Any, dict[str, Tensor]], list[Callable[[], Tensor]]]
@@ -62,7 +62,7 @@ class PolicyTrainer(Generic[E]):
     def of(cls: type[T], context: StageContext, spec: PolicySpec, models: Any, rewards: RewardSource) -> T:
         """The trainer of a stage. Collective."""
         world, eos_id = context.world, context.tokenizer.eos_token_id
-        backend = rollout_backend(context, spec, models.policy)
+        backend = learning_backend(context, spec.rollout, models.policy)
         return cls(spec, models, backend, rewards, eos_id, Sizes.of(context), world, context.stop.check)
 
     def __post_init__(self) -> None:

@@ -9,23 +9,34 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
+# Slurm sends these to every process of a job step. Only the rank reacts to them: it must start a keeper with them
+# blocked, and the keeper ignores them.
+RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Ends a keeper; sent when the thread that started it ends.
-END = signal.SIGHUP
+_END = signal.SIGHUP
+# For a keeper to end with all that its child started.
+_END_SECONDS = 10.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def continue_in_child(*files: int) -> None:
-    """Return in a child of this process, which stays behind, and in the end exits or dies as the child does.
+    """Return in a child of this process, which stays behind, and in the end exits or dies as the child does. Both
+    ignore ``RANK_SIGNALS``.
 
     Args:
         files: descriptors that only the child keeps, besides standard input and output.
     """
-    prctl, wakes = ctypes.CDLL(None).prctl, {END, signal.SIGCHLD}
+    for ignored in RANK_SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, RANK_SIGNALS)
+    prctl, wakes = ctypes.CDLL(None).prctl, {_END, signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, wakes)
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    prctl(_PR_SET_PDEATHSIG, END)
+    prctl(_PR_SET_PDEATHSIG, _END)
     child = os.fork()
     if not child:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -46,6 +57,22 @@ def continue_in_child(*files: int) -> None:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def end(keeper: subprocess.Popen[bytes]) -> None:
+    """Kill a keeper's child and all that it started. The keeper must lead a session of its own."""
+    keeper.send_signal(_END)
+    try:
+        keeper.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:  # such as a child that the kernel cannot end
+        with suppress(ProcessLookupError):
+            os.killpg(keeper.pid, signal.SIGKILL)
+        keeper.wait()
+
+
+def ending(code: int) -> str:
+    """How a process with this return code ended."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def _end_children() -> dict[int, int]:

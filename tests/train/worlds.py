@@ -1,4 +1,4 @@
-"""Ranks and a tokenizer for tests of rewards, in this process."""
+"""Ranks that are threads of this process, and a tokenizer for them."""
 
 from __future__ import annotations
 
