@@ -45,6 +45,7 @@ def source(work: Path) -> dict[str, Any]:
     path = work / "made.jsonl"
     if not path.exists():
         print(f"NO HH DATA: set HH_RLHF to a folder with {HH}. Using synthetic dialogues of the same lengths.")
+        work.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in _made(1712)))
     return {"path": str(path), "format": "hh"}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -93,6 +94,12 @@ def trace(run: Callable[..., Tensor], example: Sequence[Tensor]) -> Callable[...
 
 
 # Attention
+
+
+@cache
+def has_amx() -> bool:
+    """True if this processor has AMX, with which torch's attention in bfloat16 is fast for a single query as well."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 class PackedAttention(torch.autograd.Function):

@@ -68,7 +68,8 @@ def attention(
     if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
         raise NotPackable(f"{type(module).__name__} got no lengths for its packed sequences")
     groups = query.shape[1] // key.shape[1]
-    if groups == 1 and query.shape[2] == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu":
+    of_one_query = query.shape[2] == 1 and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if groups == 1 and of_one_query and not cpu_kernels.has_amx():
         return _of_one_query(query, key, value, attention_mask, scaling), None
     if groups > 1 and query.shape[2] == 1:
         # The queries of a group become rows before their shared key: nothing is copied.
@@ -82,7 +83,8 @@ def attention(
 
 
 def _of_one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """The attention of a decode step, by two matrix products: torch's kernel takes 2.5 times as long on a CPU."""
+    """The attention of a decode step, by two matrix products: torch's kernel takes 2.5 times as long on a CPU without
+    AMX, and a quarter of the time with it."""
     scores = query * (scaling or query.shape[3] ** -0.5) @ key.transpose(2, 3)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

@@ -135,7 +135,9 @@ class BatchedRows:
         """Store a layer's keys and values (1, heads, tokens, dim) of prompts in rows and columns ``at``."""
         for buffers, new in ((self.keys, keys), (self.values, values)):
             if layer == len(buffers):
-                buffers.append(new.new_zeros(len(self.sizes), self.columns, new.shape[1], new.shape[3]))
+                # Heads before columns in memory, which attention reads fastest.
+                shape = (len(self.sizes), new.shape[1], self.columns, new.shape[3])
+                buffers.append(new.new_zeros(shape).transpose(1, 2))
             buffers[layer].index_put_(at, new[0, :, : len(at[0])].transpose(0, 1))
 
 
