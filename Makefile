@@ -18,7 +18,7 @@ RELEASES ?= host trixie forky
 # Two workers take groups of tests in the order in which they are collected.
 PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 # The tests of `make test-fast`.
-FAST := "not slurm and not train and not slow and not gpu"
+FAST := "not slurm and not train and not slow and not gpu and not vllm"
 # Length of the benchmark: full or short.
 BENCH ?= full
 # Number of faults in a storm, its seed, and whose Slurm it strikes: this system's, or that of a Debian release.
@@ -68,7 +68,7 @@ test: .venv/.installed-dev  ## Run all tests, on two versions of Slurm where pos
 	scripts/install-chromium.sh
 	scripts/install-apptainer.sh
 	scripts/newer-slurm.sh trixie true
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m "not vllm" $(TESTS)
 	$(if $(TESTS),,OMP_NUM_THREADS=1 scripts/newer-slurm.sh trixie $(BIN)/pytest -m generations tests/cluster)
 
 test-slurm: .venv/.installed-dev  ## Run the tests of Slurm on its versions 22.05, 24.11 and 26.05
@@ -80,8 +80,8 @@ test-slurm: .venv/.installed-dev  ## Run the tests of Slurm on its versions 22.0
 test-fast: .venv/.installed-dev  ## Run the tests that need no Slurm, no training and no waiting
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m $(FAST) $(TESTS)
 
-test-vllm: .venv/.installed-dev install-vllm  ## Run the tests that need vLLM
-	HPC_RLHF_REQUIRE_VLLM=1 $(BIN)/pytest tests/train/rollout/test_vllm.py $(TESTS)
+test-vllm: .venv/.installed-dev install-vllm  ## Run all tests of vLLM; make test runs a few where it is installed
+	OMP_NUM_THREADS=1 HPC_RLHF_REQUIRE_VLLM=1 $(BIN)/pytest -k vllm $(TESTS)
 
 coverage: .venv/.installed-dev  ## Measure the coverage of test-fast and enforce its floor
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m $(FAST) --cov --cov-report term $(TESTS)

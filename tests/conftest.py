@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 from tests.cluster import Cluster, why_not
 from tests.cluster.processes import Process, find, kill_and_wait
 
@@ -30,7 +31,7 @@ for number in (signal.SIGINT, signal.SIGHUP):
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-REQUIRE_SLURM = "HPC_RLHF_REQUIRE_SLURM"
+REQUIRE_SLURM, REQUIRE_VLLM = "HPC_RLHF_REQUIRE_SLURM", "HPC_RLHF_REQUIRE_VLLM"
 # Keep the tests' runs out of the user's index of runs.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="hpc-rlhf-state-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
@@ -117,6 +118,17 @@ def idle_cluster(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster; its jobs are cancelled afterwards."""
     yield cluster
     cluster.clear()
+
+
+@pytest.fixture(scope="session")
+def vllm() -> None:
+    """The real vLLM; see ``make install-vllm``."""
+    python = interpreter(RolloutSpec(engine="vllm"))
+    if os.path.exists(python):
+        return
+    if os.environ.get(REQUIRE_VLLM) == "1":
+        pytest.fail(f"{REQUIRE_VLLM}=1, but there is no {python}")
+    pytest.skip(f"no vLLM: there is no {python}; make install-vllm makes it")
 
 
 @pytest.fixture

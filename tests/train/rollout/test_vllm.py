@@ -1,10 +1,9 @@
-"""Rollouts by the real vLLM; `make install-vllm` makes its Python. Each model needs an engine, which takes a minute."""
+"""Rollouts by the real vLLM. Each model needs an engine, which takes a minute; `make test` starts the first only."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ import torch
 from safetensors import safe_open
 
 from hpc_rlhf.run import manifest
-from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
+from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
 from hpc_rlhf.train.runtime.world import World
 from tests.demos import short_grpo
 from tests.train import tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm")]
 
 PROMPTS = [[5, 9, 11, 30, 7], [8], [40, 41, 42, 43], [5, 9, 11, 30, 12, 13]]
 LONGEST = 10
@@ -36,17 +37,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _needs_vllm() -> None:
-    python = interpreter(RolloutSpec(engine="vllm"))
-    if os.path.exists(python):
-        return
-    if os.environ.get("HPC_RLHF_REQUIRE_VLLM") == "1":
-        pytest.fail(f"HPC_RLHF_REQUIRE_VLLM=1, but there is no {python}")
-    pytest.skip(f"no vLLM: there is no {python}; make install-vllm makes it")
-
-
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name == "llama" else pytest.mark.vllm) for name in SIZES]
+)
 def engine(
     request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmEngine]:
@@ -102,6 +95,39 @@ def test_log_probabilities_of_sampled_tokens_are_those_of_the_model_at_the_tempe
         torch.testing.assert_close(torch.tensor(log_probs), expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["llama"], indirect=True, scope="module")
+def test_first_and_second_tokens_have_the_models_probabilities(engine: VllmEngine) -> None:
+    """By a chi-square test, which a slightly different temperature fails."""
+    model, count, prompt = tiny.causal("llama", seed=1, **SIZES["llama"]), 2000, PROMPTS[0]
+    engine.sync_weights(model)
+    keys = [("pairs", row) for row in range(count)]
+    request = GenerationRequest([prompt] * count, 2, tiny.EOS, Sampling(temperature=0.7), keys)
+    drawn = torch.zeros(tiny.VOCABULARY, tiny.VOCABULARY, dtype=torch.float64)
+    for response in engine.generate(request).responses:
+        drawn[response[0], response[-1]] += 1
+    assert p_value(drawn, pairs(model, prompt, 0.7)) > 0.01
+    assert p_value(drawn, pairs(model, prompt, 0.8)) < 1e-9
+
+
+def pairs(model: Any, prompt: list[int], temperature: float) -> torch.Tensor:
+    """(vocabulary, vocabulary): the probability of each first token with each second one, after EOS only itself."""
+    prompts = torch.tensor([[*prompt, token] for token in range(tiny.VOCABULARY)])
+    logits = model(input_ids=prompts).logits[:, -2:].double() / temperature
+    first, second = logits[0, 0].softmax(-1), logits[:, 1].softmax(-1)
+    second[tiny.EOS] = torch.eye(tiny.VOCABULARY)[tiny.EOS]
+    return first.unsqueeze(1) * second
+
+
+def p_value(drawn: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Of Pearson's chi-square test. Events that are expected less than five times count as one."""
+    expected = probabilities * drawn.sum()
+    likely = expected >= 5
+    observed, expected = (torch.cat([each[likely], each[~likely].sum().view(1)]) for each in (drawn, expected))
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor(len(expected) - 1.0).double() / 2, statistic / 2))
+
+
 def test_another_model_answers_with_its_own_weights(engine: VllmEngine, world: World) -> None:
     first, request = engine.model, GenerationRequest(PROMPTS, LONGEST, tiny.EOS, Sampling(greedy=True))
     other = copy.deepcopy(first)
@@ -115,6 +141,7 @@ def test_another_model_answers_with_its_own_weights(engine: VllmEngine, world: W
     assert responses != engine.generate(request).responses
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("engine", ["llama"], indirect=True, scope="module")
 def test_a_server_with_stale_weights_refuses_and_is_started_again(
     engine: VllmEngine, capfd: pytest.CaptureFixture[str]
@@ -127,6 +154,7 @@ def test_a_server_with_stale_weights_refuses_and_is_started_again(
     assert "they are stale; it starts again" in capfd.readouterr().err
 
 
+@pytest.mark.vllm
 @pytest.mark.train
 @pytest.mark.parametrize(
     "settings", [(), ("zero=3", "lora.rank=8", "rollout.tensor_parallel=2")], ids=["two servers", "one of two workers"]
