@@ -14,6 +14,7 @@ from hpc_rlhf.cli.console import print_wrapped
 from hpc_rlhf.errors import INPUT_WRONG, Problem, SpecError
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.masking import secret_names
+from hpc_rlhf.spec import rollout_checks
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import read_layers
 from hpc_rlhf.spec.sweep import Sweep, load_any, specs_of
@@ -97,7 +98,7 @@ def _with_data(checked: dict[str, _Checked], sets: tuple[str, ...], whole: bool)
             problems |= dict.fromkeys(
                 _place(file, sets, path).problem(what, hint or None, path) for path, what, hint in known.problems
             )
-            notes |= dict.fromkeys((*_secrets(spec), *known.notes))
+            notes |= dict.fromkeys((*_secrets(spec), *_absent(spec), *known.notes))
             data |= {path: [(one.summary(), one.to_dict()) for one in counts] for path, counts in known.data.items()}
         result[file] = replace(one, problems=tuple(problems), notes=tuple(notes), data=data if whole else {})
     return result
@@ -113,6 +114,12 @@ def _secrets(spec: JobSpec) -> Iterator[str]:
                     f"slurm.setup holds the value of {name}, and so will the run directory; keep it in a file that "
                     f"only you can read: export {name}=$(cat FILE)"
                 )
+
+
+def _absent(spec: JobSpec) -> Iterator[str]:
+    """A warning for each stage that needs a vLLM that is not on this machine."""
+    for stage, wrong in rollout_checks.absent(spec):
+        yield f"submit and run will refuse stages.{stage}.rollout: {wrong} ({rollout_checks.INSTALL})"
 
 
 def _place(file: str, sets: tuple[str, ...], path: str) -> Mark:

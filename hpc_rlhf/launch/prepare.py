@@ -19,10 +19,10 @@ from hpc_rlhf.launch.readers import group_may_read, set_readers
 from hpc_rlhf.launch.render import render
 from hpc_rlhf.launch.reuse import take_over
 from hpc_rlhf.launch.survey import refuse_bad_data
-from hpc_rlhf.run import acting, notify, run_index, secret
+from hpc_rlhf.run import acting, manifest, notify, run_index, secret
 from hpc_rlhf.run.files import make_folder, replacing, write_atomically
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.spec import reward_files
+from hpc_rlhf.spec import reward_files, rollout_checks
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import dump_spec
 from hpc_rlhf.spec.stages import EVALUATION
@@ -72,9 +72,13 @@ def prepare(
 
     Raises:
         HpcRlhfError: the spec changes what cannot change, the directory cannot be written, there is no address to
-            notify, a new run's data cannot be read or lacks what a stage needs, or a stage to take over is not intact.
+            notify, a new run's data cannot be read or lacks what a stage needs, a stage to take over is not intact, or
+            a stage that is not done needs a vLLM that is not here.
     """
     refuse_changes(run, spec, live)
+    for stage, wrong in rollout_checks.absent(spec):
+        if not manifest.is_done(run.stage(stage)):
+            raise HpcRlhfError(wrong, where=f"stages.{stage}.rollout", hint=rollout_checks.INSTALL)
     if spec.notify.webhook is not None:
         notify.address(spec.notify.webhook)  # fail now rather than when the run ends
     if not run.job_yaml.exists():

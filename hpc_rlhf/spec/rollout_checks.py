@@ -35,9 +35,18 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
         if ranks % size:
             what = f"the {ranks} ranks of a node cannot be divided into groups of {size}"
             yield f"{where}.tensor_parallel", what, "choose a divisor of slurm.gpus_per_node"
+
+
+def absent(spec: JobSpec) -> Iterator[tuple[str, str]]:
+    """Each stage whose vLLM this machine does not have in a tested version, and what is wrong. ``INSTALL`` says what to
+    do. A spec that only describes a run, for ``plan`` or on another machine, may do without."""
+    for stage in spec.stage_names:
+        rollout = vllm_of(spec.stage(stage))
         # A container has packages of its own.
-        if settings.slurm.container is None and (wrong := _of_interpreter(rollout)) is not None:
-            yield f"{where}.python", wrong, INSTALL
+        if rollout is None or spec.stage(stage).slurm.container is not None:
+            continue
+        if (wrong := wrong_interpreter(rollout)) is not None:
+            yield stage, wrong
 
 
 def vllm_of(settings: StageSpec) -> RolloutSpec | None:
@@ -56,7 +65,8 @@ def _actor_type(spec: JobSpec) -> str | None:
     return None if folder is None else model_files.model_type(model_files.config(folder))
 
 
-def _of_interpreter(rollout: RolloutSpec) -> str | None:
+def wrong_interpreter(rollout: RolloutSpec) -> str | None:
+    """Why vLLM cannot run in its Python, as far as files show it."""
     python = Path(interpreter(rollout))
     if not python.is_file():
         return f"there is no Python with vLLM at {python}"

@@ -62,6 +62,7 @@ def examine(specs: Sequence[JobSpec], beside: Path | None, on_cluster: bool, say
         return findings
     trust = storage.check_trust(plan.run, spec.share == "group")
     findings += [*hub.check(specs), *fit.check(spec), trust]
+    findings += vllm.check_files(spec) if commands.available() else []
     unfinished = [job.stage for job in plan.jobs if not manifest.is_done(plan.run.stage(job.stage))]
     needed = storage.bytes_needed(spec, plan.run, unfinished)
     if trust.level == "error":  # nothing is to be written or executed there

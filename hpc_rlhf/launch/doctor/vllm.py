@@ -25,6 +25,11 @@ def check(spec: JobSpec, stages: Sequence[str], gpus: int) -> list[Finding]:
     return [_try(python, gpus) for python in dict.fromkeys(map(interpreter, rollouts))]
 
 
+def check_files(spec: JobSpec) -> list[Finding]:
+    """What is wrong with those Pythons as far as this machine's files show it. Nothing runs."""
+    return [error("vllm", wrong, rollout_checks.INSTALL).at(stage) for stage, wrong in rollout_checks.absent(spec)]
+
+
 def _try(python: str, gpus: int) -> Finding:
     try:
         done = subprocess.run([python, "-P", "-c", _PROGRAM], capture_output=True, text=True, timeout=_SECONDS)
