@@ -18,6 +18,7 @@ from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 from hpc_rlhf.train.models.export import GATHERED_AT_ONCE, full_bytes, full_weights, module_weights
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Response, Rollout, RolloutCancelled
+from hpc_rlhf.train.rollout.vllm.arguments import engine_arguments, sampling_arguments
 from hpc_rlhf.train.rollout.vllm.server import Server
 from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.world import World
@@ -125,7 +126,8 @@ class VllmEngine:
         while True:
             if part and not responses:
                 question = {"prompts": [prompt for prompt, _ in part], "seeds": [seed for _, seed in part]}
-                self._on_server(Server.ask, "generate", version=self.version, **question, sampling=_sampling(request))
+                sampling = sampling_arguments(request.sampling, request.max_new_tokens, request.eos_id)
+                self._on_server(Server.ask, "generate", version=self.version, **question, sampling=sampling)
             answer = self._settle(request.should_stop)
             if answer is not None:
                 responses = self._on_server(self._checked, answer, len(part), request) or []
@@ -259,37 +261,11 @@ def _gpu() -> str:
 
 def _arguments(model: Any, spec: RolloutSpec, folder: Path, longest: int) -> Mapping[str, Any]:
     """Arguments of ``vllm.LLM``."""
-    on_gpu = torch.cuda.is_available()
-    of_spec: dict[str, Any] = {"enforce_eager": not on_gpu, **spec.args}
-    if spec.max_num_seqs is not None:
-        of_spec["max_num_seqs"] = spec.max_num_seqs
-    if spec.tensor_parallel > 1:
-        of_spec["distributed_executor_backend"] = "mp"
     return {
-        **of_spec,
-        "model": str(folder),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tensor_parallel_size": spec.tensor_parallel,
+        **engine_arguments(spec, folder, model.dtype),
         "gpu_memory_utilization": spec.gpu_memory,
         "max_model_len": longest,
         "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
         # Those of the distribution that tokens are drawn from, at its temperature.
         "logprobs_mode": "processed_logprobs",
-        "disable_log_stats": True,
-        "trust_remote_code": False,
-        "seed": 0,
-    }
-
-
-def _sampling(request: GenerationRequest) -> Mapping[str, Any]:
-    """Arguments of ``vllm.SamplingParams``."""
-    sampling = request.sampling
-    return {
-        "temperature": 0.0 if sampling.greedy else sampling.temperature,
-        "top_p": 1.0 if sampling.greedy else sampling.top_p,
-        "top_k": 0 if sampling.greedy else sampling.top_k,
-        "max_tokens": request.max_new_tokens,
-        "stop_token_ids": [request.eos_id],
     }
