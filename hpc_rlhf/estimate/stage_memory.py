@@ -117,12 +117,9 @@ def _policy(stage: PolicySpec, spec: JobSpec, name: str, batch: Batch, gpu: int 
     """The actor, what it is compared with, and the models of its rewards."""
     actor, lengths = architecture(spec.models, "actor"), _lengths(spec)
     tokens, responses = batch.micro * sum(lengths), batch.micro * lengths[1]
-    # If a rollout is one micro-batch, the update reuses the pass that scored it: see train/stages/policy. If GRPO's
-    # update is the only one, its pass is also the one that scores.
-    kept = batch.accumulation * stage.minibatches == 1 and not stage.dropout
     # With adapters only, the actor with its adapters off is GRPO's reference.
     own_ref = isinstance(stage, GrpoSpec) and stage.kl_coef > 0 and "ref" not in stage.strategies
-    scores = kept or (isinstance(stage, GrpoSpec) and stage.updates_once)
+    scores = stage.scores_in_update(batch.accumulation * stage.minibatches)
     work = Pass(actor, stage, tokens, responses, with_entropies=scores, alternating=own_ref)
     policy = model_memory.in_training(work, batch)
     always = dict(policy.always)

@@ -153,7 +153,7 @@ def _policy(
     actor, tokens, passes = _model(body, stage, False), _tokens(spec, batch), batch.accumulation * stage.minibatches
     step = _step(actor, tokens, batch.accumulation, machine)
     parts = {part: epochs * stage.minibatches * seconds for part, seconds in step.items()}
-    scorers = beside if isinstance(stage, GrpoSpec) and stage.updates_once else [(actor, stage), *beside]
+    scorers = beside if stage.scores_in_update(passes) else [(actor, stage), *beside]
     if "reward" in stage.strategies:
         scorers += [(_model(each, stage, True), stage.strategies["reward"]) for each in judges(spec, stage)]
     parts["scoring"] = passes * sum(_scored(model, stored, tokens, machine) for model, stored in scorers)

@@ -104,8 +104,18 @@ def test_grpo_reads_each_prompt_once_for_its_group_and_passes_over_the_rollout_a
     assert parts(num_iterations=3, minibatches=2)["training"] == pytest.approx(6 * group["training"])
     one_pass = 2 * COUNT * 8 * 512 / FLOPS + READ
     assert "scoring" not in group  # a single update needs only its own pass
-    for passes, fields in ((1, {"kl_coef": 0.1}), (1, {"minibatches": 1, "num_iterations": 2})):
+    for passes, fields in ((1, {"kl_coef": 0.1}), (2, {"global_batch": 16, "num_iterations": 2})):
         assert parts(**fields)["scoring"] == pytest.approx(passes * one_pass)
+
+
+def test_the_actor_scores_a_rollout_of_one_micro_batch_in_the_pass_that_it_learns_from() -> None:
+    def passes(**fields: Any) -> float:
+        one_pass = 2 * COUNT * 8 * 512 / FLOPS + READ  # the reward model and the critic have a smaller head
+        return timed("ppo", micro_batch=8, **fields)["scoring"] / one_pass
+
+    assert passes() == pytest.approx(3, rel=0.01)
+    assert passes(global_batch=16) == passes(minibatches=2) == pytest.approx(2 * 4, rel=0.01)
+    assert passes(dropout=0.1) == pytest.approx(4, rel=0.01)
 
 
 def test_a_step_of_grpo_takes_a_prompt_for_each_group() -> None:

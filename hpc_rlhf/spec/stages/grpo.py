@@ -64,6 +64,9 @@ class GrpoSpec(PolicySpec):
         once = self.num_iterations == self.minibatches == 1 and not self.dropout
         return once and self.kl_in == "loss" and self.advantage != "reinforce++" and self.rollout.engine != "vllm"
 
+    def scores_in_update(self, micro_batches: int) -> bool:
+        return self.updates_once or super().scores_in_update(micro_batches)
+
     @property
     def strategies(self) -> dict[str, StageSpec]:
         own_ref = self.kl_coef > 0 and not (self.lora is not None and self.lora.only)

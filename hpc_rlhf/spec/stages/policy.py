@@ -68,6 +68,14 @@ class PolicySpec(ReferredSpec):
         """Whether responses are drawn from less than the whole distribution."""
         return self.top_p < 1 or self.top_k > 0
 
+    def scores_in_update(self, micro_batches: int) -> bool:
+        """Whether the forward pass with which the first update begins also gives the log-probabilities of the rollout.
+
+        Args:
+            micro_batches: of a rollout, on each rank.
+        """
+        return micro_batches == 1 and not self.dropout
+
     @property
     def clip_ranges(self) -> tuple[float, float]:
         """How far the ratio may fall below 1, and rise above it."""
