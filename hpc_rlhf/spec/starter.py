@@ -76,6 +76,8 @@ _FIELD_COMMENTS = {
     "activation_checkpointing": "less memory, about a third more time",
     "group_size": "responses to each prompt, which are compared with each other",
     "kl_coef": "weight of the KL from the model that training starts from",
+    "minibatches": "optimizer steps on each rollout, of global_batch samples each",
+    "rollout": "vLLM generates the responses; make install-vllm installs it",
     "rewards": "what is right; see docs/rewards.md for others",
 }
 
@@ -107,7 +109,7 @@ def write_starter(recipe: Recipe, *, actor: str, reward: str | None, name: str, 
         data=data,
     )
     explained: set[str] = set()
-    blocks = [_stage(number, kind, recipe.stages[kind.name], explained) for number, kind in enumerate(kinds, 1)]
+    blocks = [_stage(number, kind, recipe, explained) for number, kind in enumerate(kinds, 1)]
     return text + "\n".join(blocks)
 
 
@@ -123,13 +125,17 @@ def _origin(recipe: Recipe, billions: float | None) -> str:
     return origin
 
 
-def _stage(number: int, kind: StageKind, fields: dict[str, object], explained: set[str]) -> str:
+def _stage(number: int, kind: StageKind, recipe: Recipe, explained: set[str]) -> str:
+    fields = recipe.stages[kind.name]
     lines = [f"  # {number}. {kind.summary}", f"  {kind.name}:"]
     for key, value in fields.items():
         comment = _FIELD_COMMENTS.get(key) if key not in explained else None
         explained.add(key)
         line = f"    {key}: {_scalar(value)}"
-        lines.append(f"{line:<36}# {comment}" if comment else line)
+        lines.append(f"{line:<34}  # {comment}" if comment else line)
+    if "rollout" in kind.spec.model_fields and "rollout" not in fields:
+        rollout = _scalar({"engine": "vllm", "tensor_parallel": recipe.gpus_per_node})
+        lines.append(f"    # rollout: {rollout}  # vLLM generates the responses; see docs/rollouts.md")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.parameters import architecture
@@ -12,8 +13,11 @@ from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.estimate.stage_time import stage_time
 from hpc_rlhf.estimate.step_time import MFU
 from hpc_rlhf.spec.job import JobSpec, ModelsSpec
+from hpc_rlhf.spec.load import load_spec
+from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.spec.stages import EvalSpec
 from tests.launch.specs import make_spec
+from tests.spec.texts import JOBS
 
 BODY = architecture(ModelsSpec(actor="facebook/opt-13b"), "actor")
 WEIGHTS = 2 * BODY.parameters
@@ -76,3 +80,20 @@ def test_an_evaluation_gives_the_servers_each_model_once() -> None:
     models = len(spec.policies) + 1  # and the one before training
     assert stage_time(spec, "eval").parts["new weights"] == pytest.approx(models * WEIGHTS * (1 + 1 / 2) / 25e9)
     assert stage_memory(spec, "eval").always["vLLM's weights"] == WEIGHTS // 2
+
+
+def test_hours_in_the_docs_are_those_of_the_shipped_jobs() -> None:
+    page = (JOBS.parent / "docs/rollouts.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "| `jobs/" in line]
+    assert len(rows) == 5
+    for job, settings, in_process, by_vllm in rows:
+        spec = load_spec(JOBS.parent / job.split("`")[1], ["slurm.gpu=a100-80g"])
+        fields: dict[str, Any] = {}
+        for setting in settings.split("`")[1::2]:
+            fields |= yaml.safe_load(setting)
+        rollout = {name: fields.pop(name) for name in list(fields) if name in RolloutSpec.model_fields}
+        for engine, hours in (("in_process", in_process), ("vllm", by_vllm)):
+            chosen = spec.stages.ppo.rollout.model_copy(update={"engine": engine, **rollout})
+            time = stage_time(spec.with_stages(ppo={**fields, "rollout": chosen}), "ppo")
+            assert f"{time.per_thousand * 264 / 3600:.1f}" == hours, (job, settings, engine)
+            assert stage_memory(spec.with_stages(ppo={**fields, "rollout": chosen}), "ppo").fits

@@ -55,6 +55,12 @@ _REWARD = {"epochs": 1, "lr": 5e-5, "weight_decay": 0.1, "zero": 0}
 # --critic_learning_rate of all scripts in STEP3, and --actor_learning_rate of those without adapters.
 _PPO_FULL = {"epochs": 1, "actor_lr": 9.65e-6, "critic_lr": 5e-6}
 _PPO_LORA = {"epochs": 1, "actor_lr": _LORA_RATE, "critic_lr": 5e-6}
+# vLLM needs the new weights for every rollout, so a rollout serves several optimizer steps: here, with the scripts' 256
+# samples a step, it has the 1,024 responses with which DeepSpeed-Chat's published times were measured
+# (blogs/deepspeed-chat of github.com/microsoft/DeepSpeed). The layout is the fastest by `plan` that also fits 40 GB.
+_VLLM_66B = {"minibatches": 4, "rollout": {"engine": "vllm", "tensor_parallel": 8, "gpu_memory": 0.5}}
+# Rollouts of 256 responses (N+ has 512, see `_of_today`), in the layout that is fastest by `plan`.
+_VLLM_8B = {"minibatches": 8, "rollout": {"engine": "vllm", "tensor_parallel": 4}}
 # --gradient_checkpointing of STEP1, --actor_gradient_checkpointing of STEP3; ours also covers the critic.
 _RECOMPUTE = {"activation_checkpointing": True}
 
@@ -114,7 +120,9 @@ RECIPES = (
             # STEP2/multi_node/run_350m.sh
             "reward": {**_REWARD, "micro_batch": 2},
             # STEP3/multi_node/run_66b.sh
-            "ppo": {**_PPO_LORA, "micro_batch": 4, "weight_decay": 0.1, "zero": 3, **_LORA, **_RECOMPUTE},
+            "ppo": {
+                **_PPO_LORA, "micro_batch": 4, "weight_decay": 0.1, "zero": 3, **_LORA, **_RECOMPUTE, **_VLLM_66B,
+            },
         },
     ),
 )
@@ -178,10 +186,11 @@ def recipe_for(deployment: str, actor: str, reward: str) -> Recipe:
     recipe = nearest(deployment, billions or 1.3)
     if PurePath(actor).name.lower().startswith("opt-"):
         return recipe
-    return _of_today(recipe, billions or 1.3, billions_in(reward) or billions or 1.3)
+    by_vllm = re.search("llama|qwen[23]", PurePath(actor).name.lower()) is not None  # the families tested with it
+    return _of_today(recipe, billions or 1.3, billions_in(reward) or billions or 1.3, by_vllm)
 
 
-def _of_today(recipe: Recipe, billions: float, reward_billions: float) -> Recipe:
+def _of_today(recipe: Recipe, billions: float, reward_billions: float, by_vllm: bool) -> Recipe:
     """A recipe for models that are trained on more tokens than OPT: fewer epochs and lower rates on the same machine.
 
     Adapters have ten times the rates of full fine-tuning, as above.
@@ -202,6 +211,10 @@ def _of_today(recipe: Recipe, billions: float, reward_billions: float) -> Recipe
     stages["sft"].update(epochs=1 if epochs == 1 else 2, lr=sft_lr * times)
     stages["reward"].update(lr=reward_lr)
     stages["ppo"].update(ppo)
+    if not by_vllm:
+        stages["ppo"].pop("rollout", None)
+    elif "rollout" not in stages["ppo"] and recipe.deployment != "single_gpu" and recipe.billions > 2:
+        stages["ppo"].update(_VLLM_8B)
     origin = (
         "Epochs and learning rates from Tülu 3, TRL and arXiv 2403.17031 (N+).\n"
         "# Batches from DeepSpeed-Chat, {billions:g} billion parameters on {machine}"
