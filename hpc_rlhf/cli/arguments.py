@@ -25,6 +25,12 @@ set_option = click.option(
 )
 run_argument = click.argument("run", shell_complete=lambda *_: [CompletionItem("", type="file")])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(("in_process", "vllm")),
+    help="What generates the responses.",
+    show_default="vllm if a stage of a run of yours uses it",
+)
 
 
 def example(*commands: str) -> str:

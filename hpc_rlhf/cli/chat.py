@@ -9,13 +9,15 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, run_argument, unfinished
+from hpc_rlhf.cli.arguments import engine_option, example, find_run, run_argument, unfinished
 from hpc_rlhf.cli.console import print_json
 from hpc_rlhf.cli.conversation import HELP, Conversation, converse, respond
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.run import manifest
+from hpc_rlhf.run import acting, manifest
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.spec import rollout_checks
 from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.spec.stages import POLICIES
 
 
@@ -48,24 +50,28 @@ def _finite(context: click.Context, option: click.Parameter, value: float) -> fl
     help="Sampling temperature; 0 is greedy.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Sampling seed.")
+@engine_option
 @click.option("--json", "as_json", is_flag=True, help="With --prompt: print JSON, one conversation per model.")
 def command(
     run: str, stage: str | None, compare: tuple[str, str] | None, prompt: str | None, max_tokens: int,
-    temperature: float, seed: int, as_json: bool,
+    temperature: float, seed: int, engine: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Chat with a finished model of RUN, a run directory or job file."""
     if stage and compare:
         raise click.UsageError("--stage cannot be used with --compare.")
     if as_json and prompt is None:
         raise click.UsageError("--json requires --prompt.")
-    folders = dict(finished_model(find_run(run), name) for name in compare or (stage,))
+    run_dir = find_run(run)
+    folders = dict(finished_model(run_dir, name) for name in compare or (stage,))
+    vllm = {name: engine_of(run_dir, folder, engine) for name, folder in folders.items()}
     if sys.stderr.isatty():
         click.echo(f"loading {', '.join(map(str, folders.values()))} …", err=True)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from hpc_rlhf.train.chat import ChatModel
 
     conversations = [
-        Conversation(name, ChatModel(folder), max_tokens, temperature, seed) for name, folder in folders.items()
+        Conversation(name, ChatModel(folder, vllm[name], share=1 / len(folders)), max_tokens, temperature, seed)
+        for name, folder in folders.items()
     ]
     if prompt == "-":
         prompt = sys.stdin.read().strip()
@@ -101,3 +107,21 @@ def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
         makers = dict.fromkeys(kind.name for kind in POLICIES.values())
         raise HpcRlhfError(f"this run trains no chat model: it has no {' or '.join(makers)} stage", where=str(run.path))
     raise unfinished(run, "there is no finished model yet", names, RUN_FAILED)
+
+
+def engine_of(run: RunDir, folder: Path, engine: str | None, here: bool = True) -> RolloutSpec | None:
+    """How vLLM generates the responses of a finished model; None if it does not.
+
+    The spec of a run that others could change is not heeded, because it names programs.
+
+    Args:
+        folder, engine, here: as ``rollout_checks.serving`` takes them.
+
+    Raises:
+        HpcRlhfError: vLLM cannot.
+    """
+    try:
+        acting.check_owner(run)
+    except HpcRlhfError:
+        return rollout_checks.serving(None, folder, engine, here)
+    return rollout_checks.serving(read_spec(run.job_yaml), folder, engine, here)

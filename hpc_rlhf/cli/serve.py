@@ -6,9 +6,10 @@ import sys
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, run_argument
-from hpc_rlhf.cli.chat import finished_model
+from hpc_rlhf.cli.arguments import engine_option, example, find_run, run_argument
+from hpc_rlhf.cli.chat import engine_of, finished_model
 from hpc_rlhf.launch import serving
+from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages import POLICIES
 
 
@@ -23,18 +24,21 @@ from hpc_rlhf.spec.stages import POLICIES
     "with TLS in front.",
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@engine_option
 @click.option("--slurm", "as_job", is_flag=True, help="Serve from a Slurm job, on a node like the stage's.")
-def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> None:
+def command(run: str, stage: str | None, host: str, port: int, engine: str | None, as_job: bool) -> None:
     """Serve a finished model of RUN, a run directory or job file, over an OpenAI-compatible API.
 
     Clients must give the token that is printed as their API key; other users of this machine do not have it.
-    Simultaneous requests are answered together, by vLLM if it is installed. Otherwise, the built-in server offers chat
-    completions, and refuses what it does not support.
+    The server offers chat completions, and refuses what it does not support. Simultaneous requests are answered
+    together. vLLM starts a process of its own, and can spread a model over several GPUs.
     """
     if as_job and host != serving.LOCALHOST:
         raise click.UsageError("--host cannot be used with --slurm: a job listens on its node's localhost only.")
     run_dir = find_run(run)
     name, folder = finished_model(run_dir, stage)
+    contained = as_job and read_spec(run_dir.job_yaml).stage(POLICIES[name].name).slurm.container is not None
+    vllm = engine_of(run_dir, folder, engine, here=not contained)
     if not as_job:
         from hpc_rlhf.train.serve import serve
 
@@ -45,10 +49,10 @@ def command(run: str, stage: str | None, host: str, port: int, as_job: bool) -> 
             click.echo(serving.how_to_use(name, serving.url(host, port), token))
             sys.stdout.flush()
 
-        serve(folder.resolve(), name, host, port, token, announce)
+        serve(folder.resolve(), name, host, port, token, announce, vllm)
         return
     job_id, node, token = serving.serve_as_job(
-        run_dir, name, POLICIES[name].name, folder, port, lambda words: click.echo(words, err=True)
+        run_dir, name, POLICIES[name].name, folder, port, vllm, lambda words: click.echo(words, err=True)
     )
     click.echo(f"job {job_id} serves {name} on {node}; to stop it: hpc-rlhf cancel {run}", err=True)
     base = serving.url(serving.LOCALHOST, port)

@@ -19,6 +19,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.spec.rollout import RolloutSpec
 
 LOCALHOST = "127.0.0.1"
 _POLL = 0.5
@@ -49,10 +50,14 @@ def new_token() -> str:
 
 
 def serve_as_job(
-    run: RunDir, name: str, stage: str, folder: Path, port: int, say: Callable[[str], object]
+    run: RunDir, name: str, stage: str, folder: Path, port: int, vllm: RolloutSpec | None, say: Callable[[str], object]
 ) -> tuple[str, str, str]:
-    """Submit a job that serves on one node of the stage's kind, wait until it responds (or vLLM starts there), and
-    return its id, node and token. ``say`` is called with progress messages.
+    """Submit a job that serves on one node of the stage's kind, wait until it responds, and return its id, node and
+    token.
+
+    Args:
+        vllm: how vLLM generates the responses; None if the server does.
+        say: called with progress messages.
 
     Raises:
         HpcRlhfError: this user may not act on the run, Slurm rejects the job, or it ends before it serves.
@@ -68,6 +73,7 @@ def serve_as_job(
     ready = token.with_name(f"serve-{secrets.token_hex(4)}.ready")  # an earlier job may still be queued
     arguments = [str(folder), "--name", name, "--host", LOCALHOST, "--port", str(port)]
     arguments += ["--token", str(token), "--ready", str(ready)]
+    arguments += [] if vllm is None else ["--vllm", vllm.model_dump_json()]
     command = f"{rank_python(job)} hpc_rlhf.train.serve {shlex.join(arguments)}"
     script = run.stage(stage).path / "serve.sbatch"
     script.write_text(Templates(run.scripts).serve(plan, job, command), encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib.metadata import PathDistribution
 from pathlib import Path
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec import model_files
 from hpc_rlhf.spec.job import FromScratch, JobSpec
 from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
@@ -27,9 +28,7 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
         if rollout is None:
             continue
         where = f"stages.{stage}.rollout"
-        kind = _actor_type(spec)
-        if kind is not None and kind not in MODELS:
-            what = f"responses of {kind} models by vLLM have not been tested, only those of {', '.join(MODELS)}"
+        if (what := _untested(_actor_type(spec))) is not None:
             yield f"{where}.engine", what, "use engine: in_process"
         ranks, size = settings.slurm.tasks_per_node, rollout.tensor_parallel
         if ranks % size:
@@ -45,8 +44,31 @@ def absent(spec: JobSpec) -> Iterator[tuple[str, str]]:
         # A container has packages of its own.
         if rollout is None or spec.stage(stage).slurm.container is not None:
             continue
-        if (wrong := wrong_interpreter(rollout)) is not None:
+        if (wrong := _wrong_interpreter(rollout)) is not None:
             yield stage, wrong
+
+
+def serving(spec: JobSpec | None, folder: Path, engine: str | None, here: bool = True) -> RolloutSpec | None:
+    """How vLLM generates the responses of a finished model: as in the first stage that uses it. None if none does.
+
+    Args:
+        spec: of its run; None if nothing in it may be executed.
+        folder: the model's.
+        engine: what the user chose instead.
+        here: with the packages of this machine.
+
+    Raises:
+        HpcRlhfError: vLLM is not here, or the model's family has not been tested with it.
+    """
+    used = next(filter(None, map(vllm_of, map(spec.stage, spec.stage_names))), None) if spec else None
+    if engine == "in_process" or (engine is None and used is None):
+        return None
+    rollout, without = used or RolloutSpec(engine="vllm"), "--engine in_process does without vLLM"
+    if (what := _untested(model_files.model_type(model_files.config(folder)))) is not None:
+        raise HpcRlhfError(what, hint=without)
+    if here and (what := _wrong_interpreter(rollout)) is not None:
+        raise HpcRlhfError(what, hint=f"{INSTALL}; {without}")
+    return rollout
 
 
 def vllm_of(settings: StageSpec) -> RolloutSpec | None:
@@ -54,6 +76,13 @@ def vllm_of(settings: StageSpec) -> RolloutSpec | None:
     if isinstance(settings, PolicySpec | EvalSpec) and settings.rollout.engine == "vllm":
         return settings.rollout
     return None
+
+
+def _untested(kind: str | None) -> str | None:
+    """Why models of a family are refused, if they are."""
+    if kind is None or kind in MODELS:
+        return None
+    return f"responses of {kind} models by vLLM have not been tested, only those of {', '.join(MODELS)}"
 
 
 def _actor_type(spec: JobSpec) -> str | None:
@@ -65,7 +94,7 @@ def _actor_type(spec: JobSpec) -> str | None:
     return None if folder is None else model_files.model_type(model_files.config(folder))
 
 
-def wrong_interpreter(rollout: RolloutSpec) -> str | None:
+def _wrong_interpreter(rollout: RolloutSpec) -> str | None:
     """Why vLLM cannot run in its Python, as far as files show it."""
     python = Path(interpreter(rollout))
     if not python.is_file():

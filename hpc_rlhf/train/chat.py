@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.train.checkpoint.snapshot import free_memory
 from hpc_rlhf.train.data.dialogues import token_ids
 from hpc_rlhf.train.data.templates import prompt_text
@@ -19,12 +21,13 @@ from hpc_rlhf.train.rollout.in_process import trial
 from hpc_rlhf.train.rollout.in_process.decode_step import DecodeStep
 from hpc_rlhf.train.rollout.in_process.engine import bytes_per_token
 from hpc_rlhf.train.rollout.in_process.open_batch import OpenBatch, Request
+from hpc_rlhf.train.rollout.vllm.open_batch import AnyBatch, VllmBatch
 from hpc_rlhf.train.text_stream import TextStream
 
-# The share of free memory that keys and values may take.
-CACHE_SHARE = 0.8
-# Temperatures below this take the likeliest token: logits divided by them could overflow.
-GREEDY_BELOW = 1e-5
+# The share of free memory that keys and values may take, and that of all memory that vLLM takes.
+CACHE_SHARE, VLLM_SHARE = 0.8, 0.9
+# Temperatures below this take the likeliest token: logits divided by them could overflow, and vLLM would raise them.
+GREEDY_BELOW = 1e-2
 
 
 def sampling_at(temperature: float, top_p: float = 1.0) -> Sampling:
@@ -35,26 +38,30 @@ def sampling_at(temperature: float, top_p: float = 1.0) -> Sampling:
 class ChatModel:
     """A model loaded for chat from a Hugging Face folder, on a GPU if there is one.
 
+    Args:
+        vllm: how vLLM generates the responses; None if this process does.
+        share: of the memory that vLLM may take, if other models need some.
+
     Attributes:
         batch: all responses that are being drawn.
         context: tokens of the longest conversation with its response.
+
+    Raises:
+        HpcRlhfError: vLLM does not start.
     """
 
-    def __init__(self, folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def __init__(self, folder: Path, vllm: RolloutSpec | None = None, share: float = 1.0) -> None:
+        from transformers import AutoConfig, AutoTokenizer
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = drop_plain(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=False)
-        self.model = model.to(self.device).eval()
-        packed_attention.enable(self.model)
-        rotary.separate(self.model)
-        step = DecodeStep(self.model, may_trace=self.device.type == "cuda")
-        trial.choose(step, int, is_main=True)
-        free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else free_memory()
-        room = int(CACHE_SHARE * free) // bytes_per_token(self.model)
-        self.batch = OpenBatch(step, self.tokenizer.eos_token_id, room)
-        self.context = min(context_length(model.config) or sys.maxsize, room)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        eos_id, longest = self.tokenizer.eos_token_id, context_length(config) or sys.maxsize
+        self.batch: AnyBatch
+        if vllm is not None:
+            self.batch = VllmBatch(folder, config.dtype or torch.float32, eos_id, vllm, VLLM_SHARE * share)
+        else:
+            self.batch = _load(folder, eos_id)
+        self.context = min(longest, self.batch.budget)
 
     def prompt(self, turns: list[tuple[str, str]]) -> list[int]:
         """The tokens that the response to a conversation follows.
@@ -86,8 +93,9 @@ class ChatModel:
         """A request's tokens as they are drawn."""
         self.batch.add(request)
         try:
-            while request in self.batch.advance():
-                yield request.tokens[-1]
+            while not self.batch.is_finished(request):
+                if request in self.batch.advance():
+                    yield request.tokens[-1]
         finally:
             self.batch.remove(request)
 
@@ -101,3 +109,18 @@ class ChatModel:
                 return
         if rest := text.finish():
             yield rest
+
+
+def _load(folder: Path, eos_id: int) -> OpenBatch:
+    """A batch of responses by a model in this process."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", trust_remote_code=False)
+    model = model.to(device).eval()
+    packed_attention.enable(model)
+    rotary.separate(model)
+    step = DecodeStep(model, may_trace=device.type == "cuda")
+    trial.choose(step, int, is_main=True)
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_memory()
+    return OpenBatch(step, eos_id, int(CACHE_SHARE * free) // bytes_per_token(model))

@@ -18,7 +18,7 @@ import pytest
 
 from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.launch.doctor import cluster as cluster_checks
-from hpc_rlhf.launch.doctor import fit, machine, probe, site, storage, visit
+from hpc_rlhf.launch.doctor import fit, machine, probe, site, storage, visit, vllm
 from hpc_rlhf.launch.doctor.finding import Finding
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.render import Templates
@@ -196,6 +196,8 @@ def test_a_python_without_a_vllm_that_works(tmp_path: Path, monkeypatch: pytest.
     python.unlink()
     missing = only(probe.examine(spec, ["grpo"], tmp_path, []), "vllm")
     assert missing.message == f"{python} does not start: No such file or directory"
+    files = vllm.check_files(spec)
+    assert [(each.level, each.where) for each in files] == [("error", "grpo"), ("error", "eval")]
     assert not [finding for finding in probe.examine(spec, ["sft"], tmp_path, []) if finding.check == "vllm"]
 
 

@@ -21,7 +21,7 @@ def test_the_job_is_rendered_from_the_users_own_template(tmp_path: Path, monkeyp
 
     def serve() -> str:
         with pytest.raises(HpcRlhfError, match="no Slurm"):
-            serving.serve_as_job(run, "demo", "sft", tmp_path, 8000, lambda text: None)
+            serving.serve_as_job(run, "demo", "sft", tmp_path, 8000, None, lambda text: None)
         return scripts.pop()
 
     monkeypatch.setattr("hpc_rlhf.slurm.commands.submit", submit)

@@ -27,6 +27,10 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatModel:
     return ChatModel(Path(folder))
 
 
+def model_of(chat: ChatModel) -> Any:
+    return chat.batch.decode_step.model
+
+
 def pieces_of(chat: ChatModel, text: str, cut: int = 0) -> list[str]:
     """What is streamed if the model generates a text, without its last tokens."""
     tokens = chat.tokenizer(text)["input_ids"]
@@ -105,7 +109,7 @@ def test_a_stream_is_the_complete_response_of_the_model(chat: ChatModel, tempera
     assert (other == answer) == (temperature == 0)
     if temperature == 0:
         ids = torch.tensor([chat.tokenizer(transcript(HI))["input_ids"]])
-        tokens = chat.model.generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
+        tokens = model_of(chat).generate(ids, do_sample=False, max_new_tokens=40)[0, ids.shape[1] :]
         whole = chat.tokenizer.decode(tokens, skip_special_tokens=True)
         assert answer == whole.partition(NEXT_TURN)[0].rstrip("\N{REPLACEMENT CHARACTER}").strip()
 
@@ -141,7 +145,7 @@ def test_a_chat_template_is_used_for_the_prompt_and_the_end_of_the_turn(chat: Ch
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": HI[0][1]}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
-    said = model.model.generate(asked, do_sample=False, max_new_tokens=24, pad_token_id=0)[0, asked.shape[1] :]
+    said = model_of(model).generate(asked, do_sample=False, max_new_tokens=24, pad_token_id=0)[0, asked.shape[1] :]
     expected = tokenizer.decode(said, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}").strip()
     assert "".join(model.stream(HI, 24, 0.0, seed=1)) == expected
     assert pieces_of(model, f" Green.{NEXT_TURN} x") == pieces_of(model, f" Green.{NEXT_TURN} x<|im_end|>")

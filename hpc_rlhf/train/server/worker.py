@@ -10,18 +10,28 @@ import traceback
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
-from hpc_rlhf.train.rollout.in_process.open_batch import OpenBatch, Request
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.train.rollout.in_process.open_batch import Request
+from hpc_rlhf.train.rollout.vllm.open_batch import AnyBatch
 
 # Receives a request's next token, None after the last one, or the exception that ended it.
 Deliver = Callable[[int | Exception | None], None]
 
 
-class Worker(threading.Thread):
-    """Advances a batch while there are requests in it."""
+# For a step to end.
+_STOP_SECONDS = 30.0
 
-    def __init__(self, batch: OpenBatch) -> None:
+
+class Worker(threading.Thread):
+    """Advances a batch while there are requests in it.
+
+    Args:
+        lost: called with the reason each time the batch can draw no more.
+    """
+
+    def __init__(self, batch: AnyBatch, lost: Callable[[HpcRlhfError], object]) -> None:
         super().__init__(name="model", daemon=True)
-        self.batch = batch
+        self.batch, self.lost = batch, lost
         self._deliver: dict[Request, Deliver] = {}
         # A request with its receiver to begin it, or with None to end it; None to stop the thread.
         self._inbox: queue.SimpleQueue[tuple[Request, Deliver | None] | None] = queue.SimpleQueue()
@@ -45,9 +55,9 @@ class Worker(threading.Thread):
             self._inbox.put((request, None))
 
     def stop(self) -> None:
-        """End the thread, and wait for it."""
+        """End the thread, and wait for it unless it hangs."""
         self._inbox.put(None)
-        self.join()
+        self.join(_STOP_SECONDS)
 
     def run(self) -> None:
         while self._take_orders():
@@ -57,7 +67,10 @@ class Worker(threading.Thread):
                     if self.batch.is_finished(request):
                         self._deliver.pop(request)(None)
             except Exception as error:  # such as too little memory, which may suffice for the next requests
-                traceback.print_exc(file=sys.stderr)
+                if isinstance(error, HpcRlhfError):
+                    self.lost(error)
+                else:
+                    traceback.print_exc(file=sys.stderr)
                 for deliver in self._deliver.values():
                     deliver(error)
                 self._deliver.clear()

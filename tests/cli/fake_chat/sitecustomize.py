@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class ChatModel:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, vllm: object, share: float) -> None:
         self.name = "ema" if folder.name == "ema" else folder.parent.name
 
     def forgotten(self, turns: list[tuple[str, str]], max_tokens: int) -> int:

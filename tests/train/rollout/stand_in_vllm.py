@@ -34,6 +34,7 @@ def main(behaviour: str, connection: Connection) -> None:
     connection.send({"done": "0.0"})
     weights: set[str] = set()
     version = None
+    live: dict[str, list[int]] = {}  # the token of each response that is being drawn, and how many more
     while (message := connection.receive()) is not None:
         answer: Any = None
         do = message["do"]
@@ -43,6 +44,11 @@ def main(behaviour: str, connection: Connection) -> None:
             weights.update(name for name, *_ in message["tensors"])
         elif do == "end_weights":
             version = message["version"] if weights else None
+        elif do == "context":
+            answer = 64
+        elif do == "advance":
+            _fail(behaviour, connection)
+            answer = _advance(live, message)
         elif version != message["version"]:
             connection.send({"error": f"ValueError: the weights are {version}"})
             return
@@ -53,6 +59,29 @@ def main(behaviour: str, connection: Connection) -> None:
 
 def _answer(behaviour: str, connection: Connection, message: dict[str, Any]) -> Any:
     prompts, count = message["prompts"], message["sampling"]["max_tokens"]
+    _fail(behaviour, connection)
+    log_prob = float("nan") if behaviour == "garbles" else -float(len(prompts))
+    responses = [[[prompt[0]] * count, [log_prob] * count] for prompt in prompts]
+    return {
+        "version": "another" if behaviour == "stale" else message["version"],
+        "responses": responses[1:] if behaviour == "forgets" else responses,
+    }
+
+
+def _advance(live: dict[str, list[int]], message: dict[str, Any]) -> Any:
+    for name in message["end"]:
+        live.pop(name, None)
+    live |= {name: [prompt[0], sampling["max_tokens"]] for name, prompt, sampling in message["begin"]}
+    answer = []
+    for name, response in list(live.items()):
+        response[1] -= 1
+        answer.append([name, response[:1], response[1] == 0])
+        if response[1] == 0:
+            del live[name]
+    return answer
+
+
+def _fail(behaviour: str, connection: Connection) -> None:
     if behaviour == "dies":
         print("a last word", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -60,12 +89,6 @@ def _answer(behaviour: str, connection: Connection, message: dict[str, Any]) -> 
         os.kill(os.getpid(), signal.SIGSTOP)
     if behaviour == "babbles":
         connection.socket.sendall((3).to_bytes(8, "little") + b"{]}")
-    log_prob = float("nan") if behaviour == "garbles" else -float(len(prompts))
-    responses = [[[prompt[0]] * count, [log_prob] * count] for prompt in prompts]
-    return {
-        "version": "another" if behaviour == "stale" else message["version"],
-        "responses": responses[1:] if behaviour == "forgets" else responses,
-    }
 
 
 def _is_first(file: Path) -> bool:

@@ -47,7 +47,7 @@ def model(folder: Path) -> ChatModel:
 def base(model: ChatModel) -> Iterator[str]:
     ready = threading.Event()
     with listen("127.0.0.1", 0) as listener:
-        app = Guard(make_app(model, "sft", ready.set), TOKEN, "127.0.0.1")
+        app = Guard(make_app(model, "sft", ready.set, lost=print), TOKEN, "127.0.0.1")
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

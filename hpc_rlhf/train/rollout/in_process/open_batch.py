@@ -55,6 +55,7 @@ class OpenBatch:
         tokens: how many tokens the caches may hold, all rows together. No request may need more.
 
     Attributes:
+        budget: ``tokens``.
         waiting: the requests that have no row yet.
         live: the request of each row.
     """

@@ -51,6 +51,7 @@ class Server:
 
     Attributes:
         waits: whether there is no answer yet.
+        silence: seconds between two signs of life, once it has started.
     """
 
     def __init__(self, python: str, arguments: Mapping[str, Any], memory: int, environment: Mapping[str, str]) -> None:
@@ -80,6 +81,7 @@ class Server:
         self._tensors: list[tuple[str, str, list[int], int]] = []
         self._used = 0
         self._starts = self.waits = True
+        self.silence = SILENCE_SECONDS
         self._heard = time.monotonic()
         self._send(dict(arguments))
 
@@ -107,7 +109,7 @@ class Server:
             if "done" in message:
                 self._starts = self.waits = False
                 return (message["done"],)
-        limit = START_SECONDS if self._starts else SILENCE_SECONDS
+        limit = START_SECONDS if self._starts else self.silence
         if time.monotonic() - self._heard > limit:
             self.close()
             raise self.failure(f"it showed no sign of life for {limit:.0f} s, and was killed{self._last_words}")
@@ -141,7 +143,7 @@ class Server:
 
     def failure(self, what: str, exit_code: int = RUN_FAILED) -> HpcRlhfError:
         begin = reasons.ENGINE_DID_NOT_START if self._starts else reasons.ENGINE_FAILED
-        hint = "the log of the rank has what vLLM wrote; engine: in_process does without it"
+        hint = "what vLLM wrote is in the log, or above; the engine in_process does without vLLM"
         return HpcRlhfError(begin + what, hint=hint, exit_code=exit_code)
 
     def _send(self, message: Any) -> None:

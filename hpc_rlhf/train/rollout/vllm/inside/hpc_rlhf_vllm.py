@@ -1,4 +1,5 @@
-"""What runs in vLLM's own Python: an engine that answers a rank, and the part of it that takes new weights.
+"""What runs in vLLM's own Python: an engine that answers a rank, or a server of a finished model, and the part of it
+that takes new weights.
 
 It imports vLLM and the standard library only, because nothing of ours is installed there. Its one connection is a
 socket that it inherits; see ``hpc_rlhf/train/rollout/vllm/server.py`` for the messages.
@@ -132,6 +133,34 @@ class Engine:
                 spoken = time.monotonic()
                 self.connection.send({"progress": sum(each is not None for each in responses)})
         return {"version": self.version, "responses": responses}
+
+    def context(self) -> int:
+        """Tokens of the longest prompt with its response for which there is a cache."""
+        context: int = self.llm.llm_engine.vllm_config.model_config.max_model_len
+        return context
+
+    def advance(
+        self, begin: list[tuple[str, list[int], dict[str, Any]]], end: list[str]
+    ) -> list[tuple[str, list[int], bool]]:
+        """Make one step of all responses.
+
+        Args:
+            begin: the name, prompt and sampling of new responses.
+            end: the names of responses that are no longer wanted.
+
+        Returns:
+            the name of each response that advanced, its new tokens, and whether it has ended.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self.llm.llm_engine
+        engine.abort_request(end)
+        for name, prompt, sampling in begin:
+            params = SamplingParams(**sampling, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA)
+            engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        outputs = engine.step()
+        return [(each.request_id, list(each.outputs[0].token_ids), each.finished) for each in outputs]
 
 
 class Connection:
