@@ -124,9 +124,14 @@ class TrainingSpec(StageSpec):
     warmup: Warmup = 0.03
     """Steps over which the learning rate rises from 0: a fraction of all optimizer steps, or from 1 on their number. It
     ends with the stage at the latest. 0.03 is what Tülu 3 fine-tunes with (arXiv 2411.15124)."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate schedule after the warm-up. cosine and linear end at 0 with the stage's last step, even if steps
-    were skipped on the way, because a gradient overflowed or by stop_kl."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Learning rate schedule after the warm-up. cosine and linear fall until the stage's last step, even if steps were
+    skipped on the way, because a gradient overflowed or by stop_kl. wsd (warmup-stable-decay, arXiv 2404.06395) stays
+    at the peak, and falls linearly in the last steps."""
+    decay: Warmup = 0.1
+    """Steps at the end in which wsd falls: a fraction of all optimizer steps, or from 1 on their number."""
+    final_lr: Fraction = 0.0
+    """Where cosine, linear and wsd end, as a fraction of the peak; 0.1 is common in pretraining."""
     weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")
     eps: Rate = 1.0e-8
@@ -170,9 +175,9 @@ class TrainingSpec(StageSpec):
     PPO and GRPO then answer up to 256 held-out prompts each time, also before the first step. Needs data.held_out."""
     keep_best: Name | None = None
     """Hand on the weights that were best by this held-out metric at any of the evaluations during training or at its
-    end: perplexity or loss in SFT; accuracy, loss or margin for the reward model and in DPO; reward in PPO and GRPO.
-    null hands on the last weights. The best ones so far, and the moving average at that step, are kept in host memory
-    and in the checkpoints. Needs eval_every."""
+    end: perplexity or loss in SFT; accuracy, loss or margin for the reward model and in DPO; reward in
+    PPO and GRPO. null hands on the last weights. The best ones so far, and the moving average at that step, are kept in
+    host memory and in the checkpoints. Needs eval_every."""
 
     def eval_interval(self, total: int) -> int:
         """Steps from one evaluation during training to the next, in a stage of ``total`` steps; 0 if there are none."""

@@ -52,8 +52,12 @@ class Schedule(torch.optim.lr_scheduler.LambdaLR):
 
     def __init__(self, optimizer: torch.optim.Optimizer, spec: TrainingSpec, total: int) -> None:
         self.skipped = 0
-        warmup = schedule.warmup_steps(spec.warmup, total)
-        super().__init__(optimizer, lambda step: schedule.factor(spec.schedule, step, warmup, total - self.skipped))
+        warmup, decay = (schedule.phase_steps(steps, total) for steps in (spec.warmup, spec.decay))
+
+        def factor(step: int) -> float:
+            return schedule.factor(spec.schedule, step, warmup, total - self.skipped, decay, spec.final_lr)
+
+        super().__init__(optimizer, factor)
 
     def at(self, made: int, skipped: int) -> None:
         """Set the learning rates after this many steps."""
