@@ -12,9 +12,12 @@ from pathlib import Path
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages import PretrainSpec
 
 # Larger files are not read to count their lines.
 _COUNTED = 2**29
+# Bytes of text in a token of a large vocabulary, and in a byte of a compressed file, roughly.
+_TOKEN, _COMPRESSED = 4, 3
 
 
 def expected_samples(spec: JobSpec, stage: str) -> int | None:
@@ -22,6 +25,9 @@ def expected_samples(spec: JobSpec, stage: str) -> int | None:
 
     None if the stage takes no data, or a source is not in the cache of the hub or cannot be counted fast.
     """
+    pretraining = spec.stage(stage)
+    if isinstance(pretraining, PretrainSpec):
+        return _sequences(pretraining)
     total = sum(spec.shares.values())
     if stage not in spec.shares or not total:
         return None
@@ -35,6 +41,22 @@ def expected_samples(spec: JobSpec, stage: str) -> int | None:
             return None
         rows += count * source.weight
     return round(rows * spec.shares[stage] / total * (1 - spec.data.held_out))
+
+
+def _sequences(stage: PretrainSpec) -> int | None:
+    """Sequences of local text, by the sizes of its files; a column of a file counts as all of it."""
+    tokens = 0.0
+    for source in stage.sources:
+        path = Path(source.path or "")
+        if source.path is None or not path.exists():
+            return None
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        whole = sum(
+            file.stat().st_size * (1 if file.suffix in (".jsonl", ".json", ".csv", ".txt") else _COMPRESSED)
+            for file in files
+        )
+        tokens += whole / _TOKEN * source.weight
+    return max(1, round(tokens * (1 - stage.held_out) / stage.sequence_length))
 
 
 def _rows(source: SourceSpec) -> int | None:

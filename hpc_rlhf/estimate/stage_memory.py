@@ -82,7 +82,7 @@ def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int |
     """A stage that trains one model, perhaps with a frozen reference. Other kinds are registered below."""
     kind, training, lengths = kind_of(name), as_trained(stage), _lengths(spec)
     sequences = batch.micro * (2 if kind.data is Data.PAIRS else 1)
-    tokens = sequences * sum(lengths)
+    tokens = sequences * spec.longest(name)
     if kind.makes == "reward model":
         model = architecture(spec.models, "reward")
         trained = model_memory.in_training(Pass(model, training, tokens, 0), batch, scored=True)

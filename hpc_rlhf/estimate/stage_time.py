@@ -84,14 +84,14 @@ def stage_time(spec: JobSpec, name: str) -> StageTime:
         available = max(1, expected * stage.epochs // rows)
         steps = available if steps is None else min(available, steps)
     time = StageTime(parts, samples, expected, steps, gpus, limit)
-    return replace(time, evaluations=_evaluations(spec, stage, time))
+    return replace(time, evaluations=_evaluations(spec, name, stage, time))
 
 
-def _evaluations(spec: JobSpec, stage: TrainingSpec, time: StageTime) -> float:
+def _evaluations(spec: JobSpec, name: str, stage: TrainingSpec, time: StageTime) -> float:
     """``StageTime.evaluations``: a forward pass is a third of training; PPO and GRPO generate and score."""
     if stage.eval_every is None or time.steps is None or time.expected is None:
         return 0.0
-    held_out = time.expected * spec.data.held_out / (1 - spec.data.held_out)
+    held_out = time.expected * spec.held_out(name) / (1 - spec.held_out(name))
     scoring = time.parts.get("scoring", 0.0)
     if isinstance(stage, PolicySpec):
         rows, work = min(held_out, EVALUATED_PROMPTS), scoring + time.parts["decoding"]

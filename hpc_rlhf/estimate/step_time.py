@@ -92,12 +92,11 @@ def _machine(stage: StageSpec, name: str) -> _Machine:
             where=f"stages.{name}.slurm.gpu",
             hint=f"set slurm.gpu to one of {', '.join(GPUS)}",
         )
-    slow = stage.precision == "fp32" or (stage.precision == "bf16" and not gpu.bf16)
     # Collectives between nodes use all adapters of a node at once, and the links inside it to distribute the data.
     outside = NETWORK * stage.slurm.tasks_per_node if stage.slurm.nodes > 1 else float("inf")
     link = min(gpu.link * 1e9, outside)
     return _Machine(
-        gpu.gib * 2**30, 1e12 * MFU * (gpu.single if slow else gpu.half), 1e9 * DECODE_SHARE * gpu.bandwidth, link,
+        gpu.gib * 2**30, MFU * gpu.peak(stage.precision), 1e9 * DECODE_SHARE * gpu.bandwidth, link,
         stage.slurm.ranks, as_trained(stage).tensor_parallel, stage.slurm.tasks_per_node,
     )  # fmt: skip
 
@@ -107,7 +106,7 @@ def _parts(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, machine: _M
     """A stage that trains one model, perhaps with a frozen reference. Other kinds are registered below."""
     kind, training = kind_of(name), as_trained(stage)
     sequences = batch.micro * (2 if kind.data is Data.PAIRS else 1)
-    tokens = sequences * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
+    tokens = sequences * spec.longest(name)
     scored = kind.makes == "reward model"
     model = _model(architecture(spec.models, "reward" if scored else "actor"), training, scored)
     parts = _step(model, tokens, batch.accumulation, machine)

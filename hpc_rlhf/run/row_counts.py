@@ -105,6 +105,15 @@ class SourceCounts:
         if count.last != where:
             count.rows, count.last = count.rows + 1, where
 
+    @classmethod
+    def total(cls, parts: Sequence[SourceCounts]) -> SourceCounts:
+        """The counts of a source whose rows were counted in parts."""
+        total = cls(parts[0].source)
+        for outcome, count in ((outcome, count) for part in parts for outcome, count in part.outcomes.items()):
+            sum_ = total.outcomes.setdefault(outcome, Count(first=count.first))
+            sum_.rows, sum_.last = sum_.rows + count.rows, count.last
+        return total
+
     def rows(self, *kinds: Kind) -> int:
         """The rows with an outcome of these kinds."""
         return sum(count.rows for outcome, count in self.outcomes.items() if outcome.kind in kinds)

@@ -8,14 +8,14 @@ from pydantic import Field
 
 from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, add_fields
 from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.spec.stages import STAGE_KINDS, Data
+from hpc_rlhf.spec.stages import STAGE_KINDS
 
 
 @add_fields(
     {
         kind.name: (NonNegative, Field(default=kind.share, description=f"Share of the {kind.name} stage."))
         for kind in STAGE_KINDS
-        if kind.data is not Data.NONE
+        if kind.data.is_shared
     }
 )
 class SplitSpec(Model):
@@ -25,9 +25,9 @@ class SplitSpec(Model):
 
 
 class DataSpec(Model):
-    """The training data of all stages."""
+    """The training data of all stages but pretraining, which has sources of its own."""
 
-    sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)] = Field(description="Sources, blended by weight.")
+    sources: tuple[SourceSpec, ...] = Field(description="Sources, blended by weight.")
     split: SplitSpec = Field(default=SplitSpec(), description="How conversations are divided among the stages.")
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
     """Fraction of each stage's conversations held out for evaluation."""

@@ -18,6 +18,11 @@ class Gpu:
     link: float  # GB/s to the other GPUs of a node, one way: NVLink, Infinity Fabric or PCIe
     bf16: bool = True  # whether it is as fast as fp16
 
+    def peak(self, precision: str) -> float:
+        """FLOP/s in bf16, fp16 or fp32."""
+        slow = precision == "fp32" or (precision == "bf16" and not self.bf16)
+        return 1e12 * (self.single if slow else self.half)
+
 
 GPUS = {
     "a10-24g": Gpu(22.0, 125, 31.2, 600, 32),

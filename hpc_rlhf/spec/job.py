@@ -16,7 +16,7 @@ from hpc_rlhf.spec.layers import EXTENDS
 from hpc_rlhf.spec.notify import NotifySpec, TrackersSpec
 from hpc_rlhf.spec.rewards import RewardItem
 from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.spec.stages import EVALUATION, POLICIES, STAGE_NAMES, Data, EvalSpec, StagesSpec, kind_of
+from hpc_rlhf.spec.stages import EVALUATION, POLICIES, STAGE_KINDS, STAGE_NAMES, Data, EvalSpec, StagesSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec
 from hpc_rlhf.spec.yaml_source import Node
 
@@ -52,6 +52,10 @@ class ModelsSpec(Model):
     further, and without that stage PPO and the evaluation score with it as it is."""
 
 
+# Stages that take nothing from ``data``.
+_NEED_NO_DATA = {kind.name for kind in STAGE_KINDS if kind.data is Data.DOCUMENTS}
+
+
 class JobSpec(Model):
     """A complete run: data, models, stages and where they run."""
 
@@ -68,7 +72,7 @@ class JobSpec(Model):
     replace the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1234, description="Seed of all random numbers.")
     slurm: SlurmSpec = Field(default=SlurmSpec(), description="Slurm settings of all stages.")
-    data: DataSpec = Field(description="Training data.")
+    data: DataSpec = Field(description="Training data of all stages but pretraining; pretraining alone needs none.")
     models: ModelsSpec = Field(description="Models to start from.")
     stages: StagesSpec = Field(description="Stages to run.")
     trackers: TrackersSpec = TrackersSpec()
@@ -88,7 +92,11 @@ class JobSpec(Model):
     @model_validator(mode="before")
     @classmethod
     def _inherit(cls, raw: Any) -> Any:
-        return inherit(Node.of(raw)).plain()
+        fields = inherit(Node.of(raw)).plain()
+        stages = fields.get("stages") if isinstance(fields, dict) else None
+        if isinstance(stages, dict) and {name for name, stage in stages.items() if stage is not None} <= _NEED_NO_DATA:
+            return {"data": {"sources": ()}, **fields}
+        return fields
 
     @property
     def autos(self) -> Autos:
@@ -119,15 +127,30 @@ class JobSpec(Model):
     @property
     def shares(self) -> dict[str, float]:
         """The relative shares of the prompts, by the stages of the run that train on them."""
-        return {name: getattr(self.data.split, name) for name in self.trained if kind_of(name).data is not Data.NONE}
+        return {name: getattr(self.data.split, name) for name in self.trained if kind_of(name).data.is_shared}
+
+    def longest(self, name: str) -> int:
+        """Tokens of the longest sequence in a stage."""
+        together = self.data.max_prompt_tokens + self.data.max_answer_tokens
+        return int(getattr(self.stage(name), "sequence_length", together))
+
+    def held_out(self, name: str) -> float:
+        """The fraction of its data that a stage holds out."""
+        return float(getattr(self.stage(name), "held_out", self.data.held_out))
 
     @property
     def sources(self) -> dict[str, SourceSpec]:
         """All data sources that the stages read, by the field of the spec that holds each."""
-        named: dict[str, SourceSpec | None] = {f"data.sources.{i}": each for i, each in enumerate(self.data.sources)}
+        fields: dict[str, Any] = {"data.sources": self.data.sources}
         for stage in self.stage_names:
-            named |= {f"stages.{stage}.{name}": getattr(self.stage(stage), name) for name in kind_of(stage).sources}
-        return {path: source for path, source in named.items() if source is not None}
+            fields |= {f"stages.{stage}.{name}": getattr(self.stage(stage), name) for name in kind_of(stage).sources}
+        named: dict[str, SourceSpec] = {}
+        for path, value in fields.items():
+            if isinstance(value, tuple):
+                named |= {f"{path}.{place}": source for place, source in enumerate(value)}
+            elif value is not None:
+                named[path] = value
+        return named
 
     @property
     def policies(self) -> dict[str, str]:
@@ -182,12 +205,16 @@ class JobSpec(Model):
         return spec
 
     def needs(self, name: str) -> tuple[str, ...]:
-        """The stages whose artifacts a stage starts from."""
+        """The stages whose artifacts a stage starts from: of those that make an actor, the last."""
         kind = kind_of(name)
         if not kind.trains:
             return self.trained
-        unneeded = self.stage(name).unneeded
-        return tuple(need for need in kind.inputs if need in self.stage_names and need not in unneeded)
+        unneeded = set(self.stage(name).unneeded)
+        if kind.makes == "reward model" and self.models.reward is not None:
+            unneeded |= {need for need in kind.inputs if kind_of(need).makes_actor}
+        needs = [need for need in kind.inputs if need in self.stage_names and need not in unneeded]
+        actors = [need for need in needs if kind_of(need).makes_actor]
+        return tuple(need for need in needs if need not in actors[:-1])
 
 
 def json_schema() -> dict[str, object]:
@@ -196,7 +223,7 @@ def json_schema() -> dict[str, object]:
     for model in (schema, *schema["$defs"].values()):
         for field in model["properties"].values():
             field["description"] = " ".join(field["description"].split())
-    required = schema.pop("required")
+    required = [name for name in schema.pop("required") if name != "data"]  # see _NEED_NO_DATA
     extends = {
         "type": "string",
         "minLength": 1,

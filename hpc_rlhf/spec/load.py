@@ -150,10 +150,19 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             problems.append(problem(f"data.split.{name}", f"leaves the {name} stage without data"))
     for name in spec.trained:
         problems += [problem(f"stages.{name}.{field}", what) for field, what in _check_evaluations(spec, name)]
+    needy = [*spec.shares, *([EVALUATION.name] if spec.evaluation else [])]
+    if needy and not spec.data.sources:
+        problems.append(
+            problem("data.sources", f"must not be empty: {' and '.join(needy)} need{'s' * (len(needy) == 1)} data")
+        )
     if spec.evaluation and spec.data.held_out == 0:
         problems.append(problem("data.held_out", f"leaves the {EVALUATION.name} stage without data"))
     paired = next((name for name in spec.stage_names if kind_of(name).data is Data.PAIRS), None)
-    if paired and all((source.row_format in _PAIRLESS or source.arithmetic) for source in spec.data.sources):
+    if (
+        paired
+        and spec.data.sources
+        and all((source.row_format in _PAIRLESS or source.arithmetic) for source in spec.data.sources)
+    ):
         what = f"none contains pairs of responses, which the {paired} stage trains on"
         problems.append(problem("data.sources", what))
     for path, source in spec.sources.items():
@@ -171,8 +180,9 @@ def _check_evaluations(spec: JobSpec, name: str) -> Iterator[tuple[str, str]]:
     assert isinstance(stage, TrainingSpec)
     if stage.eval_every is not None and not metrics:
         yield "eval_every", f"the {name} stage has no evaluations during training"
-    elif stage.eval_every is not None and spec.data.held_out == 0:
-        yield "eval_every", "needs held-out data, but data.held_out is 0"
+    elif stage.eval_every is not None and spec.held_out(name) == 0:
+        where = f"stages.{name}" if hasattr(stage, "held_out") else "data"
+        yield "eval_every", f"needs held-out data, but {where}.held_out is 0"
     if stage.keep_best is not None and stage.keep_best not in metrics:
         yield "keep_best", f"must be {' or '.join(metrics) or 'null'}, not {stage.keep_best}"
     elif stage.keep_best is not None and stage.eval_every is None:

@@ -20,7 +20,7 @@ _Resolve = Callable[[str, Path], str]  # of a text, and the folder at which a re
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_FILE = re.compile(r".*\.(json|jsonl|csv|parquet|arrow|gz|bz2|xz|zst)")
+_FILE = re.compile(r".*\.(json|jsonl|csv|parquet|arrow|txt|gz|bz2|xz|zst)")
 _IMAGE_FILE = re.compile(r".*\.(sif|sqsh|img)")
 
 
@@ -157,7 +157,12 @@ def _webhook(text: str, base: Path) -> str:
 _PATHS: tuple[tuple[tuple[str, ...], _Resolve], ...] = (
     (("run_dir",), _run_dir),
     (("data", "sources", "*", "path"), _local_or_hub),
-    *((("stages", kind.name, field, "path"), _local_or_hub) for kind in STAGE_KINDS for field in kind.sources),
+    *(
+        (("stages", kind.name, field, *several, "path"), _local_or_hub)
+        for kind in STAGE_KINDS
+        for field in kind.sources
+        for several in ((), ("*",))
+    ),
     (("models", "*"), _local_or_hub),
     (("stages", "*", "rewards", "*", "function"), _function),
     (("notify", "webhook", "url"), _webhook),

@@ -36,8 +36,9 @@ class SourceSpec(Model):
     """One source of training data."""
 
     path: PathText | None = None
-    """A dataset id on the hub, or a local file or folder (json, jsonl, csv, parquet or arrow, optionally compressed).
-    Write a folder as a path, such as ./my-data. It is read as datasets.load_dataset reads it: see split and subset."""
+    """A dataset id on the hub, or a local file or folder (json, jsonl, csv, parquet, arrow or txt, optionally
+    compressed). Write a folder as a path, such as ./my-data. It is read as datasets.load_dataset reads it: see split
+    and subset. A .txt file is a row with the column text; a longer one is a row for each MiB."""
     demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
     """Generate this many short dialogues, instead of reading a path."""
     arithmetic: Annotated[int, Field(ge=10, le=ARITHMETIC_PROBLEMS)] | None = None

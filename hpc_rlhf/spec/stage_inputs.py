@@ -6,8 +6,8 @@ from typing import Any
 
 from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.cluster import SIZE
-from hpc_rlhf.spec.job import JobSpec
-from hpc_rlhf.spec.stages import kind_of
+from hpc_rlhf.spec.job import FromScratch, JobSpec
+from hpc_rlhf.spec.stages import Data, kind_of
 
 
 def inputs(spec: JobSpec, stage: str) -> dict[str, Any]:
@@ -15,13 +15,17 @@ def inputs(spec: JobSpec, stage: str) -> dict[str, Any]:
     spec = reward_files.by_content(spec)
     stages = with_needs(spec, stage)
     models = {model for name in stages for model in kind_of(name).models}
-    return {
+    facts: dict[str, Any] = {
         "seed": spec.seed,
-        "data": spec.data.model_dump(mode="json"),
         "models": spec.models.model_dump(mode="json", include=models),
-        "trained": list(spec.trained),  # the prompts are divided among them
         "stages": {name: _settings(spec, name) for name in stages},
     }
+    # The tokenizer of a model from scratch is trained on all data.
+    from_data = isinstance(spec.models.actor, FromScratch) or any(kind_of(n).data is not Data.DOCUMENTS for n in stages)
+    if from_data:
+        facts["data"] = spec.data.model_dump(mode="json")
+        facts["trained"] = list(spec.trained)  # the prompts are divided among them
+    return facts
 
 
 def with_needs(spec: JobSpec, stage: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from hpc_rlhf.run.layout import RunDir, StageDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelRef
+from hpc_rlhf.spec.stages import Data, kind_of
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 from hpc_rlhf.train.checkpoint.checkpointer import Checkpointer
 from hpc_rlhf.train.checkpoint.schedule import CheckpointSchedule
@@ -91,7 +92,7 @@ class StageContext:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return self.spec.data.max_prompt_tokens + self.spec.data.max_answer_tokens
+        return self.spec.longest(self.stage)
 
     # Inputs
 
@@ -104,6 +105,9 @@ class StageContext:
         if isinstance(models.reward, str) and models.reward != models.actor and will_load_reward:
             actor = models.actor if isinstance(models.actor, str) else str(own)
             check_same_tokenizer(tokenizer, actor, models.reward)
+
+        if kind_of(self.stage).data is Data.DOCUMENTS:  # they end with the tokenizer's own EOS
+            return tokenizer
 
         def thinks() -> bool:
             return self.world.on_main(lambda: sources.thinks(self.spec))

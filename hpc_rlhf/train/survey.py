@@ -234,7 +234,7 @@ def _parts(spec: JobSpec) -> Iterator[Part]:
         counts = sources.new_counts(spec)
         yield f"stages.{stage}", stage, counts, sources.stage_samples(spec, stage, counts), kind_of(stage).data
     for path, source in spec.sources.items():
-        if not path.startswith("data."):
+        if not path.startswith("data.") and kind_of(path.split(".")[1]).data is not Data.DOCUMENTS:
             one = SourceCounts(source.name)
             yield path, None, [one], sources.mixed_samples(source, spec.seed, one), Data.ANSWERS
 

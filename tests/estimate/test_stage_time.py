@@ -14,6 +14,7 @@ from pyarrow.parquet import write_table
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.sample_counts import expected_samples
+from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times, stage_time
 from hpc_rlhf.estimate.step_time import MFU
 from hpc_rlhf.spec.job import JobSpec, ModelsSpec
@@ -167,6 +168,25 @@ def test_rows_of_local_files_are_counted_and_those_of_the_hub_are_unknown(tmp_pa
     time = stage_time(hub, "sft")
     assert (time.steps, time.seconds, time.attempts) == (None, None, None)
     assert time.per_thousand == pytest.approx(1000 / 8 * time.step_seconds)
+
+
+def test_pretraining_is_estimated_like_fine_tuning_on_sequences_of_its_own_length(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("word" * 512 * 160)
+    fields: dict[str, Any] = {"micro_batch": 8, "global_batch": 8}
+    text = {"sources": [{"path": str(tmp_path / "text.txt"), "format": "text"}], "held_out": 0.5}
+    slurm = {"gpu": "a100-80g", "gpus_per_node": 1}
+    spec = make_spec(
+        "/scratch/demo",
+        slurm,
+        pretrain={**fields, **text, "sequence_length": 512},
+        sft={**fields, "answer_only": False},
+    )
+    assert stage_time(spec, "pretrain").parts == stage_time(spec, "sft").parts
+    assert stage_memory(spec, "pretrain").held == stage_memory(spec, "sft").held
+    assert stage_time(spec, "pretrain").steps == 10
+    longer = make_spec("/scratch/demo", slurm, pretrain={**fields, **text, "sequence_length": 1024})
+    assert stage_time(longer, "pretrain").steps == 5
+    assert stage_memory(longer, "pretrain").held > stage_memory(spec, "pretrain").held
 
 
 def test_rows_are_counted_in_every_kind_of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

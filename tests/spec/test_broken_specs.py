@@ -251,11 +251,11 @@ def test_all_that_a_model_from_scratch_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
-        ("stages.ppo.zzz", "the nearest of 55 fields here are "),
+        ("stages.ppo.zzz", "the nearest of 57 fields here are "),
         ("zzz", "the nearest of 12 fields here are "),
-        ("stages.zzz", "the nearest of 6 fields here are sft, reward, ppo"),
+        ("stages.zzz", "the nearest of 7 fields here are sft, reward, pretrain"),
         ("kl_coef", "did you mean stages.ppo.kl_coef or stages.grpo.kl_coef?"),
-        ("slurm.micro_batch", "did you mean stages.sft.micro_batch or stages.reward.micro_batch or stages.ppo."),
+        ("slurm.micro_batch", "did you mean stages.pretrain.micro_batch or stages.sft.micro_batch or stages.reward."),
         ("stages.sft.learningRate", "did you mean lr?"),
         ("stages.ppo.max_length", "did you mean data.max_prompt_tokens"),
     ],

@@ -9,6 +9,7 @@ import pytest
 
 from hpc_rlhf.errors import SpecError
 from hpc_rlhf.spec.load import load_spec
+from hpc_rlhf.spec.stage_inputs import inputs
 from hpc_rlhf.spec.stages import GrpoSpec
 
 HEAD = "name: x\nrun_dir: run\nmodels: {actor: facebook/opt-125m}\n"
@@ -29,6 +30,12 @@ def write(folder: Path, text: str) -> Path:
         ("sft: {}, dpo: {}, ppo: {}, reward: {}", {"sft": (), "reward": (), "ppo": ("sft", "reward"), "dpo": ("sft",)}),
         ("grpo: {rewards: [{exact: answer}], group_size: 4}", {"grpo": ()}),
         ("ppo: {rewards: [{exact: answer}]}", {"ppo": ()}),
+        ("pretrain: {sources: [{demo: 90}]}, sft: {}", {"pretrain": (), "sft": ("pretrain",)}),
+        (
+            "pretrain: {sources: [{demo: 90}]}, sft: {}, reward: {}, ppo: {}, dpo: {}",
+            {"pretrain": (), "sft": ("pretrain",), "reward": ("pretrain",), "ppo": ("sft", "reward"), "dpo": ("sft",)},
+        ),
+        ("pretrain: {sources: [{demo: 90}]}, dpo: {}", {"pretrain": (), "dpo": ("pretrain",)}),
         (
             "reward: {}, grpo: {rewards: [{format: a}], group_size: 4}, ppo: {rewards: [{model: reward}, {format: a}]}",
             {"reward": (), "ppo": ("reward",), "grpo": ()},
@@ -51,6 +58,39 @@ def test_inputs_of_stages(tmp_path: Path, stages: str, needs: dict[str, tuple[st
 def test_dpo_needs_pairs(tmp_path: Path, data: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         load_spec(write(tmp_path, f"{data}\nstages: {{dpo: {{}}}}\n"))
+
+
+def test_a_reward_model_of_its_own_does_not_wait_for_pretraining(tmp_path: Path) -> None:
+    stages = "stages: {pretrain: {sources: [{demo: 90}]}, reward: {}}\n"
+    text = HEAD.replace("}", ", reward: facebook/opt-350m}") + PAIRS + stages
+    (tmp_path / "job.yaml").write_text(text)
+    assert load_spec(tmp_path / "job.yaml").needs("reward") == ()
+
+
+def test_pretraining_alone_needs_no_other_data(tmp_path: Path) -> None:
+    path = write(tmp_path, "stages: {pretrain: {sources: [{demo: 90}]}}\n")
+    assert load_spec(path).shares == {}
+    with pytest.raises(SpecError, match="data: is missing"):
+        load_spec(path, ["stages.sft={}"])
+    with pytest.raises(
+        SpecError, match=r"pretrain\.eval_every: needs held-out data, but stages\.pretrain\.held_out is 0"
+    ):
+        load_spec(path, ["stages.pretrain.held_out=0", "stages.pretrain.eval_every=5"])
+    (tmp_path / "chat.jsonl").write_text("")
+    with pytest.raises(SpecError, match="chat\\.jsonl needs format: text"):
+        load_spec(path, [f"stages.pretrain.sources=[{{path: {tmp_path}/chat.jsonl, format: hh}}]"])
+
+
+def test_what_pretraining_depends_on(tmp_path: Path) -> None:
+    """The data of later stages matter to a model from scratch only, whose tokenizer is trained on them."""
+    stages = "stages: {pretrain: {sources: [{demo: 90}]}, sft: {}}\n"
+    spec = load_spec(write(tmp_path, PAIRS + stages))
+    other = load_spec(write(tmp_path, PAIRS + stages), ["data.sources=[{demo: 200}]"])
+    assert inputs(spec, "pretrain") == inputs(other, "pretrain")
+    assert inputs(spec, "sft") != inputs(other, "sft")
+    scratch = ["models.actor={from_scratch: {model_type: llama, vocab_size: 300}}"]
+    spec, other = (load_spec(tmp_path / "job.yaml", [*scratch, *more]) for more in ([], ["data.sources=[{demo: 200}]"]))
+    assert inputs(spec, "pretrain") != inputs(other, "pretrain")
 
 
 def test_label_smoothing_is_below_a_half(tmp_path: Path) -> None:

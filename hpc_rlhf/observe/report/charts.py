@@ -36,7 +36,7 @@ class Chart:
     def to_dict(self) -> dict[str, object]:
         """What the page's script draws."""
         plot = {"title": self.plot.title, "unit": self.plot.unit, "log": self.plot.log}
-        dots = [label for label in self.lines if label == _HELD_OUT]
+        dots = [label for label in self.lines if label.startswith(_HELD_OUT)]
         return {**plot, "steps": self.steps, "lines": self.lines, "dots": dots}
 
 
@@ -60,20 +60,35 @@ def _make_chart(plot: Plot, rows: Sequence[Row], held_out: Sequence[Row]) -> Cha
     parts = {name: name.removeprefix(plot.parts) for name in sorted(named) if len(named) > 1}
     curves = {label: [_value(row, name) for row in rows] for name, label in {**plot.lines, **parts}.items()}
     curves = {label: values for label, values in curves.items() if set(values) - {None}}
-    measured = {row.step: _value(row, plot.held_out) for row in held_out if plot.held_out}
-    measured = {step: value for step, value in measured.items() if value is not None}
+    measured = _measured(plot, held_out)
     if not (curves or measured):
         return None
     points = {rows[index].step: index for index in thin(list(curves.values()))}
-    steps = sorted({*points, *measured})
+    steps = sorted({*points, *(step for values in measured.values() for step in values)})
     lines: dict[str, Values] = {
         label: [values[points[step]] if step in points else None for step in steps] for label, values in curves.items()
     }
     descriptions = [_describe(label, values) for label, values in curves.items()]
-    if measured:
-        lines[_HELD_OUT] = [measured.get(step) for step in steps]
-        descriptions.append(_describe(_HELD_OUT, [measured[step] for step in sorted(measured)]))
+    for label, values in measured.items():
+        lines[label] = [values.get(step) for step in steps]
+        descriptions.append(_describe(label, [values[step] for step in sorted(values)]))
     return Chart(plot, steps, lines, "; ".join(descriptions))
+
+
+def _measured(plot: Plot, held_out: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """The held-out measurements of a chart, by label and step: of the metric, and of its parts if there are several."""
+    if not plot.held_out:
+        return {}
+    prefix = f"{plot.held_out}/"
+    parts = sorted({name for row in held_out for name in row.values if name.startswith(prefix)})
+    labels = {plot.held_out: _HELD_OUT}
+    labels |= {name: f"{_HELD_OUT}, {name.removeprefix(prefix)}" for name in parts if len(parts) > 1}
+    measured = {}
+    for name, label in labels.items():
+        values = {row.step: _value(row, name) for row in held_out}
+        if known := {step: value for step, value in values.items() if value is not None}:
+            measured[label] = known
+    return measured
 
 
 def thin(curves: Sequence[Values]) -> list[int]:

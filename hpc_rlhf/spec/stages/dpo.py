@@ -39,7 +39,7 @@ DPO = StageKind(
     spec=DpoSpec,
     description="DPO: learn from pairs without a reward model and without sampling. It takes less memory "
     "and time than PPO, and only lr and beta need tuning; PPO can achieve more with a good reward model.",
-    inputs=("sft",),
+    inputs=("pretrain", "sft"),
     data=Data.PAIRS,
     progress=("loss", "accuracy"),
     ranking=("accuracy", "loss"),

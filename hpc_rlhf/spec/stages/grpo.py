@@ -93,7 +93,7 @@ GRPO = StageKind(
     description="GRPO, RLOO and their relatives: learn from rewards, such as those that check an answer, without a "
     "critic.",
     summary="GRPO: the actor responds several times to each prompt, rewards score the responses, the actor learns.",
-    inputs=("sft", "reward"),
+    inputs=("pretrain", "sft", "reward"),
     requires=("reward",),
     data=Data.PROMPTS,
     sources=("ptx",),

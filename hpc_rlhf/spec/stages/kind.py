@@ -17,11 +17,17 @@ class Data(Enum):
     PAIRS = "pairs of responses"
     PROMPTS = "prompts"  # each prompt once and never truncated; chosen responses are kept for comparison
     NONE = "data"  # no share of the prompts
+    DOCUMENTS = "documents of plain text"  # of sources of its own, and so no share of the prompts
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the stage takes a share of the run's prompts."""
+        return self not in (Data.NONE, Data.DOCUMENTS)
 
     @property
     def answers(self) -> tuple[str, ...]:
         """The columns with responses that a row has besides its prompt."""
-        if self is Data.NONE:
+        if not self.is_shared:
             return ()
         return ("chosen", "rejected") if self is Data.PAIRS else ("chosen",)
 
@@ -34,7 +40,8 @@ class Plot:
         title: heading of the chart.
         unit: label of its y axis.
         lines: metrics to draw, each with the label of its curve.
-        held_out: metric of the held-out measurements, drawn as dots.
+        held_out: metric of the held-out measurements, drawn as dots, as are its parts (metrics NAME/PART) if there are
+            several.
         parts: beginning of further metrics, which are drawn if there are several, under the rest of their names.
         log: the y axis is logarithmic.
     """
@@ -72,9 +79,9 @@ class StageKind:
         requires: those of ``inputs`` that must be in the run, unless the spec's ``models`` have a finished one.
         data: the data that it takes.
         share: its default share of the prompts.
-        sources: its fields that hold a data source of their own.
+        sources: its fields that hold a data source of their own, or several.
         models: the fields of the spec's ``models`` that affect its result.
-        makes: a policy (a model to chat with), a reward model, or a report on the other models.
+        makes: a base model, a policy (a model to chat with), a reward model, or a report on the other models.
         average: name of the moving average that it exports as a second model if its field ``ema`` is true.
         progress: metrics for progress lines and curves, the most important first; empty if every step measures
             something else.
@@ -97,7 +104,7 @@ class StageKind:
     share: float = 4
     sources: tuple[str, ...] = ()
     models: tuple[str, ...] = ("actor",)
-    makes: Literal["policy", "reward model", "report"] = "policy"
+    makes: Literal["base model", "policy", "reward model", "report"] = "policy"
     average: str | None = None
     progress: tuple[str, ...] = ("loss",)
     ranking: tuple[str, ...] = ("loss",)
@@ -124,3 +131,8 @@ class StageKind:
     @property
     def makes_policy(self) -> bool:
         return self.makes == "policy"
+
+    @property
+    def makes_actor(self) -> bool:
+        """Whether it makes a language model for later stages to start from."""
+        return self.makes in ("base model", "policy")

@@ -120,7 +120,7 @@ PPO = StageKind(
     description="PPO.",
     summary="PPO: the actor responds to prompts, the reward model scores the responses, the actor learns. "
     "Waits for both.",
-    inputs=("sft", "reward"),
+    inputs=("pretrain", "sft", "reward"),
     requires=("reward",),
     data=Data.PROMPTS,
     sources=("ptx",),

@@ -43,6 +43,7 @@ REWARD = StageKind(
     spec=RewardSpec,
     description="Reward model.",
     summary="The reward model learns from pairs which response is better. Runs in parallel with SFT.",
+    inputs=("pretrain",),
     data=Data.PAIRS,
     models=("actor", "reward"),
     makes="reward model",

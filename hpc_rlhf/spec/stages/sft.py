@@ -29,6 +29,7 @@ SFT = StageKind(
     spec=SftSpec,
     description="Supervised fine-tuning.",
     summary="Supervised fine-tuning of the actor on the chosen responses.",
+    inputs=("pretrain",),
     share=2,
     ranking=("perplexity", "loss"),
     held_out=("perplexity", "loss"),

@@ -17,15 +17,19 @@ from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.train.data.json_rows import Placed, read_json
 from hpc_rlhf.train.data.text_lines import numbered_lines, open_content
 
-_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_KINDS = {
+    ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text",
+}  # fmt: skip
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _BATCH = 256
+# Characters of a row of a text file, roughly.
+_TEXT_ROW = 2**20
 
 csv.field_size_limit(sys.maxsize)
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file is by its name without .gz and the like: json, csv, parquet or arrow; None if it shows nothing."""
+    """What a file is by its name without .gz and the like: json, csv, parquet, arrow or text; None if unknown."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _COMPRESSED]
     return _KINDS.get(suffixes[-1]) if suffixes else None
 
@@ -41,7 +45,7 @@ def read_rows(path: Path) -> Iterator[Placed]:
         raise HpcRlhfError(
             f"the name {path.name} does not show what kind of file it is",
             where=str(path),
-            hint="use .json, .jsonl, .csv, .parquet or .arrow, compressed or not",
+            hint="use .json, .jsonl, .csv, .parquet, .arrow or .txt, compressed or not",
         )
     try:
         if path.stat().st_size == 0:
@@ -85,6 +89,19 @@ def _csv(path: Path) -> Iterator[Placed]:
     except csv.Error as error:
         hint = 'put text with commas, quotes or line ends in quotes, and write " in it as ""'
         raise HpcRlhfError(f"the row is not valid csv: {error}", f"{path}:{first}", hint) from error
+
+
+def _text(path: Path) -> Iterator[Placed]:
+    """A text file as one row, or as rows of whole lines if it is long."""
+    first, lines, size = 1, list[str](), 0
+    for number, line in numbered_lines(path):
+        lines.append(line)
+        size += len(line)
+        if size >= _TEXT_ROW:
+            yield f"{path}:{first}", {"text": "".join(lines)}
+            first, lines, size = number + 1, [], 0
+    if lines:
+        yield f"{path}:{first}", {"text": "".join(lines)}
 
 
 def _parquet(path: Path) -> Iterator[Placed]:
@@ -144,4 +161,5 @@ _READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     "csv": _csv,
     "parquet": _parquet,
     "arrow": _arrow,
+    "text": _text,
 }

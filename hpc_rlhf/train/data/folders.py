@@ -46,7 +46,7 @@ def files_of(folder: Path, subset: str | None, split: str) -> list[Path]:
         folder, configs = folder / subset, []
     splits = _by_config(folder, configs, subset) if configs else _by_name(folder, _data_files(folder))
     if not splits:
-        hint = "data files end with .json, .jsonl, .csv, .parquet or .arrow, compressed or not"
+        hint = "data files end with .json, .jsonl, .csv, .parquet, .arrow or .txt, compressed or not"
         raise HpcRlhfError("the folder has no data files", where=str(folder), hint=hint)
     if split not in splits:
         hint = f"choose one of {', '.join(splits)}, or give the path of a file"
@@ -72,14 +72,16 @@ def unread_files(folder: Path) -> list[Path]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """All data files at any depth, without hidden ones and those that describe the data."""
+    """All data files at any depth, without hidden ones and those that describe the data; text files if there are no
+    others."""
     files = []
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
         hidden = any(part.startswith((".", "__")) for part in relative.parts[:-1]) or path.name.startswith(".")
         if not hidden and path.name not in _ABOUT_DATA and kind_of(path) is not None and path.is_file():
             files.append(path)
-    return sorted(files, key=str)
+    rows = [path for path in files if kind_of(path) != "text"]
+    return sorted(rows or files, key=str)
 
 
 def _by_name(folder: Path, files: Sequence[Path]) -> dict[str, list[Path]]:

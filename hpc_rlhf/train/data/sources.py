@@ -25,6 +25,9 @@ from hpc_rlhf.train.data.rows import Sample, transcript
 from hpc_rlhf.train.data.templates import END_OF_THINKING
 from hpc_rlhf.train.runtime import seeds
 
+# Characters of a source of documents that a tokenizer is trained on.
+_TOKENIZER_TEXT = 2**25
+
 
 def placed_rows(source: SourceSpec, seed: int) -> Iterator[Placed]:
     """The rows of a source, each after its place.
@@ -265,12 +268,26 @@ def nothing_for(stage: str, counts: Sequence[SourceCounts]) -> HpcRlhfError:
 
 
 def texts(spec: JobSpec) -> Iterator[str]:
-    """All text of the sources, to train a tokenizer on."""
+    """All text of the data, and the beginning of each source that a stage is pretrained on, to train a tokenizer on."""
     for source in spec.data.sources:
         for sample in read(source, spec.seed):
             yield sample.prompt + sample.chosen
             if sample.rejected:
                 yield sample.rejected
+    for stage in spec.stage_names:
+        if kind_of(stage).data is Data.DOCUMENTS:
+            for source in spec.stage(stage).sources:  # type: ignore[attr-defined]
+                yield from _beginning(source, spec.seed)
+
+
+def _beginning(source: SourceSpec, seed: int) -> Iterator[str]:
+    """The texts of the first ``_TOKENIZER_TEXT`` characters of a source."""
+    size = 0
+    for sample in read(source, seed):
+        size += len(sample.prompt + sample.chosen)
+        yield sample.prompt + sample.chosen
+        if size >= _TOKENIZER_TEXT:
+            return
 
 
 def thinks(spec: JobSpec) -> bool:

@@ -145,9 +145,9 @@ def check_fits(config: Any, tokenizer: Any, longest: int, source: str) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise HpcRlhfError(
-            f"the model takes {limit} tokens, but prompt and response may have {longest}",
+            f"the model takes {limit} tokens, but a sequence may have {longest}",
             where=source,
-            hint="lower data.max_prompt_tokens or data.max_answer_tokens",
+            hint="lower data.max_prompt_tokens or data.max_answer_tokens; in pretraining, sequence_length",
         )
 
 

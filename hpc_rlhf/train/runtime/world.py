@@ -160,26 +160,37 @@ class World:
     def on_main(self, make: Callable[[], T]) -> T:
         """Rank 0's result, on every rank, as ``gather`` returns values. WorkCancelled and user errors are raised on
         every rank, too."""
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = make()
-            except WorkCancelled:
-                outcome[1] = []
-            except HpcRlhfError as error:
-                outcome[1] = (error.message, error.where, error.hint, error.exit_code)
-            except Exception as error:
-                refused = file_system_error(error)
-                if refused is None:
-                    raise
-                hint = "fix it, or free some space, and run the stage again"
-                outcome[1] = (f"the file system refused: {refused}", socket.gethostname(), hint, RUN_FAILED)
-        outcome = messages.broadcast(outcome, self.control)
-        if outcome[1] == []:
-            raise WorkCancelled
-        if outcome[1] is not None:
-            raise HpcRlhfError(*outcome[1])
-        return outcome[0]
+        outcome = _outcome(make) if self.is_main else [None, None]
+        return _result(messages.broadcast(outcome, self.control))
+
+    def on_each(self, make: Callable[[], T]) -> list[T]:
+        """Every rank's result, in rank order, on every rank; errors as in ``on_main``."""
+        return [_result(outcome) for outcome in self.gather(_outcome(make))]
+
+
+def _outcome(make: Callable[[], Any]) -> list[Any]:
+    """What a function returns, or what it raises that every rank should raise."""
+    try:
+        return [make(), None]
+    except WorkCancelled:
+        return [None, []]
+    except HpcRlhfError as error:
+        return [None, (error.message, error.where, error.hint, error.exit_code)]
+    except Exception as error:
+        refused = file_system_error(error)
+        if refused is None:
+            raise
+        hint = "fix it, or free some space, and run the stage again"
+        return [None, (f"the file system refused: {refused}", socket.gethostname(), hint, RUN_FAILED)]
+
+
+def _result(outcome: list[Any]) -> Any:
+    result, error = outcome
+    if error == []:
+        raise WorkCancelled
+    if error is not None:
+        raise HpcRlhfError(*error)
+    return result
 
 
 def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT, secret: bytes = b"") -> World:

@@ -10,7 +10,7 @@ from typing import Any
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import fsync_path
-from hpc_rlhf.spec.stages import BASE
+from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import lora
@@ -20,9 +20,11 @@ from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 
 def start_actor(context: StageContext) -> str:
-    """Where to load the actor that later stages start from: the SFT stage's model, or what the spec names."""
-    if BASE.name in context.spec.needs(context.stage):
-        return str(context.run.stage(BASE.name).model)
+    """Where to load the language model that a stage starts from: the last one that an earlier stage has made, or the
+    one that the spec names."""
+    for need in context.spec.needs(context.stage):
+        if kind_of(need).makes_actor:
+            return str(context.run.stage(need).model)
     return context.start_model(context.spec.models.actor)
 
 

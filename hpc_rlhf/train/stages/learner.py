@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.arrow import Rows
 from hpc_rlhf.train.data.sampler import sample_at
-from hpc_rlhf.train.data.tokenized import StageData, token_lengths
+from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.ragged import Ragged, plan_step
 from hpc_rlhf.train.stages.held_out import HeldOut
@@ -47,7 +46,7 @@ def step_indices(context: StageContext, purpose: str, count: int, step: int) -> 
 
 
 def micro_batches(
-    context: StageContext, lengths: np.ndarray, indices: list[int], budget: int
+    context: StageContext, length_of: Callable[[int], int], indices: list[int], budget: int
 ) -> list[tuple[list[int], bool]]:
     """This rank's micro-batches of some rows, each with True if it is real.
 
@@ -55,11 +54,11 @@ def micro_batches(
     keeps ranks in sync.
 
     Args:
-        lengths: (rows,), tokens of each row.
+        length_of: tokens of a row.
         budget: tokens of a micro-batch, which holds as many whole sequences as fit.
     """
     world = context.world
-    plan = plan_step([int(lengths[i]) for i in indices], world.dims.data, budget)[world.data_rank]
+    plan = plan_step([int(length_of(i)) for i in indices], world.dims.data, budget)[world.data_rank]
     return [([indices[i] for i in chosen or [0]], bool(chosen)) for chosen in plan]
 
 
@@ -69,6 +68,24 @@ def pack_pairs(rows: list[Row], device: torch.device) -> tuple[Ragged, list[int]
     prompts = [row["prompt_ids"] for row in rows] * 2
     sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
     return Ragged.of(sequences, device), [len(response) for response in responses]
+
+
+class Samples(Protocol):
+    """Rows by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+
+class LearnedData(Protocol):
+    """What a model learns from, and what it is evaluated on."""
+
+    @property
+    def train(self) -> Samples: ...
+
+    @property
+    def held_out(self) -> Samples: ...
 
 
 @dataclass
@@ -89,7 +106,7 @@ class Learner:
 
     context: StageContext
     engine: Any
-    data: StageData
+    data: LearnedData
     total: int
     columns: tuple[str, ...]
     budget: int
@@ -100,7 +117,7 @@ class Learner:
     derived: Callable[[dict[str, float]], dict[str, float]] = lambda means: {}
 
     def __post_init__(self) -> None:
-        self.lengths = token_lengths(self.data.train, *self.columns)
+        self._length_of_train = self.length_of(self.data.train)
         samples = len(self.data.held_out)
         self.held_out = HeldOut(self.context, self.engine.module, self.total, samples, self.evaluate)
 
@@ -112,25 +129,37 @@ class Learner:
         engines.save(self.engine, snapshot, "engine", self.context.world)
         self.held_out.save(snapshot)
 
+    def length_of(self, rows: Samples) -> Callable[[int], int]:
+        """The tokens of each of some rows that go through the model."""
+        assert isinstance(rows, Rows)
+        lengths: Callable[[int], int] = token_lengths(rows, *self.columns).__getitem__
+        return lengths
+
+    def indices(self, step: int) -> list[int]:
+        """Which rows a step uses over all ranks."""
+        return step_indices(self.context, self.context.stage, len(self.data.train), step)
+
     def train(self, first: int, state: dict[str, Any]) -> None:
         """The optimizer steps from ``first`` on, with a safe point before and after each. Collective."""
-        context, rows = self.context, self.data.train
+        context = self.context
         for step in range(first, self.total):
             context.checkpoints.safe_point(step, self.save, state)
             self.held_out.after(step)
             context.reseed(step)
-            indices = step_indices(context, context.stage, len(rows), step)
-            values = self._step(indices)
+            values = self.step(self.indices(step))
             context.metrics.log(step + 1, self.total, "train", values)
         context.checkpoints.safe_point(self.total, self.save, state)
 
-    def _batches(self, rows: Rows, lengths: np.ndarray, indices: list[int]) -> list[tuple[list[Row], bool]]:
-        planned = micro_batches(self.context, lengths, indices, self.budget)
+    def batches(
+        self, rows: Samples, length_of: Callable[[int], int], indices: list[int]
+    ) -> list[tuple[list[Row], bool]]:
+        """This rank's micro-batches; see ``micro_batches``."""
+        planned = micro_batches(self.context, length_of, indices, self.budget)
         return [([rows[i] for i in chosen], real) for chosen, real in planned]
 
-    def _step(self, indices: list[int]) -> dict[str, float]:
+    def step(self, indices: list[int]) -> dict[str, float]:
         """An optimizer step on some rows; returns its metrics. Collective."""
-        batches = self._batches(self.data.train, self.lengths, indices)
+        batches = self.batches(self.data.train, self._length_of_train, indices)
         prepared = [self.prepare(rows) for rows, _ in batches]
         count, rate = self._count(indices, batches, self.learned_tokens), engines.learning_rate(self.engine)
         measured: list[Tensor] = []
@@ -160,14 +189,19 @@ class Learner:
         """The means of what is measured on the held-out rows; see ``Learner``. Collective."""
         rows = self.data.held_out
         indices = evaluated_rows(len(rows), self.context.spec.seed)
-        batches = self._batches(rows, token_lengths(rows, *self.columns), indices)
+        batches = self.batches(rows, self.length_of(rows), indices)
+        measured = self.measured(batches, lambda chosen: measure(chosen, *self.prepare(chosen))[1])
+        return self.means(measured, self._count(indices, batches, learned_tokens))
+
+    def measured(self, batches: list[tuple[list[Row], bool]], measure: Callable[[list[Row]], Tensor]) -> list[Tensor]:
+        """What is measured on each of this rank's micro-batches, without dropout; 0 for those that are not real."""
         self.engine.eval()
-        measured = []
+        sums = []
         for chosen, real in batches:
             self.context.stop.check("evaluation")
-            measured.append(measure(chosen, *self.prepare(chosen))[1] * real)
+            sums.append(measure(chosen) * real)
         self.engine.train()
-        return self.means(measured, self._count(indices, batches, learned_tokens))
+        return sums
 
     def _count(
         self, indices: list[int], batches: list[tuple[list[Row], bool]], learned_tokens: Callable[[Row], int] | None

@@ -16,7 +16,7 @@ from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.loading import check_fits, load_reward, loading
-from hpc_rlhf.train.stages.common import finish, prepare_model
+from hpc_rlhf.train.stages.common import finish, prepare_model, start_actor
 from hpc_rlhf.train.stages.learner import PAIRS, Learner, Row, pack_pairs
 
 
@@ -30,7 +30,8 @@ def run(context: StageContext) -> None:
     budget = 2 * context.batch.micro * context.longest
 
     # 2. Model.
-    source = context.start_model(context.spec.models.reward or context.spec.models.actor)
+    own = context.spec.models.reward
+    source = start_actor(context) if own is None else context.start_model(own)
     with loading(context.stop, context.ds_config):
         model = load_reward(source, context.dtype, context.spec.seed, spec.dropout)
     check_fits(model.classifier.config, context.tokenizer, context.longest, source)

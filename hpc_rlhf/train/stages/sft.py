@@ -20,7 +20,7 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.stages.common import finish, prepare_model
+from hpc_rlhf.train.stages.common import finish, prepare_model, start_actor
 from hpc_rlhf.train.stages.learner import RESPONSES, Learner, Row
 
 
@@ -34,7 +34,7 @@ def run(context: StageContext) -> None:
     budget = context.batch.micro * context.longest
 
     # 2. Model.
-    source = context.start_model(context.spec.models.actor)
+    source = start_actor(context)
     with loading(context.stop, context.ds_config):
         model = load_causal(source, context.dtype, spec.dropout)
     check_fits(model.config, context.tokenizer, context.longest, source)

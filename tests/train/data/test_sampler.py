@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from fractions import Fraction
+
 import pytest
 
-from hpc_rlhf.train.data.sampler import exchanged, sample_at, total_steps
+from hpc_rlhf.train.data.sampler import blended, exchanged, sample_at, shuffled, total_steps
 
 COUNT = 13
 
@@ -24,6 +28,36 @@ def test_a_position_is_a_pure_function_of_seed_and_purpose() -> None:
     assert [sample_at(p, COUNT, 1, "sft") for p in (59, 3, 40, 3)] == [whole[59], whole[3], whole[40], whole[3]]
     assert whole != stream(60, seed=2)
     assert whole != stream(60, purpose="ptx")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_a_computed_order_is_a_permutation_of_its_own_for_every_key(count: int) -> None:
+    orders = [[shuffled(place, count, 7, "text", turn) for place in range(count)] for turn in range(3)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert len(set(map(tuple, orders))) == (3 if count > 4 else len(set(map(tuple, orders))))
+
+
+def test_a_computed_order_has_every_item_everywhere_equally_often() -> None:
+    keys, count = 4000, 10
+    for place in (0, 9):
+        drawn = Counter(shuffled(place, count, key) for key in range(keys))
+        assert all(abs(drawn[item] - keys / count) < 5 * (keys / count) ** 0.5 for item in range(count))
+    triples = Counter(tuple(shuffled(place, 4, key) for place in range(3)) for key in range(12_000))
+    assert len(triples) == 24
+    assert max(triples.values()) - min(triples.values()) < 200
+
+
+def test_a_blend_is_every_source_spread_evenly() -> None:
+    draw = random.Random(1)
+    for _ in range(200):
+        counts = [draw.choice([0, 1, 2, 3, 7, 50, 100]) for _ in range(draw.randint(1, 6))] + [1]
+        places = sorted((Fraction(2 * j + 1, 2 * n), s, j) for s, n in enumerate(counts) for j in range(n))
+        blend = [blended(position, counts) for position in range(sum(counts))]
+        assert blend == [(source, item) for _, source, item in places]
+    share = Counter(source for source, _ in (blended(position, [900, 90, 10]) for position in range(100)))
+    assert share == {0: 90, 1: 9, 2: 1}
+    with pytest.raises(IndexError):
+        blended(3, [1, 2])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

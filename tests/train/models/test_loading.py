@@ -82,7 +82,7 @@ def test_tokens_must_fit_the_model(tokenizer: Any) -> None:
     with pytest.raises(HpcRlhfError, match=f"the model has 96 tokens, but the actor's tokenizer has {len(tokenizer)}"):
         check_fits(tiny.config("llama"), tokenizer, 64, "here")
     for kind in tiny.KINDS:
-        with pytest.raises(HpcRlhfError, match="takes 64 tokens, but prompt and response may have 65") as caught:
+        with pytest.raises(HpcRlhfError, match="takes 64 tokens, but a sequence may have 65") as caught:
             check_fits(tiny.config(kind, vocab_size=300), tokenizer, 65, "here")
         assert caught.value.where == "here"
 

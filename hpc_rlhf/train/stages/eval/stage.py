@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hpc_rlhf.spec.stages import BASE, POLICIES, Data, EvalSpec
+from hpc_rlhf.spec.stages import BASE, POLICIES, Data, EvalSpec, kind_of
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.checkpoint.store import Checkpoint
 from hpc_rlhf.train.context import StageContext
@@ -72,7 +72,9 @@ class Evaluation:
         sources = {model: str(run.stage(stage).model) for model, stage in policies.items() if model == stage}
         sources |= {model: str(run.stage(stage).ema_model) for model, stage in policies.items() if model != stage}
         if sources or BASE.name in self.trained:
-            sources["start"] = self.context.start_model(self.context.spec.models.actor)
+            pretrained = next((name for name in self.trained if kind_of(name).makes == "base model"), None)
+            actor = self.context.spec.models.actor
+            sources["start"] = str(run.stage(pretrained).model) if pretrained else self.context.start_model(actor)
         if BASE.name in self.trained:
             sources[BASE.name] = str(run.stage(BASE.name).model)
         return sources

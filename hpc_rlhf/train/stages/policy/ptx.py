@@ -44,7 +44,7 @@ def pretraining_mixture(context: StageContext, spec: PolicySpec) -> Mixture:
             stats["ptx_tokens"] += len(predicted) * real
             return -log_prob * (scale * real)
 
-        planned = micro_batches(context, lengths, indices, context.batch.micro * context.longest)
+        planned = micro_batches(context, lengths.__getitem__, indices, context.batch.micro * context.longest)
         return [partial(loss, *batch) for batch in planned]
 
     return losses
