@@ -94,23 +94,31 @@ def module_weights(model: nn.Module, prefix: str = "") -> list[ModuleWeights]:
 
 
 @contextmanager
-def whole(modules: Sequence[ModuleWeights]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Within it, all weights of the modules by their Hugging Face names. Collective if sharded or split."""
+def whole(modules: Sequence[ModuleWeights]) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Within it, all weights of the modules by their Hugging Face names.
+
+    Collective if sharded or split: every rank must iterate to the end.
+    """
     with gathered([p for module in modules for p in module.parameters]), torch.no_grad():
-        yield [weight for module in modules for weight in module.weights()]
+        yield (weight for module in modules for weight in module.weights())
 
 
-def full_weights(modules: Sequence[ModuleWeights]) -> Generator[tuple[str, Tensor], None, None]:
+def full_weights(
+    modules: Sequence[ModuleWeights], at_once: int = GATHERED_AT_ONCE
+) -> Generator[tuple[str, Tensor], None, None]:
     """Every weight of the modules by its Hugging Face name, whole and with adapters merged.
 
     Collective if sharded or split: every rank must iterate to the end. A tensor may be a
     view of the parameter and is valid only until the next one.
+
+    Args:
+        at_once: bytes gathered at the same time, at most, or those of a module that has more.
     """
     batch: list[ModuleWeights] = []
     size = 0
     for module in modules:
         own = full_bytes(module.parameters)
-        if batch and size + own > GATHERED_AT_ONCE:
+        if batch and size + own > at_once:
             with whole(batch) as weights:
                 yield from weights
             batch, size = [], 0

@@ -46,11 +46,10 @@ class Adapter:
         if not self.on:
             return self.frozen.detach()
         if self.averaged_update is not None:
-            update = self.averaged_update()
-        else:
-            left, right = self.factors(self.lora_a.float(), self.lora_b.float())
-            update = ((left @ right) * self.scale).view_as(self.frozen)
-        return (self.frozen.float() + update).to(self.frozen.dtype)
+            return (self.frozen + self.averaged_update()).to(self.frozen.dtype)
+        left, right = self.factors(self.lora_a.float(), self.lora_b.float())
+        update = (left @ right).mul_(self.scale).view_as(self.frozen)
+        return update.add_(self.frozen).to(self.frozen.dtype)
 
     def rows_of_update(self, lora_a: Tensor, lora_b: Tensor, first: int, end: int) -> Tensor:
         """Rows of the update, of one expert after another: (end - first, columns), float32."""

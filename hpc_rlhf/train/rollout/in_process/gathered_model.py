@@ -79,8 +79,9 @@ class GatheredModel:
     def join_forward(self) -> None:
         """Give this rank's shards to a forward pass of other ranks. Collective."""
         for layer in self.streamed:
-            with whole(layer):
-                pass
+            with whole(layer) as weights:
+                for _ in weights:
+                    pass
 
     @contextmanager
     def filled(self) -> Iterator[None]:

@@ -69,9 +69,10 @@ class VllmEngine:
         gpus = world.gather(_gpu())[world.rank - place :][: spec.tensor_parallel]
         if all(gpus) and len(set(gpus)) < spec.tensor_parallel:
             raise HpcRlhfError("each rank sees no GPU but its own", where, "use slurm.launcher: torchrun")
-        largest = max(full_bytes([p]) for module in module_weights(model) for p in module.parameters)
+        largest = max(full_bytes(module.parameters) for module in module_weights(model))
+        self._at_once = min(GATHERED_AT_ONCE, largest)
         self._start = partial(
-            Server, interpreter(spec), _arguments(model, spec, folder, longest), max(GATHERED_AT_ONCE, largest),
+            Server, interpreter(spec), _arguments(model, spec, folder, longest), largest,
             {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if all(gpus) else {},
         )  # fmt: skip
         self._server = None if place else self._start()
@@ -167,10 +168,11 @@ class VllmEngine:
             if stale:
                 self._on_server(Server.ask, "begin_weights")
             self._settle(bool)
-            with closing(full_weights(module_weights(self.model))) as weights:
+            with closing(full_weights(module_weights(self.model), self._at_once)) as weights:
                 for name, tensor in weights:
                     if stale:
                         self._on_server(Server.pass_weight, name, tensor)
+                    del tensor  # the next are gathered in its place
             if stale:
                 self._on_server(Server.end_weights, self.version)
             self._settle(bool)
