@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_rlhf.train.models import cpu_kernels, structure
+from hpc_rlhf.train.models import cpu_kernels, structure, varlen
 
 NAME = "hpc_rlhf_packed"
 
@@ -100,6 +100,8 @@ def _packed(
     query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], dropout: float,
     scaling: float | None, window: int | None,
 ) -> Tensor:  # fmt: skip
+    if varlen.supports(query, key, value, dropout):
+        return varlen.attention(query, key, value, lengths, scaling, window)
     groups = query.shape[1] // key.shape[1]
     key, value = _shared(key, groups), _shared(value, groups)
     sizes = list(lengths)
