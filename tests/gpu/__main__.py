@@ -14,14 +14,24 @@ from typing import Any
 import torch
 
 from hpc_rlhf.launch.local.environment import free_port
+from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 
 CHECKOUT = Path(__file__).parents[2]
 # Seconds for all checks together.
 BUDGET = 460.0
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/train/rollout"]
+PYTEST = [
+    sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/train/rollout",
+    "tests/train/models/test_varlen.py",
+]  # fmt: skip
+# How each figure of a side is shown.
+FIGURES = {
+    "rate": "{:,.0f} tokens/s", "ms": "{:.2f} ms", "error": "largest error {:.1e}", "mfu": "MFU {:.1%}",
+    "bandwidth_share": "{:.0%} of the memory bandwidth while decoding", "sync_seconds": "weight sync {:.2f} s",
+    "peak_gib": "{:.1f} GiB",
+}  # fmt: skip
 
 
-def run(name: str, command: list[str], log: Path, deadline: float) -> tuple[str, str]:
+def run(command: list[str], log: Path, deadline: float) -> tuple[str, str]:
     """Run a check's command; returns its outcome (``ok``, ``FAILED`` or ``skipped``) and the last line it printed."""
     environment = {**os.environ, "MASTER_PORT": str(free_port()), "TOKENIZERS_PARALLELISM": "false"}
     with log.open("w") as file:
@@ -36,25 +46,23 @@ def run(name: str, command: list[str], log: Path, deadline: float) -> tuple[str,
     last = lines[-1] if lines else "no output"
     if code:
         return "FAILED", f"{last} (exit {code}; see {log.name})"
-    return ("ok" if name != "tests" or "passed" in last else "skipped"), last
+    return ("skipped" if "skipped" in last and "passed" not in last else "ok"), last
 
 
 def rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """The measured figures as lines of the table."""
-    table = []
-    for phase, unit in (("rollout", "tokens/s"), ("training", "tokens/s")):
-        for side, figures in results.get(phase, {}).items():
-            text = f"{figures['rate']:,.0f} {unit}, {figures['peak_gib']:.1f} GiB"
-            if "mfu" in figures:
-                text += f", MFU {figures['mfu']:.1%} of {results['peak_tflops']:.0f} TFLOP/s"
-            table.append((f"{phase}, {side}", text))
-    return table
+    return [
+        (f"{phase}, {side}", ", ".join(text.format(made[name]) for name, text in FIGURES.items() if name in made))
+        for phase in ("attention", "rollout", "training")
+        for side, made in results.get(phase, {}).items()
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scale", choices=("full", "tiny"), default="full")
+    parser.add_argument("--vllm", default=interpreter(RolloutSpec(engine="vllm")), help="vLLM's Python")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -64,19 +72,22 @@ def main() -> None:
         "tests": PYTEST,
         "speed": [sys.executable, "-m", "tests.gpu.speed", *common],
         "chain": [sys.executable, "-m", "tests.gpu.chain", *common],
+        "vllm": [sys.executable, "-m", "tests.gpu.vllm_rollouts", *common, "--python", options.vllm],
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     results: dict[str, Any] = {"device": device, "torch": torch.__version__, "checks": {}}
     table = [("device", f"{device}, torch {torch.__version__}")]
     for name, command in commands.items():
         started = time.monotonic()
-        outcome, detail = run(name, command, out / f"{name}.log", deadline)
+        outcome, detail = run(command, out / f"{name}.log", deadline)
         seconds = round(time.monotonic() - started, 1)
         results["checks"][name] = {"outcome": outcome, "detail": detail, "seconds": seconds}
         table.append((name, f"{outcome} in {seconds:.0f} s: {detail}"))
         figures = out / f"{name}.json"
-        if figures.exists():
-            results |= json.loads(figures.read_text())
+        for key, value in json.loads(figures.read_text()).items() if figures.exists() else ():
+            results[key] = {**results.get(key, {}), **value} if isinstance(value, dict) else value
+    if "peak_tflops" in results:
+        table.append(("limits", f"{results['peak_tflops']:.3g} TFLOP/s in bf16, {results['bandwidth_tb_s']:.3g} TB/s"))
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print()
     for name, text in table + rows(results):
