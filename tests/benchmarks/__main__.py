@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hpc_rlhf.launch.local.environment import free_port
+from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 from tests.benchmarks.workload import precision
 
 OUT = Path("bench.json")
@@ -73,6 +74,7 @@ ROLLOUT = (
     Side("HybridEngineRollout", "rollouts", "hybrid-engine"),
     Side("generate", "rollouts", "generate"),
 )
+VLLM = Side("vLLM", "rollouts", "vllm")
 CASES = (
     Case("SFT, 8 samples a step", SFT_8, 8, {"full": 30, "short": 15}, warm_up=30),
     Case("SFT, 24 samples a step", SFT_24, 24, {"full": 15, "short": 8}, warm_up=15),
@@ -85,6 +87,7 @@ CASES = (
     Case("Reward model, 8 pairs a step", REWARD, 8, {"full": 5, "short": 3}, warm_up=3, shape="12 x 768"),
     Case("PPO, 8 samples a step", PPO, 8, {"full": 4, "short": 2}, warm_up=2, shape="12 x 768"),
     Case("GRPO, 32 responses a step", GRPO, 32, {"full": 3, "short": 2}, warm_up=1, shape="12 x 768"),
+    Case("Rollout, 64 prompts", (ROLLOUT[0], VLLM, ROLLOUT[2]), 64, {"full": 2, "short": 1}, 2, "12 x 768"),
 )
 
 
@@ -217,8 +220,12 @@ def _workload(work: Path, shape: str) -> Path:
     return folder
 
 
-def _distinct(sides: tuple[Side, ...]) -> tuple[Side, ...]:
-    """Without TRL in float32 where all sides are."""
+def _possible(sides: tuple[Side, ...]) -> tuple[Side, ...]:
+    """Without vLLM where it is not installed, and without TRL in float32 where all sides are."""
+    python = interpreter(RolloutSpec(engine="vllm"))
+    if VLLM in sides and not os.path.exists(python):
+        print(f"NO VLLM: there is no {python}; make install-vllm makes it. Its rollouts are left out.", flush=True)
+        sides = tuple(side for side in sides if side is not VLLM)
     return sides if precision() == "bf16" else tuple(side for side in sides if side not in TRL_FP32.values())
 
 
@@ -251,7 +258,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         work = Path(folder)
         for case in CASES:
-            case = replace(case, ranks=min(case.ranks, gpus or case.ranks), sides=_distinct(case.sides))
+            case = replace(case, ranks=min(case.ranks, gpus or case.ranks), sides=_possible(case.sides))
             try:
                 lines += compared(case, measure(case, _workload(work, case.shape), length, failures))
             except SideFailed as failure:

@@ -21,6 +21,19 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def _of_children() -> tuple[float, float]:
+    """CPU seconds of the processes that this one has started, and the sum of their peaks of resident memory, MiB."""
+    import psutil
+
+    cpu = mib = 0.0
+    for child in psutil.Process().children(recursive=True):
+        times = child.cpu_times()
+        cpu += times.user + times.system
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        mib += int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    return cpu, mib
+
+
 def _device() -> str:
     import torch
 
@@ -54,9 +67,14 @@ class Result:
 
 
 class Clock:
-    """Records wall-clock time, CPU time and peak memory at the end of each step."""
+    """Records wall-clock time, CPU time and peak memory at the end of each step.
 
-    def __init__(self) -> None:
+    Args:
+        children: count the CPU time and memory of this process's children as well.
+    """
+
+    def __init__(self, children: bool = False) -> None:
+        self.children = children
         self.ends: list[float] = []
         self.worked: list[float] = []
         self.peak_mib = 0.0
@@ -67,8 +85,9 @@ class Clock:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
-        self.worked.append(time.process_time())
-        self.peak_mib = _peak_mib()
+        cpu, mib = _of_children() if self.children else (0.0, 0.0)
+        self.worked.append(time.process_time() + cpu)
+        self.peak_mib = _peak_mib() + mib
 
     def result(self, warm_up: int, samples: int, tokens: int, dtype: object, **facts: float | None) -> Result:
         """The result of the timed steps.

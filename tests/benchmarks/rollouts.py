@@ -1,4 +1,4 @@
-"""Rollouts of a model sharded by ZeRO-3: ours, DeepSpeed's, and transformers' generate."""
+"""Rollouts of a model sharded by ZeRO-3: by our engine, by vLLM, by DeepSpeed and by transformers' generate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import torch
 
 from hpc_rlhf.rank import exit_after
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import load_causal, sharded_loading
 from hpc_rlhf.train.rollout.backend import GenerationRequest
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
+from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
 from hpc_rlhf.train.runtime.world import World, join, leave
 from tests.benchmarks import workload
 from tests.benchmarks.measure import Clock, Result, main
@@ -69,10 +71,15 @@ class Sharded:
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         return torch.tensor(ids, device=self.world.device), torch.tensor(mask, device=self.world.device)
 
+    def request(self, prompts: list[list[int]], step: int) -> GenerationRequest:
+        keys: list[tuple[object, ...]] = [(step, self.world.rank, row) for row in range(len(prompts))]
+        eos = self.tokenizer.eos_token_id
+        return GenerationRequest(prompts, workload.ANSWER, eos, keys=keys, max_batch=len(prompts))
 
-def _timed(options: Namespace, sharded: Sharded, roll_out: Any) -> Result:
+
+def _timed(options: Namespace, sharded: Sharded, roll_out: Any, children: bool = False) -> Result:
     """Args: roll_out: takes prompts and the number of the rollout; returns the number of generated tokens."""
-    clock, tokens = Clock(), 0
+    clock, tokens = Clock(children), 0
     for step, prompts in enumerate(sharded.prompts):
         made = roll_out(prompts, step)
         sharded.world.barrier()
@@ -95,13 +102,26 @@ def ours(options: Namespace) -> Result:
     rollouts = RolloutEngine(sharded.model, sharded.world)
 
     def roll_out(prompts: list[list[int]], step: int) -> int:
-        keys: list[tuple[object, ...]] = [(step, sharded.world.rank, row) for row in range(len(prompts))]
-        request = GenerationRequest(
-            prompts, workload.ANSWER, sharded.tokenizer.eos_token_id, keys=keys, max_batch=len(prompts)
-        )
-        return sum(rollouts.generate(request).response_lengths)
+        return sum(rollouts.generate(sharded.request(prompts, step)).response_lengths)
 
     return _timed(options, sharded, roll_out)
+
+
+def vllm(options: Namespace) -> Result:
+    """Each rollout includes the sync of the weights, as in a stage."""
+    sharded = Sharded.load(options, ours=True)
+    longest = workload.PROMPT + workload.ANSWER
+    rollouts = VllmEngine(
+        sharded.model, sharded.world, RolloutSpec(engine="vllm"), options.run / "vllm", longest, "bench", "rollout"
+    )
+
+    def roll_out(prompts: list[list[int]], step: int) -> int:
+        rollouts.sync_weights(sharded.model)
+        return sum(rollouts.generate(sharded.request(prompts, step)).response_lengths)
+
+    result = _timed(options, sharded, roll_out, children=True)
+    rollouts.close()
+    return result
 
 
 def hybrid_engine(options: Namespace) -> Result:
@@ -137,4 +157,4 @@ def generate(options: Namespace) -> Result:
 
 
 if __name__ == "__main__":
-    exit_after(lambda: main({"ours": ours, "hybrid-engine": hybrid_engine, "generate": generate}))
+    exit_after(lambda: main({"ours": ours, "vllm": vllm, "hybrid-engine": hybrid_engine, "generate": generate}))
