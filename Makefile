@@ -81,6 +81,7 @@ test-fast: .venv/.installed-dev  ## Run the tests that need no Slurm, no trainin
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m $(FAST) $(TESTS)
 
 test-vllm: .venv/.installed-dev install-vllm  ## Run all tests of vLLM; make test runs a few where it is installed
+	scripts/install-slurm.sh
 	OMP_NUM_THREADS=1 HPC_RLHF_REQUIRE_VLLM=1 $(BIN)/pytest -k vllm $(TESTS)
 
 coverage: .venv/.installed-dev  ## Measure the coverage of test-fast and enforce its floor

@@ -92,16 +92,18 @@ class Chain(Watched):
     # Waiting --------------------------------------------------------------------------------------
 
     def wait_step(self, stage: str, step: int) -> None:
-        self._wait(stage, lambda: max(self.steps(stage), default=0) >= step, f"{stage} is at step {step}")
+        self.wait(stage, lambda: max(self.steps(stage), default=0) >= step, f"{stage} is at step {step}")
 
-    def wait_done(self, stage: str) -> None:
-        self._wait(stage, lambda: self.is_done(stage), f"{stage} is done")
+    def wait_done(self, stage: str, seconds: float = STAGE_SECONDS) -> None:
+        self.wait(stage, lambda: self.is_done(stage), f"{stage} is done", seconds=seconds)
 
     def wait_event(self, event: str, stage: str) -> Any:
-        self._wait(stage, lambda: self.events(event, stage), f"the ledger has {event} for {stage}", event)
+        self.wait(stage, lambda: self.events(event, stage), f"the ledger has {event} for {stage}", event)
         return self.events(event, stage)[-1]
 
-    def _wait(self, stage: str, holds: Callable[[], object], what: str, event: str = "") -> None:
+    def wait(
+        self, stage: str, holds: Callable[[], object], what: str, event: str = "", seconds: float = STAGE_SECONDS
+    ) -> None:
         """Wait, but give up once it can no longer happen; the error shows logs and queue."""
 
         def holds_or_impossible() -> bool:
@@ -118,7 +120,7 @@ class Chain(Watched):
             return False
 
         try:
-            wait_until(holds_or_impossible, STAGE_SECONDS, what, every=0.1)
+            wait_until(holds_or_impossible, seconds, what, every=0.1)
         except ClusterError as error:
             queue = self.cluster.run("squeue", "--format=%i %j %T %r").stdout
             raise ClusterError(f"{error}\n{queue}\n{self.run.ledger.read_text()}\n{self.log_tails(stage)}") from None

@@ -28,6 +28,12 @@ class Process:
     def alive(self) -> bool:
         return Process.of(self.pid) == self
 
+    @property
+    def session(self) -> int:
+        """The process that leads its session; 0 once it is gone."""
+        fields = _stat(self.pid)
+        return int(fields[3]) if fields is not None and self.alive else 0
+
     def environ(self) -> set[str]:
         """The NAME=VALUE pairs it was started with; empty where they cannot be read."""
         return set(_read(self.pid, "environ").split("\0"))

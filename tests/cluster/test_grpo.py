@@ -11,53 +11,15 @@ from hpc_rlhf.run import manifest
 from tests.cluster import Cluster, config, wait_until
 from tests.cluster.chain import STAGE_SECONDS, Chain
 from tests.cluster.cluster import CHECKOUT, SUCCEEDED
+from tests.cluster.pauses import Pauses
 
 STEPS = 8
-PLACES = ("roll_out", "score", "learn")
+# Among the tokens of the rollout, after the rewards, and before the third of four optimizer steps.
+PLACES = {"roll_out": 3, "score": 1, "learn": 3}
 GRPO = {
     **{"max_steps": STEPS, "lr": 1e-3, "micro_batch": 4, "global_batch": 16, "minibatches": 2, "num_iterations": 2},
     **{"group_size": 4, "kl_coef": 0.1, "precision": "fp32", "rewards": [{"format": ".*[aeiou]"}]},
 }
-# In a job's first attempts, one after the other, makes its ranks wait for a signal to stop in the third step: among the
-# tokens of the rollout, after the rewards, and before the third of four optimizer steps.
-PAUSES = """
-import os, pathlib, sys, threading, time
-
-PLACE = dict(enumerate({places})).get(int(os.environ.get("SLURM_RESTART_COUNT", 0)))
-
-def pausing(trainer, call, at):
-    count = 0
-    def paused(*args):
-        nonlocal count
-        result, count = call(*args), count + 1
-        if count == at:
-            pathlib.Path(__file__).with_name(f"{{PLACE}}-{{os.environ['SLURM_PROCID']}}").touch()
-            while not trainer.check.__self__.flag.code:
-                time.sleep(0.05)
-        return result
-    return paused
-
-def patch():
-    module = "hpc_rlhf.train.stages.policy.trainer"
-    while not hasattr(sys.modules.get(module), "as_tensor"):  # its last line
-        time.sleep(0.001)
-    policy, count = sys.modules[module].PolicyTrainer, 0
-    method = getattr(policy, PLACE)
-
-    def patched(trainer, *args):
-        nonlocal count
-        count += 1
-        if count == 3 and PLACE == "score":
-            return pausing(trainer, method, 1)(trainer, *args)
-        if count == 3:  # the third argument is called at every token, or before every optimizer step
-            args = (*args[:2], pausing(trainer, args[2], 3), *args[3:])
-        return method(trainer, *args)
-
-    setattr(policy, PLACE, patched)
-
-if "SLURM_PROCID" in os.environ and PLACE:
-    threading.Thread(target=patch, daemon=True).start()
-"""
 
 
 def grpo(cluster: Cluster, folder: Path, node: str, **slurm: object) -> Chain:
@@ -68,22 +30,16 @@ def grpo(cluster: Cluster, folder: Path, node: str, **slurm: object) -> Chain:
     return Chain(cluster, CHECKOUT / "tests/cluster/jobs/chain.yaml", folder / "run", sets)
 
 
-def both_wait(folder: Path, place: str) -> bool:
-    return all((folder / f"{place}-{rank}").exists() for rank in range(2))
-
-
 def test_preemptions_anywhere_in_a_step_change_no_weight(idle_cluster: Cluster, tmp_path: Path) -> None:
-    site = tmp_path / "site/sitecustomize.py"
-    site.parent.mkdir()
-    site.write_text(PAUSES.format(places=PLACES))
+    pauses = Pauses(tmp_path / "site", PLACES, ranks=2)
     peace = grpo(idle_cluster, tmp_path / "peace", "node1", partition="gpu")
-    setup = ["export OMP_NUM_THREADS=1", f"export PYTHONPATH={site.parent}"]
+    setup = ["export OMP_NUM_THREADS=1", f"export PYTHONPATH={pauses.folder}"]
     struck = grpo(idle_cluster, tmp_path / "struck", "node2", partition="low", setup=setup)
     for chain in (peace, struck):
         chain.submit()
     whole = ("--nodelist=node2", f"--gpus-per-node={config.GPUS}")
     for place in PLACES:
-        wait_until(partial(both_wait, site.parent, place), STAGE_SECONDS, f"both ranks wait in {place}")
+        wait_until(partial(pauses.all_wait, place), STAGE_SECONDS, f"both ranks wait in {place}")
         idle_cluster.sbatch("--partition=high", *whole, "--output=/dev/null", "--wrap=true")
     for chain in (peace, struck):
         chain.wait_done("grpo")

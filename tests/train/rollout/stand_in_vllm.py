@@ -17,6 +17,20 @@ from typing import Any
 
 from hpc_rlhf.train.rollout.vllm.inside.hpc_rlhf_vllm import Connection
 
+CHECKOUT = Path(__file__).parents[3]
+
+
+def interpreter(folder: Path, behaviour: str) -> str:
+    """A stand-in for vLLM's Python."""
+    script = folder / "python"
+    module = "tests.train.rollout.stand_in_vllm"
+    script.write_text(
+        f"#!/bin/sh\nunset PYTHONSAFEPATH; export PYTHONPATH={CHECKOUT}\n"
+        f'exec {sys.executable} -m {module} {behaviour} "$@"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
 
 def main(behaviour: str, connection: Connection) -> None:
     """Behave so; with ``-once``, only the first of the servers of a folder does."""

@@ -19,22 +19,11 @@ from hpc_rlhf.train.rollout.vllm import server
 from hpc_rlhf.train.rollout.vllm.engine import RESTARTS, VllmEngine
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
+from tests.train.rollout.stand_in_vllm import interpreter
 from tests.train.worlds import on_ranks
 
 CHECKOUT = Path(__file__).parents[3]
 GREEDY = GenerationRequest([[7, 8], [9], [7, 8]], 3, tiny.EOS, Sampling(greedy=True))
-
-
-def interpreter(folder: Path, behaviour: str) -> str:
-    """A stand-in for vLLM's Python."""
-    script = folder / "python"
-    module = "tests.train.rollout.stand_in_vllm"
-    script.write_text(
-        f"#!/bin/sh\nunset PYTHONSAFEPATH; export PYTHONPATH={CHECKOUT}\n"
-        f'exec {sys.executable} -m {module} {behaviour} "$@"\n'
-    )
-    script.chmod(0o755)
-    return str(script)
 
 
 def engine(folder: Path, world: World, behaviour: str, tensor_parallel: int = 1, **more: Any) -> VllmEngine:
