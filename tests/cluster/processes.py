@@ -29,10 +29,18 @@ class Process:
         return Process.of(self.pid) == self
 
     @property
+    def parent(self) -> int:
+        """The process id of its parent; 0 once it is gone."""
+        return self._number(1)
+
+    @property
     def session(self) -> int:
-        """The process that leads its session; 0 once it is gone."""
+        """The process id of the leader of its session; 0 once it is gone."""
+        return self._number(3)
+
+    def _number(self, field: int) -> int:
         fields = _stat(self.pid)
-        return int(fields[3]) if fields is not None and self.alive else 0
+        return int(fields[field]) if fields is not None and int(fields[19]) == self.started else 0
 
     def environ(self) -> set[str]:
         """The NAME=VALUE pairs it was started with; empty where they cannot be read."""

@@ -29,7 +29,8 @@ PLACES = {"roll_out": 1, "learn": 3}
 SECONDS = 1200
 SHARED: dict[str, Any] = {
     "max_steps": STEPS, "checkpoint_every": 1000, "micro_batch": 4, "global_batch": 16, "minibatches": 2,
-    "precision": "fp32", "rewards": [{"format": ".*[aeiou]"}], "rollout": {"engine": "vllm", "tensor_parallel": 2},
+    "precision": "fp32", "rewards": [{"format": ".*[aeiou]"}],
+    "rollout": {"engine": "vllm", "tensor_parallel": 2, "args": {"num_gpu_blocks_override": 64}},
 }  # fmt: skip
 STAGES: dict[str, dict[str, Any]] = {
     "ppo": {**SHARED, "actor_lr": 1e-3, "critic_lr": 1e-3},

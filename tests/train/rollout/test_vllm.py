@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
 from hpc_rlhf.train.runtime.world import World
+from tests.cluster import wait_until
+from tests.cluster.processes import find
 from tests.demos import short_grpo
 from tests.train import tiny
 
@@ -152,6 +156,22 @@ def test_a_server_with_stale_weights_refuses_and_is_started_again(
     assert engine.generate(request).responses == responses
     assert engine.restarts == 1
     assert "they are stale; it starts again" in capfd.readouterr().err
+
+
+@pytest.mark.vllm
+def test_workers_end_with_their_engine_when_all_that_keeps_them_is_killed(world: World, tmp_path: Path) -> None:
+    """Workers may then be in an operation that never ends, and so do not react to anything."""
+    model, spec = tiny.causal("llama", **SIZES["llama"]), RolloutSpec(engine="vllm", tensor_parallel=2)
+    backend = VllmEngine(model, world, spec, tmp_path, 32, "attempt", "stages.grpo.rollout")
+    backend.sync_weights(model)
+    (keeper,) = find(lambda each: each.session == each.pid and each.parent == os.getpid())
+    workers = find(lambda each: each.session == keeper.pid and "VLLM::Worker" in each.command())
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+    keeper.kill()
+    wait_until(lambda: not find(lambda each: each.session == keeper.pid), 30, "all processes of the server have ended")
+    backend.close()
 
 
 @pytest.mark.vllm

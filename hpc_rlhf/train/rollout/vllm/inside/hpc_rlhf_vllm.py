@@ -7,10 +7,13 @@ socket that it inherits; see ``hpc_rlhf/train/rollout/vllm/server.py`` for the m
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
+import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -19,6 +22,7 @@ from typing import Any
 
 # Seconds between two signs of life during a rollout.
 PROGRESS_SECONDS = 1.0
+_PR_SET_PDEATHSIG = 1
 
 
 class Weights:
@@ -201,6 +205,18 @@ def main(connection: Connection, memory: int) -> None:
         connection.send({"done": getattr(engine, message.pop("do"))(**message)})
 
 
+def _end_with_the_engine() -> None:
+    """Let one of vLLM's workers end when its engine does, even if that was killed together with the process that keeps
+    both. Otherwise it may wait for another worker in an operation that never ends."""
+    engine = multiprocessing.parent_process()
+    if engine is not None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != engine.pid:  # it has ended already
+            os._exit(1)
+
+
+if __name__ == "hpc_rlhf_vllm":  # imported for ``Weights``
+    _end_with_the_engine()
 if __name__ == "__main__":
     connection = Connection(socket.socket(fileno=int(sys.argv[1])))
     connection.socket.set_inheritable(False)
