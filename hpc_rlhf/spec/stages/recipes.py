@@ -55,10 +55,10 @@ _REWARD = {"epochs": 1, "lr": 5e-5, "weight_decay": 0.1, "zero": 0}
 # --critic_learning_rate of all scripts in STEP3, and --actor_learning_rate of those without adapters.
 _PPO_FULL = {"epochs": 1, "actor_lr": 9.65e-6, "critic_lr": 5e-6}
 _PPO_LORA = {"epochs": 1, "actor_lr": _LORA_RATE, "critic_lr": 5e-6}
-# vLLM needs the new weights for every rollout, so a rollout serves several optimizer steps: here, with the scripts' 256
-# samples a step, it has the 1,024 responses with which DeepSpeed-Chat's published times were measured
-# (blogs/deepspeed-chat of github.com/microsoft/DeepSpeed). The layout is the fastest by `plan` that also fits 40 GB.
-_VLLM_66B = {"minibatches": 4, "rollout": {"engine": "vllm", "tensor_parallel": 8, "gpu_memory": 0.5}}
+# vLLM needs the new weights for every rollout, so a rollout serves two optimizer steps of 512 samples: it has the 1,024
+# with which DeepSpeed-Chat's published times were measured (blogs/deepspeed-chat of github.com/microsoft/DeepSpeed; the
+# script has micro-batches of 4, and so 256). The layout is the fastest by `plan` that also fits GPUs of 40 GB.
+_VLLM_66B = {"micro_batch": 8, "minibatches": 2, "rollout": {"engine": "vllm", "tensor_parallel": 8, "gpu_memory": 0.5}}
 # Rollouts of 256 responses (N+ has 512, see `_of_today`), in the layout that is fastest by `plan`.
 _VLLM_8B = {"minibatches": 8, "rollout": {"engine": "vllm", "tensor_parallel": 4}}
 # --gradient_checkpointing of STEP1, --actor_gradient_checkpointing of STEP3; ours also covers the critic.
@@ -121,7 +121,7 @@ RECIPES = (
             "reward": {**_REWARD, "micro_batch": 2},
             # STEP3/multi_node/run_66b.sh
             "ppo": {
-                **_PPO_LORA, "micro_batch": 4, "weight_decay": 0.1, "zero": 3, **_LORA, **_RECOMPUTE, **_VLLM_66B,
+                **_PPO_LORA, "weight_decay": 0.1, "zero": 3, **_LORA, **_RECOMPUTE, **_VLLM_66B,
             },
         },
     ),
