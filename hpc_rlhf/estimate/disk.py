@@ -12,6 +12,7 @@ from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.hub import HubItem
 from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelsSpec
 from hpc_rlhf.spec.stages import kind_of
+from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.stages.recipes import billions_in
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
@@ -42,6 +43,8 @@ def run_bytes(spec: JobSpec, stages: Collection[str] | None = None) -> int | Non
             checkpoint += trained * _AVERAGED
         if stage.keep_best is not None:  # a checkpoint has the best weights, too
             checkpoint += trained * (ITEM[stage.precision] * _share(stage) + _AVERAGED * getattr(stage, "ema", False))
+        if isinstance(stage, PolicySpec) and stage.rollout.overlap:  # and those that the next rollout is drawn with
+            checkpoint += trained * ITEM[stage.precision] * _share(stage)
         exported = trained * ITEM[stage.precision] * (2 if getattr(stage, "ema", False) else 1)
         total += (stage.keep_checkpoints + 1) * checkpoint + exported
     return int(total)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, StrictBool
+from pydantic import AfterValidator, Field, StrictBool, model_validator
 
 from hpc_rlhf.spec.fields import FreeText, Model, PathText, Positive, Rate
 
@@ -62,12 +62,21 @@ class RolloutSpec(Model):
     importance_cap: Rate = 2.0
     """vLLM and the model in training assign slightly different probabilities. Each token's loss is multiplied by their
     ratio, training over vLLM, capped at this value (truncated importance sampling)."""
+    overlap: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: while the stage learns from a rollout, vLLM generates the next one, with the weights before that step
+    (one-step-off). 0: each rollout is generated with the newest weights. For ppo and grpo."""
     python: PathText | None = None
     """vLLM's own Python, such as /opt/vllm/bin/python; by default .venv-vllm beside the virtual environment of
     hpc-rlhf, where `make install-vllm` puts it."""
     args: dict[Annotated[str, AfterValidator(_argument)], StrictBool | int | float | FreeText] = Field(
         default_factory=dict, description="More arguments of vllm.LLM. Those with a field of their own are rejected."
     )
+
+    @model_validator(mode="after")
+    def _check_overlap(self) -> RolloutSpec:
+        if self.overlap and self.engine != "vllm":
+            raise ValueError("overlap: 1 needs engine: vllm, because processes that train cannot generate meanwhile")
+        return self
 
 
 def interpreter(spec: RolloutSpec) -> str:

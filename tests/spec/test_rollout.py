@@ -87,12 +87,22 @@ def test_check_warns_of_a_missing_vllm_and_a_run_is_refused_until_the_stage_is_d
         ("rollout.args.model=x", "hpc-rlhf owns vLLM's model: use models.actor"),
         ("rollout.args.trust_remote_code=true", "models with code of their own are not supported"),
         ("rollout.args.--enforce-eager=true", "give the name of an argument of vllm.LLM"),
+        ("rollout.overlap=2", "less than or equal to 1"),
         ("top_p=0.9", "vllm needs top_p: 1 and top_k: 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(field: str, what: str) -> None:
     found = problems(field)
     assert any(what in problem for problem in found), found
+
+
+def test_overlap_needs_another_engine_and_a_stage_that_learns(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="overlap: 1 needs engine: vllm"):
+        load_spec(JOB, ("stages.grpo.rollout.overlap=1",))
+    python = python_with(tmp_path, "0.32.0")
+    sets = ("stages.eval.rollout.engine=vllm", f"stages.eval.rollout.python={python}", "stages.eval.rollout.overlap=1")
+    with pytest.raises(SpecError, match="there is no training for rollouts to overlap with"):
+        load_spec(JOB, sets)
 
 
 def test_an_evaluation_needs_vllm_too_but_may_truncate(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ class EvalSpec(StageSpec):
 
     @model_validator(mode="after")
     def _check_samples(self) -> EvalSpec:
+        if self.rollout.overlap:
+            raise ValueError("rollout.overlap is for ppo and grpo: there is no training for rollouts to overlap with")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("several samples need a temperature above 0, because all would be the same")
         return self

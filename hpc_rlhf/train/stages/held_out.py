@@ -15,8 +15,8 @@ from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.models.best import BestWeights
 from hpc_rlhf.train.models.ema import Ema
+from hpc_rlhf.train.models.kept import KeptWeights
 
 
 class HeldOut:
@@ -52,7 +52,7 @@ class HeldOut:
         self.context, self.total, self.samples, self.measure = context, total, samples, measure
         self.kind, self.metric = kind_of(context.stage), spec.keep_best
         self.every = spec.eval_interval(total)
-        self.best = BestWeights(model, context.world, ema) if spec.keep_best is not None else None
+        self.best = KeptWeights(model, context.world, ema) if spec.keep_best is not None else None
 
     def after(self, step: int) -> None:
         """Evaluate the weights after ``step`` steps, if that is due before the end. Collective."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.train.context import StageContext
+from hpc_rlhf.train.models.kept import KeptWeights
 from hpc_rlhf.train.rollout.backend import RolloutBackend
 from hpc_rlhf.train.rollout.committed import CommittedRollouts
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
@@ -21,7 +22,8 @@ def learning_backend(context: StageContext, spec: RolloutSpec, model: Any) -> Ro
     if spec.engine == "in_process":
         return RolloutEngine(model, context.world)
     engine = vllm_engine(context, spec, model)
-    return CommittedRollouts(engine, context.files.rollouts, context.checkpoints.store, context.world)
+    kept = KeptWeights(model, context.world) if spec.overlap else None
+    return CommittedRollouts(engine, context.files.rollouts, context.checkpoints.store, context.world, kept)
 
 
 def vllm_engine(context: StageContext, spec: RolloutSpec, model: Any) -> VllmEngine:

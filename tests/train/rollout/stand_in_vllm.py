@@ -1,12 +1,16 @@
 """A Python with vLLM that is none: it answers as the server does, or fails as the test wants.
 
 Every response is the prompt's first token repeated, and its log-probabilities are minus the number of prompts asked
-for at once.
+for at once. If it draws, both depend on the weights, the prompt and its seed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import mmap
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -32,7 +36,7 @@ def interpreter(folder: Path, behaviour: str) -> str:
     return str(script)
 
 
-def main(behaviour: str, connection: Connection) -> None:
+def main(behaviour: str, connection: Connection, memory: mmap.mmap) -> None:
     """Behave so; with ``-once``, only the first of the servers of a folder does."""
     arguments = connection.receive()
     behaviour, _, once = behaviour.partition("-")
@@ -46,16 +50,18 @@ def main(behaviour: str, connection: Connection) -> None:
         print(f"sleeping {os.getpid()} {child.pid}", file=sys.stderr, flush=True)
         time.sleep(600)
     connection.send({"done": "0.0"})
-    weights: set[str] = set()
+    weights: dict[str, str] = {}
     version = None
     live: dict[str, list[int]] = {}  # the token of each response that is being drawn, and how many more
     while (message := connection.receive()) is not None:
         answer: Any = None
         do = message["do"]
         if do == "begin_weights":
-            weights, version = set(), None
+            weights, version = {}, None
         elif do == "load_weights":
-            weights.update(name for name, *_ in message["tensors"])
+            for name, kind, shape, place in message["tensors"]:
+                size = math.prod(shape) * (4 if kind == "float32" else 2)
+                weights[name] = hashlib.sha256(memory[place : place + size]).hexdigest()
         elif do == "end_weights":
             version = message["version"] if weights else None
         elif do == "context":
@@ -66,6 +72,14 @@ def main(behaviour: str, connection: Connection) -> None:
         elif version != message["version"]:
             connection.send({"error": f"ValueError: the weights are {version}"})
             return
+        elif behaviour == "draws":
+            drawn_with = str(sorted(weights.items()))
+            answer = {
+                "version": version,
+                "responses": [_drawn(drawn_with, message, i) for i in range(len(message["prompts"]))],
+            }
+            with (Path(arguments["model"]) / "drawn").open("a") as file:
+                file.write(f"{hashlib.sha256(drawn_with.encode()).hexdigest()}\n")
         else:
             answer = _answer(behaviour, connection, message)
         connection.send({"done": answer})
@@ -105,6 +119,16 @@ def _fail(behaviour: str, connection: Connection) -> None:
         connection.socket.sendall((3).to_bytes(8, "little") + b"{]}")
 
 
+def _drawn(weights: str, message: dict[str, Any], row: int) -> Any:
+    """A response that ends after a random number of tokens, with log-probabilities."""
+    numbers = random.Random(f"{weights} {message['prompts'][row]} {message['seeds'][row]}")
+    tokens = []
+    while len(tokens) < message["sampling"]["max_tokens"] and numbers.random() < 0.9:
+        tokens.append(numbers.randrange(3, 250))
+    tokens = tokens or [3]
+    return [tokens, [-4 - 2 * numbers.random() for _ in tokens]]
+
+
 def _is_first(file: Path) -> bool:
     try:
         file.touch(exist_ok=False)
@@ -114,4 +138,4 @@ def _is_first(file: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Connection(socket.socket(fileno=int(sys.argv[-2]))))
+    main(sys.argv[1], Connection(socket.socket(fileno=int(sys.argv[-2]))), mmap.mmap(int(sys.argv[-1]), 0))

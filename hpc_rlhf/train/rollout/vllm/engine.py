@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ class VllmEngine:
         attempt: its name, part of the versions of weights.
         where: the field of the spec with the settings.
         should_stop: polled while servers start.
+
+    Attributes:
+        within: a context in which ``model`` has the weights of this version.
     """
 
     def __init__(
@@ -78,20 +81,21 @@ class VllmEngine:
         self._server = None if place else self._start()
         self._failure: HpcRlhfError | None = None
         self._has = ""  # the version of this server's weights
+        self.within: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def version(self) -> str:
         """Names the weights that the next rollout must be made with; no other attempt or update has this name."""
         return f"{self.attempt}/{self.syncs}"
 
-    def sync_weights(self, model: Any) -> None:
-        """Give every server the model's weights, whole, with adapters merged. Collective.
+    def sync_weights(self, model: Any, within: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Give every server the weights that the model has within a context, whole, with adapters merged. Collective.
 
         Raises:
             RolloutCancelled: ``should_stop`` returned True on any rank while a server started.
             HpcRlhfError: servers failed too often.
         """
-        self.model = model
+        self.model, self.within = model, within
         self.syncs += 1
         self._update()
 
@@ -106,35 +110,51 @@ class VllmEngine:
             RolloutCancelled: ``request.should_stop`` returned True on any rank.
             HpcRlhfError: servers failed too often.
         """
+        return self.start(request)()
+
+    def start(self, request: GenerationRequest) -> Callable[[], Rollout]:
+        """Ask for responses, and return what waits for them and raises as ``generate`` does. Both are collective, and
+        nothing else may be asked for in between."""
         own = [[list(prompt), self._seed(request, row)] for row, prompt in enumerate(request.prompts)]
         shares: list[list[Any]] = self.world.gather_data(own)
         asked = [each for share in shares for each in share]
         # The likeliest response to a prompt is needed once, whichever ranks ask for it.
         names = [str(each if request.keys is None else place) for place, each in enumerate(asked)]
         distinct = dict(zip(names, asked, strict=True))
-        answers = dict(zip(distinct, self._answers(list(distinct.values()), request), strict=True))
-        first = sum(map(len, shares[: self.world.data_rank]))
-        mine = [answers[name] for name in names[first : first + len(own)]]
-        return Rollout.of(
-            request.prompts, [tokens for tokens, _ in mine], self.world.device, [log_probs for _, log_probs in mine]
-        )  # fmt: skip
-
-    def _answers(self, asked: Sequence[Any], request: GenerationRequest) -> list[Response]:
-        """A response for each prompt with its seed, of which every server gets its part. Collective."""
-        part = asked[len(asked) * self.number // self.count : len(asked) * (self.number + 1) // self.count]
+        part = list(distinct.values())[
+            len(distinct) * self.number // self.count : len(distinct) * (self.number + 1) // self.count
+        ]
         part = part if self._server else []
+        self._ask(part, request)
+
+        def finish() -> Rollout:
+            answers = dict(zip(distinct, self._answers(part, request), strict=True))
+            first = sum(map(len, shares[: self.world.data_rank]))
+            mine = [answers[name] for name in names[first : first + len(own)]]
+            return Rollout.of(
+                request.prompts, [tokens for tokens, _ in mine], self.world.device, [log_probs for _, log_probs in mine]
+            )  # fmt: skip
+
+        return finish
+
+    def _ask(self, part: Sequence[Any], request: GenerationRequest) -> None:
+        """Ask this rank's server for responses to prompts with their seeds, if there are any."""
+        if part:
+            question = {"prompts": [prompt for prompt, _ in part], "seeds": [seed for _, seed in part]}
+            sampling = sampling_arguments(request.sampling, request.max_new_tokens, request.eos_id)
+            self._on_server(Server.ask, "generate", version=self.version, **question, sampling=sampling)
+
+    def _answers(self, part: Sequence[Any], request: GenerationRequest) -> list[Response]:
+        """The responses of all servers, each of which was asked for its part. Collective."""
         responses: list[Response] = []
         while True:
-            if part and not responses:
-                question = {"prompts": [prompt for prompt, _ in part], "seeds": [seed for _, seed in part]}
-                sampling = sampling_arguments(request.sampling, request.max_new_tokens, request.eos_id)
-                self._on_server(Server.ask, "generate", version=self.version, **question, sampling=sampling)
             answer = self._settle(request.should_stop)
             if answer is not None:
                 responses = self._on_server(self._checked, answer, len(part), request) or []
             if not self._recover():
                 return [each for own in self.world.gather(responses) for each in own]
             self._update()
+            self._ask([] if responses else part, request)
 
     def _checked(self, server: Server, answer: Any, count: int, request: GenerationRequest) -> list[Response]:
         """A server's responses.
@@ -168,7 +188,7 @@ class VllmEngine:
             if stale:
                 self._on_server(Server.ask, "begin_weights")
             self._settle(bool)
-            with closing(full_weights(module_weights(self.model), self._at_once)) as weights:
+            with self.within(), closing(full_weights(module_weights(self.model), self._at_once)) as weights:
                 for name, tensor in weights:
                     if stale:
                         self._on_server(Server.pass_weight, name, tensor)

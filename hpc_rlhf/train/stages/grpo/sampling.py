@@ -7,6 +7,7 @@ each rank fills its own, so that the minibatches are the same for any number of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from hpc_rlhf.spec.stages import GrpoSpec
 from hpc_rlhf.train.algorithms.group_advantages import varied
@@ -58,7 +59,7 @@ class Sampler:
             RolloutCancelled: this rank must stop.
         """
         places = self.places()
-        groups = self._fill({place: self.trainer.position + place for place in places}, first=True)
+        groups = self._fill(self._positions(), first=True)
         world, count = self.context.world, self.prompts
         self.trainer.position += count
         resampled = 0
@@ -75,6 +76,11 @@ class Sampler:
             self.metrics["resampled"] = float(resampled)
         return joined([groups[place] for place in places])
 
+    def next_prompts(self) -> tuple[list[list[int]], list[tuple[object, ...]]]:
+        """The prompts that ``sample`` asks for first, and what seeds their responses."""
+        rows, keys = self._asked(list(self._positions().values()))
+        return [row["prompt_ids"] for row in rows], keys
+
     @property
     def prompts(self) -> int:
         """Prompts per step, over all ranks."""
@@ -89,13 +95,23 @@ class Sampler:
         own = block // world.dims.data
         return [number * block + world.data_rank * own + i for number in range(blocks) for i in range(own)]
 
+    def _positions(self) -> dict[int, int]:
+        """The positions in the stream of the first prompts for this rank's places."""
+        return {place: self.trainer.position + place for place in self.places()}
+
+    def _asked(self, positions: list[int]) -> tuple[list[dict[str, Any]], list[tuple[object, ...]]]:
+        """A row for each response to the prompts at some positions, and what seeds it."""
+        seed, size = self.context.spec.seed, self.spec.group_size
+        rows = [
+            self.rows[sample_at(position, len(self.rows), seed, "grpo")] for position in positions for _ in range(size)
+        ]
+        return rows, [(seed, "rollout", position, i) for position in positions for i in range(size)]
+
     def _fill(self, positions: dict[int, int], first: bool = False) -> dict[int, Group]:
         """A group for each place, given its prompt's position in the stream. Collective."""
-        seed, size, trainer = self.context.spec.seed, self.spec.group_size, self.trainer
+        size, trainer = self.spec.group_size, self.trainer
         # A rank without a prompt answers one that does not count: the forward passes may be collective.
-        asked = list(positions.values()) or [trainer.position]
-        rows = [self.rows[sample_at(position, len(self.rows), seed, "grpo")] for position in asked for _ in range(size)]
-        keys: list[tuple[object, ...]] = [(seed, "rollout", position, i) for position in asked for i in range(size)]
+        rows, keys = self._asked(list(positions.values()) or [trainer.position])
         with self.context.stop.cancellable():
             prompts = [row["prompt_ids"] for row in rows]
             rollout = trainer.roll_out(prompts, keys, self.context.stop.should_stop, size)

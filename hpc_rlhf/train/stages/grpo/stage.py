@@ -11,6 +11,7 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.rewards.build import text_rewards
+from hpc_rlhf.train.rollout.backend import GenerationRequest
 from hpc_rlhf.train.rollout.experience import GroupExperience
 from hpc_rlhf.train.stages.grpo.metrics import summarize
 from hpc_rlhf.train.stages.grpo.models import GrpoModels
@@ -42,5 +43,8 @@ def run(context: StageContext) -> None:
         experience = trainer.evaluate_scored(rollout, scored, learned_next=True)
         return experience, {**sampler.metrics, "lr": lr, **trainer.mismatch}
 
-    # 3. Learning from it.
-    policy.train(context, trainer, data, total, experience_of, summarize)
+    # 3. Learning from it, perhaps while vLLM responds to the next prompts.
+    def request_of(step: int) -> GenerationRequest:
+        return trainer.request(*sampler.next_prompts(), context.stop.should_stop, spec.group_size)
+
+    policy.train(context, trainer, data, total, experience_of, request_of, summarize)

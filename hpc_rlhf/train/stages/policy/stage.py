@@ -14,7 +14,8 @@ from hpc_rlhf.train.data.tokenized import StageData
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.progress import say
 from hpc_rlhf.train.rewards.blend import Blend
-from hpc_rlhf.train.rollout.committed import CommittedRollouts
+from hpc_rlhf.train.rollout.backend import GenerationRequest
+from hpc_rlhf.train.rollout.committed import ROLLOUT, CommittedRollouts
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
 from hpc_rlhf.train.runtime.world import World
 from hpc_rlhf.train.stages.common import commit, new_artifact, write_model
@@ -34,11 +35,14 @@ Metrics = dict[str, float | None]
 Summarize = Callable[[E, dict[str, float], Any, int, World], Metrics]
 # Entries of a checkpoint's state that are not metrics of the finished stage.
 _INTERNAL = ("seconds", "trainer", "start_answers")
+# Where a checkpoint has the weights that the next rollout is drawn with.
+_KEPT = "sampler"
 
 
 def train(
     context: StageContext, trainer: PolicyTrainer[E], data: StageData, total: int,
-    experience_of: Callable[[int], tuple[E, Metrics]], summarize: Summarize[E],
+    experience_of: Callable[[int], tuple[E, Metrics]], request_of: Callable[[int], GenerationRequest],
+    summarize: Summarize[E],
 ) -> None:  # fmt: skip
     """Train, evaluate and export the actor.
 
@@ -46,12 +50,14 @@ def train(
         total: steps of the stage.
         experience_of: makes a step's experience, and the metrics known before anything learns from it. A stop may
             discard it; the next attempt repeats it. Collective.
+        request_of: what the next step's experience asks the backend for first.
         summarize: see ``Summarize``. Collective.
     """
     spec, world, models = trainer.spec, context.world, trainer.models
     mixture = pretraining_mixture(context, spec) if spec.ptx is not None else None
     committing = [each for each in (trainer.rewards, trainer.backend) if isinstance(each, (Blend, CommittedRollouts))]
     measure = partial(evaluate, context, trainer, data.held_out)
+    ahead = trainer.backend if isinstance(trainer.backend, CommittedRollouts) and trainer.backend.kept else None
     held_out = HeldOut(context, models.policy, total, len(data.held_out), measure, models.ema)
 
     def begin(step: int, purpose: str) -> None:
@@ -61,10 +67,14 @@ def train(
     def load(checkpoint: Checkpoint) -> None:
         models.load(checkpoint)
         held_out.load(checkpoint.folder)
+        if ahead and ahead.kept:
+            ahead.kept.load(checkpoint.folder / _KEPT)
 
     def save(snapshot: Snapshot) -> None:
         models.save(snapshot)
         held_out.save(snapshot)
+        if ahead and ahead.kept:
+            ahead.kept.save(snapshot, _KEPT)
 
     # 1. Resume, perhaps between the optimizer steps on an experience.
     checkpoint = context.resume(load)
@@ -94,7 +104,7 @@ def train(
             begin(step, "held-out")
             held_out.after(step)
             context.reseed(step)
-            begin(step, "rollout")
+            begin(step, ROLLOUT)
             experience, before = experience_of(step)
             if (before.get("sampler_kl") or 0.0) > MISMATCH and world.is_main:
                 say(context.stage, f"warning: sampler_kl is {before['sampler_kl']:.3g}; see docs/rollouts.md")
@@ -102,10 +112,13 @@ def train(
             state = {**state, "trainer": trainer.state, "before": before}
 
         # 3. The optimizer steps, with the pretraining mixture and the moving average. Before each is a safe
-        # point that keeps the experience.
+        # point that keeps the experience. One-step-off, the next rollout starts before the first.
         experience = progress.experience
         key = (context.spec.seed, "minibatches", step)
-        stats = trainer.learn(progress, mixture, _save_before_each(context, save, step, state), key)
+        before_each: Callable[[Progress[E]], None] = _save_before_each(context, save, step, state)
+        if ahead and step + 1 < total:
+            before_each = _starting(context, trainer, ahead, step, request_of, before_each)
+        stats = trainer.learn(progress, mixture, before_each, key)
         progress = None
 
         # 4. Metrics and samples.
@@ -159,5 +172,31 @@ def _save_before_each(
 
         context.checkpoints.safe_point(step, save, state, progress.done + 1)
         context.reseed(step, progress.done)
+
+    return before
+
+
+def _starting(
+    context: StageContext, trainer: PolicyTrainer[E], ahead: CommittedRollouts, step: int,
+    request_of: Callable[[int], GenerationRequest], save: Callable[[Progress[E]], None],
+) -> Callable[[Progress[E]], None]:  # fmt: skip
+    """Before the first optimizer step that this attempt makes in a step, the next step's rollout starts: after a safe
+    point, which has the weights that it is drawn with.
+
+    Args:
+        save: called before each optimizer step, with a safe point.
+    """
+    started = False
+
+    def before(progress: Progress[E]) -> None:
+        nonlocal started
+        if not progress.done:
+            ahead.keep(step)
+        save(progress)
+        if not started:
+            started = True
+            with context.stop.cancellable():
+                ahead.sync_weights(trainer.models.policy)
+                ahead.start(step + 1, request_of(step + 1), learned=bool(progress.done))
 
     return before

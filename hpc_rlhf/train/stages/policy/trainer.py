@@ -106,19 +106,23 @@ class PolicyTrainer(Generic[E]):
         self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[object, ...]],
         should_stop: Callable[[], bool], group_size: int = 1,
     ) -> Rollout:  # fmt: skip
-        """Sample a response to each of this rank's prompts, with the fields of a ``GenerationRequest``. Collective.
+        """Sample a response to each of this rank's prompts, with the arguments of ``request``. Collective.
 
         Raises:
             RolloutCancelled: ``should_stop`` returned True.
         """
-        sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
         self.backend.sync_weights(self.models.policy)
-        return self.backend.generate(
-            GenerationRequest(
-                prompts, self.sizes.response, self.eos_id, sampling, keys, should_stop=should_stop,
-                group_size=group_size,
-            )
-        )  # fmt: skip
+        return self.backend.generate(self.request(prompts, keys, should_stop, group_size))
+
+    def request(
+        self, prompts: Sequence[Sequence[int]], keys: Sequence[tuple[object, ...]],
+        should_stop: Callable[[], bool], group_size: int = 1,
+    ) -> GenerationRequest:  # fmt: skip
+        """What a rollout asks for."""
+        sampling = Sampling(self.spec.temperature, self.spec.top_p, self.spec.top_k)
+        return GenerationRequest(
+            prompts, self.sizes.response, self.eos_id, sampling, keys, should_stop=should_stop, group_size=group_size
+        )
 
     # Evaluation
 

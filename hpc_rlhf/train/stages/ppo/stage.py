@@ -14,6 +14,7 @@ from hpc_rlhf.train.data.further import columns_of
 from hpc_rlhf.train.data.sampler import sample_at, total_steps
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.rewards.build import text_rewards
+from hpc_rlhf.train.rollout.backend import GenerationRequest
 from hpc_rlhf.train.rollout.experience import Experience
 from hpc_rlhf.train.stages.policy import stage as policy
 from hpc_rlhf.train.stages.policy.models import model_sources
@@ -40,13 +41,17 @@ def run(context: StageContext) -> None:
         before = {"kl_coef": trainer.kl_coef, "actor_lr": engines.learning_rate(models.actor)}
         rows, keys = _prompts(context, spec, data.train, step)
         with context.stop.cancellable():
-            rollout = trainer.roll_out([row["prompt_ids"] for row in rows], keys, context.stop.should_stop)
+            rollout = trainer.roll_out(_ids(rows), keys, context.stop.should_stop)
         scored = trainer.score(rollout, columns_of(rows))
         experience = trainer.evaluate_scored(rollout, scored)
         return experience, {**before, **score_metrics(scored, world), **trainer.mismatch}
 
-    # 3. Learning from it.
-    policy.train(context, trainer, data, total, experience_of, summarize)
+    # 3. Learning from it, perhaps while vLLM responds to the prompts of the next step.
+    def request_of(step: int) -> GenerationRequest:
+        rows, keys = _prompts(context, spec, data.train, step)
+        return trainer.request(_ids(rows), keys, context.stop.should_stop)
+
+    policy.train(context, trainer, data, total, experience_of, request_of, summarize)
 
 
 def _prompts(
@@ -60,3 +65,7 @@ def _prompts(
     return [rows[sample_at(place, len(rows), seed, "ppo")] for place in places], [
         (seed, "rollout", place) for place in places
     ]
+
+
+def _ids(rows: list[dict[str, Any]]) -> list[list[int]]:
+    return [row["prompt_ids"] for row in rows]

@@ -13,6 +13,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import sys
@@ -133,7 +134,8 @@ class Engine:
                     tokens = list(answer.token_ids)
                     logprobs = [each[token].logprob for token, each in zip(tokens, answer.logprobs, strict=True)]
                     responses[rows[output.request_id]] = [tokens, logprobs]
-            if time.monotonic() - spoken > PROGRESS_SECONDS:
+            # A rank that does something else meanwhile does not read, and writing to it must not wait.
+            if time.monotonic() - spoken > PROGRESS_SECONDS and select.select([], [self.connection.socket], [], 0)[1]:
                 spoken = time.monotonic()
                 self.connection.send({"progress": sum(each is not None for each in responses)})
         return {"version": self.version, "responses": responses}

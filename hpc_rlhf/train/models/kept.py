@@ -1,4 +1,4 @@
-"""A model's best weights so far, kept beside those in training."""
+"""A model's weights at an earlier step, kept beside those in training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpc_rlhf.train.parallel.deepspeed_internals import local_shard
 from hpc_rlhf.train.runtime.world import World
 
 
-class BestWeights:
+class KeptWeights:
     """An exact copy of the trained parameters in host memory, of which each rank keeps what it owns; see ``owned``.
 
     Score heads in half precision have a float32 weight beside the parameter,
