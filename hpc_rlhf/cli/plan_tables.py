@@ -45,9 +45,9 @@ def print_plan(plan: Plan) -> None:
         (
             job.stage,
             ", ".join(job.needs) or "-",
-            str(job.slurm.nodes),
+            str(job.nodes),
             str(job.slurm.ranks),
-            str(job.slurm.nodes * job.slurm.gpus_per_node),
+            str(job.nodes * job.slurm.gpus_per_node),
             f"{job.batch.global_} = {job.batch.micro} x {job.batch.accumulation} x {job.batch.ranks}",
             job.slurm.partition or "default",
             job.slurm.time,

@@ -185,7 +185,9 @@ def _generating(
         return {}, _rollout(actor, stage, responses, lengths, gpu)
     served = vllm.Served(actor, ITEM[stage.precision], stage.rollout, gpu, f"stages.{name}.rollout")
     kept = {"vLLM's weights": int(served.weights), "vLLM's KV cache": int(served.cache(sum(lengths)) or 0)}
-    return kept, {"gathered weights": served.item * actor.largest if stage.zero == 3 else 0}
+    return kept if stage.rollout.placement == "colocated" else {}, {
+        "gathered weights": served.item * actor.largest if stage.zero == 3 else 0
+    }
 
 
 def _rollout(actor: Architecture, stage: StageSpec, responses: int, lengths: tuple[int, int], gpu: int | None) -> Parts:

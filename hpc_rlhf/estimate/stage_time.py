@@ -10,6 +10,7 @@ from hpc_rlhf.estimate.step_time import step_parts
 from hpc_rlhf.slurm.jobs import time_limit
 from hpc_rlhf.spec.batch import derive_batch
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.rollout_checks import vllm_of
 from hpc_rlhf.spec.sizes import EVALUATED_PROMPTS, EVALUATED_ROWS
 from hpc_rlhf.spec.stages import EvalSpec, GrpoSpec
 from hpc_rlhf.spec.stages.policy import PolicySpec
@@ -71,7 +72,8 @@ def stage_time(spec: JobSpec, name: str) -> StageTime:
         HpcRlhfError: the speed of slurm.gpu is unknown, or a model's configuration is not here.
     """
     stage, parts = spec.stage(name), step_parts(spec, name)
-    gpus, limit = stage.slurm.nodes * stage.slurm.gpus_per_node, time_limit(stage.slurm.time)
+    rollout, limit = vllm_of(stage), time_limit(stage.slurm.time)
+    gpus = (stage.slurm.nodes + (rollout.own_nodes if rollout else 0)) * stage.slurm.gpus_per_node
     if isinstance(stage, EvalSpec):
         return StageTime(parts, stage.prompts, stage.prompts, 1, gpus, limit)
     assert isinstance(stage, TrainingSpec)

@@ -31,6 +31,8 @@ CPU_BANDWIDTH = 200e9
 _LAUNCHES = 0.25e-3
 # Bytes that Adam reads and writes per weight: gradient, master weight and two moments.
 _ADAM_TRAFFIC = 28
+# The parts of a step's time in which the models learn.
+_LEARNING = ("training", "optimizer", "messages", "offload")
 _ASSUMPTIONS = (
     f"assumptions: every sample has the maximum length; {MFU:.0%} of a data sheet's FLOP/s, and "
     f"{DECODE_SHARE:.0%} of its memory bandwidth while decoding; {NETWORK / 1e9:.0f} GB/s per GPU between "
@@ -67,13 +69,16 @@ class _Model:
 
 
 def step_parts(spec: JobSpec, name: str) -> dict[str, float]:
-    """The seconds that a stage's step or a whole evaluation takes, by part.
+    """The seconds that a stage's step or a whole evaluation takes, by part. What vLLM saves by generating on its own
+    GPUs during training is a negative part.
 
     Raises:
         HpcRlhfError: the speed of slurm.gpu is unknown, or a model's configuration is not here.
     """
     stage = spec.stage(name)
     parts = _parts(stage, spec, name, derive_batch(stage, name), _machine(stage, name))
+    if isinstance(stage, PolicySpec) and stage.rollout.overlap and stage.rollout.placement != "colocated":
+        parts["overlap"] = -min(parts["decoding"], sum(parts[part] for part in _LEARNING))
     return {part: seconds for part, seconds in parts.items() if seconds}
 
 
@@ -172,8 +177,9 @@ def _generating(
     served = vllm.Served(body, actor.item, stage.rollout, machine.memory, f"stages.{name}.rollout")
     lacking = (machine.data_ranks - 1) / machine.data_ranks if actor.scheme.zero == 3 else 0.0
     bandwidth = machine.bandwidth / DECODE_SHARE
+    servers = stage.rollout.servers(stage.slurm) * (stage.rollout.own_nodes or stage.slurm.nodes)
     return {
-        "decoding": served.decoding(lengths, responses * served.ways, group, machine.flops, bandwidth),
+        "decoding": served.decoding(lengths, -(-responses * machine.ranks // servers), group, machine.flops, bandwidth),
         "new weights": served.syncing(lacking, machine.link, BUS),
     }
 

@@ -1,4 +1,4 @@
-"""Memory and time of rollouts by vLLM, on the GPUs that train."""
+"""Memory and time of rollouts by vLLM."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ _BANDWIDTH_SHARE = 0.7
 _SCHEDULING = 3e-3
 # Seconds of an all-reduce of small tensors inside a node. There are two in each layer.
 _ALL_REDUCE = 15e-6
+# Bytes per second of a TCP connection to a node of vLLM's own: 20 Gbit/s, assumed.
+_CONNECTION = 2.5e9
 ASSUMPTIONS = (
     f"vLLM: {_BANDWIDTH_SHARE:.0%} of the memory bandwidth while decoding, {_SCHEDULING * 1e3:.0f} ms between two "
-    f"tokens, {_ALL_REDUCE * 1e6:.0f} us per all-reduce; weights pass through the host's memory before each rollout"
+    f"tokens, {_ALL_REDUCE * 1e6:.0f} us per all-reduce; weights pass through the host's memory before each rollout, "
+    f"and to other nodes at {_CONNECTION / 1e9:.1f} GB/s"
 )
 
 
@@ -61,7 +64,7 @@ class Served:
         """
         if self.memory is None:
             return None
-        share = self.rollout.gpu_memory * self.memory
+        share = self.rollout.memory_share * self.memory
         needed = self.weights + _ACTIVATIONS * self.memory + self._row(longest)
         if share < needed:
             raise HpcRlhfError(
@@ -101,11 +104,12 @@ class Served:
 
     def syncing(self, gathered: float, link: float, bus: float) -> float:
         """Seconds in which the servers get new weights: one rank of each server gathers all of them and copies them to
-        the host's memory, from where each GPU of the server takes its part.
+        the host's memory, from where each GPU of the server takes its part, on another node after they were sent there.
 
         Args:
             gathered: the share of the weights that this rank lacks.
             link, bus: bytes per second between GPUs, and between a GPU and the host.
         """
         whole = self.item * self.body.parameters
-        return gathered * whole / link + whole / bus + self.weights / bus
+        sent = whole / _CONNECTION if self.rollout.own_nodes else 0.0
+        return gathered * whole / link + whole / bus + sent + self.weights / bus

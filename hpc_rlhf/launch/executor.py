@@ -24,7 +24,7 @@ class StageExecutor(SlurmExecutor):
     def __init__(self, plan: Plan, job: PlannedJob, options: list[str]) -> None:
         logs = plan.run.stage(job.stage).logs
         super().__init__(logs)
-        self.update_parameters(nodes=job.slurm.nodes, ntasks_per_node=job.slurm.tasks_per_node)
+        self.update_parameters(nodes=job.nodes, ntasks_per_node=job.slurm.tasks_per_node)
         self._plan, self._job, self._options = plan, job, options
 
     def send(self) -> str:

@@ -12,6 +12,7 @@ from hpc_rlhf.run.masking import mask_all
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.rollout_checks import vllm_of
 from hpc_rlhf.spec.training import StageSpec
 
 
@@ -25,6 +26,23 @@ class PlannedJob:
     spec: StageSpec
     slurm: SlurmSpec
     batch: Batch
+
+    @property
+    def own_nodes(self) -> int:
+        """Nodes, besides those of ``slurm``, on which only vLLM runs."""
+        rollout = vllm_of(self.spec)
+        return rollout.own_nodes if rollout else 0
+
+    @property
+    def servers(self) -> int:
+        """Servers of vLLM on each of these nodes."""
+        rollout = vllm_of(self.spec)
+        return rollout.servers(self.slurm) if rollout else 0
+
+    @property
+    def nodes(self) -> int:
+        """All nodes of the job."""
+        return self.slurm.nodes + self.own_nodes
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,7 @@ def _job_dict(job: PlannedJob) -> dict[str, object]:
         "stage": job.stage,
         "job_name": job.job_name,
         "needs": list(job.needs),
+        "nodes": job.nodes,
         "ranks": job.slurm.ranks,
         "batch": {"global" if key == "global_" else key: value for key, value in batch.items()},
         "slurm": mask_all(job.slurm.model_dump(mode="json", exclude_defaults=True)),

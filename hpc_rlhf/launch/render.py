@@ -56,6 +56,7 @@ class Templates:
 
     def script(self, plan: Plan, job: PlannedJob, command: str) -> str:
         """The sbatch script of a job; ``command`` is what each of srun's tasks runs."""
+        engine = plan.run.stage(job.stage).engine
         return self._script(
             "stage.sbatch.j2",
             plan,
@@ -65,6 +66,9 @@ class Templates:
             manifest=plan.run.stage(job.stage).model / manifest.NAME,
             hostfile_template=plan.run.hostfile_template(job.stage),
             command=command,
+            own_nodes=job.own_nodes,
+            servers=job.servers,
+            agent=f"{rank_python(job)} hpc_rlhf.train.rollout.vllm.agent {shlex.quote(str(engine))}",
         )
 
     def sentinel(self, plan: Plan, job: PlannedJob) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, StrictBool, model_validator
 
+from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.fields import FreeText, Model, PathText, Positive, Rate
 
 # Arguments of vLLM that may not be passed through, and what to do instead.
@@ -45,6 +46,29 @@ def _argument(name: str) -> str:
     return name
 
 
+class SeparateSpec(Model):
+    """GPUs on which vLLM runs and nothing trains: give one of the two fields."""
+
+    gpus_per_node: Positive | None = None
+    """How many of the slurm.gpus_per_node GPUs of each node; set slurm.ranks_per_node to the number of the others. On
+    CPUs, the number of vLLM's processes on each node. It must be a multiple of tensor_parallel."""
+    nodes: Positive | None = None
+    """Nodes with nothing but vLLM, in addition to slurm.nodes, which train. Each has slurm.gpus_per_node GPUs; on CPUs,
+    ranks_per_node processes of vLLM."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> SeparateSpec:
+        if (self.gpus_per_node is None) == (self.nodes is None):
+            raise ValueError("give gpus_per_node, or nodes")
+        return self
+
+
+class PlacementSpec(Model):
+    """GPUs for vLLM alone."""
+
+    separate: SeparateSpec = Field(description="Which GPUs.")
+
+
 class RolloutSpec(Model):
     """What generates the responses of a stage. [Rollouts](rollouts.md) says which to choose."""
 
@@ -53,10 +77,13 @@ class RolloutSpec(Model):
     bit. vllm: separate vLLM processes with their own Python generate; the other fields configure them. To learn from
     their responses, ppo and grpo need top_p: 1 and top_k: 0."""
     tensor_parallel: Positive = 1
-    """GPUs, or processes on CPUs, that share the model in vLLM. Each group of this many ranks has its own server, which
-    runs on the group's GPUs. The ranks per node must be a multiple of it."""
-    gpu_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Share of a GPU's memory that vLLM takes and keeps. On a CPU, VLLM_CPU_KVCACHE_SPACE sets the GiB of its cache."""
+    """GPUs, or processes on CPUs, that share the model in one of vLLM's servers."""
+    placement: Literal["colocated"] | PlacementSpec = "colocated"
+    """Where the servers run. colocated: each group of tensor_parallel ranks has a server on its GPUs, so the ranks per
+    node must be a multiple of tensor_parallel. {separate: …}: on GPUs of their own."""
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of a GPU's memory that vLLM takes and keeps; by default 0.3, or 0.9 of GPUs of its own. On a CPU,
+    VLLM_CPU_KVCACHE_SPACE sets the GiB of its cache."""
     max_num_seqs: Positive | None = None
     """Responses that vLLM generates at the same time, at most; by default, vLLM's own limit."""
     importance_cap: Rate = 2.0
@@ -73,10 +100,34 @@ class RolloutSpec(Model):
     )
 
     @model_validator(mode="after")
-    def _check_overlap(self) -> RolloutSpec:
+    def _check_engine(self) -> RolloutSpec:
         if self.overlap and self.engine != "vllm":
             raise ValueError("overlap: 1 needs engine: vllm, because processes that train cannot generate meanwhile")
+        if self.placement != "colocated" and self.engine != "vllm":
+            raise ValueError("separate needs engine: vllm, because in_process generates in the processes that train")
         return self
+
+    @property
+    def own_gpus(self) -> int:
+        """GPUs on each node on which only vLLM runs."""
+        return 0 if self.placement == "colocated" else self.placement.separate.gpus_per_node or 0
+
+    @property
+    def own_nodes(self) -> int:
+        """Nodes on which only vLLM runs."""
+        return 0 if self.placement == "colocated" else self.placement.separate.nodes or 0
+
+    def servers(self, slurm: SlurmSpec) -> int:
+        """Servers on each node that has any."""
+        gpus = slurm.tasks_per_node
+        if self.own_nodes:
+            gpus = slurm.gpus_per_node or slurm.tasks_per_node
+        return (self.own_gpus or gpus) // self.tensor_parallel
+
+    @property
+    def memory_share(self) -> float:
+        """Share of a GPU's memory that vLLM takes."""
+        return self.gpu_memory or (0.3 if self.placement == "colocated" else 0.9)
 
 
 def interpreter(spec: RolloutSpec) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec import model_files
+from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.job import FromScratch, JobSpec
 from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 from hpc_rlhf.spec.stages.eval import EvalSpec
@@ -30,10 +31,7 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
         where = f"stages.{stage}.rollout"
         if (what := _untested(_actor_type(spec))) is not None:
             yield f"{where}.engine", what, "use engine: in_process"
-        ranks, size = settings.slurm.tasks_per_node, rollout.tensor_parallel
-        if ranks % size:
-            what = f"the {ranks} ranks of a node cannot be divided into groups of {size}"
-            yield f"{where}.tensor_parallel", what, "choose a divisor of slurm.gpus_per_node"
+        yield from _of_placement(settings.slurm, rollout, f"stages.{stage}")
 
 
 def absent(spec: JobSpec) -> Iterator[tuple[str, str]]:
@@ -69,6 +67,26 @@ def serving(spec: JobSpec | None, folder: Path, engine: str | None, here: bool =
     if here and (what := _wrong_interpreter(rollout)) is not None:
         raise HpcRlhfError(what, hint=f"{INSTALL}; {without}")
     return rollout
+
+
+def _of_placement(slurm: SlurmSpec, rollout: RolloutSpec, stage: str) -> Iterator[tuple[str, str, str | None]]:
+    size, own, gpus = rollout.tensor_parallel, rollout.own_gpus, slurm.gpus_per_node
+    shared, what = slurm.tasks_per_node, "ranks"
+    if own or (rollout.own_nodes and gpus):
+        shared, what = own or gpus, "GPUs for vLLM"
+    if shared % size:
+        what = f"the {shared} {what} of a node cannot be divided into groups of {size}"
+        yield f"{stage}.rollout.tensor_parallel", what, f"choose a divisor of {shared}"
+    servers = rollout.servers(slurm) * (rollout.own_nodes or slurm.nodes)
+    if servers > slurm.ranks:
+        what = f"{servers} servers are more than the {slurm.ranks} ranks, each of which drives one at most"
+        yield f"{stage}.rollout.placement", what, "raise rollout.tensor_parallel"
+    if own and gpus and slurm.tasks_per_node + own != gpus:
+        what = f"of the {gpus} GPUs of a node, {own} are vLLM's and {slurm.tasks_per_node} train"
+        yield f"{stage}.rollout.placement", what, f"set {stage}.slurm.ranks_per_node: {max(1, gpus - own)}"
+    if own and gpus and slurm.launcher == "deepspeed":
+        what = "DeepSpeed's launcher hides the GPUs of vLLM from the ranks that start it"
+        yield f"{stage}.slurm.launcher", what, "use srun or torchrun"
 
 
 def vllm_of(settings: StageSpec) -> RolloutSpec | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hpc_rlhf.rank import exit_after
+from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.train.models import engine as engines
@@ -112,8 +113,9 @@ def vllm(options: Namespace) -> Result:
     sharded = Sharded.load(options, ours=True)
     longest = workload.PROMPT + workload.ANSWER
     rollouts = VllmEngine(
-        sharded.model, sharded.world, RolloutSpec(engine="vllm"), options.run / "vllm", longest, "bench", "rollout"
-    )
+        sharded.model, sharded.world, RolloutSpec(engine="vllm"), options.run / "vllm", longest, "bench", "rollout",
+        SlurmSpec(),
+    )  # fmt: skip
 
     def roll_out(prompts: list[list[int]], step: int) -> int:
         rollouts.sync_weights(sharded.model)

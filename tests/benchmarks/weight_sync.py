@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models.engine import frozen_engine
@@ -63,7 +64,7 @@ def rank() -> None:
                 each.detach()  # which makes the meter count it
         Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory counts from here
         tensors, rss = meter.live, _memory("VmRSS")
-        backend = VllmEngine(model, world, spec, options.folder, LONGEST, "attempt", "the weight sync")
+        backend = VllmEngine(model, world, spec, options.folder, LONGEST, "attempt", "the weight sync", SlurmSpec())
         backend.sync_weights(model)
     seen = {"tensors": meter.peak - tensors, "rss": _memory("VmHWM") - rss, "seconds": []}
     for _ in range(options.syncs):

@@ -26,9 +26,9 @@ FLOPS, BANDWIDTH = 312e12 * MFU, 2039e9 * 0.7
 PROMPT = ANSWER = 256
 
 
-def job(micro_batch: int = 16, **rollout: Any) -> JobSpec:
+def job(micro_batch: int = 16, slurm: dict[str, Any] | None = None, **rollout: Any) -> JobSpec:
     """PPO of OPT-13B on the eight A100s of a node."""
-    ppo = {"micro_batch": micro_batch, "zero": 3, "rollout": {"engine": "vllm", **rollout}}
+    ppo = {"micro_batch": micro_batch, "zero": 3, "rollout": {"engine": "vllm", **rollout}, "slurm": slurm or {}}
     spec = make_spec("/scratch/demo", {"gpu": "a100-80g", "gpus_per_node": 8}, reward={}, ppo=ppo)
     return spec.model_copy(update={"models": spec.models.model_copy(update={"actor": "facebook/opt-13b"})})
 
@@ -62,6 +62,47 @@ def test_a_server_keeps_its_weights_and_cache_while_the_stage_trains() -> None:
     assert memory.always["vLLM's weights"] == WEIGHTS // 2
     assert memory.always["vLLM's KV cache"] == pytest.approx(0.27 * GIB - WEIGHTS / 2, abs=1)
     assert memory.phases["rollouts"] == {"gathered weights": 2 * BODY.largest}
+
+
+def separate(**rollout: Any) -> JobSpec:
+    """The same with a server on two of the GPUs."""
+    placement = {"separate": {"gpus_per_node": 2}}
+    return job(16, {"ranks_per_node": 6}, tensor_parallel=2, placement=placement, **rollout)
+
+
+def test_a_server_on_gpus_of_its_own_generates_all_responses_and_takes_no_memory_of_those_that_train() -> None:
+    rows = 16 * 6
+    read = (WEIGHTS + rows * 2 * BODY.kv * (PROMPT + ANSWER / 2)) / 2 / BANDWIDTH
+    token = read + 2 * BODY.layers * 15e-6 + 3e-3
+    prefill = 2 * BODY.parameters * rows * PROMPT / 2 / FLOPS
+    time = stage_time(separate(), "ppo")
+    assert time.parts["decoding"] == pytest.approx(ANSWER * token + prefill)
+    assert time.gpus == 8
+    assert "vLLM's weights" not in stage_memory(separate(), "ppo").always
+
+
+def test_weights_cross_the_network_to_a_node_of_vllms_own() -> None:
+    time = stage_time(job(tensor_parallel=4, placement={"separate": {"nodes": 1}}), "ppo")
+    assert time.parts["new weights"] == pytest.approx(
+        WEIGHTS * 7 / 8 / 300e9 + WEIGHTS / 25e9 + WEIGHTS / 2.5e9 + WEIGHTS / 4 / 25e9
+    )
+    assert time.gpus == 16
+    twice = stage_time(job(tensor_parallel=4, placement={"separate": {"nodes": 2}}), "ppo").parts
+    assert twice["decoding"] < time.parts["decoding"]
+
+
+@pytest.mark.parametrize("answers", [16, 2048])
+def test_what_overlaps_with_training_takes_no_time(answers: int) -> None:
+    def parts(**rollout: Any) -> dict[str, float]:
+        spec = separate(**rollout)
+        data = spec.data.model_copy(update={"max_answer_tokens": answers})
+        return stage_time(spec.model_copy(update={"data": data}), "ppo").parts
+
+    on_policy, ahead = parts(), parts(overlap=1)
+    learning = sum(on_policy[part] for part in ("training", "optimizer", "messages"))
+    assert (on_policy["decoding"] < learning) == (answers == 16)
+    assert ahead == on_policy | {"overlap": -min(learning, on_policy["decoding"])}
+    assert "overlap" not in stage_time(job(overlap=1, gpu_memory=0.6), "ppo").parts, "it would compete with training"
 
 
 def test_a_share_too_small_for_the_weights_is_refused() -> None:

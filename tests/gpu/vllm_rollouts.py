@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
 from hpc_rlhf.train.runtime.world import join, leave
@@ -30,7 +31,7 @@ def main() -> None:
     longest = max(map(len, request.prompts)) + scale.new_tokens
     spec = RolloutSpec(engine="vllm", python=options.python, max_num_seqs=scale.rows)
     with tempfile.TemporaryDirectory() as folder:
-        engine = VllmEngine(model, world, spec, Path(folder), longest, "gpu-check", "gpu-check")
+        engine = VllmEngine(model, world, spec, Path(folder), longest, "gpu-check", "gpu-check", SlurmSpec())
         engine.sync_weights(model)
         sync = seconds(lambda: engine.sync_weights(model), 2)
         rate = scale.prompts * scale.new_tokens / seconds(lambda: engine.generate(request), 2)

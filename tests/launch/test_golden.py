@@ -69,6 +69,13 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "stages": {"sft": {"precision": "fp32", "zero": 0}},
     },
+    # A node for vLLM alone.
+    "vllm-node": {
+        "slurm": {"gpus_per_node": 4, "cpus_per_gpu": 8},
+        "stages": {
+            "ppo": {"rollout": {"engine": "vllm", "tensor_parallel": 2, "placement": {"separate": {"nodes": 1}}}}
+        },
+    },
     # srun with the Pyxis plugin.
     "pyxis": {
         "slurm": {

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,12 @@ case "$*" in
   *) exit 9 ;;
 esac
 """
-# Writes its arguments, one a line, and what the ranks would find in their environment.
+# Writes its arguments, one a line, and what the ranks would find in their environment. vLLM's agents are no ranks.
 SRUN = """#!/bin/bash
+if [[ "$*" == *vllm.agent* ]]; then
+  { printf '%s\\n' "$@"; env; } >"$STUB_OUT/agents"
+  exit
+fi
 printf '%s\\n' "$@" >"$STUB_OUT/args"
 env >"$STUB_OUT/env"
 [ -z "$STUB_TOUCH" ] || touch "$STUB_TOUCH"
@@ -161,6 +166,28 @@ def test_another_launcher_is_one_task_per_node_with_all_of_its_resources(tmp_pat
     environ = dict(line.split("=", 1) for line in (out / "env").read_text().splitlines() if "=" in line)
     assert (environ["SRUN_CPUS_PER_TASK"], environ["OMP_NUM_THREADS"]) == ("6", "3")
     assert "--ntasks-per-node=2" in options(spec)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_vllms_own_nodes_are_the_last_and_have_a_step_of_their_own(tmp_path: Path, launcher: str) -> None:
+    slurm = {"nodes": 1, "gpus_per_node": 4, "cpus_per_gpu": 3, "launcher": launcher}
+    rollout = {"engine": "vllm", "tensor_parallel": 2, "placement": {"separate": {"nodes": 1}}}
+    spec = make_spec(tmp_path / "my run's", slurm, reward={}, ppo={"rollout": rollout})
+    assert "--nodes=2" in options(spec, "ppo")
+    assert run_script(spec, "ppo", tmp_path, SLURM_TRES_PER_TASK="cpu=3")[0] == 0
+    out, run = tmp_path / "out", RunDir(Path(spec.run_dir))
+    while not (out / "agents").exists() or "SRUN_CPUS" not in (out / "agents").read_text():
+        time.sleep(0.1)
+    agents = (out / "agents").read_text().splitlines()
+    assert {"--nodes=1", "--relative=1", "--ntasks=2", "--ntasks-per-node=2", "SRUN_CPUS_PER_TASK=6"} <= set(agents)
+    assert not any(line.startswith("SLURM_TRES_PER_TASK") for line in agents)
+    assert {"hpc_rlhf.train.rollout.vllm.agent", str(run.stage("ppo").engine)} <= set(agents)
+    ranks = 4 if launcher == "srun" else 1
+    args = (out / "args").read_text().splitlines()
+    assert {"--nodes=1", "--relative=0", f"--ntasks={ranks}"} <= set(args)
+    assert run.stage("ppo").hostfile.read_text() == "n1 slots=4\n"
+    assert "MASTER_ADDR=127.0.0.9" in (out / "env").read_text().splitlines(), "other nodes reach it"
+    assert "--nodes=1" in options(spec, "reward")
 
 
 def test_a_launcher_takes_its_rank_from_the_hostfile_and_gpus_from_slurm(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_check_warns_of_a_missing_vllm_and_a_run_is_refused_until_the_stage_is_d
         ("rollout.args.model=x", "hpc-rlhf owns vLLM's model: use models.actor"),
         ("rollout.args.trust_remote_code=true", "models with code of their own are not supported"),
         ("rollout.args.--enforce-eager=true", "give the name of an argument of vllm.LLM"),
-        ("rollout.overlap=2", "less than or equal to 1"),
+        ("rollout.overlap=2", "must be at most 1"),
         ("top_p=0.9", "vllm needs top_p: 1 and top_k: 0"),
     ],
 )
@@ -96,13 +97,13 @@ def test_settings_that_cannot_work_are_refused(field: str, what: str) -> None:
     assert any(what in problem for problem in found), found
 
 
-def test_overlap_needs_another_engine_and_a_stage_that_learns(tmp_path: Path) -> None:
+def test_overlap_needs_another_engine_and_a_stage_that_learns() -> None:
     with pytest.raises(SpecError, match="overlap: 1 needs engine: vllm"):
         load_spec(JOB, ("stages.grpo.rollout.overlap=1",))
-    python = python_with(tmp_path, "0.32.0")
-    sets = ("stages.eval.rollout.engine=vllm", f"stages.eval.rollout.python={python}", "stages.eval.rollout.overlap=1")
+    with pytest.raises(SpecError, match="separate needs engine: vllm"):
+        load_spec(JOB, ("stages.grpo.rollout.placement={separate: {gpus_per_node: 1}}",))
     with pytest.raises(SpecError, match="there is no training for rollouts to overlap with"):
-        load_spec(JOB, sets)
+        load_spec(JOB, ("stages.eval.rollout.engine=vllm", "stages.eval.rollout.overlap=1"))
 
 
 def test_an_evaluation_needs_vllm_too_but_may_truncate(tmp_path: Path) -> None:
@@ -116,6 +117,63 @@ def test_the_ranks_of_a_node_must_divide_into_servers(size: int, fits: bool) -> 
     found = problems(f"rollout.tensor_parallel={size}")
     what = f"stages.grpo.rollout.tensor_parallel: the 2 ranks of a node cannot be divided into groups of {size}"
     assert (not found) if fits else found[0].startswith(what)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "own", "size", "field", "what"),
+    [
+        (8, 6, 2, 2, None, None),
+        (0, 2, 1, 1, None, None),
+        (8, 6, 2, 4, "rollout.tensor_parallel", "the 2 GPUs for vLLM of a node cannot be divided into groups of 4"),
+        (8, 2, 6, 2, "rollout.placement", "3 servers are more than the 2 ranks"),
+        (8, 8, 2, 1, "rollout.placement", "of the 8 GPUs of a node, 2 are vLLM's and 8 train.*ranks_per_node: 6"),
+    ],
+)
+def test_vllm_may_have_gpus_of_its_own_on_each_node(
+    gpus: int, ranks: int, own: int, size: int, field: str | None, what: str | None
+) -> None:
+    found = problems(
+        f"rollout.tensor_parallel={size}",
+        f"rollout.placement={{separate: {{gpus_per_node: {own}}}}}", f"slurm.gpus_per_node={gpus}",
+        f"slurm.ranks_per_node={ranks}", f"global_batch={ranks * 16}", "micro_batch=8", "group_size=8",
+    )  # fmt: skip
+    if what is None:
+        assert not found
+    else:
+        assert any(re.match(f"stages.grpo.{field}: {what}", problem) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("nodes", "size", "field", "what"),
+    [
+        (1, 4, None, None),
+        (1, 3, "rollout.tensor_parallel", "the 8 GPUs for vLLM of a node cannot be divided into groups of 3"),
+        (2, 1, "rollout.placement", "16 servers are more than the 8 ranks"),
+    ],
+)
+def test_vllm_may_have_nodes_of_its_own(nodes: int, size: int, field: str | None, what: str | None) -> None:
+    found = problems(
+        f"rollout.tensor_parallel={size}",
+        f"rollout.placement={{separate: {{nodes: {nodes}}}}}", "slurm.gpus_per_node=8", "slurm.ranks_per_node=8",
+        "global_batch=128", "micro_batch=8", "group_size=8",
+    )  # fmt: skip
+    assert [problem.partition(" (")[0].partition(",")[0] for problem in found] == (
+        [] if what is None else [f"stages.grpo.{field}: {what}"]
+    )
+
+
+def test_nodes_and_gpus_of_each_node_exclude_each_other() -> None:
+    for fields in ("{}", "{nodes: 1, gpus_per_node: 1}"):
+        found = problems(f"rollout.placement={{separate: {fields}}}")
+        assert any("give gpus_per_node, or nodes" in problem for problem in found), found
+
+
+def test_deepspeeds_launcher_cannot_give_vllm_gpus_of_its_own() -> None:
+    found = problems(
+        "rollout.placement={separate: {gpus_per_node: 1}}",
+        "slurm={gpus_per_node: 2, ranks_per_node: 1, launcher: deepspeed}",
+    )  # fmt: skip
+    assert any("DeepSpeed's launcher hides the GPUs" in problem for problem in found), found
 
 
 def test_models_that_have_not_been_tested_are_refused() -> None:

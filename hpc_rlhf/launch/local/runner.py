@@ -26,6 +26,7 @@ from hpc_rlhf.run.history import StageHistory
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.retry_policy import Retry, Stop, StopKind, decide
+from hpc_rlhf.spec import rollout_checks
 from hpc_rlhf.spec.job import JobSpec
 
 _POLL = 0.2
@@ -147,18 +148,24 @@ class LocalRun:
         Ledger(self.run.ledger).append(Retried(stage, delay=verdict.delay))
 
     def _start(self, stage: str) -> Ranks:
-        slurm = self.spec.stage(stage).slurm
+        settings = self.spec.stage(stage)
+        slurm, rollout = settings.slurm, rollout_checks.vllm_of(settings)
         if self.hostfile is not None:
             address = os.environ.get("MASTER_ADDR") or self.hostfile.master_address()
             env = environment(os.environ, max(self.hostfile.slots.values()), address)
             return start_on(self.hostfile, self.run, stage, env)
         env = environment(os.environ, slurm.ranks)
         gpus, gpus_wanted = visible_gpus(env), slurm.gpus_per_node > 0
-        if gpus_wanted and gpus < slurm.ranks:
-            few = f"{slurm.ranks} ranks, but {gpus} visible GPU{'s' * (gpus > 1)}"
+        needed = slurm.ranks
+        if rollout is not None and rollout.placement != "colocated":
+            nodes = rollout.own_nodes or slurm.nodes
+            needed += nodes * rollout.servers(slurm) * rollout.tensor_parallel
+        if gpus_wanted and gpus < needed:
+            of_vllm = " and servers of vLLM" if needed > slurm.ranks else ""
+            few = f"{needed} ranks{of_vllm}, but {gpus} visible GPU{'s' * (gpus > 1)}"
             why = few if gpus else "this machine has no visible NVIDIA GPU"
             self.watcher.say(f"{stage}: {why}; running on the CPU")
-        if 0 < gpus < slurm.ranks or not gpus_wanted:
+        if 0 < gpus < needed or not gpus_wanted:
             env["CUDA_VISIBLE_DEVICES"] = ""  # two ranks cannot share a GPU
         return start_here(self.run, stage, slurm.ranks, env)
 

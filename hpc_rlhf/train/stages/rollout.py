@@ -35,5 +35,5 @@ def vllm_engine(context: StageContext, spec: RolloutSpec, model: Any) -> VllmEng
     where = f"stages.{context.stage}.rollout"
     return VllmEngine(
         model, context.world, spec, context.files.engine, context.longest, context.attempt, where,
-        context.stop.should_stop,
+        context.stage_spec.slurm, context.stop.should_stop,
     )  # fmt: skip

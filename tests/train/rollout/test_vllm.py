@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from hpc_rlhf.run import manifest
+from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Sampling
 from hpc_rlhf.train.rollout.in_process.engine import RolloutEngine
@@ -50,7 +51,7 @@ def engine(
     model = tiny.causal(request.param.split()[0], **SIZES[request.param])
     folder = tmp_path_factory.mktemp("engine")
     spec = RolloutSpec(engine="vllm", max_num_seqs=3)
-    backend = VllmEngine(model, world, spec, folder, 32, "attempt", "stages.grpo.rollout")
+    backend = VllmEngine(model, world, spec, folder, 32, "attempt", "stages.grpo.rollout", SlurmSpec())
     backend.sync_weights(model)
     yield backend
     backend.close()
@@ -158,6 +159,24 @@ def test_a_server_with_stale_weights_refuses_and_is_started_again(
     assert "they are stale; it starts again" in capfd.readouterr().err
 
 
+def three_steps(folder: Path, *settings: str) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """GRPO that rewards variety: each step's metrics, and the facts of its committed rollout."""
+    reward = folder / "reward.py"
+    reward.write_text("def variety(completions, **_):\n    return [float(len(set(text))) for text in completions]\n")
+    rewards = f"rewards=[{{function: '{reward}:variety'}}]"
+    run = short_grpo(folder, "rollout.engine=vllm", "max_steps=3", "lr=1e-3", rewards, *settings)
+    assert manifest.require(run.stage("grpo").model, "grpo")["step"] == 3
+    metrics = [json.loads(line) for line in run.stage("grpo").metrics.read_text().splitlines()]
+    assert all(step["grad_norm"] > 0 for step in metrics)
+    facts = []
+    for file in sorted(run.stage("grpo").rollouts.glob("*-rollout-0.safetensors")):
+        with safe_open(str(file), "pt") as opened:
+            assert len(opened.get_tensor("lengths")) == 32
+            facts.append(opened.metadata())
+    assert len(facts) == 3
+    return metrics, facts
+
+
 @pytest.mark.vllm
 def test_workers_end_with_their_engine_when_all_that_keeps_them_is_killed(world: World, tmp_path: Path) -> None:
     """Workers may then be in an operation that never ends, and so do not react to anything."""
@@ -181,19 +200,24 @@ def test_workers_end_with_their_engine_when_all_that_keeps_them_is_killed(world:
 )
 def test_grpo_learns_from_the_responses_of_its_own_weights(tmp_path: Path, settings: tuple[str, ...]) -> None:
     """Otherwise, the two log-probabilities of a token would differ after the first update."""
-    reward = tmp_path / "reward.py"
-    reward.write_text("def variety(completions, **_):\n    return [float(len(set(text))) for text in completions]\n")
-    rewards = f"rewards=[{{function: '{reward}:variety'}}]"
-    run = short_grpo(tmp_path, "rollout.engine=vllm", "max_steps=3", "lr=1e-3", rewards, *settings)
-    assert manifest.require(run.stage("grpo").model, "grpo")["step"] == 3
-    metrics = [json.loads(line) for line in run.stage("grpo").metrics.read_text().splitlines()]
-    assert all(step["grad_norm"] > 0 for step in metrics)
+    metrics, facts = three_steps(tmp_path, *settings)
     assert all(0 < step["sampler_kl_max"] < 1e-8 for step in metrics)
-    committed = sorted(run.stage("grpo").rollouts.glob("*-rollout-0.safetensors"))
-    assert len(committed) == 3
-    versions = set()
-    for file in committed:
-        with safe_open(str(file), "pt") as opened:
-            assert len(opened.get_tensor("lengths")) == 32
-            versions.add(opened.metadata()["weights"])
-    assert len(versions) == 3
+    assert len({each["weights"] for each in facts}) == 3
+
+
+@pytest.mark.vllm
+@pytest.mark.train
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("rollout.placement={separate: {gpus_per_node: 1}}", "slurm.ranks_per_node=1"),
+        ("rollout.placement={separate: {nodes: 1}}",),
+    ],
+    ids=["colocated", "on the ranks' node", "on its own node"],
+)
+def test_grpo_learns_one_step_off(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    (first, *others), facts = three_steps(tmp_path, "zero=3", "rollout.overlap=1", *settings)
+    assert 0 < first["sampler_kl_max"] < 1e-8
+    assert all(step["sampler_kl_max"] > 1e-6 for step in others), "an update lies between"
+    assert [each["weights_step"] for each in facts] == ["0", "0", "1"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -12,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
+from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.rollout import RolloutSpec, interpreter
 from hpc_rlhf.train.models.export import GATHERED_AT_ONCE, full_bytes, full_weights, module_weights
 from hpc_rlhf.train.rollout.backend import GenerationRequest, Response, Rollout, RolloutCancelled
 from hpc_rlhf.train.rollout.vllm.arguments import engine_arguments, sampling_arguments
+from hpc_rlhf.train.rollout.vllm.placement import places
 from hpc_rlhf.train.rollout.vllm.server import Server
 from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.world import World
@@ -31,8 +30,8 @@ RESTARTS = 3
 
 
 class VllmEngine:
-    """A ``RolloutBackend`` that generates with vLLM. Each group of ``tensor_parallel`` ranks has its own server, which
-    the group's first rank starts and drives.
+    """A ``RolloutBackend`` that generates with vLLM, in servers of ``tensor_parallel`` GPUs each, which some of the
+    ranks start and drive; see ``placement``.
 
     Servers start at once, without weights, while models are loaded here. Responses come with the log-probabilities by
     which they were drawn. With the same weights, a response still depends on those it was batched with; see
@@ -46,6 +45,7 @@ class VllmEngine:
         longest: tokens of the longest prompt with its response.
         attempt: its name, part of the versions of weights.
         where: the field of the spec with the settings.
+        slurm: the nodes and ranks of the stage.
         should_stop: polled while servers start.
 
     Attributes:
@@ -54,14 +54,12 @@ class VllmEngine:
 
     def __init__(
         self, model: Any, world: World, spec: RolloutSpec, folder: Path, longest: int, attempt: str, where: str,
-        should_stop: Callable[[], bool] = bool,
+        slurm: SlurmSpec, should_stop: Callable[[], bool] = bool,
     ) -> None:  # fmt: skip
         self.model, self.world, self.where = model, world, where
         self.should_stop = should_stop
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.attempt, self.syncs, self.restarts = attempt, 0, 0
-        self.count, place = world.size // spec.tensor_parallel, world.rank % spec.tensor_parallel
-        self.number = world.rank // spec.tensor_parallel
 
         def write_config() -> None:
             config = copy.deepcopy(model.config)
@@ -69,16 +67,18 @@ class VllmEngine:
             config.save_pretrained(str(folder))
 
         world.on_main(write_config)
-        gpus = world.gather(_gpu())[world.rank - place :][: spec.tensor_parallel]
-        if all(gpus) and len(set(gpus)) < spec.tensor_parallel:
-            raise HpcRlhfError("each rank sees no GPU but its own", where, "use slurm.launcher: torchrun")
+        servers = {place.rank: place.gpus for place in places(spec, world, slurm, where)}
+        own = servers.get(world.rank)
+        self.count, self.number = len(servers), sum(rank < world.rank for rank in servers)
+        python, size = interpreter(spec), str(spec.tensor_parallel)
+        bridge = ("bridge", str(folder), str(self.number), python, size)
         largest = max(full_bytes(module.parameters) for module in module_weights(model))
         self._at_once = min(GATHERED_AT_ONCE, largest)
         self._start = partial(
-            Server, interpreter(spec), _arguments(model, spec, folder, longest), largest,
-            {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if all(gpus) else {},
+            Server, bridge if spec.own_nodes else ("start", python), _arguments(model, spec, folder, longest),
+            largest, {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {},
         )  # fmt: skip
-        self._server = None if place else self._start()
+        self._server = None if own is None else self._start()
         self._failure: HpcRlhfError | None = None
         self._has = ""  # the version of this server's weights
         self.within: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -273,19 +273,11 @@ class VllmEngine:
             self._server.close()
 
 
-def _gpu() -> str:
-    """What CUDA_VISIBLE_DEVICES calls this rank's GPU; empty without one."""
-    if not torch.cuda.is_available():
-        return ""
-    visible, number = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.current_device()
-    return visible.split(",")[number] if visible else str(number)
-
-
 def _arguments(model: Any, spec: RolloutSpec, folder: Path, longest: int) -> Mapping[str, Any]:
     """Arguments of ``vllm.LLM``."""
     return {
         **engine_arguments(spec, folder, model.dtype),
-        "gpu_memory_utilization": spec.gpu_memory,
+        "gpu_memory_utilization": spec.memory_share,
         "max_model_len": longest,
         "load_format": "dummy",
         # Those of the distribution that tokens are drawn from, at its temperature.

@@ -45,7 +45,7 @@ class VllmBatch:
             "stream_interval": 1,
             "use_tqdm_on_load": False,
         }
-        self._server = Server(interpreter(rollout), arguments, mmap.PAGESIZE, {})
+        self._server = Server(("start", interpreter(rollout)), arguments, mmap.PAGESIZE, {})
         self._server.wait()
         self._server.silence = STEP_SECONDS
         self._server.ask("context")

@@ -1,32 +1,31 @@
 """A process with vLLM's engine, and what a rank says to it.
 
 The rank and the process share a pair of sockets and a piece of memory for weights, both without a name: there is no
-address that anybody else could connect to, nor a key that could become known. The process ends with the rank.
+address that anybody else could connect to, nor a key that could become known. The process ends with the rank. On
+another node, ``bridge`` stands for it here.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import select
 import signal
-import socket
 import subprocess
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from hpc_rlhf import safe_path
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import reasons
 from hpc_rlhf.train.rollout.vllm.inside.hpc_rlhf_vllm import Connection
+from hpc_rlhf.train.rollout.vllm.process import Process
 from hpc_rlhf.train.runtime import keeper
 
 # To start, on a busy file system, and between two signs of life later.
@@ -44,7 +43,7 @@ class Server:
     the rank.
 
     Args:
-        python: vLLM's own Python.
+        program: start with vLLM's own Python, or bridge with its arguments.
         arguments: of ``vllm.LLM``.
         memory: bytes of weights that are passed at a time.
         environment: more variables.
@@ -54,30 +53,17 @@ class Server:
         silence: seconds between two signs of life, once it has started.
     """
 
-    def __init__(self, python: str, arguments: Mapping[str, Any], memory: int, environment: Mapping[str, str]) -> None:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(SILENCE_SECONDS)
-        descriptor = os.memfd_create("weights")
-        os.ftruncate(descriptor, memory)
-        self._memory = torch.frombuffer(mmap.mmap(descriptor, memory), dtype=torch.uint8)
-        command = safe_path.module(
-            "hpc_rlhf.train.rollout.vllm.start", python, str(theirs.fileno()), str(descriptor)
-        )  # fmt: skip
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, keeper.RANK_SIGNALS)
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno(), descriptor], start_new_session=True, env={**os.environ, **environment},
-            )  # fmt: skip
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
-            os.close(descriptor)
-        self._connection = Connection(ours)
+    def __init__(
+        self, program: Sequence[str], arguments: Mapping[str, Any], memory: int, environment: Mapping[str, str]
+    ) -> None:
+        process = Process(program, memory, environment)
+        process.socket.settimeout(SILENCE_SECONDS)
+        self._process, self._memory = process.popen, torch.frombuffer(process.memory, dtype=torch.uint8)
+        self._connection = Connection(process.socket)
         self._last_line: deque[str] = deque(maxlen=1)
         self._log = threading.Thread(target=_copy, args=(self._process.stdout, self._last_line), daemon=True)
         self._log.start()
-        self.close = weakref.finalize(self, _end, self._process, ours)
+        self.close = weakref.finalize(self, process.end)
         self._tensors: list[tuple[str, str, list[int], int]] = []
         self._used = 0
         self._starts = self.waits = True
@@ -132,7 +118,7 @@ class Server:
 
     def flush_weights(self) -> None:
         if self._tensors:
-            self.ask("load_weights", tensors=self._tensors)
+            self.ask("load_weights", tensors=self._tensors, used=self._used)
             self.wait()
         self._tensors, self._used = [], 0
 
@@ -180,12 +166,6 @@ class Server:
             self._process.wait(_END_SECONDS)
         self.close()
         return self.failure(error, INPUT_WRONG if self._starts else RUN_FAILED)
-
-
-def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
-    """Kill a server and all that it started."""
-    connection.close()
-    keeper.end(process)
 
 
 def _copy(output: IO[bytes], last_line: deque[str]) -> None:

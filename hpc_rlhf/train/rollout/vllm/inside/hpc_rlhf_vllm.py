@@ -101,7 +101,7 @@ class Engine:
         self.version = None
         self.llm.collective_rpc("begin_weights")
 
-    def load_weights(self, tensors: list[Any]) -> None:
+    def load_weights(self, tensors: list[Any], used: int) -> None:
         self.llm.collective_rpc("load_weights", args=(self.memory, tensors))
 
     def end_weights(self, version: str) -> None:
