@@ -39,6 +39,13 @@ class Outcome(Enum):
     NO_PROMPT = "no prompt", Kind.PASSED, "of plain text, which has no prompt"
     ONE_ANSWER = "one answer", Kind.PASSED, "without a second response"
 
+    REPEATED_TEXT = "repeated text", Kind.PASSED, "equal to an earlier one"
+    TOO_FEW_CHARACTERS = "too few characters", Kind.PASSED, "shorter than filters.min_characters"
+    TOO_MANY_CHARACTERS = "too many characters", Kind.PASSED, "longer than filters.max_characters"
+    FEW_LETTERS = "few letters", Kind.PASSED, "with a smaller share of letters than filters.min_letters"
+    REPEATED_LINES = "repeated lines", Kind.PASSED, "that repeat more of their lines than filters.max_repeated"
+    COMPRESSIBLE = "compressible", Kind.PASSED, "that zlib makes more than filters.max_compression times smaller"
+
     NULL = "null", Kind.LOST, "with null where text is needed"
     EMPTY = "empty", Kind.LOST, "without text"
     NO_ANSWER = "no answer", Kind.LOST, "without a response"

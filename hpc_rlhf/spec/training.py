@@ -130,7 +130,7 @@ class TrainingSpec(StageSpec):
     at the peak, and falls linearly in the last steps."""
     decay: Warmup = 0.1
     """Steps at the end in which wsd falls: a fraction of all optimizer steps, or from 1 on their number."""
-    final_lr: Fraction = 0.0
+    decay_to: Fraction = 0.0
     """Where cosine, linear and wsd end, as a fraction of the peak; 0.1 is common in pretraining."""
     weight_decay: NonNegative = Field(default=0.0, description="AdamW's weight decay, on matrices only.")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="Adam's betas.")

@@ -106,7 +106,7 @@ def test_attention_stays_within_documents_unless_it_may_cross(tmp_path: Path, so
         AutoTokenizer.from_pretrained(run.stage("pretrain").model),
     )
     from hpc_rlhf.train.data.sampler import blended, shuffled
-    from hpc_rlhf.train.data.texts import Sequences
+    from hpc_rlhf.train.data.sequences import Sequences
     from hpc_rlhf.train.data.token_files import TokenStream
 
     (folder,) = (path.parent for path in run.stage("pretrain").data.glob("*/manifest.json"))
@@ -157,5 +157,4 @@ def test_the_example_runs_from_text_to_chat(tmp_path: Path) -> None:
     states = json.loads(hpc_rlhf("status", str(tmp_path / "run"), "--json"))["stages"]
     assert [stage["state"] for stage in states] == ["done", "done"]
     report = (tmp_path / "run" / "report.html").read_text()
-    assert "Pretraining is done: held-out perplexity" in report
-    assert "tokens per second" in report
+    assert all(text in report for text in ("tokens per second", "held out, demo", "held out, arithmetic"))

@@ -6,10 +6,26 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from hpc_rlhf.spec.fields import NonNegative, Rate
+from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages.kind import GRADIENT, LEARNING_RATE, SENT, Data, Plot, StageKind
 from hpc_rlhf.spec.training import TrainingSpec
+
+
+class FilterSpec(Model):
+    """Which documents are left out, by rules that hold in any language. The report counts what each leaves out."""
+
+    min_characters: Annotated[int, Field(ge=0)] = Field(default=0, description="Shorter documents are left out.")
+    max_characters: Positive | None = Field(default=None, description="Longer documents are left out.")
+    min_letters: Fraction = 0.0
+    """Smallest share of letters and digits, in any script, among the characters that are not spaces. Prose has more
+    than 0.9, program code about 0.8."""
+    max_repeated: Fraction = 1.0
+    """Largest share of characters in lines that the document already had; 0.2 in Gopher (arXiv 2112.11446, table A1).
+    """
+    max_compression: Rate | None = None
+    """How many times smaller zlib may make a document. Prose is between 2 and 3; from about 8 on, a text mostly repeats
+    itself."""
 
 
 class PretrainSpec(TrainingSpec):
@@ -28,6 +44,10 @@ class PretrainSpec(TrainingSpec):
     document."""
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.01
     """Fraction of each source's documents that are held out for evaluation. Equal documents are held out together."""
+    deduplicate: bool = False
+    """Leave out documents that are equal to an earlier one of their source. All text is read twice."""
+    filters: FilterSpec = FilterSpec()
+    """Documents to leave out for their length or quality."""
     lr: Rate = Field(default=3.0e-4, description="Peak learning rate.")
     weight_decay: NonNegative = Field(default=0.1, description="AdamW's weight decay, on matrices only.")
 

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run.row_counts import Outcome
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.stages.pretrain import FilterSpec
 from hpc_rlhf.train.data.files import Placed, read_rows
 from hpc_rlhf.train.data.formats import read_row
 from hpc_rlhf.train.data.messages import Dropped
 from hpc_rlhf.train.data.sources import generate, load, local_files
+from hpc_rlhf.train.data.text_filters import refused
 
 # The size of a part: bytes of small files, which are read together, or rows of the hub.
 PART_BYTES, PART_ROWS = 2**26, 100_000
@@ -82,8 +84,8 @@ def _stat(file: Path) -> tuple[str, int, int]:
     return str(file), facts.st_size, facts.st_mtime_ns
 
 
-def documents(source: SourceSpec, part: Part, seed: int) -> Iterator[Document]:
-    """The rows of a part, in order, as documents.
+def documents(source: SourceSpec, part: Part, seed: int, rules: FilterSpec) -> Iterator[Document]:
+    """The rows of a part, in order, as documents. Those that break a rule are left out.
 
     Raises:
         HpcRlhfError: they cannot be read, from here on.
@@ -94,7 +96,8 @@ def documents(source: SourceSpec, part: Part, seed: int) -> Iterator[Document]:
         except Dropped as dropped:
             yield Document(where, "", dropped.outcome)
         else:
-            yield Document(where, sample.prompt + sample.chosen, None)
+            text = sample.prompt + sample.chosen
+            yield Document(where, text, refused(text, rules))
 
 
 def _rows(source: SourceSpec, part: Part, seed: int) -> Iterator[Placed]:

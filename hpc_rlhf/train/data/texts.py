@@ -1,10 +1,10 @@
-"""Pretraining text as tokens: tokenized once by all ranks, and read as sequences of full length."""
+"""Pretraining text as tokens, which all ranks write together, once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
@@ -16,10 +16,9 @@ import numpy as np
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.row_counts import Outcome, SourceCounts
-from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.train.data import token_files
+from hpc_rlhf.spec.stages import PretrainSpec
+from hpc_rlhf.train.data import repeats, token_files
 from hpc_rlhf.train.data.documents import Document, Part, documents, parts_of
-from hpc_rlhf.train.data.sampler import shuffled
 from hpc_rlhf.train.data.token_files import Segment, TokenStream
 from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
@@ -68,11 +67,11 @@ class TextSource:
         folder: named by all that the tokens depend on.
     """
 
-    def __init__(
-        self, source: SourceSpec, number: int, seed: int, held_out: float, encoder: Encoder, data: Path
-    ) -> None:
-        self.source, self.seed, self.held_out, self.encoder = source, seed, held_out, encoder
-        facts = [source.model_dump(mode="json", exclude={"weight"}), seed, held_out, encoder.hash, token_files.SEGMENT]
+    def __init__(self, spec: PretrainSpec, number: int, seed: int, encoder: Encoder, data: Path) -> None:
+        self.spec, self.source, self.seed, self.encoder = spec, spec.sources[number], seed, encoder
+        source = self.source.model_dump(mode="json", exclude={"weight"})
+        rules = spec.model_dump(mode="json", include={"held_out", "deduplicate", "filters"})
+        facts = [source, rules, seed, encoder.hash, token_files.SEGMENT]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = data / f"text-{number}-{digest}"
 
@@ -86,12 +85,52 @@ class TextSource:
         known = [Part.of(facts) for facts in json.loads(path.read_text())] if path.exists() else parts_of(self.source)
         if manifest.read(self.folder) is None:
             now = [part.now() for part in known]
-            for number, (was, is_now) in enumerate(zip(known, now, strict=True)):
-                if was != is_now:
-                    token_files.discard(self.folder, number)
+            changed = [number for number, part in enumerate(now) if part != known[number]]
+            for number in range(len(now)) if self.spec.deduplicate and changed else changed:
+                token_files.discard(self.folder, number)
             known = now
             write_atomically(path, json.dumps([asdict(part) for part in known]), durable=True)
         return [asdict(part) for part in known]
+
+    def write_hashes(self, parts: Mapping[int, Part], should_stop: Callable[[], bool]) -> None:
+        """Write the hashes of the documents of some parts, by their numbers, unless that is done.
+
+        Raises:
+            HpcRlhfError: a part cannot be read.
+            WorkCancelled: ``should_stop`` was true.
+        """
+
+        def kept(part: Part) -> Iterator[str | None]:
+            for row in documents(self.source, part, self.seed, self.spec.filters):
+                if should_stop():
+                    raise WorkCancelled
+                yield None if row.outcome else row.text
+
+        for number, part in parts.items():
+            if not (path := self._hashes(number)).exists():
+                repeats.write_hashes(path, kept(part))
+
+    def mark_repeats(self, parts: int) -> None:
+        """Find the documents that are equal to an earlier one, in all parts, unless that is done."""
+        if not all(self._marks(number).exists() for number in range(parts)):
+            repeats.mark([self._hashes(n) for n in range(parts)], [self._marks(n) for n in range(parts)])
+
+    def _hashes(self, number: int) -> Path:
+        return self.folder / f"part-{number:05}-hashes"
+
+    def _marks(self, number: int) -> Path:
+        return self.folder / f"part-{number:05}-repeats"
+
+    def _documents(self, number: int, part: Part) -> Iterator[Document]:
+        """The rows of a part, those that repeat an earlier document left out if the spec says so."""
+        rows = documents(self.source, part, self.seed, self.spec.filters)
+        if not self.spec.deduplicate:
+            return rows
+        marks = repeats.read_marks(self._marks(number), self._hashes(number).stat().st_size // 8)
+        return (
+            row._replace(outcome=Outcome.REPEATED_TEXT) if again else row
+            for row, again in zip(rows, marks.tolist(), strict=True)
+        )
 
     def complete(self, number: int, part: Part, should_stop: Callable[[], bool]) -> list[dict[str, Any]]:
         """Verify the segments of a part, and write those that are missing.
@@ -116,9 +155,9 @@ class TextSource:
             stem = token_files.stem_of(self.folder, number, len(segments))
             segments.append(segment.write(stem, rows, ends_part))
 
-        for document, ids in self._encoded(islice(documents(self.source, part, self.seed), rows, None), should_stop):
+        for document, ids in self._encoded(islice(self._documents(number, part), rows, None), should_stop):
             rows += 1
-            is_held_out = seeds.unit(self.seed, document.text, "held out") < self.held_out
+            is_held_out = seeds.unit(self.seed, document.text, "held out") < self.spec.held_out
             if ids is not None:
                 segment.add(ids, token_files.SPLITS[is_held_out])
             used = Outcome.HELD_OUT if is_held_out else Outcome.TRAINED
@@ -149,6 +188,7 @@ class TextSource:
         facts: dict[str, Any] = {"segments": segments, "sources": [counts.to_dict()], "dtype": self.encoder.dtype}
         if manifest.read(self.folder) != {**facts, "files": files}:
             manifest.write(self.folder, facts, files)
+        print(f"hpc-rlhf: text: {counts.summary()}", flush=True)
 
     def streams(self) -> tuple[TokenStream, TokenStream]:
         """The tokens to train on, and those held out."""
@@ -170,13 +210,11 @@ def _batch(rows: Iterator[Document]) -> list[Document]:
 
 
 def prepare(
-    sources: Sequence[SourceSpec], seed: int, held_out: float, tokenizer: Any, folder: Path, world: World,
-    should_stop: Callable[[], bool] = bool,
-) -> list[tuple[TokenStream, TokenStream]]:  # fmt: skip
-    """Tokenize sources, or verify what earlier attempts tokenized; the ranks share the parts. Collective.
+    spec: PretrainSpec, seed: int, tokenizer: Any, folder: Path, world: World, should_stop: Callable[[], bool] = bool
+) -> list[tuple[TokenStream, TokenStream]]:
+    """Tokenize a stage's sources, or verify what earlier attempts tokenized; the ranks share the parts. Collective.
 
     Args:
-        held_out: fraction of the documents.
         should_stop: polled on every rank.
 
     Returns:
@@ -188,57 +226,15 @@ def prepare(
     """
     encoder = Encoder(tokenizer)
     streams = []
-    for number, source in enumerate(sources):
-        text = TextSource(source, number, seed, held_out, encoder, folder)
+    for number in range(len(spec.sources)):
+        text = TextSource(spec, number, seed, encoder, folder)
         parts = [Part.of(facts) for facts in world.on_main(text.parts)]
-        mine = range(world.rank, len(parts), world.size)
-        shares = world.on_each(lambda: [text.complete(n, parts[n], should_stop) for n in mine])  # noqa: B023
+        mine = {n: parts[n] for n in range(world.rank, len(parts), world.size)}
+        if spec.deduplicate:
+            world.on_each(lambda: text.write_hashes(mine, should_stop))  # noqa: B023
+            world.on_main(lambda: text.mark_repeats(len(parts)))  # noqa: B023
+        shares = world.on_each(lambda: [text.complete(n, part, should_stop) for n, part in mine.items()])  # noqa: B023
         ordered = [shares[n % world.size][n // world.size] for n in range(len(parts))]
         world.on_main(lambda: text.publish([segment for part in ordered for segment in part]))  # noqa: B023
         streams.append(text.streams())
     return streams
-
-
-class Sequences:
-    """The sequences of several streams of tokens, numbered through.
-
-    A sequence begins with the last token of the one before it, so that every token of a document but its first is
-    learned once. The last one of a stream may be shorter.
-
-    Args:
-        length: tokens of a sequence.
-        cross: the documents of a sequence count as one.
-    """
-
-    def __init__(self, streams: Sequence[TokenStream], length: int, cross: bool) -> None:
-        self.streams, self.size, self.cross = streams, length, cross
-        self.counts = [-(-max(0, len(stream) - 1) // (length - 1)) for stream in streams]
-        self.starts = np.cumsum([0, *self.counts])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def _place(self, index: int) -> tuple[int, int, int]:
-        """The stream of a sequence, and its first token and the one after its last there."""
-        source = int(np.searchsorted(self.starts, index, side="right")) - 1
-        first = (index - int(self.starts[source])) * (self.size - 1)
-        return source, first, min(first + self.size, len(self.streams[source]))
-
-    def length(self, index: int) -> int:
-        """Tokens of a sequence."""
-        _, first, last = self._place(index)
-        return last - first
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """``ids``, (tokens,), int64; ``documents``, the tokens of each document in it; and ``source``, its stream."""
-        source, first, last = self._place(index)
-        ids, documents = self.streams[source].read(first, last)
-        return {"ids": ids, "documents": [len(ids)] if self.cross else documents, "source": source}
-
-    def evaluated(self, seed: int, most: int) -> list[int]:
-        """At most ``most`` sequences of each stream, drawn at random."""
-        drawn = (
-            (start, sorted(shuffled(place, count, seed, "held out") for place in range(min(count, most))))
-            for start, count in zip(self.starts.tolist(), self.counts, strict=False)
-        )
-        return [start + index for start, indices in drawn for index in indices]

@@ -55,7 +55,7 @@ class Schedule(torch.optim.lr_scheduler.LambdaLR):
         warmup, decay = (schedule.phase_steps(steps, total) for steps in (spec.warmup, spec.decay))
 
         def factor(step: int) -> float:
-            return schedule.factor(spec.schedule, step, warmup, total - self.skipped, decay, spec.final_lr)
+            return schedule.factor(spec.schedule, step, warmup, total - self.skipped, decay, spec.decay_to)
 
         super().__init__(optimizer, factor)
 

@@ -22,7 +22,7 @@ from hpc_rlhf.spec.stages import PretrainSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data import texts
 from hpc_rlhf.train.data.sampler import blended, shuffled, total_steps
-from hpc_rlhf.train.data.texts import Sequences
+from hpc_rlhf.train.data.sequences import Sequences
 from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.flops import TrainingFlops
@@ -102,9 +102,7 @@ class Text:
             return context.stop.flag.code > 0
 
         with context.stop.cancellable():
-            streams = texts.prepare(
-                spec.sources, seed, spec.held_out, context.tokenizer, folder, context.world, should_stop
-            )
+            streams = texts.prepare(spec, seed, context.tokenizer, folder, context.world, should_stop)
         train, held_out = (
             Sequences([each[split] for each in streams], length, spec.cross_documents) for split in (0, 1)
         )
@@ -165,12 +163,13 @@ class TextLearner(Learner):
         values = super().step(indices)
         seconds = time.monotonic() - start
         values["tokens_per_second"] = values["tokens"] / seconds
-        spec, ranks = self.context.stage_spec, self.context.world.size
-        gpu = GPUS.get(spec.slurm.gpu or "")
+        spec, world = self.context.stage_spec, self.context.world
+        gpu = GPUS.get(spec.slurm.gpu or "") if world.device.type == "cuda" else None
         if gpu is not None and self.flops is not None:
             rows = map(self.data.train.__getitem__, indices)
             pairs = sum(length**2 for row in rows for length in row["documents"])
-            values["mfu"] = self.flops.total(values["tokens"], pairs) / seconds / (ranks * gpu.peak(spec.precision))
+            peak = world.size * gpu.peak(spec.precision)
+            values["mfu"] = self.flops.total(values["tokens"], pairs) / seconds / peak
         return values
 
     @torch.no_grad()

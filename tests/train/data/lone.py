@@ -30,14 +30,15 @@ def main() -> None:
     from transformers import PreTrainedTokenizerFast
 
     from hpc_rlhf.spec.source import SourceSpec
+    from hpc_rlhf.spec.stages import PretrainSpec
     from hpc_rlhf.train.data import documents, texts, token_files
 
     token_files.SEGMENT, texts.BATCH, documents.PART_BYTES = 300, 100, 2000
     path, tokenizer, folder = sys.argv[1:]
     world: Any = Lone()
-    sources = [SourceSpec(path=path, format="text")]
+    spec = PretrainSpec(sources=(SourceSpec(path=path, format="text"),), held_out=0.2, deduplicate=True)
     loaded = PreTrainedTokenizerFast.from_pretrained(tokenizer)
-    print(json.dumps(len(texts.prepare(sources, 7, 0.2, loaded, Path(folder), world))), flush=True)
+    print(json.dumps(len(texts.prepare(spec, 7, loaded, Path(folder), world))), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run import manifest
+from hpc_rlhf.run.row_counts import SourceCounts, read_counts
 from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.train.data import documents, texts, token_files
-from hpc_rlhf.train.data.texts import Sequences
+from hpc_rlhf.spec.stages import PretrainSpec
+from hpc_rlhf.train.data import documents, repeats, texts, token_files
+from hpc_rlhf.train.data.sequences import Sequences
 from hpc_rlhf.train.data.token_files import TokenStream
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from tests.train import tiny
@@ -53,8 +56,8 @@ def write_shards(folder: Path, lines: list[str], shards: int) -> None:
         (folder / f"{number}.jsonl").write_text("".join(rows))
 
 
-def prepare(folder: Path, tokenizer: Any, *sources: SourceSpec, held_out: float = 0.2) -> list[tuple[TokenStream, ...]]:
-    return list(texts.prepare(sources, 7, held_out, tokenizer, folder, WORLD))
+def prepare(folder: Path, tokenizer: Any, *sources: SourceSpec, **fields: Any) -> list[tuple[TokenStream, TokenStream]]:
+    return texts.prepare(PretrainSpec(sources=sources, **{"held_out": 0.2, **fields}), 7, tokenizer, folder, WORLD)
 
 
 def text_source(path: Path, **fields: Any) -> SourceSpec:
@@ -162,8 +165,9 @@ def test_tokens_are_the_same_however_often_the_process_was_killed(tmp_path: Path
 def test_a_stop_keeps_what_is_complete(tmp_path: Path, tokenizer: Any) -> None:
     write_shards(tmp_path / "data", corpus(6, 300), 2)
     source, polls = text_source(tmp_path / "data"), iter([False] * 12 + [True])
+    spec = PretrainSpec(sources=(source,), held_out=0.2)
     with pytest.raises(WorkCancelled):
-        texts.prepare([source], 7, 0.2, tokenizer, tmp_path / "a", WORLD, lambda: next(polls))
+        texts.prepare(spec, 7, tokenizer, tmp_path / "a", WORLD, lambda: next(polls))
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("*/*.tokens")}
     assert kept
     prepare(tmp_path / "a", tokenizer, source)
@@ -197,3 +201,58 @@ def test_a_broken_shard_is_an_error_with_file_and_line(tmp_path: Path, tokenizer
     assert f"{shard}:12" in str(caught.value.where)
     shard.write_text("".join(rows))
     prepare(tmp_path / "cache", tokenizer, text_source(tmp_path / "data"))  # a file of another size may be read anew
+
+
+def counts_in(folder: Path) -> list[SourceCounts]:
+    return [counts for path in folder.glob("text-*") for counts in read_counts(manifest.read(path) or {})]
+
+
+@pytest.mark.usefixtures("small")
+def test_repeated_documents_are_left_out_whatever_part_they_are_in(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repeats, "COMPARED", 20)
+    draw, lines = random.Random(10), corpus(10, 60)
+    write_shards(tmp_path / "data", draw.choices(lines, k=150), 3)
+    source = text_source(tmp_path / "data")
+    ((train, held_out),) = prepare(tmp_path / "once", tokenizer, source, deduplicate=True)
+    ((all_train, all_held_out),) = prepare(tmp_path / "all", tokenizer, source)
+    for own, whole in ((train, all_train), (held_out, all_held_out)):
+        ids = documents_of(whole)
+        assert documents_of(own) == [each for n, each in enumerate(ids) if each not in ids[:n]]
+    (counts,) = counts_in(tmp_path / "once")
+    left_out = 150 - len(documents_of(train)) - len(documents_of(held_out))
+    assert f"{left_out} equal to an earlier one" in counts.summary()
+    # The first shard no longer has what the others repeat.
+    shards = [tmp_path / "data" / f"{n}.jsonl" for n in range(3)]
+    (counts,) = counts_in(tmp_path / "once")
+    next((tmp_path / "once").glob("*/manifest.json")).unlink()
+    shards[0].write_text(json.dumps({"text": "Only this."}) + "\n")
+    ((train, held_out),) = prepare(tmp_path / "once", tokenizer, source, deduplicate=True)
+    rest = {json.loads(row)["text"] for shard in shards for row in shard.read_text().splitlines()}
+    assert len(documents_of(train)) + len(documents_of(held_out)) == len(rest)
+
+
+def test_filters_count_what_they_leave_out(tmp_path: Path, tokenizer: Any) -> None:
+    rows = {
+        "short": "Snow.",
+        "long": " ".join(f"{n}th" for n in range(400)),
+        "symbols": "+-+-+ a b ***** //// ==== ;;;; ()()()",
+        "lines": "one line\nanother one\none line\none line\none line",
+        "repeats": "snow and grass " * 60,
+        "kept": "雪は白く、草は緑である。 Snow is white, and grass is green in the morning.",
+    }
+    write_shards(tmp_path / "data", list(rows.values()), 1)
+    filters = {
+        "min_characters": 10, "max_characters": 1000, "min_letters": 0.6, "max_repeated": 0.3, "max_compression": 8.0,
+    }  # fmt: skip
+    ((train, _),) = prepare(
+        tmp_path / "cache", tokenizer, text_source(tmp_path / "data"), held_out=0.0, filters=filters
+    )
+    (kept,) = documents_of(train)
+    assert tokenizer.decode(kept[1:-1]) == rows["kept"]
+    (counts,) = counts_in(tmp_path / "cache")
+    assert {outcome.name: count.rows for outcome, count in counts.outcomes.items()} == {
+        "TOO_FEW_CHARACTERS": 1, "TOO_MANY_CHARACTERS": 1, "FEW_LETTERS": 1, "REPEATED_LINES": 1, "COMPRESSIBLE": 1,
+        "TRAINED": 1,
+    }  # fmt: skip
