@@ -75,7 +75,7 @@ test-slurm: .venv/.installed-dev  ## Run the tests of Slurm on its versions 22.0
 	scripts/install-slurm.sh
 	@for release in $(RELEASES); do echo "On Slurm of $$release:"; enter="scripts/newer-slurm.sh $$release"; \
 	    [[ $$release != host ]] || enter=; \
-	    OMP_NUM_THREADS=1 $$enter $(BIN)/pytest -m slurm $(TESTS) || failed=1; done; exit $${failed:-0}
+	    OMP_NUM_THREADS=1 $$enter $(BIN)/pytest -m "slurm and not vllm" $(TESTS) || failed=1; done; exit $${failed:-0}
 
 test-fast: .venv/.installed-dev  ## Run the tests that need no Slurm, no training and no waiting
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m $(FAST) $(TESTS)
@@ -100,10 +100,11 @@ bench: .venv/.installed-bench  ## Measure speed and memory against peers; BENCH=
 bench-learning: .venv/.installed-bench  ## Compare learning with peers; takes over an hour
 	$(BIN)/python -m tests.benchmarks.learning --work runs/learning
 
-chaos: .venv/.installed-dev  ## Run a chain with PPO, then one with GRPO, each under FAULTS random faults; 200 take two hours
+chaos: .venv/.installed-dev install-vllm  ## Run chains with PPO, GRPO and vLLM under FAULTS random faults; 200 take four hours
 	scripts/install-slurm.sh
 	$(if $(RELEASE),scripts/newer-slurm.sh $(RELEASE)) $(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED)
 	$(if $(RELEASE),scripts/newer-slurm.sh $(RELEASE)) $(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED) --grpo
+	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --vllm
 	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --here
 
 ettr: .venv/.installed-dev  ## Measure the ETTR of a chain preempted every two minutes; takes half an hour

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.cluster import Cluster
 from tests.storm.run import Weather, weather
+from tests.storm.scenarios import GRPO, PPO, VLLM
 
 
 def main() -> int:
@@ -22,16 +23,20 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="a folder for copies of the runs")
     parser.add_argument("--peace", type=Path, help="the run in peace that was kept, in place of a new one")
     parser.add_argument("--here", action="store_true", help="without Slurm: hpc-rlhf run in place of submit")
-    parser.add_argument("--grpo", action="store_true", help="with GRPO in place of PPO")
+    scenario = parser.add_mutually_exclusive_group()
+    scenario.add_argument("--grpo", dest="scenario", action="store_const", const=GRPO, help="with GRPO in place of PPO")
+    scenario.add_argument("--vllm", dest="scenario", action="store_const", const=VLLM, help="GRPO alone, with vLLM")
+    parser.set_defaults(scenario=PPO)
     args = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hpc-rlhf-storm-")))
         cluster = None if args.here else stack.enter_context(Cluster(folder / "slurm", owner=os.getpid()))
-        sky = stack.enter_context(weather(cluster, folder, args.faults, grpo=args.grpo))
+        sky = stack.enter_context(weather(cluster, folder, args.faults, scenario=args.scenario))
         try:
-            began = time.monotonic()
-            sky.peace(args.peace)
-            print(f"undisturbed: {time.monotonic() - began:.0f} s", file=sys.stderr)
+            if not args.scenario.replays:
+                began = time.monotonic()
+                sky.peace(args.peace)
+                print(f"undisturbed: {time.monotonic() - began:.0f} s", file=sys.stderr)
             return 0 if min([report(sky, seed) for seed in args.seed]) else 1
         finally:
             if args.keep:

@@ -18,14 +18,11 @@ from tests.cluster import ClusterError
 from tests.cluster.chain import Chain
 from tests.storm import strikes
 from tests.storm.here import Here
+from tests.storm.scenarios import PPO, Scenario
 from tests.storm.strikes import FAULTS, Fault, Victim
 
-STAGES = ("sft", "reward", "ppo")
-GRPO_STAGES = ("sft", "reward", "grpo")
-SPAN = 10.0  # seconds of an attempt within which it is struck
 EFFECT = 90.0  # seconds that a strike may take to show
 ALONE = 15.0  # seconds without a job and a sentinel after which a person looks
-STILL = 300.0  # seconds without a word in the ledger after which nothing comes any more
 MINUTES = "60"  # the time limit that the spec gives
 
 
@@ -51,7 +48,7 @@ class Storm:
 
     Attributes:
         faults: how many faults to inject.
-        stages: of the chain; the last one needs the others.
+        scenario: of the chain.
         kinds: kinds of faults to draw from.
         folder: holds a folder per stage where its shim reads its orders.
         every: seconds into an attempt when a fault strikes; a random moment when left out.
@@ -64,13 +61,17 @@ class Storm:
     folder: Path
     random: random.Random
     faults: int
-    stages: Sequence[str] = STAGES
+    scenario: Scenario = PPO
     kinds: Sequence[Fault] = FAULTS
     every: float | None = None
     steps: Mapping[str, int] = field(default_factory=dict)
     struck: list[Struck] = field(default_factory=list)
     healed: list[str] = field(default_factory=list)
     _fronts: list[Front] = field(default_factory=list)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return self.scenario.stages
 
     def rage(self) -> None:
         """Inject all faults, then let the chain finish.
@@ -88,7 +89,7 @@ class Storm:
             now = ledger.stat().st_size if ledger.exists() else 0
             if now != size:
                 size, moved = now, time.monotonic()
-            elif time.monotonic() - moved > STILL:
+            elif time.monotonic() - moved > self.scenario.still:
                 raise ClusterError(f"no progress any more:\n{self._scene()}")
             time.sleep(0.1)
 
@@ -280,7 +281,7 @@ class Front:
         share = 1 if self.stage == stages[-1] else (len(stages) - 1) / len(stages)
         if len(storm.struck) < storm.faults * share:
             self._fault = storm.random.choices(storm.kinds, [fault.weight for fault in storm.kinds])[0]
-            self._moment = time.monotonic() + (storm.every or storm.random.uniform(0, SPAN))
+            self._moment = time.monotonic() + (storm.every or storm.random.uniform(0, storm.scenario.span))
 
     def _strike(self, job: str, fault: Fault) -> None:
         victim = Victim(self.chain, self.stage, job, self.storm.random, self._orders)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster import Cluster
 from tests.storm.run import Weather, weather
-from tests.storm.storm import STAGES
+from tests.storm.scenarios import PPO
 from tests.storm.strikes import FAULTS
 from tests.storm.verdict import interruptions
 
@@ -38,6 +38,6 @@ def test_faults_change_neither_weights_nor_metrics(sky: Weather) -> None:
     sky.peace()
     outcome = sky.storm(SEED, QUICK)
     assert not outcome.differ, outcome.table
-    ended = [each for stage in STAGES for each in interruptions(outcome.storm.chain, stage)]
+    ended = [each for stage in PPO.stages for each in interruptions(outcome.storm.chain, stage)]
     assert ended, outcome.table
     assert all(each.reason for each in ended), outcome.table

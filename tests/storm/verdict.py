@@ -1,16 +1,19 @@
-"""Compares a run after a storm with an undisturbed one, and its ledger with the injected faults."""
+"""Compares a run after a storm with an undisturbed one, and its ledger with the faults; looks for processes left."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from hpc_rlhf.run.events import Ended, Finished, Interrupted, Requeued, Resumed, Started
 from hpc_rlhf.run.ledger import Ledger
+from tests.cluster import ClusterError, wait_until
 from tests.cluster.chain import Watched
+from tests.cluster.processes import Process, find
 from tests.storm.storm import Storm, Struck
 from tests.train.stages import weights_digest
 
@@ -101,15 +104,25 @@ def unexplained(storm: Storm) -> list[str]:
     return wrong
 
 
+def still_running(storm: Storm) -> list[str]:
+    """Processes of the chain's ranks that are left, such as a server."""
+
+    def left() -> list[Process]:
+        mine = f"STORM={storm.folder}"
+        return find(lambda process: any(pair.startswith(mine) for pair in process.environ()))
+
+    with suppress(ClusterError):
+        wait_until(lambda: not left(), 60, "all processes have ended")
+    return [f"still running: {process.pid} ({process.command()})" for process in left()]
+
+
 def table(storm: Storm) -> str:
     """A table of the faults: how many, how many interrupted a stage, and the steps lost."""
     ended = {(stage, each.attempt): each for stage in storm.stages for each in interruptions(storm.chain, stage)}
     lines = [f"{'fault':<40}{'injected':>9}{'interrupted':>13}{'steps lost':>12}{'most':>6}  reasons in the ledger"]
     for fault in sorted({each.fault for each in storm.struck}):
         those = [each for each in storm.struck if each.fault == fault]
-        hits = [
-            ended[each.stage, each.attempt] for each in those if each.reasons and (each.stage, each.attempt) in ended
-        ]
+        hits = [hit for each in those if (hit := ended.get((each.stage, each.attempt))) and hit.reason in each.reasons]
         reasons = Counter(hit.reason or "no event" for hit in hits)
         causes = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
         lost: Sequence[int] = [hit.lost for hit in hits] or [0]
