@@ -72,7 +72,7 @@ class Victim:
         def is_rank(process: Process) -> bool:
             pairs, command = process.environ(), process.command()
             numbered = any(pair.startswith(("SLURM_PROCID=", "SUBMITIT_LOCAL_GLOBALID=")) for pair in pairs)
-            return mine in pairs and numbered and "-m hpc_rlhf" in command and not command.startswith("srun")
+            return mine in pairs and numbered and "-m hpc_rlhf.rank" in command and not command.startswith("srun")
 
         return find(is_rank)
 
