@@ -76,7 +76,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         return [all_rows[place] for place in evaluated_rows(len(all_rows), spec.seed)]
 
     # The prompts of the first policy trained from the base; without one, the base's own, or else the reward model's.
-    by_preference = sorted(spec.trained, key=lambda stage: (not kind_of(stage).makes_policy, stage == BASE.name))
+    by_preference = sorted(spec.shares, key=lambda stage: (not kind_of(stage).makes_policy, stage == BASE.name))
     source = rows(by_preference)
     by_prompt: dict[str, dict[str, Any]] = {}
     for place in range(len(source)):
