@@ -20,6 +20,7 @@ def make(selected: bool) -> Callable[[list[Any]], float | str]:
         selected: a format has selected the answer from each response: a formula, or a sentence with one.
     """
     from math_verify import parse, verify
+    from sympy import nan, oo, zoo
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs each answer that it cannot read
 
@@ -28,6 +29,14 @@ def make(selected: bool) -> Callable[[list[Any]], float | str]:
     def read_formula(text: str) -> list[Any]:
         formula: list[Any] = parse(text if any(m in text for m in _MARKS) else f"${text}$", parsing_timeout=None)
         return formula
+
+    def is_infinite(formula: list[Any]) -> bool:
+        return any(hasattr(each, "has") and each.has(oo, -oo, zoo, nan) for each in formula)
+
+    def is_right(right: list[Any], answer: list[Any]) -> bool:
+        if is_infinite(answer) and not is_infinite(right):
+            return False  # math-verify at times takes infinity to the power of infinity for any fraction
+        return bool(verify(right, answer, timeout_seconds=None))
 
     def compare(item: list[Any]) -> float | str:
         answer, response = item
@@ -39,6 +48,6 @@ def make(selected: bool) -> Callable[[list[Any]], float | str]:
         answers = [parse(response, parsing_timeout=None)]
         if selected:
             answers.append(read_formula(response.strip()))
-        return float(any(verify(right, each, timeout_seconds=None) for each in answers))
+        return float(any(is_right(right, each) for each in answers))
 
     return compare
