@@ -53,7 +53,7 @@ class SeparateSpec(Model):
     """How many of the slurm.gpus_per_node GPUs of each node; set slurm.ranks_per_node to the number of the others. On
     CPUs, the number of vLLM's processes on each node. It must be a multiple of tensor_parallel."""
     nodes: Positive | None = None
-    """Nodes with nothing but vLLM, in addition to slurm.nodes, which train. Each has slurm.gpus_per_node GPUs; on CPUs,
+    """Nodes that run only vLLM, in addition to slurm.nodes, which train. Each has slurm.gpus_per_node GPUs; on CPUs,
     ranks_per_node processes of vLLM."""
 
     @model_validator(mode="after")

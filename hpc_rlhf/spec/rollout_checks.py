@@ -75,7 +75,7 @@ def _of_placement(slurm: SlurmSpec, rollout: RolloutSpec, stage: str) -> Iterato
     if own or (rollout.own_nodes and gpus):
         shared, what = own or gpus, "GPUs for vLLM"
     if shared % size:
-        what = f"the {shared} {what} of a node cannot be divided into groups of {size}"
+        what = f"the {shared} {what} on each node cannot be divided into groups of {size}"
         yield f"{stage}.rollout.tensor_parallel", what, f"choose a divisor of {shared}"
     servers = rollout.servers(slurm) * (rollout.own_nodes or slurm.nodes)
     if servers > slurm.ranks:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+
+from tests.cluster import Cluster, config, wait_until
+from tests.cluster.chain import STAGE_SECONDS
 
 # In a job's first attempts, one after the other, ranks wait in the third step.
 _SITE = """
@@ -57,9 +61,16 @@ class Pauses:
     """
 
     def __init__(self, folder: Path, places: Mapping[str, int], ranks: int) -> None:
-        self.folder, self.ranks = folder, ranks
+        self.folder, self.places, self.ranks = folder, places, ranks
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(_SITE.format(places=list(places.items())))
+
+    def preempt(self, cluster: Cluster, nodes: str) -> None:
+        """Preempt the ranks in each of the places; a job with a higher priority takes the GPUs of their nodes."""
+        for place in self.places:
+            wait_until(partial(self.all_wait, place), STAGE_SECONDS, f"all ranks wait in {place}")
+            whole = (f"--nodelist={nodes}", f"--gpus-per-node={config.GPUS}")
+            cluster.sbatch("--partition=high", *whole, "--output=/dev/null", "--wrap=true")
 
     def all_wait(self, place: str) -> bool:
         return all((self.folder / f"{place}-{rank}").exists() for rank in range(self.ranks))

@@ -4,12 +4,11 @@ peace."""
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 from hpc_rlhf.run import manifest
-from tests.cluster import Cluster, config, wait_until
-from tests.cluster.chain import STAGE_SECONDS, Chain
+from tests.cluster import Cluster
+from tests.cluster.chain import Chain
 from tests.cluster.cluster import CHECKOUT, SUCCEEDED
 from tests.cluster.pauses import Pauses
 
@@ -37,10 +36,7 @@ def test_preemptions_anywhere_in_a_step_change_no_weight(idle_cluster: Cluster, 
     struck = grpo(idle_cluster, tmp_path / "struck", "node2", partition="low", setup=setup)
     for chain in (peace, struck):
         chain.submit()
-    whole = ("--nodelist=node2", f"--gpus-per-node={config.GPUS}")
-    for place in PLACES:
-        wait_until(partial(pauses.all_wait, place), STAGE_SECONDS, f"both ranks wait in {place}")
-        idle_cluster.sbatch("--partition=high", *whole, "--output=/dev/null", "--wrap=true")
+    pauses.preempt(idle_cluster, "node2")
     for chain in (peace, struck):
         chain.wait_done("grpo")
     idle_cluster.wait_state(struck.job_id("grpo"), SUCCEEDED)

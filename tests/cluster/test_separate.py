@@ -4,12 +4,11 @@ weights in the end, and nobody learns the key."""
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 from hpc_rlhf.run import manifest
-from tests.cluster import Cluster, config, wait_until
-from tests.cluster.chain import STAGE_SECONDS, Chain
+from tests.cluster import Cluster
+from tests.cluster.chain import Chain
 from tests.cluster.cluster import CHECKOUT, SUCCEEDED
 from tests.cluster.pauses import Pauses
 from tests.cluster.test_grpo import GRPO, STEPS
@@ -40,10 +39,7 @@ def test_preemptions_change_no_weight_and_show_no_key(idle_cluster: Cluster, tmp
     )
     for chain in (peace, struck):
         chain.submit()
-    whole = ("--nodelist=node4", f"--gpus-per-node={config.GPUS}")
-    for place in PLACES:
-        wait_until(partial(pauses.all_wait, place), STAGE_SECONDS, f"both ranks wait in {place}")
-        idle_cluster.sbatch("--partition=high", *whole, "--output=/dev/null", "--wrap=true")
+    pauses.preempt(idle_cluster, "node4")
     for chain in (peace, struck):
         chain.wait_done("grpo")
         idle_cluster.wait_state(chain.job_id("grpo"), SUCCEEDED)

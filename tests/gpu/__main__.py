@@ -52,9 +52,9 @@ def run(command: list[str], log: Path, deadline: float) -> tuple[str, str]:
 def rows(results: dict[str, Any]) -> list[tuple[str, str]]:
     """The measured figures as lines of the table."""
     return [
-        (f"{phase}, {side}", ", ".join(text.format(made[name]) for name, text in FIGURES.items() if name in made))
+        (f"{phase}, {side}", ", ".join(text.format(numbers[name]) for name, text in FIGURES.items() if name in numbers))
         for phase in ("attention", "rollout", "training")
-        for side, made in results.get(phase, {}).items()
+        for side, numbers in results.get(phase, {}).items()
     ]
 
 

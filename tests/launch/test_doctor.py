@@ -237,6 +237,9 @@ def test_a_sound_cluster_and_settings_that_it_would_reject(in_slurm: Cluster, tm
     assert only(stages(make_spec(tmp_path, {"partition": "low-now"})), "preemption").level == "warning"
     many = only(stages(make_spec(tmp_path, {"partition": "first", "nodes": 3})), "nodes")
     assert many.message == "first has 2 nodes with 2 GPUs, the stage requests 3"
+    apart = {"rollout": {"engine": "vllm", "placement": {"separate": {"nodes": 2}}}}
+    with_vllm = stages(make_spec(tmp_path, {"partition": "first"}, reward={}, ppo=apart))
+    assert [(each.where, each.message) for each in with_vllm if each.level == "error"] == [("ppo", many.message)]
     memory = only(stages(make_spec(tmp_path, {"mem": "999G"})), "submission")
     assert (memory.level, "sbatch would reject the job" in memory.message) == ("error", True)
 

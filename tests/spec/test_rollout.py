@@ -93,8 +93,8 @@ def test_check_warns_of_a_missing_vllm_and_a_run_is_refused_until_the_stage_is_d
     ],
 )
 def test_settings_that_cannot_work_are_refused(field: str, what: str) -> None:
-    found = problems(field)
-    assert any(what in problem for problem in found), found
+    errors = problems(field)
+    assert any(what in problem for problem in errors), errors
 
 
 def test_overlap_needs_another_engine_and_a_stage_that_learns() -> None:
@@ -114,9 +114,9 @@ def test_an_evaluation_needs_vllm_too_but_may_truncate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "fits"), [(1, True), (2, True), (3, False), (4, False)])
 def test_the_ranks_of_a_node_must_divide_into_servers(size: int, fits: bool) -> None:
-    found = problems(f"rollout.tensor_parallel={size}")
-    what = f"stages.grpo.rollout.tensor_parallel: the 2 ranks of a node cannot be divided into groups of {size}"
-    assert (not found) if fits else found[0].startswith(what)
+    errors = problems(f"rollout.tensor_parallel={size}")
+    what = f"stages.grpo.rollout.tensor_parallel: the 2 ranks on each node cannot be divided into groups of {size}"
+    assert (not errors) if fits else errors[0].startswith(what)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_ranks_of_a_node_must_divide_into_servers(size: int, fits: bool) -> 
     [
         (8, 6, 2, 2, None, None),
         (0, 2, 1, 1, None, None),
-        (8, 6, 2, 4, "rollout.tensor_parallel", "the 2 GPUs for vLLM of a node cannot be divided into groups of 4"),
+        (8, 6, 2, 4, "rollout.tensor_parallel", "the 2 GPUs for vLLM on each node cannot be divided into groups of 4"),
         (8, 2, 6, 2, "rollout.placement", "3 servers are more than the 2 ranks"),
         (8, 8, 2, 1, "rollout.placement", "of the 8 GPUs of a node, 2 are vLLM's and 8 train.*ranks_per_node: 6"),
     ],
@@ -132,48 +132,48 @@ def test_the_ranks_of_a_node_must_divide_into_servers(size: int, fits: bool) -> 
 def test_vllm_may_have_gpus_of_its_own_on_each_node(
     gpus: int, ranks: int, own: int, size: int, field: str | None, what: str | None
 ) -> None:
-    found = problems(
+    errors = problems(
         f"rollout.tensor_parallel={size}",
         f"rollout.placement={{separate: {{gpus_per_node: {own}}}}}", f"slurm.gpus_per_node={gpus}",
         f"slurm.ranks_per_node={ranks}", f"global_batch={ranks * 16}", "micro_batch=8", "group_size=8",
     )  # fmt: skip
     if what is None:
-        assert not found
+        assert not errors
     else:
-        assert any(re.match(f"stages.grpo.{field}: {what}", problem) for problem in found), found
+        assert any(re.match(f"stages.grpo.{field}: {what}", problem) for problem in errors), errors
 
 
 @pytest.mark.parametrize(
     ("nodes", "size", "field", "what"),
     [
         (1, 4, None, None),
-        (1, 3, "rollout.tensor_parallel", "the 8 GPUs for vLLM of a node cannot be divided into groups of 3"),
+        (1, 3, "rollout.tensor_parallel", "the 8 GPUs for vLLM on each node cannot be divided into groups of 3"),
         (2, 1, "rollout.placement", "16 servers are more than the 8 ranks"),
     ],
 )
 def test_vllm_may_have_nodes_of_its_own(nodes: int, size: int, field: str | None, what: str | None) -> None:
-    found = problems(
+    errors = problems(
         f"rollout.tensor_parallel={size}",
         f"rollout.placement={{separate: {{nodes: {nodes}}}}}", "slurm.gpus_per_node=8", "slurm.ranks_per_node=8",
         "global_batch=128", "micro_batch=8", "group_size=8",
     )  # fmt: skip
-    assert [problem.partition(" (")[0].partition(",")[0] for problem in found] == (
+    assert [problem.partition(" (")[0].partition(",")[0] for problem in errors] == (
         [] if what is None else [f"stages.grpo.{field}: {what}"]
     )
 
 
 def test_nodes_and_gpus_of_each_node_exclude_each_other() -> None:
     for fields in ("{}", "{nodes: 1, gpus_per_node: 1}"):
-        found = problems(f"rollout.placement={{separate: {fields}}}")
-        assert any("give gpus_per_node, or nodes" in problem for problem in found), found
+        errors = problems(f"rollout.placement={{separate: {fields}}}")
+        assert any("give gpus_per_node, or nodes" in problem for problem in errors), errors
 
 
 def test_deepspeeds_launcher_cannot_give_vllm_gpus_of_its_own() -> None:
-    found = problems(
+    errors = problems(
         "rollout.placement={separate: {gpus_per_node: 1}}",
         "slurm={gpus_per_node: 2, ranks_per_node: 1, launcher: deepspeed}",
     )  # fmt: skip
-    assert any("DeepSpeed's launcher hides the GPUs" in problem for problem in found), found
+    assert any("DeepSpeed's launcher hides the GPUs" in problem for problem in errors), errors
 
 
 def test_models_that_have_not_been_tested_are_refused() -> None:

@@ -29,7 +29,7 @@ PPO = {
 
 
 def run_of(folder: Path, stage: str, fields: dict[str, Any], **rollout: Any) -> RunDir:
-    """A run whose responses depend on nothing but weights, prompts and seeds."""
+    """A run whose responses depend only on weights, prompts and seeds."""
     folder.mkdir()
     python = Path(python_with(folder, "0.32.0"))
     interpreter(python.parent, "draws")

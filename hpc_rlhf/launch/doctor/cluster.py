@@ -106,7 +106,7 @@ def _stage(job: PlannedJob, script: str, known: _Known) -> Iterator[Finding]:
             usable = False
             yield error("partition", f"the cluster has no partition {name}", choose)
             continue
-        limits = list(_limits(name, known, job.slurm))
+        limits = list(_limits(name, known, job))
         usable = usable and not any(each.level == "error" for each in limits)
         yield from limits
         yield from _memory(name, known, job.slurm)
@@ -138,7 +138,8 @@ def _requeue(job: PlannedJob, script: str, config: Mapping[str, str]) -> Finding
     )
 
 
-def _limits(name: str, known: _Known, settings: SlurmSpec) -> Iterator[Finding]:
+def _limits(name: str, known: _Known, job: PlannedJob) -> Iterator[Finding]:
+    settings = job.slurm
     facts = known.partitions[name]
     if facts.get("State", "UP") != "UP":
         yield error("partition", f"{name} is {facts['State']}", "choose another, or wait until it is UP")
@@ -147,19 +148,19 @@ def _limits(name: str, known: _Known, settings: SlurmSpec) -> Iterator[Finding]:
         fix = f"set slurm.time to at most {facts['MaxTime']}; a longer stage saves, requeues itself and resumes"
         yield error("time limit", f"{name} allows {facts['MaxTime']}, the stage requests {settings.time}", fix)
     most = facts.get("MaxNodes", "UNLIMITED")
-    if most.isdigit() and int(most) < settings.nodes:
-        yield error("nodes", f"{name} allows {most} nodes, the stage requests {settings.nodes}", "lower slurm.nodes")
+    if most.isdigit() and int(most) < job.nodes:
+        yield error("nodes", f"{name} allows {most} nodes, the stage requests {job.nodes}", "lower slurm.nodes")
     nodes = [node for node in known.nodes if name in node.get("Partitions", "").split(",")]
     suitable = [node for node in nodes if _gpus(node) >= settings.gpus_per_node]
     up = [node for node in suitable if not any(word in node.get("State", "") for word in _UNUSABLE)]
-    requests = f"the stage requests {settings.nodes}"
-    if len(suitable) < settings.nodes:
+    requests = f"the stage requests {job.nodes}"
+    if len(suitable) < job.nodes:
         per_node = f"{settings.gpus_per_node} GPU{'s' * (settings.gpus_per_node > 1)}"
         counts = sorted({_gpus(node) for node in nodes}, reverse=True)
         has = f"{len(nodes)} nodes, GPUs per node {counts or 'none'}"
         fix = f"set slurm.nodes and slurm.gpus_per_node to what it has: {has}"
         yield error("nodes", f"{name} has {len(suitable)} nodes with {per_node}, {requests}", fix)
-    elif len(up) < settings.nodes:
+    elif len(up) < job.nodes:
         few = f"only {len(up)} of the {len(suitable)} suitable nodes of {name} are up"
         yield warning("nodes", f"{few}, {requests}", "the job will wait for them; see why with sinfo -R")
     else:

@@ -35,7 +35,7 @@ class PretrainSpec(TrainingSpec):
     sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1)]
     """Sources of plain text (format: text), blended by weight. A sequence comes from one source, and every part of
     training has sequences of each source in exact proportion: weight times what the source has, relative to the
-    others. A .txt file, or each MiB of a longer one, is a document; in other files each row is one."""
+    others. A .txt file is one document, or one per MiB if it is longer; in other files each row is one."""
     sequence_length: Annotated[int, Field(ge=8, le=2**20)] = 2048
     """Tokens of a sequence. Documents follow each other, each with BOS, if there is one, and EOS, and are cut to
     sequences of this length."""
@@ -45,7 +45,7 @@ class PretrainSpec(TrainingSpec):
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.01
     """Fraction of each source's documents that are held out for evaluation. Equal documents are held out together."""
     deduplicate: bool = False
-    """Leave out documents that are equal to an earlier one of their source. All text is read twice."""
+    """Leave out documents that repeat another one of their source. All text is read twice."""
     filters: FilterSpec = FilterSpec()
     """Documents to leave out for their length or quality."""
     lr: Rate = Field(default=3.0e-4, description="Peak learning rate.")

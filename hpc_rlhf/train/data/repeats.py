@@ -1,4 +1,4 @@
-"""Which documents of a source are equal to an earlier one, by 64-bit hashes, in little memory.
+"""Finds repeated documents in a source by 64-bit hashes, in little memory.
 
 Two different documents of a hundred million have the same hash in one of 3,700 sources.
 """
@@ -29,7 +29,7 @@ def hash_of(text: str) -> int:
 
 
 def mark(hashes: Sequence[Path], marks: Sequence[Path]) -> None:
-    """Write for every row whether its text is that of an earlier row, as packed bits.
+    """Write whether each row repeats the text of one before it, as packed bits.
 
     Args:
         hashes, marks: a file for each part, in order.

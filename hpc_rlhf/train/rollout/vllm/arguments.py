@@ -1,4 +1,4 @@
-"""What vLLM is told: the arguments of an engine, and of the sampling of a response."""
+"""Arguments of vLLM's engine and of its sampling."""
 
 from __future__ import annotations
 

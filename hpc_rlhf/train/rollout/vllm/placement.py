@@ -43,7 +43,7 @@ def places(spec: RolloutSpec, world: World, slurm: SlurmSpec, where: str) -> lis
     size = spec.tensor_parallel
     if spec.placement == "colocated":
         shared = [[gpu for _, gpu, _ in machines[first : first + size] if gpu] for first in range(0, world.size, size)]
-        found, others = [Place(number * size, gpus) for number, gpus in enumerate(shared)], "no GPU but its own"
+        servers, others = [Place(number * size, gpus) for number, gpus in enumerate(shared)], "no GPU but its own"
     else:
         count = spec.servers(slurm) * (spec.own_nodes or world.size // slurm.tasks_per_node)
         drivers = [number * world.size // count for number in range(count)]
@@ -51,13 +51,13 @@ def places(spec: RolloutSpec, world: World, slurm: SlurmSpec, where: str) -> lis
             return [Place(rank, []) for rank in drivers]
         training = {(host, gpu) for host, gpu, _ in machines}
         free = {host: [gpu for gpu in visible if (host, gpu) not in training] for host, _, visible in machines}
-        found, others = [], "too few GPUs besides those that train"
+        servers, others = [], "too few GPUs besides those that train"
         for host, rank in ((machines[rank][0], rank) for rank in drivers):
-            found.append(Place(rank, free[host][:size]))
+            servers.append(Place(rank, free[host][:size]))
             free[host] = free[host][size:]
-    if machines[0][1] and any(len(set(place.gpus)) < size for place in found):
+    if machines[0][1] and any(len(set(place.gpus)) < size for place in servers):
         raise HpcRlhfError(f"each rank sees {others}", where, "use slurm.launcher: torchrun")
-    return found
+    return servers
 
 
 def _gpus() -> tuple[str, list[str]]:
