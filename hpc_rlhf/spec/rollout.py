@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, model_validator
 
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.fields import FreeText, Model, PathText, Positive, Rate
@@ -69,6 +69,12 @@ class PlacementSpec(Model):
     separate: SeparateSpec = Field(description="Which GPUs.")
 
 
+def _placement(value: object) -> object:
+    if value == "colocated" or isinstance(value, PlacementSpec | dict):
+        return value
+    raise ValueError("give colocated, {separate: {gpus_per_node: N}} or {separate: {nodes: N}}")
+
+
 class RolloutSpec(Model):
     """What generates the responses of a stage. [Rollouts](rollouts.md) says which to choose."""
 
@@ -78,7 +84,7 @@ class RolloutSpec(Model):
     their responses, ppo and grpo need top_p: 1 and top_k: 0."""
     tensor_parallel: Positive = 1
     """GPUs, or processes on CPUs, that share the model in one of vLLM's servers."""
-    placement: Literal["colocated"] | PlacementSpec = "colocated"
+    placement: Annotated[Literal["colocated"] | PlacementSpec, BeforeValidator(_placement)] = "colocated"
     """Where the servers run. colocated: each group of tensor_parallel ranks has a server on its GPUs, so the ranks per
     node must be a multiple of tensor_parallel. {separate: …}: on GPUs of their own."""
     gpu_memory: Annotated[float, Field(gt=0, lt=1)] | None = None

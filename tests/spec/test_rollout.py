@@ -89,6 +89,7 @@ def test_check_warns_of_a_missing_vllm_and_a_run_is_refused_until_the_stage_is_d
         ("rollout.args.trust_remote_code=true", "models with code of their own are not supported"),
         ("rollout.args.--enforce-eager=true", "give the name of an argument of vllm.LLM"),
         ("rollout.overlap=2", "must be at most 1"),
+        ("rollout.placement=separate", "give colocated, {separate: {gpus_per_node: N}} or {separate: {nodes: N}}"),
         ("top_p=0.9", "vllm needs top_p: 1 and top_k: 0"),
     ],
 )
