@@ -8,7 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +111,16 @@ def cluster(_nothing_left_running: None) -> Iterator[Cluster]:
         pytest.skip(f"no Slurm cluster: {reason}")
     with Cluster(Path(tempfile.mkdtemp(prefix="hpc-rlhf-slurm-")), owner=os.getpid()) as started:
         yield started
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the state of Slurm below a failure of a test that uses it."""
+    report = yield
+    cluster = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and isinstance(cluster, Cluster):
+        report.sections.append(("Slurm", cluster.describe()))
+    return report
 
 
 @pytest.fixture

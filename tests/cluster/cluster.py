@@ -223,12 +223,12 @@ class Cluster:
         """
         controller = self.daemons()["slurmctld"]
         os.kill(controller.pid, signal.SIGTERM)
-        wait_until(lambda: not controller.alive, 90, "slurmctld has ended")
+        wait_until(lambda: not controller.alive, 120, "slurmctld has ended")
 
     def start_controller(self) -> None:
         """Start slurmctld again from its saved state and wait until it responds."""
         self._spawn("slurmctld", "slurmctld", "-D")
-        wait_until(lambda: self._answers("scontrol", "ping"), 60, "slurmctld answers again")
+        wait_until(lambda: self._answers("scontrol", "ping"), 120, "slurmctld answers again")
 
     @contextmanager
     def changed(self, *changes: tuple[str, str], **files: str) -> Iterator[None]:
@@ -265,6 +265,12 @@ class Cluster:
         self.run("scancel", "--user=root", "--full", "--signal=KILL", check=False)
         self.run("scancel", "--user=root")
         wait_until(lambda: not self.run("squeue", "--noheader").stdout and self._all_idle(), 180, "all nodes are idle")
+
+    def describe(self) -> str:
+        """The queue, the nodes and the last lines of the controller's log."""
+        queue = self.run("squeue", "--states=all", "--format=%i %j %P %T %r %N %S", check=False)
+        nodes = self.run("sinfo", "--Node", "--format=%N %P %T %E", check=False)
+        return "\n".join([queue.stdout + queue.stderr, nodes.stdout + nodes.stderr, self._tail("slurmctld")])
 
     # The parts ------------------------------------------------------------------------------------
 
@@ -369,7 +375,7 @@ class Cluster:
             return ready()
 
         try:
-            wait_until(ready_or_dead, 60, f"{name} is ready", every=0.1)
+            wait_until(ready_or_dead, 120, f"{name} is ready", every=0.1)
         except ClusterError as error:
             raise ClusterError(f"{error}\n{self._tail(name)}") from None
 

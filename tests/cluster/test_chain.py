@@ -97,7 +97,7 @@ def test_sft_and_reward_run_in_parallel_and_ppo_after_both(finished: Chain) -> N
         split = [row.split("|") for row in rows.stdout.splitlines()]
         return {name.split(".")[-1]: (start, end) for name, start, end, state in split if state == "COMPLETED"}
 
-    wait_until(lambda: set(spans()) == set(STAGES), 20, "sacct has all three stages as COMPLETED")
+    wait_until(lambda: set(spans()) == set(STAGES), 120, "sacct has all three stages as COMPLETED")
     times = spans()
     assert times["sft"][0] < times["reward"][1]
     assert times["reward"][0] < times["sft"][1]
@@ -197,7 +197,7 @@ def test_a_stage_preempted_before_its_ranks_handle_signals_is_requeued(new_chain
     slow.write_text(SLOW_START.format(started=tmp_path / "started"))
     chain = new_chain("slurm.partition=low", *SHORT_SFT, f'slurm.setup=["export PYTHONPATH={slow.parent}"]')
     chain.submit()
-    wait_until(lambda: len(list(tmp_path.glob("started-*"))) == 2, 60, "both ranks have started")
+    wait_until(lambda: len(list(tmp_path.glob("started-*"))) == 2, 120, "both ranks have started")
     preempt_all(chain.cluster)
     chain.wait_done("sft")
     job = chain.job_id("sft")
@@ -339,7 +339,7 @@ def test_a_live_chain_is_shown_and_cancelled(new_chain: NewChain) -> None:
     assert status["ppo"]["state"] == "waiting"
     assert chain.cli("logs", chain.path, "sft").stdout
     chain.cli("cancel", chain.path)
-    wait_until(lambda: not queued(chain), 30, "no job of the chain is left")
+    wait_until(lambda: not queued(chain), 120, "no job of the chain is left")
     assert chain.events("cancelled", "ppo")
     assert {facts["state"] for facts in chain.status().values()} <= {"cancelled", "done"}
 

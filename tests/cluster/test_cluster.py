@@ -55,7 +55,7 @@ def test_ranks_on_two_nodes_have_different_ids(idle_cluster: Cluster) -> None:
 def test_accounting_has_a_job_and_its_comment(idle_cluster: Cluster, tmp_path: Path) -> None:
     job = idle_cluster.sbatch("--wrap=exit 3", "--comment=token-1", f"--output={tmp_path}/%j.out")
     command = ("sacct", "-n", "-X", "-P", "-j", job, "-o", "State,ExitCode,Comment")
-    wait_until(lambda: idle_cluster.run(*command).stdout.strip() == "FAILED|3:0|token-1", 20, "sacct shows its end")
+    wait_until(lambda: idle_cluster.run(*command).stdout.strip() == "FAILED|3:0|token-1", 120, "sacct shows its end")
 
 
 def test_requeue_keeps_the_id_and_is_quick(idle_cluster: Cluster, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_second_cluster_runs_in_parallel_and_leaves_nothing(cluster: Cluster, 
     cluster.run("sinfo")
     job = other.sbatch("--output=/dev/null", "--wrap=srun sleep 300")
     other.wait_state(job, "RUNNING")
-    wait_until(lambda: jobs_of(other), 10, "the job's processes are there")
+    wait_until(lambda: jobs_of(other), 120, "the job's processes are there")
     daemons = other.daemons()
     assert len(daemons) == 8
     other.stop()
@@ -126,7 +126,7 @@ def test_the_cluster_ends_with_its_owner(short_tmp: Path) -> None:
     )
     owner = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, env=os.environ)
     assert owner.returncode == -signal.SIGKILL
-    wait_until(lambda: not folder.exists(), 20, "the watchdog removed the cluster")
+    wait_until(lambda: not folder.exists(), 120, "the watchdog removed the cluster")
     assert not find(lambda process: f"{MARK}={folder}" in process.environ())
 
 

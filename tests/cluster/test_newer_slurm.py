@@ -32,7 +32,7 @@ def test_its_mounts_are_gone_with_it_also_when_killed() -> None:
     before, mark = Path("/proc/mounts").read_text(), f"NEWER_SLURM_TEST={os.getpid()}"
     command = [*ENTER, "sh", "-c", "sleep 100; exit 0"]
     killed = subprocess.Popen(command, env={**os.environ, "NEWER_SLURM_TEST": str(os.getpid())})
-    wait_until(lambda: find(lambda each: mark in each.environ() and each.command() == "sleep 100"), 60, "it runs")
+    wait_until(lambda: find(lambda each: mark in each.environ() and each.command() == "sleep 100"), 120, "it runs")
     assert Path("/proc/mounts").read_text() == before
     killed.kill()
     assert killed.wait() == -signal.SIGKILL

@@ -51,6 +51,6 @@ def test_a_job_serves_until_the_run_is_cancelled(idle_cluster: Cluster, tmp_path
     assert "something else listens there" in Path(log).read_text()
     done = cli("cancel")
     assert re.search(rf"serve +{job} +RUNNING", done.stdout), done.stdout + done.stderr
-    wait_until(lambda: idle_cluster.field(job, "JobState") == "CANCELLED", 30, "the job to end")
+    wait_until(lambda: idle_cluster.field(job, "JobState") == "CANCELLED", 120, "the job to end")
     serve.listen("127.0.0.1", port).close()
     assert "no job of this run" in cli("cancel").stderr

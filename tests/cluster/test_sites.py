@@ -117,7 +117,7 @@ def most_jobs(cluster: Cluster, number: int) -> Iterator[None]:
         cluster.run("sacctmgr", "--immediate", "modify", "qos", "normal", "set", f"MaxSubmitJobsPerUser={most}")
         show = ("scontrol", "show", "assoc_mgr", "flags=qos", "qos=normal")
         shown = f"MaxSubmitJobsPU={'N' if most < 0 else most}("
-        wait_until(lambda: shown in cluster.run(*show).stdout, 20, "the controller knows the limit")
+        wait_until(lambda: shown in cluster.run(*show).stdout, 120, "the controller knows the limit")
 
     allow(number)
     try:

@@ -71,7 +71,7 @@ def test_preemptions_change_no_update_and_leave_no_server(idle_cluster: Cluster,
     struck.wait_done(stage, SECONDS)
     keep(files, kept)
     idle_cluster.wait_state(struck.job_id(stage), SUCCEEDED)
-    wait_until(lambda: not any(each.alive for each in seen), 30, "the servers have ended")
+    wait_until(lambda: not any(each.alive for each in seen), 120, "the servers have ended")
     assert not of_servers(struck.job_id(stage))
 
     requeued, resumed = struck.events("requeued", stage), struck.events("resumed", stage)

@@ -174,7 +174,7 @@ def test_a_resubmitted_stage_releases_its_dependents(bench: Bench) -> None:
     bench.cli("submit")
     before = bench.submitted()
     bench.cluster.run("scancel", before["sft"])
-    wait_until(lambda: bench.cluster.field(before["ppo"], "Reason") == "DependencyNeverSatisfied", 30, "PPO is stuck")
+    wait_until(lambda: bench.cluster.field(before["ppo"], "Reason") == "DependencyNeverSatisfied", 120, "PPO is stuck")
     assert "stuck" in bench.cli("status").stdout
     done = bench.cli("submit")
     assert (done.returncode, bench.names()) == (0, ALL), done.stderr
@@ -234,5 +234,5 @@ def test_a_moved_run_is_not_adopted_while_it_has_jobs(bench: Bench, tmp_path: Pa
     assert refused.returncode == 2
     hint = refused.stderr.splitlines()[-1]
     bench.cluster.run(*hint[hint.index("scancel") :].split())
-    wait_until(lambda: not bench.names(), 20, "the cancelled jobs to end")
+    wait_until(lambda: not bench.names(), 120, "the cancelled jobs to end")
     assert relocate().returncode == 0

@@ -40,7 +40,7 @@ def test_cancellation_preemption_and_time_limit_are_distinguished(
     script, answer, log = tmp_path / "step.sh", tmp_path / "answer", tmp_path / "log"
     script.write_text(STEP)
     job_id = idle_cluster.sbatch(f"--partition={partition}", f"--output={log}", f"--export=ALL,ANSWER={answer}", script)
-    wait_until(lambda: log.exists() and "ready" in log.read_text(), 30, "the step runs")
+    wait_until(lambda: log.exists() and "ready" in log.read_text(), 120, "the step runs")
     if why == "cancelled":
         idle_cluster.run("scancel", job_id)
     elif why == "requeued":
@@ -61,11 +61,11 @@ def test_queue_and_accounting_follow_a_job_to_its_end(idle_cluster: Cluster, mon
     monkeypatch.setenv("SQUEUE_PARTITION", "low")  # the user's own default must not hide jobs
     odd = "--comment=a | b\nnew line"
     job_id = idle_cluster.sbatch("--job-name=x|y.sft", odd, "--output=/dev/null", "--wrap=sleep 2; exit 3")
-    wait_until(lambda: commands.queue()[job_id].state == "RUNNING", 30, "the job runs")
+    wait_until(lambda: commands.queue()[job_id].state == "RUNNING", 120, "the job runs")
     assert commands.queue()[job_id].live
-    wait_until(lambda: not commands.queue()[job_id].live, 30, "the job ends")
+    wait_until(lambda: not commands.queue()[job_id].live, 120, "the job ends")
     assert commands.queue()[job_id].state == "FAILED"
-    wait_until(lambda: commands.accounting([job_id])[job_id].state == "FAILED", 30, "accounting knows")
+    wait_until(lambda: commands.accounting([job_id])[job_id].state == "FAILED", 120, "accounting knows")
     assert commands.accounting([job_id])[job_id].exit_code == "3:0"
     assert commands.accounting([]) == {}
 

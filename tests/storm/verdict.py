@@ -112,7 +112,7 @@ def still_running(storm: Storm) -> list[str]:
         return find(lambda process: any(pair.startswith(mine) for pair in process.environ()))
 
     with suppress(ClusterError):
-        wait_until(lambda: not left(), 60, "all processes have ended")
+        wait_until(lambda: not left(), 120, "all processes have ended")
     return [f"still running: {process.pid} ({process.command()})" for process in left()]
 
 

@@ -189,7 +189,7 @@ def test_workers_end_with_their_engine_when_all_that_keeps_them_is_killed(world:
     for worker in workers:
         os.kill(worker.pid, signal.SIGSTOP)
     keeper.kill()
-    wait_until(lambda: not find(lambda each: each.session == keeper.pid), 30, "all processes of the server have ended")
+    wait_until(lambda: not find(lambda each: each.session == keeper.pid), 120, "all processes of the server have ended")
     backend.close()
 
 
