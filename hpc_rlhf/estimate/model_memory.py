@@ -27,7 +27,7 @@ class Pass:
         predicted: tokens whose log-probabilities are computed; 0 for a model without an output head.
         summed: only the sum of the log-probabilities is computed, together with its gradients.
         with_entropies: the entropies of the distributions are computed too.
-        alternating: passes with and without adapters alternate, so ZeRO 3 keeps no weights for the next pass.
+        alternating: passes with and without adapters alternate, so ZeRO 3 gathers no weights ahead.
     """
 
     model: Architecture
@@ -48,7 +48,7 @@ class Pass:
 
     @property
     def activations(self) -> int:
-        """Bytes kept for the backward pass, and what its first steps need beyond the memory of the logits."""
+        """Bytes kept for the backward pass."""
         model, item, tokens = self.model, self.item, _aligned(self.tokens)
         whole, sharded = model.kept[item]
         layers = whole + sharded / self.stage.tensor_parallel
@@ -61,9 +61,14 @@ class Pass:
         ends = 2 * item * model.hidden  # embeddings, and the input of the head
         if self.stage.activation_checkpointing:
             layers = model.layers * item * model.hidden + layers / model.layers
-        # Gradients inside a norm, in float32, or inside the MLP.
-        backward = max(20 * model.hidden, 3 * item * model.inner // self.stage.tensor_parallel)
-        return int(tokens * (layers + ends)) + max(0, tokens * backward - self.logits)
+        return int(tokens * (layers + ends))
+
+    @property
+    def backward(self) -> int:
+        """Bytes of the gradients inside a layer: of a norm, in float32, or of the MLP."""
+        model = self.model
+        inside = max(20 * model.hidden, 3 * self.item * model.inner // self.stage.tensor_parallel)
+        return _aligned(self.tokens) * inside
 
     @property
     def logits(self) -> int:
@@ -160,12 +165,16 @@ def in_training(work: Pass, batch: Batch, scored: bool = False) -> ModelMemory:
         gradients = 0 if zero == 2 else gradients  # ZeRO 2 moves them to the CPU as they are computed
     if zero == 3:
         always |= {"gradients": 0 if stage.offload_optimizer else gradients, "buffers": bucket}
-    gathered = gathered_weights(model, total + adapters, item, work.alternating) if zero == 3 else 0
+    gathered = gathered_weights(model, total + adapters, item) if zero == 3 else 0
+    at_head = item * model.largest if zero == 3 and work.alternating else gathered
     accumulated = gradients if batch.accumulation > 1 and zero < 3 else 0
     complete = gradients if zero < 3 else 0
-    passing = {"activations": work.activations, "logits": work.logits, "gathered weights": gathered}
     buffers = bucket if zero in (1, 2) else 0
-    phases = {"passes": {**passing, "gradients": accumulated, "buffers": buffers}}
+    passing = {"activations": work.activations, "gradients": accumulated, "buffers": buffers}
+    phases = {
+        "passes": {**passing, "logits": work.logits, "gathered weights": at_head},
+        "backward passes": {**passing, "gradients inside a layer": work.backward, "gathered weights": gathered},
+    }
     reducing = bucket if zero > 1 and ranks > 1 else 0  # a full bucket is reduced in a copy
     phases["reduction"] = {"gathered weights": gathered, "gradients": complete, "buffers": buffers + reducing}
     if zero > 1 and trained > BUCKET:
@@ -202,14 +211,9 @@ def weights(count: int, stage: StageSpec, ranks: int) -> int:
     return 0 if stage.offload_params else ITEM[stage.precision] * -(-count // ranks)
 
 
-def gathered_weights(model: Architecture, count: int, item: int, alternating: bool = False) -> int:
-    """Bytes of the weights that ZeRO 3 gathers at a time in a pass, and of the buffers it gathers them in.
-
-    Args:
-        alternating: as in ``Pass``.
-    """
-    buffers = model.largest if alternating else min(count, max(LIVE, model.largest))
-    return item * (min(count, LIVE) + buffers)
+def gathered_weights(model: Architecture, count: int, item: int) -> int:
+    """Bytes of the weights that ZeRO 3 gathers ahead in a pass, and of those in use."""
+    return item * (min(count, LIVE) + model.largest)
 
 
 def frozen(model: Architecture, count: int, stage: StageSpec, of: TrainingSpec) -> int:

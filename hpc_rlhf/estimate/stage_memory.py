@@ -132,7 +132,7 @@ def _policy(stage: PolicySpec, spec: JobSpec, name: str, batch: Batch, gpu: int 
         always["EMA"] = model_memory.moving_average(actor, stage)
     rollout = batch.micro * batch.accumulation * stage.minibatches
     engine, generating = _generating(actor, stage, name, -(-rollout // stage.tensor_parallel), lengths, gpu)
-    phases = {**policy.phases, "rollouts": generating, "scoring": _scoring(actor, stage, tokens, responses, own_ref)}
+    phases = {**policy.phases, "rollouts": generating, "scoring": _scoring(actor, stage, tokens, responses)}
     return Memory({"actor": actor.parameters}, always | engine, phases, gpu)
 
 
@@ -159,11 +159,10 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, gpu: in
     return Memory({"each model": actor.parameters}, always | engine, phases, gpu)
 
 
-def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int, alternating: bool = False) -> Parts:
+def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int) -> Parts:
     """A pass without gradients: activations of one layer, and a chunk of logits."""
     item = ITEM[stage.precision]
-    whole = model_memory.gathered_weights(model, model.parameters, item, alternating)
-    gathered = whole if stage.zero == 3 else 0
+    gathered = model_memory.gathered_weights(model, model.parameters, item) if stage.zero == 3 else 0
     return {
         "activations": tokens * _layer(model, item),
         "logits": Pass(model, as_trained(stage), tokens, predicted, with_entropies=True).logits,
