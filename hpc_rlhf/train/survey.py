@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -29,6 +29,7 @@ from hpc_rlhf.train.data.files import Placed, read_rows
 from hpc_rlhf.train.data.formats import read_row
 from hpc_rlhf.train.data.messages import Dropped
 from hpc_rlhf.train.data.rows import Sample
+from hpc_rlhf.train.runtime.alone import Alone
 
 # Rows to read per file, per file if there are many, and per source when looking for a row that a stage can use.
 SAMPLE, FEW, SEARCHED = 100, 10, 20_000
@@ -172,16 +173,8 @@ def _missing_columns(spec: JobSpec) -> Iterator[dict[str, str]]:
             yield {"path": path, "what": what, "hint": hint}
 
 
-class _Alone:
-    """Stands for the ranks of a run in a process of its own."""
-
-    @staticmethod
-    def on_main(make: Callable[[], Any]) -> Any:
-        return make()
-
-
-def tokenizer_of(spec: JobSpec, folder: Path) -> Any:
-    """The tokenizer as the stages have it.
+def tokenizer_of(spec: JobSpec, folder: Path, data: Data = Data.ANSWERS) -> Any:
+    """The tokenizer as stages that take such data have it.
 
     Raises:
         HpcRlhfError: it cannot be loaded; with RUN_FAILED if it is not on this machine.
@@ -189,8 +182,10 @@ def tokenizer_of(spec: JobSpec, folder: Path) -> Any:
     from hpc_rlhf.train.data.dialogues import configure_tokenizer
     from hpc_rlhf.train.models.tokenizers import load_tokenizer
 
-    world: Any = _Alone()
+    world: Any = Alone()
     tokenizer = load_tokenizer(spec.models.actor, sources.texts(spec), folder, world)
+    if data is Data.DOCUMENTS:  # they end with the tokenizer's own EOS
+        return tokenizer
     return configure_tokenizer(tokenizer, spec.data.template, lambda: sources.thinks(spec))
 
 
@@ -210,7 +205,7 @@ def read_all(spec: JobSpec) -> Survey:
                 survey.refuse("models.actor", error)
                 return survey
             survey.notes.append("the tokenizer is not on this machine, so nothing is said of what is cut or too long")
-        for path, stage, counts, samples, data in _parts(spec):
+        for path, stage, counts, samples, data in parts(spec):
             try:
                 _count(stage, samples, tokenizer, spec, data)
                 if not any(Outcome.TRAINED in one.outcomes for one in counts):
@@ -228,7 +223,7 @@ def read_all(spec: JobSpec) -> Survey:
 Part = tuple[str, str | None, list[SourceCounts], Iterator[sources.StageSample], Data]
 
 
-def _parts(spec: JobSpec) -> Iterator[Part]:
+def parts(spec: JobSpec) -> Iterator[Part]:
     """What is tokenized: the samples of each stage, and of each source that is mixed into one."""
     for stage in spec.shares:
         counts = sources.new_counts(spec)

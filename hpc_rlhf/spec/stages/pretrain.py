@@ -45,11 +45,17 @@ class PretrainSpec(TrainingSpec):
     held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.01
     """Fraction of each source's documents that are held out for evaluation. Equal documents are held out together."""
     deduplicate: bool = False
-    """Leave out documents that repeat another one of their source. All text is read twice."""
+    """Leave out documents that are equal to an earlier one, of any source; sources come in their order here. All text
+    is read once more."""
     filters: FilterSpec = FilterSpec()
     """Documents to leave out for their length or quality."""
     lr: Rate = Field(default=3.0e-4, description="Peak learning rate.")
     weight_decay: NonNegative = Field(default=0.1, description="AdamW's weight decay, on matrices only.")
+
+    @property
+    def compares_sources(self) -> bool:
+        """Whether what is left out of a source depends on the others."""
+        return self.deduplicate
 
     @model_validator(mode="after")
     def _check_text(self) -> PretrainSpec:

@@ -68,7 +68,7 @@ def parts_of(source: SourceSpec) -> list[Part]:
     files = local_files(source)
     if files is None:
         rows = len(load(source))  # type: ignore[arg-type]
-        return [Part(first=first, rows=min(PART_ROWS, rows - first)) for first in range(0, rows, PART_ROWS)]
+        return [Part(first=n, rows=min(PART_ROWS, rows - n)) for n in range(0, max(1, rows), PART_ROWS)]
     parts: list[Part] = []
     group: list[tuple[str, int, int]] = []
     for file in files:

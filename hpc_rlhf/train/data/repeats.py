@@ -1,4 +1,4 @@
-"""Finds repeated documents in a source by 64-bit hashes, in little memory.
+"""Finds repeated documents by 64-bit hashes, in little memory.
 
 Two different documents of a hundred million have the same hash in one of 3,700 sources.
 """

@@ -20,14 +20,14 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.run.row_counts import SourceCounts, read_counts
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import PretrainSpec
-from hpc_rlhf.train.data import documents, repeats, texts, token_files
+from hpc_rlhf.train.data import documents, repeats, text_parts, texts, token_files
 from hpc_rlhf.train.data.sequences import Sequences
 from hpc_rlhf.train.data.token_files import TokenStream
+from hpc_rlhf.train.runtime.alone import Alone
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 from tests.train import tiny
-from tests.train.data.lone import Lone
 
-WORLD: Any = Lone()
+WORLD: Any = Alone()
 WORDS = ["Snow", "is", "white,", "grass", "green", "and", "a", "raven", "black;", "</s>", "no", "end."]
 
 
@@ -40,7 +40,7 @@ def tokenizer() -> Any:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments, batches and parts of few documents."""
     monkeypatch.setattr(token_files, "SEGMENT", 300)
-    monkeypatch.setattr(texts, "BATCH", 100)
+    monkeypatch.setattr(text_parts, "BATCH", 100)
     monkeypatch.setattr(documents, "PART_BYTES", 2000)
 
 
@@ -52,8 +52,11 @@ def corpus(seed: int, count: int) -> list[str]:
 def write_shards(folder: Path, lines: list[str], shards: int) -> None:
     folder.mkdir()
     for number in range(shards):
-        rows = (json.dumps({"text": text}) + "\n" for text in lines[number::shards])
-        (folder / f"{number}.jsonl").write_text("".join(rows))
+        write_again(folder / f"{number}.jsonl", lines[number::shards])
+
+
+def write_again(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
 
 
 def prepare(folder: Path, tokenizer: Any, *sources: SourceSpec, **fields: Any) -> list[tuple[TokenStream, TokenStream]]:
@@ -227,10 +230,31 @@ def test_repeated_documents_are_left_out_whatever_part_they_are_in(
     shards = [tmp_path / "data" / f"{n}.jsonl" for n in range(3)]
     (counts,) = counts_in(tmp_path / "once")
     next((tmp_path / "once").glob("*/manifest.json")).unlink()
-    shards[0].write_text(json.dumps({"text": "Only this."}) + "\n")
+    write_again(shards[0], ["Only this."])
     ((train, held_out),) = prepare(tmp_path / "once", tokenizer, source, deduplicate=True)
     rest = {json.loads(row)["text"] for shard in shards for row in shard.read_text().splitlines()}
     assert len(documents_of(train)) + len(documents_of(held_out)) == len(rest)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_document_of_several_sources_is_kept_in_the_first(tmp_path: Path, tokenizer: Any) -> None:
+    lines = corpus(11, 90)
+    write_shards(tmp_path / "one", lines[:60], 2)
+    write_shards(tmp_path / "two", lines[30:], 2)
+    sources = [text_source(tmp_path / name) for name in ("one", "two")]
+    kept, whole = (prepare(tmp_path / f"{again}", tokenizer, *sources, deduplicate=again) for again in (True, False))
+    assert list(map(documents_of, kept[0])) == list(map(documents_of, whole[0]))
+    first = [ids for stream in whole[0] for ids in documents_of(stream)]
+    for own, before in zip(kept[1], whole[1], strict=True):
+        assert documents_of(own) == [ids for ids in documents_of(before) if ids not in first]
+    # What the second source lacks changes if the first one does before all is complete.
+    for path in (tmp_path / "True").glob("text-1-*/manifest.json"):
+        path.unlink()
+    write_again(tmp_path / "one" / "0.jsonl", lines[1:60:2])
+    again = prepare(tmp_path / "True", tokenizer, *sources, deduplicate=True)
+    fresh = prepare(tmp_path / "fresh", tokenizer, *sources, deduplicate=True)
+    assert [documents_of(own) for own in again[1]] == [documents_of(own) for own in fresh[1]]
+    assert sum(map(len, again[1])) > sum(map(len, kept[1]))
 
 
 def test_filters_count_what_they_leave_out(tmp_path: Path, tokenizer: Any) -> None:
