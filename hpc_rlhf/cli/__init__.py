@@ -29,6 +29,7 @@ from hpc_rlhf.observe.printable import printable
 VERBS = {
     "init": "Write a commented job spec to start from.",
     "check": "Check job specs and list every error.",
+    "data": "Show what a spec's data sources yield.",
     "schema": "Print the JSON Schema of a job spec, for editors.",
     "doctor": "Check that this machine and the cluster can run a spec.",
     "prefetch": "Download a spec's models and data sets into the hub cache.",

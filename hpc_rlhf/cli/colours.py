@@ -16,9 +16,14 @@ _KINDS = {
 }
 
 
+def shows_colours(stream: TextIO) -> bool:
+    """Whether the stream is a terminal that shows colours, and NO_COLOR is not set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def coloured(text: str, stream: TextIO) -> str:
-    """The text with colours if the stream is a terminal that shows them, and NO_COLOR is not set."""
-    if not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb":
+    """The text with colours if the stream shows them."""
+    if not shows_colours(stream):
         return text
     for pattern, colour in _KINDS.items():
         text = re.sub(pattern, click.style(r"\g<0>", fg=colour, bold=True), text, flags=re.MULTILINE)

@@ -50,17 +50,44 @@ def survey(specs: Sequence[JobSpec], whole: bool = False) -> list[Survey]:
     if not whole and not local and not any(spec.uses_columns for spec in specs):
         return [Survey() for _ in specs]
     asked = {"specs": [spec.model_dump(mode="json") for spec in specs], "whole": whole}
-    env = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", **os.environ}
-    command = safe_path.module("hpc_rlhf.train.survey")
+    return [Survey.of(facts) for facts in _answer("hpc_rlhf.train.survey", asked)]
+
+
+def preview(spec: JobSpec, stages: Sequence[str], rows: int) -> dict[str, Any]:
+    """What the sources of some stages yield, as JSON; see ``train/preview.py``.
+
+    Args:
+        rows: rows of each source to show.
+
+    Raises:
+        HpcRlhfError: a source cannot be read, the tokenizer is not on this machine, or the process that reads failed.
+    """
+    asked = {"spec": spec.model_dump(mode="json"), "stages": stages, "rows": rows}
+    answer: dict[str, Any] = _answer("hpc_rlhf.train.preview", asked)
+    if error := answer.get("error"):
+        raise HpcRlhfError(*error)
+    return answer
+
+
+def _answer(module: str, asked: Mapping[str, Any]) -> Any:
+    """What a module that reads data answers, in a process of its own.
+
+    Raises:
+        HpcRlhfError: it failed.
+    """
+    quiet = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+    env = {**dict.fromkeys(quiet, "1"), "TRANSFORMERS_VERBOSITY": "error", **os.environ}
     # Elsewhere a folder could shadow a hub id.
-    done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=env, cwd="/")
+    done = subprocess.run(
+        safe_path.module(module), input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=env, cwd="/"
+    )
     if done.returncode:
         raise HpcRlhfError(
             f"the process that reads the data exited with {done.returncode}",
             hint="see its output above",
             exit_code=RUN_FAILED,
         )
-    return [Survey.of(facts) for facts in json.loads(done.stdout.splitlines()[-1])]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def refuse_bad_data(spec: JobSpec) -> None:

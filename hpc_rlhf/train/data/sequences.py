@@ -11,6 +11,15 @@ from hpc_rlhf.train.data.sampler import shuffled
 from hpc_rlhf.train.data.token_files import TokenStream
 
 
+def predicted(documents: Sequence[int]) -> np.ndarray:
+    """The places of the tokens that are learned, all but the first of each document: (tokens,), int64.
+
+    Args:
+        documents: the tokens of each document, one after the other.
+    """
+    return np.delete(np.arange(sum(documents)), np.cumsum([0, *documents[:-1]]))
+
+
 class Sequences:
     """The sequences of several streams of tokens, numbered through.
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -57,8 +57,9 @@ class StageData:
 
 def encoded(
     samples: Iterable[StageSample], tokenizer: Any, spec: JobSpec, data: Data, ends: bool = False
-) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """Samples as rows of token ids, each with whether it is held out. Every sample is counted.
+) -> Iterator[tuple[bool, dict[str, Any], SourceCounts]]:
+    """Samples as rows of token ids, each with whether it is held out, and the counts of its source. Every sample is
+    counted.
 
     PPO and GRPO leave samples with a long prompt out; other stages leave out its oldest turns. A long response is
     truncated on the right, and then has no EOS. Plain text becomes a row for each of its pieces.
@@ -79,7 +80,7 @@ def encoded(
                 if one.drops_thinking:
                     counts.add(Outcome.NO_THINKING, sample.where)
                 for row in _rows(sample, one, tokenizer, spec.data, data, counts, ends):
-                    yield held_out, {**row, "source": counts.source}
+                    yield held_out, {**row, "source": counts.source}, counts
 
 
 def _rows(
@@ -148,7 +149,7 @@ def _write(
     folder.mkdir(parents=True)
     texts, names = ("columns", "source") if further else (), set[str]()
     files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers), numbers, texts) for part in PARTS]
-    for held_out, row in encoded(until_stopped(), tokenizer, spec, data, ends):
+    for held_out, row, _ in encoded(until_stopped(), tokenizer, spec, data, ends):
         if further:
             row["columns"] = to_json(row.get("columns", {}))
             names |= json.loads(row["columns"]).keys()
@@ -251,6 +252,13 @@ def prepare_mixture(
         return {**written, "sources": [counts.to_dict()]}
 
     return _stored(target, write, world, where, spec.data).train
+
+
+def learned_tokens(row: Mapping[str, Any], answer_only: bool) -> int:
+    """How many of a row's last tokens SFT learns: those of the response, or all. The first of a sequence cannot be
+    predicted."""
+    predicted = len(row["prompt_ids"]) + len(row["chosen_ids"]) - 1
+    return min(len(row["chosen_ids"]), predicted) if answer_only else predicted
 
 
 def token_lengths(rows: Rows, *columns: str) -> np.ndarray:

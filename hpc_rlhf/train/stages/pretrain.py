@@ -22,7 +22,7 @@ from hpc_rlhf.spec.stages import PretrainSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data import texts
 from hpc_rlhf.train.data.sampler import blended, shuffled, total_steps
-from hpc_rlhf.train.data.sequences import Sequences
+from hpc_rlhf.train.data.sequences import Sequences, predicted
 from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.flops import TrainingFlops
@@ -139,8 +139,7 @@ def packed(rows: list[Row], device: torch.device) -> tuple[Tensor, tuple[int, ..
     """The tokens of some sequences, (tokens,), the tokens of each document, and the indices of those to predict."""
     lengths = [length for row in rows for length in row["documents"]]
     ids = np.concatenate([row["ids"] for row in rows])
-    predicted = np.delete(np.arange(len(ids)), np.cumsum([0, *lengths[:-1]]))
-    return torch.from_numpy(ids).to(device), tuple(lengths), torch.from_numpy(predicted).to(device)
+    return torch.from_numpy(ids).to(device), tuple(lengths), torch.from_numpy(predicted(lengths)).to(device)
 
 
 @dataclass

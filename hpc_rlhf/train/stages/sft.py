@@ -15,6 +15,7 @@ from hpc_rlhf.spec.sizes import EVALUATED_ROWS
 from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
+from hpc_rlhf.train.data.tokenized import learned_tokens
 from hpc_rlhf.train.models import agreement
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
@@ -42,12 +43,9 @@ def run(context: StageContext) -> None:
     engine = engines.training_engine(LanguageModel(model), context.ds_config, spec, spec.lr, total)
     agreement.verify(engine, context.world, source, spec.dropout)
 
-    # 3. Loss: the negative log-probability of a row's last tokens; its first token cannot be predicted.
-    def answer_tokens(row: Row) -> int:
-        return min(len(row["chosen_ids"]), len(row["prompt_ids"]) + len(row["chosen_ids"]) - 1)
-
-    def learned_tokens(row: Row) -> int:
-        return answer_tokens(row) if spec.answer_only else len(row["prompt_ids"]) + len(row["chosen_ids"]) - 1
+    # 3. Loss: the negative log-probability of a row's last tokens.
+    answer_tokens = partial(learned_tokens, answer_only=True)
+    learned = partial(learned_tokens, answer_only=spec.answer_only)
 
     def loss_of(last: Callable[[Row], int], rows: list[Row]) -> tuple[Tensor, Tensor]:
         batch = Ragged.of([row["prompt_ids"] + row["chosen_ids"] for row in rows], context.world.device)
@@ -61,8 +59,8 @@ def run(context: StageContext) -> None:
         return {"perplexity": math.exp(min(means["loss"], 50.0))}
 
     learner = Learner(
-        context, engine, data, total, RESPONSES, budget, ("loss",), partial(loss_of, learned_tokens),
-        learned_tokens=learned_tokens, derived=perplexity,
+        context, engine, data, total, RESPONSES, budget, ("loss",), partial(loss_of, learned),
+        learned_tokens=learned, derived=perplexity,
     )  # fmt: skip
 
     # 4. Resume, or evaluate the start.

@@ -34,7 +34,7 @@ def tokenizer() -> Any:
 
 def encode_sample(sample: Sample, tokenizer: Any, spec: JobSpec, stage: str) -> dict[str, Any] | None:
     samples = [StageSample(sample, False, SourceCounts("demo"))]
-    return next((stored(row) for _, row in encoded(samples, tokenizer, spec, kind_of(stage).data)), None)
+    return next((stored(row) for _, row, _ in encoded(samples, tokenizer, spec, kind_of(stage).data)), None)
 
 
 def stored(row: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_a_long_text_is_trained_on_in_pieces(bos: bool, longest: int) -> None:
     counts = SourceCounts("demo")
     spec = spec_of({"demo": 10}, max_prompt_tokens=longest - 2, max_answer_tokens=2)
     samples = [StageSample(Sample((), "", text, where="a, row 1"), False, counts)]
-    rows = [row for _, row in encoded(samples, tokenizer, spec, Data.ANSWERS)]
+    rows = [row for _, row, _ in encoded(samples, tokenizer, spec, Data.ANSWERS)]
     learned = [token for row in rows for token in row["chosen_ids"]]
     ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
     assert learned == [*ids, tokenizer.eos_token_id]
@@ -123,7 +123,7 @@ def test_a_long_dialogue_loses_its_oldest_turns_but_not_the_system_message(kind:
     def cut(longest: int) -> list[int]:
         counts = SourceCounts("demo")
         spec = spec_of({"demo": 10}, max_prompt_tokens=longest)
-        ((_, row),) = encoded([StageSample(sample, False, counts)], tokenizer, spec, Data.ANSWERS)
+        ((_, row, _),) = encoded([StageSample(sample, False, counts)], tokenizer, spec, Data.ANSWERS)
         assert (Outcome.CUT_LEFT in counts.outcomes) == (longest < len(prompt(turns)))
         return list(row["prompt_ids"])
 
@@ -213,7 +213,7 @@ def test_a_mixture_is_the_whole_source_and_tokenized_once(tokenizer: Any, tmp_pa
     rows = prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
     assert len(rows) == 100
     samples = (StageSample(sample, False, SourceCounts("demo")) for sample in read(source, spec.seed))
-    assert list(rows) == [stored(row) for _, row in encoded(samples, tokenizer, spec, Data.ANSWERS, ends=True)]
+    assert list(rows) == [stored(row) for _, row, _ in encoded(samples, tokenizer, spec, Data.ANSWERS, ends=True)]
     (folder,) = tmp_path.iterdir()
     before = (folder / "train.arrow").stat().st_mtime_ns
     prepare_mixture(source, "stages.ppo.ptx", spec, tokenizer, tmp_path, world)
