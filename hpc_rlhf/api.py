@@ -73,7 +73,7 @@ class _Engine:
     ) -> None:  # fmt: skip
         self.spec = _settings(kind, args or {})
         self.max_prompt_tokens, self.max_answer_tokens, self.seed = max_prompt_tokens, max_answer_tokens, seed
-        self.world = worlds.join(launcher_ranks()[1]).with_tensor_parallel(self.spec.tensor_parallel)
+        self.world = worlds.join(launcher_ranks()[1]).laid_out(self.spec.tensor_parallel, self.spec.sequence_parallel)
         self._kind, self._actor = kind, actor
         self._source = tokenizer if isinstance(tokenizer, str) else None if tokenizer else actor
         if self._source is not None:
@@ -200,12 +200,13 @@ class _Trainer(Generic[E]):
         Args:
             prompt_batch: this rank's prompts, as many as on every other rank: questions, transcripts that end
                 with ``Assistant:``, or token ids. A prompt longer than max_prompt_tokens is truncated on the
-                left. Under tensor_parallel, the ranks of a group pass the same prompts.
+                left. Under tensor_parallel and sequence_parallel, the ranks of a group pass the same
+                prompts.
             columns: data for the reward source by name, with an entry per prompt, such as reference answers.
 
         Raises:
             HpcRlhfError: the number of responses is not a multiple of minibatches or differs between ranks, or
-                ranks that share layers have different prompts.
+                ranks of a group have different prompts.
         """
         engine, times = self.engine, self._group_size
         prompts = self._repeated_prompts(prompt_batch)
@@ -233,11 +234,12 @@ class _Trainer(Generic[E]):
                 where="prompt_batch",
                 hint=f"pass the same multiple of minibatches ({minibatches}) on every rank",
             )
-        if any(other != prompts for other in world.gather_tensor_group(prompts)):
+        if any(other != prompts for other in world.gather_sharers(prompts)):
             raise HpcRlhfError(
-                "ranks that share layers have different prompts",
+                "ranks that work on the same samples have different prompts",
                 where="prompt_batch",
-                hint=f"give each {world.dims.tensor} neighbouring ranks, a tensor_parallel group, the same",
+                hint=f"give each {world.size // world.dims.data} neighbouring ranks, a group of tensor_parallel x "
+                "sequence_parallel, the same",
             )
         return prompts
 

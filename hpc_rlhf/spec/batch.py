@@ -17,7 +17,7 @@ class Batch:
     Attributes:
         micro: samples per forward and backward pass on a rank.
         accumulation: passes whose gradients are accumulated before a step.
-        ranks: data-parallel ranks; under tensor parallelism, groups of ranks.
+        ranks: data-parallel ranks; under tensor or sequence parallelism, groups of ranks.
         global_: samples per step; always micro * accumulation * ranks.
     """
 
@@ -48,8 +48,8 @@ class Batch:
                 )
 
 
-def data_ranks(stage: StageSpec, name: str) -> int:
-    """Data-parallel ranks of a stage: groups of ranks under tensor parallelism.
+def layer_groups(stage: StageSpec, name: str) -> int:
+    """Groups of ranks of a stage that share layers by tensor parallelism.
 
     Raises:
         ValueError: tensor_parallel does not divide a node's ranks; the message lists the values that do.
@@ -63,6 +63,24 @@ def data_ranks(stage: StageSpec, name: str) -> int:
             f"use tensor_parallel: {' or '.join(fits)}"
         )
     return stage.slurm.ranks // group
+
+
+def data_ranks(stage: StageSpec, name: str) -> int:
+    """Data-parallel ranks of a stage: groups of ranks under tensor or sequence parallelism.
+
+    Raises:
+        ValueError: see ``layer_groups``; or sequence_parallel does not divide these; the message lists the values that
+            do.
+    """
+    groups, ways = layer_groups(stage, name), stage.sequence_parallel if isinstance(stage, TrainingSpec) else 1
+    if groups % ways:
+        fits = [str(d) for d in range(1, groups + 1) if groups % d == 0]
+        what = "ranks" if groups == stage.slurm.ranks else "groups of tensor_parallel ranks"
+        raise ValueError(
+            f"{name}'s sequence_parallel {ways} does not divide its {groups} {what}; "
+            f"use sequence_parallel: {' or '.join(fits)}"
+        )
+    return groups // ways
 
 
 def derive_batch(stage: StageSpec, name: str) -> Batch:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.spec import model_files, tokens
+from hpc_rlhf.spec import model_files, sequence_checks, tokens
 from hpc_rlhf.spec.job import FromScratch, JobSpec
 from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.stages.policy import PolicySpec
@@ -27,6 +27,7 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
             refused.add(name)
             yield f"models.{name}", *problem
     yield from _recomputing(spec, configs)
+    yield from sequence_checks.problems(spec, configs)
     for stage in spec.stage_names:
         missing = set(kind_of(stage).requires) - spec.stage(stage).unneeded - set(spec.stage_names)
         if missing and spec.finished_reward is None:

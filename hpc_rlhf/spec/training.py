@@ -143,6 +143,12 @@ class TrainingSpec(StageSpec):
     same samples. For models that do not fit on one GPU, on nodes with fast links between GPUs: unlike ZeRO-3, no
     weights are gathered, but the ranks of a group synchronize twice per layer. Needs zero: 0, 1 or 2, and a number of
     attention heads that it divides. Embeddings, the output head and the models of an evaluation are not split."""
+    sequence_parallel: Positive = 1
+    """Size of the groups of neighboring ranks that share the tokens of each packed row (DeepSpeed-Ulysses, arXiv
+    2309.14509) and process the same samples. For sequences whose activations do not fit on one GPU: each rank keeps
+    those of its tokens. Around attention, which sees all tokens, the ranks of a group exchange tokens for heads. It
+    works with any zero, which shards over these ranks as well, and needs a number of attention heads that it divides.
+    """
     optimizer: Literal["adamw", "onebit-adam"] = "adamw"
     """onebit-adam (arXiv 2102.02888) sends about a thirtieth of AdamW's bytes between ranks, for slow networks. It
     takes 4 more bytes of memory per weight and needs zero: 0."""
@@ -207,6 +213,11 @@ class TrainingSpec(StageSpec):
             raise ValueError(
                 "tensor_parallel needs optimizer: adamw, because onebit-adam averages momenta over all ranks, which "
                 "hold different parts of the layers"
+            )
+        if self.sequence_parallel > 1 and self.optimizer == "onebit-adam":
+            raise ValueError(
+                "sequence_parallel needs optimizer: adamw, because onebit-adam compresses the momentum of each rank, "
+                "which then follows from a part of the tokens"
             )
         if self.offload_optimizer and self.zero == 0:
             raise ValueError(

@@ -58,7 +58,8 @@ class StageContext:
         schedule, keep = CheckpointSchedule(steps=1), 2  # without training, a checkpoint is small
         if isinstance(self.stage_spec, TrainingSpec):
             schedule, keep = CheckpointSchedule.of(self.stage_spec), self.stage_spec.keep_checkpoints
-            self.world = self.world.with_tensor_parallel(self.stage_spec.tensor_parallel)
+            sizes = self.stage_spec.tensor_parallel, self.stage_spec.sequence_parallel
+            self.world = self.world.laid_out(*sizes)
         store = CheckpointStore(
             self.files.checkpoints, self.attempt, keep, self.world, self.stage_spec.slurm.tasks_per_node
         )
@@ -70,6 +71,7 @@ class StageContext:
         path = self.run.ds_config(self.stage, model)
         config: dict[str, Any] = json.loads(path.read_text())
         self.batch.check_ds_config(config, str(path))
+        config.pop("train_batch_size", None)  # DeepSpeed multiplies by all ranks, also those that share samples
         return config
 
     # Batches and types
@@ -129,8 +131,8 @@ class StageContext:
     # Steps
 
     def reseed(self, step: int, *part: int) -> None:
-        """Make all randomness in a step, or in a part of it, a function of that and this rank's data rank."""
-        seeds.reseed(self.spec.seed, self.stage, step, self.world.data_rank, *part)
+        """Make all randomness in a step, or in a part of it, a function of that and this rank's share of tokens."""
+        seeds.reseed(self.spec.seed, self.stage, step, self.world.replica_rank, *part)
 
     def resume(self, load: Callable[[Checkpoint], None]) -> Checkpoint | None:
         """Load the newest checkpoint, if there is one, and open the metrics at its step. Collective."""

@@ -32,6 +32,14 @@ def test_tensor_parallel_ranks_share_samples() -> None:
         derive_batch(SftSpec.model_validate({**fields, "tensor_parallel": 3}), "sft")
 
 
+def test_ranks_that_share_sequences_share_samples() -> None:
+    fields = {"micro_batch": 4, "tensor_parallel": 2, "slurm": {"nodes": 3, "gpus_per_node": 4}}
+    spec = SftSpec.model_validate({**fields, "sequence_parallel": 3})  # over the nodes
+    assert derive_batch(spec, "sft") == Batch(micro=4, accumulation=1, ranks=2, global_=8)
+    with pytest.raises(ValueError, match=r"does not divide its 6 groups of tensor_parallel ranks.*: 1 or 2 or 3 or 6"):
+        derive_batch(SftSpec.model_validate({**fields, "sequence_parallel": 4}), "sft")
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 5000))
 def test_every_suggested_fix_works(micro: int, ranks: int, total: int) -> None:
     if total % (micro * ranks) == 0:

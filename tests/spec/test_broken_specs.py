@@ -100,6 +100,14 @@ BROKEN = [
     ("compressed momenta of cut "
      "layers", "lr: 1e-4", "lr: 1e-4\n    optimizer: onebit-adam\n    tensor_parallel: "
                            "2", "16:3: stages.sft: tensor_parallel needs optimizer: adamw"),
+    ("compressed momenta of parts of "
+     "sequences", "lr: 1e-4", "lr: 1e-4\n    optimizer: onebit-adam\n    sequence_parallel: "
+                              "2", "16:3: stages.sft: sequence_parallel needs optimizer: adamw"),
+    ("sequences shared by a part of the "
+     "ranks", "micro_batch: 4\n    "
+              "slurm", "micro_batch: 4\n    sequence_parallel: 3\n    "
+                       "slurm", "22:24: stages.ppo.sequence_parallel: ppo's sequence_parallel 3 does not divide "
+                                "its 4 ranks; use sequence_parallel: 1 or 2 or 4"),
     ("critic both cut and "
      "sharded", "micro_batch: 4\n    "
                 "slurm", "micro_batch: 4\n    tensor_parallel: 2\n    critic: {zero: 3}\n    "
@@ -251,7 +259,7 @@ def test_all_that_a_model_from_scratch_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
-        ("stages.ppo.zzz", "the nearest of 57 fields here are "),
+        ("stages.ppo.zzz", "the nearest of 58 fields here are "),
         ("zzz", "the nearest of 12 fields here are "),
         ("stages.zzz", "the nearest of 7 fields here are sft, reward, pretrain"),
         ("kl_coef", "did you mean stages.ppo.kl_coef or stages.grpo.kl_coef?"),

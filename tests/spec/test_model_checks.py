@@ -122,6 +122,31 @@ def test_models_of_images_and_text_are_accepted_for_their_text_model(tmp_path: P
     assert problems(tmp_path, {"actor": write("whole", whole)}, "sft: {}, reward: {}, ppo: {}") == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"num_attention_heads": 12}, "its 12 attention heads cannot be divided by sequence_parallel: 8"),
+        ({"model_type": "gpt2", "n_head": 12}, "its 12 attention heads cannot be divided"),
+        ({"text_config": {"model_type": "llama4_text", "layer_types": ["chunked_attention"]}}, "chunked_attention"),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+        ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"rope_scaling": {"rope_type": "dynamic"}, "max_position_embeddings": 64}, "rotary embedding of llama models"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 4, "sliding_window": 64}, None),
+    ],
+)
+def test_models_whose_sequences_ranks_cannot_share_are_refused(
+    tmp_path: Path, write: Write, fields: dict[str, Any], complaint: str | None
+) -> None:
+    stages = "sft: {sequence_parallel: 8, slurm: {gpus_per_node: 8}}, reward: {}"
+    found = problems(tmp_path, {"actor": write("model", fields)}, stages)
+    if complaint is None:
+        assert not found
+        return
+    assert "5: stages.sft.sequence_parallel: models.actor: " in found[0]
+    assert complaint in found[0]
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("kind", ["ctrl", "jetmoe", "openai-gpt"])
 def test_models_that_cannot_recompute_activations_are_refused(tmp_path: Path, write: Write, kind: str) -> None:
     on = "{activation_checkpointing: true}"

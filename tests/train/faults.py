@@ -41,7 +41,7 @@ class Alone(SimpleNamespace):
     def gather(self, thing: Any) -> list[Any]:
         return [thing]
 
-    def with_tensor_parallel(self, _: int) -> Alone:
+    def laid_out(self, *_: int) -> Alone:
         return self
 
 

@@ -51,9 +51,14 @@ class Setup:
     model: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def group(self) -> int:
+    def layer_group(self) -> int:
         """Ranks that share the layers."""
         return int(self.fields.get("tensor_parallel", 1))
+
+    @property
+    def group(self) -> int:
+        """Ranks that share samples."""
+        return self.layer_group * int(self.fields.get("sequence_parallel", 1))
 
     def make(self, folder: Path) -> RunDir:
         fields = {
@@ -77,6 +82,7 @@ EXPERTS: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 4, "num
 DPO = {"dpo": ("loss", "grad_norm", "margin")}
 GRPO = {"grpo": ("loss", "grad_norm", "kl", "reward", "entropy")}
 TENSOR = {"tensor_parallel": 2}
+SEQUENCE = {"sequence_parallel": 2}
 HALF: dict[str, Any] = {"like": "SFT alone", "tolerance": 1e-3, "curves": {"sft": ("loss",)}}
 HALF_NORMS: dict[str, Any] = {"like": "SFT alone", "tolerance": 5e-3, "curves": {"sft": ("grad_norm",)}}
 SETUPS = {
@@ -118,6 +124,12 @@ SETUPS = {
     "tensor parallel of two groups, ZeRO-2, offloaded": Setup(4, 4, {**TENSOR, "zero": 2, "offload_optimizer": True}),
     "LoRA, tensor parallel of two groups, ZeRO-1": Setup(4, 1, {**TENSOR, **LORA, "zero": 1}, like="LoRA"),
     "DPO, tensor parallel": Setup(2, 1, {**TENSOR, "activation_checkpointing": True}, like="DPO", curves=DPO),
+    "sequence parallel": Setup(2, 1, SEQUENCE),
+    "LoRA, sequence parallel of two groups, ZeRO-3": Setup(4, 1, {**SEQUENCE, **LORA, "zero": 3}, like="LoRA"),
+    "DPO, sequence parallel, ZeRO-2": Setup(
+        2, 4, {**SEQUENCE, "zero": 2, "activation_checkpointing": True}, like="DPO", curves=DPO
+    ),
+    "GRPO, sequence parallel of two groups, ZeRO-1": Setup(4, 1, {**SEQUENCE, "zero": 1}, like="GRPO", curves=GRPO),
     # Half precision rounds weights to three digits; PPO then samples other responses, and fp16 skips steps
     # that overflow.
     "SFT alone": Setup(1, 1, curves={"sft": CURVES["sft"]}),
@@ -140,7 +152,7 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
         # DeepSpeed keeps its process groups for the lifetime of a process.
         names = sorted(
             (name for name in SETUPS if SETUPS[name].ranks == ranks and tiny.is_supported(name)),
-            key=lambda name: SETUPS[name].group,
+            key=lambda name: SETUPS[name].layer_group,
         )
         run_chains([runs[name] for name in names], ranks)
     return runs

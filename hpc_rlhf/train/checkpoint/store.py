@@ -128,7 +128,8 @@ class CheckpointStore:
         take(snapshot)
         size = sum(self.world.gather(snapshot.size))
         self.world.on_main(lambda: self._check_room(size, target))
-        facts = {"step": step, "part": part, "attempt": self.attempt, "world_size": self.world.size, "state": state}
+        ranks = {"world_size": self.world.size, "data_ranks": self.world.dims.data}
+        facts = {"step": step, "part": part, "attempt": self.attempt, **ranks, "state": state}
         self._writing = _Writing(partial, target, facts, self._writer.submit(snapshot.write))
         if snapshot.live:
             wait([self._writing.files])
@@ -219,6 +220,7 @@ class CheckpointStore:
         Raises:
             HpcRlhfError: there are or were checkpoints, but none is usable.
         """
+        ranks, data_ranks = self.world.size, self.world.dims.data
         mid_step_ranks, first_defect = None, ""
         for name in self.world.on_main(lambda: [folder.name for folder in self._steps()]):
             folder = self.folder / name
@@ -229,14 +231,16 @@ class CheckpointStore:
                 continue
             facts = manifest.read(folder)
             assert facts is not None
-            if facts["world_size"] == self.world.size or not facts["part"]:
+            # Earlier versions did not write data_ranks.
+            if not facts["part"] or (facts["world_size"], facts.get("data_ranks", data_ranks)) == (ranks, data_ranks):
                 return Checkpoint(facts["step"], folder, facts["state"], facts["part"])
             mid_step_ranks = mid_step_ranks or facts["world_size"]
         if mid_step_ranks is not None:
             raise HpcRlhfError(
                 f"the last checkpoints were made by {mid_step_ranks} ranks in the middle of a step",
                 where=str(self.folder),
-                hint=f"run it on {mid_step_ranks} ranks until the step is done; then any number can continue",
+                hint=f"run it on {mid_step_ranks} ranks, with the same sequence_parallel, until the step is done; then "
+                "any number can continue",
             )
         torn = self.world.on_main(lambda: len(list(self.folder.glob("torn-*"))))
         if torn:

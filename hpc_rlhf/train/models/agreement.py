@@ -2,7 +2,8 @@
 
 Rows in which sequences follow one another, and padded ones, are right for most architectures, but not for all:
 recurrent layers may carry one sequence's state into the next, and some keep state in the module. So a few short random
-sequences go through the loaded model in different arrangements, and the fastest one that agrees is used.
+sequences go through the loaded model in different arrangements, and the fastest one that agrees is used. Ranks share
+the tokens of packed rows only.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec import sequence_checks
 from hpc_rlhf.train.models import packed_attention, structure
-from hpc_rlhf.train.models.language_model import ONE_BY_ONE, LanguageModel, RewardModel
+from hpc_rlhf.train.models.language_model import ONE_BY_ONE, SEQUENCE_GROUP, LanguageModel, RewardModel
 from hpc_rlhf.train.parallel.deepspeed_internals import is_zero3
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.runtime.world import World
@@ -69,10 +71,13 @@ def verify(engine: Any, world: World, source: str, dropout: float = 0.0) -> None
         source: what the model was loaded from, for errors.
 
     Raises:
-        HpcRlhfError: passes draw random numbers, or no arrangement gives what transformers gives.
+        HpcRlhfError: passes draw random numbers, no arrangement gives what transformers gives, or ranks cannot share
+            the model's sequences.
     """
     training = engine.training
     trial = _Trial(engine, world, source)
+    if world.sequence_group is not None:
+        trial.check_shared()
     try:
         engine.train(training and not dropout)
         with undisturbed(world.device):
@@ -94,7 +99,9 @@ class _Trial:
         self.kind = self.inner.config.model_type
         self.sharded = any(map(is_zero3, self.model.parameters()))
         self.tolerance = tolerance(self.inner.dtype)
-        self.sequences = random_sequences(self.inner.config, LENGTHS, world.device)
+        # Long enough to go on from one rank's share of a row to the next, whose size is rounded up.
+        longer = 1 if world.sequence_group is None else 2 * world.dims.sequence
+        self.sequences = random_sequences(self.inner.config, [longer * each for each in LENGTHS], world.device)
 
     def outputs(self, sequences: Sequence[Tensor]) -> list[Tensor]:
         """Log-probabilities of each sequence's tokens but the first, or its values: float64."""
@@ -129,19 +136,34 @@ class _Trial:
 
     # Arrangements
 
+    def check_shared(self) -> None:
+        """Refuse a model whose configuration says that ranks cannot share its sequences."""
+        text, dims = self.inner.config.get_text_config(), self.world.dims
+        fields = {**vars(text), "num_attention_heads": getattr(text, "num_attention_heads", None)}
+        if (what := sequence_checks.unshared(fields, dims.tensor, dims.sequence)) is not None:
+            raise HpcRlhfError(what, where=self.source, hint=sequence_checks.HINT)
+
+    def _arrangements(self) -> list[tuple[str, bool]]:
+        """The ways in which sequences may go through the model, each with True if logits are computed in chunks; the
+        fastest first."""
+        ways = [PACKED, PADDED, SINGLE] if packed_attention.is_enabled(self.inner) else [PADDED, SINGLE]
+        heads = [True, False] if getattr(self.model, "chunked", False) else [False]
+        every = [(way, chunked) for chunked in heads for way in ways]
+        if self.world.sequence_group is None:
+            return every
+        return [each for each in every if each == (PACKED, isinstance(self.model, LanguageModel))]
+
     def arrange(self) -> None:
         """Use the first arrangement that agrees, and say so if it is not the first one."""
-        alone = self._alone()
-        ways = [PADDED, SINGLE]
-        if packed_attention.is_enabled(self.inner):
-            ways.insert(0, PACKED)
-        heads = [True, False] if getattr(self.model, "chunked", False) else [False]
-        for chunked in heads:
-            for way in ways:
-                self._set(way, chunked)
-                if not self.world.max(not self._agrees(alone, way)):
-                    self._report(way, ways, chunked, heads)
-                    return
+        alone, arrangements = self._alone(), self._arrangements()
+        for way, chunked in arrangements:
+            self._set(way, chunked)
+            if not self.world.max(not self._agrees(alone, way)):
+                self._report(way, chunked, arrangements[0])
+                return
+        if self.world.sequence_group is not None:
+            what = f"ranks cannot share the sequences of {self.kind} models, which do not attend within packed rows"
+            raise HpcRlhfError(what, where=self.source, hint=sequence_checks.HINT)
         raise HpcRlhfError(
             f"{self.kind} models cannot be trained here: what they compute for a token depends on those after it, "
             "or on earlier passes",
@@ -154,8 +176,10 @@ class _Trial:
             packed_attention.disable(self.inner)
         elif not packed_attention.is_enabled(self.inner):
             packed_attention.enable_again(self.inner)
-        for part in (self.inner, structure.body(self.inner)):
+        body = structure.body(self.inner)
+        for part in (self.inner, body):
             setattr(part, ONE_BY_ONE, way == SINGLE)
+        setattr(body, SEQUENCE_GROUP, self.world.sequence_group if way == PACKED else None)
         if isinstance(self.model, LanguageModel):
             self.model.chunked = chunked
 
@@ -186,15 +210,15 @@ class _Trial:
         found = structure.layers(structure.body(self.inner))
         return found is None or all(any(part in attending for part in layer.modules()) for layer in found[1])
 
-    def _report(self, way: str, ways: list[str], chunked: bool, heads: list[bool]) -> None:
+    def _report(self, way: str, chunked: bool, fastest: tuple[str, bool]) -> None:
         if way == SINGLE and self.sharded:
             raise HpcRlhfError(
                 f"{self.kind} models take sequences only one by one, which zero: 3 cannot do",
                 where=self.source,
                 hint="set zero: 2",
             )
-        if self.world.is_main and (way, chunked) != (ways[0], heads[0]):
-            slow = "" if chunked == heads[0] else ", with all logits in memory"
+        if self.world.is_main and (way, chunked) != fastest:
+            slow = "" if chunked == fastest[1] else ", with all logits in memory"
             print(
                 f"hpc-rlhf: {self.kind}: sequences go through the model {way}{slow}, because passes that are faster "
                 "give other numbers",

@@ -121,7 +121,7 @@ class AdapterAverage:
     def __init__(self, layer: Adapter, number: int, world: World) -> None:
         self.layer = layer
         self.world = world
-        self.owner = number % world.dims.data
+        self.owner = number % world.dims.replicas
         weight = layer.frozen
         self.shape = full_shape(weight)
         self.start, count = owned.span(weight, world)

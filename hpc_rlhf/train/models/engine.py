@@ -230,7 +230,7 @@ def pieces(engine: Any, world: World) -> list[Shard]:
     views: list[Shard] = []
     for number, fragment in enumerate(internals.fragments(engine)):
         # Of what every rank has, the ranks share the writing.
-        mine = not fragment.replicated or number % world.dims.data == world.data_rank
+        mine = not fragment.replicated or number % world.dims.replicas == world.replica_rank
         views.append(Shard(f"weight {fragment.name}", fragment.start, fragment.of(fragment.stepped), mine))
         state = optimizer.state.get(fragment.stepped, {})  # it has no moments before the first step
         for key in MOMENTS:

@@ -3,45 +3,46 @@
 Packed sequences are ``ids``, (tokens,), int64, one sequence after the other, and ``lengths``, the tokens of each. The
 layers see one row of real tokens, so nothing is spent on padding, and attention runs sequence by sequence. An
 architecture that ``packed_attention`` does not support runs on rows padded on the right instead, and one that mixes
-those as well on one sequence at a time. ``agreement`` decides which.
+those as well on one sequence at a time. ``agreement`` decides which. Under sequence parallelism, the ranks of a group
+pass the same sequences, each sends a share of the row's tokens through the layers, and all return the same outputs.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_rlhf.spec.sequence_checks import OWN_LOGITS
 from hpc_rlhf.spec.sizes import ALIGNED
 from hpc_rlhf.train import ragged
 from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_prob_sum, head_log_probs, token_log_probs
 from hpc_rlhf.train.models import packed_attention, rotary, structure
 from hpc_rlhf.train.models.score_head import ScoreHead
-
-# Config fields of models whose logits are more than the head's output.
-OWN_LOGITS = (
-    "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling",
-    "lm_head_multiplier", "logits_mup_width_multiplier",
-)  # fmt: skip
-
+from hpc_rlhf.train.parallel import sequence_parallel
 
 # An attribute of models whose sequences go through them one by one.
 ONE_BY_ONE = "sequences_go_one_by_one"
+# An attribute of models without their heads: the process group of the ranks that share packed rows.
+SEQUENCE_GROUP = "sequence_group"
 
 
-def _padding(tokens: int, device: torch.device) -> tuple[int, ...]:
-    """Lengths of unused sequences that round a packed row up to a size that matrix kernels handle well.
+def _padding(tokens: int, device: torch.device, ranks: int) -> tuple[int, ...]:
+    """Lengths of unused sequences that round a packed row up to equal shares of a size that matrix kernels handle well.
 
-    A CPU compiles and keeps a kernel of about 0.8 MiB for every size, so there its rows have one of eight
+    A CPU compiles and keeps a kernel of about 0.8 MiB for every size, so there the shares have one of eight
     sizes between a power of two and the next.
     """
-    step = ALIGNED
+    step, share = ALIGNED, -(-tokens // ranks)
     if device.type == "cpu":
-        step = max(step, 1 << max(0, tokens.bit_length() - 4))
-    whole, rest = divmod(-tokens % step, ALIGNED)
+        step = max(step, 1 << max(0, share.bit_length() - 4))
+    whole, rest = divmod(ranks * (share + -share % step) - tokens, ALIGNED)
     return (ALIGNED,) * whole + ((rest,) if rest else ())
 
 
@@ -65,17 +66,22 @@ def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """The last hidden states: (tokens or more, hidden); rows after those of the sequences are padding.
 
     Args:
-        body: a transformers model without its head.
+        body: a transformers model without its head. If it has a SEQUENCE_GROUP, the hidden states are those of this
+            rank's share of the tokens.
     """
     if body.config._attn_implementation == packed_attention.NAME:
         # transformers passes a four-dimensional mask on as it is, instead of building one.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-        padding = _padding(len(ids), ids.device)
+        group, sharing = getattr(body, SEQUENCE_GROUP, None), {}
+        padding = _padding(len(ids), ids.device, 1 if group is None else dist.get_world_size(group))
         padded_ids, sizes = F.pad(ids, (0, sum(padding))), (*lengths, *padding)
         positions = ragged.positions(sizes, ids.device)
+        if group is not None:
+            padded_ids, positions = (sequence_parallel.share(each, group) for each in (padded_ids, positions))
+            sharing[SEQUENCE_GROUP] = group
         output = body(
             input_ids=padded_ids.unsqueeze(0), attention_mask=unused, position_ids=positions.unsqueeze(0),
-            use_cache=False, packed_lengths=sizes,
+            use_cache=False, packed_lengths=sizes, **sharing,
         )  # fmt: skip
         packed_hidden: Tensor = output.last_hidden_state[0]
         return packed_hidden
@@ -139,16 +145,29 @@ class LanguageModel(nn.Module):
             gradient, or (0,).
         """
         if self.chunked:
-            hidden = hidden_states(structure.body(self.causal), ids, lengths)[predicted - 1]
-            outputs: tuple[Tensor, Tensor] = self.causal.get_output_embeddings()(
-                hidden, ids[predicted], temperature, with_entropies, summed
-            )
-            return outputs
+            return self._in_chunks(ids, lengths, predicted, temperature, with_entropies, summed)
         logits = _by_token(self.causal, ids, lengths, "logits")[predicted - 1]
         log_probs = token_log_probs(logits, ids[predicted], temperature)
         if summed:
             return log_probs.sum(), log_probs.new_empty(0)
         return log_probs, entropy(logits.detach(), temperature) if with_entropies else log_probs.new_empty(0)
+
+    def _in_chunks(
+        self, ids: Tensor, lengths: tuple[int, ...], predicted: Tensor, temperature: float, with_entropies: bool,
+        summed: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The same, from a head that never holds all logits."""
+        body, options = structure.body(self.causal), (temperature, with_entropies, summed)
+        head: Callable[..., tuple[Tensor, Tensor]] = self.causal.get_output_embeddings()
+        hidden, group = hidden_states(body, ids, lengths), getattr(body, SEQUENCE_GROUP, None)
+        if group is None:
+            return head(hidden[predicted - 1], ids[predicted], *options)
+        which, states = sequence_parallel.own(predicted - 1, len(hidden), group)
+        log_probs, entropies = head(hidden[states], ids[predicted[which]], *options)
+        if summed:
+            return sequence_parallel.total(log_probs, group), entropies
+        join = partial(sequence_parallel.joined, which=which, count=len(predicted), group=group)
+        return join(log_probs), join(entropies) if with_entropies else entropies
 
 
 class RewardModel(nn.Module):
@@ -169,9 +188,12 @@ class RewardModel(nn.Module):
 
     def forward(self, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Values of packed sequences: (tokens,), float32."""
-        hidden = hidden_states(structure.body(self.classifier), ids, lengths)
-        values: Tensor = self.classifier.score(hidden)[: len(ids)].squeeze(-1)
-        return values - self.offset
+        body = structure.body(self.classifier)
+        values: Tensor = self.classifier.score(hidden_states(body, ids, lengths)).squeeze(-1)
+        if (group := getattr(body, SEQUENCE_GROUP, None)) is not None:
+            which, states = sequence_parallel.own(torch.arange(len(ids), device=ids.device), len(values), group)
+            values = sequence_parallel.joined(values[states], which, len(ids), group)
+        return values[: len(ids)] - self.offset
 
     @property
     def offset(self) -> float:

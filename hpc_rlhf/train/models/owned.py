@@ -1,7 +1,7 @@
 """Tensors of a model whose copies are divided over the ranks, so that each copy exists once.
 
-Tensor i belongs to rank ``i % size`` of those that hold the same layer shards. Under ZeRO-3, each rank owns its shard
-of every tensor.
+Tensor i belongs to rank ``i % replicas`` of those that hold the same part of the model. Under ZeRO-3, each rank owns
+its shard of every tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hpc_rlhf.train.runtime.world import World
 
 def owns(tensor: Tensor, number: int, world: World) -> bool:
     """Whether this rank owns a tensor, or a shard of it."""
-    return is_zero3(tensor) or number % world.dims.data == world.data_rank
+    return is_zero3(tensor) or number % world.dims.replicas == world.replica_rank
 
 
 def span(tensor: Tensor, world: World) -> tuple[int, int]:
@@ -51,7 +51,7 @@ def replaced(tensors: Mapping[int, Tensor], values: Mapping[int, Tensor], world:
             if i in values:
                 set_local_shard(tensor, values[i])
             if not is_zero3(tensor):
-                dist.broadcast(local_shard(tensor), group=group, group_src=i % world.dims.data)
+                dist.broadcast(local_shard(tensor), group=group, group_src=i % world.dims.replicas)
         yield
     finally:
         for i, original in originals.items():

@@ -11,15 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_rlhf.spec.sequence_checks import OWN_ATTENTION, PACKABLE
 from hpc_rlhf.train.models import cpu_kernels, structure, varlen
+from hpc_rlhf.train.parallel import sequence_parallel
 
 NAME = "hpc_rlhf_packed"
-
-# Config fields of attention variants that scaled_dot_product_attention does not compute.
-OWN_ATTENTION = ("attn_logit_softcapping", "logit_soft_cap", "alibi")
-# Kinds of layers whose tokens see others through this attention alone; recurrent layers, convolutions and attention
-# within chunks of a row are of other kinds.
-PACKABLE = {"full_attention", "sliding_attention", "attention"}
 
 
 class NotPackable(RuntimeError):
@@ -44,7 +40,7 @@ def recording() -> Iterator[set[Any]]:
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     dropout: float = 0.0, scaling: float | None = None, packed_lengths: tuple[int, ...] | None = None,
-    sliding_window: int | None = None, **_: Any,
+    sliding_window: int | None = None, sequence_group: Any = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention with transformers' signature.
 
@@ -55,6 +51,7 @@ def attention(
             scores; None for plain causal attention.
         packed_lengths: the batch is one row of packed sequences of these lengths, and the mask is ignored.
         sliding_window: number of keys that a query of a packed sequence attends to, its own included.
+        sequence_group: of the ranks that have equal shares of the packed row, in order; None if this rank has all.
 
     Returns:
         (batch, queries, heads, dim), and None for the weights.
@@ -64,7 +61,12 @@ def attention(
             raise NotPackable(f"{type(module).__name__} hides tokens by a mask of its own")
         if _recorded is not None:
             _recorded.add(module)
-        return _packed(query, key, value, packed_lengths, dropout, scaling, sliding_window), None
+        if sequence_group is None:
+            return _packed(query, key, value, packed_lengths, dropout, scaling, sliding_window), None
+        heads = query.shape[1]
+        query, key, value = (sequence_parallel.to_heads(each, heads, sequence_group) for each in (query, key, value))
+        output = _packed(query, key, value, packed_lengths, dropout, scaling, sliding_window)
+        return sequence_parallel.to_tokens(output, sequence_group), None
     if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
         raise NotPackable(f"{type(module).__name__} got no lengths for its packed sequences")
     groups = query.shape[1] // key.shape[1]

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from hpc_rlhf.spec import sequence_checks
+
 
 def body(model: Any) -> Any:
     """The model without its head.
@@ -32,8 +34,4 @@ def layers(model: Any) -> tuple[str, nn.ModuleList] | None:
 def layer_kinds(config: Any) -> set[str]:
     """The kinds of layers that a configuration lists; empty if it lists none."""
     text = config.get_text_config()
-    for field in ("layer_types", "layers_block_type"):
-        kinds = getattr(text, field, None)
-        if kinds:
-            return set(map(str, kinds))
-    return set()
+    return sequence_checks.layer_kinds({field: getattr(text, field, None) for field in sequence_checks.LAYER_KINDS})

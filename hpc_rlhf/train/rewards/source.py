@@ -14,8 +14,8 @@ class RewardSource(Protocol):
     ) -> list[float | None]:
         """A score for each response.
 
-        Collective: all ranks call it together, each with its own responses. Under ``tensor_parallel``, the ranks of a
-        group have the same responses and must return the same scores.
+        Collective: all ranks call it together, each with its own responses. Under ``tensor_parallel`` and
+        ``sequence_parallel``, the ranks of a group have the same responses and must return the same scores.
 
         Args:
             prompts, responses: token ids; a source that reads text decodes them.

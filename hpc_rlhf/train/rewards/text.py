@@ -93,14 +93,14 @@ class FromText:
     def score(
         self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], columns: Mapping[str, Sequence[Any]]
     ) -> list[Score]:
-        """A score for each response. Collective: the first rank of a tensor-parallel group scores for all of it."""
+        """A score for each response. Collective: of the ranks with the same samples, the first scores for all."""
         scores: list[Score] = []
         with self.cancellable():
-            if self.world.dims.group("tensor", self.world.rank)[0] == self.world.rank:
+            if self.world.rank in self.world.dims.sample_owners:
                 batch = TextBatch(self._texts(prompts), self._texts(responses), list(map(list, responses)), columns)
                 scores = self.reward.judge(batch)
-        if self.world.dims.tensor > 1:
-            scores = decoded(self.world.gather_tensor_group(encoded(scores))[0])
+        if self.world.dims.data < self.world.size:
+            scores = decoded(self.world.gather_sharers(encoded(scores))[0])
         return scores
 
     def _texts(self, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -43,26 +43,29 @@ class ParallelDims:
 
     Attributes:
         data: ranks, or groups of ranks, with samples of their own.
+        sequence: ranks that share the tokens of each packed row.
         tensor: ranks that share each layer.
     """
 
     data: int
+    sequence: int = 1
     tensor: int = 1
 
     @classmethod
-    def of(cls, ranks: int, tensor: int = 1) -> ParallelDims:
+    def of(cls, ranks: int, tensor: int = 1, sequence: int = 1) -> ParallelDims:
         """The layout of a number of ranks.
 
         Raises:
             HpcRlhfError: they cannot be divided into groups of that size.
         """
-        if ranks % tensor:
+        group = tensor * sequence
+        if ranks % group:
             raise HpcRlhfError(
-                f"{ranks} ranks cannot be divided into groups of {tensor}",
-                where="tensor_parallel",
-                hint="start a multiple of tensor_parallel ranks",
+                f"{ranks} ranks cannot be divided into groups of {group}",
+                where="tensor_parallel" if sequence == 1 else "sequence_parallel",
+                hint="start a multiple of tensor_parallel x sequence_parallel ranks",
             )
-        return cls(ranks // tensor, tensor)
+        return cls(ranks // group, sequence, tensor)
 
     @property
     def size(self) -> int:
@@ -79,6 +82,17 @@ class ParallelDims:
         stride = self._stride(dim)
         first = rank - self.coordinate(dim, rank) * stride
         return [first + place * stride for place in range(getattr(self, dim))]
+
+    @property
+    def replicas(self) -> int:
+        """Number of ranks that hold the same part of a model, before ZeRO shards it."""
+        return self.data * self.sequence
+
+    def sharers(self, rank: int) -> list[int]:
+        """The ranks that work on the same samples as one, in order, itself included."""
+        stride = self._stride("data")
+        first = rank - rank % stride
+        return list(range(first, first + stride))
 
     @property
     def sample_owners(self) -> list[int]:
@@ -99,12 +113,14 @@ class World:
         dims: how the ranks are laid out.
         device: where this rank's tensors are.
         control: a gloo group for small messages, which takes CPU tensors under any backend.
+        sequence_group: of the ranks that share the tokens of each packed row; None if each rank has rows of its own.
     """
 
     rank: int
     dims: ParallelDims
     device: torch.device
     control: Any
+    sequence_group: Any = None
 
     @property
     def size(self) -> int:
@@ -119,9 +135,18 @@ class World:
         """Which share of the samples this rank works on."""
         return self.dims.coordinate("data", self.rank)
 
-    def with_tensor_parallel(self, tensor: int) -> World:
-        """The same ranks, laid out by ``ParallelDims.of``."""
-        return replace(self, dims=ParallelDims.of(self.size, tensor))
+    @property
+    def replica_rank(self) -> int:
+        """This rank's place among those that hold the same part of a model."""
+        return self.data_rank * self.dims.sequence + self.dims.coordinate("sequence", self.rank)
+
+    def laid_out(self, tensor: int = 1, sequence: int = 1) -> World:
+        """The same ranks, laid out by ``ParallelDims.of``. Collective."""
+        dims, group = ParallelDims.of(self.size, tensor, sequence), None
+        if sequence > 1:
+            groups = sorted({tuple(dims.group("sequence", rank)) for rank in range(self.size)})
+            group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups])
+        return replace(self, dims=dims, sequence_group=group)
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -152,10 +177,10 @@ class World:
         values = self.gather(value)
         return [values[rank] for rank in self.dims.sample_owners]
 
-    def gather_tensor_group(self, value: T) -> list[T]:
-        """The values of this rank's tensor-parallel group, in rank order. Collective over all ranks."""
+    def gather_sharers(self, value: T) -> list[T]:
+        """The values of the ranks that work on this rank's samples, in rank order. Collective over all ranks."""
         values = self.gather(value)
-        return [values[rank] for rank in self.dims.group("tensor", self.rank)]
+        return [values[rank] for rank in self.dims.sharers(self.rank)]
 
     def on_main(self, make: Callable[[], T]) -> T:
         """Rank 0's result, on every rank, as ``gather`` returns values. WorkCancelled and user errors are raised on

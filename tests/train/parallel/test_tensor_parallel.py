@@ -18,7 +18,7 @@ pytestmark = pytest.mark.train
 RANK = """
 import json, sys, torch
 from hpc_rlhf.train.runtime.world import join
-world = join(2).with_tensor_parallel(2)
+world = join(2).laid_out(2)
 from hpc_rlhf.train.parallel.deepspeed_internals import layer_group
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
@@ -86,7 +86,7 @@ def compare(kind, adapters):
     seen["weights"] = max(far(ours[name], theirs[name]) for name in theirs)
     name = "model.decoder.layers.0.fc1.weight" if kind == "opt" else "model.layers.0.mlp.up_proj.weight"
     seen["moved"] = far(dict(weights(tiny.causal(kind)))[name], theirs[name])
-    alone = answers(whole, world.with_tensor_parallel(1))
+    alone = answers(whole, world.laid_out(1))
     together, streamed = answers(part, world), answers(part, world, memory=9)
     seen["answers"] = alone == together == streamed and len(alone[0])
     return seen, part

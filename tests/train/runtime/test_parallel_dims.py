@@ -18,6 +18,15 @@ def test_neighbouring_ranks_share_layers_and_samples() -> None:
     assert dims.sample_owners == [0, 2, 4]
 
 
+def test_ranks_that_share_rows_hold_copies_of_a_model() -> None:
+    dims = ParallelDims.of(8, tensor=2, sequence=2)
+    assert (dims.data, dims.replicas) == (2, 4)
+    assert dims.group("tensor", 6) == [6, 7]
+    assert dims.group("sequence", 5) == [5, 7]
+    assert dims.sharers(6) == [4, 5, 6, 7]
+    assert dims.sample_owners == [0, 4]
+
+
 def test_without_tensor_parallelism_each_rank_has_samples_of_its_own() -> None:
     dims = ParallelDims.of(3)
     assert dims.sample_owners == dims.group("data", 1) == [0, 1, 2]
@@ -27,3 +36,5 @@ def test_without_tensor_parallelism_each_rank_has_samples_of_its_own() -> None:
 def test_ranks_that_cannot_be_divided_are_refused() -> None:
     with pytest.raises(HpcRlhfError, match="3 ranks cannot be divided into groups of 2"):
         ParallelDims.of(3, tensor=2)
+    with pytest.raises(HpcRlhfError, match="6 ranks cannot be divided into groups of 4"):
+        ParallelDims.of(6, tensor=2, sequence=2)

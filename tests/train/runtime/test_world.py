@@ -114,11 +114,11 @@ results = {
 }
 
 # Both in one tensor-parallel group: they have the same samples, which count once.
-both = world.with_tensor_parallel(2)
+both = world.laid_out(2)
 results["both"] = [
-    both.data_rank, both.sums({"a": 3.0}), both.gather_data(rank), both.gather_tensor_group(rank)
+    both.data_rank, both.sums({"a": 3.0}), both.gather_data(rank), both.gather_sharers(rank)
 ]
-results["apart"] = [world.gather_data(rank), world.gather_tensor_group(rank)]
+results["apart"] = [world.gather_data(rank), world.gather_sharers(rank)]
 
 def fail():
     raise HpcRlhfError("wrong", where="here")

@@ -49,7 +49,7 @@ class RolloutEngine:
     def generate(self, request: GenerationRequest) -> Rollout:
         """A response to each prompt. Collective under ZeRO-3 and tensor parallelism.
 
-        The ranks of a tensor-parallel group have the same prompts and share the work.
+        Ranks with the same samples have the same prompts and share the work.
 
         Raises:
             RolloutCancelled: ``request.should_stop`` returned True on any rank of the group, or on any rank
@@ -58,19 +58,19 @@ class RolloutEngine:
         return Rollout.of(request.prompts, self._responses(request), self.world.device)
 
     def _responses(self, request: GenerationRequest) -> list[list[int]]:
-        world = self.world
-        if world.dims.tensor == 1:
+        world, sharers = self.world, self.world.dims.sharers(self.world.rank)
+        if len(sharers) == 1:
             return self._decode(request)
-        shares: list[list[int]] = [[] for _ in range(world.dims.tensor)]
+        shares: list[list[int]] = [[] for _ in sharers]
         for row in range(len(request.prompts)):
-            shares[row // request.group_size % world.dims.tensor].append(row)
-        mine = shares[world.dims.coordinate("tensor", world.rank)]
+            shares[row // request.group_size % len(shares)].append(row)
+        mine = shares[sharers.index(world.rank)]
         own: list[list[int]] | None = None
         with suppress(RolloutCancelled):
             keys = request.keys and [request.keys[row] for row in mine]
             own = self._decode(replace(request, prompts=[request.prompts[row] for row in mine], keys=keys))
         responses: list[list[int]] = [[] for _ in request.prompts]
-        for rows, share in zip(shares, world.gather_tensor_group(own), strict=True):
+        for rows, share in zip(shares, world.gather_sharers(own), strict=True):
             if share is None:
                 raise RolloutCancelled
             for row, response in zip(rows, share, strict=True):
