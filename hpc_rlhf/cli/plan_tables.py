@@ -57,7 +57,7 @@ def print_plan(plan: Plan) -> None:
     header = ("stage", "needs", "nodes", "ranks", "gpus", "batch", "partition", "time")
     print_table(header, rows, right=("nodes", "ranks", "gpus"))
     grouped = any(job.batch.ranks < job.slurm.ranks for job in plan.jobs)
-    replicas = "ranks, or groups of tensor_parallel ranks" if grouped else "ranks"
+    replicas = "ranks, or groups of ranks with the same samples" if grouped else "ranks"
     print_wrapped(f"batch = micro batch x accumulation x {replicas}; run directory {plan.run.path}")
 
 

@@ -23,7 +23,7 @@ class Pass:
     """A forward and backward pass of one model over one micro-batch.
 
     Attributes:
-        tokens: tokens of the micro-batch.
+        tokens: tokens of the micro-batch, of which a rank has a share under sequence parallelism.
         predicted: tokens whose log-probabilities are computed; 0 for a model without an output head.
         summed: only the sum of the log-probabilities is computed, together with its gradients.
         with_entropies: the entropies of the distributions are computed too.
@@ -43,13 +43,18 @@ class Pass:
         return ITEM[self.stage.precision]
 
     @property
+    def own_tokens(self) -> int:
+        """Tokens on each rank."""
+        return -(-self.tokens // self.stage.sequence_parallel)
+
+    @property
     def on_cpu(self) -> bool:
         return not self.stage.slurm.gpus_per_node
 
     @property
     def activations(self) -> int:
         """Bytes kept for the backward pass."""
-        model, item, tokens = self.model, self.item, _aligned(self.tokens)
+        model, item, tokens = self.model, self.item, _aligned(self.own_tokens)
         whole, sharded = model.kept[item]
         layers = whole + sharded / self.stage.tensor_parallel
         if self.stage.lora is not None:
@@ -68,14 +73,14 @@ class Pass:
         """Bytes of the gradients inside a layer: of a norm, in float32, or of the MLP."""
         model = self.model
         inside = max(20 * model.hidden, 3 * self.item * model.inner // self.stage.tensor_parallel)
-        return _aligned(self.tokens) * inside
+        return _aligned(self.own_tokens) * inside
 
     @property
     def logits(self) -> int:
         """Peak bytes of the output head: one chunk of logits, and the gradients."""
         if not self.predicted:
             return 0
-        model, item, n = self.model, self.item, _aligned(self.predicted)
+        model, item, n = self.model, self.item, _aligned(min(self.predicted, self.own_tokens))
         size, wide = model.vocabulary, 4 if self.on_cpu else item
         rows = max(1, LOGITS["cpu" if self.on_cpu else "cuda"] // size // ALIGNED) * ALIGNED
         chunk = min(n, rows)
@@ -105,7 +110,7 @@ def _aligned(tokens: int) -> int:
 
 
 def as_trained(stage: StageSpec) -> TrainingSpec:
-    """A stage as one that trains. An evaluation has neither adapters nor tensor parallelism."""
+    """A stage as one that trains. An evaluation has no adapters, and no ranks that share layers or sequences."""
     if isinstance(stage, TrainingSpec):
         return stage
     common = ("precision", "zero", "offload_params", "slurm")

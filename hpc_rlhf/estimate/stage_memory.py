@@ -131,7 +131,8 @@ def _policy(stage: PolicySpec, spec: JobSpec, name: str, batch: Batch, gpu: int 
     if stage.ema:
         always["EMA"] = model_memory.moving_average(actor, stage)
     rollout = batch.micro * batch.accumulation * stage.minibatches
-    engine, generating = _generating(actor, stage, name, -(-rollout // stage.tensor_parallel), lengths, gpu)
+    sharers = stage.tensor_parallel * stage.sequence_parallel
+    engine, generating = _generating(actor, stage, name, -(-rollout // sharers), lengths, gpu)
     phases = {**policy.phases, "rollouts": generating, "scoring": _scoring(actor, stage, tokens, responses)}
     return Memory({"actor": actor.parameters}, always | engine, phases, gpu)
 
@@ -163,11 +164,8 @@ def _scoring(model: Architecture, stage: StageSpec, tokens: int, predicted: int)
     """A pass without gradients: activations of one layer, and a chunk of logits."""
     item = ITEM[stage.precision]
     gathered = model_memory.gathered_weights(model, model.parameters, item) if stage.zero == 3 else 0
-    return {
-        "activations": tokens * _layer(model, item),
-        "logits": Pass(model, as_trained(stage), tokens, predicted, with_entropies=True).logits,
-        "gathered weights": gathered,
-    }
+    work = Pass(model, as_trained(stage), tokens, predicted, with_entropies=True)
+    return {"activations": work.own_tokens * _layer(model, item), "logits": work.logits, "gathered weights": gathered}
 
 
 def _layer(model: Architecture, item: int) -> int:

@@ -42,7 +42,13 @@ _ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class _Machine:
-    """The GPUs of a stage. Rates are those that one GPU is assumed to reach."""
+    """The GPUs of a stage. Rates are those that one GPU is assumed to reach.
+
+    Attributes:
+        link, exchange: bytes per second between all ranks, and between those that share sequences.
+        ways, sequence: ranks that share layers, and sequences.
+        here: ranks of a node.
+    """
 
     memory: float
     flops: float
@@ -51,17 +57,25 @@ class _Machine:
     ranks: int
     ways: int
     here: int
+    sequence: int
+    exchange: float
 
     @property
     def data_ranks(self) -> int:
+        """Ranks that hold the same part of a model, before ZeRO shards it."""
         return self.ranks // self.ways
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model in a step: its parameters without adapters, those in training, and the bytes of each."""
+    """A model in a step: its parameters without adapters, those in training, and the bytes of each.
+
+    Attributes:
+        attended: numbers per token that go in and out of attention, in all layers.
+    """
 
     layers: int
+    attended: int
     count: int
     trained: int
     item: int
@@ -99,10 +113,12 @@ def _machine(stage: StageSpec, name: str) -> _Machine:
         )
     # Collectives between nodes use all adapters of a node at once, and the links inside it to distribute the data.
     outside = NETWORK * stage.slurm.tasks_per_node if stage.slurm.nodes > 1 else float("inf")
-    link = min(gpu.link * 1e9, outside)
+    inside, here, training = gpu.link * 1e9, stage.slurm.tasks_per_node, as_trained(stage)
+    ways, sequence = training.tensor_parallel, training.sequence_parallel
+    exchange = inside if here % (ways * sequence) == 0 else NETWORK
     return _Machine(
-        gpu.gib * 2**30, MFU * gpu.peak(stage.precision), 1e9 * DECODE_SHARE * gpu.bandwidth, link,
-        stage.slurm.ranks, as_trained(stage).tensor_parallel, stage.slurm.tasks_per_node,
+        gpu.gib * 2**30, MFU * gpu.peak(stage.precision), 1e9 * DECODE_SHARE * gpu.bandwidth, min(inside, outside),
+        stage.slurm.ranks, ways, here, sequence, exchange,
     )  # fmt: skip
 
 
@@ -161,7 +177,7 @@ def _policy(
     if "reward" in stage.strategies:
         scorers += [(_model(each, stage, True), stage.strategies["reward"]) for each in judges(spec, stage)]
     parts["scoring"] = passes * sum(_scored(model, stored, tokens, machine) for model, stored in scorers)
-    responses = -(-batch.micro * passes // machine.ways)
+    responses = -(-batch.micro * passes // (machine.ways * machine.sequence))
     return parts | _generating(stage, spec, name, actor, responses, machine, group)
 
 
@@ -218,17 +234,18 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine
 def _model(body: Architecture, stage: TrainingSpec, scored: bool) -> _Model:
     count = body.scored if scored else body.parameters
     trained = trained_parameters(count, body.adapters(stage.lora), stage.lora, body.hidden if scored else 0)
-    return _Model(body.layers, count, trained, ITEM[stage.precision], stage)
+    attended = 2 * body.layers * body.hidden + body.kv
+    return _Model(body.layers, attended, count, trained, ITEM[stage.precision], stage)
 
 
 def _pass(model: _Model, flops: int, reads: int, tokens: int, machine: _Machine) -> float:
-    """Seconds of a rank to pass ``tokens`` through a model, with ``flops`` operations per token.
+    """Seconds of a rank to pass its share of ``tokens`` through a model, with ``flops`` operations per token.
 
     Args:
         reads: times that the weights are read, and the layers' kernels launched.
     """
     read = reads * model.item * model.count / machine.bandwidth
-    work = (tokens * flops / machine.flops + read) / machine.ways
+    work = (tokens / machine.sequence * flops / machine.flops + read) / machine.ways
     return max(work, reads * model.layers * _LAUNCHES)
 
 
@@ -243,7 +260,13 @@ def _scored(model: _Model, stored: StageSpec, tokens: int, machine: _Machine) ->
         fetched += whole * (machine.data_ranks - 1) / machine.data_ranks / machine.link
     if stored.offload_params:
         fetched += whole / machine.data_ranks / BUS
-    return _pass(model, 2 * model.count, 1, tokens, machine) + fetched
+    return _pass(model, 2 * model.count, 1, tokens, machine) + fetched + _exchanged(model, tokens, machine)
+
+
+def _exchanged(model: _Model, tokens: int, machine: _Machine) -> float:
+    """Seconds in which the ranks that share ``tokens`` exchange them for heads, and back, in a forward pass."""
+    own = tokens / machine.sequence * model.item * model.attended / machine.ways
+    return own * (machine.sequence - 1) / machine.sequence / machine.exchange
 
 
 def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[str, float]:
@@ -259,7 +282,7 @@ def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[st
     return {
         "training": passes * work,
         "optimizer": _optimizer(model, machine),
-        "messages": _messages(model, passes, machine),
+        "messages": _messages(model, passes, machine) + (2 + again) * _exchanged(model, passes * tokens, machine),
         "offload": _offloaded(model, passes, machine),
     }
 

@@ -76,6 +76,8 @@ def test_activations_grow_with_tokens_and_checkpointing_keeps_those_of_one_layer
         return sft(**fields).phases["passes"]["activations"]
 
     assert kept(micro_batch=8) == 2 * kept(micro_batch=4)
+    assert kept(micro_batch=8, sequence_parallel=2) == kept(micro_batch=4)
+    assert sft(zero=3, sequence_parallel=2).always == sft(zero=3).always
     # OPT keeps two norms with their inputs, queries, keys, values, attention's output and ReLU's for each token.
     spec = make_spec("/scratch/demo", GPUS, sft={})
     layer = 2 * (8 * 768 + 3072) + 4 * 12

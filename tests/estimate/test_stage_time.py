@@ -67,6 +67,23 @@ def test_communication_of_each_zero_stage() -> None:
     assert sent == [pytest.approx(factor * unit) for factor in (4, 6, 18, 24)]
 
 
+def test_ranks_that_share_sequences_pass_their_tokens_on_twice_each_way() -> None:
+    body, tokens = architecture(ModelsSpec(actor="facebook/opt-125m"), "actor"), 16 * 512
+    parts = timed(gpus=2, micro_batch=16, sequence_parallel=2)
+    assert parts["training"] == pytest.approx(6 * COUNT * tokens / 2 / FLOPS + 3 * READ)
+    gradients = 4 * COUNT * 0.5 / 300e9
+    numbers = 2 * tokens / 2 * (2 * 12 * 768 + body.kv)  # of a rank, forward and backward
+    assert parts["messages"] == pytest.approx(gradients + 2 * numbers * 0.5 / 300e9)
+    over_nodes = stage_time(
+        make_spec(
+            "/scratch/demo", {"gpu": "a100-80g", "gpus_per_node": 1, "nodes": 2}, reward={},
+            sft={"micro_batch": 16, "sequence_parallel": 2},
+        ),
+        "sft",
+    ).parts  # fmt: skip
+    assert over_nodes["messages"] == pytest.approx(gradients * 300 / 25 + 2 * numbers * 0.5 / 25e9)
+
+
 def test_offload_waits_for_the_bus_and_the_cpu() -> None:
     none = timed(zero=3)
     offloaded = timed(zero=3, offload_optimizer=True, offload_params=True)
