@@ -83,7 +83,13 @@ class _Error:
     @property
     def is_other_kind(self) -> bool:
         """Whether it is about a branch of a union that the user did not choose."""
-        return self.type in _KINDS and self.path in self.unions
+        is_kind = self.type in _KINDS or (self.type == "literal_error" and isinstance(self.node.value, dict | list))
+        return is_kind and self.path in self.unions
+
+    @property
+    def kind(self) -> str:
+        """The kind of value that was expected; empty if the error is about something else."""
+        return _KINDS.get(self.type) or self.context.get("expected", "")
 
     @property
     def mark(self) -> Mark:
@@ -98,7 +104,7 @@ class _Error:
             what, hint = "is missing", _description(self.path)
         elif self.type == "extra_forbidden":
             what, hint = "is not a field", _close_fields(self.path)
-        elif self.type in _KINDS:
+        elif self.type in _KINDS or len(kinds) > 1:
             what = f"must be {' or '.join(kinds)}, not {_shown(value)}"
             hint = "put it in quotes" if "text" in kinds and isinstance(value, bool | int | float) else None
         elif self.type == "string_pattern_mismatch":
@@ -121,12 +127,12 @@ def problems_of(invalid: ValidationError, root: Node) -> list[Problem]:
     errors = [error for error in errors if not (error.type == "too_short" and error.node.value)]
     problems: dict[tuple[Mark | str, str, str | int], Problem] = {}
     for error in errors:
-        kinds = [_KINDS.get(error.type, "")]
+        kinds = [error.kind]
         if error.is_other_kind:
             siblings = [other for other in errors if error.path in other.unions]
             if not all(other.is_other_kind and other.path == error.path for other in siblings):
                 continue  # the user chose another branch, which reports the problem
-            kinds = list(dict.fromkeys(_KINDS[other.type] for other in siblings))
+            kinds = list(dict.fromkeys(other.kind for other in siblings))
         problem = error.problem(kinds)
         # Stages inherit slurm, with its problems. Fields that are missing have the place of their mapping in common.
         inherited = error.type == "value_error" and error.path[-1:] == ("slurm",)

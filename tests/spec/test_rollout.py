@@ -169,6 +169,11 @@ def test_nodes_and_gpus_of_each_node_exclude_each_other() -> None:
         assert any("give gpus_per_node, or nodes" in problem for problem in errors), errors
 
 
+def test_a_wrong_field_of_a_placement_is_the_only_problem() -> None:
+    (problem,) = problems("rollout.placement={separate: {gpus: 2}}")
+    assert "rollout.placement.separate.gpus: is not a field (did you mean gpus_per_node?)" in problem
+
+
 def test_deepspeeds_launcher_cannot_give_vllm_gpus_of_its_own() -> None:
     errors = problems(
         "rollout.placement={separate: {gpus_per_node: 1}}",
