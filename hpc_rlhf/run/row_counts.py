@@ -44,6 +44,7 @@ class Outcome(Enum):
     TOO_MANY_CHARACTERS = "too many characters", Kind.PASSED, "longer than filters.max_characters"
     FEW_LETTERS = "few letters", Kind.PASSED, "with a smaller share of letters than filters.min_letters"
     REPEATED_LINES = "repeated lines", Kind.PASSED, "that repeat more of their lines than filters.max_repeated"
+    COMMON_LINES = "common lines", Kind.PASSED, "with no line but those that max_line_documents leaves out"
     COMPRESSIBLE = "compressible", Kind.PASSED, "that zlib makes more than filters.max_compression times smaller"
 
     NULL = "null", Kind.LOST, "with null where text is needed"
@@ -66,6 +67,7 @@ class Outcome(Enum):
     CUT_RIGHT = "cut right", Kind.CHANGED, "with a response cut on the right to data.max_answer_tokens"
 
     NO_THINKING = "no thinking", Kind.CHANGED, "whose thinking the chat template leaves out"
+    WITHOUT_LINES = "without lines", Kind.CHANGED, "without lines that more than max_line_documents documents have"
     SPLIT = "split", Kind.CHANGED, "of text that is split into pieces"
 
     def __new__(cls, word: str, kind: Kind, text: str) -> Outcome:
@@ -77,6 +79,8 @@ class Outcome(Enum):
         self.kind, self.text = kind, text
 
 
+# Changes that the user asked for, or that lose nothing.
+_EXPECTED = (Outcome.SPLIT, Outcome.WITHOUT_LINES)
 NAMED = (Kind.LOST, Kind.LOST_HERE, Kind.CHANGED)
 # The fraction of a source's rows whose loss or change is worth a warning.
 MANY = 0.05
@@ -99,12 +103,14 @@ class SourceCounts:
         source: the path, hub id or ``demo``.
         ignored: columns that nobody reads although they look like content, each with the first such row.
         rewarded: columns that rewards read.
+        lines: lines left out of rows that are used.
     """
 
     source: str
     outcomes: dict[Outcome, Count] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     rewarded: frozenset[str] = frozenset()
+    lines: int = 0
 
     def add(self, outcome: Outcome, where: str) -> None:
         """Count a row. Several samples of one row, which come one after the other, count once."""
@@ -115,7 +121,7 @@ class SourceCounts:
     @classmethod
     def total(cls, parts: Sequence[SourceCounts]) -> SourceCounts:
         """The counts of a source whose rows were counted in parts."""
-        total = cls(parts[0].source)
+        total = cls(parts[0].source, lines=sum(part.lines for part in parts))
         for outcome, count in ((outcome, count) for part in parts for outcome, count in part.outcomes.items()):
             sum_ = total.outcomes.setdefault(outcome, Count(first=count.first))
             sum_.rows, sum_.last = sum_.rows + count.rows, count.last
@@ -153,7 +159,9 @@ class SourceCounts:
         whole = f"{self.source}: {self.read:,} row{'s' * (self.read != 1)}"
         outcomes = self.describe(Kind.USED, Kind.PASSED, Kind.LOST, Kind.LOST_HERE)
         changed = self.describe(Kind.CHANGED)
-        return whole + (f": {outcomes}" if outcomes else "") + (f"; among those used, {changed}" if changed else "")
+        lines = f" ({self.lines:,} lines)" if self.lines else ""
+        used = f"; among those used, {changed}{lines}" if changed else ""
+        return whole + (f": {outcomes}" if outcomes else "") + used
 
     def warnings(self) -> list[str]:
         """Sentences on what many rows lose, and on columns that are not read."""
@@ -166,7 +174,7 @@ class SourceCounts:
             sentences.append(f"{self.lost:.0%} of the rows of {self.source} are left out: {what}")
         used = self.rows(Kind.USED)
         for outcome, count in self.outcomes.items():
-            if outcome.kind is Kind.CHANGED and outcome is not Outcome.SPLIT and count.rows > MANY * used:
+            if outcome.kind is Kind.CHANGED and outcome not in _EXPECTED and count.rows > MANY * used:
                 share, first = count.rows / used, count.first
                 sentences.append(
                     f"{share:.0%} of the used rows of {self.source} are rows {outcome.text} (first: {first})"
@@ -176,14 +184,14 @@ class SourceCounts:
     def to_dict(self) -> dict[str, Any]:
         outcomes = {o.value: {"rows": count.rows, "first": count.first} for o, count in self.outcomes.items()}
         shares = {"rows": self.read, "lost": round(self.lost, 6)}
-        return {"source": self.source, **shares, "outcomes": outcomes, "ignored": self.ignored}
+        return {"source": self.source, **shares, "outcomes": outcomes, "ignored": self.ignored, "lines": self.lines}
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> SourceCounts:
         """Read back; outcomes that only another version knows are left out."""
         known = {outcome.value: outcome for outcome in Outcome}
         outcomes = {known[w]: Count(c["rows"], c["first"]) for w, c in facts["outcomes"].items() if w in known}
-        return cls(facts["source"], outcomes, facts.get("ignored", {}))
+        return cls(facts["source"], outcomes, facts.get("ignored", {}), lines=facts.get("lines", 0))
 
 
 def stage_counts(stage: StageDir) -> list[SourceCounts]:

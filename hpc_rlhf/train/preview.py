@@ -32,7 +32,7 @@ from hpc_rlhf.train.data.tokenized import encoded, ends_turns, learned_tokens
 from hpc_rlhf.train.runtime.alone import Alone
 
 # A sequence as the model sees it: what it is, its token ids, and True for each that is learned: (tokens,).
-Sequence_ = tuple[str, Sequence[int], np.ndarray]
+MaskedIds = tuple[str, Sequence[int], np.ndarray]
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Yield:
         self.splits[split].update(rows=1, tokens=sum(lengths))
         self.lengths.update(map(bin_of, lengths))
 
-    def show(self, split: str, sequences: Sequence[Sequence_], tokenizer: Any) -> None:
+    def show(self, split: str, sequences: Sequence[MaskedIds], tokenizer: Any) -> None:
         """Add a row to those that are shown."""
         parts = [
             {"name": name, "tokens": len(ids), "parts": _parts(ids, learned, tokenizer)}
@@ -93,12 +93,12 @@ def _parts(ids: Sequence[int], learned: np.ndarray, tokenizer: Any) -> list[dict
     return parts
 
 
-def _last(name: str, ids: Sequence[int], count: int) -> Sequence_:
+def _last(name: str, ids: Sequence[int], count: int) -> MaskedIds:
     """A sequence of which the last ``count`` tokens are learned."""
     return name, ids, np.arange(len(ids)) >= len(ids) - count
 
 
-def _sequences(row: dict[str, Any], spec: JobSpec, stage: str | None, data: Data) -> list[Sequence_]:
+def _sequences(row: dict[str, Any], spec: JobSpec, stage: str | None, data: Data) -> list[MaskedIds]:
     """What a row puts through the model: in a pair, both responses after their prompt; for PPO and GRPO, the prompt.
 
     The reward model's mask is True where the scores of a pair are compared.
@@ -151,7 +151,7 @@ def of_documents(spec: PretrainSpec, seed: int, tokenizer: Any, rows: int, folde
         own = yields.setdefault(part.text, Yield(SourceCounts(part.text.source.name)))
         packed = first.setdefault(part.text, Segment(own.counts))
         for sample in part.samples(bool):
-            own.counts.add(sample.outcome, sample.document.where)
+            sample.count_in(own.counts)
             if sample.ids is not None:
                 split = SPLITS[sample.outcome is Outcome.HELD_OUT]
                 own.add(split, [len(sample.ids)])

@@ -35,6 +35,7 @@ stages:
     sequence_length: 16
     held_out: 0.2
     deduplicate: true
+    max_line_documents: 5
     filters: {min_characters: 10}
   sft: {}
   reward: {}
@@ -61,8 +62,8 @@ def hpc_rlhf(folder: Path, *args: str) -> tuple[int, str, str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     texts = {
-        "a": [*(f"{n} ravens sat on {n + 1} white stones." for n in range(40)), "Too few."],
-        "b": [f"{n} ravens sat on {n + 1} white stones." for n in range(30, 60)],
+        "a": [*(f"{n} ravens sat on {n + 1} white stones.\nTo the menu" for n in range(40)), "Too few."],
+        "b": [f"{n} ravens sat on {n + 1} white stones.\nTo the menu" for n in range(30, 60)],
     }
     for name, lines in texts.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -111,7 +112,8 @@ def test_documents_are_those_of_pretraining(shown: dict[str, Any], spec: JobSpec
     first, second = (source["outcomes"] for source in shown["data"]["stages.pretrain"])
     assert first["too few characters"]["rows"] == 1
     assert second["repeated text"]["rows"] == 10
-    assert second["trained"]["rows"] + second["held out"]["rows"] == 20
+    assert second["trained"]["rows"] + second["held out"]["rows"] == second["without lines"]["rows"] == 20
+    assert [source["lines"] for source in shown["data"]["stages.pretrain"]] == [40, 20]
 
 
 def test_rows_are_shown_as_the_model_sees_them(shown: dict[str, Any]) -> None:

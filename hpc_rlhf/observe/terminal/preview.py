@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from hpc_rlhf.observe.terminal.tables import grid
-from hpc_rlhf.run.row_counts import NAMED, Kind, SourceCounts
+from hpc_rlhf.run.row_counts import NAMED, Outcome, SourceCounts
 
 _WIDEST = 100  # columns of a histogram where the width has no limit
 _LEARNED = "green"
@@ -55,9 +55,12 @@ def _outcomes(counts: SourceCounts) -> RenderableType:
     """What became of the rows of a source."""
     table = grid("", "")
     table.columns[0].justify = "right"
-    for outcome, count in sorted(counts.outcomes.items(), key=lambda item: item[0].kind is Kind.CHANGED):
+    for outcome in (each for each in Outcome if each in counts.outcomes):
+        count = counts.outcomes[outcome]
         first = f" (first: {count.first})" if outcome.kind in NAMED else ""
         table.add_row(f"{count.rows:,}", f"{outcome.text}{first}")
+    if counts.lines:
+        table.add_row(f"{counts.lines:,}", "lines left out in all")
     return Padding(table, (0, 0, 0, 2))
 
 

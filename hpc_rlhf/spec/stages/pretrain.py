@@ -47,6 +47,11 @@ class PretrainSpec(TrainingSpec):
     deduplicate: bool = False
     """Leave out documents that are equal to an earlier one, of any source; sources come in their order here. All text
     is read once more."""
+    max_line_documents: Positive | None = None
+    """Leave out lines that more than this many documents have, of any source, such as menus and notices: from all of
+    them, as CCNet does with 1 (arXiv 1911.00359), and Llama 3 with 6 in 30 million documents (arXiv 2407.21783). Lines
+    are compared without the spaces around them, and empty ones stay. Documents that deduplicate leaves out do not
+    count. All text is read once more. Not for program code, whose short lines repeat."""
     filters: FilterSpec = FilterSpec()
     """Documents to leave out for their length or quality."""
     lr: Rate = Field(default=3.0e-4, description="Peak learning rate.")
@@ -55,7 +60,7 @@ class PretrainSpec(TrainingSpec):
     @property
     def compares_sources(self) -> bool:
         """Whether what is left out of a source depends on the others."""
-        return self.deduplicate
+        return self.deduplicate or self.max_line_documents is not None
 
     @model_validator(mode="after")
     def _check_text(self) -> PretrainSpec:

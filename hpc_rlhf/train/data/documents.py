@@ -50,11 +50,12 @@ class Part:
 
 
 class Document(NamedTuple):
-    """A row of a source: its place, and its text, or why it is left out."""
+    """A row of a source: its place, and its text, or why it is left out; and how many lines the text lacks."""
 
     where: str
     text: str
     outcome: Outcome | None
+    lines: int = 0
 
 
 def parts_of(source: SourceSpec) -> list[Part]:

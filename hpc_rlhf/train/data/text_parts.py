@@ -17,15 +17,21 @@ from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import write_atomically
 from hpc_rlhf.run.row_counts import Outcome, SourceCounts
 from hpc_rlhf.spec.stages import PretrainSpec
-from hpc_rlhf.train.data import repeats, token_files
+from hpc_rlhf.spec.stages.pretrain import FilterSpec
+from hpc_rlhf.train.data import common_lines, repeats, token_files
+from hpc_rlhf.train.data.common_lines import CommonLines
 from hpc_rlhf.train.data.documents import Document, Part, documents, parts_of
 from hpc_rlhf.train.data.encoder import Encoder
+from hpc_rlhf.train.data.text_filters import refused
 from hpc_rlhf.train.data.token_files import Segment, TokenStream
 from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 # Characters that are tokenized at a time.
 BATCH = 2**20
+
+# What decides which documents and lines are left out, and held out.
+_RULES = {"held_out", "deduplicate", "max_line_documents", "filters"}
 
 ShouldStop = Callable[[], bool]
 
@@ -35,16 +41,18 @@ class TextSource:
 
     Attributes:
         folder: named by all that the tokens depend on.
+        common_lines: the file of the lines that are left out of all sources.
     """
 
     def __init__(self, spec: PretrainSpec, number: int, seed: int, encoder: Encoder, data: Path) -> None:
         self.spec, self.source, self.seed, self.encoder = spec, spec.sources[number], seed, encoder
         read = spec.sources if spec.compares_sources else (self.source,)
         sources = [each.model_dump(mode="json", exclude={"weight"}) for each in read]
-        rules = spec.model_dump(mode="json", include={"held_out", "deduplicate", "filters"})
+        rules = spec.model_dump(mode="json", include=_RULES)
         facts = [sources, rules, seed, encoder.hash, token_files.SEGMENT]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = data / f"text-{number}-{digest}"
+        self.common_lines = data / f"common-lines-{digest}"
         self._record = self.folder / "parts.json"
 
     @property
@@ -88,6 +96,13 @@ class TextSample(NamedTuple):
     ids: np.ndarray | None
     outcome: Outcome
 
+    def count_in(self, counts: SourceCounts) -> None:
+        """Add it to the counts of its source."""
+        counts.add(self.outcome, self.document.where)
+        if self.ids is not None and self.document.lines:
+            counts.add(Outcome.WITHOUT_LINES, self.document.where)
+            counts.lines += self.document.lines
+
 
 @dataclass(frozen=True)
 class TextPart:
@@ -107,6 +122,11 @@ class TextPart:
         """The file that marks its documents that are equal to an earlier one."""
         return self._file("repeats")
 
+    @property
+    def lines(self) -> Path:
+        """The file that counts the lines of its documents, until those that are left out are known."""
+        return self._file("lines")
+
     def _file(self, kind: str) -> Path:
         return self.text.folder / f"part-{self.number:05}-{kind}"
 
@@ -124,7 +144,21 @@ class TextPart:
             rows = until_stopped(self._read(), should_stop)
             repeats.write_hashes(self.hashes, (None if row.outcome else row.text for row in rows))
 
+    def write_lines(self, should_stop: ShouldStop) -> None:
+        """Count the lines of its documents, unless that is done. Errors are those of ``write_hashes``."""
+        if not self.lines.exists():
+            rows = until_stopped(self._first(), should_stop)
+            common_lines.write_hashes(self.lines, (row.text for row in rows if row.outcome is None))
+
     def documents(self) -> Iterator[Document]:
+        """Its rows, without documents that repeat an earlier one and without lines that too many have, if the spec says
+        so."""
+        if self.text.spec.max_line_documents is None:
+            return self._first()
+        lines = CommonLines(self.text.common_lines)
+        return (without_lines(row, lines, self.text.spec.filters) for row in self._first())
+
+    def _first(self) -> Iterator[Document]:
         """Its rows, those that repeat an earlier document left out if the spec says so."""
         if not self.text.spec.deduplicate:
             return self._read()
@@ -184,12 +218,23 @@ class TextPart:
             rows += 1
             if sample.ids is not None:
                 segment.add(sample.ids, token_files.SPLITS[sample.outcome is Outcome.HELD_OUT])
-            segment.counts.add(sample.outcome, sample.document.where)
+            sample.count_in(segment.counts)
             if segment.size >= token_files.SEGMENT:
                 finish(ends_part=False)
                 segment = Segment(SourceCounts(name))
         finish(ends_part=True)
         return segments
+
+
+def without_lines(row: Document, lines: CommonLines, rules: FilterSpec) -> Document:
+    """A row without common lines, or left out if nothing remains, or what remains breaks a rule."""
+    if row.outcome is not None:
+        return row
+    text, removed = lines.without(row.text)
+    if not removed:
+        return row
+    outcome = refused(text, rules) if text.strip() else Outcome.COMMON_LINES
+    return Document(row.where, text, outcome, removed)
 
 
 def until_stopped(rows: Iterator[Document], should_stop: ShouldStop) -> Iterator[Document]:

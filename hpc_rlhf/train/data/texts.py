@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_rlhf.spec.stages import PretrainSpec
-from hpc_rlhf.train.data import repeats, token_files
+from hpc_rlhf.train.data import common_lines, repeats, token_files
 from hpc_rlhf.train.data.documents import Part
 from hpc_rlhf.train.data.encoder import Encoder
 from hpc_rlhf.train.data.text_parts import ShouldStop, TextPart, TextSource
@@ -62,6 +62,8 @@ def compared(
     ]
     if spec.deduplicate:
         _find_repeats(parts, world, should_stop)
+    if spec.max_line_documents is not None:
+        _find_common_lines(parts, spec.max_line_documents, world, should_stop)
     return parts
 
 
@@ -80,6 +82,25 @@ def _find_repeats(parts: Sequence[TextPart], world: World, should_stop: ShouldSt
     world.on_main(mark)
 
 
+def _find_common_lines(parts: Sequence[TextPart], most: int, world: World, should_stop: ShouldStop) -> None:
+    """Find the lines that more than ``most`` documents have, unless that is done. Collective."""
+    target = parts[0].text.common_lines
+
+    def count() -> None:
+        for part in parts[world.rank :: world.size]:
+            part.write_lines(should_stop)
+
+    def find() -> None:
+        if not target.exists():
+            common_lines.find([part.lines for part in parts], most, target)
+        for part in parts:
+            part.lines.unlink(missing_ok=True)
+
+    if not world.on_main(target.exists):
+        world.on_each(count)
+    world.on_main(find)
+
+
 def _current_parts(spec: PretrainSpec, sources: Sequence[TextSource]) -> list[list[Part]]:
     """The parts of the sources as they were when this was first asked. Until all are tokenized, a part whose files
     have changed begins again; all parts do if what is left out of one depends on the others."""
@@ -88,6 +109,8 @@ def _current_parts(spec: PretrainSpec, sources: Sequence[TextSource]) -> list[li
     if spec.compares_sources:
         complete = [all(complete)] * len(sources)
     current = [parts if done else [part.now() for part in parts] for parts, done in zip(known, complete, strict=True)]
+    if current != known:
+        sources[0].common_lines.unlink(missing_ok=True)
     for text, before, now in zip(sources, known, current, strict=True):
         for number, part in enumerate(now):
             if part != before[number] or (spec.compares_sources and current != known):

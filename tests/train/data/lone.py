@@ -21,7 +21,8 @@ def main() -> None:
     token_files.SEGMENT, text_parts.BATCH, documents.PART_BYTES = 300, 100, 2000
     path, tokenizer, folder = sys.argv[1:]
     world: Any = Alone()
-    spec = PretrainSpec(sources=(SourceSpec(path=path, format="text"),), held_out=0.2, deduplicate=True)
+    source = SourceSpec(path=path, format="text")
+    spec = PretrainSpec(sources=(source,), held_out=0.2, deduplicate=True, max_line_documents=20)
     loaded = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     print(json.dumps(len(texts.prepare(spec, 7, loaded, Path(folder), world))), flush=True)
 

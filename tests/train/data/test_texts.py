@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.run import manifest
-from hpc_rlhf.run.row_counts import SourceCounts, read_counts
+from hpc_rlhf.run.row_counts import Outcome, SourceCounts, read_counts
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import PretrainSpec
-from hpc_rlhf.train.data import documents, repeats, text_parts, texts, token_files
+from hpc_rlhf.train.data import common_lines, documents, repeats, text_parts, texts, token_files
 from hpc_rlhf.train.data.sequences import Sequences
 from hpc_rlhf.train.data.token_files import TokenStream
 from hpc_rlhf.train.runtime.alone import Alone
@@ -255,6 +256,42 @@ def test_a_document_of_several_sources_is_kept_in_the_first(tmp_path: Path, toke
     fresh = prepare(tmp_path / "fresh", tokenizer, *sources, deduplicate=True)
     assert [documents_of(own) for own in again[1]] == [documents_of(own) for own in fresh[1]]
     assert sum(map(len, again[1])) > sum(map(len, kept[1]))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_lines_that_too_many_documents_have_are_left_out_of_all(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, deduplicate: bool
+) -> None:
+    monkeypatch.setattr(common_lines, "COMPARED", 7)
+    draw = random.Random(12)
+    lines = [f"Line {n}." for n in range(60)]
+    rows = [" \n".join(draw.choices(lines, k=draw.randint(1, 6))) + "\n\n  Menu " for _ in range(90)]
+    rows += [rows[4], "Menu", *["Line 7.\nMenu"] * 3]
+    write_shards(tmp_path / "one", rows[:50], 2)
+    write_shards(tmp_path / "two", rows[50:], 1)
+    shown = [rows[0:50:2], rows[1:50:2], rows[50:]]
+    ordered = [text.strip() for part in shown for text in part]
+    counted = list(dict.fromkeys(ordered)) if deduplicate else ordered
+    have = Counter(line for text in counted for line in {line.strip() for line in text.split("\n")} - {""})
+
+    def kept(text: str) -> str:
+        return "\n".join(line for line in text.split("\n") if have[line.strip()] <= 3).strip("\n")
+
+    sources = [text_source(tmp_path / name) for name in ("one", "two")]
+    streams = prepare(
+        tmp_path / "cache", tokenizer, *sources, held_out=0.0, deduplicate=deduplicate, max_line_documents=3
+    )
+    learned = [tokenizer.decode(ids[1:-1]) for train, _ in streams for ids in documents_of(train)]
+    assert learned == [text for text in map(kept, counted) if text.strip()]
+    assert "Menu" not in "".join(learned)
+    assert 0 < len(learned) < len(counted)
+    counts = SourceCounts.total(sorted(counts_in(tmp_path / "cache"), key=lambda one: one.source))
+    assert counts.outcomes[Outcome.COMMON_LINES].rows == len(counted) - len(learned)
+    removed = [sum(have[line.strip()] > 3 for line in text.split("\n")) for text in counted if kept(text).strip()]
+    assert (counts.outcomes[Outcome.WITHOUT_LINES].rows, counts.lines) == (sum(map(bool, removed)), sum(removed))
+    assert not counts.warnings()
+    assert not list((tmp_path / "cache").rglob("*-lines")), "only the common ones are kept"
 
 
 def test_filters_count_what_they_leave_out(tmp_path: Path, tokenizer: Any) -> None:
