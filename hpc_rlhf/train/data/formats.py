@@ -244,7 +244,7 @@ def read_row(
         raise HpcRlhfError(
             f"the row does not fit the format {format}: {_misfit(error)}; its columns are {', '.join(sorted(row))}",
             where=where,
-            hint="fix the row, name its columns in data.sources[].columns, or choose a format that fits: "
+            hint="fix the row, name its columns in the source's columns, or choose a format that fits: "
             + ", ".join(READERS),
         ) from error
     if not (sample.chosen or sample.unanswered):
