@@ -89,11 +89,12 @@ def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int |
         return Memory({"reward": model.scored}, trained.always, trained.phases, gpu)
     model = architecture(spec.models, "actor")
     texts = any(source.format == "text" for source in spec.data.sources)  # all of which is learned
-    answers_only = kind.data is Data.PAIRS or (getattr(stage, "answer_only", False) and not texts)
+    compared = kind.data in (Data.PAIRS, Data.LABELED)  # by the log-probabilities of whole responses
+    answers_only = compared or (getattr(stage, "answer_only", False) and not texts)
     predicted = sequences * lengths[1] if answers_only else tokens
     # With adapters only, the model with its adapters off is the reference.
     own_ref = "ref" in stage.strategies and training.lora is not None and training.lora.only
-    work = Pass(model, training, tokens, predicted, summed=kind.data is not Data.PAIRS, alternating=own_ref)
+    work = Pass(model, training, tokens, predicted, summed=not compared, alternating=own_ref)
     trained = model_memory.in_training(work, batch)
     always = dict(trained.always)
     if "ref" in stage.strategies and not own_ref:

@@ -134,7 +134,10 @@ def _parts(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, machine: _M
     if "ref" in stage.strategies:
         own = training.lora is not None and training.lora.only
         stored = stage if own else stage.strategies["ref"]
-        parts["scoring"] = batch.accumulation * _scored(model, stored, tokens, machine)
+        scored_tokens = [(stored, tokens)]
+        if kind.data is Data.LABELED:  # also responses to other prompts, by both models
+            scored_tokens += [(stored, tokens), (stage, tokens)]
+        parts["scoring"] = batch.accumulation * sum(_scored(model, *each, machine) for each in scored_tokens)
     return parts
 
 

@@ -38,6 +38,7 @@ class Outcome(Enum):
     HELD_OUT_TWICE = "held out twice", Kind.PASSED, "that are held out already"
     NO_PROMPT = "no prompt", Kind.PASSED, "of plain text, which has no prompt"
     ONE_ANSWER = "one answer", Kind.PASSED, "without a second response"
+    NO_LABEL = "no label", Kind.PASSED, "with a response, but no label of it"
 
     REPEATED_TEXT = "repeated text", Kind.PASSED, "equal to an earlier one"
     TOO_FEW_CHARACTERS = "too few characters", Kind.PASSED, "shorter than filters.min_characters"

@@ -55,8 +55,8 @@ class SourceSpec(Model):
     conversations, or the last turns in chosen and rejected (or completion) with the turns before them in prompt;
     optionally system. instruction: instruction, output, and optionally input, history and system. text: a column of
     plain text. prompt: a prompt, as text or a list of messages, and optionally system. Rows of a prompt alone are for
-    stages that need only prompts. A single response whose label is false is left out, except in the format
-    instruction."""
+    stages that need only prompts. A single response whose label is false is for KTO only; the format instruction has
+    no label."""
     system: _Text | None = None
     """The system prompt of dialogues that have none of their own."""
     few_shot: _Text | None = None

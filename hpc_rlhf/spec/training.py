@@ -181,9 +181,9 @@ class TrainingSpec(StageSpec):
     PPO and GRPO then answer up to 256 held-out prompts each time, also before the first step. Needs data.held_out."""
     keep_best: Name | None = None
     """Hand on the weights that were best by this held-out metric at any of the evaluations during training or at its
-    end: perplexity or loss in pretraining and SFT; accuracy, loss or margin for the reward model and in DPO; reward in
-    PPO and GRPO. null hands on the last weights. The best ones so far, and the moving average at that step, are kept in
-    host memory and in the checkpoints. Needs eval_every."""
+    end: perplexity or loss in pretraining and SFT; accuracy, loss or margin for the reward model, in DPO and in KTO;
+    reward in PPO and GRPO. null hands on the last weights. The best ones so far, and the moving average at that step,
+    are kept in host memory and in the checkpoints. Needs eval_every."""
 
     def eval_interval(self, total: int) -> int:
         """Steps from one evaluation during training to the next, in a stage of ``total`` steps; 0 if there are none."""

@@ -100,12 +100,15 @@ def _last(name: str, ids: Sequence[int], count: int) -> MaskedIds:
 
 def _sequences(row: dict[str, Any], spec: JobSpec, stage: str | None, data: Data) -> list[MaskedIds]:
     """What a row puts through the model: in a pair, both responses after their prompt; for PPO and GRPO, the prompt.
+    A labeled response is named by its label.
 
     The reward model's mask is True where the scores of a pair are compared.
     """
     prompt = row["prompt_ids"]
     if data is Data.PROMPTS:
         return [_last("prompt", prompt, 0)]
+    if data is Data.LABELED:
+        return [_last("good" if row["label"] else "bad", prompt + row["chosen_ids"], len(row["chosen_ids"]))]
     settings = None if stage is None else spec.stage(stage)
     if data is Data.ANSWERS:
         learned = learned_tokens(row, getattr(settings, "answer_only", False))

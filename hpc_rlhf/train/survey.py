@@ -113,7 +113,9 @@ def _uses(source: SourceSpec, row: Placed, needs: frozenset[Data], counts: Sourc
     if margins and unfit[Data.PAIRS] is None:
         sources.check_margin(sample, source)
     gives_prompt = sample.unanswered is Outcome.PROMPT_ONLY and Data.PROMPTS in needs and not unfit[Data.PROMPTS]
-    outcome = None if gives_prompt else unfit.get(Data.PAIRS) or unfit.get(Data.ANSWERS)
+    gives_label = sample.labeled and Data.LABELED in needs
+    by_demand = (unfit.get(data) for data in (Data.PAIRS, Data.LABELED, Data.ANSWERS))
+    outcome = None if gives_prompt or gives_label else next(filter(None, by_demand), None)
     counts.add(outcome or Outcome.TRAINED, where)
     return {data for data, why in unfit.items() if why is None}
 

@@ -41,6 +41,7 @@ stages:
   reward: {}
   ppo: {ptx: {path: b.jsonl, format: text}}
   dpo: {}
+  kto: {}
 """
 
 
@@ -90,13 +91,14 @@ def spec(folder: Path, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
 def test_counts_are_those_of_the_stages(shown: dict[str, Any], spec: JobSpec, tmp_path: Path) -> None:
     world: Any = Alone()
     tokenizer = survey.tokenizer_of(spec, tmp_path / "tokenizer")
-    assert list(shown["data"]) == [f"stages.{name}" for name in ("pretrain", "sft", "reward", "ppo", "ppo.ptx", "dpo")]
+    stages = ("pretrain", "sft", "reward", "ppo", "ppo.ptx", "dpo", "kto")
+    assert list(shown["data"]) == [f"stages.{name}" for name in stages]
     for stage in spec.shares:
         files, (source,) = StageDir(tmp_path / stage), shown["data"][f"stages.{stage}"]
         data = tokenized.prepare(spec, stage, tokenizer, files.data, world)
         assert stage_counts(files)[0].to_dict().items() <= source.items()
         assert [source["splits"][split]["rows"] for split in SPLITS] == [len(data.train), len(data.held_out)]
-        columns = {"sft": RESPONSES, "ppo": ("prompt_ids",)}.get(stage, PAIRS)
+        columns = {"sft": RESPONSES, "kto": RESPONSES, "ppo": ("prompt_ids",)}.get(stage, PAIRS)
         assert source["splits"]["train"]["tokens"] == tokenized.token_lengths(data.train, *columns).sum()
         sequences = columns.count("prompt_ids") * (len(data.train) + len(data.held_out))
         assert sum(each["sequences"] for each in source["lengths"]) == sequences
@@ -129,6 +131,8 @@ def test_rows_are_shown_as_the_model_sees_them(shown: dict[str, Any]) -> None:
     chosen, rejected = parts("dpo"), parts("dpo", 1)
     assert chosen[0] == rejected[0]
     assert chosen[1] != rejected[1]
+    assert [learned for _, learned in parts("kto")] == [False, True]
+    assert [row["sequences"][0]["name"] for row in shown["data"]["stages.kto"][0]["shown"]] == ["good", "bad"]
     assert parts("pretrain")[0] == ("<s>", False)
     assert sum(len(text) for text, learned in parts("pretrain") if learned) > 20
     scored, other = parts("reward"), parts("reward", 1)

@@ -38,6 +38,7 @@ def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpe
             "rewards": [{"format": ".*e.*"}],
         },
         "dpo": {"lr": 1e-3, "max_steps": 4},
+        "kto": {"lr": 1e-3, "max_steps": 4},
     }
     return JobSpec.model_validate(
         {

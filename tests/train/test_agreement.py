@@ -22,7 +22,7 @@ from tests.train.stages import make_run, metrics, tiny_spec
 pytestmark = pytest.mark.train
 
 GLOBAL_BATCH = 16
-STEPS = {"sft": 4, "reward": 3, "ppo": 3, "grpo": 3, "dpo": 3}
+STEPS = {"sft": 4, "reward": 3, "ppo": 3, "grpo": 3, "dpo": 3, "kto": 3}
 CURVES = {
     "sft": ("loss", "grad_norm", "tokens"),
     "reward": ("loss", "grad_norm", "margin"),
@@ -80,6 +80,7 @@ LORA = {"lora": {"rank": 4, "alpha": 8}}
 LORA_AND_ALL = {"lora": {"rank": 4, "only": False}}
 EXPERTS: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 DPO = {"dpo": ("loss", "grad_norm", "margin")}
+KTO = {"kto": ("loss", "grad_norm", "margin", "kl")}
 GRPO = {"grpo": ("loss", "grad_norm", "kl", "reward", "entropy")}
 TENSOR = {"tensor_parallel": 2}
 SEQUENCE = {"sequence_parallel": 2}
@@ -115,6 +116,9 @@ SETUPS = {
     "DPO, ZeRO-2, reference offloaded": Setup(
         2, 4, {"zero": 2, "offload_optimizer": True, "offload_frozen": True}, like="DPO", curves=DPO
     ),
+    "KTO": Setup(1, 1, curves=KTO),
+    "KTO, ZeRO-2, accumulated": Setup(2, 4, {"zero": 2}, like="KTO", curves=KTO),
+    "KTO, ZeRO-3": Setup(4, 1, {"zero": 3}, like="KTO", curves=KTO),
     "GRPO": Setup(1, 2, curves=GRPO),
     "GRPO, ZeRO-2": Setup(4, 1, {"zero": 2}, like="GRPO", curves=GRPO),
     "GRPO, tensor parallel": Setup(2, 1, TENSOR, like="GRPO", curves=GRPO),

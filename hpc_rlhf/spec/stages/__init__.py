@@ -15,19 +15,20 @@ from hpc_rlhf.spec.stages.dpo import DPO, DpoSpec
 from hpc_rlhf.spec.stages.eval import EVAL, EvalSpec
 from hpc_rlhf.spec.stages.grpo import GRPO, GrpoSpec
 from hpc_rlhf.spec.stages.kind import Data, Plot, StageKind
+from hpc_rlhf.spec.stages.kto import KTO, KtoSpec
 from hpc_rlhf.spec.stages.ppo import PPO, CriticSpec, PpoSpec
 from hpc_rlhf.spec.stages.pretrain import PRETRAIN, PretrainSpec
 from hpc_rlhf.spec.stages.reward import REWARD, RewardSpec
 from hpc_rlhf.spec.stages.sft import SFT, SftSpec
 
 __all__ = [
-    "BASE", "EVALUATION", "GRPO", "POLICIES", "PPO", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data", "DpoSpec",
-    "EvalSpec", "GrpoSpec", "Plot", "PpoSpec", "PretrainSpec", "RewardSpec", "SftSpec", "StageKind", "StagesSpec",
-    "kind_of",
+    "BASE", "EVALUATION", "GRPO", "KTO", "POLICIES", "PPO", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data",
+    "DpoSpec", "EvalSpec", "GrpoSpec", "KtoSpec", "Plot", "PpoSpec", "PretrainSpec", "RewardSpec", "SftSpec",
+    "StageKind", "StagesSpec", "kind_of",
 ]  # fmt: skip
 
 # Each stage after its inputs; the first that makes a policy is BASE.
-STAGE_KINDS: tuple[StageKind, ...] = (PRETRAIN, SFT, REWARD, PPO, GRPO, DPO, EVAL)
+STAGE_KINDS: tuple[StageKind, ...] = (PRETRAIN, SFT, REWARD, PPO, GRPO, DPO, KTO, EVAL)
 STAGE_NAMES = tuple(kind.name for kind in STAGE_KINDS)
 _BY_NAME = {kind.name: kind for kind in STAGE_KINDS}
 
@@ -49,8 +50,8 @@ def kind_of(stage: str | type) -> StageKind:
 
 @add_fields({kind.name: (kind.spec | None, Field(default=None, description=kind.description)) for kind in STAGE_KINDS})
 class StagesSpec(Model):
-    """The stages to run. SFT starts from the pretrained model, if there is one, and PPO, GRPO and DPO start from the
-    SFT model, or else from the pretrained one. PPO needs a reward model or other rewards, GRPO rewards."""
+    """The stages to run. SFT starts from the pretrained model, if there is one, and PPO, GRPO, DPO and KTO start from
+    the SFT model, or else from the pretrained one. PPO needs a reward model or other rewards, GRPO rewards."""
 
     if TYPE_CHECKING:
 

@@ -15,6 +15,7 @@ class Data(Enum):
 
     ANSWERS = "prompts with responses"
     PAIRS = "pairs of responses"
+    LABELED = "responses with a label"  # single ones, and both of a pair
     PROMPTS = "prompts"  # each prompt once and never truncated; chosen responses are kept for comparison
     NONE = "data"  # no share of the prompts
     DOCUMENTS = "documents of plain text"  # of sources of its own, and so no share of the prompts
@@ -26,10 +27,15 @@ class Data(Enum):
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The columns with responses that a row has besides its prompt."""
+        """The responses of a sample that the stage reads."""
         if not self.is_shared:
             return ()
-        return ("chosen", "rejected") if self is Data.PAIRS else ("chosen",)
+        return ("chosen", "rejected") if self in (Data.PAIRS, Data.LABELED) else ("chosen",)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The columns of numbers that all its rows have."""
+        return ("label",) if self is Data.LABELED else ()
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def _with_rejected(sample: Sample, row: Cells, turns: Sequence[Turn] | None, rej
         rejected: the response as a sample has it.
     """
     if "rejected" not in row:
-        return _labelled(sample, row)
+        return _labeled(sample, row)
     sample = replace(sample, margin=row.number("margin"))
     if turns is None or not rejected:
         return replace(sample, unpaired=Outcome.NO_REJECTED)
@@ -106,8 +106,9 @@ def _with_rejected(sample: Sample, row: Cells, turns: Sequence[Turn] | None, rej
     return replace(sample, rejected=rejected)
 
 
-def _labelled(sample: Sample, row: Cells) -> Sample:
-    """A sample with a single response, or without it if its label says that it is bad (TRL's unpaired preferences)."""
+def _labeled(sample: Sample, row: Cells) -> Sample:
+    """A sample with a single response, which is rejected if its label says that it is bad (TRL's unpaired
+    preferences)."""
     label = row.get("label")
     if isinstance(label, str):
         label = {"true": 1, "false": 0}.get(label.strip().lower(), row.number("label"))
@@ -115,7 +116,9 @@ def _labelled(sample: Sample, row: Cells) -> Sample:
         return sample
     if label not in (0, 1):
         raise ValueError(f"label is {label}, and true or false was expected: whether the response is good")
-    return sample if label or not sample.chosen else replace(sample, chosen="", unanswered=Outcome.BAD_ANSWER)
+    if label or not sample.chosen:
+        return replace(sample, labeled=bool(sample.chosen))
+    return replace(sample, chosen="", rejected=sample.chosen, unanswered=Outcome.BAD_ANSWER, labeled=True)
 
 
 def _from_hh(row: Cells) -> Sample:

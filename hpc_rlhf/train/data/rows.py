@@ -35,10 +35,12 @@ class Sample:
     Attributes:
         turns: (role, text) pairs with the roles system, human and assistant; none for plain text.
         prompt: the same as a transcript that ends where the response begins; empty for plain text.
-        chosen, rejected: responses as they follow the transcript, after one space; empty if there is none.
+        chosen, rejected: responses as they follow the transcript, after one space; empty if there is none. A single
+            response that its label calls bad is rejected.
         unanswered: why there is no chosen response; None if there is one.
         unpaired: why there is no rejected response although the row has one; None if there is one, or none is given.
         margin: by how much the chosen response is better; None if the row has no such number.
+        labeled: a label says whether the single response is good.
         where: the row's file and number, for messages and counts.
         further: the row's further columns, for rewards.
     """
@@ -50,6 +52,7 @@ class Sample:
     unanswered: Outcome | None = None
     unpaired: Outcome | None = None
     margin: float | None = None
+    labeled: bool = False
     where: str = field(default="", compare=False)
     further: Mapping[str, Any] = field(default_factory=dict, compare=False)
 

@@ -168,11 +168,13 @@ class StageSample(NamedTuple):
 
 def unfit_for(sample: Sample, data: Data) -> Outcome | None:
     """Why a sample is not what a stage needs; None if it is."""
+    if data is Data.LABELED and sample.labeled:
+        return None
     if sample.unanswered and data is not Data.PROMPTS:
         return sample.unanswered
-    if data is Data.PAIRS:
+    if data in (Data.PAIRS, Data.LABELED):
         if not sample.rejected:
-            return sample.unpaired or Outcome.ONE_ANSWER
+            return sample.unpaired or (Outcome.ONE_ANSWER if data is Data.PAIRS else Outcome.NO_LABEL)
         if sample.rejected.strip() == sample.chosen.strip():
             return Outcome.SAME_ANSWERS
     return Outcome.NO_PROMPT if data is Data.PROMPTS and not sample.prompt else None
@@ -196,9 +198,9 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
     """A stage's samples.
 
     Held-out samples share no conversation with training samples, and no stage shares one with another, except prompts
-    without a response, which go to PPO or GRPO. Stages that train on pairs get only pairs; those that sample get each
-    prompt once, and no plain text. No sample is held out twice, whatever its source's weight, so that held-out samples
-    are independent.
+    without a response, which go to PPO or GRPO. Stages that train on pairs get only pairs, and KTO pairs and labeled
+    responses; those that sample get each prompt once, and no plain text. No sample is held out twice, whatever its
+    source's weight, so that held-out samples are independent.
 
     Args:
         counts: of each source; rows without a sample for the stage are counted here, the others by who uses them.

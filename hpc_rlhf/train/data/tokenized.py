@@ -20,7 +20,7 @@ from hpc_rlhf.run.row_counts import Outcome, SourceCounts, read_counts
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.spec.stages import GRPO, Data, kind_of
+from hpc_rlhf.spec.stages import GRPO, KTO, Data, kind_of
 from hpc_rlhf.train.data.arrow import CHUNK, RowFile, Rows
 from hpc_rlhf.train.data.dialogues import Tokens, encode, pieces, shorten
 from hpc_rlhf.train.data.further import to_json
@@ -46,7 +46,8 @@ class StageData:
     """A stage's token data sets.
 
     Rows have ``prompt``, a transcript, ``prompt_ids`` and ``chosen_ids``; those of pairs also ``rejected_ids``, and
-    ``margin`` if the stage uses it. Response ids end with EOS unless they were truncated. If a stage of the run has
+    ``margin`` if the stage uses it. Labeled responses are ``chosen_ids``, each with its ``label``, 1 for a good one and
+    0 for a bad one. Response ids end with EOS unless they were truncated. If a stage of the run has
     ``rewards``, rows have ``columns``, the further columns of the data (see ``columns_of``), and the name of their
     ``source``. ``held_out`` may be empty.
     """
@@ -104,7 +105,13 @@ def _rows(
     answers = {f"{name}_ids": ids[:longest_answer] for name, ids in responses}
     margin = {} if sample.margin is None else {"margin": sample.margin}
     further = {"columns": sample.further} if sample.further else {}
-    yield {"prompt": sample.prompt, "prompt_ids": prompt_ids, **answers, **margin, **further}
+    row = {"prompt": sample.prompt, "prompt_ids": prompt_ids, **margin, **further}
+    if data is not Data.LABELED:
+        yield {**row, **answers}
+        return
+    for name, label in (("chosen", 1.0), ("rejected", 0.0)):
+        if ids := answers[f"{name}_ids"]:
+            yield {**row, "chosen_ids": ids, "label": label}
 
 
 def _fingerprint(tokenizer: Any, facts: dict[str, Any]) -> str:
@@ -148,7 +155,8 @@ def _write(
 
     folder.mkdir(parents=True)
     texts, names = ("columns", "source") if further else (), set[str]()
-    files = [RowFile(folder / f"{part}.arrow", ("prompt", *data.answers), numbers, texts) for part in PARTS]
+    answers = ("chosen",) if data is Data.LABELED else data.answers
+    files = [RowFile(folder / f"{part}.arrow", ("prompt", *answers), numbers, texts) for part in PARTS]
     for held_out, row, _ in encoded(until_stopped(), tokenizer, spec, data, ends):
         if further:
             row["columns"] = to_json(row.get("columns", {}))
@@ -187,8 +195,8 @@ def _facts(spec: JobSpec) -> dict[str, Any]:
     """What tokens depend on in any stage. What earlier versions did is left out, so that their tokens are found."""
     as_before = {field for field, value in spec.data.before.items() if getattr(spec.data, field) == value}
     facts = spec.data.model_dump(mode="json", exclude={"max_dropped", *as_before})
-    if GRPO.name not in spec.trained:  # earlier versions had no such stage
-        del facts["split"][GRPO.name]
+    for stage in {GRPO.name, KTO.name}.difference(spec.trained):  # earlier versions had no such stages
+        del facts["split"][stage]
     return {"data": facts, "seed": spec.seed}
 
 
@@ -211,7 +219,8 @@ def prepare(
         WorkCancelled: ``should_stop`` was true; nothing is kept.
         HpcRlhfError: the data cannot be read, has nothing for this stage, or too many rows are lost.
     """
-    numbers, ends = ("margin",) if uses_margins(spec, stage) else (), ends_turns(spec, stage)
+    numbers = ("margin",) if uses_margins(spec, stage) else kind_of(stage).data.numbers
+    ends = ends_turns(spec, stage)
     further = spec.uses_columns
     more = {name: value for name, value in (("numbers", numbers), ("ends", ends), ("further", further)) if value}
     facts = {**_facts(spec), "stages": spec.trained, "stage": stage, **more}

@@ -1,5 +1,5 @@
-"""What SFT, the reward model and DPO have in common: how a model learns from rows of data. PPO's pretraining mixture
-uses the same batches.
+"""What SFT, the reward model, DPO and KTO have in common: how a model learns from rows of data. PPO's pretraining
+mixture uses the same batches.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Learner:
     def step(self, indices: list[int]) -> dict[str, float]:
         """An optimizer step on some rows; returns its metrics. Collective."""
         batches = self.batches(self.data.train, self._length_of_train, indices)
-        prepared = [self.prepare(rows) for rows, _ in batches]
+        prepared = self.prepared(batches)
         count, rate = self._count(indices, batches, self.learned_tokens), engines.learning_rate(self.engine)
         measured: list[Tensor] = []
 
@@ -176,6 +176,10 @@ class Learner:
         values = {**self.means(measured, count), "lr": rate, **tokens, **result.metrics}
         return {**values, **engines.traffic([self.engine])}
 
+    def prepared(self, batches: list[tuple[list[Row], bool]]) -> list[tuple[Any, ...]]:
+        """What ``measure`` gets for each of this rank's micro-batches besides its rows. Collective."""
+        return [self.prepare(rows) for rows, _ in batches]
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The metrics on the held-out rows. Collective."""
@@ -190,7 +194,8 @@ class Learner:
         rows = self.data.held_out
         indices = evaluated_rows(len(rows), self.context.spec.seed)
         batches = self.batches(rows, self.length_of(rows), indices)
-        measured = self.measured(batches, lambda chosen: measure(chosen, *self.prepare(chosen))[1])
+        inputs = iter(self.prepared(batches))
+        measured = self.measured(batches, lambda chosen: measure(chosen, *next(inputs))[1])
         return self.means(measured, self._count(indices, batches, learned_tokens))
 
     def measured(self, batches: list[tuple[list[Row], bool]], measure: Callable[[list[Row]], Tensor]) -> list[Tensor]:

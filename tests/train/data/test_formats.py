@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.run.row_counts import Outcome, SourceCounts
+from hpc_rlhf.run.row_counts import Kind, Outcome, SourceCounts
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.spec.stages import RewardSpec
+from hpc_rlhf.spec.stages import Data, RewardSpec
 from hpc_rlhf.train import survey
 from hpc_rlhf.train.data.files import read_rows
 from hpc_rlhf.train.data.formats import read_row
 from hpc_rlhf.train.data.messages import Dropped
 from hpc_rlhf.train.data.rows import transcript
 from hpc_rlhf.train.data.sources import read, stage_samples
-from hpc_rlhf.train.data.tokenized import prepare
+from hpc_rlhf.train.data.tokenized import encoded, prepare
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
 from tests.train.data.specs import spec_of
@@ -244,6 +244,28 @@ def test_labelled_rows_are_counted_by_stage(tmp_path: Path) -> None:
     (note,) = survey.look(spec).notes
     assert "50% of the rows" in note
     assert "20 with a response that its label calls bad" in note
+
+
+def test_labels_and_pairs_reach_kto_and_other_responses_do_not(tmp_path: Path) -> None:
+    """One response good, one bad, one without a label, and a pair."""
+    tokenizer = tiny.tokenizer()
+    answers = [
+        {"completion": "Good.", "label": True},
+        {"completion": "Bad.", "label": False},
+        {"completion": "Some."},
+        {"chosen": "Better.", "rejected": "Worse."},
+    ]
+    files = [write(tmp_path / f"{n}.jsonl", [{"prompt": "Q?", **each}]) for n, each in enumerate(answers)]
+    spec = spec_of(*files, stages=("kto",))
+    counts = [SourceCounts(f"{n}") for n in range(len(files))]
+    rows = [row for _, row, _ in encoded(stage_samples(spec, "kto", counts), tokenizer, spec, Data.LABELED)]
+    texts = [(tokenizer.decode(row["chosen_ids"], skip_special_tokens=True), row["label"]) for row in rows]
+    assert texts == [(" Good.", 1), (" Bad.", 0), (" Better.", 1), (" Worse.", 0)]
+    assert counts[2].outcomes[Outcome.NO_LABEL].rows == 1
+    assert [each.rows(Kind.USED) for each in counts] == [1, 1, 0, 1]
+    assert survey.look(spec).problems == []
+    (problem,) = survey.look(spec_of(files[2], stages=("kto",))).problems
+    assert problem["what"].startswith("none of the rows gives responses with a label, which kto needs")
 
 
 def with_margins(source: dict[str, Any], *others: dict[str, Any]) -> JobSpec:

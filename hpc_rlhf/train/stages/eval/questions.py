@@ -81,7 +81,7 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
     by_prompt: dict[str, dict[str, Any]] = {}
     for place in range(len(source)):
         row = source[sample_at(place, len(source), spec.seed, "eval")]
-        if row["prompt"] and len(by_prompt) < prompts:
+        if row["prompt"] and row.get("label", 1.0) and len(by_prompt) < prompts:
             by_prompt.setdefault(row["prompt"], row)
     chosen = list(by_prompt.values())
     texts, pairs = sampled_rows(rows(trained_on(Data.ANSWERS))), sampled_rows(rows(trained_on(Data.PAIRS)))
