@@ -10,6 +10,7 @@ from typing import Any
 
 from hpc_rlhf.spec import model_files
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.model_files import Problem
 from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import TrainingSpec
 
@@ -27,7 +28,7 @@ PACKABLE = frozenset({"full_attention", "sliding_attention", "attention"})
 LAYER_KINDS = ("layer_types", "layers_block_type")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
-HINT = "leave sequence_parallel out; activation_checkpointing and offload_optimizer also save memory"
+HINT = "leave sequence_parallel out; activation_checkpointing: true and a smaller micro_batch also save memory"
 
 
 def problems(spec: JobSpec, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str | None]]:
@@ -41,13 +42,13 @@ def problems(spec: JobSpec, configs: Mapping[str, Mapping[str, Any]]) -> Iterato
         if not isinstance(stage, TrainingSpec) or stage.sequence_parallel == 1:
             continue
         for model in kind_of(name).models:
-            what = unshared(configs.get(model, {}), stage.tensor_parallel, stage.sequence_parallel)
-            if what is not None:
-                yield f"stages.{name}.sequence_parallel", f"models.{model}: {what}", HINT
+            problem = unshared(configs.get(model, {}), stage.tensor_parallel, stage.sequence_parallel)
+            if problem is not None:
+                yield f"stages.{name}.sequence_parallel", f"models.{model}: {problem[0]}", problem[1]
 
 
-def unshared(fields: Mapping[str, Any], tensor: int, sequence: int) -> str | None:
-    """Why ranks cannot share a model's sequences; None if nothing is known against it.
+def unshared(fields: Mapping[str, Any], tensor: int, sequence: int) -> Problem | None:
+    """Why ranks cannot share a model's sequences, and what to do; None if nothing is known against it.
 
     Args:
         fields: a configuration's.
@@ -58,14 +59,13 @@ def unshared(fields: Mapping[str, Any], tensor: int, sequence: int) -> str | Non
     heads = next((text[name] for name in _HEADS if isinstance(text.get(name), int)), None)
     if heads is not None and heads % (tensor * sequence):
         ways = f"sequence_parallel: {sequence}" + (f" and tensor_parallel: {tensor}" if tensor > 1 else "")
-        return f"its {heads} attention heads cannot be divided by {ways}"
-    others = layer_kinds(text) - PACKABLE
-    if others:
-        return f"{kind} models have layers ({', '.join(sorted(others))}) that do not run on a part of a sequence"
+        return f"its {heads} attention heads cannot be divided by {ways}", "set it to a divisor, or leave it out"
+    if others := layer_kinds(text) - PACKABLE:
+        return f"{kind} models have layers ({', '.join(sorted(others))}) that do not run on a part of a sequence", HINT
     if own := next((name for name in (*OWN_ATTENTION, *OWN_LOGITS) if text.get(name)), None):
-        return f"{kind} models with {own} do not run on a part of a sequence"
+        return f"{kind} models with {own} do not run on a part of a sequence", HINT
     if model_files.rotary_switch(fields) is not None:
-        return f"the rotary embedding of {kind} models depends on the length of the whole sequence"
+        return f"the rotary embedding of {kind} models depends on the length of the whole sequence", HINT
     return None
 
 

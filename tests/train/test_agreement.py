@@ -141,6 +141,7 @@ SETUPS = {
     "bf16, all offloaded": Setup(2, 4, {**BOTH, "precision": "bf16"}, **HALF),
     "bf16, not sharded": Setup(1, 1, {"precision": "bf16"}, **HALF),
     "bf16, tensor parallel": Setup(2, 1, {**TENSOR, "precision": "bf16"}, **HALF_NORMS),
+    "bf16, sequence parallel, ZeRO-2": Setup(2, 1, {**SEQUENCE, "zero": 2, "precision": "bf16"}, **HALF_NORMS),
     "fp16, tensor parallel, ZeRO-1": Setup(2, 1, {**TENSOR, "zero": 1, "precision": "fp16"}, **HALF_NORMS),
     "fp16": Setup(2, 4, {"zero": 1, "precision": "fp16"}, **HALF),
     "fp16, optimizer offloaded": Setup(2, 1, {"zero": 2, "precision": "fp16", "offload_optimizer": True}, **HALF),

@@ -45,6 +45,8 @@ CUT = {
     "critic": {"zero": 2, "offload_optimizer": False},
 }  # fmt: skip
 
+SHARED = {**PPO_EVERYTHING, "sequence_parallel": 2}
+
 
 def run_chain(run: RunDir, stop_after: int | None = None, ranks: int = 2) -> None:
     for stage in STAGES:
@@ -138,8 +140,9 @@ def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_a_tensor_parallel_stage_resumes_exactly(tmp_path: Path) -> None:
-    whole, stopped = (make_run(tiny_spec(tmp_path / "whole", ppo=CUT, sft={}, reward={})), RunDir(tmp_path / "stopped"))
+@pytest.mark.parametrize("ppo", [CUT, SHARED], ids=["tensor parallel", "sequence parallel"])
+def test_ranks_that_share_samples_resume_exactly(tmp_path: Path, ppo: dict[str, Any]) -> None:
+    whole, stopped = (make_run(tiny_spec(tmp_path / "whole", ppo=ppo, sft={}, reward={})), RunDir(tmp_path / "stopped"))
     run_chains([whole], 2)
     shutil.copytree(whole.path, stopped.path)
     shutil.rmtree(stopped.stage("ppo").path)

@@ -140,8 +140,8 @@ class _Trial:
         """Refuse a model whose configuration says that ranks cannot share its sequences."""
         text, dims = self.inner.config.get_text_config(), self.world.dims
         fields = {**vars(text), "num_attention_heads": getattr(text, "num_attention_heads", None)}
-        if (what := sequence_checks.unshared(fields, dims.tensor, dims.sequence)) is not None:
-            raise HpcRlhfError(what, where=self.source, hint=sequence_checks.HINT)
+        if (problem := sequence_checks.unshared(fields, dims.tensor, dims.sequence)) is not None:
+            raise HpcRlhfError(problem[0], where=self.source, hint=problem[1])
 
     def _arrangements(self) -> list[tuple[str, bool]]:
         """The ways in which sequences may go through the model, each with True if logits are computed in chunks; the
