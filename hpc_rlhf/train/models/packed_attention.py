@@ -147,15 +147,15 @@ def _passes_lengths_on(model: Any) -> bool:
         raise _GotLengths if packed_lengths and not has_own_mask else RuntimeError
 
     AttentionInterface.register(f"{NAME}_probe", probe)
-    config = copy.deepcopy(model.config)
+    # The head is left out: under ZeRO-3, transformers loads what is inside a classifier, which needs a real device.
+    kind, config = type(structure.body(model)), copy.deepcopy(structure.body(model).config)
     config._attn_implementation = f"{NAME}_probe"
     if hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = 1
     try:
         with torch.device("meta"):
             ids, unused = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 1, 1, 1, dtype=torch.bool)
-            body = structure.body(type(model)(config))
-            body(input_ids=ids, attention_mask=unused, position_ids=ids, use_cache=False, packed_lengths=(3, 1))
+            kind(config)(input_ids=ids, attention_mask=unused, position_ids=ids, use_cache=False, packed_lengths=(3, 1))
     except _GotLengths:
         return True
     except Exception:  # any kind: the architecture does not accept packed rows

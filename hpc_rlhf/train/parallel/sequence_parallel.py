@@ -66,15 +66,23 @@ class _AllToAll(torch.autograd.Function):
 
 
 def own(tokens: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor]:
-    """Which of some tokens of the row, given by their indices in it, are among this rank's ``count``: (n,), int64,
-    indices into ``tokens``; and their places among this rank's: (n,), int64."""
+    """Those of some tokens that are in this rank's share of the row.
+
+    Args:
+        tokens: (n,), int64, indices in the row.
+        count: tokens of a share.
+
+    Returns:
+        Which of ``tokens`` they are, and their indices in the share: (own n,), int64, each.
+    """
     places = tokens - dist.get_rank(group) * count
     which = ((places >= 0) & (places < count)).nonzero().squeeze(1)
     return which, places[which]
 
 
 def joined(values: Tensor, which: Tensor, count: int, group: Any) -> Tensor:
-    """All ranks' values, (count,), from this rank's, (n,), and their indices, (n,), int64. Collective in the group."""
+    """All ranks' values, (count,), from those of this rank, (own n,), and their indices, ``which``. Collective in the
+    group."""
     return total(values.new_zeros(count).index_copy(0, which, values), group)
 
 
