@@ -56,9 +56,12 @@ def print_plan(plan: Plan) -> None:
     ]
     header = ("stage", "needs", "nodes", "ranks", "gpus", "batch", "partition", "time")
     print_table(header, rows, right=("nodes", "ranks", "gpus"))
-    grouped = any(job.batch.ranks < job.slurm.ranks for job in plan.jobs)
+    grouped = [job for job in plan.jobs if job.batch.ranks < job.slurm.ranks]
     replicas = "ranks, or groups of ranks with the same samples" if grouped else "ranks"
     print_wrapped(f"batch = micro batch x accumulation x {replicas}; run directory {plan.run.path}")
+    for job in grouped:
+        sizes = " x ".join(f"{name} {size}" for name, size in job.layout.items() if size > 1 or name == "data")
+        print_wrapped(f"{job.stage}: ranks by {sizes}; neighbouring ranks differ in the last")
 
 
 def print_choice(choice: Choice) -> None:

@@ -28,6 +28,7 @@ class Pass:
         summed: only the sum of the log-probabilities is computed, together with its gradients.
         with_entropies: the entropies of the distributions are computed too.
         alternating: passes with and without adapters alternate, so ZeRO 3 gathers no weights ahead.
+        in_flight: micro-batches whose activations are kept at a time; more than one in a pipeline.
     """
 
     model: Architecture
@@ -37,6 +38,7 @@ class Pass:
     summed: bool = False
     with_entropies: bool = False
     alternating: bool = False
+    in_flight: int = 1
 
     @property
     def item(self) -> int:
@@ -64,9 +66,12 @@ class Pass:
                 * sum(each.count if each.passed is None else each.passed for each in model.adapted(self.stage.lora))
             )
         ends = 2 * item * model.hidden  # embeddings, and the input of the head
+        if self.stage.pipeline_stages > 1:
+            ends = 3 * item * model.hidden  # what a stage gets, a copy of it, and what it passes on
+        again = 0.0
         if self.stage.activation_checkpointing:
-            layers = model.layers * item * model.hidden + layers / model.layers
-        return int(tokens * (layers + ends))
+            layers, again = model.layers * item * model.hidden, layers / model.layers
+        return int(tokens * ((layers + ends) * self.in_flight + again))
 
     @property
     def backward(self) -> int:
@@ -153,7 +158,7 @@ def in_training(work: Pass, batch: Batch, scored: bool = False) -> ModelMemory:
     model, stage, item = work.model, work.stage, work.item
     ways, lora, zero = stage.tensor_parallel, stage.lora, stage.zero
     total = _on_rank(model, model.scored if scored else model.parameters, ways)
-    ranks = stage.slurm.ranks // ways
+    ranks = stage.slurm.ranks // ways // stage.pipeline_stages
     adapters = -(-model.adapters(lora) // ways)
     trained = trained_parameters(total, adapters, lora, model.hidden if scored else 0)
     shard = -(-trained // ranks)

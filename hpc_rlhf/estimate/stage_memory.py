@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate import model_memory, vllm
 from hpc_rlhf.estimate.model_memory import ITEM, Parts, Pass, added, as_trained
 from hpc_rlhf.estimate.parameters import Architecture, architecture, critic_body, judges
+from hpc_rlhf.estimate.pipeline import shares
 from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.gpus import gpu_bytes
 from hpc_rlhf.spec.job import JobSpec
@@ -95,11 +96,25 @@ def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int |
     # With adapters only, the model with its adapters off is the reference.
     own_ref = "ref" in stage.strategies and training.lora is not None and training.lora.only
     work = Pass(model, training, tokens, predicted, summed=not compared, alternating=own_ref)
+    if stage.pipeline_stages > 1:
+        return _fullest_stage(work, batch, gpu)
     trained = model_memory.in_training(work, batch)
     always = dict(trained.always)
     if "ref" in stage.strategies and not own_ref:
         always["ref"] = model_memory.frozen(model, model.parameters, stage.strategies["ref"], training)
     return Memory({"actor": model.parameters}, always, trained.phases, gpu)
+
+
+def _fullest_stage(work: Pass, batch: Batch, gpu: int | None) -> Memory:
+    """Of the stages of a pipeline, the one that holds most."""
+    model, stages = work.model, []
+    for share in shares(model, work.stage.pipeline_stages, batch.accumulation):
+        predicted = work.predicted if share.is_last else 0
+        own = replace(work, model=share.model, predicted=predicted, in_flight=share.in_flight)
+        trained = model_memory.in_training(own, batch)
+        sizes = {"actor": model.parameters, "its fullest stage": share.model.parameters}
+        stages.append(Memory(sizes, trained.always, trained.phases, gpu))
+    return max(stages, key=lambda memory: memory.held)
 
 
 def run_memory(spec: JobSpec) -> dict[str, Memory | HpcRlhfError]:

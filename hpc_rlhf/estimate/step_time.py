@@ -59,11 +59,17 @@ class _Machine:
     here: int
     sequence: int
     exchange: float
+    stages: int
+
+    @property
+    def parts(self) -> int:
+        """Ranks that a model is divided over, before ZeRO shards it."""
+        return self.ways * self.stages
 
     @property
     def data_ranks(self) -> int:
         """Ranks that hold the same part of a model, before ZeRO shards it."""
-        return self.ranks // self.ways
+        return self.ranks // self.parts
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,7 @@ class _Model:
     """
 
     layers: int
+    hidden: int
     attended: int
     count: int
     trained: int
@@ -118,7 +125,7 @@ def _machine(stage: StageSpec, name: str) -> _Machine:
     exchange = inside if here % (ways * sequence) == 0 else NETWORK
     return _Machine(
         gpu.gib * 2**30, MFU * gpu.peak(stage.precision), 1e9 * DECODE_SHARE * gpu.bandwidth, min(inside, outside),
-        stage.slurm.ranks, ways, here, sequence, exchange,
+        stage.slurm.ranks, ways, here, sequence, exchange, stage.pipeline_stages,
     )  # fmt: skip
 
 
@@ -238,7 +245,7 @@ def _model(body: Architecture, stage: TrainingSpec, scored: bool) -> _Model:
     count = body.scored if scored else body.parameters
     trained = trained_parameters(count, body.adapters(stage.lora), stage.lora, body.hidden if scored else 0)
     attended = 2 * body.layers * body.hidden + body.kv
-    return _Model(body.layers, attended, count, trained, ITEM[stage.precision], stage)
+    return _Model(body.layers, body.hidden, attended, count, trained, ITEM[stage.precision], stage)
 
 
 def _pass(model: _Model, flops: int, reads: int, tokens: int, machine: _Machine) -> float:
@@ -248,8 +255,8 @@ def _pass(model: _Model, flops: int, reads: int, tokens: int, machine: _Machine)
         reads: times that the weights are read, and the layers' kernels launched.
     """
     read = reads * model.item * model.count / machine.bandwidth
-    work = (tokens / machine.sequence * flops / machine.flops + read) / machine.ways
-    return max(work, reads * model.layers * _LAUNCHES)
+    work = (tokens / machine.sequence * flops / machine.flops + read) / machine.parts
+    return max(work, reads * model.layers * _LAUNCHES / machine.stages)
 
 
 def _scored(model: _Model, stored: StageSpec, tokens: int, machine: _Machine) -> float:
@@ -276,7 +283,8 @@ def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[st
     """Seconds of one optimizer step of a model, in which each pass has ``tokens`` tokens on each rank.
 
     A forward pass costs two operations per weight and token. So does each half of the backward pass: gradients of the
-    inputs, and of the weights, which frozen weights do not need. Checkpointing adds a forward pass.
+    inputs, and of the weights, which frozen weights do not need. Checkpointing adds a forward pass. A stage of a
+    pipeline waits for one pass of each other stage while the pipeline fills and drains.
     """
     again = int(model.scheme.activation_checkpointing)
     lora = model.scheme.lora
@@ -284,8 +292,11 @@ def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[st
     work = _pass(model, (2 + full + 2 * again) * model.count, 1 + full // 2 + again, tokens, machine)
     return {
         "training": passes * work,
+        "bubble": (machine.stages - 1) * work,
         "optimizer": _optimizer(model, machine),
-        "messages": _messages(model, passes, machine) + (2 + again) * _exchanged(model, passes * tokens, machine),
+        "messages": _messages(model, passes, machine)
+        + (2 + again) * _exchanged(model, passes * tokens, machine)
+        + _passed_on(model, passes * tokens, machine),
         "offload": _offloaded(model, passes, machine),
     }
 
@@ -294,7 +305,7 @@ def _optimizer(model: _Model, machine: _Machine) -> float:
     """Seconds of Adam on a GPU: on all weights of a rank, or on its shard under ZeRO."""
     if model.scheme.offload_optimizer:
         return 0.0
-    trained = model.trained / machine.ways / (machine.data_ranks if model.scheme.zero else 1)
+    trained = model.trained / machine.parts / (machine.data_ranks if model.scheme.zero else 1)
     return _ADAM_TRAFFIC * trained / machine.bandwidth
 
 
@@ -307,7 +318,7 @@ def _messages(model: _Model, passes: int, machine: _Machine) -> float:
     ranks, item, zero = machine.data_ranks, model.item, model.scheme.zero
     if ranks == 1:
         return 0.0
-    trained, count = model.trained / machine.ways, model.count / machine.ways
+    trained, count = model.trained / machine.parts, model.count / machine.parts
     volume = {
         0: 2 * item * trained / (30 if model.scheme.optimizer == "onebit-adam" else 1),
         1: 3 * item * trained,
@@ -317,9 +328,14 @@ def _messages(model: _Model, passes: int, machine: _Machine) -> float:
     return volume * (ranks - 1) / ranks / machine.link
 
 
+def _passed_on(model: _Model, tokens: int, machine: _Machine) -> float:
+    """Seconds in which a stage of a pipeline sends the hidden states of all tokens, and receives their gradients."""
+    return 2 * model.item * tokens * model.hidden / machine.link if machine.stages > 1 else 0.0
+
+
 def _offloaded(model: _Model, passes: int, machine: _Machine) -> float:
     """Seconds in which a step waits for the bus and the CPU."""
-    share, seconds = 1 / machine.data_ranks / machine.ways, 0.0
+    share, seconds = 1 / machine.data_ranks / machine.parts, 0.0
     if model.scheme.offload_optimizer:
         adam = _ADAM_TRAFFIC * machine.here / CPU_BANDWIDTH
         seconds += share * model.trained * (2 * model.item / BUS + adam)

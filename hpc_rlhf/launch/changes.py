@@ -20,7 +20,7 @@ from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages import EVALUATION, STAGE_NAMES
 
 # A stage's settings that decide how its steps are split over ranks, besides those of Slurm (SIZE).
-_BATCH_FIELDS = {"micro_batch", "global_batch", "sequence_parallel"}
+_SPLIT_FIELDS = {"micro_batch", "global_batch", "sequence_parallel", "pipeline_parallel"}
 # A reward's settings that scores do not depend on.
 _FAILURE_FIELDS = {"on_error", "timeout"}
 _MAX_LISTED = 12
@@ -159,7 +159,7 @@ def _decides(path: str) -> str:
         return "evaluation"
     if rewarded(path) is not None and field[-1] in _FAILURE_FIELDS:
         return "failures"
-    return "split" if field[:1] == ["slurm"] or (len(field) == 1 and field[0] in _BATCH_FIELDS) else "training"
+    return "split" if field[:1] == ["slurm"] or (len(field) == 1 and field[0] in _SPLIT_FIELDS) else "training"
 
 
 def is_same_split(path: str, old: JobSpec, new: JobSpec) -> bool:

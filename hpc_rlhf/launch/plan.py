@@ -13,7 +13,7 @@ from hpc_rlhf.spec.batch import Batch, derive_batch
 from hpc_rlhf.spec.cluster import SlurmSpec
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.rollout_checks import vllm_of
-from hpc_rlhf.spec.training import StageSpec
+from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,14 @@ class PlannedJob:
     spec: StageSpec
     slurm: SlurmSpec
     batch: Batch
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """The ranks by dimension of parallelism, outermost first."""
+        sizes = {"data": self.batch.ranks, "pipeline": self.spec.pipeline_stages, "sequence": 1, "tensor": 1}
+        if isinstance(self.spec, TrainingSpec):
+            sizes |= {"sequence": self.spec.sequence_parallel, "tensor": self.spec.tensor_parallel}
+        return sizes
 
     @property
     def own_nodes(self) -> int:
@@ -100,6 +108,7 @@ def _job_dict(job: PlannedJob) -> dict[str, object]:
         "needs": list(job.needs),
         "nodes": job.nodes,
         "ranks": job.slurm.ranks,
+        "layout": job.layout,
         "batch": {"global" if key == "global_" else key: value for key, value in batch.items()},
         "slurm": mask_all(job.slurm.model_dump(mode="json", exclude_defaults=True)),
     }

@@ -17,7 +17,7 @@ class Batch:
     Attributes:
         micro: samples per forward and backward pass on a rank.
         accumulation: passes whose gradients are accumulated before a step.
-        ranks: data-parallel ranks; under tensor or sequence parallelism, groups of ranks.
+        ranks: data-parallel ranks; under tensor, sequence or pipeline parallelism, groups of ranks.
         global_: samples per step; always micro * accumulation * ranks.
     """
 
@@ -55,32 +55,43 @@ def layer_groups(stage: StageSpec, name: str) -> int:
         ValueError: tensor_parallel does not divide a node's ranks; the message lists the values that do.
     """
     group = stage.tensor_parallel if isinstance(stage, TrainingSpec) else 1
-    ranks_per_node = stage.slurm.tasks_per_node
-    if ranks_per_node % group:
-        fits = [str(d) for d in range(1, ranks_per_node + 1) if ranks_per_node % d == 0]
-        raise ValueError(
-            f"{name}'s tensor_parallel {group} does not divide the {ranks_per_node} ranks of a node; "
-            f"use tensor_parallel: {' or '.join(fits)}"
-        )
+    ranks = stage.slurm.tasks_per_node
+    _check_divides(f"{name}'s tensor_parallel", group, ranks, f"the {ranks} ranks of a node")
     return stage.slurm.ranks // group
 
 
-def data_ranks(stage: StageSpec, name: str) -> int:
-    """Data-parallel ranks of a stage: groups of ranks under tensor or sequence parallelism.
+def row_groups(stage: StageSpec, name: str) -> int:
+    """Groups of ranks of a stage that share the tokens of packed rows by sequence parallelism.
 
     Raises:
         ValueError: see ``layer_groups``; or sequence_parallel does not divide these; the message lists the values that
             do.
     """
     groups, ways = layer_groups(stage, name), stage.sequence_parallel if isinstance(stage, TrainingSpec) else 1
-    if groups % ways:
-        fits = [str(d) for d in range(1, groups + 1) if groups % d == 0]
-        what = "ranks" if groups == stage.slurm.ranks else "groups of tensor_parallel ranks"
-        raise ValueError(
-            f"{name}'s sequence_parallel {ways} does not divide its {groups} {what}; "
-            f"use sequence_parallel: {' or '.join(fits)}"
-        )
+    _check_divides(f"{name}'s sequence_parallel", ways, groups, _groups(stage, groups))
     return groups // ways
+
+
+def data_ranks(stage: StageSpec, name: str) -> int:
+    """Data-parallel ranks of a stage: groups of ranks under tensor, sequence or pipeline parallelism.
+
+    Raises:
+        ValueError: see ``row_groups``; or pipeline_parallel does not divide these.
+    """
+    groups = row_groups(stage, name)
+    _check_divides(f"{name}'s pipeline_parallel", stage.pipeline_stages, groups, _groups(stage, groups))
+    return groups // stage.pipeline_stages
+
+
+def _groups(stage: StageSpec, count: int) -> str:
+    return f"its {count} {'ranks' if count == stage.slurm.ranks else 'groups of tensor_parallel ranks'}"
+
+
+def _check_divides(field: str, size: int, count: int, what: str) -> None:
+    if count % size:
+        fits = [str(d) for d in range(1, count + 1) if count % d == 0]
+        fix = f"{field.rpartition(' ')[2]}: {' or '.join(fits)}"
+        raise ValueError(f"{field} {size} does not divide {what}; use {fix}")
 
 
 def derive_batch(stage: StageSpec, name: str) -> Batch:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from hpc_rlhf.errors import Problem, SpecError
 from hpc_rlhf.spec import model_checks, reward_checks, rollout_checks
 from hpc_rlhf.spec.auto import extract_autos
-from hpc_rlhf.spec.batch import check_groups, data_ranks, derive_batch, layer_groups
+from hpc_rlhf.spec.batch import check_groups, data_ranks, derive_batch, layer_groups, row_groups
 from hpc_rlhf.spec.data import DataSpec
 from hpc_rlhf.spec.fields import Model
 from hpc_rlhf.spec.inheritance import inherit
@@ -140,7 +140,8 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
     for name in spec.stage_names:
         derivations = {
             "tensor_parallel": layer_groups,
-            "sequence_parallel": data_ranks,
+            "sequence_parallel": row_groups,
+            "pipeline_parallel": data_ranks,
             "global_batch": derive_batch,
             "group_size": check_groups,
         }

@@ -28,6 +28,7 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
             yield f"models.{name}", *problem
     yield from _recomputing(spec, configs)
     yield from sequence_checks.problems(spec, configs)
+    yield from _too_many_stages(spec, configs.get("actor", {}))
     for stage in spec.stage_names:
         missing = set(kind_of(stage).requires) - spec.stage(stage).unneeded - set(spec.stage_names)
         if missing and spec.finished_reward is None:
@@ -56,6 +57,16 @@ def _recomputing(spec: JobSpec, configs: Mapping[str, Mapping[str, Any]]) -> Ite
             ):
                 path = ".".join(filter(None, ("stages", stage, role, "activation_checkpointing")))
                 yield path, f"{kind} models cannot recompute activations", "set activation_checkpointing: false"
+
+
+def _too_many_stages(spec: JobSpec, actor: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Pipelines with more stages than the model has layers."""
+    layers = next((actor[name] for name in ("num_hidden_layers", "n_layer") if isinstance(actor.get(name), int)), None)
+    for name in spec.stage_names:
+        stages = spec.stage(name).pipeline_stages
+        if layers is not None and stages > layers:
+            what = f"the model's {layers} layers cannot be divided into {stages} stages"
+            yield f"stages.{name}.pipeline_parallel", what, f"use at most {layers}"
 
 
 def _of_model(spec: JobSpec, name: str, fields: Mapping[str, Any], where: Path | None) -> model_files.Problem | None:

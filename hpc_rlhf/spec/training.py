@@ -104,6 +104,11 @@ class StageSpec(Model):
         return {"": self}
 
     @property
+    def pipeline_stages(self) -> int:
+        """Stages that the layers of the model in training are divided over."""
+        return 1
+
+    @property
     def unneeded(self) -> frozenset[str]:
         """Inputs of its kind that a stage with these settings does not use."""
         return frozenset()
@@ -223,6 +228,43 @@ class TrainingSpec(StageSpec):
             raise ValueError(
                 "offload_optimizer needs zero: 1 or higher, because it moves ZeRO's shard of the optimizer state"
             )
+
+
+class PipelinedSpec(TrainingSpec):
+    """Settings of stages that learn given text."""
+
+    pipeline_parallel: Positive = 1
+    """Number of stages that the model's layers are divided into, balanced by parameters, each on ranks of its own
+    (DeepSpeed's pipeline engine). For models that do not fit on a node: only hidden states pass between stages.
+    Micro-batches go through the stages one after another; while the pipeline fills and drains, a step loses the share
+    (stages - 1) / (micro-batches + stages - 1), so accumulate at least four times as many micro-batches as there are
+    stages. Needs zero: 1, or zero: 0 in fp32; not with sequence_parallel, lora, dropout, offload_optimizer, keep_best
+    or onebit-adam."""
+
+    @property
+    def pipeline_stages(self) -> int:
+        return self.pipeline_parallel
+
+    def check_strategy(self) -> None:
+        super().check_strategy()
+        if self.pipeline_parallel == 1:
+            return
+        needs = [
+            (self.zero < 2, "zero: 0 or 1, because ZeRO-2 and ZeRO-3 communicate in every pass of a micro-batch"),
+            (self.zero == 1 or self.precision == "fp32", "zero: 1, except with precision: fp32"),
+            (self.sequence_parallel == 1, "sequence_parallel: 1, because each stage would exchange tokens as well"),
+            (
+                self.optimizer == "adamw",
+                "optimizer: adamw, because onebit-adam averages momenta over all ranks, which hold different layers",
+            ),
+            (not self.offload_optimizer, "offload_optimizer: false"),
+            (self.lora is None, "a stage without lora; a model with adapters fits with zero: 3"),
+            (self.dropout == 0, "dropout: 0, because its random numbers would be the same in every stage"),
+            (self.keep_best is None, "a stage without keep_best, which keeps the weights of whole models"),
+        ]
+        for met, what in needs:
+            if not met:
+                raise ValueError(f"pipeline_parallel needs {what}")
 
 
 class ReferredSpec(TrainingSpec):

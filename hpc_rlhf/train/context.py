@@ -58,8 +58,10 @@ class StageContext:
         schedule, keep = CheckpointSchedule(steps=1), 2  # without training, a checkpoint is small
         if isinstance(self.stage_spec, TrainingSpec):
             schedule, keep = CheckpointSchedule.of(self.stage_spec), self.stage_spec.keep_checkpoints
-            sizes = self.stage_spec.tensor_parallel, self.stage_spec.sequence_parallel
-            self.world = self.world.laid_out(*sizes)
+            training = self.stage_spec
+            self.world = self.world.laid_out(
+                training.tensor_parallel, training.sequence_parallel, training.pipeline_stages
+            )
         store = CheckpointStore(
             self.files.checkpoints, self.attempt, keep, self.world, self.stage_spec.slurm.tasks_per_node
         )

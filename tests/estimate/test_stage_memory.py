@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.model_memory import Pass
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.stage_memory import Memory, run_memory, stage_memory
 from hpc_rlhf.spec.gpus import gpu_bytes
 from hpc_rlhf.spec.job import JobSpec, ModelsSpec
+from hpc_rlhf.spec.stages import SftSpec
 from tests.launch.specs import make_spec
 
 MODEL = architecture(ModelsSpec(actor="facebook/opt-125m"), "actor")
@@ -157,3 +160,20 @@ def test_gpus_are_known_by_name_or_by_their_memory() -> None:
     assert gpu_bytes("a100-80g") < gpu_bytes("80G")
     with pytest.raises(ValueError, match="did you mean a100-80g"):
         gpu_bytes("A100-80gb")
+
+
+def test_a_pipeline_divides_weights_and_keeps_the_activations_of_many_passes() -> None:
+    """OPT's twelve layers on two stages: the embeddings of 768 x 50272 weights are on both."""
+    fields = {"zero": 1, "micro_batch": 4, "pipeline_parallel": 2}
+    embedding = MODEL.vocabulary * MODEL.hidden
+    memory = sft({"gpus_per_node": 4}, global_batch=64, **fields)
+    own = memory.parameters["its fullest stage"]
+    assert own == pytest.approx((COUNT - embedding) / 2 + embedding, rel=1e-3)
+    assert memory.always == {"weights": 2 * own, "optimizer": 6 * own}
+
+    first, last = (
+        replace(Pass(MODEL, SftSpec.model_validate(fields), 2048, 0), in_flight=passes).activations for passes in (2, 1)
+    )
+    assert first / last == pytest.approx(2, rel=0.1)
+    with pytest.raises(HpcRlhfError, match="12 layers cannot be divided into 13 stages"):
+        sft({"gpus_per_node": 13}, **{**fields, "pipeline_parallel": 13})

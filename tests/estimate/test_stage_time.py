@@ -37,6 +37,15 @@ def test_training_takes_six_operations_a_weight_and_token() -> None:
     assert twice == pytest.approx(6 * COUNT * 8 * 512 / FLOPS + 6 * READ)
 
 
+def test_a_pipeline_waits_while_it_fills_and_drains() -> None:
+    alone = timed(micro_batch=8, global_batch=64, zero=1)["training"]
+    parts = timed(gpus=4, micro_batch=8, global_batch=64, zero=1, pipeline_parallel=4)
+    assert parts["training"] == pytest.approx(alone / 4)
+    assert parts["bubble"] / (parts["training"] + parts["bubble"]) == pytest.approx(3 / (8 + 3))
+    hidden = 2 * 64 * 512 * 768  # bytes of the states of a step's tokens, which gradients follow back
+    assert parts["messages"] == pytest.approx(2 * hidden / 300e9, rel=0.01)
+
+
 def test_small_passes_are_bound_by_kernel_launches() -> None:
     assert timed(micro_batch=1)["training"] == pytest.approx(3 * 12 * 0.25e-3)
 

@@ -40,6 +40,14 @@ def test_ranks_that_share_sequences_share_samples() -> None:
         derive_batch(SftSpec.model_validate({**fields, "sequence_parallel": 4}), "sft")
 
 
+def test_stages_of_a_pipeline_share_samples_across_nodes() -> None:
+    slurm = {"nodes": 3, "gpus_per_node": 4}
+    fields = {"micro_batch": 2, "global_batch": 24, "zero": 1, "pipeline_parallel": 6, "slurm": slurm}
+    assert derive_batch(SftSpec.model_validate(fields), "sft") == Batch(micro=2, accumulation=6, ranks=2, global_=24)
+    with pytest.raises(ValueError, match=r"pipeline_parallel 5 does not divide its 12 ranks; use .*: 1 or 2 or 3 or 4"):
+        derive_batch(SftSpec.model_validate({**fields, "pipeline_parallel": 5}), "sft")
+
+
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 5000))
 def test_every_suggested_fix_works(micro: int, ranks: int, total: int) -> None:
     if total % (micro * ranks) == 0:

@@ -307,3 +307,11 @@ def test_a_rotary_embedding_that_changes_within_a_rollout(
     (problem,) = problems(tmp_path, models, "sft: {}, reward: {}, ppo: {}")
     assert "models.actor: its rotary embedding changes at 500 tokens, but prompt and response may have 512" in problem
     assert not problems(tmp_path, models, "sft: {}, dpo: {}")
+
+
+def test_a_pipeline_has_no_more_stages_than_the_model_has_layers(tmp_path: Path, write: Write) -> None:
+    models = {"actor": write("actor", {"num_hidden_layers": 3})}
+    stages = "sft: {zero: 1, pipeline_parallel: %d, slurm: {nodes: %d}}"
+    assert problems(tmp_path, models, stages % (3, 3)) == []
+    (problem,) = problems(tmp_path, models, stages % (4, 4))
+    assert problem == "4: stages.sft.pipeline_parallel: the model's 3 layers cannot be divided into 4 stages"

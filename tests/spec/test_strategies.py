@@ -66,3 +66,23 @@ def test_checkpoint_every_rejects_other_values(every: object) -> None:
 
 def test_duration_units() -> None:
     assert [seconds(span) for span in ("90 s", "10min", "1.5 h", "2 d")] == [90, 600, 5400, 172800]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"zero": 2}, {"zero": 3}, {"zero": 0}, {"sequence_parallel": 2}, {"lora": LORA}, {"dropout": 0.1},
+        {"offload_optimizer": True}, {"keep_best": "loss", "eval_every": 2},
+        {"zero": 0, "precision": "fp32", "optimizer": "onebit-adam"},
+    ],
+)  # fmt: skip
+def test_what_a_pipeline_cannot_do_is_refused(fields: dict[str, Any]) -> None:
+    assert SftSpec.model_validate({"pipeline_parallel": 2, "zero": 1}).pipeline_stages == 2
+    assert SftSpec.model_validate({"pipeline_parallel": 2, "precision": "fp32"}).pipeline_stages == 2
+    with pytest.raises(ValidationError, match="pipeline_parallel needs"):
+        SftSpec.model_validate({"pipeline_parallel": 2, "zero": 1, **fields})
+
+
+def test_only_stages_that_learn_text_have_pipelines() -> None:
+    with pytest.raises(ValidationError, match="pipeline_parallel"):
+        DpoSpec.model_validate({"pipeline_parallel": 2})

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from hpc_rlhf.spec.fields import Fraction, Model, NonNegative, Positive, Rate
 from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages.kind import GRADIENT, LEARNING_RATE, SENT, Data, Plot, StageKind
-from hpc_rlhf.spec.training import TrainingSpec
+from hpc_rlhf.spec.training import PipelinedSpec
 
 
 class FilterSpec(Model):
@@ -28,7 +28,7 @@ class FilterSpec(Model):
     itself."""
 
 
-class PretrainSpec(TrainingSpec):
+class PretrainSpec(PipelinedSpec):
     """Next-token training on plain text, of a new model or of a pretrained one. A sample is a sequence of
     sequence_length tokens, all of which are learned."""
 

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from hpc_rlhf.spec.fields import Rate
 from hpc_rlhf.spec.stages.kind import TRAINING, Plot, StageKind
-from hpc_rlhf.spec.training import TrainingSpec
+from hpc_rlhf.spec.training import PipelinedSpec, TrainingSpec
 
 
-class SftSpec(TrainingSpec):
+class SftSpec(PipelinedSpec):
     """Supervised fine-tuning on prompts and chosen responses."""
 
     lr: Rate = Field(default=9.65e-6, description="Peak learning rate.")

@@ -132,7 +132,7 @@ class _Trial:
                 )
 
     def _noise(self) -> float:
-        return _distance(*(torch.cat(self.outputs(self.sequences)) for _ in range(2)))
+        return distance(*(torch.cat(self.outputs(self.sequences)) for _ in range(2)))
 
     # Arrangements
 
@@ -201,8 +201,8 @@ class _Trial:
         whole_logits = isinstance(self.model, LanguageModel) and not self.model.chunked  # from padded rows
         if way == PACKED and not whole_logits and not self._all_attend(attending):
             return False
-        order = _distance(torch.cat(back), torch.cat(forth))
-        beside = _distance(forth[ALONE][: len(alone)], alone, torch.cat(forth))
+        order = distance(torch.cat(back), torch.cat(forth))
+        beside = distance(forth[ALONE][: len(alone)], alone, torch.cat(forth))
         return max(order, beside) <= self.tolerance
 
     def _all_attend(self, attending: set[Any]) -> bool:
@@ -227,7 +227,7 @@ class _Trial:
             )
 
 
-def _distance(one: Tensor, other: Tensor, scale: Tensor | None = None) -> float:
+def distance(one: Tensor, other: Tensor, scale: Tensor | None = None) -> float:
     """The largest difference, in standard deviations of ``scale``, by default of ``other``; infinite if not finite."""
     # Log-probabilities are float32: less than their resolution is no difference.
     beyond = ((one - other).abs() - 4 * torch.finfo(torch.float32).eps * other.abs()).clamp(min=0)

@@ -154,14 +154,32 @@ class StepResult:
 
 
 def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> StepResult:
-    """One optimizer step on the summed gradients of several losses, which are called in order. Collective.
+    """One optimizer step on the summed gradients of several losses, which are called in order. Collective."""
+    model, scale = internals.trained_model(engine), internals.unapplied_loss_scale(engine)
+    if model is engine.module:
+        norm = _pass_by_pass(engine, losses, scale)
+    else:
+        model.losses = iter(losses)
+        internals.run_pipeline(engine, len(losses))
+        norm = model.grad_norm
+    score_head.read_masters(engine)
+    if not engine.was_step_applied():
+        engine.lr_scheduler.skip(1)
+        return StepResult(math.inf, applied=False)  # DeepSpeed's norm would be an earlier step's
+    optimizer = internals.inner_optimizer(engine)
+    if isinstance(optimizer, OneBitAdam):
+        return StepResult(optimizer.grad_norm, applied=True)
+    known = engine.get_global_grad_norm()
+    return StepResult(norm if known is None else float(known) / scale, applied=True)
+
+
+def _pass_by_pass(engine: Any, losses: Sequence[Callable[[], Tensor]], scale: float) -> float:
+    """A step without a pipeline; returns the gradient norm if DeepSpeed does not keep it.
 
     The accumulation boundary is set explicitly, so that the number of losses may differ from the configured
     accumulation, as with a pretraining mixture.
     """
-    norm, scale = 0.0, internals.unapplied_loss_scale(engine)
-    optimizer = internals.inner_optimizer(engine)
-    onebit = optimizer if isinstance(optimizer, OneBitAdam) else None
+    norm, onebit = 0.0, isinstance(internals.inner_optimizer(engine), OneBitAdam)
     for number, loss in enumerate(losses, 1):
         last = number == len(losses)
         engine.set_gradient_accumulation_boundary(last)
@@ -174,14 +192,7 @@ def optimizer_step(engine: Any, losses: Sequence[Callable[[], Tensor]]) -> StepR
                 if parameter.grad is not None:
                     internals.mark_split(parameter.grad)
         engine.step()
-    score_head.read_masters(engine)
-    if not engine.was_step_applied():
-        engine.lr_scheduler.skip(1)
-        return StepResult(math.inf, applied=False)  # DeepSpeed's norm would be an earlier step's
-    if onebit:
-        return StepResult(onebit.grad_norm, applied=True)
-    known = engine.get_global_grad_norm()
-    return StepResult(norm if known is None else float(known) / scale, applied=True)
+    return norm
 
 
 def gradient_norm(module: Any, group: Any) -> float:
@@ -230,7 +241,8 @@ def pieces(engine: Any, world: World) -> list[Shard]:
     views: list[Shard] = []
     for number, fragment in enumerate(internals.fragments(engine)):
         # Of what every rank has, the ranks share the writing.
-        mine = not fragment.replicated or number % world.dims.replicas == world.replica_rank
+        shared = number % world.dims.replicas != world.replica_rank
+        mine = not fragment.copy and not (fragment.replicated and shared)
         views.append(Shard(f"weight {fragment.name}", fragment.start, fragment.of(fragment.stepped), mine))
         state = optimizer.state.get(fragment.stepped, {})  # it has no moments before the first step
         for key in MOMENTS:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +162,24 @@ def interruptible(should_stop: Callable[[], bool]) -> Iterator[None]:
         set_hook(previous)
 
 
-def collect(model: Any, is_main: bool, between: Callable[[], object] = bool) -> dict[str, Tensor]:
-    """A copy of all weights and persistent buffers, in rank 0's memory; empty elsewhere. Collective.
+def named_weights(model: Any) -> Generator[tuple[str, Tensor], None, None]:
+    """``full_weights`` of a model, and its persistent buffers. Collective like those."""
+    # A buffer may belong to the checkpoint as well (GPT-NeoX's bias, for one).
+    persistent = {name for name in model.state_dict() if ".base." not in name and ".lora_" not in name}
+    yield from full_weights(module_weights(model))
+    yield from ((name, tensor) for name, tensor in model.named_buffers() if name in persistent)
+
+
+def collect(
+    weights: Generator[tuple[str, Tensor], None, None], is_main: bool, between: Callable[[], object] = bool
+) -> dict[str, Tensor]:
+    """A copy of ``named_weights`` in rank 0's memory; empty elsewhere. Collective.
 
     ``between`` is called before each weight; it may raise, on all ranks alike.
     """
-    # A buffer may belong to the checkpoint as well (GPT-NeoX's bias, for one).
-    persistent = {name for name in model.state_dict() if ".base." not in name and ".lora_" not in name}
-    buffers = ((name, tensor) for name, tensor in model.named_buffers() if name in persistent)
     state: dict[str, Tensor] = {}
-    with closing(full_weights(module_weights(model))) as weights:
-        for name, tensor in chain(weights, buffers):
+    with closing(weights):
+        for name, tensor in weights:
             between()
             if is_main:
                 state[name] = tensor.to("cpu", copy=True).contiguous()
@@ -229,6 +235,6 @@ def context_length(config: Any) -> int | None:
 
 def export(model: Any, tokenizer: Any, folder: Path, is_main: bool) -> None:
     """``collect`` and ``write``. Collective; rank 0 writes."""
-    state = collect(model, is_main)
+    state = collect(named_weights(model), is_main)
     if is_main:
         write(model, state, tokenizer, folder)

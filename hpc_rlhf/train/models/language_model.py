@@ -33,7 +33,7 @@ ONE_BY_ONE = "sequences_go_one_by_one"
 SEQUENCE_GROUP = "sequence_group"
 
 
-def _padding(tokens: int, device: torch.device, ranks: int) -> tuple[int, ...]:
+def padding(tokens: int, device: torch.device, ranks: int = 1) -> tuple[int, ...]:
     """Lengths of unused sequences that round a packed row up to equal shares of a size that matrix kernels handle well.
 
     A CPU compiles and keeps a kernel of about 0.8 MiB for every size, so there the shares have one of eight
@@ -62,26 +62,29 @@ def padded(model: Any, ids: Tensor, lengths: tuple[int, ...]) -> tuple[Any, Tens
     return model(input_ids=rows, attention_mask=real.long(), use_cache=False, **positions), real
 
 
-def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...], embedded: Tensor | None = None) -> Tensor:
     """The last hidden states: (tokens or more, hidden); rows after those of the sequences are padding.
 
     Args:
         body: a transformers model without its head. If it has a SEQUENCE_GROUP, the hidden states are those of this
             rank's share of the tokens.
+        embedded: of a model that takes packed rows, what its layers get instead of the tokens' embeddings: of the shape
+            that this returns.
     """
     if body.config._attn_implementation == packed_attention.NAME:
         # transformers passes a four-dimensional mask on as it is, instead of building one.
         unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
         group, sharing = getattr(body, SEQUENCE_GROUP, None), {}
-        padding = _padding(len(ids), ids.device, 1 if group is None else dist.get_world_size(group))
-        padded_ids, sizes = F.pad(ids, (0, sum(padding))), (*lengths, *padding)
+        extra = padding(len(ids), ids.device, 1 if group is None else dist.get_world_size(group))
+        padded_ids, sizes = F.pad(ids, (0, sum(extra))), (*lengths, *extra)
         positions = ragged.positions(sizes, ids.device)
         if group is not None:
             padded_ids, positions = (sequence_parallel.share(each, group) for each in (padded_ids, positions))
             sharing[SEQUENCE_GROUP] = group
+        inputs = {"input_ids": padded_ids} if embedded is None else {"inputs_embeds": embedded}
         output = body(
-            input_ids=padded_ids.unsqueeze(0), attention_mask=unused, position_ids=positions.unsqueeze(0),
-            use_cache=False, packed_lengths=sizes, **sharing,
+            **{name: each.unsqueeze(0) for name, each in inputs.items()}, attention_mask=unused,
+            position_ids=positions.unsqueeze(0), use_cache=False, packed_lengths=sizes, **sharing,
         )  # fmt: skip
         packed_hidden: Tensor = output.last_hidden_state[0]
         return packed_hidden

@@ -6,9 +6,12 @@ interface (``initialize``, an engine's ``backward``, ``step``, ``was_step_applie
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -220,6 +223,59 @@ def unapplied_loss_scale(engine: Any) -> float:
     return float(engine.optimizer.loss_scale) if has_unfused_wrapper(engine) else 1.0
 
 
+# Pipelines
+
+
+def pipeline_module(stage: Any, data: int, stages: int, tensor: int, tied: nn.Parameter | None) -> Any:
+    """A stage of a pipeline as ``deepspeed.initialize`` takes it. Collective.
+
+    Args:
+        stage: has a method ``pass_on`` that computes a micro-batch.
+        data, stages, tensor: sizes of the dimensions of the ranks' layout, outermost first.
+        tied: a weight that the first and the last stage both have, whose gradients are summed.
+    """
+    from deepspeed.runtime.pipe.module import PipelineModule
+    from deepspeed.runtime.pipe.topology import ProcessTopology
+
+    class Stage(PipelineModule):
+        def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, Any]]:
+            return self.tied_over
+
+    with redirect_stdout(io.StringIO()):  # it prints its layers
+        topology = ProcessTopology(axes=["data", "pipe", "model"], dims=[data, stages, tensor])
+        module = Stage([stage.pass_on] * stages, topology=topology, partition_method="uniform", dynamic_shape=True)
+    module.stage, module.tied_over = stage, []
+    if tied is not None:
+        ends = [[ranks[0], ranks[-1]] for ranks in topology.get_axis_comm_lists("pipe")]
+        group, _ = torch.distributed.new_subgroups_by_enumeration(ends)
+        if module.stage_id in (0, stages - 1):
+            module.tied_over = [(tied, group)]
+            tied.ds_pipe_replicated = module.stage_id > 0  # type: ignore[attr-defined]
+    return module
+
+
+def is_copy(parameter: nn.Parameter) -> bool:
+    """True if an earlier stage of the pipeline has the parameter, too."""
+    return bool(getattr(parameter, "ds_pipe_replicated", False))
+
+
+def model_group(engine: Any) -> Any:
+    """The process group of the ranks that a pipeline's model is divided over."""
+    return engine.grid.get_model_parallel_group()
+
+
+def run_pipeline(engine: Any, passes: int) -> None:
+    """An optimizer step on so many micro-batches, which the stages have. Collective."""
+    engine.micro_batches = passes
+    nothing = torch.zeros((), device=engine.device)
+    engine.train_batch(repeat((nothing, nothing)))
+
+
+def trained_model(engine: Any) -> Any:
+    """The model in an engine; of a pipeline, this rank's stage."""
+    return getattr(engine.module, "stage", engine.module)
+
+
 # Optimizer state
 
 
@@ -232,6 +288,7 @@ class Fragment:
         stepped: the tensor that the inner optimizer steps and keeps its state by.
         span: where the fragment lies in it, flattened.
         replicated: every rank has this fragment.
+        copy: see ``is_copy``.
     """
 
     name: str
@@ -239,6 +296,7 @@ class Fragment:
     stepped: Tensor
     span: slice
     replicated: bool = False
+    copy: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The fragment's part of ``stepped``, or of a moment of the same shape: (elements,), a view."""
@@ -248,7 +306,7 @@ class Fragment:
 def fragments(engine: Any) -> Iterator[Fragment]:
     """The fragments of all trained parameters on this rank."""
     optimizer = engine.optimizer
-    trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in trained_model(engine).named_parameters() if p.requires_grad]
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         yield from _zero3_fragments(optimizer, trained)
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -256,7 +314,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     else:
         masters = dict(_masters(engine))
         for name, parameter in trained:
-            yield Fragment(name, 0, masters[parameter], slice(None), replicated=True)
+            yield Fragment(name, 0, masters[parameter], slice(None), replicated=True, copy=is_copy(parameter))
 
 
 def _zero3_fragments(optimizer: Any, trained: list[tuple[str, Any]]) -> Iterator[Fragment]:
@@ -278,7 +336,7 @@ def _zero12_fragments(optimizer: Any, trained: list[tuple[str, Any]]) -> Iterato
         flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
         held = mapping.hp_fragment_address
         span = slice(held.start, held.start + held.numel)
-        yield Fragment(name, mapping.lp_fragment_address.start, flat, span)
+        yield Fragment(name, mapping.lp_fragment_address.start, flat, span, copy=is_copy(parameter))
 
 
 def _masters(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:

@@ -43,29 +43,32 @@ class ParallelDims:
 
     Attributes:
         data: ranks, or groups of ranks, with samples of their own.
+        pipeline: stages that the layers are divided over.
         sequence: ranks that share the tokens of each packed row.
         tensor: ranks that share each layer.
     """
 
     data: int
+    pipeline: int = 1
     sequence: int = 1
     tensor: int = 1
 
     @classmethod
-    def of(cls, ranks: int, tensor: int = 1, sequence: int = 1) -> ParallelDims:
+    def of(cls, ranks: int, tensor: int = 1, sequence: int = 1, pipeline: int = 1) -> ParallelDims:
         """The layout of a number of ranks.
 
         Raises:
             HpcRlhfError: they cannot be divided into groups of that size.
         """
-        group = tensor * sequence
+        sizes = {"tensor_parallel": tensor, "sequence_parallel": sequence, "pipeline_parallel": pipeline}
+        group = math.prod(sizes.values())
         if ranks % group:
             raise HpcRlhfError(
                 f"{ranks} ranks cannot be divided into groups of {group}",
-                where="tensor_parallel" if sequence == 1 else "sequence_parallel",
-                hint="start a multiple of tensor_parallel x sequence_parallel ranks",
+                where=[name for name, size in sizes.items() if size > 1][-1],
+                hint=f"start a multiple of {group} ranks, {' x '.join(sizes)}",
             )
-        return cls(ranks // group, sequence, tensor)
+        return cls(ranks // group, pipeline, sequence, tensor)
 
     @property
     def size(self) -> int:
@@ -96,8 +99,8 @@ class ParallelDims:
 
     @property
     def sample_owners(self) -> list[int]:
-        """For each share of the samples, in order, the first of the ranks that work on it."""
-        return self.group("data", 0)
+        """For each share of the samples, in order, one of the ranks that have its losses: those of the last stage."""
+        return self.group("data", (self.pipeline - 1) * self._stride("pipeline"))
 
     def _stride(self, dim: str) -> int:
         names = [field.name for field in fields(self)]
@@ -140,9 +143,9 @@ class World:
         """This rank's place among those that hold the same part of a model."""
         return self.data_rank * self.dims.sequence + self.dims.coordinate("sequence", self.rank)
 
-    def laid_out(self, tensor: int = 1, sequence: int = 1) -> World:
+    def laid_out(self, tensor: int = 1, sequence: int = 1, pipeline: int = 1) -> World:
         """The same ranks, laid out by ``ParallelDims.of``. Collective."""
-        dims, group = ParallelDims.of(self.size, tensor, sequence), None
+        dims, group = ParallelDims.of(self.size, tensor, sequence, pipeline), None
         if sequence > 1:
             groups = sorted({tuple(dims.group("sequence", rank)) for rank in range(self.size)})
             group, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups])

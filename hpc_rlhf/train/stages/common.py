@@ -13,8 +13,10 @@ from hpc_rlhf.run.files import fsync_path
 from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.models import lora
-from hpc_rlhf.train.models.export import collect, write
+from hpc_rlhf.train.models import agreement, lora, pipeline
+from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models.export import collect, named_weights, write
+from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.parallel.tensor_parallel import split_model
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
@@ -40,7 +42,8 @@ def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:
     Raises:
         HpcRlhfError: the model does not support one of them.
     """
-    split_model(model, spec.tensor_parallel)
+    if spec.pipeline_stages == 1:  # a pipeline splits the layers of its stage
+        split_model(model, spec.tensor_parallel)
     if spec.lora is not None:
         lora.adapt(model, spec.lora, seed)
     if spec.activation_checkpointing:
@@ -48,6 +51,22 @@ def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:
             what = f"{model.config.model_type} models cannot recompute activations"
             raise HpcRlhfError(what, where="activation_checkpointing", hint="set activation_checkpointing: false")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def language_engine(
+    context: StageContext, model: Any, spec: TrainingSpec, lr: float, total: int, source: str
+) -> tuple[Any, Any]:
+    """The engine that trains a language model, and what is called like a ``LanguageModel`` for its log-probabilities:
+    the engine itself, or the stage of a pipeline. Collective.
+
+    Raises:
+        HpcRlhfError: what the model computes here is not what transformers computes.
+    """
+    if context.world.dims.pipeline > 1:
+        return pipeline.training_engine(model, context.ds_config, spec, lr, total, context.world, source)
+    engine = engines.training_engine(LanguageModel(model), context.ds_config, spec, lr, total)
+    agreement.verify(engine, context.world, source, spec.dropout)
+    return engine, engine
 
 
 def finish(
@@ -89,7 +108,8 @@ def write_model(context: StageContext, model: Any, folder: Path) -> None:
     Raises:
         WorkCancelled: the attempt must stop.
     """
-    state = collect(model, context.world.is_main, lambda: context.stop.check("weights to be written"))
+    weights = pipeline.of_all_stages(named_weights(model), context.world)
+    state = collect(weights, context.world.is_main, lambda: context.stop.check("weights to be written"))
     context.world.on_main(lambda: write(model, state, context.tokenizer, folder, context.stop.should_stop))
 
 

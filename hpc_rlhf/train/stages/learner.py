@@ -20,6 +20,7 @@ from hpc_rlhf.train.data.arrow import Rows
 from hpc_rlhf.train.data.sampler import sample_at
 from hpc_rlhf.train.data.tokenized import token_lengths
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.parallel.deepspeed_internals import trained_model
 from hpc_rlhf.train.ragged import Ragged, plan_step
 from hpc_rlhf.train.stages.held_out import HeldOut
 
@@ -119,7 +120,7 @@ class Learner:
     def __post_init__(self) -> None:
         self._length_of_train = self.length_of(self.data.train)
         samples = len(self.data.held_out)
-        self.held_out = HeldOut(self.context, self.engine.module, self.total, samples, self.evaluate)
+        self.held_out = HeldOut(self.context, trained_model(self.engine), self.total, samples, self.evaluate)
 
     def load(self, checkpoint: Checkpoint) -> None:
         engines.load(self.engine, checkpoint.folder / "engine", self.context.world)
@@ -165,7 +166,10 @@ class Learner:
         measured: list[Tensor] = []
 
         def scaled_loss(rows: list[Row], real: bool, inputs: tuple[Any, ...]) -> Tensor:
-            self.context.stop.check("micro-batch")  # a stop discards the gradients so far
+            if self.context.world.dims.pipeline > 1:  # its stages are at different micro-batches
+                self.context.stop.should_stop()
+            else:
+                self.context.stop.check("micro-batch")  # a stop discards the gradients so far
             loss, sums = self.measure(rows, *inputs)
             measured.append(sums * real)
             return loss * (real * self.context.loss_factor / count)

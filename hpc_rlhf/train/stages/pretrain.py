@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,9 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data import texts
 from hpc_rlhf.train.data.sampler import blended, shuffled, total_steps
 from hpc_rlhf.train.data.sequences import Sequences, predicted
-from hpc_rlhf.train.models import agreement
-from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.flops import TrainingFlops
-from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
-from hpc_rlhf.train.stages.common import finish, prepare_model, start_actor
+from hpc_rlhf.train.stages.common import finish, language_engine, prepare_model, start_actor
 from hpc_rlhf.train.stages.learner import Learner, Row, Samples
 
 
@@ -48,17 +46,17 @@ def run(context: StageContext) -> None:
     check_fits(model.config, context.tokenizer, context.longest, source)
     flops = TrainingFlops.of(model, spec)
     prepare_model(model, spec, context.spec.seed)
-    engine = engines.training_engine(LanguageModel(model), context.ds_config, spec, spec.lr, total)
-    agreement.verify(engine, context.world, source, spec.dropout)
+    engine, forward = language_engine(context, model, spec, spec.lr, total, source)
 
     # 3. Loss: the negative log-probability of every token but the first of a document.
     def measure(rows: list[Row]) -> tuple[Tensor, Tensor]:
-        loss = -engine(*packed(rows, context.world.device), summed=True)[0]
+        loss = -forward(*packed(rows, context.world.device), summed=True)[0]
         return loss, loss.detach().unsqueeze(0)
 
     learner = TextLearner(
-        context, engine, data, total, (), budget, ("loss",), measure, learned_tokens=learned_tokens, flops=flops
-    )
+        context, engine, data, total, (), budget, ("loss",), measure,
+        learned_tokens=learned_tokens, flops=flops, forward=forward,
+    )  # fmt: skip
 
     # 4. Resume, or evaluate the start.
     checkpoint = context.resume(learner.load)
@@ -144,9 +142,14 @@ def packed(rows: list[Row], device: torch.device) -> tuple[Tensor, tuple[int, ..
 
 @dataclass
 class TextLearner(Learner):
-    """Learns sequences of text. It measures its speed, and evaluates each source."""
+    """Learns sequences of text. It measures its speed, and evaluates each source.
+
+    Attributes:
+        forward: called like a ``LanguageModel``.
+    """
 
     flops: TrainingFlops | None = None
+    forward: Any = None
 
     def length_of(self, rows: Samples) -> Callable[[int], int]:
         assert isinstance(rows, Sequences)
@@ -181,7 +184,7 @@ class TextLearner(Learner):
 
         def losses_and_tokens(chosen: list[Row]) -> Tensor:
             """(2, sources): the sum of the losses, and the tokens, of each source."""
-            log_probs = self.engine(*packed(chosen, self.context.world.device))[0]
+            log_probs = self.forward(*packed(chosen, self.context.world.device))[0]
             tokens = [learned_tokens(row) for row in chosen]
             sums = torch.zeros(2, count, dtype=torch.float64)
             for row, losses in zip(chosen, (-log_probs).split(tokens), strict=True):

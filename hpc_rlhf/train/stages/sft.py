@@ -16,12 +16,9 @@ from hpc_rlhf.spec.stages import SftSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.sampler import total_steps
 from hpc_rlhf.train.data.tokenized import learned_tokens
-from hpc_rlhf.train.models import agreement
-from hpc_rlhf.train.models import engine as engines
-from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
 from hpc_rlhf.train.ragged import Ragged
-from hpc_rlhf.train.stages.common import finish, prepare_model, start_actor
+from hpc_rlhf.train.stages.common import finish, language_engine, prepare_model, start_actor
 from hpc_rlhf.train.stages.learner import RESPONSES, Learner, Row
 
 
@@ -40,8 +37,7 @@ def run(context: StageContext) -> None:
         model = load_causal(source, context.dtype, spec.dropout)
     check_fits(model.config, context.tokenizer, context.longest, source)
     prepare_model(model, spec, context.spec.seed)
-    engine = engines.training_engine(LanguageModel(model), context.ds_config, spec, spec.lr, total)
-    agreement.verify(engine, context.world, source, spec.dropout)
+    engine, forward = language_engine(context, model, spec, spec.lr, total, source)
 
     # 3. Loss: the negative log-probability of a row's last tokens.
     answer_tokens = partial(learned_tokens, answer_only=True)
@@ -49,7 +45,7 @@ def run(context: StageContext) -> None:
 
     def loss_of(last: Callable[[Row], int], rows: list[Row]) -> tuple[Tensor, Tensor]:
         batch = Ragged.of([row["prompt_ids"] + row["chosen_ids"] for row in rows], context.world.device)
-        loss = -engine(batch.ids, batch.lengths, batch.tail([last(row) for row in rows]), summed=True)[0]
+        loss = -forward(batch.ids, batch.lengths, batch.tail([last(row) for row in rows]), summed=True)[0]
         return loss, loss.detach().unsqueeze(0)
 
     def perplexity(means: dict[str, float]) -> dict[str, float]:

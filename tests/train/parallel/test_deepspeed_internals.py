@@ -29,6 +29,8 @@ MODULES = {
         "ColumnParallel", "LinearLayer", "RowParallel", "TensorParallel_Layer", "set_autotp_mode",
     ],
     "deepspeed.runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
+    "deepspeed.runtime.pipe.module": ["PipelineModule"],
+    "deepspeed.runtime.pipe.topology": ["ProcessTopology"],
     "deepspeed.utils.groups": [
         "_init_tp_mesh_device", "get_data_parallel_group", "get_tensor_model_parallel_group",
     ],
@@ -39,6 +41,9 @@ METHODS = {
         "update_linear_policies",
     ],
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ["refresh_fp32_params"],
+    "deepspeed.runtime.pipe.engine.PipelineEngine": ["train_batch"],
+    "deepspeed.runtime.pipe.module.PipelineModule": ["get_tied_weights_and_groups"],
+    "deepspeed.runtime.pipe.topology.PipelineParallelGrid": ["get_pipe_parallel_group"],
     "deepspeed.runtime.engine.DeepSpeedEngine": [
         "get_global_grad_norm", "set_gradient_accumulation_boundary", "was_step_applied",
     ],
@@ -143,6 +148,15 @@ def test_autotp_takes_the_arguments_it_is_given() -> None:
         "partition_config", "model_config", "training_mode",
     }  # fmt: skip
     assert wanted - inspect.signature(AutoTP).parameters.keys() == set()
+
+
+def test_the_pipeline_engine_counts_micro_batches_and_tied_weights_as_it_is_told() -> None:
+    from deepspeed.runtime import utils
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    schedule = inspect.getsource(PipelineEngine._train_schedule)
+    assert "micro_batches=self.micro_batches" in schedule
+    assert "ds_pipe_replicated" in inspect.getsource(utils)
 
 
 @pytest.mark.train

@@ -33,6 +33,15 @@ def test_without_tensor_parallelism_each_rank_has_samples_of_its_own() -> None:
     assert dims.group("tensor", 1) == [1]
 
 
+def test_stages_of_a_pipeline_work_on_the_same_samples_and_the_last_one_counts_them() -> None:
+    dims = ParallelDims.of(12, tensor=2, pipeline=3)
+    assert (dims.size, dims.data) == (12, 2)
+    assert dims.group("pipeline", 3) == [1, 3, 5]
+    assert dims.group("tensor", 3) == [2, 3]
+    assert dims.group("data", 3) == [3, 9]
+    assert dims.sample_owners == [4, 10]
+
+
 def test_ranks_that_cannot_be_divided_are_refused() -> None:
     with pytest.raises(HpcRlhfError, match="3 ranks cannot be divided into groups of 2"):
         ParallelDims.of(3, tensor=2)
