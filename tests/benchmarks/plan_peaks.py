@@ -90,6 +90,7 @@ def _brief(value: Any) -> str:
 
 # GRPO with groups of four responses, and a reward without a model.
 VERIFIED: dict[str, Any] = {"group_size": 4, "rewards": ({"format": ".*a.*"},)}
+PIPELINE = {"micro_batch": 2, "global_batch": 16, "pipeline_parallel": 2}
 
 CASES = (
     Case("sft", "llama", 4, 256, 2048, 128, fields={"micro_batch": 4}),
@@ -99,6 +100,8 @@ CASES = (
     Case("sft", "gpt2", 6, 384, 4096, 128, fields={"micro_batch": 8, "lora": {"rank": 16}}),
     Case("sft", "gpt_neox", 4, 384, 4096, 128, 2, {"micro_batch": 8, "zero": 2, "precision": "fp32"}),
     Case("sft", "llama", 12, 256, 2048, 256, fields={"micro_batch": 8, "activation_checkpointing": True}),
+    Case("sft", "llama", 8, 256, 2048, 128, 2, {**PIPELINE, "zero": 1}),
+    Case("sft", "opt", 8, 256, 2048, 128, 2, {**PIPELINE, "precision": "fp32", "activation_checkpointing": True}),
     Case("reward", "llama", 6, 384, 2048, 128, 2, {"micro_batch": 4, "zero": 1}),
     Case("sft", "opt", 4, 384, 4096, 64, 2, {"micro_batch": 8, "zero": 3, "lora": {"rank": 8}}),
     Case("dpo", "opt", 4, 384, 4096, 64, 2, {"micro_batch": 4, "zero": 3, "lora": {"rank": 8}}),
