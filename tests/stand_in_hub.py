@@ -1,7 +1,8 @@
-"""A small stand-in of the hub on this machine: the part of its HTTP API that downloads a repository."""
+"""A small stand-in of the hub on this machine: the parts of its HTTP API that download and upload a repository."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -21,6 +22,8 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         asked: the path of each request so far.
         gated: repositories that are given to nobody.
+        token: who may upload.
+        private: repositories that were created, by name, each with True if it is private.
     """
 
     def __init__(self, root: Path) -> None:
@@ -28,6 +31,8 @@ class Hub(ThreadingHTTPServer):
         self.root = root
         self.asked: list[str] = []
         self.gated: set[str] = set()
+        self.token = "hf_stand_in"
+        self.private: dict[str, bool] = {}
 
     @property
     def url(self) -> str:
@@ -58,10 +63,31 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         repo, rest = self._api()
-        assert rest[0] == "paths-info", rest
-        self._json([_entry(name, repo / name) for name in body["paths"] if (repo / name).exists()])
+        if rest[:1] == ["paths-info"]:
+            self._json([_entry(name, repo / name) for name in json.loads(body)["paths"] if (repo / name).exists()])
+        elif self.headers["Authorization"] != f"Bearer {self.server.token}":
+            self._refuse(401)
+        elif self.path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif self.path == "/api/repos/create":
+            facts = json.loads(body)
+            name = f"{facts['organization']}/{facts['name']}"
+            visibility = facts.get("visibility") or ("private" if facts["private"] else "public")
+            self.server.private.setdefault(name, visibility == "private")
+            (self.server.root / "models" / name).mkdir(parents=True, exist_ok=True)
+            self._json({"url": f"{self.server.url}/{name}"})
+        elif rest[:1] == ["preupload"]:
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            self._json({"files": [{**file, "shouldIgnore": False, "oid": None} for file in files]})
+        else:
+            assert rest[:1] == ["commit"], self.path
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    (repo / line["value"]["path"]).write_bytes(base64.b64decode(line["value"]["content"]))
+            url = f"{self.server.url}/{'/'.join(repo.parts[-2:])}/commit/{SHA}"
+            self._json({"success": True, "commitOid": SHA, "commitUrl": url})
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -49,6 +49,7 @@ VERBS = {
     "relocate": "Adopt a run directory that was moved or copied.",
     "chat": "Chat with a trained model.",
     "serve": "Serve a trained model over an OpenAI-compatible API.",
+    "push": "Upload a trained model to the Hugging Face hub.",
     "version": "Print the versions of hpc-rlhf and of what it uses.",
 }
 

@@ -11,6 +11,7 @@ from hpc_rlhf.cli.arguments import example, set_option
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.launch.prefetch import prefetch
+from hpc_rlhf.run.format import size
 from hpc_rlhf.spec.hub import cache, items
 from hpc_rlhf.spec.sweep import load_any, specs_of
 
@@ -29,17 +30,10 @@ def command(file: Path, sets: tuple[str, ...]) -> None:
     specs = specs_of(load_any(file, sets))
     required = items(*specs)
     for fetched in prefetch(required):
-        size = f"{fetched.files} file{'s' * (fetched.files > 1)}, {_size(fetched.size)}"
-        click.echo(f"{fetched.item}: {size}{', already in the cache' if fetched.before else ''}")
+        files = f"{fetched.files} file{'s' * (fetched.files > 1)}, {size(fetched.size)}"
+        click.echo(f"{fetched.item}: {files}{', already in the cache' if fetched.before else ''}")
     for spec in specs:
         with suppress(HpcRlhfError):  # `plan` reports it
             architecture(spec.models, "actor")  # kept for `plan`, which is then quick
     done = f"everything is in {cache()}: jobs with this HF_HOME do not contact the hub"
     click.echo(done if required else "the spec needs nothing from the hub", err=True)
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"

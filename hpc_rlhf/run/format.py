@@ -22,6 +22,14 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def size(count: int) -> str:
+    """A number of bytes."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
 def listed(words: Sequence[str]) -> str:
     """Such as: sft, reward and ppo."""
     return " and ".join([*filter(None, [", ".join(words[:-1])]), *words[-1:]])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.run import manifest
+from hpc_rlhf.run import manifest, model_card
 from hpc_rlhf.run.files import fsync_path
 from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import TrainingSpec
@@ -86,7 +86,19 @@ def finish(
     with weights or nullcontext(), context.stop.cancellable():
         for subfolder, model in models.items():
             write_model(context, model, folder / subfolder)
+    context.world.on_main(lambda: _write_cards(context, folder, metrics))
     commit(context, folder, step, metrics)
+
+
+def _write_cards(context: StageContext, folder: Path, metrics: dict[str, Any]) -> None:
+    """Write the model cards of the chat models in an artifact."""
+    spec, run = context.spec, context.run
+    earlier = {stage: (manifest.read(run.stage(stage).model) or {}).get("metrics", {}) for stage in spec.trained}
+    for model, stage in spec.policies.items():
+        if stage == context.stage:
+            own = folder if model == stage else folder / run.stage(stage).ema_model.name
+            card = model_card.model_card(spec, model, {**earlier, stage: metrics})
+            (own / model_card.NAME).write_text(card, encoding="utf-8")
 
 
 def new_artifact(context: StageContext) -> Path:
