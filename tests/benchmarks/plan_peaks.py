@@ -102,6 +102,7 @@ CASES = (
     Case("sft", "llama", 12, 256, 2048, 256, fields={"micro_batch": 8, "activation_checkpointing": True}),
     Case("sft", "llama", 8, 256, 2048, 128, 2, {**PIPELINE, "zero": 1}),
     Case("sft", "opt", 8, 256, 2048, 128, 2, {**PIPELINE, "precision": "fp32", "activation_checkpointing": True}),
+    Case("sft", "llama", 2, 256, 1024, 4096, 2, {"micro_batch": 1, "precision": "fp32", "sequence_parallel": 2}),
     Case("reward", "llama", 6, 384, 2048, 128, 2, {"micro_batch": 4, "zero": 1}),
     Case("sft", "opt", 4, 384, 4096, 64, 2, {"micro_batch": 8, "zero": 3, "lora": {"rank": 8}}),
     Case("dpo", "opt", 4, 384, 4096, 64, 2, {"micro_batch": 4, "zero": 3, "lora": {"rank": 8}}),
