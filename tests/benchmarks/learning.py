@@ -22,11 +22,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hpc_rlhf import intervals
+from hpc_rlhf.intervals import Interval
 from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
-from hpc_rlhf.train.algorithms import intervals
-from hpc_rlhf.train.algorithms.intervals import Interval
 from hpc_rlhf.train.data.arrow import Rows
 from hpc_rlhf.train.data.sampler import sample_at
 from tests.benchmarks import learning_peers, workload

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_rlhf import intervals
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.rewards import RewardItem
-from hpc_rlhf.train.algorithms import intervals
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.metrics import MetricsLog
 from hpc_rlhf.train.rewards.blend import Scores

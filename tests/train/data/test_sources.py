@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from hpc_rlhf import intervals
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sizes import EVALUATED_ROWS
 from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.train.algorithms import intervals
 from hpc_rlhf.train.data import sources
 from hpc_rlhf.train.data.rows import Sample
 from hpc_rlhf.train.data.sources import is_held_out, read, stage_of, stage_samples, texts

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpc_rlhf import intervals
+from hpc_rlhf.intervals import Interval
 from hpc_rlhf.spec.rewards import RewardItem, names
-from hpc_rlhf.train.algorithms import intervals
 from hpc_rlhf.train.algorithms.accuracy import majority_at_k, pass_at_k
-from hpc_rlhf.train.algorithms.intervals import Interval
 from hpc_rlhf.train.rewards.blend import Scores
 from hpc_rlhf.train.rewards.build import pattern
 

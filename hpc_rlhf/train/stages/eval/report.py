@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from hpc_rlhf import intervals
+from hpc_rlhf.intervals import Interval
 from hpc_rlhf.spec.rewards import RewardItem
 from hpc_rlhf.spec.stages import EvalSpec
 from hpc_rlhf.train import ragged
-from hpc_rlhf.train.algorithms import intervals
-from hpc_rlhf.train.algorithms.intervals import Interval
 from hpc_rlhf.train.algorithms.ppo import k3_kl
 from hpc_rlhf.train.stages.eval.accuracy import Verdicts, accuracy_metrics, gain, judging, of_source, reward_means
 from hpc_rlhf.train.stages.eval.questions import HeldOut

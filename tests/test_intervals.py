@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from hpc_rlhf.train.algorithms import intervals
+from hpc_rlhf import intervals
 
 
 @pytest.mark.parametrize(
