@@ -56,6 +56,10 @@ class StageDir:
     report = Inside("model/report.json")
     answers = Inside("model/answers.jsonl")
 
+    def policy(self, name: str) -> Path:
+        """A chat model that the stage makes: its own, which has its name, or the moving average."""
+        return self.model if name == self.path.name else self.ema_model
+
     def log(self, job_id: str, rank: int, stream: str) -> Path:
         """A rank's log, named as submitit names it; ``stream`` is out or err."""
         return self.logs / f"{job_id}_{rank}_log.{stream}"
@@ -76,6 +80,8 @@ class RunDir:
     # Known to this run's ranks only; see run/secret.py.
     secret = Inside(".secret")
     scripts = Inside("scripts")
+    # What people said of the served models; see run/feedback.py.
+    feedback = Inside("feedback")
 
     def sbatch(self, stage: str) -> Path:
         return self.scripts / f"{stage}.sbatch"
