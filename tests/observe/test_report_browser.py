@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from hpc_rlhf.observe.report.page import write_report
+from tests import chromium
 from tests.observe.report_runs import HOSTILE, evaluate, make_reported_run
 
 pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.slow]
-
-REQUIRE_CHROMIUM = "HPC_RLHF_REQUIRE_CHROMIUM"
-_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
 
 # Texts that share a place, and those that leave their box; what scrolls in a box of its own is left out.
 _MISPLACED = """() => {
@@ -58,15 +52,8 @@ _CLIPPED = """() => [...document.querySelectorAll(".wide, pre, .plot, .plot canv
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None and os.environ.get(REQUIRE_CHROMIUM) == "1":
-        pytest.fail(f"{REQUIRE_CHROMIUM}=1, but there is no chromium")
-    if chromium is None:
-        pytest.skip("no chromium: scripts/install-chromium.sh installs it on Debian")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=_FLAGS)
-        yield started
-        started.close()
+    with chromium.started() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +93,7 @@ def test_report_renders_accessibly(browser: Browser, report: Path, width: int, t
     page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(_MISPLACED) == []
-    violations = Axe().run(page).response["violations"]
-    serious = [one for one in violations if one["impact"] in ("serious", "critical")]
-    assert serious == [], [(one["id"], one["nodes"][0]["html"]) for one in serious]
+    assert chromium.serious_violations(page) == []
     assert wrong == []
     page.context.close()
 
