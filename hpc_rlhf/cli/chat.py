@@ -63,15 +63,15 @@ def command(
         raise click.UsageError("--json requires --prompt.")
     run_dir = find_run(run)
     folders = dict(finished_model(run_dir, name) for name in compare or (stage,))
-    vllm = {name: engine_of(run_dir, folder, engine) for name, folder in folders.items()}
+    vllm = [engine_of(run_dir, folder, engine) for folder in folders.values()]
     if sys.stderr.isatty():
         click.echo(f"loading {', '.join(map(str, folders.values()))} …", err=True)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from hpc_rlhf.train.chat import ChatModel
+    from hpc_rlhf.train.chat import load_models
 
     conversations = [
-        Conversation(name, ChatModel(folder, vllm[name], share=1 / len(folders)), max_tokens, temperature, seed)
-        for name, folder in folders.items()
+        Conversation(name, model, max_tokens, temperature, seed)
+        for name, model in load_models(folders, vllm[0]).items()
     ]
     if prompt == "-":
         prompt = sys.stdin.read().strip()
@@ -99,10 +99,9 @@ def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
     latest_first = [name for name, stage in reversed(spec.policies.items()) if name == stage]
     names = latest_first if model is None else [model]
     for name in names:
-        stage = spec.policies[name]
-        files = run.stage(stage)
+        files = run.stage(spec.policies[name])
         if manifest.is_done(files):
-            return name, files.model if name == stage else files.ema_model
+            return name, files.policy(name)
     if not names:
         makers = dict.fromkeys(kind.name for kind in POLICIES.values())
         raise HpcRlhfError(f"this run trains no chat model: it has no {' or '.join(makers)} stage", where=str(run.path))

@@ -1,4 +1,4 @@
-"""Serve a finished model over the OpenAI API in a Slurm job, and show how clients use it."""
+"""Serve finished models in a Slurm job, and show how people and clients use them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import secrets
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.rollout import RolloutSpec
+from hpc_rlhf.spec.stages import POLICIES
 
 LOCALHOST = "127.0.0.1"
 _POLL = 0.5
@@ -27,17 +28,31 @@ _POLL = 0.5
 
 def url(host: str, port: int) -> str:
     """The API's address for clients on this machine, of a server that listens on ``host``."""
+    return f"http://{_reached(host)}:{port}/v1"
+
+
+def _reached(host: str) -> str:
+    """The address at which this machine reaches a server that listens on ``host``."""
     host = {"0.0.0.0": LOCALHOST, "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    return f"[{host}]" if ":" in host else host
 
 
-def how_to_use(name: str, base: str, token: str) -> str:
-    """Two shell commands: one configures clients of OpenAI's API, the other sends the model a message.
+def how_to_use(name: str, host: str, port: int, node: str, token: str) -> str:
+    """The address of the page, and three shell commands: one connects another machine to the server, one configures
+    clients of OpenAI's API, and one sends the model a message.
 
-    The token goes through a pipe, because everybody on a machine sees the arguments of its processes.
+    Args:
+        host: the address that the server listens on.
+        node: the name of the machine that it runs on.
+
+    Without ExitOnForwardFailure, ssh goes on if the port is in use, and clients send the token to another server. The
+    token goes through a pipe, because everybody on a machine sees the arguments of its processes.
     """
+    base = url(host, port)
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return (
+        f"{base.removesuffix('/v1')}/#{token}\n"
+        f"ssh -N -o ExitOnForwardFailure=yes -L {port}:{_reached(host)}:{port} {node}\n"
         f"export OPENAI_BASE_URL={base} OPENAI_API_KEY={token}\n"
         'echo "Authorization: Bearer $OPENAI_API_KEY" | curl $OPENAI_BASE_URL/chat/completions -H @- '
         f"-H 'Content-Type: application/json' -d {shlex.quote(body)}"
@@ -50,12 +65,19 @@ def new_token() -> str:
 
 
 def serve_as_job(
-    run: RunDir, name: str, stage: str, folder: Path, port: int, vllm: RolloutSpec | None, say: Callable[[str], object]
+    run: RunDir,
+    names: Sequence[str],
+    port: int,
+    record_user: bool,
+    vllm: RolloutSpec | None,
+    say: Callable[[str], object],
 ) -> tuple[str, str, str]:
-    """Submit a job that serves on one node of the stage's kind, wait until it responds, and return its id, node and
-    token.
+    """Submit a job that serves models of a run, wait until it responds, and return its id, node and token.
+
+    It runs on one node of the kind of the last model's stage.
 
     Args:
+        record_user: whether votes keep the name that a voter gives.
         vllm: how vLLM generates the responses; None if the server does.
         say: called with progress messages.
 
@@ -63,6 +85,7 @@ def serve_as_job(
         HpcRlhfError: this user may not act on the run, Slurm rejects the job, or it ends before it serves.
     """
     acting.check(run)
+    stage = POLICIES[names[-1]].name
     plan = make_plan(read_spec(run.job_yaml))
     (planned,) = [job for job in plan.jobs if job.stage == stage]
     job = replace(planned, job_name=f"{plan.name}.serve", slurm=planned.slurm.model_copy(update={"nodes": 1}))
@@ -71,8 +94,9 @@ def serve_as_job(
         with open(token, "x", opener=lambda path, flags: os.open(path, flags, mode=0o600)) as file:
             file.write(new_token())
     ready = token.with_name(f"serve-{secrets.token_hex(4)}.ready")  # an earlier job may still be queued
-    arguments = [str(folder), "--name", name, "--host", LOCALHOST, "--port", str(port)]
-    arguments += ["--token", str(token), "--ready", str(ready)]
+    arguments = [str(run.path), *names, "--host", LOCALHOST, "--port", str(port)]
+    arguments += ["--token", str(token), "--ready", str(ready), "--votes"]
+    arguments += ["--record-user"] if record_user else []
     arguments += [] if vllm is None else ["--vllm", vllm.model_dump_json()]
     command = f"{rank_python(job)} hpc_rlhf.train.serve {shlex.join(arguments)}"
     script = run.stage(stage).path / "serve.sbatch"

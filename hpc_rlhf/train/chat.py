@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,18 @@ def sampling_at(temperature: float, top_p: float = 1.0) -> Sampling:
     return Sampling(greedy=True) if temperature < GREEDY_BELOW else Sampling(temperature, top_p)
 
 
+def load_models(folders: Mapping[str, Path], vllm: RolloutSpec | None) -> dict[str, ChatModel]:
+    """Models that share the memory of this machine, by name.
+
+    Raises:
+        HpcRlhfError: vLLM does not start.
+    """
+    models = {name: ChatModel(folder, vllm, 1 / len(folders)) for name, folder in folders.items()}
+    for model in models.values():
+        model.limit_cache(1 / len(folders))
+    return models
+
+
 class ChatModel:
     """A model loaded for chat from a Hugging Face folder, on a GPU if there is one.
 
@@ -55,13 +67,19 @@ class ChatModel:
 
         self.tokenizer = drop_plain(AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        eos_id, longest = self.tokenizer.eos_token_id, context_length(config) or sys.maxsize
+        eos_id, self._longest = self.tokenizer.eos_token_id, context_length(config) or sys.maxsize
         self.batch: AnyBatch
         if vllm is not None:
             self.batch = VllmBatch(folder, config.dtype or torch.float32, eos_id, vllm, VLLM_SHARE * share)
         else:
             self.batch = _load(folder, eos_id)
-        self.context = min(longest, self.batch.budget)
+        self.context = min(self._longest, self.batch.budget)
+
+    def limit_cache(self, share: float) -> None:
+        """Let a model in this process cache no more than a share of what is free now: other models are loaded, too."""
+        if isinstance(self.batch, OpenBatch):
+            self.batch.budget = _cache_tokens(self.batch.decode_step.model, share)
+            self.context = min(self._longest, self.batch.budget)
 
     def prompt(self, turns: list[tuple[str, str]]) -> list[int]:
         """The tokens that the response to a conversation follows.
@@ -122,5 +140,10 @@ def _load(folder: Path, eos_id: int) -> OpenBatch:
     rotary.separate(model)
     step = DecodeStep(model, may_trace=device.type == "cuda")
     trial.choose(step, int, is_main=True)
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else free_memory()
-    return OpenBatch(step, eos_id, int(CACHE_SHARE * free) // bytes_per_token(model))
+    return OpenBatch(step, eos_id, _cache_tokens(model))
+
+
+def _cache_tokens(model: Any, share: float = 1.0) -> int:
+    """For how many tokens there is a cache in a share of the free memory."""
+    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else free_memory()
+    return int(share * CACHE_SHARE * free) // bytes_per_token(model)

@@ -27,7 +27,7 @@ def render(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
 
     def rendered(run: RunDir, vllm: RolloutSpec | None = None) -> str:
         with pytest.raises(HpcRlhfError, match="no Slurm"):
-            serving.serve_as_job(run, "demo", "sft", tmp_path, 8000, vllm, lambda text: None)
+            serving.serve_as_job(run, ["sft"], 8000, False, vllm, lambda text: None)
         return scripts.pop()
 
     monkeypatch.setattr("hpc_rlhf.slurm.commands.submit", submit)

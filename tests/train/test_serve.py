@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -57,10 +58,12 @@ def test_what_it_prints_reaches_it_and_a_signal_ends_it_at_once(run: RunDir, end
     port = free_port()
     with serving(run, port) as server:
         assert server.stdout is not None
-        lines = [server.stdout.readline() for _ in range(2)]
+        page, ssh, *lines = [server.stdout.readline() for _ in range(4)]
         arguments = Path(f"/proc/{server.pid}/cmdline").read_text()
         said = subprocess.run(["bash", "-c", "".join(lines)], capture_output=True, text=True, timeout=60).stdout
         (token,) = re.findall("OPENAI_API_KEY=(.*)", lines[0])
+        assert page == f"http://127.0.0.1:{port}/#{token}\n"
+        assert "<!doctype html>" in httpx.get(page.strip()).text
         with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token) as client:
             messages: Any = [{"role": "user", "content": "Hi"}]
             chunks = client.chat.completions.create(model="sft", messages=messages, stream=True)
@@ -68,6 +71,7 @@ def test_what_it_prints_reaches_it_and_a_signal_ends_it_at_once(run: RunDir, end
             server.send_signal(ended_by)
             code = server.wait(30)
     assert '"object":"chat.completion"' in said
+    assert ssh == f"ssh -N -o ExitOnForwardFailure=yes -L {port}:127.0.0.1:{port} {socket.gethostname()}\n"
     assert token not in arguments, "everybody on the machine sees them"
     assert not re.search(f"curl.*{token}", lines[1])
     assert code == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[ended_by]
@@ -107,7 +111,7 @@ def test_a_dead_engine_is_a_503_and_the_server_ends_with_its_reason(run: RunDir,
     try:
         with serving(run, port) as server:
             assert server.stdout is not None
-            token = server.stdout.readline().strip().rpartition("=")[2]
+            token = server.stdout.readline().strip().rpartition("#")[2]
             client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token, max_retries=0)
             with client, pytest.raises(openai.InternalServerError) as failed:
                 client.chat.completions.create(model="sft", messages=[{"role": "user", "content": "Hi"}])

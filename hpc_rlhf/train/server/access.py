@@ -9,20 +9,23 @@ import hmac
 import ipaddress
 import json
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from hpc_rlhf.train.server.protocol import ApiError
 
-# The only path that needs no token.
-OPEN = "/health"
+# The paths that need no token: they tell nothing of the model. The page asks for the token.
+OPEN = ("/health", "/")
 # Bytes of the longest body of a request: ten times the text of a context of 128k tokens.
 MAX_BODY = 8 << 20
+# Bytes that the bodies of all requests in progress may have together, besides small ones.
+MAX_BODIES, SMALL = 256 << 20, 64 << 10
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class Guard:
@@ -32,8 +35,9 @@ class Guard:
         host: the address that the server listens on.
     """
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], token: str, host: str) -> None:
+    def __init__(self, app: App, token: str, host: str) -> None:
         self.app = app
+        self.in_progress = 0  # bytes of the bodies of requests
         self.credentials = f"Bearer {token}".encode()
         self.names = {"localhost", host.lower()}
         if host in ("0.0.0.0", "::"):  # every address of this machine
@@ -42,7 +46,12 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self.objection(scope) if scope["type"] in ("http", "websocket") else None
         if error is None:
-            await self.app(scope, receive, send)
+            length = _body_length(dict(scope.get("headers", ())))
+            self.in_progress += length
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.in_progress -= length
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": error.message})
         else:
@@ -57,14 +66,17 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1")
         if not self._is_ours(host):
             return ApiError(403, f"This server does not answer to the host {host!r}.", code="invalid_host")
-        if scope["path"] == OPEN:
+        if scope["path"] in OPEN:
             return None
         if not hmac.compare_digest(headers.get(b"authorization", b""), self.credentials):
             return ApiError(401, "Give the token that hpc-rlhf serve printed, as the API key.", code="invalid_api_key")
         if b"transfer-encoding" in headers:
             return ApiError(411, "Send the body with a Content-Length.", code="length_required")
-        if int(headers.get(b"content-length", b"0")) > MAX_BODY:
+        length = _body_length(headers)
+        if length > MAX_BODY:
             return ApiError(413, f"The body is longer than {MAX_BODY} bytes.", code="request_too_large")
+        if length > SMALL and self.in_progress + length > MAX_BODIES:
+            return ApiError(503, "There are too many long requests; try again later.", code="overloaded")
         return None
 
     def _is_ours(self, host: str) -> bool:
@@ -78,3 +90,7 @@ class Guard:
         except ValueError:
             return name in self.names
         return True
+
+
+def _body_length(headers: Mapping[bytes, bytes]) -> int:
+    return int(headers.get(b"content-length", b"0"))

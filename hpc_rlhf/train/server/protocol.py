@@ -65,19 +65,19 @@ def _check_unicode(text: str) -> str:
     return text
 
 
-_Text = Annotated[str, AfterValidator(_check_unicode)]
-_Stop = Annotated[_Text, StringConstraints(min_length=1)]
+Text = Annotated[str, AfterValidator(_check_unicode)]
+_Stop = Annotated[Text, StringConstraints(min_length=1)]
 _Length = Annotated[int, Field(ge=1)]
 
 
 class _TextPart(_Object):
     type: Literal["text"]
-    text: _Text
+    text: Text
 
 
 class Message(_Object):
     role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | list[_TextPart]
+    content: Text | list[_TextPart]
 
     @property
     def turn(self) -> tuple[str, str]:
@@ -93,7 +93,7 @@ class _StreamOptions(_Object):
 class ChatRequest(_Object):
     """The body of a request for a chat completion."""
 
-    model: _Text
+    model: Text
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: _Length | None = None
     max_tokens: _Length | None = None

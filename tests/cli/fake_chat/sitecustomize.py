@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 class ChatModel:
-    def __init__(self, folder: Path, vllm: object, share: float) -> None:
-        self.name = "ema" if folder.name == "ema" else folder.parent.name
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def forgotten(self, turns: list[tuple[str, str]], max_tokens: int) -> int:
         return 7 if turns[-1][1] == "too long" else 0
@@ -20,6 +20,10 @@ class ChatModel:
         yield " after " + " | ".join(f"{role}: {text}" for role, text in turns)
 
 
+def load_models(folders: dict[str, Path], vllm: object) -> dict[str, ChatModel]:
+    return {name: ChatModel("ema" if path.name == "ema" else path.parent.name) for name, path in folders.items()}
+
+
 module = types.ModuleType("hpc_rlhf.train.chat")
-module.ChatModel = ChatModel  # type: ignore[attr-defined]
+module.load_models = load_models  # type: ignore[attr-defined]
 sys.modules["hpc_rlhf.train.chat"] = module

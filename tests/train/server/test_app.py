@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +11,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from hpc_rlhf.train.chat import ChatModel
-from hpc_rlhf.train.models.export import export
-from hpc_rlhf.train.serve import listen
 from hpc_rlhf.train.server.access import MAX_BODY, Guard
-from hpc_rlhf.train.server.app import make_app
-from tests.train import tiny
+from tests.train.server.running import CONTEXT, TOKEN, serving, small_model
 
-TOKEN = "a-token"
-CONTEXT = 256
 TURNS = [("system", "Be brief."), ("human", " Hi "), ("assistant", "Hello."), ("human", "What colour is snow?")]
 ROLES = {"human": "user", "assistant": "assistant", "system": "system"}
 MESSAGES: Any = [{"role": ROLES[role], "content": text} for role, text in TURNS]
@@ -31,11 +24,7 @@ HI: Any = [{"role": "user", "content": "Hi"}]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    export(
-        tiny.causal("llama", vocab_size=300, max_position_embeddings=CONTEXT), tiny.tokenizer(), folder, is_main=True
-    )
-    return folder
+    return small_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +34,8 @@ def model(folder: Path) -> ChatModel:
 
 @pytest.fixture(scope="module")
 def base(model: ChatModel) -> Iterator[str]:
-    ready = threading.Event()
-    with listen("127.0.0.1", 0) as listener:
-        app = Guard(make_app(model, "sft", ready.set, lost=print), TOKEN, "127.0.0.1")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        assert ready.wait(30)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+    with serving({"sft": model}) as base:
+        yield base
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +299,8 @@ def test_clients_need_the_token(base: str) -> None:
     for credentials in ("", TOKEN, f"Basic {TOKEN}", f"Bearer  {TOKEN}", "Bearer é"):
         headers = {b"Authorization": credentials.encode()}
         assert httpx.get(f"{base}/v1/models", headers=headers).status_code == 401
-    for path in ("/v1/models", "/v1/chat/completions", "/docs", "/openapi.json", "/", "//health", "/health/"):
+    closed = ("/v1/models", "/v1/chat/completions", "/metrics", "/page/settings", "/docs", "/openapi.json")
+    for path in (*closed, "//", "//health", "/health/"):
         assert httpx.get(base + path).status_code == 401
     assert httpx.get(f"{base}/health").json() == {"status": "ok"}
 

@@ -67,7 +67,7 @@ def served(vllm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
         try:
             assert process.stdout is not None
-            token = process.stdout.readline().strip().rpartition("=")[2]
+            token = process.stdout.readline().strip().rpartition("#")[2]
             with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=token, max_retries=0) as client:
                 yield Served(process, client, ChatModel(folder))
         finally:

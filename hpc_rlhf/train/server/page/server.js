@@ -1,0 +1,53 @@
+// Requests to the server. The token comes in the address after the #, and stays in this tab.
+
+class ServerProblem extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+function takeToken() {
+  if (location.hash.length < 2) return;
+  sessionStorage.setItem("token", decodeURIComponent(location.hash.slice(1)));
+  history.replaceState(null, "", location.pathname);
+}
+
+async function ask(path, body, signal) {
+  const headers = { Authorization: `Bearer ${sessionStorage.getItem("token")}` };
+  if (body) headers["Content-Type"] = "application/json";
+  const request = { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) };
+  let response;
+  try {
+    response = await fetch(path, request);
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new ServerProblem(0, "The server cannot be reached.");
+  }
+  if (response.ok) return response;
+  const answer = await response.json().catch(() => null);
+  throw new ServerProblem(response.status, answer?.error?.message ?? `The server answered ${response.status}.`);
+}
+
+// The pieces of a response; returns why it ended.
+async function* completion(body, signal) {
+  const response = await ask("v1/chat/completions", { ...body, stream: true }, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let finish = null;
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    const events = (rest + value).split("\n\n");
+    rest = events.pop();
+    for (const event of events) {
+      const data = event.slice("data: ".length);
+      if (data === "[DONE]") return finish;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new ServerProblem(500, chunk.error.message);
+      finish = chunk.choices[0]?.finish_reason ?? finish;
+      const piece = chunk.choices[0]?.delta.content;
+      if (piece) yield piece;
+    }
+  }
+  throw new ServerProblem(0, "The connection was lost before the response ended.");
+}
