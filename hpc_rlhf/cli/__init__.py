@@ -48,7 +48,8 @@ VERBS = {
     "heal": "Restart the failed stages of a run.",
     "relocate": "Adopt a run directory that was moved or copied.",
     "chat": "Chat with a trained model.",
-    "serve": "Serve a trained model over an OpenAI-compatible API.",
+    "serve": "Serve a trained model: a page to try it, and an OpenAI-compatible API.",
+    "feedback": "Show, export and delete what people said of a run's models.",
     "push": "Upload a trained model to the Hugging Face hub.",
     "version": "Print the versions of hpc-rlhf and of what it uses.",
 }
