@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from hpc_rlhf.run import feedback
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
@@ -62,6 +64,9 @@ def _sequences(stage: PretrainSpec) -> int | None:
 def _rows(source: SourceSpec) -> int | None:
     if source.generated is not None:
         return source.generated
+    if source.feedback is not None:
+        votes = (vote for _, vote in feedback.read(RunDir(Path(source.feedback)).feedback) if vote is not None)
+        return sum(vote.vote in ("left", "right") for vote in votes)
     path = Path(source.path or "")
     if not path.exists():
         return _prepared(source)

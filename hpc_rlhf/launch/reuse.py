@@ -139,7 +139,11 @@ def _modified(spec: JobSpec, stage: str, other: RunDir) -> Iterator[str]:
     stages = with_needs(spec, stage)
     manifests = [other.stage(each).model / manifest.NAME for each in stages]
     finished = min(path.stat().st_mtime for path in manifests if path.exists())
-    sources = {path: each.path for path, each in spec.sources.items() if path.split(".")[1] in ("sources", *stages)}
+    sources = {
+        path: each.path or (each.feedback and str(RunDir(Path(each.feedback)).feedback))
+        for path, each in spec.sources.items()
+        if path.split(".")[1] in ("sources", *stages)
+    }
     models = {f"models.{name}": ref for name, ref in inputs(spec, stage)["models"].items() if isinstance(ref, str)}
     for field, path in {**sources, **models}.items():
         if path is not None and Path(path).is_absolute() and _newest(Path(path)) > finished:

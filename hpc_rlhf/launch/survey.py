@@ -46,7 +46,7 @@ def survey(specs: Sequence[JobSpec], whole: bool = False) -> list[Survey]:
         HpcRlhfError: the process that reads the data failed.
     """
     sources = [source for spec in specs for source in spec.sources.values()]
-    local = any(source.reasoning_gym or os.path.isabs(source.path or "") for source in sources)
+    local = any(source.reasoning_gym or source.feedback or os.path.isabs(source.path or "") for source in sources)
     if not whole and not local and not any(spec.uses_columns for spec in specs):
         return [Survey() for _ in specs]
     asked = {"specs": [spec.model_dump(mode="json") for spec in specs], "whole": whole}

@@ -40,6 +40,10 @@ class Outcome(Enum):
     ONE_ANSWER = "one answer", Kind.PASSED, "without a second response"
     NO_LABEL = "no label", Kind.PASSED, "with a response, but no label of it"
 
+    TIE = "tie", Kind.PASSED, "whose vote is a tie"
+    BOTH_BAD = "both bad", Kind.PASSED, "whose vote calls both responses bad"
+    THUMBS = "thumbs", Kind.PASSED, "with a vote on one response"
+
     REPEATED_TEXT = "repeated text", Kind.PASSED, "equal to an earlier one"
     TOO_FEW_CHARACTERS = "too few characters", Kind.PASSED, "shorter than filters.min_characters"
     TOO_MANY_CHARACTERS = "too many characters", Kind.PASSED, "longer than filters.max_characters"
@@ -52,6 +56,7 @@ class Outcome(Enum):
     EMPTY = "empty", Kind.LOST, "without text"
     NO_ANSWER = "no answer", Kind.LOST, "without a response"
     USER_LAST = "user last", Kind.LOST, "that end with the user's turn"
+    DAMAGED = "damaged", Kind.LOST, "that a crash cut short"
     NO_COMMON_PROMPT = "no common prompt", Kind.LOST, "without a prompt, and whose responses do not show one"
 
     PROMPT_ONLY = "prompt only", Kind.LOST_HERE, "of a prompt without a response"

@@ -172,6 +172,8 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
         what = f"none contains pairs of responses, which the {paired} stage trains on"
         problems.append(problem("data.sources", what))
     for path, source in spec.sources.items():
+        if source.feedback and not path.startswith("data."):
+            problems.append(problem(f"{path}.feedback", "only data.sources can have votes"))
         if source.format and source.further and not (spec.uses_columns and path.startswith("data.")):
             read = ", ".join(CELLS[source.format])
             what = f"has {source.further[0]}, which the format {source.format} does not read, and rewards do not either"

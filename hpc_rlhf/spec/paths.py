@@ -121,6 +121,13 @@ def _local_or_hub(text: str, base: Path) -> str:
     raise ValueError(f"{text!r} is neither an existing file or folder nor a hub id such as facebook/opt-1.3b")
 
 
+def _run(text: str, base: Path) -> str:
+    path = _absolute(_expand(text), base)
+    if not os.path.isfile(f"{path}/job.yaml"):
+        raise ValueError(f"there is no run directory {path!r}")
+    return path
+
+
 def _reward_model(text: str, base: Path) -> str:
     return text if text == "reward" else _local_or_hub(text, base)
 
@@ -157,6 +164,7 @@ def _webhook(text: str, base: Path) -> str:
 _PATHS: tuple[tuple[tuple[str, ...], _Resolve], ...] = (
     (("run_dir",), _run_dir),
     (("data", "sources", "*", "path"), _local_or_hub),
+    (("data", "sources", "*", "feedback"), _run),
     *(
         (("stages", kind.name, field, *several, "path"), _local_or_hub)
         for kind in STAGE_KINDS

@@ -17,10 +17,11 @@ CELLS = {
     "instruction": ("instruction", "input", "output", "history", "system"),
     "text": ("text",),
     "prompt": ("prompt", "system"),
+    "vote": ("messages", "responses", "vote"),
 }
 # Sums of two numbers from 10 to 99.
 ARITHMETIC_PROBLEMS = 90 * 90
-_GENERATED = ("demo", "arithmetic", "reasoning_gym")
+_ORIGINS = ("path", "demo", "arithmetic", "reasoning_gym", "feedback")
 _Text = Annotated[str, Field(min_length=1, max_length=2**20)]
 _Option = int | float | bool | str
 
@@ -39,6 +40,11 @@ class SourceSpec(Model):
     """A dataset id on the hub, or a local file or folder (json, jsonl, csv, parquet, arrow or txt, optionally
     compressed). Write a folder as a path, such as ./my-data. It is read as datasets.load_dataset reads it: see split
     and subset. A .txt file is a row with the column text; a longer one is a row for each MiB."""
+    feedback: PathText | None = None
+    """The run directory of a run whose models people voted on, on the page of hpc-rlhf serve. Needs kind."""
+    kind: Literal["pairs"] | None = None
+    """Which votes of feedback become rows. pairs: comparisons of two responses, of which one was better; the stages get
+    it as chosen and the other as rejected."""
     demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
     """Generate this many short dialogues, instead of reading a path."""
     arithmetic: Annotated[int, Field(ge=10, le=ARITHMETIC_PROBLEMS)] | None = None
@@ -79,12 +85,16 @@ class SourceSpec(Model):
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceSpec:
-        if sum(getattr(self, origin) is not None for origin in ("path", *_GENERATED)) != 1:
-            raise ValueError(f"give exactly one of path, {', '.join(_GENERATED[:-1])} and {_GENERATED[-1]}")
+        if sum(getattr(self, origin) is not None for origin in _ORIGINS) != 1:
+            raise ValueError(f"give exactly one of {', '.join(_ORIGINS[:-1])} and {_ORIGINS[-1]}")
         if self.path is not None and self.format is None:
             raise ValueError("a source with a path needs a format")
+        if (self.feedback is None) != (self.kind is None):
+            raise ValueError("feedback and kind belong together: {feedback: RUN, kind: pairs}")
+        if self.feedback is not None and self.format is not None:
+            raise ValueError("feedback has a format of its own: leave out format")
         if self.columns and self.path is None:
-            raise ValueError("the columns of generated rows have no other names")
+            raise ValueError("only a source with a path can have other names for its columns")
         if self.format == "text" and (self.system or self.few_shot):
             raise ValueError("plain text has no system prompt and no examples")
         return self
@@ -97,13 +107,15 @@ class SourceSpec(Model):
     @property
     def row_format(self) -> str:
         """The format of its rows, read or generated."""
-        return self.format or ("prompt" if self.reasoning_gym else "prompt-chosen-rejected")
+        own = "vote" if self.feedback else "prompt" if self.reasoning_gym else "prompt-chosen-rejected"
+        return self.format or own
 
     @property
     def name(self) -> str:
         """Its name in messages."""
         gym = f"reasoning_gym {self.reasoning_gym['task']}" if self.reasoning_gym else None
-        return self.path or gym or ("demo" if self.demo else "arithmetic")
+        votes = f"feedback {self.feedback}" if self.feedback else None
+        return self.path or gym or votes or ("demo" if self.demo else "arithmetic")
 
     @property
     def further(self) -> list[str]:
@@ -117,4 +129,4 @@ class SourceSpec(Model):
         return {name: field for name, field in fields.items() if name not in _LATER or field}
 
 
-_LATER = ("arithmetic", "reasoning_gym", "system", "few_shot", "columns")
+_LATER = ("feedback", "kind", "arithmetic", "reasoning_gym", "system", "few_shot", "columns")

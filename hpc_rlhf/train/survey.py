@@ -77,7 +77,8 @@ def sampled(
     counts = SourceCounts(source.name, rewarded=rewarded)
     try:
         files = sources.local_files(source)
-        if source.demo is not None or (files is None and source.generated is None):
+        is_remote = files is None and source.generated is None and source.feedback is None
+        if source.demo is not None or is_remote:
             if margins and source.demo is not None:
                 sources.check_margin(Sample((), "", "", where=counts.source), source)
             return Sampled(counts, needs)

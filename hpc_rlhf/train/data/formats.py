@@ -206,6 +206,22 @@ def _from_prompt(row: Cells) -> Sample:
     return _prompt_only(turns if turns and turns[0][0] == "system" else [*_system(row), *turns])
 
 
+def _from_vote(row: Cells) -> Sample:
+    """A vote, as ``sources.votes`` gives it."""
+    if "vote" not in row:
+        raise Dropped(Outcome.DAMAGED)
+    responses, vote = row["responses"], row["vote"]
+    if len(responses) == 1:
+        raise Dropped(Outcome.THUMBS)
+    if vote not in ("left", "right"):
+        raise Dropped(Outcome.TIE if vote == "tie" else Outcome.BOTH_BAD)
+    chosen, rejected = responses if vote == "left" else reversed(responses)
+    sample = _from_turns(turns_of_messages(row["messages"]), chosen)
+    if not rejected.strip():
+        return replace(sample, unpaired=Outcome.NO_REJECTED)
+    return replace(sample, rejected=_message(rejected))
+
+
 def _misfit(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
@@ -242,7 +258,7 @@ def read_row(
     """
     try:
         cells = Cells(row, columns or {}, CELLS[format])
-        sample = READERS[format](cells)
+        sample = (_from_vote if format == "vote" else READERS[format])(cells)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise HpcRlhfError(
             f"the row does not fit the format {format}: {_misfit(error)}; its columns are {', '.join(sorted(row))}",

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
+from hpc_rlhf.run import feedback
+from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.row_counts import Kind, Outcome, SourceCounts
 from hpc_rlhf.spec import reward_checks
 from hpc_rlhf.spec.data import DataSpec
@@ -35,12 +37,35 @@ def placed_rows(source: SourceSpec, seed: int) -> Iterator[Placed]:
     Raises:
         HpcRlhfError: they cannot be read.
     """
-    if source.generated is None and (files := local_files(source)) is not None:
+    if source.feedback is not None:
+        yield from votes(Path(source.feedback))
+    elif source.generated is None and (files := local_files(source)) is not None:
         for file in files:
             yield from read_rows(file)
     else:
         rows = load(source) if source.generated is None else generate(source, seed)
         yield from ((f"{source.name}, row {number}", row) for number, row in enumerate(rows))
+
+
+def votes(run: Path) -> Iterator[Placed]:
+    """A run's votes as rows; a damaged line is an empty one.
+
+    Raises:
+        HpcRlhfError: there are none, or they may not be read.
+    """
+    folder = RunDir(run).feedback
+    try:
+        if not any(folder.iterdir()):
+            raise FileNotFoundError
+        for where, vote in feedback.read(folder):
+            row = None if vote is None else vote.model_dump(include={"messages", "responses", "vote"})
+            yield where, row or {}
+    except FileNotFoundError as error:
+        raise HpcRlhfError(
+            "the run has no votes", where=str(run), hint="people vote on the page of hpc-rlhf serve RUN"
+        ) from error
+    except OSError as error:
+        raise HpcRlhfError(f"cannot be read: {error.strerror}", where=str(error.filename)) from error
 
 
 def generate(source: SourceSpec, seed: int) -> Iterable[dict[str, Any]]:

@@ -1,0 +1,121 @@
+"""Votes as a source: comparisons become pairs, and what gives none is counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hpc_rlhf.cli import main
+from hpc_rlhf.estimate.sample_counts import expected_samples
+from hpc_rlhf.run import feedback
+from hpc_rlhf.run.feedback import VoteMessage
+from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.row_counts import Outcome, SourceCounts
+from hpc_rlhf.spec.load import load_spec
+from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.train.data.sources import read, stage_samples
+from tests.run.votes import pair, thumbs
+
+TURNS = [
+    VoteMessage(role="system", content="Be brief."), VoteMessage(role="user", content="Hi"),
+    VoteMessage(role="assistant", content="Hello."), VoteMessage(role="user", content="What colour is snow?"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run with two preferences of ten votes, and a torn line."""
+    run = RunDir(tmp_path / "served")
+    run.path.mkdir()
+    run.job_yaml.write_text("")
+    votes = [
+        pair("left", "left", messages=TURNS), pair("right", "right", messages=TURNS),
+        thumbs("up"), thumbs("down", "down"),
+        pair("tie", "tie"), pair("bad1", "both_bad"), pair("bad2", "both_bad"), pair("changed", "left"),
+        pair("changed", "tie"), pair("same", "left", responses=["White.", "White. "]),
+        pair("empty", "left", responses=["White.", " "]), pair("nothing", "left", responses=["", "White."]),
+    ]  # fmt: skip
+    for vote in votes:
+        feedback.append(run.feedback, vote)
+    with next(run.feedback.glob("*.jsonl")).open("a") as file:
+        file.write('{"id": "torn')
+    return run
+
+
+def job(folder: Path, run: RunDir, **fields: object) -> Path:
+    source = {"feedback": str(run.path), "kind": "pairs", **fields}
+    spec = {
+        "name": "next", "run_dir": str(folder / "next"), "models": {"actor": "facebook/opt-125m"},
+        "slurm": {"gpus_per_node": 1}, "data": {"sources": [source], "held_out": 0}, "stages": {"dpo": {}},
+    }  # fmt: skip
+    path = folder / "job.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return path
+
+
+def test_the_better_response_is_chosen(run: RunDir) -> None:
+    counts = SourceCounts("")
+    left, right, *_ = read(SourceSpec(feedback=str(run.path), kind="pairs"), 0, counts)
+    assert (left.chosen, left.rejected) == (" White.", " Snow is white.")
+    assert (right.chosen, right.rejected) == (" Snow is white.", " White.")
+    assert left.turns == (
+        ("system", "Be brief."), ("human", "Hi"), ("assistant", "Hello."), ("human", "What colour is snow?"),
+    )  # fmt: skip
+    assert left.where.endswith("votes-000001.jsonl:1")
+    assert counts.ignored == {}
+
+
+def test_every_vote_is_counted(run: RunDir, tmp_path: Path) -> None:
+    spec = load_spec(job(tmp_path, run))
+    counts = [SourceCounts("votes")]
+    samples = list(stage_samples(spec, "dpo", counts))
+    assert [each.sample.where[-2:] for each in samples] == [":1", ":2"]
+    assert {outcome: count.rows for outcome, count in counts[0].outcomes.items()} == {
+        Outcome.THUMBS: 2, Outcome.TIE: 2, Outcome.BOTH_BAD: 2, Outcome.SAME_ANSWERS: 1, Outcome.NO_REJECTED: 1,
+        Outcome.NO_ANSWER: 1, Outcome.DAMAGED: 1,
+    }  # fmt: skip
+    assert expected_samples(spec, "dpo") == 5, "by the votes alone"
+
+
+def test_check_reads_votes(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = job(tmp_path, run)
+    assert main(["check", str(path), "--set", "stages.sft={}"]) == 0, capsys.readouterr().err
+    for vote in ("left", "right"):
+        feedback.delete(run.feedback, lambda each, vote=vote: each.vote == vote)  # type: ignore[misc]
+    assert main(["check", str(path)]) == 2
+    assert "none of the rows gives pairs of responses, which dpo needs" in capsys.readouterr().err
+    for file in run.feedback.iterdir():
+        file.unlink()
+    assert main(["check", str(path)]) == 2
+    assert (
+        f"{run.path}: the run has no votes (people vote on the page of hpc-rlhf serve RUN)" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"kind": None}, "feedback and kind belong together"), ({"kind": "thumbs"}, "Input should be 'pairs'"),
+        ({"format": "hh"}, "feedback has a format of its own"), ({"path": "some/data"}, "give exactly one of path"),
+        ({"columns": {"prompt": "x"}}, "only a source with a path"),
+        ({"feedback": "nowhere"}, "there is no run directory"),
+    ],
+)  # fmt: skip
+def test_a_source_of_votes_is_checked(
+    run: RunDir, tmp_path: Path, fields: dict[str, object], what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(job(tmp_path, run, **fields))]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_a_stage_has_no_votes_of_its_own(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ptx = json.dumps({"feedback": str(run.path), "kind": "pairs"})
+    path = job(tmp_path, run)
+    assert (
+        main(["check", str(path), "--set", "stages={sft: {}, reward: {}, ppo: {}}", "--set", f"stages.ppo.ptx={ptx}"])
+        == 2
+    )
+    assert "stages.ppo.ptx.feedback: only data.sources can have votes" in capsys.readouterr().err
