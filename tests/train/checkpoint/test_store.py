@@ -139,27 +139,30 @@ def test_if_all_are_torn_no_attempt_starts_over(store: CheckpointStore, folder: 
 
 def test_between_steps_any_number_of_ranks_can_resume(store: CheckpointStore, folder: Path) -> None:
     save(store, 10)
-    made_by(4, folder / "step-00000010")
+    made_by(folder / "step-00000010", world_size=4)
     found = store.latest()
     assert found is not None
     assert found.step == 10
 
 
-def test_in_mid_step_only_the_same_number_of_ranks_can_resume(store: CheckpointStore, folder: Path) -> None:
+@pytest.mark.parametrize("layout", [{"world_size": 4}, {"data_ranks": 2}])
+def test_in_mid_step_only_the_same_number_of_ranks_can_resume(
+    store: CheckpointStore, folder: Path, layout: dict[str, int]
+) -> None:
     save(store, 10)
     assert save_now(store, 10, writing("later"), {"loss": 1.0}, part=1)
-    made_by(4, folder / "step-00000010-0001")
+    made_by(folder / "step-00000010-0001", **layout)
     found = store.latest()
     assert found is not None
     assert (found.step, found.part) == (10, 0)
     shutil.rmtree(folder / "step-00000010")
-    with pytest.raises(HpcRlhfError, match="made by 4 ranks in the middle of a step"):
+    with pytest.raises(HpcRlhfError, match=rf"made by {layout.get('world_size', 1)} ranks in the middle of a step"):
         store.latest()
     assert names(folder) == ["step-00000010-0001"], "it is valid, and kept"
 
 
-def made_by(ranks: int, target: Path) -> None:
-    manifest.write(target, {**manifest.require(target, "it"), "world_size": ranks})
+def made_by(target: Path, **layout: int) -> None:
+    manifest.write(target, {**manifest.require(target, "it"), **layout})
 
 
 def test_only_the_newest_are_kept_and_other_files_are_left_alone(store: CheckpointStore, folder: Path) -> None:
