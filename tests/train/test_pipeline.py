@@ -1,6 +1,7 @@
 """Pipelines on real ranks train like one rank, resume exactly, and export a model that the next stage takes.
 
-Float32 on one thread: the sums differ in their order only, and curves agree to 1e-5.
+Float32 on one thread: the sums differ in their order only, and curves agree to 1e-5. bfloat16 rounds weights to three
+digits.
 """
 
 from __future__ import annotations
@@ -60,7 +61,12 @@ class Setup:
     stage: str = "sft"
 
     @property
+    def tolerance(self) -> float:
+        return 5e-3 if "precision" in self.fields else 1e-5
+
+    @property
     def alone(self) -> Setup:
+        """One rank, in float32."""
         return Setup(self.model, stage=self.stage)
 
     def make(self, folder: Path, sources: list[dict[str, Any]]) -> RunDir:
@@ -83,6 +89,7 @@ RECOMPUTED = {"activation_checkpointing": True}
 SETUPS = {
     "llama, ZeRO-1": Setup("llama", 2, {**TWO, **RECOMPUTED, "zero": 1}),
     "qwen2": Setup("qwen2", 2, TWO),
+    "qwen2, ZeRO-1, bf16": Setup("qwen2", 2, {**TWO, "zero": 1, "precision": "bf16"}),
     "qwen3": Setup("qwen3", 2, TWO),
     "opt": Setup("opt", 2, TWO),
     "gpt2, pretraining": Setup("gpt2", 2, TWO, "pretrain"),
@@ -118,17 +125,17 @@ def curve(run: RunDir, stage: str, name: str, kind: str = "train") -> list[float
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_pipeline_learns_like_one_rank(runs: dict[str, tuple[RunDir, RunDir]], name: str) -> None:
     ours, theirs = runs[name]
-    stage = SETUPS[name].stage
+    stage, tolerance = SETUPS[name].stage, SETUPS[name].tolerance
     for number in CURVES:
         values = curve(ours, stage, number)
         assert len(values) == STEPS
-        assert values == pytest.approx(curve(theirs, stage, number), rel=1e-5), number
+        assert values == pytest.approx(curve(theirs, stage, number), rel=tolerance), number
     evaluated = curve(ours, stage, "perplexity", "eval")
-    assert evaluated == pytest.approx(curve(theirs, stage, "perplexity", "eval"), rel=1e-5)
+    assert evaluated == pytest.approx(curve(theirs, stage, "perplexity", "eval"), rel=tolerance)
     assert evaluated[-1] < evaluated[0]
 
 
-@pytest.mark.parametrize("name", SETUPS)
+@pytest.mark.parametrize("name", [name for name in SETUPS if "bf16" not in name])
 def test_the_whole_model_is_exported(runs: dict[str, tuple[RunDir, RunDir]], name: str) -> None:
     ours, theirs = (load_file(run.stage(SETUPS[name].stage).model / "model.safetensors") for run in runs[name])
     assert ours.keys() == theirs.keys()
