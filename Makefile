@@ -21,12 +21,14 @@ PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 FAST := "not slurm and not train and not slow and not gpu and not vllm"
 # Length of the benchmark: full or short.
 BENCH ?= full
+# Bytes of text that bench-tokens tokenizes.
+SIZE ?= 2e9
 # Number of faults in a storm, its seed, and whose Slurm it strikes: this system's, or that of a Debian release.
 FAULTS ?= 200
 SEED ?= 1
 RELEASE ?=
 
-.PHONY: help install install-vllm demo demo-grpo docs test test-fast test-slurm test-vllm coverage fuzz models bench bench-learning chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
+.PHONY: help install install-vllm demo demo-grpo docs test test-fast test-slurm test-vllm coverage fuzz models bench bench-learning bench-tokens chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
 
 help:  ## List these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -99,6 +101,9 @@ bench: .venv/.installed-bench  ## Measure speed and memory against peers; BENCH=
 
 bench-learning: .venv/.installed-bench  ## Compare learning with peers; takes over an hour
 	$(BIN)/python -m tests.benchmarks.learning --work runs/learning
+
+bench-tokens: .venv/.installed-dev  ## Tokenize SIZE bytes of generated text under kills; 2e9 take an hour or two
+	$(BIN)/python -m tests.benchmarks.tokenizing --work runs/tokens --size $(SIZE)
 
 chaos: .venv/.installed-dev install-vllm  ## Run chains with PPO, GRPO and vLLM under FAULTS random faults; 200 take four hours
 	scripts/install-slurm.sh
