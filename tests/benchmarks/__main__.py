@@ -60,10 +60,11 @@ class Case:
     ranks: int = 1
 
 
-OURS = {task: Side("ours", "ours", task) for task in ("sft", "reward", "ppo", "grpo")}
+OURS = {task: Side("ours", "ours", task) for task in ("pretrain", "sft", "reward", "ppo", "grpo")}
 DSC = {task: Side("DeepSpeed-Chat", "deepspeed_chat", task) for task in ("sft", "reward", "ppo")}
-TRL = {task: Side("TRL", "trl_trainers", task) for task in OURS}
+TRL = {task: Side("TRL", "trl_trainers", task) for task in ("sft", "reward", "ppo", "grpo")}
 TRL_FP32 = {task: Side("TRL, float32 weights", "trl_trainers", f"{task}-fp32") for task in ("sft", "reward")}
+PRETRAIN = (OURS["pretrain"], Side("Trainer, DeepSpeed", "transformers_trainer", "pretrain"))
 SFT_8 = (OURS["sft"], DSC["sft"])
 SFT_24 = (OURS["sft"], TRL["sft"], TRL_FP32["sft"])
 REWARD = (OURS["reward"], DSC["reward"], TRL["reward"], TRL_FP32["reward"])
@@ -82,6 +83,8 @@ CASES = (
     Case("PPO, 8 samples a step", PPO, 8, {"full": 12, "short": 5}, warm_up=5),
     Case("GRPO, 32 responses a step", GRPO, 32, {"full": 5, "short": 2}, warm_up=2),
     Case("Rollout, ZeRO-3", ROLLOUT, 8, {"full": 3, "short": 1}, warm_up=2, ranks=2),
+    Case("Pretraining, 8 sequences a step", PRETRAIN, 8, {"full": 8, "short": 4}, warm_up=4, shape="12 x 768"),
+    Case("Pretraining, two ranks", PRETRAIN, 8, {"full": 8, "short": 4}, warm_up=4, shape="12 x 768", ranks=2),
     Case("SFT, 8 samples a step", SFT_8, 8, {"full": 8, "short": 4}, warm_up=4, shape="12 x 768"),
     Case("SFT, 24 samples a step", SFT_24, 24, {"full": 5, "short": 3}, warm_up=3, shape="12 x 768"),
     Case("Reward model, 8 pairs a step", REWARD, 8, {"full": 5, "short": 3}, warm_up=3, shape="12 x 768"),
@@ -164,7 +167,7 @@ def measure(case: Case, work: Path, length: str, failures: list[str]) -> list[di
     for number in range(ROUNDS[length]):
         made: dict[str, dict[str, Any]] = {}
         for side in tuple(sides):
-            run = work / "runs" / f"{side.module}-{side.task}-{case.samples}-{number}"
+            run = work / "runs" / f"{side.module}-{side.task}-{case.samples}-{case.ranks}-{number}"
             try:
                 result = made[side.name] = run_side(case, side, work, run, length)
             except SideFailed as failure:

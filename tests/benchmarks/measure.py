@@ -113,6 +113,7 @@ def main(sides: Mapping[str, Callable[[argparse.Namespace], Result]]) -> None:
     parser.add_argument("--steps", type=int, required=True, help="with those that warm up")
     parser.add_argument("--warm-up", type=int, required=True, help="steps that are not counted")
     options = parser.parse_args()
+    options.ranks = int(os.environ.get("WORLD_SIZE", "1"))
     result = sides[options.task](options)
     if os.environ.get("RANK", "0") == "0":
         (options.run / "result.json").write_text(json.dumps(asdict(result)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,14 +44,24 @@ def _run(options: Namespace) -> RunDir:
     """Run a stage in this process on prepared tokens, as the peers do."""
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     context.MetricsLog = _Ticking  # type: ignore[misc]
-    fields = workload.job(options.work, options.run / "run", options.task, options.samples, options.steps)
-    run = make_run(JobSpec.model_validate(fields))
+    run, ready = RunDir(options.run / "run"), options.run / "ready"
+    if os.environ.get("RANK", "0") == "0":
+        _make(run, options)
+        ready.touch()
+    while not ready.exists():
+        time.sleep(0.1)
+    run_stage(str(run.path), options.task)
+    return run
+
+
+def _make(run: RunDir, options: Namespace) -> None:
+    """Prepare a run with the tokens of the workload."""
+    fields = workload.job(options.work, run.path, options.task, options.samples, options.steps, options.ranks)
+    make_run(JobSpec.model_validate(fields))
     made = RunDir(workload.tokens(options.work, options.task)).stage(options.task).data
     shutil.copytree(made, run.stage(options.task).data)
     if options.task == "ppo":
         _hand_over(options.work / "reward", run.stage("reward").model)
-    run_stage(str(run.path), options.task)
-    return run
 
 
 def _hand_over(made: Path, target: Path) -> None:
@@ -63,6 +74,8 @@ def _tokens(run: RunDir, options: Namespace) -> int:
     """Real tokens of the timed steps, from the rows that the sampler chose; in GRPO, of the responses alone."""
     if options.task == "grpo":
         return round(options.samples * sum(_Ticking.answer_tokens[options.warm_up :]))
+    if options.task == "pretrain":
+        return options.samples * (options.steps - options.warm_up) * workload.LONGEST // options.ranks
     (path,) = run.stage(options.task).data.glob("*/train.arrow")
     rows = Rows(path)
     tokens = 0
@@ -84,4 +97,4 @@ def stage(options: Namespace) -> Result:
 
 
 if __name__ == "__main__":
-    main({"sft": stage, "reward": stage, "ppo": stage, "grpo": stage})
+    main({"pretrain": stage, "sft": stage, "reward": stage, "ppo": stage, "grpo": stage})

@@ -74,6 +74,18 @@ def reward(responses: list[str]) -> list[float]:
     return [float(REWARDED in response) for response in responses]
 
 
+def documents(work: Path) -> Path:
+    """The chosen dialogues as documents of plain text."""
+    path = work / "documents.jsonl"
+    if not path.exists():
+        from hpc_rlhf.spec.source import SourceSpec
+        from hpc_rlhf.train.data import sources
+
+        samples = sources.read(SourceSpec.model_validate(source(work)), SEED)
+        path.write_text("".join(json.dumps({"text": one.prompt + one.chosen}) + "\n" for one in samples))
+    return path
+
+
 def precision() -> str:
     """bf16, or fp32 on a processor whose matrix products in bfloat16 are emulated. All sides use it."""
     import torch
@@ -92,18 +104,23 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
     """The job spec of our side, for one stage at a time.
 
     Args:
-        samples: samples per optimizer step. A micro-batch of SFT and of the reward model has the tokens of at most
-            four of the longest, or of two in float32, which is as fast as more and takes less memory.
+        samples: samples per optimizer step.
     """
     sampled = stage in ("ppo", "grpo")
     longest = PROMPT if sampled else LONGEST // 2
-    longest_at_once = 4 if precision() == "bf16" else 2
-    micro_batch = min({"ppo": 8, "grpo": samples}.get(stage, longest_at_once), samples // ranks)
-    common = {"micro_batch": micro_batch, "global_batch": samples, "max_steps": steps, "epochs": 100}
+    common = {
+        "micro_batch": micro_batch(stage, samples, ranks),
+        "global_batch": samples,
+        "max_steps": steps,
+        "epochs": 100,
+    }
     rates = {"actor_lr": 1e-5, "critic_lr": 1e-5} if stage == "ppo" else {"lr": 1e-3}
     stages = {stage: {**common, **rates, "precision": precision(), "zero": 0, "checkpoint_every": 10**6}}
     if stage == "sft":
         stages["sft"]["answer_only"] = False  # as its peers train
+    if stage == "pretrain":
+        text = {"path": str(documents(work)), "format": "text"}
+        stages["pretrain"] |= {"sources": [text], "sequence_length": LONGEST, "held_out": 0, "weight_decay": 0.0}
     if stage == "ppo":
         stages["ppo"]["ema"] = False
         stages["reward"] = {**common, "max_steps": 1, "lr": 1e-3}
@@ -119,6 +136,13 @@ def job(work: Path, run: Path, stage: str, samples: int, steps: int, ranks: int 
         "models": {"actor": str(work / model(stage))},
         "stages": stages,
     }  # fmt: skip
+
+
+def micro_batch(stage: str, samples: int, ranks: int) -> int:
+    """Samples of a micro-batch, of ``samples`` in an optimizer step. Where responses are given it has the tokens of at
+    most four of the longest, or of two in float32, which is as fast as more and takes less memory."""
+    longest_at_once = 4 if precision() == "bf16" else 2
+    return min({"ppo": 8, "grpo": samples}.get(stage, longest_at_once), samples // ranks)
 
 
 def model(stage: str) -> str:
@@ -137,6 +161,7 @@ def make(work: Path, shape: dict[str, Any]) -> None:
     from hpc_rlhf.train.models.tokenizers import train_bpe
     from hpc_rlhf.train.runtime.stop_signals import StopFlag
     from hpc_rlhf.train.runtime.world import join, leave
+    from hpc_rlhf.train.stages.pretrain import Text
 
     world = join(1)
     texts = sources.texts(JobSpec.model_validate(job(work, work / "none", "sft", 8, 1)))
@@ -156,6 +181,11 @@ def make(work: Path, shape: dict[str, Any]) -> None:
         drawn = [rows[sample_at(place, len(rows), SEED, stage)] for place in range(len(rows))]
         kept = [{k: v for k, v in row.items() if k.endswith("_ids")} for row in drawn]
         (work / f"{stage}.json").write_text(json.dumps(kept))
+    spec = JobSpec.model_validate(job(work, tokens(work, "pretrain"), "pretrain", 8, 1))
+    context = StageContext(spec, "pretrain", make_run(spec), world, StopFlag(), "bench")
+    text = Text.prepare(context, context.stage_spec)  # type: ignore[arg-type]
+    sequences = [text.train[text.index_at(place)]["ids"].tolist() for place in range(len(text.train))]
+    (work / "pretrain.json").write_text(json.dumps([{"ids": ids} for ids in sequences if len(ids) == LONGEST]))
     leave()
 
 
@@ -186,7 +216,7 @@ def tokens(work: Path, stage: str) -> Path:
 def rows(work: Path, stage: str) -> list[dict[str, list[int]]]:
     """The same rows for the peers, in the order in which our side takes them.
 
-    They have ``prompt_ids``, ``chosen_ids`` and, for the reward model, ``rejected_ids``.
+    They have ``prompt_ids``, ``chosen_ids`` and, for the reward model, ``rejected_ids``; for pretraining ``ids``.
     """
     made: list[dict[str, list[int]]] = json.loads((work / f"{stage}.json").read_text())
     return made
