@@ -2,9 +2,9 @@
 
 On HH data: held-out perplexity of SFT beside DeepSpeed-Chat's loop, held-out accuracy of the reward model beside its
 and TRL's, and PPO's reward and KL from those two models. On jobs/tiny-grpo.yaml: held-out accuracy of GRPO beside TRL's
-while they train. All sides train in float32 by the same AdamW and cosine, without dropout and weight decay, and
-transformers alone judges what each has made. Peers pad to the longest of a batch, which gives the same numbers as
-padding to 512.
+while they train. On the text of a Debian machine: held-out perplexity of pretraining beside transformers' Trainer. All
+sides train in float32 by the same AdamW and cosine, without dropout and weight decay, and transformers alone judges
+what each has made. Peers pad to the longest of a batch, which gives the same numbers as padding to 512.
 """
 
 from __future__ import annotations
@@ -244,14 +244,18 @@ def grpo(work: Path, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", default=["sft", "reward", "ppo", "grpo"])
+    parser.add_argument("stages", nargs="*", default=["pretrain", "sft", "reward", "ppo", "grpo"])
     parser.add_argument("--work", type=Path, required=True, help="output folder; existing results are kept")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3, help="of SFT and of the reward model")
     options = parser.parse_args()
     work = options.work.resolve() / f"lr-{options.lr:g}"
     for stage in options.stages:
-        if stage == "ppo":
+        if stage == "pretrain":
+            from tests.benchmarks import learning_text
+
+            learning_text.compare(work, options.seeds, options.lr)
+        elif stage == "ppo":
             ppo(work, options.lr)
         elif stage == "grpo":
             grpo(options.work.resolve() / "grpo", options.seeds)

@@ -151,11 +151,18 @@ def trl_grpo(stage: str, start: Path, samples: list[Row], lr: float, seed: int, 
     _keep(trainer.model, [line["loss"] for line in trainer.state.log_history if "loss" in line], target)
 
 
+def trainer(*arguments: Any) -> None:
+    from tests.benchmarks import learning_text
+
+    learning_text.trainer(*arguments)
+
+
 TRAIN: dict[tuple[str, str], Callable[..., None]] = {
     ("DeepSpeed-Chat", "sft"): deepspeed_chat,
     ("DeepSpeed-Chat", "reward"): deepspeed_chat,
     ("TRL", "reward"): trl,
     ("TRL", "grpo"): trl_grpo,
+    ("Trainer", "pretrain"): trainer,
 }
 
 

@@ -24,6 +24,7 @@ from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data import texts
 from hpc_rlhf.train.data.sampler import blended, shuffled, total_steps
 from hpc_rlhf.train.data.sequences import Sequences, predicted
+from hpc_rlhf.train.data.token_files import TokenStream
 from hpc_rlhf.train.models.flops import TrainingFlops
 from hpc_rlhf.train.models.loading import check_fits, load_causal, loading
 from hpc_rlhf.train.stages.common import finish, language_engine, prepare_model, start_actor
@@ -94,15 +95,23 @@ class Text:
         Raises:
             HpcRlhfError: a source cannot be read, or has no text to learn.
         """
-        seed, folder, length = context.spec.seed, context.files.data, spec.sequence_length
+        seed, folder = context.spec.seed, context.files.data
 
         def should_stop() -> bool:  # without a heartbeat: a rank may wait for the others for hours
             return context.stop.flag.code > 0
 
         with context.stop.cancellable():
-            streams = texts.prepare(spec, seed, context.tokenizer, folder, context.world, should_stop)
+            return cls.of(texts.prepare(spec, seed, context.tokenizer, folder, context.world, should_stop), spec, seed)
+
+    @classmethod
+    def of(cls, streams: list[tuple[TokenStream, TokenStream]], spec: PretrainSpec, seed: int) -> Text:
+        """The text of sources, of each the tokens to train on and those held out.
+
+        Raises:
+            HpcRlhfError: a source has no text to learn.
+        """
         train, held_out = (
-            Sequences([each[split] for each in streams], length, spec.cross_documents) for split in (0, 1)
+            Sequences([each[split] for each in streams], spec.sequence_length, spec.cross_documents) for split in (0, 1)
         )
         for source, count in zip(spec.sources, train.counts, strict=True):
             if not count:
