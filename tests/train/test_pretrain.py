@@ -92,6 +92,25 @@ def test_one_rank_learns_the_same_as_two(whole: RunDir, tmp_path: Path, sources:
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def few_steps(tmp_path_factory: pytest.TempPathFactory, sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    run = pretraining(tmp_path_factory.mktemp("few") / "run", sources, max_steps=3)
+    assert run_stage(run, "pretrain", 2) == [0, 0], log_tail(run, "pretrain")
+    return lines(run, "train")
+
+
+@pytest.mark.parametrize("strategy", [{"zero": 3}, {"tensor_parallel": 2}, {"lora": {"rank": 4}}], ids=str)
+def test_every_strategy_learns_the_same_text(
+    strategy: dict[str, Any], few_steps: list[dict[str, Any]], tmp_path: Path, sources: list[dict[str, Any]]
+) -> None:
+    run = pretraining(tmp_path / "run", sources, max_steps=3, **strategy)
+    assert run_stage(run, "pretrain", 2) == [0, 0], log_tail(run, "pretrain")
+    alike = few_steps[:1] if "lora" in strategy else few_steps  # adapters begin as the model and learn less
+    for one, other in zip(lines(run, "train"), alike, strict="lora" not in strategy):
+        assert one["tokens"] == other["tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
 def test_attention_stays_within_documents_unless_it_may_cross(tmp_path: Path, sources: list[dict[str, Any]]) -> None:
     """A step from the same weights: within documents, its loss is the mean over documents on their own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
