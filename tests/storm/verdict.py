@@ -106,14 +106,15 @@ def unexplained(storm: Storm) -> list[str]:
 
 def still_running(storm: Storm) -> list[str]:
     """Processes of the chain's ranks that are left, such as a server."""
+    mine, left = f"STORM={storm.folder}", list[Process]()
 
-    def left() -> list[Process]:
-        mine = f"STORM={storm.folder}"
-        return find(lambda process: any(pair.startswith(mine) for pair in process.environ()))
+    def all_have_ended() -> bool:
+        left[:] = find(lambda process: any(pair.startswith(mine) for pair in process.environ()))
+        return not left
 
     with suppress(ClusterError):
-        wait_until(lambda: not left(), 120, "all processes have ended")
-    return [f"still running: {process.pid} ({process.command()})" for process in left()]
+        wait_until(all_have_ended, 120, "all processes have ended")
+    return [f"still running: {process.pid} ({process.command()})" for process in left]
 
 
 def table(storm: Storm) -> str:
