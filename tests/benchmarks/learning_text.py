@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hpc_rlhf import intervals
 from hpc_rlhf.spec.job import JobSpec
-from hpc_rlhf.train.algorithms import intervals
 from hpc_rlhf.train.data import texts
 from hpc_rlhf.train.runtime.alone import Alone
 from tests.benchmarks import learning_peers, workload
@@ -84,7 +84,7 @@ def trainer(stage: str, start: Path, samples: list[Any], lr: float, seed: int, t
     import transformers
 
     torch.manual_seed(seed)
-    rows = [row["ids"].tolist() for row in samples]
+    rows = list(map(_padded, samples))
     peer = transformers.Trainer(
         transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
         transformers.TrainingArguments(
@@ -92,10 +92,18 @@ def trainer(stage: str, start: Path, samples: list[Any], lr: float, seed: int, t
             per_device_train_batch_size=SAMPLES, adam_beta2=0.95, max_grad_norm=1.0, use_cpu=True,
             train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
         ),
-        train_dataset=datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}),
+        train_dataset=datasets.Dataset.from_list(rows),
     )  # fmt: skip
     peer.train()
     learning_peers._keep(peer.model, [line["loss"] for line in peer.state.log_history if "loss" in line], target)
+
+
+def _padded(row: Any) -> dict[str, list[int]]:
+    """A sequence for the Trainer; the last of a source may be shorter than the others."""
+    ids = row["ids"].tolist()
+    missing = LENGTH - len(ids)
+    mask = [1] * len(ids) + [0] * missing
+    return {"input_ids": ids + [0] * missing, "attention_mask": mask, "labels": ids + [-100] * missing}
 
 
 def judged(folder: Path, documents: list[list[int]]) -> list[float]:
