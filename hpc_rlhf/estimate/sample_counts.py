@@ -14,8 +14,11 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import hub
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.spec.stages import PretrainSpec
+from hpc_rlhf.spec.stages import Data, PretrainSpec, kind_of
 
+_COUNTED_VOTES = {"pairs": ("left", "right"), "thumbs": ("up", "down")}
+# Formats in which a row always has two responses, each of which is a labeled one.
+_PAIRS = ("hh", "vote")
 # Larger files are not read to count their lines.
 _COUNTED = 2**29
 # Bytes of text in a token of a large vocabulary, and in a byte of a compressed file, roughly.
@@ -41,7 +44,8 @@ def expected_samples(spec: JobSpec, stage: str) -> int | None:
             return None
         if count is None:
             return None
-        rows += count * source.weight
+        both = kind_of(stage).data is Data.LABELED and (source.demo or source.row_format in _PAIRS)
+        rows += count * source.weight * (2 if both else 1)
     return round(rows * spec.shares[stage] / total * (1 - spec.data.held_out))
 
 
@@ -64,9 +68,9 @@ def _sequences(stage: PretrainSpec) -> int | None:
 def _rows(source: SourceSpec) -> int | None:
     if source.generated is not None:
         return source.generated
-    if source.feedback is not None:
+    if source.feedback is not None and source.kind is not None:
         votes = (vote for _, vote in feedback.read(RunDir(Path(source.feedback)).feedback) if vote is not None)
-        return sum(vote.vote in ("left", "right") for vote in votes)
+        return sum(vote.vote in _COUNTED_VOTES[source.kind] for vote in votes)
     path = Path(source.path or "")
     if not path.exists():
         return _prepared(source)

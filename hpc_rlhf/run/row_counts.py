@@ -43,6 +43,7 @@ class Outcome(Enum):
     TIE = "tie", Kind.PASSED, "whose vote is a tie"
     BOTH_BAD = "both bad", Kind.PASSED, "whose vote calls both responses bad"
     THUMBS = "thumbs", Kind.PASSED, "with a vote on one response"
+    COMPARISON = "comparison", Kind.PASSED, "with a vote on two responses"
 
     REPEATED_TEXT = "repeated text", Kind.PASSED, "equal to an earlier one"
     TOO_FEW_CHARACTERS = "too few characters", Kind.PASSED, "shorter than filters.min_characters"

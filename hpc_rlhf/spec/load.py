@@ -26,7 +26,7 @@ from hpc_rlhf.spec.training import LoraSpec, TrainingSpec
 from hpc_rlhf.spec.yaml_source import FLOAT, Node, read_yaml
 
 AnyModel = TypeVar("AnyModel", bound=Model)
-_PAIRLESS = ("instruction", "text", "prompt")  # formats without a rejected response
+_PAIRLESS = ("instruction", "text", "prompt", "thumb")  # formats without a rejected response
 
 
 def load_spec(path: Path | str, sets: Sequence[str] = ()) -> JobSpec:

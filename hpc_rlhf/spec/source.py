@@ -18,6 +18,7 @@ CELLS = {
     "text": ("text",),
     "prompt": ("prompt", "system"),
     "vote": ("messages", "responses", "vote"),
+    "thumb": ("messages", "responses", "vote"),
 }
 # Sums of two numbers from 10 to 99.
 ARITHMETIC_PROBLEMS = 90 * 90
@@ -42,9 +43,10 @@ class SourceSpec(Model):
     and subset. A .txt file is a row with the column text; a longer one is a row for each MiB."""
     feedback: PathText | None = None
     """The run directory of a run whose models people voted on, on the page of hpc-rlhf serve. Needs kind."""
-    kind: Literal["pairs"] | None = None
+    kind: Literal["pairs", "thumbs"] | None = None
     """Which votes of feedback become rows. pairs: comparisons of two responses, of which one was better; the stages get
-    it as chosen and the other as rejected."""
+    it as chosen and the other as rejected. thumbs: single responses with a thumb up or down, for KTO; other stages get
+    those with a thumb up."""
     demo: Annotated[int, Field(ge=10, le=1_000_000)] | None = None
     """Generate this many short dialogues, instead of reading a path."""
     arithmetic: Annotated[int, Field(ge=10, le=ARITHMETIC_PROBLEMS)] | None = None
@@ -107,7 +109,9 @@ class SourceSpec(Model):
     @property
     def row_format(self) -> str:
         """The format of its rows, read or generated."""
-        own = "vote" if self.feedback else "prompt" if self.reasoning_gym else "prompt-chosen-rejected"
+        if self.feedback:
+            return "vote" if self.kind == "pairs" else "thumb"
+        own = "prompt" if self.reasoning_gym else "prompt-chosen-rejected"
         return self.format or own
 
     @property

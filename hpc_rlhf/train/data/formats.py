@@ -116,8 +116,13 @@ def _labeled(sample: Sample, row: Cells) -> Sample:
         return sample
     if label not in (0, 1):
         raise ValueError(f"label is {label}, and true or false was expected: whether the response is good")
-    if label or not sample.chosen:
-        return replace(sample, labeled=bool(sample.chosen))
+    return _with_label(sample, bool(label)) if sample.chosen else sample
+
+
+def _with_label(sample: Sample, is_good: bool) -> Sample:
+    """A sample with a single response, which a label calls good or bad."""
+    if is_good:
+        return replace(sample, labeled=True)
     return replace(sample, chosen="", rejected=sample.chosen, unanswered=Outcome.BAD_ANSWER, labeled=True)
 
 
@@ -222,6 +227,18 @@ def _from_vote(row: Cells) -> Sample:
     return replace(sample, rejected=_message(rejected))
 
 
+def _from_thumb(row: Cells) -> Sample:
+    """A vote on one response, as ``sources.votes`` gives it."""
+    if "vote" not in row:
+        raise Dropped(Outcome.DAMAGED)
+    if len(row["responses"]) > 1:
+        raise Dropped(Outcome.COMPARISON)
+    sample = _from_turns(turns_of_messages(row["messages"]), row["responses"][0])
+    if not sample.chosen:
+        raise Dropped(Outcome.NO_ANSWER)
+    return _with_label(sample, row["vote"] == "up")
+
+
 def _misfit(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
@@ -236,6 +253,9 @@ READERS = {
     "text": _from_text,
     "prompt": _from_prompt,
 }
+
+
+_OF_VOTES = {"vote": _from_vote, "thumb": _from_thumb}
 
 
 def read_row(
@@ -258,7 +278,7 @@ def read_row(
     """
     try:
         cells = Cells(row, columns or {}, CELLS[format])
-        sample = (_from_vote if format == "vote" else READERS[format])(cells)
+        sample = {**READERS, **_OF_VOTES}[format](cells)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise HpcRlhfError(
             f"the row does not fit the format {format}: {_misfit(error)}; its columns are {', '.join(sorted(row))}",

@@ -80,6 +80,21 @@ def test_every_vote_is_counted(run: RunDir, tmp_path: Path) -> None:
     assert expected_samples(spec, "dpo") == 5, "by the votes alone"
 
 
+def test_thumbs_are_labels_for_kto_and_responses_for_sft(run: RunDir, tmp_path: Path) -> None:
+    path = job(tmp_path, run, kind="thumbs")
+    path.write_text(path.read_text().replace("dpo: {}", "kto: {}"))
+    spec, counts = load_spec(path), [SourceCounts("votes")]
+    up, down = (each.sample for each in stage_samples(spec, "kto", counts))
+    assert (up.chosen, up.rejected, up.labeled) == (" White.", "", True)
+    assert (down.chosen, down.rejected, down.labeled) == ("", " White.", True)
+    assert {outcome: count.rows for outcome, count in counts[0].outcomes.items()} == {
+        Outcome.COMPARISON: 9, Outcome.DAMAGED: 1,
+    }  # fmt: skip
+    assert expected_samples(spec, "kto") == 2
+    path.write_text(path.read_text().replace("kto: {}", "sft: {}"))
+    assert [each.sample.chosen for each in stage_samples(load_spec(path), "sft")] == [" White."]
+
+
 def test_check_reads_votes(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = job(tmp_path, run)
     assert main(["check", str(path), "--set", "stages.sft={}"]) == 0, capsys.readouterr().err
@@ -98,7 +113,9 @@ def test_check_reads_votes(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"kind": None}, "feedback and kind belong together"), ({"kind": "thumbs"}, "Input should be 'pairs'"),
+        ({"kind": None}, "feedback and kind belong together"),
+        ({"kind": "stars"}, "must be 'pairs' or 'thumbs', not"),
+        ({"kind": "thumbs"}, "none contains pairs of responses, which the dpo stage trains on"),
         ({"format": "hh"}, "feedback has a format of its own"), ({"path": "some/data"}, "give exactly one of path"),
         ({"columns": {"prompt": "x"}}, "only a source with a path"),
         ({"feedback": "nowhere"}, "there is no run directory"),
