@@ -101,13 +101,11 @@ def test_check_reads_votes(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFi
     for vote in ("left", "right"):
         feedback.delete(run.feedback, lambda each, vote=vote: each.vote == vote)  # type: ignore[misc]
     assert main(["check", str(path)]) == 2
-    assert "none of the rows gives pairs of responses, which dpo needs" in capsys.readouterr().err
+    assert "none of the rows gives pairs of responses, which dpo needs" in capsys.readouterr().out
     for file in run.feedback.iterdir():
         file.unlink()
     assert main(["check", str(path)]) == 2
-    assert (
-        f"{run.path}: the run has no votes (people vote on the page of hpc-rlhf serve RUN)" in capsys.readouterr().err
-    )
+    assert "the run has no votes (people vote on the page of hpc-rlhf serve RUN)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -125,7 +123,7 @@ def test_a_source_of_votes_is_checked(
     run: RunDir, tmp_path: Path, fields: dict[str, object], what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", str(job(tmp_path, run, **fields))]) == 2
-    assert what in capsys.readouterr().err
+    assert what in capsys.readouterr().out
 
 
 def test_a_stage_has_no_votes_of_its_own(run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,4 +133,4 @@ def test_a_stage_has_no_votes_of_its_own(run: RunDir, tmp_path: Path, capsys: py
         main(["check", str(path), "--set", "stages={sft: {}, reward: {}, ppo: {}}", "--set", f"stages.ppo.ptx={ptx}"])
         == 2
     )
-    assert "stages.ppo.ptx.feedback: only data.sources can have votes" in capsys.readouterr().err
+    assert "stages.ppo.ptx.feedback: only data.sources can have votes" in capsys.readouterr().out
