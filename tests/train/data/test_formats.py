@@ -142,7 +142,7 @@ def test_columns_may_have_other_names(format: str, columns: dict[str, str], row:
 
 
 def test_columns_of_the_demo_have_no_other_names() -> None:
-    with pytest.raises(ValueError, match="generated rows"):
+    with pytest.raises(ValueError, match="only a source with a path"):
         SourceSpec(demo=10, columns={"prompt": "x"})
     assert "columns" not in SourceSpec(path="a.jsonl", format="hh").model_dump(mode="json")
     assert SourceSpec(path="a", format="hh", columns={"chosen": "x"}).model_dump()["columns"] == {"chosen": "x"}
