@@ -45,7 +45,7 @@ class _Machine:
     """The GPUs of a stage. Rates are those that one GPU is assumed to reach.
 
     Attributes:
-        link, exchange: bytes per second between all ranks, and between those that share sequences.
+        link, exchange: bytes per second between all ranks, and between those that share sequences and layers.
         ways, sequence: ranks that share layers, and sequences.
         here: ranks of a node.
     """
@@ -274,9 +274,12 @@ def _scored(model: _Model, stored: StageSpec, tokens: int, machine: _Machine) ->
 
 
 def _exchanged(model: _Model, tokens: int, machine: _Machine) -> float:
-    """Seconds in which the ranks that share ``tokens`` exchange them for heads, and back, in a forward pass."""
-    own = tokens / machine.sequence * model.item * model.attended / machine.ways
-    return own * (machine.sequence - 1) / machine.sequence / machine.exchange
+    """Seconds in which ranks exchange activations in a forward pass: those that share ``tokens`` exchange them for heads,
+    and back, and those that share layers all-reduce the outputs of attention and MLP, each at twice their bytes."""
+    own = tokens / machine.sequence * model.item
+    heads = own * model.attended / machine.ways * (machine.sequence - 1) / machine.sequence
+    outputs = 4 * own * model.layers / machine.stages * model.hidden * (machine.ways - 1) / machine.ways
+    return (heads + outputs) / machine.exchange
 
 
 def _step(model: _Model, tokens: int, passes: int, machine: _Machine) -> dict[str, float]:

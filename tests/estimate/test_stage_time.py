@@ -93,6 +93,14 @@ def test_ranks_that_share_sequences_pass_their_tokens_on_twice_each_way() -> Non
     assert over_nodes["messages"] == pytest.approx(gradients * 300 / 25 + 2 * numbers * 0.5 / 25e9)
 
 
+def test_ranks_that_share_layers_sum_two_outputs_of_each_layer() -> None:
+    parts = timed(gpus=2, micro_batch=16, tensor_parallel=2)
+    outputs = 2 * 12 * 2 * 16 * 512 * 768  # bytes of a forward pass, and of the gradients on the way back
+    assert parts["messages"] == pytest.approx(2 * 2 * outputs * 0.5 / 300e9)
+    again = timed(gpus=2, micro_batch=16, tensor_parallel=2, activation_checkpointing=True)
+    assert again["messages"] == pytest.approx(1.5 * parts["messages"])
+
+
 def test_offload_waits_for_the_bus_and_the_cpu() -> None:
     none = timed(zero=3)
     offloaded = timed(zero=3, offload_optimizer=True, offload_params=True)
