@@ -127,7 +127,7 @@ def test_a_task_needs_a_name_and_a_size(options: dict[str, Any]) -> None:
 
 
 def test_one_origin_and_no_names_for_generated_columns() -> None:
-    with pytest.raises(ValueError, match="exactly one of path, demo, arithmetic and reasoning_gym"):
+    with pytest.raises(ValueError, match="exactly one of path, demo, arithmetic, reasoning_gym and feedback"):
         SourceSpec(demo=10, arithmetic=10)
-    with pytest.raises(ValueError, match="generated rows"):
+    with pytest.raises(ValueError, match="only a source with a path"):
         SourceSpec(arithmetic=10, columns={"prompt": "x"})
