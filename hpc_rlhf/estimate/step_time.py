@@ -274,8 +274,11 @@ def _scored(model: _Model, stored: StageSpec, tokens: int, machine: _Machine) ->
 
 
 def _exchanged(model: _Model, tokens: int, machine: _Machine) -> float:
-    """Seconds in which ranks exchange activations in a forward pass: those that share ``tokens`` exchange them for heads,
-    and back, and those that share layers all-reduce the outputs of attention and MLP, each at twice their bytes."""
+    """Seconds in which ranks exchange activations in a forward pass.
+
+    Those that share ``tokens`` exchange them for heads, and back. Those that share layers all-reduce the outputs of
+    attention and MLP, each of which costs twice its bytes.
+    """
     own = tokens / machine.sequence * model.item
     heads = own * model.attended / machine.ways * (machine.sequence - 1) / machine.sequence
     outputs = 4 * own * model.layers / machine.stages * model.hidden * (machine.ways - 1) / machine.ways
