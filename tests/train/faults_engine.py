@@ -23,6 +23,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import engine as engines
+from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.runtime.stop_signals import StopFlag
 from hpc_rlhf.train.runtime.world import ParallelDims, World
 from hpc_rlhf.train.stages import learner, sft
@@ -86,9 +87,9 @@ def make_once(run: RunDir, world: World) -> None:
     data, tokenizer = context.data(), context.tokenizer
     model = sft.load_causal(context.start_model(context.spec.models.actor), context.dtype, 0.0)
     spec: Any = context.stage_spec
-    engine = engines.training_engine(sft.LanguageModel(model), context.ds_config, spec, spec.lr, STEPS)
+    engine = engines.training_engine(LanguageModel(model), context.ds_config, spec, spec.lr, STEPS)
     sft.load_causal = lambda *_: model
-    sft.engines.training_engine = lambda *_: engine  # type: ignore[assignment]
+    engines.training_engine = lambda *_: engine
     StageContext.data = lambda _: data  # type: ignore[method-assign]
     StageContext.tokenizer = tokenizer
 
