@@ -106,7 +106,7 @@ def _memory(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, gpu: int |
 
 
 def _fullest_stage(work: Pass, batch: Batch, gpu: int | None) -> Memory:
-    """Of the stages of a pipeline, the one that holds most."""
+    """The memory of the pipeline stage that holds most."""
     model, stages = work.model, []
     for share in shares(model, work.stage.pipeline_stages, batch.accumulation):
         predicted = work.predicted if share.is_last else 0

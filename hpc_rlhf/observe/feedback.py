@@ -25,7 +25,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 @dataclass(frozen=True)
 class PairResult:
-    """What votes say of a model against another.
+    """How a model does against another, by the votes.
 
     Attributes:
         win_rate: a vote for neither (a tie, or both bad) counts half.

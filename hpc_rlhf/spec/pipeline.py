@@ -22,7 +22,7 @@ def stage_bounds(layers: Sequence[int], before: int, after: int, stages: int) ->
     def size(start: int, stop: int) -> int:
         return ends[stop] - ends[start] + before * (start == 0) + after * (stop == count)
 
-    # Of the first layers in so many stages: the size of the largest stage, and the bounds.
+    # For the first layers, divided into one stage, two and so on: the size of the largest stage, and the bounds.
     best = {stop: (size(0, stop), [0, stop]) for stop in range(1, count + 1)}
     for _ in range(stages - 1):
         best = {

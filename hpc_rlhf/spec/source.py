@@ -42,7 +42,7 @@ class SourceSpec(Model):
     compressed). Write a folder as a path, such as ./my-data. It is read as datasets.load_dataset reads it: see split
     and subset. A .txt file is a row with the column text; a longer one is a row for each MiB."""
     feedback: PathText | None = None
-    """The run directory of a run whose models people voted on, on the page of hpc-rlhf serve. Needs kind."""
+    """A run directory. People voted on the run's models on the page of hpc-rlhf serve. Needs kind."""
     kind: Literal["pairs", "thumbs"] | None = None
     """Which votes of feedback become rows. pairs: comparisons of two responses, of which one was better; the stages get
     it as chosen and the other as rejected. thumbs: single responses with a thumb up or down, for KTO; other stages get

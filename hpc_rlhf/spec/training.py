@@ -288,3 +288,24 @@ class ReferredSpec(TrainingSpec):
         """The settings of a frozen copy of the model in training."""
         offload = {"zero": 3, "offload_params": True} if self.offload_frozen else {}
         return self.model_copy(update={"offload_optimizer": False, **offload})
+
+
+class PreferenceSpec(ReferredSpec):
+    """Settings of stages in which a policy learns from preferences alone, such as DPO.
+
+    It starts from the SFT model, if there is one, which is also the reference. With lora.only the reference
+    is the model with its adapters disabled, so no second model takes memory.
+    """
+
+    lr: Rate = 1.0e-6
+    """Peak learning rate. Much lower than for fine-tuning: at a higher one, good responses soon become unlikely, too.
+    KTO's paper (arXiv 2402.01306) recommends 5e-7 to 5e-6."""
+    warmup: Warmup = 0.1
+    """Steps over which the learning rate rises from 0: a fraction of all optimizer steps, or from 1 on their number. It
+    ends with the stage at the latest. 0.1 is that of Tülu 3's DPO (arXiv 2411.15124)."""
+    beta: Rate = 0.1
+    """Strength of the pull toward the reference: a higher value keeps the model closer to it."""
+
+    @property
+    def strategies(self) -> dict[str, StageSpec]:
+        return {"": self, "ref": self.of_frozen}

@@ -21,8 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hpc_rlhf.estimate.model_time import DECODE_SHARE, MFU
 from hpc_rlhf.estimate.stage_memory import RESERVE
-from hpc_rlhf.estimate.step_time import DECODE_SHARE, MFU
 from hpc_rlhf.launch.auto import Choice, choose, describe
 from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.run.layout import RunDir

@@ -12,11 +12,11 @@ from pyarrow import Table
 from pyarrow.parquet import write_table
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.model_time import MFU
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.sample_counts import expected_samples
 from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times, stage_time
-from hpc_rlhf.estimate.step_time import MFU
 from hpc_rlhf.spec.job import JobSpec, ModelsSpec
 from hpc_rlhf.spec.source import SourceSpec
 from tests.launch.specs import make_spec

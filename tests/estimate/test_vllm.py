@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.estimate.model_time import MFU
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.estimate.stage_time import stage_time
-from hpc_rlhf.estimate.step_time import MFU
 from hpc_rlhf.spec.job import JobSpec, ModelsSpec
 from hpc_rlhf.spec.load import load_spec
 from hpc_rlhf.spec.rollout import RolloutSpec

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 from hpc_rlhf.spec.fields import Rate
 from hpc_rlhf.spec.stages.kind import TRAINING, Data, Plot, StageKind
-from hpc_rlhf.spec.training import ReferredSpec, StageSpec, Warmup
+from hpc_rlhf.spec.training import PreferenceSpec
 
 
-class KtoSpec(ReferredSpec):
-    """Kahneman-Tversky optimization (arXiv 2402.01306): learn which single responses are good. A sample is a response.
+class KtoSpec(PreferenceSpec):
+    """Kahneman-Tversky optimization (arXiv 2402.01306): learn which responses are good. A sample is a response."""
 
-    It starts from the SFT model, if there is one, which is also the reference. With lora.only the reference
-    is the model with its adapters disabled, so no second model takes memory.
-    """
-
-    lr: Rate = 1.0e-6
-    """Peak learning rate. The paper recommends 5e-7 to 5e-6."""
-    warmup: Warmup = 0.1
-    """Steps over which the learning rate rises from 0: a fraction of all optimizer steps, or from 1 on their number. It
-    ends with the stage at the latest."""
-    beta: Rate = 0.1
-    """Strength of the pull toward the reference: a higher value keeps the model closer to it."""
     desirable_weight: Rate = 1.0
     """Weight of the losses of good responses. The paper recommends that good responses, by their number and weight,
     count between 1 and 4/3 as much as bad ones."""
     undesirable_weight: Rate = 1.0
     """Weight of the losses of bad responses."""
-
-    @property
-    def strategies(self) -> dict[str, StageSpec]:
-        return {"": self, "ref": self.of_frozen}
 
 
 KTO = StageKind(

@@ -68,7 +68,7 @@ def hidden_states(body: Any, ids: Tensor, lengths: tuple[int, ...], embedded: Te
     Args:
         body: a transformers model without its head. If it has a SEQUENCE_GROUP, the hidden states are those of this
             rank's share of the tokens.
-        embedded: of a model that takes packed rows, what its layers get instead of the tokens' embeddings: of the shape
+        embedded: what the layers of a model that takes packed rows get in place of the tokens' embeddings; in the shape
             that this returns.
     """
     if body.config._attn_implementation == packed_attention.NAME:

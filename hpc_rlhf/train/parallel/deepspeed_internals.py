@@ -265,14 +265,14 @@ def model_group(engine: Any) -> Any:
 
 
 def run_pipeline(engine: Any, passes: int) -> None:
-    """An optimizer step on so many micro-batches, which the stages have. Collective."""
+    """An optimizer step on ``passes`` micro-batches, which the stages hold themselves. Collective."""
     engine.micro_batches = passes
     nothing = torch.zeros((), device=engine.device)
     engine.train_batch(repeat((nothing, nothing)))
 
 
 def trained_model(engine: Any) -> Any:
-    """The model in an engine; of a pipeline, this rank's stage."""
+    """The model in an engine; in a pipeline, this rank's stage of it."""
     return getattr(engine.module, "stage", engine.module)
 
 

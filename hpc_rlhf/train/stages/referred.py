@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hpc_rlhf.spec.stages import DpoSpec, KtoSpec
+from hpc_rlhf.spec.training import PreferenceSpec
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.models import agreement, lora
 from hpc_rlhf.train.models import engine as engines
@@ -23,7 +23,7 @@ class ReferredModels:
     If only adapters are trained, the policy without them is the reference, and there is no second model.
     """
 
-    def __init__(self, context: StageContext, spec: DpoSpec | KtoSpec, total: int) -> None:
+    def __init__(self, context: StageContext, spec: PreferenceSpec, total: int) -> None:
         configs, world = context.ds_configs, context.world
         self.context = context
         source = start_actor(context)
