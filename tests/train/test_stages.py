@@ -73,6 +73,9 @@ def test_a_chain_hands_over_models_that_load(plain: RunDir) -> None:
     for stage in STAGES:
         facts = manifest.require(plain.stage(stage).model, stage)
         assert facts["step"] == train_lines(plain, stage)[-1]["total_steps"]
+    cards = {stage: plain.stage(stage).model / "README.md" for stage in STAGES}
+    assert [stage for stage, card in cards.items() if card.exists()] == ["sft", "ppo"]
+    assert "SFT → Reward model → PPO" in cards["ppo"].read_text()
     tokenizer = AutoTokenizer.from_pretrained(plain.stage("ppo").model)
     actor = AutoModelForCausalLM.from_pretrained(plain.stage("ppo").model)
     ids = tokenizer("\n\nHuman: What does a cow say?\n\nAssistant:", return_tensors="pt")["input_ids"]
@@ -135,6 +138,7 @@ def test_a_stopped_chain_ends_in_the_same_weights(tmp_path: Path) -> None:
         assert resumed.step >= 1
         numbers = [{k: v for k, v in line.items() if k != "time"} for line in metrics(stopped, stage)]
         assert numbers == [{k: v for k, v in line.items() if k != "time"} for line in metrics(whole, stage)]
+    assert ": ema" in (whole.stage("ppo").ema_model / "README.md").read_text()
     assert (whole.stage("ppo").ema_model / "model.safetensors").read_bytes() != (
         whole.stage("ppo").model / "model.safetensors"
     ).read_bytes()

@@ -86,7 +86,6 @@ def finish(
     with weights or nullcontext(), context.stop.cancellable():
         for subfolder, model in models.items():
             write_model(context, model, folder / subfolder)
-    context.world.on_main(lambda: _write_cards(context, folder, metrics))
     commit(context, folder, step, metrics)
 
 
@@ -126,11 +125,13 @@ def write_model(context: StageContext, model: Any, folder: Path) -> None:
 
 
 def commit(context: StageContext, folder: Path, step: int, metrics: dict[str, Any]) -> None:
-    """Turn a written folder into the stage's artifact, atomically. Collective; see ``StopControl.check``."""
+    """Turn a written folder into the stage's artifact, with model cards, atomically. Collective; see
+    ``StopControl.check``."""
     target = context.files.model
 
     def publish() -> None:
         context.checkpoints.store.check_owner()
+        _write_cards(context, folder, metrics)
         files: dict[str, Any] = {}
         count = sum(path.is_file() for path in folder.rglob("*"))
         for number in range(count):  # reads them again: 2 to 4 s for 2 GB
