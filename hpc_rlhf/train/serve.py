@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.format import listed
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.spec.stages import POLICIES
@@ -75,7 +76,7 @@ def serve(
     os.environ["HF_HUB_OFFLINE"] = "1"
     missing = [module for module in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(module)]
     if missing:
-        raise HpcRlhfError(f"serving needs {' and '.join(missing)}", hint="pip install 'hpc-rlhf[serve]'")
+        raise HpcRlhfError(f"serving needs {listed(missing)}", hint="pip install 'hpc-rlhf[serve]'")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_FILES, most) if most > 0 else _FILES, most))
     with listen(host, port) as listener:

@@ -193,8 +193,8 @@ class StageSample(NamedTuple):
 
 def unfit_for(sample: Sample, data: Data) -> Outcome | None:
     """Why a sample is not what a stage needs; None if it is."""
-    if data is Data.LABELED and sample.labeled:
-        return None
+    if sample.labeled and data in (Data.PAIRS, Data.LABELED):
+        return None if data is Data.LABELED else Outcome.ONE_ANSWER
     if sample.unanswered and data is not Data.PROMPTS:
         return sample.unanswered
     if data in (Data.PAIRS, Data.LABELED):

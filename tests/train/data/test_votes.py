@@ -16,7 +16,8 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.row_counts import Outcome, SourceCounts
 from hpc_rlhf.spec.load import load_spec
 from hpc_rlhf.spec.source import SourceSpec
-from hpc_rlhf.train.data.sources import read, stage_samples
+from hpc_rlhf.spec.stages import Data
+from hpc_rlhf.train.data.sources import read, stage_samples, unfit_for
 from tests.run.votes import pair, thumbs
 
 TURNS = [
@@ -91,6 +92,7 @@ def test_thumbs_are_labels_for_kto_and_responses_for_sft(run: RunDir, tmp_path: 
         Outcome.COMPARISON: 9, Outcome.DAMAGED: 1,
     }  # fmt: skip
     assert expected_samples(spec, "kto") == 2
+    assert unfit_for(up, Data.PAIRS) is unfit_for(down, Data.PAIRS) is Outcome.ONE_ANSWER, "no row is lost for DPO"
     path.write_text(path.read_text().replace("kto: {}", "sft: {}"))
     assert [each.sample.chosen for each in stage_samples(load_spec(path), "sft")] == [" White."]
 
