@@ -104,8 +104,8 @@ def judge(code: str, test: str, limits: dict[str, Any], deadline: float) -> tupl
     while not (ended or why):
         if time.monotonic() > deadline:
             why = f"took longer than {limits['seconds']:g} s"
-        why = why or excess(limits, before)
         ended = os.waitpid(pid, os.WNOHANG)[0] == pid
+        why = why or excess(limits, before)  # also once it ended: its own children may have outgrown it
         if select.select([reading], [], [], 0 if ended else POLL)[0]:
             output += os.read(reading, len(PASSED))
     with contextlib.suppress(ProcessLookupError):
