@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs, run_argument
+from hpc_rlhf.cli.arguments import example, run_argument
 from hpc_rlhf.cli.console import print_rows
 from hpc_rlhf.launch.jobs import cancel
+from hpc_rlhf.observe.find import find_runs
 
 
 @click.command(epilog=example("hpc-rlhf cancel my-job.yaml"))

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import engine_option, example, find_run, run_argument, unfinished
+from hpc_rlhf.cli.arguments import engine_option, example, run_argument
 from hpc_rlhf.cli.console import print_json
 from hpc_rlhf.cli.conversation import HELP, Conversation, converse, respond
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.run import acting, manifest
+from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.observe.find import find_run
+from hpc_rlhf.observe.models import finished_model
+from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec import rollout_checks
 from hpc_rlhf.spec.load import read_spec
@@ -83,29 +85,6 @@ def command(
         print_json([each.as_dict() for each in conversations])
     else:
         respond(conversations, prompt)
-
-
-def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
-    """The name and folder of a model of a run; by default of the latest finished stage.
-
-    Raises:
-        HpcRlhfError: it is not finished, or not part of the run.
-    """
-    spec = read_spec(run.job_yaml)
-    if model is not None and model not in spec.policies:
-        maker = POLICIES[model].name
-        what = f"has no {maker} stage" if model == maker else f"keeps no moving average: stages.{maker}.ema is false"
-        raise HpcRlhfError(f"this run {what}", where=str(run.path))
-    latest_first = [name for name, stage in reversed(spec.policies.items()) if name == stage]
-    names = latest_first if model is None else [model]
-    for name in names:
-        files = run.stage(spec.policies[name])
-        if manifest.is_done(files):
-            return name, files.policy(name)
-    if not names:
-        makers = dict.fromkeys(kind.name for kind in POLICIES.values())
-        raise HpcRlhfError(f"this run trains no chat model: it has no {' or '.join(makers)} stage", where=str(run.path))
-    raise unfinished(run, "there is no finished model yet", names, RUN_FAILED)
 
 
 def engine_of(run: RunDir, folder: Path, engine: str | None, here: bool = True) -> RolloutSpec | None:

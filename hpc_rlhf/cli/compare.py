@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs, json_option, write_out
+from hpc_rlhf.cli.arguments import example, json_option, write_out
 from hpc_rlhf.cli.console import print_json, print_parts, print_table
 from hpc_rlhf.observe import compare
+from hpc_rlhf.observe.find import find_runs
 from hpc_rlhf.observe.results import cell
 from hpc_rlhf.run.format import number
 from hpc_rlhf.spec.sweep import short_names

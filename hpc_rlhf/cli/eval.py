@@ -7,13 +7,15 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, json_option, run_argument, set_option, unfinished
+from hpc_rlhf.cli.arguments import example, json_option, run_argument, set_option
 from hpc_rlhf.cli.console import print_parts
 from hpc_rlhf.cli.run import run_stages, set_arguments
 from hpc_rlhf.errors import INPUT_WRONG, HpcRlhfError
 from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.auto import load_one
 from hpc_rlhf.launch.changes import evaluation_changed
+from hpc_rlhf.observe.find import find_run
+from hpc_rlhf.observe.models import unfinished
 from hpc_rlhf.observe.results import read_report
 from hpc_rlhf.run import acting, manifest
 from hpc_rlhf.run.layout import RunDir

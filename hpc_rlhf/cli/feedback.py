@@ -9,11 +9,12 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, json_option, run_argument, write_out
+from hpc_rlhf.cli.arguments import example, json_option, run_argument, write_out
 from hpc_rlhf.cli.console import print_json, print_table
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.intervals import Interval
 from hpc_rlhf.observe import feedback as results
+from hpc_rlhf.observe.find import find_run
 from hpc_rlhf.run import acting, feedback
 from hpc_rlhf.run.feedback import ANSWERS, Vote
 from hpc_rlhf.run.format import ago

@@ -6,10 +6,11 @@ from dataclasses import asdict
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs, json_option, run_argument
+from hpc_rlhf.cli.arguments import example, json_option, run_argument
 from hpc_rlhf.cli.console import print_json, print_rows
 from hpc_rlhf.launch.chain import Outcome
 from hpc_rlhf.launch.heal import heal
+from hpc_rlhf.observe.find import find_runs
 from hpc_rlhf.run.events import Stopped
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger

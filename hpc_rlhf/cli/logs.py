@@ -10,9 +10,10 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, json_option, run_argument
+from hpc_rlhf.cli.arguments import example, json_option, run_argument
 from hpc_rlhf.cli.console import print_json
 from hpc_rlhf.observe import logs
+from hpc_rlhf.observe.find import find_run
 from hpc_rlhf.observe.printable import printable
 
 

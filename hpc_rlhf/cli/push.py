@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, run_argument
-from hpc_rlhf.cli.chat import finished_model
+from hpc_rlhf.cli.arguments import example, run_argument
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe import results
+from hpc_rlhf.observe.find import find_run
+from hpc_rlhf.observe.models import finished_model
 from hpc_rlhf.observe.printable import printable
 from hpc_rlhf.run import manifest, model_card
 from hpc_rlhf.run.format import size

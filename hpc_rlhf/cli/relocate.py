@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs, run_argument
+from hpc_rlhf.cli.arguments import example, run_argument
 from hpc_rlhf.launch.relocate import relocate
+from hpc_rlhf.observe.find import find_runs
 from hpc_rlhf.observe.printable import printable
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, run_argument, write_out
+from hpc_rlhf.cli.arguments import example, run_argument, write_out
+from hpc_rlhf.observe.find import find_run
 from hpc_rlhf.observe.report.page import make_page
 from hpc_rlhf.run import acting
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import click
 
-from hpc_rlhf.cli.arguments import find_runs
 from hpc_rlhf.launch import reuse
 from hpc_rlhf.launch.sweep import shared
+from hpc_rlhf.observe.find import find_runs
 from hpc_rlhf.observe.printable import printable
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec

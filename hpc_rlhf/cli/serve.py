@@ -7,10 +7,12 @@ import sys
 
 import click
 
-from hpc_rlhf.cli.arguments import engine_option, example, find_run, run_argument
-from hpc_rlhf.cli.chat import engine_of, finished_model
+from hpc_rlhf.cli.arguments import engine_option, example, run_argument
+from hpc_rlhf.cli.chat import engine_of
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import serving
+from hpc_rlhf.observe.find import find_run
+from hpc_rlhf.observe.models import finished_model
 from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec

@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_runs, json_option, run_argument
+from hpc_rlhf.cli.arguments import example, json_option, run_argument
 from hpc_rlhf.cli.console import print_json, print_parts
 from hpc_rlhf.cli.list import show_runs
 from hpc_rlhf.observe import listing
+from hpc_rlhf.observe.find import find_runs
 from hpc_rlhf.observe.goodput.spans import total
 from hpc_rlhf.observe.status import read_status
 from hpc_rlhf.run import acting

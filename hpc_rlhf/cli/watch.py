@@ -7,8 +7,9 @@ import sys
 
 import click
 
-from hpc_rlhf.cli.arguments import example, find_run, run_argument
+from hpc_rlhf.cli.arguments import example, run_argument
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.observe.find import find_run
 
 
 @click.command(epilog=example("hpc-rlhf watch my-job.yaml"))
