@@ -84,11 +84,13 @@ def _nothing_left_running() -> Iterator[None]:
     os.environ[SESSION_MARK] = mark
 
     def leftovers() -> list[Process]:
-        # The resource tracker belongs to this process and exits with it.
+        # These belong to this process and exit with it.
         return [
             process
             for process in find(lambda process: f"{SESSION_MARK}={mark}" in process.environ())
-            if "multiprocessing.resource_tracker" not in process.command()
+            if not any(
+                name in process.command() for name in ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+            )
         ]
 
     yield

@@ -13,7 +13,7 @@ import pytest
 
 from hpc_rlhf.launch.local.environment import free_port
 from tests.train import tiny
-from tests.train.stages import rank_environment
+from tests.train.ranks import rank_environment
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.train

@@ -30,7 +30,8 @@ from hpc_rlhf.spec import gpus
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
 from tests.benchmarks.plan_peaks import Case, longest_rows
-from tests.train.stages import make_run, rank_environment
+from tests.train.ranks import rank_environment
+from tests.train.stages import make_run
 
 RANKS = 2
 # The choice may be this much slower than the fastest combination.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,12 +18,12 @@ from typing import Any
 
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.stage_memory import Memory, stage_memory
-from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.rank import exit_after
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec
-from tests.train.stages import make_run, rank_environment
+from tests.train.ranks import start, wait
+from tests.train.stages import make_run
 
 # Tolerated errors of an estimate: over and under.
 OVER, UNDER = 0.15, 0.05
@@ -141,13 +140,8 @@ def measure(case: Case, folder: Path) -> int:
     """The peak bytes of tensors on a rank in the steps after the first."""
     run = make_run(case.spec(folder))
     for stage in ("reward", "ppo") if case.stage == "ppo" else (case.stage,):
-        command = [sys.executable, "-m", "tests.benchmarks.plan_peaks", "--rank", str(run.path), stage]
-        ranks = [
-            subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=(folder / "log").open("ab"))
-            for env in rank_environment(case.ranks, free_port())
-        ]
-        if sum(rank.wait() for rank in ranks):
-            raise RuntimeError((folder / "log").read_text()[-3000:])
+        logs = [folder / f"{rank}.log" for rank in range(case.ranks)]
+        wait(start(["-m", "tests.benchmarks.plan_peaks", "--rank", str(run.path), stage], logs), logs)
     return max(json.loads(path.read_text()) for path in run.stage(case.stage).path.glob("peak-*.json"))
 
 

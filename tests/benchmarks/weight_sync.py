@@ -23,7 +23,7 @@ from hpc_rlhf.train.models.lora import adapt
 from hpc_rlhf.train.rollout.vllm.engine import VllmEngine
 from hpc_rlhf.train.runtime.world import join, leave
 from tests.benchmarks.allocations import Allocations
-from tests.train.stages import run_ranks
+from tests.train.ranks import start, wait
 
 RANKS = 2
 LONGEST = 64  # tokens that vLLM prepares for
@@ -38,7 +38,7 @@ def measure(folder: Path, *options: str) -> list[dict[str, Any]]:
         options: of ``rank``.
     """
     logs = [folder / f"{rank}.log" for rank in range(RANKS)]
-    run_ranks("tests.benchmarks.weight_sync", ["--folder", str(folder), *options], logs)
+    wait(start(["-m", "tests.benchmarks.weight_sync", "--folder", str(folder), *options], logs), logs)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 

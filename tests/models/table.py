@@ -24,7 +24,8 @@ from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages.eval import EvalSpec
 from tests.models.checks import Outcome, check
 from tests.models.families import FAMILIES, Family
-from tests.train.stages import make_run, rank_environment, tiny_spec
+from tests.train.ranks import rank_environment
+from tests.train.stages import make_run, tiny_spec
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 PROCESSES = 2

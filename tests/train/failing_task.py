@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.run.layout import RunDir
-from tests.train.stages import rank_environment
+from tests.train.ranks import start
 
 STEPS, FAULT_STEP = 4, 2
 KILL_WAIT = 20.0
@@ -48,15 +46,8 @@ def run_as_srun(run: RunDir, fault: str, tools: Path) -> tuple[str, str]:
         "SUBMITIT_EXECUTOR": "slurm",
     }
     run.stage("sft").logs.mkdir(parents=True, exist_ok=True)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.train.failing_task", str(run.path), fault],
-            env={**environment, **slurm},
-            stdout=(run.stage("sft").logs / f"test_{rank}.out").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, environment in enumerate(rank_environment(2, free_port()))
-    ]
+    logs = [run.stage("sft").logs / f"test_{rank}.out" for rank in range(2)]
+    ranks = start(["-m", "tests.train.failing_task", str(run.path), fault], logs, **slurm)
     lines: dict[int, str] = {}
     kill_at = deadline = time.monotonic() + DEADLINE
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from hpc_rlhf.rank import exit_after
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
-from tests.train.stages import run_ranks
+from tests.train.ranks import start, wait
 
 
 def run_chains(runs: Sequence[RunDir], ranks: int) -> None:
@@ -19,7 +19,7 @@ def run_chains(runs: Sequence[RunDir], ranks: int) -> None:
         AssertionError: a rank failed; it holds the ends of their logs.
     """
     logs = [runs[0].path.parent / f"ranks-{ranks}.{rank}.log" for rank in range(ranks)]
-    run_ranks("tests.train.grid", [str(run.path) for run in runs], logs)
+    wait(start(["-m", "tests.train.grid", *(str(run.path) for run in runs)], logs), logs)
 
 
 def main() -> None:

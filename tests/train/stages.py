@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.launch.prepare import claim, prepare
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
+from tests.train.ranks import Rank, start
 
 DEADLINE = 240.0
-MANY_DEADLINE = 600.0  # for ranks that run many stages
-# The last lines of a rank's script: while Python shuts down, a thread of gloo may abort the process.
-END = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
 def tiny_spec(run_dir: Path, ranks: int = 2, **stages: dict[str, Any]) -> JobSpec:
@@ -72,45 +66,11 @@ def make_run(spec: JobSpec) -> RunDir:
     return run
 
 
-def run_ranks(module: str, args: list[str], logs: list[Path]) -> None:
-    """Run a module's ``main`` on ranks, each with a log.
-
-    Raises:
-        AssertionError: a rank failed; it contains the ends of their logs.
-    """
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *args], env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT
-        )
-        for environment, log in zip(rank_environment(len(logs), free_port()), logs, strict=True)
-    ]
-    try:
-        codes = [process.wait(MANY_DEADLINE) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert not any(codes), "\n".join(log.read_text()[-3000:] for log in logs)
-
-
-def rank_environment(ranks: int, port: int) -> list[dict[str, str]]:
-    """The environment of each of the ranks of a process group on this machine."""
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    return [{**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-
-
-def launch(run: RunDir, stage: str, ranks: int) -> list[subprocess.Popen[bytes]]:
-    log = run.stage(stage).logs
-    log.mkdir(parents=True, exist_ok=True)
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "hpc_rlhf.task", str(run.path), stage],
-            env=environment,
-            stdout=(log / f"test_{rank}.out").open("ab"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, environment in enumerate(rank_environment(ranks, free_port()))
-    ]
+def launch(run: RunDir, stage: str, ranks: int) -> list[Rank]:
+    folder = run.stage(stage).logs
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = [folder / f"test_{rank}.out" for rank in range(ranks)]
+    return start(["-m", "hpc_rlhf.task", str(run.path), stage], logs)
 
 
 def metrics(run: RunDir, stage: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 from hpc_rlhf.rank import exit_after
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
-from tests.train.stages import run_ranks
+from tests.train.ranks import start, wait
 
 TIME_LIMIT = 1
 # After how many rounds an attempt should stop: of all from its first safe point on, or of those of one kind.
@@ -29,7 +29,7 @@ def run_stopping(work: Sequence[tuple[RunDir, str, Sequence[Stop]]], ranks: int)
     """
     logs = [work[0][0].path.parent / f"ranks.{rank}.log" for rank in range(ranks)]
     tasks = json.dumps([(str(run.path), stage, stops) for run, stage, stops in work])
-    run_ranks("tests.train.stopping", [tasks], logs)
+    wait(start(["-m", "tests.train.stopping", tasks], logs), logs)
 
 
 def main() -> None:

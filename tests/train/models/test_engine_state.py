@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpc_rlhf.launch.local.environment import free_port
 from tests.train import tiny
-from tests.train.stages import END, rank_environment
+from tests.train.ranks import reports
 
 pytestmark = pytest.mark.train
 # ZeRO stage, precision, optimizer in CPU memory.
@@ -96,19 +91,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("state")
     tiny.causal("llama").save_pretrained(folder / "model")
     ways = list(filter(tiny.is_supported, WAYS))
-    return {key: ranks(folder, count, ways) for key, count in ((2, 2), (20, 2), (1, 1), (3, 3))}
-
-
-def ranks(folder: Path, count: int, ways: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-c", RANK + END, str(folder / "model"), str(folder / "kept"), str(count), *ways]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for environment in rank_environment(count, free_port())
-    ]
-    ended = [(process.communicate(timeout=300), process.returncode) for process in processes]
-    assert [code for _, code in ended] == [0] * count, ended[0][0][1][-2000:]
-    report: dict[str, Any] = json.loads(ended[0][0][0].splitlines()[-1])
-    return report
+    folders = [str(folder / "model"), str(folder / "kept")]
+    return {
+        key: reports(RANK, [*folders, str(count), *ways], count)[0] for key, count in ((2, 2), (20, 2), (1, 1), (3, 3))
+    }
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 
-from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.train.models.onebit_adam import FLOOR, OneBitAdam
 from hpc_rlhf.train.runtime.world import World
 from tests.train import tiny
-from tests.train.stages import END, rank_environment
+from tests.train.ranks import reports
 
 pytestmark = pytest.mark.train
 RANKS, WARMUP, STEPS = 4, 60, 160
@@ -142,7 +138,7 @@ seen["apart"] = (got - given)[:9001].abs().max().item()
 gradient = torch.randn(len(given), generator=torch.Generator().manual_seed(world.rank))
 dist.all_reduce(mean := gradient / world.size)
 seen["estimate"] = optimizer._estimated_norm(gradient) / mean.norm().item()
-print("SEEN" + json.dumps(seen))
+print(json.dumps(seen))
 """
 
 
@@ -151,20 +147,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The report of each rank."""
     folder = tmp_path_factory.mktemp("onebit")
     precisions = [precision for precision in PRECISIONS if tiny.is_supported(precision)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK + END, str(folder), str(WARMUP), str(STEPS), *precisions],
-            stdout=subprocess.PIPE, text=True, env=environment,
-        )
-        for environment in rank_environment(RANKS, free_port())
-    ]  # fmt: skip
-    try:
-        outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    return [json.loads(text[text.rindex("SEEN") + 4 :]) for text in outputs]
+    return reports(RANK, [str(folder), str(WARMUP), str(STEPS), *precisions], RANKS)
 
 
 def of(lines: list[dict[str, float]], name: str) -> list[float]:

@@ -10,16 +10,12 @@ import ast
 import importlib
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import hpc_rlhf.train
-from hpc_rlhf.launch.local.environment import free_port
-from tests.train.stages import END, rank_environment
+from tests.train.ranks import reports
 
 MODULES = {
     "deepspeed.ops": ["__compatible_ops__"],
@@ -164,11 +160,7 @@ def test_engines_have_their_private_attributes(tmp_path: Path) -> None:
     from tests.train import tiny
 
     tiny.causal("llama").save_pretrained(tmp_path)
-    (environment,) = rank_environment(1, free_port())
-    command = [sys.executable, "-c", RANK + END, str(tmp_path), json.dumps(OPTIMIZERS), json.dumps(ENGINE)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    report: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    (report,) = reports(RANK, [str(tmp_path), json.dumps(OPTIMIZERS), json.dumps(ENGINE)], 1)
     assert report == {way: {"engine": [], "optimizer": [], "parameter": []} for way in OPTIMIZERS}
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import FromScratch, JobSpec
 from tests.train.grid import run_chains
-from tests.train.stages import END, log_tail, make_run, metrics, rank_environment, run_stage, tiny_spec, weights_digest
+from tests.train.ranks import reports
+from tests.train.stages import log_tail, make_run, metrics, run_stage, tiny_spec, weights_digest
 
 pytestmark = pytest.mark.train
 
@@ -188,17 +185,7 @@ print(json.dumps({"far": seen, "refused": refused}))
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
     """The reports of two ranks that share rows."""
-    running = [
-        subprocess.Popen([sys.executable, "-c", RANK + END], stdout=subprocess.PIPE, text=True, env=environment)
-        for environment in rank_environment(2, free_port())
-    ]
-    try:
-        outputs = [rank.communicate(timeout=300)[0].splitlines() for rank in running]
-        return [json.loads(next(line for line in lines if line.startswith("{"))) for lines in outputs]
-    finally:
-        for rank in running:
-            rank.kill()
-            rank.wait()
+    return reports(RANK, [], 2)
 
 
 def test_outputs_and_gradients_are_those_of_whole_rows(seen: list[dict[str, Any]]) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.train.parallel.tensor_parallel import ARCHITECTURES
-from tests.train.stages import END, rank_environment
+from tests.train.ranks import reports
 
 pytestmark = pytest.mark.train
 
@@ -127,19 +123,7 @@ COMPARED = [f"{kind} {adapters}" for kind in ARCHITECTURES for adapters in ("", 
 @pytest.fixture(scope="module")
 def seen() -> list[dict[str, Any]]:
     """The reports of two ranks that share every layer."""
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK + END, *COMPARED], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for environment in rank_environment(2, free_port())
-    ]
-    try:
-        outputs = [rank.communicate(timeout=600)[0].splitlines() for rank in running]
-        return [json.loads(next(line for line in lines if line.startswith("{"))) for lines in outputs]
-    finally:
-        for rank in running:
-            rank.kill()
-            rank.wait()
+    return reports(RANK, COMPARED, 2)
 
 
 @pytest.mark.parametrize("name", COMPARED)

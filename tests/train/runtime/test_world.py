@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
-from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.train.runtime.launcher import LAUNCHER_VARIABLES, launcher_ranks
 from hpc_rlhf.train.runtime.world import World, join
-from tests.train.stages import END, rank_environment
+from tests.train.ranks import reports
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +86,7 @@ def test_another_error_of_rank_0_keeps_its_kind(world: World) -> None:
 
 # What two ranks do together; each prints its results.
 TWO_RANKS = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -103,7 +98,7 @@ from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.models.lora import LoraLinear
 from hpc_rlhf.train.runtime.world import ParallelDims, World
 
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 world = World(rank, ParallelDims(2), torch.device("cpu"), dist.group.WORLD)
 results = {
@@ -170,20 +165,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_communicate_save_and_resume_together(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS + END, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE, text=True, env=environment,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [json.loads(rank.communicate(timeout=120)[0].splitlines()[-1]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    outputs = reports(TWO_RANKS, [str(tmp_path)], 2)
     expected = {
         "max": 7,
         "sums": {"a": 2.0, "b": 1e9 + 2e-9},
@@ -214,16 +196,12 @@ model = torch.nn.Linear(2, 2)
 config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
 deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
 groups = [group for group in dist.distributed_c10d._world.pg_map if group is not world.control]
-print(json.dumps([group._get_backend(world.device).options._timeout.total_seconds() / 60 for group in groups]))
+minutes = [group._get_backend(world.device).options._timeout.total_seconds() / 60 for group in groups]
+print(json.dumps({"minutes": minutes}))
 """
 
 
 def test_every_group_of_torch_and_deepspeed_has_the_timeout_of_the_spec() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TIMEOUTS + END],
-        capture_output=True, text=True, timeout=120, env=rank_environment(1, free_port())[0],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    minutes = json.loads(done.stdout.splitlines()[-1])
+    minutes = reports(TIMEOUTS, [], 1)[0]["minutes"]
     assert len(minutes) > 1, "DeepSpeed created no groups"
     assert set(minutes) == {77.0}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from hpc_rlhf.launch.local.environment import free_port
 from tests.train import tiny
-from tests.train.stages import END, rank_environment
+from tests.train.ranks import reports
 
 pytestmark = pytest.mark.train
 
@@ -82,19 +78,7 @@ print(json.dumps(seen))
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_rollouts_match_the_whole_model(tmp_path: Path, ranks: int) -> None:
     tiny.causal("llama", num_hidden_layers=4, tie_word_embeddings=False).save_pretrained(tmp_path)
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK + END, str(tmp_path), str(ranks)],
-            stdout=subprocess.PIPE, text=True, env=environment,
-        )
-        for environment in rank_environment(ranks, free_port())
-    ]  # fmt: skip
-    try:
-        seen = [json.loads(rank.communicate(timeout=600)[0].splitlines()[-1]) for rank in running]
-    finally:
-        for rank in running:
-            rank.kill()
-            rank.wait()
+    seen = reports(RANK, [str(tmp_path), str(ranks)], ranks)
     for one in seen:
         assert one["gathered"] == one["plain"]
         assert one["again"] == one["plain"]
