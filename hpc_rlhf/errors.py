@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 INPUT_WRONG = 2
 RUN_FAILED = 1
+# The process has stopped on request, and is to be run again (sysexits.h: EX_TEMPFAIL).
+TO_BE_CONTINUED = 75
 
 
 class HpcRlhfError(Exception):

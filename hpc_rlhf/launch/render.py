@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from hpc_rlhf import safe_path
-from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.errors import TO_BE_CONTINUED, HpcRlhfError
 from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.run import manifest
@@ -89,7 +89,7 @@ class Templates:
 
     def serve(self, plan: Plan, job: PlannedJob, command: str) -> str:
         """The sbatch script of a job that serves the model of ``job``'s stage."""
-        return self._script("serve.sbatch.j2", plan, job, command=command)
+        return self._script("serve.sbatch.j2", plan, job, command=command, to_be_continued=TO_BE_CONTINUED)
 
     def hostfile(self, plan: Plan, job: PlannedJob) -> str:
         """The hostfile's line for one node; the script repeats it for every node of the allocation."""

@@ -110,7 +110,7 @@ def serve_as_job(
             hint=f"its log is there; if something else uses port {port} of its node, choose another with --port",
             exit_code=RUN_FAILED,
         )
-    ready.unlink()
+    ready.unlink(missing_ok=True)
     past = commands.find_record(job_id)
     node = commands.hostnames(past.nodes)[0] if past and past.nodes else ""
     return job_id, node, token.read_text()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from hpc_rlhf import safe_path
-from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, TO_BE_CONTINUED, HpcRlhfError
 from hpc_rlhf.run import manifest, notify, secret
 from hpc_rlhf.run.events import AttemptEvent, Cancelled, Failed, Finished, Hang, Interrupted, Requeued, Started
 from hpc_rlhf.run.failures import own_failure
@@ -41,8 +41,6 @@ from hpc_rlhf.train.runtime.stop_signals import StageStopped, StopFlag
 if TYPE_CHECKING:  # torch takes seconds to load, and the signal handlers have to be in place first
     from hpc_rlhf.train.runtime.world import World
 
-# Exit code of a rank that saved and is to be run again (sysexits.h: EX_TEMPFAIL).
-TO_BE_CONTINUED = 75
 # Seconds for writing the report: srun kills a rank that ends a minute after the first, and the stage would fail.
 _REPORT_TIMEOUT = 20.0
 # Seconds between looks for a failure that rank 0 records, and how many of them.

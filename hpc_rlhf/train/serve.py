@@ -10,13 +10,14 @@ import argparse
 import errno
 import os
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
+from hpc_rlhf.errors import RUN_FAILED, TO_BE_CONTINUED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.format import listed
 from hpc_rlhf.run.layout import RunDir
@@ -41,13 +42,24 @@ def main() -> int:
     parser.add_argument("--record-user", action="store_true", help="store the names that voters give")
     parser.add_argument("--vllm", type=RolloutSpec.model_validate_json, help="how vLLM generates the responses")
     args = parser.parse_args()
+    # Slurm sends SIGTERM before it preempts the job. The server ends, and then sends itself the signal once more.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TO_BE_CONTINUED))
+
+    def is_up() -> None:
+        # Slurm sends SIGUSR2 before the time limit. A limit too short to start the server kills it instead, so that
+        # the job is not requeued for ever.
+        signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))
+        args.ready.touch()
+
     try:
         token = args.token.read_text().strip()
         votes = args.record_user if args.votes else None
-        serve(RunDir(args.run), args.names, args.host, args.port, token, args.ready.touch, votes, args.vllm)
+        serve(RunDir(args.run), args.names, args.host, args.port, token, is_up, votes, args.vllm)
     except HpcRlhfError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    finally:
+        args.ready.unlink(missing_ok=True)
     return 0
 
 

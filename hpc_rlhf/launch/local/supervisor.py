@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED
+from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, TO_BE_CONTINUED
 from hpc_rlhf.run.layout import RunDir
 
-INTERRUPTED = 75  # exit code of a stage that saved and stopped on request
 SAVING = 600.0  # seconds that ranks may take to save after a stop request
 AFTER_DEATH = 10.0  # seconds that the others may take to exit when a rank has failed
 AFTER_END = 60.0  # and when one has succeeded
@@ -87,7 +86,7 @@ class Supervisor:
             self._listen()
         self._note_first_bad(codes)
         if self.first_bad is None:
-            return INTERRUPTED if INTERRUPTED in codes else 0
+            return TO_BE_CONTINUED if TO_BE_CONTINUED in codes else 0
         if stop_at is None:
             self._explain(codes, "")
         return INPUT_WRONG if INPUT_WRONG in codes else RUN_FAILED
@@ -108,7 +107,7 @@ class Supervisor:
 
     def _note_first_bad(self, codes: list[int | None]) -> None:
         if self.first_bad is None:
-            bad = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+            bad = [rank for rank, code in enumerate(codes) if code not in (None, 0, TO_BE_CONTINUED)]
             # A rank that was killed comes before those that lost their connection to it.
             self.first_bad = min(bad, key=lambda rank: ((codes[rank] or 0) > 0, rank), default=None)
 
