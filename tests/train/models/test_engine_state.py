@@ -80,7 +80,7 @@ for way in ways:
     keys = sorted({key for share in shares for key in share})
     sums = {key: sum(share.get(key, 0.0) for share in shares) for key in keys}
     seen[way] = {"losses": losses, "sums": sums, "facts": end(engine)[1]}
-print(json.dumps(seen)) if world.is_main else None
+print(json.dumps(seen))
 worlds.leave()
 """
 
