@@ -17,6 +17,7 @@ from hpc_rlhf.run import acting
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages import POLICIES
+from hpc_rlhf.web.listening import LOCALHOST
 
 
 @click.command(
@@ -32,7 +33,7 @@ from hpc_rlhf.spec.stages import POLICIES
 @click.option("--record-user", is_flag=True, help="Let people give their name, and store it with their votes.")
 @click.option(
     "--host",
-    default=serving.LOCALHOST,
+    default=LOCALHOST,
     show_default=True,
     help="Address to listen on. The connection is not encrypted: for another address than the default, put a server "
     "with TLS in front.",
@@ -54,7 +55,7 @@ def command(
     Votes that people give on the page are stored in the run; see hpc-rlhf feedback. Only with --record-user do they
     have a name.
     """
-    if as_job and host != serving.LOCALHOST:
+    if as_job and host != LOCALHOST:
         raise click.UsageError("--host cannot be used with --slurm: a job listens on its node's localhost only.")
     if stage and compare:
         raise click.UsageError("--stage cannot be used with --compare.")

@@ -21,8 +21,8 @@ from hpc_rlhf.slurm import commands
 from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.spec.stages import POLICIES
+from hpc_rlhf.web.listening import LOCALHOST
 
-LOCALHOST = "127.0.0.1"
 _POLL = 0.5
 
 
@@ -37,22 +37,29 @@ def _reached(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def how_to_use(name: str, host: str, port: int, node: str, token: str) -> str:
-    """The address of the page, and three shell commands: one connects another machine to the server, one configures
-    clients of OpenAI's API, and one sends the model a message.
+def how_to_open(host: str, port: int, node: str, token: str) -> str:
+    """The address of a server's page, and a shell command that connects another machine to the server.
 
     Args:
         host: the address that the server listens on.
         node: the name of the machine that it runs on.
 
-    Without ExitOnForwardFailure, ssh goes on if the port is in use, and clients send the token to another server. The
-    token goes through a pipe, because everybody on a machine sees the arguments of its processes.
+    Without ExitOnForwardFailure, ssh goes on if the port is in use, and clients send the token to another server.
+    """
+    reached = f"{_reached(host)}:{port}"
+    return f"http://{reached}/#{token}\nssh -N -o ExitOnForwardFailure=yes -L {port}:{reached} {node}"
+
+
+def how_to_use(name: str, host: str, port: int, node: str, token: str) -> str:
+    """What ``how_to_open`` says, and two shell commands: one configures clients of OpenAI's API, the other sends the
+    model a message.
+
+    The token goes through a pipe, because everybody on a machine sees the arguments of its processes.
     """
     base = url(host, port)
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return (
-        f"{base.removesuffix('/v1')}/#{token}\n"
-        f"ssh -N -o ExitOnForwardFailure=yes -L {port}:{_reached(host)}:{port} {node}\n"
+        f"{how_to_open(host, port, node, token)}\n"
         f"export OPENAI_BASE_URL={base} OPENAI_API_KEY={token}\n"
         'echo "Authorization: Bearer $OPENAI_API_KEY" | curl $OPENAI_BASE_URL/chat/completions -H @- '
         f"-H 'Content-Type: application/json' -d {shlex.quote(body)}"

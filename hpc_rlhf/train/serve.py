@@ -7,22 +7,19 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
-from hpc_rlhf.errors import RUN_FAILED, TO_BE_CONTINUED, HpcRlhfError
+from hpc_rlhf.errors import TO_BE_CONTINUED, HpcRlhfError
 from hpc_rlhf.run import manifest
-from hpc_rlhf.run.format import listed
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.rollout import RolloutSpec
 from hpc_rlhf.spec.stages import POLICIES
+from hpc_rlhf.web.listening import check_installed, listen
 
 # Seconds that responses have to end when the server is stopped.
 GRACE = 5
@@ -86,9 +83,7 @@ def serve(
         HpcRlhfError: the server is not installed, or cannot listen; or vLLM does not start, or has failed.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    missing = [module for module in ("fastapi", "uvicorn", "prometheus_client") if not find_spec(module)]
-    if missing:
-        raise HpcRlhfError(f"serving needs {listed(missing)}", hint="pip install 'hpc-rlhf[serve]'")
+    check_installed("fastapi", "uvicorn", "prometheus_client")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(_FILES, most) if most > 0 else _FILES, most))
     with listen(host, port) as listener:
@@ -117,25 +112,6 @@ def serve(
         server.run(sockets=[listener])
         if failures:
             raise failures[0]
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens before the model is loaded, so that a port in use is reported at once.
-
-    Raises:
-        HpcRlhfError: the address cannot be used.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address, family=family)
-    except OSError as error:
-        in_use = error.errno == errno.EADDRINUSE
-        raise HpcRlhfError(
-            "something else listens there" if in_use else f"this machine cannot listen there ({error.strerror})",
-            where=f"{host}:{port}",
-            hint="choose another port with --port" if in_use else "choose another address with --host",
-            exit_code=RUN_FAILED,
-        ) from error
 
 
 if __name__ == "__main__":

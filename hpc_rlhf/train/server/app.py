@@ -18,13 +18,14 @@ from starlette.exceptions import HTTPException
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.chat import ChatModel
 from hpc_rlhf.train.server import page
-from hpc_rlhf.train.server.access import App, Guard
 from hpc_rlhf.train.server.completion import MAX_TOKENS, Completion, to_request, unexpected
 from hpc_rlhf.train.server.metrics import Counted, Metrics
-from hpc_rlhf.train.server.protocol import ApiError, ChatRequest
+from hpc_rlhf.train.server.protocol import ChatRequest
 from hpc_rlhf.train.server.voting import Ballot, Voting
 from hpc_rlhf.train.server.worker import Worker
 from hpc_rlhf.train.text_stream import TextStream
+from hpc_rlhf.web.access import App, Guard
+from hpc_rlhf.web.api_error import ApiError
 
 
 def make_server(

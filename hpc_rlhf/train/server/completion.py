@@ -14,9 +14,10 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.chat import ChatModel, sampling_at
 from hpc_rlhf.train.rollout.in_process.open_batch import Request
 from hpc_rlhf.train.server.metrics import Metrics
-from hpc_rlhf.train.server.protocol import ApiError, ChatRequest
+from hpc_rlhf.train.server.protocol import ChatRequest
 from hpc_rlhf.train.server.worker import Worker
 from hpc_rlhf.train.text_stream import TextStream
+from hpc_rlhf.web.api_error import ApiError
 
 # The longest response if a request sets no length.
 MAX_TOKENS = 1024

@@ -3,9 +3,11 @@ refused."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from hpc_rlhf.web.api_error import ApiError
 
 ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "assistant"}
 # Unsupported fields are accepted with these values, which do not change the response, and with null.
@@ -18,24 +20,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 # Fields that never change the response.
 IGNORED = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "name"})
-
-
-class ApiError(Exception):
-    """An error in the shape in which the OpenAI API reports it.
-
-    Args:
-        param: the field of the request that is wrong.
-    """
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The body of the HTTP response."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class _Object(BaseModel):

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from hpc_rlhf.errors import INPUT_WRONG, HpcRlhfError
 from hpc_rlhf.run import feedback
 from hpc_rlhf.run.feedback import RatedModel, Vote, VoteMessage, VoteSampling
-from hpc_rlhf.train.server.protocol import ApiError, Text
+from hpc_rlhf.train.server.protocol import Text
+from hpc_rlhf.web.api_error import ApiError
 
 _Comment = Annotated[Text, StringConstraints(max_length=4000)]
 _User = Annotated[Text, StringConstraints(max_length=100)]

@@ -16,9 +16,9 @@ from typing import Any
 import uvicorn
 
 from hpc_rlhf.train.models.export import export
-from hpc_rlhf.train.serve import listen
 from hpc_rlhf.train.server.app import make_server
 from hpc_rlhf.train.server.voting import Voting
+from hpc_rlhf.web.listening import listen
 from tests.train import tiny
 
 TOKEN = "a-token"

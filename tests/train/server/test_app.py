@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from hpc_rlhf.train.chat import ChatModel
-from hpc_rlhf.train.server.access import MAX_BODY, Guard
+from hpc_rlhf.web.access import MAX_BODY, Guard
 from tests.train.server.running import CONTEXT, TOKEN, serving, small_model
 
 TURNS = [("system", "Be brief."), ("human", " Hi "), ("assistant", "Hello."), ("human", "What colour is snow?")]

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from hpc_rlhf.train.server.protocol import ApiError
+from hpc_rlhf.web.api_error import ApiError
 
 # The paths that need no token: they tell nothing of the model. The page asks for the token.
 OPEN = ("/health", "/")
@@ -69,7 +69,7 @@ class Guard:
         if scope["path"] in OPEN:
             return None
         if not hmac.compare_digest(headers.get(b"authorization", b""), self.credentials):
-            return ApiError(401, "Give the token that hpc-rlhf serve printed, as the API key.", code="invalid_api_key")
+            return ApiError(401, "Give the token that the server printed, as the API key.", code="invalid_api_key")
         if b"transfer-encoding" in headers:
             return ApiError(411, "Send the body with a Content-Length.", code="length_required")
         length = _body_length(headers)
