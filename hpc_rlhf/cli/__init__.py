@@ -42,6 +42,7 @@ VERBS = {
     "status": "Show a run's progress.",
     "watch": "Show a run's progress live.",
     "list": "List your runs.",
+    "dashboard": "Show all runs below a folder on a live page.",
     "report": "Write a run's HTML report.",
     "logs": "Print a stage's log.",
     "cancel": "Cancel a run's jobs.",

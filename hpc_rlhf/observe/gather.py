@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from hpc_rlhf.slurm.jobs import JobRecord, QueuedJob
 
 # Seconds; `hpc-rlhf run` and healing touch the run's lock more often while they work.
 _LOCK_SILENCE = 180.0
+_SLURM_EVERY = 15.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,30 @@ def query_slurm(job_ids: Sequence[str], owner: str | None = None) -> SlurmReply:
     except HpcRlhfError as error:
         return SlurmReply(error=f"Slurm does not answer ({error.message})")
     return SlurmReply(queue, commands.accounting([job_id for job_id in job_ids if job_id not in queue]))
+
+
+class SlurmWatch:
+    """What Slurm knows about jobs, for a display that refreshes often: Slurm's controller is shared.
+
+    Args:
+        owner: as ``query_slurm`` takes it.
+
+    Attributes:
+        reply: the latest.
+    """
+
+    def __init__(self, owner: str | None = None) -> None:
+        self.reply = SlurmReply()
+        self._owner = owner
+        self._queried = -math.inf
+        self._jobs: frozenset[str] = frozenset()
+
+    def query(self, job_ids: Sequence[str]) -> SlurmReply:
+        """The reply about some jobs, new if the latest is older than 15 seconds or lacks one of them."""
+        if time.monotonic() - self._queried > _SLURM_EVERY or not self._jobs.issuperset(job_ids):
+            self.reply = query_slurm(job_ids, self._owner)
+            self._queried, self._jobs = time.monotonic(), frozenset(job_ids)
+        return self.reply
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def list_runs(runs: Iterable[RunDir]) -> list[RunLine]:
     """A line for each run, the most recently active first. Those that cannot be read are left out."""
     records = [record for record in map(_read, runs) if record is not None]
     reply = query_slurm([job_id for record in records for job_id in record.job_ids])
-    lines = [_line(record, record.evidence(reply)) for record in records]
+    lines = [summarize(record, record.evidence(reply)) for record in records]
     return sorted(lines, key=lambda line: -(line.updated or 0.0))
 
 
@@ -93,7 +93,8 @@ def _read(run: RunDir) -> RunRecord | None:
         return None
 
 
-def _line(record: RunRecord, evidence: Mapping[str, Evidence]) -> RunLine:
+def summarize(record: RunRecord, evidence: Mapping[str, Evidence]) -> RunLine:
+    """The line of a run."""
     states = {stage: judge(known)[0] for stage, known in evidence.items()}
     unfinished = [stage for stage, state in states.items() if state != "done"]
     stage = min(unfinished, key=lambda name: _IMPORTANCE.get(states[name], 0), default=None)

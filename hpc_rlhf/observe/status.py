@@ -7,7 +7,7 @@ last.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -88,16 +88,25 @@ def read_status(run: RunDir, query: Callable[[Sequence[str]], SlurmReply] | None
     """
     record = RunRecord.read(run)
     query = query or partial(query_slurm, owner=acting.other_owner(run))
-    evidence = record.evidence(query(record.job_ids))
-    statuses = [stage_status(run, stage, known) for stage, known in evidence.items()]
-    goodput = measure(
+    return run_statuses(record, record.evidence(query(record.job_ids)))
+
+
+def run_statuses(record: RunRecord, evidence: Mapping[str, Evidence]) -> list[StageStatus]:
+    """The status of every stage of a run, in the order of its plan."""
+    statuses = [stage_status(record.run, stage, known) for stage, known in evidence.items()]
+    goodput = run_goodput(record, {status.stage: status.state for status in statuses})
+    return [replace(status, goodput=goodput[status.stage]) for status in statuses]
+
+
+def run_goodput(record: RunRecord, states: Mapping[str, str]) -> dict[str, Goodput]:
+    """Where the time of each stage of a run went, from the states of its stages."""
+    return measure(
         record.events,
         {planned.stage: planned.needs for planned in record.plan.stages},
-        at_work={status.stage for status in statuses if status.state in _AT_WORK},
-        queued={status.stage for status in statuses if status.state in _QUEUED},
+        at_work={stage for stage, state in states.items() if state in _AT_WORK},
+        queued={stage for stage, state in states.items() if state in _QUEUED},
         now=time.time(),
     )
-    return [replace(status, goodput=goodput[status.stage]) for status in statuses]
 
 
 def stage_status(run: RunDir, stage: str, evidence: Evidence) -> StageStatus:

@@ -37,7 +37,7 @@ class Chart:
         """What the page's script draws."""
         plot = {"title": self.plot.title, "unit": self.plot.unit, "log": self.plot.log}
         dots = [label for label in self.lines if label.startswith(_HELD_OUT)]
-        return {**plot, "steps": self.steps, "lines": self.lines, "dots": dots}
+        return {**plot, "description": self.description, "steps": self.steps, "lines": self.lines, "dots": dots}
 
 
 def make_charts(text: str, stage: str, samples: int, starts: Iterable[float]) -> list[Chart]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -15,7 +15,7 @@ from hpc_rlhf.observe.report.charts import Chart, Values
 from hpc_rlhf.observe.report.rendering import render
 from hpc_rlhf.run.format import number
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.spec.stages import STAGE_KINDS, Plot, StageKind
+from hpc_rlhf.spec.stages import STAGE_KINDS, Plot, kind_of
 
 # At most this many runs are drawn, the best first, with this many points each: more could not be distinguished.
 MAX_RUNS, MAX_POINTS = 16, 300
@@ -29,8 +29,8 @@ def make_comparison(comparison: Comparison, sentence: str, rows: Sequence[Sequen
         rows: the table of the runs: a header, then the best first; every row begins with the name of its run.
     """
     drawn = _drawn(comparison.runs)
-    charts = {kind.name: list(_charts(kind, drawn)) for kind in STAGE_KINDS if kind.trains}
-    charts = {stage: overlays for stage, overlays in charts.items() if overlays}
+    curves = {kind.name: find_curves(kind.name, drawn) for kind in STAGE_KINDS if kind.trains}
+    charts = {stage: charts for stage, of_stage in curves.items() if (charts := overlay(stage, of_stage))}
     return render(
         "comparison.html.j2",
         title=f"{len(comparison.runs)} runs compared",
@@ -38,7 +38,7 @@ def make_comparison(comparison: Comparison, sentence: str, rows: Sequence[Sequen
         header=[re.sub("([._])", "\\1\u200b", name) for name in rows[0]],  # where long names may be broken
         rows=rows[1:],
         charts=charts,
-        chart_data=[{**chart.to_dict(), "overlay": True} for of_stage in charts.values() for chart in of_stage],
+        chart_data=[chart for of_stage in charts.values() for chart in of_stage],
         most=MAX_POINTS,
         left_out=max(0, len(comparison.runs) - MAX_RUNS),
     )
@@ -50,21 +50,43 @@ def _drawn(runs: Sequence[Compared]) -> dict[str, RunDir]:
     return {run.path if shown.count(run.name) > 1 else run.name: RunDir(Path(run.path)) for run in runs[:MAX_RUNS]}
 
 
-def _charts(kind: StageKind, runs: Mapping[str, RunDir]) -> Iterator[Chart]:
-    """The charts of a stage. Runs that share it, as those of a sweep may, have one curve."""
+@dataclass(frozen=True)
+class Curve:
+    """The metrics of a stage that one run, or several, have.
+
+    Attributes:
+        place: of the first of these runs, which decides the colour.
+    """
+
+    label: str
+    metrics: Path
+    place: int
+
+
+def find_curves(stage: str, runs: Mapping[str, RunDir]) -> tuple[Curve, ...]:
+    """The metrics of a stage. Runs that share the stage, as those of a sweep may, have one curve."""
     shared: dict[Path, list[str]] = {}
     for name, run in runs.items():
-        if run.stage(kind.name).metrics.exists():
-            shared.setdefault(run.stage(kind.name).path.resolve(), []).append(name)
-    texts = {_label(names, len(runs)): read_text(runs[names[0]].stage(kind.name).metrics) for names in shared.values()}
-    trained = {label: step_rows(text, kind.name) for label, text in texts.items()}
+        if run.stage(stage).metrics.exists():
+            shared.setdefault(run.stage(stage).metrics.resolve(), []).append(name)
+    places = {name: place for place, name in enumerate(runs)}
+    return tuple(Curve(_label(names, len(runs)), path, places[names[0]]) for path, names in shared.items())
+
+
+def overlay(stage: str, curves: Sequence[Curve]) -> list[dict[str, object]]:
+    """The charts of a stage as the page's script draws them."""
+    texts = {curve.label: read_text(curve.metrics) for curve in curves}
+    trained = {label: step_rows(text, stage) for label, text in texts.items()}
     held_out = {label: held_out_rows(text) for label, text in texts.items()}
-    for plot in kind.plots:
+    charts: list[Chart] = []
+    for plot in kind_of(stage).plots:
         for metric, label in plot.lines.items():
             title = plot.title if len(plot.lines) == 1 else f"{plot.title}: {label}"
-            yield from _overlay(plot, title, metric, trained)
+            charts += _overlay(plot, title, metric, trained)
         if plot.held_out:
-            yield from _overlay(plot, f"{plot.title}, held out", plot.held_out, held_out)
+            charts += _overlay(plot, f"{plot.title}, held out", plot.held_out, held_out)
+    places = {curve.label: curve.place for curve in curves}
+    return [{**chart.to_dict(), "overlay": True, "places": places} for chart in charts]
 
 
 def _label(names: Sequence[str], runs: int) -> str:

@@ -79,7 +79,8 @@ def _content(run: RunDir) -> dict[str, object]:
     for planned in plan.stages:
         starts = [event.time for event in started if event.stage == planned.stage]
         metrics = read_text(run.stage(planned.stage).metrics)
-        charts[planned.stage] = make_charts(metrics, planned.stage, planned.global_batch, starts)
+        made = make_charts(metrics, planned.stage, planned.global_batch, starts)
+        charts[planned.stage] = [chart.to_dict() for chart in made]
     return {
         "title": f"{plan.name}: {state}",
         "name": plan.name,
@@ -97,7 +98,7 @@ def _content(run: RunDir) -> dict[str, object]:
         "spans": timeline.TITLES,
         "width": timeline.WIDTH,
         "charts": {stage: of_stage for stage, of_stage in charts.items() if of_stage},
-        "chart_data": [chart.to_dict() for of_stage in charts.values() for chart in of_stage],
+        "chart_data": [chart for of_stage in charts.values() for chart in of_stage],
         "most": MAX_POINTS,
         "data": [
             (status.stage, counts, outcome, counts.outcomes[outcome])

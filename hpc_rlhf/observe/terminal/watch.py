@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import signal
@@ -10,7 +9,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -18,7 +17,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from hpc_rlhf.observe.gather import RunPlan, SlurmReply, query_slurm
+from hpc_rlhf.observe.gather import RunPlan, SlurmWatch
 from hpc_rlhf.observe.metrics import MetricsReader
 from hpc_rlhf.observe.status import read_status
 from hpc_rlhf.observe.terminal.board import Board
@@ -27,7 +26,6 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.stages import kind_of
 
 _EVERY = 2.0  # seconds between two reads of the files
-_SLURM_EVERY = 15.0  # and between two queries to Slurm, whose controller is shared
 
 
 class LiveBoard:
@@ -38,13 +36,11 @@ class LiveBoard:
         self._name = RunPlan.read(run).name
         self._readers: dict[str, MetricsReader] = {}
         self._values: dict[tuple[str, str], list[float]] = {}
-        self._queried = -math.inf
-        self._jobs: frozenset[str] = frozenset()
-        self._reply = SlurmReply()
+        self._slurm = SlurmWatch(acting.other_owner(run))
 
     def draw(self) -> Group:
         """The parts of the display, from top to bottom."""
-        stages = read_status(self._run, self._query)
+        stages = read_status(self._run, self._slurm.query)
         for stage in stages:
             self._read(stage.stage)
         board = Board(self._console.width, live=True, ascii_only=not self._console.encoding.startswith("utf"))
@@ -53,12 +49,6 @@ class LiveBoard:
         for part in (board.curves(self._values), board.notes(stages)):
             parts += [] if part is None else [Text(), part]
         return Group(*parts, Text(), Text(f"{time.strftime('%H:%M:%S')}  press q to quit", style="dim"))
-
-    def _query(self, job_ids: Sequence[str]) -> SlurmReply:
-        if time.monotonic() - self._queried > _SLURM_EVERY or not self._jobs.issuperset(job_ids):
-            self._reply = query_slurm(job_ids, acting.other_owner(self._run))
-            self._queried, self._jobs = time.monotonic(), frozenset(job_ids)
-        return self._reply
 
     def _read(self, stage: str) -> None:
         reader = self._readers.setdefault(stage, MetricsReader(self._run.stage(stage).metrics, stage))
