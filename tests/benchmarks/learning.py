@@ -1,10 +1,11 @@
 """Compares learning with peers, from the same weights and the same samples in the same order.
 
 On HH data: held-out perplexity of SFT beside DeepSpeed-Chat's loop, held-out accuracy of the reward model beside its
-and TRL's, and PPO's reward and KL from those two models. On jobs/tiny-grpo.yaml: held-out accuracy of GRPO beside TRL's
-while they train. On the text of a Debian machine: held-out perplexity of pretraining beside transformers' Trainer. All
-sides train in float32 by the same AdamW and cosine, without dropout and weight decay, and transformers alone judges
-what each has made. Peers pad to the longest of a batch, which gives the same numbers as padding to 512.
+and TRL's, that of KTO beside TRL's, and PPO's reward and KL from those two models. On jobs/tiny-grpo.yaml: held-out
+accuracy of GRPO beside TRL's while they train. On the text of a Debian machine: held-out perplexity of pretraining
+beside transformers' Trainer. All sides train in float32 by the same AdamW and cosine, without dropout and weight decay,
+and transformers alone judges what each has made. Peers pad to the longest of a batch, which gives the same numbers as
+padding to 512.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.train.data.arrow import Rows
 from hpc_rlhf.train.data.sampler import sample_at
+from hpc_rlhf.train.stages.kto import Mismatched
 from tests.benchmarks import learning_peers, workload
-from tests.benchmarks.learning_peers import GRPO, GRPO_EVERY, PEERS, SAMPLES, STEPS, Row
+from tests.benchmarks.learning_peers import GRPO, GRPO_EVERY, KTO, PEERS, SAMPLES, STEPS, Row
 from tests.train.stages import make_run, metrics
 
 EVERY = 20
 # The stages whose models a stage starts from.
-BEFORE = {"ppo": ("sft", "reward"), "grpo": ("sft",)}
+BEFORE = {"kto": ("sft",), "ppo": ("sft", "reward"), "grpo": ("sft",)}
 # Share of the prompts. An accuracy needs far more pairs than a perplexity needs texts.
-HELD_OUT = {"sft": 0.05, "reward": 0.5, "ppo": 0.25}
+HELD_OUT = {"sft": 0.05, "reward": 0.5, "kto": 0.5, "ppo": 0.25}
 PPO = {
     "actor_lr": 1e-4, "critic_lr": 3e-4, "warmup": 10, "global_batch": 16, "micro_batch": 8, "max_steps": 80,
     "epochs": 10, "kl_coef": 0.05, "normalize_scores": True, "precision": "fp32",
@@ -61,6 +63,8 @@ def job(work: Path, stage: str, seed: int, lr: float) -> dict[str, Any]:
     if stage == "ppo":
         longest, model = workload.PROMPT, str(work / "sft" / "stages/sft/model")
         stages = {"sft": trained, "reward": trained, "ppo": PPO, "eval": {}}
+    if stage == "kto":
+        model, stages = str(work / "sft" / "stages/sft/model"), {"sft": trained, "kto": {**trained, **KTO}}
     return {
         "name": "learning", "run_dir": str(work / stage), "seed": seed,
         "slurm": {"gpus_per_node": 0, "ranks_per_node": 1},
@@ -169,6 +173,31 @@ def compare(stage: str, work: Path, seeds: int, lr: float) -> None:
     table(f"{stage}, lr {lr:g}: {len(tokens)} held out", ["side", measure, apart_by], lines)
 
 
+def kto(work: Path, seeds: int, lr: float) -> None:
+    """Train both sides with every seed from our SFT model, and print how often they prefer good responses."""
+    pooled: dict[str, list[float]] = {"ours": [], "TRL": []}
+    for seed in range(1, seeds + 1):
+        folder = work / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        start = ours(folder, "sft", job(folder, "sft", seed, lr)).stage("sft").model
+        run = ours(folder, "kto", job(folder, "kto", seed, lr))
+        train, peer = Mismatched(rows(run, "kto", "train")), folder / "kto-TRL"
+        samples = [train[sample_at(place, len(train), seed, "kto")] for place in range(SAMPLES * STEPS)]
+        losses = {
+            "ours": [line["loss"] for line in metrics(run, "kto") if line["kind"] == "train"],
+            "TRL": learning_peers.train("TRL", "kto", start, samples, KTO["lr"], seed, peer),
+        }
+        curves(f"kto, lr {KTO['lr']:g}, seed {seed}: training loss", losses)
+        held = list(rows(run, "kto", "held_out"))
+        for side, model in (("ours", run.stage("kto").model), ("TRL", peer)):
+            pooled[side] += learning_peers.preferred(start, model, held)
+    apart = intervals.mean([mine - its for mine, its in zip(pooled["ours"], pooled["TRL"], strict=True)])
+    shares = [_span(intervals.share(sum(each), len(each)), 3) for each in pooled.values()]
+    table(
+        f"kto: {len(pooled['ours'])} held-out pairs", ["ours", "TRL", "ours - its, 95 %"], [[*shares, _span(apart, 3)]]
+    )
+
+
 def ppo(work: Path, lr: float) -> None:
     run = ours(work / "seed-1", "ppo", job(work / "seed-1", "ppo", 1, lr))
     lines = [line for line in metrics(run, "ppo") if line["kind"] == "train"]
@@ -244,7 +273,7 @@ def grpo(work: Path, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", default=["pretrain", "sft", "reward", "ppo", "grpo"])
+    parser.add_argument("stages", nargs="*", default=["pretrain", "sft", "reward", "kto", "ppo", "grpo"])
     parser.add_argument("--work", type=Path, required=True, help="output folder; existing results are kept")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3, help="of SFT and of the reward model")
@@ -255,6 +284,8 @@ def main() -> None:
             from tests.benchmarks import learning_text
 
             learning_text.compare(work, options.seeds, options.lr)
+        elif stage == "kto":
+            kto(work, options.seeds, options.lr)
         elif stage == "ppo":
             ppo(work, options.lr)
         elif stage == "grpo":

@@ -17,13 +17,15 @@ from hpc_rlhf.train.algorithms import schedule
 from tests.benchmarks import workload
 
 SAMPLES, STEPS = 8, 200
-PEERS = {"sft": ("DeepSpeed-Chat",), "reward": ("DeepSpeed-Chat", "TRL"), "grpo": ("TRL",)}
+PEERS = {"sft": ("DeepSpeed-Chat",), "reward": ("DeepSpeed-Chat", "TRL"), "kto": ("TRL",), "grpo": ("TRL",)}
 ANSWERS = {"sft": ("chosen_ids",), "reward": ("chosen_ids", "rejected_ids")}
 
 Row = dict[str, Any]
 # GRPO's job, and after how many steps its models are judged.
 GRPO: Any = read_yaml(Path(__file__).parents[2] / "jobs/tiny-grpo.yaml", "jobs/tiny-grpo.yaml").plain()
 GRPO_EVERY = 10
+# Fields of our KTO stage that its peer takes, too.
+KTO = {"lr": 1e-4, "beta": 0.1}
 SAMPLED = 4  # responses to each held-out prompt, besides the most likely one
 
 
@@ -108,6 +110,39 @@ def trl(stage: str, start: Path, samples: list[Row], lr: float, seed: int, targe
     _keep(trainer.model, losses, target)
 
 
+def trl_kto(stage: str, start: Path, samples: list[Row], lr: float, seed: int, target: Path) -> None:
+    """TRL's KTO trainer, given the labeled responses in order, each with our response to another prompt."""
+    import datasets
+    import torch
+    from transformers import AutoTokenizer
+    from trl import KTOConfig, KTOTrainer
+
+    torch.manual_seed(seed)
+    rows = [
+        {
+            "prompt_ids": row["prompt_ids"], "completion_ids": row["chosen_ids"], "KL_completion_ids": row["other_ids"],
+            "label": row["label"] > 0,
+        }
+        for row in samples
+    ]  # fmt: skip
+    words = {"prompt": "a", "completion": "b"}
+    trainer = KTOTrainer(
+        _loaded("AutoModelForCausalLM", start), _loaded("AutoModelForCausalLM", start),
+        KTOConfig(
+            output_dir=str(target / "trl"), max_steps=STEPS, learning_rate=lr, lr_scheduler_type="cosine",
+            per_device_train_batch_size=SAMPLES, adam_beta2=0.95, max_grad_norm=1.0, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, train_sampling_strategy="sequential", max_length=workload.LONGEST,
+            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, beta=KTO["beta"],
+        ),
+        train_dataset=datasets.Dataset.from_list([{**words, "label": True}, {**words, "label": False}]),
+        processing_class=AutoTokenizer.from_pretrained(start),
+    )  # fmt: skip
+    trainer.train_dataset = datasets.Dataset.from_list(rows)  # it is given texts only, which it would tokenize itself
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    _keep(trainer.model, losses, target)
+
+
 def right(responses: list[str], answers: list[str]) -> list[float]:
     """Whether a response ends with the answer, as GRPO's job rewards it."""
     (reward,) = GRPO["stages"]["grpo"]["rewards"]
@@ -161,6 +196,7 @@ TRAIN: dict[tuple[str, str], Callable[..., None]] = {
     ("DeepSpeed-Chat", "sft"): deepspeed_chat,
     ("DeepSpeed-Chat", "reward"): deepspeed_chat,
     ("TRL", "reward"): trl,
+    ("TRL", "kto"): trl_kto,
     ("TRL", "grpo"): trl_grpo,
     ("Trainer", "pretrain"): trainer,
 }
@@ -216,6 +252,27 @@ def judged(stage: str, folder: Path, held: list[Row]) -> list[float]:
                 chosen, rejected = logits.squeeze(-1).chunk(2)
                 found += (chosen > rejected).float().tolist()
     return found
+
+
+def preferred(start: Path, folder: Path, held: list[Row]) -> list[float]:
+    """For each held-out pair, whether training has raised the log-probability of its good response more."""
+    import torch
+
+    ratios = torch.zeros(len(held))
+    with torch.no_grad():
+        for sign, model in ((1, _loaded("AutoModelForCausalLM", folder)), (-1, _loaded("AutoModelForCausalLM", start))):
+            for number, row in enumerate(held):
+                ids = torch.tensor(row["prompt_ids"] + row["chosen_ids"])
+                logits = model(input_ids=ids[None, :-1], logits_to_keep=len(row["chosen_ids"])).logits[0]
+                log_probs = logits.log_softmax(-1).gather(1, ids[-len(logits) :, None])
+                ratios[number] += sign * log_probs.sum()
+    pairs = [
+        (first, first + 1)
+        for first in range(len(held) - 1)
+        if held[first]["prompt_ids"] == held[first + 1]["prompt_ids"]
+        and held[first]["label"] > held[first + 1]["label"]
+    ]
+    return [float(ratios[good] > ratios[bad]) for good, bad in pairs]
 
 
 def accuracy(folder: Path, weights: dict[str, Any], held: list[Row], seed: int) -> tuple[list[float], list[float]]:

@@ -14,7 +14,7 @@ from tests.storm.scenarios import PPO
 from tests.storm.strikes import FAULTS
 from tests.storm.verdict import interruptions
 
-STRIKES, SEED = 5, 5
+STRIKES, SEED = 3, 5
 EVERY = 6.0  # seconds: no attempt is over by then, on a fast machine either
 # Faults that end an attempt within seconds.
 QUICK = [
