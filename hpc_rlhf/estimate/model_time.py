@@ -65,11 +65,13 @@ class TimedModel:
 
     Attributes:
         attended: numbers per token that go in and out of attention, in all layers.
+        attention: operations of attention per token in a forward pass.
     """
 
     layers: int
     hidden: int
     attended: int
+    attention: int
     count: int
     trained: int
     item: int
@@ -95,11 +97,12 @@ def machine_of(stage: StageSpec, name: str) -> Machine:
     )  # fmt: skip
 
 
-def timed_model(body: Architecture, stage: TrainingSpec, scored: bool) -> TimedModel:
+def timed_model(body: Architecture, stage: TrainingSpec, scored: bool, longest: int) -> TimedModel:
     count = body.scored if scored else body.parameters
     trained = trained_parameters(count, body.adapters(stage.lora), stage.lora, body.hidden if scored else 0)
     attended = 2 * body.layers * body.hidden + body.kv
-    return TimedModel(body.layers, body.hidden, attended, count, trained, ITEM[stage.precision], stage)
+    attention = body.attention(longest)
+    return TimedModel(body.layers, body.hidden, attended, attention, count, trained, ITEM[stage.precision], stage)
 
 
 def _pass(model: TimedModel, flops: int, reads: int, tokens: int, machine: Machine) -> float:
@@ -124,7 +127,11 @@ def scoring(model: TimedModel, stored: StageSpec, tokens: int, machine: Machine)
         fetched += whole * (machine.data_ranks - 1) / machine.data_ranks / machine.link
     if stored.offload_params:
         fetched += whole / machine.data_ranks / BUS
-    return _pass(model, 2 * model.count, 1, tokens, machine) + fetched + _exchanged(model, tokens, machine)
+    return (
+        _pass(model, 2 * model.count + model.attention, 1, tokens, machine)
+        + fetched
+        + _exchanged(model, tokens, machine)
+    )
 
 
 def _exchanged(model: TimedModel, tokens: int, machine: Machine) -> float:
@@ -143,13 +150,15 @@ def step(model: TimedModel, tokens: int, passes: int, machine: Machine) -> dict[
     """Seconds of one optimizer step of a model, in which each pass has ``tokens`` tokens on each rank.
 
     A forward pass costs two operations per weight and token. So does each half of the backward pass: gradients of the
-    inputs, and of the weights, which frozen weights do not need. Checkpointing adds a forward pass. A stage of a
-    pipeline waits for one pass of each other stage while the pipeline fills and drains.
+    inputs, and of the weights, which frozen weights do not need. Attention has no weights, and its backward pass costs
+    twice its forward pass. Checkpointing adds a forward pass. A stage of a pipeline waits for one pass of each other
+    stage while the pipeline fills and drains.
     """
     again = int(model.scheme.activation_checkpointing)
     lora = model.scheme.lora
     full = 2 if lora is not None and lora.only else 4
-    work = _pass(model, (2 + full + 2 * again) * model.count, 1 + full // 2 + again, tokens, machine)
+    flops = (2 + full + 2 * again) * model.count + (3 + again) * model.attention
+    work = _pass(model, flops, 1 + full // 2 + again, tokens, machine)
     return {
         "training": passes * work,
         "bubble": (machine.stages - 1) * work,
@@ -216,7 +225,7 @@ def decoding(
     rows = min(ROWS, responses)
     cache = rows * body.kv * actor.item * (prompt + answer / 2)
     work = max((actor.item * actor.count + cache) / machine.bandwidth, 2 * actor.count * rows / machine.flops)
-    prompts = 2 * actor.count * prompt * rows / group / machine.flops
+    prompts = (2 * actor.count + body.attention(prompt)) * prompt * rows / group / machine.flops
     whole = actor.item * actor.count if actor.scheme.zero == 3 and machine.data_ranks > 1 else 0
     streamed = max(0.0, whole - WEIGHTS_SHARE * machine.memory)
     token = work + streamed / machine.link

@@ -84,6 +84,13 @@ class Architecture:
         """Its parameters with a score head instead of an output head."""
         return self.parameters - self.head + self.hidden
 
+    def attention(self, longest: int) -> int:
+        """Operations per token of causal attention in a forward pass over sequences of ``longest`` tokens.
+
+        A token attends to half of them on average, and each costs four operations per number of the width.
+        """
+        return 2 * self.layers * self.hidden * longest
+
     def adapted(self, lora: LoraSpec) -> list[Linear]:
         """The layers that get adapters."""
         return [

@@ -49,9 +49,10 @@ def _parts(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, machine: Ma
     """A stage that trains one model, perhaps with a frozen reference. Other kinds are registered below."""
     kind, training = kind_of(name), as_trained(stage)
     sequences = batch.micro * (2 if kind.data is Data.PAIRS else 1)
-    tokens = sequences * spec.longest(name)
+    longest = spec.longest(name)
+    tokens = sequences * longest
     scored = kind.makes == "reward model"
-    model = timed_model(architecture(spec.models, "reward" if scored else "actor"), training, scored)
+    model = timed_model(architecture(spec.models, "reward" if scored else "actor"), training, scored, longest)
     parts = model_time.step(model, tokens, batch.accumulation, machine)
     if "ref" in stage.strategies:
         own = training.lora is not None and training.lora.only
@@ -66,11 +67,11 @@ def _parts(stage: StageSpec, spec: JobSpec, name: str, batch: Batch, machine: Ma
 @_parts.register
 def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, machine: Machine) -> dict[str, float]:
     """A rollout, and the optimizer steps of actor and critic on it."""
-    actor = timed_model(architecture(spec.models, "actor"), stage, False)
-    critic = timed_model(critic_body(spec, stage), stage.of_critic, True)
+    actor = timed_model(architecture(spec.models, "actor"), stage, False, spec.longest(name))
+    critic = timed_model(critic_body(spec, stage), stage.of_critic, True, spec.longest(name))
     beside = [(actor, stage.strategies["ref"]), (critic, stage.strategies["critic"])]
     parts = _policy(stage, spec, name, batch, machine, stage.ppo_epochs, beside)
-    for part, seconds in model_time.step(critic, _tokens(spec, batch), batch.accumulation, machine).items():
+    for part, seconds in model_time.step(critic, batch.micro * spec.longest(name), batch.accumulation, machine).items():
         parts[part] += stage.ppo_epochs * stage.minibatches * seconds
     return parts
 
@@ -78,7 +79,7 @@ def _ppo(stage: PpoSpec, spec: JobSpec, name: str, batch: Batch, machine: Machin
 @_parts.register
 def _grpo(stage: GrpoSpec, spec: JobSpec, name: str, batch: Batch, machine: Machine) -> dict[str, float]:
     """A rollout, and the optimizer steps of the actor on it. An actor with adapters alone is its own reference."""
-    actor = timed_model(architecture(spec.models, "actor"), stage, False)
+    actor = timed_model(architecture(spec.models, "actor"), stage, False, spec.longest(name))
     beside = [(actor, stage.strategies.get("ref", stage))] if stage.kl_coef else []
     return _policy(stage, spec, name, batch, machine, stage.num_iterations, beside, stage.group_size)
 
@@ -95,13 +96,15 @@ def _policy(
         group: responses to each prompt.
     """
     body = architecture(spec.models, "actor")
-    actor, tokens = timed_model(body, stage, False), _tokens(spec, batch)
+    longest = spec.longest(name)
+    actor, tokens = timed_model(body, stage, False, longest), batch.micro * longest
     passes = batch.accumulation * stage.minibatches
     step = model_time.step(actor, tokens, batch.accumulation, machine)
     parts = {part: epochs * stage.minibatches * seconds for part, seconds in step.items()}
     scorers = beside if stage.scores_in_update(passes) else [(actor, stage), *beside]
     if "reward" in stage.strategies:
-        scorers += [(timed_model(each, stage, True), stage.strategies["reward"]) for each in judges(spec, stage)]
+        judged_by = [timed_model(each, stage, True, longest) for each in judges(spec, stage)]
+        scorers += [(model, stage.strategies["reward"]) for model in judged_by]
     parts["scoring"] = passes * sum(model_time.scoring(model, stored, tokens, machine) for model, stored in scorers)
     responses = -(-batch.micro * passes // (machine.ways * machine.sequence))
     return parts | _generating(stage, spec, name, actor, responses, machine, group)
@@ -126,11 +129,6 @@ def _generating(
     }
 
 
-def _tokens(spec: JobSpec, batch: Batch) -> int:
-    """Tokens of a micro-batch of prompts with one response each."""
-    return batch.micro * (spec.data.max_prompt_tokens + spec.data.max_answer_tokens)
-
-
 @_parts.register
 def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine: Machine) -> dict[str, float]:
     """Every policy responds to the prompts and computes likelihoods, and the reward model scores.
@@ -138,8 +136,8 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine
     Loading is not included. A rank passes its prompts through the models one micro-batch at a time.
     """
     body, like = architecture(spec.models, "actor"), as_trained(stage)
-    model = timed_model(body, like, False)
-    prompt, answer = spec.data.max_prompt_tokens, spec.data.max_answer_tokens
+    longest = spec.longest(name)
+    model = timed_model(body, like, False, longest)
     responses = -(-stage.prompts // machine.ranks)
     passes = -(-responses // batch.micro)
     # The policies, and the model before training.
@@ -148,10 +146,10 @@ def _evaluation(stage: EvalSpec, spec: JobSpec, name: str, batch: Batch, machine
     # are scored by the policy that was trained on them and by the one it started from.
     by_pairs = any(kind_of(each).makes_policy and kind_of(each).data is Data.PAIRS for each in spec.trained)
     passes_each = 3 * models + (4 if by_pairs else 0)
-    tokens = batch.micro * (prompt + answer)
+    tokens = batch.micro * longest
     scoring = passes_each * passes * model_time.scoring(model, stage, tokens, machine)
     if spec.judge is not None or spec.finished_reward is not None:
-        judge = timed_model(architecture(spec.models, "reward"), like, True)
+        judge = timed_model(architecture(spec.models, "reward"), like, True, longest)
         scoring += (models + 3) * passes * model_time.scoring(judge, stage, tokens, machine)
     generating = _generating(stage, spec, name, model, responses * stage.samples, machine)
     return {"scoring": scoring, **{part: models * seconds for part, seconds in generating.items()}}

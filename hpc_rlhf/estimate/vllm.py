@@ -99,7 +99,8 @@ class Served:
         work = 2 * self.body.parameters * rows / self.ways / flops
         reduces = 2 * self.body.layers * _ALL_REDUCE if self.ways > 1 else 0.0
         token = max(reads, work) + reduces + _SCHEDULING
-        prefill = 2 * self.body.parameters * prompt * responses / group / self.ways / flops
+        passed = 2 * self.body.parameters + self.body.attention(prompt)
+        prefill = passed * prompt * responses / group / self.ways / flops
         return responses / rows * answer * token + prefill
 
     def syncing(self, gathered: float, link: float, bus: float) -> float:

@@ -24,6 +24,8 @@ WEIGHTS = 2 * BODY.parameters
 GIB = 79.1 * 2**30
 FLOPS, BANDWIDTH = 312e12 * MFU, 2039e9 * 0.7
 PROMPT = ANSWER = 256
+# Operations per token of a prompt: those of the weights, and of causal attention, to half of the prompt on average.
+PASSED = 2 * BODY.parameters + 4 * BODY.layers * BODY.hidden * PROMPT / 2
 
 
 def job(micro_batch: int = 16, slurm: dict[str, Any] | None = None, **rollout: Any) -> JobSpec:
@@ -39,7 +41,7 @@ def test_a_token_costs_reading_a_gpus_share_of_the_weights_and_the_cache_two_red
     rows = 16 * 4  # of the four ranks whose GPUs the server has
     read = (WEIGHTS + rows * 2 * BODY.kv * (PROMPT + ANSWER / 2)) / 4 / BANDWIDTH
     token = read + 2 * BODY.layers * 15e-6 + 3e-3
-    prefill = 2 * BODY.parameters * rows * PROMPT / 4 / FLOPS
+    prefill = PASSED * rows * PROMPT / 4 / FLOPS
     parts = stage_time(job(tensor_parallel=4), "ppo").parts
     assert parts["decoding"] == pytest.approx(ANSWER * token + prefill)
     assert parts["new weights"] == pytest.approx(WEIGHTS * 7 / 8 / 300e9 + WEIGHTS / 25e9 + WEIGHTS / 4 / 25e9)
@@ -52,7 +54,7 @@ def test_responses_that_do_not_fit_at_once_wait(limits: dict[str, Any]) -> None:
     rows = limits.get("max_num_seqs", fitting)
     assert 1 < rows < 16
     read = (WEIGHTS + rows * 2 * BODY.kv * (PROMPT + ANSWER / 2)) / BANDWIDTH
-    prefill = 2 * BODY.parameters * 16 * PROMPT / FLOPS
+    prefill = PASSED * 16 * PROMPT / FLOPS
     spec = job(**{"gpu_memory": 0.6, **limits})
     assert stage_time(spec, "ppo").parts["decoding"] == pytest.approx(16 / rows * ANSWER * (read + 3e-3) + prefill)
 
@@ -74,7 +76,7 @@ def test_a_server_on_gpus_of_its_own_generates_all_responses_and_takes_no_memory
     rows = 16 * 6
     read = (WEIGHTS + rows * 2 * BODY.kv * (PROMPT + ANSWER / 2)) / 2 / BANDWIDTH
     token = read + 2 * BODY.layers * 15e-6 + 3e-3
-    prefill = 2 * BODY.parameters * rows * PROMPT / 2 / FLOPS
+    prefill = PASSED * rows * PROMPT / 2 / FLOPS
     time = stage_time(separate(), "ppo")
     assert time.parts["decoding"] == pytest.approx(ANSWER * token + prefill)
     assert time.gpus == 8
