@@ -150,6 +150,8 @@ def _decides(path: str) -> str:
     """What a field decides: a stage's "placement", which may change between two attempts, its "split" over ranks,
     the "evaluation", "reporting", what follows from "failures" of rewards or, by default, "training"."""
     top, *rest = path.split(".")
+    if top == "follows":
+        return "evaluation"
     if top != "stages":
         return "reporting" if top in ("trackers", "notify", "share") else "training"
     stage, *field = rest

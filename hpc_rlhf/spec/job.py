@@ -70,6 +70,10 @@ class JobSpec(Model):
     created if that folder has the set-group-ID bit (chmod g+s), and otherwise your own. With group, the folders above
     run_dir may be writable by a group of yours or belong to a member of it. You then trust its members: they could
     replace the run."""
+    follows: PathText | None = None
+    """The run of which this is the next round, as hpc-rlhf next writes it. The evaluation then asks the prompts of the
+    first round's, so that rounds can be compared; that needs the same seed, data.held_out, data.version and
+    data.max_prompt_tokens, and that sources of both have the same prompts."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1234, description="Seed of all random numbers.")
     slurm: SlurmSpec = Field(default=SlurmSpec(), description="Slurm settings of all stages.")
     data: DataSpec = Field(description="Training data of all stages but pretraining; pretraining alone needs none.")

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from hpc_rlhf.errors import Problem, SpecError
-from hpc_rlhf.spec import model_checks, reward_checks, rollout_checks
+from hpc_rlhf.errors import HpcRlhfError, Problem, SpecError
+from hpc_rlhf.spec import model_checks, reward_checks, rollout_checks, round_checks
 from hpc_rlhf.spec.auto import extract_autos
 from hpc_rlhf.spec.batch import check_groups, data_ranks, derive_batch, layer_groups, row_groups
 from hpc_rlhf.spec.data import DataSpec
@@ -81,6 +81,22 @@ def read_spec(path: Path) -> JobSpec:
         raise SpecError(in_order(problems_of(error, root))) from None
 
 
+def rounds(spec: JobSpec) -> list[JobSpec]:
+    """The specs of the runs that a run follows, the first round first, and its own.
+
+    Raises:
+        SpecError: one of them cannot be read.
+        HpcRlhfError: a run follows itself, over others or directly.
+    """
+    chain, followed = [spec], {spec.run_dir}
+    while (folder := chain[0].follows) is not None:
+        if folder in followed:
+            raise HpcRlhfError("the run follows itself", where=folder, hint="give another run_dir")
+        followed.add(folder)
+        chain.insert(0, read_spec(Path(folder) / "job.yaml"))
+    return chain
+
+
 def continued(spec: JobSpec, begun: JobSpec) -> JobSpec:
     """A user's spec for a run that an earlier version began: fields that the user leaves out keep that version's
     defaults.
@@ -108,17 +124,17 @@ def continued(spec: JobSpec, begun: JobSpec) -> JobSpec:
 def dump_spec(spec: JobSpec) -> str:
     """The spec as YAML, every default written out."""
     fields = spec.model_dump(exclude={"sweep", "sweep_limit"})
-    return yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(fields, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-class _Dumper(yaml.SafeDumper):
+class Dumper(yaml.SafeDumper):
     """Writes no aliases, and quotes text that this or another YAML reader would not read as text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
 def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
@@ -178,6 +194,8 @@ def _cross_check(spec: JobSpec, root: Node) -> list[Problem]:
             read = ", ".join(CELLS[source.format])
             what = f"has {source.further[0]}, which the format {source.format} does not read, and rewards do not either"
             problems.append(problem(f"{path}.columns", what, f"the format reads {read}"))
+    if spec.follows is not None and (Path(spec.follows) / "job.yaml").is_file():  # else its path is a problem already
+        problems += [problem(*each) for each in round_checks.problems(spec, rounds(spec)[-2])]
     others = [*model_checks.problems(spec), *reward_checks.problems(spec), *rollout_checks.problems(spec)]
     return [*problems, *(problem(*each) for each in others)]
 

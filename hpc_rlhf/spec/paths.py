@@ -163,6 +163,7 @@ def _webhook(text: str, base: Path) -> str:
 
 _PATHS: tuple[tuple[tuple[str, ...], _Resolve], ...] = (
     (("run_dir",), _run_dir),
+    (("follows",), _run),
     (("data", "sources", "*", "path"), _local_or_hub),
     (("data", "sources", "*", "feedback"), _run),
     *(

@@ -7,7 +7,7 @@ from typing import Any
 from hpc_rlhf.spec import reward_files
 from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import FromScratch, JobSpec
-from hpc_rlhf.spec.stages import Data, kind_of
+from hpc_rlhf.spec.stages import EVALUATION, Data, kind_of
 
 
 def inputs(spec: JobSpec, stage: str) -> dict[str, Any]:
@@ -25,6 +25,8 @@ def inputs(spec: JobSpec, stage: str) -> dict[str, Any]:
     if from_data:
         facts["data"] = spec.data.model_dump(mode="json")
         facts["trained"] = list(spec.trained)  # the prompts are divided among them
+    if spec.follows is not None and stage == EVALUATION.name:
+        facts["follows"] = spec.follows  # it asks that run's prompts
     return facts
 
 

@@ -76,5 +76,5 @@ def test_runs_of_versions_without_adapted_experts_go_on_without_them(tmp_path: P
 
 def test_invalid_edit_of_job_yaml_is_reported_with_its_place(tmp_path: Path) -> None:
     path = write(tmp_path, dump_spec(load_spec(JOBS / "tiny.yaml")).replace("seed: 1234", "seed: x"))
-    with pytest.raises(SpecError, match=r"job.yaml:4:7: seed: must be a whole number"):
+    with pytest.raises(SpecError, match=r"job.yaml:5:7: seed: must be a whole number"):
         read_spec(path)

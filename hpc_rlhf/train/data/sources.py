@@ -183,6 +183,14 @@ def is_held_out(conversation: str, spec: JobSpec) -> bool:
     return seeds.unit(spec.seed, conversation, "held out") < spec.data.held_out
 
 
+def asks_held_out(sample: Sample, spec: JobSpec) -> bool:
+    """Whether a vote's conversation asks anything that is held out as a source asks it. On the page, people ask it
+    without that source's system prompt and examples, with a system prompt of their own, or after other questions."""
+    asked = [replace(sample, turns=(turn,), prompt=transcript([turn])) for turn in sample.turns if turn[0] == "human"]
+    framings = (framed(question, source) for question in asked for source in spec.data.sources)
+    return any(is_held_out(conversation_of(framing, spec), spec) for framing in framings)
+
+
 class StageSample(NamedTuple):
     """A sample of a stage, whether it is held out for evaluation, and the counts of its source."""
 
@@ -223,9 +231,9 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
     """A stage's samples.
 
     Held-out samples share no conversation with training samples, and no stage shares one with another, except prompts
-    without a response, which go to PPO or GRPO. Stages that train on pairs get only pairs, and KTO pairs and labeled
-    responses; those that sample get each prompt once, and no plain text. No sample is held out twice, whatever its
-    source's weight, so that held-out samples are independent.
+    without a response, which go to PPO or GRPO. No vote on a held-out prompt is a training sample. Stages that train on
+    pairs get only pairs, and KTO pairs and labeled responses; those that sample get each prompt once, and no plain
+    text. No sample is held out twice, whatever its source's weight, so that held-out samples are independent.
 
     Args:
         counts: of each source; rows without a sample for the stage are counted here, the others by who uses them.
@@ -241,7 +249,7 @@ def stage_samples(spec: JobSpec, stage: str, counts: Sequence[SourceCounts] = ()
             if with_margins and unfit_for(sample, data) is None:
                 check_margin(sample, source)
             conversation = conversation_of(sample, spec)
-            held_out = is_held_out(conversation, spec)
+            held_out = is_held_out(conversation, spec) or (bool(source.feedback) and asks_held_out(sample, spec))
             own = stage_of(conversation, spec, sample.unanswered is Outcome.PROMPT_ONLY) == stage
             unfit = unfit_for(sample, data) if own else Outcome.OTHER_STAGE
             if unfit is None and (held_out or data is Data.PROMPTS):

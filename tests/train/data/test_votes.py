@@ -19,6 +19,7 @@ from hpc_rlhf.spec.source import SourceSpec
 from hpc_rlhf.spec.stages import Data
 from hpc_rlhf.train.data.sources import read, stage_samples, unfit_for
 from tests.run.votes import pair, thumbs
+from tests.train.data.specs import spec_of
 
 TURNS = [
     VoteMessage(role="system", content="Be brief."), VoteMessage(role="user", content="Hi"),
@@ -136,3 +137,23 @@ def test_a_stage_has_no_votes_of_its_own(run: RunDir, tmp_path: Path, capsys: py
         == 2
     )
     assert "stages.ppo.ptx.feedback: only data.sources can have votes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("system", [None, "Be kind."])
+def test_no_vote_on_a_held_out_prompt_is_trained_on(tmp_path: Path, system: str | None) -> None:
+    """Also not where the page has another system prompt than the data, or the prompt follows another question."""
+    run = RunDir(tmp_path / "served")
+    run.path.mkdir()
+    run.job_yaml.write_text("")
+    data = spec_of({"demo": 120, "system": system}, stages=("dpo",), held_out=0.2)
+    asked = {each.sample.turns[-1][1]: each.held_out for each in stage_samples(data, "dpo")}
+    for number, prompt in enumerate(asked):
+        before = {1: TURNS[:1], 2: TURNS[1:3]}.get(number % 3, [])
+        messages = [*before, VoteMessage(role="user", content=prompt)]
+        feedback.append(run.feedback, pair(f"vote{number}", "left", messages=messages))
+    votes: dict[str, object] = {"feedback": str(run.path), "kind": "pairs"}
+    both = spec_of({"demo": 120, "system": system, "weight": 0.1}, votes, stages=("sft", "reward"), held_out=0.2)
+    voted = [each for stage in ("sft", "reward") for each in stage_samples(both, stage) if "votes" in each.sample.where]
+    assert {each.sample.turns[-1][1] for each in voted} == set(asked)
+    assert all(each.held_out for each in voted if asked[each.sample.turns[-1][1]])
+    assert sum(not each.held_out for each in voted) > 30

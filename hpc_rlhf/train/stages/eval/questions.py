@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from hpc_rlhf.errors import HpcRlhfError
-from hpc_rlhf.spec.stages import BASE, Data, EvalSpec, kind_of
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.load import rounds
+from hpc_rlhf.spec.stages import BASE, EVALUATION, Data, EvalSpec, kind_of
 from hpc_rlhf.train.context import StageContext
 from hpc_rlhf.train.data.further import columns_of
 from hpc_rlhf.train.data.sampler import sample_at
@@ -56,13 +58,13 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
     """
     spec, stop = context.spec, context.stop
 
-    def rows(stages: Sequence[str]) -> Any:
-        """The held-out rows of the first of these stages."""
+    def rows(stages: Sequence[str], of: JobSpec = spec) -> Any:
+        """The held-out rows of the first of these stages of a spec."""
         if not stages:
             return []
-        folder = context.run.stage(stages[0]).data
+        folder = (context.run.stage(stages[0]) if of is spec else context.files).data
         with stop.cancellable():
-            return prepare(spec, stages[0], context.tokenizer, folder, context.world, stop.should_stop).held_out
+            return prepare(of, stages[0], context.tokenizer, folder, context.world, stop.should_stop).held_out
 
     def trained_on(data: Data) -> list[str]:
         return [stage for stage in spec.trained if kind_of(stage).data is data]
@@ -76,8 +78,9 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         return [all_rows[place] for place in evaluated_rows(len(all_rows), spec.seed)]
 
     # The prompts of the first policy trained from the base; without one, the base's own, or else the reward model's.
-    by_preference = sorted(spec.shares, key=lambda stage: (not kind_of(stage).makes_policy, stage == BASE.name))
-    source = rows(by_preference)
+    first = _asked(spec)
+    by_preference = sorted(first.shares, key=lambda stage: (not kind_of(stage).makes_policy, stage == BASE.name))
+    source = rows(by_preference, first)
     by_prompt: dict[str, dict[str, Any]] = {}
     for place in range(len(source)):
         row = source[sample_at(place, len(source), spec.seed, "eval")]
@@ -95,6 +98,20 @@ def held_out(context: StageContext, prompts: int) -> HeldOut:
         columns=columns_of(chosen),
         sources=[row["source"] for row in chosen if "source" in row],
     )
+
+
+def _asked(spec: JobSpec) -> JobSpec:
+    """The spec whose held-out prompts are asked, the same in all rounds: that of the first, without votes, which only
+    some rounds have, unless there is nothing else."""
+    first = rounds(spec)[0]
+    sources = tuple(source for source in first.data.sources if not source.feedback) or first.data.sources
+    if first is spec and sources == spec.data.sources:
+        return spec
+    assert spec.evaluation is not None
+    judged = spec.evaluation.model_copy(update={"rewards": spec.evaluated_rewards or None})
+    stages = first.stages.model_copy(update={EVALUATION.name: judged})
+    data = first.data.model_copy(update={"sources": sources})
+    return first.model_copy(update={"data": data, "stages": stages})
 
 
 class Questions:
