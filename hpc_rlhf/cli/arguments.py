@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,3 +73,13 @@ def write_out(out: Path, text: str) -> None:
         else:
             write_atomically(out, text)
     click.echo(out)
+
+
+def write_new(text: str, file: str, verb: str) -> None:
+    """Write a spec to a new file, or to stdout for `-`, and name the verb that comes next."""
+    if file == "-":
+        click.echo(text, nl=False)
+        return
+    with writing(Path(file)), Path(file).open("x", encoding="utf-8") as new:
+        new.write(text)
+    click.echo(f"wrote {file}; next: hpc-rlhf {verb} {shlex.quote(file)}", err=True)

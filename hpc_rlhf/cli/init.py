@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hpc_rlhf.cli.arguments import example, writing
+from hpc_rlhf.cli.arguments import example, write_new
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.stages import GRPO, PPO
 from hpc_rlhf.spec.stages.recipes import DEPLOYMENTS, grpo_recipe, recipe_for
@@ -58,7 +57,7 @@ def command(
     if demo:
         if actor or reward or deployment or name:
             raise click.UsageError("--demo cannot be used with other options than --algorithm and --out.")
-        _write(_demo("tiny-grpo.yaml" if algorithm == GRPO.name else "tiny.yaml"), out or "demo.yaml", "run")
+        write_new(_demo("tiny-grpo.yaml" if algorithm == GRPO.name else "tiny.yaml"), out or "demo.yaml", "run")
         return
     verified = algorithm == GRPO.name
     if verified and reward is not None:
@@ -85,7 +84,7 @@ def command(
         recipe = recipe_for(deployment, actor, reward)
     file = f"{name}.yaml" if out is None else out
     shown = "FILE" if file == "-" else file
-    _write(write_starter(recipe, actor=actor, reward=reward, name=name, file=shown), file, "check")
+    write_new(write_starter(recipe, actor=actor, reward=reward, name=name, file=shown), file, "check")
 
 
 def _ask(option: str, question: str, **how: Any) -> str:
@@ -97,16 +96,6 @@ def _ask(option: str, question: str, **how: Any) -> str:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise click.UsageError(f"Missing option '{option}'.")
     return str(click.prompt(question, err=True, **how))
-
-
-def _write(text: str, file: str, verb: str) -> None:
-    """Write a spec to a new file, or to stdout for `-`, and name the verb that comes next."""
-    if file == "-":
-        click.echo(text, nl=False)
-        return
-    with writing(Path(file)), Path(file).open("x", encoding="utf-8") as new:
-        new.write(text)
-    click.echo(f"wrote {file}; next: hpc-rlhf {verb} {shlex.quote(file)}", err=True)
 
 
 def _demo(file: str) -> str:

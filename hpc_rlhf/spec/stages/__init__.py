@@ -22,9 +22,9 @@ from hpc_rlhf.spec.stages.reward import REWARD, RewardSpec
 from hpc_rlhf.spec.stages.sft import SFT, SftSpec
 
 __all__ = [
-    "BASE", "EVALUATION", "GRPO", "KTO", "POLICIES", "PPO", "STAGE_KINDS", "STAGE_NAMES", "CriticSpec", "Data",
-    "DpoSpec", "EvalSpec", "GrpoSpec", "KtoSpec", "Plot", "PpoSpec", "PretrainSpec", "RewardSpec", "SftSpec",
-    "StageKind", "StagesSpec", "kind_of",
+    "BASE", "DPO", "EVALUATION", "GRPO", "KTO", "POLICIES", "PPO", "SFT", "STAGE_KINDS", "STAGE_NAMES",
+    "CriticSpec", "Data", "DpoSpec", "EvalSpec", "GrpoSpec", "KtoSpec", "Plot", "PpoSpec", "PretrainSpec",
+    "RewardSpec", "SftSpec", "StageKind", "StagesSpec", "kind_of",
 ]  # fmt: skip
 
 # Each stage after its inputs; the first that makes a policy is BASE.
