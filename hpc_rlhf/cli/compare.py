@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,18 +47,21 @@ def command(runs: tuple[str, ...], by: str | None, page: Path | None, as_json: b
     have different reward models, whose scales do not compare, they are ranked by win rate. Without
     evaluations, they are ranked by the main training metric, such as ppo.reward: measured at the end of
     training, or averaged over the last tenth of the steps. Runs that differ only in their seed are also
-    summarized together.
+    summarized together. Rounds that follow one another are shown in their order, without --by.
 
     --json prints `by`, the metric that they are ranked by; `judges`, the number of different reward models;
-    `runs`, the best first; and `over_seeds`. A run has name, path, state, the `values` of the fields that
-    differ, and all its `numbers`, each with value, low and high. The bounds of the interval are null if
-    unknown.
+    `in_rounds`, whether the runs are rounds in their order; `runs`, the best first; and `over_seeds`. A run
+    has name, path, state, the `values` of the fields that differ, and all its `numbers`, each with value, low
+    and high. The bounds of the interval are null if unknown. A round also has `against`, what its win rate is
+    against.
     """
     folders = list({run.path: run for argument in runs for run in find_runs(argument)}.values())
     comparison = compare.compare(folders, by)
     groups = compare.over_seeds(comparison)
     ranked = "no run has a metric to rank by yet" if comparison.by is None else f"ranked by {comparison.by}"
-    if compare.compares_scores(comparison):
+    if comparison.in_rounds:
+        ranked = "rounds in their order; all are evaluated on the same prompts, each by its own reward model"
+    elif compare.compares_scores(comparison):
         ranked += f"; the runs have {comparison.judges} different reward models, whose scales do not compare"
     if page is not None:
         _write_page(comparison, ranked, page)
@@ -85,11 +88,9 @@ def _write_page(comparison: compare.Comparison, ranked: str, page: Path) -> None
     from hpc_rlhf.observe.report.comparison import make_comparison
 
     names, paths = _metrics(comparison), comparison.paths
-    rows = [
-        (run.name, *_shown(run.values, paths), *(cell(name, run.numbers.get(name)) for name in names), run.state)
-        for run in comparison.runs
-    ]
-    text = make_comparison(comparison, ranked, [("run", *short_names(paths).values(), *names, "state"), *rows])
+    rows = [(run.name, *_shown(run.values, paths), *_cells(run, names), run.state) for run in comparison.runs]
+    header = ("run", *short_names(paths).values(), *_titles(comparison, names), "state")
+    text = make_comparison(comparison, ranked, [header, *rows])
     write_out(page, text)
 
 
@@ -100,15 +101,26 @@ def _table(comparison: compare.Comparison, width: int) -> RenderableType:
     names = _metrics(comparison)[: _MAX_METRICS if width >= _WIDE else _MAX_METRICS_NARROW]
     paths = comparison.paths[:_MAX_FIELDS]
     unfinished = any(run.state != "done" for run in comparison.runs)
-    table = grid("", *names, *short_names(paths).values(), *(["state"] if unfinished else []), "run")
+    table = grid(
+        "", *_titles(comparison, names), *short_names(paths).values(), *(["state"] if unfinished else []), "run"
+    )
     for column in table.columns[:-1]:
         column.no_wrap = True
     for place, run in enumerate(comparison.runs, 1):
-        cells = [cell(name, run.numbers.get(name)) for name in names]
-        ranked = comparison.by in run.numbers
+        ranked = comparison.in_rounds or comparison.by in run.numbers
         states = [styled(run.state)] if unfinished else []
-        table.add_row(str(place) if ranked else "-", *cells, *_shown(run.values, paths), *states, run.name)
+        table.add_row(str(place) if ranked else "-", *_cells(run, names), *_shown(run.values, paths), *states, run.name)
     return table
+
+
+def _titles(comparison: compare.Comparison, names: Sequence[str]) -> list[str]:
+    return [*names, *(["against"] if comparison.in_rounds else [])]
+
+
+def _cells(run: compare.Compared, names: Sequence[str]) -> list[str]:
+    """A run's metrics, and for a round what its win rate is against."""
+    cells = [cell(name, run.numbers.get(name)) for name in names]
+    return [*cells, *([] if run.against is None else [run.against])]
 
 
 def _metrics(comparison: compare.Comparison) -> list[str]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from statistics import fmean, stdev
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.observe.listing import list_runs
 from hpc_rlhf.observe.metrics import held_out_rows, read_latest, read_text, step_rows
 from hpc_rlhf.observe.results import AT_K, Interval, read_report
+from hpc_rlhf.observe.rounds import opponent
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
-from hpc_rlhf.spec.load import read_spec
+from hpc_rlhf.spec.load import read_spec, rounds
 from hpc_rlhf.spec.stages import EVALUATION, StageKind, kind_of
 
 # The metrics of an evaluation that are compared.
@@ -32,7 +34,7 @@ EVALUATED = (
 )
 _LATEST = 0.1  # share of a stage's steps over which its training metrics are averaged
 # Fields of a spec that do not affect the results.
-_IGNORED = {"name", "run_dir", "share", "slurm", "trackers", "notify", "sweep", "sweep_limit"}
+_IGNORED = {"name", "run_dir", "follows", "share", "slurm", "trackers", "notify", "sweep", "sweep_limit"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Compared:
         numbers: its metrics. Those of its final model's evaluation: reward, win_rate, …; those of a stage's
             training, such as ppo.reward: measured at its end, or averaged over the last tenth of its steps; with
             keep_best, measured at the best step, or averaged over the tenth before it.
-        judge: the folder of its reward model; None if it trains none.
+        judge: the folder of its reward model; None if it has none.
+        against: what its win rate is against; None if the runs are not rounds of one another.
     """
 
     name: str
@@ -55,19 +58,22 @@ class Compared:
     state: str
     numbers: dict[str, Interval]
     judge: str | None
+    against: str | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, the best first; runs without the metric come last.
+    """Runs, the best first; runs without the metric come last. Rounds that follow one another are in their order.
 
     Attributes:
         by: the metric that they are ranked by; None if no run has any.
         judges: number of different reward models, whose rewards do not compare.
+        in_rounds: whether they are rounds in their order, and not ranked.
     """
 
     by: str | None
     judges: int
+    in_rounds: bool
     runs: tuple[Compared, ...]
 
     @property
@@ -102,6 +108,8 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
         HpcRlhfError: a spec cannot be read, or no run has the metric.
     """
     specs = {run: read_spec(run.job_yaml) for run in runs}
+    followed = {Path(spec.follows).resolve() for spec in specs.values() if spec.follows}
+    in_rounds = by is None and len(runs) == len(followed) + 1 and followed < {run.path.resolve() for run in runs}
     facts = {run: _relevant(spec) for run, spec in specs.items()}
     differing = _differing(list(facts.values()))
     states = {line.path: " ".join(filter(None, (line.state, line.stage))) for line in list_runs(runs)}
@@ -112,7 +120,8 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
             {path: _at(facts[run], path) for path in differing},
             states.get(str(run.path), "unknown"),
             dict(_numbers(run, spec)),
-            str(run.stage(spec.judge).path.resolve()) if spec.judge else spec.finished_reward,
+            str(run.stage(spec.judge).model.resolve()) if spec.judge else spec.finished_reward,
+            opponent(spec) if in_rounds else None,
         )
         for run, spec in specs.items()
     ]
@@ -122,7 +131,10 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
         hint = f"available: {', '.join(known)}" if known else "no run has any metric yet: see hpc-rlhf status"
         raise HpcRlhfError(f"no run has the metric {by!r}", where="--by", hint=hint)
     by = by or _default(known, judges, specs[runs[0]])
-    return Comparison(by, judges, tuple(sorted(compared, key=lambda run: _rank(run, by))))
+    if in_rounds:
+        order = {str(run.path): len(rounds(spec)) for run, spec in specs.items()}
+        return Comparison(by, judges, True, tuple(sorted(compared, key=lambda run: order[run.path])))
+    return Comparison(by, judges, False, tuple(sorted(compared, key=lambda run: _rank(run, by))))
 
 
 def over_seeds(comparison: Comparison) -> list[OverSeeds]:

@@ -18,6 +18,7 @@ from hpc_rlhf.observe.report import timeline
 from hpc_rlhf.observe.report.charts import MAX_POINTS, make_charts
 from hpc_rlhf.observe.report.rendering import render
 from hpc_rlhf.observe.report.responses import MODELS, read_exchanges
+from hpc_rlhf.observe.rounds import read_rounds
 from hpc_rlhf.observe.status import StageStatus, read_status
 from hpc_rlhf.run.events import Started
 from hpc_rlhf.run.files import write_atomically
@@ -26,6 +27,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.masking import mask, mask_all
 from hpc_rlhf.run.row_counts import Outcome
+from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages import BASE, POLICIES, kind_of
 
 # States of a stage that will go on without the user.
@@ -110,6 +112,7 @@ def _content(run: RunDir) -> dict[str, object]:
         "data_warnings": [
             f"{status.stage}: {text}" for status in statuses for counts in status.data for text in counts.warnings()
         ],
+        "rounds": _rounds(run),
         "table": [] if report is None else results.table_rows(report, MODELS),
         "notes": [] if report is None else results.notes(report),
         "exchanges": read_exchanges(run),
@@ -182,6 +185,19 @@ def _evaluation(run: RunDir) -> results.Report | None:
         return results.read_report(run)
     except HpcRlhfError:
         return None
+
+
+def _rounds(run: RunDir) -> list[tuple[str, ...]]:
+    """The rows of the rounds up to this run; none if it follows no other, or what it follows is gone."""
+    try:
+        spec = read_spec(run.job_yaml)
+        rounds = list(read_rounds(spec)) if spec.follows else []
+    except HpcRlhfError:
+        return []
+    return [
+        (str(each.number), each.run, each.model, results.cell("win_rate", each.win_rate), each.against)
+        for each in rounds
+    ]
 
 
 def _versions(started: list[Started]) -> list[tuple[str, str]]:
