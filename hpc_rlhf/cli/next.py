@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from hpc_rlhf.cli.arguments import example, run_argument, write_new
@@ -17,13 +19,12 @@ from hpc_rlhf.spec.yaml_source import Mark, parse_yaml
 
 @click.command(epilog=example("hpc-rlhf next my-job.yaml", "hpc-rlhf next runs/my-run --out second.yaml"))
 @run_argument
-@click.option("-o", "--out", metavar="FILE", help="File to write, - for stdout.", show_default="NAME-roundN.yaml")
+@click.option("-o", "--out", metavar="FILE", help="File to write, - for stdout.", show_default="RUN-roundN.yaml")
 def command(run: str, out: str | None) -> None:
     """Write the spec of the next round of RUN, a finished run directory or its job file, on whose models people voted.
 
     The next round starts from the best model of RUN: the one that wins most in the evaluation, or without one the last
-    that was trained. It learns from the votes and from a part of the earlier data, which together have about as many
-    rows. Stages that can learn from the votes stay, with their settings. If there are none, DPO learns from the
+    that was trained. It learns from the votes and from a part of the earlier data. Stages that can learn from the votes stay, with their settings. If there are none, DPO learns from the
     comparisons, or KTO if most votes are thumbs. The comments say why, and everything can be changed.
 
     Its evaluation asks the same prompts as that of RUN, which stay out of the training data, so that compare and the
@@ -37,7 +38,7 @@ def command(run: str, out: str | None) -> None:
     if missing := [stage for stage in spec.stage_names if not manifest.is_done(run_dir.stage(stage))]:
         raise unfinished(run_dir, "the next round starts from finished models", missing, INPUT_WRONG)
     following = next_round(run_dir, spec)
-    file = f"{following.fields['name']}.yaml" if out is None else out
+    file = f"{Path(following.fields['run_dir']).name}.yaml" if out is None else out
     text = commented(following.fields, following.notes)
     check_tree(parse_yaml(text, Mark(file, 1, 1)))
     click.echo(f"starts from {following.start}", err=True)

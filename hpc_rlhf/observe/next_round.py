@@ -56,10 +56,10 @@ def next_round(run: RunDir, spec: JobSpec) -> NextRound:
         HpcRlhfError: no vote says which response is better, or whether one is good; or there is a next round already.
     """
     votes = _votes(run)
-    number, folder = _place(run)
+    number, folder = _place(run, spec)
     model, path, why = best_model(run, spec)
     names = _stages(spec, votes)
-    sources = [*_old_data(run, spec, votes), *_new_data(run, votes, names)]
+    sources = [*_old_data(run, spec, votes, names), *_new_data(run, votes, names)]
     stages = {name: _stage(spec, name) for name in names}
     reward, judges = _reward_model(run, spec, names)
     counted = " and ".join(f"{count} {kind}" for kind, count in votes.items())
@@ -78,7 +78,7 @@ def next_round(run: RunDir, spec: JobSpec) -> NextRound:
     if len(shared := [name for name in names if kind_of(name).data.is_shared]) > 1:
         data["split"] = dict.fromkeys(shared, 1)
     fields = {
-        "name": folder.name,
+        "name": _renamed(spec.name, number),
         "run_dir": str(folder),
         "follows": str(run.path),
         "seed": spec.seed,
@@ -126,17 +126,19 @@ def _votes(run: RunDir) -> Counter[str]:
     return counts
 
 
-def _place(run: RunDir) -> tuple[int, Path]:
+def _place(run: RunDir, spec: JobSpec) -> tuple[int, Path]:
     """The number and the folder of the next round."""
+    number = len(rounds(spec)) + 1
     path = run.sweep.path if run.path.name in run.sweep.recorded()[0] else run.path
-    stem, _, number = path.name.rpartition("-round")
-    if not (stem and re.fullmatch("[1-9][0-9]{0,3}", number)):
-        stem, number = path.name, "1"
-    folder = path.with_name(f"{stem}-round{int(number) + 1}")
+    folder = path.with_name(_renamed(path.name, number))
     if folder.exists():
         what = f"the folder of the next round exists already: {folder}"
         raise HpcRlhfError(what, where=str(run.path), hint="go on from that run, or remove it")
-    return int(number) + 1, folder
+    return number, folder
+
+
+def _renamed(name: str, number: int) -> str:
+    return f"{re.sub('-round[0-9]+$', '', name)}-round{number}"
 
 
 def _by_thumbs(votes: Counter[str]) -> bool:
@@ -157,20 +159,25 @@ def _stages(spec: JobSpec, votes: Counter[str]) -> list[str]:
     return [name for name in STAGE_NAMES if name in stages]
 
 
-def _old_data(run: RunDir, spec: JobSpec, votes: Counter[str]) -> Iterator[_Commented]:
-    """The run's sources. Those without votes together get as many rows as the new votes, as far as they have them."""
+def _old_data(run: RunDir, spec: JobSpec, votes: Counter[str], stages: Sequence[str]) -> Iterator[_Commented]:
+    """The run's sources. Those without votes together get as many rows as there are new votes, as far as they have
+    them. Where responses are sampled, they get as many as the votes have with their weight, for their prompts."""
+    samples = any(kind_of(name).data is Data.PROMPTS for name in stages)
+    wanted = votes.total() * (_VOTE_WEIGHT if samples else 1)
+    note = f"The earlier data, with about {wanted:,} rows{', also for their prompts' if samples else ''}."
     rows = {counts.source: counts.read for stage in spec.trained for counts in stage_counts(run.stage(stage))}
     others = [source for source in spec.data.sources if not source.feedback]
     read = sum(rows.get(source.name, 0) * source.weight for source in others)
-    share = _VOTE_WEIGHT * votes.total() / read if read else 1.0
+    share = wanted / read if read else 1.0
     first = {source.name: source.weight for source in rounds(spec)[0].data.sources}
     for source in spec.data.sources:
         fields = source.model_dump(mode="json", exclude_defaults=True)
         if source.feedback:
             yield fields, ""
             continue
-        weight = min(float(f"{source.weight * share:.2g}"), first.get(source.name, source.weight))
-        yield {**fields, "weight": weight}, "The earlier data, with about as many rows as the new votes."
+        whole = first.get(source.name, source.weight)
+        weight = min(float(f"{source.weight * share:.2g}"), whole)
+        yield {**fields, "weight": weight}, note if weight < whole else ""
 
 
 def _new_data(run: RunDir, votes: Counter[str], stages: Sequence[str]) -> Iterator[_Commented]:
@@ -205,8 +212,8 @@ def _stage(spec: JobSpec, name: str) -> _Commented:
     fields = spec.stage(like).model_dump(mode="json", exclude_defaults=True, include=_TAKEN_OVER)
     learned = "The votes are pairs" if name == DPO.name else "Most votes are thumbs"
     if like == SFT.name:
-        fields["lr"] = float(f"{spec.stages.sft.lr / 10:.2g}")
-        note = f"{learned}. The learning rate is a tenth of that of sft, as in Tülu 3 (arXiv 2411.15124)."
+        fields["lr"] = float(f"{spec.stages.sft.lr / 40:.2g}")
+        note = f"{learned}. The learning rate is a fortieth of that of sft, as in Zephyr (arXiv 2310.16944)."
     else:
         fields["lr"] = getattr(spec.stage(like), "actor_lr" if like == PPO.name else "lr")
         note = f"{learned}. The learning rate is that of {like}."

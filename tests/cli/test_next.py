@@ -102,8 +102,8 @@ def test_the_best_model_learns_from_pairs_by_the_stages_that_it_had(
 def test_thumbs_are_learned_by_kto(tmp_path: Path) -> None:
     spec = next_spec(finished(tmp_path / "first", [*THUMBS, PAIRS[0]], {"ppo": 0.7}))
     assert spec.stage_names == ("kto", "eval")
-    assert spec.stages.kto.lr == 1e-5, "a tenth of that of sft"
-    assert [each.kind for each in spec.data.sources] == [None, "pairs", "thumbs"]
+    assert spec.stages.kto.lr == 2.5e-6, "a fortieth of that of sft"
+    assert [(each.kind, each.weight) for each in spec.data.sources] == [(None, 0.006), ("pairs", 4), ("thumbs", 4)]
 
 
 def test_without_a_stage_that_learns_from_pairs_there_is_dpo(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_rounds_are_counted_and_their_data_stays(tmp_path: Path) -> None:
         "first-round3", str(second.path), str(second.stage("dpo").model),
     )  # fmt: skip
     assert [(each.feedback, each.weight) for each in spec.data.sources] == [
-        (None, 0.02), (str(first.path), 4), (str(second.path), 4),
+        (None, 0.005), (str(first.path), 4), (str(second.path), 4),
     ]  # fmt: skip
     assert spec.stages.kto.lr == 1e-6
 
