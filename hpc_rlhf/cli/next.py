@@ -24,8 +24,9 @@ def command(run: str, out: str | None) -> None:
     """Write the spec of the next round of RUN, a finished run directory or its job file, on whose models people voted.
 
     The next round starts from the best model of RUN: the one that wins most in the evaluation, or without one the last
-    that was trained. It learns from the votes and from a part of the earlier data. Stages that can learn from the votes stay, with their settings. If there are none, DPO learns from the
-    comparisons, or KTO if most votes are thumbs. The comments say why, and everything can be changed.
+    that was trained. It learns from the votes and from a part of the earlier data. Stages that can learn from the
+    votes stay, with their settings. If there are none, DPO learns from the comparisons, or KTO if most votes are
+    thumbs. The comments say why, and everything can be changed.
 
     Its evaluation asks the same prompts as that of RUN, which stay out of the training data, so that compare and the
     report can show the rounds side by side.
