@@ -61,7 +61,6 @@ def next_round(run: RunDir, spec: JobSpec) -> NextRound:
     names = _stages(spec, votes)
     sources = [*_old_data(run, spec, votes, names), *_new_data(run, votes, names)]
     stages = {name: _stage(spec, name) for name in names}
-    reward, judges = _reward_model(run, spec, names)
     counted = " and ".join(f"{count} {kind}" for kind, count in votes.items())
     notes = {
         "": f"Round {number}: it learns from what people said of the models of {run.path}: {counted}.",
@@ -69,7 +68,7 @@ def next_round(run: RunDir, spec: JobSpec) -> NextRound:
         **{f"data.sources.{place}": note for place, (_, note) in enumerate(sources)},
         "data.split": "Each conversation goes to one stage, with the votes on it.",
         "models.actor": f"{model} {why}.",
-        "models.reward": judges,
+        "models.reward": "" if spec.judge is None else "Trained further, on the votes as well.",
         **{f"stages.{name}": note for name, (_, note) in stages.items()},
     }
     kept = spec.model_dump(mode="json", exclude_defaults=True, include={"slurm", "data", "trackers", "notify", "share"})
@@ -85,8 +84,8 @@ def next_round(run: RunDir, spec: JobSpec) -> NextRound:
         "slurm": kept.pop("slurm", {}),
         **kept,
         "data": data,
-        "models": {"actor": path, **reward},
-        "stages": {name: fields for name, (fields, _) in stages.items()},
+        "models": {"actor": path, **_reward_model(run, spec, names)},
+        "stages": {name: settings for name, (settings, _) in stages.items()},
     }
     return NextRound(fields, notes, f"{model}, which {why}")
 
@@ -189,13 +188,12 @@ def _new_data(run: RunDir, votes: Counter[str], stages: Sequence[str]) -> Iterat
         yield {**source, "kind": "thumbs"}, f"{votes['thumbs']} thumbs up or down. {times}"
 
 
-def _reward_model(run: RunDir, spec: JobSpec, stages: Sequence[str]) -> _Commented:
+def _reward_model(run: RunDir, spec: JobSpec, stages: Sequence[str]) -> dict[str, Any]:
+    """The run's reward model, if the next round trains it further; otherwise it would judge without knowing the votes.
+    One that the spec names stays."""
     if spec.judge is None:
-        return spec.models.model_dump(mode="json", include={"reward"}, exclude_none=True), ""
-    model = {"reward": str(run.stage(spec.judge).model)}
-    if spec.judge in stages:
-        return model, "Trained further, on the votes as well."
-    return model, "Judges the responses of the evaluation. It has not learned from the votes."
+        return spec.models.model_dump(mode="json", include={"reward"}, exclude_none=True)
+    return {"reward": str(run.stage(spec.judge).model)} if spec.judge in stages else {}
 
 
 def _stage(spec: JobSpec, name: str) -> _Commented:

@@ -102,6 +102,7 @@ def test_the_best_model_learns_from_pairs_by_the_stages_that_it_had(
 def test_thumbs_are_learned_by_kto(tmp_path: Path) -> None:
     spec = next_spec(finished(tmp_path / "first", [*THUMBS, PAIRS[0]], {"ppo": 0.7}))
     assert spec.stage_names == ("kto", "eval")
+    assert spec.models.reward is None, "it has not learned from the votes"
     assert spec.stages.kto.lr == 2.5e-6, "a fortieth of that of sft"
     assert [(each.kind, each.weight) for each in spec.data.sources] == [(None, 0.006), ("pairs", 4), ("thumbs", 4)]
 
