@@ -52,6 +52,7 @@ VERBS = {
     "serve": "Serve a trained model: a page to try it, and an OpenAI-compatible API.",
     "feedback": "Show, export and delete what people said of a run's models.",
     "next": "Write the spec of a run's next round, which learns from its votes.",
+    "export": "Write a trained model as a GGUF file for llama.cpp.",
     "push": "Upload a trained model to the Hugging Face hub.",
     "version": "Print the versions of hpc-rlhf and of what it uses.",
 }

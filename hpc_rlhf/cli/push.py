@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import click
 
 from hpc_rlhf.cli.arguments import example, run_argument
-from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.observe import results
 from hpc_rlhf.observe.find import find_run
-from hpc_rlhf.observe.models import finished_model
+from hpc_rlhf.observe.models import intact_model
 from hpc_rlhf.observe.printable import printable
 from hpc_rlhf.run import manifest, model_card
 from hpc_rlhf.run.format import size
@@ -39,11 +37,7 @@ def command(run: str, repo: str, stage: str | None, public: bool, dry_run: bool)
     login, or HF_TOKEN. HF_ENDPOINT chooses another hub.
     """
     run_dir = find_run(run)
-    name, folder = finished_model(run_dir, stage)
-    defect = manifest.defect(run_dir.stage(POLICIES[name].name).model)
-    if defect is not None:
-        hint = f"to train it again: hpc-rlhf heal {shlex.quote(str(run_dir.path))}"
-        raise HpcRlhfError(f"the model is damaged: {defect}", where=str(folder), hint=hint, exit_code=RUN_FAILED)
+    name, folder = intact_model(run_dir, stage)
     card = make_card(run_dir, name, repo)
     files: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     files[model_card.NAME] = card.encode()

@@ -36,6 +36,19 @@ def finished_model(run: RunDir, model: str | None) -> tuple[str, Path]:
     raise unfinished(run, "there is no finished model yet", names, RUN_FAILED)
 
 
+def intact_model(run: RunDir, model: str | None) -> tuple[str, Path]:
+    """``finished_model``, after all its files are compared with their SHA-256.
+
+    Raises:
+        HpcRlhfError: as there, or a file differs.
+    """
+    name, folder = finished_model(run, model)
+    if (defect := manifest.defect(run.stage(POLICIES[name].name).model)) is not None:
+        hint = f"to train it again: hpc-rlhf heal {shlex.quote(str(run.path))}"
+        raise HpcRlhfError(f"the model is damaged: {defect}", where=str(folder), hint=hint, exit_code=RUN_FAILED)
+    return name, folder
+
+
 def unfinished(run: RunDir, what: str, missing: Sequence[str], exit_code: int) -> HpcRlhfError:
     """The error that a verb lacks models which the run has not finished."""
     return HpcRlhfError(
