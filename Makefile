@@ -44,7 +44,7 @@ install: .venv/.installed-dev  ## Install the package and the development tools 
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[dev,serve,trackers]'
+	$(PIP) --editable '.[dev,search,serve,trackers]'
 	@touch $@
 
 # The newest TRL, and 1.12, the last with PPO, in a folder of its own.

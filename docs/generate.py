@@ -93,7 +93,7 @@ def _titles(parts: dict[str, Schema], classes: dict[str, type[Model]]) -> dict[s
         for common in _common(classes.get(name)):
             titles.setdefault(common.__name__, (inspect.getdoc(common) or "").partition("\n")[0].rstrip("."))
         titles[name] = f"`{path}`" if path else "The whole spec"
-        for field, facts in parts[name]["properties"].items():
+        for field, facts in _fields(parts[name]).items():
             for below, step in _refs(facts):
                 visit(below, ".".join(filter(None, (path, field))) + step)
 
@@ -105,6 +105,12 @@ def _common(cls: type[Model] | None) -> list[type[Model]]:
     """The base sections whose fields a section inherits, most general first."""
     bases = cls.__mro__[1:] if cls else ()
     return [base for base in reversed(bases) if issubclass(base, Model) and base is not Model and base.model_fields]
+
+
+def _fields(part: Schema) -> dict[str, Schema]:
+    """The fields of a section; those of any other name, if it may have some, are called PATH."""
+    further = part.get("additionalProperties")
+    return {**part["properties"], **({"PATH": further} if further else {})}
 
 
 def _refs(facts: Schema) -> Iterator[tuple[str, str]]:
@@ -123,7 +129,7 @@ def _section(
     cls = classes.get(name, JobSpec)
     # A shared base section is not part of the schema by itself.
     facts = parts[name] if name in parts else cls.model_json_schema()
-    doc, common, fields = inspect.getdoc(cls), _common(cls), facts["properties"]
+    doc, common, fields = inspect.getdoc(cls), _common(cls), _fields(facts)
     if common:
         fields = {field: facts for field, facts in fields.items() if field in cls.__annotations__}
     inherited = [titles[base.__name__] for base in common]

@@ -13,10 +13,12 @@ import click
 from hpc_rlhf.cli.arguments import example, json_option, write_out
 from hpc_rlhf.cli.console import print_json, print_parts, print_table
 from hpc_rlhf.observe import compare
-from hpc_rlhf.observe.find import find_runs
+from hpc_rlhf.observe.find import find_runs, find_search
 from hpc_rlhf.observe.results import cell
+from hpc_rlhf.run import trials
 from hpc_rlhf.run.format import number
-from hpc_rlhf.spec.sweep import short_names
+from hpc_rlhf.spec.member import short_names
+from hpc_rlhf.spec.metric import Metric
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -43,11 +45,12 @@ def command(runs: tuple[str, ...], by: str | None, page: Path | None, as_json: b
 
     Each RUN is a run directory or a job file; a sweep stands for all its runs.
 
-    By default, runs are ranked by the evaluated accuracy of their final model, or else by its reward. If they
-    have different reward models, whose scales do not compare, they are ranked by win rate. Without
-    evaluations, they are ranked by the main training metric, such as ppo.reward: measured at the end of
-    training, or averaged over the last tenth of the steps. Runs that differ only in their seed are also
-    summarized together. Rounds that follow one another are shown in their order, without --by.
+    The trials of a search are ranked by its metric. By default, other runs are ranked by the evaluated accuracy
+    of their final model, or else by its reward. If they have different reward models, whose scales do not
+    compare, they are ranked by win rate. Without evaluations, they are ranked by the main training metric, such
+    as ppo.reward: measured at the end of training, or averaged over the last tenth of the steps. Runs that differ
+    only in their seed are also summarized together.
+    Rounds that follow one another are shown in their order, without --by.
 
     --json prints `by`, the metric that they are ranked by; `judges`, the number of different reward models;
     `in_rounds`, whether the runs are rounds in their order; `runs`, the best first; and `over_seeds`. A run
@@ -56,6 +59,9 @@ def command(runs: tuple[str, ...], by: str | None, page: Path | None, as_json: b
     against.
     """
     folders = list({run.path: run for argument in runs for run in find_runs(argument)}.values())
+    searches = [search for argument in runs if (search := find_search(argument)) is not None]
+    if by is None and len(searches) == len(runs) == 1:
+        by = Metric.of(trials.read(searches[0].trials)[0].metric).compared
     comparison = compare.compare(folders, by)
     groups = compare.over_seeds(comparison)
     ranked = "no run has a metric to rank by yet" if comparison.by is None else f"ranked by {comparison.by}"

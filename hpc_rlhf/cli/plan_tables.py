@@ -14,6 +14,7 @@ from hpc_rlhf.estimate.step_time import assumptions
 from hpc_rlhf.launch.auto import Choice, describe
 from hpc_rlhf.launch.doctor.finding import Finding
 from hpc_rlhf.launch.plan import Plan
+from hpc_rlhf.launch.waves import wave_size
 from hpc_rlhf.run.format import duration
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sweep import Sweep, lenders
@@ -23,7 +24,10 @@ _MAX_FITTING, _MAX_TOO_LARGE = 4, 2
 
 
 def print_sweep(sweep: Sweep) -> None:
-    """Print which run of a sweep trains which stages."""
+    """Print which run of a sweep trains which stages, or what is searched."""
+    if sweep.search is not None:
+        print_wrapped(f"{sweep.summary}, {wave_size(sweep)} at once; folder {sweep.run_dir}")
+        return
     lent = lenders(sweep.specs)
     rows = []
     for name, spec in sweep.specs.items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import click
 
+from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.launch import reuse
 from hpc_rlhf.launch.sweep import shared
 from hpc_rlhf.observe.find import find_runs
@@ -29,6 +30,9 @@ def find_reused(spec: JobSpec | Sweep, other: str | None) -> dict[str, Mapping[s
     if other is None:
         return {}
     is_sweep = isinstance(spec, Sweep)
+    if isinstance(spec, Sweep) and spec.search is not None:
+        hint = "set models to the finished ones and leave out their stages, or leave out --reuse"
+        raise HpcRlhfError("a search cannot take stages of another run", where="--reuse", hint=hint)
     specs, lent = (spec.specs, shared(spec)) if isinstance(spec, Sweep) else ({"": spec}, {})
     found = reuse.find(specs, find_runs(other), lent)
     for name, stages in found.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -19,9 +20,12 @@ from hpc_rlhf.launch.changes import refuse_changes
 from hpc_rlhf.launch.local.hostfile import read_hostfile
 from hpc_rlhf.launch.preflight import objections, sentence
 from hpc_rlhf.launch.prepare import claim, prepare
+from hpc_rlhf.launch.search import run_trials
 from hpc_rlhf.launch.sweep import lay_out
+from hpc_rlhf.observe.compare import measure
 from hpc_rlhf.observe.printable import printable
 from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run.trials import describe
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.sweep import Sweep
 
@@ -63,6 +67,15 @@ def command(
         print_wrapped(f"warning: {sentence(each)}")
     if not isinstance(spec, Sweep):
         run_one("", spec, {})
+        return
+    if spec.search is not None:
+        trials = run_trials(
+            spec,
+            partial(measure, metric=spec.search.metric),
+            lambda trial, one, lent: run_one(trial.name, one, lent),
+            lambda text: click.echo(printable(text), err=True),
+        )
+        click.echo(describe(trials), err=True)
         return
     lent = lay_out(spec)
     for number, member in enumerate(spec.members, 1):

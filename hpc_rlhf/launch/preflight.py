@@ -37,9 +37,10 @@ def objections(spec: JobSpec | Sweep, reused: Mapping[str, Collection[str]] | No
             needed.append(storage.bytes_needed(one, run, stages))
     if needed:
         known = [each for each in needed if each is not None]
-        found[
-            storage.check_space(storage.nearest(Path(spec.run_dir)), sum(known) if len(known) == len(needed) else None)
-        ] = None
+        total = sum(known) if len(known) == len(needed) else None
+        if isinstance(spec, Sweep) and spec.search is not None and total is not None:
+            total = total * spec.search.spec.trials // len(specs)  # the specs are corners of its space
+        found[storage.check_space(storage.nearest(Path(spec.run_dir)), total)] = None
     return [finding for finding in found if finding.level != "ok"]
 
 

@@ -95,7 +95,7 @@ def prepare(
             make_folder(folder, 0o700)
         beside = run.scripts if beside in (None, run.path) else beside
         render(plan, run.scripts, beside)
-        _keep_templates(run, beside)
+        keep_templates(run.scripts, beside)
         write_atomically(run.plan_json, plan.to_json())
         write_atomically(run.job_yaml, dump_spec(reward_files.with_files(spec, partial(_keep_reward, run))))
         secret.read(run)
@@ -145,10 +145,10 @@ def _keep_reward(run: RunDir, file: Path) -> str:
     return str(copy)
 
 
-def _keep_templates(run: RunDir, beside: Path) -> None:
-    """Copy the user's templates into the run directory, for later jobs such as one that serves a model."""
-    copies = run.scripts / "templates"
-    if beside == run.scripts:
+def keep_templates(folder: Path, beside: Path) -> None:
+    """Copy the user's templates into a folder of the run, for later jobs such as one that serves a model."""
+    copies = folder / "templates"
+    if beside == folder:
         return
     shutil.rmtree(copies, ignore_errors=True)
     for name, template in inputs.templates(beside).items():

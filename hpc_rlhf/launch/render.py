@@ -8,8 +8,9 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from hpc_rlhf.launch import inputs
 from hpc_rlhf.launch.plan import Plan, PlannedJob
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.files import write_atomically
+from hpc_rlhf.run.layout import RunDir, SweepDir
 from hpc_rlhf.slurm import commands
 from hpc_rlhf.slurm.jobs import time_limit
 from hpc_rlhf.spec import sizes
@@ -73,13 +75,26 @@ class Templates:
 
     def sentinel(self, plan: Plan, job: PlannedJob) -> str:
         """The sbatch script of the small job that repairs the chain when ``job`` fails."""
+        command = safe_path.module("hpc_rlhf.cli", "heal", "--sentinel", str(plan.run.path))
+        about = f"The sentinel of stage {job.stage} of run {plan.name}: repairs the chain when that stage's job fails."
+        return self._sentinel(plan, job, command, about=about)
+
+    def search_sentinel(self, name: str, plan: Plan, folder: SweepDir) -> str:
+        """The sbatch script of the small job that starts the next wave of a search; ``plan`` is that of a trial."""
+        command = safe_path.module("hpc_rlhf.cli", "submit", "--sentinel", str(folder.spec))
+        about = (
+            f"The sentinel of the search in {folder.path}: starts the next wave when the trials of this one have ended."
+        )
+        job = replace(plan.jobs[-1], job_name=f"{name}.search")
+        return self._sentinel(plan, job, command, about=about, run=RunDir(folder.path), logs=folder.path)
+
+    def _sentinel(self, plan: Plan, job: PlannedJob, command: Sequence[str], **own: object) -> str:
         heal = job.slurm.heal
         setup = job.slurm.setup if heal.setup is None else heal.setup
-        command = shlex.join(safe_path.module("hpc_rlhf.cli", "heal", "--sentinel", str(plan.run.path)))
         python = shlex.quote(sys.executable)  # for users' templates that were written before there was a command
-        own = {"command": command, "python": python, "heal": heal, "setup": setup}
         time = heal.time or _sentinel_minutes(job.slurm)
-        return self._script("sentinel.sbatch.j2", plan, job, time=time, **own)
+        common = {"command": shlex.join(command), "python": python, "heal": heal, "setup": setup, "time": time}
+        return self._script("sentinel.sbatch.j2", plan, job, **common, **own)
 
     def doctor(self, plan: Plan, job: PlannedJob, folder: Path, command: str, unshared: int) -> str:
         """The sbatch script of the short job that checks the nodes of ``job``; it exits with ``unshared`` if

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from hpc_rlhf.errors import HpcRlhfError
@@ -49,18 +50,34 @@ def lay_out(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
         HpcRlhfError: the folder cannot be written, or is not this user's.
     """
     folder = SweepDir(sweep.run_dir)
+    make_sweep_folder(folder)
     facts = {"runs": [member.name for member in sweep.members], "limit": sweep.limit}
-    acting.check_owner(RunDir(folder.path))
-    try:
-        make_folder(folder.path)
+    with _write_errors(folder):
         write_atomically(folder.json, json.dumps(facts, indent=1) + "\n")
+    return shared(sweep)
+
+
+def make_sweep_folder(folder: SweepDir) -> None:
+    """Create a sweep's folder unless it exists.
+
+    Raises:
+        HpcRlhfError: it cannot be created, or is not this user's.
+    """
+    acting.check_owner(RunDir(folder.path))
+    with _write_errors(folder):
+        make_folder(folder.path)
+
+
+@contextmanager
+def _write_errors(folder: SweepDir) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise HpcRlhfError(
             f"cannot write the sweep's folder: {error.strerror}",
             where=str(error.filename or folder.path),
             hint="set run_dir to a folder you may write to",
         ) from error
-    return shared(sweep)
 
 
 def shared(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:

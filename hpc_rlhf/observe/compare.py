@@ -18,6 +18,7 @@ from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.spec.cluster import SIZE
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.load import read_spec, rounds
+from hpc_rlhf.spec.metric import Metric
 from hpc_rlhf.spec.stages import EVALUATION, StageKind, kind_of
 
 # The metrics of an evaluation that are compared.
@@ -135,6 +136,12 @@ def compare(runs: Sequence[RunDir], by: str | None = None) -> Comparison:
         order = {str(run.path): len(rounds(spec)) for run, spec in specs.items()}
         return Comparison(by, judges, True, tuple(sorted(compared, key=lambda run: order[run.path])))
     return Comparison(by, judges, False, tuple(sorted(compared, key=lambda run: _rank(run, by))))
+
+
+def measure(run: RunDir, spec: JobSpec, metric: Metric) -> float | None:
+    """A metric of a finished run; None if it has none."""
+    number = dict(_numbers(run, spec)).get(metric.compared)
+    return None if number is None else number["value"]
 
 
 def over_seeds(comparison: Comparison) -> list[OverSeeds]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -56,6 +57,17 @@ def find_runs(argument: str) -> list[RunDir]:
     return runs or named
 
 
+def find_search(argument: str) -> SweepDir | None:
+    """The folder of the search that RUN refers to, its folder or job file; None if it is something else."""
+    path = Path(argument)
+    if path.is_file() and acting.run_of(path) is None:
+        from hpc_rlhf.spec.sweep import load_any
+
+        path = Path(load_any(path).run_dir)
+    folder = SweepDir(path.absolute())
+    return folder if os.path.isfile(folder.trials) else None  # unlike Path.is_file, false where it may not be read
+
+
 def _runs_at(path: Path) -> list[RunDir]:
     """The runs of a folder or a job file; some may not exist yet."""
     if (own := acting.run_of(path)) is not None:
@@ -64,7 +76,7 @@ def _runs_at(path: Path) -> list[RunDir]:
         from hpc_rlhf.spec.sweep import Sweep, load_any
 
         spec = load_any(path)
-        if isinstance(spec, Sweep):
+        if isinstance(spec, Sweep) and spec.search is None:
             return [SweepDir(spec.run_dir.absolute()).run(member.name) for member in spec.members]
         path = Path(spec.run_dir)
     run = RunDir(path.absolute())

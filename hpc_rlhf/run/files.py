@@ -58,3 +58,19 @@ def write_atomically(path: Path, text: str, durable: bool = False) -> None:
         partial.write_text(text, encoding="utf-8")
         if durable:
             fsync_path(partial)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, on disk when this returns.
+
+    It is a single ``write`` to a file opened for append, so lines of several writers never mix on a POSIX file system.
+    A line cut short by a crash or a full disk is closed before this one, which would otherwise be lost with it.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
+    try:
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        os.write(fd, ("\n" * torn + line + "\n").encode())
+        os.fsync(fd)
+    finally:
+        os.close(fd)

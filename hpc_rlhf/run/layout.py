@@ -129,6 +129,11 @@ class SweepDir:
 
     # The names of its runs in order, and how many may run at the same time.
     json = Inside("sweep.json")
+    # Of a search: its trials and their results, its spec, the script of the job that starts the next wave, its lock.
+    trials = Inside("trials.jsonl")
+    spec = Inside("search.yaml")
+    sentinel = Inside("search.sentinel.sbatch")
+    lock = Inside(".search.lock")
 
     def run(self, label: str) -> RunDir:
         return RunDir(self.path / label)

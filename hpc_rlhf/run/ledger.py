@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import TypeVar
 
 from hpc_rlhf.run import events
 from hpc_rlhf.run.events import Event
+from hpc_rlhf.run.files import append_line
 from hpc_rlhf.run.masking import mask_all
 
 E = TypeVar("E", bound=Event)
@@ -19,27 +19,14 @@ E = TypeVar("E", bound=Event)
 
 @dataclass(frozen=True)
 class Ledger:
-    """Appends events and reads them back.
-
-    Every line is a single ``write`` to a file opened for append, so lines of several writers never mix on a
-    POSIX file system. A line cut short by a crash or a full disk is closed before the next one, which would
-    otherwise be lost with it.
-    """
+    """Appends events and reads them back."""
 
     path: Path
 
     def append(self, event: Event) -> None:
         """Write an event with the current time, with secrets masked: messages may quote lines of ``slurm.setup``."""
-        line = json.dumps(mask_all(events.to_json(replace(event, time=round(time.time(), 3))))) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
-        try:
-            size = os.fstat(fd).st_size
-            torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            os.write(fd, ("\n" * torn + line).encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        append_line(self.path, json.dumps(mask_all(events.to_json(replace(event, time=round(time.time(), 3))))))
 
     def events(self, stage: str | None = None) -> Iterator[Event]:
         """The events, of one stage or of all, in the order written."""

@@ -16,6 +16,7 @@ from hpc_rlhf.spec.layers import EXTENDS
 from hpc_rlhf.spec.notify import NotifySpec, TrackersSpec
 from hpc_rlhf.spec.rewards import RewardItem
 from hpc_rlhf.spec.source import SourceSpec
+from hpc_rlhf.spec.space import SweepSpec
 from hpc_rlhf.spec.stages import EVALUATION, POLICIES, STAGE_KINDS, STAGE_NAMES, Data, EvalSpec, StagesSpec, kind_of
 from hpc_rlhf.spec.training import StageSpec
 from hpc_rlhf.spec.yaml_source import Node
@@ -83,13 +84,12 @@ class JobSpec(Model):
     """Where metrics are logged in addition to metrics.jsonl and TensorBoard."""
     notify: NotifySpec = NotifySpec()
     """Who is notified when the run has finished or needs the user."""
-    sweep: Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)] | None = None
-    """Values to try, by the path of the field: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2, 3]} makes six runs, each
-    in its own folder in run_dir. Shared work is done once: a stage is trained once for all runs in which everything
-    that affects it is the same."""
+    sweep: SweepSpec | None = None
+    """Several runs, with the values that each takes: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2, 3]} makes six."""
     sweep_limit: Positive | None = None
     """How many runs of a sweep may have running jobs at the same time; null sets no limit. Use it to leave room for
-    others, or to see the first results before the last runs start."""
+    others, or to see the first results before the last runs start. In a search, so many trials make a wave; null
+    makes waves of 4 with tpe, and otherwise one of all."""
 
     _autos: Autos = PrivateAttr(default_factory=dict)
 

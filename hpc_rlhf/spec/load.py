@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -123,8 +123,12 @@ def continued(spec: JobSpec, begun: JobSpec) -> JobSpec:
 
 def dump_spec(spec: JobSpec) -> str:
     """The spec as YAML, every default written out."""
-    fields = spec.model_dump(exclude={"sweep", "sweep_limit"})
-    return yaml.dump(fields, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return dump_yaml(spec.model_dump(exclude={"sweep", "sweep_limit"}))
+
+
+def dump_yaml(fields: Mapping[str, Any]) -> str:
+    """The YAML of plain values, which ``read_yaml`` and other readers read as the same."""
+    return yaml.dump(dict(fields), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 class Dumper(yaml.SafeDumper):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from hashlib import sha256
 from typing import Any
 
 from hpc_rlhf.spec import reward_files
@@ -28,6 +30,11 @@ def inputs(spec: JobSpec, stage: str) -> dict[str, Any]:
     if spec.follows is not None and stage == EVALUATION.name:
         facts["follows"] = spec.follows  # it asks that run's prompts
     return facts
+
+
+def fingerprint(spec: JobSpec, stage: str) -> str:
+    """A hash of everything that affects the result of a stage: equal for runs that can share it."""
+    return sha256(json.dumps({"stage": stage, **inputs(spec, stage)}, sort_keys=True).encode()).hexdigest()
 
 
 def with_needs(spec: JobSpec, stage: str) -> tuple[str, ...]:

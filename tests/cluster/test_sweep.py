@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.run import manifest
-from hpc_rlhf.run.layout import RunDir
+from hpc_rlhf.run import manifest, trials
+from hpc_rlhf.run.layout import RunDir, SweepDir
 from hpc_rlhf.run.ledger import Ledger
+from hpc_rlhf.run.trials import Trial
 from tests.cluster import Cluster, ClusterError, config, wait_until
 from tests.cluster.cluster import CHECKOUT
 
@@ -134,3 +135,37 @@ def test_six_runs_share_equal_stages_and_resume_after_a_preemption(idle_cluster:
     assert most_at_once(six.runs) == LIMIT
     assert [line["state"] for line in json.loads(six.call("status", "--json"))] == ["done"] * 6
     assert "already done" in six.call("submit")
+
+
+def test_search_finds_a_planted_optimum_in_waves(idle_cluster: Cluster, tmp_path: Path) -> None:
+    """A PPO is killed, which its own sentinel repairs. The search's sentinel is cancelled; then the user submits again.
+    tests/launch/test_search.py compares methods over several seeds."""
+    space = (
+        "stages.ppo.kl_coef: {low: 0.001, high: 1.0, log: true}, stages.ppo.schedule: [constant, linear, cosine], "
+        "stages.ppo.whiten_rewards: [true, false]"
+    )
+    search = SweepOfStandIns.made(
+        idle_cluster, tmp_path / "search", "ppo 6 die\n", name="search", partition="low", limit=4,
+        sweep=f"search: {{method: tpe, trials: 12, metric: ppo.reward}}, {space}",
+    )  # fmt: skip
+
+    def ended() -> list[Trial]:
+        return [trial for trial in trials.read(SweepDir(tmp_path / "search/search").trials) if trial.state != "open"]
+
+    def sentinels() -> list[str]:
+        jobs = idle_cluster.run("squeue", "--noheader", "--format=%i %j").stdout.splitlines()
+        return [job.split()[0] for job in jobs if job.endswith(".search.sentinel")]
+
+    assert len(search.runs) == 4
+    assert len(sentinels()) == 1
+    search.wait(lambda: len(search.runs) == 8 and sentinels(), "the second wave begins")
+    for job in sentinels():  # also one that is just submitting the wave
+        idle_cluster.run("scancel", job)
+    search.call("submit", "--force")
+    search.wait(lambda: len(ended()) == 12 and not sentinels(), "all trials have ended, and the last sentinel")
+    assert {trial.state for trial in ended()} == {"done"}
+    assert len(search.owners) == 1
+    assert [len(events(run, "finished", "ppo")) for run in search.runs] == [1] * 12
+    assert max(trial.value or -1 for trial in ended()) > -0.08
+    assert search.call("submit", "--force") == "", "nothing is left to submit"
+    assert json.loads(search.call("status", "--json"))["best"] == max(ended(), key=lambda trial: trial.value or -1).name

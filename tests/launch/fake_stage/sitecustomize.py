@@ -6,6 +6,7 @@ FAKE_<STAGE> names the function below that each rank of the stage runs.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -35,20 +36,30 @@ def run_stage(run_dir: str, stage: str) -> None:
     globals()[os.environ.get(f"FAKE_{stage.upper()}", "finish")](run, stage)
 
 
-def finish(run, stage) -> None:
-    """Succeed at once."""
+def finish(run, stage, **values) -> None:
+    """Succeed at once, with these metrics."""
     if rank():
         return
     from hpc_rlhf.run import manifest
 
     for step in range(1, 21):
-        line = {"step": step, "total_steps": 20, "time": time.time(), "kind": "train", "loss": 1 / step}
+        line = {"step": step, "total_steps": 20, "time": time.time(), "kind": "train", "loss": 1 / step, **values}
         with run.stage(stage).metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
     folder = run.stage(stage).model
     folder.mkdir(exist_ok=True)
     (folder / "weights").write_text("w")
     manifest.write(folder, {"step": 20, "seconds": 3, "stage": stage, "metrics": {"accuracy": 0.97}})
+
+
+def planted(run, stage) -> None:
+    """Get a reward that only depends on kl_coef; above 0.9, fail."""
+    from hpc_rlhf.spec.load import read_spec
+
+    kl_coef = read_spec(run.job_yaml).stages.ppo.kl_coef
+    if kl_coef > 0.9:
+        user_error(run, stage)
+    finish(run, stage, reward=-abs(math.log10(kl_coef) + 1.2))
 
 
 def until_signal(run, stage) -> None:

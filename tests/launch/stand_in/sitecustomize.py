@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -89,10 +90,18 @@ def train(self, spec) -> None:
                 StageStopped(REASON_OF_CODE[self.stop.code], step - 1), spec.stage(self.stage).slurm.max_requeues
             )
         line = {"step": step, "total_steps": STEPS, "time": time.time(), "kind": "train", "loss": 1 / step}
+        if self.stage == "ppo":
+            line["reward"] = planted(spec.stages.ppo)
         with files.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if step % SAVE_EVERY == 0:
             save(step)
+
+
+def planted(ppo) -> float:
+    """A reward of at most 0, which one kl_coef, one schedule and one way of scaling get."""
+    wrong = (ppo.schedule != "cosine") + ppo.whiten_rewards
+    return -abs(math.log10(ppo.kl_coef) + 1.2) / 3 - 0.3 * wrong
 
 
 def stumble(self, step: int) -> None:
