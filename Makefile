@@ -105,10 +105,11 @@ bench-learning: .venv/.installed-bench  ## Compare learning with peers; takes ov
 bench-tokens: .venv/.installed-dev  ## Tokenize SIZE bytes of generated text under kills; 2e9 take an hour or two
 	$(BIN)/python -m tests.benchmarks.tokenizing --work runs/tokens --size $(SIZE)
 
-chaos: .venv/.installed-dev install-vllm  ## Run chains with PPO, GRPO and vLLM under FAULTS random faults; 200 take four hours
+chaos: .venv/.installed-dev install-vllm  ## Run chains with PPO, GRPO, 3D parallelism and vLLM under FAULTS random faults; 200 take four hours
 	scripts/install-slurm.sh
 	$(if $(RELEASE),scripts/newer-slurm.sh $(RELEASE)) $(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED)
 	$(if $(RELEASE),scripts/newer-slurm.sh $(RELEASE)) $(BIN)/python -m tests.storm --faults $(FAULTS) --seed $(SEED) --grpo
+	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --3d
 	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --vllm
 	$(BIN)/python -m tests.storm --faults $$(($(FAULTS) / 5)) --seed $(SEED) --here
 

@@ -83,15 +83,15 @@ def _nothing_left_running() -> Iterator[None]:
     mark = f"{me.pid}.{me.started}"
     os.environ[SESSION_MARK] = mark
 
+    def exits_with_this(process: Process) -> bool:
+        command = process.command()
+        if "multiprocessing.forkserver" in command:  # also that of the ranks that it forked
+            return process.parent == me.pid
+        return "multiprocessing.resource_tracker" in command
+
     def leftovers() -> list[Process]:
-        # These belong to this process and exit with it.
-        return [
-            process
-            for process in find(lambda process: f"{SESSION_MARK}={mark}" in process.environ())
-            if not any(
-                name in process.command() for name in ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-            )
-        ]
+        ours = find(lambda process: f"{SESSION_MARK}={mark}" in process.environ())
+        return [process for process in ours if not exits_with_this(process)]
 
     yield
     deadline = time.monotonic() + 10

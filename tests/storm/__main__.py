@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.cluster import Cluster
 from tests.storm.run import Weather, weather
-from tests.storm.scenarios import GRPO, PPO, VLLM
+from tests.storm.scenarios import GRPO, PARALLEL, PPO, VLLM
 
 
 def main() -> int:
@@ -26,6 +26,7 @@ def main() -> int:
     scenario = parser.add_mutually_exclusive_group()
     scenario.add_argument("--grpo", dest="scenario", action="store_const", const=GRPO, help="with GRPO in place of PPO")
     scenario.add_argument("--vllm", dest="scenario", action="store_const", const=VLLM, help="GRPO alone, with vLLM")
+    scenario.add_argument("--3d", dest="scenario", action="store_const", const=PARALLEL, help="in three dimensions")
     parser.set_defaults(scenario=PPO)
     args = parser.parse_args()
     with ExitStack() as stack:

@@ -23,11 +23,7 @@ from tests.storm.verdict import differences, still_running, table, unexplained
 
 HERE = Path(__file__).parent
 DISK = "256m"
-# Approximate steps per second of each stage, and seconds of work per fault.
-RATES = {"sft": 20.0, "reward": 20.0, "ppo": 1.0, "grpo": 1.0}
-WORK = {"sft": 2.0, "reward": 2.0, "ppo": 4.0, "grpo": 4.0}
 LONGER_HERE = 3  # times: no stage queues, and so an attempt is over sooner
-LEAST = {"sft": 150, "reward": 150, "ppo": 12, "grpo": 12}
 
 
 @dataclass(frozen=True)
@@ -116,8 +112,9 @@ class Weather:
         return chain
 
     def _steps(self, stage: str) -> int:
-        seconds = (self.every or WORK[stage]) * (1 if self.cluster else LONGER_HERE)
-        return max(LEAST[stage], int(RATES[stage] * seconds * self.faults / len(self.stages)))
+        pace = self.scenario.paces[stage]
+        seconds = (self.every or pace.seconds) * (1 if self.cluster else LONGER_HERE)
+        return max(pace.least, int(pace.rate * seconds * self.faults / len(self.stages)))
 
     def _started(self, name: str, rollouts: Path | None = None) -> Chain | Here:
         """A chain.
