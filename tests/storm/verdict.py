@@ -85,7 +85,7 @@ def differences(chain: Watched, peace: Watched, stages: Sequence[str]) -> list[s
 
 def _rows(chain: Watched, stage: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in chain.run.stage(stage).metrics.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("time", "tokens_per_second")} for row in rows]
 
 
 def unexplained(storm: Storm) -> list[str]:
