@@ -91,6 +91,7 @@ def test_opt_is_known_without_the_hub(
     assert counted / 1e9 == pytest.approx(billions, rel=0.002)
 
 
+@pytest.mark.slow
 def test_the_shapes_of_opt_are_those_that_transformers_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr(parameters, "_known", {})

@@ -189,6 +189,7 @@ def test_runs_of_a_sweep_take_what_they_can(job: Path, capsys: pytest.CaptureFix
     assert ["seed=5+kl_coef=1", "sft", "a", "job"] in rows
 
 
+@pytest.mark.train
 def test_run_trains_only_what_a_change_affects(tmp_path: Path) -> None:
     here = Here.new(tmp_path)
     (tmp_path / "job.yaml").write_text(SPEC.replace("run_dir: run", "run_dir: old"))

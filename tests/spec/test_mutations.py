@@ -90,6 +90,7 @@ def variants(mutate: Callable[[str, random.Random], str], seed: int, count: int)
     return [mutate(rng.choice(ORIGINALS), rng) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutate", [mutate_text, mutate_tree])
 def test_mutated_specs_load_or_raise_spec_error(tmp_path: Path, mutate: Callable[[str, random.Random], str]) -> None:
     loaded, count = 0, 5000 if os.environ.get("HPC_RLHF_FUZZ") else 1000

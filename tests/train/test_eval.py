@@ -31,6 +31,7 @@ from tests.train import tiny
 from tests.train.finished import as_if_trained
 from tests.train.stages import log_tail, make_run, run_stage, tiny_spec
 
+pytestmark = pytest.mark.train
 PROMPTS = 12
 
 
@@ -142,7 +143,6 @@ def test_responses_are_written_as_text(done: tuple[RunDir, JobSpec]) -> None:
     assert all(set(row["rewards"]) == set(row["answers"]) for row in rows)
 
 
-@pytest.mark.train
 def test_two_sharded_ranks_get_the_same_results(done: tuple[RunDir, JobSpec], tmp_path: Path) -> None:
     run, _ = again(done, tmp_path, ranks=2, zero=3, offload_params=True, micro_batch=1)
     assert run_stage(run, "eval", 2) == [0, 0], log_tail(run, "eval")

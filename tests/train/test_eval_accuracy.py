@@ -96,6 +96,7 @@ def share_of(given: list[str | None], right: str) -> float:
     return (right in most) / max(1, len(most))
 
 
+@pytest.mark.train
 def test_accuracy_is_that_of_the_written_responses(done: tuple[RunDir, JobSpec]) -> None:
     run, _ = done
     report = report_of(run)
@@ -132,6 +133,7 @@ def test_accuracy_is_that_of_the_written_responses(done: tuple[RunDir, JobSpec])
     assert facts["metrics"]["accuracies"]["grpo"] == values[1]
 
 
+@pytest.mark.train
 def test_a_stopped_evaluation_judges_no_model_twice(
     done: tuple[RunDir, JobSpec], world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

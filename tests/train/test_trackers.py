@@ -37,6 +37,7 @@ def log(run: RunDir, *steps: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+@pytest.mark.slow
 def test_attempts_continue_the_same_tracker_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +73,7 @@ def test_attempts_continue_the_same_tracker_runs(
         assert SECRET.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_stages_that_start_together_share_one_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,6 +141,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_however_often_the_process_was_killed(tmp_path: Path, tokenizer: Any) -> None:
     write_shards(tmp_path / "data", corpus(4, 3000), 4)
     tokenizer.save_pretrained(tmp_path / "tokenizer")

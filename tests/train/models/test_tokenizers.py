@@ -30,6 +30,7 @@ print(hashlib.sha256(tokenizer.encode()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_training_a_tokenizer_is_deterministic() -> None:
     trained = [
         subprocess.run(

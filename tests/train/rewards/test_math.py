@@ -113,6 +113,7 @@ def hostile(rng: random.Random) -> Iterator[str]:
     yield from ("$\\sum_{n=1}^{10^{9}} n^{n}$", "$(((((9!)!)!)!)!)!$", "$10^{10^{10^{10}}}$")
 
 
+@pytest.mark.slow
 def test_no_answer_hangs_or_breaks_the_verifier(pools: list[Pool]) -> None:
     rng = random.Random(1)
     fuzz = [text for _ in range(35) for text in hostile(rng)] if os.environ.get("HPC_RLHF_FUZZ") == "1" else []

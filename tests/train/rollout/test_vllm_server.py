@@ -29,6 +29,7 @@ from tests.train import tiny
 from tests.train.rollout.stand_in_vllm import interpreter
 from tests.train.worlds import on_ranks
 
+pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).parents[3]
 GREEDY = GenerationRequest([[7, 8], [9], [7, 8]], 3, tiny.EOS, Sampling(greedy=True))
 
