@@ -54,17 +54,24 @@ def read_text(path: Path) -> str:
 
 def step_rows(text: str, stage: str) -> list[Row]:
     """The rows that a stage writes with every step."""
-    return _rows(text, "train" if kind_of(stage).trains else "eval")
+    return all_rows(text, stage)[0]
 
 
 def held_out_rows(text: str) -> list[Row]:
     """The rows with measurements on held-out data."""
-    return _rows(text, "eval")
+    return _rows(json_lines(text), "eval")
 
 
-def _rows(text: str, kind: str) -> list[Row]:
+def all_rows(text: str, stage: str) -> tuple[list[Row], list[Row]]:
+    """The rows that a stage writes with every step, and those with measurements on held-out data."""
+    records = list(json_lines(text))
+    measured = _rows(records, "eval")
+    return (_rows(records, "train"), measured) if kind_of(stage).trains else (measured, measured)
+
+
+def _rows(records: Iterable[dict[str, Any]], kind: str) -> list[Row]:
     rows = []
-    for record in json_lines(text):
+    for record in records:
         if record.get("kind") == kind:
             step, total, time = (record.pop(key, 0) for key in ("step", "total_steps", "time"))
             numbers = {
@@ -115,7 +122,7 @@ class MetricsReader:
         complete = text[: text.rfind(b"\n") + 1]
         self._offset += len(complete)
         new = complete.decode("utf-8", "replace")
-        return step_rows(new, self.stage), held_out_rows(new), rewritten
+        return *all_rows(new, self.stage), rewritten
 
 
 def seconds_per_step(rows: Sequence[Row], starts: Iterable[float] = ()) -> float | None:

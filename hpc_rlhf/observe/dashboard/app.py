@@ -17,7 +17,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from hpc_rlhf import __version__
 from hpc_rlhf.observe.dashboard import page
 from hpc_rlhf.observe.dashboard.board import Board, chosen
-from hpc_rlhf.observe.dashboard.details import describe
+from hpc_rlhf.observe.dashboard.details import Details
 from hpc_rlhf.observe.printable import printable
 from hpc_rlhf.observe.report.comparison import MAX_RUNS
 from hpc_rlhf.web.access import App, Guard
@@ -44,7 +44,7 @@ def serve(folder: Path, port: int, token: str, ready: Callable[[], object]) -> N
 
 def make_app(board: Board, token: str) -> App:
     """The server of a board for clients with a token."""
-    app = FastAPI(openapi_url=None)
+    app, details = FastAPI(openapi_url=None), Details(board)
     app.add_middleware(GZipMiddleware)
 
     @app.get("/")
@@ -58,8 +58,8 @@ def make_app(board: Board, token: str) -> App:
         return _reply(request, {**facts, "runs": [row.to_dict() for row in rows]})
 
     @app.get("/details")
-    def details(request: Request, run: Annotated[list[str], Query()]) -> Response:
-        return _reply(request, describe(board, chosen(board.rows()[0], run)[:MAX_RUNS]))
+    def describe(request: Request, run: Annotated[list[str], Query()]) -> Response:
+        return _reply(request, details.describe(chosen(board.rows()[0], run)[:MAX_RUNS]))
 
     return Guard(app, token, LOCALHOST)
 

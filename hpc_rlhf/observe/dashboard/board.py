@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hpc_rlhf.observe.gather import Evidence, RunRecord, SlurmWatch
+from hpc_rlhf.observe.gather import Evidence, RunPlan, RunRecord, SlurmWatch
 from hpc_rlhf.observe.goodput.spans import count_words, total
 from hpc_rlhf.observe.listing import RunLine, find_runs, summarize
 from hpc_rlhf.observe.printable import printable
 from hpc_rlhf.observe.status import StageStatus, judge, run_goodput, run_statuses
-from hpc_rlhf.run import manifest
+from hpc_rlhf.run import acting, manifest
 from hpc_rlhf.run.format import duration
 from hpc_rlhf.run.layout import RunDir
 
@@ -77,11 +77,13 @@ class _Known:
     """What is known about a run.
 
     Attributes:
-        files: those that the record and the progress are read from, and ``facts`` about them at that time.
+        owner: its user, if that is another one.
+        files: those that the record and the progress are read from, and ``facts`` about them just before.
         states: of its stages and their reasons, from which ``row`` was made.
     """
 
     record: RunRecord
+    owner: str | None
     files: list[Path]
     facts: list[FileFacts]
     states: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -94,7 +96,7 @@ class Board:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
         self._lock = threading.Lock()
-        self._slurm = SlurmWatch()
+        self._slurm: dict[str | None, SlurmWatch] = {}  # by the owner of runs
         self._runs: list[RunDir] = []
         self._known: dict[Path, _Known] = {}
         self._rows: list[Row] = []
@@ -103,9 +105,9 @@ class Board:
     def rows(self) -> tuple[list[Row], int]:
         """A row for each run, the most recently active first, and the number of runs that cannot be read."""
         with self._lock:
-            if time.monotonic() - self._searched > _FIND_EVERY:
-                self._runs, self._searched = find_runs([self.folder]), time.monotonic()
             if time.monotonic() - self._read > _READ_EVERY:
+                if time.monotonic() - self._searched > _FIND_EVERY:
+                    self._runs, self._searched = find_runs([self.folder]), time.monotonic()
                 self._read_rows()
                 self._read = time.monotonic()
             return self._rows, len(self._runs) - len(self._rows)
@@ -113,15 +115,18 @@ class Board:
     def statuses(self, row: Row) -> tuple[RunRecord, list[StageStatus]]:
         """The record of a run of ``rows`` and the status of its stages."""
         with self._lock:
-            record = self._known[Path(row.line.path)].record
-            return record, run_statuses(record, record.evidence(self._slurm.reply))
+            known = self._known[Path(row.line.path)]
+            return known.record, run_statuses(known.record, self._evidence(known))
 
     def _read_rows(self) -> None:
-        known = {run.path: each for run in self._runs if (each := self._look(run)) is not None}
-        self._known = known
-        reply = self._slurm.query([job_id for each in known.values() for job_id in each.record.job_ids])
-        names = Counter(each.record.plan.name for each in known.values())
-        rows = [self._row(each, each.record.evidence(reply), names) for each in known.values()]
+        self._known = {run.path: each for run in self._runs if (each := self._look(run)) is not None}
+        jobs: dict[str | None, list[str]] = {}
+        for each in self._known.values():
+            jobs.setdefault(each.owner, []).extend(each.record.job_ids)
+        for owner, job_ids in jobs.items():
+            self._slurm.setdefault(owner, SlurmWatch(owner)).query(job_ids)
+        names = Counter(each.record.plan.name for each in self._known.values())
+        rows = [self._row(each, names) for each in self._known.values()]
         self._rows = sorted(filter(None, rows), key=lambda row: -(row.line.updated or 0.0))
 
     def _look(self, run: RunDir) -> _Known | None:
@@ -130,46 +135,49 @@ class Board:
         if known is not None and [*map(file_facts, known.files)] == known.facts:
             return known
         try:
-            record = RunRecord.read(run)
-            files = _files(record)
-            return _Known(record, files, [*map(file_facts, files)])
+            plan = RunPlan.read(run)
+            files = _files(run, plan)
+            facts = [*map(file_facts, files)]
+            return _Known(RunRecord.read(run, plan), acting.other_owner(run), files, facts)
         except Exception:  # one damaged run must not hide the others
             return None
 
-    def _row(self, known: _Known, evidence: dict[str, Evidence], names: Counter[str]) -> Row | None:
+    def _evidence(self, known: _Known) -> dict[str, Evidence]:
+        return known.record.evidence(self._slurm[known.owner].reply)
+
+    def _row(self, known: _Known, names: Counter[str]) -> Row | None:
         """The row of a run, made again if it can have changed; None if its files hold nonsense."""
+        evidence = self._evidence(known)
         states = {stage: judge(each) for stage, each in evidence.items()}
+        place = os.path.relpath(known.record.run.path, self.folder)
+        name = known.record.plan.name
+        label = printable(name if names[name] == 1 else f"{name} ({place})")
         unchanging = {_GROUPS.get(state) for state, _ in states.values()} <= {"done", None}
-        if known.row is None or known.states != states or not unchanging:
-            with suppress(Exception):  # one damaged run must not hide the others
-                known.row = self._make_row(
-                    known.record, evidence, {stage: state for stage, (state, _) in states.items()}, names
-                )
-            known.states = states
+        if known.row is not None and unchanging and (known.states, known.row.label) == (states, label):
+            return known.row
+        known.states = states
+        with suppress(Exception):  # one damaged run must not hide the others
+            line = summarize(known.record, evidence)
+            goodput = total(run_goodput(known.record, {stage: state for stage, (state, _) in states.items()}))
+            known.row = Row(
+                id=hashlib.sha256(os.fsencode(line.path)).hexdigest()[:16],
+                label=label,
+                place=place,
+                line=line,
+                group=_GROUPS.get(line.state, "stopped"),
+                progress=_progress(line),
+                left="" if line.left is None else duration(line.left),
+                ettr=goodput.spans.ettr,
+                interruptions=count_words(goodput.interruptions),
+            )
         return known.row
 
-    def _make_row(
-        self, record: RunRecord, evidence: dict[str, Evidence], states: dict[str, str], names: Counter[str]
-    ) -> Row:
-        line, goodput = summarize(record, evidence), total(run_goodput(record, states))
-        place = os.path.relpath(line.path, self.folder)
-        return Row(
-            id=hashlib.sha256(os.fsencode(line.path)).hexdigest()[:16],
-            label=printable(line.name if names[line.name] == 1 else f"{line.name} ({place})"),
-            place=place,
-            line=line,
-            group=_GROUPS.get(line.state, "stopped"),
-            progress=_progress(line),
-            left="" if line.left is None else duration(line.left),
-            ettr=goodput.spans.ettr,
-            interruptions=count_words(goodput.interruptions),
-        )
 
-
-def _files(record: RunRecord) -> list[Path]:
-    run = record.run
-    lenders = [lender.ledger for stage in record.histories if (lender := run.lender(stage)) is not None]
-    stages = [run.stage(stage) for stage in record.histories]
+def _files(run: RunDir, plan: RunPlan) -> list[Path]:
+    """The files that tell when a run changes."""
+    names = [planned.stage for planned in plan.stages]
+    lenders = [lender.ledger for name in names if (lender := run.lender(name)) is not None]
+    stages = [run.stage(name) for name in names]
     manifests, metrics = [stage.model / manifest.NAME for stage in stages], [stage.metrics for stage in stages]
     return [run.plan_json, run.ledger, *lenders, *manifests, *metrics]
 

@@ -4,8 +4,9 @@ responses side by side.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,40 +26,62 @@ from hpc_rlhf.spec.stages import STAGE_KINDS
 
 # Models of an evaluation that no stage makes.
 _GIVEN = ("start", "reference")
+_KEPT = 24  # sets of charts: of a stage and the runs chosen
 _Exchanges = list[tuple[str, list[tuple[str, str, str]]]]
 
 
-def describe(board: Board, rows: Sequence[Row]) -> dict[str, Any]:
-    """The details of the chosen runs, as the page shows them.
+@dataclass(frozen=True)
+class _Made:
+    """The charts of a stage, the facts about its metrics files just before, and until when they are new enough."""
 
-    Returns:
-        ``charts`` by stage, as ``overlay`` makes them; ``times``, for each run its time in words and its timeline as
-        HTML; ``evaluation`` and ``responses`` as HTML, empty if no run has any.
-    """
-    runs = {row.label: RunDir(Path(row.line.path)) for row in rows}
-    reports = {label: report for label, run in runs.items() if (report := _report(run)) is not None}
-    table, notes = _evaluation(reports)
-    exchanges = _exchanges(runs)
-    return {
-        "charts": _charts(runs),
-        "times": [_time(board, row) for row in rows],
-        "evaluation": render("evaluation.html.j2", table=table, notes=notes) if table or notes else "",
-        "responses": render("responses.html.j2", exchanges=exchanges) if exchanges else "",
-    }
+    charts: list[dict[str, object]]
+    facts: list[FileFacts]
+    until: float
 
 
-def _charts(runs: Mapping[str, RunDir]) -> dict[str, list[dict[str, object]]]:
-    charts = {}
-    for kind in STAGE_KINDS:
-        if kind.trains and (curves := find_curves(kind.name, runs)):
-            charts[kind.name] = _overlay(kind.name, curves, tuple(file_facts(curve.metrics) for curve in curves))
-    return {stage: of_stage for stage, of_stage in charts.items() if of_stage}
+class Details:
+    """Describes chosen runs of a board. Charts are made again when metrics change, in a tenth of the time at most."""
 
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self._made: dict[tuple[str, tuple[Curve, ...]], _Made] = {}
 
-@lru_cache(maxsize=24)
-def _overlay(stage: str, curves: tuple[Curve, ...], facts: tuple[FileFacts, ...]) -> list[dict[str, object]]:
-    """The charts of a stage; ``facts`` are of its metrics files, which are read again only when they change."""
-    return overlay(stage, curves)
+    def describe(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The details of the chosen runs, as the page shows them.
+
+        Returns:
+            ``charts`` by stage, as ``overlay`` makes them; ``times``, for each run its time in words and its timeline
+            as HTML; ``evaluation`` and ``responses`` as HTML, empty if no run has any.
+        """
+        runs = {row.label: RunDir(Path(row.line.path)) for row in rows}
+        reports = {label: report for label, run in runs.items() if (report := _report(run)) is not None}
+        table, notes = _evaluation(reports)
+        exchanges = _exchanges(runs)
+        return {
+            "charts": self._charts(runs),
+            "times": [_time(self.board, row) for row in rows],
+            "evaluation": render("evaluation.html.j2", table=table, notes=notes) if table or notes else "",
+            "responses": render("responses.html.j2", exchanges=exchanges) if exchanges else "",
+        }
+
+    def _charts(self, runs: Mapping[str, RunDir]) -> dict[str, list[dict[str, object]]]:
+        charts = {}
+        for kind in STAGE_KINDS:
+            if kind.trains and (curves := find_curves(kind.name, runs)):
+                charts[kind.name] = self._overlay(kind.name, curves)
+        return {stage: of_stage for stage, of_stage in charts.items() if of_stage}
+
+    def _overlay(self, stage: str, curves: tuple[Curve, ...]) -> list[dict[str, object]]:
+        facts, began = [file_facts(curve.metrics) for curve in curves], time.monotonic()
+        made = self._made.pop((stage, curves), None)
+        if made is None or (made.facts != facts and began > made.until):
+            charts = overlay(stage, curves)
+            now = time.monotonic()
+            made = _Made(charts, facts, now + 9 * (now - began))
+        self._made[stage, curves] = made
+        for oldest in list(self._made)[:-_KEPT]:
+            self._made.pop(oldest, None)
+        return made.charts
 
 
 def _time(board: Board, row: Row) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from hpc_rlhf.observe.compare import Compared, Comparison
-from hpc_rlhf.observe.metrics import Row, held_out_rows, read_text, step_rows
+from hpc_rlhf.observe.metrics import Row, all_rows, read_text
 from hpc_rlhf.observe.report.charts import Chart, Values
 from hpc_rlhf.observe.report.rendering import render
 from hpc_rlhf.run.format import number
@@ -75,9 +75,9 @@ def find_curves(stage: str, runs: Mapping[str, RunDir]) -> tuple[Curve, ...]:
 
 def overlay(stage: str, curves: Sequence[Curve]) -> list[dict[str, object]]:
     """The charts of a stage as the page's script draws them."""
-    texts = {curve.label: read_text(curve.metrics) for curve in curves}
-    trained = {label: step_rows(text, stage) for label, text in texts.items()}
-    held_out = {label: held_out_rows(text) for label, text in texts.items()}
+    rows = {curve.label: all_rows(read_text(curve.metrics), stage) for curve in curves}
+    trained = {label: of_run for label, (of_run, _) in rows.items()}
+    held_out = {label: of_run for label, (_, of_run) in rows.items()}
     charts: list[Chart] = []
     for plot in kind_of(stage).plots:
         for metric, label in plot.lines.items():

@@ -82,19 +82,26 @@ def test_only_changed_runs_are_read_again(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("hpc_rlhf.observe.dashboard.board.time.monotonic", lambda: clock[0])
     read: list[str] = []
     read_record = RunRecord.read
-    monkeypatch.setattr(RunRecord, "read", lambda run: (read.append(run.path.name), read_record(run))[1])
+
+    def counted(run: RunDir, *known: Any) -> RunRecord:
+        read.append(run.path.name)
+        return read_record(run, *known)
+
+    monkeypatch.setattr(RunRecord, "read", counted)
     board = Board(folder)
     board.rows()
-    assert sorted(read) == ["damaged", "nonsense", "one", "strange", "three", "two"]
+    assert sorted(read) == ["one", "strange", "three", "two"]
     read.clear()
     clock[0] += 5
     board.rows()
-    assert sorted(read) == ["damaged", "nonsense"]
-    read.clear()
+    assert read == []
     add_line(RunDir(folder / "one").stage("ppo").metrics, kind="train", step=21, total_steps=21, time=1.0)
     clock[0] += 5
     board.rows()
-    assert sorted(read) == ["damaged", "nonsense", "one"]
+    assert read == ["one"]
+    rename(RunDir(folder / "three"), "test")
+    clock[0] += 5
+    assert {row.label for row in board.rows()[0]} == {"test (one)", "test (below/two)", "test (three)"}
     shutil.rmtree(folder / "one")
     clock[0] += 60
     assert {row.place for row in board.rows()[0]} == {"below/two", "three"}
