@@ -28,7 +28,7 @@ FAULTS ?= 200
 SEED ?= 1
 RELEASE ?=
 
-.PHONY: help install install-vllm demo demo-grpo docs test test-fast test-slurm test-vllm coverage fuzz models bench bench-learning bench-tokens chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
+.PHONY: help install install-vllm demo demo-grpo docs test test-fast test-slurm test-vllm coverage fuzz models bench bench-learning bench-tokens loop chaos ettr plan-check gpu-check gpu-wheels lint cluster cluster-down clean
 
 help:  ## List these commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -104,6 +104,9 @@ bench-learning: .venv/.installed-bench  ## Compare learning with peers; takes ov
 
 bench-tokens: .venv/.installed-dev  ## Tokenize SIZE bytes of generated text under kills; 2e9 take an hour or two
 	$(BIN)/python -m tests.benchmarks.tokenizing --work runs/tokens --size $(SIZE)
+
+loop: .venv/.installed-dev  ## Train the demo, vote on it, and train the next round, in a new folder in runs/; takes 15 minutes
+	$(BIN)/python -m tests.loop runs/loop-$$(date +%Y%m%d-%H%M%S)
 
 chaos: .venv/.installed-dev install-vllm  ## Run chains with PPO, GRPO, 3D parallelism and vLLM under FAULTS random faults; 200 take four hours
 	scripts/install-slurm.sh

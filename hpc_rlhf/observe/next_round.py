@@ -21,7 +21,12 @@ from hpc_rlhf.spec.stages import DPO, EVALUATION, KTO, PPO, SFT, STAGE_NAMES, Da
 # How often each vote is used per epoch.
 _VOTE_WEIGHT = 4
 _KINDS = {"left": "pairs", "right": "pairs", "up": "thumbs", "down": "thumbs"}
-# What a stage that the run did not have takes over from the one that fine-tuned the same model.
+# Why there is a stage that the run did not have, its learning rate as a share of that of SFT, and where this is from.
+_NEW = {
+    DPO.name: ("The votes are pairs.", 0.1, "as in Tülu 3 (arXiv 2411.15124)"),
+    KTO.name: ("Most votes are thumbs.", 0.025, "because more soon makes responses worse on a few hundred votes"),
+}
+# What it takes over from the stage that fine-tuned the same model.
 _TAKEN_OVER = {
     "micro_batch", "global_batch", "zero", "precision", "offload_params", "offload_optimizer", "tensor_parallel",
     "sequence_parallel", "activation_checkpointing", "lora",
@@ -61,6 +66,8 @@ def next_round(run: RunDir, spec: JobSpec) -> NextRound:
     names = _stages(spec, votes)
     sources = [*_old_data(run, spec, votes, names), *_new_data(run, votes, names)]
     stages = {name: _stage(spec, name) for name in names}
+    if KTO.name in stages:
+        stages[KTO.name][0].update(_balance(run, votes))
     counted = " and ".join(f"{count} {kind}" for kind, count in votes.items())
     notes = {
         "": f"Round {number}: it learns from what people said of the models of {run.path}: {counted}.",
@@ -208,14 +215,22 @@ def _stage(spec: JobSpec, name: str) -> _Commented:
         return {}, ""
     like = SFT.name if SFT.name in spec.trained else spec.policies[next(reversed(spec.policies))]
     fields = spec.stage(like).model_dump(mode="json", exclude_defaults=True, include=_TAKEN_OVER)
-    learned = "The votes are pairs" if name == DPO.name else "Most votes are thumbs"
+    why, share, source = _NEW[name]
     if like == SFT.name:
-        fields["lr"] = float(f"{spec.stages.sft.lr / 40:.2g}")
-        note = f"{learned}. The learning rate is a fortieth of that of sft, as in Zephyr (arXiv 2310.16944)."
+        fields["lr"] = float(f"{spec.stages.sft.lr * share:.2g}")
+        note = f"{why} The learning rate is that of sft times {share:g}, {source}."
     else:
         fields["lr"] = getattr(spec.stage(like), "actor_lr" if like == PPO.name else "lr")
-        note = f"{learned}. The learning rate is that of {like}."
+        note = f"{why} The learning rate is that of {like}."
     return {**fields, **_slurm(spec, like)}, f"{note} Batches and memory are as in {like}."
+
+
+def _balance(run: RunDir, votes: Counter[str]) -> dict[str, float]:
+    """Weights with which good and bad responses count alike in KTO. A pair has one of each."""
+    thumbs = Counter(vote.vote for vote in votes_of(run, lambda vote: vote.kind == "thumbs")[0])
+    pairs = votes["pairs"] + votes.total() / _VOTE_WEIGHT  # the latter in the earlier data
+    good, bad = thumbs["up"] + pairs, thumbs["down"] + pairs
+    return {"desirable_weight": round(max(1.0, bad / good), 2), "undesirable_weight": round(max(1.0, good / bad), 2)}
 
 
 def _slurm(spec: JobSpec, stage: str) -> dict[str, Any]:

@@ -104,6 +104,8 @@ def test_thumbs_are_learned_by_kto(tmp_path: Path) -> None:
     assert spec.stage_names == ("kto", "eval")
     assert spec.models.reward is None, "it has not learned from the votes"
     assert spec.stages.kto.lr == 2.5e-6, "a fortieth of that of sft"
+    weights = spec.stages.kto.desirable_weight, spec.stages.kto.undesirable_weight
+    assert weights == (1, 3), "there are 5 thumbs up, and 1 + 6 / 4 pairs"
     assert [(each.kind, each.weight) for each in spec.data.sources] == [(None, 0.006), ("pairs", 4), ("thumbs", 4)]
 
 
