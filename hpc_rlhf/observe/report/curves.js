@@ -62,7 +62,8 @@ const curves = (() => {
   }
 
   const data = (chart) => [chart.steps, ...Object.values(chart.lines)];
-  const showLatest = (plot) => plot.setLegend({ idx: plot.data[0].length - 1 }); // until the pointer is over others
+  // The latest value of each curve, until the pointer is over others.
+  const showLatest = (plot) => plot.setLegend({ idxs: plot.data.map((values) => values.findLastIndex((value) => value !== null)) });
 
   function draw(box, chart) {
     drawn.get(box)?.plot.destroy();

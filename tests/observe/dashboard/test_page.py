@@ -91,6 +91,9 @@ def test_the_keyboard_chooses_runs_and_the_address_keeps_them(browser: Browser, 
     page.keyboard.press("Space")
     expect(page.locator("#chosen-title")).to_have_text("2 runs chosen")
     expect(page.locator("#curves-ppo .plot").first).to_have_attribute("aria-label", re.compile("other-long"))
+    latest = page.locator("#curves-ppo .plot").first.locator(".u-legend .u-value")
+    assert latest.first.inner_text() == "400"
+    assert "–" not in [value.inner_text() for value in latest.all()]  # though the other run has 300 steps
     page.reload()
     expect(page.locator("#chosen-title")).to_have_text("2 runs chosen")
     page.locator("#chips button").first.click()
