@@ -39,6 +39,11 @@ def answers(run: RunDir) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.stage("eval").answers.read_text().splitlines()]
 
 
+def asked(spec: JobSpec, world: World, prompts: int) -> list[str]:
+    """The prompts of an evaluation."""
+    return held_out(StageContext(spec, "eval", make_run(spec), world, StopFlag(), "look"), prompts).questions
+
+
 def test_rounds_are_asked_the_same_prompts(world: World, tmp_path: Path) -> None:
     first = round_of(tmp_path / "first", "sft", "reward", "ppo")
     run = finished(first, world)
@@ -51,16 +56,14 @@ def test_rounds_are_asked_the_same_prompts(world: World, tmp_path: Path) -> None
         data={**first.data.model_dump(mode="json"), "sources": [{"demo": 400, "weight": 0.1}, votes]},
     )  # fmt: skip
     after = finished(second, world)
-    third = second.model_copy(update={"follows": str(after.path), "run_dir": str(tmp_path / "third")})
+    before, rows = answers(run), answers(after)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in before]
+    assert [row["answers"]["start"] for row in rows] == [row["answers"]["ppo"] for row in before]
+    assert [row["answers"]["reference"] for row in rows] == [row["answers"]["reference"] for row in before]
+    assert list(report_of(after)["models"]) == ["start", "dpo", "reference"]
     feedback.append(run.feedback, pair("late", "left", messages=[VoteMessage(role="user", content="And now?")]))
-    last = finished(third, world)
-    before = answers(run)
-    for following in (after, last):
-        rows = answers(following)
-        assert [row["prompt"] for row in rows] == [row["prompt"] for row in before]
-        assert [row["answers"]["start"] for row in rows] == [row["answers"]["ppo"] for row in before]
-        assert [row["answers"]["reference"] for row in rows] == [row["answers"]["reference"] for row in before]
-    assert list(report_of(last)["models"]) == ["start", "dpo", "reference"]
+    third = second.model_copy(update={"follows": str(after.path), "run_dir": str(tmp_path / "third")})
+    assert asked(third, world, PROMPTS) == [row["prompt"] for row in before]
 
 
 def test_votes_are_not_what_an_evaluation_asks(world: World, tmp_path: Path) -> None:
@@ -72,8 +75,4 @@ def test_votes_are_not_what_an_evaluation_asks(world: World, tmp_path: Path) -> 
     votes = {"feedback": str(run.path), "kind": "pairs"}
     data = {**spec.data.model_dump(mode="json"), "sources": [{"demo": 400}, votes]}
     voted = round_of(tmp_path / "voted", "reward", "ppo", data=data)
-
-    def asked(spec: JobSpec) -> list[str]:
-        return held_out(StageContext(spec, "eval", make_run(spec), world, StopFlag(), "look"), 512).questions
-
-    assert asked(voted) == asked(spec)
+    assert asked(voted, world, 512) == asked(spec, world, 512)
