@@ -213,16 +213,17 @@ def _stage(spec: JobSpec, name: str) -> _Commented:
         return {**fields, **_slurm(spec, name)}, note
     if not kind_of(name).trains:
         return {}, ""
-    like = SFT.name if SFT.name in spec.trained else spec.policies[next(reversed(spec.policies))]
-    fields = spec.stage(like).model_dump(mode="json", exclude_defaults=True, include=_TAKEN_OVER)
+    tuned = next((each for each in reversed(rounds(spec)) if SFT.name in each.trained), spec)
+    like = SFT.name if SFT.name in tuned.trained else spec.policies[next(reversed(spec.policies))]
+    fields = tuned.stage(like).model_dump(mode="json", exclude_defaults=True, include=_TAKEN_OVER)
     why, share, source = _NEW[name]
     if like == SFT.name:
-        fields["lr"] = float(f"{spec.stages.sft.lr * share:.2g}")
+        fields["lr"] = float(f"{tuned.stages.sft.lr * share:.2g}")
         note = f"{why} The learning rate is that of sft times {share:g}, {source}."
     else:
-        fields["lr"] = getattr(spec.stage(like), "actor_lr" if like == PPO.name else "lr")
+        fields["lr"] = getattr(tuned.stage(like), "actor_lr" if like == PPO.name else "lr")
         note = f"{why} The learning rate is that of {like}."
-    return {**fields, **_slurm(spec, like)}, f"{note} Batches and memory are as in {like}."
+    return {**fields, **_slurm(tuned, like)}, f"{note} Batches and memory are as in {like}."
 
 
 def _balance(run: RunDir, votes: Counter[str]) -> dict[str, float]:

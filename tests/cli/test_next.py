@@ -140,7 +140,7 @@ def test_rounds_are_counted_and_their_data_stays(tmp_path: Path) -> None:
     assert [(each.feedback, each.weight) for each in spec.data.sources] == [
         (None, 0.005), (str(first.path), 4), (str(second.path), 4),
     ]  # fmt: skip
-    assert spec.stages.kto.lr == 1e-6
+    assert spec.stages.kto.lr == 2.5e-6, "by the rate of sft in the first round"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
