@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 INPUT_WRONG = 2
 RUN_FAILED = 1
+STOPPED_EARLY = 4  # of a rank: its trial is worse than others of the search
 # The process has stopped on request, and is to be run again (sysexits.h: EX_TEMPFAIL).
 TO_BE_CONTINUED = 75
 

@@ -183,7 +183,7 @@ class _StageHealer:
         return ()
 
     def _stop(self, verdict: Stop, job_id: str) -> Outcome:
-        if not self._history().is_stopped:
+        if not self._history().is_stopped and verdict.kind is not StopKind.EARLY:
             self._chain.ledger.append(Stopped(self._stage, message=verdict.message))
             if self._by_sentinel:
                 notify.send_stop(self._chain.run, self._stage, verdict.kind, verdict.message)

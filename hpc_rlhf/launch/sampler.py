@@ -63,12 +63,16 @@ def _ask(search: Search, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
     study = optuna.create_study(sampler=sampler, direction="minimize" if search.metric.lower_is_better else "maximize")
     distributions = {path: _distribution(axis) for path, axis in search.space.items()}
     # One that failed, such as by a learning rate that is too high, counts as worse than all that are done.
-    states = {"open": "RUNNING", "done": "COMPLETE", "failed": "PRUNED"}
+    states = {"open": "RUNNING", "done": "COMPLETE", "failed": "PRUNED", "stopped": "PRUNED"}
+    same = search.halving is None or search.halving.lower_is_better == search.metric.lower_is_better
     for trial in trials:
         params = {path: _coordinate(axis, trial.values[path]) for path, axis in search.space.items()}
         state = optuna.trial.TrialState[states[trial.state]]
+        reached = {} if trial.step is None else {trial.step: (trial.at_step or 0.0) * (1 if same else -1)}
         study.add_trial(
-            optuna.trial.create_trial(state=state, value=trial.value, params=params, distributions=distributions)
+            optuna.trial.create_trial(
+                state=state, value=trial.value, params=params, distributions=distributions, intermediate_values=reached
+            )
         )
     point = study.ask(distributions).params
     return {

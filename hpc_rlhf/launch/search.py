@@ -9,17 +9,21 @@ from dataclasses import replace
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError, SpecError
 from hpc_rlhf.launch.auto import resolve
+from hpc_rlhf.launch.changes import describe, differences
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.sampler import suggest
 from hpc_rlhf.launch.sweep import lay_out, make_sweep_folder
-from hpc_rlhf.run import manifest, trials
+from hpc_rlhf.run import halving, manifest, trials
 from hpc_rlhf.run.layout import RunDir, SweepDir
 from hpc_rlhf.run.trials import Trial
 from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.member import Member, name_of
 from hpc_rlhf.spec.search import Search
+from hpc_rlhf.spec.stage_inputs import fingerprint
 from hpc_rlhf.spec.sweep import Sweep
 
+_NOT_ALLOWED = "the spec does not allow these values together"
 _MOST_FAILURES = 5  # trials that may fail one after the other
 
 # The value of the search's metric in a run that is done; None if it has none.
@@ -52,6 +56,7 @@ class Trials:
         folder: the search's.
         all: every trial, in order.
         members: the runs of the trials, by number; without those whose values the spec does not allow together.
+        stopped_now: the trials of which this process has found that they stopped early.
     """
 
     def __init__(self, sweep: Sweep, measure: Measure) -> None:
@@ -60,10 +65,14 @@ class Trials:
         self.folder = SweepDir(sweep.run_dir)
         self.all = trials.read(self.folder.trials)
         self.members: dict[int, Member] = {}
+        self.stopped_now: list[Trial] = []
         for trial in self.all:
             _refuse_other(self._search, trial, self.folder)
             if member := self._member(trial):
                 self.members[trial.number] = member
+                _refuse_changes(self._search, self.run(trial), member.spec)
+            elif trial.state == "open":
+                self.fail(trial, _NOT_ALLOWED)
         self._record_results()
 
     @property
@@ -109,7 +118,7 @@ class Trials:
             self._write(trial)
             member = self._member(trial)
             if member is None:
-                self._write(replace(trial, state="failed", why="the spec does not allow these values together"))
+                self.fail(trial, _NOT_ALLOWED)
                 continue
             self.members[trial.number] = member
             count -= 1
@@ -122,15 +131,33 @@ class Trials:
         else:
             self._write(replace(trial, state="done", value=value, why=""))
 
+    def end(self, trial: Trial, why: str) -> None:
+        """Write down that a trial has ended early if it has, and otherwise that it failed."""
+        if not self._stop_early(trial):
+            self.fail(trial, why)
+
     def fail(self, trial: Trial, why: str) -> None:
         """Write down that a trial failed."""
-        self._write(replace(trial, state="failed", why=why.splitlines()[0]))
+        self._write(replace(trial, state="failed", why=why.partition("\n")[0]))
 
     def _record_results(self) -> None:
         for trial in self.all:
             member = self.members.get(trial.number)
             if trial.state != "done" and member and is_done(self.run(trial), member.spec):
                 self.finish(trial)
+            elif trial.state == "open":
+                self._stop_early(trial)
+
+    def _stop_early(self, trial: Trial) -> bool:
+        """Write down that a trial has ended early, because it is worse than others, if it has."""
+        run, by = self.run(trial), self._search.halving
+        why = None if by is None else halving.why_stopped(run, by.stage)
+        if by is None or why is None:
+            return False
+        (step, _), value = next(reversed(halving.measured(run, by).items()), ((None, None), None))
+        self._write(replace(trial, state="stopped", why=why, step=step, at_step=value))
+        self.stopped_now.append(trial)
+        return True
 
     def _write(self, trial: Trial) -> None:
         trials.append(self.folder.trials, trial)
@@ -166,8 +193,8 @@ def run_trials(sweep: Sweep, measure: Measure, train: Train, say: Callable[[str]
                 try:
                     train(trial, trials.members[trial.number].spec, lent[trial.name])
                 except HpcRlhfError as error:
-                    say(f"this trial failed: {error}")
-                    trials.fail(trial, error.message)
+                    say(f"this trial ended: {error}")
+                    trials.end(trial, error.message)
                 else:
                     trials.finish(trial)
         return trials.all
@@ -187,4 +214,17 @@ def _refuse_other(search: Search, trial: Trial, folder: SweepDir) -> None:
         f"the folder has trials of another search: the trial {trial.name} {what}",
         where=str(folder.path),
         hint="for another search set run_dir to a new folder; in this one, trials can be added, and values to a sweep",
+    )
+
+
+def _refuse_changes(search: Search, run: RunDir, spec: JobSpec) -> None:
+    """Raise HpcRlhfError if a trial was begun with other settings than later ones would have."""
+    stage = search.metric.stage
+    if not run.job_yaml.exists() or fingerprint(begun := read_spec(run.job_yaml), stage) == fingerprint(spec, stage):
+        return
+    changes = "\n".join(f"  {describe(change)}" for change in differences(begun, spec))
+    raise HpcRlhfError(
+        f"the spec has changed since the trial {run.path.name}, so later ones would not compare with it:\n{changes}",
+        where=str(run.path.parent),
+        hint="leave it as it is, or set run_dir to a new folder",
     )

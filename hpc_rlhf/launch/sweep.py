@@ -51,7 +51,9 @@ def lay_out(sweep: Sweep) -> dict[str, Mapping[str, RunDir]]:
     """
     folder = SweepDir(sweep.run_dir)
     make_sweep_folder(folder)
-    facts = {"runs": [member.name for member in sweep.members], "limit": sweep.limit}
+    facts: dict[str, object] = {"runs": [member.name for member in sweep.members], "limit": sweep.limit}
+    if sweep.search is not None:
+        facts["halving"] = sweep.search.spec.halving
     with _write_errors(folder):
         write_atomically(folder.json, json.dumps(facts, indent=1) + "\n")
     return shared(sweep)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.chain import Outcome, require_slurm
-from hpc_rlhf.launch.jobs import find_jobs
+from hpc_rlhf.launch.jobs import cancel, find_jobs
 from hpc_rlhf.launch.lock import SILENCE
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import keep_templates
@@ -50,6 +50,8 @@ def submit_search(
         if not by_sentinel:
             trials.reopen()
             _write_spec(sweep, trials.folder, beside)
+        for trial in trials.stopped_now:
+            cancel(trials.run(trial))  # the stages that wait for the one that stopped
         while not outcomes and not trials.is_over:
             if not trials.open:
                 trials.add(wave_size(sweep))

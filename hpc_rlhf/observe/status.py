@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from hpc_rlhf.errors import STOPPED_EARLY
 from hpc_rlhf.observe.gather import Evidence, RunRecord, SlurmReply, query_slurm
 from hpc_rlhf.observe.goodput.accounting import measure
 from hpc_rlhf.observe.goodput.spans import Goodput
 from hpc_rlhf.observe.metrics import held_out_rows, seconds_per_step, step_rows
-from hpc_rlhf.run import acting, events
+from hpc_rlhf.run import acting, events, reasons
 from hpc_rlhf.run.attempt_logs import read_tail
 from hpc_rlhf.run.format import listed
 from hpc_rlhf.run.layout import RunDir
@@ -152,6 +153,8 @@ def _judge(evidence: Evidence) -> tuple[str, str]:
     state = evidence.history.state
     if isinstance(state, events.Refused) and is_full(state.message):
         return "waiting", "to be submitted when another stage has ended: a limit on jobs is reached"
+    if isinstance(state, events.Failed) and state.exit_code == STOPPED_EARLY:
+        return "stopped", f"early: {state.message}"
     if isinstance(state, (events.Failed, events.Refused)):
         return state.name, state.message
     if isinstance(state, events.Cancelled):
@@ -159,7 +162,7 @@ def _judge(evidence: Evidence) -> tuple[str, str]:
     if isinstance(state, events.Stopped):
         return state.name, f"{state.message}; fix the cause, then run hpc-rlhf heal"
     if isinstance(state, events.Ended):
-        return "failed", _ending(evidence)
+        return "stopped" if state.reason == reasons.STOPPED_EARLY else "failed", _ending(evidence)
     if isinstance(state, events.Interrupted):
         return "interrupted", "run it again to resume"
     job = evidence.queued or evidence.past

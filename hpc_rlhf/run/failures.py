@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from typing import NamedTuple
 
-from hpc_rlhf.errors import INPUT_WRONG
+from hpc_rlhf.errors import INPUT_WRONG, STOPPED_EARLY
 from hpc_rlhf.run import reasons
 from hpc_rlhf.run.attempt_logs import AttemptLogs
 from hpc_rlhf.run.events import AttemptEvent, Cancelled, Ended, Failed, Hang, Requeued, Retried, Started
@@ -125,6 +125,8 @@ def _by_ledger(attempt: StageHistory, job: JobRecord | None) -> _Cause | None:
     cause = attempt.first_cause
     if cause is not None and cause.exit_code == INPUT_WRONG:
         return _Cause(reasons.USER_ERROR, cause.message)
+    if cause is not None and cause.exit_code == STOPPED_EARLY:
+        return _Cause(reasons.STOPPED_EARLY, cause.message)
     hang = next(iter(attempt.all(Hang)), None)
     if hang is not None:
         return _Cause(reasons.HANG, hang.message, hang.host)

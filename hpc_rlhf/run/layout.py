@@ -138,6 +138,18 @@ class SweepDir:
     def run(self, label: str) -> RunDir:
         return RunDir(self.path / label)
 
+    def halving(self) -> tuple[str | None, list[str]]:
+        """The metric by which trials of a search stop early, if they do, and the names of the trials.
+
+        Raises:
+            HpcRlhfError: as ``recorded`` does.
+        """
+        try:
+            metric = json.loads(self.json.read_text(encoding="utf-8")).get("halving")
+        except (OSError, ValueError, AttributeError):
+            return None, []
+        return metric if isinstance(metric, str) else None, self.recorded()[0]
+
     def recorded(self) -> tuple[list[str], int | None]:
         """The names of the runs and the limit that are recorded; no names in a folder that is not a sweep's.
 

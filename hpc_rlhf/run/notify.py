@@ -48,6 +48,8 @@ def send(run: RunDir, news: News, stage: str, message: str = "") -> None:
 
 def send_stop(run: RunDir, stage: str, kind: StopKind, message: str) -> None:
     """Report that a stage was left to the user."""
+    if kind is StopKind.EARLY:
+        return
     send(run, "budget spent" if kind is StopKind.BUDGET_SPENT else "stopped", stage, message)
 
 

@@ -12,9 +12,10 @@ NO_NODES_LEFT = "no nodes left"
 INFERENCE_ENGINE = "inference engine failed"
 CANCELLED_BY_TOOL, CANCELLED_BY_HAND = "cancelled by hpc-rlhf", "cancelled by hand"
 REQUEUED_BY_HAND = "requeued by hand"
+STOPPED_EARLY = "stopped early"
 
 # Another attempt would end the same way.
-FINAL = frozenset({USER_ERROR, PAST_DEADLINE, CANCELLED_BY_TOOL, CANCELLED_BY_HAND})
+FINAL = frozenset({USER_ERROR, PAST_DEADLINE, STOPPED_EARLY, CANCELLED_BY_TOOL, CANCELLED_BY_HAND})
 # Caused by the cluster, so they say nothing about whether the stage can continue.
 BLAMELESS = frozenset({PREEMPTED, NODE_FAILURE, LAUNCH_FAILURE, REQUEUED_BY_HAND, NO_NODES_LEFT})
 # A node on which these recur should be excluded.

@@ -16,7 +16,7 @@ from itertools import takewhile
 
 from hpc_rlhf.run.events import Ended, Requeued
 from hpc_rlhf.run.history import StageHistory
-from hpc_rlhf.run.reasons import BLAMELESS, FINAL, NO_NODES_LEFT, ON_A_NODE, TIME_LIMIT, USER_ERROR
+from hpc_rlhf.run.reasons import BLAMELESS, FINAL, NO_NODES_LEFT, ON_A_NODE, STOPPED_EARLY, TIME_LIMIT, USER_ERROR
 
 _GROWTH = 4
 _LONGEST_DELAY = 3600
@@ -29,6 +29,7 @@ class StopKind(Enum):
     """Why there is no other attempt."""
 
     USER_ERROR = auto()
+    EARLY = auto()  # a trial of a search that is worse than others: nothing for the user to do
     FINAL = auto()  # cancelled, or past its deadline
     TIME_LIMIT_WITHOUT_PROGRESS = auto()
     SAME_FAILURE_TWICE = auto()
@@ -36,6 +37,9 @@ class StopKind(Enum):
     BUDGET_SPENT = auto()
     REFUSED = auto()  # by sbatch
     HEALING_DISABLED = auto()
+
+
+_FINAL_KINDS = {USER_ERROR: StopKind.USER_ERROR, STOPPED_EARLY: StopKind.EARLY}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def decide(window: StageHistory, max_requeues: int, backoff: int = 0, stopping: 
     last = stopping or endings[-1]
     without_progress = list(takewhile(lambda ending: not ending.progress, reversed(endings)))  # since the last progress
     if last.reason in FINAL:
-        return Stop(StopKind.USER_ERROR if last.reason == USER_ERROR else StopKind.FINAL, _sentence(last))
+        return Stop(_FINAL_KINDS.get(last.reason, StopKind.FINAL), _sentence(last))
     if last.reason == TIME_LIMIT:
         events = [*window.events, stopping] if stopping else window.events
         if StageHistory(events).timeouts_without_progress >= _TRIES:

@@ -17,7 +17,7 @@ from hpc_rlhf.run.files import append_line
 from hpc_rlhf.run.format import number
 from hpc_rlhf.spec.metric import Metric
 
-State = Literal["open", "done", "failed"]
+State = Literal["open", "done", "failed", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Trial:
         name: its run's, and the folder of that.
         values: its value of each path that is searched, as JSON has them.
         metric: what the search improves.
-        state: open until it has ended; done with a value of the metric, or failed.
+        state: open until it has ended; done with a value of the metric, failed, or stopped early.
         value: of the metric, if it is done.
-        why: the reason of a failure; may be empty.
+        why: the reason of a failure or an early stop; may be empty.
+        step, at_step: the step at which it stopped early, and what it measured there by the metric of halving.
     """
 
     number: int
@@ -40,6 +41,8 @@ class Trial:
     state: State = "open"
     value: float | None = None
     why: str = ""
+    step: int | None = None
+    at_step: float | None = None
 
 
 def append(path: Path, trial: Trial) -> None:

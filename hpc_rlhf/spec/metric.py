@@ -62,6 +62,16 @@ class Metric:
         return (*scale, fingerprint(spec, bases[-1]) if bases else spec.models.actor)
 
 
+def halving_metrics_of(spec: JobSpec) -> list[str]:
+    """The names of the metrics that the stages of a spec measure on held-out data while they train."""
+    return [
+        f"{name}.{metric}"
+        for name in spec.trained
+        for metric in kind_of(name).held_out
+        if metric in kind_of(name).ranking and metric != "loss" and getattr(spec.stage(name), "eval_every", None)
+    ]
+
+
 def metrics_of(spec: JobSpec) -> list[str]:
     """The names of the metrics that the runs of a spec have."""
     found, last = [], kind_of(spec.trained[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeVar
@@ -12,10 +12,11 @@ from pydantic import ValidationError
 
 from hpc_rlhf.errors import Problem, SpecError
 from hpc_rlhf.spec.fields import Model
+from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.layers import put
 from hpc_rlhf.spec.load import dump_yaml, in_order
 from hpc_rlhf.spec.member import Member, make_members, name_of
-from hpc_rlhf.spec.metric import Metric, metrics_of
+from hpc_rlhf.spec.metric import Metric, halving_metrics_of, metrics_of
 from hpc_rlhf.spec.paths import resolve_paths
 from hpc_rlhf.spec.problems import problems_of
 from hpc_rlhf.spec.space import Choices, RangeSpec, SearchSpec, Space, index_of, size
@@ -27,6 +28,7 @@ _MOST_CORNERS = 64
 _OUTSIDE = {  # fields that change what a metric is measured on, or whether runs compare, and why
     "data": "decides on which data the metric is measured",
     "stages.eval": "decides how the metric is measured",
+    "follows": "decides on which prompts the metric is measured",
     "seed": "has no best value: a search would find the luckiest",
 }
 M = TypeVar("M", bound=Model)
@@ -53,6 +55,10 @@ class Search:
     @property
     def metric(self) -> Metric:
         return Metric.of(self.spec.metric)
+
+    @property
+    def halving(self) -> Metric | None:
+        return None if self.spec.halving is None else Metric.of(self.spec.halving)
 
     def member(self, values: Mapping[str, object]) -> Member:
         """The run with some values of the space, as they are or as JSON has them.
@@ -145,7 +151,7 @@ def read_search(base: Node, sweep: Node) -> Search:
         raise SpecError(in_order(problems))
     seed = base.get("seed")
     search = Search(spec, space, seed.value if seed and isinstance(seed.value, int) else 0, base, axes)
-    if problems := [*_size_problems(search, given), *_metric_problems(search, given.fields["metric"])]:
+    if problems := [*_size_problems(search, given), *_metric_problems(search, given)]:
         raise SpecError(in_order(problems))
     return search
 
@@ -197,18 +203,41 @@ def _size_problems(search: Search, given: Node) -> Iterator[Problem]:
         yield search.axes[path].place.problem("has no end of values, too many for a grid", hint, f"sweep.{path}")
 
 
-def _metric_problems(search: Search, node: Node) -> Iterator[Problem]:
-    """Why the trials have no such metric, or do not compare by it."""
+def _metric_problems(search: Search, given: Node) -> Iterator[Problem]:
+    """Why the trials do not have the metrics of the search, or do not compare by them."""
     first = search.member(search.beside(next(iter(search.space)))[0]).spec
-    known, metric = metrics_of(first), search.metric
-    if search.spec.metric not in known:
-        hint = f"its metrics: {', '.join(known)}" + ("" if first.evaluation else "; more with eval: {} in stages")
-        yield node.mark.problem("is not a metric of this spec", hint, "sweep.search.metric")
+    more = "" if first.evaluation else "; more with eval: {} in stages"
+    yield from _problems_of(search, first, given.fields["metric"], "metric", metrics_of(first), more)
+    halving = search.halving
+    if halving is None:
+        return
+    node, known = given.fields["halving"], halving_metrics_of(first)
+    yield from _problems_of(search, first, node, "halving", known, "; it needs eval_every in its stage")
+    if search.spec.halving in known and first.stage(halving.stage).slurm.container is not None:
+        what = f"needs a stage outside a container, from which trials see each other; {halving.stage} is in one"
+        yield node.mark.problem(what, None, "sweep.search.halving")
+
+
+def _problems_of(
+    search: Search, first: JobSpec, node: Node, field: str, known: Sequence[str], more: str
+) -> Iterator[Problem]:
+    """The problems of a metric.
+
+    Args:
+        first: the spec at the first corner of the space.
+        field: of the search, which names the metric.
+        known: the metrics that the field may name.
+        more: where further ones come from.
+    """
+    metric = Metric.of(str(node.value))
+    if node.value not in known:
+        hint = f"possible: {', '.join(known) or 'none'}{more}"
+        yield node.mark.problem("is not such a metric of this spec", hint, f"sweep.search.{field}")
         return
     for path, axis in search.axes.items():
         specs = [search.member(values).spec for values in search.beside(path)]
         if len({fingerprint(spec, metric.stage) for spec in specs}) == 1 and len(specs) > 1:
-            yield axis.place.problem(f"does not affect {search.spec.metric}", "give it one value", f"sweep.{path}")
+            yield axis.place.problem(f"does not affect {node.value}", "give it one value", f"sweep.{path}")
         elif any(metric.scale(spec) != metric.scale(first) for spec in specs):
-            what = f"trials that differ in {path} do not compare by {search.spec.metric}, {metric.relative}"
-            yield node.mark.problem(what, f"use another metric, or give {path} one value", "sweep.search.metric")
+            what = f"trials that differ in {path} do not compare by {node.value}, {metric.relative}"
+            yield node.mark.problem(what, f"use another metric, or give {path} one value", f"sweep.search.{field}")

@@ -80,6 +80,10 @@ class SearchSpec(Model):
     metric: str
     """What to improve: eval.reward, eval.win_rate and so on, of the final model's evaluation; or a metric of a stage,
     such as reward.accuracy or sft.perplexity, at its end. Whether lower is better is known."""
+    halving: str | None = None
+    """Stop bad trials early by successive halving (arXiv 1810.05934): a metric such as ppo.reward or sft.perplexity
+    that a stage measures on held-out data while it trains, every eval_every steps. After evaluations number 1, 2, 4,
+    8, … a trial goes on only if it is among the better half of those that have come as far. null lets all finish."""
 
 
 class SweepSpec(Model):

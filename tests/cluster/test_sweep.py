@@ -4,6 +4,7 @@ a preemption costs nothing. Their stages only simulate training."""
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,3 +170,30 @@ def test_search_finds_a_planted_optimum_in_waves(idle_cluster: Cluster, tmp_path
     assert max(trial.value or -1 for trial in ended()) > -0.08
     assert search.call("submit", "--force") == "", "nothing is left to submit"
     assert json.loads(search.call("status", "--json"))["best"] == max(ended(), key=lambda trial: trial.value or -1).name
+
+
+def test_bad_trials_stop_early(idle_cluster: Cluster, tmp_path: Path) -> None:
+    """One after the other, because a trial compares itself with those before. What waits for one that stopped is
+    cancelled, and no sentinel retries it."""
+    search = SweepOfStandIns.made(
+        idle_cluster, tmp_path / "early", "", name="early", partition="low", limit=1,
+        sweep="search: {method: grid, trials: 4, metric: sft.perplexity, halving: sft.perplexity}, "
+        "stages.sft.eval_every: [4], stages.sft.lr: [1e-6, 1e-5, 1e-4, 1e-3]",
+    )  # fmt: skip
+
+    def all_() -> list[Trial]:
+        return trials.read(SweepDir(tmp_path / "early/early").trials)
+
+    search.wait(lambda: len(all_()) == 4 and all(trial.state != "open" for trial in all_()), "all trials have ended")
+    results = [2 + abs(math.log10(trial.values["stages.sft.lr"]) + 4) for trial in all_()]
+    for place, trial in enumerate(all_()):
+        better = sum(result < results[place] for result in results[:place])
+        assert trial.state == ("stopped" if better >= (place + 2) // 2 else "done")
+        assert trial.value == (results[place] if trial.state == "done" else None)
+        run = RunDir(tmp_path / "early/early" / trial.name)
+        assert len(events(run, "started", "sft")) == 1
+        assert bool(events(run, "started", "ppo")) is (trial.state == "done")
+        assert not events(run, "stopped")
+    assert "stopped" in {trial.state for trial in all_()}
+    jobs = idle_cluster.run("squeue", "--noheader", "--format=%j %T").stdout.splitlines()
+    assert not [job for job in jobs if ".ppo" in job], "none waits for a stage that stopped"

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.errors import STOPPED_EARLY, HpcRlhfError
 from hpc_rlhf.launch.sampler import suggest
 from hpc_rlhf.launch.search import SearchStuck, run_trials
 from hpc_rlhf.run import manifest, trials
+from hpc_rlhf.run.events import Failed
 from hpc_rlhf.run.layout import RunDir, SweepDir
+from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.trials import Trial
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.search import Search
@@ -164,6 +166,29 @@ def test_trial_that_fails_counts_as_bad(tmp_path: Path) -> None:
     assert whys.count("") > 0.8 * len(whys)  # at random, two thirds of the trials are done
 
 
+def test_trials_that_stop_early_are_written_down_and_learned_from(tmp_path: Path) -> None:
+    def halved(trial: Trial, spec: JobSpec, lent: Mapping[str, RunDir]) -> None:
+        if spec.stages.ppo.schedule == "cosine":
+            train(trial, spec, lent)
+            return
+        run = RunDir(Path(spec.run_dir))
+        run.stage("ppo").path.mkdir(parents=True)
+        line = {"step": 4, "total_steps": 8, "kind": "eval", "reward": measure(run, spec)}
+        run.stage("ppo").metrics.write_text(json.dumps(line) + "\n")
+        Ledger(run.ledger).append(Failed("ppo", message="worse", exit_code=STOPPED_EARLY))
+        raise HpcRlhfError("worse", exit_code=STOPPED_EARLY)
+
+    sweep = load(tmp_path, "sweep.search.halving=ppo.reward", "stages.ppo.eval_every=4")
+    done = run_trials(sweep, measure, halved, lambda text: None)
+    for trial in done:
+        good = trial.values["stages.ppo.schedule"] == "cosine"
+        reached = planted(trial.values)
+        expected = ("done", reached, None, None) if good else ("stopped", None, 4, reached)
+        assert (trial.state, trial.value, trial.step, trial.at_step) == expected
+    assert sum(trial.state == "done" for trial in done[6:]) >= 3
+    assert run_trials(sweep, measure, halved, lambda text: None) == done, "they are not tried again"
+
+
 def test_search_ends_when_all_fails_until_the_user_continues_it(tmp_path: Path) -> None:
     sweep = load(tmp_path)
 
@@ -251,3 +276,6 @@ def test_run_and_status_and_compare_show_the_trials(tmp_path: Path) -> None:
     assert f"of {best['name']}" in here.finish("status", "run")[1]
     assert [len(list(run.glob("seen-sft-*"))) for run in sorted(here.run.glob("kl_coef*"))].count(1) == 1
     assert here.finish("run", "job.yaml", "--reuse", "run")[0] == 2
+    code, _, err = here.finish("run", "job.yaml", "--set", "stages.ppo.gamma=0.9", "--set", "sweep.search.trials=5")
+    assert code == 2
+    assert "stages.ppo.gamma: 1.0 -> 0.9" in err

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hpc_rlhf.errors import STOPPED_EARLY
 from hpc_rlhf.run import manifest
+from hpc_rlhf.run.halving import why_stopped
 from hpc_rlhf.run.layout import RunDir
-from tests.train.stages import make_run, metrics, tiny_spec, weights_digest
+from tests.train.stages import log_tail, make_run, metrics, run_stage, tiny_spec, weights_digest
 from tests.train.stopping import run_stopping
 from tests.train.test_resume import WEIGHTS, same, stops
 
@@ -40,6 +43,22 @@ def make(folder: Path, name: str, stage: str, ranks: int = 2, **changes: Any) ->
     for need in needs:  # made before PPO starts
         run.stage(need).model.symlink_to(folder / f"{need}-whole" / "stages" / need / "model")
     return run
+
+
+def test_trial_that_is_worse_than_others_stops_after_an_evaluation(tmp_path: Path) -> None:
+    """Its search's other trial had a better perplexity after as many steps."""
+    run = make(tmp_path, "new", "sft", eval_every=2)
+    facts = {"runs": ["other", run.path.name], "limit": None, "halving": "sft.perplexity"}
+    (tmp_path / "sweep.json").write_text(json.dumps(facts))
+    other = RunDir(tmp_path / "other").stage("sft")
+    other.path.mkdir(parents=True)
+    line = {"step": 2, "total_steps": 4, "kind": "eval", "perplexity": 1.0}
+    other.metrics.write_text(json.dumps(line) + "\n")
+    assert run_stage(run, "sft", 2) == [STOPPED_EARLY] * 2, log_tail(run, "sft")
+    assert [line["step"] for line in metrics(run, "sft") if line["kind"] == "train"] == [1, 2]
+    message = why_stopped(run, "sft")
+    assert message is not None
+    assert message.startswith("1 of 1 other trials had a better sft.perplexity than ")
 
 
 def test_the_best_weights_are_those_of_a_shorter_run_whatever_interrupts_the_stage(tmp_path: Path) -> None:

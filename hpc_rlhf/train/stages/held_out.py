@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.run.halving import stop_if_worse
 from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
@@ -55,9 +57,15 @@ class HeldOut:
         self.best = KeptWeights(model, context.world, ema) if spec.keep_best is not None else None
 
     def after(self, step: int) -> None:
-        """Evaluate the weights after ``step`` steps, if that is due before the end. Collective."""
+        """Evaluate the weights after ``step`` steps, if that is due before the end. Collective.
+
+        Raises:
+            HpcRlhfError: this is a trial of a search, which ends because it is worse than others.
+        """
         if self.every and 0 < step < self.total and step % self.every == 0:
-            self.evaluate(step)
+            values, context = self.evaluate(step), self.context
+            halve = partial(stop_if_worse, context.run, context.stage, step // self.every, step, self.total, values)
+            context.world.on_main(halve)
 
     def evaluate(self, step: int) -> dict[str, float | None]:
         """Evaluate the weights after ``step`` steps, and keep them if they are the best. Collective.

@@ -94,8 +94,22 @@ def train(self, spec) -> None:
             line["reward"] = planted(spec.stages.ppo)
         with files.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if getattr(spec.stage(self.stage), "eval_every", None) and step % SAVE_EVERY == 0:
+            evaluate(self, step, spec.stage(self.stage).lr)
         if step % SAVE_EVERY == 0:
             save(step)
+
+
+def evaluate(self, step, lr) -> None:
+    """Measure a perplexity that is lowest at one learning rate, and end a trial that is worse than others."""
+    from hpc_rlhf.run.halving import stop_if_worse
+
+    values = {"perplexity": 2 + abs(math.log10(lr) + 4)}
+    line = {"step": step, "total_steps": STEPS, "time": time.time(), "kind": "eval", **values}
+    with self.files.stage(self.stage).metrics.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    if step < STEPS:
+        stop_if_worse(self.files, self.stage, step // SAVE_EVERY, step, STEPS, values)
 
 
 def planted(ppo) -> float:
