@@ -13,6 +13,7 @@ from hpc_rlhf.launch.jobs import RunJobs, find_jobs
 from hpc_rlhf.launch.lock import SILENCE, hold
 from hpc_rlhf.launch.plan import PlannedJob, make_plan
 from hpc_rlhf.launch.sweep_order import followers
+from hpc_rlhf.launch.waves import pass_over
 from hpc_rlhf.run import acting, failures, manifest, notify
 from hpc_rlhf.run.attempt_logs import AttemptLogs, last_seen, last_step
 from hpc_rlhf.run.events import Ended, Retried, RetryRequested, Stopped
@@ -50,10 +51,17 @@ def heal(run: RunDir, by_sentinel: bool = False) -> list[Outcome]:
     require_slurm()
     outcomes = _repair(run, by_sentinel)
     if any(each.did in ("submitted", "requeued", "stopped") for each in outcomes):
+        _pass_over(run, outcomes)
         for follower in followers(run):
             with suppress(HpcRlhfError):  # its own sentinels, or the user, will repair it
-                _repair(follower, by_sentinel=True)
+                _pass_over(follower, _repair(follower, by_sentinel=True))
     return outcomes
+
+
+def _pass_over(run: RunDir, outcomes: Sequence[Outcome]) -> None:
+    """Let the search that a run belongs to go on without the stages that wait for the user."""
+    with suppress(HpcRlhfError):  # the user can submit the search again
+        pass_over(run, [each.job_id for each in outcomes if each.did == "waits" and each.job_id])
 
 
 def _repair(run: RunDir, by_sentinel: bool) -> list[Outcome]:

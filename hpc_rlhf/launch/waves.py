@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
@@ -69,6 +69,21 @@ def wave_size(sweep: Sweep) -> int:
     return min(spec.trials, sweep.limit or (_WAVE if spec.method == "tpe" else spec.trials))
 
 
+def pass_over(run: RunDir, blocked: Collection[str]) -> None:
+    """Let the sentinel of a run's search no longer wait for jobs of the run that cannot start.
+
+    Args:
+        blocked: jobs of stages that need another one, which was given up.
+    """
+    waiting = [job for job in _sentinels(run.sweep) if job.state == "PENDING"]
+    if not waiting or not blocked:
+        return
+    jobs = find_jobs(run)
+    dead = _with_dependents(set(blocked), [*jobs.live.values(), *jobs.sentinels])
+    for job in waiting:
+        commands.set_dependency(job.job_id, (), sorted(job.needs - dead))
+
+
 def cancel_sentinel(folder: SweepDir) -> None:
     """Cancel the sentinel of a search, so that no further wave starts."""
     commands.cancel([job.job_id for job in _sentinels(folder)])
@@ -94,10 +109,15 @@ def _working(run: RunDir) -> list[str]:
     """The jobs of a run that are running or can still start, its sentinels among them."""
     jobs = find_jobs(run)
     living = [*jobs.live.values(), *jobs.sentinels]
-    dead = {job.job_id for job in living if job.reason == "DependencyNeverSatisfied"}
-    while more := {job.job_id for job in living if job.needs & dead} - dead:
-        dead |= more
+    dead = _with_dependents({job.job_id for job in living if job.reason == "DependencyNeverSatisfied"}, living)
     return [job.job_id for job in living if job.job_id not in dead]
+
+
+def _with_dependents(jobs: set[str], living: Sequence[QueuedJob]) -> set[str]:
+    """Some jobs, and those that wait for one of them."""
+    while more := {job.job_id for job in living if job.needs & jobs} - jobs:
+        jobs = jobs | more
+    return jobs
 
 
 def _failure(run: RunDir, spec: JobSpec) -> str | None:

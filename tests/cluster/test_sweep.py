@@ -185,6 +185,7 @@ def test_bad_trials_stop_early(idle_cluster: Cluster, tmp_path: Path) -> None:
         return trials.read(SweepDir(tmp_path / "early/early").trials)
 
     search.wait(lambda: len(all_()) == 4 and all(trial.state != "open" for trial in all_()), "all trials have ended")
+    search.wait(lambda: not idle_cluster.run("squeue", "--noheader").stdout, "no job waits for a stage that stopped")
     results = [2 + abs(math.log10(trial.values["stages.sft.lr"]) + 4) for trial in all_()]
     for place, trial in enumerate(all_()):
         better = sum(result < results[place] for result in results[:place])
@@ -195,5 +196,3 @@ def test_bad_trials_stop_early(idle_cluster: Cluster, tmp_path: Path) -> None:
         assert bool(events(run, "started", "ppo")) is (trial.state == "done")
         assert not events(run, "stopped")
     assert "stopped" in {trial.state for trial in all_()}
-    jobs = idle_cluster.run("squeue", "--noheader", "--format=%j %T").stdout.splitlines()
-    assert not [job for job in jobs if ".ppo" in job], "none waits for a stage that stopped"
