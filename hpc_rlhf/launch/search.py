@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError, SpecError
 from hpc_rlhf.launch.auto import resolve
-from hpc_rlhf.launch.changes import describe, differences
+from hpc_rlhf.launch.changes import describe, differences, has_trained
 from hpc_rlhf.launch.lock import hold
 from hpc_rlhf.launch.sampler import suggest
 from hpc_rlhf.launch.sweep import lay_out, make_sweep_folder
@@ -218,9 +218,11 @@ def _refuse_other(search: Search, trial: Trial, folder: SweepDir) -> None:
 
 
 def _refuse_changes(search: Search, run: RunDir, spec: JobSpec) -> None:
-    """Raise HpcRlhfError if a trial was begun with other settings than later ones would have."""
-    stage = search.metric.stage
-    if not run.job_yaml.exists() or fingerprint(begun := read_spec(run.job_yaml), stage) == fingerprint(spec, stage):
+    """Raise HpcRlhfError if a trial was trained with other settings than later ones would have."""
+    if not (run.job_yaml.exists() and has_trained(run)):
+        return
+    begun, stage = read_spec(run.job_yaml), search.metric.stage
+    if fingerprint(begun, stage) == fingerprint(spec, stage):
         return
     changes = "\n".join(f"  {describe(change)}" for change in differences(begun, spec))
     raise HpcRlhfError(
