@@ -1,7 +1,7 @@
 """Starts ranks of a process group on this machine.
 
-Without a GPU, a rank is a fork of a process that has loaded torch, DeepSpeed and transformers already, which takes
-longer than most of what these ranks do. A process that may have touched CUDA cannot be forked.
+In tests without a GPU, a rank is a fork of a process that has loaded torch, DeepSpeed and transformers already, which
+takes longer than most of what these ranks do. A process that may have touched CUDA cannot be forked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from hpc_rlhf.launch.local.environment import free_port
 
 MANY_DEADLINE = 600.0  # for ranks that run many stages
-HAS_GPU = Path("/dev/nvidia0").exists()
+FORKS = "pytest" in sys.modules and not Path("/dev/nvidia0").exists()
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.train.preloaded"])
 
@@ -83,7 +83,7 @@ def start(
 
 
 def _start(python: Sequence[str], environment: dict[str, str], output: Path, error: Path) -> Rank:
-    if not HAS_GPU:
+    if FORKS:
         return ForkedRank(_server.Process(target=_run, args=(python, environment, output, error)))
     with output.open("ab") as out, error.open("ab") as err:
         return subprocess.Popen([sys.executable, *python], env=environment, stdout=out, stderr=err)
