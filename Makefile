@@ -105,7 +105,7 @@ bench-learning: .venv/.installed-bench  ## Compare learning with peers; takes ov
 bench-tokens: .venv/.installed-dev  ## Tokenize SIZE bytes of generated text under kills; 2e9 take an hour or two
 	$(BIN)/python -m tests.benchmarks.tokenizing --work runs/tokens --size $(SIZE)
 
-loop: .venv/.installed-dev  ## Train the demo, vote on it, and train the next round, in a new folder in runs/; takes 15 minutes
+loop: .venv/.installed-dev  ## Train the demo, vote on it, and train the next round, in a new folder in runs/
 	$(BIN)/python -m tests.loop runs/loop-$$(date +%Y%m%d-%H%M%S)
 
 chaos: .venv/.installed-dev install-vllm  ## Run chains with PPO, GRPO, 3D parallelism and vLLM under FAULTS random faults; 200 take four hours

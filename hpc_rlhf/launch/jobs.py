@@ -51,6 +51,20 @@ class RunJobs:
         """The pending and running sentinels."""
         return sentinel.living(self.queue, self.run, self.tokens.values())
 
+    @property
+    def working(self) -> list[str]:
+        """The ids of the jobs that are running or can still start, those of sentinels among them."""
+        living = [*self.live.values(), *self.sentinels]
+        dead = with_dependents({job.job_id for job in living if job.reason == "DependencyNeverSatisfied"}, living)
+        return [job.job_id for job in living if job.job_id not in dead]
+
+
+def with_dependents(jobs: set[str], living: Sequence[QueuedJob]) -> set[str]:
+    """Some jobs, and those that wait for one of them."""
+    while more := {job.job_id for job in living if job.needs & jobs} - jobs:
+        jobs = jobs | more
+    return jobs
+
 
 def submission_options(
     job: PlannedJob, token: str, after: tuple[str, ...], delay: int = 0, without: Sequence[str] = (),

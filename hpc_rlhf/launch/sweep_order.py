@@ -27,9 +27,7 @@ def jobs_before(run: RunDir) -> tuple[str, ...]:
     place = labels.index(run.path.name) if run.path.name in labels else 0
     if limit is None or place < limit:
         return ()
-    jobs = find_jobs(run.sweep.run(labels[place - limit]))
-    waiting = [*jobs.live.values(), *jobs.sentinels]
-    return tuple(job.job_id for job in waiting if job.reason != "DependencyNeverSatisfied")
+    return tuple(find_jobs(run.sweep.run(labels[place - limit])).working)
 
 
 def followers(run: RunDir) -> list[RunDir]:

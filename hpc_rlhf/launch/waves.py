@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from hpc_rlhf.errors import RUN_FAILED, HpcRlhfError
 from hpc_rlhf.launch.chain import Outcome, require_slurm
-from hpc_rlhf.launch.jobs import cancel, find_jobs
+from hpc_rlhf.launch.jobs import cancel, find_jobs, with_dependents
 from hpc_rlhf.launch.lock import SILENCE
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import keep_templates
@@ -79,7 +79,7 @@ def pass_over(run: RunDir, blocked: Collection[str]) -> None:
     if not waiting or not blocked:
         return
     jobs = find_jobs(run)
-    dead = _with_dependents(set(blocked), [*jobs.live.values(), *jobs.sentinels])
+    dead = with_dependents(set(blocked), [*jobs.live.values(), *jobs.sentinels])
     for job in waiting:
         commands.set_dependency(job.job_id, (), sorted(job.needs - dead))
 
@@ -94,30 +94,15 @@ def _submit(
 ) -> dict[str, list[Outcome]]:
     """Submit a trial unless its jobs are at work or have failed. Returns its outcomes, nothing if it has ended."""
     run, spec = trials.run(trial), trials.members[trial.number].spec
-    if by_sentinel and (working := _working(run)):
+    if by_sentinel and (working := find_jobs(run).working):
         return {trial.name: [Outcome(spec.stage_names[-1], "live", job_id) for job_id in working]}
     failure = _failure(run, spec) if by_sentinel else None
     done = submit(spec, beside, lent) if failure is None else []
-    if failure is None and _working(run):
+    if failure is None and find_jobs(run).working:
         return {trial.name: done}
     waits = next((each.detail for each in done if each.did == "waits"), "it ended without a result")
     trials.fail(trial, failure or f"waits {waits}")
     return {}
-
-
-def _working(run: RunDir) -> list[str]:
-    """The jobs of a run that are running or can still start, its sentinels among them."""
-    jobs = find_jobs(run)
-    living = [*jobs.live.values(), *jobs.sentinels]
-    dead = _with_dependents({job.job_id for job in living if job.reason == "DependencyNeverSatisfied"}, living)
-    return [job.job_id for job in living if job.job_id not in dead]
-
-
-def _with_dependents(jobs: set[str], living: Sequence[QueuedJob]) -> set[str]:
-    """Some jobs, and those that wait for one of them."""
-    while more := {job.job_id for job in living if job.needs & jobs} - jobs:
-        jobs = jobs | more
-    return jobs
 
 
 def _failure(run: RunDir, spec: JobSpec) -> str | None:
@@ -136,7 +121,7 @@ def _guard(sweep: Sweep, trials: Trials) -> None:
     Raises:
         HpcRlhfError: sbatch refused it.
     """
-    waits = [job_id for trial in trials.open for job_id in _working(trials.run(trial))]
+    waits = [job_id for trial in trials.open for job_id in find_jobs(trials.run(trial)).working]
     heal = sweep.members[0].spec.stage(sweep.members[0].spec.stage_names[-1]).slurm.heal
     if not waits or not heal.enabled:
         return
