@@ -106,8 +106,9 @@ def prepare(
 
 
 def _is_ours(path: Path, run: RunDir) -> bool:
-    """Whether a failed claim may have left this file, before there was a job.yaml."""
-    return path.name.startswith(run.submit_lock.name) or path in (run.ledger, run.scripts, run.path / "stages")
+    """Whether a launcher that was killed may have left this file, before there was a job.yaml."""
+    partial = (run.submit_lock.name, *(f".{file.name}." for file in (run.plan_json, run.job_yaml)))
+    return path.name.startswith(partial) or path in (run.ledger, run.plan_json, run.scripts, run.path / "stages")
 
 
 @contextmanager

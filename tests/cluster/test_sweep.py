@@ -162,6 +162,7 @@ def test_search_finds_a_planted_optimum_in_waves(idle_cluster: Cluster, tmp_path
     search.wait(lambda: len(search.runs) == 8 and sentinels(), "the second wave begins")
     for job in sentinels():  # also one that is just submitting the wave
         idle_cluster.run("scancel", job)
+    search.wait(lambda: not sentinels(), "they have ended")
     search.call("submit", "--force")
     search.wait(lambda: len(ended()) == 12 and not sentinels(), "all trials have ended, and the last sentinel")
     assert {trial.state for trial in ended()} == {"done"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,25 @@ def test_a_failed_claim_does_not_block_the_next(tmp_path: Path) -> None:
         prepare(spec, run, beside=tmp_path)
     assert not run.job_yaml.exists()
     prepared(spec)
+
+
+def test_a_launcher_that_was_killed_at_any_of_its_writes_does_not_block_the_next(tmp_path: Path) -> None:
+    replace, writes = Path.replace, count()
+
+    def die_at(place: int) -> int:
+        """Prepare in a process that ends before it puts this file in its place."""
+        if (child := os.fork()) == 0:
+            Path.replace = lambda path, target: os._exit(9) if next(writes) == place else replace(path, target)  # type: ignore[method-assign]
+            prepared(spec_with(tmp_path / str(place)))
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    for place in count():
+        (tmp_path / str(place)).mkdir()
+        if die_at(place) == 0:
+            break
+        prepared(spec_with(tmp_path / str(place)))
+    assert place > 3
 
 
 def test_a_run_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -88,8 +88,12 @@ def vote(client: httpx.Client, models: list[str], prompts: list[str]) -> None:
         list(people.map(judge, range(len(prompts)), prompts))
 
 
-def next_round(first: Path, folder: Path, models: list[str]) -> RunDir:
-    """Train the next round of a copy of a run, after 300 votes on the responses of its models."""
+def next_round(first: Path, folder: Path, models: list[str], *options: str) -> RunDir:
+    """Train the next round of a copy of a run, after 300 votes on the responses of its models.
+
+    Args:
+        options: of hpc-rlhf run, for the next round.
+    """
     run, spec = folder / first.name, folder / "next.yaml"
     shutil.copytree(first, run)
     hpc_rlhf("relocate", run)
@@ -97,7 +101,7 @@ def next_round(first: Path, folder: Path, models: list[str]) -> RunDir:
     with serving(run, "--stage", models[0]) as client:
         vote(client, models, prompts)
     hpc_rlhf("next", run, "--out", spec)
-    hpc_rlhf("run", spec)
+    hpc_rlhf("run", spec, *options)
     return RunDir(folder / f"{first.name}-round2")
 
 

@@ -260,7 +260,7 @@ def test_all_that_a_model_from_scratch_lacks(tmp_path: Path) -> None:
     ("field", "hint"),
     [
         ("stages.ppo.zzz", "the nearest of 58 fields here are "),
-        ("zzz", "the nearest of 12 fields here are "),
+        ("zzz", "the nearest of 13 fields here are "),
         ("stages.zzz", "the nearest of 8 fields here are sft, reward, pretrain"),
         ("kl_coef", "did you mean stages.ppo.kl_coef or stages.grpo.kl_coef?"),
         ("slurm.micro_batch", "did you mean stages.pretrain.micro_batch or stages.sft.micro_batch or stages.reward."),
