@@ -19,7 +19,9 @@ import types
 from typing import Any
 
 PASSED = b"passed"
-POLL = 0.02
+POLL = 0.005
+# Of the code: however many processes it starts, they do not keep the guard from running.
+NICE = 10
 PR_SET_DUMPABLE = 4
 SCRATCH = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -42,6 +44,7 @@ def why_open(outside: dict[str, Any]) -> str | None:
 def child(code: str, test: str, limits: dict[str, Any], pipe: int) -> None:
     """Pass the test, or end."""
     os.setsid()
+    os.nice(NICE)
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nothing, number)
