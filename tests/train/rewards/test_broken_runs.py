@@ -14,7 +14,7 @@ import yaml
 from hpc_rlhf.cli import main
 from hpc_rlhf.run.layout import RunDir
 from tests.cluster.processes import find
-from tests.train import stages
+from tests.train import ranks, stages
 from tests.train.rewards import broken
 
 pytestmark = pytest.mark.train
@@ -67,7 +67,7 @@ def trained(tmp_path: Path, *rewards: dict[str, Any]) -> tuple[RunDir, subproces
     mark = f"{tmp_path}/mark"
     done = subprocess.run(
         [sys.executable, "-m", "hpc_rlhf.cli", *words], env={**os.environ, "MARK": mark, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=stages.MANY_DEADLINE, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=ranks.MANY_DEADLINE, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert not find(lambda process: f"MARK={mark}" in process.environ())
     assert "Traceback" not in done.stderr

@@ -121,5 +121,5 @@ def _names(config: Any) -> set[str]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {name for name, _ in model.named_parameters()}
