@@ -50,7 +50,7 @@ VERBS = {
     "relocate": "Adopt a run directory that was moved or copied.",
     "chat": "Chat with a trained model.",
     "serve": "Serve a trained model: a page to try it, and an OpenAI-compatible API.",
-    "feedback": "Show, export and delete what people said of a run's models.",
+    "feedback": "Show, export and delete the votes on a run's models.",
     "next": "Write the spec of a run's next round, which learns from its votes.",
     "export": "Write a trained model as a GGUF file for llama.cpp.",
     "push": "Upload a trained model to the Hugging Face hub.",

@@ -1,4 +1,4 @@
-"""hpc-rlhf feedback: show, export and delete what people said of a run's models."""
+"""hpc-rlhf feedback: show, export and delete the votes on a run's models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def command(
     run: str, kind: str | None, model: str | None, choice: str | None, user: str | None, ids: tuple[str, ...],
     export: Path | None, delete: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Show what people said of the models of RUN, a run directory or job file, on the page of hpc-rlhf serve.
+    """Show the votes on the models of RUN, a run directory or job file, on the page of hpc-rlhf serve.
 
     For each pair of models that were compared, it shows the win rate with its 95 % interval (Wilson's); a vote for
     neither counts half. Then come the shares of thumbs up, and the latest votes.

@@ -18,7 +18,7 @@ from hpc_rlhf.spec.space import MAX_RUNS, Choices, RangeSpec, combination, index
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-_RANDOM_FIRST = 4  # one in so many trials of tpe is random, and they come first
+_RANDOM_FIRST = 4  # one in this number of trials of tpe is random, and they come first
 _ATTEMPTS = 100
 
 

@@ -1,4 +1,4 @@
-"""The next round of a run: a spec that goes on from its best model, and learns from what people said of its models."""
+"""The next round of a run: a spec that goes on from its best model, and learns from the votes on its models."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def next_round(run: RunDir, spec: JobSpec) -> NextRound:
         stages[KTO.name][0].update(_balance(run, votes))
     counted = " and ".join(f"{count} {kind}" for kind, count in votes.items())
     notes = {
-        "": f"Round {number}: it learns from what people said of the models of {run.path}: {counted}.",
+        "": f"Round {number}: it learns from the votes on the models of {run.path}: {counted}.",
         "follows": "The evaluation asks the same prompts as in that run. They are not trained on.",
         **{f"data.sources.{place}": note for place, (_, note) in enumerate(sources)},
         "data.split": "Each conversation goes to one stage, with the votes on it.",

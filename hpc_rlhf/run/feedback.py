@@ -1,4 +1,4 @@
-"""What people said of a run's models while they were served: votes in ``RUN/feedback``, one per line.
+"""The votes on a run's models while they were served, in ``RUN/feedback``, one per line.
 
 A vote is one line, appended under a lock in one write and flushed to disk. A later line with the id of an earlier one
 replaces it, so that a vote can be changed, and a request repeated. A line that a crash cut short is closed before the

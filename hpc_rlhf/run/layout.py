@@ -80,7 +80,7 @@ class RunDir:
     # Known to this run's ranks only; see run/secret.py.
     secret = Inside(".secret")
     scripts = Inside("scripts")
-    # What people said of the served models; see run/feedback.py.
+    # The votes on the served models; see run/feedback.py.
     feedback = Inside("feedback")
 
     def sbatch(self, stage: str) -> Path:

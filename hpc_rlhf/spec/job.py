@@ -88,7 +88,7 @@ class JobSpec(Model):
     """Several runs, with the values that each takes: {stages.ppo.kl_coef: [0.02, 0.1], seed: [1, 2, 3]} makes six."""
     sweep_limit: Positive | None = None
     """How many runs of a sweep may have running jobs at the same time; null sets no limit. Use it to leave room for
-    others, or to see the first results before the last runs start. In a search, so many trials make a wave; null
+    others, or to see the first results before the last runs start. In a search, this is the size of a wave; null
     makes waves of 4 with tpe, and otherwise one of all."""
 
     _autos: Autos = PrivateAttr(default_factory=dict)
