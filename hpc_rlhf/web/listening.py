@@ -15,7 +15,7 @@ LOCALHOST = "127.0.0.1"
 def check_installed(*modules: str) -> None:
     """Raise HpcRlhfError if a module that a server needs is missing."""
     if missing := [module for module in modules if not find_spec(module)]:
-        raise HpcRlhfError(f"serving needs {listed(missing)}", hint="pip install 'hpc-rlhf[serve]'")
+        raise HpcRlhfError(f"the server needs {listed(missing)}", hint="pip install 'hpc-rlhf[serve]'")
 
 
 def listen(host: str, port: int) -> socket.socket:
