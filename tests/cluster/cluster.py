@@ -259,12 +259,30 @@ class Cluster:
             self.start_controller()
 
     def clear(self) -> None:
-        """Cancel every job and wait until all nodes are idle again."""
+        """Cancel every job and wait until all nodes are idle again.
+
+        Raises:
+            ClusterError: they are not within 180 s; the message shows the queue and the nodes.
+        """
         # Pending jobs first: a run's sentinels would start when its stages end.
         self.run("scancel", "--user=root", "--state=PENDING")
         self.run("scancel", "--user=root", "--full", "--signal=KILL", check=False)
-        self.run("scancel", "--user=root")
-        wait_until(lambda: not self.run("squeue", "--noheader").stdout and self._all_idle(), 180, "all nodes are idle")
+
+        def is_clear() -> bool:
+            # Each time: a job may be requeued, or be submitted by one that is ending; and a node drains when a process
+            # takes longer to die than Slurm waits.
+            self.run("scancel", "--user=root", check=False)
+            drained = self.run(
+                "sinfo", "--noheader", "--partition=gpu", "--states=drained", "--format=%N"
+            ).stdout.strip()
+            if drained:
+                self.run("scontrol", "update", f"NodeName={drained}", "State=RESUME", check=False)
+            return not self.run("squeue", "--noheader").stdout and self._all_idle()
+
+        try:
+            wait_until(is_clear, 180, "all nodes are idle", every=0.5)
+        except ClusterError as error:
+            raise ClusterError(f"{error}\n{self.describe()}") from None
 
     def describe(self) -> str:
         """The queue, the nodes and the last lines of the controller's log."""
