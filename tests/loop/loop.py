@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -26,18 +26,26 @@ from hpc_rlhf.launch.local.environment import free_port
 from hpc_rlhf.run.layout import RunDir
 from hpc_rlhf.train.data import demo
 
-_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 _POLITE = [style.format("").strip() for style in demo.POLITE]
 _RUDE = [style.format("").strip() for style in demo.RUDE]
 SHORT = 45  # characters; longer responses get a thumb down
 
 
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def hpc_rlhf(*args: object) -> str:
     """Run a command, which must succeed, and return its output."""
     command = [sys.executable, "-m", "hpc_rlhf.cli", *map(str, args)]
-    done = subprocess.run(command, env=_ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{args}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout
+
+
+def run_here(spec: Path, run: Path, *options: str) -> None:
+    """Run a job on this machine."""
+    hpc_rlhf("run", spec, "--set", f"run_dir={run}", *options)
 
 
 def taste(response: str) -> float:
@@ -51,7 +59,7 @@ def serving(run: Path, *options: str) -> Iterator[httpx.Client]:
     """A client of a server in a process of its own."""
     port = free_port()
     command = [sys.executable, "-m", "hpc_rlhf.cli", "serve", str(run), "--port", str(port), *options]
-    server = subprocess.Popen(command, env=_ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, env=_environment(), stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
         printed = "".join(islice(server.stdout, 4))
@@ -88,11 +96,13 @@ def vote(client: httpx.Client, models: list[str], prompts: list[str]) -> None:
         list(people.map(judge, range(len(prompts)), prompts))
 
 
-def next_round(first: Path, folder: Path, models: list[str], *options: str) -> RunDir:
+def next_round(
+    first: Path, folder: Path, models: list[str], *options: str, train: Callable[..., None] = run_here
+) -> RunDir:
     """Train the next round of a copy of a run, after 300 votes on the responses of its models.
 
     Args:
-        options: of hpc-rlhf run, for the next round.
+        options: the last arguments of ``train``, whose first are the next round's spec and run directory.
     """
     run, spec = folder / first.name, folder / "next.yaml"
     shutil.copytree(first, run)
@@ -101,8 +111,9 @@ def next_round(first: Path, folder: Path, models: list[str], *options: str) -> R
     with serving(run, "--stage", models[0]) as client:
         vote(client, models, prompts)
     hpc_rlhf("next", run, "--out", spec)
-    hpc_rlhf("run", spec, *options)
-    return RunDir(folder / f"{first.name}-round2")
+    following = folder / f"{first.name}-round2"
+    train(spec, following, *options)
+    return RunDir(following)
 
 
 def answers(run: RunDir) -> list[dict[str, Any]]:
