@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,8 +48,9 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def head_log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, with_entropies: bool
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, with_entropies: bool,
+    group: Any = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probabilities of tokens from the hidden states that predict them, one chunk of logits at a time.
 
     The backward pass computes the logits again. At most LOGITS float32 numbers exist at a time, or the logits
@@ -59,17 +61,22 @@ def head_log_probs(
         weight, bias: the output head's, (vocabulary, hidden) and (vocabulary,).
         tokens: (n,), int64.
         temperature: divides the logits.
+        group: the process group over whose ranks the vocabulary is split, if it is: the weight and the bias are this
+            rank's equal share of them, in order. All ranks pass the same hidden states and tokens, and get the same.
+            The logits of a token are never together on one rank (arXiv 1909.08053, section 3).
 
     Returns:
         Log-probabilities (n,), float32, and the distributions' entropies (n,), float32, in nats and without a
         gradient; (0,) if not requested.
     """
-    outputs: tuple[Tensor, Tensor] = _HeadLogProbs.apply(hidden, weight, bias, tokens, temperature, with_entropies)
+    outputs: tuple[Tensor, Tensor] = _HeadLogProbs.apply(
+        hidden, weight, bias, tokens, temperature, with_entropies, group
+    )
     return outputs
 
 
 def head_log_prob_sum(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float, group: Any = None
 ) -> Tensor:
     """The sum of ``head_log_probs``, with less work.
 
@@ -81,8 +88,8 @@ def head_log_prob_sum(
         (), float32.
     """
     if weight.dtype == torch.float16:
-        return head_log_probs(hidden, weight, bias, tokens, temperature, False)[0].sum()
-    total: Tensor = _HeadLogProbSum.apply(hidden, weight, bias, tokens, temperature, torch.is_grad_enabled())
+        return head_log_probs(hidden, weight, bias, tokens, temperature, False, group)[0].sum()
+    total: Tensor = _HeadLogProbSum.apply(hidden, weight, bias, tokens, temperature, torch.is_grad_enabled(), group)
     return total
 
 
@@ -98,7 +105,9 @@ class _Head:
         weight_grad, bias_grad: float32; None before the first chunk, or if not needed.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, group: Any) -> None:
+        self.group = group
+        self.first = 0 if group is None else dist.get_rank(group) * len(weight)  # token of the weight's first row
         size = LOGITS.get(weight.device.type, LOGITS["cuda"]) // weight.shape[0]
         self.chunk = max(1, size // ALIGNED) * ALIGNED
         self.bfloat16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and bool(MATMUL)
@@ -141,6 +150,20 @@ class _Head:
             logits /= self.temperature
         return logits
 
+    def joined(self, tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+        """A tensor reduced in place over the ranks that share the vocabulary."""
+        if self.group is not None:
+            dist.all_reduce(tensor, operation, self.group)
+        return tensor
+
+    def own(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of this rank's logits, (rows, 1), for tokens; and 1 where it has the token, else 0: (rows, 1)."""
+        columns = tokens.unsqueeze(1) - self.first
+        if self.group is None:
+            return columns, torch.ones_like(columns)
+        here = (columns >= 0) & (columns < len(self.weight))
+        return columns.where(here, 0), here.to(torch.int64)
+
     def accumulate(self, slope: Tensor, part: Tensor, needed: tuple[bool, ...]) -> None:
         """Add a chunk's gradients.
 
@@ -165,32 +188,37 @@ class _Head:
 
     def gradients(self, n: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of the n hidden states, the weight and the bias; None where not needed."""
-        return (torch.cat(self.hidden_grads)[:n] if self.hidden_grads else None, self.weight_grad, self.bias_grad)
+        hidden_grad = self.joined(torch.cat(self.hidden_grads)[:n]) if self.hidden_grads else None
+        return (hidden_grad, self.weight_grad, self.bias_grad)
 
 
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor,
-        temperature: float, with_entropies: bool,
+        temperature: float, with_entropies: bool, group: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         log_probs, normalizers, entropies = [], [], []
-        head = _Head(weight, bias, temperature)
+        head = _Head(weight, bias, temperature, group)
         with head.multiplying():
             for part, chosen in head.chunks(hidden, tokens):
                 logits = head.logits(part)
                 # Passes over the logits dominate the time: few, and in place.
-                picked, peak = logits.gather(1, chosen.unsqueeze(1)), logits.amax(dim=-1, keepdim=True)
+                columns, here = head.own(chosen)
+                picked = logits.gather(1, columns) * here
+                peak = head.joined(logits.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX)
                 logits -= peak
                 shares = logits.exp() if with_entropies else logits.exp_()
-                total = shares.sum(dim=-1)
+                sums = [picked.squeeze(1), shares.sum(dim=-1)]
+                if with_entropies:
+                    sums.append(torch.linalg.vecdot(shares, logits))
+                own, total, *products = head.joined(torch.stack(sums))
                 normalizer = peak.squeeze(1) + total.log()
                 normalizers.append(normalizer)
-                log_probs.append(picked.squeeze(1) - normalizer)
-                if with_entropies:
-                    entropies.append(total.log() - torch.linalg.vecdot(shares, logits) / total)
+                log_probs.append(own - normalizer)
+                entropies += [total.log() - product / total for product in products]
         ctx.save_for_backward(hidden, weight, bias, tokens, torch.cat(normalizers)[: len(tokens)])
-        ctx.temperature = temperature
+        ctx.temperature, ctx.group = temperature, group
         entropy = torch.cat(entropies)[: len(tokens)] if with_entropies else log_probs[0].new_empty(0)
         ctx.mark_non_differentiable(entropy)
         return torch.cat(log_probs)[: len(tokens)], entropy
@@ -198,36 +226,39 @@ class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
         hidden, weight, bias, tokens, normalizers = ctx.saved_tensors
-        head = _Head(weight, bias, ctx.temperature)
+        head = _Head(weight, bias, ctx.temperature, ctx.group)
         slopes = grad / ctx.temperature
         with head.multiplying():
             for part, chosen, normalizer, share in head.chunks(hidden, tokens, normalizers, slopes):
                 # d log p(token) / d logits = one-hot(token) - p
                 slope = head.logits(part).sub_(normalizer.unsqueeze(1)).exp_().mul_(-share.unsqueeze(1))
-                slope.scatter_add_(1, chosen.unsqueeze(1), share.unsqueeze(1))
+                columns, here = head.own(chosen)
+                slope.scatter_add_(1, columns, share.unsqueeze(1) * here)
                 head.accumulate(slope, part, ctx.needs_input_grad)
         grads = zip(head.gradients(len(tokens)), (hidden, weight, bias), strict=True)
-        return *(None if grad is None else grad.to(leaf.dtype) for grad, leaf in grads), None, None, None
+        return *(None if grad is None else grad.to(leaf.dtype) for grad, leaf in grads), None, None, None, None
 
 
 class _HeadLogProbSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor,
-        temperature: float, grad_enabled: bool,
+        temperature: float, grad_enabled: bool, group: Any,
     ) -> Tensor:  # fmt: skip
-        head = _Head(weight, bias, temperature)
+        head = _Head(weight, bias, temperature, group)
         result = torch.zeros((), device=weight.device)
         with head.multiplying():
             for part, chosen, real in head.chunks(hidden, tokens, torch.ones_like(tokens, dtype=torch.float32)):
                 logits = head.logits(part)
-                picked, peak = logits.gather(1, chosen.unsqueeze(1)), logits.amax(dim=-1, keepdim=True)
+                columns, here = head.own(chosen)
+                picked = logits.gather(1, columns) * here
+                peak = head.joined(logits.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX)
                 shares = logits.sub_(peak).exp_()
-                total = shares.sum(dim=-1, keepdim=True)
-                result += (picked - peak - total.log()).squeeze(1) @ real
+                own, total = head.joined(torch.stack([picked, shares.sum(dim=-1, keepdim=True)]))
+                result += (own - peak - total.log()).squeeze(1) @ real
                 if grad_enabled and any(ctx.needs_input_grad):
                     weights = real.unsqueeze(1) / temperature
-                    slope = shares.mul_(-weights / total).scatter_add_(1, chosen.unsqueeze(1), weights)
+                    slope = shares.mul_(-weights / total).scatter_add_(1, columns, weights * here)
                     head.accumulate(slope, part, ctx.needs_input_grad)
         ctx.save_for_backward(*head.gradients(len(tokens)))
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
@@ -236,4 +267,4 @@ class _HeadLogProbSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if own is None else (own * grad).to(dtype) for own, dtype in grads), None, None, None
+        return *(None if own is None else (own * grad).to(dtype) for own, dtype in grads), None, None, None, None

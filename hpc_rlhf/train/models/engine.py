@@ -25,9 +25,9 @@ from hpc_rlhf.train.checkpoint.shards import Shard
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 from hpc_rlhf.train.models import score_head
 from hpc_rlhf.train.models.onebit_adam import OneBitAdam
+from hpc_rlhf.train.models.vocabulary import split_model
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from hpc_rlhf.train.parallel.deepspeed_import import supports_fp16
-from hpc_rlhf.train.parallel.tensor_parallel import split_model
 from hpc_rlhf.train.runtime.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

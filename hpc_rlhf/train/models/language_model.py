@@ -19,11 +19,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_rlhf.spec.sequence_checks import OWN_LOGITS
 from hpc_rlhf.spec.sizes import ALIGNED
 from hpc_rlhf.train import ragged
-from hpc_rlhf.train.algorithms.logprobs import entropy, head_log_prob_sum, head_log_probs, token_log_probs
-from hpc_rlhf.train.models import packed_attention, rotary, structure
+from hpc_rlhf.train.algorithms.logprobs import entropy, token_log_probs
+from hpc_rlhf.train.models import packed_attention, rotary, structure, vocabulary
 from hpc_rlhf.train.models.score_head import ScoreHead
 from hpc_rlhf.train.parallel import sequence_parallel
 
@@ -99,37 +98,15 @@ def _by_token(model: Any, ids: Tensor, lengths: tuple[int, ...], field: str) -> 
     return torch.cat([output[field][real] for output, real in (padded(model, *each) for each in passes)])
 
 
-class LogProbHead(nn.Linear):
-    """An output head that, given tokens, returns their log-probabilities instead of the logits.
-
-    It runs inside the head's own forward pass, where ZeRO-3 has gathered the weight.
-    """
-
-    def forward(
-        self,
-        hidden: Tensor,
-        tokens: Tensor | None = None,
-        temperature: float = 1.0,
-        with_entropies: bool = False,
-        summed: bool = False,
-    ) -> Any:
-        if tokens is None:
-            return super().forward(hidden)
-        if summed:
-            return head_log_prob_sum(hidden, self.weight, self.bias, tokens, temperature), hidden.new_empty(0)
-        return head_log_probs(hidden, self.weight, self.bias, tokens, temperature, with_entropies)
-
-
 class LanguageModel(nn.Module):
     """A causal language model of transformers, which returns log-probabilities without holding all logits."""
 
     def __init__(self, causal: Any) -> None:
         super().__init__()
         self.causal = causal
-        head = causal.get_output_embeddings()
-        self.chunked = type(head) is nn.Linear and not any(getattr(causal.config, field, None) for field in OWN_LOGITS)
+        self.chunked = vocabulary.has_plain_head(causal)
         if self.chunked:
-            head.__class__ = LogProbHead
+            causal.get_output_embeddings().__class__ = vocabulary.LogProbHead
 
     def forward(
         self, ids: Tensor, lengths: tuple[int, ...], predicted: Tensor, temperature: float = 1.0,

@@ -73,7 +73,7 @@ class LoraLinear(Adapter, nn.Module):
         self.base = base
         self.scale = alpha / rank
         split_dim = tensor_parallel.split_dim(base)
-        self.between_factors = None if split_dim is None else internals.between_factors(base)
+        self.between_factors = None if split_dim is None else tensor_parallel.between_factors(base)
         inner, outer = sizes(base)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(inner)
@@ -195,6 +195,7 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
         for parent in model.modules()
         for name, child in parent.named_children()
         if (is_linear(child) or tensor_parallel.split_dim(child) is not None)
+        and not isinstance(child, nn.Embedding)
         and child is not head
         and name != "score"
         and (lora.targets is None or name in lora.targets)

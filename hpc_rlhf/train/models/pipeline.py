@@ -19,8 +19,8 @@ from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models import structure
 from hpc_rlhf.train.models.division import divide, refusal
 from hpc_rlhf.train.models.language_model import LanguageModel, hidden_states, padding
+from hpc_rlhf.train.models.vocabulary import split_model
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
-from hpc_rlhf.train.parallel.tensor_parallel import split_model
 from hpc_rlhf.train.runtime.world import World
 
 Weights = Generator[tuple[str, Tensor], None, None]

@@ -7,10 +7,9 @@ interface (``initialize``, an engine's ``backward``, ``step``, ``was_step_applie
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -137,24 +136,18 @@ def layer_group(layer: Any) -> Any:
     return layer.mp_group
 
 
+def tensor_group() -> Any:
+    """The process group of the ranks that share layers, once ``split_layers`` has run."""
+    from deepspeed.utils import groups
+
+    return groups.get_tensor_model_parallel_group()
+
+
 def replica_group() -> Any:
     """The process group of the ranks that hold the same shards of the layers."""
     from deepspeed.utils import groups
 
     return groups.get_data_parallel_group()
-
-
-def between_factors(layer: Any) -> Callable[[Tensor], Tensor]:
-    """What a low-rank update of a split layer applies to the product with its first factor.
-
-    With split outputs, the identity, whose backward pass sums gradients over the group. With split inputs, a sum
-    over the group, whose backward pass is the identity.
-    """
-    from deepspeed.module_inject.layers import ColumnParallel, RowParallel
-
-    if layer.split_dim == 0:
-        return partial(ColumnParallel.apply, layer.mp_group)
-    return lambda products: RowParallel.apply(layer.mp_group, products, False)
 
 
 # Engines

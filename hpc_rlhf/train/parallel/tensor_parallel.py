@@ -1,14 +1,18 @@
 """Tensor parallelism: layers split over a group of ranks by DeepSpeed's AutoTP, and gathered again.
 
-Attention heads and feed-forward units are split; embeddings, norms and the output head stay whole on every rank.
+Attention heads and feed-forward units are split; norms stay whole on every rank. ``models.vocabulary`` splits
+embeddings and output heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
@@ -23,23 +27,70 @@ ROWS = "o_proj|out_proj|down_proj|fc2"
 REPLICATED = "q_norm|k_norm"
 
 
-def split_model(model: nn.Module, tensor_parallel: int) -> None:
-    """Replace every layer by this rank's shard of it, in place. Collective.
+def split_layers(model: Any, ways: int) -> None:
+    """Replace every layer of a transformers model by this rank's shard of it, in place. Collective.
 
     Args:
-        model: contains a transformers model, whole and the same on all ranks.
-        tensor_parallel: number of neighbouring ranks that share a layer; 1 does nothing.
+        model: whole and the same on all ranks.
+        ways: number of neighbouring ranks that share a layer.
 
     Raises:
         HpcRlhfError: the architecture is not supported, or its sizes are not divisible.
     """
-    if tensor_parallel == 1:
-        return
-    from transformers import PreTrainedModel
+    _check(model.config, ways)
+    internals.split_layers(model, model.config, ways, COLUMNS, ROWS, REPLICATED)
 
-    config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))
-    _check(config, tensor_parallel)
-    internals.split_layers(model, config, tensor_parallel, COLUMNS, ROWS, REPLICATED)
+
+def split_rows(layer: Any, ways: int) -> None:
+    """Leave a layer this rank's rows of its weight and bias, in place; a weight that it shares is split once."""
+    layer.mp_group, layer.split_dim = internals.tensor_group(), 0
+    for parameter in layer.parameters(recurse=False):
+        if not internals.is_split(parameter):
+            parameter.data = shard_of(layer, parameter.data, 0)
+            parameter.split_ways = ways
+            internals.mark_split(parameter)
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _SumOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, group: Any) -> Tensor:
+        total = outputs.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def sum_gradients(inputs: Tensor, group: Any) -> Tensor:
+    """The inputs of what each rank of a group computes a part of; their gradients are summed over the group."""
+    summed: Tensor = _SumGradients.apply(inputs, group)
+    return summed
+
+
+def sum_outputs(outputs: Tensor, group: Any) -> Tensor:
+    """The sum over a group of what each of its ranks has computed a part of."""
+    total: Tensor = _SumOutputs.apply(outputs, group)
+    return total
+
+
+def between_factors(layer: Any) -> Callable[[Tensor], Tensor]:
+    """What a low-rank update of a split layer applies to the product with its first factor."""
+    return partial(sum_gradients if split_dim(layer) == 0 else sum_outputs, group=internals.layer_group(layer))
 
 
 def _check(config: Any, tensor_parallel: int) -> None:

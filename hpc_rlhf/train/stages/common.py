@@ -17,7 +17,7 @@ from hpc_rlhf.train.models import agreement, lora, pipeline
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.export import collect, named_weights, write
 from hpc_rlhf.train.models.language_model import LanguageModel
-from hpc_rlhf.train.parallel.tensor_parallel import split_model
+from hpc_rlhf.train.models.vocabulary import split_model
 from hpc_rlhf.train.runtime.stop_signals import WorkCancelled
 
 

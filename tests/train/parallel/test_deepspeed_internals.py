@@ -22,7 +22,7 @@ MODULES = {
     "deepspeed.module_inject.auto_tp": ["AutoTP"],
     "deepspeed.module_inject.autotp_config": ["AutoTPConfig", "PartitionType", "TPLayerSpec"],
     "deepspeed.module_inject.layers": [
-        "ColumnParallel", "LinearLayer", "RowParallel", "TensorParallel_Layer", "set_autotp_mode",
+        "LinearLayer", "TensorParallel_Layer", "set_autotp_mode",
     ],
     "deepspeed.runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
     "deepspeed.runtime.pipe.module": ["PipelineModule"],

@@ -1,0 +1,105 @@
+"""Embeddings and output heads, whole or split along the vocabulary over the ranks that share a model's layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpc_rlhf.spec.sequence_checks import OWN_LOGITS
+from hpc_rlhf.train.algorithms.logprobs import head_log_prob_sum, head_log_probs
+from hpc_rlhf.train.parallel import deepspeed_internals as internals
+from hpc_rlhf.train.parallel import tensor_parallel
+
+
+class LogProbHead(nn.Linear):
+    """An output head that, given tokens, returns their log-probabilities instead of the logits.
+
+    It runs inside the head's own forward pass, where ZeRO-3 has gathered the weight.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tokens: Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropies: bool = False,
+        summed: bool = False,
+    ) -> Any:
+        group = internals.layer_group(self) if tensor_parallel.split_dim(self) == 0 else None
+        if tokens is None:
+            logits = super().forward(hidden if group is None else tensor_parallel.sum_gradients(hidden, group))
+            return logits if group is None else _Joined.apply(logits, group)
+        if summed:
+            total = head_log_prob_sum(hidden, self.weight, self.bias, tokens, temperature, group)
+            return total, hidden.new_empty(0)
+        return head_log_probs(hidden, self.weight, self.bias, tokens, temperature, with_entropies, group)
+
+
+class _Joined(torch.autograd.Function):
+    """Logits of the whole vocabulary, (…, vocabulary), from the equal shares of a group, in order."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, logits.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(dist.get_world_size(ctx.group), dim=-1)[dist.get_rank(ctx.group)], None
+
+
+class SplitEmbedding(nn.Embedding):
+    """A rank's share of an embedding's rows, in order. The ranks of the group look up the same tokens, and sum."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        group, count = internals.layer_group(self), len(self.weight)
+        first = dist.get_rank(group) * count
+        rows, padding = ids - first, self.padding_idx
+        elsewhere = (rows < 0) | (rows >= count)
+        own_padding = padding - first if padding is not None and first <= padding < first + count else None
+        embedded = F.embedding(rows.masked_fill(elsewhere, 0), self.weight, own_padding)
+        return tensor_parallel.sum_outputs(embedded.masked_fill(elsewhere.unsqueeze(-1), 0), group)
+
+
+def has_plain_head(causal: Any) -> bool:
+    """True if a model's logits are what its output head, one linear layer, computes."""
+    head = causal.get_output_embeddings()
+    return type(head) in (nn.Linear, LogProbHead) and not any(
+        getattr(causal.config, field, None) for field in OWN_LOGITS
+    )
+
+
+def split_model(model: nn.Module, ways: int) -> None:
+    """Replace a model's layers, embeddings and output head by this rank's shards of them, in place. Collective.
+
+    Embeddings and head stay whole if the vocabulary cannot be divided, or the model changes the logits of its head.
+
+    Args:
+        model: contains a transformers model, whole and the same on all ranks.
+        ways: number of neighbouring ranks that share a layer; 1 does nothing.
+
+    Raises:
+        HpcRlhfError: the architecture is not supported, or its sizes are not divisible.
+    """
+    if ways == 1:
+        return
+    from transformers import PreTrainedModel
+
+    inner: Any = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
+    tensor_parallel.split_layers(inner, ways)
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    has_head = isinstance(head, nn.Linear)
+    split_head = has_head and has_plain_head(inner) and head.out_features % ways == 0
+    tied_to_whole = has_head and not split_head and head.weight is embedding.weight
+    if type(embedding) is nn.Embedding and embedding.num_embeddings % ways == 0 and not tied_to_whole:
+        embedding.__class__ = SplitEmbedding
+        tensor_parallel.split_rows(embedding, ways)
+    if split_head:
+        head.__class__ = LogProbHead
+        tensor_parallel.split_rows(head, ways)
