@@ -138,11 +138,11 @@ def _exchanged(model: TimedModel, tokens: int, machine: Machine) -> float:
     """Seconds in which ranks exchange activations in a forward pass.
 
     Those that share ``tokens`` exchange them for heads, and back. Those that share layers all-reduce the outputs of
-    attention and MLP, each of which costs twice its bytes.
+    attention and MLP, and of the embeddings, each of which costs twice its bytes.
     """
     own = tokens / machine.sequence * model.item
     heads = own * model.attended / machine.ways * (machine.sequence - 1) / machine.sequence
-    outputs = 4 * own * model.layers / machine.stages * model.hidden * (machine.ways - 1) / machine.ways
+    outputs = 2 * own * (2 * model.layers + 1) / machine.stages * model.hidden * (machine.ways - 1) / machine.ways
     return (heads + outputs) / machine.exchange
 
 

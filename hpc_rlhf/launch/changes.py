@@ -20,7 +20,7 @@ from hpc_rlhf.spec.load import read_spec
 from hpc_rlhf.spec.stages import EVALUATION, STAGE_NAMES
 
 # A stage's settings that decide how its steps are split over ranks, besides those of Slurm (SIZE).
-_SPLIT_FIELDS = {"micro_batch", "global_batch", "sequence_parallel", "pipeline_parallel"}
+_SPLIT_FIELDS = {"micro_batch", "global_batch", "sequence_parallel", "pipeline_parallel", "tensor_parallel"}
 # A reward's settings that scores do not depend on.
 _FAILURE_FIELDS = {"on_error", "timeout"}
 _MAX_LISTED = 12

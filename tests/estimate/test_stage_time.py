@@ -100,9 +100,9 @@ def test_ranks_that_share_sequences_pass_their_tokens_on_twice_each_way() -> Non
     assert over_nodes["messages"] == pytest.approx(gradients * 300 / 25 + 2 * numbers * 0.5 / 25e9)
 
 
-def test_ranks_that_share_layers_sum_two_outputs_of_each_layer() -> None:
+def test_ranks_that_share_layers_sum_two_outputs_of_each_layer_and_the_embeddings() -> None:
     parts = timed(gpus=2, micro_batch=16, tensor_parallel=2)
-    outputs = 2 * 12 * 2 * 16 * 512 * 768  # bytes of a forward pass, and of the gradients on the way back
+    outputs = 2 * (2 * 12 + 1) * 16 * 512 * 768  # bytes of a forward pass, and of the gradients on the way back
     assert parts["messages"] == pytest.approx(2 * 2 * outputs * 0.5 / 300e9)
     again = timed(gpus=2, micro_batch=16, tensor_parallel=2, activation_checkpointing=True)
     assert again["messages"] == pytest.approx(1.5 * parts["messages"])

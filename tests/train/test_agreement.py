@@ -197,7 +197,7 @@ def test_tensor_parallel_models_are_exported_completely(chains: dict[str, RunDir
             key: weight.shape for key, weight in theirs.items()
         }
         for key, weight in theirs.items():
-            torch.testing.assert_close(ours[key], weight, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ours[key], weight, atol=3e-5, rtol=1e-4)
 
 
 def test_adapters_train_differently_from_all_weights(chains: dict[str, RunDir]) -> None:

@@ -147,28 +147,36 @@ def without_time(run: RunDir) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "time"} for line in metrics(run, "sft")]
 
 
-def test_a_stopped_pipeline_resumes_exactly_or_on_one_rank(
-    runs: dict[str, tuple[RunDir, RunDir]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "layout", "ranks"),
+    [
+        ("llama, ZeRO-1", {"pipeline_parallel": 1}, 1),
+        ("qwen3, cut layers", {"pipeline_parallel": 1}, 2),
+        ("opt, cut layers, ZeRO-1", {"pipeline_parallel": 2, "tensor_parallel": 1}, 2),
+    ],
+)
+def test_a_stopped_pipeline_resumes_exactly_or_in_another_layout(
+    runs: dict[str, tuple[RunDir, RunDir]], tmp_path: Path, name: str, layout: dict[str, int], ranks: int
 ) -> None:
     """The next stage starts from its model."""
-    whole, alone = runs["llama, ZeRO-1"]
-    stopped = SETUPS["llama, ZeRO-1"].make(tmp_path / "stopped", [])
-    assert run_stage(stopped, "sft", 2, stop_after=2) == [75, 75], log_tail(stopped, "sft")
+    (whole, alone), setup = runs[name], SETUPS[name]
+    stopped = setup.make(tmp_path / "stopped", [])
+    assert run_stage(stopped, "sft", setup.ranks, stop_after=2) == [75] * setup.ranks, log_tail(stopped, "sft")
     spec = read_spec(stopped.job_yaml).model_dump(mode="json")
     spec["run_dir"] = str(tmp_path / "apart")
-    fields = spec["stages"]["sft"]
-    fields |= {"pipeline_parallel": 1, "slurm": {"gpus_per_node": 0, "ranks_per_node": 1}}
+    spec["stages"]["sft"] |= {**layout, "slurm": {"gpus_per_node": 0, "ranks_per_node": ranks}}
     apart = make_run(JobSpec.model_validate(spec))
     shutil.copytree(stopped.stage("sft").path, apart.stage("sft").path, dirs_exist_ok=True)
 
-    assert run_stage(stopped, "sft", 2) == [0, 0], log_tail(stopped, "sft")
+    assert run_stage(stopped, "sft", setup.ranks) == [0] * setup.ranks, log_tail(stopped, "sft")
     assert weights_digest(stopped, "sft") == weights_digest(whole, "sft")
     assert without_time(stopped) == without_time(whole)
 
     after = tiny_spec(tmp_path / "after", 1, dpo={"max_steps": 1, "lr": 1e-3}).model_dump(mode="json")
     after["models"]["actor"] = str(apart.stage("sft").model)
     dpo = make_run(JobSpec.model_validate(after))
-    run_chains([apart, dpo], 1)
+    run_chains([apart], ranks)
+    run_chains([dpo], 1)
     resumed = Ledger(apart.ledger).last(Resumed, "sft")
     assert resumed is not None
     assert resumed.step >= 2

@@ -18,6 +18,7 @@ from hpc_rlhf.train.models import owned
 from hpc_rlhf.train.models.export import gathered
 from hpc_rlhf.train.models.lora import Adapter, adapters
 from hpc_rlhf.train.parallel.deepspeed_internals import full_numel, full_shape, is_zero3, local_shard, replica_group
+from hpc_rlhf.train.parallel.tensor_parallel import split_of
 from hpc_rlhf.train.runtime.world import World
 
 
@@ -97,12 +98,13 @@ class Ema:
         yield from self._own_pieces()
         for number, adapter in enumerate(self.adapters):
             if adapter.average.numel():
-                yield Shard(f"adapter {number}", adapter.start, adapter.average)
+                split = split_of(adapter.layer.frozen)
+                yield Shard(f"adapter {number}", adapter.start, adapter.average, split=split)
 
     def _own_pieces(self) -> Iterator[Shard]:
         for i, average in self.averages.items():
             start, count = owned.span(self.parameters[i], self.world)
-            yield Shard(str(i), start, average.view(-1)[:count])
+            yield Shard(str(i), start, average.view(-1)[:count], split=split_of(self.parameters[i]))
 
 
 def _whole_factors(layers: list[Adapter]) -> AbstractContextManager[Any]:

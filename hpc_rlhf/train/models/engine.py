@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from hpc_rlhf.train.models.onebit_adam import OneBitAdam
 from hpc_rlhf.train.models.vocabulary import split_model
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from hpc_rlhf.train.parallel.deepspeed_import import supports_fp16
+from hpc_rlhf.train.parallel.tensor_parallel import split_of
 from hpc_rlhf.train.runtime.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -243,11 +245,12 @@ def pieces(engine: Any, world: World) -> list[Shard]:
         # Of what every rank has, the ranks share the writing.
         shared = number % world.dims.replicas != world.replica_rank
         mine = not fragment.copy and not (fragment.replicated and shared)
-        views.append(Shard(f"weight {fragment.name}", fragment.start, fragment.of(fragment.stepped), mine))
+        own = partial(Shard, start=fragment.start, mine=mine, split=split_of(fragment.parameter))
+        views.append(own(f"weight {fragment.name}", tensor=fragment.of(fragment.stepped)))
         state = optimizer.state.get(fragment.stepped, {})  # it has no moments before the first step
         for key in MOMENTS:
             if key in state:
-                views.append(Shard(f"{key} {fragment.name}", fragment.start, fragment.of(state[key]), mine))
+                views.append(own(f"{key} {fragment.name}", tensor=fragment.of(state[key])))
     return [*views, *optimizer.pieces()] if isinstance(optimizer, OneBitAdam) else views
 
 

@@ -18,6 +18,7 @@ from hpc_rlhf.train.models import owned
 from hpc_rlhf.train.models.ema import Ema
 from hpc_rlhf.train.models.score_head import ScoreHead
 from hpc_rlhf.train.parallel.deepspeed_internals import local_shard
+from hpc_rlhf.train.parallel.tensor_parallel import split_of
 from hpc_rlhf.train.runtime.world import World
 
 
@@ -84,7 +85,7 @@ class KeptWeights:
         tensors = self._tensors()
         for i, copy in self.copies.items():
             start, count = owned.span(tensors[i], self.world)
-            yield Shard(str(i), start, copy.view(-1)[:count])
+            yield Shard(str(i), start, copy.view(-1)[:count], split=split_of(tensors[i]))
         for shard in self.ema.pieces() if self.ema else ():
             yield replace(shard, key=f"average {shard.key}", tensor=self.averages[shard.key])
 

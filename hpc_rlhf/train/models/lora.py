@@ -83,7 +83,7 @@ class LoraLinear(Adapter, nn.Module):
         self.lora_a = nn.Parameter(start.to(base.weight.dtype))
         self.lora_b = nn.Parameter(torch.zeros(outer, rank, dtype=base.weight.dtype))
         if split_dim is not None:
-            internals.mark_split(self.lora_b if split_dim == 0 else self.lora_a)
+            tensor_parallel.mark_split(self.lora_b if split_dim == 0 else self.lora_a, split_dim)
         base.weight.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def is_split(parameter: nn.Parameter) -> bool:
 def split_layers(model: nn.Module, config: Any, size: int, columns: str, rows: str, replicated: str) -> None:
     """Replace a model's linear layers by AutoTP's, in place. Collective.
 
-    A split layer gets an attribute ``split_dim``, the dimension of its weight that it is split along; its parameters
-    get ``split_ways``, the number of ranks that they are split over.
+    A split layer gets an attribute ``split_dim``, the dimension of its weight that it is split along. Its parameters
+    get ``split_ways``, the number of ranks that they are split over, and if they are split, their own ``split_dim``.
 
     Args:
         config: transformers' configuration of the model.
@@ -117,6 +117,8 @@ def split_layers(model: nn.Module, config: Any, size: int, columns: str, rows: s
             layer.split_dim = 0 if isinstance(layer, LinearLayer) else 1
             for parameter in layer.parameters():
                 parameter.split_ways = size if is_split(parameter) else 1
+                if is_split(parameter):
+                    parameter.split_dim = layer.split_dim if parameter.dim() > 1 else 0
 
 
 def skip_autotp(model: nn.Module) -> None:
@@ -282,12 +284,14 @@ class Fragment:
         span: where the fragment lies in it, flattened.
         replicated: every rank has this fragment.
         copy: see ``is_copy``.
+        parameter: the trained parameter.
     """
 
     name: str
     start: int
     stepped: Tensor
     span: slice
+    parameter: nn.Parameter
     replicated: bool = False
     copy: bool = False
 
@@ -307,7 +311,8 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     else:
         masters = dict(_masters(engine))
         for name, parameter in trained:
-            yield Fragment(name, 0, masters[parameter], slice(None), replicated=True, copy=is_copy(parameter))
+            copy = is_copy(parameter)
+            yield Fragment(name, 0, masters[parameter], slice(None), parameter, replicated=True, copy=copy)
 
 
 def _zero3_fragments(optimizer: Any, trained: list[tuple[str, Any]]) -> Iterator[Fragment]:
@@ -318,7 +323,7 @@ def _zero3_fragments(optimizer: Any, trained: list[tuple[str, Any]]) -> Iterator
         count = min(held, parameter.ds_numel - start)  # the last rank's shard may be padded
         if count > 0:
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            yield Fragment(name, start, flat, slice(offset, offset + count))
+            yield Fragment(name, start, flat, slice(offset, offset + count), parameter)
 
 
 def _zero12_fragments(optimizer: Any, trained: list[tuple[str, Any]]) -> Iterator[Fragment]:
@@ -329,7 +334,8 @@ def _zero12_fragments(optimizer: Any, trained: list[tuple[str, Any]]) -> Iterato
         flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
         held = mapping.hp_fragment_address
         span = slice(held.start, held.start + held.numel)
-        yield Fragment(name, mapping.lp_fragment_address.start, flat, span, copy=is_copy(parameter))
+        start = mapping.lp_fragment_address.start
+        yield Fragment(name, start, flat, span, parameter, copy=is_copy(parameter))
 
 
 def _masters(engine: Any) -> Iterator[tuple[nn.Parameter, Tensor]]:

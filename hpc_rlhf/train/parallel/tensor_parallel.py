@@ -48,7 +48,19 @@ def split_rows(layer: Any, ways: int) -> None:
         if not internals.is_split(parameter):
             parameter.data = shard_of(layer, parameter.data, 0)
             parameter.split_ways = ways
-            internals.mark_split(parameter)
+            mark_split(parameter, 0)
+
+
+def mark_split(parameter: Any, dim: int) -> None:
+    """Note that this rank holds only a shard of a parameter, split along a dimension."""
+    internals.mark_split(parameter)
+    parameter.split_dim = dim
+
+
+def split_of(parameter: Any) -> tuple[int, tuple[int, ...]] | None:
+    """The dimension that a parameter is split along, and this rank's shape of it; None if it is whole."""
+    dim = split_dim(parameter)
+    return None if dim is None else (dim, tuple(parameter.shape))
 
 
 class _SumGradients(torch.autograd.Function):
@@ -117,7 +129,7 @@ def _check(config: Any, tensor_parallel: int) -> None:
 
 
 def split_dim(layer: Any) -> int | None:
-    """The dimension of its weight that a layer is split along: 0 outputs, 1 inputs; None if it is whole."""
+    """The dimension that a layer's weight, or a parameter, is split along: 0 outputs, 1 inputs; None if it is whole."""
     return getattr(layer, "split_dim", None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,21 +13,26 @@ from tests.train.ranks import reports
 pytestmark = pytest.mark.train
 # ZeRO stage, precision, optimizer in CPU memory.
 WAYS = ["0 fp32 no", "0 bf16 no", "0 fp16 no", "1 fp32 no", "2 fp16 no", "2 bf16 yes", "3 fp32 no", "3 bf16 yes"]
+# With tensor parallelism; the last with adapters beside all weights.
+SPLIT_WAYS = ["0 fp32 no", "1 fp32 no", "2 bf16 yes", "1 fp32 lora"]
 
 RANK = """
 import json, sys
 from pathlib import Path
 import torch
 from hpc_rlhf.spec.stages import SftSpec
+from hpc_rlhf.train.models import lora
 from hpc_rlhf.train.runtime import world as worlds
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.language_model import LanguageModel
 from hpc_rlhf.train.models.loading import DTYPES, load_causal, sharded_loading
+from hpc_rlhf.train.models.vocabulary import split_model
 from hpc_rlhf.train.ragged import Ragged
 from hpc_rlhf.train.checkpoint.snapshot import Snapshot
 
-source, folder, ways = sys.argv[1], Path(sys.argv[2]), sys.argv[4:]
-world = worlds.join(int(sys.argv[3]))
+source, folder, ways = sys.argv[1], Path(sys.argv[2]), sys.argv[5:]
+tensor = int(sys.argv[4])
+world = worlds.join(int(sys.argv[3])).laid_out(tensor)
 batch = Ragged.of([[5, 6, 7, 8, 9, 10, 3], [11, 12, 13, 4]])
 
 def new_engine(zero, precision, offload):
@@ -36,7 +42,9 @@ def new_engine(zero, precision, offload):
     }
     if zero == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
-    if offload:
+    if tensor > 1:
+        config["tensor_parallel"] = {"autotp_size": tensor}
+    if offload == "yes":
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
@@ -45,6 +53,9 @@ def new_engine(zero, precision, offload):
     spec = SftSpec.model_validate({"zero": zero, "precision": precision, "warmup": 2})
     with sharded_loading(config):
         model = load_causal(source, DTYPES[precision], 0.0)
+    split_model(model, tensor)
+    if offload == "lora":
+        lora.adapt(model, lora.LoraSpec(rank=4, only=False), 5)
     return engines.training_engine(LanguageModel(model), config, spec, 1e-3, 50)
 
 def train(engine, steps):
@@ -64,7 +75,7 @@ def end(engine):
 seen = {}
 for way in ways:
     zero, precision, offload = way.split()
-    engine = new_engine(int(zero), precision, offload == "yes")
+    engine = new_engine(int(zero), precision, offload)
     kept = folder / way.replace(" ", "-")
     if not kept.exists():
         train(engine, 5)
@@ -93,7 +104,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     ways = list(filter(tiny.is_supported, WAYS))
     folders = [str(folder / "model"), str(folder / "kept")]
     return {
-        key: reports(RANK, [*folders, str(count), *ways], count)[0] for key, count in ((2, 2), (20, 2), (1, 1), (3, 3))
+        key: reports(RANK, [*folders, str(count), "1", *ways], count)[0]
+        for key, count in ((2, 2), (20, 2), (1, 1), (3, 3))
     }
 
 
@@ -115,3 +127,22 @@ def test_another_number_of_ranks_resumes_the_same_training(
     assert resumed["sums"].keys() == uninterrupted["sums"].keys()
     for name in ("optimizer", "schedule", "scale"):
         assert resumed["facts"][name] == uninterrupted["facts"][name]
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_another_number_of_tensor_ranks_resumes_the_same_training(tmp_path: Path, first: int) -> None:
+    """From layers on one rank, or split over two; on one rank, on two that share layers, and on two such pairs."""
+    tiny.causal("llama").save_pretrained(tmp_path / "model")
+    ways = list(filter(tiny.is_supported, SPLIT_WAYS))
+    layouts = {1: (1, 1), 2: (2, 2), 4: (4, 2)}
+    runs = {}
+    for number in (first, *(each for each in layouts if each != first)):
+        ranks, tensor = layouts[number]
+        arguments = [str(tmp_path / "model"), str(tmp_path / "kept"), str(ranks), str(tensor), *ways]
+        runs[number] = reports(RANK, arguments, ranks)[0]
+    uninterrupted = runs.pop(first)
+    for resumed in runs.values():
+        for way in ways:
+            tolerance = 1e-5 if "fp32" in way else 5e-3
+            assert resumed[way]["losses"] == pytest.approx(uninterrupted[way]["losses"], rel=tolerance), way
+            assert resumed[way]["facts"]["optimizer"] == uninterrupted[way]["facts"]["optimizer"]

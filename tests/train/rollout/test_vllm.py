@@ -181,7 +181,7 @@ def three_steps(folder: Path, *settings: str) -> tuple[list[dict[str, Any]], lis
 def test_workers_end_with_their_engine_when_all_that_keeps_them_is_killed(world: World, tmp_path: Path) -> None:
     """Workers may then be in an operation that never ends, and so do not react to anything."""
     model, spec = tiny.causal("llama", **SIZES["llama"]), RolloutSpec(engine="vllm", tensor_parallel=2)
-    backend = VllmEngine(model, world, spec, tmp_path, 32, "attempt", "stages.grpo.rollout")
+    backend = VllmEngine(model, world, spec, tmp_path, 32, "attempt", "stages.grpo.rollout", SlurmSpec())
     backend.sync_weights(model)
     (keeper,) = find(lambda each: each.session == each.pid and each.parent == os.getpid())
     workers = find(lambda each: each.session == keeper.pid and "VLLM::Worker" in each.command())
