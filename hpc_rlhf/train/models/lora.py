@@ -73,7 +73,6 @@ class LoraLinear(Adapter, nn.Module):
         self.base = base
         self.scale = alpha / rank
         split_dim = tensor_parallel.split_dim(base)
-        self.between_factors = None if split_dim is None else tensor_parallel.between_factors(base)
         inner, outer = sizes(base)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(inner)
@@ -89,10 +88,9 @@ class LoraLinear(Adapter, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.on:
             return self.base(x)
-        inner = F.linear(x, self.lora_a)
-        if self.between_factors:
-            inner = self.between_factors(inner)
-        return self.base(x) + F.linear(inner, self.lora_b) * self.scale
+        if isinstance(self.base, tensor_parallel.SplitLinear):
+            return self.base(x) + self.base.product(x, self.lora_a, self.lora_b) * self.scale
+        return self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
 
     @property
     def frozen(self) -> nn.Parameter:  # type: ignore[override]
@@ -168,12 +166,7 @@ def of_experts(module: nn.Module) -> dict[str, ExpertsAdapter]:
 
 def sizes(base: Any) -> tuple[int, int]:
     """A linear layer's inputs, including those on other ranks, and its outputs on this rank."""
-    if isinstance(base, Conv1D):
-        return base.nx, base.nf
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    outer, inner = base.weight.shape
-    return inner * (tensor_parallel.split_ways(base.weight) if base.split_dim == 1 else 1), outer
+    return (base.nx, base.nf) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -194,8 +187,7 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if (is_linear(child) or tensor_parallel.split_dim(child) is not None)
-        and not isinstance(child, nn.Embedding)
+        if (is_linear(child) or isinstance(child, tensor_parallel.SplitLinear))
         and child is not head
         and name != "score"
         and (lora.targets is None or name in lora.targets)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_rlhf.spec.sequence_checks import OWN_LOGITS
 from hpc_rlhf.train.algorithms.logprobs import head_log_prob_sum, head_log_probs
-from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from hpc_rlhf.train.parallel import tensor_parallel
 
 
@@ -29,36 +27,24 @@ class LogProbHead(nn.Linear):
         with_entropies: bool = False,
         summed: bool = False,
     ) -> Any:
-        group = internals.layer_group(self) if tensor_parallel.split_dim(self) == 0 else None
+        group = getattr(self, "tensor_group", None)
+        if tokens is None and group is None:
+            return super().forward(hidden)
         if tokens is None:
-            logits = super().forward(hidden if group is None else tensor_parallel.sum_gradients(hidden, group))
-            return logits if group is None else _Joined.apply(logits, group)
+            return tensor_parallel.join(super().forward(tensor_parallel.sum_gradients(hidden, group)), group)
         if summed:
             total = head_log_prob_sum(hidden, self.weight, self.bias, tokens, temperature, group)
             return total, hidden.new_empty(0)
         return head_log_probs(hidden, self.weight, self.bias, tokens, temperature, with_entropies, group)
 
 
-class _Joined(torch.autograd.Function):
-    """Logits of the whole vocabulary, (…, vocabulary), from the equal shares of a group, in order."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, logits.contiguous(), group=group)
-        return torch.cat(parts, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.chunk(dist.get_world_size(ctx.group), dim=-1)[dist.get_rank(ctx.group)], None
-
-
 class SplitEmbedding(nn.Embedding):
     """A rank's share of an embedding's rows, in order. The ranks of the group look up the same tokens, and sum."""
 
+    tensor_group: Any
+
     def forward(self, ids: Tensor) -> Tensor:
-        group, count = internals.layer_group(self), len(self.weight)
+        group, count = self.tensor_group, len(self.weight)
         first = dist.get_rank(group) * count
         rows, padding = ids - first, self.padding_idx
         elsewhere = (rows < 0) | (rows >= count)
@@ -92,14 +78,14 @@ def split_model(model: nn.Module, ways: int) -> None:
     from transformers import PreTrainedModel
 
     inner: Any = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
-    tensor_parallel.split_layers(inner, ways)
+    group = tensor_parallel.split_layers(inner, ways)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     has_head = isinstance(head, nn.Linear)
     split_head = has_head and has_plain_head(inner) and head.out_features % ways == 0
     tied_to_whole = has_head and not split_head and head.weight is embedding.weight
     if type(embedding) is nn.Embedding and embedding.num_embeddings % ways == 0 and not tied_to_whole:
         embedding.__class__ = SplitEmbedding
-        tensor_parallel.split_rows(embedding, ways)
+        tensor_parallel.split_rows(embedding, group)
     if split_head:
         head.__class__ = LogProbHead
-        tensor_parallel.split_rows(head, ways)
+        tensor_parallel.split_rows(head, group)

@@ -72,53 +72,15 @@ def is_split(parameter: nn.Parameter) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
-# Layers split by AutoTP
+# Tensor parallelism
 
 
-def split_layers(model: nn.Module, config: Any, size: int, columns: str, rows: str, replicated: str) -> None:
-    """Replace a model's linear layers by AutoTP's, in place. Collective.
-
-    A split layer gets an attribute ``split_dim``, the dimension of its weight that it is split along. Its parameters
-    get ``split_ways``, the number of ranks that they are split over, and if they are split, their own ``split_dim``.
-
-    Args:
-        config: transformers' configuration of the model.
-        size: ranks of a tensor-parallel group.
-        columns, rows: regular expressions for the names of layers split along their outputs or inputs.
-        replicated: the same for layers kept whole whose gradients are summed over the group.
-    """
-    from deepspeed.module_inject.auto_tp import AutoTP
-    from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec
-    from deepspeed.module_inject.layers import LinearLayer, TensorParallel_Layer, set_autotp_mode
+def tensor_group(ways: int) -> Any:
+    """This rank's process group of neighbouring ranks that share layers. Collective."""
     from deepspeed.utils import groups
 
-    def layers(names: str, partition: PartitionType, sum_gradients: bool = False) -> TPLayerSpec:
-        return TPLayerSpec([rf".*\.({names})\.weight$"], partition, grad_allreduce=sum_gradients)
-
-    specs = [
-        layers(columns, PartitionType.COLUMN),
-        layers(rows, PartitionType.ROW),
-        layers(replicated, PartitionType.SKIP, sum_gradients=True),
-    ]
-    groups._init_tp_mesh_device(size)
-    set_autotp_mode(training=True)
-    autotp = AutoTP(
-        module=model, all_reduce_linears=(), prefix="", state_dict=None, orig_layer_impl=None,
-        linear_layer_setting=(nn.Linear, nn.Embedding),
-        partition_config=AutoTPConfig(tp_size=size, layer_specs=specs),
-        model_config=config, training_mode=True,
-    )  # fmt: skip
-    autotp.set_tensor_parallel_config(size, groups.get_tensor_model_parallel_group())
-    autotp.update_linear_policies()
-    autotp._replace_module(model)
-    autotp.register_replicated_grad_hooks(model)
-    for layer in model.modules():
-        if isinstance(layer, TensorParallel_Layer):
-            layer.split_dim = 0 if isinstance(layer, LinearLayer) else 1
-            for parameter in layer.parameters():
-                parameter.split_ways = size if is_split(parameter) else 1
-                if is_split(parameter):
-                    parameter.split_dim = layer.split_dim if parameter.dim() > 1 else 0
+    groups._init_tp_mesh_device(ways)
+    return groups.get_tensor_model_parallel_group()
 
 
 def skip_autotp(model: nn.Module) -> None:
@@ -131,18 +93,6 @@ def skip_input_check(engine: Any) -> None:
     if (hook := getattr(engine, "first_dataloader_check", None)) is not None:
         hook.remove()
         engine.first_dataloader_check = None
-
-
-def layer_group(layer: Any) -> Any:
-    """The process group of the ranks that share a split layer."""
-    return layer.mp_group
-
-
-def tensor_group() -> Any:
-    """The process group of the ranks that share layers, once ``split_layers`` has run."""
-    from deepspeed.utils import groups
-
-    return groups.get_tensor_model_parallel_group()
 
 
 def replica_group() -> Any:

@@ -1,66 +1,36 @@
-"""Tensor parallelism: layers split over a group of ranks by DeepSpeed's AutoTP, and gathered again.
+"""Tensor parallelism: layers split over a group of ranks, and gathered again (arXiv 1909.08053, section 3).
 
-Attention heads and feed-forward units are split; norms stay whole on every rank. ``models.vocabulary`` splits
-embeddings and output heads.
+Attention heads and feed-forward units are split by the plan that transformers has for an architecture; norms stay whole
+on every rank. ``models.vocabulary`` splits embeddings and output heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
 
-# Architectures whose layers have the names below; tests compare each with the unsplit model.
+# Architectures whose tests compare the split model with the whole one.
 ARCHITECTURES = ("llama", "mistral", "opt", "qwen2", "qwen3")
-# Split along their outputs.
-COLUMNS = "q_proj|k_proj|v_proj|gate_proj|up_proj|fc1"
-# Split along their inputs, which are the outputs of the layer before; their outputs are summed over the group.
-ROWS = "o_proj|out_proj|down_proj|fc2"
-# Whole on every rank, but each rank sees only its own heads: their gradients are summed over the group.
-REPLICATED = "q_norm|k_norm"
-
-
-def split_layers(model: Any, ways: int) -> None:
-    """Replace every layer of a transformers model by this rank's shard of it, in place. Collective.
-
-    Args:
-        model: whole and the same on all ranks.
-        ways: number of neighbouring ranks that share a layer.
-
-    Raises:
-        HpcRlhfError: the architecture is not supported, or its sizes are not divisible.
-    """
-    _check(model.config, ways)
-    internals.split_layers(model, model.config, ways, COLUMNS, ROWS, REPLICATED)
-
-
-def split_rows(layer: Any, ways: int) -> None:
-    """Leave a layer this rank's rows of its weight and bias, in place; a weight that it shares is split once."""
-    layer.mp_group, layer.split_dim = internals.tensor_group(), 0
-    for parameter in layer.parameters(recurse=False):
-        if not internals.is_split(parameter):
-            parameter.data = shard_of(layer, parameter.data, 0)
-            parameter.split_ways = ways
-            mark_split(parameter, 0)
-
-
-def mark_split(parameter: Any, dim: int) -> None:
-    """Note that this rank holds only a shard of a parameter, split along a dimension."""
-    internals.mark_split(parameter)
-    parameter.split_dim = dim
-
-
-def split_of(parameter: Any) -> tuple[int, tuple[int, ...]] | None:
-    """The dimension that a parameter is split along, and this rank's shape of it; None if it is whole."""
-    dim = split_dim(parameter)
-    return None if dim is None else (dim, tuple(parameter.shape))
+# For what transformers has no plan: see ``ColumnLinear`` and ``RowLinear``.
+_OWN_PLANS = {
+    "opt": {
+        **{f"decoder.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+        "decoder.layers.*.self_attn.out_proj": "rowwise",
+        "decoder.layers.*.fc1": "colwise",
+        "decoder.layers.*.fc2": "rowwise",
+    }
+}
+# Whole on every rank, but each rank sees only its own heads.
+_REPLICATED = "replicated_with_grad_allreduce"
 
 
 class _SumGradients(torch.autograd.Function):
@@ -71,21 +41,40 @@ class _SumGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _total(grad, ctx.group), None
 
 
 class _SumOutputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, group: Any) -> Tensor:
-        total = outputs.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _total(outputs, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        return torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _own(grad, ctx.group), None
+
+
+def _total(tensor: Tensor, group: Any) -> Tensor:
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def _own(tensor: Tensor, group: Any, dim: int = -1) -> Tensor:
+    return tensor.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
 
 
 def sum_gradients(inputs: Tensor, group: Any) -> Tensor:
@@ -100,32 +89,164 @@ def sum_outputs(outputs: Tensor, group: Any) -> Tensor:
     return total
 
 
-def between_factors(layer: Any) -> Callable[[Tensor], Tensor]:
-    """What a low-rank update of a split layer applies to the product with its first factor."""
-    return partial(sum_gradients if split_dim(layer) == 0 else sum_outputs, group=internals.layer_group(layer))
+def join(part: Tensor, group: Any) -> Tensor:
+    """The last dimension of a tensor put together from the equal parts that the ranks of a group have, in order."""
+    whole: Tensor = _Join.apply(part, group)
+    return whole
 
 
-def _check(config: Any, tensor_parallel: int) -> None:
-    where = config.name_or_path or config.model_type
+class SplitLinear(nn.Linear):
+    """A rank's shard of a linear layer.
+
+    Attributes:
+        tensor_group: process group of the ranks that share the layer.
+        split_dim: dimension that the weight is split along.
+        is_apart: the layers around it are whole: they take joined outputs, or give whole inputs.
+    """
+
+    tensor_group: Any
+    split_dim: int
+    is_apart: bool
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.product(inputs, self.weight, bias=self.bias)
+
+    def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What a linear layer computes with one weight, or with several in place of their product.
+
+        Args:
+            weights: that in contact with the split dimension of this layer is split like its weight; others are whole.
+        """
+        raise NotImplementedError
+
+
+class ColumnLinear(SplitLinear):
+    """Split along its outputs, of which the next layer takes a share, too."""
+
+    def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        *whole, split = weights
+        for weight in whole:
+            inputs = F.linear(inputs, weight)
+        outputs = F.linear(sum_gradients(inputs, self.tensor_group), split, bias)
+        return join(outputs, self.tensor_group) if self.is_apart else outputs
+
+
+class RowLinear(SplitLinear):
+    """Split along its inputs, which are the outputs of the layer before; its own are summed over the group."""
+
+    def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.is_apart:
+            inputs = _own(sum_gradients(inputs, self.tensor_group), self.tensor_group)
+        split, *whole = weights
+        outputs = sum_outputs(F.linear(inputs, split), self.tensor_group)
+        for weight in whole:
+            outputs = F.linear(outputs, weight)
+        return outputs if bias is None else outputs + bias
+
+
+# By the words of transformers' plans: the class of a layer, and whether it is apart.
+_STYLES: dict[str, tuple[type[SplitLinear], bool]] = {
+    "colwise": (ColumnLinear, False),
+    "rowwise": (RowLinear, False),
+    "colwise_gather_output": (ColumnLinear, True),
+    "rowwise_split_input": (RowLinear, True),
+}
+
+
+def split_layers(model: Any, ways: int) -> Any:
+    """Replace every layer of a transformers model by this rank's shard of it, in place. Collective.
+
+    Args:
+        model: whole and the same on all ranks.
+        ways: number of neighbouring ranks that share a layer.
+
+    Returns:
+        The process group of these ranks.
+
+    Raises:
+        HpcRlhfError: the architecture is not supported, or its sizes are not divisible.
+    """
+    config = model.config.get_text_config()
     if config.model_type not in ARCHITECTURES:
         raise HpcRlhfError(
             f"tensor_parallel does not support {config.model_type} models",
-            where=where,
+            where=_source(config),
             hint=f"leave it out and use zero: 3, which shards any model; supported: {', '.join(ARCHITECTURES)}",
         )
+    plan = list(_planned(model.base_model, _OWN_PLANS.get(config.model_type) or config.base_model_tp_plan))
+    _check_sizes(config, plan, ways)
+    group = internals.tensor_group(ways)
+    for layer, style in plan:
+        if style == _REPLICATED:
+            for parameter in layer.parameters():
+                parameter.register_hook(lambda grad: _total(grad, group))
+            continue
+        layer.__class__, layer.is_apart = _STYLES[style]
+        if isinstance(layer, ColumnLinear):
+            split_rows(layer, group)
+            layer.out_features = len(layer.weight)
+        else:
+            layer.tensor_group, layer.split_dim = group, 1
+            _shrink(layer.weight, 1, group)
+    for module in model.modules():
+        if type(module).__name__ == "OPTAttention":  # others take the number of their heads from what they get
+            module.num_heads //= ways
+    return group
+
+
+def _planned(body: Any, plan: dict[str, str]) -> Iterator[tuple[Any, str]]:
+    """The layers of a model without its head that a plan names, each with its style."""
+    patterns = {re.compile(re.escape(name).replace(r"\*", r"\d+")): style for name, style in plan.items()}
+    for name, layer in body.named_modules():
+        for pattern, style in patterns.items():
+            if pattern.fullmatch(name):
+                yield layer, style
+
+
+def _check_sizes(config: Any, plan: list[tuple[Any, str]], ways: int) -> None:
     heads = config.num_attention_heads
     sizes = {
         "attention heads": heads,
         "key and value heads": getattr(config, "num_key_value_heads", None) or heads,
-        "feed-forward units": getattr(config, "intermediate_size", None) or config.ffn_dim,
+        "feed-forward units": getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", ways),
     }
+    for layer, style in plan:
+        if style in _STYLES:
+            dim = 0 if _STYLES[style][0] is ColumnLinear else 1
+            sizes.setdefault("rows or columns of a layer", layer.weight.shape[dim])
+            if layer.weight.shape[dim] % ways:
+                sizes["rows or columns of a layer"] = layer.weight.shape[dim]
     for name, count in sizes.items():
-        if count % tensor_parallel:
+        if count % ways:
             raise HpcRlhfError(
-                f"the model's {count} {name} cannot be divided among tensor_parallel: {tensor_parallel} ranks",
-                where=where,
+                f"the model's {count} {name} cannot be divided among tensor_parallel: {ways} ranks",
+                where=_source(config),
                 hint="set tensor_parallel to a divisor of it, or leave it out and use zero: 3",
             )
+
+
+def _source(config: Any) -> str:
+    return str(config.name_or_path or config.model_type)
+
+
+def split_rows(layer: Any, group: Any) -> None:
+    """Leave a layer this rank's rows of its weight and bias, in place; a weight that it shares is split once."""
+    layer.tensor_group, layer.split_dim = group, 0
+    for parameter in layer.parameters(recurse=False):
+        if split_dim(parameter) is None:
+            _shrink(parameter, 0, group)
+
+
+def _shrink(parameter: Any, dim: int, group: Any) -> None:
+    parameter.data = _own(parameter.data, group, dim).clone(memory_format=torch.contiguous_format)
+    parameter.split_ways = dist.get_world_size(group)
+    mark_split(parameter, dim)
+
+
+def mark_split(parameter: Any, dim: int) -> None:
+    """Note that this rank holds only a shard of a parameter, split along a dimension."""
+    internals.mark_split(parameter)
+    parameter.split_dim = dim
 
 
 def split_dim(layer: Any) -> int | None:
@@ -138,12 +259,18 @@ def split_ways(parameter: Any) -> int:
     return int(getattr(parameter, "split_ways", 1))
 
 
+def split_of(parameter: Any) -> tuple[int, tuple[int, ...]] | None:
+    """The dimension that a parameter is split along, and this rank's shape of it; None if it is whole."""
+    dim = split_dim(parameter)
+    return None if dim is None else (dim, tuple(parameter.shape))
+
+
 def gather(layer: Any, name: str, shard: Tensor) -> Tensor:
     """A layer's whole weight or bias, given its name and this rank's shard. Collective if the layer is split."""
     dim = split_dim(layer)
     if dim is None or (dim == 1 and name == "bias"):
         return shard
-    group = internals.layer_group(layer)
+    group = layer.tensor_group
     ranks = dist.get_world_size(group)
     whole = shard.new_empty(ranks * shard.shape[0], *shard.shape[1:])
     dist.all_gather_into_tensor(whole, shard.contiguous(), group=group)
@@ -152,5 +279,4 @@ def gather(layer: Any, name: str, shard: Tensor) -> Tensor:
 
 def shard_of(layer: Any, tensor: Tensor, dim: int) -> Tensor:
     """This rank's shard of a whole tensor, split along a dimension over the layer's group."""
-    group = internals.layer_group(layer)
-    return tensor.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)].clone()
+    return _own(tensor, layer.tensor_group, dim).clone()

@@ -19,11 +19,6 @@ from tests.train.ranks import reports
 
 MODULES = {
     "deepspeed.ops": ["__compatible_ops__"],
-    "deepspeed.module_inject.auto_tp": ["AutoTP"],
-    "deepspeed.module_inject.autotp_config": ["AutoTPConfig", "PartitionType", "TPLayerSpec"],
-    "deepspeed.module_inject.layers": [
-        "LinearLayer", "TensorParallel_Layer", "set_autotp_mode",
-    ],
     "deepspeed.runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
     "deepspeed.runtime.pipe.module": ["PipelineModule"],
     "deepspeed.runtime.pipe.topology": ["ProcessTopology"],
@@ -32,10 +27,6 @@ MODULES = {
     ],
 }  # fmt: skip
 METHODS = {
-    "deepspeed.module_inject.auto_tp.AutoTP": [
-        "_replace_module", "register_replicated_grad_hooks", "set_tensor_parallel_config",
-        "update_linear_policies",
-    ],
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": ["refresh_fp32_params"],
     "deepspeed.runtime.pipe.engine.PipelineEngine": ["train_batch"],
     "deepspeed.runtime.pipe.module.PipelineModule": ["get_tied_weights_and_groups"],
@@ -134,16 +125,6 @@ def test_the_check_that_exchanges_pickles_is_the_hook_that_is_removed() -> None:
     source = inspect.getsource(DeepSpeedEngine)
     assert "self.first_dataloader_check = self.module.register_forward_pre_hook(" in source
     assert source.count("dist.broadcast_object_list(") == 2
-
-
-def test_autotp_takes_the_arguments_it_is_given() -> None:
-    from deepspeed.module_inject.auto_tp import AutoTP
-
-    wanted = {
-        "module", "all_reduce_linears", "prefix", "state_dict", "linear_layer_setting", "orig_layer_impl",
-        "partition_config", "model_config", "training_mode",
-    }  # fmt: skip
-    assert wanted - inspect.signature(AutoTP).parameters.keys() == set()
 
 
 def test_the_pipeline_engine_counts_micro_batches_and_tied_weights_as_it_is_told() -> None:

@@ -15,7 +15,6 @@ RANK = """
 import json, sys, torch
 from hpc_rlhf.train.runtime.world import join
 world = join(2).laid_out(2)
-from hpc_rlhf.train.parallel.deepspeed_internals import layer_group
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models import packed_attention as packed
@@ -97,7 +96,7 @@ def compare(kind, adapters):
     whole, part = made(kind), made(kind)
     everything = full_bytes(whole.parameters())
     split_model(part, 2)
-    group = layer_group(next(m for m in part.modules() if split_dim(m) is not None))
+    group = next(m for m in part.modules() if split_dim(m) is not None).tensor_group
     share = sum(p.numel() for p in part.parameters()) * 4 / everything
     seen = {"share": share, "size": full_bytes(part.parameters()) - everything}
     for model in (whole, part):
