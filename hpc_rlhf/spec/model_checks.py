@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hpc_rlhf.spec import model_files, sequence_checks, tokens
+from hpc_rlhf.spec import model_files, sequence_checks, tensor_checks, tokens
 from hpc_rlhf.spec.job import FromScratch, JobSpec
 from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.stages.policy import PolicySpec
@@ -28,6 +28,7 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
             yield f"models.{name}", *problem
     yield from _recomputing(spec, configs)
     yield from sequence_checks.problems(spec, configs)
+    yield from tensor_checks.problems(spec, configs)
     yield from _too_many_stages(spec, configs.get("actor", {}))
     for stage in spec.stage_names:
         missing = set(kind_of(stage).requires) - spec.stage(stage).unneeded - set(spec.stage_names)

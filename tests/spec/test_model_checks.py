@@ -147,6 +147,31 @@ def test_models_whose_sequences_ranks_cannot_share_are_refused(
     assert len(found) == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"num_attention_heads": 12}, "its 12 attention heads cannot be divided among tensor_parallel: 8 ranks"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 4}, "its 4 key and value heads"),
+        ({"model_type": "opt", "num_attention_heads": 16, "ffn_dim": 100}, "its 100 feed-forward units"),
+        ({"model_type": "mixtral"}, "tensor_parallel does not support mixtral models"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_attention_heads": 4}}, "its 4 att"),
+        ({"model_type": "phi3", "num_attention_heads": 12, "intermediate_size": 8192}, None),
+        ({"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}, None),
+    ],
+)
+def test_models_whose_layers_cannot_be_split_are_refused(
+    tmp_path: Path, write: Write, fields: dict[str, Any], complaint: str | None
+) -> None:
+    stages = "sft: {tensor_parallel: 8, slurm: {gpus_per_node: 8}}, reward: {}"
+    found = problems(tmp_path, {"actor": write("model", fields)}, stages)
+    if complaint is None:
+        assert not found
+        return
+    assert found[0].startswith("4: stages.sft.tensor_parallel: models.actor: ")
+    assert complaint in found[0]
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("kind", ["ctrl", "jetmoe", "openai-gpt"])
 def test_models_that_cannot_recompute_activations_are_refused(tmp_path: Path, write: Write, kind: str) -> None:
     on = "{activation_checkpointing: true}"

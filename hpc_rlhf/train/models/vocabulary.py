@@ -81,11 +81,14 @@ def split_model(model: nn.Module, ways: int) -> None:
     group = tensor_parallel.split_layers(inner, ways)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     has_head = isinstance(head, nn.Linear)
-    split_head = has_head and has_plain_head(inner) and head.out_features % ways == 0
-    tied_to_whole = has_head and not split_head and head.weight is embedding.weight
-    if type(embedding) is nn.Embedding and embedding.num_embeddings % ways == 0 and not tied_to_whole:
-        embedding.__class__ = SplitEmbedding
+    tied = has_head and head.weight is embedding.weight
+    with_embedding = isinstance(embedding, nn.Embedding) and embedding.num_embeddings % ways == 0
+    with_head = has_head and has_plain_head(inner) and head.out_features % ways == 0 and (with_embedding or not tied)
+    if with_embedding and (with_head or not tied):
+        kind = type(embedding)  # it may scale what nn.Embedding looks up
+        bases = (SplitEmbedding,) if kind is nn.Embedding else (kind, SplitEmbedding)
+        embedding.__class__ = type(f"Split{kind.__name__}", bases, {})
         tensor_parallel.split_rows(embedding, group)
-    if split_head:
+    if with_head:
         head.__class__ = LogProbHead
         tensor_parallel.split_rows(head, group)

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_rlhf.errors import HpcRlhfError
+from hpc_rlhf.spec import tensor_checks
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
 
-# Architectures whose tests compare the split model with the whole one.
-ARCHITECTURES = ("llama", "mistral", "opt", "qwen2", "qwen3")
 # For what transformers has no plan: see ``ColumnLinear`` and ``RowLinear``.
 _OWN_PLANS = {
     "opt": {
@@ -99,13 +98,13 @@ class SplitLinear(nn.Linear):
     """A rank's shard of a linear layer.
 
     Attributes:
-        tensor_group: process group of the ranks that share the layer.
         split_dim: dimension that the weight is split along.
+        tensor_group: process group of the ranks that share the layer.
         is_apart: the layers around it are whole: they take joined outputs, or give whole inputs.
     """
 
-    tensor_group: Any
     split_dim: int
+    tensor_group: Any
     is_apart: bool
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -123,6 +122,8 @@ class SplitLinear(nn.Linear):
 class ColumnLinear(SplitLinear):
     """Split along its outputs, of which the next layer takes a share, too."""
 
+    split_dim = 0
+
     def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
         *whole, split = weights
         for weight in whole:
@@ -133,6 +134,8 @@ class ColumnLinear(SplitLinear):
 
 class RowLinear(SplitLinear):
     """Split along its inputs, which are the outputs of the layer before; its own are summed over the group."""
+
+    split_dim = 1
 
     def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.is_apart:
@@ -167,14 +170,14 @@ def split_layers(model: Any, ways: int) -> Any:
         HpcRlhfError: the architecture is not supported, or its sizes are not divisible.
     """
     config = model.config.get_text_config()
-    if config.model_type not in ARCHITECTURES:
-        raise HpcRlhfError(
-            f"tensor_parallel does not support {config.model_type} models",
-            where=_source(config),
-            hint=f"leave it out and use zero: 3, which shards any model; supported: {', '.join(ARCHITECTURES)}",
-        )
+    source = str(config.name_or_path or config.model_type)
+    if problem := tensor_checks.unsplit(config.to_dict(), ways):
+        raise HpcRlhfError(problem[0], where=source, hint=problem[1])
     plan = list(_planned(model.base_model, _OWN_PLANS.get(config.model_type) or config.base_model_tp_plan))
-    _check_sizes(config, plan, ways)
+    for layer, style in plan:
+        if style != _REPLICATED and (style not in _STYLES or layer.weight.shape[_STYLES[style][0].split_dim] % ways):
+            what = f"a layer of {config.model_type} models with these sizes cannot be divided among {ways} ranks"
+            raise HpcRlhfError(what, where=source, hint="leave tensor_parallel out and use zero: 3")
     group = internals.tensor_group(ways)
     for layer, style in plan:
         if style == _REPLICATED:
@@ -182,12 +185,12 @@ def split_layers(model: Any, ways: int) -> Any:
                 parameter.register_hook(lambda grad: _total(grad, group))
             continue
         layer.__class__, layer.is_apart = _STYLES[style]
-        if isinstance(layer, ColumnLinear):
-            split_rows(layer, group)
+        layer.tensor_group = group
+        _shrink(layer.weight, layer.split_dim, group)
+        if layer.split_dim == 0:
             layer.out_features = len(layer.weight)
-        else:
-            layer.tensor_group, layer.split_dim = group, 1
-            _shrink(layer.weight, 1, group)
+            if layer.bias is not None:
+                _shrink(layer.bias, 0, group)
     for module in model.modules():
         if type(module).__name__ == "OPTAttention":  # others take the number of their heads from what they get
             module.num_heads //= ways
@@ -201,32 +204,6 @@ def _planned(body: Any, plan: dict[str, str]) -> Iterator[tuple[Any, str]]:
         for pattern, style in patterns.items():
             if pattern.fullmatch(name):
                 yield layer, style
-
-
-def _check_sizes(config: Any, plan: list[tuple[Any, str]], ways: int) -> None:
-    heads = config.num_attention_heads
-    sizes = {
-        "attention heads": heads,
-        "key and value heads": getattr(config, "num_key_value_heads", None) or heads,
-        "feed-forward units": getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", ways),
-    }
-    for layer, style in plan:
-        if style in _STYLES:
-            dim = 0 if _STYLES[style][0] is ColumnLinear else 1
-            sizes.setdefault("rows or columns of a layer", layer.weight.shape[dim])
-            if layer.weight.shape[dim] % ways:
-                sizes["rows or columns of a layer"] = layer.weight.shape[dim]
-    for name, count in sizes.items():
-        if count % ways:
-            raise HpcRlhfError(
-                f"the model's {count} {name} cannot be divided among tensor_parallel: {ways} ranks",
-                where=_source(config),
-                hint="set tensor_parallel to a divisor of it, or leave it out and use zero: 3",
-            )
-
-
-def _source(config: Any) -> str:
-    return str(config.name_or_path or config.model_type)
 
 
 def split_rows(layer: Any, group: Any) -> None:

@@ -1,0 +1,62 @@
+"""Which models tensor parallelism splits, and whether it can split one of these sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hpc_rlhf.spec import model_files
+from hpc_rlhf.spec.job import JobSpec
+from hpc_rlhf.spec.model_files import Problem
+from hpc_rlhf.spec.stages import kind_of
+from hpc_rlhf.spec.training import TrainingSpec
+
+# Tests compare a split model of each with the whole one.
+ARCHITECTURES = (
+    "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm",
+    "glm4", "gpt_neox", "granite", "helium", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral",
+    "ministral3", "mistral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3",
+    "qwen3_5_text", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
+)  # fmt: skip
+# Whose attention every rank computes as a whole, after it has put the split queries, keys and values together.
+_WHOLE_ATTENTION = ("olmo2", "olmo3", "phi3")
+_SIZES = {
+    "attention heads": ("num_attention_heads",),
+    "key and value heads": ("num_key_value_heads",),
+    "feed-forward units": ("intermediate_size", "ffn_dim"),
+}
+
+
+def problems(spec: JobSpec, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str | None]]:
+    """For each problem the field of the spec, what is wrong and what to do.
+
+    Args:
+        configs: of the models that are here, by their name in the spec.
+    """
+    for name in spec.stage_names:
+        stage = spec.stage(name)
+        if isinstance(stage, TrainingSpec) and stage.tensor_parallel > 1:
+            for model in kind_of(name).models:
+                if model in configs and (problem := unsplit(configs[model], stage.tensor_parallel)):
+                    yield f"stages.{name}.tensor_parallel", f"models.{model}: {problem[0]}", problem[1]
+
+
+def unsplit(fields: Mapping[str, Any], ways: int) -> Problem | None:
+    """Why the layers of a model cannot be split over ``ways`` ranks, and what to do; None if they can.
+
+    Args:
+        fields: a configuration's.
+    """
+    text = model_files.text_fields(fields)
+    kind = model_files.model_type(fields)
+    if kind not in ARCHITECTURES:
+        hint = f"leave it out and use zero: 3, which shards any model; supported: {', '.join(ARCHITECTURES)}"
+        return f"tensor_parallel does not support {kind} models", hint
+    for what, names in _SIZES.items():
+        count = next((text[name] for name in names if isinstance(text.get(name), int)), ways)
+        if count % ways and not (kind in _WHOLE_ATTENTION and "heads" in what):
+            return (
+                f"its {count} {what} cannot be divided among tensor_parallel: {ways} ranks",
+                "set tensor_parallel to a divisor of it, or leave it out and use zero: 3",
+            )
+    return None
