@@ -165,13 +165,13 @@ def _architectures(fields: Mapping[str, Any]) -> list[str]:
 
 def has_output_head(where: Path) -> bool:
     """Whether a model's files hold an output head; True if they do not show it."""
-    files = _files(where)
+    files = weight_files(where)
     return files is None or any(name.endswith("lm_head.weight") for name in files)
 
 
 def shows_heads(where: Path) -> bool:
     """Whether ``score_head`` can see the weights: they are in this folder, in safetensors files."""
-    return _shapes(where) is not None
+    return _head_shapes(where) is not None
 
 
 def score_head(where: Path) -> Head | None:
@@ -180,7 +180,7 @@ def score_head(where: Path) -> Head | None:
     Raises:
         HeadError: it is not one linear layer with one output, which is what is trained and exported.
     """
-    fields, shapes = config(where), _shapes(where)
+    fields, shapes = config(where), _head_shapes(where)
     apart = next((name for name in _APART if (where / name).exists()), None)
     if apart is not None:
         raise HeadError(f"its score head is in a file of its own, {apart}")
@@ -196,7 +196,7 @@ def score_head(where: Path) -> Head | None:
     weights = [name for name in heads if name.endswith(".weight")]
     others = heads.keys() - {name.removesuffix("weight") + part for name in weights for part in ("weight", "bias")}
     if is_classifier(fields) and text_fields(fields) is fields:
-        parts = Counter(name.split(".")[0] for name in _files(where) or ())
+        parts = Counter(name.split(".")[0] for name in weight_files(where) or ())
         beside = parts.keys() - {"lm_head", *(name.split(".")[0] for name in heads)}
         others |= beside - {max(beside, key=parts.__getitem__, default="")}  # the largest is the model
     if len(weights) != 1 or others:
@@ -228,7 +228,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _files(where: Path) -> dict[str, str] | None:
+def weight_files(where: Path) -> dict[str, str] | None:
     """The safetensors file of each tensor; None if the weights are in none."""
     if (where / _INDEX).exists():
         files: dict[str, str] = read_json(where / _INDEX).get("weight_map", {})
@@ -248,21 +248,27 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def _shapes(where: Path) -> dict[str, list[int]] | None:
+def shapes(where: Path) -> dict[str, list[int]] | None:
+    """The shape of each tensor of a model; None if they are not in safetensors files here."""
+    return _shapes(weight_files(where) or {}, where)
+
+
+def _head_shapes(where: Path) -> dict[str, list[int]] | None:
     """The shapes of a model's tensors that may belong to a head; None if they are not in safetensors files here."""
-    files = _files(where)
-    if not files:
+    files = weight_files(where)
+    return None if not files else _shapes({name: file for name, file in files.items() if HEAD.match(name)}, where)
+
+
+def _shapes(files: Mapping[str, str], where: Path) -> dict[str, list[int]] | None:
+    headers = {file: _header(where / file) for file in set(files.values())}
+    if any(name not in headers[file] for name, file in files.items()):
         return None
-    heads = {name: file for name, file in files.items() if HEAD.match(name)}
-    headers = {file: _header(where / file) for file in set(heads.values())}
-    if any(name not in headers[file] for name, file in heads.items()):
-        return None
-    return {name: headers[file][name]["shape"] for name, file in heads.items()}
+    return {name: headers[file][name]["shape"] for name, file in files.items()}
 
 
 def _number(where: Path, name: str) -> float:
     """The value of a tensor with one element."""
-    path = where / (_files(where) or {})[name]
+    path = where / (weight_files(where) or {})[name]
     tensor = _header(path)[name]
     start, end = tensor["data_offsets"]
     with path.open("rb") as file:

@@ -7,7 +7,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hpc_rlhf.errors import INPUT_WRONG, RUN_FAILED, HpcRlhfError
 from hpc_rlhf.run import manifest
 from hpc_rlhf.spec import model_files
 from hpc_rlhf.spec.job import FromScratch
-from hpc_rlhf.train.models import architectures, packed_attention, rotary, score_head
+from hpc_rlhf.train.models import architectures, packed_attention, part_loading, rotary, score_head
 from hpc_rlhf.train.models import dropout as dropouts
 from hpc_rlhf.train.models.export import gathered, interruptible
 from hpc_rlhf.train.models.language_model import RewardModel
@@ -26,6 +27,8 @@ from hpc_rlhf.train.runtime import seeds
 from hpc_rlhf.train.runtime.stop_control import StopControl
 from hpc_rlhf.train.runtime.world import World
 
+# Ranks that share the layers of the models that are loaded.
+_ways: ContextVar[int] = ContextVar("ways", default=1)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -89,9 +92,13 @@ def _load(
                 renamed[rf"^{re.escape(kept.name)}\."] = "score."
         model_class = class_of(config, source)
         renamed |= architectures.renamed_weights(whole, model_class)
-        model, info = model_class.from_pretrained(
-            source, config=config, dtype=dtype, key_mapping=renamed, output_loading_info=True
-        )
+        model, info = None, {"unexpected_keys": [], "missing_keys": [score_head.WEIGHT] if kept is None else []}
+        if (ways := _ways.get()) > 1:
+            model = part_loading.load(model_class, config, source, dtype, ways)
+        if model is None:
+            model, info = model_class.from_pretrained(
+                source, config=config, dtype=dtype, key_mapping=renamed, output_loading_info=True
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise HpcRlhfError(
             f"the model could not be loaded ({str(error).splitlines()[0]})",
@@ -217,9 +224,14 @@ def load_reward(source: str, dtype: torch.dtype, seed: int | None, dropout: floa
 
 @contextmanager
 def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
-    """Within it, transformers loads models in ZeRO-3 shards if the config says stage 3."""
+    """Within it, models are loaded in ZeRO-3 shards if the config says stage 3; and split if it has tensor parallelism
+    and their files allow it."""
     if ds_config["zero_optimization"]["stage"] != 3:
-        yield
+        before = _ways.set(ds_config.get("tensor_parallel", {}).get("autotp_size", 1))
+        try:
+            yield
+        finally:
+            _ways.reset(before)
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -232,7 +244,7 @@ def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def loading(stop: StopControl, ds_config: dict[str, Any]) -> Iterator[None]:
+def loading(stop: StopControl, ds_config: dict[str, Any], whole: bool = False) -> Iterator[None]:
     """``sharded_loading`` that ends early when the attempt is to stop. Collective; see ``StopControl.check``.
 
     A load that fails while this rank has to stop counts as cancelled: the files it needs may be going down
@@ -241,6 +253,9 @@ def loading(stop: StopControl, ds_config: dict[str, Any]) -> Iterator[None]:
     Two kinds of loading are not interrupted; if they are killed, no training is lost. ZeRO-3 loads on all
     ranks together (13B in bf16 take 13 to 26 s at 1 to 2 GB/s) and stops before the next model. A download
     from a hub may take minutes; files that are complete are kept for the next attempt.
+
+    Args:
+        whole: load models whole, also where tensor parallelism will split them.
     """
     stop.check()
 
@@ -249,7 +264,7 @@ def loading(stop: StopControl, ds_config: dict[str, Any]) -> Iterator[None]:
 
     sharded = ds_config["zero_optimization"]["stage"] == 3
     try:
-        with sharded_loading(ds_config), interruptible(bool if sharded else should_stop):
+        with nullcontext() if whole else sharded_loading(ds_config), interruptible(bool if sharded else should_stop):
             yield
     except Exception:
         if not should_stop():

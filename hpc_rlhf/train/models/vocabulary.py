@@ -68,12 +68,12 @@ def split_model(model: nn.Module, ways: int) -> None:
 
     Args:
         model: contains a transformers model, whole and the same on all ranks.
-        ways: number of neighbouring ranks that share a layer; 1 does nothing.
+        ways: number of neighbouring ranks that share a layer; 1 does nothing, nor does a model that is split already.
 
     Raises:
         HpcRlhfError: the architecture is not supported, or its sizes are not divisible.
     """
-    if ways == 1:
+    if ways == 1 or any(isinstance(part, tensor_parallel.SplitLinear) for part in model.modules()):
         return
     from transformers import PreTrainedModel
 

@@ -216,7 +216,7 @@ def split_rows(layer: Any, group: Any) -> None:
 
 def _shrink(parameter: Any, dim: int, group: Any) -> None:
     parameter.data = _own(parameter.data, group, dim).clone(memory_format=torch.contiguous_format)
-    parameter.split_ways = dist.get_world_size(group)
+    parameter.split_ways, parameter.split_place = dist.get_world_size(group), dist.get_rank(group)
     mark_split(parameter, dim)
 
 
@@ -229,6 +229,11 @@ def mark_split(parameter: Any, dim: int) -> None:
 def split_dim(layer: Any) -> int | None:
     """The dimension that a layer's weight, or a parameter, is split along: 0 outputs, 1 inputs; None if it is whole."""
     return getattr(layer, "split_dim", None)
+
+
+def place(parameter: Any) -> int:
+    """Which of the shards of a split parameter this rank has, from 0 on."""
+    return int(parameter.split_place)
 
 
 def split_ways(parameter: Any) -> int:

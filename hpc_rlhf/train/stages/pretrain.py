@@ -42,7 +42,7 @@ def run(context: StageContext) -> None:
 
     # 2. Model.
     source = start_actor(context)
-    with loading(context.stop, context.ds_config):
+    with loading(context.stop, context.ds_config, whole=context.world.dims.pipeline > 1):
         model = load_causal(source, context.dtype, spec.dropout)
     check_fits(model.config, context.tokenizer, context.longest, source)
     flops = TrainingFlops.of(model, spec)
