@@ -29,7 +29,9 @@ from hpc_rlhf.web.listening import LOCALHOST
 )
 @run_argument
 @click.option("--stage", type=click.Choice(tuple(POLICIES)), help="Model to serve.", show_default="the latest finished")
-@click.option("--compare", nargs=2, type=click.Choice(tuple(POLICIES)), help="Two models to compare blindly.")
+@click.option(
+    "--compare", nargs=2, type=click.Choice(tuple(POLICIES)), help="Two models to compare blindly, or one twice."
+)
 @click.option("--record-user", is_flag=True, help="Let people give their name, and store it with their votes.")
 @click.option(
     "--host",
@@ -59,15 +61,13 @@ def command(
         raise click.UsageError("--host cannot be used with --slurm: a job listens on its node's localhost only.")
     if stage and compare:
         raise click.UsageError("--stage cannot be used with --compare.")
-    if compare and compare[0] == compare[1]:
-        raise click.UsageError("--compare needs two different models.")
     run_dir = find_run(run)
-    folders = dict(finished_model(run_dir, name) for name in compare or (stage,))
-    names = list(folders)
+    chosen = [finished_model(run_dir, name) for name in compare or (stage,)]
+    names, folders = [name for name, _ in chosen], dict(chosen)
     container = read_spec(run_dir.job_yaml).stage(POLICIES[names[-1]].name).slurm.container
     here = not (as_job and container)
     vllm, *_ = [engine_of(run_dir, folder, engine, here) for folder in folders.values()]
-    what = " and ".join(names)
+    what = " and ".join(folders)
     if not as_job:
         from hpc_rlhf.train.serve import serve
 

@@ -73,7 +73,7 @@ def serve(
     """Serve in this process until a signal ends it.
 
     Args:
-        names: of the models, which are finished.
+        names: of the models, which are finished; two are compared, and may be the same.
         token: what clients must give as their API key.
         ready: called when the server responds.
         record_user: whether votes keep the name that a voter gives; None if no votes are stored.
@@ -104,7 +104,7 @@ def serve(
         manifests = {name: manifest.sha256(stage.model / manifest.NAME) for name, stage in stages.items()}
         voting = None if record_user is None else Voting(run.feedback, manifests, record_user)
         models = load_models({name: stage.policy(name) for name, stage in stages.items()}, vllm)
-        app = make_server(models, voting, token, host, ready, end)
+        app = make_server(models, names if len(names) == 2 else [], voting, token, host, ready, end)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, lifespan="on", timeout_graceful_shutdown=GRACE
         )

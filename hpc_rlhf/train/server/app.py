@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -30,16 +30,18 @@ from hpc_rlhf.web.api_error import ApiError
 
 def make_server(
     models: Mapping[str, ChatModel],
+    compared: Sequence[str],
     voting: Voting | None,
     token: str,
     host: str,
     ready: Callable[[], object],
     lost: Callable[[HpcRlhfError], object],
 ) -> App:
-    """The server of one model, or of two to compare.
+    """The server of one model or two.
 
     Args:
         models: by their names in requests.
+        compared: two of the names, perhaps the same, that the page compares; empty if it compares none.
         voting: where votes go; None if they are not stored.
         token: what clients must give.
         host: the address that the server listens on.
@@ -47,13 +49,14 @@ def make_server(
         lost: as ``Worker`` takes it.
     """
     metrics = Metrics(list(models))
-    app = _make_app(models, voting, metrics, ready, lost)
+    app = _make_app(models, compared, voting, metrics, ready, lost)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     return Counted(Guard(app, token, host), metrics, paths)
 
 
 def _make_app(
     models: Mapping[str, ChatModel],
+    compared: Sequence[str],
     voting: Voting | None,
     metrics: Metrics,
     ready: Callable[[], object],
@@ -119,6 +122,7 @@ def _make_app(
         """What the page needs to know of this server."""
         return {
             "models": list(models),
+            "compared": list(compared),
             "max_tokens": {name: min(MAX_TOKENS, model.context // 2) for name, model in models.items()},
             "stores_votes": voting is not None,
             "records_user": voting is not None and voting.record_user,

@@ -33,11 +33,12 @@ def small_model(folder: Path, seed: int = 0) -> Path:
 
 
 @contextmanager
-def serving(models: Mapping[str, Any], voting: Voting | None = None) -> Iterator[str]:
-    """Run a server, and give its address."""
-    ready = threading.Event()
+def serving(models: Mapping[str, Any], voting: Voting | None = None, twice: bool = False) -> Iterator[str]:
+    """Run a server, and give its address. It compares two models, and one with itself if ``twice``."""
+    ready, names = threading.Event(), list(models) * (1 + twice)
+    compared = names if len(names) == 2 else []
     with listen("127.0.0.1", 0) as listener:
-        app = make_server(models, voting, TOKEN, "127.0.0.1", ready.set, lost=print)
+        app = make_server(models, compared, voting, TOKEN, "127.0.0.1", ready.set, lost=print)
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -98,6 +99,7 @@ class Scripted:
 if __name__ == "__main__":
     app = make_server(
         {"sft": Scripted("White.")},
+        [],
         Voting(Path(sys.argv[2]), {"sft": "5" * 64}, True),
         TOKEN,
         "127.0.0.1",

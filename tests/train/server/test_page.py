@@ -11,9 +11,10 @@ from playwright.sync_api import Browser, Page, expect
 
 from hpc_rlhf.run import feedback
 from hpc_rlhf.run.feedback import Vote
+from hpc_rlhf.train.chat import load_models
 from hpc_rlhf.train.server.voting import Voting
 from tests import chromium
-from tests.train.server.running import TOKEN, Scripted, serving
+from tests.train.server.running import TOKEN, Scripted, serving, small_model
 
 pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.slow]
 
@@ -187,6 +188,23 @@ def test_a_comparison_is_blind_until_the_vote_and_goes_on_with_the_better_respon
     tab.vote("both_bad")
     tab.ask("Water?")
     assert models["sft"].asked[-1] == [*expected[:2], ("human", "Water?")], "without what nobody answered well"
+
+
+def test_one_model_is_compared_with_itself(browser: Browser, tmp_path: Path) -> None:
+    """Its two responses have seeds of their own, and differ."""
+    models = load_models({"ppo": small_model(tmp_path / "ppo")}, None)
+    with serving(models, Voting(tmp_path / "feedback", {"ppo": "5" * 64}, False), twice=True) as base:
+        tab = Tab(browser.new_context().new_page(), base)
+        expect(tab.page.locator("#modes")).to_be_visible()
+        tab.page.get_by_role("button", name="Compare").click()
+        expect(tab.page.get_by_text("ppo answers your message twice")).to_be_visible()
+        tab.ask("What colour is snow?")
+        left, right = tab.texts[1:]
+        assert left != right
+        tab.vote("left")
+        tab.close()
+    (vote,) = stored(tmp_path / "feedback")
+    assert (vote.kind, [each.name for each in vote.models], vote.responses) == ("pair", ["ppo", "ppo"], [left, right])
 
 
 def test_the_sides_of_a_comparison_are_shuffled(tab: Tab) -> None:

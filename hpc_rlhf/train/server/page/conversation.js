@@ -53,7 +53,7 @@ function newTurn() {
   const seed = settings.seed ?? crypto.getRandomValues(new Uint32Array(1))[0];
   let models = [settings.model];
   if (mode === "compare") {
-    models = crypto.getRandomValues(new Uint8Array(1))[0] % 2 ? [...server.models].reverse() : [...server.models];
+    models = crypto.getRandomValues(new Uint8Array(1))[0] % 2 ? [...server.compared].reverse() : [...server.compared];
   }
   const replies = models.map((model) => ({ model, text: "", state: "running", note: "" }));
   return { role: "assistant", replies, system, sampling: { temperature, top_p, max_tokens, seed }, ballot: null };
@@ -65,9 +65,11 @@ async function draw(turn, arrived) {
   const { signal } = controller;
   running = controller;
   const messages = messagesBefore(turn);
-  await Promise.all(turn.replies.map(async (reply) => {
+  await Promise.all(turn.replies.map(async (reply, side) => {
     try {
-      const pieces = completion({ model: reply.model, messages, ...turn.sampling }, signal);
+      // With the same seed, one model would give the same response twice.
+      const seed = turn.replies[0].model === reply.model ? (turn.sampling.seed + side) % 2 ** 32 : turn.sampling.seed;
+      const pieces = completion({ model: reply.model, messages, ...turn.sampling, seed }, signal);
       let next;
       while (!(next = await pieces.next()).done) {
         reply.text += next.value;

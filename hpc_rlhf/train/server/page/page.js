@@ -22,7 +22,7 @@ async function connect() {
     if (!conversations[name].every(isServed)) conversations[name] = [];
   }
   showSettings();
-  setMode(server.models.length === 2 ? mode : "chat");
+  setMode(server.compared.length ? mode : "chat");
   byId("message").focus();
 }
 
@@ -43,13 +43,16 @@ function showWorkspace(connected) {
 function setMode(chosen) {
   mode = chosen;
   document.body.dataset.mode = mode;
-  byId("modes").hidden = server.models.length < 2;
+  byId("modes").hidden = !server.compared.length;
   for (const each of byId("modes").children) each.setAttribute("aria-pressed", each.dataset.mode === mode);
   byId("model").textContent = mode === "compare" ? "" : settings.model;
   document.title = `${mode === "compare" ? "Compare" : settings.model} · hpc-rlhf`;
-  byId("welcome-title").textContent = mode === "compare" ? "Which model is better?" : `Chat with ${settings.model}`;
+  const twice = server.models.length < 2;
+  byId("welcome-title").textContent = mode !== "compare" ? `Chat with ${settings.model}`
+    : twice ? "Which response is better?" : "Which model is better?";
   byId("welcome-text").textContent = mode === "compare"
-    ? "Two models answer your message side by side, in random order. Choose the better response, and see which is which."
+    ? twice ? `${settings.model} answers your message twice. Choose the better response.`
+      : "Two models answer your message side by side, in random order. Choose the better response, and see which is which."
     : server.stores_votes ? "Rate responses to help the next round of training." : "This server stores no votes.";
   byId("model-field").hidden = server.models.length < 2 || mode === "compare";
   showProblem("");
