@@ -18,13 +18,13 @@ from tests.cluster import Cluster, wait_until
 from tests.cluster.chain import Chain
 from tests.train.stages import metrics
 
-STEPS = {"pretrain": 30, "sft": 30, "reward": 18, "grpo": 6}
-LAYOUTS = {
-    "pretrain": {"pipeline_parallel": 1},
-    "sft": {"tensor_parallel": 1},
-    "reward": {"sequence_parallel": 1},
-    "grpo": {"tensor_parallel": 1, "sequence_parallel": 4},
-}
+STEPS = {"pretrain": 30, "sft": 30, "reward": 36, "grpo": 6}
+# By the stages that train at a time.
+LAYOUTS: tuple[dict[str, dict[str, int]], ...] = (
+    {"pretrain": {"pipeline_parallel": 1}},
+    {"sft": {"tensor_parallel": 1}, "reward": {"sequence_parallel": 1}},
+    {"grpo": {"tensor_parallel": 1, "sequence_parallel": 4}},
+)
 SECONDS = 1800
 # Sums are in another order, and a step makes rounding larger.
 TOLERANCE = 1e-3
@@ -41,10 +41,11 @@ def main() -> int:
         alone.wait_done("grpo", SECONDS)
         resized = replace(alone, path=folder / "resized")
         resized.submit()
-        for stage, layout in LAYOUTS.items():
-            resized.wait_step(stage, STEPS[stage] // 3)
+        for layouts in LAYOUTS:
+            for stage in layouts:
+                resized.wait_step(stage, STEPS[stage] // 3)
             resized.cli("cancel", resized.path)
-            changes = tuple(f"stages.{stage}.{field}={size}" for field, size in layout.items())
+            changes = [f"stages.{stage}.{name}={size}" for stage in layouts for name, size in layouts[stage].items()]
             resized = replace(resized, sets=(*resized.sets, *changes))
             # Its ranks save before they end.
             wait_until(partial(is_submitted, resized), 120, "the cancelled jobs have ended", every=2)
@@ -65,7 +66,7 @@ def differences(alone: Chain, resized: Chain, stage: str) -> dict[str, float]:
         for chain in (alone, resized)
     ]
     assert len(losses[0]) == len(losses[1]) == STEPS[stage]
-    assert len(resized.events("started", stage)) == 2
+    assert len(resized.events("started", stage)) == 2, stage
     weights = [load_file(chain.run.stage(stage).model / "model.safetensors") for chain in (alone, resized)]
     far = [(weights[1][name] - weight).abs().max() / weight.abs().max() for name, weight in weights[0].items()]
     return {"loss": float((losses[1] / losses[0] - 1).abs().max()), "weights": float(max(far))}
