@@ -80,7 +80,7 @@ def split_model(model: nn.Module, ways: int) -> None:
     inner: Any = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
     group = tensor_parallel.split_layers(inner, ways)
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
-    has_embedding, has_head = isinstance(embedding, nn.Embedding), isinstance(head, nn.Linear)  # other stages have them
+    has_embedding, has_head = isinstance(embedding, nn.Embedding), isinstance(head, nn.Linear)  # or other stages do
     tied = has_embedding and has_head and head.weight is embedding.weight
     with_embedding = has_embedding and embedding.num_embeddings % ways == 0
     with_head = has_head and has_plain_head(inner) and head.out_features % ways == 0 and (with_embedding or not tied)
