@@ -105,7 +105,10 @@ def _show(votes: Sequence[Vote]) -> None:
     if pairs := results.pair_results(votes):
         counts = ("wins", "losses", "ties", "both bad")
         rows = [
-            (one.model, one.against, *map(str, (one.wins, one.losses, one.ties, one.both_bad)), _share(one.win_rate))
+            (
+                *(one.model, one.against, *map(str, (one.wins, one.losses, one.ties, one.both_bad))),
+                "-" if one.win_rate is None else _share(one.win_rate),
+            )
             for one in pairs
         ]
         print_table(("model", "against", *counts, "win rate"), rows, right=counts)

@@ -86,7 +86,7 @@ class Pass:
         if not self.predicted:
             return 0
         model, item, n = self.model, self.item, _aligned(min(self.predicted, self.own_tokens))
-        size, wide = _vocabulary(model, self.stage.tensor_parallel), 4 if self.on_cpu else item
+        size, wide = model.vocabulary // model.head_ways(self.stage.tensor_parallel), 4 if self.on_cpu else item
         rows = max(1, LOGITS["cpu" if self.on_cpu else "cuda"] // size // ALIGNED) * ALIGNED
         chunk = min(n, rows)
         head = size * model.hidden
@@ -145,13 +145,10 @@ def _on_rank(model: Architecture, total: int, ways: int) -> int:
     """Parameters on one rank of a tensor-parallel group."""
     matrix = model.vocabulary * model.hidden
     # The embeddings and the output head, of which a model or the stage of a pipeline has one, both or none.
-    divided = model.inside + (total - model.inside) // matrix * matrix * (_vocabulary(model, ways) < model.vocabulary)
+    split_head = model.head_ways(ways) > 1
+    split = bool(model.head and split_head) + (model.vocabulary % ways == 0 and (split_head or model.head > 0))
+    divided = model.inside + min(split, (total - model.inside) // matrix) * matrix
     return total - divided + -(-divided // ways)
-
-
-def _vocabulary(model: Architecture, ways: int) -> int:
-    """Tokens of the vocabulary on one rank of a tensor-parallel group: all of them if they cannot be divided."""
-    return model.vocabulary if model.vocabulary % ways else model.vocabulary // ways
 
 
 def in_training(work: Pass, batch: Batch, scored: bool = False) -> ModelMemory:

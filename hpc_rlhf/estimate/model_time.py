@@ -64,12 +64,14 @@ class TimedModel:
     """A model in a step: its parameters without adapters, those in training, and the bytes of each.
 
     Attributes:
+        columns: see ``Architecture.columns``.
         attended: numbers per token that go in and out of attention, in all layers.
         attention: operations of attention per token in a forward pass.
     """
 
     layers: int
     hidden: int
+    columns: int
     attended: int
     attention: int
     count: int
@@ -102,7 +104,9 @@ def timed_model(body: Architecture, stage: TrainingSpec, scored: bool, longest: 
     trained = trained_parameters(count, body.adapters(stage.lora), stage.lora, body.hidden if scored else 0)
     attended = 2 * body.layers * body.hidden + body.kv
     attention = body.attention(longest)
-    return TimedModel(body.layers, body.hidden, attended, attention, count, trained, ITEM[stage.precision], stage)
+    return TimedModel(
+        body.layers, body.hidden, body.columns, attended, attention, count, trained, ITEM[stage.precision], stage
+    )
 
 
 def _pass(model: TimedModel, flops: int, reads: int, tokens: int, machine: Machine) -> float:
@@ -130,20 +134,21 @@ def scoring(model: TimedModel, stored: StageSpec, tokens: int, machine: Machine)
     return (
         _pass(model, 2 * model.count + model.attention, 1, tokens, machine)
         + fetched
-        + _exchanged(model, tokens, machine)
+        + _exchanged(model, tokens, machine, model.layers * 2 + 1)
     )
 
 
-def _exchanged(model: TimedModel, tokens: int, machine: Machine) -> float:
-    """Seconds in which ranks exchange activations in a forward pass.
+def _exchanged(model: TimedModel, tokens: int, machine: Machine, sums: int) -> float:
+    """Seconds in which ranks exchange activations in a forward pass, or their gradients in a backward pass.
 
-    Those that share ``tokens`` exchange them for heads, and back. Those that share layers all-reduce the outputs of
-    attention and MLP, and of the embeddings, each of which costs twice its bytes.
+    Those that share ``tokens`` exchange them for heads, and back. Those that share layers all-reduce hidden states
+    ``sums`` times, each of which costs twice its bytes: the outputs of attention, MLP and embeddings, or the gradients
+    of the inputs of each layer whose outputs are split, and of the head.
     """
     own = tokens / machine.sequence * model.item
     heads = own * model.attended / machine.ways * (machine.sequence - 1) / machine.sequence
-    outputs = 2 * own * (2 * model.layers + 1) / machine.stages * model.hidden * (machine.ways - 1) / machine.ways
-    return (heads + outputs) / machine.exchange
+    summed = 2 * own * sums / machine.stages * model.hidden * (machine.ways - 1) / machine.ways
+    return (heads + summed) / machine.exchange
 
 
 def step(model: TimedModel, tokens: int, passes: int, machine: Machine) -> dict[str, float]:
@@ -164,7 +169,8 @@ def step(model: TimedModel, tokens: int, passes: int, machine: Machine) -> dict[
         "bubble": (machine.stages - 1) * work,
         "optimizer": _optimizer(model, machine),
         "messages": _messages(model, passes, machine)
-        + (2 + again) * _exchanged(model, passes * tokens, machine)
+        + (1 + again) * _exchanged(model, passes * tokens, machine, model.layers * 2 + 1)
+        + _exchanged(model, passes * tokens, machine, model.layers * model.columns + 1)
         + _passed_on(model, passes * tokens, machine),
         "offload": _offloaded(model, passes, machine),
     }

@@ -28,7 +28,7 @@ from hpc_rlhf.spec.training import LoraSpec
 _SECONDS = 240
 
 # Raised by a change of what is cached.
-_FORMAT = 2
+_FORMAT = 3
 
 # The OPT models' configurations (arXiv 2205.01068, table 1) and shapes, to plan without the hub, and at once.
 _OPT = Path(__file__).with_name("opt.json")
@@ -62,6 +62,7 @@ class Architecture:
         hidden: width.
         inner: width of the MLP.
         vocabulary: tokens that the head distinguishes.
+        plain_head: the logits are what the head computes, so that tensor parallelism can split it.
         kv: numbers that one token leaves in the KV cache, in all layers.
         kept: by the bytes of a number, what all blocks keep of a token for the backward pass, in bytes: what
             tensor parallelism leaves whole, and what it shards.
@@ -76,6 +77,7 @@ class Architecture:
     hidden: int
     inner: int
     vocabulary: int
+    plain_head: bool
     kv: int
     kept: Mapping[int, tuple[float, float]]
 
@@ -83,6 +85,16 @@ class Architecture:
     def scored(self) -> int:
         """Its parameters with a score head instead of an output head."""
         return self.parameters - self.head + self.hidden
+
+    @property
+    def columns(self) -> int:
+        """Linear layers of a block whose outputs tensor parallelism splits: all but the last of attention and of the
+        MLP."""
+        return max(2, sum(each.count for each in self.linears if each.passed is None) // self.layers - 2)
+
+    def head_ways(self, ways: int) -> int:
+        """Ranks that share the output head, of ``ways`` ranks that share layers: 1 if it is not split."""
+        return ways if self.plain_head and self.vocabulary % ways == 0 else 1
 
     def attention(self, longest: int) -> int:
         """Operations per token of causal attention in a forward pass over sequences of ``longest`` tokens.

@@ -28,7 +28,8 @@ class PairResult:
     """How a model does against another, by the votes.
 
     Attributes:
-        win_rate: a vote for neither (a tie, or both bad) counts half.
+        win_rate: a vote for neither (a tie, or both bad) counts half. None for two responses of one model, where each
+            vote for one of them is a win and a loss.
     """
 
     model: str
@@ -37,7 +38,7 @@ class PairResult:
     losses: int
     ties: int
     both_bad: int
-    win_rate: Interval
+    win_rate: Interval | None
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,15 @@ def pair_results(votes: Sequence[Vote]) -> list[PairResult]:
             swapped = left > right
             result = {"left": "losses" if swapped else "wins", "right": "wins" if swapped else "losses"}
             counts[(right, left) if swapped else (left, right)][result.get(vote.vote, vote.vote)] += 1
-    return [
-        PairResult(
-            *pair, one["wins"], one["losses"], one["tie"], one["both_bad"],
-            intervals.share(one["wins"] + (one["tie"] + one["both_bad"]) / 2, one.total()),
-        )
-        for pair, one in sorted(counts.items())
-    ]  # fmt: skip
+    return [_pair_result(*pair, one) for pair, one in sorted(counts.items())]
+
+
+def _pair_result(model: str, against: str, counts: Counter[str]) -> PairResult:
+    wins, losses, neither = counts["wins"], counts["losses"], (counts["tie"], counts["both_bad"])
+    if model == against:
+        return PairResult(model, against, wins + losses, wins + losses, *neither, None)
+    rate = intervals.share(wins + sum(neither) / 2, counts.total())
+    return PairResult(model, against, wins, losses, *neither, rate)
 
 
 def thumbs_results(votes: Sequence[Vote]) -> list[ThumbsResult]:

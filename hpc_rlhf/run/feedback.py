@@ -47,7 +47,10 @@ class RatedModel(Part):
 
 
 class VoteSampling(Part):
-    """How the responses were drawn, as in requests; None for what the client did not set."""
+    """How the responses were drawn, as in requests; None for what the client did not set.
+
+    On the page, two responses of one model have different seeds: that of the right one is ``seed`` + 1.
+    """
 
     temperature: float | None = None
     top_p: float | None = None

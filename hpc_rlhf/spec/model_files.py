@@ -250,7 +250,8 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
 
 def shapes(where: Path) -> dict[str, list[int]] | None:
     """The shape of each tensor of a model; None if they are not in safetensors files here."""
-    return _shapes(weight_files(where) or {}, where)
+    files = weight_files(where)
+    return _shapes(files, where) if files else None
 
 
 def _head_shapes(where: Path) -> dict[str, list[int]] | None:

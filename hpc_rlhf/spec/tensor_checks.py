@@ -11,7 +11,7 @@ from hpc_rlhf.spec.model_files import Problem
 from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import TrainingSpec
 
-# Tests compare a split model of each with the whole one.
+# Tests compare a split model of each, with its usual options, with the whole one.
 ARCHITECTURES = (
     "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm",
     "glm4", "gpt_neox", "granite", "helium", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral",
@@ -20,9 +20,12 @@ ARCHITECTURES = (
 )  # fmt: skip
 # Whose attention every rank computes as a whole, after it has put the split queries, keys and values together.
 _WHOLE_ATTENTION = ("olmo2", "olmo3", "phi3")
+# Options that add layers which are not split.
+_UNSPLIT = ("use_qk_norm", "enable_moe_block")
 _SIZES = {
     "attention heads": ("num_attention_heads",),
     "key and value heads": ("num_key_value_heads",),
+    "key and value heads of some layers": ("num_global_key_value_heads",),
     "feed-forward units": ("intermediate_size", "ffn_dim"),
 }
 
@@ -52,11 +55,13 @@ def unsplit(fields: Mapping[str, Any], ways: int) -> Problem | None:
     if kind not in ARCHITECTURES:
         hint = f"leave it out and use zero: 3, which shards any model; supported: {', '.join(ARCHITECTURES)}"
         return f"tensor_parallel does not support {kind} models", hint
+    if option := next((name for name in _UNSPLIT if text.get(name)), None):
+        return f"tensor_parallel does not support {kind} models with {option}", "leave it out and use zero: 3"
     for what, names in _SIZES.items():
         count = next((text[name] for name in names if isinstance(text.get(name), int)), ways)
         if count % ways and not (kind in _WHOLE_ATTENTION and "heads" in what):
             return (
-                f"its {count} {what} cannot be divided among tensor_parallel: {ways} ranks",
+                f"its {count} {what} cannot be divided among {ways} ranks (tensor_parallel: {ways})",
                 "set tensor_parallel to a divisor of it, or leave it out and use zero: 3",
             )
     return None

@@ -58,7 +58,19 @@ def test_win_rates_count_both_sides_and_half_of_ties(run: RunDir, capsys: pytest
     assert "What colour is snow?" in text
 
 
-def test_models_of_one_name_are_told_apart_by_their_manifests(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_responses_of_one_model_are_counted_without_a_win_rate(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, vote in enumerate(("left", "left", "right", "tie")):
+        feedback.append(run.feedback, pair(f"twice{number}", vote, ("ppo", "ppo"), user="twice"))
+    (result,) = json.loads(printed(capsys, run, "--json", "--user", "twice"))["pairs"]
+    assert (result["wins"], result["losses"], result["ties"], result["win_rate"]) == (3, 3, 1, None)
+    assert "ppo    ppo         3       3     1         0  -" in printed(capsys, run, "--user", "twice")
+
+
+def test_models_of_one_name_are_distinguished_by_their_manifests(
+    run: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
     models = [RatedModel(name="ppo", manifest="9" * 64), RatedModel(name="ppo", manifest="a" * 64)]
     feedback.append(run.feedback, pair("rounds", "right").model_copy(update={"models": models}))
     facts = json.loads(printed(capsys, run, "--json", "--id", "rounds"))

@@ -150,9 +150,14 @@ def test_models_whose_sequences_ranks_cannot_share_are_refused(
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"num_attention_heads": 12}, "its 12 attention heads cannot be divided among tensor_parallel: 8 ranks"),
+        ({"num_attention_heads": 12}, "its 12 attention heads cannot be divided among 8 ranks (tensor_parallel: 8)"),
         ({"num_attention_heads": 32, "num_key_value_heads": 4}, "its 4 key and value heads"),
         ({"model_type": "opt", "num_attention_heads": 16, "ffn_dim": 100}, "its 100 feed-forward units"),
+        (
+            {"model_type": "cohere", "use_qk_norm": True},
+            "tensor_parallel does not support cohere models with use_qk_norm",
+        ),
+        ({"model_type": "gemma4_text", "num_global_key_value_heads": 4}, "its 4 key and value heads of some layers"),
         ({"model_type": "mixtral"}, "tensor_parallel does not support mixtral models"),
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_attention_heads": 4}}, "its 4 att"),
         ({"model_type": "phi3", "num_attention_heads": 12, "intermediate_size": 8192}, None),

@@ -1,13 +1,14 @@
 """Sharded tensors: each rank writes its shards, and any other number of ranks reads the shards it needs.
 
 A folder has one safetensors file per rank, and an index of which file has which part of which tensor. If tensor
-parallelism splits a tensor, the index has each tensor rank's part of it by itself. Another number of tensor ranks joins
-these parts and splits the whole again.
+parallelism splits a tensor, the index lists each tensor rank's part separately. A stage with another number of tensor
+ranks joins the parts and splits the result again.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,11 @@ class _Stored:
         self.ways: int = index["tensor_parallel"]
         self.parts: dict[str, list[tuple[int, int, int]]] = index["parts"]
         if self.ways > 1 and "splits" not in index:
-            raise self.unfit("it was made by an earlier version, which kept embeddings whole under tensor_parallel")
+            raise HpcRlhfError(
+                "an earlier version made the checkpoint, and kept embeddings whole under tensor_parallel",
+                where=str(folder),
+                hint="let that version finish the stage, or start it in another run_dir",
+            )
         self.splits: dict[str, tuple[int, list[int]]] = index.get("splits", {})
 
     def fill(self, pieces: Sequence[tuple[str, int, Tensor]]) -> None:
@@ -133,13 +138,15 @@ class _Stored:
         names = [_index_key(key, number, self.ways) for number in range(self.ways if split else 1)]
         parts = [torch.empty(self._size(name), dtype=shard.tensor.dtype) for name in names]
         self.fill([(name, 0, part) for name, part in zip(names, parts, strict=True)])
+        if split and any(part.numel() != math.prod(split[1]) for part in parts):
+            raise self.unfit(f"it does not have all of {key}")
         whole = torch.cat([part.view(split[1]) for part in parts], dim) if split else parts[0]
         if shard.split is None:
             return whole
         shape = list(shard.split[1])
-        if split is None:
+        if split is None and whole.numel() == ways * math.prod(shape):
             whole = whole.view(*shape[:dim], -1, *shape[dim + 1 :])
-        if whole.shape[dim] != ways * shape[dim]:
+        if list(whole.shape) != [*shape[:dim], ways * shape[dim], *shape[dim + 1 :]]:
             raise self.unfit(f"the size of its {key} is {tuple(whole.shape)}")
         return whole.narrow(dim, place * shape[dim], shape[dim])
 

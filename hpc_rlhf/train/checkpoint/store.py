@@ -239,8 +239,8 @@ class CheckpointStore:
             raise HpcRlhfError(
                 f"the last checkpoints were made by {mid_step_ranks} ranks in the middle of a step",
                 where=str(self.folder),
-                hint=f"run it on {mid_step_ranks} ranks, with the same sequence_parallel, until the step is done; then "
-                "any number can continue",
+                hint=f"run it on {mid_step_ranks} ranks, with the same tensor_parallel and sequence_parallel, until "
+                "the step is done; then any number can continue",
             )
         torn = self.world.on_main(lambda: len(list(self.folder.glob("torn-*"))))
         if torn:

@@ -1,4 +1,4 @@
-"""Loads a model split over tensor-parallel ranks, of which each reads its own shards alone."""
+"""Loads a model split over tensor-parallel ranks, each of which reads only its own shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from hpc_rlhf.spec import model_files
 from hpc_rlhf.train.models import score_head
 from hpc_rlhf.train.models.vocabulary import split_model
+from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from hpc_rlhf.train.parallel import tensor_parallel
 
 
@@ -30,6 +31,8 @@ def load(model_class: Any, config: Any, source: str, dtype: torch.dtype, ways: i
     from transformers import GenerationConfig
     from transformers.utils import logging
 
+    # All ranks make the groups, also if some of them do not find the files.
+    internals.tensor_group(ways)
     where = model_files.folder(source)
     stored = None if where is None else model_files.shapes(where)
     if where is None or stored is None or getattr(model_class, "_keep_in_fp32_modules", None):
@@ -38,14 +41,17 @@ def load(model_class: Any, config: Any, source: str, dtype: torch.dtype, ways: i
     with init_empty_weights(include_buffers=False):
         model = model_class(config).eval()
     model.tie_weights()  # the meta device has untied them
-    prefix, names = f"{model.base_model_prefix}.", {}
-    for name, parameter in model.named_parameters():
-        names[name] = name if name in stored else name.removeprefix(prefix)
+    prefix, parameters = f"{model.base_model_prefix}.", dict(model.named_parameters())
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    names = {name: name if name in stored else name.removeprefix(prefix) for name in everything}
+    for name, parameter in parameters.items():
         expected = stored.get(names[name], [1, parameter.shape[-1]] if name == score_head.WEIGHT else None)
         if expected != list(parameter.shape):
             return None
+    if any(names[name] in stored for name in everything.keys() - parameters.keys()):
+        return None  # tied weights that are stored one by one may differ, and are not tied then
     heads = {name for name in stored if model_files.HEAD.match(name)} - {score_head.WEIGHT}
-    if heads or model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
+    if heads or model.state_dict().keys() - everything.keys():
         return None
     _stand_in(model, dtype)
     split_model(model, ways)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from hpc_rlhf.train.models import architectures, experts, packed_attention, structure
+from hpc_rlhf.train.models import architectures, experts, packed_attention, structure, vocabulary
 from hpc_rlhf.train.models.language_model import hidden_states, padded
 from hpc_rlhf.train.models.lora import is_linear, sizes
 
@@ -55,6 +55,7 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
         "hidden": width,
         "inner": inner,
         "vocabulary": config.vocab_size,
+        "plain_head": vocabulary.has_plain_head(model),
         "kv": 2 * layers * shared * dim,
         "kept": _kept_by_item_size(model, blocks, inner),
     }

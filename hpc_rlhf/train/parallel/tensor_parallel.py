@@ -28,8 +28,9 @@ _OWN_PLANS = {
         "decoder.layers.*.fc2": "rowwise",
     }
 }
-# Whole on every rank, but each rank sees only its own heads.
+# Whole on every rank, but each rank sees only its own heads. Not all plans name such norms.
 _REPLICATED = "replicated_with_grad_allreduce"
+_NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
 class _SumGradients(torch.autograd.Function):
@@ -100,7 +101,7 @@ class SplitLinear(nn.Linear):
     Attributes:
         split_dim: dimension that the weight is split along.
         tensor_group: process group of the ranks that share the layer.
-        is_apart: the layers around it are whole: they take joined outputs, or give whole inputs.
+        is_apart: its neighbours are not split: it joins its outputs, or takes its share of whole inputs.
     """
 
     split_dim: int
@@ -114,7 +115,7 @@ class SplitLinear(nn.Linear):
         """What a linear layer computes with one weight, or with several in place of their product.
 
         Args:
-            weights: that in contact with the split dimension of this layer is split like its weight; others are whole.
+            weights: the factor next to this layer's split dimension is split as its weight is; the others are whole.
         """
         raise NotImplementedError
 
@@ -173,13 +174,21 @@ def split_layers(model: Any, ways: int) -> Any:
     source = str(config.name_or_path or config.model_type)
     if problem := tensor_checks.unsplit(config.to_dict(), ways):
         raise HpcRlhfError(problem[0], where=source, hint=problem[1])
-    plan = list(_planned(model.base_model, _OWN_PLANS.get(config.model_type) or config.base_model_tp_plan))
-    for layer, style in plan:
-        if style != _REPLICATED and (style not in _STYLES or layer.weight.shape[_STYLES[style][0].split_dim] % ways):
+    plan = dict(_planned(model.base_model, _OWN_PLANS.get(config.model_type) or config.base_model_tp_plan or {}))
+    hint = "leave tensor_parallel out and use zero: 3"
+    if not plan or set(plan.values()) - {_REPLICATED, *_STYLES}:
+        raise HpcRlhfError(
+            f"this version of transformers has no plan for {config.model_type} models that tensor_parallel can follow",
+            where=source,
+            hint=f"install a newer transformers, or {hint}",
+        )
+    for layer, style in plan.items():
+        if style != _REPLICATED and layer.weight.shape[_STYLES[style][0].split_dim] % ways:
             what = f"a layer of {config.model_type} models with these sizes cannot be divided among {ways} ranks"
-            raise HpcRlhfError(what, where=source, hint="leave tensor_parallel out and use zero: 3")
+            raise HpcRlhfError(what, where=source, hint=hint)
+    _add_norms(model, plan)
     group = internals.tensor_group(ways)
-    for layer, style in plan:
+    for layer, style in plan.items():
         if style == _REPLICATED:
             for parameter in layer.parameters():
                 parameter.register_hook(lambda grad: _total(grad, group))
@@ -206,8 +215,18 @@ def _planned(body: Any, plan: dict[str, str]) -> Iterator[tuple[Any, str]]:
                 yield layer, style
 
 
+def _add_norms(model: Any, plan: dict[Any, str]) -> None:
+    """Add to a plan the norms of heads that it splits."""
+    for attention in model.modules():
+        if plan.get(getattr(attention, "q_proj", None)) == "colwise":
+            for name in _NORMS_OF_HEADS:
+                if isinstance(norm := getattr(attention, name, None), nn.Module):
+                    plan.setdefault(norm, _REPLICATED)
+
+
 def split_rows(layer: Any, group: Any) -> None:
-    """Leave a layer this rank's rows of its weight and bias, in place; a weight that it shares is split once."""
+    """Leave a layer this rank's rows of its weight and bias, in place; a weight that it shares is split once. What the
+    layer says of its size stays that of the whole."""
     layer.tensor_group, layer.split_dim = group, 0
     for parameter in layer.parameters(recurse=False):
         if split_dim(parameter) is None:

@@ -135,8 +135,8 @@ def _make_app(
         for name in body.models:
             check_name(name, "models")
         stored = await asyncio.to_thread(voting.store, body)
-        for name in dict.fromkeys(body.models):
-            metrics.feedback.labels(name, body.result_for(name)).inc()
+        for name, result in body.results:
+            metrics.feedback.labels(name, result).inc()
         return {"id": stored.id, "object": "feedback"}
 
     _add_error_handlers(app)

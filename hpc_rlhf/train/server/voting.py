@@ -45,11 +45,14 @@ class Ballot(BaseModel):
     comment: _Comment = ""
     user: _User | None = None
 
-    def result_for(self, model: str) -> str:
-        """What the vote means for one of its models, such as ``up`` or ``win``."""
+    @property
+    def results(self) -> set[tuple[str, str]]:
+        """Its models, each with what the vote means for it, such as ``up`` or ``win``. A model that is compared with
+        itself has both a win and a loss."""
         if self.vote not in ("left", "right"):
-            return self.vote
-        return "win" if self.models[self.vote == "right"] == model else "loss"
+            return {(model, self.vote) for model in self.models}
+        left, right = self.models
+        return {(left, "win" if self.vote == "left" else "loss"), (right, "loss" if self.vote == "left" else "win")}
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,15 @@ def adapted(model, only):
 
 def made(kind):
     kind, _, size = kind.partition(":")
+    kind, _, norms = kind.partition("+")  # norms of heads that are not in the plan
     fields = {} if kind in tiny.SIZES else {**tiny.SIZES["llama"], **OTHERS}
-    return tiny.causal(kind, **fields, **({"vocab_size": int(size)} if size else {}))
+    if kind == "phi":
+        fields["qk_layernorm"] = bool(norms)
+    model = tiny.causal(kind, **fields, **({"vocab_size": int(size)} if size else {}))
+    if norms:
+        plan = model.config.base_model_tp_plan
+        model.config.base_model_tp_plan = {name: style for name, style in plan.items() if "norm" not in name}
+    return model
 
 def gradients(model):
     found = {
@@ -158,7 +165,7 @@ print(json.dumps(seen))
 # 97 tokens cannot be split.
 FULLY = [f"{kind} {adapters}" for kind in ("llama", "mistral", "opt", "qwen2", "qwen3") for adapters in ("", "only")]
 FULLY += ["qwen3 also", "phi3 only", "llama:97 ", "opt:97 "]
-OTHERS = [f"{kind} " for kind in ARCHITECTURES if f"{kind} " not in FULLY]
+OTHERS = [f"{kind} " for kind in ARCHITECTURES if f"{kind} " not in FULLY] + ["phi+norms ", "qwen3+norms "]
 
 
 @pytest.fixture(scope="module")
