@@ -64,8 +64,8 @@ def has_plain_head(causal: Any) -> bool:
 def split_model(model: nn.Module, ways: int) -> None:
     """Replace a model's layers, embeddings and output head by this rank's shards of them, in place. Collective.
 
-    Embeddings and head stay whole if the vocabulary cannot be divided. The head, with embeddings that are tied to it, also
-    stays whole if the model changes its logits.
+    Embeddings and head stay whole if the vocabulary cannot be divided. So does a head, with embeddings that are tied to
+    it, if the model changes its logits.
 
     Args:
         model: contains a transformers model, whole and the same on all ranks.
