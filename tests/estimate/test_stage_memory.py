@@ -177,3 +177,29 @@ def test_a_pipeline_divides_weights_and_keeps_the_activations_of_many_passes() -
     assert first / last == pytest.approx(2, rel=0.1)
     with pytest.raises(HpcRlhfError, match="12 layers cannot be divided into 13 stages"):
         sft({"gpus_per_node": 13}, **{**fields, "pipeline_parallel": 13})
+
+
+@pytest.mark.parametrize(
+    ("fields", "split"),
+    [
+        ({"model_type": "llama", "tie_word_embeddings": False}, ("embeddings", "head")),
+        ({"model_type": "llama", "tie_word_embeddings": True}, ("embeddings",)),
+        ({"model_type": "llama", "vocab_size": 1001}, ()),
+        (
+            {"model_type": "gemma2", "head_dim": 32},
+            (),
+        ),  # it changes its logits, and its embeddings are tied to the head
+        ({"model_type": "granite", "tie_word_embeddings": False, "logits_scaling": 2.0}, ("embeddings",)),
+    ],
+)
+def test_tensor_parallelism_divides_what_it_splits(fields: dict[str, Any], split: tuple[str, ...]) -> None:
+    sizes = {
+        "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    models = {"actor": {"from_scratch": {**sizes, **fields}}}
+    spec = make_spec("/scratch/demo", GPUS, sft={"tensor_parallel": 2}).model_dump(mode="json")
+    spec = JobSpec.model_validate({**spec, "models": models})
+    model = architecture(spec.models, "actor")
+    divided = model.inside + len(split) * 1000 * 64
+    assert stage_memory(spec, "sft").always["weights"] == 2 * (model.parameters - divided // 2)
