@@ -144,7 +144,7 @@ def added(*all_: Parts) -> Parts:
 def _on_rank(model: Architecture, total: int, ways: int) -> int:
     """Parameters on one rank of a tensor-parallel group."""
     matrix = model.vocabulary * model.hidden
-    # The embeddings and the output head, of which a model or the stage of a pipeline has one, both or none.
+    # A whole model has embeddings and perhaps a head of its own; a pipeline stage may lack either.
     split_head = model.head_ways(ways) > 1
     split = bool(model.head and split_head) + (model.vocabulary % ways == 0 and (split_head or model.head > 0))
     divided = model.inside + min(split, (total - model.inside) // matrix) * matrix

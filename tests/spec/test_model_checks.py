@@ -122,9 +122,9 @@ def test_models_of_images_and_text_are_accepted_for_their_text_model(tmp_path: P
     assert problems(tmp_path, {"actor": write("whole", whole)}, "sft: {}, reward: {}, ppo: {}") == []
 
 
-@pytest.mark.parametrize(
-    ("fields", "complaint"),
-    [
+# What is wrong with a model, by the field that would divide it among eight ranks.
+UNDIVIDED: dict[str, list[tuple[dict[str, Any], str | None]]] = {
+    "sequence_parallel": [
         ({"num_attention_heads": 12}, "its 12 attention heads cannot be divided by sequence_parallel: 8"),
         ({"model_type": "gpt2", "n_head": 12}, "its 12 attention heads cannot be divided"),
         ({"text_config": {"model_type": "llama4_text", "layer_types": ["chunked_attention"]}}, "chunked_attention"),
@@ -133,23 +133,7 @@ def test_models_of_images_and_text_are_accepted_for_their_text_model(tmp_path: P
         ({"rope_scaling": {"rope_type": "dynamic"}, "max_position_embeddings": 64}, "rotary embedding of llama models"),
         ({"num_attention_heads": 32, "num_key_value_heads": 4, "sliding_window": 64}, None),
     ],
-)
-def test_models_whose_sequences_ranks_cannot_share_are_refused(
-    tmp_path: Path, write: Write, fields: dict[str, Any], complaint: str | None
-) -> None:
-    stages = "sft: {sequence_parallel: 8, slurm: {gpus_per_node: 8}}, reward: {}"
-    found = problems(tmp_path, {"actor": write("model", fields)}, stages)
-    if complaint is None:
-        assert not found
-        return
-    assert found[0].startswith("4: stages.sft.sequence_parallel: models.actor: ")
-    assert complaint in found[0]
-    assert len(found) == 1
-
-
-@pytest.mark.parametrize(
-    ("fields", "complaint"),
-    [
+    "tensor_parallel": [
         ({"num_attention_heads": 12}, "its 12 attention heads cannot be divided among 8 ranks (tensor_parallel: 8)"),
         ({"num_attention_heads": 32, "num_key_value_heads": 4}, "its 4 key and value heads"),
         ({"model_type": "opt", "num_attention_heads": 16, "ffn_dim": 100}, "its 100 feed-forward units"),
@@ -163,16 +147,21 @@ def test_models_whose_sequences_ranks_cannot_share_are_refused(
         ({"model_type": "phi3", "num_attention_heads": 12, "intermediate_size": 8192}, None),
         ({"num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}, None),
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "fields", "complaint"), [(field, *each) for field, models in UNDIVIDED.items() for each in models]
 )
-def test_models_whose_layers_cannot_be_split_are_refused(
-    tmp_path: Path, write: Write, fields: dict[str, Any], complaint: str | None
+def test_models_that_ranks_cannot_share_are_refused(
+    tmp_path: Path, write: Write, field: str, fields: dict[str, Any], complaint: str | None
 ) -> None:
-    stages = "sft: {tensor_parallel: 8, slurm: {gpus_per_node: 8}}, reward: {}"
+    stages = f"sft: {{{field}: 8, slurm: {{gpus_per_node: 8}}}}, reward: {{}}"
     found = problems(tmp_path, {"actor": write("model", fields)}, stages)
     if complaint is None:
         assert not found
         return
-    assert found[0].startswith("4: stages.sft.tensor_parallel: models.actor: ")
+    assert found[0].startswith(f"4: stages.sft.{field}: models.actor: ")
     assert complaint in found[0]
     assert len(found) == 1
 

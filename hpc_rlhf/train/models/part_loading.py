@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def load(model_class: Any, config: Any, source: str, dtype: torch.dtype, ways: i
     heads = {name for name in stored if model_files.HEAD.match(name)} - {score_head.WEIGHT}
     if heads or model.state_dict().keys() - everything.keys():
         return None
-    _stand_in(model, dtype)
+    # Of the same shapes, without memory.
+    replace_parameters(model, lambda meta: nn.Parameter(torch.zeros((), dtype=dtype).expand(meta.shape)))
     split_model(model, ways)
     files = model_files.weight_files(where) or {}
     for name, parameter in logging.tqdm(list(model.named_parameters()), desc="Loading weights"):
@@ -71,10 +73,9 @@ def load(model_class: Any, config: Any, source: str, dtype: torch.dtype, ways: i
     return model
 
 
-def _stand_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace parameters on the meta device by ones of the same shapes that take no memory; tied ones stay tied."""
+def replace_parameters(model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    """Replace parameters, such as those on the meta device, in place; tied ones stay tied."""
     replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            empty = nn.Parameter(torch.zeros((), dtype=dtype).expand(parameter.shape))
-            setattr(module, name, replaced.setdefault(id(parameter), empty))
+            setattr(module, name, replaced.setdefault(id(parameter), make(parameter)))

@@ -39,7 +39,7 @@ class LogProbHead(nn.Linear):
 
 
 class SplitEmbedding(nn.Embedding):
-    """A rank's share of an embedding's rows, in order. The ranks of the group look up the same tokens, and sum."""
+    """This rank's rows of an embedding. All ranks look up the same tokens and sum the results."""
 
     tensor_group: Any
 

@@ -90,13 +90,13 @@ def sum_outputs(outputs: Tensor, group: Any) -> Tensor:
 
 
 def join(part: Tensor, group: Any) -> Tensor:
-    """The last dimension of a tensor put together from the equal parts that the ranks of a group have, in order."""
+    """Concatenate the ranks' equal parts of a tensor along its last dimension, in rank order."""
     whole: Tensor = _Join.apply(part, group)
     return whole
 
 
 class SplitLinear(nn.Linear):
-    """A rank's shard of a linear layer.
+    """This rank's shard of a linear layer.
 
     Attributes:
         split_dim: dimension that the weight is split along.
@@ -158,7 +158,7 @@ _STYLES: dict[str, tuple[type[SplitLinear], bool]] = {
 
 
 def split_layers(model: Any, ways: int) -> Any:
-    """Replace every layer of a transformers model by this rank's shard of it, in place. Collective.
+    """Replace each layer of a transformers model with this rank's shard, in place. Collective.
 
     Args:
         model: whole and the same on all ranks.
@@ -207,7 +207,7 @@ def split_layers(model: Any, ways: int) -> Any:
 
 
 def _planned(body: Any, plan: dict[str, str]) -> Iterator[tuple[Any, str]]:
-    """The layers of a model without its head that a plan names, each with its style."""
+    """The layers that a plan names, with their styles. ``body`` is the model without its head."""
     patterns = {re.compile(re.escape(name).replace(r"\*", r"\d+")): style for name, style in plan.items()}
     for name, layer in body.named_modules():
         for pattern, style in patterns.items():
@@ -251,17 +251,17 @@ def split_dim(layer: Any) -> int | None:
 
 
 def place(parameter: Any) -> int:
-    """Which of the shards of a split parameter this rank has, from 0 on."""
+    """This rank's index among the shards of a split parameter."""
     return int(parameter.split_place)
 
 
 def split_ways(parameter: Any) -> int:
-    """The number of ranks that a parameter is split over."""
+    """The number of shards; 1 if the parameter is whole."""
     return int(getattr(parameter, "split_ways", 1))
 
 
 def split_of(parameter: Any) -> tuple[int, tuple[int, ...]] | None:
-    """The dimension that a parameter is split along, and this rank's shape of it; None if it is whole."""
+    """The dimension along which a parameter is split, and the shape of this rank's shard; None if it is whole."""
     dim = split_dim(parameter)
     return None if dim is None else (dim, tuple(parameter.shape))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.models import packed_attention, rotary, structure
 from hpc_rlhf.train.models.export import ModuleWeights, full_bytes, full_weights, module_weights, whole
+from hpc_rlhf.train.models.part_loading import replace_parameters
 from hpc_rlhf.train.parallel.deepspeed_internals import is_split, is_zero3
 
 
@@ -47,7 +48,9 @@ class GatheredModel:
         self.module.tie_weights()  # the meta device has untied them
         packed_attention.enable(self.module)
         rotary.separate(self.module)
-        _allocate_empty(self.module)
+        replace_parameters(
+            self.module, lambda meta: nn.Parameter(torch.empty(0, dtype=meta.dtype), requires_grad=False)
+        )
         self.weights = dict(self.module.named_parameters())
         self.resident = module_weights(model)
         self.streamed: list[list[ModuleWeights]] = []
@@ -102,15 +105,6 @@ class GatheredModel:
 
 def _free(weight: Tensor) -> None:
     weight.data = weight.data.new_empty(0)
-
-
-def _allocate_empty(module: nn.Module) -> None:
-    """Replace parameters on the meta device by empty tensors; tied ones stay tied."""
-    empty: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
-            replacement = nn.Parameter(torch.empty(0, dtype=parameter.dtype), requires_grad=False)
-            setattr(part, name, empty.setdefault(id(parameter), replacement))
 
 
 def _layers(model: Any) -> tuple[str, nn.ModuleList]:
