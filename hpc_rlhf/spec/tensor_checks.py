@@ -53,7 +53,7 @@ def unsplit(fields: Mapping[str, Any], ways: int) -> Problem | None:
     text = model_files.text_fields(fields)
     kind = model_files.model_type(fields)
     if kind not in ARCHITECTURES:
-        hint = f"leave it out and use zero: 3, which shards any model; supported: {', '.join(ARCHITECTURES)}"
+        hint = "leave it out and use zero: 3, which shards any model; docs/strategy.md lists the types that it splits"
         return f"tensor_parallel does not support {kind} models", hint
     if option := next((name for name in _UNSPLIT if text.get(name)), None):
         return f"tensor_parallel does not support {kind} models with {option}", "leave it out and use zero: 3"
