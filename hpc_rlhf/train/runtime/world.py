@@ -240,6 +240,9 @@ def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT, secret: b
             hint="submit again, so that the plan and the allocation agree",
             exit_code=RUN_FAILED,
         )
+    # CPUs compute slowly with subnormal numbers, which the tails of a softmax and Adam's second moments reach. Threads
+    # inherit this setting when torch starts them.
+    torch.set_flush_denormal(True)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -268,5 +271,6 @@ def join(expected_ranks: int, timeout: timedelta = COLLECTIVE_TIMEOUT, secret: b
 
 
 def leave() -> None:
+    torch.set_flush_denormal(False)
     if dist.is_initialized():
         dist.destroy_process_group()

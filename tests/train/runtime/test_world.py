@@ -205,3 +205,20 @@ def test_every_group_of_torch_and_deepspeed_has_the_timeout_of_the_spec() -> Non
     minutes = reports(TIMEOUTS, [], 1)[0]["minutes"]
     assert len(minutes) > 1, "DeepSpeed created no groups"
     assert set(minutes) == {77.0}
+
+
+# A rank whose threads multiply to numbers below the smallest normal one.
+SUBNORMAL = """
+import json
+import torch
+from hpc_rlhf.train.runtime.world import join
+
+join(1)
+torch.set_num_threads(2)
+products = torch.full((1 << 20,), 1e-38) * 0.1
+print(json.dumps({"nonzero": int(products.view(torch.int32).count_nonzero())}))
+"""
+
+
+def test_all_threads_of_a_rank_flush_subnormal_numbers_to_zero() -> None:
+    assert reports(SUBNORMAL, [], 1) == [{"nonzero": 0}]
