@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hpc_rlhf.estimate.parameters import Architecture
 from hpc_rlhf.spec.batch import Batch
-from hpc_rlhf.spec.sizes import ALIGNED, BUCKET, LIVE, LOGITS
+from hpc_rlhf.spec.sizes import ALIGNED, BUCKET, LIVE, head_rows
 from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.training import LoraSpec, StageSpec, TrainingSpec
 
@@ -87,8 +87,7 @@ class Pass:
             return 0
         model, item, n = self.model, self.item, _aligned(min(self.predicted, self.own_tokens))
         size, wide = model.vocabulary // model.head_ways(self.stage.tensor_parallel), 4 if self.on_cpu else item
-        rows = max(1, LOGITS["cpu" if self.on_cpu else "cuda"] // size // ALIGNED) * ALIGNED
-        chunk = min(n, rows)
+        chunk = min(n, head_rows("cpu" if self.on_cpu else "cuda", size))
         head = size * model.hidden
         trained = self.stage.lora is None or not self.stage.lora.only
         weight_copy = 4 * head if self.on_cpu and item == 2 else 0  # a CPU multiplies half precision as float32

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-# Float32 logits held at a time: 64 MiB keep a GPU busy; 8 MiB a CPU's matrix kernels, near its cache.
-LOGITS = {"cuda": 16 * 2**20, "cpu": 2 * 2**20}
 # Matrices have a multiple of this many rows: kernels are fastest there, and a CPU compiles and keeps one for
 # every height.
 ALIGNED = 64
+# Float32 logits held at a time: 64 MiB keep a GPU busy; 8 MiB a CPU's matrix kernels, near its cache.
+LOGITS = {"cuda": 16 * 2**20, "cpu": 2 * 2**20}
+# But at least those of this many tokens: each chunk reads the head's weight and adds to its gradient, which takes
+# longer than the products of a few tokens.
+HEAD_ROWS = {"cuda": 512, "cpu": 256}
 
 # Responses generated at a time, at most, where memory is not short.
 ROWS = 64
@@ -18,3 +21,9 @@ WEIGHTS_SHARE, CACHE_SHARE = 0.5, 0.2
 
 # Numbers in the buffer through which ZeRO reduces gradients, and parameters that ZeRO 3 keeps gathered at a time.
 BUCKET, LIVE = 200_000_000, 30_000_000
+
+
+def head_rows(device: str, vocabulary: int) -> int:
+    """The tokens whose logits an output head of that many columns holds at a time, on a type of device."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    return max(HEAD_ROWS[kind], LOGITS[kind] // vocabulary // ALIGNED * ALIGNED)

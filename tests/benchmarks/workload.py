@@ -16,17 +16,22 @@ from tests.train.stages import make_run
 HH = "harmless-base.jsonl.gz"
 
 
-def _opt(layers: int, width: int) -> dict[str, Any]:
+def _opt(layers: int, width: int, vocabulary: int = 4096) -> dict[str, Any]:
     """The configuration of an OPT with heads of 64."""
     return {
-        "model_type": "opt", "vocab_size": 4096, "hidden_size": width, "ffn_dim": 4 * width,
+        "model_type": "opt", "vocab_size": vocabulary, "hidden_size": width, "ffn_dim": 4 * width,
         "num_hidden_layers": layers, "num_attention_heads": width // 64, "word_embed_proj_dim": width,
         "max_position_embeddings": 512, "dropout": 0.0,
     }  # fmt: skip
 
 
 # The models by layers and width.
-SHAPES = {"4 x 256": _opt(4, 256), "12 x 768": _opt(12, 768), "1 x 64": _opt(1, 64)}  # the last is for tests
+SHAPES = {
+    "4 x 256": _opt(4, 256),
+    "12 x 768": _opt(12, 768),
+    "OPT-125M": _opt(12, 768, 50_272),
+    "1 x 64": _opt(1, 64),  # for tests
+}
 LONGEST = 512  # tokens of a sequence in SFT and the reward model
 PROMPT = ANSWER = 128  # tokens of PPO's and GRPO's longest prompt, and of each of its answers
 GROUP = 8  # GRPO's responses to each prompt

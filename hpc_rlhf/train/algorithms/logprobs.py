@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc_rlhf.spec.sizes import ALIGNED, LOGITS
+from hpc_rlhf.spec.sizes import ALIGNED, head_rows
 
 # The precision in which a CPU multiplies float32 matrices; torch before 2.9 has no such setting.
 MATMUL: Any = getattr(torch.backends.mkldnn, "matmul", None)
@@ -53,8 +53,8 @@ def head_log_probs(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probabilities of tokens from the hidden states that predict them, one chunk of logits at a time.
 
-    The backward pass computes the logits again. At most LOGITS float32 numbers exist at a time, or the logits
-    of ALIGNED tokens, whatever the number of tokens.
+    The backward pass computes the logits again. Those of ``head_rows`` tokens exist at a time, whatever the number of
+    tokens.
 
     Args:
         hidden: (n, hidden).
@@ -96,11 +96,12 @@ def head_log_prob_sum(
 class _Head:
     """An output head applied chunk by chunk, and the gradients accumulated so far.
 
-    On a CPU, bfloat16 matrices are stored as float32 and multiplied as bfloat16: products are summed and
-    returned in float32, without a pass over the logits to convert them.
+    On a CPU, bfloat16 matrices are stored as float32 and multiplied as bfloat16: logits and the weight's gradient are
+    summed and returned in float32, without a pass to convert them.
 
     Attributes:
         chunk: tokens at a time.
+        narrow: the weight in its own precision.
         hidden_grads: gradients of the hidden states of each chunk.
         weight_grad, bias_grad: float32; None before the first chunk, or if not needed.
     """
@@ -108,10 +109,10 @@ class _Head:
     def __init__(self, weight: Tensor, bias: Tensor | None, temperature: float, group: Any) -> None:
         self.group = group
         self.first = 0 if group is None else dist.get_rank(group) * len(weight)  # token of the weight's first row
-        size = LOGITS.get(weight.device.type, LOGITS["cuda"]) // weight.shape[0]
-        self.chunk = max(1, size // ALIGNED) * ALIGNED
+        self.chunk = head_rows(weight.device.type, len(weight))
         self.bfloat16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and bool(MATMUL)
         self.dtype = torch.float32 if self.bfloat16 else weight.dtype
+        self.narrow = weight
         self.weight, self.bias = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
         self.temperature = temperature
         self.buffer = self.weight.new_empty(0)
@@ -172,9 +173,9 @@ class _Head:
             part: (rows, hidden).
             needed: for hidden states, weight and bias, True if their gradient is needed.
         """
-        low, part = slope.to(self.dtype), part.to(self.dtype)
         if needed[0]:
-            self.hidden_grads.append(low @ self.weight)
+            self.hidden_grads.append(slope.to(self.narrow.dtype) @ self.narrow)
+        low, part = slope.to(self.dtype), part.to(self.dtype)
         if needed[1]:
             if self.weight_grad is None:
                 self.weight_grad = (low.T @ part).float()

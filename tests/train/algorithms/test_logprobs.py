@@ -39,14 +39,14 @@ def test_large_logits_do_not_overflow() -> None:
     assert entropy(logits).item() == 0.0
 
 
-@pytest.mark.parametrize(("chunk", "aligned"), [(1, 1), (3, 3), (100, 64)])
+@pytest.mark.parametrize(("chunk", "aligned"), [(1, 1), (3, 3), (128, 64)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_head_log_probs_match_those_from_logits_with_gradients(
     chunk: int, aligned: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when the last chunk is padded."""
     monkeypatch.setattr(logprobs, "ALIGNED", aligned)
-    monkeypatch.setitem(logprobs.LOGITS, "cpu", chunk * 11)
+    monkeypatch.setattr(logprobs, "head_rows", lambda *_: chunk)
     hidden, weight, bias = torch.randn(8, 5), torch.randn(11, 5), torch.randn(11) if with_bias else None
     tokens, temperature, weights = torch.randint(11, (8,)), 0.6, torch.randn(8)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
@@ -61,13 +61,13 @@ def test_head_log_probs_match_those_from_logits_with_gradients(
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize(("chunk", "aligned"), [(1, 1), (3, 3), (100, 64)])
+@pytest.mark.parametrize(("chunk", "aligned"), [(1, 1), (3, 3), (128, 64)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_sum_computes_gradients_in_its_forward_pass(
     chunk: int, aligned: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "ALIGNED", aligned)
-    monkeypatch.setitem(logprobs.LOGITS, "cpu", chunk * 11)
+    monkeypatch.setattr(logprobs, "head_rows", lambda *_: chunk)
     hidden, weight = torch.randn(8, 5).double(), torch.randn(11, 5).double()
     bias = torch.randn(11).double() if with_bias else None
     tokens, temperature = torch.randint(11, (8,)), 0.6
@@ -130,7 +130,7 @@ def test_a_chunked_gradient_in_bfloat16_is_summed_in_float32(monkeypatch: pytest
     grads = []
     monkeypatch.setattr(logprobs, "ALIGNED", 1)
     for rows in (512, 1):
-        monkeypatch.setitem(logprobs.LOGITS, "cpu", rows * 16)
+        monkeypatch.setattr(logprobs, "head_rows", lambda *_, rows=rows: rows)
         leaf = weight.clone().requires_grad_()
         head_log_probs(hidden, leaf, None, tokens, 1.0, False)[0].sum().backward()
         grads.append(leaf.grad)
@@ -168,7 +168,7 @@ def test_chunks_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         return multiply(part, *rest, out=out)
 
     monkeypatch.setattr(logprobs.torch, "mm", recorded)
-    monkeypatch.setitem(logprobs.LOGITS, "cpu", 130 * 4)
+    monkeypatch.setattr(logprobs, "head_rows", lambda *_: 128)
     for n in range(1, 400, 7):
         head_log_probs(torch.ones(n, 2), torch.ones(4, 2), None, torch.zeros(n, dtype=torch.int64), 1.0, False)
     assert heights == {64, 128}
