@@ -107,8 +107,8 @@ class Division:
     def is_last(self) -> bool:
         return self.place == len(self.bounds) - 2
 
-    def apply(self) -> None:
-        """Replace what other stages have, in place."""
+    def apply(self, dtype: torch.dtype) -> None:
+        """Replace what other stages have, and convert the parameters of this one, in place."""
         causal, trace = self.causal, self.trace
         embedding = causal.get_input_embeddings()
         own = range(*self.bounds[self.place : self.place + 2])
@@ -124,12 +124,15 @@ class Division:
                     setattr(trace.owner, name, Elsewhere())
             if self.tied is None or self.place:
                 causal.set_output_embeddings(Elsewhere())
+        for parameter in causal.parameters():
+            parameter.data = parameter.data.to(dtype)
+        causal.config.dtype = dtype
 
     def verify(self, world: World, refuse: Callable[[str], HpcRlhfError]) -> None:
         """Compare what the stage computes with what the whole model did. Collective."""
         trace, start, stop = self.trace, *self.bounds[self.place : self.place + 2]
         ids, lengths = trace.batch.ids.to(world.device), trace.batch.lengths
-        received = trace.inputs[start][0].to(world.device) if self.place else None
+        received = trace.inputs[start][0].to(world.device, self.causal.dtype) if self.place else None
         with agreement.undisturbed(world.device):
             try:
                 actual = hidden_states(structure.body(self.causal), ids, lengths, received)
@@ -140,15 +143,16 @@ class Division:
                 far = agreement.distance(actual.double().cpu(), expected.double())
             except Exception:  # any kind: the family does not pass on what it gets
                 far = float("inf")
-        if world.max(far > agreement.tolerance(self.causal.dtype)):
+        if world.max(far > max(map(agreement.tolerance, (self.causal.dtype, trace.inputs[0].dtype)))):
             raise refuse("their stages do not compute what the whole model does")
 
 
-def divide(whole: LanguageModel, world: World, source: str) -> Division:
+def divide(whole: LanguageModel, dtype: torch.dtype, world: World, source: str) -> Division:
     """Take a model apart, and leave this rank its stage, in place. Collective.
 
     Args:
         whole: with the same weights on all ranks, on the CPU.
+        dtype: of the stage.
 
     Raises:
         HpcRlhfError: the model's layers cannot be taken apart.
@@ -169,7 +173,7 @@ def divide(whole: LanguageModel, world: World, source: str) -> Division:
     bounds = stage_bounds([_weights([layer]) for layer in trace.layers], before, after, stages)
     tied = head.weight if head.weight is embedding.weight else None
     division = Division(causal, trace, world.dims.coordinate("pipeline", world.rank), bounds, tied)
-    division.apply()
+    division.apply(dtype)
     return division
 
 

@@ -66,12 +66,14 @@ def exit_code_of(error: Exception, source: str) -> int:
 
 
 def _load(
-    class_of: Callable[[Any, str], Any], source: str, dtype: torch.dtype, dropout: float, labels: int | None = None
-) -> tuple[Any, list[str]]:
+    class_of: Callable[[Any, str], Any], source: str, dtype: torch.dtype | None, dropout: float,
+    labels: int | None = None,
+) -> tuple[Any, list[str]]:  # fmt: skip
     """A model, and the names of its parameters that the files do not have.
 
     Args:
         class_of: given a text configuration and the source, the class to load.
+        dtype: None keeps that of the files.
         labels: outputs of a score head.
     """
     from safetensors import SafetensorError
@@ -93,11 +95,11 @@ def _load(
         model_class = class_of(config, source)
         renamed |= architectures.renamed_weights(whole, model_class)
         model, info = None, {"unexpected_keys": [], "missing_keys": [score_head.WEIGHT] if kept is None else []}
-        if (ways := _ways.get()) > 1:
+        if (ways := _ways.get()) > 1 and dtype is not None:
             model = part_loading.load(model_class, config, source, dtype, ways)
         if model is None:
             model, info = model_class.from_pretrained(
-                source, config=config, dtype=dtype, key_mapping=renamed, output_loading_info=True
+                source, config=config, dtype=dtype or "auto", key_mapping=renamed, output_loading_info=True
             )
     except (OSError, ValueError, SafetensorError) as error:
         raise HpcRlhfError(
@@ -123,8 +125,12 @@ def _load(
     return model, [name for name, _ in model.named_parameters() if name in info["missing_keys"]]
 
 
-def load_causal(source: str, dtype: torch.dtype, dropout: float = 0.0) -> Any:
+def load_causal(source: str, dtype: torch.dtype | None, dropout: float = 0.0) -> Any:
     """A causal language model, or the one inside a multimodal model.
+
+    Args:
+        dtype: None keeps that of the files. On a CPU, parameters are then views of safetensors files, and take no
+            memory until they change.
 
     Raises:
         HpcRlhfError: it cannot be loaded, or its files lack some of its weights.

@@ -104,17 +104,19 @@ class PipelineStage(nn.Module):
 
 
 def training_engine(
-    model: Any, ds_config: dict[str, Any], spec: TrainingSpec, lr: float, total: int, world: World, source: str
-) -> tuple[Any, PipelineStage]:
+    model: Any, dtype: torch.dtype, ds_config: dict[str, Any], spec: TrainingSpec, lr: float, total: int,
+    world: World, source: str,
+) -> tuple[Any, PipelineStage]:  # fmt: skip
     """DeepSpeed's engine for this rank's stage of a model, and the stage. Collective.
 
     Args:
         model: of transformers, whole and the same on all ranks; taken apart in place.
+        dtype: of the stage.
 
     Raises:
         HpcRlhfError: the model's layers cannot be taken apart.
     """
-    division = divide(LanguageModel(model), world, source)
+    division = divide(LanguageModel(model), dtype, world, source)
     split_model(model, world.dims.tensor)
     stage = PipelineStage(model, world).to(world.device)
     module = internals.pipeline_module(stage, world.dims.data, world.dims.pipeline, world.dims.tensor, division.tied)

@@ -63,7 +63,7 @@ def language_engine(
         HpcRlhfError: what the model computes here is not what transformers computes.
     """
     if context.world.dims.pipeline > 1:
-        return pipeline.training_engine(model, context.ds_config, spec, lr, total, context.world, source)
+        return pipeline.training_engine(model, context.dtype, context.ds_config, spec, lr, total, context.world, source)
     engine = engines.training_engine(LanguageModel(model), context.ds_config, spec, lr, total)
     agreement.verify(engine, context.world, source, spec.dropout)
     return engine, engine

@@ -42,8 +42,9 @@ def run(context: StageContext) -> None:
 
     # 2. Model.
     source = start_actor(context)
-    with loading(context.stop, context.ds_config, whole=context.world.dims.pipeline > 1):
-        model = load_causal(source, context.dtype, spec.dropout)
+    whole = context.world.dims.pipeline > 1
+    with loading(context.stop, context.ds_config, whole):
+        model = load_causal(source, None if whole else context.dtype, spec.dropout)
     check_fits(model.config, context.tokenizer, context.longest, source)
     flops = TrainingFlops.of(model, spec)
     prepare_model(model, spec, context.spec.seed)

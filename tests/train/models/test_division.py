@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.train.models import packed_attention
 from hpc_rlhf.train.models.division import divide, refusal
 from hpc_rlhf.train.models.language_model import LanguageModel
+from hpc_rlhf.train.models.loading import load_causal
 from hpc_rlhf.train.runtime.world import ParallelDims, World
 from tests.train import tiny
 
@@ -24,11 +26,11 @@ class OneOf(World):
         return list(numbers)
 
 
-def stage_of(model: Any, place: int, stages: int) -> Any:
+def stage_of(model: Any, place: int, stages: int, dtype: torch.dtype = torch.float32) -> Any:
     """What a stage keeps of a model."""
     packed_attention.enable(model)
     world = OneOf(place, ParallelDims.of(stages, pipeline=stages), torch.device("cpu"), None)
-    divide(LanguageModel(model), world, "it").verify(world, partial(refusal, model, "it"))
+    divide(LanguageModel(model), dtype, world, "it").verify(world, partial(refusal, model, "it"))
     return model
 
 
@@ -42,6 +44,33 @@ def test_stages_have_each_weight_once(kind: str) -> None:
     for part in parts:
         for name, weight in part.items():
             assert torch.equal(weight, whole[name])
+
+
+def own_bytes() -> int:
+    """Memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stage_takes_no_memory_for_the_layers_of_others(
+    tmp_path: Path, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    model = tiny.causal("llama", spread=0.02, **wide).to(stored)
+    model.save_pretrained(tmp_path)
+    whole = {name: weight.to(dtype) for name, weight in model.named_parameters()}
+    size = sum(weight.nbytes for weight in whole.values())
+    stage_of(tiny.causal("llama"), 0, 2)  # what the first one loads stays
+    before = own_bytes()
+    model = load_causal(str(tmp_path), None)
+    assert own_bytes() - before < size / 4
+    stage = stage_of(model, 1, 2, dtype)
+    assert own_bytes() - before < size * 0.7
+    assert stage.config.dtype == dtype
+    for name, weight in stage.named_parameters():
+        assert torch.equal(weight, whole[name])
 
 
 def scaled() -> Any:
