@@ -44,9 +44,9 @@ def command(folders: tuple[Path, ...], as_json: bool) -> None:
     for folder in folders:
         if not folder.is_dir():
             raise HpcRlhfError("is not a folder", where=str(folder), hint="give folders that hold run directories")
-    found = listing.find_runs(folders or run_index.known())
-    lines = listing.list_runs(found)
-    if left_out := len(found) - len(lines):
+    runs = listing.find_runs(folders or run_index.known())
+    lines = listing.list_runs(runs)
+    if left_out := len(runs) - len(lines):
         what = "a folder that" if left_out == 1 else f"{left_out} folders that"
         click.echo(f"left out {what} cannot be read, or whose plan is damaged", err=True)
     if not lines and not as_json:

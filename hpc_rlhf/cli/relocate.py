@@ -20,9 +20,9 @@ def command(run: str) -> None:
     checkpoints. A copy becomes a run of its own. For a sweep's folder, all its runs are adopted.
     """
     for each in find_runs(run):
-        made = relocate(each)
-        if made is None:
+        origin = relocate(each)
+        if origin is None:
             click.echo(f"{each.path} was made here: nothing to do", err=True)
             continue
-        click.echo(printable(f"adopted {each.path}, which was made in {made}"), err=True)
+        click.echo(printable(f"adopted {each.path}, which was made in {origin}"), err=True)
         click.echo(f"to continue it, set run_dir to this folder in your job file, or use {each.job_yaml}", err=True)

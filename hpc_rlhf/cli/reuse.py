@@ -34,9 +34,9 @@ def find_reused(spec: JobSpec | Sweep, other: str | None) -> dict[str, Mapping[s
         hint = "set models to the finished ones and leave out their stages, or leave out --reuse"
         raise HpcRlhfError("a search cannot take stages of another run", where="--reuse", hint=hint)
     specs, lent = (spec.specs, shared(spec)) if isinstance(spec, Sweep) else ({"": spec}, {})
-    found = reuse.find(specs, find_runs(other), lent)
-    for name, stages in found.items():
+    reused = reuse.find(specs, find_runs(other), lent)
+    for name, stages in reused.items():
         for each in stages:
             words = f"reused from {each.source.path}" if each.source else f"not reused: {each.why}"
             click.echo(printable(f"{name + ', ' if is_sweep else ''}{each.stage}: {words}"), err=True)
-    return {name: {each.stage: each.source for each in stages if each.source} for name, stages in found.items()}
+    return {name: {each.stage: each.source for each in stages if each.source} for name, stages in reused.items()}

@@ -54,8 +54,8 @@ def command(run: str, as_json: bool) -> None:
         show_runs(sorted(listing.list_runs(runs), key=lambda line: order.index(line.path)), as_json)
         return
     stages = read_status(runs[0])
-    if (made := acting.made_elsewhere(runs[0])) is not None:
-        words = f"this run was made in {made}, where its jobs work; to adopt it here: hpc-rlhf relocate"
+    if (origin := acting.made_elsewhere(runs[0])) is not None:
+        words = f"this run was made in {origin}, where its jobs work; to adopt it here: hpc-rlhf relocate"
         click.echo(f"note: {words} {shlex.quote(str(runs[0].path))}", err=True)
     if as_json:
         facts = {

@@ -177,12 +177,13 @@ def architectures(configs: Sequence[Mapping[str, object]]) -> list[Architecture 
 def _measure(configs: Sequence[str]) -> list[dict[str, Any]]:
     command = safe_path.module("hpc_rlhf.train.models.shapes")
     try:
-        done = subprocess.run(command, input=f"[{','.join(configs)}]", capture_output=True, text=True, timeout=_SECONDS)
-        shapes: list[dict[str, object]] = json.loads(done.stdout)
+        text = f"[{','.join(configs)}]"
+        process = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_SECONDS)
+        shapes: list[dict[str, object]] = json.loads(process.stdout)
     except subprocess.TimeoutExpired:
         return [{"error": f"transformers did not load within {_SECONDS} s"}] * len(configs)
     except ValueError:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        reason = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
         return [{"error": f"transformers did not load ({reason})"}] * len(configs)
     return shapes
 

@@ -41,15 +41,15 @@ def templates(folder: Path) -> dict[str, Template]:
     shared = folder == run.scripts and ownership.is_shared(run)
     trust.check([top], _HINT, shared)
     closed = not folder.stat().st_mode & 0o011  # nobody else can enter, as in a run's folder, whatever the modes in it
-    found = {}
+    texts = {}
     try:
         for inside, _, files in os.walk(top, onerror=_refuse_to_skip):
             for path in sorted(Path(inside, name) for name in files if name.endswith(".j2")):
                 if path.is_file():
-                    found[path.relative_to(top).as_posix()] = _read(path, closed, shared)
+                    texts[path.relative_to(top).as_posix()] = _read(path, closed, shared)
     except OSError as error:
         raise HpcRlhfError(f"cannot be read: {error.strerror}", where=str(error.filename or top)) from error
-    return found
+    return texts
 
 
 def overrides(file: Path) -> dict[Path, str]:

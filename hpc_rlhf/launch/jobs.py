@@ -156,7 +156,7 @@ def living_jobs(run: RunDir, user: str | None = None) -> list[tuple[str, QueuedJ
 
 def _naming_jobs(error: HpcRlhfError, run: RunDir) -> HpcRlhfError:
     """Why a run's jobs are not cancelled, with the jobs, and what can be done about them."""
-    owner, made = acting.other_owner(run), acting.made_elsewhere(run)
+    owner, origin = acting.other_owner(run), acting.made_elsewhere(run)
     try:
         jobs = living_jobs(run, owner) if commands.available() else []
     except HpcRlhfError:  # Slurm does not answer
@@ -166,9 +166,9 @@ def _naming_jobs(error: HpcRlhfError, run: RunDir) -> HpcRlhfError:
     names = ", ".join(f"{stage} {job.job_id} ({job.state})" for stage, job in jobs)
     if owner is not None:
         whose, instead = f"{owner}'s", f"ask {owner} for: hpc-rlhf cancel {shlex.quote(str(run.path))}"
-    elif made is not None and acting.is_copy(run, made):
-        whose, instead = "the original's", f"to cancel them: hpc-rlhf cancel {shlex.quote(str(made))}"
-    elif made is not None:
+    elif origin is not None and acting.is_copy(run, origin):
+        whose, instead = "the original's", f"to cancel them: hpc-rlhf cancel {shlex.quote(str(origin))}"
+    elif origin is not None:
         whose, instead = "its", f"first cancel them: scancel {shlex.join(job.job_id for _, job in jobs)}"
     else:
         whose, instead = "its", "then cancel them again"

@@ -192,15 +192,15 @@ def _data_set(item: HubItem) -> dict[Path, int]:
         env.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     command = safe_path.module("hpc_rlhf.train.data.fetch", item.name, item.subset or "", item.split)
     # Elsewhere a folder could shadow the hub id.
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, cwd="/")
-    if not done.stdout:
+    process = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, cwd="/")
+    if not process.stdout:
         raise HpcRlhfError(
-            f"the process that loads {item} exited with {done.returncode}",
+            f"the process that loads {item} exited with {process.returncode}",
             where=item.where,
             hint="see its output above",
             exit_code=RUN_FAILED,
         )
-    reply = json.loads(done.stdout.splitlines()[-1])
+    reply = json.loads(process.stdout.splitlines()[-1])
     if "unreachable" in reply:
         raise Unreachable(reply["unreachable"])
     if "error" in reply:

@@ -32,17 +32,17 @@ def relocate(run: RunDir) -> Path | None:
         HpcRlhfError: it is another user's, jobs of the moved run are queued or running, or a process works on it.
     """
     acting.check_owner(run)
-    made = acting.made_elsewhere(run)
-    if made is None:
+    origin = acting.made_elsewhere(run)
+    if origin is None:
         return None
     with hold(run.submit_lock, "hpc-rlhf relocate"):
-        copied = acting.is_copy(run, made)
-        spec = _moved(read_spec(run.job_yaml), made, run.path)
+        copied = acting.is_copy(run, origin)
+        spec = _moved(read_spec(run.job_yaml), origin, run.path)
         if not copied:
-            _refuse_live_jobs(run, made)
+            _refuse_live_jobs(run, origin)
         for stage in spec.stage_names:
-            Ledger(run.ledger).append(Relocated(stage, source=str(made)))
-            _relink(run.stage(stage).path, RunDir(made).stage(stage).path)
+            Ledger(run.ledger).append(Relocated(stage, source=str(origin)))
+            _relink(run.stage(stage).path, RunDir(origin).stage(stage).path)
             # Or two runs would send metrics to one. A link leads to a stage of another run of the sweep.
             if copied and not run.stage(stage).path.is_symlink():
                 run.stage(stage).trackers.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def relocate(run: RunDir) -> Path | None:
         write_atomically(run.job_yaml, dump_spec(spec))
         write_atomically(run.plan_json, plan.to_json())
     run_index.remember(run.path)
-    return made
+    return origin
 
 
 def _moved(spec: JobSpec, old: Path, new: Path) -> JobSpec:
@@ -72,14 +72,14 @@ def _moved(spec: JobSpec, old: Path, new: Path) -> JobSpec:
     return JobSpec.model_validate(moved(spec.model_dump()))
 
 
-def _refuse_live_jobs(run: RunDir, made: Path) -> None:
+def _refuse_live_jobs(run: RunDir, origin: Path) -> None:
     """Raise HpcRlhfError if jobs of a moved run are queued or running: they work in the old folder."""
     submitted = any(isinstance(event, Submitting | Serving) for event in Ledger(run.ledger).events())
     if not submitted or not commands.available():
         return
     if ids := [job.job_id for _, job in living_jobs(run)]:
         raise HpcRlhfError(
-            f"jobs of this run are queued or running, and work in {made}, where it was: {', '.join(ids)}",
+            f"jobs of this run are queued or running, and work in {origin}, where it was: {', '.join(ids)}",
             where=str(run.path),
             hint=f"move it back, or cancel them and relocate it then: scancel {shlex.join(ids)}",
         )

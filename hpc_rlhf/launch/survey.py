@@ -78,16 +78,16 @@ def _answer(module: str, asked: Mapping[str, Any]) -> Any:
     quiet = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
     env = {**dict.fromkeys(quiet, "1"), "TRANSFORMERS_VERBOSITY": "error", **os.environ}
     # Elsewhere a folder could shadow a hub id.
-    done = subprocess.run(
+    process = subprocess.run(
         safe_path.module(module), input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=env, cwd="/"
     )
-    if done.returncode:
+    if process.returncode:
         raise HpcRlhfError(
-            f"the process that reads the data exited with {done.returncode}",
+            f"the process that reads the data exited with {process.returncode}",
             hint="see its output above",
             exit_code=RUN_FAILED,
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def refuse_bad_data(spec: JobSpec) -> None:

@@ -33,17 +33,17 @@ def check(run: RunDir, shared: bool | None = None) -> None:
 
 def check_place(run: RunDir) -> None:
     """Raise HpcRlhfError if a run was made elsewhere."""
-    if (made := made_elsewhere(run)) is None:
+    if (origin := made_elsewhere(run)) is None:
         return
     here = shlex.quote(str(run.path))
-    if is_copy(run, made):
+    if is_copy(run, origin):
         raise HpcRlhfError(
-            f"this run is a copy: it was made in {made}, which still has it, with its jobs",
+            f"this run is a copy: it was made in {origin}, which still has it, with its jobs",
             where=str(run.path),
-            hint=f"use {made}; to make the copy a run of its own: hpc-rlhf relocate {here}",
+            hint=f"use {origin}; to make the copy a run of its own: hpc-rlhf relocate {here}",
         )
     raise HpcRlhfError(
-        f"this run was moved: it was made in {made}", where=str(run.path), hint=f"adopt it: hpc-rlhf relocate {here}"
+        f"this run was moved: it was made in {origin}", where=str(run.path), hint=f"adopt it: hpc-rlhf relocate {here}"
     )
 
 
@@ -73,10 +73,10 @@ def other_owner(run: RunDir) -> str | None:
 def made_elsewhere(run: RunDir) -> Path | None:
     """The folder in which a run was made; None if that is this one, or unknown."""
     try:
-        made = Path(json.loads(run.plan_json.read_text(encoding="utf-8"))["run_dir"])
+        origin = Path(json.loads(run.plan_json.read_text(encoding="utf-8"))["run_dir"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return None if is_same_folder(made, run.path) else made
+    return None if is_same_folder(origin, run.path) else origin
 
 
 def is_same_folder(one: Path, other: Path) -> bool:
@@ -87,7 +87,7 @@ def is_same_folder(one: Path, other: Path) -> bool:
         return False
 
 
-def is_copy(run: RunDir, made: Path) -> bool:
+def is_copy(run: RunDir, origin: Path) -> bool:
     """Whether the same run is still where it was made; another one may have taken its place."""
 
     def beginning(path: Path) -> bytes:
@@ -95,11 +95,11 @@ def is_copy(run: RunDir, made: Path) -> bool:
             return file.readline()
 
     try:
-        return beginning(run.ledger) == beginning(RunDir(made).ledger)
+        return beginning(run.ledger) == beginning(RunDir(origin).ledger)
     except PermissionError:
         return True  # its owner has closed it since
     except OSError:
-        return RunDir(made).plan_json.exists()
+        return RunDir(origin).plan_json.exists()
 
 
 def run_of(job_file: Path) -> RunDir | None:

@@ -71,7 +71,7 @@ def why_stopped(run: RunDir, stage: str) -> str | None:
 
 def measured(run: RunDir, metric: Metric) -> dict[tuple[int, int], float]:
     """What a stage has measured on held-out data, by its steps done and in all, the latest last."""
-    found = {}
+    values = {}
     try:
         lines = run.stage(metric.stage).metrics.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -80,7 +80,7 @@ def measured(run: RunDir, metric: Metric) -> dict[tuple[int, int], float]:
         try:
             row = json.loads(line)
             if row["kind"] == "eval" and row[metric.name] is not None:
-                found[int(row["step"]), int(row["total_steps"])] = float(row[metric.name])
+                values[int(row["step"]), int(row["total_steps"])] = float(row[metric.name])
         except (ValueError, LookupError, TypeError):
             continue  # another rank may be writing it
-    return found
+    return values

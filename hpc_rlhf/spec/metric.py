@@ -74,18 +74,18 @@ def halving_metrics_of(spec: JobSpec) -> list[str]:
 
 def metrics_of(spec: JobSpec) -> list[str]:
     """The names of the metrics that the runs of a spec have."""
-    found, last = [], kind_of(spec.trained[-1])
+    names, last = [], kind_of(spec.trained[-1])
     if spec.evaluation is not None and last.makes_policy:
-        found.append("perplexity")
+        names.append("perplexity")
         if spec.judge or spec.finished_reward:
-            found += _SCORED
+            names += _SCORED
         if spec.evaluated_rewards:
-            found += _VERIFIED
-            found += [f"pass@{2**power}" for power in range(1, spec.evaluation.samples.bit_length())]
+            names += _VERIFIED
+            names += [f"pass@{2**power}" for power in range(1, spec.evaluation.samples.bit_length())]
         if last.data is Data.PAIRS:
-            found.append("pair_accuracy")
+            names.append("pair_accuracy")
         if last is BASE:
-            found = [name for name in found if name not in _AGAINST_BASE]
+            names = [name for name in names if name not in _AGAINST_BASE]
     # A loss depends on how its parts are weighted, such as by DPO's beta, and does not compare.
     trained = [f"{name}.{metric}" for name in spec.trained for metric in kind_of(name).ranking if metric != "loss"]
-    return [*(f"{EVALUATION.name}.{name}" for name in found), *trained]
+    return [*(f"{EVALUATION.name}.{name}" for name in names), *trained]

@@ -17,8 +17,8 @@ from hpc_rlhf.spec.stages.policy import PolicySpec
 
 def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
     """For each problem the field of the spec, what is wrong and what to do."""
-    found = {name: model_files.folder(ref) for name, ref in spec.models if isinstance(ref, str)}
-    folders = {name: where for name, where in found.items() if where is not None}
+    places = {name: model_files.folder(ref) for name, ref in spec.models if isinstance(ref, str)}
+    folders = {name: where for name, where in places.items() if where is not None}
     configs: dict[str, Mapping[str, Any]] = {name: model_files.config(where) for name, where in folders.items()}
     configs |= {name: ref.from_scratch for name, ref in spec.models if isinstance(ref, FromScratch)}
     refused = set()

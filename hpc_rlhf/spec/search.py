@@ -88,10 +88,10 @@ class Search:
             path: (axis.low, axis.high) if isinstance(axis, RangeSpec) else axis for path, axis in self.space.items()
         }
         all_ = product(*ends.values()) if math.prod(map(len, ends.values())) <= _MOST_CORNERS else ()
-        found = [*(self.beside(path) for path in self.space), [dict(zip(ends, each, strict=True)) for each in all_]]
+        choices = [*(self.beside(path) for path in self.space), [dict(zip(ends, each, strict=True)) for each in all_]]
         named = {
             name_of(values): {path: self._node(path, value) for path, value in values.items()}
-            for several in found
+            for several in choices
             for values in several
         }
         return make_members(self.base, named)
@@ -166,8 +166,8 @@ def _model(kind: type[M], node: Node, path: str) -> tuple[M | None, list[Problem
     try:
         return kind.model_validate(node.plain(), strict=True), []
     except ValidationError as error:
-        found = problems_of(error, node)
-        return None, [replace(problem, path=".".join(filter(None, (path, problem.path)))) for problem in found]
+        problems = problems_of(error, node)
+        return None, [replace(problem, path=".".join(filter(None, (path, problem.path)))) for problem in problems]
 
 
 def _resolved(path: str, node: Node) -> Node:

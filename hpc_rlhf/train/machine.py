@@ -24,13 +24,13 @@ _CHECKOUT = Path(__file__).parents[2]
 
 def versions() -> dict[str, str]:
     """The versions that this process runs with, and the commit if hpc-rlhf runs from its own checkout."""
-    found = {"hpc-rlhf": __version__, "commit": _commit(), "Python": platform.python_version()}
+    installed = {"hpc-rlhf": __version__, "commit": _commit(), "Python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {name: version for name, version in found.items() if version}
+    return {name: version for name, version in installed.items() if version}
 
 
 def _commit() -> str:
@@ -38,10 +38,10 @@ def _commit() -> str:
         return ""
     command = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 def process_age() -> float:

@@ -43,11 +43,11 @@ def check_stages(plan: Plan, templates: Templates) -> list[Finding]:
     known = _Known(site.configuration(), site.partitions(), site.nodes())
     stages: dict[Finding, list[str]] = {}
     for job in plan.jobs:
-        found = [*_stage(job, templates.script(plan, job, "true"), known)]
-        if job.slurm.heal.enabled and not unfit(found):
+        findings = [*_stage(job, templates.script(plan, job, "true"), known)]
+        if job.slurm.heal.enabled and not unfit(findings):
             fix = "set slurm.heal to what the site requires of such a job"
-            found.append(_test(templates.sentinel(plan, job), "sentinel", fix))
-        for finding in found:
+            findings.append(_test(templates.sentinel(plan, job), "sentinel", fix))
+        for finding in findings:
             stages.setdefault(finding, []).append(job.stage)
     return [finding.at(", ".join(names)) for finding, names in stages.items()]
 

@@ -27,15 +27,15 @@ def examine(
     """
     command = safe_path.module("hpc_rlhf.train.machine", *ops)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-        facts = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+        process = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        facts = json.loads(process.stdout.splitlines()[-1]) if process.stdout else {}
     except subprocess.TimeoutExpired:
         fix = "put the environment on a faster file system, or check with nvidia-smi whether the driver hangs"
         return [error("torch", f"torch and DeepSpeed did not load within {_SECONDS} s", fix)]
     except ValueError:
         facts = {}
     if not facts:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        reason = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
         fix = 'see the whole error with: python -c "import torch, deepspeed"'
         return [error("torch", f"torch or DeepSpeed does not load: {reason}", fix)]
     return check(facts, gpus, precisions, spread)

@@ -22,12 +22,12 @@ def check(spec: JobSpec, stages: Sequence[str]) -> list[Finding]:
 def _try(image: str) -> Finding:
     command = safe_path.module("hpc_rlhf.train.rewards.code", image)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-        why = json.loads(done.stdout)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        why = json.loads(process.stdout)
     except subprocess.TimeoutExpired:
         why = f"ran no test within {_SECONDS} s"
     except ValueError:
-        why = f"failed: {(done.stderr.strip() or f'exit code {done.returncode}').splitlines()[-1]}"
+        why = f"failed: {(process.stderr.strip() or f'exit code {process.returncode}').splitlines()[-1]}"
     if why is None:
         return ok("sandbox", f"code runs isolated in {image}")
     fix = "load Apptainer in slurm.setup, such as `module load apptainer`, or ask an administrator to install it"

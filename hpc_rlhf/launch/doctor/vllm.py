@@ -32,16 +32,16 @@ def check_files(spec: JobSpec) -> list[Finding]:
 
 def _try(python: str, gpus: int) -> Finding:
     try:
-        done = subprocess.run([python, "-P", "-c", _PROGRAM], capture_output=True, text=True, timeout=_SECONDS)
+        process = subprocess.run([python, "-P", "-c", _PROGRAM], capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         fix = "put its environment on a faster file system"
         return error("vllm", f"vLLM did not load within {_SECONDS} s in {python}", fix)
     except OSError as problem:
         return error("vllm", f"{python} does not start: {problem.strerror}", rollout_checks.INSTALL)
-    if done.returncode:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    if process.returncode:
+        reason = (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
         return error("vllm", f"vLLM does not load in {python}: {reason}", rollout_checks.INSTALL)
-    version, count = done.stdout.split()[-2:]
+    version, count = process.stdout.split()[-2:]
     if int(count) < gpus:
         fix = "install vLLM's build for GPUs: make install-vllm on a machine with one"
         return error("vllm", f"vLLM {version} in {python} finds {count} of the {gpus} GPUs", fix)

@@ -73,15 +73,15 @@ class Details:
 
     def _overlay(self, stage: str, curves: tuple[Curve, ...]) -> list[dict[str, object]]:
         facts, began = [file_facts(curve.metrics) for curve in curves], time.monotonic()
-        made = self._made.pop((stage, curves), None)
-        if made is None or (made.facts != facts and began > made.until):
+        entry = self._made.pop((stage, curves), None)
+        if entry is None or (entry.facts != facts and began > entry.until):
             charts = overlay(stage, curves)
             now = time.monotonic()
-            made = _Made(charts, facts, now + 9 * (now - began))
-        self._made[stage, curves] = made
+            entry = _Made(charts, facts, now + 9 * (now - began))
+        self._made[stage, curves] = entry
         for oldest in list(self._made)[:-_KEPT]:
             self._made.pop(oldest, None)
-        return made.charts
+        return entry.charts
 
 
 def _time(board: Board, row: Row) -> dict[str, str]:
@@ -122,8 +122,8 @@ def _evaluation(reports: Mapping[str, Report]) -> tuple[list[tuple[str, ...]], l
         return next(((results.table_rows(each, MODELS), results.notes(each)) for each in reports.values()), ([], []))
     models = {}
     for label, report in reports.items():
-        if made := [name for name in MODELS if name in report["models"] and name not in _GIVEN]:
-            models[f"{label}: {MODELS[made[-1]]}"] = report["models"][made[-1]]
+        if trained := [name for name in MODELS if name in report["models"] and name not in _GIVEN]:
+            models[f"{label}: {MODELS[trained[-1]]}"] = report["models"][trained[-1]]
     bases = {MODELS.get(report["base"], report["base"]) for report in reports.values()}
     base = bases.pop() if len(bases) == 1 else "the base of its run"
     table = results.table_rows({**next(iter(reports.values())), "base": base, "models": models})
@@ -143,8 +143,8 @@ def _exchanges(runs: Mapping[str, RunDir]) -> _Exchanges:
     merged: dict[str, list[tuple[str, str, str]]] = {}
     for label, exchanges in by_run.items():
         for prompt, responses in exchanges:
-            made = [each for each in responses if each[0] != MODELS["reference"]]
+            own = [each for each in responses if each[0] != MODELS["reference"]]
             merged.setdefault(prompt, []).extend(
-                (f"{label}: {title}", text, reward) for title, text, reward in made[-1:]
+                (f"{label}: {title}", text, reward) for title, text, reward in own[-1:]
             )
     return sorted(merged.items(), key=lambda exchange: -len(exchange[1]))

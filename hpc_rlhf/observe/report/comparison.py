@@ -115,5 +115,5 @@ def _overlay(plot: Plot, title: str, metric: str, rows: Mapping[str, Sequence[Ro
 
 
 def _mean(values: Mapping[int, float], steps: Sequence[int]) -> float | None:
-    found = [values[step] for step in steps if step in values]
-    return float(f"{fmean(found):.5g}") if found else None
+    at_steps = [values[step] for step in steps if step in values]
+    return float(f"{fmean(at_steps):.5g}") if at_steps else None

@@ -81,8 +81,8 @@ def _content(run: RunDir) -> dict[str, object]:
     for planned in plan.stages:
         starts = [event.time for event in started if event.stage == planned.stage]
         metrics = read_text(run.stage(planned.stage).metrics)
-        made = make_charts(metrics, planned.stage, planned.global_batch, starts)
-        charts[planned.stage] = [chart.to_dict() for chart in made]
+        own = make_charts(metrics, planned.stage, planned.global_batch, starts)
+        charts[planned.stage] = [chart.to_dict() for chart in own]
     return {
         "title": f"{plan.name}: {state}",
         "name": plan.name,

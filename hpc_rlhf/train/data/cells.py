@@ -129,8 +129,8 @@ def as_list(cell: Any, what: str) -> list[Any]:
 
 def _is_named(column: str, cell: Any, *names: re.Pattern[str]) -> bool:
     """Whether a column with one of these names, or with text and a name that contains one, is meant."""
-    found = [match for pattern in names if (match := pattern.search(column.lower()))]
-    return any(match[0] == column.lower() for match in found) or (bool(found) and _words(cell) > 1)
+    matches = [match for pattern in names if (match := pattern.search(column.lower()))]
+    return any(match[0] == column.lower() for match in matches) or (bool(matches) and _words(cell) > 1)
 
 
 def _words(cell: Any) -> int:

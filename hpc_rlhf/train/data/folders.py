@@ -138,6 +138,6 @@ def _by_config(folder: Path, configs: Sequence[dict[str, Any]], subset: str | No
     for entry in entries:
         paths = entry.get("path") or []
         for pattern in [paths] if isinstance(paths, str) else paths:
-            found = [path for path in folder.glob(str(pattern).lstrip("/")) if path.is_file() and kind_of(path)]
-            splits.setdefault(str(entry.get("split")), []).extend(sorted(found, key=str))
+            files = [path for path in folder.glob(str(pattern).lstrip("/")) if path.is_file() and kind_of(path)]
+            splits.setdefault(str(entry.get("split")), []).extend(sorted(files, key=str))
     return {split: files for split, files in splits.items() if files}

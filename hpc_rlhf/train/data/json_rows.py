@@ -103,10 +103,10 @@ def _checked(row: Any, text: str, where: str) -> Row:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            found = _LONE_SURROGATE.search(text)
+            surrogate = _LONE_SURROGATE.search(text)
             raise HpcRlhfError(
-                f"the escape {found[0] if found else 'of a surrogate'} is half a character",
-                where=f"{where}:{found.start() + 1}" if found else where,
+                f"the escape {surrogate[0] if surrogate else 'of a surrogate'} is half a character",
+                where=f"{where}:{surrogate.start() + 1}" if surrogate else where,
                 hint="write the whole pair of escapes, or the character itself",
             ) from error
     return row

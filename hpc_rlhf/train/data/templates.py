@@ -114,8 +114,8 @@ class Renderer:
             messages = [*self._messages(sample.turns), message]
             whole = self._apply(messages, False, settings, sample.where) if answer else ""
             wholes.append(whole)
-            thinking, _, said = message["content"].rpartition(END_OF_THINKING)
-            if answer and not (whole.startswith(prompt) and said.strip() in whole[len(prompt) :]):
+            thinking, _, answer_text = message["content"].rpartition(END_OF_THINKING)
+            if answer and not (whole.startswith(prompt) and answer_text.strip() in whole[len(prompt) :]):
                 return None
             drops |= thinking.rpartition("<think>")[2].strip() not in whole[len(prompt) :]
         return Rendered(prompt, tuple(wholes), settings, drops)

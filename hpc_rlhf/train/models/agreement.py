@@ -207,8 +207,8 @@ class _Trial:
 
     def _all_attend(self, attending: set[Any]) -> bool:
         """True if each layer has passed the sequences' lengths on to its attention."""
-        found = structure.layers(structure.body(self.inner))
-        return found is None or all(any(part in attending for part in layer.modules()) for layer in found[1])
+        layers = structure.layers(structure.body(self.inner))
+        return layers is None or all(any(part in attending for part in layer.modules()) for layer in layers[1])
 
     def _report(self, way: str, chunked: bool, fastest: tuple[str, bool]) -> None:
         if way == SINGLE and self.sharded:

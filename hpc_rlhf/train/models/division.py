@@ -159,12 +159,12 @@ def divide(whole: LanguageModel, dtype: torch.dtype, world: World, source: str) 
     """
     causal, stages = whole.causal, world.dims.pipeline
     agreement.verify(whole, replace(world, device=torch.device("cpu")), source)
-    found = structure.layers(structure.body(causal))
-    if found is None or not whole.chunked or not packed_attention.is_enabled(causal):
+    layers = structure.layers(structure.body(causal))
+    if layers is None or not whole.chunked or not packed_attention.is_enabled(causal):
         raise refusal(causal, source, "they cannot run on packed rows, or change the logits of their head")
-    if len(found[1]) < stages:
-        raise refusal(causal, source, f"this one has {len(found[1])} layers for {stages} stages")
-    trace = Trace.through(whole, *found)
+    if len(layers[1]) < stages:
+        raise refusal(causal, source, f"this one has {len(layers[1])} layers for {stages} stages")
+    trace = Trace.through(whole, *layers)
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     around = [*trace.before.values(), *trace.after.values(), head]
     if _weights([causal]) != _weights([*trace.layers, *around]):

@@ -109,9 +109,9 @@ def _free(weight: Tensor) -> None:
 
 def _layers(model: Any) -> tuple[str, nn.ModuleList]:
     """A model's list of layers, and its name."""
-    found = structure.layers(model)
-    if found is not None:
-        return found
+    layers = structure.layers(model)
+    if layers is not None:
+        return layers
     raise HpcRlhfError(
         "the model is too large to gather for a rollout, and its list of layers was not found",
         where=type(model).__name__,
