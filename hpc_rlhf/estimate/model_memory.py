@@ -91,10 +91,10 @@ class Pass:
         head = size * model.hidden
         trained = self.stage.lora is None or not self.stage.lora.only
         weight_copy = 4 * head if self.on_cpu and item == 2 else 0  # a CPU multiplies half precision as float32
-        # A GPU holds the chunk in half precision, before and after its float32 logits.
-        per_logit = 4 if item == 4 or self.on_cpu else 4 + item
+        # A chunk's float32 logits, or their slopes, are also held in half precision.
+        per_logit = 4 if item == 4 else 4 + item
         chunk_bytes = chunk * (size * per_logit + (item + wide) * model.hidden)
-        gradients = n * model.hidden * wide + (4 * head if trained else 0)
+        gradients = n * model.hidden * item + (4 * head if trained else 0)
         if not self.on_cpu and item == 2 and trained:
             gradients += item * head  # each chunk's gradient of the weight, before it is added
         forward = weight_copy + chunk_bytes + gradients
@@ -105,7 +105,7 @@ class Pass:
         if self.summed:
             backward += 4 * head if trained else 0
         else:
-            backward += weight_copy + n * model.hidden * wide
+            backward += weight_copy + n * model.hidden * item
         return max(forward, backward)
 
 

@@ -90,7 +90,7 @@ def sum_outputs(outputs: Tensor, group: Any) -> Tensor:
 
 
 def join(part: Tensor, group: Any) -> Tensor:
-    """Concatenate the ranks' equal parts of a tensor along its last dimension, in rank order."""
+    """Concatenate the equal parts of a tensor that the ranks hold, in rank order, in the last dimension."""
     whole: Tensor = _Join.apply(part, group)
     return whole
 
