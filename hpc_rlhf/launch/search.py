@@ -56,7 +56,6 @@ class Trials:
         folder: the search's.
         all: every trial, in order.
         members: the runs of the trials, by number; without those whose values the spec does not allow together.
-        stopped_now: the trials of which this process has found that they stopped early.
     """
 
     def __init__(self, sweep: Sweep, measure: Measure) -> None:
@@ -65,7 +64,6 @@ class Trials:
         self.folder = SweepDir(sweep.run_dir)
         self.all = trials.read(self.folder.trials)
         self.members: dict[int, Member] = {}
-        self.stopped_now: list[Trial] = []
         for trial in self.all:
             _refuse_other(self._search, trial, self.folder)
             if member := self._member(trial):
@@ -73,7 +71,6 @@ class Trials:
                 _refuse_changes(self._search, self.run(trial), member.spec)
             elif trial.state == "open":
                 self.fail(trial, _NOT_ALLOWED)
-        self._record_results()
 
     @property
     def open(self) -> list[Trial]:
@@ -91,6 +88,17 @@ class Trials:
     def lay_out(self) -> dict[str, Mapping[str, RunDir]]:
         """Write the search's folder. Returns, for each run by name, the runs that train stages for it."""
         return lay_out(replace(self._sweep, limit=None, members=tuple(self.members.values())))
+
+    def record_results(self) -> list[Trial]:
+        """Write down how trials have ended, as their runs show. Returns those that stopped early."""
+        stopped = []
+        for trial in self.all:
+            member = self.members.get(trial.number)
+            if trial.state != "done" and member and is_done(self.run(trial), member.spec):
+                self.finish(trial)
+            elif trial.state == "open" and self._stop_early(trial):
+                stopped.append(trial)
+        return stopped
 
     def reopen(self) -> None:
         """Let the trials that failed continue; the user asks for that."""
@@ -140,14 +148,6 @@ class Trials:
         """Write down that a trial failed."""
         self._write(replace(trial, state="failed", why=why.partition("\n")[0]))
 
-    def _record_results(self) -> None:
-        for trial in self.all:
-            member = self.members.get(trial.number)
-            if trial.state != "done" and member and is_done(self.run(trial), member.spec):
-                self.finish(trial)
-            elif trial.state == "open":
-                self._stop_early(trial)
-
     def _stop_early(self, trial: Trial) -> bool:
         """Write down that a trial has ended early, because it is worse than others, if it has."""
         run, by = self.run(trial), self._search.halving
@@ -156,7 +156,6 @@ class Trials:
             return False
         (step, _), value = next(reversed(halving.measured(run, by).items()), ((None, None), None))
         self._write(replace(trial, state="stopped", why=why, step=step, at_step=value))
-        self.stopped_now.append(trial)
         return True
 
     def _write(self, trial: Trial) -> None:
@@ -184,6 +183,7 @@ def run_trials(sweep: Sweep, measure: Measure, train: Train, say: Callable[[str]
     assert sweep.search is not None
     with continuing(sweep, measure, "hpc-rlhf run") as trials:
         trials.reopen()
+        trials.record_results()
         while not trials.is_over:
             if not trials.open:
                 trials.add(1)

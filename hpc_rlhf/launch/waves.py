@@ -12,7 +12,7 @@ from hpc_rlhf.launch.lock import SILENCE
 from hpc_rlhf.launch.plan import make_plan
 from hpc_rlhf.launch.prepare import keep_templates
 from hpc_rlhf.launch.render import Templates
-from hpc_rlhf.launch.search import Measure, Trials, continuing
+from hpc_rlhf.launch.search import Measure, Trials, continuing, is_done
 from hpc_rlhf.launch.submit import submit
 from hpc_rlhf.run import manifest
 from hpc_rlhf.run.events import Failed, Stopped, Submitted
@@ -50,16 +50,19 @@ def submit_search(
         if not by_sentinel:
             trials.reopen()
             _write_spec(sweep, trials.folder, beside)
-        for trial in trials.stopped_now:
-            cancel(trials.run(trial))  # the stages that wait for the one that stopped
-        while not outcomes and not trials.is_over:
+        while True:
+            for trial in trials.record_results():
+                cancel(trials.run(trial))  # the stages that wait for the one that stopped
+            if trials.is_over:
+                return outcomes
             if not trials.open:
                 trials.add(wave_size(sweep))
             lent = trials.lay_out()
             for trial in trials.open:
                 outcomes |= _submit(trials, trial, beside, lent[trial.name], by_sentinel)
-        _guard(sweep, trials)
-    return outcomes
+            if _guard(sweep, trials):
+                return outcomes
+            by_sentinel = True  # all jobs of the wave have ended meanwhile, and nobody has looked at their failures
 
 
 def wave_size(sweep: Sweep) -> int:
@@ -98,7 +101,7 @@ def _submit(
         return {trial.name: [Outcome(spec.stage_names[-1], "live", job_id) for job_id in working]}
     failure = _failure(run, spec) if by_sentinel else None
     done = submit(spec, beside, lent) if failure is None else []
-    if failure is None and find_jobs(run).working:
+    if failure is None and (find_jobs(run).working or is_done(run, spec)):
         return {trial.name: done}
     waits = next((each.detail for each in done if each.did == "waits"), "it ended without a result")
     trials.fail(trial, failure or f"waits {waits}")
@@ -106,8 +109,10 @@ def _submit(
 
 
 def _failure(run: RunDir, spec: JobSpec) -> str | None:
-    """Why a run whose jobs have all ended is not done; None if its next stage was never submitted."""
-    missing = next(stage for stage in spec.stage_names if not manifest.is_done(run.stage(stage)))
+    """Why a run whose jobs have all ended is not done; None if it is done, or its next stage was never submitted."""
+    missing = next((stage for stage in spec.stage_names if not manifest.is_done(run.stage(stage))), None)
+    if missing is None:
+        return None
     history = StageHistory.read(run.lender(missing) or run, missing)
     if history.last(Submitted) is None:
         return None
@@ -115,8 +120,8 @@ def _failure(run: RunDir, spec: JobSpec) -> str | None:
     return f"{missing}: {stopped.message if stopped else 'it ended without a result'}"
 
 
-def _guard(sweep: Sweep, trials: Trials) -> None:
-    """Let a sentinel wait for the wave.
+def _guard(sweep: Sweep, trials: Trials) -> bool:
+    """Let a sentinel wait for the wave. Returns whether jobs of the wave are at work.
 
     Raises:
         HpcRlhfError: sbatch refused it.
@@ -124,11 +129,11 @@ def _guard(sweep: Sweep, trials: Trials) -> None:
     waits = [job_id for trial in trials.open for job_id in find_jobs(trials.run(trial)).working]
     heal = sweep.members[0].spec.stage(sweep.members[0].spec.stage_names[-1]).slurm.heal
     if not waits or not heal.enabled:
-        return
+        return bool(waits)
     pending = [job for job in _sentinels(trials.folder) if job.state == "PENDING"]
     if pending:
         commands.set_dependency(pending[0].job_id, (), waits)
-        return
+        return True
     try:
         commands.submit(trials.folder.sentinel, [f"--dependency={commands.dependency((), waits)}"])
     except HpcRlhfError as error:
@@ -138,6 +143,7 @@ def _guard(sweep: Sweep, trials: Trials) -> None:
             hint="submit the search again; if a limit on submitted jobs is reached, first set a smaller sweep_limit",
             exit_code=RUN_FAILED,
         ) from error
+    return True
 
 
 def _sentinels(folder: SweepDir) -> list[QueuedJob]:

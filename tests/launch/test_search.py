@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from typing import Any
 import pytest
 
 from hpc_rlhf.errors import STOPPED_EARLY, HpcRlhfError
+from hpc_rlhf.launch import waves
+from hpc_rlhf.launch.chain import Outcome
+from hpc_rlhf.launch.jobs import RunJobs
 from hpc_rlhf.launch.sampler import suggest
 from hpc_rlhf.launch.search import SearchStuck, run_trials
 from hpc_rlhf.run import manifest, trials
-from hpc_rlhf.run.events import Failed
+from hpc_rlhf.run.events import Failed, Submitted
 from hpc_rlhf.run.layout import RunDir, SweepDir
 from hpc_rlhf.run.ledger import Ledger
 from hpc_rlhf.run.trials import Trial
+from hpc_rlhf.slurm.jobs import QueuedJob
 from hpc_rlhf.spec.job import JobSpec
 from hpc_rlhf.spec.search import Search
 from hpc_rlhf.spec.sweep import Sweep, load_any
@@ -202,6 +207,42 @@ def test_search_ends_when_all_fails_until_the_user_continues_it(tmp_path: Path) 
     assert {trial.state for trial in done} == {"done"}
     assert len(set(names(sweep))) == 12
     assert names(sweep)[:5] == failed
+
+
+def test_wave_whose_jobs_end_during_its_submission_is_followed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sentinel would have nothing to wait for. One of those jobs fails; those of the second wave keep working."""
+    sweep = load(tmp_path, "slurm.heal.enabled=true", "sweep_limit=3")
+    sentinels = []
+    fails: list[Path] = []
+
+    def submit(spec: JobSpec, *others: object) -> list[Outcome]:
+        run = Path(spec.run_dir)
+        fails[:] = fails or [run]
+        Ledger(run / "ledger.jsonl").append(Submitted("sft", token=run.name, job_id="1"))
+        return [Outcome("sft", "submitted", "1")]
+
+    def find_jobs(run: RunDir) -> RunJobs:
+        """It works when first looked at, and if it is of the second wave."""
+        looked_at[run.path] += 1
+        trial = next(trial for trial in trials.read(SweepDir(sweep.run_dir).trials) if trial.name == run.path.name)
+        if not run.ledger.exists() or (trial.number < 3 and looked_at[run.path] > 1):
+            return RunJobs(run)
+        if trial.number < 3 and run.path not in fails:
+            train(trial, sweep.search.member(trial.values).spec, {})
+        return RunJobs(run, live={"sft": QueuedJob("1", "t.sft", "RUNNING", "", "")})
+
+    looked_at: Counter[Path] = Counter()
+    monkeypatch.setattr(waves, "require_slurm", lambda: None)
+    monkeypatch.setattr(waves, "submit", submit)
+    monkeypatch.setattr(waves, "find_jobs", find_jobs)
+    monkeypatch.setattr(waves.commands, "queue", dict)
+    monkeypatch.setattr(waves.commands, "submit", lambda script, options: sentinels.append(options))
+    waves.submit_search(sweep, None, measure)
+    states = [trial.state for trial in trials.read(SweepDir(sweep.run_dir).trials)]
+    assert states == ["failed", "done", "done", "open", "open", "open"]
+    assert sentinels == [["--dependency=afterany:1:1:1"]]
 
 
 def test_grid_tries_every_combination_once(tmp_path: Path) -> None:
