@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hpc_rlhf.estimate.parameters import Architecture
 from hpc_rlhf.spec.batch import Batch
-from hpc_rlhf.spec.sizes import ALIGNED, BUCKET, LIVE, head_rows
+from hpc_rlhf.spec.sizes import ALIGNED, BUCKET, LIVE, MLP_TOKENS, head_rows
 from hpc_rlhf.spec.stages.policy import PolicySpec
 from hpc_rlhf.spec.training import LoraSpec, StageSpec, TrainingSpec
 
@@ -57,8 +57,7 @@ class Pass:
     def activations(self) -> int:
         """Bytes kept for the backward pass."""
         model, item, tokens = self.model, self.item, _aligned(self.own_tokens)
-        whole, sharded = model.kept[item]
-        layers = whole + sharded / self.stage.tensor_parallel
+        layers = self._on_rank(model.kept[item])
         if self.stage.lora is not None:
             layers += (
                 item
@@ -68,6 +67,8 @@ class Pass:
         ends = 2 * item * model.hidden  # embeddings, and the input of the head
         if self.stage.pipeline_stages > 1:
             ends = 3 * item * model.hidden  # what a stage gets, a copy of it, and what it passes on
+        if self._mlp_tokens < tokens:
+            layers -= self._on_rank(model.kept_in_mlps[item])
         again = 0.0
         if self.stage.activation_checkpointing:
             layers, again = model.layers * item * model.hidden, layers / model.layers
@@ -75,10 +76,23 @@ class Pass:
 
     @property
     def backward(self) -> int:
-        """Bytes of the gradients inside a layer: of a norm, in float32, or of the MLP."""
-        model = self.model
-        inside = max(20 * model.hidden, 3 * self.item * model.inner // self.stage.tensor_parallel)
-        return _aligned(self.own_tokens) * inside
+        """Bytes of the gradients inside a layer: of a norm, in float32, or of the MLP, which a chunked one keeps beside
+        the activations that it has computed again."""
+        model, tokens = self.model, _aligned(self.own_tokens)
+        in_mlp = 3 * self.item * model.inner / self.stage.tensor_parallel
+        if self._mlp_tokens < tokens:
+            in_mlp += self._on_rank(model.kept_in_mlps[self.item]) / model.layers
+        return max(20 * model.hidden * tokens, int(in_mlp * self._mlp_tokens))
+
+    @property
+    def _mlp_tokens(self) -> int:
+        """Tokens that an MLP takes at a time."""
+        tokens = _aligned(self.own_tokens)
+        return min(tokens, MLP_TOKENS) if self.stage.chunked_mlp and self.model.chunked else tokens
+
+    def _on_rank(self, kept: tuple[float, float]) -> float:
+        whole, sharded = kept
+        return whole + sharded / self.stage.tensor_parallel
 
     @property
     def logits(self) -> int:

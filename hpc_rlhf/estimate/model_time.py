@@ -8,7 +8,7 @@ from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.estimate.model_memory import ITEM, as_trained, trained_parameters
 from hpc_rlhf.estimate.parameters import Architecture
 from hpc_rlhf.spec.gpus import GPUS
-from hpc_rlhf.spec.sizes import ROWS, WEIGHTS_SHARE
+from hpc_rlhf.spec.sizes import MLP_TOKENS, ROWS, WEIGHTS_SHARE
 from hpc_rlhf.spec.training import StageSpec, TrainingSpec
 
 # Share of a data sheet's FLOP/s that well-tuned training of dense models reaches: 0.3 to 0.55 in published
@@ -67,6 +67,7 @@ class TimedModel:
         columns: see ``Architecture.columns``.
         attended: numbers per token that go in and out of attention, in all layers.
         attention: operations of attention per token in a forward pass.
+        chunked: see ``Architecture.chunked``.
     """
 
     layers: int
@@ -74,6 +75,7 @@ class TimedModel:
     columns: int
     attended: int
     attention: int
+    chunked: int
     count: int
     trained: int
     item: int
@@ -105,8 +107,9 @@ def timed_model(body: Architecture, stage: TrainingSpec, scored: bool, longest: 
     attended = 2 * body.layers * body.hidden + body.kv
     attention = body.attention(longest)
     return TimedModel(
-        body.layers, body.hidden, body.columns, attended, attention, count, trained, ITEM[stage.precision], stage
-    )
+        body.layers, body.hidden, body.columns, attended, attention, body.chunked, count, trained,
+        ITEM[stage.precision], stage,
+    )  # fmt: skip
 
 
 def _pass(model: TimedModel, flops: int, reads: int, tokens: int, machine: Machine) -> float:
@@ -156,13 +159,15 @@ def step(model: TimedModel, tokens: int, passes: int, machine: Machine) -> dict[
 
     A forward pass costs two operations per weight and token. So does each half of the backward pass: gradients of the
     inputs, and of the weights, which frozen weights do not need. Attention has no weights, and its backward pass costs
-    twice its forward pass. Checkpointing adds a forward pass. A stage of a pipeline waits for one pass of each other
-    stage while the pipeline fills and drains.
+    twice its forward pass. Checkpointing adds a forward pass, and chunked MLPs one of theirs. A stage of a pipeline
+    waits for one pass of each other stage while the pipeline fills and drains.
     """
     again = int(model.scheme.activation_checkpointing)
     lora = model.scheme.lora
     full = 2 if lora is not None and lora.only else 4
     flops = (2 + full + 2 * again) * model.count + (3 + again) * model.attention
+    if model.scheme.chunked_mlp and tokens / machine.sequence > MLP_TOKENS:
+        flops += 2 * model.chunked
     work = _pass(model, flops, 1 + full // 2 + again, tokens, machine)
     return {
         "training": passes * work,

@@ -28,7 +28,7 @@ from hpc_rlhf.spec.training import LoraSpec
 _SECONDS = 240
 
 # Raised by a change of what is cached.
-_FORMAT = 3
+_FORMAT = 4
 
 # The OPT models' configurations (arXiv 2205.01068, table 1) and shapes, to plan without the hub, and at once.
 _OPT = Path(__file__).with_name("opt.json")
@@ -61,11 +61,13 @@ class Architecture:
         layers: number of blocks.
         hidden: width.
         inner: width of the MLP.
+        chunked: parameters of the MLPs that ``chunked_mlp`` computes again; 0 if it refuses the model.
         vocabulary: tokens that the head distinguishes.
         plain_head: the logits are what the head computes, so that tensor parallelism can split it.
         kv: numbers that one token leaves in the KV cache, in all layers.
         kept: by the bytes of a number, what all blocks keep of a token for the backward pass, in bytes: what
             tensor parallelism leaves whole, and what it shards.
+        kept_in_mlps: the part of that which ``chunked_mlp`` does not keep.
     """
 
     parameters: int
@@ -76,10 +78,12 @@ class Architecture:
     layers: int
     hidden: int
     inner: int
+    chunked: int
     vocabulary: int
     plain_head: bool
     kv: int
     kept: Mapping[int, tuple[float, float]]
+    kept_in_mlps: Mapping[int, tuple[float, float]]
 
     @property
     def scored(self) -> int:
@@ -190,8 +194,11 @@ def _measure(configs: Sequence[str]) -> list[dict[str, Any]]:
 
 def _from_json(shapes: Mapping[str, Any]) -> Architecture:
     linears = tuple(Linear(*layer) for layer in shapes["linears"])
-    kept = {int(size): (whole, sharded) for size, (whole, sharded) in shapes["kept"].items()}
-    return Architecture(**{**shapes, "linears": linears, "kept": kept})
+    kept = {
+        name: {int(size): (whole, sharded) for size, (whole, sharded) in shapes[name].items()}
+        for name in ("kept", "kept_in_mlps")
+    }
+    return Architecture(**{**shapes, "linears": linears, **kept})
 
 
 def _cache_file(config: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -46,7 +46,11 @@ def shares(model: Architecture, stages: int, passes: int) -> Iterator[Share]:
         part = count / model.layers
         own = replace(
             model, parameters=count * layer + embedding * (place == 0) + head * is_last, layers=count,
-            inside=int(part * model.inside),
-            kept={item: (part * whole, part * sharded) for item, (whole, sharded) in model.kept.items()},
+            inside=int(part * model.inside), chunked=int(part * model.chunked),
+            kept=_scaled(model.kept, part), kept_in_mlps=_scaled(model.kept_in_mlps, part),
         )  # fmt: skip
         yield Share(own, min(stages - place, passes), is_last)
+
+
+def _scaled(kept: Mapping[int, tuple[float, float]], part: float) -> dict[int, tuple[float, float]]:
+    return {item: (part * whole, part * sharded) for item, (whole, sharded) in kept.items()}

@@ -29,7 +29,7 @@ _NEW = {
 # What it takes over from the stage that fine-tuned the same model.
 _TAKEN_OVER = {
     "micro_batch", "global_batch", "zero", "precision", "offload_params", "offload_optimizer", "tensor_parallel",
-    "sequence_parallel", "activation_checkpointing", "lora",
+    "sequence_parallel", "activation_checkpointing", "chunked_mlp", "lora",
 }  # fmt: skip
 
 # A part of the spec as plain values, and a comment on it.

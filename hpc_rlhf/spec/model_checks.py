@@ -46,18 +46,24 @@ def problems(spec: JobSpec) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _recomputing(spec: JobSpec, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """Models that cannot recompute activations, where the spec asks for that."""
+    """Models that cannot recompute what the spec asks for."""
     scored = "actor" if spec.models.reward is None else "reward"
     for stage in spec.stage_names:
         strategies = spec.stage(stage).strategies
         roles = {"": scored if stage == spec.judge else "actor", "critic": scored}
         for role, name in roles.items():
             kind = model_files.model_type(configs.get(name, {}))
-            if kind in model_files.NO_CHECKPOINTING and getattr(
-                strategies.get(role), "activation_checkpointing", False
-            ):
-                path = ".".join(filter(None, ("stages", stage, role, "activation_checkpointing")))
-                yield path, f"{kind} models cannot recompute activations", "set activation_checkpointing: false"
+            refused = {
+                "activation_checkpointing": kind in model_files.NO_CHECKPOINTING,
+                "chunked_mlp": kind is not None and kind not in model_files.CHUNKED_MLP,
+            }
+            whats = {
+                "activation_checkpointing": f"{kind} models cannot recompute activations",
+                "chunked_mlp": f"the MLPs of {kind} models cannot take a pass part by part",
+            }
+            for field, what in whats.items():
+                if refused[field] and getattr(strategies.get(role), field, False):
+                    yield ".".join(filter(None, ("stages", stage, role, field))), what, f"set {field}: false"
 
 
 def _too_many_stages(spec: JobSpec, actor: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -34,6 +34,15 @@ HEADS = (
 NO_CHECKPOINTING = frozenset(
     {"cpmant", "ctrl", "gpt_neox_japanese", "jetmoe", "openai-gpt", "reformer", "xlm", "xlnet"}
 )
+# Types of models whose layers each have an MLP that maps hidden states alone, which can take a pass part by part.
+CHUNKED_MLP = frozenset({
+    "apertus", "arcee", "bitnet", "codegen", "cohere", "cohere2", "cwm", "diffllama", "doge", "ernie4_5", "exaone4",
+    "falcon", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "gpt2", "gpt_bigcode",
+    "gpt_neo", "gpt_neox", "gpt_neox_japanese", "gptj", "granite", "helium", "hunyuan_v1_dense", "hyperclovax",
+    "internlm3", "jais2", "llama", "minicpm3", "ministral", "ministral3", "mistral", "modernbert-decoder", "nanochat",
+    "nemotron", "olmo", "olmo2", "olmo3", "olmo_hybrid", "openai-gpt", "persimmon", "phi", "phi3", "qwen2", "qwen3",
+    "qwen3_5_text", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "youtu",
+})  # fmt: skip
 
 Problem = tuple[str, str]
 

@@ -11,6 +11,9 @@ LOGITS = {"cuda": 16 * 2**20, "cpu": 2 * 2**20}
 # longer than the products of a few tokens.
 HEAD_ROWS = {"cuda": 512, "cpu": 256}
 
+# Tokens that an MLP takes at a time under chunked_mlp: enough to keep a GPU busy.
+MLP_TOKENS = 4096
+
 # Responses generated at a time, at most, where memory is not short.
 ROWS = 64
 # The most held-out rows, and in PPO the most prompts, that an evaluation during training uses. The standard error of an

@@ -170,6 +170,10 @@ class TrainingSpec(StageSpec):
     fit otherwise; every step waits for the CPU. Needs zero: 1 or higher."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    chunked_mlp: bool = False
+    """For passes longer than 4,096 tokens: run the MLP of each layer over that many at a time, and recompute it in the
+    backward pass, also under activation_checkpointing. The activations inside an MLP then exist for one part only; a
+    pass takes about a fifth more time. For most models without experts, but not OPT."""
     dropout: Fraction = Field(default=0.0, description="Dropout during training.")
     lora: LoraSpec | None = None
     """Train low-rank adapters instead of all weights (in PPO: of the actor)."""

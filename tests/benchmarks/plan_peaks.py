@@ -56,17 +56,17 @@ class Case:
         return f"{self.stage}, {size}, {2 * self.longest} long, {self.ranks} ranks, {said}"
 
     def spec(self, folder: Path) -> JobSpec:
-        heads = self.width // 64
+        heads, positions = self.width // 64, max(512, 2 * self.longest)
         shapes: dict[str, dict[str, Any]] = {
             "opt": {"ffn_dim": 4 * self.width, "word_embed_proj_dim": self.width, "dropout": 0.0},
-            "gpt2": {"n_embd": self.width, "n_layer": self.layers, "n_head": heads},
+            "gpt2": {"n_embd": self.width, "n_layer": self.layers, "n_head": heads, "n_positions": positions},
             "gpt_neox": {"intermediate_size": 4 * self.width},
         }
         like_llama = {"intermediate_size": 8 * self.width // 3, "num_key_value_heads": max(1, heads // 2)}
         model = {"model_type": self.kind, "vocab_size": self.vocabulary, **shapes.get(self.kind, like_llama)}
         if self.kind != "gpt2":
             sizes = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": heads}
-            model = {**model, **sizes, "max_position_embeddings": max(512, 2 * self.longest)}
+            model = {**model, **sizes, "max_position_embeddings": positions}
         stages = {self.stage: {"max_steps": 3, "epochs": 100, "checkpoint_every": 10**6, **self.fields}}
         if self.stage == "ppo":
             stages["reward"] = {"micro_batch": 1, "max_steps": 1}
@@ -89,6 +89,7 @@ def _brief(value: Any) -> str:
 
 # GRPO with groups of four responses, and a reward without a model.
 VERIFIED: dict[str, Any] = {"group_size": 4, "rewards": ({"format": ".*a.*"},)}
+CHUNKED = {"chunked_mlp": True, "activation_checkpointing": True}
 PIPELINE = {"micro_batch": 2, "global_batch": 16, "pipeline_parallel": 2}
 
 CASES = (
@@ -102,6 +103,8 @@ CASES = (
     Case("sft", "llama", 8, 256, 2048, 128, 2, {**PIPELINE, "zero": 1}),
     Case("sft", "opt", 8, 256, 2048, 128, 2, {**PIPELINE, "precision": "fp32", "activation_checkpointing": True}),
     Case("sft", "llama", 2, 256, 1024, 4096, 2, {"micro_batch": 1, "precision": "fp32", "sequence_parallel": 2}),
+    Case("sft", "llama", 4, 256, 1024, 4096, fields={"micro_batch": 2, "precision": "fp32", "chunked_mlp": True}),
+    Case("sft", "gpt2", 4, 256, 1024, 4096, fields={"micro_batch": 2, "precision": "fp32", **CHUNKED}),
     Case("sft", "llama", 3, 768, 8192, 128, 2, {"micro_batch": 4, "tensor_parallel": 2}),
     Case("sft", "opt", 4, 256, 16384, 64, 2, {"micro_batch": 4, "precision": "fp32", "tensor_parallel": 2, "zero": 1}),
     Case("sft", "llama", 4, 768, 4096, 128, 4, {**PIPELINE, "precision": "fp32", "tensor_parallel": 2}),

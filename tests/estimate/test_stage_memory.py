@@ -12,7 +12,8 @@ from hpc_rlhf.estimate.model_memory import Pass
 from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.stage_memory import Memory, run_memory, stage_memory
 from hpc_rlhf.spec.gpus import gpu_bytes
-from hpc_rlhf.spec.job import JobSpec, ModelsSpec
+from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelsSpec
+from hpc_rlhf.spec.sizes import MLP_TOKENS
 from hpc_rlhf.spec.stages import SftSpec
 from tests.launch.specs import make_spec
 
@@ -88,6 +89,24 @@ def test_activations_grow_with_tokens_and_checkpointing_keeps_those_of_one_layer
     assert per_token == pytest.approx(12 * layer + 2 * 2 * 768, rel=0.02)
     again = kept(micro_batch=4, activation_checkpointing=True) / tokens(spec, 4)
     assert again == pytest.approx(12 * 2 * 768 + layer + 2 * 2 * 768, rel=0.2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_chunked_mlps_keep_nothing_and_recompute_one_part(checkpointing: bool) -> None:
+    """Llama's MLP keeps four matrices of its inner width: what it gates, by what, that function, and their product."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 4}
+    models = ModelsSpec(actor=FromScratch(from_scratch={"model_type": "llama", "vocab_size": 300, **sizes}))
+    model, long = architecture(models, "actor"), 4 * MLP_TOKENS
+
+    def work(tokens: int, chunked: bool) -> Pass:
+        fields = {"activation_checkpointing": checkpointing, "chunked_mlp": chunked}
+        return Pass(model, SftSpec.model_validate(fields), tokens, 0)
+
+    per_layer = 4 * 2 * 1024
+    saved = work(long, False).activations - work(long, True).activations
+    assert saved == (1 if checkpointing else 3) * per_layer * long
+    assert work(long, True).backward == max(20 * 256 * long, (per_layer + 3 * 2 * 1024) * MLP_TOKENS)
+    assert work(MLP_TOKENS, True).activations == work(MLP_TOKENS, False).activations
 
 
 def test_logits_are_never_all_in_memory() -> None:

@@ -17,7 +17,7 @@ from hpc_rlhf.estimate.parameters import architecture
 from hpc_rlhf.estimate.sample_counts import expected_samples
 from hpc_rlhf.estimate.stage_memory import stage_memory
 from hpc_rlhf.estimate.stage_time import StageTime, chain_seconds, run_times, stage_time
-from hpc_rlhf.spec.job import JobSpec, ModelsSpec
+from hpc_rlhf.spec.job import FromScratch, JobSpec, ModelsSpec
 from hpc_rlhf.spec.source import SourceSpec
 from tests.launch.specs import make_spec
 
@@ -69,6 +69,22 @@ def test_checkpointing_adds_a_forward_pass_and_frozen_weights_save_half_the_back
     assert again == pytest.approx(4 * FORWARD * tokens / FLOPS + 4 * READ)
     lora = timed(micro_batch=8, lora={"rank": 8})["training"]
     assert lora == pytest.approx((4 * COUNT + 3 * ATTENTION) * tokens / FLOPS + 2 * READ)
+
+
+def test_chunked_mlps_are_computed_once_more_in_long_passes() -> None:
+    """Three matrices of 1024 x 4096 in each of 4 layers."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 8}
+    spec = make_spec("/scratch/demo", {"gpu": "a100-80g", "gpus_per_node": 1}, sft={})
+    model = FromScratch(from_scratch={"model_type": "llama", "vocab_size": 300, **sizes})
+
+    def seconds(tokens: int, chunked: bool) -> float:
+        sft = spec.stage("sft").model_copy(update={"micro_batch": tokens // 512, "chunked_mlp": chunked})
+        stages = spec.stages.model_copy(update={"sft": sft})
+        models = spec.models.model_copy(update={"actor": model})
+        return stage_time(spec.model_copy(update={"models": models, "stages": stages}), "sft").parts["training"]
+
+    assert seconds(8192, True) - seconds(8192, False) == pytest.approx(2 * 4 * 3 * 1024 * 4096 * 8192 / FLOPS)
+    assert seconds(4096, True) == seconds(4096, False)
 
 
 def test_a_pair_is_two_sequences_and_dpo_scores_with_its_reference() -> None:

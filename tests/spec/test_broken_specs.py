@@ -259,7 +259,7 @@ def test_all_that_a_model_from_scratch_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "hint"),
     [
-        ("stages.ppo.zzz", "the nearest of 58 fields here are "),
+        ("stages.ppo.zzz", "the nearest of 59 fields here are "),
         ("zzz", "the nearest of 13 fields here are "),
         ("stages.zzz", "the nearest of 8 fields here are sft, reward, pretrain"),
         ("kl_coef", "did you mean stages.ppo.kl_coef or stages.grpo.kl_coef?"),

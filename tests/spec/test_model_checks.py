@@ -166,24 +166,31 @@ def test_models_that_ranks_cannot_share_are_refused(
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("kind", ["ctrl", "jetmoe", "openai-gpt"])
-def test_models_that_cannot_recompute_activations_are_refused(tmp_path: Path, write: Write, kind: str) -> None:
-    on = "{activation_checkpointing: true}"
-    other, plain = write("other", {"model_type": kind}), write("plain")
-    for models, stages, path in (
-        ({"actor": other}, f"sft: {on}, reward: {{}}", "stages.sft.activation_checkpointing"),
-        ({"actor": other}, f"reward: {on}", "stages.reward.activation_checkpointing"),
-        ({"actor": plain, "reward": other}, f"sft: {on}, reward: {on}", "stages.reward.activation_checkpointing"),
-        (
-            {"actor": plain, "reward": other},
-            f"reward: {{}}, ppo: {{critic: {on}}}",
-            "stages.ppo.critic.activation_checkpointing",
-        ),
+RECOMPUTED = {
+    "activation_checkpointing": (["ctrl", "jetmoe", "openai-gpt"], "{} models cannot recompute activations"),
+    "chunked_mlp": (["opt", "mixtral", "bloom"], "the MLPs of {} models cannot take a pass part by part"),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "complaint"),
+    [(field, kind, text.format(kind)) for field, (kinds, text) in RECOMPUTED.items() for kind in kinds],
+)
+def test_models_that_cannot_recompute_are_refused(
+    tmp_path: Path, write: Write, field: str, kind: str, complaint: str
+) -> None:
+    on = f"{{{field}: true}}"
+    other, plain = write("other", {"model_type": kind}), write("plain", {"model_type": "llama"})
+    for models, stages, stage in (
+        ({"actor": other}, f"sft: {on}, reward: {{}}", "sft"),
+        ({"actor": other}, f"reward: {on}", "reward"),
+        ({"actor": plain, "reward": other}, f"sft: {on}, reward: {on}", "reward"),
+        ({"actor": plain, "reward": other}, f"reward: {{}}, ppo: {{critic: {on}}}", "ppo.critic"),
     ):
-        (found,) = problems(tmp_path, models, stages)
-        assert found.endswith(f"{path}: {kind} models cannot recompute activations")
-    made = {"actor": f"{{from_scratch: {{model_type: {kind}, vocab_size: 300}}}}"}
-    assert len(problems(tmp_path, made, f"sft: {on}")) == 1
+        (problem,) = problems(tmp_path, models, stages)
+        assert problem.endswith(f"stages.{stage}.{field}: {complaint}")
+    from_scratch = {"actor": f"{{from_scratch: {{model_type: {kind}, vocab_size: 300}}}}"}
+    assert len(problems(tmp_path, from_scratch, f"sft: {on}")) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from hpc_rlhf.run.layout import RunDir
-from hpc_rlhf.spec.job import FromScratch
+from hpc_rlhf.spec.job import FromScratch, JobSpec
 from tests.train import tiny
 from tests.train.grid import run_chains
 from tests.train.stages import make_run, metrics, tiny_spec
@@ -39,6 +39,7 @@ class Setup:
         fields, ppo: of all stages, and of PPO alone.
         curves: for each stage that is run, the metrics that are compared.
         model: fields of the model's configuration that differ from the tiny Llama's.
+        rows: of the data.
     """
 
     ranks: int
@@ -49,6 +50,7 @@ class Setup:
     tolerance: float = 1e-5
     curves: dict[str, tuple[str, ...]] = field(default_factory=lambda: CURVES)
     model: dict[str, Any] = field(default_factory=dict)
+    rows: int = 400
 
     @property
     def layer_group(self) -> int:
@@ -72,7 +74,9 @@ class Setup:
         }
         spec = tiny_spec(folder, self.ranks, **stages)
         cast(FromScratch, spec.models.actor).from_scratch.update(self.model)
-        return make_run(spec)
+        fields = spec.model_dump(mode="json")
+        fields["data"]["sources"] = [{"demo": self.rows}]
+        return make_run(JobSpec.model_validate(fields))
 
 
 BOTH = {"zero": 3, "offload_optimizer": True, "offload_params": True}
@@ -86,6 +90,13 @@ TENSOR = {"tensor_parallel": 2}
 SEQUENCE = {"sequence_parallel": 2}
 HALF: dict[str, Any] = {"like": "SFT alone", "tolerance": 1e-3, "curves": {"sft": ("loss",)}}
 HALF_NORMS: dict[str, Any] = {"like": "SFT alone", "tolerance": 5e-3, "curves": {"sft": ("grad_norm",)}}
+# Passes of more tokens than an MLP takes at a time, on two ranks too.
+LONG: dict[str, Any] = {"global_batch": 154, "micro_batch": 154}
+CHUNKED: dict[str, Any] = {**LONG, "chunked_mlp": True}
+CHUNKED_HALVES: dict[str, Any] = {**CHUNKED, "micro_batch": 77}
+WIDE = {"intermediate_size": 512}  # ZeRO-3 keeps narrower matrices gathered
+LONG_SFT: dict[str, Any] = {"rows": 700, "curves": {"sft": CURVES["sft"]}, "model": WIDE}
+LIKE_LONG: dict[str, Any] = {**LONG_SFT, "like": "long passes"}
 SETUPS = {
     "plain": Setup(1, 1),
     "plain, accumulated": Setup(1, 4),
@@ -134,6 +145,14 @@ SETUPS = {
         2, 4, {**SEQUENCE, "zero": 2, "activation_checkpointing": True}, like="DPO", curves=DPO
     ),
     "GRPO, sequence parallel of two groups, ZeRO-1": Setup(4, 1, {**SEQUENCE, "zero": 1}, like="GRPO", curves=GRPO),
+    "long passes": Setup(1, 1, LONG, **LONG_SFT),
+    "long passes, chunked MLP": Setup(1, 1, CHUNKED, **LIKE_LONG),
+    "long passes, chunked MLP, ZeRO-3": Setup(2, 1, {**CHUNKED_HALVES, "zero": 3}, **LIKE_LONG),
+    "long passes, chunked MLP, recomputed, ZeRO-3": Setup(
+        2, 1, {**CHUNKED_HALVES, "zero": 3, "activation_checkpointing": True}, **LIKE_LONG
+    ),
+    "long passes, chunked MLP, tensor parallel": Setup(2, 1, {**CHUNKED, **TENSOR}, **LIKE_LONG),
+    "long passes, chunked MLP, sequence parallel": Setup(2, 1, {**CHUNKED, **SEQUENCE}, **LIKE_LONG),
     # Half precision rounds weights to three digits; PPO then samples other responses, and fp16 skips steps
     # that overflow.
     "SFT alone": Setup(1, 1, curves={"sft": CURVES["sft"]}),

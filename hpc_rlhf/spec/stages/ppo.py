@@ -23,6 +23,7 @@ class CriticSpec(Model):
     """Keep the critic's weights in CPU memory. Needs zero: 3 for the critic."""
     activation_checkpointing: bool | None = None
     """Recompute the critic's activations in the backward pass."""
+    chunked_mlp: bool | None = Field(default=None, description="Run the critic's MLPs over a part of a pass at a time.")
     lora: LoraSpec | None = None
     """Train low-rank adapters of the critic. By default all its weights are trained, even if the actor has adapters."""
 

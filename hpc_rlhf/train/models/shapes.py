@@ -10,16 +10,20 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from hpc_rlhf.train.models import architectures, experts, packed_attention, structure, vocabulary
+from hpc_rlhf.train.models import architectures, chunked_mlp, experts, packed_attention, structure, vocabulary
 from hpc_rlhf.train.models.language_model import hidden_states, padded
 from hpc_rlhf.train.models.lora import is_linear, sizes
+
+# Bytes per token that are kept, and the part of them inside MLPs: each what is whole under tensor parallelism, and what
+# is sharded.
+Kept = tuple[list[float], list[float]]
 
 _TOKENS = 64
 # The fields for the experts that a token passes through.
@@ -44,6 +48,7 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
     inside = [layer for _, layer in _linears(blocks)]
     inner = max((sizes(layer)[0] for layer in inside), default=width)
     linears = Counter((name, *sizes(layer)) for name, layer in _linears(model) if layer is not head)
+    by_item_size = _kept_by_item_size(model, blocks, inner)
     tied = head is None or head.weight is model.get_input_embeddings().weight
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -54,10 +59,12 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
         "layers": layers,
         "hidden": width,
         "inner": inner,
+        "chunked": sum(p.numel() for mlp in chunked_mlp.find(blocks) for p in mlp.parameters()),
         "vocabulary": config.vocab_size,
         "plain_head": vocabulary.has_plain_head(model),
         "kv": 2 * layers * shared * dim,
-        "kept": _kept_by_item_size(model, blocks, inner),
+        "kept": {item: kept for item, (kept, _) in by_item_size.items()},
+        "kept_in_mlps": {item: in_mlps for item, (_, in_mlps) in by_item_size.items()},
     }
 
 
@@ -74,18 +81,19 @@ def _experts(model: Any, text: Any) -> list[list[Any]]:
     ]
 
 
-def _kept_by_item_size(model: Any, blocks: nn.ModuleList, inner: int) -> dict[int, list[float]]:
-    """What the blocks keep, as ``_kept``, by the bytes of a number: in half precision and in single."""
+def _kept_by_item_size(model: Any, blocks: nn.ModuleList, inner: int) -> dict[int, Kept]:
+    """What the blocks keep, by the bytes of a number: in half precision and in single."""
     try:
         half = _kept(model, blocks, inner)
     except Exception:  # forward passes that depend on values do not run on the meta device
         # Close to what is measured of the others: every linear layer's input and output, and the norms'.
         widths = sum(sum(sizes(layer)) for _, layer in _linears(blocks))
-        half = [8.0 * len(blocks) * model.config.hidden_size, 2.0 * widths]
+        half = [8.0 * len(blocks) * model.config.hidden_size, 2.0 * widths], [0.0, 0.0]
     try:
         single = _kept(model.float(), blocks, inner)
     except Exception:  # some kernels, such as those of experts, take half precision alone
-        single = [2 * size for size in half]
+        whole, in_mlps = ([2 * size for size in sizes] for sizes in half)
+        single = whole, in_mlps
     return {2: half, 4: single}
 
 
@@ -103,29 +111,40 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.rpartition(".")[2], layer
 
 
-def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> list[float]:
-    """Bytes per token that the blocks keep for the backward pass: of tensors that tensor parallelism leaves whole; and
-    of those that it shards, which are as wide as the MLP or have a dimension of heads."""
+def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> Kept:
+    """Bytes per token that the blocks keep for the backward pass, and what of that ``chunked_mlp`` does not keep."""
     for name in ("sdpa", packed_attention.NAME):
         AttentionInterface.register(name, _attention)
     weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     tensors: dict[int, Tensor] = {}
-    in_blocks = False
+    in_mlps: set[int] = set()
+    inside: set[str] = set()
 
-    def switch(on: bool) -> Any:
-        def hook(*_: Any) -> None:
-            nonlocal in_blocks
-            in_blocks = on
+    def enter(place: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if place == "an MLP":
+                keep(inputs[0])
+            inside.add(place)
 
         return hook
 
+    def leave(place: str) -> Any:
+        return lambda *_: inside.discard(place)
+
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata
-        if in_blocks and storage not in weights:
-            tensors.setdefault(storage, tensor)
+        if "the blocks" in inside and storage not in weights and storage not in tensors:
+            tensors[storage] = tensor
+            if "an MLP" in inside:
+                in_mlps.add(storage)
         return tensor
 
-    hooks = [blocks[0].register_forward_pre_hook(switch(True)), blocks[-1].register_forward_hook(switch(False))]
+    hooks = [
+        blocks[0].register_forward_pre_hook(enter("the blocks")),
+        blocks[-1].register_forward_hook(leave("the blocks")),
+    ]
+    for mlp in chunked_mlp.find(blocks):
+        hooks += mlp.register_forward_pre_hook(enter("an MLP")), mlp.register_forward_hook(leave("an MLP"))
     ids = torch.zeros(_TOKENS, dtype=torch.int64, device="meta")
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if model.config._attn_implementation == packed_attention.NAME:
@@ -134,10 +153,18 @@ def _kept(model: Any, blocks: nn.ModuleList, inner: int) -> list[float]:
             padded(structure.body(model), ids, (_TOKENS,))
     for hook in hooks:
         hook.remove()
-    sharded = sum(
-        each.untyped_storage().nbytes() for each in tensors.values() if each.dim() == 4 or each.shape[-1:] == (inner,)
-    )
-    whole = sum(each.untyped_storage().nbytes() for each in tensors.values()) - sharded
+    return _split(tensors.values(), inner), _split([tensors[storage] for storage in in_mlps], inner)
+
+
+def _split(tensors: Iterable[Tensor], inner: int) -> list[float]:
+    """Bytes per token: of tensors that tensor parallelism leaves whole; and of those that it shards, which are as wide
+    as the MLP or have a dimension of heads."""
+    sharded = whole = 0
+    for tensor in tensors:
+        if tensor.dim() == 4 or tensor.shape[-1:] == (inner,):
+            sharded += tensor.untyped_storage().nbytes()
+        else:
+            whole += tensor.untyped_storage().nbytes()
     return [whole / _TOKENS, sharded / _TOKENS]
 
 

@@ -13,7 +13,7 @@ from hpc_rlhf.run.files import fsync_path
 from hpc_rlhf.spec.stages import kind_of
 from hpc_rlhf.spec.training import TrainingSpec
 from hpc_rlhf.train.context import StageContext
-from hpc_rlhf.train.models import agreement, lora, pipeline
+from hpc_rlhf.train.models import agreement, chunked_mlp, lora, pipeline
 from hpc_rlhf.train.models import engine as engines
 from hpc_rlhf.train.models.export import collect, named_weights, write
 from hpc_rlhf.train.models.language_model import LanguageModel
@@ -37,7 +37,7 @@ def reward_model(context: StageContext) -> str | None:
 
 
 def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:
-    """Apply the spec's tensor parallelism, adapters and activation checkpointing to a model, in place.
+    """Apply the spec's tensor parallelism, adapters and recomputation of activations to a model, in place.
 
     Raises:
         HpcRlhfError: the model does not support one of them.
@@ -51,6 +51,8 @@ def prepare_model(model: Any, spec: TrainingSpec, seed: int) -> None:
             what = f"{model.config.model_type} models cannot recompute activations"
             raise HpcRlhfError(what, where="activation_checkpointing", hint="set activation_checkpointing: false")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spec.chunked_mlp:
+        chunked_mlp.enable(model)
 
 
 def language_engine(
