@@ -39,7 +39,8 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def judge(image: Path) -> Judge:
-    return code.make(str(image), seconds=3.0, memory=MEMORY, selected=True)
+    """With time for all tests on a busy machine."""
+    return code.make(str(image), seconds=30.0, memory=MEMORY, selected=True)
 
 
 def test_the_score_is_the_share_of_the_tests_that_pass(image: Path) -> None:
@@ -85,7 +86,6 @@ def test_code_reaches_neither_network_nor_files_of_the_host(judge: Judge, tmp_pa
     ("program", "why"),
     [
         ("import os\nwhile True: os.fork()", "(started|used) more than .*"),
-        ("import os\nfor _ in range(3):\n    os.fork() or os.setsid()\nwhile True: pass", "took longer than 3 s"),
         ("held = []\nwhile True: held.append(b'x' * 10**6)", "used more than 256 MiB of memory"),
         ("n = 0\nwhile n := n + 1: open(f'/tmp/{n}', 'w').write('x' * 10**6)", "wrote more than 64 MiB"),
         ("n = 0\nwhile n := n + 1: open(f'/dev/shm/{n}', 'w').write('x' * 10**6)", "wrote more than 64 MiB"),
@@ -97,6 +97,13 @@ def test_code_that_takes_too_much_is_contained(judge: Judge, program: str, why: 
     score, remark = judge([["pass"], program])
     assert score == 0.0
     assert remark is None if why is None else re.fullmatch(why, remark)
+    assert not running("python3 -I", isolated=True)
+
+
+def test_code_that_takes_too_long_is_ended(image: Path) -> None:
+    judge = code.make(str(image), seconds=3.0, memory=MEMORY, selected=True)
+    program = "import os\nfor _ in range(3):\n    os.fork() or os.setsid()\nwhile True: pass"
+    assert judge([["pass"], program]) == [0.0, "took longer than 3 s"]
     assert not running("python3 -I", isolated=True)
 
 
