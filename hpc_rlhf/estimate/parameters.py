@@ -56,7 +56,7 @@ class Architecture:
     Attributes:
         parameters: all of them; what is tied counts once.
         head: parameters of an output head that is not tied to the embeddings.
-        inside: parameters of the blocks' linear layers, which tensor parallelism shards.
+        inside: parameters of the blocks' linear layers and experts, which tensor parallelism shards.
         largest: parameters of the largest matrix.
         layers: number of blocks.
         hidden: width.

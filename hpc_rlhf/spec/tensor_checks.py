@@ -13,10 +13,13 @@ from hpc_rlhf.spec.training import TrainingSpec
 
 # Tests compare a split model of each, with its usual options, with the whole one.
 ARCHITECTURES = (
-    "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm",
-    "glm4", "gpt_neox", "granite", "helium", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "ministral",
-    "ministral3", "mistral", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3",
-    "qwen3_5_text", "seed_oss", "smollm3", "starcoder2", "vaultgemma",
+    "afmoe", "arcee", "cohere", "cohere2", "cwm", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4",
+    "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_neox",
+    "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_moe", "hyperclovax", "internlm3", "iquestcoder",
+    "jais2", "kimi_linear", "llama", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat",
+    "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open", "starcoder2",
+    "vaultgemma",
 )  # fmt: skip
 # Whose attention every rank computes as a whole, after it has put the split queries, keys and values together.
 _WHOLE_ATTENTION = ("olmo2", "olmo3", "phi3")
@@ -27,6 +30,7 @@ _SIZES = {
     "key and value heads": ("num_key_value_heads",),
     "key and value heads of some layers": ("num_global_key_value_heads",),
     "feed-forward units": ("intermediate_size", "ffn_dim"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
 }
 
 

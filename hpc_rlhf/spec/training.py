@@ -147,9 +147,9 @@ class TrainingSpec(StageSpec):
     """Size of the groups of neighboring ranks on a node that split every layer, the embeddings and the output head
     (Megatron-LM, arXiv 1909.08053) and process the same samples. For models that do not fit on one GPU, on nodes with
     fast links between GPUs: unlike ZeRO-3, no weights are gathered, but the ranks of a group synchronize several times
-    per layer. Needs zero: 0, 1 or 2, and a number of attention heads that it divides. Embeddings and head stay whole
-    if it does not divide the vocabulary, and the head also if the model changes its logits, as Gemma 2 and Cohere do.
-    The models of an evaluation are not split."""
+    per layer. Each has some of the experts of a mixture. Needs zero: 0, 1 or 2, and a number of attention heads, and of
+    experts, that it divides. Embeddings and head stay whole if it does not divide the vocabulary, and the head also if
+    the model changes its logits, as Gemma 2 and Cohere do. The models of an evaluation are not split."""
     sequence_parallel: Positive = 1
     """Size of the groups of neighboring ranks that share the tokens of each packed row (DeepSpeed-Ulysses, arXiv
     2309.14509) and process the same samples. For sequences whose activations do not fit on one GPU: each rank keeps

@@ -123,6 +123,7 @@ SETUPS = {
     ),
     "experts": Setup(1, 4, LORA, {"ema": True}, model=EXPERTS),
     "experts, ZeRO-3": Setup(2, 1, {**LORA, "zero": 3}, {"ema": True}, like="experts", model=EXPERTS),
+    "experts, tensor parallel": Setup(2, 1, {**LORA, **TENSOR}, {"ema": True}, like="experts", model=EXPERTS),
     "DPO": Setup(1, 1, curves=DPO),
     "DPO, ZeRO-2, reference offloaded": Setup(
         2, 4, {"zero": 2, "offload_optimizer": True, "offload_frozen": True}, like="DPO", curves=DPO
@@ -197,12 +198,12 @@ def test_curves_agree(chains: dict[str, RunDir], name: str) -> None:
             assert ours == pytest.approx(theirs, rel=setup.tolerance, abs=setup.tolerance), (stage, number)
 
 
-def test_adapted_experts_are_exported_with_their_averages(chains: dict[str, RunDir]) -> None:
+@pytest.mark.parametrize("name", ["experts, ZeRO-3", "experts, tensor parallel"])
+def test_adapted_experts_are_exported_with_their_averages(chains: dict[str, RunDir], name: str) -> None:
     """Merged weights, and the average of the updates, of sharded factors as of whole ones."""
     for part in ("sft/model", "ppo/model", "ppo/model/ema"):
         ours, theirs = (
-            load_file(chains[name].path / "stages" / part / "model.safetensors")
-            for name in ("experts, ZeRO-3", "experts")
+            load_file(chains[setup].path / "stages" / part / "model.safetensors") for setup in (name, "experts")
         )
         for key, weight in theirs.items():
             torch.testing.assert_close(ours[key], weight, atol=1e-5, rtol=1e-4)

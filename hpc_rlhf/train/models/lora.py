@@ -120,10 +120,15 @@ class ExpertsAdapter(Adapter):
         self.scale = alpha / rank
         count, inner, outer, self.inputs_first = experts.layout(module, name)
         dtype, generator = self.frozen.dtype, torch.Generator().manual_seed(seed)
-        bound = 1 / math.sqrt(inner)
-        start = torch.empty(count, rank, inner).uniform_(-bound, bound, generator=generator)
+        bound, all_experts = 1 / math.sqrt(inner), count * tensor_parallel.split_ways(self.frozen)
+        start = torch.empty(all_experts, rank, inner).uniform_(-bound, bound, generator=generator)
+        if all_experts != count:
+            start = tensor_parallel.shard_of(module, start, 0)
         module.register_parameter(f"{name}_lora_a", nn.Parameter(start.to(dtype)))
         module.register_parameter(f"{name}_lora_b", nn.Parameter(torch.zeros(count, outer, rank, dtype=dtype)))
+        if all_experts != count:
+            for factor in (self.lora_a, self.lora_b):
+                tensor_parallel.mark_split(factor, 0)
         self.frozen.requires_grad = False
         experts.read_updated(module, name, self._updated)
 

@@ -53,7 +53,8 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "head": 0 if tied else sum(p.numel() for p in head.parameters()),
-        "inside": sum(p.numel() for layer in inside for p in layer.parameters()),
+        "inside": sum(p.numel() for layer in inside for p in layer.parameters())
+        + sum(module.get_parameter(name).numel() for module, name, _ in experts.parameters_of_experts(blocks)),
         "largest": max(p.numel() for p in model.parameters()),
         "linears": [*([*layer, count] for layer, count in linears.items()), *_experts(model, config)],
         "layers": layers,

@@ -1,7 +1,8 @@
 """Tensor parallelism: layers split over a group of ranks, and gathered again (arXiv 1909.08053, section 3).
 
-Attention heads and feed-forward units are split by the plan that transformers has for an architecture; norms stay whole
-on every rank. ``models.vocabulary`` splits embeddings and output heads.
+Attention heads and feed-forward units are split by the plan that transformers has for an architecture. Each rank has
+some of a mixture's experts, whole ones; norms and routers stay whole on every rank. ``models.vocabulary`` splits
+embeddings and output heads.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _OWN_PLANS = {
 }
 # Whole on every rank, but each rank sees only its own heads. Not all plans name such norms.
 _REPLICATED = "replicated_with_grad_allreduce"
+# Transformers splits every expert.
+_EXPERTS = "moe_tp_experts"
 _NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
@@ -148,6 +151,34 @@ class RowLinear(SplitLinear):
         return outputs if bias is None else outputs + bias
 
 
+class SplitExperts(nn.Module):
+    """This rank's experts of a mixture, mixed into the class of the module that holds them.
+
+    Each rank computes what its experts add to the outputs.
+
+    Attributes:
+        tensor_group: process group of the ranks that share the mixture.
+        num_experts: on this rank.
+    """
+
+    tensor_group: Any
+    num_experts: int
+    split_dim = 0
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Shapes: hidden (tokens, width); chosen, of all experts, and their weights (tokens, experts per token)."""
+        group, count = self.tensor_group, self.num_experts
+        number = chosen - dist.get_rank(group) * count
+        is_own = (number >= 0) & (number < count)
+        weights = sum_gradients(weights, group).masked_fill(~is_own, 0)
+        tokens, places = torch.where(is_own)
+        if not len(tokens):  # so that the parameters get a gradient, of 0
+            tokens = places = tokens.new_zeros(1)
+        number, weight = (each[tokens, places].unsqueeze(1) for each in (number.clamp(0, count - 1), weights))
+        outputs = super().forward(sum_gradients(hidden, group)[tokens], number, weight)
+        return sum_outputs(torch.zeros_like(hidden).index_add(0, tokens, outputs), group)
+
+
 # By the words of transformers' plans: the class of a layer, and whether it is apart.
 _STYLES: dict[str, tuple[type[SplitLinear], bool]] = {
     "colwise": (ColumnLinear, False),
@@ -176,14 +207,14 @@ def split_layers(model: Any, ways: int) -> Any:
         raise HpcRlhfError(problem[0], where=source, hint=problem[1])
     plan = dict(_planned(model.base_model, _OWN_PLANS.get(config.model_type) or config.base_model_tp_plan or {}))
     hint = "leave tensor_parallel out and use zero: 3"
-    if not plan or set(plan.values()) - {_REPLICATED, *_STYLES}:
+    if not plan or set(plan.values()) - {_REPLICATED, _EXPERTS, *_STYLES}:
         raise HpcRlhfError(
             f"this version of transformers has no plan for {config.model_type} models that tensor_parallel can follow",
             where=source,
             hint=f"install a newer transformers, or {hint}",
         )
     for layer, style in plan.items():
-        if style != _REPLICATED and layer.weight.shape[_STYLES[style][0].split_dim] % ways:
+        if style != _REPLICATED and _size(layer, style) % ways:
             what = f"a layer of {config.model_type} models with these sizes cannot be divided among {ways} ranks"
             raise HpcRlhfError(what, where=source, hint=hint)
     _add_norms(model, plan)
@@ -192,6 +223,12 @@ def split_layers(model: Any, ways: int) -> Any:
         if style == _REPLICATED:
             for parameter in layer.parameters():
                 parameter.register_hook(lambda grad: _total(grad, group))
+            continue
+        if style == _EXPERTS:
+            kind = type(layer)
+            layer.__class__ = type(kind.__name__, (SplitExperts, kind), {"__module__": kind.__module__})
+            layer.num_experts //= ways
+            split_rows(layer, group)
             continue
         layer.__class__, layer.is_apart = _STYLES[style]
         layer.tensor_group = group
@@ -204,6 +241,12 @@ def split_layers(model: Any, ways: int) -> Any:
         if type(module).__name__ == "OPTAttention":  # others take the number of their heads from what they get
             module.num_heads //= ways
     return group
+
+
+def _size(layer: Any, style: str) -> int:
+    """What is divided among the ranks: a layer's outputs or inputs, or experts."""
+    size: int = layer.num_experts if style == _EXPERTS else layer.weight.shape[_STYLES[style][0].split_dim]
+    return size
 
 
 def _planned(body: Any, plan: dict[str, str]) -> Iterator[tuple[Any, str]]:
@@ -225,8 +268,8 @@ def _add_norms(model: Any, plan: dict[Any, str]) -> None:
 
 
 def split_rows(layer: Any, group: Any) -> None:
-    """Leave a layer this rank's rows of its weight and bias, in place; a weight that it shares is split once. What the
-    layer says of its size stays that of the whole."""
+    """Leave a layer this rank's rows, or experts, of its own parameters, in place; one that it shares is split once.
+    What the layer says of its size stays that of the whole."""
     layer.tensor_group, layer.split_dim = group, 0
     for parameter in layer.parameters(recurse=False):
         if split_dim(parameter) is None:
