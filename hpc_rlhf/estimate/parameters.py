@@ -28,7 +28,7 @@ from hpc_rlhf.spec.training import LoraSpec
 _SECONDS = 240
 
 # Raised by a change of what is cached.
-_FORMAT = 4
+_FORMAT = 5
 
 # The OPT models' configurations (arXiv 2205.01068, table 1) and shapes, to plan without the hub, and at once.
 _OPT = Path(__file__).with_name("opt.json")
@@ -56,7 +56,7 @@ class Architecture:
     Attributes:
         parameters: all of them; what is tied counts once.
         head: parameters of an output head that is not tied to the embeddings.
-        inside: parameters of the blocks' linear layers and experts, which tensor parallelism shards.
+        inside: parameters inside the blocks that tensor parallelism divides.
         largest: parameters of the largest matrix.
         layers: number of blocks.
         hidden: width.

@@ -13,11 +13,12 @@ from hpc_rlhf.spec.training import TrainingSpec
 
 # Tests compare a split model of each, with its usual options, with the whole one.
 ARCHITECTURES = (
-    "afmoe", "arcee", "cohere", "cohere2", "cwm", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4",
-    "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_neox",
-    "granite", "granitemoe", "granitemoeshared", "helium", "hunyuan_v1_moe", "hyperclovax", "internlm3", "iquestcoder",
-    "jais2", "kimi_linear", "llama", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat",
-    "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "afmoe", "arcee", "cohere", "cohere2", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5", "ernie4_5_moe",
+    "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe",
+    "glm4_moe_lite", "gpt_neox", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "helium",
+    "hunyuan_v1_moe", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jamba", "kimi_linear", "lfm2_moe", "llama",
+    "minicpm3", "minimax", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "nanochat", "nemotron",
+    "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
     "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3", "solar_open", "starcoder2",
     "vaultgemma",
 )  # fmt: skip

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from hpc_rlhf.train.models import architectures, chunked_mlp, experts, packed_attention, structure, vocabulary
 from hpc_rlhf.train.models.language_model import hidden_states, padded
 from hpc_rlhf.train.models.lora import is_linear, sizes
+from hpc_rlhf.train.parallel import tensor_parallel
 
 # Bytes per token that are kept, and the part of them inside MLPs: each what is whole under tensor parallelism, and what
 # is sharded.
@@ -45,16 +46,14 @@ def shapes(fields: dict[str, Any]) -> dict[str, Any]:
     shared = getattr(config, "num_key_value_heads", None) or heads
     dim = getattr(config, "head_dim", None) or width // heads
     blocks = _blocks(model, layers)
-    inside = [layer for _, layer in _linears(blocks)]
-    inner = max((sizes(layer)[0] for layer in inside), default=width)
+    inner = max((sizes(layer)[0] for _, layer in _linears(blocks)), default=width)
     linears = Counter((name, *sizes(layer)) for name, layer in _linears(model) if layer is not head)
     by_item_size = _kept_by_item_size(model, blocks, inner)
     tied = head is None or head.weight is model.get_input_embeddings().weight
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "head": 0 if tied else sum(p.numel() for p in head.parameters()),
-        "inside": sum(p.numel() for layer in inside for p in layer.parameters())
-        + sum(module.get_parameter(name).numel() for module, name, _ in experts.parameters_of_experts(blocks)),
+        "inside": sum(p.numel() for layer in tensor_parallel.divided(model) for p in layer.parameters()),
         "largest": max(p.numel() for p in model.parameters()),
         "linears": [*([*layer, count] for layer, count in linears.items()), *_experts(model, config)],
         "layers": layers,

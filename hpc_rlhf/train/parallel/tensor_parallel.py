@@ -33,6 +33,7 @@ _OWN_PLANS = {
 _REPLICATED = "replicated_with_grad_allreduce"
 # Transformers splits every expert.
 _EXPERTS = "moe_tp_experts"
+_LATENT = "mla_kv_a_proj"
 _NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
 
 
@@ -151,6 +152,26 @@ class RowLinear(SplitLinear):
         return outputs if bias is None else outputs + bias
 
 
+class LatentLinear(SplitLinear):
+    """Whole on every rank, before split layers of latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Of its outputs, the last are keys that each rank uses for its own heads, and the others inputs of a split layer.
+
+    Attributes:
+        keys: how many of the outputs are keys.
+    """
+
+    keys: int
+
+    def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
+        *first, last = weights
+        for weight in first:
+            inputs = F.linear(inputs, weight)
+        outputs = F.linear(inputs, last, bias)
+        latent, keys = outputs.split([outputs.shape[-1] - self.keys, self.keys], dim=-1)
+        return torch.cat((latent, sum_gradients(keys, self.tensor_group)), dim=-1)
+
+
 class SplitExperts(nn.Module):
     """This rank's experts of a mixture, mixed into the class of the module that holds them.
 
@@ -205,16 +226,16 @@ def split_layers(model: Any, ways: int) -> Any:
     source = str(config.name_or_path or config.model_type)
     if problem := tensor_checks.unsplit(config.to_dict(), ways):
         raise HpcRlhfError(problem[0], where=source, hint=problem[1])
-    plan = dict(_planned(model.base_model, _OWN_PLANS.get(config.model_type) or config.base_model_tp_plan or {}))
+    plan = _plan(model)
     hint = "leave tensor_parallel out and use zero: 3"
-    if not plan or set(plan.values()) - {_REPLICATED, _EXPERTS, *_STYLES}:
+    if not plan or set(plan.values()) - {_REPLICATED, _EXPERTS, _LATENT, *_STYLES}:
         raise HpcRlhfError(
             f"this version of transformers has no plan for {config.model_type} models that tensor_parallel can follow",
             where=source,
             hint=f"install a newer transformers, or {hint}",
         )
     for layer, style in plan.items():
-        if style != _REPLICATED and _size(layer, style) % ways:
+        if style not in (_REPLICATED, _LATENT) and _size(layer, style) % ways:
             what = f"a layer of {config.model_type} models with these sizes cannot be divided among {ways} ranks"
             raise HpcRlhfError(what, where=source, hint=hint)
     _add_norms(model, plan)
@@ -229,6 +250,9 @@ def split_layers(model: Any, ways: int) -> Any:
             layer.__class__ = type(kind.__name__, (SplitExperts, kind), {"__module__": kind.__module__})
             layer.num_experts //= ways
             split_rows(layer, group)
+            continue
+        if style == _LATENT:
+            layer.__class__, layer.tensor_group, layer.keys = LatentLinear, group, config.qk_rope_head_dim
             continue
         layer.__class__, layer.is_apart = _STYLES[style]
         layer.tensor_group = group
@@ -249,13 +273,20 @@ def _size(layer: Any, style: str) -> int:
     return size
 
 
-def _planned(body: Any, plan: dict[str, str]) -> Iterator[tuple[Any, str]]:
-    """The layers that a plan names, with their styles. ``body`` is the model without its head."""
+def divided(model: Any) -> Iterator[Any]:
+    """The layers of a transformers model, and its modules of experts, whose weights ``split_layers`` would divide."""
+    for layer, style in _plan(model).items():
+        if style not in (_REPLICATED, _LATENT):
+            yield layer
+
+
+def _plan(model: Any) -> dict[Any, str]:
+    """The layers that an architecture's plan names, with their styles."""
+    config = model.config.get_text_config()
+    plan = _OWN_PLANS.get(config.model_type) or config.base_model_tp_plan or {}
     patterns = {re.compile(re.escape(name).replace(r"\*", r"\d+")): style for name, style in plan.items()}
-    for name, layer in body.named_modules():
-        for pattern, style in patterns.items():
-            if pattern.fullmatch(name):
-                yield layer, style
+    named = model.base_model.named_modules()
+    return {layer: style for name, layer in named for pattern, style in patterns.items() if pattern.fullmatch(name)}
 
 
 def _add_norms(model: Any, plan: dict[Any, str]) -> None:
