@@ -34,7 +34,9 @@ lengths = (7, 4, 12)
 ids = torch.randint(3, tiny.VOCABULARY, (sum(lengths),), generator=torch.Generator().manual_seed(1))
 ids[3] = tiny.PAD  # whose embedding gets no gradient
 predicted = torch.tensor([4, 5, 6, 9, 10, 15, 22])
-FULLY = ("llama", "llama:97", "mistral", "mixtral", "qwen3_moe", "opt", "opt:97", "phi3", "qwen2", "qwen3")
+FULLY = (
+    "deepseek_v2", "llama", "llama:97", "mistral", "mixtral", "opt", "opt:97", "phi3", "qwen2", "qwen3", "qwen3_moe",
+)
 OTHERS = {"head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": tiny.VOCABULARY}
 prompts, keys = [[11, 12], [5, 6, 7], [9], [8, 7, 6, 5, 4], [3, 4]], [(3, row) for row in range(5)]
 
@@ -171,6 +173,7 @@ print(json.dumps(seen))
 # 97 tokens cannot be split.
 FULLY = [f"{kind} {adapters}" for kind in ("llama", "mistral", "opt", "qwen2", "qwen3") for adapters in ("", "only")]
 FULLY += ["qwen3 also", "phi3 only", "llama:97 ", "opt:97 ", "mixtral ", "mixtral only", "qwen3_moe also"]
+FULLY += ["deepseek_v2 only"]
 OTHERS = [f"{kind} " for kind in ARCHITECTURES if f"{kind} " not in FULLY] + ["phi+norms ", "qwen3+norms "]
 
 
