@@ -21,7 +21,7 @@ import pytest
 from tests.cluster import Cluster, ClusterError, config, wait_until
 from tests.cluster.chain import Chain
 from tests.cluster.cluster import CHECKOUT
-from tests.cluster.processes import Process, find
+from tests.cluster.processes import Process, find, kill_and_wait
 
 pytestmark = pytest.mark.generations
 
@@ -185,10 +185,19 @@ def dead_nodes(cluster: Cluster) -> list[str]:
 
 
 def bring_node_back(chain: StandIn) -> None:
-    (lost,) = dead_nodes(chain.cluster)
-    assert chain.cluster.field(chain.job_id("sft"), "NodeList") != lost
+    (lost,), job = dead_nodes(chain.cluster), chain.job_id("sft")
+    assert chain.cluster.field(job, "NodeList") != lost
     chain.await_that(chain.sentinels, "the new attempt has a sentinel")
+    # Once its task has ended, its srun would end the step of the same number, which is the new attempt's.
+    kill_and_wait(find(lambda process: is_batch_script(process, job, lost)))
     chain.cluster.start_node(lost)  # ends what still runs there
+
+
+def is_batch_script(process: Process, job: str, node: str) -> bool:
+    """Whether a process is the script of a job on a node, or was started by it outside of steps."""
+    environ = process.environ()
+    in_step = any(pair.startswith("SLURM_STEP_ID=") for pair in environ)
+    return environ >= {f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}"} and not in_step
 
 
 def run_out_of_time(chain: StandIn) -> None:
