@@ -57,7 +57,7 @@ class Pass:
     def activations(self) -> int:
         """Bytes kept for the backward pass."""
         model, item, tokens = self.model, self.item, _aligned(self.own_tokens)
-        layers = self._on_rank(model.kept[item])
+        layers = self._share(model.kept[item])
         if self.stage.lora is not None:
             layers += (
                 item
@@ -68,7 +68,7 @@ class Pass:
         if self.stage.pipeline_stages > 1:
             ends = 3 * item * model.hidden  # what a stage gets, a copy of it, and what it passes on
         if self._mlp_tokens < tokens:
-            layers -= self._on_rank(model.kept_in_mlps[item])
+            layers -= self._share(model.kept_in_mlps[item])
         again = 0.0
         if self.stage.activation_checkpointing:
             layers, again = model.layers * item * model.hidden, layers / model.layers
@@ -81,7 +81,7 @@ class Pass:
         model, tokens = self.model, _aligned(self.own_tokens)
         in_mlp = 3 * self.item * model.inner / self.stage.tensor_parallel
         if self._mlp_tokens < tokens:
-            in_mlp += self._on_rank(model.kept_in_mlps[self.item]) / model.layers
+            in_mlp += self._share(model.kept_in_mlps[self.item]) / model.layers
         return max(20 * model.hidden * tokens, int(in_mlp * self._mlp_tokens))
 
     @property
@@ -90,7 +90,8 @@ class Pass:
         tokens = _aligned(self.own_tokens)
         return min(tokens, MLP_TOKENS) if self.stage.chunked_mlp and self.model.chunked else tokens
 
-    def _on_rank(self, kept: tuple[float, float]) -> float:
+    def _share(self, kept: tuple[float, float]) -> float:
+        """This rank's bytes, of those that are whole on all ranks and those that tensor parallelism shards."""
         whole, sharded = kept
         return whole + sharded / self.stage.tensor_parallel
 

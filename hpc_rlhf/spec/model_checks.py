@@ -53,17 +53,20 @@ def _recomputing(spec: JobSpec, configs: Mapping[str, Mapping[str, Any]]) -> Ite
         roles = {"": scored if stage == spec.judge else "actor", "critic": scored}
         for role, name in roles.items():
             kind = model_files.model_type(configs.get(name, {}))
-            refused = {
-                "activation_checkpointing": kind in model_files.NO_CHECKPOINTING,
-                "chunked_mlp": kind is not None and kind not in model_files.CHUNKED_MLP,
+            refusals = {
+                "activation_checkpointing": (
+                    kind in model_files.NO_CHECKPOINTING,
+                    "{} models cannot recompute activations",
+                ),
+                "chunked_mlp": (
+                    kind is not None and kind not in model_files.CHUNKED_MLP,
+                    "the MLPs of {} models cannot take a pass part by part",
+                ),
             }
-            whats = {
-                "activation_checkpointing": f"{kind} models cannot recompute activations",
-                "chunked_mlp": f"the MLPs of {kind} models cannot take a pass part by part",
-            }
-            for field, what in whats.items():
-                if refused[field] and getattr(strategies.get(role), field, False):
-                    yield ".".join(filter(None, ("stages", stage, role, field))), what, f"set {field}: false"
+            for field, (is_refused, what) in refusals.items():
+                if is_refused and getattr(strategies.get(role), field, False):
+                    path = ".".join(filter(None, ("stages", stage, role, field)))
+                    yield path, what.format(kind), f"set {field}: false"
 
 
 def _too_many_stages(spec: JobSpec, actor: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -21,7 +21,7 @@ from hpc_rlhf.train.models import experts, structure
 
 
 def enable(model: Any) -> None:
-    """Let the MLPs of a model work this way, in place.
+    """Chunk a model's MLPs, in place.
 
     Raises:
         HpcRlhfError: its layers have no such MLPs.

@@ -18,6 +18,7 @@ from hpc_rlhf.spec.training import LoraSpec
 from hpc_rlhf.train.models import experts
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
 from hpc_rlhf.train.parallel import tensor_parallel
+from hpc_rlhf.train.parallel.split_modules import SplitLinear
 from hpc_rlhf.train.runtime import seeds
 
 
@@ -88,7 +89,7 @@ class LoraLinear(Adapter, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.on:
             return self.base(x)
-        if isinstance(self.base, tensor_parallel.SplitLinear):
+        if isinstance(self.base, SplitLinear):
             return self.base(x) + self.base.product(x, self.lora_a, self.lora_b) * self.scale
         return self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
 
@@ -120,13 +121,13 @@ class ExpertsAdapter(Adapter):
         self.scale = alpha / rank
         count, inner, outer, self.inputs_first = experts.layout(module, name)
         dtype, generator = self.frozen.dtype, torch.Generator().manual_seed(seed)
-        bound, all_experts = 1 / math.sqrt(inner), count * tensor_parallel.split_ways(self.frozen)
-        start = torch.empty(all_experts, rank, inner).uniform_(-bound, bound, generator=generator)
-        if all_experts != count:
+        bound, ways = 1 / math.sqrt(inner), tensor_parallel.split_ways(self.frozen)
+        start = torch.empty(ways * count, rank, inner).uniform_(-bound, bound, generator=generator)
+        if ways > 1:
             start = tensor_parallel.shard_of(module, start, 0)
         module.register_parameter(f"{name}_lora_a", nn.Parameter(start.to(dtype)))
         module.register_parameter(f"{name}_lora_b", nn.Parameter(torch.zeros(count, outer, rank, dtype=dtype)))
-        if all_experts != count:
+        if ways > 1:
             for factor in (self.lora_a, self.lora_b):
                 tensor_parallel.mark_split(factor, 0)
         self.frozen.requires_grad = False
@@ -192,7 +193,7 @@ def adapt(model: nn.Module, lora: LoraSpec, seed: int) -> None:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if (is_linear(child) or isinstance(child, tensor_parallel.SplitLinear))
+        if (is_linear(child) or isinstance(child, SplitLinear))
         and child is not head
         and name != "score"
         and (lora.targets is None or name in lora.targets)

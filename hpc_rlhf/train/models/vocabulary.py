@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpc_rlhf.spec.sequence_checks import OWN_LOGITS
 from hpc_rlhf.train.algorithms.logprobs import head_log_prob_sum, head_log_probs
-from hpc_rlhf.train.parallel import tensor_parallel
+from hpc_rlhf.train.parallel import split_modules, tensor_parallel
 
 
 class LogProbHead(nn.Linear):
@@ -31,7 +31,7 @@ class LogProbHead(nn.Linear):
         if tokens is None and group is None:
             return super().forward(hidden)
         if tokens is None:
-            return tensor_parallel.join(super().forward(tensor_parallel.sum_gradients(hidden, group)), group)
+            return split_modules.join(super().forward(split_modules.sum_gradients(hidden, group)), group)
         if summed:
             total = head_log_prob_sum(hidden, self.weight, self.bias, tokens, temperature, group)
             return total, hidden.new_empty(0)
@@ -50,7 +50,7 @@ class SplitEmbedding(nn.Embedding):
         elsewhere = (rows < 0) | (rows >= count)
         own_padding = padding - first if padding is not None and first <= padding < first + count else None
         embedded = F.embedding(rows.masked_fill(elsewhere, 0), self.weight, own_padding)
-        return tensor_parallel.sum_outputs(embedded.masked_fill(elsewhere.unsqueeze(-1), 0), group)
+        return split_modules.sum_outputs(embedded.masked_fill(elsewhere.unsqueeze(-1), 0), group)
 
 
 def has_plain_head(causal: Any) -> bool:
@@ -74,7 +74,7 @@ def split_model(model: nn.Module, ways: int) -> None:
     Raises:
         HpcRlhfError: the architecture is not supported, or its sizes are not divisible.
     """
-    if ways == 1 or any(isinstance(part, tensor_parallel.SplitLinear) for part in model.modules()):
+    if ways == 1 or any(isinstance(part, split_modules.SplitLinear) for part in model.modules()):
         return
     from transformers import PreTrainedModel
 

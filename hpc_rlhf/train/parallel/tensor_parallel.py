@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_rlhf.errors import HpcRlhfError
 from hpc_rlhf.spec import tensor_checks
 from hpc_rlhf.train.parallel import deepspeed_internals as internals
+from hpc_rlhf.train.parallel import split_modules
+from hpc_rlhf.train.parallel.split_modules import ColumnLinear, LatentLinear, RowLinear, SplitExperts, SplitLinear
 
 # For what transformers has no plan: see ``ColumnLinear`` and ``RowLinear``.
 _OWN_PLANS = {
@@ -29,175 +30,14 @@ _OWN_PLANS = {
         "decoder.layers.*.fc2": "rowwise",
     }
 }
-# Whole on every rank, but each rank sees only its own heads. Not all plans name such norms.
+# Whole on every rank, but each rank sees only its own heads.
 _REPLICATED = "replicated_with_grad_allreduce"
-# Transformers splits every expert.
+# Transformers divides each expert; here each rank has some of them.
 _EXPERTS = "moe_tp_experts"
+# Whole on every rank, see ``LatentLinear``.
 _LATENT = "mla_kv_a_proj"
+# Replicated, also where a plan does not name them.
 _NORMS_OF_HEADS = ("q_norm", "k_norm", "q_layernorm", "k_layernorm")
-
-
-class _SumGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return inputs.view_as(inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _total(grad, ctx.group), None
-
-
-class _SumOutputs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, outputs: Tensor, group: Any) -> Tensor:
-        return _total(outputs, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, part.contiguous(), group=group)
-        return torch.cat(parts, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _own(grad, ctx.group), None
-
-
-def _total(tensor: Tensor, group: Any) -> Tensor:
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
-
-
-def _own(tensor: Tensor, group: Any, dim: int = -1) -> Tensor:
-    return tensor.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
-
-
-def sum_gradients(inputs: Tensor, group: Any) -> Tensor:
-    """The inputs of what each rank of a group computes a part of; their gradients are summed over the group."""
-    summed: Tensor = _SumGradients.apply(inputs, group)
-    return summed
-
-
-def sum_outputs(outputs: Tensor, group: Any) -> Tensor:
-    """The sum over a group of what each of its ranks has computed a part of."""
-    total: Tensor = _SumOutputs.apply(outputs, group)
-    return total
-
-
-def join(part: Tensor, group: Any) -> Tensor:
-    """Concatenate the equal parts of a tensor that the ranks hold, in rank order, in the last dimension."""
-    whole: Tensor = _Join.apply(part, group)
-    return whole
-
-
-class SplitLinear(nn.Linear):
-    """This rank's shard of a linear layer.
-
-    Attributes:
-        split_dim: dimension that the weight is split along.
-        tensor_group: process group of the ranks that share the layer.
-        is_apart: its neighbours are not split: it joins its outputs, or takes its share of whole inputs.
-    """
-
-    split_dim: int
-    tensor_group: Any
-    is_apart: bool
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.product(inputs, self.weight, bias=self.bias)
-
-    def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
-        """What a linear layer computes with one weight, or with several in place of their product.
-
-        Args:
-            weights: the factor next to this layer's split dimension is split as its weight is; the others are whole.
-        """
-        raise NotImplementedError
-
-
-class ColumnLinear(SplitLinear):
-    """Split along its outputs, of which the next layer takes a share, too."""
-
-    split_dim = 0
-
-    def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
-        *whole, split = weights
-        for weight in whole:
-            inputs = F.linear(inputs, weight)
-        outputs = F.linear(sum_gradients(inputs, self.tensor_group), split, bias)
-        return join(outputs, self.tensor_group) if self.is_apart else outputs
-
-
-class RowLinear(SplitLinear):
-    """Split along its inputs, which are the outputs of the layer before; its own are summed over the group."""
-
-    split_dim = 1
-
-    def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.is_apart:
-            inputs = _own(sum_gradients(inputs, self.tensor_group), self.tensor_group)
-        split, *whole = weights
-        outputs = sum_outputs(F.linear(inputs, split), self.tensor_group)
-        for weight in whole:
-            outputs = F.linear(outputs, weight)
-        return outputs if bias is None else outputs + bias
-
-
-class LatentLinear(SplitLinear):
-    """Whole on every rank, before split layers of latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-
-    Of its outputs, the last are keys that each rank uses for its own heads, and the others inputs of a split layer.
-
-    Attributes:
-        keys: how many of the outputs are keys.
-    """
-
-    keys: int
-
-    def product(self, inputs: Tensor, *weights: Tensor, bias: Tensor | None = None) -> Tensor:
-        *first, last = weights
-        for weight in first:
-            inputs = F.linear(inputs, weight)
-        outputs = F.linear(inputs, last, bias)
-        latent, keys = outputs.split([outputs.shape[-1] - self.keys, self.keys], dim=-1)
-        return torch.cat((latent, sum_gradients(keys, self.tensor_group)), dim=-1)
-
-
-class SplitExperts(nn.Module):
-    """This rank's experts of a mixture, mixed into the class of the module that holds them.
-
-    Each rank computes what its experts add to the outputs.
-
-    Attributes:
-        tensor_group: process group of the ranks that share the mixture.
-        num_experts: on this rank.
-    """
-
-    tensor_group: Any
-    num_experts: int
-    split_dim = 0
-
-    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Shapes: hidden (tokens, width); chosen, of all experts, and their weights (tokens, experts per token)."""
-        group, count = self.tensor_group, self.num_experts
-        number = chosen - dist.get_rank(group) * count
-        is_own = (number >= 0) & (number < count)
-        weights = sum_gradients(weights, group).masked_fill(~is_own, 0)
-        tokens, places = torch.where(is_own)
-        if not len(tokens):  # so that the parameters get a gradient, of 0
-            tokens = places = tokens.new_zeros(1)
-        number, weight = (each[tokens, places].unsqueeze(1) for each in (number.clamp(0, count - 1), weights))
-        outputs = super().forward(sum_gradients(hidden, group)[tokens], number, weight)
-        return sum_outputs(torch.zeros_like(hidden).index_add(0, tokens, outputs), group)
 
 
 # By the words of transformers' plans: the class of a layer, and whether it is apart.
@@ -243,16 +83,16 @@ def split_layers(model: Any, ways: int) -> Any:
     for layer, style in plan.items():
         if style == _REPLICATED:
             for parameter in layer.parameters():
-                parameter.register_hook(lambda grad: _total(grad, group))
+                parameter.register_hook(lambda grad: split_modules.total(grad, group))
+            continue
+        if style == _LATENT:
+            layer.__class__, layer.tensor_group, layer.keys = LatentLinear, group, config.qk_rope_head_dim
             continue
         if style == _EXPERTS:
             kind = type(layer)
             layer.__class__ = type(kind.__name__, (SplitExperts, kind), {"__module__": kind.__module__})
             layer.num_experts //= ways
             split_rows(layer, group)
-            continue
-        if style == _LATENT:
-            layer.__class__, layer.tensor_group, layer.keys = LatentLinear, group, config.qk_rope_head_dim
             continue
         layer.__class__, layer.is_apart = _STYLES[style]
         layer.tensor_group = group
@@ -274,7 +114,7 @@ def _size(layer: Any, style: str) -> int:
 
 
 def divided(model: Any) -> Iterator[Any]:
-    """The layers of a transformers model, and its modules of experts, whose weights ``split_layers`` would divide."""
+    """Yield the layers and modules of experts whose weights ``split_layers`` would divide."""
     for layer, style in _plan(model).items():
         if style not in (_REPLICATED, _LATENT):
             yield layer
@@ -308,7 +148,7 @@ def split_rows(layer: Any, group: Any) -> None:
 
 
 def _shrink(parameter: Any, dim: int, group: Any) -> None:
-    parameter.data = _own(parameter.data, group, dim).clone(memory_format=torch.contiguous_format)
+    parameter.data = split_modules.own(parameter.data, group, dim).clone(memory_format=torch.contiguous_format)
     parameter.split_ways, parameter.split_place = dist.get_world_size(group), dist.get_rank(group)
     mark_split(parameter, dim)
 
@@ -354,4 +194,4 @@ def gather(layer: Any, name: str, shard: Tensor) -> Tensor:
 
 def shard_of(layer: Any, tensor: Tensor, dim: int) -> Tensor:
     """This rank's shard of a whole tensor, split along a dimension over the layer's group."""
-    return _own(tensor, layer.tensor_group, dim).clone()
+    return split_modules.own(tensor, layer.tensor_group, dim).clone()
